@@ -1,0 +1,124 @@
+"""An archive's folder and a list of requests to a list of answers or errors; knows nothing of TorchServe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+
+from traceserve_runtime import batching
+from traceserve_runtime.batching import Arrays, Runner, Stats
+from traceserve_runtime.errors import InputTooLong, InvalidManifest, ModelFailure, TraceserveError
+from traceserve_runtime.manifest import Manifest
+from traceserve_runtime.runtimes import RUNTIMES
+from traceserve_runtime.tasks import TASKS
+from traceserve_runtime.tasks.contract import Request, Task
+from traceserve_runtime.tokenization import Encoded, Row, TextTokenizer
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the pipeline gives for a request, ready for JSON; `unseen` maps a field to the characters cut off it."""
+
+    value: Any
+    unseen: Dict[str, Tuple[int, int]] = field(default_factory=dict)
+
+
+class Engine:
+    """A loaded archive."""
+
+    def __init__(self, folder: Path, manifest: Manifest, task: Task, runner: Runner) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.task = task
+        self.runner = runner
+
+    @classmethod
+    def load(cls, folder: Path, device: str = "cpu") -> Engine:
+        """Read an archive's folder.
+
+        Raises InvalidManifest for a folder that is not what its manifest says, MissingPackage without a library.
+        """
+        manifest = Manifest.read(folder)
+        for value, table, what in ((manifest.task, TASKS, "task"), (manifest.save_mode, RUNTIMES, "save mode")):
+            if value not in table:
+                raise InvalidManifest(f"this runtime does not know the {what} {value!r}, but: {', '.join(table)}")
+        tokenizer = TextTokenizer(folder, manifest.tokenizer, manifest.max_length, manifest.max_rows)
+        task = TASKS[manifest.task](manifest, tokenizer)
+        return cls(folder, manifest, task, RUNTIMES[manifest.save_mode](manifest, folder, device))
+
+    def warm_up(self) -> None:
+        """Answer the task's sample, short, long and several at once, so that no client waits for first calls."""
+        sample = Request(self.task.sample, {"long_inputs": "truncate"})
+        text = self.task.fields[0].name
+        long = Request({**self.task.sample, text: " ".join([self.task.sample[text]] * self.manifest.max_length)}, sample.parameters)
+        for requests in ([sample], [sample] * 4, [long]):
+            for answer in self.answer(requests):
+                if isinstance(answer, TraceserveError):
+                    raise answer
+
+    def answer(
+        self, requests: Sequence[Request], stats: Optional[Stats] = None
+    ) -> List[Union[Answer, TraceserveError]]:
+        """One answer, or the error that is this request's own, for each request, in order; adds to `stats`."""
+        stats = Stats() if stats is None else stats
+        stats.requests += len(requests)
+        encoded = self._limit_groups(requests, self.task.encode(requests))
+        rows = [row for item in encoded if isinstance(item, Encoded) for row in item.rows]
+        outputs = iter(self._run(rows, stats))
+        answers: List[Union[Answer, TraceserveError]] = []
+        for request, item in zip(requests, encoded):
+            if isinstance(item, TraceserveError):
+                answers.append(item)
+            else:
+                answers.append(self._decode(request, item, [next(outputs) for _ in item.rows]))
+        return answers
+
+    def _limit_groups(
+        self, requests: Sequence[Request], encoded: List[Union[Encoded, TraceserveError]]
+    ) -> List[Union[Encoded, TraceserveError]]:
+        """Refuse each group whose requests together have more rows than one HTTP request may take."""
+        rows: Dict[Optional[int], int] = {}
+        for request, item in zip(requests, encoded):
+            rows[request.group] = rows.get(request.group, 0) + (len(item.rows) if isinstance(item, Encoded) else 0)
+        most = self.manifest.max_rows
+        refused = {
+            group: InputTooLong(f"the texts have {count:,} windows of this model together; one request may have {most:,}; send several")
+            for group, count in rows.items()
+            if group is not None and count > most
+        }
+        return [refused.get(request.group, item) for request, item in zip(requests, encoded)]
+
+    def _run(self, rows: List[Row], stats: Stats) -> List[Union[Arrays, TraceserveError]]:
+        """The outputs of each row, in order; a micro-batch that fails is run again row by row."""
+        outputs: List[Union[Arrays, TraceserveError, None]] = [None] * len(rows)
+        for batch in batching.plan([row.length for row in rows], self.manifest.shapes):
+            results: Sequence[Union[Arrays, TraceserveError]]
+            try:
+                results = self.task.predict(self.runner, [rows[i] for i in batch], stats)
+            except RuntimeError:
+                results = [self._run_alone(rows[i], stats) for i in batch]
+            for i, result in zip(batch, results):
+                outputs[i] = result
+        return outputs  # type: ignore[return-value]  # the plan covers every row
+
+    def _run_alone(self, row: Row, stats: Stats) -> Union[Arrays, TraceserveError]:
+        try:
+            return self.task.predict(self.runner, [row], stats)[0]
+        except RuntimeError as error:
+            failure = ModelFailure(f"the model failed on this input: {str(error).strip().splitlines()[-1:]}")
+            failure.__cause__ = error
+            return failure
+
+    def _decode(
+        self, request: Request, encoded: Encoded, outputs: Sequence[Union[Arrays, TraceserveError]]
+    ) -> Union[Answer, TraceserveError]:
+        arrays: List[Arrays] = []
+        for output in outputs:
+            if isinstance(output, TraceserveError):
+                return output
+            arrays.append(output)
+        try:
+            return Answer(self.task.answer(request, encoded.rows, arrays), encoded.unseen)
+        except TraceserveError as error:
+            return error

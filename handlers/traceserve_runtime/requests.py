@@ -1,0 +1,203 @@
+"""From what a client sent to requests, and from answers to what it gets: the edge where input is checked, once.
+
+A body is a text (text/plain, or a JSON string), an object, or a list of these. An object holds the task's fields
+(`{"text": ...}`), or `{"inputs": ..., "parameters": {...}}`, or `{"data": ...}`, whose value is again any of these.
+A form holds the same fields; the body that `curl -d TEXT` makes is a form whose only key is the text.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass
+from typing import Any, Iterable, List, Mapping, Optional, Tuple, Type, Union
+
+from traceserve_runtime.errors import InputTooLong, InvalidRequest
+from traceserve_runtime.tasks.contract import Request, Task
+
+# `target` names the class that the pytorch/serve example explains; its clients send it with every request.
+_UNUSED_FIELDS = ("target",)
+_LEGAL_BODIES = (
+    'send a text as text/plain, or JSON: a string, {"text": "..."}, {"inputs": ..., "parameters": {...}}, or a list'
+)
+
+
+@dataclass(frozen=True)
+class Body:
+    """What one HTTP request asks; `is_list` tells that it is answered with a list."""
+
+    requests: List[Request]
+    is_list: bool
+
+
+def parse(row: Mapping[str, Any], content_type: str, task: Type[Task], group: int, most: int) -> Body:
+    """The requests in one row of TorchServe's batch.
+
+    `row` holds `body`, or the fields of a form; `content_type` is the body's, "" if unknown; `group` numbers the row,
+    and `most` is the limit on its requests. Raises InvalidRequest or InputTooLong, which name the field.
+    """
+    value = _body(row, content_type) if "body" in row else _form(row, task)
+    try:
+        requests, is_list = _requests(value, task, group, "")
+    except RecursionError:
+        raise InvalidRequest("the body is nested too deeply") from None
+    if is_list and not requests:
+        raise InvalidRequest("the list is empty: it asks nothing")
+    if len(requests) > most:
+        raise InputTooLong(f"the list has {len(requests):,} texts; one request may have {most:,}; send several")
+    return Body(requests, is_list)
+
+
+def _body(row: Mapping[str, Any], content_type: str) -> Any:
+    value = row["body"]
+    if not isinstance(value, (bytes, bytearray)):
+        return value  # TorchServe has parsed JSON and decoded text
+    text = _decode(value, "body")
+    if not text:
+        raise InvalidRequest(f"the body is empty; {_LEGAL_BODIES}")
+    if "json" in content_type:
+        return _json(text)
+    if content_type.startswith("text/"):
+        return text
+    return _guess(text)
+
+
+def _form(row: Mapping[str, Any], task: Type[Task]) -> Any:
+    """The fields of a form; or the body of `curl -d BODY`, which the frontend takes for a form."""
+    if not row:
+        raise InvalidRequest(f"the body is empty; {_LEGAL_BODIES}")
+    fields = {str(key): _decode(value, str(key)) for key, value in row.items()}
+    known = {"data", "inputs", "parameters", *_UNUSED_FIELDS, *(field.name for field in task.fields)}
+    if known & set(fields):
+        return {key: _json(value, key) if key == "parameters" else value for key, value in fields.items()}
+    body = "&".join(key + ("=" + value if value else "") for key, value in fields.items())
+    if body.lstrip()[:1] in ("{", "[", '"'):
+        return _guess(body)
+    if len(fields) == 1 and not next(iter(fields.values())):
+        return body
+    raise InvalidRequest(
+        f"the form has none of the fields {_names(field.name for field in task.fields)}; a text with & or = is sent by "
+        "curl -H 'Content-Type: text/plain' --data-binary TEXT, or as JSON by curl -H 'Content-Type: application/json'"
+    )
+
+
+def _guess(text: str) -> Any:
+    """JSON where it is, else text: for a body whose content type is unknown."""
+    if text.lstrip()[:1] not in ("{", "[", '"'):
+        return text
+    try:
+        return _json(text)
+    except InvalidRequest:
+        if text.lstrip()[0] == "{":
+            raise
+        return text
+
+
+def _json(text: str, field: str = "body") -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = error if isinstance(error, ValueError) else "it is nested too deeply"
+        raise InvalidRequest(f"the {field} is not valid JSON: {reason}", field) from None
+
+
+def _decode(value: Any, field: str) -> str:
+    if isinstance(value, str):
+        return value
+    try:
+        return bytes(value).decode("utf-8")
+    except (UnicodeDecodeError, TypeError) as error:
+        at = f" at byte {error.start}" if isinstance(error, UnicodeDecodeError) else ""
+        raise InvalidRequest(f"the {field} is not UTF-8 text{at}", field) from None
+
+
+def _requests(value: Any, task: Type[Task], group: int, where: str) -> Tuple[List[Request], bool]:
+    if isinstance(value, list):
+        items = [_requests(item, task, group, f"{where}[{i}]") for i, item in enumerate(value)]
+        for i, (_, is_list) in enumerate(items):
+            if is_list:
+                raise InvalidRequest("a list holds texts and objects, not lists", f"{where}[{i}]")
+        return [request for requests, _ in items for request in requests], True
+    if isinstance(value, str):
+        return [Request(_fields({task.fields[0].name: value}, task, where), {}, group)], False
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"{_kind(value)} is not a request; {_LEGAL_BODIES}", where or None)
+    envelope = next((key for key in ("inputs", "data") if key in value), None)
+    if envelope is None:
+        parameters = _parameters(value.get("parameters", {}), task, where)
+        fields = {key: item for key, item in value.items() if key not in ("parameters", *_UNUSED_FIELDS)}
+        return [Request(_fields(fields, task, where), parameters, group)], False
+    return _enveloped(value, envelope, task, group, where)
+
+
+def _enveloped(
+    value: Mapping[str, Any], envelope: str, task: Type[Task], group: int, where: str
+) -> Tuple[List[Request], bool]:
+    """The requests of `{"inputs": ..., "parameters": {...}}` or `{"data": ...}`; the parameters hold for each."""
+    for key in value:
+        if key not in (envelope, "parameters", *_UNUSED_FIELDS):
+            raise InvalidRequest(f'"{key}" cannot stand beside "{envelope}"', _path(where, key))
+    parameters = _parameters(value.get("parameters", {}), task, where)
+    inner, is_list = _requests(value[envelope], task, group, _path(where, envelope))
+    return [Request(r.inputs, {**parameters, **r.parameters}, group) for r in inner], is_list
+
+
+def _fields(fields: Mapping[str, Any], task: Type[Task], where: str) -> Mapping[str, str]:
+    known = [field.name for field in task.fields]
+    for key, value in fields.items():
+        if key in (parameter.name for parameter in task.all_parameters()):
+            raise InvalidRequest(f'"{key}" is a parameter: send it as "parameters": {{"{key}": ...}}', _path(where, key))
+        if key not in known:
+            raise InvalidRequest(f'unknown field "{_short(key)}"{_nearest(key, known)}; {_names(known)} are known', _path(where, key))
+        if not isinstance(value, str):
+            raise InvalidRequest(f'"{key}" should be a string, not {_kind(value)}', _path(where, key))
+        _check_text(value, _path(where, key))
+    for field in task.fields:
+        if field.required and field.name not in fields:
+            raise InvalidRequest(f'"{field.name}" is missing: {field.description}', _path(where, field.name))
+    return fields
+
+
+def _check_text(text: str, where: str) -> None:
+    if "\0" in text:
+        raise InvalidRequest("the text holds a null character", where)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(f"the text holds half a surrogate pair at character {error.start}", where) from None
+
+
+def _parameters(parameters: Any, task: Type[Task], where: str) -> Mapping[str, Any]:
+    path = _path(where, "parameters")
+    if not isinstance(parameters, dict):
+        raise InvalidRequest(f'"parameters" should be an object, not {_kind(parameters)}', path)
+    known = {parameter.name: parameter for parameter in task.all_parameters()}
+    for key, value in parameters.items():
+        if key not in known:
+            raise InvalidRequest(f'unknown parameter "{_short(key)}"{_nearest(key, known)}; {_names(known)} are known', _path(path, key))
+        if not known[key].accepts(value):
+            raise InvalidRequest(f'"{key}" should be {known[key].legal}, not {_short(json.dumps(value))}', _path(path, key))
+    return parameters
+
+
+def _path(where: str, key: str) -> str:
+    return f"{where}.{_short(key)}" if where else _short(key)
+
+
+def _short(text: str) -> str:
+    """What a client sent, short enough and plain enough to be told back."""
+    return "".join(c if c.isprintable() else "?" for c in text[:40]) + ("..." if len(text) > 40 else "")
+
+
+def _nearest(key: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(key, list(known), n=1)
+    return f' (did you mean "{near[0]}"?)' if near else ""
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(f'"{name}"' for name in names)
+
+
+def _kind(value: Any) -> str:
+    kinds = {bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object", str: "a string"}
+    return "null" if value is None else kinds.get(type(value), "binary data")

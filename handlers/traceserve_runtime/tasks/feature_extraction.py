@@ -1,0 +1,61 @@
+"""Feature extraction: a text to the vectors of its tokens, or to one vector."""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Dict, Sequence
+
+import numpy as np
+
+from traceserve_runtime.batching import Arrays
+from traceserve_runtime.tasks.contract import Field, Output, Parameter, Request, Task, average, only_whole
+from traceserve_runtime.tokenization import Row
+
+# One row's last hidden state, (length, hidden), to one vector, (hidden).
+POOLINGS: Dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "cls": lambda hidden: hidden[0],
+    "mean": lambda hidden: hidden.mean(axis=0),
+}
+
+
+class FeatureExtraction(Task):
+    """Without pooling a nested list of shape (1, length, hidden), as the pipeline gives; with it a list (hidden).
+
+    Several windows of one text are pooled each and then averaged; without pooling they cannot be merged.
+    """
+
+    name = "feature_extraction"
+    auto_model = "AutoModel"
+    pipeline = "feature-extraction"
+    fields = (
+        Field("text", True, "the text"),
+        Field("text_pair", False, "the second text, for a model of text pairs"),
+    )
+    outputs = (Output("last_hidden_state", per_token=True),)
+    parameters = (
+        Parameter("pooling", str, "from the vectors of the tokens to one vector", ("none", *POOLINGS)),
+        Parameter("normalize", bool, "scale each vector to length 1"),
+    )
+    sample = {"text": "A small boat crosses the bay at sunrise."}
+
+    def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Any:
+        pooling = self.parameter(request, "pooling")
+        if pooling == "none":
+            only_whole(
+                rows,
+                f"the text has {len(rows)} windows, whose token vectors cannot be merged; ask for a pooling (cls, mean), "
+                'or for "long_inputs": "truncate"',
+            )
+            vectors = outputs[0]["last_hidden_state"]
+        else:
+            pool = POOLINGS[pooling]
+            vectors = average([pool(output["last_hidden_state"]) for output in outputs], rows)
+        if self.parameter(request, "normalize"):
+            # As torch.nn.functional.normalize does, with its epsilon.
+            vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+        return [vectors.tolist()] if pooling == "none" else vectors.tolist()
+
+    def same(self, answer: Any, other: Any) -> bool:
+        """A cosine above 0.999 for every vector."""
+        one, two = (np.atleast_2d(np.squeeze(np.asarray(a, dtype=np.float64))) for a in (answer, other))
+        norms = np.linalg.norm(one, axis=-1) * np.linalg.norm(two, axis=-1)
+        return one.shape == two.shape and bool(np.all((one * two).sum(axis=-1) > 0.999 * norms))

@@ -1,0 +1,71 @@
+"""Sequence classification: a text, or a pair of texts, to labels with scores."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Callable, Dict, Sequence
+
+import numpy as np
+
+from traceserve_runtime.batching import Arrays
+from traceserve_runtime.tasks.contract import Field, Output, Parameter, Request, Task, average
+from traceserve_runtime.tokenization import Row
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    exponents = np.exp(logits - np.max(logits, axis=-1, keepdims=True))
+    return np.asarray(exponents / exponents.sum(axis=-1, keepdims=True))
+
+
+def _sigmoid(logits: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):  # exp of a large number is infinite, and its inverse 0, as it should be
+        return np.asarray(1.0 / (1.0 + np.exp(-logits)))
+
+
+def _none(logits: np.ndarray) -> np.ndarray:
+    return logits
+
+
+FUNCTIONS: Dict[str, Callable[[np.ndarray], np.ndarray]] = {"softmax": _softmax, "sigmoid": _sigmoid, "none": _none}
+
+
+class SequenceClassification(Task):
+    """`{"label", "score"}` of the best label, or with `top_k` a list of them, best first.
+
+    Several windows of one text are answered by the mean of their scores.
+    """
+
+    name = "sequence_classification"
+    auto_model = "AutoModelForSequenceClassification"
+    pipeline = "text-classification"
+    fields = (
+        Field("text", True, "the text to classify"),
+        Field("text_pair", False, "the second text, for a model of text pairs"),
+    )
+    outputs = (Output("logits", per_token=False),)
+    parameters = (
+        Parameter(
+            "top_k", int, "answer with a list of this many labels, best first; null: with all labels", nullable=True
+        ),
+        Parameter("function_to_apply", str, "from the model's output to scores", tuple(FUNCTIONS)),
+    )
+    labelled = True
+    gate_parameters = {"top_k": None}
+    sample = {"text": "The parcel arrived, but the box was open and a cup is missing."}
+
+    def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Any:
+        function = FUNCTIONS[self.parameter(request, "function_to_apply")]
+        scores = average([function(output["logits"]) for output in outputs], rows)
+        labels = self.manifest.labels
+        if "top_k" not in request.parameters:
+            best = int(scores.argmax())
+            return {"label": labels[best], "score": float(scores[best])}
+        ranked = np.argsort(-scores, kind="stable")[: request.parameters["top_k"]]
+        return [{"label": labels[i], "score": float(scores[i])} for i in ranked]
+
+    def same(self, answer: Any, other: Any) -> bool:
+        """The same best label and the same labels above 0.5; for a regression, values within a hundredth."""
+        if len(self.manifest.labels) == 1:
+            return math.isclose(answer[0]["score"], other[0]["score"], rel_tol=1e-2, abs_tol=1e-3)
+        accepted = [{item["label"] for item in ranked if item["score"] > 0.5} for ranked in (answer, other)]
+        return bool(answer[0]["label"] == other[0]["label"] and accepted[0] == accepted[1])

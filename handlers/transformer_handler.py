@@ -1,0 +1,151 @@
+"""What TorchServe loads: the adapter between TorchServe and the engine.
+
+TorchServe gives a batch of rows and wants a list as long, where each row has a status of its own. The handler does
+not inherit TorchServe's BaseHandler, whose import takes seconds and which chooses devices by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+
+if TYPE_CHECKING:
+    from traceserve_runtime.batching import Stats
+    from traceserve_runtime.engine import Answer, Engine
+    from traceserve_runtime.errors import TraceserveError
+    from traceserve_runtime.requests import Body
+
+logger = logging.getLogger(__name__)
+
+TRUNCATED_HEADER = "X-Truncated"
+
+
+class TransformerHandler:
+    """TorchServe calls `initialize` once and `handle` for every batch. (The file must define exactly one class.)"""
+
+    def __init__(self) -> None:
+        self.engine: Optional[Engine] = None
+
+    def initialize(self, context: Any) -> None:
+        """Load the archive; a RuntimeError's message is what TorchServe reports.
+
+        The imports stand here because TorchServe masks an ImportError of the handler's file.
+        """
+        try:
+            from traceserve_runtime.engine import Engine
+        except ImportError as error:
+            raise RuntimeError(f"the worker's Python lacks a package that this archive needs: {error}") from error
+        properties = context.system_properties
+        gpu = properties.get("gpu_id")
+        try:
+            self.engine = Engine.load(Path(properties["model_dir"]), "cpu" if gpu is None else f"cuda:{gpu}")
+            self.engine.warm_up()
+        except (RuntimeError, MemoryError):
+            raise
+        except Exception as error:  # an outer edge: anything else kills the worker without a reason
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error
+        manifest = self.engine.manifest
+        logger.info("traceserve loaded %s: %s, %s", manifest.name, manifest.task, manifest.save_mode)
+
+    def handle(self, rows: Optional[Sequence[Mapping[str, Any]]], context: Any) -> List[bytes]:
+        """One JSON document, bytes, for each row; the status of each is set in `context`."""
+        from traceserve_runtime.batching import Stats
+        from traceserve_runtime.errors import TraceserveError
+
+        stats = Stats()
+        try:
+            bodies = [self._parse(row, i, context) for i, row in enumerate(rows or [])]
+            results = self._answer(bodies, stats)
+        except Exception as error:  # an outer edge: what escapes fails with TorchServe's own words
+            # Not the error's own message: it may hold a client's text.
+            where = "".join(traceback.format_tb(error.__traceback__))
+            logger.error("traceserve: %s in a batch of %d\n%s", type(error).__name__, len(rows or []), where)
+            failure = TraceserveError("an unexpected error in the worker; its log has the details")
+            results = [failure] * len(rows or [])
+        self._report(stats, context)
+        return [_respond(i, result, context) for i, result in enumerate(results)]
+
+    def _parse(self, row: Mapping[str, Any], index: int, context: Any) -> Union[Body, TraceserveError]:
+        from traceserve_runtime.errors import TraceserveError
+        from traceserve_runtime.requests import parse
+
+        assert self.engine is not None
+        try:
+            content_type = _content_type(context, index)
+            return parse(row, content_type, type(self.engine.task), index, self.engine.manifest.max_rows)
+        except TraceserveError as error:
+            return error
+
+    def _answer(
+        self, bodies: Sequence[Union[Body, TraceserveError]], stats: Stats
+    ) -> List[Union[Tuple[Any, List[Answer]], TraceserveError]]:
+        """For each body its answers, as (value, answers), or its first error."""
+        from traceserve_runtime.errors import TraceserveError
+
+        assert self.engine is not None
+        requests = [r for body in bodies if not isinstance(body, TraceserveError) for r in body.requests]
+        answers = iter(self.engine.answer(requests, stats))
+        results: List[Union[Tuple[Any, List[Answer]], TraceserveError]] = []
+        for body in bodies:
+            if isinstance(body, TraceserveError):
+                results.append(body)
+                continue
+            own = [next(answers) for _ in body.requests]
+            error = next(((i, a) for i, a in enumerate(own) if isinstance(a, TraceserveError)), None)
+            if error is None:
+                values = [_noted(answer) for answer in own]  # type: ignore[arg-type]  # no error is among them
+                results.append((values if body.is_list else values[0], own))  # type: ignore[arg-type]
+            else:
+                results.append(_at(error[1], error[0]) if body.is_list else error[1])  # type: ignore[arg-type]
+        return results
+
+    def _report(self, stats: Stats, context: Any) -> None:
+        metrics = getattr(context, "metrics", None)
+        if metrics is None or not stats.micro_batches:
+            return
+        metrics.add_counter("TraceserveRequests", stats.requests)
+        metrics.add_counter("TraceserveTokens", stats.tokens)
+        metrics.add_counter("TraceserveWindows", stats.rows)
+        metrics.add_counter("TraceserveMicroBatches", stats.micro_batches)
+        metrics.add_percent("TraceservePaddingShare", round(100 * stats.padding_share, 1))
+        metrics.add_time("TraceserveModelTime", round(1000 * stats.model_seconds, 2))
+
+
+def _content_type(context: Any, index: int) -> str:
+    """The body's content type in lower case, "" where there is none."""
+    headers: Dict[str, Any] = context.get_all_request_header(index) or {}
+    own = headers.get("body")  # TorchServe's record of this part of the request
+    if isinstance(own, dict):
+        return str(own.get("content-type") or "").lower()
+    return str(next((v for k, v in headers.items() if k.lower() == "content-type"), "")).lower()
+
+
+def _noted(answer: Answer) -> Any:
+    """The answer's value; where its dictionaries have room, with the characters that the model never saw."""
+    if not answer.unseen:
+        return answer.value
+    note = {"truncated": answer.unseen}
+    if isinstance(answer.value, dict):
+        return {**answer.value, **note}
+    return [{**item, **note} if isinstance(item, dict) else item for item in answer.value]
+
+
+def _at(error: TraceserveError, index: int) -> TraceserveError:
+    return type(error)(error.message, f"[{index}]" + (f".{error.field}" if error.field else ""))
+
+
+def _respond(index: int, result: Any, context: Any) -> bytes:
+    """Set the row's status and headers; gives its body."""
+    context.set_response_header(index, "content-type", "application/json")
+    if isinstance(result, tuple):
+        value, answers = result
+        unseen = {i: answer.unseen for i, answer in enumerate(answers) if answer.unseen}
+        if unseen:
+            context.set_response_header(index, TRUNCATED_HEADER, json.dumps(unseen))
+    else:
+        value = result.to_json()
+        context.set_response_status(result.status, result.phrase, index)
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8")

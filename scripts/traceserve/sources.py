@@ -1,0 +1,135 @@
+"""model_name to a local checkpoint: a hub id, a folder, a place in an installed package, or the demo."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional
+
+from traceserve.config import SetupConfig
+from traceserve.errors import SourceError
+from traceserve_runtime.manifest import Source, sha256
+
+# What a checkpoint is made of, and what a hub may hold beside it for other libraries.
+_SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*/config.json"]
+_SAFETENSORS = ["*.safetensors"]
+_PICKLES = ["pytorch_model*.bin"]
+_CODE = ["*.py"]
+_NOT_NEEDED = ["onnx/*", "openvino/*", "*.onnx", "*/model*.safetensors"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder in the layout of Hugging Face, and where it came from."""
+
+    folder: Path
+    kind: str
+    revision: Optional[str] = None
+    note: Optional[str] = None  # what the user should know of it
+
+    @property
+    def pickled(self) -> bool:
+        """Whether its weights are only there as a pickle."""
+        return not any(self.folder.glob("*.safetensors"))
+
+    def read_json(self, name: str) -> Any:
+        """A JSON file of the checkpoint, or None where it has none."""
+        path = self.folder / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def source(self, config: SetupConfig) -> Source:
+        """What the manifest records: name, revision, and the SHA-256 of each file that a model may be read from."""
+        patterns = _SMALL_FILES + (_PICKLES if self.pickled else _SAFETENSORS)
+        patterns += _CODE if config.trust_remote_code else []
+        files = sorted({path for pattern in patterns for path in self.folder.glob(pattern) if path.is_file()})
+        return Source(
+            name=config.model_name,
+            kind=self.kind,
+            library=config.library,
+            revision=self.revision,
+            trust_remote_code=config.trust_remote_code,
+            files={path.relative_to(self.folder).as_posix(): sha256(path) for path in files},
+        )
+
+
+def fetch(config: SetupConfig, config_folder: Path) -> Checkpoint:
+    """The checkpoint that `config` names, downloaded if need be; raises SourceError."""
+    scheme, colon, rest = config.model_name.partition(":")
+    if colon and scheme in SCHEMES:
+        checkpoint = SCHEMES[scheme](rest)
+    else:
+        folder = (config_folder / config.model_name).expanduser()
+        checkpoint = Checkpoint(folder.resolve(), "folder") if folder.is_dir() else _from_hub(config, folder)
+    if checkpoint.kind != "hub" and config.revision is not None:
+        raise SourceError(f"revision is for a model of the hub, but {config.model_name} is a {checkpoint.kind}")
+    return _checked(checkpoint, config)
+
+
+def _from_package(place: str) -> Checkpoint:
+    module, _, path = place.partition("/")
+    spec = importlib.util.find_spec(module) if module.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise SourceError(f"package:{place}: no package {module} is installed; pip install it, or check the name")
+    folder = Path(list(spec.submodule_search_locations)[0]) / path
+    if not folder.is_dir():
+        raise SourceError(f"package:{place}: the package {module} has no folder {path}")
+    return Checkpoint(folder, "package")
+
+
+def _from_demo(name: str) -> Checkpoint:
+    from traceserve import demo
+
+    fitted = demo.fit(name)
+    note = f"fitted on {fitted.trained} sentences; accuracy on {fitted.held_out} held-out ones: {fitted.accuracy:.3f}"
+    return Checkpoint(fitted.folder, "demo", note=note)
+
+
+SCHEMES: Dict[str, Callable[[str], Checkpoint]] = {"package": _from_package, "demo": _from_demo}
+
+
+def _from_hub(config: SetupConfig, folder: Path) -> Checkpoint:
+    """A snapshot of the hub's repository; its folder is called as the commit that the revision stands for."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    def download(patterns: List[str]) -> Path:
+        return Path(
+            snapshot_download(
+                config.model_name, revision=config.revision, allow_patterns=patterns, ignore_patterns=_NOT_NEEDED
+            )
+        )
+
+    code = _CODE if config.trust_remote_code else []
+    what = f"{config.model_name}" + (f" at revision {config.revision}" if config.revision else "")
+    try:
+        snapshot = download(_SMALL_FILES + _SAFETENSORS + code)
+        if not any(snapshot.glob("*.safetensors")):
+            download(_PICKLES)
+    except HFValidationError:
+        raise SourceError(f"{what} is neither a folder ({folder} does not exist) nor a valid hub id") from None
+    except RevisionNotFoundError:
+        raise SourceError(f"the hub has no revision {config.revision} of {config.model_name}") from None
+    except RepositoryNotFoundError:
+        raise SourceError(
+            f"{what} is neither a folder ({folder} does not exist) nor a model of the hub; a private model needs "
+            "`hf auth login` or HF_TOKEN"
+        ) from None
+    except LocalEntryNotFoundError as error:
+        raise SourceError(
+            f"{what} is not a folder ({folder} does not exist), not in the hub's cache, and the hub cannot be reached "
+            "(or HF_HUB_OFFLINE is set): download it once while online, or name a folder"
+        ) from error
+    except OSError as error:
+        raise SourceError(f"{what} could not be downloaded: {error}") from error
+    return Checkpoint(snapshot, "hub", snapshot.name)
+
+
+def _checked(checkpoint: Checkpoint, config: SetupConfig) -> Checkpoint:
+    folder = checkpoint.folder
+    if not (folder / "config.json").is_file():
+        raise SourceError(f"{config.model_name}: {folder} has no config.json, so it is no checkpoint of transformers")
+    if not any(path for pattern in _SAFETENSORS + _PICKLES for path in folder.glob(pattern)):
+        raise SourceError(f"{config.model_name}: {folder} has no weights (*.safetensors or pytorch_model.bin)")
+    return checkpoint

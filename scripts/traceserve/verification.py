@@ -1,0 +1,231 @@
+"""The gate: the original against the artifact, as the worker reads it; and the receipt.
+
+Two questions, each on real sentences. Of the model: do its outputs equal the original's on a grid of batch sizes and
+lengths, padded and not? Of the whole: does the engine, text in and answer out, answer as the original does? The
+original runs each row alone, without padding, in float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+
+from traceserve.loading import Original
+from traceserve_runtime import batching
+from traceserve_runtime.batching import Arrays, Stats
+from traceserve_runtime.engine import Engine
+from traceserve_runtime.errors import TraceserveError
+from traceserve_runtime.manifest import Manifest
+from traceserve_runtime.tasks.contract import Request
+from traceserve_runtime.tokenization import Encoded, Row, Segments, TextTokenizer
+
+
+class Limit(NamedTuple):
+    """What is allowed of a dtype: the largest difference of an output, relative to its largest value where that is
+    above 1; and the share of answers that change."""
+
+    difference: float
+    changed: float
+
+
+LIMITS = {"float32": Limit(1e-4, 0.0)}
+BATCHES = (1, 2, 5)
+
+Progress = Callable[[str, int, int], None]  # what is being done, how many steps of how many are done
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One place of the grid and the largest difference found there, relative as Limit says."""
+
+    batch: int
+    length: int
+    padded: bool
+    output: str
+    difference: float
+
+
+@dataclass
+class Findings:
+    """What the gate found."""
+
+    limit: Limit
+    cells: List[Cell] = field(default_factory=list)
+    answers: int = 0
+    changed: List[int] = field(default_factory=list)  # of the samples
+    tokenized_otherwise: List[int] = field(default_factory=list)  # of the samples
+    failure: Optional[str] = None  # why the artifact could not be run at all
+
+    @property
+    def failed(self) -> List[Cell]:
+        """The cells over the limit; a difference that is no number is over it too."""
+        return [cell for cell in self.cells if not cell.difference <= self.limit.difference]
+
+    @property
+    def passed(self) -> bool:
+        """Whether the artifact answers as the original does."""
+        too_many = len(self.changed) > self.limit.changed * self.answers
+        return not (self.failure or self.failed or self.tokenized_otherwise or too_many)
+
+    @property
+    def largest_difference(self) -> float:
+        """Over all cells, relative as Limit says."""
+        return max((cell.difference for cell in self.cells), default=0.0)
+
+    def receipt(self) -> Dict[str, Any]:
+        """What the manifest records."""
+        return {
+            "passed": self.passed,
+            "limits": self.limit._asdict(),
+            "cells": len(self.cells),
+            "batches": sorted({cell.batch for cell in self.cells}),
+            "lengths": sorted({cell.length for cell in self.cells}),
+            "largest_difference": self.largest_difference,
+            "answers": self.answers,
+            "answers_changed": len(self.changed),
+        }
+
+
+def verify(folder: Path, original: Original, samples: Sequence[Request], progress: Progress) -> Findings:
+    """Compare the artifact in `folder` with the original on `samples`."""
+    engine = Engine.load(folder)
+    findings = Findings(LIMITS[engine.manifest.dtype])
+    try:
+        engine.warm_up()  # before anything is compared: what an executor optimises after its first runs is compared too
+        _compare_outputs(engine, original, samples, findings, progress)
+        _compare_answers(engine, original, samples, findings, progress)
+    except RuntimeError as error:
+        lines = [line for line in str(error).strip().splitlines() if line.strip()]
+        findings.failure = lines[-1] if lines else type(error).__name__
+    return findings
+
+
+def run_original(original: Original, row: Row, outputs: Sequence[str]) -> Arrays:
+    """The original's outputs for one row alone, without padding: each as the row has it, without the batch."""
+    import torch
+
+    columns = {
+        "input_ids": row.encoding.ids,
+        "attention_mask": [1] * row.length,
+        "token_type_ids": row.encoding.type_ids,
+    }
+    with torch.no_grad():
+        result = original.model(**{name: torch.tensor([columns[name]]) for name in original.inputs})
+    return {name: result[name][0].float().numpy() for name in outputs}
+
+
+def _compare_outputs(
+    engine: Engine, original: Original, samples: Sequence[Request], findings: Findings, progress: Progress
+) -> None:
+    manifest = engine.manifest
+    rows = _Rows(engine, samples)
+    expected: Dict[Tuple[int, int], Arrays] = {}
+    per_token = [output.name for output in engine.task.outputs if output.per_token]
+    grid = list(_grid(manifest))
+    for step, (batch, length, padded) in enumerate(grid):
+        progress("comparing outputs", step, len(grid))
+        keys = [(row_length, i) for i, row_length in enumerate(_row_lengths(manifest, batch, length, padded))]
+        for key in keys:
+            if key not in expected:
+                expected[key] = run_original(original, rows.get(*key), manifest.outputs)
+        got = batching.run(engine.runner, [rows.get(*key) for key in keys], manifest, per_token, Stats())
+        for output in manifest.outputs:
+            differences = [_difference(one[output], expected[key][output]) for one, key in zip(got, keys)]
+            findings.cells.append(Cell(batch, length, padded, output, max(differences)))
+    progress("comparing outputs", len(grid), len(grid))
+
+
+def _grid(manifest: Manifest) -> Iterator[Tuple[int, int, bool]]:
+    """Batch, length, padded: every allowed length, or a spread of them; batches up to what is allowed."""
+    most = manifest.max_length
+    lengths = manifest.shapes.lengths or sorted({max(3, most // 16), max(3, most // 4), most // 2, most - 1, most})
+    most_rows = max(manifest.shapes.batches or BATCHES)
+    for length in lengths:
+        for batch in BATCHES:
+            if batch <= most_rows:
+                yield batch, length, False
+                if batch > 1 or manifest.shapes.lengths is not None:
+                    yield batch, length, True
+
+
+def _row_lengths(manifest: Manifest, batch: int, length: int, padded: bool) -> List[int]:
+    """The lengths of the rows of one cell: all `length`; or, padded, shorter ones that run at `length` too."""
+    if not padded:
+        return [length] * batch
+    below = max([n for n in manifest.shapes.lengths or () if n < length], default=2)  # runs at a smaller shape
+    shorter = [max(below + 1, length * share // 6) for share in (4, 2, 3)]
+    # Where any length is allowed, one whole row gives the cell its length.
+    whole = 1 if manifest.shapes.lengths is None else 0
+    return [length] * whole + [shorter[i % 3] for i in range(batch - whole)]
+
+
+class _Rows:
+    """Rows of an exact length, each from another place in the samples' texts, laid end to end."""
+
+    def __init__(self, engine: Engine, samples: Sequence[Request]) -> None:
+        field = engine.task.fields[0].name
+        self._engine = engine
+        self._texts = [sample.inputs[field] for sample in samples]
+        self._tokenizers: Dict[int, TextTokenizer] = {}
+
+    def get(self, length: int, index: int) -> Row:
+        """Row number `index`, 0 to the largest batch, of `length` tokens."""
+        manifest = self._engine.manifest
+        if length not in self._tokenizers:
+            tokenizer = TextTokenizer(self._engine.folder, manifest.tokenizer, length, max_rows=1_000_000)
+            self._tokenizers[length] = tokenizer
+        start = index * len(self._texts) // max(BATCHES)
+        text = " ".join(self._texts[start:] + self._texts[:start])[: 64 * length]
+        text = " ".join([text] * (length // max(1, len(text.split())) + 2))
+        encoded = self._tokenizers[length].encode([Segments(text)], ["truncate"])[0]
+        if isinstance(encoded, TraceserveError):
+            raise encoded
+        return encoded.rows[0]
+
+
+def _difference(got: np.ndarray, expected: np.ndarray) -> float:
+    """The largest absolute difference, divided by the largest expected value where that is above 1."""
+    if got.shape != expected.shape:
+        return float("inf")
+    return float(np.abs(got - expected).max() / max(1.0, float(np.abs(expected).max()))) if got.size else 0.0
+
+
+def _compare_answers(
+    engine: Engine, original: Original, samples: Sequence[Request], findings: Findings, progress: Progress
+) -> None:
+    """The engine's answers, all samples at once, with the answers that the original's outputs decode to."""
+    answers = engine.answer(samples)
+    encoded = engine.task.encode(samples)
+    for i, (sample, item, answer) in enumerate(zip(samples, encoded, answers)):
+        progress("comparing answers", i, len(samples))
+        if isinstance(item, TraceserveError):
+            continue  # a sample that this model refuses, as its own setting says
+        findings.answers += 1
+        if not _tokenized_alike(original, sample, item, engine):
+            findings.tokenized_otherwise.append(i)
+        outputs = [run_original(original, row, engine.manifest.outputs) for row in item.rows]
+        try:
+            expected = engine.task.answer(sample, item.rows, outputs)
+        except TraceserveError as error:
+            changed = type(answer) is not type(error)
+        else:
+            changed = isinstance(answer, TraceserveError) or not engine.task.same(answer.value, expected)
+        if changed:
+            findings.changed.append(i)
+    progress("comparing answers", len(samples), len(samples))
+
+
+def _tokenized_alike(original: Original, sample: Request, encoded: Encoded, engine: Engine) -> bool:
+    """Whether transformers' tokenizer gives the same row; a text of several windows is compared by its token count."""
+    texts = [sample.inputs[field.name] for field in engine.task.fields if field.name in sample.inputs]
+    expected = original.tokenizer(*texts, truncation=False, padding=False, verbose=False)
+    if len(encoded.rows) > 1 or encoded.unseen:
+        special = original.tokenizer.num_special_tokens_to_add(pair=len(texts) > 1)
+        enough = sum(row.tokens for row in encoded.rows) >= len(expected["input_ids"]) - special
+        return enough or bool(encoded.unseen)
+    encoding = encoded.rows[0].encoding
+    columns = {"input_ids": encoding.ids, "token_type_ids": encoding.type_ids}
+    return all(expected[name] == columns[name] for name in original.inputs if name in columns and name in expected)

