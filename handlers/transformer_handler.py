@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from traceserve_runtime.batching import Stats
     from traceserve_runtime.engine import Answer, Engine
     from traceserve_runtime.errors import TraceserveError
-    from traceserve_runtime.requests import Body
+    from traceserve_runtime.requests import Body, Headers
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +74,7 @@ class TransformerHandler:
 
         assert self.engine is not None
         try:
-            content_type = _content_type(context, index)
-            return parse(row, content_type, type(self.engine.task), index, self.engine.manifest.max_rows)
+            return parse(row, _headers(context, index), type(self.engine.task), index, self.engine.manifest.max_rows)
         except TraceserveError as error:
             return error
 
@@ -114,13 +113,14 @@ class TransformerHandler:
         metrics.add_time("TraceserveModelTime", round(1000 * stats.model_seconds, 2))
 
 
-def _content_type(context: Any, index: int) -> str:
-    """The body's content type in lower case, "" where there is none."""
-    headers: Dict[str, Any] = context.get_all_request_header(index) or {}
-    own = headers.get("body")  # TorchServe's record of this part of the request
-    if isinstance(own, dict):
-        return str(own.get("content-type") or "").lower()
-    return str(next((v for k, v in headers.items() if k.lower() == "content-type"), "")).lower()
+def _headers(context: Any, index: int) -> Headers:
+    from traceserve_runtime.requests import Headers
+
+    sent: Dict[str, Any] = {k.lower(): v for k, v in (context.get_all_request_header(index) or {}).items()}
+    own = sent.get("body")  # TorchServe's record of this part of the request
+    content_type = own.get("content-type") if isinstance(own, dict) else sent.get("content-type")
+    length = str(sent.get("content-length", ""))
+    return Headers(str(content_type or "").lower(), int(length) if length.isdigit() else None)
 
 
 def _noted(answer: Answer) -> Any:

@@ -2,7 +2,9 @@
 
 A body is a text (text/plain, or a JSON string), an object, or a list of these. An object holds the task's fields
 (`{"text": ...}`), or `{"inputs": ..., "parameters": {...}}`, or `{"data": ...}`, whose value is again any of these.
-A form holds the same fields; the body that `curl -d TEXT` makes is a form whose only key is the text.
+A form holds the same fields; a form whose only key has no value is a text. (`curl -d TEXT` makes such forms. Of the text
+in one, TorchServe's frontend forwards only what stands before a = or &: the rest of it never reaches the worker, and
+what did is refused then. See `_is_whole`.)
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import difflib
 import json
 from dataclasses import dataclass
-from typing import Any, Iterable, List, Mapping, Optional, Tuple, Type, Union
+from typing import Any, Iterable, List, Mapping, NamedTuple, Optional, Tuple, Type, Union
 
 from traceserve_runtime.errors import InputTooLong, InvalidRequest
 from traceserve_runtime.tasks.contract import Request, Task
@@ -22,6 +24,19 @@ _LEGAL_BODIES = (
 )
 
 
+_NOT_A_FORM = (
+    "send a text by curl -H 'Content-Type: text/plain' --data-binary TEXT, or JSON by curl -H 'Content-Type: "
+    "application/json' -d JSON"
+)
+
+
+class Headers(NamedTuple):
+    """What is read of a request's headers: the content type in lower case ("": unknown), and the body's length."""
+
+    content_type: str = ""
+    content_length: Optional[int] = None
+
+
 @dataclass(frozen=True)
 class Body:
     """What one HTTP request asks; `is_list` tells that it is answered with a list."""
@@ -30,13 +45,13 @@ class Body:
     is_list: bool
 
 
-def parse(row: Mapping[str, Any], content_type: str, task: Type[Task], group: int, most: int) -> Body:
+def parse(row: Mapping[str, Any], headers: Headers, task: Type[Task], group: int, most: int) -> Body:
     """The requests in one row of TorchServe's batch.
 
-    `row` holds `body`, or the fields of a form; `content_type` is the body's, "" if unknown; `group` numbers the row,
-    and `most` is the limit on its requests. Raises InvalidRequest or InputTooLong, which name the field.
+    `row` holds `body`, or the fields of a form; `group` numbers the row, and `most` is the limit on its requests.
+    Raises InvalidRequest or InputTooLong, which name the field.
     """
-    value = _body(row, content_type) if "body" in row else _form(row, task)
+    value = _body(row["body"], headers.content_type) if "body" in row else _form(row, headers, task)
     try:
         requests, is_list = _requests(value, task, group, "")
     except RecursionError:
@@ -48,8 +63,7 @@ def parse(row: Mapping[str, Any], content_type: str, task: Type[Task], group: in
     return Body(requests, is_list)
 
 
-def _body(row: Mapping[str, Any], content_type: str) -> Any:
-    value = row["body"]
+def _body(value: Any, content_type: str) -> Any:
     if not isinstance(value, (bytes, bytearray)):
         return value  # TorchServe has parsed JSON and decoded text
     text = _decode(value, "body")
@@ -62,11 +76,13 @@ def _body(row: Mapping[str, Any], content_type: str) -> Any:
     return _guess(text)
 
 
-def _form(row: Mapping[str, Any], task: Type[Task]) -> Any:
-    """The fields of a form; or the body of `curl -d BODY`, which the frontend takes for a form."""
-    if not row:
+def _form(row: Mapping[str, Any], headers: Headers, task: Type[Task]) -> Any:
+    """The fields of a form; or the text, or JSON, that was sent in the place of one."""
+    if not row and not headers.content_length:
         raise InvalidRequest(f"the body is empty; {_LEGAL_BODIES}")
     fields = {str(key): _decode(value, str(key)) for key, value in row.items()}
+    if not headers.content_type.startswith("multipart/") and not _is_whole(fields, headers.content_length):
+        raise InvalidRequest(f"the body was sent as a form, of which only a part arrived; {_NOT_A_FORM}")
     known = {"data", "inputs", "parameters", *_UNUSED_FIELDS, *(field.name for field in task.fields)}
     if known & set(fields):
         return {key: _json(value, key) if key == "parameters" else value for key, value in fields.items()}
@@ -75,10 +91,25 @@ def _form(row: Mapping[str, Any], task: Type[Task]) -> Any:
         return _guess(body)
     if len(fields) == 1 and not next(iter(fields.values())):
         return body
-    raise InvalidRequest(
-        f"the form has none of the fields {_names(field.name for field in task.fields)}; a text with & or = is sent by "
-        "curl -H 'Content-Type: text/plain' --data-binary TEXT, or as JSON by curl -H 'Content-Type: application/json'"
-    )
+    raise InvalidRequest(f"the form has none of the fields {_names(f.name for f in task.fields)}; {_NOT_A_FORM}")
+
+
+def _is_whole(fields: Mapping[str, str], content_length: Optional[int]) -> bool:
+    """Whether the fields that arrived account for the length of the form that was sent.
+
+    The frontend (netty 4.1.53) drops what follows the last & of a form, or a whole form, where it has no =. What
+    arrives is decoded, so its length is compared under each usual way of encoding it.
+    """
+    if content_length is None:
+        return True
+    separators = max(0, 2 * len(fields) - 1)
+    bare = sum(not value for value in fields.values())  # their = may not have been sent
+    text = "".join(key + value for key, value in fields.items()).encode("utf-8", "surrogatepass")
+    lengths = {len(text)}
+    for unreserved in (b"-_.~", b"-_.*", b"-_.~!'()*"):
+        escaped = sum(not (chr(byte).isalnum() and byte < 128) and byte not in unreserved for byte in text)
+        lengths |= {len(text) + 2 * escaped, len(text) + 2 * (escaped - text.count(b" "))}
+    return any(n + separators - bare <= content_length <= n + separators + 1 for n in lengths)
 
 
 def _guess(text: str) -> Any:

@@ -13,7 +13,7 @@ from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 from tokenizers import Encoding, Tokenizer
 
-from traceserve_runtime.errors import InputTooLong, InvalidManifest, TraceserveError
+from traceserve_runtime.errors import InputTooLong, InvalidManifest, InvalidRequest, TraceserveError
 from traceserve_runtime.manifest import TokenizerFacts
 
 LONG_INPUTS = ("window", "truncate", "reject")
@@ -71,7 +71,9 @@ class TextTokenizer:
         texts = [requests[i].text if requests[i].pair is None else requests[i][:2] for i in accepted]
         for i, encoding in zip(accepted, self._tokenizer.encode_batch(texts)):
             length = len(encoding)
-            if length <= self._max_length:
+            if not length:  # a tokenizer without special tokens, and a text without any of its own
+                answers[i] = InvalidRequest("the text has no tokens", requests[i].fields[0])
+            elif length <= self._max_length:
                 answers[i] = Encoded([Row(encoding, length, length - self._special(requests[i]))])
             else:
                 try:

@@ -328,15 +328,16 @@ def _status(options: argparse.Namespace) -> int:
     if not running:
         _console().print("no server is running")
         return 0
-    table = Table("archive", "url", "workers", "up", "pid", "metrics", "log")
+    table = Table("archive", "port", "workers", "up", "pid")
     for instance in running:
-        url = f"{instance.url}/predictions/"
         alive = f"{server.workers_alive(instance)} of {instance.workers * len(instance.names)}"
         up = time.strftime("%H:%M:%S", time.gmtime(time.time() - instance.started))
-        metrics = f"http://127.0.0.1:{instance.metrics_port}/metrics"
         for name in instance.names:
-            table.add_row(name, url + name, alive, up, str(instance.pid), metrics, str(instance.log))
+            table.add_row(name, str(instance.port), alive, up, str(instance.pid))
     _console().print(table)
+    for instance in running:
+        places = f"{instance.url}/predictions/, metrics http://127.0.0.1:{instance.metrics_port}/metrics, log {instance.log}"
+        _console().print(f"{instance.port}: {places}", highlight=False, soft_wrap=True)
     return 0
 
 

@@ -8,7 +8,7 @@ from typing import Any, List, Mapping, Type
 
 from traceserve.errors import ConfigError
 from traceserve_runtime.errors import TraceserveError
-from traceserve_runtime.requests import parse
+from traceserve_runtime.requests import Headers, parse
 from traceserve_runtime.tasks.contract import Request, Task
 
 SENTENCES = (
@@ -70,7 +70,7 @@ def read(path: Path, task: Type[Task]) -> List[Request]:
         try:
             body: Any = json.loads(line) if path.suffix == ".jsonl" else line
             row: Mapping[str, Any] = {"body": body}
-            requests += parse(row, "", task, 0, len(line)).requests
+            requests += parse(row, Headers(), task, 0, len(line)).requests
         except (ValueError, TraceserveError) as error:
             raise ConfigError(f"--samples {path}, line {number}: {error}") from None
     if not requests:

