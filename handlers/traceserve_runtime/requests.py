@@ -1,7 +1,7 @@
 """From what a client sent to requests, and from answers to what it gets: the edge where input is checked, once.
 
 A body is a text (text/plain, or a JSON string), an object, or a list of these. An object holds the task's fields
-(`{"text": ...}`), or `{"inputs": ..., "parameters": {...}}`, or `{"data": ...}`, whose value is again any of these.
+(`{"text": ...}`), or `{"inputs": ..., "parameters": {...}}`, or `{"data": ...}`, whose value is a text, fields, or a list.
 A form holds the same fields; a form whose only key has no value is a text. (`curl -d TEXT` makes such forms. Of the text
 in one, TorchServe's frontend forwards only what stands before a = or &: the rest of it never reaches the worker, and
 what did is refused then. See `_is_whole`.)
@@ -64,12 +64,13 @@ def parse(row: Mapping[str, Any], headers: Headers, task: Type[Task], group: int
 
 
 def _body(value: Any, content_type: str) -> Any:
-    if not isinstance(value, (bytes, bytearray)):
+    is_json = "json" in content_type
+    if not isinstance(value, (bytes, bytearray)) and (value != "" or is_json):
         return value  # TorchServe has parsed JSON and decoded text
     text = _decode(value, "body")
     if not text:
         raise InvalidRequest(f"the body is empty; {_LEGAL_BODIES}")
-    if "json" in content_type:
+    if is_json:
         return _json(text)
     if content_type.startswith("text/"):
         return text
@@ -142,9 +143,12 @@ def _decode(value: Any, field: str) -> str:
         raise InvalidRequest(f"the {field} is not UTF-8 text{at}", field) from None
 
 
-def _requests(value: Any, task: Type[Task], group: int, where: str) -> Tuple[List[Request], bool]:
+def _requests(
+    value: Any, task: Type[Task], group: int, where: str, enveloped: bool = False
+) -> Tuple[List[Request], bool]:
+    """The requests that parsed JSON at the path `where` asks, and whether it is a list."""
     if isinstance(value, list):
-        items = [_requests(item, task, group, f"{where}[{i}]") for i, item in enumerate(value)]
+        items = [_requests(item, task, group, f"{where}[{i}]", enveloped) for i, item in enumerate(value)]
         for i, (_, is_list) in enumerate(items):
             if is_list:
                 raise InvalidRequest("a list holds texts and objects, not lists", f"{where}[{i}]")
@@ -154,7 +158,7 @@ def _requests(value: Any, task: Type[Task], group: int, where: str) -> Tuple[Lis
     if not isinstance(value, dict):
         raise InvalidRequest(f"{_kind(value)} is not a request; {_LEGAL_BODIES}", where or None)
     envelope = next((key for key in ("inputs", "data") if key in value), None)
-    if envelope is None:
+    if envelope is None or enveloped:
         parameters = _parameters(value.get("parameters", {}), task, where)
         fields = {key: item for key, item in value.items() if key not in ("parameters", *_UNUSED_FIELDS)}
         return [Request(_fields(fields, task, where), parameters, group)], False
@@ -169,7 +173,7 @@ def _enveloped(
         if key not in (envelope, "parameters", *_UNUSED_FIELDS):
             raise InvalidRequest(f'"{key}" cannot stand beside "{envelope}"', _path(where, key))
     parameters = _parameters(value.get("parameters", {}), task, where)
-    inner, is_list = _requests(value[envelope], task, group, _path(where, envelope))
+    inner, is_list = _requests(value[envelope], task, group, _path(where, envelope), enveloped=True)
     return [Request(r.inputs, {**parameters, **r.parameters}, group) for r in inner], is_list
 
 

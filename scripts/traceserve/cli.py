@@ -41,7 +41,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     # Before torch is imported: OpenMP's waiting threads would spin and starve whatever shares the processor.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     signal.signal(signal.SIGTERM, _terminated)  # so that nothing half-made is left behind
-    options = _parser().parse_args(arguments)
+    options = _parse(sys.argv[1:] if arguments is None else arguments)
     try:
         return int(options.run(options) or 0)
     except TraceserveError as error:
@@ -68,19 +68,22 @@ def _terminated(number: int, frame: Any) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="traceserve", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"traceserve {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    parsers = {}
     for name, run, add, text in _COMMANDS:
-        command = commands.add_parser(
+        parsers[name] = command = commands.add_parser(
             name, help=text.split(".")[0].split("\n")[0], description=text, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         add(command)
         command.set_defaults(run=run)
-    return parser
+    if arguments and arguments[0] in parsers:  # options may stand between texts too
+        return parsers[arguments[0]].parse_intermixed_args(arguments[1:])
+    return parser.parse_args(arguments)
 
 
 # --- export, archive, build -------------------------------------------------------------------------------------------

@@ -29,7 +29,6 @@ class Exported:
     manifest: Manifest
     findings: Findings
     parameters: int  # of the model
-    model_bytes: int
     note: Optional[str]  # of the checkpoint
 
 
@@ -54,22 +53,28 @@ def _export(
     checkpoint = sources.fetch(config, loaded.folder)
     progress("loading the original", 0, 0)
     original = loading.load(config, checkpoint, loaded.folder)
-    tried: List[str] = []
+    refused: List[ExportError] = []
     for shapes in candidate_shapes(config, original.max_length):
-        manifest = _write(config, checkpoint, original, shapes, name, folder, progress)
+        try:
+            manifest = _write(config, checkpoint, original, shapes, name, folder, progress)
+        except ExportError as error:
+            refused.append(error)  # a model that cannot be traced at one length may be at another
+            continue
         findings = verify(folder, original, requests, progress)
         if findings.passed or allow_drift:
             receipt = {**findings.receipt(), "drift_allowed": not findings.passed}
             manifest = replace(manifest, receipt=receipt)
             manifest.write(folder)
             parameters = sum(parameter.numel() for parameter in original.model.parameters())
-            size = (folder / manifest.model_file).stat().st_size
-            return Exported(manifest, findings, parameters, size, checkpoint.note)
-        tried.append(describe(shapes, original.max_length))
-    raise DriftError(
-        f"the exported model does not answer as the original does (tried: {'; '.join(tried)}), so nothing was written; "
-        "--allow-drift exports it all the same, and records it",
-        findings,
+            return Exported(manifest, findings, parameters, checkpoint.note)
+        refused.append(DriftError(_drift(shapes, original), findings))
+    raise next((error for error in refused if isinstance(error, DriftError)), refused[0])
+
+
+def _drift(shapes: Shapes, original: Original) -> str:
+    return (
+        f"the exported model does not answer as the original does (at {describe(shapes, original.max_length)}), so nothing "
+        "was written; --allow-drift exports it all the same, and records it"
     )
 
 

@@ -13,10 +13,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import platformdirs
 import psutil
@@ -112,19 +113,20 @@ def start(
                 progress(f"waiting for {name} to answer")
             _wait_for_answer(instance, name, canary, time.monotonic() + timeout)
     except BaseException:
-        stop(instance)
+        stop(instance, at_once=True)
         raise
     return instance
 
 
-def stop(instance: Instance) -> None:
-    """End a server and its workers, and remove its files."""
+def stop(instance: Instance, at_once: bool = False) -> None:
+    """End a server and its workers, and remove its files; it finishes what it is asked now, unless `at_once`."""
     process = instance.process
     if process is not None:
         with contextlib.suppress(psutil.NoSuchProcess):
             family = [process, *process.children(recursive=True)]
-            process.terminate()
-            _, alive = psutil.wait_procs(family, timeout=10)
+            if not at_once:
+                process.terminate()
+            _, alive = psutil.wait_procs(family, timeout=0 if at_once else 10)
             for survivor in alive:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     survivor.kill()
@@ -337,13 +339,29 @@ def _with_keys(instance: Instance, timeout: float) -> Instance:
 
 
 def _wait_for_answer(instance: Instance, name: str, canary: Dict[str, Any], deadline: float) -> None:
-    while time.monotonic() < deadline:
-        _check_alive(instance, name)
+    """Ask until an answer comes. The frontend keeps a request while it has no worker, for as long as it takes: so it is
+    asked in a thread, and the worker's log is watched meanwhile."""
+    outcome: List[Optional[Exception]] = []
+
+    def ask() -> None:
         try:
-            client.predict(instance.url, name, canary, key=instance.key, timeout=30)
+            client.predict(instance.url, name, canary, key=instance.key, timeout=max(1.0, deadline - time.monotonic()))
+            outcome.append(None)
+        except Exception as error:  # told by the thread that waits
+            outcome.append(error)
+
+    while time.monotonic() < deadline:
+        outcome.clear()
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        while not outcome and time.monotonic() < deadline:
+            thread.join(0.05)
+            _check_alive(instance, name)
+        if outcome and outcome[0] is None:
             return
-        except client.NotYet:
-            time.sleep(0.02)
+        if outcome and not isinstance(outcome[0], client.NotYet):
+            raise ServerError(f"{name} does not answer its own sample: {outcome[0]}")
+        time.sleep(0.02)
     raise ServerError(f"{name} gave no answer in time{_log_tail(instance)}")
 
 
@@ -362,10 +380,13 @@ def load_failure(log: Path) -> Optional[str]:
     match = re.search(r"(?:Failed to load model \S+|Load model \S+ cpu OOM), exception (.+)", text)
     if match:
         return match.group(1).strip()
-    died = text.find("Backend worker process died")
-    if died >= 0:
-        errors = re.findall(r"^\S+ \S+ \S+ ((?:\w+\.)*\w*(?:Error|Exception|Exit)\b.*)$", text[died:], re.MULTILINE)
-        return str(errors[-1]).strip() if errors else "its process died without a reason"
+    died = [match.end() for match in re.finditer("Backend worker process died", text)]
+    if died:
+        errors = re.findall(r"^\S+ +[A-Z]+ +((?:\w+\.)*\w*(?:Error|Exception|Exit)\b.*)$", text[died[0] :], re.MULTILINE)
+        if errors:
+            return str(errors[0]).strip()
+        if len(died) > 1:  # the first one's reason would stand between them
+            return "its process died without a reason"
     match = re.search(r"(?:ModelException|InvalidModelException|ArchiveException|ModelNotFoundException): (.+)", text)
     return match.group(1).strip() if match else None
 
@@ -402,12 +423,6 @@ def wait(instance: Instance, poll: float = 0.5) -> None:
     """Return when the server has ended."""
     while instance.process is not None:
         time.sleep(poll)
-
-
-def lines_of(log: Path) -> Iterator[str]:
-    """The lines of a log so far."""
-    if log.is_file():
-        yield from log.read_text(encoding="utf-8", errors="replace").splitlines()
 
 
 # One file, limited in size. TorchServe's default writes five, at half the throughput. What the workers print at every

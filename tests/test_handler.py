@@ -1,0 +1,404 @@
+"""The handler among fakes of TorchServe's: each row has a status and a body of its own, and no log holds a text."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+
+import numpy as np
+import pytest
+import torch
+from traceserve_runtime.batching import Arrays, Runner
+from traceserve_runtime.engine import Engine
+from traceserve_runtime.errors import MissingPackage
+from traceserve_runtime.tasks.contract import Request
+from traceserve_runtime.tokenization import Encoded
+from transformer_handler import TRUNCATED_HEADER, TransformerHandler
+
+JSON = {"Content-Type": "application/json"}
+SECRET = "xylophone"
+LONG = "The train to the coast leaves at a quarter past nine from platform four. " * 6
+
+
+class Metrics:
+    """Records what is reported, as (kind, name) -> value."""
+
+    def __init__(self) -> None:
+        self.reported: Dict[Tuple[str, str], float] = {}
+
+    def add_counter(self, name: str, value: float) -> None:
+        self.reported["counter", name] = value
+
+    def add_percent(self, name: str, value: float) -> None:
+        self.reported["percent", name] = value
+
+    def add_time(self, name: str, value: float) -> None:
+        self.reported["time", name] = value
+
+
+class Context:
+    """TorchServe's, as far as the handler sees it."""
+
+    def __init__(self, folder: Path, headers: Sequence[Mapping[str, Any]] = (), **properties: Any) -> None:
+        self.system_properties = {"model_dir": str(folder), "gpu_id": None, **properties}
+        self.metrics: Optional[Metrics] = Metrics()
+        self.sent = headers
+        self.statuses: Dict[int, Tuple[int, str]] = {}
+        self.headers: Dict[Tuple[int, str], str] = {}
+
+    def get_all_request_header(self, index: int) -> Mapping[str, Any]:
+        return self.sent[index] if index < len(self.sent) else JSON
+
+    def set_response_status(self, code: int, phrase: str, index: int) -> None:
+        self.statuses[index] = (code, phrase)
+
+    def set_response_header(self, index: int, key: str, value: str) -> None:
+        self.headers[index, key] = value
+
+
+@pytest.fixture(scope="module")
+def loaded(artifact: Path) -> TransformerHandler:
+    handler = TransformerHandler()
+    handler.initialize(Context(artifact))
+    return handler
+
+
+@pytest.fixture()
+def handler(loaded: TransformerHandler) -> TransformerHandler:
+    """A handler whose engine a test may damage."""
+    assert loaded.engine is not None
+    other = TransformerHandler()
+    other.engine = Engine(loaded.engine.folder, loaded.engine.manifest, loaded.engine.task, loaded.engine.runner)
+    return other
+
+
+def serve(
+    handler: TransformerHandler, rows: Sequence[Any], headers: Sequence[Mapping[str, Any]] = ()
+) -> Tuple[List[Any], Context]:
+    """The parsed bodies that the rows are answered with, and the context; a row that is no dict is its body."""
+    context = Context(Path("unused"), headers)
+    bodies = handler.handle(
+        [row if isinstance(row, dict) and "body" in row else {"body": row} for row in rows], context
+    )
+    assert len(bodies) == len(rows)
+    assert all(type(body) is bytes for body in bodies)
+    return [json.loads(body.decode("utf-8")) for body in bodies], context
+
+
+def is_answer(body: Any) -> bool:
+    return isinstance(body, dict) and set(body) == {"label", "score"} and body["label"] in ("red", "green", "blue")
+
+
+def error_of(body: Any) -> Tuple[str, Optional[str]]:
+    """The type and the field of an error's body."""
+    assert set(body) == {"error"} and set(body["error"]) == {"type", "message", "field"}
+    assert body["error"]["message"]
+    return body["error"]["type"], body["error"]["field"]
+
+
+def poison(handler: TransformerHandler, act: Callable[[Runner, Arrays, np.ndarray], Arrays]) -> None:
+    """Let `act` answer for the runner; it is told which rows of a batch hold SECRET."""
+    engine = handler.engine
+    assert engine is not None
+    own = engine.runner
+    (encoded,) = engine.task.encode([Request({"text": SECRET})])
+    assert isinstance(encoded, Encoded)
+    ids = encoded.rows[0].encoding.ids[1:-1]
+
+    def runner(inputs: Arrays) -> Arrays:
+        texts = inputs["input_ids"][:, 1 : 1 + len(ids)]
+        marked = np.array([row.tolist() == ids for row in texts])
+        return act(own, inputs, marked)
+
+    engine.runner = runner
+
+
+def test_good_and_bad_rows_have_their_own_status(loaded: TransformerHandler) -> None:
+    rows = [
+        "Yes.",
+        {"body": {"txt": "a"}},
+        {"body": {"text": "No.", "parameters": {"top_k": 2}}},
+        {"body": {"text": LONG, "parameters": {"long_inputs": "reject"}}},
+        {"body": b"\xff"},
+        {"body": ["Yes.", "No."]},
+        {"body": 7},
+    ]
+    bodies, context = serve(loaded, rows)
+    assert is_answer(bodies[0])
+    assert error_of(bodies[1]) == ("InvalidRequest", "txt")
+    assert [set(item) for item in bodies[2]] == [{"label", "score"}] * 2
+    assert error_of(bodies[3]) == ("InputTooLong", "text")
+    assert error_of(bodies[4]) == ("InvalidRequest", "body")
+    assert len(bodies[5]) == 2 and all(map(is_answer, bodies[5]))
+    assert error_of(bodies[6]) == ("InvalidRequest", None)
+    bad, long = (400, "Bad Request"), (413, "Request Entity Too Large")
+    assert context.statuses == {1: bad, 3: long, 4: bad, 6: bad}
+    assert {key: value for key, value in context.headers.items() if key[1] == "content-type"} == {
+        (i, "content-type"): "application/json" for i in range(7)
+    }
+
+
+def test_bad_neighbours_change_no_answer(loaded: TransformerHandler) -> None:
+    (alone,), _ = serve(loaded, ["Yes, at nine."])
+    (_, among, _), _ = serve(loaded, [{"body": None}, "Yes, at nine.", {"body": {"text": 1}}])
+    assert among["label"] == alone["label"]
+    assert among["score"] == pytest.approx(alone["score"], abs=1e-5)
+
+
+def test_each_row_is_answered_by_its_own_text(loaded: TransformerHandler) -> None:
+    texts = ["Yes.", LONG, "No, thank you!", "", "Où est la gare? 👍🏽"]
+    together, _ = serve(loaded, [texts[0], {"body": texts[1:3]}, texts[3], {"body": {"data": texts[4]}}])
+    alone = [serve(loaded, [text])[0][0]["score"] for text in texts]
+    scores = [body["score"] for body in (together[0], *together[1], *together[2:])]
+    assert scores == pytest.approx(alone, abs=1e-5)
+    assert len({round(score, 4) for score in alone}) == len(texts)
+
+
+def test_a_batch_of_bad_rows(loaded: TransformerHandler) -> None:
+    bodies, context = serve(loaded, [{"body": 1}, {"body": []}, {"body": {}}])
+    assert [error_of(body)[0] for body in bodies] == ["InvalidRequest"] * 3
+    assert context.statuses == {i: (400, "Bad Request") for i in range(3)}
+    assert context.metrics is not None and context.metrics.reported == {}
+
+
+@pytest.mark.parametrize("rows", [None, []])
+def test_a_batch_of_no_rows(loaded: TransformerHandler, rows: Any) -> None:
+    assert loaded.handle(rows, Context(Path("unused"))) == []
+
+
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        (["Yes.", {"txt": "a"}], ("InvalidRequest", "[1].txt")),
+        (["Yes.", {"text": "a", "parameters": {"top_k": 0}}], ("InvalidRequest", "[1].parameters.top_k")),
+        (["Yes.", None], ("InvalidRequest", "[1]")),
+        (["Yes.", "No.", {"text": LONG, "parameters": {"long_inputs": "reject"}}], ("InputTooLong", "[2].text")),
+        ([{"text": LONG, "text_pair": LONG}], ("InputTooLong", "[0].text_pair")),
+        ({"text": LONG, "text_pair": LONG}, ("InputTooLong", "text_pair")),
+        (["Yes."] * 257, ("InputTooLong", None)),
+        ([LONG] * 200, ("InputTooLong", "[0]")),
+    ],
+)
+def test_errors_in_a_list_name_their_place(
+    loaded: TransformerHandler, body: Any, error: Tuple[str, Optional[str]]
+) -> None:
+    (answer, other), context = serve(loaded, [{"body": body}, "Yes."])
+    assert error_of(answer) == error
+    assert set(context.statuses) == {0}
+    assert is_answer(other)
+
+
+def test_what_was_cut_is_noted_in_body_and_header(loaded: TransformerHandler) -> None:
+    cut = {"text": LONG, "parameters": {"long_inputs": "truncate"}}
+    ranked = {"text": LONG, "parameters": {"long_inputs": "truncate", "top_k": 2}}
+    (one, whole, many, top), context = serve(loaded, [{"body": cut}, "Yes.", {"body": ["Yes.", cut]}, {"body": ranked}])
+    start, end = one["truncated"]["text"]
+    assert 0 < start < end == len(LONG)
+    assert set(one) == {"label", "score", "truncated"}
+    assert is_answer(whole) and is_answer(many[0])
+    assert many[1]["truncated"] == one["truncated"]
+    assert [item["truncated"] for item in top] == [one["truncated"]] * 2
+    noted = {i: json.loads(value) for (i, key), value in context.headers.items() if key == TRUNCATED_HEADER}
+    assert noted == {0: {"0": one["truncated"]}, 2: {"1": one["truncated"]}, 3: {"0": one["truncated"]}}
+    assert all(value.isascii() for value in context.headers.values())
+    assert context.statuses == {}
+
+
+def test_metrics_are_of_what_was_computed(loaded: TransformerHandler) -> None:
+    _, context = serve(loaded, ["Yes.", {"body": ["No.", LONG]}, {"body": 1}])
+    assert context.metrics is not None
+    reported = context.metrics.reported
+    assert reported["counter", "TraceserveRequests"] == 3
+    assert reported["counter", "TraceserveWindows"] > 3
+    assert reported["counter", "TraceserveMicroBatches"] >= 1
+    assert reported["counter", "TraceserveTokens"] > 50
+    assert 0 <= reported["percent", "TraceservePaddingShare"] < 100
+    assert reported["time", "TraceserveModelTime"] > 0
+    assert len(reported) == 6
+
+
+def test_a_worker_without_metrics_answers(loaded: TransformerHandler) -> None:
+    context = Context(Path("unused"))
+    context.metrics = None
+    (body,) = loaded.handle([{"body": "Yes."}], context)
+    assert is_answer(json.loads(body))
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "status"),
+    [
+        ({"Content-Type": "text/plain"}, b'{"txt": "a"}', None),
+        ({"content-type": "APPLICATION/JSON"}, b'{"txt": "a"}', 400),
+        ({"CONTENT-TYPE": "application/json; charset=utf-8"}, b"no json", 400),
+        ({}, b"no json", None),
+        ({"Content-Type": "multipart/form-data", "body": {"content-type": "application/json"}}, b"no json", 400),
+        ({"Content-Type": "application/json", "body": {"content-type": "text/plain"}}, b"no json", None),
+        ({"Content-Type": "application/json", "Content-Length": "?"}, b'"Yes."', None),
+        ({"Content-Type": None}, b"Yes.", None),
+        (None, b"Yes.", None),
+    ],
+)
+def test_the_content_type_is_the_rows_own(
+    loaded: TransformerHandler, headers: Any, body: bytes, status: Optional[int]
+) -> None:
+    (answer, _), context = serve(loaded, [{"body": body}, "Yes."], [headers, JSON])
+    assert context.statuses == ({0: (status, "Bad Request")} if status else {})
+    assert is_answer(answer) == (status is None)
+
+
+def test_a_form_that_was_cut_is_refused_by_its_length(loaded: TransformerHandler) -> None:
+    form = {"Content-Type": "application/x-www-form-urlencoded", "Content-Length": "30"}
+    context = Context(Path("unused"), [form, {**form, "Content-Length": "8"}])
+    cut, whole = loaded.handle([{"text": b"one"}, {"text": b"one"}], context)
+    assert error_of(json.loads(cut)) == ("InvalidRequest", None)
+    assert is_answer(json.loads(whole))
+
+
+# Each a request by which one client could have failed the requests of others.
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"body": {"inputs": "a", "\ud800": 1}},
+        {"body": {"text": "a", "\ud800": 1}},
+        {"body": {"text": "a", "parameters": {"\ud800": 1}}},
+        {"body": {"text": "\ud800"}},
+        {"body": {"text": "a", "parameters": {"long_inputs": "\ud800"}}},
+        {"text": -1},
+        {"text": [300]},
+        {"text": 10**18},
+        {"text": None},
+        {"parameters": {"top_k": "a"}},
+        {},
+    ],
+    ids=repr,
+)
+def test_no_request_harms_its_neighbours(loaded: TransformerHandler, row: Dict[str, Any]) -> None:
+    context = Context(Path("unused"), [JSON, {"Content-Type": "multipart/form-data"}, JSON])
+    bodies = [json.loads(body) for body in loaded.handle([{"body": "Yes."}, row, {"body": "No."}], context)]
+    assert is_answer(bodies[0]) and is_answer(bodies[2])
+    assert error_of(bodies[1])[0] == "InvalidRequest"
+    assert context.statuses == {1: (400, "Bad Request")}
+
+
+def test_a_row_that_breaks_the_model_fails_alone(handler: TransformerHandler) -> None:
+    def act(own: Runner, inputs: Arrays, marked: np.ndarray) -> Arrays:
+        if marked.any():
+            raise RuntimeError("no kernel for this shape")
+        return own(inputs)
+
+    poison(handler, act)
+    (first, broken, many, last), context = serve(handler, ["Yes.", SECRET, {"body": ["No.", SECRET]}, "No, thank you!"])
+    assert is_answer(first) and is_answer(last)
+    assert error_of(broken) == ("ModelFailure", None)
+    assert error_of(many) == ("ModelFailure", "[1]")
+    assert "no kernel for this shape" in broken["error"]["message"]
+    assert context.statuses == {i: (500, "Internal Server Error") for i in (1, 2)}
+
+
+def test_a_row_whose_answer_is_no_number_fails_alone(handler: TransformerHandler) -> None:
+    def act(own: Runner, inputs: Arrays, marked: np.ndarray) -> Arrays:
+        logits = own(inputs)["logits"].copy()
+        logits[marked] = np.nan
+        return {"logits": logits}
+
+    poison(handler, act)
+    (first, broken, last), context = serve(handler, ["Yes.", SECRET, "No."])
+    assert is_answer(first) and is_answer(last)
+    assert error_of(broken) == ("ModelFailure", None)
+    assert context.statuses == {1: (500, "Internal Server Error")}
+
+
+def test_no_log_holds_a_text(handler: TransformerHandler, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    long = f"{SECRET} " * 100
+    rows = [
+        SECRET,
+        {"body": {SECRET: 1}},
+        {"body": {"text": long, "parameters": {"long_inputs": "reject"}}},
+        {"body": long},
+    ]
+    serve(handler, [*rows, {"body": SECRET.encode() + b"\xff"}, {"body": b"{" + SECRET.encode()}])
+    poison(handler, lambda own, inputs, marked: own({}))
+    serve(handler, [SECRET])
+    assert SECRET not in caplog.text
+
+
+def test_no_log_holds_a_text_even_of_the_unexpected(
+    handler: TransformerHandler, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(requests: Sequence[Any], stats: Any = None) -> Any:
+        raise ValueError(f"cannot answer {requests[0].inputs['text']}")
+
+    caplog.set_level(logging.DEBUG)
+    assert handler.engine is not None
+    handler.engine.answer = broken  # type: ignore[method-assign]
+    bodies, context = serve(handler, [SECRET, "Yes."])
+    assert [error_of(body) for body in bodies] == [("TraceserveError", None)] * 2
+    assert context.statuses == {i: (500, "Internal Server Error") for i in range(2)}
+    assert "ValueError in a batch of 2" in caplog.text and "in broken" in caplog.text
+    for told in (
+        caplog.text,
+        json.dumps(bodies),
+        repr(context.headers),
+        *(repr(vars(record)) for record in caplog.records),
+    ):
+        assert SECRET not in told
+
+
+def test_the_log_tells_what_was_loaded(artifact: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    TransformerHandler().initialize(Context(artifact))
+    assert "loaded tiny: sequence_classification, torchscript" in caplog.text
+
+
+def remove_model(folder: Path) -> None:
+    (folder / "traced_model.pt").unlink()
+
+
+def change_tokenizer(folder: Path) -> None:
+    with (folder / "tokenizer.json").open("ab") as stream:
+        stream.write(b" ")
+
+
+def remove_manifest(folder: Path) -> None:
+    (folder / "traceserve.json").unlink()
+
+
+def spoil_manifest(folder: Path) -> None:
+    (folder / "traceserve.json").write_bytes(b"{")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (remove_model, "traced_model.pt"),
+        (change_tokenizer, "tokenizer.json"),
+        (remove_manifest, "traceserve.json is missing"),
+        (spoil_manifest, "traceserve.json is not valid JSON"),
+        (shutil.rmtree, "traceserve.json is missing"),
+    ],
+)
+def test_a_damaged_archive_is_a_runtime_error(
+    artifact: Path, tmp_path: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    """TorchServe reports a RuntimeError's message; another exception kills its worker without a reason."""
+    copy = Path(shutil.copytree(artifact, tmp_path / "copy"))
+    damage(copy)
+    with pytest.raises(RuntimeError, match=message):
+        TransformerHandler().initialize(Context(copy))
+
+
+def test_the_gpu_is_torchserves_choice(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(MissingPackage, match="cuda:3"):
+        TransformerHandler().initialize(Context(artifact, gpu_id=3))
+
+
+def test_a_missing_package_is_a_runtime_error(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "traceserve_runtime.engine", None)
+    with pytest.raises(RuntimeError, match="lacks a package"):
+        TransformerHandler().initialize(Context(artifact))

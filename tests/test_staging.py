@@ -1,0 +1,234 @@
+"""Whole or not at all: targets, leftovers, interruptions, a real SIGKILL."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Dict, Iterator
+
+import pytest
+
+from traceserve.errors import ArchiveError, ExportError
+from traceserve.staging import check_free, staged
+
+STAY_INSIDE = """
+import sys
+from pathlib import Path
+from traceserve.staging import staged
+
+target = Path(sys.argv[1])
+with staged(target) as folder:
+    (folder / target.name).mkdir()
+    (folder / target.name / "half").write_text("not finished")
+    print(folder.name, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    return tmp_path / "store" / "thing"
+
+
+@pytest.fixture
+def dead() -> int:
+    """The id of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    process.wait()
+    return process.pid
+
+
+@pytest.fixture
+def living() -> Iterator[int]:
+    """The id of a process that runs as long as the test."""
+    process = subprocess.Popen([sys.executable, "-S", "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
+    yield process.pid
+    process.communicate()
+
+
+def put(target: Path, content: str, as_folder: bool) -> None:
+    if as_folder:
+        target.mkdir(parents=True)
+        target = target / "inner"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(content)
+
+
+def seen(folder: Path) -> Dict[str, str]:
+    """Every file below `folder`, hidden ones too; empty folders as themselves."""
+    paths = [path for path in folder.rglob("*") if path.is_file() or not any(path.iterdir())]
+    return {path.relative_to(folder).as_posix(): path.read_text() if path.is_file() else "" for path in paths}
+
+
+@pytest.mark.parametrize("as_folder", [False, True], ids=["file", "folder"])
+@pytest.mark.parametrize("replacing", [False, True], ids=["new", "replacing"])
+def test_the_target_appears_whole_at_the_end(target: Path, as_folder: bool, replacing: bool) -> None:
+    if replacing:
+        put(target, "old", as_folder)
+        if as_folder:
+            (target / "of the old one only").write_text("old")
+    before = seen(target.parent)
+    with staged(target) as folder:
+        assert folder.parent == target.parent and folder.name.startswith(".")
+        put(folder / target.name, "new", as_folder)
+        (folder / "scratch").write_text("not part of it")
+        assert {k: v for k, v in seen(target.parent).items() if not k.startswith(".")} == before
+    assert seen(target.parent) == {"thing/inner" if as_folder else "thing": "new"}
+
+
+@pytest.mark.parametrize("as_folder", [False, True], ids=["file", "folder"])
+@pytest.mark.parametrize("replacing", [False, True], ids=["new", "replacing"])
+@pytest.mark.parametrize("interruption", [ValueError, KeyboardInterrupt, SystemExit])
+def test_an_interrupted_block_changes_nothing(
+    target: Path, as_folder: bool, replacing: bool, interruption: type
+) -> None:
+    if replacing:
+        put(target, "old", as_folder)
+    before = seen(target.parent)
+    with pytest.raises(interruption):
+        with staged(target) as folder:
+            put(folder / target.name, "new", as_folder)
+            raise interruption
+    assert seen(target.parent) == before
+
+
+@pytest.mark.parametrize("as_folder", [False, True], ids=["file", "folder"])
+def test_a_block_that_makes_nothing_keeps_the_old_target(target: Path, as_folder: bool) -> None:
+    put(target, "old", as_folder)
+    before = seen(target.parent)
+    with pytest.raises(FileNotFoundError):
+        with staged(target):
+            pass
+    assert seen(target.parent) == before
+
+
+@pytest.mark.parametrize("as_folder", [False, True], ids=["file", "folder"])
+@pytest.mark.parametrize("failure", [OSError, KeyboardInterrupt])
+def test_a_failing_rename_restores_the_old_target(
+    target: Path, as_folder: bool, failure: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rename of what was made fails, as on a disk that went away; the rename back does not."""
+    put(target, "old", as_folder)
+    before = seen(target.parent)
+    rename, replace = os.rename, os.replace
+
+    def failing(name: str, real: object) -> None:
+        def act(source: Path, destination: Path) -> None:
+            if Path(source).name == target.name and Path(source).parent != target.parent:
+                raise failure("no")
+            real(source, destination)  # type: ignore[operator]
+
+        monkeypatch.setattr(os, name, act)
+
+    failing("rename", rename)
+    failing("replace", replace)
+    with pytest.raises(failure):
+        with staged(target) as folder:
+            put(folder / target.name, "new", as_folder)
+    assert seen(target.parent) == before
+
+
+def test_parents_are_made(tmp_path: Path) -> None:
+    target = tmp_path / "a" / "b" / "c.mar"
+    with staged(target) as folder:
+        (folder / "c.mar").write_text("whole")
+    assert target.read_text() == "whole"
+
+
+def test_targets_side_by_side_may_be_nested(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    with staged(one) as outer, staged(two) as inner:
+        put(inner / "two", "2", as_folder=True)
+        put(outer / "one", "1", as_folder=False)
+    assert seen(tmp_path) == {"one": "1", "two/inner": "2"}
+
+
+def stage_once(target: Path) -> None:
+    """Enter and leave without making anything, as an export that fails at once."""
+    with pytest.raises(ZeroDivisionError):
+        with staged(target):
+            raise ZeroDivisionError
+
+
+def test_what_a_dead_process_left_is_swept(target: Path, dead: int) -> None:
+    put(target, "old", as_folder=False)
+    put(target.parent / f".thing.{dead}.abcd_123" / "thing", "half", as_folder=True)
+    stage_once(target)
+    assert seen(target.parent) == {"thing": "old"}
+
+
+def test_a_target_that_a_dead_process_had_moved_aside_is_put_back(target: Path, dead: int) -> None:
+    left = target.parent / f".thing.{dead}.abcd_123"
+    put(left / "replaced", "old", as_folder=True)
+    put(left / "thing", "perhaps whole", as_folder=True)
+    stage_once(target)
+    assert seen(target.parent) == {"thing/inner": "old"}
+
+
+def test_a_target_that_was_replaced_in_time_stays(target: Path, dead: int) -> None:
+    """The dead process had finished its renames, and not yet removed what it replaced."""
+    put(target, "new", as_folder=True)
+    put(target.parent / f".thing.{dead}.abcd_123" / "replaced", "old", as_folder=True)
+    stage_once(target)
+    assert seen(target.parent) == {"thing/inner": "new"}
+
+
+def test_the_folder_of_a_living_process_is_left_alone(target: Path, living: int) -> None:
+    put(target.parent / f".thing.{living}.abcd_123" / "thing", "half", as_folder=True)
+    put(target.parent / f".thing.{os.getpid()}.abcd_456" / "replaced", "old", as_folder=True)
+    before = seen(target.parent)
+    stage_once(target)
+    assert seen(target.parent) == before
+
+
+@pytest.mark.parametrize(
+    "name", [".thing", ".thing.", ".thing.x", ".thing.{dead}", ".things.{dead}.abcd_123", "thing.{dead}.abcd_123"]
+)
+def test_other_hidden_files_are_left_alone(target: Path, dead: int, name: str) -> None:
+    put(target.parent / name.format(dead=dead), "somebody's", as_folder=True)
+    before = seen(target.parent)
+    stage_once(target)
+    assert seen(target.parent) == before
+
+
+def test_a_name_that_goes_on_with_a_number_is_another_target(tmp_path: Path, dead: int, living: int) -> None:
+    """As llama-3 and llama-3.1: the private folder of the second is not the first one's, and its process lives."""
+    put(tmp_path / f".llama-3.{dead}.{living}.abcd_123" / f"llama-3.{dead}", "half", as_folder=True)
+    before = seen(tmp_path)
+    stage_once(tmp_path / "llama-3")
+    assert seen(tmp_path) == before
+
+
+@pytest.mark.parametrize("replacing", [False, True], ids=["new", "replacing"])
+def test_a_killed_process_leaves_the_target_as_it_was(target: Path, replacing: bool) -> None:
+    if replacing:
+        put(target, "old", as_folder=True)
+    with subprocess.Popen(
+        [sys.executable, "-c", STAY_INSIDE, str(target)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None
+        left = child.stdout.readline().strip()
+        child.send_signal(signal.SIGKILL)
+        assert child.wait() == -signal.SIGKILL
+    old = {"thing/inner": "old"} if replacing else {}
+    assert seen(target.parent) == {**old, f"{left}/thing/half": "not finished"}
+    stage_once(target)
+    assert seen(target.parent) == old
+
+
+@pytest.mark.parametrize("as_folder", [False, True], ids=["file", "folder"])
+@pytest.mark.parametrize("error", [ExportError, ArchiveError])
+def test_check_free_refuses_what_is_there(target: Path, as_folder: bool, error: type) -> None:
+    put(target, "old", as_folder)
+    with pytest.raises(error, match="thing exists already; --force replaces it"):
+        check_free(target, False, error)
+
+
+def test_check_free_allows_a_free_place_and_force(target: Path) -> None:
+    check_free(target, False, ExportError)
+    put(target, "old", as_folder=False)
+    check_free(target, True, ExportError)
+    assert target.read_text() == "old"

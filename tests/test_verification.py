@@ -1,0 +1,170 @@
+"""The gate: what it lets through, what it stops, and the shapes that it proves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Callable, Tuple
+
+import models
+import pytest
+import torch
+from conftest import nothing, run_export
+from traceserve import samples, verification
+from traceserve.errors import DriftError, ExportError
+from traceserve.export import candidate_shapes
+from traceserve.writers import WRITERS, Writer, torchscript
+from traceserve_runtime.engine import Answer, Engine
+from traceserve_runtime.manifest import Manifest, Shapes
+from traceserve_runtime.tasks.contract import Request
+
+LABELS = {"id2label": {0: "red", 1: "green", 2: "blue"}, "label2id": {"red": 0, "green": 1, "blue": 2}}
+# Families whose forward pass holds lengths fast when it is traced, or is changed by padding.
+models.ARCHITECTURES["longformer"] = models.Architecture("LongformerConfig", "roberta", {**models.SIZE, "attention_window": 8})
+models.ARCHITECTURES["fnet"] = models.Architecture("FNetConfig", "bert", {**models.SIZE, "tpu_short_seq_length": 16})
+
+
+def test_the_receipt(artifact: Path) -> None:
+    receipt = Manifest.read(artifact).receipt
+    assert receipt["passed"] and not receipt["drift_allowed"] and receipt["answers_changed"] == 0
+    assert receipt["answers"] > 25 and receipt["cells"] > 10
+    assert receipt["largest_difference"] < 1e-5 < receipt["limits"]["difference"]
+    assert receipt["lengths"][-1] == 32 and 1 in receipt["batches"]
+
+
+@pytest.mark.parametrize(
+    "sequence_lengths, expected",
+    [("auto", Shapes()), ("fixed", Shapes((48,))), ([16, 48], Shapes((16, 48)))],
+    ids=["auto", "fixed", "list"],
+)
+def test_sequence_lengths(sequence_lengths: Any, expected: Shapes, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    content = {"model_name": str(checkpoint("bert", **LABELS)), "max_length": 48, "sequence_lengths": sequence_lengths}
+    exported = run_export(tmp_path / "x", content)
+    assert exported.manifest.shapes == expected
+    engine = Engine.load(tmp_path / "x")
+    seen = spy(engine)
+    engine.answer([Request({"text": text}) for text in ("short", "a somewhat longer sentence than the others " * 3)])
+    lengths = {length for _, length in seen}
+    assert lengths <= set(expected.lengths) if expected.lengths else max(lengths) < 48
+
+
+def spy(engine: Engine) -> "set[Tuple[int, ...]]":
+    """Records the shapes that the engine's model is run with."""
+    seen = set()
+    runner = engine.runner
+
+    def watched(inputs: Any) -> Any:
+        seen.add(inputs["input_ids"].shape)
+        return runner(inputs)
+
+    engine.runner = watched
+    return seen
+
+
+def test_a_model_that_holds_lengths_fast_gets_a_graph_for_each(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """Over one copy of the weights, in a file that plain torch.jit.load reads."""
+    exported = run_export(tmp_path / "x", {"model_name": str(checkpoint("longformer", **LABELS)), "max_length": 64})
+    shapes = exported.manifest.shapes
+    assert shapes.graph_per_shape and shapes.lengths == (16, 32, 64)
+    engine = Engine.load(tmp_path / "x")
+    seen = spy(engine)
+    texts = ["one", "two words", "a longer sentence, " * 3, "the longest of them all, " * 5]
+    alone = [engine.answer([Request({"text": text}, {"top_k": None})])[0] for text in texts]
+    together = engine.answer([Request({"text": text}, {"top_k": None}) for text in texts])
+    for one, other in zip(alone, together):
+        assert isinstance(one, Answer) and isinstance(other, Answer)
+        assert engine.task.same(one.value, other.value)
+    assert all(shapes.length(length) == length and shapes.batch(batch) == batch for batch, length in seen)
+    weights = sum(p.numel() * 4 for p in {p.data_ptr(): p for p in torch.jit.load(tmp_path / "x" / "traced_model.pt").parameters()}.values())
+    graphs = len(shapes.lengths or ()) * len(shapes.batches or (1,))
+    assert graphs >= 3 and weights < 2 * exported.parameters * 4
+
+
+def test_a_model_that_padding_changes_is_refused(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(DriftError, match="allow-drift") as error:
+        run_export(tmp_path / "x", {"model_name": str(checkpoint("fnet", **LABELS)), "max_length": 64})
+    assert error.value.findings.failed and all(cell.padded for cell in error.value.findings.failed)
+
+
+def spoiled(amount: float) -> Writer:
+    """A writer whose traced model is off by `amount` at one logit."""
+
+    def write(original: Any, outputs: Any, shapes: Any, folder: Path) -> None:
+        bias = original.model.classifier.bias
+        with torch.no_grad():
+            bias[0] += amount
+            torchscript.write(original, outputs, shapes, folder)
+            bias[0] -= amount
+
+    return WRITERS["torchscript"]._replace(write=write)
+
+
+@pytest.mark.parametrize("amount, caught", [(0.0, False), (1e-3, True), (50.0, True), (float("nan"), True)])
+def test_a_spoiled_model_is_caught(
+    amount: float, caught: bool, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(WRITERS, "torchscript", spoiled(amount))
+    content = {"model_name": str(checkpoint("bert", **LABELS)), "max_length": 32, "sequence_lengths": "fixed"}
+    if not caught:
+        run_export(tmp_path / "x", content)
+        return
+    with pytest.raises(DriftError) as error:
+        run_export(tmp_path / "x", content)
+    findings = error.value.findings
+    assert not findings.passed and (findings.failed or findings.failure)
+    assert len(findings.changed) > 10 if amount > 1 else True
+
+
+def test_allowed_drift_is_recorded(checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(WRITERS, "torchscript", spoiled(50.0))
+    content = {"model_name": str(checkpoint("bert", **LABELS)), "max_length": 32}
+    run_export(tmp_path / "x", content, allow_drift=True)
+    receipt = Manifest.read(tmp_path / "x").receipt
+    assert receipt["drift_allowed"] and not receipt["passed"] and receipt["answers_changed"] > 10
+    assert Engine.load(tmp_path / "x").answer([Request({"text": "hello"})])
+
+
+def test_another_tokenizer_is_caught(artifact: Path, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """The engine's own tokens are compared with those of transformers."""
+    import shutil
+
+    from traceserve import loading, sources
+    from traceserve.config import parse
+    from traceserve_runtime.manifest import sha256
+
+    shutil.copytree(artifact, tmp_path / "x")
+    tokenizer = tmp_path / "x" / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace('"lowercase":true', '"lowercase":false'))
+    import dataclasses
+
+    manifest = Manifest.from_json({**__import__("json").loads((artifact / "traceserve.json").read_text())})
+    dataclasses.replace(manifest, files={**manifest.files, "tokenizer.json": sha256(tokenizer)}).write(tmp_path / "x")
+    config, _ = parse({"model_name": str(checkpoint("bert", **LABELS)), "max_length": 32})
+    original = loading.load(config, sources.fetch(config, tmp_path), tmp_path)
+    engine = Engine.load(artifact)
+    findings = verification.verify(tmp_path / "x", original, samples.built_in(type(engine.task)), nothing)
+    assert findings.tokenized_otherwise and not findings.passed
+
+
+def test_the_users_samples_are_compared_too(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("one of mine\nanother\n")
+    content = {"model_name": str(checkpoint("bert", **LABELS)), "max_length": 32}
+    plain = run_export(tmp_path / "a", content)
+    more = run_export(tmp_path / "b", content, samples_file=tmp_path / "mine.txt")
+    assert more.findings.answers == plain.findings.answers + 2
+
+
+def test_an_untraceable_model_is_told(checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(*arguments: Any) -> None:
+        raise ExportError("torch.jit.trace cannot trace this")
+
+    monkeypatch.setitem(WRITERS, "torchscript", WRITERS["torchscript"]._replace(write=write))
+    with pytest.raises(ExportError, match="cannot trace this"):
+        run_export(tmp_path / "x", {"model_name": str(checkpoint("bert", **LABELS)), "max_length": 32})
+
+
+def test_candidate_shapes_go_from_wide_to_narrow(checkpoint: Callable[..., Path]) -> None:
+    from traceserve.config import parse
+
+    config, _ = parse({"model_name": "x/y"})
+    shapes = list(candidate_shapes(config, 100))
+    assert shapes[0] == Shapes() and shapes[1].lengths == (16, 32, 64, 100) and shapes[-1].batches is not None
