@@ -394,16 +394,14 @@ DOCUMENTS: List[Any] = [
     *EXAMPLE_FILES.values(),
     {**EXAMPLE_FILES["last"], "save_mode": "pretrained"},
     *({"model_name": "x", key: given} for key, given, _ in VALUES),
-    # What JSON schema cannot say: that a list ascends. Everything else it can.
-    *({"model_name": "x", key: value} for key, value, _ in BAD if value != [64, 32]),
+    # What JSON schema cannot say: that a list ascends, and the range of a number in a string.
+    *({"model_name": "x", key: value} for key, value, _ in BAD if value not in ([64, 32], "3")),
     {"model_name": "x", "trust_remote_code": 1},
     {"model_name": "x", "trust_remote_code": "yes"},
     {"model_name": "x", "max_length": 150.0},
     {"model_name": "x", "max_length": "150.0"},
     {"model_name": "x", "max_length": "1_000"},
     {"model_name": "x", "max_length": " 150 "},
-    {"model_name": "x", "batch_size": "4097"},
-    {"model_name": "x", "batch_size": "0"},
 ]
 
 

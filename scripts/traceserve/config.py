@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple, Union
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from typing_extensions import Literal
 
 from traceserve.errors import ConfigError
@@ -69,6 +69,17 @@ class SetupConfig(BaseModel):
         300, ge=1, description="Seconds after which TorchServe gives up a batch and restarts its worker"
     )
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_confusion(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic takes true for 1, and 1 for true."""
+        is_switch = cls.model_fields[str(info.field_name)].annotation is bool
+        if isinstance(value, bool) and not is_switch:
+            raise ValueError("should be an integer or a string, not a boolean")
+        if is_switch and not isinstance(value, (bool, str)):
+            raise ValueError("should be a boolean, true or false")
+        return value
+
     @field_validator("sequence_lengths", mode="after")
     @classmethod
     def _lengths(cls, value: Any) -> Any:
@@ -102,6 +113,8 @@ def load(path: Path) -> Loaded:
     """Read and check a configuration file; raises ConfigError, which names the key and what would be legal."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error.message}") from None
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; name a configuration with --config FILE") from None
     except (ValueError, OSError) as error:
@@ -120,18 +133,20 @@ def parse(content: Any) -> Tuple[SetupConfig, Tuple[str, ...]]:
     content = {key: value for key, value in content.items() if key != "$schema"}
     notes = tuple(f"{key} has no meaning here: {WITHOUT_MEANING[key]}" for key in content if key in WITHOUT_MEANING)
     known: Dict[str, Any] = {}
+    written = {RENAMED.get(key, key): key for key in content}
     for key, value in content.items():
         name = RENAMED.get(key, key)
         if name in known:
-            raise ConfigError(f"{key} and {name} are the same key; keep one")
-        if key in SetupConfig.model_fields or key in RENAMED:
+            old = next(old for old, new in RENAMED.items() if new == name)
+            raise ConfigError(f"{old} and {name} are the same key; keep one")
+        if name in SetupConfig.model_fields:
             known[name] = value
         elif key not in WITHOUT_MEANING:
             raise ConfigError(_unknown(key))
     try:
         config = SetupConfig.model_validate(known)
     except ValidationError as error:
-        raise ConfigError("; ".join(_sentence(item) for item in error.errors())) from None
+        raise ConfigError("; ".join(_sentence(item, written) for item in error.errors())) from None
     _check_together(config)
     return config, notes
 
@@ -142,22 +157,44 @@ def default_name(config: SetupConfig) -> str:
 
 
 def json_schema() -> Dict[str, Any]:
-    """A JSON schema of setup_config.json, legacy keys included, for editors."""
+    """A JSON schema of setup_config.json, legacy keys included, for editors.
+
+    It accepts what `parse` accepts, but for the range of a number written as a string, and lists out of order.
+    """
     schema = SetupConfig.model_json_schema()
     schema.update({"$schema": "https://json-schema.org/draft/2020-12/schema", "title": CONFIG_FILE})
-    properties = schema["properties"]
-    for item in properties.values():
-        kinds = {option.get("type") for option in (item, *item.get("anyOf", ()))}
-        if kinds & {"integer", "boolean", "number"}:
-            item["anyOf"] = [*item.pop("anyOf", [_without_notes(item)]), {"type": "string"}]
-            for key in [key for key in item if key not in ("anyOf", "description", "title", "default")]:
-                del item[key]
+    properties: Dict[str, Any] = {key: _or_string(item) for key, item in schema["properties"].items()}
+    properties["model_name"]["pattern"] = r"\S"
     properties["$schema"] = {"type": "string"}
     for old, new in RENAMED.items():
         properties[old] = {**properties[new], "description": f"The older name of {new}", "deprecated": True}
     for key, reason in WITHOUT_MEANING.items():
         properties[key] = {"description": f"Has no meaning here: {reason}", "deprecated": True}
+    schema["properties"] = properties
+    unlabelled = [task for task in TASKS if not TASKS[task].labelled]
+    names = ("task", *(old for old, new in RENAMED.items() if new == "task"))
+    schema["allOf"] = [{"not": {"required": [old, new]}} for old, new in RENAMED.items()] + [
+        {"not": {"required": [name, "index_to_name"], "properties": {name: {"enum": unlabelled}, "index_to_name": {"type": "string"}}}}
+        for name in names
+    ]
     return schema
+
+
+_INTEGER = {"type": "string", "pattern": r"^\s*[+-]?\d+(_\d+)*(\.0*)?\s*$"}
+_BOOLEAN = {"type": "string", "pattern": r"^([Tt][Rr][Uu][Ee]|[Ff][Aa][Ll][Ss][Ee]|[Yy][Ee][Ss]|[Nn][Oo]|[Oo][Nn]|[Oo][Ff][Ff]|[TtFfYyNn01])$"}
+
+
+def _or_string(item: Mapping[str, Any]) -> Dict[str, Any]:
+    """A property whose numbers and booleans, at any depth, may be written as strings too."""
+    options = [dict(option) for option in item.get("anyOf", ())]
+    notes = {key: item[key] for key in ("description", "title", "default") if key in item}
+    options = options or [{key: value for key, value in item.items() if key not in notes}]
+    for option in [*options]:
+        if option.get("type") == "array":
+            option.update(items={"anyOf": [{**option["items"], "minimum": 4}, _INTEGER]}, minItems=1, uniqueItems=True)
+        elif option.get("type") in ("integer", "boolean"):
+            options.append(_INTEGER if option["type"] == "integer" else _BOOLEAN)
+    return {**notes, **(options[0] if len(options) == 1 else {"anyOf": options})}
 
 
 def _check_together(config: SetupConfig) -> None:
@@ -179,17 +216,14 @@ def _unknown(key: str) -> str:
     return f"unknown key {key}; {hint}"
 
 
-def _sentence(error: Mapping[str, Any]) -> str:
-    """One of pydantic's errors as a sentence: the key, what was given, what would be legal."""
+def _sentence(error: Mapping[str, Any], written: Mapping[str, str]) -> str:
+    """One of pydantic's errors as a sentence: the key as the user wrote it, what was given, what would be legal."""
     key = str(error["loc"][0]) if error["loc"] else ""
+    key = written.get(key, key)
     if error["type"] == "missing":
         return f"{key} is missing: {SetupConfig.model_fields[key].description}"
     message = error["msg"].replace("Value error, ", "")
     return f"{key} is {json.dumps(error['input'], ensure_ascii=False, default=str)}: {message[0].lower() + message[1:]}"
-
-
-def _without_notes(item: Mapping[str, Any]) -> Dict[str, Any]:
-    return {key: value for key, value in item.items() if key not in ("description", "title", "default")}
 
 
 def _unique(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:

@@ -20,6 +20,7 @@ from traceserve_runtime.tasks import TASKS
 
 TOKENIZER_FILE = "tokenizer.json"
 LONGEST_DEFAULT = 512
+_VOCABULARIES = ("tokenizer.json", "vocab*.*", "*.model", "*.tiktoken", "*.bpe")
 # The inputs that the runtime makes, in the order in which they are passed.
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -67,6 +68,7 @@ def load(config: SetupConfig, checkpoint: Checkpoint, config_folder: Path) -> Or
     if "input_ids" not in inputs:
         raise ExportError(f"{config.model_name} does not read text: its model takes {', '.join(accepted)}")
     task = TASKS[config.task]
+    _check_case(config, checkpoint, tokenizer)
     return Original(
         model=model,
         tokenizer=tokenizer,
@@ -91,7 +93,20 @@ def _load_tokenizer(config: SetupConfig, checkpoint: Checkpoint) -> Any:
             f"{config.model_name} has no fast tokenizer ({type(tokenizer).__name__} runs in Python only), and the worker "
             "has the tokenizers package only; convert it to a tokenizer.json first"
         )
+    if not any(path for pattern in _VOCABULARIES for path in checkpoint.folder.glob(pattern)):
+        # transformers 5 makes up an empty tokenizer in its place.
+        raise SourceError(f"{config.model_name}: {checkpoint.folder} has no tokenizer ({', '.join(_VOCABULARIES)})")
     return tokenizer
+
+
+def _check_case(config: SetupConfig, checkpoint: Checkpoint, tokenizer: Any) -> None:
+    """sentence-transformers can lower a text's case before its tokenizer; here the tokenizer alone decides."""
+    facts = checkpoint.read_json("sentence_bert_config.json") or {}
+    if facts.get("do_lower_case") and tokenizer("A Word")["input_ids"] != tokenizer("a word")["input_ids"]:
+        raise ExportError(
+            f"{config.model_name} wants texts in lower case (sentence_bert_config.json), but its tokenizer keeps capitals; "
+            "set the tokenizer's normalizer to lower case"
+        )
 
 
 def _load_model(config: SetupConfig, checkpoint: Checkpoint) -> Any:
@@ -171,7 +186,7 @@ def _labels(config: SetupConfig, model: Any, config_folder: Path) -> Tuple[str, 
         names = {int(index): str(name) for index, name in model.config.id2label.items()}
         place = "the checkpoint's id2label"
     else:
-        names = _read_labels(config_folder / config.index_to_name)
+        names = _read_labels(config_folder / Path(config.index_to_name).expanduser())
         place = config.index_to_name
     if sorted(names) != list(range(count)):
         raise ConfigError(
@@ -215,12 +230,22 @@ def _feature_parameters(model: Any, checkpoint: Checkpoint) -> Dict[str, Any]:
     unknown = set(kinds) - {"Transformer", "Pooling", "Normalize"}
     if unknown:
         raise ExportError(f"this sentence-transformers checkpoint has a module {', '.join(unknown)}, which is not supported")
-    facts = checkpoint.read_json(f"{kinds['Pooling']}/config.json") if "Pooling" in kinds else None
+    pooling = _pooling(checkpoint.read_json(f"{kinds['Pooling']}/config.json")) if "Pooling" in kinds else "none"
+    return {"pooling": pooling, "normalize": "Normalize" in kinds}
+
+
+def _pooling(facts: Optional[Dict[str, Any]]) -> str:
+    """The pooling that a sentence-transformers Pooling module's configuration names; raises ExportError."""
+    names = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "mean": "mean", "cls": "cls"}
     modes = [key for key, value in (facts or {}).items() if key.startswith("pooling_mode_") and value is True]
-    names = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
-    if len(modes) > 1 or any(mode not in names for mode in modes):
-        raise ExportError(f"this sentence-transformers checkpoint pools by {', '.join(modes)}; supported are {', '.join(names)}")
-    return {"pooling": names[modes[0]] if modes else "none", "normalize": "Normalize" in kinds}
+    named = (facts or {}).get("pooling_mode")
+    modes += [named] if isinstance(named, str) else []
+    if len(modes) != 1 or modes[0] not in names:
+        raise ExportError(
+            f"this sentence-transformers checkpoint pools by {', '.join(modes) or 'nothing that its files name'}; supported "
+            f"are {', '.join(names)}"
+        )
+    return names[modes[0]]
 
 
 # The defaults of a model for parameters of its task, by task.

@@ -60,11 +60,12 @@ def built_in(task: Type[Task]) -> List[Request]:
 def read(path: Path, task: Type[Task]) -> List[Request]:
     """The user's samples: a text on each line, or a request body on each line of a .jsonl file."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON may hold U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--samples {path} cannot be read: {error}") from None
     requests = []
     for number, line in enumerate(lines, 1):
+        line = line.rstrip("\r")
         if not line.strip():
             continue
         try:

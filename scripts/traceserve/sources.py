@@ -13,7 +13,7 @@ from traceserve.errors import SourceError
 from traceserve_runtime.manifest import Source, sha256
 
 # What a checkpoint is made of, and what a hub may hold beside it for other libraries.
-_SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*/config.json"]
+_SMALL_FILES = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.bpe", "*.jinja", "*/config.json"]
 _SAFETENSORS = ["*.safetensors"]
 _PICKLES = ["pytorch_model*.bin"]
 _CODE = ["*.py"]
@@ -58,13 +58,19 @@ def fetch(config: SetupConfig, config_folder: Path) -> Checkpoint:
     """The checkpoint that `config` names, downloaded if need be; raises SourceError."""
     scheme, colon, rest = config.model_name.partition(":")
     if colon and scheme in SCHEMES:
+        _check_no_revision(config, scheme)
         checkpoint = SCHEMES[scheme](rest)
     else:
-        folder = (config_folder / config.model_name).expanduser()
+        folder = config_folder / Path(config.model_name).expanduser()
         checkpoint = Checkpoint(folder.resolve(), "folder") if folder.is_dir() else _from_hub(config, folder)
-    if checkpoint.kind != "hub" and config.revision is not None:
-        raise SourceError(f"revision is for a model of the hub, but {config.model_name} is a {checkpoint.kind}")
+    if checkpoint.kind != "hub":
+        _check_no_revision(config, checkpoint.kind)
     return _checked(checkpoint, config)
+
+
+def _check_no_revision(config: SetupConfig, kind: str) -> None:
+    if config.revision is not None:
+        raise SourceError(f"revision is for a model of the hub, but {config.model_name} is a {kind}")
 
 
 def _from_package(place: str) -> Checkpoint:
@@ -92,7 +98,13 @@ SCHEMES: Dict[str, Callable[[str], Checkpoint]] = {"package": _from_package, "de
 def _from_hub(config: SetupConfig, folder: Path) -> Checkpoint:
     """A snapshot of the hub's repository; its folder is called as the commit that the revision stands for."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     def download(patterns: List[str]) -> Path:
         return Path(
@@ -111,6 +123,8 @@ def _from_hub(config: SetupConfig, folder: Path) -> Checkpoint:
         raise SourceError(f"{what} is neither a folder ({folder} does not exist) nor a valid hub id") from None
     except RevisionNotFoundError:
         raise SourceError(f"the hub has no revision {config.revision} of {config.model_name}") from None
+    except GatedRepoError:
+        raise SourceError(f"{what} is gated: accept its terms on the hub, then `hf auth login` or set HF_TOKEN") from None
     except RepositoryNotFoundError:
         raise SourceError(
             f"{what} is neither a folder ({folder} does not exist) nor a model of the hub; a private model needs "

@@ -50,7 +50,7 @@ def _replace(made: Path, target: Path, replaced: Path) -> None:
 
 def _sweep(target: Path) -> None:
     """Remove the private folders of processes that are gone; put back a target that one of them had moved aside."""
-    pattern = re.compile(re.escape(f".{target.name}.") + r"(\d+)\..+")
+    pattern = re.compile(re.escape(f".{target.name}.") + r"(\d+)\.[a-z0-9_]{8}")  # as mkdtemp ends names
     for path in target.parent.iterdir():
         match = pattern.fullmatch(path.name)
         if match and not _alive(int(match.group(1))):
