@@ -60,11 +60,7 @@ class TransformerHandler:
             bodies = [self._parse(row, i, context) for i, row in enumerate(rows or [])]
             results = self._answer(bodies, stats)
         except Exception as error:  # an outer edge: what escapes fails with TorchServe's own words
-            # Not the error's own message: it may hold a client's text.
-            where = "".join(traceback.format_tb(error.__traceback__))
-            logger.error("traceserve: %s in a batch of %d\n%s", type(error).__name__, len(rows or []), where)
-            failure = TraceserveError("an unexpected error in the worker; its log has the details")
-            results = [failure] * len(rows or [])
+            results = [_unexpected(error, len(rows or []))] * len(rows or [])
         self._report(stats, context)
         return [_respond(i, result, context) for i, result in enumerate(results)]
 
@@ -77,6 +73,8 @@ class TransformerHandler:
             return parse(row, _headers(context, index), type(self.engine.task), index, self.engine.manifest.max_rows)
         except TraceserveError as error:
             return error
+        except Exception as error:  # an outer edge: it is this row's alone
+            return _unexpected(error, 1)
 
     def _answer(
         self, bodies: Sequence[Union[Body, TraceserveError]], stats: Stats
@@ -93,12 +91,9 @@ class TransformerHandler:
                 results.append(body)
                 continue
             own = [next(answers) for _ in body.requests]
-            error = next(((i, a) for i, a in enumerate(own) if isinstance(a, TraceserveError)), None)
-            if error is None:
-                values = [_noted(answer) for answer in own]  # type: ignore[arg-type]  # no error is among them
-                results.append((values if body.is_list else values[0], own))  # type: ignore[arg-type]
-            else:
-                results.append(_at(error[1], error[0]) if body.is_list else error[1])  # type: ignore[arg-type]
+            errors = [_at(a, r.where) for a, r in zip(own, body.requests) if isinstance(a, TraceserveError)]
+            values = [_noted(answer) for answer in own if not isinstance(answer, TraceserveError)]
+            results.append(errors[0] if errors else (values if body.is_list else values[0], own))  # type: ignore[arg-type]
         return results
 
     def _report(self, stats: Stats, context: Any) -> None:
@@ -133,8 +128,20 @@ def _noted(answer: Answer) -> Any:
     return [{**item, **note} if isinstance(item, dict) else item for item in answer.value]
 
 
-def _at(error: TraceserveError, index: int) -> TraceserveError:
-    return type(error)(error.message, f"[{index}]" + (f".{error.field}" if error.field else ""))
+def _at(error: TraceserveError, where: str) -> TraceserveError:
+    """The error with its field's whole path in the client's body."""
+    placed = type(error)(error.message, ".".join(part for part in (where, error.field) if part) or None)
+    placed.__cause__ = error.__cause__
+    return placed
+
+
+def _unexpected(error: Exception, rows: int) -> TraceserveError:
+    """An error that is ours; logged without its own message, which may hold a client's text."""
+    from traceserve_runtime.errors import TraceserveError
+
+    where = "".join(traceback.format_tb(error.__traceback__))
+    logger.error("traceserve: %s in a batch of %d\n%s", type(error).__name__, rows, where)
+    return TraceserveError("an unexpected error in the worker; its log has the details")
 
 
 def _respond(index: int, result: Any, context: Any) -> bytes:
@@ -148,4 +155,6 @@ def _respond(index: int, result: Any, context: Any) -> bytes:
     else:
         value = result.to_json()
         context.set_response_status(result.status, result.phrase, index)
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+        if result.status >= 500 and result.__cause__ is not None:
+            logger.error("traceserve: the model failed on an input with %s", type(result.__cause__).__name__)
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")

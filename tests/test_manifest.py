@@ -54,19 +54,36 @@ def test_what_is_read_has_the_types_of_the_fields(artifact: Path) -> None:
     assert manifest.source.revision is None
 
 
-def test_shapes_are_read_and_written(document: Document, tmp_path: Path) -> None:
-    document.update(shapes={"lengths": [8, 32], "batches": [1, 4], "graph_per_shape": True}, files={})
+def test_shapes_are_read_and_written(document: Document, copy: Path) -> None:
+    document.update(shapes={"lengths": [8, 32], "batches": [1, 4], "graph_per_shape": True})
     manifest = Manifest.from_json(document)
     assert manifest.shapes == Shapes((8, 32), (1, 4), True)
-    manifest.write(tmp_path)
-    assert Manifest.read(tmp_path) == manifest
+    manifest.write(copy)
+    assert Manifest.read(copy) == manifest
 
 
-def test_text_beyond_ascii_is_kept(document: Document, tmp_path: Path) -> None:
-    document.update(labels=["größe", "色", "👍🏽"], files={})
-    Manifest.from_json(document).write(tmp_path)
-    assert Manifest.read(tmp_path).labels == ("größe", "色", "👍🏽")
-    assert "👍🏽".encode() in (tmp_path / MANIFEST_FILE).read_bytes()
+@pytest.mark.parametrize(
+    "change, what",
+    [
+        ({"max_length": 0}, "max_length"),
+        ({"max_rows": 0}, "max_rows"),
+        ({"inputs": []}, "inputs"),
+        ({"files": {}}, "files lacks the model"),
+        ({"shapes": {"lengths": [8, 16], "batches": None, "graph_per_shape": False}}, "end at max_length"),
+        ({"shapes": {"lengths": [], "batches": None, "graph_per_shape": False}}, "end at max_length"),
+        ({"shapes": {"lengths": None, "batches": [], "graph_per_shape": False}}, "shapes.batches"),
+    ],
+)
+def test_values_that_no_builder_writes(document: Document, change: Document, what: str) -> None:
+    with pytest.raises(InvalidManifest, match=what):
+        Manifest.from_json({**document, **change})
+
+
+def test_text_beyond_ascii_is_kept(document: Document, copy: Path) -> None:
+    document.update(labels=["größe", "色", "👍🏽"])
+    Manifest.from_json(document).write(copy)
+    assert Manifest.read(copy).labels == ("größe", "色", "👍🏽")
+    assert "👍🏽".encode() in (copy / MANIFEST_FILE).read_bytes()
 
 
 def test_reading_leaves_the_document_as_it_was(document: Document) -> None:

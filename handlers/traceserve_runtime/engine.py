@@ -106,7 +106,7 @@ class Engine:
         try:
             return self.task.predict(self.runner, [row], stats)[0]
         except RuntimeError as error:
-            failure = ModelFailure(f"the model failed on this input: {str(error).strip().splitlines()[-1:]}")
+            failure = ModelFailure(f"the model failed on this input: {(str(error).strip() or type(error).__name__).splitlines()[-1]}")
             failure.__cause__ = error
             return failure
 

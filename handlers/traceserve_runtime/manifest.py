@@ -118,14 +118,32 @@ class Manifest:
             raise InvalidManifest(f"{MANIFEST_FILE} should hold an object, not {_kind(document)}")
         content = dict(document)
         schema = content.pop("schema", None)
-        if schema != SCHEMA:
+        if type(schema) is not int or schema != SCHEMA:
             versions = content.get("versions")
             maker = versions.get("traceserve", "unknown") if isinstance(versions, dict) else "unknown"
             raise InvalidManifest(
                 f"{MANIFEST_FILE} has schema {schema!r} (made by traceserve {maker}), but this runtime, traceserve "
                 f"{__version__}, reads schema {SCHEMA}; build and pack with the same version"
             )
-        return _read_object(cls, content, "")
+        manifest = _read_object(cls, content, "")
+        manifest._check()
+        return manifest
+
+    def _check(self) -> None:
+        """Raise InvalidManifest for values of the right type that no builder writes."""
+        sides = (self.tokenizer.padding_side, self.tokenizer.truncation_side)
+        lengths = self.shapes.lengths
+        for wrong, what in (
+            (not set(sides) <= {"left", "right"}, "padding_side and truncation_side should be left or right"),
+            (self.max_length < 1 or self.max_rows < 1, "max_length and max_rows should be 1 or more"),
+            (not self.inputs or not self.outputs, "inputs and outputs should not be empty"),
+            (lengths is not None and lengths[-1:] != (self.max_length,), "shapes.lengths should end at max_length"),
+            (self.shapes.batches == (), "shapes.batches should not be empty"),
+            (self.model_file not in self.files, f"files lacks the model, {self.model_file}"),
+            (self.tokenizer.file not in self.files, f"files lacks the tokenizer, {self.tokenizer.file}"),
+        ):
+            if wrong:
+                raise InvalidManifest(f"{MANIFEST_FILE}: {what}")
 
     def write(self, folder: Path) -> None:
         """Write `folder/traceserve.json`; equal manifests give equal bytes."""
@@ -148,7 +166,7 @@ def _load(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InvalidManifest(f"{path.name} is missing: this folder was not made by `traceserve export`") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidManifest(f"{path.name} is not valid JSON: {error}") from error
 
 

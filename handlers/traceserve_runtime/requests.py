@@ -81,12 +81,14 @@ def _form(row: Mapping[str, Any], headers: Headers, task: Type[Task]) -> Any:
     """The fields of a form; or the text, or JSON, that was sent in the place of one."""
     if not row and not headers.content_length:
         raise InvalidRequest(f"the body is empty; {_LEGAL_BODIES}")
-    fields = {str(key): _decode(value, str(key)) for key, value in row.items()}
+    # A part of a multipart form that says it is JSON arrives parsed.
+    parsed = {str(key): value for key, value in row.items() if not isinstance(value, (bytes, bytearray, str))}
+    fields = {str(key): _decode(value, str(key)) for key, value in row.items() if str(key) not in parsed}
     if not headers.content_type.startswith("multipart/") and not _is_whole(fields, headers.content_length):
         raise InvalidRequest(f"the body was sent as a form, of which only a part arrived; {_NOT_A_FORM}")
     known = {"data", "inputs", "parameters", *_UNUSED_FIELDS, *(field.name for field in task.fields)}
-    if known & set(fields):
-        return {key: _json(value, key) if key == "parameters" else value for key, value in fields.items()}
+    if parsed or known & set(fields):
+        return {**{key: _json(value, key) if key == "parameters" else value for key, value in fields.items()}, **parsed}
     body = "&".join(key + ("=" + value if value else "") for key, value in fields.items())
     if body.lstrip()[:1] in ("{", "[", '"'):
         return _guess(body)
@@ -99,7 +101,8 @@ def _is_whole(fields: Mapping[str, str], content_length: Optional[int]) -> bool:
     """Whether the fields that arrived account for the length of the form that was sent.
 
     The frontend (netty 4.1.53) drops what follows the last & of a form, or a whole form, where it has no =. What
-    arrives is decoded, so its length is compared under each usual way of encoding it.
+    arrives is decoded, so its length is compared under each usual way of encoding it: a cut form that by chance has the
+    length of another encoding is not noticed.
     """
     if content_length is None:
         return True
@@ -133,14 +136,13 @@ def _json(text: str, field: str = "body") -> Any:
         raise InvalidRequest(f"the {field} is not valid JSON: {reason}", field) from None
 
 
-def _decode(value: Any, field: str) -> str:
+def _decode(value: Union[str, bytes, bytearray], field: str) -> str:
     if isinstance(value, str):
         return value
     try:
         return bytes(value).decode("utf-8")
-    except (UnicodeDecodeError, TypeError) as error:
-        at = f" at byte {error.start}" if isinstance(error, UnicodeDecodeError) else ""
-        raise InvalidRequest(f"the {field} is not UTF-8 text{at}", field) from None
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"the {_short(field)} is not UTF-8 text at byte {error.start}", _short(field)) from None
 
 
 def _requests(
@@ -154,14 +156,14 @@ def _requests(
                 raise InvalidRequest("a list holds texts and objects, not lists", f"{where}[{i}]")
         return [request for requests, _ in items for request in requests], True
     if isinstance(value, str):
-        return [Request(_fields({task.fields[0].name: value}, task, where), {}, group)], False
+        return [Request(_fields({task.fields[0].name: value}, task, where), {}, group, where)], False
     if not isinstance(value, dict):
         raise InvalidRequest(f"{_kind(value)} is not a request; {_LEGAL_BODIES}", where or None)
     envelope = next((key for key in ("inputs", "data") if key in value), None)
     if envelope is None or enveloped:
         parameters = _parameters(value.get("parameters", {}), task, where)
         fields = {key: item for key, item in value.items() if key not in ("parameters", *_UNUSED_FIELDS)}
-        return [Request(_fields(fields, task, where), parameters, group)], False
+        return [Request(_fields(fields, task, where), parameters, group, where)], False
     return _enveloped(value, envelope, task, group, where)
 
 
@@ -171,10 +173,10 @@ def _enveloped(
     """The requests of `{"inputs": ..., "parameters": {...}}` or `{"data": ...}`; the parameters hold for each."""
     for key in value:
         if key not in (envelope, "parameters", *_UNUSED_FIELDS):
-            raise InvalidRequest(f'"{key}" cannot stand beside "{envelope}"', _path(where, key))
+            raise InvalidRequest(f'"{_short(key)}" cannot stand beside "{envelope}"', _path(where, key))
     parameters = _parameters(value.get("parameters", {}), task, where)
     inner, is_list = _requests(value[envelope], task, group, _path(where, envelope), enveloped=True)
-    return [Request(r.inputs, {**parameters, **r.parameters}, group) for r in inner], is_list
+    return [Request(r.inputs, {**parameters, **r.parameters}, group, r.where) for r in inner], is_list
 
 
 def _fields(fields: Mapping[str, Any], task: Type[Task], where: str) -> Mapping[str, str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 from tokenizers import Encoding, Tokenizer
+from tokenizers.processors import ByteLevel
 
 from traceserve_runtime.errors import InputTooLong, InvalidManifest, InvalidRequest, TraceserveError
 from traceserve_runtime.manifest import TokenizerFacts
@@ -99,10 +100,28 @@ class TextTokenizer:
                 'it, or ask for "parameters": {"long_inputs": "truncate"} or "window"',
                 segments.fields[0],
             )
-        first = self._tokenizer.encode(segments.text, add_special_tokens=False)
-        second = None if segments.pair is None else self._tokenizer.encode(segments.pair, add_special_tokens=False)
         room = self._max_length - self._special(segments)
+        if room < 1:
+            raise InputTooLong(f"this model reads {self._max_length} tokens, which special ones fill alone", segments.fields[0])
+        first, second = self._encode_bare(segments)
         return (self._truncate if how == "truncate" else self._window)(segments, first, second, room)
+
+    def _encode_bare(self, segments: Segments) -> Tuple[Encoding, Optional[Encoding]]:
+        """The segments without special tokens, and not post-processed: that follows for each row.
+
+        The post-processors of byte-level tokenizers move offsets past a leading space, each time that they run; so the
+        tokenizer's own is put aside for a moment. (An engine is for one thread.)
+        """
+        own = self._tokenizer.post_processor
+        if own is not None:
+            self._tokenizer.post_processor = ByteLevel(trim_offsets=False)
+        try:
+            first = self._tokenizer.encode(segments.text, add_special_tokens=False)
+            second = None if segments.pair is None else self._tokenizer.encode(segments.pair, add_special_tokens=False)
+        finally:
+            if own is not None:
+                self._tokenizer.post_processor = own
+        return first, second
 
     def _truncate(self, segments: Segments, first: Encoding, second: Optional[Encoding], room: int) -> Encoded:
         kept = (room, 0) if second is None else longest_first(len(first), len(second), room)
@@ -119,7 +138,7 @@ class TextTokenizer:
         return Encoded([self._row(first, second)], unseen)
 
     def _window(self, segments: Segments, first: Encoding, second: Optional[Encoding], room: int) -> Encoded:
-        """Windows of nearly equal size, side by side, over the longer segment; the shorter one stands in each."""
+        """Windows side by side over the longer segment, of one size but for the last; the shorter one stands in each."""
         swapped = second is not None and len(second) > len(first)
         longer, shorter = (second, first) if swapped else (first, second)
         assert longer is not None

@@ -23,7 +23,7 @@ def read(manifest: Manifest, folder: Path, device: str) -> Runner:
     _settle_executor()
     try:
         module = torch.jit.load(str(folder / manifest.model_file), map_location=device).eval()  # type: ignore[no-untyped-call]
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         reason = str(error).strip().split("\n", 1)[0]
         raise InvalidManifest(f"{manifest.model_file} cannot be loaded by torch {torch.__version__}: {reason}") from error
 

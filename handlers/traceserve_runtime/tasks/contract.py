@@ -60,12 +60,14 @@ class Parameter:
 class Request:
     """One thing asked: checked fields and parameters, as the task names them.
 
-    Requests of one `group`, a client's own batch, share the limit on rows; None has no group.
+    Requests of one `group`, a client's own batch, share the limit on rows; None has no group. `where` is the request's
+    path in the client's body, as "inputs[2]".
     """
 
     inputs: Mapping[str, str]
     parameters: Mapping[str, Any] = field(default_factory=dict)
     group: Optional[int] = None
+    where: str = field(default="", compare=False)
 
 
 LONG_INPUTS_PARAMETER = Parameter(
