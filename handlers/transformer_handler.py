@@ -53,7 +53,6 @@ class TransformerHandler:
     def handle(self, rows: Optional[Sequence[Mapping[str, Any]]], context: Any) -> List[bytes]:
         """One JSON document, bytes, for each row; the status of each is set in `context`."""
         from traceserve_runtime.batching import Stats
-        from traceserve_runtime.errors import TraceserveError
 
         stats = Stats()
         try:

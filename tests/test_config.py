@@ -10,7 +10,6 @@ from typing import Any, Dict, List, Tuple
 
 import jsonschema
 import pytest
-
 from traceserve.config import RENAMED, WITHOUT_MEANING, SetupConfig, default_name, json_schema, load, parse
 from traceserve.errors import ConfigError
 from traceserve.writers import WRITERS

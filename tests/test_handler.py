@@ -161,7 +161,7 @@ def test_each_row_is_answered_by_its_own_text(loaded: TransformerHandler) -> Non
 def test_a_batch_of_bad_rows(loaded: TransformerHandler) -> None:
     bodies, context = serve(loaded, [{"body": 1}, {"body": []}, {"body": {}}])
     assert [error_of(body)[0] for body in bodies] == ["InvalidRequest"] * 3
-    assert context.statuses == {i: (400, "Bad Request") for i in range(3)}
+    assert context.statuses == dict.fromkeys(range(3), (400, "Bad Request"))
     assert context.metrics is not None and context.metrics.reported == {}
 
 
@@ -296,7 +296,7 @@ def test_a_row_that_breaks_the_model_fails_alone(handler: TransformerHandler) ->
     assert error_of(broken) == ("ModelFailure", None)
     assert error_of(many) == ("ModelFailure", "[1]")
     assert "no kernel for this shape" in broken["error"]["message"]
-    assert context.statuses == {i: (500, "Internal Server Error") for i in (1, 2)}
+    assert context.statuses == dict.fromkeys((1, 2), (500, "Internal Server Error"))
 
 
 def test_a_row_whose_answer_is_no_number_fails_alone(handler: TransformerHandler) -> None:
@@ -338,7 +338,7 @@ def test_no_log_holds_a_text_even_of_the_unexpected(
     handler.engine.answer = broken  # type: ignore[method-assign]
     bodies, context = serve(handler, [SECRET, "Yes."])
     assert [error_of(body) for body in bodies] == [("TraceserveError", None)] * 2
-    assert context.statuses == {i: (500, "Internal Server Error") for i in range(2)}
+    assert context.statuses == dict.fromkeys(range(2), (500, "Internal Server Error"))
     assert "ValueError in a batch of 2" in caplog.text and "in broken" in caplog.text
     for told in (
         caplog.text,

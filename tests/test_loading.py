@@ -12,7 +12,6 @@ import pytest
 import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
-
 from traceserve.config import parse
 from traceserve.errors import ConfigError, ExportError, SourceError
 from traceserve.loading import LONGEST_DEFAULT, Original, load, quiet
@@ -391,7 +390,7 @@ def test_code_of_the_checkpoint_runs_only_where_it_is_trusted(trust: bool, copy:
     folder = copy("bert")
     owned = tmp_path / "owned"
     (folder / "modeling_own.py").write_text(f"import os\nos.mkdir({str(owned)!r})\nraise RuntimeError\n")
-    auto = {name: "modeling_own.Own" for name in ("AutoConfig", "AutoModelForSequenceClassification")}
+    auto = dict.fromkeys(("AutoConfig", "AutoModelForSequenceClassification"), "modeling_own.Own")
     change_json(folder / "config.json", model_type="own", auto_map=auto)
     with pytest.raises(SourceError, match="cannot be loaded"):
         original(folder, trust_remote_code=trust)

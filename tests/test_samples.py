@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Type
 
 import pytest
-
 from traceserve.errors import ConfigError
 from traceserve.samples import SENTENCES, VERY_LONG, built_in, read
 from traceserve_runtime.requests import Headers, parse

@@ -16,7 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import psutil
 import pytest
@@ -56,7 +56,9 @@ class Reply(NamedTuple):
 
 def post(instance: Instance, name: str, body: bytes, content_type: Optional[str], **headers: str) -> Reply:
     own = {"Content-Type": content_type} if content_type is not None else {}
-    request = urllib.request.Request(f"{instance.url}/predictions/{name}", data=body, headers={**own, **headers}, method="POST")
+    request = urllib.request.Request(
+        f"{instance.url}/predictions/{name}", data=body, headers={**own, **headers}, method="POST"
+    )
     if content_type is None:  # urllib adds a form's
         request.add_unredirected_header("Content-type", "")
     return send(request)
@@ -155,9 +157,12 @@ TEXT = "The parcel is late & costs = 5 %!"
         (urllib.parse.urlencode({"text": TEXT}).encode(), "application/x-www-form-urlencoded"),
         (urllib.parse.urlencode({"data": TEXT}).encode(), "application/x-www-form-urlencoded"),
         (urllib.parse.urlencode({TEXT: ""}).encode(), "application/x-www-form-urlencoded"),
-        (b'--b\r\nContent-Disposition: form-data; name="text"\r\n\r\n%b\r\n--b--\r\n' % TEXT.encode(), "multipart/form-data; boundary=b"),
         (
-            b'--b\r\nContent-Disposition: form-data; name="data"; filename="a.txt"\r\nContent-Type: text/plain\r\n\r\n%b\r\n--b--\r\n'
+            b'--b\r\nContent-Disposition: form-data; name="text"\r\n\r\n%b\r\n--b--\r\n' % TEXT.encode(),
+            "multipart/form-data; boundary=b",
+        ),
+        (
+            b'--b\r\nContent-Disposition: form-data; name="data"; filename="a"\r\nContent-Type: text/plain\r\n\r\n%b\r\n--b--\r\n'
             % TEXT.encode(),
             "multipart/form-data; boundary=b",
         ),
@@ -170,14 +175,21 @@ def test_every_form_of_a_text(body: bytes, content_type: str, served: Served) ->
 
 
 def test_a_list_is_answered_with_a_list(served: Served) -> None:
-    body = ["one", {"text": "two"}, {"text": "three", "text_pair": "four"}, {"inputs": "five", "parameters": {"top_k": 2}}]
+    body = [
+        "one",
+        {"text": "two"},
+        {"text": "three", "text_pair": "four"},
+        {"inputs": "five", "parameters": {"top_k": 2}},
+    ]
     reply = post(served.instance, "quick", json.dumps(body).encode(), "application/json")
     assert reply.status == 200 and len(reply.json) == 4
     assert reply.json[2]["label"] == expected(served, {"text": "three", "text_pair": "four"})["label"]
     assert len(reply.json[3]) == 2
 
 
-@pytest.mark.parametrize("body", [b"some text", b"Fish & chips", b"text=Fish & chips", b"a=b", b'{"text": "a & b"}', b'{"text": "a"}'])
+@pytest.mark.parametrize(
+    "body", [b"some text", b"Fish & chips", b"text=Fish & chips", b"a=b", b'{"text": "a & b"}', b'{"text": "a"}']
+)
 def test_a_text_that_the_frontend_cuts_as_a_form_is_refused(body: bytes, served: Served) -> None:
     """What `curl -d` sends: of these bodies only a part, or nothing, reaches the worker."""
     reply = post(served.instance, "quick", body, "application/x-www-form-urlencoded")
@@ -207,15 +219,51 @@ def test_too_long_is_413(served: Served) -> None:
 
 def malformed() -> List[Tuple[bytes, str]]:
     """Two hundred bodies that are no request."""
-    wrong: List[Any] = [None, True, False, 0, 1, -1.5, 1e308, [], {}, [[]], [{}], [None], [1, 2], [["a"]], [[["a"]]], {"text": None}]
+    wrong: List[Any] = [
+        None,
+        True,
+        False,
+        0,
+        1,
+        -1.5,
+        1e308,
+        [],
+        {},
+        [[]],
+        [{}],
+        [None],
+        [1, 2],
+        [["a"]],
+        [[["a"]]],
+        {"text": None},
+    ]
     wrong += [{"text": value} for value in (1, 1.5, True, [], ["a"], {}, {"text": "a"}, [1], [[]])]
     wrong += [{"text": "a", "text_pair": value} for value in (None, 1, [], {}, False)]
-    wrong += [{key: "a"} for key in ("", "Text", "txt", "texts", "input", "question", "instances", "x" * 5000, "\u0000", "é", "__class__")]
-    wrong += [{"inputs": value} for value in (None, 1, {}, [], [[]], [None], {"txt": "a"}, {"text": 1}, [{"text": "a"}, {}])]
+    wrong += [
+        {key: "a"}
+        for key in (
+            "",
+            "Text",
+            "txt",
+            "texts",
+            "input",
+            "question",
+            "instances",
+            "x" * 5000,
+            "\u0000",
+            "é",
+            "__class__",
+        )
+    ]
+    wrong += [
+        {"inputs": value} for value in (None, 1, {}, [], [[]], [None], {"txt": "a"}, {"text": 1}, [{"text": "a"}, {}])
+    ]
     wrong += [{"data": value} for value in (None, 7, {}, [], {"data": {}}, {"data": {"data": None}})]
     wrong += [{"text": "a", "parameters": value} for value in (None, 1, "a", [], [1], True)]
     wrong += [{"text": "a", "parameters": {"top_k": value}} for value in (0, -1, 1.5, "3", True, [], {}, 1e9)]
-    wrong += [{"text": "a", "parameters": {"function_to_apply": value}} for value in (None, 1, "max", "SOFTMAX", [], {})]
+    wrong += [
+        {"text": "a", "parameters": {"function_to_apply": value}} for value in (None, 1, "max", "SOFTMAX", [], {})
+    ]
     wrong += [{"text": "a", "parameters": {"long_inputs": value}} for value in (None, 1, "cut", "", [])]
     wrong += [{"text": "a", "parameters": {key: 1}} for key in ("", "topk", "temperature", "x" * 3000, "é")]
     wrong += [{"text": "a", "extra": 1}, {"text": "a", "top_k": 2}, {"inputs": "a", "text": "b"}, {"text_pair": "a"}]
@@ -224,19 +272,69 @@ def malformed() -> List[Tuple[bytes, str]]:
     wrong += ["x" * 3_000_000, {"text": "long words " * 100_000}, ["y" * 2_000_000]]
     bodies = [(json.dumps(value).encode(), "application/json") for value in wrong]
     deep = [b"[" * n + b"]" * n for n in (2, 50, 900, 5_000, 100_000)]
-    deep += [b'{"data":' * n + b'"a"' + b"}" * n for n in (300, 900, 20_000)] + [b'{"text":' * 2000 + b"1" + b"}" * 2000]
-    broken = [b"{", b"}", b"[", b"]", b'"', b"'", b"{'text': 'a'}", b'{"text": "a"', b'{"text" "a"}', b'{"text": "a",}', b'{"text": a}']
-    broken += [b"nul", b"NaN", b"Infinity", b"tru", b"1 2", b'"a" "b"', b'{"text": "a"} x', b"// a", b"<xml/>", b'{"text": "\\x"}', b"\x00"]
-    broken += [b'{"text": "\\ud800"}', b'"\\udfff x"', b'["\\ud83d"]', b'{"\\ud800": "a"}', b'{"text": "tab\tinside"}', b"[,]", b'{"a":}']
-    utf8 = [b"\xff", b"\xfe\xff", b"\xc3\x28", b"\xa0\xa1", b"\xe2\x28\xa1", b"\xf0\x28\x8c\xbc", b"abc\x80", b"\xed\xa0\x80", b'"\xff"']
+    deep += [b'{"data":' * n + b'"a"' + b"}" * n for n in (300, 900, 20_000)] + [
+        b'{"text":' * 2000 + b"1" + b"}" * 2000
+    ]
+    broken = [
+        b"{",
+        b"}",
+        b"[",
+        b"]",
+        b'"',
+        b"'",
+        b"{'text': 'a'}",
+        b'{"text": "a"',
+        b'{"text" "a"}',
+        b'{"text": "a",}',
+        b'{"text": a}',
+    ]
+    broken += [
+        b"nul",
+        b"NaN",
+        b"Infinity",
+        b"tru",
+        b"1 2",
+        b'"a" "b"',
+        b'{"text": "a"} x',
+        b"// a",
+        b"<xml/>",
+        b'{"text": "\\x"}',
+        b"\x00",
+    ]
+    broken += [
+        b'{"text": "\\ud800"}',
+        b'"\\udfff x"',
+        b'["\\ud83d"]',
+        b'{"\\ud800": "a"}',
+        b'{"text": "tab\tinside"}',
+        b"[,]",
+        b'{"a":}',
+    ]
+    utf8 = [
+        b"\xff",
+        b"\xfe\xff",
+        b"\xc3\x28",
+        b"\xa0\xa1",
+        b"\xe2\x28\xa1",
+        b"\xf0\x28\x8c\xbc",
+        b"abc\x80",
+        b"\xed\xa0\x80",
+        b'"\xff"',
+    ]
     bodies += [(body, "application/json") for body in deep + broken + utf8]
     bodies += [(body, "text/plain") for body in utf8 + [b"", b"\x00", b"a\x00b"]]
     bodies += [(body, "application/octet-stream") for body in utf8 + [b"", b"{", b"{'a': 1}", b"\x1f\x8b\x08\x00\x00"]]
     noise = random.Random(0)
     bodies += [(b"{" + bytes(noise.randrange(256) for _ in range(n)), "application/json") for n in range(1, 41)]
     bodies += [(b"", "application/json"), (b"", ""), (b"a=b", "application/x-www-form-urlencoded")]
-    bodies += [(b"text=%FF%FE", "application/x-www-form-urlencoded"), (b"parameters=1&text=a", "application/x-www-form-urlencoded")]
-    bodies += [(b"parameters=%7B&text=a", "application/x-www-form-urlencoded"), (b"text_pair=a", "application/x-www-form-urlencoded")]
+    bodies += [
+        (b"text=%FF%FE", "application/x-www-form-urlencoded"),
+        (b"parameters=1&text=a", "application/x-www-form-urlencoded"),
+    ]
+    bodies += [
+        (b"parameters=%7B&text=a", "application/x-www-form-urlencoded"),
+        (b"text_pair=a", "application/x-www-form-urlencoded"),
+    ]
     return bodies
 
 
@@ -251,7 +349,11 @@ def test_two_hundred_malformed_bodies(served: Served) -> None:
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         replies = list(pool.map(ask, [*bodies, (b"all is well", "text/plain")]))
-    wrong = [(body[:80], kind, r.status, r.body[:120]) for (body, kind), r in zip(bodies, replies) if not 400 <= r.status < 500]
+    wrong = [
+        (body[:80], kind, r.status, r.body[:120])
+        for (body, kind), r in zip(bodies, replies)
+        if not 400 <= r.status < 500
+    ]
     assert not wrong
     for reply in replies[:-1]:
         error = reply.json["error"]
@@ -262,7 +364,11 @@ def test_two_hundred_malformed_bodies(served: Served) -> None:
 
 def test_no_text_is_logged(served: Served) -> None:
     marker = "zanzibarzanzibar"
-    for body, kind in ((marker.encode(), "text/plain"), (f'{{"text": {marker}}}'.encode(), "application/json"), (f'"{marker}\\ud800"'.encode(), "application/json")):
+    for body, kind in (
+        (marker.encode(), "text/plain"),
+        (f'{{"text": {marker}}}'.encode(), "application/json"),
+        (f'"{marker}\\ud800"'.encode(), "application/json"),
+    ):
         post(served.instance, "quick", body, kind)
     time.sleep(0.5)
     for log in Path(served.instance.folder).rglob("*.log"):
@@ -271,19 +377,31 @@ def test_no_text_is_logged(served: Served) -> None:
 
 def test_metrics(served: Served) -> None:
     post(served.instance, "quick", b"count me", "text/plain")
-    wanted = {"TraceserveTokens", "TraceserveWindows", "TraceserveMicroBatches", "TraceservePaddingShare", "TraceserveModelTime"}
+    wanted = {
+        "TraceserveTokens",
+        "TraceserveWindows",
+        "TraceserveMicroBatches",
+        "TraceservePaddingShare",
+        "TraceserveModelTime",
+    }
     deadline = time.monotonic() + 10
     found: Dict[str, float] = {}
     while time.monotonic() < deadline and not wanted <= set(found):
         text = send(f"http://127.0.0.1:{served.instance.metrics_port}/metrics").body.decode()
-        found = {m[0]: float(m[1]) for m in re.findall(r'^(Traceserve\w+)\{ModelName="quick".*\} (\S+)$', text, re.MULTILINE)}
+        found = {
+            m[0]: float(m[1]) for m in re.findall(r'^(Traceserve\w+)\{ModelName="quick".*\} (\S+)$', text, re.MULTILINE)
+        }
     assert wanted <= set(found)
     assert found["TraceserveTokens"] >= 4 and 0 <= found["TraceservePaddingShare"] <= 100
 
 
 def test_the_management_of_models_is_closed(served: Served) -> None:
     base = f"http://127.0.0.1:{served.instance.management_port}"
-    for method, path in (("POST", "/models?url=file:///etc/passwd"), ("POST", "/models?url=http://127.0.0.1/a.mar"), ("DELETE", "/models/quick")):
+    for method, path in (
+        ("POST", "/models?url=file:///etc/passwd"),
+        ("POST", "/models?url=http://127.0.0.1/a.mar"),
+        ("DELETE", "/models/quick"),
+    ):
         assert send(urllib.request.Request(base + path, method=method)).status == 405
     assert send(urllib.request.Request(served.instance.url + "/models", method="GET")).status in (404, 405)
 
@@ -350,12 +468,17 @@ class shutil_unpacked:
     [
         (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json, which is missing"),
         (lambda folder: (folder / "traced_model.pt").write_bytes(b"no model"), "not the one that was verified"),
-        (lambda folder: (folder / "tokenizers.py").write_text("raise ImportError('no tokenizers here')"), "no tokenizers here"),
+        (
+            lambda folder: (folder / "tokenizers.py").write_text("raise ImportError('no tokenizers here')"),
+            "no tokenizers here",
+        ),
         (lambda folder: (folder / "transformer_handler.py").write_text("def broken(:"), "SyntaxError"),
     ],
     ids=["missing", "changed", "no package", "broken handler"],
 )
-def test_a_worker_that_cannot_load_is_told_at_once(change: Callable[[Path], Any], reason: str, tiny: Path, tmp_path: Path) -> None:
+def test_a_worker_that_cannot_load_is_told_at_once(
+    change: Callable[[Path], Any], reason: str, tiny: Path, tmp_path: Path
+) -> None:
     mar = repack(tiny.with_suffix(".mar"), tmp_path / "damaged.mar", change)
     port = server.free_ports(1)[0]
     started = time.monotonic()
@@ -365,13 +488,18 @@ def test_a_worker_that_cannot_load_is_told_at_once(change: Callable[[Path], Any]
     assert port not in {i.port for i in server.instances()}
 
 
-def run(*arguments: Union[str, Path], cwd: Path, stdin: str = "") -> "subprocess.CompletedProcess[str]":
+def run(*arguments: Union[str, Path], cwd: Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "traceserve", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, input=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=300)
+    return subprocess.run(command, cwd=cwd, input=stdin, capture_output=True, text=True, timeout=300)
 
 
 def test_the_command_from_configuration_to_prediction(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    config = {"model_name": str(checkpoint("bert", **LABELS)), "mode": "sequence_classification", "max_length": "32", "do_lower_case": True}
+    config = {
+        "model_name": str(checkpoint("bert", **LABELS)),
+        "mode": "sequence_classification",
+        "max_length": "32",
+        "do_lower_case": True,
+    }
     (tmp_path / "setup_config.json").write_text(json.dumps(config))
     port = str(server.free_ports(1)[0])
     built = run("build", "--output", "artifacts/colours", cwd=tmp_path)
@@ -412,7 +540,16 @@ def test_the_command_from_configuration_to_prediction(checkpoint: Callable[..., 
 
 def test_foreground_ends_with_its_signal(tiny: Path, tmp_path: Path) -> None:
     port = server.free_ports(1)[0]
-    command = [sys.executable, "-m", "traceserve", "serve", str(tiny.with_suffix(".mar")), "--port", str(port), "--foreground"]
+    command = [
+        sys.executable,
+        "-m",
+        "traceserve",
+        "serve",
+        str(tiny.with_suffix(".mar")),
+        "--port",
+        str(port),
+        "--foreground",
+    ]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         instance = _await_instance(port)
@@ -456,7 +593,16 @@ def test_by_hand_without_our_commands(tiny: Path, tmp_path: Path) -> None:
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
 
     def shell(command: str) -> str:
-        result = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120)
+        result = subprocess.run(
+            command,
+            shell=True,
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=120,
+        )
         assert result.returncode == 0, result.stdout
         return result.stdout
 
@@ -473,12 +619,18 @@ def test_by_hand_without_our_commands(tiny: Path, tmp_path: Path) -> None:
         deadline = time.monotonic() + 90
         while True:
             try:
-                assert predict(f"http://127.0.0.1:{port}", "tiny", {"text": "by hand"})["label"] in ("red", "green", "blue")
+                assert predict(f"http://127.0.0.1:{port}", "tiny", {"text": "by hand"})["label"] in (
+                    "red",
+                    "green",
+                    "blue",
+                )
                 break
             except NotYet:
                 assert time.monotonic() < deadline, (tmp_path / "start.log").read_text()
                 time.sleep(0.2)
-        answer = shell(f"curl -s http://127.0.0.1:{port}/predictions/tiny -H 'Content-Type: application/json' -d '{{\"text\": \"by hand\"}}'")
+        answer = shell(
+            f"curl -s http://127.0.0.1:{port}/predictions/tiny -H 'Content-Type: application/json' -d '{{\"text\": \"by hand\"}}'"
+        )
         assert set(json.loads(answer)) == {"label", "score"}
     finally:
         shell("torchserve --stop")

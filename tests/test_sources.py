@@ -14,7 +14,6 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tu
 from urllib.parse import unquote, urlsplit
 
 import pytest
-
 from traceserve import sources
 from traceserve.config import SetupConfig, parse
 from traceserve.errors import SourceError

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Dict, Iterator
 
 import pytest
-
 from traceserve.errors import ArchiveError, ExportError
 from traceserve.staging import check_free, staged
 

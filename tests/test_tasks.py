@@ -25,11 +25,11 @@ TEXTS = [text for text in SENTENCES if text]
 @pytest.fixture(scope="module")
 def exported(
     checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., "tuple[Engine, Any]"]:
+) -> Callable[..., tuple[Engine, Any]]:
     """Gives the engine of an exported tiny model, and the pipeline on its checkpoint."""
 
     @lru_cache(maxsize=None)
-    def make(task: str, architecture: str, **options: Any) -> "tuple[Engine, Any]":
+    def make(task: str, architecture: str, **options: Any) -> tuple[Engine, Any]:
         name = repr(sorted(options.items()))
         source = checkpoint(architecture, TASKS[task].auto_model, **variants.get(name, {}))
         folder = tmp_path_factory.mktemp("exported") / architecture
@@ -38,7 +38,7 @@ def exported(
 
     variants: Dict[str, Dict[str, Any]] = {}
 
-    def engine_and_pipeline(task: str, architecture: str, **options: Any) -> "tuple[Engine, Any]":
+    def engine_and_pipeline(task: str, architecture: str, **options: Any) -> tuple[Engine, Any]:
         flat = {key: repr(value) for key, value in options.items()}
         variants[repr(sorted(flat.items()))] = options
         return make(task, architecture, **flat)
@@ -120,7 +120,11 @@ def test_text_pairs(architecture: str, exported: Callable[..., Any]) -> None:
 @pytest.mark.parametrize("architecture", ["bert", "roberta"])
 def test_truncate_equals_the_pipeline(architecture: str, exported: Callable[..., Any]) -> None:
     engine, pipeline = exported("sequence_classification", architecture, **LABELS)
-    for inputs in ({"text": VERY_LONG}, {"text": VERY_LONG, "text_pair": VERY_LONG[100:]}, {"text": "Hi", "text_pair": VERY_LONG}):
+    for inputs in (
+        {"text": VERY_LONG},
+        {"text": VERY_LONG, "text_pair": VERY_LONG[100:]},
+        {"text": "Hi", "text_pair": VERY_LONG},
+    ):
         result = engine.answer([Request(inputs, {"long_inputs": "truncate"})])[0]
         assert isinstance(result, Answer)
         assert_equal(result.value, pipeline(inputs, truncation=True, max_length=128))

@@ -19,7 +19,9 @@ from traceserve_runtime.tasks.contract import Request
 
 LABELS = {"id2label": {0: "red", 1: "green", 2: "blue"}, "label2id": {"red": 0, "green": 1, "blue": 2}}
 # Families whose forward pass holds lengths fast when it is traced, or is changed by padding.
-models.ARCHITECTURES["longformer"] = models.Architecture("LongformerConfig", "roberta", {**models.SIZE, "attention_window": 8})
+models.ARCHITECTURES["longformer"] = models.Architecture(
+    "LongformerConfig", "roberta", {**models.SIZE, "attention_window": 8}
+)
 models.ARCHITECTURES["fnet"] = models.Architecture("FNetConfig", "bert", {**models.SIZE, "tpu_short_seq_length": 16})
 
 
@@ -36,7 +38,9 @@ def test_the_receipt(artifact: Path) -> None:
     [("auto", Shapes()), ("fixed", Shapes((48,))), ([16, 48], Shapes((16, 48)))],
     ids=["auto", "fixed", "list"],
 )
-def test_sequence_lengths(sequence_lengths: Any, expected: Shapes, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+def test_sequence_lengths(
+    sequence_lengths: Any, expected: Shapes, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
     content = {"model_name": str(checkpoint("bert", **LABELS)), "max_length": 48, "sequence_lengths": sequence_lengths}
     exported = run_export(tmp_path / "x", content)
     assert exported.manifest.shapes == expected
@@ -47,7 +51,7 @@ def test_sequence_lengths(sequence_lengths: Any, expected: Shapes, checkpoint: C
     assert lengths <= set(expected.lengths) if expected.lengths else max(lengths) < 48
 
 
-def spy(engine: Engine) -> "set[Tuple[int, ...]]":
+def spy(engine: Engine) -> set[Tuple[int, ...]]:
     """Records the shapes that the engine's model is run with."""
     seen = set()
     runner = engine.runner
@@ -74,7 +78,10 @@ def test_a_model_that_holds_lengths_fast_gets_a_graph_for_each(checkpoint: Calla
         assert isinstance(one, Answer) and isinstance(other, Answer)
         assert engine.task.same(one.value, other.value)
     assert all(shapes.length(length) == length and shapes.batch(batch) == batch for batch, length in seen)
-    weights = sum(p.numel() * 4 for p in {p.data_ptr(): p for p in torch.jit.load(tmp_path / "x" / "traced_model.pt").parameters()}.values())
+    weights = sum(
+        p.numel() * 4
+        for p in {p.data_ptr(): p for p in torch.jit.load(tmp_path / "x" / "traced_model.pt").parameters()}.values()
+    )
     graphs = len(shapes.lengths or ()) * len(shapes.batches or (1,))
     assert graphs >= 3 and weights < 2 * exported.parameters * 4
 
@@ -114,7 +121,9 @@ def test_a_spoiled_model_is_caught(
     assert len(findings.changed) > 10 if amount > 1 else True
 
 
-def test_allowed_drift_is_recorded(checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_allowed_drift_is_recorded(
+    checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(WRITERS, "torchscript", spoiled(50.0))
     content = {"model_name": str(checkpoint("bert", **LABELS)), "max_length": 32}
     run_export(tmp_path / "x", content, allow_drift=True)
@@ -153,7 +162,9 @@ def test_the_users_samples_are_compared_too(checkpoint: Callable[..., Path], tmp
     assert more.findings.answers == plain.findings.answers + 2
 
 
-def test_an_untraceable_model_is_told(checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_untraceable_model_is_told(
+    checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def write(*arguments: Any) -> None:
         raise ExportError("torch.jit.trace cannot trace this")
 

@@ -82,7 +82,7 @@ def pad(rows: Sequence[Row], manifest: Manifest) -> Tuple[Arrays, List[slice]]:
     length = manifest.shapes.length(max(row.length for row in rows))
     batch = manifest.shapes.batch(len(rows))
     facts = manifest.tokenizer
-    columns = {
+    columns: Dict[str, Tuple[int, Callable[[Row], Sequence[int]]]] = {
         "input_ids": (facts.pad_id, lambda row: row.encoding.ids),
         "attention_mask": (0, lambda row: row.encoding.attention_mask),
         "token_type_ids": (facts.pad_type_id, lambda row: row.encoding.type_ids),

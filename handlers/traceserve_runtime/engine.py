@@ -51,7 +51,9 @@ class Engine:
         """Answer the task's sample, short, long and several at once, so that no client waits for first calls."""
         sample = Request(self.task.sample, {"long_inputs": "truncate"})
         text = self.task.fields[0].name
-        long = Request({**self.task.sample, text: " ".join([self.task.sample[text]] * self.manifest.max_length)}, sample.parameters)
+        long = Request(
+            {**self.task.sample, text: " ".join([self.task.sample[text]] * self.manifest.max_length)}, sample.parameters
+        )
         for requests in ([sample], [sample] * 4, [long]):
             for answer in self.answer(requests):
                 if isinstance(answer, TraceserveError):
@@ -82,8 +84,10 @@ class Engine:
         for request, item in zip(requests, encoded):
             rows[request.group] = rows.get(request.group, 0) + (len(item.rows) if isinstance(item, Encoded) else 0)
         most = self.manifest.max_rows
-        refused = {
-            group: InputTooLong(f"the texts have {count:,} windows of this model together; one request may have {most:,}; send several")
+        refused: Dict[Optional[int], InputTooLong] = {
+            group: InputTooLong(
+                f"the texts have {count:,} windows of this model together; one request may have {most:,}; send several"
+            )
             for group, count in rows.items()
             if group is not None and count > most
         }
@@ -106,7 +110,9 @@ class Engine:
         try:
             return self.task.predict(self.runner, [row], stats)[0]
         except RuntimeError as error:
-            failure = ModelFailure(f"the model failed on this input: {(str(error).strip() or type(error).__name__).splitlines()[-1]}")
+            failure = ModelFailure(
+                f"the model failed on this input: {(str(error).strip() or type(error).__name__).splitlines()[-1]}"
+            )
             failure.__cause__ = error
             return failure
 

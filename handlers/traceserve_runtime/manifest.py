@@ -186,7 +186,8 @@ def _read_object(kind: Type[T], content: Mapping[str, Any], where: str) -> T:
 
 
 def _read_value(kind: Any, value: Any, where: str) -> Any:
-    origin, args = getattr(kind, "__origin__", None), getattr(kind, "__args__", ())
+    origin: Any = getattr(kind, "__origin__", None)
+    args: Tuple[Any, ...] = getattr(kind, "__args__", ())
     if kind is Any:
         return value
     if origin is Union:  # Optional[X]

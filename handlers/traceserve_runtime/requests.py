@@ -183,9 +183,13 @@ def _fields(fields: Mapping[str, Any], task: Type[Task], where: str) -> Mapping[
     known = [field.name for field in task.fields]
     for key, value in fields.items():
         if key in (parameter.name for parameter in task.all_parameters()):
-            raise InvalidRequest(f'"{key}" is a parameter: send it as "parameters": {{"{key}": ...}}', _path(where, key))
+            raise InvalidRequest(
+                f'"{key}" is a parameter: send it as "parameters": {{"{key}": ...}}', _path(where, key)
+            )
         if key not in known:
-            raise InvalidRequest(f'unknown field "{_short(key)}"{_nearest(key, known)}; {_names(known)} are known', _path(where, key))
+            raise InvalidRequest(
+                f'unknown field "{_short(key)}"{_nearest(key, known)}; {_names(known)} are known', _path(where, key)
+            )
         if not isinstance(value, str):
             raise InvalidRequest(f'"{key}" should be a string, not {_kind(value)}', _path(where, key))
         _check_text(value, _path(where, key))
@@ -211,9 +215,13 @@ def _parameters(parameters: Any, task: Type[Task], where: str) -> Mapping[str, A
     known = {parameter.name: parameter for parameter in task.all_parameters()}
     for key, value in parameters.items():
         if key not in known:
-            raise InvalidRequest(f'unknown parameter "{_short(key)}"{_nearest(key, known)}; {_names(known)} are known', _path(path, key))
+            raise InvalidRequest(
+                f'unknown parameter "{_short(key)}"{_nearest(key, known)}; {_names(known)} are known', _path(path, key)
+            )
         if not known[key].accepts(value):
-            raise InvalidRequest(f'"{key}" should be {known[key].legal}, not {_short(json.dumps(value))}', _path(path, key))
+            raise InvalidRequest(
+                f'"{key}" should be {known[key].legal}, not {_short(json.dumps(value))}', _path(path, key)
+            )
     return parameters
 
 

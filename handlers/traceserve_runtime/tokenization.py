@@ -63,9 +63,7 @@ class TextTokenizer:
         self._max_rows = max_rows
         self._special_tokens = [self._tokenizer.num_special_tokens_to_add(is_pair) for is_pair in (False, True)]
 
-    def encode(
-        self, requests: Sequence[Segments], long_inputs: Sequence[str]
-    ) -> List[Union[Encoded, TraceserveError]]:
+    def encode(self, requests: Sequence[Segments], long_inputs: Sequence[str]) -> List[Union[Encoded, TraceserveError]]:
         """One Encoded, or the reason why there is none, for each request; `long_inputs` names how each is shortened."""
         answers: List[Union[Encoded, TraceserveError, None]] = [self._refuse_huge(request) for request in requests]
         accepted = [i for i, refused in enumerate(answers) if refused is None]
@@ -102,7 +100,9 @@ class TextTokenizer:
             )
         room = self._max_length - self._special(segments)
         if room < 1:
-            raise InputTooLong(f"this model reads {self._max_length} tokens, which special ones fill alone", segments.fields[0])
+            raise InputTooLong(
+                f"this model reads {self._max_length} tokens, which special ones fill alone", segments.fields[0]
+            )
         first, second = self._encode_bare(segments)
         return (self._truncate if how == "truncate" else self._window)(segments, first, second, room)
 

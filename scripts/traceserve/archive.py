@@ -15,8 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Dict
 
-from traceserve.errors import ArchiveError
 from traceserve_runtime.manifest import MANIFEST_FILE, Manifest, sha256
+
+from traceserve.errors import ArchiveError
 
 HANDLER_FILE = "transformer_handler.py"
 RUNTIME = "traceserve_runtime"
@@ -78,7 +79,7 @@ def _stage(artifact: Path, manifest: Manifest, stage: Path) -> Dict[str, str]:
     package = Path(list(spec.submodule_search_locations)[0])
     shutil.copytree(package, stage / RUNTIME, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
     shutil.copyfile(handler_folder() / HANDLER_FILE, stage / HANDLER_FILE)
-    code = [path for path in stage.rglob("*.py")]
+    code = list(stage.rglob("*.py"))
     files = {path.relative_to(stage).as_posix(): sha256(path) for path in code}
     return dict(sorted({**manifest.files, **files}.items()))
 

@@ -10,10 +10,11 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterator, List, NoReturn, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Iterator, NoReturn, Optional, Sequence
+
+from traceserve_runtime.errors import TraceserveError
 
 from traceserve import __version__
-from traceserve_runtime.errors import TraceserveError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -77,7 +78,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parsers = {}
     for name, run, add, text in _COMMANDS:
         parsers[name] = command = commands.add_parser(
-            name, help=text.split(".")[0].split("\n")[0], description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+            name,
+            help=text.split(".")[0].split("\n")[0],
+            description=text,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         add(command)
         command.set_defaults(run=run)
@@ -92,13 +96,19 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, default=CONFIG, metavar="FILE", help="the configuration [%(default)s]")
     parser.add_argument(
-        "--output", type=Path, metavar="artifacts/NAME", help="the artifact's folder [artifacts/ and the last part of model_name]"
+        "--output",
+        type=Path,
+        metavar="artifacts/NAME",
+        help="the artifact's folder [artifacts/ and the last part of model_name]",
     )
 
 
 def _add_gate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--samples", type=Path, metavar="FILE", help="compare on your own texts too: one a line, or request bodies in a .jsonl"
+        "--samples",
+        type=Path,
+        metavar="FILE",
+        help="compare on your own texts too: one a line, or request bodies in a .jsonl",
     )
     parser.add_argument(
         "--allow-drift", action="store_true", help="export although answers differ from the original's; it is recorded"
@@ -210,7 +220,10 @@ def _print_exported(exported: Exported, path: Path, seconds: float) -> None:
         ("task", manifest.task),
         ("parameters", f"{exported.parameters:,}"),
         ("shapes", describe(manifest.shapes, manifest.max_length)),
-        ("largest difference", f"{findings.largest_difference:.1e} (limit {findings.limit.difference:.0e}), in {len(findings.cells)} cells"),
+        (
+            "largest difference",
+            f"{findings.largest_difference:.1e} (limit {findings.limit.difference:.0e}), in {len(findings.cells)} cells",
+        ),
         ("answers changed", f"{len(findings.changed)} of {findings.answers}"),
         ("seconds", f"{seconds:.1f}"),
     ):
@@ -231,12 +244,22 @@ def _print_findings(findings: Findings) -> None:
     if findings.failed:
         table = Table("batch", "length", "padded", "output", "difference", "limit", title="outputs that differ")
         for cell in findings.failed[:20]:
-            row = (cell.batch, cell.length, "yes" if cell.padded else "no", cell.output, f"{cell.difference:.2e}", findings.limit.difference)
+            row = (
+                cell.batch,
+                cell.length,
+                "yes" if cell.padded else "no",
+                cell.output,
+                f"{cell.difference:.2e}",
+                findings.limit.difference,
+            )
             table.add_row(*map(str, row))
         console.print(table)
         if len(findings.failed) > 20:
             console.print(f"and {len(findings.failed) - 20} more of {len(findings.cells)} cells")
-    for what, samples in (("answered otherwise", findings.changed), ("tokenized otherwise", findings.tokenized_otherwise)):
+    for what, samples in (
+        ("answered otherwise", findings.changed),
+        ("tokenized otherwise", findings.tokenized_otherwise),
+    ):
         if samples:
             shown = ", ".join(f"#{number + 1}" for number in samples[:10])
             console.print(f"{len(samples)} of {findings.answers} samples are {what}: {shown}", highlight=False)
@@ -246,8 +269,12 @@ def _print_findings(findings: Findings) -> None:
 
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("archives", nargs="+", type=Path, metavar="ARCHIVE", help="each answers at /predictions/ and its name")
-    parser.add_argument("--workers", type=_positive, default=1, metavar="N", help="processes for each archive [%(default)s]")
+    parser.add_argument(
+        "archives", nargs="+", type=Path, metavar="ARCHIVE", help="each answers at /predictions/ and its name"
+    )
+    parser.add_argument(
+        "--workers", type=_positive, default=1, metavar="N", help="processes for each archive [%(default)s]"
+    )
     parser.add_argument(
         "--host",
         default="127.0.0.1",
@@ -257,17 +284,24 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     _add_port(parser, 8080)
     parser.add_argument("--foreground", action="store_true", help="run until interrupted, for containers and systemd")
     parser.add_argument(
-        "--timeout", type=_positive, default=300, metavar="S", help="give up when nothing has answered by then [%(default)s s]"
+        "--timeout",
+        type=_positive,
+        default=300,
+        metavar="S",
+        help="give up when nothing has answered by then [%(default)s s]",
     )
 
 
 def _add_port(parser: argparse.ArgumentParser, default: Optional[int] = None) -> None:
     text = f"[{default}]" if default else "[of the only server]"
-    parser.add_argument("--port", type=_port, default=default, metavar="P", help=f"the port of the REST interface {text}")
+    parser.add_argument(
+        "--port", type=_port, default=default, metavar="P", help=f"the port of the REST interface {text}"
+    )
 
 
 def _serve(options: argparse.Namespace) -> int:
     from traceserve import server
+    from traceserve.errors import ServerError
 
     started = time.monotonic()
     with _Bar() as bar:
@@ -281,13 +315,14 @@ def _serve(options: argparse.Namespace) -> int:
             server.wait(instance)
         finally:
             server.stop(instance)
-        raise server.ServerError("TorchServe ended")
+        raise ServerError("TorchServe ended")
     return 0
 
 
 def _print_instance(instance: Instance, seconds: float) -> None:
-    from traceserve import archive
     from traceserve_runtime.tasks import TASKS
+
+    from traceserve import archive
 
     console = _console()
     console.print(f"answering after {seconds:.1f} s at {instance.url}", highlight=False)
@@ -295,7 +330,9 @@ def _print_instance(instance: Instance, seconds: float) -> None:
         manifest = archive.read_manifest(Path(instance.folder, "store", f"{name}.mar"))
         key = f" -H 'Authorization: Bearer {instance.key}'" if instance.key else ""
         body = json.dumps(TASKS[manifest.task].sample)
-        command = f"curl {instance.url}/predictions/{name}{key} -H 'Content-Type: application/json' -d {shlex.quote(body)}"
+        command = (
+            f"curl {instance.url}/predictions/{name}{key} -H 'Content-Type: application/json' -d {shlex.quote(body)}"
+        )
         console.print(f"\n  {command}", highlight=False, markup=False, soft_wrap=True)
     if instance.key:
         console.print(
@@ -303,7 +340,11 @@ def _print_instance(instance: Instance, seconds: float) -> None:
             highlight=False,
         )
     port = "" if instance.port == 8080 else f" --port {instance.port}"
-    console.print(f"\nmetrics: http://127.0.0.1:{instance.metrics_port}/metrics    log: {instance.log}", highlight=False, soft_wrap=True)
+    console.print(
+        f"\nmetrics: http://127.0.0.1:{instance.metrics_port}/metrics    log: {instance.log}",
+        highlight=False,
+        soft_wrap=True,
+    )
     console.print(f"stop it: traceserve stop{port}", highlight=False)
 
 
@@ -339,14 +380,18 @@ def _status(options: argparse.Namespace) -> int:
             table.add_row(name, str(instance.port), alive, up, str(instance.pid))
     _console().print(table)
     for instance in running:
-        places = f"{instance.url}/predictions/, metrics http://127.0.0.1:{instance.metrics_port}/metrics, log {instance.log}"
+        places = (
+            f"{instance.url}/predictions/, metrics http://127.0.0.1:{instance.metrics_port}/metrics, log {instance.log}"
+        )
         _console().print(f"{instance.port}: {places}", highlight=False, soft_wrap=True)
     return 0
 
 
 def _add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="the archive's name")
-    parser.add_argument("texts", nargs="*", metavar="TEXT", help="texts to ask; - reads them from standard input, one a line")
+    parser.add_argument(
+        "texts", nargs="*", metavar="TEXT", help="texts to ask; - reads them from standard input, one a line"
+    )
     parser.add_argument("--json", metavar="BODY", help="a request body as JSON, in place of texts")
     parser.add_argument("--file", type=Path, metavar="FILE", help="texts, one a line; or a body, in a .json file")
     _add_port(parser)
@@ -355,11 +400,12 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
 def _predict(options: argparse.Namespace) -> int:
     """Print an answer as JSON on a line for each text."""
     from traceserve import client, server
+    from traceserve.errors import ServerError
 
     bodies = list(_bodies(options))
     instance = server.find(options.port)
     if options.name not in instance.names:
-        raise server.ServerError(f"the server on port {instance.port} has no {options.name}, but {', '.join(instance.names)}")
+        raise ServerError(f"the server on port {instance.port} has no {options.name}, but {', '.join(instance.names)}")
     for body in bodies:
         answer = client.predict(instance.url, options.name, body, instance.key)
         for item in answer if isinstance(body, list) else [answer]:
@@ -422,12 +468,16 @@ def _demo(options: argparse.Namespace) -> int:
             table.add_row(text, answer["label"], f"{answer['score']:.2f}", label)
         console.print(table)
         right = sum(answer["label"] == label for answer, (_, label) in zip(answers, held_out))
-        console.print(f"held-out accuracy over HTTP: {right / len(held_out):.3f} ({right} of {len(held_out)})", highlight=False)
+        console.print(
+            f"held-out accuracy over HTTP: {right / len(held_out):.3f} ({right} of {len(held_out)})", highlight=False
+        )
     except BaseException:
         server.stop(instance)
         raise
     if options.keep:
-        console.print(f"\nthe server keeps running: traceserve predict {path.stem} \"Where is my order?\"", highlight=False)
+        console.print(
+            f'\nthe server keeps running: traceserve predict {path.stem} "Where is my order?"', highlight=False
+        )
     else:
         server.stop(instance)
         console.print(f"\nthe server was stopped; again: traceserve serve {path}", highlight=False)
@@ -512,22 +562,51 @@ def _add_nothing(parser: argparse.ArgumentParser) -> None:
 
 
 _COMMANDS = (
-    ("export", _export, _add_export, "Download, trace and compare a model.\n\nWrites artifacts/NAME/: traced_model.pt, "
-     "tokenizer.json, traceserve.json. The traced model is compared with the original on\nreal sentences; if it does not "
-     "answer as the original does, nothing is written and the exit code is 1."),
-    ("archive", _archive, _add_archive, "Pack an artifact with torch-model-archiver.\n\nWrites model_store/NAME.mar; the same "
-     "artifact always gives the same bytes."),
-    ("build", _build, _add_build, "Export and archive.\n\nThe archive is called as the artifact's folder, and answers at "
-     "/predictions/NAME."),
-    ("serve", _serve, _add_serve, "Start TorchServe on archives.\n\nWaits until each has answered a request. It listens on the "
-     "loopback address, without management of models; several\nservers may run side by side on different ports."),
+    (
+        "export",
+        _export,
+        _add_export,
+        "Download, trace and compare a model.\n\nWrites artifacts/NAME/: traced_model.pt, "
+        "tokenizer.json, traceserve.json. The traced model is compared with the original on\nreal sentences; if it does not "
+        "answer as the original does, nothing is written and the exit code is 1.",
+    ),
+    (
+        "archive",
+        _archive,
+        _add_archive,
+        "Pack an artifact with torch-model-archiver.\n\nWrites model_store/NAME.mar; the same "
+        "artifact always gives the same bytes.",
+    ),
+    (
+        "build",
+        _build,
+        _add_build,
+        "Export and archive.\n\nThe archive is called as the artifact's folder, and answers at /predictions/NAME.",
+    ),
+    (
+        "serve",
+        _serve,
+        _add_serve,
+        "Start TorchServe on archives.\n\nWaits until each has answered a request. It listens on the "
+        "loopback address, without management of models; several\nservers may run side by side on different ports.",
+    ),
     ("stop", _stop, _add_stop, "Stop a server."),
     ("status", _status, _add_nothing, "Show the running servers."),
-    ("predict", _predict, _add_predict, "Ask a running server.\n\nPrints one answer, as JSON, for each text:\n\n"
-     "  traceserve predict NAME \"some text\" \"another\"\n  traceserve predict NAME --json '{\"inputs\": \"some text\", "
-     "\"parameters\": {\"top_k\": 3}}'\n  cat texts.txt | traceserve predict NAME -"),
-    ("demo", _demo, _add_demo, "All of it on a small real model.\n\nFits a classifier of customers' messages, builds, serves, "
-     "and asks it sentences that it has not seen."),
+    (
+        "predict",
+        _predict,
+        _add_predict,
+        "Ask a running server.\n\nPrints one answer, as JSON, for each text:\n\n"
+        '  traceserve predict NAME "some text" "another"\n  traceserve predict NAME --json \'{"inputs": "some text", '
+        '"parameters": {"top_k": 3}}\'\n  cat texts.txt | traceserve predict NAME -',
+    ),
+    (
+        "demo",
+        _demo,
+        _add_demo,
+        "All of it on a small real model.\n\nFits a classifier of customers' messages, builds, serves, "
+        "and asks it sentences that it has not seen.",
+    ),
     ("config-schema", _config_schema, _add_nothing, "Print the JSON schema of setup_config.json, for editors."),
 )
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple, Union
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from traceserve_runtime.tasks import TASKS
+from traceserve_runtime.tokenization import LONG_INPUTS
 from typing_extensions import Literal
 
 from traceserve.errors import ConfigError
 from traceserve.writers import WRITERS
-from traceserve_runtime.tasks import TASKS
-from traceserve_runtime.tokenization import LONG_INPUTS
 
 CONFIG_FILE = "setup_config.json"
 
@@ -41,7 +41,10 @@ class SetupConfig(BaseModel):
     )
     hardware: Literal["cpu"] = Field("cpu", description="What the archive runs on")
     max_length: Optional[int] = Field(
-        None, ge=4, le=1_000_000, description="The longest row in tokens; the default is the model's own limit, at most 512"
+        None,
+        ge=4,
+        le=1_000_000,
+        description="The longest row in tokens; the default is the model's own limit, at most 512",
     )
     sequence_lengths: Union[Literal["auto", "fixed"], List[int]] = Field(
         "auto",
@@ -56,7 +59,7 @@ class SetupConfig(BaseModel):
     )
     num_labels: Optional[int] = Field(None, ge=1, description="Checked against the model's head, where given")
     index_to_name: Optional[str] = Field(
-        None, description="A JSON file with the labels' names (relative to this file): `{\"0\": \"name\", ...}`"
+        None, description='A JSON file with the labels\' names (relative to this file): `{"0": "name", ...}`'
     )
     allow_untrained_head: bool = Field(
         False, description="Serve a checkpoint without a head for the task with a random one; for trials only"
@@ -174,14 +177,22 @@ def json_schema() -> Dict[str, Any]:
     unlabelled = [task for task in TASKS if not TASKS[task].labelled]
     names = ("task", *(old for old, new in RENAMED.items() if new == "task"))
     schema["allOf"] = [{"not": {"required": [old, new]}} for old, new in RENAMED.items()] + [
-        {"not": {"required": [name, "index_to_name"], "properties": {name: {"enum": unlabelled}, "index_to_name": {"type": "string"}}}}
+        {
+            "not": {
+                "required": [name, "index_to_name"],
+                "properties": {name: {"enum": unlabelled}, "index_to_name": {"type": "string"}},
+            }
+        }
         for name in names
     ]
     return schema
 
 
 _INTEGER = {"type": "string", "pattern": r"^\s*[+-]?\d+(_\d+)*(\.0*)?\s*$"}
-_BOOLEAN = {"type": "string", "pattern": r"^([Tt][Rr][Uu][Ee]|[Ff][Aa][Ll][Ss][Ee]|[Yy][Ee][Ss]|[Nn][Oo]|[Oo][Nn]|[Oo][Ff][Ff]|[TtFfYyNn01])$"}
+_BOOLEAN = {
+    "type": "string",
+    "pattern": r"^([Tt][Rr][Uu][Ee]|[Ff][Aa][Ll][Ss][Ee]|[Yy][Ee][Ss]|[Nn][Oo]|[Oo][Nn]|[Oo][Ff][Ff]|[TtFfYyNn01])$",
+}
 
 
 def _or_string(item: Mapping[str, Any]) -> Dict[str, Any]:
@@ -201,10 +212,14 @@ def _check_together(config: SetupConfig) -> None:
     """Refuse, before anything is downloaded, what cannot work together."""
     writer = WRITERS[config.save_mode]
     if config.hardware not in writer.hardware:
-        raise ConfigError(f"save_mode {config.save_mode} runs on {', '.join(writer.hardware)}, not on {config.hardware}")
+        raise ConfigError(
+            f"save_mode {config.save_mode} runs on {', '.join(writer.hardware)}, not on {config.hardware}"
+        )
     lengths = config.sequence_lengths
     if isinstance(lengths, list) and config.max_length not in (None, lengths[-1]):
-        raise ConfigError(f"sequence_lengths ends at {lengths[-1]}, but max_length is {config.max_length}; they must agree")
+        raise ConfigError(
+            f"sequence_lengths ends at {lengths[-1]}, but max_length is {config.max_length}; they must agree"
+        )
     if config.index_to_name is not None and not TASKS[config.task].labelled:
         raise ConfigError(f"index_to_name has no meaning for the task {config.task}, which has no labels")
 

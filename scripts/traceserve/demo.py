@@ -114,7 +114,8 @@ def _classifier(encoder: Path, labels: List[str]) -> Any:
             "problem_type": "single_label_classification",
         }
     )
-    model = BertForSequenceClassification(config).eval()
+    model: Any = BertForSequenceClassification(config)
+    model.eval()
     own = {f"bert.{key}": value for key, value in base.state_dict().items() if not key.startswith("pooler.")}
     model.load_state_dict({**model.state_dict(), **own})
     layer = model.bert.encoder.layer[-1]
@@ -139,5 +140,6 @@ def _fit_head(model: Any, features: Any, targets: Any) -> None:
     optimizer = torch.optim.AdamW(parameters, lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
     for _ in range(_STEPS):
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(_head(model, features), targets).backward()
+        loss: Any = torch.nn.functional.cross_entropy(_head(model, features), targets)
+        loss.backward()
         optimizer.step()

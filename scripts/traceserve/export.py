@@ -5,7 +5,11 @@ from __future__ import annotations
 import platform
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Sequence
+from typing import Dict, Iterator, List, Optional
+
+from traceserve_runtime import __version__
+from traceserve_runtime.manifest import Manifest, Shapes, sha256
+from traceserve_runtime.tasks import TASKS
 
 from traceserve import loading, samples, sources
 from traceserve.config import Loaded, SetupConfig
@@ -14,10 +18,6 @@ from traceserve.loading import Original
 from traceserve.sources import Checkpoint
 from traceserve.verification import Findings, Progress, verify
 from traceserve.writers import WRITERS
-from traceserve_runtime import __version__
-from traceserve_runtime.manifest import Manifest, Shapes, sha256
-from traceserve_runtime.tasks import TASKS
-from traceserve_runtime.tasks.contract import Request
 
 SERVING_FILE = "model-config.yaml"
 
@@ -33,7 +33,12 @@ class Exported:
 
 
 def export(
-    loaded: Loaded, name: str, folder: Path, progress: Progress, samples_file: Optional[Path] = None, allow_drift: bool = False
+    loaded: Loaded,
+    name: str,
+    folder: Path,
+    progress: Progress,
+    samples_file: Optional[Path] = None,
+    allow_drift: bool = False,
 ) -> Exported:
     """Write the artifact called `name` into `folder`, an empty one; raises TraceserveError, DriftError from the gate.
 
@@ -102,7 +107,13 @@ def describe(shapes: Shapes, max_length: int) -> str:
 
 
 def _write(
-    config: SetupConfig, checkpoint: Checkpoint, original: Original, shapes: Shapes, name: str, folder: Path, progress: Progress
+    config: SetupConfig,
+    checkpoint: Checkpoint,
+    original: Original,
+    shapes: Shapes,
+    name: str,
+    folder: Path,
+    progress: Progress,
 ) -> Manifest:
     """Everything of the artifact but the receipt."""
     progress(f"writing {config.save_mode} ({describe(shapes, original.max_length)})", 0, 0)
@@ -112,7 +123,9 @@ def _write(
     try:
         writer.write(original, outputs, shapes, folder)
     except KeyError as error:
-        raise ExportError(f"{type(original.model).__name__} gives no {error.args[0]}, which {config.task} reads") from error
+        raise ExportError(
+            f"{type(original.model).__name__} gives no {error.args[0]}, which {config.task} reads"
+        ) from error
     original.write_tokenizer(folder)
     (folder / SERVING_FILE).write_text(_serving(config), encoding="utf-8")
     files = (writer.model_file, original.tokenizer_facts.file, SERVING_FILE)

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
 
+from traceserve_runtime.manifest import TokenizerFacts
+from traceserve_runtime.tasks import TASKS
+
 from traceserve.config import SetupConfig
 from traceserve.errors import ConfigError, ExportError, SourceError
 from traceserve.sources import Checkpoint
-from traceserve_runtime.manifest import TokenizerFacts
-from traceserve_runtime.tasks import TASKS
 
 TOKENIZER_FILE = "tokenizer.json"
 LONGEST_DEFAULT = 512
@@ -129,7 +130,9 @@ def _load_model(config: SetupConfig, checkpoint: Checkpoint) -> Any:
             **options,
         )
     except Exception as error:  # transformers raises whatever its many models do
-        raise SourceError(f"{config.model_name} cannot be loaded as {auto_model.__name__}: {_first_line(error)}") from error
+        raise SourceError(
+            f"{config.model_name} cannot be loaded as {auto_model.__name__}: {_first_line(error)}"
+        ) from error
     missing = _untrained(report, model)
     if missing and not config.allow_untrained_head:
         raise SourceError(
@@ -208,7 +211,9 @@ def _read_labels(path: Path) -> Dict[int, str]:
     except OSError as error:
         raise ConfigError(f"index_to_name: {path} cannot be read: {error.strerror}") from None
     except (ValueError, AttributeError, TypeError):
-        raise ConfigError(f'index_to_name: {path} should hold a JSON object like {{"0": "name", "1": "name"}}') from None
+        raise ConfigError(
+            f'index_to_name: {path} should hold a JSON object like {{"0": "name", "1": "name"}}'
+        ) from None
 
 
 def _classification_parameters(model: Any, checkpoint: Checkpoint) -> Dict[str, Any]:
@@ -229,7 +234,9 @@ def _feature_parameters(model: Any, checkpoint: Checkpoint) -> Dict[str, Any]:
     kinds = {module["type"].rsplit(".", 1)[-1]: module.get("path", "") for module in modules}
     unknown = set(kinds) - {"Transformer", "Pooling", "Normalize"}
     if unknown:
-        raise ExportError(f"this sentence-transformers checkpoint has a module {', '.join(unknown)}, which is not supported")
+        raise ExportError(
+            f"this sentence-transformers checkpoint has a module {', '.join(unknown)}, which is not supported"
+        )
     pooling = _pooling(checkpoint.read_json(f"{kinds['Pooling']}/config.json")) if "Pooling" in kinds else "none"
     return {"pooling": pooling, "normalize": "Normalize" in kinds}
 
@@ -258,8 +265,9 @@ PARAMETERS = {
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without transformers' progress bars and warnings: what matters of them is raised as an error."""
-    from transformers.utils import logging
+    from transformers.utils import logging as untyped
 
+    logging: Any = untyped
     verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

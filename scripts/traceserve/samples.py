@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any, List, Mapping, Type
 
-from traceserve.errors import ConfigError
 from traceserve_runtime.errors import TraceserveError
 from traceserve_runtime.requests import Headers, parse
 from traceserve_runtime.tasks.contract import Request, Task
+
+from traceserve.errors import ConfigError
 
 SENTENCES = (
     "",

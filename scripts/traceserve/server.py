@@ -21,11 +21,11 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import platformdirs
 import psutil
+from traceserve_runtime.tasks import TASKS
 
 from traceserve import client
 from traceserve.archive import check_name, read_manifest
 from traceserve.errors import ServerError
-from traceserve_runtime.tasks import TASKS
 
 DEFAULT_PORT = 8080
 OLDEST_JAVA = 11
@@ -313,12 +313,22 @@ def _launch(folder: Path, settings: Dict[str, Path], java: Dict[str, str]) -> in
     }
     with (folder / "logs" / "start.log").open("wb") as log:
         result = subprocess.run(
-            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            command,
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
     pid_file = folder / "tmp" / ".model_server.pid"
     if result.returncode or not pid_file.is_file():
         lines = (folder / "logs" / "start.log").read_text(errors="replace").strip().splitlines()
-        hint = "; install it with: pip install 'traceserve[serve]'" if any("No module named" in line for line in lines) else ""
+        hint = (
+            "; install it with: pip install 'traceserve[serve]'"
+            if any("No module named" in line for line in lines)
+            else ""
+        )
         raise ServerError(f"torchserve did not start: {lines[-1] if lines else 'no reason given'}{hint}")
     return int(pid_file.read_text())
 
@@ -331,9 +341,7 @@ def _with_keys(instance: Instance, timeout: float) -> Instance:
         _check_alive(instance, None)
         with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
             keys = json.loads(file.read_text())
-            return dataclasses.replace(
-                instance, key=keys["inference"]["key"], management_key=keys["management"]["key"]
-            )
+            return dataclasses.replace(instance, key=keys["inference"]["key"], management_key=keys["management"]["key"])
         time.sleep(0.05)
     raise ServerError(f"TorchServe wrote no keys within {timeout:.0f} s")
 
@@ -382,7 +390,9 @@ def load_failure(log: Path) -> Optional[str]:
         return match.group(1).strip()
     died = [match.end() for match in re.finditer("Backend worker process died", text)]
     if died:
-        errors = re.findall(r"^\S+ +[A-Z]+ +((?:\w+\.)*\w*(?:Error|Exception|Exit)\b.*)$", text[died[0] :], re.MULTILINE)
+        errors = re.findall(
+            r"^\S+ +[A-Z]+ +((?:\w+\.)*\w*(?:Error|Exception|Exit)\b.*)$", text[died[0] :], re.MULTILINE
+        )
         if errors:
             return str(errors[0]).strip()
         if len(died) > 1:  # the first one's reason would stand between them

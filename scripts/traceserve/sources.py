@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
 
+from traceserve_runtime.manifest import Source, sha256
+
 from traceserve.config import SetupConfig
 from traceserve.errors import SourceError
-from traceserve_runtime.manifest import Source, sha256
 
 # What a checkpoint is made of, and what a hub may hold beside it for other libraries.
 _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.bpe", "*.jinja", "*/config.json"]
@@ -124,7 +125,9 @@ def _from_hub(config: SetupConfig, folder: Path) -> Checkpoint:
     except RevisionNotFoundError:
         raise SourceError(f"the hub has no revision {config.revision} of {config.model_name}") from None
     except GatedRepoError:
-        raise SourceError(f"{what} is gated: accept its terms on the hub, then `hf auth login` or set HF_TOKEN") from None
+        raise SourceError(
+            f"{what} is gated: accept its terms on the hub, then `hf auth login` or set HF_TOKEN"
+        ) from None
     except RepositoryNotFoundError:
         raise SourceError(
             f"{what} is neither a folder ({folder} does not exist) nor a model of the hub; a private model needs "

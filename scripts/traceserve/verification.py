@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
-
-from traceserve.loading import Original
 from traceserve_runtime import batching
 from traceserve_runtime.batching import Arrays, Stats
 from traceserve_runtime.engine import Engine
@@ -21,6 +19,8 @@ from traceserve_runtime.errors import TraceserveError
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.tasks.contract import Request
 from traceserve_runtime.tokenization import Encoded, Row, Segments, TextTokenizer
+
+from traceserve.loading import Original
 
 
 class Limit(NamedTuple):

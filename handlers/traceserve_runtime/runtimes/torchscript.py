@@ -25,11 +25,15 @@ def read(manifest: Manifest, folder: Path, device: str) -> Runner:
         module = torch.jit.load(str(folder / manifest.model_file), map_location=device).eval()  # type: ignore[no-untyped-call]
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().split("\n", 1)[0]
-        raise InvalidManifest(f"{manifest.model_file} cannot be loaded by torch {torch.__version__}: {reason}") from error
+        raise InvalidManifest(
+            f"{manifest.model_file} cannot be loaded by torch {torch.__version__}: {reason}"
+        ) from error
 
     def runner(inputs: Arrays) -> Arrays:
         arrays = [inputs[name] for name in manifest.inputs]
-        graph = getattr(module, manifest.shapes.graph_name(*arrays[0].shape)) if manifest.shapes.graph_per_shape else module
+        graph = (
+            getattr(module, manifest.shapes.graph_name(*arrays[0].shape)) if manifest.shapes.graph_per_shape else module
+        )
         with torch.inference_mode():
             outputs = graph(*[torch.from_numpy(array).to(device) for array in arrays])
         return {name: output.cpu().numpy() for name, output in zip(manifest.outputs, outputs)}

@@ -53,7 +53,7 @@ class Parameter:
             return self.nullable
         if type(value) is not self.type:  # not isinstance: true is no number
             return False
-        return value in self.choices if self.choices else self.type is not int or value >= 1
+        return value in self.choices if self.choices else type(value) is not int or value >= 1
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from traceserve.writers import torchscript
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from traceserve.loading import Original
     from traceserve_runtime.manifest import Shapes
+
+    from traceserve.loading import Original
 
 
 class Writer(NamedTuple):

