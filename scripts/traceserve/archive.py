@@ -77,7 +77,7 @@ def _stage(artifact: Path, manifest: Manifest, stage: Path) -> Dict[str, str]:
     spec = importlib.util.find_spec(RUNTIME)
     assert spec is not None and spec.submodule_search_locations
     package = Path(list(spec.submodule_search_locations)[0])
-    shutil.copytree(package, stage / RUNTIME, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+    shutil.copytree(package, stage / RUNTIME, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", "py.typed"))
     shutil.copyfile(handler_folder() / HANDLER_FILE, stage / HANDLER_FILE)
     code = list(stage.rglob("*.py"))
     files = {path.relative_to(stage).as_posix(): sha256(path) for path in code}
