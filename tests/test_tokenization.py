@@ -91,7 +91,9 @@ def own_tokens(row: Row) -> List[Tuple[int, Tuple[int, int], int]]:
     """
     encoding = row.encoding
     rows = zip(encoding.ids, encoding.offsets, encoding.type_ids, encoding.tokens)
-    return [(i, offsets, kind) for i, offsets, kind, token in rows if token not in ("[CLS]", "[SEP]", "<s>", "</s>")]
+    typed = "[CLS]" in encoding.tokens  # only the models of such tokenizers read types
+    special = ("[CLS]", "[SEP]", "<s>", "</s>")
+    return [(i, offsets, kind if typed else 0) for i, offsets, kind, token in rows if token not in special]
 
 
 def ids_of(row: Row) -> List[int]:

@@ -41,14 +41,15 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Run the command; gives its exit code: 0, 1 for an error that is told, 2 for a wrong call, 130 if interrupted."""
     # Before torch is imported: OpenMP's waiting threads would spin and starve whatever shares the processor.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    signal.signal(signal.SIGTERM, _terminated)  # so that nothing half-made is left behind
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     options = _parse(sys.argv[1:] if arguments is None else arguments)
     try:
         return int(options.run(options) or 0)
     except TraceserveError as error:
         _print_error(error)
         return 1
-    except KeyboardInterrupt:
+    except _Interrupted:
         _console(error=True).print("interrupted; nothing was left half-made")
         return 130
     except BrokenPipeError:
@@ -65,8 +66,13 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         return 1
 
 
-def _terminated(number: int, frame: Any) -> NoReturn:
-    raise KeyboardInterrupt
+class _Interrupted(BaseException):
+    """A signal to stop. Not KeyboardInterrupt: once that has passed through an `exec`, as at the import of many
+    libraries, Python kills itself at its end whatever was caught."""
+
+
+def _interrupt(number: int, frame: Any) -> NoReturn:
+    raise _Interrupted
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:

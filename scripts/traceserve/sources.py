@@ -145,8 +145,12 @@ def _from_hub(config: SetupConfig, folder: Path) -> Checkpoint:
 
 def _checked(checkpoint: Checkpoint, config: SetupConfig) -> Checkpoint:
     folder = checkpoint.folder
+    partly = " (the hub's cache may hold a part of it only: download it once while online, or name a folder)"
+    hint = partly if checkpoint.kind == "hub" else ""
     if not (folder / "config.json").is_file():
-        raise SourceError(f"{config.model_name}: {folder} has no config.json, so it is no checkpoint of transformers")
+        raise SourceError(
+            f"{config.model_name}: {folder} has no config.json, so it is no checkpoint of transformers{hint}"
+        )
     if not any(path for pattern in _SAFETENSORS + _PICKLES for path in folder.glob(pattern)):
-        raise SourceError(f"{config.model_name}: {folder} has no weights (*.safetensors or pytorch_model.bin)")
+        raise SourceError(f"{config.model_name}: {folder} has no weights (*.safetensors or pytorch_model.bin){hint}")
     return checkpoint

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from typing import Any, Dict, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, Sequence, Tuple
 
 import torch
 
@@ -29,6 +30,44 @@ class Wrapped(torch.nn.Module):
         """`tensors` as `inputs`, int64 of shape (batch, length)."""
         result = self.model(**dict(zip(self.inputs, tensors)), **self.fixed, return_dict=True)
         return tuple(result[name].float() for name in self.outputs)
+
+
+@contextlib.contextmanager
+def masks_without_vmap() -> Iterator[None]:
+    """Let transformers build attention masks by broadcasting, as its version 5 does.
+
+    transformers 4.53 to 4.57 build a decoder's masks with torch.vmap, where torch.jit.trace fails ("unordered_map::at").
+    This can go with the support of 4.57.
+    """
+    try:
+        from transformers import masking_utils as untyped
+    except ImportError:  # before 4.53
+        yield
+        return
+    masking_utils: Any = untyped
+    if not hasattr(masking_utils, "_vmap_for_bhqkv"):  # version 5
+        yield
+        return
+
+    def broadcast(mask_function: Callable[..., torch.Tensor], bh_indices: bool = True) -> Callable[..., torch.Tensor]:
+        def expanded(b: Any, h: Any, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+            if not bh_indices:
+                return mask_function(b, h, q[:, None], kv[None, :]).expand(q.shape[0], kv.shape[0])
+            mask = mask_function(b[:, None, None, None], h[None, :, None, None], q[None, None, :, None], kv)
+            return mask.expand(b.shape[0], h.shape[0], q.shape[0], kv.shape[0])
+
+        return expanded
+
+    # With it goes what makes indexing fit for vmap, which cannot be traced either.
+    replaced = {"_vmap_for_bhqkv": broadcast, "TransformGetItemToIndex": contextlib.nullcontext}
+    own = {name: getattr(masking_utils, name) for name in replaced if hasattr(masking_utils, name)}
+    for name in own:
+        setattr(masking_utils, name, replaced[name])
+    try:
+        yield
+    finally:
+        for name, value in own.items():
+            setattr(masking_utils, name, value)
 
 
 def example(original: Original, batch: int, length: int) -> Tuple[torch.Tensor, ...]:

@@ -25,7 +25,7 @@ def write(original: Original, outputs: Tuple[str, ...], shapes: Shapes, folder: 
     import torch
 
     from traceserve.errors import ExportError
-    from traceserve.wrapping import Wrapped, example
+    from traceserve.wrapping import Wrapped, example, masks_without_vmap
 
     any_length = min(TRACED_LENGTH, original.max_length)
     module = Wrapped(original.model, original.inputs, outputs)
@@ -36,7 +36,7 @@ def write(original: Original, outputs: Tuple[str, ...], shapes: Shapes, folder: 
         return torch.jit.trace(module, inputs, check_trace=False)  # type: ignore[no-any-return, no-untyped-call]
 
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), masks_without_vmap(), torch.no_grad():
             warnings.simplefilter("ignore")  # tracer warnings: the gate proves what they suspect
             if shapes.graph_per_shape:
                 graphs = {
