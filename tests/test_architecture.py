@@ -48,7 +48,7 @@ def at_module_level(body: List[ast.stmt]) -> Iterator[ast.stmt]:
         yield from at_module_level(getattr(node, "body", []) if isinstance(node, (ast.If, ast.Try, ast.With)) else [])
 
 
-def roots(path: Path, module_level: bool = False) -> "set[str]":
+def roots(path: Path, module_level: bool = False) -> set[str]:
     return {name.split(".")[0] for name in imports(path, module_level)}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
@@ -39,7 +40,17 @@ class Engine:
 
         Raises InvalidManifest for a folder that is not what its manifest says, MissingPackage without a library.
         """
-        manifest = Manifest.read(folder)
+        manifest = Manifest.read(folder, verify=False)
+        with ThreadPoolExecutor(1) as pool:  # hashing takes as long as loading, on another core
+            verified = pool.submit(manifest.verify, folder)
+            try:
+                engine = cls._load(folder, manifest, device)
+            finally:
+                verified.result()  # what is no longer what was verified is told first
+        return engine
+
+    @classmethod
+    def _load(cls, folder: Path, manifest: Manifest, device: str) -> Engine:
         for value, table, what in ((manifest.task, TASKS, "task"), (manifest.save_mode, RUNTIMES, "save mode")):
             if value not in table:
                 raise InvalidManifest(f"this runtime does not know the {what} {value!r}, but: {', '.join(table)}")
@@ -48,16 +59,15 @@ class Engine:
         return cls(folder, manifest, task, RUNTIMES[manifest.save_mode](manifest, folder, device))
 
     def warm_up(self) -> None:
-        """Answer the task's sample, short, long and several at once, so that no client waits for first calls."""
+        """Answer the task's sample, short and long, so that no client waits for first calls."""
         sample = Request(self.task.sample, {"long_inputs": "truncate"})
         text = self.task.fields[0].name
         long = Request(
             {**self.task.sample, text: " ".join([self.task.sample[text]] * self.manifest.max_length)}, sample.parameters
         )
-        for requests in ([sample], [sample] * 4, [long]):
-            for answer in self.answer(requests):
-                if isinstance(answer, TraceserveError):
-                    raise answer
+        for answer in self.answer([sample, long]):
+            if isinstance(answer, TraceserveError):
+                raise answer
 
     def answer(
         self, requests: Sequence[Request], stats: Optional[Stats] = None

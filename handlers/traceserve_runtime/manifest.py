@@ -94,13 +94,19 @@ class Manifest:
     receipt: Dict[str, Any] = field(default_factory=dict)  # what the gate measured
 
     @classmethod
-    def read(cls, folder: Path) -> Manifest:
-        """Read and check `folder/traceserve.json` and every file that it names.
+    def read(cls, folder: Path, verify: bool = True) -> Manifest:
+        """Read and check `folder/traceserve.json` and, unless told otherwise, every file that it names.
 
         Raises InvalidManifest, which says what is wrong.
         """
         manifest = cls.from_json(_load(folder / MANIFEST_FILE))
-        for name, expected in manifest.files.items():
+        if verify:
+            manifest.verify(folder)
+        return manifest
+
+    def verify(self, folder: Path) -> None:
+        """Check every file that the manifest names; raises InvalidManifest."""
+        for name, expected in self.files.items():
             path = folder / name
             if not path.is_file():
                 raise InvalidManifest(f"{MANIFEST_FILE} names the file {name}, which is missing from the archive")
@@ -109,7 +115,6 @@ class Manifest:
                     f"the file {name} is not the one that was verified (its SHA-256 differs from {MANIFEST_FILE}); "
                     "build the archive again"
                 )
-        return manifest
 
     @classmethod
     def from_json(cls, document: Any) -> Manifest:

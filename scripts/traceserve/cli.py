@@ -328,12 +328,10 @@ def _serve(options: argparse.Namespace) -> int:
 def _print_instance(instance: Instance, seconds: float) -> None:
     from traceserve_runtime.tasks import TASKS
 
-    from traceserve import archive
-
     console = _console()
     console.print(f"answering after {seconds:.1f} s at {instance.url}", highlight=False)
     for name in instance.names:
-        manifest = archive.read_manifest(Path(instance.folder, "store", f"{name}.mar"))
+        manifest = instance.manifest(name)
         key = f" -H 'Authorization: Bearer {instance.key}'" if instance.key else ""
         body = json.dumps(TASKS[manifest.task].sample)
         command = (
