@@ -33,8 +33,9 @@ def run_export(folder: Path, content: Dict[str, Any], **options: Any) -> Exporte
 
 @pytest.fixture(scope="session", autouse=True)
 def own_state(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The servers that the tests start are their own, and no server of the user is seen."""
+    """The servers that the tests start are their own, and nothing of the user's is seen or left."""
     os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")

@@ -311,7 +311,6 @@ def _serve(options: argparse.Namespace) -> int:
 
     started = time.monotonic()
     with _Bar() as bar:
-        bar("starting TorchServe", 0, 0)
         instance = server.start(
             options.archives, options.host, options.port, options.workers, options.timeout, lambda text: bar(text, 0, 0)
         )
@@ -460,7 +459,6 @@ def _demo(options: argparse.Namespace) -> int:
     port = options.port or server.free_ports(1)[0]
     started = time.monotonic()
     with _Bar() as bar:
-        bar("starting TorchServe", 0, 0)
         instance = server.start([path], port=port, progress=lambda text: bar(text, 0, 0))
     try:
         _print_instance(instance, time.monotonic() - started)
@@ -521,21 +519,24 @@ class _Bar:
     """A progress bar on standard error: called with what is done, and how many steps of how many (0: unknown)."""
 
     def __init__(self) -> None:
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-        self._progress = Progress(*columns, console=_console(error=True), transient=True)
+        self._progress: Any = None  # made at the first call: importing rich takes a tenth of a second
         self._task: Any = None
         self._what = ""
 
     def __enter__(self) -> _Bar:
-        self._progress.start()
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self._progress.stop()
+        if self._progress is not None:
+            self._progress.stop()
 
     def __call__(self, what: str, done: int, total: int) -> None:
+        if self._progress is None:
+            from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+            columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+            self._progress = Progress(*columns, console=_console(error=True), transient=True)
+            self._progress.start()
         if what != self._what:
             if self._task is not None:
                 self._progress.remove_task(self._task)
