@@ -656,3 +656,24 @@ def test_java_is_found_without_one_on_the_path(monkeypatch: pytest.MonkeyPatch, 
     assert server.find_java() == {"JAVA_HOME": str(home)}
     (tmp_path / "jre" / "release").write_text('JAVA_VERSION="17.0.1"\n')
     assert server.find_java() == {}
+
+
+def test_the_jvm_starts_from_the_classes_of_an_earlier_one(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "with space"))
+    assert not any("Archive" in option for option in server._jvm_options(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    writes, options = "-XX:ArchiveClassesAtExit=", server._jvm_options(tmp_path)
+    [written] = [option[len(writes) :] for option in options if option.startswith(writes)]
+    Path(written).write_bytes(b"classes")
+    server._keep_class_archive(tmp_path)
+    kept = tmp_path / "cache" / "traceserve" / Path(written).name
+    assert kept.read_bytes() == b"classes"
+    assert f"-XX:SharedArchiveFile={kept}" in server._jvm_options(tmp_path)
+    # The JVM finds that it is none, and goes on without.
+    instance = server.start([tiny.with_suffix(".mar")], port=server.free_ports(1)[0], timeout=90)
+    try:
+        assert predict(instance.url, "tiny", "hello")
+    finally:
+        server.stop(instance, at_once=True)

@@ -65,7 +65,8 @@ class Engine:
         long = Request(
             {**self.task.sample, text: " ".join([self.task.sample[text]] * self.manifest.max_length)}, sample.parameters
         )
-        for answer in self.answer([sample, long]):
+        for request in (sample, long):
+            [answer] = self.answer([request])
             if isinstance(answer, TraceserveError):
                 raise answer
 

@@ -535,7 +535,8 @@ class _Bar:
             from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
             columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-            self._progress = Progress(*columns, console=_console(error=True), transient=True)
+            console = _console(error=True)
+            self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
             self._progress.start()
         if what != self._what:
             if self._task is not None:

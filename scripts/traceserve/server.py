@@ -25,7 +25,6 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import platformdirs
 import psutil
 from traceserve_runtime.manifest import Manifest
-from traceserve_runtime.tasks import TASKS
 
 from traceserve import client
 from traceserve.archive import check_name, read_manifest
@@ -395,6 +394,7 @@ def _with_keys(instance: Instance, timeout: float) -> Instance:
 
 
 def _sample(task: str) -> Dict[str, Any]:
+    from traceserve_runtime.tasks import TASKS  # imports numpy and tokenizers: while the JVM starts
 
     return TASKS[task].sample
 
