@@ -114,7 +114,7 @@ def _headers(context: Any, index: int) -> Headers:
     own = sent.get("body")  # TorchServe's record of this part of the request
     content_type = own.get("content-type") if isinstance(own, dict) else sent.get("content-type")
     length = str(sent.get("content-length", ""))
-    return Headers(str(content_type or "").lower(), int(length) if length.isdigit() else None)
+    return Headers(str(content_type or "").lower(), int(length) if length.isdecimal() else None)
 
 
 def _noted(answer: Answer) -> Any:

@@ -21,7 +21,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tu
 import psutil
 import pytest
 from conftest import ROOT, run_export
-from traceserve import server
+from traceserve import server, torchserve
 from traceserve.archive import archive
 from traceserve.client import NotYet, Refused, predict
 from traceserve.errors import ServerError
@@ -97,7 +97,9 @@ def served(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     batched = archive(folder, "batched", folder.parent)
     quick = tmp_path_factory.mktemp("served") / "quick"
     run_export(quick, content)
-    instance = server.start([batched, archive(quick, "quick", quick.parent)], port=server.free_ports(1)[0], timeout=90)
+    instance = server.start(
+        [batched, archive(quick, "quick", quick.parent)], port=torchserve.free_ports(1)[0], timeout=90
+    )
     yield Served(instance, batched, Engine.load(folder))
     server.stop(instance)
 
@@ -407,7 +409,7 @@ def test_the_management_of_models_is_closed(served: Served) -> None:
 
 
 def test_two_servers_side_by_side(served: Served, tiny: Path) -> None:
-    other = server.start([tiny.with_suffix(".mar")], port=server.free_ports(1)[0], timeout=90)
+    other = server.start([tiny.with_suffix(".mar")], port=torchserve.free_ports(1)[0], timeout=90)
     try:
         assert {i.port for i in server.instances()} >= {served.instance.port, other.port}
         with pytest.raises(ServerError, match="several servers"):
@@ -427,7 +429,7 @@ def test_a_taken_port_is_told(served: Served, tiny: Path) -> None:
 
 
 def test_keys_are_demanded_beyond_the_loopback(tiny: Path) -> None:
-    instance = server.start([tiny.with_suffix(".mar")], host="0.0.0.0", port=server.free_ports(1)[0], timeout=90)
+    instance = server.start([tiny.with_suffix(".mar")], host="0.0.0.0", port=torchserve.free_ports(1)[0], timeout=90)
     try:
         assert instance.key and instance.management_key
         assert post(instance, "tiny", b"hello", "text/plain").status == 400
@@ -480,7 +482,7 @@ def test_a_worker_that_cannot_load_is_told_at_once(
     change: Callable[[Path], Any], reason: str, tiny: Path, tmp_path: Path
 ) -> None:
     mar = repack(tiny.with_suffix(".mar"), tmp_path / "damaged.mar", change)
-    port = server.free_ports(1)[0]
+    port = torchserve.free_ports(1)[0]
     started = time.monotonic()
     with pytest.raises(ServerError, match=re.escape(reason)) as error:
         server.start([mar], port=port, timeout=120)
@@ -501,7 +503,7 @@ def test_the_command_from_configuration_to_prediction(checkpoint: Callable[..., 
         "do_lower_case": True,
     }
     (tmp_path / "setup_config.json").write_text(json.dumps(config))
-    port = str(server.free_ports(1)[0])
+    port = str(torchserve.free_ports(1)[0])
     built = run("build", "--output", "artifacts/colours", cwd=tmp_path)
     assert built.returncode == 0, built.stderr
     assert "do_lower_case has no meaning here" in built.stderr and "answers changed" in built.stdout
@@ -539,7 +541,7 @@ def test_the_command_from_configuration_to_prediction(checkpoint: Callable[..., 
 
 
 def test_foreground_ends_with_its_signal(tiny: Path, tmp_path: Path) -> None:
-    port = server.free_ports(1)[0]
+    port = torchserve.free_ports(1)[0]
     command = [
         sys.executable,
         "-m",
@@ -582,14 +584,19 @@ def test_by_hand_without_our_commands(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "model_store").mkdir()
     (tmp_path / "artifacts").mkdir()
     shutil.copytree(tiny, tmp_path / "artifacts" / "tiny")
-    port, management, metrics, grpc, grpc_management = server.free_ports(5)
+    port, management, metrics, grpc, grpc_management = torchserve.free_ports(5)
     (tmp_path / "config.properties").write_text(
         f"inference_address=http://127.0.0.1:{port}\nmanagement_address=http://127.0.0.1:{management}\n"
         f"metrics_address=http://127.0.0.1:{metrics}\ngrpc_inference_port={grpc}\ngrpc_management_port={grpc_management}\n"
         "default_workers_per_model=1\n"
     )
     (tmp_path / "tmp").mkdir()
-    environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp"), "TEMP": str(tmp_path / "tmp"), **server.find_java()}
+    environment = {
+        **os.environ,
+        "TMPDIR": str(tmp_path / "tmp"),
+        "TEMP": str(tmp_path / "tmp"),
+        **torchserve.find_java(),
+    }
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
 
     def shell(command: str) -> str:
@@ -645,7 +652,7 @@ def test_refused_carries_the_status(served: Served) -> None:
 def test_java_is_found_without_one_on_the_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("JAVA_HOME", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    home = Path(server.find_java()["JAVA_HOME"])
+    home = Path(torchserve.find_java()["JAVA_HOME"])
     assert (home / "bin" / "java").is_file()
     old = tmp_path / "jre" / "bin" / "java"
     old.parent.mkdir(parents=True)
@@ -653,26 +660,26 @@ def test_java_is_found_without_one_on_the_path(monkeypatch: pytest.MonkeyPatch, 
     old.chmod(0o755)
     (tmp_path / "jre" / "release").write_text('JAVA_VERSION="1.8.0_402"\n')
     monkeypatch.setenv("JAVA_HOME", str(tmp_path / "jre"))
-    assert server.find_java() == {"JAVA_HOME": str(home)}
+    assert torchserve.find_java() == {"JAVA_HOME": str(home)}
     (tmp_path / "jre" / "release").write_text('JAVA_VERSION="17.0.1"\n')
-    assert server.find_java() == {}
+    assert torchserve.find_java() == {}
 
 
 def test_the_jvm_starts_from_the_classes_of_an_earlier_one(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "with space"))
-    assert not any("Archive" in option for option in server._jvm_options(tmp_path))
+    assert not any("Archive" in option for option in torchserve.jvm_options(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    writes, options = "-XX:ArchiveClassesAtExit=", server._jvm_options(tmp_path)
+    writes, options = "-XX:ArchiveClassesAtExit=", torchserve.jvm_options(tmp_path)
     [written] = [option[len(writes) :] for option in options if option.startswith(writes)]
     Path(written).write_bytes(b"classes")
-    server._keep_class_archive(tmp_path)
+    torchserve.keep_class_archive(tmp_path)
     kept = tmp_path / "cache" / "traceserve" / Path(written).name
     assert kept.read_bytes() == b"classes"
-    assert f"-XX:SharedArchiveFile={kept}" in server._jvm_options(tmp_path)
+    assert f"-XX:SharedArchiveFile={kept}" in torchserve.jvm_options(tmp_path)
     # The JVM finds that it is none, and goes on without.
-    instance = server.start([tiny.with_suffix(".mar")], port=server.free_ports(1)[0], timeout=90)
+    instance = server.start([tiny.with_suffix(".mar")], port=torchserve.free_ports(1)[0], timeout=90)
     try:
         assert predict(instance.url, "tiny", "hello")
     finally:

@@ -14,14 +14,10 @@ from typing import TYPE_CHECKING, Any, Iterator, NoReturn, Optional, Sequence
 
 from traceserve_runtime.errors import TraceserveError
 
-from traceserve import __version__
+from traceserve import __version__, printing
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from traceserve.export import Exported
-    from traceserve.server import Instance
-    from traceserve.verification import Findings
+    pass
 
 ARTIFACTS = Path("artifacts")
 STORE = Path("model_store")
@@ -47,10 +43,10 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     try:
         return int(options.run(options) or 0)
     except TraceserveError as error:
-        _print_error(error)
+        printing.print_error(error)
         return 1
     except _Interrupted:
-        _console(error=True).print("interrupted; nothing was left half-made")
+        printing.console(error=True).print("interrupted; nothing was left half-made")
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -58,7 +54,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     except Exception as error:  # an outer edge
         if os.environ.get("TRACESERVE_TRACEBACK"):
             raise
-        _console(error=True).print(
+        printing.console(error=True).print(
             f"[red]error:[/] unexpected {type(error).__name__}: {error}\n"
             "(TRACESERVE_TRACEBACK=1 shows where; please report it)",
             highlight=False,
@@ -165,7 +161,7 @@ def _make(options: argparse.Namespace, with_archive: bool) -> Path:
 
     loaded = config.load(options.config)
     for note in loaded.notes:
-        _console(error=True).print(f"[yellow]note:[/] {note}", highlight=False)
+        printing.console(error=True).print(f"[yellow]note:[/] {note}", highlight=False)
     target: Path = options.output or ARTIFACTS / config.default_name(loaded.config)
     name = archive.check_name(target.resolve().name)
     staging.check_free(target, options.force, ExportError)
@@ -175,7 +171,7 @@ def _make(options: argparse.Namespace, with_archive: bool) -> Path:
     from traceserve.export import export
 
     started = time.monotonic()
-    with _Bar() as bar, ExitStack() as stack:
+    with printing.Bar() as bar, ExitStack() as stack:
         # The archive's place is entered first, and so filled last.
         archive_folder = stack.enter_context(staging.staged(packed)) if packed else None
         folder = stack.enter_context(staging.staged(target)) / target.name
@@ -185,12 +181,12 @@ def _make(options: argparse.Namespace, with_archive: bool) -> Path:
             bar("packing", 0, 0)
             archive.archive(folder, name, archive_folder)
     if exported.note:
-        _console().print(exported.note, highlight=False)
-    _print_exported(exported, packed or target, time.monotonic() - started)
+        printing.console().print(exported.note, highlight=False)
+    printing.print_exported(exported, packed or target, time.monotonic() - started)
     if packed:
-        _console().print(f"\nserve it:  traceserve serve {shlex.quote(str(packed))}", highlight=False)
+        printing.console().print(f"\nserve it:  traceserve serve {shlex.quote(str(packed))}", highlight=False)
     else:
-        _console().print(f"\npack it:  traceserve archive {shlex.quote(str(target))}", highlight=False)
+        printing.console().print(f"\npack it:  traceserve archive {shlex.quote(str(target))}", highlight=False)
     return packed or target
 
 
@@ -202,73 +198,15 @@ def _archive(options: argparse.Namespace) -> int:
     target = options.store / f"{name}.mar"
     staging.check_free(target, options.force, ArchiveError)
     started = time.monotonic()
-    with _Bar() as bar, staging.staged(target) as folder:
+    with printing.Bar() as bar, staging.staged(target) as folder:
         bar("packing", 0, 0)
         archive.archive(options.artifact, name, folder)
     size = target.stat().st_size
-    _console().print(f"{target}: {_megabytes(size)} in {time.monotonic() - started:.1f} s", highlight=False)
-    _console().print(f"\nserve it:  traceserve serve {shlex.quote(str(target))}", highlight=False)
+    printing.console().print(
+        f"{target}: {printing.megabytes(size)} in {time.monotonic() - started:.1f} s", highlight=False
+    )
+    printing.console().print(f"\nserve it:  traceserve serve {shlex.quote(str(target))}", highlight=False)
     return 0
-
-
-def _print_exported(exported: Exported, path: Path, seconds: float) -> None:
-    from rich.table import Table
-
-    from traceserve.export import describe
-
-    manifest, findings = exported.manifest, exported.findings
-    size = path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="dim")
-    for label, value in (
-        ("file", str(path)),
-        ("size", _megabytes(size)),
-        ("task", manifest.task),
-        ("parameters", f"{exported.parameters:,}"),
-        ("shapes", describe(manifest.shapes, manifest.max_length)),
-        (
-            "largest difference",
-            f"{findings.largest_difference:.1e} (limit {findings.limit.difference:.0e}), in {len(findings.cells)} cells",
-        ),
-        ("answers changed", f"{len(findings.changed)} of {findings.answers}"),
-        ("seconds", f"{seconds:.1f}"),
-    ):
-        table.add_row(label, value)
-    _console().print(table, highlight=False)
-    if not findings.passed:
-        _console(error=True).print("[yellow]warning:[/] the gate did not pass; --allow-drift exported it all the same")
-        _print_findings(findings)
-
-
-def _print_findings(findings: Findings) -> None:
-    """The failing cells, and the samples whose answers changed."""
-    from rich.table import Table
-
-    console = _console(error=True)
-    if findings.failure:
-        console.print(f"the exported model failed: {findings.failure}", highlight=False)
-    if findings.failed:
-        table = Table("batch", "length", "padded", "output", "difference", "limit", title="outputs that differ")
-        for cell in findings.failed[:20]:
-            row = (
-                cell.batch,
-                cell.length,
-                "yes" if cell.padded else "no",
-                cell.output,
-                f"{cell.difference:.2e}",
-                findings.limit.difference,
-            )
-            table.add_row(*map(str, row))
-        console.print(table)
-        if len(findings.failed) > 20:
-            console.print(f"and {len(findings.failed) - 20} more of {len(findings.cells)} cells")
-    for what, samples in (
-        ("answered otherwise", findings.changed),
-        ("tokenized otherwise", findings.tokenized_otherwise),
-    ):
-        if samples:
-            shown = ", ".join(f"#{number + 1}" for number in samples[:10])
-            console.print(f"{len(samples)} of {findings.answers} samples are {what}: {shown}", highlight=False)
 
 
 # --- serve, stop, status, predict -------------------------------------------------------------------------------------
@@ -310,11 +248,11 @@ def _serve(options: argparse.Namespace) -> int:
     from traceserve.errors import ServerError
 
     started = time.monotonic()
-    with _Bar() as bar:
+    with printing.Bar() as bar:
         instance = server.start(
             options.archives, options.host, options.port, options.workers, options.timeout, lambda text: bar(text, 0, 0)
         )
-    _print_instance(instance, time.monotonic() - started)
+    printing.print_instance(instance, time.monotonic() - started)
     if options.foreground:
         try:
             server.wait(instance)
@@ -322,33 +260,6 @@ def _serve(options: argparse.Namespace) -> int:
             server.stop(instance)
         raise ServerError("TorchServe ended")
     return 0
-
-
-def _print_instance(instance: Instance, seconds: float) -> None:
-    from traceserve_runtime.tasks import TASKS
-
-    console = _console()
-    console.print(f"answering after {seconds:.1f} s at {instance.url}", highlight=False)
-    for name in instance.names:
-        manifest = instance.manifest(name)
-        key = f" -H 'Authorization: Bearer {instance.key}'" if instance.key else ""
-        body = json.dumps(TASKS[manifest.task].sample)
-        command = (
-            f"curl {instance.url}/predictions/{name}{key} -H 'Content-Type: application/json' -d {shlex.quote(body)}"
-        )
-        console.print(f"\n  {command}", highlight=False, markup=False, soft_wrap=True)
-    if instance.key:
-        console.print(
-            f"\nkeys, valid as long as this server runs:\n  inference   {instance.key}\n  management  {instance.management_key}",
-            highlight=False,
-        )
-    port = "" if instance.port == 8080 else f" --port {instance.port}"
-    console.print(
-        f"\nmetrics: http://127.0.0.1:{instance.metrics_port}/metrics    log: {instance.log}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    console.print(f"stop it: traceserve stop{port}", highlight=False)
 
 
 def _add_stop(parser: argparse.ArgumentParser) -> None:
@@ -362,7 +273,7 @@ def _stop(options: argparse.Namespace) -> int:
     chosen = server.instances() if options.all else [server.find(options.port)]
     for instance in chosen:
         server.stop(instance)
-        _console().print(f"stopped {', '.join(instance.names)} on port {instance.port}", highlight=False)
+        printing.console().print(f"stopped {', '.join(instance.names)} on port {instance.port}", highlight=False)
     return 0
 
 
@@ -373,7 +284,7 @@ def _status(options: argparse.Namespace) -> int:
 
     running = server.instances()
     if not running:
-        _console().print("no server is running")
+        printing.console().print("no server is running")
         return 0
     table = Table("archive", "port", "workers", "up", "pid")
     for instance in running:
@@ -381,12 +292,12 @@ def _status(options: argparse.Namespace) -> int:
         up = time.strftime("%H:%M:%S", time.gmtime(time.time() - instance.started))
         for name in instance.names:
             table.add_row(name, str(instance.port), alive, up, str(instance.pid))
-    _console().print(table)
+    printing.console().print(table)
     for instance in running:
         places = (
             f"{instance.url}/predictions/, metrics http://127.0.0.1:{instance.metrics_port}/metrics, log {instance.log}"
         )
-        _console().print(f"{instance.port}: {places}", highlight=False, soft_wrap=True)
+        printing.console().print(f"{instance.port}: {places}", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -447,21 +358,21 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 def _demo(options: argparse.Namespace) -> int:
     from rich.table import Table
 
-    from traceserve import client, demo, server
+    from traceserve import client, demo, server, torchserve
 
-    console = _console()
+    console = printing.console()
     defaults = argparse.Namespace(
         config=demo.CONFIG, output=None, store=STORE, samples=None, allow_drift=False, force=True
     )
     console.rule("build: fit, trace, compare, pack", align="left")
     path = _make(defaults, with_archive=True)
     console.rule("serve: TorchServe", align="left")
-    port = options.port or server.free_ports(1)[0]
+    port = options.port or torchserve.free_ports(1)[0]
     started = time.monotonic()
-    with _Bar() as bar:
+    with printing.Bar() as bar:
         instance = server.start([path], port=port, progress=lambda text: bar(text, 0, 0))
     try:
-        _print_instance(instance, time.monotonic() - started)
+        printing.print_instance(instance, time.monotonic() - started)
         console.rule("predict: sentences that the model has not seen", align="left")
         held_out = demo.held_out()
         answers = [client.predict(instance.url, path.stem, {"text": text}) for text, _ in held_out]
@@ -493,60 +404,8 @@ def _config_schema(options: argparse.Namespace) -> int:
     return 0
 
 
-# --- printing ---------------------------------------------------------------------------------------------------------
-
-
-def _console(error: bool = False) -> Console:
-    from rich.console import Console
-
-    return Console(stderr=error)
-
-
-def _print_error(error: TraceserveError) -> None:
-    from rich.markup import escape
-
-    findings = getattr(error, "findings", None)
-    if findings is not None:
-        _print_findings(findings)
-    _console(error=True).print(f"[red]error:[/] {escape(error.message)}", highlight=False, soft_wrap=True)
-
-
 def _fail(message: str) -> NoReturn:
     raise TraceserveError(message)
-
-
-class _Bar:
-    """A progress bar on standard error: called with what is done, and how many steps of how many (0: unknown)."""
-
-    def __init__(self) -> None:
-        self._progress: Any = None  # made at the first call: importing rich takes a tenth of a second
-        self._task: Any = None
-        self._what = ""
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        if self._progress is None:
-            from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-            columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-            console = _console(error=True)
-            self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-            self._progress.start()
-        if what != self._what:
-            if self._task is not None:
-                self._progress.remove_task(self._task)
-            self._task, self._what = self._progress.add_task(what, total=None), what
-        self._progress.update(self._task, completed=done, total=total or None)
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.1f} MB"
 
 
 def _positive(text: str) -> int:

@@ -21,14 +21,14 @@ from typing import Dict, List
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from traceserve import server
+from traceserve import torchserve
 
 TEXT = b"I still have not received my new card, I ordered over a week ago."
 
 
 def ours(archive: Path) -> float:
     """Seconds of `traceserve serve`, which returns at the first answer."""
-    port = str(server.free_ports(1)[0])
+    port = str(torchserve.free_ports(1)[0])
     command = [sys.executable, "-m", "traceserve"]
     started = time.monotonic()
     subprocess.run(
@@ -48,13 +48,13 @@ def other(archive: Path) -> float:
         folder = Path(name)
         (folder / "tmp").mkdir()
         shutil.copyfile(archive, folder / archive.name)
-        ports = server.free_ports(5)
+        ports = torchserve.free_ports(5)
         keys = ("inference_address", "management_address", "metrics_address")
         lines = [f"{key}=http://127.0.0.1:{port}" for key, port in zip(keys, ports)]
         lines += [f"grpc_inference_port={ports[3]}", f"grpc_management_port={ports[4]}", "default_workers_per_model=1"]
         (folder / "config.properties").write_text("\n".join(lines) + "\n")
-        environment = {**os.environ, "TMPDIR": f"{folder}/tmp", "TEMP": f"{folder}/tmp", **server.find_java()}
-        torchserve = [sys.executable, "-m", "ts.model_server"]
+        environment = {**os.environ, "TMPDIR": f"{folder}/tmp", "TEMP": f"{folder}/tmp", **torchserve.find_java()}
+        command = [sys.executable, "-m", "ts.model_server"]
         options = [
             "--model-store",
             ".",
@@ -66,7 +66,7 @@ def other(archive: Path) -> float:
 
         def run(*arguments: str) -> None:
             quiet: Dict[str, int] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-            subprocess.run([*torchserve, *arguments], cwd=folder, env=environment, check=True, **quiet)
+            subprocess.run([*command, *arguments], cwd=folder, env=environment, check=True, **quiet)
 
         started = time.monotonic()
         run("--start", "--disable-token-auth", "--ncs", *options)
