@@ -86,6 +86,22 @@ def test_a_model_that_holds_lengths_fast_gets_a_graph_for_each(checkpoint: Calla
     assert graphs >= 3 and weights < 2 * exported.parameters * 4
 
 
+def test_tied_weights_are_held_once(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """ALBERT's layers are one layer, run again and again."""
+    source = checkpoint("albert", "AutoModelForSequenceClassification", num_hidden_layers=6, intermediate_size=2048)
+    exported = run_export(tmp_path / "x", {"model_name": str(source), "max_length": 32})
+    size = (tmp_path / "x" / "traced_model.pt").stat().st_size
+    assert exported.parameters * 4 < size < exported.parameters * 4 + 400_000
+
+
+def test_a_difference_that_is_no_number_is_over_the_limit() -> None:
+    findings = verification.Findings(verification.LIMITS["float32"], answers=1)
+    findings.cells += [verification.Cell(1, 8, False, "logits", d) for d in (0.0, float("nan"), 0.0)]
+    assert (
+        not findings.passed and len(findings.failed) == 1 and findings.largest_difference != findings.largest_difference
+    )
+
+
 def test_a_model_that_padding_changes_is_refused(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(DriftError, match="allow-drift") as error:
         run_export(tmp_path / "x", {"model_name": str(checkpoint("fnet", **LABELS)), "max_length": 64})

@@ -73,7 +73,7 @@ class Findings:
     @property
     def largest_difference(self) -> float:
         """Over all cells, relative as Limit says."""
-        return max((cell.difference for cell in self.cells), default=0.0)
+        return float(np.max([cell.difference for cell in self.cells], initial=0.0))  # NaN prevails, as it should
 
     def receipt(self) -> Dict[str, Any]:
         """What the manifest records."""
@@ -134,7 +134,7 @@ def _compare_outputs(
         got = batching.run(engine.runner, [rows.get(*key) for key in keys], manifest, per_token, Stats())
         for output in manifest.outputs:
             differences = [_difference(one[output], expected[key][output]) for one, key in zip(got, keys)]
-            findings.cells.append(Cell(batch, length, padded, output, max(differences)))
+            findings.cells.append(Cell(batch, length, padded, output, float(np.max(differences))))
     progress("comparing outputs", len(grid), len(grid))
 
 
