@@ -116,7 +116,7 @@ def _load_model(config: SetupConfig, checkpoint: Checkpoint) -> Any:
     import transformers
 
     auto_model = getattr(transformers, TASKS[config.task].auto_model)
-    options: Dict[str, Any] = {"weights_only": True} if checkpoint.pickled else {"use_safetensors": True}
+    options = _weights(checkpoint, transformers.__version__)
     # A head that the checkpoint lacks is drawn at random: always the same.
     random.seed(0)
     np.random.seed(0)
@@ -140,6 +140,25 @@ def _load_model(config: SetupConfig, checkpoint: Checkpoint) -> Any:
             'would be random; name a fine-tuned checkpoint, or set "allow_untrained_head": true for a trial'
         )
     return model.float().eval()  # a checkpoint stored in float16 loads as float16
+
+
+def _weights(checkpoint: Checkpoint, version: str) -> Dict[str, Any]:
+    """How from_pretrained is told to read safetensors, or a pickle of weights only.
+
+    transformers before 4.41 knows no `weights_only`, and before 4.28 no `use_safetensors`: they are given what was read.
+    This can go with the support of the Inf1 stack (4.26).
+    """
+    if tuple(int(part) for part in version.split(".")[:2]) >= (4, 41):
+        return {"weights_only": True} if checkpoint.pickled else {"use_safetensors": True}
+    import torch
+    from safetensors.torch import load_file
+
+    tensors: Dict[str, Any] = {}
+    for file in sorted(checkpoint.folder.glob("pytorch_model*.bin" if checkpoint.pickled else "*.safetensors")):
+        tensors.update(
+            torch.load(file, map_location="cpu", weights_only=True) if checkpoint.pickled else load_file(file)
+        )
+    return {"state_dict": tensors}
 
 
 def _untrained(report: Mapping[str, Any], model: Any) -> List[str]:
