@@ -38,10 +38,9 @@ class TransformerHandler:
             from traceserve_runtime.engine import Engine
         except ImportError as error:
             raise RuntimeError(f"the worker's Python lacks a package that this archive needs: {error}") from error
-        properties = context.system_properties
-        gpu = properties.get("gpu_id")
         try:
-            self.engine = Engine.load(Path(properties["model_dir"]), "cpu" if gpu is None else f"cuda:{gpu}")
+            # On the CPU, whatever `gpu_id` TorchServe assigns: a trace holds the device that it was made on.
+            self.engine = Engine.load(Path(context.system_properties["model_dir"]))
             self.engine.warm_up()
         except (RuntimeError, MemoryError):
             raise
