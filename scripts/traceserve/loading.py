@@ -10,7 +10,7 @@ import random
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
 
 from traceserve_runtime.manifest import TokenizerFacts
 from traceserve_runtime.tasks import TASKS
@@ -76,7 +76,7 @@ def load(config: SetupConfig, checkpoint: Checkpoint, config_folder: Path) -> Or
         inputs=inputs,
         max_length=_max_length(config, checkpoint, model, tokenizer),
         labels=_labels(config, model, config_folder) if task.labelled else (),
-        parameters=PARAMETERS[config.task](model, checkpoint),
+        parameters=PARAMETERS[config.task](model, checkpoint) if config.task in PARAMETERS else {},
     )
 
 
@@ -274,8 +274,8 @@ def _pooling(facts: Optional[Dict[str, Any]]) -> str:
     return names[modes[0]]
 
 
-# The defaults of a model for parameters of its task, by task.
-PARAMETERS = {
+# The defaults of a model for parameters of its task, for the tasks that have any.
+PARAMETERS: Dict[str, Callable[[Any, Checkpoint], Dict[str, Any]]] = {
     "sequence_classification": _classification_parameters,
     "feature_extraction": _feature_parameters,
 }

@@ -112,8 +112,12 @@ class Task:
 
     def encode(self, requests: Sequence[Request]) -> List[Union[Encoded, TraceserveError]]:
         """The rows of each request, or why there are none."""
-        first, second = (self.fields[0].name, self.fields[1].name)
-        segments = [Segments(r.inputs[first], r.inputs.get(second), (first, second)) for r in requests]
+        names = [field.name for field in self.fields]
+        first, second = names[0], names[-1]  # the same for a task of one field
+        segments = [
+            Segments(r.inputs[first], r.inputs.get(second) if second != first else None, (first, second))
+            for r in requests
+        ]
         return self.tokenizer.encode(segments, [self.long_inputs(request) for request in requests])
 
     def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Any:
