@@ -148,6 +148,23 @@ def test_allowed_drift_is_recorded(
     assert Engine.load(tmp_path / "x").answer([Request({"text": "hello"})])
 
 
+def test_allowed_drift_is_not_taken_where_narrower_shapes_pass(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    content = {"model_name": str(checkpoint("longformer", **LABELS)), "max_length": 32}
+    exported = run_export(tmp_path / "x", content, allow_drift=True)
+    assert exported.manifest.shapes.graph_per_shape
+    assert exported.manifest.receipt["passed"] and not exported.manifest.receipt["drift_allowed"]
+
+
+def test_what_cannot_be_run_is_not_exported_even_so(
+    checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(WRITERS, "torchscript", spoiled(float("nan")))
+    content = {"model_name": str(checkpoint("bert", **LABELS)), "max_length": 32}
+    with pytest.raises(DriftError) as error:
+        run_export(tmp_path / "x", content, allow_drift=True)
+    assert error.value.findings.failure
+
+
 def test_another_tokenizer_is_caught(artifact: Path, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     """The engine's own tokens are compared with those of transformers."""
     import shutil

@@ -5,17 +5,16 @@ from __future__ import annotations
 import platform
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional
+from typing import Dict, Iterator, List, Optional, Tuple
 
 from traceserve_runtime import __version__
-from traceserve_runtime.manifest import Manifest, Shapes, sha256
+from traceserve_runtime.manifest import Manifest, Shapes, Source, sha256
 from traceserve_runtime.tasks import TASKS
 
 from traceserve import loading, samples, sources
 from traceserve.config import Loaded, SetupConfig
 from traceserve.errors import DriftError, ExportError
 from traceserve.loading import Original
-from traceserve.sources import Checkpoint
 from traceserve.verification import Findings, Progress, verify
 from traceserve.writers import WRITERS
 
@@ -42,7 +41,8 @@ def export(
 ) -> Exported:
     """Write the artifact called `name` into `folder`, an empty one; raises TraceserveError, DriftError from the gate.
 
-    Where the configuration leaves the shapes open, the widest ones that the gate proves are taken.
+    Where the configuration leaves the shapes open, the widest ones that the gate proves are taken. If it proves none,
+    `allow_drift` takes those that change the fewest answers; what cannot be run at all is never exported.
     """
     with loading.quiet():
         return _export(loaded, name, folder, progress, samples_file, allow_drift)
@@ -58,22 +58,38 @@ def _export(
     checkpoint = sources.fetch(config, loaded.folder)
     progress("loading the original", 0, 0)
     original = loading.load(config, checkpoint, loaded.folder)
+    source = checkpoint.source(config)
+
+    def write(shapes: Shapes) -> Manifest:
+        return _write(config, source, original, shapes, name, folder, progress)
+
+    def finish(manifest: Manifest, findings: Findings) -> Exported:
+        receipt = {**findings.receipt(), "drift_allowed": not findings.passed}
+        manifest = replace(manifest, receipt=receipt)
+        manifest.write(folder)
+        parameters = sum(parameter.numel() for parameter in original.model.parameters())
+        return Exported(manifest, findings, parameters, checkpoint.note)
+
     refused: List[ExportError] = []
+    drifted: List[Tuple[Findings, Shapes]] = []
     for shapes in candidate_shapes(config, original.max_length):
         try:
-            manifest = _write(config, checkpoint, original, shapes, name, folder, progress)
+            manifest = write(shapes)
         except ExportError as error:
             refused.append(error)  # a model that cannot be traced at one length may be at another
             continue
         findings = verify(folder, original, requests, progress)
-        if findings.passed or allow_drift:
-            receipt = {**findings.receipt(), "drift_allowed": not findings.passed}
-            manifest = replace(manifest, receipt=receipt)
-            manifest.write(folder)
-            parameters = sum(parameter.numel() for parameter in original.model.parameters())
-            return Exported(manifest, findings, parameters, checkpoint.note)
-        refused.append(DriftError(_drift(shapes, original), findings))
-    raise next((error for error in refused if isinstance(error, DriftError)), refused[0])
+        if findings.passed:
+            return finish(manifest, findings)
+        drifted.append((findings, shapes))
+    runnable = [(findings, shapes) for findings, shapes in drifted if findings.failure is None]
+    if allow_drift and runnable:
+        findings, shapes = min(runnable, key=lambda item: (len(item[0].changed), item[0].largest_difference))
+        return finish(write(shapes), findings)
+    if drifted:
+        findings, shapes = drifted[0]
+        raise DriftError(_drift(shapes, original), findings)
+    raise refused[0]
 
 
 def _drift(shapes: Shapes, original: Original) -> str:
@@ -108,7 +124,7 @@ def describe(shapes: Shapes, max_length: int) -> str:
 
 def _write(
     config: SetupConfig,
-    checkpoint: Checkpoint,
+    source: Source,
     original: Original,
     shapes: Shapes,
     name: str,
@@ -145,7 +161,7 @@ def _write(
         labels=original.labels,
         tokenizer=original.tokenizer_facts,
         parameters=original.parameters,
-        source=checkpoint.source(config),
+        source=source,
         versions=_versions(),
         files={file: sha256(folder / file) for file in sorted(files)},
     )

@@ -101,6 +101,10 @@ def start(
             key=None,
             management_key=None,
         )
+    except psutil.NoSuchProcess:
+        reason = _log_tail(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        raise ServerError(f"TorchServe ended as soon as it was started{reason}") from None
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -284,7 +288,7 @@ def _wait_for_answer(instance: Instance, name: str, canary: Dict[str, Any], dead
         if outcome and not isinstance(outcome[0], client.NotYet):
             raise ServerError(f"{name} does not answer its own sample: {outcome[0]}")
         time.sleep(0.02)
-    raise ServerError(f"{name} gave no answer in time{_log_tail(instance)}")
+    raise ServerError(f"{name} gave no answer in time{_log_tail(Path(instance.folder))}")
 
 
 def _check_alive(instance: Instance, name: Optional[str]) -> None:
@@ -293,7 +297,7 @@ def _check_alive(instance: Instance, name: Optional[str]) -> None:
     if reason:
         raise ServerError(f"the worker of {name or instance.names[0]} cannot load the archive: {reason}")
     if instance.process is None:
-        raise ServerError(f"TorchServe ended{_log_tail(instance)}")
+        raise ServerError(f"TorchServe ended{_log_tail(Path(instance.folder))}")
 
 
 def load_failure(log: Path) -> Optional[str]:
@@ -315,9 +319,9 @@ def load_failure(log: Path) -> Optional[str]:
     return match.group(1).strip() if match else None
 
 
-def _log_tail(instance: Instance) -> str:
-    """The last line of the logs, for an error's end."""
-    for log in (instance.log, instance.log.with_name("start.log")):
+def _log_tail(folder: Path) -> str:
+    """The last line of the logs in a server's folder, for an error's end."""
+    for log in (folder / "logs" / "server.log", folder / "logs" / "start.log"):
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
         if lines:
             return f": {lines[-1]}"

