@@ -49,7 +49,9 @@ class Stats:
         return 1 - self.tokens / self.padded_tokens if self.padded_tokens else 0.0
 
 
-def plan(lengths: Sequence[int], shapes: Shapes, cost: CostModel = CostModel()) -> List[List[int]]:
+def plan(
+    lengths: Sequence[int], shapes: Shapes, cost: CostModel = CostModel(), most_tokens: int = MOST_TOKENS
+) -> List[List[int]]:
     """The cheapest cut of rows, sorted by length, into contiguous micro-batches, as lists of indices into `lengths`.
 
     Dynamic programming over the cost model: best(i) = min over j < i of best(j) + cost of the rows j..i-1.
@@ -60,7 +62,7 @@ def plan(lengths: Sequence[int], shapes: Shapes, cost: CostModel = CostModel()) 
     cut: List[int] = [0]
     for end in range(1, len(order) + 1):
         length = shapes.length(lengths[order[end - 1]])
-        rows = max(1, min(end, most_rows, MOST_TOKENS // length))
+        rows = max(1, min(end, most_rows, most_tokens // length))
         costs = [best[end - n] + cost(shapes.batch(n), length) for n in range(1, rows + 1)]
         cheapest = min(range(len(costs)), key=costs.__getitem__)
         best.append(costs[cheapest])

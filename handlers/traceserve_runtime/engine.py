@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 from traceserve_runtime import batching
 from traceserve_runtime.batching import Arrays, Runner, Stats
@@ -13,8 +14,10 @@ from traceserve_runtime.errors import InputTooLong, InvalidManifest, ModelFailur
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runtimes import RUNTIMES
 from traceserve_runtime.tasks import TASKS
-from traceserve_runtime.tasks.contract import Request, Task
-from traceserve_runtime.tokenization import Encoded, Row, TextTokenizer
+from traceserve_runtime.tasks.contract import Job, Request, Task
+from traceserve_runtime.tokenization import Encoded, TextTokenizer
+
+Emit = Callable[[int, str], None]
 
 
 @dataclass(frozen=True)
@@ -54,31 +57,38 @@ class Engine:
         for value, table, what in ((manifest.task, TASKS, "task"), (manifest.save_mode, RUNTIMES, "save mode")):
             if value not in table:
                 raise InvalidManifest(f"this runtime does not know the {what} {value!r}, but: {', '.join(table)}")
-        tokenizer = TextTokenizer(folder, manifest.tokenizer, manifest.max_length, manifest.max_rows)
-        task = TASKS[manifest.task](manifest, tokenizer)
+        kind = TASKS[manifest.task]
+        tokenizer = TextTokenizer(
+            folder, manifest.tokenizer, manifest.max_length, manifest.max_rows, windows=kind.merges_windows
+        )
+        task = kind(manifest, tokenizer)
         return cls(folder, manifest, task, RUNTIMES[manifest.save_mode](manifest, folder, device))
 
     def warm_up(self) -> None:
         """Answer the task's sample, short and long, so that no client waits for first calls."""
-        sample = Request(self.task.sample, {"long_inputs": "truncate"})
-        text = self.task.fields[0].name
-        long = Request(
-            {**self.task.sample, text: " ".join([self.task.sample[text]] * self.manifest.max_length)}, sample.parameters
-        )
-        for request in (sample, long):
+        for request in self.task.warm_up_requests():
             [answer] = self.answer([request])
             if isinstance(answer, TraceserveError):
                 raise answer
 
     def answer(
-        self, requests: Sequence[Request], stats: Optional[Stats] = None
+        self, requests: Sequence[Request], stats: Optional[Stats] = None, emit: Optional[Emit] = None
     ) -> List[Union[Answer, TraceserveError]]:
-        """One answer, or the error that is this request's own, for each request, in order; adds to `stats`."""
+        """One answer, or the error that is this request's own, for each request, in order; adds to `stats`.
+
+        `emit(i, text)` is called with the whole text so far, each time that it has grown, for a request that is to be
+        streamed.
+        """
         stats = Stats() if stats is None else stats
         stats.requests += len(requests)
         encoded = self._limit_groups(requests, self.task.encode(requests))
-        rows = [row for item in encoded if isinstance(item, Encoded) for row in item.rows]
-        outputs = iter(self._run(rows, stats))
+        jobs = [
+            Job(row, request, partial(emit, i) if emit is not None else None)
+            for i, (request, item) in enumerate(zip(requests, encoded))
+            if isinstance(item, Encoded)
+            for row in item.rows
+        ]
+        outputs = iter(self._run(jobs, stats))
         answers: List[Union[Answer, TraceserveError]] = []
         for request, item in zip(requests, encoded):
             if isinstance(item, TraceserveError):
@@ -104,22 +114,23 @@ class Engine:
         }
         return [refused.get(request.group, item) for request, item in zip(requests, encoded)]
 
-    def _run(self, rows: List[Row], stats: Stats) -> List[Union[Arrays, TraceserveError]]:
+    def _run(self, jobs: List[Job], stats: Stats) -> List[Union[Arrays, TraceserveError]]:
         """The outputs of each row, in order; a micro-batch that fails is run again row by row."""
-        outputs: List[Union[Arrays, TraceserveError, None]] = [None] * len(rows)
-        for batch in batching.plan([row.length for row in rows], self.manifest.shapes):
+        outputs: List[Union[Arrays, TraceserveError, None]] = [None] * len(jobs)
+        lengths = [job.row.length for job in jobs]
+        for batch in batching.plan(lengths, self.manifest.shapes, most_tokens=self.task.most_tokens):
             results: Sequence[Union[Arrays, TraceserveError]]
             try:
-                results = self.task.predict(self.runner, [rows[i] for i in batch], stats)
+                results = self.task.predict(self.runner, [jobs[i] for i in batch], stats)
             except RuntimeError:
-                results = [self._run_alone(rows[i], stats) for i in batch]
+                results = [self._run_alone(jobs[i], stats) for i in batch]
             for i, result in zip(batch, results):
                 outputs[i] = result
         return outputs  # type: ignore[return-value]  # the plan covers every row
 
-    def _run_alone(self, row: Row, stats: Stats) -> Union[Arrays, TraceserveError]:
+    def _run_alone(self, job: Job, stats: Stats) -> Union[Arrays, TraceserveError]:
         try:
-            return self.task.predict(self.runner, [row], stats)[0]
+            return self.task.predict(self.runner, [job], stats)[0]
         except RuntimeError as error:
             failure = ModelFailure(
                 f"the model failed on this input: {(str(error).strip() or type(error).__name__).splitlines()[-1]}"

@@ -43,6 +43,10 @@ class ModelFailure(TraceserveError):
     """The model failed on a valid request, or gave something that is no number."""
 
 
+class Unsupported(TraceserveError):
+    """This checkpoint cannot answer the task; raised on the builder's side, before anything is written."""
+
+
 class InvalidManifest(TraceserveError):
     """The archive's `traceserve.json`, or a file that it names, is not what it should be."""
 

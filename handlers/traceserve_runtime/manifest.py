@@ -17,7 +17,7 @@ from traceserve_runtime import __version__
 from traceserve_runtime.errors import InvalidManifest
 
 MANIFEST_FILE = "traceserve.json"
-SCHEMA = 1
+SCHEMA = 2
 
 T = TypeVar("T")
 
@@ -55,6 +55,7 @@ class TokenizerFacts:
     pad_type_id: int
     padding_side: str  # "left" or "right"
     truncation_side: str  # "left" or "right"
+    clean_up: bool = False  # whether decoding takes the space before punctuation away
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class Manifest:
     model_file: str
     inputs: Tuple[str, ...]  # of the model, in positional order
     outputs: Tuple[str, ...]  # in order
+    step_inputs: Tuple[str, ...]  # of the graph that a loop runs, in positional order; empty for a model without a loop
     dtype: str
     max_length: int  # the longest row, special tokens included
     shapes: Shapes
@@ -88,6 +90,7 @@ class Manifest:
     labels: Tuple[str, ...]
     tokenizer: TokenizerFacts
     parameters: Dict[str, Any]  # the defaults of this model for parameters of its task
+    facts: Dict[str, Any]  # what else its task knows of this model
     source: Source
     versions: Dict[str, str]
     files: Dict[str, str] = field(default_factory=dict)  # SHA-256 of every other file of the archive

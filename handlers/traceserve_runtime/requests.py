@@ -156,7 +156,11 @@ def _requests(
                 raise InvalidRequest("a list holds texts and objects, not lists", f"{where}[{i}]")
         return [request for requests, _ in items for request in requests], True
     if isinstance(value, str):
-        return [Request(_fields({task.fields[0].name: value}, task, where), {}, group, where)], False
+        first = task.fields[0].name
+        if sum(field.required for field in task.fields) > 1:
+            needed = _names(field.name for field in task.fields if field.required)
+            raise InvalidRequest(f"a text alone is not enough: send an object with {needed}", where or None)
+        return [Request(_fields({first: value}, task, where), {}, group, where)], False
     if not isinstance(value, dict):
         raise InvalidRequest(f"{_kind(value)} is not a request; {_LEGAL_BODIES}", where or None)
     envelope = next((key for key in ("inputs", "data") if key in value), None)
@@ -179,8 +183,8 @@ def _enveloped(
     return [Request(r.inputs, {**parameters, **r.parameters}, group, r.where) for r in inner], is_list
 
 
-def _fields(fields: Mapping[str, Any], task: Type[Task], where: str) -> Mapping[str, str]:
-    known = [field.name for field in task.fields]
+def _fields(fields: Mapping[str, Any], task: Type[Task], where: str) -> Mapping[str, Any]:
+    known = {field.name: field for field in task.fields}
     for key, value in fields.items():
         if key in (parameter.name for parameter in task.all_parameters()):
             raise InvalidRequest(
@@ -190,13 +194,34 @@ def _fields(fields: Mapping[str, Any], task: Type[Task], where: str) -> Mapping[
             raise InvalidRequest(
                 f'unknown field "{_short(key)}"{_nearest(key, known)}; {_names(known)} are known', _path(where, key)
             )
-        if not isinstance(value, str):
-            raise InvalidRequest(f'"{key}" should be a string, not {_kind(value)}', _path(where, key))
-        _check_text(value, _path(where, key))
+        _check_kind(value, known[key].kind, key, _path(where, key))
     for field in task.fields:
         if field.required and field.name not in fields:
             raise InvalidRequest(f'"{field.name}" is missing: {field.description}', _path(where, field.name))
+    try:
+        task.check(fields)
+    except InvalidRequest as error:
+        raise InvalidRequest(error.message, _path(where, error.field or "") or None) from None
     return fields
+
+
+def _check_kind(value: Any, kind: str, key: str, path: str) -> None:
+    """Raise InvalidRequest for a field's value that is not of its kind."""
+    if kind == "text":
+        if not isinstance(value, str):
+            raise InvalidRequest(f'"{key}" should be a string, not {_kind(value)}', path)
+        _check_text(value, path)
+        return
+    if not isinstance(value, list):
+        raise InvalidRequest(f'"{key}" should be a list, not {_kind(value)}', path)
+    for i, item in enumerate(value):
+        if kind == "texts":
+            _check_kind(item, "text", key, f"{path}[{i}]")
+            continue
+        if not isinstance(item, dict) or set(item) != {"role", "content"}:
+            raise InvalidRequest('a message is an object like {"role": "user", "content": "..."}', f"{path}[{i}]")
+        for name, text in item.items():
+            _check_kind(text, "text", name, f"{path}[{i}].{name}")
 
 
 def _check_text(text: str, where: str) -> None:

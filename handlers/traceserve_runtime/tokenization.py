@@ -7,7 +7,7 @@ and truncation are switched off: both belong to the caller here.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
@@ -18,17 +18,28 @@ from traceserve_runtime.errors import InputTooLong, InvalidManifest, InvalidRequ
 from traceserve_runtime.manifest import TokenizerFacts
 
 LONG_INPUTS = ("window", "truncate", "reject")
+_SPACES_TO_CLEAN = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 # A text with more characters than this for each token that may be asked for is refused before it is tokenized, which
 # takes seconds for megabytes. Prose has 4 to 6.
 _CHARACTERS_PER_TOKEN = 32
 
 
 class Segments(NamedTuple):
-    """What a row is made of: a text, or a text and its pair; `fields` are their names in the request."""
+    """What a row is made of: a text, or a text and its pair; `fields` are their names in the request.
+
+    The rest says how they are shortened: `limit` is the longest row where that is less than max_length; `cut` is the
+    segment that is shortened (0 or 1; None: the longer one, or both); neighbouring windows share `stride` tokens, and
+    are of one size, or with `full` as long as can be but for the last. `special`: whether special tokens are added.
+    """
 
     text: str
     pair: Optional[str] = None
     fields: Tuple[str, str] = ("text", "text_pair")
+    limit: Optional[int] = None
+    cut: Optional[int] = None
+    stride: int = 0
+    full: bool = False
+    special: bool = True
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,21 @@ class Row:
     encoding: Encoding
     length: int  # in tokens, special ones included
     tokens: int  # of the text itself
+    first: int = 0  # how many of these belong to the first segment
+    start: int = 0  # where in the shortened segment this window starts, in tokens
+    part: int = 0  # which of the request's segments this is
+
+    def numbered(self, part: int) -> Row:
+        """The row as one of another part."""
+        return replace(self, part=part)
+
+    def places(self, segment: int = 0) -> List[int]:
+        """The places in the row of a segment's tokens, special ones left out.
+
+        Not by the encoding's `sequence_ids`, which some post-processors lose for windows of a pair.
+        """
+        own = [i for i, special in enumerate(self.encoding.special_tokens_mask) if not special]
+        return own[self.first :] if segment else own[: self.first]
 
 
 @dataclass(frozen=True)
@@ -51,7 +77,9 @@ class Encoded:
 class TextTokenizer:
     """Segments to rows of at most `max_length` tokens; at most `max_rows` for one request."""
 
-    def __init__(self, folder: Path, facts: TokenizerFacts, max_length: int, max_rows: int) -> None:
+    def __init__(
+        self, folder: Path, facts: TokenizerFacts, max_length: int, max_rows: int, windows: bool = True
+    ) -> None:
         try:
             self._tokenizer = Tokenizer.from_file(str(folder / facts.file))
         except Exception as error:  # tokenizers raises Exception itself for a file that it cannot read
@@ -59,30 +87,76 @@ class TextTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._side = facts.truncation_side
+        self._clean_up = facts.clean_up
         self._max_length = max_length
         self._max_rows = max_rows
+        self._windows = windows  # whether windows may be advised
         self._special_tokens = [self._tokenizer.num_special_tokens_to_add(is_pair) for is_pair in (False, True)]
 
     def encode(self, requests: Sequence[Segments], long_inputs: Sequence[str]) -> List[Union[Encoded, TraceserveError]]:
         """One Encoded, or the reason why there is none, for each request; `long_inputs` names how each is shortened."""
         answers: List[Union[Encoded, TraceserveError, None]] = [self._refuse_huge(request) for request in requests]
-        accepted = [i for i, refused in enumerate(answers) if refused is None]
-        texts = [requests[i].text if requests[i].pair is None else requests[i][:2] for i in accepted]
-        for i, encoding in zip(accepted, self._tokenizer.encode_batch(texts)):
-            length = len(encoding)
-            if not length:  # a tokenizer without special tokens, and a text without any of its own
-                answers[i] = InvalidRequest("the text has no tokens", requests[i].fields[0])
-            elif length <= self._max_length:
-                answers[i] = Encoded([Row(encoding, length, length - self._special(requests[i]))])
-            else:
+        for special in (True, False):
+            accepted = [i for i, request in enumerate(requests) if answers[i] is None and request.special == special]
+            texts = [requests[i].text if requests[i].pair is None else requests[i][:2] for i in accepted]
+            encodings = self._tokenizer.encode_batch(texts, add_special_tokens=special) if texts else []
+            for i, encoding in zip(accepted, encodings):
                 try:
-                    answers[i] = self._shorten(requests[i], length, long_inputs[i])
-                except InputTooLong as error:
+                    answers[i] = self._encoded(requests[i], encoding, long_inputs[i])
+                except TraceserveError as error:
                     answers[i] = error
         return answers  # type: ignore[return-value]  # every None was replaced above
 
+    def token_ids(self, text: str) -> List[int]:
+        """The ids of a text by itself, without special tokens."""
+        ids: List[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def token_id(self, token: str) -> Optional[int]:
+        """The id of one token, None where the vocabulary lacks it."""
+        known: Optional[int] = self._tokenizer.token_to_id(token)
+        return known
+
+    def token(self, token_id: int) -> str:
+        """The token with this id."""
+        return str(self._tokenizer.id_to_token(token_id))
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        """The text of token ids, as transformers' `decode` gives it."""
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return clean_up(text) if self._clean_up else text
+
+    def join(self, tokens: Sequence[str]) -> str:
+        """The text of tokens, as transformers' `convert_tokens_to_string` gives it."""
+        decoder = self._tokenizer.decoder
+        return decoder.decode(list(tokens)) if decoder is not None else " ".join(tokens)
+
+    @property
+    def marks_subwords(self) -> bool:
+        """Whether tokens that continue a word carry a prefix, as WordPiece's ##."""
+        return bool(getattr(self._tokenizer.model, "continuing_subword_prefix", None))
+
+    @property
+    def vocabulary_size(self) -> int:
+        """How many tokens there are, added ones included."""
+        size: int = self._tokenizer.get_vocab_size()
+        return size
+
+    def _encoded(self, segments: Segments, encoding: Encoding, how: str) -> Encoded:
+        length = len(encoding)
+        if not length:  # a tokenizer without special tokens, and a text without any of its own
+            raise InvalidRequest("the text has no tokens", segments.fields[0])
+        if length > self._limit(segments):
+            return self._shorten(segments, length, how)
+        tokens = length - self._special(segments)
+        first = tokens if segments.pair is None else sum(number == 0 for number in encoding.sequence_ids)
+        return Encoded([Row(encoding, length, tokens, first)])
+
+    def _limit(self, segments: Segments) -> int:
+        return self._max_length if segments.limit is None else min(segments.limit, self._max_length)
+
     def _special(self, segments: Segments) -> int:
-        return self._special_tokens[segments.pair is not None]
+        return self._special_tokens[segments.pair is not None] if segments.special else 0
 
     def _refuse_huge(self, segments: Segments) -> Optional[InputTooLong]:
         most = self._max_rows * self._max_length * _CHARACTERS_PER_TOKEN
@@ -92,17 +166,19 @@ class TextTokenizer:
         return None
 
     def _shorten(self, segments: Segments, length: int, how: str) -> Encoded:
+        limit = self._limit(segments)
+        name = segments.fields[segments.cut or 0]
         if how == "reject":
             raise InputTooLong(
-                f"the text has {length:,} tokens, special ones included; this model reads {self._max_length:,}; shorten "
-                'it, or ask for "parameters": {"long_inputs": "truncate"} or "window"',
-                segments.fields[0],
+                f"the text has {length:,} tokens, special ones included; this model reads {limit:,}"
+                + ("" if limit == self._max_length else " here")
+                + '; shorten it, or ask for "parameters": {"long_inputs": "truncate"}'
+                + (' or "window"' if self._windows else ""),
+                name,
             )
-        room = self._max_length - self._special(segments)
+        room = limit - self._special(segments)
         if room < 1:
-            raise InputTooLong(
-                f"this model reads {self._max_length} tokens, which special ones fill alone", segments.fields[0]
-            )
+            raise InputTooLong(f"this model reads {limit} tokens, which special ones fill alone", name)
         first, second = self._encode_bare(segments)
         return (self._truncate if how == "truncate" else self._window)(segments, first, second, room)
 
@@ -124,7 +200,16 @@ class TextTokenizer:
         return first, second
 
     def _truncate(self, segments: Segments, first: Encoding, second: Optional[Encoding], room: int) -> Encoded:
-        kept = (room, 0) if second is None else longest_first(len(first), len(second), room)
+        if second is None:
+            kept = (room, 0)
+        elif segments.cut is None:
+            kept = longest_first(len(first), len(second), room)
+        elif segments.cut == 0:
+            kept = (room - len(second), len(second))
+        else:
+            kept = (len(first), room - len(first))
+        if min(kept[: 1 if second is None else 2]) < 1 and segments.cut is not None:
+            raise self._no_room(segments, first, second, room)
         unseen = {}
         for name, text, encoding, keep in zip(segments.fields, segments[:2], (first, second), kept):
             if text is None or encoding is None or keep >= len(encoding):
@@ -135,38 +220,53 @@ class TextTokenizer:
             else:
                 unseen[name] = (0, offsets[len(encoding) - keep - 1][1])
             encoding.truncate(keep, direction=self._side)
-        return Encoded([self._row(first, second)], unseen)
+        return Encoded([self._row(segments, first, second)], unseen)
 
     def _window(self, segments: Segments, first: Encoding, second: Optional[Encoding], room: int) -> Encoded:
-        """Windows side by side over the longer segment, of one size but for the last; the shorter one stands in each."""
-        swapped = second is not None and len(second) > len(first)
-        longer, shorter = (second, first) if swapped else (first, second)
+        """Windows over one segment, the longer one where the request does not say; the other one stands in each."""
+        cut = segments.cut
+        if cut is None:
+            cut = int(second is not None and len(second) > len(first))
+        longer, shorter = (second, first) if cut else (first, second)
         assert longer is not None
         if shorter is not None:
-            if len(shorter) > room // 2:
-                raise InputTooLong(
-                    f"text and text_pair have {len(first):,} and {len(second or ()):,} tokens; one of them may be cut "
-                    f'into windows, but the other must then fit in {room // 2}; shorten it, or ask for "parameters": '
-                    '{"long_inputs": "truncate"}',
-                    segments.fields[0 if swapped else 1],
-                )
+            if len(shorter) > (room // 2 if segments.cut is None else room - 1):
+                raise self._no_room(segments, first, second, room)
             room -= len(shorter)
-        count = math.ceil(len(longer) / room)
+        stride = min(segments.stride, room - 1)
+        count = math.ceil(max(1, len(longer) - stride) / (room - stride))
         if count > self._max_rows:
             raise InputTooLong(
                 f"the text has {len(longer):,} tokens, which are {count:,} windows of this model; one request may have "
                 f"{self._max_rows:,}; split it, or ask for "
                 '"parameters": {"long_inputs": "truncate"}',
-                segments.fields[1 if swapped else 0],
+                segments.fields[cut],
             )
-        longer.truncate(math.ceil(len(longer) / count))
+        size = room if segments.full else math.ceil((len(longer) + (count - 1) * stride) / count)
+        longer.truncate(size, stride=stride)
         windows = [longer] + longer.overflowing
-        return Encoded([self._row(*((shorter, w) if swapped else (w, shorter))) for w in windows])
+        return Encoded(
+            [
+                self._row(segments, shorter if cut else window, window if cut else shorter, i * (size - stride))
+                for i, window in enumerate(windows)
+            ]
+        )
 
-    def _row(self, first: Optional[Encoding], second: Optional[Encoding]) -> Row:
+    def _no_room(self, segments: Segments, first: Encoding, second: Optional[Encoding], room: int) -> InputTooLong:
+        """The segment that stays whole leaves too little room for the one that is cut."""
+        cut = segments.cut if segments.cut is not None else int(len(second or ()) > len(first))
+        most = room // 2 if segments.cut is None else room - 1
+        advice = ', or ask for "parameters": {"long_inputs": "truncate"}' if segments.cut is None else ""
+        return InputTooLong(
+            f"{segments.fields[0]} and {segments.fields[1]} have {len(first):,} and {len(second or ()):,} tokens; one of "
+            f"them may be cut, but the other must then fit in {most}; shorten it{advice}",
+            segments.fields[1 - cut],
+        )
+
+    def _row(self, segments: Segments, first: Optional[Encoding], second: Optional[Encoding], start: int = 0) -> Row:
         assert first is not None
-        encoding = self._tokenizer.post_process(first, second)
-        return Row(encoding, len(encoding), len(first) + (0 if second is None else len(second)))
+        encoding = self._tokenizer.post_process(first, second, segments.special)
+        return Row(encoding, len(encoding), len(first) + (0 if second is None else len(second)), len(first), start)
 
 
 def longest_first(first: int, second: int, room: int) -> Tuple[int, int]:
@@ -180,3 +280,10 @@ def longest_first(first: int, second: int, room: int) -> Tuple[int, int]:
     if shorter + longer > room:
         shorter, longer = room // 2, room - room // 2
     return (longer, shorter) if first > second else (shorter, longer)
+
+
+def clean_up(text: str) -> str:
+    """The space before punctuation and English contractions taken away, as transformers' `clean_up_tokenization` does."""
+    for written in _SPACES_TO_CLEAN:
+        text = text.replace(written, written.strip())
+    return text

@@ -51,8 +51,13 @@ class SetupConfig(BaseModel):
         description="`auto`: any length up to max_length, where the trace is proven to hold; `fixed`: every row is padded "
         "to max_length; or a list of lengths to pad to, the last of which is max_length",
     )
-    long_inputs: Literal[LONG_INPUTS] = Field(  # type: ignore[valid-type]  # the runtime's table
-        "window", description="What becomes of a text longer than max_length, unless its request says otherwise"
+    long_inputs: Optional[Literal[LONG_INPUTS]] = Field(  # type: ignore[valid-type]  # the runtime's table
+        None,
+        description="What becomes of a text longer than max_length, unless its request says otherwise; the default is "
+        "`window` where the task can merge windows, else `reject`",
+    )
+    parameters: Dict[str, Any] = Field(
+        {}, description="This archive's own defaults for parameters of requests, as `traceserve tasks` lists them"
     )
     max_rows: int = Field(
         256, ge=1, description="The most rows (windows of all its texts) that one HTTP request may take"
@@ -220,6 +225,15 @@ def _check_together(config: SetupConfig) -> None:
         raise ConfigError(
             f"sequence_lengths ends at {lengths[-1]}, but max_length is {config.max_length}; they must agree"
         )
+    task = TASKS[config.task]
+    if config.long_inputs == "window" and not task.merges_windows:
+        raise ConfigError(f"long_inputs is window, but {config.task} cannot merge windows; use truncate or reject")
+    known = {parameter.name: parameter for parameter in task.parameters}
+    for name, value in config.parameters.items():
+        if name not in known:
+            raise ConfigError(f"parameters: {config.task} has no parameter {name}, but {', '.join(known) or 'none'}")
+        if not known[name].accepts(value):
+            raise ConfigError(f"parameters: {name} should be {known[name].legal}, not {json.dumps(value)}")
     if config.index_to_name is not None and not TASKS[config.task].labelled:
         raise ConfigError(f"index_to_name has no meaning for the task {config.task}, which has no labels")
 

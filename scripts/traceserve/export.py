@@ -53,7 +53,7 @@ def _export(
 ) -> Exported:
     config = loaded.config
     task = TASKS[config.task]
-    requests = samples.built_in(task) + (samples.read(samples_file, task) if samples_file else [])
+    own_samples = samples.read(samples_file, task) if samples_file else []
     progress("fetching the checkpoint", 0, 0)
     checkpoint = sources.fetch(config, loaded.folder)
     progress("loading the original", 0, 0)
@@ -78,7 +78,7 @@ def _export(
         except ExportError as error:
             refused.append(error)  # a model that cannot be traced at one length may be at another
             continue
-        findings = verify(folder, original, requests, progress)
+        findings = verify(folder, original, own_samples, progress)
         if findings.passed:
             return finish(manifest, findings)
         drifted.append((findings, shapes))
@@ -137,7 +137,7 @@ def _write(
     writer = WRITERS[config.save_mode]
     outputs = tuple(output.name for output in task.outputs)
     try:
-        writer.write(original, outputs, shapes, folder)
+        step_inputs = writer.write(original, task, shapes, folder)
     except KeyError as error:
         raise ExportError(
             f"{type(original.model).__name__} gives no {error.args[0]}, which {config.task} reads"
@@ -153,14 +153,16 @@ def _write(
         model_file=writer.model_file,
         inputs=original.inputs,
         outputs=outputs,
+        step_inputs=step_inputs,
         dtype="float32",
         max_length=original.max_length,
         shapes=shapes,
-        long_inputs=config.long_inputs,
+        long_inputs=config.long_inputs or ("window" if task.merges_windows else "reject"),
         max_rows=config.max_rows,
         labels=original.labels,
         tokenizer=original.tokenizer_facts,
         parameters=original.parameters,
+        facts=original.facts,
         source=source,
         versions=_versions(),
         files={file: sha256(folder / file) for file in sorted(files)},

@@ -10,17 +10,17 @@ import random
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Tuple
 
 from traceserve_runtime.manifest import TokenizerFacts
 from traceserve_runtime.tasks import TASKS
+from traceserve_runtime.tasks.contract import ModelFacts
 
 from traceserve.config import SetupConfig
 from traceserve.errors import ConfigError, ExportError, SourceError
 from traceserve.sources import Checkpoint
 
 TOKENIZER_FILE = "tokenizer.json"
-LONGEST_DEFAULT = 512
 _VOCABULARIES = ("tokenizer.json", "vocab*.*", "*.model", "*.tiktoken", "*.bpe")
 # The inputs that the runtime makes, in the order in which they are passed.
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -36,6 +36,8 @@ class Original:
     max_length: int
     labels: Tuple[str, ...]
     parameters: Dict[str, Any]
+    facts: Dict[str, Any]
+    padding_side: str
 
     @property
     def tokenizer_facts(self) -> TokenizerFacts:
@@ -46,8 +48,9 @@ class Original:
             file=TOKENIZER_FILE,
             pad_id=0 if pad_id is None else pad_id,
             pad_type_id=tokenizer.pad_token_type_id,
-            padding_side=tokenizer.padding_side,
+            padding_side=self.padding_side,
             truncation_side=tokenizer.truncation_side,
+            clean_up=_cleans_up(tokenizer),
         )
 
     def write_tokenizer(self, folder: Path) -> None:
@@ -70,13 +73,16 @@ def load(config: SetupConfig, checkpoint: Checkpoint, config_folder: Path) -> Or
         raise ExportError(f"{config.model_name} does not read text: its model takes {', '.join(accepted)}")
     task = TASKS[config.task]
     _check_case(config, checkpoint, tokenizer)
+    facts = _model_facts(model, tokenizer, checkpoint)
     return Original(
         model=model,
         tokenizer=tokenizer,
         inputs=inputs,
         max_length=_max_length(config, checkpoint, model, tokenizer),
         labels=_labels(config, model, config_folder) if task.labelled else (),
-        parameters=PARAMETERS[config.task](model, checkpoint) if config.task in PARAMETERS else {},
+        parameters={**task.defaults(facts), **config.parameters},
+        facts=task.facts(facts),
+        padding_side=task.padding_side or tokenizer.padding_side,
     )
 
 
@@ -183,7 +189,7 @@ def _max_length(config: SetupConfig, checkpoint: Checkpoint, model: Any, tokeniz
     wanted = lengths[-1] if isinstance(lengths, list) else config.max_length
     if wanted is None:
         own = sentence_transformer.get("max_seq_length")
-        return int(min(limit, own or LONGEST_DEFAULT))
+        return int(min(limit, own or TASKS[config.task].longest_default))
     if wanted > limit:
         raise ConfigError(f"max_length is {wanted}, but {config.model_name} reads at most {limit} tokens")
     return int(wanted)
@@ -235,50 +241,25 @@ def _read_labels(path: Path) -> Dict[int, str]:
         ) from None
 
 
-def _classification_parameters(model: Any, checkpoint: Checkpoint) -> Dict[str, Any]:
-    """The function that the pipeline applies to this model's logits."""
-    kind = model.config.problem_type
-    if kind == "regression":
-        return {"function_to_apply": "none"}
-    if kind == "multi_label_classification" or model.config.num_labels == 1:
-        return {"function_to_apply": "sigmoid"}
-    return {"function_to_apply": "softmax"}
+def _model_facts(model: Any, tokenizer: Any, checkpoint: Checkpoint) -> ModelFacts:
+    """What the task may learn of the model."""
+    names = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+    found = {name: (getattr(tokenizer, f"{name}_token"), getattr(tokenizer, f"{name}_token_id")) for name in names}
+    generation = getattr(model, "generation_config", None)
+    template = getattr(tokenizer, "chat_template", None)
+    return ModelFacts(
+        config=model.config.to_dict(),
+        generation=generation.to_dict() if generation is not None and model.can_generate() else {},
+        tokens={name: (str(token), token_id) for name, (token, token_id) in found.items() if token is not None},
+        chat_template=template if isinstance(template, str) else None,
+        read_json=checkpoint.read_json,
+    )
 
 
-def _feature_parameters(model: Any, checkpoint: Checkpoint) -> Dict[str, Any]:
-    """No pooling, as the pipeline; or what a checkpoint of sentence-transformers says in its own files."""
-    modules = checkpoint.read_json("modules.json")
-    if modules is None:
-        return {"pooling": "none", "normalize": False}
-    kinds = {module["type"].rsplit(".", 1)[-1]: module.get("path", "") for module in modules}
-    unknown = set(kinds) - {"Transformer", "Pooling", "Normalize"}
-    if unknown:
-        raise ExportError(
-            f"this sentence-transformers checkpoint has a module {', '.join(unknown)}, which is not supported"
-        )
-    pooling = _pooling(checkpoint.read_json(f"{kinds['Pooling']}/config.json")) if "Pooling" in kinds else "none"
-    return {"pooling": pooling, "normalize": "Normalize" in kinds}
-
-
-def _pooling(facts: Optional[Dict[str, Any]]) -> str:
-    """The pooling that a sentence-transformers Pooling module's configuration names; raises ExportError."""
-    names = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "mean": "mean", "cls": "cls"}
-    modes = [key for key, value in (facts or {}).items() if key.startswith("pooling_mode_") and value is True]
-    named = (facts or {}).get("pooling_mode")
-    modes += [named] if isinstance(named, str) else []
-    if len(modes) != 1 or modes[0] not in names:
-        raise ExportError(
-            f"this sentence-transformers checkpoint pools by {', '.join(modes) or 'nothing that its files name'}; supported "
-            f"are {', '.join(names)}"
-        )
-    return names[modes[0]]
-
-
-# The defaults of a model for parameters of its task, for the tasks that have any.
-PARAMETERS: Dict[str, Callable[[Any, Checkpoint], Dict[str, Any]]] = {
-    "sequence_classification": _classification_parameters,
-    "feature_extraction": _feature_parameters,
-}
+def _cleans_up(tokenizer: Any) -> bool:
+    """Whether the tokenizer's `decode` takes the space before punctuation away; its own setting holds for some only."""
+    ids = tokenizer("a . b", add_special_tokens=False)["input_ids"]
+    return bool(tokenizer.decode(ids) != tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
 @contextlib.contextmanager

@@ -46,16 +46,7 @@ _PARAGRAPH = (
     "evenings they mended nets and talked about the weather, the prices and the ones who had gone away to the city. "
 )
 VERY_LONG = _PARAGRAPH * 12
-
-
-def built_in(task: Type[Task]) -> List[Request]:
-    """The built-in samples as requests of `task`: each sentence, some pairs where the task takes them, a long text."""
-    first = task.fields[0].name
-    requests = [Request({first: text}, task.gate_parameters) for text in (*SENTENCES, _PARAGRAPH, VERY_LONG)]
-    if len(task.fields) > 1:
-        pairs = zip(SENTENCES[3::4], SENTENCES[4::4])
-        requests += [Request({first: one, task.fields[1].name: two}, task.gate_parameters) for one, two in pairs]
-    return requests
+TEXTS = (*SENTENCES, _PARAGRAPH, VERY_LONG)
 
 
 def read(path: Path, task: Type[Task]) -> List[Request]:

@@ -17,10 +17,11 @@ from traceserve_runtime.batching import Arrays, Stats
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import TraceserveError
 from traceserve_runtime.manifest import Manifest
-from traceserve_runtime.tasks.contract import Request
+from traceserve_runtime.tasks.contract import Request, by_part
 from traceserve_runtime.tokenization import Encoded, Row, Segments, TextTokenizer
 
 from traceserve.loading import Original
+from traceserve.samples import TEXTS
 
 
 class Limit(NamedTuple):
@@ -89,13 +90,14 @@ class Findings:
         }
 
 
-def verify(folder: Path, original: Original, samples: Sequence[Request], progress: Progress) -> Findings:
-    """Compare the artifact in `folder` with the original on `samples`."""
+def verify(folder: Path, original: Original, own_samples: Sequence[Request], progress: Progress) -> Findings:
+    """Compare the artifact in `folder` with the original on the built-in samples and on `own_samples`."""
     engine = Engine.load(folder)
+    samples = [*engine.task.from_texts(TEXTS), *own_samples]
     findings = Findings(LIMITS[engine.manifest.dtype])
     try:
         engine.warm_up()  # before anything is compared: what an executor optimises after its first runs is compared too
-        _compare_outputs(engine, original, samples, findings, progress)
+        _compare_outputs(engine, original, findings, progress)
         _compare_answers(engine, original, samples, findings, progress)
     except RuntimeError as error:
         lines = [line for line in str(error).strip().splitlines() if line.strip()]
@@ -117,11 +119,9 @@ def run_original(original: Original, row: Row, outputs: Sequence[str]) -> Arrays
     return {name: result[name][0].float().numpy() for name in outputs}
 
 
-def _compare_outputs(
-    engine: Engine, original: Original, samples: Sequence[Request], findings: Findings, progress: Progress
-) -> None:
+def _compare_outputs(engine: Engine, original: Original, findings: Findings, progress: Progress) -> None:
     manifest = engine.manifest
-    rows = _Rows(engine, samples)
+    rows = _Rows(engine)
     expected: Dict[Tuple[int, int], Arrays] = {}
     per_token = [output.name for output in engine.task.outputs if output.per_token]
     grid = list(_grid(manifest))
@@ -163,12 +163,11 @@ def _row_lengths(manifest: Manifest, batch: int, length: int, padded: bool) -> L
 
 
 class _Rows:
-    """Rows of an exact length, each from another place in the samples' texts, laid end to end."""
+    """Rows of an exact length, each from another place in the built-in samples' texts, laid end to end."""
 
-    def __init__(self, engine: Engine, samples: Sequence[Request]) -> None:
-        field = engine.task.fields[0].name
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._texts = [sample.inputs[field] for sample in samples]
+        self._texts = list(TEXTS)
         self._tokenizers: Dict[int, TextTokenizer] = {}
 
     def get(self, length: int, index: int) -> Row:
@@ -206,7 +205,7 @@ def _compare_answers(
         findings.answers += 1
         if not _tokenized_alike(original, sample, item, engine):
             findings.tokenized_otherwise.append(i)
-        outputs = [run_original(original, row, engine.manifest.outputs) for row in item.rows]
+        outputs = [engine.task.keep(row, run_original(original, row, engine.manifest.outputs)) for row in item.rows]
         try:
             expected = engine.task.answer(sample, item.rows, outputs)
         except TraceserveError as error:
@@ -219,13 +218,22 @@ def _compare_answers(
 
 
 def _tokenized_alike(original: Original, sample: Request, encoded: Encoded, engine: Engine) -> bool:
-    """Whether transformers' tokenizer gives the same row; a text of several windows is compared by its token count."""
-    texts = [sample.inputs[field.name] for field in engine.task.fields if field.name in sample.inputs]
-    expected = original.tokenizer(*texts, truncation=False, padding=False, verbose=False)
-    if len(encoded.rows) > 1 or encoded.unseen:
+    """Whether transformers' tokenizer gives the same rows; a text of several windows is compared by its token count."""
+    parts = by_part(encoded.rows, encoded.rows)
+    return all(
+        _part_alike(original, segments, rows, bool(encoded.unseen))
+        for segments, (rows, _) in zip(engine.task.segments(sample), parts)
+    )
+
+
+def _part_alike(original: Original, segments: Segments, rows: Sequence[Row], shortened: bool) -> bool:
+    texts = [text for text in segments[:2] if text is not None]
+    expected = original.tokenizer(
+        *texts, truncation=False, padding=False, verbose=False, add_special_tokens=segments.special
+    )
+    if len(rows) > 1 or shortened:
         special = original.tokenizer.num_special_tokens_to_add(pair=len(texts) > 1)
-        enough = sum(row.tokens for row in encoded.rows) >= len(expected["input_ids"]) - special
-        return enough or bool(encoded.unseen)
-    encoding = encoded.rows[0].encoding
+        return shortened or sum(row.tokens for row in rows) >= len(expected["input_ids"]) - special
+    encoding = rows[0].encoding
     columns = {"input_ids": encoding.ids, "token_type_ids": encoding.type_ids}
     return all(expected[name] == columns[name] for name in original.inputs if name in columns and name in expected)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, ClassVar, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -15,11 +15,12 @@ from traceserve_runtime.tokenization import LONG_INPUTS, Encoded, Row, Segments,
 
 
 class Field(NamedTuple):
-    """A text of a request."""
+    """Something asked about: a text, or by `kind` a list of texts, or a chat's messages."""
 
     name: str
     required: bool
     description: str
+    kind: str = "text"  # "text", "texts" or "messages"
 
 
 class Output(NamedTuple):
@@ -31,29 +32,48 @@ class Output(NamedTuple):
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter of a request: one of `choices`, or of `type`, where int means 1 or more."""
+    """A parameter of a request: one of `choices`, or of `type`, where list means one string or a list of strings.
+
+    Numbers lie between `least` and `most`. `default` is what holds where neither request nor model says anything.
+    """
 
     name: str
     type: type
     description: str
     choices: Tuple[str, ...] = ()
     nullable: bool = False
+    least: float = 1
+    most: Optional[float] = None
+    default: Any = None
 
     @property
     def legal(self) -> str:
         """The legal values, in words."""
-        words = {int: "a whole number of 1 or more", bool: "true or false", str: "a string"}[self.type]
+        words = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+        words[list] = "a string or a list of strings"
+        text = words[self.type]
+        if self.type in (int, float):
+            text += f" of {self.least:g} or more" if self.most is None else f" from {self.least:g} to {self.most:,g}"
         if self.choices:
-            words = "one of " + ", ".join(f'"{choice}"' for choice in self.choices)
-        return words + (" or null" if self.nullable else "")
+            text = "one of " + ", ".join(f'"{choice}"' for choice in self.choices)
+        return text + (" or null" if self.nullable else "")
 
     def accepts(self, value: Any) -> bool:
         """Whether `value`, parsed JSON, is legal."""
         if value is None:
             return self.nullable
-        if type(value) is not self.type:  # not isinstance: true is no number
+        if self.type is list:
+            texts = value if isinstance(value, list) else [value]
+            return bool(texts) and all(isinstance(text, str) and text for text in texts)
+        # Not isinstance: true is no number.
+        if type(value) is not self.type and not (self.type is float and type(value) is int):
             return False
-        return value in self.choices if self.choices else type(value) is not int or value >= 1
+        if self.choices:
+            return value in self.choices
+        if self.type not in (int, float):
+            return True
+        number = float(value)  # NaN, which Python's JSON reads, compares with nothing
+        return self.least <= number < float("inf") and (self.most is None or number <= self.most)
 
 
 @dataclass(frozen=True)
@@ -64,10 +84,32 @@ class Request:
     path in the client's body, as "inputs[2]".
     """
 
-    inputs: Mapping[str, str]
+    inputs: Mapping[str, Any]
     parameters: Mapping[str, Any] = field(default_factory=dict)
     group: Optional[int] = None
     where: str = field(default="", compare=False)
+
+
+class Job(NamedTuple):
+    """A row to be run, the request that it belongs to, and where that request's text goes while it grows.
+
+    `emit` is called with the whole text so far, any number of times.
+    """
+
+    row: Row
+    request: Request
+    emit: Optional[Callable[[str], None]] = None
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a task may learn of a model when its archive is built."""
+
+    config: Mapping[str, Any]  # the model's configuration
+    generation: Mapping[str, Any]  # its generation configuration; empty for a model that does not generate
+    tokens: Mapping[str, Tuple[str, int]]  # the special tokens that it has, as {"mask": ("[MASK]", 103)}
+    chat_template: Optional[str]
+    read_json: Callable[[str], Optional[Dict[str, Any]]]  # a file of the checkpoint, None without it
 
 
 LONG_INPUTS_PARAMETER = Parameter(
@@ -88,8 +130,12 @@ class Task:
     outputs: ClassVar[Tuple[Output, ...]]
     parameters: ClassVar[Tuple[Parameter, ...]]
     labelled: ClassVar[bool] = False  # whether answers name labels of the model
-    sample: ClassVar[Dict[str, Any]]  # a request, as the JSON body that a client sends
-
+    sample: ClassVar[Dict[str, Any]]  # the fields of a request
+    sample_parameters: ClassVar[Dict[str, Any]] = {}  # and its parameters
+    merges_windows: ClassVar[bool] = True  # whether a long text can be answered from several windows
+    longest_default: ClassVar[int] = 512  # max_length where neither configuration nor model sets a lower one
+    loop: ClassVar[str] = ""  # how the model is run: "" once, "decoder" or "encoder_decoder" token by token
+    padding_side: ClassVar[Optional[str]] = None  # where the task, and not the tokenizer, decides it
     gate_parameters: ClassVar[Dict[str, Any]] = {}  # what the gate asks with, so that `same` sees all that matters
 
     def __init__(self, manifest: Manifest, tokenizer: TextTokenizer) -> None:
@@ -97,28 +143,64 @@ class Task:
         self.tokenizer = tokenizer
 
     @classmethod
+    def defaults(cls, model: ModelFacts) -> Dict[str, Any]:
+        """This model's defaults for parameters; raises Unsupported for a checkpoint that cannot answer the task."""
+        return {}
+
+    @classmethod
+    def facts(cls, model: ModelFacts) -> Dict[str, Any]:
+        """What else the task must know of this model; raises Unsupported."""
+        return {}
+
+    @classmethod
     def all_parameters(cls) -> Tuple[Parameter, ...]:
         """The task's own parameters and those of every task."""
-        return (*cls.parameters, LONG_INPUTS_PARAMETER)
+        legal = LONG_INPUTS if cls.merges_windows else LONG_INPUTS[1:]
+        general = Parameter("long_inputs", str, LONG_INPUTS_PARAMETER.description, legal)
+        return (*cls.parameters, general)
 
-    def parameter(self, request: Request, name: str, default: Any = None) -> Any:
-        """The request's parameter, or the model's default for it, or `default`."""
-        return request.parameters.get(name, self.manifest.parameters.get(name, default))
+    @classmethod
+    def check(cls, inputs: Mapping[str, Any]) -> None:
+        """Raise InvalidRequest for fields that are well formed each, but mean nothing together."""
+
+    def parameter(self, request: Request, name: str) -> Any:
+        """The request's parameter, or the model's default for it, or the task's."""
+        for values in (request.parameters, self.manifest.parameters):
+            if name in values:
+                return values[name]
+        return next(parameter.default for parameter in self.parameters if parameter.name == name)
 
     def long_inputs(self, request: Request) -> str:
         """How this request is shortened."""
         how: str = request.parameters.get("long_inputs", self.manifest.long_inputs)
         return how
 
-    def encode(self, requests: Sequence[Request]) -> List[Union[Encoded, TraceserveError]]:
-        """The rows of each request, or why there are none."""
+    def segments(self, request: Request) -> List[Segments]:
+        """The texts, or pairs of texts, that the model reads for this request: one, where a task does not say otherwise.
+
+        Raises TraceserveError for a request that cannot be answered.
+        """
         names = [field.name for field in self.fields]
         first, second = names[0], names[-1]  # the same for a task of one field
-        segments = [
-            Segments(r.inputs[first], r.inputs.get(second) if second != first else None, (first, second))
-            for r in requests
-        ]
-        return self.tokenizer.encode(segments, [self.long_inputs(request) for request in requests])
+        pair = request.inputs.get(second) if second != first else None
+        return [Segments(request.inputs[first], pair, (first, second))]
+
+    def encode(self, requests: Sequence[Request]) -> List[Union[Encoded, TraceserveError]]:
+        """The rows of each request, or why there are none; all texts are tokenized in one call."""
+        parts: List[Union[List[Segments], TraceserveError]] = []
+        for request in requests:
+            try:
+                parts.append(self.segments(request))
+            except TraceserveError as error:
+                parts.append(error)
+        flat: List[Segments] = []
+        how: List[str] = []
+        for request, part in zip(requests, parts):
+            if not isinstance(part, TraceserveError):
+                flat += part
+                how += [self.long_inputs(request)] * len(part)
+        encoded = iter(self.tokenizer.encode(flat, how))
+        return [part if isinstance(part, TraceserveError) else _joined([next(encoded) for _ in part]) for part in parts]
 
     def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Any:
         """The answer, ready for JSON, from the outputs of a request's rows."""
@@ -128,16 +210,67 @@ class Task:
         """Whether two answers to one request say the same, whatever their last digits."""
         raise NotImplementedError
 
-    def predict(self, runner: Runner, rows: Sequence[Row], stats: Stats) -> List[Arrays]:
+    def predict(self, runner: Runner, jobs: Sequence[Job], stats: Stats) -> List[Arrays]:
         """Run rows together: one pass of the model. A task that loops overrides this."""
         per_token = [output.name for output in self.outputs if output.per_token]
-        return batching.run(runner, rows, self.manifest, per_token, stats)
+        outputs = batching.run(runner, [job.row for job in jobs], self.manifest, per_token, stats)
+        return [self.keep(job.row, output) for job, output in zip(jobs, outputs)]
+
+    def keep(self, row: Row, outputs: Arrays) -> Arrays:
+        """What `decode` reads of a row's outputs, where that is little of what the model gives."""
+        return outputs
 
     def answer(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Any:
         """`decode`, for outputs that are numbers; raises ModelFailure for those that are not."""
         if not all(np.isfinite(array).all() for row in outputs for array in row.values()):
             raise ModelFailure("the model gave a value that is not a number (NaN or infinite) for this input")
         return self.decode(request, rows, outputs)
+
+    @property
+    def most_tokens(self) -> int:
+        """The most tokens, padding included, that one run may have."""
+        return batching.MOST_TOKENS
+
+    def from_texts(self, texts: Sequence[str]) -> List[Request]:
+        """Requests about each of these texts, and some about two: what the gate asks."""
+        names = [field.name for field in self.fields]
+        requests = [Request({names[0]: text}, self.gate_parameters) for text in texts]
+        if len(names) > 1:
+            pairs = zip(texts[3::4], texts[4::4])
+            requests += [Request({names[0]: one, names[1]: two}, self.gate_parameters) for one, two in pairs]
+        return requests
+
+    def warm_up_requests(self) -> List[Request]:
+        """A short request and one as long as any."""
+        text = self.fields[0].name
+        long = {**self.sample, text: " ".join([self.sample[text]] * self.manifest.max_length)}
+        parameters = {**self.sample_parameters, "long_inputs": "truncate"}
+        return [Request(self.sample, parameters), Request(long, parameters)]
+
+
+def _joined(parts: Sequence[Union[Encoded, TraceserveError]]) -> Union[Encoded, TraceserveError]:
+    """The rows of all parts of one request, numbered by part; or the first part's error."""
+    rows: List[Row] = []
+    unseen: Dict[str, Tuple[int, int]] = {}
+    for number, part in enumerate(parts):
+        if isinstance(part, TraceserveError):
+            return part
+        rows += part.rows if number == 0 else [row.numbered(number) for row in part.rows]
+        for name, span in part.unseen.items():
+            start, end = unseen.get(name, span)
+            unseen[name] = (min(start, span[0]), max(end, span[1]))
+    return Encoded(rows, unseen)
+
+
+def by_part(rows: Sequence[Row], values: Sequence[Any]) -> List[Tuple[List[Row], List[Any]]]:
+    """For each part of a request its rows and what belongs to them."""
+    parts: List[Tuple[List[Row], List[Any]]] = []
+    for row, value in zip(rows, values):
+        while len(parts) <= row.part:
+            parts.append(([], []))
+        parts[row.part][0].append(row)
+        parts[row.part][1].append(value)
+    return parts
 
 
 def average(values: Sequence[np.ndarray], rows: Sequence[Row]) -> np.ndarray:
@@ -152,3 +285,38 @@ def only_whole(rows: Sequence[Row], message: str) -> None:
     """Refuse several windows where they cannot be merged."""
     if len(rows) > 1:
         raise InvalidRequest(message, "parameters.long_inputs")
+
+
+def strings(value: Any) -> List[str]:
+    """A parameter of type list: one string stands for a list of one."""
+    return [value] if isinstance(value, str) else list(value)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Over the last axis."""
+    exponents = np.exp(logits - np.max(logits, axis=-1, keepdims=True))
+    return np.asarray(exponents / exponents.sum(axis=-1, keepdims=True))
+
+
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    """Of each element."""
+    with np.errstate(over="ignore"):  # exp of a large number is infinite, and its inverse 0, as it should be
+        return np.asarray(1.0 / (1.0 + np.exp(-logits)))
+
+
+def unchanged(logits: np.ndarray) -> np.ndarray:
+    """The model's own output."""
+    return logits
+
+
+FUNCTIONS: Dict[str, Callable[[np.ndarray], np.ndarray]] = {"softmax": softmax, "sigmoid": sigmoid, "none": unchanged}
+
+
+def function_to_apply(model: ModelFacts) -> str:
+    """The function that the pipeline applies to this classifier's logits."""
+    kind = model.config.get("problem_type")
+    if kind == "regression":
+        return "none"
+    if kind == "multi_label_classification" or len(model.config["id2label"]) == 1:
+        return "sigmoid"
+    return "softmax"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, Sequence
+from typing import Any, Callable, Dict, Optional, Sequence
 
 import numpy as np
 
 from traceserve_runtime.batching import Arrays
-from traceserve_runtime.tasks.contract import Field, Output, Parameter, Request, Task, average, only_whole
+from traceserve_runtime.errors import Unsupported
+from traceserve_runtime.tasks.contract import Field, ModelFacts, Output, Parameter, Request, Task, average, only_whole
 from traceserve_runtime.tokenization import Row
 
 # One row's last hidden state, (length, hidden), to one vector, (hidden).
@@ -37,6 +38,21 @@ class FeatureExtraction(Task):
     )
     sample = {"text": "A small boat crosses the bay at sunrise."}
 
+    @classmethod
+    def defaults(cls, model: ModelFacts) -> Dict[str, Any]:
+        """No pooling, as the pipeline; or what a checkpoint of sentence-transformers says in its own files."""
+        modules: Any = model.read_json("modules.json")
+        if modules is None:
+            return {"pooling": "none", "normalize": False}
+        kinds = {module["type"].rsplit(".", 1)[-1]: module.get("path", "") for module in modules}
+        unknown = set(kinds) - {"Transformer", "Pooling", "Normalize"}
+        if unknown:
+            raise Unsupported(
+                f"this sentence-transformers checkpoint has a module {', '.join(unknown)}, which is not supported"
+            )
+        pooling = _pooling(model.read_json(f"{kinds['Pooling']}/config.json")) if "Pooling" in kinds else "none"
+        return {"pooling": pooling, "normalize": "Normalize" in kinds}
+
     def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Any:
         pooling = self.parameter(request, "pooling")
         if pooling == "none":
@@ -59,3 +75,17 @@ class FeatureExtraction(Task):
         one, two = (np.atleast_2d(np.squeeze(np.asarray(a, dtype=np.float64))) for a in (answer, other))
         norms = np.linalg.norm(one, axis=-1) * np.linalg.norm(two, axis=-1)
         return one.shape == two.shape and bool(np.all((one * two).sum(axis=-1) > 0.999 * norms))
+
+
+def _pooling(facts: Optional[Dict[str, Any]]) -> str:
+    """The pooling that a sentence-transformers Pooling module's configuration names; raises Unsupported."""
+    names = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "mean": "mean", "cls": "cls"}
+    modes = [key for key, value in (facts or {}).items() if key.startswith("pooling_mode_") and value is True]
+    named = (facts or {}).get("pooling_mode")
+    modes += [named] if isinstance(named, str) else []
+    if len(modes) != 1 or modes[0] not in names:
+        raise Unsupported(
+            f"this sentence-transformers checkpoint pools by {', '.join(modes) or 'nothing that its files name'}; supported "
+            f"are {', '.join(names)}"
+        )
+    return names[modes[0]]

@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Callable, Dict, Sequence
+from typing import Any, Dict, Sequence
 
 import numpy as np
 
 from traceserve_runtime.batching import Arrays
-from traceserve_runtime.tasks.contract import Field, Output, Parameter, Request, Task, average
+from traceserve_runtime.tasks.contract import (
+    FUNCTIONS,
+    Field,
+    ModelFacts,
+    Output,
+    Parameter,
+    Request,
+    Task,
+    average,
+    function_to_apply,
+)
 from traceserve_runtime.tokenization import Row
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    exponents = np.exp(logits - np.max(logits, axis=-1, keepdims=True))
-    return np.asarray(exponents / exponents.sum(axis=-1, keepdims=True))
-
-
-def _sigmoid(logits: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):  # exp of a large number is infinite, and its inverse 0, as it should be
-        return np.asarray(1.0 / (1.0 + np.exp(-logits)))
-
-
-def _none(logits: np.ndarray) -> np.ndarray:
-    return logits
-
-
-FUNCTIONS: Dict[str, Callable[[np.ndarray], np.ndarray]] = {"softmax": _softmax, "sigmoid": _sigmoid, "none": _none}
 
 
 class SequenceClassification(Task):
@@ -53,14 +46,19 @@ class SequenceClassification(Task):
     gate_parameters = {"top_k": None}
     sample = {"text": "The parcel arrived, but the box was open and a cup is missing."}
 
+    @classmethod
+    def defaults(cls, model: ModelFacts) -> Dict[str, Any]:
+        """The function that the pipeline applies to this model's logits."""
+        return {"function_to_apply": function_to_apply(model)}
+
     def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Any:
         function = FUNCTIONS[self.parameter(request, "function_to_apply")]
         scores = average([function(output["logits"]) for output in outputs], rows)
         labels = self.manifest.labels
-        if "top_k" not in request.parameters:
+        if not {"top_k"} & {*request.parameters, *self.manifest.parameters}:
             best = int(scores.argmax())
             return {"label": labels[best], "score": float(scores[best])}
-        ranked = np.argsort(-scores, kind="stable")[: request.parameters["top_k"]]
+        ranked = np.argsort(-scores, kind="stable")[: self.parameter(request, "top_k")]
         return [{"label": labels[i], "score": float(scores[i])} for i in ranked]
 
     def same(self, answer: Any, other: Any) -> bool:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Tuple
+from typing import TYPE_CHECKING, Dict, Tuple, Type
 
 if TYPE_CHECKING:
+    import torch
     from traceserve_runtime.manifest import Shapes
+    from traceserve_runtime.tasks.contract import Task
 
     from traceserve.loading import Original
 
@@ -17,37 +19,65 @@ TRACED_BATCH = 3
 TRACED_LENGTH = 11
 
 
-def write(original: Original, outputs: Tuple[str, ...], shapes: Shapes, folder: Path) -> None:
-    """Trace the model and write `folder/traced_model.pt`: one graph, or one for each shape over the same weights.
+def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path) -> Tuple[str, ...]:
+    """Trace the model and write `folder/traced_model.pt`; see Writer.
 
-    Raises ExportError with the model's own reason where it cannot be traced.
+    One graph, or one for each shape, or for a model that is run in a loop the graphs `start` and `step`; all over the
+    same weights. Raises ExportError with the model's own reason where it cannot be traced.
     """
     import torch
 
     from traceserve.errors import ExportError
-    from traceserve.wrapping import Wrapped, example, masks_without_vmap
-
-    any_length = min(TRACED_LENGTH, original.max_length)
-    module = Wrapped(original.model, original.inputs, outputs)
-
-    def trace(batch: int, length: int) -> torch.jit.ScriptModule:
-        inputs = example(original, batch, length)
-        # The trace is compared with the original by the gate, at many shapes, and not by torch at the traced one.
-        return torch.jit.trace(module, inputs, check_trace=False)  # type: ignore[no-any-return, no-untyped-call]
+    from traceserve.wrapping import masks_without_vmap
 
     try:
         with warnings.catch_warnings(), masks_without_vmap(), torch.no_grad():
             warnings.simplefilter("ignore")  # tracer warnings: the gate proves what they suspect
-            if shapes.graph_per_shape:
-                graphs = {
-                    shapes.graph_name(batch, length): trace(batch, length)
-                    for batch in shapes.batches or (TRACED_BATCH,)
-                    for length in shapes.lengths or (any_length,)
-                }
-                saved: torch.nn.Module = torch.jit.script(torch.nn.ModuleDict(graphs))
+            if task.loop:
+                saved, step_inputs = _loop(original, task)
             else:
-                saved = trace(TRACED_BATCH, max(shapes.lengths) if shapes.lengths else any_length)
+                saved, step_inputs = _single(original, task, shapes), ()
             torch.jit.save(saved, str(folder / MODEL_FILE))
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ExportError(f"torch.jit.trace cannot trace {type(original.model).__name__}: {reason}") from error
+    return step_inputs
+
+
+def _single(original: Original, task: Type[Task], shapes: Shapes) -> torch.nn.Module:
+    from traceserve.wrapping import Wrapped, example
+
+    module = Wrapped(original.model, original.inputs, [output.name for output in task.outputs])
+    any_length = min(TRACED_LENGTH, original.max_length)
+    if not shapes.graph_per_shape:
+        return _trace(module, example(original, TRACED_BATCH, max(shapes.lengths) if shapes.lengths else any_length))
+    return _together(
+        {
+            shapes.graph_name(batch, length): _trace(module, example(original, batch, length))
+            for batch in shapes.batches or (TRACED_BATCH,)
+            for length in shapes.lengths or (any_length,)
+        }
+    )
+
+
+def _loop(original: Original, task: Type[Task]) -> Tuple[torch.nn.Module, Tuple[str, ...]]:
+    from traceserve.looping import LOOPS
+
+    start, step = LOOPS[task.loop](original, TRACED_BATCH, min(TRACED_LENGTH, original.max_length - 2))
+    return _together({"start": _trace(*start), "step": _trace(step.module, step.example)}), step.inputs
+
+
+def _trace(module: torch.nn.Module, inputs: Tuple[torch.Tensor, ...]) -> torch.nn.Module:
+    import torch
+
+    # The trace is compared with the original by the gate, at many shapes, and not by torch at the traced one.
+    traced: torch.nn.Module = torch.jit.trace(module, inputs, check_trace=False)  # type: ignore[no-untyped-call]
+    return traced
+
+
+def _together(graphs: Dict[str, torch.nn.Module]) -> torch.nn.Module:
+    """One module with each graph as a submodule; weights that they share are written once."""
+    import torch
+
+    together: torch.nn.Module = torch.jit.script(torch.nn.ModuleDict(graphs))
+    return together

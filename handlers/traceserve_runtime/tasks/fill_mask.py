@@ -1,0 +1,122 @@
+"""Fill-mask: a text with masked tokens to what may stand there."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List, Optional, Sequence
+
+import numpy as np
+
+from traceserve_runtime import windows
+from traceserve_runtime.batching import Arrays
+from traceserve_runtime.errors import InvalidRequest, Unsupported
+from traceserve_runtime.tasks.contract import Field, ModelFacts, Output, Parameter, Request, Task, softmax, strings
+from traceserve_runtime.tokenization import Row, Segments
+
+# The logits of one run are float32 of shape (batch, length, vocabulary): this many bytes at most.
+_MOST_BYTES = 1 << 28
+
+
+class FillMask(Task):
+    """A list of `{"score", "token", "token_str", "sequence"}`, best first; for several masks a list of such lists."""
+
+    name = "fill_mask"
+    auto_model = "AutoModelForMaskedLM"
+    pipeline = "fill-mask"
+    fields = (Field("text", True, "the text, with the model's mask token in it"),)
+    outputs = (Output("logits", per_token=True),)
+    parameters = (
+        Parameter("top_k", int, "how many tokens are told for each mask", default=5),
+        Parameter("targets", list, "words, of which alone is chosen; of a word of several tokens, the first"),
+    )
+    sample = {"text": "The train to the [MASK] leaves at nine."}
+
+    @classmethod
+    def facts(cls, model: ModelFacts) -> Dict[str, Any]:
+        """The mask token; raises Unsupported where the tokenizer has none."""
+        if "mask" not in model.tokens:
+            raise Unsupported("this checkpoint's tokenizer has no mask token, so it cannot answer fill_mask")
+        token, token_id = model.tokens["mask"]
+        return {"mask_token": token, "mask_id": token_id}
+
+    def segments(self, request: Request) -> List[Segments]:
+        return [Segments(request.inputs["text"], fields=("text", "text"), stride=self.manifest.max_length // 4)]
+
+    @property
+    def most_tokens(self) -> int:
+        return max(1, _MOST_BYTES // (4 * self.tokenizer.vocabulary_size))
+
+    def keep(self, row: Row, outputs: Arrays) -> Arrays:
+        """The logits of the masked tokens only."""
+        return {"logits": outputs["logits"][self._masked(row)]}
+
+    def _masked(self, row: Row) -> List[int]:
+        return [i for i, token_id in enumerate(row.encoding.ids) if token_id == self.manifest.facts["mask_id"]]
+
+    def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Any:
+        places = windows.merge(rows)
+        ids = np.array([rows[place.window].encoding.ids[place.position] for place in places])
+        masks = np.flatnonzero(ids == self.manifest.facts["mask_id"])
+        if not len(masks):
+            token = self.manifest.facts["mask_token"]
+            raise InvalidRequest(f"the text has no mask token; write {token} for each word to be found", "text")
+        targets = self._targets(self.parameter(request, "targets"))
+        kept = [{place: i for i, place in enumerate(self._masked(row))} for row in rows]
+        answers = []
+        for place in masks:
+            window, position, _ = places[place]
+            scores = softmax(outputs[window]["logits"][kept[window][position]])
+            candidates = np.arange(len(scores)) if targets is None else targets
+            best = candidates[np.argsort(-scores[candidates], kind="stable")[: self.parameter(request, "top_k")]]
+            answers.append(
+                [self._filled(ids, int(place), int(token), scores[token], len(masks) == 1) for token in best]
+            )
+        return answers[0] if len(answers) == 1 else answers
+
+    def _filled(self, ids: np.ndarray, place: int, token: int, score: float, single: bool) -> Dict[str, Any]:
+        filled = ids.copy()
+        filled[place] = token
+        filled = filled[filled != self.manifest.tokenizer.pad_id]
+        return {
+            "score": float(score),
+            "token": token,
+            "token_str": self.tokenizer.decode([token], skip_special_tokens=False),
+            # With several masks the others are shown, and special tokens with them, as in the pipeline.
+            "sequence": self.tokenizer.decode(filled.tolist(), skip_special_tokens=single),
+        }
+
+    def _targets(self, targets: Any) -> Optional[np.ndarray]:
+        if targets is None:
+            return None
+        found = set()
+        for target in strings(targets):
+            token_id = self.tokenizer.token_id(target)
+            found |= {token_id} if token_id is not None else set(self.tokenizer.token_ids(target)[:1])
+        if not found:
+            raise InvalidRequest('none of the "targets" has a token of this model', "parameters.targets")
+        return np.array(sorted(found))
+
+    def same(self, answer: Any, other: Any) -> bool:
+        """The same best token for each mask."""
+        best = [[ranked[0]["token"] for ranked in _ranked(value)] for value in (answer, other)]
+        return best[0] == best[1]
+
+    def from_texts(self, texts: Sequence[str]) -> List[Request]:
+        """Each text with its middle word masked, and every third one with its last word masked too."""
+        requests = []
+        for number, text in enumerate(texts):
+            words = text.split(" ")
+            words[len(words) // 2] = self.manifest.facts["mask_token"]
+            if number % 3 == 0:
+                words[-1] = self.manifest.facts["mask_token"]
+            requests.append(Request({"text": " ".join(words)}))
+        return requests
+
+    def warm_up_requests(self) -> List[Request]:
+        requests = super().warm_up_requests()
+        mask = self.manifest.facts["mask_token"]
+        return [Request({"text": r.inputs["text"].replace("[MASK]", mask)}, r.parameters) for r in requests]
+
+
+def _ranked(value: Any) -> List[Any]:
+    """The answer's lists, one for each mask."""
+    return value if isinstance(value[0], list) else [value]

@@ -1,0 +1,150 @@
+"""Question answering: a question and a context to the part of the context that answers it."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List, Mapping, NamedTuple, Sequence, Tuple
+
+import numpy as np
+
+from traceserve_runtime.batching import Arrays
+from traceserve_runtime.errors import InvalidRequest
+from traceserve_runtime.tasks.contract import Field, ModelFacts, Output, Parameter, Request, Task, softmax
+from traceserve_runtime.tokenization import Row, Segments
+
+_LONGEST_WINDOW = 384  # the pipeline's default
+_LONGEST_STRIDE = 128
+
+
+class _Span(NamedTuple):
+    start: int  # places in the row
+    end: int
+    score: float
+
+
+class QuestionAnswering(Task):
+    """`{"score", "start", "end", "answer"}` of the best answer, or with `top_k` a list of them, best first.
+
+    `start` and `end` count the characters of the context. A long context is read in windows that overlap by
+    `doc_stride` tokens; the best answers of all windows are told, and the scores of equal ones added.
+    """
+
+    name = "question_answering"
+    auto_model = "AutoModelForQuestionAnswering"
+    pipeline = "question-answering"
+    fields = (
+        Field("question", True, "the question"),
+        Field("context", True, "the text that holds the answer"),
+    )
+    outputs = (Output("start_logits", per_token=True), Output("end_logits", per_token=True))
+    parameters = (
+        Parameter("top_k", int, "how many answers are told; more than one make a list", most=1000, default=1),
+        Parameter("doc_stride", int, "how many tokens neighbouring windows share; by default 128, or half a window"),
+        Parameter("max_answer_len", int, "the longest answer, in tokens", default=15),
+        Parameter("max_seq_len", int, "the longest window, in tokens; by default 384, or max_length", least=16),
+        Parameter(
+            "handle_impossible_answer", bool, "whether there may be no answer, told as an empty one", default=False
+        ),
+        Parameter("align_to_words", bool, "widen an answer to whole words", default=True),
+    )
+    sample = {
+        "question": "When does the train leave?",
+        "context": "The train to the coast leaves at a quarter past nine from platform four.",
+    }
+
+    @classmethod
+    def facts(cls, model: ModelFacts) -> Dict[str, Any]:
+        """The token that stands for "no answer" in some models."""
+        return {"cls_id": model.tokens["cls"][1] if "cls" in model.tokens else None}
+
+    @classmethod
+    def check(cls, inputs: Mapping[str, Any]) -> None:
+        for name in ("question", "context"):
+            if not inputs[name]:
+                raise InvalidRequest(f"the {name} is empty", name)
+
+    @property
+    def _question_first(self) -> bool:
+        return self.manifest.tokenizer.padding_side == "right"
+
+    def segments(self, request: Request) -> List[Segments]:
+        window = self.parameter(request, "max_seq_len") or _LONGEST_WINDOW
+        window = min(window, self.manifest.max_length)
+        stride = self.parameter(request, "doc_stride") or min(window // 2, _LONGEST_STRIDE)
+        if stride >= window:
+            raise InvalidRequest(f'"doc_stride" is {stride}, but a window has {window} tokens', "parameters.doc_stride")
+        names = ("question", "context") if self._question_first else ("context", "question")
+        texts = [request.inputs[name] for name in names]
+        cut = int(self._question_first)
+        return [Segments(texts[0], texts[1], names, limit=window, cut=cut, stride=stride, full=True)]
+
+    def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Any:
+        impossible = self.parameter(request, "handle_impossible_answer")
+        top_k = self.parameter(request, "top_k")
+        context = request.inputs["context"]
+        answers: Dict[str, Dict[str, Any]] = {}
+        null_scores = []
+        for row, output in zip(rows, outputs):
+            places = row.places(int(self._question_first))
+            spans, null_score = self._spans(request, row, places, output)
+            null_scores.append(null_score)
+            for span in spans:
+                start, end = self._characters(request, row, places, span)
+                text = context[start:end]
+                if text.lower() in answers:
+                    answers[text.lower()]["score"] += span.score
+                else:
+                    answers[text.lower()] = {"score": span.score, "start": start, "end": end, "answer": text}
+        listed = list(answers.values())
+        if impossible:
+            listed.append({"score": min(null_scores), "start": 0, "end": 0, "answer": ""})
+        listed = sorted(listed, key=lambda answer: -answer["score"])[:top_k]
+        return listed[0] if len(listed) == 1 else listed
+
+    def _spans(self, request: Request, row: Row, places: Sequence[int], output: Arrays) -> Tuple[List[_Span], float]:
+        """The best spans of one window, start at most end, and the score of its having none."""
+        top_k = self.parameter(request, "top_k")
+        if self.parameter(request, "align_to_words"):
+            top_k = 2 * top_k + 10  # several spans may become one
+        inside = np.zeros(row.length, dtype=bool)
+        inside[list(places)] = True
+        allowed = inside | (np.array(row.encoding.ids) == self.manifest.facts["cls_id"])
+        start, end = (softmax(np.where(allowed, output[name], np.float32(-10000.0))) for name in self.manifest.outputs)
+        null_score = float(start[0] * end[0])
+        start, end = np.where(inside, start, 0), np.where(inside, end, 0)
+        scores = np.tril(np.triu(np.outer(start, end)), self.parameter(request, "max_answer_len") - 1).ravel()
+        best = np.argpartition(-scores, top_k)[:top_k] if top_k < len(scores) else np.arange(len(scores))
+        spans = []
+        for flat in best[np.argsort(-scores[best], kind="stable")]:
+            first, last = divmod(int(flat), row.length)
+            if inside[first] and inside[last] and first <= last:
+                spans.append(_Span(first, last, float(scores[flat])))
+        return spans, null_score
+
+    def _characters(self, request: Request, row: Row, places: Sequence[int], span: _Span) -> Tuple[int, int]:
+        """Where a span lies in the context; widened to words where these are known and that is asked for."""
+        offsets = row.encoding.offsets
+        if self.parameter(request, "align_to_words"):
+            words = row.encoding.word_ids
+            first, last = words[span.start], words[span.end]
+            if first is not None and last is not None:
+                begin = next(place for place in places if words[place] == first)
+                stop = next(place for place in reversed(places) if words[place] == last)
+                return offsets[begin][0], offsets[stop][1]
+        return offsets[span.start][0], offsets[span.end][1]
+
+    def same(self, answer: Any, other: Any) -> bool:
+        """The same place of the context."""
+        return bool((answer["start"], answer["end"]) == (other["start"], other["end"]))
+
+    def from_texts(self, texts: Sequence[str]) -> List[Request]:
+        """Each text as a context, asked about by the one before it; the long ones by a short one."""
+        asked = [text for text in texts if 0 < len(text) < 200]
+        return [
+            Request({"question": asked[i % len(asked)], "context": text})
+            for i, text in enumerate(texts)
+            if text.strip()
+        ]
+
+    def warm_up_requests(self) -> List[Request]:
+        long = {**self.sample, "context": " ".join([self.sample["context"]] * self.manifest.max_length)}
+        return [Request(self.sample), Request(long, {"long_inputs": "truncate"})]

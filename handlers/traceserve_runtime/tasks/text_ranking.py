@@ -1,0 +1,102 @@
+"""Text ranking: a query and documents to their scores, by a cross-encoder."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Dict, List, Mapping, Sequence
+
+from traceserve_runtime.batching import Arrays
+from traceserve_runtime.errors import InvalidRequest, Unsupported
+from traceserve_runtime.tasks.contract import (
+    FUNCTIONS,
+    Field,
+    ModelFacts,
+    Output,
+    Parameter,
+    Request,
+    Task,
+    by_part,
+    function_to_apply,
+)
+from traceserve_runtime.tokenization import Row, Segments
+
+
+class TextRanking(Task):
+    """A list of `{"index", "score"}`, one for each document, in their order; with `sort` or `top_k` best first.
+
+    A score is what the text-classification pipeline gives for the pair of query and document; a long document has the
+    score of its best window.
+    """
+
+    name = "text_ranking"
+    auto_model = "AutoModelForSequenceClassification"
+    pipeline = "text-classification"
+    fields = (
+        Field("query", True, "what is looked for"),
+        Field("documents", True, "the texts to be ranked", "texts"),
+    )
+    outputs = (Output("logits", per_token=False),)
+    parameters = (
+        Parameter("sort", bool, "best first", default=False),
+        Parameter("top_k", int, "only this many, best first"),
+        Parameter("return_documents", bool, 'with each document\'s "text"', default=False),
+        Parameter("function_to_apply", str, "from the model's output to a score", ("sigmoid", "none")),
+    )
+    sample = {
+        "query": "When does the train to the coast leave?",
+        "documents": [
+            "The train to the coast leaves at a quarter past nine from platform four.",
+            "Bread is baked every morning before the market opens.",
+        ],
+    }
+
+    @classmethod
+    def defaults(cls, model: ModelFacts) -> Dict[str, Any]:
+        """The function that the pipeline applies; raises Unsupported for a model with several outputs."""
+        count = len(model.config["id2label"])
+        if count != 1:
+            raise Unsupported(f"text_ranking needs a cross-encoder, whose head has one output; this one has {count}")
+        return {"function_to_apply": function_to_apply(model)}
+
+    @classmethod
+    def check(cls, inputs: Mapping[str, Any]) -> None:
+        if not inputs["documents"]:
+            raise InvalidRequest("the list is empty: there is nothing to rank", "documents")
+
+    def segments(self, request: Request) -> List[Segments]:
+        query = request.inputs["query"]
+        return [
+            Segments(query, document, ("query", f"documents[{i}]"), cut=1)
+            for i, document in enumerate(request.inputs["documents"])
+        ]
+
+    def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Any:
+        function = FUNCTIONS[self.parameter(request, "function_to_apply")]
+        answer = []
+        for i, (_, own) in enumerate(by_part(rows, outputs)):
+            best = max(float(function(output["logits"])[0]) for output in own)
+            document = {"text": request.inputs["documents"][i]} if self.parameter(request, "return_documents") else {}
+            answer.append({"index": i, "score": best, **document})
+        top_k = self.parameter(request, "top_k")
+        if self.parameter(request, "sort") or top_k is not None:
+            answer.sort(key=lambda item: -item["score"])
+        return answer[:top_k]
+
+    def same(self, answer: Any, other: Any) -> bool:
+        """The same scores, to a hundredth."""
+        return all(
+            math.isclose(one["score"], two["score"], rel_tol=1e-2, abs_tol=1e-3) for one, two in zip(answer, other)
+        )
+
+    def from_texts(self, texts: Sequence[str]) -> List[Request]:
+        """Each text as a query for the two that follow it."""
+        return [
+            Request({"query": text, "documents": [texts[(i + k) % len(texts)] for k in (1, 2)]})
+            for i, text in enumerate(texts)
+            if len(text) < 200
+        ]
+
+    def warm_up_requests(self) -> List[Request]:
+        long = " ".join([self.sample["documents"][0]] * self.manifest.max_length)
+        inputs = {**self.sample, "documents": [long]}
+        return [Request(self.sample), Request(inputs, {"long_inputs": "truncate"})]

@@ -1,0 +1,116 @@
+"""Zero-shot classification: a text and labels that the model never saw, judged by a model of entailment."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List, Sequence
+
+import numpy as np
+
+from traceserve_runtime.batching import Arrays
+from traceserve_runtime.errors import InvalidRequest, Unsupported
+from traceserve_runtime.tasks.contract import (
+    Field,
+    ModelFacts,
+    Output,
+    Parameter,
+    Request,
+    Task,
+    average,
+    by_part,
+    softmax,
+)
+from traceserve_runtime.tokenization import Row, Segments
+
+
+class ZeroShotClassification(Task):
+    """`{"sequence", "labels", "scores"}`, best first: for each label, whether the text entails it.
+
+    Of a text of several windows the entailment is the mean of the windows', weighted by their tokens.
+    """
+
+    name = "zero_shot_classification"
+    auto_model = "AutoModelForSequenceClassification"
+    pipeline = "zero-shot-classification"
+    fields = (Field("text", True, "the text to classify"),)
+    outputs = (Output("logits", per_token=False),)
+    parameters = (
+        Parameter("candidate_labels", list, "the labels, as a list or in one string, separated by commas; required"),
+        Parameter(
+            "hypothesis_template",
+            str,
+            "the sentence that is judged, with {} where the label stands",
+            default="This example is {}.",
+        ),
+        Parameter("multi_label", bool, "judge each label by itself, as several may hold", default=False),
+    )
+    sample = {"text": "The parcel arrived, but the box was open and a cup is missing."}
+    sample_parameters = {"candidate_labels": ["delivery", "damage", "praise"]}
+    gate_parameters = {"candidate_labels": ["a question", "travel", "shopping"]}
+
+    @classmethod
+    def facts(cls, model: ModelFacts) -> Dict[str, Any]:
+        """Which label says that the text entails the sentence; raises Unsupported without one."""
+        labels = {int(index): str(label) for index, label in model.config["id2label"].items()}
+        entailment = [index for index, label in labels.items() if label.lower().startswith("entail")]
+        if not entailment or len(labels) < 2:
+            raise Unsupported(
+                f"zero_shot_classification needs a model of entailment, with a label called entailment; this one has "
+                f"{', '.join(list(labels.values())[:5])}"
+            )
+        # As the pipeline: the first label is the contradiction, or the last one where the first is the entailment.
+        return {"entailment": entailment[0], "contradiction": len(labels) - 1 if entailment[0] == 0 else 0}
+
+    def _labels(self, request: Request) -> List[str]:
+        value = self.parameter(request, "candidate_labels")
+        if value is None:
+            raise InvalidRequest(
+                '"candidate_labels" is missing: send "parameters": {"candidate_labels": ["...", "..."]}',
+                "parameters.candidate_labels",
+            )
+        listed = value.split(",") if isinstance(value, str) else value
+        labels = [label.strip() for label in listed] if isinstance(value, str) else list(listed)
+        labels = [label for label in labels if label.strip()]
+        if not labels:
+            raise InvalidRequest('"candidate_labels" holds no label', "parameters.candidate_labels")
+        return labels
+
+    def segments(self, request: Request) -> List[Segments]:
+        template = self.parameter(request, "hypothesis_template")
+        if "{}" not in template:
+            raise InvalidRequest(
+                '"hypothesis_template" should hold {} where the label stands', "parameters.hypothesis_template"
+            )
+        if not request.inputs["text"]:
+            raise InvalidRequest("the text is empty", "text")
+        hypotheses = [template.replace("{}", label) for label in self._labels(request)]
+        return [
+            Segments(request.inputs["text"], hypothesis, ("text", "candidate_labels"), cut=0)
+            for hypothesis in hypotheses
+        ]
+
+    def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Any:
+        labels = self._labels(request)
+        facts = self.manifest.facts
+        logits = np.stack(
+            [average([output["logits"] for output in own], list(windows)) for windows, own in by_part(rows, outputs)]
+        )
+        if self.parameter(request, "multi_label") or len(labels) == 1:
+            scores = softmax(logits[:, [facts["contradiction"], facts["entailment"]]])[:, 1]
+        else:
+            scores = softmax(logits[:, facts["entailment"]])
+        order = scores.argsort()[::-1]
+        return {
+            "sequence": request.inputs["text"],
+            "labels": [labels[i] for i in order],
+            "scores": scores[order].tolist(),
+        }
+
+    def same(self, answer: Any, other: Any) -> bool:
+        """The same best label, but for a tie."""
+        if answer["labels"][0] == other["labels"][0]:
+            return True
+        tied = answer["scores"][answer["labels"].index(other["labels"][0])]
+        return bool(answer["scores"][0] - tied < 1e-5)
+
+    def from_texts(self, texts: Sequence[str]) -> List[Request]:
+        return [request for request in super().from_texts(texts) if request.inputs["text"]]

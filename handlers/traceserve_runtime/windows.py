@@ -1,0 +1,36 @@
+"""Several windows of one text back to one sequence of tokens."""
+
+from __future__ import annotations
+
+from typing import List, NamedTuple, Sequence
+
+from traceserve_runtime.tokenization import Row
+
+
+class Place(NamedTuple):
+    """A token of the whole sequence: the window that answers for it, and where it lies in that window."""
+
+    window: int
+    position: int
+    special: bool
+
+
+def merge(rows: Sequence[Row]) -> List[Place]:
+    """Every token of the text once, special tokens before and behind, as if all were one row.
+
+    A token that two windows share is taken from the one where it has more of its neighbours on both sides.
+    """
+    places = []
+    begin = rows[0].start
+    for number, row in enumerate(rows):
+        own = row.places()
+        last = number == len(rows) - 1
+        end = row.start + row.tokens
+        stop = end if last else (end + rows[number + 1].start) // 2
+        if number == 0:
+            places += [Place(0, i, True) for i in range(own[0] if own else row.length)]
+        places += [Place(number, own[i - row.start], False) for i in range(begin, stop)]
+        if last and own:
+            places += [Place(number, i, True) for i in range(own[-1] + 1, row.length)]
+        begin = stop
+    return places
