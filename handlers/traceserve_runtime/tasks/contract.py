@@ -70,10 +70,10 @@ class Parameter:
             return False
         if self.choices:
             return value in self.choices
-        if self.type not in (int, float):
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
             return True
-        number = float(value)  # NaN, which Python's JSON reads, compares with nothing
-        return self.least <= number < float("inf") and (self.most is None or number <= self.most)
+        # NaN and Infinity, which Python's JSON reads, are no legal numbers.
+        return self.least <= value < float("inf") and (self.most is None or value <= self.most)
 
 
 @dataclass(frozen=True)
