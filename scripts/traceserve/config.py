@@ -226,6 +226,8 @@ def _check_together(config: SetupConfig) -> None:
             f"sequence_lengths ends at {lengths[-1]}, but max_length is {config.max_length}; they must agree"
         )
     task = TASKS[config.task]
+    if task.loop and lengths != "auto":
+        raise ConfigError(f"sequence_lengths has no meaning for {config.task}, whose texts grow token by token")
     if config.long_inputs == "window" and not task.merges_windows:
         raise ConfigError(f"long_inputs is window, but {config.task} cannot merge windows; use truncate or reject")
     known = {parameter.name: parameter for parameter in task.parameters}

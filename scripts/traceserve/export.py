@@ -72,7 +72,8 @@ def _export(
 
     refused: List[ExportError] = []
     drifted: List[Tuple[Findings, Shapes]] = []
-    for shapes in candidate_shapes(config, original.max_length):
+    candidates = [Shapes()] if task.loop else candidate_shapes(config, original.max_length)
+    for shapes in candidates:
         try:
             manifest = write(shapes)
         except ExportError as error:

@@ -38,6 +38,7 @@ class Original:
     parameters: Dict[str, Any]
     facts: Dict[str, Any]
     padding_side: str
+    truncation_side: str
 
     @property
     def tokenizer_facts(self) -> TokenizerFacts:
@@ -49,7 +50,7 @@ class Original:
             pad_id=0 if pad_id is None else pad_id,
             pad_type_id=tokenizer.pad_token_type_id,
             padding_side=self.padding_side,
-            truncation_side=tokenizer.truncation_side,
+            truncation_side=self.truncation_side,
             clean_up=_cleans_up(tokenizer),
         )
 
@@ -72,6 +73,8 @@ def load(config: SetupConfig, checkpoint: Checkpoint, config_folder: Path) -> Or
     if "input_ids" not in inputs:
         raise ExportError(f"{config.model_name} does not read text: its model takes {', '.join(accepted)}")
     task = TASKS[config.task]
+    if task.loop:
+        inputs = INPUTS[:2]
     _check_case(config, checkpoint, tokenizer)
     facts = _model_facts(model, tokenizer, checkpoint)
     return Original(
@@ -83,6 +86,7 @@ def load(config: SetupConfig, checkpoint: Checkpoint, config_folder: Path) -> Or
         parameters={**task.defaults(facts), **config.parameters},
         facts=task.facts(facts),
         padding_side=task.padding_side or tokenizer.padding_side,
+        truncation_side=task.truncation_side or tokenizer.truncation_side,
     )
 
 

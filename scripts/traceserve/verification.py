@@ -16,6 +16,7 @@ from traceserve_runtime import batching
 from traceserve_runtime.batching import Arrays, Stats
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import TraceserveError
+from traceserve_runtime.feeds import FEEDS
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.tasks.contract import Request, by_part
 from traceserve_runtime.tokenization import Encoded, Row, Segments, TextTokenizer
@@ -34,6 +35,7 @@ class Limit(NamedTuple):
 
 LIMITS = {"float32": Limit(1e-4, 0.0)}
 BATCHES = (1, 2, 5)
+FORCED_STEPS = 3  # of a loop, in each cell of the grid
 
 Progress = Callable[[str, int, int], None]  # what is being done, how many steps of how many are done
 
@@ -105,6 +107,38 @@ def verify(folder: Path, original: Original, own_samples: Sequence[Request], pro
     return findings
 
 
+def _read_forced(engine: Engine, rows: Sequence[Row]) -> List[Arrays]:
+    """The logits, (FORCED_STEPS + 1, vocabulary), where a loop is made to read given tokens after its rows."""
+    from traceserve.looping import forced_tokens
+
+    feed = FEEDS[engine.task.loop](engine.runner, rows, engine.manifest, Stats())
+    forced = np.array([forced_tokens(row, FORCED_STEPS) for row in rows])
+    same_rows = np.arange(len(rows))
+    logits = [feed.first(), *(feed.next(same_rows, forced[:, step]) for step in range(FORCED_STEPS))]
+    return [{"logits": np.stack([step[i] for step in logits])} for i in range(len(rows))]
+
+
+def _original_forced(original: Original, loop: str, row: Row) -> Arrays:
+    """What `_read_forced` is compared with."""
+    import torch
+
+    from traceserve.looping import LOOPS
+
+    with torch.no_grad():
+        return {"logits": LOOPS[loop].forced(original, row, FORCED_STEPS).float().numpy()}
+
+
+def _original_text(original: Original, loop: str, row: Row, request: Request) -> Arrays:
+    """The new tokens that the original's own `generate` writes after one row alone."""
+    import torch
+
+    from traceserve.looping import LOOPS, generate_options
+
+    with torch.no_grad():
+        tokens = LOOPS[loop].generate(original, row, **generate_options(original, request))
+    return {"tokens": np.array(tokens, dtype=np.int64)}
+
+
 def run_original(original: Original, row: Row, outputs: Sequence[str]) -> Arrays:
     """The original's outputs for one row alone, without padding: each as the row has it, without the batch."""
     import torch
@@ -124,14 +158,25 @@ def _compare_outputs(engine: Engine, original: Original, findings: Findings, pro
     rows = _Rows(engine)
     expected: Dict[Tuple[int, int], Arrays] = {}
     per_token = [output.name for output in engine.task.outputs if output.per_token]
+    loop = engine.task.loop
     grid = list(_grid(manifest))
     for step, (batch, length, padded) in enumerate(grid):
         progress("comparing outputs", step, len(grid))
-        keys = [(row_length, i) for i, row_length in enumerate(_row_lengths(manifest, batch, length, padded))]
+        # A loop writes after its rows, within the same length.
+        below = FORCED_STEPS if loop else 0
+        lengths = [max(1, n - below) for n in _row_lengths(manifest, batch, length, padded)]
+        keys = [(row_length, i) for i, row_length in enumerate(lengths)]
         for key in keys:
-            if key not in expected:
+            if key in expected:
+                continue
+            if loop:
+                expected[key] = _original_forced(original, loop, rows.get(*key))
+            else:
                 expected[key] = run_original(original, rows.get(*key), manifest.outputs)
-        got = batching.run(engine.runner, [rows.get(*key) for key in keys], manifest, per_token, Stats())
+        if loop:
+            got = _read_forced(engine, [rows.get(*key) for key in keys])
+        else:
+            got = batching.run(engine.runner, [rows.get(*key) for key in keys], manifest, per_token, Stats())
         for output in manifest.outputs:
             differences = [_difference(one[output], expected[key][output]) for one, key in zip(got, keys)]
             findings.cells.append(Cell(batch, length, padded, output, float(np.max(differences))))
@@ -200,12 +245,15 @@ def _compare_answers(
     encoded = engine.task.encode(samples)
     for i, (sample, item, answer) in enumerate(zip(samples, encoded, answers)):
         progress("comparing answers", i, len(samples))
-        if isinstance(item, TraceserveError):
+        if isinstance(item, TraceserveError) or not engine.task.repeatable(sample):
             continue  # a sample that this model refuses, as its own setting says
         findings.answers += 1
         if not _tokenized_alike(original, sample, item, engine):
             findings.tokenized_otherwise.append(i)
-        outputs = [engine.task.keep(row, run_original(original, row, engine.manifest.outputs)) for row in item.rows]
+        if engine.task.loop:
+            outputs = [_original_text(original, engine.task.loop, row, sample) for row in item.rows]
+        else:
+            outputs = [engine.task.keep(row, run_original(original, row, engine.manifest.outputs)) for row in item.rows]
         try:
             expected = engine.task.answer(sample, item.rows, outputs)
         except TraceserveError as error:

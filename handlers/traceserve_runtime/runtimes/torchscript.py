@@ -3,13 +3,63 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional, Sequence, Tuple
 
-from traceserve_runtime.batching import Arrays, Runner
+import numpy as np
+
+from traceserve_runtime.batching import Arrays, State
 from traceserve_runtime.errors import InvalidManifest, MissingPackage
 from traceserve_runtime.manifest import Manifest
 
+if TYPE_CHECKING:
+    import torch
 
-def read(manifest: Manifest, folder: Path, device: str) -> Runner:
+
+class TorchScriptRunner:
+    """A traced model on a device; see Runner. Its state is a tuple of tensors there."""
+
+    def __init__(self, module: Any, manifest: Manifest, device: str) -> None:
+        self._module = module
+        self._manifest = manifest
+        self._device = device
+
+    def __call__(self, inputs: Arrays) -> Arrays:
+        shapes = self._manifest.shapes
+        tensors = self._tensors(inputs, self._manifest.inputs)
+        graph = getattr(self._module, shapes.graph_name(*tensors[0].shape)) if shapes.graph_per_shape else self._module
+        return self._outputs(self._run(graph, tensors))
+
+    def start(self, inputs: Arrays) -> State:
+        return tuple(self._run(self._module.start, self._tensors(inputs, self._manifest.inputs)))
+
+    def step(self, inputs: Arrays, state: State, rows: Optional[np.ndarray] = None) -> Tuple[Arrays, State]:
+        import torch
+
+        if rows is not None:
+            chosen = torch.from_numpy(rows).to(self._device)
+            with torch.inference_mode():
+                state = tuple(tensor.index_select(0, chosen) for tensor in state)
+        results = self._run(self._module.step, [*self._tensors(inputs, self._manifest.step_inputs), *state])
+        grown = results[len(self._manifest.outputs) :]
+        return self._outputs(results), (*grown, *state[len(grown) :])
+
+    def _tensors(self, inputs: Arrays, names: Sequence[str]) -> Sequence[torch.Tensor]:
+        import torch
+
+        return [torch.from_numpy(inputs[name]).to(self._device) for name in names]
+
+    def _run(self, graph: Any, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        import torch
+
+        with torch.inference_mode():
+            outputs: Sequence[torch.Tensor] = graph(*tensors)
+        return outputs
+
+    def _outputs(self, results: Sequence[torch.Tensor]) -> Arrays:
+        return {name: output.cpu().numpy() for name, output in zip(self._manifest.outputs, results)}
+
+
+def read(manifest: Manifest, folder: Path, device: str) -> TorchScriptRunner:
     """The traced model of `folder` as a runner on `device` ("cpu", "cuda:0", ...).
 
     Raises MissingPackage without torch or without the device, InvalidManifest for a file that is no TorchScript.
@@ -28,17 +78,7 @@ def read(manifest: Manifest, folder: Path, device: str) -> Runner:
         raise InvalidManifest(
             f"{manifest.model_file} cannot be loaded by torch {torch.__version__}: {reason}"
         ) from error
-
-    def runner(inputs: Arrays) -> Arrays:
-        arrays = [inputs[name] for name in manifest.inputs]
-        graph = (
-            getattr(module, manifest.shapes.graph_name(*arrays[0].shape)) if manifest.shapes.graph_per_shape else module
-        )
-        with torch.inference_mode():
-            outputs = graph(*[torch.from_numpy(array).to(device) for array in arrays])
-        return {name: output.cpu().numpy() for name, output in zip(manifest.outputs, outputs)}
-
-    return runner
+    return TorchScriptRunner(module, manifest, device)
 
 
 def _settle_executor() -> None:

@@ -9,6 +9,8 @@ from traceserve_runtime.tasks.feature_extraction import FeatureExtraction
 from traceserve_runtime.tasks.fill_mask import FillMask
 from traceserve_runtime.tasks.question_answering import QuestionAnswering
 from traceserve_runtime.tasks.sequence_classification import SequenceClassification
+from traceserve_runtime.tasks.text2text_generation import Text2TextGeneration
+from traceserve_runtime.tasks.text_generation import TextGeneration
 from traceserve_runtime.tasks.text_ranking import TextRanking
 from traceserve_runtime.tasks.token_classification import TokenClassification
 from traceserve_runtime.tasks.zero_shot_classification import ZeroShotClassification
@@ -23,5 +25,7 @@ TASKS: Dict[str, Type[Task]] = {
         ZeroShotClassification,
         TextRanking,
         FeatureExtraction,
+        TextGeneration,
+        Text2TextGeneration,
     )
 }

@@ -34,6 +34,8 @@ class Output(NamedTuple):
 class Parameter:
     """A parameter of a request: one of `choices`, or of `type`, where list means one string or a list of strings.
 
+    Where there are choices and `type` is not str, both are legal.
+
     Numbers lie between `least` and `most`. `default` is what holds where neither request nor model says anything.
     """
 
@@ -54,22 +56,23 @@ class Parameter:
         text = words[self.type]
         if self.type in (int, float):
             text += f" of {self.least:g} or more" if self.most is None else f" from {self.least:g} to {self.most:,g}"
+        choices = ", ".join(f'"{choice}"' for choice in self.choices)
         if self.choices:
-            text = "one of " + ", ".join(f'"{choice}"' for choice in self.choices)
+            text = f"one of {choices}" if self.type is str else f"{text} or {choices}"
         return text + (" or null" if self.nullable else "")
 
     def accepts(self, value: Any) -> bool:
         """Whether `value`, parsed JSON, is legal."""
         if value is None:
             return self.nullable
+        if self.choices and isinstance(value, str):
+            return value in self.choices
         if self.type is list:
             texts = value if isinstance(value, list) else [value]
             return bool(texts) and all(isinstance(text, str) and text for text in texts)
         # Not isinstance: true is no number.
         if type(value) is not self.type and not (self.type is float and type(value) is int):
             return False
-        if self.choices:
-            return value in self.choices
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             return True
         # NaN and Infinity, which Python's JSON reads, are no legal numbers.
@@ -136,6 +139,7 @@ class Task:
     longest_default: ClassVar[int] = 512  # max_length where neither configuration nor model sets a lower one
     loop: ClassVar[str] = ""  # how the model is run: "" once, "decoder" or "encoder_decoder" token by token
     padding_side: ClassVar[Optional[str]] = None  # where the task, and not the tokenizer, decides it
+    truncation_side: ClassVar[Optional[str]] = None  # likewise
     gate_parameters: ClassVar[Dict[str, Any]] = {}  # what the gate asks with, so that `same` sees all that matters
 
     def __init__(self, manifest: Manifest, tokenizer: TextTokenizer) -> None:
@@ -209,6 +213,10 @@ class Task:
     def same(self, answer: Any, other: Any) -> bool:
         """Whether two answers to one request say the same, whatever their last digits."""
         raise NotImplementedError
+
+    def repeatable(self, request: Request) -> bool:
+        """Whether the original must give the same answer."""
+        return True
 
     def predict(self, runner: Runner, jobs: Sequence[Job], stats: Stats) -> List[Arrays]:
         """Run rows together: one pass of the model. A task that loops overrides this."""

@@ -63,8 +63,10 @@ def _single(original: Original, task: Type[Task], shapes: Shapes) -> torch.nn.Mo
 def _loop(original: Original, task: Type[Task]) -> Tuple[torch.nn.Module, Tuple[str, ...]]:
     from traceserve.looping import LOOPS
 
-    start, step = LOOPS[task.loop](original, TRACED_BATCH, min(TRACED_LENGTH, original.max_length - 2))
-    return _together({"start": _trace(*start), "step": _trace(step.module, step.example)}), step.inputs
+    start, step = LOOPS[task.loop].graphs(original, TRACED_BATCH, min(TRACED_LENGTH, original.max_length - 2))
+    return _together(
+        {"start": _trace(start.module, start.example), "step": _trace(step.module, step.example)}
+    ), step.inputs
 
 
 def _trace(module: torch.nn.Module, inputs: Tuple[torch.Tensor, ...]) -> torch.nn.Module:

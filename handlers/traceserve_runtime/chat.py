@@ -1,0 +1,82 @@
+"""A chat's messages to the prompt that the checkpoint's own template makes of them."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from functools import lru_cache
+from typing import Any, Dict, Mapping, NoReturn, Sequence
+
+from traceserve_runtime.errors import InvalidRequest, MissingPackage
+
+# The space is transformers' way to see whether the template trims messages: then it trims this one's end too.
+_END = "<<the message goes on here>> "
+
+
+def render(template: str, tokens: Mapping[str, str], messages: Sequence[Mapping[str, str]]) -> str:
+    """The prompt; where the last message is the assistant's, one that ends inside it, so that the model continues it.
+
+    `tokens` are the special tokens as the template names them ("bos_token"). Raises InvalidRequest for messages that the
+    template refuses, MissingPackage without jinja2.
+    """
+    continues = messages[-1]["role"] == "assistant"
+    given = [dict(message) for message in messages]
+    if continues:
+        given[-1]["content"] += _END
+    try:
+        text = str(_compiled(template).render(messages=given, add_generation_prompt=not continues, **tokens))
+    except MissingPackage:
+        raise
+    except Exception as error:  # a template is the checkpoint's code, and may fail on messages as it likes
+        reason = str(error).strip().splitlines()
+        raise InvalidRequest(
+            f"the model's chat template refuses these messages: {reason[0] if reason else type(error).__name__}",
+            "messages",
+        ) from None
+    if not continues:
+        return text
+    before, found, after = text.rpartition(_END.strip())
+    if not found:
+        raise InvalidRequest(
+            "the model's chat template leaves the last message out, so it cannot be continued", "messages"
+        )
+    return before if after[:1] == " " else before.rstrip()
+
+
+@lru_cache(maxsize=4)
+def _compiled(template: str) -> Any:
+    """The template in jinja2's sandbox, with what transformers gives it."""
+    try:
+        import jinja2
+        from jinja2.ext import Extension, loopcontrols
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError as error:
+        raise MissingPackage(f"chat messages need jinja2, which cannot be imported: {error}") from error
+
+    class Generation(Extension):
+        """{% generation %} marks the assistant's text for training; here its block is simply shown."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def refuse(message: str) -> NoReturn:
+        raise jinja2.TemplateError(message)
+
+    def to_json(value: Any, **options: Any) -> str:
+        return json.dumps(value, **{"ensure_ascii": False, **options})
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment.from_string(template)
+
+
+def names(tokens: Mapping[str, Any]) -> Dict[str, str]:
+    """Special tokens, as {"bos": ("<s>", 1)}, by the names that templates use."""
+    return {f"{name}_token": token for name, (token, _) in tokens.items()}

@@ -1,0 +1,244 @@
+"""What the tasks that write text have in common: their parameters, and the loop."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Dict, List, Mapping, Optional, Sequence, Tuple
+
+import numpy as np
+
+from traceserve_runtime import generation
+from traceserve_runtime.batching import Arrays, Runner, Stats
+from traceserve_runtime.errors import InvalidRequest, Unsupported
+from traceserve_runtime.feeds import FEEDS
+from traceserve_runtime.generation import Settings
+from traceserve_runtime.tasks.contract import Job, ModelFacts, Output, Parameter, Request, Task, strings
+from traceserve_runtime.tokenization import Row
+
+MAX_NEW_TOKENS = Parameter(
+    "max_new_tokens", int, "the most tokens that are written; by default 256, or as many as the model can"
+)
+PARAMETERS = (
+    MAX_NEW_TOKENS,
+    Parameter("min_new_tokens", int, "the fewest tokens that are written", least=0, default=0),
+    Parameter(
+        "do_sample",
+        bool,
+        "draw each token by its probability instead of taking the best; so it is, too, where temperature, top_k, top_p "
+        "or seed are sent",
+        default=False,
+    ),
+    Parameter("temperature", float, "below 1 the likely tokens become likelier", least=0.01, most=100, default=1.0),
+    Parameter("top_k", int, "draw among this many tokens only; 0: among all", least=0, default=50),
+    Parameter(
+        "top_p",
+        float,
+        "draw among the likeliest tokens only that together are this probable",
+        least=0.0,
+        most=1,
+        default=1.0,
+    ),
+    Parameter("seed", int, "the same seed draws the same tokens again", least=0, most=2**63 - 1),
+    Parameter(
+        "repetition_penalty",
+        float,
+        "above 1 tokens that were there become less likely",
+        least=0.01,
+        most=100,
+        default=1.0,
+    ),
+    Parameter("no_repeat_ngram_size", int, "no sequence of so many tokens comes twice; 0: any may", least=0, default=0),
+    Parameter("num_beams", int, "how many sequences are followed beside each other (beam search)", most=64, default=1),
+    Parameter(
+        "length_penalty",
+        float,
+        "of beam search: above 0 favours long texts, below 0 short ones",
+        least=-10,
+        most=10,
+        default=1.0,
+    ),
+    Parameter(
+        "early_stopping",
+        bool,
+        "of beam search: end with the first num_beams finished texts; never: only when no better one can come",
+        ("never",),
+        default=False,
+    ),
+    Parameter("stop", list, "end once one of these strings is written; it is part of the answer"),
+)
+# What asks for sampling by itself.
+_SAMPLING = ("temperature", "top_k", "top_p", "seed")
+# Settings of a generation_config.json that change what is written and are not known here, with their neutral values.
+_UNKNOWN: Mapping[str, Tuple[Any, ...]] = {
+    "encoder_no_repeat_ngram_size": (None, 0),
+    "encoder_repetition_penalty": (None, 1.0),
+    "diversity_penalty": (None, 0.0),
+    "num_beam_groups": (None, 1),
+    "penalty_alpha": (None, 0.0),
+    "typical_p": (None, 1.0),
+    "epsilon_cutoff": (None, 0.0),
+    "eta_cutoff": (None, 0.0),
+    "min_p": (None, 0.0),
+    "guidance_scale": (None, 1.0),
+    "sequence_bias": (None,),
+    "exponential_decay_length_penalty": (None,),
+    "constraints": (None,),
+    "force_words_ids": (None,),
+    "watermarking_config": (None,),
+}
+
+
+class Generating(Task):
+    """The base of the tasks that write text."""
+
+    outputs = (Output("logits", per_token=False),)
+    merges_windows = False
+    pipeline_defaults: ClassVar[Dict[str, Any]] = {}  # where the checkpoint says nothing
+    gate_parameters = {"max_new_tokens": 24, "do_sample": False}
+
+    @classmethod
+    def defaults(cls, model: ModelFacts) -> Dict[str, Any]:
+        """What the checkpoint's generation_config.json says of the parameters."""
+        known = {parameter.name: parameter for parameter in cls.parameters}
+        own = {name: value for name, value in model.generation.items() if value is not None and name in known}
+        found = {**cls.pipeline_defaults, **own}
+        for name, value in found.items():
+            if not known[name].accepts(value):
+                raise Unsupported(
+                    f"generation_config.json says {name} = {value!r}, but it should be {known[name].legal}"
+                )
+        return found
+
+    @classmethod
+    def facts(cls, model: ModelFacts) -> Dict[str, Any]:
+        """The rest of generation_config.json: where a text ends, what is never written. Raises Unsupported."""
+        settings = model.generation
+        for name, neutral in _UNKNOWN.items():
+            if settings.get(name) not in neutral:
+                raise Unsupported(
+                    f"generation_config.json sets {name}, which is not supported; remove it there if it may be ignored"
+                )
+        return {
+            "eos_ids": _ids(settings.get("eos_token_id")),
+            "bad_words_ids": settings.get("bad_words_ids") or [],
+            "forced_bos_id": settings.get("forced_bos_token_id"),
+            "forced_eos_ids": _ids(settings.get("forced_eos_token_id")),
+            "suppress_ids": settings.get("suppress_tokens") or [],
+            "begin_suppress_ids": settings.get("begin_suppress_tokens") or [],
+            "min_length": settings.get("min_length") or 0,
+            "max_length": settings.get("max_length"),
+        }
+
+    def check_parameters(self, request: Request) -> None:
+        """Raise InvalidRequest for parameters that mean nothing together."""
+        if self._samples(request) and request.parameters.get("num_beams", 1) > 1:
+            raise InvalidRequest(
+                "beam search does not sample; send either num_beams or do_sample, temperature, top_k, top_p, seed",
+                "parameters.num_beams",
+            )
+
+    def _samples(self, request: Request) -> bool:
+        if "do_sample" in request.parameters:
+            return bool(request.parameters["do_sample"])
+        if any(name in request.parameters for name in _SAMPLING):
+            return True
+        return bool(self.parameter(request, "do_sample")) and "num_beams" not in request.parameters
+
+    def settings(self, request: Request, room: int, prompt: int) -> Settings:
+        """How this request is continued, in at most `room` tokens, after `prompt` tokens."""
+        facts = self.manifest.facts
+        samples = self._samples(request)
+        most = self.parameter(request, "max_new_tokens")
+        if most is None:
+            most = 256 if facts["max_length"] is None else max(1, facts["max_length"] - prompt)
+        take = {
+            name: self.parameter(request, name)
+            for name in ("temperature", "top_k", "top_p", "seed", "repetition_penalty", "no_repeat_ngram_size")
+            + ("min_new_tokens", "length_penalty", "early_stopping")
+        }
+        return Settings(
+            max_new_tokens=min(most, room),
+            do_sample=samples,
+            num_beams=1 if samples else self.parameter(request, "num_beams"),
+            min_length=0 if "min_new_tokens" in request.parameters else facts["min_length"],
+            eos_ids=tuple(facts["eos_ids"]),
+            bad_words_ids=tuple(tuple(word) for word in facts["bad_words_ids"]),
+            forced_bos_id=facts["forced_bos_id"],
+            forced_eos_ids=tuple(facts["forced_eos_ids"]),
+            suppress_ids=tuple(facts["suppress_ids"]),
+            begin_suppress_ids=tuple(facts["begin_suppress_ids"]),
+            **take,
+        )
+
+    def prompt(self, row: Row) -> List[int]:
+        """The tokens that a row's text goes on from, as penalties count them."""
+        raise NotImplementedError
+
+    def room(self, row: Row) -> int:
+        """How many tokens can be written."""
+        raise NotImplementedError
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """What new tokens say."""
+        raise NotImplementedError
+
+    def predict(self, runner: Runner, jobs: Sequence[Job], stats: Stats) -> List[Arrays]:
+        """Run the loop for all rows together; the output of each is its new tokens, int64 of shape (tokens)."""
+        searches = []
+        for job in jobs:
+            prompt = self.prompt(job.row)
+            settings = self.settings(job.request, self.room(job.row), len(prompt))
+            searches.append(generation.search(prompt, settings, self._watch(job, prompt)))
+        feed = FEEDS[self.loop](runner, [job.row for job in jobs], self.manifest, stats)
+        sound = generation.generate(feed, searches)
+        return [
+            # Not a number where the model gave none: `answer` tells it.
+            {"tokens": np.array(search.tokens, dtype=np.int64) if fine else np.array([np.nan])}
+            for search, fine in zip(searches, sound)
+        ]
+
+    def _watch(self, job: Job, prompt: Sequence[int]) -> Any:
+        """What looks at a row's text while it grows, to stop it or to tell it; None where nothing does."""
+        stops = self.parameter(job.request, "stop")
+        tells = job.emit if self.streams(job.request) else None
+        if stops is None and tells is None:
+            return None
+        wanted = strings(stops or [])
+        # A stop string may begin in the prompt.
+        before = self.text(prompt[-16:]) if self.loop == "decoder" else ""
+
+        def watch(tokens: List[int]) -> bool:
+            text = self.text(tokens)
+            if tells is not None:
+                tells(self._settled(text))
+            return any(stop in (before + text)[max(0, len(before) - len(stop) + 1) :] for stop in wanted)
+
+        return watch
+
+    def _settled(self, text: str) -> str:
+        """The part of a growing text that more tokens do not change: no half characters, no space that may go."""
+        text = text.rstrip("\ufffd")
+        return text.rsplit(" ", 1)[0] if self.manifest.tokenizer.clean_up and " " in text else text
+
+    def repeatable(self, request: Request) -> bool:
+        """Not where tokens are drawn: the original draws others."""
+        return not self._samples(request)
+
+    def streams(self, request: Request) -> bool:
+        """Whether this request's text is told while it grows."""
+        return False
+
+    def warm_up_requests(self) -> List[Request]:
+        """A few tokens."""
+        return [Request(self.sample, {"max_new_tokens": 4, "long_inputs": "truncate"})]
+
+
+def _ids(value: Optional[Any]) -> List[int]:
+    """One token id, several or none, as a list."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def first_id(*values: Any) -> Optional[int]:
+    """The first token id that is given."""
+    return next((ids[0] for ids in map(_ids, values) if ids), None)

@@ -1,0 +1,99 @@
+"""Text generation: a prompt or a chat to what a decoder writes on."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List, Mapping, Sequence
+
+from traceserve_runtime import chat
+from traceserve_runtime.batching import Arrays
+from traceserve_runtime.errors import InputTooLong, InvalidRequest
+from traceserve_runtime.tasks.contract import Field, ModelFacts, Parameter, Request
+from traceserve_runtime.tasks.generating import PARAMETERS, Generating
+from traceserve_runtime.tokenization import Row, Segments
+
+
+class TextGeneration(Generating):
+    """A list of one `{"generated_text"}`: the prompt and what follows it, or for a chat its messages and a new one.
+
+    With `stream` the new text comes in pieces, plain UTF-8, one in each chunk of the HTTP response.
+    """
+
+    name = "text_generation"
+    auto_model = "AutoModelForCausalLM"
+    pipeline = "text-generation"
+    loop = "decoder"
+    padding_side = "left"
+    truncation_side = "left"  # what stands just before the new text matters most
+    longest_default = 2048
+    fields = (
+        Field("text", False, "the prompt"),
+        Field("messages", False, 'or a chat, as [{"role": "user", "content": "..."}]', "messages"),
+    )
+    parameters = (
+        *PARAMETERS,
+        Parameter("return_full_text", bool, "tell the prompt too", default=True),
+        Parameter("stream", bool, "tell the text in pieces, as it is written", default=False),
+    )
+    sample = {"text": "Once upon a time there was a little"}
+
+    @classmethod
+    def facts(cls, model: ModelFacts) -> Dict[str, Any]:
+        return {**super().facts(model), "chat_template": model.chat_template, "tokens": chat.names(model.tokens)}
+
+    @classmethod
+    def check(cls, inputs: Mapping[str, Any]) -> None:
+        if ("text" in inputs) == ("messages" in inputs):
+            raise InvalidRequest('send either "text" or "messages"')
+        if inputs.get("messages") == []:
+            raise InvalidRequest("the chat has no messages", "messages")
+
+    def segments(self, request: Request) -> List[Segments]:
+        self.check_parameters(request)
+        wanted = request.parameters.get("max_new_tokens", 1)
+        limit = self.manifest.max_length - wanted
+        if limit < 1:
+            raise InputTooLong(
+                f"max_new_tokens is {wanted:,}, but this model reads and writes {self.manifest.max_length:,} tokens together",
+                "parameters.max_new_tokens",
+            )
+        if "text" in request.inputs:
+            return [Segments(request.inputs["text"], fields=("text", "text"), limit=limit)]
+        template = self.manifest.facts["chat_template"]
+        if template is None:
+            raise InvalidRequest('this model has no chat template; send "text"', "messages")
+        text = chat.render(template, self.manifest.facts["tokens"], request.inputs["messages"])
+        return [Segments(text, fields=("messages", "messages"), limit=limit, special=False)]
+
+    def prompt(self, row: Row) -> List[int]:
+        return list(row.encoding.ids)
+
+    def room(self, row: Row) -> int:
+        return self.manifest.max_length - row.length
+
+    def text(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def streams(self, request: Request) -> bool:
+        return bool(self.parameter(request, "stream"))
+
+    def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Any:
+        written = self.text(outputs[0]["tokens"].tolist())
+        if self.streams(request):
+            return written
+        if not self.parameter(request, "return_full_text"):
+            return [{"generated_text": written}]
+        if "text" in request.inputs:
+            return [{"generated_text": request.inputs["text"] + written}]
+        *earlier, last = request.inputs["messages"]
+        if last["role"] == "assistant":
+            return [{"generated_text": [*earlier, {"role": last["role"], "content": last["content"] + written}]}]
+        return [{"generated_text": [*earlier, last, {"role": "assistant", "content": written}]}]
+
+    def same(self, answer: Any, other: Any) -> bool:
+        """The same text."""
+        return bool(answer == other)
+
+    def from_texts(self, texts: Sequence[str]) -> List[Request]:
+        """Each text as a prompt; the long ones cut."""
+        parameters = {**self.gate_parameters, "long_inputs": "truncate"}
+        return [Request({"text": text}, parameters) for text in texts if text]
