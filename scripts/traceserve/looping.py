@@ -35,12 +35,14 @@ class Loop(NamedTuple):
 
     `graphs(original, batch, length)` makes start and step; `forced(original, row, steps)` the logits, (steps + 1,
     vocabulary), where the original is made to read `steps` given tokens; `generate(original, row, **options)` the ids of
-    the original's own `generate`, new ones only.
+    the original's own `generate`, new ones only. `writes_behind`: whether new tokens stand behind the row, and count
+    towards max_length with it.
     """
 
     graphs: Callable[[Original, int, int], Tuple[Graph, Graph]]
     forced: Callable[[Original, Row, int], torch.Tensor]
     generate: Callable[..., List[int]]
+    writes_behind: bool
 
 
 def _decoder_graphs(original: Original, batch: int, length: int) -> Tuple[Graph, Graph]:
@@ -267,6 +269,6 @@ def generate_options(original: Original, request: Request) -> Dict[str, Any]:
 
 
 LOOPS: Dict[str, Loop] = {
-    "decoder": Loop(_decoder_graphs, _decoder_forced, _decoder_generate),
-    "encoder_decoder": Loop(_encoder_decoder_graphs, _encoder_decoder_forced, _encoder_decoder_generate),
+    "decoder": Loop(_decoder_graphs, _decoder_forced, _decoder_generate, True),
+    "encoder_decoder": Loop(_encoder_decoder_graphs, _encoder_decoder_forced, _encoder_decoder_generate, False),
 }
