@@ -1,0 +1,393 @@
+"""Token by token: the loop writes what transformers' `generate` writes, and draws as its processors say."""
+
+from __future__ import annotations
+
+import random
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Tuple
+
+import models
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import run_export
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from traceserve.samples import SENTENCES, VERY_LONG
+from traceserve_runtime import chat, generation
+from traceserve_runtime.engine import Answer, Engine
+from traceserve_runtime.errors import InvalidRequest, TraceserveError
+from traceserve_runtime.generation import Settings
+from traceserve_runtime.tasks import TASKS
+from traceserve_runtime.tasks.contract import Request
+
+DECODERS = ("gpt2", "llama")
+ENCODER_DECODERS = ("t5", "marian", "bart")
+TASK = {**dict.fromkeys(DECODERS, "text_generation"), **dict.fromkeys(ENCODER_DECODERS, "text2text_generation")}
+TEXTS = [text for text in SENTENCES if text][:10]
+
+Made = Tuple[Engine, Any, Any]  # the engine, the original model, its tokenizer
+
+
+@pytest.fixture(scope="module")
+def made(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
+    @lru_cache(maxsize=None)
+    def make(architecture: str) -> Made:
+        task = TASK[architecture]
+        source = checkpoint(architecture, TASKS[task].auto_model)
+        folder = tmp_path_factory.mktemp("generating") / architecture
+        run_export(folder, {"model_name": str(source), "task": task, "max_length": 128})
+        model = getattr(transformers, TASKS[task].auto_model).from_pretrained(source).eval()
+        return Engine.load(folder), model, transformers.AutoTokenizer.from_pretrained(source)
+
+    return make
+
+
+def values(engine: Engine, requests: List[Request]) -> List[Any]:
+    results = engine.answer(requests)
+    for result in results:
+        assert isinstance(result, Answer), result
+    return [result.value for result in results if isinstance(result, Answer)]
+
+
+def written(value: Any) -> str:
+    """The text of an answer of either task."""
+    text: str = (value[0] if isinstance(value, list) else value)["generated_text"]
+    return text
+
+
+def original(made: Made, text: str, **options: Any) -> str:
+    """What the original's own `generate` writes for one text alone."""
+    _, model, tokenizer = made
+    inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+    options = {"do_sample": False, "max_new_tokens": 20, **options}
+    ids = model.generate(**inputs, tokenizer=tokenizer, **options)[0]
+    if model.config.is_encoder_decoder:
+        return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    return text + str(tokenizer.decode(ids[inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+@pytest.mark.parametrize("architecture", TASK)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 1},
+        {"num_beams": 1, "repetition_penalty": 1.7},
+        {"num_beams": 1, "no_repeat_ngram_size": 2, "min_new_tokens": 12},
+        {"num_beams": 2},
+        {"num_beams": 4, "length_penalty": 2.0},
+        {"num_beams": 4, "length_penalty": -1.0, "early_stopping": True},
+        {"num_beams": 3, "early_stopping": "never", "length_penalty": 0.5},
+        {"num_beams": 3, "no_repeat_ngram_size": 2, "repetition_penalty": 1.3},
+        {"num_beams": 5, "early_stopping": True, "min_new_tokens": 5},
+    ],
+    ids=str,
+)
+def test_equals_generate(architecture: str, options: Dict[str, Any], made: Callable[[str], Made]) -> None:
+    """All texts in one batch, prompts of many lengths, against the original run on each alone."""
+    engine, _, _ = made(architecture)
+    requests = [Request({"text": text}, {"max_new_tokens": 20, **options}) for text in TEXTS]
+    expected = [original(made(architecture), text, **options) for text in TEXTS]
+    assert [written(value) for value in values(engine, requests)] == expected
+
+
+@pytest.mark.parametrize("architecture", TASK)
+def test_texts_that_end_leave_the_batch(architecture: str, made: Callable[[str], Made]) -> None:
+    """With an end that comes early: a token that some of the texts are known to write."""
+    engine, model, tokenizer = made(architecture)
+    lengths = set()
+    for number, text in enumerate(TEXTS):
+        ids = model.generate(
+            **tokenizer(text, return_tensors="pt", return_token_type_ids=False), do_sample=False, max_new_tokens=24
+        )[0]
+        end = int(ids[-2 - 2 * number])
+        before = engine.manifest.facts["eos_ids"]
+        engine.manifest.facts["eos_ids"] = [end]
+        try:
+            got = engine.answer([Request({"text": text}, {"max_new_tokens": 24, "num_beams": 1}) for text in TEXTS])
+        finally:
+            engine.manifest.facts["eos_ids"] = before
+        for text, result in zip(TEXTS, got):
+            assert isinstance(result, Answer)
+            expected = original(made(architecture), text, max_new_tokens=24, num_beams=1, eos_token_id=end)
+            assert written(result.value) == expected
+            lengths.add(len(expected))
+    assert len(lengths) > 3
+
+
+@pytest.mark.parametrize("architecture", ["llama", "t5"])
+def test_a_mixed_batch_answers_as_each_alone(architecture: str, made: Callable[[str], Made]) -> None:
+    engine, _, _ = made(architecture)
+    kinds: List[Dict[str, Any]] = [
+        {"num_beams": 1, "max_new_tokens": 5},
+        {"num_beams": 1, "max_new_tokens": 30},
+        {"num_beams": 4, "max_new_tokens": 12},
+        {"seed": 7, "temperature": 0.7, "max_new_tokens": 20},
+        {"num_beams": 2, "max_new_tokens": 25, "early_stopping": True},
+    ]
+    requests = [Request({"text": TEXTS[i % len(TEXTS)]}, kinds[i % len(kinds)]) for i in range(31)]
+    alone = [values(engine, [request])[0] for request in requests]
+    order = list(range(31))
+    for seed in range(3):
+        random.Random(seed).shuffle(order)
+        together = values(engine, [requests[i] for i in order])
+        assert together == [alone[i] for i in order]
+
+
+def test_a_stop_string_ends_some_texts(made: Callable[[str], Made]) -> None:
+    engine, _, _ = made("gpt2")
+    texts = [Request({"text": text}, {"max_new_tokens": 40, "stop": ["e"]}) for text in TEXTS]
+    stopped = 0
+    for text, value in zip(TEXTS, values(engine, texts)):
+        whole = original(made("gpt2"), text, max_new_tokens=40)
+        expected = original(made("gpt2"), text, max_new_tokens=40, stop_strings=["e"])
+        assert written(value) == expected
+        stopped += expected != whole
+    assert stopped > 3
+
+
+@pytest.mark.parametrize("stop", ["\n", "aa", ["zz", "t", "%"]])
+def test_stop_strings(stop: Any, made: Callable[[str], Made]) -> None:
+    engine, _, _ = made("llama")
+    requests = [Request({"text": text}, {"max_new_tokens": 40, "stop": stop}) for text in TEXTS]
+    expected = [original(made("llama"), text, max_new_tokens=40, stop_strings=stop) for text in TEXTS]
+    assert [written(value) for value in values(engine, requests)] == expected
+
+
+def test_a_seed_draws_the_same_again(made: Callable[[str], Made]) -> None:
+    engine, _, _ = made("gpt2")
+    request = Request({"text": "The train"}, {"seed": 5, "max_new_tokens": 30})
+    [one], [two] = values(engine, [request]), values(engine, [request])
+    others = [values(engine, [Request({"text": "The train"}, {"seed": s, "max_new_tokens": 30})])[0] for s in range(4)]
+    assert one == two
+    assert len({written(other) for other in others}) == 4
+    unseeded = [values(engine, [Request({"text": "The"}, {"do_sample": True, "max_new_tokens": 30})])[0] for _ in "ab"]
+    assert unseeded[0] != unseeded[1]
+
+
+def hugging_face(scores: np.ndarray, ids: List[int], options: Dict[str, Any]) -> np.ndarray:
+    """The probabilities that transformers' own processors leave."""
+    processors = transformers.LogitsProcessorList()
+    if options.get("repetition_penalty", 1.0) != 1.0:
+        processors.append(transformers.RepetitionPenaltyLogitsProcessor(options["repetition_penalty"]))
+    if options.get("no_repeat_ngram_size"):
+        processors.append(transformers.NoRepeatNGramLogitsProcessor(options["no_repeat_ngram_size"]))
+    if options.get("temperature", 1.0) != 1.0:
+        processors.append(transformers.TemperatureLogitsWarper(options["temperature"]))
+    if options.get("top_k"):
+        processors.append(transformers.TopKLogitsWarper(options["top_k"]))
+    if options.get("top_p", 1.0) < 1.0:
+        processors.append(transformers.TopPLogitsWarper(options["top_p"]))
+    left = processors(torch.tensor([ids]), torch.from_numpy(scores[None].copy()))
+    return np.asarray(left.softmax(-1)[0].numpy())
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.integers(0, 2**32 - 1),
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "temperature": st.floats(0.1, 3),
+            "top_k": st.integers(1, 40),
+            "top_p": st.floats(0.05, 0.99),
+            "repetition_penalty": st.floats(0.5, 2),
+            "no_repeat_ngram_size": st.integers(1, 4),
+        },
+    ),
+)
+def test_probabilities_are_those_of_the_original_processors(seed: int, options: Dict[str, Any]) -> None:
+    rng = np.random.default_rng(seed)
+    scores = (rng.standard_normal(60) * 4).astype(np.float32)
+    ids = rng.integers(0, 12, 20).tolist()
+    chosen = Settings(max_new_tokens=50, do_sample=True, **options)
+    got = generation.probabilities(generation.processed(scores, ids[:8], ids[8:], chosen), chosen)
+    np.testing.assert_allclose(got, hugging_face(scores, ids, options), rtol=1e-4, atol=1e-6)
+
+
+def test_draws_follow_the_probabilities() -> None:
+    """A chi-squared test with 20,000 draws, against the original processors' distribution."""
+    rng = np.random.default_rng(1)
+    scores = (rng.standard_normal(40) * 2).astype(np.float32)
+    options = {"temperature": 0.8, "top_k": 12, "top_p": 0.9}
+    expected = hugging_face(scores, [0], options)
+    counts = np.zeros(40)
+    for seed in range(20_000):
+        search = generation.Sampling([0], Settings(max_new_tokens=1, do_sample=True, seed=seed, **options))
+        search.advance(scores[None])
+        counts[search.tokens[0]] += 1
+    assert not counts[expected == 0].any()
+    wanted = 20_000 * expected[expected > 0]
+    distance = ((counts[expected > 0] - wanted) ** 2 / wanted).sum()
+    freedom = len(wanted) - 1
+    assert distance < freedom + 4 * np.sqrt(2 * freedom)
+
+
+def test_a_bias_of_the_draws_would_be_seen() -> None:
+    """The test above can fail: the best token alone is far from the distribution."""
+    expected = hugging_face(np.arange(10, dtype=np.float32) / 3, [0], {})
+    wanted = 20_000 * expected
+    assert ((np.eye(10)[9] * 20_000 - wanted) ** 2 / wanted).sum() > 9 + 4 * np.sqrt(18)
+
+
+def test_a_text_that_has_no_room_is_refused_or_cut(made: Callable[[str], Made]) -> None:
+    engine, _, _ = made("gpt2")
+    [refused] = engine.answer([Request({"text": VERY_LONG}, {"max_new_tokens": 10})])
+    assert isinstance(refused, TraceserveError) and refused.status == 413 and "window" not in refused.message
+    [far] = engine.answer([Request({"text": "a"}, {"max_new_tokens": 128})])
+    assert isinstance(far, TraceserveError) and far.status == 413 and far.field == "parameters.max_new_tokens"
+    [cut] = engine.answer(
+        [Request({"text": VERY_LONG}, {"max_new_tokens": 10, "long_inputs": "truncate", "return_full_text": False})]
+    )
+    assert isinstance(cut, Answer) and cut.unseen["text"][0] == 0
+    kept = VERY_LONG[cut.unseen["text"][1] :]
+    assert kept and VERY_LONG.endswith(kept)
+    assert kept + written(cut.value) == original(made("gpt2"), kept, max_new_tokens=10)
+
+
+def test_without_a_limit_the_room_is_filled(made: Callable[[str], Made]) -> None:
+    engine, _, tokenizer = made("llama")
+    text = " ".join(TEXTS)[:100]
+    [value] = values(engine, [Request({"text": text})])
+    assert written(value) == original(made("llama"), text, max_new_tokens=128 - len(tokenizer(text)["input_ids"]))
+
+
+def test_parameters_that_contradict_each_other(made: Callable[[str], Made]) -> None:
+    engine, _, _ = made("gpt2")
+    [result] = engine.answer([Request({"text": "a"}, {"num_beams": 3, "temperature": 0.5})])
+    assert isinstance(result, InvalidRequest) and result.field == "parameters.num_beams"
+    [fine] = engine.answer([Request({"text": "a"}, {"num_beams": 3, "temperature": 0.5, "do_sample": False})])
+    assert isinstance(fine, Answer)
+
+
+@pytest.mark.parametrize("architecture", DECODERS)
+def test_streaming_tells_the_answer_in_pieces(architecture: str, made: Callable[[str], Made]) -> None:
+    """Byte-level tokens are parts of characters; no piece holds half of one, and none is taken back."""
+    engine, _, _ = made(architecture)
+    told: Dict[int, List[str]] = {}
+    requests = [Request({"text": text}, {"max_new_tokens": 60, "stream": True, "seed": 3}) for text in TEXTS]
+    requests.append(Request({"text": "quiet"}, {"max_new_tokens": 60, "seed": 3}))
+    results = engine.answer(requests, emit=lambda i, text: told.setdefault(i, []).append(text))
+    assert set(told) == set(range(len(TEXTS)))
+    for i, pieces in told.items():
+        result = results[i]
+        assert isinstance(result, Answer)
+        plain = Request({"text": TEXTS[i]}, {**requests[i].parameters, "stream": False, "return_full_text": False})
+        assert result.value == written(values(engine, [plain])[0])
+        assert len(pieces) >= 15
+        for before, after in zip(pieces, [*pieces[1:], result.value]):
+            assert after.startswith(before)
+        assert not any(piece.endswith("\ufffd") for piece in pieces)
+
+
+TEMPLATES = {
+    "chatml": (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+    "trimmed": (
+        "{{ bos_token }}{% for m in messages %}[{{ m.role | upper }}] {{ m.content | trim }} {% endfor %}"
+        "{% if add_generation_prompt %}[ASSISTANT] {% endif %}"
+    ),
+    "strict": (
+        "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('Roles must alternate: user, assistant, user') }}{% endif %}"
+        "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{{ eos_token }}{% endgeneration %}"
+        "{% else %}USER: {{ m['content'] | tojson }}\n{% endif %}{% endfor %}"
+    ),
+}
+CHATS = [
+    [{"role": "user", "content": "Hi"}],
+    [{"role": "user", "content": " Où est  la gare? "}, {"role": "assistant", "content": "Là. "}],
+    [
+        {"role": "user", "content": "Tell <b>me</b> 'more'"},
+        {"role": "assistant", "content": "No."},
+        {"role": "user", "content": "Why?\n"},
+    ],
+    [{"role": "user", "content": "Count"}, {"role": "assistant", "content": "One, two,"}],
+]
+
+
+@pytest.mark.parametrize("messages", CHATS, ids=lambda messages: str(len(messages)))
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_chats_are_rendered_as_by_transformers(template: str, messages: List[Dict[str, str]]) -> None:
+    tokenizer = models.make_tokenizer("gpt")
+    tokenizer.chat_template = TEMPLATES[template]
+    continues = messages[-1]["role"] == "assistant"
+    expected = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=not continues, continue_final_message=continues
+    )
+    tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    assert chat.render(TEMPLATES[template], tokens, messages) == expected
+
+
+def test_what_a_template_refuses_is_told() -> None:
+    with pytest.raises(InvalidRequest, match="Roles must alternate"):
+        chat.render(TEMPLATES["strict"], {"eos_token": "</s>"}, [{"role": "system", "content": "x"}])
+
+
+def test_a_template_is_kept_in_its_sandbox() -> None:
+    with pytest.raises(InvalidRequest):
+        chat.render("{{ messages.__class__.__mro__[1].__subclasses__() }}", {}, CHATS[0])
+
+
+def test_chats_over_the_engine(tmp_path: Path, checkpoint: Callable[..., Path]) -> None:
+    """Equal to the pipeline, both where it answers and where it continues the assistant's own message."""
+    source = tmp_path / "chatty"
+    source.mkdir()
+    for path in checkpoint("llama", "AutoModelForCausalLM").iterdir():
+        (source / path.name).write_bytes(path.read_bytes())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    tokenizer.chat_template = TEMPLATES["chatml"]
+    tokenizer.save_pretrained(source)
+    run_export(tmp_path / "chat", {"model_name": str(source), "task": "text_generation", "max_length": 128})
+    engine = Engine.load(tmp_path / "chat")
+    pipeline = transformers.pipeline("text-generation", model=str(source), device="cpu")
+    for messages in CHATS:
+        expected = pipeline([messages], max_new_tokens=12, do_sample=False)[0]
+        [value] = values(engine, [Request({"messages": messages}, {"max_new_tokens": 12})])
+        assert value == expected
+    [plain] = engine.answer([Request({"text": "x"}, {"max_new_tokens": 2})])
+    assert isinstance(plain, Answer)
+
+
+def test_a_chat_without_a_template_is_refused(made: Callable[[str], Made]) -> None:
+    [result] = made("gpt2")[0].answer([Request({"messages": CHATS[0]})])
+    assert isinstance(result, InvalidRequest) and "no chat template" in result.message
+
+
+@pytest.mark.parametrize("architecture", DECODERS)
+def test_answers_are_the_pipelines(architecture: str, made: Callable[[str], Made]) -> None:
+    engine, model, tokenizer = made(architecture)
+    pipeline = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
+    for text in TEXTS:
+        for full in (True, False):
+            [value] = values(engine, [Request({"text": text}, {"max_new_tokens": 9, "return_full_text": full})])
+            assert value == pipeline([text], max_new_tokens=9, do_sample=False, return_full_text=full)[0]
+
+
+def test_numbers_that_are_none_fail_their_request_alone(made: Callable[[str], Made]) -> None:
+    engine, _, _ = made("gpt2")
+    own = engine.runner
+
+    class Broken:
+        """The real model, but for one row of its logits."""
+
+        def start(self, inputs: Any) -> Any:
+            return own.start(inputs)
+
+        def step(self, inputs: Any, state: Any, rows: Any = None) -> Any:
+            outputs, state = own.step(inputs, state, rows)
+            if len(outputs["logits"]) == 3:
+                outputs["logits"][1] = np.nan
+            return outputs, state
+
+    engine.runner = Broken()  # type: ignore[assignment]
+    try:
+        results = engine.answer([Request({"text": text}, {"max_new_tokens": 5}) for text in ("one", "two", "six")])
+    finally:
+        engine.runner = own
+    assert [isinstance(result, Answer) for result in results].count(True) == 2
+    assert [type(result).__name__ for result in results].count("ModelFailure") == 1
