@@ -404,6 +404,24 @@ def _config_schema(options: argparse.Namespace) -> int:
     return 0
 
 
+def _add_tasks(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("task", nargs="?", metavar="TASK", help="only this one [all]")
+    parser.add_argument("--markdown", action="store_true", help="as the README has them")
+
+
+def _tasks(options: argparse.Namespace) -> int:
+    from traceserve import catalog
+
+    if options.markdown:
+        print(catalog.markdown(), end="")
+        return 0
+    found = [entry for entry in catalog.entries() if options.task in (None, entry.name)]
+    if not found:
+        _fail(f"there is no task {options.task}, but: {', '.join(entry.name for entry in catalog.entries())}")
+    printing.print_tasks(found)
+    return 0
+
+
 def _fail(message: str) -> NoReturn:
     raise TraceserveError(message)
 
@@ -471,6 +489,12 @@ _COMMANDS = (
         _add_demo,
         "All of it on a small real model.\n\nFits a classifier of customers' messages, builds, serves, "
         "and asks it sentences that it has not seen.",
+    ),
+    (
+        "tasks",
+        _tasks,
+        _add_tasks,
+        "Show the tasks: what each is asked, its parameters, what it answers.",
     ),
     ("config-schema", _config_schema, _add_nothing, "Print the JSON schema of setup_config.json, for editors."),
 )

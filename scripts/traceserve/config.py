@@ -9,6 +9,7 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple, Union
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from traceserve_runtime.tasks import TASKS
+from traceserve_runtime.tasks.contract import LARGEST_NUMBER, Parameter
 from traceserve_runtime.tokenization import LONG_INPUTS
 from typing_extensions import Literal
 
@@ -56,13 +57,14 @@ class SetupConfig(BaseModel):
         description="What becomes of a text longer than max_length, unless its request says otherwise; the default is "
         "`window` where the task can merge windows, else `reject`",
     )
-    parameters: Dict[str, Any] = Field(
+    parameters: Dict[Any, Any] = Field(  # of strings; as Dict[str, Any] they would be stripped, and " top_k" be top_k
         {}, description="This archive's own defaults for parameters of requests, as `traceserve tasks` lists them"
     )
     max_rows: int = Field(
         256, ge=1, description="The most rows (windows of all its texts) that one HTTP request may take"
     )
-    num_labels: Optional[int] = Field(None, ge=1, description="Checked against the model's head, where given")
+    # The pytorch/serve example writes 0 for tasks without labels.
+    num_labels: Optional[int] = Field(None, ge=0, description="Checked against the model's head, where given")
     index_to_name: Optional[str] = Field(
         None, description='A JSON file with the labels\' names (relative to this file): `{"0": "name", ...}`'
     )
@@ -167,7 +169,8 @@ def default_name(config: SetupConfig) -> str:
 def json_schema() -> Dict[str, Any]:
     """A JSON schema of setup_config.json, legacy keys included, for editors.
 
-    It accepts what `parse` accepts, but for the range of a number written as a string, and lists out of order.
+    It accepts what `parse` accepts, and what no schema can tell: a number out of range that is written as a string, a
+    list of lengths out of order, or one that does not end at max_length, and among `parameters` 2.0 for 2.
     """
     schema = SetupConfig.model_json_schema()
     schema.update({"$schema": "https://json-schema.org/draft/2020-12/schema", "title": CONFIG_FILE})
@@ -179,18 +182,52 @@ def json_schema() -> Dict[str, Any]:
     for key, reason in WITHOUT_MEANING.items():
         properties[key] = {"description": f"Has no meaning here: {reason}", "deprecated": True}
     schema["properties"] = properties
-    unlabelled = [task for task in TASKS if not TASKS[task].labelled]
-    names = ("task", *(old for old, new in RENAMED.items() if new == "task"))
     schema["allOf"] = [{"not": {"required": [old, new]}} for old, new in RENAMED.items()] + [
-        {
-            "not": {
-                "required": [name, "index_to_name"],
-                "properties": {name: {"enum": unlabelled}, "index_to_name": {"type": "string"}},
-            }
-        }
-        for name in names
+        {"if": _is_task(name), "then": {"properties": _properties_for(name)}} for name in TASKS
     ]
     return schema
+
+
+def _is_task(task: str) -> Dict[str, Any]:
+    """The schema of a configuration for this task, under any name of the key, or by default."""
+    names = ("task", *(old for old, new in RENAMED.items() if new == "task"))
+    named: List[Dict[str, Any]] = [{"required": [name], "properties": {name: {"const": task}}} for name in names]
+    if task == SetupConfig.model_fields["task"].default:
+        named.append({"not": {"anyOf": [{"required": [name]} for name in names]}})
+    return {"anyOf": named}
+
+
+def _properties_for(task: str) -> Dict[str, Any]:
+    """What `_check_together` asks of a configuration for this task, as properties of a schema."""
+    kind = TASKS[task]
+    parameters = {parameter.name: _parameter_schema(parameter) for parameter in kind.parameters}
+    properties: Dict[str, Any] = {"parameters": {"properties": parameters, "additionalProperties": False}}
+    if kind.labelled:
+        properties["num_labels"] = {"not": {"const": 0}}
+    else:
+        properties["index_to_name"] = {"type": "null"}
+    if not kind.merges_windows:
+        properties["long_inputs"] = {"enum": [*LONG_INPUTS[1:], None]}
+    if kind.loop:
+        properties["sequence_lengths"] = {"const": "auto"}
+    return properties
+
+
+def _parameter_schema(parameter: Parameter) -> Dict[str, Any]:
+    """What `Parameter.accepts` accepts."""
+    most = LARGEST_NUMBER if parameter.most is None else parameter.most
+    text = {"type": "string", "minLength": 1}
+    legal: Dict[type, List[Dict[str, Any]]] = {
+        int: [{"type": "integer", "minimum": parameter.least, "maximum": most}],
+        float: [{"type": "number", "minimum": parameter.least, "maximum": most}],
+        bool: [{"type": "boolean"}],
+        str: [] if parameter.choices else [{"type": "string"}],
+        list: [text, {"type": "array", "items": text, "minItems": 1}],
+    }
+    options = legal[parameter.type]
+    options += [{"enum": list(parameter.choices)}] if parameter.choices else []
+    options += [{"type": "null"}] if parameter.nullable else []
+    return {"description": parameter.description, **(options[0] if len(options) == 1 else {"anyOf": options})}
 
 
 _INTEGER = {"type": "string", "pattern": r"^\s*[+-]?\d+(_\d+)*(\.0*)?\s*$"}
@@ -236,7 +273,9 @@ def _check_together(config: SetupConfig) -> None:
             raise ConfigError(f"parameters: {config.task} has no parameter {name}, but {', '.join(known) or 'none'}")
         if not known[name].accepts(value):
             raise ConfigError(f"parameters: {name} should be {known[name].legal}, not {json.dumps(value)}")
-    if config.index_to_name is not None and not TASKS[config.task].labelled:
+    if config.num_labels == 0 and task.labelled:
+        raise ConfigError(f"num_labels is 0, but {config.task} has labels; remove num_labels, or write how many")
+    if config.index_to_name is not None and not task.labelled:
         raise ConfigError(f"index_to_name has no meaning for the task {config.task}, which has no labels")
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Sequence
 
 from traceserve_runtime.errors import TraceserveError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from traceserve.catalog import Entry
     from traceserve.export import Exported
     from traceserve.server import Instance
     from traceserve.verification import Findings
@@ -116,15 +115,15 @@ def print_findings(findings: Findings) -> None:
 def print_instance(instance: Instance, seconds: float) -> None:
     from traceserve_runtime.tasks import TASKS
 
+    from traceserve import catalog
+
     screen = console()
     screen.print(f"answering after {seconds:.1f} s at {instance.url}", highlight=False)
     for name in instance.names:
         manifest = instance.manifest(name)
-        key = f" -H 'Authorization: Bearer {instance.key}'" if instance.key else ""
-        body = json.dumps(TASKS[manifest.task].sample)
-        command = (
-            f"curl {instance.url}/predictions/{name}{key} -H 'Content-Type: application/json' -d {shlex.quote(body)}"
-        )
+        key = ("-H", f"Authorization: Bearer {instance.key}") if instance.key else ()
+        body = TASKS[manifest.task].sample_body(manifest.facts)
+        command = catalog.curl(f"{instance.url}/predictions/{name}", body, *key)
         screen.print(f"\n  {command}", highlight=False, markup=False, soft_wrap=True)
     if instance.key:
         screen.print(
@@ -138,6 +137,24 @@ def print_instance(instance: Instance, seconds: float) -> None:
         soft_wrap=True,
     )
     screen.print(f"stop it: traceserve stop{port}", highlight=False)
+
+
+def print_tasks(entries: Sequence[Entry]) -> None:
+    """Each task with its fields and parameters, and a command to copy."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    screen = console()
+    for entry in entries:
+        screen.print(f"[bold]{entry.name}[/]  [dim]{entry.model}[/]", highlight=False)
+        screen.print(f"  {entry.answer}", highlight=False, markup=False)
+        table = Table("", "", "default", "", box=None, pad_edge=False, padding=(0, 1))
+        for name, what, text in entry.fields:
+            table.add_row(f"  [cyan]{name}[/]", what, "", text)
+        for name, legal, default, text in entry.parameters:
+            table.add_row(f"  [green]{name}[/]", escape(legal), escape(default), escape(text))
+        screen.print(table, highlight=False)
+        screen.print(f"\n  {entry.example}\n", highlight=False, markup=False, soft_wrap=True)
 
 
 def print_error(error: TraceserveError) -> None:

@@ -81,7 +81,7 @@ def start(
 ) -> Instance:
     """Start TorchServe on archives and wait until each has answered a request; raises ServerError with the reason."""
     files = _by_name(archives)
-    tasks = {name: read_manifest(file).task for name, file in files.items()}
+    manifests = {name: read_manifest(file) for name, file in files.items()}
     _check_port(host, port)
     java = torchserve.find_java()
     folder = Path(tempfile.mkdtemp(prefix=f"traceserve-{port}-"))
@@ -112,10 +112,10 @@ def start(
         if not torchserve.is_loopback(host):
             instance = _with_keys(instance, timeout)
         _remember(instance)
-        for name, task in tasks.items():
+        for name, manifest in manifests.items():
             if progress:
                 progress(f"waiting for {name} to answer")
-            _wait_for_answer(instance, name, _sample(task), time.monotonic() + timeout)
+            _wait_for_answer(instance, name, _sample(manifest), time.monotonic() + timeout)
     except BaseException:
         stop(instance, at_once=True)
         raise
@@ -258,10 +258,10 @@ def _with_keys(instance: Instance, timeout: float) -> Instance:
     raise ServerError(f"TorchServe wrote no keys within {timeout:.0f} s")
 
 
-def _sample(task: str) -> Dict[str, Any]:
+def _sample(manifest: Manifest) -> Dict[str, Any]:
     from traceserve_runtime.tasks import TASKS  # imports numpy and tokenizers: while the JVM starts
 
-    return TASKS[task].sample
+    return TASKS[manifest.task].sample_body(manifest.facts)
 
 
 def _wait_for_answer(instance: Instance, name: str, canary: Dict[str, Any], deadline: float) -> None:

@@ -13,6 +13,9 @@ from traceserve_runtime.errors import InvalidRequest, ModelFailure, TraceserveEr
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.tokenization import LONG_INPUTS, Encoded, Row, Segments, TextTokenizer
 
+# Of numbers without a limit of their own: beyond it JSON's whole numbers are not exact, and numpy's overflow.
+LARGEST_NUMBER = 2**53
+
 
 class Field(NamedTuple):
     """Something asked about: a text, or by `kind` a list of texts, or a chat's messages."""
@@ -55,7 +58,8 @@ class Parameter:
         words[list] = "a string or a list of strings"
         text = words[self.type]
         if self.type in (int, float):
-            text += f" of {self.least:g} or more" if self.most is None else f" from {self.least:g} to {self.most:,g}"
+            least, most = (f"{n:,}" if self.type is int else f"{n:g}" for n in (self.least, self.most or 0))
+            text += f" of {least} or more" if self.most is None else f" from {least} to {most}"
         choices = ", ".join(f'"{choice}"' for choice in self.choices)
         if self.choices:
             text = f"one of {choices}" if self.type is str else f"{text} or {choices}"
@@ -69,14 +73,25 @@ class Parameter:
             return value in self.choices
         if self.type is list:
             texts = value if isinstance(value, list) else [value]
-            return bool(texts) and all(isinstance(text, str) and text for text in texts)
+            return bool(texts) and all(text and _is_text(text) for text in texts)
         # Not isinstance: true is no number.
         if type(value) is not self.type and not (self.type is float and type(value) is int):
             return False
         if not isinstance(value, (int, float)) or isinstance(value, bool):
-            return True
+            return self.type is not str or _is_text(value)
         # NaN and Infinity, which Python's JSON reads, are no legal numbers.
-        return self.least <= value < float("inf") and (self.most is None or value <= self.most)
+        return bool(self.least <= value <= (LARGEST_NUMBER if self.most is None else self.most))
+
+
+def _is_text(value: Any) -> bool:
+    """Whether this is a string of whole characters: an escape in JSON can write half a surrogate pair."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -155,6 +170,11 @@ class Task:
     def facts(cls, model: ModelFacts) -> Dict[str, Any]:
         """What else the task must know of this model; raises Unsupported."""
         return {}
+
+    @classmethod
+    def sample_body(cls, facts: Mapping[str, Any]) -> Dict[str, Any]:
+        """The sample as the JSON body that a client sends to the model of these facts."""
+        return {**cls.sample, **({"parameters": cls.sample_parameters} if cls.sample_parameters else {})}
 
     @classmethod
     def all_parameters(cls) -> Tuple[Parameter, ...]:

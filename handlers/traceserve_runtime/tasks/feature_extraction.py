@@ -33,8 +33,13 @@ class FeatureExtraction(Task):
     )
     outputs = (Output("last_hidden_state", per_token=True),)
     parameters = (
-        Parameter("pooling", str, "from the vectors of the tokens to one vector", ("none", *POOLINGS)),
-        Parameter("normalize", bool, "scale each vector to length 1"),
+        Parameter(
+            "pooling",
+            str,
+            "from the vectors of the tokens to one vector; by default as the model says, or none",
+            ("none", *POOLINGS),
+        ),
+        Parameter("normalize", bool, "scale each vector to length 1; by default as the model says, or not"),
     )
     sample = {"text": "A small boat crosses the bay at sunrise."}
 

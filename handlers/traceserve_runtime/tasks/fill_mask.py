@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 import numpy as np
 
@@ -37,6 +37,11 @@ class FillMask(Task):
             raise Unsupported("this checkpoint's tokenizer has no mask token, so it cannot answer fill_mask")
         token, token_id = model.tokens["mask"]
         return {"mask_token": token, "mask_id": token_id}
+
+    @classmethod
+    def sample_body(cls, facts: Mapping[str, Any]) -> Dict[str, Any]:
+        """With the model's own mask token."""
+        return {"text": cls.sample["text"].replace("[MASK]", facts.get("mask_token", "[MASK]"))}
 
     def segments(self, request: Request) -> List[Segments]:
         return [Segments(request.inputs["text"], fields=("text", "text"), stride=self.manifest.max_length // 4)]

@@ -37,7 +37,7 @@ PARAMETERS = (
         most=1,
         default=1.0,
     ),
-    Parameter("seed", int, "the same seed draws the same tokens again", least=0, most=2**63 - 1),
+    Parameter("seed", int, "the same seed draws the same tokens again", least=0, most=2**32 - 1),
     Parameter(
         "repetition_penalty",
         float,

@@ -40,7 +40,12 @@ class SequenceClassification(Task):
         Parameter(
             "top_k", int, "answer with a list of this many labels, best first; null: with all labels", nullable=True
         ),
-        Parameter("function_to_apply", str, "from the model's output to scores", tuple(FUNCTIONS)),
+        Parameter(
+            "function_to_apply",
+            str,
+            "from the model's output to scores; by default as the model says",
+            tuple(FUNCTIONS),
+        ),
     )
     labelled = True
     gate_parameters = {"top_k": None}

@@ -23,6 +23,7 @@ class Text2TextGeneration(Generating):
     fields = (Field("text", True, "the text"),)
     parameters = PARAMETERS
     pipeline_defaults = {"num_beams": 4}
+    sample_parameters = {"max_new_tokens": 24}
     sample = {"text": "The train to the coast leaves at a quarter past nine from platform four."}
 
     @classmethod

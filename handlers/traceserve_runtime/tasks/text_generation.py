@@ -35,6 +35,7 @@ class TextGeneration(Generating):
         Parameter("stream", bool, "tell the text in pieces, as it is written", default=False),
     )
     sample = {"text": "Once upon a time there was a little"}
+    sample_parameters = {"max_new_tokens": 24}
 
     @classmethod
     def facts(cls, model: ModelFacts) -> Dict[str, Any]:

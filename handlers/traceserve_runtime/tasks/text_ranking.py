@@ -40,7 +40,12 @@ class TextRanking(Task):
         Parameter("sort", bool, "best first", default=False),
         Parameter("top_k", int, "only this many, best first"),
         Parameter("return_documents", bool, 'with each document\'s "text"', default=False),
-        Parameter("function_to_apply", str, "from the model's output to a score", ("sigmoid", "none")),
+        Parameter(
+            "function_to_apply",
+            str,
+            "from the model's output to a score; by default as the model says",
+            ("sigmoid", "none"),
+        ),
     )
     sample = {
         "query": "When does the train to the coast leave?",

@@ -1,0 +1,70 @@
+"""The tasks as a reader meets them: what each one is asked, with which parameters, and what it answers."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import Any, Dict, List, NamedTuple, Type
+
+from traceserve_runtime.tasks import TASKS
+from traceserve_runtime.tasks.contract import Parameter, Task
+
+NAME = "NAME"  # stands for the archive's in an example
+
+
+class Entry(NamedTuple):
+    """A task in words."""
+
+    name: str
+    answer: str
+    model: str  # the class of transformers that loads its checkpoints
+    fields: List[List[str]]  # name, what it is, description
+    parameters: List[List[str]]  # name, legal values, default, description
+    example: str  # a curl command
+
+
+def entries() -> List[Entry]:
+    """All tasks, in the order of their table."""
+    return [_entry(task) for task in TASKS.values()]
+
+
+def curl(url: str, body: Dict[str, Any], *options: str) -> str:
+    """The command that sends `body` as JSON."""
+    parts = ["curl", url, *options, "-H", "Content-Type: application/json", "-d", json.dumps(body, ensure_ascii=False)]
+    return " ".join(shlex.quote(part) for part in parts)
+
+
+def markdown() -> str:
+    """What the README says of the tasks."""
+    general = TASKS["sequence_classification"].all_parameters()[-1]
+    parts = [_section(entry) for entry in entries()]
+    return "\n\n".join(parts) + f"\n\nEvery task takes `{general.name}` too: {general.description}.\n"
+
+
+def _entry(task: Type[Task]) -> Entry:
+    kinds = {"text": "a string", "texts": "a list of strings", "messages": "a list of objects"}
+    return Entry(
+        name=task.name,
+        answer=" ".join((task.__doc__ or "").split()),
+        model=task.auto_model,
+        fields=[
+            [field.name, kinds[field.kind] + ("" if field.required else ", optional"), field.description]
+            for field in task.fields
+        ],
+        parameters=[[p.name, p.legal, _default(p), p.description] for p in task.parameters],
+        example=curl(f"http://127.0.0.1:8080/predictions/{NAME}", task.sample_body({})),
+    )
+
+
+def _default(parameter: Parameter) -> str:
+    return "-" if parameter.default is None else json.dumps(parameter.default)
+
+
+def _section(entry: Entry) -> str:
+    lines = [f"### {entry.name}", "", f"{entry.answer} Checkpoints: `{entry.model}`.", ""]
+    lines += ["| field | | |", "|---|---|---|"]
+    lines += [f"| `{name}` | {what} | {text} |" for name, what, text in entry.fields]
+    if entry.parameters:
+        lines += ["", "| parameter | | default | |", "|---|---|---|---|"]
+        lines += [f"| `{name}` | {legal} | `{default}` | {text} |" for name, legal, default, text in entry.parameters]
+    return "\n".join([*lines, "", "```", entry.example, "```"])
