@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from traceserve_runtime.batching import Stats
     from traceserve_runtime.engine import Answer, Engine
     from traceserve_runtime.errors import TraceserveError
+    from traceserve_runtime.protocols import Model
     from traceserve_runtime.requests import Body, Headers
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ class TransformerHandler:
         stats = Stats()
         try:
             bodies = [self._parse(row, i, context) for i, row in enumerate(rows or [])]
-            results = self._answer(bodies, stats)
+            results = self._answer(bodies, stats, self._model(context))
         except Exception as error:  # an outer edge: what escapes fails with TorchServe's own words
             results = [_unexpected(error, len(rows or []))] * len(rows or [])
         self._report(stats, context)
@@ -75,9 +76,9 @@ class TransformerHandler:
             return _unexpected(error, 1)
 
     def _answer(
-        self, bodies: Sequence[Union[Body, TraceserveError]], stats: Stats
+        self, bodies: Sequence[Union[Body, TraceserveError]], stats: Stats, model: Model
     ) -> List[Union[Tuple[Any, List[Answer]], TraceserveError]]:
-        """For each body its answers, as (value, answers), or its first error."""
+        """For each body its answers, as (document, answers), or its first error."""
         from traceserve_runtime.errors import TraceserveError
 
         assert self.engine is not None
@@ -89,10 +90,19 @@ class TransformerHandler:
                 results.append(body)
                 continue
             own = [next(answers) for _ in body.requests]
-            errors = [_at(a, r.where) for a, r in zip(own, body.requests) if isinstance(a, TraceserveError)]
+            errors = [_at(a, body.place(i, a.field)) for i, a in enumerate(own) if isinstance(a, TraceserveError)]
             values = [_noted(answer) for answer in own if not isinstance(answer, TraceserveError)]
-            results.append(errors[0] if errors else (values if body.is_list else values[0], own))  # type: ignore[arg-type]
+            results.append(errors[0] if errors else (body.protocol.document(values, model), own))  # type: ignore[arg-type]
         return results
+
+    def _model(self, context: Any) -> Model:
+        """The name that the model has in TorchServe, and the version that its archive was given."""
+        from traceserve_runtime.protocols import Model
+
+        assert self.engine is not None
+        packed = (getattr(context, "manifest", None) or {}).get("model") or {}
+        name = getattr(context, "model_name", None) or packed.get("modelName") or self.engine.manifest.name
+        return Model(name, str(packed.get("modelVersion") or "1.0"))
 
     def _report(self, stats: Stats, context: Any) -> None:
         metrics = getattr(context, "metrics", None)
@@ -126,9 +136,9 @@ def _noted(answer: Answer) -> Any:
     return [{**item, **note} if isinstance(item, dict) else item for item in answer.value]
 
 
-def _at(error: TraceserveError, where: str) -> TraceserveError:
+def _at(error: TraceserveError, place: Optional[str]) -> TraceserveError:
     """The error with its field's whole path in the client's body."""
-    placed = type(error)(error.message, ".".join(part for part in (where, error.field) if part) or None)
+    placed = type(error)(error.message, place)
     placed.__cause__ = error.__cause__
     return placed
 

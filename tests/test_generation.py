@@ -63,7 +63,9 @@ def original(made: Made, text: str, **options: Any) -> str:
     _, model, tokenizer = made
     inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
     options = {"do_sample": False, "max_new_tokens": 20, **options}
-    ids = model.generate(**inputs, tokenizer=tokenizer, **options)[0]
+    if "stop_strings" in options:
+        options["tokenizer"] = tokenizer
+    ids = model.generate(**inputs, **options)[0]
     if model.config.is_encoder_decoder:
         return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
     return text + str(tokenizer.decode(ids[inputs["input_ids"].shape[1] :], skip_special_tokens=True))

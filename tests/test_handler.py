@@ -11,6 +11,7 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import pytest
+from conftest import run_export
 from traceserve_runtime.batching import Arrays, Runner
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.tasks.contract import Request
@@ -204,6 +205,141 @@ def test_what_was_cut_is_noted_in_body_and_header(loaded: TransformerHandler) ->
     assert noted == {0: {"0": one["truncated"]}, 2: {"1": one["truncated"]}, 3: {"0": one["truncated"]}}
     assert all(value.isascii() for value in context.headers.values())
     assert context.statuses == {}
+
+
+def tensors(*texts: str, **others: Any) -> Dict[str, Any]:
+    """A row of the Open Inference Protocol."""
+    inputs = [{"name": "input-0", "shape": [len(texts)], "datatype": "BYTES", "data": list(texts)}]
+    return {"body": {"inputs": inputs, **others}}
+
+
+def told(body: Any) -> List[Any]:
+    """The answers in a body of the Open Inference Protocol."""
+    [output] = body["outputs"]
+    assert (output["name"], output["datatype"], output["shape"]) == ("output", "BYTES", [len(output["data"])])
+    return [json.loads(text) for text in output["data"]]
+
+
+def are_equal(answers: Any, others: Any) -> bool:
+    """The same labels, and scores but for the digits that a batch's padding changes."""
+    scores = [answer["score"] for answer in others]
+    rest = [[{**answer, "score": 0} for answer in several] for several in (answers, others)]
+    return rest[0] == rest[1] and [answer["score"] for answer in answers] == pytest.approx(scores, abs=1e-5)
+
+
+@pytest.mark.parametrize("as_bytes", [False, True])
+def test_each_row_of_a_batch_is_answered_in_its_own_protocol(loaded: TransformerHandler, as_bytes: bool) -> None:
+    texts = ["Yes.", LONG]
+    v1, v2 = {"body": {"instances": texts}}, tensors(*texts, id="7")
+    rows = [
+        {"body": texts[0]},
+        {"body": texts},
+        v1,
+        v2,
+        {"body": {"instances": ["Yes.", {"txt": "a"}]}},
+        tensors("Yes.", id="8", outputs=[{"name": "a"}, {"name": "b"}]),
+        tensors("Yes.", outputs=[{"name": "colours"}]),
+        {"body": {"instances": ["Yes."]}},
+    ]
+    if as_bytes:
+        rows = [{"body": json.dumps(row["body"]).encode()} for row in rows]
+    (one, many, predictions, outputs, *others), context = serve(loaded, rows)
+    assert are_equal([one], many[:1]) and len(many) == 2
+    assert list(predictions) == ["predictions"] and are_equal(predictions["predictions"], many)
+    assert {key: outputs[key] for key in outputs if key != "outputs"} == {
+        "model_name": "tiny",
+        "model_version": "1.0",
+        "id": "7",
+    }
+    assert list(outputs) == ["model_name", "model_version", "id", "outputs"]
+    assert are_equal(told(outputs), many)
+    assert [error_of(body) for body in others[:2]] == [
+        ("InvalidRequest", "instances[1].txt"),
+        ("InvalidRequest", "outputs"),
+    ]
+    assert set(others[2]) == {"model_name", "model_version", "outputs"}
+    assert [output["name"] for output in others[2]["outputs"]] == ["colours"]
+    assert is_answer(others[3]["predictions"][0]) and len(others[3]["predictions"]) == 1
+    assert context.statuses == dict.fromkeys((4, 5), (400, "Bad Request"))
+
+
+@pytest.mark.parametrize(
+    ("row", "error"),
+    [
+        ({"body": {"instances": ["Yes.", LONG]}}, ("InputTooLong", "instances[1].text")),
+        (tensors("Yes.", LONG), ("InputTooLong", "inputs[0].data[1]")),
+    ],
+)
+def test_an_error_of_one_element_is_its_bodys_alone(
+    loaded: TransformerHandler, row: Dict[str, Any], error: Tuple[str, str]
+) -> None:
+    strict = {"body": {**row["body"], "parameters": {"long_inputs": "reject"}}}
+    (refused, answered, other), context = serve(loaded, [strict, row, "Yes."])
+    assert error_of(refused) == error
+    assert list(answered)[-1] in ("predictions", "outputs") and is_answer(other)
+    assert context.statuses == {0: (413, "Request Entity Too Large")}
+
+
+def test_an_element_that_breaks_the_model_fails_its_body(handler: TransformerHandler) -> None:
+    def act(own: Runner, inputs: Arrays, marked: np.ndarray) -> Arrays:
+        if marked.any():
+            raise RuntimeError("no kernel for this shape")
+        return own(inputs)
+
+    poison(handler, act)
+    rows = [{"body": {"instances": ["Yes.", SECRET]}}, tensors("Yes.", SECRET), tensors("Yes.", "No.")]
+    (v1, v2, whole), context = serve(handler, rows)
+    assert error_of(v1) == ("ModelFailure", "instances[1]")
+    assert error_of(v2) == ("ModelFailure", "inputs[0].data[1]")
+    assert all(map(is_answer, told(whole)))
+    assert context.statuses == dict.fromkeys(range(2), (500, "Internal Server Error"))
+
+
+def test_what_was_cut_is_noted_in_every_protocol(loaded: TransformerHandler) -> None:
+    cut = {"long_inputs": "truncate"}
+    rows = [{"body": {"instances": ["Yes.", LONG], "parameters": cut}}, tensors("Yes.", LONG, parameters=cut)]
+    (v1, v2), context = serve(loaded, rows)
+    assert are_equal(v1["predictions"], told(v2))
+    whole, noted = v1["predictions"]
+    assert is_answer(whole) and noted["truncated"]["text"][1] == len(LONG)
+    headers = [json.loads(context.headers[i, TRUNCATED_HEADER]) for i in range(2)]
+    assert headers == [{"1": noted["truncated"]}] * 2
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({}, ("tiny", "1.0")),
+        ({"manifest": None}, ("tiny", "1.0")),
+        ({"manifest": {"model": {"modelName": "packed", "modelVersion": "2.1"}}}, ("packed", "2.1")),
+        (
+            {"model_name": "served", "manifest": {"model": {"modelName": "packed", "modelVersion": "2.1"}}},
+            ("served", "2.1"),
+        ),
+    ],
+)
+def test_a_model_has_the_name_that_torchserve_gives_it(
+    loaded: TransformerHandler, given: Dict[str, Any], told: Tuple[str, str]
+) -> None:
+    context = Context(Path("unused"))
+    vars(context).update(given)
+    body = json.loads(loaded.handle([tensors("Yes.")], context)[0])
+    assert (body["model_name"], body["model_version"]) == told
+
+
+def test_vectors_are_a_tensor_of_numbers(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tmp_path / "vectors"
+    source = checkpoint("bert", "AutoModel")
+    run_export(folder, {"model_name": str(source), "task": "feature_extraction", "max_length": 32})
+    handler = TransformerHandler()
+    handler.initialize(Context(folder))
+    pooled, texts = {"pooling": "mean"}, ["Yes.", "No, thank you!", "Yes."]
+    rows = [{"body": {"inputs": texts, "parameters": pooled}}, tensors(*texts, parameters=pooled), tensors(*texts[:2])]
+    (plain, vectors, ragged), _ = serve(handler, rows)
+    [output] = vectors["outputs"]
+    assert (output["datatype"], output["shape"]) == ("FP32", [3, len(plain[0])])
+    assert output["data"] == pytest.approx([number for vector in plain for number in vector], abs=1e-5)
+    assert len({len(vectors) for [vectors] in told(ragged)}) == 2
 
 
 def test_metrics_are_of_what_was_computed(loaded: TransformerHandler) -> None:

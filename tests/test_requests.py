@@ -10,10 +10,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from traceserve_runtime.errors import InputTooLong, InvalidRequest, TraceserveError
+from traceserve_runtime.protocols import Plain
 from traceserve_runtime.requests import Body, Headers, parse
-from traceserve_runtime.tasks.contract import Request
+from traceserve_runtime.tasks import TASKS
+from traceserve_runtime.tasks.contract import Field, Request
 from traceserve_runtime.tasks.feature_extraction import FeatureExtraction
+from traceserve_runtime.tasks.question_answering import QuestionAnswering
 from traceserve_runtime.tasks.sequence_classification import SequenceClassification
+from traceserve_runtime.tasks.text_ranking import TextRanking
 
 quick = settings(deadline=None, max_examples=50, database=None)
 
@@ -97,7 +101,7 @@ def asked(wanted: List[Any]) -> List[Request]:
 @pytest.mark.parametrize("name", list(LEGAL))
 def test_json_that_torchserve_has_parsed(name: str) -> None:
     value, wanted, is_list = LEGAL[name]
-    assert read({"body": value}, JSON) == Body(asked(wanted), is_list)
+    assert read({"body": value}, JSON) == Body(asked(wanted), Plain(is_list))
 
 
 @pytest.mark.parametrize("content_type", [JSON, "application/json; charset=utf-8", "application/vnd.any+json"])
@@ -105,15 +109,15 @@ def test_json_that_torchserve_has_parsed(name: str) -> None:
 def test_json_as_bytes(name: str, content_type: str) -> None:
     """As SageMaker sends it, and TorchServe where the content type is more than application/json."""
     value, wanted, is_list = LEGAL[name]
-    assert read({"body": as_json(value)}, content_type) == Body(asked(wanted), is_list)
-    assert read({"body": bytearray(as_json(value))}, content_type) == Body(asked(wanted), is_list)
+    assert read({"body": as_json(value)}, content_type) == Body(asked(wanted), Plain(is_list))
+    assert read({"body": bytearray(as_json(value))}, content_type) == Body(asked(wanted), Plain(is_list))
 
 
 @pytest.mark.parametrize("content_type", ["", "application/octet-stream"])
 @pytest.mark.parametrize("name", list(LEGAL))
 def test_json_of_an_unknown_content_type(name: str, content_type: str) -> None:
     value, wanted, is_list = LEGAL[name]
-    assert read({"body": b" \n" + as_json(value)}, content_type) == Body(asked(wanted), is_list)
+    assert read({"body": b" \n" + as_json(value)}, content_type) == Body(asked(wanted), Plain(is_list))
 
 
 @pytest.mark.parametrize("name", list(LEGAL))
@@ -121,7 +125,7 @@ def test_json_in_the_key_of_a_form(name: str) -> None:
     """`curl -d JSON` without a content type; netty splits it at = and &."""
     value, wanted, is_list = LEGAL[name]
     text = as_json(value).decode()
-    assert read({text: b""}, FORM, len(text.encode())) == Body(asked(wanted), is_list)
+    assert read({text: b""}, FORM, len(text.encode())) == Body(asked(wanted), Plain(is_list))
 
 
 def test_json_with_an_equals_sign_in_the_place_of_a_form() -> None:
@@ -133,8 +137,8 @@ def test_json_with_an_equals_sign_in_the_place_of_a_form() -> None:
 @pytest.mark.parametrize("content_type", ["text/plain", "text/plain; charset=utf-8", "text/csv"])
 @pytest.mark.parametrize("text", [TEXT, '{"text": "no JSON here"}', '"quoted"', "[1]", "{", " "])
 def test_plain_text_is_never_read_as_json(text: str, content_type: str) -> None:
-    assert read({"body": text.encode()}, content_type) == Body(asked([{"text": text}]), False)
-    assert read({"body": text}, content_type) == Body(asked([{"text": text}]), False)
+    assert read({"body": text.encode()}, content_type) == Body(asked([{"text": text}]), Plain(False))
+    assert read({"body": text}, content_type) == Body(asked([{"text": text}]), Plain(False))
 
 
 @pytest.mark.parametrize("text", [TEXT, "[sic] this is a text", '"Well", he said', "12", "null", "true"])
@@ -164,7 +168,7 @@ def test_bytes_that_begin_an_object_and_are_no_json_are_refused() -> None:
 )
 @pytest.mark.parametrize("content_type", [FORM, "multipart/form-data; boundary=x"])
 def test_forms(row: Dict[str, Any], wanted: Dict[str, str], content_type: str) -> None:
-    assert read(row, content_type) == Body(asked([wanted]), False)
+    assert read(row, content_type) == Body(asked([wanted]), Plain(False))
 
 
 @pytest.mark.parametrize("field", ["text", "inputs", "data"])
@@ -185,6 +189,107 @@ def test_the_parameters_are_the_tasks_own() -> None:
         "normalize": True,
     }
     assert refusal(row).field == "parameters.pooling"
+
+
+@pytest.mark.parametrize("name", list(TASKS))
+def test_every_tasks_sample_is_legal(name: str) -> None:
+    task = TASKS[name]
+    sample, parameters = task.sample, task.sample_parameters
+    request = Request(sample, parameters, 0)
+    for body in ({**sample, "parameters": parameters}, {"inputs": sample, "parameters": parameters}):
+        assert parse({"body": as_json(body)}, Headers(JSON), task, 0, 1) == Body([request], Plain(False))
+    many = {"data": [sample, {**sample, "parameters": parameters}]}
+    assert parse({"body": many}, Headers(), task, 0, 2).requests == [Request(sample, {}, 0), request]
+
+
+@pytest.mark.parametrize("name", list(TASKS))
+def test_a_bare_text_is_the_first_field_or_told_what_is_needed(name: str) -> None:
+    task = TASKS[name]
+    required = [field.name for field in task.fields if field.required]
+    if len(required) <= 1:
+        [request] = parse({"body": "a text"}, Headers(), task, 0, 1).requests
+        assert request.inputs == {task.fields[0].name: "a text"}
+        return
+    with pytest.raises(InvalidRequest, match="a text alone is not enough") as caught:
+        parse({"body": ["a text"]}, Headers(), task, 0, 1)
+    assert caught.value.field == "[0]"
+    assert all(f'"{name}"' in caught.value.message for name in required)
+
+
+@pytest.mark.parametrize(
+    ("value", "field", "message"),
+    [
+        ({"question": "Who?"}, "context", '"context" is missing: the text that holds the answer'),
+        ([{"context": "A crow."}], "[0].question", '"question" is missing: the question'),
+        ({"inputs": [{"question": "", "context": "A crow."}]}, "inputs[0].question", "the question is empty"),
+        ({"question": ["Who?"], "context": "A crow."}, "question", '"question" should be a string, not a list'),
+    ],
+)
+def test_several_required_fields(value: Any, field: str, message: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse({"body": value}, Headers(), QuestionAnswering, 0, 10)
+    assert (caught.value.field, caught.value.message) == (field, message)
+
+
+@pytest.mark.parametrize(
+    ("documents", "field", "message"),
+    [
+        ("a", "documents", '"documents" should be a list, not a string'),
+        (None, "documents", '"documents" should be a list, not null'),
+        ([], "documents", "the list is empty: there is nothing to rank"),
+        (["a", 1], "documents[1]", '"documents" should be a string, not a number'),
+        (["a", ["b"]], "documents[1]", '"documents" should be a string, not a list'),
+        (["\0"], "documents[0]", "the text holds a null character"),
+        (["a", "b\ud800"], "documents[1]", "the text holds half a surrogate pair at character 1"),
+    ],
+)
+def test_a_field_of_texts(documents: Any, field: str, message: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse({"body": [{"query": "a", "documents": documents}]}, Headers(), TextRanking, 0, 10)
+    assert (caught.value.field, caught.value.message) == (f"[0].{field}", message)
+
+
+class Chat(SequenceClassification):
+    """A task with a field of messages, and fields of which one is needed."""
+
+    fields = (Field("text", False, "a text"), Field("messages", False, "the chat", "messages"))
+
+    @classmethod
+    def check(cls, inputs: Mapping[str, Any]) -> None:
+        if len(inputs) != 1:
+            raise InvalidRequest("send one of both")
+
+
+def test_a_field_of_messages() -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": TEXT}]
+    [request] = parse({"body": {"messages": messages}}, Headers(), Chat, 0, 1).requests
+    assert request.inputs == {"messages": messages}
+
+
+@pytest.mark.parametrize(("value", "field"), [({}, None), (["a", {}], "[1]"), ({"inputs": [{}]}, "inputs[0]")])
+def test_fields_that_are_wrong_together_are_told_of_their_object(value: Any, field: Optional[str]) -> None:
+    with pytest.raises(InvalidRequest, match="send one of both") as caught:
+        parse({"body": value}, Headers(), Chat, 0, 10)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("messages", "field"),
+    [
+        ("a", "messages"),
+        ({"role": "user", "content": "a"}, "messages"),
+        (["a"], "messages[0]"),
+        ([{"role": "user"}], "messages[0]"),
+        ([{"role": "user", "content": "a", "name": "b"}], "messages[0]"),
+        ([{"role": "user", "content": "a"}, {"role": 1, "content": "a"}], "messages[1].role"),
+        ([{"role": "user", "content": ["a"]}], "messages[0].content"),
+        ([{"role": "user", "content": "\0"}], "messages[0].content"),
+    ],
+)
+def test_a_field_of_illegal_messages(messages: Any, field: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse({"body": {"messages": messages}}, Headers(), Chat, 0, 1)
+    assert caught.value.field == field
 
 
 @pytest.mark.parametrize(
@@ -257,6 +362,7 @@ def test_illegal_bodies_are_refused_with_their_place(value: Any, field: Optional
         ({"top_k": 0}, "a whole number of 1 or more or null, not 0"),
         ({"top_k": -1}, "a whole number of 1 or more or null, not -1"),
         ({"top_k": [1]}, "a whole number of 1 or more or null, not [1]"),
+        ({"top_k": 10**30}, "a whole number of 1 or more or null, not 1000000000000000000000000000000"),
         ({"function_to_apply": None}, 'one of "softmax", "sigmoid", "none", not null'),
         ({"function_to_apply": "tanh"}, 'one of "softmax", "sigmoid", "none", not "tanh"'),
         ({"function_to_apply": 1}, 'one of "softmax", "sigmoid", "none", not 1'),
@@ -274,7 +380,7 @@ def test_a_wrong_parameter_is_told_what_is_legal(parameters: Dict[str, Any], leg
 
 @pytest.mark.parametrize(
     "parameters",
-    [{"top_k": 1}, {"top_k": 10**30}, {"top_k": None}, {"function_to_apply": "none"}, {"long_inputs": "truncate"}, {}],
+    [{"top_k": 1}, {"top_k": 2**53}, {"top_k": None}, {"function_to_apply": "none"}, {"long_inputs": "truncate"}, {}],
 )
 def test_legal_parameters(parameters: Dict[str, Any]) -> None:
     assert read({"body": {"text": "a", "parameters": parameters}}).requests[0].parameters == parameters
@@ -479,7 +585,7 @@ def test_whole_forms_are_accepted_however_they_were_encoded(fields: Dict[str, st
     ):
         for end in ("", "&"):
             parsed = read(form_row(fields), FORM, len(body + end))
-            assert parsed == Body(asked([fields]), False)
+            assert parsed == Body(asked([fields]), Plain(False))
 
 
 @quick
@@ -488,7 +594,7 @@ def test_whole_forms_are_accepted_however_they_were_encoded(fields: Dict[str, st
 def test_raw_forms_are_accepted(fields: Dict[str, str]) -> None:
     """As `curl -d text=...` sends them."""
     body = "&".join(f"{key}={value}" for key, value in fields.items())
-    assert read(form_row(fields), FORM, len(body.encode("utf-8"))) == Body(asked([fields]), False)
+    assert read(form_row(fields), FORM, len(body.encode("utf-8"))) == Body(asked([fields]), Plain(False))
 
 
 def quote_all(text: str) -> str:

@@ -1,7 +1,8 @@
-"""From what a client sent to requests, and from answers to what it gets: the edge where input is checked, once.
+"""From what a client sent to requests: the edge where input is checked, once.
 
 A body is a text (text/plain, or a JSON string), an object, or a list of these. An object holds the task's fields
-(`{"text": ...}`), or `{"inputs": ..., "parameters": {...}}`, or `{"data": ...}`, whose value is a text, fields, or a list.
+(`{"text": ...}`), or `{"inputs": ..., "parameters": {...}}`, or `{"data": ...}`, whose value is a text, fields, or a list; or
+it is of another protocol, see `protocols`.
 A form holds the same fields; a form whose only key has no value is a text. (`curl -d TEXT` makes such forms. Of the text
 in one, TorchServe's frontend forwards only what stands before a = or &: the rest of it never reaches the worker, and
 what did is refused then. See `_is_whole`.)
@@ -9,12 +10,25 @@ what did is refused then. See `_is_whole`.)
 
 from __future__ import annotations
 
-import difflib
 import json
 from dataclasses import dataclass
-from typing import Any, Iterable, List, Mapping, NamedTuple, Optional, Tuple, Type, Union
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple, Type, Union
 
 from traceserve_runtime.errors import InputTooLong, InvalidRequest
+from traceserve_runtime.protocols import (
+    Instances,
+    Plain,
+    Protocol,
+    are_tensors,
+    check_string,
+    kind_of,
+    listed,
+    nearest,
+    parse_json,
+    path_to,
+    read_tensors,
+    short,
+)
 from traceserve_runtime.tasks.contract import Request, Task
 
 # `target` names the class that the pytorch/serve example explains; its clients send it with every request.
@@ -22,8 +36,6 @@ _UNUSED_FIELDS = ("target",)
 _LEGAL_BODIES = (
     'send a text as text/plain, or JSON: a string, {"text": "..."}, {"inputs": ..., "parameters": {...}}, or a list'
 )
-
-
 _NOT_A_FORM = (
     "send a text by curl -H 'Content-Type: text/plain' --data-binary TEXT, or JSON by curl -H 'Content-Type: "
     "application/json' -d JSON"
@@ -39,10 +51,14 @@ class Headers(NamedTuple):
 
 @dataclass(frozen=True)
 class Body:
-    """What one HTTP request asks; `is_list` tells that it is answered with a list."""
+    """What one HTTP request asks, and the protocol in which it is answered."""
 
     requests: List[Request]
-    is_list: bool
+    protocol: Protocol
+
+    def place(self, index: int, field: Optional[str]) -> Optional[str]:
+        """The path in the client's body of a field of the request `index`."""
+        return self.protocol.place(index, self.requests[index].where, field)
 
 
 def parse(row: Mapping[str, Any], headers: Headers, task: Type[Task], group: int, most: int) -> Body:
@@ -53,14 +69,12 @@ def parse(row: Mapping[str, Any], headers: Headers, task: Type[Task], group: int
     """
     value = _body(row["body"], headers.content_type) if "body" in row else _form(row, headers, task)
     try:
-        requests, is_list = _requests(value, task, group, "")
+        body = _read(value, task, group)
     except RecursionError:
         raise InvalidRequest("the body is nested too deeply") from None
-    if is_list and not requests:
-        raise InvalidRequest("the list is empty: it asks nothing")
-    if len(requests) > most:
-        raise InputTooLong(f"the list has {len(requests):,} texts; one request may have {most:,}; send several")
-    return Body(requests, is_list)
+    if len(body.requests) > most:
+        raise InputTooLong(f"the list has {len(body.requests):,} texts; one request may have {most:,}; send several")
+    return body
 
 
 def _body(value: Any, content_type: str) -> Any:
@@ -71,7 +85,7 @@ def _body(value: Any, content_type: str) -> Any:
     if not text:
         raise InvalidRequest(f"the body is empty; {_LEGAL_BODIES}")
     if is_json:
-        return _json(text)
+        return parse_json(text)
     if content_type.startswith("text/"):
         return text
     return _guess(text)
@@ -88,13 +102,16 @@ def _form(row: Mapping[str, Any], headers: Headers, task: Type[Task]) -> Any:
         raise InvalidRequest(f"the body was sent as a form, of which only a part arrived; {_NOT_A_FORM}")
     known = {"data", "inputs", "parameters", *_UNUSED_FIELDS, *(field.name for field in task.fields)}
     if parsed or known & set(fields):
-        return {**{key: _json(value, key) if key == "parameters" else value for key, value in fields.items()}, **parsed}
+        return {
+            **{key: parse_json(value, key) if key == "parameters" else value for key, value in fields.items()},
+            **parsed,
+        }
     body = "&".join(key + ("=" + value if value else "") for key, value in fields.items())
     if body.lstrip()[:1] in ("{", "[", '"'):
         return _guess(body)
     if len(fields) == 1 and not next(iter(fields.values())):
         return body
-    raise InvalidRequest(f"the form has none of the fields {_names(f.name for f in task.fields)}; {_NOT_A_FORM}")
+    raise InvalidRequest(f"the form has none of the fields {listed(f.name for f in task.fields)}; {_NOT_A_FORM}")
 
 
 def _is_whole(fields: Mapping[str, str], content_length: Optional[int]) -> bool:
@@ -121,19 +138,11 @@ def _guess(text: str) -> Any:
     if text.lstrip()[:1] not in ("{", "[", '"'):
         return text
     try:
-        return _json(text)
+        return parse_json(text)
     except InvalidRequest:
         if text.lstrip()[0] == "{":
             raise
         return text
-
-
-def _json(text: str, field: str = "body") -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        reason = error if isinstance(error, ValueError) else "it is nested too deeply"
-        raise InvalidRequest(f"the {field} is not valid JSON: {reason}", field) from None
 
 
 def _decode(value: Union[str, bytes, bytearray], field: str) -> str:
@@ -142,7 +151,42 @@ def _decode(value: Union[str, bytes, bytearray], field: str) -> str:
     try:
         return bytes(value).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InvalidRequest(f"the {_short(field)} is not UTF-8 text at byte {error.start}", _short(field)) from None
+        raise InvalidRequest(f"the {short(field)} is not UTF-8 text at byte {error.start}", short(field)) from None
+
+
+def _read(value: Any, task: Type[Task], group: int) -> Body:
+    """What parsed JSON asks, in the protocol that it is of."""
+    if isinstance(value, dict) and "instances" in value:
+        if not isinstance(value["instances"], list):
+            raise InvalidRequest(f'"instances" should be a list, not {kind_of(value["instances"])}', "instances")
+        body = Body(_enveloped(value, "instances", task, group, "")[0], Instances())
+    elif isinstance(value, dict) and are_tensors(value.get("inputs")):
+        body = _from_tensors(value, task, group)
+    else:
+        requests, is_list = _requests(value, task, group, "")
+        body = Body(requests, Plain(is_list))
+    if not body.requests:
+        where = "instances" if isinstance(body.protocol, Instances) else None
+        raise InvalidRequest("the list is empty: it asks nothing", where)
+    return body
+
+
+def _from_tensors(value: Mapping[str, Any], task: Type[Task], group: int) -> Body:
+    """The requests of a body of V2; the parameters of the body and of every tensor hold for each."""
+    sent = read_tensors(value, task)
+    parameters: Dict[str, Any] = {}
+    for where, own in sent.parameters:
+        for key, item in _parameters(own, task, where).items():
+            if parameters.setdefault(key, item) != item:
+                raise InvalidRequest(f'"{key}" stands in two places, and differs', path_to(where, f"parameters.{key}"))
+    requests: List[Request] = []
+    for i, (where, fields) in enumerate(sent.elements):
+        try:
+            [request], _ = _requests(fields, task, group, "", enveloped=True)
+        except InvalidRequest as error:
+            raise InvalidRequest(error.message, sent.protocol.place(i, where, error.field)) from None
+        requests.append(Request(request.inputs, {**parameters, **request.parameters}, group, where))
+    return Body(requests, sent.protocol)
 
 
 def _requests(
@@ -158,11 +202,11 @@ def _requests(
     if isinstance(value, str):
         first = task.fields[0].name
         if sum(field.required for field in task.fields) > 1:
-            needed = _names(field.name for field in task.fields if field.required)
+            needed = listed(field.name for field in task.fields if field.required)
             raise InvalidRequest(f"a text alone is not enough: send an object with {needed}", where or None)
         return [Request(_fields({first: value}, task, where), {}, group, where)], False
     if not isinstance(value, dict):
-        raise InvalidRequest(f"{_kind(value)} is not a request; {_LEGAL_BODIES}", where or None)
+        raise InvalidRequest(f"{kind_of(value)} is not a request; {_LEGAL_BODIES}", where or None)
     envelope = next((key for key in ("inputs", "data") if key in value), None)
     if envelope is None or enveloped:
         parameters = _parameters(value.get("parameters", {}), task, where)
@@ -177,9 +221,11 @@ def _enveloped(
     """The requests of `{"inputs": ..., "parameters": {...}}` or `{"data": ...}`; the parameters hold for each."""
     for key in value:
         if key not in (envelope, "parameters", *_UNUSED_FIELDS):
-            raise InvalidRequest(f'"{_short(key)}" cannot stand beside "{envelope}"', _path(where, key))
+            raise InvalidRequest(f'"{short(key)}" cannot stand beside "{envelope}"', path_to(where, key))
     parameters = _parameters(value.get("parameters", {}), task, where)
-    inner, is_list = _requests(value[envelope], task, group, _path(where, envelope), enveloped=True)
+    # An instance may be {"data": ...}, as in TorchServe's own examples of KServe.
+    enveloped = envelope != "instances"
+    inner, is_list = _requests(value[envelope], task, group, path_to(where, envelope), enveloped)
     return [Request(r.inputs, {**parameters, **r.parameters}, group, r.where) for r in inner], is_list
 
 
@@ -188,32 +234,30 @@ def _fields(fields: Mapping[str, Any], task: Type[Task], where: str) -> Mapping[
     for key, value in fields.items():
         if key in (parameter.name for parameter in task.all_parameters()):
             raise InvalidRequest(
-                f'"{key}" is a parameter: send it as "parameters": {{"{key}": ...}}', _path(where, key)
+                f'"{key}" is a parameter: send it as "parameters": {{"{key}": ...}}', path_to(where, key)
             )
         if key not in known:
             raise InvalidRequest(
-                f'unknown field "{_short(key)}"{_nearest(key, known)}; {_names(known)} are known', _path(where, key)
+                f'unknown field "{short(key)}"{nearest(key, known)}; {listed(known)} are known', path_to(where, key)
             )
-        _check_kind(value, known[key].kind, key, _path(where, key))
+        _check_kind(value, known[key].kind, key, path_to(where, key))
     for field in task.fields:
         if field.required and field.name not in fields:
-            raise InvalidRequest(f'"{field.name}" is missing: {field.description}', _path(where, field.name))
+            raise InvalidRequest(f'"{field.name}" is missing: {field.description}', path_to(where, field.name))
     try:
         task.check(fields)
     except InvalidRequest as error:
-        raise InvalidRequest(error.message, _path(where, error.field or "") or None) from None
+        raise InvalidRequest(error.message, path_to(where, error.field) if error.field else where or None) from None
     return fields
 
 
 def _check_kind(value: Any, kind: str, key: str, path: str) -> None:
     """Raise InvalidRequest for a field's value that is not of its kind."""
     if kind == "text":
-        if not isinstance(value, str):
-            raise InvalidRequest(f'"{key}" should be a string, not {_kind(value)}', path)
-        _check_text(value, path)
+        check_string(value, key, path)
         return
     if not isinstance(value, list):
-        raise InvalidRequest(f'"{key}" should be a list, not {_kind(value)}', path)
+        raise InvalidRequest(f'"{key}" should be a list, not {kind_of(value)}', path)
     for i, item in enumerate(value):
         if kind == "texts":
             _check_kind(item, "text", key, f"{path}[{i}]")
@@ -224,50 +268,18 @@ def _check_kind(value: Any, kind: str, key: str, path: str) -> None:
             _check_kind(text, "text", name, f"{path}[{i}].{name}")
 
 
-def _check_text(text: str, where: str) -> None:
-    if "\0" in text:
-        raise InvalidRequest("the text holds a null character", where)
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InvalidRequest(f"the text holds half a surrogate pair at character {error.start}", where) from None
-
-
 def _parameters(parameters: Any, task: Type[Task], where: str) -> Mapping[str, Any]:
-    path = _path(where, "parameters")
+    path = path_to(where, "parameters")
     if not isinstance(parameters, dict):
-        raise InvalidRequest(f'"parameters" should be an object, not {_kind(parameters)}', path)
+        raise InvalidRequest(f'"parameters" should be an object, not {kind_of(parameters)}', path)
     known = {parameter.name: parameter for parameter in task.all_parameters()}
     for key, value in parameters.items():
         if key not in known:
             raise InvalidRequest(
-                f'unknown parameter "{_short(key)}"{_nearest(key, known)}; {_names(known)} are known', _path(path, key)
+                f'unknown parameter "{short(key)}"{nearest(key, known)}; {listed(known)} are known', path_to(path, key)
             )
         if not known[key].accepts(value):
             raise InvalidRequest(
-                f'"{key}" should be {known[key].legal}, not {_short(json.dumps(value))}', _path(path, key)
+                f'"{key}" should be {known[key].legal}, not {short(json.dumps(value))}', path_to(path, key)
             )
     return parameters
-
-
-def _path(where: str, key: str) -> str:
-    return f"{where}.{_short(key)}" if where else _short(key)
-
-
-def _short(text: str) -> str:
-    """What a client sent, short enough and plain enough to be told back."""
-    return "".join(c if c.isprintable() else "?" for c in text[:40]) + ("..." if len(text) > 40 else "")
-
-
-def _nearest(key: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(key, list(known), n=1)
-    return f' (did you mean "{near[0]}"?)' if near else ""
-
-
-def _names(names: Iterable[str]) -> str:
-    return ", ".join(f'"{name}"' for name in names)
-
-
-def _kind(value: Any) -> str:
-    kinds = {bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object", str: "a string"}
-    return "null" if value is None else kinds.get(type(value), "binary data")

@@ -253,7 +253,7 @@ def _model_facts(model: Any, tokenizer: Any, checkpoint: Checkpoint) -> ModelFac
     template = getattr(tokenizer, "chat_template", None)
     return ModelFacts(
         config=model.config.to_dict(),
-        generation=generation.to_dict() if generation is not None and model.can_generate() else {},
+        generation=generation.to_diff_dict() if generation is not None and model.can_generate() else {},
         tokens={name: (str(token), token_id) for name, (token, token_id) in found.items() if token is not None},
         chat_template=template if isinstance(template, str) else None,
         read_json=checkpoint.read_json,

@@ -1,0 +1,333 @@
+"""The protocols in which clients ask and are answered.
+
+KServe V1 is `{"instances": [...], "parameters": {...}}`, answered with `{"predictions": [...]}`.
+
+The Open Inference Protocol (V2) is told from our own `{"inputs": [...]}` by its inputs, which are tensors of datatype BYTES.
+Each element is a request, and several tensors are the fields of their names. A sole tensor of another name is the task's
+first field; where the task requires several fields, each of its elements is the JSON text of an object with them, which may
+have "parameters" of its own. A field that is a list comes as its JSON text. The path in an error counts the elements of
+`data` as if it were flat. Vectors are answered as one FP32 tensor, all else as one of BYTES: the JSON text of each answer.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Type, Union
+
+from traceserve_runtime.errors import InvalidRequest
+from traceserve_runtime.tasks.contract import Task
+
+_BODY_KEYS = ("id", "model_name", "model_version", "parameters", "inputs", "outputs")
+_TENSOR_KEYS = ("name", "shape", "datatype", "data", "parameters")
+# Parameters of servers of V2 that say nothing to ours.
+_IGNORED_PARAMETERS = (
+    "binary_data",
+    "binary_data_output",
+    "content_type",
+    "headers",
+    "sequence_id",
+    "sequence_start",
+    "sequence_end",
+    "priority",
+    "timeout",
+)
+
+
+class Model(NamedTuple):
+    """What is served, as V2 names it in its answers."""
+
+    name: str
+    version: str
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Our own protocol."""
+
+    is_list: bool
+
+    def document(self, answers: Sequence[Any], model: Model) -> Any:
+        """What the client gets for the answers to all that it asked."""
+        return list(answers) if self.is_list else answers[0]
+
+    def place(self, index: int, where: str, name: Optional[str]) -> Optional[str]:
+        """The path in the client's body of the field `name` of the request `index`, which stands at `where`."""
+        return ".".join(part for part in (where, name) if part) or None
+
+
+@dataclass(frozen=True)
+class Instances(Plain):
+    """KServe V1."""
+
+    is_list: bool = True
+
+    def document(self, answers: Sequence[Any], model: Model) -> Any:
+        return {"predictions": list(answers)}
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """V2; `columns` has the path of the tensor that holds a field, where tensors do."""
+
+    id: Optional[str]
+    output: str
+    columns: Mapping[str, str]
+
+    def document(self, answers: Sequence[Any], model: Model) -> Any:
+        named = {"model_name": model.name, "model_version": model.version}
+        own = {} if self.id is None else {"id": self.id}
+        return {**named, **own, "outputs": [{"name": self.output, **_encoded(list(answers))}]}
+
+    def place(self, index: int, where: str, name: Optional[str]) -> Optional[str]:
+        name = name or ""
+        end = min(i for i in (name.find("."), name.find("["), len(name)) if i >= 0)
+        if name[:end] in self.columns:
+            return f"{self.columns[name[:end]]}.data[{index}]{name[end:]}"
+        if self.columns and name[:end] == "parameters":
+            return name
+        return f"{where}.{name}" if name else where
+
+
+Protocol = Union[Plain, Tensors]
+
+
+class Sent(NamedTuple):
+    """What a body of V2 holds: the fields of each request with their path, and parameters with the path they stand at."""
+
+    protocol: Tensors
+    elements: List[Tuple[str, Mapping[str, Any]]]
+    parameters: List[Tuple[str, Any]]
+
+
+class _Tensor(NamedTuple):
+    name: str
+    elements: List[str]
+    where: str
+
+
+def are_tensors(inputs: Any) -> bool:
+    """Whether the value of "inputs" is of V2."""
+    return (
+        isinstance(inputs, list)
+        and bool(inputs)
+        and all(isinstance(item, dict) and ("datatype" in item or {"data", "shape"} <= set(item)) for item in inputs)
+    )
+
+
+def read_tensors(value: Mapping[str, Any], task: Type[Task]) -> Sent:
+    """What a body of V2 holds; raises InvalidRequest where it is not one, or not one of texts."""
+    _only(value, _BODY_KEYS, "")
+    if value.get("id") is not None:
+        check_string(value["id"], "id", "id")
+    tensors = [_tensor(item, f"inputs[{i}]") for i, item in enumerate(value["inputs"])]
+    columns = _columns(tensors, task)
+    output = _output(value.get("outputs"))
+    protocol = Tensors(value.get("id"), output["name"], {name: tensor.where for name, tensor in columns.items()})
+    fields = _rows(columns, task) if columns else _objects(tensors[0], task)
+    elements = [(f"{tensors[0].where}.data[{i}]", item) for i, item in enumerate(fields)]
+    parts = [("", value), ("outputs[0]", output), *((t.where, item) for t, item in zip(tensors, value["inputs"]))]
+    return Sent(protocol, elements, [(where, _known(part.get("parameters"), task)) for where, part in parts])
+
+
+def _tensor(item: Mapping[str, Any], where: str) -> _Tensor:
+    _only(item, _TENSOR_KEYS, where)
+    for key in ("name", "datatype", "shape", "data"):
+        if key not in item:
+            raise InvalidRequest(f'"{key}" of a tensor is missing', path_to(where, key))
+    name, datatype, data = item["name"], item["datatype"], item["data"]
+    check_string(name, "name", f"{where}.name")
+    if datatype != "BYTES":
+        sent = short(json.dumps(datatype))
+        raise InvalidRequest(
+            f'the tensor "{short(name)}" has the datatype {sent}; texts are "BYTES"', f"{where}.datatype"
+        )
+    if not isinstance(data, list):
+        raise InvalidRequest(f'"data" should be a list, not {kind_of(data)}', f"{where}.data")
+    elements = _flat(data, [])
+    count = _count(item["shape"], f"{where}.shape")
+    if len(elements) != count:
+        raise InvalidRequest(
+            f'the tensor "{short(name)}" has {len(elements):,} elements, but by its shape {count:,}', f"{where}.data"
+        )
+    if not elements:
+        raise InvalidRequest(f'the tensor "{short(name)}" is empty: it asks nothing', f"{where}.data")
+    for i, element in enumerate(elements):
+        if not isinstance(element, str):
+            raise InvalidRequest(f"an element should be a string, not {kind_of(element)}", f"{where}.data[{i}]")
+    return _Tensor(name, elements, where)
+
+
+def _count(shape: Any, where: str) -> int:
+    """The number of elements of one of the shapes that a column of texts may have."""
+    numbers = isinstance(shape, list) and all(type(n) is int and 0 <= n < 1 << 64 for n in shape)
+    if not numbers or len(shape) > 2 or (len(shape) == 2 and 1 not in shape):
+        raise InvalidRequest('"shape" should be [n], [n, 1], [1, n] or []', where)
+    return math.prod(shape)
+
+
+def _flat(values: Iterable[Any], into: List[Any]) -> List[Any]:
+    """The elements of nested lists, row by row."""
+    for value in values:
+        if isinstance(value, list):
+            _flat(value, into)
+        else:
+            into.append(value)
+    return into
+
+
+def _only(value: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    for key in value:
+        if key not in known:
+            raise InvalidRequest(
+                f'unknown key "{short(key)}"{nearest(key, known)}; {listed(known)} are known', path_to(where, key)
+            )
+
+
+def _output(outputs: Any) -> Mapping[str, Any]:
+    """The output that is asked for."""
+    if outputs is None or outputs == []:
+        return {"name": "output"}
+    if not isinstance(outputs, list):
+        raise InvalidRequest(f'"outputs" should be a list, not {kind_of(outputs)}', "outputs")
+    if len(outputs) > 1:
+        raise InvalidRequest(f"there is one output, but {len(outputs):,} are asked for", "outputs")
+    output = outputs[0]
+    if not isinstance(output, dict) or "name" not in output:
+        raise InvalidRequest('an output is an object like {"name": "..."}', "outputs[0]")
+    _only(output, ("name", "parameters"), "outputs[0]")
+    check_string(output["name"], "name", "outputs[0].name")
+    return output
+
+
+def _known(parameters: Any, task: Type[Task]) -> Any:
+    """Parameters without those that are no task's."""
+    if not isinstance(parameters, dict):
+        return {} if parameters is None else parameters
+    own = {parameter.name for parameter in task.all_parameters()}
+    return {key: value for key, value in parameters.items() if key in own or key not in _IGNORED_PARAMETERS}
+
+
+def _columns(tensors: Sequence[_Tensor], task: Type[Task]) -> Dict[str, _Tensor]:
+    """The tensor of each field; none where the elements of a sole tensor hold all fields."""
+    known = [field.name for field in task.fields]
+    required = [field for field in task.fields if field.required]
+    first = tensors[0]
+    if len(tensors) == 1 and first.name not in known:
+        return {known[0]: first} if len(required) <= 1 else {}
+    columns: Dict[str, _Tensor] = {}
+    for tensor in tensors:
+        name = tensor.name
+        if name not in known:
+            raise InvalidRequest(
+                f'the tensor "{short(name)}" is no field{nearest(name, known)}; {listed(known)} are known',
+                f"{tensor.where}.name",
+            )
+        if name in columns:
+            raise InvalidRequest(f'two tensors are named "{name}"', f"{tensor.where}.name")
+        if len(tensor.elements) != len(first.elements):
+            raise InvalidRequest(
+                f'the tensor "{name}" has {len(tensor.elements):,} elements, but "{first.name}" '
+                f"{len(first.elements):,}",
+                f"{tensor.where}.data",
+            )
+        columns[name] = tensor
+    for field in required:
+        if field.name not in columns:
+            raise InvalidRequest(f'no tensor is named "{field.name}": {field.description}', "inputs")
+    return columns
+
+
+def _rows(columns: Mapping[str, _Tensor], task: Type[Task]) -> List[Mapping[str, Any]]:
+    """The fields of each request, where each tensor holds one."""
+    kinds = {field.name: field.kind for field in task.fields}
+    values = [
+        tensor.elements
+        if kinds[name] == "text"
+        else [parse_json(text, f"{tensor.where}.data[{i}]") for i, text in enumerate(tensor.elements)]
+        for name, tensor in columns.items()
+    ]
+    return [dict(zip(columns, row)) for row in zip(*values)]
+
+
+def _objects(tensor: _Tensor, task: Type[Task]) -> List[Mapping[str, Any]]:
+    """The fields of each request, where each element holds them all."""
+    needed = listed(field.name for field in task.fields if field.required)
+    for i, text in enumerate(tensor.elements):
+        if text.lstrip()[:1] != "{":
+            raise InvalidRequest(
+                f"a text alone is not enough: send tensors named {needed}, or elements that are the JSON text of an "
+                f"object with {needed}",
+                f"{tensor.where}.data[{i}]",
+            )
+    return [parse_json(text, f"{tensor.where}.data[{i}]") for i, text in enumerate(tensor.elements)]
+
+
+def _encoded(answers: List[Any]) -> Dict[str, Any]:
+    """The answers as an output tensor."""
+    shape = _shape(answers)
+    if shape is not None and len(shape) > 1:
+        return {"shape": list(shape), "datatype": "FP32", "data": _flat(answers, [])}
+    texts = [json.dumps(answer, ensure_ascii=False, separators=(",", ":")) for answer in answers]
+    return {"shape": [len(texts)], "datatype": "BYTES", "data": texts}
+
+
+def _shape(value: Any) -> Optional[Tuple[int, ...]]:
+    """The shape of equally nested lists of numbers; None of anything else."""
+    if not isinstance(value, list) or not value:
+        return None
+    if {type(item) for item in value} <= {int, float}:
+        return (len(value),)
+    shapes = {_shape(item) for item in value}
+    inner = shapes.pop()
+    return None if shapes or inner is None else (len(value), *inner)
+
+
+def parse_json(text: str, field: str = "body") -> Any:
+    """JSON that came as text; raises InvalidRequest."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = error if isinstance(error, ValueError) else "it is nested too deeply"
+        raise InvalidRequest(f"the {field} is not valid JSON: {reason}", field) from None
+
+
+def check_string(text: Any, key: str, where: str) -> None:
+    """Raise InvalidRequest for the value of `key` at the path `where` that is no text."""
+    if not isinstance(text, str):
+        raise InvalidRequest(f'"{key}" should be a string, not {kind_of(text)}', where)
+    if "\0" in text:
+        raise InvalidRequest("the text holds a null character", where)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(f"the text holds half a surrogate pair at character {error.start}", where) from None
+
+
+def path_to(where: str, key: str) -> str:
+    """The path of the key of an object that is at `where`."""
+    return f"{where}.{short(key)}" if where else short(key)
+
+
+def short(text: str) -> str:
+    """What a client sent, short enough and plain enough to be told back."""
+    return "".join(c if c.isprintable() else "?" for c in text[:40]) + ("..." if len(text) > 40 else "")
+
+
+def nearest(key: str, known: Iterable[str]) -> str:
+    """A hint at the known name that may have been meant, or nothing."""
+    near = difflib.get_close_matches(key, list(known), n=1)
+    return f' (did you mean "{near[0]}"?)' if near else ""
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names, in words."""
+    return ", ".join(f'"{name}"' for name in names)
+
+
+def kind_of(value: Any) -> str:
+    """What parsed JSON is, in words."""
+    kinds = {bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object", str: "a string"}
+    return "null" if value is None else kinds.get(type(value), "binary data")
