@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
@@ -18,10 +19,12 @@ if TYPE_CHECKING:
     from traceserve_runtime.errors import TraceserveError
     from traceserve_runtime.protocols import Model
     from traceserve_runtime.requests import Body, Headers
+    from traceserve_runtime.streaming import Streams
 
 logger = logging.getLogger(__name__)
 
 TRUNCATED_HEADER = "X-Truncated"
+STREAM_TYPE = "text/plain; charset=utf-8"
 
 
 class TransformerHandler:
@@ -53,45 +56,69 @@ class TransformerHandler:
     def handle(self, rows: Optional[Sequence[Mapping[str, Any]]], context: Any) -> List[bytes]:
         """One JSON document, bytes, for each row; the status of each is set in `context`."""
         from traceserve_runtime.batching import Stats
+        from traceserve_runtime.streaming import Streams
 
         stats = Stats()
         try:
             bodies = [self._parse(row, i, context) for i, row in enumerate(rows or [])]
-            results = self._answer(bodies, stats, self._model(context))
+            streams = Streams(partial(_send_piece, context))
+            results = self._answer(bodies, stats, streams, context)
         except Exception as error:  # an outer edge: what escapes fails with TorchServe's own words
             results = [_unexpected(error, len(rows or []))] * len(rows or [])
         self._report(stats, context)
         return [_respond(i, result, context) for i, result in enumerate(results)]
 
     def _parse(self, row: Mapping[str, Any], index: int, context: Any) -> Union[Body, TraceserveError]:
-        from traceserve_runtime.errors import TraceserveError
+        from traceserve_runtime.errors import InvalidRequest, TraceserveError
         from traceserve_runtime.requests import parse
 
         assert self.engine is not None
+        task = self.engine.task
         try:
-            return parse(row, _headers(context, index), type(self.engine.task), index, self.engine.manifest.max_rows)
+            body = parse(row, _headers(context, index), type(task), index, self.engine.manifest.max_rows)
+            if not body.streamable and any(task.streams(request) for request in body.requests):
+                raise InvalidRequest(
+                    "a stream is plain text: send its request alone, not in a list and not in KServe's protocols",
+                    "parameters.stream",
+                )
+            return body
         except TraceserveError as error:
             return error
         except Exception as error:  # an outer edge: it is this row's alone
             return _unexpected(error, 1)
 
     def _answer(
-        self, bodies: Sequence[Union[Body, TraceserveError]], stats: Stats, model: Model
+        self, bodies: Sequence[Union[Body, TraceserveError]], stats: Stats, streams: Streams, context: Any
     ) -> List[Union[Tuple[Any, List[Answer]], TraceserveError]]:
-        """For each body its answers, as (document, answers), or its first error."""
+        """For each body its answers, as (document, answers), or its first error.
+
+        Of a streamed answer the document is what was not told while it grew, as bytes.
+        """
         from traceserve_runtime.errors import TraceserveError
 
         assert self.engine is not None
         requests = [r for body in bodies if not isinstance(body, TraceserveError) for r in body.requests]
-        answers = iter(self.engine.answer(requests, stats))
+        model = self._model(context)
+
+        def emit(i: int, unseen: Any, text: str) -> None:
+            row = requests[i].group
+            assert row is not None
+            if unseen and not streams.started(row):
+                context.set_response_header(row, TRUNCATED_HEADER, json.dumps({0: unseen}))
+            streams.tell(row, text)
+
+        answers = iter(self.engine.answer(requests, stats, emit))
         results: List[Union[Tuple[Any, List[Answer]], TraceserveError]] = []
-        for body in bodies:
+        for row, body in enumerate(bodies):
             if isinstance(body, TraceserveError):
                 results.append(body)
                 continue
             own = [next(answers) for _ in body.requests]
             errors = [_at(a, body.place(i, a.field)) for i, a in enumerate(own) if isinstance(a, TraceserveError)]
             values = [_noted(answer) for answer in own if not isinstance(answer, TraceserveError)]
+            if not errors and self.engine.task.streams(body.requests[0]):
+                results.append((streams.rest(row, values[0]), own))  # type: ignore[arg-type]
+                continue
             results.append(errors[0] if errors else (body.protocol.document(values, model), own))  # type: ignore[arg-type]
         return results
 
@@ -128,12 +155,25 @@ def _headers(context: Any, index: int) -> Headers:
 
 def _noted(answer: Answer) -> Any:
     """The answer's value; where its dictionaries have room, with the characters that the model never saw."""
-    if not answer.unseen:
+    if not answer.unseen or isinstance(answer.value, str):
         return answer.value
     note = {"truncated": answer.unseen}
     if isinstance(answer.value, dict):
         return {**answer.value, **note}
     return [{**item, **note} if isinstance(item, dict) else item for item in answer.value]
+
+
+def _send_piece(context: Any, row: int, piece: bytes) -> None:
+    """Send a piece of one row's text to its client, before the batch is answered.
+
+    TorchServe's own way to do this sends one to every row of the batch, those too whose answer is one JSON document;
+    here the message names this row alone.
+    """
+    from ts.handler_utils.utils import send_intermediate_predict_response  # type: ignore[import-untyped]
+
+    context.set_response_header(row, "content-type", STREAM_TYPE)
+    ids = {row: context.get_request_id(row)}
+    send_intermediate_predict_response({row: piece}, ids, "Prediction success", 200, context)
 
 
 def _at(error: TraceserveError, place: Optional[str]) -> TraceserveError:
@@ -160,6 +200,9 @@ def _respond(index: int, result: Any, context: Any) -> bytes:
         unseen = {i: answer.unseen for i, answer in enumerate(answers) if answer.unseen}
         if unseen:
             context.set_response_header(index, TRUNCATED_HEADER, json.dumps(unseen))
+        if isinstance(value, bytes):
+            context.set_response_header(index, "content-type", STREAM_TYPE)
+            return value
     else:
         value = result.to_json()
         context.set_response_status(result.status, result.phrase, index)

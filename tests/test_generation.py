@@ -271,7 +271,7 @@ def test_streaming_tells_the_answer_in_pieces(architecture: str, made: Callable[
     told: Dict[int, List[str]] = {}
     requests = [Request({"text": text}, {"max_new_tokens": 60, "stream": True, "seed": 3}) for text in TEXTS]
     requests.append(Request({"text": "quiet"}, {"max_new_tokens": 60, "seed": 3}))
-    results = engine.answer(requests, emit=lambda i, text: told.setdefault(i, []).append(text))
+    results = engine.answer(requests, emit=lambda i, unseen, text: told.setdefault(i, []).append(text))
     assert set(told) == set(range(len(TEXTS)))
     for i, pieces in told.items():
         result = results[i]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Callable, Dict, List, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Protocol, Sequence, Tuple
 
 import numpy as np
 
@@ -12,7 +12,24 @@ from traceserve_runtime.manifest import Manifest, Shapes
 from traceserve_runtime.tokenization import Row
 
 Arrays = Dict[str, np.ndarray]
-Runner = Callable[[Arrays], Arrays]
+State = Tuple[Any, ...]  # what a runner keeps between the steps of a loop, on its own device
+
+
+class Runner(Protocol):
+    """A read model. One that is run once is called; one that is run in a loop is started, and then takes steps."""
+
+    def __call__(self, inputs: Arrays) -> Arrays:
+        """Named arrays to named arrays, in one pass."""
+        ...
+
+    def start(self, inputs: Arrays) -> State:
+        """The state that a loop over these inputs begins with."""
+        ...
+
+    def step(self, inputs: Arrays, state: State, rows: Optional[np.ndarray] = None) -> Tuple[Arrays, State]:
+        """The outputs of the next tokens, and the state with them; `rows`, int64, chooses and orders the state's rows."""
+        ...
+
 
 # More rows or tokens in one run gain nothing on any processor measured, and memory grows with them.
 MOST_ROWS = 64
@@ -112,7 +129,7 @@ def unpad(outputs: Arrays, places: Sequence[slice], per_token: Sequence[str]) ->
 
 
 def run(
-    runner: Runner, rows: Sequence[Row], manifest: Manifest, per_token: Sequence[str], stats: Stats
+    runner: Callable[[Arrays], Arrays], rows: Sequence[Row], manifest: Manifest, per_token: Sequence[str], stats: Stats
 ) -> List[Arrays]:
     """The outputs of rows that run together: pad, run, unpad; adds to `stats`."""
     arrays, places = pad(rows, manifest)

@@ -17,7 +17,7 @@ from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Job, Request, Task
 from traceserve_runtime.tokenization import Encoded, TextTokenizer
 
-Emit = Callable[[int, str], None]
+Emit = Callable[[int, Dict[str, Tuple[int, int]], str], None]
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,14 @@ class Engine:
     ) -> List[Union[Answer, TraceserveError]]:
         """One answer, or the error that is this request's own, for each request, in order; adds to `stats`.
 
-        `emit(i, text)` is called with the whole text so far, each time that it has grown, for a request that is to be
-        streamed.
+        `emit(i, unseen, text)` is called with the whole text so far, each time that it may have grown, for a request
+        that is to be streamed; `unseen` as in Answer.
         """
         stats = Stats() if stats is None else stats
         stats.requests += len(requests)
         encoded = self._limit_groups(requests, self.task.encode(requests))
         jobs = [
-            Job(row, request, partial(emit, i) if emit is not None else None)
+            Job(row, request, partial(emit, i, item.unseen) if emit is not None else None)
             for i, (request, item) in enumerate(zip(requests, encoded))
             if isinstance(item, Encoded)
             for row in item.rows

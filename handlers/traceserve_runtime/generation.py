@@ -130,8 +130,8 @@ class Sampling:
         else:
             token = int(scores.argmax())
         self._tokens.append(token)
-        done = token in settings.eos_ids or len(self._tokens) >= settings.max_new_tokens
-        if done or (self._stop is not None and self._stop(self._tokens)):
+        stopped = self._stop is not None and self._stop(self._tokens)
+        if stopped or token in settings.eos_ids or len(self._tokens) >= settings.max_new_tokens:
             return None
         return Moves([0], [token])
 

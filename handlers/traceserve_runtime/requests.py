@@ -56,6 +56,11 @@ class Body:
     requests: List[Request]
     protocol: Protocol
 
+    @property
+    def streamable(self) -> bool:
+        """Whether its answer may be plain text, in pieces."""
+        return self.protocol == Plain(False)
+
     def place(self, index: int, field: Optional[str]) -> Optional[str]:
         """The path in the client's body of a field of the request `index`."""
         return self.protocol.place(index, self.requests[index].where, field)
@@ -102,8 +107,9 @@ def _form(row: Mapping[str, Any], headers: Headers, task: Type[Task]) -> Any:
         raise InvalidRequest(f"the body was sent as a form, of which only a part arrived; {_NOT_A_FORM}")
     known = {"data", "inputs", "parameters", *_UNUSED_FIELDS, *(field.name for field in task.fields)}
     if parsed or known & set(fields):
+        documents = {"parameters", *(field.name for field in task.fields if field.kind != "text")}
         return {
-            **{key: parse_json(value, key) if key == "parameters" else value for key, value in fields.items()},
+            **{key: parse_json(value, key) if key in documents else value for key, value in fields.items()},
             **parsed,
         }
     body = "&".join(key + ("=" + value if value else "") for key, value in fields.items())

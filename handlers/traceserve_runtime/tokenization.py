@@ -95,6 +95,8 @@ class TextTokenizer:
 
     def encode(self, requests: Sequence[Segments], long_inputs: Sequence[str]) -> List[Union[Encoded, TraceserveError]]:
         """One Encoded, or the reason why there is none, for each request; `long_inputs` names how each is shortened."""
+        # An empty pair is none, as for transformers.
+        requests = [request if request.pair else request._replace(pair=None, cut=None) for request in requests]
         answers: List[Union[Encoded, TraceserveError, None]] = [self._refuse_huge(request) for request in requests]
         for special in (True, False):
             accepted = [i for i, request in enumerate(requests) if answers[i] is None and request.special == special]
@@ -121,10 +123,10 @@ class TextTokenizer:
         """The token with this id."""
         return str(self._tokenizer.id_to_token(token_id))
 
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
-        """The text of token ids, as transformers' `decode` gives it."""
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool, raw: bool = False) -> str:
+        """The text of token ids, as transformers' `decode` gives it; with `raw`, as it does without cleaning up."""
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
-        return clean_up(text) if self._clean_up else text
+        return clean_up(text) if self._clean_up and not raw else text
 
     def join(self, tokens: Sequence[str]) -> str:
         """The text of tokens, as transformers' `convert_tokens_to_string` gives it."""
@@ -208,7 +210,7 @@ class TextTokenizer:
             kept = (room - len(second), len(second))
         else:
             kept = (len(first), room - len(first))
-        if min(kept[: 1 if second is None else 2]) < 1 and segments.cut is not None:
+        if segments.cut is not None and kept[segments.cut] < 1:
             raise self._no_room(segments, first, second, room)
         unseen = {}
         for name, text, encoding, keep in zip(segments.fields, segments[:2], (first, second), kept):

@@ -18,7 +18,8 @@ class Place(NamedTuple):
 def merge(rows: Sequence[Row]) -> List[Place]:
     """Every token of the text once, special tokens before and behind, as if all were one row.
 
-    A token that two windows share is taken from the one where it has more of its neighbours on both sides.
+    A token that two windows share is taken from the one where it has more of its neighbours on both sides; the middle
+    one from the earlier, since some post-processors leave a row's first token its leading space.
     """
     places = []
     begin = rows[0].start
@@ -26,7 +27,7 @@ def merge(rows: Sequence[Row]) -> List[Place]:
         own = row.places()
         last = number == len(rows) - 1
         end = row.start + row.tokens
-        stop = end if last else (end + rows[number + 1].start) // 2
+        stop = end if last else (end + rows[number + 1].start + 1) // 2
         if number == 0:
             places += [Place(0, i, True) for i in range(own[0] if own else row.length)]
         places += [Place(number, own[i - row.start], False) for i in range(begin, stop)]

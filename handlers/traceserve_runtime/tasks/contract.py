@@ -234,6 +234,10 @@ class Task:
         """Whether two answers to one request say the same, whatever their last digits."""
         raise NotImplementedError
 
+    def streams(self, request: Request) -> bool:
+        """Whether this request's answer is told while it grows."""
+        return False
+
     def repeatable(self, request: Request) -> bool:
         """Whether the original must give the same answer."""
         return True

@@ -223,10 +223,6 @@ class Generating(Task):
         """Not where tokens are drawn: the original draws others."""
         return not self._samples(request)
 
-    def streams(self, request: Request) -> bool:
-        """Whether this request's text is told while it grows."""
-        return False
-
     def warm_up_requests(self) -> List[Request]:
         """A few tokens."""
         return [Request(self.sample, {"max_new_tokens": 4, "long_inputs": "truncate"})]
