@@ -247,14 +247,16 @@ def _read_labels(path: Path) -> Dict[int, str]:
 
 def _model_facts(model: Any, tokenizer: Any, checkpoint: Checkpoint) -> ModelFacts:
     """What the task may learn of the model."""
-    names = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-    found = {name: (getattr(tokenizer, f"{name}_token"), getattr(tokenizer, f"{name}_token_id")) for name in names}
+    # Not by the attributes: version 4.26 complains of each that is not set.
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if name.endswith("_token")}
     generation = getattr(model, "generation_config", None)
     template = getattr(tokenizer, "chat_template", None)
     return ModelFacts(
         config=model.config.to_dict(),
         generation=generation.to_diff_dict() if generation is not None and model.can_generate() else {},
-        tokens={name: (str(token), token_id) for name, (token, token_id) in found.items() if token is not None},
+        tokens={
+            name[: -len("_token")]: (token, tokenizer.convert_tokens_to_ids(token)) for name, token in special.items()
+        },
         chat_template=template if isinstance(template, str) else None,
         read_json=checkpoint.read_json,
     )
