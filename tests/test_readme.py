@@ -13,6 +13,7 @@ from typing import List
 
 import pytest
 from conftest import ROOT
+from traceserve import catalog
 from traceserve.config import SetupConfig
 from traceserve_runtime.requests import Headers, parse
 from traceserve_runtime.tasks import TASKS
@@ -32,18 +33,20 @@ def config_rows() -> List[str]:
     return rows
 
 
-def task_rows() -> List[str]:
-    rows = []
-    for task in TASKS.values():
-        answer = " ".join((task.__doc__ or "").split("\n\n")[0].split())
-        parameters = "<br>".join(f"`{p.name}`: {p.legal}; {p.description}" for p in task.parameters)
-        rows.append(f"| `{task.name}` | {answer} | {parameters} |")
-    return rows
+@pytest.mark.parametrize("part", ["\n".join(config_rows()), catalog.markdown()], ids=["config", "tasks"])
+def test_what_it_lists_is_the_codes(part: str) -> None:
+    assert part in README
 
 
-@pytest.mark.parametrize("rows", [config_rows(), task_rows()], ids=["config", "tasks"])
-def test_the_tables_are_the_codes(rows: List[str]) -> None:
-    assert "\n".join(rows) in README
+def test_the_tasks_are_listed_by_the_command() -> None:
+    command = [sys.executable, "-m", "traceserve", "tasks"]
+    made = subprocess.run([*command, "--markdown"], check=True, stdout=subprocess.PIPE, text=True).stdout
+    assert f"-->\n{made}<!-- end" in README
+    shown = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    for entry in catalog.entries():
+        assert entry.name in shown and entry.example in shown
+        for name, *_ in (*entry.fields, *entry.parameters):
+            assert name in shown
 
 
 def test_it_opens_with_two_commands() -> None:
@@ -57,7 +60,7 @@ def test_every_json_of_it_is_legal() -> None:
     for block in blocks("json"):
         SetupConfig.model_validate(json.loads(block))
     for task in TASKS.values():
-        assert parse({"body": task.sample}, Headers(), task, 0, 1).requests
+        assert parse({"body": task.sample_body({})}, Headers(), task, 0, 1).requests
 
 
 def test_every_command_runs(tmp_path: Path) -> None:

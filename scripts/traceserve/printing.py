@@ -148,7 +148,10 @@ def print_tasks(entries: Sequence[Entry]) -> None:
     for entry in entries:
         screen.print(f"[bold]{entry.name}[/]  [dim]{entry.model}[/]", highlight=False)
         screen.print(f"  {entry.answer}", highlight=False, markup=False)
-        table = Table("", "", "default", "", box=None, pad_edge=False, padding=(0, 1))
+        table = Table(box=None, pad_edge=False, padding=(0, 1))
+        table.add_column(no_wrap=True)
+        for header in ("", "default", ""):
+            table.add_column(header)
         for name, what, text in entry.fields:
             table.add_row(f"  [cyan]{name}[/]", what, "", text)
         for name, legal, default, text in entry.parameters:
