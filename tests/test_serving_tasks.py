@@ -12,7 +12,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple
 import pytest
 from conftest import run_export
 from test_tasks import assert_equal
-from traceserve import server, torchserve
+from traceserve import cli, server, torchserve
 from traceserve.archive import archive
 from traceserve.server import Instance
 from traceserve_runtime.engine import Answer, Engine
@@ -185,3 +185,22 @@ def test_a_stream_tells_what_was_cut(served: Served) -> None:
 def test_a_stream_is_asked_for_alone(path: str, body: Any, served: Served) -> None:
     reply = served.post(path, body)
     assert reply.status == 400 and "alone" in reply.json["error"]["message"]
+
+
+def test_the_command_takes_parameters_and_streams(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    port = ["--port", str(served.instance.port)]
+    parameters = {"max_new_tokens": 12, "return_full_text": False}
+    [expected] = served.engines["text_generation"].answer([Request({"text": "The old harbour"}, parameters)])
+    assert isinstance(expected, Answer)
+    asked = ["predict", "text_generation", "The old harbour", "--parameters"]
+    assert cli.main([*asked, json.dumps(parameters), *port]) == 0
+    assert json.loads(capsys.readouterr().out) == expected.value
+    assert cli.main([*asked, json.dumps({**parameters, "stream": True}), *port]) == 0
+    assert capsys.readouterr().out == expected.value[0]["generated_text"] + "\n"
+    assert cli.main([*asked, '{"max_new_tokens": 0}', *port]) == 1
+    assert '"max_new_tokens" should be a whole number of 1 or more' in capsys.readouterr().err
+    assert cli.main([*asked, "{", *port]) == 1
+    assert "--parameters" in capsys.readouterr().err
+    two = ["predict", "text_generation", "One", "Two", "--parameters", json.dumps(parameters), *port]
+    assert cli.main(two) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2

@@ -118,7 +118,7 @@ class Engine:
         """The outputs of each row, in order; a micro-batch that fails is run again row by row."""
         outputs: List[Union[Arrays, TraceserveError, None]] = [None] * len(jobs)
         lengths = [job.row.length for job in jobs]
-        for batch in batching.plan(lengths, self.manifest.shapes, most_tokens=self.task.most_tokens):
+        for batch in batching.plan(lengths, self.manifest.shapes, self.task.cost, self.task.most_tokens):
             results: Sequence[Union[Arrays, TraceserveError]]
             try:
                 results = self.task.predict(self.runner, [jobs[i] for i in batch], stats)

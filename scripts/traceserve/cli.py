@@ -308,6 +308,12 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", metavar="BODY", help="a request body as JSON, in place of texts")
     parser.add_argument("--file", type=Path, metavar="FILE", help="texts, one a line; or a body, in a .json file")
+    parser.add_argument(
+        "--parameters",
+        metavar="JSON",
+        help='the request\'s parameters, as \'{"top_k": 3}\'; see `traceserve tasks`. With "stream": true the text is '
+        "printed as it is written",
+    )
     _add_port(parser)
 
 
@@ -321,14 +327,33 @@ def _predict(options: argparse.Namespace) -> int:
     if options.name not in instance.names:
         raise ServerError(f"the server on port {instance.port} has no {options.name}, but {', '.join(instance.names)}")
     for body in bodies:
+        if isinstance(body, dict) and dict(body.get("parameters") or {}).get("stream") is True:
+            for piece in client.stream(instance.url, options.name, body, instance.key):
+                print(piece, end="", flush=True)
+            print()
+            continue
         answer = client.predict(instance.url, options.name, body, instance.key)
-        for item in answer if isinstance(body, list) else [answer]:
+        asked = body["inputs"] if isinstance(body, dict) and "inputs" in body else body
+        for item in answer if isinstance(asked, list) else [answer]:
             print(json.dumps(item, ensure_ascii=False), flush=True)
     return 0
 
 
 def _bodies(options: argparse.Namespace) -> Iterator[Any]:
-    """The request bodies that the options ask for; texts of a file go in lists."""
+    """The request bodies that the options ask for; each with the parameters, where these are given."""
+    if options.parameters is None:
+        yield from _inputs(options)
+        return
+    try:
+        parameters = json.loads(options.parameters)
+    except ValueError as error:
+        _fail(f"predict: --parameters: {error}")
+    for inputs in _inputs(options):
+        yield {"inputs": inputs, "parameters": parameters}
+
+
+def _inputs(options: argparse.Namespace) -> Iterator[Any]:
+    """What the options ask about; texts of a file go in lists."""
     if sum((bool(options.texts), options.json is not None, options.file is not None)) != 1:
         _fail("predict: give texts, or --json BODY, or --file FILE, or - for standard input")
     try:

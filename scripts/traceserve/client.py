@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
+import contextlib
+import http.client
 import json
 import urllib.error
 import urllib.request
-from typing import Any, Optional
+from typing import Any, Iterator, Optional
 
 from traceserve.errors import ServerError
 
@@ -24,6 +27,23 @@ class Refused(ServerError):
 
 def predict(url: str, name: str, body: Any, key: Optional[str] = None, timeout: float = 300.0) -> Any:
     """POST `body` as JSON to /predictions/NAME and give the parsed answer; raises NotYet or Refused."""
+    with _post(url, name, body, key, timeout) as response:
+        try:
+            return json.loads(response.read())
+        except ValueError as error:
+            raise ServerError(f"{url} gave no JSON: {error}") from None
+
+
+def stream(url: str, name: str, body: Any, key: Optional[str] = None, timeout: float = 300.0) -> Iterator[str]:
+    """POST `body`, which asks for a stream, and give the text's pieces as they come; raises NotYet or Refused."""
+    with _post(url, name, body, key, timeout) as response:
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for piece in iter(lambda: response.read1(1 << 16), b""):
+            yield decoder.decode(piece)
+
+
+@contextlib.contextmanager
+def _post(url: str, name: str, body: Any, key: Optional[str], timeout: float) -> Iterator[http.client.HTTPResponse]:
     request = urllib.request.Request(
         f"{url}/predictions/{name}",
         data=json.dumps(body).encode("utf-8"),
@@ -31,13 +51,13 @@ def predict(url: str, name: str, body: Any, key: Optional[str] = None, timeout: 
     )
     try:
         with _opener.open(request, timeout=timeout) as response:
-            return json.loads(response.read())
+            yield response
     except urllib.error.HTTPError as error:
         message = _message(error.read())
         if error.code in (404, 503):
             raise NotYet(f"{url} has no worker for {name} ready: {message}") from None
         raise Refused(message, error.code) from None
-    except (OSError, ValueError) as error:
+    except (OSError, http.client.HTTPException) as error:
         raise NotYet(f"{url} does not answer: {error}") from None
 
 

@@ -76,13 +76,14 @@ def load(config: SetupConfig, checkpoint: Checkpoint, config_folder: Path) -> Or
     if task.loop:
         inputs = INPUTS[:2]
     _check_case(config, checkpoint, tokenizer)
-    facts = _model_facts(model, tokenizer, checkpoint)
+    labels = _labels(config, model, config_folder) if task.labelled else ()
+    facts = _model_facts(model, tokenizer, checkpoint, labels)
     return Original(
         model=model,
         tokenizer=tokenizer,
         inputs=inputs,
         max_length=_max_length(config, checkpoint, model, tokenizer),
-        labels=_labels(config, model, config_folder) if task.labelled else (),
+        labels=labels,
         parameters={**task.defaults(facts), **config.parameters},
         facts=task.facts(facts),
         padding_side=task.padding_side or tokenizer.padding_side,
@@ -245,7 +246,7 @@ def _read_labels(path: Path) -> Dict[int, str]:
         ) from None
 
 
-def _model_facts(model: Any, tokenizer: Any, checkpoint: Checkpoint) -> ModelFacts:
+def _model_facts(model: Any, tokenizer: Any, checkpoint: Checkpoint, labels: Tuple[str, ...]) -> ModelFacts:
     """What the task may learn of the model."""
     # Not by the attributes: version 4.26 complains of each that is not set.
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if name.endswith("_token")}
@@ -257,6 +258,7 @@ def _model_facts(model: Any, tokenizer: Any, checkpoint: Checkpoint) -> ModelFac
         tokens={
             name[: -len("_token")]: (token, tokenizer.convert_tokens_to_ids(token)) for name, token in special.items()
         },
+        labels=labels,
         chat_template=template if isinstance(template, str) else None,
         read_json=checkpoint.read_json,
     )

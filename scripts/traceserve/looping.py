@@ -48,7 +48,8 @@ class Loop(NamedTuple):
 def _decoder_graphs(original: Original, batch: int, length: int) -> Tuple[Graph, Graph]:
     ids, mask = _example(original, batch, length)
     with torch.no_grad():
-        past = _pairs(original.model(input_ids=ids, attention_mask=mask, use_cache=True).past_key_values, original)
+        result = original.model(input_ids=ids, attention_mask=mask, use_cache=True)
+    past = _pairs(getattr(result, "past_key_values", None), original)
     step = _DecoderStep(original.model, len(past))
     states = tuple(tensor for pair in past for tensor in pair)
     whole = torch.cat([mask, torch.ones_like(mask)], dim=1)

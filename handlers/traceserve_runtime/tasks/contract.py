@@ -8,7 +8,7 @@ from typing import Any, Callable, ClassVar, Dict, List, Mapping, NamedTuple, Opt
 import numpy as np
 
 from traceserve_runtime import batching
-from traceserve_runtime.batching import Arrays, Runner, Stats
+from traceserve_runtime.batching import Arrays, CostModel, Runner, Stats
 from traceserve_runtime.errors import InvalidRequest, ModelFailure, TraceserveError
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.tokenization import LONG_INPUTS, Encoded, Row, Segments, TextTokenizer
@@ -126,6 +126,7 @@ class ModelFacts:
     config: Mapping[str, Any]  # the model's configuration
     generation: Mapping[str, Any]  # its generation configuration; empty for a model that does not generate
     tokens: Mapping[str, Tuple[str, int]]  # the special tokens that it has, as {"mask": ("[MASK]", 103)}
+    labels: Tuple[str, ...]  # by class index; as configured, where they are
     chat_template: Optional[str]
     read_json: Callable[[str], Optional[Dict[str, Any]]]  # a file of the checkpoint, None without it
 
@@ -257,6 +258,11 @@ class Task:
         if not all(np.isfinite(array).all() for row in outputs for array in row.values()):
             raise ModelFailure("the model gave a value that is not a number (NaN or infinite) for this input")
         return self.decode(request, rows, outputs)
+
+    @property
+    def cost(self) -> CostModel:
+        """What a run costs."""
+        return CostModel()
 
     @property
     def most_tokens(self) -> int:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Dict, List, Mapping, Optional, Sequence, Tuple
 import numpy as np
 
 from traceserve_runtime import generation
-from traceserve_runtime.batching import Arrays, Runner, Stats
+from traceserve_runtime.batching import Arrays, CostModel, Runner, Stats
 from traceserve_runtime.errors import InvalidRequest, Unsupported
 from traceserve_runtime.feeds import FEEDS
 from traceserve_runtime.generation import Settings
@@ -222,6 +222,11 @@ class Generating(Task):
     def repeatable(self, request: Request) -> bool:
         """Not where tokens are drawn: the original draws others."""
         return not self._samples(request)
+
+    @property
+    def cost(self) -> CostModel:
+        """A run has as many steps as its longest text: one run of all is cheaper than two, whatever the padding."""
+        return CostModel(run=1e9)
 
     def warm_up_requests(self) -> List[Request]:
         """A few tokens."""

@@ -43,6 +43,7 @@ class ZeroShotClassification(Task):
         ),
         Parameter("multi_label", bool, "judge each label by itself, as several may hold", default=False),
     )
+    labelled = True
     sample = {"text": "The parcel arrived, but the box was open and a cup is missing."}
     sample_parameters = {"candidate_labels": ["delivery", "damage", "praise"]}
     gate_parameters = {"candidate_labels": ["a question", "travel", "shopping"]}
@@ -50,12 +51,12 @@ class ZeroShotClassification(Task):
     @classmethod
     def facts(cls, model: ModelFacts) -> Dict[str, Any]:
         """Which label says that the text entails the sentence; raises Unsupported without one."""
-        labels = {int(index): str(label) for index, label in model.config["id2label"].items()}
-        entailment = [index for index, label in labels.items() if label.lower().startswith("entail")]
+        labels = model.labels
+        entailment = [index for index, label in enumerate(labels) if label.lower().startswith("entail")]
         if not entailment or len(labels) < 2:
             raise Unsupported(
                 f"zero_shot_classification needs a model of entailment, with a label called entailment; this one has "
-                f"{', '.join(list(labels.values())[:5])}"
+                f"{', '.join(labels[:5])}; index_to_name can name them"
             )
         # As the pipeline: the first label is the contradiction, or the last one where the first is the entailment.
         return {"entailment": entailment[0], "contradiction": len(labels) - 1 if entailment[0] == 0 else 0}

@@ -38,7 +38,9 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path) ->
             else:
                 saved, step_inputs = _single(original, task, shapes), ()
             torch.jit.save(saved, str(folder / MODEL_FILE))
-    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+    except ExportError:
+        raise
+    except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ExportError(f"torch.jit.trace cannot trace {type(original.model).__name__}: {reason}") from error
     return step_inputs
