@@ -1,10 +1,15 @@
-"""Tiny random models, one for each architecture, with a small tokenizer of their own; as folders of Hugging Face."""
+"""Tiny random models, one for each architecture, with a small tokenizer of their own; as folders of Hugging Face.
+
+A weight depends on its name and shape alone, so the same checkpoint is made under every version of transformers.
+"""
 
 from __future__ import annotations
 
+import zlib
+from collections import Counter
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Dict, NamedTuple
+from typing import Any, Dict, FrozenSet, List, NamedTuple, Tuple
 
 import tokenizers
 import torch
@@ -21,12 +26,25 @@ SIZE = {
 }
 
 
+SIZE_OF_BOTH = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "max_position_embeddings": 160,
+}
+
+
 class Architecture(NamedTuple):
     """A family: its configuration class, the kind of its tokenizer, what its configuration is given."""
 
     config: str
     tokenizer: str  # of make_tokenizer
     options: Dict[str, Any]
+    encodes: bool = True  # whether it is run once, for the tasks without a loop; else it only writes
 
 
 ARCHITECTURES = {
@@ -51,7 +69,25 @@ ARCHITECTURES = {
     ),
     "gpt2": Architecture("GPT2Config", "gpt", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 160}),
     "llama": Architecture("LlamaConfig", "gpt", {**SIZE, "num_key_value_heads": 2}),
+    "bart": Architecture("BartConfig", "roberta", {**SIZE_OF_BOTH, "decoder_start_token_id": 2}),
+    "t5": Architecture(
+        "T5Config",
+        "t5",
+        {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
+        encodes=False,
+    ),
+    "marian": Architecture(
+        "MarianConfig", "t5", {**SIZE_OF_BOTH, "decoder_start_token_id": 0, "forced_eos_token_id": 1}, encodes=False
+    ),
 }
+
+
+def auto_models(architecture: str) -> FrozenSet[str]:
+    """The auto classes of transformers that know a model of this family, as their own tables say."""
+    config = getattr(transformers, ARCHITECTURES[architecture].config)
+    names = [name for name in dir(transformers) if name.startswith("AutoModel")]
+    tables = {name: getattr(getattr(transformers, name), "_model_mapping", ()) for name in names}
+    return frozenset(name for name, table in tables.items() if config in table)
 
 
 def make(
@@ -65,19 +101,36 @@ def make(
         vocab_size=len(tokenizer),
         **{**family.options, **{f"{name}_token_id": value for name, value in ids.items()}, **options},
     )
-    torch.manual_seed(0)
     model = getattr(transformers, auto_model).from_config(config)
-    with torch.no_grad():  # wide apart: small random weights give all texts nearly one answer
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(8)
+    # Of the names of a tied one the first of the alphabet: their order is not the same in every version.
+    owned = [
+        (f"{path}.{name}".lstrip("."), parameter)
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name, parameter in module.named_parameters(recurse=False)
+    ]
+    names = {parameter: name for name, parameter in sorted(owned, key=lambda item: item[0])[::-1]}
+    with torch.no_grad():
+        for parameter, name in names.items():
+            parameter.copy_(weights(name, parameter.shape))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
+def weights(name: str, shape: torch.Size) -> torch.Tensor:
+    """Random numbers that are wide apart: small ones give all texts nearly one answer."""
+    normal = torch.empty(shape).normal_(generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+    if len(shape) > 1:
+        return normal * 0.2
+    return normal * 0.1 + (1 if name.endswith("weight") else 0)  # of a norm, or a bias
+
+
 def make_tokenizer(kind: str) -> Any:
-    """A fast tokenizer trained on the samples: "bert" and "wordpiece" (without types), "roberta" and "gpt" (byte-level BPE)."""
+    """A fast tokenizer trained on the samples.
+
+    "bert" and "wordpiece", which has no types; byte-level BPE: "roberta", "gpt" without special tokens of its own, and
+    "t5", which ends a text.
+    """
     typed, kind = kind == "bert", "bert" if kind == "wordpiece" else kind
     special = {
         "bert": {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"},
@@ -91,6 +144,7 @@ def make_tokenizer(kind: str) -> Any:
             "sep": "</s>",
         },
         "gpt": {"pad": "<pad>", "eos": "<end>", "bos": "<end>", "unk": "<end>"},
+        "t5": {"pad": "<pad>", "eos": "</s>", "unk": "<unk>"},
     }[kind]
     inputs = ["input_ids", "attention_mask"] + (["token_type_ids"] if typed else [])
     return transformers.PreTrainedTokenizerFast(
@@ -102,13 +156,14 @@ def make_tokenizer(kind: str) -> Any:
 
 
 @lru_cache(maxsize=None)
-def _trained(kind: str, special: tuple) -> str:
+def _trained(kind: str, special: Tuple[str, ...]) -> str:
     texts = [*SENTENCES, VERY_LONG]
     if kind == "bert":
         tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
         tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        trainer: Any = trainers.WordPieceTrainer(vocab_size=400, special_tokens=list(special), show_progress=False)
+        tokenizer.model = models.WordPiece(_pieces(tokenizer, texts, special), unk_token="[UNK]")
+        tokenizer.add_special_tokens(list(special))
     else:
         tokenizer = tokenizers.Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -117,7 +172,7 @@ def _trained(kind: str, special: tuple) -> str:
         trainer = trainers.BpeTrainer(
             vocab_size=500, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
         )
-    tokenizer.train_from_iterator(texts, trainer)
+        tokenizer.train_from_iterator(texts, trainer)
     ids = {token: tokenizer.token_to_id(token) for token in special}
     if kind == "bert":
         pairs = [("[CLS]", ids["[CLS]"]), ("[SEP]", ids["[SEP]"])]
@@ -128,4 +183,26 @@ def _trained(kind: str, special: tuple) -> str:
         tokenizer.post_processor = processors.RobertaProcessing(
             ("</s>", ids["</s>"]), ("<s>", ids["<s>"]), trim_offsets=True
         )
+    elif kind == "t5":
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", ids["</s>"])]
+        )
     return tokenizer.to_str()
+
+
+def _pieces(tokenizer: Any, texts: List[str], special: Tuple[str, ...]) -> Dict[str, int]:
+    """A vocabulary of WordPiece: letters, and the commonest beginnings and endings of words.
+
+    The package's own trainer gives another one each time. Letters that are seen once are left out, and unknown.
+    """
+    letters: Dict[str, int] = Counter()
+    parts: Dict[str, int] = Counter()
+    for text in texts:
+        for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(text)):
+            letters.update(word)
+            parts.update([word[:i] for i in range(2, len(word) + 1)])
+            parts.update([f"##{word[i:]}" for i in range(1, len(word) - 1)])
+    known = sorted(letter for letter, count in letters.items() if count > 1)
+    common = sorted(parts, key=lambda part: (-parts[part], part))[:150]
+    pieces = [*special, *known, *(f"##{letter}" for letter in known), *sorted(common)]
+    return {piece: i for i, piece in enumerate(pieces)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from functools import lru_cache
 from pathlib import Path
@@ -393,3 +394,16 @@ def test_numbers_that_are_none_fail_their_request_alone(made: Callable[[str], Ma
         engine.runner = own
     assert [isinstance(result, Answer) for result in results].count(True) == 2
     assert [type(result).__name__ for result in results].count("ModelFailure") == 1
+
+
+ORACLE = json.loads(Path(__file__).with_name("data").joinpath("text2text_generation.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("architecture", ENCODER_DECODERS)
+def test_text_to_text_is_the_pipelines_of_4_57(architecture: str, made: Callable[[str], Made]) -> None:
+    """See data/make_text2text_generation.py."""
+    engine, _, _ = made(architecture)
+    cases = [case for case in ORACLE["cases"] if case["architecture"] == architecture]
+    assert len(cases) == 35
+    got = values(engine, [Request({"text": case["text"]}, case["parameters"]) for case in cases])
+    assert got == [case["answer"] for case in cases]
