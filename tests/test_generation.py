@@ -183,6 +183,8 @@ def hugging_face(scores: np.ndarray, ids: List[int], options: Dict[str, Any]) ->
         processors.append(transformers.TopKLogitsWarper(options["top_k"]))
     if options.get("top_p", 1.0) < 1.0:
         processors.append(transformers.TopPLogitsWarper(options["top_p"]))
+    if options.get("min_p"):
+        processors.append(transformers.MinPLogitsWarper(options["min_p"]))
     left = processors(torch.tensor([ids]), torch.from_numpy(scores[None].copy()))
     return np.asarray(left.softmax(-1)[0].numpy())
 
@@ -196,6 +198,7 @@ def hugging_face(scores: np.ndarray, ids: List[int], options: Dict[str, Any]) ->
             "temperature": st.floats(0.1, 3),
             "top_k": st.integers(1, 40),
             "top_p": st.floats(0.05, 0.99),
+            "min_p": st.floats(0.01, 0.9),
             "repetition_penalty": st.floats(0.5, 2),
             "no_repeat_ngram_size": st.integers(1, 4),
         },
@@ -261,6 +264,8 @@ def test_parameters_that_contradict_each_other(made: Callable[[str], Made]) -> N
     engine, _, _ = made("gpt2")
     [result] = engine.answer([Request({"text": "a"}, {"num_beams": 3, "temperature": 0.5})])
     assert isinstance(result, InvalidRequest) and result.field == "parameters.num_beams"
+    [cold] = values(engine, [Request({"text": "a"}, {"temperature": 0, "max_new_tokens": 9})])
+    assert written(cold) == original(made("gpt2"), "a", max_new_tokens=9)
     [fine] = engine.answer([Request({"text": "a"}, {"num_beams": 3, "temperature": 0.5, "do_sample": False})])
     assert isinstance(fine, Answer)
 

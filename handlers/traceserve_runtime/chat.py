@@ -9,6 +9,7 @@ from typing import Any, Dict, Mapping, NoReturn, Sequence
 
 from traceserve_runtime.errors import InvalidRequest, MissingPackage
 
+_SAFE = (3, 1, 6)  # templates are the checkpoint's code, and older sandboxes have known holes
 # The space is transformers' way to see whether the template trims messages: then it trims this one's end too.
 _END = "<<the message goes on here>> "
 
@@ -52,6 +53,11 @@ def _compiled(template: str) -> Any:
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError as error:
         raise MissingPackage(f"chat messages need jinja2, which cannot be imported: {error}") from error
+
+    if tuple(int(part) for part in jinja2.__version__.split(".")[:3]) < _SAFE:
+        raise MissingPackage(
+            f"chat messages need jinja2 {'.'.join(map(str, _SAFE))} or newer, whose sandbox holds; this is {jinja2.__version__}"
+        )
 
     class Generation(Extension):
         """{% generation %} marks the assistant's text for training; here its block is simply shown."""

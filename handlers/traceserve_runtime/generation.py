@@ -30,6 +30,7 @@ class Settings:
     temperature: float = 1.0
     top_k: int = 0  # 0: all
     top_p: float = 1.0
+    min_p: float = 0.0
     seed: Optional[int] = None
     repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
@@ -279,7 +280,7 @@ def _suppressed(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int]
 
 
 def probabilities(scores: np.ndarray, settings: Settings) -> np.ndarray:
-    """The probability of each token, (vocabulary), by temperature, then top_k, then top_p."""
+    """The probability of each token, (vocabulary), by temperature, then top_k, top_p and min_p."""
     scores = scores / np.float32(settings.temperature)
     if 0 < settings.top_k < len(scores):
         threshold = np.partition(scores, -settings.top_k)[-settings.top_k]
@@ -289,6 +290,9 @@ def probabilities(scores: np.ndarray, settings: Settings) -> np.ndarray:
         dropped = np.cumsum(softmax(scores[order])) <= np.float32(1 - settings.top_p)
         dropped[-1] = False
         scores[order[dropped]] = NEVER
+    if settings.min_p > 0.0:
+        likely = softmax(scores)
+        scores[likely < np.float32(settings.min_p) * likely.max()] = NEVER
     return softmax(scores)
 
 

@@ -252,6 +252,8 @@ def _model_facts(model: Any, tokenizer: Any, checkpoint: Checkpoint, labels: Tup
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if name.endswith("_token")}
     generation = getattr(model, "generation_config", None)
     template = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, dict):  # several, by their use
+        template = template.get("default")
     return ModelFacts(
         config=model.config.to_dict(),
         generation=generation.to_diff_dict() if generation is not None and model.can_generate() else {},

@@ -32,11 +32,12 @@ class FillMask(Task):
 
     @classmethod
     def facts(cls, model: ModelFacts) -> Dict[str, Any]:
-        """The mask token; raises Unsupported where the tokenizer has none."""
+        """The mask token and the padding; raises Unsupported where the tokenizer has no mask."""
         if "mask" not in model.tokens:
             raise Unsupported("this checkpoint's tokenizer has no mask token, so it cannot answer fill_mask")
         token, token_id = model.tokens["mask"]
-        return {"mask_token": token, "mask_id": token_id}
+        padding = model.tokens["pad"][1] if "pad" in model.tokens else None
+        return {"mask_token": token, "mask_id": token_id, "pad_id": padding}
 
     @classmethod
     def sample_body(cls, facts: Mapping[str, Any]) -> Dict[str, Any]:
@@ -80,7 +81,9 @@ class FillMask(Task):
     def _filled(self, ids: np.ndarray, place: int, token: int, score: float, single: bool) -> Dict[str, Any]:
         filled = ids.copy()
         filled[place] = token
-        filled = filled[filled != self.manifest.tokenizer.pad_id]
+        padding = self.manifest.facts["pad_id"]
+        if padding is not None:
+            filled = filled[filled != padding]
         return {
             "score": float(score),
             "token": token,

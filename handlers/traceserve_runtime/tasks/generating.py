@@ -23,11 +23,18 @@ PARAMETERS = (
     Parameter(
         "do_sample",
         bool,
-        "draw each token by its probability instead of taking the best; so it is, too, where temperature, top_k, top_p "
+        "draw each token by its probability instead of taking the best; so it is, too, where temperature, top_k, top_p, min_p "
         "or seed are sent",
         default=False,
     ),
-    Parameter("temperature", float, "below 1 the likely tokens become likelier", least=0.01, most=100, default=1.0),
+    Parameter(
+        "temperature",
+        float,
+        "below 1 the likely tokens become likelier; 0: the best is taken",
+        least=0,
+        most=100,
+        default=1.0,
+    ),
     Parameter("top_k", int, "draw among this many tokens only; 0: among all", least=0, default=50),
     Parameter(
         "top_p",
@@ -36,6 +43,14 @@ PARAMETERS = (
         least=0.0,
         most=1,
         default=1.0,
+    ),
+    Parameter(
+        "min_p",
+        float,
+        "draw among the tokens only that are this probable, compared with the likeliest",
+        least=0,
+        most=1,
+        default=0.0,
     ),
     Parameter("seed", int, "the same seed draws the same tokens again", least=0, most=2**32 - 1),
     Parameter(
@@ -66,7 +81,7 @@ PARAMETERS = (
     Parameter("stop", list, "end once one of these strings is written; it is part of the answer"),
 )
 # What asks for sampling by itself.
-_SAMPLING = ("temperature", "top_k", "top_p", "seed")
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
 # Settings of a generation_config.json that change what is written and are not known here, with their neutral values.
 _UNKNOWN: Mapping[str, Tuple[Any, ...]] = {
     "encoder_no_repeat_ngram_size": (None, 0),
@@ -77,7 +92,6 @@ _UNKNOWN: Mapping[str, Tuple[Any, ...]] = {
     "typical_p": (None, 1.0),
     "epsilon_cutoff": (None, 0.0),
     "eta_cutoff": (None, 0.0),
-    "min_p": (None, 0.0),
     "guidance_scale": (None, 1.0),
     "sequence_bias": (None,),
     "exponential_decay_length_penalty": (None,),
@@ -132,11 +146,13 @@ class Generating(Task):
         """Raise InvalidRequest for parameters that mean nothing together."""
         if self._samples(request) and request.parameters.get("num_beams", 1) > 1:
             raise InvalidRequest(
-                "beam search does not sample; send either num_beams or do_sample, temperature, top_k, top_p, seed",
+                "beam search does not sample; send either num_beams or do_sample, temperature, top_k, top_p, min_p, seed",
                 "parameters.num_beams",
             )
 
     def _samples(self, request: Request) -> bool:
+        if self.parameter(request, "temperature") == 0:
+            return False
         if "do_sample" in request.parameters:
             return bool(request.parameters["do_sample"])
         if any(name in request.parameters for name in _SAMPLING):
@@ -152,7 +168,7 @@ class Generating(Task):
             most = 256 if facts["max_length"] is None else max(1, facts["max_length"] - prompt)
         take = {
             name: self.parameter(request, name)
-            for name in ("temperature", "top_k", "top_p", "seed", "repetition_penalty", "no_repeat_ngram_size")
+            for name in ("temperature", "top_k", "top_p", "min_p", "seed", "repetition_penalty", "no_repeat_ngram_size")
             + ("min_new_tokens", "length_penalty", "early_stopping")
         }
         return Settings(
@@ -203,8 +219,7 @@ class Generating(Task):
         if stops is None and tells is None:
             return None
         wanted = strings(stops or [])
-        # A stop string may begin in the prompt.
-        before = self.text(prompt[-16:]) if self.loop == "decoder" else ""
+        before = self.text_before(prompt)
 
         def watch(tokens: List[int]) -> bool:
             text = self.text(tokens)
@@ -213,6 +228,10 @@ class Generating(Task):
             return any(stop in (before + text)[max(0, len(before) - len(stop) + 1) :] for stop in wanted)
 
         return watch
+
+    def text_before(self, prompt: Sequence[int]) -> str:
+        """The end of the prompt, in which a stop string may begin."""
+        return ""
 
     def _settled(self, text: str) -> str:
         """The part of a growing text that more tokens do not change: no half characters, no space that may go."""

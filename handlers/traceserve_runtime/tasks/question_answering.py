@@ -102,7 +102,7 @@ class QuestionAnswering(Task):
 
     def _spans(self, request: Request, row: Row, places: Sequence[int], output: Arrays) -> Tuple[List[_Span], float]:
         """The best spans of one window, start at most end, and the score of its having none."""
-        top_k = self.parameter(request, "top_k")
+        top_k, longest = self.parameter(request, "top_k"), self.parameter(request, "max_answer_len")
         if self.parameter(request, "align_to_words"):
             top_k = 2 * top_k + 10  # several spans may become one
         inside = np.zeros(row.length, dtype=bool)
@@ -111,12 +111,13 @@ class QuestionAnswering(Task):
         start, end = (softmax(np.where(allowed, output[name], np.float32(-10000.0))) for name in self.manifest.outputs)
         null_score = float(start[0] * end[0])
         start, end = np.where(inside, start, 0), np.where(inside, end, 0)
-        scores = np.tril(np.triu(np.outer(start, end)), self.parameter(request, "max_answer_len") - 1).ravel()
+        scores = np.tril(np.triu(np.outer(start, end)), longest - 1).ravel()
         best = np.argpartition(-scores, top_k)[:top_k] if top_k < len(scores) else np.arange(len(scores))
         spans = []
         for flat in best[np.argsort(-scores[best], kind="stable")]:
             first, last = divmod(int(flat), row.length)
-            if inside[first] and inside[last] and first <= last:
+            # Where there are fewer than top_k, what is left has the score 0, and may be anything.
+            if inside[first] and inside[last] and first <= last < first + longest:
                 spans.append(_Span(first, last, float(scores[flat])))
         return spans, null_score
 
@@ -133,8 +134,9 @@ class QuestionAnswering(Task):
         return offsets[span.start][0], offsets[span.end][1]
 
     def same(self, answer: Any, other: Any) -> bool:
-        """The same place of the context."""
-        return bool((answer["start"], answer["end"]) == (other["start"], other["end"]))
+        """The same place of the context, that of the best answer."""
+        best = [[(a["start"], a["end"]) for a in _listed(value)[:1]] for value in (answer, other)]
+        return best[0] == best[1]
 
     def from_texts(self, texts: Sequence[str]) -> List[Request]:
         """Each text as a context, asked about by the one before it; the long ones by a short one."""
@@ -148,3 +150,8 @@ class QuestionAnswering(Task):
     def warm_up_requests(self) -> List[Request]:
         long = {**self.sample, "context": " ".join([self.sample["context"]] * self.manifest.max_length)}
         return [Request(self.sample), Request(long, {"long_inputs": "truncate"})]
+
+
+def _listed(value: Any) -> List[Dict[str, Any]]:
+    """The answers as a list, whether one was told or several."""
+    return value if isinstance(value, list) else [value]

@@ -52,7 +52,9 @@ class ZeroShotClassification(Task):
     def facts(cls, model: ModelFacts) -> Dict[str, Any]:
         """Which label says that the text entails the sentence; raises Unsupported without one."""
         labels = model.labels
-        entailment = [index for index, label in enumerate(labels) if label.lower().startswith("entail")]
+        # The pipeline reads label2id, which is not always the same the other way round.
+        named = [*enumerate(labels), *((int(i), label) for label, i in (model.config.get("label2id") or {}).items())]
+        entailment = [index for index, label in named if label.lower().startswith("entail")]
         if not entailment or len(labels) < 2:
             raise Unsupported(
                 f"zero_shot_classification needs a model of entailment, with a label called entailment; this one has "
@@ -68,9 +70,8 @@ class ZeroShotClassification(Task):
                 '"candidate_labels" is missing: send "parameters": {"candidate_labels": ["...", "..."]}',
                 "parameters.candidate_labels",
             )
-        listed = value.split(",") if isinstance(value, str) else value
-        labels = [label.strip() for label in listed] if isinstance(value, str) else list(listed)
-        labels = [label for label in labels if label.strip()]
+        # As the pipeline: only what stands between commas is stripped, and left out where it is blank.
+        labels = [label.strip() for label in value.split(",") if label.strip()] if isinstance(value, str) else value
         if not labels:
             raise InvalidRequest('"candidate_labels" holds no label', "parameters.candidate_labels")
         return labels
