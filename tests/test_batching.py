@@ -31,10 +31,10 @@ def cost_of(batches: Sequence[Sequence[int]], lengths: Sequence[int], shapes: Sh
     return sum(cost(shapes.batch(len(b)), shapes.length(max(lengths[i] for i in b))) for b in batches)
 
 
-def is_allowed(batch: Sequence[int], lengths: Sequence[int], shapes: Shapes) -> bool:
+def is_allowed(batch: Sequence[int], lengths: Sequence[int], shapes: Shapes, most_tokens: int = MOST_TOKENS) -> bool:
     most = MOST_ROWS if shapes.batches is None else max(shapes.batches)
     longest = shapes.length(max(lengths[i] for i in batch))
-    return len(batch) == 1 or (len(batch) <= most and len(batch) * longest <= MOST_TOKENS)
+    return len(batch) == 1 or (len(batch) <= most and len(batch) * longest <= most_tokens)
 
 
 def partitions(items: List[int]) -> Iterator[List[List[int]]]:
@@ -70,6 +70,27 @@ def test_a_plan_covers_every_row_once_in_sorted_order(lengths: List[int], shapes
 @example(lengths=[9] * 9, shapes=SHAPES[2], cost=CostModel(run=1e6))
 def test_a_plan_keeps_the_limits(lengths: List[int], shapes: Shapes, cost: CostModel) -> None:
     assert all(is_allowed(batch, lengths, shapes) for batch in plan(lengths, shapes, cost))
+
+
+@quick
+@given(
+    lengths=lengths_of_rows,
+    shapes=st.sampled_from(SHAPES),
+    cost=st.sampled_from(COSTS),
+    most_tokens=st.integers(1, 2 * MOST_TOKENS),
+)
+@example(lengths=[5] * 9, shapes=Shapes(), cost=CostModel(run=1e6), most_tokens=20)
+@example(lengths=[5] * 9, shapes=Shapes(), cost=CostModel(run=1e6), most_tokens=4)
+def test_a_plan_keeps_a_tasks_own_limit(lengths: List[int], shapes: Shapes, cost: CostModel, most_tokens: int) -> None:
+    batches = plan(lengths, shapes, cost, most_tokens)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    assert all(is_allowed(batch, lengths, shapes, most_tokens) for batch in batches)
+
+
+@pytest.mark.parametrize(("most_tokens", "sizes"), [(20, [1, 4, 4]), (24, [1, 4, 4]), (4, [1] * 9), (45, [9])])
+def test_a_tasks_own_limit_cuts_what_would_run_together(most_tokens: int, sizes: List[int]) -> None:
+    planned = plan([5] * 9, Shapes(), CostModel(run=1e9), most_tokens)
+    assert sorted(len(batch) for batch in planned) == sizes
 
 
 @pytest.mark.parametrize(

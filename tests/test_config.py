@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Tuple, Type
 
 import jsonschema
 import pytest
@@ -14,6 +14,7 @@ from traceserve.config import RENAMED, WITHOUT_MEANING, SetupConfig, default_nam
 from traceserve.errors import ConfigError
 from traceserve.writers import WRITERS
 from traceserve_runtime.tasks import TASKS
+from traceserve_runtime.tasks.contract import LARGEST_NUMBER, Parameter, Task
 
 # For each key its default, and values with what they mean.
 KEYS: Dict[str, Tuple[Any, List[Tuple[Any, Any]]]] = {
@@ -29,7 +30,8 @@ KEYS: Dict[str, Tuple[Any, List[Tuple[Any, Any]]]] = {
         "auto",
         [("auto", "auto"), ("fixed", "fixed"), ([16, 64], [16, 64]), (["16", "64"], [16, 64]), ([4], [4])],
     ),
-    "long_inputs": ("window", [(how, how) for how in ("window", "truncate", "reject")]),
+    "long_inputs": (None, [(how, how) for how in ("window", "truncate", "reject", None)]),
+    "parameters": ({}, [({}, {}), ({"top_k": 2}, {"top_k": 2}), ({"top_k": None}, {"top_k": None})]),
     "max_rows": (256, [(1, 1), ("64", 64)]),
     "num_labels": (None, [(2, 2), ("2", 2), (1, 1), (None, None)]),
     "index_to_name": (None, [("names.json", "names.json"), (None, None)]),
@@ -38,6 +40,7 @@ KEYS: Dict[str, Tuple[Any, List[Tuple[Any, Any]]]] = {
     "max_batch_delay": (2, [(1, 1), (10_000, 10_000), ("50", 50)]),
     "response_timeout": (300, [(1, 1), ("900", 900)]),
 }
+LAST_TASKS = "{!r} or {!r}".format(*list(TASKS)[-2:])
 VALUES = [(key, given, meant) for key, (_, values) in KEYS.items() for given, meant in values]
 
 # A key, a value that is not legal, and words of the message that say what would be.
@@ -50,8 +53,8 @@ BAD: List[Tuple[str, Any, str]] = [
     ("library", "tensorflow", "'transformers'"),
     ("trust_remote_code", "perhaps", "boolean"),
     ("trust_remote_code", None, "boolean"),
-    ("task", "translation", "'sequence_classification' or 'feature_extraction'"),
-    ("task", None, "'sequence_classification' or 'feature_extraction'"),
+    ("task", "fortune_telling", LAST_TASKS),
+    ("task", None, LAST_TASKS),
     ("save_mode", "pickle", "'torchscript'"),
     ("hardware", "neuron", "'cpu'"),
     ("max_length", 3, "greater than or equal to 4"),
@@ -70,9 +73,13 @@ BAD: List[Tuple[str, Any, str]] = [
     ("sequence_lengths", [32, 32], "ascending list of lengths of 4 or more"),
     ("sequence_lengths", [2, 32], "ascending list of lengths of 4 or more"),
     ("long_inputs", "cut", "'window', 'truncate' or 'reject'"),
+    ("parameters", None, "dictionary"),
+    ("parameters", [], "dictionary"),
+    ("parameters", "top_k", "dictionary"),
+    ("parameters", True, "not a boolean"),
     ("max_rows", 0, "greater than or equal to 1"),
     ("max_rows", True, "integer"),
-    ("num_labels", 0, "greater than or equal to 1"),
+    ("num_labels", -1, "greater than or equal to 0"),
     ("num_labels", "two", "integer"),
     ("num_labels", True, "integer"),
     ("index_to_name", {"0": "red"}, "string"),
@@ -178,7 +185,7 @@ def test_mode_and_task_together_are_refused(keys: Tuple[str, str], second: str) 
 
 def test_an_illegal_mode_is_told_under_the_name_that_the_user_wrote() -> None:
     with pytest.raises(ConfigError, match="mode"):
-        parse({"model_name": "x", "mode": "translation"})
+        parse({"model_name": "x", "mode": "fortune_telling"})
 
 
 def test_schema_key_is_for_editors() -> None:
@@ -229,6 +236,17 @@ EXAMPLE_FILES: Dict[str, Dict[str, Any]] = {
         "FasterTransformer": False,
         "model_parallel": False,
     },
+    "without labels": {
+        "model_name": "bert-base-uncased",
+        "mode": "question_answering",
+        "do_lower_case": True,
+        "num_labels": "0",
+        "save_mode": "torchscript",
+        "max_length": "128",
+        "captum_explanation": False,
+        "embedding_name": "bert",
+        "FasterTransformer": True,
+    },
 }
 
 
@@ -253,9 +271,7 @@ def test_the_example_files_hold_every_key_without_meaning() -> None:
     "change, given, legal",
     [
         ({"save_mode": "pretrained"}, '"pretrained"', list(WRITERS)),
-        ({"mode": "question_answering", "num_labels": "0"}, '"question_answering"', list(TASKS)),
-        ({"mode": "token_classification", "num_labels": "9"}, '"token_classification"', list(TASKS)),
-        ({"mode": "text_generation", "num_labels": "0"}, '"text_generation"', list(TASKS)),
+        ({"mode": "fortune_telling", "num_labels": "0"}, '"fortune_telling"', list(TASKS)),
         ({"mode": "sequence classification"}, '"sequence classification"', list(TASKS)),
         ({"hardware": "neuron"}, '"neuron"', ["cpu"]),
     ],
@@ -277,7 +293,7 @@ import sys
 from traceserve.config import parse
 from traceserve.errors import ConfigError
 try:
-    parse({"model_name": "bert-base-uncased", "mode": "question_answering"})
+    parse({"model_name": "bert-base-uncased", "mode": "fortune_telling"})
 except ConfigError:
     print(sorted({"torch", "transformers", "huggingface_hub"} & set(sys.modules)))
 """
@@ -294,6 +310,93 @@ def test_sequence_lengths_end_at_max_length() -> None:
 def test_index_to_name_needs_a_task_with_labels() -> None:
     with pytest.raises(ConfigError, match="index_to_name has no meaning for the task feature_extraction"):
         config_of(task="feature_extraction", index_to_name="names.json")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_no_labels_are_no_labels(task: str) -> None:
+    """The pytorch/serve example writes `"num_labels": "0"` for question answering and text generation."""
+    if TASKS[task].labelled:
+        with pytest.raises(ConfigError, match=f"num_labels is 0, but {task} has labels; remove num_labels"):
+            config_of(task=task, num_labels="0")
+    else:
+        assert config_of(task=task, num_labels="0").num_labels == 0
+
+
+@pytest.mark.parametrize("task", [name for name in TASKS if not TASKS[name].merges_windows])
+def test_windows_are_for_tasks_that_merge_them(task: str) -> None:
+    for how in ("truncate", "reject", None):
+        assert config_of(task=task, long_inputs=how).long_inputs == how
+    with pytest.raises(ConfigError, match=f"long_inputs is window, but {task} cannot merge windows; use truncate or"):
+        config_of(task=task, long_inputs="window")
+
+
+def test_there_are_tasks_of_each_kind() -> None:
+    """Else the test above, and those of the schema, could not fail."""
+    assert {task.merges_windows for task in TASKS.values()} == {True, False}
+    assert {bool(task.loop) for task in TASKS.values()} == {True, False}
+
+
+@pytest.mark.parametrize("lengths", ["fixed", [16, 64]])
+@pytest.mark.parametrize("task", [name for name in TASKS if TASKS[name].loop])
+def test_a_text_that_grows_has_no_fixed_lengths(task: str, lengths: Any) -> None:
+    with pytest.raises(ConfigError, match=f"sequence_lengths has no meaning for {task}, whose texts grow"):
+        config_of(task=task, sequence_lengths=lengths)
+
+
+EVERY_PARAMETER = [(task, parameter) for task in TASKS.values() for parameter in task.parameters]
+every_parameter = pytest.mark.parametrize(
+    "task, parameter", EVERY_PARAMETER, ids=[f"{task.name}-{parameter.name}" for task, parameter in EVERY_PARAMETER]
+)
+
+
+def accepted_by(parameter: Parameter) -> List[Any]:
+    """Values of each kind that a parameter may take."""
+    most = min(LARGEST_NUMBER, parameter.most or LARGEST_NUMBER)
+    numbers: List[Any] = [parameter.least, most]
+    of_type: Dict[type, List[Any]] = {
+        int: [int(n) for n in numbers],
+        float: [*numbers, float(most) - 0.5],
+        bool: [True, False],
+        str: [] if parameter.choices else ["", "This is {}."],
+        list: ["one", ["one"], ["one", "two"]],
+    }
+    return [*of_type[parameter.type], *parameter.choices, *([None] if parameter.nullable else [])]
+
+
+def refused_by(parameter: Parameter) -> List[Any]:
+    """Values that look like a parameter's, and are none of it."""
+    below, above = parameter.least - 1, 2 * (parameter.most or LARGEST_NUMBER) + 2
+    of_type: Dict[type, List[Any]] = {
+        int: [True, int(below), int(above), 2.5, "2", [2]],
+        float: [True, below, above, "0.5", [0.5]],
+        bool: [0, 1, "true", "yes"],
+        str: [5, ["none"], True, *(["", "None", "no such"] if parameter.choices else [])],
+        list: ["", [], [""], ["one", 2], {"one": 1}, 5],
+    }
+    return [*of_type[parameter.type], {}, *([] if parameter.nullable else [None])]
+
+
+@every_parameter
+def test_parameters_are_those_of_the_task(task: Type[Task], parameter: Parameter) -> None:
+    for value in accepted_by(parameter):
+        assert config_of(task=task.name, parameters={parameter.name: value}).parameters == {parameter.name: value}
+    for value in refused_by(parameter):
+        with pytest.raises(ConfigError) as raised:
+            config_of(task=task.name, parameters={parameter.name: value})
+        assert raised.value.message == (
+            f"parameters: {parameter.name} should be {parameter.legal}, not {json.dumps(value)}"
+        )
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("name", ["long_inputs", "topk", " top_k", ""])
+def test_an_unknown_parameter_is_refused_with_the_known_ones(task: str, name: str) -> None:
+    """`long_inputs` has a key of its own."""
+    with pytest.raises(ConfigError) as raised:
+        config_of(task=task, parameters={name: 1})
+    assert f"{task} has no parameter {name}, but" in raised.value.message
+    for parameter in TASKS[task].parameters:
+        assert parameter.name in raised.value.message
 
 
 def test_a_config_cannot_be_changed() -> None:
@@ -386,10 +489,33 @@ DOCUMENTS: List[Any] = [
     {"model_name": "x"},
     {"$schema": "./schema.json", "model_name": "x"},
     {"$schema": 1, "model_name": "x", "unknown": 1},
-    {"model_name": "x", "mode": "feature_extraction"},
-    {"model_name": "x", "mode": "question_answering"},
     {"model_name": "x", "mode": "sequence_classification", "task": "sequence_classification"},
-    {"model_name": "x", "task": "feature_extraction", "index_to_name": "names.json"},
+    {"model_name": "x", "mode": "fortune_telling", "parameters": {"top_k": 1}},
+    *(
+        {"model_name": "x", **named, **content}
+        for named in [{}, *({key: task} for task in TASKS for key in ("task", "mode"))]
+        for content in (
+            {},
+            {"index_to_name": "names.json"},
+            {"index_to_name": None},
+            {"num_labels": 0},
+            {"num_labels": "3"},
+            {"long_inputs": "window"},
+            {"long_inputs": None},
+            {"sequence_lengths": "fixed"},
+            {"sequence_lengths": [8, 16]},
+            {"parameters": {}},
+            {"parameters": {"long_inputs": "reject"}},
+            {"parameters": {" top_k": 1}},
+            {"parameters": {"top_k": 1}},
+            {"parameters": {"top_k": 1, "nothing": 1}},
+        )
+    ),
+    *(
+        {"model_name": "x", "task": task.name, "parameters": {parameter.name: value}}
+        for task, parameter in EVERY_PARAMETER
+        for value in (*accepted_by(parameter), *refused_by(parameter))
+    ),
     *EXAMPLE_FILES.values(),
     {**EXAMPLE_FILES["last"], "save_mode": "pretrained"},
     *({"model_name": "x", key: given} for key, given, _ in VALUES),
@@ -404,11 +530,16 @@ DOCUMENTS: List[Any] = [
 ]
 
 
+@pytest.fixture(scope="module")
+def validator() -> Any:
+    return jsonschema.Draft202012Validator(json_schema())
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: json.dumps(document)[:60])
-def test_the_schema_accepts_what_parse_accepts(document: Any) -> None:
+def test_the_schema_accepts_what_parse_accepts(document: Any, validator: Any) -> None:
     try:
         parse(document)
         accepted = True
     except ConfigError:
         accepted = False
-    assert jsonschema.Draft202012Validator(json_schema()).is_valid(document) is accepted
+    assert validator.is_valid(document) is accepted

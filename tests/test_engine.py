@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any, Dict, Iterator, List, Sequence, Tuple, Type
 
 import numpy as np
 import pytest
@@ -13,12 +13,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from traceserve.samples import SENTENCES, VERY_LONG
-from traceserve_runtime.batching import Arrays, Stats
+from traceserve_runtime.batching import Arrays, CostModel, Runner, Stats
 from traceserve_runtime.engine import Answer, Engine
-from traceserve_runtime.errors import InputTooLong, InvalidManifest, MissingPackage, ModelFailure, TraceserveError
+from traceserve_runtime.errors import (
+    InputTooLong,
+    InvalidManifest,
+    InvalidRequest,
+    MissingPackage,
+    ModelFailure,
+    TraceserveError,
+)
 from traceserve_runtime.manifest import Manifest, Shapes, sha256
-from traceserve_runtime.tasks.contract import Request
-from traceserve_runtime.tokenization import TextTokenizer
+from traceserve_runtime.tasks import TASKS
+from traceserve_runtime.tasks.contract import Job, Request, Task
+from traceserve_runtime.tasks.sequence_classification import SequenceClassification
+from traceserve_runtime.tokenization import Row, Segments, TextTokenizer
 
 quick = settings(deadline=None, max_examples=25, database=None)
 ALL_LABELS = {"top_k": None}
@@ -58,8 +67,13 @@ def assert_same(answer: List[Dict[str, Any]], other: List[Dict[str, Any]]) -> No
 def like(engine: Engine, **changes: Any) -> Engine:
     """The engine with another manifest."""
     manifest = dataclasses.replace(engine.manifest, **changes)
+    return of(type(engine.task), engine, manifest)
+
+
+def of(task: Type[Task], engine: Engine, manifest: Manifest) -> Engine:
+    """The engine with another task."""
     tokenizer = TextTokenizer(engine.folder, manifest.tokenizer, manifest.max_length, manifest.max_rows)
-    return Engine(engine.folder, manifest, type(engine.task)(manifest, tokenizer), engine.runner)
+    return Engine(engine.folder, manifest, task(manifest, tokenizer), engine.runner)
 
 
 def test_an_answer_is_the_best_label_or_all_of_them(engine: Engine) -> None:
@@ -140,7 +154,8 @@ def test_windows_are_merged_by_their_tokens(engine: Engine) -> None:
     """The mean of the windows' scores, each weighted by its tokens, and not that of the truncated text."""
     (encoded,) = engine.task.encode([ask(VERY_LONG)])
     assert not isinstance(encoded, TraceserveError) and len(encoded.rows) > 3
-    rows = [engine.task.predict(engine.runner, [row], Stats())[0]["logits"] for row in encoded.rows]
+    jobs = [Job(row, ask(VERY_LONG)) for row in encoded.rows]
+    rows = [engine.task.predict(engine.runner, [job], Stats())[0]["logits"] for job in jobs]
     scores = [np.exp(row) / np.exp(row).sum() for row in rows]
     mean = sum(s * r.tokens for s, r in zip(scores, encoded.rows)) / sum(r.tokens for r in encoded.rows)
     answer = scores_of(value_of(engine.answer([ask(VERY_LONG)])[0]))
@@ -200,6 +215,143 @@ def test_a_group_that_is_refused_computes_nothing(engine: Engine) -> None:
     stats = Stats()
     like(engine, max_rows=1).answer([ask("Yes.", 0)] * 5, stats)
     assert (stats.requests, stats.rows, stats.micro_batches) == (5, 0, 0)
+
+
+class Parts(SequenceClassification):
+    """Answers with the best label of each line of a text, and refuses some."""
+
+    def segments(self, request: Request) -> List[Segments]:
+        lines = request.inputs["text"].split("\n")
+        if "refused" in lines:
+            raise InvalidRequest("this line is refused", "text")
+        return [Segments(line, fields=(f"text[{i}]", "")) for i, line in enumerate(lines)]
+
+    def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Any:
+        return [(row.part, self.manifest.labels[int(output["logits"].argmax())]) for row, output in zip(rows, outputs)]
+
+
+def test_a_request_may_have_several_parts(engine: Engine, alone: Dict[str, List[Dict[str, Any]]]) -> None:
+    short = [text for text in TEXTS if text and "\n" not in text and windows(engine, text) == 1]
+    lines = [short[:4], short[4:5], short[5:8]]
+    assert len(lines[-1]) == 3
+    answers = of(Parts, engine, engine.manifest).answer([Request({"text": "\n".join(texts)}) for texts in lines])
+    for texts, answer in zip(lines, answers):
+        assert [part for part, _ in value_of(answer)] == list(range(len(texts)))
+        assert [label for _, label in value_of(answer)] == [alone[text][0]["label"] for text in texts]
+
+
+def test_what_is_cut_of_each_part_is_told(engine: Engine) -> None:
+    text = f"Yes.\n{VERY_LONG}\nNo.\n{VERY_LONG[:300]}"
+    (answer,) = of(Parts, engine, engine.manifest).answer([Request({"text": text}, {"long_inputs": "truncate"})])
+    assert isinstance(answer, Answer)
+    assert {name: end for name, (_, end) in answer.unseen.items()} == {"text[1]": len(VERY_LONG), "text[3]": 300}
+
+
+def test_a_request_that_the_task_refuses_fails_alone(engine: Engine, alone: Dict[str, List[Dict[str, Any]]]) -> None:
+    texts = ["Yes.", "No.\nrefused", "No, thank you!"]
+    first, second, third = of(Parts, engine, engine.manifest).answer([Request({"text": text}) for text in texts])
+    assert value_of(first) == [(0, alone["Yes."][0]["label"])]
+    assert isinstance(second, InvalidRequest) and second.field == "text"
+    assert value_of(third) == [(0, alone["No, thank you!"][0]["label"])]
+
+
+def test_a_part_that_is_too_long_fails_its_request(engine: Engine) -> None:
+    texts = [f"Yes.\n{VERY_LONG}", "Yes."]
+    requests = [Request({"text": text}, {"long_inputs": "reject"}) for text in texts]
+    first, second = of(Parts, engine, engine.manifest).answer(requests)
+    assert isinstance(first, InputTooLong) and first.field == "text[1]"
+    assert isinstance(second, Answer)
+
+
+def test_the_rows_of_all_parts_count(engine: Engine) -> None:
+    limited = of(Parts, engine, dataclasses.replace(engine.manifest, max_rows=3))
+    requests = [Request({"text": "a\nb\nc"}, {}, 0), Request({"text": "a\nb"}, {}, 1), Request({"text": "a\nb"}, {}, 1)]
+    assert [isinstance(answer, InputTooLong) for answer in limited.answer(requests)] == [False, True, True]
+
+
+def test_a_task_may_set_how_many_tokens_run_together(engine: Engine) -> None:
+    class Careful(SequenceClassification):
+        @property
+        def most_tokens(self) -> int:
+            return 40
+
+    careful, shapes = of(Careful, engine, engine.manifest), []
+
+    def recording(inputs: Arrays) -> Arrays:
+        shapes.append(inputs["input_ids"].shape)
+        return engine.runner(inputs)
+
+    careful.runner = recording  # type: ignore[assignment]  # is run once only
+    careful.answer([ask("Yes.")] * 20)
+    assert sum(batch for batch, _ in shapes) == 20
+    assert all(batch * length <= 40 for batch, length in shapes)
+    assert len(shapes) > 2
+
+
+@pytest.mark.parametrize("cost, runs", [(CostModel(run=1e9), 1), (CostModel(run=0, attention=1), 2)])
+def test_a_task_may_say_what_a_run_costs(engine: Engine, cost: CostModel, runs: int) -> None:
+    class Priced(SequenceClassification):
+        @property
+        def cost(self) -> CostModel:
+            return cost
+
+    stats = Stats()
+    of(Priced, engine, engine.manifest).answer([ask("Yes."), ask(VERY_LONG, long_inputs="truncate")], stats)
+    assert (stats.rows, stats.micro_batches) == (2, runs)
+
+
+def test_a_task_keeps_what_it_reads(engine: Engine) -> None:
+    """And only that is looked at: a model may give what is no number where nobody reads."""
+
+    class First(SequenceClassification):
+        def keep(self, row: Row, outputs: Arrays) -> Arrays:
+            return {"logits": outputs["logits"][:1]}
+
+        def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Any:
+            return [output["logits"].shape for output in outputs]
+
+    first, own = of(First, engine, engine.manifest), engine.runner
+
+    def broken(inputs: Arrays) -> Arrays:
+        logits = own(inputs)["logits"].copy()
+        logits[:, 1] = np.nan
+        return {"logits": logits}
+
+    first.runner = broken  # type: ignore[assignment]  # is run once only
+    assert [value_of(answer) for answer in first.answer([ask("Yes."), ask("No.")])] == [[(1,)], [(1,)]]
+
+
+class Telling(SequenceClassification):
+    """Tells the length of each row while it runs."""
+
+    def predict(self, runner: Runner, jobs: Sequence[Job], stats: Stats) -> List[Arrays]:
+        for job in jobs:
+            if job.emit is not None:
+                job.emit(f"{job.request.inputs['text']}: {job.row.length}")
+        return super().predict(runner, jobs, stats)
+
+
+def test_what_grows_is_told_under_its_requests_number(engine: Engine) -> None:
+    """With the characters that the model does not see."""
+    telling = of(Telling, engine, engine.manifest)
+    texts = ["Yes.", VERY_LONG, "No, thank you!", VERY_LONG]
+    requests = [ask(text, long_inputs=how) for text, how in zip(texts, ["reject", "reject", "window", "truncate"])]
+    told: Dict[int, Tuple[Any, str]] = {}
+
+    def emit(i: int, unseen: Any, text: str) -> None:
+        told[i] = (unseen, text)
+
+    answers = telling.answer(requests, emit=emit)
+    assert set(told) == {0, 2, 3}
+    assert all(told[i][1].startswith(f"{texts[i]}: ") for i in told)
+    assert [isinstance(answer, Answer) for answer in answers] == [True, False, True, True]
+    cut = answers[3]
+    assert isinstance(cut, Answer) and cut.unseen
+    assert [told[i][0] for i in (0, 2, 3)] == [{}, {}, cut.unseen]
+
+
+def test_nothing_is_told_where_nobody_listens(engine: Engine) -> None:
+    assert all(isinstance(answer, Answer) for answer in of(Telling, engine, engine.manifest).answer([ask("Yes.")]))
 
 
 @pytest.fixture()
@@ -265,7 +417,7 @@ def test_what_is_no_number_is_no_answer(
         logits[(inputs["input_ids"] == token).any(axis=1), 1] = value
         return {"logits": logits}
 
-    engine.runner = runner
+    engine.runner = runner  # type: ignore[assignment]  # is run once only
     first, second = engine.answer([ask("Yes."), ask(POISON)])
     assert isinstance(second, ModelFailure) and "not a number" in second.message
     assert_same(value_of(first), alone["Yes."])
@@ -289,10 +441,20 @@ def test_warming_up_asks_the_model(poisoned: Tuple[Engine, int]) -> None:
         shapes.append(inputs["input_ids"].shape)
         return own(inputs)
 
-    engine.runner = recording
+    engine.runner = recording  # type: ignore[assignment]  # is run once only
     engine.warm_up()
     assert {batch for batch, _ in shapes} == {1}
     assert max(length for _, length in shapes) == engine.manifest.max_length
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
+def test_windows_are_advised_where_the_task_merges_them(artifact: Path, tmp_path: Path, task: Type[Task]) -> None:
+    changed = damaged(artifact, tmp_path, task=task.name, long_inputs="reject")
+    tokenizer = Engine.load(changed).task.tokenizer
+    (error,) = tokenizer.encode([Segments(VERY_LONG)], ["reject"])
+    assert isinstance(error, InputTooLong)
+    assert ('"window"' in error.message) is task.merges_windows
+    assert '"truncate"' in error.message
 
 
 def test_warming_up_raises_what_the_model_raises(poisoned: Tuple[Engine, int]) -> None:
@@ -301,7 +463,7 @@ def test_warming_up_raises_what_the_model_raises(poisoned: Tuple[Engine, int]) -
     def broken(inputs: Arrays) -> Arrays:
         raise RuntimeError("no kernel")
 
-    engine.runner = broken
+    engine.runner = broken  # type: ignore[assignment]  # is run once only
     with pytest.raises(ModelFailure, match="no kernel"):
         engine.warm_up()
 

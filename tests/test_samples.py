@@ -1,21 +1,50 @@
-"""The built-in samples of every task, and the user's own from a file."""
+"""What each task asks of the built-in texts, and the user's own samples from a file."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Type
+from typing import Any, Callable, Iterator, List, Tuple, Type
 
 import pytest
 from traceserve.errors import ConfigError
-from traceserve.samples import SENTENCES, VERY_LONG, built_in, read
+from traceserve.samples import SENTENCES, TEXTS, VERY_LONG, read
+from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.requests import Headers, parse
 from traceserve_runtime.tasks import TASKS
-from traceserve_runtime.tasks.contract import Task
+from traceserve_runtime.tasks.contract import ModelFacts, Request, Task
 from traceserve_runtime.tasks.feature_extraction import FeatureExtraction
+from traceserve_runtime.tasks.fill_mask import FillMask
+from traceserve_runtime.tasks.question_answering import QuestionAnswering
 from traceserve_runtime.tasks.sequence_classification import SequenceClassification
+from traceserve_runtime.tasks.text_ranking import TextRanking
+from traceserve_runtime.tasks.zero_shot_classification import ZeroShotClassification
+from traceserve_runtime.tokenization import TextTokenizer
 
 every_task = pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
+Make = Callable[[Type[Task]], Task]
+# Of a model that every task can be asked of.
+MODEL = ModelFacts(
+    config={"id2label": {0: "contradiction", 1: "neutral", 2: "entailment"}, "decoder_start_token_id": 2},
+    generation={},
+    tokens={"unk": ("[UNK]", 1), "cls": ("[CLS]", 2), "sep": ("[SEP]", 3), "mask": ("[MASK]", 4)},
+    labels=("contradiction", "neutral", "entailment"),
+    chat_template=None,
+    read_json=lambda name: None,
+)
+
+
+@pytest.fixture(scope="module")
+def made(artifact: Path) -> Make:
+    """Makes a task, of a tiny BERT's manifest and tokenizer."""
+
+    def make(task: Type[Task]) -> Task:
+        manifest = dataclasses.replace(Manifest.read(artifact), task=task.name, facts=task.facts(MODEL), parameters={})
+        tokenizer = TextTokenizer(artifact, manifest.tokenizer, manifest.max_length, manifest.max_rows)
+        return task(manifest, tokenizer)
+
+    return make
 
 
 def write(path: Path, *lines: Any) -> Path:
@@ -23,41 +52,102 @@ def write(path: Path, *lines: Any) -> Path:
     return path
 
 
+def texts_of(request: Request) -> Iterator[str]:
+    """Every text that a request holds."""
+    for value in request.inputs.values():
+        yield from [value] if isinstance(value, str) else value
+
+
+def reads_as(text: str, other: str) -> bool:
+    """Whether two texts are the same but for two words, which a task may mask."""
+    one, two = text.split(" "), other.split(" ")
+    return len(one) == len(two) and sum(a != b for a, b in zip(one, two)) <= 2
+
+
+def test_the_texts_are_of_all_kinds() -> None:
+    assert {*SENTENCES, VERY_LONG} < set(TEXTS)
+    assert len(VERY_LONG.split()) > 512, "longer than every usual model"
+    assert "" in TEXTS and len(set(TEXTS)) == len(TEXTS)
+
+
 @every_task
-def test_built_in_samples_are_legal_requests(task: Type[Task]) -> None:
-    for request in built_in(task):
+def test_what_a_task_asks_are_legal_requests(task: Type[Task], made: Make) -> None:
+    for request in made(task).from_texts(TEXTS):
         body = {**request.inputs, "parameters": dict(request.parameters)}
         [parsed] = parse({"body": body}, Headers(), task, 0, 1).requests
         assert (parsed.inputs, parsed.parameters) == (request.inputs, request.parameters)
 
 
 @every_task
-def test_built_in_samples_hold_every_sentence_and_a_very_long_text(task: Type[Task]) -> None:
-    first = task.fields[0].name
-    alone = [request.inputs[first] for request in built_in(task) if len(request.inputs) == 1]
-    assert set(alone) >= {*SENTENCES, VERY_LONG}
-    assert len(VERY_LONG.split()) > 512, "longer than every usual model"
-    assert "" in alone
+def test_a_task_asks_about_every_text(task: Type[Task], made: Make) -> None:
+    """Of the empty one some tasks cannot ask."""
+    asked = {text for request in made(task).from_texts(TEXTS) for text in texts_of(request)}
+    for text in TEXTS:
+        assert not text or any(reads_as(text, other) for other in asked), text[:50]
 
 
 @every_task
-def test_built_in_samples_hold_pairs_where_the_task_takes_them(task: Type[Task]) -> None:
-    names = [field.name for field in task.fields]
-    pairs = [request.inputs for request in built_in(task) if len(request.inputs) > 1]
-    assert len(pairs) == (len(list(zip(SENTENCES[3::4], SENTENCES[4::4]))) if len(names) > 1 else 0)
+def test_a_task_asks_many_things(task: Type[Task], made: Make) -> None:
+    requests = made(task).from_texts(TEXTS)
+    assert len({json.dumps([dict(request.inputs), dict(request.parameters)]) for request in requests}) >= 20
+
+
+@every_task
+def test_a_task_asks_as_the_gate_does(task: Type[Task], made: Make) -> None:
+    for request in made(task).from_texts(TEXTS):
+        assert {**task.gate_parameters, **request.parameters} == request.parameters
+
+
+def asked_by(made: Make, task: Type[Task]) -> List[Request]:
+    return made(task).from_texts(TEXTS)
+
+
+@pytest.mark.parametrize("task", [SequenceClassification, FeatureExtraction])
+def test_the_texts_alone_and_pairs(task: Type[Task], made: Make) -> None:
+    requests = asked_by(made, task)
+    assert tuple(request.inputs["text"] for request in requests if len(request.inputs) == 1) == TEXTS
+    pairs = [request.inputs for request in requests if len(request.inputs) == 2]
+    assert len(pairs) > 5
     for pair in pairs:
-        assert list(pair) == names[:2]
-        assert all(pair.values()) and len(set(pair.values())) == 2
+        assert list(pair) == ["text", "text_pair"]
+        assert pair["text"] and pair["text_pair"] and pair["text"] != pair["text_pair"]
 
 
-@every_task
-def test_built_in_samples_ask_as_the_gate_does(task: Type[Task]) -> None:
-    assert {json.dumps(dict(request.parameters)) for request in built_in(task)} == {json.dumps(task.gate_parameters)}
+def test_entailment_is_not_asked_of_nothing(made: Make) -> None:
+    requests = asked_by(made, ZeroShotClassification)
+    assert [request.inputs["text"] for request in requests] == [text for text in TEXTS if text]
+
+
+def test_masks_are_the_models_own_one_or_two_in_each_text(made: Make) -> None:
+    counts = [request.inputs["text"].split(" ").count("[MASK]") for request in asked_by(made, FillMask)]
+    assert len(counts) == len(TEXTS) and set(counts) == {1, 2}
+
+
+def test_each_text_is_a_context_asked_about_in_few_words(made: Make) -> None:
+    requests = asked_by(made, QuestionAnswering)
+    assert [request.inputs["context"] for request in requests] == [text for text in TEXTS if text.strip()]
+    assert all(0 < len(request.inputs["question"]) < 200 for request in requests)
+    assert sum(request.inputs["question"] == request.inputs["context"] for request in requests) <= 2
+
+
+def test_short_texts_are_queries_and_long_ones_documents_too(made: Make) -> None:
+    requests = asked_by(made, TextRanking)
+    assert all(len(request.inputs["query"]) < 200 and len(request.inputs["documents"]) == 2 for request in requests)
+    assert VERY_LONG in {document for request in requests for document in request.inputs["documents"]}
+
+
+def needs_an_object(task: Type[Task]) -> bool:
+    """Whether a text alone asks nothing of this task."""
+    return sum(field.required for field in task.fields) > 1
 
 
 @every_task
 def test_a_text_on_each_line(task: Type[Task], tmp_path: Path) -> None:
     path = write(tmp_path / "own.txt", "The first one.", "", "   ", '{"text": "no JSON in a .txt"}', "Žluťoučký kůň 🐎")
+    if needs_an_object(task):
+        with pytest.raises(ConfigError, match="own.txt, line 1: a text alone is not enough: send an object with"):
+            read(path, task)
+        return
     requests = read(path, task)
     texts = [request.inputs[task.fields[0].name] for request in requests]
     assert texts == ["The first one.", '{"text": "no JSON in a .txt"}', "Žluťoučký kůň 🐎"]
@@ -66,13 +156,25 @@ def test_a_text_on_each_line(task: Type[Task], tmp_path: Path) -> None:
 
 @every_task
 def test_a_request_on_each_line_of_jsonl(task: Type[Task], tmp_path: Path) -> None:
-    bodies = ["a text", task.sample, {"inputs": task.sample}, ["one", task.sample], {"inputs": ["three", "four"]}]
-    path = write(tmp_path / "own.jsonl", *map(json.dumps, bodies))
-    requests = read(path, task)
     first = task.fields[0].name
+    bodies: List[Tuple[Any, int]] = [(task.sample, 1), ({"inputs": task.sample}, 1), ([task.sample, task.sample], 2)]
+    if not needs_an_object(task):
+        bodies += [("a text", 1), (["one", task.sample], 2), ({"inputs": ["three", "four"]}, 2)]
+    path = write(tmp_path / "own.jsonl", *(json.dumps(body) for body, _ in bodies))
+    requests = read(path, task)
     sample = task.sample[first]
-    assert [request.inputs[first] for request in requests] == ["a text", sample, sample, "one", sample, "three", "four"]
+    expected = [sample] * 4 + ([] if needs_an_object(task) else ["a text", "one", sample, "three", "four"])
+    assert [request.inputs[first] for request in requests] == expected
+    assert len(requests) == sum(count for _, count in bodies)
     assert all(request.parameters == task.gate_parameters for request in requests)
+
+
+@every_task
+def test_the_samples_own_parameters_are_legal(task: Type[Task], tmp_path: Path) -> None:
+    body = {"inputs": task.sample, "parameters": task.sample_parameters}
+    [request] = read(write(tmp_path / "own.jsonl", json.dumps(body)), task)
+    assert request.inputs == task.sample
+    assert request.parameters == {**task.gate_parameters, **task.sample_parameters}
 
 
 def test_a_pair_in_jsonl(tmp_path: Path) -> None:

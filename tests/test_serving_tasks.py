@@ -62,7 +62,13 @@ def served(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     for name, task in TASKS.items():
         architecture, options = CHECKPOINTS.get(name, ("bert", {}))
         source = checkpoint(architecture, task.auto_model, **options)
-        content = {"model_name": str(source), "task": name, "max_length": 64, "batch_size": BATCH, "max_batch_delay": 500}
+        content = {
+            "model_name": str(source),
+            "task": name,
+            "max_length": 64,
+            "batch_size": BATCH,
+            "max_batch_delay": 500,
+        }
         run_export(folder / name, content)
         archives.append(archive(folder / name, name, folder))
     instance = server.start(archives, port=torchserve.free_ports(1)[0], timeout=180)

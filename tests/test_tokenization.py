@@ -1,4 +1,4 @@
-"""Text to rows: windows lose nothing, truncation is the tokenizers package's own, and what is cut is named."""
+"""Text to rows: windows lose nothing, truncation is transformers' own, and what is cut is named."""
 
 from __future__ import annotations
 
@@ -6,20 +6,23 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple, Type
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Type
 
 import models
 import pytest
+import transformers
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, processors
 from traceserve_runtime.errors import InputTooLong, InvalidManifest, InvalidRequest, TraceserveError
 from traceserve_runtime.manifest import TokenizerFacts
-from traceserve_runtime.tokenization import Encoded, Row, Segments, TextTokenizer, longest_first
+from traceserve_runtime.tokenization import Encoded, Row, Segments, TextTokenizer, clean_up, longest_first
 
 quick = settings(deadline=None, max_examples=50, database=None)
 
 KINDS = ["bert", "roberta", "gpt"]
+# And with the post-processors of other families: GPT-2's trims offsets, Llama's begins each segment, T5's ends it.
+ALL_KINDS = [*KINDS, "gpt2", "llama", "t5"]
 WORDS = [
     "the",
     "train",
@@ -50,36 +53,61 @@ class Written:
     folder: Path
     own: Tokenizer
 
-    def open(self, max_length: int = 16, max_rows: int = 1000, side: str = "right") -> TextTokenizer:
-        facts = TokenizerFacts("tokenizer.json", 0, 0, "right", side)
-        return TextTokenizer(self.folder, facts, max_length, max_rows)
+    def open(
+        self,
+        max_length: int = 16,
+        max_rows: int = 1000,
+        side: str = "right",
+        windows: bool = True,
+        clean_up: bool = False,
+    ) -> TextTokenizer:
+        facts = TokenizerFacts("tokenizer.json", 0, 0, "right", side, clean_up)
+        return TextTokenizer(self.folder, facts, max_length, max_rows, windows)
+
+    def hugging(self, side: str = "right") -> Any:
+        """The same tokenizer, as transformers has it."""
+        content = Tokenizer.from_str(self.own.to_str())
+        kind: Any = transformers.PreTrainedTokenizerFast
+        return kind(tokenizer_object=content, truncation_side=side, clean_up_tokenization_spaces=False)
+
+
+def write_tokenizer(kind: str, folder: Path) -> Written:
+    """A tokenizer.json of this kind."""
+    made = models.make_tokenizer("gpt" if kind in ("gpt2", "llama") else kind)
+    own = Tokenizer.from_str(made.backend_tokenizer.to_str())
+    end = ("<end>", own.token_to_id("<end>") or 0)
+    begun = processors.TemplateProcessing(single="<end> $A", pair="<end> $A <end>:1 $B:1", special_tokens=[end])
+    trimmed = processors.ByteLevel(trim_offsets=True)
+    if kind == "gpt2":
+        own.post_processor = trimmed
+    elif kind == "llama":
+        own.post_processor = processors.Sequence([trimmed, begun])
+    own.no_padding()
+    own.no_truncation()
+    own.save(str(folder / "tokenizer.json"))
+    return Written(folder, own)
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Dict[str, Written]:
     """A folder for each kind of tokenizer."""
-    folders = {}
-    for kind in KINDS:
-        folder = tmp_path_factory.mktemp(kind)
-        content = models.make_tokenizer(kind).backend_tokenizer.to_str()
-        (folder / "tokenizer.json").write_text(content, encoding="utf-8")
-        own = Tokenizer.from_str(content)
-        own.no_padding()
-        own.no_truncation()
-        folders[kind] = Written(folder, own)
-    return folders
+    return {kind: write_tokenizer(kind, tmp_path_factory.mktemp(kind)) for kind in ALL_KINDS}
 
 
-def encode(tokenizer: TextTokenizer, text: str, pair: Optional[str] = None, how: str = "window") -> Encoded:
-    """The rows of one text, or of a pair."""
-    (encoded,) = tokenizer.encode([Segments(text, pair)], [how])
+def encode(
+    tokenizer: TextTokenizer, text: str, pair: Optional[str] = None, how: str = "window", **shortened: Any
+) -> Encoded:
+    """The rows of one text, or of a pair; `shortened` says how, as Segments has it."""
+    (encoded,) = tokenizer.encode([Segments(text, pair, **shortened)], [how])
     assert isinstance(encoded, Encoded), encoded
     return encoded
 
 
-def refusal(tokenizer: TextTokenizer, text: str, pair: Optional[str] = None, how: str = "window") -> TraceserveError:
+def refusal(
+    tokenizer: TextTokenizer, text: str, pair: Optional[str] = None, how: str = "window", **shortened: Any
+) -> TraceserveError:
     """Why a text, or a pair, has no rows."""
-    (error,) = tokenizer.encode([Segments(text, pair)], [how])
+    (error,) = tokenizer.encode([Segments(text, pair, **shortened)], [how])
     assert isinstance(error, TraceserveError)
     return error
 
@@ -103,6 +131,208 @@ def ids_of(row: Row) -> List[int]:
 def words(tokens: int) -> str:
     """A text of so many tokens: for each kind of tokenizer a full stop in a row of them is one each."""
     return " ".join(["."] * tokens)
+
+
+def columns(encodings: Sequence[Any], typed: bool = True) -> List[Any]:
+    """What is read of encodings: ids, offsets, mask, types."""
+    return [(e.ids, e.offsets, e.attention_mask, e.type_ids if typed else ()) for e in encodings]
+
+
+def rows_of(encoded: Encoded, typed: bool = True) -> List[Any]:
+    return columns([row.encoding for row in encoded.rows], typed)
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+@pytest.mark.parametrize("stride", [0, 1, 5, 9])
+@pytest.mark.parametrize("max_length", [24, 40])
+@pytest.mark.parametrize("cut", [0, 1])
+def test_full_windows_over_one_segment_are_those_of_transformers(
+    written: Dict[str, Written], kind: str, stride: int, max_length: int, cut: int
+) -> None:
+    pair = ("Yes, at nine.", LONG) if cut else (LONG, "Yes, at nine.")
+    strategy = ("only_first", "only_second")[cut]
+    expected = written[kind].hugging()(
+        *pair, truncation=strategy, max_length=max_length, stride=stride, return_overflowing_tokens=True
+    )
+    encoded = encode(written[kind].open(max_length), *pair, cut=cut, stride=stride, full=True)
+    assert len(encoded.rows) > 2
+    # The package gives its windows after the first other types, where a template gives the pair none of its own.
+    typed = kind != "t5"
+    assert rows_of(encoded, typed) == columns(expected.encodings, typed)
+    assert encoded.unseen == {}
+    for row, encoding in zip(encoded.rows, expected.encodings):
+        for segment in (0, 1):
+            assert row.places(segment) == [i for i, own in enumerate(encoding.sequence_ids) if own == segment]
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+@pytest.mark.parametrize("stride", [0, 1, 5, 9])
+def test_full_windows_of_a_text_are_those_of_transformers(written: Dict[str, Written], kind: str, stride: int) -> None:
+    expected = written[kind].hugging()(
+        LONG, truncation=True, max_length=24, stride=stride, return_overflowing_tokens=True
+    )
+    encoded = encode(written[kind].open(24), LONG, stride=stride, full=True)
+    assert len(encoded.rows) > 3
+    assert rows_of(encoded) == columns(expected.encodings)
+
+
+@quick
+@given(
+    kind=st.sampled_from(ALL_KINDS),
+    long=long_texts,
+    short=texts,
+    max_length=st.integers(12, 40),
+    stride=st.integers(0, 20),
+    cut=st.integers(0, 1),
+)
+def test_windows_over_one_segment_of_any_pair_are_those_of_transformers(
+    written: Dict[str, Written], kind: str, long: str, short: str, max_length: int, stride: int, cut: int
+) -> None:
+    own = written[kind].own
+    pair = (short, long) if cut else (long, short)
+    standing = len(own.encode(short, add_special_tokens=False))
+    room = max_length - own.num_special_tokens_to_add(bool(pair[1])) - standing
+    assume(room > stride)
+    encoded = encode(written[kind].open(max_length), *pair, cut=cut, stride=stride, full=True)
+    expected = written[kind].hugging()(
+        *pair,
+        truncation=("only_first", "only_second")[cut],
+        max_length=max_length,
+        stride=stride,
+        return_overflowing_tokens=True,
+    )
+    typed = kind != "t5"
+    assert rows_of(encoded, typed) == columns(expected.encodings, typed)
+    for row, encoding in zip(encoded.rows, expected.encodings):
+        assert row.places(cut) == [i for i, sequence in enumerate(encoding.sequence_ids) if sequence == cut]
+
+
+@quick
+@given(
+    kind=st.sampled_from(ALL_KINDS),
+    long=long_texts,
+    short=texts,
+    max_length=st.integers(12, 40),
+    cut=st.integers(0, 1),
+    side=st.sampled_from(["right", "left"]),
+)
+def test_truncation_of_one_segment_is_that_of_transformers(
+    written: Dict[str, Written], kind: str, long: str, short: str, max_length: int, cut: int, side: str
+) -> None:
+    own = written[kind].own
+    pair = (short, long) if cut else (long, short)
+    wholes = [own.encode(text, add_special_tokens=False) for text in pair]
+    room = max_length - own.num_special_tokens_to_add(bool(pair[1])) - len(wholes[1 - cut])
+    assume(0 < room < len(wholes[cut]))
+    encoded = encode(written[kind].open(max_length, side=side), *pair, "truncate", cut=cut)
+    expected = written[kind].hugging(side)(*pair, truncation=("only_first", "only_second")[cut], max_length=max_length)
+    assert rows_of(encoded) == columns(expected.encodings)
+    (name,) = encoded.unseen
+    assert name == ("text", "text_pair")[cut]
+    start, end = encoded.unseen[name]
+    offsets = wholes[cut].offsets
+    if side == "right":
+        assert end == len(long) and start <= offsets[room][0]
+        assert not long[start : offsets[room][0]].strip()
+    else:
+        assert start == 0 and end == offsets[len(offsets) - room - 1][1]
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+@pytest.mark.parametrize(
+    "pair", [("One text.", "Another, longer text."), ("", "Only one."), ("Only one.", ""), ("?", None)]
+)
+def test_the_places_of_segments_in_whole_rows(
+    written: Dict[str, Written], kind: str, pair: Tuple[str, Optional[str]]
+) -> None:
+    (row,) = encode(written[kind].open(64), *pair).rows
+    (expected,) = written[kind].hugging()(*pair).encodings
+    assert columns([row.encoding]) == columns([expected])
+    for segment in (0, 1):
+        assert row.places(segment) == [i for i, own in enumerate(expected.sequence_ids) if own == segment]
+    assert (row.start, row.part) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "marks"), [("bert", "[SEP] [MASK] [CLS]"), ("roberta", "</s><mask> <s>"), ("llama", "<end>")]
+)
+def test_special_tokens_that_a_text_holds_are_its_own(written: Dict[str, Written], kind: str, marks: str) -> None:
+    """They have places, so that a masked token can be found."""
+    text = f"one {marks} two"
+    (row,) = encode(written[kind].open(64), text, marks).rows
+    own = written[kind].own
+    for segment, content in enumerate((text, marks)):
+        ids = [row.encoding.ids[place] for place in row.places(segment)]
+        assert ids == own.encode(content, add_special_tokens=False).ids
+        assert own.token_to_id(marks.split()[0].split(">")[0] + (">" if "<" in marks else "")) in ids
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+@pytest.mark.parametrize("how", ["window", "truncate"])
+@pytest.mark.parametrize("cut", [None, 0, 1])
+def test_an_empty_pair_is_none(written: Dict[str, Written], kind: str, how: str, cut: Optional[int]) -> None:
+    """As for transformers, which answers such a pair as a text alone."""
+    tokenizer = written[kind].open(24)
+    for text in ("One text.", LONG):
+        encoded, alone = encode(tokenizer, text, "", how, cut=cut), encode(tokenizer, text, None, how)
+        assert rows_of(encoded) == rows_of(alone)
+        assert encoded.unseen == alone.unseen
+        assert [row.first for row in encoded.rows] == [row.tokens for row in encoded.rows]
+    assert rows_of(encode(tokenizer, "One text.", "")) == columns(written[kind].hugging()("One text.", "").encodings)
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+@pytest.mark.parametrize("pair", [None, "Yes, at nine."])
+@pytest.mark.parametrize("how", ["window", "truncate"])
+def test_without_special_tokens(written: Dict[str, Written], kind: str, pair: Optional[str], how: str) -> None:
+    tokenizer, hugging = written[kind].open(24), written[kind].hugging()
+    (row,) = encode(tokenizer, "The train leaves.", None if pair is None else "?", special=False).rows
+    expected = hugging("The train leaves.", None if pair is None else "?", add_special_tokens=False)
+    assert columns([row.encoding]) == columns(expected.encodings)
+    assert row.tokens == row.length
+    encoded = encode(tokenizer, LONG, pair, how, special=False, full=True, cut=0)
+    options = {"truncation": "only_first", "max_length": 24, "return_overflowing_tokens": how == "window"}
+    expected = hugging(LONG, pair, add_special_tokens=False, **options)
+    assert rows_of(encoded) == columns(expected.encodings)
+    assert encoded.rows[0].length == 24 == encoded.rows[0].tokens
+
+
+def test_with_and_without_special_tokens_in_one_call(written: Dict[str, Written]) -> None:
+    texts = ["one", "two words", LONG, "four", "", "six"]
+    requests = [Segments(text, special=i % 2 == 0) for i, text in enumerate(texts)]
+    answers = written["bert"].open(1000).encode(requests, ["window"] * len(texts))
+    for i, (text, answer) in enumerate(zip(texts, answers)):
+        assert isinstance(answer, Encoded)
+        assert answer.rows[0].encoding.ids == written["bert"].own.encode(text, add_special_tokens=i % 2 == 0).ids
+
+
+@quick
+@given(
+    kind=st.sampled_from(ALL_KINDS),
+    text=long_texts,
+    limit=st.integers(6, 40),
+    max_length=st.integers(6, 40),
+    stride=st.integers(0, 4),
+    full=st.booleans(),
+    how=st.sampled_from(["window", "truncate"]),
+)
+def test_a_limit_is_a_shorter_max_length(
+    written: Dict[str, Written],
+    kind: str,
+    text: str,
+    limit: int,
+    max_length: int,
+    stride: int,
+    full: bool,
+    how: str,
+) -> None:
+    """And never a longer one."""
+    assume(len(written[kind].own.encode(text)))
+    limited = encode(written[kind].open(max_length), text, None, how, limit=limit, stride=stride, full=full)
+    shorter = encode(written[kind].open(min(limit, max_length)), text, None, how, stride=stride, full=full)
+    assert rows_of(limited) == rows_of(shorter)
+    assert limited.unseen == shorter.unseen
+    assert [row.start for row in limited.rows] == [row.start for row in shorter.rows]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -179,7 +409,8 @@ def test_windows_keep_offsets_and_types_of_the_whole(
         at = 0 if text == LONG else standing
         position = at
         for row in rows:
-            row[at] = whole[position] = (row[at][0], None, row[at][2]) if row[at][0] == whole[position][0] else row[at]
+            assert row[at][0] == whole[position][0]
+            row[at] = whole[position] = (row[at][0], (-1, -1), row[at][2])
             position += len(row) - standing
     if text == LONG:
         end = len(whole) - standing
@@ -238,13 +469,14 @@ def test_windows_are_of_nearly_equal_size(written: Dict[str, Written], tokens: i
 @example(kind="bert", text="a b c d e f g h", pair="a b c d e f g h", max_length=10, side="right")
 @example(kind="bert", text="a b c d e f g h", pair="a b c d e f g h", max_length=9, side="left")
 @example(kind="roberta", text="", pair=LONG, max_length=12, side="right")
+@example(kind="bert", text=LONG, pair="", max_length=12, side="right")
 def test_truncation_is_the_packages_own(
     written: Dict[str, Written], kind: str, text: str, pair: Optional[str], max_length: int, side: str
 ) -> None:
     reference = Tokenizer.from_str(written[kind].own.to_str())
     reference.enable_truncation(max_length, strategy="longest_first", direction=side)
     (row,) = encode(written[kind].open(max_length, side=side), text, pair, "truncate").rows
-    expected = reference.encode(text, pair)
+    expected = reference.encode(text, pair or None)
     assert row.encoding.ids == expected.ids
     assert row.encoding.attention_mask == expected.attention_mask
     assert row.length == len(expected.ids)
@@ -396,6 +628,77 @@ def test_the_shortest_max_length_is_no_accident(written: Dict[str, Written], kin
         assert isinstance(answer, InputTooLong)
 
 
+# The tokens of the other segment, and whether they leave room for one of the segment that is cut: a row of 16 has 3
+# special ones.
+@pytest.mark.parametrize(("standing", "fits"), [(11, True), (12, True), (13, False), (20, False)])
+@pytest.mark.parametrize("how", ["window", "truncate"])
+@pytest.mark.parametrize("cut", [0, 1])
+def test_the_segment_that_stays_whole_leaves_room_or_is_named(
+    written: Dict[str, Written], cut: int, how: str, standing: int, fits: bool
+) -> None:
+    tokenizer = written["bert"].open(16)
+    pair = (words(standing), words(30)) if cut else (words(30), words(standing))
+    shortened: Any = {"fields": ("question", "context"), "cut": cut, "stride": 5}
+    if fits:
+        encoded = encode(tokenizer, *pair, how, **shortened)
+        assert all(len(row.places(1 - cut)) == standing and row.length <= 16 for row in encoded.rows)
+        assert len(encoded.rows) > 1 or how == "truncate"
+        return
+    error = refusal(tokenizer, *pair, how, **shortened)
+    assert isinstance(error, InputTooLong)
+    assert (error.status, error.field) == (413, ("context", "question")[cut])
+    counts = (standing, 30) if cut else (30, standing)
+    assert error.message.startswith("question and context have {} and {} tokens; ".format(*counts))
+    assert "must then fit in 12" in error.message
+    assert "truncate" not in error.message and "window" not in error.message  # neither would help
+
+
+def test_where_either_may_be_cut_truncation_is_advised(written: Dict[str, Written]) -> None:
+    error = refusal(written["bert"].open(16), words(30), words(7))
+    assert isinstance(error, InputTooLong) and error.field == "text_pair"
+    assert "must then fit in 6" in error.message
+    assert '"long_inputs": "truncate"' in error.message
+    assert len(encode(written["bert"].open(16), words(30), words(7), "truncate").rows) == 1
+
+
+@pytest.mark.parametrize("cut", [None, 0, 1])
+@pytest.mark.parametrize(("limit", "here"), [(None, False), (16, False), (40, False), (12, True)])
+def test_what_is_rejected_is_the_segment_that_is_cut(
+    written: Dict[str, Written], cut: Optional[int], limit: Optional[int], here: bool
+) -> None:
+    error = refusal(written["bert"].open(16), words(9), words(8), "reject", cut=cut, limit=limit)
+    assert isinstance(error, InputTooLong)
+    assert (error.status, error.field) == (413, ("text", "text_pair")[cut or 0])
+    assert f"the text has 20 tokens, special ones included; this model reads {12 if here else 16}" in error.message
+    assert ("here;" in error.message) is here
+
+
+@pytest.mark.parametrize("cut", [0, 1])
+def test_special_tokens_that_fill_a_row_are_told(written: Dict[str, Written], cut: int) -> None:
+    error = refusal(written["bert"].open(16), words(9), words(8), limit=3, cut=cut)
+    assert isinstance(error, InputTooLong)
+    assert (error.status, error.field) == (413, ("text", "text_pair")[cut])
+    assert "this model reads 3 tokens, which special ones fill alone" in error.message
+
+
+@pytest.mark.parametrize("windows", [True, False])
+def test_windows_are_advised_only_where_they_can_be_had(written: Dict[str, Written], windows: bool) -> None:
+    tokenizer = written["bert"].open(16, 10, windows=windows)
+    rejected = [
+        refusal(tokenizer, LONG, how="reject"),
+        refusal(tokenizer, LONG, how="reject", limit=10),
+        *(refusal(tokenizer, LONG, LONG, "reject", cut=cut) for cut in (None, 0, 1)),
+    ]
+    for error in rejected:
+        assert error.message.endswith('"long_inputs": "truncate"}' + (' or "window"' if windows else ""))
+    others = [
+        refusal(tokenizer, words(20_000), how="truncate"),
+        refusal(tokenizer, LONG, how="truncate", limit=2),
+        *(refusal(tokenizer, LONG, LONG, "truncate", cut=cut) for cut in (0, 1)),
+    ]
+    assert not any("window" in error.message for error in others)
+
+
 def test_the_limit_on_windows(written: Dict[str, Written]) -> None:
     tokenizer = written["bert"].open(max_length=12, max_rows=3)
     assert len(encode(tokenizer, words(30)).rows) == 3
@@ -443,6 +746,85 @@ def test_a_text_without_tokens_is_refused(
 
 def test_no_request_has_no_rows(written: Dict[str, Written]) -> None:
     assert written["bert"].open().encode([], []) == []
+
+
+def decoding(folder: Path, kind: str) -> Written:
+    """A tokenizer of this kind; "wordpiece" is BERT's with its decoder, which the tiny one lacks."""
+    if kind != "wordpiece":
+        return write_tokenizer(kind, folder)
+    own = write_tokenizer("bert", folder).own
+    own.decoder = decoders.WordPiece(cleanup=False)
+    own.save(str(folder / "tokenizer.json"))
+    return Written(folder, own)
+
+
+@pytest.fixture(scope="module", params=["bert", "wordpiece", "roberta", "gpt"])
+def decoded(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Written:
+    """A tokenizer of each kind of decoder, or of none."""
+    return decoding(tmp_path_factory.mktemp("decoding"), request.param)
+
+
+@quick
+@given(
+    ids=st.lists(st.integers(0, 250), max_size=20) | texts | st.just("it is n't , so : I 'm ' re ' s ! ?"),
+    skip=st.booleans(),
+    cleans=st.booleans(),
+)
+def test_decoding_is_that_of_transformers(decoded: Written, ids: Any, skip: bool, cleans: bool) -> None:
+    if isinstance(ids, str):
+        ids = decoded.own.encode(ids).ids
+    own, hugging = decoded.open(clean_up=cleans), decoded.hugging()
+    raw = hugging.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+    cleaned = hugging.clean_up_tokenization(raw)
+    assert own.decode(ids, skip) == (cleaned if cleans else raw)
+    assert own.decode(ids, skip, raw=True) == raw
+    if own.marks_subwords:  # transformers cleans up after no other tokenizers, whatever it is asked
+        assert cleaned == hugging.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=True)
+
+
+@quick
+@given(ids=st.lists(st.integers(0, 250), max_size=20), cleans=st.booleans())
+def test_joining_is_that_of_transformers(decoded: Written, ids: List[int], cleans: bool) -> None:
+    tokens = [decoded.own.id_to_token(i) or "" for i in ids]
+    assert decoded.open(clean_up=cleans).join(tokens) == decoded.hugging().convert_tokens_to_string(tokens)
+
+
+@quick
+@given(text=st.lists(st.sampled_from([*" .?!,'abn", "n't", "'m", "'s", "'ve", "'re", " '", "n '"])).map("".join))
+@example(text="I 'm here , are n't you ? They 've 's 're done . ' so '")
+def test_cleaning_up_is_that_of_transformers(written: Dict[str, Written], text: str) -> None:
+    assert clean_up(text) == written["bert"].hugging().clean_up_tokenization(text)
+
+
+@quick
+@given(kind=st.sampled_from(ALL_KINDS), text=texts | st.text(max_size=20))
+def test_the_ids_of_a_text_by_itself(written: Dict[str, Written], kind: str, text: str) -> None:
+    expected = written[kind].hugging()(text, add_special_tokens=False)["input_ids"]
+    assert written[kind].open().token_ids(text) == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_token_has_an_id(written: Dict[str, Written], kind: str) -> None:
+    tokenizer, hugging = written[kind].open(), written[kind].hugging()
+    assert tokenizer.vocabulary_size == len(hugging) > 200
+    for token, token_id in hugging.get_vocab().items():
+        assert tokenizer.token_id(token) == token_id
+        assert tokenizer.token(token_id) == token
+    assert tokenizer.token_id("no token at all") is None
+
+
+def test_added_tokens_count(written: Dict[str, Written], tmp_path: Path) -> None:
+    own = Tokenizer.from_str(written["bert"].own.to_str())
+    own.add_special_tokens(["[NEW]"])
+    own.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Written(tmp_path, own).open()
+    assert tokenizer.vocabulary_size == written["bert"].open().vocabulary_size + 1
+    assert tokenizer.token_id("[NEW]") == tokenizer.vocabulary_size - 1
+
+
+@pytest.mark.parametrize(("kind", "marks"), [("bert", True), ("roberta", False), ("gpt", False), ("t5", False)])
+def test_wordpiece_marks_what_continues_a_word(written: Dict[str, Written], kind: str, marks: bool) -> None:
+    assert written[kind].open().marks_subwords is marks
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Callable, Tuple
+from typing import Any, Callable, Set, Tuple
 
 import models
 import pytest
 import torch
 from conftest import nothing, run_export
-from traceserve import samples, verification
+from traceserve import loading, samples, sources, verification
+from traceserve.config import parse
 from traceserve.errors import DriftError, ExportError
 from traceserve.export import candidate_shapes
+from traceserve.loading import Original
 from traceserve.writers import WRITERS, Writer, torchscript
 from traceserve_runtime.engine import Answer, Engine
-from traceserve_runtime.manifest import Manifest, Shapes
+from traceserve_runtime.manifest import Manifest, Shapes, sha256
 from traceserve_runtime.tasks.contract import Request
+from traceserve_runtime.tokenization import Encoded
 
 LABELS = {"id2label": {0: "red", 1: "green", 2: "blue"}, "label2id": {"red": 0, "green": 1, "blue": 2}}
 # Families whose forward pass holds lengths fast when it is traced, or is changed by padding.
@@ -51,7 +56,7 @@ def test_sequence_lengths(
     assert lengths <= set(expected.lengths) if expected.lengths else max(lengths) < 48
 
 
-def spy(engine: Engine) -> set[Tuple[int, ...]]:
+def spy(engine: Engine) -> Set[Tuple[int, ...]]:
     """Records the shapes that the engine's model is run with."""
     seen = set()
     runner = engine.runner
@@ -60,7 +65,7 @@ def spy(engine: Engine) -> set[Tuple[int, ...]]:
         seen.add(inputs["input_ids"].shape)
         return runner(inputs)
 
-    engine.runner = watched
+    engine.runner = watched  # type: ignore[assignment]  # is run once only
     return seen
 
 
@@ -78,10 +83,8 @@ def test_a_model_that_holds_lengths_fast_gets_a_graph_for_each(checkpoint: Calla
         assert isinstance(one, Answer) and isinstance(other, Answer)
         assert engine.task.same(one.value, other.value)
     assert all(shapes.length(length) == length and shapes.batch(batch) == batch for batch, length in seen)
-    weights = sum(
-        p.numel() * 4
-        for p in {p.data_ptr(): p for p in torch.jit.load(tmp_path / "x" / "traced_model.pt").parameters()}.values()
-    )
+    traced: Any = torch.jit.load(tmp_path / "x" / "traced_model.pt")  # type: ignore[no-untyped-call]
+    weights = sum(p.numel() * 4 for p in {p.data_ptr(): p for p in traced.parameters()}.values())
     graphs = len(shapes.lengths or ()) * len(shapes.batches or (1,))
     assert graphs >= 3 and weights < 2 * exported.parameters * 4
 
@@ -111,12 +114,14 @@ def test_a_model_that_padding_changes_is_refused(checkpoint: Callable[..., Path]
 def spoiled(amount: float) -> Writer:
     """A writer whose traced model is off by `amount` at one logit."""
 
-    def write(original: Any, outputs: Any, shapes: Any, folder: Path) -> None:
+    def write(original: Any, task: Any, shapes: Any, folder: Path) -> Tuple[str, ...]:
         bias = original.model.classifier.bias
         with torch.no_grad():
+            before = bias[0].clone()
             bias[0] += amount
-            torchscript.write(original, outputs, shapes, folder)
-            bias[0] -= amount
+            step_inputs = torchscript.write(original, task, shapes, folder)
+            bias[0] = before
+        return step_inputs
 
     return WRITERS["torchscript"]._replace(write=write)
 
@@ -167,24 +172,38 @@ def test_what_cannot_be_run_is_not_exported_even_so(
 
 def test_another_tokenizer_is_caught(artifact: Path, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     """The engine's own tokens are compared with those of transformers."""
-    import shutil
-
-    from traceserve import loading, sources
-    from traceserve.config import parse
-    from traceserve_runtime.manifest import sha256
-
     shutil.copytree(artifact, tmp_path / "x")
     tokenizer = tmp_path / "x" / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text().replace('"lowercase":true', '"lowercase":false'))
-    import dataclasses
-
-    manifest = Manifest.from_json({**__import__("json").loads((artifact / "traceserve.json").read_text())})
-    dataclasses.replace(manifest, files={**manifest.files, "tokenizer.json": sha256(tokenizer)}).write(tmp_path / "x")
-    config, _ = parse({"model_name": str(checkpoint("bert", **LABELS)), "max_length": 32})
-    original = loading.load(config, sources.fetch(config, tmp_path), tmp_path)
-    engine = Engine.load(artifact)
-    findings = verification.verify(tmp_path / "x", original, samples.built_in(type(engine.task)), nothing)
+    manifest = Manifest.read(artifact)
+    replace(manifest, files={**manifest.files, "tokenizer.json": sha256(tokenizer)}).write(tmp_path / "x")
+    findings = verification.verify(tmp_path / "x", load_original(checkpoint, tmp_path), [], nothing)
     assert findings.tokenized_otherwise and not findings.passed
+
+
+def test_what_the_task_asks_is_compared_and_the_users_own(
+    artifact: Path, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    original = load_original(checkpoint, tmp_path)
+    task = Engine.load(artifact).task
+    # Of pairs that share 32 tokens some are refused.
+    asked = sum(isinstance(item, Encoded) for item in task.encode(task.from_texts(samples.TEXTS)))
+    assert asked > len(samples.TEXTS)
+    plain = verification.verify(artifact, original, [], nothing)
+    assert plain.passed and plain.answers == asked
+    mine = [{"text": "mine"}, {"text": "mine", "text_pair": ""}, {"text": "", "text_pair": "mine"}]
+    more = verification.verify(artifact, original, [Request(inputs, {"top_k": None}) for inputs in mine], nothing)
+    assert more.passed and more.answers == asked + 3
+    own = [Request({"text": samples.VERY_LONG}, {"top_k": None, "long_inputs": how}) for how in ("reject", "truncate")]
+    refused = verification.verify(artifact, original, own, nothing)
+    assert refused.passed and refused.answers == asked + 1
+
+
+def load_original(checkpoint: Callable[..., Path], folder: Path) -> Original:
+    """What the fixture `artifact` was made of."""
+    config, _ = parse({"model_name": str(checkpoint("bert", **LABELS)), "max_length": 32})
+    with loading.quiet():
+        return loading.load(config, sources.fetch(config, folder), folder)
 
 
 def test_the_users_samples_are_compared_too(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
@@ -198,7 +217,7 @@ def test_the_users_samples_are_compared_too(checkpoint: Callable[..., Path], tmp
 def test_an_untraceable_model_is_told(
     checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def write(*arguments: Any) -> None:
+    def write(*arguments: Any) -> Tuple[str, ...]:
         raise ExportError("torch.jit.trace cannot trace this")
 
     monkeypatch.setitem(WRITERS, "torchscript", WRITERS["torchscript"]._replace(write=write))
@@ -206,9 +225,7 @@ def test_an_untraceable_model_is_told(
         run_export(tmp_path / "x", {"model_name": str(checkpoint("bert", **LABELS)), "max_length": 32})
 
 
-def test_candidate_shapes_go_from_wide_to_narrow(checkpoint: Callable[..., Path]) -> None:
-    from traceserve.config import parse
-
+def test_candidate_shapes_go_from_wide_to_narrow() -> None:
     config, _ = parse({"model_name": "x/y"})
     shapes = list(candidate_shapes(config, 100))
     assert shapes[0] == Shapes() and shapes[1].lengths == (16, 32, 64, 100) and shapes[-1].batches is not None

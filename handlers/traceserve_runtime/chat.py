@@ -33,7 +33,7 @@ def render(template: str, tokens: Mapping[str, str], messages: Sequence[Mapping[
         raise InvalidRequest(
             f"the model's chat template refuses these messages: {reason[0] if reason else type(error).__name__}",
             "messages",
-        ) from None
+        ) from error
     if not continues:
         return text
     before, found, after = text.rpartition(_END.strip())

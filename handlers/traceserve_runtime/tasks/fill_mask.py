@@ -109,14 +109,21 @@ class FillMask(Task):
         return best[0] == best[1]
 
     def from_texts(self, texts: Sequence[str]) -> List[Request]:
-        """Each text with its middle word masked, and every third one with its last word masked too."""
+        """Each text with its middle word masked, and every third one with its last word masked too.
+
+        Where there are no words, as in Chinese, it is the middle character.
+        """
+        mask = self.manifest.facts["mask_token"]
         requests = []
         for number, text in enumerate(texts):
-            words = text.split(" ")
-            words[len(words) // 2] = self.manifest.facts["mask_token"]
+            between = " " if " " in text else ""
+            words = text.split(" ") if between else list(text)
+            if words:
+                words[len(words) // 2] = mask
             if number % 3 == 0:
-                words[-1] = self.manifest.facts["mask_token"]
-            requests.append(Request({"text": " ".join(words)}))
+                words[-1:] = [mask]
+            if mask in words:
+                requests.append(Request({"text": between.join(words)}))
         return requests
 
     def warm_up_requests(self) -> List[Request]:
