@@ -464,7 +464,7 @@ def test_no_log_holds_a_text(handler: TransformerHandler, caplog: pytest.LogCapt
 def test_no_log_holds_a_text_even_of_the_unexpected(
     handler: TransformerHandler, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken(requests: Sequence[Any], stats: Any = None) -> Any:
+    def broken(requests: Sequence[Any], *others: Any) -> Any:
         raise ValueError(f"cannot answer {requests[0].inputs['text']}")
 
     caplog.set_level(logging.DEBUG)
