@@ -16,6 +16,7 @@ import torch
 import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from traceserve.samples import SENTENCES, VERY_LONG
+from transformers.models.auto import modeling_auto
 
 SIZE = {
     "hidden_size": 32,
@@ -85,9 +86,8 @@ ARCHITECTURES = {
 def auto_models(architecture: str) -> FrozenSet[str]:
     """The auto classes of transformers that know a model of this family, as their own tables say."""
     config = getattr(transformers, ARCHITECTURES[architecture].config)
-    names = [name for name in dir(transformers) if name.startswith("AutoModel")]
-    tables = {name: getattr(getattr(transformers, name), "_model_mapping", ()) for name in names}
-    return frozenset(name for name, table in tables.items() if config in table)
+    tables = {name: getattr(kind, "_model_mapping", ()) for name, kind in vars(modeling_auto).items()}
+    return frozenset(name for name, table in tables.items() if name.startswith("AutoModel") and config in table)
 
 
 def make(
@@ -103,6 +103,7 @@ def make(
     )
     model = getattr(transformers, auto_model).from_config(config)
     # Of the names of a tied one the first of the alphabet: their order is not the same in every version.
+    # (torch 1.13 has no named_parameters(remove_duplicate=False).)
     owned = [
         (f"{path}.{name}".lstrip("."), parameter)
         for path, module in model.named_modules(remove_duplicate=False)
@@ -147,8 +148,11 @@ def make_tokenizer(kind: str) -> Any:
         "t5": {"pad": "<pad>", "eos": "</s>", "unk": "<unk>"},
     }[kind]
     inputs = ["input_ids", "attention_mask"] + (["token_type_ids"] if typed else [])
+    trained = tokenizers.Tokenizer.from_str(_trained(kind, tuple(dict.fromkeys(special.values()))))
+    if typed:  # so that there are tokenizers with a decoder and without
+        trained.decoder = decoders.WordPiece()
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizers.Tokenizer.from_str(_trained(kind, tuple(dict.fromkeys(special.values())))),
+        tokenizer_object=trained,
         model_max_length=160 if kind != "roberta" else 150,
         model_input_names=inputs,
         **{f"{name}_token": token for name, token in special.items()},
@@ -183,6 +187,8 @@ def _trained(kind: str, special: Tuple[str, ...]) -> str:
         tokenizer.post_processor = processors.RobertaProcessing(
             ("</s>", ids["</s>"]), ("<s>", ids["<s>"]), trim_offsets=True
         )
+    elif kind == "gpt":
+        tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     elif kind == "t5":
         tokenizer.post_processor = processors.TemplateProcessing(
             single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", ids["</s>"])]

@@ -278,8 +278,20 @@ ENTAILMENT = {"id2label": {0: "ENTAILMENT", 1: "neutral", 2: "contradiction"}}
     [
         ("sequence_classification", "bert", "AutoModelForSequenceClassification", {}, {}),
         ("feature_extraction", "bert", "AutoModel", {}, {}),
-        ("fill_mask", "bert", "AutoModelForMaskedLM", {}, {"mask_token": "[MASK]", "mask_id": "[MASK]"}),
-        ("fill_mask", "roberta", "AutoModelForMaskedLM", {}, {"mask_token": "<mask>", "mask_id": "<mask>"}),
+        (
+            "fill_mask",
+            "bert",
+            "AutoModelForMaskedLM",
+            {},
+            {"mask_token": "[MASK]", "mask_id": "[MASK]", "pad_id": "[PAD]"},
+        ),
+        (
+            "fill_mask",
+            "roberta",
+            "AutoModelForMaskedLM",
+            {},
+            {"mask_token": "<mask>", "mask_id": "<mask>", "pad_id": "<pad>"},
+        ),
         ("token_classification", "bert", "AutoModelForTokenClassification", {}, {"unknown_id": "[UNK]"}),
         ("question_answering", "bert", "AutoModelForQuestionAnswering", {}, {"cls_id": "[CLS]"}),
         ("question_answering", "gpt2", "AutoModelForQuestionAnswering", {}, {"cls_id": None}),

@@ -155,7 +155,7 @@ def run_original(original: Original, row: Row, outputs: Sequence[str]) -> Arrays
 
 def _compare_outputs(engine: Engine, original: Original, findings: Findings, progress: Progress) -> None:
     manifest = engine.manifest
-    rows = _Rows(engine)
+    rows = _Rows(engine, original)
     expected: Dict[Tuple[int, int], Arrays] = {}
     per_token = [output.name for output in engine.task.outputs if output.per_token]
     loop = engine.task.loop
@@ -215,11 +215,17 @@ def _row_lengths(manifest: Manifest, batch: int, length: int, padded: bool) -> L
 
 
 class _Rows:
-    """Rows of an exact length, each from another place in the built-in samples' texts, laid end to end."""
+    """Rows of an exact length, each from another place in the built-in samples' texts, laid end to end.
 
-    def __init__(self, engine: Engine) -> None:
+    Every other one has end tokens within its text, as a client may write them. BART's classifier, for one, counts them,
+    and in a batch of rows that differ in this takes one row's for another's.
+    """
+
+    def __init__(self, engine: Engine, original: Original) -> None:
         self._engine = engine
         self._texts = list(TEXTS)
+        special = original.tokenizer.special_tokens_map
+        self._end = str(special.get("eos_token") or special.get("sep_token") or "")
         self._tokenizers: Dict[int, TextTokenizer] = {}
 
     def get(self, length: int, index: int) -> Row:
@@ -231,6 +237,8 @@ class _Rows:
         start = index * len(self._texts) // max(BATCHES)
         text = " ".join(self._texts[start:] + self._texts[:start])[: 64 * length]
         text = " ".join([text] * (length // max(1, len(text.split())) + 2))
+        if index % 2:
+            text = f"{self._end} {text.split(' ', 1)[0]} {self._end} {text}"
         encoded = self._tokenizers[length].encode([Segments(text)], ["truncate"])[0]
         if isinstance(encoded, TraceserveError):
             raise encoded

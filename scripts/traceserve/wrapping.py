@@ -23,13 +23,40 @@ class Wrapped(torch.nn.Module):
         self.model = model
         self.inputs = tuple(inputs)
         self.outputs = tuple(outputs)
-        accepted = inspect.signature(model.forward).parameters
-        self.fixed = {"use_cache": False} if "use_cache" in accepted else {}
+        self.run = _by_last_end_token if type(model).__name__ in _READS_END_TOKENS else _by_itself
 
     def forward(self, *tensors: torch.Tensor) -> Tuple[torch.Tensor, ...]:
         """`tensors` as `inputs`, int64 of shape (batch, length)."""
-        result = self.model(**dict(zip(self.inputs, tensors)), **self.fixed, return_dict=True)
+        result = self.run(self.model, dict(zip(self.inputs, tensors)))
         return tuple(result[name].float() for name in self.outputs)
+
+
+def _by_itself(model: Any, columns: Dict[str, torch.Tensor]) -> Any:
+    accepted = inspect.signature(model.forward).parameters
+    fixed = {"use_cache": False} if "use_cache" in accepted else {}
+    return model(**columns, **fixed, return_dict=True)
+
+
+# Classifiers that read the hidden state of each row's last end token, and find these all at once: in a batch whose rows
+# differ in their number of end tokens that fails, or takes one row's for another's.
+_READS_END_TOKENS = {
+    f"{family}ForSequenceClassification"
+    for family in ("Bart", "MBart", "PLBart", "Mvp", "BigBirdPegasus", "T5", "MT5", "UMT5")
+}
+
+
+def _by_last_end_token(model: Any, columns: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    """The same classification with each row's last end token found in that row alone."""
+    ids = columns["input_ids"]
+    if hasattr(model, "_shift_right"):  # T5 and its kin
+        backbone, fixed = model.transformer, {"decoder_input_ids": model._shift_right(ids)}
+    else:
+        backbone, fixed = model.model, {}
+    hidden = backbone(**columns, **fixed, use_cache=False, return_dict=True).last_hidden_state
+    places = torch.arange(ids.shape[1], device=ids.device)
+    last = (ids.eq(model.config.eos_token_id) * places).argmax(dim=1)
+    rows = torch.arange(ids.shape[0], device=ids.device)
+    return {"logits": model.classification_head(hidden[rows, last])}
 
 
 @contextlib.contextmanager
@@ -71,22 +98,23 @@ def masks_without_vmap() -> Iterator[None]:
 
 
 def example(original: Original, batch: int, length: int) -> Tuple[torch.Tensor, ...]:
-    """Inputs to trace with, int64 of shape (batch, length): ordinary tokens, and padding at the end of one row.
+    """Inputs to trace with, int64 of shape (batch, length): whole texts, special tokens included, and padding.
 
     Batch and length should be above 1, and the mask hold padding: a trace at 1, or without, has been seen to be wrong
-    at other shapes.
+    at other shapes. Every row has its special tokens, since some models (BART's classifier) look for them.
     """
     facts = original.tokenizer_facts
-    tokenizer = original.tokenizer.backend_tokenizer
-    ids = tokenizer.encode("The quick brown fox jumps over the lazy dog. " * length).ids[: length - 1] + [facts.pad_id]
-    columns: Dict[str, torch.Tensor] = {
-        "input_ids": torch.tensor([ids] * batch),
-        "attention_mask": torch.ones(batch, length, dtype=torch.int64),
-        "token_type_ids": torch.zeros(batch, length, dtype=torch.int64),
-    }
-    columns["input_ids"][-1, length // 2 :] = facts.pad_id
-    columns["attention_mask"][:, -1] = 0
-    columns["attention_mask"][-1, length // 2 :] = 0
-    if facts.padding_side == "left":
-        columns = {name: tensor.flip(1) for name, tensor in columns.items()}
+    padding = {"input_ids": facts.pad_id, "attention_mask": 0, "token_type_ids": facts.pad_type_id}
+    columns = {name: torch.full((batch, length), padding[name]) for name in original.inputs}
+    for row in range(batch):
+        # All but one token of the first rows, and about half of the last one.
+        tokens = max(1, length - 1 if row < batch - 1 else length // 2)
+        encoded = original.tokenizer(
+            "The quick brown fox jumps over the lazy dog. " * length, truncation=True, max_length=tokens
+        )
+        count = len(encoded["input_ids"])
+        place = slice(0, count) if facts.padding_side == "right" else slice(length - count, length)
+        values = {"token_type_ids": [0] * count, "attention_mask": [1] * count, **encoded}
+        for name, column in columns.items():
+            column[row, place] = torch.tensor(values[name])
     return tuple(columns[name] for name in original.inputs)

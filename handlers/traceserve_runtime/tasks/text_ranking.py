@@ -70,9 +70,8 @@ class TextRanking(Task):
 
     def segments(self, request: Request) -> List[Segments]:
         query = request.inputs["query"]
-        # As in the pipeline an empty text makes no pair: the query stands alone.
         return [
-            Segments(query, document or None, ("query", f"documents[{i}]"), cut=1 if document else None)
+            Segments(query, document, ("query", f"documents[{i}]"), cut=1)
             for i, document in enumerate(request.inputs["documents"])
         ]
 
