@@ -571,6 +571,7 @@ def test_scores_of_windows_become_one(task: str, exported: Export) -> None:
 NEAR_SIGHTED = {"layer_types": ["sliding_attention", "sliding_attention"], "local_attention": 4}
 
 
+@pytest.mark.skipif(transformers.__version__ < "5", reason="before version 5 a layer of ModernBERT sees the whole text")
 @pytest.mark.parametrize("task", ["token_classification", "fill_mask"])
 def test_windows_equal_the_whole(task: str, exported: Export) -> None:
     options = {**CASES[task].options, **NEAR_SIGHTED}

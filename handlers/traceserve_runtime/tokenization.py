@@ -235,7 +235,8 @@ class TextTokenizer:
             if len(shorter) > (room // 2 if segments.cut is None else room - 1):
                 raise self._no_room(segments, first, second, room)
             room -= len(shorter)
-        stride = min(segments.stride, room - 1)
+        # A short room is moved by half of itself, not by the token or two that a long stride would leave.
+        stride = segments.stride if segments.stride < room else room // 2
         count = math.ceil(max(1, len(longer) - stride) / (room - stride))
         if count > self._max_rows:
             raise InputTooLong(

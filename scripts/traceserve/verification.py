@@ -235,7 +235,7 @@ class _Rows:
             tokenizer = TextTokenizer(self._engine.folder, manifest.tokenizer, length, max_rows=1_000_000)
             self._tokenizers[length] = tokenizer
         start = index * len(self._texts) // max(BATCHES)
-        text = " ".join(self._texts[start:] + self._texts[:start])[: 64 * length]
+        text = " ".join(self._texts[start:] + self._texts[:start])[: 16 * length]
         text = " ".join([text] * (length // max(1, len(text.split())) + 2))
         if index % 2:
             text = f"{self._end} {text.split(' ', 1)[0]} {self._end} {text}"

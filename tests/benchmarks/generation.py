@@ -3,7 +3,7 @@
     python tests/benchmarks/generation.py [--model FOLDER] [--new-tokens 200] [--rounds 5] [--batch 1]
 
 All three write the same tokens (checked), in turn, on the same threads; medians are told. `recomputed` runs the same
-graph on the whole text at every step, which is what a trace without a past has to do. Without --model a Llama of 25
+graph on the whole text at every step, which is what a trace without a past has to do. Without --model a Llama of 24
 million random weights is made, for which the graph's size counts more than the loop's.
 """
 

@@ -78,8 +78,10 @@ class FeatureExtraction(Task):
     def same(self, answer: Any, other: Any) -> bool:
         """A cosine above 0.999 for every vector."""
         one, two = (np.atleast_2d(np.squeeze(np.asarray(a, dtype=np.float64))) for a in (answer, other))
+        if one.shape != two.shape:
+            return False
         norms = np.linalg.norm(one, axis=-1) * np.linalg.norm(two, axis=-1)
-        return one.shape == two.shape and bool(np.all((one * two).sum(axis=-1) > 0.999 * norms))
+        return bool(np.all((one * two).sum(axis=-1) > 0.999 * norms))
 
 
 def _pooling(facts: Optional[Dict[str, Any]]) -> str:

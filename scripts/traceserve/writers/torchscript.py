@@ -40,7 +40,7 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path) ->
             torch.jit.save(saved, str(folder / MODEL_FILE))
     except ExportError:
         raise
-    except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ExportError(f"torch.jit.trace cannot trace {type(original.model).__name__}: {reason}") from error
     return step_inputs
