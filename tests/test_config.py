@@ -14,7 +14,8 @@ from traceserve.config import RENAMED, WITHOUT_MEANING, SetupConfig, default_nam
 from traceserve.errors import ConfigError
 from traceserve.writers import WRITERS
 from traceserve_runtime.tasks import TASKS
-from traceserve_runtime.tasks.contract import LARGEST_NUMBER, Parameter, Task
+from traceserve_runtime.tasks.contract import Task
+from traceserve_runtime.tasks.parameters import LARGEST_NUMBER, Parameter
 
 # For each key its default, and values with what they mean.
 KEYS: Dict[str, Tuple[Any, List[Tuple[Any, Any]]]] = {

@@ -16,23 +16,9 @@ from traceserve_runtime.batching import Arrays
 from traceserve_runtime.errors import InputTooLong, InvalidRequest, ModelFailure
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.tasks import TASKS
-from traceserve_runtime.tasks.contract import (
-    FUNCTIONS,
-    LARGEST_NUMBER,
-    Field,
-    ModelFacts,
-    Output,
-    Parameter,
-    Request,
-    Task,
-    average,
-    by_part,
-    function_to_apply,
-    only_whole,
-    sigmoid,
-    softmax,
-    strings,
-)
+from traceserve_runtime.tasks.contract import ModelFacts, Request, Task, by_part, only_whole
+from traceserve_runtime.tasks.parameters import LARGEST_NUMBER, Field, Output, Parameter, strings
+from traceserve_runtime.tasks.scores import FUNCTIONS, average, function_to_apply, sigmoid, softmax
 from traceserve_runtime.tokenization import Encoded, Row, Segments, TextTokenizer
 
 quick = settings(deadline=None, max_examples=100, database=None)

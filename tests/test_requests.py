@@ -13,8 +13,9 @@ from traceserve_runtime.errors import InputTooLong, InvalidRequest, TraceserveEr
 from traceserve_runtime.protocols import Plain
 from traceserve_runtime.requests import Body, Headers, parse
 from traceserve_runtime.tasks import TASKS
-from traceserve_runtime.tasks.contract import Field, Request
+from traceserve_runtime.tasks.contract import Request
 from traceserve_runtime.tasks.feature_extraction import FeatureExtraction
+from traceserve_runtime.tasks.parameters import Field
 from traceserve_runtime.tasks.question_answering import QuestionAnswering
 from traceserve_runtime.tasks.sequence_classification import SequenceClassification
 from traceserve_runtime.tasks.text_ranking import TextRanking

@@ -12,7 +12,7 @@ from typing import Callable, List, NamedTuple, Optional, Protocol, Sequence, Tup
 
 import numpy as np
 
-from traceserve_runtime.tasks.contract import softmax
+from traceserve_runtime.tasks.scores import softmax
 
 NEVER = np.float32(-np.inf)
 _BAD = np.float32(-1e9)  # a beam's score that nothing real is below

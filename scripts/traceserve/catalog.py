@@ -7,7 +7,8 @@ import shlex
 from typing import Any, Dict, List, NamedTuple, Type
 
 from traceserve_runtime.tasks import TASKS
-from traceserve_runtime.tasks.contract import Parameter, Task
+from traceserve_runtime.tasks.contract import Task
+from traceserve_runtime.tasks.parameters import Parameter
 
 NAME = "NAME"  # stands for the archive's in an example
 

@@ -1,4 +1,4 @@
-"""What a task is: the fields and parameters of its requests, the outputs of its model, and the way between them."""
+"""What a task is: a request and its rows, what a checkpoint tells, and the way from one to the other."""
 
 from __future__ import annotations
 
@@ -11,87 +11,8 @@ from traceserve_runtime import batching
 from traceserve_runtime.batching import Arrays, CostModel, Runner, Stats
 from traceserve_runtime.errors import InvalidRequest, ModelFailure, TraceserveError
 from traceserve_runtime.manifest import Manifest
+from traceserve_runtime.tasks.parameters import Field, Output, Parameter
 from traceserve_runtime.tokenization import LONG_INPUTS, Encoded, Row, Segments, TextTokenizer
-
-# Of numbers without a limit of their own: beyond it JSON's whole numbers are not exact, and numpy's overflow.
-LARGEST_NUMBER = 2**53
-
-
-class Field(NamedTuple):
-    """Something asked about: a text, or by `kind` a list of texts, or a chat's messages."""
-
-    name: str
-    required: bool
-    description: str
-    kind: str = "text"  # "text", "texts" or "messages"
-
-
-class Output(NamedTuple):
-    """An output of the model: float32 of shape (batch, ...), or (batch, length, ...) where `per_token`."""
-
-    name: str
-    per_token: bool
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """A parameter of a request: one of `choices`, or of `type`, where list means one string or a list of strings.
-
-    Where there are choices and `type` is not str, both are legal.
-
-    Numbers lie between `least` and `most`. `default` is what holds where neither request nor model says anything.
-    """
-
-    name: str
-    type: type
-    description: str
-    choices: Tuple[str, ...] = ()
-    nullable: bool = False
-    least: float = 1
-    most: Optional[float] = None
-    default: Any = None
-
-    @property
-    def legal(self) -> str:
-        """The legal values, in words."""
-        words = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
-        words[list] = "a string or a list of strings"
-        text = words[self.type]
-        if self.type in (int, float):
-            least, most = (f"{n:,}" if self.type is int else f"{n:g}" for n in (self.least, self.most or 0))
-            text += f" of {least} or more" if self.most is None else f" from {least} to {most}"
-        choices = ", ".join(f'"{choice}"' for choice in self.choices)
-        if self.choices:
-            text = f"one of {choices}" if self.type is str else f"{text} or {choices}"
-        return text + (" or null" if self.nullable else "")
-
-    def accepts(self, value: Any) -> bool:
-        """Whether `value`, parsed JSON, is legal."""
-        if value is None:
-            return self.nullable
-        if self.choices and isinstance(value, str):
-            return value in self.choices
-        if self.type is list:
-            texts = value if isinstance(value, list) else [value]
-            return bool(texts) and all(text and _is_text(text) for text in texts)
-        # Not isinstance: true is no number.
-        if type(value) is not self.type and not (self.type is float and type(value) is int):
-            return False
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            return self.type is not str or _is_text(value)
-        # NaN and Infinity, which Python's JSON reads, are no legal numbers.
-        return bool(self.least <= value <= (LARGEST_NUMBER if self.most is None else self.most))
-
-
-def _is_text(value: Any) -> bool:
-    """Whether this is a string of whole characters: an escape in JSON can write half a surrogate pair."""
-    if not isinstance(value, str):
-        return False
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 @dataclass(frozen=True)
@@ -311,50 +232,7 @@ def by_part(rows: Sequence[Row], values: Sequence[Any]) -> List[Tuple[List[Row],
     return parts
 
 
-def average(values: Sequence[np.ndarray], rows: Sequence[Row]) -> np.ndarray:
-    """The mean over windows, weighted by the text's tokens in each."""
-    if len(values) == 1:
-        return values[0]
-    weights = np.array([row.tokens for row in rows], dtype=np.float32)
-    return np.average(np.stack(values), axis=0, weights=weights)
-
-
 def only_whole(rows: Sequence[Row], message: str) -> None:
     """Refuse several windows where they cannot be merged."""
     if len(rows) > 1:
         raise InvalidRequest(message, "parameters.long_inputs")
-
-
-def strings(value: Any) -> List[str]:
-    """A parameter of type list: one string stands for a list of one."""
-    return [value] if isinstance(value, str) else list(value)
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Over the last axis."""
-    exponents = np.exp(logits - np.max(logits, axis=-1, keepdims=True))
-    return np.asarray(exponents / exponents.sum(axis=-1, keepdims=True))
-
-
-def sigmoid(logits: np.ndarray) -> np.ndarray:
-    """Of each element."""
-    with np.errstate(over="ignore"):  # exp of a large number is infinite, and its inverse 0, as it should be
-        return np.asarray(1.0 / (1.0 + np.exp(-logits)))
-
-
-def unchanged(logits: np.ndarray) -> np.ndarray:
-    """The model's own output."""
-    return logits
-
-
-FUNCTIONS: Dict[str, Callable[[np.ndarray], np.ndarray]] = {"softmax": softmax, "sigmoid": sigmoid, "none": unchanged}
-
-
-def function_to_apply(model: ModelFacts) -> str:
-    """The function that the pipeline applies to this classifier's logits."""
-    kind = model.config.get("problem_type")
-    if kind == "regression":
-        return "none"
-    if kind == "multi_label_classification" or len(model.config["id2label"]) == 1:
-        return "sigmoid"
-    return "softmax"

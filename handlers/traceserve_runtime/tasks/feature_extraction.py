@@ -8,7 +8,9 @@ import numpy as np
 
 from traceserve_runtime.batching import Arrays
 from traceserve_runtime.errors import Unsupported
-from traceserve_runtime.tasks.contract import Field, ModelFacts, Output, Parameter, Request, Task, average, only_whole
+from traceserve_runtime.tasks.contract import ModelFacts, Request, Task, only_whole
+from traceserve_runtime.tasks.parameters import Field, Output, Parameter
+from traceserve_runtime.tasks.scores import average
 from traceserve_runtime.tokenization import Row
 
 # One row's last hidden state, (length, hidden), to one vector, (hidden).

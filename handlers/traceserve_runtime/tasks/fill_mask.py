@@ -9,7 +9,9 @@ import numpy as np
 from traceserve_runtime import windows
 from traceserve_runtime.batching import Arrays
 from traceserve_runtime.errors import InvalidRequest, Unsupported
-from traceserve_runtime.tasks.contract import Field, ModelFacts, Output, Parameter, Request, Task, softmax, strings
+from traceserve_runtime.tasks.contract import ModelFacts, Request, Task
+from traceserve_runtime.tasks.parameters import Field, Output, Parameter, strings
+from traceserve_runtime.tasks.scores import softmax
 from traceserve_runtime.tokenization import Row, Segments
 
 # The logits of one run are float32 of shape (batch, length, vocabulary): this many bytes at most.

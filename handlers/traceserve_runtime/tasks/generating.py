@@ -11,7 +11,8 @@ from traceserve_runtime.batching import Arrays, CostModel, Runner, Stats
 from traceserve_runtime.errors import InvalidRequest, Unsupported
 from traceserve_runtime.feeds import FEEDS
 from traceserve_runtime.generation import Settings
-from traceserve_runtime.tasks.contract import Job, ModelFacts, Output, Parameter, Request, Task, strings
+from traceserve_runtime.tasks.contract import Job, ModelFacts, Request, Task
+from traceserve_runtime.tasks.parameters import Output, Parameter, strings
 from traceserve_runtime.tokenization import Row
 
 MAX_NEW_TOKENS = Parameter(

@@ -8,7 +8,9 @@ import numpy as np
 
 from traceserve_runtime.batching import Arrays
 from traceserve_runtime.errors import InvalidRequest
-from traceserve_runtime.tasks.contract import Field, ModelFacts, Output, Parameter, Request, Task, softmax
+from traceserve_runtime.tasks.contract import ModelFacts, Request, Task
+from traceserve_runtime.tasks.parameters import Field, Output, Parameter
+from traceserve_runtime.tasks.scores import softmax
 from traceserve_runtime.tokenization import Row, Segments
 
 _LONGEST_WINDOW = 384  # the pipeline's default

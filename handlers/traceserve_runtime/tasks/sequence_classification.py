@@ -8,17 +8,9 @@ from typing import Any, Dict, Sequence
 import numpy as np
 
 from traceserve_runtime.batching import Arrays
-from traceserve_runtime.tasks.contract import (
-    FUNCTIONS,
-    Field,
-    ModelFacts,
-    Output,
-    Parameter,
-    Request,
-    Task,
-    average,
-    function_to_apply,
-)
+from traceserve_runtime.tasks.contract import ModelFacts, Request, Task
+from traceserve_runtime.tasks.parameters import Field, Output, Parameter
+from traceserve_runtime.tasks.scores import FUNCTIONS, average, function_to_apply
 from traceserve_runtime.tokenization import Row
 
 

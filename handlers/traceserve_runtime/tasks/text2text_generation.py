@@ -6,8 +6,9 @@ from typing import Any, Dict, List, Sequence
 
 from traceserve_runtime.batching import Arrays
 from traceserve_runtime.errors import Unsupported
-from traceserve_runtime.tasks.contract import Field, ModelFacts, Request
+from traceserve_runtime.tasks.contract import ModelFacts, Request
 from traceserve_runtime.tasks.generating import PARAMETERS, Generating, first_id
+from traceserve_runtime.tasks.parameters import Field
 from traceserve_runtime.tokenization import Row, Segments
 
 _LONGEST_TEXT = 4096  # tokens, for models whose positions have no limit of their own

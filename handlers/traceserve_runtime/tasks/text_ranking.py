@@ -7,17 +7,9 @@ from typing import Any, Dict, List, Mapping, Sequence
 
 from traceserve_runtime.batching import Arrays
 from traceserve_runtime.errors import InvalidRequest, Unsupported
-from traceserve_runtime.tasks.contract import (
-    FUNCTIONS,
-    Field,
-    ModelFacts,
-    Output,
-    Parameter,
-    Request,
-    Task,
-    by_part,
-    function_to_apply,
-)
+from traceserve_runtime.tasks.contract import ModelFacts, Request, Task, by_part
+from traceserve_runtime.tasks.parameters import Field, Output, Parameter
+from traceserve_runtime.tasks.scores import FUNCTIONS, function_to_apply
 from traceserve_runtime.tokenization import Row, Segments
 
 

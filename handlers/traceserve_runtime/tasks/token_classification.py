@@ -8,7 +8,9 @@ import numpy as np
 
 from traceserve_runtime import windows
 from traceserve_runtime.batching import Arrays
-from traceserve_runtime.tasks.contract import Field, ModelFacts, Output, Parameter, Request, Task, softmax, strings
+from traceserve_runtime.tasks.contract import ModelFacts, Request, Task
+from traceserve_runtime.tasks.parameters import Field, Output, Parameter, strings
+from traceserve_runtime.tasks.scores import softmax
 from traceserve_runtime.tokenization import Row, Segments
 
 # How the label of a word is found from its tokens' scores, (tokens, labels), for the strategies that look at words.

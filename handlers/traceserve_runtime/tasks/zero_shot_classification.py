@@ -8,17 +8,9 @@ import numpy as np
 
 from traceserve_runtime.batching import Arrays
 from traceserve_runtime.errors import InvalidRequest, Unsupported
-from traceserve_runtime.tasks.contract import (
-    Field,
-    ModelFacts,
-    Output,
-    Parameter,
-    Request,
-    Task,
-    average,
-    by_part,
-    softmax,
-)
+from traceserve_runtime.tasks.contract import ModelFacts, Request, Task, by_part
+from traceserve_runtime.tasks.parameters import Field, Output, Parameter
+from traceserve_runtime.tasks.scores import average, softmax
 from traceserve_runtime.tokenization import Row, Segments
 
 

@@ -1,0 +1,50 @@
+"""From a model's outputs to scores."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Callable, Dict, Sequence
+
+import numpy as np
+
+from traceserve_runtime.tokenization import Row
+
+if TYPE_CHECKING:
+    from traceserve_runtime.tasks.contract import ModelFacts
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Over the last axis."""
+    exponents = np.exp(logits - np.max(logits, axis=-1, keepdims=True))
+    return np.asarray(exponents / exponents.sum(axis=-1, keepdims=True))
+
+
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    """Of each element."""
+    with np.errstate(over="ignore"):  # exp of a large number is infinite, and its inverse 0, as it should be
+        return np.asarray(1.0 / (1.0 + np.exp(-logits)))
+
+
+def unchanged(logits: np.ndarray) -> np.ndarray:
+    """The model's own output."""
+    return logits
+
+
+FUNCTIONS: Dict[str, Callable[[np.ndarray], np.ndarray]] = {"softmax": softmax, "sigmoid": sigmoid, "none": unchanged}
+
+
+def function_to_apply(model: ModelFacts) -> str:
+    """The function that the pipeline applies to this classifier's logits."""
+    kind = model.config.get("problem_type")
+    if kind == "regression":
+        return "none"
+    if kind == "multi_label_classification" or len(model.config["id2label"]) == 1:
+        return "sigmoid"
+    return "softmax"
+
+
+def average(values: Sequence[np.ndarray], rows: Sequence[Row]) -> np.ndarray:
+    """The mean over windows, weighted by the text's tokens in each."""
+    if len(values) == 1:
+        return values[0]
+    weights = np.array([row.tokens for row in rows], dtype=np.float32)
+    return np.average(np.stack(values), axis=0, weights=weights)
