@@ -248,6 +248,10 @@ def test_a_text_that_has_no_room_is_refused_or_cut(made: Callable[[str], Made]) 
         [Request({"text": VERY_LONG}, {"max_new_tokens": 10, "long_inputs": "truncate", "return_full_text": False})]
     )
     assert isinstance(cut, Answer) and cut.unseen["text"][0] == 0
+    [room] = engine.answer([Request({"text": VERY_LONG}, {"long_inputs": "truncate", "return_full_text": False})])
+    assert isinstance(room, Answer) and len(VERY_LONG) - room.unseen["text"][1] > 64
+    kept = VERY_LONG[room.unseen["text"][1] :]
+    assert kept + written(room.value) == original(made("gpt2"), kept, max_new_tokens=64)
     kept = VERY_LONG[cut.unseen["text"][1] :]
     assert kept and VERY_LONG.endswith(kept)
     assert kept + written(cut.value) == original(made("gpt2"), kept, max_new_tokens=10)

@@ -51,7 +51,11 @@ class TextGeneration(Generating):
 
     def segments(self, request: Request) -> List[Segments]:
         self.check_parameters(request)
-        wanted = request.parameters.get("max_new_tokens", 1)
+        wanted = request.parameters.get("max_new_tokens")
+        if wanted is None:  # a prompt that is cut leaves room for a text; one that fits is answered as far as it goes
+            cuts = self.long_inputs(request) == "truncate"
+            most = self.parameter(request, "max_new_tokens") or 256
+            wanted = min(most, self.manifest.max_length // 2) if cuts else 1
         limit = self.manifest.max_length - wanted
         if limit < 1:
             raise InputTooLong(
