@@ -83,6 +83,13 @@ ARCHITECTURES = {
 }
 
 
+# Families whose forward pass holds lengths fast when it is traced, or is changed by padding.
+UNEVEN = {
+    "longformer": Architecture("LongformerConfig", "roberta", {**SIZE, "attention_window": 8}),
+    "fnet": Architecture("FNetConfig", "bert", {**SIZE, "tpu_short_seq_length": 16}),
+}
+
+
 def auto_models(architecture: str) -> FrozenSet[str]:
     """The auto classes of transformers that know a model of this family, as their own tables say."""
     config = getattr(transformers, ARCHITECTURES[architecture].config)
@@ -94,7 +101,7 @@ def make(
     folder: Path, architecture: str, auto_model: str = "AutoModelForSequenceClassification", **options: Any
 ) -> Path:
     """Write a tiny random checkpoint into `folder`; `options` go into its configuration."""
-    family = ARCHITECTURES[architecture]
+    family = {**ARCHITECTURES, **UNEVEN}[architecture]
     tokenizer = make_tokenizer(family.tokenizer)
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos", "cls", "sep")}
     config = getattr(transformers, family.config)(

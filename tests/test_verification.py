@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable, Set, Tuple
 
-import models
 import pytest
 import torch
 from conftest import nothing, run_export
@@ -23,11 +22,6 @@ from traceserve_runtime.tasks.contract import Request
 from traceserve_runtime.tokenization import Encoded
 
 LABELS = {"id2label": {0: "red", 1: "green", 2: "blue"}, "label2id": {"red": 0, "green": 1, "blue": 2}}
-# Families whose forward pass holds lengths fast when it is traced, or is changed by padding.
-models.ARCHITECTURES["longformer"] = models.Architecture(
-    "LongformerConfig", "roberta", {**models.SIZE, "attention_window": 8}
-)
-models.ARCHITECTURES["fnet"] = models.Architecture("FNetConfig", "bert", {**models.SIZE, "tpu_short_seq_length": 16})
 
 
 def test_the_receipt(artifact: Path) -> None:
