@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Dict, Optional, Sequence, Tuple, Type
+from typing import Any, Dict, Optional, Sequence, Type
 
 import numpy as np
 
@@ -13,76 +13,59 @@ from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.tokenization import Row
 
 
-class DecoderFeed:
-    """A decoder: the prompts are padded on the left and read in one step; then one token of each row that goes on."""
+class _Feed:
+    """What both kinds share: the rows that are read first, the state of the loop, and a step of it."""
 
     def __init__(self, runner: Runner, rows: Sequence[Row], manifest: Manifest, stats: Stats) -> None:
         self._runner = runner
-        self._prompts, _ = batching.pad(rows, manifest)
+        self._manifest = manifest
+        self._read, _ = batching.pad(rows, manifest)
+        self._mask = self._read["attention_mask"]
         self._stats = stats
         stats.rows += len(rows)
         stats.tokens += sum(row.length for row in rows)
-        stats.padded_tokens += self._prompts["input_ids"].size
+        stats.padded_tokens += self._mask.size
         self._state: State = ()
-        self._mask = self._prompts["attention_mask"]
+
+    def _step(self, inputs: Arrays, rows: Optional[np.ndarray] = None) -> np.ndarray:
+        """The logits after one step, of all rows of the last one or of those that `rows` chooses."""
+        if rows is not None:
+            self._stats.tokens += len(rows)
+            self._stats.padded_tokens += len(rows)
+            if np.array_equal(rows, np.arange(self._state[0].shape[0])):
+                rows = None  # all of them, as they are: nothing is copied
+        started = time.perf_counter()
+        outputs, self._state = self._runner.step(inputs, self._state, rows)
+        self._stats.model_seconds += time.perf_counter() - started
+        self._stats.micro_batches += 1
+        return outputs["logits"]
+
+
+class DecoderFeed(_Feed):
+    """A decoder: the prompts are padded on the left and read in one step; then one token of each row that goes on."""
 
     def first(self) -> np.ndarray:
+        self._state = self._runner.start(self._read)
         positions = np.maximum(self._mask.cumsum(axis=1) - 1, 0)
-        self._state = self._runner.start(self._prompts)
-        return self._step(self._prompts["input_ids"], positions, None)
+        return self._step({**self._read, "position_ids": positions})
 
     def next(self, rows: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         self._mask = np.concatenate([self._mask[rows], np.ones((len(rows), 1), dtype=np.int64)], axis=1)
-        self._stats.tokens += len(rows)
-        self._stats.padded_tokens += len(rows)
-        unchanged = len(rows) == self._state[0].shape[0] and bool((rows == np.arange(len(rows))).all())
-        return self._step(tokens[:, None], self._mask.sum(axis=1, keepdims=True) - 1, None if unchanged else rows)
-
-    def _step(self, ids: np.ndarray, positions: np.ndarray, rows: Optional[np.ndarray]) -> np.ndarray:
-        inputs = {"input_ids": ids, "attention_mask": self._mask, "position_ids": positions}
-        logits, self._state = _timed(self._runner, inputs, self._state, rows, self._stats)
-        return logits
+        positions = self._mask.sum(axis=1, keepdims=True) - 1
+        return self._step({"input_ids": tokens[:, None], "attention_mask": self._mask, "position_ids": positions}, rows)
 
 
-class EncoderDecoderFeed:
+class EncoderDecoderFeed(_Feed):
     """An encoder and a decoder: the sources are read once; every row of the decoder begins with the same token."""
 
-    def __init__(self, runner: Runner, rows: Sequence[Row], manifest: Manifest, stats: Stats) -> None:
-        self._runner = runner
-        self._sources, _ = batching.pad(rows, manifest)
-        self._begin = np.full((len(rows), 1), manifest.facts["start_id"], dtype=np.int64)
-        self._stats = stats
-        stats.rows += len(rows)
-        stats.tokens += sum(row.length for row in rows)
-        stats.padded_tokens += self._sources["input_ids"].size
-        self._state: State = ()
-        self._mask = self._sources["attention_mask"]
-
     def first(self) -> np.ndarray:
-        self._state = self._runner.start(self._sources)
-        return self._step(self._begin, None)
+        self._state = self._runner.start(self._read)
+        begin = np.full((len(self._mask), 1), self._manifest.facts["start_id"], dtype=np.int64)
+        return self._step({"decoder_input_ids": begin, "attention_mask": self._mask})
 
     def next(self, rows: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        unchanged = len(rows) == len(self._mask) and bool((rows == np.arange(len(rows))).all())
         self._mask = self._mask[rows]
-        self._stats.tokens += len(rows)
-        self._stats.padded_tokens += len(rows)
-        return self._step(tokens[:, None], None if unchanged else rows)
-
-    def _step(self, ids: np.ndarray, rows: Optional[np.ndarray]) -> np.ndarray:
-        inputs = {"decoder_input_ids": ids, "attention_mask": self._mask}
-        logits, self._state = _timed(self._runner, inputs, self._state, rows, self._stats)
-        return logits
-
-
-def _timed(
-    runner: Runner, inputs: Arrays, state: State, rows: Optional[np.ndarray], stats: Stats
-) -> Tuple[np.ndarray, State]:
-    started = time.perf_counter()
-    outputs, state = runner.step(inputs, state, rows)
-    stats.model_seconds += time.perf_counter() - started
-    stats.micro_batches += 1
-    return outputs["logits"], state
+        return self._step({"decoder_input_ids": tokens[:, None], "attention_mask": self._mask}, rows)
 
 
 FEEDS: Dict[str, Type[Any]] = {"decoder": DecoderFeed, "encoder_decoder": EncoderDecoderFeed}

@@ -34,14 +34,12 @@ class Loop(NamedTuple):
     """How one kind of model is traced, and what its original gives.
 
     `graphs(original, batch, length)` makes start and step; `forced(original, row, steps)` the logits, (steps + 1,
-    vocabulary), where the original is made to read `steps` given tokens; `generate(original, row, **options)` the ids of
-    the original's own `generate`, new ones only. `writes_behind`: whether new tokens stand behind the row, and count
-    towards max_length with it.
+    vocabulary), where the original is made to read `steps` given tokens. `writes_behind`: whether new
+    tokens stand behind the row, and count towards max_length with it.
     """
 
     graphs: Callable[[Original, int, int], Tuple[Graph, Graph]]
     forced: Callable[[Original, Row, int], torch.Tensor]
-    generate: Callable[..., List[int]]
     writes_behind: bool
 
 
@@ -50,7 +48,7 @@ def _decoder_graphs(original: Original, batch: int, length: int) -> Tuple[Graph,
     with torch.no_grad():
         result = original.model(input_ids=ids, attention_mask=mask, use_cache=True)
     past = _pairs(getattr(result, "past_key_values", None), original)
-    step = _DecoderStep(original.model, len(past))
+    step = _DecoderStep(original.model)
     states = tuple(tensor for pair in past for tensor in pair)
     whole = torch.cat([mask, torch.ones_like(mask)], dim=1)
     columns = {
@@ -94,10 +92,9 @@ class _DecoderStep(torch.nn.Module):
     """New tokens (batch, new), mask of all (batch, past + new), positions (batch, new) and the past, to the logits of the
     last token, (batch, vocabulary), and the grown past."""
 
-    def __init__(self, model: Any, layers: int) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
-        self.layers = layers
         accepted = inspect.signature(model.forward).parameters
         self.inputs = tuple(n for n in ("input_ids", "attention_mask", "position_ids") if n in accepted)
         # Of the prompt, too, only the last token's logits are computed where the model can be told so.
@@ -123,7 +120,6 @@ class _Begin(torch.nn.Module):
         super().__init__()
         self.model = original.model
         self.encoder = original.model.get_encoder()
-        self.original = original
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Tuple[torch.Tensor, ...]:
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, return_dict=True).last_hidden_state
@@ -250,19 +246,15 @@ def _encoder_decoder_forced(original: Original, row: Row, steps: int) -> torch.T
     return logits
 
 
-def _decoder_generate(original: Original, row: Row, **options: Any) -> List[int]:
+def generate(original: Original, loop: str, row: Row, request: Request) -> List[int]:
+    """The ids of the original's own `generate` after one row, new ones only."""
     ids = torch.tensor([row.encoding.ids])
+    options = _generate_options(original, request)
     tokens: List[int] = original.model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0].tolist()
-    return tokens[row.length :]
+    return tokens[row.length if LOOPS[loop].writes_behind else 1 :]
 
 
-def _encoder_decoder_generate(original: Original, row: Row, **options: Any) -> List[int]:
-    ids = torch.tensor([row.encoding.ids])
-    tokens: List[int] = original.model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0].tolist()
-    return tokens[1:]
-
-
-def generate_options(original: Original, request: Request) -> Dict[str, Any]:
+def _generate_options(original: Original, request: Request) -> Dict[str, Any]:
     """The parameters of a request as `generate` takes them."""
     named = {**original.parameters, **request.parameters}
     own = ("return_full_text", "stream", "long_inputs", "seed", "stop")
@@ -270,6 +262,6 @@ def generate_options(original: Original, request: Request) -> Dict[str, Any]:
 
 
 LOOPS: Dict[str, Loop] = {
-    "decoder": Loop(_decoder_graphs, _decoder_forced, _decoder_generate, True),
-    "encoder_decoder": Loop(_encoder_decoder_graphs, _encoder_decoder_forced, _encoder_decoder_generate, False),
+    "decoder": Loop(_decoder_graphs, _decoder_forced, True),
+    "encoder_decoder": Loop(_encoder_decoder_graphs, _encoder_decoder_forced, False),
 }

@@ -132,10 +132,10 @@ def _original_text(original: Original, loop: str, row: Row, request: Request) ->
     """The new tokens that the original's own `generate` writes after one row alone."""
     import torch
 
-    from traceserve.looping import LOOPS, generate_options
+    from traceserve.looping import generate
 
     with torch.no_grad():
-        tokens = LOOPS[loop].generate(original, row, **generate_options(original, request))
+        tokens = generate(original, loop, row, request)
     return {"tokens": np.array(tokens, dtype=np.int64)}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Callable, ClassVar, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
@@ -58,6 +58,7 @@ LONG_INPUTS_PARAMETER = Parameter(
     "what becomes of a text longer than max_length: answered in windows that are merged, cut, or refused",
     LONG_INPUTS,
 )
+WITHOUT_WINDOWS = replace(LONG_INPUTS_PARAMETER, choices=LONG_INPUTS[1:])
 
 
 class Task:
@@ -73,6 +74,7 @@ class Task:
     sample: ClassVar[Dict[str, Any]]  # the fields of a request
     sample_parameters: ClassVar[Dict[str, Any]] = {}  # and its parameters
     merges_windows: ClassVar[bool] = True  # whether a long text can be answered from several windows
+    windows_overlap: ClassVar[bool] = False  # whether neighbouring windows share a quarter of max_length
     longest_default: ClassVar[int] = 512  # max_length where neither configuration nor model sets a lower one
     loop: ClassVar[str] = ""  # how the model is run: "" once, "decoder" or "encoder_decoder" token by token
     padding_side: ClassVar[Optional[str]] = None  # where the task, and not the tokenizer, decides it
@@ -101,9 +103,7 @@ class Task:
     @classmethod
     def all_parameters(cls) -> Tuple[Parameter, ...]:
         """The task's own parameters and those of every task."""
-        legal = LONG_INPUTS if cls.merges_windows else LONG_INPUTS[1:]
-        general = Parameter("long_inputs", str, LONG_INPUTS_PARAMETER.description, legal)
-        return (*cls.parameters, general)
+        return (*cls.parameters, LONG_INPUTS_PARAMETER if cls.merges_windows else WITHOUT_WINDOWS)
 
     @classmethod
     def check(cls, inputs: Mapping[str, Any]) -> None:
@@ -129,7 +129,8 @@ class Task:
         names = [field.name for field in self.fields]
         first, second = names[0], names[-1]  # the same for a task of one field
         pair = request.inputs.get(second) if second != first else None
-        return [Segments(request.inputs[first], pair, (first, second))]
+        stride = self.manifest.max_length // 4 if self.windows_overlap else 0
+        return [Segments(request.inputs[first], pair, (first, second), stride=stride)]
 
     def encode(self, requests: Sequence[Request]) -> List[Union[Encoded, TraceserveError]]:
         """The rows of each request, or why there are none; all texts are tokenized in one call."""
@@ -200,9 +201,11 @@ class Task:
         return requests
 
     def warm_up_requests(self) -> List[Request]:
-        """A short request and one as long as any."""
-        text = self.fields[0].name
-        long = {**self.sample, text: " ".join([self.sample[text]] * self.manifest.max_length)}
+        """A short request and one as long as any: the last required field is the one whose texts are long."""
+        field = [field for field in self.fields if field.required][-1]
+        value = self.sample[field.name]
+        text = " ".join([value if field.kind == "text" else value[0]] * self.manifest.max_length)
+        long = {**self.sample, field.name: text if field.kind == "text" else [text]}
         parameters = {**self.sample_parameters, "long_inputs": "truncate"}
         return [Request(self.sample, parameters), Request(long, parameters)]
 

@@ -12,7 +12,7 @@ from traceserve_runtime.errors import InvalidRequest, Unsupported
 from traceserve_runtime.tasks.contract import ModelFacts, Request, Task
 from traceserve_runtime.tasks.parameters import Field, Output, Parameter, strings
 from traceserve_runtime.tasks.scores import softmax
-from traceserve_runtime.tokenization import Row, Segments
+from traceserve_runtime.tokenization import Row
 
 # The logits of one run are float32 of shape (batch, length, vocabulary): this many bytes at most.
 _MOST_BYTES = 1 << 28
@@ -30,6 +30,7 @@ class FillMask(Task):
         Parameter("top_k", int, "how many tokens are told for each mask", default=5),
         Parameter("targets", list, "words, of which alone is chosen; of a word of several tokens, the first"),
     )
+    windows_overlap = True
     sample = {"text": "The train to the [MASK] leaves at nine."}
 
     @classmethod
@@ -45,9 +46,6 @@ class FillMask(Task):
     def sample_body(cls, facts: Mapping[str, Any]) -> Dict[str, Any]:
         """With the model's own mask token."""
         return {"text": cls.sample["text"].replace("[MASK]", facts.get("mask_token", "[MASK]"))}
-
-    def segments(self, request: Request) -> List[Segments]:
-        return [Segments(request.inputs["text"], fields=("text", "text"), stride=self.manifest.max_length // 4)]
 
     @property
     def most_tokens(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, ClassVar, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -213,7 +213,7 @@ class Generating(Task):
             for search, fine in zip(searches, sound)
         ]
 
-    def _watch(self, job: Job, prompt: Sequence[int]) -> Any:
+    def _watch(self, job: Job, prompt: Sequence[int]) -> Optional[Callable[[List[int]], bool]]:
         """What looks at a row's text while it grows, to stop it or to tell it; None where nothing does."""
         stops = self.parameter(job.request, "stop")
         tells = job.emit if self.streams(job.request) else None
@@ -238,6 +238,10 @@ class Generating(Task):
         """The part of a growing text that more tokens do not change: no half characters, no space that may go."""
         text = text.rstrip("\ufffd")
         return text.rsplit(" ", 1)[0] if self.manifest.tokenizer.clean_up and " " in text else text
+
+    def same(self, answer: Any, other: Any) -> bool:
+        """The same text."""
+        return bool(answer == other)
 
     def repeatable(self, request: Request) -> bool:
         """Not where tokens are drawn: the original draws others."""

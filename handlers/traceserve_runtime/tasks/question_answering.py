@@ -149,10 +149,6 @@ class QuestionAnswering(Task):
             if text.strip()
         ]
 
-    def warm_up_requests(self) -> List[Request]:
-        long = {**self.sample, "context": " ".join([self.sample["context"]] * self.manifest.max_length)}
-        return [Request(self.sample), Request(long, {"long_inputs": "truncate"})]
-
 
 def _listed(value: Any) -> List[Dict[str, Any]]:
     """The answers as a list, whether one was told or several."""

@@ -39,7 +39,7 @@ class Text2TextGeneration(Generating):
 
     def segments(self, request: Request) -> List[Segments]:
         self.check_parameters(request)
-        return [Segments(request.inputs["text"], fields=("text", "text"))]
+        return super().segments(request)
 
     def prompt(self, row: Row) -> List[int]:
         return [self.manifest.facts["start_id"]]
@@ -54,10 +54,6 @@ class Text2TextGeneration(Generating):
 
     def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Any:
         return {"generated_text": self.text(outputs[0]["tokens"].tolist())}
-
-    def same(self, answer: Any, other: Any) -> bool:
-        """The same text."""
-        return bool(answer == other)
 
     def from_texts(self, texts: Sequence[str]) -> List[Request]:
         """Each text, every other one by beams; the long ones cut."""

@@ -63,12 +63,12 @@ class TextGeneration(Generating):
                 "parameters.max_new_tokens",
             )
         if "text" in request.inputs:
-            return [Segments(request.inputs["text"], fields=("text", "text"), limit=limit)]
+            return [Segments(request.inputs["text"], limit=limit)]
         template = self.manifest.facts["chat_template"]
         if template is None:
             raise InvalidRequest('this model has no chat template; send "text"', "messages")
         text = chat.render(template, self.manifest.facts["tokens"], request.inputs["messages"])
-        return [Segments(text, fields=("messages", "messages"), limit=limit, special=False)]
+        return [Segments(text, fields=("messages", ""), limit=limit, special=False)]
 
     def prompt(self, row: Row) -> List[int]:
         return list(row.encoding.ids)
@@ -97,10 +97,6 @@ class TextGeneration(Generating):
         if last["role"] == "assistant":
             return [{"generated_text": [*earlier, {"role": last["role"], "content": last["content"] + written}]}]
         return [{"generated_text": [*earlier, last, {"role": "assistant", "content": written}]}]
-
-    def same(self, answer: Any, other: Any) -> bool:
-        """The same text."""
-        return bool(answer == other)
 
     def from_texts(self, texts: Sequence[str]) -> List[Request]:
         """Each text as a prompt; the long ones cut."""

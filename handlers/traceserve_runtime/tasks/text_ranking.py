@@ -92,8 +92,3 @@ class TextRanking(Task):
             for i, text in enumerate(texts)
             if len(text) < 200
         ]
-
-    def warm_up_requests(self) -> List[Request]:
-        long = " ".join([self.sample["documents"][0]] * self.manifest.max_length)
-        inputs = {**self.sample, "documents": [long]}
-        return [Request(self.sample), Request(inputs, {"long_inputs": "truncate"})]

@@ -11,7 +11,7 @@ from traceserve_runtime.batching import Arrays
 from traceserve_runtime.tasks.contract import ModelFacts, Request, Task
 from traceserve_runtime.tasks.parameters import Field, Output, Parameter, strings
 from traceserve_runtime.tasks.scores import softmax
-from traceserve_runtime.tokenization import Row, Segments
+from traceserve_runtime.tokenization import Row
 
 # How the label of a word is found from its tokens' scores, (tokens, labels), for the strategies that look at words.
 _WORD_SCORES = {
@@ -46,15 +46,13 @@ class TokenClassification(Task):
     )
     labelled = True
     gate_parameters = {"ignore_labels": ["\0"]}  # nothing is left out
+    windows_overlap = True
     sample = {"text": "Ada Lovelace wrote to Charles Babbage from London."}
 
     @classmethod
     def facts(cls, model: ModelFacts) -> Dict[str, Any]:
         """The unknown token, which the pipeline shows as it stands in the text."""
         return {"unknown_id": model.tokens["unk"][1] if "unk" in model.tokens else None}
-
-    def segments(self, request: Request) -> List[Segments]:
-        return [Segments(request.inputs["text"], fields=("text", "text"), stride=self.manifest.max_length // 4)]
 
     def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Any:
         tokens, scores = self._tokens(request.inputs["text"], rows, outputs)
