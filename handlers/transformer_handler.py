@@ -6,8 +6,10 @@ not inherit TorchServe's BaseHandler, whose import takes seconds and which choos
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
+import time
 import traceback
 from functools import partial
 from pathlib import Path
@@ -44,12 +46,14 @@ class TransformerHandler:
             raise RuntimeError(f"the worker's Python lacks a package that this archive needs: {error}") from error
         try:
             # On the CPU, whatever `gpu_id` TorchServe assigns: a trace holds the device that it was made on.
-            self.engine = Engine.load(Path(context.system_properties["model_dir"]))
+            self.engine = Engine.load(Path(context.system_properties["model_dir"]), **_settings(context))
             self.engine.warm_up()
         except (RuntimeError, MemoryError):
             raise
         except Exception as error:  # an outer edge: anything else kills the worker without a reason
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
+        # What is loaded stays: without this, each full collection walks torch's 200,000 objects while requests wait.
+        gc.freeze()
         manifest = self.engine.manifest
         logger.info("traceserve loaded %s: %s, %s", manifest.name, manifest.task, manifest.save_mode)
 
@@ -58,6 +62,7 @@ class TransformerHandler:
         from traceserve_runtime.batching import Stats
         from traceserve_runtime.streaming import Streams
 
+        started = time.perf_counter()
         stats = Stats()
         try:
             bodies = [self._parse(row, i, context) for i, row in enumerate(rows or [])]
@@ -65,8 +70,9 @@ class TransformerHandler:
             results = self._answer(bodies, stats, streams, context)
         except Exception as error:  # an outer edge: what escapes fails with TorchServe's own words
             results = [_unexpected(error, len(rows or []))] * len(rows or [])
-        self._report(stats, context)
-        return [_respond(i, result, context) for i, result in enumerate(results)]
+        answers = [_respond(i, result, context) for i, result in enumerate(results)]
+        self._report(stats, len(answers), time.perf_counter() - started, context)
+        return answers
 
     def _parse(self, row: Mapping[str, Any], index: int, context: Any) -> Union[Body, TraceserveError]:
         from traceserve_runtime.errors import InvalidRequest, TraceserveError
@@ -131,16 +137,37 @@ class TransformerHandler:
         name = getattr(context, "model_name", None) or packed.get("modelName") or self.engine.manifest.name
         return Model(name, str(packed.get("modelVersion") or "1.0"))
 
-    def _report(self, stats: Stats, context: Any) -> None:
+    def _report(self, stats: Stats, rows: int, seconds: float, context: Any) -> None:
+        """Tell TorchServe what was computed. Times are summed over requests, as its own are: each waits for its batch."""
         metrics = getattr(context, "metrics", None)
         if metrics is None or not stats.micro_batches:
             return
         metrics.add_counter("TraceserveRequests", stats.requests)
         metrics.add_counter("TraceserveTokens", stats.tokens)
         metrics.add_counter("TraceserveWindows", stats.rows)
+        metrics.add_counter("TraceserveComputedTokens", stats.padded_tokens)
         metrics.add_counter("TraceserveMicroBatches", stats.micro_batches)
+        metrics.add_counter("TraceserveModelMicroseconds", round(1e6 * stats.model_seconds) * rows)
+        metrics.add_counter("TraceserveHandlerMicroseconds", round(1e6 * seconds) * rows)
         metrics.add_percent("TraceservePaddingShare", round(100 * stats.padding_share, 1))
         metrics.add_time("TraceserveModelTime", round(1000 * stats.model_seconds, 2))
+
+
+# What `handler:` in the archive's model-config.yaml may set, as Engine.load takes it.
+SETTINGS = ("threads", "length_step")
+
+
+def _settings(context: Any) -> Dict[str, Any]:
+    """The settings of the handler in model-config.yaml; raises InvalidManifest for what cannot be meant."""
+    from traceserve_runtime.errors import InvalidManifest
+
+    settings = (getattr(context, "model_yaml_config", None) or {}).get("handler") or {}
+    for key, value in settings.items() if isinstance(settings, dict) else [("handler", settings)]:
+        if key not in SETTINGS or type(value) is not int or value < 1:
+            raise InvalidManifest(
+                f"model-config.yaml: {key} is {value!r}; under handler may stand {' and '.join(SETTINGS)}, 1 or more each"
+            )
+    return dict(settings)
 
 
 def _headers(context: Any, index: int) -> Headers:

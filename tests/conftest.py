@@ -25,8 +25,8 @@ def nothing(what: str, done: int, total: int) -> None:
 
 
 def run_export(folder: Path, content: Dict[str, Any], **options: Any) -> Exported:
-    """Export by a configuration's content into `folder`."""
-    config, notes = parse(content)
+    """Export by a configuration's content into `folder`, in float32 where it says nothing."""
+    config, notes = parse({"dtype": "float32", **content})
     folder.mkdir(parents=True, exist_ok=True)
     return export(Loaded(config, ROOT, notes), folder.name, folder, nothing, **options)
 

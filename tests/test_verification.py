@@ -15,7 +15,9 @@ from traceserve.config import parse
 from traceserve.errors import DriftError, ExportError
 from traceserve.export import candidate_shapes
 from traceserve.loading import Original
-from traceserve.writers import WRITERS, Writer, torchscript
+from traceserve.verification import Reference
+from traceserve.writers import WRITERS, torchscript
+from traceserve.writers.contract import Writer, Written
 from traceserve_runtime.engine import Answer, Engine
 from traceserve_runtime.manifest import Manifest, Shapes, sha256
 from traceserve_runtime.tasks.contract import Request
@@ -108,14 +110,14 @@ def test_a_model_that_padding_changes_is_refused(checkpoint: Callable[..., Path]
 def spoiled(amount: float) -> Writer:
     """A writer whose traced model is off by `amount` at one logit."""
 
-    def write(original: Any, task: Any, shapes: Any, folder: Path) -> Tuple[str, ...]:
+    def write(original: Any, task: Any, shapes: Any, folder: Path) -> Written:
         bias = original.model.classifier.bias
         with torch.no_grad():
             before = bias[0].clone()
             bias[0] += amount
-            step_inputs = torchscript.write(original, task, shapes, folder)
+            written = torchscript.write(original, task, shapes, folder)
             bias[0] = before
-        return step_inputs
+        return written
 
     return WRITERS["torchscript"]._replace(write=write)
 
@@ -171,14 +173,14 @@ def test_another_tokenizer_is_caught(artifact: Path, checkpoint: Callable[..., P
     tokenizer.write_text(tokenizer.read_text().replace('"lowercase":true', '"lowercase":false'))
     manifest = Manifest.read(artifact)
     replace(manifest, files={**manifest.files, "tokenizer.json": sha256(tokenizer)}).write(tmp_path / "x")
-    findings = verification.verify(tmp_path / "x", load_original(checkpoint, tmp_path), [], nothing)
+    findings = verification.verify(tmp_path / "x", Reference(load_original(checkpoint, tmp_path)), [], nothing)
     assert findings.tokenized_otherwise and not findings.passed
 
 
 def test_what_the_task_asks_is_compared_and_the_users_own(
     artifact: Path, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    original = load_original(checkpoint, tmp_path)
+    original = Reference(load_original(checkpoint, tmp_path))
     task = Engine.load(artifact).task
     # Of pairs that share 32 tokens some are refused.
     asked = sum(isinstance(item, Encoded) for item in task.encode(task.from_texts(samples.TEXTS)))

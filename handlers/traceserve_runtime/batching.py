@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, Optional, Protocol, Sequence, Tuple
+from itertools import combinations
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Protocol, Sequence, Tuple, TypeVar
 
 import numpy as np
 
@@ -31,6 +32,8 @@ class Runner(Protocol):
         ...
 
 
+Number = TypeVar("Number", float, np.ndarray)
+
 # More rows or tokens in one run gain nothing on any processor measured, and memory grows with them.
 MOST_ROWS = 64
 MOST_TOKENS = 16384
@@ -44,9 +47,49 @@ class CostModel:
     token: float = 1.0
     attention: float = 0.002
 
-    def __call__(self, batch: int, length: int) -> float:
+    def __call__(self, batch: Number, length: int) -> Number:
         tokens = batch * length
         return self.run + self.token * tokens + self.attention * tokens * length
+
+
+class Timing(NamedTuple):
+    """How long one run of a shape took."""
+
+    batch: int
+    length: int
+    seconds: float
+
+
+# Beyond these a fit has followed noise: of another process on the machine while this one started, say.
+_LEAST_RUN, _MOST_RUN, _MOST_ATTENTION = 5.0, 500.0, 0.05
+
+
+def fit(timings: Sequence[Timing]) -> Optional[CostModel]:
+    """The cost model that explains runs of at least three shapes best, or None where none does.
+
+    Least squares of the relative errors with no coefficient below 0: every choice of terms is solved, and the best one
+    without a negative coefficient taken. Where tokens cost nothing beside the run, a run is as dear as can be.
+    """
+    timings = [timing for timing in timings if timing.seconds > 0]
+    if len(timings) < 3:
+        return None
+    tokens = np.array([timing.batch * timing.length for timing in timings], dtype=float)
+    lengths = np.array([timing.length for timing in timings], dtype=float)
+    seconds = np.array([timing.seconds for timing in timings])
+    terms = np.stack([tokens, np.ones_like(tokens), tokens * lengths], axis=1) / seconds[:, None]
+    best: Optional[Tuple[float, np.ndarray]] = None
+    for columns in (list(chosen) for count in (3, 2, 1) for chosen in combinations((0, 1, 2), count)):
+        solution = np.zeros(3)
+        solution[columns] = np.linalg.lstsq(terms[:, columns], np.ones(len(timings)), rcond=None)[0]
+        error = float(np.square(terms @ solution - 1).sum())
+        if (solution >= 0).all() and (best is None or error < best[0]):
+            best = error, solution
+    if best is None:
+        return None
+    token, run, attention = map(float, best[1])
+    if not token:
+        return CostModel(_MOST_RUN) if run else None
+    return CostModel(min(max(run / token, _LEAST_RUN), _MOST_RUN), 1.0, min(attention / token, _MOST_ATTENTION))
 
 
 @dataclass
@@ -73,17 +116,20 @@ def plan(
 
     Dynamic programming over the cost model: best(i) = min over j < i of best(j) + cost of the rows j..i-1.
     """
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    most_rows = MOST_ROWS if shapes.batches is None else max(shapes.batches)
-    best: List[float] = [0.0]
-    cut: List[int] = [0]
+    if len(lengths) == 1:
+        return [[0]]
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    most_rows = min(len(order), MOST_ROWS if shapes.batches is None else max(shapes.batches))
+    batches_of = np.array([shapes.batch(n) for n in range(1, most_rows + 1)], dtype=float)
+    best = np.zeros(len(order) + 1)
+    cut = [0] * (len(order) + 1)
     for end in range(1, len(order) + 1):
         length = shapes.length(lengths[order[end - 1]])
         rows = max(1, min(end, most_rows, most_tokens // length))
-        costs = [best[end - n] + cost(shapes.batch(n), length) for n in range(1, rows + 1)]
-        cheapest = min(range(len(costs)), key=costs.__getitem__)
-        best.append(costs[cheapest])
-        cut.append(end - cheapest - 1)
+        costs = best[end - rows : end][::-1] + cost(batches_of[:rows], length)  # of 1, 2, ... rows up to `end`
+        cheapest = int(costs.argmin())
+        best[end] = costs[cheapest]
+        cut[end] = end - cheapest - 1
     batches = []
     end = len(order)
     while end:
@@ -118,6 +164,12 @@ def pad(rows: Sequence[Row], manifest: Manifest) -> Tuple[Arrays, List[slice]]:
         array[len(rows) :] = array[len(rows) - 1]
         arrays[name] = array
     return arrays, places
+
+
+def filled(manifest: Manifest, batch: int, length: int) -> Arrays:
+    """The model's inputs, int64 of shape (batch, length), for rows without meaning or padding: to take the time."""
+    values = {"input_ids": manifest.tokenizer.pad_id, "attention_mask": 1, "token_type_ids": 0}
+    return {name: np.full((batch, length), values[name], dtype=np.int64) for name in manifest.inputs}
 
 
 def unpad(outputs: Arrays, places: Sequence[slice], per_token: Sequence[str]) -> List[Arrays]:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 from traceserve_runtime import batching
-from traceserve_runtime.batching import Arrays, Runner, Stats
+from traceserve_runtime.batching import Arrays, Runner, Stats, Timing
 from traceserve_runtime.errors import InputTooLong, InvalidManifest, ModelFailure, TraceserveError
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runtimes import RUNTIMES
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Job, Request, Task
 from traceserve_runtime.tokenization import Encoded, TextTokenizer
+
+_SECONDS_TO_FIT = 0.2  # a start takes this much longer; small models fit all shapes into it, large ones three
+
+_RUNS_TO_FIT = 2  # of each shape
 
 Emit = Callable[[int, Dict[str, Tuple[int, int]], str], None]
 
@@ -36,24 +41,32 @@ class Engine:
         self.manifest = manifest
         self.task = task
         self.runner = runner
+        self.cost = task.cost  # of a run on this machine, once it is warm
 
     @classmethod
-    def load(cls, folder: Path, device: str = "cpu") -> Engine:
+    def load(
+        cls, folder: Path, device: str = "cpu", threads: Optional[int] = None, length_step: Optional[int] = None
+    ) -> Engine:
         """Read an archive's folder.
+
+        Its model runs with so many threads, or as many as its library takes; with `length_step` rows are padded to
+        multiples of it, where the model takes any length.
 
         Raises InvalidManifest for a folder that is not what its manifest says, MissingPackage without a library.
         """
         manifest = Manifest.read(folder, verify=False)
+        if length_step is not None:
+            manifest = replace(manifest, shapes=manifest.shapes.stepped(length_step, manifest.max_length))
         with ThreadPoolExecutor(1) as pool:  # hashing takes as long as loading, on another core
             verified = pool.submit(manifest.verify, folder)
             try:
-                engine = cls._load(folder, manifest, device)
+                engine = cls._load(folder, manifest, device, threads)
             finally:
                 verified.result()  # what is no longer what was verified is told first
         return engine
 
     @classmethod
-    def _load(cls, folder: Path, manifest: Manifest, device: str) -> Engine:
+    def _load(cls, folder: Path, manifest: Manifest, device: str, threads: Optional[int]) -> Engine:
         for value, table, what in ((manifest.task, TASKS, "task"), (manifest.save_mode, RUNTIMES, "save mode")):
             if value not in table:
                 raise InvalidManifest(f"this runtime does not know the {what} {value!r}, but: {', '.join(table)}")
@@ -62,7 +75,7 @@ class Engine:
             folder, manifest.tokenizer, manifest.max_length, manifest.max_rows, windows=kind.merges_windows
         )
         task = kind(manifest, tokenizer)
-        return cls(folder, manifest, task, RUNTIMES[manifest.save_mode](manifest, folder, device))
+        return cls(folder, manifest, task, RUNTIMES[manifest.save_mode](manifest, folder, device, threads))
 
     def warm_up(self) -> None:
         """Answer the task's sample, short and long, so that no client waits for first calls."""
@@ -70,6 +83,28 @@ class Engine:
             [answer] = self.answer([request])
             if isinstance(answer, TraceserveError):
                 raise answer
+        if not self.task.loop:
+            self.cost = batching.fit(self._time_runs()) or self.cost
+
+    def _time_runs(self) -> List[Timing]:
+        """How long runs of a few shapes take, smallest first, as far as the time for it goes."""
+        shapes, most = self.manifest.shapes, self.manifest.max_length
+        wanted = [(1, 16), (4, 16), (1, 64), (16, 16), (4, 64), (1, most)]
+        fitting = {(shapes.batch(b), shapes.length(min(n, most))) for b, n in wanted if shapes.holds(b)}
+        timings = []
+        started = time.perf_counter()
+        for batch, length in sorted(fitting, key=lambda shape: shape[0] * shape[1]):
+            inputs = batching.filled(self.manifest, batch, length)
+            self.runner(inputs)  # the first run of a shape prepares others
+            seconds = []
+            for _ in range(_RUNS_TO_FIT):
+                began = time.perf_counter()
+                self.runner(inputs)
+                seconds.append(time.perf_counter() - began)
+            timings.append(Timing(batch, length, min(seconds)))  # what takes longer was disturbed
+            if len(timings) >= 3 and time.perf_counter() - started > _SECONDS_TO_FIT:
+                break
+        return timings
 
     def answer(
         self, requests: Sequence[Request], stats: Optional[Stats] = None, emit: Optional[Emit] = None
@@ -118,7 +153,7 @@ class Engine:
         """The outputs of each row, in order; a micro-batch that fails is run again row by row."""
         outputs: List[Union[Arrays, TraceserveError, None]] = [None] * len(jobs)
         lengths = [job.row.length for job in jobs]
-        for batch in batching.plan(lengths, self.manifest.shapes, self.task.cost, self.task.most_tokens):
+        for batch in batching.plan(lengths, self.manifest.shapes, self.cost, self.task.most_tokens):
             results: Sequence[Union[Arrays, TraceserveError]]
             try:
                 results = self.task.predict(self.runner, [jobs[i] for i in batch], stats)

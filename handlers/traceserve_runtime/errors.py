@@ -52,4 +52,4 @@ class InvalidManifest(TraceserveError):
 
 
 class MissingPackage(TraceserveError):
-    """The worker's Python lacks a package, or the device, that this archive needs."""
+    """The worker lacks what this archive needs: a package, a device, or a feature of the processor."""

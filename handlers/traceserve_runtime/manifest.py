@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional, Tuple, Type, TypeVar, Union, get_type_hints
 
@@ -33,6 +33,12 @@ class Shapes:
     batches: Optional[Tuple[int, ...]] = None
     graph_per_shape: bool = False
 
+    def stepped(self, step: int, most: int) -> Shapes:
+        """These shapes with lengths in multiples of `step` up to `most`, where any length was allowed."""
+        if self.lengths is not None:
+            return self
+        return replace(self, lengths=(*range(step, most, step), most))
+
     def length(self, wanted: int) -> int:
         """The smallest allowed length that holds `wanted` tokens."""
         return wanted if self.lengths is None else min(n for n in self.lengths if n >= wanted)
@@ -40,6 +46,10 @@ class Shapes:
     def batch(self, wanted: int) -> int:
         """The smallest allowed batch that holds `wanted` rows."""
         return wanted if self.batches is None else min(n for n in self.batches if n >= wanted)
+
+    def holds(self, rows: int) -> bool:
+        """Whether so many rows may run together."""
+        return self.batches is None or rows <= max(self.batches)
 
     def graph_name(self, batch: int, length: int) -> str:
         """The name of the graph that answers this shape, where there is one for each."""

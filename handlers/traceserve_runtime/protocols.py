@@ -313,6 +313,8 @@ def path_to(where: str, key: str) -> str:
 
 def short(text: str) -> str:
     """What a client sent, short enough and plain enough to be told back."""
+    if len(text) <= 40 and text.isprintable():
+        return text
     return "".join(c if c.isprintable() else "?" for c in text[:40]) + ("..." if len(text) > 40 else "")
 
 

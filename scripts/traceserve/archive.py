@@ -1,4 +1,7 @@
-"""An artifact's folder and the runtime to a `.mar`, by torch-model-archiver; the same inputs give the same bytes."""
+"""An artifact's folder and the runtime to a `.mar`, by torch-model-archiver, and its serving configuration changed in place.
+
+The same inputs give the same bytes.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,13 @@ import tempfile
 import zipfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Dict
+from typing import Dict, Mapping
 
 from traceserve_runtime.manifest import MANIFEST_FILE, Manifest, sha256
 
+from traceserve import staging
 from traceserve.errors import ArchiveError
+from traceserve.serving import SERVING_FILE, Serving
 
 HANDLER_FILE = "transformer_handler.py"
 RUNTIME = "traceserve_runtime"
@@ -49,13 +54,49 @@ def archive(artifact: Path, name: str, folder: Path) -> Path:
 def read_manifest(path: Path) -> Manifest:
     """The manifest inside an archive; raises ArchiveError for a file that is no archive of ours."""
     try:
-        with zipfile.ZipFile(path) as file:
-            document = json.loads(file.read(MANIFEST_FILE))
-    except FileNotFoundError:
-        raise ArchiveError(f"{path} does not exist; `traceserve build` makes it") from None
-    except (zipfile.BadZipFile, KeyError, ValueError, OSError) as error:
+        document = json.loads(_read(path, MANIFEST_FILE))
+    except ValueError as error:
         raise ArchiveError(f"{path} is no archive of traceserve: {error}") from None
     return Manifest.from_json(document)
+
+
+def read_serving(path: Path) -> Serving:
+    """How an archive is served; raises ArchiveError."""
+    return Serving.from_yaml(_read(path, SERVING_FILE).decode("utf-8", "replace"))
+
+
+def _read(path: Path, name: str) -> bytes:
+    """One file of an archive."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.read(name)
+    except FileNotFoundError:
+        raise ArchiveError(f"{path} does not exist; `traceserve build` makes it") from None
+    except (zipfile.BadZipFile, KeyError, OSError) as error:
+        raise ArchiveError(f"{path} is no archive of traceserve: {error}") from None
+
+
+def configure(path: Path, serving: Serving) -> None:
+    """Give an archive, in place, another serving configuration; everything else in it stays byte for byte.
+
+    The new archive takes the old one's place when it is finished: whoever is interrupted has the old one.
+    """
+    manifest = read_manifest(path)
+    path = path.resolve()  # not a link to it
+    with staging.staged(path) as folder:
+        manifest.write(folder)
+        configure_unpacked(folder, serving)
+        changed = {name: (folder / name).read_bytes() for name in (MANIFEST_FILE, SERVING_FILE)}
+        _copy(path, folder / path.name, changed)
+        shutil.copymode(path, folder / path.name)
+
+
+def configure_unpacked(folder: Path, serving: Serving) -> None:
+    """Write the serving configuration of an unpacked archive, and its SHA-256 into the manifest."""
+    manifest = Manifest.read(folder, verify=False)
+    (folder / SERVING_FILE).write_text(serving.to_yaml(), encoding="utf-8")
+    files = {**manifest.files, SERVING_FILE: sha256(folder / SERVING_FILE)}
+    replace(manifest, files=files).write(folder)
 
 
 def handler_folder() -> Path:
@@ -95,7 +136,7 @@ def _pack(stage: Path, name: str, model_file: str, scratch: Path) -> Path:
         "serialized-file": stage / model_file,
         "handler": stage / HANDLER_FILE,
         "extra-files": stage,
-        "config-file": stage / "model-config.yaml",
+        "config-file": stage / SERVING_FILE,
         "archive-format": "zip-store",
         "export-path": out,
     }
@@ -112,17 +153,24 @@ def _pack(stage: Path, name: str, model_file: str, scratch: Path) -> Path:
 
 def _settle(packed: Path, target: Path) -> Path:
     """Copy an archive without what differs from run to run: dates, and the order of its files."""
+    with zipfile.ZipFile(packed) as source:
+        undated = _undated(source.read(_ARCHIVER_MANIFEST))
+    _copy(packed, target, {_ARCHIVER_MANIFEST: undated})
+    return target
+
+
+def _copy(packed: Path, target: Path, changed: Mapping[str, bytes]) -> None:
+    """Copy an archive with some files changed, in sorted order and without dates."""
     with zipfile.ZipFile(packed) as source, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as sink:
         for name in sorted(source.namelist()):
             info = zipfile.ZipInfo(name, _EPOCH)
             info.external_attr = 0o644 << 16
-            info.file_size = source.getinfo(name).file_size
+            info.file_size = len(changed[name]) if name in changed else source.getinfo(name).file_size
             with source.open(name) as reader, sink.open(info, "w") as writer:
-                if name == _ARCHIVER_MANIFEST:
-                    writer.write(_undated(reader.read()))
+                if name in changed:
+                    writer.write(changed[name])
                 else:
-                    shutil.copyfileobj(reader, writer, 1 << 20)
-    return target
+                    shutil.copyfileobj(reader, writer, 1 << 20)  # weights are large
 
 
 def _undated(content: bytes) -> bytes:

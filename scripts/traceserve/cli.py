@@ -10,14 +10,11 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterator, NoReturn, Optional, Sequence
+from typing import Any, Iterator, NoReturn, Optional, Sequence, Tuple
 
 from traceserve_runtime.errors import TraceserveError
 
-from traceserve import __version__, printing
-
-if TYPE_CHECKING:
-    pass
+from traceserve import __version__, openmp, printing
 
 ARTIFACTS = Path("artifacts")
 STORE = Path("model_store")
@@ -35,8 +32,7 @@ A transformer checkpoint to a TorchServe deployment: traced, compared with the o
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Run the command; gives its exit code: 0, 1 for an error that is told, 2 for a wrong call, 130 if interrupted."""
-    # Before torch is imported: OpenMP's waiting threads would spin and starve whatever shares the processor.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.update(openmp.environment())
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     options = _parse(sys.argv[1:] if arguments is None else arguments)
@@ -182,7 +178,10 @@ def _make(options: argparse.Namespace, with_archive: bool) -> Path:
             archive.archive(folder, name, archive_folder)
     if exported.note:
         printing.console().print(exported.note, highlight=False)
-    printing.print_exported(exported, packed or target, time.monotonic() - started)
+    made = packed or target
+    printing.print_exported(exported, made, time.monotonic() - started)
+    report = staging.write_beside(made, ".report.json", json.dumps(exported.report(), indent=2) + "\n")
+    printing.console().print(f"report  {report}", style="dim", highlight=False)
     if packed:
         printing.console().print(f"\nserve it:  traceserve serve {shlex.quote(str(packed))}", highlight=False)
     else:
@@ -217,7 +216,10 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         "archives", nargs="+", type=Path, metavar="ARCHIVE", help="each answers at /predictions/ and its name"
     )
     parser.add_argument(
-        "--workers", type=_positive, default=1, metavar="N", help="processes for each archive [%(default)s]"
+        "--workers",
+        type=_positive,
+        metavar="N",
+        help="processes for each archive [what `traceserve tune` wrote into it, else 1]",
     )
     parser.add_argument(
         "--host",
@@ -288,10 +290,11 @@ def _status(options: argparse.Namespace) -> int:
         return 0
     table = Table("archive", "port", "workers", "up", "pid")
     for instance in running:
-        alive = f"{server.workers_alive(instance)} of {instance.workers * len(instance.names)}"
+        alive = server.workers_alive(instance)
         up = time.strftime("%H:%M:%S", time.gmtime(time.time() - instance.started))
         for name in instance.names:
-            table.add_row(name, str(instance.port), alive, up, str(instance.pid))
+            workers = f"{alive[name]} of {instance.workers[name]}"
+            table.add_row(name, str(instance.port), workers, up, str(instance.pid))
     printing.console().print(table)
     for instance in running:
         places = (
@@ -370,6 +373,211 @@ def _inputs(options: argparse.Namespace) -> Iterator[Any]:
             yield options.texts
     except (OSError, ValueError) as error:
         _fail(f"predict: {'--json' if options.json is not None else options.file or 'standard input'}: {error}")
+
+
+# --- bench ------------------------------------------------------------------------------------------------------------
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("place", metavar="NAME|URL", help="an archive that is being served, or any HTTP endpoint")
+    parser.add_argument(
+        "--samples",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="what is sent, shuffled and again and again: texts, one a line, or a .csv with a column text, or request "
+        "bodies in a .jsonl; texts like those that the server will get, as its speed depends on their lengths",
+    )
+    parser.add_argument(
+        "--connections",
+        type=_numbers,
+        metavar="N[,N...]",
+        help="closed loop: each of N connections sends its next request when its last is answered; several are measured "
+        "one after the other [16]",
+    )
+    parser.add_argument(
+        "--rate",
+        type=_quantity,
+        metavar="R",
+        help="open loop: R requests a second at random times, whether or not earlier ones are answered, as from many users; "
+        "a latency counts from when its request was due, and connections are opened as needed, up to 512",
+    )
+    parser.add_argument(
+        "--seconds", type=_quantity, default=10.0, metavar="S", help="how long each is measured [%(default)g s]"
+    )
+    parser.add_argument(
+        "--warm-up", type=_duration, default=2.0, metavar="S", help="the same load before, uncounted [%(default)g s]"
+    )
+    parser.add_argument(
+        "--compare", metavar="OTHER", help="another NAME or URL, measured in turn, with the ratio of both"
+    )
+    parser.add_argument(
+        "--rounds",
+        type=_positive,
+        metavar="N",
+        help="how often all of it is measured; the medians count [3 with --compare, else 1]",
+    )
+    parser.add_argument(
+        "--body",
+        metavar="TEMPLATE",
+        help='for URLs: the JSON around each text, as \'{"input": ["{text}"]}\' [the text alone, as text/plain]',
+    )
+    parser.add_argument("--compare-body", metavar="TEMPLATE", help="another one for OTHER [as --body]")
+    parser.add_argument(
+        "--header",
+        action="append",
+        type=_header,
+        default=[],
+        metavar="'K: V'",
+        help="for URLs: a header; may be repeated",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the order and of the open loop's times [%(default)s]"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with curves; it works offline")
+    _add_port(parser)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from traceserve import bench, report, subjects, wire
+
+    wire.require()
+    if options.html:
+        report.require()
+    for path in (options.json, options.html):
+        if path and not path.resolve().parent.is_dir():
+            _fail(f"bench: there is no folder {path.parent} for {path}")
+    if options.rate and len(options.connections or ()) > 1:
+        _fail(
+            "bench: at a --rate, connections are opened as needed; give --connections one number to begin with, or none"
+        )
+    plan = bench.Plan(
+        connections=options.connections or (16,),
+        rate=options.rate,
+        seconds=options.seconds,
+        warm_up=options.warm_up,
+        rounds=options.rounds or (3 if options.compare else 1),
+        seed=options.seed,
+    )
+    headers = dict(options.header)
+    measured = [subjects.subject(options.place, options.samples, options.port, options.body, headers)]
+    if options.compare:
+        body = options.body if options.compare_body is None else options.compare_body
+        measured.append(subjects.subject(options.compare, options.samples, options.port, body, headers))
+    with printing.Bar() as bar:
+        document = bench.measure(
+            measured, plan, options.samples.name, lambda what, share: bar(what, int(1000 * share), 1000)
+        )
+    printing.print_bench(document)
+    if options.json:
+        options.json.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if options.html:
+        options.html.write_text(report.page(document), encoding="utf-8")
+    return 0
+
+
+def _numbers(text: str) -> Tuple[int, ...]:
+    return tuple(_positive(part) for part in text.split(","))
+
+
+def _duration(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError("should be 0 or more")
+    return number
+
+
+def _quantity(text: str) -> float:
+    number = _duration(text)
+    if not number:
+        raise argparse.ArgumentTypeError("should be more than 0")
+    return number
+
+
+def _header(text: str) -> Tuple[str, str]:
+    name, colon, value = text.partition(":")
+    if not colon or not name.strip() or any(ord(c) < 32 or ord(c) > 255 for c in text):
+        raise argparse.ArgumentTypeError("should look like 'Authorization: Bearer KEY'")
+    return name.strip(), value.strip()
+
+
+# --- tune -------------------------------------------------------------------------------------------------------------
+
+
+def _add_tune(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("archive", type=Path, metavar="ARCHIVE", help="whose serving configuration is to be the best")
+    parser.add_argument(
+        "--samples",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="texts like those that the server will get: one a line, or a .csv with a column text, or request bodies in a "
+        ".jsonl; what is best depends on their lengths",
+    )
+    parser.add_argument(
+        "--target",
+        type=_p99,
+        metavar="T",
+        help="throughput: the most requests a second with all the connections; or p99=MS: the most of which 99 in 100 are "
+        "answered within MS milliseconds, with as many connections as that allows [throughput]",
+    )
+    parser.add_argument(
+        "--connections",
+        type=_positive,
+        default=64,
+        metavar="N",
+        help="how many requests are on their way at once: as many as your busiest hours have; with p99=MS at most "
+        "[%(default)s]",
+    )
+    parser.add_argument(
+        "--budget",
+        type=_positive,
+        default=300,
+        metavar="S",
+        help="seconds to measure in; after them the best so far is taken [%(default)s]",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="measure and show, but leave the archive as it is")
+
+
+def _p99(text: str) -> Optional[float]:
+    """The p99 of a target, in seconds; None for throughput."""
+    if text == "throughput":
+        return None
+    name, _, number = text.partition("=")
+    try:
+        milliseconds = float(number)
+    except ValueError:
+        milliseconds = 0.0
+    if name != "p99" or not 0 < milliseconds < float("inf"):
+        raise argparse.ArgumentTypeError("should be throughput, or p99=MS with the milliseconds, as p99=50")
+    return milliseconds / 1000
+
+
+def _tune(options: argparse.Namespace) -> int:
+    from traceserve import archive, tune
+    from traceserve.errors import ServerError
+    from traceserve.racing import Goal
+
+    goal = Goal(options.connections, options.target)
+    with printing.Bar() as bar:
+        tuned = tune.tune(options.archive, options.samples, goal, options.budget, bar)
+    printing.print_tuned(tuned)
+    if tuned.chosen is None:
+        raise ServerError(tune.missed(tuned.best, goal, options.archive))
+    write = tuned.chosen != tuned.own and not options.dry_run
+    if write:
+        archive.configure(options.archive, tuned.chosen)
+    place, screen = shlex.quote(str(options.archive)), printing.console()
+    if write:
+        said = f"written into {place}: {tune.describe(tuned.chosen)}"
+    elif tuned.chosen != tuned.own:
+        said = f"not written into {place}, as --dry-run says: {tune.describe(tuned.chosen)}"
+    else:
+        said = f"nothing better was found; {place} stays as it is: {tune.describe(tuned.chosen)}"
+    screen.print(f"\n{said}", highlight=False, soft_wrap=True)
+    screen.print(f"serve it:  traceserve serve {place}", highlight=False, soft_wrap=True)
+    return 0
 
 
 # --- demo, config-schema ----------------------------------------------------------------------------------------------
@@ -507,6 +715,27 @@ _COMMANDS = (
         "Ask a running server.\n\nPrints one answer, as JSON, for each text:\n\n"
         '  traceserve predict NAME "some text" "another"\n  traceserve predict NAME --json \'{"inputs": "some text", '
         '"parameters": {"top_k": 3}}\'\n  cat texts.txt | traceserve predict NAME -',
+    ),
+    (
+        "bench",
+        _bench,
+        _add_bench,
+        "Measure a running server.\n\nThroughput, latencies, errors, and of a server of traceserve where the time of a "
+        "request goes:\n\n  traceserve bench NAME --samples texts.txt --connections 1,16,64 --html bench.html\n"
+        "  traceserve bench NAME --samples texts.txt --rate 200\n  traceserve bench NAME --samples texts.txt "
+        "--compare http://127.0.0.1:7997/classify \\\n"
+        '    --body \'{"model": "some/model", "input": ["{text}"]}\'',
+    ),
+    (
+        "tune",
+        _tune,
+        _add_tune,
+        "Find an archive's best serving configuration on this machine.\n\nMeasures workers, threads, batch size, batch "
+        "delay and length step with real servers, and writes the best into the archive:\n\n"
+        "  traceserve tune model_store/NAME.mar --samples texts.txt\n"
+        "  traceserve tune model_store/NAME.mar --samples texts.txt --target p99=50\n\nA candidate and the best one so far "
+        "run beside each other and are measured in turn; a difference within the noise changes nothing.\nServers that run "
+        "already are not touched, but share the processor: the figures are better without them.",
     ),
     (
         "demo",

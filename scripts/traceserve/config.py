@@ -13,6 +13,7 @@ from traceserve_runtime.tasks.parameters import LARGEST_NUMBER, Parameter
 from traceserve_runtime.tokenization import LONG_INPUTS
 from typing_extensions import Literal
 
+from traceserve import precision
 from traceserve.errors import ConfigError
 from traceserve.writers import WRITERS
 
@@ -39,6 +40,11 @@ class SetupConfig(BaseModel):
     )
     save_mode: Literal[tuple(WRITERS)] = Field(  # type: ignore[valid-type]  # likewise
         "torchscript", description="How the model is stored"
+    )
+    dtype: Literal[(precision.AUTO, *precision.PRECISIONS)] = Field(  # type: ignore[valid-type]  # likewise
+        precision.AUTO,
+        description="What the model computes in. `auto`: the fastest that this processor does by itself and that the gate "
+        "lets through",
     )
     hardware: Literal["cpu"] = Field("cpu", description="What the archive runs on")
     max_length: Optional[int] = Field(
@@ -71,7 +77,7 @@ class SetupConfig(BaseModel):
     allow_untrained_head: bool = Field(
         False, description="Serve a checkpoint without a head for the task with a random one; for trials only"
     )
-    batch_size: int = Field(32, ge=1, le=4096, description="The most requests that TorchServe hands over at once")
+    batch_size: int = Field(64, ge=1, le=4096, description="The most requests that TorchServe hands over at once")
     max_batch_delay: int = Field(
         2, ge=1, le=10_000, description="How long TorchServe waits for a batch to fill, in milliseconds"
     )
@@ -210,6 +216,7 @@ def _properties_for(task: str) -> Dict[str, Any]:
         properties["long_inputs"] = {"enum": [*LONG_INPUTS[1:], None]}
     if kind.loop:
         properties["sequence_lengths"] = {"const": "auto"}
+    properties["dtype"] = {"enum": precision.legal(kind)}
     return properties
 
 
@@ -263,6 +270,7 @@ def _check_together(config: SetupConfig) -> None:
             f"sequence_lengths ends at {lengths[-1]}, but max_length is {config.max_length}; they must agree"
         )
     task = TASKS[config.task]
+    precision.check(config.dtype, task, config.hardware)
     if task.loop and lengths != "auto":
         raise ConfigError(f"sequence_lengths has no meaning for {config.task}, whose texts grow token by token")
     if config.long_inputs == "window" and not task.merges_windows:

@@ -2,23 +2,54 @@
 
 from __future__ import annotations
 
+import datetime
+import os
 import platform
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
-from traceserve_runtime import __version__
+from traceserve_runtime import __version__, processor
+from traceserve_runtime.engine import Engine
 from traceserve_runtime.manifest import Manifest, Shapes, Source, sha256
 from traceserve_runtime.tasks import TASKS
+from traceserve_runtime.tasks.contract import Request
 
-from traceserve import loading, samples, sources
+from traceserve import loading, precision, samples, sources
 from traceserve.config import Loaded, SetupConfig
+from traceserve.corpus import sentences
 from traceserve.errors import DriftError, ExportError
 from traceserve.loading import Original
-from traceserve.verification import Findings, Progress, verify
+from traceserve.serving import SERVING_FILE, Serving
+from traceserve.speeds import measure
+from traceserve.verification import CORPUS, Findings, Progress, Reference, verify
 from traceserve.writers import WRITERS
 
-SERVING_FILE = "model-config.yaml"
+
+@dataclass(frozen=True)
+class Candidate:
+    """A dtype that was tried; without findings it could not even be written, and `refused` says why."""
+
+    dtype: str
+    findings: Optional[Findings]
+    refused: str = ""
+    speed: Optional[float] = None  # requests/s here, of those that passed; None where there was nothing to choose
+    size: int = 0  # of the artifact, in bytes
+
+    def receipt(self) -> Dict[str, Any]:
+        """What the manifest records: nothing that differs from run to run."""
+        found = self.findings
+        return {
+            "dtype": self.dtype,
+            "passed": found is not None and found.passed,
+            "answers": found.answers if found else 0,
+            "answers_changed": len(found.changed) if found else 0,
+            "own_answers": found.own_answers if found else 0,
+            "own_answers_changed": found.own_changed if found else 0,
+            "largest_difference": found.largest_difference if found else None,
+            "refused": self.refused,
+        }
 
 
 @dataclass(frozen=True)
@@ -29,6 +60,30 @@ class Exported:
     findings: Findings
     parameters: int  # of the model
     note: Optional[str]  # of the checkpoint
+    candidates: Tuple[Candidate, ...]
+
+    def report(self) -> Dict[str, Any]:
+        """What was measured, which differs from run to run and so stands beside what was made, not in it."""
+        return {
+            "name": self.manifest.name,
+            "date": datetime.date.today().isoformat(),
+            "processor": processor.name(),
+            "threads": os.cpu_count(),
+            "versions": self.manifest.versions,
+            "chosen": self.manifest.dtype,
+            "candidates": [
+                {**candidate.receipt(), "requests_per_second": candidate.speed, "bytes": candidate.size}
+                for candidate in self.candidates
+            ],
+        }
+
+
+class _Made(NamedTuple):
+    """An artifact that passed, or whose drift is allowed."""
+
+    folder: Path
+    manifest: Manifest
+    findings: Findings
 
 
 def export(
@@ -41,7 +96,8 @@ def export(
 ) -> Exported:
     """Write the artifact called `name` into `folder`, an empty one; raises TraceserveError, DriftError from the gate.
 
-    Where the configuration leaves the shapes open, the widest ones that the gate proves are taken. If it proves none,
+    Of the dtypes that the configuration leaves open the first one that passes is taken, fastest first. Where it leaves
+    the shapes open, the widest ones that the gate proves are taken. If it proves none,
     `allow_drift` takes those that change the fewest answers; what cannot be run at all is never exported.
     """
     with loading.quiet():
@@ -53,49 +109,110 @@ def _export(
 ) -> Exported:
     config = loaded.config
     task = TASKS[config.task]
+    precision.check_processor(config.dtype)
     own_samples = samples.read(samples_file, task) if samples_file else []
     progress("fetching the checkpoint", 0, 0)
     checkpoint = sources.fetch(config, loaded.folder)
     progress("loading the original", 0, 0)
     original = loading.load(config, checkpoint, loaded.folder)
-    source = checkpoint.source(config)
+    attempt = _Attempt(config, checkpoint.source(config), Reference(original), name, own_samples, progress)
+    dtypes = precision.candidates(task) if config.dtype == precision.AUTO else (config.dtype,)
+    with tempfile.TemporaryDirectory(prefix=".candidates.", dir=folder.parent) as scratch:
+        made: List[_Made] = []
+        tried: List[Candidate] = []
+        for dtype in dtypes:
+            place = Path(scratch, dtype) if len(dtypes) > 1 else folder
+            place.mkdir(exist_ok=True)
+            try:
+                made.append(attempt.make(dtype, place, allow_drift and dtype == dtypes[-1]))
+            except ExportError as error:
+                if dtype == dtypes[-1] and not made:
+                    raise
+                tried.append(Candidate(dtype, getattr(error, "findings", None), error.message))
+            else:
+                tried.append(Candidate(dtype, made[-1].findings, size=_size(place)))
+        if len(made) > 1:
+            requests = _speed_requests(made[0], own_samples)
+            speeds = measure({item.manifest.dtype: item.folder for item in made}, requests, progress)
+            tried = [replace(candidate, speed=speeds.get(candidate.dtype)) for candidate in tried]
+        chosen = made[0]
+        if chosen.folder != folder:
+            for file in chosen.folder.iterdir():
+                os.replace(file, folder / file.name)
+    receipt = {**chosen.manifest.receipt, "candidates": [candidate.receipt() for candidate in tried]}
+    manifest = replace(chosen.manifest, receipt=receipt)
+    manifest.write(folder)
+    parameters = sum(parameter.numel() for parameter in original.model.parameters())
+    return Exported(manifest, chosen.findings, parameters, checkpoint.note, tuple(tried))
 
-    def write(shapes: Shapes) -> Manifest:
-        return _write(config, source, original, shapes, name, folder, progress)
 
-    def finish(manifest: Manifest, findings: Findings) -> Exported:
-        receipt = {**findings.receipt(), "drift_allowed": not findings.passed}
-        manifest = replace(manifest, receipt=receipt)
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _speed_requests(made: _Made, own_samples: Sequence[Request]) -> Sequence[Request]:
+    """The user's own samples, or sentences of everyday length."""
+    return own_samples or Engine.load(made.folder).task.from_texts(sentences(CORPUS))
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """What is the same for every artifact that is tried."""
+
+    config: SetupConfig
+    source: Source
+    reference: Reference
+    name: str
+    own_samples: Sequence[Request]
+    progress: Progress
+
+    def make(self, dtype: str, folder: Path, allow_drift: bool) -> _Made:
+        """An artifact of this dtype in `folder`, the widest in its shapes that passes; raises ExportError, DriftError."""
+        original = self.reference.original
+        refused: List[ExportError] = []
+        drifted: List[Tuple[Findings, Original, Shapes]] = []
+        for lowered in precision.lowered(original, dtype, samples.calibration(self.own_samples)):
+            for shapes in self._shapes():
+                try:
+                    manifest = self._write(lowered, shapes, folder)
+                except ExportError as error:
+                    refused.append(error)  # a model that cannot be traced at one length may be at another
+                    continue
+                findings = verify(folder, self.reference, self.own_samples, self.progress)
+                if findings.passed:
+                    return self._finish(manifest, findings, folder)
+                drifted.append((findings, lowered, shapes))
+                if not (findings.failure or findings.failed):
+                    break  # narrower shapes change no more of what is right in all of them
+        runnable = [item for item in drifted if item[0].failure is None]
+        if allow_drift and runnable:
+            findings, lowered, shapes = min(runnable, key=lambda i: (len(i[0].changed), i[0].largest_difference))
+            return self._finish(self._write(lowered, shapes, folder), findings, folder)
+        if drifted:
+            # Of each model that was tried the widest shapes; of these the one that came nearest.
+            widest = {id(item[1]): item for item in reversed(drifted)}.values()
+            findings, _, shapes = min(widest, key=lambda item: len(item[0].changed))
+            raise DriftError(_drift(dtype, shapes, original), findings)
+        raise refused[0]
+
+    def _shapes(self) -> Iterable[Shapes]:
+        if TASKS[self.config.task].loop:
+            return [Shapes()]
+        return candidate_shapes(self.config, self.reference.original.max_length)
+
+    def _write(self, lowered: Original, shapes: Shapes, folder: Path) -> Manifest:
+        return _write(self.config, self.source, lowered, shapes, self.name, folder, self.progress)
+
+    def _finish(self, manifest: Manifest, findings: Findings, folder: Path) -> _Made:
+        manifest = replace(manifest, receipt={**findings.receipt(), "drift_allowed": not findings.passed})
         manifest.write(folder)
-        parameters = sum(parameter.numel() for parameter in original.model.parameters())
-        return Exported(manifest, findings, parameters, checkpoint.note)
-
-    refused: List[ExportError] = []
-    drifted: List[Tuple[Findings, Shapes]] = []
-    candidates = [Shapes()] if task.loop else candidate_shapes(config, original.max_length)
-    for shapes in candidates:
-        try:
-            manifest = write(shapes)
-        except ExportError as error:
-            refused.append(error)  # a model that cannot be traced at one length may be at another
-            continue
-        findings = verify(folder, original, own_samples, progress)
-        if findings.passed:
-            return finish(manifest, findings)
-        drifted.append((findings, shapes))
-    runnable = [(findings, shapes) for findings, shapes in drifted if findings.failure is None]
-    if allow_drift and runnable:
-        findings, shapes = min(runnable, key=lambda item: (len(item[0].changed), item[0].largest_difference))
-        return finish(write(shapes), findings)
-    if drifted:
-        findings, shapes = drifted[0]
-        raise DriftError(_drift(shapes, original), findings)
-    raise refused[0]
+        return _Made(folder, manifest, findings)
 
 
-def _drift(shapes: Shapes, original: Original) -> str:
+def _drift(dtype: str, shapes: Shapes, original: Original) -> str:
     return (
-        f"the exported model does not answer as the original does (at {describe(shapes, original.max_length)}), so nothing "
+        f"the exported model does not answer as the original does (in {dtype}, "
+        f"at {describe(shapes, original.max_length)}), so nothing "
         "was written; --allow-drift exports it all the same, and records it"
     )
 
@@ -133,19 +250,19 @@ def _write(
     progress: Progress,
 ) -> Manifest:
     """Everything of the artifact but the receipt."""
-    progress(f"writing {config.save_mode} ({describe(shapes, original.max_length)})", 0, 0)
+    progress(f"writing {config.save_mode} in {original.dtype} ({describe(shapes, original.max_length)})", 0, 0)
     task = TASKS[config.task]
     writer = WRITERS[config.save_mode]
     outputs = tuple(output.name for output in task.outputs)
     try:
-        step_inputs = writer.write(original, task, shapes, folder)
+        written = writer.write(original, task, shapes, folder)
     except KeyError as error:
         raise ExportError(
             f"{type(original.model).__name__} gives no {error.args[0]}, which {config.task} reads"
         ) from error
     original.write_tokenizer(folder)
     (folder / SERVING_FILE).write_text(_serving(config), encoding="utf-8")
-    files = (writer.model_file, original.tokenizer_facts.file, SERVING_FILE)
+    files = (writer.model_file, *written.files, original.tokenizer_facts.file, SERVING_FILE)
     manifest = Manifest(
         name=name,
         task=config.task,
@@ -154,8 +271,8 @@ def _write(
         model_file=writer.model_file,
         inputs=original.inputs,
         outputs=outputs,
-        step_inputs=step_inputs,
-        dtype="float32",
+        step_inputs=written.step_inputs,
+        dtype=original.dtype,
         max_length=original.max_length,
         shapes=shapes,
         long_inputs=config.long_inputs or ("window" if task.merges_windows else "reject"),
@@ -173,18 +290,9 @@ def _write(
 
 
 def _serving(config: SetupConfig) -> str:
-    """model-config.yaml, which TorchServe reads from the archive.
-
-    Both timeouts always: any YAML makes its own defaults win over config.properties. No worker counts: here they would
-    win over what the server is started with.
-    """
-    settings: Dict[str, int] = {
-        "batchSize": config.batch_size,
-        "maxBatchDelay": config.max_batch_delay,
-        "responseTimeout": config.response_timeout,
-        "startupTimeout": 300,
-    }
-    return "".join(f"{key}: {value}\n" for key, value in settings.items())
+    """model-config.yaml, which TorchServe reads from the archive; `traceserve tune` adds what it finds."""
+    serving = Serving(config.batch_size, config.max_batch_delay, config.response_timeout)
+    return serving.to_yaml()
 
 
 def _versions() -> Dict[str, str]:

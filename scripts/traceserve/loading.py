@@ -39,6 +39,7 @@ class Original:
     facts: Dict[str, Any]
     padding_side: str
     truncation_side: str
+    dtype: str = "float32"  # what the model is traced in; another one has another model, see `precision`
 
     @property
     def tokenizer_facts(self) -> TokenizerFacts:

@@ -56,7 +56,7 @@ def _decoder_graphs(original: Original, batch: int, length: int) -> Tuple[Graph,
         "attention_mask": whole,
         "position_ids": (whole.cumsum(1) - 1).clamp(min=0)[:, length:],
     }
-    start = Graph(_Empty([tensor.shape for tensor in states]), (ids, mask), ("input_ids", "attention_mask"))
+    start = Graph(_Empty(states), (ids, mask), ("input_ids", "attention_mask"))
     return start, Graph(step, (*(columns[name] for name in step.inputs), *states), step.inputs)
 
 
@@ -67,7 +67,7 @@ def _encoder_decoder_graphs(original: Original, batch: int, length: int) -> Tupl
         states = begin(ids, mask)
     growing = len(states) // 2
     decoder_ids = ids[:, : min(4, length)]
-    past = tuple(torch.randn(*t.shape[:2], 5, t.shape[3]) for t in states[:growing])
+    past = tuple(torch.randn(*t.shape[:2], 5, t.shape[3]).to(t.dtype) for t in states[:growing])
     step = _EncoderDecoderStep(original.model, growing // 2)
     return (
         Graph(begin, (ids, mask), ("input_ids", "attention_mask")),
@@ -78,13 +78,14 @@ def _encoder_decoder_graphs(original: Original, batch: int, length: int) -> Tupl
 class _Empty(torch.nn.Module):
     """The prompt, ids and mask (batch, length), to a past of length 0."""
 
-    def __init__(self, shapes: Sequence[Sequence[int]]) -> None:
+    def __init__(self, states: Sequence[torch.Tensor]) -> None:
         super().__init__()
-        self.shapes = [(shape[1], shape[3]) for shape in shapes]
+        self.shapes = [(state.shape[1], state.shape[3], state.dtype) for state in states]
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Tuple[torch.Tensor, ...]:
         return tuple(
-            torch.zeros(input_ids.shape[0], heads, 0, size, device=input_ids.device) for heads, size in self.shapes
+            torch.zeros(input_ids.shape[0], heads, 0, size, device=input_ids.device, dtype=dtype)
+            for heads, size, dtype in self.shapes
         )
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, List, Mapping, Type
+from typing import Any, List, Mapping, Sequence, Type
 
 from traceserve_runtime.errors import TraceserveError
 from traceserve_runtime.requests import Headers, parse
 from traceserve_runtime.tasks.contract import Request, Task
 
+from traceserve.corpus import sentences
 from traceserve.errors import ConfigError
 
 SENTENCES = (
@@ -47,6 +48,16 @@ _PARAGRAPH = (
 )
 VERY_LONG = _PARAGRAPH * 12
 TEXTS = (*SENTENCES, _PARAGRAPH, VERY_LONG)
+
+
+_CALIBRATION = 64
+
+
+def calibration(own: Sequence[Request]) -> List[str]:
+    """Texts that show what a model reads: the user's own where there are some, else built-in ones of everyday length."""
+    texts = [value for request in own for value in request.inputs.values() if isinstance(value, str)]
+    room = _CALIBRATION - len(SENTENCES)
+    return [*SENTENCES, *(texts[:: -(-len(texts) // room)] if texts else sentences(room))]
 
 
 def read(path: Path, task: Type[Task]) -> List[Request]:

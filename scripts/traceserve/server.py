@@ -23,9 +23,10 @@ import platformdirs
 import psutil
 from traceserve_runtime.manifest import Manifest
 
-from traceserve import client, torchserve
-from traceserve.archive import check_name, read_manifest
+from traceserve import client, openmp, torchserve
+from traceserve.archive import check_name, read_manifest, read_serving
 from traceserve.errors import ServerError
+from traceserve.serving import Serving
 
 DEFAULT_PORT = 8080
 
@@ -41,7 +42,7 @@ class Instance:
     pid: int
     started: float  # when the process began, to tell it from a later one with the same pid
     names: Tuple[str, ...]
-    workers: int
+    workers: Dict[str, int]  # by name
     folder: str
     key: Optional[str]  # for predictions, where token authorization is on
     management_key: Optional[str]
@@ -75,18 +76,26 @@ def start(
     archives: Sequence[Path],
     host: str = "127.0.0.1",
     port: int = DEFAULT_PORT,
-    workers: int = 1,
+    workers: Optional[int] = None,
     timeout: float = 300.0,
     progress: Optional[Callable[[str], None]] = None,
+    serving: Optional[Serving] = None,
 ) -> Instance:
-    """Start TorchServe on archives and wait until each has answered a request; raises ServerError with the reason."""
+    """Start TorchServe on archives and wait until each has answered a request; raises ServerError with the reason.
+
+    An archive is served as it says itself, if `serving` does not say otherwise, with as many workers as it says, if
+    `workers` does not.
+    """
     files = _by_name(archives)
     manifests = {name: read_manifest(file) for name, file in files.items()}
+    own = {name: read_serving(file) for name, file in files.items()}
+    wanted = {name: _wanted(each, serving, workers) for name, each in own.items()}
     _check_port(host, port)
     java = torchserve.find_java()
     folder = Path(tempfile.mkdtemp(prefix=f"traceserve-{port}-"))
     try:
-        (management_port, metrics_port), settings = torchserve.configure(folder, files, host, port, workers)
+        changed = {name: each for name, each in wanted.items() if each != own[name]}
+        (management_port, metrics_port), settings = torchserve.configure(folder, files, changed, host, port)
         pid = _launch(folder, settings, java)
         instance = Instance(
             port=port,
@@ -96,7 +105,7 @@ def start(
             pid=pid,
             started=psutil.Process(pid).create_time(),
             names=tuple(files),
-            workers=workers,
+            workers={name: each.workers or torchserve.DEFAULT_WORKERS for name, each in wanted.items()},
             folder=str(folder),
             key=None,
             management_key=None,
@@ -146,7 +155,7 @@ def instances() -> List[Instance]:
     for path in sorted(_state_folder().glob("*.json"), key=lambda path: int(path.stem)):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            instance = Instance(**{**content, "names": tuple(content["names"])})
+            instance = Instance(**{**content, "names": tuple(content["names"]), "workers": dict(content["workers"])})
         except (ValueError, TypeError, KeyError, FileNotFoundError):
             continue  # being written, or of another version
         if instance.process is not None:
@@ -170,14 +179,16 @@ def find(port: Optional[int]) -> Instance:
     raise ServerError(f"no server of traceserve is running on port {port}, but on {ports}")
 
 
-def workers_alive(instance: Instance) -> int:
-    """How many worker processes run."""
+def workers_alive(instance: Instance) -> Dict[str, int]:
+    """How many worker processes of each archive run."""
+    alive = dict.fromkeys(instance.names, 0)
     process = instance.process
-    if process is None:
-        return 0
     with contextlib.suppress(psutil.Error):
-        return sum("model_service_worker" in " ".join(child.cmdline()) for child in process.children(recursive=True))
-    return 0
+        for child in process.children(recursive=True) if process is not None else ():
+            with contextlib.suppress(psutil.Error, KeyError):  # it may have ended
+                if "model_service_worker" in " ".join(child.cmdline()):
+                    alive[Path(child.cwd()).resolve().name] += 1  # a worker works in its archive's folder
+    return alive
 
 
 def _unspecified(host: str) -> bool:
@@ -192,6 +203,11 @@ def _by_name(archives: Sequence[Path]) -> Dict[str, Path]:
             raise ServerError(f"{files[name]} and {path} would both answer at /predictions/{name}")
         files[name] = path.resolve()
     return files
+
+
+def _wanted(own: Serving, serving: Optional[Serving], workers: Optional[int]) -> Serving:
+    wanted = serving or own
+    return wanted if workers is None else dataclasses.replace(wanted, workers=workers)
 
 
 def _check_port(host: str, port: int) -> None:
@@ -219,9 +235,7 @@ def _launch(folder: Path, settings: Dict[str, Path], java: Dict[str, str]) -> in
         "TEMP": str(folder / "tmp"),
         "LOG_LOCATION": str(folder / "logs"),
         "METRICS_LOCATION": str(folder / "logs"),
-        # Waiting threads of OpenMP spin by default, and starve what shares the processor with them: with one other
-        # busy process on two cores, a pass of MiniLM took 40 times as long.
-        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+        **openmp.environment(),
     }
     with (folder / "logs" / "start.log").open("wb") as log:
         result = subprocess.run(

@@ -36,6 +36,15 @@ def staged(target: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def write_beside(target: Path, suffix: str, text: str) -> Path:
+    """Write `text` into the file beside `target` that has its name and this suffix, at once; gives the file."""
+    path = target.with_name(target.name[: -len(".mar")] + suffix if target.suffix == ".mar" else target.name + suffix)
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    new.write_text(text, encoding="utf-8")
+    os.replace(new, path)
+    return path
+
+
 def _replace(made: Path, target: Path, replaced: Path) -> None:
     if not target.is_dir():
         os.replace(made, target)

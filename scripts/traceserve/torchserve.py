@@ -13,22 +13,29 @@ import socket
 import subprocess
 import zipfile
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, Mapping, Optional, Tuple
 
 import platformdirs
 
+from traceserve.archive import configure_unpacked
 from traceserve.errors import ServerError
+from traceserve.serving import Serving
 
 OLDEST_JAVA = 11
+DEFAULT_WORKERS = 1  # of an archive that does not say; TorchServe's own default is one for each core
 # The keys of a server hold as long as it runs: TorchServe's default of one hour would lock everybody out at night.
 _KEY_MINUTES = 10 * 365 * 24 * 60
 _LARGEST_BODY = 64 << 20  # a batch of token embeddings is larger than TorchServe's default of 6.5 MB
 
 
 def configure(
-    folder: Path, files: Dict[str, Path], host: str, port: int, workers: int
+    folder: Path, files: Mapping[str, Path], servings: Mapping[str, Serving], host: str, port: int
 ) -> Tuple[Tuple[int, int], Dict[str, Path]]:
-    """Write everything that TorchServe reads; gives its management and metrics ports, and the files by option."""
+    """Write everything that TorchServe reads; gives its management and metrics ports, and the files by option.
+
+    `servings` are those of archives that are not served as they say themselves. It is their own files that change: what
+    model-config.yaml says wins over config.properties.
+    """
     management, metrics, grpc_inference, grpc_management = free_ports(4)
     store = folder / "store"
     for sub in (store, folder / "logs", folder / "tmp", folder / "run"):
@@ -37,6 +44,8 @@ def configure(
         # Unpacked here, which takes a third of the time that TorchServe needs for it.
         with zipfile.ZipFile(file) as archive:
             archive.extractall(store / name)
+        if name in servings:
+            configure_unpacked(store / name, servings[name])
     shown_host = f"[{host}]" if ":" in host else host
     properties = {
         "inference_address": f"http://{shown_host}:{port}",
@@ -48,7 +57,7 @@ def configure(
         "grpc_management_port": grpc_management,
         "model_store": store,
         "load_models": ",".join(f"{name}={name}" for name in files),
-        "default_workers_per_model": workers,
+        "default_workers_per_model": DEFAULT_WORKERS,
         "allowed_urls": re.escape(f"file://{store}/") + ".*",
         "enable_model_api": "false",
         "disable_token_authorization": str(is_loopback(host)).lower(),
@@ -201,7 +210,10 @@ model_metrics:
     - {name: TraceserveRequests, unit: count, dimensions: [ModelName, Level]}
     - {name: TraceserveTokens, unit: count, dimensions: [ModelName, Level]}
     - {name: TraceserveWindows, unit: count, dimensions: [ModelName, Level]}
+    - {name: TraceserveComputedTokens, unit: count, dimensions: [ModelName, Level]}
     - {name: TraceserveMicroBatches, unit: count, dimensions: [ModelName, Level]}
+    - {name: TraceserveModelMicroseconds, unit: count, dimensions: [ModelName, Level]}
+    - {name: TraceserveHandlerMicroseconds, unit: count, dimensions: [ModelName, Level]}
   gauge:
     - {name: TraceservePaddingShare, unit: percent, dimensions: [ModelName, Level]}
     - {name: TraceserveModelTime, unit: ms, dimensions: [ModelName, Level]}

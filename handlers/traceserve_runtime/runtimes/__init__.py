@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Callable, Dict
+from typing import Callable, Dict, Optional
 
 from traceserve_runtime.batching import Runner
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runtimes import torchscript
 
-Reader = Callable[[Manifest, Path, str], Runner]
+Reader = Callable[[Manifest, Path, str, Optional[int]], Runner]  # the last: how many threads
 
 RUNTIMES: Dict[str, Reader] = {
     "torchscript": torchscript.read,

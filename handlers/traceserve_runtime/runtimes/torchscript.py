@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, Sequence, Tuple
 
 import numpy as np
 
+from traceserve_runtime import processor
 from traceserve_runtime.batching import Arrays, State
 from traceserve_runtime.errors import InvalidManifest, MissingPackage
 from traceserve_runtime.manifest import Manifest
+from traceserve_runtime.runtimes import weights
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
+
+# What is wrong without the processor's own instructions: torch multiplies matrices of int8 by ones that overflow.
+ONLY_NATIVE = ("int8",)
 
 
 class TorchScriptRunner:
@@ -59,10 +67,11 @@ class TorchScriptRunner:
         return {name: output.cpu().numpy() for name, output in zip(self._manifest.outputs, results)}
 
 
-def read(manifest: Manifest, folder: Path, device: str) -> TorchScriptRunner:
-    """The traced model of `folder` as a runner on `device` ("cpu", "cuda:0", ...).
+def read(manifest: Manifest, folder: Path, device: str, threads: Optional[int] = None) -> TorchScriptRunner:
+    """The traced model of `folder` as a runner on `device` ("cpu", "cuda:0", ...), with so many threads, or torch's own.
 
-    Raises MissingPackage without torch or without the device, InvalidManifest for a file that is no TorchScript.
+    Raises MissingPackage without torch, the device or what the dtype needs of the processor, InvalidManifest for a file
+    that is no TorchScript.
     """
     try:
         import torch
@@ -70,15 +79,31 @@ def read(manifest: Manifest, folder: Path, device: str) -> TorchScriptRunner:
         raise MissingPackage(f"this archive needs torch, which cannot be imported: {error}") from error
     if device != "cpu" and not torch.cuda.is_available():
         raise MissingPackage(f"TorchServe asks for the device {device}, but this torch {torch.__version__} sees no GPU")
+    if device == "cpu":
+        _check_processor(manifest.dtype)
+    if threads is not None:
+        torch.set_num_threads(threads)
     _settle_executor()
+    mapped = device == "cpu" and weights.GRAPH_FILE in manifest.files
+    file = weights.GRAPH_FILE if mapped else manifest.model_file
     try:
-        module = torch.jit.load(str(folder / manifest.model_file), map_location=device).eval()  # type: ignore[no-untyped-call]
+        module = torch.jit.load(str(folder / file), map_location=device).eval()  # type: ignore[no-untyped-call]
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().split("\n", 1)[0]
-        raise InvalidManifest(
-            f"{manifest.model_file} cannot be loaded by torch {torch.__version__}: {reason}"
-        ) from error
+        raise InvalidManifest(f"{file} cannot be loaded by torch {torch.__version__}: {reason}") from error
+    if mapped:
+        weights.assign(module, folder / manifest.model_file, weights.read_places(folder))
     return TorchScriptRunner(module, manifest, device)
+
+
+def _check_processor(dtype: str) -> None:
+    """Refuse what would be wrong on this processor; tell what would only be slow."""
+    if processor.native(dtype):
+        return
+    needs = f"{dtype} needs a processor with one of {', '.join(sorted(processor.NATIVE[dtype]))}; this one has none"
+    if dtype in ONLY_NATIVE:
+        raise MissingPackage(f'{needs}; build the archive with "dtype": "float32" for it')
+    logger.warning('%s; answers are right, but slow: build the archive with "dtype": "float32" for it', needs)
 
 
 def _settle_executor() -> None:

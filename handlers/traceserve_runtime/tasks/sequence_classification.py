@@ -59,8 +59,13 @@ class SequenceClassification(Task):
         return [{"label": labels[i], "score": float(scores[i])} for i in ranked]
 
     def same(self, answer: Any, other: Any) -> bool:
-        """The same best label and the same labels above 0.5; for a regression, values within a hundredth."""
+        """The same best label, and of independent labels the same ones above 0.5; of a regression, values within a
+        hundredth."""
         if len(self.manifest.labels) == 1:
             return math.isclose(answer[0]["score"], other[0]["score"], rel_tol=1e-2, abs_tol=1e-3)
+        if answer[0]["label"] != other[0]["label"]:
+            return False
+        if self.manifest.parameters.get("function_to_apply") != "sigmoid":
+            return True
         accepted = [{item["label"] for item in ranked if item["score"] > 0.5} for ranked in (answer, other)]
-        return bool(answer[0]["label"] == other[0]["label"] and accepted[0] == accepted[1])
+        return bool(accepted[0] == accepted[1])

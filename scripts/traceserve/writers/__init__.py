@@ -2,29 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Callable, Dict, NamedTuple, Tuple, Type
+from typing import Dict
 
 from traceserve.writers import torchscript
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from traceserve_runtime.manifest import Shapes
-    from traceserve_runtime.tasks.contract import Task
-
-    from traceserve.loading import Original
-
-
-class Writer(NamedTuple):
-    """How a save mode is written: `write(original, task, shapes, folder)`, into `model_file`.
-
-    It gives the inputs of the graph that a loop runs, in order; none for a model that is run once.
-    """
-
-    write: Callable[[Original, Type[Task], Shapes, Path], Tuple[str, ...]]
-    model_file: str
-    hardware: Tuple[str, ...]
-
+from traceserve.writers.contract import Writer
 
 WRITERS: Dict[str, Writer] = {
     "torchscript": Writer(torchscript.write, torchscript.MODEL_FILE, ("cpu",)),

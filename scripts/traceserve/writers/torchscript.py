@@ -6,6 +6,9 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Dict, Tuple, Type
 
+from traceserve.writers import weights
+from traceserve.writers.contract import Written
+
 if TYPE_CHECKING:
     import torch
     from traceserve_runtime.manifest import Shapes
@@ -19,19 +22,20 @@ TRACED_BATCH = 3
 TRACED_LENGTH = 11
 
 
-def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path) -> Tuple[str, ...]:
-    """Trace the model and write `folder/traced_model.pt`; see Writer.
+def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path) -> Written:
+    """Trace the model and write `folder/traced_model.pt`, and beside it its graph alone; see Writer.
 
     One graph, or one for each shape, or for a model that is run in a loop the graphs `start` and `step`; all over the
     same weights. Raises ExportError with the model's own reason where it cannot be traced.
     """
     import torch
 
+    from traceserve import precision
     from traceserve.errors import ExportError
     from traceserve.wrapping import masks_without_vmap
 
     try:
-        with warnings.catch_warnings(), masks_without_vmap(), torch.no_grad():
+        with warnings.catch_warnings(), masks_without_vmap(), torch.no_grad(), precision.tracing(original.dtype):
             warnings.simplefilter("ignore")  # tracer warnings: the gate proves what they suspect
             if task.loop:
                 saved, step_inputs = _loop(original, task)
@@ -43,7 +47,7 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path) ->
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ExportError(f"torch.jit.trace cannot trace {type(original.model).__name__}: {reason}") from error
-    return step_inputs
+    return Written(step_inputs, weights.write_graph(folder, MODEL_FILE))
 
 
 def _single(original: Original, task: Type[Task], shapes: Shapes) -> torch.nn.Module:

@@ -1,0 +1,64 @@
+"""What padding wastes of the computation, by the lengths of a user's own texts: fixed lengths, a few, or any."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import List, Optional, Sequence
+
+from traceserve_runtime import batching
+from traceserve_runtime.batching import CostModel
+from traceserve_runtime.manifest import Shapes
+
+BUCKETS = (16, 32, 64, 128, 256, 512)
+
+
+@dataclass(frozen=True)
+class Waste:
+    """What one way of padding computes for nothing; shares from 0 to 1."""
+
+    name: str
+    tokens: float  # of the computed tokens, those that are padding
+    cost: float  # of the computation, what they cost
+    total: float  # the computation itself, in units of the cost model
+
+
+def wastes(
+    lengths: Sequence[Sequence[int]],
+    max_length: int,
+    batch_size: int,
+    length_step: Optional[int] = None,
+    cost: CostModel = CostModel(),
+    most_tokens: int = batching.MOST_TOKENS,
+) -> List[Waste]:
+    """What is wasted where rows are padded to `max_length`, to the nearest of a few lengths, or to their micro-batch's.
+
+    `lengths` are those of each request's rows. The requests come, in any order, in batches of `batch_size`, which the
+    engine's own plan cuts into micro-batches: three times the same plan, over other allowed shapes.
+    """
+    few = tuple(sorted({n for n in BUCKETS if n < max_length} | {max_length}))
+    step = length_step or 1
+    ways = (
+        (f"fixed ({max_length})", Shapes((max_length,))),
+        (f"buckets ({', '.join(map(str, few))})", Shapes(few)),
+        ("dynamic", Shapes()) if step == 1 else (f"dynamic (in steps of {step})", Shapes().stepped(step, max_length)),
+    )
+    shuffled = list(lengths)
+    random.Random(0).shuffle(shuffled)  # a file in the order of lengths would look too well
+    batches = [[n for rows in shuffled[i : i + batch_size] for n in rows] for i in range(0, len(shuffled), batch_size)]
+    return [_waste(name, shapes, batches, cost, most_tokens) for name, shapes in ways]
+
+
+def _waste(name: str, shapes: Shapes, batches: Sequence[Sequence[int]], cost: CostModel, most_tokens: int) -> Waste:
+    run = cost(0.0, 0)  # what a run costs before its first token
+    tokens = computed = 0
+    needed = total = 0.0
+    for lengths in batches:
+        for micro_batch in batching.plan(lengths, shapes, cost, most_tokens):
+            own = [lengths[i] for i in micro_batch]
+            length = shapes.length(max(own))
+            tokens += sum(own)
+            computed += len(own) * length
+            needed += run + sum(cost(1.0, n) - run for n in own)
+            total += cost(float(len(own)), length)
+    return Waste(name, 1 - tokens / computed, 1 - needed / total, total)

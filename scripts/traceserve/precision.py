@@ -1,0 +1,156 @@
+"""The dtype that a model computes in: which are worth trying on a processor, and the model that is traced for each."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from dataclasses import replace
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    ContextManager,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    NamedTuple,
+    Sequence,
+    Tuple,
+    Type,
+)
+
+from traceserve_runtime import processor
+from traceserve_runtime.runtimes.torchscript import ONLY_NATIVE
+from traceserve_runtime.tasks.contract import Task
+
+from traceserve.errors import ConfigError, ExportError
+
+if TYPE_CHECKING:
+    from traceserve.loading import Original
+
+
+AUTO = "auto"
+
+
+class Precision(NamedTuple):
+    """A dtype: what makes the model that is traced, and what surrounds the tracing; `hardware` is what it runs on."""
+
+    lower: Callable[[Original, Sequence[str]], Iterable[Original]]
+    tracing: Callable[[], ContextManager[Any]]
+    hardware: Tuple[str, ...]
+    loops: bool  # whether models that are run token by token can have it
+
+
+def candidates(task: Type[Task]) -> Tuple[str, ...]:
+    """What `"dtype": "auto"` tries on this processor, in order: by a rule, so that equal machines build equal archives.
+
+    bfloat16 where the processor multiplies it by itself. Not int8: once enough layers are left out for the answers to
+    stay, it was no faster than float32 (docs/measurements.md). Nor for written texts, which change with the first token
+    that was a near tie.
+    """
+    return ("bfloat16", "float32") if processor.native("bfloat16") and not task.loop else ("float32",)
+
+
+def legal(task: Type[Task], hardware: str = "cpu") -> List[str]:
+    """What a configuration may say for this task on this hardware."""
+    fitting = (name for name, item in PRECISIONS.items() if hardware in item.hardware and (item.loops or not task.loop))
+    return [AUTO, *fitting]
+
+
+def check(dtype: str, task: Type[Task], hardware: str) -> None:
+    """Raise ConfigError for a dtype that cannot work, before anything is downloaded."""
+    known = legal(task, hardware)
+    if dtype in known:
+        return
+    if hardware not in PRECISIONS[dtype].hardware:
+        where = ", ".join(PRECISIONS[dtype].hardware)
+        raise ConfigError(f'dtype is "{dtype}": it runs on {where}, not on {hardware}; take {", ".join(known)}')
+    raise ConfigError(
+        f'dtype is "{dtype}": it is for models that are run once, not for {task.name}; take {", ".join(known)}'
+    )
+
+
+def check_processor(dtype: str) -> None:
+    """Raise ExportError for a dtype whose artifact could not be compared with the original on this machine."""
+    if dtype in ONLY_NATIVE and not processor.native(dtype):
+        needed = ", ".join(sorted(processor.NATIVE[dtype]))
+        raise ExportError(
+            f"dtype {dtype} needs a processor with one of {needed}, to build as to serve; this one has none"
+        )
+
+
+def lowered(original: Original, dtype: str, texts: Sequence[str]) -> Iterable[Original]:
+    """The original as it is traced for `dtype`, in float32 itself; or several, to be tried in turn until one passes.
+
+    `texts` show what the model reads, where that must be measured.
+    """
+    return PRECISIONS[dtype].lower(original, texts)
+
+
+def tracing(dtype: str) -> ContextManager[Any]:
+    """What surrounds the tracing of a model for `dtype`."""
+    return PRECISIONS[dtype].tracing()
+
+
+def _itself(original: Original, texts: Sequence[str]) -> Iterable[Original]:
+    return [original]
+
+
+def _to_bfloat16(original: Original, texts: Sequence[str]) -> Iterable[Original]:
+    """Matrices in bfloat16; sums, norms and what runs through the layers' residual connections stay in float32.
+
+    Plain `model.to(torch.bfloat16)` is as fast, and changes twice as many answers (docs/measurements.md).
+    """
+    import torch
+
+    model = copy.deepcopy(original.model)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.register_forward_hook(_as_float)
+        elif not isinstance(module, torch.nn.Linear) and type(module).__name__ != "Conv1D":  # GPT-2's
+            continue
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return [replace(original, model=model, dtype="bfloat16")]
+
+
+def _as_float(module: Any, inputs: Any, output: Any) -> Any:
+    return output.float()
+
+
+@contextlib.contextmanager
+def _autocast() -> Any:
+    """torch's autocast; without its cache, which a trace would take for the graph's own weights."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            yield
+
+
+def _to_float16(original: Original, texts: Sequence[str]) -> Iterable[Original]:
+    return [replace(original, model=copy.deepcopy(original.model).half(), dtype="float16")]
+
+
+def _to_int8(original: Original, texts: Sequence[str]) -> Iterator[Original]:
+    from traceserve.quantization import quantized
+
+    batches = [
+        original.tokenizer(text, truncation=True, max_length=original.max_length, return_tensors="pt")
+        for text in texts
+        if text.strip()
+    ]
+    inputs = [{name: batch[name] for name in original.inputs if name in batch} for batch in batches]
+    for model in quantized(original.model, inputs):
+        yield replace(original, model=model, dtype="int8")
+
+
+PRECISIONS: Dict[str, Precision] = {
+    "float32": Precision(_itself, contextlib.nullcontext, ("cpu",), loops=True),
+    "bfloat16": Precision(_to_bfloat16, _autocast, ("cpu",), loops=True),
+    "float16": Precision(_to_float16, contextlib.nullcontext, ("gpu",), loops=True),
+    "int8": Precision(_to_int8, contextlib.nullcontext, ("cpu",), loops=False),
+}

@@ -1,0 +1,162 @@
+"""The page of a measurement: one HTML file that works offline, from the document of `bench.measure`."""
+
+from __future__ import annotations
+
+import html
+from typing import TYPE_CHECKING, Any, Dict, List
+
+from traceserve.errors import ServerError
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure  # type: ignore[import-untyped]
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>TITLE</title><style>
+body {font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222}
+table {border-collapse: collapse} th, td {padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #ddd}
+th:first-child, td:first-child {text-align: left} .note {color: #666}
+</style></head><body>
+<h1>TITLE</h1>
+BODY
+</body></html>
+"""
+_COLORS = ("#1f77b4", "#d95f02", "#2ca02c", "#9467bd", "#8c564b", "#17becf", "#e377c2", "#7f7f7f")
+_DASHES = ("solid", "dash")  # by subject
+_TAIL = (0, 50, 90, 99, 99.9, 99.99)
+
+
+def require() -> None:
+    """Raise ServerError unless the plotting library is installed."""
+    try:
+        import plotly  # type: ignore[import-untyped]  # noqa: F401
+    except ImportError:
+        raise ServerError("--html needs the package plotly; install it with: pip install 'traceserve[bench]'") from None
+
+
+def page(document: Dict[str, Any]) -> str:
+    """The whole file; plotly's own JavaScript, 5 MB of it, is in it."""
+    figures = [_latencies(document)]
+    if document["plan"]["rate"] is None:
+        figures.append(_over_connections(document))
+    if any(summary["server"] for summary in document["summary"]):
+        figures.append(_where_time_goes(document))
+    body = [_about(document), _table(document)]
+    for number, figure in enumerate(figures):
+        figure.update_layout(template="plotly_white", height=520, margin={"t": 60})
+        options = {"full_html": False, "include_plotlyjs": number == 0, "config": {"displaylogo": False}}
+        body.append(str(figure.to_html(**options)))
+    title = "traceserve bench: " + html.escape(" and ".join(document["subjects"]))
+    return _PAGE.replace("TITLE", title).replace("BODY", "\n".join(body))
+
+
+def load_name(figures: Dict[str, Any]) -> str:
+    """The load of a measurement in words."""
+    if figures["rate"] is not None:
+        return f"{figures['rate']:g} requests/s"
+    return f"{figures['connections']} connection{'' if figures['connections'] == 1 else 's'}"
+
+
+def _about(document: Dict[str, Any]) -> str:
+    plan, machine, samples = document["plan"], document["machine"], document["samples"]
+    rounds = f", medians of {plan['rounds']} rounds in turn" if plan["rounds"] > 1 else ""
+    due = "" if plan["rate"] is None else "; a latency counts from when its request was due"
+    lines = (
+        f"{document['date']}, traceserve {document['traceserve']}",
+        f"{machine['processor']}, {machine['cores']} cores, {machine['system']}, which sent the load",
+        f"{plan['loop']} loop, {plan['seconds']:g} s after {plan['warm_up']:g} s of warm-up{rounds}{due}",
+        f"{samples['bodies']:,} bodies from {samples['file']}",
+    )
+    return '<p class="note">' + "<br>".join(html.escape(line) for line in lines) + "</p>"
+
+
+def _table(document: Dict[str, Any]) -> str:
+    names = list(document["summary"][0]["latency_ms"])
+    header = ["", "load", "requests/s", *(f"{name} ms" for name in names), "errors"]
+    rows = [
+        [
+            summary["subject"],
+            load_name(summary),
+            f"{summary['throughput']:,.1f}",
+            *(f"{summary['latency_ms'][name]:,.2f}" for name in names),
+            ", ".join(f"{count} × {reason}" for reason, count in summary["errors"].items()) or "0",
+        ]
+        for summary in document["summary"]
+    ]
+    cells = "".join(f"<th>{html.escape(name)}</th>" for name in header)
+    lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+    return f"<table><tr>{cells}</tr>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+
+
+def _style(document: Dict[str, Any], summary: Dict[str, Any]) -> Dict[str, Any]:
+    """Colours tell the loads apart, dashes the subjects."""
+    loads: List[int] = document["plan"]["connections"]
+    color = _COLORS[loads.index(summary["connections"]) % len(_COLORS)]
+    return {"color": color, "dash": _DASHES[document["subjects"].index(summary["subject"]) % len(_DASHES)]}
+
+
+def _latencies(document: Dict[str, Any]) -> Figure:
+    """Latency by percentile; its axis is even in the logarithm of the share above, so that the tail can be read."""
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    for summary in document["summary"]:
+        curve = [(percent, latency) for percent, latency in summary["curve_ms"] if percent < 100]
+        figure.add_scatter(
+            x=[1 / (1 - percent / 100) for percent, _ in curve],
+            y=[latency for _, latency in curve],
+            customdata=[percent for percent, _ in curve],
+            name=html.escape(f"{summary['subject']}, {load_name(summary)}"),
+            line=_style(document, summary),
+            hovertemplate="p%{customdata:.4g}: %{y:.3g} ms",
+        )
+    ticks = {"tickvals": [1 / (1 - p / 100) for p in _TAIL], "ticktext": [f"{p:g} %" for p in _TAIL]}
+    figure.update_xaxes(type="log", title="percentile", **ticks)
+    figure.update_yaxes(type="log", title="latency, ms", dtick="D1")
+    figure.update_layout(title="Latency distribution", showlegend=True)
+    return figure
+
+
+def _over_connections(document: Dict[str, Any]) -> Figure:
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots  # type: ignore[import-untyped]
+
+    figure = make_subplots(rows=1, cols=2, subplot_titles=("Throughput", "Latency: p50 (full), p99 (dashed)"))
+    for number, subject in enumerate(document["subjects"]):
+        own = sorted((s for s in document["summary"] if s["subject"] == subject), key=lambda s: int(s["connections"]))
+        connections = [summary["connections"] for summary in own]
+        throughput = [summary["throughput"] for summary in own]
+        lowest, highest = zip(*(summary["throughput_range"] for summary in own))
+        color = _COLORS[number % len(_COLORS)]
+        spread = {
+            "type": "data",
+            "symmetric": False,
+            "array": [high - middle for high, middle in zip(highest, throughput)],
+            "arrayminus": [middle - low for low, middle in zip(lowest, throughput)],
+        }
+        common = {"x": connections, "mode": "lines+markers", "legendgroup": subject}
+        name = html.escape(subject)
+        figure.add_trace(go.Scatter(y=throughput, error_y=spread, name=name, line={"color": color}, **common), 1, 1)
+        for percentile, dash in (("p50", "solid"), ("p99", "dash")):
+            latencies = [summary["latency_ms"][percentile] for summary in own]
+            line = {"color": color, "dash": dash}
+            label = f"{name} {percentile}"
+            figure.add_trace(go.Scatter(y=latencies, name=label, line=line, showlegend=False, **common), 1, 2)
+    known = document["plan"]["connections"]
+    figure.update_xaxes(type="log", title="connections", tickvals=known, ticktext=[str(number) for number in known])
+    figure.update_yaxes(title="requests/s", rangemode="tozero", row=1, col=1)
+    figure.update_yaxes(type="log", title="latency, ms", dtick="D1", row=1, col=2)
+    return figure
+
+
+def _where_time_goes(document: Dict[str, Any]) -> Figure:
+    import plotly.graph_objects as go
+
+    shown = [summary for summary in document["summary"] if summary["server"]]
+    labels = [html.escape(f"{summary['subject']}, {load_name(summary)}") for summary in shown]
+    figure = go.Figure()
+    for part, color in zip(shown[0]["server"]["time_ms"], _COLORS):
+        times = [summary["server"]["time_ms"][part] for summary in shown]
+        figure.add_bar(y=labels, x=times, name=part, orientation="h", marker_color=color)
+    figure.update_xaxes(title="ms of a request, mean")
+    figure.update_layout(title="Where the time of a request goes", barmode="stack", showlegend=True)
+    return figure

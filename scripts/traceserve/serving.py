@@ -1,0 +1,93 @@
+"""model-config.yaml, what TorchServe and the worker read of an archive's serving: batches, workers, threads, limits."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from typing import Any, Dict, Mapping, Optional
+
+import yaml
+
+from traceserve.errors import ArchiveError
+
+SERVING_FILE = "model-config.yaml"
+
+# The keys of TorchServe, and those that our handler reads in `handler`, by the field that holds each.
+_KEYS = {
+    "batch_size": "batchSize",
+    "max_batch_delay": "maxBatchDelay",
+    "response_timeout": "responseTimeout",
+    "startup_timeout": "startupTimeout",
+}
+_HANDLER_KEYS = {"threads": "threads", "length_step": "length_step"}
+_HANDLER = "handler"
+_WORKERS = ("minWorkers", "maxWorkers")  # TorchServe passes over one without the other
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How an archive is served; None leaves it to the server (workers) or to the worker (threads, length_step)."""
+
+    batch_size: int  # the most requests that the worker is handed at once
+    max_batch_delay: int  # in milliseconds
+    response_timeout: int  # in seconds
+    startup_timeout: int = 300  # in seconds
+    workers: Optional[int] = None  # processes
+    threads: Optional[int] = None  # of each worker, within one operator
+    length_step: Optional[int] = None  # rows are padded up to a multiple of it
+
+    def to_yaml(self) -> str:
+        """The file's text. Both timeouts always: any YAML makes its own defaults win over config.properties."""
+        content: Dict[str, Any] = {key: getattr(self, field) for field, key in _KEYS.items()}
+        if self.workers is not None:
+            content.update(dict.fromkeys(_WORKERS, self.workers))
+        handler = {key: getattr(self, field) for field, key in _HANDLER_KEYS.items()}
+        handler = {key: value for key, value in handler.items() if value is not None}
+        if handler:
+            content[_HANDLER] = handler
+        text: str = yaml.safe_dump(content, sort_keys=False)
+        return text
+
+    @classmethod
+    def from_yaml(cls, text: str) -> Serving:
+        """What a file's text says; raises ArchiveError for what `to_yaml` does not write."""
+        try:
+            content = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ArchiveError(f"{SERVING_FILE} is not valid YAML: {error}") from None
+        content = _mapping(content, "")
+        handler = _mapping(content.pop(_HANDLER, {}), f"{_HANDLER}: ")
+        workers = [content.pop(key, None) for key in _WORKERS]
+        if workers[0] != workers[1]:
+            raise ArchiveError(f"{SERVING_FILE}: minWorkers and maxWorkers should be given both, and be equal")
+        values = {**_read(content, _KEYS, ""), **_read(handler, _HANDLER_KEYS, f"{_HANDLER}: ")}
+        if workers[0] is not None:
+            values["workers"] = _whole(workers[0], _WORKERS[0])
+        for field in dataclasses.fields(cls):
+            if field.default is dataclasses.MISSING and field.name not in values:
+                raise ArchiveError(f"{SERVING_FILE} lacks the key {_KEYS[field.name]}")
+        return cls(**values)
+
+
+def _read(content: Mapping[str, Any], keys: Mapping[str, str], where: str) -> Dict[str, int]:
+    """Each value by its field."""
+    fields = {key: field for field, key in keys.items()}
+    for key in content:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, 1)
+            hint = f"did you mean {near[0]}" if near else f"known are {', '.join(fields)}"
+            raise ArchiveError(f"{SERVING_FILE}: {where}{key} is not known here; {hint}")
+    return {fields[key]: _whole(value, where + key) for key, value in content.items()}
+
+
+def _whole(value: Any, key: str) -> int:
+    if type(value) is not int or value < 1:
+        raise ArchiveError(f"{SERVING_FILE}: {key} should be a whole number of 1 or more, not {value!r}")
+    return value
+
+
+def _mapping(content: Any, where: str) -> Dict[str, Any]:
+    if not isinstance(content, dict):
+        raise ArchiveError(f"{SERVING_FILE}: {where}should hold keys and values, not {type(content).__name__}")
+    return dict(content)

@@ -1,0 +1,146 @@
+"""Whom `traceserve bench` asks, and what: a name or a URL, and a file of samples."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import urllib.error
+import urllib.parse
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import List, Mapping, Optional, Tuple
+
+from traceserve import load, server
+from traceserve.errors import ServerError
+
+JSON, TEXT = "application/json", "text/plain; charset=utf-8"
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """The bodies that are sent, each in turn."""
+
+    bodies: Tuple[bytes, ...]
+    content_type: str
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A server that is measured; `metrics` where it is one of ours."""
+
+    label: str
+    target: load.Target
+    traffic: Traffic
+    name: str = ""
+    metrics: Optional[str] = None
+
+
+def subject(
+    place: str, samples: Path, port: Optional[int] = None, body: Optional[str] = None, headers: Mapping[str, str] = {}
+) -> Subject:
+    """NAME, an archive that a server of ours serves, or a URL; raises ServerError.
+
+    `body` (a template) and `headers` are for a URL alone: what our own servers are asked, and their keys, are known.
+    """
+    if "://" not in place:
+        instance = _serving(place, port)
+        key = {"Authorization": f"Bearer {instance.key}"} if instance.key else {}
+        target = load.Target(f"{instance.url}/predictions/{urllib.parse.quote(place)}", key)
+        metrics = f"http://127.0.0.1:{instance.metrics_port}/metrics"
+        return Subject(place, target, traffic(samples), place, metrics)
+    parts = urllib.parse.urlsplit(place)
+    if parts.scheme not in ("http", "https") or not parts.hostname or not place.isascii() or " " in place:
+        raise ServerError(f"{place} is no URL to measure; it should look like http://127.0.0.1:8000/classify")
+    label = urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    ours = _ours(label)
+    return Subject(label, load.Target(place, dict(headers)), traffic(samples, body), *(ours or ("", None)))
+
+
+def _serving(name: str, port: Optional[int]) -> server.Instance:
+    if port is not None:
+        found = [server.find(port)]
+        if name not in found[0].names:
+            raise ServerError(f"the server on port {port} has no {name}, but {', '.join(found[0].names)}")
+        return found[0]
+    running = server.instances()
+    found = [instance for instance in running if name in instance.names]
+    if len(found) > 1:
+        ports = ", ".join(str(instance.port) for instance in found)
+        raise ServerError(f"{name} is served on the ports {ports}; choose one with --port, or give URLs")
+    if not found:
+        others = ", ".join(sorted({other for instance in running for other in instance.names})) or "nothing"
+        raise ServerError(
+            f"no server of traceserve serves {name}, but {others}; `traceserve serve model_store/{name}.mar` starts one, "
+            "and any other server is measured by its URL"
+        )
+    return found[0]
+
+
+def _ours(url: str) -> Optional[Tuple[str, str]]:
+    """The model's name and where its metrics are, if a URL is a server's of ours."""
+    for instance in server.instances():
+        for name in instance.names:
+            if url == f"{instance.url}/predictions/{urllib.parse.quote(name)}":
+                return name, f"http://127.0.0.1:{instance.metrics_port}/metrics"
+    return None
+
+
+def traffic(samples: Path, body: Optional[str] = None) -> Traffic:
+    """The bodies of a file of samples: texts, in `body` where one is given, or the lines of a .jsonl as they are."""
+    try:
+        content = samples.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ServerError(f"--samples {samples} cannot be read: {error}") from None
+    if samples.suffix == ".csv":
+        texts = _column(samples, content)
+    else:  # not splitlines: JSON may hold U+2028
+        texts = [line.rstrip("\r") for line in content.split("\n")]
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise ServerError(f"--samples {samples} holds no text")
+    if samples.suffix == ".jsonl":
+        if body is not None:
+            raise ServerError(f"--body is for texts: {samples} holds whole bodies, which are sent as they are")
+        for number, line in enumerate(texts, 1):
+            _check_json(line, f"--samples {samples}, body {number}")
+    if body is not None:
+        if "{text}" not in body:
+            raise ServerError(f"--body {body} has no {{text}}, where the text is put in")
+        texts = [body.replace("{text}", json.dumps(text, ensure_ascii=False)[1:-1]) for text in texts]
+        _check_json(texts[0], '--body, with a text in it, as in \'{"input": ["{text}"]}\'')
+    whole = body is not None or samples.suffix == ".jsonl"
+    return Traffic(tuple(text.encode("utf-8") for text in texts), JSON if whole else TEXT)
+
+
+def _column(samples: Path, content: str) -> List[str]:
+    rows = csv.DictReader(io.StringIO(content, newline=""))
+    if "text" not in (rows.fieldnames or ()):
+        raise ServerError(
+            f"--samples {samples}: a .csv should have a header with a column text, not: {', '.join(rows.fieldnames or ())}"
+        )
+    return [row["text"] or "" for row in rows]
+
+
+def _check_json(text: str, where: str) -> None:
+    try:
+        json.loads(text)
+    except ValueError as error:
+        raise ServerError(f"{where}: this is no JSON: {error}") from None
+
+
+def check(asked: Subject) -> None:
+    """Ask once, and raise ServerError with the server's own words if it refuses."""
+    headers = {"Content-Type": asked.traffic.content_type, **asked.target.headers}
+    request = urllib.request.Request(asked.target.url, data=asked.traffic.bodies[0], headers=headers, method="POST")
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(request, timeout=60) as response:
+            response.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            words = error.read(500).decode("utf-8", "replace").strip()
+        raise ServerError(f"{asked.label} answers {error.code} to the first sample: {words or error.reason}") from None
+    except OSError as error:
+        raise ServerError(f"{asked.label} cannot be reached: {getattr(error, 'reason', error)}") from None

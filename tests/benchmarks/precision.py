@@ -1,0 +1,119 @@
+"""What each dtype changes: of the answers to a model's own texts and to the built-in ones, of its accuracy; and its speed.
+
+python tests/benchmarks/precision.py --model FOLDER --task TASK --texts FILE.csv [--label COLUMN] [--dtypes float32,bfloat16]
+
+Every dtype is exported by its own configuration, whether the gate lets it through or not, and compared with the original in
+float32 on all texts. `plain bfloat16` is `model.to(torch.bfloat16)`, and `naive int8` torch's own dynamic quantization of
+every linear layer: neither is what traceserve does.
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Dict, Iterable, List, Optional, Sequence
+
+import tables
+import torch
+from traceserve import config, precision, samples
+from traceserve.export import Exported, export
+from traceserve.loading import Original
+from traceserve.speeds import measure
+from traceserve_runtime.engine import Answer, Engine
+from traceserve_runtime.tasks import TASKS
+from traceserve_runtime.tasks.contract import Request
+
+
+def plain_bfloat16(original: Original, texts: Sequence[str]) -> Iterable[Original]:
+    """What most people do."""
+    return [replace(original, model=copy.deepcopy(original.model).to(torch.bfloat16), dtype="bfloat16")]
+
+
+def naive_int8(original: Original, texts: Sequence[str]) -> Iterable[Original]:
+    """What most people do."""
+    model = copy.deepcopy(original.model)
+    quantized = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, torch.qint8)
+    return [replace(original, model=quantized, dtype="int8")]
+
+
+# Ways that are not ours, as (dtype, what lowers the model).
+OTHERS: Dict[str, Any] = {"plain bfloat16": ("bfloat16", plain_bfloat16), "naive int8": ("int8", naive_int8)}
+
+
+def export_as(way: str, content: Dict[str, Any], folder: Path, texts: Path) -> Exported:
+    """An export in a dtype, or in one of OTHERS."""
+    dtype, lower = OTHERS.get(way, (way, None))
+    own = precision.PRECISIONS[dtype]
+    if lower is not None:
+        import contextlib
+
+        precision.PRECISIONS[dtype] = own._replace(lower=lower, tracing=contextlib.nullcontext)
+    parsed, _ = config.parse({**content, "dtype": dtype})
+    folder.mkdir()
+    try:
+        return export(config.Loaded(parsed, folder, ()), folder.name, folder, lambda *_: None, texts, allow_drift=True)
+    finally:
+        precision.PRECISIONS[dtype] = own
+
+
+def accuracy(folder: Path, requests: Sequence[Request], labels: Optional[List[str]]) -> Optional[float]:
+    """The share of the texts whose label comes first."""
+    if labels is None:
+        return None
+    engine = Engine.load(folder)
+    answers = engine.answer(requests)
+    got = [answer.value[0]["label"] for answer in answers if isinstance(answer, Answer)]
+    return sum(one == other for one, other in zip(got, labels)) / len(labels)
+
+
+def main() -> None:
+    parser = tables.parser(__doc__, rounds=3)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--task", default="sequence_classification", choices=sorted(TASKS))
+    parser.add_argument("--texts", type=Path, required=True, help="a .csv with a column text")
+    parser.add_argument("--label", metavar="COLUMN", help="the column of the right label")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N texts")
+    parser.add_argument("--max-length", type=int, default=128)
+    parser.add_argument("--dtypes", default="float32,bfloat16,plain bfloat16,int8,naive int8")
+    options = parser.parse_args()
+    with options.texts.open(encoding="utf-8", newline="") as stream:
+        lines = list(csv.DictReader(stream))[: options.limit]
+    labels = [line[options.label] for line in lines] if options.label else None
+    content = {"model_name": str(options.model.resolve()), "task": options.task, "max_length": options.max_length}
+    content.update(num_labels=None, long_inputs="truncate")
+    with tempfile.TemporaryDirectory() as name:
+        texts = Path(name, "texts.jsonl")
+        texts.write_text("".join(json.dumps({"text": line["text"]}) + "\n" for line in lines))
+        requests = samples.read(texts, TASKS[options.task])
+        made = {way: export_as(way, content, Path(name, way), texts) for way in options.dtypes.split(",")}
+        speeds = measure({way: Path(name, way) for way in made}, requests, lambda *_: None)
+        rows, found = [], []
+        for way, exported in made.items():
+            receipt, folder = exported.manifest.receipt, Path(name, way)
+            size = sum(file.stat().st_size for file in folder.iterdir())
+            elsewhere = receipt["answers_changed"] - receipt["own_answers_changed"]
+            asked = receipt["answers"] - receipt["own_answers"]
+            right = accuracy(folder, requests, labels)
+            found.append({"way": way, **receipt, "accuracy": right, "speed": speeds[way], "bytes": size})
+            rows.append(
+                {
+                    "dtype": way,
+                    "the gate": "passed" if receipt["passed"] else "refused",
+                    "changed, own texts": f"{receipt['own_answers_changed']} of {receipt['own_answers']:,}",
+                    "changed, built-in texts": f"{elsewhere} of {asked}",
+                    "accuracy": "" if right is None else f"{right:.2%}",
+                    "largest difference": f"{receipt['largest_difference']:.1e}",
+                    "requests/s, times the first": f"{speeds[way] / next(iter(speeds.values())):.2f}",
+                    "artifact": f"{size / 1e6:.1f} MB",
+                }
+            )
+    tables.show(rows, options.markdown)
+    tables.save(options.json, found)
+
+
+if __name__ == "__main__":
+    main()

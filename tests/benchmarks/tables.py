@@ -1,0 +1,128 @@
+"""What the benchmarks report: a table for the terminal or for docs/, and a JSON file with every single measurement."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Dict, Iterable, Mapping, Optional, Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+Row = Mapping[str, str]
+
+
+def parser(description: Optional[str], rounds: int) -> argparse.ArgumentParser:
+    """A parser with the options of every benchmark."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # servers that were started are ended then too
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument(
+        "--rounds",
+        type=int,
+        default=rounds,
+        help="everything is measured so often, in turn; medians are told [%(default)s]",
+    )
+    made.add_argument("--json", type=Path, metavar="FILE", help="write every single measurement, and where it was made")
+    made.add_argument("--markdown", action="store_true", help="print the tables as docs/measurements.md has them")
+    return made
+
+
+def show(rows: Sequence[Row], markdown: bool, caption: str = "") -> None:
+    """Print rows of the same columns."""
+    columns = list(rows[0])
+    if markdown:
+        lines = [columns, ["---"] * len(columns), *([row[column] for column in columns] for row in rows)]
+        print(f"\n{caption}\n" if caption else "")
+        print("\n".join(f"| {' | '.join(cells)} |" for cells in lines))
+        return
+    table = Table(title=caption or None, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*(row[column] for column in columns))
+    # As wide as it needs to be where the output is a file.
+    Console(width=None if sys.stdout.isatty() else 240).print(table)
+
+
+def save(path: Optional[Path], measurements: Any) -> None:
+    """Write the measurements, the command and the machine to a JSON file, where one is asked for."""
+    if path is None:
+        return
+    content = {
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "processor": processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "load_average": os.getloadavg(),
+        "environment": {key: value for key, value in os.environ.items() if key.startswith(("OMP_", "MKL_", "KMP_"))},
+        "packages": packages(Path(sys.executable)),
+        "measurements": measurements,
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def packages(python: Path) -> Dict[str, str]:
+    """The versions that count in an interpreter's environment."""
+    found = subprocess.run([str(python), "-c", _PACKAGES], stdout=subprocess.PIPE, check=True).stdout
+    versions: Dict[str, str] = json.loads(found)
+    return versions
+
+
+_PACKAGES = """
+import json, platform
+from importlib import metadata
+versions = {"python": platform.python_version()}
+for name in ("torch", "transformers", "tokenizers", "torchserve", "litserve", "infinity_emb", "sentence-transformers", "optimum"):
+    try:
+        versions[name] = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        pass
+print(json.dumps(versions))
+"""
+
+
+def processor() -> str:
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def progress() -> Progress:
+    """A bar on the standard error, with what is measured now."""
+    return Progress(
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+        console=Console(stderr=True),
+    )
+
+
+def median(values: Iterable[float]) -> float:
+    """The median; NaN of nothing."""
+    found = list(values)
+    return statistics.median(found) if found else float("nan")
+
+
+def figure(value: float, unit: str = "") -> str:
+    """A number with three digits that count, or more before the point."""
+    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
+    return f"{value:,.{digits}f}{unit and ' ' + unit}"
+
+
+def milliseconds(seconds: float) -> str:
+    """A time in ms."""
+    return figure(seconds * 1000)

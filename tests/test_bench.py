@@ -1,0 +1,293 @@
+"""`traceserve bench`: what is sent to whom, what is measured, and how it is told."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+
+import pytest
+from conftest import run_export
+from test_load import OK, after, always, at_once, serving
+from traceserve import bench, printing, report, server, subjects, torchserve
+from traceserve.archive import archive
+from traceserve.bench import Plan, measure
+from traceserve.errors import ServerError
+from traceserve.server import Instance
+from traceserve.subjects import subject, traffic
+
+BUSY = b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n"
+TEXTS = ["Where is my parcel?", 'It said "broken" \\ \u2028 again.', "Ich hätte gern mein Geld zurück."]
+DELAY = 0.2  # of the archive "patient": how long TorchServe waits for a batch to fill
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("samples") / "texts.txt"
+    path.write_text("\n".join(TEXTS) + "\n\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def served(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
+    """A real server with two archives of one model."""
+    archives = []
+    for name, delay in (("quick", 2), ("patient", int(1000 * DELAY))):
+        folder = tmp_path_factory.mktemp("served") / name
+        run_export(folder, {"model_name": str(checkpoint("bert")), "max_length": 32, "max_batch_delay": delay})
+        archives.append(archive(folder, name, folder.parent))
+    instance = server.start(archives, port=torchserve.free_ports(1)[0], timeout=90)
+    yield instance
+    server.stop(instance)
+
+
+def run_command(*arguments: str) -> Tuple[int, str, str]:
+    command = [sys.executable, "-m", "traceserve", "bench", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return result.returncode, result.stdout, result.stderr
+
+
+def quietly(what: str, share: float) -> None:
+    """A progress that nobody sees."""
+
+
+# --- a real server ----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_on_a_real_server(served: Instance, samples: Path, tmp_path: Path) -> None:
+    page, figures = tmp_path / "bench.html", tmp_path / "bench.json"
+    url = f"{served.url}/predictions/quick"
+    code, printed, errors = run_command(
+        *("quick", "--samples", str(samples), "--connections", "1,4", "--seconds", "1", "--warm-up", "0.3"),
+        *(
+            "--compare",
+            url,
+            "--body",
+            '{"text": "{text}"}',
+            "--rounds",
+            "2",
+            "--json",
+            str(figures),
+            "--html",
+            str(page),
+        ),
+    )
+    assert code == 0, errors
+    document = json.loads(figures.read_text())
+    assert document["subjects"] == ["quick", url]
+    assert len(document["measurements"]) == 8 and len(document["summary"]) == 4 and len(document["ratios"]) == 2
+    order = [(one["subject"], one["connections"]) for one in document["measurements"]]
+    assert order == [("quick", 1), (url, 1), ("quick", 4), (url, 4), (url, 1), ("quick", 1), (url, 4), ("quick", 4)]
+    for one in document["measurements"]:
+        assert one["errors"] == {} and one["requests"] == pytest.approx(one["throughput"] * one["seconds"], rel=0.01)
+        latency, parts = one["latency_ms"], one["server"]["time_ms"]
+        assert latency["p50"] <= latency["p90"] <= latency["p99"] <= latency["p99.9"] <= latency["max"]
+        assert sum(parts.values()) == pytest.approx(latency["mean"], rel=0.2) and min(parts.values()) >= 0
+        assert parts["model"] > 0.05 and 5 < one["server"]["tokens"] < 32
+    for row in (
+        r"quick\n",
+        re.escape(url),
+        r" 1 +[\d,.]+ +\d+ %( +[\d,.]+){6} +0 *\n",
+        r"queue( +\S+ ms +\d+ %){2}",
+    ):
+        assert re.search(row, printed), printed
+    assert f"quick / {url}" in printed
+    content = page.read_text(encoding="utf-8")
+    assert url in content and "Latency distribution" in content and "Where the time of a request goes" in content
+
+
+def test_what_the_servers_counters_mean(served: Instance, samples: Path) -> None:
+    """The queue's time holds the delay in which a batch may fill, and the handler's time the model's."""
+    plan = Plan(connections=(2,), seconds=2.0, warm_up=0.5)
+    document = measure([subject("patient", samples)], plan, samples.name, quietly)
+    [one] = document["summary"]
+    parts = one["server"]["time_ms"]
+    assert 1000 * DELAY <= parts["queue"] < 1000 * DELAY + 40 and one["latency_ms"]["p50"] >= 1000 * DELAY
+    assert parts["queue"] + 100 > sum(parts.values()) and parts["rest of the handler"] > 0
+    # Two answers in a batch, and as many counted as were answered in the span.
+    assert one["server"]["requests"] == pytest.approx(one["requests"], abs=4)
+
+
+def test_an_open_loop_on_a_real_server(served: Instance, samples: Path) -> None:
+    """Whatever the delay of the batches, requests come at their rate."""
+    plan = Plan(connections=(1,), rate=40.0, seconds=2.0, warm_up=0.5)
+    document = measure([subject("patient", samples)], plan, samples.name, quietly)
+    [one] = document["summary"]
+    assert one["requests"] == pytest.approx(80, abs=36) and one["most_connections"] > 2
+    latency, where = plots(report.page(document))  # none over connections
+    assert [trace["name"] for trace in latency["data"]] == ["patient, 40 requests/s"]
+    assert [trace["name"] for trace in where["data"]] == list(one["server"]["time_ms"])
+
+
+def test_names_and_urls_of_our_servers(served: Instance, samples: Path) -> None:
+    by_name, by_url = subject("quick", samples), subject(f"{served.url}/predictions/quick", samples)
+    assert by_name.target.url == by_url.target.url and by_name.metrics == by_url.metrics is not None
+    assert subject("quick", samples, served.port).target == by_name.target
+    with pytest.raises(ServerError, match="no server of traceserve serves other, but patient, quick"):
+        subject("other", samples)
+    with pytest.raises(ServerError, match=f"port {served.port} has no other, but quick, patient"):
+        subject("other", samples, served.port)
+
+
+def test_a_sample_that_the_server_refuses(served: Instance, tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.jsonl"
+    wrong.write_text('{"txt": "a"}\n')
+    code, _, errors = run_command("quick", "--samples", str(wrong))
+    assert code == 1 and "answers 400 to the first sample" in errors and "did you mean" in errors
+
+
+# --- other servers ----------------------------------------------------------------------------------------------------
+
+
+def test_two_servers_in_turn(samples: Path) -> None:
+    with serving(after(0.02)) as fast, serving(after(0.06)) as slow:
+        asked = [subject(fast.url, samples), subject(slow.url, samples)]
+        document = measure(asked, Plan(connections=(2,), seconds=0.4, warm_up=0.1, rounds=3), samples.name, quietly)
+    [ratio] = document["ratios"]
+    assert ratio["throughput"] == pytest.approx(3, rel=0.3)
+    assert ratio["latency"]["p50"] == pytest.approx(1 / 3, rel=0.3)
+    assert [summary["server"] for summary in document["summary"]] == [None, None]
+    low, high = document["summary"][0]["throughput_range"]
+    assert low <= document["summary"][0]["throughput"] <= high
+    page = report.page(document)
+    assert "Where the time" not in page and len(plots(page)) == 2
+
+
+def test_what_is_sent(samples: Path) -> None:
+    with serving(at_once) as asked:
+        subjects.check(subject(asked.url, samples, body='{"input": ["{text}"]}', headers={"X-Key": "7"}))
+        subjects.check(subject(asked.url, samples))
+        assert json.loads(asked.bodies[0]) == {"input": [TEXTS[0]]} and asked.bodies[1] == TEXTS[0].encode()
+        assert "content-type: application/json\r\n" in asked.heads[0].lower() and "x-key: 7" in asked.heads[0].lower()
+        assert "content-type: text/plain; charset=utf-8\r\n" in asked.heads[1].lower()
+
+
+def test_every_kind_of_samples(tmp_path: Path, samples: Path) -> None:
+    assert [body.decode() for body in traffic(samples).bodies] == TEXTS
+    wrapped = traffic(samples, '{"a": ["{text}"], "b": "{text}!"}')
+    assert [json.loads(body) for body in wrapped.bodies] == [{"a": [text], "b": f"{text}!"} for text in TEXTS]
+    table = tmp_path / "texts.csv"
+    table.write_text('label,text\r\n1,"one, two\nthree"\r\n2,\r\n3,four\r\n', encoding="utf-8", newline="")
+    assert traffic(table).bodies == (b"one, two\nthree", b"four")
+    bodies = tmp_path / "bodies.jsonl"
+    bodies.write_text('{"text": "a"}\n\n["b"]\n')
+    assert traffic(bodies) == subjects.Traffic((b'{"text": "a"}', b'["b"]'), "application/json")
+
+
+@pytest.mark.parametrize(
+    "name, content, body, words",
+    [
+        ("none.txt", None, None, "cannot be read"),
+        ("empty.txt", "\n \n", None, "holds no text"),
+        ("a.csv", "label,texts\n1,a\n", None, "a header with a column text, not: label, texts"),
+        ("a.jsonl", '{"text": "a"}\n{"text": \n', None, "body 2: this is no JSON"),
+        ("a.jsonl", '{"text": "a"}\n', '{"a": "{text}"}', "--body is for texts"),
+        ("a.txt", "a\n", '{"a": "text"}', "no {text}"),
+        ("a.txt", "a\n", '{"a": {text}}', "this is no JSON"),
+    ],
+)
+def test_samples_that_cannot_be_sent(
+    name: str, content: Optional[str], body: Optional[str], words: str, tmp_path: Path
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ServerError, match=re.escape(words)):
+        traffic(tmp_path / name, body)
+
+
+def test_what_is_wrong_is_told_at_once(samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    port = torchserve.free_ports(1)[0]
+    for arguments, words in (
+        (["quick", "--port", str(port)], "server"),
+        (["ftp://x/y"], "no URL to measure"),
+        ([f"http://127.0.0.1:{port}/x"], "cannot be reached"),
+        (["http://x/", "--html", str(tmp_path / "no" / "a.html")], "there is no folder"),
+        (["http://x/", "--rate", "10", "--connections", "1,2"], "opened as needed"),
+        (["http://x/", "--rate", "0"], "more than 0"),
+        (["http://x/", "--header", "a b"], "should look like"),
+    ):
+        started = time.monotonic()
+        code, _, errors = run_command(*arguments, "--samples", str(samples))
+        assert code in (1, 2) and words in " ".join(errors.split()), errors
+        assert time.monotonic() - started < 10
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    with pytest.raises(ServerError, match=r"pip install 'traceserve\[bench\]'"):
+        report.require()
+
+
+def test_errors_are_told(samples: Path, tmp_path: Path) -> None:
+    async def answer(number: int, body: bytes) -> bytes:
+        await asyncio.sleep(0.01)
+        return BUSY if number % 3 == 0 else OK
+
+    with serving(answer) as busy:
+        code, printed, errors = run_command(busy.url, "--samples", str(samples), "--seconds", "0.5", "--warm-up", "0")
+    assert code == 0, errors
+    assert re.search(r"note: 16 connections: \d+ times HTTP 503", printed)
+    with serving(always(OK.replace(b"200 OK", b"500 Broken"))) as broken:
+        code, _, errors = run_command(broken.url, "--samples", str(samples))
+    assert code == 1 and "answers 500 to the first sample" in errors
+
+    async def once(number: int, body: bytes) -> Optional[bytes]:
+        return OK if number == 1 else None
+
+    with serving(once) as gone, pytest.raises(
+        ServerError, match="answered no request in 0.2 s: .* times connection closed"
+    ):
+        measure([subject(gone.url, samples)], Plan(seconds=0.2, warm_up=0.0), "texts.txt", quietly)
+
+
+def test_what_makes_figures_less_than_they_seem_is_told(samples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An open loop that asks for more than there is; but not one whose answers merely take long."""
+    monkeypatch.setattr("traceserve.load.MOST_CONNECTIONS", 1)
+    notes = {}
+    for delay, rate in ((0.05, 60.0), (0.3, 2.0)):
+        with serving(after(delay)) as slow:
+            document = measure([subject(slow.url, samples)], Plan((1,), rate, 1.0, 0.0), "texts.txt", quietly)
+        [one] = document["summary"]
+        notes[rate] = list(printing._bench_notes(one, 1.0))
+    [note] = notes[60.0]
+    assert "cannot answer 60 a second" in note and not notes[2.0]
+    [note] = printing._bench_notes({**one, "generator_cpu": 0.93}, 1.0)
+    assert "93 % of a core" in note
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def plots(page: str) -> List[Dict[str, Any]]:
+    """What plotly draws: the data and the layout of each figure."""
+    decoder, found = json.JSONDecoder(), []
+    for match in re.finditer(r'Plotly\.newPlot\(\s*"[^"]+",\s*', page):
+        data, end = decoder.raw_decode(page, match.end())
+        layout, _ = decoder.raw_decode(page, re.compile(r",\s*").match(page, end).end())  # type: ignore[union-attr]
+        found.append({"data": data, "layout": layout})
+    return found
+
+
+def test_the_page_needs_nothing_else_and_shows_what_was_measured(samples: Path) -> None:
+    with serving(after(0.005)) as asked:
+        document = measure([subject(asked.url, samples)], Plan((1, 2), None, 0.3, 0.0), "<texts>.txt", quietly)
+    page = report.page(document)
+    assert not re.findall(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=", page)
+    assert "&lt;texts&gt;.txt" in page and "<texts>" not in page
+    latency, over = plots(page)
+    loads = ("1 connection", "2 connections")
+    assert [trace["name"] for trace in latency["data"]] == [f"{document['subjects'][0]}, {load}" for load in loads]
+    first = latency["data"][0]
+    assert latency["layout"]["xaxis"]["type"] == latency["layout"]["yaxis"]["type"] == "log"
+    assert first["x"][0] == 1 and first["x"] == sorted(first["x"]) and first["y"] == sorted(first["y"])
+    assert document["summary"][0]["latency_ms"]["p90"] in first["y"]
+    throughput = over["data"][0]
+    assert throughput["x"] == [1, 2] and throughput["y"] == [one["throughput"] for one in document["summary"]]
+    assert over["data"][2]["y"] == [one["latency_ms"]["p99"] for one in document["summary"]]
+
+
+def test_medians_are_taken_figure_by_figure() -> None:
+    rounds = [{"a": {"b": 1.0}, "c": [[0, 5.0], [50, 9.0]], "d": None}, {"a": {"b": 5.0}, "c": [[0, 7.0]], "d": None}]
+    assert bench._median([*rounds, rounds[1]]) == {"a": {"b": 5.0}, "c": [[0, 7.0]], "d": None}

@@ -1,0 +1,393 @@
+"""The load generator, against real servers whose delays are known."""
+
+from __future__ import annotations
+
+import asyncio
+import http.server
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from typing import Any, Awaitable, Callable, Dict, Iterator, List, Optional
+
+import numpy as np
+import pytest
+from traceserve import wire
+from traceserve.errors import ServerError
+from traceserve.load import Result, Target, run
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
+Answer = Callable[[int, bytes], Awaitable[Optional[bytes]]]  # number and body of a request; None: drop the connection
+
+
+class Server:
+    """An HTTP server in a thread of its own; what it was sent is kept."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+        self.bodies: List[bytes] = []
+        self.heads: List[str] = []
+        self.connections = 0
+        self._loop = asyncio.new_event_loop()
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+        assert self._ready.wait(5)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/predict?x=1"
+
+    def _run(self) -> None:
+        async def serve() -> None:
+            self._stopped = asyncio.Event()
+            server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+            self.port = server.sockets[0].getsockname()[1]
+            self._ready.set()
+            await self._stopped.wait()
+            await asyncio.sleep(0.02)  # asyncio loses a connection that it accepts while it closes
+            server.close()
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            if tasks:  # they end by themselves as their clients are gone, but for those that sleep
+                _, asleep = await asyncio.wait(tasks, timeout=0.1)
+                for task in asleep:
+                    task.cancel()
+                await asyncio.sleep(0.02)
+
+        self._loop.run_until_complete(serve())
+        self._loop.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        try:
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode()
+                fields = dict(line.lower().split(": ", 1) for line in head.split("\r\n")[1:] if line)
+                body = await reader.readexactly(int(fields["content-length"]))
+                self.heads.append(head)
+                self.bodies.append(body)
+                answer = await self._answer(len(self.bodies), body)
+                if answer is None:
+                    break
+                writer.write(answer)
+                if b"connection: close" in answer.lower():
+                    break
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+            pass
+        finally:
+            writer.close()
+
+    def stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._stopped.set)
+        self._thread.join()
+
+
+@contextmanager
+def serving(answer: Answer) -> Iterator[Server]:
+    server = Server(answer)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+async def at_once(number: int, body: bytes) -> bytes:
+    return OK
+
+
+def after(seconds: float) -> Answer:
+    async def answer(number: int, body: bytes) -> bytes:
+        await asyncio.sleep(seconds)
+        return OK
+
+    return answer
+
+
+def always(answer: Optional[bytes]) -> Answer:
+    async def give(number: int, body: bytes) -> Optional[bytes]:
+        return answer
+
+    return give
+
+
+def short(server: Server, **options: Any) -> Result:
+    """A run of half a second."""
+    return run(Target(server.url), [b"{}"], **{"connections": 2, "seconds": 0.5, "warm_up": 0.0, **options})
+
+
+def test_a_closed_loop_measures_the_delay() -> None:
+    with serving(after(0.05)) as server:
+        result = short(server, connections=4, seconds=1.0)
+        assert server.connections == 4 and result.connections == 4 and result.rate is None
+    assert 0.05 <= result.percentile(0) <= result.percentile(50) < 0.08
+    assert result.throughput == pytest.approx(4 / float(result.latencies.mean()), rel=0.1)
+    assert not result.errors and result.failed == 0
+
+
+def test_an_open_loop_sends_at_its_rate_whatever_is_answered() -> None:
+    """Twenty are on their way at a time; two connections in a closed loop would send ten in a second."""
+    with serving(after(0.2)) as server:
+        result = short(server, rate=100.0, seconds=1.5)
+    assert result.requests == pytest.approx(150, abs=4 * 150**0.5)
+    assert 10 < result.connections < 60
+    assert result.percentile(50) == pytest.approx(0.2, abs=0.05)
+
+
+def stalling(at: int, seconds: float) -> Answer:
+    """Everything stands still once."""
+
+    async def answer(number: int, body: bytes) -> bytes:
+        if number == at:
+            time.sleep(seconds)
+        return OK
+
+    return answer
+
+
+def test_no_coordinated_omission() -> None:
+    """A server that stands still for a second of three: of the requests that were due in it, every one waited for its end.
+    A closed loop, which waits with the server, sees one slow request."""
+    with serving(stalling(at=200, seconds=1.0)) as server:
+        result = short(server, rate=200.0, seconds=3.0)
+    slow = np.sort(result.latencies[result.latencies > 0.1])
+    assert len(slow) == pytest.approx(180, abs=4 * 180**0.5)
+    # Due at any time of the second, they waited for the rest of it.
+    assert np.percentile(slow, [10, 50, 90]) == pytest.approx([0.19, 0.55, 0.91], abs=0.1)
+    assert result.percentile(99) > 0.9 > 0.1 > result.percentile(50)
+    assert result.throughput == pytest.approx(200, rel=0.2)
+    with serving(stalling(at=20, seconds=1.0)) as server:
+        closed = short(server, connections=1, seconds=1.5)
+    assert (closed.latencies > 0.1).sum() == 1 and closed.percentile(99) < 0.1
+
+
+def test_waiting_for_a_connection_is_latency(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One connection carries ten a second; forty a second are due for a second, and the last waits for all before it."""
+    monkeypatch.setattr("traceserve.load.MOST_CONNECTIONS", 1)
+    with serving(after(0.1)) as server:
+        result = short(server, connections=1, rate=40.0, seconds=1.0)
+        assert server.connections == 1
+    expected = 0.1 * result.requests - 1.0
+    assert result.percentile(100) == pytest.approx(expected, rel=0.25)
+    assert result.throughput < 11 and result.seconds > 2
+
+
+def test_requests_are_sent_when_they_are_due() -> None:
+    """Not at the next whole millisecond."""
+    with serving(at_once) as server:
+        result = short(server, rate=200.0, seconds=1.0)
+    assert result.percentile(20) < 0.0008
+
+
+def test_the_slow_ones_at_the_end_count() -> None:
+    async def answer(number: int, body: bytes) -> bytes:
+        await asyncio.sleep(0.7 if number == 3 else 0.01)
+        return OK
+
+    with serving(answer) as server:
+        assert short(server, seconds=0.3).percentile(100) >= 0.7
+
+
+def test_the_warm_up_is_not_counted() -> None:
+    async def answer(number: int, body: bytes) -> Optional[bytes]:
+        await asyncio.sleep(0.3 if number <= 2 else 0.01)
+        return None if number == 5 else OK
+
+    with serving(answer) as server:
+        result = short(server, warm_up=0.6)
+    assert result.percentile(100) < 0.2 and not result.errors
+
+
+def test_bodies_are_shuffled_by_the_seed_and_repeat() -> None:
+    bodies = [b'{"text": "%d"}' % i for i in range(20)]
+    orders = []
+    for seed in (0, 0, 1):
+        with serving(at_once) as server:
+            run(Target(server.url), bodies, connections=1, seconds=0.1, warm_up=0.0, seed=seed)
+        assert server.bodies[:20] == server.bodies[20:40] and sorted(server.bodies[:20]) == sorted(bodies)
+        orders.append(server.bodies[:20])
+    assert orders[0] == orders[1] != orders[2] and orders[0] != bodies
+
+
+def test_what_goes_over_the_wire() -> None:
+    with serving(at_once) as server:
+        target = Target(server.url, {"Authorization": "Bearer abc", "content-type": "application/x-own"})
+        run(target, ["ä".encode()], "text/plain", 1, seconds=0.05, warm_up=0.0)
+        assert server.bodies[0] == "ä".encode()
+        assert server.heads[0].split("\r\n") == [
+            "POST /predict?x=1 HTTP/1.1",
+            f"Host: 127.0.0.1:{server.port}",
+            "Accept: */*",
+            "Authorization: Bearer abc",
+            "content-type: application/x-own",
+            "Content-Length: 2",
+            "",
+            "",
+        ]
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n{\r\n1\r\n}\r\n0\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "answer, kept",
+    [
+        (CHUNKED, True),
+        (b"HTTP/1.1 100 Continue\r\n\r\n" + OK, True),
+        (b"HTTP/1.1 204 No Content\r\n\r\n", True),
+        (OK.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"), False),
+        (CHUNKED.replace(b"\r\n", b"\r\nConnection: close\r\n", 1), False),
+        (b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n{}", False),  # its end is the connection's
+        (b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\nX-Old: Connection: close\r\n\r\n{}", False),
+    ],
+)
+def test_every_kind_of_answer(answer: bytes, kept: bool) -> None:
+    with serving(always(answer)) as server:
+        result = short(server, seconds=0.2)
+        assert (server.connections == 2) is kept
+    assert result.requests > 10 and not result.errors
+
+
+def test_answers_in_pieces() -> None:
+    """Of a large answer each part comes by itself, the last with the end."""
+    large = b"HTTP/1.1 200 OK\r\nContent-Length: 3000000\r\n\r\n" + b"x" * 3_000_000
+    with serving(always(large)) as server:
+        result = short(server, seconds=0.3)
+        assert server.connections == 2
+    assert result.requests >= 2 and not result.errors
+
+
+def test_an_old_server_of_the_standard_library() -> None:
+    """HTTP/1.0 without a length."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,)).start()
+        result = run(Target(f"http://localhost:{server.server_address[1]}"), [b"{}"], seconds=0.2, warm_up=0.0)
+        server.shutdown()
+    assert result.requests > 10 and not result.errors
+
+
+def test_errors_are_counted_by_reason() -> None:
+    failures: Dict[int, Optional[bytes]] = {
+        0: OK.replace(b"200 OK", b"413 Content Too Large"),
+        1: OK.replace(b"200 OK", b"503 Service Unavailable"),
+        2: None,
+        3: b"no HTTP at all\r\n\r\n",
+        4: b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\nConnection: close\r\n\r\n{}",
+    }
+
+    async def answer(number: int, body: bytes) -> Optional[bytes]:
+        await asyncio.sleep(0.002)
+        return failures.get(number % 10, OK)
+
+    for rate in (None, 100.0):
+        with serving(answer) as server:
+            result = short(server, rate=rate, seconds=1.0)
+        assert set(result.errors) == {
+            "HTTP 413",
+            "HTTP 503",
+            "connection closed without an answer",
+            "an answer that is not HTTP",
+        }
+        assert result.errors["HTTP 413"] == pytest.approx(result.requests / 5, rel=0.3)
+        assert result.errors["connection closed without an answer"] == pytest.approx(2 * result.requests / 5, rel=0.3)
+        assert result.failed == sum(result.errors.values()) == pytest.approx(result.requests, rel=0.3)
+
+
+@pytest.mark.parametrize("rate", [None, 50.0])
+def test_a_server_that_goes_away(rate: Optional[float]) -> None:
+    server = Server(at_once)
+    threading.Timer(0.3, server.stop).start()
+    result = short(server, rate=rate, seconds=1.0)
+    assert result.requests and result.errors.get("connection refused", 0) > 5
+    assert result.failed < 300  # it is not besieged
+
+
+def test_a_server_that_never_answers() -> None:
+    with serving(after(30)) as server:
+        started = time.monotonic()
+        result = short(server, timeout=0.4)
+    assert time.monotonic() - started < 2
+    assert result.requests == 0 and result.errors["no answer in 0.4 s"] >= 2
+    assert np.isnan(result.percentile(50))
+
+
+def test_an_idle_connection_that_the_server_closes_is_no_error() -> None:
+    """As of servers with a keep-alive timeout."""
+
+    async def answer(number: int, body: bytes) -> bytes:
+        return OK
+
+    class Impatient(Server):
+        async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            asyncio.get_running_loop().call_later(0.2, writer.close)
+            await super()._serve(reader, writer)
+
+    server = Impatient(answer)
+    try:
+        result = short(server, rate=10.0, seconds=1.5)
+        assert server.connections > 4
+    finally:
+        server.stop()
+    assert result.requests > 5 and result.failed <= 1  # one may be sent as it closes
+
+
+def test_nothing_listens() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{probe.getsockname()[1]}/x"
+        with pytest.raises(ServerError, match="cannot be reached: connection refused"):
+            run(Target(url), [b"{}"])
+    with pytest.raises(ServerError, match="nothing to send"):
+        run(Target(url), [])
+
+
+def test_progress() -> None:
+    heard: List[float] = []
+    with serving(at_once) as server:
+        short(server, warm_up=0.2, seconds=0.2, progress=heard.append)
+    assert len(heard) > 4 and heard == sorted(heard) and heard[0] < 0.5 and heard[-1] == 1.0
+
+
+class Stopped(BaseException):
+    """What the command raises at a signal."""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no timer of signals")
+@pytest.mark.parametrize("rate", [None, 2000.0])
+def test_a_signal_ends_it(rate: Optional[float]) -> None:
+    """Wherever it strikes: in asyncio's callbacks, which keep exceptions to themselves, too."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise Stopped
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    try:
+        with serving(at_once) as server:
+            for delay in np.linspace(0.02, 0.05, 8):
+                timer = threading.Timer(0.1 + delay, os.kill, (os.getpid(), signal.SIGALRM))
+                started = time.monotonic()
+                timer.start()
+                with pytest.raises(Stopped):
+                    short(server, rate=rate, connections=16, seconds=5.0)
+                assert time.monotonic() - started < 2
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+
+
+def test_the_parser_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "httptools", None)
+    with pytest.raises(ServerError, match=r"pip install 'traceserve\[bench\]'"):
+        wire.require()

@@ -1,0 +1,628 @@
+"""The dtypes: what is traced in each, what the gate makes of it, and which one `auto` takes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Set, Tuple
+
+import models
+import numpy as np
+import pytest
+import torch
+from conftest import nothing, run_export
+from traceserve import cli, precision, sources, speeds, verification
+from traceserve.config import parse
+from traceserve.corpus import sentences
+from traceserve.errors import ConfigError, ExportError
+from traceserve.export import Exported
+from traceserve.samples import SENTENCES, calibration
+from traceserve.verification import LIMITS, Findings, Limit
+from traceserve.writers import WRITERS, torchscript
+from traceserve_runtime import batching, processor
+from traceserve_runtime.batching import CostModel
+from traceserve_runtime.engine import Answer, Engine
+from traceserve_runtime.manifest import Manifest
+from traceserve_runtime.runtimes.torchscript import TorchScriptRunner
+from traceserve_runtime.tasks import TASKS
+from traceserve_runtime.tasks.contract import Request
+
+LABELS = {"id2label": {0: "red", 1: "green", 2: "blue"}, "label2id": {"red": 0, "green": 1, "blue": 2}}
+# XLM-RoBERTa is RoBERTa by another name.
+FAMILIES = [name for name, family in models.ARCHITECTURES.items() if family.encodes and name != "xlm-roberta"]
+QUICK = ("roberta", "electra", "albert", "deberta-v2", "bart")
+LOOPS = {
+    "gpt2": ("text_generation", "AutoModelForCausalLM"),
+    "llama": ("text_generation", "AutoModelForCausalLM"),
+    "t5": ("text2text_generation", "AutoModelForSeq2SeqLM"),
+    "bart": ("text2text_generation", "AutoModelForSeq2SeqLM"),
+}
+# Of a score, 0 to 1: bfloat16 has 8 bits of a number, and a tiny random model's logits are some tenths apart.
+CLOSE = 0.05
+
+Maker = Callable[..., Tuple[Path, Exported]]
+
+
+@pytest.fixture(scope="module")
+def made(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Maker:
+    """Exports a family's tiny classifier in a dtype, each once."""
+    known: Dict[Tuple[str, str], Tuple[Path, Exported]] = {}
+
+    def make(architecture: str, dtype: str) -> Tuple[Path, Exported]:
+        if (architecture, dtype) not in known:
+            folder = tmp_path_factory.mktemp("precision") / "x"
+            with pytest.MonkeyPatch.context() as patch:
+                if architecture in QUICK:
+                    patch.setattr(verification, "CORPUS", 160)  # of which no answer changes
+                known[architecture, dtype] = folder, run_export(folder, content(checkpoint, architecture, dtype=dtype))
+        return known[architecture, dtype]
+
+    return make
+
+
+def content(checkpoint: Callable[..., Path], architecture: str = "bert", **more: Any) -> Dict[str, Any]:
+    source = str(checkpoint(architecture, **LABELS))
+    return {"model_name": source, "max_length": 32, "long_inputs": "truncate", **more}
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gate that asks fewer built-in sentences, where a test is of something else."""
+    monkeypatch.setattr(verification, "CORPUS", 16)
+
+
+def claim(patch: pytest.MonkeyPatch, folder: Path, *features: str) -> None:
+    """Let the processor have these features and no others."""
+    (folder / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: fpu sse2 {' '.join(features)}\n")
+    patch.setattr(processor, "CPUINFO", folder / "cpuinfo")
+
+
+def scores(engine: Engine) -> np.ndarray:
+    """Of each text the scores of all labels, by the labels' order."""
+    answers = engine.answer([Request({"text": text}, {"top_k": None}) for text in SENTENCES[1:]])
+    assert all(isinstance(answer, Answer) for answer in answers)
+    by_label = [{item["label"]: item["score"] for item in answer.value} for answer in answers]  # type: ignore[union-attr]
+    return np.array([[found[label] for label in engine.manifest.labels] for found in by_label])
+
+
+# bfloat16
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_bfloat16_of_every_family_passes_the_gate(made: Maker, architecture: str) -> None:
+    folder, exported = made(architecture, "bfloat16")
+    manifest = Manifest.read(folder)
+    receipt = manifest.receipt
+    assert manifest == exported.manifest and manifest.dtype == "bfloat16"
+    assert receipt["passed"] and not receipt["drift_allowed"]
+    assert receipt["limits"] == {"difference": 0.1, "changed": 0.003, "changed_elsewhere": 0.015}
+    assert receipt["answers"] > (160 if architecture in QUICK else 512)
+    assert 0 < receipt["largest_difference"] <= 0.1 and receipt["own_answers"] == 0
+    assert receipt["answers_changed"] <= 0.015 * receipt["answers"]
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_matrices_are_bfloat16_and_all_else_float32(made: Maker, architecture: str) -> None:
+    folder, _ = made(architecture, "bfloat16")
+    traced: Any = torch.jit.load(folder / "traced_model.pt")  # type: ignore[no-untyped-call]
+    lower: Set[str] = set()
+    same: Set[str] = set()
+    for path, module in traced.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            matrix = module.original_name in ("Linear", "Conv1D") or module.original_name.endswith("Embedding")
+            (lower if matrix else same).add(module.original_name)
+            assert parameter.dtype == (torch.bfloat16 if matrix else torch.float32), f"{path}.{name}"
+    assert lower & {"Linear", "Conv1D"} and any(name.endswith("Embedding") for name in lower)
+    assert any("Norm" in name for name in same)
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_answers_in_bfloat16_are_those_of_float32(made: Maker, architecture: str) -> None:
+    lower, exact = (Engine.load(made(architecture, dtype)[0]) for dtype in ("bfloat16", "float32"))
+    outputs = lower.runner({name: np.ones((2, 7), dtype=np.int64) for name in lower.manifest.inputs})
+    assert all(array.dtype == np.float32 for array in outputs.values())
+    got, expected = scores(lower), scores(exact)
+    assert 0 < np.abs(got - expected).max() < CLOSE
+    assert np.ptp(expected, axis=0).max() > 2 * CLOSE  # else all answers were close to each other
+
+
+def test_what_runs_beside_the_layers_is_float32(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """An embedding's rows are read in bfloat16, and added up in float32."""
+    original = load(checkpoint, tmp_path)
+    [lowered] = precision.lowered(original, "bfloat16", SENTENCES)
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        words = lowered.model.get_input_embeddings()
+        assert words.weight.dtype == torch.bfloat16 and words(ids).dtype == torch.float32
+        assert torch.equal(words(ids), words.weight[ids].float())
+        with precision.tracing("bfloat16"):
+            hidden = lowered.model.bert(ids, output_hidden_states=True).hidden_states
+    assert {tensor.dtype for tensor in hidden} == {torch.float32}
+
+
+def test_a_bfloat16_artifact_is_smaller(made: Maker) -> None:
+    sizes = {dtype: (made("bert", dtype)[0] / "traced_model.pt").stat().st_size for dtype in ("float32", "bfloat16")}
+    _, exported = made("bert", "float32")
+    assert sizes["float32"] - sizes["bfloat16"] > 1.5 * exported.parameters
+
+
+def test_the_original_stays_as_it_was(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    original = load(checkpoint, tmp_path)
+    before = {name: value.clone() for name, value in original.model.state_dict().items()}
+    for dtype in ("bfloat16", "float16", "int8"):
+        lowered = list(precision.lowered(original, dtype, SENTENCES[1:3]))
+        assert lowered and all(item.dtype == dtype and item.model is not original.model for item in lowered)
+    after = original.model.state_dict()
+    assert list(after) == list(before) and original.dtype == "float32"
+    assert all(after[name].dtype == value.dtype and torch.equal(after[name], value) for name, value in before.items())
+    assert not any(module._forward_hooks for module in original.model.modules())
+    assert list(precision.lowered(original, "float32", SENTENCES)) == [original]
+
+
+def load(checkpoint: Callable[..., Path], folder: Path) -> Any:
+    from traceserve import loading
+
+    config, _ = parse(content(checkpoint))
+    with loading.quiet():
+        return loading.load(config, sources.fetch(config, folder), folder)
+
+
+@pytest.fixture(scope="module")
+def loop(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Maker:
+    """Exports a family's tiny writer in bfloat16, each once."""
+    known: Dict[str, Tuple[Path, Exported]] = {}
+
+    def make(architecture: str) -> Tuple[Path, Exported]:
+        if architecture not in known:
+            task, auto_model = LOOPS[architecture]
+            source = str(checkpoint(architecture, auto_model))
+            config = {"model_name": source, "task": task, "max_length": 32, "parameters": {"max_new_tokens": 6}}
+            folder = tmp_path_factory.mktemp("precision") / "x"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(verification, "TEXTS", SENTENCES[1:10])
+                exported = run_export(folder, {**config, "dtype": "bfloat16"}, allow_drift=True)
+            known[architecture] = folder, exported
+        return known[architecture]
+
+    return make
+
+
+@pytest.mark.parametrize("architecture", LOOPS)
+def test_written_texts_in_bfloat16(loop: Maker, architecture: str) -> None:
+    """Of greedy texts of a random model some change: each token is a near tie."""
+    folder, exported = loop(architecture)
+    manifest, found = exported.manifest, exported.findings
+    assert manifest.dtype == "bfloat16" and found.cells and not found.failed and found.failure is None
+    assert manifest.receipt["drift_allowed"] is not manifest.receipt["passed"]
+    assert len(found.changed) < found.answers
+    engine = Engine.load(folder)
+    key = next(iter(engine.task.from_texts(["Yes."])[0].inputs))
+    answers = engine.answer([Request({key: text}) for text in SENTENCES[1:3]])
+    assert all(isinstance(answer, Answer) and answer.value for answer in answers)
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    ["gpt2", "t5", "bart"],  # not llama: it turns its keys in float32, and transformers keeps the values likewise
+)
+def test_the_state_between_steps_is_bfloat16(loop: Maker, architecture: str) -> None:
+    folder, _ = loop(architecture)
+    engine = Engine.load(folder)
+    columns = {name: np.ones((2, 5), dtype=np.int64) for name in ("input_ids", "attention_mask", "decoder_input_ids")}
+    columns["position_ids"] = np.arange(5)[None].repeat(2, axis=0)
+    state = engine.runner.start({name: columns[name] for name in engine.manifest.inputs})
+    for step in range(2):
+        outputs, state = engine.runner.step({name: columns[name] for name in engine.manifest.step_inputs}, state)
+        assert outputs["logits"].dtype == np.float32
+        assert {tensor.dtype for tensor in state} == {torch.bfloat16}, f"step {step}"
+        columns["attention_mask"] = (
+            np.ones((2, 10), dtype=np.int64)
+            if LOOPS[architecture][0] == "text_generation"
+            else (columns["attention_mask"])
+        )
+
+
+# auto
+
+
+BUILD = """
+import sys
+from pathlib import Path
+from traceserve import cli
+from traceserve_runtime import processor
+
+processor.CPUINFO = Path("cpuinfo")
+sys.exit(cli.main(["build", "--output", "artifacts/x", "--store", "store"]))
+"""
+
+
+class Built(NamedTuple):
+    """What `traceserve build` made, and what it said."""
+
+    artifact: Path
+    store: Path
+    said: str
+
+    @property
+    def manifest(self) -> Manifest:
+        return Manifest.read(self.artifact)
+
+    @property
+    def report(self) -> Any:
+        return json.loads((self.store / "x.report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def builds(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> List[Built]:
+    """What `auto` makes on a processor with bfloat16: two builds, in processes of their own."""
+    config = json.dumps(content(checkpoint, "distilbert", dtype="auto"))
+    running = []
+    for _ in range(2):
+        folder = tmp_path_factory.mktemp("automatic")
+        (folder / "setup_config.json").write_text(config)
+        (folder / "cpuinfo").write_text("flags\t\t: fpu sse2 avx512_bf16\n")
+        command = [sys.executable, "-c", BUILD]
+        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        running.append((folder, subprocess.Popen(command, cwd=folder, text=True, **output)))  # type: ignore[call-overload]
+    built = []
+    for folder, process in running:
+        said, _ = process.communicate()
+        assert process.returncode == 0, said
+        built.append(Built(folder / "artifacts" / "x", folder / "store", said))
+    return built
+
+
+def test_auto_tries_what_the_processor_does_and_takes_the_first_that_passes(builds: List[Built]) -> None:
+    manifest = builds[0].manifest
+    assert manifest.dtype == "bfloat16" and manifest.receipt["passed"]
+    first, second = manifest.receipt["candidates"]
+    keys = "dtype passed answers answers_changed own_answers own_answers_changed largest_difference refused"
+    assert set(first) == set(second) == set(keys.split())
+    assert (first["dtype"], second["dtype"]) == ("bfloat16", "float32")
+    assert first["passed"] and second["passed"] and first["refused"] == second["refused"] == ""
+    assert first["answers"] > 512 > second["answers"] > 25
+    assert first["answers_changed"] == manifest.receipt["answers_changed"] and second["answers_changed"] == 0
+    assert first["largest_difference"] > 1e-3 > second["largest_difference"] > 0
+
+
+def test_auto_builds_the_same_bytes_each_time(builds: List[Built]) -> None:
+    """Although it measured speeds, which differ."""
+    one, other = builds
+    assert {path.name for path in one.artifact.iterdir()} == {path.name for path in other.artifact.iterdir()}
+    for path in [*one.artifact.iterdir(), one.store / "x.mar"]:
+        again = (other.store if path.suffix == ".mar" else other.artifact) / path.name
+        assert path.read_bytes() == again.read_bytes(), path.name
+    measured = [item["requests_per_second"] for built in builds for item in built.report["candidates"]]
+    assert len(set(measured)) == 4
+
+
+def test_auto_leaves_nothing_but_what_the_manifest_names(builds: List[Built]) -> None:
+    built = builds[0]
+    assert {path.name for path in built.artifact.iterdir()} == {"traceserve.json", *built.manifest.files}
+    assert {path.name for path in built.artifact.parent.iterdir()} == {"x"}
+    assert {path.name for path in built.store.iterdir()} == {"x.mar", "x.report.json"}
+
+
+def test_the_report_beside_the_archive_tells_what_was_measured(builds: List[Built]) -> None:
+    built = builds[0]
+    report = built.report
+    assert report["chosen"] == "bfloat16" and report["name"] == "x"
+    lower, exact = report["candidates"]
+    assert (lower["dtype"], exact["dtype"]) == ("bfloat16", "float32")
+    assert lower["requests_per_second"] > 0 and exact["requests_per_second"] > 0
+    named = sum((built.artifact / name).stat().st_size for name in built.manifest.files)
+    assert named < lower["bytes"] < named + 20_000  # with its manifest
+    assert lower["bytes"] < exact["bytes"]
+    told = json.loads((built.artifact / "traceserve.json").read_text())
+    assert not {"requests_per_second", "date", "bytes", "threads"} & set(walk(told))
+
+
+def walk(document: Any) -> Iterator[str]:
+    """Every key in it."""
+    for key, value in document.items() if isinstance(document, dict) else ():
+        yield key
+        yield from walk(value)
+    for value in document if isinstance(document, list) else ():
+        yield from walk(value)
+
+
+def test_a_build_shows_what_it_chose_from(builds: List[Built]) -> None:
+    said = " ".join(builds[0].said.replace("\n", " ").split())
+    for shown in ("requests/s", "taken", "passed", "--samples FILE with 334 or more of your own", "x.report.json"):
+        assert shown in said, said
+
+
+def test_auto_takes_float32_where_the_processor_has_nothing_else(
+    checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim(monkeypatch, tmp_path, "avx2", "avx512_vnni")
+    exported = run_export(tmp_path / "x", content(checkpoint, dtype="auto"))
+    assert exported.manifest.dtype == "float32"
+    assert [item["dtype"] for item in exported.manifest.receipt["candidates"]] == ["float32"]
+    [only] = exported.candidates
+    assert only.speed is None  # there was nothing to choose
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
+def test_what_auto_tries(task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of written texts float32 alone: they change with the first token that was a near tie."""
+    claim(monkeypatch, tmp_path, "avx512_bf16", "amx_int8")
+    assert precision.candidates(task) == (("float32",) if task.loop else ("bfloat16", "float32"))
+    claim(monkeypatch, tmp_path, "amx_int8")
+    assert precision.candidates(task) == ("float32",)
+
+
+@pytest.mark.parametrize(
+    ("limit", "wrong"),
+    [(Limit(1e-9, 1.0, 1.0), "difference"), (Limit(1e9, 1e-9, 0.0), "answers")],
+    ids=["differences", "answers"],
+)
+def test_a_bfloat16_that_fails_falls_back_and_says_why(
+    limit: Limit,
+    wrong: str,
+    checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    claim(monkeypatch, tmp_path, "bf16")
+    monkeypatch.setitem(LIMITS, "bfloat16", limit)
+    if wrong == "difference":
+        monkeypatch.setattr(verification, "CORPUS", 0)
+    tried: List[Tuple[str, Any]] = []
+    monkeypatch.setitem(WRITERS, "torchscript", failing((), tried))
+    config = content(checkpoint, dtype="auto", sequence_lengths="fixed")
+    exported = run_export(tmp_path / "x", config)
+    # Narrower shapes are not tried for answers that change.
+    assert [dtype for dtype, _ in tried] == ["bfloat16"] * (1 if wrong == "answers" else 3) + ["float32"]
+    manifest = Manifest.read(tmp_path / "x")
+    assert manifest.dtype == "float32" and manifest.receipt["passed"]
+    lower, exact = manifest.receipt["candidates"]
+    assert (lower["dtype"], lower["passed"], exact["passed"]) == ("bfloat16", False, True)
+    assert "does not answer as the original does (in bfloat16" in lower["refused"] and exact["refused"] == ""
+    assert lower["answers"] > 0 and lower["largest_difference"] > 1e-3
+    if wrong == "answers":
+        assert lower["answers_changed"] > 0
+    assert {path.name for path in (tmp_path / "x").iterdir()} == {"traceserve.json", *manifest.files}
+    traced: Any = torch.jit.load(tmp_path / "x" / "traced_model.pt")  # type: ignore[no-untyped-call]
+    assert {parameter.dtype for parameter in traced.parameters()} == {torch.float32}
+    assert [item.speed for item in exported.candidates] == [None, None]
+    assert Engine.load(tmp_path / "x").answer([Request({"text": "hello"})])
+
+
+def failing(dtypes: Tuple[str, ...], tried: List[Tuple[str, Any]]) -> Any:
+    """A writer that cannot write these dtypes, and records what it is asked for."""
+
+    def write(original: Any, task: Any, shapes: Any, folder: Path) -> Any:
+        tried.append((original.dtype, shapes))
+        if original.dtype in dtypes:
+            raise ExportError(f"no {original.dtype} kernel")
+        return torchscript.write(original, task, shapes, folder)
+
+    return WRITERS["torchscript"]._replace(write=write)
+
+
+def test_a_dtype_that_cannot_be_written_is_passed_over(
+    checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim(monkeypatch, tmp_path, "bf16")
+    tried: List[Tuple[str, Any]] = []
+    monkeypatch.setitem(WRITERS, "torchscript", failing(("bfloat16",), tried))
+    manifest = run_export(tmp_path / "x", content(checkpoint, dtype="auto")).manifest
+    assert manifest.dtype == "float32"
+    lower, exact = manifest.receipt["candidates"]
+    assert (lower["passed"], lower["answers"], lower["largest_difference"]) == (False, 0, None)
+    assert lower["refused"] == "no bfloat16 kernel" and exact["passed"]
+    assert [dtype for dtype, _ in tried][-1:] == ["float32"]
+
+
+def test_where_no_dtype_can_be_written_the_last_ones_reason_is_told(
+    checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim(monkeypatch, tmp_path, "bf16")
+    monkeypatch.setitem(WRITERS, "torchscript", failing(("bfloat16", "float32"), []))
+    with pytest.raises(ExportError, match="no float32 kernel"):
+        run_export(tmp_path / "x", content(checkpoint, dtype="auto"), allow_drift=True)
+
+
+def test_only_the_last_dtype_may_drift(
+    checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few: None
+) -> None:
+    claim(monkeypatch, tmp_path, "bf16")
+    for dtype in ("bfloat16", "float32"):
+        monkeypatch.setitem(LIMITS, dtype, Limit(-1.0, 0.0, 0.0))
+    config = content(checkpoint, dtype="auto", sequence_lengths="fixed", max_length=8)
+    manifest = run_export(tmp_path / "x", config, allow_drift=True).manifest
+    assert manifest.dtype == "float32" and manifest.receipt["drift_allowed"] and not manifest.receipt["passed"]
+
+
+def test_speeds_are_of_every_artifact(made: Maker) -> None:
+    told: List[Tuple[int, int]] = []
+    folders = {dtype: made("bert", dtype)[0] for dtype in ("float32", "bfloat16")}
+    requests = [Request({"text": text}) for text in SENTENCES]
+    measured = speeds.measure(folders, requests, lambda what, done, total: told.append((done, total)))
+    assert set(measured) == set(folders) and all(value > 0 for value in measured.values())
+    assert told[-1] == (speeds.ROUNDS, speeds.ROUNDS)
+
+
+# What a configuration may say
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"dtype": "float16"}, 'dtype is "float16": it runs on gpu, not on cpu; take auto, float32, bfloat16, int8'),
+        (
+            {"dtype": "int8", "task": "text_generation"},
+            'dtype is "int8": it is for models that are run once, not for text_generation; take auto, float32, bfloat16',
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_downloaded(
+    config: Dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fetch(*arguments: Any) -> Any:
+        raise AssertionError("something was to be downloaded")
+
+    monkeypatch.setattr(sources, "fetch", fetch)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "setup_config.json").write_text(json.dumps({"model_name": "nobody/nothing", **config}))
+    assert cli.main(["export"]) != 0
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
+def test_int8_is_for_models_that_are_run_once(task: Any) -> None:
+    for dtype in precision.PRECISIONS:
+        config = {"model_name": "x/y", "task": task.name, "dtype": dtype}
+        if dtype in precision.legal(task):
+            assert parse(config)[0].dtype == dtype
+        else:
+            with pytest.raises(ConfigError, match=dtype):
+                parse(config)
+    assert ("int8" in precision.legal(task)) is not bool(task.loop)
+    assert {"auto", "float32", "bfloat16"} <= set(precision.legal(task))
+
+
+# Whose samples decide
+
+
+def findings(own: int, own_changed: int, others: int = 0, changed: int = 0, dtype: str = "bfloat16") -> Findings:
+    """Of `own` samples of the user's `own_changed` changed, of `others` `changed`."""
+    found = Findings(LIMITS[dtype], answers=own + others, own_answers=own, own_changed=own_changed)
+    found.changed = list(range(changed + own_changed))
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8"])
+@pytest.mark.parametrize(
+    ("own", "decide"), [(0, False), (1, False), (333, False), (334, True), (335, True), (3080, True)]
+)
+def test_own_samples_decide_where_they_are_enough_to_tell(own: int, decide: bool, dtype: str) -> None:
+    assert findings(own, 0, 500, dtype=dtype).own_decide is decide
+
+
+@pytest.mark.parametrize(
+    ("found", "too_many"),
+    [
+        (findings(334, 1), False),
+        (findings(334, 2), True),
+        (findings(1000, 3), False),
+        (findings(1000, 4), True),
+        (findings(3080, 9), False),
+        (findings(3080, 10), True),
+        (findings(334, 1, 1000, 1000), False),  # the built-in ones do not count then
+        (findings(334, 2, 100_000), True),  # nor do they outvote
+        (findings(333, 9, 267), False),  # 9 of 600
+        (findings(333, 10, 267), True),
+        (findings(333, 0, 267, 9), False),
+        (findings(333, 0, 267, 10), True),
+        (findings(333, 5, 267, 5), True),
+        (findings(0, 0, 600, 9), False),
+        (findings(0, 0, 600, 10), True),
+        (findings(0, 0), False),
+    ],
+)
+def test_how_many_answers_may_change(found: Findings, too_many: bool) -> None:
+    assert found.too_many_changed is too_many
+    assert found.passed is not too_many
+
+
+@pytest.mark.parametrize(("own", "others"), [(0, 30), (333, 30), (334, 30), (100_000, 0)])
+def test_in_float32_none_may_change(own: int, others: int) -> None:
+    assert findings(own, 0, others, 0, "float32").passed
+    assert not findings(own, 0, others + 1, 1, "float32").passed
+    assert not findings(own + 1, 1, others, 0, "float32").passed
+
+
+def test_the_users_samples_are_counted_apart(
+    checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And decide where they are enough: of the built-in ones few enough changed for all together."""
+    monkeypatch.setattr(verification, "CORPUS", 0)
+    monkeypatch.setitem(LIMITS, "bfloat16", Limit(0.1, 0.003, 1.0))
+    (tmp_path / "mine.txt").write_text("".join(f"{text}\n" for text in sentences(512)))
+    exported = run_export(
+        tmp_path / "x", content(checkpoint, dtype="bfloat16"), samples_file=tmp_path / "mine.txt", allow_drift=True
+    )
+    found, receipt = exported.findings, exported.manifest.receipt
+    assert found.own_answers == receipt["own_answers"] == 512 and found.answers > 530
+    assert found.own_changed == receipt["own_answers_changed"] == sum(i >= found.answers - 512 for i in found.changed)
+    assert found.own_decide and found.own_changed > 1 and not found.passed
+
+
+# The sentences
+
+
+def test_the_corpus_is_of_different_sentences() -> None:
+    everything = sentences(10_000)
+    assert len(everything) == len(set(everything)) == verification.CORPUS
+    assert sentences(5) == everything[:5]
+    assert all(text == text.strip() and "{" not in text and 15 < len(text) < 300 for text in everything)
+
+
+def test_what_a_model_reads_is_shown_by_the_users_own_texts() -> None:
+    own = [Request({"text": f"text {i}", "text_pair": f"pair {i}"}) for i in range(1000)]
+    shown = calibration(own)
+    assert len(shown) == len(calibration([])) == 64
+    assert len([text for text in shown if text.startswith(("text", "pair"))]) > 30
+    assert set(calibration([])) < {*SENTENCES, *sentences(64)}
+
+
+def test_the_users_own_texts_are_shown_from_the_first_to_the_last() -> None:
+    numbers = [
+        int(text[5:]) for text in calibration([Request({"text": f"text {i}"}) for i in range(1000)]) if "text " in text
+    ]
+    assert min(numbers) < 50 and max(numbers) > 900
+
+
+def test_each_of_the_originals_outputs_is_computed_once(
+    made: Maker, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """However many artifacts are compared with it; and a lower precision is asked more."""
+    reference = verification.Reference(load(checkpoint, tmp_path))
+    computed: List[Any] = []
+    own = reference.outputs
+
+    def outputs(key: Any, compute: Any) -> Any:
+        def counted() -> Any:
+            computed.append(key)
+            return compute()
+
+        return own(key, counted)
+
+    reference.outputs = outputs  # type: ignore[method-assign]
+    first = verification.verify(made("bert", "float32")[0], reference, [], nothing)
+    assert first.passed and 25 < first.answers < 100 and computed
+    asked = list(computed)
+    assert verification.verify(made("bert", "float32")[0], reference, [], nothing) == first
+    assert computed == asked
+    more = verification.verify(made("bert", "bfloat16")[0], reference, [], nothing)
+    assert more.answers > first.answers + 512 and len(computed) > len(asked) + 256
+    assert len(computed) == len(set(computed))
+
+
+def test_what_the_gate_finds_does_not_depend_on_this_machines_clock(
+    made: Maker, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few: None
+) -> None:
+    folder, _ = made("bert", "bfloat16")
+    reference = verification.Reference(load(checkpoint, tmp_path))
+    runs: List[List[Any]] = []
+    own = TorchScriptRunner.__call__
+
+    def recording(self: Any, inputs: Any) -> Any:
+        runs[-1].append(inputs["input_ids"].tolist())
+        return own(self, inputs)
+
+    monkeypatch.setattr(TorchScriptRunner, "__call__", recording)
+    monkeypatch.setattr(Engine, "_time_runs", lambda self: [])
+    for cost in (CostModel(run=0.0, attention=0.1), CostModel(run=2000.0, attention=0.0)):
+        monkeypatch.setattr(batching, "fit", lambda timings, cost=cost: cost)
+        runs.append([])
+        verification.verify(folder, reference, [], nothing)
+    assert runs[0] == runs[1]

@@ -1,0 +1,147 @@
+"""What the processor does by itself, and archives whose dtype it lacks."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import platform
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Set
+
+import pytest
+from traceserve_runtime import processor
+from traceserve_runtime.engine import Answer, Engine
+from traceserve_runtime.errors import MissingPackage
+from traceserve_runtime.manifest import Manifest
+from traceserve_runtime.tasks.contract import Request
+from transformer_handler import TransformerHandler
+
+X86 = """\
+processor\t: 0
+vendor_id\t: GenuineIntel
+model name\t: Intel(R) Xeon(R) Platinum 8488C
+flags\t\t: fpu sse2 avx512f avx512_vnni avx512_bf16 amx_bf16 amx_int8
+vmx flags\t: vnmi preemption_timer
+bugs\t\t: spectre_v1
+
+processor\t: 1
+vendor_id\t: GenuineIntel
+model name\t: another name
+flags\t\t: fpu
+"""
+OLD_X86 = "processor\t: 0\nmodel name\t: Intel(R) Core(TM) i5-4590\nflags\t\t: fpu sse2 avx avx2 fma\n"
+ARM = """\
+processor\t: 0
+BogoMIPS\t: 2100.00
+Features\t: fp asimd evtstrm aes sve i8mm bf16 dgh rng
+CPU implementer\t: 0x41
+CPU part\t: 0xd40
+"""
+OLD_ARM = "processor\t: 0\nFeatures\t: fp asimd aes\n"
+
+
+def claim(patch: pytest.MonkeyPatch, folder: Path, text: str) -> None:
+    (folder / "cpuinfo").write_bytes(text.encode("utf-8", "surrogateescape"))
+    patch.setattr(processor, "CPUINFO", folder / "cpuinfo")
+
+
+@pytest.mark.parametrize(
+    ("text", "some", "bfloat16", "int8"),
+    [
+        (X86, {"fpu", "avx512_bf16", "amx_int8"}, True, True),
+        (OLD_X86, {"fma", "avx2"}, False, False),
+        (ARM, {"asimd", "bf16", "rng"}, True, True),
+        (OLD_ARM, {"asimd", "aes"}, False, False),
+        ("flags: avx_vnni", {"avx_vnni"}, False, True),
+        ("flags: avx512_bf16 \udcff", {"avx512_bf16"}, True, False),
+        ("flags: xavx512_bf16 bf16x avx512_bf160", {"bf16x"}, False, False),
+        ("power management: bf16\nvmx flags: bf16\n", set(), False, False),
+        ("flags", set(), False, False),
+        ("", set(), False, False),
+    ],
+    ids=["x86", "old-x86", "arm", "old-arm", "vnni", "no-utf8", "near", "other-keys", "no-value", "empty"],
+)
+def test_what_a_processor_does(
+    text: str, some: Set[str], bfloat16: bool, int8: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim(monkeypatch, tmp_path, text)
+    assert processor.features() >= some and "preemption_timer" not in processor.features()
+    assert (processor.native("bfloat16"), processor.native("int8")) == (bfloat16, int8)
+    assert processor.native("float32") and processor.native("float16")
+
+
+def test_without_linux_nothing_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processor, "CPUINFO", tmp_path / "missing")
+    assert processor.features() == frozenset()
+    assert not processor.native("bfloat16") and not processor.native("int8") and processor.native("float32")
+    assert processor.name() == (platform.processor() or platform.machine())
+
+
+def test_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    claim(monkeypatch, tmp_path, X86)
+    assert processor.name() == "Intel(R) Xeon(R) Platinum 8488C"
+    claim(monkeypatch, tmp_path, ARM)
+    assert processor.name() == (platform.processor() or platform.machine())
+
+
+def in_dtype(artifact: Path, folder: Path, dtype: str) -> Path:
+    """A copy of the artifact that says so of itself."""
+    shutil.copytree(artifact, folder)
+    dataclasses.replace(Manifest.read(artifact), dtype=dtype).write(folder)
+    return folder
+
+
+def test_int8_is_refused_where_it_would_be_wrong(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = in_dtype(artifact, tmp_path / "x", "int8")
+    claim(monkeypatch, tmp_path, OLD_X86)
+    sentence = (
+        "int8 needs a processor with one of amx_int8, avx512_vnni, avx_vnni, i8mm; this one has none; "
+        'build the archive with "dtype": "float32" for it'
+    )
+    with pytest.raises(MissingPackage) as error:
+        Engine.load(folder)
+    assert error.value.message == sentence
+    with pytest.raises(RuntimeError) as told:  # as TorchServe reports it
+        TransformerHandler().initialize(SimpleNamespace(system_properties={"model_dir": str(folder)}))
+    assert str(told.value) == sentence
+
+
+def test_int8_is_read_where_it_is_right(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = in_dtype(artifact, tmp_path / "x", "int8")
+    for text in (X86, ARM):
+        claim(monkeypatch, tmp_path, text)
+        assert isinstance(Engine.load(folder).answer([Request({"text": "Yes."})])[0], Answer)
+
+
+def test_bfloat16_is_told_where_it_is_slow_and_answers(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    folder = in_dtype(artifact, tmp_path / "x", "bfloat16")
+    claim(monkeypatch, tmp_path, OLD_ARM)
+    [answer] = Engine.load(folder).answer([Request({"text": "Yes."})])
+    assert isinstance(answer, Answer)
+    [record] = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert record.getMessage() == (
+        "bfloat16 needs a processor with one of amx_bf16, avx512_bf16, bf16; this one has none; answers are right, but "
+        'slow: build the archive with "dtype": "float32" for it'
+    )
+
+
+@pytest.mark.parametrize(("dtype", "text"), [("bfloat16", X86), ("bfloat16", ARM), ("float32", OLD_X86)])
+def test_nothing_is_told_where_it_is_fast(
+    dtype: str,
+    text: str,
+    artifact: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = in_dtype(artifact, tmp_path / "x", dtype)
+    claim(monkeypatch, tmp_path, text)
+    Engine.load(folder)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]

@@ -1,0 +1,214 @@
+"""The serving configuration of an archive: its file, how an archive is given another one, and whom TorchServe obeys."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Dict
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from traceserve import archive as archives
+from traceserve import server, torchserve
+from traceserve.archive import archive, configure, read_manifest, read_serving
+from traceserve.config import SetupConfig
+from traceserve.errors import ArchiveError
+from traceserve.server import Instance
+from traceserve.serving import SERVING_FILE, Serving
+from traceserve_runtime.manifest import MANIFEST_FILE, Manifest, sha256
+
+BUILT = Serving(batch_size=32, max_batch_delay=2, response_timeout=300)
+TUNED = replace(BUILT, batch_size=8, workers=2, threads=1, length_step=8)
+whole = st.integers(1, 10_000)
+maybe = st.none() | whole
+servings = st.builds(
+    Serving,
+    batch_size=whole,
+    max_batch_delay=whole,
+    response_timeout=whole,
+    startup_timeout=whole,
+    workers=maybe,
+    threads=maybe,
+    length_step=maybe,
+)
+
+
+@settings(deadline=None, max_examples=50, database=None)
+@given(servings)
+def test_what_is_written_is_read(serving: Serving) -> None:
+    assert Serving.from_yaml(serving.to_yaml()) == serving
+
+
+def test_the_keys_that_torchserve_and_the_handler_read() -> None:
+    assert BUILT.to_yaml() == "batchSize: 32\nmaxBatchDelay: 2\nresponseTimeout: 300\nstartupTimeout: 300\n"
+    assert yaml.safe_load(TUNED.to_yaml()) == {
+        "batchSize": 8,
+        "maxBatchDelay": 2,
+        "responseTimeout": 300,
+        "startupTimeout": 300,
+        "minWorkers": 2,
+        "maxWorkers": 2,
+        "handler": {"threads": 1, "length_step": 8},
+    }
+
+
+RIGHT = BUILT.to_yaml()
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("a: [", "not valid YAML"),
+        ("", "should hold keys and values"),
+        ("- 1", "should hold keys and values, not list"),
+        (RIGHT + "handler: fast\n", "handler: should hold keys and values, not str"),
+        (RIGHT.replace("batchSize", "batchsize"), "batchsize is not known here; did you mean batchSize"),
+        (RIGHT + "deviceIds: 3\n", "deviceIds is not known here; known are batchSize"),
+        (RIGHT + "handler: {thread: 1}\n", "handler: thread is not known here; did you mean threads"),
+        (RIGHT.replace("32", "many"), "batchSize should be a whole number of 1 or more, not 'many'"),
+        (RIGHT.replace("32", "true"), "not True"),
+        (RIGHT.replace("Delay: 2", "Delay: 0"), "maxBatchDelay should be a whole number of 1 or more, not 0"),
+        (RIGHT + "minWorkers: 2\n", "minWorkers and maxWorkers should be given both"),
+        (RIGHT + "minWorkers: 1\nmaxWorkers: 4\n", "and be equal"),
+        (RIGHT.replace("batchSize: 32\n", ""), "lacks the key batchSize"),
+    ],
+)
+def test_what_is_wrong_is_told(text: str, words: str) -> None:
+    with pytest.raises(ArchiveError) as error:
+        Serving.from_yaml(text)
+    assert words in error.value.message and SERVING_FILE in error.value.message
+
+
+@pytest.fixture(scope="module")
+def packed(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return archive(artifact, "tiny", tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture
+def mar(packed: Path, tmp_path: Path) -> Path:
+    """A copy that may be changed."""
+    return Path(shutil.copy(packed, tmp_path / "tiny.mar"))
+
+
+def contents(path: Path) -> Dict[str, bytes]:
+    with zipfile.ZipFile(path) as file:
+        return {name: file.read(name) for name in file.namelist()}
+
+
+def test_an_artifact_has_what_its_configuration_says(packed: Path) -> None:
+    config = SetupConfig(model_name="any")
+    assert read_serving(packed) == Serving(config.batch_size, config.max_batch_delay, config.response_timeout)
+
+
+def test_configure_changes_this_file_and_its_hash_alone(packed: Path, mar: Path, tmp_path: Path) -> None:
+    mar.chmod(0o640)
+    configure(mar, TUNED)
+    assert read_serving(mar) == TUNED and mar.stat().st_mode & 0o777 == 0o640
+    old, new = contents(packed), contents(mar)
+    assert {name for name in old.keys() | new.keys() if old.get(name) != new.get(name)} == {SERVING_FILE, MANIFEST_FILE}
+    before, after = read_manifest(packed), read_manifest(mar)
+    digest = hashlib.sha256(new[SERVING_FILE]).hexdigest()
+    assert after == replace(before, files={**before.files, SERVING_FILE: digest})
+    with zipfile.ZipFile(mar) as file:
+        file.extractall(tmp_path / "unpacked")
+    Manifest.read(tmp_path / "unpacked")  # verifies every file
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_configure_gives_the_same_bytes_each_time(packed: Path, mar: Path) -> None:
+    configure(mar, TUNED)
+    first = sha256(mar)
+    time.sleep(2.1)  # dates in a zip count by two seconds
+    configure(mar, replace(TUNED, workers=7))
+    configure(mar, TUNED)
+    assert sha256(mar) == first
+    configure(mar, read_serving(packed))
+    assert sha256(mar) == sha256(packed)
+
+
+def test_configure_follows_a_link(mar: Path, tmp_path: Path) -> None:
+    link = tmp_path / "links" / "tiny.mar"
+    link.parent.mkdir()
+    link.symlink_to(mar)
+    configure(link, TUNED)
+    assert link.is_symlink() and read_serving(mar) == TUNED
+
+
+def test_an_interrupted_configure_leaves_the_old_archive(mar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = sha256(mar)
+
+    def interrupt(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(archives.shutil, "copyfileobj", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        configure(mar, TUNED)
+    assert sha256(mar) == before and [path.name for path in mar.parent.iterdir()] == ["tiny.mar"]
+
+
+def test_what_is_no_archive_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "text.mar"
+    path.write_text("no zip")
+    with pytest.raises(ArchiveError, match="no archive of traceserve"):
+        configure(path, TUNED)
+    assert path.read_text() == "no zip"
+
+
+def worker_folders(instance: Instance) -> Dict[str, int]:
+    """How many worker processes work for each archive, once as many do as are to, and a while after."""
+    deadline = time.monotonic() + 60
+    while server.workers_alive(instance) != instance.workers and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1)
+    return server.workers_alive(instance)
+
+
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "traceserve", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+def test_the_workers_are_those_of_the_archive_unless_they_are_asked_for(packed: Path, mar: Path) -> None:
+    """Two archives in one server, one of them tuned: by the command, with the real TorchServe."""
+    configure(mar, TUNED)
+    before = sha256(mar)
+    Path(shutil.copy(packed, mar.with_name("plain.mar")))
+    port = str(torchserve.free_ports(1)[0])
+    for options, expected in (([], {"tiny": 2, "plain": 1}), (["--workers", "3"], {"tiny": 3, "plain": 3})):
+        served = run("serve", "tiny.mar", "plain.mar", "--port", port, *options, cwd=mar.parent)
+        try:
+            assert served.returncode == 0, served.stderr
+            instance = server.find(int(port))
+            assert instance.workers == expected and worker_folders(instance) == expected
+            status = run("status", cwd=mar.parent).stdout
+            for name, count in expected.items():
+                assert any(name in line and f"{count} of {count}" in line for line in status.splitlines())
+            own = read_serving(mar)
+            unpacked = Path(instance.folder, "store", "tiny")
+            assert Serving.from_yaml((unpacked / SERVING_FILE).read_text()) == replace(own, workers=expected["tiny"])
+            Manifest.read(unpacked)  # the worker would refuse it otherwise
+        finally:
+            assert run("stop", "--port", port, cwd=mar.parent).returncode == 0
+    assert sha256(mar) == before
+
+
+def test_a_server_may_be_given_another_configuration(mar: Path) -> None:
+    wanted = replace(TUNED, batch_size=4, workers=1)
+    instance = server.start([mar], port=torchserve.free_ports(1)[0], timeout=90, serving=wanted)
+    try:
+        assert instance.workers == {"tiny": 1} and worker_folders(instance) == {"tiny": 1}
+        unpacked = Path(instance.folder, "store", "tiny", SERVING_FILE)
+        assert Serving.from_yaml(unpacked.read_text()) == wanted
+    finally:
+        server.stop(instance, at_once=True)
+    assert read_serving(mar) == BUILT
+    assert not os.path.exists(instance.folder)

@@ -1,0 +1,395 @@
+"""Tuning: what wins and what only seems to, what padding wastes, and the command with real servers."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Callable, Dict, Iterator, List, Optional, Sequence, Set
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from traceserve import server, torchserve, tune
+from traceserve.archive import archive, configure, read_manifest, read_serving
+from traceserve.cli import _parse, main
+from traceserve.errors import ConfigError, ServerError
+from traceserve.knobs import knobs, quota
+from traceserve.load import Result
+from traceserve.padding import wastes
+from traceserve.racing import Goal, Search, Trial, judge
+from traceserve.serving import Serving
+from traceserve_runtime.batching import CostModel, Stats
+from traceserve_runtime.engine import Engine
+from traceserve_runtime.manifest import Manifest, sha256
+from traceserve_runtime.requests import Headers, parse
+
+OWN = Serving(batch_size=32, max_batch_delay=2, response_timeout=300)
+
+# --- what padding wastes ----------------------------------------------------------------------------------------------
+
+LENGTHS = [[4], [8], [20]]
+
+
+@pytest.mark.parametrize(
+    "cost, step, expected",
+    [
+        # 32 real tokens. Fixed: 3 x 32. Buckets: 16, 16 and 32. Dynamic: each row alone, as a run costs nothing.
+        (CostModel(0.0, 1.0, 0.0), None, [(64 / 96, 64 / 96), (32 / 64, 32 / 64), (0.0, 0.0)]),
+        # In steps of 8: 8, 8 and 24.
+        (CostModel(0.0, 1.0, 0.0), 8, [(64 / 96, 64 / 96), (32 / 64, 32 / 64), (8 / 40, 8 / 40)]),
+        # In steps of 40: 32, which is the longest.
+        (CostModel(0.0, 1.0, 0.0), 40, [(64 / 96, 64 / 96), (32 / 64, 32 / 64), (64 / 96, 64 / 96)]),
+        # Attention alone: 4² + 8² + 20² = 480 of 3 x 32², and of 2 x 16² + 32².
+        (
+            CostModel(0.0, 0.0, 1.0),
+            None,
+            [(64 / 96, 1 - 480 / 3072), (32 / 64, 1 - 480 / 1536), (0.0, 0.0)],
+        ),
+        # Runs are dear: all three rows in one of 20 tokens, or of 32.
+        (
+            CostModel(1000.0, 1.0, 0.0),
+            None,
+            [(64 / 96, 64 / 1096), (64 / 96, 64 / 1096), (28 / 60, 28 / 1060)],
+        ),
+    ],
+)
+def test_waste_by_hand(cost: CostModel, step: Optional[int], expected: Sequence[Sequence[float]]) -> None:
+    found = wastes(LENGTHS, max_length=32, batch_size=3, length_step=step, cost=cost)
+    for waste, (tokens, of_cost) in zip(found, expected):
+        assert waste.tokens == pytest.approx(tokens) and waste.cost == pytest.approx(of_cost)
+    assert [waste.name.split()[0] for waste in found] == ["fixed", "buckets", "dynamic"]
+    assert found[0].name == "fixed (32)" and found[1].name == "buckets (16, 32)"
+
+
+def test_waste_is_within_a_batch() -> None:
+    """One request at a time never shares a micro-batch; windows of one request do."""
+    dear = CostModel(1000.0, 1.0, 0.0)
+    assert wastes(LENGTHS, 32, batch_size=1, cost=dear)[2].tokens == 0
+    [_, few, dynamic] = wastes([[4, 8, 20]], 100, batch_size=1, cost=dear)
+    assert dynamic.tokens == pytest.approx(28 / 60) and few.name == "buckets (16, 32, 64, 100)"
+
+
+def test_an_order_by_length_flatters_nothing() -> None:
+    lengths = [[n] for n in range(1, 65) for _ in range(4)]
+    shuffled = lengths[:]
+    random.Random(7).shuffle(shuffled)
+    dear = CostModel(1e6, 1.0, 0.0)
+    one, other = (wastes(each, 64, batch_size=4, cost=dear)[2].tokens for each in (lengths, shuffled))
+    assert one > 0.2 and one == pytest.approx(other, abs=0.05)
+
+
+# --- what wins --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "ratios, verdict",
+    [
+        ([0.7], False),  # hopeless
+        ([2.0], None),  # one slice proves nothing
+        ([0.9, 0.96], False),
+        ([0.9, 1.2], None),
+        ([1.5, 1.5], None),
+        ([1.10, 1.12, 1.11], True),
+        ([1.02, 1.02, 1.02], False),  # surely, but too little
+        ([0.95, 1.00, 1.30], None),  # the mean is high, and so is the noise
+        ([1.10, 1.30, 1.20], None),
+        ([0.80, 1.40, 0.90, 1.30, 1.10, 1.20], False),
+        ([1.30, 1.10, 1.20, 1.15, 1.25], True),
+        ([0.97, 0.98, 0.98], False),
+    ],
+)
+def test_a_candidate_wins_by_more_than_the_noise(ratios: List[float], verdict: Optional[bool]) -> None:
+    assert judge(ratios) is verdict
+    if verdict:
+        assert judge(ratios, noise=0.3) is None
+
+
+@dataclass
+class Bench:
+    """A machine that is none: a model of its speed, its noise and its drift, and a clock."""
+
+    rate: Callable[[Serving], float]  # requests a second at most
+    latency: Callable[[Serving], float] = lambda serving: 0.01  # seconds of a request that is alone
+    noise: float = 0.0
+    drift: float = 0.0  # the machine's own speed, added in a second
+    seed: int = 0
+    fails: Dict[str, Callable[[Serving], bool]] = field(default_factory=dict)
+    now: float = 0.0
+    running: Set[Serving] = field(default_factory=set)
+    measured: List[Serving] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.random = random.Random(self.seed)
+
+    def measure(self, serving: Serving, connections: int, seed: int) -> Result:
+        if serving not in self.running:
+            self.now += 4
+            if self.fails.get("start", lambda serving: False)(serving):
+                raise ServerError("the worker cannot load the archive: no memory")
+            self.running.add(serving)
+        assert len(self.running) <= 2
+        self.now += 2
+        self.measured.append(serving)
+        speed = (1 + self.drift * self.now) * math.exp(self.random.gauss(0, self.noise))
+        rate = speed * min(self.rate(serving), connections / self.latency(serving))
+        errors = {"HTTP 503": 3} if self.fails.get("answer", lambda serving: False)(serving) else {}
+        return Result(connections, None, 2.0, np.full(int(2 * rate), connections / rate), errors)
+
+    def close(self, serving: Serving) -> None:
+        self.running.discard(serving)
+
+
+def search(bench: Bench, goal: Goal = Goal(64), seconds: float = 600, cores: int = 2) -> Search:
+    found = Search(bench, goal, knobs(cores, goal.connections, 128), seconds, clock=lambda: bench.now)
+    found.run([OWN])
+    return found
+
+
+def two_workers(serving: Serving) -> float:
+    """Two workers of one thread are best, with batches of 16, without a step; the rest matters little."""
+    rate = 300.0 + 250 * ((serving.workers or 1) == 2) - 50 * abs(math.log2(serving.batch_size / 16))
+    return rate - 40 * ((serving.workers or 1) > 2) + 30 * (serving.threads == 1) - 2 * (serving.length_step or 0)
+
+
+def test_the_best_is_found() -> None:
+    found = search(Bench(two_workers, noise=0.01))
+    best = found.best.serving
+    assert (best.workers, best.threads, best.batch_size, best.max_batch_delay) == (2, 1, 16, 2)
+    assert best.length_step is None and best.response_timeout == OWN.response_timeout
+    assert found.best.relative == pytest.approx(two_workers(best) / two_workers(OWN), rel=0.05)
+    assert found.trials[OWN].relative == 1.0 and found.in_time
+    assert len(found.trials) == len({trial.serving for trial in found.trials.values()})
+
+
+def test_noise_alone_changes_nothing() -> None:
+    """On a machine where nothing matters, and slices differ by a tenth, few runs are taken in, each of which tries some nine."""
+    changed = sum(search(Bench(lambda serving: 500.0, noise=0.1, seed=seed)).best.serving != OWN for seed in range(60))
+    assert changed <= 6
+
+
+def test_drift_alone_changes_nothing() -> None:
+    """A machine that becomes ever faster makes no later candidate better."""
+    assert search(Bench(lambda serving: 500.0, drift=0.01)).best.serving == OWN
+    assert search(Bench(two_workers, noise=0.01, drift=-0.001)).best.serving.workers == 2
+
+
+def test_the_time_is_kept() -> None:
+    for seconds in (15, 60, 120):
+        bench = Bench(two_workers)
+        found = search(bench, seconds=seconds)
+        assert bench.now <= seconds + 15 and not found.in_time
+    assert [trial.serving for trial in search(Bench(two_workers), seconds=1).trials.values()] == [OWN]
+
+
+def test_what_fails_is_a_row_with_its_reason_and_never_chosen() -> None:
+    fails = {"start": lambda s: s.workers == 2, "answer": lambda s: s.batch_size == 16}
+    bench = Bench(two_workers, fails=fails)
+    found = search(bench)
+    assert found.best.serving.workers != 2 and found.best.serving.batch_size != 16 and not found.best.failure
+    failures = {trial.failure for trial in found.trials.values() if trial.failure}
+    assert failures == {
+        "the worker cannot load the archive: no memory",
+        "requests failed: 3 x HTTP 503",
+    }
+    assert bench.running <= {found.best.serving}
+
+
+def test_an_own_configuration_that_does_not_start_is_replaced() -> None:
+    own = replace(OWN, workers=64, threads=1)
+    bench = Bench(two_workers, fails={"start": lambda s: s.workers == 64})
+    found = Search(bench, Goal(64), knobs(2, 64, 128), 300, clock=lambda: bench.now)
+    best = found.run([own, OWN])
+    assert found.trials[own].failure and best.serving.workers == 2
+    bench = Bench(two_workers, fails={"start": lambda s: True})
+    with pytest.raises(ServerError, match="no memory"):
+        Search(bench, Goal(64), knobs(2, 64, 128), 300, clock=lambda: bench.now).run([own, OWN])
+
+
+def test_the_most_within_a_p99() -> None:
+    """Big batches give the greatest throughput, small ones the shorter times; the goal decides."""
+
+    def rate(serving: Serving) -> float:
+        return 200.0 + 10 * serving.batch_size
+
+    def latency(serving: Serving) -> float:
+        return 0.001 * serving.batch_size
+
+    free = search(Bench(rate, latency), Goal(64))
+    assert free.best.serving.batch_size == 64 and free.best.connections == 64
+    within = search(Bench(rate, latency), Goal(64, p99=0.020))
+    assert within.reaches(within.best) and within.best.percentile(99) <= 0.020
+    assert within.best.serving.batch_size == 16 and within.best.connections == 6
+
+
+def test_a_p99_that_nothing_reaches() -> None:
+    found = search(Bench(two_workers, latency=lambda s: 0.05 - 0.01 * (s.workers == 2)), Goal(64, p99=0.001))
+    assert not found.reaches(found.best) and found.best.connections == 1
+    assert found.best.serving.workers == 2 and found.best.percentile(99) == pytest.approx(0.04, rel=0.05)
+    message = tune.missed(found.best, found.goal, Path("x.mar"))
+    assert "p99 of 1 ms or less" in message and "40.0 ms, with 1 connection (2 workers" in message
+
+
+@pytest.mark.parametrize("cores", [1, 2, 6, 96])
+def test_candidates_fit_the_machine(cores: int) -> None:
+    tried: List[Serving] = [OWN]
+    for knob in knobs(cores, connections=24, longest_step=32):
+        tried += [serving for ladder in knob(tried[-1]) for serving in ladder]
+    layouts = {(s.workers or 1, s.threads or 1) for s in tried}
+    assert all(workers * threads <= max(cores + 1, 1.5 * cores) for workers, threads in layouts)
+    assert {(cores, 1), (1, cores)} <= layouts
+    assert max(s.batch_size for s in tried) == 32 and {s.length_step for s in tried} <= {None, 8, 16, 32}
+
+
+def test_the_cores_of_a_container(tmp_path: Path) -> None:
+    for content, expected in (
+        ("150000 100000\n", 1),
+        ("400000 100000\n", 4),
+        ("50000 100000", 1),
+        ("max 100000", None),
+    ):
+        (tmp_path / "cpu.max").write_text(content)
+        assert quota(tmp_path / "cpu.max") == expected
+    assert quota(tmp_path / "none") is None
+
+
+# --- real servers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def packed(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return archive(artifact, "tiny", tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture
+def mar(packed: Path, tmp_path: Path) -> Path:
+    """A copy that may be changed, with texts beside it."""
+    texts = ["Where is my parcel?", "The train to the coast leaves at nine.", "", "word " * 40, "Yes.", "x" * 400_000]
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    return Path(shutil.copy(packed, tmp_path / "tiny.mar"))
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    yield
+    assert server.instances() == []
+
+
+def command(*arguments: str) -> List[str]:
+    return [sys.executable, "-m", "traceserve", "tune", "tiny.mar", "--samples", "texts.txt", *arguments]
+
+
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), cwd=cwd, capture_output=True, text=True, timeout=280)
+
+
+def test_the_lengths_are_the_engines(mar: Path, tmp_path: Path) -> None:
+    """The tokens and the padding that are told of the texts are those of the archive's own engine."""
+    manifest = read_manifest(mar)
+    task, texts = tune._read(mar, manifest, tmp_path / "texts.txt")
+    assert [number for number, _ in texts.refused] == [5] and "characters" in texts.refused[0][1]
+    with zipfile.ZipFile(mar) as file:
+        file.extractall(tmp_path / "unpacked")
+    engine, stats = Engine.load(tmp_path / "unpacked"), Stats()
+    requests = [
+        r for body in texts.bodies for r in parse({"body": body}, Headers("text/plain"), type(task), 0, 9).requests
+    ]
+    engine.answer(requests, stats)
+    assert stats.tokens == sum(map(sum, texts.lengths)) and stats.rows == sum(map(len, texts.lengths)) > len(requests)
+    [*_, dynamic] = wastes(texts.lengths, manifest.max_length, len(requests), None, engine.cost)
+    assert dynamic.tokens == pytest.approx(stats.padding_share)
+
+
+def test_texts_that_are_all_refused_are_told(mar: Path, tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text("x" * 400_000)
+    with pytest.raises(ConfigError, match="refuses every text of --samples .*long.txt; number 1: "):
+        tune._read(mar, read_manifest(mar), tmp_path / "long.txt")
+
+
+def test_the_command_finds_and_writes_what_is_better(mar: Path) -> None:
+    """An archive whose batches never fill, and wait for that: smaller batches are many times faster."""
+    slow = replace(OWN, max_batch_delay=60)
+    configure(mar, slow)
+    before = sha256(mar)
+    users = server.start([mar], port=torchserve.free_ports(1)[0], timeout=90)
+    try:
+        options = ("--connections", "4", "--budget", "60")
+        tuned = run(*options, cwd=mar.parent)
+        assert tuned.returncode == 0, tuned.stderr
+        assert [instance.pid for instance in server.instances()] == [users.pid]
+    finally:
+        server.stop(users)
+    found = read_serving(mar)
+    assert found.batch_size <= 4 or found.max_batch_delay < 60
+    assert sha256(mar) != before
+    [row] = [line for line in tuned.stdout.splitlines() if "chosen" in line]
+    cells = row.split()
+    assert cells[2:4] == [str(found.batch_size), str(found.max_batch_delay)] and float(cells[-2]) > 1.3
+    assert "as it was" in tuned.stdout and "fixed (32)" in tuned.stdout and "left out: 1 samples" in tuned.stdout
+    assert f"written into tiny.mar: {tune.describe(found)}" in tuned.stdout
+    assert "serve it:  traceserve serve tiny.mar" in tuned.stdout
+    with zipfile.ZipFile(mar) as file:
+        file.extractall(mar.parent / "unpacked")
+    Manifest.read(mar.parent / "unpacked")
+
+
+def test_a_p99_out_of_reach_changes_nothing(mar: Path) -> None:
+    before = sha256(mar)
+    tuned = run("--target", "p99=0.01", "--connections", "2", "--budget", "5", cwd=mar.parent)
+    assert tuned.returncode == 1 and sha256(mar) == before
+    assert re.search(r"p99 of 0.01 ms or less; the best was \d+\.\d ms, with 1 connection", tuned.stderr)
+    assert "chosen" not in tuned.stdout
+
+
+def test_interrupted_it_leaves_nothing(mar: Path) -> None:
+    before = sha256(mar)
+    process = subprocess.Popen(
+        command("--budget", "60"), cwd=mar.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not server.instances() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    [instance] = server.instances()
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted" in errors
+    assert sha256(mar) == before and instance.process is None and not os.path.exists(instance.folder)
+
+
+def test_a_candidate_that_cannot_start_leaves_no_server(mar: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(mar, "a") as file, pytest.warns(UserWarning, match="Duplicate"):
+        file.writestr("transformer_handler.py", "def broken(:")
+    texts = tune.Texts([b"Yes."], [[3]], "text/plain", [])
+    with tune.Servers(mar, texts, 60, lambda what: None) as servers:
+        with pytest.raises(ServerError, match="cannot load the archive"):
+            servers.measure(OWN, 1, 0)
+        assert server.instances() == []
+
+
+def test_the_readmes_commands_are_the_programs() -> None:
+    """They need minutes and a model of the reader's own, so here they are only read."""
+    lines = re.findall(r"^traceserve (tune .+)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert [_parse(line.split()).target for line in lines] == [None, 0.05]
+
+
+@pytest.mark.parametrize("target", ["fast", "p99", "p99=", "p99=0", "p99=-3", "p99=nan", "p99=inf", "p50=3"])
+def test_targets_that_mean_nothing_are_refused(target: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["tune", "x.mar", "--samples", "texts.txt", "--target", target])
+    assert "should be throughput, or p99=MS" in capsys.readouterr().err
+
+
+def test_trials_pool_what_was_measured() -> None:
+    results = [Result(1, None, 1.0, np.full(n, seconds), {}) for n, seconds in ((98, 0.1), (10, 0.3), (1, 9.0))]
+    trial = Trial(OWN, 1, results)
+    assert trial.throughput == 10 and trial.percentile(50) == 0.1 and trial.percentile(100) == 9.0

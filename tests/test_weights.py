@@ -1,0 +1,398 @@
+"""Weights outside of their graph: mapped from the model's file, they give the same outputs to the last bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Tuple
+
+import models
+import numpy as np
+import pytest
+import torch
+from conftest import run_export
+from traceserve import export, verification
+from traceserve.samples import SENTENCES
+from traceserve_runtime.engine import Engine
+from traceserve_runtime.errors import InvalidManifest
+from traceserve_runtime.manifest import Manifest, Shapes, sha256
+from traceserve_runtime.runtimes import torchscript
+from traceserve_runtime.runtimes.weights import GRAPH_FILE, WEIGHTS_FILE, assign, read_places
+from traceserve_runtime.tasks.contract import Request
+
+MODEL_FILE = "traced_model.pt"
+CLASSIFIERS = [
+    *(name for name, family in models.ARCHITECTURES.items() if family.encodes and name != "xlm-roberta"),
+    "longformer",
+]
+WRITERS = {
+    "gpt2": ("text_generation", "AutoModelForCausalLM"),
+    "t5": ("text2text_generation", "AutoModelForSeq2SeqLM"),
+}
+ALL = [*CLASSIFIERS, *(f"{name}-loop" for name in WRITERS)]
+
+
+@pytest.fixture(scope="module")
+def made(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The artifact of a family, made once."""
+    known: Dict[str, Path] = {}
+
+    def make(architecture: str) -> Path:
+        if architecture not in known:
+            name, _, loop = architecture.partition("-loop")
+            loops = architecture.endswith("-loop")
+            task, auto_model = WRITERS[name] if loops else ("sequence_classification", models_class)
+            config: Dict[str, Any] = {"model_name": str(checkpoint(name, auto_model)), "task": task, "max_length": 24}
+            config.update({"parameters": {"max_new_tokens": 3}} if loops else {"long_inputs": "truncate"})
+            known[architecture] = tmp_path_factory.mktemp("weights") / "x"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(verification, "TEXTS", SENTENCES[1:6])  # the gate has tests of its own
+                if architecture in models.UNEVEN:  # what the gate comes to, at once
+                    shapes = Shapes((8, 24), (4,), graph_per_shape=True)
+                    patch.setattr(export, "candidate_shapes", lambda config, most: [shapes])
+                run_export(known[architecture], config)
+        return known[architecture]
+
+    return make
+
+
+models_class = "AutoModelForSequenceClassification"
+
+
+def plain(folder: Path, place: Path) -> Path:
+    """A copy of the artifact without the graph alone."""
+    shutil.copytree(folder, place)
+    manifest = Manifest.read(folder)
+    for name in (GRAPH_FILE, WEIGHTS_FILE):
+        (place / name).unlink()
+    files = {name: digest for name, digest in manifest.files.items() if name not in (GRAPH_FILE, WEIGHTS_FILE)}
+    dataclasses.replace(manifest, files=files).write(place)
+    return place
+
+
+def outputs(engine: Engine) -> List[np.ndarray]:
+    """All that the model gives for some inputs, the state of a loop included."""
+    manifest, random = engine.manifest, np.random.default_rng(0)
+    arrays: List[np.ndarray] = []
+    for batch, length in ((1, 5), (3, manifest.max_length)):
+        batch, length = manifest.shapes.batch(batch), manifest.shapes.length(length)
+        columns = {
+            "input_ids": random.integers(5, 100, (batch, length)),
+            "attention_mask": np.ones((batch, length), dtype=np.int64),
+            "token_type_ids": np.zeros((batch, length), dtype=np.int64),
+            "position_ids": np.arange(length)[None].repeat(batch, axis=0),
+            "decoder_input_ids": np.ones((batch, 1), dtype=np.int64),
+        }
+        if not engine.task.loop:
+            arrays += engine.runner({name: columns[name] for name in manifest.inputs}).values()
+            continue
+        state = engine.runner.start({name: columns[name] for name in manifest.inputs})
+        given, grown = engine.runner.step({name: columns[name] for name in manifest.step_inputs}, state)
+        arrays += [*given.values(), *(tensor.numpy() for tensor in (*state, *grown))]
+    return arrays
+
+
+@pytest.mark.parametrize("architecture", ALL)
+def test_mapped_weights_give_the_same_to_the_last_bit(
+    made: Callable[[str], Path], architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = made(architecture)
+    read: List[str] = []
+    own: Any = torch.jit.load
+
+    def load(path: str, **options: Any) -> Any:
+        read.append(Path(path).name)
+        return own(path, **options)
+
+    monkeypatch.setattr(torch.jit, "load", load)
+    mapped, loaded = Engine.load(folder), Engine.load(plain(folder, tmp_path / "x"))
+    assert read == [GRAPH_FILE, MODEL_FILE]
+    got, expected = outputs(mapped), outputs(loaded)
+    assert len(got) == len(expected) >= 2
+    assert all(one.dtype == other.dtype and np.array_equal(one, other) for one, other in zip(got, expected))
+    assert any(np.ptp(array) > 0 for array in got if array.size)
+
+
+def state_of(path: Path) -> Dict[str, torch.Tensor]:
+    module: Any = torch.jit.load(path)  # type: ignore[no-untyped-call]
+    return dict(module.state_dict(keep_vars=True))
+
+
+@pytest.mark.parametrize("architecture", ALL)
+def test_the_table_holds_every_parameter(made: Callable[[str], Path], architecture: str) -> None:
+    folder = made(architecture)
+    places, whole, graph = read_places(folder), state_of(folder / MODEL_FILE), state_of(folder / GRAPH_FILE)
+    assert set(graph) == set(whole) >= set(places)
+    module: Any = torch.jit.load(folder / MODEL_FILE)  # type: ignore[no-untyped-call]
+    assert {name for name, _ in module.named_parameters()} <= set(places)
+    content = (folder / MODEL_FILE).read_bytes()
+    for name, place in places.items():
+        assert place.shape == tuple(whole[name].shape) and f"torch.{place.dtype}" == str(whole[name].dtype)
+        values = whole[name].detach().contiguous().numpy().tobytes()
+        assert content[place.offset : place.offset + len(values)] == values, name
+        assert place.offset % whole[name].element_size() == 0
+        assert graph[name].numel() == 0 and graph[name].dtype == whole[name].dtype
+    for name in set(whole) - set(places):
+        assert torch.equal(graph[name], whole[name])
+    manifest = Manifest.read(folder)
+    assert {GRAPH_FILE, WEIGHTS_FILE} <= set(manifest.files)
+
+
+def test_graphs_share_their_places(made: Callable[[str], Path]) -> None:
+    """Of a loop both, and of a graph for each shape all: one copy of the weights, whatever reads them."""
+    places = read_places(made("gpt2-loop"))
+    embedded = {place.offset for name, place in places.items() if name.endswith("wte.weight")}
+    assert len(embedded) == 1
+    graphs = Manifest.read(made("longformer")).shapes
+    assert graphs.graph_per_shape
+    places = read_places(made("longformer"))
+    by_graph: Dict[str, Dict[str, int]] = {}
+    for name, place in places.items():
+        graph, _, rest = name.partition(".")
+        by_graph.setdefault(graph, {})[rest] = place.offset
+    assert len(by_graph) >= 2 and len({json.dumps(offsets, sort_keys=True) for offsets in by_graph.values()}) == 1
+
+
+@pytest.fixture(scope="module")
+def large(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose weights are 34 MB."""
+    source = checkpoint("bert", models_class, hidden_size=256, intermediate_size=8192)
+    folder = tmp_path_factory.mktemp("weights") / "large"
+    config = {"model_name": str(source), "max_length": 16, "long_inputs": "truncate", "sequence_lengths": "fixed"}
+    exported = run_export(folder, config)
+    assert exported.parameters * 4 > 33_000_000
+    return folder
+
+
+def test_the_graph_is_small(large: Path) -> None:
+    whole = (large / MODEL_FILE).stat().st_size
+    assert whole > 33_000_000
+    assert (large / GRAPH_FILE).stat().st_size < 400_000
+    assert (large / WEIGHTS_FILE).stat().st_size < 10_000
+
+
+MEMORY = """
+import json, sys
+from pathlib import Path
+import torch
+from traceserve_runtime.engine import Engine
+from traceserve_runtime.tasks.contract import Request
+
+def own_memory():
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("Anonymous:")) * 1024
+
+def mappings():
+    found, current = [], None
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        key, _, rest = line.partition(":")
+        if key.isalpha() or "_" in key and " " not in key:
+            if current is not None:
+                current[key] = rest
+        else:
+            current = {} if line.endswith("/traced_model.pt") else None
+            if current is not None:
+                found.append(current)
+    return [{key: int(value[key].split()[0]) * 1024 for key in ("Size", "Rss", "Anonymous")} for value in found]
+
+torch.ones(4, 4) @ torch.ones(4, 4)
+before = own_memory()
+engine = Engine.load(Path(sys.argv[1]), threads=1)
+engine.warm_up()
+answer, = engine.answer([Request({"text": "Yes."}, {"top_k": None})])
+print(json.dumps({"grown": own_memory() - before, "mappings": mappings(), "answer": answer.value}))
+"""
+
+
+def measured(folder: Path) -> Any:
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(folder)], stdout=subprocess.PIPE, check=True, text=True)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux")
+def test_the_weights_are_in_memory_once_for_all_workers(large: Path, tmp_path: Path) -> None:
+    """The pages of the file itself, of which nobody has a copy of its own."""
+    size = (large / MODEL_FILE).stat().st_size
+    mapped, loaded = measured(large), measured(plain(large, tmp_path / "x"))
+    assert mapped["answer"] == loaded["answer"]
+    [mapping] = mapped["mappings"]
+    assert mapping["Size"] >= size and mapping["Rss"] > 0.7 * size and mapping["Anonymous"] == 0
+    assert loaded["mappings"] == []
+    assert loaded["grown"] > mapped["grown"] + 0.9 * size
+    assert mapped["grown"] < 0.75 * size  # the libraries' own
+
+
+def test_what_a_worker_changes_stays_its_own(made: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(made("bert"), tmp_path / "x"))
+    digest = sha256(folder / MODEL_FILE)
+    first, second = Engine.load(folder), Engine.load(folder)
+    before = outputs(second)
+    runner: Any = first.runner
+    with torch.no_grad():
+        for parameter in runner._module.parameters():
+            parameter.add_(1.0)
+    assert not np.array_equal(outputs(first)[0], before[0])
+    assert all(np.array_equal(one, other) for one, other in zip(outputs(second), before))
+    assert sha256(folder / MODEL_FILE) == digest
+    assert all(np.array_equal(one, other) for one, other in zip(outputs(Engine.load(folder)), before))
+
+
+def test_the_mapping_outlives_its_file(made: Callable[[str], Path], tmp_path: Path) -> None:
+    """As an archive is unpacked anew, or its folder removed, while a worker runs."""
+    folder = Path(shutil.copytree(made("bert"), tmp_path / "x"))
+    engine = Engine.load(folder)
+    before = outputs(engine)
+    shutil.rmtree(folder)
+    assert all(np.array_equal(one, other) for one, other in zip(outputs(engine), before))
+
+
+def test_the_models_file_needs_nothing_beside_it(made: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = made("bert")
+    shutil.copy(folder / MODEL_FILE, tmp_path / "alone.pt")
+    module: Any = torch.jit.load(tmp_path / "alone.pt")  # type: ignore[no-untyped-call]
+    engine = Engine.load(folder)
+    ids = np.arange(5, 17)[None].repeat(2, axis=0)
+    columns = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    inputs = {name: columns[name] for name in engine.manifest.inputs}
+    with torch.no_grad():
+        [logits] = module(*(torch.from_numpy(array) for array in inputs.values()))
+    assert np.array_equal(logits.numpy(), engine.runner(inputs)["logits"])
+
+
+def test_an_artifact_of_a_graph_elsewhere_than_the_cpu_is_loaded_plainly(
+    made: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: List[Tuple[str, Any]] = []
+    own: Any = torch.jit.load
+
+    def load(path: str, map_location: Any = None) -> Any:
+        read.append((Path(path).name, map_location))
+        return own(path, map_location="cpu")
+
+    monkeypatch.setattr(torch.jit, "load", load)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    torchscript.read(Manifest.read(made("bert")), made("bert"), "cuda:0")
+    assert read == [(MODEL_FILE, "cuda:0")]
+
+
+# What is not as it was written
+
+
+@pytest.fixture
+def copied(made: Callable[[str], Path], tmp_path: Path) -> Iterator[Path]:
+    """An artifact to damage, whose manifest then tells its files as they are."""
+    yield Path(shutil.copytree(made("bert"), tmp_path / "x"))
+
+
+def settle(folder: Path) -> Path:
+    manifest = Manifest.read(folder, verify=False)
+    dataclasses.replace(manifest, files={name: sha256(folder / name) for name in manifest.files}).write(folder)
+    return folder
+
+
+def table(folder: Path) -> Dict[str, Any]:
+    content: Dict[str, Any] = json.loads((folder / WEIGHTS_FILE).read_text())
+    return content
+
+
+def test_a_weight_without_a_place_is_named(copied: Path) -> None:
+    places = table(copied)
+    name = next(name for name in places if name.endswith("classifier.weight"))
+    del places[name]
+    (copied / WEIGHTS_FILE).write_text(json.dumps(places))
+    with pytest.raises(InvalidManifest, match=f"{WEIGHTS_FILE} does not tell where {name} stands"):
+        Engine.load(settle(copied))
+
+
+def test_a_place_without_a_weight_is_passed_over(copied: Path) -> None:
+    (copied / WEIGHTS_FILE).write_text(json.dumps({**table(copied), "another": [64, "float32", [2]]}))
+    assert Engine.load(settle(copied)).answer([Request({"text": "Yes."})])
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        [10**9, "float32", [3, 4]],
+        [-64, "float32", [3, 4]],
+        [64, "float31", [3, 4]],
+        [64, "cuda", [3, 4]],
+        [64, "float32", [10**9, 10**9]],
+        [64, "float32", [0]],
+    ],
+    ids=str,
+)
+def test_a_place_that_does_not_fit_is_told(copied: Path, place: Any) -> None:
+    places = table(copied)
+    places[next(name for name in places if name.endswith("classifier.weight"))] = place
+    (copied / WEIGHTS_FILE).write_text(json.dumps(places))
+    with pytest.raises(InvalidManifest, match=f"{WEIGHTS_FILE} does not fit {MODEL_FILE}"):
+        Engine.load(settle(copied))
+
+
+@pytest.mark.parametrize("share", [0.5, 0.01])
+def test_a_models_file_that_was_cut_is_told(copied: Path, share: float) -> None:
+    content = (copied / MODEL_FILE).read_bytes()
+    (copied / MODEL_FILE).write_bytes(content[: int(share * len(content))])
+    with pytest.raises(InvalidManifest, match="is not the one that was verified"):
+        Engine.load(copied)
+    with pytest.raises(InvalidManifest, match=f"{WEIGHTS_FILE} does not fit {MODEL_FILE}"):
+        Engine.load(settle(copied))
+
+
+def test_a_models_file_that_is_empty_is_told(copied: Path) -> None:
+    (copied / MODEL_FILE).write_bytes(b"")
+    with pytest.raises(InvalidManifest, match=MODEL_FILE):
+        Engine.load(settle(copied))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "7",
+        "null",
+        '{"a": 7}',
+        '{"a": [1, "float32"]}',
+        '{"a": [1, "float32", 5]}',
+        '{"a": ["x", "float32", [5]]}',
+        '{"a": [null, "float32", [5]]}',
+        '{"a": [1, "float32", ["x"]]}',
+        '{"a": [1, "float32", [2], 3]}',
+        '{"a": [Infinity, "float32", [2]]}',
+        "[" * 100_000,
+        "\udcff",
+    ],
+    ids=lambda content: repr(content[:40]),
+)
+def test_garbage_in_the_table_is_told(copied: Path, content: str) -> None:
+    (copied / WEIGHTS_FILE).write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(InvalidManifest, match=f"{WEIGHTS_FILE} cannot be read"):
+        Engine.load(settle(copied))
+
+
+def test_a_table_that_is_not_there_is_told(copied: Path) -> None:
+    (copied / WEIGHTS_FILE).unlink()
+    with pytest.raises(InvalidManifest, match=f"{WEIGHTS_FILE}, which is missing"):
+        Engine.load(copied)
+    with pytest.raises(InvalidManifest, match=f"{WEIGHTS_FILE} cannot be read"):
+        read_places(copied)
+
+
+def test_a_graph_that_is_no_torchscript_is_told(copied: Path) -> None:
+    (copied / GRAPH_FILE).write_bytes(b"no archive")
+    with pytest.raises(InvalidManifest, match=f"{GRAPH_FILE} cannot be loaded by torch"):
+        Engine.load(settle(copied))
+
+
+def test_nothing_is_assigned_that_is_no_weight(copied: Path) -> None:
+    """Of a module whose tensors are all in it the table may be empty."""
+    module: Any = torch.jit.load(copied / MODEL_FILE)  # type: ignore[no-untyped-call]
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    assign(module, copied / MODEL_FILE, {})
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
