@@ -61,7 +61,7 @@ class Timing(NamedTuple):
 
 
 # Beyond these a fit has followed noise: of another process on the machine while this one started, say.
-_LEAST_RUN, _MOST_RUN, _MOST_ATTENTION = 5.0, 500.0, 0.05
+_LEAST_RUN, _MOST_RUN, _MOST_ATTENTION = 5.0, 128.0, 0.05
 
 
 def fit(timings: Sequence[Timing]) -> Optional[CostModel]:

@@ -14,7 +14,7 @@ from typing import Any, Iterator, NoReturn, Optional, Sequence, Tuple
 
 from traceserve_runtime.errors import TraceserveError
 
-from traceserve import __version__, openmp, printing
+from traceserve import __version__, environment, printing
 
 ARTIFACTS = Path("artifacts")
 STORE = Path("model_store")
@@ -32,7 +32,7 @@ A transformer checkpoint to a TorchServe deployment: traced, compared with the o
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Run the command; gives its exit code: 0, 1 for an error that is told, 2 for a wrong call, 130 if interrupted."""
-    os.environ.update(openmp.environment())
+    os.environ.update(environment.settings())
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     options = _parse(sys.argv[1:] if arguments is None else arguments)

@@ -23,7 +23,7 @@ import platformdirs
 import psutil
 from traceserve_runtime.manifest import Manifest
 
-from traceserve import client, openmp, torchserve
+from traceserve import client, environment, torchserve
 from traceserve.archive import check_name, read_manifest, read_serving
 from traceserve.errors import ServerError
 from traceserve.serving import Serving
@@ -227,7 +227,7 @@ def _launch(folder: Path, settings: Dict[str, Path], java: Dict[str, str]) -> in
     """Run `torchserve --start`; gives the pid of its JVM."""
     command = [sys.executable, "-m", "ts.model_server", "--start", "--no-config-snapshots"]
     command += [part for option, value in settings.items() for part in (f"--{option}", str(value))]
-    environment = {
+    variables = {
         **{key: value for key, value in os.environ.items() if not key.startswith("TS_")},
         **java,
         # TorchServe keeps its pid file, sockets and unpacked archives in the temporary folder: one for each instance.
@@ -235,13 +235,13 @@ def _launch(folder: Path, settings: Dict[str, Path], java: Dict[str, str]) -> in
         "TEMP": str(folder / "tmp"),
         "LOG_LOCATION": str(folder / "logs"),
         "METRICS_LOCATION": str(folder / "logs"),
-        **openmp.environment(),
+        **environment.settings(),
     }
     with (folder / "logs" / "start.log").open("wb") as log:
         result = subprocess.run(
             command,
             cwd=folder / "run",
-            env=environment,
+            env=variables,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
