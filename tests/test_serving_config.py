@@ -26,7 +26,7 @@ from traceserve.server import Instance
 from traceserve.serving import SERVING_FILE, Serving
 from traceserve_runtime.manifest import MANIFEST_FILE, Manifest, sha256
 
-BUILT = Serving(batch_size=32, max_batch_delay=2, response_timeout=300)
+BUILT = Serving(batch_size=64, max_batch_delay=2, response_timeout=300)
 TUNED = replace(BUILT, batch_size=8, workers=2, threads=1, length_step=8)
 whole = st.integers(1, 10_000)
 maybe = st.none() | whole
@@ -49,7 +49,7 @@ def test_what_is_written_is_read(serving: Serving) -> None:
 
 
 def test_the_keys_that_torchserve_and_the_handler_read() -> None:
-    assert BUILT.to_yaml() == "batchSize: 32\nmaxBatchDelay: 2\nresponseTimeout: 300\nstartupTimeout: 300\n"
+    assert BUILT.to_yaml() == "batchSize: 64\nmaxBatchDelay: 2\nresponseTimeout: 300\nstartupTimeout: 300\n"
     assert yaml.safe_load(TUNED.to_yaml()) == {
         "batchSize": 8,
         "maxBatchDelay": 2,
@@ -74,12 +74,12 @@ RIGHT = BUILT.to_yaml()
         (RIGHT.replace("batchSize", "batchsize"), "batchsize is not known here; did you mean batchSize"),
         (RIGHT + "deviceIds: 3\n", "deviceIds is not known here; known are batchSize"),
         (RIGHT + "handler: {thread: 1}\n", "handler: thread is not known here; did you mean threads"),
-        (RIGHT.replace("32", "many"), "batchSize should be a whole number of 1 or more, not 'many'"),
-        (RIGHT.replace("32", "true"), "not True"),
+        (RIGHT.replace("64", "many"), "batchSize should be a whole number of 1 or more, not 'many'"),
+        (RIGHT.replace("64", "true"), "not True"),
         (RIGHT.replace("Delay: 2", "Delay: 0"), "maxBatchDelay should be a whole number of 1 or more, not 0"),
         (RIGHT + "minWorkers: 2\n", "minWorkers and maxWorkers should be given both"),
         (RIGHT + "minWorkers: 1\nmaxWorkers: 4\n", "and be equal"),
-        (RIGHT.replace("batchSize: 32\n", ""), "lacks the key batchSize"),
+        (RIGHT.replace("batchSize: 64\n", ""), "lacks the key batchSize"),
     ],
 )
 def test_what_is_wrong_is_told(text: str, words: str) -> None:
