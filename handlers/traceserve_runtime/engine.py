@@ -19,7 +19,6 @@ from traceserve_runtime.tasks.contract import Job, Request, Task
 from traceserve_runtime.tokenization import Encoded, TextTokenizer
 
 _SECONDS_TO_FIT = 0.2  # a start takes this much longer; small models fit all shapes into it, large ones three
-
 _RUNS_TO_FIT = 2  # of each shape
 
 Emit = Callable[[int, Dict[str, Tuple[int, int]], str], None]
@@ -31,6 +30,15 @@ class Answer:
 
     value: Any
     unseen: Dict[str, Tuple[int, int]] = field(default_factory=dict)
+
+
+def load_task(folder: Path, manifest: Manifest) -> Task:
+    """The archive's task with its tokenizer, without its model."""
+    kind = TASKS[manifest.task]
+    tokenizer = TextTokenizer(
+        folder, manifest.tokenizer, manifest.max_length, manifest.max_rows, windows=kind.merges_windows
+    )
+    return kind(manifest, tokenizer)
 
 
 class Engine:
@@ -70,11 +78,7 @@ class Engine:
         for value, table, what in ((manifest.task, TASKS, "task"), (manifest.save_mode, RUNTIMES, "save mode")):
             if value not in table:
                 raise InvalidManifest(f"this runtime does not know the {what} {value!r}, but: {', '.join(table)}")
-        kind = TASKS[manifest.task]
-        tokenizer = TextTokenizer(
-            folder, manifest.tokenizer, manifest.max_length, manifest.max_rows, windows=kind.merges_windows
-        )
-        task = kind(manifest, tokenizer)
+        task = load_task(folder, manifest)
         return cls(folder, manifest, task, RUNTIMES[manifest.save_mode](manifest, folder, device, threads))
 
     def warm_up(self) -> None:

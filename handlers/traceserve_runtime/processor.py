@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from pathlib import Path
-from typing import Dict, FrozenSet
+from typing import Dict, FrozenSet, Optional
 
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -18,15 +19,7 @@ NATIVE: Dict[str, FrozenSet[str]] = {
 
 def features() -> FrozenSet[str]:
     """The processor's features as Linux tells them; nothing elsewhere, so that float32 is taken there."""
-    try:
-        text = CPUINFO.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return frozenset()
-    for line in text.splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() in ("flags", "Features"):
-            return frozenset(value.split())
-    return frozenset()
+    return frozenset((_told("flags", "Features") or "").split())
 
 
 def native(dtype: str) -> bool:
@@ -36,9 +29,23 @@ def native(dtype: str) -> bool:
 
 def name() -> str:
     """The processor's name, as far as the system tells it."""
+    told = _told("model name")
+    return platform.processor() or platform.machine() if told is None else told
+
+
+def cores() -> int:
+    """How many cores this process is bound to."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _told(*keys: str) -> Optional[str]:
+    """What Linux tells first under one of these keys."""
     try:
         text = CPUINFO.read_text(encoding="utf-8", errors="replace")
     except OSError:
-        text = ""
-    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+        return None
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in keys:
+            return value.strip()
+    return None

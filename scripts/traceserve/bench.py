@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import datetime
-import os
 import platform
 import statistics
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+
+from traceserve_runtime import processor
 
 from traceserve import __version__, counters, load
 from traceserve.errors import ServerError
@@ -115,14 +115,9 @@ def _once(
 
 def machine() -> Dict[str, Any]:
     """What figures depend on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
-        "processor": models[0] if models else platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "processor": processor.name(),
+        "cores": processor.cores(),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
     }

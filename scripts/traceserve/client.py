@@ -50,7 +50,7 @@ def _post(url: str, name: str, body: Any, key: Optional[str], timeout: float) ->
         headers={"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})},
     )
     try:
-        with _opener.open(request, timeout=timeout) as response:
+        with opener.open(request, timeout=timeout) as response:
             yield response
     except urllib.error.HTTPError as error:
         message = _message(error.read())
@@ -62,7 +62,7 @@ def _post(url: str, name: str, body: Any, key: Optional[str], timeout: float) ->
 
 
 # Servers of traceserve are reached directly, whatever proxy the environment names.
-_opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def _message(body: bytes) -> str:

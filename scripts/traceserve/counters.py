@@ -11,13 +11,12 @@ from __future__ import annotations
 import contextlib
 import re
 import threading
-import urllib.request
 from dataclasses import dataclass
 from typing import Any, Dict, List, Optional
 
+from traceserve import client
+
 _LINE = re.compile(r"^(\w+)\{(.*)\} (\S+)$", re.MULTILINE)
-# Beside a loopback port, whatever proxy the environment names.
-_opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class ServerTimes:
 
 def read(url: str, name: str) -> Dict[str, float]:
     """The metrics of the model `name`, by their names; raises OSError."""
-    with _opener.open(url, timeout=5) as response:
+    with client.opener.open(url, timeout=5) as response:
         text = response.read().decode("utf-8")
     label = re.compile(rf'(?:^|,)(?:model_name|ModelName)="{re.escape(name)}"')
     return {metric: float(value) for metric, labels, value in _LINE.findall(text) if label.search(labels)}

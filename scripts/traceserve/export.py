@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from traceserve_runtime import __version__, processor
-from traceserve_runtime.engine import Engine
+from traceserve_runtime.engine import load_task
 from traceserve_runtime.manifest import Manifest, Shapes, Source, sha256
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Request
@@ -21,6 +21,7 @@ from traceserve.config import Loaded, SetupConfig
 from traceserve.corpus import sentences
 from traceserve.errors import DriftError, ExportError
 from traceserve.loading import Original
+from traceserve.padding import few_lengths
 from traceserve.serving import SERVING_FILE, Serving
 from traceserve.speeds import measure
 from traceserve.verification import CORPUS, Findings, Progress, Reference, verify
@@ -152,7 +153,7 @@ def _size(folder: Path) -> int:
 
 def _speed_requests(made: _Made, own_samples: Sequence[Request]) -> Sequence[Request]:
     """The user's own samples, or sentences of everyday length."""
-    return own_samples or Engine.load(made.folder).task.from_texts(sentences(CORPUS))
+    return own_samples or load_task(made.folder, made.manifest).from_texts(sentences(CORPUS))
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,7 @@ def candidate_shapes(config: SetupConfig, max_length: int) -> Iterator[Shapes]:
     lengths = config.sequence_lengths
     if lengths == "auto":
         yield Shapes()
-        few = tuple(sorted({n for n in (16, 32, 64, 128, 256, 512) if n < max_length} | {max_length}))
+        few = few_lengths(max_length)
     else:
         few = (max_length,) if lengths == "fixed" else tuple(lengths)
         yield Shapes(few)

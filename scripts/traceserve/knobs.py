@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Callable, List, Optional, Sequence
+
+from traceserve_runtime import processor
 
 from traceserve.serving import Serving
 
@@ -60,7 +61,7 @@ def _neighbours(serving: Serving, cores: int) -> List[List[Serving]]:
 
 def cores() -> int:
     """How many this process may use: those that it is bound to, and no more than its container's quota."""
-    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    bound = processor.cores()
     return min(bound, quota(Path("/sys/fs/cgroup/cpu.max")) or bound)
 
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import List, Optional, Sequence
+from typing import List, Optional, Sequence, Tuple
 
 from traceserve_runtime import batching
 from traceserve_runtime.batching import CostModel
 from traceserve_runtime.manifest import Shapes
 
 BUCKETS = (16, 32, 64, 128, 256, 512)
+
+
+def few_lengths(max_length: int) -> Tuple[int, ...]:
+    """The lengths that rows are padded to where not any is allowed."""
+    return tuple(sorted({n for n in BUCKETS if n < max_length} | {max_length}))
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ def wastes(
     `lengths` are those of each request's rows. The requests come, in any order, in batches of `batch_size`, which the
     engine's own plan cuts into micro-batches: three times the same plan, over other allowed shapes.
     """
-    few = tuple(sorted({n for n in BUCKETS if n < max_length} | {max_length}))
+    few = few_lengths(max_length)
     step = length_step or 1
     ways = (
         (f"fixed ({max_length})", Shapes((max_length,))),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import List, Mapping, Optional, Tuple
 
-from traceserve import load, server
+from traceserve import client, load, server
 from traceserve.errors import ServerError
 
 JSON, TEXT = "application/json", "text/plain; charset=utf-8"
@@ -134,9 +134,8 @@ def check(asked: Subject) -> None:
     """Ask once, and raise ServerError with the server's own words if it refuses."""
     headers = {"Content-Type": asked.traffic.content_type, **asked.target.headers}
     request = urllib.request.Request(asked.target.url, data=asked.traffic.bodies[0], headers=headers, method="POST")
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(request, timeout=60) as response:
+        with client.opener.open(request, timeout=60) as response:
             response.read()
     except urllib.error.HTTPError as error:
         with error:

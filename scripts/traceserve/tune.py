@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from traceserve_runtime.batching import CostModel
-from traceserve_runtime.engine import Engine
+from traceserve_runtime.engine import Engine, load_task
 from traceserve_runtime.errors import TraceserveError
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.requests import Headers, parse
-from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Task
-from traceserve_runtime.tokenization import Encoded, TextTokenizer
+from traceserve_runtime.tokenization import Encoded
 
 from traceserve import load, server, subjects, torchserve, wire
 from traceserve.archive import read_manifest, read_serving
@@ -179,14 +178,10 @@ def missed(best: Trial, goal: Goal, archive: Path) -> str:
 def _read(archive: Path, manifest: Manifest, file: Path) -> Tuple[Task, Texts]:
     """The samples, tokenized as the archive does it; raises ConfigError for a file without one that it answers."""
     traffic = subjects.traffic(file)
-    kind = TASKS[manifest.task]
     with tempfile.TemporaryDirectory(prefix="traceserve-") as folder:
         with zipfile.ZipFile(archive) as packed:
             packed.extract(manifest.tokenizer.file, folder)
-        tokenizer = TextTokenizer(
-            Path(folder), manifest.tokenizer, manifest.max_length, manifest.max_rows, windows=kind.merges_windows
-        )
-    task = kind(manifest, tokenizer)
+        task = load_task(Path(folder), manifest)
     texts = Texts([], [], traffic.content_type, [])
     for number, body in enumerate(traffic.bodies, 1):
         try:

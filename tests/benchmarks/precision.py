@@ -9,6 +9,7 @@ every linear layer: neither is what traceserve does.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import csv
 import json
@@ -49,8 +50,6 @@ def export_as(way: str, content: Dict[str, Any], folder: Path, texts: Path) -> E
     dtype, lower = OTHERS.get(way, (way, None))
     own = precision.PRECISIONS[dtype]
     if lower is not None:
-        import contextlib
-
         precision.PRECISIONS[dtype] = own._replace(lower=lower, tracing=contextlib.nullcontext)
     parsed, _ = config.parse({**content, "dtype": dtype})
     folder.mkdir()

@@ -6,7 +6,6 @@ import argparse
 import datetime
 import json
 import os
-import platform
 import signal
 import statistics
 import subprocess
@@ -17,6 +16,7 @@ from typing import Any, Dict, Iterable, Mapping, Optional, Sequence
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from traceserve_runtime import processor
 
 Row = Mapping[str, str]
 
@@ -60,8 +60,8 @@ def save(path: Optional[Path], measurements: Any) -> None:
     content = {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": sys.argv,
-        "processor": processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "processor": processor.name(),
+        "cores": processor.cores(),
         "load_average": os.getloadavg(),
         "environment": {key: value for key, value in os.environ.items() if key.startswith(("OMP_", "MKL_", "KMP_"))},
         "packages": packages(Path(sys.executable)),
@@ -88,15 +88,6 @@ for name in ("torch", "transformers", "tokenizers", "torchserve", "litserve", "i
         pass
 print(json.dumps(versions))
 """
-
-
-def processor() -> str:
-    """The processor's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def progress() -> Progress:
