@@ -620,7 +620,7 @@ def test_what_the_gate_finds_does_not_depend_on_this_machines_clock(
         return own(self, inputs)
 
     monkeypatch.setattr(TorchScriptRunner, "__call__", recording)
-    monkeypatch.setattr(Engine, "_time_runs", lambda self: [])
+    monkeypatch.setattr(Engine, "_time_runs", lambda self, run: [])
     for cost in (CostModel(run=0.0, attention=0.1), CostModel(run=2000.0, attention=0.0)):
         monkeypatch.setattr(batching, "fit", lambda timings, cost=cost: cost)
         runs.append([])

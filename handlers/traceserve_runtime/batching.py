@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Protocol, Sequence, Tuple, TypeVar
@@ -31,6 +32,10 @@ class Runner(Protocol):
         """The outputs of the next tokens, and the state with them; `rows`, int64, chooses and orders the state's rows."""
         ...
 
+    def open_lanes(self) -> Sequence[Executor]:
+        """Threads from which runs go side by side, on one core each; none where they cannot."""
+        ...
+
 
 Number = TypeVar("Number", float, np.ndarray)
 
@@ -50,6 +55,10 @@ class CostModel:
     def __call__(self, batch: Number, length: int) -> Number:
         tokens = batch * length
         return self.run + self.token * tokens + self.attention * tokens * length
+
+    def scaled(self, factor: float) -> CostModel:
+        """So many times the cost."""
+        return CostModel(self.run * factor, self.token * factor, self.attention * factor)
 
 
 class Timing(NamedTuple):
@@ -92,6 +101,11 @@ def fit(timings: Sequence[Timing]) -> Optional[CostModel]:
     return CostModel(min(max(run / token, _LEAST_RUN), _MOST_RUN), 1.0, min(attention / token, _MOST_ATTENTION))
 
 
+def seconds_per_cost(timings: Sequence[Timing], cost: CostModel) -> float:
+    """What a unit of `cost` took, the median over these runs."""
+    return float(np.median([timing.seconds / cost(timing.batch, timing.length) for timing in timings]))
+
+
 @dataclass
 class Stats:
     """What was computed for a list of requests."""
@@ -102,6 +116,15 @@ class Stats:
     padded_tokens: int = 0  # what the model computed: real ones and padding
     micro_batches: int = 0
     model_seconds: float = 0.0
+
+    def add(self, *lanes: Stats) -> None:
+        """Add what was computed side by side: the time is that of the one that took longest."""
+        for lane in lanes:
+            self.rows += lane.rows
+            self.tokens += lane.tokens
+            self.padded_tokens += lane.padded_tokens
+            self.micro_batches += lane.micro_batches
+        self.model_seconds += max(lane.model_seconds for lane in lanes)
 
     @property
     def padding_share(self) -> float:

@@ -12,13 +12,14 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 from traceserve_runtime import batching
 from traceserve_runtime.batching import Arrays, Runner, Stats, Timing
 from traceserve_runtime.errors import InputTooLong, InvalidManifest, ModelFailure, TraceserveError
+from traceserve_runtime.lanes import Batches, Lanes, schedule
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runtimes import RUNTIMES
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Job, Request, Task
 from traceserve_runtime.tokenization import Encoded, TextTokenizer
 
-_SECONDS_TO_FIT = 0.2  # a start takes this much longer; small models fit all shapes into it, large ones three
+_SECONDS_TO_FIT = 0.15  # on all cores, and on one each; small models fit all shapes into it, large ones three
 _RUNS_TO_FIT = 2  # of each shape
 
 Emit = Callable[[int, Dict[str, Tuple[int, int]], str], None]
@@ -50,6 +51,7 @@ class Engine:
         self.task = task
         self.runner = runner
         self.cost = task.cost  # of a run on this machine, once it is warm
+        self.lanes: Optional[Lanes] = None  # where it can run several micro-batches side by side, once it is warm
 
     @classmethod
     def load(
@@ -88,9 +90,31 @@ class Engine:
             if isinstance(answer, TraceserveError):
                 raise answer
         if not self.task.loop:
-            self.cost = batching.fit(self._time_runs()) or self.cost
+            self._measure()
 
-    def _time_runs(self) -> List[Timing]:
+    def forget_measured(self) -> None:
+        """Let what runs together, and so the last digits of answers, not depend on this machine's clock."""
+        self.cost, self.lanes = self.task.cost, None
+
+    def _measure(self) -> None:
+        """Learn what a run costs on all cores, and on one of them while the others are as busy."""
+        timings = self._time_runs(self.runner)
+        self.cost = batching.fit(timings) or self.cost
+        threads = self.runner.open_lanes()
+        if not threads:
+            return
+
+        def side_by_side(inputs: Arrays) -> None:
+            for running in [thread.submit(self.runner, inputs) for thread in threads]:
+                running.result()
+
+        alone = self._time_runs(side_by_side)
+        cost = batching.fit(alone)
+        if cost is not None and timings:
+            unit = batching.seconds_per_cost(alone, cost) / batching.seconds_per_cost(timings, self.cost)
+            self.lanes = Lanes(threads, cost.scaled(unit))
+
+    def _time_runs(self, run: Callable[[Arrays], object]) -> List[Timing]:
         """How long runs of a few shapes take, smallest first, as far as the time for it goes."""
         shapes, most = self.manifest.shapes, self.manifest.max_length
         wanted = [(1, 16), (4, 16), (1, 64), (16, 16), (4, 64), (1, most)]
@@ -99,11 +123,11 @@ class Engine:
         started = time.perf_counter()
         for batch, length in sorted(fitting, key=lambda shape: shape[0] * shape[1]):
             inputs = batching.filled(self.manifest, batch, length)
-            self.runner(inputs)  # the first run of a shape prepares others
+            run(inputs)  # the first run of a shape prepares others
             seconds = []
             for _ in range(_RUNS_TO_FIT):
                 began = time.perf_counter()
-                self.runner(inputs)
+                run(inputs)
                 seconds.append(time.perf_counter() - began)
             timings.append(Timing(batch, length, min(seconds)))  # what takes longer was disturbed
             if len(timings) >= 3 and time.perf_counter() - started > _SECONDS_TO_FIT:
@@ -156,15 +180,25 @@ class Engine:
     def _run(self, jobs: List[Job], stats: Stats) -> List[Union[Arrays, TraceserveError]]:
         """The outputs of each row, in order; a micro-batch that fails is run again row by row."""
         outputs: List[Union[Arrays, TraceserveError, None]] = [None] * len(jobs)
+
+        def run(batches: Batches) -> Stats:
+            own = Stats()
+            for batch in batches:
+                results: Sequence[Union[Arrays, TraceserveError]]
+                try:
+                    results = self.task.predict(self.runner, [jobs[i] for i in batch], own)
+                except RuntimeError:
+                    results = [self._run_alone(jobs[i], own) for i in batch]
+                for i, result in zip(batch, results):
+                    outputs[i] = result
+            return own
+
         lengths = [job.row.length for job in jobs]
-        for batch in batching.plan(lengths, self.manifest.shapes, self.cost, self.task.most_tokens):
-            results: Sequence[Union[Arrays, TraceserveError]]
-            try:
-                results = self.task.predict(self.runner, [jobs[i] for i in batch], stats)
-            except RuntimeError:
-                results = [self._run_alone(jobs[i], stats) for i in batch]
-            for i, result in zip(batch, results):
-                outputs[i] = result
+        planned = schedule(lengths, self.manifest.shapes, self.cost, self.lanes, self.task.most_tokens)
+        if self.lanes is not None and len(planned) > 1:
+            stats.add(*self.lanes.run(run, planned))
+        else:
+            stats.add(run(planned[0]))
         return outputs  # type: ignore[return-value]  # the plan covers every row
 
     def _run_alone(self, job: Job, stats: Stats) -> Union[Arrays, TraceserveError]:

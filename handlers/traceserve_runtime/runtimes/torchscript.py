@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, Sequence, Tuple
 
@@ -50,6 +51,18 @@ class TorchScriptRunner:
         results = self._run(self._module.step, [*self._tensors(inputs, self._manifest.step_inputs), *state])
         grown = results[len(self._manifest.outputs) :]
         return self._outputs(results), (*grown, *state[len(grown) :])
+
+    def open_lanes(self) -> Sequence[Executor]:
+        import torch
+
+        threads = torch.get_num_threads()
+        if self._device != "cpu" or threads < 2:
+            return []
+        lanes = [ThreadPoolExecutor(1, f"lane-{i}") for i in range(threads)]
+        for lane in lanes:
+            lane.submit(_take_one_core).result()
+        torch.set_num_threads(threads)  # of this thread: some of torch's libraries count for the process
+        return lanes
 
     def _tensors(self, inputs: Arrays, names: Sequence[str]) -> Sequence[torch.Tensor]:
         import torch
@@ -104,6 +117,14 @@ def _check_processor(dtype: str) -> None:
     if dtype in ONLY_NATIVE:
         raise MissingPackage(f'{needs}; build the archive with "dtype": "float32" for it')
     logger.warning('%s; answers are right, but slow: build the archive with "dtype": "float32" for it', needs)
+
+
+def _take_one_core() -> None:
+    """Let this thread compute alone; asking first, since torch gives a thread its defaults when it is first asked."""
+    import torch
+
+    torch.get_num_threads()
+    torch.set_num_threads(1)
 
 
 def _settle_executor() -> None:

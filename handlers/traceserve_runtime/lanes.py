@@ -1,0 +1,106 @@
+"""Micro-batches on several cores: one after another on all of them, or side by side on one core each.
+
+A run of few tokens does not keep several cores busy: they wait for one another at the end of every operator. Several
+micro-batches side by side do, so a full batch is answered sooner that way, and a single text on all cores.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Executor, wait
+from dataclasses import dataclass
+from typing import Callable, List, Optional, Sequence, Tuple, TypeVar
+
+from traceserve_runtime.batching import MOST_ROWS, MOST_TOKENS, CostModel, plan
+from traceserve_runtime.manifest import Shapes
+
+Batches = List[List[int]]
+Result = TypeVar("Result")
+
+_MICRO_BATCHES_OF_A_LANE = (1, 2, 3)  # more have less padding and spread more evenly, but each is a run
+_BISECTIONS = 10  # a thousandth of all costs
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """Threads that compute on one core each, and what a run costs there while all of them are busy."""
+
+    threads: Sequence[Executor]
+    cost: CostModel
+
+    def run(self, act: Callable[[Batches], Result], batches: Sequence[Batches]) -> List[Result]:
+        """`act` on each list of micro-batches, side by side; all have ended when this returns or raises."""
+        running = [thread.submit(act, own) for thread, own in zip(self.threads, batches)]
+        wait(running)
+        return [each.result() for each in running]
+
+
+def schedule(
+    lengths: Sequence[int], shapes: Shapes, cost: CostModel, lanes: Optional[Lanes], most_tokens: int = MOST_TOKENS
+) -> List[Batches]:
+    """The micro-batches of each lane, or of one that has all cores where these are done sooner; see `plan`."""
+    if lanes is None or len(lengths) < 2:
+        return [plan(lengths, shapes, cost, most_tokens)]
+    cuts = (
+        _cut(lengths, shapes, lanes.cost, most_tokens, len(lanes.threads) * each) for each in _MICRO_BATCHES_OF_A_LANE
+    )
+    spread, soonest = min((_spread(batches, lengths, shapes, lanes) for batches in cuts), key=lambda each: each[1])
+    if _least(lengths, shapes, cost) >= soonest:
+        return spread
+    together = plan(lengths, shapes, cost, most_tokens)
+    return spread if soonest <= sum(_costs(together, lengths, shapes, cost)) else [together]
+
+
+def _cut(lengths: Sequence[int], shapes: Shapes, cost: CostModel, most_tokens: int, count: int) -> Batches:
+    """Rows, sorted by length, as contiguous micro-batches, about `count` of them, the dearest as cheap as can be.
+
+    Bisection over its cost: the longest rows that it still allows are one micro-batch, then the next ones.
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    padded = [shapes.length(lengths[i]) for i in order]
+
+    def batches_within(limit: float) -> Batches:
+        batches, start = [], 0
+        while start < len(order):
+            length = padded[start]
+            rows = _most_rows(length, shapes, cost, limit, most_tokens)
+            batches.append(order[start : start + rows])
+            start += rows
+        return batches
+
+    least, most = 0.0, sum(cost(1, length) for length in padded)
+    for _ in range(_BISECTIONS):
+        middle = (least + most) / 2
+        if len(batches_within(middle)) <= count:
+            most = middle
+        else:
+            least = middle
+    return batches_within(most)
+
+
+def _most_rows(length: int, shapes: Shapes, cost: CostModel, limit: float, most_tokens: int) -> int:
+    """How many rows of this length run together for at most `limit`, and within the plan's own limits; at least one."""
+    if shapes.batches is not None:
+        return max([b for b in shapes.batches if cost(b, length) <= limit and b * length <= most_tokens], default=1)
+    affordable = (limit - cost.run) / (cost(1, length) - cost.run)
+    return max(1, min(int(affordable), MOST_ROWS, most_tokens // length))
+
+
+def _spread(batches: Batches, lengths: Sequence[int], shapes: Shapes, lanes: Lanes) -> Tuple[List[Batches], float]:
+    """Longest first, each to the lane that is free first; and what the longest lane costs."""
+    costs = _costs(batches, lengths, shapes, lanes.cost)
+    spread: List[Batches] = [[] for _ in range(min(len(lanes.threads), len(batches)))]
+    loads = [0.0] * len(spread)
+    for i in sorted(range(len(batches)), key=costs.__getitem__, reverse=True):
+        lane = loads.index(min(loads))
+        spread[lane].append(batches[i])
+        loads[lane] += costs[i]
+    return spread, max(loads)
+
+
+def _costs(batches: Batches, lengths: Sequence[int], shapes: Shapes, cost: CostModel) -> List[float]:
+    return [cost(shapes.batch(len(batch)), shapes.length(max(lengths[i] for i in batch))) for batch in batches]
+
+
+def _least(lengths: Sequence[int], shapes: Shapes, cost: CostModel) -> float:
+    """What all rows in one run would cost if none were padded to another's length."""
+    return cost.run + sum(cost(1, shapes.length(length)) - cost.run for length in lengths)
