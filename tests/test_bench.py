@@ -17,7 +17,7 @@ from test_load import OK, after, always, at_once, serving
 from traceserve import bench, printing, report, server, subjects, torchserve
 from traceserve.archive import archive
 from traceserve.bench import Plan, measure
-from traceserve.errors import ServerError
+from traceserve.errors import ConfigError, ServerError
 from traceserve.server import Instance
 from traceserve.subjects import subject, traffic
 
@@ -107,8 +107,8 @@ def test_what_the_servers_counters_mean(served: Instance, samples: Path) -> None
     document = measure([subject("patient", samples)], plan, samples.name, quietly)
     [one] = document["summary"]
     parts = one["server"]["time_ms"]
-    assert 1000 * DELAY <= parts["queue"] < 1000 * DELAY + 40 and one["latency_ms"]["p50"] >= 1000 * DELAY
-    assert parts["queue"] + 100 > sum(parts.values()) and parts["rest of the handler"] > 0
+    assert 1000 * DELAY <= parts["queue"] < one["latency_ms"]["mean"] and one["latency_ms"]["p50"] >= 1000 * DELAY
+    assert parts["queue"] > sum(parts.values()) / 2 and min(parts.values()) > 0
     # Two answers in a batch, and as many counted as were answered in the span.
     assert one["server"]["requests"] == pytest.approx(one["requests"], abs=4)
 
@@ -185,7 +185,7 @@ def test_every_kind_of_samples(tmp_path: Path, samples: Path) -> None:
         ("none.txt", None, None, "cannot be read"),
         ("empty.txt", "\n \n", None, "holds no text"),
         ("a.csv", "label,texts\n1,a\n", None, "a header with a column text, not: label, texts"),
-        ("a.jsonl", '{"text": "a"}\n{"text": \n', None, "body 2: this is no JSON"),
+        ("a.jsonl", '{"text": "a"}\n{"text": \n', None, "line 2: this is no JSON"),
         ("a.jsonl", '{"text": "a"}\n', '{"a": "{text}"}', "--body is for texts"),
         ("a.txt", "a\n", '{"a": "text"}', "no {text}"),
         ("a.txt", "a\n", '{"a": {text}}', "this is no JSON"),
@@ -196,7 +196,7 @@ def test_samples_that_cannot_be_sent(
 ) -> None:
     if content is not None:
         (tmp_path / name).write_text(content)
-    with pytest.raises(ServerError, match=re.escape(words)):
+    with pytest.raises(ConfigError, match=re.escape(words)):
         traffic(tmp_path / name, body)
 
 

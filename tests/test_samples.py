@@ -246,6 +246,12 @@ def test_jsonl_lines_end_at_newlines_only(separator: str, tmp_path: Path) -> Non
     assert [request.inputs["text"] for request in read(path, SequenceClassification)] == [text, "three"]
 
 
+def test_a_column_of_a_table(tmp_path: Path) -> None:
+    path = tmp_path / "own.csv"
+    path.write_text('label,text\r\n1,"one, two"\r\n2,\r\n3,three\r\n', encoding="utf-8", newline="")
+    assert [request.inputs["text"] for request in read(path, SequenceClassification)] == ["one, two", "three"]
+
+
 def test_windows_line_ends(tmp_path: Path) -> None:
     path = tmp_path / "own.txt"
     path.write_bytes(b"one\r\ntwo\r\n")

@@ -106,7 +106,7 @@ def _add_gate(parser: argparse.ArgumentParser) -> None:
         "--samples",
         type=Path,
         metavar="FILE",
-        help="compare on your own texts too: one a line, or request bodies in a .jsonl",
+        help="compare on your own texts too: one a line, or a .csv with a column text, or request bodies in a .jsonl",
     )
     parser.add_argument(
         "--allow-drift", action="store_true", help="export although answers differ from the original's; it is recorded"

@@ -69,7 +69,7 @@ class Exported:
             "name": self.manifest.name,
             "date": datetime.date.today().isoformat(),
             "processor": processor.name(),
-            "threads": os.cpu_count(),
+            "cores": processor.cores(),
             "versions": self.manifest.versions,
             "chosen": self.manifest.dtype,
             "candidates": [

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from pathlib import Path
-from typing import Any, List, Mapping, Sequence, Type
+from typing import Any, List, Mapping, Sequence, Tuple, Type
 
 from traceserve_runtime.errors import TraceserveError
 from traceserve_runtime.requests import Headers, parse
@@ -61,22 +63,33 @@ def calibration(own: Sequence[Request]) -> List[str]:
 
 
 def read(path: Path, task: Type[Task]) -> List[Request]:
-    """The user's samples: a text on each line, or a request body on each line of a .jsonl file."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON may hold U+2028
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--samples {path} cannot be read: {error}") from None
+    """The requests of the user's samples, see `lines`; of a .jsonl file each line is a request's body."""
     requests = []
-    for number, line in enumerate(lines, 1):
-        line = line.rstrip("\r")
-        if not line.strip():
-            continue
+    for number, line in lines(path):
         try:
             body: Any = json.loads(line) if path.suffix == ".jsonl" else line
             row: Mapping[str, Any] = {"body": body}
             requests += parse(row, Headers(), task, 0, len(line)).requests
         except (ValueError, TraceserveError) as error:
             raise ConfigError(f"--samples {path}, line {number}: {error}") from None
-    if not requests:
-        raise ConfigError(f"--samples {path} holds no text")
     return [Request(r.inputs, {**task.gate_parameters, **r.parameters}) for r in requests]
+
+
+def lines(path: Path) -> List[Tuple[int, str]]:
+    """The lines of a file of samples that are not blank, or of a .csv file the cells of its column `text`, numbered."""
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--samples {path} cannot be read: {error}") from None
+    if path.suffix == ".csv":
+        rows = csv.DictReader(io.StringIO(content, newline=""))
+        columns = rows.fieldnames or ()
+        if "text" not in columns:
+            raise ConfigError(f"--samples {path} should have a header with a column text, not: {', '.join(columns)}")
+        found = [(rows.line_num, row["text"] or "") for row in rows]
+    else:  # not splitlines: JSON may hold U+2028
+        found = [(number, line.rstrip("\r")) for number, line in enumerate(content.split("\n"), 1)]
+    found = [(number, line) for number, line in found if line.strip()]
+    if not found:
+        raise ConfigError(f"--samples {path} holds no text")
+    return found

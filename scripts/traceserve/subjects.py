@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import urllib.error
 import urllib.parse
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from typing import List, Mapping, Optional, Tuple
+from typing import Mapping, Optional, Tuple
 
-from traceserve import client, load, server
-from traceserve.errors import ServerError
+from traceserve import client, load, samples, server
+from traceserve.errors import ConfigError, ServerError
 
 JSON, TEXT = "application/json", "text/plain; charset=utf-8"
 
@@ -38,9 +36,9 @@ class Subject:
 
 
 def subject(
-    place: str, samples: Path, port: Optional[int] = None, body: Optional[str] = None, headers: Mapping[str, str] = {}
+    place: str, file: Path, port: Optional[int] = None, body: Optional[str] = None, headers: Mapping[str, str] = {}
 ) -> Subject:
-    """NAME, an archive that a server of ours serves, or a URL; raises ServerError.
+    """NAME, an archive that a server of ours serves, or a URL, and the samples of a file; raises ServerError, ConfigError.
 
     `body` (a template) and `headers` are for a URL alone: what our own servers are asked, and their keys, are known.
     """
@@ -49,13 +47,13 @@ def subject(
         key = {"Authorization": f"Bearer {instance.key}"} if instance.key else {}
         target = load.Target(f"{instance.url}/predictions/{urllib.parse.quote(place)}", key)
         metrics = f"http://127.0.0.1:{instance.metrics_port}/metrics"
-        return Subject(place, target, traffic(samples), place, metrics)
+        return Subject(place, target, traffic(file), place, metrics)
     parts = urllib.parse.urlsplit(place)
     if parts.scheme not in ("http", "https") or not parts.hostname or not place.isascii() or " " in place:
         raise ServerError(f"{place} is no URL to measure; it should look like http://127.0.0.1:8000/classify")
     label = urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
     ours = _ours(label)
-    return Subject(label, load.Target(place, dict(headers)), traffic(samples, body), *(ours or ("", None)))
+    return Subject(label, load.Target(place, dict(headers)), traffic(file, body), *(ours or ("", None)))
 
 
 def _serving(name: str, port: Optional[int]) -> server.Instance:
@@ -87,47 +85,32 @@ def _ours(url: str) -> Optional[Tuple[str, str]]:
     return None
 
 
-def traffic(samples: Path, body: Optional[str] = None) -> Traffic:
-    """The bodies of a file of samples: texts, in `body` where one is given, or the lines of a .jsonl as they are."""
-    try:
-        content = samples.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ServerError(f"--samples {samples} cannot be read: {error}") from None
-    if samples.suffix == ".csv":
-        texts = _column(samples, content)
-    else:  # not splitlines: JSON may hold U+2028
-        texts = [line.rstrip("\r") for line in content.split("\n")]
-    texts = [text for text in texts if text.strip()]
-    if not texts:
-        raise ServerError(f"--samples {samples} holds no text")
-    if samples.suffix == ".jsonl":
+def traffic(path: Path, body: Optional[str] = None) -> Traffic:
+    """The bodies of a file of samples: texts, in `body` where one is given, or the lines of a .jsonl as they are.
+
+    Raises ConfigError for what is none.
+    """
+    lines = samples.lines(path)
+    if path.suffix == ".jsonl":
         if body is not None:
-            raise ServerError(f"--body is for texts: {samples} holds whole bodies, which are sent as they are")
-        for number, line in enumerate(texts, 1):
-            _check_json(line, f"--samples {samples}, body {number}")
+            raise ConfigError(f"--body is for texts: {path} holds whole bodies, which are sent as they are")
+        for number, line in lines:
+            _check_json(line, f"--samples {path}, line {number}")
+    texts = [line for _, line in lines]
     if body is not None:
         if "{text}" not in body:
-            raise ServerError(f"--body {body} has no {{text}}, where the text is put in")
+            raise ConfigError(f"--body {body} has no {{text}}, where the text is put in")
         texts = [body.replace("{text}", json.dumps(text, ensure_ascii=False)[1:-1]) for text in texts]
         _check_json(texts[0], '--body, with a text in it, as in \'{"input": ["{text}"]}\'')
-    whole = body is not None or samples.suffix == ".jsonl"
+    whole = body is not None or path.suffix == ".jsonl"
     return Traffic(tuple(text.encode("utf-8") for text in texts), JSON if whole else TEXT)
-
-
-def _column(samples: Path, content: str) -> List[str]:
-    rows = csv.DictReader(io.StringIO(content, newline=""))
-    if "text" not in (rows.fieldnames or ()):
-        raise ServerError(
-            f"--samples {samples}: a .csv should have a header with a column text, not: {', '.join(rows.fieldnames or ())}"
-        )
-    return [row["text"] or "" for row in rows]
 
 
 def _check_json(text: str, where: str) -> None:
     try:
         json.loads(text)
     except ValueError as error:
-        raise ServerError(f"{where}: this is no JSON: {error}") from None
+        raise ConfigError(f"{where}: this is no JSON: {error}") from None
 
 
 def check(asked: Subject) -> None:
