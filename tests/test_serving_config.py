@@ -18,7 +18,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from traceserve import archive as archives
-from traceserve import server, torchserve
+from traceserve import knobs, server, torchserve
 from traceserve.archive import archive, configure, read_manifest, read_serving
 from traceserve.config import SetupConfig
 from traceserve.errors import ArchiveError
@@ -177,8 +177,11 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
 
 
-def test_the_workers_are_those_of_the_archive_unless_they_are_asked_for(packed: Path, mar: Path) -> None:
+def test_the_workers_are_those_of_the_archive_unless_they_are_asked_for(
+    packed: Path, mar: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two archives in one server, one of them tuned: by the command, with the real TorchServe."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     configure(mar, TUNED)
     before = sha256(mar)
     Path(shutil.copy(packed, mar.with_name("plain.mar")))
@@ -196,6 +199,8 @@ def test_the_workers_are_those_of_the_archive_unless_they_are_asked_for(packed: 
             unpacked = Path(instance.folder, "store", "tiny")
             assert Serving.from_yaml((unpacked / SERVING_FILE).read_text()) == replace(own, workers=expected["tiny"])
             Manifest.read(unpacked)  # the worker would refuse it otherwise
+            plain = Serving.from_yaml(Path(instance.folder, "store", "plain", SERVING_FILE).read_text())
+            assert plain.threads == (max(1, knobs.cores() // 3) if options else None)  # several share the cores
         finally:
             assert run("stop", "--port", port, cwd=mar.parent).returncode == 0
     assert sha256(mar) == before

@@ -23,7 +23,7 @@ import platformdirs
 import psutil
 from traceserve_runtime.manifest import Manifest
 
-from traceserve import client, environment, torchserve
+from traceserve import client, environment, knobs, torchserve
 from traceserve.archive import check_name, read_manifest, read_serving
 from traceserve.errors import ServerError
 from traceserve.serving import Serving
@@ -206,8 +206,12 @@ def _by_name(archives: Sequence[Path]) -> Dict[str, Path]:
 
 
 def _wanted(own: Serving, serving: Optional[Serving], workers: Optional[int]) -> Serving:
+    """How an archive is served; several workers share the cores, unless something says what each may use."""
     wanted = serving or own
-    return wanted if workers is None else dataclasses.replace(wanted, workers=workers)
+    wanted = wanted if workers is None else dataclasses.replace(wanted, workers=workers)
+    if (wanted.workers or 1) > 1 and wanted.threads is None and "OMP_NUM_THREADS" not in os.environ:
+        wanted = dataclasses.replace(wanted, threads=max(1, knobs.cores() // (wanted.workers or 1)))
+    return wanted
 
 
 def _check_port(host: str, port: int) -> None:
