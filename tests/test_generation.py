@@ -16,6 +16,7 @@ import transformers
 from conftest import run_export
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import answers, generated, written
 from traceserve.samples import SENTENCES, VERY_LONG
 from traceserve_runtime import chat, generation
 from traceserve_runtime.engine import Answer, Engine
@@ -46,30 +47,10 @@ def made(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
     return make
 
 
-def values(engine: Engine, requests: List[Request]) -> List[Any]:
-    results = engine.answer(requests)
-    for result in results:
-        assert isinstance(result, Answer), result
-    return [result.value for result in results if isinstance(result, Answer)]
-
-
-def written(value: Any) -> str:
-    """The text of an answer of either task."""
-    text: str = (value[0] if isinstance(value, list) else value)["generated_text"]
-    return text
-
-
 def original(made: Made, text: str, **options: Any) -> str:
-    """What the original's own `generate` writes for one text alone."""
+    """What the original writes for one text alone."""
     _, model, tokenizer = made
-    inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
-    options = {"do_sample": False, "max_new_tokens": 20, **options}
-    if "stop_strings" in options:
-        options["tokenizer"] = tokenizer
-    ids = model.generate(**inputs, **options)[0]
-    if model.config.is_encoder_decoder:
-        return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-    return text + str(tokenizer.decode(ids[inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    return generated(model, tokenizer, text, **options)
 
 
 @pytest.mark.parametrize("architecture", TASK)
@@ -93,7 +74,7 @@ def test_equals_generate(architecture: str, options: Dict[str, Any], made: Calla
     engine, _, _ = made(architecture)
     requests = [Request({"text": text}, {"max_new_tokens": 20, **options}) for text in TEXTS]
     expected = [original(made(architecture), text, **options) for text in TEXTS]
-    assert [written(value) for value in values(engine, requests)] == expected
+    assert [written(value) for value in answers(engine, requests)] == expected
 
 
 @pytest.mark.parametrize("architecture", TASK)
@@ -131,11 +112,11 @@ def test_a_mixed_batch_answers_as_each_alone(architecture: str, made: Callable[[
         {"num_beams": 2, "max_new_tokens": 25, "early_stopping": True},
     ]
     requests = [Request({"text": TEXTS[i % len(TEXTS)]}, kinds[i % len(kinds)]) for i in range(31)]
-    alone = [values(engine, [request])[0] for request in requests]
+    alone = [answers(engine, [request])[0] for request in requests]
     order = list(range(31))
     for seed in range(3):
         random.Random(seed).shuffle(order)
-        together = values(engine, [requests[i] for i in order])
+        together = answers(engine, [requests[i] for i in order])
         assert together == [alone[i] for i in order]
 
 
@@ -143,7 +124,7 @@ def test_a_stop_string_ends_some_texts(made: Callable[[str], Made]) -> None:
     engine, _, _ = made("gpt2")
     texts = [Request({"text": text}, {"max_new_tokens": 40, "stop": ["e"]}) for text in TEXTS]
     stopped = 0
-    for text, value in zip(TEXTS, values(engine, texts)):
+    for text, value in zip(TEXTS, answers(engine, texts)):
         whole = original(made("gpt2"), text, max_new_tokens=40)
         expected = original(made("gpt2"), text, max_new_tokens=40, stop_strings=["e"])
         assert written(value) == expected
@@ -156,17 +137,17 @@ def test_stop_strings(stop: Any, made: Callable[[str], Made]) -> None:
     engine, _, _ = made("llama")
     requests = [Request({"text": text}, {"max_new_tokens": 40, "stop": stop}) for text in TEXTS]
     expected = [original(made("llama"), text, max_new_tokens=40, stop_strings=stop) for text in TEXTS]
-    assert [written(value) for value in values(engine, requests)] == expected
+    assert [written(value) for value in answers(engine, requests)] == expected
 
 
 def test_a_seed_draws_the_same_again(made: Callable[[str], Made]) -> None:
     engine, _, _ = made("gpt2")
     request = Request({"text": "The train"}, {"seed": 5, "max_new_tokens": 30})
-    [one], [two] = values(engine, [request]), values(engine, [request])
-    others = [values(engine, [Request({"text": "The train"}, {"seed": s, "max_new_tokens": 30})])[0] for s in range(4)]
+    [one], [two] = answers(engine, [request]), answers(engine, [request])
+    others = [answers(engine, [Request({"text": "The train"}, {"seed": s, "max_new_tokens": 30})])[0] for s in range(4)]
     assert one == two
     assert len({written(other) for other in others}) == 4
-    unseeded = [values(engine, [Request({"text": "The"}, {"do_sample": True, "max_new_tokens": 30})])[0] for _ in "ab"]
+    unseeded = [answers(engine, [Request({"text": "The"}, {"do_sample": True, "max_new_tokens": 30})])[0] for _ in "ab"]
     assert unseeded[0] != unseeded[1]
 
 
@@ -260,7 +241,7 @@ def test_a_text_that_has_no_room_is_refused_or_cut(made: Callable[[str], Made]) 
 def test_without_a_limit_the_room_is_filled(made: Callable[[str], Made]) -> None:
     engine, _, tokenizer = made("llama")
     text = " ".join(TEXTS)[:100]
-    [value] = values(engine, [Request({"text": text})])
+    [value] = answers(engine, [Request({"text": text})])
     assert written(value) == original(made("llama"), text, max_new_tokens=128 - len(tokenizer(text)["input_ids"]))
 
 
@@ -268,7 +249,7 @@ def test_parameters_that_contradict_each_other(made: Callable[[str], Made]) -> N
     engine, _, _ = made("gpt2")
     [result] = engine.answer([Request({"text": "a"}, {"num_beams": 3, "temperature": 0.5})])
     assert isinstance(result, InvalidRequest) and result.field == "parameters.num_beams"
-    [cold] = values(engine, [Request({"text": "a"}, {"temperature": 0, "max_new_tokens": 9})])
+    [cold] = answers(engine, [Request({"text": "a"}, {"temperature": 0, "max_new_tokens": 9})])
     assert written(cold) == original(made("gpt2"), "a", max_new_tokens=9)
     [fine] = engine.answer([Request({"text": "a"}, {"num_beams": 3, "temperature": 0.5, "do_sample": False})])
     assert isinstance(fine, Answer)
@@ -287,7 +268,7 @@ def test_streaming_tells_the_answer_in_pieces(architecture: str, made: Callable[
         result = results[i]
         assert isinstance(result, Answer)
         plain = Request({"text": TEXTS[i]}, {**requests[i].parameters, "stream": False, "return_full_text": False})
-        assert result.value == written(values(engine, [plain])[0])
+        assert result.value == written(answers(engine, [plain])[0])
         assert len(pieces) >= 15
         for before, after in zip(pieces, [*pieces[1:], result.value]):
             assert after.startswith(before)
@@ -359,7 +340,7 @@ def test_chats_over_the_engine(tmp_path: Path, checkpoint: Callable[..., Path]) 
     pipeline = transformers.pipeline("text-generation", model=str(source), device="cpu")
     for messages in CHATS:
         expected = pipeline([messages], max_new_tokens=12, do_sample=False)[0]
-        [value] = values(engine, [Request({"messages": messages}, {"max_new_tokens": 12})])
+        [value] = answers(engine, [Request({"messages": messages}, {"max_new_tokens": 12})])
         assert value == expected
     [plain] = engine.answer([Request({"text": "x"}, {"max_new_tokens": 2})])
     assert isinstance(plain, Answer)
@@ -376,7 +357,7 @@ def test_answers_are_the_pipelines(architecture: str, made: Callable[[str], Made
     pipeline = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
     for text in TEXTS:
         for full in (True, False):
-            [value] = values(engine, [Request({"text": text}, {"max_new_tokens": 9, "return_full_text": full})])
+            [value] = answers(engine, [Request({"text": text}, {"max_new_tokens": 9, "return_full_text": full})])
             assert value == pipeline([text], max_new_tokens=9, do_sample=False, return_full_text=full)[0]
 
 
@@ -414,5 +395,5 @@ def test_text_to_text_is_the_pipelines_of_4_57(architecture: str, made: Callable
     engine, _, _ = made(architecture)
     cases = [case for case in ORACLE["cases"] if case["architecture"] == architecture]
     assert len(cases) == 35
-    got = values(engine, [Request({"text": case["text"]}, case["parameters"]) for case in cases])
+    got = answers(engine, [Request({"text": case["text"]}, case["parameters"]) for case in cases])
     assert got == [case["answer"] for case in cases]

@@ -11,7 +11,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple
 
 import pytest
 from conftest import run_export
-from test_tasks import assert_equal
+from oracle import assert_equal
 from traceserve import cli, server, torchserve
 from traceserve.archive import archive
 from traceserve.server import Instance

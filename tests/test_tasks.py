@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Dict, List, NamedTuple, Optional
 
 import models
 import numpy as np
@@ -18,6 +17,7 @@ import transformers
 from conftest import MINILM, run_export
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import ANSWERS, ASKED, CASES, COLORS, STRATEGIES, TEXTS, answers, ask_with_parameters, assert_equal, names
 from traceserve.samples import SENTENCES, VERY_LONG
 from traceserve_runtime.engine import Answer, Engine
 from traceserve_runtime.errors import InvalidRequest, TraceserveError, Unsupported
@@ -30,131 +30,8 @@ from traceserve_runtime.tokenization import Encoded
 pytestmark = pytest.mark.filterwarnings("ignore:Tokenizer does not support real words:UserWarning")
 quick = settings(deadline=None, max_examples=40, database=None)
 
-TEXTS = [text for text in SENTENCES if text]
 SHORT = "The train leaves at nine."
 LONG = VERY_LONG[:1500]
-
-
-def names(*labels: str) -> Dict[str, Any]:
-    """The part of a configuration that names labels."""
-    return {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-
-
-COLORS = names("red", "green", "blue")
-
-
-# What each task is asked, and how the pipeline is asked the same.
-
-
-def ask_classifier(pipeline: Any, request: Request) -> Any:
-    return pipeline([dict(request.inputs)], **request.parameters)[0]
-
-
-def ask_for_features(pipeline: Any, request: Request) -> Any:
-    return pipeline(request.inputs["text"])
-
-
-def ask_with_parameters(pipeline: Any, request: Request) -> Any:
-    return pipeline(request.inputs["text"], **request.parameters)
-
-
-def ask_ranker(pipeline: Any, request: Request) -> Any:
-    """The scores are the pipeline's; what is made of them is told by the parameters."""
-    query, documents, parameters = request.inputs["query"], request.inputs["documents"], request.parameters
-    function = {key: value for key, value in parameters.items() if key == "function_to_apply"}
-    scores = [pipeline({"text": query, "text_pair": document}, **function)["score"] for document in documents]
-    ranked = list(range(len(scores)))
-    if parameters.get("sort") or "top_k" in parameters:
-        ranked.sort(key=lambda i: -scores[i])
-    told = {"text": documents} if parameters.get("return_documents") else {}
-    return [
-        {"index": i, "score": scores[i], **{key: values[i] for key, values in told.items()}}
-        for i in ranked[: parameters.get("top_k")]
-    ]
-
-
-def each_text(*parameters: Dict[str, Any]) -> Callable[[Engine], List[Request]]:
-    return lambda engine: [Request({"text": text}, own) for text in TEXTS for own in parameters]
-
-
-def classified(engine: Engine) -> List[Request]:
-    pairs = [{"text": one, "text_pair": two} for one, two in zip(TEXTS[::3], TEXTS[1::3])]
-    return [Request({"text": text}) for text in TEXTS] + [Request(pair, {"top_k": 2}) for pair in pairs]
-
-
-def masked(engine: Engine) -> List[Request]:
-    """Each text with one word masked, every third one with another; all parameters in turn."""
-    parameters: List[Dict[str, Any]] = [
-        {},
-        {"top_k": 1},
-        {"top_k": 12},
-        {"targets": "train"},
-        {"targets": ["the", "Train", "antidisestablishmentarianism", "꧁"]},
-        {"targets": ["the", "a", "coast", "the"], "top_k": 2},
-    ]
-    requests = engine.task.from_texts(TEXTS)
-    return [Request(r.inputs, parameters[(i + k) % 6]) for i, r in enumerate(requests) for k in (0, 1)]
-
-
-def judged(engine: Engine) -> List[Request]:
-    labels = ["a question", "travel", "shopping"]
-    parameters: List[Dict[str, Any]] = [
-        {"candidate_labels": labels},
-        {"candidate_labels": labels, "multi_label": True},
-        {"candidate_labels": "travel"},
-        {"candidate_labels": ["travel"], "multi_label": True},
-        {"candidate_labels": "travel , shopping,, Größe 👍🏽,", "hypothesis_template": "Das ist {}!"},
-        {"candidate_labels": [" travel ", "travel", " "], "hypothesis_template": "{}"},
-    ]
-    return [Request({"text": text}, parameters[(i + k) % 6]) for i, text in enumerate(TEXTS) for k in (0, 1)]
-
-
-def ranked(engine: Engine) -> List[Request]:
-    parameters: List[Dict[str, Any]] = [
-        {},
-        {"sort": True},
-        {"top_k": 2},
-        {"return_documents": True, "function_to_apply": "none"},
-        {"function_to_apply": "sigmoid", "top_k": 50, "return_documents": True},
-    ]
-    return [
-        Request({"query": text, "documents": [*TEXTS[i + 1 : i + 5], ""]}, parameters[i % 5])
-        for i, text in enumerate(TEXTS)
-    ]
-
-
-class Case(NamedTuple):
-    """How a task is compared with its pipeline."""
-
-    options: Dict[str, Any]  # of its checkpoints' configuration
-    requests: Callable[[Engine], List[Request]]
-    ask: Callable[[Any, Request], Any]  # the pipeline's answer
-
-
-STRATEGIES = ("none", "simple", "first", "average", "max")
-CASES: Dict[str, Case] = {
-    "sequence_classification": Case(COLORS, classified, ask_classifier),
-    "token_classification": Case(
-        names("O", "B-PER", "I-PER", "B-LOC", "I-LOC"),
-        each_text(
-            *({"aggregation_strategy": strategy} for strategy in STRATEGIES),
-            {"ignore_labels": []},
-            {"aggregation_strategy": "simple", "ignore_labels": ["PER"]},
-            {"aggregation_strategy": "max", "ignore_labels": ["O", "LOC"]},
-        ),
-        ask_with_parameters,
-    ),
-    "fill_mask": Case({}, masked, ask_with_parameters),
-    "zero_shot_classification": Case(names("contradiction", "neutral", "entailment"), judged, ask_with_parameters),
-    "text_ranking": Case({"num_labels": 1}, ranked, ask_ranker),
-    "feature_extraction": Case({}, each_text({}), ask_for_features),
-}
-# The answers of the pipeline for this task, which transformers 5 does not have.
-ANSWERS = json.loads((Path(__file__).parent / "data" / "question_answering.json").read_text(encoding="utf-8"))
-ASKED = [
-    Request({"question": ANSWERS["texts"][question], "context": ANSWERS["texts"][context]}, parameters)
-    for question, context, parameters in ANSWERS["requests"]
-]
 # What is longer than any model here reads.
 LONG_REQUESTS: Dict[str, Callable[[Engine], Request]] = {
     "sequence_classification": lambda engine: Request({"text": LONG, "text_pair": SHORT}, {"top_k": None}),
@@ -209,13 +86,6 @@ def exported(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathF
     return make
 
 
-def answers(engine: Engine, requests: Sequence[Request]) -> List[Any]:
-    results = engine.answer(requests)
-    for result in results:
-        assert isinstance(result, Answer), result
-    return [result.value for result in results if isinstance(result, Answer)]
-
-
 def answer(engine: Engine, inputs: Dict[str, Any], **parameters: Any) -> Any:
     [value] = answers(engine, [Request(inputs, parameters)])
     return value
@@ -226,24 +96,6 @@ def refusal(engine: Engine, inputs: Dict[str, Any], **parameters: Any) -> Traces
     [error] = engine.answer([Request(inputs, parameters)])
     assert isinstance(error, TraceserveError)
     return error
-
-
-def assert_equal(answer: Any, expected: Any, relative: float = 1e-4, absolute: float = 1e-5) -> None:
-    """The one assertion: the same structure, keys, order, words; numbers to the tolerance."""
-    if isinstance(expected, dict):
-        assert isinstance(answer, dict) and list(answer) == list(expected)
-        for key in expected:
-            assert_equal(answer[key], expected[key], relative, absolute)
-    elif isinstance(expected, list) and expected and isinstance(expected[0], float):
-        np.testing.assert_allclose(np.asarray(answer), np.asarray(expected), rtol=relative, atol=absolute)
-    elif isinstance(expected, list):
-        assert isinstance(answer, list) and len(answer) == len(expected)
-        for one, other in zip(answer, expected):
-            assert_equal(one, other, relative, absolute)
-    elif isinstance(expected, (float, np.floating)):
-        assert type(answer) is float and math.isclose(answer, expected, rel_tol=relative, abs_tol=absolute)
-    else:
-        assert type(answer) is type(expected) and answer == expected
 
 
 def test_every_task_without_a_loop_is_compared() -> None:

@@ -8,7 +8,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, Sequence
 
 # What ours is built with for each kind of answer. The rivals' embeddings are pooled too.
 SETTINGS: Dict[str, Dict[str, Any]] = {
@@ -57,12 +57,12 @@ def archive_of(options: argparse.Namespace, folder: Path, **defaults: Any) -> Pa
     return build(options.model, folder, settings(options, **defaults))
 
 
-def build(model: Path, folder: Path, config: Dict[str, Any]) -> Path:
+def build(model: Path, folder: Path, config: Dict[str, Any], arguments: Sequence[str] = ()) -> Path:
     """The archive that `traceserve build` makes of a checkpoint."""
     file = folder / "setup_config.json"
     file.write_text(json.dumps({"model_name": str(model.resolve()), **config}))
     command = [sys.executable, "-m", "traceserve", "build", "--config", str(file), "--store", str(folder)]
-    command += ["--output", str(folder / "bench")]
+    command += ["--output", str(folder / "bench"), *arguments]
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if result.returncode:
         sys.exit(result.stdout)
