@@ -11,6 +11,9 @@ import pytest
 # Before any library reads them: nothing here may reach a hub, and no server of the user be seen.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # tests that run beside each other share the cores
+    shared = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    os.environ.setdefault("OMP_NUM_THREADS", str(shared))
 
 import models  # after the environment
 from traceserve.config import Loaded, parse

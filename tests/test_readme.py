@@ -53,7 +53,7 @@ def test_it_opens_with_two_commands() -> None:
     start = README.split("## Quick start", 1)[1].split("\n## ", 1)[0]
     commands = re.findall(r"^```sh\n(.*?)^```", start, re.MULTILINE | re.DOTALL)
     assert len(commands) == 2 and all(len(command.strip().splitlines()) == 1 for command in commands)
-    assert commands[0].strip().endswith("traceserve demo") and commands[1].strip().endswith("-m pytest")
+    assert commands[0].strip().endswith("traceserve demo") and "-m pytest" in commands[1]
 
 
 def test_every_json_of_it_is_legal() -> None:
