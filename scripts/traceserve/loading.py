@@ -108,7 +108,7 @@ def _load_tokenizer(config: SetupConfig, checkpoint: Checkpoint) -> Any:
                 use_fast=True,
                 local_files_only=True,
                 trust_remote_code=config.trust_remote_code,
-                **({"gguf_file": str(in_file)} if in_file else {}),
+                **({"gguf_file": str(in_file), **gguf.tokenizer_options(checkpoint)} if in_file else {}),
             )
     except Exception as error:  # transformers raises whatever its many tokenizers do
         raise SourceError(f"the tokenizer of {config.model_name} cannot be loaded: {first_line(error)}") from error
@@ -117,6 +117,7 @@ def _load_tokenizer(config: SetupConfig, checkpoint: Checkpoint) -> Any:
             f"{config.model_name} has no fast tokenizer ({type(tokenizer).__name__} runs in Python only), and the worker "
             "has the tokenizers package only; convert it to a tokenizer.json first"
         )
+    gguf.check_tokenizer(checkpoint, tokenizer)
     if not in_file and not any(path for pattern in _VOCABULARIES for path in checkpoint.folder.glob(pattern)):
         # transformers 5 makes up an empty tokenizer in its place.
         raise SourceError(f"{config.model_name}: {checkpoint.folder} has no tokenizer ({', '.join(_VOCABULARIES)})")
