@@ -203,6 +203,11 @@ def test_positions_that_are_numbered_from_the_padding_on(checkpoint: Callable[..
         original(source, task="feature_extraction", max_length=151)
 
 
+def test_a_row_as_long_as_the_model_reads(decoder: Callable[[str], Path]) -> None:
+    """MPT calls its limit by a name of its own."""
+    assert original(decoder("mpt"), task="text_generation", max_length=None).max_length == 160
+
+
 @pytest.mark.parametrize(
     "family, options",
     [

@@ -43,7 +43,7 @@ def load(config: SetupConfig, checkpoint: Checkpoint) -> Any:
     original = transformers.load(config, checkpoint)
     kind = _kind(kinds, original.config, config.model_name)
     model = _filled(kind, original, config.model_name)
-    longest = _longest(config, original.config)
+    longest = _longest(config, original.config, model)
     made: Any = Encoder(model, original) if encodes else CausalLM(model, original, longest)
     made.eval()
     _check_same(made, original, longest, config.model_name)
@@ -89,19 +89,21 @@ def _facts(config: Any) -> Dict[str, Any]:
     return {**(named if rotary else {}), **facts, "torch_dtype": "float32"}
 
 
-def _longest(config: SetupConfig, facts: Any) -> int:
+def _longest(config: SetupConfig, facts: Any, model: Any) -> int:
     """The most tokens that a row can come to have, its written ones included."""
     wanted = config.max_length or TASKS[config.task].longest_default
-    limit = getattr(facts, "max_position_embeddings", None)
-    return min(wanted, limit) if isinstance(limit, int) and limit > 0 else wanted
+    limits = [getattr(facts, name, None) for name in ("max_position_embeddings", "max_seq_len")]  # MPT has the second
+    limit = min([n for n in limits if isinstance(n, int) and n > 0], default=wanted)
+    # RoBERTa and its kin number positions from the padding's id on.
+    offset = getattr(getattr(model, "embeddings", None), "padding_id", -1) + 1
+    return min(wanted, limit - offset)
 
 
 def _check_same(model: Any, original: Any, longest: int, name: str) -> None:
     """Raise ExportError unless both give the same for a long row of tokens from everywhere in the vocabulary."""
     import torch
 
-    length = longest - 2  # less what RoBERTa's positions leave out
-    ids = torch.arange(length)[None] * 7919 % original.config.vocab_size
+    ids = torch.arange(longest)[None] * 7919 % original.config.vocab_size
     columns = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with torch.no_grad():
         expected, got = original(**columns)[0], model(**columns)[0]
