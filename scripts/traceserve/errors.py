@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Sequence
 
 from traceserve_runtime.errors import TraceserveError
 
@@ -36,3 +36,14 @@ class ArchiveError(TraceserveError):
 
 class ServerError(TraceserveError):
     """TorchServe did not start, or does not answer."""
+
+
+def first_line(error: Exception) -> str:
+    """The kind of somebody else's error and the first line of what it says."""
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def some(names: Sequence[str]) -> str:
+    """The first three names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -7,6 +7,7 @@ import os
 import platform
 import tempfile
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -16,7 +17,7 @@ from traceserve_runtime.manifest import Manifest, Shapes, Source, sha256
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Request
 
-from traceserve import loading, precision, samples, sources
+from traceserve import libraries, loading, precision, samples, sources
 from traceserve.config import Loaded, SetupConfig
 from traceserve.corpus import sentences
 from traceserve.errors import DriftError, ExportError
@@ -283,7 +284,7 @@ def _write(
         parameters=original.parameters,
         facts=original.facts,
         source=source,
-        versions=_versions(),
+        versions=_versions(config),
         files={file: sha256(folder / file) for file in sorted(files)},
     )
     manifest.write(folder)
@@ -296,7 +297,7 @@ def _serving(config: SetupConfig) -> str:
     return serving.to_yaml()
 
 
-def _versions() -> Dict[str, str]:
+def _versions(config: SetupConfig) -> Dict[str, str]:
     import tokenizers
     import torch
     import transformers
@@ -307,4 +308,5 @@ def _versions() -> Dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "tokenizers": tokenizers.__version__,
+        **{package: metadata.version(package) for package in libraries.packages(config.library, config.gguf_file)},
     }

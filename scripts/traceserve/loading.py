@@ -1,4 +1,4 @@
-"""A checkpoint to the original: model and tokenizer of transformers, in float32, ready to be traced and compared with."""
+"""A checkpoint to the original: its model and tokenizer, in float32, ready to be traced and compared with."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import contextlib
 import inspect
 import json
 import os
-import random
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Tuple
+from typing import Any, Dict, Iterator, Tuple
 
 from traceserve_runtime.manifest import TokenizerFacts
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import ModelFacts
 
+from traceserve import gguf
 from traceserve.config import SetupConfig
-from traceserve.errors import ConfigError, ExportError, SourceError
+from traceserve.errors import ConfigError, ExportError, SourceError, first_line, some
+from traceserve.libraries import LIBRARIES
 from traceserve.sources import Checkpoint
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -30,7 +31,7 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 class Original:
     """What the archive is made from and measured against."""
 
-    model: Any  # transformers.PreTrainedModel, float32, eval
+    model: Any  # transformers.PreTrainedModel, or called as one; float32, eval
     tokenizer: Any  # transformers.PreTrainedTokenizerFast
     inputs: Tuple[str, ...]
     max_length: int
@@ -64,9 +65,14 @@ class Original:
 
 
 def load(config: SetupConfig, checkpoint: Checkpoint, config_folder: Path) -> Original:
-    """The original model and tokenizer of a checkpoint, checked against `config`; raises what says how they disagree."""
+    """The original model and tokenizer of a checkpoint, checked against `config`; raises what says how they disagree.
+
+    The tokenizer is transformers', whatever library has the model: of it the worker needs tokenizer.json and the special
+    tokens, and the gate asks it. (The curated library's own are slow ones, or without the special tokens' names.)
+    """
+    gguf.check(checkpoint)
     tokenizer = _load_tokenizer(config, checkpoint)
-    model = _load_model(config, checkpoint)
+    model = LIBRARIES[config.library].load(config, checkpoint)
     accepted = inspect.signature(model.forward).parameters
     inputs = tuple(name for name in INPUTS if name in accepted and name in tokenizer.model_input_names)
     if "attention_mask" in accepted and "attention_mask" not in inputs:
@@ -96,17 +102,23 @@ def _load_tokenizer(config: SetupConfig, checkpoint: Checkpoint) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            checkpoint.folder, use_fast=True, local_files_only=True, trust_remote_code=config.trust_remote_code
-        )
+        with gguf.located(checkpoint) as (folder, in_file):
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder,
+                use_fast=True,
+                local_files_only=True,
+                trust_remote_code=config.trust_remote_code,
+                **({"gguf_file": str(in_file), **gguf.tokenizer_options(checkpoint)} if in_file else {}),
+            )
     except Exception as error:  # transformers raises whatever its many tokenizers do
-        raise SourceError(f"the tokenizer of {config.model_name} cannot be loaded: {_first_line(error)}") from error
+        raise SourceError(f"the tokenizer of {config.model_name} cannot be loaded: {first_line(error)}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise ExportError(
             f"{config.model_name} has no fast tokenizer ({type(tokenizer).__name__} runs in Python only), and the worker "
             "has the tokenizers package only; convert it to a tokenizer.json first"
         )
-    if not any(path for pattern in _VOCABULARIES for path in checkpoint.folder.glob(pattern)):
+    gguf.check_tokenizer(checkpoint, tokenizer)
+    if not in_file and not any(path for pattern in _VOCABULARIES for path in checkpoint.folder.glob(pattern)):
         # transformers 5 makes up an empty tokenizer in its place.
         raise SourceError(f"{config.model_name}: {checkpoint.folder} has no tokenizer ({', '.join(_VOCABULARIES)})")
     return tokenizer
@@ -120,65 +132,6 @@ def _check_case(config: SetupConfig, checkpoint: Checkpoint, tokenizer: Any) -> 
             f"{config.model_name} wants texts in lower case (sentence_bert_config.json), but its tokenizer keeps capitals; "
             "set the tokenizer's normalizer to lower case"
         )
-
-
-def _load_model(config: SetupConfig, checkpoint: Checkpoint) -> Any:
-    import numpy as np
-    import torch
-    import transformers
-
-    auto_model = getattr(transformers, TASKS[config.task].auto_model)
-    options = _weights(checkpoint, transformers.__version__)
-    # A head that the checkpoint lacks is drawn at random: always the same.
-    random.seed(0)
-    np.random.seed(0)
-    torch.manual_seed(0)
-    try:
-        model, report = auto_model.from_pretrained(
-            checkpoint.folder,
-            local_files_only=True,
-            trust_remote_code=config.trust_remote_code,
-            output_loading_info=True,
-            **options,
-        )
-    except Exception as error:  # transformers raises whatever its many models do
-        raise SourceError(
-            f"{config.model_name} cannot be loaded as {auto_model.__name__}: {_first_line(error)}"
-        ) from error
-    missing = _untrained(report, model)
-    if missing and not config.allow_untrained_head:
-        raise SourceError(
-            f"{config.model_name} holds no trained weights for the task {config.task} ({_some(missing)}), so its answers "
-            'would be random; name a fine-tuned checkpoint, or set "allow_untrained_head": true for a trial'
-        )
-    return model.float().eval()  # a checkpoint stored in float16 loads as float16
-
-
-def _weights(checkpoint: Checkpoint, version: str) -> Dict[str, Any]:
-    """How from_pretrained is told to read safetensors, or a pickle of weights only.
-
-    transformers before 4.41 knows no `weights_only`, and before 4.28 no `use_safetensors`: they are given what was read.
-    This can go with the support of the Inf1 stack (4.26).
-    """
-    if tuple(int(part) for part in version.split(".")[:2]) >= (4, 41):
-        return {"weights_only": True} if checkpoint.pickled else {"use_safetensors": True}
-    import torch
-    from safetensors.torch import load_file
-
-    tensors: Dict[str, Any] = {}
-    for file in sorted(checkpoint.folder.glob("pytorch_model*.bin" if checkpoint.pickled else "*.safetensors")):
-        tensors.update(
-            torch.load(file, map_location="cpu", weights_only=True) if checkpoint.pickled else load_file(file)
-        )
-    return {"state_dict": tensors}
-
-
-def _untrained(report: Mapping[str, Any], model: Any) -> List[str]:
-    """The weights that the checkpoint lacks; an encoder's pooler is no loss where its output is not read."""
-    missing = sorted({*report.get("missing_keys", ()), *(str(k) for k in report.get("mismatched_keys", ()))})
-    if type(model).__name__.endswith("Model"):  # without a head
-        missing = [key for key in missing if not key.startswith("pooler.")]
-    return missing
 
 
 def _max_length(config: SetupConfig, checkpoint: Checkpoint, model: Any, tokenizer: Any) -> int:
@@ -224,7 +177,7 @@ def _labels(config: SetupConfig, model: Any, config_folder: Path) -> Tuple[str, 
         place = config.index_to_name
     if sorted(names) != list(range(count)):
         raise ConfigError(
-            f"{place} names {len(names)} labels ({_some([str(k) for k in names])}), but the head of {config.model_name} "
+            f"{place} names {len(names)} labels ({some([str(k) for k in names])}), but the head of {config.model_name} "
             f"has {count}, 0 to {count - 1}"
         )
     return tuple(names[index] for index in range(count))
@@ -291,12 +244,3 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if had_bars:
             logging.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
-
-
-def _some(names: List[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -110,7 +110,7 @@ class _DecoderStep(torch.nn.Module):
             return_dict=True,
             **self.fixed,
         )
-        grown = _read_cache(result.past_key_values)
+        grown = read_cache(result.past_key_values)
         return (result.logits[:, -1].float(), *(tensor for pair in grown for tensor in pair))
 
 
@@ -174,7 +174,7 @@ def _example(original: Original, batch: int, length: int) -> Tuple[torch.Tensor,
 
 def _pairs(cache: Any, original: Original) -> Pairs:
     try:
-        pairs = _read_cache(cache)
+        pairs = read_cache(cache)
         if pairs and all(tensor.dim() == 4 for pair in pairs for tensor in pair):
             return pairs
     except (AttributeError, TypeError, ValueError):
@@ -205,7 +205,7 @@ def _cache(pairs: Pairs) -> Any:
     return cache
 
 
-def _read_cache(cache: Any) -> Pairs:
+def read_cache(cache: Any) -> Pairs:
     if isinstance(cache, tuple):
         return [(layer[0], layer[1]) for layer in cache]
     if hasattr(cache, "layers"):
@@ -223,8 +223,8 @@ def _cache_both(past: Pairs, source: Pairs) -> Any:
 
 def _read_both(cache: Any) -> Tuple[Pairs, Pairs]:
     if isinstance(cache, tuple):
-        return _read_cache(cache), [(layer[2], layer[3]) for layer in cache]
-    return _read_cache(cache.self_attention_cache), _read_cache(cache.cross_attention_cache)
+        return read_cache(cache), [(layer[2], layer[3]) for layer in cache]
+    return read_cache(cache.self_attention_cache), read_cache(cache.cross_attention_cache)
 
 
 def forced_tokens(row: Row, steps: int) -> List[int]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import glob
 import importlib.util
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
 
 from traceserve_runtime.manifest import Source, sha256
 
 from traceserve.config import SetupConfig
-from traceserve.errors import SourceError
+from traceserve.errors import SourceError, some
 
 # What a checkpoint is made of, and what a hub may hold beside it for other libraries.
 _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.bpe", "*.jinja", "*/config.json"]
@@ -29,6 +30,7 @@ class Checkpoint:
     kind: str
     revision: Optional[str] = None
     note: Optional[str] = None  # what the user should know of it
+    gguf_file: Optional[str] = None  # of the folder, where this one file is the whole checkpoint
 
     @property
     def pickled(self) -> bool:
@@ -38,12 +40,13 @@ class Checkpoint:
     def read_json(self, name: str) -> Any:
         """A JSON file of the checkpoint, or None where it has none."""
         path = self.folder / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() and not self.gguf_file else None
 
     def source(self, config: SetupConfig) -> Source:
         """What the manifest records: name, revision, and the SHA-256 of each file that a model may be read from."""
         patterns = _SMALL_FILES + (_PICKLES if self.pickled else _SAFETENSORS)
         patterns += _CODE if config.trust_remote_code else []
+        patterns = [self.gguf_file] if self.gguf_file else patterns
         files = sorted({path for pattern in patterns for path in self.folder.glob(pattern) if path.is_file()})
         return Source(
             name=config.model_name,
@@ -66,7 +69,7 @@ def fetch(config: SetupConfig, config_folder: Path) -> Checkpoint:
         checkpoint = Checkpoint(folder.resolve(), "folder") if folder.is_dir() else _from_hub(config, folder)
     if checkpoint.kind != "hub":
         _check_no_revision(config, checkpoint.kind)
-    return _checked(checkpoint, config)
+    return _checked(replace(checkpoint, gguf_file=config.gguf_file), config)
 
 
 def _check_no_revision(config: SetupConfig, kind: str) -> None:
@@ -117,9 +120,12 @@ def _from_hub(config: SetupConfig, folder: Path) -> Checkpoint:
     code = _CODE if config.trust_remote_code else []
     what = f"{config.model_name}" + (f" at revision {config.revision}" if config.revision else "")
     try:
-        snapshot = download(_SMALL_FILES + _SAFETENSORS + code)
-        if not any(snapshot.glob("*.safetensors")):
-            download(_PICKLES)
+        if config.gguf_file:
+            snapshot = download([glob.escape(config.gguf_file)])
+        else:
+            snapshot = download(_SMALL_FILES + _SAFETENSORS + code)
+            if not any(snapshot.glob("*.safetensors")):
+                download(_PICKLES)
     except HFValidationError:
         raise SourceError(f"{what} is neither a folder ({folder} does not exist) nor a valid hub id") from None
     except RevisionNotFoundError:
@@ -147,6 +153,13 @@ def _checked(checkpoint: Checkpoint, config: SetupConfig) -> Checkpoint:
     folder = checkpoint.folder
     partly = " (the hub's cache may hold a part of it only: download it once while online, or name a folder)"
     hint = partly if checkpoint.kind == "hub" else ""
+    if checkpoint.gguf_file:
+        if not (folder / checkpoint.gguf_file).is_file():
+            known = some(sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.gguf"))) or "none"
+            raise SourceError(
+                f"{config.model_name}: {folder} has no file {checkpoint.gguf_file}; GGUF files in it: {known}{hint}"
+            )
+        return checkpoint
     if not (folder / "config.json").is_file():
         raise SourceError(
             f"{config.model_name}: {folder} has no config.json, so it is no checkpoint of transformers{hint}"
