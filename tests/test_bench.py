@@ -107,7 +107,7 @@ def test_what_the_servers_counters_mean(served: Instance, samples: Path) -> None
     document = measure([subject("patient", samples)], plan, samples.name, quietly)
     [one] = document["summary"]
     parts = one["server"]["time_ms"]
-    assert 1000 * DELAY <= parts["queue"] < one["latency_ms"]["mean"] and one["latency_ms"]["p50"] >= 1000 * DELAY
+    assert 950 * DELAY < parts["queue"] < one["latency_ms"]["mean"] and one["latency_ms"]["p50"] > 950 * DELAY
     assert parts["queue"] > sum(parts.values()) / 2 and min(parts.values()) > 0
     # Two answers in a batch, and as many counted as were answered in the span.
     assert one["server"]["requests"] == pytest.approx(one["requests"], abs=4)

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from dataclasses import replace
@@ -217,3 +218,16 @@ def test_a_server_may_be_given_another_configuration(mar: Path) -> None:
         server.stop(instance, at_once=True)
     assert read_serving(mar) == BUILT
     assert not os.path.exists(instance.folder)
+
+
+def test_a_temporary_folder_too_deep_for_sockets(tmp_path: Path, mar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TorchServe's workers listen on sockets there, whose paths have a limit: it is told before anything starts."""
+    deep = tmp_path / ("x" * 60) / ("y" * 60)
+    deep.mkdir(parents=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    instance = server.start([mar], port=torchserve.free_ports(1)[0], timeout=90)
+    try:
+        assert worker_folders(instance) == {"tiny": 1} and len(instance.folder) < 60
+    finally:
+        server.stop(instance, at_once=True)
+    assert list(deep.iterdir()) == []

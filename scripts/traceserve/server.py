@@ -28,6 +28,7 @@ from traceserve.archive import check_name, read_manifest, read_serving
 from traceserve.errors import ServerError
 from traceserve.serving import Serving
 
+_LONGEST_SOCKET_PATH = 103  # in bytes: of macOS; Linux has 107
 DEFAULT_PORT = 8080
 
 
@@ -92,7 +93,7 @@ def start(
     wanted = {name: _wanted(each, serving, workers) for name, each in own.items()}
     _check_port(host, port)
     java = torchserve.find_java()
-    folder = Path(tempfile.mkdtemp(prefix=f"traceserve-{port}-"))
+    folder = _new_folder(port)
     try:
         changed = {name: each for name, each in wanted.items() if each != own[name]}
         (management_port, metrics_port), settings = torchserve.configure(folder, files, changed, host, port)
@@ -212,6 +213,24 @@ def _wanted(own: Serving, serving: Optional[Serving], workers: Optional[int]) ->
     if (wanted.workers or 1) > 1 and wanted.threads is None and "OMP_NUM_THREADS" not in os.environ:
         wanted = dataclasses.replace(wanted, threads=max(1, knobs.cores() // (wanted.workers or 1)))
     return wanted
+
+
+def _new_folder(port: int) -> Path:
+    """A temporary folder in which TorchServe can have its sockets, whose paths have a limit; raises ServerError."""
+    made: List[Path] = []
+    for place in (None, "/tmp"):
+        with contextlib.suppress(OSError):
+            made.append(Path(tempfile.mkdtemp(prefix=f"traceserve-{port}-", dir=place)))
+            if len(os.fsencode(made[-1] / "tmp" / ".ts.sock.65535")) <= _LONGEST_SOCKET_PATH:
+                for unused in made[:-1]:
+                    unused.rmdir()
+                return made[-1]
+    for unused in made:
+        unused.rmdir()
+    raise ServerError(
+        f"the temporary folder {tempfile.gettempdir()} has too long a path for the sockets of TorchServe's workers; "
+        "set TMPDIR to one with a shorter path"
+    )
 
 
 def _check_port(host: str, port: int) -> None:
