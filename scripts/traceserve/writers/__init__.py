@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Dict
 
 from traceserve import precision
-from traceserve.writers import shapes, torchscript
+from traceserve.writers import pretrained, shapes, torchscript
 from traceserve.writers.contract import Writer
 
 WRITERS: Dict[str, Writer] = {
@@ -19,5 +19,18 @@ WRITERS: Dict[str, Writer] = {
         lowered=precision.lowered,
         shapes=shapes.with_graphs,
         check=torchscript.check,
+    ),
+    "pretrained": Writer(
+        write=pretrained.write,
+        model_file=pretrained.MODEL_FILE,
+        hardware=("cpu",),
+        dtypes=("float32", "bfloat16"),
+        loops=("float32", "bfloat16"),
+        auto=precision.fastest,
+        lowered=precision.lowered,
+        shapes=shapes.one_graph,
+        check=pretrained.check,
+        options=(pretrained.TORCH_COMPILE,),
+        refuses=pretrained.refuses,
     ),
 }
