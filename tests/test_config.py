@@ -27,6 +27,7 @@ KEYS: Dict[str, Tuple[Any, List[Tuple[Any, Any]]]] = {
     "task": ("sequence_classification", [(name, name) for name in TASKS]),
     "save_mode": ("torchscript", [(name, name) for name in WRITERS]),
     "hardware": ("cpu", [("cpu", "cpu")]),
+    "options": ({}, [({}, {})]),
     "dtype": ("auto", [(name, name) for name in ("auto", "float32", "bfloat16", "int8")]),
     "max_length": (None, [(150, 150), ("150", 150), (4, 4), (1_000_000, 1_000_000), (None, None)]),
     "sequence_lengths": (
@@ -88,6 +89,7 @@ BAD: List[Tuple[str, Any, str]] = [
     ("parameters", [], "dictionary"),
     ("parameters", "top_k", "dictionary"),
     ("parameters", True, "not a boolean"),
+    ("options", None, "dictionary"),
     ("max_rows", 0, "greater than or equal to 1"),
     ("max_rows", True, "integer"),
     ("num_labels", -1, "greater than or equal to 0"),
@@ -281,7 +283,7 @@ def test_the_example_files_hold_every_key_without_meaning() -> None:
 @pytest.mark.parametrize(
     "change, given, legal",
     [
-        ({"save_mode": "pretrained"}, '"pretrained"', list(WRITERS)),
+        ({"save_mode": "pickle"}, '"pickle"', list(WRITERS)),
         ({"mode": "fortune_telling", "num_labels": "0"}, '"fortune_telling"', list(TASKS)),
         ({"mode": "sequence classification"}, '"sequence classification"', list(TASKS)),
         ({"hardware": "neuron"}, '"neuron"', ["cpu"]),
@@ -410,6 +412,11 @@ def test_an_unknown_parameter_is_refused_with_the_known_ones(task: str, name: st
         assert parameter.name in raised.value.message
 
 
+def test_an_unknown_option_is_refused() -> None:
+    with pytest.raises(ConfigError, match="save_mode torchscript on cpu has no option nothing, but none"):
+        config_of(options={"nothing": 1})
+
+
 def test_a_config_cannot_be_changed() -> None:
     with pytest.raises(ValueError):
         config_of().max_length = 5
@@ -521,10 +528,15 @@ DOCUMENTS: List[Any] = [
             {"parameters": {"top_k": 1}},
             {"parameters": {"top_k": 1, "nothing": 1}},
             {"library": "curated_transformers"},
+            {"library": "curated_transformers", "save_mode": "pretrained"},
             {"gguf_file": "q4/x-1 (a).gguf"},
             {"gguf_file": "x.gguf", "library": "transformers"},
             {"gguf_file": "x.gguf", "library": "curated_transformers"},
             {"gguf_file": None, "library": "curated_transformers"},
+            {"options": {"nothing": 1}},
+            {"hardware": "cpu", "options": {}},
+            {"dtype": "int8"},
+            {"dtype": "float16"},
         )
     ),
     *(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import warnings
 from dataclasses import replace
+from functools import partial
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -14,7 +14,6 @@ from typing import (
     Dict,
     Iterable,
     Iterator,
-    List,
     NamedTuple,
     Sequence,
     Tuple,
@@ -22,10 +21,11 @@ from typing import (
 )
 
 from traceserve_runtime import processor
+from traceserve_runtime.runtimes.pretrained import autocast, lower
 from traceserve_runtime.runtimes.torchscript import ONLY_NATIVE
 from traceserve_runtime.tasks.contract import Task
 
-from traceserve.errors import ConfigError, ExportError
+from traceserve.errors import ExportError
 
 if TYPE_CHECKING:
     from traceserve.loading import Original
@@ -35,41 +35,22 @@ AUTO = "auto"
 
 
 class Precision(NamedTuple):
-    """A dtype: what makes the model that is traced, and what surrounds the tracing; `hardware` is what it runs on."""
+    """A dtype: what runs it, what makes the model that is traced, and what surrounds the tracing."""
 
     lower: Callable[[Original, Sequence[str]], Iterable[Original]]
     tracing: Callable[[], ContextManager[Any]]
     hardware: Tuple[str, ...]
-    loops: bool  # whether models that are run token by token can have it
 
 
-def candidates(task: Type[Task]) -> Tuple[str, ...]:
-    """What `"dtype": "auto"` tries on this processor, in order: by a rule, so that equal machines build equal archives.
+def fastest(task: Type[Task], hardware: str) -> Tuple[str, ...]:
+    """What of float32 and bfloat16 is worth trying on this processor, in order.
 
     bfloat16 where the processor multiplies it by itself. Not int8: once enough layers are left out for the answers to
     stay, it was no faster than float32 (docs/measurements.md). Nor for written texts, which change with the first token
     that was a near tie.
     """
-    return ("bfloat16", "float32") if processor.native("bfloat16") and not task.loop else ("float32",)
-
-
-def legal(task: Type[Task], hardware: str = "cpu") -> List[str]:
-    """What a configuration may say for this task on this hardware."""
-    fitting = (name for name, item in PRECISIONS.items() if hardware in item.hardware and (item.loops or not task.loop))
-    return [AUTO, *fitting]
-
-
-def check(dtype: str, task: Type[Task], hardware: str) -> None:
-    """Raise ConfigError for a dtype that cannot work, before anything is downloaded."""
-    known = legal(task, hardware)
-    if dtype in known:
-        return
-    if hardware not in PRECISIONS[dtype].hardware:
-        where = ", ".join(PRECISIONS[dtype].hardware)
-        raise ConfigError(f'dtype is "{dtype}": it runs on {where}, not on {hardware}; take {", ".join(known)}')
-    raise ConfigError(
-        f'dtype is "{dtype}": it is for models that are run once, not for {task.name}; take {", ".join(known)}'
-    )
+    lower = hardware == "cpu" and processor.native("bfloat16") and not task.loop
+    return ("bfloat16", "float32") if lower else ("float32",)
 
 
 def check_processor(dtype: str) -> None:
@@ -98,41 +79,8 @@ def _itself(original: Original, texts: Sequence[str]) -> Iterable[Original]:
     return [original]
 
 
-def _to_bfloat16(original: Original, texts: Sequence[str]) -> Iterable[Original]:
-    """Matrices in bfloat16; sums, norms and what runs through the layers' residual connections stay in float32.
-
-    Plain `model.to(torch.bfloat16)` is as fast, and changes twice as many answers (docs/measurements.md).
-    """
-    import torch
-
-    model = copy.deepcopy(original.model)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Embedding):
-            module.register_forward_hook(_as_float)
-        elif not isinstance(module, torch.nn.Linear) and type(module).__name__ != "Conv1D":  # GPT-2's
-            continue
-        for parameter in module.parameters(recurse=False):
-            parameter.data = parameter.data.to(torch.bfloat16)
-    return [replace(original, model=model, dtype="bfloat16")]
-
-
-def _as_float(module: Any, inputs: Any, output: Any) -> Any:
-    return output.float()
-
-
-@contextlib.contextmanager
-def _autocast() -> Any:
-    """torch's autocast; without its cache, which a trace would take for the graph's own weights."""
-    import torch
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-            yield
-
-
-def _to_float16(original: Original, texts: Sequence[str]) -> Iterable[Original]:
-    return [replace(original, model=copy.deepcopy(original.model).half(), dtype="float16")]
+def _lowered_copy(dtype: str, original: Original, texts: Sequence[str]) -> Iterable[Original]:
+    return [replace(original, model=lower(copy.deepcopy(original.model), dtype), dtype=dtype)]
 
 
 def _to_int8(original: Original, texts: Sequence[str]) -> Iterator[Original]:
@@ -149,8 +97,8 @@ def _to_int8(original: Original, texts: Sequence[str]) -> Iterator[Original]:
 
 
 PRECISIONS: Dict[str, Precision] = {
-    "float32": Precision(_itself, contextlib.nullcontext, ("cpu",), loops=True),
-    "bfloat16": Precision(_to_bfloat16, _autocast, ("cpu",), loops=True),
-    "float16": Precision(_to_float16, contextlib.nullcontext, ("gpu",), loops=True),
-    "int8": Precision(_to_int8, contextlib.nullcontext, ("cpu",), loops=False),
+    "float32": Precision(_itself, contextlib.nullcontext, ("cpu",)),
+    "bfloat16": Precision(partial(_lowered_copy, "bfloat16"), partial(autocast, "bfloat16"), ("cpu",)),
+    "float16": Precision(partial(_lowered_copy, "float16"), contextlib.nullcontext, ("gpu",)),
+    "int8": Precision(_to_int8, contextlib.nullcontext, ("cpu",)),
 }

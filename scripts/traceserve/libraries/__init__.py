@@ -29,12 +29,17 @@ def reading_gguf(task: Type[Task]) -> List[str]:
     return [name for name, one in LIBRARIES.items() if task.auto_model in one.gguf_auto_models]
 
 
-def check(library: str, task: Type[Task], gguf_file: Optional[str]) -> None:
+def check(library: str, task: Type[Task], save_mode: str, gguf_file: Optional[str]) -> None:
     """Raise ConfigError for what cannot work together, before anything is downloaded."""
     if library not in legal(task):
         raise ConfigError(
             f"library {library} has no models for the task {task.name}, but for "
             f"{', '.join(name for name, kind in TASKS.items() if library in legal(kind))}; take {' or '.join(legal(task))}"
+        )
+    written = LIBRARIES[library].save_modes
+    if written is not None and save_mode not in written:
+        raise ConfigError(
+            f"save_mode {save_mode} is not for models of library {library}; take {' or '.join(written)}, or another library"
         )
     if gguf_file is None:
         return

@@ -19,4 +19,5 @@ class Library(NamedTuple):
     load: Callable[[SetupConfig, Checkpoint], Any]
     packages: Tuple[str, ...] = ()  # whose versions the manifest records, beside transformers'
     auto_models: Optional[Tuple[str, ...]] = None  # of the tasks that it has models for; None: of all
+    save_modes: Optional[Tuple[str, ...]] = None  # in which its models can be written; None: in all
     gguf_auto_models: Tuple[str, ...] = ()  # of those that it reads from a GGUF file

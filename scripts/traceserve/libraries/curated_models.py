@@ -11,11 +11,10 @@ from typing import Any, Optional
 import torch
 from curated_transformers.layers import AttentionMask, KeyValueCache
 from curated_transformers.layers.embeddings import QueryKeyRotaryEmbeddings
+from traceserve_runtime.runtimes.calling import read_cache
 from transformers import GenerationMixin as untyped_mixin
 from transformers import PreTrainedModel as untyped_model
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
-
-from traceserve.looping import read_cache
 
 _PreTrainedModel: Any = untyped_model
 _GenerationMixin: Any = untyped_mixin

@@ -117,4 +117,4 @@ def _check_same(model: Any, original: Any, longest: int, name: str) -> None:
 
 
 _ENCODES, _WRITES = "AutoModel", "AutoModelForCausalLM"
-LIBRARY = Library(load, ("curated-transformers",), auto_models=(_ENCODES, _WRITES))
+LIBRARY = Library(load, ("curated-transformers",), auto_models=(_ENCODES, _WRITES), save_modes=("torchscript",))
