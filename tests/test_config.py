@@ -26,6 +26,7 @@ KEYS: Dict[str, Tuple[Any, List[Tuple[Any, Any]]]] = {
     "task": ("sequence_classification", [(name, name) for name in TASKS]),
     "save_mode": ("torchscript", [(name, name) for name in WRITERS]),
     "hardware": ("cpu", [("cpu", "cpu")]),
+    "options": ({}, [({}, {})]),
     "dtype": ("auto", [(name, name) for name in ("auto", "float32", "bfloat16", "int8")]),
     "max_length": (None, [(150, 150), ("150", 150), (4, 4), (1_000_000, 1_000_000), (None, None)]),
     "sequence_lengths": (
@@ -82,6 +83,7 @@ BAD: List[Tuple[str, Any, str]] = [
     ("parameters", [], "dictionary"),
     ("parameters", "top_k", "dictionary"),
     ("parameters", True, "not a boolean"),
+    ("options", None, "dictionary"),
     ("max_rows", 0, "greater than or equal to 1"),
     ("max_rows", True, "integer"),
     ("num_labels", -1, "greater than or equal to 0"),
@@ -404,6 +406,11 @@ def test_an_unknown_parameter_is_refused_with_the_known_ones(task: str, name: st
         assert parameter.name in raised.value.message
 
 
+def test_an_unknown_option_is_refused() -> None:
+    with pytest.raises(ConfigError, match="save_mode torchscript on cpu has no option nothing, but none"):
+        config_of(options={"nothing": 1})
+
+
 def test_a_config_cannot_be_changed() -> None:
     with pytest.raises(ValueError):
         config_of().max_length = 5
@@ -514,6 +521,10 @@ DOCUMENTS: List[Any] = [
             {"parameters": {" top_k": 1}},
             {"parameters": {"top_k": 1}},
             {"parameters": {"top_k": 1, "nothing": 1}},
+            {"options": {"nothing": 1}},
+            {"hardware": "cpu", "options": {}},
+            {"dtype": "int8"},
+            {"dtype": "float16"},
         )
     ),
     *(

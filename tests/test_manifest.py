@@ -242,12 +242,12 @@ def test_an_archive_of_schema_1_is_refused(copy: Path, document: Document) -> No
         Manifest.read(copy)
     assert raised.value.message == (
         f"traceserve.json has schema 1 (made by traceserve 0.0.9), but this runtime, traceserve {__version__}, reads "
-        "schema 2; build and pack with the same version"
+        "schema 3; build and pack with the same version"
     )
 
 
 def test_what_is_written_has_the_schema_that_is_read(document: Document) -> None:
-    assert document["schema"] == SCHEMA == 2
+    assert document["schema"] == SCHEMA == 3
 
 
 def strip_schema(document: Document) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import nothing, run_export
-from traceserve import cli, precision, sources, speeds, verification
+from traceserve import cli, formats, precision, sources, speeds, verification
 from traceserve.config import parse
 from traceserve.corpus import sentences
 from traceserve.errors import ConfigError, ExportError
@@ -349,9 +349,9 @@ def test_auto_takes_float32_where_the_processor_has_nothing_else(
 def test_what_auto_tries(task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of written texts float32 alone: they change with the first token that was a near tie."""
     claim(monkeypatch, tmp_path, "avx512_bf16", "amx_int8")
-    assert precision.candidates(task) == (("float32",) if task.loop else ("bfloat16", "float32"))
+    assert precision.fastest(task, "cpu") == (("float32",) if task.loop else ("bfloat16", "float32"))
     claim(monkeypatch, tmp_path, "amx_int8")
-    assert precision.candidates(task) == ("float32",)
+    assert precision.fastest(task, "cpu") == ("float32",)
 
 
 @pytest.mark.parametrize(
@@ -394,11 +394,11 @@ def test_a_bfloat16_that_fails_falls_back_and_says_why(
 def failing(dtypes: Tuple[str, ...], tried: List[Tuple[str, Any]]) -> Any:
     """A writer that cannot write these dtypes, and records what it is asked for."""
 
-    def write(original: Any, task: Any, shapes: Any, folder: Path) -> Any:
+    def write(original: Any, task: Any, shapes: Any, folder: Path, target: Any) -> Any:
         tried.append((original.dtype, shapes))
         if original.dtype in dtypes:
             raise ExportError(f"no {original.dtype} kernel")
-        return torchscript.write(original, task, shapes, folder)
+        return torchscript.write(original, task, shapes, folder, target)
 
     return WRITERS["torchscript"]._replace(write=write)
 
@@ -478,15 +478,16 @@ def test_what_cannot_work_is_refused_before_anything_is_downloaded(
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
 def test_int8_is_for_models_that_are_run_once(task: Any) -> None:
+    legal = formats.dtypes("torchscript", "cpu", task)
     for dtype in precision.PRECISIONS:
         config = {"model_name": "x/y", "task": task.name, "dtype": dtype}
-        if dtype in precision.legal(task):
+        if dtype in legal:
             assert parse(config)[0].dtype == dtype
         else:
             with pytest.raises(ConfigError, match=dtype):
                 parse(config)
-    assert ("int8" in precision.legal(task)) is not bool(task.loop)
-    assert {"auto", "float32", "bfloat16"} <= set(precision.legal(task))
+    assert ("int8" in legal) is not bool(task.loop)
+    assert {"auto", "float32", "bfloat16"} <= set(legal)
 
 
 # Whose samples decide

@@ -110,12 +110,12 @@ def test_a_model_that_padding_changes_is_refused(checkpoint: Callable[..., Path]
 def spoiled(amount: float) -> Writer:
     """A writer whose traced model is off by `amount` at one logit."""
 
-    def write(original: Any, task: Any, shapes: Any, folder: Path) -> Written:
+    def write(original: Any, task: Any, shapes: Any, folder: Path, target: Any) -> Written:
         bias = original.model.classifier.bias
         with torch.no_grad():
             before = bias[0].clone()
             bias[0] += amount
-            written = torchscript.write(original, task, shapes, folder)
+            written = torchscript.write(original, task, shapes, folder, target)
             bias[0] = before
         return written
 

@@ -17,7 +17,7 @@ from traceserve_runtime import __version__
 from traceserve_runtime.errors import InvalidManifest
 
 MANIFEST_FILE = "traceserve.json"
-SCHEMA = 2
+SCHEMA = 3
 
 T = TypeVar("T")
 
@@ -105,6 +105,7 @@ class Manifest:
     versions: Dict[str, str]
     files: Dict[str, str] = field(default_factory=dict)  # SHA-256 of every other file of the archive
     receipt: Dict[str, Any] = field(default_factory=dict)  # what the gate measured
+    runtime: Dict[str, Any] = field(default_factory=dict)  # what the reader of this save mode must know
 
     @classmethod
     def read(cls, folder: Path, verify: bool = True) -> Manifest:

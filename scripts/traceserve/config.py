@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple, Union
@@ -13,7 +14,7 @@ from traceserve_runtime.tasks.parameters import LARGEST_NUMBER, Parameter
 from traceserve_runtime.tokenization import LONG_INPUTS
 from typing_extensions import Literal
 
-from traceserve import precision
+from traceserve import formats, precision
 from traceserve.errors import ConfigError
 from traceserve.writers import WRITERS
 
@@ -46,7 +47,10 @@ class SetupConfig(BaseModel):
         description="What the model computes in. `auto`: the fastest that this processor does by itself and that the gate "
         "lets through",
     )
-    hardware: Literal["cpu"] = Field("cpu", description="What the archive runs on")
+    hardware: Literal[formats.HARDWARE] = Field(  # type: ignore[valid-type]  # what any writer lists
+        "cpu", description="What the archive runs on"
+    )
+    options: Dict[Any, Any] = Field({}, description="Options of this save mode, as `traceserve formats` lists them")
     max_length: Optional[int] = Field(
         None,
         ge=4,
@@ -189,16 +193,17 @@ def json_schema() -> Dict[str, Any]:
         properties[key] = {"description": f"Has no meaning here: {reason}", "deprecated": True}
     schema["properties"] = properties
     schema["allOf"] = [{"not": {"required": [old, new]}} for old, new in RENAMED.items()] + [
-        {"if": _is_task(name), "then": {"properties": _properties_for(name)}} for name in TASKS
+        {"if": _is("task", name), "then": {"properties": _properties_for(name)}} for name in TASKS
     ]
+    schema["allOf"] += _together()
     return schema
 
 
-def _is_task(task: str) -> Dict[str, Any]:
-    """The schema of a configuration for this task, under any name of the key, or by default."""
-    names = ("task", *(old for old, new in RENAMED.items() if new == "task"))
-    named: List[Dict[str, Any]] = [{"required": [name], "properties": {name: {"const": task}}} for name in names]
-    if task == SetupConfig.model_fields["task"].default:
+def _is(key: str, value: str) -> Dict[str, Any]:
+    """The schema of a configuration with this value, under any name of the key, or by default."""
+    names = (key, *(old for old, new in RENAMED.items() if new == key))
+    named: List[Dict[str, Any]] = [{"required": [name], "properties": {name: {"const": value}}} for name in names]
+    if value == SetupConfig.model_fields[key].default:
         named.append({"not": {"anyOf": [{"required": [name]} for name in names]}})
     return {"anyOf": named}
 
@@ -216,8 +221,25 @@ def _properties_for(task: str) -> Dict[str, Any]:
         properties["long_inputs"] = {"enum": [*LONG_INPUTS[1:], None]}
     if kind.loop:
         properties["sequence_lengths"] = {"const": "auto"}
-    properties["dtype"] = {"enum": precision.legal(kind)}
     return properties
+
+
+def _together() -> List[Dict[str, Any]]:
+    """What `formats` asks of save mode, hardware, dtype, task and options together, as schemas."""
+    schemas: List[Dict[str, Any]] = []
+    for save_mode, hardware in itertools.product(WRITERS, formats.HARDWARE):
+        options = {name: _parameter_schema(item) for name, item in formats.options(save_mode, hardware).items()}
+        legal: Dict[str, Any] = {"options": {"properties": options, "additionalProperties": False}}
+        both = [_is("save_mode", save_mode), _is("hardware", hardware)]
+        schemas.append({"if": {"allOf": both}, "then": {"properties": legal}})
+        tasks: Dict[Tuple[str, ...], List[str]] = {}  # by what they may have
+        for name, task in TASKS.items():
+            tasks.setdefault(tuple(formats.dtypes(save_mode, hardware, task)), []).append(name)
+        for dtypes, names in tasks.items():
+            legal = {"properties": {"dtype": {"enum": list(dtypes)}}} if dtypes else {"not": {}}
+            which = {"anyOf": [_is("task", name) for name in names]}
+            schemas.append({"if": {"allOf": [*both, which]}, "then": legal})
+    return schemas
 
 
 def _parameter_schema(parameter: Parameter) -> Dict[str, Any]:
@@ -259,18 +281,19 @@ def _or_string(item: Mapping[str, Any]) -> Dict[str, Any]:
 
 def _check_together(config: SetupConfig) -> None:
     """Refuse, before anything is downloaded, what cannot work together."""
-    writer = WRITERS[config.save_mode]
-    if config.hardware not in writer.hardware:
-        raise ConfigError(
-            f"save_mode {config.save_mode} runs on {', '.join(writer.hardware)}, not on {config.hardware}"
-        )
+    task = TASKS[config.task]
+    refusals = (
+        formats.refusal(config.save_mode, config.hardware, config.dtype, task),
+        formats.refused_option(config.save_mode, config.hardware, config.options),
+    )
+    for refusal in refusals:
+        if refusal is not None:
+            raise ConfigError(refusal)
     lengths = config.sequence_lengths
     if isinstance(lengths, list) and config.max_length not in (None, lengths[-1]):
         raise ConfigError(
             f"sequence_lengths ends at {lengths[-1]}, but max_length is {config.max_length}; they must agree"
         )
-    task = TASKS[config.task]
-    precision.check(config.dtype, task, config.hardware)
     if task.loop and lengths != "auto":
         raise ConfigError(f"sequence_lengths has no meaning for {config.task}, whose texts grow token by token")
     if config.long_inputs == "window" and not task.merges_windows:

@@ -8,7 +8,7 @@ import platform
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 from traceserve_runtime import __version__, processor
 from traceserve_runtime.engine import load_task
@@ -16,16 +16,16 @@ from traceserve_runtime.manifest import Manifest, Shapes, Source, sha256
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Request
 
-from traceserve import loading, precision, samples, sources
+from traceserve import formats, loading, samples, sources
 from traceserve.config import Loaded, SetupConfig
 from traceserve.corpus import sentences
 from traceserve.errors import DriftError, ExportError
 from traceserve.loading import Original
-from traceserve.padding import few_lengths
 from traceserve.serving import SERVING_FILE, Serving
 from traceserve.speeds import measure
 from traceserve.verification import CORPUS, Findings, Progress, Reference, verify
 from traceserve.writers import WRITERS
+from traceserve.writers.contract import Target
 
 
 @dataclass(frozen=True)
@@ -110,14 +110,14 @@ def _export(
 ) -> Exported:
     config = loaded.config
     task = TASKS[config.task]
-    precision.check_processor(config.dtype)
+    WRITERS[config.save_mode].check(config.dtype, _target(config))
     own_samples = samples.read(samples_file, task) if samples_file else []
     progress("fetching the checkpoint", 0, 0)
     checkpoint = sources.fetch(config, loaded.folder)
     progress("loading the original", 0, 0)
     original = loading.load(config, checkpoint, loaded.folder)
     attempt = _Attempt(config, checkpoint.source(config), Reference(original), name, own_samples, progress)
-    dtypes = precision.candidates(task) if config.dtype == precision.AUTO else (config.dtype,)
+    dtypes = formats.candidates(config.save_mode, config.hardware, config.dtype, task)
     with tempfile.TemporaryDirectory(prefix=".candidates.", dir=folder.parent) as scratch:
         made: List[_Made] = []
         tried: List[Candidate] = []
@@ -172,7 +172,8 @@ class _Attempt:
         original = self.reference.original
         refused: List[ExportError] = []
         drifted: List[Tuple[Findings, Original, Shapes]] = []
-        for lowered in precision.lowered(original, dtype, samples.calibration(self.own_samples)):
+        writer = WRITERS[self.config.save_mode]
+        for lowered in writer.lowered(original, dtype, samples.calibration(self.own_samples)):
             for shapes in self._shapes():
                 try:
                     manifest = self._write(lowered, shapes, folder)
@@ -197,8 +198,6 @@ class _Attempt:
         raise refused[0]
 
     def _shapes(self) -> Iterable[Shapes]:
-        if TASKS[self.config.task].loop:
-            return [Shapes()]
         return candidate_shapes(self.config, self.reference.original.max_length)
 
     def _write(self, lowered: Original, shapes: Shapes, folder: Path) -> Manifest:
@@ -218,17 +217,13 @@ def _drift(dtype: str, shapes: Shapes, original: Original) -> str:
     )
 
 
-def candidate_shapes(config: SetupConfig, max_length: int) -> Iterator[Shapes]:
-    """What to try, widest first: one graph for every shape, then one for each of a few, then also for each batch."""
-    lengths = config.sequence_lengths
-    if lengths == "auto":
-        yield Shapes()
-        few = few_lengths(max_length)
-    else:
-        few = (max_length,) if lengths == "fixed" else tuple(lengths)
-        yield Shapes(few)
-    yield Shapes(few, graph_per_shape=True)
-    yield Shapes(few, (1, 4, 16), graph_per_shape=True)
+def candidate_shapes(config: SetupConfig, max_length: int) -> Iterable[Shapes]:
+    """What to try, widest first."""
+    return WRITERS[config.save_mode].shapes(config, max_length)
+
+
+def _target(config: SetupConfig) -> Target:
+    return formats.target(config.save_mode, config.hardware, config.options)
 
 
 def describe(shapes: Shapes, max_length: int) -> str:
@@ -256,7 +251,7 @@ def _write(
     writer = WRITERS[config.save_mode]
     outputs = tuple(output.name for output in task.outputs)
     try:
-        written = writer.write(original, task, shapes, folder)
+        written = writer.write(original, task, shapes, folder, _target(config))
     except KeyError as error:
         raise ExportError(
             f"{type(original.model).__name__} gives no {error.args[0]}, which {config.task} reads"
@@ -283,8 +278,9 @@ def _write(
         parameters=original.parameters,
         facts=original.facts,
         source=source,
-        versions=_versions(),
+        versions={**_versions(), **written.versions},
         files={file: sha256(folder / file) for file in sorted(files)},
+        runtime=written.runtime,
     )
     manifest.write(folder)
     return manifest

@@ -14,7 +14,6 @@ from typing import (
     Dict,
     Iterable,
     Iterator,
-    List,
     NamedTuple,
     Sequence,
     Tuple,
@@ -25,7 +24,7 @@ from traceserve_runtime import processor
 from traceserve_runtime.runtimes.torchscript import ONLY_NATIVE
 from traceserve_runtime.tasks.contract import Task
 
-from traceserve.errors import ConfigError, ExportError
+from traceserve.errors import ExportError
 
 if TYPE_CHECKING:
     from traceserve.loading import Original
@@ -35,41 +34,22 @@ AUTO = "auto"
 
 
 class Precision(NamedTuple):
-    """A dtype: what makes the model that is traced, and what surrounds the tracing; `hardware` is what it runs on."""
+    """A dtype: what runs it, what makes the model that is traced, and what surrounds the tracing."""
 
     lower: Callable[[Original, Sequence[str]], Iterable[Original]]
     tracing: Callable[[], ContextManager[Any]]
     hardware: Tuple[str, ...]
-    loops: bool  # whether models that are run token by token can have it
 
 
-def candidates(task: Type[Task]) -> Tuple[str, ...]:
-    """What `"dtype": "auto"` tries on this processor, in order: by a rule, so that equal machines build equal archives.
+def fastest(task: Type[Task], hardware: str) -> Tuple[str, ...]:
+    """What of float32 and bfloat16 is worth trying on this processor, in order.
 
     bfloat16 where the processor multiplies it by itself. Not int8: once enough layers are left out for the answers to
     stay, it was no faster than float32 (docs/measurements.md). Nor for written texts, which change with the first token
     that was a near tie.
     """
-    return ("bfloat16", "float32") if processor.native("bfloat16") and not task.loop else ("float32",)
-
-
-def legal(task: Type[Task], hardware: str = "cpu") -> List[str]:
-    """What a configuration may say for this task on this hardware."""
-    fitting = (name for name, item in PRECISIONS.items() if hardware in item.hardware and (item.loops or not task.loop))
-    return [AUTO, *fitting]
-
-
-def check(dtype: str, task: Type[Task], hardware: str) -> None:
-    """Raise ConfigError for a dtype that cannot work, before anything is downloaded."""
-    known = legal(task, hardware)
-    if dtype in known:
-        return
-    if hardware not in PRECISIONS[dtype].hardware:
-        where = ", ".join(PRECISIONS[dtype].hardware)
-        raise ConfigError(f'dtype is "{dtype}": it runs on {where}, not on {hardware}; take {", ".join(known)}')
-    raise ConfigError(
-        f'dtype is "{dtype}": it is for models that are run once, not for {task.name}; take {", ".join(known)}'
-    )
+    lower = hardware == "cpu" and processor.native("bfloat16") and not task.loop
+    return ("bfloat16", "float32") if lower else ("float32",)
 
 
 def check_processor(dtype: str) -> None:
@@ -149,8 +129,8 @@ def _to_int8(original: Original, texts: Sequence[str]) -> Iterator[Original]:
 
 
 PRECISIONS: Dict[str, Precision] = {
-    "float32": Precision(_itself, contextlib.nullcontext, ("cpu",), loops=True),
-    "bfloat16": Precision(_to_bfloat16, _autocast, ("cpu",), loops=True),
-    "float16": Precision(_to_float16, contextlib.nullcontext, ("gpu",), loops=True),
-    "int8": Precision(_to_int8, contextlib.nullcontext, ("cpu",), loops=False),
+    "float32": Precision(_itself, contextlib.nullcontext, ("cpu",)),
+    "bfloat16": Precision(_to_bfloat16, _autocast, ("cpu",)),
+    "float16": Precision(_to_float16, contextlib.nullcontext, ("gpu",)),
+    "int8": Precision(_to_int8, contextlib.nullcontext, ("cpu",)),
 }

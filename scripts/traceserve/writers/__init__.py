@@ -1,12 +1,23 @@
-"""One file per save mode: how it is written."""
+"""One file per save mode: how it is written. The rows say what each can do; `formats` reads them."""
 
 from __future__ import annotations
 
 from typing import Dict
 
-from traceserve.writers import torchscript
+from traceserve import precision
+from traceserve.writers import shapes, torchscript
 from traceserve.writers.contract import Writer
 
 WRITERS: Dict[str, Writer] = {
-    "torchscript": Writer(torchscript.write, torchscript.MODEL_FILE, ("cpu",)),
+    "torchscript": Writer(
+        write=torchscript.write,
+        model_file=torchscript.MODEL_FILE,
+        hardware=("cpu",),
+        dtypes=("float32", "bfloat16", "int8"),
+        loops=("float32", "bfloat16"),
+        auto=precision.fastest,
+        lowered=precision.lowered,
+        shapes=shapes.with_graphs,
+        check=torchscript.check,
+    ),
 }

@@ -2,31 +2,61 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Callable, NamedTuple, Tuple, Type
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, Mapping, NamedTuple, Sequence, Tuple, Type
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from traceserve_runtime.manifest import Shapes
     from traceserve_runtime.tasks.contract import Task
+    from traceserve_runtime.tasks.parameters import Parameter
 
+    from traceserve.config import SetupConfig
     from traceserve.loading import Original
 
 
+class Target(NamedTuple):
+    """What a configuration asks of a writer: the hardware, and each of the writer's options for it, by name."""
+
+    hardware: str
+    options: Mapping[str, Any]
+
+
+class Option(NamedTuple):
+    """A key under `options` in setup_config.json; of all hardware that the writer writes for, or of these."""
+
+    parameter: Parameter
+    hardware: Tuple[str, ...] = ()
+
+
 class Written(NamedTuple):
-    """What a writer made: the inputs of the graph that a loop runs, in order, none for a model that is run once; and the
-    files beside the model's own."""
+    """What a writer made: the inputs of the graph that a loop runs, in order, none for a model that is run once; the files
+    beside the model's own; what its reader must know (`Manifest.runtime`); and the versions of what it wrote with."""
 
     step_inputs: Tuple[str, ...] = ()
     files: Tuple[str, ...] = ()
+    runtime: Dict[str, Any] = {}
+    versions: Dict[str, str] = {}
 
 
 class Writer(NamedTuple):
-    """How a save mode is written: `write(original, task, shapes, folder)`, into `model_file` and the files that it tells.
+    """How a save mode is written, and what it can do: `hardware` × `dtypes` × tasks, see `formats`.
 
-    The original is as `precision.lower` gives it.
+    `write(original, task, shapes, folder, target)` writes `model_file` and the files that it tells; the original is one of
+    those that `lowered(original, dtype, texts)` gives for a dtype, to be tried in turn (`texts` show what the model reads).
+    `loops`: the dtypes in which it writes models that are run token by token; none, where it cannot.
+    `auto(task, hardware)`: what `"dtype": "auto"` tries, in order.
+    `shapes(config, max_length)`: the shapes to try, widest first.
+    `check(dtype, target)` raises ExportError for what this machine lacks to write it, or to compare it with the original.
     """
 
-    write: Callable[[Original, Type[Task], Shapes, Path], Written]
+    write: Callable[[Original, Type[Task], Shapes, Path, Target], Written]
     model_file: str
     hardware: Tuple[str, ...]
+    dtypes: Tuple[str, ...]
+    loops: Tuple[str, ...]
+    auto: Callable[[Type[Task], str], Tuple[str, ...]]
+    lowered: Callable[[Original, str, Sequence[str]], Iterable[Original]]
+    shapes: Callable[[SetupConfig, int], Iterable[Shapes]]
+    check: Callable[[str, Target], None]
+    options: Tuple[Option, ...] = ()

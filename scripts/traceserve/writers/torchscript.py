@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from traceserve_runtime.tasks.contract import Task
 
     from traceserve.loading import Original
+    from traceserve.writers.contract import Target
 
 MODEL_FILE = "traced_model.pt"
 # Where any shape is allowed: neither 1, nor a size that the model itself has.
@@ -22,7 +23,14 @@ TRACED_BATCH = 3
 TRACED_LENGTH = 11
 
 
-def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path) -> Written:
+def check(dtype: str, target: Target) -> None:
+    """The gate runs what was written: raise ExportError where this processor cannot."""
+    from traceserve import precision
+
+    precision.check_processor(dtype)
+
+
+def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, target: Target) -> Written:
     """Trace the model and write `folder/traced_model.pt`, and beside it its graph alone; see Writer.
 
     One graph, or one for each shape, or for a model that is run in a loop the graphs `start` and `step`; all over the
