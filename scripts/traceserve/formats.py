@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Dict, List, Mapping, Optional, Tuple, Type
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Type
 
 from traceserve_runtime.tasks.contract import Task
 from traceserve_runtime.tasks.parameters import Parameter
 
 from traceserve.precision import AUTO, PRECISIONS
-from traceserve.writers import WRITERS
+from traceserve.writers import WRITERS, compiled
 from traceserve.writers.contract import Target
 
+if TYPE_CHECKING:
+    from traceserve.loading import Original
+
 HARDWARE: Tuple[str, ...] = tuple(dict.fromkeys(name for writer in WRITERS.values() for name in writer.hardware))
+
+FIXED_SHAPES = compiled.HARDWARE  # where every length is one that was compiled
 
 
 def refusal(save_mode: str, hardware: str, dtype: str, task: Type[Task]) -> Optional[str]:
@@ -26,6 +32,9 @@ def refusal(save_mode: str, hardware: str, dtype: str, task: Type[Task]) -> Opti
     if task.loop and not writer.loops:
         others = [name for name, other in WRITERS.items() if other.loops and hardware in other.hardware]
         return f"save_mode {save_mode} is for models that are run once, not for {task.name}; take {', '.join(others)}"
+    reason = compiled.refused(hardware, task.name)
+    if reason:
+        return reason
     legal = dtypes(save_mode, hardware, task)
     if dtype in legal:
         return None
@@ -42,13 +51,24 @@ def dtypes(save_mode: str, hardware: str, task: Type[Task]) -> List[str]:
     """What a configuration may say for this task on this hardware; nothing where they do not go together."""
     writer = WRITERS[save_mode]
     known = writer.loops if task.loop else writer.dtypes
-    fitting = [name for name in known if hardware in PRECISIONS[name].hardware] if hardware in writer.hardware else []
+    if hardware not in writer.hardware or compiled.refused(hardware, task.name):
+        return []
+    fitting = [name for name in known if hardware in PRECISIONS[name].hardware]
     return [AUTO, *fitting] if fitting else []
 
 
 def candidates(save_mode: str, hardware: str, dtype: str, task: Type[Task]) -> Tuple[str, ...]:
     """What is tried for the configured dtype, in order: by a rule, so that equal machines build equal archives."""
     return WRITERS[save_mode].auto(task, hardware) if dtype == AUTO else (dtype,)
+
+
+def lowered(
+    save_mode: str, hardware: str, original: Original, dtype: str, texts: Sequence[str]
+) -> Iterable[Original]:
+    """The models to be written in this dtype, in turn; as it is, where the hardware's own compiler makes the dtype."""
+    if hardware in PRECISIONS[dtype].by_compiler:
+        return [replace(original, dtype=dtype)]
+    return WRITERS[save_mode].lowered(original, dtype, texts)
 
 
 def options(save_mode: str, hardware: str) -> Dict[str, Parameter]:

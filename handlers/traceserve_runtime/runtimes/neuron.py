@@ -20,15 +20,16 @@ CERTAIN_CORES = "NEURON_RT_VISIBLE_CORES"  # or which
 
 
 class Chip(NamedTuple):
-    """The package of torch that a kind of chip needs, and the machines that have it."""
+    """The package of torch that a kind of chip needs, the machines that have it, and how many cores one chip has."""
 
     package: str
     machines: str
+    cores: int
 
 
 CHIPS: Dict[str, Chip] = {
-    "neuron": Chip("torch_neuron", "Inf1"),
-    "neuronx": Chip("torch_neuronx", "Inf2 and Trn1"),
+    "neuron": Chip("torch_neuron", "Inf1", 4),
+    "neuronx": Chip("torch_neuronx", "Inf2 and Trn1", 2),
 }
 
 

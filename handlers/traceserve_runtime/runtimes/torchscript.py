@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
 from traceserve_runtime import processor
-from traceserve_runtime.batching import Arrays, State
+from traceserve_runtime.batching import Arrays, State, filled
 from traceserve_runtime.errors import InvalidManifest, MissingPackage
 from traceserve_runtime.manifest import Manifest
-from traceserve_runtime.runtimes import weights
+from traceserve_runtime.runtimes import neuron, weights
+from traceserve_runtime.runtimes.padded import PaddedRunner
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +52,13 @@ class TorchScriptRunner:
         grown = results[len(self._manifest.outputs) :]
         return self._outputs(results), (*grown, *state[len(grown) :])
 
+    def warm(self) -> None:
+        """Run the graph of each shape once: the first run of one that was compiled loads it into the chip."""
+        shapes = self._manifest.shapes
+        for batch in shapes.batches or ():
+            for length in shapes.lengths or ():
+                self(filled(self._manifest, batch, length))
+
     def _tensors(self, inputs: Arrays, names: Sequence[str]) -> Sequence[torch.Tensor]:
         import torch
 
@@ -67,10 +75,12 @@ class TorchScriptRunner:
         return {name: output.cpu().numpy() for name, output in zip(self._manifest.outputs, results)}
 
 
-def read(manifest: Manifest, folder: Path, device: str, threads: Optional[int] = None) -> TorchScriptRunner:
+def read(
+    manifest: Manifest, folder: Path, device: str, threads: Optional[int] = None
+) -> Union[TorchScriptRunner, PaddedRunner]:
     """The traced model of `folder` as a runner on `device` ("cpu", "cuda:0", ...), with so many threads, or torch's own.
 
-    Raises MissingPackage without torch, the device or what the dtype needs of the processor, InvalidManifest for a file
+    What was compiled for a chip runs there, whatever the device. Raises MissingPackage without torch, the device or what the dtype needs of the processor, InvalidManifest for a file
     that is no TorchScript.
     """
     try:
@@ -79,11 +89,16 @@ def read(manifest: Manifest, folder: Path, device: str, threads: Optional[int] =
         raise MissingPackage(f"this archive needs torch, which cannot be imported: {error}") from error
     if device != "cpu" and not torch.cuda.is_available():
         raise MissingPackage(f"TorchServe asks for the device {device}, but this torch {torch.__version__} sees no GPU")
-    if device == "cpu":
+    compiled = manifest.hardware in neuron.CHIPS
+    if device == "cpu" and not compiled:
         _check_processor(manifest.dtype)
     if threads is not None:
         torch.set_num_threads(threads)
     _settle_executor()
+    if compiled:
+        runner = _runner(neuron.load(manifest, folder / manifest.model_file), manifest, "cpu")
+        runner.warm()
+        return runner
     mapped = device == "cpu" and weights.GRAPH_FILE in manifest.files
     file = weights.GRAPH_FILE if mapped else manifest.model_file
     try:
@@ -93,7 +108,13 @@ def read(manifest: Manifest, folder: Path, device: str, threads: Optional[int] =
         raise InvalidManifest(f"{file} cannot be loaded by torch {torch.__version__}: {reason}") from error
     if mapped:
         weights.assign(module, folder / manifest.model_file, weights.read_places(folder))
-    return TorchScriptRunner(module, manifest, device)
+    return _runner(module, manifest, device)
+
+
+def _runner(module: Any, manifest: Manifest, device: str) -> Union[TorchScriptRunner, PaddedRunner]:
+    """What runs these graphs: those that write have target lengths where their shapes are fixed."""
+    targets = manifest.runtime.get("targets")
+    return PaddedRunner(module, manifest, targets) if targets else TorchScriptRunner(module, manifest, device)
 
 
 def _check_processor(dtype: str) -> None:
