@@ -255,7 +255,7 @@ def _parameter_schema(parameter: Parameter) -> Dict[str, Any]:
         str: [] if parameter.choices else [{"type": "string"}],
         list: [text, {"type": "array", "items": text, "minItems": 1}],
     }
-    if parameter.items is int:
+    if parameter.numbers:
         numbers = {"type": "integer", "minimum": parameter.least}
         legal[list] = [{"type": "array", "items": numbers, "minItems": 1}]
     options = legal[parameter.type]

@@ -62,9 +62,7 @@ def candidates(save_mode: str, hardware: str, dtype: str, task: Type[Task]) -> T
     return WRITERS[save_mode].auto(task, hardware) if dtype == AUTO else (dtype,)
 
 
-def lowered(
-    save_mode: str, hardware: str, original: Original, dtype: str, texts: Sequence[str]
-) -> Iterable[Original]:
+def lowered(save_mode: str, hardware: str, original: Original, dtype: str, texts: Sequence[str]) -> Iterable[Original]:
     """The models to be written in this dtype, in turn; as it is, where the hardware's own compiler makes the dtype."""
     if hardware in PRECISIONS[dtype].by_compiler:
         return [replace(original, dtype=dtype)]

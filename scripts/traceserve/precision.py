@@ -138,9 +138,7 @@ def _to_int8(original: Original, texts: Sequence[str]) -> Iterator[Original]:
 
 PRECISIONS: Dict[str, Precision] = {
     "float32": Precision(_itself, contextlib.nullcontext, ("cpu",)),
-    "bfloat16": Precision(
-        _to_bfloat16, _autocast, ("cpu", "neuron", "neuronx"), by_compiler=("neuron", "neuronx")
-    ),
+    "bfloat16": Precision(_to_bfloat16, _autocast, ("cpu", "neuron", "neuronx"), by_compiler=("neuron", "neuronx")),
     "float16": Precision(_to_float16, contextlib.nullcontext, ("gpu",)),
     "int8": Precision(_to_int8, contextlib.nullcontext, ("cpu",)),
 }

@@ -58,7 +58,9 @@ class PaddedRunner:
         tokens[:, :count] = written
         position = torch.tensor([count - 1])
         logits = [
-            self._run(decoder_name(self._shape(*of_mask.shape), target), of_hidden, of_mask, of_tokens, position)[0][:some]
+            self._run(decoder_name(self._shape(*of_mask.shape), target), of_hidden, of_mask, of_tokens, position)[0][
+                :some
+            ]
             for some, of_hidden, of_mask, of_tokens in self._portions(hidden, mask, tokens)
         ]
         return {self._manifest.outputs[0]: torch.cat(logits).numpy()}, (hidden, written)

@@ -28,7 +28,7 @@ class Output(NamedTuple):
 @dataclass(frozen=True)
 class Parameter:
     """A parameter of a request: one of `choices`, or of `type`, where list means one string or a list of strings; or a list
-    of whole numbers, where `items` says so.
+    of whole numbers, where `numbers` says so.
 
     Where there are choices and `type` is not str, both are legal.
 
@@ -43,14 +43,14 @@ class Parameter:
     least: float = 1
     most: Optional[float] = None
     default: Any = None
-    items: type = str  # of a list
+    numbers: bool = False  # whether a list is one of whole numbers
 
     @property
     def legal(self) -> str:
         """The legal values, in words."""
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
         words[list] = "a string or a list of strings"
-        if self.type is list and self.items is int:
+        if self.numbers:
             words[list] = f"a list of whole numbers of {self.least:,} or more"
         text = words[self.type]
         if self.type in (int, float):
@@ -68,8 +68,10 @@ class Parameter:
         if self.choices and isinstance(value, str):
             return value in self.choices
         if self.type is list:
-            if self.items is int:
-                return isinstance(value, list) and bool(value) and all(type(n) is int and n >= self.least for n in value)
+            if self.numbers:
+                return (
+                    isinstance(value, list) and bool(value) and all(type(n) is int and n >= self.least for n in value)
+                )
             texts = value if isinstance(value, list) else [value]
             return bool(texts) and all(text and _is_text(text) for text in texts)
         # Not isinstance: true is no number.

@@ -18,7 +18,6 @@ from traceserve.writers.compilers import COMPILERS
 from traceserve.writers.contract import Option, Target, Written
 
 if TYPE_CHECKING:
-    import torch
     from traceserve_runtime.tasks.contract import Task
 
     from traceserve.config import SetupConfig
@@ -30,11 +29,14 @@ BATCHES = (1, 4)
 
 OPTIONS = (
     Option(
-        Parameter("batch_sizes", list, "the numbers of rows that graphs are compiled for", default=[*BATCHES], items=int),
+        Parameter(
+            "batch_sizes", list, "the numbers of rows that graphs are compiled for", default=[*BATCHES], numbers=True
+        ),
         HARDWARE,
     ),
     Option(
-        Parameter("target_length", int, "the most tokens that a decoder writes", least=32, most=4096, default=128), HARDWARE
+        Parameter("target_length", int, "the most tokens that a decoder writes", least=32, most=4096, default=128),
+        HARDWARE,
     ),
     Option(
         Parameter(
@@ -49,11 +51,15 @@ OPTIONS = (
     ),
     Option(Parameter("compiler_args", list, "what the compiler is told beside", default=None), HARDWARE),
     Option(
-        Parameter("compiler_timeout", int, "seconds after which the compilation of one graph is given up", nullable=True),
+        Parameter(
+            "compiler_timeout", int, "seconds after which the compilation of one graph is given up", nullable=True
+        ),
         tuple(name for name, compiler in COMPILERS.items() if compiler.partial),
     ),
     Option(
-        Parameter("compiler_workdir", str, "a folder for what the compiler makes and says; by default it is thrown away"),
+        Parameter(
+            "compiler_workdir", str, "a folder for what the compiler makes and says; by default it is thrown away"
+        ),
         HARDWARE,
     ),
 )
@@ -135,7 +141,8 @@ def _step_inputs() -> Tuple[str, ...]:
 
 
 def _most_new_tokens(original: Original, lengths: Tuple[int, ...]) -> int:
-    return min(original.facts["most_new_tokens"], lengths[-1])
+    most: int = original.facts["most_new_tokens"]
+    return min(most, lengths[-1])
 
 
 def _check_memory(original: Original, shapes: Shapes, count: int, target: Target) -> None:

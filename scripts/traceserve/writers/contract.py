@@ -35,7 +35,8 @@ class Option(NamedTuple):
 
 class Written(NamedTuple):
     """What a writer made: the inputs of the graph that a loop runs, in order, none for a model that is run once; the files
-    beside the model's own; what its reader must know (`Manifest.runtime`); the versions of what it wrote with; and what of the task's facts is otherwise for it."""
+    beside the model's own; what its reader must know (`Manifest.runtime`); the versions of what it wrote with; and what of
+    the task's facts is otherwise for it."""
 
     step_inputs: Tuple[str, ...] = ()
     files: Tuple[str, ...] = ()

@@ -31,7 +31,9 @@ def run(workdir: Optional[str], timeout: Optional[float]) -> None:
     """Take the time that a compilation takes, and leave a log; raises subprocess.TimeoutExpired."""
     if workdir is not None:
         Path(workdir).mkdir(parents=True, exist_ok=True)
-        Path(workdir, "log-neuron-cc.txt").write_text("Compiler status " + ("ERROR" if outcome() == "fails" else "PASS"))
+        Path(workdir, "log-neuron-cc.txt").write_text(
+            "Compiler status " + ("ERROR" if outcome() == "fails" else "PASS")
+        )
     seconds = float(os.environ.get("NEURON_DOUBLE_SECONDS", "0"))
     if seconds:
         subprocess.run([sys.executable, "-c", f"import time; time.sleep({seconds})"], timeout=timeout, check=True)

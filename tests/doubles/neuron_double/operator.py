@@ -52,8 +52,10 @@ def compile_graph(traced: torch.jit.ScriptModule, inputs: Sequence[torch.Tensor]
 
 def is_on_neuron(module: Any) -> bool:
     """Whether a loaded module calls the operator anywhere."""
-    return "neuron::" in str(module.inlined_graph) if hasattr(module, "forward") and _has_graph(module) else any(
-        is_on_neuron(child) for child in module.children()
+    return (
+        "neuron::" in str(module.inlined_graph)
+        if hasattr(module, "forward") and _has_graph(module)
+        else any(is_on_neuron(child) for child in module.children())
     )
 
 
