@@ -80,8 +80,8 @@ def read(
 ) -> Union[TorchScriptRunner, PaddedRunner]:
     """The traced model of `folder` as a runner on `device` ("cpu", "cuda:0", ...), with so many threads, or torch's own.
 
-    What was compiled for a chip runs there, whatever the device. Raises MissingPackage without torch, the device or what the dtype needs of the processor, InvalidManifest for a file
-    that is no TorchScript.
+    What was compiled for a chip runs there, whatever the device. Raises MissingPackage without torch, the device or what
+    the dtype needs of the processor, InvalidManifest for a file that is no TorchScript.
     """
     try:
         import torch

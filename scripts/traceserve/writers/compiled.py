@@ -121,12 +121,12 @@ def _graphs(
 ) -> Tuple[Dict[str, Graph], Tuple[int, ...]]:
     """The graphs by name, and of a decoder its target lengths."""
     from traceserve import fixed_shapes
-    from traceserve.wrapping import Wrapped, example
+    from traceserve.wrapping import example, once
 
     if task.loop:
         lengths = fixed_shapes.targets(_most_new_tokens(original, (target.options["target_length"],)))
         return fixed_shapes.graphs(original, shapes, lengths), lengths
-    module = Wrapped(original.model, original.inputs, [output.name for output in task.outputs])
+    module = once(original, [output.name for output in task.outputs])
     return {
         shapes.graph_name(batch, length): fixed_shapes.Graph(module, example(original, batch, length))
         for batch in shapes.batches or ()
