@@ -25,7 +25,7 @@ ONLY_NATIVE = ("int8",)
 
 
 class TorchScriptRunner:
-    """A traced model on a device; see Runner. Its state is a tuple of tensors there."""
+    """A traced model on a device, or one that is called like it; see Runner. Its state is a tuple of tensors there."""
 
     def __init__(self, module: Any, manifest: Manifest, device: str) -> None:
         self._module = module
@@ -83,18 +83,13 @@ def read(
     What was compiled for a chip runs there, whatever the device. Raises MissingPackage without torch, the device or what
     the dtype needs of the processor, InvalidManifest for a file that is no TorchScript.
     """
-    try:
-        import torch
-    except ImportError as error:
-        raise MissingPackage(f"this archive needs torch, which cannot be imported: {error}") from error
-    if device != "cpu" and not torch.cuda.is_available():
-        raise MissingPackage(f"TorchServe asks for the device {device}, but this torch {torch.__version__} sees no GPU")
     compiled = manifest.hardware in neuron.CHIPS
-    if device == "cpu" and not compiled:
-        _check_processor(manifest.dtype)
-    if threads is not None:
-        torch.set_num_threads(threads)
+    settle(
+        "float32" if compiled else manifest.dtype, "cpu" if compiled else device, threads
+    )  # not in the CPU's bfloat16
     _settle_executor()
+    import torch
+
     if compiled:
         runner = _runner(neuron.load(manifest, folder / manifest.model_file), manifest, "cpu")
         runner.warm()
@@ -115,6 +110,20 @@ def _runner(module: Any, manifest: Manifest, device: str) -> Union[TorchScriptRu
     """What runs these graphs: those that write have target lengths where their shapes are fixed."""
     targets = manifest.runtime.get("targets")
     return PaddedRunner(module, manifest, targets) if targets else TorchScriptRunner(module, manifest, device)
+
+
+def settle(dtype: str, device: str, threads: Optional[int]) -> None:
+    """Make torch ready for a model of this dtype; raises MissingPackage for what it or the machine lacks."""
+    try:
+        import torch
+    except ImportError as error:
+        raise MissingPackage(f"this archive needs torch, which cannot be imported: {error}") from error
+    if device != "cpu" and not torch.cuda.is_available():
+        raise MissingPackage(f"TorchServe asks for the device {device}, but this torch {torch.__version__} sees no GPU")
+    if device == "cpu":
+        _check_processor(dtype)
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 def _check_processor(dtype: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Dict
 
 from traceserve import precision
-from traceserve.writers import compiled, shapes, torchscript
+from traceserve.writers import compiled, pretrained, shapes, torchscript
 from traceserve.writers.contract import Writer
 
 WRITERS: Dict[str, Writer] = {
@@ -20,5 +20,18 @@ WRITERS: Dict[str, Writer] = {
         shapes=shapes.with_graphs,
         check=torchscript.check,
         options=compiled.OPTIONS,
+    ),
+    "pretrained": Writer(
+        write=pretrained.write,
+        model_file=pretrained.MODEL_FILE,
+        hardware=("cpu",),
+        dtypes=("float32", "bfloat16"),
+        loops=("float32", "bfloat16"),
+        auto=precision.fastest,
+        lowered=precision.lowered,
+        shapes=shapes.one_graph,
+        check=pretrained.check,
+        options=(pretrained.TORCH_COMPILE,),
+        refuses=pretrained.refuses,
     ),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Tuple, Type
+from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Optional, Sequence, Tuple, Type
 
 from traceserve_runtime.manifest import Shapes
 from traceserve_runtime.runtimes.neuron import CHIPS
@@ -49,7 +49,7 @@ OPTIONS = (
         ),
         tuple(name for name, compiler in COMPILERS.items() if compiler.partial),
     ),
-    Option(Parameter("compiler_args", list, "what the compiler is told beside", default=None), HARDWARE),
+    Option(Parameter("compiler_args", list, "what the compiler is told beside", nullable=True), HARDWARE),
     Option(
         Parameter(
             "compiler_timeout", int, "seconds after which the compilation of one graph is given up", nullable=True
@@ -163,10 +163,9 @@ def _listed(numbers: Any) -> str:
     return ", ".join(texts)
 
 
-def refused(hardware: str, task: str) -> str:
-    """Why a task cannot run on compiled hardware; empty where it can."""
-    compiler = COMPILERS.get(hardware)
-    if compiler is None or not TASKS[task].loop or TASKS[task].loop in compiler.loops:
-        return ""
-    legal = ", ".join(name for name, kind in TASKS.items() if not kind.loop or kind.loop in compiler.loops)
-    return f"{task} cannot run on {hardware}, whose graphs are compiled for fixed shapes; what can: {legal}"
+def refused(hardware: str, tasks: Sequence[str]) -> Optional[str]:
+    """Why tasks that are run alike cannot run on compiled hardware; None where they can."""
+    compiler, loop = COMPILERS.get(hardware), TASKS[tasks[0]].loop
+    if compiler is None or not loop or loop in compiler.loops:
+        return None
+    return f"has fixed shapes on {hardware}, where {', '.join(tasks)} cannot keep a past that grows"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, Mapping, NamedTuple, Sequence, Tuple, Type
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, Mapping, NamedTuple, Optional, Sequence, Tuple, Type
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -45,6 +45,10 @@ class Written(NamedTuple):
     facts: Dict[str, Any] = {}
 
 
+def _nothing(config: SetupConfig) -> Optional[str]:
+    return None
+
+
 class Writer(NamedTuple):
     """How a save mode is written, and what it can do: `hardware` × `dtypes` × tasks, see `formats`.
 
@@ -53,6 +57,7 @@ class Writer(NamedTuple):
     `loops`: the dtypes in which it writes models that are run token by token; none, where it cannot.
     `auto(task, hardware)`: what `"dtype": "auto"` tries, in order.
     `shapes(config, max_length)`: the shapes to try, widest first.
+    `refuses(config)`: what else of a configuration cannot be, and what can.
     `check(dtype, target)` raises ExportError for what this machine lacks to write it, or to compare it with the original.
     """
 
@@ -66,3 +71,4 @@ class Writer(NamedTuple):
     shapes: Callable[[SetupConfig, int], Iterable[Shapes]]
     check: Callable[[str, Target], None]
     options: Tuple[Option, ...] = ()
+    refuses: Callable[[SetupConfig], Optional[str]] = _nothing
