@@ -14,7 +14,7 @@ BENCH = ["httptools>=0.5", "plotly>=5.15", "psutil>=5.8"]
 CURATED = ['curated-transformers>=2.0.1; python_version >= "3.9"', "requests>=2.25"]  # it imports requests unasked
 GGUF = ['gguf>=0.17; python_version >= "3.9"', 'accelerate>=1.0; python_version >= "3.9"']
 TEST = ["pytest>=7", "pytest-xdist>=3", "hypothesis>=6", "vermin>=1.6", "jsonschema>=4"]
-DEV = ["ruff>=0.9", "mypy>=1.11", "types-psutil", "types-PyYAML", "pre-commit>=3"]
+DEV = ["ruff>=0.9", "mypy>=1.11", "types-psutil", "types-PyYAML", "pre-commit>=3", "nox>=2024.4"]
 
 setup(
     name="traceserve",

@@ -12,6 +12,7 @@ import jsonschema
 import pytest
 from traceserve.config import RENAMED, WITHOUT_MEANING, SetupConfig, default_name, json_schema, load, parse
 from traceserve.errors import ConfigError
+from traceserve.formats import HARDWARE
 from traceserve.writers import WRITERS
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Task
@@ -26,7 +27,7 @@ KEYS: Dict[str, Tuple[Any, List[Tuple[Any, Any]]]] = {
     "trust_remote_code": (False, [(True, True), (False, False), ("true", True), ("false", False), ("True", True)]),
     "task": ("sequence_classification", [(name, name) for name in TASKS]),
     "save_mode": ("torchscript", [(name, name) for name in WRITERS]),
-    "hardware": ("cpu", [("cpu", "cpu")]),
+    "hardware": ("cpu", [(name, name) for name in HARDWARE]),
     "options": ({}, [({}, {})]),
     "dtype": ("auto", [(name, name) for name in ("auto", "float32", "bfloat16", "int8")]),
     "max_length": (None, [(150, 150), ("150", 150), (4, 4), (1_000_000, 1_000_000), (None, None)]),
@@ -65,7 +66,7 @@ BAD: List[Tuple[str, Any, str]] = [
     ("task", "fortune_telling", LAST_TASKS),
     ("task", None, LAST_TASKS),
     ("save_mode", "pickle", "'torchscript'"),
-    ("hardware", "neuron", "'cpu'"),
+    ("hardware", "tpu", "'cpu', 'neuron' or 'neuronx'"),
     ("dtype", "float64", "'auto', 'float32', 'bfloat16', 'float16' or 'int8'"),
     ("dtype", None, "'auto'"),
     ("dtype", "float16", "it runs on gpu, not on cpu; take auto, float32, bfloat16, int8"),
@@ -286,7 +287,7 @@ def test_the_example_files_hold_every_key_without_meaning() -> None:
         ({"save_mode": "pickle"}, '"pickle"', list(WRITERS)),
         ({"mode": "fortune_telling", "num_labels": "0"}, '"fortune_telling"', list(TASKS)),
         ({"mode": "sequence classification"}, '"sequence classification"', list(TASKS)),
-        ({"hardware": "neuron"}, '"neuron"', ["cpu"]),
+        ({"hardware": "tpu"}, '"tpu"', ["cpu", "neuron", "neuronx"]),
     ],
 )
 def test_what_this_version_lacks_is_refused_with_what_is_legal(
@@ -537,6 +538,14 @@ DOCUMENTS: List[Any] = [
             {"hardware": "cpu", "options": {}},
             {"dtype": "int8"},
             {"dtype": "float16"},
+            {"hardware": "neuron", "dtype": "bfloat16"},
+            {"hardware": "neuron", "dtype": "float32"},
+            {"hardware": "neuronx", "sequence_lengths": [8, 16]},
+            {"hardware": "neuron", "options": {"batch_sizes": [1, 8], "compiler_args": ["-O2"], "least_share": 0.5}},
+            {"hardware": "neuron", "options": {"batch_sizes": [0]}},
+            {"hardware": "neuron", "options": {"batch_sizes": 4}},
+            {"hardware": "neuronx", "options": {"compiler_timeout": 60}},
+            {"options": {"batch_sizes": [1]}},
         )
     ),
     *(

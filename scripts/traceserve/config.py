@@ -236,8 +236,6 @@ def _properties_for(task: str) -> Dict[str, Any]:
         properties["index_to_name"] = {"type": "null"}
     if not kind.merges_windows:
         properties["long_inputs"] = {"enum": [*LONG_INPUTS[1:], None]}
-    if kind.loop:
-        properties["sequence_lengths"] = {"const": "auto"}
     properties["library"] = {"enum": libraries.legal(kind)}
     return properties
 
@@ -252,6 +250,10 @@ def _with_gguf(task: str) -> Dict[str, Any]:
 def _together() -> List[Dict[str, Any]]:
     """What `formats` asks of save mode, hardware, dtype, task and options together, as schemas."""
     schemas: List[Dict[str, Any]] = []
+    loops = {"anyOf": [_is("task", name) for name, task in TASKS.items() if task.loop]}
+    fixed = {"anyOf": [_is("hardware", name) for name in formats.FIXED_SHAPES]}
+    any_length = {"properties": {"sequence_lengths": {"const": "auto"}}}
+    schemas.append({"if": {"allOf": [loops, {"not": fixed}]}, "then": any_length})
     for save_mode, hardware in itertools.product(WRITERS, formats.HARDWARE):
         options = {name: _parameter_schema(item) for name, item in formats.options(save_mode, hardware).items()}
         legal: Dict[str, Any] = {"options": {"properties": options, "additionalProperties": False}}
@@ -278,6 +280,9 @@ def _parameter_schema(parameter: Parameter) -> Dict[str, Any]:
         str: [] if parameter.choices else [{"type": "string"}],
         list: [text, {"type": "array", "items": text, "minItems": 1}],
     }
+    if parameter.numbers:
+        numbers = {"type": "integer", "minimum": parameter.least}
+        legal[list] = [{"type": "array", "items": numbers, "minItems": 1}]
     options = legal[parameter.type]
     options += [{"enum": list(parameter.choices)}] if parameter.choices else []
     options += [{"type": "null"}] if parameter.nullable else []
@@ -321,7 +326,7 @@ def _check_together(config: SetupConfig) -> None:
             f"sequence_lengths ends at {lengths[-1]}, but max_length is {config.max_length}; they must agree"
         )
     libraries.check(config.library, task, config.save_mode, config.gguf_file)
-    if task.loop and lengths != "auto":
+    if task.loop and lengths != "auto" and config.hardware not in formats.FIXED_SHAPES:
         raise ConfigError(f"sequence_lengths has no meaning for {config.task}, whose texts grow token by token")
     if config.long_inputs == "window" and not task.merges_windows:
         raise ConfigError(f"long_inputs is window, but {config.task} cannot merge windows; use truncate or reject")

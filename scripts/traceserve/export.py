@@ -17,7 +17,7 @@ from traceserve_runtime.manifest import Manifest, Shapes, Source, sha256
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Request
 
-from traceserve import formats, libraries, loading, samples, sources
+from traceserve import cores, formats, libraries, loading, samples, sources
 from traceserve.config import Loaded, SetupConfig
 from traceserve.corpus import sentences
 from traceserve.errors import DriftError, ExportError
@@ -26,7 +26,11 @@ from traceserve.serving import SERVING_FILE, Serving
 from traceserve.speeds import measure
 from traceserve.verification import CORPUS, Findings, Progress, Reference, verify
 from traceserve.writers import WRITERS
+from traceserve.writers.compilers import CompileError
 from traceserve.writers.contract import Target
+
+# Of what is compiled for a chip, what the gate compared: not the compiled graphs themselves, where no chip is at hand.
+COMPILED, BEFORE_COMPILING = "compiled graphs", "graphs before they were compiled"
 
 
 @dataclass(frozen=True)
@@ -173,19 +177,21 @@ class _Attempt:
         original = self.reference.original
         refused: List[ExportError] = []
         drifted: List[Tuple[Findings, Original, Shapes]] = []
-        writer = WRITERS[self.config.save_mode]
-        for lowered in writer.lowered(original, dtype, samples.calibration(self.own_samples)):
+        config = self.config
+        texts = samples.calibration(self.own_samples)
+        for lowered in formats.lowered(config.save_mode, config.hardware, original, dtype, texts):
             for shapes in self._shapes():
                 try:
-                    manifest = self._write(lowered, shapes, folder)
+                    manifest, findings = self._proven(lowered, shapes, folder)
+                except CompileError:
+                    raise
                 except ExportError as error:
                     refused.append(error)  # a model that cannot be traced at one length may be at another
                     continue
-                findings = verify(folder, self.reference, self.own_samples, self.progress)
                 if findings.passed:
                     return self._finish(manifest, findings, folder)
                 drifted.append((findings, lowered, shapes))
-                if not (findings.failure or findings.failed):
+                if config.hardware in formats.FIXED_SHAPES or not (findings.failure or findings.failed):
                     break  # narrower shapes change no more of what is right in all of them
         runnable = [item for item in drifted if item[0].failure is None]
         if allow_drift and runnable:
@@ -201,8 +207,32 @@ class _Attempt:
     def _shapes(self) -> Iterable[Shapes]:
         return candidate_shapes(self.config, self.reference.original.max_length)
 
-    def _write(self, lowered: Original, shapes: Shapes, folder: Path) -> Manifest:
-        return _write(self.config, self.source, lowered, shapes, self.name, folder, self.progress)
+    def _proven(self, lowered: Original, shapes: Shapes, folder: Path) -> Tuple[Manifest, Findings]:
+        """The artifact, and what the gate found of it.
+
+        What is compiled for a chip is compared before, as the same graphs on the CPU, and after, where the chip is at
+        hand. What differs before is not compiled.
+        """
+        if self.config.hardware not in formats.FIXED_SHAPES:
+            return self._write(lowered, shapes, folder), self._verify(folder)
+        with tempfile.TemporaryDirectory(prefix=".rehearsal.", dir=folder.parent) as scratch:
+            rehearsal = self._write(replace(lowered, dtype="float32"), shapes, Path(scratch), rehearsal=True)
+            before = self._verify(Path(scratch))
+        before.compared = {"compared": BEFORE_COMPILING}
+        if not before.passed:
+            return rehearsal, before
+        manifest = self._write(lowered, shapes, folder)
+        if not cores.count(self.config.hardware):
+            return manifest, before
+        findings = self._verify(folder)
+        findings.compared = {"compared": COMPILED, "before_compiling": before.receipt()}
+        return manifest, findings
+
+    def _verify(self, folder: Path) -> Findings:
+        return verify(folder, self.reference, self.own_samples, self.progress)
+
+    def _write(self, lowered: Original, shapes: Shapes, folder: Path, rehearsal: bool = False) -> Manifest:
+        return _write(self.config, self.source, lowered, shapes, self.name, folder, self.progress, rehearsal)
 
     def _finish(self, manifest: Manifest, findings: Findings, folder: Path) -> _Made:
         manifest = replace(manifest, receipt={**findings.receipt(), "drift_allowed": not findings.passed})
@@ -245,14 +275,16 @@ def _write(
     name: str,
     folder: Path,
     progress: Progress,
+    rehearsal: bool = False,
 ) -> Manifest:
-    """Everything of the artifact but the receipt."""
+    """Everything of the artifact but the receipt; as a rehearsal, of the same graphs for this machine's CPU."""
     progress(f"writing {config.save_mode} in {original.dtype} ({describe(shapes, original.max_length)})", 0, 0)
+    target = _target(config)._replace(rehearsal=rehearsal)
     task = TASKS[config.task]
     writer = WRITERS[config.save_mode]
     outputs = tuple(output.name for output in task.outputs)
     try:
-        written = writer.write(original, task, shapes, folder, _target(config))
+        written = writer.write(original, task, shapes, folder, target)
     except KeyError as error:
         raise ExportError(
             f"{type(original.model).__name__} gives no {error.args[0]}, which {config.task} reads"
@@ -264,7 +296,7 @@ def _write(
         name=name,
         task=config.task,
         save_mode=config.save_mode,
-        hardware=config.hardware,
+        hardware="cpu" if rehearsal else config.hardware,
         model_file=writer.model_file,
         inputs=original.inputs,
         outputs=outputs,
@@ -277,7 +309,7 @@ def _write(
         labels=original.labels,
         tokenizer=original.tokenizer_facts,
         parameters=original.parameters,
-        facts=original.facts,
+        facts={**original.facts, **written.facts},
         source=source,
         versions={**_versions(config), **written.versions},
         files={file: sha256(folder / file) for file in sorted(files)},

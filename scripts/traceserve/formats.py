@@ -4,17 +4,35 @@ from __future__ import annotations
 
 import itertools
 import json
-from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Type
+from dataclasses import replace
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+    Type,
+)
 
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Task
 from traceserve_runtime.tasks.parameters import Parameter
 
 from traceserve.precision import AUTO, PRECISIONS
-from traceserve.writers import WRITERS
+from traceserve.writers import WRITERS, compiled
 from traceserve.writers.contract import Target
 
+if TYPE_CHECKING:
+    from traceserve.loading import Original
+
 HARDWARE: Tuple[str, ...] = tuple(dict.fromkeys(name for writer in WRITERS.values() for name in writer.hardware))
+FIXED_SHAPES = compiled.HARDWARE  # where every length is one that was compiled
 
 
 class Format(NamedTuple):
@@ -47,7 +65,7 @@ def _never(save_mode: str, hardware: str, tasks: Sequence[str]) -> Optional[str]
         return f"runs on {', '.join(writer.hardware)}, not on {hardware}"
     if TASKS[tasks[0]].loop and not writer.loops:
         return f"is for models that are run once, not for {', '.join(tasks)}"
-    return None
+    return compiled.refused(hardware, tasks)
 
 
 def _not_so(save_mode: str, hardware: str, dtype: str, tasks: Sequence[str]) -> str:
@@ -81,13 +99,22 @@ def dtypes(save_mode: str, hardware: str, task: Type[Task]) -> List[str]:
     """What a configuration may say for this task on this hardware; nothing where they do not go together."""
     writer = WRITERS[save_mode]
     known = writer.loops if task.loop else writer.dtypes
-    fitting = [name for name in known if hardware in PRECISIONS[name].hardware] if hardware in writer.hardware else []
+    if _never(save_mode, hardware, (task.name,)) is not None:
+        return []
+    fitting = [name for name in known if hardware in PRECISIONS[name].hardware]
     return [AUTO, *fitting] if fitting else []
 
 
 def candidates(save_mode: str, hardware: str, dtype: str, task: Type[Task]) -> Tuple[str, ...]:
     """What is tried for the configured dtype, in order: by a rule, so that equal machines build equal archives."""
     return WRITERS[save_mode].auto(task, hardware) if dtype == AUTO else (dtype,)
+
+
+def lowered(save_mode: str, hardware: str, original: Original, dtype: str, texts: Sequence[str]) -> Iterable[Original]:
+    """The models to be written in this dtype, in turn; as it is, where the hardware's own compiler makes the dtype."""
+    if hardware in PRECISIONS[dtype].by_compiler:
+        return [replace(original, dtype=dtype)]
+    return WRITERS[save_mode].lowered(original, dtype, texts)
 
 
 def document() -> Dict[str, Any]:

@@ -40,6 +40,7 @@ class Precision(NamedTuple):
     lower: Callable[[Original, Sequence[str]], Iterable[Original]]
     tracing: Callable[[], ContextManager[Any]]
     hardware: Tuple[str, ...]
+    by_compiler: Tuple[str, ...] = ()  # of these the hardware whose compiler makes it of a model in float32
 
 
 def fastest(task: Type[Task], hardware: str) -> Tuple[str, ...]:
@@ -49,8 +50,15 @@ def fastest(task: Type[Task], hardware: str) -> Tuple[str, ...]:
     stay, it was no faster than float32 (docs/measurements.md). Nor for written texts, which change with the first token
     that was a near tie.
     """
+    if "bfloat16" in own_dtypes(hardware):
+        return ("bfloat16",)
     lower = hardware == "cpu" and processor.native("bfloat16") and not task.loop
     return ("bfloat16", "float32") if lower else ("float32",)
+
+
+def own_dtypes(hardware: str) -> Tuple[str, ...]:
+    """The dtypes that this hardware computes in whatever it is given: its compiler makes them."""
+    return tuple(name for name, item in PRECISIONS.items() if hardware in item.by_compiler)
 
 
 def check_processor(dtype: str) -> None:
@@ -98,7 +106,12 @@ def _to_int8(original: Original, texts: Sequence[str]) -> Iterator[Original]:
 
 PRECISIONS: Dict[str, Precision] = {
     "float32": Precision(_itself, contextlib.nullcontext, ("cpu",)),
-    "bfloat16": Precision(partial(_lowered_copy, "bfloat16"), partial(autocast, "bfloat16"), ("cpu",)),
+    "bfloat16": Precision(
+        partial(_lowered_copy, "bfloat16"),
+        partial(autocast, "bfloat16"),
+        ("cpu", "neuron", "neuronx"),
+        by_compiler=("neuron", "neuronx"),
+    ),
     "float16": Precision(partial(_lowered_copy, "float16"), contextlib.nullcontext, ("gpu",)),
     "int8": Precision(_to_int8, contextlib.nullcontext, ("cpu",)),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Sequence, Tuple
 
 from traceserve_runtime.errors import TraceserveError
 
@@ -77,6 +77,7 @@ def print_exported(exported: Exported, path: Path, seconds: float) -> None:
             f"{findings.largest_difference:.1e} (limit {findings.limit.difference:.0e}), in {len(findings.cells)} cells",
         ),
         ("answers changed", _changed(findings)),
+        *_compiled(exported),
         ("seconds", f"{seconds:.1f}"),
     ):
         table.add_row(label, value)
@@ -86,6 +87,19 @@ def print_exported(exported: Exported, path: Path, seconds: float) -> None:
     if not findings.passed:
         console(error=True).print("[yellow]warning:[/] the gate did not pass; --allow-drift exported it all the same")
         print_findings(findings)
+
+
+def _compiled(exported: Exported) -> List[Tuple[str, str]]:
+    """Of what was compiled for a chip: how much of it, and what the figures above are of."""
+    shares = exported.manifest.runtime.get("compiler", {}).get("shares")
+    if not shares:
+        return []
+    from traceserve.export import COMPILED
+
+    compared = f"the {exported.findings.compared['compared']}"
+    if exported.findings.compared["compared"] != COMPILED:
+        compared += ": no chip is at hand here, so these were never run"
+    return [("compiled", f"{min(shares.values()):.1%} of each graph or more"), ("compared", compared)]
 
 
 def _changed(findings: Findings) -> str:

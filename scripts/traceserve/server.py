@@ -23,7 +23,7 @@ import platformdirs
 import psutil
 from traceserve_runtime.manifest import Manifest
 
-from traceserve import client, environment, knobs, torchserve
+from traceserve import client, cores, environment, knobs, torchserve
 from traceserve.archive import check_name, read_manifest, read_serving
 from traceserve.errors import ServerError
 from traceserve.serving import Serving
@@ -91,13 +91,15 @@ def start(
     manifests = {name: read_manifest(file) for name, file in files.items()}
     own = {name: read_serving(file) for name, file in files.items()}
     wanted = {name: _wanted(each, serving, workers) for name, each in own.items()}
+    places = {name: each.workers or torchserve.DEFAULT_WORKERS for name, each in wanted.items()}
+    needed = cores.for_workers({name: manifest.hardware for name, manifest in manifests.items()}, places)
     _check_port(host, port)
     java = torchserve.find_java()
     folder = _new_folder(port)
     try:
         changed = {name: each for name, each in wanted.items() if each != own[name]}
         (management_port, metrics_port), settings = torchserve.configure(folder, files, changed, host, port)
-        pid = _launch(folder, settings, java)
+        pid = _launch(folder, settings, {**java, **needed})
         instance = Instance(
             port=port,
             host=host,
@@ -106,7 +108,7 @@ def start(
             pid=pid,
             started=psutil.Process(pid).create_time(),
             names=tuple(files),
-            workers={name: each.workers or torchserve.DEFAULT_WORKERS for name, each in wanted.items()},
+            workers=places,
             folder=str(folder),
             key=None,
             management_key=None,
@@ -246,13 +248,13 @@ def _check_port(host: str, port: int) -> None:
             ) from None
 
 
-def _launch(folder: Path, settings: Dict[str, Path], java: Dict[str, str]) -> int:
-    """Run `torchserve --start`; gives the pid of its JVM."""
+def _launch(folder: Path, settings: Dict[str, Path], needed: Dict[str, str]) -> int:
+    """Run `torchserve --start`, with what is needed in its environment; gives the pid of its JVM."""
     command = [sys.executable, "-m", "ts.model_server", "--start", "--no-config-snapshots"]
     command += [part for option, value in settings.items() for part in (f"--{option}", str(value))]
     variables = {
         **{key: value for key, value in os.environ.items() if not key.startswith("TS_")},
-        **java,
+        **needed,
         # TorchServe keeps its pid file, sockets and unpacked archives in the temporary folder: one for each instance.
         "TMPDIR": str(folder / "tmp"),
         "TEMP": str(folder / "tmp"),

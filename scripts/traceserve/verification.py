@@ -78,6 +78,7 @@ class Findings:
     own_changed: int = 0
     tokenized_otherwise: List[int] = field(default_factory=list)  # of the samples
     failure: Optional[str] = None  # why the artifact could not be run at all
+    compared: Dict[str, Any] = field(default_factory=dict)  # for the receipt, where it was not the artifact alone
 
     @property
     def failed(self) -> List[Cell]:
@@ -119,6 +120,7 @@ class Findings:
             "answers_changed": len(self.changed),
             "own_answers": self.own_answers,
             "own_answers_changed": self.own_changed,
+            **self.compared,
         }
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
 from traceserve_runtime import processor
-from traceserve_runtime.batching import Arrays, State
+from traceserve_runtime.batching import Arrays, State, filled
 from traceserve_runtime.errors import InvalidManifest, MissingPackage
 from traceserve_runtime.manifest import Manifest
-from traceserve_runtime.runtimes import weights
+from traceserve_runtime.runtimes import neuron, weights
+from traceserve_runtime.runtimes.padded import PaddedRunner
 
 if TYPE_CHECKING:
     import torch
@@ -25,12 +26,16 @@ ONLY_NATIVE = ("int8",)
 
 
 class TorchScriptRunner:
-    """A traced model on a device, or one that is called like it; see Runner. Its state is a tuple of tensors there."""
+    """A traced model on a device, or one that is called like it; see Runner. Its state is a tuple of tensors there.
 
-    def __init__(self, module: Any, manifest: Manifest, device: str) -> None:
+    Runs go `side_by_side` where one of several threads that call it does not wait for the others.
+    """
+
+    def __init__(self, module: Any, manifest: Manifest, device: str, side_by_side: bool = False) -> None:
         self._module = module
         self._manifest = manifest
         self._device = device
+        self._side_by_side = side_by_side
 
     def __call__(self, inputs: Arrays) -> Arrays:
         shapes = self._manifest.shapes
@@ -56,13 +61,20 @@ class TorchScriptRunner:
         import torch
 
         threads = torch.get_num_threads()
-        if self._device != "cpu" or threads < 2:
+        if not self._side_by_side or threads < 2:
             return []
         lanes = [ThreadPoolExecutor(1, f"lane-{i}") for i in range(threads)]
         for lane in lanes:
             lane.submit(_take_one_core).result()
         torch.set_num_threads(threads)  # of this thread: some of torch's libraries count for the process
         return lanes
+
+    def warm(self) -> None:
+        """Run the graph of each shape once: the first run of one that was compiled loads it into the chip."""
+        shapes = self._manifest.shapes
+        for batch in shapes.batches or ():
+            for length in shapes.lengths or ():
+                self(filled(self._manifest, batch, length))
 
     def _tensors(self, inputs: Arrays, names: Sequence[str]) -> Sequence[torch.Tensor]:
         import torch
@@ -80,16 +92,26 @@ class TorchScriptRunner:
         return {name: output.cpu().numpy() for name, output in zip(self._manifest.outputs, results)}
 
 
-def read(manifest: Manifest, folder: Path, device: str, threads: Optional[int] = None) -> TorchScriptRunner:
+def read(
+    manifest: Manifest, folder: Path, device: str, threads: Optional[int] = None
+) -> Union[TorchScriptRunner, PaddedRunner]:
     """The traced model of `folder` as a runner on `device` ("cpu", "cuda:0", ...), with so many threads, or torch's own.
 
-    Raises MissingPackage without torch, the device or what the dtype needs of the processor, InvalidManifest for a file
-    that is no TorchScript.
+    What was compiled for a chip runs there, whatever the device. Raises MissingPackage without torch, the device or what
+    the dtype needs of the processor, InvalidManifest for a file that is no TorchScript.
     """
-    settle(manifest.dtype, device, threads)
+    compiled = manifest.hardware in neuron.CHIPS
+    if compiled:  # not in the CPU's bfloat16
+        settle("float32", "cpu", threads)
+    else:
+        settle(manifest.dtype, device, threads)
     _settle_executor()
     import torch
 
+    if compiled:
+        runner = _runner(neuron.load(manifest, folder / manifest.model_file), manifest, "cpu")
+        runner.warm()
+        return runner
     mapped = device == "cpu" and weights.GRAPH_FILE in manifest.files
     file = weights.GRAPH_FILE if mapped else manifest.model_file
     try:
@@ -99,7 +121,15 @@ def read(manifest: Manifest, folder: Path, device: str, threads: Optional[int] =
         raise InvalidManifest(f"{file} cannot be loaded by torch {torch.__version__}: {reason}") from error
     if mapped:
         weights.assign(module, folder / manifest.model_file, weights.read_places(folder))
-    return TorchScriptRunner(module, manifest, device)
+    return _runner(module, manifest, device)
+
+
+def _runner(module: Any, manifest: Manifest, device: str) -> Union[TorchScriptRunner, PaddedRunner]:
+    """What runs these graphs: those that write have target lengths where their shapes are fixed."""
+    targets = manifest.runtime.get("targets")
+    if targets:
+        return PaddedRunner(module, manifest, targets)
+    return TorchScriptRunner(module, manifest, device, device == "cpu" and manifest.hardware not in neuron.CHIPS)
 
 
 def settle(dtype: str, device: str, threads: Optional[int]) -> None:

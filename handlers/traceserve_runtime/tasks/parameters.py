@@ -27,7 +27,8 @@ class Output(NamedTuple):
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter of a request: one of `choices`, or of `type`, where list means one string or a list of strings.
+    """A parameter of a request: one of `choices`, or of `type`, where list means one string or a list of strings; or a list
+    of whole numbers, where `numbers` says so.
 
     Where there are choices and `type` is not str, both are legal.
 
@@ -42,12 +43,15 @@ class Parameter:
     least: float = 1
     most: Optional[float] = None
     default: Any = None
+    numbers: bool = False  # whether a list is one of whole numbers
 
     @property
     def legal(self) -> str:
         """The legal values, in words."""
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
         words[list] = "a string or a list of strings"
+        if self.numbers:
+            words[list] = f"a list of whole numbers of {self.least:,} or more"
         text = words[self.type]
         if self.type in (int, float):
             least, most = (f"{n:,}" if self.type is int else f"{n:g}" for n in (self.least, self.most or 0))
@@ -64,6 +68,10 @@ class Parameter:
         if self.choices and isinstance(value, str):
             return value in self.choices
         if self.type is list:
+            if self.numbers:
+                return (
+                    isinstance(value, list) and bool(value) and all(type(n) is int and n >= self.least for n in value)
+                )
             texts = value if isinstance(value, list) else [value]
             return bool(texts) and all(text and _is_text(text) for text in texts)
         # Not isinstance: true is no number.

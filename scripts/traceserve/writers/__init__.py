@@ -5,20 +5,21 @@ from __future__ import annotations
 from typing import Dict
 
 from traceserve import precision
-from traceserve.writers import pretrained, shapes, torchscript
+from traceserve.writers import compiled, pretrained, shapes, torchscript
 from traceserve.writers.contract import Writer
 
 WRITERS: Dict[str, Writer] = {
     "torchscript": Writer(
         write=torchscript.write,
         model_file=torchscript.MODEL_FILE,
-        hardware=("cpu",),
+        hardware=("cpu", *compiled.HARDWARE),
         dtypes=("float32", "bfloat16", "int8"),
         loops=("float32", "bfloat16"),
         auto=precision.fastest,
         lowered=precision.lowered,
         shapes=shapes.with_graphs,
         check=torchscript.check,
+        options=compiled.OPTIONS,
     ),
     "pretrained": Writer(
         write=pretrained.write,

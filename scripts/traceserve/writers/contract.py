@@ -16,10 +16,14 @@ if TYPE_CHECKING:
 
 
 class Target(NamedTuple):
-    """What a configuration asks of a writer: the hardware, and each of the writer's options for it, by name."""
+    """What a configuration asks of a writer: the hardware, and each of the writer's options for it, by name.
+
+    As a rehearsal, the same graphs are written for this machine's CPU, to be compared before they are compiled.
+    """
 
     hardware: str
     options: Mapping[str, Any]
+    rehearsal: bool = False
 
 
 class Option(NamedTuple):
@@ -31,12 +35,14 @@ class Option(NamedTuple):
 
 class Written(NamedTuple):
     """What a writer made: the inputs of the graph that a loop runs, in order, none for a model that is run once; the files
-    beside the model's own; what its reader must know (`Manifest.runtime`); and the versions of what it wrote with."""
+    beside the model's own; what its reader must know (`Manifest.runtime`); the versions of what it wrote with; and what of
+    the task's facts is otherwise for it."""
 
     step_inputs: Tuple[str, ...] = ()
     files: Tuple[str, ...] = ()
     runtime: Dict[str, Any] = {}
     versions: Dict[str, str] = {}
+    facts: Dict[str, Any] = {}
 
 
 def _nothing(config: SetupConfig) -> Optional[str]:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Iterator, Tuple
 from traceserve_runtime.manifest import Shapes
 from traceserve_runtime.tasks import TASKS
 
+from traceserve.writers import compiled
+
 if TYPE_CHECKING:
     from traceserve.config import SetupConfig
 
@@ -18,7 +20,13 @@ def one_graph(config: SetupConfig, max_length: int) -> Iterator[Shapes]:
 
 
 def with_graphs(config: SetupConfig, max_length: int) -> Iterator[Shapes]:
-    """One graph for every shape, then one for each of a few lengths, then also for each batch; of a loop, the first."""
+    """One graph for every shape, then one for each of a few lengths, then also for each batch; of a loop, the first.
+
+    Where graphs are compiled, one for each length and batch.
+    """
+    if config.hardware in compiled.HARDWARE:
+        yield from compiled.shapes(config, max_length)
+        return
     yield from one_graph(config, max_length)
     if TASKS[config.task].loop:
         return

@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Dict, Tuple, Type
 
-from traceserve.writers import weights
+from traceserve.writers import compiled, weights
 from traceserve.writers.contract import Written
 
 if TYPE_CHECKING:
@@ -27,14 +27,18 @@ def check(dtype: str, target: Target) -> None:
     """The gate runs what was written: raise ExportError where this processor cannot."""
     from traceserve import precision
 
-    precision.check_processor(dtype)
+    if target.hardware in compiled.HARDWARE:
+        compiled.check(target)
+    else:
+        precision.check_processor(dtype)
 
 
 def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, target: Target) -> Written:
     """Trace the model and write `folder/traced_model.pt`, and beside it its graph alone; see Writer.
 
     One graph, or one for each shape, or for a model that is run in a loop the graphs `start` and `step`; all over the
-    same weights. Raises ExportError with the model's own reason where it cannot be traced.
+    same weights. Or what is compiled for a chip, see `compiled`. Raises ExportError with the model's own reason where it
+    cannot be traced.
     """
     import torch
 
@@ -42,9 +46,13 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
     from traceserve.errors import ExportError
     from traceserve.wrapping import masks_without_vmap
 
+    # A compiler lowers the dtype by itself.
+    dtype = "float32" if target.hardware in compiled.HARDWARE else original.dtype
     try:
-        with warnings.catch_warnings(), masks_without_vmap(), torch.no_grad(), precision.tracing(original.dtype):
+        with warnings.catch_warnings(), masks_without_vmap(), torch.no_grad(), precision.tracing(dtype):
             warnings.simplefilter("ignore")  # tracer warnings: the gate proves what they suspect
+            if target.hardware in compiled.HARDWARE:
+                return compiled.write(original, task, shapes, folder, target)
             if task.loop:
                 saved, step_inputs = _loop(original, task)
             else:
@@ -64,10 +72,10 @@ def _single(original: Original, task: Type[Task], shapes: Shapes) -> torch.nn.Mo
     module = once(original, [output.name for output in task.outputs])
     any_length = min(TRACED_LENGTH, original.max_length)
     if not shapes.graph_per_shape:
-        return _trace(module, example(original, TRACED_BATCH, max(shapes.lengths) if shapes.lengths else any_length))
+        return trace(module, example(original, TRACED_BATCH, max(shapes.lengths) if shapes.lengths else any_length))
     return _together(
         {
-            shapes.graph_name(batch, length): _trace(module, example(original, batch, length))
+            shapes.graph_name(batch, length): trace(module, example(original, batch, length))
             for batch in shapes.batches or (TRACED_BATCH,)
             for length in shapes.lengths or (any_length,)
         }
@@ -79,11 +87,12 @@ def _loop(original: Original, task: Type[Task]) -> Tuple[torch.nn.Module, Tuple[
 
     start, step = LOOPS[task.loop].graphs(original, TRACED_BATCH, min(TRACED_LENGTH, original.max_length - 2))
     return _together(
-        {"start": _trace(start.module, start.example), "step": _trace(step.module, step.example)}
+        {"start": trace(start.module, start.example), "step": trace(step.module, step.example)}
     ), step.inputs
 
 
-def _trace(module: torch.nn.Module, inputs: Tuple[torch.Tensor, ...]) -> torch.nn.Module:
+def trace(module: torch.nn.Module, inputs: Tuple[torch.Tensor, ...]) -> torch.nn.Module:
+    """The module traced with these inputs."""
     import torch
 
     # The trace is compared with the original by the gate, at many shapes, and not by torch at the traced one.
@@ -97,3 +106,10 @@ def _together(graphs: Dict[str, torch.nn.Module]) -> torch.nn.Module:
 
     together: torch.nn.Module = torch.jit.script(torch.nn.ModuleDict(graphs))
     return together
+
+
+def save(graphs: Dict[str, torch.nn.Module], file: Path) -> None:
+    """Write graphs by name into one file."""
+    import torch
+
+    torch.jit.save(_together(graphs), str(file))

@@ -1,0 +1,45 @@
+"""The stacks that the tests run in, each in an environment of its own: `nox -s today`, `transformers4`, `inf1`.
+
+What follows `--` is pytest's. An interpreter is found on the PATH, or among those of pyenv.
+"""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import nox
+
+nox.options.default_venv_backend = "venv"
+nox.options.sessions = ["today"]
+
+
+def interpreter(version: str) -> str:
+    """A Python of this version: pyenv's shims are on the PATH for every version, and run the chosen ones only."""
+    root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    installed = [path for path in root.glob(f"versions/{version}.*/bin/python") if path.is_file()]
+    newest = sorted(installed, key=lambda path: [int(n) for n in re.findall(r"\d+", path.parts[-3])])
+    on_path = shutil.which(f"python{version}")
+    return str(newest[-1]) if newest and (on_path is None or "shims" in on_path) else f"python{version}"
+
+
+@nox.session(python=interpreter("3.11"))
+def today(session: nox.Session) -> None:
+    """The README's test command: transformers 5."""
+    session.install("-c", "constraints.txt", "-e", ".[test]")
+    session.run("python", "-m", "pytest", *session.posargs)
+
+
+@nox.session(python=interpreter("3.10"))
+def transformers4(session: nox.Session) -> None:
+    """The same with transformers 4.57, which is what constraints.txt gives an older Python."""
+    session.install("-c", "constraints.txt", "-e", ".[test]")
+    session.run("python", "-m", "pytest", *session.posargs)
+
+
+@nox.session(python=interpreter("3.8"))
+def inf1(session: nox.Session) -> None:
+    """From configuration to answers over HTTP in the stack of AWS's Inf1, with doubles of what AWS alone has."""
+    session.install("--upgrade", "pip==25.0.1")
+    session.install("-c", "constraints-inf1.txt", "--prefer-binary", "-e", ".[serve]", "pytest", "./tests/doubles")
+    session.run("python", "-m", "pytest", "tests/inf1", *session.posargs)

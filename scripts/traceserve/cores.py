@@ -1,0 +1,62 @@
+"""The NeuronCores of this machine, of which each belongs to one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Dict, Mapping
+
+from traceserve_runtime.runtimes.neuron import CERTAIN_CORES, CHIPS, CORES
+
+from traceserve.errors import ServerError
+
+TOOL = "neuron-ls"
+TOOLS = Path("/opt/aws/neuron/bin")  # where AWS's images have it, not always on the PATH
+DEVICES = Path("/dev")
+
+
+def count(hardware: str) -> int:
+    """How many cores this machine has; 0 without a chip or its driver."""
+    tool = shutil.which(TOOL) or str(TOOLS / TOOL)
+    try:
+        result = subprocess.run(
+            [tool, "--json-output"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=60, check=False
+        )
+        return sum(int(device["nc_count"]) for device in json.loads(result.stdout))
+    except (OSError, subprocess.SubprocessError):  # the driver may be there without its tools
+        return CHIPS[hardware].cores * len(list(DEVICES.glob("neuron[0-9]*")))
+    except (ValueError, TypeError, KeyError):  # it says nothing where there is no driver
+        return 0
+
+
+def for_workers(hardware: Mapping[str, str], workers: Mapping[str, int]) -> Dict[str, str]:
+    """What workers must find in their environment so that each takes one core; raises ServerError where they cannot.
+
+    `hardware` and `workers` are by archive; those that need no core do not count.
+    """
+    compiled = [name for name in hardware if hardware[name] in CHIPS]
+    if not compiled:
+        return {}
+    names, wanted = ", ".join(compiled), sum(workers[name] for name in compiled)
+    kind = hardware[compiled[0]]
+    there = count(kind)
+    if not there:
+        raise ServerError(
+            f"{names} runs on {CHIPS[kind].machines}, but this machine has no NeuronCore: neither does {TOOL} tell of one, "
+            f"nor is there {DEVICES}/neuron0; serve it on such a machine, with its driver loaded"
+        )
+    if wanted > there:
+        raise ServerError(
+            f"{names} would have {wanted} workers, but this machine has {there} NeuronCores, and each worker takes one of "
+            f"its own; ask for at most {there} with --workers"
+        )
+    certain = os.environ.get(CERTAIN_CORES)
+    if certain and wanted > 1:
+        raise ServerError(
+            f"{CERTAIN_CORES} is {certain}, which all of {wanted} workers would take for themselves; unset it: each worker "
+            "takes one free core"
+        )
+    return {} if certain else {CORES: "1"}
