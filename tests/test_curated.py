@@ -19,6 +19,7 @@ from traceserve.loading import Original, load, quiet
 from traceserve.samples import SENTENCES
 from traceserve.sources import Checkpoint
 from traceserve.writers import torchscript
+from traceserve.writers.contract import Target
 from traceserve_runtime.engine import Answer, Engine
 from traceserve_runtime.manifest import Shapes
 from traceserve_runtime.tasks import TASKS
@@ -175,7 +176,7 @@ def test_a_trace_has_the_positions_of_its_longest_row(checkpoint: Callable[..., 
     folder = shutil.copytree(source, tmp_path / "copy")
     change_json(folder / "tokenizer_config.json", model_max_length=700)
     made = original(folder, task="text_generation", max_length=640)
-    torchscript.write(made, TASKS["text_generation"], Shapes(), tmp_path)
+    torchscript.write(made, TASKS["text_generation"], Shapes(), tmp_path, Target("cpu", {}))
     graphs: Any = torch.jit.load(str(tmp_path / torchscript.MODEL_FILE))
     ids = torch.arange(640)[None] % made.model.config.vocab_size
     mask = torch.ones_like(ids)
