@@ -15,13 +15,13 @@ from typing import (
     Iterable,
     Iterator,
     NamedTuple,
+    Optional,
     Sequence,
     Tuple,
     Type,
 )
 
 from traceserve_runtime import processor
-from traceserve_runtime.runtimes.torchscript import ONLY_NATIVE
 from traceserve_runtime.tasks.contract import Task
 
 from traceserve.errors import ExportError
@@ -54,7 +54,7 @@ def fastest(task: Type[Task], hardware: str) -> Tuple[str, ...]:
 
 def check_processor(dtype: str) -> None:
     """Raise ExportError for a dtype whose artifact could not be compared with the original on this machine."""
-    if dtype in ONLY_NATIVE and not processor.native(dtype):
+    if dtype in processor.ONLY_NATIVE and not processor.native(dtype):
         needed = ", ".join(sorted(processor.NATIVE[dtype]))
         raise ExportError(
             f"dtype {dtype} needs a processor with one of {needed}, to build as to serve; this one has none"
@@ -115,8 +115,9 @@ def _to_float16(original: Original, texts: Sequence[str]) -> Iterable[Original]:
     return [replace(original, model=copy.deepcopy(original.model).half(), dtype="float16")]
 
 
-def _to_int8(original: Original, texts: Sequence[str]) -> Iterator[Original]:
-    from traceserve.quantization import quantized
+def to_int8(original: Original, texts: Sequence[str], layer: Optional[Callable[..., Any]] = None) -> Iterator[Original]:
+    """The original with its linear layers replaced by `layer`, see `quantization`, and more and more of them left."""
+    from traceserve.quantization import Int8Linear, quantized
 
     batches = [
         original.tokenizer(text, truncation=True, max_length=original.max_length, return_tensors="pt")
@@ -124,7 +125,7 @@ def _to_int8(original: Original, texts: Sequence[str]) -> Iterator[Original]:
         if text.strip()
     ]
     inputs = [{name: batch[name] for name in original.inputs if name in batch} for batch in batches]
-    for model in quantized(original.model, inputs):
+    for model in quantized(original.model, inputs, layer or Int8Linear):
         yield replace(original, model=model, dtype="int8")
 
 
@@ -132,5 +133,5 @@ PRECISIONS: Dict[str, Precision] = {
     "float32": Precision(_itself, contextlib.nullcontext, ("cpu",)),
     "bfloat16": Precision(_to_bfloat16, _autocast, ("cpu",)),
     "float16": Precision(_to_float16, contextlib.nullcontext, ("gpu",)),
-    "int8": Precision(_to_int8, contextlib.nullcontext, ("cpu",)),
+    "int8": Precision(to_int8, contextlib.nullcontext, ("cpu",)),
 }

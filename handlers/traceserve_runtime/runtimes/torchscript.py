@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, Sequence, Tuple
 
@@ -16,11 +15,6 @@ from traceserve_runtime.runtimes import weights
 
 if TYPE_CHECKING:
     import torch
-
-logger = logging.getLogger(__name__)
-
-# What is wrong without the processor's own instructions: torch multiplies matrices of int8 by ones that overflow.
-ONLY_NATIVE = ("int8",)
 
 
 class TorchScriptRunner:
@@ -80,7 +74,7 @@ def read(manifest: Manifest, folder: Path, device: str, threads: Optional[int] =
     if device != "cpu" and not torch.cuda.is_available():
         raise MissingPackage(f"TorchServe asks for the device {device}, but this torch {torch.__version__} sees no GPU")
     if device == "cpu":
-        _check_processor(manifest.dtype)
+        processor.check(manifest.dtype)
     if threads is not None:
         torch.set_num_threads(threads)
     _settle_executor()
@@ -94,16 +88,6 @@ def read(manifest: Manifest, folder: Path, device: str, threads: Optional[int] =
     if mapped:
         weights.assign(module, folder / manifest.model_file, weights.read_places(folder))
     return TorchScriptRunner(module, manifest, device)
-
-
-def _check_processor(dtype: str) -> None:
-    """Refuse what would be wrong on this processor; tell what would only be slow."""
-    if processor.native(dtype):
-        return
-    needs = f"{dtype} needs a processor with one of {', '.join(sorted(processor.NATIVE[dtype]))}; this one has none"
-    if dtype in ONLY_NATIVE:
-        raise MissingPackage(f'{needs}; build the archive with "dtype": "float32" for it')
-    logger.warning('%s; answers are right, but slow: build the archive with "dtype": "float32" for it', needs)
 
 
 def _settle_executor() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Dict
 
 from traceserve import precision
-from traceserve.writers import shapes, torchscript
+from traceserve.writers import onnx, shapes, torchscript
 from traceserve.writers.contract import Writer
 
 WRITERS: Dict[str, Writer] = {
@@ -19,5 +19,18 @@ WRITERS: Dict[str, Writer] = {
         lowered=precision.lowered,
         shapes=shapes.with_graphs,
         check=torchscript.check,
+    ),
+    "onnx": Writer(
+        write=onnx.write,
+        model_file=onnx.MODEL_FILE,
+        hardware=("cpu",),
+        dtypes=("float32", "int8"),
+        loops=("float32",),
+        auto=onnx.auto,
+        lowered=onnx.lowered,
+        shapes=shapes.with_graphs,
+        check=onnx.check,
+        options=onnx.OPTIONS,
+        measured_against="torchscript",
     ),
 }

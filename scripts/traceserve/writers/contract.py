@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, Mapping, NamedTuple, Sequence, Tuple, Type
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, Mapping, NamedTuple, Optional, Sequence, Tuple, Type
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,6 +47,7 @@ class Writer(NamedTuple):
     `loops`: the dtypes in which it writes models that are run token by token; none, where it cannot.
     `auto(task, hardware)`: what `"dtype": "auto"` tries, in order.
     `shapes(config, max_length)`: the shapes to try, widest first.
+    `measured_against`: the save mode whose float32 artifact the gate measures beside this one's; none for that one itself.
     `check(dtype, target)` raises ExportError for what this machine lacks to write it, or to compare it with the original.
     """
 
@@ -60,3 +61,4 @@ class Writer(NamedTuple):
     shapes: Callable[[SetupConfig, int], Iterable[Shapes]]
     check: Callable[[str, Target], None]
     options: Tuple[Option, ...] = ()
+    measured_against: Optional[str] = None
