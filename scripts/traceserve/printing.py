@@ -100,7 +100,7 @@ def _print_candidates(exported: Exported) -> None:
     from rich.table import Table
 
     compared = exported.compared
-    times = [f"× float32 {compared.save_mode}"] if compared else []
+    times = ["ratio"] if compared else []  # of the speeds
     table = Table("dtype", "answers changed", "largest difference", "requests/s here", *times, "size", "")
     for candidate in exported.candidates:
         found, speed = candidate.findings, candidate.speed

@@ -56,10 +56,7 @@ class OnnxRunner:
         self._manifest = manifest
 
     def __call__(self, inputs: Arrays) -> Arrays:
-        shapes = self._manifest.shapes
-        first = inputs[self._manifest.inputs[0]]
-        name = shapes.graph_name(*first.shape) if shapes.graph_per_shape else MODEL
-        return self._outputs(self._graphs[name].run(_values(inputs)))
+        return self._outputs(self._graphs[MODEL].run(_values(inputs)))
 
     def start(self, inputs: Arrays) -> State:
         return tuple(map(Kept, self._graphs[START].run(_values(inputs))))

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from traceserve.loading import Original
     from traceserve.writers.onnx_export import Graph
 
-MODEL_FILE, FLOAT32_FILE = "model.onnx", "model.float32.onnx"
+MODEL_FILE, START_FILE, FLOAT32_FILE = "model.onnx", "start.onnx", "model.float32.onnx"
 WEIGHTS = ".data"  # behind the name of the graph whose weights a file holds
 OPSETS = (14, 20)  # scaled dot-product attention came with the first, and torch's exporter ends with the last
 
@@ -128,22 +128,13 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
 
 
 def _graphs(original: Original, task: Type[Task], shapes: Shapes) -> Tuple[List[Graph], Tuple[str, ...]]:
-    """What is exported: one graph, one for each shape, or those of a loop; and the inputs of a step."""
+    """What is exported: one graph for all shapes, or those of a loop; and the inputs of a step."""
     from traceserve.writers import onnx_export
     from traceserve.writers.torchscript import TRACED_BATCH, TRACED_LENGTH
 
     if task.loop:
         start, step, step_inputs = onnx_export.of_loop(original, task, TRACED_BATCH, TRACED_LENGTH)
-        return [step._replace(name=STEP, file=MODEL_FILE), start._replace(name=START, file="start.onnx")], step_inputs
-    any_length = min(TRACED_LENGTH, original.max_length)
-    if not shapes.graph_per_shape:
-        length = max(shapes.lengths) if shapes.lengths else any_length
-        graph = onnx_export.of_shape(original, task, TRACED_BATCH, length)
-        return [graph._replace(name=MODEL, file=MODEL_FILE)], ()
-    made = [
-        onnx_export.of_shape(original, task, batch, length)._replace(name=shapes.graph_name(batch, length))
-        for length in sorted(shapes.lengths or (any_length,), reverse=True)
-        for batch in shapes.batches or (TRACED_BATCH,)
-    ]
-    # The model's own file is the graph of the longest rows.
-    return [graph._replace(file=f"{graph.name}.onnx" if i else MODEL_FILE) for i, graph in enumerate(made)], ()
+        return [step._replace(name=STEP, file=MODEL_FILE), start._replace(name=START, file=START_FILE)], step_inputs
+    length = max(shapes.lengths) if shapes.lengths else min(TRACED_LENGTH, original.max_length)
+    graph = onnx_export.of_shape(original, task, TRACED_BATCH, length)
+    return [graph._replace(name=MODEL, file=MODEL_FILE)], ()
