@@ -20,6 +20,10 @@ NATIVE: Dict[str, FrozenSet[str]] = {
     "bfloat16": frozenset({"amx_bf16", "avx512_bf16", "bf16"}),
     "int8": frozenset({"amx_int8", "avx512_vnni", "avx_vnni", "i8mm"}),
 }
+# The beginnings of what a compiler may use where it compiles for this very processor; as above.
+_INSTRUCTIONS = ("sse", "ssse", "avx", "amx", "fma", "f16c", "bmi", "abm", "popcnt", "movbe", "gfni") + (
+    *("fp", "asimd", "atomics", "sve", "sme", "bf16", "i8mm"),
+)
 # What is wrong without them: matrices of int8 are multiplied by instructions that overflow.
 ONLY_NATIVE = ("int8",)
 
@@ -27,6 +31,11 @@ ONLY_NATIVE = ("int8",)
 def features() -> FrozenSet[str]:
     """The processor's features as Linux tells them; nothing elsewhere, so that float32 is taken there."""
     return frozenset((_told("flags", "Features") or "").split())
+
+
+def instructions() -> FrozenSet[str]:
+    """Those of the processor's features that code compiled for it may need."""
+    return frozenset(name for name in features() if name.startswith(_INSTRUCTIONS) and name != "fpu")
 
 
 def native(dtype: str) -> bool:

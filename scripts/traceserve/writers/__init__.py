@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Dict
 
 from traceserve import precision
-from traceserve.writers import onnx, shapes, torchscript
+from traceserve.writers import aot_inductor, onnx, shapes, torchscript
 from traceserve.writers.contract import Writer
 
 WRITERS: Dict[str, Writer] = {
@@ -31,6 +31,18 @@ WRITERS: Dict[str, Writer] = {
         shapes=shapes.one_graph,
         check=onnx.check,
         options=onnx.OPTIONS,
+        measured_against="torchscript",
+    ),
+    "aot_inductor": Writer(
+        write=aot_inductor.write,
+        model_file=aot_inductor.MODEL_FILE,
+        hardware=("cpu",),
+        dtypes=("float32", "bfloat16"),
+        loops=(),  # torch.export does not take a cache that a model is given from outside
+        auto=precision.fastest,
+        lowered=precision.lowered,
+        shapes=shapes.one_graph,
+        check=aot_inductor.check,
         measured_against="torchscript",
     ),
 }

@@ -1,0 +1,102 @@
+"""The save mode aot_inductor: `torch.export`, compiled to machine code for this processor, as a `.pt2` package."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import shutil
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Dict, Iterator, Tuple, Type
+
+from traceserve_runtime import processor
+from traceserve_runtime.runtimes.aot_inductor import INSTRUCTIONS, MACHINE, TORCH
+
+from traceserve import precision
+from traceserve.errors import ExportError
+from traceserve.writers.contract import Target, Written
+
+if TYPE_CHECKING:
+    import torch
+    from traceserve_runtime.manifest import Shapes
+    from traceserve_runtime.tasks.contract import Task
+
+    from traceserve.loading import Original
+
+MODEL_FILE = "model.pt2"
+COMPILERS = ("g++", "clang++")
+# The number of threads is the worker's to choose; and no tables of lines, which hold this machine's paths.
+_CONFIGS: Dict[str, Any] = {"cpp.dynamic_threads": True, "aot_inductor.enable_line_tables": False}
+
+
+def check(dtype: str, target: Target) -> None:
+    """Raise ExportError without a C++ compiler, or a torch that packages what it compiles."""
+    import torch
+
+    precision.check_processor(dtype)
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
+        raise ExportError(f"save_mode aot_inductor needs torch 2.6 or newer; this is {torch.__version__}")
+    compiler()
+
+
+def compiler() -> str:
+    """The C++ compiler that torch takes; raises ExportError where there is none."""
+    wanted = os.environ.get("CXX")
+    found = next((name for name in ([wanted] if wanted else COMPILERS[:1]) if shutil.which(name)), None)
+    if found is None:
+        raise ExportError(
+            f"save_mode aot_inductor compiles C++, and {wanted or COMPILERS[0]} is not on the PATH; install it (the Debian "
+            f"package g++), or name another compiler with the environment variable CXX ({', '.join(COMPILERS)}). Workers need none"
+        )
+    return found
+
+
+def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, target: Target) -> Written:
+    """Write `folder/model.pt2`; see Writer. Raises ExportError with the reason of torch or the compiler."""
+    import torch
+    from traceserve_runtime.wrapping import masks_without_vmap
+
+    module, inputs = _module(original, task, shapes)
+    exported: Any = torch.export
+    inductor: Any = torch._inductor
+    try:
+        with _quiet(), masks_without_vmap(), torch.no_grad(), precision.tracing(original.dtype):
+            program = exported.export(module, inputs, dynamic_shapes=(_sizes(shapes, len(inputs)),))
+        with _quiet(), torch.no_grad():
+            inductor.aoti_compile_and_package(program, package_path=str(folder / MODEL_FILE), inductor_configs=_CONFIGS)
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, AssertionError, OSError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ExportError(f"torch.export and AOTInductor cannot compile {type(original.model).__name__}: {reason}") from error
+    return Written(
+        runtime={
+            TORCH: torch.__version__,
+            MACHINE: platform.machine(),
+            INSTRUCTIONS: sorted(processor.instructions()),
+        }
+    )
+
+
+def _module(original: Original, task: Type[Task], shapes: Shapes) -> Tuple[torch.nn.Module, Tuple[torch.Tensor, ...]]:
+    from traceserve.writers.torchscript import TRACED_BATCH, TRACED_LENGTH
+    from traceserve.wrapping import Wrapped, example
+
+    length = max(shapes.lengths) if shapes.lengths else min(TRACED_LENGTH, original.max_length)
+    module = Wrapped(original.model, original.inputs, [output.name for output in task.outputs])
+    return module.eval(), example(original, TRACED_BATCH, length)
+
+
+def _sizes(shapes: Shapes, inputs: int) -> Tuple[Dict[int, Any], ...]:
+    """Which sizes of each input vary: the batch, and the length where there are several."""
+    import torch
+
+    exported: Any = torch.export
+    one_length = shapes.lengths is not None and len(shapes.lengths) == 1
+    return tuple({i: exported.Dim.DYNAMIC for i in ((0,) if one_length else (0, 1))} for _ in range(inputs))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
