@@ -83,10 +83,27 @@ ARCHITECTURES = {
 }
 
 
-# Families whose forward pass holds lengths fast when it is traced, or is changed by padding.
+# Families whose forward pass holds lengths fast when it is traced, is changed by padding, cannot be traced, or keeps no keys and
+# values between steps.
 UNEVEN = {
     "longformer": Architecture("LongformerConfig", "roberta", {**SIZE, "attention_window": 8}),
     "fnet": Architecture("FNetConfig", "bert", {**SIZE, "tpu_short_seq_length": 16}),
+    "reformer": Architecture(
+        "ReformerConfig",
+        "bert",
+        {
+            "hidden_size": 32,
+            "num_attention_heads": 4,
+            "attention_head_size": 8,
+            "feed_forward_size": 64,
+            "max_position_embeddings": 160,
+            "axial_pos_embds": False,
+            "attn_layers": ["local", "local"],
+            "local_attn_chunk_length": 64,
+            "is_decoder": False,
+        },
+    ),
+    "mamba": Architecture("MambaConfig", "gpt", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
 }
 
 

@@ -180,7 +180,8 @@ def json_schema() -> Dict[str, Any]:
     """A JSON schema of setup_config.json, legacy keys included, for editors.
 
     It accepts what `parse` accepts, and what no schema can tell: a number out of range that is written as a string, a
-    list of lengths out of order, or one that does not end at max_length, and among `parameters` 2.0 for 2.
+    list of lengths out of order, or one that does not end at max_length, among `parameters` 2.0 for 2, and what a
+    writer refuses by itself.
     """
     schema = SetupConfig.model_json_schema()
     schema.update({"$schema": "https://json-schema.org/draft/2020-12/schema", "title": CONFIG_FILE})
@@ -285,6 +286,7 @@ def _check_together(config: SetupConfig) -> None:
     refusals = (
         formats.refusal(config.save_mode, config.hardware, config.dtype, task),
         formats.refused_option(config.save_mode, config.hardware, config.options),
+        WRITERS[config.save_mode].refuses(config),
     )
     for refusal in refusals:
         if refusal is not None:

@@ -7,12 +7,12 @@ import inspect
 import json
 import os
 import random
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Tuple
 
 from traceserve_runtime.manifest import TokenizerFacts
+from traceserve_runtime.runtimes import pretrained
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import ModelFacts
 
@@ -276,21 +276,9 @@ def _cleans_up(tokenizer: Any) -> bool:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without transformers' progress bars and warnings: what matters of them is raised as an error."""
-    from transformers.utils import logging as untyped
-
-    logging: Any = untyped
-    verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if had_bars:
-            logging.enable_progress_bar()
+    with pretrained.quiet():
+        yield
 
 
 def _first_line(error: Exception) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import warnings
 from dataclasses import replace
+from functools import partial
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -22,6 +22,7 @@ from typing import (
 )
 
 from traceserve_runtime import processor
+from traceserve_runtime.runtimes.pretrained import autocast, lower
 from traceserve_runtime.tasks.contract import Task
 
 from traceserve.errors import ExportError
@@ -78,41 +79,8 @@ def _itself(original: Original, texts: Sequence[str]) -> Iterable[Original]:
     return [original]
 
 
-def _to_bfloat16(original: Original, texts: Sequence[str]) -> Iterable[Original]:
-    """Matrices in bfloat16; sums, norms and what runs through the layers' residual connections stay in float32.
-
-    Plain `model.to(torch.bfloat16)` is as fast, and changes twice as many answers (docs/measurements.md).
-    """
-    import torch
-
-    model = copy.deepcopy(original.model)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Embedding):
-            module.register_forward_hook(_as_float)
-        elif not isinstance(module, torch.nn.Linear) and type(module).__name__ != "Conv1D":  # GPT-2's
-            continue
-        for parameter in module.parameters(recurse=False):
-            parameter.data = parameter.data.to(torch.bfloat16)
-    return [replace(original, model=model, dtype="bfloat16")]
-
-
-def _as_float(module: Any, inputs: Any, output: Any) -> Any:
-    return output.float()
-
-
-@contextlib.contextmanager
-def _autocast() -> Any:
-    """torch's autocast; without its cache, which a trace would take for the graph's own weights."""
-    import torch
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-            yield
-
-
-def _to_float16(original: Original, texts: Sequence[str]) -> Iterable[Original]:
-    return [replace(original, model=copy.deepcopy(original.model).half(), dtype="float16")]
+def _lowered_copy(dtype: str, original: Original, texts: Sequence[str]) -> Iterable[Original]:
+    return [replace(original, model=lower(copy.deepcopy(original.model), dtype), dtype=dtype)]
 
 
 def to_int8(original: Original, texts: Sequence[str], layer: Optional[Callable[..., Any]] = None) -> Iterator[Original]:
@@ -131,7 +99,7 @@ def to_int8(original: Original, texts: Sequence[str], layer: Optional[Callable[.
 
 PRECISIONS: Dict[str, Precision] = {
     "float32": Precision(_itself, contextlib.nullcontext, ("cpu",)),
-    "bfloat16": Precision(_to_bfloat16, _autocast, ("cpu",)),
-    "float16": Precision(_to_float16, contextlib.nullcontext, ("gpu",)),
+    "bfloat16": Precision(partial(_lowered_copy, "bfloat16"), partial(autocast, "bfloat16"), ("cpu",)),
+    "float16": Precision(partial(_lowered_copy, "float16"), contextlib.nullcontext, ("gpu",)),
     "int8": Precision(to_int8, contextlib.nullcontext, ("cpu",)),
 }

@@ -3,60 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
-from typing import Any, Callable, Dict, Iterator, Sequence, Tuple
+from typing import Any, Callable, Iterator, Sequence, Tuple
 
 import torch
+from traceserve_runtime.runtimes.calling import Single
 
 from traceserve.loading import Original
 
 
 class Wrapped(torch.nn.Module):
-    """Calls the model by keyword, without a cache, and gives a tuple of float32 tensors in the order of `outputs`.
+    """A call of a model (`runtimes.calling`) as a module, with the model's weights as its own."""
 
-    transformers 5 has no torchscript flag. Positional calls depend on each model's order of arguments, and
-    `config.return_dict=False` breaks GPT-2, Llama and ModernBERT.
-    """
-
-    def __init__(self, model: Any, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    def __init__(self, call: Any) -> None:
         super().__init__()
-        self.model = model
-        self.inputs = tuple(inputs)
-        self.outputs = tuple(outputs)
-        self.run = _by_last_end_token if type(model).__name__ in _READS_END_TOKENS else _by_itself
+        self.model = getattr(call, "model", None)  # an empty past needs none
+        self.call = call
 
     def forward(self, *tensors: torch.Tensor) -> Tuple[torch.Tensor, ...]:
-        """`tensors` as `inputs`, int64 of shape (batch, length)."""
-        result = self.run(self.model, dict(zip(self.inputs, tensors)))
-        return tuple(result[name].float() for name in self.outputs)
+        """What the call gives."""
+        outputs: Tuple[torch.Tensor, ...] = self.call(*tensors)
+        return outputs
 
 
-def _by_itself(model: Any, columns: Dict[str, torch.Tensor]) -> Any:
-    accepted = inspect.signature(model.forward).parameters
-    fixed = {"use_cache": False} if "use_cache" in accepted else {}
-    return model(**columns, **fixed, return_dict=True)
-
-
-# Classifiers that read the hidden state of each row's last end token, and find these all at once: in a batch whose rows
-# differ in their number of end tokens that fails, or takes one row's for another's.
-_READS_END_TOKENS = {
-    f"{family}ForSequenceClassification"
-    for family in ("Bart", "MBart", "PLBart", "Mvp", "BigBirdPegasus", "T5", "MT5", "UMT5")
-}
-
-
-def _by_last_end_token(model: Any, columns: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
-    """The same classification with each row's last end token found in that row alone."""
-    ids = columns["input_ids"]
-    if hasattr(model, "_shift_right"):  # T5 and its kin
-        backbone, fixed = model.transformer, {"decoder_input_ids": model._shift_right(ids)}
-    else:
-        backbone, fixed = model.model, {}
-    hidden = backbone(**columns, **fixed, use_cache=False, return_dict=True).last_hidden_state
-    places = torch.arange(ids.shape[1], device=ids.device)
-    last = (ids.eq(model.config.eos_token_id) * places).argmax(dim=1)
-    rows = torch.arange(ids.shape[0], device=ids.device)
-    return {"logits": model.classification_head(hidden[rows, last])}
+def once(original: Original, outputs: Sequence[str]) -> Wrapped:
+    """The module of a model that is run once, from `original.inputs` to `outputs`."""
+    return Wrapped(Single(original.model, original.inputs, outputs))
 
 
 @contextlib.contextmanager

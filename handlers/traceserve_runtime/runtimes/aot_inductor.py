@@ -10,6 +10,7 @@ from traceserve_runtime import processor
 from traceserve_runtime.batching import Arrays, State
 from traceserve_runtime.errors import InvalidManifest, MissingPackage
 from traceserve_runtime.manifest import Manifest
+from traceserve_runtime.runtimes.torchscript import settle
 
 # `Manifest.runtime`: what the code was compiled with and for.
 TORCH, MACHINE, INSTRUCTIONS = "torch", "machine", "instructions"
@@ -42,22 +43,20 @@ def read(manifest: Manifest, folder: Path, device: str, threads: Optional[int] =
     Raises MissingPackage without torch, another torch than the one it was compiled for, or a processor that lacks an
     instruction of the one it was compiled on: before the code is loaded, since it would end the process.
     """
-    try:
-        import torch
-    except ImportError as error:
-        raise MissingPackage(f"this archive needs torch, which cannot be imported: {error}") from error
     if device != "cpu":
         raise MissingPackage(f"TorchServe asks for the device {device}, but this archive was compiled for the CPU")
+    settle(manifest.dtype, device, threads)
+    import torch
+
     _check(manifest, torch.__version__)
-    processor.check(manifest.dtype)
-    if threads is not None:
-        torch.set_num_threads(threads)
     inductor: Any = torch._inductor
     try:
         model = inductor.aoti_load_package(str(folder / manifest.model_file))
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).strip().split("\n", 1)[0]
-        raise InvalidManifest(f"{manifest.model_file} cannot be loaded by torch {torch.__version__}: {reason}") from error
+        raise InvalidManifest(
+            f"{manifest.model_file} cannot be loaded by torch {torch.__version__}: {reason}"
+        ) from error
     return AotInductorRunner(model, manifest)
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class TorchScriptRunner:
-    """A traced model on a device; see Runner. Its state is a tuple of tensors there."""
+    """A traced model on a device, or one that is called like it; see Runner. Its state is a tuple of tensors there."""
 
     def __init__(self, module: Any, manifest: Manifest, device: str) -> None:
         self._module = module
@@ -67,17 +67,10 @@ def read(manifest: Manifest, folder: Path, device: str, threads: Optional[int] =
     Raises MissingPackage without torch, the device or what the dtype needs of the processor, InvalidManifest for a file
     that is no TorchScript.
     """
-    try:
-        import torch
-    except ImportError as error:
-        raise MissingPackage(f"this archive needs torch, which cannot be imported: {error}") from error
-    if device != "cpu" and not torch.cuda.is_available():
-        raise MissingPackage(f"TorchServe asks for the device {device}, but this torch {torch.__version__} sees no GPU")
-    if device == "cpu":
-        processor.check(manifest.dtype)
-    if threads is not None:
-        torch.set_num_threads(threads)
+    settle(manifest.dtype, device, threads)
     _settle_executor()
+    import torch
+
     mapped = device == "cpu" and weights.GRAPH_FILE in manifest.files
     file = weights.GRAPH_FILE if mapped else manifest.model_file
     try:
@@ -88,6 +81,20 @@ def read(manifest: Manifest, folder: Path, device: str, threads: Optional[int] =
     if mapped:
         weights.assign(module, folder / manifest.model_file, weights.read_places(folder))
     return TorchScriptRunner(module, manifest, device)
+
+
+def settle(dtype: str, device: str, threads: Optional[int]) -> None:
+    """Make torch ready for a model of this dtype; raises MissingPackage for what it or the machine lacks."""
+    try:
+        import torch
+    except ImportError as error:
+        raise MissingPackage(f"this archive needs torch, which cannot be imported: {error}") from error
+    if device != "cpu" and not torch.cuda.is_available():
+        raise MissingPackage(f"TorchServe asks for the device {device}, but this torch {torch.__version__} sees no GPU")
+    if device == "cpu":
+        processor.check(dtype)
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 def _settle_executor() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Dict
 
 from traceserve import precision
-from traceserve.writers import aot_inductor, onnx, shapes, torchscript
+from traceserve.writers import aot_inductor, onnx, pretrained, shapes, torchscript
 from traceserve.writers.contract import Writer
 
 WRITERS: Dict[str, Writer] = {
@@ -44,5 +44,18 @@ WRITERS: Dict[str, Writer] = {
         shapes=shapes.one_graph,
         check=aot_inductor.check,
         measured_against="torchscript",
+    ),
+    "pretrained": Writer(
+        write=pretrained.write,
+        model_file=pretrained.MODEL_FILE,
+        hardware=("cpu",),
+        dtypes=("float32", "bfloat16"),
+        loops=("float32", "bfloat16"),
+        auto=precision.fastest,
+        lowered=precision.lowered,
+        shapes=shapes.one_graph,
+        check=pretrained.check,
+        options=(pretrained.TORCH_COMPILE,),
+        refuses=pretrained.refuses,
     ),
 }

@@ -43,11 +43,11 @@ def check(dtype: str, target: Target) -> None:
 def compiler() -> str:
     """The C++ compiler that torch takes; raises ExportError where there is none."""
     wanted = os.environ.get("CXX")
-    found = next((name for name in ([wanted] if wanted else COMPILERS[:1]) if shutil.which(name)), None)
-    if found is None:
+    found = wanted or COMPILERS[0]
+    if shutil.which(found) is None:
         raise ExportError(
-            f"save_mode aot_inductor compiles C++, and {wanted or COMPILERS[0]} is not on the PATH; install it (the Debian "
-            f"package g++), or name another compiler with the environment variable CXX ({', '.join(COMPILERS)}). Workers need none"
+            f"save_mode aot_inductor compiles C++, and {found} is not on the PATH; install it (the Debian "
+            f"package g++), or name another compiler with the environment variable CXX ({', '.join(COMPILERS)})"
         )
     return found
 
@@ -55,7 +55,8 @@ def compiler() -> str:
 def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, target: Target) -> Written:
     """Write `folder/model.pt2`; see Writer. Raises ExportError with the reason of torch or the compiler."""
     import torch
-    from traceserve_runtime.wrapping import masks_without_vmap
+
+    from traceserve.wrapping import masks_without_vmap
 
     module, inputs = _module(original, task, shapes)
     exported: Any = torch.export
@@ -67,7 +68,9 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
             inductor.aoti_compile_and_package(program, package_path=str(folder / MODEL_FILE), inductor_configs=_CONFIGS)
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, AssertionError, OSError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ExportError(f"torch.export and AOTInductor cannot compile {type(original.model).__name__}: {reason}") from error
+        raise ExportError(
+            f"torch.export and AOTInductor cannot compile {type(original.model).__name__}: {reason}"
+        ) from error
     return Written(
         runtime={
             TORCH: torch.__version__,
@@ -78,11 +81,11 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
 
 
 def _module(original: Original, task: Type[Task], shapes: Shapes) -> Tuple[torch.nn.Module, Tuple[torch.Tensor, ...]]:
+    from traceserve.wrapping import example, once
     from traceserve.writers.torchscript import TRACED_BATCH, TRACED_LENGTH
-    from traceserve.wrapping import Wrapped, example
 
     length = max(shapes.lengths) if shapes.lengths else min(TRACED_LENGTH, original.max_length)
-    module = Wrapped(original.model, original.inputs, [output.name for output in task.outputs])
+    module = once(original, [output.name for output in task.outputs])
     return module.eval(), example(original, TRACED_BATCH, length)
 
 
@@ -92,7 +95,7 @@ def _sizes(shapes: Shapes, inputs: int) -> Tuple[Dict[int, Any], ...]:
 
     exported: Any = torch.export
     one_length = shapes.lengths is not None and len(shapes.lengths) == 1
-    return tuple({i: exported.Dim.DYNAMIC for i in ((0,) if one_length else (0, 1))} for _ in range(inputs))
+    return tuple(dict.fromkeys((0,) if one_length else (0, 1), exported.Dim.DYNAMIC) for _ in range(inputs))
 
 
 @contextlib.contextmanager

@@ -39,6 +39,10 @@ class Written(NamedTuple):
     versions: Dict[str, str] = {}
 
 
+def _nothing(config: SetupConfig) -> Optional[str]:
+    return None
+
+
 class Writer(NamedTuple):
     """How a save mode is written, and what it can do: `hardware` × `dtypes` × tasks, see `formats`.
 
@@ -48,6 +52,7 @@ class Writer(NamedTuple):
     `auto(task, hardware)`: what `"dtype": "auto"` tries, in order.
     `shapes(config, max_length)`: the shapes to try, widest first.
     `measured_against`: the save mode whose float32 artifact the gate measures beside this one's; none for that one itself.
+    `refuses(config)`: what else of a configuration cannot be, and what can.
     `check(dtype, target)` raises ExportError for what this machine lacks to write it, or to compare it with the original.
     """
 
@@ -62,3 +67,4 @@ class Writer(NamedTuple):
     check: Callable[[str, Target], None]
     options: Tuple[Option, ...] = ()
     measured_against: Optional[str] = None
+    refuses: Callable[[SetupConfig], Optional[str]] = _nothing

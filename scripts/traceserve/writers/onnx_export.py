@@ -18,7 +18,7 @@ from traceserve_runtime.runtimes.onnx import PAST, PRESENT
 
 from traceserve.errors import ExportError
 from traceserve.looping import LOOPS
-from traceserve.wrapping import Wrapped, example, masks_without_vmap
+from traceserve.wrapping import example, masks_without_vmap, once
 
 if TYPE_CHECKING:
     from traceserve_runtime.tasks.contract import Task
@@ -45,7 +45,7 @@ def of_shape(original: Original, task: Type[Task], batch: int, length: int) -> G
     outputs = tuple(output.name for output in task.outputs)
     axes: Axes = {name: {0: "batch", 1: "length"} for name in original.inputs}
     axes.update({output.name: {0: "batch", **({1: "length"} if output.per_token else {})} for output in task.outputs})
-    module = Wrapped(original.model, original.inputs, outputs)
+    module = once(original, outputs)
     return Graph(module, example(original, batch, length), original.inputs, outputs, axes)
 
 

@@ -59,9 +59,9 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
 
 
 def _single(original: Original, task: Type[Task], shapes: Shapes) -> torch.nn.Module:
-    from traceserve.wrapping import Wrapped, example
+    from traceserve.wrapping import example, once
 
-    module = Wrapped(original.model, original.inputs, [output.name for output in task.outputs])
+    module = once(original, [output.name for output in task.outputs])
     any_length = min(TRACED_LENGTH, original.max_length)
     if not shapes.graph_per_shape:
         return _trace(module, example(original, TRACED_BATCH, max(shapes.lengths) if shapes.lengths else any_length))

@@ -1,0 +1,212 @@
+"""How a model of transformers is called: tensors by position in, a tuple of tensors out.
+
+The builder traces these calls, and the reader of the save mode pretrained makes them. A model that is run once is called
+by `Single`. One that is run token by token has two calls. `start` makes the state that the loop begins with: a decoder's
+empty past, or an encoder's output as the keys and values that every decoder layer attends to. `step` reads new tokens and
+the state; it gives the logits of the last token and the state's first tensors, the past of self-attention, grown by these
+tokens. What of the state it does not give back stays as it is. All of the state has the batch as its first dimension.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple
+
+if TYPE_CHECKING:
+    import torch
+
+    Tensors = Tuple[torch.Tensor, ...]
+    # Keys and values of each layer, (batch, heads, length, size of a head).
+    Pairs = List[Tuple[torch.Tensor, torch.Tensor]]
+
+# Classifiers that read the hidden state of each row's last end token, and find these all at once: in a batch whose rows
+# differ in their number of end tokens that fails, or takes one row's for another's.
+_READS_END_TOKENS = {
+    f"{family}ForSequenceClassification"
+    for family in ("Bart", "MBart", "PLBart", "Mvp", "BigBirdPegasus", "T5", "MT5", "UMT5")
+}
+
+
+class Single:
+    """Calls the model by keyword, without a cache, and gives a tuple of float32 tensors in the order of `outputs`.
+
+    transformers 5 has no torchscript flag. Positional calls depend on each model's order of arguments, and
+    `config.return_dict=False` breaks GPT-2, Llama and ModernBERT.
+    """
+
+    def __init__(self, model: Any, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+        self.model = model
+        self.inputs = tuple(inputs)
+        self.outputs = tuple(outputs)
+        self.run = _by_last_end_token if type(model).__name__ in _READS_END_TOKENS else _by_itself
+        accepted = inspect.signature(model.forward).parameters
+        self.fixed = {"use_cache": False} if "use_cache" in accepted else {}
+
+    def __call__(self, *tensors: torch.Tensor) -> Tensors:
+        """`tensors` as `inputs`, int64 of shape (batch, length)."""
+        result = self.run(self.model, dict(zip(self.inputs, tensors)), self.fixed)
+        return tuple(result[name].float() for name in self.outputs)
+
+
+def _by_itself(model: Any, columns: Dict[str, torch.Tensor], fixed: Dict[str, bool]) -> Any:
+    return model(**columns, **fixed, return_dict=True)
+
+
+def _by_last_end_token(model: Any, columns: Dict[str, torch.Tensor], fixed: Dict[str, bool]) -> Dict[str, torch.Tensor]:
+    """The same classification with each row's last end token found in that row alone."""
+    import torch
+
+    ids = columns["input_ids"]
+    if hasattr(model, "_shift_right"):  # T5 and its kin
+        backbone, fixed = model.transformer, {"decoder_input_ids": model._shift_right(ids)}
+    else:
+        backbone, fixed = model.model, {}
+    hidden = backbone(**columns, **fixed, use_cache=False, return_dict=True).last_hidden_state
+    places = torch.arange(ids.shape[1], device=ids.device)
+    last = (ids.eq(model.config.eos_token_id) * places).argmax(dim=1)
+    rows = torch.arange(ids.shape[0], device=ids.device)
+    return {"logits": model.classification_head(hidden[rows, last])}
+
+
+class Empty:
+    """The prompt, ids and mask (batch, length), to a past of length 0 like `past`, a decoder's own after any tokens."""
+
+    def __init__(self, past: Sequence[torch.Tensor]) -> None:
+        self.shapes = [(tensor.shape[1], tensor.shape[3], tensor.dtype) for tensor in past]
+
+    def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Tensors:
+        import torch
+
+        return tuple(
+            torch.zeros(input_ids.shape[0], heads, 0, size, device=input_ids.device, dtype=dtype)
+            for heads, size, dtype in self.shapes
+        )
+
+
+class DecoderStep:
+    """New tokens (batch, new), mask of all (batch, past + new), positions (batch, new) and the past, to the logits of the
+    last token, (batch, vocabulary), and the grown past."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        accepted = inspect.signature(model.forward).parameters
+        self.inputs = tuple(n for n in ("input_ids", "attention_mask", "position_ids") if n in accepted)
+        # Of the prompt, too, only the last token's logits are computed where the model can be told so.
+        self.fixed = {name: 1 for name in ("logits_to_keep", "num_logits_to_keep") if name in accepted}
+
+    def __call__(self, *tensors: torch.Tensor) -> Tensors:
+        columns, past = tensors[: len(self.inputs)], tensors[len(self.inputs) :]
+        result = self.model(
+            **dict(zip(self.inputs, columns)),
+            past_key_values=_cache(list(zip(past[::2], past[1::2]))),
+            use_cache=True,
+            return_dict=True,
+            **self.fixed,
+        )
+        grown = _read_cache(result.past_key_values)
+        return (result.logits[:, -1].float(), *(tensor for pair in grown for tensor in pair))
+
+
+def read_past(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Optional[Tensors]:
+    """A decoder's past after these tokens; None where it keeps something else than keys and values between steps."""
+    import torch
+
+    with torch.no_grad():
+        result = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=True)
+    try:
+        pairs = _read_cache(getattr(result, "past_key_values", None))
+    except (AttributeError, TypeError, ValueError):
+        return None
+    past = tuple(tensor for pair in pairs for tensor in pair)
+    return past if past and all(getattr(tensor, "ndim", 0) == 4 for tensor in past) else None
+
+
+class Begin:
+    """The source, ids and mask (batch, length), to an empty past and each layer's keys and values of the source."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Tensors:
+        encoder = self.model.get_encoder()
+        hidden = encoder(input_ids=input_ids, attention_mask=attention_mask, return_dict=True).last_hidden_state
+        result = self.model(
+            encoder_outputs=(hidden,),
+            attention_mask=attention_mask,
+            decoder_input_ids=input_ids[:, :1],  # which token is no matter to the keys and values of the source
+            use_cache=True,
+            return_dict=True,
+        )
+        grown, source = _read_both(result.past_key_values)
+        empty = [tensor[:, :, :0] for pair in grown for tensor in pair]
+        return (*empty, *(tensor for pair in source for tensor in pair))
+
+
+class EncoderDecoderStep:
+    """New tokens (batch, new), the source's mask (batch, length), the past and the source's keys and values, to the logits
+    of the last token, (batch, vocabulary), and the grown past."""
+
+    inputs = ("decoder_input_ids", "attention_mask")
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.hidden_size = model.config.d_model
+
+    def __call__(self, *tensors: torch.Tensor) -> Tensors:
+        decoder_input_ids, attention_mask = tensors[:2]
+        state = tensors[2:]
+        past, source = state[: len(state) // 2], state[len(state) // 2 :]
+        # Its keys and values are known, so that only the shape of the encoder's output is read.
+        hidden = attention_mask[:, :, None].expand(-1, -1, self.hidden_size).to(past[0].dtype)
+        result = self.model(
+            encoder_outputs=(hidden,),
+            attention_mask=attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            past_key_values=_cache_both(list(zip(past[::2], past[1::2])), list(zip(source[::2], source[1::2]))),
+            use_cache=True,
+            return_dict=True,
+        )
+        grown, _ = _read_both(result.past_key_values)
+        return (result.logits[:, -1].float(), *(tensor for pair in grown for tensor in pair))
+
+
+def _cache(pairs: Pairs) -> Any:
+    """transformers' cache of these keys and values; before version 4.36 a tuple."""
+    try:
+        from transformers import cache_utils as untyped
+    except ImportError:
+        return tuple(pairs)
+    cache_utils: Any = untyped
+    cache = cache_utils.DynamicCache()
+    for number, (keys, values) in enumerate(pairs):
+        if not hasattr(cache_utils, "DynamicLayer"):  # before 4.54
+            cache.update(keys, values, number)
+            continue
+        # Not by `update`, which would put a concatenation of the whole past into the graph.
+        layer = cache_utils.DynamicLayer()
+        layer.keys, layer.values, layer.dtype, layer.device = keys, values, keys.dtype, keys.device
+        layer.is_initialized = True
+        cache.layers.append(layer)
+    return cache
+
+
+def _read_cache(cache: Any) -> Pairs:
+    if isinstance(cache, tuple):
+        return [(layer[0], layer[1]) for layer in cache]
+    if hasattr(cache, "layers"):
+        return [(layer.keys, layer.values) for layer in cache.layers]
+    return list(zip(cache.key_cache, cache.value_cache))
+
+
+def _cache_both(past: Pairs, source: Pairs) -> Any:
+    try:
+        from transformers.cache_utils import EncoderDecoderCache
+    except ImportError:
+        return tuple((*one, *two) for one, two in zip(past, source))
+    return EncoderDecoderCache(_cache(past), _cache(source))
+
+
+def _read_both(cache: Any) -> Tuple[Pairs, Pairs]:
+    if isinstance(cache, tuple):
+        return _read_cache(cache), [(layer[2], layer[3]) for layer in cache]
+    return _read_cache(cache.self_attention_cache), _read_cache(cache.cross_attention_cache)

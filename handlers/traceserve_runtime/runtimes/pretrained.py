@@ -1,0 +1,252 @@
+"""The save mode pretrained: transformers' own model, from its configuration and safetensors.
+
+This is the one reader that needs transformers. It reads the archive's folder alone, never a hub, and no code of a
+checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Callable, ContextManager, Dict, Iterator, Optional, Tuple
+
+from traceserve_runtime import batching
+from traceserve_runtime.errors import InvalidManifest, MissingPackage
+from traceserve_runtime.manifest import Manifest
+from traceserve_runtime.runtimes import calling
+from traceserve_runtime.runtimes.torchscript import TorchScriptRunner, settle
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+Call = Callable[..., Tuple[Any, ...]]
+
+# Batches and lengths of 1, and a past of 0, are compiled by themselves: more shapes than torch's own limit of 8, past
+# which it would go on without being compiled.
+_COMPILED_SHAPES = 64
+
+
+class _Calls:
+    """What TorchScriptRunner runs: calls of a model in place of graphs of a trace."""
+
+    def __init__(self, calls: Dict[str, Call], computing: Callable[[], ContextManager[Any]]) -> None:
+        self._calls = calls
+        self._computing = computing
+
+    def __call__(self, *tensors: torch.Tensor) -> Tuple[torch.Tensor, ...]:
+        return self._run("once", tensors)
+
+    def start(self, *tensors: torch.Tensor) -> Tuple[torch.Tensor, ...]:
+        return self._run("start", tensors)
+
+    def step(self, *tensors: torch.Tensor) -> Tuple[torch.Tensor, ...]:
+        return self._run("step", tensors)
+
+    def _run(self, name: str, tensors: Tuple[torch.Tensor, ...]) -> Tuple[torch.Tensor, ...]:
+        with self._computing():
+            return self._calls[name](*tensors)
+
+
+def read(manifest: Manifest, folder: Path, device: str, threads: Optional[int] = None) -> TorchScriptRunner:
+    """The model of `folder` as a runner on `device` ("cpu", "cuda:0", ...), with so many threads, or torch's own.
+
+    Raises MissingPackage without torch, transformers, the device or a compiler that the archive asks for, InvalidManifest
+    for files that are no checkpoint.
+    """
+    settle(manifest.dtype, device, threads)
+    with quiet():
+        model = lower(_load(manifest, folder), manifest.dtype).to(device).eval()
+    import torch
+
+    def computing() -> ContextManager[Any]:
+        return autocast(manifest.dtype, torch.device(device).type)
+
+    with torch.inference_mode(), computing():
+        calls = _LOOPS[manifest.runtime["loop"]](model, manifest, device)
+    if not manifest.runtime["torch_compile"]:
+        return TorchScriptRunner(_Calls(calls, computing), manifest, device)
+    runner = TorchScriptRunner(_Calls(_compiled(calls), computing), manifest, device)
+    _try(runner, manifest)
+    return runner
+
+
+def _load(manifest: Manifest, folder: Path) -> Any:
+    made_with = manifest.versions.get("transformers", "unknown")
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise MissingPackage(
+            f"this archive needs transformers (it was made with {made_with}), which cannot be imported: {error}"
+        ) from error
+    version = transformers.__version__
+    if version.split(".")[0] != made_with.split(".")[0]:
+        logger.warning("transformers is %s here, and was %s where the answers were compared", version, made_with)
+    dtype = torch.float16 if manifest.dtype == "float16" else torch.float32
+    numbers = tuple(int(part) for part in version.split(".")[:2])
+    options: Dict[str, Any] = {"dtype" if numbers >= (4, 56) else "torch_dtype": dtype}
+    file = folder / manifest.model_file
+    try:
+        if numbers >= (4, 41):
+            options["use_safetensors"] = True
+        else:  # of the oldest, some know no such option, and some no safetensors
+            from safetensors.torch import load_file
+
+            options["state_dict"] = load_file(file)
+        kind = getattr(transformers, manifest.runtime["auto_model"])
+        model, report = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
+    except Exception as error:  # transformers raises whatever its many models do
+        lines = str(error).strip().splitlines() or [""]
+        raise InvalidManifest(
+            f"{file.name} cannot be loaded by transformers {version} (it was written by {made_with}): "
+            f"{type(error).__name__}: {lines[0]}"
+        ) from error
+    missing = [*report.get("missing_keys", ()), *map(str, report.get("mismatched_keys", ()))]
+    if missing:
+        raise InvalidManifest(
+            f"{file.name} lacks weights that transformers {version} looks for: {', '.join(missing[:3])}"
+        )
+    return model
+
+
+def lower(model: Any, dtype: str) -> Any:
+    """The model itself, changed to compute in `dtype`; in bfloat16 only within `autocast`.
+
+    In bfloat16 matrices are; sums, norms and what runs through the layers' residual connections stay in float32. Plain
+    `model.to(torch.bfloat16)` is as fast, and changes twice as many answers (docs/measurements.md).
+    """
+    return _LOWERED[dtype](model)
+
+
+def autocast(dtype: str, device_type: str = "cpu") -> ContextManager[Any]:
+    """What surrounds every call of a lowered model. Without torch's cache, which a trace would take for its own weights."""
+    if dtype != "bfloat16":
+        return contextlib.nullcontext()
+    return _autocast_bfloat16(device_type)
+
+
+@contextlib.contextmanager
+def _autocast_bfloat16(device_type: str) -> Iterator[None]:
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with torch.autocast(device_type, torch.bfloat16, cache_enabled=False):
+            yield
+
+
+def _itself(model: Any) -> Any:
+    return model
+
+
+def _to_bfloat16(model: Any) -> Any:
+    import torch
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.register_forward_hook(_as_float)
+        elif not isinstance(module, torch.nn.Linear) and type(module).__name__ != "Conv1D":  # GPT-2's
+            continue
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return model
+
+
+def _as_float(module: Any, inputs: Any, output: Any) -> Any:
+    return output.float()
+
+
+def _to_float16(model: Any) -> Any:
+    return model.half()
+
+
+_LOWERED: Dict[str, Callable[[Any], Any]] = {"float32": _itself, "bfloat16": _to_bfloat16, "float16": _to_float16}
+
+
+def _once(model: Any, manifest: Manifest, device: str) -> Dict[str, Call]:
+    return {"once": calling.Single(model, manifest.inputs, manifest.outputs)}
+
+
+def _decoder(model: Any, manifest: Manifest, device: str) -> Dict[str, Call]:
+    import torch
+
+    ids = torch.full((1, 2), manifest.tokenizer.pad_id, device=device)
+    past = calling.read_past(model, ids, torch.ones_like(ids))
+    if past is None:
+        raise InvalidManifest(f"{type(model).__name__} of this transformers keeps no keys and values between steps")
+    return {"start": calling.Empty(past), "step": calling.DecoderStep(model)}
+
+
+def _encoder_decoder(model: Any, manifest: Manifest, device: str) -> Dict[str, Call]:
+    return {"start": calling.Begin(model), "step": calling.EncoderDecoderStep(model)}
+
+
+_LOOPS: Dict[str, Callable[[Any, Manifest, str], Dict[str, Call]]] = {
+    "": _once,
+    "decoder": _decoder,
+    "encoder_decoder": _encoder_decoder,
+}
+
+
+def _compiled(calls: Dict[str, Call]) -> Dict[str, Call]:
+    """The calls, each compiled when it is first made."""
+    import torch
+
+    if not hasattr(torch, "compile"):
+        raise MissingPackage(f"this archive asks for torch.compile, which torch {torch.__version__} does not have")
+    import torch._inductor.config as inductor
+
+    inductor.compile_threads = 1  # others are processes that import torch, and stay
+    dynamo: Any = torch._dynamo.config
+    for name, value in (
+        ("recompile_limit", _COMPILED_SHAPES),
+        ("cache_size_limit", _COMPILED_SHAPES),  # its name before torch 2.6
+        ("fail_on_recompile_limit_hit", True),
+        ("suppress_errors", False),
+    ):
+        if hasattr(dynamo, name):
+            setattr(dynamo, name, value)
+    return {name: torch.compile(call.__call__, dynamic=True) for name, call in calls.items()}  # type: ignore[operator]
+
+
+def _try(runner: TorchScriptRunner, manifest: Manifest) -> None:
+    """Compile: run the model once; raises MissingPackage where that cannot be."""
+    inputs = batching.filled(manifest, 2, 4)
+    try:
+        if not manifest.step_inputs:
+            runner(inputs)
+            return
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        runner.step({**inputs, "position_ids": mask.cumsum(1) - 1, "decoder_input_ids": ids}, runner.start(inputs))
+    except RuntimeError as error:
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise MissingPackage(
+            f"this archive asks for torch.compile, which cannot work here: {lines[0]}; install a C++ compiler (g++), or "
+            'build the archive without "torch_compile"'
+        ) from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars and warnings: what matters of them is raised as an error."""
+    try:
+        from transformers.utils import logging as untyped
+    except ImportError:  # who needs it will say so
+        yield
+        return
+    own: Any = untyped
+    verbosity, had_bars = own.get_verbosity(), own.is_progress_bar_enabled()
+    own.set_verbosity_error()
+    own.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        own.set_verbosity(verbosity)
+        if had_bars:
+            own.enable_progress_bar()
