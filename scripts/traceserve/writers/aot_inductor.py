@@ -6,7 +6,9 @@ import contextlib
 import os
 import platform
 import shutil
+import tempfile
 import warnings
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterator, Tuple, Type
 
@@ -64,8 +66,10 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
     try:
         with _quiet(), masks_without_vmap(), torch.no_grad(), precision.tracing(original.dtype):
             program = exported.export(module, inputs, dynamic_shapes=(_sizes(shapes, len(inputs)),))
-        with _quiet(), torch.no_grad():
-            inductor.aoti_compile_and_package(program, package_path=str(folder / MODEL_FILE), inductor_configs=_CONFIGS)
+        with _quiet(), torch.no_grad(), tempfile.TemporaryDirectory(prefix=".compiled.", dir=folder) as scratch:
+            package = str(Path(scratch, MODEL_FILE))
+            inductor.aoti_compile_and_package(program, package_path=package, inductor_configs=_CONFIGS)
+            _repack(Path(package), folder / MODEL_FILE)
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, AssertionError, OSError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ExportError(
@@ -96,6 +100,19 @@ def _sizes(shapes: Shapes, inputs: int) -> Tuple[Dict[int, Any], ...]:
     exported: Any = torch.export
     one_length = shapes.lengths is not None and len(shapes.lengths) == 1
     return tuple(dict.fromkeys((0,) if one_length else (0, 1), exported.Dim.DYNAMIC) for _ in range(inputs))
+
+
+def _repack(package: Path, file: Path) -> None:
+    """The package without its C++ sources, which grow with every build, and its random number: the same bytes each time.
+
+    The code still holds the name of torch's cache folder: it is another one for another user, or another TMPDIR.
+    """
+    with zipfile.ZipFile(package) as source, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as target:
+        for name in sorted(source.namelist()):
+            if not name.endswith(".cpp"):
+                content = source.read(name)
+                plain = b"0" * len(content) if name.endswith("serialization_id") else content
+                target.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), plain)
 
 
 @contextlib.contextmanager
