@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 from pathlib import Path
 from typing import Dict, FrozenSet, Optional
+
+from traceserve_runtime.errors import MissingPackage
+
+logger = logging.getLogger(__name__)
 
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -15,6 +20,12 @@ NATIVE: Dict[str, FrozenSet[str]] = {
     "bfloat16": frozenset({"amx_bf16", "avx512_bf16", "bf16"}),
     "int8": frozenset({"amx_int8", "avx512_vnni", "avx_vnni", "i8mm"}),
 }
+# The beginnings of what a compiler may use where it compiles for this very processor; as above.
+_INSTRUCTIONS = ("sse", "ssse", "avx", "amx", "fma", "f16c", "bmi", "abm", "popcnt", "movbe", "gfni") + (
+    *("fp", "asimd", "atomics", "sve", "sme", "bf16", "i8mm"),
+)
+# What is wrong without them: matrices of int8 are multiplied by instructions that overflow.
+ONLY_NATIVE = ("int8",)
 
 
 def features() -> FrozenSet[str]:
@@ -22,9 +33,24 @@ def features() -> FrozenSet[str]:
     return frozenset((_told("flags", "Features") or "").split())
 
 
+def instructions() -> FrozenSet[str]:
+    """Those of the processor's features that code compiled for it may need."""
+    return frozenset(name for name in features() if name.startswith(_INSTRUCTIONS) and name != "fpu")
+
+
 def native(dtype: str) -> bool:
     """Whether the processor computes in `dtype` by itself; float32 always."""
     return dtype not in NATIVE or bool(NATIVE[dtype] & features())
+
+
+def check(dtype: str) -> None:
+    """Raise MissingPackage for a dtype that would be wrong on this processor; tell what would only be slow."""
+    if native(dtype):
+        return
+    needs = f"{dtype} needs a processor with one of {', '.join(sorted(NATIVE[dtype]))}; this one has none"
+    if dtype in ONLY_NATIVE:
+        raise MissingPackage(f'{needs}; build the archive with "dtype": "float32" for it')
+    logger.warning('%s; answers are right, but slow: build the archive with "dtype": "float32" for it', needs)
 
 
 def name() -> str:

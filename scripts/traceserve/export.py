@@ -29,6 +29,7 @@ from traceserve.writers import WRITERS
 from traceserve.writers.compilers import CompileError
 from traceserve.writers.contract import Target
 
+_WRITTEN_TEXTS = 16  # whose speed is measured
 # Of what is compiled for a chip, what the gate compared: not the compiled graphs themselves, where no chip is at hand.
 COMPILED, BEFORE_COMPILING = "compiled graphs", "graphs before they were compiled"
 
@@ -59,6 +60,19 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Compared:
+    """The float32 artifact of another save mode, with which the candidates' speeds are compared."""
+
+    save_mode: str
+    speed: float  # requests/s here
+    size: int  # in bytes
+
+    def report(self) -> Dict[str, Any]:
+        """As the candidates are told."""
+        return {"save_mode": self.save_mode, "requests_per_second": self.speed, "bytes": self.size}
+
+
+@dataclass(frozen=True)
 class Exported:
     """What was made, for the table at the end."""
 
@@ -67,6 +81,7 @@ class Exported:
     parameters: int  # of the model
     note: Optional[str]  # of the checkpoint
     candidates: Tuple[Candidate, ...]
+    compared: Optional[Compared] = None
 
     def report(self) -> Dict[str, Any]:
         """What was measured, which differs from run to run and so stands beside what was made, not in it."""
@@ -81,6 +96,7 @@ class Exported:
                 {**candidate.receipt(), "requests_per_second": candidate.speed, "bytes": candidate.size}
                 for candidate in self.candidates
             ],
+            "compared_with": self.compared.report() if self.compared else None,
         }
 
 
@@ -137,10 +153,7 @@ def _export(
                 tried.append(Candidate(dtype, getattr(error, "findings", None), error.message))
             else:
                 tried.append(Candidate(dtype, made[-1].findings, size=_size(place)))
-        if len(made) > 1:
-            requests = _speed_requests(made[0], own_samples)
-            speeds = measure({item.manifest.dtype: item.folder for item in made}, requests, progress)
-            tried = [replace(candidate, speed=speeds.get(candidate.dtype)) for candidate in tried]
+        tried, compared = attempt.race(made, tried, Path(scratch))
         chosen = made[0]
         if chosen.folder != folder:
             for file in chosen.folder.iterdir():
@@ -149,7 +162,7 @@ def _export(
     manifest = replace(chosen.manifest, receipt=receipt)
     manifest.write(folder)
     parameters = sum(parameter.numel() for parameter in original.model.parameters())
-    return Exported(manifest, chosen.findings, parameters, checkpoint.note, tuple(tried))
+    return Exported(manifest, chosen.findings, parameters, checkpoint.note, tuple(tried), compared)
 
 
 def _size(folder: Path) -> int:
@@ -157,8 +170,10 @@ def _size(folder: Path) -> int:
 
 
 def _speed_requests(made: _Made, own_samples: Sequence[Request]) -> Sequence[Request]:
-    """The user's own samples, or sentences of everyday length."""
-    return own_samples or load_task(made.folder, made.manifest).from_texts(sentences(CORPUS))
+    """The user's own samples, or sentences of everyday length; of written texts a few."""
+    task = load_task(made.folder, made.manifest)
+    requests = own_samples or task.from_texts(sentences(CORPUS))
+    return requests[:_WRITTEN_TEXTS] if task.loop else requests
 
 
 @dataclass(frozen=True)
@@ -203,6 +218,35 @@ class _Attempt:
             findings, _, shapes = min(widest, key=lambda item: len(item[0].changed))
             raise DriftError(_drift(dtype, shapes, original), findings)
         raise refused[0]
+
+    def race(
+        self, made: Sequence[_Made], tried: List[Candidate], scratch: Path
+    ) -> Tuple[List[Candidate], Optional[Compared]]:
+        """The candidates with their speeds, where there is something to compare; and what they were compared with."""
+        other = self._other(made[0].manifest.shapes, scratch)
+        folders = {item.manifest.dtype: item.folder for item in made}
+        if len(made) < 2 and other is None:
+            return tried, None
+        requests = _speed_requests(made[0], self.own_samples)
+        speeds = measure({**folders, **({"": other} if other else {})}, requests, self.progress)
+        compared = None
+        if other is not None:
+            compared = Compared(Manifest.read(other, verify=False).save_mode, speeds.pop(""), _size(other))
+        return [replace(candidate, speed=speeds.get(candidate.dtype)) for candidate in tried], compared
+
+    def _other(self, shapes: Shapes, scratch: Path) -> Optional[Path]:
+        """The float32 artifact that this save mode is measured against, unproven; None where it cannot be written."""
+        save_mode = WRITERS[self.config.save_mode].measured_against
+        if save_mode is None:
+            return None
+        config = self.config.model_copy(update={"save_mode": save_mode, "options": {}})
+        folder = scratch / "compared"
+        folder.mkdir()
+        try:
+            replace(self, config=config)._write(self.reference.original, shapes, folder)
+        except ExportError:
+            return None
+        return folder
 
     def _shapes(self) -> Iterable[Shapes]:
         return candidate_shapes(self.config, self.reference.original.max_length)

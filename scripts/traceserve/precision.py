@@ -15,6 +15,7 @@ from typing import (
     Iterable,
     Iterator,
     NamedTuple,
+    Optional,
     Sequence,
     Tuple,
     Type,
@@ -22,7 +23,6 @@ from typing import (
 
 from traceserve_runtime import processor
 from traceserve_runtime.runtimes.pretrained import autocast, lower
-from traceserve_runtime.runtimes.torchscript import ONLY_NATIVE
 from traceserve_runtime.tasks.contract import Task
 
 from traceserve.errors import ExportError
@@ -63,7 +63,7 @@ def own_dtypes(hardware: str) -> Tuple[str, ...]:
 
 def check_processor(dtype: str) -> None:
     """Raise ExportError for a dtype whose artifact could not be compared with the original on this machine."""
-    if dtype in ONLY_NATIVE and not processor.native(dtype):
+    if dtype in processor.ONLY_NATIVE and not processor.native(dtype):
         needed = ", ".join(sorted(processor.NATIVE[dtype]))
         raise ExportError(
             f"dtype {dtype} needs a processor with one of {needed}, to build as to serve; this one has none"
@@ -91,8 +91,9 @@ def _lowered_copy(dtype: str, original: Original, texts: Sequence[str]) -> Itera
     return [replace(original, model=lower(copy.deepcopy(original.model), dtype), dtype=dtype)]
 
 
-def _to_int8(original: Original, texts: Sequence[str]) -> Iterator[Original]:
-    from traceserve.quantization import quantized
+def to_int8(original: Original, texts: Sequence[str], layer: Optional[Callable[..., Any]] = None) -> Iterator[Original]:
+    """The original with its linear layers replaced by `layer`, see `quantization`, and more and more of them left."""
+    from traceserve.quantization import Int8Linear, quantized
 
     batches = [
         original.tokenizer(text, truncation=True, max_length=original.max_length, return_tensors="pt")
@@ -100,7 +101,7 @@ def _to_int8(original: Original, texts: Sequence[str]) -> Iterator[Original]:
         if text.strip()
     ]
     inputs = [{name: batch[name] for name in original.inputs if name in batch} for batch in batches]
-    for model in quantized(original.model, inputs):
+    for model in quantized(original.model, inputs, layer or Int8Linear):
         yield replace(original, model=model, dtype="int8")
 
 
@@ -113,5 +114,5 @@ PRECISIONS: Dict[str, Precision] = {
         by_compiler=("neuron", "neuronx"),
     ),
     "float16": Precision(partial(_lowered_copy, "float16"), contextlib.nullcontext, ("gpu",)),
-    "int8": Precision(_to_int8, contextlib.nullcontext, ("cpu",)),
+    "int8": Precision(to_int8, contextlib.nullcontext, ("cpu",)),
 }

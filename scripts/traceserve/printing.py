@@ -82,7 +82,7 @@ def print_exported(exported: Exported, path: Path, seconds: float) -> None:
     ):
         table.add_row(label, value)
     console().print(table, highlight=False)
-    if len(exported.candidates) > 1:
+    if len(exported.candidates) > 1 or exported.compared:
         _print_candidates(exported)
     if not findings.passed:
         console(error=True).print("[yellow]warning:[/] the gate did not pass; --allow-drift exported it all the same")
@@ -115,7 +115,9 @@ def _print_candidates(exported: Exported) -> None:
     """What was tried, and why one was taken."""
     from rich.table import Table
 
-    table = Table("dtype", "answers changed", "largest difference", "requests/s here", "size", "")
+    compared = exported.compared
+    times = ["ratio"] if compared else []  # of the speeds
+    table = Table("dtype", "answers changed", "largest difference", "requests/s here", *times, "size", "")
     for candidate in exported.candidates:
         found, speed = candidate.findings, candidate.speed
         taken = candidate.dtype == exported.manifest.dtype
@@ -124,9 +126,12 @@ def _print_candidates(exported: Exported) -> None:
             _changed(found) if found else "",
             f"{found.largest_difference:.1e}" if found else "",
             f"{speed:,.0f}" if speed else "",
+            *([f"{speed / compared.speed:.2f}" if speed else ""] if compared else []),
             megabytes(candidate.size) if candidate.size else "",
             "taken" if taken else "refused" if candidate.refused else "passed",
         )
+    if compared:
+        table.add_row("float32", "", "", f"{compared.speed:,.0f}", "1.00", megabytes(compared.size), compared.save_mode)
     console().print(table, highlight=False)
     chosen = next(item for item in exported.candidates if item.dtype == exported.manifest.dtype)
     if chosen.findings and chosen.findings.limit.changed and not chosen.findings.own_decide:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from typing import Any, Dict, Iterator, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, Sequence, Tuple
 
 import torch
 
@@ -33,8 +33,7 @@ class Int8Linear(torch.nn.Module):
         self.smoothing: torch.Tensor
         self.bias: torch.Tensor
         weight = linear.weight.detach().float()
-        heaviest = weight.abs().amax(0)
-        smoothing = (largest.clamp(min=_SMALLEST) / heaviest.clamp(min=_SMALLEST)).sqrt()
+        smoothing = _smoothing(weight, largest)
         smoothed = weight * smoothing
         scale = smoothed.abs().amax(1).clamp(min=_SMALLEST) / 127
         quantized = (smoothed / scale[:, None]).round().clamp(-127, 127)
@@ -60,14 +59,45 @@ class Int8Linear(torch.nn.Module):
         return outputs.reshape(*inputs.shape[:-1], outputs.shape[-1])
 
 
-def quantized(model: Any, batches: Sequence[Dict[str, torch.Tensor]]) -> Iterator[Any]:
-    """Copies of the model with more and more layers left in float32; `batches` are inputs to measure on."""
+class SmoothedLinear(torch.nn.Module):
+    """A linear layer in float32 for others to quantize: large input channels are smaller, their weights larger."""
+
+    def __init__(self, linear: Any, largest: torch.Tensor) -> None:
+        """`largest` as of Int8Linear."""
+        super().__init__()
+        weight = linear.weight.detach().float()
+        smoothing = _smoothing(weight, largest)
+        self.weight = torch.nn.Parameter(weight * smoothing, requires_grad=False)
+        self.smoothing = torch.nn.Parameter(1 / smoothing, requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """The same as the layer's own, to the last digits."""
+        return torch.nn.functional.linear(inputs * self.smoothing, self.weight, self.bias)
+
+
+def _smoothing(weight: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    """Of each input channel what its weights are multiplied with, and its values divided by, (in)."""
+    heaviest = weight.abs().amax(0)
+    return (largest.clamp(min=_SMALLEST) / heaviest.clamp(min=_SMALLEST)).sqrt()
+
+
+def quantized(
+    model: Any,
+    batches: Sequence[Dict[str, torch.Tensor]],
+    layer: Callable[[Any, torch.Tensor], torch.nn.Module] = Int8Linear,
+) -> Iterator[Any]:
+    """Copies of the model with more and more layers left in float32; `batches` are inputs to measure on.
+
+    What replaces the others is made by `layer`; which ones are left is measured with Int8Linear.
+    """
     if not hasattr(torch, "_int_mm"):
         raise ExportError(f"dtype int8 needs a torch that multiplies int8, 2.4 or newer; this is {torch.__version__}")
     linears = {name: module for name, module in _body(model).named_modules() if type(module) is torch.nn.Linear}
     if not linears:
         raise ExportError(f"{type(model).__name__} has no torch.nn.Linear that could be quantized to int8")
-    replacements, losses = _measure(model, linears, batches)
+    largest, losses = _measure(model, linears, batches)
+    replacements = {name: layer(module, largest[name]).eval() for name, module in linears.items()}
     by_loss = sorted(linears, key=lambda name: -losses[name])
     for share in KEPT_SHARES:
         kept = set(by_loss[: round(share * len(linears))])
@@ -88,8 +118,8 @@ def _body(model: Any) -> Any:
 
 def _measure(
     model: Any, linears: Dict[str, Any], batches: Sequence[Dict[str, torch.Tensor]]
-) -> Tuple[Dict[str, Int8Linear], Dict[str, float]]:
-    """For each layer what replaces it, and how far the model's output moves when it alone is replaced."""
+) -> Tuple[Dict[str, torch.Tensor], Dict[str, float]]:
+    """For each layer the largest value of each input channel, and how far the model's output moves when it alone is int8."""
     largest: Dict[str, torch.Tensor] = {}
 
     def record(name: str, module: Any, inputs: Any) -> None:
@@ -104,18 +134,17 @@ def _measure(
     finally:
         for hook in hooks:
             hook.remove()
-    replacements = {name: Int8Linear(module, largest[name]).eval() for name, module in linears.items()}
     losses = {}
     with torch.no_grad():
         exact = [_output(model(**batch)) for batch in batches]
         for name, module in linears.items():
             parent, _, last = name.rpartition(".")
             owner = _body(model).get_submodule(parent)
-            setattr(owner, last, replacements[name])
+            setattr(owner, last, Int8Linear(module, largest[name]).eval())
             outputs = [_output(model(**batch)) for batch in batches]
             setattr(owner, last, module)
             losses[name] = sum(float((one - other).square().mean()) for one, other in zip(outputs, exact))
-    return replacements, losses
+    return largest, losses
 
 
 def _output(result: Any) -> torch.Tensor:

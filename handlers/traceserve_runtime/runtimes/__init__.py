@@ -7,11 +7,13 @@ from typing import Callable, Dict, Optional
 
 from traceserve_runtime.batching import Runner
 from traceserve_runtime.manifest import Manifest
-from traceserve_runtime.runtimes import pretrained, torchscript
+from traceserve_runtime.runtimes import aot_inductor, onnx, pretrained, torchscript
 
 Reader = Callable[[Manifest, Path, str, Optional[int]], Runner]  # the last: how many threads
 
 RUNTIMES: Dict[str, Reader] = {
     "torchscript": torchscript.read,
+    "onnx": onnx.read,
+    "aot_inductor": aot_inductor.read,
     "pretrained": pretrained.read,
 }

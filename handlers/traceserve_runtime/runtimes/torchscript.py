@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, Sequence, Tuple, Union
@@ -18,11 +17,6 @@ from traceserve_runtime.runtimes.padded import PaddedRunner
 
 if TYPE_CHECKING:
     import torch
-
-logger = logging.getLogger(__name__)
-
-# What is wrong without the processor's own instructions: torch multiplies matrices of int8 by ones that overflow.
-ONLY_NATIVE = ("int8",)
 
 
 class TorchScriptRunner:
@@ -141,19 +135,9 @@ def settle(dtype: str, device: str, threads: Optional[int]) -> None:
     if device != "cpu" and not torch.cuda.is_available():
         raise MissingPackage(f"TorchServe asks for the device {device}, but this torch {torch.__version__} sees no GPU")
     if device == "cpu":
-        _check_processor(dtype)
+        processor.check(dtype)
     if threads is not None:
         torch.set_num_threads(threads)
-
-
-def _check_processor(dtype: str) -> None:
-    """Refuse what would be wrong on this processor; tell what would only be slow."""
-    if processor.native(dtype):
-        return
-    needs = f"{dtype} needs a processor with one of {', '.join(sorted(processor.NATIVE[dtype]))}; this one has none"
-    if dtype in ONLY_NATIVE:
-        raise MissingPackage(f'{needs}; build the archive with "dtype": "float32" for it')
-    logger.warning('%s; answers are right, but slow: build the archive with "dtype": "float32" for it', needs)
 
 
 def _take_one_core() -> None:

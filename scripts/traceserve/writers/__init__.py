@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Dict
 
 from traceserve import precision
-from traceserve.writers import compiled, pretrained, shapes, torchscript
+from traceserve.writers import aot_inductor, compiled, onnx, pretrained, shapes, torchscript
 from traceserve.writers.contract import Writer
 
 WRITERS: Dict[str, Writer] = {
@@ -20,6 +20,31 @@ WRITERS: Dict[str, Writer] = {
         shapes=shapes.with_graphs,
         check=torchscript.check,
         options=compiled.OPTIONS,
+    ),
+    "onnx": Writer(
+        write=onnx.write,
+        model_file=onnx.MODEL_FILE,
+        hardware=("cpu",),
+        dtypes=("float32", "int8"),
+        loops=("float32",),
+        auto=onnx.auto,
+        lowered=onnx.lowered,
+        shapes=shapes.one_graph,
+        check=onnx.check,
+        options=onnx.OPTIONS,
+        measured_against="torchscript",
+    ),
+    "aot_inductor": Writer(
+        write=aot_inductor.write,
+        model_file=aot_inductor.MODEL_FILE,
+        hardware=("cpu",),
+        dtypes=("float32",),
+        loops=(),  # torch.export does not take a cache that a model is given from outside
+        auto=aot_inductor.auto,
+        lowered=precision.lowered,
+        shapes=shapes.one_graph,
+        check=aot_inductor.check,
+        measured_against="torchscript",
     ),
     "pretrained": Writer(
         write=pretrained.write,

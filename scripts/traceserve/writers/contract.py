@@ -57,6 +57,7 @@ class Writer(NamedTuple):
     `loops`: the dtypes in which it writes models that are run token by token; none, where it cannot.
     `auto(task, hardware)`: what `"dtype": "auto"` tries, in order.
     `shapes(config, max_length)`: the shapes to try, widest first.
+    `measured_against`: the save mode whose float32 artifact the gate measures beside this one's; none for that one itself.
     `refuses(config)`: what else of a configuration cannot be, and what can.
     `check(dtype, target)` raises ExportError for what this machine lacks to write it, or to compare it with the original.
     """
@@ -71,4 +72,5 @@ class Writer(NamedTuple):
     shapes: Callable[[SetupConfig, int], Iterable[Shapes]]
     check: Callable[[str, Target], None]
     options: Tuple[Option, ...] = ()
+    measured_against: Optional[str] = None
     refuses: Callable[[SetupConfig], Optional[str]] = _nothing

@@ -1,0 +1,82 @@
+"""The save mode aot_inductor: machine code, which runs where it was compiled for and nowhere else."""
+
+from __future__ import annotations
+
+import platform
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import Any, Optional, Sequence, Tuple
+
+from traceserve_runtime import processor
+from traceserve_runtime.batching import Arrays, State
+from traceserve_runtime.errors import InvalidManifest, MissingPackage
+from traceserve_runtime.manifest import Manifest
+from traceserve_runtime.runtimes.torchscript import settle
+
+# `Manifest.runtime`: what the code was compiled with and for.
+TORCH, MACHINE, INSTRUCTIONS = "torch", "machine", "instructions"
+
+
+class AotInductorRunner:
+    """A compiled model on the CPU; see Runner. None is run in a loop."""
+
+    def __init__(self, model: Any, manifest: Manifest) -> None:
+        self._model = model
+        self._manifest = manifest
+
+    def __call__(self, inputs: Arrays) -> Arrays:
+        import torch
+
+        with torch.inference_mode():
+            results = self._model(*(torch.from_numpy(inputs[name]) for name in self._manifest.inputs))
+            return {name: output.numpy() for name, output in zip(self._manifest.outputs, results)}
+
+    def start(self, inputs: Arrays) -> State:
+        raise NotImplementedError("no writer of aot_inductor writes a model that is run in a loop")
+
+    def step(self, inputs: Arrays, state: State, rows: Any = None) -> Tuple[Arrays, State]:
+        raise NotImplementedError("no writer of aot_inductor writes a model that is run in a loop")
+
+    def open_lanes(self) -> Sequence[Executor]:
+        return []  # one run at a time
+
+
+def read(manifest: Manifest, folder: Path, device: str, threads: Optional[int] = None) -> AotInductorRunner:
+    """The compiled model of `folder` as a runner, with so many threads, or torch's own.
+
+    Raises MissingPackage without torch, another torch than the one it was compiled for, or a processor that lacks an
+    instruction of the one it was compiled on: before the code is loaded, since it would end the process.
+    """
+    if device != "cpu":
+        raise MissingPackage(f"TorchServe asks for the device {device}, but this archive was compiled for the CPU")
+    settle(manifest.dtype, device, threads)
+    import torch
+
+    _check(manifest, torch.__version__)
+    inductor: Any = torch._inductor
+    try:
+        model = inductor.aoti_load_package(str(folder / manifest.model_file))
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = str(error).strip().split("\n", 1)[0]
+        raise InvalidManifest(
+            f"{manifest.model_file} cannot be loaded by torch {torch.__version__}: {reason}"
+        ) from error
+    return AotInductorRunner(model, manifest)
+
+
+def _check(manifest: Manifest, version: str) -> None:
+    """Refuse code for another torch or processor."""
+    made_by, machine, needed = (manifest.runtime.get(key) for key in (TORCH, MACHINE, INSTRUCTIONS))
+    if not isinstance(made_by, str) or not isinstance(machine, str) or not isinstance(needed, list):
+        raise InvalidManifest(f"runtime should tell {TORCH}, {MACHINE} and {INSTRUCTIONS}, which this was compiled for")
+    if made_by.split("+")[0] != version.split("+")[0]:
+        raise MissingPackage(
+            f"this archive was compiled for torch {made_by}; this is {version}: install that one, or build the archive with this"
+        )
+    missing = sorted(set(map(str, needed)) - processor.instructions())
+    if machine != platform.machine() or missing:
+        what = f"lacks {', '.join(missing)}" if machine == platform.machine() else f"is {platform.machine()}"
+        raise MissingPackage(
+            f"this archive was compiled for a {machine} processor with more than this one has: it {what}; build it on a machine "
+            "like the one that serves, or with another save mode"
+        )

@@ -1,0 +1,154 @@
+"""The save mode onnx: graphs over one file of weights, read by ONNX Runtime; without torch."""
+
+from __future__ import annotations
+
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+
+from traceserve_runtime import processor
+from traceserve_runtime.batching import Arrays, State
+from traceserve_runtime.errors import InvalidManifest, MissingPackage
+from traceserve_runtime.manifest import Manifest
+
+# `Manifest.runtime`: the file of each graph, how ONNX Runtime optimizes it when it is read, and whether weights of int8 have
+# 7 bits, so that no processor's products of them overflow.
+GRAPHS, LEVEL, REDUCED = "graphs", "graph_optimization_level", "reduce_range"
+MODEL, START, STEP = "model", "start", "step"  # a graph that is run once, and those of a loop
+# What begins the names of a loop's state, as the graph `step` takes and gives it; a number follows.
+PAST, PRESENT = "past_", "present_"
+LEVELS = ("ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED")
+
+
+class Kept(NamedTuple):
+    """A tensor of a loop's state in ONNX Runtime's own memory: from step to step nothing is copied."""
+
+    value: Any
+
+    @property
+    def shape(self) -> Tuple[int, ...]:
+        return tuple(self.value.shape())
+
+
+class _Graph:
+    """A session, and the names of its inputs: what the model does not read is not in the graph."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+        self._errors = _errors()
+        self.inputs = tuple(item.name for item in session.get_inputs())
+
+    def run(self, inputs: Dict[str, Any]) -> List[Any]:
+        """Named tensors of ONNX Runtime to tensors, in order; raises RuntimeError."""
+        try:
+            values: List[Any] = self._session.run_with_ort_values(None, {name: inputs[name] for name in self.inputs})
+        except self._errors as error:
+            raise RuntimeError(f"ONNX Runtime: {error}") from error
+        return values
+
+
+class OnnxRunner:
+    """A model in ONNX Runtime on the CPU; see Runner."""
+
+    def __init__(self, graphs: Dict[str, _Graph], manifest: Manifest) -> None:
+        self._graphs = graphs
+        self._manifest = manifest
+
+    def __call__(self, inputs: Arrays) -> Arrays:
+        return self._outputs(self._graphs[MODEL].run(_values(inputs)))
+
+    def start(self, inputs: Arrays) -> State:
+        return tuple(map(Kept, self._graphs[START].run(_values(inputs))))
+
+    def step(self, inputs: Arrays, state: State, rows: Optional[np.ndarray] = None) -> Tuple[Arrays, State]:
+        if rows is not None:
+            state = tuple(Kept(_value(kept.value.numpy().take(rows, axis=0))) for kept in state)
+        past = {f"{PAST}{i}": kept.value for i, kept in enumerate(state)}
+        results = self._graphs[STEP].run({**_values(inputs), **past})
+        grown = tuple(map(Kept, results[len(self._manifest.outputs) :]))
+        return self._outputs(results), (*grown, *state[len(grown) :])
+
+    def open_lanes(self) -> Sequence[Executor]:
+        return []  # a session's threads are its own, and a second one would hold the weights again
+
+    def _outputs(self, results: Sequence[Any]) -> Arrays:
+        return {name: value.numpy() for name, value in zip(self._manifest.outputs, results)}
+
+
+def _values(inputs: Arrays) -> Dict[str, Any]:
+    return {name: _value(array) for name, array in inputs.items()}
+
+
+def _value(array: np.ndarray) -> Any:
+    import onnxruntime
+
+    return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+
+
+def read(manifest: Manifest, folder: Path, device: str, threads: Optional[int] = None) -> OnnxRunner:
+    """The model of `folder` as a runner, with so many threads, or one for each core.
+
+    Raises MissingPackage without ONNX Runtime or what int8 needs of the processor, InvalidManifest for a file that is
+    no model.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingPackage(f"this archive needs onnxruntime, which cannot be imported: {error}") from error
+    if device != "cpu":
+        raise MissingPackage(
+            f"TorchServe asks for the device {device}, but an archive of save mode onnx runs on the CPU"
+        )
+    files, level, reduced = _facts(manifest)
+    if not reduced:
+        processor.check(manifest.dtype)
+    graphs = {}
+    for name, file in files.items():
+        try:
+            session = onnxruntime.InferenceSession(
+                str(folder / file), _options(level, threads), providers=["CPUExecutionProvider"]
+            )
+        except _errors() as error:
+            reason = str(error).strip().split("\n", 1)[0]
+            raise InvalidManifest(
+                f"{file} cannot be loaded by onnxruntime {onnxruntime.__version__}: {reason}"
+            ) from error
+        graphs[name] = _Graph(session)
+    return OnnxRunner(graphs, manifest)
+
+
+def _facts(manifest: Manifest) -> Tuple[Dict[str, str], str, bool]:
+    """The graphs' files, the level and whether weights are reduced; raises InvalidManifest."""
+    runtime = manifest.runtime
+    graphs, level, reduced = runtime.get(GRAPHS), runtime.get(LEVEL), runtime.get(REDUCED)
+    if not isinstance(graphs, dict) or not graphs or not set(map(str, graphs.values())) <= set(manifest.files):
+        raise InvalidManifest(f"runtime.{GRAPHS} should name graphs, each with a file of the archive")
+    if level not in LEVELS:
+        raise InvalidManifest(f"runtime.{LEVEL} should be one of {', '.join(LEVELS)}")
+    if not isinstance(reduced, bool):
+        raise InvalidManifest(f"runtime.{REDUCED} should be true or false")
+    return graphs, level, reduced
+
+
+def _options(level: str, threads: Optional[int]) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
+    # By itself it takes the machine's cores, and binds a thread to each: two workers would share the same ones.
+    options.intra_op_num_threads = threads or processor.cores()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.enable_mem_pattern = False  # a plan of the memory for every shape that was seen; it gained nothing
+    options.log_severity_level = 3
+    return options
+
+
+def _errors() -> Tuple[Any, ...]:
+    """What ONNX Runtime raises: classes of its own, without a common base."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as untyped
+
+    state: Any = untyped
+    kinds = (value for value in vars(state).values() if isinstance(value, type) and issubclass(value, Exception))
+    return (RuntimeError, ValueError, *kinds)

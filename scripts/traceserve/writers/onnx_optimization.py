@@ -1,0 +1,60 @@
+"""What is fused in a graph: by ONNX Runtime when it reads it, and before that by its tool for transformers."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Dict, NamedTuple, Tuple
+
+
+class Level(NamedTuple):
+    """What ONNX Runtime does when it reads the graph; whether its tool for transformers is run before, and approximates."""
+
+    session: str
+    tool: bool = False
+    fast_gelu: bool = False
+
+
+LEVELS = {
+    "none": Level("ORT_DISABLE_ALL"),
+    "basic": Level("ORT_ENABLE_BASIC"),
+    "extended": Level("ORT_ENABLE_EXTENDED"),
+    "transformers": Level("ORT_ENABLE_EXTENDED", tool=True),
+    "fast_gelu": Level("ORT_ENABLE_EXTENDED", tool=True, fast_gelu=True),
+}
+# The tool's names for the families that it has patterns of; others have those of BERT.
+_FAMILIES = {"gpt2": "gpt2", "bart": "bart", "mbart": "bart", "t5": "t5", "mt5": "t5"}
+
+
+def fuse(model: Any, source: Any, level: Level, loop: bool) -> Tuple[Any, Dict[str, int]]:
+    """The ONNX model fused for the CPU as the level says, and how many of each operator that made.
+
+    Of a loop without attention, whose fused form keeps its state in another shape.
+    """
+    if not level.tool:
+        return model, {}
+    from onnxruntime.transformers import optimizer
+    from onnxruntime.transformers.fusion_options import AttentionMaskFormat, FusionOptions
+
+    config = source.config
+    kind = _FAMILIES.get(config.model_type, "bert")
+    options = FusionOptions(kind)
+    options.enable_attention = options.enable_rotary_embeddings = not loop
+    options.attention_mask_format = AttentionMaskFormat.AttentionMask  # its default counts on padding at the end
+    options.enable_gelu_approximation = level.fast_gelu
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # it tells each pattern that it does not find
+    try:
+        result = optimizer.optimize_model(
+            model,
+            model_type=kind,
+            num_heads=getattr(config, "num_attention_heads", 0) or 0,
+            hidden_size=getattr(config, "hidden_size", 0) or 0,
+            optimization_options=options,
+            opt_level=0,
+            use_gpu=False,
+        )
+        result.topological_sort()
+        counts = result.get_fused_operator_statistics()
+    finally:
+        logging.disable(before)
+    return result.model, {kind: count for kind, count in sorted(counts.items()) if count}

@@ -1,0 +1,59 @@
+"""Graphs and, in one file beside them, their weights: each once, whichever graphs it belongs to.
+
+A protobuf message ends at 2 GB, and ONNX Runtime maps a file of weights: workers share its pages, and loading is three times
+as fast.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any, Dict, Iterator, Mapping, Tuple
+
+SMALLEST = 1024  # bytes of a tensor that leaves the graph; shape inference reads small ones
+_ALIGNMENT = 64
+
+
+def copy(model: Any) -> Any:
+    """Another one with the same content."""
+    import onnx
+
+    other = onnx.ModelProto()
+    other.CopyFrom(model)
+    return other
+
+
+def write(models: Mapping[str, Any], folder: Path, weights_file: str) -> Tuple[str, ...]:
+    """Write each ONNX model into the file of its name, without its weights; gives all files' names. Changes the models."""
+    places: Dict[bytes, int] = {}
+    with (folder / weights_file).open("wb") as stream:
+        for file, model in models.items():
+            for tensor in _tensors(model.graph):
+                if len(tensor.raw_data) >= SMALLEST:
+                    _move(tensor, stream, places, weights_file)
+            for node in model.graph.node:
+                node.ClearField("doc_string")  # where in the source code it comes from
+            (folder / file).write_bytes(model.SerializeToString(deterministic=True))
+    return (*models, weights_file)
+
+
+def _tensors(graph: Any) -> Iterator[Any]:
+    """Every weight of a graph, and of the graphs within it."""
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                yield from _tensors(inner)
+
+
+def _move(tensor: Any, stream: Any, places: Dict[bytes, int], weights_file: str) -> None:
+    from onnx import external_data_helper
+
+    data = tensor.raw_data
+    digest = hashlib.sha256(data).digest()
+    if digest not in places:
+        stream.write(b"\0" * (-stream.tell() % _ALIGNMENT))
+        places[digest] = stream.tell()
+        stream.write(data)
+    external_data_helper.set_external_data(tensor, weights_file, places[digest], len(data))
+    tensor.ClearField("raw_data")

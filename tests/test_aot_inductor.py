@@ -1,0 +1,206 @@
+"""The save mode aot_inductor: compiled, equal to the original, and refused where it would end the process."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import shutil
+from pathlib import Path
+from typing import Any, Callable, Dict
+
+import pytest
+import torch
+from conftest import run_export
+from traceserve import cli, loading, sources, verification
+from traceserve.config import parse
+from traceserve.errors import ConfigError, ExportError
+from traceserve.samples import SENTENCES
+from traceserve.writers import aot_inductor
+from traceserve.writers.contract import Target
+from traceserve_runtime import processor
+from traceserve_runtime.engine import Answer, Engine
+from traceserve_runtime.errors import InvalidManifest, MissingPackage
+from traceserve_runtime.manifest import Manifest, Shapes, sha256
+from traceserve_runtime.runtimes import aot_inductor as reader
+from traceserve_runtime.runtimes.aot_inductor import INSTRUCTIONS, MACHINE, TORCH
+from traceserve_runtime.tasks import TASKS
+from traceserve_runtime.tasks.contract import Request
+
+if not shutil.which("g++"):
+    pytest.skip("there is no C++ compiler", allow_module_level=True)
+
+LABELS = {"id2label": {0: "red", 1: "green", 2: "blue"}, "label2id": {"red": 0, "green": 1, "blue": 2}}
+
+
+@pytest.fixture(scope="module")
+def compiled(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The artifact of a tiny classifier of one layer: compiling takes a while."""
+    folder = tmp_path_factory.mktemp("compiled") / "x"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("traceserve.export.measure", lambda folders, *rest: dict.fromkeys(folders, 1.0))
+        run_export(folder, content(checkpoint))
+    return folder
+
+
+def content(checkpoint: Callable[..., Path]) -> Dict[str, Any]:
+    source = str(checkpoint("bert", **LABELS, num_hidden_layers=1))
+    return {"model_name": source, "max_length": 32, "save_mode": "aot_inductor"}
+
+
+def test_it_answers_as_the_original(compiled: Path) -> None:
+    """The gate compared it, at every batch and length; together and alone the answers are the same."""
+    engine = Engine.load(compiled, threads=1)
+    receipt = engine.manifest.receipt
+    assert receipt["passed"] and not receipt["answers_changed"] and receipt["largest_difference"] < 1e-5
+    assert engine.manifest.shapes.lengths is None and receipt["batches"] == [1, 2, 5]
+    requests = [Request({"text": text}, {"top_k": None}) for text in SENTENCES[1:9]]
+    for request, together in zip(requests, engine.answer(requests)):
+        [alone] = engine.answer([request])
+        assert isinstance(alone, Answer) and isinstance(together, Answer)
+        assert engine.task.same(alone.value, together.value)
+
+
+def test_it_tells_what_it_was_compiled_for(compiled: Path) -> None:
+    runtime = Manifest.read(compiled).runtime
+    assert runtime == {
+        TORCH: torch.__version__,
+        MACHINE: platform.machine(),
+        INSTRUCTIONS: sorted(processor.instructions()),
+    }
+    assert {path.name for path in compiled.iterdir()} == {"traceserve.json", *Manifest.read(compiled).files}
+
+
+def test_the_same_bytes_each_time(compiled: Path, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    config, _ = parse({"dtype": "float32", **content(checkpoint)})
+    with loading.quiet():
+        original = loading.load(config, sources.fetch(config, tmp_path), tmp_path)
+    aot_inductor.write(original, TASKS[config.task], Shapes(), tmp_path, Target("cpu", {}))
+    assert (tmp_path / "model.pt2").read_bytes() == (compiled / "model.pt2").read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"model.pt2"}
+
+
+def claim(patch: pytest.MonkeyPatch, folder: Path, features: str) -> None:
+    (folder / "cpuinfo").write_text(f"flags\t\t: {features}\n")
+    patch.setattr(processor, "CPUINFO", folder / "cpuinfo")
+
+
+@pytest.fixture
+def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing may be loaded: code with unknown instructions ends the process."""
+
+    def load(*arguments: Any, **options: Any) -> Any:
+        raise AssertionError("the code was loaded")
+
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", load)
+
+
+def changed(folder: Path, tmp_path: Path, **runtime: Any) -> Path:
+    """A copy whose manifest says so of what it was compiled for."""
+    shutil.copytree(folder, tmp_path / "x")
+    manifest = Manifest.read(folder)
+    dataclasses.replace(manifest, runtime={**manifest.runtime, **runtime}).write(tmp_path / "x")
+    return tmp_path / "x"
+
+
+def test_a_processor_with_less_is_refused_before_anything_is_loaded(
+    compiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unloaded: None
+) -> None:
+    claim(monkeypatch, tmp_path, "fpu sse2 avx2")
+    folder = changed(compiled, tmp_path, **{INSTRUCTIONS: ["avx2", "avx512f", "sse2"]})
+    with pytest.raises(MissingPackage, match="it lacks avx512f; build it on a machine like the one that serves"):
+        Engine.load(folder)
+
+
+def test_a_processor_with_more_is_not(compiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    claim(monkeypatch, tmp_path, " ".join(["fpu", "amx_new", *processor.features()]))
+    Engine.load(compiled)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "words"),
+    [
+        ({MACHINE: "pdp11"}, f"for a pdp11 processor .* it is {platform.machine()}"),
+        ({TORCH: "1.0.0+cpu"}, f"compiled for torch 1.0.0.cpu; this is {torch.__version__[:4]}"),
+    ],
+)
+def test_another_machine_or_torch_is_refused(
+    runtime: Dict[str, Any], words: str, compiled: Path, tmp_path: Path, unloaded: None
+) -> None:
+    with pytest.raises(MissingPackage, match=words):
+        Engine.load(changed(compiled, tmp_path, **runtime))
+
+
+def test_the_same_torch_of_another_build_is_not(compiled: Path) -> None:
+    manifest = Manifest.read(compiled)
+    reader._check(manifest, torch.__version__.split("+")[0] + "+other")
+
+
+@pytest.mark.parametrize("runtime", [{TORCH: None}, {MACHINE: 1}, {INSTRUCTIONS: "avx2"}])
+def test_a_manifest_that_no_writer_wrote(
+    runtime: Dict[str, Any], compiled: Path, tmp_path: Path, unloaded: None
+) -> None:
+    with pytest.raises(InvalidManifest, match="which this was compiled for"):
+        Engine.load(changed(compiled, tmp_path, **runtime))
+
+
+def test_a_file_that_is_no_package(compiled: Path, tmp_path: Path) -> None:
+    folder = changed(compiled, tmp_path)
+    (folder / "model.pt2").write_bytes(b"nothing")
+    manifest = Manifest.read(folder, verify=False)
+    dataclasses.replace(manifest, files={**manifest.files, "model.pt2": sha256(folder / "model.pt2")}).write(folder)
+    with pytest.raises(InvalidManifest, match="model.pt2 cannot be loaded by torch"):
+        Engine.load(folder)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads(threads: int, compiled: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        Engine.load(compiled, threads=threads)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_missing_compiler_is_told_before_anything_is_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fetch(*arguments: Any) -> Any:
+        raise AssertionError("something was to be downloaded")
+
+    monkeypatch.setattr(sources, "fetch", fetch)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.chdir(tmp_path)
+    Path("setup_config.json").write_text(json.dumps({"model_name": "nobody/nothing", "save_mode": "aot_inductor"}))
+    assert cli.main(["export"]) != 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "no-such-compiler is not on the PATH" in said and "CXX" in said
+
+
+def test_an_old_torch_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.5.1")
+    with pytest.raises(ExportError, match="needs torch 2.6 or newer; this is 2.5.1"):
+        aot_inductor.check("float32", Target("cpu", {}))
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
+def test_models_that_are_run_in_a_loop_are_refused(task: Any) -> None:
+    config = {"model_name": "x/y", "save_mode": "aot_inductor", "task": task.name}
+    if not task.loop:
+        assert parse(config)
+        return
+    with pytest.raises(ConfigError, match=f"aot_inductor is for models that are run once, not for {task.name}; take"):
+        parse(config)
+
+
+def test_what_cannot_be_compiled_is_told(
+    checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any, **options: Any) -> Any:
+        raise torch._dynamo.exc.UserError(torch._dynamo.exc.UserErrorType.DYNAMIC_CONTROL_FLOW, "a branch\non values")
+
+    monkeypatch.setattr(torch.export, "export", refuse)
+    monkeypatch.setattr(verification, "CORPUS", 0)
+    with pytest.raises(ExportError, match="AOTInductor cannot compile BertForSequenceClassification: a branch$"):
+        run_export(tmp_path / "x", content(checkpoint))

@@ -1,0 +1,484 @@
+"""The save mode onnx: every task through ONNX Runtime, what its options do, and a worker without torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run_export
+from traceserve import cli, sources, verification
+from traceserve.config import parse
+from traceserve.errors import ConfigError, ExportError
+from traceserve.export import Exported
+from traceserve.samples import SENTENCES
+from traceserve.verification import Limit
+from traceserve.writers import onnx as writer
+from traceserve.writers import onnx_export, onnx_weights
+from traceserve.writers.contract import Target
+from traceserve_runtime import processor
+from traceserve_runtime.engine import Answer, Engine
+from traceserve_runtime.errors import InvalidManifest, MissingPackage
+from traceserve_runtime.manifest import Manifest, sha256
+from traceserve_runtime.runtimes.onnx import LEVEL
+from traceserve_runtime.tasks import TASKS
+from traceserve_runtime.tasks.contract import Request
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+LABELS = {"id2label": {0: "red", 1: "green", 2: "blue"}, "label2id": {"red": 0, "green": 1, "blue": 2}}
+ENTAILMENT = {"id2label": {0: "entailment", 1: "neutral", 2: "contradiction"}}
+native = pytest.mark.skipif(not processor.native("int8"), reason="this processor does not multiply int8 by itself")
+
+
+class Kind(NamedTuple):
+    """A family's model for a task, what its checkpoint is given, and of the configuration."""
+
+    task: str
+    architecture: str
+    options: Dict[str, Any] = {}
+    config: Dict[str, Any] = {}
+
+
+KINDS = {
+    "classification": Kind("sequence_classification", "bert", LABELS),
+    "deberta": Kind("sequence_classification", "deberta-v2", LABELS),
+    "modernbert": Kind("sequence_classification", "modernbert", LABELS),
+    "bart-classification": Kind("sequence_classification", "bart", LABELS),
+    "tokens": Kind("token_classification", "distilbert", LABELS),
+    "question": Kind("question_answering", "roberta"),
+    "mask": Kind("fill_mask", "albert"),
+    "zero-shot": Kind("zero_shot_classification", "mpnet", ENTAILMENT),
+    "ranking": Kind("text_ranking", "electra", {"num_labels": 1}),
+    "vectors": Kind("feature_extraction", "bert"),
+    "gpt2": Kind("text_generation", "gpt2"),
+    "llama": Kind("text_generation", "llama"),
+    "t5": Kind("text2text_generation", "t5"),
+    "bart": Kind("text2text_generation", "bart"),
+    "marian": Kind("text2text_generation", "marian"),
+    "fixed": Kind("token_classification", "bert", LABELS, {"sequence_lengths": [16, 32]}),
+}
+
+Maker = Callable[..., Exported]
+
+
+@pytest.fixture(scope="module")
+def made(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The artifact of a kind, exported once; the gate compared it with the original."""
+    known: Dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in known:
+            kind = KINDS[name]
+            source = checkpoint(kind.architecture, TASKS[kind.task].auto_model, **kind.options)
+            config = {
+                "model_name": str(source),
+                "task": kind.task,
+                "max_length": 32,
+                "save_mode": "onnx",
+                **kind.config,
+            }
+            if TASKS[kind.task].loop:
+                config["parameters"] = {"max_new_tokens": 8}
+            folder = tmp_path_factory.mktemp("onnx") / "x"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(verification, "TEXTS", SENTENCES[1:10])
+                # Speeds of tiny models say nothing; one kind shows that they are measured.
+                if name != "classification":
+                    patch.setattr("traceserve.export.measure", lambda folders, *rest: dict.fromkeys(folders, 1.0))
+                exported = run_export(folder, config)
+            assert exported.manifest.receipt["passed"] and not exported.manifest.receipt["answers_changed"]
+            known[name] = folder
+        return known[name]
+
+    return make
+
+
+def content(checkpoint: Callable[..., Path], **more: Any) -> Dict[str, Any]:
+    source = str(checkpoint("bert", **LABELS))
+    return {"model_name": source, "max_length": 32, "long_inputs": "truncate", "save_mode": "onnx", **more}
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without measuring, and with a gate that asks fewer sentences."""
+    monkeypatch.setattr("traceserve.export.measure", lambda folders, *rest: dict.fromkeys(folders, 1.0))
+    monkeypatch.setattr(verification, "CORPUS", 32)
+    monkeypatch.setattr(verification, "TEXTS", SENTENCES[1:10])
+
+
+def values(engine: Engine, together: bool) -> List[Any]:
+    """The answers to a few texts and pairs of texts, without those that this task refuses."""
+    texts = ["Where is it?", "No.", "Call me on Monday.", "A red car.", "Who paid?", "We did.", "Yes.", "At nine."]
+    requests = list(engine.task.from_texts(texts))
+    groups = [requests] if together else [[request] for request in requests]
+    answers = [answer for group in groups for answer in engine.answer(group)]
+    found = [answer.value for answer in answers if isinstance(answer, Answer)]
+    assert len(found) > 1
+    return found
+
+
+# Every task
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_task_answers_as_the_original(made: Callable[[str], Path], name: str) -> None:
+    """The gate compared outputs and answers; together and alone they are the same."""
+    engine = Engine.load(made(name))
+    receipt = engine.manifest.receipt
+    assert receipt["largest_difference"] < 1e-5 and receipt["answers"] > 1 and receipt["cells"] > 8
+    for one, other in zip(values(engine, True), values(engine, False)):
+        assert engine.task.same(one, other)
+
+
+def test_every_task_is_tried() -> None:
+    assert {kind.task for kind in KINDS.values()} == set(TASKS)
+
+
+def test_shapes(made: Callable[[str], Path]) -> None:
+    assert Manifest.read(made("classification")).shapes.lengths is None
+    fixed = Manifest.read(made("fixed"))
+    assert fixed.shapes.lengths == (16, 32) and len(fixed.runtime["graphs"]) == 1
+
+
+def test_graphs_share_their_weights(made: Callable[[str], Path]) -> None:
+    """The embeddings and the keys and values of the source, which both read."""
+    folder = made("t5")
+    files = Manifest.read(folder).runtime["graphs"].values()
+    graphs = [onnx.load(folder / file, load_external_data=False) for file in files]
+    one, other = (
+        {entry.value for tensor in graph.graph.initializer for entry in tensor.external_data if entry.key == "offset"}
+        for graph in graphs
+    )
+    assert len(one) > 5 and len(other) > 5 and one & other
+
+
+def test_the_state_of_a_loop_stays_in_onnx_runtime(made: Callable[[str], Path]) -> None:
+    engine = Engine.load(made("llama"))
+    ids = np.ones((2, 5), dtype=np.int64)
+    columns = {"input_ids": ids, "attention_mask": ids, "position_ids": np.arange(5)[None].repeat(2, axis=0)}
+    state = engine.runner.start({name: columns[name] for name in engine.manifest.inputs})
+    assert [kept.shape[2] for kept in state] == [0] * 4
+    outputs, state = engine.runner.step(columns, state)
+    assert outputs["logits"].shape[0] == 2 and outputs["logits"].dtype == np.float32
+    assert all(isinstance(kept.value, onnxruntime.OrtValue) and kept.shape[:3] == (2, 2, 5) for kept in state)
+    more = {"input_ids": ids[:, :1], "attention_mask": np.ones((2, 6), np.int64), "position_ids": np.full((2, 1), 5)}
+    both, _ = engine.runner.step(more, state)
+    turned, _ = engine.runner.step(more, state, np.array([1, 0]))
+    assert np.array_equal(turned["logits"], both["logits"][::-1])
+    one, after = engine.runner.step({k: v[:1] for k, v in more.items()}, state, np.array([1]))
+    assert one["logits"] == pytest.approx(both["logits"][1:], abs=1e-5) and after[0].shape[:3] == (1, 2, 6)
+
+
+WITHOUT_TORCH = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "transformers", "safetensors", "onnx", "traceserve", "huggingface_hub"):
+            raise ImportError("blocked: " + name)
+sys.meta_path.insert(0, Blocked())
+from pathlib import Path
+from traceserve_runtime.engine import Answer, Engine
+from traceserve_runtime.tasks.contract import Request
+for folder in sys.argv[1:]:
+    engine = Engine.load(Path(folder), threads=1)
+    engine.warm_up()
+    key = next(iter(engine.task.from_texts(["Yes."])[0].inputs))
+    answers = engine.answer([Request({key: "Where is my parcel?"}), Request({key: "No."})])
+    assert all(isinstance(answer, Answer) and answer.value for answer in answers), answers
+    assert not {"torch", "transformers", "onnx"} & set(sys.modules)
+print("answered")
+"""
+
+
+def test_a_worker_needs_onnxruntime_tokenizers_and_numpy(made: Callable[[str], Path]) -> None:
+    folders = [str(made(name)) for name in ("classification", "gpt2", "t5")]
+    command = [sys.executable, "-c", WITHOUT_TORCH, *folders]
+    result = subprocess.run(
+        command, env={"PYTHONPATH": str(ROOT / "handlers")}, capture_output=True, text=True, timeout=100
+    )
+    assert result.returncode == 0 and result.stdout == "answered\n", result.stderr
+    assert not result.stderr
+
+
+# What the options do
+
+
+def test_the_same_bytes_each_time(
+    checkpoint: Callable[..., Path], made: Callable[[str], Path], tmp_path: Path, quick: None
+) -> None:
+    run_export(tmp_path / "x", {**content(checkpoint), "long_inputs": None})
+    first, again = made("classification"), tmp_path / "x"
+    assert Manifest.read(first).files == Manifest.read(again).files
+    assert sha256(first / "traceserve.json") == sha256(again / "traceserve.json")
+
+
+def test_the_opset(checkpoint: Callable[..., Path], made: Callable[[str], Path], tmp_path: Path, quick: None) -> None:
+    run_export(tmp_path / "x", content(checkpoint, options={"opset": 20}))
+    for folder, opset in ((made("classification"), 17), (tmp_path / "x", 20)):
+        graph = onnx.load(folder / "model.onnx", load_external_data=False)
+        assert [item.version for item in graph.opset_import if item.domain in ("", "ai.onnx")] == [opset]
+        assert Manifest.read(folder).runtime["opset"] == opset
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"opset": 13}, "opset should be a whole number from 14 to 20, not 13"),
+        ({"opset": "new"}, "opset should be a whole number from 14 to 20"),
+        ({"optimization": "O3"}, '"none", "basic", "extended", "transformers", "fast_gelu"'),
+        ({"keep_float32": 1}, "keep_float32 should be true or false"),
+        ({"opsets": 17}, "has no option opsets"),
+    ],
+)
+def test_options_are_checked(options: Dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words.replace("(", r"\(")):
+        parse({"model_name": "x/y", "save_mode": "onnx", "options": options})
+
+
+@pytest.mark.parametrize("level", ["none", "basic", "transformers", "fast_gelu"])
+def test_the_optimization(
+    level: str, checkpoint: Callable[..., Path], tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(verification.LIMITS, "float32", Limit(1e-4 if level != "fast_gelu" else 1e-2, 0.0, 0.0))
+    exported = run_export(tmp_path / "x", content(checkpoint, options={"optimization": level}))
+    runtime = exported.manifest.runtime
+    assert runtime["optimization"] == level
+    kinds = [node.op_type for node in onnx.load(tmp_path / "x" / "model.onnx", load_external_data=False).graph.node]
+    fused = {"transformers": {"Attention": 2, "BiasGelu": 2}, "fast_gelu": {"Attention": 2, "FastGelu": 2}}.get(
+        level, {}
+    )
+    assert {kind: kinds.count(kind) for kind in fused} == fused
+    assert bool(runtime["fused"]) is bool(fused) and all(kinds.count(kind) == n for kind, n in runtime["fused"].items())
+    session = {"none": "ORT_DISABLE_ALL", "basic": "ORT_ENABLE_BASIC"}.get(level, "ORT_ENABLE_EXTENDED")
+    assert runtime[LEVEL] == session
+    if level == "fast_gelu":
+        assert exported.findings.largest_difference > 1e-5
+
+
+def test_a_loop_is_fused_as_far_as_its_state_stays(
+    checkpoint: Callable[..., Path], tmp_path: Path, quick: None
+) -> None:
+    kind = KINDS["marian"]
+    source = str(checkpoint(kind.architecture, TASKS[kind.task].auto_model))
+    config = {"model_name": source, "task": kind.task, "max_length": 32, "save_mode": "onnx"}
+    config["options"] = {"optimization": "transformers"}
+    exported = run_export(tmp_path / "x", {**config, "parameters": {"max_new_tokens": 4}})
+    assert exported.manifest.receipt["passed"] and exported.manifest.runtime["fused"]
+
+
+def test_speed_and_size_are_told_beside_the_float32_trace(
+    checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("setup_config.json").write_text(json.dumps(content(checkpoint)))
+    assert cli.main(["build", "--output", "artifacts/x", "--store", "store"]) == 0
+    said = capsys.readouterr().out
+    for shown in ("requests/s", "ratio", "torchscri", "taken"):
+        assert shown in " ".join(said.split()), said
+    report = json.loads(Path("store", "x.report.json").read_text())
+    [candidate] = report["candidates"]
+    assert candidate["requests_per_second"] > 0 and candidate["bytes"] > 10_000
+    compared = report["compared_with"]
+    assert compared["save_mode"] == "torchscript" and compared["requests_per_second"] > 0 and compared["bytes"] > 10_000
+    assert {p.name for p in Path("artifacts/x").iterdir()} == {
+        "traceserve.json",
+        *Manifest.read(Path("artifacts/x")).files,
+    }
+
+
+# int8
+
+
+@pytest.fixture(scope="module")
+def int8(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model in int8 with reduced range, the model in float32 beside it."""
+    folder = tmp_path_factory.mktemp("onnx") / "x"
+    config = content(checkpoint, dtype="int8", options={"keep_float32": True, "reduce_range": True})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("traceserve.export.measure", lambda folders, *rest: dict.fromkeys(folders, 1.0))
+        run_export(folder, config, allow_drift=True)
+    return folder
+
+
+def test_int8(int8: Path, made: Callable[[str], Path]) -> None:
+    manifest = Manifest.read(int8)
+    assert manifest.dtype == "int8" and manifest.runtime["reduce_range"] is True
+    graph = onnx.load(int8 / "model.onnx")
+    weights = [t for t in graph.graph.initializer if t.data_type == onnx.TensorProto.INT8 and len(t.dims) == 2]
+    scales = {t.name: t.dims for t in graph.graph.initializer if t.name.endswith("_scale") and len(t.dims)}
+    assert 6 <= len(weights) <= 12 and len(scales) >= len(weights)  # of each output channel one
+    assert max(np.abs(onnx.numpy_helper.to_array(tensor)).max() for tensor in weights) <= 64
+    assert sum(node.op_type == "MatMulInteger" for node in graph.graph.node) == len(weights)
+    exact = np.array(scores(Engine.load(made("classification"))))
+    assert 0 < np.abs(np.array(scores(Engine.load(int8))) - exact).max() < 0.1 < np.ptp(exact)
+
+
+def scores(engine: Engine) -> List[List[float]]:
+    answers = engine.answer([Request({"text": text}, {"top_k": None}) for text in SENTENCES[1:9]])
+    found = [{item["label"]: item["score"] for item in answer.value} for answer in answers]  # type: ignore[union-attr]
+    return [[one[label] for label in engine.manifest.labels] for one in found]
+
+
+def test_float32_is_kept_where_asked(int8: Path, made: Callable[[str], Path]) -> None:
+    assert {"model.float32.onnx", "model.float32.onnx.data"} <= set(Manifest.read(int8).files)
+    assert "model.float32.onnx" not in Manifest.read(made("classification")).files
+    inputs = {name: np.ones((2, 7), dtype=np.int64) for name in ("input_ids", "attention_mask", "token_type_ids")}
+    [kept] = onnxruntime.InferenceSession(str(int8 / "model.float32.onnx")).run(None, inputs)
+    exact = Engine.load(made("classification")).runner(inputs)["logits"]
+    assert kept == pytest.approx(exact, abs=1e-5)
+
+
+def claim(patch: pytest.MonkeyPatch, folder: Path, features: str) -> None:
+    (folder / "cpuinfo").write_text(f"flags\t\t: fpu sse2 {features}\n")
+    patch.setattr(processor, "CPUINFO", folder / "cpuinfo")
+
+
+def test_int8_runs_where_it_is_right(int8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = tmp_path / "full"
+    shutil.copytree(int8, full)
+    manifest = Manifest.read(int8)
+    dataclasses.replace(manifest, runtime={**manifest.runtime, "reduce_range": False}).write(full)
+    claim(monkeypatch, tmp_path, "avx2")
+    Engine.load(int8)  # reduced: right on every processor
+    with pytest.raises(MissingPackage, match="int8 needs a processor with one of .*avx512_vnni"):
+        Engine.load(full)
+    claim(monkeypatch, tmp_path, "avx2 avx_vnni")
+    Engine.load(full)
+
+
+def test_the_range_is_reduced_for_this_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"opset": 17, "optimization": "extended", "keep_float32": False}
+    claim(monkeypatch, tmp_path, "avx2")
+    for asked, reduced in ((None, True), (True, True), (False, False)):
+        target = Target("cpu", {**options, "reduce_range": asked})
+        assert writer._reduced(target) is reduced
+        if reduced:
+            writer.check("int8", target)
+        else:
+            with pytest.raises(ExportError, match="dtype int8 needs a processor"):
+                writer.check("int8", target)
+    claim(monkeypatch, tmp_path, "avx512_vnni")
+    assert not writer._reduced(Target("cpu", {**options, "reduce_range": None}))
+
+
+# Large models
+
+
+def test_weights_beyond_what_a_message_holds(
+    checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None
+) -> None:
+    """As from 2 GB on, where torch's exporter writes a file for each weight."""
+    seen: List[int] = []
+    own = onnx_export.onnx_load
+
+    def load(file: str) -> Any:
+        model = own(file)
+        onnx.save(model, file, save_as_external_data=True, all_tensors_to_one_file=False, size_threshold=64)
+        seen.append(len(list(Path(file).parent.iterdir())))
+        return own(file)
+
+    monkeypatch.setattr(onnx_export, "onnx_load", load)
+    monkeypatch.setattr(onnx_weights, "SMALLEST", 64)
+    exported = run_export(tmp_path / "x", content(checkpoint))
+    assert seen and seen[0] > 20
+    assert exported.manifest.receipt["passed"]
+    graph = onnx.load(tmp_path / "x" / "model.onnx", load_external_data=False).graph
+    assert all(tensor.external_data for tensor in graph.initializer if np.prod(tensor.dims) > 32)
+    assert {p.name for p in (tmp_path / "x").iterdir()} == {"traceserve.json", *exported.manifest.files}
+
+
+# What cannot be
+
+
+def test_the_exporter_is_asked_for_before_anything_is_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fetch(*arguments: Any) -> Any:
+        raise AssertionError("something was to be downloaded")
+
+    monkeypatch.setattr(sources, "fetch", fetch)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    monkeypatch.chdir(tmp_path)
+    Path("setup_config.json").write_text(json.dumps({"model_name": "nobody/nothing", "save_mode": "onnx"}))
+    assert cli.main(["export"]) != 0
+    assert "pip install 'traceserve[onnx]'" in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_exported_is_told(
+    checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise torch.onnx.errors.UnsupportedOperatorError("aten::x", 17, None)
+
+    monkeypatch.setattr(torch.onnx, "export", refuse)
+    with pytest.raises(ExportError, match="torch.onnx.export cannot export BertForSequenceClassification: .*aten::x"):
+        run_export(tmp_path / "x", content(checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("runtime", "words"),
+    [
+        ({}, "runtime.graphs"),
+        ({"graphs": {"model": "other.onnx"}}, "runtime.graphs"),
+        ({LEVEL: "ORT_ENABLE_EVERYTHING"}, f"runtime.{LEVEL} should be one of ORT_DISABLE_ALL"),
+        ({"reduce_range": None}, "runtime.reduce_range"),
+    ],
+)
+def test_a_manifest_that_no_writer_wrote(
+    runtime: Dict[str, Any], words: str, made: Callable[[str], Path], tmp_path: Path
+) -> None:
+    shutil.copytree(made("classification"), tmp_path / "x")
+    manifest = Manifest.read(tmp_path / "x")
+    changed = {**manifest.runtime, **runtime} if runtime else {}
+    dataclasses.replace(manifest, runtime=changed).write(tmp_path / "x")
+    with pytest.raises(InvalidManifest, match=words):
+        Engine.load(tmp_path / "x")
+
+
+def test_a_file_that_is_no_model(made: Callable[[str], Path], tmp_path: Path) -> None:
+    shutil.copytree(made("classification"), tmp_path / "x")
+    (tmp_path / "x" / "model.onnx").write_bytes(b"nothing")
+    manifest = Manifest.read(tmp_path / "x", verify=False)
+    files = {**manifest.files, "model.onnx": sha256(tmp_path / "x" / "model.onnx")}
+    dataclasses.replace(manifest, files=files).write(tmp_path / "x")
+    with pytest.raises(InvalidManifest, match="model.onnx cannot be loaded by onnxruntime"):
+        Engine.load(tmp_path / "x")
+
+
+def test_a_worker_without_onnxruntime(made: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = made("classification")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingPackage, match="needs onnxruntime"):
+        Engine.load(folder)
+
+
+def test_inputs_that_fail_are_a_runtime_error(made: Callable[[str], Path]) -> None:
+    """As the engine expects of a model: it then runs each row alone."""
+    engine = Engine.load(made("classification"))
+    inputs = {name: np.full((1, 4), 10**6, dtype=np.int64) for name in engine.manifest.inputs}
+    with pytest.raises(RuntimeError, match="ONNX Runtime"):
+        engine.runner(inputs)
+
+
+@pytest.mark.parametrize("threads", [1, 2, None])
+def test_threads(threads: Any, made: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: List[Any] = []
+    own = onnxruntime.InferenceSession
+
+    def session(file: str, options: Any, **more: Any) -> Any:
+        seen.append(options)
+        return own(file, options, **more)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    Engine.load(made("classification"), threads=threads)
+    assert [item.intra_op_num_threads for item in seen] == [threads or processor.cores()]
+    assert seen[0].get_session_config_entry("session.intra_op.allow_spinning") == "0"
