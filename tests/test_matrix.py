@@ -1,0 +1,95 @@
+"""Every save mode × every task that it can write × any and fixed lengths, in float32: the answers are the pipeline's."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Callable, List, Tuple
+
+import pytest
+import transformers
+from conftest import run_export
+from oracle import ANSWERS, ASKED, CASES, TEXTS, answers, assert_equal, generated, written
+from traceserve import formats, verification
+from traceserve.writers import WRITERS, aot_inductor
+from traceserve_runtime.engine import Engine
+from traceserve_runtime.tasks import TASKS
+from traceserve_runtime.tasks.contract import Request
+
+WRITING = {"text_generation": "llama", "text2text_generation": "t5"}
+
+
+def combinations() -> List[Any]:
+    """What can be: loops have no fixed lengths."""
+    found: List[Tuple[str, str, str]] = []
+    for save_mode in WRITERS:
+        for name, task in TASKS.items():
+            if formats.refusal(save_mode, "cpu", "float32", task) is None:
+                found += [(save_mode, name, lengths) for lengths in (("auto",) if task.loop else ("auto", "fixed"))]
+    return [pytest.param(*each, id="-".join(each)) for each in found]
+
+
+@pytest.fixture(scope="module")
+def original(checkpoint: Callable[..., Path]) -> Callable[[str], Tuple[Path, Any]]:
+    """A task's tiny checkpoint, and what answers its requests with transformers, each made once."""
+
+    @lru_cache(maxsize=None)
+    def make(task: str) -> Tuple[Path, Any]:
+        kind = TASKS[task]
+        options = CASES[task].options if task in CASES else {}
+        source = checkpoint(WRITING.get(task, "bert"), kind.auto_model, **options)
+        if kind.loop:
+            model = getattr(transformers, kind.auto_model).from_pretrained(source).eval()
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+            return source, lambda request: generated(model, tokenizer, request.inputs["text"], **request.parameters)
+        if task not in CASES:
+            return source, None
+        pipeline = transformers.pipeline(kind.pipeline, model=str(source), device="cpu")
+        return source, lambda request: CASES[task].ask(pipeline, request)
+
+    return make
+
+
+@pytest.mark.parametrize("save_mode, task, lengths", combinations())
+def test_equals_the_pipeline(
+    save_mode: str,
+    task: str,
+    lengths: str,
+    original: Callable[[str], Tuple[Path, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source, ask = original(task)
+    monkeypatch.setattr(verification, "TEXTS", verification.TEXTS[:4])  # the gate has tests of its own
+    monkeypatch.setitem(aot_inductor._CONFIGS, "aot_inductor.compile_wrapper_opt_level", "O0")  # half the time
+    config = {"model_name": str(source), "task": task, "save_mode": save_mode, "sequence_lengths": lengths}
+    run_export(tmp_path / "x", config)
+    engine = Engine.load(tmp_path / "x")
+    assert (engine.manifest.save_mode, engine.manifest.shapes.lengths) == (
+        save_mode,
+        None if lengths == "auto" else (engine.manifest.max_length,),
+    )
+    if task in WRITING:
+        requests = [
+            Request({"text": text}, {"max_new_tokens": 12, "num_beams": n}) for text in TEXTS[:6] for n in (1, 3)
+        ]
+        assert [written(value) for value in answers(engine, requests)] == [ask(request) for request in requests]
+    elif ask is not None:
+        requests = CASES[task].requests(engine)[::2]
+        for got, request in zip(answers(engine, requests), requests):
+            assert_equal(got, ask(request), 1e-4, 1e-4)
+    else:  # transformers 5 has no pipeline for it: what that of transformers 4 said
+        listed = list(ANSWERS["answers"]["bert"])[::4]
+        for number, got in zip(listed, answers(engine, [ASKED[int(number)] for number in listed])):
+            expected = [
+                dict(zip(("score", "start", "end", "answer"), span)) for span in ANSWERS["answers"]["bert"][number]
+            ]
+            assert_equal(got, expected if len(expected) > 1 else expected[0], 1e-4, 1e-5)
+
+
+def test_every_save_mode_has_every_length(tmp_path: Path) -> None:
+    """Else the matrix would have holes that nobody sees."""
+    modes = {param.values[0] for param in combinations()}
+    assert modes == {name for name, writer in WRITERS.items() if "cpu" in writer.hardware}
+    for mode in modes:
+        assert {param.values[2] for param in combinations() if param.values[0] == mode} == {"auto", "fixed"}
