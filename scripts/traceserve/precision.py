@@ -97,8 +97,8 @@ def _to_int8(original: Original, texts: Sequence[str]) -> Iterator[Original]:
 
 
 PRECISIONS: Dict[str, Precision] = {
-    "float32": Precision(_itself, contextlib.nullcontext, ("cpu",)),
-    "bfloat16": Precision(partial(_lowered_copy, "bfloat16"), partial(autocast, "bfloat16"), ("cpu",)),
+    "float32": Precision(_itself, contextlib.nullcontext, ("cpu", "gpu")),
+    "bfloat16": Precision(partial(_lowered_copy, "bfloat16"), partial(autocast, "bfloat16"), ("cpu", "gpu")),
     "float16": Precision(partial(_lowered_copy, "float16"), contextlib.nullcontext, ("gpu",)),
     "int8": Precision(_to_int8, contextlib.nullcontext, ("cpu",)),
 }
