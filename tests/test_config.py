@@ -277,7 +277,7 @@ def test_the_example_files_hold_every_key_without_meaning() -> None:
 @pytest.mark.parametrize(
     "change, given, legal",
     [
-        ({"save_mode": "pretrained"}, '"pretrained"', list(WRITERS)),
+        ({"save_mode": "pickle"}, '"pickle"', list(WRITERS)),
         ({"mode": "fortune_telling", "num_labels": "0"}, '"fortune_telling"', list(TASKS)),
         ({"mode": "sequence classification"}, '"sequence classification"', list(TASKS)),
         ({"hardware": "neuron"}, '"neuron"', ["cpu"]),

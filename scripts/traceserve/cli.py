@@ -655,6 +655,20 @@ def _tasks(options: argparse.Namespace) -> int:
     return 0
 
 
+def _add_formats(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _formats(options: argparse.Namespace) -> int:
+    from traceserve import formats
+
+    if options.json:
+        print(json.dumps(formats.document(), indent=2))
+    else:
+        printing.print_formats(list(formats.every_format()))
+    return 0
+
+
 def _fail(message: str) -> NoReturn:
     raise TraceserveError(message)
 
@@ -749,6 +763,15 @@ _COMMANDS = (
         _tasks,
         _add_tasks,
         "Show the tasks: what each is asked, its parameters, what it answers.",
+    ),
+    (
+        "formats",
+        _formats,
+        _add_formats,
+        "Show what goes together: save modes, hardware, dtypes and tasks.\n\nA save mode is how the model is stored in the "
+        "archive, and so what the worker runs it with. The keys save_mode,\nhardware, dtype and options of "
+        "setup_config.json choose; what cannot work is refused before anything is downloaded:\n\n"
+        '  {"model_name": "...", "save_mode": "pretrained", "dtype": "float32", "options": {"torch_compile": true}}',
     ),
     ("config-schema", _config_schema, _add_nothing, "Print the JSON schema of setup_config.json, for editors."),
 )

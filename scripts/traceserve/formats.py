@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from typing import Any, Dict, List, Mapping, Optional, Tuple, Type
+from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Type
 
+from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Task
 from traceserve_runtime.tasks.parameters import Parameter
 
@@ -15,27 +17,64 @@ from traceserve.writers.contract import Target
 HARDWARE: Tuple[str, ...] = tuple(dict.fromkeys(name for writer in WRITERS.values() for name in writer.hardware))
 
 
+class Format(NamedTuple):
+    """What tasks, all alike in this, can have in a save mode on some hardware; `refused` tells why not the other dtypes,
+    or under "" why nothing at all."""
+
+    save_mode: str
+    hardware: str
+    tasks: Tuple[str, ...]
+    dtypes: Tuple[str, ...]
+    refused: Dict[str, str]
+
+
 def refusal(save_mode: str, hardware: str, dtype: str, task: Type[Task]) -> Optional[str]:
     """Why this cannot work, and what can; None where it can."""
-    writer = WRITERS[save_mode]
-    if hardware not in writer.hardware:
-        others = [name for name, other in WRITERS.items() if hardware in other.hardware]
-        return f"save_mode {save_mode} runs on {', '.join(writer.hardware)}, not on {hardware}" + (
-            f"; on {hardware} run {', '.join(others)}" if others else ""
-        )
-    if task.loop and not writer.loops:
-        others = [name for name, other in WRITERS.items() if other.loops and hardware in other.hardware]
-        return f"save_mode {save_mode} is for models that are run once, not for {task.name}; take {', '.join(others)}"
+    reason = _never(save_mode, hardware, (task.name,))
+    if reason is not None:
+        others = [name for name in WRITERS if _never(name, hardware, (task.name,)) is None]
+        return f"save_mode {save_mode} {reason}" + (f"; take {' or '.join(others)}" if others else "")
     legal = dtypes(save_mode, hardware, task)
     if dtype in legal:
         return None
+    return f'dtype is "{dtype}": {_not_so(save_mode, hardware, dtype, (task.name,))}; take {", ".join(legal)}'
+
+
+def _never(save_mode: str, hardware: str, tasks: Sequence[str]) -> Optional[str]:
+    """Why this cannot work in any dtype, for tasks that are alike in this."""
+    writer = WRITERS[save_mode]
+    if hardware not in writer.hardware:
+        return f"runs on {', '.join(writer.hardware)}, not on {hardware}"
+    if TASKS[tasks[0]].loop and not writer.loops:
+        return f"is for models that are run once, not for {', '.join(tasks)}"
+    return None
+
+
+def _not_so(save_mode: str, hardware: str, dtype: str, tasks: Sequence[str]) -> str:
+    """Why this cannot work in this dtype, for tasks that are alike in this."""
     if hardware not in PRECISIONS[dtype].hardware:
-        reason = f"it runs on {', '.join(PRECISIONS[dtype].hardware)}, not on {hardware}"
-    elif dtype not in writer.dtypes:
-        reason = f"save_mode {save_mode} has none"
-    else:
-        reason = f"it is for models that are run once, not for {task.name}"
-    return f'dtype is "{dtype}": {reason}; take {", ".join(legal)}'
+        return f"it runs on {', '.join(PRECISIONS[dtype].hardware)}, not on {hardware}"
+    if dtype not in WRITERS[save_mode].dtypes:
+        return f"save_mode {save_mode} has none"
+    return f"it is for models that are run once, not for {', '.join(tasks)}"
+
+
+def every_format() -> Iterator[Format]:
+    """All save modes on all hardware, in the order of their tables."""
+    for save_mode, hardware in itertools.product(WRITERS, HARDWARE):
+        alike: Dict[Tuple[str, ...], List[str]] = {}
+        for name, task in TASKS.items():
+            alike.setdefault(tuple(dtypes(save_mode, hardware, task)), []).append(name)
+        for legal, names in alike.items():
+            yield Format(save_mode, hardware, tuple(names), legal, _refused(save_mode, hardware, names))
+
+
+def _refused(save_mode: str, hardware: str, tasks: Sequence[str]) -> Dict[str, str]:
+    reason = _never(save_mode, hardware, tasks)
+    if reason is not None:
+        return {"": f"it {reason}"}
+    legal = dtypes(save_mode, hardware, TASKS[tasks[0]])
+    return {name: _not_so(save_mode, hardware, name, tasks) for name in PRECISIONS if name not in legal}
 
 
 def dtypes(save_mode: str, hardware: str, task: Type[Task]) -> List[str]:
@@ -49,6 +88,19 @@ def dtypes(save_mode: str, hardware: str, task: Type[Task]) -> List[str]:
 def candidates(save_mode: str, hardware: str, dtype: str, task: Type[Task]) -> Tuple[str, ...]:
     """What is tried for the configured dtype, in order: by a rule, so that equal machines build equal archives."""
     return WRITERS[save_mode].auto(task, hardware) if dtype == AUTO else (dtype,)
+
+
+def document() -> Dict[str, Any]:
+    """All of it as JSON."""
+    return {
+        "formats": [item._asdict() for item in every_format()],
+        "options": [
+            {"save_mode": save_mode, "hardware": hardware, "name": name, "legal": item.legal, "default": item.default}
+            for save_mode, hardware in itertools.product(WRITERS, HARDWARE)
+            if hardware in WRITERS[save_mode].hardware
+            for name, item in options(save_mode, hardware).items()
+        ],
+    }
 
 
 def options(save_mode: str, hardware: str) -> Dict[str, Parameter]:

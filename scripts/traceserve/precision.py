@@ -98,8 +98,8 @@ def to_int8(original: Original, texts: Sequence[str], layer: Optional[Callable[.
 
 
 PRECISIONS: Dict[str, Precision] = {
-    "float32": Precision(_itself, contextlib.nullcontext, ("cpu",)),
-    "bfloat16": Precision(partial(_lowered_copy, "bfloat16"), partial(autocast, "bfloat16"), ("cpu",)),
+    "float32": Precision(_itself, contextlib.nullcontext, ("cpu", "gpu")),
+    "bfloat16": Precision(partial(_lowered_copy, "bfloat16"), partial(autocast, "bfloat16"), ("cpu", "gpu")),
     "float16": Precision(partial(_lowered_copy, "float16"), contextlib.nullcontext, ("gpu",)),
     "int8": Precision(to_int8, contextlib.nullcontext, ("cpu",)),
 }

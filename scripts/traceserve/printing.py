@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterator, Sequence
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
     from traceserve.catalog import Entry
     from traceserve.export import Exported
+    from traceserve.formats import Format
     from traceserve.server import Instance
     from traceserve.tune import Tuned
     from traceserve.verification import Findings
@@ -202,6 +204,25 @@ def print_tasks(entries: Sequence[Entry]) -> None:
             table.add_row(f"  [green]{name}[/]", escape(legal), escape(default), escape(text))
         screen.print(table, highlight=False)
         screen.print(f"\n  {entry.example}\n", highlight=False, markup=False, soft_wrap=True)
+
+
+def print_formats(formats: Sequence[Format]) -> None:
+    from rich.table import Table
+
+    from traceserve.formats import options
+
+    table = Table("save mode", "hardware", "tasks", "dtype", "why not others")
+    every = {task for item in formats for task in item.tasks}
+    for item in formats:
+        tasks = "all" if set(item.tasks) == every else ", ".join(item.tasks)
+        reasons = [f"{dtype}: {reason}" if dtype else reason for dtype, reason in item.refused.items()]
+        table.add_row(item.save_mode, item.hardware, tasks, ", ".join(item.dtypes) or "-", "\n".join(reasons))
+    own = Table("save mode", "hardware", "option", "", "default", "", title="options", title_justify="left")
+    for save_mode, hardware in dict.fromkeys((item.save_mode, item.hardware) for item in formats if item.dtypes):
+        for option in options(save_mode, hardware).values():
+            default = "-" if option.default is None else json.dumps(option.default)
+            own.add_row(save_mode, hardware, option.name, option.legal, default, option.description)
+    console().print(table, *([own] if own.row_count else []), highlight=False)
 
 
 def print_bench(document: Dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from traceserve_runtime import processor
 from traceserve_runtime.batching import Arrays, State
 from traceserve_runtime.errors import InvalidManifest, MissingPackage
 from traceserve_runtime.manifest import Manifest
-from traceserve_runtime.runtimes import weights
+from traceserve_runtime.runtimes import devices, weights
 
 if TYPE_CHECKING:
     import torch
@@ -78,6 +78,8 @@ def read(manifest: Manifest, folder: Path, device: str, threads: Optional[int] =
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().split("\n", 1)[0]
         raise InvalidManifest(f"{file} cannot be loaded by torch {torch.__version__}: {reason}") from error
+    if device != "cpu":
+        devices.rewrite(module, device)
     if mapped:
         weights.assign(module, folder / manifest.model_file, weights.read_places(folder))
     return TorchScriptRunner(module, manifest, device)

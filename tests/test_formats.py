@@ -1,0 +1,156 @@
+"""What goes together: the table of the command, the configuration and the JSON schema say the same, and say why not."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any, Callable, Dict, List
+
+import jsonschema
+import pytest
+from conftest import run_export
+from traceserve import cli, formats, sources
+from traceserve.config import json_schema, parse
+from traceserve.errors import ConfigError
+from traceserve.precision import AUTO, PRECISIONS
+from traceserve.writers import WRITERS
+from traceserve_runtime.tasks import TASKS
+from traceserve_runtime.tasks.parameters import Parameter
+
+ALL = list(itertools.product(WRITERS, formats.HARDWARE, TASKS))
+
+
+@pytest.fixture(scope="module")
+def validator() -> Any:
+    return jsonschema.Draft202012Validator(json_schema())
+
+
+@pytest.mark.parametrize("save_mode, hardware, task", ALL)
+def test_configuration_schema_and_table_agree(save_mode: str, hardware: str, task: str, validator: Any) -> None:
+    [row] = [
+        item
+        for item in formats.every_format()
+        if (item.save_mode, item.hardware) == (save_mode, hardware) and task in item.tasks
+    ]
+    assert ("" in row.refused) is not bool(row.dtypes)
+    for dtype in (AUTO, *PRECISIONS):
+        content = {"model_name": "x/y", "save_mode": save_mode, "hardware": hardware, "task": task, "dtype": dtype}
+        assert validator.is_valid(content) is (dtype in row.dtypes)
+        if dtype in row.dtypes:
+            assert parse(content)[0].dtype == dtype and dtype not in row.refused
+            continue
+        with pytest.raises(ConfigError) as raised:
+            parse(content)
+        reason = row.refused[""] if "" in row.refused else row.refused[dtype]
+        assert reason.replace("it ", "", 1).split(", not for")[0] in raised.value.message
+        # What it says to take instead can be taken.
+        named = [name for name in (*WRITERS, *row.dtypes) if name in raised.value.message.rsplit("take ", 1)[-1]]
+        assert named or "take" not in raised.value.message
+
+
+@pytest.mark.parametrize("save_mode, hardware, task", ALL)
+def test_auto_tries_what_is_legal(save_mode: str, hardware: str, task: str) -> None:
+    legal = formats.dtypes(save_mode, hardware, TASKS[task])
+    if legal:
+        tried = formats.candidates(save_mode, hardware, AUTO, TASKS[task])
+        assert tried and set(tried) <= set(legal)
+        assert formats.candidates(save_mode, hardware, legal[-1], TASKS[task]) == (legal[-1],)
+
+
+def test_a_mode_without_loops_is_refused_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a compiled graph of fixed inputs would be."""
+    monkeypatch.setitem(WRITERS, "pretrained", WRITERS["pretrained"]._replace(loops=()))
+    content = {"model_name": "x", "save_mode": "pretrained"}
+    with pytest.raises(ConfigError) as raised:
+        parse({**content, "task": "text_generation"})
+    assert raised.value.message == (
+        "save_mode pretrained is for models that are run once, not for text_generation; take torchscript"
+    )
+    assert parse({**content, "task": "fill_mask"})
+    rows = [item for item in formats.every_format() if (item.save_mode, item.hardware) == ("pretrained", "cpu")]
+    assert [bool(item.dtypes) for item in rows] == [True, False]
+
+
+def test_every_option_is_legal_where_it_belongs_and_nowhere_else(validator: Any) -> None:
+    names = {option.parameter.name for writer in WRITERS.values() for option in writer.options}
+    for save_mode, hardware in itertools.product(WRITERS, formats.HARDWARE):
+        if hardware not in WRITERS[save_mode].hardware:
+            continue
+        own: Dict[str, Parameter] = formats.options(save_mode, hardware)
+        for name in names:
+            known = own.get(name)
+            value = None if known is None else known.default
+            content = {"model_name": "x", "save_mode": save_mode, "hardware": hardware, "options": {name: value}}
+            accepted = known is not None and known.accepts(value)
+            assert validator.is_valid(content) is accepted
+            if accepted:
+                assert parse(content)[0].options == {name: value}
+            else:
+                with pytest.raises(ConfigError, match="^options: "):
+                    parse(content)
+        assert formats.target(save_mode, hardware, {}).options == {name: item.default for name, item in own.items()}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"save_mode": "pretrained", "dtype": "int8"},
+        {"task": "text_generation", "dtype": "int8"},
+        {"save_mode": "torchscript", "options": {"torch_compile": True}},
+        {"save_mode": "pretrained", "trust_remote_code": True},
+    ],
+    ids=json.dumps,
+)
+def test_nothing_is_fetched_for_what_cannot_work(
+    content: Dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fetch(*arguments: Any) -> Any:
+        raise AssertionError("something was to be downloaded")
+
+    monkeypatch.setattr(sources, "fetch", fetch)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "setup_config.json").write_text(json.dumps({"model_name": "nobody/nothing", **content}))
+    assert cli.main(["export"]) == 1
+    assert "setup_config.json: " in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["setup_config.json"]
+
+
+# The command.
+
+
+def test_the_table_shows_all(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert cli.main(["formats"]) == 0
+    shown = capsys.readouterr().out
+    for name in (*WRITERS, *formats.HARDWARE, *TASKS, *PRECISIONS):
+        assert name in shown
+    assert "it is for models that are run once" in shown
+    for option in (option for writer in WRITERS.values() for option in writer.options):
+        assert option.parameter.name in shown and option.parameter.legal in shown
+
+
+def test_the_json_holds_all(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["formats", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    found: List[Any] = [
+        (item["save_mode"], item["hardware"], task) for item in document["formats"] for task in item["tasks"]
+    ]
+    assert sorted(found) == sorted(ALL)
+    assert {"save_mode": "pretrained", "hardware": "cpu", "name": "torch_compile"}.items() <= document["options"][
+        0
+    ].items()
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["formats", "--help"])
+    shown = capsys.readouterr().out
+    assert "A save mode is how the model is stored" in shown
+    [example] = [line for line in shown.splitlines() if line.strip().startswith("{")]
+    assert parse(json.loads(example))
+
+
+def test_what_a_reader_must_know_is_in_the_manifest(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    content = {"model_name": str(checkpoint("bert")), "max_length": 32, "allow_untrained_head": True}
+    assert run_export(tmp_path / "x", content).manifest.runtime == {}
