@@ -45,8 +45,8 @@ class TransformerHandler:
         except ImportError as error:
             raise RuntimeError(f"the worker's Python lacks a package that this archive needs: {error}") from error
         try:
-            # On the CPU, whatever `gpu_id` TorchServe assigns: a trace holds the device that it was made on.
-            self.engine = Engine.load(Path(context.system_properties["model_dir"]), **_settings(context))
+            folder = Path(context.system_properties["model_dir"])
+            self.engine = Engine.load(folder, _device(context, folder), **_settings(context))
             self.engine.warm_up()
         except (RuntimeError, MemoryError):
             raise
@@ -168,6 +168,15 @@ def _settings(context: Any) -> Dict[str, Any]:
                 f"model-config.yaml: {key} is {value!r}; under handler may stand {' and '.join(SETTINGS)}, 1 or more each"
             )
     return dict(settings)
+
+
+def _device(context: Any, folder: Path) -> str:
+    """The GPU that TorchServe assigns, if there is one and the archive was made for GPUs; else the CPU."""
+    from traceserve_runtime.manifest import Manifest
+
+    gpu = context.system_properties.get("gpu_id")
+    assigned = gpu is not None and int(gpu) >= 0
+    return f"cuda:{int(gpu)}" if assigned and Manifest.read(folder, verify=False).hardware == "gpu" else "cpu"
 
 
 def _headers(context: Any, index: int) -> Headers:

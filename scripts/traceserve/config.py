@@ -59,7 +59,7 @@ class SetupConfig(BaseModel):
         "lets through",
     )
     hardware: Literal[formats.HARDWARE] = Field(  # type: ignore[valid-type]  # what any writer lists
-        "cpu", description="What the archive runs on"
+        "cpu", description="What the archive runs on; one for `gpu` runs on a CPU too"
     )
     options: Dict[Any, Any] = Field({}, description="Options of this save mode, as `traceserve formats` lists them")
     max_length: Optional[int] = Field(

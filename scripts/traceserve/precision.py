@@ -106,11 +106,11 @@ def to_int8(original: Original, texts: Sequence[str], layer: Optional[Callable[.
 
 
 PRECISIONS: Dict[str, Precision] = {
-    "float32": Precision(_itself, contextlib.nullcontext, ("cpu",)),
+    "float32": Precision(_itself, contextlib.nullcontext, ("cpu", "gpu")),
     "bfloat16": Precision(
         partial(_lowered_copy, "bfloat16"),
         partial(autocast, "bfloat16"),
-        ("cpu", "neuron", "neuronx"),
+        ("cpu", "gpu", "neuron", "neuronx"),
         by_compiler=("neuron", "neuronx"),
     ),
     "float16": Precision(partial(_lowered_copy, "float16"), contextlib.nullcontext, ("gpu",)),

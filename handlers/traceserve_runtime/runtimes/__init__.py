@@ -13,7 +13,7 @@ Reader = Callable[[Manifest, Path, str, Optional[int]], Runner]  # the last: how
 
 RUNTIMES: Dict[str, Reader] = {
     "torchscript": torchscript.read,
+    "pretrained": pretrained.read,
     "onnx": onnx.read,
     "aot_inductor": aot_inductor.read,
-    "pretrained": pretrained.read,
 }

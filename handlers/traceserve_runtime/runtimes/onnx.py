@@ -139,6 +139,7 @@ def _options(level: str, threads: Optional[int]) -> Any:
     options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
     # By itself it takes the machine's cores, and binds a thread to each: two workers would share the same ones.
     options.intra_op_num_threads = threads or processor.cores()
+    # Waiting threads that spin keep others from the cores: 9 ms in place of 6.5 alone, 19 in place of 14 beside two busy ones.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.enable_mem_pattern = False  # a plan of the memory for every shape that was seen; it gained nothing
     options.log_severity_level = 3

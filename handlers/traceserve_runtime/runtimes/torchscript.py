@@ -12,7 +12,7 @@ from traceserve_runtime import processor
 from traceserve_runtime.batching import Arrays, State, filled
 from traceserve_runtime.errors import InvalidManifest, MissingPackage
 from traceserve_runtime.manifest import Manifest
-from traceserve_runtime.runtimes import neuron, weights
+from traceserve_runtime.runtimes import devices, neuron, weights
 from traceserve_runtime.runtimes.padded import PaddedRunner
 
 if TYPE_CHECKING:
@@ -113,6 +113,8 @@ def read(
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().split("\n", 1)[0]
         raise InvalidManifest(f"{file} cannot be loaded by torch {torch.__version__}: {reason}") from error
+    if device != "cpu":
+        devices.rewrite(module, device)
     if mapped:
         weights.assign(module, folder / manifest.model_file, weights.read_places(folder))
     return _runner(module, manifest, device)

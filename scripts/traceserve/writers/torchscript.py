@@ -42,7 +42,7 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
     """
     import torch
 
-    from traceserve import precision
+    from traceserve import devices, precision
     from traceserve.errors import ExportError
     from traceserve.wrapping import masks_without_vmap
 
@@ -63,7 +63,10 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ExportError(f"torch.jit.trace cannot trace {type(original.model).__name__}: {reason}") from error
-    return Written(step_inputs, weights.write_graph(folder, MODEL_FILE))
+    runtime = {}
+    if target.hardware == "gpu":
+        runtime = {"ran_on_meta": devices.prove(folder / MODEL_FILE, _examples(original, task, shapes))}
+    return Written(step_inputs, weights.write_graph(folder, MODEL_FILE), runtime)
 
 
 def _single(original: Original, task: Type[Task], shapes: Shapes) -> torch.nn.Module:
@@ -89,6 +92,27 @@ def _loop(original: Original, task: Type[Task]) -> Tuple[torch.nn.Module, Tuple[
     return _together(
         {"start": trace(start.module, start.example), "step": trace(step.module, step.example)}
     ), step.inputs
+
+
+def _examples(original: Original, task: Type[Task], shapes: Shapes) -> Dict[str, Tuple[torch.Tensor, ...]]:
+    """Inputs of each graph, by its name, or "" for the only one; of other shapes than it was traced with."""
+    import torch
+
+    from traceserve import precision
+    from traceserve.looping import LOOPS
+    from traceserve.wrapping import example
+
+    if task.loop:
+        with torch.no_grad(), precision.tracing(original.dtype):
+            start, step = LOOPS[task.loop].graphs(original, 2, min(8, original.max_length - 2))
+        return {"start": start.example, "step": step.example}
+    if not shapes.graph_per_shape:
+        return {"": example(original, 2, max(shapes.lengths) if shapes.lengths else min(8, original.max_length))}
+    return {
+        shapes.graph_name(batch, length): example(original, batch, length)
+        for batch in shapes.batches or (TRACED_BATCH,)
+        for length in shapes.lengths or (min(TRACED_LENGTH, original.max_length),)
+    }
 
 
 def trace(module: torch.nn.Module, inputs: Tuple[torch.Tensor, ...]) -> torch.nn.Module:

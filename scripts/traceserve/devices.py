@@ -1,0 +1,69 @@
+"""The proof that a traced model runs on another device, on a machine without one.
+
+The graphs are rewritten as a worker with a GPU does it, for torch's device "meta", which has shapes and no values. There
+they are run: a tensor that is made anywhere else cannot be combined with the others, and is told.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Mapping, Sequence
+
+import torch
+from traceserve_runtime.runtimes import devices
+
+from traceserve.errors import ExportError
+
+META = "meta"
+_REASON = re.compile(r"^((?:\w+Error: )+)(.+)$", re.MULTILINE)
+
+
+def prove(file: Path, examples: Mapping[str, Sequence[torch.Tensor]]) -> bool:
+    """Whether every graph of a TorchScript file ran; False where one needs values, so that only its text was searched.
+
+    `examples` are the inputs of each graph, by its name, or "" for a file with one. Raises ExportError with what depends on
+    a device.
+    """
+    module: Any = torch.jit.load(str(file))  # type: ignore[no-untyped-call]
+    devices.rewrite(module, META)
+    found = sorted({what for graph in devices.graphs(module) for what in devices.left(graph)})
+    if found:
+        raise ExportError(_refused(module, ", ".join(found)))
+    _move(module)
+    ran = [_run(getattr(module, name) if name else module, inputs) for name, inputs in examples.items()]
+    return all(ran)
+
+
+def _move(module: Any) -> None:
+    """Move the weights, and the tensors of the graphs. Not their scalars, which are read as numbers."""
+    tables: Any = (torch._C.ParameterDict, torch._C.BufferDict)
+    for part in module.modules():
+        for table in tables:
+            for name, tensor in list(table(part._c).items()):
+                part._c.setattr(name, tensor.to(META))
+    for graph in devices.graphs(module):
+        for node in graph.findAllNodes("prim::Constant", True):
+            if str(node.output().type()) == "Tensor" and node.t("value").dim():
+                node.t_("value", node.t("value").to(META))
+
+
+def _run(graph: Any, inputs: Sequence[torch.Tensor]) -> bool:
+    jit: Any = torch.jit
+    try:
+        with torch.inference_mode(), jit.optimized_execution(False):  # optimisations compare constants by their values
+            outputs = graph(*(tensor.to(META) for tensor in inputs))
+    except RuntimeError as error:
+        # Amid the interpreter's tracebacks: "RuntimeError: NotImplementedError: what is wrong".
+        kinds, reason = ([("", str(error)), *_REASON.findall(str(error))])[-1]
+        if isinstance(error, NotImplementedError) or "NotImplementedError" in kinds or "meta tensors" in reason:
+            return False
+        raise ExportError(_refused(graph, reason)) from error
+    elsewhere = sorted({str(tensor.device) for tensor in outputs if tensor.device.type != META})
+    if elsewhere:
+        raise ExportError(_refused(graph, f"an output is made on {', '.join(elsewhere)}"))
+    return True
+
+
+def _refused(graph: Any, reason: str) -> str:
+    return f'the graph of {graph.original_name} cannot be moved to a GPU: {reason}; take "hardware": "cpu"'
