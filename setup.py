@@ -17,7 +17,7 @@ GGUF = ['gguf>=0.17; python_version >= "3.9"', 'accelerate>=1.0; python_version 
 ONNX_WORKER = ["onnxruntime>=1.17"]
 ONNX = [*ONNX_WORKER, "onnx>=1.15"]
 TEST = ["pytest>=7", "pytest-xdist>=3", "hypothesis>=6", "vermin>=1.6", "jsonschema>=4"]
-DEV = ["ruff>=0.9", "mypy>=1.11", "types-psutil", "types-PyYAML", "pre-commit>=3", "nox>=2024.4"]
+DEV = ["ruff>=0.9", "mypy>=1.11", "types-psutil", "types-PyYAML", "pre-commit>=3", "nox>=2024.4", "cmake>=3.18"]
 
 setup(
     name="traceserve",

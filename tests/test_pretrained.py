@@ -170,6 +170,16 @@ def test_a_worker_without_transformers_says_so(made: Make, monkeypatch: pytest.M
         Engine.load(made("sequence_classification"))
 
 
+def test_an_old_transformers_is_refused_on_both_sides(
+    made: Make, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.__version__", "4.26.1")
+    with pytest.raises(MissingPackage, match=r"needs transformers 4.41 or newer, this is 4.26.1"):
+        Engine.load(made("sequence_classification"))
+    with pytest.raises(ExportError, match=r"needs transformers 4.41 or newer, this is 4.26.1"):
+        run_export(tmp_path / "x", {"model_name": str(checkpoint("bert")), "save_mode": "pretrained"})
+
+
 def test_another_transformers_is_noted(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
     Engine.load(copy)
     assert "where the answers were compared" not in caplog.text

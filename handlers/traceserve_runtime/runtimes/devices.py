@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any, Iterator, List
 
+_SCALARS = ("int", "float", "bool", "number", "Scalar")
+
 
 def rewrite(module: Any, device: str) -> None:
     """Let every graph of a module that was loaded onto `device` make its tensors there. Before its first run."""
@@ -16,6 +18,8 @@ def rewrite(module: Any, device: str) -> None:
 
     for graph in graphs(module):
         torch._C._jit_pass_inline(graph)
+        for node in list(_nodes(graph)):
+            _name_device(graph, node)
         for node in constants(graph):
             node.s_("value", device)
 
@@ -36,7 +40,6 @@ def left(graph: Any) -> List[str]:
     for node in graph.findAllNodes("aten::device", True):
         if next(iter(node.inputs())).node().kind() != "prim::Constant":
             found.append("aten::device of a text that is computed")
-    found += [f"{node.kind()} without a device" for node in _nodes(graph) if _makes_on_default(node)]
     for node in graph.findAllNodes("prim::Constant", True):
         kind = str(node.output().type())
         if "Device" in kind and kind != "Device" or (kind == "str" and _among_others(node)):
@@ -58,18 +61,27 @@ def _nodes(block: Any) -> Iterator[Any]:
             yield from _nodes(inner)
 
 
-def _makes_on_default(node: Any) -> bool:
-    """Whether this makes a tensor of no other one, and on torch's default device: as only scripted code does."""
+def _name_device(graph: Any, node: Any) -> None:
+    """Name a device where a tensor is made of no other one and of none by name, as scripted code does it.
+
+    A scalar stays where it is: it goes with tensors of any device.
+    """
     import torch
 
     schema = node.schema()
-    if not node.kind().startswith("aten::") or " device" not in schema or schema == "(no schema)":
-        return False
+    if not node.kind().startswith("aten::") or " device" not in schema:
+        return
     arguments = torch._C.parse_schema(schema).arguments
-    if any(str(argument.type) == "Tensor" for argument in arguments):
-        return False
-    given = [value for argument, value in zip(arguments, node.inputs()) if argument.name == "device"]
-    return any(str(value.type()) == "NoneType" for value in given)
+    values = list(node.inputs())
+    of_another = any(str(argument.type) == "Tensor" for argument in arguments)
+    scalar = node.kind() in ("aten::tensor", "aten::scalar_tensor") and str(values[0].type()) in _SCALARS
+    for i, (argument, value) in enumerate(zip(arguments, values)):
+        if argument.name == "device" and str(value.type()) == "NoneType" and not (of_another or scalar):
+            constant = graph.create("prim::Constant")
+            constant.s_("value", "cpu")
+            constant.output().setType(torch._C.DeviceObjType.get())
+            constant.insertBefore(node)
+            node.replaceInput(i, constant.output())
 
 
 def _makes_device(node: Any) -> bool:

@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 Call = Callable[..., Tuple[Any, ...]]
 
+OLDEST = (4, 41)  # before, what from_pretrained takes and save_pretrained writes is another
+OLDEST_NAMED = ".".join(map(str, OLDEST))
 # Batches and lengths of 1, and a past of 0, are compiled by themselves: more shapes than torch's own limit of 8, past
 # which it would go on without being compiled.
 _COMPILED_SHAPES = 64
@@ -88,17 +90,18 @@ def _load(manifest: Manifest, folder: Path) -> Any:
         logger.warning("transformers is %s here, and was %s where the answers were compared", version, made_with)
     dtype = torch.float16 if manifest.dtype == "float16" else torch.float32
     numbers = tuple(int(part) for part in version.split(".")[:2])
-    options: Dict[str, Any] = {"dtype" if numbers >= (4, 56) else "torch_dtype": dtype}
+    if numbers < OLDEST:
+        raise MissingPackage(f"this archive needs transformers {OLDEST_NAMED} or newer, this is {version}")
     file = folder / manifest.model_file
     try:
-        if numbers >= (4, 41):
-            options["use_safetensors"] = True
-        else:  # of the oldest, some know no such option, and some no safetensors
-            from safetensors.torch import load_file
-
-            options["state_dict"] = load_file(file)
         kind = getattr(transformers, manifest.runtime["auto_model"])
-        model, report = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
+        model, report = kind.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            **{"dtype" if numbers >= (4, 56) else "torch_dtype": dtype},
+        )
     except Exception as error:  # transformers raises whatever its many models do
         lines = str(error).strip().splitlines() or [""]
         raise InvalidManifest(

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterator, Optional, Tuple, Type
 
+from traceserve_runtime.runtimes.pretrained import OLDEST, OLDEST_NAMED
 from traceserve_runtime.tasks.parameters import Parameter
 
 from traceserve import precision
@@ -49,10 +50,15 @@ def refuses(config: SetupConfig) -> Optional[str]:
 
 
 def check(dtype: str, target: Target) -> None:
-    """What is compiled in the worker is compiled by the gate too: raise ExportError without torch.compile."""
+    """The gate loads what was written as a worker does: raise ExportError where this machine cannot."""
     import torch
+    import transformers
 
     precision.check_processor(dtype)
+    if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < OLDEST:
+        raise ExportError(
+            f"save_mode pretrained needs transformers {OLDEST_NAMED} or newer, this is {transformers.__version__}"
+        )
     if target.options["torch_compile"] and not hasattr(torch, "compile"):
         raise ExportError(f"options: torch_compile needs torch 2, this is {torch.__version__}; leave it out")
 
@@ -67,7 +73,7 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
     with torch.no_grad(), precision.tracing(original.dtype):
         step_inputs = _step_inputs(original, task)
     with tempfile.TemporaryDirectory(prefix=".saving.", dir=folder) as scratch, _own_configs(original.model):
-        original.model.save_pretrained(scratch, max_shard_size="1000TB")
+        original.model.save_pretrained(scratch, max_shard_size=1 << 50)  # one file
         for name in (MODEL_FILE, CONFIG_FILE):
             os.replace(Path(scratch, name), folder / name)
     runtime = {"auto_model": task.auto_model, "loop": task.loop, **target.options}
