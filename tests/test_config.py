@@ -66,7 +66,7 @@ BAD: List[Tuple[str, Any, str]] = [
     ("task", "fortune_telling", LAST_TASKS),
     ("task", None, LAST_TASKS),
     ("save_mode", "pickle", "'torchscript'"),
-    ("hardware", "tpu", "'cpu', 'neuron' or 'neuronx'"),
+    ("hardware", "tpu", "'cpu', 'gpu', 'neuron' or 'neuronx'"),
     ("dtype", "float64", "'auto', 'float32', 'bfloat16', 'float16' or 'int8'"),
     ("dtype", None, "'auto'"),
     ("dtype", "float16", "it runs on gpu, not on cpu; take auto, float32, bfloat16, int8"),

@@ -266,7 +266,7 @@ def traced(make: Callable[[torch.Tensor], torch.Tensor], folder: Path) -> Path:
         (of_a_scalar, True),
         (data_dependent, False),
     ],
-    ids=lambda x: str(x),
+    ids=["positions", "on_the_cpu", "scripted", "by_default", "several", "of_a_scalar", "data_dependent"],
 )
 def test_what_is_moved(make: Any, ran: bool, tmp_path: Path) -> None:
     """Scripted functions, branches and constant tensors too."""
