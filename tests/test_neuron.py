@@ -42,7 +42,9 @@ def test_a_growing_past_has_no_fixed_shape(hardware: str) -> None:
 
 
 def test_the_chip_computes_in_bfloat16() -> None:
-    with pytest.raises(ConfigError, match='dtype is "float32": it runs on cpu, gpu, not on neuron; take auto, bfloat16'):
+    with pytest.raises(
+        ConfigError, match='dtype is "float32": it runs on cpu, gpu, not on neuron; take auto, bfloat16'
+    ):
         parsed(dtype="float32")
 
 
