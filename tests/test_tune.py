@@ -317,19 +317,20 @@ def test_texts_that_are_all_refused_are_told(mar: Path, tmp_path: Path) -> None:
 
 def test_the_command_finds_and_writes_what_is_better(mar: Path) -> None:
     """An archive whose batches never fill, and wait for that: smaller batches are many times faster."""
-    slow = replace(OWN, max_batch_delay=300)
+    slow = replace(OWN, max_batch_delay=60)
     configure(mar, slow)
     before = sha256(mar)
     users = server.start([mar], port=torchserve.free_ports(1)[0], timeout=90)
     try:
-        options = ("--connections", "4", "--budget", "100")
+        options = ("--connections", "4", "--budget", "75")
         tuned = run(*options, cwd=mar.parent)
         assert tuned.returncode == 0, tuned.stderr
+        print(tuned.stdout)  # told if anything below fails
         assert [instance.pid for instance in server.instances()] == [users.pid]
     finally:
         server.stop(users)
     found = read_serving(mar)
-    assert found.batch_size <= 4 or found.max_batch_delay < 300
+    assert found.batch_size <= 4 or found.max_batch_delay < 60
     assert sha256(mar) != before
     [row] = [line for line in tuned.stdout.splitlines() if "chosen" in line]
     cells = row.split()
