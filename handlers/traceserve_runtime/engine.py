@@ -83,18 +83,17 @@ class Engine:
         task = load_task(folder, manifest)
         return cls(folder, manifest, task, RUNTIMES[manifest.save_mode](manifest, folder, device, threads))
 
-    def warm_up(self) -> None:
-        """Answer the task's sample, short and long, so that no client waits for first calls."""
+    def warm_up(self, measure: bool = True) -> None:
+        """Answer the task's sample, short and long, so that no client waits for first calls; and measure what runs cost.
+
+        Without this, what runs together, and so the last digits of answers, does not depend on this machine's clock.
+        """
         for request in self.task.warm_up_requests():
             [answer] = self.answer([request])
             if isinstance(answer, TraceserveError):
                 raise answer
-        if not self.task.loop:
+        if measure and not self.task.loop:
             self._measure()
-
-    def forget_measured(self) -> None:
-        """Let what runs together, and so the last digits of answers, not depend on this machine's clock."""
-        self.cost, self.lanes = self.task.cost, None
 
     def _measure(self) -> None:
         """Learn what a run costs on all cores, and on one of them while the others are as busy."""

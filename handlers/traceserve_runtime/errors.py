@@ -53,3 +53,8 @@ class InvalidManifest(TraceserveError):
 
 class MissingPackage(TraceserveError):
     """The worker lacks what this archive needs: a package, a device, or a feature of the processor."""
+
+
+def reason(error: Exception) -> str:
+    """The first line of what somebody else's error says, or its kind if it says nothing."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

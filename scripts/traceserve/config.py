@@ -259,13 +259,11 @@ def _together() -> List[Dict[str, Any]]:
         legal: Dict[str, Any] = {"options": {"properties": options, "additionalProperties": False}}
         both = [_is("save_mode", save_mode), _is("hardware", hardware)]
         schemas.append({"if": {"allOf": both}, "then": {"properties": legal}})
-        tasks: Dict[Tuple[str, ...], List[str]] = {}  # by what they may have
-        for name, task in TASKS.items():
-            tasks.setdefault(tuple(formats.dtypes(save_mode, hardware, task)), []).append(name)
-        for dtypes, names in tasks.items():
-            legal = {"properties": {"dtype": {"enum": list(dtypes)}}} if dtypes else {"not": {}}
-            which = {"anyOf": [_is("task", name) for name in names]}
-            schemas.append({"if": {"allOf": [*both, which]}, "then": legal})
+    for item in formats.every_format():
+        legal = {"properties": {"dtype": {"enum": list(item.dtypes)}}} if item.dtypes else {"not": {}}
+        which = {"anyOf": [_is("task", name) for name in item.tasks]}
+        of_all = [_is("save_mode", item.save_mode), _is("hardware", item.hardware), which]
+        schemas.append({"if": {"allOf": of_all}, "then": legal})
     return schemas
 
 

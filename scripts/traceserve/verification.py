@@ -149,8 +149,8 @@ def verify(folder: Path, reference: Reference, own_samples: Sequence[Request], p
     samples = [*engine.task.from_texts((*TEXTS, *more)), *own_samples]
     findings = Findings(limit)
     try:
-        engine.warm_up()  # before anything is compared: what an executor optimises after its first runs is compared too
-        engine.forget_measured()
+        # Before anything is compared: what an executor optimises after its first runs is compared too.
+        engine.warm_up(measure=False)
         _compare_outputs(engine, reference, findings, progress)
         _compare_answers(engine, reference, samples, len(own_samples), findings, progress)
     except RuntimeError as error:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, ContextManager, Dict, Iterator, Optional, Tuple
 
 from traceserve_runtime import batching
-from traceserve_runtime.errors import InvalidManifest, MissingPackage
+from traceserve_runtime.errors import InvalidManifest, MissingPackage, reason
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runtimes import calling
 from traceserve_runtime.runtimes.torchscript import TorchScriptRunner, settle
@@ -226,9 +226,8 @@ def _try(runner: TorchScriptRunner, manifest: Manifest) -> None:
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         runner.step({**inputs, "position_ids": mask.cumsum(1) - 1, "decoder_input_ids": ids}, runner.start(inputs))
     except RuntimeError as error:
-        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise MissingPackage(
-            f"this archive asks for torch.compile, which cannot work here: {lines[0]}; install a C++ compiler (g++), or "
+            f"this archive asks for torch.compile, which cannot work here: {reason(error)}; install a C++ compiler (g++), or "
             'build the archive without "torch_compile"'
         ) from error
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterator, Tuple, Type
 
 from traceserve_runtime import processor
+from traceserve_runtime.errors import reason
 from traceserve_runtime.runtimes.aot_inductor import INSTRUCTIONS, MACHINE, TORCH
 
 from traceserve import precision
@@ -76,9 +77,8 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
             inductor.aoti_compile_and_package(program, package_path=package, inductor_configs=_CONFIGS)
             _repack(Path(package), folder / MODEL_FILE)
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, AssertionError, OSError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ExportError(
-            f"torch.export and AOTInductor cannot compile {type(original.model).__name__}: {reason}"
+            f"torch.export and AOTInductor cannot compile {type(original.model).__name__}: {reason(error)}"
         ) from error
     return Written(
         runtime={

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Dict, Iterator, NamedTuple, Tuple, Type
 
 import torch
 from onnx import load as onnx_load
+from traceserve_runtime.errors import reason
 from traceserve_runtime.runtimes.onnx import PAST, PRESENT
 
 from traceserve.errors import ExportError
@@ -92,8 +93,9 @@ def export(graph: Graph, original: Original, opset: int, scratch: Path, eager: b
                 **options,
             )
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ExportError(f"torch.onnx.export cannot export {type(original.model).__name__}: {reason}") from error
+        raise ExportError(
+            f"torch.onnx.export cannot export {type(original.model).__name__}: {reason(error)}"
+        ) from error
     return onnx_load(str(file))
 
 

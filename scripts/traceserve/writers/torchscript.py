@@ -6,6 +6,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Dict, Tuple, Type
 
+from traceserve_runtime.errors import reason
+
 from traceserve.writers import compiled, weights
 from traceserve.writers.contract import Written
 
@@ -61,8 +63,7 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
     except ExportError:
         raise
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ExportError(f"torch.jit.trace cannot trace {type(original.model).__name__}: {reason}") from error
+        raise ExportError(f"torch.jit.trace cannot trace {type(original.model).__name__}: {reason(error)}") from error
     runtime = {}
     if target.hardware == "gpu":
         runtime = {"ran_on_meta": devices.prove(folder / MODEL_FILE, _examples(original, task, shapes))}
