@@ -252,9 +252,11 @@ def test_a_compiled_model_answers_alike_at_any_shape(
 def test_without_a_compiler_it_is_refused(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiling(small)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (str(tmp_path / "none"),))
     torch._dynamo.reset()
-    with pytest.raises(MissingPackage) as raised:
+    nowhere = {
+        "cpp.cxx": (str(tmp_path / "none"),)
+    }  # by torch's own patch: pytest's would take the setting away afterwards
+    with torch._inductor.config.patch(nowhere), pytest.raises(MissingPackage) as raised:
         Engine.load(small)
     assert raised.value.message.startswith("this archive asks for torch.compile, which cannot work here: ")
     assert raised.value.message.endswith('install a C++ compiler (g++), or build the archive without "torch_compile"')
