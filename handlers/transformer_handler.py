@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import threading
 import time
 import traceback
 from functools import partial
@@ -41,13 +42,17 @@ class TransformerHandler:
         The imports stand here because TorchServe masks an ImportError of the handler's file.
         """
         try:
+            from traceserve_runtime import settings
             from traceserve_runtime.engine import Engine
         except ImportError as error:
             raise RuntimeError(f"the worker's Python lacks a package that this archive needs: {error}") from error
         try:
             folder = Path(context.system_properties["model_dir"])
-            self.engine = Engine.load(folder, _device(context, folder), **_settings(context))
+            wanted = settings.read(getattr(context, "model_yaml_config", None) or {})
+            self.engine = Engine.load(folder, _device(context, folder), wanted)
             self.engine.warm_up()
+            # On the way to the first answer this would be a tenth of the time.
+            threading.Thread(target=self.engine.measure_between_requests, name="measure").start()
         except (RuntimeError, MemoryError):
             raise
         except Exception as error:  # an outer edge: anything else kills the worker without a reason
@@ -151,23 +156,6 @@ class TransformerHandler:
         metrics.add_counter("TraceserveHandlerMicroseconds", round(1e6 * seconds) * rows)
         metrics.add_percent("TraceservePaddingShare", round(100 * stats.padding_share, 1))
         metrics.add_time("TraceserveModelTime", round(1000 * stats.model_seconds, 2))
-
-
-# What `handler:` in the archive's model-config.yaml may set, as Engine.load takes it.
-SETTINGS = ("threads", "length_step")
-
-
-def _settings(context: Any) -> Dict[str, Any]:
-    """The settings of the handler in model-config.yaml; raises InvalidManifest for what cannot be meant."""
-    from traceserve_runtime.errors import InvalidManifest
-
-    settings = (getattr(context, "model_yaml_config", None) or {}).get("handler") or {}
-    for key, value in settings.items() if isinstance(settings, dict) else [("handler", settings)]:
-        if key not in SETTINGS or type(value) is not int or value < 1:
-            raise InvalidManifest(
-                f"model-config.yaml: {key} is {value!r}; under handler may stand {' and '.join(SETTINGS)}, 1 or more each"
-            )
-    return dict(settings)
 
 
 def _device(context: Any, folder: Path) -> str:

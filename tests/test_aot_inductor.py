@@ -24,6 +24,7 @@ from traceserve_runtime.errors import InvalidManifest, MissingPackage
 from traceserve_runtime.manifest import Manifest, Shapes, sha256
 from traceserve_runtime.runtimes import aot_inductor as reader
 from traceserve_runtime.runtimes.aot_inductor import INSTRUCTIONS, MACHINE, TORCH
+from traceserve_runtime.settings import Settings
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Request
 
@@ -50,7 +51,7 @@ def content(checkpoint: Callable[..., Path]) -> Dict[str, Any]:
 
 def test_it_answers_as_the_original(compiled: Path) -> None:
     """The gate compared it, at every batch and length; together and alone the answers are the same."""
-    engine = Engine.load(compiled, threads=1)
+    engine = Engine.load(compiled, settings=Settings(threads=1))
     receipt = engine.manifest.receipt
     assert receipt["passed"] and not receipt["answers_changed"] and receipt["largest_difference"] < 1e-5
     assert engine.manifest.shapes.lengths is None and receipt["batches"] == [1, 2, 5]
@@ -157,7 +158,7 @@ def test_a_file_that_is_no_package(compiled: Path, tmp_path: Path) -> None:
 def test_threads(threads: int, compiled: Path) -> None:
     before = torch.get_num_threads()
     try:
-        Engine.load(compiled, threads=threads)
+        Engine.load(compiled, settings=Settings(threads=threads))
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)

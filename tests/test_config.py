@@ -42,7 +42,7 @@ KEYS: Dict[str, Tuple[Any, List[Tuple[Any, Any]]]] = {
     "index_to_name": (None, [("names.json", "names.json"), (None, None)]),
     "allow_untrained_head": (False, [(True, True), ("true", True), ("false", False)]),
     "batch_size": (64, [(1, 1), (4096, 4096), ("8", 8)]),
-    "max_batch_delay": (2, [(1, 1), (10_000, 10_000), ("50", 50)]),
+    "max_batch_delay": (1, [(2, 2), (10_000, 10_000), ("50", 50)]),
     "response_timeout": (300, [(1, 1), ("900", 900)]),
 }
 LAST_TASKS = "{!r} or {!r}".format(*list(TASKS)[-2:])

@@ -30,6 +30,7 @@ from traceserve_runtime.errors import (
 )
 from traceserve_runtime.manifest import Manifest, Shapes, sha256
 from traceserve_runtime.runtimes.weights import GRAPH_FILE, WEIGHTS_FILE
+from traceserve_runtime.settings import Settings
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Job, Request, Task
 from traceserve_runtime.tasks.sequence_classification import SequenceClassification
@@ -453,7 +454,7 @@ def test_one_failed_window_fails_its_request(
     assert_same(value_of(second), alone["Yes."])
 
 
-def test_warming_up_asks_the_model(poisoned: Tuple[Engine, int]) -> None:
+def test_warming_up_and_measuring_ask_the_model(poisoned: Tuple[Engine, int]) -> None:
     engine, _ = poisoned
     own, shapes = engine.runner, []
 
@@ -463,6 +464,7 @@ def test_warming_up_asks_the_model(poisoned: Tuple[Engine, int]) -> None:
 
     engine.runner = Through(own, recording)
     engine.warm_up()
+    engine.measure()
     asked = len(engine.task.warm_up_requests())
     assert [batch for batch, _ in shapes[:asked]] == [1] * asked
     assert max(length for _, length in shapes) == engine.manifest.max_length
@@ -555,7 +557,7 @@ def test_an_unknown_task_or_save_mode_tells_the_known_ones(
 def test_rows_are_padded_to_steps_and_answered_alike(
     artifact: Path, alone: Dict[str, List[Dict[str, Any]]], step: int
 ) -> None:
-    stepped = Engine.load(artifact, length_step=step)
+    stepped = Engine.load(artifact, settings=Settings(length_step=step))
     own, lengths = stepped.runner, set()
 
     def recording(inputs: Arrays) -> Arrays:
@@ -573,11 +575,11 @@ def test_rows_are_padded_to_steps_and_answered_alike(
 
 def test_steps_change_nothing_where_the_lengths_are_fixed(artifact: Path, tmp_path: Path) -> None:
     fixed = damaged(artifact, tmp_path, shapes=Shapes(lengths=(12, 32)))
-    assert Engine.load(fixed, length_step=8).manifest.shapes == Shapes(lengths=(12, 32))
+    assert Engine.load(fixed, settings=Settings(length_step=8)).manifest.shapes == Shapes(lengths=(12, 32))
 
 
 def test_the_archives_own_manifest_stays(artifact: Path) -> None:
-    Engine.load(artifact, length_step=8)
+    Engine.load(artifact, settings=Settings(length_step=8))
     assert Manifest.read(artifact).shapes == Shapes()
 
 
@@ -593,7 +595,7 @@ def test_steps_change_no_written_text(
 ) -> None:
     config = {"model_name": str(checkpoint(architecture, auto_model)), "task": task, "max_length": 32}
     run_export(tmp_path / "x", {**config, "parameters": {"max_new_tokens": 5}})
-    plain, stepped = Engine.load(tmp_path / "x"), Engine.load(tmp_path / "x", length_step=12)
+    plain, stepped = Engine.load(tmp_path / "x"), Engine.load(tmp_path / "x", settings=Settings(length_step=12))
     requests = plain.task.from_texts(SENTENCES[1:9])
     for engine in (plain, stepped):
         engine.warm_up()
@@ -615,11 +617,12 @@ import sys
 from pathlib import Path
 import torch
 from traceserve_runtime.engine import Engine
+from traceserve_runtime.settings import Settings
 
 before = torch.get_num_threads()
 Engine.load(Path(sys.argv[1]))
 assert torch.get_num_threads() == before, "no threads were asked for"
-Engine.load(Path(sys.argv[1]), threads=3)
+Engine.load(Path(sys.argv[1]), settings=Settings(threads=3))
 print(torch.get_num_threads())
 """
 
@@ -698,5 +701,5 @@ def test_a_slow_model_is_timed_three_times_only(engine: Engine) -> None:
 def test_what_cannot_be_fitted_leaves_the_tasks_own_cost(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     other = like(engine)
     monkeypatch.setattr(batching, "fit", lambda timings: None)
-    other.warm_up()
+    other.measure()
     assert other.cost == other.task.cost == CostModel()

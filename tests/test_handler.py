@@ -15,9 +15,10 @@ from conftest import run_export
 from traceserve_runtime.batching import Arrays, Runner
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import InvalidManifest
+from traceserve_runtime.settings import Settings, read
 from traceserve_runtime.tasks.contract import Request
 from traceserve_runtime.tokenization import Encoded
-from transformer_handler import SETTINGS, TRUNCATED_HEADER, TransformerHandler, _settings
+from transformer_handler import TRUNCATED_HEADER, TransformerHandler
 
 JSON = {"Content-Type": "application/json"}
 SECRET = "xylophone"
@@ -548,25 +549,20 @@ def test_a_missing_package_is_a_runtime_error(artifact: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("content", "settings"),
     [
-        (None, {}),
         ({}, {}),
         ({"minWorkers": 1, "batchSize": 32}, {}),
         ({"handler": None}, {}),
         ({"handler": {}}, {}),
         ({"handler": {"threads": 1}}, {"threads": 1}),
+        ({"minWorkers": 4, "maxWorkers": 4}, {"pack_weights": False}),
+        ({"maxWorkers": 4, "handler": {"pack_weights": True}}, {}),
+        ({"handler": {"pack_weights": False}}, {"pack_weights": False}),
         ({"handler": {"length_step": 16, "threads": 2}, "batchSize": 8}, {"threads": 2, "length_step": 16}),
     ],
     ids=repr,
 )
-def test_the_handlers_settings(content: Any, settings: Dict[str, int]) -> None:
-    context = Context(Path("unused"))
-    context.model_yaml_config = content  # type: ignore[attr-defined]
-    assert _settings(context) == settings
-
-
-def test_a_context_without_settings() -> None:
-    assert _settings(Context(Path("unused"))) == {}
-    assert set(SETTINGS) == {"threads", "length_step"}
+def test_the_handlers_settings(content: Any, settings: Dict[str, Any]) -> None:
+    assert read(content) == Settings(**settings)
 
 
 @pytest.mark.parametrize(
@@ -580,6 +576,7 @@ def test_a_context_without_settings() -> None:
         ({"threads": 2.0}, "threads is 2.0"),
         ({"threads": True}, "threads is True"),
         ({"threads": None}, "threads is None"),
+        ({"pack_weights": 1}, "pack_weights is 1"),
         ({"length_step": 0}, "length_step is 0"),
         ({"length_step": [16]}, r"length_step is \[16\]"),
         (["threads"], r"handler is \['threads'\]"),
@@ -593,7 +590,7 @@ def test_settings_that_cannot_be_meant_are_told(handler: Any, said: str, artifac
     context.model_yaml_config = {"handler": handler}  # type: ignore[attr-defined]
     sentence = f"model-config.yaml: {said}; under handler may stand threads and length_step, 1 or more each"
     with pytest.raises(InvalidManifest, match=sentence):
-        _settings(context)
+        read({"handler": handler})
     with pytest.raises(RuntimeError, match=sentence):
         TransformerHandler().initialize(context)
 

@@ -129,6 +129,7 @@ def two_cores() -> Iterator[None]:
 def engine(artifact: Path, two_cores: None) -> Engine:
     engine = Engine.load(artifact)
     engine.warm_up()
+    engine.measure()
     assert engine.lanes is not None and len(engine.lanes.threads) == 2
     engine.lanes = Lanes(engine.lanes.threads, engine.cost)  # as fast as all cores are: always worth it
     return engine
@@ -198,13 +199,13 @@ def test_one_thread_has_no_lanes(artifact: Path) -> None:
     try:
         torch.set_num_threads(1)
         engine = Engine.load(artifact)
-        engine.warm_up()
+        engine.measure()
     finally:
         torch.set_num_threads(before)
     assert engine.lanes is None
 
 
-def test_nothing_need_be_measured(artifact: Path, two_cores: None) -> None:
+def test_without_measuring_nothing_runs_side_by_side(artifact: Path, two_cores: None) -> None:
     engine = Engine.load(artifact)
-    engine.warm_up(measure=False)
+    engine.warm_up()
     assert engine.lanes is None and engine.cost == engine.task.cost

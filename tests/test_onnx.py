@@ -28,6 +28,7 @@ from traceserve_runtime.engine import Answer, Engine
 from traceserve_runtime.errors import InvalidManifest, MissingPackage
 from traceserve_runtime.manifest import Manifest, sha256
 from traceserve_runtime.runtimes.onnx import LEVEL
+from traceserve_runtime.settings import Settings
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Request
 
@@ -187,9 +188,10 @@ class Blocked:
 sys.meta_path.insert(0, Blocked())
 from pathlib import Path
 from traceserve_runtime.engine import Answer, Engine
+from traceserve_runtime.settings import Settings
 from traceserve_runtime.tasks.contract import Request
 for folder in sys.argv[1:]:
-    engine = Engine.load(Path(folder), threads=1)
+    engine = Engine.load(Path(folder), settings=Settings(threads=1))
     engine.warm_up()
     key = next(iter(engine.task.from_texts(["Yes."])[0].inputs))
     answers = engine.answer([Request({key: "Where is my parcel?"}), Request({key: "No."})])
@@ -479,6 +481,6 @@ def test_threads(threads: Any, made: Callable[[str], Path], monkeypatch: pytest.
         return own(file, options, **more)
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
-    Engine.load(made("classification"), threads=threads)
+    Engine.load(made("classification"), settings=Settings(threads=threads))
     assert [item.intra_op_num_threads for item in seen] == [threads or processor.cores()]
     assert seen[0].get_session_config_entry("session.intra_op.allow_spinning") == "0"

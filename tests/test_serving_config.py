@@ -28,7 +28,7 @@ from traceserve.serving import SERVING_FILE, Serving
 from traceserve_runtime.manifest import MANIFEST_FILE, Manifest, sha256
 
 BUILT = Serving(batch_size=64, max_batch_delay=2, response_timeout=300)
-TUNED = replace(BUILT, batch_size=8, workers=2, threads=1, length_step=8)
+TUNED = replace(BUILT, batch_size=8, workers=2, threads=1, length_step=8, pack_weights=True)
 whole = st.integers(1, 10_000)
 maybe = st.none() | whole
 servings = st.builds(
@@ -40,6 +40,7 @@ servings = st.builds(
     workers=maybe,
     threads=maybe,
     length_step=maybe,
+    pack_weights=st.none() | st.booleans(),
 )
 
 
@@ -58,7 +59,7 @@ def test_the_keys_that_torchserve_and_the_handler_read() -> None:
         "startupTimeout": 300,
         "minWorkers": 2,
         "maxWorkers": 2,
-        "handler": {"threads": 1, "length_step": 8},
+        "handler": {"threads": 1, "length_step": 8, "pack_weights": True},
     }
 
 
@@ -75,6 +76,7 @@ RIGHT = BUILT.to_yaml()
         (RIGHT.replace("batchSize", "batchsize"), "batchsize is not known here; did you mean batchSize"),
         (RIGHT + "deviceIds: 3\n", "deviceIds is not known here; known are batchSize"),
         (RIGHT + "handler: {thread: 1}\n", "handler: thread is not known here; did you mean threads"),
+        (RIGHT + "handler: {pack_weights: 1}\n", "handler: pack_weights should be true or false, not 1"),
         (RIGHT.replace("64", "many"), "batchSize should be a whole number of 1 or more, not 'many'"),
         (RIGHT.replace("64", "true"), "not True"),
         (RIGHT.replace("Delay: 2", "Delay: 0"), "maxBatchDelay should be a whole number of 1 or more, not 0"),

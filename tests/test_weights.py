@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 import shutil
@@ -19,8 +20,9 @@ from traceserve.samples import SENTENCES
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import InvalidManifest
 from traceserve_runtime.manifest import Manifest, Shapes, sha256
-from traceserve_runtime.runtimes import torchscript
+from traceserve_runtime.runtimes import devices, packing, torchscript
 from traceserve_runtime.runtimes.weights import GRAPH_FILE, WEIGHTS_FILE, assign, read_places
+from traceserve_runtime.settings import Settings
 from traceserve_runtime.tasks.contract import Request
 
 MODEL_FILE = "traced_model.pt"
@@ -32,6 +34,7 @@ WRITERS = {
     "gpt2": ("text_generation", "AutoModelForCausalLM"),
     "t5": ("text2text_generation", "AutoModelForSeq2SeqLM"),
 }
+SHARED = Settings(pack_weights=False)
 ALL = [*CLASSIFIERS, *(f"{name}-loop" for name in WRITERS)]
 
 
@@ -108,7 +111,7 @@ def test_mapped_weights_give_the_same_to_the_last_bit(
         return own(path, **options)
 
     monkeypatch.setattr(torch.jit, "load", load)
-    mapped, loaded = Engine.load(folder), Engine.load(plain(folder, tmp_path / "x"))
+    mapped, loaded = Engine.load(folder, settings=SHARED), Engine.load(plain(folder, tmp_path / "x"))
     assert read == [GRAPH_FILE, MODEL_FILE]
     got, expected = outputs(mapped), outputs(loaded)
     assert len(got) == len(expected) >= 2
@@ -191,7 +194,7 @@ def file_mappings(file: Path) -> List[Tuple[range, int]]:
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux")
 def test_the_weights_are_in_memory_once_for_all_workers(large: Path, tmp_path: Path) -> None:
     """Every weight lies in the pages of the file itself, of which nobody has a copy of its own."""
-    engine, whole = Engine.load(large), Engine.load(plain(large, tmp_path / "x"))
+    engine, whole = Engine.load(large, settings=SHARED), Engine.load(plain(large, tmp_path / "x"))
     engine.warm_up()
     request = Request({"text": "Yes."}, {"top_k": None})
     assert engine.answer([request]) == whole.answer([request])
@@ -207,7 +210,7 @@ def test_the_weights_are_in_memory_once_for_all_workers(large: Path, tmp_path: P
 def test_what_a_worker_changes_stays_its_own(made: Callable[[str], Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(made("bert"), tmp_path / "x"))
     digest = sha256(folder / MODEL_FILE)
-    first, second = Engine.load(folder), Engine.load(folder)
+    first, second = (Engine.load(folder, settings=SHARED) for _ in range(2))
     before = outputs(second)
     runner: Any = first.runner
     with torch.no_grad():
@@ -216,7 +219,7 @@ def test_what_a_worker_changes_stays_its_own(made: Callable[[str], Path], tmp_pa
     assert not np.array_equal(outputs(first)[0], before[0])
     assert all(np.array_equal(one, other) for one, other in zip(outputs(second), before))
     assert sha256(folder / MODEL_FILE) == digest
-    assert all(np.array_equal(one, other) for one, other in zip(outputs(Engine.load(folder)), before))
+    assert all(np.array_equal(one, other) for one, other in zip(outputs(Engine.load(folder, settings=SHARED)), before))
 
 
 def test_the_mapping_outlives_its_file(made: Callable[[str], Path], tmp_path: Path) -> None:
@@ -232,7 +235,7 @@ def test_the_models_file_needs_nothing_beside_it(made: Callable[[str], Path], tm
     folder = made("bert")
     shutil.copy(folder / MODEL_FILE, tmp_path / "alone.pt")
     module: Any = torch.jit.load(tmp_path / "alone.pt")  # type: ignore[no-untyped-call]
-    engine = Engine.load(folder)
+    engine = Engine.load(folder, settings=SHARED)
     ids = np.arange(5, 17)[None].repeat(2, axis=0)
     columns = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
     inputs = {name: columns[name] for name in engine.manifest.inputs}
@@ -255,6 +258,86 @@ def test_an_artifact_of_a_graph_elsewhere_than_the_cpu_is_loaded_plainly(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     torchscript.read(Manifest.read(made("bert")), made("bert"), "cuda:0")
     assert read == [(MODEL_FILE, "cuda:0")]
+
+
+# Packed: each worker's own copy of what its linear layers read
+
+
+LAYER, PACKED = "= aten::linear(", "= mkldnn::_linear_pointwise("
+
+
+def graphs_of(engine: Engine) -> str:
+    """What a runner calls, as text."""
+    runner: Any = engine.runner
+    return "\n".join(str(entry.inlined_graph) for entry in devices.entries(runner._module))
+
+
+@pytest.mark.parametrize("architecture", ALL)
+def test_packed_weights_give_the_same(made: Callable[[str], Path], architecture: str) -> None:
+    shared, packed = Engine.load(made(architecture), settings=SHARED), Engine.load(made(architecture))
+    for one, other in zip(outputs(shared), outputs(packed)):
+        assert one.dtype == other.dtype and other == pytest.approx(one, abs=1e-5)
+    before, after = graphs_of(shared), graphs_of(packed)
+    assert PACKED not in before and LAYER not in after
+    layers = before.count(LAYER) + before.count("= aten::addmm(")  # GPT-2 has its layers so
+    assert after.count(PACKED) == layers > 1
+
+
+def packed_weights(module: Any) -> List[torch.Tensor]:
+    names = (f"packed_{i}" for i in itertools.count())
+    return [module._c.getattr(name) for name in itertools.takewhile(module._c.hasattr, names)]
+
+
+def test_a_weight_of_several_graphs_is_packed_once(made: Callable[[str], Path]) -> None:
+    runner: Any = Engine.load(made("longformer")).runner
+    of_each = [packed_weights(entry) for entry in devices.entries(runner._module)]
+    assert len(of_each) >= 2 and all(of_each)
+    distinct = {id(weight) for weights in of_each for weight in weights}
+    assert len(distinct) <= max(len(weights) for weights in of_each)
+
+
+def test_what_is_no_layer_of_the_model_stays(tmp_path: Path) -> None:
+    """A weight that is computed, a sum with a matrix or with factors, other dtypes."""
+
+    class Odd(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(6, 6)
+            self.whole = torch.nn.Parameter(torch.rand(6, 6))
+            self.exact = torch.nn.Linear(6, 6, dtype=torch.float64)
+
+        def forward(self, rows: torch.Tensor) -> torch.Tensor:
+            rows = torch.nn.functional.linear(rows, self.layer.weight * 2, self.layer.bias)
+            rows = torch.nn.functional.linear(rows, rows.t() @ rows)
+            rows = torch.addmm(self.whole[:5], rows, self.whole)
+            rows = torch.addmm(self.layer.bias, rows, self.whole, beta=2)
+            return self.exact(rows.double())  # type: ignore[no-any-return]
+
+    inputs = torch.rand(5, 6)
+    torch.jit.trace(Odd(), inputs).save(tmp_path / "odd.pt")  # type: ignore[no-untyped-call]
+    module: Any = torch.jit.load(tmp_path / "odd.pt")  # type: ignore[no-untyped-call]
+    expected = module(inputs)
+    assert packing.pack(module) == 0
+    assert torch.equal(module(inputs), expected)
+
+
+def test_a_layer_without_a_bias_and_one_called_twice(tmp_path: Path) -> None:
+    class Twice(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(6, 6, bias=False)
+
+        def forward(self, rows: torch.Tensor) -> torch.Tensor:
+            return self.layer(self.layer(rows[0, 0]) + rows)  # type: ignore[no-any-return]
+
+    inputs = torch.rand(2, 5, 6)
+    torch.jit.trace(Twice(), inputs).save(tmp_path / "twice.pt")  # type: ignore[no-untyped-call]
+    module: Any = torch.jit.load(tmp_path / "twice.pt")  # type: ignore[no-untyped-call]
+    expected = module(inputs)
+    assert packing.pack(module) == 2
+    assert torch.allclose(module(inputs), expected, atol=1e-6)
+    one, other = packed_weights(module)
+    assert one is other and one.is_mkldnn
 
 
 # What is not as it was written

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -15,12 +16,17 @@ from traceserve_runtime.errors import InputTooLong, InvalidManifest, ModelFailur
 from traceserve_runtime.lanes import Batches, Lanes, schedule
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runtimes import RUNTIMES
+from traceserve_runtime.settings import Settings
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Job, Request, Task
 from traceserve_runtime.tokenization import Encoded, TextTokenizer
+from traceserve_runtime.turns import Turns
 
-_SECONDS_TO_FIT = 0.15  # on all cores, and on one each; small models fit all shapes into it, large ones three
-_RUNS_TO_FIT = 2  # of each shape
+logger = logging.getLogger(__name__)
+
+_SECONDS_TO_FIT = 0.4  # on all cores, and on one each; small models fit all shapes into it, large ones three
+_RUNS_TO_FIT = 4  # of each shape
+_LONGEST_WAIT = 1.0  # in seconds, for the first request before costs are measured
 
 Emit = Callable[[int, Dict[str, Tuple[int, int]], str], None]
 
@@ -50,56 +56,61 @@ class Engine:
         self.manifest = manifest
         self.task = task
         self.runner = runner
-        self.cost = task.cost  # of a run on this machine, once it is warm
-        self.lanes: Optional[Lanes] = None  # where it can run several micro-batches side by side, once it is warm
+        self.cost = task.cost  # of a run on this machine, once measured
+        self.lanes: Optional[Lanes] = None  # where it can run several micro-batches side by side, once measured
+        self._turns = Turns()
 
     @classmethod
-    def load(
-        cls, folder: Path, device: str = "cpu", threads: Optional[int] = None, length_step: Optional[int] = None
-    ) -> Engine:
+    def load(cls, folder: Path, device: str = "cpu", settings: Settings = Settings()) -> Engine:
         """Read an archive's folder.
-
-        Its model runs with so many threads, or as many as its library takes; with `length_step` rows are padded to
-        multiples of it, where the model takes any length.
 
         Raises InvalidManifest for a folder that is not what its manifest says, MissingPackage without a library.
         """
         manifest = Manifest.read(folder, verify=False)
-        if length_step is not None:
-            manifest = replace(manifest, shapes=manifest.shapes.stepped(length_step, manifest.max_length))
+        if settings.length_step is not None:
+            manifest = replace(manifest, shapes=manifest.shapes.stepped(settings.length_step, manifest.max_length))
         with ThreadPoolExecutor(1) as pool:  # hashing takes as long as loading, on another core
             verified = pool.submit(manifest.verify, folder)
             try:
-                engine = cls._load(folder, manifest, device, threads)
+                engine = cls._load(folder, manifest, device, settings)
             finally:
                 verified.result()  # what is no longer what was verified is told first
         return engine
 
     @classmethod
-    def _load(cls, folder: Path, manifest: Manifest, device: str, threads: Optional[int]) -> Engine:
+    def _load(cls, folder: Path, manifest: Manifest, device: str, settings: Settings) -> Engine:
         for value, table, what in ((manifest.task, TASKS, "task"), (manifest.save_mode, RUNTIMES, "save mode")):
             if value not in table:
                 raise InvalidManifest(f"this runtime does not know the {what} {value!r}, but: {', '.join(table)}")
         task = load_task(folder, manifest)
-        return cls(folder, manifest, task, RUNTIMES[manifest.save_mode](manifest, folder, device, threads))
+        return cls(folder, manifest, task, RUNTIMES[manifest.save_mode](manifest, folder, device, settings))
 
-    def warm_up(self, measure: bool = True) -> None:
-        """Answer the task's sample, short and long, so that no client waits for first calls; and measure what runs cost.
-
-        Without this, what runs together, and so the last digits of answers, does not depend on this machine's clock.
-        """
+    def warm_up(self) -> None:
+        """Answer the task's sample, short and long, so that no client waits for first calls."""
         for request in self.task.warm_up_requests():
             [answer] = self.answer([request])
             if isinstance(answer, TraceserveError):
                 raise answer
-        if measure and not self.task.loop:
-            self._measure()
 
-    def _measure(self) -> None:
-        """Learn what a run costs on all cores, and on one of them while the others are as busy."""
+    def measure_between_requests(self) -> None:
+        """`measure` after the first request, or a second without one: for a thread beside that which answers."""
+        self._turns.wait_for_a_request(_LONGEST_WAIT)
+        try:
+            self.measure()
+        except (RuntimeError, MemoryError) as error:
+            logger.warning("the cost of this model's runs could not be measured, and is guessed: %s", error)
+
+    def measure(self) -> None:
+        """Learn what a run costs on all cores, and on one of them while the others are as busy; see `lanes`.
+
+        From then on what runs together, and so the last digits of answers, depends on this machine.
+        """
+        if self.task.loop:
+            return
         timings = self._time_runs(self.runner)
         self.cost = batching.fit(timings) or self.cost
-        threads = self.runner.open_lanes()
+        with self._turns.measurement():
+            threads = self.runner.open_lanes()
         if not threads:
             return
 
@@ -119,17 +130,18 @@ class Engine:
         wanted = [(1, 16), (4, 16), (1, 64), (16, 16), (4, 64), (1, most)]
         fitting = {(shapes.batch(b), shapes.length(min(n, most))) for b, n in wanted if shapes.holds(b)}
         timings = []
-        started = time.perf_counter()
+        spent = 0.0
         for batch, length in sorted(fitting, key=lambda shape: shape[0] * shape[1]):
             inputs = batching.filled(self.manifest, batch, length)
-            run(inputs)  # the first run of a shape prepares others
             seconds = []
-            for _ in range(_RUNS_TO_FIT):
-                began = time.perf_counter()
-                run(inputs)
-                seconds.append(time.perf_counter() - began)
-            timings.append(Timing(batch, length, min(seconds)))  # what takes longer was disturbed
-            if len(timings) >= 3 and time.perf_counter() - started > _SECONDS_TO_FIT:
+            for _ in range(1 + _RUNS_TO_FIT):  # the first run of a shape prepares others
+                with self._turns.measurement():
+                    began = time.perf_counter()
+                    run(inputs)
+                    seconds.append(time.perf_counter() - began)
+            timings.append(Timing(batch, length, min(seconds[1:])))  # what takes longer was disturbed
+            spent += sum(seconds)
+            if len(timings) >= 3 and spent > _SECONDS_TO_FIT:
                 break
         return timings
 
@@ -192,12 +204,13 @@ class Engine:
                     outputs[i] = result
             return own
 
-        lengths = [job.row.length for job in jobs]
-        planned = schedule(lengths, self.manifest.shapes, self.cost, self.lanes, self.task.most_tokens)
-        if self.lanes is not None and len(planned) > 1:
-            stats.add(*self.lanes.run(run, planned))
-        else:
-            stats.add(run(planned[0]))
+        lengths, lanes = [job.row.length for job in jobs], self.lanes
+        planned = schedule(lengths, self.manifest.shapes, self.cost, lanes, self.task.most_tokens)
+        with self._turns.request():
+            if lanes is not None and len(planned) > 1:
+                stats.add(*lanes.run(run, planned))
+            else:
+                stats.add(run(planned[0]))
         return outputs  # type: ignore[return-value]  # the plan covers every row
 
     def _run_alone(self, job: Job, stats: Stats) -> Union[Arrays, TraceserveError]:

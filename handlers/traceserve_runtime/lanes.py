@@ -44,10 +44,10 @@ def schedule(
         _cut(lengths, shapes, lanes.cost, most_tokens, len(lanes.threads) * each) for each in _MICRO_BATCHES_OF_A_LANE
     )
     spread, soonest = min((_spread(batches, lengths, shapes, lanes) for batches in cuts), key=lambda each: each[1])
-    if _least(lengths, shapes, cost) >= soonest:
+    if len(spread) > 1 and _least(lengths, shapes, cost) >= soonest:
         return spread
     together = plan(lengths, shapes, cost, most_tokens)
-    return spread if soonest <= sum(_costs(together, lengths, shapes, cost)) else [together]
+    return spread if len(spread) > 1 and soonest <= sum(_costs(together, lengths, shapes, cost)) else [together]
 
 
 def _cut(lengths: Sequence[int], shapes: Shapes, cost: CostModel, most_tokens: int, count: int) -> Batches:

@@ -94,7 +94,7 @@ class SetupConfig(BaseModel):
     )
     batch_size: int = Field(64, ge=1, le=4096, description="The most requests that TorchServe hands over at once")
     max_batch_delay: int = Field(
-        2, ge=1, le=10_000, description="How long TorchServe waits for a batch to fill, in milliseconds"
+        1, ge=1, le=10_000, description="How long TorchServe waits for a batch to fill, in milliseconds"
     )
     response_timeout: int = Field(
         300, ge=1, description="Seconds after which TorchServe gives up a batch and restarts its worker"

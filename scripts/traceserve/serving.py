@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Dict, Mapping, Optional
 
 import yaml
+from traceserve_runtime.settings import Settings
 
 from traceserve.errors import ArchiveError
 
@@ -20,14 +21,14 @@ _KEYS = {
     "response_timeout": "responseTimeout",
     "startup_timeout": "startupTimeout",
 }
-_HANDLER_KEYS = {"threads": "threads", "length_step": "length_step"}
+_HANDLER_KEYS = {field: field for field in Settings._fields}
 _HANDLER = "handler"
 _WORKERS = ("minWorkers", "maxWorkers")  # TorchServe passes over one without the other
 
 
 @dataclass(frozen=True)
 class Serving:
-    """How an archive is served; None leaves it to the server (workers) or to the worker (threads, length_step)."""
+    """How an archive is served; None leaves it to the server (workers) or to the worker (what Settings has)."""
 
     batch_size: int  # the most requests that the worker is handed at once
     max_batch_delay: int  # in milliseconds
@@ -36,6 +37,7 @@ class Serving:
     workers: Optional[int] = None  # processes
     threads: Optional[int] = None  # of each worker, within one operator
     length_step: Optional[int] = None  # rows are padded up to a multiple of it
+    pack_weights: Optional[bool] = None  # each worker has its own copy, as the processor reads it
 
     def to_yaml(self) -> str:
         """The file's text. Both timeouts always: any YAML makes its own defaults win over config.properties."""
@@ -70,7 +72,7 @@ class Serving:
         return cls(**values)
 
 
-def _read(content: Mapping[str, Any], keys: Mapping[str, str], where: str) -> Dict[str, int]:
+def _read(content: Mapping[str, Any], keys: Mapping[str, str], where: str) -> Dict[str, Any]:
     """Each value by its field."""
     fields = {key: field for field, key in keys.items()}
     for key in content:
@@ -78,12 +80,19 @@ def _read(content: Mapping[str, Any], keys: Mapping[str, str], where: str) -> Di
             near = difflib.get_close_matches(str(key), fields, 1)
             hint = f"did you mean {near[0]}" if near else f"known are {', '.join(fields)}"
             raise ArchiveError(f"{SERVING_FILE}: {where}{key} is not known here; {hint}")
-    return {fields[key]: _whole(value, where + key) for key, value in content.items()}
+    read = {"pack_weights": _truth}
+    return {fields[key]: read.get(key, _whole)(value, where + key) for key, value in content.items()}
 
 
 def _whole(value: Any, key: str) -> int:
     if type(value) is not int or value < 1:
         raise ArchiveError(f"{SERVING_FILE}: {key} should be a whole number of 1 or more, not {value!r}")
+    return value
+
+
+def _truth(value: Any, key: str) -> bool:
+    if not isinstance(value, bool):
+        raise ArchiveError(f"{SERVING_FILE}: {key} should be true or false, not {value!r}")
     return value
 
 

@@ -23,6 +23,7 @@ def measure(folders: Mapping[str, Path], requests: Sequence[Request], progress: 
     seconds: Dict[str, List[float]] = {name: [] for name in engines}
     for engine in engines.values():
         engine.warm_up()
+        engine.measure()
     asked = requests[:MOST]
     for step in range(ROUNDS):
         for name, engine in engines.items():

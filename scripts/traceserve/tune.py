@@ -14,6 +14,7 @@ from traceserve_runtime.engine import Engine, load_task
 from traceserve_runtime.errors import TraceserveError
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.requests import Headers, parse
+from traceserve_runtime.settings import Settings
 from traceserve_runtime.tasks.contract import Task
 from traceserve_runtime.tokenization import Encoded
 
@@ -196,12 +197,13 @@ def _read(archive: Path, manifest: Manifest, file: Path) -> Tuple[Task, Texts]:
 
 
 def _cost(archive: Path, serving: Serving) -> CostModel:
-    """What runs of the model cost on this machine, as its worker measures it when it starts."""
+    """What runs of the model cost on this machine, as its worker measures it."""
     with tempfile.TemporaryDirectory(prefix="traceserve-") as folder:
         with zipfile.ZipFile(archive) as packed:
             packed.extractall(folder)
-        engine = Engine.load(Path(folder), threads=serving.threads, length_step=serving.length_step)
+        engine = Engine.load(Path(folder), settings=Settings(serving.threads, serving.length_step))
         engine.warm_up()
+        engine.measure()
         return engine.cost
 
 

@@ -150,7 +150,7 @@ def verify(folder: Path, reference: Reference, own_samples: Sequence[Request], p
     findings = Findings(limit)
     try:
         # Before anything is compared: what an executor optimises after its first runs is compared too.
-        engine.warm_up(measure=False)
+        engine.warm_up()
         _compare_outputs(engine, reference, findings, progress)
         _compare_answers(engine, reference, samples, len(own_samples), findings, progress)
     except RuntimeError as error:

@@ -85,6 +85,7 @@ def in_process(
     if threads:
         torch.set_num_threads(threads)
     engine.warm_up()
+    engine.measure()
     requests = [Request({"text": text}, {"long_inputs": "truncate"}) for text in sentences]
     encoded = {i: each for i, each in enumerate(engine.task.encode(requests)) if isinstance(each, Encoded)}
     order = sorted(encoded, key=lambda i: encoded[i].rows[0].length)

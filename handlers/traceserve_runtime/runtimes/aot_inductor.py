@@ -5,13 +5,14 @@ from __future__ import annotations
 import platform
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import Any, Optional, Sequence, Tuple
+from typing import Any, Sequence, Tuple
 
 from traceserve_runtime import processor
 from traceserve_runtime.batching import Arrays, State
 from traceserve_runtime.errors import InvalidManifest, MissingPackage
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runtimes.torchscript import settle
+from traceserve_runtime.settings import Settings
 
 # `Manifest.runtime`: what the code was compiled with and for.
 TORCH, MACHINE, INSTRUCTIONS = "torch", "machine", "instructions"
@@ -41,15 +42,15 @@ class AotInductorRunner:
         return []  # one run at a time
 
 
-def read(manifest: Manifest, folder: Path, device: str, threads: Optional[int] = None) -> AotInductorRunner:
-    """The compiled model of `folder` as a runner, with so many threads, or torch's own.
+def read(manifest: Manifest, folder: Path, device: str, settings: Settings = Settings()) -> AotInductorRunner:
+    """The compiled model of `folder` as a runner.
 
     Raises MissingPackage without torch, another torch than the one it was compiled for, or a processor that lacks an
     instruction of the one it was compiled on: before the code is loaded, since it would end the process.
     """
     if device != "cpu":
         raise MissingPackage(f"TorchServe asks for the device {device}, but this archive was compiled for the CPU")
-    settle(manifest.dtype, device, threads)
+    settle(manifest.dtype, device, settings.threads)
     import torch
 
     _check(manifest, torch.__version__)

@@ -47,10 +47,14 @@ def left(graph: Any) -> List[str]:
     return found
 
 
+def entries(module: Any) -> List[Any]:
+    """The modules that a runner calls: this one, or each of its parts."""
+    return [module] if "forward" in module._c._method_names() else list(module.children())
+
+
 def graphs(module: Any) -> List[Any]:
-    """The graphs that a runner calls: the module's own, or one of each of its parts."""
-    entries = [module] if "forward" in module._c._method_names() else list(module.children())
-    return [entry.graph for entry in entries]
+    """The graphs that a runner calls."""
+    return [entry.graph for entry in entries(module)]
 
 
 def _nodes(block: Any) -> Iterator[Any]:

@@ -12,6 +12,7 @@ from traceserve_runtime import processor
 from traceserve_runtime.batching import Arrays, State
 from traceserve_runtime.errors import InvalidManifest, MissingPackage
 from traceserve_runtime.manifest import Manifest
+from traceserve_runtime.settings import Settings
 
 # `Manifest.runtime`: the file of each graph, how ONNX Runtime optimizes it when it is read, and whether weights of int8 have
 # 7 bits, so that no processor's products of them overflow.
@@ -87,8 +88,8 @@ def _value(array: np.ndarray) -> Any:
     return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
 
 
-def read(manifest: Manifest, folder: Path, device: str, threads: Optional[int] = None) -> OnnxRunner:
-    """The model of `folder` as a runner, with so many threads, or one for each core.
+def read(manifest: Manifest, folder: Path, device: str, settings: Settings = Settings()) -> OnnxRunner:
+    """The model of `folder` as a runner.
 
     Raises MissingPackage without ONNX Runtime or what int8 needs of the processor, InvalidManifest for a file that is
     no model.
@@ -108,7 +109,7 @@ def read(manifest: Manifest, folder: Path, device: str, threads: Optional[int] =
     for name, file in files.items():
         try:
             session = onnxruntime.InferenceSession(
-                str(folder / file), _options(level, threads), providers=["CPUExecutionProvider"]
+                str(folder / file), _options(level, settings.threads), providers=["CPUExecutionProvider"]
             )
         except _errors() as error:
             reason = str(error).strip().split("\n", 1)[0]

@@ -10,13 +10,14 @@ import contextlib
 import logging
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, ContextManager, Dict, Iterator, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Callable, ContextManager, Dict, Iterator, Tuple
 
 from traceserve_runtime import batching
 from traceserve_runtime.errors import InvalidManifest, MissingPackage, reason
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runtimes import calling
 from traceserve_runtime.runtimes.torchscript import TorchScriptRunner, settle
+from traceserve_runtime.settings import Settings
 
 if TYPE_CHECKING:
     import torch
@@ -53,13 +54,13 @@ class _Calls:
             return self._calls[name](*tensors)
 
 
-def read(manifest: Manifest, folder: Path, device: str, threads: Optional[int] = None) -> TorchScriptRunner:
-    """The model of `folder` as a runner on `device` ("cpu", "cuda:0", ...), with so many threads, or torch's own.
+def read(manifest: Manifest, folder: Path, device: str, settings: Settings = Settings()) -> TorchScriptRunner:
+    """The model of `folder` as a runner on `device` ("cpu", "cuda:0", ...).
 
     Raises MissingPackage without torch, transformers, the device or a compiler that the archive asks for, InvalidManifest
     for files that are no checkpoint.
     """
-    settle(manifest.dtype, device, threads)
+    settle(manifest.dtype, device, settings.threads)
     with quiet():
         model = lower(_load(manifest, folder), manifest.dtype).to(device).eval()
     import torch

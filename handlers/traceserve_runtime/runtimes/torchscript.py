@@ -12,8 +12,9 @@ from traceserve_runtime import processor
 from traceserve_runtime.batching import Arrays, State, filled
 from traceserve_runtime.errors import InvalidManifest, MissingPackage
 from traceserve_runtime.manifest import Manifest
-from traceserve_runtime.runtimes import devices, neuron, weights
+from traceserve_runtime.runtimes import devices, neuron, packing, weights
 from traceserve_runtime.runtimes.padded import PaddedRunner
+from traceserve_runtime.settings import Settings
 
 if TYPE_CHECKING:
     import torch
@@ -87,18 +88,18 @@ class TorchScriptRunner:
 
 
 def read(
-    manifest: Manifest, folder: Path, device: str, threads: Optional[int] = None
+    manifest: Manifest, folder: Path, device: str, settings: Settings = Settings()
 ) -> Union[TorchScriptRunner, PaddedRunner]:
-    """The traced model of `folder` as a runner on `device` ("cpu", "cuda:0", ...), with so many threads, or torch's own.
+    """The traced model of `folder` as a runner on `device` ("cpu", "cuda:0", ...).
 
     What was compiled for a chip runs there, whatever the device. Raises MissingPackage without torch, the device or what
     the dtype needs of the processor, InvalidManifest for a file that is no TorchScript.
     """
     compiled = manifest.hardware in neuron.CHIPS
     if compiled:  # not in the CPU's bfloat16
-        settle("float32", "cpu", threads)
+        settle("float32", "cpu", settings.threads)
     else:
-        settle(manifest.dtype, device, threads)
+        settle(manifest.dtype, device, settings.threads)
     _settle_executor()
     import torch
 
@@ -116,7 +117,9 @@ def read(
     if device != "cpu":
         devices.rewrite(module, device)
     if mapped:
-        weights.assign(module, folder / manifest.model_file, weights.read_places(folder))
+        pages = weights.assign(module, folder / manifest.model_file, weights.read_places(folder))
+        if settings.pack_weights and packing.pack(module):
+            weights.give_back(pages)
     return _runner(module, manifest, device)
 
 

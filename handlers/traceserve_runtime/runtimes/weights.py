@@ -45,10 +45,10 @@ def write_places(folder: Path, places: Dict[str, Place]) -> None:
     (folder / WEIGHTS_FILE).write_text(text, encoding="utf-8")
 
 
-def assign(module: Any, file: Path, places: Dict[str, Place]) -> None:
+def assign(module: Any, file: Path, places: Dict[str, Place]) -> mmap.mmap:
     """Give a loaded graph its weights, mapped from `file`; raises InvalidManifest for one that has no place.
 
-    The mapping is copy-on-write: nothing that a worker does reaches the file.
+    The mapping, which it returns, is copy-on-write: nothing that a worker does reaches the file.
     """
     try:
         with file.open("rb") as stream:
@@ -63,6 +63,13 @@ def assign(module: Any, file: Path, places: Dict[str, Place]) -> None:
                 raise InvalidManifest(f"{WEIGHTS_FILE} does not fit {file.name} at {name}: {error}") from error
         elif not tensor.numel():
             raise InvalidManifest(f"{WEIGHTS_FILE} does not tell where {name} stands")
+    return mapped
+
+
+def give_back(mapped: mmap.mmap) -> None:
+    """Give the system the pages back that were read; what is read again comes from the file again."""
+    if hasattr(mapped, "madvise"):  # not on every system
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _tensor(mapped: mmap.mmap, place: Place) -> torch.Tensor:
