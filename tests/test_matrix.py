@@ -1,4 +1,8 @@
-"""Every save mode × every task that it can write × any and fixed lengths, in float32: the answers are the pipeline's."""
+"""Every save mode × every task that it can write × any and fixed lengths: in float32 the answers are the pipeline's.
+
+A lower precision changes few answers of a real model; the run's summary tells how many. tests/equality.py counts them on
+more models and texts, int8's too.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,10 @@ from typing import Any, Callable, List, Tuple
 
 import pytest
 import transformers
-from conftest import run_export
+from conftest import SUMMARY, run_export
 from oracle import ANSWERS, ASKED, CASES, TEXTS, answers, assert_equal, generated, written
-from traceserve import formats, verification
+from traceserve import demo, formats, samples, verification
+from traceserve.verification import LIMITS
 from traceserve.writers import WRITERS, aot_inductor
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.tasks import TASKS
@@ -36,7 +41,7 @@ def original(checkpoint: Callable[..., Path]) -> Callable[[str], Tuple[Path, Any
     @lru_cache(maxsize=None)
     def make(task: str) -> Tuple[Path, Any]:
         kind = TASKS[task]
-        options = CASES[task].options if task in CASES else {}
+        options = {**CASES[task].options, "num_hidden_layers": 1} if task in CASES else {}  # compilers take their time
         source = checkpoint(WRITING.get(task, "bert"), kind.auto_model, **options)
         if kind.loop:
             model = getattr(transformers, kind.auto_model).from_pretrained(source).eval()
@@ -85,6 +90,42 @@ def test_equals_the_pipeline(
                 dict(zip(("score", "start", "end", "answer"), span)) for span in ANSWERS["answers"]["bert"][number]
             ]
             assert_equal(got, expected if len(expected) > 1 else expected[0], 1e-4, 1e-5)
+
+
+def lower_precisions() -> List[Any]:
+    """Each save mode's dtypes below float32; not int8, whose search for layers takes minutes (see test_quantization)."""
+    kind = TASKS["sequence_classification"]
+    found = [(mode, dtype) for mode in WRITERS for dtype in LIMITS if dtype not in ("float32", "int8")]
+    found = [(mode, dtype) for mode, dtype in found if formats.refusal(mode, "cpu", dtype, kind) is None]
+    return [pytest.param(*each, id="-".join(each)) for each in found]
+
+
+@pytest.fixture(scope="module")
+def fitted() -> Tuple[Path, List[str], List[str]]:
+    """The demo's classifier, its sentences, and the labels that the pipeline gives them."""
+    source = demo.fit(demo.NAME).folder
+    texts = [text for _, text in samples.lines(demo.DATA)]
+    pipeline = transformers.pipeline("text-classification", model=str(source), device="cpu")
+    return source, texts, [answer["label"] for answer in pipeline(texts)]
+
+
+@pytest.mark.parametrize("save_mode, dtype", lower_precisions())
+def test_a_lower_precision_changes_few_answers(
+    save_mode: str,
+    dtype: str,
+    fitted: Tuple[Path, List[str], List[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, object], None],
+) -> None:
+    source, texts, labels = fitted
+    monkeypatch.setattr(verification, "CORPUS", 32)  # not what the model is for
+    config = {"model_name": str(source), "task": "sequence_classification", "save_mode": save_mode, "dtype": dtype}
+    run_export(tmp_path / "x", {**config, "max_length": 64}, samples_file=demo.DATA, allow_drift=True)
+    found = [answer["label"] for answer in answers(Engine.load(tmp_path / "x"), [Request({"text": t}) for t in texts])]
+    changed = sum(got != label for got, label in zip(found, labels))
+    record_property(SUMMARY, f"{save_mode} {dtype}: {changed} of {len(texts)} answers changed")
+    assert changed <= LIMITS[dtype].changed_elsewhere * len(texts)
 
 
 def test_every_save_mode_has_every_length(tmp_path: Path) -> None:

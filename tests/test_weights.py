@@ -296,6 +296,20 @@ def test_a_weight_of_several_graphs_is_packed_once(made: Callable[[str], Path]) 
     assert len(distinct) <= max(len(weights) for weights in of_each)
 
 
+def test_equal_bytes_are_packed_for_each_shape(tmp_path: Path) -> None:
+    """Weights of zeros, say, which are stored once."""
+    model = torch.nn.Sequential(torch.nn.Linear(6, 12), torch.nn.Linear(12, 6))
+    for layer in model:
+        torch.nn.init.zeros_(layer.weight)
+    inputs = torch.rand(5, 6)
+    torch.jit.trace(model, inputs).save(tmp_path / "zeros.pt")  # type: ignore[no-untyped-call]
+    module: Any = torch.jit.load(tmp_path / "zeros.pt")  # type: ignore[no-untyped-call]
+    expected = module(inputs)
+    one, other = (parameter for name, parameter in module.named_parameters() if name.endswith("weight"))
+    other.data = one.data.view(6, 12)
+    assert packing.pack(module) == 2 and torch.equal(module(inputs), expected)
+
+
 def test_what_is_no_layer_of_the_model_stays(tmp_path: Path) -> None:
     """A weight that is computed, a sum with a matrix or with factors, other dtypes."""
 

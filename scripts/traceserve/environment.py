@@ -5,7 +5,7 @@ two cores MiniLM answered a tenth. Those that sleep at once are woken too late f
 most of both. (GNU's OpenMP counts spins; others read the first line alone.)
 
 oneDNN keeps code and buffers for each shape of a product that it has met, 1,024 of them and as many again in torch's own
-cache. Rows of any length are many shapes: a worker in bfloat16 grew to twice its memory. With 128, enough for the
+cache. Rows of any length are many shapes: a worker in bfloat16 grew to twice its memory. With 64, enough for most
 lengths of short texts, it is as fast as with all. The figures are in docs/measurements.md.
 """
 
@@ -17,7 +17,7 @@ from typing import Dict
 DEFAULTS = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "GOMP_SPINCOUNT": "2000",
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
     "LRU_CACHE_CAPACITY": "16",
 }
 

@@ -13,6 +13,8 @@ from traceserve_runtime.runtimes import devices
 if TYPE_CHECKING:
     import torch
 
+Packed = Dict[Tuple[int, Tuple[int, ...], bool], "torch.Tensor"]
+
 _ROWS = 32  # what oneDNN is told to expect; it takes any number
 
 
@@ -35,11 +37,11 @@ def pack(module: Any) -> int:
     available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     if not available or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
         return 0
-    packed: Dict[Tuple[int, bool], torch.Tensor] = {}  # a weight that several graphs or layers read is packed once
+    packed: Packed = {}  # a weight that several graphs or layers read is packed once
     return sum(_pack_entry(entry, packed) for entry in devices.entries(module))
 
 
-def _pack_entry(entry: Any, packed: Dict[Tuple[int, bool], torch.Tensor]) -> int:
+def _pack_entry(entry: Any, packed: Packed) -> int:
     """Pack what one graph reads; gives the number of its layers."""
     import torch
 
@@ -49,7 +51,7 @@ def _pack_entry(entry: Any, packed: Dict[Tuple[int, bool], torch.Tensor]) -> int
         layer = _LAYERS[node.kind()](entry, list(node.inputs()))
         if layer is None:
             continue
-        key = (layer.weight.data_ptr(), layer.turned)
+        key = (layer.weight.data_ptr(), tuple(layer.weight.shape), layer.turned)  # equal bytes lie in one place
         if key not in packed:
             weight = layer.weight.detach()
             weight = weight.t() if layer.turned else weight
