@@ -27,7 +27,7 @@ from traceserve.server import Instance
 from traceserve.serving import SERVING_FILE, Serving
 from traceserve_runtime.manifest import MANIFEST_FILE, Manifest, sha256
 
-BUILT = Serving(batch_size=64, max_batch_delay=2, response_timeout=300)
+BUILT = Serving(batch_size=64, max_batch_delay=1, response_timeout=300)
 TUNED = replace(BUILT, batch_size=8, workers=2, threads=1, length_step=8, pack_weights=True)
 whole = st.integers(1, 10_000)
 maybe = st.none() | whole
@@ -51,10 +51,10 @@ def test_what_is_written_is_read(serving: Serving) -> None:
 
 
 def test_the_keys_that_torchserve_and_the_handler_read() -> None:
-    assert BUILT.to_yaml() == "batchSize: 64\nmaxBatchDelay: 2\nresponseTimeout: 300\nstartupTimeout: 300\n"
+    assert BUILT.to_yaml() == "batchSize: 64\nmaxBatchDelay: 1\nresponseTimeout: 300\nstartupTimeout: 300\n"
     assert yaml.safe_load(TUNED.to_yaml()) == {
         "batchSize": 8,
-        "maxBatchDelay": 2,
+        "maxBatchDelay": 1,
         "responseTimeout": 300,
         "startupTimeout": 300,
         "minWorkers": 2,
@@ -79,7 +79,7 @@ RIGHT = BUILT.to_yaml()
         (RIGHT + "handler: {pack_weights: 1}\n", "handler: pack_weights should be true or false, not 1"),
         (RIGHT.replace("64", "many"), "batchSize should be a whole number of 1 or more, not 'many'"),
         (RIGHT.replace("64", "true"), "not True"),
-        (RIGHT.replace("Delay: 2", "Delay: 0"), "maxBatchDelay should be a whole number of 1 or more, not 0"),
+        (RIGHT.replace("Delay: 1", "Delay: 0"), "maxBatchDelay should be a whole number of 1 or more, not 0"),
         (RIGHT + "minWorkers: 2\n", "minWorkers and maxWorkers should be given both"),
         (RIGHT + "minWorkers: 1\nmaxWorkers: 4\n", "and be equal"),
         (RIGHT.replace("batchSize: 64\n", ""), "lacks the key batchSize"),
