@@ -310,6 +310,22 @@ def test_equal_bytes_are_packed_for_each_shape(tmp_path: Path) -> None:
     assert packing.pack(module) == 2 and torch.equal(module(inputs), expected)
 
 
+@pytest.mark.parametrize("where", ["another machine", "no oneDNN", "a processor without bfloat16"])
+def test_where_it_cannot_be_done_the_graph_stays(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.Linear(6, 6).to(torch.bfloat16)
+    inputs = torch.rand(5, 6).to(torch.bfloat16)
+    torch.jit.trace(model, inputs).save(tmp_path / "layer.pt")  # type: ignore[no-untyped-call]
+    module: Any = torch.jit.load(tmp_path / "layer.pt")  # type: ignore[no-untyped-call]
+    expected = module(inputs)
+    if where == "another machine":
+        monkeypatch.setattr(packing.platform, "machine", lambda: "aarch64")
+    elif where == "no oneDNN":
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    else:
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert packing.pack(module) == 0 and torch.equal(module(inputs), expected)
+
+
 def test_what_is_no_layer_of_the_model_stays(tmp_path: Path) -> None:
     """A weight that is computed, a sum with a matrix or with factors, other dtypes."""
 

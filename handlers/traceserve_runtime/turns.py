@@ -20,7 +20,7 @@ class Turns:
         self._busy = False
         self._waiting = 0  # requests
         self._due = False  # a measurement that has let enough of them pass
-        self._served = False
+        self._served = 0  # requests
 
     @contextlib.contextmanager
     def request(self) -> Iterator[None]:
@@ -33,7 +33,7 @@ class Turns:
         try:
             yield
         finally:
-            self._served = True
+            self._served += 1
             self._end()
 
     @contextlib.contextmanager
@@ -49,9 +49,10 @@ class Turns:
             self._end()
 
     def wait_for_a_request(self, seconds: float) -> None:
-        """Until one was served, or for so long."""
+        """Until one more was served, or for so long."""
         with self._changed:
-            self._changed.wait_for(lambda: self._served, seconds)
+            before = self._served
+            self._changed.wait_for(lambda: self._served > before, seconds)
 
     def _end(self) -> None:
         with self._changed:

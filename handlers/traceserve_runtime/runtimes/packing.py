@@ -6,7 +6,8 @@ the product. Done once, when the model is read, it is done for all calls. In ret
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Dict, List, NamedTuple, Optional, Tuple
+import platform
+from typing import TYPE_CHECKING, Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from traceserve_runtime.runtimes import devices
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 Packed = Dict[Tuple[int, Tuple[int, ...], bool], "torch.Tensor"]
 
+_MACHINES = ("x86_64", "amd64")
 _ROWS = 32  # what oneDNN is told to expect; it takes any number
 
 
@@ -30,26 +32,34 @@ class _Layer(NamedTuple):
 def pack(module: Any) -> int:
     """Rewrite the graphs of a module on the CPU, before its first run; gives how many layers read a packed weight.
 
-    A torch that cannot do it (before 2.0, or without oneDNN) leaves the graphs as they are.
+    A torch that cannot do it (before 2.0, or without oneDNN) leaves the graphs as they are, and so does what is no x86:
+    nobody has tried it there.
     """
+    dtypes = _dtypes()
+    packed: Packed = {}  # a weight that several graphs or layers read is packed once
+    return sum(_pack_entry(entry, dtypes, packed) for entry in devices.entries(module)) if dtypes else 0
+
+
+def _dtypes() -> List[torch.dtype]:
+    """What oneDNN packs on this processor; it refuses bfloat16 where torch itself would emulate it."""
     import torch
 
+    operators = torch.ops.mkldnn
     available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    if not available or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
-        return 0
-    packed: Packed = {}  # a weight that several graphs or layers read is packed once
-    return sum(_pack_entry(entry, packed) for entry in devices.entries(module))
+    if not available or platform.machine().lower() not in _MACHINES or not hasattr(operators, "_reorder_linear_weight"):
+        return []
+    return [torch.float32, *([torch.bfloat16] if operators._is_mkldnn_bf16_supported() else [])]
 
 
-def _pack_entry(entry: Any, packed: Packed) -> int:
-    """Pack what one graph reads; gives the number of its layers."""
+def _pack_entry(entry: Any, dtypes: Sequence[torch.dtype], packed: Packed) -> int:
+    """Pack what one graph reads in these dtypes; gives the number of its layers."""
     import torch
 
     torch._C._jit_pass_inline(entry.graph)
     count = 0
     for node in [node for kind in _LAYERS for node in entry.graph.findAllNodes(kind, True)]:
         layer = _LAYERS[node.kind()](entry, list(node.inputs()))
-        if layer is None:
+        if layer is None or layer.weight.dtype not in dtypes:
             continue
         key = (layer.weight.data_ptr(), tuple(layer.weight.shape), layer.turned)  # equal bytes lie in one place
         if key not in packed:
@@ -81,9 +91,7 @@ _LAYERS = {"aten::linear": _linear, "aten::addmm": _addmm}
 
 
 def _parameter(entry: Any, value: Any) -> Optional[torch.Tensor]:
-    """The matrix of the module that a value of its graph is, or vector; None for what is computed, or no floats."""
-    import torch
-
+    """The matrix or vector of the module that a value of its graph is; None for what is computed."""
     path: List[str] = []
     while value.node().kind() == "prim::GetAttr":
         path.insert(0, value.node().s("name"))
@@ -93,7 +101,8 @@ def _parameter(entry: Any, value: Any) -> Optional[torch.Tensor]:
     found = entry
     for name in path:
         found = getattr(found, name)
-    return found if found.dtype in (torch.float32, torch.bfloat16) else None
+    tensor: torch.Tensor = found
+    return tensor
 
 
 def _replace(entry: Any, node: Any, layer: _Layer, name: str, weight: torch.Tensor) -> None:
