@@ -27,6 +27,8 @@ SETTINGS: Dict[str, Dict[str, str]] = {
     "threads sleep at once": {**DEFAULTS, "GOMP_SPINCOUNT": "0"},
     "they spin 1,000 times": {**DEFAULTS, "GOMP_SPINCOUNT": "1000"},
     "they spin 10,000 times": {**DEFAULTS, "GOMP_SPINCOUNT": "10000"},
+    "oneDNN keeps 16 shapes": {**DEFAULTS, "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"},
+    "oneDNN keeps 256 shapes": {**DEFAULTS, "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256"},
     "oneDNN's own caches": {key: value for key, value in DEFAULTS.items() if key.startswith(("OMP", "GOMP"))},
     "nothing set": {},
 }
