@@ -225,7 +225,9 @@ def print_formats(formats: Sequence[Format]) -> None:
 
     from traceserve.formats import options
 
-    table = Table("save mode", "hardware", "tasks", "dtype", "why not others")
+    table = Table("save mode", "hardware")
+    for name in ("tasks", "dtype", "why not others"):
+        table.add_column(name, overflow="fold")  # a narrow terminal breaks long names, and loses none
     every = {task for item in formats for task in item.tasks}
     for item in formats:
         tasks = "all" if set(item.tasks) == every else ", ".join(item.tasks)
