@@ -283,6 +283,12 @@ def test_packed_weights_give_the_same(made: Callable[[str], Path], architecture:
     assert after.count(PACKED) == layers > 1
 
 
+def reread(model: torch.nn.Module, inputs: torch.Tensor, folder: Path) -> Any:
+    """The model as a worker has it: traced, written and read."""
+    torch.jit.trace(model, inputs).save(folder / "model.pt")  # type: ignore[no-untyped-call]
+    return torch.jit.load(folder / "model.pt")  # type: ignore[no-untyped-call]
+
+
 def packed_weights(module: Any) -> List[torch.Tensor]:
     names = (f"packed_{i}" for i in itertools.count())
     return [module._c.getattr(name) for name in itertools.takewhile(module._c.hasattr, names)]
@@ -302,8 +308,7 @@ def test_equal_bytes_are_packed_for_each_shape(tmp_path: Path) -> None:
     for layer in model:
         torch.nn.init.zeros_(layer.weight)
     inputs = torch.rand(5, 6)
-    torch.jit.trace(model, inputs).save(tmp_path / "zeros.pt")  # type: ignore[no-untyped-call]
-    module: Any = torch.jit.load(tmp_path / "zeros.pt")  # type: ignore[no-untyped-call]
+    module = reread(model, inputs, tmp_path)
     expected = module(inputs)
     one, other = (parameter for name, parameter in module.named_parameters() if name.endswith("weight"))
     other.data = one.data.view(6, 12)
@@ -314,8 +319,7 @@ def test_equal_bytes_are_packed_for_each_shape(tmp_path: Path) -> None:
 def test_where_it_cannot_be_done_the_graph_stays(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = torch.nn.Linear(6, 6).to(torch.bfloat16)
     inputs = torch.rand(5, 6).to(torch.bfloat16)
-    torch.jit.trace(model, inputs).save(tmp_path / "layer.pt")  # type: ignore[no-untyped-call]
-    module: Any = torch.jit.load(tmp_path / "layer.pt")  # type: ignore[no-untyped-call]
+    module = reread(model, inputs, tmp_path)
     expected = module(inputs)
     if where == "another machine":
         monkeypatch.setattr(packing.platform, "machine", lambda: "aarch64")
@@ -344,8 +348,7 @@ def test_what_is_no_layer_of_the_model_stays(tmp_path: Path) -> None:
             return self.exact(rows.double())  # type: ignore[no-any-return]
 
     inputs = torch.rand(5, 6)
-    torch.jit.trace(Odd(), inputs).save(tmp_path / "odd.pt")  # type: ignore[no-untyped-call]
-    module: Any = torch.jit.load(tmp_path / "odd.pt")  # type: ignore[no-untyped-call]
+    module = reread(Odd(), inputs, tmp_path)
     expected = module(inputs)
     assert packing.pack(module) == 0
     assert torch.equal(module(inputs), expected)
@@ -361,8 +364,7 @@ def test_a_layer_without_a_bias_and_one_called_twice(tmp_path: Path) -> None:
             return self.layer(self.layer(rows[0, 0]) + rows)  # type: ignore[no-any-return]
 
     inputs = torch.rand(2, 5, 6)
-    torch.jit.trace(Twice(), inputs).save(tmp_path / "twice.pt")  # type: ignore[no-untyped-call]
-    module: Any = torch.jit.load(tmp_path / "twice.pt")  # type: ignore[no-untyped-call]
+    module = reread(Twice(), inputs, tmp_path)
     expected = module(inputs)
     assert packing.pack(module) == 2
     assert torch.allclose(module(inputs), expected, atol=1e-6)
