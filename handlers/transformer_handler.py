@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import json
 import logging
-import threading
 import time
 import traceback
 from functools import partial
@@ -51,8 +50,8 @@ class TransformerHandler:
             wanted = settings.read(getattr(context, "model_yaml_config", None) or {})
             self.engine = Engine.load(folder, _device(context, folder), wanted)
             self.engine.warm_up()
-            # On the way to the first answer this would be a tenth of the time.
-            threading.Thread(target=self.engine.measure_between_requests, name="measure").start()
+            self.engine.open_lanes()
+            self.engine.measure_while_answering()
         except (RuntimeError, MemoryError):
             raise
         except Exception as error:  # an outer edge: anything else kills the worker without a reason

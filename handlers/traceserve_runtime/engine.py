@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Generator, Iterator, List, Optional, Sequence, Tuple, Union
 
 from traceserve_runtime import batching
 from traceserve_runtime.batching import Arrays, Runner, Stats, Timing
@@ -20,13 +20,14 @@ from traceserve_runtime.settings import Settings
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Job, Request, Task
 from traceserve_runtime.tokenization import Encoded, TextTokenizer
-from traceserve_runtime.turns import Turns
 
 logger = logging.getLogger(__name__)
 
 _SECONDS_TO_FIT = 0.4  # on all cores, and on one each; small models fit all shapes into it, large ones three
 _RUNS_TO_FIT = 4  # of each shape
-_LONGEST_WAIT = 1.0  # in seconds, for the first request before costs are measured
+_FIRST_ANSWERING = 0.1  # seconds in which requests are answered before the first run is measured
+_ANSWERING = 30  # times the last such run, they are before the next one: under load it is 3 % of the time
+_OF_ONE_CORE = 0.9  # a token's cost there, of its cost on all cores times their number: a guess, until it is measured
 
 Emit = Callable[[int, Dict[str, Tuple[int, int]], str], None]
 
@@ -57,8 +58,9 @@ class Engine:
         self.task = task
         self.runner = runner
         self.cost = task.cost  # of a run on this machine, once measured
-        self.lanes: Optional[Lanes] = None  # where it can run several micro-batches side by side, once measured
-        self._turns = Turns()
+        self.lanes: Optional[Lanes] = None  # where it can run several micro-batches side by side
+        self._measuring: Iterator[float] = iter(())
+        self._answer_first = 0.0  # seconds of answering until the next run is measured
 
     @classmethod
     def load(cls, folder: Path, device: str = "cpu", settings: Settings = Settings()) -> Engine:
@@ -92,58 +94,79 @@ class Engine:
             if isinstance(answer, TraceserveError):
                 raise answer
 
-    def measure_between_requests(self) -> None:
-        """`measure` after the first request, or a second without one: for a thread beside that which answers."""
-        self._turns.wait_for_a_request(_LONGEST_WAIT)
-        try:
-            self.measure()
-        except (RuntimeError, MemoryError) as error:
-            logger.warning("the cost of this model's runs could not be measured, and is guessed: %s", error)
+    def open_lanes(self) -> None:
+        """From now on run micro-batches side by side where the runner can; at guessed costs, until `measure` knows them."""
+        if self.lanes is None and not self.task.loop:
+            threads = self.runner.open_lanes()
+            if threads:
+                longer = _OF_ONE_CORE * len(threads)
+                cost = replace(self.cost, token=longer * self.cost.token, attention=longer * self.cost.attention)
+                self.lanes = Lanes(threads, cost)
+
+    def measure_while_answering(self) -> None:
+        """`measure`, but one run at a time, between those that requests need: on the way to the first answer this would
+        be a tenth of the time, and a thread of its own would have OpenMP's threads of its own, which keep these waiting."""
+        self._measuring, self._answer_first = self._measure(), _FIRST_ANSWERING
 
     def measure(self) -> None:
         """Learn what a run costs on all cores, and on one of them while the others are as busy; see `lanes`.
 
         From then on what runs together, and so the last digits of answers, depends on this machine.
         """
+        for _ in self._measure():
+            pass
+
+    def _measure(self) -> Iterator[float]:
+        """`measure`; gives the seconds of each run."""
         if self.task.loop:
             return
-        timings = self._time_runs(self.runner)
+        timings = yield from self._time_runs(self.runner)
         self.cost = batching.fit(timings) or self.cost
-        with self._turns.measurement():
-            threads = self.runner.open_lanes()
-        if not threads:
+        self.open_lanes()
+        if self.lanes is None:
             return
+        threads = self.lanes.threads
 
         def side_by_side(inputs: Arrays) -> None:
             for running in [thread.submit(self.runner, inputs) for thread in threads]:
                 running.result()
 
-        alone = self._time_runs(side_by_side)
+        alone = yield from self._time_runs(side_by_side)
         cost = batching.fit(alone)
         if cost is not None and timings:
             unit = batching.seconds_per_cost(alone, cost) / batching.seconds_per_cost(timings, self.cost)
             self.lanes = Lanes(threads, cost.scaled(unit))
 
-    def _time_runs(self, run: Callable[[Arrays], object]) -> List[Timing]:
-        """How long runs of a few shapes take, smallest first, as far as the time for it goes."""
+    def _time_runs(self, run: Callable[[Arrays], object]) -> Generator[float, None, List[Timing]]:
+        """How long runs of a few shapes take, smallest first, as far as the time for it goes; gives each run's seconds."""
         shapes, most = self.manifest.shapes, self.manifest.max_length
         wanted = [(1, 16), (4, 16), (1, 64), (16, 16), (4, 64), (1, most)]
         fitting = {(shapes.batch(b), shapes.length(min(n, most))) for b, n in wanted if shapes.holds(b)}
-        timings = []
+        timings: List[Timing] = []
         spent = 0.0
         for batch, length in sorted(fitting, key=lambda shape: shape[0] * shape[1]):
             inputs = batching.filled(self.manifest, batch, length)
             seconds = []
             for _ in range(1 + _RUNS_TO_FIT):  # the first run of a shape prepares others
-                with self._turns.measurement():
-                    began = time.perf_counter()
-                    run(inputs)
-                    seconds.append(time.perf_counter() - began)
+                began = time.perf_counter()
+                run(inputs)
+                seconds.append(time.perf_counter() - began)
+                yield seconds[-1]
             timings.append(Timing(batch, length, min(seconds[1:])))  # what takes longer was disturbed
             spent += sum(seconds)
             if len(timings) >= 3 and spent > _SECONDS_TO_FIT:
                 break
         return timings
+
+    def _measure_a_run(self, answering: float) -> None:
+        """Go on with `measure_while_answering`, if that many seconds of answering allow it."""
+        self._answer_first -= answering
+        if self._answer_first > 0:
+            return
+        try:
+            self._answer_first = _ANSWERING * next(self._measuring, 0.0)
+        except (RuntimeError, MemoryError) as error:
+            logger.warning("the cost of this model's runs could not be measured, and is guessed: %s", error)
 
     def answer(
         self, requests: Sequence[Request], stats: Optional[Stats] = None, emit: Optional[Emit] = None
@@ -206,11 +229,12 @@ class Engine:
 
         lengths, lanes = [job.row.length for job in jobs], self.lanes
         planned = schedule(lengths, self.manifest.shapes, self.cost, lanes, self.task.most_tokens)
-        with self._turns.request():
-            if lanes is not None and len(planned) > 1:
-                stats.add(*lanes.run(run, planned))
-            else:
-                stats.add(run(planned[0]))
+        began = time.perf_counter()
+        if lanes is not None and len(planned) > 1:
+            stats.add(*lanes.run(run, planned))
+        else:
+            stats.add(run(planned[0]))
+        self._measure_a_run(time.perf_counter() - began)
         return outputs  # type: ignore[return-value]  # the plan covers every row
 
     def _run_alone(self, job: Job, stats: Stats) -> Union[Arrays, TraceserveError]:

@@ -2,31 +2,59 @@
 
 A matrix product on a CPU first brings its weights into that order, at every call; with few tokens this takes as long as
 the product. Done once, when the model is read, it is done for all calls. In return a worker holds these weights for itself.
+
+Layers that read the same rows, as query, key and value of an attention do, become one product: each has a price of its
+own, which with few tokens is a good part of it. What they give are then slices of one tensor, whose rows do not lie next to
+each other; `aten::view` may refuse those, so it becomes `aten::reshape`, which is the same otherwise.
 """
 
 from __future__ import annotations
 
 import platform
-from typing import TYPE_CHECKING, Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from traceserve_runtime.runtimes import devices
 
 if TYPE_CHECKING:
     import torch
 
-Packed = Dict[Tuple[int, Tuple[int, ...], bool], "torch.Tensor"]
+Key = Tuple[int, Tuple[int, ...], bool, int]
+Packed = Dict[Tuple[Key, ...], Tuple["torch.Tensor", Optional["torch.Tensor"]]]  # weights; of several layers biases too
 
 _MACHINES = ("x86_64", "amd64")
 _ROWS = 32  # what oneDNN is told to expect; it takes any number
+_BY_STRIDES = ("aten::as_strided", "aten::view_as", "aten::unflatten")  # need what they read to lie as it did
 
 
 class _Layer(NamedTuple):
-    """A linear layer in a graph: the values that it reads, and its weight, of shape (outputs, inputs) unless turned."""
+    """A linear layer in a graph, and the module's own tensors that it reads."""
 
-    rows: Any
-    bias: Any
-    weight: torch.Tensor
+    node: Any
+    weight: torch.Tensor  # (outputs, inputs), unless turned
+    vector: Optional[torch.Tensor]  # the bias, (outputs)
     turned: bool
+
+    @property
+    def rows(self) -> Any:
+        """The value that is multiplied; asked anew each time, for what gave it may have been replaced."""
+        return list(self.node.inputs())[1 if self.turned else 0]
+
+    @property
+    def bias(self) -> Any:
+        """The value that is added."""
+        return list(self.node.inputs())[0 if self.turned else 2]
+
+    @property
+    def key(self) -> Key:
+        """What tells it from others; equal bytes lie in one place."""
+        vector = 0 if self.vector is None else self.vector.data_ptr()
+        return self.weight.data_ptr(), tuple(self.weight.shape), self.turned, vector
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        """The weight, (outputs, inputs)."""
+        weight = self.weight.detach()
+        return weight.t() if self.turned else weight
 
 
 def pack(module: Any) -> int:
@@ -56,35 +84,59 @@ def _pack_entry(entry: Any, dtypes: Sequence[torch.dtype], packed: Packed) -> in
     import torch
 
     torch._C._jit_pass_inline(entry.graph)
-    count = 0
-    for node in [node for kind in _LAYERS for node in entry.graph.findAllNodes(kind, True)]:
-        layer = _LAYERS[node.kind()](entry, list(node.inputs()))
-        if layer is None or layer.weight.dtype not in dtypes:
-            continue
-        key = (layer.weight.data_ptr(), tuple(layer.weight.shape), layer.turned)  # equal bytes lie in one place
+    torch._C._jit_pass_cse(entry.graph)  # else each layer reads rows that were cast for it alone
+    groups = _groups(entry, [layer for layer in _layers(entry) if layer.weight.dtype in dtypes])
+    for number, group in enumerate(groups):
+        key = tuple(layer.key for layer in group)
         if key not in packed:
-            weight = layer.weight.detach()
-            weight = weight.t() if layer.turned else weight
-            packed[key] = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS)
-        _replace(entry, node, layer, f"packed_{count}", packed[key])
-        count += 1
-    return count
+            weight = torch.cat([layer.matrix for layer in group]).contiguous()
+            biases = [layer.vector.detach() for layer in group if layer.vector is not None]
+            bias = torch.cat(biases) if len(group) > 1 and biases else None
+            packed[key] = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS), bias
+        _replace(entry, group, f"packed_{number}", *packed[key])
+    if any(len(group) > 1 for group in groups):
+        _allow_slices(entry.graph)
+    return sum(map(len, groups))
 
 
-def _linear(entry: Any, inputs: List[Any]) -> Optional[_Layer]:
-    rows, weight, bias = inputs
+def _layers(entry: Any) -> Iterator[_Layer]:
+    """The layers of a graph whose weights are the module's own."""
+    for kind, read in _LAYERS.items():
+        for node in list(entry.graph.findAllNodes(kind, True)):
+            layer = read(entry, node)
+            if layer is not None:
+                yield layer
+
+
+def _groups(entry: Any, layers: Sequence[_Layer]) -> List[List[_Layer]]:
+    """Layers that are to be one product, in the order of the graph; most are alone."""
+    graph = entry.graph
+    outside = {node.output().debugName() for kind in _LAYERS for node in graph.findAllNodes(kind, False)}
+    strided = any(graph.findAllNodes(kind, True) for kind in _BY_STRIDES)
+    groups: Dict[Any, List[_Layer]] = {}
+    for layer in layers:
+        name = layer.node.output().debugName()
+        known = layer.vector is not None or str(layer.bias.type()) == "NoneType"
+        kind = layer.weight.dtype, layer.vector.dtype if layer.vector is not None else None
+        together = known and name in outside and not strided
+        groups.setdefault((layer.rows.debugName(), layer.turned, kind) if together else name, []).append(layer)
+    return list(groups.values())
+
+
+def _linear(entry: Any, node: Any) -> Optional[_Layer]:
+    _, weight, bias = node.inputs()
     found = _parameter(entry, weight)
-    return None if found is None else _Layer(rows, bias, found, turned=False)
+    return None if found is None else _Layer(node, found, _parameter(entry, bias), turned=False)
 
 
-def _addmm(entry: Any, inputs: List[Any]) -> Optional[_Layer]:
+def _addmm(entry: Any, node: Any) -> Optional[_Layer]:
     """GPT-2 writes its linear layers this way, the weight turned; any other sum than with a vector is none."""
-    bias, rows, weight, *factors = inputs
+    bias, _, weight, *factors = node.inputs()
     found, added = _parameter(entry, weight), _parameter(entry, bias)
     plain = all(factor.node().kind() == "prim::Constant" and factor.toIValue() == 1 for factor in factors)
     if found is None or added is None or added.dim() != 1 or not plain:
         return None
-    return _Layer(rows, bias, found, turned=True)
+    return _Layer(node, found, added, turned=True)
 
 
 _LAYERS = {"aten::linear": _linear, "aten::addmm": _addmm}
@@ -105,26 +157,59 @@ def _parameter(entry: Any, value: Any) -> Optional[torch.Tensor]:
     return tensor
 
 
-def _replace(entry: Any, node: Any, layer: _Layer, name: str, weight: torch.Tensor) -> None:
-    """Put a product with a packed weight, from now on an attribute of the module, in the place of a layer."""
+def _replace(
+    entry: Any, group: Sequence[_Layer], name: str, weight: torch.Tensor, bias: Optional[torch.Tensor]
+) -> None:
+    """Put a product with a packed weight, from now on an attribute of the module, in the place of a group of layers."""
     import torch
 
-    graph = entry.graph
-    entry._c._register_attribute(name, torch._C.TensorType.get(), weight)
+    graph, first = entry.graph, group[0]
+    tensor = torch._C.TensorType.get()
 
-    def before(kind: str, inputs: List[Any], result: Any) -> Any:
-        made = graph.create(kind, inputs, 1)
-        made.insertBefore(node)
-        made.output().setType(result)
+    def before(kind: str, inputs: List[Any], result: Any, outputs: int = 1) -> Any:
+        made = graph.create(kind, inputs, outputs)
+        made.insertBefore(first.node)
+        for output in made.outputs():
+            output.setType(result)
         return made
 
-    attribute = before("prim::GetAttr", [next(iter(graph.inputs()))], torch._C.TensorType.get())
-    attribute.s_("name", name)
-    numbers = torch._C.ListType(torch._C.OptionalType(torch._C.NumberType.get()))
-    none_of_them = before("prim::ListConstruct", [], numbers)
-    with graph.insert_point_guard(node):
-        activation, algorithm = graph.insertConstant("none"), graph.insertConstant("")
-    inputs = [layer.rows, attribute.output(), layer.bias, activation, none_of_them.output(), algorithm]
-    product = before("mkldnn::_linear_pointwise", inputs, node.output().type())
-    node.output().replaceAllUsesWith(product.output())
-    node.destroy()
+    def attribute(name: str, value: torch.Tensor) -> Any:
+        entry._c._register_attribute(name, tensor, value)
+        read = before("prim::GetAttr", [next(iter(graph.inputs()))], tensor)
+        read.s_("name", name)
+        return read.output()
+
+    matrix = attribute(name, weight)
+    added = first.bias if bias is None else attribute(f"{name}_bias", bias)
+    none_of_them = before(
+        "prim::ListConstruct", [], torch._C.ListType(torch._C.OptionalType(torch._C.NumberType.get()))
+    )
+    with graph.insert_point_guard(first.node):
+        activation, algorithm, last = (graph.insertConstant(value) for value in ("none", "", -1))
+        widths = [graph.insertConstant(len(layer.matrix)) for layer in group]
+    inputs = [first.rows, matrix, added, activation, none_of_them.output(), algorithm]
+    product = before("mkldnn::_linear_pointwise", inputs, tensor)
+    results = [product.output()]
+    if len(group) == 1:
+        results[0].setType(first.node.output().type())
+    else:
+        sizes = before("prim::ListConstruct", widths, torch._C.ListType(torch._C.IntType.get()))
+        split = before("aten::split_with_sizes", [product.output(), sizes.output(), last], torch._C.ListType(tensor))
+        results = list(before("prim::ListUnpack", [split.output()], tensor, len(group)).outputs())
+    for layer, result in zip(group, results):
+        layer.node.output().replaceAllUsesWith(result)
+    for layer in group:
+        layer.node.destroy()
+
+
+def _allow_slices(graph: Any) -> None:
+    """Let rows that do not lie next to each other be read under other shapes."""
+    for node in list(graph.findAllNodes("aten::view", True)):
+        shape = list(node.inputs())
+        if str(shape[1].type()) != "int[]":  # another dtype of the same bytes
+            continue
+        made = graph.create("aten::reshape", shape, 1)
+        made.insertBefore(node)
+        made.output().setType(node.output().type())
+        node.output().replaceAllUsesWith(made.output())
+        node.destroy()

@@ -1,0 +1,104 @@
+"""What runs cost on this machine, learned while requests are answered."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any, Iterator
+
+import pytest
+import torch
+from traceserve_runtime.batching import Arrays, CostModel, Stats
+from traceserve_runtime.engine import Answer, Engine
+from traceserve_runtime.lanes import Lanes
+from traceserve_runtime.tasks.contract import Request
+
+REQUEST = Request({"text": "Where is my parcel?"})
+
+
+@pytest.fixture
+def engine(artifact: Path) -> Iterator[Engine]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield Engine.load(artifact)
+    torch.set_num_threads(before)
+
+
+def ask(engine: Engine, count: int = 1) -> float:
+    """The score of equal requests, after a check that they are answered alike."""
+    answers = engine.answer([REQUEST] * count)
+    values = [answer.value for answer in answers if isinstance(answer, Answer)]
+    assert len(values) == count and len({value["label"] for value in values}) == 1
+    scores = [float(value["score"]) for value in values]
+    assert scores == pytest.approx([scores[0]] * count, abs=1e-5)
+    return scores[0]
+
+
+def test_costs_are_learned_and_the_answers_stay(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("traceserve_runtime.engine._ANSWERING", 0)
+    alone = ask(engine)
+    engine.open_lanes()
+    guessed = engine.lanes
+    engine.measure_while_answering()
+    ended = time.monotonic() + 60
+    while engine.lanes is guessed and time.monotonic() < ended:
+        assert ask(engine, 5) == pytest.approx(alone, abs=1e-5)
+    assert engine.lanes is not None and engine.lanes != guessed and engine.cost != CostModel()
+
+
+def test_it_takes_a_small_part_of_the_time_and_none_of_the_first_answer(engine: Engine) -> None:
+    engine.measure_while_answering()
+    measured = 0
+
+    def runs() -> Iterator[float]:
+        nonlocal measured
+        while True:
+            measured += 1
+            yield 0.001
+
+    engine._measuring = runs()
+    ask(engine)
+    assert not measured
+    began = time.monotonic()
+    while time.monotonic() < began + 0.5:
+        ask(engine)
+    assert 3 <= measured <= (time.monotonic() - began) / 0.03
+
+
+def test_a_full_batch_runs_side_by_side_before_anything_is_measured(engine: Engine) -> None:
+    alone = ask(engine, 16)
+    engine.open_lanes()
+    stats = Stats()
+    engine.answer([REQUEST] * 16, stats)
+    assert stats.micro_batches > 1 and engine.cost == CostModel()
+    assert ask(engine, 16) == pytest.approx(alone, abs=1e-5)
+
+
+def test_what_cannot_be_measured_is_guessed(
+    engine: Engine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask(engine)
+    engine.open_lanes()
+    guessed = engine.lanes
+    engine.measure_while_answering()
+    runner: Any = engine.runner
+
+    class Broken:
+        """Fails at what is only measured: its shapes are none of a request."""
+
+        def __call__(self, inputs: Arrays) -> Arrays:
+            if len({*inputs["input_ids"].ravel()}) == 1:
+                raise RuntimeError("not enough memory")
+            answered: Arrays = runner(inputs)
+            return answered
+
+    engine.runner = Broken()  # type: ignore[assignment]  # is run once only
+    with caplog.at_level(logging.WARNING):
+        ended = time.monotonic() + 60
+        while not caplog.text and time.monotonic() < ended:
+            ask(engine)
+    assert isinstance(guessed, Lanes) and engine.lanes is guessed and engine.cost == CostModel()
+    assert "could not be measured, and is guessed: not enough memory" in caplog.text
+    ask(engine, 5)
+    assert caplog.text.count("guessed") == 1
