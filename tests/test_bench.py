@@ -14,9 +14,10 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 import pytest
 from conftest import run_export
 from test_load import OK, after, always, at_once, serving
-from traceserve import bench, printing, report, server, subjects, torchserve
+from traceserve import bench, report, server, subjects, torchserve
 from traceserve.archive import archive
 from traceserve.bench import Plan, measure
+from traceserve.commands.bench import notes
 from traceserve.errors import ConfigError, ServerError
 from traceserve.server import Instance
 from traceserve.subjects import subject, traffic
@@ -245,15 +246,15 @@ def test_errors_are_told(samples: Path, tmp_path: Path) -> None:
 def test_what_makes_figures_less_than_they_seem_is_told(samples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An open loop that asks for more than there is; but not one whose answers merely take long."""
     monkeypatch.setattr("traceserve.load.MOST_CONNECTIONS", 1)
-    notes = {}
+    told = {}
     for delay, rate in ((0.05, 60.0), (0.3, 2.0)):
         with serving(after(delay)) as slow:
             document = measure([subject(slow.url, samples)], Plan((1,), rate, 1.0, 0.0), "texts.txt", quietly)
         [one] = document["summary"]
-        notes[rate] = list(printing._bench_notes(one, 1.0))
-    [note] = notes[60.0]
-    assert "cannot answer 60 a second" in note and not notes[2.0]
-    [note] = printing._bench_notes({**one, "generator_cpu": 0.93}, 1.0)
+        told[rate] = list(notes(one, 1.0))
+    [note] = told[60.0]
+    assert "cannot answer 60 a second" in note and not told[2.0]
+    [note] = notes({**one, "generator_cpu": 0.93}, 1.0)
     assert "93 % of a core" in note
 
 

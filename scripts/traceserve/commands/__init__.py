@@ -1,0 +1,10 @@
+"""The commands of `traceserve`, in the order in which --help lists them; the only modules that print."""
+
+from typing import Tuple
+
+from traceserve.commands import bench, build, demo, predict, serve, show, tune
+from traceserve.commands.contract import Command
+
+COMMANDS: Tuple[Command, ...] = tuple(
+    command for module in (build, serve, predict, bench, tune, demo, show) for command in module.COMMANDS
+)

@@ -1,0 +1,55 @@
+"""Options and their types that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Optional, Tuple
+
+
+def add_port(parser: argparse.ArgumentParser, default: Optional[int] = None) -> None:
+    """`--port`; without a default the only running server is meant."""
+    text = f"[{default}]" if default else "[of the only server]"
+    parser.add_argument(
+        "--port", type=port, default=default, metavar="P", help=f"the port of the REST interface {text}"
+    )
+
+
+def add_nothing(parser: argparse.ArgumentParser) -> None:
+    """For a command without options."""
+
+
+def positive(text: str) -> int:
+    """A whole number of 1 or more."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("should be 1 or more")
+    return number
+
+
+def numbers(text: str) -> Tuple[int, ...]:
+    """Such numbers, with commas."""
+    return tuple(positive(part) for part in text.split(","))
+
+
+def duration(text: str) -> float:
+    """Seconds, 0 or more."""
+    number = float(text)
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError("should be 0 or more")
+    return number
+
+
+def quantity(text: str) -> float:
+    """A number above 0."""
+    number = duration(text)
+    if not number:
+        raise argparse.ArgumentTypeError("should be more than 0")
+    return number
+
+
+def port(text: str) -> int:
+    """A TCP port."""
+    number = int(text)
+    if not 1 <= number <= 65535:
+        raise argparse.ArgumentTypeError("should be 1 to 65535")
+    return number

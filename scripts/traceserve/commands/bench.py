@@ -1,0 +1,216 @@
+"""bench: measure a running server."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Dict, Iterator, Sequence, Tuple
+
+from traceserve_runtime.errors import TraceserveError
+
+from traceserve.commands.arguments import add_port, duration, numbers, positive, quantity
+from traceserve.commands.contract import Command
+from traceserve.printing import Bar, console, figure, figures_right
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("place", metavar="NAME|URL", help="an archive that is being served, or any HTTP endpoint")
+    parser.add_argument(
+        "--samples",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="what is sent, shuffled and again and again: texts, one a line, or a .csv with a column text, or request "
+        "bodies in a .jsonl; texts like those that the server will get, as its speed depends on their lengths",
+    )
+    parser.add_argument(
+        "--connections",
+        type=numbers,
+        metavar="N[,N...]",
+        help="closed loop: each of N connections sends its next request when its last is answered; several are measured "
+        "one after the other [16]",
+    )
+    parser.add_argument(
+        "--rate",
+        type=quantity,
+        metavar="R",
+        help="open loop: R requests a second at random times, whether or not earlier ones are answered, as from many users; "
+        "a latency counts from when its request was due, and connections are opened as needed, up to 512",
+    )
+    parser.add_argument(
+        "--seconds", type=quantity, default=10.0, metavar="S", help="how long each is measured [%(default)g s]"
+    )
+    parser.add_argument(
+        "--warm-up", type=duration, default=2.0, metavar="S", help="the same load before, uncounted [%(default)g s]"
+    )
+    parser.add_argument(
+        "--compare", metavar="OTHER", help="another NAME or URL, measured in turn, with the ratio of both"
+    )
+    parser.add_argument(
+        "--rounds",
+        type=positive,
+        metavar="N",
+        help="how often all of it is measured; the medians count [3 with --compare, else 1]",
+    )
+    parser.add_argument(
+        "--body",
+        metavar="TEMPLATE",
+        help='for URLs: the JSON around each text, as \'{"input": ["{text}"]}\' [the text alone, as text/plain]',
+    )
+    parser.add_argument("--compare-body", metavar="TEMPLATE", help="another one for OTHER [as --body]")
+    parser.add_argument(
+        "--header",
+        action="append",
+        type=_header,
+        default=[],
+        metavar="'K: V'",
+        help="for URLs: a header; may be repeated",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the order and of the open loop's times [%(default)s]"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with curves; it works offline")
+    add_port(parser)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from traceserve import bench, report, subjects, wire
+
+    wire.require()
+    if options.html:
+        report.require()
+    for path in (options.json, options.html):
+        if path and not path.resolve().parent.is_dir():
+            raise TraceserveError(f"bench: there is no folder {path.parent} for {path}")
+    if options.rate and len(options.connections or ()) > 1:
+        raise TraceserveError(
+            "bench: at a --rate, connections are opened as needed; give --connections one number to begin with, or none"
+        )
+    plan = bench.Plan(
+        connections=options.connections or (16,),
+        rate=options.rate,
+        seconds=options.seconds,
+        warm_up=options.warm_up,
+        rounds=options.rounds or (3 if options.compare else 1),
+        seed=options.seed,
+    )
+    headers = dict(options.header)
+    measured = [subjects.subject(options.place, options.samples, options.port, options.body, headers)]
+    if options.compare:
+        body = options.body if options.compare_body is None else options.compare_body
+        measured.append(subjects.subject(options.compare, options.samples, options.port, body, headers))
+    with Bar() as bar:
+        document = bench.measure(
+            measured, plan, options.samples.name, lambda what, share: bar(what, int(1000 * share), 1000)
+        )
+    _print_bench(document)
+    if options.json:
+        options.json.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if options.html:
+        options.html.write_text(report.page(document), encoding="utf-8")
+    return 0
+
+
+def _header(text: str) -> Tuple[str, str]:
+    name, colon, value = text.partition(":")
+    if not colon or not name.strip() or any(ord(c) < 32 or ord(c) > 255 for c in text):
+        raise argparse.ArgumentTypeError("should look like 'Authorization: Bearer KEY'")
+    return name.strip(), value.strip()
+
+
+def _print_bench(document: Dict[str, Any]) -> None:
+    """What was measured: for each server the medians and where the time goes, and the ratios of two."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from traceserve.report import load_name
+
+    screen = console()
+    load = "connections" if document["plan"]["rate"] is None else "sent a second"
+    for subject in document["subjects"]:
+        own = [summary for summary in document["summary"] if summary["subject"] == subject]
+        screen.print(f"\n[bold]{escape(subject)}[/]", highlight=False)
+        screen.print(_latency_table(own, load, document["plan"]["rounds"] > 1), highlight=False)
+        for summary in own:
+            for note in notes(summary, document["plan"]["seconds"]):
+                screen.print(f"[yellow]note:[/] {load_name(summary)}: {escape(note)}", highlight=False)
+        if all(summary["server"] for summary in own):
+            screen.print(_time_table(own, load), highlight=False)
+    if document["ratios"]:
+        screen.print("\n[bold]{} / {}[/]".format(*map(escape, document["subjects"])), highlight=False)
+        table = Table(load, "requests/s", *document["ratios"][0]["latency"], box=None, header_style="dim")
+        for ratio in document["ratios"]:
+            table.add_row(
+                _load(ratio), *(f"{value:.2f}" for value in (ratio["throughput"], *ratio["latency"].values()))
+            )
+        screen.print(figures_right(table), highlight=False)
+
+
+def _load(figures: Dict[str, Any]) -> str:
+    """The number of a measurement's load."""
+    return str(figures["connections"]) if figures["rate"] is None else f"{figures['rate']:g}"
+
+
+def _latency_table(own: Sequence[Dict[str, Any]], load: str, several_rounds: bool) -> Table:
+    from rich.table import Table
+
+    names = [name for name in own[0]["latency_ms"] if name != "mean"]
+    span = ["±"] if several_rounds else []  # half of what lies between the slowest and the fastest round
+    table = Table(load, "requests/s", *span, f"{names[0]} ms", *names[1:], "errors", box=None, header_style="dim")
+    for summary in own:
+        latencies = (figure(summary["latency_ms"][name]) for name in names)
+        low, high = summary["throughput_range"]
+        spans = [f"{50 * (high - low) / summary['throughput']:.0f} %"] if several_rounds else []
+        errors = f"{sum(summary['errors'].values()):,}"
+        table.add_row(_load(summary), figure(summary["throughput"]), *spans, *latencies, errors)
+    return figures_right(table)
+
+
+def notes(summary: Dict[str, Any], seconds: float) -> Iterator[str]:
+    """What makes a measurement less than it seems."""
+    for reason, count in summary["errors"].items():
+        yield f"{count:,} times {reason}"
+    over = summary["seconds"] - seconds
+    if summary["rate"] and over > 0.1 * seconds and 1000 * over > 3 * summary["curve_ms"][0][1]:
+        yield (
+            f"the last request was answered {over:.1f} s after the end: the server cannot answer {summary['rate']:g} a second, "
+            "more wait the longer this goes on, and the latencies say how long it went on"
+        )
+    if summary["generator_cpu"] > 0.8:
+        yield (
+            f"sending took {100 * summary['generator_cpu']:.0f} % of a core: the server may be faster than measured here; "
+            "measure it from another machine"
+        )
+
+
+def _time_table(own: Sequence[Dict[str, Any]], load: str) -> Table:
+    """Where the mean time of a request goes, in a server of traceserve."""
+    from rich.table import Table
+
+    table = Table(f"mean time, at {load}:", *map(_load, own), box=None, header_style="dim")
+    for part in own[0]["server"]["time_ms"]:
+        times = [(s["server"]["time_ms"][part], sum(s["server"]["time_ms"].values())) for s in own]
+        table.add_row(part, *(f"{figure(time)} ms {100 * time / whole:3.0f} %" for time, whole in times))
+    servers = [summary["server"] for summary in own]
+    table.add_row("tokens of a request", *(figure(server["tokens"]) for server in servers))
+    table.add_row("padding of a batch", *(f"{100 * server['padding_share']:.0f} %" for server in servers))
+    return figures_right(table)
+
+
+COMMANDS = (
+    Command(
+        "bench",
+        "Measure a running server.\n\nThroughput, latencies, errors, and of a server of traceserve where the time of a "
+        "request goes:\n\n  traceserve bench NAME --samples texts.txt --connections 1,16,64 --html bench.html\n"
+        "  traceserve bench NAME --samples texts.txt --rate 200\n  traceserve bench NAME --samples texts.txt "
+        "--compare http://127.0.0.1:7997/classify \\\n"
+        '    --body \'{"model": "some/model", "input": ["{text}"]}\'',
+        _add_bench,
+        _bench,
+    ),
+)

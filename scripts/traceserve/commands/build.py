@@ -1,0 +1,246 @@
+"""export, archive, build: from a configuration to an artifact and an archive."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, List, Tuple
+
+from traceserve.commands.contract import Command
+from traceserve.printing import Bar, console, megabytes, print_findings
+
+if TYPE_CHECKING:
+    from traceserve.export import Exported
+    from traceserve.verification import Findings
+
+ARTIFACTS = Path("artifacts")
+STORE = Path("model_store")
+CONFIG = Path("setup_config.json")
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, default=CONFIG, metavar="FILE", help="the configuration [%(default)s]")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="artifacts/NAME",
+        help="the artifact's folder [artifacts/ and the last part of model_name]",
+    )
+
+
+def _add_gate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--samples",
+        type=Path,
+        metavar="FILE",
+        help="compare on your own texts too: one a line, or a .csv with a column text, or request bodies in a .jsonl",
+    )
+    parser.add_argument(
+        "--allow-drift", action="store_true", help="export although answers differ from the original's; it is recorded"
+    )
+
+
+def _add_force(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--force", action="store_true", help="replace what is there")
+
+
+def _add_store(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--store", type=Path, default=STORE, metavar="FOLDER", help="where archives lie [%(default)s]")
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    _add_gate(parser)
+    _add_force(parser)
+
+
+def _add_archive(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("artifact", type=Path, metavar="artifacts/NAME", help="a folder that `traceserve export` made")
+    _add_store(parser)
+    _add_force(parser)
+
+
+def _add_build(parser: argparse.ArgumentParser) -> None:
+    _add_export(parser)
+    _add_store(parser)
+
+
+def _export(options: argparse.Namespace) -> int:
+    make(options, with_archive=False)
+    return 0
+
+
+def _build(options: argparse.Namespace) -> int:
+    make(options, with_archive=True)
+    return 0
+
+
+def make(options: argparse.Namespace, with_archive: bool) -> Path:
+    """Export, and archive; both appear at the end, or neither. Gives the archive's, or the artifact's, path."""
+    from contextlib import ExitStack
+
+    from traceserve import archive, config, staging
+    from traceserve.errors import ArchiveError, ExportError
+
+    loaded = config.load(options.config)
+    for note in loaded.notes:
+        console(error=True).print(f"[yellow]note:[/] {note}", highlight=False)
+    target: Path = options.output or ARTIFACTS / config.default_name(loaded.config)
+    name = archive.check_name(target.resolve().name)
+    staging.check_free(target, options.force, ExportError)
+    packed = options.store / f"{name}.mar" if with_archive else None
+    if packed:
+        staging.check_free(packed, options.force, ArchiveError)
+    from traceserve.export import export
+
+    started = time.monotonic()
+    with Bar() as bar, ExitStack() as stack:
+        # The archive's place is entered first, and so filled last.
+        archive_folder = stack.enter_context(staging.staged(packed)) if packed else None
+        folder = stack.enter_context(staging.staged(target)) / target.name
+        folder.mkdir()
+        exported = export(loaded, name, folder, bar, options.samples, options.allow_drift)
+        if archive_folder:
+            bar("packing", 0, 0)
+            archive.archive(folder, name, archive_folder)
+    if exported.note:
+        console().print(exported.note, highlight=False)
+    made = packed or target
+    _print_exported(exported, made, time.monotonic() - started)
+    report = staging.write_beside(made, ".report.json", json.dumps(exported.report(), indent=2) + "\n")
+    console().print(f"report  {report}", style="dim", highlight=False)
+    if packed:
+        console().print(f"\nserve it:  traceserve serve {shlex.quote(str(packed))}", highlight=False)
+    else:
+        console().print(f"\npack it:  traceserve archive {shlex.quote(str(target))}", highlight=False)
+    return packed or target
+
+
+def _archive(options: argparse.Namespace) -> int:
+    from traceserve import archive, staging
+    from traceserve.errors import ArchiveError
+
+    name = archive.check_name(options.artifact.resolve().name)
+    target = options.store / f"{name}.mar"
+    staging.check_free(target, options.force, ArchiveError)
+    started = time.monotonic()
+    with Bar() as bar, staging.staged(target) as folder:
+        bar("packing", 0, 0)
+        archive.archive(options.artifact, name, folder)
+    size = target.stat().st_size
+    console().print(f"{target}: {megabytes(size)} in {time.monotonic() - started:.1f} s", highlight=False)
+    console().print(f"\nserve it:  traceserve serve {shlex.quote(str(target))}", highlight=False)
+    return 0
+
+
+def _print_exported(exported: Exported, path: Path, seconds: float) -> None:
+    from rich.table import Table
+
+    from traceserve.export import describe
+
+    manifest, findings = exported.manifest, exported.findings
+    size = path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="dim")
+    for label, value in (
+        ("file", str(path)),
+        ("size", megabytes(size)),
+        ("task", manifest.task),
+        ("parameters", f"{exported.parameters:,}"),
+        ("dtype", manifest.dtype),
+        ("shapes", describe(manifest.shapes, manifest.max_length)),
+        (
+            "largest difference",
+            f"{findings.largest_difference:.1e} (limit {findings.limit.difference:.0e}), in {len(findings.cells)} cells",
+        ),
+        ("answers changed", _changed(findings)),
+        *_compiled(exported),
+        ("seconds", f"{seconds:.1f}"),
+    ):
+        table.add_row(label, value)
+    console().print(table, highlight=False)
+    if len(exported.candidates) > 1 or exported.compared:
+        _print_candidates(exported)
+    if not findings.passed:
+        console(error=True).print("[yellow]warning:[/] the gate did not pass; --allow-drift exported it all the same")
+        print_findings(findings)
+
+
+def _compiled(exported: Exported) -> List[Tuple[str, str]]:
+    """Of what was compiled for a chip: how much of it, and what the figures above are of."""
+    shares = exported.manifest.runtime.get("compiler", {}).get("shares")
+    if not shares:
+        return []
+    from traceserve.export import COMPILED
+
+    compared = f"the {exported.findings.compared['compared']}"
+    if exported.findings.compared["compared"] != COMPILED:
+        compared += ": no chip is at hand here, so these were never run"
+    return [("compiled", f"{min(shares.values()):.1%} of each graph or more"), ("compared", compared)]
+
+
+def _changed(findings: Findings) -> str:
+    """How many answers changed, and of how many may: the user's own, where these decide."""
+    limit = findings.limit
+    if findings.own_decide:
+        return f"{findings.own_changed} of {findings.own_answers} of your samples (limit {limit.changed:.1%})"
+    allowed = f" (limit {limit.changed_elsewhere:.1%})" if limit.changed_elsewhere else ""
+    return f"{len(findings.changed)} of {findings.answers}{allowed}"
+
+
+def _print_candidates(exported: Exported) -> None:
+    """What was tried, and why one was taken."""
+    from rich.table import Table
+
+    compared = exported.compared
+    times = ["ratio"] if compared else []  # of the speeds
+    table = Table("dtype", "answers changed", "largest difference", "requests/s here", *times, "size", "")
+    for candidate in exported.candidates:
+        found, speed = candidate.findings, candidate.speed
+        taken = candidate.dtype == exported.manifest.dtype
+        table.add_row(
+            candidate.dtype,
+            _changed(found) if found else "",
+            f"{found.largest_difference:.1e}" if found else "",
+            f"{speed:,.0f}" if speed else "",
+            *([f"{speed / compared.speed:.2f}" if speed else ""] if compared else []),
+            megabytes(candidate.size) if candidate.size else "",
+            "taken" if taken else "refused" if candidate.refused else "passed",
+        )
+    if compared:
+        table.add_row("float32", "", "", f"{compared.speed:,.0f}", "1.00", megabytes(compared.size), compared.save_mode)
+    console().print(table, highlight=False)
+    chosen = next(item for item in exported.candidates if item.dtype == exported.manifest.dtype)
+    if chosen.findings and chosen.findings.limit.changed and not chosen.findings.own_decide:
+        console().print(
+            "judged on built-in texts; --samples FILE with 334 or more of your own judges on these, more strictly",
+            highlight=False,
+        )
+
+
+COMMANDS = (
+    Command(
+        "export",
+        "Download, trace and compare a model.\n\nWrites artifacts/NAME/: traced_model.pt, "
+        "tokenizer.json, traceserve.json. The traced model is compared with the original on\nreal sentences; if it does not "
+        "answer as the original does, nothing is written and the exit code is 1.",
+        _add_export,
+        _export,
+    ),
+    Command(
+        "archive",
+        "Pack an artifact with torch-model-archiver.\n\nWrites model_store/NAME.mar; the same "
+        "artifact always gives the same bytes.",
+        _add_archive,
+        _archive,
+    ),
+    Command(
+        "build",
+        "Export and archive.\n\nThe archive is called as the artifact's folder, and answers at /predictions/NAME.",
+        _add_build,
+        _build,
+    ),
+)

@@ -1,0 +1,70 @@
+"""demo: all of it on a small real model."""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from traceserve.commands.arguments import add_port
+from traceserve.commands.build import STORE, make
+from traceserve.commands.contract import Command
+from traceserve.commands.serve import print_instance
+from traceserve.printing import Bar, console
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    add_port(parser)
+    parser.add_argument("--keep", action="store_true", help="leave the server running at the end")
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from rich.table import Table
+
+    from traceserve import client, demo, server, torchserve
+
+    screen = console()
+    defaults = argparse.Namespace(
+        config=demo.CONFIG, output=None, store=STORE, samples=None, allow_drift=False, force=True
+    )
+    screen.rule("build: fit, trace, compare, pack", align="left")
+    path = make(defaults, with_archive=True)
+    screen.rule("serve: TorchServe", align="left")
+    port = options.port or torchserve.free_ports(1)[0]
+    started = time.monotonic()
+    with Bar() as bar:
+        instance = server.start([path], port=port, progress=lambda text: bar(text, 0, 0))
+    try:
+        print_instance(instance, time.monotonic() - started)
+        screen.rule("predict: sentences that the model has not seen", align="left")
+        held_out = demo.held_out()
+        answers = [client.predict(instance.url, path.stem, {"text": text}) for text, _ in held_out]
+        table = Table("text", "answer", "score", "expected")
+        for (text, label), answer in list(zip(held_out, answers))[::6]:
+            table.add_row(text, answer["label"], f"{answer['score']:.2f}", label)
+        screen.print(table)
+        right = sum(answer["label"] == label for answer, (_, label) in zip(answers, held_out))
+        screen.print(
+            f"held-out accuracy over HTTP: {right / len(held_out):.3f} ({right} of {len(held_out)})", highlight=False
+        )
+    except BaseException:
+        server.stop(instance)
+        raise
+    if options.keep:
+        screen.print(
+            f'\nthe server keeps running: traceserve predict {path.stem} "Where is my order?"', highlight=False
+        )
+    else:
+        server.stop(instance)
+        screen.print(f"\nthe server was stopped; again: traceserve serve {path}", highlight=False)
+    return 0
+
+
+COMMANDS = (
+    Command(
+        "demo",
+        "All of it on a small real model.\n\nFits a classifier of customers' messages, builds, serves, "
+        "and asks it sentences that it has not seen.",
+        _add_demo,
+        _demo,
+    ),
+)

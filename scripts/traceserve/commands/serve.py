@@ -1,0 +1,151 @@
+"""serve, stop, status: TorchServe on archives."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from traceserve.commands.arguments import add_nothing, add_port, positive
+from traceserve.commands.contract import Command
+from traceserve.printing import Bar, console
+
+if TYPE_CHECKING:
+    from traceserve.server import Instance
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "archives", nargs="+", type=Path, metavar="ARCHIVE", help="each answers at /predictions/ and its name"
+    )
+    parser.add_argument(
+        "--workers",
+        type=positive,
+        metavar="N",
+        help="processes for each archive [what `traceserve tune` wrote into it, else 1]",
+    )
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="H",
+        help="the address to listen on [%(default)s]; any other than the loopback's demands a key of every request",
+    )
+    add_port(parser, 8080)
+    parser.add_argument("--foreground", action="store_true", help="run until interrupted, for containers and systemd")
+    parser.add_argument(
+        "--timeout",
+        type=positive,
+        default=300,
+        metavar="S",
+        help="give up when nothing has answered by then [%(default)s s]",
+    )
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from traceserve import server
+    from traceserve.errors import ServerError
+
+    started = time.monotonic()
+    with Bar() as bar:
+        instance = server.start(
+            options.archives, options.host, options.port, options.workers, options.timeout, lambda text: bar(text, 0, 0)
+        )
+    print_instance(instance, time.monotonic() - started)
+    if options.foreground:
+        try:
+            server.wait(instance)
+        finally:
+            server.stop(instance)
+        raise ServerError("TorchServe ended")
+    return 0
+
+
+def _add_stop(parser: argparse.ArgumentParser) -> None:
+    add_port(parser)
+    parser.add_argument("--all", action="store_true", help="stop every server of yours")
+
+
+def _stop(options: argparse.Namespace) -> int:
+    from traceserve import server
+
+    chosen = server.instances() if options.all else [server.find(options.port)]
+    for instance in chosen:
+        server.stop(instance)
+        console().print(f"stopped {', '.join(instance.names)} on port {instance.port}", highlight=False)
+    return 0
+
+
+def _status(options: argparse.Namespace) -> int:
+    from rich.table import Table
+
+    from traceserve import server
+
+    running = server.instances()
+    if not running:
+        console().print("no server is running")
+        return 0
+    table = Table("archive", "port", "workers", "up", "pid")
+    for instance in running:
+        alive = server.workers_alive(instance)
+        up = time.strftime("%H:%M:%S", time.gmtime(time.time() - instance.started))
+        for name in instance.names:
+            workers = f"{alive[name]} of {instance.workers[name]}"
+            table.add_row(name, str(instance.port), workers, up, str(instance.pid))
+    console().print(table)
+    for instance in running:
+        places = (
+            f"{instance.url}/predictions/, metrics http://127.0.0.1:{instance.metrics_port}/metrics, log {instance.log}"
+        )
+        console().print(f"{instance.port}: {places}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def print_instance(instance: Instance, seconds: float) -> None:
+    from traceserve_runtime.tasks import TASKS
+
+    from traceserve import catalog
+
+    screen = console()
+    screen.print(f"answering after {seconds:.1f} s at {instance.url}", highlight=False)
+    for name in instance.names:
+        manifest = instance.manifest(name)
+        key = ("-H", f"Authorization: Bearer {instance.key}") if instance.key else ()
+        body = TASKS[manifest.task].sample_body(manifest.facts)
+        command = catalog.curl(f"{instance.url}/predictions/{name}", body, *key)
+        screen.print(f"\n  {command}", highlight=False, markup=False, soft_wrap=True)
+    if instance.key:
+        screen.print(
+            f"\nkeys, valid as long as this server runs:\n  inference   {instance.key}\n  management  {instance.management_key}",
+            highlight=False,
+        )
+    port = "" if instance.port == 8080 else f" --port {instance.port}"
+    screen.print(
+        f"\nmetrics: http://127.0.0.1:{instance.metrics_port}/metrics    log: {instance.log}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    screen.print(f"stop it: traceserve stop{port}", highlight=False)
+
+
+COMMANDS = (
+    Command(
+        "serve",
+        "Start TorchServe on archives.\n\nWaits until each has answered a request. It listens on the "
+        "loopback address, without management of models; several\nservers may run side by side on different ports.",
+        _add_serve,
+        _serve,
+    ),
+    Command(
+        "stop",
+        "Stop a server.",
+        _add_stop,
+        _stop,
+    ),
+    Command(
+        "status",
+        "Show the running servers.",
+        add_nothing,
+        _status,
+    ),
+)

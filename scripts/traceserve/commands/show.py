@@ -1,0 +1,125 @@
+"""tasks, formats, config-schema: what there is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Sequence
+
+from traceserve_runtime.errors import TraceserveError
+
+from traceserve.commands.arguments import add_nothing
+from traceserve.commands.contract import Command
+from traceserve.printing import console
+
+if TYPE_CHECKING:
+    from traceserve.catalog import Entry
+    from traceserve.formats import Format
+
+
+def _config_schema(options: argparse.Namespace) -> int:
+    from traceserve import config
+
+    print(json.dumps(config.json_schema(), indent=2))
+    return 0
+
+
+def _add_tasks(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("task", nargs="?", metavar="TASK", help="only this one [all]")
+    parser.add_argument("--markdown", action="store_true", help="as the README has them")
+
+
+def _tasks(options: argparse.Namespace) -> int:
+    from traceserve import catalog
+
+    if options.markdown:
+        print(catalog.markdown(), end="")
+        return 0
+    found = [entry for entry in catalog.entries() if options.task in (None, entry.name)]
+    if not found:
+        raise TraceserveError(
+            f"there is no task {options.task}, but: {', '.join(entry.name for entry in catalog.entries())}"
+        )
+    _print_tasks(found)
+    return 0
+
+
+def _add_formats(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _formats(options: argparse.Namespace) -> int:
+    from traceserve import formats
+
+    if options.json:
+        print(json.dumps(formats.document(), indent=2))
+    else:
+        _print_formats(list(formats.every_format()))
+    return 0
+
+
+def _print_tasks(entries: Sequence[Entry]) -> None:
+    """Each task with its fields and parameters, and a command to copy."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    screen = console()
+    for entry in entries:
+        screen.print(f"[bold]{entry.name}[/]  [dim]{entry.model}[/]", highlight=False)
+        screen.print(f"  {entry.answer}", highlight=False, markup=False)
+        table = Table(box=None, pad_edge=False, padding=(0, 1))
+        table.add_column(no_wrap=True)
+        for header in ("", "default", ""):
+            table.add_column(header)
+        for name, what, text in entry.fields:
+            table.add_row(f"  [cyan]{name}[/]", what, "", text)
+        for name, legal, default, text in entry.parameters:
+            table.add_row(f"  [green]{name}[/]", escape(legal), escape(default), escape(text))
+        screen.print(table, highlight=False)
+        screen.print(f"\n  {entry.example}\n", highlight=False, markup=False, soft_wrap=True)
+
+
+def _print_formats(formats: Sequence[Format]) -> None:
+    from rich.table import Table
+
+    from traceserve.formats import options
+
+    table = Table("save mode", "hardware")
+    for name in ("tasks", "dtype", "why not others"):
+        table.add_column(name, overflow="fold")  # a narrow terminal breaks long names, and loses none
+    every = {task for item in formats for task in item.tasks}
+    for item in formats:
+        tasks = "all" if set(item.tasks) == every else ", ".join(item.tasks)
+        reasons = [f"{dtype}: {reason}" if dtype else reason for dtype, reason in item.refused.items()]
+        table.add_row(item.save_mode, item.hardware, tasks, ", ".join(item.dtypes) or "-", "\n".join(reasons))
+    own = Table("save mode", "hardware", "option", "", "default", "", title="options", title_justify="left")
+    for save_mode, hardware in dict.fromkeys((item.save_mode, item.hardware) for item in formats if item.dtypes):
+        for option in options(save_mode, hardware).values():
+            default = "-" if option.default is None else json.dumps(option.default)
+            own.add_row(save_mode, hardware, option.name, option.legal, default, option.description)
+    console().print(table, *([own] if own.row_count else []), highlight=False)
+
+
+COMMANDS = (
+    Command(
+        "tasks",
+        "Show the tasks: what each is asked, its parameters, what it answers.",
+        _add_tasks,
+        _tasks,
+    ),
+    Command(
+        "formats",
+        "Show what goes together: save modes, hardware, dtypes and tasks.\n\nA save mode is how the model is stored in the "
+        "archive, and so what the worker runs it with. The keys save_mode,\nhardware, dtype and options of "
+        "setup_config.json choose; what cannot work is refused before anything is downloaded:\n\n"
+        '  {"model_name": "...", "save_mode": "pretrained", "dtype": "float32", "options": {"torch_compile": true}}',
+        _add_formats,
+        _formats,
+    ),
+    Command(
+        "config-schema",
+        "Print the JSON schema of setup_config.json, for editors.",
+        add_nothing,
+        _config_schema,
+    ),
+)

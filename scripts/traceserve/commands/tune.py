@@ -1,0 +1,172 @@
+"""tune: find the best serving configuration of an archive."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Optional
+
+from traceserve.commands.arguments import positive
+from traceserve.commands.contract import Command
+from traceserve.printing import Bar, console, figure
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from traceserve.tune import Tuned
+
+
+def _add_tune(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("archive", type=Path, metavar="ARCHIVE", help="whose serving configuration is to be the best")
+    parser.add_argument(
+        "--samples",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="texts like those that the server will get: one a line, or a .csv with a column text, or request bodies in a "
+        ".jsonl; what is best depends on their lengths",
+    )
+    parser.add_argument(
+        "--target",
+        type=_p99,
+        metavar="T",
+        help="throughput: the most requests a second with all the connections; or p99=MS: the most of which 99 in 100 are "
+        "answered within MS milliseconds, with as many connections as that allows [throughput]",
+    )
+    parser.add_argument(
+        "--connections",
+        type=positive,
+        default=64,
+        metavar="N",
+        help="how many requests are on their way at once: as many as your busiest hours have; with p99=MS at most "
+        "[%(default)s]",
+    )
+    parser.add_argument(
+        "--budget",
+        type=positive,
+        default=300,
+        metavar="S",
+        help="seconds to measure in; after them the best so far is taken [%(default)s]",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="measure and show, but leave the archive as it is")
+
+
+def _p99(text: str) -> Optional[float]:
+    """The p99 of a target, in seconds; None for throughput."""
+    if text == "throughput":
+        return None
+    name, _, number = text.partition("=")
+    try:
+        milliseconds = float(number)
+    except ValueError:
+        milliseconds = 0.0
+    if name != "p99" or not 0 < milliseconds < float("inf"):
+        raise argparse.ArgumentTypeError("should be throughput, or p99=MS with the milliseconds, as p99=50")
+    return milliseconds / 1000
+
+
+def _tune(options: argparse.Namespace) -> int:
+    from traceserve import archive, tune
+    from traceserve.errors import ServerError
+    from traceserve.racing import Goal
+
+    goal = Goal(options.connections, options.target)
+    with Bar() as bar:
+        tuned = tune.tune(options.archive, options.samples, goal, options.budget, bar)
+    _print_tuned(tuned)
+    if tuned.chosen is None:
+        raise ServerError(tune.missed(tuned.best, goal, options.archive))
+    write = tuned.chosen != tuned.own and not options.dry_run
+    if write:
+        archive.configure(options.archive, tuned.chosen)
+    place, screen = shlex.quote(str(options.archive)), console()
+    if write:
+        said = f"written into {place}: {tune.describe(tuned.chosen)}"
+    elif tuned.chosen != tuned.own:
+        said = f"not written into {place}, as --dry-run says: {tune.describe(tuned.chosen)}"
+    else:
+        said = f"nothing better was found; {place} stays as it is: {tune.describe(tuned.chosen)}"
+    screen.print(f"\n{said}", highlight=False, soft_wrap=True)
+    screen.print(f"serve it:  traceserve serve {place}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _print_tuned(tuned: Tuned) -> None:
+    """What was measured, the chosen row marked, and what padding wastes."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from traceserve.tune import describe
+
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+    for header in ("workers", "threads", "batch", "delay", "step", "conn", "req/s", "p50", "p99", "rate"):
+        table.add_column(header, justify="right", no_wrap=True)
+    table.add_column("")
+    failed = [trial for trial in tuned.trials if trial.failure]
+    for trial in tuned.trials:
+        serving, chosen = trial.serving, trial.serving == tuned.chosen
+        words = (["chosen"] if chosen else []) + (["as it was"] if serving == tuned.own else [])
+        knobs = (
+            serving.workers or 1,
+            serving.threads,
+            serving.batch_size,
+            serving.max_batch_delay,
+            serving.length_step,
+        )
+        row = ["-" if knob is None else str(knob) for knob in (*knobs, trial.connections)]
+        if trial.failure:
+            row += ["", "", "", "", f"failed ({failed.index(trial) + 1})"]
+        else:
+            row += [figure(trial.throughput), *(figure(1000 * trial.percentile(p)) for p in (50, 99))]
+            row += ["" if trial.relative is None else f"{trial.relative:.2f}", ", ".join(words) or trial.remark]
+        table.add_row(*row, style="bold" if chosen else None)
+    screen = console()
+    screen.print(table, highlight=False)
+    for number, trial in enumerate(failed, 1):
+        screen.print(f"({number}) {describe(trial.serving)}: {escape(str(trial.failure))}", highlight=False)
+    ended = "until nothing helped any more" if tuned.in_time else "until the time was up"
+    screen.print(
+        f"\nmeasured for {tuned.seconds:.0f} s, {ended}. delay, p50, p99: in ms; rate: requests/s compared with "
+        "the archive as it was, measured in turn",
+        highlight=False,
+    )
+    refused = tuned.texts.refused
+    if refused:
+        screen.print(
+            f"[yellow]left out:[/] {len(refused)} samples that the archive refuses, number {refused[0][0]} for example: "
+            f"{escape(refused[0][1])}",
+            highlight=False,
+        )
+    screen.print()
+    screen.print(_waste_table(tuned), highlight=False)
+
+
+def _waste_table(tuned: Tuned) -> Table:
+    from rich.table import Table
+
+    rows = sum(map(len, tuned.texts.lengths))
+    tokens = sum(map(sum, tuned.texts.lengths))
+    title = f"what padding wastes on these texts ({rows:,} rows, {tokens / rows:.1f} tokens in the mean)"
+    table = Table(box=None, pad_edge=False, header_style="dim", title=title, title_justify="left")
+    for header in ("lengths", "of the tokens", "of their cost", "cost in all"):
+        table.add_column(header, justify="left" if header == "lengths" else "right")
+    least = tuned.wastes[-1].total
+    for waste in tuned.wastes:
+        table.add_row(waste.name, f"{waste.tokens:.1%}", f"{waste.cost:.1%}", f"{waste.total / least:.2f}")
+    return table
+
+
+COMMANDS = (
+    Command(
+        "tune",
+        "Find an archive's best serving configuration on this machine.\n\nMeasures workers, threads, batch size, batch "
+        "delay and length step with real servers, and writes the best into the archive:\n\n"
+        "  traceserve tune model_store/NAME.mar --samples texts.txt\n"
+        "  traceserve tune model_store/NAME.mar --samples texts.txt --target p99=50\n\nA candidate and the best one so far "
+        "run beside each other and are measured in turn; a difference within the noise changes nothing.\nServers that run "
+        "already are not touched, but share the processor: the figures are better without them.",
+        _add_tune,
+        _tune,
+    ),
+)
