@@ -3,15 +3,16 @@
     python tests/benchmarks/ceiling_in_process.py --model FOLDER --texts FILE.csv
 
 In process every text is answered, sorted by length and cut into full batches: by the model alone (tokenized and padded
-before), and by the engine (tokenization and decoding included). It runs in a process of its own with --threads threads,
-while no server runs. Then `traceserve serve` with one worker gets the same texts, in a random order, over many
-connections. In turn, rounds, medians.
+before), and by the engine (tokenization and decoding included), which is also given batches in a random order, as they
+arrive. It runs in a process of its own with --threads threads, while no server runs. Then `traceserve serve` with one
+worker gets the same texts, in a random order, over many connections. In turn, rounds, medians.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
+import random
 import tempfile
 import time
 import zipfile
@@ -89,9 +90,10 @@ def in_process(
     requests = [Request({"text": text}, {"long_inputs": "truncate"}) for text in sentences]
     encoded = {i: each for i, each in enumerate(engine.task.encode(requests)) if isinstance(each, Encoded)}
     order = sorted(encoded, key=lambda i: encoded[i].rows[0].length)
+    arrived = random.Random(0).sample(order, len(order))
     found = {}
     for size in batches:
-        cuts = [order[start : start + size] for start in range(0, len(order), size)]
+        cuts, unsorted = ([way[start : start + size] for start in range(0, len(way), size)] for way in (order, arrived))
         padded = [batching.pad([encoded[i].rows[0] for i in cut], engine.manifest)[0] for cut in cuts]
         for arrays in padded[:: max(1, len(padded) // 20)]:
             engine.runner(arrays)
@@ -99,10 +101,11 @@ def in_process(
         for arrays in padded:
             engine.runner(arrays)
         found[f"the model alone, batches of {size}"] = len(order) / (time.perf_counter() - started)
-        started = time.perf_counter()
-        for cut in cuts:
-            engine.answer([requests[i] for i in cut])
-        found[f"the engine, batches of {size}"] = len(order) / (time.perf_counter() - started)
+        for way, asked in (("", cuts), (", unsorted", unsorted)):
+            started = time.perf_counter()
+            for cut in asked:
+                engine.answer([requests[i] for i in cut])
+            found[f"the engine, batches of {size}{way}"] = len(order) / (time.perf_counter() - started)
     return found
 
 

@@ -18,7 +18,7 @@ def rewrite(module: Any, device: str) -> None:
 
     for graph in graphs(module):
         torch._C._jit_pass_inline(graph)
-        for node in list(_nodes(graph)):
+        for node in list(nodes(graph)):
             _name_device(graph, node)
         for node in constants(graph):
             node.s_("value", device)
@@ -57,12 +57,12 @@ def graphs(module: Any) -> List[Any]:
     return [entry.graph for entry in entries(module)]
 
 
-def _nodes(block: Any) -> Iterator[Any]:
+def nodes(block: Any) -> Iterator[Any]:
     """All nodes, of inner blocks too."""
     for node in block.nodes():
         yield node
         for inner in node.blocks():
-            yield from _nodes(inner)
+            yield from nodes(inner)
 
 
 def _name_device(graph: Any, node: Any) -> None:

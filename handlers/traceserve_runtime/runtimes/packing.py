@@ -11,7 +11,8 @@ each other; `aten::view` may refuse those, so it becomes `aten::reshape`, which 
 from __future__ import annotations
 
 import platform
-from typing import TYPE_CHECKING, Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+import re
+from typing import TYPE_CHECKING, Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from traceserve_runtime.runtimes import devices
 
@@ -24,6 +25,9 @@ Packed = Dict[Tuple[Key, ...], Tuple["torch.Tensor", Optional["torch.Tensor"]]] 
 _MACHINES = ("x86_64", "amd64")
 _ROWS = 32  # what oneDNN is told to expect; it takes any number
 _BY_STRIDES = ("aten::as_strided", "aten::view_as", "aten::unflatten")  # need what they read to lie as it did
+_VIEW = re.compile(  # what these give may lie in the memory of what they read
+    "aten::(contiguous|detach|expand|flatten|narrow|permute|reshape|select|slice|squeeze|t|to|transpose|unsqueeze|view)"
+)
 
 
 class _Layer(NamedTuple):
@@ -113,14 +117,29 @@ def _groups(entry: Any, layers: Sequence[_Layer]) -> List[List[_Layer]]:
     graph = entry.graph
     outside = {node.output().debugName() for kind in _LAYERS for node in graph.findAllNodes(kind, False)}
     strided = any(graph.findAllNodes(kind, True) for kind in _BY_STRIDES)
+    written = _written(graph)
     groups: Dict[Any, List[_Layer]] = {}
     for layer in layers:
         name = layer.node.output().debugName()
         known = layer.vector is not None or str(layer.bias.type()) == "NoneType"
         kind = layer.weight.dtype, layer.vector.dtype if layer.vector is not None else None
-        together = known and name in outside and not strided
+        together = known and name in outside and not strided and _memory(layer.rows) not in written
         groups.setdefault((layer.rows.debugName(), layer.turned, kind) if together else name, []).append(layer)
     return list(groups.values())
+
+
+def _written(graph: Any) -> Set[str]:
+    """What is changed in place after it was made: of such rows one layer may read the old values, and another the new."""
+    nodes = [node for node in devices.nodes(graph) if node.kind().startswith("aten::") and node.kind().endswith("_")]
+    return {_memory(next(iter(node.inputs()))) for node in nodes}
+
+
+def _memory(value: Any) -> str:
+    """The name of the value that first lay where this one lies."""
+    while _VIEW.fullmatch(value.node().kind()):
+        value = next(iter(value.node().inputs()))
+    name: str = value.debugName()
+    return name
 
 
 def _linear(entry: Any, node: Any) -> Optional[_Layer]:
@@ -206,7 +225,7 @@ def _allow_slices(graph: Any) -> None:
     """Let rows that do not lie next to each other be read under other shapes."""
     for node in list(graph.findAllNodes("aten::view", True)):
         shape = list(node.inputs())
-        if str(shape[1].type()) != "int[]":  # another dtype of the same bytes
+        if shape[1].type().kind() != "ListType":  # another dtype of the same bytes
             continue
         made = graph.create("aten::reshape", shape, 1)
         made.insertBefore(node)
