@@ -1,4 +1,4 @@
-"""What the commands print with: the progress bar, tables of figures, errors."""
+"""What the commands print with: the progress bar, figures, errors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from traceserve_runtime.errors import TraceserveError
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
     from traceserve.verification import Findings
 
@@ -47,14 +46,6 @@ class Bar:
                 self._progress.remove_task(self._task)
             self._task, self._what = self._progress.add_task(what, total=None), what
         self._progress.update(self._task, completed=done, total=total or None)
-
-
-def figures_right(table: Table) -> Table:
-    table.columns[0].min_width = len(str(table.columns[0].header))
-    for column in table.columns[1:]:
-        column.justify = "right"
-        column.no_wrap = True
-    return table
 
 
 def figure(value: float) -> str:

@@ -93,7 +93,8 @@ def _pack_entry(entry: Any, dtypes: Sequence[torch.dtype], packed: Packed) -> in
     for number, group in enumerate(groups):
         key = tuple(layer.key for layer in group)
         if key not in packed:
-            weight = torch.cat([layer.matrix for layer in group]).contiguous()
+            matrices = [layer.matrix for layer in group]
+            weight = torch.cat(matrices) if len(group) > 1 else matrices[0].contiguous()
             biases = [layer.vector.detach() for layer in group if layer.vector is not None]
             bias = torch.cat(biases) if len(group) > 1 and biases else None
             packed[key] = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS), bias
@@ -205,14 +206,15 @@ def _replace(
         "prim::ListConstruct", [], torch._C.ListType(torch._C.OptionalType(torch._C.NumberType.get()))
     )
     with graph.insert_point_guard(first.node):
-        activation, algorithm, last = (graph.insertConstant(value) for value in ("none", "", -1))
-        widths = [graph.insertConstant(len(layer.matrix)) for layer in group]
+        activation, algorithm = graph.insertConstant("none"), graph.insertConstant("")
     inputs = [first.rows, matrix, added, activation, none_of_them.output(), algorithm]
     product = before("mkldnn::_linear_pointwise", inputs, tensor)
     results = [product.output()]
     if len(group) == 1:
         results[0].setType(first.node.output().type())
     else:
+        with graph.insert_point_guard(first.node):
+            last, *widths = (graph.insertConstant(value) for value in (-1, *(len(layer.matrix) for layer in group)))
         sizes = before("prim::ListConstruct", widths, torch._C.ListType(torch._C.IntType.get()))
         split = before("aten::split_with_sizes", [product.output(), sizes.output(), last], torch._C.ListType(tensor))
         results = list(before("prim::ListUnpack", [split.output()], tensor, len(group)).outputs())

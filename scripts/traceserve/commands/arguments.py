@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import Optional, Tuple
+from typing import Optional
 
 
 def add_port(parser: argparse.ArgumentParser, default: Optional[int] = None) -> None:
@@ -23,27 +23,6 @@ def positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError("should be 1 or more")
-    return number
-
-
-def numbers(text: str) -> Tuple[int, ...]:
-    """Such numbers, with commas."""
-    return tuple(positive(part) for part in text.split(","))
-
-
-def duration(text: str) -> float:
-    """Seconds, 0 or more."""
-    number = float(text)
-    if not 0 <= number < float("inf"):
-        raise argparse.ArgumentTypeError("should be 0 or more")
-    return number
-
-
-def quantity(text: str) -> float:
-    """A number above 0."""
-    number = duration(text)
-    if not number:
-        raise argparse.ArgumentTypeError("should be more than 0")
     return number
 
 

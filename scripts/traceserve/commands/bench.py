@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Dict, Iterator, Sequence, Tuple
 
 from traceserve_runtime.errors import TraceserveError
 
-from traceserve.commands.arguments import add_port, duration, numbers, positive, quantity
+from traceserve.commands.arguments import add_port, positive
 from traceserve.commands.contract import Command
-from traceserve.printing import Bar, console, figure, figures_right
+from traceserve.printing import Bar, console, figure
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,23 +29,23 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--connections",
-        type=numbers,
+        type=_numbers,
         metavar="N[,N...]",
         help="closed loop: each of N connections sends its next request when its last is answered; several are measured "
         "one after the other [16]",
     )
     parser.add_argument(
         "--rate",
-        type=quantity,
+        type=_quantity,
         metavar="R",
         help="open loop: R requests a second at random times, whether or not earlier ones are answered, as from many users; "
         "a latency counts from when its request was due, and connections are opened as needed, up to 512",
     )
     parser.add_argument(
-        "--seconds", type=quantity, default=10.0, metavar="S", help="how long each is measured [%(default)g s]"
+        "--seconds", type=_quantity, default=10.0, metavar="S", help="how long each is measured [%(default)g s]"
     )
     parser.add_argument(
-        "--warm-up", type=duration, default=2.0, metavar="S", help="the same load before, uncounted [%(default)g s]"
+        "--warm-up", type=_duration, default=2.0, metavar="S", help="the same load before, uncounted [%(default)g s]"
     )
     parser.add_argument(
         "--compare", metavar="OTHER", help="another NAME or URL, measured in turn, with the ratio of both"
@@ -116,6 +116,27 @@ def _bench(options: argparse.Namespace) -> int:
     return 0
 
 
+def _numbers(text: str) -> Tuple[int, ...]:
+    """Such numbers, with commas."""
+    return tuple(positive(part) for part in text.split(","))
+
+
+def _duration(text: str) -> float:
+    """Seconds, 0 or more."""
+    number = float(text)
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError("should be 0 or more")
+    return number
+
+
+def _quantity(text: str) -> float:
+    """A number above 0."""
+    number = _duration(text)
+    if not number:
+        raise argparse.ArgumentTypeError("should be more than 0")
+    return number
+
+
 def _header(text: str) -> Tuple[str, str]:
     name, colon, value = text.partition(":")
     if not colon or not name.strip() or any(ord(c) < 32 or ord(c) > 255 for c in text):
@@ -148,12 +169,20 @@ def _print_bench(document: Dict[str, Any]) -> None:
             table.add_row(
                 _load(ratio), *(f"{value:.2f}" for value in (ratio["throughput"], *ratio["latency"].values()))
             )
-        screen.print(figures_right(table), highlight=False)
+        screen.print(_figures_right(table), highlight=False)
 
 
 def _load(figures: Dict[str, Any]) -> str:
     """The number of a measurement's load."""
     return str(figures["connections"]) if figures["rate"] is None else f"{figures['rate']:g}"
+
+
+def _figures_right(table: Table) -> Table:
+    table.columns[0].min_width = len(str(table.columns[0].header))
+    for column in table.columns[1:]:
+        column.justify = "right"
+        column.no_wrap = True
+    return table
 
 
 def _latency_table(own: Sequence[Dict[str, Any]], load: str, several_rounds: bool) -> Table:
@@ -168,7 +197,7 @@ def _latency_table(own: Sequence[Dict[str, Any]], load: str, several_rounds: boo
         spans = [f"{50 * (high - low) / summary['throughput']:.0f} %"] if several_rounds else []
         errors = f"{sum(summary['errors'].values()):,}"
         table.add_row(_load(summary), figure(summary["throughput"]), *spans, *latencies, errors)
-    return figures_right(table)
+    return _figures_right(table)
 
 
 def notes(summary: Dict[str, Any], seconds: float) -> Iterator[str]:
@@ -199,7 +228,7 @@ def _time_table(own: Sequence[Dict[str, Any]], load: str) -> Table:
     servers = [summary["server"] for summary in own]
     table.add_row("tokens of a request", *(figure(server["tokens"]) for server in servers))
     table.add_row("padding of a batch", *(f"{100 * server['padding_share']:.0f} %" for server in servers))
-    return figures_right(table)
+    return _figures_right(table)
 
 
 COMMANDS = (
