@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple
 
@@ -23,6 +25,7 @@ from traceserve.verification import Limit
 from traceserve.writers import onnx as writer
 from traceserve.writers import onnx_export, onnx_weights
 from traceserve.writers.contract import Target
+from traceserve.writers.onnx_int8 import BLOCK, RoundedLinear, SmoothedLinear, quantize
 from traceserve_runtime import processor
 from traceserve_runtime.engine import Answer, Engine
 from traceserve_runtime.errors import InvalidManifest, MissingPackage
@@ -37,7 +40,6 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 LABELS = {"id2label": {0: "red", 1: "green", 2: "blue"}, "label2id": {"red": 0, "green": 1, "blue": 2}}
 ENTAILMENT = {"id2label": {0: "entailment", 1: "neutral", 2: "contradiction"}}
-native = pytest.mark.skipif(not processor.native("int8"), reason="this processor does not multiply int8 by itself")
 
 
 class Kind(NamedTuple):
@@ -302,9 +304,9 @@ def test_speed_and_size_are_told_beside_the_float32_trace(
 
 @pytest.fixture(scope="module")
 def int8(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model in int8 with reduced range, the model in float32 beside it."""
+    """A model in int8, the model in float32 beside it."""
     folder = tmp_path_factory.mktemp("onnx") / "x"
-    config = content(checkpoint, dtype="int8", options={"keep_float32": True, "reduce_range": True})
+    config = content(checkpoint, dtype="int8", options={"keep_float32": True})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("traceserve.export.measure", lambda folders, *rest: dict.fromkeys(folders, 1.0))
         run_export(folder, config, allow_drift=True)
@@ -312,16 +314,65 @@ def int8(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
 
 
 def test_int8(int8: Path, made: Callable[[str], Path]) -> None:
-    manifest = Manifest.read(int8)
-    assert manifest.dtype == "int8" and manifest.runtime["reduce_range"] is True
-    graph = onnx.load(int8 / "model.onnx")
-    weights = [t for t in graph.graph.initializer if t.data_type == onnx.TensorProto.INT8 and len(t.dims) == 2]
-    scales = {t.name: t.dims for t in graph.graph.initializer if t.name.endswith("_scale") and len(t.dims)}
-    assert 6 <= len(weights) <= 12 and len(scales) >= len(weights)  # of each output channel one
-    assert max(np.abs(onnx.numpy_helper.to_array(tensor)).max() for tensor in weights) <= 64
-    assert sum(node.op_type == "MatMulInteger" for node in graph.graph.node) == len(weights)
+    assert Manifest.read(int8).dtype == "int8"
+    graph = onnx.load(int8 / "model.onnx").graph
+    products = [node for node in graph.node if node.op_type == "MatMulNBits"]
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    assert 6 <= len(products) <= 13 and all(node.name for node in products)
+    for node in products:
+        facts = {attribute.name: attribute.i for attribute in node.attribute}
+        assert facts["bits"] == 8 and facts["accuracy_level"] == 4  # int8 by int8
+        blocks = -(-facts["K"] // BLOCK)
+        assert list(tensors[node.input[1]].dims) == [facts["N"], blocks, BLOCK]
+        assert list(tensors[node.input[2]].dims) == [facts["N"], blocks]
+    read = {name for node in graph.node for name in node.input}
+    assert set(tensors) <= read  # no weight stays in float32 beside what it became
     exact = np.array(scores(Engine.load(made("classification"))))
     assert 0 < np.abs(np.array(scores(Engine.load(int8))) - exact).max() < 0.1 < np.ptp(exact)
+
+
+def test_no_answer_in_int8_depends_on_its_batch(int8: Path) -> None:
+    engine = Engine.load(int8)
+    rows = np.random.default_rng(0).integers(5, 90, (6, 9))
+    inputs = {"input_ids": rows, "attention_mask": np.ones_like(rows), "token_type_ids": np.zeros_like(rows)}
+    together = engine.runner(inputs)["logits"]
+    for i in range(len(rows)):
+        [alone] = engine.runner({name: array[i : i + 1] for name, array in inputs.items()})["logits"]
+        assert together[i] == pytest.approx(alone, abs=1e-5)
+
+
+@pytest.mark.parametrize("channels", [BLOCK, 3 * BLOCK, BLOCK + 5, 7])
+@pytest.mark.parametrize("rows", [1, 2, 5, 33])
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_in_blocks(channels: int, rows: int, bias: bool) -> None:
+    """ONNX Runtime multiplies what was measured to choose the layers; and the largest values do not overflow."""
+    torch.manual_seed(channels + rows)
+    plain = torch.nn.Linear(channels, 24, bias=bias)
+    inputs = torch.randn(rows, channels) * torch.linspace(0.1, 9, channels)
+    for weight in (plain.weight.detach().clone(), torch.full((24, channels), -1.0), torch.zeros(24, channels)):
+        plain.weight.data = weight
+        largest = inputs.abs().amax(0)
+        found = run_quantized(SmoothedLinear(plain, largest), inputs)
+        expected = RoundedLinear(plain, largest)(inputs).detach().numpy()
+        exact = plain(inputs).detach().numpy()
+        assert found == pytest.approx(expected, abs=2e-4 * max(1.0, float(np.abs(expected).max())))
+        summed = (inputs.abs() @ weight.abs().t()).numpy()
+        assert np.abs(found - exact).max() <= 0.01 * max(1.0, summed.max())
+
+
+def run_quantized(layer: SmoothedLinear, inputs: torch.Tensor) -> np.ndarray:
+    """What ONNX Runtime gives for a layer in int8."""
+    file = io.BytesIO()
+    axes = {"x": {0: "rows"}, "y": {0: "rows"}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            layer.eval(), (inputs,), file, input_names=["x"], output_names=["y"], dynamic_axes=axes, dynamo=False
+        )
+    model = onnx.load_from_string(file.getvalue())
+    quantize(model, torch.nn.Sequential(layer))
+    [result] = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": inputs.numpy()})
+    return np.asarray(result)
 
 
 def scores(engine: Engine) -> List[List[float]]:
@@ -344,32 +395,35 @@ def claim(patch: pytest.MonkeyPatch, folder: Path, features: str) -> None:
     patch.setattr(processor, "CPUINFO", folder / "cpuinfo")
 
 
-def test_int8_runs_where_it_is_right(int8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    full = tmp_path / "full"
-    shutil.copytree(int8, full)
-    manifest = Manifest.read(int8)
-    dataclasses.replace(manifest, runtime={**manifest.runtime, "reduce_range": False}).write(full)
-    claim(monkeypatch, tmp_path, "avx2")
-    Engine.load(int8)  # reduced: right on every processor
-    with pytest.raises(MissingPackage, match="int8 needs a processor with one of .*avx512_vnni"):
-        Engine.load(full)
-    claim(monkeypatch, tmp_path, "avx2 avx_vnni")
-    Engine.load(full)
+def test_int8_is_right_on_every_processor(
+    int8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    target = Target("cpu", {"opset": 17, "optimization": "extended", "keep_float32": False})
+    for features, slow in (("avx2", True), ("avx2 avx_vnni", False)):
+        claim(monkeypatch, tmp_path, features)
+        caplog.clear()
+        writer.check("int8", target)
+        Engine.load(int8)
+        assert ("int8 needs a processor with one of" in caplog.text) == slow
 
 
-def test_the_range_is_reduced_for_this_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = {"opset": 17, "optimization": "extended", "keep_float32": False}
-    claim(monkeypatch, tmp_path, "avx2")
-    for asked, reduced in ((None, True), (True, True), (False, False)):
-        target = Target("cpu", {**options, "reduce_range": asked})
-        assert writer._reduced(target) is reduced
-        if reduced:
-            writer.check("int8", target)
-        else:
-            with pytest.raises(ExportError, match="dtype int8 needs a processor"):
-                writer.check("int8", target)
-    claim(monkeypatch, tmp_path, "avx512_vnni")
-    assert not writer._reduced(Target("cpu", {**options, "reduce_range": None}))
+@pytest.mark.parametrize(
+    ("version", "known"), [("1.21.1", False), ("1.9.0", False), ("1.22.0", True), ("2.0.0rc1", True)]
+)
+def test_int8_needs_what_knows_its_products(
+    int8: Path, version: str, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnxruntime, "__version__", version)
+    target = Target("cpu", {"opset": 17, "optimization": "extended", "keep_float32": False})
+    if known:
+        writer.check("int8", target)
+        Engine.load(int8)
+        return
+    writer.check("float32", target)
+    with pytest.raises(ExportError, match=f"int8 needs onnxruntime 1.22 or newer, .*{version}"):
+        writer.check("int8", target)
+    with pytest.raises(MissingPackage, match=f"int8 needs onnxruntime 1.22 or newer; this is {version}"):
+        Engine.load(int8)
 
 
 # Large models
@@ -432,7 +486,6 @@ def test_a_model_that_cannot_be_exported_is_told(
         ({}, "runtime.graphs"),
         ({"graphs": {"model": "other.onnx"}}, "runtime.graphs"),
         ({LEVEL: "ORT_ENABLE_EVERYTHING"}, f"runtime.{LEVEL} should be one of ORT_DISABLE_ALL"),
-        ({"reduce_range": None}, "runtime.reduce_range"),
     ],
 )
 def test_a_manifest_that_no_writer_wrote(

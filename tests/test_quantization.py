@@ -224,7 +224,7 @@ def test_an_export_in_int8_passes_the_gate(checkpoint: Callable[..., Path], tmp_
         )
 
 
-def naive(model: Any, batches: Any, layer: Any) -> Iterator[Any]:
+def naive(model: Any, batches: Any) -> Iterator[Any]:
     """Every linear layer in int8, as torch does it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

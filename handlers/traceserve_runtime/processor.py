@@ -24,7 +24,7 @@ NATIVE: Dict[str, FrozenSet[str]] = {
 _INSTRUCTIONS = ("sse", "ssse", "avx", "amx", "fma", "f16c", "bmi", "abm", "popcnt", "movbe", "gfni") + (
     *("fp", "asimd", "atomics", "sve", "sme", "bf16", "i8mm"),
 )
-# What is wrong without them: matrices of int8 are multiplied by instructions that overflow.
+# What torch gets wrong without them: it multiplies matrices of int8 by instructions that overflow.
 ONLY_NATIVE = ("int8",)
 
 
@@ -45,12 +45,20 @@ def native(dtype: str) -> bool:
 
 def check(dtype: str) -> None:
     """Raise MissingPackage for a dtype that would be wrong on this processor; tell what would only be slow."""
-    if native(dtype):
-        return
-    needs = f"{dtype} needs a processor with one of {', '.join(sorted(NATIVE[dtype]))}; this one has none"
-    if dtype in ONLY_NATIVE:
-        raise MissingPackage(f'{needs}; build the archive with "dtype": "float32" for it')
-    logger.warning('%s; answers are right, but slow: build the archive with "dtype": "float32" for it', needs)
+    if dtype in ONLY_NATIVE and not native(dtype):
+        raise MissingPackage(f'{_needs(dtype)}; build the archive with "dtype": "float32" for it')
+    tell_slow(dtype)
+
+
+def tell_slow(dtype: str) -> None:
+    """Log what this processor computes rightly, but not by itself."""
+    if not native(dtype):
+        advice = 'answers are right, but slow: build the archive with "dtype": "float32" for it'
+        logger.warning("%s; %s", _needs(dtype), advice)
+
+
+def _needs(dtype: str) -> str:
+    return f"{dtype} needs a processor with one of {', '.join(sorted(NATIVE[dtype]))}; this one has none"
 
 
 def name() -> str:

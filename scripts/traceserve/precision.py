@@ -15,7 +15,6 @@ from typing import (
     Iterable,
     Iterator,
     NamedTuple,
-    Optional,
     Sequence,
     Tuple,
     Type,
@@ -29,6 +28,7 @@ from traceserve.errors import ExportError
 
 if TYPE_CHECKING:
     from traceserve.loading import Original
+    from traceserve.quantization import Layer
 
 
 AUTO = "auto"
@@ -91,9 +91,9 @@ def _lowered_copy(dtype: str, original: Original, texts: Sequence[str]) -> Itera
     return [replace(original, model=lower(copy.deepcopy(original.model), dtype), dtype=dtype)]
 
 
-def to_int8(original: Original, texts: Sequence[str], layer: Optional[Callable[..., Any]] = None) -> Iterator[Original]:
-    """The original with its linear layers replaced by `layer`, see `quantization`, and more and more of them left."""
-    from traceserve.quantization import Int8Linear, quantized
+def to_int8(original: Original, texts: Sequence[str], **layers: Layer) -> Iterator[Original]:
+    """The original with linear layers in int8, and more and more of them left; `layers` as of `quantization.quantized`."""
+    from traceserve.quantization import quantized
 
     batches = [
         original.tokenizer(text, truncation=True, max_length=original.max_length, return_tensors="pt")
@@ -101,7 +101,7 @@ def to_int8(original: Original, texts: Sequence[str], layer: Optional[Callable[.
         if text.strip()
     ]
     inputs = [{name: batch[name] for name in original.inputs if name in batch} for batch in batches]
-    for model in quantized(original.model, inputs, layer or Int8Linear):
+    for model in quantized(original.model, inputs, **layers):
         yield replace(original, model=model, dtype="int8")
 
 

@@ -17,8 +17,11 @@ import torch
 
 from traceserve.errors import ExportError
 
-KEPT_SHARES = (0.0, 0.2, 0.3, 0.4)
+KEPT_SHARES = (0.0, 0.1, 0.2, 0.3, 0.4)
 _SMALLEST = 1e-5
+
+# A linear layer and, of each of its input channels, the largest absolute value that was seen, to what replaces it.
+Layer = Callable[[Any, torch.Tensor], torch.nn.Module]
 
 
 class Int8Linear(torch.nn.Module):
@@ -27,21 +30,25 @@ class Int8Linear(torch.nn.Module):
     def __init__(self, linear: Any, largest: torch.Tensor) -> None:
         """`largest`: of each input channel the largest absolute value that was seen, (in)."""
         super().__init__()
+        if not hasattr(torch, "_int_mm"):
+            raise ExportError(
+                f"dtype int8 needs a torch that multiplies int8, 2.4 or newer; this is {torch.__version__}"
+            )
         self.weight: torch.Tensor
         self.scale: torch.Tensor
         self.sums: torch.Tensor
         self.smoothing: torch.Tensor
         self.bias: torch.Tensor
         weight = linear.weight.detach().float()
-        smoothing = _smoothing(weight, largest)
-        smoothed = weight * smoothing
+        factors = smoothing(weight, largest)
+        smoothed = weight * factors
         scale = smoothed.abs().amax(1).clamp(min=_SMALLEST) / 127
         quantized = (smoothed / scale[:, None]).round().clamp(-127, 127)
         for name, value in (
             ("weight", quantized.to(torch.int8)),
             ("scale", scale),
             ("sums", quantized.sum(1) * scale),
-            ("smoothing", 1 / smoothing),
+            ("smoothing", 1 / factors),
             ("bias", torch.zeros(len(scale)) if linear.bias is None else linear.bias.detach().float()),
         ):
             self.register_buffer(name, value)
@@ -59,24 +66,7 @@ class Int8Linear(torch.nn.Module):
         return outputs.reshape(*inputs.shape[:-1], outputs.shape[-1])
 
 
-class SmoothedLinear(torch.nn.Module):
-    """A linear layer in float32 for others to quantize: large input channels are smaller, their weights larger."""
-
-    def __init__(self, linear: Any, largest: torch.Tensor) -> None:
-        """`largest` as of Int8Linear."""
-        super().__init__()
-        weight = linear.weight.detach().float()
-        smoothing = _smoothing(weight, largest)
-        self.weight = torch.nn.Parameter(weight * smoothing, requires_grad=False)
-        self.smoothing = torch.nn.Parameter(1 / smoothing, requires_grad=False)
-        self.bias = linear.bias
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """The same as the layer's own, to the last digits."""
-        return torch.nn.functional.linear(inputs * self.smoothing, self.weight, self.bias)
-
-
-def _smoothing(weight: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+def smoothing(weight: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
     """Of each input channel what its weights are multiplied with, and its values divided by, (in)."""
     heaviest = weight.abs().amax(0)
     return (largest.clamp(min=_SMALLEST) / heaviest.clamp(min=_SMALLEST)).sqrt()
@@ -85,18 +75,17 @@ def _smoothing(weight: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
 def quantized(
     model: Any,
     batches: Sequence[Dict[str, torch.Tensor]],
-    layer: Callable[[Any, torch.Tensor], torch.nn.Module] = Int8Linear,
+    layer: Layer = Int8Linear,
+    measured: Layer = Int8Linear,
 ) -> Iterator[Any]:
     """Copies of the model with more and more layers left in float32; `batches` are inputs to measure on.
 
-    What replaces the others is made by `layer`; which ones are left is measured with Int8Linear.
+    What replaces the others is made by `layer`; which ones are left is found by what `measured` changes in their place.
     """
-    if not hasattr(torch, "_int_mm"):
-        raise ExportError(f"dtype int8 needs a torch that multiplies int8, 2.4 or newer; this is {torch.__version__}")
     linears = {name: module for name, module in _body(model).named_modules() if type(module) is torch.nn.Linear}
     if not linears:
         raise ExportError(f"{type(model).__name__} has no torch.nn.Linear that could be quantized to int8")
-    largest, losses = _measure(model, linears, batches)
+    largest, losses = _measure(model, linears, batches, measured)
     replacements = {name: layer(module, largest[name]).eval() for name, module in linears.items()}
     by_loss = sorted(linears, key=lambda name: -losses[name])
     for share in KEPT_SHARES:
@@ -117,9 +106,9 @@ def _body(model: Any) -> Any:
 
 
 def _measure(
-    model: Any, linears: Dict[str, Any], batches: Sequence[Dict[str, torch.Tensor]]
+    model: Any, linears: Dict[str, Any], batches: Sequence[Dict[str, torch.Tensor]], measured: Layer
 ) -> Tuple[Dict[str, torch.Tensor], Dict[str, float]]:
-    """For each layer the largest value of each input channel, and how far the model's output moves when it alone is int8."""
+    """For each layer the largest value of each input channel, and how far `measured` in its place moves the model's output."""
     largest: Dict[str, torch.Tensor] = {}
 
     def record(name: str, module: Any, inputs: Any) -> None:
@@ -140,7 +129,7 @@ def _measure(
         for name, module in linears.items():
             parent, _, last = name.rpartition(".")
             owner = _body(model).get_submodule(parent)
-            setattr(owner, last, Int8Linear(module, largest[name]).eval())
+            setattr(owner, last, measured(module, largest[name]).eval())
             outputs = [_output(model(**batch)) for batch in batches]
             setattr(owner, last, module)
             losses[name] = sum(float((one - other).square().mean()) for one, other in zip(outputs, exact))

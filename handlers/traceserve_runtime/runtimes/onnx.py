@@ -14,13 +14,13 @@ from traceserve_runtime.errors import InvalidManifest, MissingPackage
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.settings import Settings
 
-# `Manifest.runtime`: the file of each graph, how ONNX Runtime optimizes it when it is read, and whether weights of int8 have
-# 7 bits, so that no processor's products of them overflow.
-GRAPHS, LEVEL, REDUCED = "graphs", "graph_optimization_level", "reduce_range"
+# `Manifest.runtime`: the file of each graph, and how ONNX Runtime optimizes it when it is read.
+GRAPHS, LEVEL = "graphs", "graph_optimization_level"
 MODEL, START, STEP = "model", "start", "step"  # a graph that is run once, and those of a loop
 # What begins the names of a loop's state, as the graph `step` takes and gives it; a number follows.
 PAST, PRESENT = "past_", "present_"
 LEVELS = ("ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED")
+INT8_SINCE = "1.22"  # before that, ONNX Runtime ends the process when it is given products of int8 in blocks
 
 
 class Kept(NamedTuple):
@@ -91,8 +91,7 @@ def _value(array: np.ndarray) -> Any:
 def read(manifest: Manifest, folder: Path, device: str, settings: Settings = Settings()) -> OnnxRunner:
     """The model of `folder` as a runner.
 
-    Raises MissingPackage without ONNX Runtime or what int8 needs of the processor, InvalidManifest for a file that is
-    no model.
+    Raises MissingPackage without ONNX Runtime or with one too old for int8, InvalidManifest for a file that is no model.
     """
     try:
         import onnxruntime
@@ -102,9 +101,13 @@ def read(manifest: Manifest, folder: Path, device: str, settings: Settings = Set
         raise MissingPackage(
             f"TorchServe asks for the device {device}, but an archive of save mode onnx runs on the CPU"
         )
-    files, level, reduced = _facts(manifest)
-    if not reduced:
-        processor.check(manifest.dtype)
+    if manifest.dtype == "int8" and not int8_known(onnxruntime.__version__):
+        raise MissingPackage(
+            f"int8 needs onnxruntime {INT8_SINCE} or newer; this is {onnxruntime.__version__}: "
+            f"pip install 'onnxruntime>={INT8_SINCE}'"
+        )
+    processor.tell_slow(manifest.dtype)
+    files, level = _facts(manifest)
     graphs = {}
     for name, file in files.items():
         try:
@@ -120,17 +123,20 @@ def read(manifest: Manifest, folder: Path, device: str, settings: Settings = Set
     return OnnxRunner(graphs, manifest)
 
 
-def _facts(manifest: Manifest) -> Tuple[Dict[str, str], str, bool]:
-    """The graphs' files, the level and whether weights are reduced; raises InvalidManifest."""
+def int8_known(version: str) -> bool:
+    """Whether this version of ONNX Runtime has what int8 needs."""
+    return tuple(map(int, version.split(".")[:2])) >= tuple(map(int, INT8_SINCE.split(".")))
+
+
+def _facts(manifest: Manifest) -> Tuple[Dict[str, str], str]:
+    """The graphs' files and the level; raises InvalidManifest."""
     runtime = manifest.runtime
-    graphs, level, reduced = runtime.get(GRAPHS), runtime.get(LEVEL), runtime.get(REDUCED)
+    graphs, level = runtime.get(GRAPHS), runtime.get(LEVEL)
     if not isinstance(graphs, dict) or not graphs or not set(map(str, graphs.values())) <= set(manifest.files):
         raise InvalidManifest(f"runtime.{GRAPHS} should name graphs, each with a file of the archive")
     if level not in LEVELS:
         raise InvalidManifest(f"runtime.{LEVEL} should be one of {', '.join(LEVELS)}")
-    if not isinstance(reduced, bool):
-        raise InvalidManifest(f"runtime.{REDUCED} should be true or false")
-    return graphs, level, reduced
+    return graphs, level
 
 
 def _options(level: str, threads: Optional[int]) -> Any:

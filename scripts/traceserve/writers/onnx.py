@@ -6,8 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Sequence, Tuple, Type
 
-from traceserve_runtime import processor
-from traceserve_runtime.runtimes.onnx import GRAPHS, LEVEL, MODEL, REDUCED, START, STEP
+from traceserve_runtime.runtimes.onnx import GRAPHS, INT8_SINCE, LEVEL, MODEL, START, STEP, int8_known
 from traceserve_runtime.tasks.parameters import Parameter
 
 from traceserve import precision
@@ -42,14 +41,6 @@ OPTIONS = (
         ),
     ),
     Option(
-        Parameter(
-            "reduce_range",
-            bool,
-            "of int8: weights of 7 bits, which are right on every processor; null: where this one has no VNNI or the like",
-            nullable=True,
-        ),
-    ),
-    Option(
         Parameter("keep_float32", bool, f"of int8: keep the model in float32 beside it, {FLOAT32_FILE}", default=False)
     ),
 )
@@ -59,16 +50,13 @@ def check(dtype: str, target: Target) -> None:
     """Raise ExportError where the exporter is not installed, or the gate could not run what was written."""
     try:
         import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
+        import onnxruntime
     except ImportError as error:
         raise ExportError(f"save_mode onnx needs more packages: pip install 'traceserve[onnx]' ({error})") from error
-    if not _reduced(target):
-        precision.check_processor(dtype)
-
-
-def _reduced(target: Target) -> bool:
-    asked = target.options["reduce_range"]
-    return not processor.native("int8") if asked is None else bool(asked)
+    if dtype == "int8" and not int8_known(onnxruntime.__version__):
+        raise ExportError(
+            f"dtype int8 needs onnxruntime {INT8_SINCE} or newer, to build as to serve; this is {onnxruntime.__version__}"
+        )
 
 
 def auto(task: Type[Task], hardware: str) -> Tuple[str, ...]:
@@ -78,11 +66,11 @@ def auto(task: Type[Task], hardware: str) -> Tuple[str, ...]:
 
 def lowered(original: Original, dtype: str, texts: Sequence[str]) -> Iterable[Original]:
     """The original; for int8 one with smoothed layers, the ones to be quantized."""
-    if dtype not in processor.ONLY_NATIVE:
+    if dtype != "int8":
         return precision.lowered(original, dtype, texts)
-    from traceserve.quantization import SmoothedLinear
+    from traceserve.writers.onnx_int8 import RoundedLinear, SmoothedLinear
 
-    return precision.to_int8(original, texts, SmoothedLinear)
+    return precision.to_int8(original, texts, layer=SmoothedLinear, measured=RoundedLinear)
 
 
 def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, target: Target) -> Written:
@@ -92,7 +80,6 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
     from traceserve.writers import onnx_export, onnx_int8, onnx_weights
 
     optimization = target.options["optimization"]
-    reduced = _reduced(target)
     graphs, step_inputs = _graphs(original, task, shapes)
     level = onnx_optimization.LEVELS[optimization]
     made: Dict[str, Any] = {}
@@ -105,7 +92,7 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
             model = onnx_export.export(graph, original, target.options["opset"], scratch, level.tool)
             if target.options["keep_float32"] and onnx_int8.layers(original.model):
                 plain[graph.file] = onnx_weights.copy(model)
-            model = onnx_int8.quantize(model, original.model, reduced, scratch)
+            onnx_int8.quantize(model, original.model)
             model, counts = onnx_optimization.fuse(model, original.model, level, bool(task.loop))
             fused = {kind: fused.get(kind, 0) + count for kind, count in counts.items()}
             made[graph.file] = model
@@ -118,7 +105,6 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
         {
             GRAPHS: {graph.name: graph.file for graph in graphs},
             LEVEL: level.session,
-            REDUCED: reduced,
             "opset": target.options["opset"],
             "optimization": optimization,
             "fused": fused,
