@@ -1,13 +1,13 @@
 """Every answer on real models and real texts: the engine's against the transformers pipeline's.
 
-    python tests/equality.py --models DIR --data DIR [--python-457 PYTHON] [--save-mode MODE] [--dtype DTYPE] [--limit N]
-        [--only TASK] [--json FILE]
+    python tests/equality.py --models DIR --data DIR [--python-457 PYTHON] [--save-mode MODE] [--dtype DTYPE] [--own N]
+        [--limit N] [--only TASK] [--json FILE]
 
 Each model is exported in a save mode and dtype (torchscript, float32), and the engine asked in micro-batches; the pipeline is
 asked one text at a time, without padding. Of an answer everything but its numbers must be the same: labels, words, offsets,
 order; no number may be off by more than 1e-4. Exit code 1 where anything is. Of a lower precision it is told how many
-answers say something else, by the gate's own rule; 3 in 1,000 of each line may. (It is exported whatever the gate says of
-its built-in texts.)
+answers say something else, by the gate's own rule; 3 in 1,000 of each line may. (It is exported whatever the gate
+says. With --own it is given texts enough to leave as many layers in float32 as it takes.)
 
 Counted apart are ties: rankings that differ only in the order of scores that are one number but for the last digits of
 float32; and written texts where two tokens are so near that the last digits decide, and these depend on the batch: the
@@ -31,7 +31,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import transformers
@@ -302,13 +302,25 @@ def ask_elsewhere(python: Path, kind: str, model: Path, calls: Sequence[Call], s
     return document["values"], document["seconds"]
 
 
+def own_samples(texts: Sequence[Dict[str, Any]], count: int, file: Path) -> Optional[Path]:
+    """A file of so many of the texts; None where none are asked for."""
+    if not count:
+        return None
+    chosen = texts[:: max(1, len(texts) // count)][:count]
+    file.write_text("".join(json.dumps(text) + "\n" for text in chosen), encoding="utf-8")
+    return file
+
+
 def compare(case: Case, options: argparse.Namespace, progress: Progress) -> Iterator[Result]:
     """A result for each set of parameters of a case."""
     kind, model = TASKS[case.task].pipeline, options.models.resolve() / case.model
     texts = list(case.texts(options.data))[: options.limit]
     with tempfile.TemporaryDirectory() as name:
         config = {"model_name": str(model), "task": case.task, "save_mode": options.save_mode, "dtype": options.dtype}
-        run_export(Path(name, case.model), {**config, **case.config}, allow_drift=options.dtype != "float32")
+        own = own_samples(texts, options.own, Path(name, "own.jsonl"))
+        run_export(
+            Path(name, case.model), {**config, **case.config}, samples_file=own, allow_drift=options.dtype != "float32"
+        )
         engine = Engine.load(Path(name, case.model))
         for parameters in case.parameters:
             requests = [Request(inputs, parameters) for inputs in texts]
@@ -384,6 +396,9 @@ def main() -> None:
     parser.add_argument("--python-457", type=Path, metavar="PYTHON")
     parser.add_argument("--save-mode", default="torchscript", choices=list(WRITERS))
     parser.add_argument("--dtype", default="float32", choices=list(LIMITS))
+    parser.add_argument(
+        "--own", type=int, default=0, metavar="N", help="give the gate N of the texts as the user's own, every so many"
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N texts of each")
     parser.add_argument("--only", action="append", choices=sorted({case.task for case in CASES}), metavar="TASK")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there, as JSON")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import nothing, run_export
-from traceserve import cli, formats, precision, sources, speeds, verification
+from traceserve import cli, formats, loading, precision, sources, speeds, verification
 from traceserve.config import parse
 from traceserve.corpus import sentences
 from traceserve.errors import ConfigError, ExportError
@@ -131,7 +131,7 @@ def test_answers_in_bfloat16_are_those_of_float32(made: Maker, architecture: str
 def test_what_runs_beside_the_layers_is_float32(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     """An embedding's rows are read in bfloat16, and added up in float32."""
     original = load(checkpoint, tmp_path)
-    [lowered] = precision.lowered(original, "bfloat16", SENTENCES)
+    lowered, *_ = precision.lowered(original, "bfloat16", SENTENCES)
     ids = torch.arange(6)[None]
     with torch.no_grad():
         words = lowered.model.get_input_embeddings()
@@ -140,6 +140,72 @@ def test_what_runs_beside_the_layers_is_float32(checkpoint: Callable[..., Path],
         with precision.tracing("bfloat16"):
             hidden = lowered.model.bert(ids, output_hidden_states=True).hidden_states
     assert {tensor.dtype for tensor in hidden} == {torch.float32}
+
+
+@pytest.mark.parametrize("auto_model", ["AutoModelForSequenceClassification", "AutoModelForMaskedLM"])
+def test_the_layers_that_matter_most_can_stay_in_float32(
+    checkpoint: Callable[..., Path], tmp_path: Path, auto_model: str
+) -> None:
+    task = next(name for name, task in TASKS.items() if task.auto_model == auto_model)
+    source = str(checkpoint("bert", auto_model))
+    parsed, _ = parse({"model_name": source, "task": task, "max_length": 32, "long_inputs": "truncate"})
+    with loading.quiet():
+        original = loading.load(parsed, sources.fetch(parsed, tmp_path), tmp_path)
+    before = {name: tensor.clone() for name, tensor in original.model.state_dict().items()}
+    tried = list(precision.lowered(original, "bfloat16", SENTENCES[:6]))
+    layers = {n for n, module in original.model.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert [len(item.kept) for item in tried] == [0, *(round(share * len(layers)) for share in precision.KEPT_SHARES)]
+    batches = [original.tokenizer(text, return_tensors="pt") for text in SENTENCES[1:6]]
+    with torch.no_grad():
+        exact = [original.model(**batch)[0] for batch in batches]
+        moved = []
+        for item in tried:
+            with precision.tracing("bfloat16"):
+                outputs = [item.model(**batch)[0] for batch in batches]
+            moved.append(sum(float((got - one).square().mean()) for got, one in zip(outputs, exact)))
+    assert moved[0] > moved[-1] > 0
+    for item in tried:
+        for name in layers:
+            weight = item.model.get_submodule(name).weight
+            tied = name not in item.kept and any(
+                weight is item.model.get_submodule(other).weight for other in item.kept
+            )
+            assert weight.dtype == (torch.float32 if name in item.kept or tied else torch.bfloat16)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in original.model.state_dict().items())
+
+
+@pytest.mark.parametrize("save_mode", ["torchscript", "pretrained"])
+def test_layers_are_left_until_the_gate_passes(
+    checkpoint: Callable[..., Path], tmp_path: Path, save_mode: str, few: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as it takes: they are told, and computed in float32 by the worker."""
+    seen = []
+
+    def verify(folder: Path, reference: Any, *rest: Any) -> Findings:
+        found = verification.verify(folder, reference, *rest)
+        seen.append(found.largest_difference)
+        if len(seen) == 1:
+            found.changed = list(range(found.answers))
+        return found
+
+    monkeypatch.setattr("traceserve.export.verify", verify)
+    folder = tmp_path / "x"
+    exported = run_export(folder, {**content(checkpoint), "dtype": "bfloat16", "save_mode": save_mode})
+    kept = exported.manifest.receipt["in_float32"]
+    assert len(seen) == 2 and 0 < seen[1] < seen[0] and kept
+    assert Manifest.read(folder).receipt["in_float32"] == kept
+    model = Engine.load(folder).runner
+    if save_mode == "pretrained":
+        assert Manifest.read(folder).runtime["in_float32"] == kept
+        return
+    assert isinstance(model, TorchScriptRunner)
+    traced: Any = torch.jit.load(folder / "traced_model.pt")  # type: ignore[no-untyped-call]
+    exact = {
+        path
+        for path, module in traced.named_modules()
+        if module.original_name == "Linear" and module.weight.dtype == torch.float32
+    }
+    assert {path.split(".", 1)[1] for path in exact} == set(kept)
 
 
 def test_a_bfloat16_artifact_is_smaller(made: Maker) -> None:
@@ -375,7 +441,8 @@ def test_a_bfloat16_that_fails_falls_back_and_says_why(
     config = content(checkpoint, dtype="auto", sequence_lengths="fixed")
     exported = run_export(tmp_path / "x", config)
     # Narrower shapes are not tried for answers that change.
-    assert [dtype for dtype, _ in tried] == ["bfloat16"] * (1 if wrong == "answers" else 3) + ["float32"]
+    lowered = 1 + len(precision.KEPT_SHARES)
+    assert [dtype for dtype, _ in tried] == ["bfloat16"] * lowered * (1 if wrong == "answers" else 3) + ["float32"]
     manifest = Manifest.read(tmp_path / "x")
     assert manifest.dtype == "float32" and manifest.receipt["passed"]
     lower, exact = manifest.receipt["candidates"]
@@ -546,6 +613,7 @@ def test_the_users_samples_are_counted_apart(
 ) -> None:
     """And decide where they are enough: of the built-in ones few enough changed for all together."""
     monkeypatch.setattr(verification, "CORPUS", 0)
+    monkeypatch.setattr(precision, "KEPT_SHARES", ())
     monkeypatch.setitem(LIMITS, "bfloat16", Limit(0.1, 0.003, 1.0))
     (tmp_path / "mine.txt").write_text("".join(f"{text}\n" for text in sentences(512)))
     exported = run_export(

@@ -89,7 +89,12 @@ def test_every_task_passes_the_gate(task: str, made: Make) -> None:
     assert receipt["passed"] and receipt["answers"] > 0 and receipt["answers_changed"] == 0
     assert receipt["largest_difference"] < 1e-4
     assert set(manifest.files) == {"model.safetensors", "config.json", "tokenizer.json", "model-config.yaml"}
-    assert manifest.runtime == {"auto_model": TASKS[task].auto_model, "loop": TASKS[task].loop, "torch_compile": False}
+    assert manifest.runtime == {
+        "auto_model": TASKS[task].auto_model,
+        "loop": TASKS[task].loop,
+        "in_float32": [],
+        "torch_compile": False,
+    }
     assert bool(manifest.step_inputs) is bool(TASKS[task].loop)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Set
+from typing import Any, Callable, Dict, Iterator, List, Set, Tuple
 
 import pytest
 import torch
@@ -153,11 +153,12 @@ def test_more_and_more_layers_stay_as_they_are(checkpoint: Callable[..., Path], 
     inside = {name for name in linears if name.startswith("bert.")}
     assert set(linears) - inside == {"classifier"}
     kept: List[Set[str]] = []
-    for made in quantized(original.model, batches(original)):
+    for made, names in quantized(original.model, batches(original)):
         modules = dict(made.named_modules())
         assert {name for name, m in modules.items() if isinstance(m, (Int8Linear, torch.nn.Linear))} == set(linears)
         assert type(modules["classifier"]) is torch.nn.Linear
         kept.append({name for name in inside if type(modules[name]) is torch.nn.Linear})
+        assert set(names) == kept[-1] and len(names) == len(kept[-1])
         for name in kept[-1]:
             assert torch.equal(modules[name].weight, original.model.get_submodule(name).weight)
             assert modules[name].weight.dtype == torch.float32
@@ -178,7 +179,7 @@ def test_what_stays_is_what_moves_the_output_most(checkpoint: Callable[..., Path
         with torch.no_grad():
             return sum(float((made(**batch).logits - one).square().mean()) for batch, one in zip(inputs, exact))
 
-    everything, *_, most = quantized(model, inputs)
+    everything, *_, most = (made for made, _ in quantized(model, inputs))
     assert 0 < moved(most) < moved(everything)
     dearest = [name for name, m in most.named_modules() if type(m) is torch.nn.Linear and name != "classifier"]
     cheapest = [name for name, m in most.named_modules() if isinstance(m, Int8Linear)][: len(dearest)]
@@ -224,12 +225,12 @@ def test_an_export_in_int8_passes_the_gate(checkpoint: Callable[..., Path], tmp_
         )
 
 
-def naive(model: Any, batches: Any) -> Iterator[Any]:
+def naive(model: Any, batches: Any) -> Iterator[Tuple[Any, Tuple[str, ...]]]:
     """Every linear layer in int8, as torch does it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         quantize: Any = torch.ao.quantization.quantize_dynamic
-        yield quantize(copy.deepcopy(model), {torch.nn.Linear}, dtype=torch.qint8)
+        yield quantize(copy.deepcopy(model), {torch.nn.Linear}, dtype=torch.qint8), ()
 
 
 @native

@@ -204,14 +204,14 @@ class _Attempt:
                     refused.append(error)  # a model that cannot be traced at one length may be at another
                     continue
                 if findings.passed:
-                    return self._finish(manifest, findings, folder)
+                    return self._finish(manifest, findings, lowered, folder)
                 drifted.append((findings, lowered, shapes))
                 if config.hardware in formats.FIXED_SHAPES or not (findings.failure or findings.failed):
                     break  # narrower shapes change no more of what is right in all of them
         runnable = [item for item in drifted if item[0].failure is None]
         if allow_drift and runnable:
             findings, lowered, shapes = min(runnable, key=lambda i: (len(i[0].changed), i[0].largest_difference))
-            return self._finish(self._write(lowered, shapes, folder), findings, folder)
+            return self._finish(self._write(lowered, shapes, folder), findings, lowered, folder)
         if drifted:
             # Of each model that was tried the widest shapes; of these the one that came nearest.
             widest = {id(item[1]): item for item in reversed(drifted)}.values()
@@ -278,8 +278,9 @@ class _Attempt:
     def _write(self, lowered: Original, shapes: Shapes, folder: Path, rehearsal: bool = False) -> Manifest:
         return _write(self.config, self.source, lowered, shapes, self.name, folder, self.progress, rehearsal)
 
-    def _finish(self, manifest: Manifest, findings: Findings, folder: Path) -> _Made:
-        manifest = replace(manifest, receipt={**findings.receipt(), "drift_allowed": not findings.passed})
+    def _finish(self, manifest: Manifest, findings: Findings, lowered: Original, folder: Path) -> _Made:
+        receipt = {**findings.receipt(), "drift_allowed": not findings.passed, "in_float32": list(lowered.kept)}
+        manifest = replace(manifest, receipt=receipt)
         manifest.write(folder)
         return _Made(folder, manifest, findings)
 

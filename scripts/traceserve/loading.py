@@ -41,6 +41,7 @@ class Original:
     padding_side: str
     truncation_side: str
     dtype: str = "float32"  # what the model is traced in; another one has another model, see `precision`
+    kept: Tuple[str, ...] = ()  # the layers that are left in float32 all the same
 
     @property
     def tokenizer_facts(self) -> TokenizerFacts:

@@ -14,6 +14,7 @@ from typing import (
     Dict,
     Iterable,
     Iterator,
+    List,
     NamedTuple,
     Sequence,
     Tuple,
@@ -28,10 +29,11 @@ from traceserve.errors import ExportError
 
 if TYPE_CHECKING:
     from traceserve.loading import Original
-    from traceserve.quantization import Layer
+    from traceserve.sensitivity import Inputs, Layer
 
 
 AUTO = "auto"
+KEPT_SHARES = (0.2, 0.4)  # of the linear layers, left in float32 where bfloat16 changes too many answers without
 
 
 class Precision(NamedTuple):
@@ -87,32 +89,54 @@ def _itself(original: Original, texts: Sequence[str]) -> Iterable[Original]:
     return [original]
 
 
-def _lowered_copy(dtype: str, original: Original, texts: Sequence[str]) -> Iterable[Original]:
-    return [replace(original, model=lower(copy.deepcopy(original.model), dtype), dtype=dtype)]
+def _to_float16(original: Original, texts: Sequence[str]) -> Iterable[Original]:
+    return [_lowered_copy(original, "float16")]
+
+
+def _to_bfloat16(original: Original, texts: Sequence[str]) -> Iterator[Original]:
+    """The original in bfloat16; then more and more of its linear layers are left, those that move its output most."""
+    from traceserve import sensitivity
+
+    yield _lowered_copy(original, "bfloat16")
+    model = original.model
+    layers = {} if getattr(model, "can_generate", bool)() else sensitivity.linears(model)
+    if not layers:
+        return
+    found = sensitivity.measure(model, layers, _inputs(original, texts), sensitivity.Bfloat16Linear)
+    for share in KEPT_SHARES:
+        yield _lowered_copy(original, "bfloat16", found.most(share))
+
+
+def _lowered_copy(original: Original, dtype: str, kept: Tuple[str, ...] = ()) -> Original:
+    return replace(original, model=lower(copy.deepcopy(original.model), dtype, kept), dtype=dtype, kept=kept)
 
 
 def to_int8(original: Original, texts: Sequence[str], **layers: Layer) -> Iterator[Original]:
     """The original with linear layers in int8, and more and more of them left; `layers` as of `quantization.quantized`."""
     from traceserve.quantization import quantized
 
+    for model, kept in quantized(original.model, _inputs(original, texts), **layers):
+        yield replace(original, model=model, dtype="int8", kept=kept)
+
+
+def _inputs(original: Original, texts: Sequence[str]) -> List[Inputs]:
+    """What the model is given of each text."""
     batches = [
         original.tokenizer(text, truncation=True, max_length=original.max_length, return_tensors="pt")
         for text in texts
         if text.strip()
     ]
-    inputs = [{name: batch[name] for name in original.inputs if name in batch} for batch in batches]
-    for model in quantized(original.model, inputs, **layers):
-        yield replace(original, model=model, dtype="int8")
+    return [{name: batch[name] for name in original.inputs if name in batch} for batch in batches]
 
 
 PRECISIONS: Dict[str, Precision] = {
     "float32": Precision(_itself, contextlib.nullcontext, ("cpu", "gpu")),
     "bfloat16": Precision(
-        partial(_lowered_copy, "bfloat16"),
+        _to_bfloat16,
         partial(autocast, "bfloat16"),
         ("cpu", "gpu", "neuron", "neuronx"),
         by_compiler=("neuron", "neuronx"),
     ),
-    "float16": Precision(partial(_lowered_copy, "float16"), contextlib.nullcontext, ("gpu",)),
+    "float16": Precision(_to_float16, contextlib.nullcontext, ("gpu",)),
     "int8": Precision(to_int8, contextlib.nullcontext, ("cpu",)),
 }

@@ -10,18 +10,15 @@ that still move the model's output most are left in float32: more and more of th
 from __future__ import annotations
 
 import copy
-from functools import partial
-from typing import Any, Callable, Dict, Iterator, Sequence, Tuple
+from typing import Any, Iterator, Sequence, Tuple
 
 import torch
 
 from traceserve.errors import ExportError
+from traceserve.sensitivity import Inputs, Layer, linears, measure, replace
 
 KEPT_SHARES = (0.0, 0.1, 0.2, 0.3, 0.4)
 _SMALLEST = 1e-5
-
-# A linear layer and, of each of its input channels, the largest absolute value that was seen, to what replaces it.
-Layer = Callable[[Any, torch.Tensor], torch.nn.Module]
 
 
 class Int8Linear(torch.nn.Module):
@@ -73,70 +70,28 @@ def smoothing(weight: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
 
 
 def quantized(
-    model: Any,
-    batches: Sequence[Dict[str, torch.Tensor]],
-    layer: Layer = Int8Linear,
-    measured: Layer = Int8Linear,
-) -> Iterator[Any]:
-    """Copies of the model with more and more layers left in float32; `batches` are inputs to measure on.
+    model: Any, batches: Sequence[Inputs], layer: Layer = Int8Linear, measured: Layer = Int8Linear
+) -> Iterator[Tuple[Any, Tuple[str, ...]]]:
+    """Copies of the model with more and more layers left in float32, and their names; `batches` are inputs to measure on.
 
     What replaces the others is made by `layer`; which ones are left is found by what `measured` changes in their place.
     """
-    linears = {name: module for name, module in _body(model).named_modules() if type(module) is torch.nn.Linear}
-    if not linears:
+    inside = set(_body(model).modules())
+    layers = {name: module for name, module in linears(model).items() if module in inside}
+    if not layers:
         raise ExportError(f"{type(model).__name__} has no torch.nn.Linear that could be quantized to int8")
-    largest, losses = _measure(model, linears, batches, measured)
-    replacements = {name: layer(module, largest[name]).eval() for name, module in linears.items()}
-    by_loss = sorted(linears, key=lambda name: -losses[name])
+    found = measure(model, layers, batches, measured)
+    replacements = {name: layer(module, found.largest[name]).eval() for name, module in layers.items()}
     for share in KEPT_SHARES:
-        kept = set(by_loss[: round(share * len(linears))])
+        kept = found.most(share)
         made = copy.deepcopy(model)
-        body = _body(made)
-        for name in linears:
+        for name in layers:
             if name not in kept:
-                parent, _, last = name.rpartition(".")
-                setattr(body.get_submodule(parent), last, replacements[name])
-        yield made
+                replace(made, name, replacements[name])
+        yield made, kept
 
 
 def _body(model: Any) -> Any:
     """The model without its head, which is small and decides."""
     body = getattr(model, model.base_model_prefix, None)
     return model if body is None else body
-
-
-def _measure(
-    model: Any, linears: Dict[str, Any], batches: Sequence[Dict[str, torch.Tensor]], measured: Layer
-) -> Tuple[Dict[str, torch.Tensor], Dict[str, float]]:
-    """For each layer the largest value of each input channel, and how far `measured` in its place moves the model's output."""
-    largest: Dict[str, torch.Tensor] = {}
-
-    def record(name: str, module: Any, inputs: Any) -> None:
-        seen = inputs[0].detach().abs().reshape(-1, inputs[0].shape[-1]).amax(0)
-        largest[name] = torch.maximum(largest[name], seen) if name in largest else seen
-
-    hooks = [module.register_forward_pre_hook(partial(record, name)) for name, module in linears.items()]
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                model(**batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    losses = {}
-    with torch.no_grad():
-        exact = [_output(model(**batch)) for batch in batches]
-        for name, module in linears.items():
-            parent, _, last = name.rpartition(".")
-            owner = _body(model).get_submodule(parent)
-            setattr(owner, last, measured(module, largest[name]).eval())
-            outputs = [_output(model(**batch)) for batch in batches]
-            setattr(owner, last, module)
-            losses[name] = sum(float((one - other).square().mean()) for one, other in zip(outputs, exact))
-    return largest, losses
-
-
-def _output(result: Any) -> torch.Tensor:
-    """The first output of the model: what its task reads."""
-    first: torch.Tensor = result[0]
-    return first

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, ContextManager, Dict, Iterator, Tuple
+from typing import TYPE_CHECKING, Any, Callable, ContextManager, Dict, Iterator, Sequence, Tuple
 
 from traceserve_runtime import batching
 from traceserve_runtime.errors import InvalidManifest, MissingPackage, reason
@@ -28,6 +28,7 @@ Call = Callable[..., Tuple[Any, ...]]
 
 OLDEST = (4, 41)  # before, what from_pretrained takes and save_pretrained writes is another
 OLDEST_NAMED = ".".join(map(str, OLDEST))
+KEPT = "in_float32"  # of `Manifest.runtime`: the layers that bfloat16 leaves
 # Batches and lengths of 1, and a past of 0, are compiled by themselves: more shapes than torch's own limit of 8, past
 # which it would go on without being compiled.
 _COMPILED_SHAPES = 64
@@ -62,7 +63,7 @@ def read(manifest: Manifest, folder: Path, device: str, settings: Settings = Set
     """
     settle(manifest.dtype, device, settings.threads)
     with quiet():
-        model = lower(_load(manifest, folder), manifest.dtype).to(device).eval()
+        model = lower(_load(manifest, folder), manifest.dtype, manifest.runtime[KEPT]).to(device).eval()
     import torch
 
     def computing() -> ContextManager[Any]:
@@ -117,13 +118,13 @@ def _load(manifest: Manifest, folder: Path) -> Any:
     return model
 
 
-def lower(model: Any, dtype: str) -> Any:
-    """The model itself, changed to compute in `dtype`; in bfloat16 only within `autocast`.
+def lower(model: Any, dtype: str, kept: Sequence[str] = ()) -> Any:
+    """The model itself, changed to compute in `dtype`; in bfloat16 only within `autocast`, and without the layers `kept`.
 
     In bfloat16 matrices are; sums, norms and what runs through the layers' residual connections stay in float32. Plain
     `model.to(torch.bfloat16)` is as fast, and changes twice as many answers (docs/measurements.md).
     """
-    return _LOWERED[dtype](model)
+    return _LOWERED[dtype](model, kept)
 
 
 def autocast(dtype: str, device_type: str = "cpu") -> ContextManager[Any]:
@@ -143,32 +144,54 @@ def _autocast_bfloat16(device_type: str) -> Iterator[None]:
             yield
 
 
-def _itself(model: Any) -> Any:
+def _itself(model: Any, kept: Sequence[str]) -> Any:
     return model
 
 
-def _to_bfloat16(model: Any) -> Any:
+def _to_bfloat16(model: Any, kept: Sequence[str]) -> Any:
     import torch
 
+    exact = {model.get_submodule(name) for name in kept}
+    parameters = {
+        id(parameter) for module in exact for parameter in module.parameters()
+    }  # an embedding may have them, too
     for module in model.modules():
+        if module in exact:
+            module.forward = _in_float32(module.forward)
+            continue
         if isinstance(module, torch.nn.Embedding):
             module.register_forward_hook(_as_float)
         elif not isinstance(module, torch.nn.Linear) and type(module).__name__ != "Conv1D":  # GPT-2's
             continue
         for parameter in module.parameters(recurse=False):
-            parameter.data = parameter.data.to(torch.bfloat16)
+            if id(parameter) not in parameters:
+                parameter.data = parameter.data.to(torch.bfloat16)
     return model
+
+
+def _in_float32(forward: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    import torch
+
+    def computed(inputs: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(inputs.device.type, enabled=False):
+            return forward(inputs.float())
+
+    return computed
 
 
 def _as_float(module: Any, inputs: Any, output: Any) -> Any:
     return output.float()
 
 
-def _to_float16(model: Any) -> Any:
+def _to_float16(model: Any, kept: Sequence[str]) -> Any:
     return model.half()
 
 
-_LOWERED: Dict[str, Callable[[Any], Any]] = {"float32": _itself, "bfloat16": _to_bfloat16, "float16": _to_float16}
+_LOWERED: Dict[str, Callable[[Any, Sequence[str]], Any]] = {
+    "float32": _itself,
+    "bfloat16": _to_bfloat16,
+    "float16": _to_float16,
+}
 
 
 def _once(model: Any, manifest: Manifest, device: str) -> Dict[str, Call]:

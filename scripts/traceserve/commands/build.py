@@ -13,6 +13,8 @@ from traceserve.commands.contract import Command
 from traceserve.printing import Bar, console, megabytes, print_findings
 
 if TYPE_CHECKING:
+    from traceserve_runtime.manifest import Manifest
+
     from traceserve.export import Exported
     from traceserve.verification import Findings
 
@@ -150,7 +152,7 @@ def _print_exported(exported: Exported, path: Path, seconds: float) -> None:
         ("size", megabytes(size)),
         ("task", manifest.task),
         ("parameters", f"{exported.parameters:,}"),
-        ("dtype", manifest.dtype),
+        ("dtype", _dtype(manifest)),
         ("shapes", describe(manifest.shapes, manifest.max_length)),
         (
             "largest difference",
@@ -167,6 +169,11 @@ def _print_exported(exported: Exported, path: Path, seconds: float) -> None:
     if not findings.passed:
         console(error=True).print("[yellow]warning:[/] the gate did not pass; --allow-drift exported it all the same")
         print_findings(findings)
+
+
+def _dtype(manifest: Manifest) -> str:
+    kept = len(manifest.receipt["in_float32"])
+    return f"{manifest.dtype}, {kept} layers in float32" if kept else manifest.dtype
 
 
 def _compiled(exported: Exported) -> List[Tuple[str, str]]:

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterator, Optional, Tuple, Type
 
-from traceserve_runtime.runtimes.pretrained import OLDEST, OLDEST_NAMED
+from traceserve_runtime.runtimes.pretrained import KEPT, OLDEST, OLDEST_NAMED
 from traceserve_runtime.tasks.parameters import Parameter
 
 from traceserve import precision
@@ -76,7 +76,7 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
         original.model.save_pretrained(scratch, max_shard_size=1 << 50)  # one file
         for name in (MODEL_FILE, CONFIG_FILE):
             os.replace(Path(scratch, name), folder / name)
-    runtime = {"auto_model": task.auto_model, "loop": task.loop, **target.options}
+    runtime = {"auto_model": task.auto_model, "loop": task.loop, KEPT: list(original.kept), **target.options}
     return Written(step_inputs, (CONFIG_FILE,), runtime)
 
 

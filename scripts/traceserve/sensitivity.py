@@ -1,0 +1,81 @@
+"""How far a model's output moves when one layer alone computes in another way: which layers a lower precision should leave."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Tuple
+
+import torch
+
+# A linear layer and, of each of its input channels, the largest absolute value that was seen, to what replaces it.
+Layer = Callable[[Any, torch.Tensor], torch.nn.Module]
+Inputs = Dict[str, torch.Tensor]
+
+
+class Measured(NamedTuple):
+    """Of each layer, by its name: the largest absolute value of each input channel; and how far the output moves."""
+
+    largest: Dict[str, torch.Tensor]
+    moved: Dict[str, float]
+
+    def most(self, share: float) -> Tuple[str, ...]:
+        """The names of this share of the layers: those that move the output most, the first one most of all."""
+        return tuple(sorted(self.moved, key=lambda name: -self.moved[name])[: round(share * len(self.moved))])
+
+
+class Bfloat16Linear(torch.nn.Module):
+    """A linear layer that multiplies in bfloat16, and gives float32."""
+
+    def __init__(self, linear: Any, largest: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(linear.weight.detach().bfloat16(), requires_grad=False)
+        self.bias = None if linear.bias is None else linear.bias.detach().bfloat16()
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Inputs (..., in) to outputs (..., out)."""
+        return torch.nn.functional.linear(inputs.bfloat16(), self.weight, self.bias).float()
+
+
+def linears(model: Any) -> Dict[str, Any]:
+    """The linear layers of a model, by name."""
+    return {name: module for name, module in model.named_modules() if type(module) is torch.nn.Linear}
+
+
+def replace(model: Any, name: str, module: torch.nn.Module) -> None:
+    """Put a module into a model, in place of the one of this name."""
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
+
+
+def measure(model: Any, layers: Dict[str, Any], batches: Sequence[Inputs], change: Layer) -> Measured:
+    """What `layers` of the model are given, and how far the output moves with `change` in the place of one of them.
+
+    Summed over the batches, the mean square of the difference of the first output, which is what a task reads.
+    """
+    largest: Dict[str, torch.Tensor] = {}
+
+    def record(name: str, module: Any, inputs: Any) -> None:
+        seen = inputs[0].detach().abs().reshape(-1, inputs[0].shape[-1]).amax(0)
+        largest[name] = torch.maximum(largest[name], seen) if name in largest else seen
+
+    hooks = [module.register_forward_pre_hook(partial(record, name)) for name, module in layers.items()]
+    try:
+        exact = list(_outputs(model, batches))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    moved = {}
+    for name, module in layers.items():
+        replace(model, name, change(module, largest[name]).eval())
+        try:
+            differences: List[torch.Tensor] = [got - one for got, one in zip(_outputs(model, batches), exact)]
+        finally:
+            replace(model, name, module)
+        moved[name] = sum(float(difference.square().mean()) for difference in differences)
+    return Measured(largest, moved)
+
+
+def _outputs(model: Any, batches: Sequence[Inputs]) -> Iterator[torch.Tensor]:
+    with torch.no_grad():
+        for batch in batches:
+            yield model(**batch)[0]
