@@ -16,6 +16,13 @@ DEPENDING_ON_TRANSFORMERS = [
     *("-n", "logical", "--dist", "loadfile"),
     *(f"tests/test_{name}.py" for name in ("loading", "generation", "tasks", "pretrained", "curated", "gguf")),
 ]
+WORKER = [
+    *(
+        f"tests/test_{name}.py"
+        for name in ("batching", "engine", "handler", "lanes", "manifest", "measuring", "processor")
+    ),
+    *(f"tests/test_{name}.py" for name in ("protocols", "requests", "tokenization", "windows")),
+]
 
 
 def interpreter(version: str) -> str:
@@ -58,7 +65,7 @@ def older(folder: Path) -> Path:
 
 @nox.session(python=interpreter("3.8"))
 def inf1(session: nox.Session) -> None:
-    """From configuration to answers over HTTP in the stack of AWS's Inf1, with doubles of what AWS alone has."""
+    """From configuration to answers over HTTP in the stack of AWS's Inf1, with doubles of what AWS alone has; and the worker."""
     session.install("--upgrade", "pip==25.0.1")
     session.install("-c", "constraints-inf1.txt", "--prefer-binary", "-e", ".[serve]", "pytest", "./tests/doubles")
-    session.run("python", "-m", "pytest", "tests/inf1", *session.posargs)
+    session.run("python", "-m", "pytest", "tests/inf1", *WORKER, *session.posargs)
