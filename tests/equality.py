@@ -181,6 +181,8 @@ class Result:
     pipeline_seconds: float
     save_mode: str = "torchscript"
     dtype: str = "float32"
+    passed: bool = True  # the gate, with the samples that it was given
+    kept: int = 0  # layers that a lower precision left in float32
     example: str = ""
 
     @property
@@ -318,7 +320,7 @@ def compare(case: Case, options: argparse.Namespace, progress: Progress) -> Iter
     with tempfile.TemporaryDirectory() as name:
         config = {"model_name": str(model), "task": case.task, "save_mode": options.save_mode, "dtype": options.dtype}
         own = own_samples(texts, options.own, Path(name, "own.jsonl"))
-        run_export(
+        exported = run_export(
             Path(name, case.model), {**config, **case.config}, samples_file=own, allow_drift=options.dtype != "float32"
         )
         engine = Engine.load(Path(name, case.model))
@@ -359,6 +361,8 @@ def compare(case: Case, options: argparse.Namespace, progress: Progress) -> Iter
                 round(pipeline_seconds, 2),
                 options.save_mode,
                 options.dtype,
+                exported.findings.passed,
+                len(exported.manifest.receipt["in_float32"]),
                 example,
             )
 
@@ -374,6 +378,8 @@ def show(results: Sequence[Result]) -> Table:
     lower = any(result.dtype != "float32" for result in results)
     for name in ("texts", "changed" if lower else "different", "ties", "largest difference", "seconds", "pipeline's"):
         table.add_column(name, justify="right")
+    if lower:
+        table.add_column("the gate")
     for result in results:
         table.add_row(
             result.task,
@@ -385,6 +391,7 @@ def show(results: Sequence[Result]) -> Table:
             f"{result.largest_difference:.1e}",
             f"{result.seconds:.1f}",
             f"{result.pipeline_seconds:.1f}",
+            *([f"{'passed' if result.passed else 'refused'}, {result.kept} layers left"] if lower else []),
         )
     return table
 

@@ -168,11 +168,12 @@ def test_the_worker_needs_neither_builder_nor_network(made: Make) -> None:
 
 
 def test_a_worker_without_transformers_says_so(made: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = made("sequence_classification")
     for name in [name for name in sys.modules if name.split(".")[0] == "transformers"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(MissingPackage, match=r"needs transformers \(it was made with \d"):
-        Engine.load(made("sequence_classification"))
+        Engine.load(folder)
 
 
 def test_an_old_transformers_is_refused_on_both_sides(
@@ -217,6 +218,13 @@ def test_missing_weights_are_told(copy: Path) -> None:
     save_file(tensors, copy / "model.safetensors", {"format": "pt"})
     rehashed(copy)
     with pytest.raises(InvalidManifest, match="lacks weights that transformers .* looks for: classifier.weight"):
+        Engine.load(copy)
+
+
+def test_layers_that_this_transformers_does_not_have(copy: Path) -> None:
+    runtime = {**Manifest.read(copy).runtime, "in_float32": ["classifier", "bert.old_name"]}
+    change(copy, dtype="bfloat16", runtime=runtime)
+    with pytest.raises(InvalidManifest, match="does not have: bert.old_name; the archive was made with transformers"):
         Engine.load(copy)
 
 

@@ -9,12 +9,14 @@ from typing import Any, Callable, Dict, Iterator, List, Set, Tuple
 
 import pytest
 import torch
+import transformers
 from conftest import run_export
 from traceserve import loading, quantization, sources
 from traceserve.config import parse
 from traceserve.errors import DriftError, ExportError
 from traceserve.quantization import KEPT_SHARES, Int8Linear, quantized
 from traceserve.samples import SENTENCES
+from traceserve.sensitivity import linears, measure
 from traceserve.verification import LIMITS
 from traceserve_runtime import processor
 from traceserve_runtime.engine import Answer, Engine
@@ -191,6 +193,27 @@ def test_what_stays_is_what_moves_the_output_most(checkpoint: Callable[..., Path
             setattr(other.get_submodule(parent), last, everything.get_submodule(name))
         alone[names is dearest] = moved(other)
     assert alone[True] > alone[False]
+
+
+def test_a_layer_that_is_not_called_stays(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """Longformer's products of global attention, where no token has it."""
+    model = load(checkpoint, tmp_path, "longformer").model
+    original = load(checkpoint, tmp_path, "longformer")
+    inputs = [
+        {name: tensor for name, tensor in batch.items() if name != "token_type_ids"} for batch in batches(original)
+    ]
+    found = measure(model.longformer, linears(model.longformer), inputs, Int8Linear)
+    idle = {name for name in linears(model.longformer) if name not in found.moved}
+    assert idle and all(name.endswith("_global") for name in idle)
+    made, kept = next(quantized(model.longformer, inputs))
+    assert not kept and all(type(made.get_submodule(name)) is torch.nn.Linear for name in idle)
+    assert all(isinstance(made.get_submodule(name), Int8Linear) for name in found.moved)
+
+
+def test_a_model_that_reads_no_text_by_itself_is_told(checkpoint: Callable[..., Path]) -> None:
+    model = transformers.AutoModel.from_pretrained(checkpoint("t5", "AutoModelForSeq2SeqLM"))
+    with pytest.raises(ExportError, match="T5Model does not read a text by itself: .*input_ids"):
+        measure(model, linears(model), [{"input_ids": torch.ones(1, 3, dtype=torch.long)}], Int8Linear)
 
 
 def test_a_model_without_linear_layers_is_told(checkpoint: Callable[..., Path], tmp_path: Path) -> None:

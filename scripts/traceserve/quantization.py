@@ -81,13 +81,13 @@ def quantized(
     if not layers:
         raise ExportError(f"{type(model).__name__} has no torch.nn.Linear that could be quantized to int8")
     found = measure(model, layers, batches, measured)
-    replacements = {name: layer(module, found.largest[name]).eval() for name, module in layers.items()}
+    replacements = {name: layer(layers[name], largest).eval() for name, largest in found.largest.items()}
     for share in KEPT_SHARES:
         kept = found.most(share)
         made = copy.deepcopy(model)
-        for name in layers:
+        for name, replacement in replacements.items():
             if name not in kept:
-                replace(made, name, replacements[name])
+                replace(made, name, replacement)
         yield made, kept
 
 

@@ -6,6 +6,9 @@ from functools import partial
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
 import torch
+from traceserve_runtime.errors import reason
+
+from traceserve.errors import ExportError
 
 # A linear layer and, of each of its input channels, the largest absolute value that was seen, to what replaces it.
 Layer = Callable[[Any, torch.Tensor], torch.nn.Module]
@@ -50,7 +53,8 @@ def replace(model: Any, name: str, module: torch.nn.Module) -> None:
 def measure(model: Any, layers: Dict[str, Any], batches: Sequence[Inputs], change: Layer) -> Measured:
     """What `layers` of the model are given, and how far the output moves with `change` in the place of one of them.
 
-    Summed over the batches, the mean square of the difference of the first output, which is what a task reads.
+    Summed over the batches, the mean square of the difference of the first output, which is what a task reads. Without
+    layers that the model did not call. Raises ExportError with the model's own reason.
     """
     largest: Dict[str, torch.Tensor] = {}
 
@@ -65,7 +69,7 @@ def measure(model: Any, layers: Dict[str, Any], batches: Sequence[Inputs], chang
         for hook in hooks:
             hook.remove()
     moved = {}
-    for name, module in layers.items():
+    for name, module in ((name, layers[name]) for name in layers if name in largest):
         replace(model, name, change(module, largest[name]).eval())
         try:
             differences: List[torch.Tensor] = [got - one for got, one in zip(_outputs(model, batches), exact)]
@@ -78,4 +82,7 @@ def measure(model: Any, layers: Dict[str, Any], batches: Sequence[Inputs], chang
 def _outputs(model: Any, batches: Sequence[Inputs]) -> Iterator[torch.Tensor]:
     with torch.no_grad():
         for batch in batches:
-            yield model(**batch)[0]
+            try:
+                yield model(**batch)[0]
+            except Exception as error:  # transformers raises whatever its many models do
+                raise ExportError(f"{type(model).__name__} does not read a text by itself: {reason(error)}") from error

@@ -63,7 +63,16 @@ def read(manifest: Manifest, folder: Path, device: str, settings: Settings = Set
     """
     settle(manifest.dtype, device, settings.threads)
     with quiet():
-        model = lower(_load(manifest, folder), manifest.dtype, manifest.runtime[KEPT]).to(device).eval()
+        model = _load(manifest, folder)
+        names = set(dict(model.named_modules()))
+        kept = manifest.runtime.get(KEPT, [])
+        if not set(kept) <= names:
+            raise InvalidManifest(
+                f"runtime.{KEPT} names layers that the model of this transformers does not have: "
+                f"{', '.join(sorted(set(kept) - names)[:3])}; the archive was made with transformers "
+                f"{manifest.versions.get('transformers', 'unknown')}"
+            )
+        model = lower(model, manifest.dtype, kept).to(device).eval()
     import torch
 
     def computing() -> ContextManager[Any]:
@@ -152,9 +161,8 @@ def _to_bfloat16(model: Any, kept: Sequence[str]) -> Any:
     import torch
 
     exact = {model.get_submodule(name) for name in kept}
-    parameters = {
-        id(parameter) for module in exact for parameter in module.parameters()
-    }  # an embedding may have them, too
+    # An embedding may have the same ones.
+    parameters = {id(parameter) for module in exact for parameter in module.parameters()}
     for module in model.modules():
         if module in exact:
             module.forward = _in_float32(module.forward)
