@@ -67,5 +67,7 @@ def older(folder: Path) -> Path:
 def inf1(session: nox.Session) -> None:
     """From configuration to answers over HTTP in the stack of AWS's Inf1, with doubles of what AWS alone has; and the worker."""
     session.install("--upgrade", "pip==25.0.1")
-    session.install("-c", "constraints-inf1.txt", "--prefer-binary", "-e", ".[serve]", "pytest", "./tests/doubles")
+    session.install(
+        "-c", "constraints-inf1.txt", "--prefer-binary", "-e", ".[serve]", "pytest", "hypothesis", "./tests/doubles"
+    )
     session.run("python", "-m", "pytest", "tests/inf1", *WORKER, *session.posargs)
