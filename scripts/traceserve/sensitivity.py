@@ -84,5 +84,5 @@ def _outputs(model: Any, batches: Sequence[Inputs]) -> Iterator[torch.Tensor]:
         for batch in batches:
             try:
                 yield model(**batch)[0]
-            except Exception as error:  # transformers raises whatever its many models do
+            except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
                 raise ExportError(f"{type(model).__name__} does not read a text by itself: {reason(error)}") from error
