@@ -197,8 +197,8 @@ def test_what_stays_is_what_moves_the_output_most(checkpoint: Callable[..., Path
 
 def test_a_layer_that_is_not_called_stays(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     """Longformer's products of global attention, where no token has it."""
-    model = load(checkpoint, tmp_path, "longformer").model
     original = load(checkpoint, tmp_path, "longformer")
+    model = original.model
     inputs = [
         {name: tensor for name, tensor in batch.items() if name != "token_type_ids"} for batch in batches(original)
     ]

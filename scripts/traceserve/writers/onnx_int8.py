@@ -17,7 +17,7 @@ from traceserve.quantization import smoothing
 
 # Input channels of one scale. Of 32, 64 and 128 the smaller ones change fewer answers, the larger ones are faster.
 BLOCK = 64
-LARGEST = 127
+_LARGEST = 127
 _ZERO = 128  # of weights, which are stored without a sign
 _SMALLEST = 1e-12
 _BY_INT8 = 4  # MatMulNBits' accuracy_level that multiplies int8 by int8
@@ -38,8 +38,12 @@ class SmoothedLinear(torch.nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """The same as the layer's own, to the last digits; a MatMul in ONNX, whatever the shape of its inputs."""
-        outputs = torch.matmul(inputs * self.smoothing, self.weight)
+        outputs = torch.matmul(self.smoothed(inputs), self.weight)
         return outputs if self.bias is None else outputs + self.bias
+
+    def smoothed(self, inputs: torch.Tensor) -> torch.Tensor:
+        """What is multiplied with the weight, (..., in)."""
+        return inputs * self.smoothing
 
 
 class RoundedLinear(SmoothedLinear):
@@ -50,10 +54,9 @@ class RoundedLinear(SmoothedLinear):
         super().__init__(linear, largest)
         self.weight = torch.nn.Parameter(_rounded(self.weight.t()).t(), requires_grad=False)
 
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Inputs (..., in) to outputs (..., out)."""
-        outputs = torch.matmul(_rounded(inputs * self.smoothing), self.weight)
-        return outputs if self.bias is None else outputs + self.bias
+    def smoothed(self, inputs: torch.Tensor) -> torch.Tensor:
+        """As of SmoothedLinear, in int8's steps."""
+        return _rounded(super().smoothed(inputs))
 
 
 def _rounded(values: torch.Tensor) -> torch.Tensor:
@@ -61,7 +64,7 @@ def _rounded(values: torch.Tensor) -> torch.Tensor:
     channels = values.shape[-1]
     padded = torch.nn.functional.pad(values, (0, -channels % BLOCK))
     blocks = padded.reshape(*values.shape[:-1], -1, BLOCK)
-    scales = (blocks.abs().amax(-1, keepdim=True) / LARGEST).clamp(min=_SMALLEST)
+    scales = (blocks.abs().amax(-1, keepdim=True) / _LARGEST).clamp(min=_SMALLEST)
     return ((blocks / scales).round() * scales).reshape(padded.shape)[..., :channels]
 
 
@@ -106,7 +109,7 @@ def _blocks(weight: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
     """A weight (in, out) as blocks (out, in / BLOCK, BLOCK) without a sign, and their scales (out, in / BLOCK)."""
     columns = np.pad(weight.T, ((0, 0), (0, -len(weight) % BLOCK)))
     blocks = columns.reshape(len(columns), -1, BLOCK)
-    scales = np.maximum(np.abs(blocks).max(-1) / np.float32(LARGEST), np.float32(_SMALLEST))
+    scales = np.maximum(np.abs(blocks).max(-1) / np.float32(_LARGEST), np.float32(_SMALLEST))
     return (np.rint(blocks / scales[..., None]) + _ZERO).astype(np.uint8), scales
 
 
