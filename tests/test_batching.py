@@ -8,6 +8,7 @@ from typing import Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import pytest
+from conftest import Called
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from traceserve_runtime import batching
@@ -56,6 +57,9 @@ COSTS = [
     fitted(CostModel(run=1e9, token=1.0, attention=1e9)),
     CostModel(run=2000.0, token=1.0, attention=0.0),
     CostModel(run=17.25, token=1.0, attention=0.1),
+    # Where padding is computed in attention alone.
+    CostModel(padding=0.1),
+    CostModel(run=17.25, token=1.8, attention=0.1, padding=0.0),
 ]
 SHAPES = [
     Shapes(),
@@ -68,7 +72,10 @@ few_lengths = st.lists(st.integers(1, 512) | st.integers(3000, 20000), min_size=
 
 
 def cost_of(batches: Sequence[Sequence[int]], lengths: Sequence[int], shapes: Shapes, cost: CostModel) -> float:
-    return sum(cost(shapes.batch(len(b)), shapes.length(max(lengths[i] for i in b))) for b in batches)
+    return sum(
+        cost(shapes.batch(len(b)), shapes.length(max(lengths[i] for i in b)), sum(lengths[i] for i in b))
+        for b in batches
+    )
 
 
 def is_allowed(batch: Sequence[int], lengths: Sequence[int], shapes: Shapes, most_tokens: int = MOST_TOKENS) -> bool:
@@ -434,7 +441,7 @@ def echo(inputs: Arrays) -> Arrays:
 
 def test_run_counts_what_was_computed(manifest: Manifest) -> None:
     stats = Stats()
-    outputs = run(echo, ROWS, shaped(manifest, "right", lengths=(8,), batches=(4,)), [], stats)
+    outputs = run(Called(echo), ROWS, shaped(manifest, "right", lengths=(8,), batches=(4,)), [], stats)
     assert [output["logits"].tolist() for output in outputs] == [[100], [200], [300]]
     assert (stats.rows, stats.tokens, stats.padded_tokens, stats.micro_batches) == (3, 9, 32, 1)
     assert stats.padding_share == 1 - 9 / 32
@@ -444,14 +451,14 @@ def test_run_counts_what_was_computed(manifest: Manifest) -> None:
 def test_runs_add_up(manifest: Manifest) -> None:
     stats = Stats()
     for _ in range(2):
-        run(echo, ROWS, shaped(manifest, "left"), [], stats)
+        run(Called(echo), ROWS, shaped(manifest, "left"), [], stats)
     assert (stats.rows, stats.tokens, stats.padded_tokens, stats.micro_batches) == (6, 18, 30, 2)
     assert stats.padding_share == pytest.approx(0.4)
 
 
 def test_rows_of_one_length_have_no_padding(manifest: Manifest) -> None:
     stats = Stats()
-    run(echo, [make_row(4, 1), make_row(4, 50)], shaped(manifest, "right"), [], stats)
+    run(Called(echo), [make_row(4, 1), make_row(4, 50)], shaped(manifest, "right"), [], stats)
     assert stats.padding_share == 0.0
 
 
@@ -465,7 +472,7 @@ def test_a_run_that_fails_is_not_counted(manifest: Manifest) -> None:
 
     stats = Stats()
     with pytest.raises(RuntimeError, match="broken"):
-        run(broken, ROWS, shaped(manifest, "right"), [], stats)
+        run(Called(broken), ROWS, shaped(manifest, "right"), [], stats)
     assert stats == Stats()
 
 

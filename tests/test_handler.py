@@ -11,7 +11,7 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import pytest
-from conftest import run_export
+from conftest import Called, run_export
 from traceserve_runtime.batching import Arrays, Runner
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import InvalidManifest
@@ -115,7 +115,7 @@ def poison(handler: TransformerHandler, act: Callable[[Runner, Arrays, np.ndarra
         marked = np.array([row.tolist() == ids for row in texts])
         return act(own, inputs, marked)
 
-    engine.runner = runner
+    engine.runner = Called(runner)
 
 
 def test_good_and_bad_rows_have_their_own_status(loaded: TransformerHandler) -> None:

@@ -14,7 +14,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from traceserve.samples import SENTENCES, VERY_LONG
-from traceserve_runtime.batching import Arrays, CostModel, Stats, plan
+from traceserve_runtime.batching import Arrays, CostModel, Padding, Stats, plan
 from traceserve_runtime.engine import Answer, Engine
 from traceserve_runtime.errors import ModelFailure
 from traceserve_runtime.lanes import Batches, Lanes, schedule
@@ -25,7 +25,7 @@ quick = settings(deadline=None, max_examples=150, database=None)
 TEXTS = [*SENTENCES, VERY_LONG[:1500], *(" ".join(SENTENCES[i : i + 2]) for i in range(3, 8))]
 SHAPES = [Shapes(), Shapes((32, 512)), Shapes(batches=(1, 4, 16)), Shapes((64, 512), (1, 8))]
 lengths_of_rows = st.lists(st.integers(1, 512), min_size=1, max_size=80)
-costs = st.builds(CostModel, st.floats(1, 500), st.floats(0.5, 4), st.floats(0, 0.05))
+costs = st.builds(CostModel, st.floats(1, 500), st.floats(0.5, 4), st.floats(0, 0.05), st.sampled_from([1.0, 0.1]))
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,10 @@ def threads() -> Iterator[List[ThreadPoolExecutor]]:
 
 
 def total(batches: Batches, lengths: Sequence[int], shapes: Shapes, cost: CostModel) -> float:
-    return sum(cost(shapes.batch(len(b)), shapes.length(max(lengths[i] for i in b))) for b in batches)
+    return sum(
+        cost(shapes.batch(len(b)), shapes.length(max(lengths[i] for i in b)), sum(lengths[i] for i in b))
+        for b in batches
+    )
 
 
 @quick
@@ -80,6 +83,17 @@ def test_lanes_share_the_work_where_they_are_as_fast(threads: List[ThreadPoolExe
 
 def test_slow_lanes_are_not_used(threads: List[ThreadPoolExecutor]) -> None:
     assert len(schedule([10] * 64, Shapes(), CostModel(), Lanes(threads[:2], CostModel().scaled(3)))) == 1
+
+
+def test_where_padding_costs_little_a_lane_has_one_run_of_as_many_tokens(threads: List[ThreadPoolExecutor]) -> None:
+    lengths = [*range(5, 45)]
+    alone = CostModel(attention=0.0, padding=0.0)
+    planned = schedule(lengths, Shapes(), CostModel().scaled(9), Lanes(threads[:2], alone))
+    assert [len(lane) for lane in planned] == [1, 1]
+    tokens = [sum(lengths[i] for i in batch) for [batch] in planned]
+    assert abs(tokens[0] - tokens[1]) <= max(lengths)
+    padded = schedule(lengths, Shapes(), CostModel().scaled(9), Lanes(threads[:2], CostModel(attention=0.0)))
+    assert sum(map(len, padded)) > 2
 
 
 def test_a_long_row_keeps_no_lane_waiting(threads: List[ThreadPoolExecutor]) -> None:
@@ -144,6 +158,8 @@ def test_side_by_side_the_answers_are_the_same(engine: Engine) -> None:
     own = engine.runner
 
     class Watched:
+        padding = Padding()
+
         def __call__(self, inputs: Arrays) -> Arrays:
             used.add(threading.current_thread().name)
             assert torch.get_num_threads() == 1
@@ -168,6 +184,8 @@ def test_a_single_text_has_all_threads(engine: Engine) -> None:
     own, seen = engine.runner, []
 
     class Watched:
+        padding = Padding()
+
         def __call__(self, inputs: Arrays) -> Arrays:
             seen.append(torch.get_num_threads())
             return own(inputs)
@@ -182,6 +200,8 @@ def test_a_row_that_fails_fails_alone(engine: Engine) -> None:
     own, marked = engine.runner, marker.rows[0].encoding.ids[1]  # type: ignore[union-attr]
 
     class Broken:
+        padding = Padding()
+
         def __call__(self, inputs: Arrays) -> Arrays:
             if (inputs["input_ids"][:, 1] == marked).any():
                 raise RuntimeError("the input is poison")
@@ -208,4 +228,4 @@ def test_one_thread_has_no_lanes(artifact: Path) -> None:
 def test_without_measuring_nothing_runs_side_by_side(artifact: Path, two_cores: None) -> None:
     engine = Engine.load(artifact)
     engine.warm_up()
-    assert engine.lanes is None and engine.cost == engine.task.cost
+    assert engine.lanes is None and engine.cost == CostModel(padding=engine.runner.padding.cost)

@@ -9,12 +9,13 @@ from typing import Any, Iterator
 
 import pytest
 import torch
-from traceserve_runtime.batching import Arrays, CostModel, Stats
+from traceserve_runtime.batching import IN_ATTENTION, Arrays, CostModel, Padding, Stats
 from traceserve_runtime.engine import Answer, Engine
 from traceserve_runtime.lanes import Lanes
 from traceserve_runtime.tasks.contract import Request
 
 REQUEST = Request({"text": "Where is my parcel?"})
+GUESSED = CostModel(padding=IN_ATTENTION.cost)
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def test_costs_are_learned_and_the_answers_stay(engine: Engine, monkeypatch: pyt
     ended = time.monotonic() + 60
     while engine.lanes is guessed and time.monotonic() < ended:
         assert ask(engine, 5) == pytest.approx(alone, abs=1e-5)
-    assert engine.lanes is not None and engine.lanes != guessed and engine.cost != CostModel()
+    assert engine.lanes is not None and engine.lanes != guessed and engine.cost != GUESSED
 
 
 def test_it_takes_a_small_part_of_the_time_and_none_of_the_first_answer(engine: Engine) -> None:
@@ -71,7 +72,7 @@ def test_a_full_batch_runs_side_by_side_before_anything_is_measured(engine: Engi
     engine.open_lanes()
     stats = Stats()
     engine.answer([REQUEST] * 16, stats)
-    assert stats.micro_batches > 1 and engine.cost == CostModel()
+    assert stats.micro_batches > 1 and engine.cost == GUESSED
     assert ask(engine, 16) == pytest.approx(alone, abs=1e-5)
 
 
@@ -87,6 +88,8 @@ def test_what_cannot_be_measured_is_guessed(
     class Broken:
         """Fails at what is only measured: its shapes are none of a request."""
 
+        padding = Padding()
+
         def __call__(self, inputs: Arrays) -> Arrays:
             if len({*inputs["input_ids"].ravel()}) == 1:
                 raise RuntimeError("not enough memory")
@@ -98,7 +101,7 @@ def test_what_cannot_be_measured_is_guessed(
         ended = time.monotonic() + 60
         while not caplog.text and time.monotonic() < ended:
             ask(engine)
-    assert isinstance(guessed, Lanes) and engine.lanes is guessed and engine.cost == CostModel()
+    assert isinstance(guessed, Lanes) and engine.lanes is guessed and engine.cost == GUESSED
     assert "could not be measured, and is guessed: not enough memory" in caplog.text
     ask(engine, 5)
     assert caplog.text.count("guessed") == 1

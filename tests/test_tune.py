@@ -71,6 +71,13 @@ def test_waste_by_hand(cost: CostModel, step: Optional[int], expected: Sequence[
     assert found[0].name == "fixed (32)" and found[1].name == "buckets (16, 32)"
 
 
+def test_waste_where_padding_is_computed_in_attention_alone() -> None:
+    """Two rows of 4 and 20 in one run: 32 places each, of which 40 are padding and count a tenth."""
+    cost = CostModel(run=1000.0, attention=0.0, padding=0.1)
+    [*_, dynamic] = wastes([[4], [20]], max_length=40, batch_size=2, cost=cost, multiple=16)
+    assert (dynamic.tokens, dynamic.cost) == pytest.approx((4 / 28, 4 / 1028))
+
+
 def test_waste_is_within_a_batch() -> None:
     """One request at a time never shares a micro-batch; windows of one request do."""
     dear = CostModel(1000.0, 1.0, 0.0)
@@ -305,8 +312,8 @@ def test_the_lengths_are_the_engines(mar: Path, tmp_path: Path) -> None:
     ]
     engine.answer(requests, stats)
     assert stats.tokens == sum(map(sum, texts.lengths)) and stats.rows == sum(map(len, texts.lengths)) > len(requests)
-    [*_, dynamic] = wastes(texts.lengths, manifest.max_length, len(requests), None, engine.cost)
-    assert dynamic.tokens == pytest.approx(stats.padding_share)
+    [*_, dynamic] = wastes(texts.lengths, manifest.max_length, len(requests), None, engine.cost, multiple=16)
+    assert dynamic.tokens == pytest.approx(stats.padding_share, abs=stats.micro_batches / stats.padded_tokens)
 
 
 def test_texts_that_are_all_refused_are_told(mar: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Callable, Set, Tuple
 
 import pytest
 import torch
-from conftest import nothing, run_export
+from conftest import Called, nothing, run_export
 from traceserve import loading, samples, sources, verification
 from traceserve.config import parse
 from traceserve.errors import DriftError, ExportError
@@ -61,7 +61,7 @@ def spy(engine: Engine) -> Set[Tuple[int, ...]]:
         seen.add(inputs["input_ids"].shape)
         return runner(inputs)
 
-    engine.runner = watched  # type: ignore[assignment]  # is run once only
+    engine.runner = Called(watched)  # type: ignore[assignment]  # is run once only
     return seen
 
 

@@ -1,4 +1,4 @@
-"""Weights outside of their graph: mapped from the model's file, they give the same outputs to the last bit."""
+"""Weights outside of their graph: mapped from the model's file, they give the same outputs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ import torch
 from conftest import run_export
 from traceserve import export, verification
 from traceserve.samples import SENTENCES
-from traceserve_runtime.engine import Engine
+from traceserve_runtime.batching import Padding
+from traceserve_runtime.engine import Answer, Engine
 from traceserve_runtime.errors import InvalidManifest
 from traceserve_runtime.manifest import Manifest, Shapes, sha256
 from traceserve_runtime.runtimes import devices, packing, torchscript
@@ -99,7 +100,7 @@ def outputs(engine: Engine) -> List[np.ndarray]:
 
 
 @pytest.mark.parametrize("architecture", ALL)
-def test_mapped_weights_give_the_same_to_the_last_bit(
+def test_mapped_weights_give_the_same(
     made: Callable[[str], Path], architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = made(architecture)
@@ -115,7 +116,10 @@ def test_mapped_weights_give_the_same_to_the_last_bit(
     assert read == [GRAPH_FILE, MODEL_FILE]
     got, expected = outputs(mapped), outputs(loaded)
     assert len(got) == len(expected) >= 2
-    assert all(one.dtype == other.dtype and np.array_equal(one, other) for one, other in zip(got, expected))
+    # The graph alone may compute less than the whole model, in another order.
+    limit = 1e-6 if Manifest.read(folder).runtime[torchscript.UNPADDED] else 0.0
+    for one, other in zip(got, expected):
+        assert one.dtype == other.dtype and np.allclose(one, other, rtol=0, atol=limit)
     assert any(np.ptp(array) > 0 for array in got if array.size)
 
 
@@ -197,7 +201,10 @@ def test_the_weights_are_in_memory_once_for_all_workers(large: Path, tmp_path: P
     engine, whole = Engine.load(large, settings=SHARED), Engine.load(plain(large, tmp_path / "x"))
     engine.warm_up()
     request = Request({"text": "Yes."}, {"top_k": None})
-    assert engine.answer([request]) == whole.answer([request])
+    answers = [each.answer([request])[0] for each in (engine, whole)]
+    assert isinstance(answers[0], Answer) and isinstance(answers[1], Answer)
+    scores, expected = ([item["score"] for item in answer.value] for answer in answers)
+    assert scores == pytest.approx(expected, abs=1e-5)
     [(addresses, copied)] = file_mappings(large / MODEL_FILE)
     assert len(addresses) >= (large / MODEL_FILE).stat().st_size and copied == 0
     runner: Any = engine.runner
@@ -241,7 +248,7 @@ def test_the_models_file_needs_nothing_beside_it(made: Callable[[str], Path], tm
     inputs = {name: columns[name] for name in engine.manifest.inputs}
     with torch.no_grad():
         [logits] = module(*(torch.from_numpy(array) for array in inputs.values()))
-    assert np.array_equal(logits.numpy(), engine.runner(inputs)["logits"])
+    assert engine.runner(inputs)["logits"] == pytest.approx(logits.numpy(), abs=1e-6)
 
 
 def test_an_artifact_of_a_graph_elsewhere_than_the_cpu_is_loaded_plainly(
@@ -256,8 +263,8 @@ def test_an_artifact_of_a_graph_elsewhere_than_the_cpu_is_loaded_plainly(
 
     monkeypatch.setattr(torch.jit, "load", load)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    torchscript.read(Manifest.read(made("bert")), made("bert"), "cuda:0")
-    assert read == [(MODEL_FILE, "cuda:0")]
+    runner = torchscript.read(Manifest.read(made("bert")), made("bert"), "cuda:0")
+    assert read == [(MODEL_FILE, "cuda:0")] and runner.padding == Padding()
 
 
 # Packed: each worker's own copy of what its linear layers read

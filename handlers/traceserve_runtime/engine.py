@@ -57,7 +57,7 @@ class Engine:
         self.manifest = manifest
         self.task = task
         self.runner = runner
-        self.cost = task.cost  # of a run on this machine, once measured
+        self.cost = replace(task.cost, padding=runner.padding.cost)  # of a run on this machine, once measured
         self.lanes: Optional[Lanes] = None  # where it can run several micro-batches side by side
         self._measuring: Iterator[float] = iter(())
         self._answer_first = 0.0  # seconds of answering until the next run is measured
@@ -121,7 +121,7 @@ class Engine:
         if self.task.loop:
             return
         timings = yield from self._time_runs(self.runner)
-        self.cost = batching.fit(timings) or self.cost
+        self.cost = batching.fit(timings, self.cost.padding) or self.cost
         self.open_lanes()
         if self.lanes is None:
             return
@@ -132,7 +132,7 @@ class Engine:
                 running.result()
 
         alone = yield from self._time_runs(side_by_side)
-        cost = batching.fit(alone)
+        cost = batching.fit(alone, self.cost.padding)
         if cost is not None and timings:
             unit = batching.seconds_per_cost(alone, cost) / batching.seconds_per_cost(timings, self.cost)
             self.lanes = Lanes(threads, cost.scaled(unit))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from concurrent.futures import Executor, wait
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Callable, List, Optional, Sequence, Tuple, TypeVar
 
 from traceserve_runtime.batching import MOST_ROWS, MOST_TOKENS, CostModel, plan
@@ -56,18 +57,17 @@ def _cut(lengths: Sequence[int], shapes: Shapes, cost: CostModel, most_tokens: i
     Bisection over its cost: the longest rows that it still allows are one micro-batch, then the next ones.
     """
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-    padded = [shapes.length(lengths[i]) for i in order]
+    rows = _Rows([lengths[i] for i in order], shapes, cost, most_tokens)
 
     def batches_within(limit: float) -> Batches:
         batches, start = [], 0
         while start < len(order):
-            length = padded[start]
-            rows = _most_rows(length, shapes, cost, limit, most_tokens)
-            batches.append(order[start : start + rows])
-            start += rows
+            end = start + rows.within(limit, start)
+            batches.append(order[start:end])
+            start = end
         return batches
 
-    least, most = 0.0, sum(cost(1, length) for length in padded)
+    least, most = 0.0, sum(_alone(lengths, shapes, cost))
     for _ in range(_BISECTIONS):
         middle = (least + most) / 2
         if len(batches_within(middle)) <= count:
@@ -77,12 +77,36 @@ def _cut(lengths: Sequence[int], shapes: Shapes, cost: CostModel, most_tokens: i
     return batches_within(most)
 
 
-def _most_rows(length: int, shapes: Shapes, cost: CostModel, limit: float, most_tokens: int) -> int:
-    """How many rows of this length run together for at most `limit`, and within the plan's own limits; at least one."""
-    if shapes.batches is not None:
-        return max([b for b in shapes.batches if cost(b, length) <= limit and b * length <= most_tokens], default=1)
-    affordable = (limit - cost.run) / (cost(1, length) - cost.run)
-    return max(1, min(int(affordable), MOST_ROWS, most_tokens // length))
+class _Rows:
+    """Rows, longest first, and how many of them run together at a cost."""
+
+    def __init__(self, lengths: Sequence[int], shapes: Shapes, cost: CostModel, most_tokens: int) -> None:
+        self._lengths = lengths
+        self._shapes = shapes
+        self._cost = cost
+        self._most_tokens = most_tokens
+        self._padded = [shapes.length(n) for n in lengths]
+        of_places = {n: cost(1, n, 0) - cost.run for n in set(self._padded)}
+        self._of_places = [of_places[n] for n in self._padded]  # the cost of a row's places
+        self._of_token = cost(0, 0, 1) - cost.run
+        self._tokens_before = [0, *accumulate(lengths)]
+
+    def within(self, limit: float, start: int) -> int:
+        """How many rows from `start` on run together for at most `limit`, and within the plan's own limits; at least one."""
+        length = self._padded[start]
+        if self._shapes.batches is not None:
+            cost, most = self._cost, self._most_tokens
+            return max((b for b in self._shapes.batches if cost(b, length) <= limit and b * length <= most), default=1)
+        most_rows = min(MOST_ROWS, self._most_tokens // length, len(self._lengths) - start)
+        of_places, of_token, before = self._of_places[start], self._of_token, self._tokens_before
+        rows, left = 0, limit - self._cost.run
+        while rows < most_rows:  # so many more, were they as long as the next one
+            more = min(int(left / (of_places + of_token * self._lengths[start + rows])), most_rows - rows)
+            if more < 1:
+                break
+            left -= more * of_places + of_token * (before[start + rows + more] - before[start + rows])
+            rows += more
+        return max(1, rows)
 
 
 def _spread(batches: Batches, lengths: Sequence[int], shapes: Shapes, lanes: Lanes) -> Tuple[List[Batches], float]:
@@ -98,9 +122,18 @@ def _spread(batches: Batches, lengths: Sequence[int], shapes: Shapes, lanes: Lan
 
 
 def _costs(batches: Batches, lengths: Sequence[int], shapes: Shapes, cost: CostModel) -> List[float]:
-    return [cost(shapes.batch(len(batch)), shapes.length(max(lengths[i] for i in batch))) for batch in batches]
+    costs = []
+    for batch in batches:
+        own = [lengths[i] for i in batch]
+        costs.append(cost(shapes.batch(len(own)), shapes.length(max(own)), sum(own)))
+    return costs
+
+
+def _alone(lengths: Sequence[int], shapes: Shapes, cost: CostModel) -> List[float]:
+    """What each row would cost by itself."""
+    return [cost(1, shapes.length(length), length) for length in lengths]
 
 
 def _least(lengths: Sequence[int], shapes: Shapes, cost: CostModel) -> float:
     """What all rows in one run would cost if none were padded to another's length."""
-    return cost.run + sum(cost(1, shapes.length(length)) - cost.run for length in lengths)
+    return cost.run + sum(each - cost.run for each in _alone(lengths, shapes, cost))

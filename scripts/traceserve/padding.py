@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import List, Optional, Sequence, Tuple
+from functools import partial
+from typing import Callable, List, Optional, Sequence, Tuple
 
 from traceserve_runtime import batching
 from traceserve_runtime.batching import CostModel
@@ -35,11 +36,13 @@ def wastes(
     length_step: Optional[int] = None,
     cost: CostModel = CostModel(),
     most_tokens: int = batching.MOST_TOKENS,
+    multiple: int = 1,
 ) -> List[Waste]:
     """What is wasted where rows are padded to `max_length`, to the nearest of a few lengths, or to their micro-batch's.
 
     `lengths` are those of each request's rows. The requests come, in any order, in batches of `batch_size`, which the
-    engine's own plan cuts into micro-batches: three times the same plan, over other allowed shapes.
+    engine's own plan cuts into micro-batches: three times the same plan, over other allowed shapes. `multiple` as in
+    `batching.common_length`.
     """
     few = few_lengths(max_length)
     step = length_step or 1
@@ -51,19 +54,27 @@ def wastes(
     shuffled = list(lengths)
     random.Random(0).shuffle(shuffled)  # a file in the order of lengths would look too well
     batches = [[n for rows in shuffled[i : i + batch_size] for n in rows] for i in range(0, len(shuffled), batch_size)]
-    return [_waste(name, shapes, batches, cost, most_tokens) for name, shapes in ways]
+    common = partial(batching.common_length, most=max_length, multiple=multiple)
+    return [_waste(name, shapes, batches, cost, most_tokens, common) for name, shapes in ways]
 
 
-def _waste(name: str, shapes: Shapes, batches: Sequence[Sequence[int]], cost: CostModel, most_tokens: int) -> Waste:
+def _waste(
+    name: str,
+    shapes: Shapes,
+    batches: Sequence[Sequence[int]],
+    cost: CostModel,
+    most_tokens: int,
+    common_length: Callable[[Sequence[int], Shapes], int],
+) -> Waste:
     run = cost(0.0, 0)  # what a run costs before its first token
-    tokens = computed = 0
-    needed = total = 0.0
+    tokens = 0
+    computed = needed = total = 0.0
     for lengths in batches:
         for micro_batch in batching.plan(lengths, shapes, cost, most_tokens):
             own = [lengths[i] for i in micro_batch]
-            length = shapes.length(max(own))
+            length = common_length(own, shapes)
             tokens += sum(own)
-            computed += len(own) * length
+            computed += sum(own) + cost.padding * (len(own) * length - sum(own))
             needed += run + sum(cost(1.0, n) - run for n in own)
-            total += cost(float(len(own)), length)
+            total += cost(float(len(own)), length, float(sum(own)))
     return Waste(name, 1 - tokens / computed, 1 - needed / total, total)

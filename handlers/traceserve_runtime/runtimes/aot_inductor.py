@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Sequence, Tuple
 
 from traceserve_runtime import processor
-from traceserve_runtime.batching import Arrays, State
+from traceserve_runtime.batching import Arrays, Padding, State
 from traceserve_runtime.errors import InvalidManifest, MissingPackage
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runtimes.torchscript import settle
@@ -20,6 +20,8 @@ TORCH, MACHINE, INSTRUCTIONS = "torch", "machine", "instructions"
 
 class AotInductorRunner:
     """A compiled model on the CPU; see Runner. None is run in a loop."""
+
+    padding = Padding()
 
     def __init__(self, model: Any, manifest: Manifest) -> None:
         self._model = model

@@ -9,7 +9,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 import numpy as np
 
 from traceserve_runtime import processor
-from traceserve_runtime.batching import Arrays, State
+from traceserve_runtime.batching import Arrays, Padding, State
 from traceserve_runtime.errors import InvalidManifest, MissingPackage
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.settings import Settings
@@ -52,6 +52,8 @@ class _Graph:
 
 class OnnxRunner:
     """A model in ONNX Runtime on the CPU; see Runner."""
+
+    padding = Padding()
 
     def __init__(self, graphs: Dict[str, _Graph], manifest: Manifest) -> None:
         self._graphs = graphs

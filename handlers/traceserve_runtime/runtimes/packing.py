@@ -124,7 +124,7 @@ def _groups(entry: Any, layers: Sequence[_Layer]) -> List[List[_Layer]]:
         name = layer.node.output().debugName()
         known = layer.vector is not None or str(layer.bias.type()) == "NoneType"
         kind = layer.weight.dtype, layer.vector.dtype if layer.vector is not None else None
-        together = known and name in outside and not strided and not {_memory(layer.rows), name} & written
+        together = known and name in outside and not strided and not {memory(layer.rows), name} & written
         groups.setdefault((layer.rows.debugName(), layer.turned, kind) if together else name, []).append(layer)
     return list(groups.values())
 
@@ -133,10 +133,10 @@ def _written(graph: Any) -> Set[str]:
     """What is changed in place after it was made. Of such rows one layer may read the old values, and another the new; of
     such results a slice under another shape may be a copy, which keeps the change to itself."""
     nodes = [node for node in devices.nodes(graph) if node.kind().startswith("aten::") and node.kind().endswith("_")]
-    return {_memory(next(iter(node.inputs()))) for node in nodes}
+    return {memory(next(iter(node.inputs()))) for node in nodes}
 
 
-def _memory(value: Any) -> str:
+def memory(value: Any) -> str:
     """The name of the value that first lay where this one lies."""
     while _VIEW.fullmatch(value.node().kind()):
         value = next(iter(value.node().inputs()))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 
-from traceserve_runtime.batching import Arrays, State, filled
+from traceserve_runtime.batching import Arrays, Padding, State, filled
 from traceserve_runtime.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ def decoder_name(manifest_shape: str, target: int) -> str:
 
 class PaddedRunner:
     """Graphs for each shape; see Runner. The state: the encoder's output, and the tokens so far."""
+
+    padding = Padding()
 
     def __init__(self, module: Any, manifest: Manifest, targets: Sequence[int]) -> None:
         self._module = module

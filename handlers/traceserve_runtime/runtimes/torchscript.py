@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Optional, Sequence, Tuple, Union
 import numpy as np
 
 from traceserve_runtime import processor
-from traceserve_runtime.batching import Arrays, State, filled
+from traceserve_runtime.batching import IN_ATTENTION, Arrays, Padding, State, filled
 from traceserve_runtime.errors import InvalidManifest, MissingPackage
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runtimes import devices, neuron, packing, weights
@@ -20,13 +20,19 @@ if TYPE_CHECKING:
     import torch
 
 
+UNPADDED = "unpadded"  # of `Manifest.runtime`: whether a CPU's graph computes padding in attention alone
+
+
 class TorchScriptRunner:
     """A traced model on a device, or one that is called like it; see Runner. Its state is a tuple of tensors there.
 
     Runs go `side_by_side` where one of several threads that call it does not wait for the others.
     """
 
-    def __init__(self, module: Any, manifest: Manifest, device: str, side_by_side: bool = False) -> None:
+    def __init__(
+        self, module: Any, manifest: Manifest, device: str, side_by_side: bool = False, padding: Padding = Padding()
+    ) -> None:
+        self.padding = padding
         self._module = module
         self._manifest = manifest
         self._device = device
@@ -120,15 +126,18 @@ def read(
         pages = weights.assign(module, folder / manifest.model_file, weights.read_places(folder))
         if settings.pack_weights and packing.pack(module):
             weights.give_back(pages)
-    return _runner(module, manifest, device)
+    return _runner(module, manifest, device, IN_ATTENTION if mapped and manifest.runtime.get(UNPADDED) else Padding())
 
 
-def _runner(module: Any, manifest: Manifest, device: str) -> Union[TorchScriptRunner, PaddedRunner]:
+def _runner(
+    module: Any, manifest: Manifest, device: str, padding: Padding = Padding()
+) -> Union[TorchScriptRunner, PaddedRunner]:
     """What runs these graphs: those that write have target lengths where their shapes are fixed."""
     targets = manifest.runtime.get("targets")
     if targets:
         return PaddedRunner(module, manifest, targets)
-    return TorchScriptRunner(module, manifest, device, device == "cpu" and manifest.hardware not in neuron.CHIPS)
+    side_by_side = device == "cpu" and manifest.hardware not in neuron.CHIPS
+    return TorchScriptRunner(module, manifest, device, side_by_side, padding)
 
 
 def settle(dtype: str, device: str, threads: Optional[int]) -> None:

@@ -154,6 +154,7 @@ def _print_exported(exported: Exported, path: Path, seconds: float) -> None:
         ("parameters", f"{exported.parameters:,}"),
         ("dtype", _dtype(manifest)),
         ("shapes", describe(manifest.shapes, manifest.max_length)),
+        *_padding(manifest),
         (
             "largest difference",
             f"{findings.largest_difference:.1e} (limit {findings.limit.difference:.0e}), in {len(findings.cells)} cells",
@@ -169,6 +170,15 @@ def _print_exported(exported: Exported, path: Path, seconds: float) -> None:
     if not findings.passed:
         console(error=True).print("[yellow]warning:[/] the gate did not pass; --allow-drift exported it all the same")
         print_findings(findings)
+
+
+def _padding(manifest: Manifest) -> List[Tuple[str, str]]:
+    """Where a CPU computes it, of what is run once."""
+    from traceserve_runtime.runtimes.torchscript import UNPADDED
+
+    if UNPADDED not in manifest.runtime or manifest.step_inputs:
+        return []
+    return [("padding", "computed in attention alone" if manifest.runtime[UNPADDED] else "computed as tokens are")]
 
 
 def _dtype(manifest: Manifest) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Dict, Tuple, Type
+from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple, Type
 
 from traceserve_runtime.errors import reason
+from traceserve_runtime.runtimes.torchscript import UNPADDED
 
 from traceserve.writers import compiled, weights
 from traceserve.writers.contract import Written
@@ -64,10 +65,24 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
         raise
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
         raise ExportError(f"torch.jit.trace cannot trace {type(original.model).__name__}: {reason(error)}") from error
-    runtime = {}
+    unpadded = None if task.loop or shapes.graph_per_shape else _unpadded(original, folder / MODEL_FILE)
+    runtime: Dict[str, Any] = {UNPADDED: unpadded is not None}
     if target.hardware == "gpu":
-        runtime = {"ran_on_meta": devices.prove(folder / MODEL_FILE, _examples(original, task, shapes))}
-    return Written(step_inputs, weights.write_graph(folder, MODEL_FILE), runtime)
+        runtime["ran_on_meta"] = devices.prove(folder / MODEL_FILE, _examples(original, task, shapes))
+    return Written(step_inputs, weights.write_graph(folder, MODEL_FILE, unpadded), runtime)
+
+
+def _unpadded(original: Original, file: Path) -> Optional[Any]:
+    """The graph that a worker on a CPU runs in the place of the traced one; None where there is none."""
+    from traceserve.wrapping import example
+    from traceserve.writers import unpadding
+
+    if original.max_length < max(length for _, length in unpadding.SHAPES):
+        return None
+    shapes = [*unpadding.SHAPES, (1, 5), (5, min(20, original.max_length))]
+    examples = [example(original, batch, length) for batch, length in shapes]
+    reads_first = original.tokenizer_facts.padding_side == "right"
+    return unpadding.unpadded(file, original.inputs, examples, original.dtype, reads_first)
 
 
 def _single(original: Original, task: Type[Task], shapes: Shapes) -> torch.nn.Module:

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 _HEADER_SIZE, _LENGTHS_AT = 30, 26
 
 
-def write_graph(folder: Path, model_file: str) -> Tuple[str, ...]:
-    """Write the graph and the table of weights beside the model; gives their names."""
+def write_graph(folder: Path, model_file: str, rewritten: Any = None) -> Tuple[str, ...]:
+    """Write the model's graph, or what it was rewritten as, and the table of weights beside the model; gives their names."""
     import torch
 
-    module: Any = torch.jit.load(str(folder / model_file))  # type: ignore[no-untyped-call]
+    module = rewritten or torch.jit.load(str(folder / model_file))  # type: ignore[no-untyped-call]
     records = _records(folder / model_file)
     places: Dict[str, Place] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():

@@ -1,0 +1,418 @@
+"""A traced graph that computes less: nothing for padding, and of the last layer nothing that nobody reads.
+
+Texts that run together are padded to the longest. Most of a transformer takes each token by itself and needs no padding:
+there all tokens of a batch lie end to end, packed as (1, tokens, features), and attention alone sees rows, (batch, length,
+features). And of the last layer a classifier may read each row's first place alone; of the others it needs no more than the
+keys and values that the first one attends to.
+
+Which values are rows is seen by running the graph at two shapes. What the rewritten graph gives is compared with what it
+gave before; what is not understood stays as it is.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
+
+import torch
+from traceserve_runtime.runtimes import packing
+from traceserve_runtime.runtimes.devices import nodes
+
+Example = Tuple[torch.Tensor, ...]
+
+SHAPES = ((3, 11), (2, 7))  # (batch, length) of the examples: no other size of a model changes as these do
+_START = ("aten::linear", "aten::layer_norm", "aten::rms_norm")  # rows are packed for these, and stay packed from there
+_BY_ELEMENT = (
+    "abs add clamp contiguous detach div dropout erf exp feature_dropout gelu leaky_relu mul neg pow relu rsqrt rsub "
+    "sigmoid silu softplus sqrt square sub tanh to"
+)
+_BY_TOKEN = (*_START, *(f"aten::{name}" for name in _BY_ELEMENT.split()))
+_LAYERS = ("aten::linear", "aten::addmm", "aten::matmul", "aten::conv1d")
+_RESHAPING = ("aten::view", "aten::reshape")
+_MOVING = ("aten::transpose", "aten::permute", "aten::slice")
+_ATTENTION = "aten::scaled_dot_product_attention"
+_TOLERANCE = {"float32": 1e-4}  # of the largest value
+_MISTAKEN = 0.1  # in other dtypes: how precise they are is the gate's to say
+
+
+def unpadded(
+    file: Path, inputs: Sequence[str], examples: Sequence[Example], dtype: str, reads_first: bool
+) -> Optional[Any]:
+    """The module of `file`, which has one graph, rewritten; None where nothing is gained or it gives something else.
+
+    `examples` are its inputs: two in `SHAPES`, and others, all with padding. `reads_first`: whether a row's first place is
+    never padding.
+    """
+    module: Any = torch.jit.load(str(file))  # type: ignore[no-untyped-call]
+    graph = module.graph
+    if "attention_mask" not in inputs or not hasattr(graph, "insertGraph"):
+        return None
+    torch._C._jit_pass_inline(graph)
+    _open_tuples(graph)
+    _drop_dropout(graph)
+    torch._C._jit_pass_cse(graph)
+    column = inputs.index("attention_mask")
+    with torch.no_grad():
+        try:
+            dims = _dims(module, graph, examples[: len(SHAPES)])
+            if not _Rewriting(graph, dims, list(graph.inputs())[1 + column]).run(reads_first):
+                return None
+            traced: Any = torch.jit.load(str(file))  # type: ignore[no-untyped-call]
+            limit = _TOLERANCE.get(dtype, _MISTAKEN)
+            same = all(_same(module(*example), traced(*example), example[column], limit) for example in examples)
+        except RuntimeError:
+            return None
+    return module if same else None
+
+
+def _same(got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], mask: torch.Tensor, tolerance: float) -> bool:
+    """Whether outputs are the same, of each token or of each row; what is given for padding is no matter."""
+    for one, other in zip(got, expected):
+        if one.shape != other.shape:
+            return False
+        if other.shape[:2] == mask.shape:
+            one, other = one[mask.bool()], other[mask.bool()]
+        if not float((one - other).abs().max()) <= tolerance * max(1.0, float(other.abs().max())):
+            return False
+    return True
+
+
+class _Dims:
+    """Which axes of a value are as long as the batch and as the rows; `others` depend on these in another way."""
+
+    def __init__(self, *sizes: Sequence[int]) -> None:
+        self.count = len(sizes[0])
+        changing = [(axis, each) for axis, each in enumerate(zip(*sizes)) if len(set(each)) > 1]
+        batches, lengths = zip(*SHAPES)
+        self.batch = [axis for axis, each in changing if each == batches]
+        self.length = [axis for axis, each in changing if each == lengths]
+        self.others = len(changing) > len(self.batch) + len(self.length)
+
+    @property
+    def rows(self) -> bool:
+        """Whether it is (batch, length, features)."""
+        return self.count == 3 and self.batch == [0] and self.length == [1] and not self.others
+
+    @property
+    def fixed(self) -> bool:
+        """Whether it is the same for every batch."""
+        return not (self.batch or self.length or self.others)
+
+    @property
+    def places(self) -> Optional[int]:
+        """The axis of the rows' places, where it is one."""
+        return self.length[0] if len(self.length) == 1 and not self.others else None
+
+
+def _dims(module: Any, graph: Any, examples: Sequence[Example]) -> Dict[str, _Dims]:
+    """Of every tensor that a graph makes or reads, by name, those in branches and loops aside."""
+    sizes = zip(*(_sizes(module, graph, example) for example in examples))
+    names = [value.debugName() for value in _tensors(graph)]
+    return {name: _Dims(*each) for name, each in zip(names, sizes) if len(set(map(len, each))) == 1}
+
+
+def _sizes(module: Any, graph: Any, example: Example) -> List[torch.Size]:
+    """The shapes of `_tensors(graph)` as the graph runs; the module's own goes on unrun."""
+    seen = graph.copy()
+    together = seen.create("prim::ListConstruct", _tensors(seen), 1)
+    together.output().setType(torch._C.ListType(torch._C.TensorType.get()))
+    seen.appendNode(together)
+    while list(seen.outputs()):
+        seen.eraseOutput(0)
+    seen.registerOutput(together.output())
+    run = torch._C._create_function_from_graph("seen", seen)
+    return [tensor.shape for tensor in run(module._c, *example)]
+
+
+def _open_tuples(graph: Any) -> None:
+    """Read the values themselves where they are put together, as between a layer and its hooks."""
+    for node in graph.findAllNodes("prim::TupleUnpack", False):
+        made = node.inputsAt(0).node()
+        if made.kind() == "prim::TupleConstruct":
+            for output, value in zip(list(node.outputs()), list(made.inputs())):
+                output.replaceAllUsesWith(value)
+            node.destroy()
+
+
+def _drop_dropout(graph: Any) -> None:
+    """Take out what does nothing after training, each a call of its own."""
+    for node in graph.findAllNodes("aten::dropout", False):
+        if node.inputsAt(2).toIValue() is False:
+            node.output().replaceAllUsesWith(node.inputsAt(0))
+            node.destroy()
+
+
+def _tensors(graph: Any) -> List[Any]:
+    values = [*graph.inputs(), *(value for node in graph.nodes() for value in node.outputs())]
+    return [value for value in values if str(value.type()) == "Tensor"]
+
+
+class _Layout(NamedTuple):
+    """Values of the graph: whether there is padding; the rows' number and length; of each token its place among all places;
+    of each place its token, any one where there is padding; of each row its first place's token."""
+
+    padded: Any
+    batch: Any
+    length: Any
+    tokens: Any
+    places: Any
+    firsts: Any
+
+
+def _layout(mask: torch.Tensor) -> Tuple[bool, int, int, torch.Tensor, torch.Tensor, torch.Tensor]:
+    batch, length = mask.size(0), mask.size(1)
+    flat = mask.reshape(-1)
+    tokens = torch.nonzero(flat).reshape(-1)
+    places = (torch.cumsum(flat, 0) - 1).clamp_min(0)
+    return tokens.size(0) != flat.size(0), batch, length, tokens, places, places.view(batch, length).select(1, 0)
+
+
+def _pack(rows: torch.Tensor, padded: bool, tokens: torch.Tensor) -> torch.Tensor:
+    flat = rows.flatten(0, 1)
+    if padded:
+        flat = flat.index_select(0, tokens)
+    return flat.unsqueeze(0)
+
+
+def _spread(packed: torch.Tensor, padded: bool, places: torch.Tensor, batch: int, length: int) -> torch.Tensor:
+    flat = packed.flatten(0, 1)
+    if padded:
+        flat = flat.index_select(0, places)
+    return flat.view(batch, length, -1)
+
+
+def _first_tokens(packed: torch.Tensor, firsts: torch.Tensor) -> torch.Tensor:
+    return packed.flatten(0, 1).index_select(0, firsts).unsqueeze(1)
+
+
+class _Rewriting:
+    """A graph while it is rewritten.
+
+    Of a value there are up to three forms: as it was, packed, and of the rows' first places alone.
+    """
+
+    def __init__(self, graph: Any, dims: Dict[str, _Dims], mask: Any) -> None:
+        self.graph = graph
+        self.dims = dims
+        self.mask = mask
+        self.packed: Dict[str, Any] = {}  # by the name of the value as it was
+        self.firsts: Dict[str, Any] = {}
+        self.wanted_first: Set[str] = set()  # values of which nobody reads more
+        self.layout: _Layout
+
+    def run(self, reads_first: bool) -> bool:
+        """Rewrite it; whether something is gained."""
+        if any(self._changes_rows(node) for node in nodes(self.graph)):
+            return False
+        self.layout = _Layout(*self._call(_layout, [self.mask], next(iter(self.graph.nodes()))))
+        self._read_sizes_of_mask()
+        before = list(self.graph.nodes())
+        if reads_first:
+            self._find_wanted_first(before)
+        for node in before:
+            self._rewrite(node)
+        torch._C._jit_pass_dce(self.graph)
+        return self._gains()
+
+    def _gains(self) -> bool:
+        """Whether most layers read packed tokens, or first places: packing itself takes time."""
+        layers = [node for kind in _LAYERS for node in self.graph.findAllNodes(kind, True)]
+        known = [[self.dims.get(value.debugName()) for value in node.inputs()] for node in layers]
+        unchanged = [node for node in known if any(dims is not None and not dims.fixed for dims in node)]
+        return 2 * len(unchanged) < len(layers)
+
+    def _rewrite(self, node: Any) -> None:
+        outputs = [output.debugName() for output in node.outputs()]
+        if len(outputs) == 1 and outputs[0] in self.wanted_first and self._along(node):
+            self.firsts[outputs[0]] = self._of_firsts(node)
+        elif self._reads_first(node) and node.inputsAt(0).debugName() in self.wanted_first:
+            node.replaceInput(0, self._first(node.inputsAt(0), node))
+        elif self._packs(node):
+            packed = self._clone(node, {i: self._pack(node.inputsAt(i), node) for i in self._rows(node)})
+            layout = self.layout
+            [rows] = self._call(_spread, [packed, layout.padded, layout.places, layout.batch, layout.length], node)
+            self.dims[rows.debugName()] = self._dims(node.output())
+            self.packed[rows.debugName()] = packed
+            node.output().replaceAllUsesWith(rows)
+            node.destroy()
+
+    def _dims(self, value: Any) -> _Dims:
+        return self.dims.get(value.debugName(), _UNKNOWN)
+
+    def _changes_rows(self, node: Any) -> bool:
+        """Whether a node changes rows in place: who reads them before and who after is not looked for."""
+        kind = node.kind()
+        if not kind.startswith("aten::") or not kind.endswith("_") or kind.endswith("__"):
+            return False
+        changed = node.inputsAt(0).debugName(), packing.memory(node.inputsAt(0))
+        dims = [self.dims.get(name, _UNKNOWN) for name in changed]
+        return any(each.places is not None and each.count > 2 for each in dims)
+
+    def _call(self, function: Any, arguments: List[Any], before: Any) -> List[Any]:
+        """What a function gives, as a part of the graph."""
+        with self.graph.insert_point_guard(before):
+            [result] = self.graph.insertGraph(torch.jit.script(function).graph, arguments)
+        made = result.node()
+        return list(made.inputs()) if made.kind() == "prim::TupleConstruct" else [result]
+
+    def _constant(self, value: Any, before: Any) -> Any:
+        with self.graph.insert_point_guard(before):
+            return self.graph.insertConstant(value)
+
+    def _clone(self, node: Any, replaced: Dict[int, Any]) -> Any:
+        """The output of the same operator of other inputs, by their numbers."""
+        made = self.graph.create(node.kind(), [replaced.get(i, value) for i, value in enumerate(node.inputs())], 1)
+        made.insertBefore(node)
+        made.output().setType(torch._C.TensorType.get())
+        return made.output()
+
+    def _read_sizes_of_mask(self) -> None:
+        """Or rows would be made only to be measured."""
+        own = {self.layout.batch.debugName(), self.layout.length.debugName()}
+        for node in self.graph.findAllNodes("aten::size", False):
+            value, *axis = node.inputs()
+            dims, number = self._dims(value), axis[0].toIValue() if axis else None
+            if number is None or node.output().debugName() in own or not -dims.count <= number < dims.count:
+                continue
+            number %= dims.count
+            if number in dims.batch or number in dims.length:
+                node.output().replaceAllUsesWith(self.layout.batch if number in dims.batch else self.layout.length)
+                node.destroy()
+
+    # Packed tokens
+
+    def _tensors(self, node: Any) -> List[int]:
+        return [i for i, value in enumerate(node.inputs()) if str(value.type()) == "Tensor"]
+
+    def _rows(self, node: Any) -> List[int]:
+        return [i for i in self._tensors(node) if self._dims(node.inputsAt(i)).rows]
+
+    def _by_token(self, node: Any) -> bool:
+        """Whether a node takes each place of its rows by itself."""
+        if node.kind() == "aten::mean":
+            return _integers(node.inputsAt(1)) == [-1] and bool(node.inputsAt(2).toIValue())
+        if node.kind().endswith("_norm") and len(_integers(node.inputsAt(1))) != 1:
+            return False
+        return node.kind() in _BY_TOKEN
+
+    def _packs(self, node: Any) -> bool:
+        rows = self._rows(node)
+        return (
+            bool(rows)
+            and self._by_token(node)
+            and self._dims(node.output()).rows
+            and all(i in rows or self._dims(node.inputsAt(i)).fixed for i in self._tensors(node))
+            and (node.kind() in _START or any(node.inputsAt(i).debugName() in self.packed for i in rows))
+            # What takes padding out of rows needs them with padding.
+            and not any(self._is_mask(node.inputsAt(i)) for i in rows)
+        )
+
+    def _is_mask(self, value: Any) -> bool:
+        """Whether it is the mask in another shape or dtype."""
+        while value.debugName() != self.mask.debugName():
+            tensors = self._tensors(value.node())
+            if not tensors:
+                return False
+            value = value.node().inputsAt(tensors[0])
+        return True
+
+    def _pack(self, rows: Any, before: Any) -> Any:
+        name = rows.debugName()
+        if name not in self.packed:
+            [self.packed[name]] = self._call(_pack, [rows, self.layout.padded, self.layout.tokens], before)
+        return self.packed[name]
+
+    # What is read of the rows' first places alone
+
+    def _find_wanted_first(self, before: Sequence[Any]) -> None:
+        for node in reversed(before):
+            for output in node.outputs():
+                uses = output.uses()
+                if uses and self._dims(output).places is not None and all(map(self._wants_first, uses)):
+                    self.wanted_first.add(output.debugName())
+
+    def _wants_first(self, use: Any) -> bool:
+        """Whether a use of a value needs no more than its first place."""
+        node = use.user
+        if use.offset == 0 and self._reads_first(node):
+            return True
+        outputs = [output.debugName() for output in node.outputs()]
+        return len(outputs) == 1 and outputs[0] in self.wanted_first and use.offset in self._along(node)
+
+    def _reads_first(self, node: Any) -> bool:
+        if node.kind() not in ("aten::select", "aten::slice"):
+            return False
+        places = self._dims(node.inputsAt(0)).places
+        axis, *numbers = [value.toIValue() for value in list(node.inputs())[1:]]
+        if places is None or axis is None or axis % self._dims(node.inputsAt(0)).count != places:
+            return False
+        return numbers == ([0] if node.kind() == "aten::select" else [0, 1, 1])
+
+    def _along(self, node: Any) -> List[int]:
+        """The inputs of which a node needs only the places that are wanted of its one output."""
+        dims = self._dims(node.output())
+        read = self._dims(node.inputsAt(0)) if node.inputsSize() else _UNKNOWN
+        tensors = self._tensors(node)
+        if self._by_token(node):
+            alike = [i for i in tensors if self._dims(node.inputsAt(i)).places == dims.places]
+            same_axes = all(self._dims(node.inputsAt(i)).count == dims.count for i in alike)
+            return alike if same_axes and all(i in alike or self._dims(node.inputsAt(i)).fixed for i in tensors) else []
+        if node.kind() in (*_RESHAPING, *_MOVING):
+            return [0] if read.places is not None else []
+        if node.kind() == _ATTENTION and dims.count == 4 and dims.places == 2:
+            query, _, _, mask, _, causal, *_ = node.inputs()
+            masked = self._dims(mask)
+            readable = str(mask.type()) == "NoneType" or (masked.count > 1 and not masked.others)
+            return [0] if self._dims(query).places == 2 and readable and causal.toIValue() is False else []
+        return []
+
+    def _first(self, value: Any, before: Any) -> Any:
+        name = value.debugName()
+        if name not in self.firsts:
+            if name in self.packed:
+                [self.firsts[name]] = self._call(_first_tokens, [self.packed[name], self.layout.firsts], before)
+            else:
+                self.firsts[name] = self._first_along(value, self._dims(value).places, before)
+        return self.firsts[name]
+
+    def _first_along(self, value: Any, axis: Optional[int], before: Any) -> Any:
+        made = self.graph.create("aten::slice", [value, *(self._constant(n, before) for n in (axis, 0, 1, 1))], 1)
+        made.insertBefore(before)
+        made.output().setType(torch._C.TensorType.get())
+        return made.output()
+
+    def _of_firsts(self, node: Any) -> Any:
+        """What a node gives, of the first places alone."""
+        replaced = {i: self._first(node.inputsAt(i), node) for i in self._along(node)}
+        if node.kind() in _RESHAPING:
+            replaced[1] = self._sizes_of_firsts(node)
+        if node.kind() == _ATTENTION:
+            mask = node.inputsAt(3)
+            of_queries = self._dims(mask).count - 2
+            if of_queries in self._dims(mask).length:
+                replaced[3] = self._first_along(mask, of_queries, node)
+        return self._clone(node, replaced)
+
+    def _sizes_of_firsts(self, node: Any) -> Any:
+        sizes = node.inputsAt(1)
+        if sizes.node().kind() != "prim::ListConstruct":
+            return sizes
+        made = list(sizes.node().inputs())
+        places = self._dims(node.output()).places
+        if places is not None and made[places].toIValue() != -1:
+            made[places] = self._constant(1, node)
+        together = self.graph.create("prim::ListConstruct", made, 1)
+        together.insertBefore(node)
+        together.output().setType(sizes.type())
+        return together.output()
+
+
+def _integers(value: Any) -> List[Optional[int]]:
+    """A list that a graph holds; None for what is computed."""
+    if value.node().kind() == "prim::ListConstruct":
+        return [item.toIValue() for item in value.node().inputs()]
+    return list(value.toIValue() or [])
+
+
+_UNKNOWN = _Dims((), ())
+_UNKNOWN.others = True
