@@ -14,7 +14,10 @@ nox.options.default_venv_backend = "venv"
 nox.options.sessions = ["today"]
 DEPENDING_ON_TRANSFORMERS = [
     *("-n", "logical", "--dist", "loadfile"),
-    *(f"tests/test_{name}.py" for name in ("loading", "generation", "tasks", "pretrained", "curated", "gguf")),
+    *(
+        f"tests/test_{name}.py"
+        for name in ("loading", "generation", "tasks", "pretrained", "curated", "gguf", "unpadding")
+    ),
 ]
 WORKER = [
     *(

@@ -48,6 +48,7 @@ def unpadded(
     if "attention_mask" not in inputs or not hasattr(graph, "insertGraph"):
         return None
     torch._C._jit_pass_inline(graph)
+    torch._C._jit_pass_remove_mutation(graph)  # where nobody reads what was there before
     _open_tuples(graph)
     _drop_dropout(graph)
     torch._C._jit_pass_cse(graph)
