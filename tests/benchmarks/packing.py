@@ -1,43 +1,48 @@
-"""Packed weights against shared ones, in process and in turn: what one text and batches of them take.
+"""What one text and batches of them take, in process and in turn: with weights packed against shared ones, or with tokens
+packed, so that attention alone computes padding, against the graph as it was traced.
 
-python tests/benchmarks/packing.py --archive NAME.mar --texts FILE [--threads N] [--rounds 3]
+python tests/benchmarks/packing.py --archive NAME.mar --texts FILE [--what weights | tokens] [--threads N] [--rounds 3]
 """
 
 from __future__ import annotations
 
 import random
+import shutil
 import tempfile
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
-from typing import Dict, List, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import tables
 import texts as sentences
+from traceserve.writers.weights import write_graph
+from traceserve_runtime.engine import Engine
+from traceserve_runtime.manifest import Manifest, sha256
+from traceserve_runtime.runtimes.torchscript import UNPADDED
+from traceserve_runtime.settings import Settings
 
-SIZES = (1, 4, 16, 64)
-BATCHES = {1: 120, 4: 40, 16: 16, 64: 6}  # of each size in a round
+SIZES = (1, 4, 16, 37, 64)
+BATCHES = {1: 120, 4: 40, 16: 16, 37: 8, 64: 6}  # of each size in a round
 
 
 def main() -> None:
     parser = tables.parser(__doc__, rounds=3)
     parser.add_argument("--archive", type=Path, required=True, metavar="MAR")
     parser.add_argument("--texts", type=Path, required=True, metavar="FILE", help="a .csv with a column text, or lines")
+    parser.add_argument("--what", choices=WAYS, default="weights", help="[%(default)s]")
     parser.add_argument("--threads", type=int, metavar="N", help="of each operator [one for each core]")
     options = parser.parse_args()
-    from traceserve_runtime.engine import Engine
-    from traceserve_runtime.settings import Settings
     from traceserve_runtime.tasks.contract import Request
 
     asked = [Request({"text": text}, {"long_inputs": "truncate"}) for text in sentences.read(options.texts)]
     random.Random(0).shuffle(asked)
-    taken: Dict[Tuple[int, bool], List[float]] = {}
+    taken: Dict[Tuple[int, str], List[float]] = {}
     with tempfile.TemporaryDirectory(prefix="packing-") as folder, tables.progress() as bar:
         with zipfile.ZipFile(options.archive) as packed:
-            packed.extractall(folder)
-        engines = {
-            pack: Engine.load(Path(folder), settings=Settings(options.threads, None, pack)) for pack in (False, True)
-        }
+            packed.extractall(Path(folder, "own"))
+        engines = WAYS[options.what](Path(folder, "own"), options.threads)
         for engine in engines.values():
             engine.warm_up()
             engine.measure()
@@ -47,18 +52,42 @@ def main() -> None:
                 bar.update(task, description=f"batches of {size}")
                 for number in range(BATCHES[size]):
                     start = number * size % max(1, len(asked) - size)
-                    for pack in sorted(engines, reverse=bool(number % 2)):
+                    for way in sorted(engines, reverse=bool(number % 2)):
                         began = time.perf_counter()
-                        engines[pack].answer(asked[start : start + size])
-                        taken.setdefault((size, pack), []).append(1e3 * (time.perf_counter() - began))
+                        engines[way].answer(asked[start : start + size])
+                        taken.setdefault((size, way), []).append(1e3 * (time.perf_counter() - began))
                 bar.advance(task)
     rows: List[Dict[str, str]] = []
     for size in SIZES:
-        shared, own = (tables.median(taken[size, pack]) for pack in (False, True))
-        figures = (tables.figure(shared), tables.figure(own), f"{own / shared:.2f}")
-        rows.append(dict(zip(("texts at once", "shared, ms", "packed, ms", "ratio"), (str(size), *figures))))
+        before, after = (tables.median(taken[size, way]) for way in engines)
+        figures = (tables.figure(before), tables.figure(after), f"{after / before:.2f}")
+        rows.append(dict(zip(("texts at once", *(f"{way}, ms" for way in engines), "ratio"), (str(size), *figures))))
     tables.save(options.json, rows)
     tables.show(rows, options.markdown)
+
+
+def weights(folder: Path, threads: Optional[int]) -> Dict[str, Engine]:
+    """Shared by all workers, and packed for one."""
+    return {
+        way: Engine.load(folder, settings=Settings(threads, None, pack))
+        for way, pack in (("shared", False), ("packed", True))
+    }
+
+
+def tokens(folder: Path, threads: Optional[int]) -> Dict[str, Engine]:
+    """In rows with padding, as traced, and end to end."""
+    manifest = Manifest.read(folder)
+    if not manifest.runtime.get(UNPADDED):
+        raise SystemExit("the graph of this archive was not rewritten: it computes padding as it was traced")
+    traced = Path(shutil.copytree(folder, folder.with_name("traced")))
+    write_graph(traced, manifest.model_file)
+    files = {name: sha256(traced / name) for name in manifest.files}
+    replace(manifest, files=files, runtime={**manifest.runtime, UNPADDED: False}).write(traced)
+    settings = Settings(threads)
+    return {"traced": Engine.load(traced, settings=settings), "end to end": Engine.load(folder, settings=settings)}
+
+
+WAYS = {"weights": weights, "tokens": tokens}
 
 
 if __name__ == "__main__":
