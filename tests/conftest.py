@@ -49,10 +49,9 @@ def run_export(folder: Path, content: Dict[str, Any], **options: Any) -> Exporte
 class Called:
     """A function in the place of a model's runner: enough for one that is run once."""
 
-    padding = Padding()
-
-    def __init__(self, act: Callable[[Arrays], Arrays]) -> None:
+    def __init__(self, act: Callable[[Arrays], Arrays], padding: Padding = Padding()) -> None:
         self.act = act
+        self.padding = padding
 
     def __call__(self, inputs: Arrays) -> Arrays:
         return self.act(inputs)

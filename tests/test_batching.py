@@ -17,6 +17,7 @@ from traceserve_runtime.batching import (
     MOST_TOKENS,
     Arrays,
     CostModel,
+    Padding,
     Stats,
     Timing,
     filled,
@@ -58,8 +59,8 @@ COSTS = [
     CostModel(run=2000.0, token=1.0, attention=0.0),
     CostModel(run=17.25, token=1.0, attention=0.1),
     # Where padding is computed in attention alone.
-    CostModel(padding=0.1),
-    CostModel(run=17.25, token=1.8, attention=0.1, padding=0.0),
+    CostModel(padding=Padding(0.1)),
+    CostModel(run=17.25, token=1.8, attention=0.1, padding=Padding(0.0)),
 ]
 SHAPES = [
     Shapes(),

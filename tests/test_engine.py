@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from traceserve.samples import SENTENCES, VERY_LONG
 from traceserve_runtime import batching
-from traceserve_runtime.batching import Arrays, CostModel, Runner, Stats
+from traceserve_runtime.batching import IN_ATTENTION, Arrays, CostModel, Runner, Stats
 from traceserve_runtime.engine import Answer, Engine
 from traceserve_runtime.errors import (
     InputTooLong,
@@ -714,4 +714,4 @@ def test_what_cannot_be_fitted_leaves_the_tasks_own_cost(engine: Engine, monkeyp
     other = like(engine)
     monkeypatch.setattr(batching, "fit", lambda timings, padding: None)
     other.measure()
-    assert other.cost == dataclasses.replace(CostModel(), padding=0.1)
+    assert other.cost == CostModel(padding=IN_ATTENTION)

@@ -25,7 +25,9 @@ quick = settings(deadline=None, max_examples=150, database=None)
 TEXTS = [*SENTENCES, VERY_LONG[:1500], *(" ".join(SENTENCES[i : i + 2]) for i in range(3, 8))]
 SHAPES = [Shapes(), Shapes((32, 512)), Shapes(batches=(1, 4, 16)), Shapes((64, 512), (1, 8))]
 lengths_of_rows = st.lists(st.integers(1, 512), min_size=1, max_size=80)
-costs = st.builds(CostModel, st.floats(1, 500), st.floats(0.5, 4), st.floats(0, 0.05), st.sampled_from([1.0, 0.1]))
+costs = st.builds(
+    CostModel, st.floats(1, 500), st.floats(0.5, 4), st.floats(0, 0.05), st.sampled_from([Padding(), Padding(0.1)])
+)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +89,7 @@ def test_slow_lanes_are_not_used(threads: List[ThreadPoolExecutor]) -> None:
 
 def test_where_padding_costs_little_a_lane_has_one_run_of_as_many_tokens(threads: List[ThreadPoolExecutor]) -> None:
     lengths = [*range(5, 45)]
-    alone = CostModel(attention=0.0, padding=0.0)
+    alone = CostModel(attention=0.0, padding=Padding(0.0))
     planned = schedule(lengths, Shapes(), CostModel().scaled(9), Lanes(threads[:2], alone))
     assert [len(lane) for lane in planned] == [1, 1]
     tokens = [sum(lengths[i] for i in batch) for [batch] in planned]
@@ -228,4 +230,4 @@ def test_one_thread_has_no_lanes(artifact: Path) -> None:
 def test_without_measuring_nothing_runs_side_by_side(artifact: Path, two_cores: None) -> None:
     engine = Engine.load(artifact)
     engine.warm_up()
-    assert engine.lanes is None and engine.cost == CostModel(padding=engine.runner.padding.cost)
+    assert engine.lanes is None and engine.cost == CostModel(padding=engine.runner.padding)

@@ -28,7 +28,7 @@ from traceserve.load import Result
 from traceserve.padding import wastes
 from traceserve.racing import Goal, Search, Trial, judge
 from traceserve.serving import Serving
-from traceserve_runtime.batching import CostModel, Stats
+from traceserve_runtime.batching import IN_ATTENTION, CostModel, Stats
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.manifest import Manifest, sha256
 from traceserve_runtime.requests import Headers, parse
@@ -73,8 +73,8 @@ def test_waste_by_hand(cost: CostModel, step: Optional[int], expected: Sequence[
 
 def test_waste_where_padding_is_computed_in_attention_alone() -> None:
     """Two rows of 4 and 20 in one run: 32 places each, of which 40 are padding and count a tenth."""
-    cost = CostModel(run=1000.0, attention=0.0, padding=0.1)
-    [*_, dynamic] = wastes([[4], [20]], max_length=40, batch_size=2, cost=cost, multiple=16)
+    cost = CostModel(run=1000.0, attention=0.0, padding=IN_ATTENTION)
+    [*_, dynamic] = wastes([[4], [20]], max_length=40, batch_size=2, cost=cost)
     assert (dynamic.tokens, dynamic.cost) == pytest.approx((4 / 28, 4 / 1028))
 
 
@@ -312,7 +312,7 @@ def test_the_lengths_are_the_engines(mar: Path, tmp_path: Path) -> None:
     ]
     engine.answer(requests, stats)
     assert stats.tokens == sum(map(sum, texts.lengths)) and stats.rows == sum(map(len, texts.lengths)) > len(requests)
-    [*_, dynamic] = wastes(texts.lengths, manifest.max_length, len(requests), None, engine.cost, multiple=16)
+    [*_, dynamic] = wastes(texts.lengths, manifest.max_length, len(requests), None, engine.cost)
     assert dynamic.tokens == pytest.approx(stats.padding_share, abs=stats.micro_batches / stats.padded_tokens)
 
 

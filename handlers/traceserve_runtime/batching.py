@@ -69,12 +69,13 @@ class CostModel:
     run: float = 30.0
     token: float = 1.0
     attention: float = 0.002
-    padding: float = 1.0
+    padding: Padding = Padding()
 
     def __call__(self, batch: Number, length: int, tokens: Optional[Number] = None) -> Number:
         """Of a batch of this length, that has so many `tokens`; if they are not given, no padding."""
         places = batch * length
-        computed = places if tokens is None else self.padding * places + (1 - self.padding) * tokens
+        share = self.padding.cost
+        computed = places if tokens is None else share * places + (1 - share) * tokens
         return self.run + self.token * computed + self.attention * places * length
 
     def scaled(self, factor: float) -> CostModel:
@@ -94,7 +95,7 @@ class Timing(NamedTuple):
 _LEAST_RUN, _MOST_RUN, _MOST_ATTENTION = 5.0, 128.0, 0.05
 
 
-def fit(timings: Sequence[Timing], padding: float = 1.0) -> Optional[CostModel]:
+def fit(timings: Sequence[Timing], padding: Padding = Padding()) -> Optional[CostModel]:
     """The cost model that explains runs of at least three shapes, without padding, best, or None where none does.
 
     Least squares of the relative errors with no coefficient below 0: every choice of terms is solved, and the best one

@@ -57,7 +57,7 @@ class Engine:
         self.manifest = manifest
         self.task = task
         self.runner = runner
-        self.cost = replace(task.cost, padding=runner.padding.cost)  # of a run on this machine, once measured
+        self.cost = replace(task.cost, padding=runner.padding)  # of a run on this machine, once measured
         self.lanes: Optional[Lanes] = None  # where it can run several micro-batches side by side
         self._measuring: Iterator[float] = iter(())
         self._answer_first = 0.0  # seconds of answering until the next run is measured

@@ -41,9 +41,8 @@ def schedule(
     """The micro-batches of each lane, or of one that has all cores where these are done sooner; see `plan`."""
     if lanes is None or len(lengths) < 2:
         return [plan(lengths, shapes, cost, most_tokens)]
-    cuts = (
-        _cut(lengths, shapes, lanes.cost, most_tokens, len(lanes.threads) * each) for each in _MICRO_BATCHES_OF_A_LANE
-    )
+    rows = _Rows(lengths, shapes, lanes.cost, most_tokens)
+    cuts = (rows.cut(len(lanes.threads) * each) for each in _MICRO_BATCHES_OF_A_LANE)
     spread, soonest = min((_spread(batches, lengths, shapes, lanes) for batches in cuts), key=lambda each: each[1])
     if len(spread) > 1 and _least(lengths, shapes, cost) >= soonest:
         return spread
@@ -51,47 +50,45 @@ def schedule(
     return spread if len(spread) > 1 and soonest <= sum(_costs(together, lengths, shapes, cost)) else [together]
 
 
-def _cut(lengths: Sequence[int], shapes: Shapes, cost: CostModel, most_tokens: int, count: int) -> Batches:
-    """Rows, sorted by length, as contiguous micro-batches, about `count` of them, the dearest as cheap as can be.
-
-    Bisection over its cost: the longest rows that it still allows are one micro-batch, then the next ones.
-    """
-    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-    rows = _Rows([lengths[i] for i in order], shapes, cost, most_tokens)
-
-    def batches_within(limit: float) -> Batches:
-        batches, start = [], 0
-        while start < len(order):
-            end = start + rows.within(limit, start)
-            batches.append(order[start:end])
-            start = end
-        return batches
-
-    least, most = 0.0, sum(_alone(lengths, shapes, cost))
-    for _ in range(_BISECTIONS):
-        middle = (least + most) / 2
-        if len(batches_within(middle)) <= count:
-            most = middle
-        else:
-            least = middle
-    return batches_within(most)
-
-
 class _Rows:
-    """Rows, longest first, and how many of them run together at a cost."""
+    """Rows, longest first, to be cut into micro-batches."""
 
     def __init__(self, lengths: Sequence[int], shapes: Shapes, cost: CostModel, most_tokens: int) -> None:
-        self._lengths = lengths
+        self._order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+        self._lengths = [lengths[i] for i in self._order]
         self._shapes = shapes
         self._cost = cost
         self._most_tokens = most_tokens
-        self._padded = [shapes.length(n) for n in lengths]
+        self._padded = [shapes.length(n) for n in self._lengths]
         of_places = {n: cost(1, n, 0) - cost.run for n in set(self._padded)}
         self._of_places = [of_places[n] for n in self._padded]  # the cost of a row's places
         self._of_token = cost(0, 0, 1) - cost.run
-        self._tokens_before = [0, *accumulate(lengths)]
+        self._tokens_before = [0, *accumulate(self._lengths)]
+        self._one_by_one = sum(_alone(lengths, shapes, cost))
 
-    def within(self, limit: float, start: int) -> int:
+    def cut(self, count: int) -> Batches:
+        """About so many contiguous micro-batches, the dearest as cheap as can be.
+
+        Bisection over its cost: the longest rows that it still allows are one micro-batch, then the next ones.
+        """
+        least, most = 0.0, self._one_by_one
+        for _ in range(_BISECTIONS):
+            middle = (least + most) / 2
+            if len(self._batches_within(middle)) <= count:
+                most = middle
+            else:
+                least = middle
+        return self._batches_within(most)
+
+    def _batches_within(self, limit: float) -> Batches:
+        batches, start = [], 0
+        while start < len(self._order):
+            end = start + self._rows_within(limit, start)
+            batches.append(self._order[start:end])
+            start = end
+        return batches
+
+    def _rows_within(self, limit: float, start: int) -> int:
         """How many rows from `start` on run together for at most `limit`, and within the plan's own limits; at least one."""
         length = self._padded[start]
         if self._shapes.batches is not None:

@@ -36,13 +36,11 @@ def wastes(
     length_step: Optional[int] = None,
     cost: CostModel = CostModel(),
     most_tokens: int = batching.MOST_TOKENS,
-    multiple: int = 1,
 ) -> List[Waste]:
     """What is wasted where rows are padded to `max_length`, to the nearest of a few lengths, or to their micro-batch's.
 
     `lengths` are those of each request's rows. The requests come, in any order, in batches of `batch_size`, which the
-    engine's own plan cuts into micro-batches: three times the same plan, over other allowed shapes. `multiple` as in
-    `batching.common_length`.
+    engine's own plan cuts into micro-batches: three times the same plan, over other allowed shapes.
     """
     few = few_lengths(max_length)
     step = length_step or 1
@@ -54,7 +52,7 @@ def wastes(
     shuffled = list(lengths)
     random.Random(0).shuffle(shuffled)  # a file in the order of lengths would look too well
     batches = [[n for rows in shuffled[i : i + batch_size] for n in rows] for i in range(0, len(shuffled), batch_size)]
-    common = partial(batching.common_length, most=max_length, multiple=multiple)
+    common = partial(batching.common_length, most=max_length, multiple=cost.padding.multiple)
     return [_waste(name, shapes, batches, cost, most_tokens, common) for name, shapes in ways]
 
 
@@ -74,7 +72,7 @@ def _waste(
             own = [lengths[i] for i in micro_batch]
             length = common_length(own, shapes)
             tokens += sum(own)
-            computed += sum(own) + cost.padding * (len(own) * length - sum(own))
+            computed += sum(own) + cost.padding.cost * (len(own) * length - sum(own))
             needed += run + sum(cost(1.0, n) - run for n in own)
             total += cost(float(len(own)), length, float(sum(own)))
     return Waste(name, 1 - tokens / computed, 1 - needed / total, total)

@@ -78,15 +78,13 @@ def tune(archive: Path, samples_file: Path, goal: Goal, budget: float, progress:
     if best.failure:
         raise ServerError(f"{archive} failed while it was measured: {best.failure}")
     tell("measuring what runs cost")
-    cost, multiple = _cost(archive, best.serving)
     wasted = wastes(
         texts.lengths,
         manifest.max_length,
         best.serving.batch_size,
         best.serving.length_step,
-        cost,
+        _cost(archive, best.serving),
         task.most_tokens,
-        multiple,
     )
     chosen = best.serving if search.reaches(best) else None
     return Tuned(
@@ -198,15 +196,15 @@ def _read(archive: Path, manifest: Manifest, file: Path) -> Tuple[Task, Texts]:
     return task, texts
 
 
-def _cost(archive: Path, serving: Serving) -> Tuple[CostModel, int]:
-    """What runs of the model cost on this machine, as its worker measures it; and of what number lengths are multiples."""
+def _cost(archive: Path, serving: Serving) -> CostModel:
+    """What runs of the model cost on this machine, as its worker measures it."""
     with tempfile.TemporaryDirectory(prefix="traceserve-") as folder:
         with zipfile.ZipFile(archive) as packed:
             packed.extractall(folder)
         engine = Engine.load(Path(folder), settings=Settings(serving.threads, serving.length_step))
         engine.warm_up()
         engine.measure()
-        return engine.cost, engine.runner.padding.multiple
+        return engine.cost
 
 
 def _lengths(task: Task, body: bytes, content_type: str) -> List[int]:

@@ -21,7 +21,8 @@ from traceserve_runtime.runtimes.devices import nodes
 Example = Tuple[torch.Tensor, ...]
 
 SHAPES = ((3, 11), (2, 7))  # (batch, length) of the examples: no other size of a model changes as these do
-_START = ("aten::linear", "aten::layer_norm", "aten::rms_norm")  # rows are packed for these, and stay packed from there
+_OVER_FEATURES = ("aten::layer_norm", "aten::rms_norm")  # where these have one axis
+_START = ("aten::linear", *_OVER_FEATURES)  # rows are packed for these, and stay packed from there
 _BY_ELEMENT = (
     "abs add clamp contiguous detach div dropout erf exp feature_dropout gelu leaky_relu mul neg pow relu rsqrt rsub "
     "sigmoid silu softplus sqrt square sub tanh to"
@@ -292,8 +293,8 @@ class _Rewriting:
         """Whether a node takes each place of its rows by itself."""
         if node.kind() == "aten::mean":
             return _integers(node.inputsAt(1)) == [-1] and bool(node.inputsAt(2).toIValue())
-        if node.kind().endswith("_norm") and len(_integers(node.inputsAt(1))) != 1:
-            return False
+        if node.kind() in _OVER_FEATURES:
+            return len(_integers(node.inputsAt(1))) == 1
         return node.kind() in _BY_TOKEN
 
     def _packs(self, node: Any) -> bool:

@@ -21,7 +21,7 @@ def write_graph(folder: Path, model_file: str, rewritten: Any = None) -> Tuple[s
     """Write the model's graph, or what it was rewritten as, and the table of weights beside the model; gives their names."""
     import torch
 
-    module = rewritten or torch.jit.load(str(folder / model_file))  # type: ignore[no-untyped-call]
+    module = torch.jit.load(str(folder / model_file)) if rewritten is None else rewritten  # type: ignore[no-untyped-call]
     records = _records(folder / model_file)
     places: Dict[str, Place] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
