@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import sys
 import time
 import traceback
 from functools import partial
@@ -56,6 +57,7 @@ class TransformerHandler:
             raise
         except Exception as error:  # an outer edge: anything else kills the worker without a reason
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
+        _read_at_once()
         # What is loaded stays: without this, each full collection walks torch's 200,000 objects while requests wait.
         gc.freeze()
         manifest = self.engine.manifest
@@ -155,6 +157,15 @@ class TransformerHandler:
         metrics.add_counter("TraceserveHandlerMicroseconds", round(1e6 * seconds) * rows)
         metrics.add_percent("TraceservePaddingShare", round(100 * stats.padding_share, 1))
         metrics.add_time("TraceserveModelTime", round(1000 * stats.model_seconds, 2))
+
+
+def _read_at_once() -> None:
+    """Let the worker read each message in few calls, where it reads as the TorchServe does that is known here."""
+    from traceserve_runtime.reading import Reader
+
+    codec = sys.modules.get("ts.protocol.otf_message_handler")
+    if hasattr(codec, "_retrieve_buffer"):
+        codec._retrieve_buffer = Reader()  # type: ignore[union-attr]
 
 
 def _device(context: Any, folder: Path) -> str:

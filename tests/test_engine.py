@@ -714,4 +714,4 @@ def test_what_cannot_be_fitted_leaves_the_tasks_own_cost(engine: Engine, monkeyp
     other = like(engine)
     monkeypatch.setattr(batching, "fit", lambda timings, padding: None)
     other.measure()
-    assert other.cost == CostModel(padding=IN_ATTENTION)
+    assert other.cost == CostModel(padding=IN_ATTENTION._replace(alone=16))

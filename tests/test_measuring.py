@@ -15,7 +15,7 @@ from traceserve_runtime.lanes import Lanes
 from traceserve_runtime.tasks.contract import Request
 
 REQUEST = Request({"text": "Where is my parcel?"})
-GUESSED = CostModel(padding=IN_ATTENTION)
+GUESSED = CostModel(padding=IN_ATTENTION._replace(alone=16))
 
 
 @pytest.fixture

@@ -348,7 +348,7 @@ def test_where_it_cannot_be_done_the_graph_stays(where: str, tmp_path: Path, mon
     inputs = torch.rand(5, 6).to(torch.bfloat16)
     module, expected = reread(model, inputs, tmp_path), reread(model, inputs, tmp_path)(inputs)
     if where == "another machine":
-        monkeypatch.setattr(packing.platform, "machine", lambda: "aarch64")
+        monkeypatch.setattr("platform.machine", lambda: "aarch64")
     elif where == "no oneDNN":
         monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     else:
@@ -391,6 +391,32 @@ def test_a_layer_without_a_bias_and_one_called_twice(tmp_path: Path) -> None:
 
     one, other = packed_weights(packed_alike(Twice(), [torch.rand(2, 5, 6)], tmp_path, layers=2, products=2))
     assert one is other and one.is_mkldnn
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_a_gelu_is_part_of_the_product(approximate: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = torch.nn.Sequential(
+        torch.nn.Linear(6, 12), torch.nn.GELU(approximate), torch.nn.Linear(12, 6), torch.nn.ReLU()
+    ).to(dtype)
+    inputs = [3 * torch.randn(5, 6).to(dtype), torch.randn(1, 6).to(dtype)]
+    rtol = 2e-2 if dtype is torch.bfloat16 else 1e-5
+    module = packed_alike(model, inputs, tmp_path, layers=2, products=2, rtol=rtol)
+    assert "aten::gelu" not in str(module.graph) and "aten::relu" in str(module.graph)
+
+
+def test_a_gelu_of_what_others_read_too_stays(tmp_path: Path) -> None:
+    class Gated(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(6, 6)
+
+        def forward(self, rows: torch.Tensor) -> torch.Tensor:
+            product = self.layer(rows)
+            return torch.nn.functional.gelu(product) * product
+
+    module = packed_alike(Gated(), [torch.randn(5, 6)], tmp_path, layers=1, products=1)
+    assert str(module.graph).count("aten::gelu(") == 1
 
 
 class Attention(torch.nn.Module):

@@ -19,10 +19,11 @@ State = Tuple[Any, ...]  # what a runner keeps between the steps of a loop, on i
 
 class Padding(NamedTuple):
     """What padding is to a runner: the `cost` of a place of it, of a token's, and of what number lengths are best a
-    `multiple`."""
+    `multiple`, those of several rows and that of a row `alone`."""
 
     cost: float = 1.0
     multiple: int = 1
+    alone: int = 1
 
 
 # Where nothing but attention computes it. Of MiniLM's float32 and bfloat16 on one core a place's attention takes 0.09 and
@@ -188,25 +189,26 @@ def plan(
     return batches[::-1]
 
 
-def common_length(lengths: Sequence[int], shapes: Shapes, most: int, multiple: int = 1) -> int:
+def common_length(lengths: Sequence[int], shapes: Shapes, most: int, padding: Padding = Padding()) -> int:
     """What rows of these lengths are padded to when they run together.
 
-    Several rows, where any length is allowed, to a multiple of that number, or to the longest there may be.
+    Where any length is allowed, to a multiple that the runner likes, or to the longest there may be.
     """
     length = shapes.length(max(lengths))
-    if shapes.lengths is None and len(lengths) > 1:
+    if shapes.lengths is None:
+        multiple = padding.multiple if len(lengths) > 1 else padding.alone
         length = max(length, min(length + -length % multiple, most))
     return length
 
 
-def pad(rows: Sequence[Row], manifest: Manifest, multiple: int = 1) -> Tuple[Arrays, List[slice]]:
+def pad(rows: Sequence[Row], manifest: Manifest, padding: Padding = Padding()) -> Tuple[Arrays, List[slice]]:
     """The model's inputs, int64 of shape (batch, length), for rows that run together, and where each row lies in them.
 
-    For `multiple` see `common_length`.
+    For `padding` see `common_length`.
     Where the shapes fix the batch, it is filled by repeating the last row: a row that is all padding has no token to
     attend to, and divides zero by zero in some models.
     """
-    length = common_length([row.length for row in rows], manifest.shapes, manifest.max_length, multiple)
+    length = common_length([row.length for row in rows], manifest.shapes, manifest.max_length, padding)
     batch = manifest.shapes.batch(len(rows))
     facts = manifest.tokenizer
     columns: Dict[str, Tuple[int, Callable[[Row], Sequence[int]]]] = {
@@ -219,8 +221,8 @@ def pad(rows: Sequence[Row], manifest: Manifest, multiple: int = 1) -> Tuple[Arr
     ]
     arrays = {}
     for name in manifest.inputs:
-        padding, values = columns[name]
-        array = np.full((batch, length), padding, dtype=np.int64)
+        filler, values = columns[name]
+        array = np.full((batch, length), filler, dtype=np.int64)
         for i, (row, place) in enumerate(zip(rows, places)):
             array[i, place] = values(row)
         array[len(rows) :] = array[len(rows) - 1]
@@ -246,7 +248,7 @@ def run(
     runner: Runner, rows: Sequence[Row], manifest: Manifest, per_token: Sequence[str], stats: Stats
 ) -> List[Arrays]:
     """The outputs of rows that run together: pad, run, unpad; adds to `stats`."""
-    arrays, places = pad(rows, manifest, runner.padding.multiple)
+    arrays, places = pad(rows, manifest, runner.padding)
     started = time.perf_counter()
     outputs = runner(arrays)
     stats.model_seconds += time.perf_counter() - started

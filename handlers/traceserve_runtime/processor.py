@@ -38,6 +38,11 @@ def instructions() -> FrozenSet[str]:
     return frozenset(name for name in features() if name.startswith(_INSTRUCTIONS) and name != "fpu")
 
 
+def is_x86() -> bool:
+    """Whether this is an x86 of 64 bits."""
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
 def native(dtype: str) -> bool:
     """Whether the processor computes in `dtype` by itself; float32 always."""
     return dtype not in NATIVE or bool(NATIVE[dtype] & features())

@@ -52,7 +52,7 @@ def wastes(
     shuffled = list(lengths)
     random.Random(0).shuffle(shuffled)  # a file in the order of lengths would look too well
     batches = [[n for rows in shuffled[i : i + batch_size] for n in rows] for i in range(0, len(shuffled), batch_size)]
-    common = partial(batching.common_length, most=max_length, multiple=cost.padding.multiple)
+    common = partial(batching.common_length, most=max_length, padding=cost.padding)
     return [_waste(name, shapes, batches, cost, most_tokens, common) for name, shapes in ways]
 
 

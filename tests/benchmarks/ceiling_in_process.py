@@ -94,8 +94,8 @@ def in_process(
     found = {}
     for size in batches:
         cuts, unsorted = ([way[start : start + size] for start in range(0, len(way), size)] for way in (order, arrived))
-        multiple = engine.runner.padding.multiple
-        padded = [batching.pad([encoded[i].rows[0] for i in cut], engine.manifest, multiple)[0] for cut in cuts]
+        padding = engine.runner.padding
+        padded = [batching.pad([encoded[i].rows[0] for i in cut], engine.manifest, padding)[0] for cut in cuts]
         for arrays in padded[:: max(1, len(padded) // 20)]:
             engine.runner(arrays)
         started = time.perf_counter()

@@ -5,15 +5,16 @@ the product. Done once, when the model is read, it is done for all calls. In ret
 
 Layers that read the same rows, as query, key and value of an attention do, become one product: each has a price of its
 own, which with few tokens is a good part of it. What they give are then slices of one tensor, whose rows do not lie next to
-each other; `aten::view` may refuse those, so it becomes `aten::reshape`, which is the same otherwise.
+each other; `aten::view` may refuse those, so it becomes `aten::reshape`, which is the same otherwise. A GELU that alone reads
+what a layer gives is computed within its product, before anything is rounded.
 """
 
 from __future__ import annotations
 
-import platform
 import re
 from typing import TYPE_CHECKING, Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
+from traceserve_runtime import processor
 from traceserve_runtime.runtimes import devices
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 Key = Tuple[int, Tuple[int, ...], bool, int]
 Packed = Dict[Tuple[Key, ...], Tuple["torch.Tensor", Optional["torch.Tensor"]]]  # weights; of several layers biases too
 
-_MACHINES = ("x86_64", "amd64")
 _ROWS = 32  # what oneDNN is told to expect; it takes any number
 _BY_STRIDES = ("aten::as_strided", "aten::view_as", "aten::unflatten")  # need what they read to lie as it did
 _VIEW = re.compile(  # what these give may lie in the memory of what they read
@@ -78,7 +78,7 @@ def _dtypes() -> List[torch.dtype]:
 
     operators = torch.ops.mkldnn
     available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    if not available or platform.machine().lower() not in _MACHINES or not hasattr(operators, "_reorder_linear_weight"):
+    if not available or not processor.is_x86() or not hasattr(operators, "_reorder_linear_weight"):
         return []
     return [torch.float32, *([torch.bfloat16] if operators._is_mkldnn_bf16_supported() else [])]
 
@@ -89,7 +89,7 @@ def _pack_entry(entry: Any, dtypes: Sequence[torch.dtype], packed: Packed) -> in
 
     torch._C._jit_pass_inline(entry.graph)
     torch._C._jit_pass_cse(entry.graph)  # else each layer reads rows that were cast for it alone
-    groups = _groups(entry, [layer for layer in _layers(entry) if layer.weight.dtype in dtypes])
+    groups = _groups(entry, [layer for layer in layers(entry) if layer.weight.dtype in dtypes])
     for number, group in enumerate(groups):
         key = tuple(layer.key for layer in group)
         if key not in packed:
@@ -104,7 +104,7 @@ def _pack_entry(entry: Any, dtypes: Sequence[torch.dtype], packed: Packed) -> in
     return sum(map(len, groups))
 
 
-def _layers(entry: Any) -> Iterator[_Layer]:
+def layers(entry: Any) -> Iterator[_Layer]:
     """The layers of a graph whose weights are the module's own."""
     for kind, read in _LAYERS.items():
         for node in list(entry.graph.findAllNodes(kind, True)):
@@ -205,13 +205,18 @@ def _replace(
     none_of_them = before(
         "prim::ListConstruct", [], torch._C.ListType(torch._C.OptionalType(torch._C.NumberType.get()))
     )
+    gelu = _gelu(first) if len(group) == 1 else None
+    applied = ("none", "") if gelu is None else ("gelu", gelu.inputsAt(1).toIValue())
     with graph.insert_point_guard(first.node):
-        activation, algorithm = graph.insertConstant("none"), graph.insertConstant("")
+        activation, algorithm = map(graph.insertConstant, applied)
     inputs = [first.rows, matrix, added, activation, none_of_them.output(), algorithm]
     product = before("mkldnn::_linear_pointwise", inputs, tensor)
     results = [product.output()]
     if len(group) == 1:
         results[0].setType(first.node.output().type())
+        if gelu is not None:
+            gelu.output().replaceAllUsesWith(first.node.output())
+            gelu.destroy()
     else:
         with graph.insert_point_guard(first.node):
             last, *widths = (graph.insertConstant(value) for value in (-1, *(len(layer.matrix) for layer in group)))
@@ -222,6 +227,12 @@ def _replace(
         layer.node.output().replaceAllUsesWith(result)
     for layer in group:
         layer.node.destroy()
+
+
+def _gelu(layer: _Layer) -> Optional[Any]:
+    """The activation, where it alone reads what the layer gives."""
+    readers = [use.user for use in layer.node.output().uses()]
+    return readers[0] if [node.kind() for node in readers] == ["aten::gelu"] else None
 
 
 def _allow_slices(graph: Any) -> None:

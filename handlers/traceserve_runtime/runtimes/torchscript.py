@@ -12,7 +12,7 @@ from traceserve_runtime import processor
 from traceserve_runtime.batching import IN_ATTENTION, Arrays, Padding, State, filled
 from traceserve_runtime.errors import InvalidManifest, MissingPackage
 from traceserve_runtime.manifest import Manifest
-from traceserve_runtime.runtimes import devices, neuron, packing, weights
+from traceserve_runtime.runtimes import attention, devices, neuron, packing, weights
 from traceserve_runtime.runtimes.padded import PaddedRunner
 from traceserve_runtime.settings import Settings
 
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     import torch
 
 
-UNPADDED = "unpadded"  # of `Manifest.runtime`: whether a CPU's graph computes padding in attention alone
+# Of `Manifest.runtime`: whether a CPU's graph computes padding in attention alone, and to a multiple of what number it fills
+# the tokens of a run up, a row that runs alone among them.
+UNPADDED, FILLED = "unpadded", "filled"
 
 
 class TorchScriptRunner:
@@ -122,11 +124,15 @@ def read(
         raise InvalidManifest(f"{file} cannot be loaded by torch {torch.__version__}: {reason}") from error
     if device != "cpu":
         devices.rewrite(module, device)
+    elif manifest.dtype == "bfloat16":
+        attention.widen(module)
     if mapped:
         pages = weights.assign(module, folder / manifest.model_file, weights.read_places(folder))
         if settings.pack_weights and packing.pack(module):
             weights.give_back(pages)
-    return _runner(module, manifest, device, IN_ATTENTION if mapped and manifest.runtime.get(UNPADDED) else Padding())
+    unpadded = mapped and manifest.runtime.get(UNPADDED)
+    padding = IN_ATTENTION._replace(alone=manifest.runtime.get(FILLED, 1)) if unpadded else Padding()
+    return _runner(module, manifest, device, padding)
 
 
 def _runner(

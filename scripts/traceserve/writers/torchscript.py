@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple, Type
 
 from traceserve_runtime.errors import reason
-from traceserve_runtime.runtimes.torchscript import UNPADDED
+from traceserve_runtime.runtimes.torchscript import FILLED, UNPADDED
 
 from traceserve.writers import compiled, weights
 from traceserve.writers.contract import Written
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from traceserve.loading import Original
     from traceserve.writers.contract import Target
+    from traceserve.writers.unpadding import Unpadded
 
 MODEL_FILE = "traced_model.pt"
 # Where any shape is allowed: neither 1, nor a size that the model itself has.
@@ -67,13 +68,16 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
         raise ExportError(f"torch.jit.trace cannot trace {type(original.model).__name__}: {reason(error)}") from error
     unpadded = None if task.loop or shapes.graph_per_shape else _unpadded(original, folder / MODEL_FILE)
     runtime: Dict[str, Any] = {UNPADDED: unpadded is not None}
+    rewritten = None
+    if unpadded is not None:
+        rewritten, runtime[FILLED] = unpadded
     if target.hardware == "gpu":
         runtime["ran_on_meta"] = devices.prove(folder / MODEL_FILE, _examples(original, task, shapes))
-    return Written(step_inputs, weights.write_graph(folder, MODEL_FILE, unpadded), runtime)
+    return Written(step_inputs, weights.write_graph(folder, MODEL_FILE, rewritten), runtime)
 
 
-def _unpadded(original: Original, file: Path) -> Optional[Any]:
-    """The graph that a worker on a CPU runs in the place of the traced one; None where there is none."""
+def _unpadded(original: Original, file: Path) -> Optional[Unpadded]:
+    """What a worker on a CPU runs in the place of the traced graph; None where there is nothing."""
     from traceserve.wrapping import example
     from traceserve.writers import unpadding
 
