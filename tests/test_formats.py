@@ -15,7 +15,7 @@ from traceserve.config import json_schema, parse
 from traceserve.errors import ConfigError
 from traceserve.precision import AUTO, PRECISIONS
 from traceserve.writers import WRITERS
-from traceserve_runtime.runtimes.torchscript import UNPADDED
+from traceserve_runtime.runtimes.torchscript import FILLED, UNPADDED
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.parameters import Parameter
 
@@ -153,4 +153,4 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_what_a_reader_must_know_is_in_the_manifest(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     content = {"model_name": str(checkpoint("bert")), "max_length": 32, "allow_untrained_head": True}
-    assert run_export(tmp_path / "x", content).manifest.runtime == {UNPADDED: True}
+    assert run_export(tmp_path / "x", content).manifest.runtime == {UNPADDED: True, FILLED: 16}

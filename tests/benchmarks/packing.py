@@ -1,7 +1,9 @@
-"""What one text and batches of them take, in process and in turn: with weights packed against shared ones, or with tokens
-packed, so that attention alone computes padding, against the graph as it was traced.
+"""What one text and batches of them take, in process and in turn: with weights packed against shared ones; with tokens
+packed, so that attention alone computes padding, against the graph as it was traced; with the attention of bfloat16 in
+float32 against one as it was traced; or of one archive beside another.
 
-python tests/benchmarks/packing.py --archive NAME.mar --texts FILE [--what weights | tokens] [--threads N] [--rounds 3]
+python tests/benchmarks/packing.py --archive NAME.mar --texts FILE [--what weights | tokens | attention] [--rounds 3]
+python tests/benchmarks/packing.py --archive NAME.mar --texts FILE --beside OTHER.mar
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Dict, List, Optional, Tuple
+from unittest import mock
 
 import tables
 import texts as sentences
@@ -32,6 +35,7 @@ def main() -> None:
     parser.add_argument("--archive", type=Path, required=True, metavar="MAR")
     parser.add_argument("--texts", type=Path, required=True, metavar="FILE", help="a .csv with a column text, or lines")
     parser.add_argument("--what", choices=WAYS, default="weights", help="[%(default)s]")
+    parser.add_argument("--beside", type=Path, metavar="MAR", help="another archive, in place of what --what compares")
     parser.add_argument("--threads", type=int, metavar="N", help="of each operator [one for each core]")
     options = parser.parse_args()
     from traceserve_runtime.tasks.contract import Request
@@ -40,9 +44,13 @@ def main() -> None:
     random.Random(0).shuffle(asked)
     taken: Dict[Tuple[int, str], List[float]] = {}
     with tempfile.TemporaryDirectory(prefix="packing-") as folder, tables.progress() as bar:
-        with zipfile.ZipFile(options.archive) as packed:
-            packed.extractall(Path(folder, "own"))
-        engines = WAYS[options.what](Path(folder, "own"), options.threads)
+        own = unpacked(options.archive, Path(folder, "own"))
+        if options.beside is None:
+            engines = WAYS[options.what](own, options.threads)
+        else:
+            settings = Settings(options.threads)
+            engines = {"the other": Engine.load(unpacked(options.beside, Path(folder, "other")), settings=settings)}
+            engines["this archive"] = Engine.load(own, settings=settings)
         for engine in engines.values():
             engine.warm_up()
             engine.measure()
@@ -66,6 +74,12 @@ def main() -> None:
     tables.show(rows, options.markdown)
 
 
+def unpacked(archive: Path, folder: Path) -> Path:
+    with zipfile.ZipFile(archive) as packed:
+        packed.extractall(folder)
+    return folder
+
+
 def weights(folder: Path, threads: Optional[int]) -> Dict[str, Engine]:
     """Shared by all workers, and packed for one."""
     return {
@@ -87,7 +101,14 @@ def tokens(folder: Path, threads: Optional[int]) -> Dict[str, Engine]:
     return {"traced": Engine.load(traced, settings=settings), "end to end": Engine.load(folder, settings=settings)}
 
 
-WAYS = {"weights": weights, "tokens": tokens}
+def attention(folder: Path, threads: Optional[int]) -> Dict[str, Engine]:
+    """As traced, and in float32."""
+    with mock.patch("traceserve_runtime.runtimes.attention.widen", return_value=0):
+        engines = {"as traced": Engine.load(folder, settings=Settings(threads))}
+    return {**engines, "in float32": Engine.load(folder, settings=Settings(threads))}
+
+
+WAYS = {"weights": weights, "tokens": tokens, "attention": attention}
 
 
 if __name__ == "__main__":
