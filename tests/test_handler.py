@@ -26,19 +26,23 @@ LONG = "The train to the coast leaves at a quarter past nine from platform four.
 
 
 class Metrics:
-    """Records what is reported, as (kind, name) -> value."""
+    """Records what is reported of a batch, as (kind, name) -> value; without a request's number it is of all of them."""
 
     def __init__(self) -> None:
         self.reported: Dict[Tuple[str, str], float] = {}
 
-    def add_counter(self, name: str, value: float) -> None:
-        self.reported["counter", name] = value
+    def add_counter(self, name: str, value: float, idx: Optional[int] = None) -> None:
+        self._add("counter", name, value, idx)
 
-    def add_percent(self, name: str, value: float) -> None:
-        self.reported["percent", name] = value
+    def add_percent(self, name: str, value: float, idx: Optional[int] = None) -> None:
+        self._add("percent", name, value, idx)
 
-    def add_time(self, name: str, value: float) -> None:
-        self.reported["time", name] = value
+    def add_time(self, name: str, value: float, idx: Optional[int] = None) -> None:
+        self._add("time", name, value, idx)
+
+    def _add(self, kind: str, name: str, value: float, idx: Optional[int]) -> None:
+        assert idx == 0  # a line of the log holds the ids of those that it is of
+        self.reported[kind, name] = value
 
 
 class Context:

@@ -19,22 +19,22 @@ class Reader:
 
     def __init__(self) -> None:
         self._connection: Optional[socket] = None
-        self._received = b""
+        self._received = bytearray()
         self._start = 0  # of what was not read yet
 
     def __call__(self, connection: socket, length: int) -> bytearray:
         """The next `length` bytes. The process ends where the frontend has closed the connection, as TorchServe's does."""
         if connection is not self._connection:
-            self._connection, self._received, self._start = connection, b"", 0
-        end = self._start + length
-        piece = bytearray(self._received[self._start : end])
-        self._start = min(end, len(self._received))
+            self._connection, self._received, self._start = connection, bytearray(), 0
+        start, end = self._start, self._start + length
+        piece = self._received[start:end]
+        self._start = end
         while len(piece) < length:
             missing = length - len(piece)
-            received = connection.recv(max(missing, _MOST_AT_ONCE))
+            received = bytearray(connection.recv(max(missing, _MOST_AT_ONCE)))
             if not received:
                 logging.info("the frontend has closed the connection")
                 sys.exit(0)
             piece += received[:missing]
-            self._received, self._start = received, min(missing, len(received))
+            self._received, self._start = received, missing
         return piece

@@ -4,14 +4,16 @@
 
 In process every text is answered, sorted by length and cut into full batches: by the model alone (tokenized and padded
 before), and by the engine (tokenization and decoding included), which is also given batches in a random order, as they
-arrive. It runs in a process of its own with --threads threads, while no server runs. Then `traceserve serve` with one
-worker gets the same texts, in a random order, over many connections. In turn, rounds, medians.
+arrive. It runs in a process of its own with --threads threads and a worker's settings of the libraries, while no server
+runs. Then `traceserve serve` with one worker gets the same texts, in a random order, over many connections. In turn,
+rounds, medians.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import random
 import tempfile
 import time
@@ -24,6 +26,7 @@ import building
 import servers
 import tables
 import texts
+from traceserve import environment
 
 SERVED = "served over HTTP"
 
@@ -76,6 +79,7 @@ def in_process(
     folder: Path, sentences: Sequence[str], batches: Sequence[int], threads: Optional[int]
 ) -> Dict[str, float]:
     """Texts/s of the model and of the engine for each size of batch, after a round to warm up."""
+    os.environ.update(environment.settings())  # before torch is imported
     import torch
     from traceserve_runtime import batching
     from traceserve_runtime.engine import Engine

@@ -8,6 +8,7 @@ python tests/benchmarks/packing.py --archive NAME.mar --texts FILE --beside OTHE
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import tempfile
@@ -20,6 +21,7 @@ from unittest import mock
 
 import tables
 import texts as sentences
+from traceserve import environment
 from traceserve.writers.weights import write_graph
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.manifest import Manifest, sha256
@@ -38,6 +40,7 @@ def main() -> None:
     parser.add_argument("--beside", type=Path, metavar="MAR", help="another archive, in place of what --what compares")
     parser.add_argument("--threads", type=int, metavar="N", help="of each operator [one for each core]")
     options = parser.parse_args()
+    os.environ.update(environment.settings())  # as a worker has them; torch is not imported yet
     from traceserve_runtime.tasks.contract import Request
 
     asked = [Request({"text": text}, {"long_inputs": "truncate"}) for text in sentences.read(options.texts)]
