@@ -85,8 +85,8 @@ def unpadded(
 def _filled(module: Any) -> int:
     """As many tokens as cost little beside preparing a run.
 
-    Measured on one core of an AVX-512 processor: a run is prepared in 2 ms, and a token takes 2.5 ms for each gigabyte of
-    weights, in bfloat16 and float32; half a step is filled up in the mean.
+    Measured on one core of an AVX-512 processor (tests/benchmarks/preparing.py): a run is prepared in 2 ms, and a token takes
+    2.2 ms for each gigabyte of weights, in bfloat16 and float32; half a step is filled up in the mean.
     """
     weights = [layer.weight for layer in packing.layers(module)]
     size = sum(weight.numel() * weight.element_size() for weight in weights)
