@@ -7,6 +7,7 @@ import contextlib
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any, Dict, Sequence
 
@@ -55,6 +56,13 @@ def archive_of(options: argparse.Namespace, folder: Path, **defaults: Any) -> Pa
     if options.model is None:
         sys.exit("give --archive MAR, or --model FOLDER to build one")
     return build(options.model, folder, settings(options, **defaults))
+
+
+def unpacked(archive: Path, folder: Path) -> Path:
+    """The folder, with what is in the archive."""
+    with zipfile.ZipFile(archive) as packed:
+        packed.extractall(folder)
+    return folder
 
 
 def build(model: Path, folder: Path, config: Dict[str, Any], arguments: Sequence[str] = ()) -> Path:

@@ -17,7 +17,6 @@ import os
 import random
 import tempfile
 import time
-import zipfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence
@@ -37,12 +36,11 @@ def main() -> None:
     measured: Dict[str, List[float]] = {}
     with tempfile.TemporaryDirectory(prefix="ceiling-") as name, tables.progress() as bar:
         archive = building.archive_of(options, Path(name))
-        with zipfile.ZipFile(archive) as content:
-            content.extractall(Path(name, "unpacked"))
+        folder = building.unpacked(archive, Path(name, "unpacked"))
         task = bar.add_task("", total=2 * options.rounds)
         for _ in range(options.rounds):
             bar.update(task, description="in process")
-            found = in_fresh_process(Path(name, "unpacked"), sentences, options.batches, options.threads)
+            found = in_fresh_process(folder, sentences, options.batches, options.threads)
             bar.advance(task)
             bar.update(task, description=SERVED)
             with servers.ours(archive, 1) as server:

@@ -13,7 +13,6 @@ import argparse
 import subprocess
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
 from typing import Any, Dict, List, Sequence, Tuple
 
@@ -105,8 +104,7 @@ def measure(archive: Path, texts: Sequence[str], options: argparse.Namespace) ->
 def load_time(archive: Path) -> float:
     """Seconds in which a fresh process reads the archive, its libraries too, and warms up."""
     with tempfile.TemporaryDirectory(prefix="formats-") as folder:
-        with zipfile.ZipFile(archive) as packed:
-            packed.extractall(folder)
+        building.unpacked(archive, Path(folder))
         found = subprocess.run([sys.executable, "-c", LOAD, folder], stdout=subprocess.PIPE, check=True)
         return float(found.stdout)
 

@@ -13,7 +13,6 @@ import argparse
 import functools
 import random
 import tempfile
-import zipfile
 from pathlib import Path
 from typing import Any, Dict, List, Sequence, Tuple
 
@@ -87,9 +86,7 @@ def count_tokens(archive: Path, groups: Sequence[Sequence[str]]) -> List[Tuple[f
     """For each group of texts: tokens that the model reads, and rows (several, of a text in windows), per text."""
     counts = []
     with tempfile.TemporaryDirectory() as folder:
-        with zipfile.ZipFile(archive) as content:
-            content.extractall(folder)
-        engine = Engine.load(Path(folder))
+        engine = Engine.load(building.unpacked(archive, Path(folder)))
         for group in groups:
             encoded = engine.task.encode([Request({"text": text}) for text in group])
             rows = [row for each in encoded if isinstance(each, Encoded) for row in each.rows]

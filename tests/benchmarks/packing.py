@@ -13,12 +13,12 @@ import random
 import shutil
 import tempfile
 import time
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Dict, List, Optional, Tuple
 from unittest import mock
 
+import building
 import tables
 import texts as sentences
 from traceserve import environment
@@ -47,12 +47,14 @@ def main() -> None:
     random.Random(0).shuffle(asked)
     taken: Dict[Tuple[int, str], List[float]] = {}
     with tempfile.TemporaryDirectory(prefix="packing-") as folder, tables.progress() as bar:
-        own = unpacked(options.archive, Path(folder, "own"))
+        own = building.unpacked(options.archive, Path(folder, "own"))
         if options.beside is None:
             engines = WAYS[options.what](own, options.threads)
         else:
             settings = Settings(options.threads)
-            engines = {"the other": Engine.load(unpacked(options.beside, Path(folder, "other")), settings=settings)}
+            engines = {
+                "the other": Engine.load(building.unpacked(options.beside, Path(folder, "other")), settings=settings)
+            }
             engines["this archive"] = Engine.load(own, settings=settings)
         for engine in engines.values():
             engine.warm_up()
@@ -75,12 +77,6 @@ def main() -> None:
         rows.append(dict(zip(("texts at once", *(f"{way}, ms" for way in engines), "ratio"), (str(size), *figures))))
     tables.save(options.json, rows)
     tables.show(rows, options.markdown)
-
-
-def unpacked(archive: Path, folder: Path) -> Path:
-    with zipfile.ZipFile(archive) as packed:
-        packed.extractall(folder)
-    return folder
 
 
 def weights(folder: Path, threads: Optional[int]) -> Dict[str, Engine]:

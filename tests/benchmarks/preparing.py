@@ -57,14 +57,12 @@ def row(width: int, layers: int, dtype: Any, rounds: int) -> tables.Row:
 
     def seconds(rows: int) -> float:
         began = time.perf_counter()
-        for attention, after, first, second in weights:
-            given, wide = inputs[rows]
-            for packed, rows_of, activation in (
-                *((each, given, "none") for each in (attention, after)),
-                (first, given, "gelu"),
-                (second, wide, "none"),
+        narrow, wide = inputs[rows]
+        for each in weights:
+            for packed, given, activation in zip(
+                each, (narrow, narrow, narrow, wide), ("none", "none", "gelu", "none")
             ):
-                torch.ops.mkldnn._linear_pointwise(rows_of, *packed, activation, [], "none")
+                torch.ops.mkldnn._linear_pointwise(given, *packed, activation, [], "none")
         return time.perf_counter() - began
 
     counts = [*NEW, FEW, MANY]

@@ -56,10 +56,12 @@ def _widen(graph: Any) -> int:
     if not hasattr(graph, "insertGraph"):
         return 0
 
-    def insert(text: str, *values: Any) -> Any:
-        """What a graph, written down, gives for these values, before `node`."""
+    float32, like, to_be_added = map(torch._C.parse_ir, (_FLOAT32, _LIKE, _ADDED))
+
+    def insert(part: Any, *values: Any) -> Any:
+        """What another graph gives for these values, before `node`."""
         with graph.insert_point_guard(node):
-            [result] = graph.insertGraph(torch._C.parse_ir(text), list(values))
+            [result] = graph.insertGraph(part, list(values))
         return result
 
     outside = {node.output().debugName() for node in graph.findAllNodes(_KIND, False)}
@@ -69,12 +71,12 @@ def _widen(graph: Any) -> int:
         query, key, value, mask, *others = node.inputs()
         added = masks.get(mask.debugName())
         if added is None:
-            added = insert(_ADDED, mask) if str(mask.type()) == "Tensor" else mask
+            added = insert(to_be_added, mask) if str(mask.type()) == "Tensor" else mask
             if node.output().debugName() in outside:  # what is made in a branch is not known behind it
                 masks[mask.debugName()] = added
-        attended = graph.create(_KIND, [*(insert(_FLOAT32, each) for each in (query, key, value)), added, *others], 1)
+        attended = graph.create(_KIND, [*(insert(float32, each) for each in (query, key, value)), added, *others], 1)
         attended.insertBefore(node)
         attended.output().setType(torch._C.TensorType.get())
-        node.output().replaceAllUsesWith(insert(_LIKE, attended.output(), query))
+        node.output().replaceAllUsesWith(insert(like, attended.output(), query))
         node.destroy()
     return len(found)
