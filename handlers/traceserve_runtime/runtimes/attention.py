@@ -22,22 +22,21 @@ _FLOAT32 = """graph(%tensor : Tensor):
 _LIKE = """graph(%tensor : Tensor, %other : Tensor):
   %like : Tensor = aten::type_as(%tensor, %other)
   return (%like)"""
-# What is added to the scores. A mask of truths becomes 0 where there is something to see, as torch itself makes it.
+# What is added to the scores. A mask of truths becomes its logarithm, 0 where there is something to see and -inf elsewhere, as
+# torch itself makes it.
 _ADDED = """graph(%mask : Tensor):
   %dtype : int = prim::dtype(%mask)
   %bool : int = prim::Constant[value=11]()
   %true : bool = aten::eq(%dtype, %bool)
-  %zero : float = prim::Constant[value=0.]()
-  %least : float = prim::Constant[value=-inf]()
   %float : int = prim::Constant[value=6]()
   %no : bool = prim::Constant[value=0]()
   %none : NoneType = prim::Constant()
+  %cast : Tensor = aten::to(%mask, %float, %no, %no, %none)
   %added : Tensor = prim::If(%true)
     block0():
-      %made : Tensor = aten::where(%mask, %zero, %least)
-      -> (%made)
+      %logarithm : Tensor = aten::log(%cast)
+      -> (%logarithm)
     block1():
-      %cast : Tensor = aten::to(%mask, %float, %no, %no, %none)
       -> (%cast)
   return (%added)"""
 
@@ -53,9 +52,9 @@ def _widen(graph: Any) -> int:
     import torch
 
     torch._C._jit_pass_inline(graph)
-    if not hasattr(graph, "insertGraph"):
+    found = [node for node in graph.findAllNodes(_KIND, True) if str(node.inputsAt(_MASK).type()) in _MASK_TYPES]
+    if not found:
         return 0
-
     float32, like, to_be_added = map(torch._C.parse_ir, (_FLOAT32, _LIKE, _ADDED))
 
     def insert(part: Any, *values: Any) -> Any:
@@ -66,7 +65,6 @@ def _widen(graph: Any) -> int:
 
     outside = {node.output().debugName() for node in graph.findAllNodes(_KIND, False)}
     masks: Dict[str, Any] = {}  # as they are added to scores; most layers read the same one
-    found = [node for node in graph.findAllNodes(_KIND, True) if str(node.inputsAt(_MASK).type()) in _MASK_TYPES]
     for node in found:
         query, key, value, mask, *others = node.inputs()
         added = masks.get(mask.debugName())
