@@ -14,12 +14,12 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 import pytest
 from conftest import run_export
 from test_load import OK, after, always, at_once, serving
-from traceserve import bench, report, server, subjects, torchserve
+from traceserve import bench, instances, report, server, subjects, torchserve
 from traceserve.archive import archive
 from traceserve.bench import Plan, measure
 from traceserve.commands.bench import notes
 from traceserve.errors import ConfigError, ServerError
-from traceserve.server import Instance
+from traceserve.instances import Instance
 from traceserve.subjects import subject, traffic
 
 BUSY = b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n"
@@ -44,7 +44,7 @@ def served(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
         archives.append(archive(folder, name, folder.parent))
     instance = server.start(archives, port=torchserve.free_ports(1)[0], timeout=90)
     yield instance
-    server.stop(instance)
+    instances.stop(instance)
 
 
 def run_command(*arguments: str) -> Tuple[int, str, str]:

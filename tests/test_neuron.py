@@ -164,7 +164,7 @@ def test_a_padded_decoder_writes_as_generate_does(
     architecture: str, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Three rows of one batch of four, and nine beams in portions; across the short target length."""
-    from traceserve.export import _write
+    from traceserve import artifact
 
     content = {"task": "text2text_generation", "sequence_lengths": [12, 24], "options": {"target_length": 36}}
     model = checkpoint(architecture, "AutoModelForSeq2SeqLM")
@@ -173,7 +173,7 @@ def test_a_padded_decoder_writes_as_generate_does(
         source = sources.fetch(own, ROOT)
         whole = loading.load(own, source, ROOT)
         shapes = next(iter(WRITERS["torchscript"].shapes(own, whole.max_length)))
-        manifest = _write(own, source.source(own), whole, shapes, "x", tmp_path, nothing, rehearsal=True)
+        manifest = artifact.write(own, source.source(own), whole, shapes, "x", tmp_path, nothing, rehearsal=True)
     assert manifest.runtime == {"targets": [32, 36]} and manifest.hardware == "cpu"
     engine = Engine.load(tmp_path)
     requests = engine.task.from_texts(["Where is it?", "The train leaves at nine.", "It is late."])

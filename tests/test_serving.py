@@ -21,11 +21,11 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tu
 import psutil
 import pytest
 from conftest import ROOT, run_export
-from traceserve import server, torchserve
+from traceserve import instances, server, torchserve
 from traceserve.archive import archive
 from traceserve.client import NotYet, Refused, predict
 from traceserve.errors import ServerError
-from traceserve.server import Instance
+from traceserve.instances import Instance
 from traceserve_runtime.engine import Answer, Engine
 from traceserve_runtime.tasks.contract import Request
 
@@ -101,7 +101,7 @@ def served(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
         [batched, archive(quick, "quick", quick.parent)], port=torchserve.free_ports(1)[0], timeout=90
     )
     yield Served(instance, batched, Engine.load(folder))
-    server.stop(instance)
+    instances.stop(instance)
 
 
 def expected(served: Served, body: Any) -> Any:
@@ -411,15 +411,15 @@ def test_the_management_of_models_is_closed(served: Served) -> None:
 def test_two_servers_side_by_side(served: Served, tiny: Path) -> None:
     other = server.start([tiny.with_suffix(".mar")], port=torchserve.free_ports(1)[0], timeout=90)
     try:
-        assert {i.port for i in server.instances()} >= {served.instance.port, other.port}
+        assert {i.port for i in instances.running()} >= {served.instance.port, other.port}
         with pytest.raises(ServerError, match="several servers"):
-            server.find(None)
+            instances.find(None)
         assert predict(other.url, "tiny", "hello") == predict(served.instance.url, "quick", "hello")
         with pytest.raises(NotYet):
             predict(other.url, "quick", "hello")
     finally:
-        server.stop(other)
-    assert other.port not in {i.port for i in server.instances()} and not Path(other.folder).exists()
+        instances.stop(other)
+    assert other.port not in {i.port for i in instances.running()} and not Path(other.folder).exists()
     assert predict(served.instance.url, "quick", "hello")["label"] in ("red", "green", "blue")
 
 
@@ -440,7 +440,7 @@ def test_keys_are_demanded_beyond_the_loopback(tiny: Path) -> None:
         state = Path(os.environ["XDG_STATE_HOME"], "traceserve", "servers", f"{instance.port}.json")
         assert state.stat().st_mode & 0o077 == 0
     finally:
-        server.stop(instance)
+        instances.stop(instance)
 
 
 def repack(mar: Path, target: Path, change: Callable[[Path], None]) -> Path:
@@ -487,7 +487,7 @@ def test_a_worker_that_cannot_load_is_told_at_once(
     with pytest.raises(ServerError, match=re.escape(reason)) as error:
         server.start([mar], port=port, timeout=120)
     assert "\n" not in error.value.message and time.monotonic() - started < 60
-    assert port not in {i.port for i in server.instances()}
+    assert port not in {i.port for i in instances.running()}
 
 
 def run(*arguments: Union[str, Path], cwd: Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -568,7 +568,7 @@ def test_foreground_ends_with_its_signal(tiny: Path, tmp_path: Path) -> None:
 def _await_instance(port: int) -> Instance:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        for instance in server.instances():
+        for instance in instances.running():
             if instance.port == port:
                 try:
                     predict(instance.url, instance.names[0], "ready?")
@@ -683,4 +683,4 @@ def test_the_jvm_starts_from_the_classes_of_an_earlier_one(
     try:
         assert predict(instance.url, "tiny", "hello")
     finally:
-        server.stop(instance, at_once=True)
+        instances.stop(instance, at_once=True)

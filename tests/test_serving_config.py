@@ -19,11 +19,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from traceserve import archive as archives
-from traceserve import knobs, server, torchserve
+from traceserve import instances, knobs, server, torchserve
 from traceserve.archive import archive, configure, read_manifest, read_serving
 from traceserve.config import SetupConfig
 from traceserve.errors import ArchiveError
-from traceserve.server import Instance
+from traceserve.instances import Instance
 from traceserve.serving import SERVING_FILE, Serving
 from traceserve_runtime.manifest import MANIFEST_FILE, Manifest, sha256
 
@@ -169,10 +169,10 @@ def test_what_is_no_archive_is_left_alone(tmp_path: Path) -> None:
 def worker_folders(instance: Instance) -> Dict[str, int]:
     """How many worker processes work for each archive, once as many do as are to, and a while after."""
     deadline = time.monotonic() + 60
-    while server.workers_alive(instance) != instance.workers and time.monotonic() < deadline:
+    while instances.workers_alive(instance) != instance.workers and time.monotonic() < deadline:
         time.sleep(0.1)
     time.sleep(1)
-    return server.workers_alive(instance)
+    return instances.workers_alive(instance)
 
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -193,7 +193,7 @@ def test_the_workers_are_those_of_the_archive_unless_they_are_asked_for(
         served = run("serve", "tiny.mar", "plain.mar", "--port", port, *options, cwd=mar.parent)
         try:
             assert served.returncode == 0, served.stderr
-            instance = server.find(int(port))
+            instance = instances.find(int(port))
             assert instance.workers == expected and worker_folders(instance) == expected
             status = run("status", cwd=mar.parent).stdout
             for name, count in expected.items():
@@ -217,7 +217,7 @@ def test_a_server_may_be_given_another_configuration(mar: Path) -> None:
         unpacked = Path(instance.folder, "store", "tiny", SERVING_FILE)
         assert Serving.from_yaml(unpacked.read_text()) == wanted
     finally:
-        server.stop(instance, at_once=True)
+        instances.stop(instance, at_once=True)
     assert read_serving(mar) == BUILT
     assert not os.path.exists(instance.folder)
 
@@ -231,5 +231,5 @@ def test_a_temporary_folder_too_deep_for_sockets(tmp_path: Path, mar: Path, monk
     try:
         assert worker_folders(instance) == {"tiny": 1} and len(instance.folder) < 60
     finally:
-        server.stop(instance, at_once=True)
+        instances.stop(instance, at_once=True)
     assert list(deep.iterdir()) == []

@@ -8,10 +8,10 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple
 import pytest
 from conftest import run_export
 from oracle import assert_equal
-from traceserve import client, formats, server, torchserve, verification
+from traceserve import client, formats, instances, server, torchserve, verification
 from traceserve.archive import archive
+from traceserve.instances import Instance
 from traceserve.samples import SENTENCES
-from traceserve.server import Instance
 from traceserve.writers import WRITERS, aot_inductor
 from traceserve_runtime.tasks import TASKS
 
@@ -48,7 +48,7 @@ def served(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
             archives.append(archive(folder / name, name, folder))
     instance = server.start(archives, port=torchserve.free_ports(1)[0], timeout=240)
     yield Served(instance)
-    server.stop(instance)
+    instances.stop(instance)
 
 
 def test_every_save_mode_is_served() -> None:

@@ -12,9 +12,9 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple
 import pytest
 from conftest import run_export
 from oracle import assert_equal
-from traceserve import cli, server, torchserve
+from traceserve import cli, instances, server, torchserve
 from traceserve.archive import archive
-from traceserve.server import Instance
+from traceserve.instances import Instance
 from traceserve_runtime.engine import Answer, Engine
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Request
@@ -73,7 +73,7 @@ def served(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
         archives.append(archive(folder / name, name, folder))
     instance = server.start(archives, port=torchserve.free_ports(1)[0], timeout=180)
     yield Served(instance, {name: Engine.load(folder / name) for name in TASKS})
-    server.stop(instance)
+    instances.stop(instance)
 
 
 def sample(served: Served, task: str) -> Tuple[Dict[str, Any], Dict[str, Any], Any]:

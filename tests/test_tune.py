@@ -19,7 +19,7 @@ from typing import Callable, Dict, Iterator, List, Optional, Sequence, Set
 import numpy as np
 import pytest
 from conftest import ROOT
-from traceserve import server, torchserve, tune
+from traceserve import instances, server, torchserve, tune
 from traceserve.archive import archive, configure, read_manifest, read_serving
 from traceserve.cli import _parse, main
 from traceserve.errors import ConfigError, ServerError
@@ -288,7 +288,7 @@ def mar(packed: Path, tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def nothing_is_left() -> Iterator[None]:
     yield
-    assert server.instances() == []
+    assert instances.running() == []
 
 
 def command(*arguments: str) -> List[str]:
@@ -333,9 +333,9 @@ def test_the_command_finds_and_writes_what_is_better(mar: Path) -> None:
         tuned = run(*options, cwd=mar.parent)
         assert tuned.returncode == 0, tuned.stderr
         print(tuned.stdout)  # told if anything below fails
-        assert [instance.pid for instance in server.instances()] == [users.pid]
+        assert [instance.pid for instance in instances.running()] == [users.pid]
     finally:
-        server.stop(users)
+        instances.stop(users)
     found = read_serving(mar)
     assert found.batch_size <= 4 or found.max_batch_delay < 60
     assert sha256(mar) != before
@@ -364,9 +364,9 @@ def test_interrupted_it_leaves_nothing(mar: Path) -> None:
         command("--budget", "60"), cwd=mar.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 60
-    while not server.instances() and time.monotonic() < deadline:
+    while not instances.running() and time.monotonic() < deadline:
         time.sleep(0.1)
-    [instance] = server.instances()
+    [instance] = instances.running()
     time.sleep(1)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
@@ -381,7 +381,7 @@ def test_a_candidate_that_cannot_start_leaves_no_server(mar: Path, tmp_path: Pat
     with tune.Servers(mar, texts, 60, lambda what: None) as servers:
         with pytest.raises(ServerError, match="cannot load the archive"):
             servers.measure(OWN, 1, 0)
-        assert server.instances() == []
+        assert instances.running() == []
 
 
 def test_the_readmes_commands_are_the_programs() -> None:

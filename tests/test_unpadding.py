@@ -17,7 +17,7 @@ from traceserve import config, loading, sources, verification
 from traceserve.loading import Original
 from traceserve.samples import SENTENCES
 from traceserve.wrapping import masks_without_vmap
-from traceserve.writers import torchscript, unpadding
+from traceserve.writers import axes, torchscript, unpadding
 from traceserve_runtime.batching import IN_ATTENTION, Arrays, Padding, Stats
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.manifest import Manifest, Shapes
@@ -64,8 +64,8 @@ class Traced(NamedTuple):
         """How many places each linear layer reads."""
         graph = self.rewritten.graph
         rows = [node.inputsAt(0) for node in graph.findAllNodes("aten::linear", False)]
-        names = [value.debugName() for value in unpadding._tensors(graph)]
-        shapes = dict(zip(names, unpadding._sizes(self.rewritten, graph, inputs)))
+        names = [value.debugName() for value in axes.tensors(graph)]
+        shapes = dict(zip(names, axes.sizes_of(self.rewritten, graph, inputs)))
         return [int(torch.Size(shapes[value.debugName()][:-1]).numel()) for value in rows]
 
 
@@ -246,7 +246,7 @@ class MultipliesElsewhere(Encoder):
 
 def rewritten(model: torch.nn.Module, folder: Path, inputs: Sequence[str] = ("input_ids", "attention_mask")) -> Any:
     examples = []
-    for batch, length in (*unpadding.SHAPES, (1, 5), (4, 19)):
+    for batch, length in (*axes.SHAPES, (1, 5), (4, 19)):
         mask = torch.ones((batch, length), dtype=torch.int64)
         mask[-1, length // 2 :] = 0
         examples.append((torch.randint(1, 100, (batch, length)), mask))

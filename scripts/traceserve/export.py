@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import datetime
 import os
-import platform
 import tempfile
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
-from traceserve_runtime import __version__, processor
+from traceserve_runtime import processor
 from traceserve_runtime.engine import load_task
-from traceserve_runtime.manifest import Manifest, Shapes, Source, sha256
+from traceserve_runtime.manifest import Manifest, Shapes, Source
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Request
 
-from traceserve import cores, formats, libraries, loading, samples, sources
+from traceserve import artifact, cores, formats, loading, samples, sources
 from traceserve.config import Loaded, SetupConfig
 from traceserve.corpus import sentences
 from traceserve.errors import DriftError, ExportError
 from traceserve.loading import Original
-from traceserve.serving import SERVING_FILE, Serving
 from traceserve.speeds import measure
 from traceserve.verification import CORPUS, Findings, Progress, Reference, verify
 from traceserve.writers import WRITERS
 from traceserve.writers.compilers import CompileError
-from traceserve.writers.contract import Target
 
 _WRITTEN_TEXTS = 16  # whose speed is measured
 # Of what is compiled for a chip, what the gate compared: not the compiled graphs themselves, where no chip is at hand.
@@ -131,7 +127,7 @@ def _export(
 ) -> Exported:
     config = loaded.config
     task = TASKS[config.task]
-    WRITERS[config.save_mode].check(config.dtype, _target(config))
+    WRITERS[config.save_mode].check(config.dtype, artifact.target_of(config))
     own_samples = samples.read(samples_file, task) if samples_file else []
     progress("fetching the checkpoint", 0, 0)
     checkpoint = sources.fetch(config, loaded.folder)
@@ -276,7 +272,7 @@ class _Attempt:
         return verify(folder, self.reference, self.own_samples, self.progress)
 
     def _write(self, lowered: Original, shapes: Shapes, folder: Path, rehearsal: bool = False) -> Manifest:
-        return _write(self.config, self.source, lowered, shapes, self.name, folder, self.progress, rehearsal)
+        return artifact.write(self.config, self.source, lowered, shapes, self.name, folder, self.progress, rehearsal)
 
     def _finish(self, manifest: Manifest, findings: Findings, lowered: Original, folder: Path) -> _Made:
         receipt = {**findings.receipt(), "drift_allowed": not findings.passed, "in_float32": list(lowered.kept)}
@@ -288,7 +284,7 @@ class _Attempt:
 def _drift(dtype: str, shapes: Shapes, original: Original) -> str:
     return (
         f"the exported model does not answer as the original does (in {dtype}, "
-        f"at {describe(shapes, original.max_length)}), so nothing "
+        f"at {artifact.describe(shapes, original.max_length)}), so nothing "
         "was written; --allow-drift exports it all the same, and records it"
     )
 
@@ -296,90 +292,3 @@ def _drift(dtype: str, shapes: Shapes, original: Original) -> str:
 def candidate_shapes(config: SetupConfig, max_length: int) -> Iterable[Shapes]:
     """What to try, widest first."""
     return WRITERS[config.save_mode].shapes(config, max_length)
-
-
-def _target(config: SetupConfig) -> Target:
-    return formats.target(config.save_mode, config.hardware, config.options)
-
-
-def describe(shapes: Shapes, max_length: int) -> str:
-    """The allowed shapes in words."""
-    if shapes.lengths is None:
-        lengths = f"any length up to {max_length}"
-    else:
-        lengths = "length " + ", ".join(map(str, shapes.lengths))
-    batches = "any batch" if shapes.batches is None else "batch " + ", ".join(map(str, shapes.batches))
-    return f"{lengths}, {batches}" + (", a graph for each" if shapes.graph_per_shape else "")
-
-
-def _write(
-    config: SetupConfig,
-    source: Source,
-    original: Original,
-    shapes: Shapes,
-    name: str,
-    folder: Path,
-    progress: Progress,
-    rehearsal: bool = False,
-) -> Manifest:
-    """Everything of the artifact but the receipt; as a rehearsal, of the same graphs for this machine's CPU."""
-    progress(f"writing {config.save_mode} in {original.dtype} ({describe(shapes, original.max_length)})", 0, 0)
-    target = _target(config)._replace(rehearsal=rehearsal)
-    task = TASKS[config.task]
-    writer = WRITERS[config.save_mode]
-    outputs = tuple(output.name for output in task.outputs)
-    try:
-        written = writer.write(original, task, shapes, folder, target)
-    except KeyError as error:
-        raise ExportError(
-            f"{type(original.model).__name__} gives no {error.args[0]}, which {config.task} reads"
-        ) from error
-    original.write_tokenizer(folder)
-    (folder / SERVING_FILE).write_text(_serving(config), encoding="utf-8")
-    files = (writer.model_file, *written.files, original.tokenizer_facts.file, SERVING_FILE)
-    manifest = Manifest(
-        name=name,
-        task=config.task,
-        save_mode=config.save_mode,
-        hardware="cpu" if rehearsal else config.hardware,
-        model_file=writer.model_file,
-        inputs=original.inputs,
-        outputs=outputs,
-        step_inputs=written.step_inputs,
-        dtype=original.dtype,
-        max_length=original.max_length,
-        shapes=shapes,
-        long_inputs=config.long_inputs or ("window" if task.merges_windows else "reject"),
-        max_rows=config.max_rows,
-        labels=original.labels,
-        tokenizer=original.tokenizer_facts,
-        parameters=original.parameters,
-        facts={**original.facts, **written.facts},
-        source=source,
-        versions={**_versions(config), **written.versions},
-        files={file: sha256(folder / file) for file in sorted(files)},
-        runtime=written.runtime,
-    )
-    manifest.write(folder)
-    return manifest
-
-
-def _serving(config: SetupConfig) -> str:
-    """model-config.yaml, which TorchServe reads from the archive; `traceserve tune` adds what it finds."""
-    serving = Serving(config.batch_size, config.max_batch_delay, config.response_timeout)
-    return serving.to_yaml()
-
-
-def _versions(config: SetupConfig) -> Dict[str, str]:
-    import tokenizers
-    import torch
-    import transformers
-
-    return {
-        "traceserve": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "tokenizers": tokenizers.__version__,
-        **{package: metadata.version(package) for package in libraries.packages(config.library, config.gguf_file)},
-    }

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Mapping, Optional, Tuple
 
-from traceserve import client, load, samples, server
+from traceserve import client, instances, load, samples
 from traceserve.errors import ConfigError, ServerError
 
 JSON, TEXT = "application/json", "text/plain; charset=utf-8"
@@ -56,13 +56,13 @@ def subject(
     return Subject(label, load.Target(place, dict(headers)), traffic(file, body), *(ours or ("", None)))
 
 
-def _serving(name: str, port: Optional[int]) -> server.Instance:
+def _serving(name: str, port: Optional[int]) -> instances.Instance:
     if port is not None:
-        found = [server.find(port)]
+        found = [instances.find(port)]
         if name not in found[0].names:
             raise ServerError(f"the server on port {port} has no {name}, but {', '.join(found[0].names)}")
         return found[0]
-    running = server.instances()
+    running = instances.running()
     found = [instance for instance in running if name in instance.names]
     if len(found) > 1:
         ports = ", ".join(str(instance.port) for instance in found)
@@ -78,7 +78,7 @@ def _serving(name: str, port: Optional[int]) -> server.Instance:
 
 def _ours(url: str) -> Optional[Tuple[str, str]]:
     """The model's name and where its metrics are, if a URL is a server's of ours."""
-    for instance in server.instances():
+    for instance in instances.running():
         for name in instance.names:
             if url == f"{instance.url}/predictions/{urllib.parse.quote(name)}":
                 return name, f"http://127.0.0.1:{instance.metrics_port}/metrics"

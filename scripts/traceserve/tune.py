@@ -18,14 +18,14 @@ from traceserve_runtime.settings import Settings
 from traceserve_runtime.tasks.contract import Task
 from traceserve_runtime.tokenization import Encoded
 
-from traceserve import load, server, subjects, torchserve, wire
+from traceserve import instances, load, server, subjects, torchserve, wire
 from traceserve.archive import read_manifest, read_serving
 from traceserve.errors import ConfigError, ServerError
+from traceserve.instances import Instance
 from traceserve.knobs import cores, knobs
 from traceserve.load import Result, Target
 from traceserve.padding import Waste, wastes
 from traceserve.racing import Goal, Search, Trial
-from traceserve.server import Instance
 from traceserve.serving import Serving
 from traceserve.verification import Progress
 
@@ -127,7 +127,7 @@ class Servers:
         """Stop the candidate's server, if it has one."""
         instance = self._running.pop(serving, None)
         if instance is not None:
-            server.stop(instance, at_once=True)
+            instances.stop(instance, at_once=True)
 
     def _start(self, serving: Serving, what: str) -> None:
         self.tell(f"starting {what}")

@@ -80,7 +80,7 @@ def no_op() -> Iterator[str]:
         archive = _archive(folder)
         (folder / "server").mkdir()
         _, settings = torchserve.configure(folder / "server", {"no-op": archive}, {}, "127.0.0.1", port)
-        pid = server._launch(folder / "server", settings, torchserve.find_java())
+        pid = server.launch(folder / "server", settings, torchserve.find_java())
         process = psutil.Process(pid)
         try:
             url = f"http://127.0.0.1:{port}/predictions/no-op"

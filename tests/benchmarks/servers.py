@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
 
 import psutil
-from traceserve import load, server, torchserve
+from traceserve import instances, load, torchserve
 
 SENTENCE = "I still have not received my new card, I ordered over a week ago."
 TRACESERVE = (sys.executable, "-m", "traceserve")
@@ -63,7 +63,7 @@ def ours(archive: Path, workers: Optional[int] = None, body: Body = text_field) 
     seconds = time.monotonic() - started
     try:
         url = f"http://127.0.0.1:{port}/predictions/{archive.stem}"
-        instance = server.find(port)
+        instance = instances.find(port)
         pids = _torchserve_workers(instance.management_port, archive.stem)
         yield Server(url, body, "application/json", seconds, pids, [instance.pid])
     finally:

@@ -8,11 +8,11 @@ from typing import List
 import psutil
 import pytest
 from neuron_double import cores
-from traceserve import server, torchserve
+from traceserve import instances, server, torchserve
 from traceserve.archive import archive
 from traceserve.client import predict
 from traceserve.errors import ServerError
-from traceserve.server import Instance
+from traceserve.instances import Instance
 from traceserve_runtime.engine import Answer, Engine
 from traceserve_runtime.tasks.contract import Request
 
@@ -48,7 +48,7 @@ def test_two_workers_have_a_core_each(mar: Path) -> None:
         assert sorted(cores.owners()) == worker_pids(instance) and len(cores.owners()) == 2
         assert psutil.Process(cores.owners()[0]).environ()["NEURON_RT_NUM_CORES"] == "1"
     finally:
-        server.stop(instance)
+        instances.stop(instance)
     assert not cores.owners()
 
 

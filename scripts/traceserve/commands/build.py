@@ -141,7 +141,7 @@ def _archive(options: argparse.Namespace) -> int:
 def _print_exported(exported: Exported, path: Path, seconds: float) -> None:
     from rich.table import Table
 
-    from traceserve.export import describe
+    from traceserve.artifact import describe
 
     manifest, findings = exported.manifest, exported.findings
     size = path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.rglob("*") if f.is_file())

@@ -20,7 +20,7 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 def _demo(options: argparse.Namespace) -> int:
     from rich.table import Table
 
-    from traceserve import client, demo, server, torchserve
+    from traceserve import client, demo, instances, server, torchserve
 
     screen = console()
     defaults = argparse.Namespace(
@@ -47,14 +47,14 @@ def _demo(options: argparse.Namespace) -> int:
             f"held-out accuracy over HTTP: {right / len(held_out):.3f} ({right} of {len(held_out)})", highlight=False
         )
     except BaseException:
-        server.stop(instance)
+        instances.stop(instance)
         raise
     if options.keep:
         screen.print(
             f'\nthe server keeps running: traceserve predict {path.stem} "Where is my order?"', highlight=False
         )
     else:
-        server.stop(instance)
+        instances.stop(instance)
         screen.print(f"\nthe server was stopped; again: traceserve serve {path}", highlight=False)
     return 0
 

@@ -32,11 +32,11 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
 
 def _predict(options: argparse.Namespace) -> int:
     """Print an answer as JSON on a line for each text."""
-    from traceserve import client, server
+    from traceserve import client, instances
     from traceserve.errors import ServerError
 
     bodies = list(_bodies(options))
-    instance = server.find(options.port)
+    instance = instances.find(options.port)
     if options.name not in instance.names:
         raise ServerError(f"the server on port {instance.port} has no {options.name}, but {', '.join(instance.names)}")
     for body in bodies:

@@ -12,7 +12,7 @@ from traceserve.commands.contract import Command
 from traceserve.printing import Bar, console
 
 if TYPE_CHECKING:
-    from traceserve.server import Instance
+    from traceserve.instances import Instance
 
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +43,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from traceserve import server
+    from traceserve import instances, server
     from traceserve.errors import ServerError
 
     started = time.monotonic()
@@ -54,9 +54,9 @@ def _serve(options: argparse.Namespace) -> int:
     print_instance(instance, time.monotonic() - started)
     if options.foreground:
         try:
-            server.wait(instance)
+            instances.wait(instance)
         finally:
-            server.stop(instance)
+            instances.stop(instance)
         raise ServerError("TorchServe ended")
     return 0
 
@@ -67,11 +67,11 @@ def _add_stop(parser: argparse.ArgumentParser) -> None:
 
 
 def _stop(options: argparse.Namespace) -> int:
-    from traceserve import server
+    from traceserve import instances
 
-    chosen = server.instances() if options.all else [server.find(options.port)]
+    chosen = instances.running() if options.all else [instances.find(options.port)]
     for instance in chosen:
-        server.stop(instance)
+        instances.stop(instance)
         console().print(f"stopped {', '.join(instance.names)} on port {instance.port}", highlight=False)
     return 0
 
@@ -79,15 +79,15 @@ def _stop(options: argparse.Namespace) -> int:
 def _status(options: argparse.Namespace) -> int:
     from rich.table import Table
 
-    from traceserve import server
+    from traceserve import instances
 
-    running = server.instances()
+    running = instances.running()
     if not running:
         console().print("no server is running")
         return 0
     table = Table("archive", "port", "workers", "up", "pid")
     for instance in running:
-        alive = server.workers_alive(instance)
+        alive = instances.workers_alive(instance)
         up = time.strftime("%H:%M:%S", time.gmtime(time.time() - instance.started))
         for name in instance.names:
             workers = f"{alive[name]} of {instance.workers[name]}"

@@ -79,11 +79,11 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
 def _unpadded(original: Original, file: Path) -> Optional[Unpadded]:
     """What a worker on a CPU runs in the place of the traced graph; None where there is nothing."""
     from traceserve.wrapping import example
-    from traceserve.writers import unpadding
+    from traceserve.writers import axes, unpadding
 
-    if original.max_length < max(length for _, length in unpadding.SHAPES):
+    if original.max_length < max(length for _, length in axes.SHAPES):
         return None
-    shapes = [*unpadding.SHAPES, (1, 5), (5, min(20, original.max_length))]
+    shapes = [*axes.SHAPES, (1, 5), (5, min(20, original.max_length))]
     examples = [example(original, batch, length) for batch, length in shapes]
     reads_first = original.tokenizer_facts.padding_side == "right"
     return unpadding.unpadded(file, original.inputs, examples, original.dtype, reads_first)

@@ -16,15 +16,15 @@ that they would take longer than the preparing; and what has a row for each text
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set
 
 import torch
 from traceserve_runtime.runtimes import packing
 from traceserve_runtime.runtimes.devices import nodes
 
-Example = Tuple[torch.Tensor, ...]
+from traceserve.writers import axes, end_to_end
+from traceserve.writers.axes import Dims, Example
 
-SHAPES = ((3, 11), (2, 7))  # (batch, length) of the examples: no other size of a model changes as these do
 _OVER_FEATURES = ("aten::layer_norm", "aten::rms_norm")  # where these have one axis
 _START = ("aten::linear", *_OVER_FEATURES)  # rows are packed for these, and stay packed from there
 _BY_ELEMENT = (
@@ -55,7 +55,7 @@ def unpadded(
 ) -> Optional[Unpadded]:
     """The module of `file`, which has one graph, rewritten; None where nothing is gained or it gives something else.
 
-    `examples` are its inputs: two in `SHAPES`, and others, all with padding. `reads_first`: whether a row's first place is
+    `examples` are its inputs: two in `axes.SHAPES`, and others, all with padding. `reads_first`: whether a row's first place is
     never padding.
     """
     module: Any = torch.jit.load(str(file))  # type: ignore[no-untyped-call]
@@ -71,7 +71,7 @@ def unpadded(
     filled = _filled(module)
     with torch.no_grad():
         try:
-            dims = _dims(module, graph, examples[: len(SHAPES)])
+            dims = axes.read(module, graph, examples[: len(axes.SHAPES)])
             if not _Rewriting(graph, dims, list(graph.inputs())[1 + column], filled).run(reads_first):
                 return None
             traced: Any = torch.jit.load(str(file))  # type: ignore[no-untyped-call]
@@ -105,53 +105,6 @@ def _same(got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], mask: t
     return True
 
 
-class _Dims:
-    """Which axes of a value are as long as the batch and as the rows; `others` depend on these in another way."""
-
-    def __init__(self, *sizes: Sequence[int]) -> None:
-        self.count = len(sizes[0])
-        changing = [(axis, each) for axis, each in enumerate(zip(*sizes)) if len(set(each)) > 1]
-        batches, lengths = zip(*SHAPES)
-        self.batch = [axis for axis, each in changing if each == batches]
-        self.length = [axis for axis, each in changing if each == lengths]
-        self.others = len(changing) > len(self.batch) + len(self.length)
-
-    @property
-    def rows(self) -> bool:
-        """Whether it is (batch, length, features)."""
-        return self.count == 3 and self.batch == [0] and self.length == [1] and not self.others
-
-    @property
-    def fixed(self) -> bool:
-        """Whether it is the same for every batch."""
-        return not (self.batch or self.length or self.others)
-
-    @property
-    def places(self) -> Optional[int]:
-        """The axis of the rows' places, where it is one."""
-        return self.length[0] if len(self.length) == 1 and not self.others else None
-
-
-def _dims(module: Any, graph: Any, examples: Sequence[Example]) -> Dict[str, _Dims]:
-    """Of every tensor that a graph makes or reads, by name, those in branches and loops aside."""
-    sizes = zip(*(_sizes(module, graph, example) for example in examples))
-    names = [value.debugName() for value in _tensors(graph)]
-    return {name: _Dims(*each) for name, each in zip(names, sizes) if len(set(map(len, each))) == 1}
-
-
-def _sizes(module: Any, graph: Any, example: Example) -> List[torch.Size]:
-    """The shapes of `_tensors(graph)` as the graph runs; the module's own goes on unrun."""
-    seen = graph.copy()
-    together = seen.create("prim::ListConstruct", _tensors(seen), 1)
-    together.output().setType(torch._C.ListType(torch._C.TensorType.get()))
-    seen.appendNode(together)
-    while list(seen.outputs()):
-        seen.eraseOutput(0)
-    seen.registerOutput(together.output())
-    run = torch._C._create_function_from_graph("seen", seen)
-    return [tensor.shape for tensor in run(module._c, *example)]
-
-
 def _open_tuples(graph: Any) -> None:
     """Read the values themselves where they are put together, as between a layer and its hooks."""
     for node in graph.findAllNodes("prim::TupleUnpack", False):
@@ -170,77 +123,13 @@ def _drop_dropout(graph: Any) -> None:
             node.destroy()
 
 
-def _tensors(graph: Any) -> List[Any]:
-    values = [*graph.inputs(), *(value for node in graph.nodes() for value in node.outputs())]
-    return [value for value in values if str(value.type()) == "Tensor"]
-
-
-class _Layout(NamedTuple):
-    """Values of the graph: whether there is padding; the rows' number and length; of each token its place among all places;
-    of each place its token, any one where there is padding; of each row its first place's token."""
-
-    padded: Any
-    batch: Any
-    length: Any
-    tokens: Any
-    places: Any
-    firsts: Any
-
-
-def _layout(mask: torch.Tensor, step: int) -> Tuple[bool, int, int, torch.Tensor, torch.Tensor, torch.Tensor]:
-    batch, length = mask.size(0), mask.size(1)
-    flat = mask.reshape(-1)
-    tokens = torch.nonzero(flat).reshape(-1)
-    count = tokens.size(0)
-    while step > 1 and 32 * step <= count:  # of many tokens more, but at most a sixteenth
-        step *= 2
-    more = (step - count % step) % step
-    padded = count + more < flat.size(0)
-    if padded:
-        tokens = torch.cat([tokens, tokens.new_zeros([more])])
-        places = (torch.cumsum(flat, 0) - 1).clamp_min(0)
-    else:
-        places = torch.arange(flat.size(0), device=mask.device)
-    return padded, batch, length, tokens, places, places.view(batch, length).select(1, 0)
-
-
-def _pack(rows: torch.Tensor, padded: bool, tokens: torch.Tensor) -> torch.Tensor:
-    flat = rows.flatten(0, 1)
-    if padded:
-        flat = flat.index_select(0, tokens)
-    return flat.unsqueeze(0)
-
-
-def _spread(packed: torch.Tensor, padded: bool, places: torch.Tensor, batch: int, length: int) -> torch.Tensor:
-    flat = packed.flatten(0, 1)
-    if padded:
-        flat = flat.index_select(0, places)
-    return flat.view(batch, length, -1)
-
-
-def _first_tokens(packed: torch.Tensor, firsts: torch.Tensor) -> torch.Tensor:
-    return packed.flatten(0, 1).index_select(0, firsts).unsqueeze(1)
-
-
-def _fill(rows: torch.Tensor) -> torch.Tensor:
-    count = rows.size(0)
-    more = (16 - count % 16) % 16
-    if count > 1 and more > 0:
-        rows = rows.index_select(0, torch.arange(count + more, device=rows.device).clamp_max(count - 1))
-    return rows
-
-
-def _cut(rows: torch.Tensor, batch: int) -> torch.Tensor:
-    return rows.narrow(0, 0, batch)
-
-
 class _Rewriting:
     """A graph while it is rewritten.
 
     Of a value there are up to three forms: as it was, packed, and of the rows' first places alone.
     """
 
-    def __init__(self, graph: Any, dims: Dict[str, _Dims], mask: Any, filled: int) -> None:
+    def __init__(self, graph: Any, dims: Dict[str, Dims], mask: Any, filled: int) -> None:
         self.graph = graph
         self.dims = dims
         self.mask = mask
@@ -249,14 +138,16 @@ class _Rewriting:
         self.firsts: Dict[str, Any] = {}
         self.wanted_first: Set[str] = set()  # values of which nobody reads more
         self.filled: Dict[str, Any] = {}  # by the name of one with a row for each text: the same with more rows
-        self.layout: _Layout
+        self.layout: end_to_end.Layout
 
     def run(self, reads_first: bool) -> bool:
         """Rewrite it; whether something is gained."""
         if any(self._changes_rows(node) for node in nodes(self.graph)):
             return False
         start = next(iter(self.graph.nodes()))
-        self.layout = _Layout(*self._call(_layout, [self.mask, self._constant(self.step, start)], start))
+        self.layout = end_to_end.Layout(
+            *self._call(end_to_end.layout, [self.mask, self._constant(self.step, start)], start)
+        )
         self._read_sizes_of_mask()
         before = list(self.graph.nodes())
         if reads_first:
@@ -282,7 +173,9 @@ class _Rewriting:
         elif self._packs(node):
             packed = self._clone(node, {i: self._pack(node.inputsAt(i), node) for i in self._rows(node)})
             layout = self.layout
-            [rows] = self._call(_spread, [packed, layout.padded, layout.places, layout.batch, layout.length], node)
+            [rows] = self._call(
+                end_to_end.spread, [packed, layout.padded, layout.places, layout.batch, layout.length], node
+            )
             self.dims[rows.debugName()] = self._dims(node.output())
             self.packed[rows.debugName()] = packed
             node.output().replaceAllUsesWith(rows)
@@ -293,8 +186,8 @@ class _Rewriting:
             node.output().replaceAllUsesWith(row)
             node.destroy()
 
-    def _dims(self, value: Any) -> _Dims:
-        return self.dims.get(value.debugName(), _UNKNOWN)
+    def _dims(self, value: Any) -> Dims:
+        return self.dims.get(value.debugName(), axes.UNKNOWN)
 
     def _changes_rows(self, node: Any) -> bool:
         """Whether a node changes rows in place: who reads them before and who after is not looked for."""
@@ -302,7 +195,7 @@ class _Rewriting:
         if not kind.startswith("aten::") or not kind.endswith("_") or kind.endswith("__"):
             return False
         changed = node.inputsAt(0).debugName(), packing.memory(node.inputsAt(0))
-        dims = [self.dims.get(name, _UNKNOWN) for name in changed]
+        dims = [self.dims.get(name, axes.UNKNOWN) for name in changed]
         return any(each.places is not None and each.count > 2 for each in dims)
 
     def _call(self, function: Any, arguments: List[Any], before: Any) -> List[Any]:
@@ -376,7 +269,7 @@ class _Rewriting:
     def _pack(self, rows: Any, before: Any) -> Any:
         name = rows.debugName()
         if name not in self.packed:
-            [self.packed[name]] = self._call(_pack, [rows, self.layout.padded, self.layout.tokens], before)
+            [self.packed[name]] = self._call(end_to_end.pack, [rows, self.layout.padded, self.layout.tokens], before)
         return self.packed[name]
 
     # What is read of the rows' first places alone
@@ -408,7 +301,7 @@ class _Rewriting:
     def _along(self, node: Any) -> List[int]:
         """The inputs of which a node needs only the places that are wanted of its one output."""
         dims = self._dims(node.output())
-        read = self._dims(node.inputsAt(0)) if node.inputsSize() else _UNKNOWN
+        read = self._dims(node.inputsAt(0)) if node.inputsSize() else axes.UNKNOWN
         tensors = self._tensors(node)
         if self._by_token(node):
             alike = [i for i in tensors if self._dims(node.inputsAt(i)).places == dims.places]
@@ -427,7 +320,9 @@ class _Rewriting:
         name = value.debugName()
         if name not in self.firsts:
             if name in self.packed:
-                [self.firsts[name]] = self._call(_first_tokens, [self.packed[name], self.layout.firsts], before)
+                [self.firsts[name]] = self._call(
+                    end_to_end.first_tokens, [self.packed[name], self.layout.firsts], before
+                )
             else:
                 self.firsts[name] = self._first_along(value, self._dims(value).places, before)
         return self.firsts[name]
@@ -477,11 +372,11 @@ class _Rewriting:
         """What it gives, made of so many rows that oneDNN may have met their number before."""
         rows = replaced.get(0, node.inputsAt(0))
         if rows.debugName() not in self.filled:
-            [full] = self._call(_fill, [rows], node)
+            [full] = self._call(end_to_end.fill, [rows], node)
             self.dims[full.debugName()] = self._dims(rows)
             self.filled[rows.debugName()] = full
         made = self._clone(node, {**replaced, 0: self.filled[rows.debugName()]})
-        [cut] = self._call(_cut, [made, self.layout.batch], node)
+        [cut] = self._call(end_to_end.cut, [made, self.layout.batch], node)
         self.filled[cut.debugName()] = made
         return cut
 
@@ -491,7 +386,3 @@ def _integers(value: Any) -> List[Optional[int]]:
     if value.node().kind() == "prim::ListConstruct":
         return [item.toIValue() for item in value.node().inputs()]
     return list(value.toIValue() or [])
-
-
-_UNKNOWN = _Dims((), ())
-_UNKNOWN.others = True

@@ -1,0 +1,109 @@
+"""A model to the files of an artifact: what the writer makes of it, its tokenizer, how it is served, and the manifest."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Dict
+
+from traceserve_runtime import __version__
+from traceserve_runtime.manifest import Manifest, Shapes, Source, sha256
+from traceserve_runtime.tasks import TASKS
+
+from traceserve import formats, libraries
+from traceserve.config import SetupConfig
+from traceserve.errors import ExportError
+from traceserve.loading import Original
+from traceserve.serving import SERVING_FILE, Serving
+from traceserve.verification import Progress
+from traceserve.writers import WRITERS
+from traceserve.writers.contract import Target
+
+
+def write(
+    config: SetupConfig,
+    source: Source,
+    original: Original,
+    shapes: Shapes,
+    name: str,
+    folder: Path,
+    progress: Progress,
+    rehearsal: bool = False,
+) -> Manifest:
+    """Everything of the artifact but the receipt; as a rehearsal, of the same graphs for this machine's CPU."""
+    progress(f"writing {config.save_mode} in {original.dtype} ({describe(shapes, original.max_length)})", 0, 0)
+    target = target_of(config)._replace(rehearsal=rehearsal)
+    task = TASKS[config.task]
+    writer = WRITERS[config.save_mode]
+    outputs = tuple(output.name for output in task.outputs)
+    try:
+        written = writer.write(original, task, shapes, folder, target)
+    except KeyError as error:
+        raise ExportError(
+            f"{type(original.model).__name__} gives no {error.args[0]}, which {config.task} reads"
+        ) from error
+    original.write_tokenizer(folder)
+    (folder / SERVING_FILE).write_text(_serving(config), encoding="utf-8")
+    files = (writer.model_file, *written.files, original.tokenizer_facts.file, SERVING_FILE)
+    manifest = Manifest(
+        name=name,
+        task=config.task,
+        save_mode=config.save_mode,
+        hardware="cpu" if rehearsal else config.hardware,
+        model_file=writer.model_file,
+        inputs=original.inputs,
+        outputs=outputs,
+        step_inputs=written.step_inputs,
+        dtype=original.dtype,
+        max_length=original.max_length,
+        shapes=shapes,
+        long_inputs=config.long_inputs or ("window" if task.merges_windows else "reject"),
+        max_rows=config.max_rows,
+        labels=original.labels,
+        tokenizer=original.tokenizer_facts,
+        parameters=original.parameters,
+        facts={**original.facts, **written.facts},
+        source=source,
+        versions={**_versions(config), **written.versions},
+        files={file: sha256(folder / file) for file in sorted(files)},
+        runtime=written.runtime,
+    )
+    manifest.write(folder)
+    return manifest
+
+
+def _serving(config: SetupConfig) -> str:
+    """model-config.yaml, which TorchServe reads from the archive; `traceserve tune` adds what it finds."""
+    serving = Serving(config.batch_size, config.max_batch_delay, config.response_timeout)
+    return serving.to_yaml()
+
+
+def _versions(config: SetupConfig) -> Dict[str, str]:
+    import tokenizers
+    import torch
+    import transformers
+
+    return {
+        "traceserve": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "tokenizers": tokenizers.__version__,
+        **{package: metadata.version(package) for package in libraries.packages(config.library, config.gguf_file)},
+    }
+
+
+def target_of(config: SetupConfig) -> Target:
+    """What a writer is to write for."""
+    return formats.target(config.save_mode, config.hardware, config.options)
+
+
+def describe(shapes: Shapes, max_length: int) -> str:
+    """The allowed shapes in words."""
+    if shapes.lengths is None:
+        lengths = f"any length up to {max_length}"
+    else:
+        lengths = "length " + ", ".join(map(str, shapes.lengths))
+    batches = "any batch" if shapes.batches is None else "batch " + ", ".join(map(str, shapes.batches))
+    return f"{lengths}, {batches}" + (", a graph for each" if shapes.graph_per_shape else "")
