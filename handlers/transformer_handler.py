@@ -53,6 +53,7 @@ class TransformerHandler:
             self.engine = Engine.load(folder, _device(context, folder), wanted)
             self.engine.warm_up()
             self.engine.open_lanes()
+            self.engine.share_cores()
             self.engine.measure_while_answering()
         except (RuntimeError, MemoryError):
             raise

@@ -19,10 +19,12 @@ from traceserve.samples import SENTENCES
 from traceserve.writers import aot_inductor
 from traceserve.writers.contract import Target
 from traceserve_runtime import processor
+from traceserve_runtime.batching import filled
 from traceserve_runtime.engine import Answer, Engine
 from traceserve_runtime.errors import InvalidManifest, MissingPackage
 from traceserve_runtime.manifest import Manifest, Shapes, sha256
 from traceserve_runtime.runtimes import aot_inductor as reader
+from traceserve_runtime.runtimes import team
 from traceserve_runtime.runtimes.aot_inductor import INSTRUCTIONS, MACHINE, TORCH
 from traceserve_runtime.settings import Settings
 from traceserve_runtime.tasks import TASKS
@@ -152,6 +154,21 @@ def test_a_file_that_is_no_package(compiled: Path, tmp_path: Path) -> None:
     dataclasses.replace(manifest, files={**manifest.files, "model.pt2": sha256(folder / "model.pt2")}).write(folder)
     with pytest.raises(InvalidManifest, match="model.pt2 cannot be loaded by torch"):
         Engine.load(folder)
+
+
+def test_what_waits_for_cores_runs_on_fewer(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(team, "_COMPUTING", float("inf"))  # each run has waited
+    before = torch.get_num_threads()
+    try:
+        engine = Engine.load(compiled, settings=Settings(threads=2))
+        engine.share_cores()
+        inputs = filled(engine.manifest, 2, 9)
+        first, *others = (engine.runner(inputs)["logits"] for _ in range(4))
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+    for other in others:
+        assert other == pytest.approx(first, abs=1e-5)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

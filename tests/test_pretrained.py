@@ -23,6 +23,7 @@ from traceserve_runtime import batching
 from traceserve_runtime.engine import Answer, Engine
 from traceserve_runtime.errors import InvalidManifest, MissingPackage
 from traceserve_runtime.manifest import Manifest
+from traceserve_runtime.runtimes import team
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Request
 
@@ -247,13 +248,15 @@ def small(checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.M
 def test_a_compiled_model_answers_alike_at_any_shape(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Compiled once for all shapes. (A batch of one row would be compiled by itself.)"""
+    """Compiled once for all shapes, and for one number of threads. (A batch of one row would be compiled by itself.)"""
+    monkeypatch.setattr(team, "_COMPUTING", float("inf"))  # each run has waited for cores
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
     exact = Engine.load(small).runner
     manifest = compiling(small)
     engine = Engine.load(small)
     assert list((tmp_path / "compiled").rglob("*.so"))
     counted = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    engine.share_cores()
     for batch, length in ((2, 9), (7, 30), (64, 48), (3, 3)):
         inputs = batching.filled(manifest, batch, length)
         inputs["input_ids"][:, 1:] = np.arange(length - 1) + 5

@@ -52,6 +52,10 @@ class Runner(Protocol):
         """Threads from which runs go side by side, on one core each; none where they cannot."""
         ...
 
+    def share_cores(self) -> None:
+        """From now on run on fewer cores while other processes hold them, where that can be; see `runtimes.team`."""
+        ...
+
 
 Number = TypeVar("Number", float, np.ndarray)
 

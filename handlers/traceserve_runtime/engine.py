@@ -103,6 +103,10 @@ class Engine:
                 cost = replace(self.cost, token=longer * self.cost.token, attention=longer * self.cost.attention)
                 self.lanes = Lanes(threads, cost)
 
+    def share_cores(self) -> None:
+        """From now on leave cores to other processes that hold them, where the runner can."""
+        self.runner.share_cores()
+
     def measure_while_answering(self) -> None:
         """`measure`, but one run at a time, between those that requests need: on the way to the first answer this would
         be a tenth of the time, and a thread of its own would have OpenMP's threads of its own, which keep these waiting."""

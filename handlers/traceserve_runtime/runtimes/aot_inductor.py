@@ -5,12 +5,13 @@ from __future__ import annotations
 import platform
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import Any, Sequence, Tuple
+from typing import Any, Optional, Sequence, Tuple
 
 from traceserve_runtime import processor
 from traceserve_runtime.batching import Arrays, Padding, State
 from traceserve_runtime.errors import InvalidManifest, MissingPackage
 from traceserve_runtime.manifest import Manifest
+from traceserve_runtime.runtimes import team
 from traceserve_runtime.runtimes.torchscript import settle
 from traceserve_runtime.settings import Settings
 
@@ -26,12 +27,14 @@ class AotInductorRunner:
     def __init__(self, model: Any, manifest: Manifest) -> None:
         self._model = model
         self._manifest = manifest
+        self._team: Optional[team.Team] = None
 
     def __call__(self, inputs: Arrays) -> Arrays:
         import torch
 
         with torch.inference_mode():
-            results = self._model(*(torch.from_numpy(inputs[name]) for name in self._manifest.inputs))
+            tensors = [torch.from_numpy(inputs[name]) for name in self._manifest.inputs]
+            results = self._team.run(self._model, *tensors) if self._team else self._model(*tensors)
             return {name: output.numpy() for name, output in zip(self._manifest.outputs, results)}
 
     def start(self, inputs: Arrays) -> State:
@@ -42,6 +45,9 @@ class AotInductorRunner:
 
     def open_lanes(self) -> Sequence[Executor]:
         return []  # one run at a time
+
+    def share_cores(self) -> None:
+        self._team = team.of_torch()
 
 
 def read(manifest: Manifest, folder: Path, device: str, settings: Settings = Settings()) -> AotInductorRunner:

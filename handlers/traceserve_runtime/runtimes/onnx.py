@@ -76,6 +76,9 @@ class OnnxRunner:
     def open_lanes(self) -> Sequence[Executor]:
         return []  # a session's threads are its own, and a second one would hold the weights again
 
+    def share_cores(self) -> None:
+        pass  # a session's threads take pieces of an operator as they are free, and do not wait for the slowest
+
     def _outputs(self, results: Sequence[Any]) -> Arrays:
         return {name: value.numpy() for name, value in zip(self._manifest.outputs, results)}
 

@@ -71,6 +71,9 @@ class PaddedRunner:
     def open_lanes(self) -> Sequence[Executor]:
         return []
 
+    def share_cores(self) -> None:
+        pass  # a chip's, not the processor's
+
     def warm(self) -> None:
         """Run every graph once: the first run of each loads it into the chip."""
         shapes = self._manifest.shapes

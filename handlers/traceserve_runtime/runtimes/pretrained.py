@@ -82,7 +82,7 @@ def read(manifest: Manifest, folder: Path, device: str, settings: Settings = Set
         calls = _LOOPS[manifest.runtime["loop"]](model, manifest, device)
     if not manifest.runtime["torch_compile"]:
         return TorchScriptRunner(_Calls(calls, computing), manifest, device)
-    runner = TorchScriptRunner(_Calls(_compiled(calls), computing), manifest, device)
+    runner = TorchScriptRunner(_Calls(_compiled(calls), computing), manifest, device, own_threads=True)
     _try(runner, manifest)
     return runner
 

@@ -12,7 +12,7 @@ from traceserve_runtime import processor
 from traceserve_runtime.batching import IN_ATTENTION, Arrays, Padding, State, filled
 from traceserve_runtime.errors import InvalidManifest, MissingPackage
 from traceserve_runtime.manifest import Manifest
-from traceserve_runtime.runtimes import attention, devices, neuron, packing, weights
+from traceserve_runtime.runtimes import attention, devices, neuron, packing, team, weights
 from traceserve_runtime.runtimes.padded import PaddedRunner
 from traceserve_runtime.settings import Settings
 
@@ -28,17 +28,26 @@ UNPADDED, FILLED = "unpadded", "filled"
 class TorchScriptRunner:
     """A traced model on a device, or one that is called like it; see Runner. Its state is a tuple of tensors there.
 
-    Runs go `side_by_side` where one of several threads that call it does not wait for the others.
+    Runs go `side_by_side` where one of several threads that call it does not wait for the others. `own_threads`: it is code
+    for a number of threads, which would be compiled again for another one.
     """
 
     def __init__(
-        self, module: Any, manifest: Manifest, device: str, side_by_side: bool = False, padding: Padding = Padding()
+        self,
+        module: Any,
+        manifest: Manifest,
+        device: str,
+        side_by_side: bool = False,
+        padding: Padding = Padding(),
+        own_threads: bool = False,
     ) -> None:
         self.padding = padding
         self._module = module
         self._manifest = manifest
         self._device = device
         self._side_by_side = side_by_side
+        self._own_threads = own_threads
+        self._team: Optional[team.Team] = None
 
     def __call__(self, inputs: Arrays) -> Arrays:
         shapes = self._manifest.shapes
@@ -72,6 +81,10 @@ class TorchScriptRunner:
         torch.set_num_threads(threads)  # of this thread: some of torch's libraries count for the process
         return lanes
 
+    def share_cores(self) -> None:
+        if self._device == "cpu" and self._manifest.hardware not in neuron.CHIPS and not self._own_threads:
+            self._team = team.of_torch()
+
     def warm(self) -> None:
         """Run the graph of each shape once: the first run of one that was compiled loads it into the chip."""
         shapes = self._manifest.shapes
@@ -88,7 +101,7 @@ class TorchScriptRunner:
         import torch
 
         with torch.inference_mode():
-            outputs: Sequence[torch.Tensor] = graph(*tensors)
+            outputs: Sequence[torch.Tensor] = self._team.run(graph, *tensors) if self._team else graph(*tensors)
         return outputs
 
     def _outputs(self, results: Sequence[torch.Tensor]) -> Arrays:

@@ -1,0 +1,63 @@
+"""How many cores a run takes: one less while another process holds one.
+
+OpenMP's threads wait for one another at the end of every operator, so that one whose core is taken keeps all of them waiting:
+beside a busy process a single text took four times as long on two cores, and as long as ever on one (docs/measurements.md).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any, Callable, Optional, TypeVar
+
+Result = TypeVar("Result")
+
+_COMPUTING = 0.8  # of a run's time; a thread that waits for others computes half of it, one that does not all of it
+_IN_A_ROW = 2  # runs that waited; a single one may have met anything
+# Runs until one more core is tried, at first; and where it is taken again and again, since each time costs two slow runs.
+_SOONEST, _LATEST = 20, 320
+
+
+class Team:
+    """The threads of runs that one thread asks for. Runs of other threads, as of lanes, are left alone."""
+
+    def __init__(self, most: int, resize: Callable[[int], None]) -> None:
+        self._most = most
+        self._resize = resize
+        self._now = most
+        self._waited = 0  # runs in a row
+        self._runs = 0
+        self._pause = _SOONEST
+        self._smaller_at = self._wider_at = 0  # by the number of runs
+        self._thread = threading.get_ident()
+
+    def run(self, act: Callable[..., Result], *arguments: Any) -> Result:
+        """What `act` gives for these, on as many cores as are free."""
+        if threading.get_ident() != self._thread:
+            return act(*arguments)
+        self._runs += 1
+        if self._now < self._most and self._runs >= self._wider_at:
+            self._take(self._now + 1)
+        began, own = time.perf_counter(), time.thread_time()
+        result = act(*arguments)
+        computed, took = time.thread_time() - own, time.perf_counter() - began
+        self._waited = self._waited + 1 if computed < _COMPUTING * took else 0
+        if self._waited >= _IN_A_ROW and self._now > 1:
+            again = self._runs - self._smaller_at < 2 * self._pause
+            self._pause = min(2 * self._pause, _LATEST) if again else _SOONEST
+            self._smaller_at = self._runs
+            self._take(self._now - 1)
+        return result
+
+    def _take(self, cores: int) -> None:
+        self._now, self._waited = cores, 0
+        self._wider_at = self._runs + self._pause
+        self._resize(cores)
+
+
+def of_torch() -> Optional[Team]:
+    """Of this thread's runs of torch; None where they have one core anyway."""
+    import torch
+
+    threads = torch.get_num_threads()
+    return Team(threads, torch.set_num_threads) if threads > 1 else None

@@ -1,0 +1,159 @@
+"""How many cores runs take while other processes hold some."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any, Iterator, List
+
+import pytest
+import torch
+from traceserve_runtime.engine import Answer, Engine
+from traceserve_runtime.runtimes import team
+from traceserve_runtime.runtimes.team import Team
+from traceserve_runtime.tasks.contract import Request
+
+
+class Machine:
+    """Cores, some of them held by others: a run of more threads than are free waits for half of its time."""
+
+    def __init__(self, cores: int) -> None:
+        self.cores = cores
+        self.held = 0
+        self.threads = cores
+        self.took: List[int] = []  # cores of each run
+        self.now = self.computed = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def thread_time(self) -> float:
+        return self.computed
+
+    def resize(self, threads: int) -> None:
+        self.threads = threads
+
+    def run(self) -> int:
+        waits = self.threads > self.cores - self.held
+        self.took.append(self.threads)
+        self.now += 0.004 if waits else 0.002
+        self.computed += 0.002
+        return len(self.took)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    machine = Machine(4)
+    monkeypatch.setattr(team, "time", machine)
+    return machine
+
+
+def runs(own: Team, machine: Machine, count: int) -> List[int]:
+    """Of so many more runs the cores that each took."""
+    before = len(machine.took)
+    for number in range(before + 1, before + count + 1):
+        assert own.run(machine.run) == number
+    return machine.took[before:]
+
+
+def test_a_run_has_all_cores_while_they_are_free(machine: Machine) -> None:
+    assert runs(Team(4, machine.resize), machine, 500) == [4] * 500
+
+
+@pytest.mark.parametrize("held", [1, 2, 3, 4])
+def test_what_others_hold_is_left_to_them(machine: Machine, held: int) -> None:
+    own = Team(4, machine.resize)
+    machine.held = held
+    free = max(1, 4 - held)
+    wanted = [cores for cores in range(4, free, -1) for _ in range(2)]
+    assert runs(own, machine, len(wanted) + 10) == [*wanted, *[free] * 10]
+    # At least one core is taken, and what is tried again and again is tried seldom.
+    later = runs(own, machine, 2000)[1000:]
+    assert min(later) == free and later.count(free) > 950
+    assert max(later) == free + 1
+
+
+def test_cores_that_are_free_again_are_taken_again(machine: Machine) -> None:
+    own = Team(4, machine.resize)
+    machine.held = 2
+    runs(own, machine, 300)
+    machine.held = 0
+    runs(own, machine, 800)
+    assert runs(own, machine, 100) == [4] * 100
+
+
+def test_one_run_that_waited_changes_nothing_and_two_not_for_long(machine: Machine) -> None:
+    own = Team(4, machine.resize)
+    for waiting, narrow in ((1, 0), (2, 20)):
+        for _ in range(3):
+            machine.held = 1
+            runs(own, machine, waiting)
+            machine.held = 0
+            took = runs(own, machine, 1000)
+            assert took.count(3) == pytest.approx(narrow, abs=1) and took.count(4) == 1000 - took.count(3)
+
+
+def test_runs_of_other_threads_are_left_alone(machine: Machine) -> None:
+    own = Team(4, machine.resize)
+    machine.held = 4
+    thread = threading.Thread(target=runs, args=(own, machine, 50))
+    thread.start()
+    thread.join()
+    assert machine.took == [4] * 50
+    assert runs(own, machine, 3) == [4, 4, 3]
+
+
+def test_by_this_machines_clocks_a_run_that_sleeps_has_waited() -> None:
+    asked: List[int] = []
+    own = Team(2, asked.append)
+    for _ in range(2):
+        own.run(time.sleep, 0.01)
+    assert asked == [1]
+
+
+def test_an_error_is_the_runs_own(machine: Machine) -> None:
+    own = Team(4, machine.resize)
+    with pytest.raises(RuntimeError, match="poison"):
+        own.run(_fail)
+    assert runs(own, machine, 5) == [4] * 5
+
+
+def _fail() -> None:
+    raise RuntimeError("poison")
+
+
+@pytest.fixture
+def two_cores() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_model_runs_on_fewer_cores_once_it_shares_them(artifact: Path, two_cores: None) -> None:
+    engine = Engine.load(artifact)
+    runner: Any = engine.runner
+    seen: List[int] = []
+    graph = runner._module
+
+    class Waiting:
+        """The graph, after a wait."""
+
+        def __call__(self, *tensors: torch.Tensor) -> Any:
+            seen.append(torch.get_num_threads())
+            time.sleep(0.05)
+            return graph(*tensors)
+
+    runner._module = Waiting()
+    [alone] = engine.answer([Request({"text": "Yes."})])
+    for _ in range(2):
+        engine.answer([Request({"text": "Yes."})])
+    assert seen == [2, 2, 2]  # an engine by itself changes nothing of the process that it is in
+    engine.share_cores()
+    for _ in range(3):
+        [answer] = engine.answer([Request({"text": "Yes."})])
+    assert seen[3:] == [2, 2, 1]
+    assert isinstance(answer, Answer) and isinstance(alone, Answer)
+    assert answer.value["label"] == alone.value["label"]
+    assert answer.value["score"] == pytest.approx(alone.value["score"], abs=1e-6)
