@@ -1,8 +1,9 @@
 """Whether the first requests of a fresh server, and those beside another busy process, are as fast as they should be.
 
-    python tests/benchmarks/steady.py --model FOLDER --texts FILE.csv [--part first|bursts|busy ...]
+    python tests/benchmarks/steady.py --model FOLDER --texts FILE.csv [--part first|engine|bursts|busy ...]
 
 first: a hundred texts of many lengths in a random order, one after another, asked of a fresh server, and again later.
+engine: the same texts of a fresh engine in process, as a worker has it: what the rest of a fresh server adds is not in it.
 bursts: 1 to 32 requests at once, of a fresh server, and again later; the time until all of a burst are answered.
 busy: a load with and without a process beside it that takes one core, in turn. On N cores a fair scheduler leaves
 N - 1 cores' worth of N, so the throughput that is left should not be less than (N - 1) / N.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import http.client
+import multiprocessing
 import os
 import random
 import subprocess
@@ -20,7 +22,7 @@ import sys
 import tempfile
 import time
 import urllib.parse
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Sequence
 
@@ -29,6 +31,7 @@ import numpy as np
 import servers
 import tables
 import texts
+from traceserve import environment
 
 PERCENTILES = {"median": 50, "p95": 95, "max": 100}
 BURSTS = (1, 2, 4, 8, 16, 32)
@@ -41,17 +44,27 @@ def main() -> None:
     measured: Dict[str, List[Any]] = {part: [] for part in options.part}
     with tempfile.TemporaryDirectory(prefix="steady-") as name, tables.progress() as bar:
         archive = building.archive_of(options, Path(name))
+        folder = building.unpacked(archive, Path(name, "unpacked"))
         task = bar.add_task("", total=options.rounds * len(measured))
         for _ in range(options.rounds):
             for part, found in measured.items():
                 bar.update(task, description=part)
+                if part == "engine":
+                    found.append(in_fresh_process(folder, sentences, options))
+                    bar.advance(task)
+                    continue
                 with servers.ours(archive, options.workers) as server:
                     found.append(ways[part](server, sentences, random.Random(0), options))
                 bar.advance(task)
             tables.save(options.json, measured)
-    for part in {"first", "bursts"} & set(measured):
-        caption = {"first": f"{options.requests} requests, one after another", "bursts": f"bursts of {BURSTS}"}[part]
-        tables.show(compared(measured[part]), options.markdown, f"A fresh server, and later: {caption}")
+    captions = {
+        "first": f"A fresh server, and later: {options.requests} requests, one after another",
+        "engine": f"A fresh engine in process, and later: {options.requests} texts, one after another",
+        "bursts": f"A fresh server, and later: bursts of {BURSTS}",
+    }
+    for part, caption in captions.items():
+        if part in measured:
+            tables.show(compared(measured[part]), options.markdown, caption)
     if "busy" in measured:
         cores = os.cpu_count() or 1
         caption = f"Beside a process that takes one of {cores} cores; a fair share of the throughput is {(cores - 1) / cores:.0%}"
@@ -62,11 +75,14 @@ def parse() -> argparse.Namespace:
     parser = tables.parser(__doc__, rounds=5)
     parser.add_argument("--texts", type=Path, required=True, metavar="CSV", help="sentences in a column `text`")
     building.add_archive_options(parser, 128)
-    parser.add_argument("--part", nargs="+", choices=("first", "bursts", "busy"), default=["first", "bursts", "busy"])
+    parts = ["first", "engine", "bursts", "busy"]
+    parser.add_argument("--part", nargs="+", choices=parts, default=parts, help="[all]")
     parser.add_argument("--workers", type=int, default=1, help="[%(default)s]")
     parser.add_argument("--requests", type=int, default=100, help="first requests of a server [%(default)s]")
     parser.add_argument("--longest", type=int, default=90, metavar="WORDS", help="of first requests [%(default)s]")
-    parser.add_argument("--connections", nargs="+", type=int, default=[1, 16], help="beside a busy loop %(default)s")
+    parser.add_argument(
+        "--connections", nargs="+", type=int, default=[1, 4, 16, 64], help="beside a busy loop %(default)s"
+    )
     parser.add_argument("--seconds", type=float, default=8, help="of each load [%(default)s]")
     parser.add_argument("--warm-up", type=float, default=2, help="seconds of load before it [%(default)s]")
     return parser.parse_args()
@@ -76,13 +92,52 @@ def first(
     server: servers.Server, sentences: Sequence[str], random_state: random.Random, options: argparse.Namespace
 ) -> Dict[str, List[float]]:
     """Seconds of each request, at first and later."""
-    wanted = [
-        texts.joined(sentences, random_state.randint(1, options.longest), random_state) for _ in range(options.requests)
-    ]
+    wanted = of_many_lengths(sentences, random_state, options)
     with connection(server) as link:
         found = {"first": [ask(link, server, text) for text in wanted]}
         server.run(sentences, 8, options.seconds, 0)
         found["later"] = [ask(link, server, text) for text in wanted]
+    return found
+
+
+def of_many_lengths(sentences: Sequence[str], random_state: random.Random, options: argparse.Namespace) -> List[str]:
+    """As many texts as there are to be requests, of 1 to `longest` words."""
+    return [
+        texts.joined(sentences, random_state.randint(1, options.longest), random_state) for _ in range(options.requests)
+    ]
+
+
+def in_fresh_process(folder: Path, sentences: Sequence[str], options: argparse.Namespace) -> Dict[str, List[float]]:
+    """`engine`, in a process that has not run a model."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(engine, folder, sentences, random.Random(0), options).result()
+
+
+def engine(
+    folder: Path, sentences: Sequence[str], random_state: random.Random, options: argparse.Namespace
+) -> Dict[str, List[float]]:
+    """Seconds of each text, at first and later."""
+    os.environ.update(environment.settings())  # before torch is imported
+    from traceserve_runtime.engine import Engine
+    from traceserve_runtime.tasks.contract import Request
+
+    own = Engine.load(folder)
+    own.warm_up()
+    own.open_lanes()
+    own.share_cores()
+    own.measure_while_answering()
+    wanted = of_many_lengths(sentences, random_state, options)
+
+    def answered(asked: Sequence[str]) -> float:
+        started = time.perf_counter()
+        own.answer([Request({"text": text}, {"long_inputs": "truncate"}) for text in asked])
+        return time.perf_counter() - started
+
+    found = {"first": [answered([text]) for text in wanted]}
+    ended = time.perf_counter() + options.seconds
+    while time.perf_counter() < ended:
+        answered(random_state.sample(sentences, 8))
+    found["later"] = [answered([text]) for text in wanted]
     return found
 
 

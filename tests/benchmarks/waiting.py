@@ -44,6 +44,7 @@ def ask(artifact: Path, texts: List[str], seconds: float) -> Dict[str, Any]:
 
     engine = Engine.load(artifact)
     engine.warm_up()
+    engine.share_cores()
     engine.measure()
     requests = [Request({"text": text}) for text in texts]
     found: Dict[str, Any] = {}
