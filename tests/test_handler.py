@@ -7,14 +7,16 @@ import logging
 import shutil
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import pytest
+import torch
 from conftest import Called, run_export
 from traceserve_runtime.batching import Arrays, Runner
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import InvalidManifest
+from traceserve_runtime.runtimes import team
 from traceserve_runtime.settings import Settings, read
 from traceserve_runtime.tasks.contract import Request
 from traceserve_runtime.tokenization import Encoded
@@ -66,10 +68,12 @@ class Context:
 
 
 @pytest.fixture(scope="module")
-def loaded(artifact: Path) -> TransformerHandler:
+def loaded(artifact: Path) -> Iterator[TransformerHandler]:
+    threads = torch.get_num_threads()
     handler = TransformerHandler()
     handler.initialize(Context(artifact))
-    return handler
+    yield handler
+    torch.set_num_threads(threads)  # it may have left cores to others
 
 
 @pytest.fixture()
@@ -362,6 +366,22 @@ def test_metrics_are_of_what_was_computed(loaded: TransformerHandler) -> None:
     model, handler = (reported["counter", f"Traceserve{which}Microseconds"] for which in ("Model", "Handler"))
     assert handler > model >= 3 * 1000 * (reported["time", "TraceserveModelTime"] - 0.01) > 0  # of each of 3 rows
     assert len(reported) == 9
+
+
+def test_a_worker_leaves_cores_to_others(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(team, "_COMPUTING", float("inf"))  # each run has waited
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        handler = TransformerHandler()
+        handler.initialize(Context(artifact))
+        assert torch.get_num_threads() == 2
+        for _ in range(3):
+            [body], _ = serve(handler, [{"text": "Yes."}])
+            assert is_answer(body)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_a_worker_without_metrics_answers(loaded: TransformerHandler) -> None:

@@ -8,13 +8,15 @@ import platform
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Set
+from typing import Dict, Optional, Set
 
 import pytest
+import torch
 from traceserve_runtime import processor
 from traceserve_runtime.engine import Answer, Engine
 from traceserve_runtime.errors import MissingPackage
 from traceserve_runtime.manifest import Manifest
+from traceserve_runtime.settings import Settings
 from traceserve_runtime.tasks.contract import Request
 from transformer_handler import TransformerHandler
 
@@ -145,3 +147,77 @@ def test_nothing_is_told_where_it_is_fast(
     claim(monkeypatch, tmp_path, text)
     Engine.load(folder)
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+# The cores of a container.
+
+
+V2, V1 = "0::{}", "3:memory:/other\n2:cpu,cpuacct:{}\n0::/unlimited"
+
+
+@pytest.mark.parametrize(
+    ("lines", "own", "files", "expected"),
+    [
+        (V2, "/", {"cpu.max": "400000 100000\n"}, 4),
+        (V2, "/", {"cpu.max": "150000 100000"}, 1),
+        (V2, "/", {"cpu.max": "50000 100000"}, 1),
+        (V2, "/", {"cpu.max": "max 100000"}, None),
+        (V2, "/", {}, None),
+        # A service of systemd, and what is around it.
+        (
+            V2,
+            "/a.slice/b",
+            {"cpu.max": "max 100000", "a.slice/cpu.max": "300000 100000", "a.slice/b/cpu.max": "max 1"},
+            3,
+        ),
+        (V2, "/a.slice/b", {"a.slice/cpu.max": "300000 100000", "a.slice/b/cpu.max": "20000 10000"}, 2),
+        (V2, "/a/b", {"a/c/cpu.max": "300000 100000"}, None),  # another's
+        # A container that sees its own group as the root, and is told the host's name of it.
+        (V2, "/kubepods/pod1/x", {"cpu.max": "200000 100000"}, 2),
+        (V1, "/kubepods/x", {"cpu/cpu.cfs_quota_us": "250000", "cpu/cpu.cfs_period_us": "100000"}, 2),
+        (V1, "/x", {"cpu,cpuacct/x/cpu.cfs_quota_us": "600000\n", "cpu,cpuacct/x/cpu.cfs_period_us": "200000\n"}, 3),
+        (V1, "/x", {"cpu/x/cpu.cfs_quota_us": "-1", "cpu/x/cpu.cfs_period_us": "100000"}, None),
+        (V1, "/x", {"cpu/x/cpu.cfs_quota_us": "100000"}, None),
+        (V1, "/x", {"memory/x/cpu.cfs_quota_us": "100000", "memory/x/cpu.cfs_period_us": "100000"}, None),
+    ],
+)
+def test_a_quota(
+    lines: str,
+    own: str,
+    files: Dict[str, str],
+    expected: Optional[int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    limited(monkeypatch, tmp_path, lines.format(own), files)
+    assert processor.quota() == expected
+
+
+def test_without_control_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processor, "OWN_GROUPS", tmp_path / "none")
+    assert processor.quota() is None and processor.cores() >= 1
+
+
+def test_a_model_takes_no_more_threads_than_its_container_has(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        limited(monkeypatch, tmp_path, V2.format("/"), {"cpu.max": "100000 100000"})
+        assert processor.cores() == 1
+        Engine.load(artifact, settings=Settings(threads=2))
+        assert torch.get_num_threads() == 2  # asked for
+        Engine.load(artifact)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def limited(patch: pytest.MonkeyPatch, folder: Path, own: str, files: Dict[str, str]) -> None:
+    """Control groups of these files, and a process in those that `own` names."""
+    for name, content in {"own": own, **files}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+    patch.setattr(processor, "GROUPS", folder)
+    patch.setattr(processor, "OWN_GROUPS", folder / "own")

@@ -19,12 +19,13 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from traceserve import archive as archives
-from traceserve import instances, knobs, server, torchserve
+from traceserve import instances, server, torchserve
 from traceserve.archive import archive, configure, read_manifest, read_serving
 from traceserve.config import SetupConfig
 from traceserve.errors import ArchiveError
 from traceserve.instances import Instance
 from traceserve.serving import SERVING_FILE, Serving
+from traceserve_runtime import processor
 from traceserve_runtime.manifest import MANIFEST_FILE, Manifest, sha256
 
 BUILT = Serving(batch_size=64, max_batch_delay=1, response_timeout=300)
@@ -203,7 +204,7 @@ def test_the_workers_are_those_of_the_archive_unless_they_are_asked_for(
             assert Serving.from_yaml((unpacked / SERVING_FILE).read_text()) == replace(own, workers=expected["tiny"])
             Manifest.read(unpacked)  # the worker would refuse it otherwise
             plain = Serving.from_yaml(Path(instance.folder, "store", "plain", SERVING_FILE).read_text())
-            assert plain.threads == (max(1, knobs.cores() // 3) if options else None)  # several share the cores
+            assert plain.threads == (max(1, processor.cores() // 3) if options else None)  # several share the cores
         finally:
             assert run("stop", "--port", port, cwd=mar.parent).returncode == 0
     assert sha256(mar) == before

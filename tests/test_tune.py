@@ -23,7 +23,7 @@ from traceserve import instances, server, torchserve, tune
 from traceserve.archive import archive, configure, read_manifest, read_serving
 from traceserve.cli import _parse, main
 from traceserve.errors import ConfigError, ServerError
-from traceserve.knobs import knobs, quota
+from traceserve.knobs import knobs
 from traceserve.load import Result
 from traceserve.padding import wastes
 from traceserve.racing import Goal, Search, Trial, judge
@@ -255,18 +255,6 @@ def test_candidates_fit_the_machine(cores: int) -> None:
     assert all(workers * threads <= max(cores + 1, 1.5 * cores) for workers, threads in layouts)
     assert {(cores, 1), (1, cores)} <= layouts
     assert max(s.batch_size for s in tried) == 32 and {s.length_step for s in tried} <= {None, 8, 16, 32}
-
-
-def test_the_cores_of_a_container(tmp_path: Path) -> None:
-    for content, expected in (
-        ("150000 100000\n", 1),
-        ("400000 100000\n", 4),
-        ("50000 100000", 1),
-        ("max 100000", None),
-    ):
-        (tmp_path / "cpu.max").write_text(content)
-        assert quota(tmp_path / "cpu.max") == expected
-    assert quota(tmp_path / "none") is None
 
 
 # --- real servers -----------------------------------------------------------------------------------------------------

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import platform
-from pathlib import Path
-from typing import Dict, FrozenSet, Optional
+from pathlib import Path, PurePosixPath
+from typing import Dict, FrozenSet, Iterator, Optional
 
 from traceserve_runtime.errors import MissingPackage
 
 logger = logging.getLogger(__name__)
 
 CPUINFO = Path("/proc/cpuinfo")
+GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 # A processor with one of these multiplies matrices of the dtype faster than those of float32; as Linux names them, on
 # x86 and on Arm ("bf16", "i8mm"). Without them torch emulates bfloat16, which is right, but slower than float32.
@@ -73,8 +75,40 @@ def name() -> str:
 
 
 def cores() -> int:
-    """How many cores this process is bound to."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many cores this process may use: those that it is bound to, and no more than its container's quota."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(bound, quota() or bound)
+
+
+def quota() -> Optional[int]:
+    """The cores that this process's control groups leave it, whole ones and at least one; None without a limit."""
+    limits = [limit for limit in map(_limit, _control_groups()) if limit is not None]
+    return max(1, int(min(limits))) if limits else None
+
+
+def _control_groups() -> Iterator[Path]:
+    """Where this process's groups and those around them may have their settings; a container sees its own as the root."""
+    try:
+        lines = OWN_GROUPS.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers or "cpu" in controllers.split(","):  # of version 2, of version 1
+            own = PurePosixPath(path.lstrip("/"))
+            for root in (GROUPS, GROUPS / "cpu", GROUPS / "cpu,cpuacct"):
+                yield from (root / part for part in (own, *own.parents))
+
+
+def _limit(group: Path) -> Optional[float]:
+    """The cores that a group's processes may use together, by version 2 or 1 of Linux's control groups."""
+    with contextlib.suppress(OSError, ValueError):
+        most, period = (group / "cpu.max").read_text().split()
+        return int(most) / int(period)
+    with contextlib.suppress(OSError, ValueError):
+        microseconds, of = (int((group / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+        return microseconds / of if microseconds > 0 else None
+    return None
 
 
 def _told(*keys: str) -> Optional[str]:

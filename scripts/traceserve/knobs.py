@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
-from typing import Callable, List, Optional, Sequence
-
-from traceserve_runtime import processor
+from typing import Callable, List, Sequence
 
 from traceserve.serving import Serving
 
@@ -57,18 +54,3 @@ def _neighbours(serving: Serving, cores: int) -> List[List[Serving]]:
     most = max(cores + 1, cores * 3 // 2)
     near = ((workers + 1, threads), (workers - 1, threads), (workers, threads + 1), (workers, threads - 1))
     return [[replace(serving, workers=w, threads=t)] for w, t in near if w >= 1 and 1 <= t <= cores and w * t <= most]
-
-
-def cores() -> int:
-    """How many this process may use: those that it is bound to, and no more than its container's quota."""
-    bound = processor.cores()
-    return min(bound, quota(Path("/sys/fs/cgroup/cpu.max")) or bound)
-
-
-def quota(file: Path) -> Optional[int]:
-    """The cores that a control group may use, whole ones and at least one; None without a limit."""
-    try:
-        most, period = file.read_text().split()
-    except (OSError, ValueError):
-        return None
-    return None if most == "max" else max(1, int(most) // int(period))

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import psutil
+from traceserve_runtime import processor
 from traceserve_runtime.manifest import Manifest
 
-from traceserve import client, cores, environment, instances, knobs, torchserve
+from traceserve import client, cores, environment, instances, torchserve
 from traceserve.archive import check_name, read_manifest, read_serving
 from traceserve.errors import ServerError
 from traceserve.instances import Instance
@@ -106,7 +107,7 @@ def _wanted(own: Serving, serving: Optional[Serving], workers: Optional[int]) ->
     wanted = serving or own
     wanted = wanted if workers is None else dataclasses.replace(wanted, workers=workers)
     if (wanted.workers or 1) > 1 and wanted.threads is None and "OMP_NUM_THREADS" not in os.environ:
-        wanted = dataclasses.replace(wanted, threads=max(1, knobs.cores() // (wanted.workers or 1)))
+        wanted = dataclasses.replace(wanted, threads=max(1, processor.cores() // (wanted.workers or 1)))
     return wanted
 
 

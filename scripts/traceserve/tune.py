@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
+from traceserve_runtime import processor
 from traceserve_runtime.batching import CostModel
 from traceserve_runtime.engine import Engine, load_task
 from traceserve_runtime.errors import TraceserveError
@@ -22,7 +23,7 @@ from traceserve import instances, load, server, subjects, torchserve, wire
 from traceserve.archive import read_manifest, read_serving
 from traceserve.errors import ConfigError, ServerError
 from traceserve.instances import Instance
-from traceserve.knobs import cores, knobs
+from traceserve.knobs import knobs
 from traceserve.load import Result, Target
 from traceserve.padding import Waste, wastes
 from traceserve.racing import Goal, Search, Trial
@@ -71,7 +72,7 @@ def tune(archive: Path, samples_file: Path, goal: Goal, budget: float, progress:
     task, texts = _read(archive, manifest, samples_file)
     any_length = manifest.shapes.lengths is None and not task.loop
     plain = replace(own, workers=None, threads=None)  # where they are another machine's and do not even start here
-    turned = knobs(cores(), goal.connections, manifest.max_length if any_length else 1)
+    turned = knobs(processor.cores(), goal.connections, manifest.max_length if any_length else 1)
     with Servers(archive, texts, budget, tell) as servers:
         search = Search(servers, goal, turned, budget - (time.monotonic() - started))
         best = search.run([own] if plain == own else [own, plain])

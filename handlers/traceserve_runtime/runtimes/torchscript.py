@@ -169,7 +169,9 @@ def settle(dtype: str, device: str, threads: Optional[int]) -> None:
         raise MissingPackage(f"TorchServe asks for the device {device}, but this torch {torch.__version__} sees no GPU")
     if device == "cpu":
         processor.check(dtype)
-    if threads is not None:
+        # torch takes all cores that the process is bound to, where a container's quota may be a few of them.
+        threads = threads or min(torch.get_num_threads(), processor.cores())
+    if threads is not None and threads != torch.get_num_threads():
         torch.set_num_threads(threads)
 
 
