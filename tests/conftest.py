@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Callable, Dict
+from typing import Any, Callable, Dict, Iterator
 
 import pytest
 
@@ -87,3 +87,14 @@ def artifact(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathF
     labels = {"id2label": {0: "red", 1: "green", 2: "blue"}, "label2id": {"red": 0, "green": 1, "blue": 2}}
     run_export(folder, {"model_name": str(checkpoint("bert", **labels)), "max_length": 32})
     return folder
+
+
+@pytest.fixture()
+def two_cores() -> Iterator[None]:
+    """Two threads for this process's models; a test may change that, and leaves it as it was."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

@@ -156,17 +156,13 @@ def test_a_file_that_is_no_package(compiled: Path, tmp_path: Path) -> None:
         Engine.load(folder)
 
 
-def test_what_waits_for_cores_runs_on_fewer(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_waits_for_cores_runs_on_fewer(compiled: Path, two_cores: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(team, "_COMPUTING", float("inf"))  # each run has waited
-    before = torch.get_num_threads()
-    try:
-        engine = Engine.load(compiled, settings=Settings(threads=2))
-        engine.share_cores()
-        inputs = filled(engine.manifest, 2, 9)
-        first, *others = (engine.runner(inputs)["logits"] for _ in range(4))
-        assert torch.get_num_threads() == 1
-    finally:
-        torch.set_num_threads(before)
+    engine = Engine.load(compiled)
+    engine.share_cores()
+    inputs = filled(engine.manifest, 2, 9)
+    first, *others = (engine.runner(inputs)["logits"] for _ in range(4))
+    assert torch.get_num_threads() == 1
     for other in others:
         assert other == pytest.approx(first, abs=1e-5)
 

@@ -368,20 +368,15 @@ def test_metrics_are_of_what_was_computed(loaded: TransformerHandler) -> None:
     assert len(reported) == 9
 
 
-def test_a_worker_leaves_cores_to_others(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_leaves_cores_to_others(artifact: Path, two_cores: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(team, "_COMPUTING", float("inf"))  # each run has waited
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        handler = TransformerHandler()
-        handler.initialize(Context(artifact))
-        assert torch.get_num_threads() == 2
-        for _ in range(3):
-            [body], _ = serve(handler, [{"text": "Yes."}])
-            assert is_answer(body)
-        assert torch.get_num_threads() == 1
-    finally:
-        torch.set_num_threads(threads)
+    handler = TransformerHandler()
+    handler.initialize(Context(artifact))
+    assert torch.get_num_threads() == 2
+    for _ in range(3):
+        [body], _ = serve(handler, [{"text": "Yes."}])
+        assert is_answer(body)
+    assert torch.get_num_threads() == 1
 
 
 def test_a_worker_without_metrics_answers(loaded: TransformerHandler) -> None:

@@ -134,14 +134,6 @@ def test_what_is_computed_side_by_side_takes_as_long_as_the_longest() -> None:
 
 
 @pytest.fixture
-def two_cores() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
 def engine(artifact: Path, two_cores: None) -> Engine:
     engine = Engine.load(artifact)
     engine.warm_up()
@@ -216,14 +208,10 @@ def test_a_row_that_fails_fails_alone(engine: Engine) -> None:
     assert failed == ["zzzz"] and sum(isinstance(answer, Answer) for answer in answers) == 12
 
 
-def test_one_thread_has_no_lanes(artifact: Path) -> None:
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        engine = Engine.load(artifact)
-        engine.measure()
-    finally:
-        torch.set_num_threads(before)
+def test_one_thread_has_no_lanes(artifact: Path, two_cores: None) -> None:
+    torch.set_num_threads(1)
+    engine = Engine.load(artifact)
+    engine.measure()
     assert engine.lanes is None
 
 

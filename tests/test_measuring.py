@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Iterator
 
 import pytest
-import torch
 from traceserve_runtime.batching import IN_ATTENTION, Arrays, CostModel, Padding, Stats
 from traceserve_runtime.engine import Answer, Engine
 from traceserve_runtime.lanes import Lanes
@@ -19,11 +18,8 @@ GUESSED = CostModel(padding=IN_ATTENTION._replace(alone=16))
 
 
 @pytest.fixture
-def engine(artifact: Path) -> Iterator[Engine]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield Engine.load(artifact)
-    torch.set_num_threads(before)
+def engine(artifact: Path, two_cores: None) -> Engine:
+    return Engine.load(artifact)
 
 
 def ask(engine: Engine, count: int = 1) -> float:

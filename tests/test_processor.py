@@ -199,19 +199,15 @@ def test_without_control_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_model_takes_no_more_threads_than_its_container_has(
-    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    artifact: Path, two_cores: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
-        limited(monkeypatch, tmp_path, V2.format("/"), {"cpu.max": "100000 100000"})
-        assert processor.cores() == 1
-        Engine.load(artifact, settings=Settings(threads=2))
-        assert torch.get_num_threads() == 2  # asked for
-        Engine.load(artifact)
-        assert torch.get_num_threads() == 1
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(3)
+    limited(monkeypatch, tmp_path, V2.format("/"), {"cpu.max": "100000 100000"})
+    assert processor.cores() == 1
+    Engine.load(artifact, settings=Settings(threads=2))
+    assert torch.get_num_threads() == 2  # asked for
+    Engine.load(artifact)
+    assert torch.get_num_threads() == 1
 
 
 def limited(patch: pytest.MonkeyPatch, folder: Path, own: str, files: Dict[str, str]) -> None:

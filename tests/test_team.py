@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
-from typing import Any, Iterator, List
+from typing import Any, List
 
 import pytest
 import torch
@@ -121,14 +121,6 @@ def test_an_error_is_the_runs_own(machine: Machine) -> None:
 
 def _fail() -> None:
     raise RuntimeError("poison")
-
-
-@pytest.fixture
-def two_cores() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_a_model_runs_on_fewer_cores_once_it_shares_them(artifact: Path, two_cores: None) -> None:

@@ -12,20 +12,17 @@ rounds, medians.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import os
 import random
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence
 
 import building
+import fresh
 import servers
 import tables
 import texts
-from traceserve import environment
 
 SERVED = "served over HTTP"
 
@@ -40,7 +37,7 @@ def main() -> None:
         task = bar.add_task("", total=2 * options.rounds)
         for _ in range(options.rounds):
             bar.update(task, description="in process")
-            found = in_fresh_process(folder, sentences, options.batches, options.threads)
+            found = fresh.run(in_process, folder, sentences, options.batches, options.threads)
             bar.advance(task)
             bar.update(task, description=SERVED)
             with servers.ours(archive, 1) as server:
@@ -65,19 +62,10 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def in_fresh_process(
-    folder: Path, sentences: Sequence[str], batches: Sequence[int], threads: Optional[int]
-) -> Dict[str, float]:
-    """`in_process`, away from the load generator: threads of a model that was run would be in its way."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(in_process, folder, sentences, batches, threads).result()
-
-
 def in_process(
     folder: Path, sentences: Sequence[str], batches: Sequence[int], threads: Optional[int]
 ) -> Dict[str, float]:
     """Texts/s of the model and of the engine for each size of batch, after a round to warm up."""
-    os.environ.update(environment.settings())  # before torch is imported
     import torch
     from traceserve_runtime import batching
     from traceserve_runtime.engine import Engine

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import http.client
-import multiprocessing
 import os
 import random
 import subprocess
@@ -22,16 +21,16 @@ import sys
 import tempfile
 import time
 import urllib.parse
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Sequence
 
 import building
+import fresh
 import numpy as np
 import servers
 import tables
 import texts
-from traceserve import environment
 
 PERCENTILES = {"median": 50, "p95": 95, "max": 100}
 BURSTS = (1, 2, 4, 8, 16, 32)
@@ -50,11 +49,10 @@ def main() -> None:
             for part, found in measured.items():
                 bar.update(task, description=part)
                 if part == "engine":
-                    found.append(in_fresh_process(folder, sentences, options))
-                    bar.advance(task)
-                    continue
-                with servers.ours(archive, options.workers) as server:
-                    found.append(ways[part](server, sentences, random.Random(0), options))
+                    found.append(fresh.run(engine, folder, sentences, random.Random(0), options))
+                else:
+                    with servers.ours(archive, options.workers) as server:
+                        found.append(ways[part](server, sentences, random.Random(0), options))
                 bar.advance(task)
             tables.save(options.json, measured)
     captions = {
@@ -107,17 +105,10 @@ def of_many_lengths(sentences: Sequence[str], random_state: random.Random, optio
     ]
 
 
-def in_fresh_process(folder: Path, sentences: Sequence[str], options: argparse.Namespace) -> Dict[str, List[float]]:
-    """`engine`, in a process that has not run a model."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(engine, folder, sentences, random.Random(0), options).result()
-
-
 def engine(
     folder: Path, sentences: Sequence[str], random_state: random.Random, options: argparse.Namespace
 ) -> Dict[str, List[float]]:
     """Seconds of each text, at first and later."""
-    os.environ.update(environment.settings())  # before torch is imported
     from traceserve_runtime.engine import Engine
     from traceserve_runtime.tasks.contract import Request
 

@@ -60,7 +60,7 @@ def unpadded(
     """
     module: Any = torch.jit.load(str(file))  # type: ignore[no-untyped-call]
     graph = module.graph
-    if "attention_mask" not in inputs or not hasattr(graph, "insertGraph"):
+    if "attention_mask" not in inputs:
         return None
     torch._C._jit_pass_inline(graph)
     torch._C._jit_pass_remove_mutation(graph)  # where nobody reads what was there before
