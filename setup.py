@@ -30,6 +30,7 @@ setup(
     python_requires=">=3.8",
     packages=[
         "traceserve",
+        "traceserve.checkpoints",
         "traceserve.commands",
         "traceserve.libraries",
         "traceserve.writers",
