@@ -11,14 +11,19 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 import pytest
 import tokenizers
 import torch
+from conftest import run_export
+from oracle import answers, generated
 from safetensors.torch import load_file, save_file
+from traceserve.checkpoints import lengths
 from traceserve.config import parse
 from traceserve.errors import ConfigError, ExportError, SourceError
 from traceserve.loading import Original, load, quiet
 from traceserve.samples import SENTENCES
 from traceserve.sources import Checkpoint, fetch
+from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import TraceserveError, Unsupported
 from traceserve_runtime.tasks import TASKS
+from traceserve_runtime.tasks.contract import Request
 from traceserve_runtime.tokenization import TextTokenizer
 
 Make = Callable[..., Path]
@@ -141,16 +146,63 @@ def test_num_labels_unlike_the_head(num_labels: int, checkpoint: Make) -> None:
 # Lengths.
 
 
-@pytest.mark.parametrize("architecture, limit", [("bert", 160), ("roberta", 150)])
-def test_max_length(architecture: str, limit: int, checkpoint: Make) -> None:
+@pytest.mark.parametrize("architecture, default, limit", [("bert", 160, 160), ("roberta", 150, 158)])
+def test_max_length(architecture: str, default: int, limit: int, checkpoint: Make) -> None:
+    """By default what the tokenizer advises; at most as many tokens as the model has positions for."""
     folder = checkpoint(architecture)
-    assert original(folder).max_length == limit
+    assert original(folder).max_length == default
     assert original(folder, max_length=limit).max_length == limit
     assert original(folder, max_length="32").max_length == 32
     assert original(folder, sequence_lengths=[16, 64]).max_length == 64
     for content in ({"max_length": limit + 1}, {"sequence_lengths": [16, limit + 1]}):
         with pytest.raises(ConfigError, match=f"max_length is {limit + 1}, but .* reads at most {limit} tokens"):
             original(folder, **content)
+
+
+RELATIVE = {
+    "t5": ("text2text_generation", "AutoModelForSeq2SeqLM", {}),
+    "deberta-v2": ("feature_extraction", "AutoModel", {"position_biased_input": False}),
+    "llama": ("text_generation", "AutoModelForCausalLM", {"max_position_embeddings": 2048}),
+    "mamba": ("text_generation", "AutoModelForCausalLM", {}),
+}
+
+
+@pytest.mark.parametrize("architecture", RELATIVE)
+def test_a_model_without_absolute_positions_reads_more_than_its_tokenizer_advises(
+    architecture: str, checkpoint: Make
+) -> None:
+    task, auto_model, options = RELATIVE[architecture]
+    folder = checkpoint(architecture, auto_model, **options)
+    assert original(folder, task=task).max_length == 160  # the tokenizer's
+    assert original(folder, task=task, max_length=400).max_length == 400
+
+
+def test_a_text_longer_than_the_tokenizer_advises_is_read(checkpoint: Make, tmp_path: Path) -> None:
+    """The whole way: proven at this length, and equal to `generate`, which is asked with every token of the text."""
+    folder = checkpoint("t5", "AutoModelForSeq2SeqLM")
+    content = {"model_name": str(folder), "task": "text2text_generation", "max_length": 320}
+    exported = run_export(tmp_path / "x", content)
+    assert exported.manifest.max_length == max(cell.length for cell in exported.findings.cells) == 320
+    engine = Engine.load(tmp_path / "x")
+    loaded = original(folder, task="text2text_generation")
+    text = " ".join(SENTENCES)[:450]
+    assert 160 < len(loaded.tokenizer(text)["input_ids"]) <= 320
+    parameters = {"max_new_tokens": 20, "num_beams": 1}
+    assert answers(engine, [Request({"text": text}, parameters)]) == [
+        {"generated_text": generated(loaded.model, loaded.tokenizer, text)}
+    ]
+
+
+@pytest.mark.parametrize("advised", [8, int(1e30)])
+def test_a_model_whose_positions_have_an_unknown_name_is_asked(
+    advised: int, copy: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lengths, "_POSITIONS", ())
+    folder = copy("bert", "AutoModel")
+    change_json(folder / "tokenizer_config.json", model_max_length=advised)
+    assert embeddings(folder, max_length=160).max_length == 160
+    with pytest.raises(ConfigError, match="max_length is 161, but .* cannot read so many tokens"):
+        embeddings(folder, max_length=161)
 
 
 @pytest.mark.parametrize(

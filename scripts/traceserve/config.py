@@ -66,7 +66,8 @@ class SetupConfig(BaseModel):
         None,
         ge=4,
         le=1_000_000,
-        description="The longest row in tokens; the default is the model's own limit, at most 512",
+        description="The longest row in tokens, at most as many as the model has positions; the default is its and its "
+        "tokenizer's limit, at most 512",
     )
     sequence_lengths: Union[Literal["auto", "fixed"], List[int]] = Field(
         "auto",

@@ -16,6 +16,7 @@ from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import ModelFacts
 
 from traceserve import gguf
+from traceserve.checkpoints.lengths import max_length
 from traceserve.config import SetupConfig
 from traceserve.errors import ConfigError, ExportError, SourceError, first_line, some
 from traceserve.libraries import LIBRARIES
@@ -90,7 +91,7 @@ def load(config: SetupConfig, checkpoint: Checkpoint, config_folder: Path) -> Or
         model=model,
         tokenizer=tokenizer,
         inputs=inputs,
-        max_length=_max_length(config, checkpoint, model, tokenizer),
+        max_length=max_length(config, checkpoint, model, tokenizer),
         labels=labels,
         parameters={**task.defaults(facts), **config.parameters},
         facts=task.facts(facts),
@@ -133,33 +134,6 @@ def _check_case(config: SetupConfig, checkpoint: Checkpoint, tokenizer: Any) -> 
             f"{config.model_name} wants texts in lower case (sentence_bert_config.json), but its tokenizer keeps capitals; "
             "set the tokenizer's normalizer to lower case"
         )
-
-
-def _max_length(config: SetupConfig, checkpoint: Checkpoint, model: Any, tokenizer: Any) -> int:
-    """The configured length, checked against the model's own limit; or that limit, at most 512."""
-    limits = [tokenizer.model_max_length]
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if isinstance(positions, int) and positions > 0:
-        # RoBERTa and its kin number positions from pad_token_id + 1 on.
-        offset = model.config.pad_token_id + 1 if _numbers_from_padding(model) else 0
-        limits.append(positions - offset)
-    limit = min(limits)
-    sentence_transformer = checkpoint.read_json("sentence_bert_config.json") or {}
-    lengths = config.sequence_lengths
-    wanted = lengths[-1] if isinstance(lengths, list) else config.max_length
-    if wanted is None:
-        own = sentence_transformer.get("max_seq_length")
-        return int(min(limit, own or TASKS[config.task].longest_default))
-    if wanted > limit:
-        raise ConfigError(f"max_length is {wanted}, but {config.model_name} reads at most {limit} tokens")
-    return int(wanted)
-
-
-def _numbers_from_padding(model: Any) -> bool:
-    return any(
-        getattr(module, "padding_idx", None) is not None and name.endswith("position_embeddings")
-        for name, module in model.named_modules()
-    )
 
 
 def _labels(config: SetupConfig, model: Any, config_folder: Path) -> Tuple[str, ...]:
