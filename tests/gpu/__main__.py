@@ -1,0 +1,190 @@
+"""The command: `PYTHONPATH=handlers:scripts:tests python -m gpu --output DIR`, within eight minutes on an H100.
+
+Needs torch, transformers, tokenizers and what the builder imports (pydantic, rich, pyyaml); no network. Without a GPU, or with
+--rehearse, the same code runs on the CPU with models of a few layers. The exit code is 1 where an answer is wrong.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+import argparse
+import datetime
+import json
+import multiprocessing
+import sys
+import tempfile
+import time
+import traceback
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, Dict, List
+
+import torch
+import transformers
+from traceserve_runtime import processor
+
+from gpu import answers, checkpoints, sharing, speed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m gpu", description=__doc__)
+    parser.add_argument("--output", type=Path, required=True, help="a folder for report.json and report.md")
+    parser.add_argument("--rehearse", action="store_true", help="on the CPU, with small models and few archives")
+    parser.add_argument("--seconds", type=float, default=460, help="what does not fit is left out, and listed")
+    parser.add_argument("--processes", type=int, default=6, help="archives that are built beside each other")
+    options = parser.parse_args()
+    rehearse = options.rehearse or not torch.cuda.is_available()
+    device = "cpu" if rehearse else "cuda:0"
+    report = _Report(options.output, options.seconds, device)
+    with tempfile.TemporaryDirectory(prefix="traceserve-gpu-") as folder:
+        report.part("answers", lambda: _answers(report, device, Path(folder), rehearse, options.processes))
+        report.part("two workers", lambda: _share(report, device, Path(folder), rehearse))
+        for name, dtype in (
+            ("bert-base", "float16"),
+            ("llama-135m", "float16"),
+            ("bert-base", "bfloat16"),
+            ("bert-base", "float32"),
+        ):
+            dtype = "float32" if rehearse else dtype
+            if rehearse and any(one["model"] == name for one in report.content["speeds"]):
+                continue
+            compiled = dtype == "float16"
+            report.part(
+                f"speed of {name} in {dtype}", lambda: _speed(report, name, device, dtype, Path(folder), compiled)
+            )
+    return report.finish()
+
+
+class _Report:
+    """What was found so far, on disk after each part: a machine may be taken away."""
+
+    def __init__(self, folder: Path, seconds: float, device: str) -> None:
+        self._folder = folder
+        self._began = time.monotonic()
+        self._seconds = seconds
+        self.content: Dict[str, Any] = {
+            "date": datetime.date.today().isoformat(),
+            "device": torch.cuda.get_device_name(0) if device != "cpu" else processor.name(),
+            "cores": processor.cores(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": sys.version.split()[0],
+            "outcomes": [],
+            "workers": None,
+            "speeds": [],
+            "peak": {},
+            "failures": [],
+            "left_out": [],
+            "seconds": {},
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def left(self) -> float:
+        """Seconds until the end."""
+        return self._seconds - (time.monotonic() - self._began)
+
+    def part(self, name: str, act: Any) -> None:
+        """Run one part; what it raises is a failure of the report, and the next part follows."""
+        if self.left() < 20:
+            self.content["left_out"].append(name)
+            return
+        began = time.monotonic()
+        try:
+            act()
+        except Exception:
+            self.content["failures"].append(f"{name}: {traceback.format_exc(limit=-4)}")
+        self.content["seconds"][name] = round(time.monotonic() - began, 1)
+        print(f"{name}: {self.content['seconds'][name]} s", flush=True)
+        self._write()
+
+    def finish(self) -> int:
+        self._write()
+        print(_markdown(self.content))
+        return int(bool(self.content["failures"]))
+
+    def _write(self) -> None:
+        (self._folder / "report.json").write_text(json.dumps(self.content, indent=2) + "\n", encoding="utf-8")
+        (self._folder / "report.md").write_text(_markdown(self.content), encoding="utf-8")
+
+
+def _answers(report: _Report, device: str, folder: Path, few: bool, processes: int) -> None:
+    jobs = answers.jobs(device, folder, few)
+    with ProcessPoolExecutor(min(processes, len(jobs)), multiprocessing.get_context("spawn")) as pool:
+        found = [outcome for outcomes in pool.map(answers.run, jobs) for outcome in outcomes]
+    report.content["outcomes"] = [{**outcome._asdict(), "passed": outcome.passed} for outcome in found]
+    report.content["failures"] += answers.failures(found)
+
+
+def _share(report: _Report, device: str, folder: Path, small: bool) -> None:
+    source = checkpoints.make(folder / "shared", "bert-base", small)
+    artifact = folder / "shared-artifact"
+    dtype = "float32" if device == "cpu" else "float16"
+    answers.build(source, "sequence_classification", "torchscript", dtype, artifact, 512)
+    texts = checkpoints.texts(speed.lengths(64, 60), checkpoints.vocabulary("bert-base", small))
+    alone, two = sharing.beside_each_other(artifact, device, texts, 2 if small else 100)
+    labels = [[json.loads(answer)["label"] for answer in worked.answers] for worked in (alone, *two)]
+    report.content["workers"] = {
+        "dtype": dtype,
+        "devices": [worked.device for worked in (alone, *two)],
+        "megabytes": [round(worked.megabytes) for worked in (alone, *two)],
+        "seconds_alone": alone.seconds,
+        "seconds_beside": [worked.seconds for worked in two],
+        "labels_alike": labels[0] == labels[1] == labels[2],
+    }
+    if labels[0] != labels[1] or labels[0] != labels[2] or any(worked.device != device for worked in two):
+        report.content["failures"].append("two workers: they answered otherwise than one, or not on the device")
+
+
+def _speed(report: _Report, name: str, device: str, dtype: str, folder: Path, compiled: bool) -> None:
+    peak = speed.peak(device, dtype)
+    if peak is not None:
+        report.content["peak"][dtype] = peak
+    for found in speed.measure(name, folder, device, dtype, device == "cpu", compiled, report.left):
+        report.content["speeds"].append(found._asdict())
+        report._write()
+
+
+def _markdown(content: Dict[str, Any]) -> str:
+    lines = [
+        f"{content['device']}, {content['cores']} cores, torch {content['torch']}, transformers {content['transformers']}, "
+        f"Python {content['python']}, {content['date']}",
+        "",
+        "| archive | dtype | gate: largest difference | compared on | answers changed | seconds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for item in content["outcomes"]:
+        gate = item["gate"]
+        largest = gate.get("largest_difference")
+        devices = sorted({str(each.get("device")) for each in gate.get("variants", [])}) or ["cpu"]
+        lines.append(
+            f"| {item['what']} | {item['dtype']} | {'-' if largest is None else f'{largest:.1e}'} | {', '.join(devices)} "
+            f"| {item['changed']} of {item['asked']} | {item['seconds']:.1f} |"
+        )
+    if content["workers"]:
+        workers = content["workers"]
+        beside = ", ".join(f"{seconds:.2f}" for seconds in workers["seconds_beside"])
+        lines += [
+            "",
+            f"Two workers on one device ({workers['dtype']}): {workers['seconds_alone']:.2f} s alone, {beside} s beside each "
+            f"other; {', '.join(map(str, workers['megabytes']))} MiB at most; labels alike: {workers['labels_alike']}",
+        ]
+    lines += ["", "| model | dtype | requests at once | who | tokens/s | spread |", "|---|---|---|---|---|---|"]
+    for item in content["speeds"]:
+        lines.append(
+            f"| {item['model']} | {item['dtype']} | {item['batch']} | {item['what']} | {item['tokens_per_second']:,.0f} "
+            f"| {100 * item['spread']:.0f} % |"
+        )
+    for dtype, peak in content["peak"].items():
+        lines += ["", f"A product of two matrices of 8192 in {dtype}: {peak:.0f} TFLOP/s"]
+    lines += [f"\nFailed: {failure}" for failure in content["failures"]]
+    lines += [f"\nLeft out, since the time was over: {name}" for name in content["left_out"]]
+    parts: List[str] = [f"{name} {seconds} s" for name, seconds in content["seconds"].items()]
+    return "\n".join([*lines, "", "Time: " + ", ".join(parts), ""])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
