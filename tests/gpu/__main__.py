@@ -20,6 +20,7 @@ import tempfile
 import time
 import traceback
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List
 
@@ -53,9 +54,8 @@ def main() -> int:
             if rehearse and any(one["model"] == name for one in report.content["speeds"]):
                 continue
             compiled = dtype == "float16"
-            report.part(
-                f"speed of {name} in {dtype}", lambda: _speed(report, name, device, dtype, Path(folder), compiled)
-            )
+            act = partial(_speed, report, name, device, dtype, Path(folder), compiled)
+            report.part(f"speed of {name} in {dtype}", act)
     return report.finish()
 
 
