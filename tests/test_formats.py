@@ -22,6 +22,27 @@ from traceserve_runtime.tasks.parameters import Parameter
 ALL = list(itertools.product(WRITERS, formats.HARDWARE, TASKS))
 
 
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        ({}, ["pretrained", "onnx", "aot_inductor"]),
+        ({"task": "text_generation"}, ["pretrained", "onnx"]),
+        ({"save_mode": "onnx", "dtype": "int8"}, ["torchscript"]),
+        ({"hardware": "gpu"}, ["pretrained"]),
+        ({"trust_remote_code": True}, ["onnx", "aot_inductor"]),
+        ({"library": "curated_transformers", "task": "feature_extraction"}, []),
+        ({"hardware": "neuron"}, []),
+    ],
+    ids=str,
+)
+def test_what_another_save_mode_may_write(content: Dict[str, Any], expected: List[str]) -> None:
+    config = parse({"model_name": "x/y", **content})[0]
+    assert formats.others(config) == expected
+    for save_mode in expected:
+        parse({"model_name": "x/y", **content, "save_mode": save_mode})  # it is legal
+    assert formats.advice(config) == (f"; try save_mode {' or '.join(expected)}" if expected else "")
+
+
 @pytest.fixture(scope="module")
 def validator() -> Any:
     return jsonschema.Draft202012Validator(json_schema())

@@ -13,7 +13,7 @@ from traceserve_runtime.tasks import TASKS
 
 from traceserve import formats, libraries
 from traceserve.config import SetupConfig
-from traceserve.errors import ExportError
+from traceserve.errors import ExportError, UnwritableError
 from traceserve.loading import Original
 from traceserve.serving import SERVING_FILE, Serving
 from traceserve.verification import Progress
@@ -43,6 +43,8 @@ def write(
         raise ExportError(
             f"{type(original.model).__name__} gives no {error.args[0]}, which {config.task} reads"
         ) from error
+    except UnwritableError as error:
+        raise UnwritableError(error.message + formats.advice(config)) from error
     original.write_tokenizer(folder)
     (folder / SERVING_FILE).write_text(_serving(config), encoding="utf-8")
     files = (writer.model_file, *written.files, original.tokenizer_facts.file, SERVING_FILE)

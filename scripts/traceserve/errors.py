@@ -22,6 +22,10 @@ class ExportError(TraceserveError):
     """The model cannot be exported."""
 
 
+class UnwritableError(ExportError):
+    """The model cannot be written in this save mode; it may be in another."""
+
+
 class DriftError(ExportError):
     """The gate found that the artifact does not answer as the original does; `findings` says where."""
 

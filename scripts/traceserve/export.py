@@ -212,7 +212,9 @@ class _Attempt:
             # Of each model that was tried the widest shapes; of these the one that came nearest.
             widest = {id(item[1]): item for item in reversed(drifted)}.values()
             findings, _, shapes = min(widest, key=lambda item: len(item[0].changed))
-            raise DriftError(_drift(dtype, shapes, original), findings)
+            # What cannot even be run in all shapes may be in another save mode.
+            advice = formats.advice(config) if findings.failure else ""
+            raise DriftError(_drift(dtype, shapes, original) + advice, findings)
         raise refused[0]
 
     def race(

@@ -24,11 +24,13 @@ from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Task
 from traceserve_runtime.tasks.parameters import Parameter
 
+from traceserve.libraries import LIBRARIES
 from traceserve.precision import AUTO, PRECISIONS
 from traceserve.writers import WRITERS, compiled
 from traceserve.writers.contract import Target
 
 if TYPE_CHECKING:
+    from traceserve.config import SetupConfig
     from traceserve.loading import Original
 
 HARDWARE: Tuple[str, ...] = tuple(dict.fromkeys(name for writer in WRITERS.values() for name in writer.hardware))
@@ -56,6 +58,26 @@ def refusal(save_mode: str, hardware: str, dtype: str, task: Type[Task]) -> Opti
     if dtype in legal:
         return None
     return f'dtype is "{dtype}": {_not_so(save_mode, hardware, dtype, (task.name,))}; take {", ".join(legal)}'
+
+
+def others(config: SetupConfig) -> List[str]:
+    """The save modes, beside the configured one, in which such a model may be written for the same hardware and dtype."""
+    task = TASKS[config.task]
+    written = LIBRARIES[config.library].save_modes
+    return [
+        name
+        for name, writer in WRITERS.items()
+        if name != config.save_mode
+        and (written is None or name in written)
+        and refusal(name, config.hardware, config.dtype, task) is None
+        and writer.refuses(config) is None
+    ]
+
+
+def advice(config: SetupConfig) -> str:
+    """The end of a sentence that says why a model cannot be written in the configured save mode."""
+    names = others(config)
+    return f"; try save_mode {' or '.join(names)}" if names else ""
 
 
 def _never(save_mode: str, hardware: str, tasks: Sequence[str]) -> Optional[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, Tuple
 
 from traceserve_runtime.manifest import TokenizerFacts
-from traceserve_runtime.runtimes import pretrained
+from traceserve_runtime.runtimes import calling, pretrained
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import ModelFacts
 
@@ -48,10 +48,11 @@ class Original:
     def tokenizer_facts(self) -> TokenizerFacts:
         """What the worker needs beside tokenizer.json."""
         tokenizer = self.tokenizer
-        pad_id = tokenizer.pad_token_id
+        # What the model takes for padding goes before the tokenizer's own: classifiers of decoders look for it by its id.
+        known = (calling.pad_id(self.model), tokenizer.pad_token_id)
         return TokenizerFacts(
             file=TOKENIZER_FILE,
-            pad_id=0 if pad_id is None else pad_id,
+            pad_id=next((number for number in known if number is not None), 0),
             pad_type_id=tokenizer.pad_token_type_id,
             padding_side=self.padding_side,
             truncation_side=self.truncation_side,

@@ -10,7 +10,7 @@ tokens. What of the state it does not give back stays as it is. All of the state
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,7 @@ class Single:
         self.model = model
         self.inputs = tuple(inputs)
         self.outputs = tuple(outputs)
-        self.run = _by_last_end_token if type(model).__name__ in _READS_END_TOKENS else _by_itself
+        self.run = _way(model, self.inputs, self.outputs)
         accepted = inspect.signature(model.forward).parameters
         self.fixed = {"use_cache": False} if "use_cache" in accepted else {}
 
@@ -46,6 +46,66 @@ class Single:
         """`tensors` as `inputs`, int64 of shape (batch, length)."""
         result = self.run(self.model, dict(zip(self.inputs, tensors)), self.fixed)
         return tuple(result[name].float() for name in self.outputs)
+
+
+def _way(model: Any, inputs: Sequence[str], outputs: Sequence[str]) -> Callable[..., Any]:
+    """How a model is run, so that each row of a batch is answered as it is alone."""
+    if type(model).__name__ in _READS_END_TOKENS:
+        return _by_last_end_token
+    if tuple(outputs) == ("logits",) and pad_id(model) is None and _reads_last_token(model, inputs):
+        return _by_last_token
+    return _by_itself
+
+
+def pad_id(model: Any) -> Optional[int]:
+    """The token that a model's configuration says is padding; None where it names none of its vocabulary."""
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    found = getattr(config, "pad_token_id", None)
+    known = isinstance(found, int) and 0 <= found < (getattr(config, "vocab_size", None) or 0)
+    return found if known else None
+
+
+def _reads_last_token(model: Any, inputs: Sequence[str]) -> bool:
+    """Whether a model classifies one row by its last token, as those built on a decoder do; seen by running it.
+
+    In a batch these look for the last token that is no padding by its id. Without the id of padding they refuse a batch,
+    or take padding for text.
+    """
+    import torch
+
+    if "attention_mask" not in inputs:
+        return False
+    device = next(model.parameters()).device
+    ids = torch.arange(3, device=device)[None]
+    columns = {name: torch.ones_like(ids) if name == "attention_mask" else torch.zeros_like(ids) for name in inputs}
+    columns["input_ids"] = ids
+    accepted = inspect.signature(model.forward).parameters
+    fixed = {"use_cache": False} if "use_cache" in accepted else {}
+    with torch.no_grad():
+        alone = _by_itself(model, columns, fixed)["logits"].float()
+        try:
+            found = _by_last_token(model, columns, fixed)["logits"].float()
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+            return False  # its layers are otherwise put together
+    # The same numbers but for their rounding; those of any other token are others.
+    return alone.shape == found.shape and torch.allclose(alone, found, rtol=1e-2, atol=1e-2)
+
+
+def _by_last_token(model: Any, columns: Dict[str, torch.Tensor], fixed: Dict[str, bool]) -> Dict[str, torch.Tensor]:
+    """The classification of each row's last token, by its mask: the backbone, then the layers behind it, in their order."""
+    import torch
+
+    name = model.base_model_prefix
+    backbone = getattr(model, name)
+    hidden = backbone(**columns, **fixed, return_dict=True).last_hidden_state
+    mask = columns["attention_mask"]
+    places = torch.arange(mask.shape[1], device=mask.device)
+    rows = torch.arange(mask.shape[0], device=mask.device)
+    hidden = hidden[rows, (mask * places).argmax(dim=1)]
+    for own, layer in model.named_children():
+        if own != name:
+            hidden = layer(hidden)
+    return {"logits": hidden}
 
 
 def _by_itself(model: Any, columns: Dict[str, torch.Tensor], fixed: Dict[str, bool]) -> Any:

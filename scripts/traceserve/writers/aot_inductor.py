@@ -17,7 +17,7 @@ from traceserve_runtime.errors import reason
 from traceserve_runtime.runtimes.aot_inductor import INSTRUCTIONS, MACHINE, TORCH
 
 from traceserve import precision
-from traceserve.errors import ExportError
+from traceserve.errors import ExportError, UnwritableError
 from traceserve.writers.contract import Target, Written
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
             inductor.aoti_compile_and_package(program, package_path=package, inductor_configs=_CONFIGS)
             _repack(Path(package), folder / MODEL_FILE)
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, AssertionError, OSError) as error:
-        raise ExportError(
+        raise UnwritableError(
             f"torch.export and AOTInductor cannot compile {type(original.model).__name__}: {reason(error)}"
         ) from error
     return Written(

@@ -17,7 +17,7 @@ from onnx import load as onnx_load
 from traceserve_runtime.errors import reason
 from traceserve_runtime.runtimes.onnx import PAST, PRESENT
 
-from traceserve.errors import ExportError
+from traceserve.errors import UnwritableError
 from traceserve.looping import LOOPS
 from traceserve.wrapping import example, masks_without_vmap, once
 
@@ -93,7 +93,7 @@ def export(graph: Graph, original: Original, opset: int, scratch: Path, eager: b
                 **options,
             )
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
-        raise ExportError(
+        raise UnwritableError(
             f"torch.onnx.export cannot export {type(original.model).__name__}: {reason(error)}"
         ) from error
     return onnx_load(str(file))

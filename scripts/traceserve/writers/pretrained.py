@@ -9,11 +9,12 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterator, Optional, Tuple, Type
 
+from traceserve_runtime.errors import reason
 from traceserve_runtime.runtimes.pretrained import KEPT, OLDEST, OLDEST_NAMED
 from traceserve_runtime.tasks.parameters import Parameter
 
 from traceserve import precision
-from traceserve.errors import ExportError
+from traceserve.errors import ExportError, UnwritableError
 from traceserve.writers.contract import Option, Written
 
 if TYPE_CHECKING:
@@ -66,12 +67,15 @@ def check(dtype: str, target: Target) -> None:
 def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, target: Target) -> Written:
     """Write `folder/model.safetensors` and `folder/config.json`; see Writer.
 
-    Raises ExportError for a model that is run token by token otherwise than through keys and values.
+    Raises UnwritableError with the model's own reason where it cannot be run as its task runs it.
     """
     import torch
 
-    with torch.no_grad(), precision.tracing(original.dtype):
-        step_inputs = _step_inputs(original, task)
+    try:
+        with torch.no_grad(), precision.tracing(original.dtype):
+            step_inputs = _step_inputs(original, task)
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, AssertionError) as error:
+        raise UnwritableError(f"{type(original.model).__name__} cannot be run: {reason(error)}") from error
     with tempfile.TemporaryDirectory(prefix=".saving.", dir=folder) as scratch, _own_configs(original.model):
         original.model.save_pretrained(scratch, max_shard_size=1 << 50)  # one file
         for name in (MODEL_FILE, CONFIG_FILE):

@@ -47,7 +47,7 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
     import torch
 
     from traceserve import devices, precision
-    from traceserve.errors import ExportError
+    from traceserve.errors import ExportError, UnwritableError
     from traceserve.wrapping import masks_without_vmap
 
     # A compiler lowers the dtype by itself.
@@ -65,7 +65,9 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
     except ExportError:
         raise
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
-        raise ExportError(f"torch.jit.trace cannot trace {type(original.model).__name__}: {reason(error)}") from error
+        raise UnwritableError(
+            f"torch.jit.trace cannot trace {type(original.model).__name__}: {reason(error)}"
+        ) from error
     unpadded = None if task.loop or shapes.graph_per_shape else _unpadded(original, folder / MODEL_FILE)
     runtime: Dict[str, Any] = {UNPADDED: unpadded is not None}
     rewritten = None
