@@ -163,7 +163,7 @@ def keys_of(kind: str) -> List[str]:
     """The dotted keys of the document, of its top level or of the level below."""
     nested = {
         "shapes": ["lengths", "batches", "graph_per_shape"],
-        "tokenizer": ["file", "pad_id", "pad_type_id", "padding_side", "truncation_side", "clean_up"],
+        "tokenizer": ["file", "pad_id", "pad_type_id", "padding_side", "truncation_side", "clean_up", "embeddings"],
         "source": ["name", "kind", "library", "revision", "trust_remote_code", "files"],
     }
     if kind == "nested":
@@ -242,12 +242,12 @@ def test_an_archive_of_schema_1_is_refused(copy: Path, document: Document) -> No
         Manifest.read(copy)
     assert raised.value.message == (
         f"traceserve.json has schema 1 (made by traceserve 0.0.9), but this runtime, traceserve {__version__}, reads "
-        "schema 3; build and pack with the same version"
+        "schema 4; build and pack with the same version"
     )
 
 
 def test_what_is_written_has_the_schema_that_is_read(document: Document) -> None:
-    assert document["schema"] == SCHEMA == 3
+    assert document["schema"] == SCHEMA == 4
 
 
 def strip_schema(document: Document) -> None:

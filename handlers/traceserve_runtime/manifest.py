@@ -17,7 +17,7 @@ from traceserve_runtime import __version__
 from traceserve_runtime.errors import InvalidManifest
 
 MANIFEST_FILE = "traceserve.json"
-SCHEMA = 3
+SCHEMA = 4
 
 T = TypeVar("T")
 
@@ -66,6 +66,7 @@ class TokenizerFacts:
     padding_side: str  # "left" or "right"
     truncation_side: str  # "left" or "right"
     clean_up: bool = False  # whether decoding takes the space before punctuation away
+    embeddings: Optional[int] = None  # how many of its tokens, the first ones, the model knows, where that is not all
 
 
 @dataclass(frozen=True)

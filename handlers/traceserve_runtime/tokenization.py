@@ -88,6 +88,7 @@ class TextTokenizer:
         self._tokenizer.no_padding()
         self._side = facts.truncation_side
         self._clean_up = facts.clean_up
+        self._embeddings = facts.embeddings
         self._max_length = max_length
         self._max_rows = max_rows
         self._windows = windows  # whether windows may be advised
@@ -104,7 +105,10 @@ class TextTokenizer:
             encodings = self._tokenizer.encode_batch(texts, add_special_tokens=special) if texts else []
             for i, encoding in zip(accepted, encodings):
                 try:
-                    answers[i] = self._encoded(requests[i], encoding, long_inputs[i])
+                    encoded = self._encoded(requests[i], encoding, long_inputs[i])
+                    if self._embeddings is not None:
+                        _check_known(encoded.rows, requests[i], self._embeddings)
+                    answers[i] = encoded
                 except TraceserveError as error:
                     answers[i] = error
         return answers  # type: ignore[return-value]  # every None was replaced above
@@ -270,6 +274,20 @@ class TextTokenizer:
         assert first is not None
         encoding = self._tokenizer.post_process(first, second, segments.special)
         return Row(encoding, len(encoding), len(first) + (0 if second is None else len(second)), len(first), start)
+
+
+def _check_known(rows: Sequence[Row], segments: Segments, embeddings: int) -> None:
+    """Refuse a text with a token that the tokenizer has and the model has not, which would end its run."""
+    for row in rows:
+        if max(row.encoding.ids) < embeddings:
+            continue
+        place = next(i for i, token_id in enumerate(row.encoding.ids) if token_id >= embeddings)
+        start, end = row.encoding.offsets[place]
+        raise InvalidRequest(
+            f"token {place + 1} of the text (characters {start:,} to {end:,}) was added to the tokenizer, but not to the "
+            f"model: its number is {row.encoding.ids[place]:,}, and the model knows those below {embeddings:,}; leave it out",
+            segments.fields[place not in row.places()],
+        )
 
 
 def longest_first(first: int, second: int, room: int) -> Tuple[int, int]:

@@ -158,7 +158,8 @@ def _export(
     manifest = replace(chosen.manifest, receipt=receipt)
     manifest.write(folder)
     parameters = sum(parameter.numel() for parameter in original.model.parameters())
-    return Exported(manifest, chosen.findings, parameters, checkpoint.note, tuple(tried), compared)
+    note = "\n".join(note for note in (checkpoint.note, original.note) if note) or None
+    return Exported(manifest, chosen.findings, parameters, note, tuple(tried), compared)
 
 
 def _size(folder: Path) -> int:

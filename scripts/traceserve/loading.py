@@ -8,7 +8,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, Tuple
+from typing import Any, Dict, Iterator, Optional, Tuple
 
 from traceserve_runtime.manifest import TokenizerFacts
 from traceserve_runtime.runtimes import calling, pretrained
@@ -16,14 +16,14 @@ from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import ModelFacts
 
 from traceserve import gguf
+from traceserve.checkpoints import tokenizers
 from traceserve.checkpoints.lengths import max_length
 from traceserve.config import SetupConfig
-from traceserve.errors import ConfigError, ExportError, SourceError, first_line, some
+from traceserve.errors import ConfigError, ExportError, some
 from traceserve.libraries import LIBRARIES
 from traceserve.sources import Checkpoint
 
 TOKENIZER_FILE = "tokenizer.json"
-_VOCABULARIES = ("tokenizer.json", "vocab*.*", "*.model", "*.tiktoken", "*.bpe")
 # The inputs that the runtime makes, in the order in which they are passed.
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -42,6 +42,7 @@ class Original:
     padding_side: str
     truncation_side: str
     dtype: str = "float32"  # what the model is traced in; another one has another model, see `precision`
+    known_tokens: Optional[int] = None  # the tokenizer's, where the model lacks some of them
     kept: Tuple[str, ...] = ()  # the layers that are left in float32 all the same
 
     @property
@@ -49,14 +50,28 @@ class Original:
         """What the worker needs beside tokenizer.json."""
         tokenizer = self.tokenizer
         # What the model takes for padding goes before the tokenizer's own: classifiers of decoders look for it by its id.
-        known = (calling.pad_id(self.model), tokenizer.pad_token_id)
+        numbers = [number for number in (calling.pad_id(self.model), tokenizer.pad_token_id) if number is not None]
+        if self.known_tokens is not None:  # padding may have been added to the tokenizer alone
+            numbers = [number for number in numbers if number < self.known_tokens]
         return TokenizerFacts(
             file=TOKENIZER_FILE,
-            pad_id=next((number for number in known if number is not None), 0),
+            pad_id=next(iter(numbers), 0),
             pad_type_id=tokenizer.pad_token_type_id,
             padding_side=self.padding_side,
             truncation_side=self.truncation_side,
             clean_up=_cleans_up(tokenizer),
+            embeddings=self.known_tokens,
+        )
+
+    @property
+    def note(self) -> Optional[str]:
+        """What the user should know of it."""
+        if self.known_tokens is None:
+            return None
+        more = len(self.tokenizer) - self.known_tokens
+        return (
+            f"the tokenizer has {more:,} added token{'s' * (more > 1)} that the model has no embedding for: a text with one "
+            "is refused (400)"
         )
 
     def write_tokenizer(self, folder: Path) -> None:
@@ -74,7 +89,7 @@ def load(config: SetupConfig, checkpoint: Checkpoint, config_folder: Path) -> Or
     tokens, and the gate asks it. (The curated library's own are slow ones, or without the special tokens' names.)
     """
     gguf.check(checkpoint)
-    tokenizer = _load_tokenizer(config, checkpoint)
+    tokenizer = tokenizers.load(config, checkpoint)
     model = LIBRARIES[config.library].load(config, checkpoint)
     accepted = inspect.signature(model.forward).parameters
     inputs = tuple(name for name in INPUTS if name in accepted and name in tokenizer.model_input_names)
@@ -98,33 +113,8 @@ def load(config: SetupConfig, checkpoint: Checkpoint, config_folder: Path) -> Or
         facts=task.facts(facts),
         padding_side=task.padding_side or tokenizer.padding_side,
         truncation_side=task.truncation_side or tokenizer.truncation_side,
+        known_tokens=tokenizers.known_tokens(config, model, tokenizer),
     )
-
-
-def _load_tokenizer(config: SetupConfig, checkpoint: Checkpoint) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        with gguf.located(checkpoint) as (folder, in_file):
-            tokenizer = AutoTokenizer.from_pretrained(
-                folder,
-                use_fast=True,
-                local_files_only=True,
-                trust_remote_code=config.trust_remote_code,
-                **({"gguf_file": str(in_file), **gguf.tokenizer_options(checkpoint)} if in_file else {}),
-            )
-    except Exception as error:  # transformers raises whatever its many tokenizers do
-        raise SourceError(f"the tokenizer of {config.model_name} cannot be loaded: {first_line(error)}") from error
-    if not getattr(tokenizer, "is_fast", False):
-        raise ExportError(
-            f"{config.model_name} has no fast tokenizer ({type(tokenizer).__name__} runs in Python only), and the worker "
-            "has the tokenizers package only; convert it to a tokenizer.json first"
-        )
-    gguf.check_tokenizer(checkpoint, tokenizer)
-    if not in_file and not any(path for pattern in _VOCABULARIES for path in checkpoint.folder.glob(pattern)):
-        # transformers 5 makes up an empty tokenizer in its place.
-        raise SourceError(f"{config.model_name}: {checkpoint.folder} has no tokenizer ({', '.join(_VOCABULARIES)})")
-    return tokenizer
 
 
 def _check_case(config: SetupConfig, checkpoint: Checkpoint, tokenizer: Any) -> None:

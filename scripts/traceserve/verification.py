@@ -278,6 +278,9 @@ class _Rows:
         self._texts = list(TEXTS)
         special = original.tokenizer.special_tokens_map
         self._end = str(special.get("eos_token") or special.get("sep_token") or "")
+        known = original.known_tokens
+        if known is not None and original.tokenizer.convert_tokens_to_ids(self._end) >= known:
+            self._end = ""  # added to the tokenizer alone: such texts are refused
         self._tokenizers: Dict[int, TextTokenizer] = {}
 
     def get(self, length: int, index: int) -> Row:

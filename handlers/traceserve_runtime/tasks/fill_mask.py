@@ -65,12 +65,12 @@ class FillMask(Task):
         if not len(masks):
             token = self.manifest.facts["mask_token"]
             raise InvalidRequest(f"the text has no mask token; write {token} for each word to be found", "text")
-        targets = self._targets(self.parameter(request, "targets"))
         kept = [{place: i for i, place in enumerate(self._masked(row))} for row in rows]
         answers = []
         for place in masks:
             window, position, _ = places[place]
             scores = softmax(outputs[window]["logits"][kept[window][position]])
+            targets = self._targets(self.parameter(request, "targets"), len(scores))
             candidates = np.arange(len(scores)) if targets is None else targets
             best = candidates[np.argsort(-scores[candidates], kind="stable")[: self.parameter(request, "top_k")]]
             answers.append(
@@ -92,13 +92,14 @@ class FillMask(Task):
             "sequence": self.tokenizer.decode(filled.tolist(), skip_special_tokens=single),
         }
 
-    def _targets(self, targets: Any) -> Optional[np.ndarray]:
+    def _targets(self, targets: Any, size: int) -> Optional[np.ndarray]:
         if targets is None:
             return None
         found = set()
         for target in strings(targets):
             token_id = self.tokenizer.token_id(target)
             found |= {token_id} if token_id is not None else set(self.tokenizer.token_ids(target)[:1])
+        found = {token_id for token_id in found if token_id < size}
         if not found:
             raise InvalidRequest('none of the "targets" has a token of this model', "parameters.targets")
         return np.array(sorted(found))

@@ -1,0 +1,79 @@
+"""A checkpoint's tokenizer: loaded as transformers does, and checked against the model that reads its tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Optional
+
+from traceserve import gguf
+from traceserve.errors import ExportError, SourceError, first_line
+
+if TYPE_CHECKING:
+    from traceserve.config import SetupConfig
+    from traceserve.sources import Checkpoint
+
+_VOCABULARIES = ("tokenizer.json", "vocab*.*", "*.model", "*.tiktoken", "*.bpe")
+
+
+def load(config: SetupConfig, checkpoint: Checkpoint) -> Any:
+    """The checkpoint's tokenizer; raises SourceError, ExportError for one that the worker could not run."""
+    from transformers import AutoTokenizer
+
+    try:
+        with gguf.located(checkpoint) as (folder, in_file):
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder,
+                use_fast=True,
+                local_files_only=True,
+                trust_remote_code=config.trust_remote_code,
+                **({"gguf_file": str(in_file), **gguf.tokenizer_options(checkpoint)} if in_file else {}),
+            )
+    except Exception as error:  # transformers raises whatever its many tokenizers do
+        raise SourceError(f"the tokenizer of {config.model_name} cannot be loaded: {first_line(error)}") from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise ExportError(
+            f"{config.model_name} has no fast tokenizer ({type(tokenizer).__name__} runs in Python only), and the worker "
+            "has the tokenizers package only; convert it to a tokenizer.json first"
+        )
+    gguf.check_tokenizer(checkpoint, tokenizer)
+    if not in_file and not any(path for pattern in _VOCABULARIES for path in checkpoint.folder.glob(pattern)):
+        # transformers 5 makes up an empty tokenizer in its place.
+        raise SourceError(f"{config.model_name}: {checkpoint.folder} has no tokenizer ({', '.join(_VOCABULARIES)})")
+    return tokenizer
+
+
+def known_tokens(config: SetupConfig, model: Any, tokenizer: Any) -> Optional[int]:
+    """How many of the tokenizer's tokens the model has embeddings for; None where it has them for all.
+
+    Tokens that were added after the training, without resizing the embeddings, are refused request by request: all other
+    texts are answered as ever. Raises ExportError where no text, or hardly any, could be.
+    """
+    count = _embeddings(model)
+    highest = max(tokenizer.get_vocab().values())
+    if count is None or highest < count:
+        return None
+    added = set(tokenizer.get_added_vocab().values())
+    strange = sum(token_id >= count and token_id not in added for token_id in tokenizer.get_vocab().values())
+    if strange:
+        raise ExportError(
+            f"the tokenizer of {config.model_name} is not this model's: {strange:,} of its pieces have numbers of {count:,} "
+            f"or more, and the model has {count:,} embeddings; take the tokenizer that the model was trained with"
+        )
+    everywhere = [tokenizer.convert_ids_to_tokens(i) for i in tokenizer("")["input_ids"] if i >= count]
+    mask = getattr(tokenizer, "mask_token_id", None)
+    if everywhere or (mask or 0) >= count:
+        token = everywhere[0] if everywhere else tokenizer.mask_token
+        raise ExportError(
+            f"{config.model_name}: the tokenizer's {token} was added to it, but the model has only {count:,} embeddings and "
+            "none for it; call model.resize_token_embeddings(len(tokenizer)) and train, or take the model's own tokenizer"
+        )
+    return count
+
+
+def _embeddings(model: Any) -> Optional[int]:
+    """How many tokens the model can look up, None where it is not told."""
+    try:
+        weight = model.get_input_embeddings().weight
+    except (AttributeError, NotImplementedError):  # hash embeddings; a curated model
+        size = getattr(model.config, "vocab_size", None)
+        return size if isinstance(size, int) else None
+    return int(weight.shape[0])
