@@ -108,6 +108,7 @@ class TransformerHandler:
 
         Of a streamed answer the document is what was not told while it grew, as bytes.
         """
+        from traceserve_runtime import failures
         from traceserve_runtime.errors import TraceserveError
 
         assert self.engine is not None
@@ -128,13 +129,27 @@ class TransformerHandler:
                 results.append(body)
                 continue
             own = [next(answers) for _ in body.requests]
-            errors = [_at(a, body.place(i, a.field)) for i, a in enumerate(own) if isinstance(a, TraceserveError)]
-            values = [_noted(answer) for answer in own if not isinstance(answer, TraceserveError)]
-            if not errors and self.engine.task.streams(body.requests[0]):
-                results.append((streams.rest(row, values[0]), own))  # type: ignore[arg-type]
-                continue
-            results.append(errors[0] if errors else (body.protocol.document(values, model), own))  # type: ignore[arg-type]
+            results.append(
+                failures.contained("it wrote this answer", partial(self._result, row, body, own, model, streams))
+            )
+        failures.log(results)
         return results
+
+    def _result(
+        self, row: int, body: Body, own: Sequence[Union[Answer, TraceserveError]], model: Model, streams: Streams
+    ) -> Union[Tuple[Any, List[Answer]], TraceserveError]:
+        """What one body is answered, from the answers to its requests; see `_answer`."""
+        from traceserve_runtime.errors import TraceserveError
+
+        assert self.engine is not None
+        for i, answer in enumerate(own):
+            if isinstance(answer, TraceserveError):
+                return _at(answer, body.place(i, answer.field))
+        answers: List[Answer] = list(own)  # type: ignore[arg-type]  # there is no error among them
+        values = [_noted(answer) for answer in answers]
+        if self.engine.task.streams(body.requests[0]):
+            return streams.rest(row, values[0]), answers
+        return body.protocol.document(values, model), answers
 
     def _model(self, context: Any) -> Model:
         """The name that the model has in TorchServe, and the version that its archive was given."""
@@ -247,6 +262,7 @@ def _respond(index: int, result: Any, context: Any) -> bytes:
     else:
         value = result.to_json()
         context.set_response_status(result.status, result.phrase, index)
-        if result.status >= 500 and result.__cause__ is not None:
-            logger.error("traceserve: the model failed on an input with %s", type(result.__cause__).__name__)
-    return _ENCODER.encode(value).encode("utf-8", "replace")
+    try:
+        return _ENCODER.encode(value).encode("utf-8", "replace")
+    except Exception as error:  # the edge of one request: an answer that is no JSON
+        return _respond(index, _unexpected(error, 1), context)

@@ -17,7 +17,7 @@ from conftest import Called, run_export
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from traceserve.samples import SENTENCES, VERY_LONG
-from traceserve_runtime import batching
+from traceserve_runtime import batching, failures
 from traceserve_runtime.batching import IN_ATTENTION, Arrays, CostModel, Runner, Stats
 from traceserve_runtime.engine import Answer, Engine
 from traceserve_runtime.errors import (
@@ -385,7 +385,7 @@ def poisoned(engine: Engine) -> Iterator[Tuple[Engine, int]]:
     yield other, encoded.rows[0].encoding.ids[1]
 
 
-def raising(engine: Engine, token: int, error: Exception) -> Any:
+def raising(engine: Engine, token: int, error: BaseException) -> Any:
     """The engine's runner, which raises for each batch that holds the token."""
     own = engine.runner
 
@@ -425,6 +425,71 @@ def test_a_failure_without_a_reason_is_a_failure(poisoned: Tuple[Engine, int]) -
     engine, token = poisoned
     engine.runner = raising(engine, token, RuntimeError())
     assert isinstance(engine.answer([ask(POISON)])[0], ModelFailure)
+
+
+class OtherFailure(Exception):
+    """No RuntimeError, and none that anybody has heard of."""
+
+
+ANY = [IndexError("index 70000 is out of bounds"), KeyError(POISON), MemoryError(), OtherFailure(), AssertionError()]
+
+
+@pytest.mark.parametrize("error", ANY, ids=lambda error: type(error).__name__)
+def test_whatever_a_row_meets_in_the_model_it_fails_alone(
+    poisoned: Tuple[Engine, int], alone: Dict[str, List[Dict[str, Any]]], error: Exception
+) -> None:
+    engine, token = poisoned
+    engine.runner = raising(engine, token, error)
+    first, second, third = engine.answer([ask(text) for text in ("Yes.", POISON, "No, thank you!")])
+    assert isinstance(second, ModelFailure) and second.__cause__ is error
+    assert_same(value_of(first), alone["Yes."])
+    assert_same(value_of(third), alone["No, thank you!"])
+
+
+@pytest.mark.parametrize("verb", ["segments", "decode"])
+@pytest.mark.parametrize("error", ANY, ids=lambda error: type(error).__name__)
+def test_whatever_a_request_meets_in_the_task_it_fails_alone(
+    engine: Engine,
+    alone: Dict[str, List[Dict[str, Any]]],
+    error: Exception,
+    verb: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """And the log tells where, without its text."""
+
+    class Breaking(SequenceClassification):
+        def broken_here(self, request: Request) -> None:
+            if request.inputs["text"] == POISON:
+                raise error
+
+        def segments(self, request: Request) -> List[Segments]:
+            if verb == "segments":
+                self.broken_here(request)
+            return super().segments(request)
+
+        def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Any:
+            if verb == "decode":
+                self.broken_here(request)
+            return super().decode(request, rows, outputs)
+
+    answers = of(Breaking, engine, engine.manifest).answer(
+        [ask(text) for text in ("Yes.", POISON, "No, thank you!", POISON)]
+    )
+    for failed in answers[1::2]:
+        assert type(failed) is TraceserveError and failed.status == 500 and failed.__cause__ is error
+        assert POISON not in failed.message
+    assert_same(value_of(answers[0]), alone["Yes."])
+    assert_same(value_of(answers[2]), alone["No, thank you!"])
+    failures.log(answers)
+    assert caplog.text.count(f"{type(error).__name__} in ") == 1 and "in broken_here" in caplog.text
+    assert POISON not in caplog.text
+
+
+def test_what_ends_the_process_is_no_requests_own(poisoned: Tuple[Engine, int]) -> None:
+    engine, token = poisoned
+    engine.runner = raising(engine, token, SystemExit())
+    with pytest.raises(SystemExit):
+        engine.answer([ask("Yes."), ask(POISON)])
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

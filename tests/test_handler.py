@@ -457,6 +457,28 @@ def test_a_row_that_breaks_the_model_fails_alone(handler: TransformerHandler) ->
     assert context.statuses == dict.fromkeys((1, 2), (500, "Internal Server Error"))
 
 
+@pytest.mark.parametrize("where", ["document", "json"])
+def test_an_answer_that_cannot_be_written_fails_alone(
+    handler: TransformerHandler, where: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a task's own answer; or of the body that a protocol makes of it."""
+    engine = handler.engine
+    assert engine is not None
+
+    class Unwritable(type(engine.task)):  # type: ignore[misc]
+        def decode(self, request: Request, *others: Any) -> Any:
+            broken = [{0}] if where == "json" else {np.float32: "a key that is no name"}
+            return broken if request.inputs["text"] == SECRET else super().decode(request, *others)
+
+    engine.task = Unwritable(engine.manifest, engine.task.tokenizer)
+    sent = {"body": SECRET} if where == "json" else tensors(SECRET)
+    (first, broken, last), context = serve(handler, ["Yes.", sent, "No."])
+    assert is_answer(first) and is_answer(last)
+    assert error_of(broken) == ("TraceserveError", None)
+    assert context.statuses == {1: (500, "Internal Server Error")}
+    assert "TypeError" in caplog.text and SECRET not in caplog.text
+
+
 def test_a_row_whose_answer_is_no_number_fails_alone(handler: TransformerHandler) -> None:
     def act(own: Runner, inputs: Arrays, marked: np.ndarray) -> Arrays:
         logits = own(inputs)["logits"].copy()

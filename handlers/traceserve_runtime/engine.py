@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, Generator, Iterator, List, Optional, Sequence, Tuple, Union
 
-from traceserve_runtime import batching
+from traceserve_runtime import batching, failures
 from traceserve_runtime.batching import Arrays, Runner, Stats, Timing
-from traceserve_runtime.errors import InputTooLong, InvalidManifest, ModelFailure, TraceserveError
+from traceserve_runtime.errors import InputTooLong, InvalidManifest, TraceserveError
 from traceserve_runtime.lanes import Batches, Lanes, schedule
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runtimes import RUNTIMES
@@ -182,7 +182,7 @@ class Engine:
         """
         stats = Stats() if stats is None else stats
         stats.requests += len(requests)
-        encoded = self._limit_groups(requests, self.task.encode(requests))
+        encoded = self._limit_groups(requests, self._encode(requests))
         jobs = [
             Job(row, request, partial(emit, i, item.unseen) if emit is not None else None)
             for i, (request, item) in enumerate(zip(requests, encoded))
@@ -197,6 +197,17 @@ class Engine:
             else:
                 answers.append(self._decode(request, item, [next(outputs) for _ in item.rows]))
         return answers
+
+    def _encode(self, requests: Sequence[Request]) -> List[Union[Encoded, TraceserveError]]:
+        """The rows of each request, or its error; where encoding all of them fails, they are encoded one by one."""
+        try:
+            return self.task.encode(requests)
+        except Exception:  # the edge of one request: of which, is not known yet
+
+            def encode(request: Request) -> Union[Encoded, TraceserveError]:
+                return self.task.encode([request])[0]
+
+            return [failures.contained("it read this request", partial(encode, request)) for request in requests]
 
     def _limit_groups(
         self, requests: Sequence[Request], encoded: List[Union[Encoded, TraceserveError]]
@@ -225,7 +236,7 @@ class Engine:
                 results: Sequence[Union[Arrays, TraceserveError]]
                 try:
                     results = self.task.predict(self.runner, [jobs[i] for i in batch], own)
-                except RuntimeError:
+                except Exception:  # the edge of one request: of which, is not known yet
                     results = [self._run_alone(jobs[i], own) for i in batch]
                 for i, result in zip(batch, results):
                     outputs[i] = result
@@ -244,12 +255,10 @@ class Engine:
     def _run_alone(self, job: Job, stats: Stats) -> Union[Arrays, TraceserveError]:
         try:
             return self.task.predict(self.runner, [job], stats)[0]
-        except RuntimeError as error:
-            failure = ModelFailure(
-                f"the model failed on this input: {(str(error).strip() or type(error).__name__).splitlines()[-1]}"
-            )
-            failure.__cause__ = error
-            return failure
+        except TraceserveError as error:
+            return error
+        except Exception as error:  # the edge of one request
+            return failures.of_the_model(error)
 
     def _decode(
         self, request: Request, encoded: Encoded, outputs: Sequence[Union[Arrays, TraceserveError]]
@@ -259,7 +268,8 @@ class Engine:
             if isinstance(output, TraceserveError):
                 return output
             arrays.append(output)
-        try:
+
+        def decode() -> Answer:
             return Answer(self.task.answer(request, encoded.rows, arrays), encoded.unseen)
-        except TraceserveError as error:
-            return error
+
+        return failures.contained("it made this answer", decode)
