@@ -16,7 +16,16 @@ DEPENDING_ON_TRANSFORMERS = [
     *("-n", "logical", "--dist", "loadfile"),
     *(
         f"tests/test_{name}.py"
-        for name in ("loading", "generation", "tasks", "pretrained", "curated", "gguf", "unpadding")
+        for name in (
+            "loading",
+            "checkpoint_tokenizers",
+            "generation",
+            "tasks",
+            "pretrained",
+            "curated",
+            "gguf",
+            "unpadding",
+        )
     ),
 ]
 WORKER = [

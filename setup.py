@@ -50,6 +50,9 @@ setup(
         "transformers>=4.26",
         "tokenizers>=0.13",
         "safetensors>=0.3",
+        # By these transformers reads spiece.model, sentencepiece.bpe.model, spm.model, tokenizer.model; no worker needs them.
+        "sentencepiece>=0.1.99",
+        "protobuf>=3.20",
         "huggingface_hub>=0.24",
         "numpy>=1.20",
         "pyyaml>=5.1",

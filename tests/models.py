@@ -129,8 +129,12 @@ def make(
     tokenizer = make_tokenizer(family.tokenizer)
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos", "cls", "sep")}
     config = getattr(transformers, family.config)(
-        vocab_size=len(tokenizer),
-        **{**family.options, **{f"{name}_token_id": value for name, value in ids.items()}, **options},
+        **{
+            "vocab_size": len(tokenizer),
+            **family.options,
+            **{f"{name}_token_id": value for name, value in ids.items()},
+            **options,
+        },
     )
     model = getattr(transformers, auto_model).from_config(config)
     # Of the names of a tied one the first of the alphabet: their order is not the same in every version.

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import io
+import json
 import shutil
+import sys
 from pathlib import Path
-from typing import Any, Callable, Dict
+from typing import Any, Callable, Dict, NamedTuple
 
 import pytest
+import sentencepiece
 import torch
 import transformers
 from conftest import run_export
-from tokenizers import processors
+from tokenizers import Tokenizer, processors
 from traceserve.config import parse
 from traceserve.errors import ExportError
 from traceserve.loading import Original, load, quiet
+from traceserve.samples import SENTENCES, VERY_LONG
 from traceserve.sources import Checkpoint
 from traceserve_runtime.engine import Answer, Engine
-from traceserve_runtime.errors import InvalidRequest
+from traceserve_runtime.errors import InvalidRequest, TraceserveError
 from traceserve_runtime.tasks.contract import Request
 
 Make = Callable[..., Path]
@@ -26,6 +31,149 @@ def original(folder: Path, **content: Any) -> Original:
     config, _ = parse({"model_name": str(folder), **content})
     with quiet():
         return load(config, Checkpoint(folder, "folder"), folder)
+
+
+# Layouts without a tokenizer.json: sentencepiece's own file.
+
+
+def train(path: Path, **options: Any) -> Path:
+    """A real, small model of sentencepiece, of the samples."""
+    model = io.BytesIO()
+    told = {"vocab_size": 300, "character_coverage": 0.98, "hard_vocab_limit": False, "minloglevel": 2, **options}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([*SENTENCES, *VERY_LONG.split(". ")] * 3), model_writer=model, **told
+    )
+    path.write_bytes(model.getvalue())
+    return path
+
+
+class Layout(NamedTuple):
+    """How a family stores its tokenizer: the file, how it was trained, the tokenizer's class, the model's configuration."""
+
+    file: str
+    training: Dict[str, Any]
+    tokenizer: str
+    architecture: str  # of models.make
+    auto_model: str = "AutoModelForSequenceClassification"
+    task: str = "sequence_classification"
+
+
+_CLS_FIRST = {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3, "pad_piece": "[PAD]", "bos_piece": "[CLS]"}
+LAYOUTS = {
+    "albert": Layout(
+        "spiece.model",
+        {
+            "pad_id": 0,
+            "unk_id": 1,
+            "bos_id": -1,
+            "eos_id": -1,
+            "control_symbols": ["[CLS]", "[SEP]"],
+            "user_defined_symbols": ["[MASK]"],
+        },
+        "AlbertTokenizer",
+        "albert",
+    ),
+    "xlm-roberta": Layout("sentencepiece.bpe.model", {}, "XLMRobertaTokenizer", "xlm-roberta"),
+    "deberta-v2": Layout(
+        "spm.model", {**_CLS_FIRST, "eos_piece": "[SEP]", "unk_piece": "[UNK]"}, "DebertaV2Tokenizer", "deberta-v2"
+    ),
+    "t5": Layout(
+        "spiece.model",
+        {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1},
+        "T5Tokenizer",
+        "t5",
+        "AutoModelForSeq2SeqLM",
+        "text2text_generation",
+    ),
+    "llama": Layout(
+        "tokenizer.model",
+        {
+            "model_type": "bpe",
+            "byte_fallback": True,
+            "vocab_size": 700,
+            "normalization_rule_name": "identity",
+            "remove_extra_whitespaces": False,
+        },
+        "LlamaTokenizer",
+        "llama",
+        "AutoModelForCausalLM",
+        "text_generation",
+    ),
+}
+HOSTILE = [
+    "",
+    "ﬁ ½ ｆｕｌｌ  two  spaces ",
+    "e\u0301 a\u0308\u0301",
+    "a\tb\nc",
+    "👩\u200d🚀 ok",
+    "שלום \u202eabc",
+    "x" * 300,
+    "[SEP] </s>",
+]
+
+
+@pytest.fixture(scope="session")
+def spm(checkpoint: Make, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Checkpoints whose tokenizer is a file of sentencepiece and nothing else; each once."""
+    made: Dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            layout = LAYOUTS[name]
+            source = checkpoint(layout.architecture, layout.auto_model, vocab_size=800)
+            folder = tmp_path_factory.mktemp("spm") / name
+            shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*token*"))
+            train(folder / layout.file, **layout.training)
+            (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": layout.tokenizer}))
+            made[name] = folder
+        return made[name]
+
+    return make
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_tokenizer_that_is_a_file_of_sentencepiece(name: str, spm: Callable[[str], Path], tmp_path: Path) -> None:
+    """The whole way: the worker's ids are those of transformers' tokenizer."""
+    layout, folder = LAYOUTS[name], spm(name)
+    config = {"model_name": str(folder), "task": layout.task, "max_length": 64, "long_inputs": "truncate"}
+    exported = run_export(tmp_path / "x", config)
+    assert exported.findings.passed and not exported.findings.tokenized_otherwise
+    assert layout.file in exported.manifest.source.files
+    expected = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "x" / "tokenizer.json"))
+    for text in [*SENTENCES, *HOSTILE]:
+        assert tokenizer.encode(text).ids == expected(text)["input_ids"], text
+
+
+@pytest.mark.parametrize("package, module", [("sentencepiece", "sentencepiece"), ("protobuf", "google.protobuf")])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_what_reads_a_file_of_sentencepiece_is_named(
+    name: str, package: str, module: str, spm: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)  # importing it fails
+    with pytest.raises(ExportError) as raised:
+        original(spm(name), task=LAYOUTS[name].task)
+    assert raised.value.message.endswith(
+        f"is a file of sentencepiece ({LAYOUTS[name].file}), and to read it {package} must be installed: "
+        "pip install sentencepiece protobuf"
+    )
+
+
+def test_a_checkpoint_with_a_tokenizer_json_needs_neither(checkpoint: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("sentencepiece", "google.protobuf"):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert original(checkpoint("bert")).tokenizer.is_fast
+
+
+def test_a_vocabulary_of_tiktoken_is_no_file_of_sentencepiece(
+    checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    folder = Path(shutil.copytree(checkpoint("bert"), tmp_path / "x", ignore=shutil.ignore_patterns("tokenizer.json")))
+    (folder / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
+    with pytest.raises(TraceserveError) as raised:
+        original(folder)
+    assert "a file of sentencepiece" not in raised.value.message
 
 
 # More tokens than embeddings.

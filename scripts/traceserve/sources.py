@@ -15,7 +15,7 @@ from traceserve.config import SetupConfig
 from traceserve.errors import SourceError, some
 
 # What a checkpoint is made of, and what a hub may hold beside it for other libraries.
-_SMALL_FILES = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.bpe", "*.jinja", "*/config.json"]
+_SMALL_FILES = ["*.json", "*.txt", "*.model", "*.spm", "*.tiktoken", "*.bpe", "*.jinja", "*/config.json"]
 _SAFETENSORS = ["*.safetensors"]
 _PICKLES = ["pytorch_model*.bin"]
 _CODE = ["*.py"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 from traceserve import gguf
@@ -11,13 +13,16 @@ if TYPE_CHECKING:
     from traceserve.config import SetupConfig
     from traceserve.sources import Checkpoint
 
-_VOCABULARIES = ("tokenizer.json", "vocab*.*", "*.model", "*.tiktoken", "*.bpe")
+_VOCABULARIES = ("tokenizer.json", "vocab*.*", "*.model", "*.spm", "*.tiktoken", "*.bpe")
+_SENTENCEPIECE = ("*.model", "*.spm")
+_READERS = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # package -> module
 
 
 def load(config: SetupConfig, checkpoint: Checkpoint) -> Any:
     """The checkpoint's tokenizer; raises SourceError, ExportError for one that the worker could not run."""
     from transformers import AutoTokenizer
 
+    _check_readers(config, checkpoint)
     try:
         with gguf.located(checkpoint) as (folder, in_file):
             tokenizer = AutoTokenizer.from_pretrained(
@@ -39,6 +44,34 @@ def load(config: SetupConfig, checkpoint: Checkpoint) -> Any:
         # transformers 5 makes up an empty tokenizer in its place.
         raise SourceError(f"{config.model_name}: {checkpoint.folder} has no tokenizer ({', '.join(_VOCABULARIES)})")
     return tokenizer
+
+
+def _check_readers(config: SetupConfig, checkpoint: Checkpoint) -> None:
+    """Raise ExportError without the packages that read sentencepiece's files: transformers asks for others, as tiktoken."""
+    if checkpoint.gguf_file or (checkpoint.folder / "tokenizer.json").is_file():
+        return
+    found = (path for pattern in _SENTENCEPIECE for path in sorted(checkpoint.folder.glob(pattern)))
+    file = next((path for path in found if _is_protobuf(path)), None)
+    missing = [package for package, module in _READERS.items() if not _installed(module)]
+    if file is not None and missing:
+        raise ExportError(
+            f"the tokenizer of {config.model_name} is a file of sentencepiece ({file.name}), and to read it "
+            f"{' and '.join(missing)} must be installed: pip install {' '.join(_READERS)}"
+        )
+
+
+def _is_protobuf(path: Path) -> bool:
+    """Whether the file begins as sentencepiece's do. (A tokenizer.model may be tiktoken's, which is text.)"""
+    with path.open("rb") as stream:
+        return stream.read(1) == b"\n"
+
+
+def _installed(module: str) -> bool:
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        return False
+    return True
 
 
 def known_tokens(config: SetupConfig, model: Any, tokenizer: Any) -> Optional[int]:
