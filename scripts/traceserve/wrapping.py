@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import sys
 from typing import Any, Callable, Iterator, Sequence, Tuple
 
 import torch
 from traceserve_runtime.runtimes.calling import Single
 
 from traceserve.loading import Original
+
+_REMOTE = "transformers_modules"  # transformers' package for the code of checkpoints
 
 
 class Wrapped(torch.nn.Module):
@@ -66,6 +70,33 @@ def masks_without_vmap() -> Iterator[None]:
     finally:
         for name, value in own.items():
             setattr(masking_utils, name, value)
+
+
+@contextlib.contextmanager
+def plain_names(model: torch.nn.Module) -> Iterator[None]:
+    """Let the classes of a checkpoint's own code bear the names of its files alone, which go into a trace.
+
+    transformers puts a checkpoint's code into a package whose name has the folder's, and from version 5 on a hash of the code.
+    torch writes a class's module into the file, and cannot read one back whose part begins with a digit. So nothing of the
+    package is written.
+    """
+    classes = {kind for module in model.modules() for kind in type(module).__mro__}
+    own = {kind: kind.__module__ for kind in classes if kind.__module__.split(".")[0] == _REMOTE}
+    named = {
+        module: f"{_REMOTE}.code_{re.sub('[^A-Za-z0-9_]', '_', module.rpartition('.')[2])}" for module in own.values()
+    }
+    # Who looks a class's module up, as inspect does, finds it.
+    added = {named[module]: sys.modules[module] for module in own.values() if named[module] not in sys.modules}
+    sys.modules.update(added)
+    for kind, module in own.items():
+        kind.__module__ = named[module]
+    try:
+        yield
+    finally:
+        for kind, module in own.items():
+            kind.__module__ = module
+        for module in added:
+            del sys.modules[module]
 
 
 def example(original: Original, batch: int, length: int) -> Tuple[torch.Tensor, ...]:

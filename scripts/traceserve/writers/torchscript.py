@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple, Type
@@ -48,12 +49,20 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
 
     from traceserve import devices, precision
     from traceserve.errors import ExportError, UnwritableError
-    from traceserve.wrapping import masks_without_vmap
+    from traceserve.wrapping import masks_without_vmap, plain_names
 
     # A compiler lowers the dtype by itself.
     dtype = "float32" if target.hardware in compiled.HARDWARE else original.dtype
     try:
-        with warnings.catch_warnings(), masks_without_vmap(), torch.no_grad(), precision.tracing(dtype):
+        with contextlib.ExitStack() as around:
+            for context in (
+                masks_without_vmap(),
+                plain_names(original.model),
+                torch.no_grad(),
+                precision.tracing(dtype),
+            ):
+                around.enter_context(context)
+            around.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")  # tracer warnings: the gate proves what they suspect
             if target.hardware in compiled.HARDWARE:
                 return compiled.write(original, task, shapes, folder, target)
