@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -684,3 +685,27 @@ def test_the_jvm_starts_from_the_classes_of_an_earlier_one(
         assert predict(instance.url, "tiny", "hello")
     finally:
         instances.stop(instance, at_once=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/nohome cannot be made on Linux, by root either")
+def test_every_command_without_a_home_folder(tiny: Path) -> None:
+    """As in a container whose user may not write its home: served, found, asked and stopped, by commands of their own."""
+    port = str(torchserve.free_ports(1)[0])
+    variables = {key: value for key, value in os.environ.items() if not key.startswith("XDG_")}
+    with tempfile.TemporaryDirectory() as temporary:
+
+        def run(*arguments: str) -> str:
+            command = [sys.executable, "-m", "traceserve", *arguments]
+            environment = {**variables, "HOME": "/proc/nohome", "TMPDIR": temporary}
+            result = subprocess.run(command, env=environment, capture_output=True, text=True)
+            assert result.returncode == 0, result.stderr
+            assert f"/traceserve-{os.getuid()}/state" in result.stderr
+            return result.stdout
+
+        archive_file = str(tiny.with_suffix(".mar"))
+        assert "answering after" in run("serve", archive_file, "--port", port)
+        assert port in run("status")
+        assert json.loads(run("predict", "tiny", "hello"))["label"] in ("red", "green", "blue")
+        assert f"stopped tiny on port {port}" in run("stop")
+        assert "no server is running" in run("status")
+        assert list(Path(temporary).glob(f"traceserve-{os.getuid()}/cache/*.jsa"))  # the second server starts faster

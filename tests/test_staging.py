@@ -6,15 +6,20 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Dict, Iterator
 
 import pytest
+from traceserve import staging
 from traceserve.errors import ArchiveError, ExportError
-from traceserve.staging import check_free, staged
+from traceserve.staging import LOCK_FILE, check_free, held, scratch, staged
 
 STAY_INSIDE = """
 import sys
+import tempfile
+import time
 from pathlib import Path
 from traceserve.staging import staged
 
@@ -152,16 +157,22 @@ def stage_once(target: Path) -> None:
             raise ZeroDivisionError
 
 
+def leave(folder: Path, inner: str, content: str) -> None:
+    """What a process that was killed leaves: its folder, and the file of its lock, which the system gave back."""
+    put(folder / inner, content, as_folder=True)
+    (folder / LOCK_FILE).touch()
+
+
 def test_what_a_dead_process_left_is_swept(target: Path, dead: int) -> None:
     put(target, "old", as_folder=False)
-    put(target.parent / f".thing.{dead}.abcd_123" / "thing", "half", as_folder=True)
+    leave(target.parent / f".thing.{dead}.abcd_123", "thing", "half")
     stage_once(target)
     assert seen(target.parent) == {"thing": "old"}
 
 
 def test_a_target_that_a_dead_process_had_moved_aside_is_put_back(target: Path, dead: int) -> None:
     left = target.parent / f".thing.{dead}.abcd_123"
-    put(left / "replaced", "old", as_folder=True)
+    leave(left, "replaced", "old")
     put(left / "thing", "perhaps whole", as_folder=True)
     stage_once(target)
     assert seen(target.parent) == {"thing/inner": "old"}
@@ -170,35 +181,114 @@ def test_a_target_that_a_dead_process_had_moved_aside_is_put_back(target: Path, 
 def test_a_target_that_was_replaced_in_time_stays(target: Path, dead: int) -> None:
     """The dead process had finished its renames, and not yet removed what it replaced."""
     put(target, "new", as_folder=True)
-    put(target.parent / f".thing.{dead}.abcd_123" / "replaced", "old", as_folder=True)
+    leave(target.parent / f".thing.{dead}.abcd_123", "replaced", "old")
     stage_once(target)
     assert seen(target.parent) == {"thing/inner": "new"}
 
 
-def test_the_folder_of_a_living_process_is_left_alone(target: Path, living: int) -> None:
-    put(target.parent / f".thing.{living}.abcd_123" / "thing", "half", as_folder=True)
-    put(target.parent / f".thing.{os.getpid()}.abcd_456" / "replaced", "old", as_folder=True)
-    before = seen(target.parent)
+def test_a_folder_that_is_locked_is_left_alone(target: Path) -> None:
+    put(target.parent / ".thing.1.abcd_456" / "replaced", "old", as_folder=True)
+    with held(target.parent / ".thing.1.abcd_456"):
+        before = seen(target.parent)
+        stage_once(target)
+        assert seen(target.parent) == before
+
+
+@pytest.mark.parametrize("days", [1, 8])
+def test_a_folder_without_a_lock_is_swept_after_a_week(target: Path, living: int, days: int) -> None:
+    """Of an earlier version, or on a file system without locks; whatever process has its number here."""
+    left = target.parent / f".thing.{living}.abcd_123"
+    put(left / "thing", "half", as_folder=True)
+    os.utime(left, (time.time() - 86400 * days,) * 2)
     stage_once(target)
-    assert seen(target.parent) == before
+    assert left.exists() == (days == 1)
+
+
+SWEEP = """
+import sys
+from pathlib import Path
+from traceserve.staging import staged
+
+target = Path(sys.argv[1])
+with staged(target) as folder:
+    (folder / target.name).write_text("swept")
+"""
+
+
+def test_a_process_that_cannot_see_the_pid_sees_that_a_build_runs(target: Path) -> None:
+    """As two containers with one model_store: each has processes that the other cannot see."""
+    apart = ["unshare", "--pid", "--fork", "--mount-proc"]
+    if subprocess.run([*apart, "true"], stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("this user may not make a pid namespace")
+    command = [sys.executable, "-c", STAY_INSIDE, str(target)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        running = target.parent / child.stdout.readline().strip()
+        subprocess.run([*apart, sys.executable, "-c", SWEEP, str(target)], check=True)
+        assert target.read_text() == "swept"
+        assert (running / "thing" / "half").read_text() == "not finished"
+        child.kill()
+    assert running.exists()
+    subprocess.run([*apart, sys.executable, "-c", SWEEP, str(target)], check=True)
+    assert not running.exists()
 
 
 @pytest.mark.parametrize(
     "name", [".thing", ".thing.", ".thing.x", ".thing.{dead}", ".things.{dead}.abcd_123", "thing.{dead}.abcd_123"]
 )
 def test_other_hidden_files_are_left_alone(target: Path, dead: int, name: str) -> None:
-    put(target.parent / name.format(dead=dead), "somebody's", as_folder=True)
+    leave(target.parent / name.format(dead=dead), "somebody", "else's")
     before = seen(target.parent)
     stage_once(target)
     assert seen(target.parent) == before
 
 
 def test_a_name_that_goes_on_with_a_number_is_another_target(tmp_path: Path, dead: int, living: int) -> None:
-    """As llama-3 and llama-3.1: the private folder of the second is not the first one's, and its process lives."""
-    put(tmp_path / f".llama-3.{dead}.{living}.abcd_123" / f"llama-3.{dead}", "half", as_folder=True)
+    """As llama-3 and llama-3.1: the private folder of the second is not the first one's."""
+    leave(tmp_path / f".llama-3.{dead}.{living}.abcd_123", f"llama-3.{dead}", "half")
     before = seen(tmp_path)
     stage_once(tmp_path / "llama-3")
     assert seen(tmp_path) == before
+
+
+def test_a_file_system_without_locks(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "_try_lock", lambda lock: False)
+    with staged(target) as folder:
+        put(folder / "thing", "new", as_folder=False)
+        assert not (folder / LOCK_FILE).exists()
+    assert seen(target.parent) == {"thing": "new"}
+
+
+SCRATCH = """
+import sys
+from traceserve.staging import scratch
+
+with scratch() as folder:
+    (folder / "large").write_bytes(bytes(1000))
+    print(folder, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_temporary_files_of_a_killed_process_are_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    somebodys = tmp_path / "traceserve-scratch-notes"
+    somebodys.mkdir()
+    children = [
+        subprocess.Popen([sys.executable, "-c", SCRATCH], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    killed, working = (Path(child.stdout.readline().strip()) for child in children)  # type: ignore[union-attr]
+    children[0].kill()
+    children[0].communicate()
+    assert (killed / "large").is_file() and killed.parent == tmp_path
+    with scratch() as folder:
+        assert not killed.exists()
+        assert (working / "large").is_file() and somebodys.is_dir()
+        assert folder.is_dir()
+    children[1].communicate("")
+    assert list(tmp_path.iterdir()) == [somebodys]
 
 
 @pytest.mark.parametrize("replacing", [False, True], ids=["new", "replacing"])
@@ -213,7 +303,7 @@ def test_a_killed_process_leaves_the_target_as_it_was(target: Path, replacing: b
         child.send_signal(signal.SIGKILL)
         assert child.wait() == -signal.SIGKILL
     old = {"thing/inner": "old"} if replacing else {}
-    assert seen(target.parent) == {**old, f"{left}/thing/half": "not finished"}
+    assert seen(target.parent) == {**old, f"{left}/thing/half": "not finished", f"{left}/{LOCK_FILE}": ""}
     stage_once(target)
     assert seen(target.parent) == old
 

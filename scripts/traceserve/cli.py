@@ -6,12 +6,15 @@ import argparse
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import Any, NoReturn, Optional, Sequence
 
 from traceserve_runtime.errors import TraceserveError
 
-from traceserve import __version__, environment, printing
+from traceserve import __version__, environment, printing, space
 from traceserve.commands import COMMANDS
+from traceserve.commands.contract import Command
+from traceserve.errors import NoSpace
 
 _DESCRIPTION = """\
 A transformer checkpoint to a TorchServe deployment: traced, compared with the original, packed, served, asked.
@@ -30,9 +33,10 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         signal.signal(number, _interrupt)
     options = _parse(sys.argv[1:] if arguments is None else arguments)
     try:
+        _tell_where_servers_are(options.command)
         return int(options.run(options) or 0)
     except TraceserveError as error:
-        printing.print_error(error)
+        printing.print_error(_full_disk(error, options) or error)
         return 1
     except _Interrupted:
         printing.console(error=True).print("interrupted; nothing was left half-made")
@@ -41,6 +45,10 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:  # an outer edge
+        full = _full_disk(error, options)
+        if full:
+            printing.print_error(full)
+            return 1
         if os.environ.get("TRACESERVE_TRACEBACK"):
             raise
         printing.console(error=True).print(
@@ -49,6 +57,24 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
             highlight=False,
         )
         return 1
+
+
+def _full_disk(error: Exception, options: argparse.Namespace) -> Optional[NoSpace]:
+    """An error that comes from a full disk, told as that; None for any other."""
+    if isinstance(error, NoSpace) or not space.is_full(error):
+        return None
+    places = [getattr(options, name, None) or Path() for name in ("output", "store")]
+    return space.told(error, places)
+
+
+def _tell_where_servers_are(command: Command) -> None:
+    """A note, where it is not the usual place; of a command that needs to know."""
+    if command.finds_servers:
+        from traceserve import user_folders
+
+        note = user_folders.note()
+        if note:
+            printing.console(error=True).print(f"[yellow]note:[/] {note}", highlight=False, soft_wrap=True)
 
 
 class _Interrupted(BaseException):
@@ -67,15 +93,15 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"traceserve {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     parsers = {}
-    for name, text, add, run in COMMANDS:
-        parsers[name] = command = commands.add_parser(
-            name,
-            help=text.split(".")[0].split("\n")[0],
-            description=text,
+    for command in COMMANDS:
+        parsers[command.name] = parser_of_it = commands.add_parser(
+            command.name,
+            help=command.text.split(".")[0].split("\n")[0],
+            description=command.text,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        add(command)
-        command.set_defaults(run=run)
+        command.add(parser_of_it)
+        parser_of_it.set_defaults(run=command.run, command=command)
     if arguments and arguments[0] in parsers:  # options may stand between texts too
         return parsers[arguments[0]].parse_intermixed_args(arguments[1:])
     return parser.parse_args(arguments)

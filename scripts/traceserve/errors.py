@@ -42,6 +42,10 @@ class ServerError(TraceserveError):
     """TorchServe did not start, or does not answer."""
 
 
+class NoSpace(TraceserveError):
+    """A disk is full, or would be; the message names the path and what is needed."""
+
+
 def first_line(error: Exception) -> str:
     """The kind of somebody else's error and the first line of what it says."""
     lines = [line for line in str(error).strip().splitlines() if line.strip()]

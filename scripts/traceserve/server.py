@@ -7,7 +7,6 @@ import dataclasses
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -15,19 +14,20 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import psutil
 from traceserve_runtime import processor
 from traceserve_runtime.manifest import Manifest
 
-from traceserve import client, cores, environment, instances, torchserve
+from traceserve import client, cores, environment, instances, staging, torchserve
 from traceserve.archive import check_name, read_manifest, read_serving
 from traceserve.errors import ServerError
 from traceserve.instances import Instance
 from traceserve.serving import Serving
 
 _LONGEST_SOCKET_PATH = 103  # in bytes: of macOS; Linux has 107
+_FOLDER = re.compile(r"traceserve-\d+-[a-z0-9_]{8}")  # as _new_folder names them
 DEFAULT_PORT = 8080
 
 
@@ -53,43 +53,51 @@ def start(
     needed = cores.for_workers({name: manifest.hardware for name, manifest in manifests.items()}, places)
     _check_port(host, port)
     java = torchserve.find_java()
-    folder = _new_folder(port)
-    try:
-        changed = {name: each for name, each in wanted.items() if each != own[name]}
-        (management_port, metrics_port), settings = torchserve.configure(folder, files, changed, host, port)
-        pid = launch(folder, settings, {**java, **needed})
-        instance = Instance(
-            port=port,
-            host=host,
-            management_port=management_port,
-            metrics_port=metrics_port,
-            pid=pid,
-            started=psutil.Process(pid).create_time(),
-            names=tuple(files),
-            workers=places,
-            folder=str(folder),
-            key=None,
-            management_key=None,
-        )
-    except psutil.NoSuchProcess:
-        reason = _log_tail(folder)
-        shutil.rmtree(folder, ignore_errors=True)
-        raise ServerError(f"TorchServe ended as soon as it was started{reason}") from None
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    try:
-        if not torchserve.is_loopback(host):
-            instance = _with_keys(instance, timeout)
-        instances.remember(instance)
-        for name, manifest in manifests.items():
-            if progress:
-                progress(f"waiting for {name} to answer")
-            _wait_for_answer(instance, name, _sample(manifest), time.monotonic() + timeout)
-    except BaseException:
-        instances.stop(instance, at_once=True)
-        raise
+    _sweep()
+    with staging.held(_new_folder(port)) as folder:
+        try:
+            changed = {name: each for name, each in wanted.items() if each != own[name]}
+            ports, settings = torchserve.configure(folder, files, changed, host, port)
+            pid = launch(folder, settings, {**java, **needed})
+            instance = _remembered(folder, host, port, ports, pid, places)
+            if not torchserve.is_loopback(host):
+                instance = _with_keys(instance, timeout)
+                instances.remember(instance)
+            for name, manifest in manifests.items():
+                if progress:
+                    progress(f"waiting for {name} to answer")
+                _wait_for_answer(instance, name, _sample(manifest), time.monotonic() + timeout)
+        except BaseException:  # an interrupt too: nobody else knows of what was started
+            instances.end_started_in(folder)
+            raise
     return instance
+
+
+def _remembered(
+    folder: Path, host: str, port: int, ports: Tuple[int, int], pid: int, workers: Dict[str, int]
+) -> Instance:
+    """The TorchServe that was just launched, in the list of those that run; raises ServerError if it has ended."""
+    try:
+        started = psutil.Process(pid).create_time()
+    except psutil.NoSuchProcess:
+        raise ServerError(f"TorchServe ended as soon as it was started{log_tail(folder)}") from None
+    management_port, metrics_port = ports
+    names = tuple(workers)
+    instance = Instance(
+        port, host, management_port, metrics_port, pid, started, names, workers, str(folder), None, None
+    )
+    instances.remember(instance)
+    return instance
+
+
+def _sweep() -> None:
+    """Remove what is left of servers that died and were seen, and of starts that were killed in their midst."""
+    instances.sweep()
+    for place in {Path(tempfile.gettempdir()), Path("/tmp")}:
+        if place.is_dir():
+            for left in staging.abandoned(place, _FOLDER):
+                if not instances.is_remembered(left):
+                    instances.end_started_in(left)
 
 
 def _by_name(archives: Sequence[Path]) -> Dict[str, Path]:
@@ -221,7 +229,7 @@ def _wait_for_answer(instance: Instance, name: str, canary: Dict[str, Any], dead
         if outcome and not isinstance(outcome[0], client.NotYet):
             raise ServerError(f"{name} does not answer its own sample: {outcome[0]}")
         time.sleep(0.02)
-    raise ServerError(f"{name} gave no answer in time{_log_tail(Path(instance.folder))}")
+    raise ServerError(f"{name} gave no answer in time{log_tail(Path(instance.folder))}")
 
 
 def _check_alive(instance: Instance, name: Optional[str]) -> None:
@@ -230,7 +238,7 @@ def _check_alive(instance: Instance, name: Optional[str]) -> None:
     if reason:
         raise ServerError(f"the worker of {name or instance.names[0]} cannot load the archive: {reason}")
     if instance.process is None:
-        raise ServerError(f"TorchServe ended{_log_tail(Path(instance.folder))}")
+        raise ServerError(f"TorchServe ended{log_tail(Path(instance.folder))}")
 
 
 def load_failure(log: Path) -> Optional[str]:
@@ -252,7 +260,7 @@ def load_failure(log: Path) -> Optional[str]:
     return match.group(1).strip() if match else None
 
 
-def _log_tail(folder: Path) -> str:
+def log_tail(folder: Path) -> str:
     """The last line of the logs in a server's folder, for an error's end."""
     for log in (folder / "logs" / "server.log", folder / "logs" / "start.log"):
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []

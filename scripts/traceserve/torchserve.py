@@ -15,8 +15,7 @@ import zipfile
 from pathlib import Path
 from typing import Dict, List, Mapping, Optional, Tuple
 
-import platformdirs
-
+from traceserve import user_folders
 from traceserve.archive import configure_unpacked
 from traceserve.errors import ServerError
 from traceserve.serving import Serving
@@ -157,7 +156,7 @@ def _class_archive() -> Path:
     frontend = importlib.util.find_spec("ts")
     key = f"{Path(java).resolve()} {frontend.origin if frontend else None}"
     name = hashlib.sha256(key.encode()).hexdigest()[:16]
-    return Path(platformdirs.user_cache_dir("traceserve"), f"torchserve-{name}.jsa")
+    return user_folders.cache(f"torchserve-{name}.jsa")
 
 
 def keep_class_archive(folder: Path) -> None:

@@ -241,5 +241,6 @@ COMMANDS = (
         '    --body \'{"model": "some/model", "input": ["{text}"]}\'',
         _add_bench,
         _bench,
+        finds_servers=True,
     ),
 )

@@ -13,3 +13,4 @@ class Command(NamedTuple):
     text: str
     add: Callable[[argparse.ArgumentParser], None]  # its options
     run: Callable[[argparse.Namespace], int]  # gives the exit code
+    finds_servers: bool = False  # it starts servers, or looks for those that run

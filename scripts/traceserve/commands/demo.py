@@ -66,5 +66,6 @@ COMMANDS = (
         "and asks it sentences that it has not seen.",
         _add_demo,
         _demo,
+        finds_servers=True,
     ),
 )

@@ -95,5 +95,6 @@ COMMANDS = (
         '"parameters": {"top_k": 3}}\'\n  cat texts.txt | traceserve predict NAME -',
         _add_predict,
         _predict,
+        finds_servers=True,
     ),
 )

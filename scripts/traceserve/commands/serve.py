@@ -55,9 +55,10 @@ def _serve(options: argparse.Namespace) -> int:
     if options.foreground:
         try:
             instances.wait(instance)
-        finally:
+        except BaseException:  # an interrupt, as a container or systemd stops it
             instances.stop(instance)
-        raise ServerError("TorchServe ended")
+            raise
+        raise ServerError(f"TorchServe ended{instances.last_words(instance)}")
     return 0
 
 
@@ -69,10 +70,22 @@ def _add_stop(parser: argparse.ArgumentParser) -> None:
 def _stop(options: argparse.Namespace) -> int:
     from traceserve import instances
 
-    chosen = instances.running() if options.all else [instances.find(options.port)]
+    dead = [instance for instance in instances.died() if options.all or instance.port == options.port]
+    running = instances.running()
+    if options.all:
+        chosen = running
+    elif dead and options.port not in {instance.port for instance in running}:
+        chosen = []
+    else:
+        chosen = [instances.find(options.port)]
     for instance in chosen:
         instances.stop(instance)
         console().print(f"stopped {', '.join(instance.names)} on port {instance.port}", highlight=False)
+    for instance in dead:
+        instances.stop(instance)
+        console().print(
+            f"{', '.join(instance.names)} on port {instance.port} had died; its log is removed", highlight=False
+        )
     return 0
 
 
@@ -82,6 +95,9 @@ def _status(options: argparse.Namespace) -> int:
     from traceserve import instances
 
     running = instances.running()
+    for instance in instances.died():
+        _print_dead(instance)
+        instances.mark_seen(instance)
     if not running:
         console().print("no server is running")
         return 0
@@ -99,6 +115,18 @@ def _status(options: argparse.Namespace) -> int:
         )
         console().print(f"{instance.port}: {places}", highlight=False, soft_wrap=True)
     return 0
+
+
+def _print_dead(instance: Instance) -> None:
+    from traceserve import instances
+
+    console().print(
+        f"{', '.join(instance.names)} on port {instance.port} died{instances.last_words(instance)}\n  its log, kept until "
+        f"the next `traceserve serve` or `traceserve stop --port {instance.port}`: {instance.log}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def print_instance(instance: Instance, seconds: float) -> None:
@@ -135,17 +163,20 @@ COMMANDS = (
         "loopback address, without management of models; several\nservers may run side by side on different ports.",
         _add_serve,
         _serve,
+        finds_servers=True,
     ),
     Command(
         "stop",
         "Stop a server.",
         _add_stop,
         _stop,
+        finds_servers=True,
     ),
     Command(
         "status",
         "Show the running servers.",
         add_nothing,
         _status,
+        finds_servers=True,
     ),
 )

@@ -168,5 +168,6 @@ COMMANDS = (
         "already are not touched, but share the processor: the figures are better without them.",
         _add_tune,
         _tune,
+        finds_servers=True,
     ),
 )

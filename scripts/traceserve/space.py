@@ -1,0 +1,107 @@
+"""Room on disks: checked before much is written, and a full disk told in one line, with the path and what is needed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import List, Optional
+
+from traceserve.errors import NoSpace
+
+# EFBIG is what a limit on the size of files gives (`ulimit -f`).
+_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+_WORDS = re.compile(
+    r"No space left on device|Disk quota exceeded|File too large|\[Errno (28|122|27)\]|os error (28|122|27)\b"
+)
+# PyTorch's writer does not tell why a write failed.
+_TORCH_WORDS = re.compile(r"PytorchStreamWriter failed|inline_container\.cc.*(unexpected pos|failed)|iostream error")
+_MARGIN = 4 << 20  # for what is written beside: tables, manifests, directories
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error, or what it was raised from, is that a disk (or a quota, or a limit on files) is full."""
+    seen: List[BaseException] = []
+    current: Optional[BaseException] = error
+    while current is not None and current not in seen:
+        seen.append(current)
+        if isinstance(current, OSError) and current.errno in _FULL:
+            return True
+        if _WORDS.search(str(current)) or _TORCH_WORDS.search(str(current)):
+            return True
+        current = _before(current)
+    return False
+
+
+def require(folder: Path, needed: int, what: str) -> None:
+    """Raise NoSpace unless `folder` (which exists) has room for so many bytes more.
+
+    The room is taken, where the system can do that, and given back at once: what a file system says is free may be less
+    for this user, by a quota.
+    """
+    needed += _MARGIN
+    free = shutil.disk_usage(folder).free
+    if free < needed or not _can_take(folder, needed):
+        raise NoSpace(_sentence(folder, what, needed, free))
+
+
+def told(error: BaseException, folders: List[Path]) -> NoSpace:
+    """An error that is_full as one line: of the file that it names, or else of the fullest of the disks in question."""
+    path = _named(error)
+    if path is None:
+        folders = [_existing(folder.absolute()) for folder in (*folders, Path(tempfile.gettempdir()))]
+        path = min(folders, key=lambda folder: shutil.disk_usage(folder).free)
+    return NoSpace(_sentence(path, "a file", None, shutil.disk_usage(_existing(path)).free))
+
+
+def size(paths: List[Path]) -> int:
+    """The bytes of these files, and of all files in these folders."""
+    files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else (path,)) if file.is_file()]
+    return sum(file.stat().st_size for file in files)
+
+
+def _can_take(folder: Path, needed: int) -> bool:
+    if not hasattr(os, "posix_fallocate"):
+        return True
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, needed)
+    except OSError as error:
+        return not is_full(error)  # a file system that cannot do it
+    return True
+
+
+def _named(error: BaseException) -> Optional[Path]:
+    """The file that the first full disk among these errors names."""
+    current: Optional[BaseException] = error
+    for _ in range(20):
+        if current is None:
+            break
+        if isinstance(current, OSError) and current.errno in _FULL and isinstance(current.filename, (str, os.PathLike)):
+            return Path(current.filename)
+        current = _before(current)
+    return None
+
+
+def _before(error: BaseException) -> Optional[BaseException]:
+    """What an error was raised from, unless that was hidden on purpose."""
+    return error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _existing(path: Path) -> Path:
+    return path if path.exists() or path == path.parent else _existing(path.parent)
+
+
+def _sentence(path: Path, what: str, needed: Optional[int], free: int) -> str:
+    wanted = f"{what} needs {_mb(needed)}" if needed is not None else f"{what} could not be written whole"
+    return (
+        f"no space left on the disk of {path}: {wanted}, {_mb(free)} are free to this user at most; free some, or write "
+        f"elsewhere (--output, --store; TMPDIR for temporary files, now {tempfile.gettempdir()})"
+    )
+
+
+def _mb(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"

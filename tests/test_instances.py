@@ -1,0 +1,205 @@
+"""Servers that are remembered: whose state file is removed, what is kept of those that died, what an interrupt leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Iterator, List
+
+import psutil
+import pytest
+from traceserve import cli, instances, server, staging, torchserve
+from traceserve.archive import archive
+from traceserve.instances import Instance
+
+LOG = "2026-11-26 ERROR java.lang.OutOfMemoryError: Java heap space\n2026-11-26 INFO one more line\n"
+
+
+@pytest.fixture(autouse=True)
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Folders of this test alone; the temporary one has a path that is short enough for sockets."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    with tempfile.TemporaryDirectory() as temporary:
+        monkeypatch.setattr(tempfile, "tempdir", temporary)
+        yield
+
+
+@pytest.fixture()
+def processes() -> Iterator[List[subprocess.Popen[bytes]]]:
+    started: List[subprocess.Popen[bytes]] = []
+    yield started
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def remembered(processes: List[subprocess.Popen[bytes]], port: int = 18000, **changes: Any) -> Instance:
+    """A process in the place of a TorchServe, which may be ended as one."""
+    process = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"])
+    processes.append(process)
+    folder = Path(tempfile.mkdtemp(prefix=f"traceserve-{port}-"))
+    for name in ("store", "logs", "tmp", "run"):
+        (folder / name).mkdir()
+    (folder / "store" / "weights").write_bytes(bytes(1000))
+    (folder / "logs" / "server.log").write_text(LOG)
+    started = psutil.Process(process.pid).create_time()
+    instance = Instance(
+        port, "127.0.0.1", 1, 2, process.pid, started, ("tiny",), {"tiny": 1}, str(folder), None, None, **changes
+    )
+    instances.remember(instance)
+    return instance
+
+
+def kill(instance: Instance) -> None:
+    process = instance.process
+    assert process is not None
+    process.kill()
+    process.wait()
+
+
+def test_stopping_a_server_leaves_the_next_one_on_its_port_alone(processes: Any) -> None:
+    old = remembered(processes)
+    kill(old)
+    new = remembered(processes)
+    instances.stop(old)
+    assert instances.running() == [new]
+    assert not Path(old.folder).exists() and Path(new.folder, "store").is_dir()
+    instances.stop(new)
+    assert instances.running() == [] and new.process is None and not Path(new.folder).exists()
+
+
+def test_a_server_of_another_machine_is_not_judged(processes: Any) -> None:
+    """As of another container that shares the home folder: its process cannot be seen from here."""
+    other = remembered(processes, machine="another one")
+    kill(other)
+    assert instances.running() == [] and instances.died() == []
+    instances.sweep()
+    assert Path(other.folder, "store", "weights").is_file()
+    assert list((Path(os.environ["XDG_STATE_HOME"]) / "traceserve" / "servers").iterdir())
+
+
+def test_the_log_of_a_dead_server_is_kept_until_somebody_has_seen_it(
+    processes: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    instance = remembered(processes)
+    kill(instance)
+    assert instances.running() == [] and instance.log.is_file()
+    assert cli.main(["predict", "tiny", "hello"]) == 1
+    assert "on port 18000 died; `traceserve status` says why" in capsys.readouterr().err
+    instances.sweep()  # as the next start does
+    assert instance.log.is_file()
+    assert cli.main(["status"]) == 0
+    shown = capsys.readouterr().out
+    assert "tiny on port 18000 died" in shown and "OutOfMemoryError: Java heap space" in shown
+    assert str(instance.log) in shown
+    assert instance.log.read_text() == LOG and not Path(instance.folder, "store").exists()
+    instances.sweep()
+    assert not Path(instance.folder).exists() and instances.died() == []
+
+
+@pytest.mark.parametrize("options", [["--port", "18000"], ["--all"]])
+def test_stop_removes_what_is_left_of_a_dead_server(
+    processes: Any, options: List[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    instance = remembered(processes)
+    kill(instance)
+    assert cli.main(["stop", *options]) == 0
+    assert "tiny on port 18000 had died; its log is removed" in capsys.readouterr().out
+    assert not Path(instance.folder).exists() and instances.died() == []
+
+
+def test_of_dead_servers_the_last_ones_are_kept(processes: Any) -> None:
+    """As of a service that is started again and again."""
+    every = [remembered(processes, port=18000 + i) for i in range(7)]
+    for i, instance in enumerate(every):
+        kill(instance)
+        instances._remove(instance)
+        folder = Path(instance.folder)
+        (folder / "logs").mkdir(parents=True)
+        instance.log.write_text(LOG)
+        instances.remember(dataclasses.replace(instance, started=instance.started + 10 * i))
+    assert [instance.port for instance in instances.died()] == [18006, 18005, 18004, 18003, 18002]
+    assert [Path(instance.folder).exists() for instance in every] == [False] * 2 + [True] * 5
+
+
+def test_a_server_without_its_folder_is_forgotten(processes: Any) -> None:
+    """As after a restart of the machine, which empties the temporary folder."""
+    instance = remembered(processes)
+    kill(instance)
+    subprocess.run(["rm", "-r", instance.folder], check=True)
+    assert instances.died() == []
+    assert list((Path(os.environ["XDG_STATE_HOME"]) / "traceserve" / "servers").iterdir()) == []
+
+
+def launched() -> List[str]:
+    """The arguments of every TorchServe that runs in the temporary folder of this test."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            arguments = " ".join(process.cmdline())
+        except psutil.Error:
+            continue
+        if f"{tempfile.gettempdir()}/traceserve-" in arguments:
+            found.append(arguments)
+    return found
+
+
+@pytest.fixture(scope="module")
+def packed(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return archive(artifact, "tiny", tmp_path_factory.mktemp("store"))
+
+
+@pytest.mark.parametrize("where", ["launched", "remembered"])
+def test_an_interrupted_start_leaves_nothing_running(packed: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real JVM, and an interrupt before it is remembered, or right after."""
+    seen: List[List[str]] = []
+    real: Any = server.launch if where == "launched" else instances.remember
+
+    def interrupted(*arguments: Any) -> Any:
+        real(*arguments)
+        seen.append(launched())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(*((server, "launch") if where == "launched" else (instances, "remember")), interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        server.start([packed], port=torchserve.free_ports(1)[0])
+    assert any("ModelServer" in arguments for arguments in seen[0])
+    assert launched() == [] and os.listdir(tempfile.gettempdir()) == []
+    assert instances.running() == [] and instances.died() == []
+
+
+def test_an_interrupt_in_the_midst_of_a_start_leaves_nothing(packed: Path, tmp_path: Path) -> None:
+    """The signal comes as soon as anything of TorchServe runs: mostly what starts the JVM."""
+    import signal
+
+    temporary = tempfile.gettempdir()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "traceserve", "serve", str(packed), "--port", str(torchserve.free_ports(1)[0])],
+        env={**os.environ, "TMPDIR": temporary},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not launched() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted" in error
+    assert launched() == [] and os.listdir(temporary) == []
+
+
+def test_a_start_that_was_killed_is_swept_by_the_next(processes: Any) -> None:
+    """It had unpacked an archive; a server that runs, or starts just now, is left alone."""
+    running = remembered(processes)
+    left, starting = (Path(tempfile.mkdtemp(prefix="traceserve-18000-")) for _ in range(2))
+    for folder in (left, Path(running.folder)):
+        (folder / staging.LOCK_FILE).touch()
+    with staging.held(starting):
+        server._sweep()
+    assert not left.exists() and starting.exists()
+    assert running.process is not None and Path(running.folder, "store", "weights").is_file()
