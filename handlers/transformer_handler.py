@@ -14,20 +14,25 @@ import time
 import traceback
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Any, List, Mapping, Optional, Sequence, Tuple, Union
 
 if TYPE_CHECKING:
     from traceserve_runtime.batching import Stats
+    from traceserve_runtime.bodies import Headers
     from traceserve_runtime.engine import Answer, Engine
     from traceserve_runtime.errors import TraceserveError
     from traceserve_runtime.protocols import Model
-    from traceserve_runtime.requests import Body, Headers
+    from traceserve_runtime.requests import Body
     from traceserve_runtime.streaming import Streams
 
 logger = logging.getLogger(__name__)
 
 TRUNCATED_HEADER = "X-Truncated"
 STREAM_TYPE = "text/plain; charset=utf-8"
+# A gRPC call's answer without it ends the worker; and one answered in pieces ends the model, unless it is a stream's,
+# which cannot be told from others: so each is one piece, the last.
+_LAST_PIECE = "ts_stream_next"
+_HTTP_HEADERS = {"host", "content-length", "content-type", "url_path", "explain"}
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
@@ -72,24 +77,28 @@ class TransformerHandler:
 
         started = time.perf_counter()
         stats = Stats()
+        headers = [_headers(context, i) for i in range(len(rows or []))]
         try:
-            bodies = [self._parse(row, i, context) for i, row in enumerate(rows or [])]
-            streams = Streams(partial(_send_piece, context))
+            bodies = [self._parse(row, i, each) for i, (row, each) in enumerate(zip(rows or [], headers))]
+            streams = Streams(partial(_send_piece, context), {i for i, each in enumerate(headers) if each.grpc})
             results = self._answer(bodies, stats, streams, context)
         except Exception as error:  # an outer edge: what escapes fails with TorchServe's own words
             results = [_unexpected(error, len(rows or []))] * len(rows or [])
-        answers = [_respond(i, result, context) for i, result in enumerate(results)]
+        told = zip(rows or [], headers, results)
+        answers = [self._respond(i, row, each, result, context) for i, (row, each, result) in enumerate(told)]
         self._report(stats, len(answers), time.perf_counter() - started, context)
         return answers
 
-    def _parse(self, row: Mapping[str, Any], index: int, context: Any) -> Union[Body, TraceserveError]:
-        from traceserve_runtime.errors import InvalidRequest, TraceserveError
+    def _parse(self, row: Mapping[str, Any], index: int, headers: Headers) -> Union[Body, TraceserveError]:
+        from traceserve_runtime.errors import InvalidRequest, NotOffered, TraceserveError
         from traceserve_runtime.requests import parse
 
         assert self.engine is not None
         task = self.engine.task
         try:
-            body = parse(row, _headers(context, index), type(task), index, self.engine.manifest.max_rows)
+            if headers.explain:
+                raise NotOffered("answers are not explained here; ask for a prediction at /predictions/NAME")
+            body = parse(row, headers, type(task), index, self.engine.manifest.max_rows)
             if not body.streamable and any(task.streams(request) for request in body.requests):
                 raise InvalidRequest(
                     "a stream is plain text: send its request alone, not in a list and not in KServe's protocols",
@@ -151,6 +160,29 @@ class TransformerHandler:
             return streams.rest(row, values[0]), answers
         return body.protocol.document(values, model), answers
 
+    def _respond(self, index: int, row: Mapping[str, Any], headers: Headers, result: Any, context: Any) -> bytes:
+        """Set the row's status and headers; gives its body."""
+        from traceserve_runtime.protocols import infer_error
+
+        context.set_response_header(index, "content-type", "application/json")
+        if headers.grpc:
+            context.set_response_header(index, _LAST_PIECE, "false")
+        if isinstance(result, tuple):
+            value, answers = result
+            unseen = {i: answer.unseen for i, answer in enumerate(answers) if answer.unseen}
+            if unseen:
+                context.set_response_header(index, TRUNCATED_HEADER, json.dumps(unseen))
+            if isinstance(value, bytes):
+                context.set_response_header(index, "content-type", STREAM_TYPE)
+                return value
+        else:
+            value = infer_error(result, row["body"], self._model(context)) if headers.infer else result.to_json()
+            context.set_response_status(result.status, result.phrase, index)
+        try:
+            return _ENCODER.encode(value).encode("utf-8", "replace")
+        except Exception as error:  # the edge of one request: an answer that is no JSON
+            return self._respond(index, row, headers, _unexpected(error, 1), context)
+
     def _model(self, context: Any) -> Model:
         """The name that the model has in TorchServe, and the version that its archive was given."""
         from traceserve_runtime.protocols import Model
@@ -200,13 +232,24 @@ def _device(context: Any, folder: Path) -> str:
 
 
 def _headers(context: Any, index: int) -> Headers:
-    from traceserve_runtime.requests import Headers
+    """What TorchServe tells of a request beside its body: its headers, and a record of each part under the part's name.
 
-    sent: Dict[str, Any] = {k.lower(): v for k, v in (context.get_all_request_header(index) or {}).items()}
-    own = sent.get("body")  # TorchServe's record of this part of the request
-    content_type = own.get("content-type") if isinstance(own, dict) else sent.get("content-type")
-    length = str(sent.get("content-length", ""))
-    return Headers(str(content_type or "").lower(), int(length) if length.isdecimal() else None)
+    Over gRPC there are no headers. Over HTTP there always are: netty sets a length where the client sent none.
+    """
+    from traceserve_runtime.bodies import Headers
+
+    told = context.get_all_request_header(index) or {}
+    sent = {name.lower(): value for name, value in told.items() if isinstance(value, str)}
+    parts = {name: record.get("content-type") or "" for name, record in told.items() if isinstance(record, dict)}
+    length = sent.get("content-length", "")
+    return Headers(
+        sent.get("content-type", ""),
+        int(length) if length.isdecimal() else None,
+        sent.get("content-encoding", ""),
+        parts,
+        grpc=not _HTTP_HEADERS & set(sent),
+        explain=told.get("explain") == "True",  # of this spelling is TorchServe's own
+    )
 
 
 def _noted(answer: Answer) -> Any:
@@ -246,23 +289,3 @@ def _unexpected(error: Exception, rows: int) -> TraceserveError:
     where = "".join(traceback.format_tb(error.__traceback__))
     logger.error("traceserve: %s in a batch of %d\n%s", type(error).__name__, rows, where)
     return TraceserveError("an unexpected error in the worker; its log has the details")
-
-
-def _respond(index: int, result: Any, context: Any) -> bytes:
-    """Set the row's status and headers; gives its body."""
-    context.set_response_header(index, "content-type", "application/json")
-    if isinstance(result, tuple):
-        value, answers = result
-        unseen = {i: answer.unseen for i, answer in enumerate(answers) if answer.unseen}
-        if unseen:
-            context.set_response_header(index, TRUNCATED_HEADER, json.dumps(unseen))
-        if isinstance(value, bytes):
-            context.set_response_header(index, "content-type", STREAM_TYPE)
-            return value
-    else:
-        value = result.to_json()
-        context.set_response_status(result.status, result.phrase, index)
-    try:
-        return _ENCODER.encode(value).encode("utf-8", "replace")
-    except Exception as error:  # the edge of one request: an answer that is no JSON
-        return _respond(index, _unexpected(error, 1), context)

@@ -645,3 +645,62 @@ def test_the_settings_reach_the_engine(artifact: Path) -> None:
     assert handler.engine.manifest.shapes.lengths == (16, 32)
     [body], _ = serve(handler, ["Yes."])
     assert is_answer(body)
+
+
+@pytest.mark.parametrize("row", [{"body": {"text": "a"}}, {"data": b"a"}, {"text": b"a"}, {"body": b""}])
+def test_a_door_for_explanations_is_not_offered(loaded: TransformerHandler, row: Any) -> None:
+    """TorchServe tells by its own header, of this spelling; a client's own differs, or is overwritten."""
+    (explained, other, another), context = serve_rows(
+        loaded,
+        [row, {"body": "a"}, {"body": "a"}],
+        [{**HTTP, "explain": "True"}, {**HTTP, "explain": "False", "Explain": "True"}],
+    )
+    assert context.statuses == {0: (501, "Not Implemented")} and error_of(explained) == ("NotOffered", None)
+    assert "not explained" in explained["error"]["message"] and is_answer(other) and is_answer(another)
+
+
+HTTP = {"Host": "localhost", "content-length": "1"}
+LAST = "ts_stream_next"
+
+
+def serve_rows(
+    handler: TransformerHandler, rows: Sequence[Any], headers: Sequence[Mapping[str, Any]]
+) -> Tuple[List[Any], Context]:
+    """As `serve`, of rows as they are."""
+    context = Context(Path("unused"), headers)
+    return [json.loads(body.decode("utf-8")) for body in handler.handle(rows, context)], context
+
+
+def test_every_answer_over_grpc_is_the_last_piece(loaded: TransformerHandler) -> None:
+    """TorchServe's frontend fails without it; over HTTP it would take a whole answer for the end of a stream."""
+    record = {"content-type": ""}
+    grpc: List[Mapping[str, Any]] = [
+        {"data": record}, {"host": record, "text": record}, {}, {"body": record}, {"data": record, "explain": record}
+    ]  # fmt: skip
+    rows = [{"data": b'{"text": "a"}'}, {"host": b"x", "text": b"a"}, {}, {"body": b"\xff"}, {"data": b"a"}]
+    bodies, context = serve_rows(loaded, [*rows, {"body": "a"}, {"body": b"\xff"}], [*grpc, HTTP, {"explain": "False"}])
+    assert {index for index, key in context.headers if key == LAST} == set(range(5))
+    assert {context.headers[index, LAST] for index in range(5)} == {"false"}
+    assert is_answer(bodies[0]) and is_answer(bodies[4]) and is_answer(bodies[5])
+    assert error_of(bodies[1]) == ("InvalidRequest", "host") and error_of(bodies[3]) == ("InvalidRequest", "body")
+    assert "the body is empty" in bodies[2]["error"]["message"]
+
+
+def test_errors_of_model_infer_are_output_tensors(loaded: TransformerHandler) -> None:
+    """TorchServe's frontend reads these keys of any answer, and ends the worker where one is missing."""
+    tensor = {"name": "text", "shape": [1], "datatype": "BYTES", "data": ["YQ=="]}
+    sent = [
+        {"id": "7", "model_name": "m", "inputs": [tensor]},
+        {"id": "", "model_name": "m", "inputs": [{**tensor, "shape": [2]}]},
+        {"id": "9", "model_name": "m", "inputs": []},
+    ]
+    rows = [{"body": body} for body in sent]
+    bodies, context = serve_rows(loaded, rows, [{"body": {"content-type": "application/json"}}] * 3)
+    for body, asked in zip(bodies, sent):
+        assert body["id"] == asked["id"] and body["model_name"] and body["model_version"] == "1.0"
+    [right, wrong, empty] = [body["outputs"][0] for body in bodies]
+    assert right["name"] == "output" and is_answer(right["data"][0])
+    for output in (wrong, empty):
+        assert (output["name"], output["datatype"], output["shape"]) == ("error", "BYTES", [1])
+        assert output["data"][0]["type"] == "InvalidRequest" and output["data"][0]["message"]
+    assert context.statuses.keys() == {1, 2}

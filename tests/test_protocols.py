@@ -9,9 +9,10 @@ from typing import Any, Dict, List, Optional, Tuple, Type
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from traceserve_runtime.bodies import Headers
 from traceserve_runtime.errors import InputTooLong, InvalidRequest, TraceserveError
 from traceserve_runtime.protocols import Instances, Model, Plain, Tensors
-from traceserve_runtime.requests import Body, Headers, parse
+from traceserve_runtime.requests import Body, parse
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Request, Task
 from traceserve_runtime.tasks.parameters import Field

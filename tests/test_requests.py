@@ -9,9 +9,10 @@ from urllib.parse import quote, quote_plus, urlencode
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from traceserve_runtime.bodies import Headers
 from traceserve_runtime.errors import InputTooLong, InvalidRequest, TraceserveError
 from traceserve_runtime.protocols import Plain
-from traceserve_runtime.requests import Body, Headers, parse
+from traceserve_runtime.requests import Body, parse
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Request
 from traceserve_runtime.tasks.feature_extraction import FeatureExtraction
@@ -477,7 +478,7 @@ def test_an_empty_body_is_told_what_to_send(content_type: str) -> None:
 
 
 @pytest.mark.parametrize("content_type", ["", JSON, "text/plain"])
-@pytest.mark.parametrize("body", [b"\xff\xfeabc", b"caf\xe9", b"\xed\xa0\xbd", "über".encode("utf-16")])
+@pytest.mark.parametrize("body", [b"\xffabc", b"caf\xe9", b"\xed\xa0\xbd", b"\x80"])
 def test_bad_utf_8_is_told_its_place(body: bytes, content_type: str) -> None:
     error = refusal({"body": body}, content_type)
     assert isinstance(error, InvalidRequest)

@@ -10,8 +10,9 @@ from typing import Any, Callable, Iterator, List, Tuple, Type
 import pytest
 from traceserve.errors import ConfigError
 from traceserve.samples import SENTENCES, TEXTS, VERY_LONG, read
+from traceserve_runtime.bodies import Headers
 from traceserve_runtime.manifest import Manifest
-from traceserve_runtime.requests import Headers, parse
+from traceserve_runtime.requests import parse
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import ModelFacts, Request, Task
 from traceserve_runtime.tasks.feature_extraction import FeatureExtraction

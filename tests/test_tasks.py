@@ -19,9 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import ANSWERS, ASKED, CASES, COLORS, STRATEGIES, TEXTS, answers, ask_with_parameters, assert_equal, names
 from traceserve.samples import SENTENCES, VERY_LONG
+from traceserve_runtime.bodies import Headers
 from traceserve_runtime.engine import Answer, Engine
 from traceserve_runtime.errors import InvalidRequest, TraceserveError, Unsupported
-from traceserve_runtime.requests import Headers, parse
+from traceserve_runtime.requests import parse
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Request
 from traceserve_runtime.tokenization import Encoded

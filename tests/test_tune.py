@@ -29,9 +29,10 @@ from traceserve.padding import wastes
 from traceserve.racing import Goal, Search, Trial, judge
 from traceserve.serving import Serving
 from traceserve_runtime.batching import IN_ATTENTION, CostModel, Stats
+from traceserve_runtime.bodies import Headers
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.manifest import Manifest, sha256
-from traceserve_runtime.requests import Headers, parse
+from traceserve_runtime.requests import parse
 
 OWN = Serving(batch_size=32, max_batch_delay=2, response_timeout=300)
 

@@ -39,6 +39,20 @@ class InputTooLong(TraceserveError):
     phrase = "Request Entity Too Large"
 
 
+class UnsupportedMedia(TraceserveError):
+    """The body is compressed, or its text encoded, in a way that is not read here."""
+
+    status = 415
+    phrase = "Unsupported Media Type"
+
+
+class NotOffered(TraceserveError):
+    """A door of TorchServe's behind which nothing is done yet."""
+
+    status = 501
+    phrase = "Not Implemented"
+
+
 class ModelFailure(TraceserveError):
     """The model failed on a valid request, or gave something that is no number."""
 

@@ -7,17 +7,20 @@ Each element is a request, and several tensors are the fields of their names. A 
 first field; where the task requires several fields, each of its elements is the JSON text of an object with them, which may
 have "parameters" of its own. A field that is a list comes as its JSON text. The path in an error counts the elements of
 `data` as if it were flat. Vectors are answered as one FP32 tensor, all else as one of BYTES: the JSON text of each answer.
+Over gRPC (ModelInfer) TorchServe hands over the elements in base64, and makes bytes of whatever JSON an element of the answer
+is: there the answers stand as they are. It dies of an answer without outputs, so that an error is one, too.
 """
 
 from __future__ import annotations
 
+import base64
 import difflib
 import json
 import math
 from dataclasses import dataclass
 from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Type, Union
 
-from traceserve_runtime.errors import InvalidRequest
+from traceserve_runtime.errors import InvalidRequest, TraceserveError
 from traceserve_runtime.tasks.contract import Task
 
 _BODY_KEYS = ("id", "model_name", "model_version", "parameters", "inputs", "outputs")
@@ -75,11 +78,12 @@ class Tensors:
     id: Optional[str]
     output: str
     columns: Mapping[str, str]
+    infer: bool = False  # by gRPC
 
     def document(self, answers: Sequence[Any], model: Model) -> Any:
         named = {"model_name": model.name, "model_version": model.version}
         own = {} if self.id is None else {"id": self.id}
-        return {**named, **own, "outputs": [{"name": self.output, **_encoded(list(answers))}]}
+        return {**named, **own, "outputs": [{"name": self.output, **_encoded(list(answers), self.infer)}]}
 
     def place(self, index: int, where: str, name: Optional[str]) -> Optional[str]:
         name = name or ""
@@ -117,22 +121,33 @@ def are_tensors(inputs: Any) -> bool:
     )
 
 
-def read_tensors(value: Mapping[str, Any], task: Type[Task]) -> Sent:
-    """What a body of V2 holds; raises InvalidRequest where it is not one, or not one of texts."""
+def infer_error(error: TraceserveError, body: Any, model: Model) -> Any:
+    """An error as the answer of ModelInfer to `body`: an output tensor of the name "error"."""
+    sent = body.get("id") if isinstance(body, dict) else None
+    protocol = Tensors(sent if isinstance(sent, str) else "", "error", {}, infer=True)
+    return protocol.document([error.to_json()["error"]], model)
+
+
+def read_tensors(value: Mapping[str, Any], task: Type[Task], infer: bool = False) -> Sent:
+    """What a body of V2 holds; raises InvalidRequest where it is not one, or not one of texts.
+
+    `infer` says that it came by gRPC: then its texts are in base64.
+    """
     _only(value, _BODY_KEYS, "")
     if value.get("id") is not None:
         check_string(value["id"], "id", "id")
-    tensors = [_tensor(item, f"inputs[{i}]") for i, item in enumerate(value["inputs"])]
+    tensors = [_tensor(item, f"inputs[{i}]", infer) for i, item in enumerate(value["inputs"])]
     columns = _columns(tensors, task)
     output = _output(value.get("outputs"))
-    protocol = Tensors(value.get("id"), output["name"], {name: tensor.where for name, tensor in columns.items()})
+    places = {name: tensor.where for name, tensor in columns.items()}
+    protocol = Tensors(value.get("id"), output["name"], places, infer)
     fields = _rows(columns, task) if columns else _objects(tensors[0], task)
     elements = [(f"{tensors[0].where}.data[{i}]", item) for i, item in enumerate(fields)]
     parts = [("", value), ("outputs[0]", output), *((t.where, item) for t, item in zip(tensors, value["inputs"]))]
     return Sent(protocol, elements, [(where, _known(part.get("parameters"), task)) for where, part in parts])
 
 
-def _tensor(item: Mapping[str, Any], where: str) -> _Tensor:
+def _tensor(item: Mapping[str, Any], where: str, infer: bool) -> _Tensor:
     _only(item, _TENSOR_KEYS, where)
     for key in ("name", "datatype", "shape", "data"):
         if key not in item:
@@ -149,15 +164,27 @@ def _tensor(item: Mapping[str, Any], where: str) -> _Tensor:
     elements = _flat(data, [])
     count = _count(item["shape"], f"{where}.shape")
     if len(elements) != count:
+        hint = "; texts come in contents.bytes_contents: TorchServe drops raw_input_contents" if infer else ""
         raise InvalidRequest(
-            f'the tensor "{short(name)}" has {len(elements):,} elements, but by its shape {count:,}', f"{where}.data"
+            f'the tensor "{short(name)}" has {len(elements):,} elements, but by its shape {count:,}{hint}',
+            f"{where}.data",
         )
     if not elements:
         raise InvalidRequest(f'the tensor "{short(name)}" is empty: it asks nothing', f"{where}.data")
     for i, element in enumerate(elements):
         if not isinstance(element, str):
             raise InvalidRequest(f"an element should be a string, not {kind_of(element)}", f"{where}.data[{i}]")
+    if infer:
+        elements = [_from_base64(element, f"{where}.data[{i}]") for i, element in enumerate(elements)]
     return _Tensor(name, elements, where)
+
+
+def _from_base64(element: str, where: str) -> str:
+    try:
+        return base64.b64decode(element).decode("utf-8")
+    except ValueError as error:
+        start = f" at byte {error.start}" if isinstance(error, UnicodeDecodeError) else ""
+        raise InvalidRequest(f"an element is not UTF-8 text{start}", where) from None
 
 
 def _count(shape: Any, where: str) -> int:
@@ -265,11 +292,13 @@ def _objects(tensor: _Tensor, task: Type[Task]) -> List[Mapping[str, Any]]:
     return [parse_json(text, f"{tensor.where}.data[{i}]") for i, text in enumerate(tensor.elements)]
 
 
-def _encoded(answers: List[Any]) -> Dict[str, Any]:
+def _encoded(answers: List[Any], infer: bool) -> Dict[str, Any]:
     """The answers as an output tensor."""
     shape = _shape(answers)
     if shape is not None and len(shape) > 1:
         return {"shape": list(shape), "datatype": "FP32", "data": _flat(answers, [])}
+    if infer:
+        return {"shape": [len(answers)], "datatype": "BYTES", "data": answers}
     texts = [json.dumps(answer, ensure_ascii=False, separators=(",", ":")) for answer in answers]
     return {"shape": [len(texts)], "datatype": "BYTES", "data": texts}
 
@@ -285,13 +314,13 @@ def _shape(value: Any) -> Optional[Tuple[int, ...]]:
     return None if shapes or inner is None else (len(value), *inner)
 
 
-def parse_json(text: str, field: str = "body") -> Any:
-    """JSON that came as text; raises InvalidRequest."""
+def parse_json(text: str, what: str = "body", field: Optional[str] = None) -> Any:
+    """JSON that came as text; raises InvalidRequest, which names `what` is wrong and the `field` where that stands."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         reason = error if isinstance(error, ValueError) else "it is nested too deeply"
-        raise InvalidRequest(f"the {field} is not valid JSON: {reason}", field) from None
+        raise InvalidRequest(f"{what if field else 'the ' + what} is not valid JSON: {reason}", field or what) from None
 
 
 def check_string(text: Any, key: str, where: str) -> None:

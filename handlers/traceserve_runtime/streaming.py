@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Callable, Dict
+from typing import Callable, Collection, Dict
 
 
 class Streams:
-    """The texts of one batch; `send(row, piece)` hands a piece of a row's text to its client."""
+    """The texts of one batch; `send(row, piece)` hands a piece of a row's text to its client.
 
-    def __init__(self, send: Callable[[int, bytes], None]) -> None:
+    Rows that are `whole` cannot be answered in pieces: of them all is told at the end.
+    """
+
+    def __init__(self, send: Callable[[int, bytes], None], whole: Collection[int] = ()) -> None:
         self._send = send
+        self._whole = whole
         self._told: Dict[int, str] = {}
 
     def tell(self, row: int, text: str) -> None:
@@ -17,6 +21,8 @@ class Streams:
 
         A micro-batch that failed is run again, so that texts may begin anew: nothing is told twice.
         """
+        if row in self._whole:
+            return
         told = self._told.get(row, "")
         if len(text) > len(told) and text.startswith(told):
             self._send(row, text[len(told) :].encode("utf-8"))

@@ -11,10 +11,11 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from traceserve_runtime import processor
 from traceserve_runtime.batching import CostModel
+from traceserve_runtime.bodies import Headers
 from traceserve_runtime.engine import Engine, load_task
 from traceserve_runtime.errors import TraceserveError
 from traceserve_runtime.manifest import Manifest
-from traceserve_runtime.requests import Headers, parse
+from traceserve_runtime.requests import parse
 from traceserve_runtime.settings import Settings
 from traceserve_runtime.tasks.contract import Task
 from traceserve_runtime.tokenization import Encoded
