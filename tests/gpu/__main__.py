@@ -9,17 +9,20 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+# Archives are built beside each other: threads that spin while they wait would take the cores from one another.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
 import datetime
+import faulthandler
 import json
 import multiprocessing
 import sys
 import tempfile
 import time
 import traceback
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List
@@ -36,13 +39,17 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True, help="a folder for report.json and report.md")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with small models and few archives")
     parser.add_argument("--seconds", type=float, default=460, help="what does not fit is left out, and listed")
-    parser.add_argument("--processes", type=int, default=6, help="archives that are built beside each other")
+    parser.add_argument("--processes", type=int, default=12, help="archives that are built beside each other")
     options = parser.parse_args()
     rehearse = options.rehearse or not torch.cuda.is_available()
     device = "cpu" if rehearse else "cuda:0"
+    faulthandler.dump_traceback_later(options.seconds + 30, exit=True)  # what was found by then is on disk
     report = _Report(options.output, options.seconds, device)
     with tempfile.TemporaryDirectory(prefix="traceserve-gpu-") as folder:
-        report.part("answers", lambda: _answers(report, device, Path(folder), rehearse, options.processes))
+        report.part(
+            "answers",
+            lambda: _answers(report, device, Path(folder), rehearse, options.processes, 0.4 * options.seconds),
+        )
         report.part("two workers", lambda: _share(report, device, Path(folder), rehearse))
         for name, dtype in (
             ("bert-base", "float16"),
@@ -99,31 +106,41 @@ class _Report:
             self.content["failures"].append(f"{name}: {traceback.format_exc(limit=-4)}")
         self.content["seconds"][name] = round(time.monotonic() - began, 1)
         print(f"{name}: {self.content['seconds'][name]} s", flush=True)
-        self._write()
+        self.write()
 
     def finish(self) -> int:
-        self._write()
+        self.write()
         print(_markdown(self.content))
         return int(bool(self.content["failures"]))
 
-    def _write(self) -> None:
+    def write(self) -> None:
         (self._folder / "report.json").write_text(json.dumps(self.content, indent=2) + "\n", encoding="utf-8")
         (self._folder / "report.md").write_text(_markdown(self.content), encoding="utf-8")
 
 
-def _answers(report: _Report, device: str, folder: Path, few: bool, processes: int) -> None:
+def _answers(report: _Report, device: str, folder: Path, few: bool, processes: int, seconds: float) -> None:
+    """Each archive is reported as soon as it was asked; those that are not ready in time are named."""
     jobs = answers.jobs(device, folder, few)
-    with ProcessPoolExecutor(min(processes, len(jobs)), multiprocessing.get_context("spawn")) as pool:
-        found = [outcome for outcomes in pool.map(answers.run, jobs) for outcome in outcomes]
-    report.content["outcomes"] = [{**outcome._asdict(), "passed": outcome.passed} for outcome in found]
-    report.content["failures"] += answers.failures(found)
+    waiting = {job: f"{job.architecture} {job.task} {job.save_mode}" for job in jobs}
+    spawn = multiprocessing.get_context("spawn")
+    until = time.monotonic() + seconds
+    with spawn.Pool(min(processes, len(jobs)), torch.set_num_threads, (1,), maxtasksperchild=1) as pool:
+        results = pool.imap_unordered(answers.run, jobs)
+        for _ in jobs:
+            try:
+                job, found = results.next(max(0.0, until - time.monotonic()))
+            except multiprocessing.TimeoutError:
+                break
+            waiting.pop(job)
+            report.content["outcomes"] += [{**outcome._asdict(), "passed": outcome.passed} for outcome in found]
+            report.content["failures"] += answers.failures(found)
+            report.write()
+    report.content["left_out"] += waiting.values()
 
 
 def _share(report: _Report, device: str, folder: Path, small: bool) -> None:
-    source = checkpoints.make(folder / "shared", "bert-base", small)
-    artifact = folder / "shared-artifact"
     dtype = "float32" if device == "cpu" else "float16"
-    answers.build(source, "sequence_classification", "torchscript", dtype, artifact, 512)
+    _, artifact = speed.prepared("bert-base", folder, dtype, small)
     texts = checkpoints.texts(speed.lengths(64, 60), checkpoints.vocabulary("bert-base", small))
     alone, two = sharing.beside_each_other(artifact, device, texts, 2 if small else 100)
     labels = [[json.loads(answer)["label"] for answer in worked.answers] for worked in (alone, *two)]
@@ -145,7 +162,7 @@ def _speed(report: _Report, name: str, device: str, dtype: str, folder: Path, co
         report.content["peak"][dtype] = peak
     for found in speed.measure(name, folder, device, dtype, device == "cpu", compiled, report.left):
         report.content["speeds"].append(found._asdict())
-        report._write()
+        report.write()
 
 
 def _markdown(content: Dict[str, Any]) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 import traceback
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Sequence
+from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
 import models
 from oracle import CASES
-from traceserve import formats
+from traceserve import formats, verification
 from traceserve.config import Loaded, parse
 from traceserve.export import Exported, export
 from traceserve.samples import SENTENCES
@@ -71,7 +72,7 @@ def jobs(device: str, folder: Path, few: bool) -> List[Job]:
     return torchscript if few else [*torchscript, *(Job(*ASKED[i], "pretrained", device, str(folder)) for i in (0, 8))]
 
 
-def run(job: Job) -> List[Outcome]:
+def run(job: Job) -> Tuple[Job, List[Outcome]]:
     """Build the archive in each dtype that its task has on a GPU, and ask it."""
     source = _checkpoint(job)
     expected: List[Any] = []
@@ -92,7 +93,18 @@ def run(job: Job) -> List[Outcome]:
         except Exception:  # each failure is a row of the report
             reason = traceback.format_exc(limit=-3)
             outcomes.append(Outcome(what, dtype, {}, 0, 0, time.perf_counter() - began, reason))
-    return outcomes
+    return job, outcomes
+
+
+@contextmanager
+def few_samples() -> Iterator[None]:
+    """The gate asks few sentences: for models of which the speed alone is wanted."""
+    texts, corpus = verification.TEXTS, verification.CORPUS
+    verification.TEXTS, verification.CORPUS = texts[:6], 0  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        verification.TEXTS, verification.CORPUS = texts, corpus  # type: ignore[misc]
 
 
 def build(source: Path, task: str, save_mode: str, dtype: str, folder: Path, max_length: int) -> Exported:

@@ -6,7 +6,7 @@ import random
 import statistics
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import transformers
@@ -16,11 +16,11 @@ from traceserve_runtime.engine import Engine
 from traceserve_runtime.tasks.contract import Request
 
 from gpu import checkpoints
-from gpu.answers import build
+from gpu.answers import build, few_samples
 
 BATCHES = (1, 32, 256)
 NEW_TOKENS = 64
-_ROUNDS = 5
+_ROUNDS = 3
 _SECONDS = 0.6  # of each measurement, in each round
 
 
@@ -52,16 +52,23 @@ def lengths(count: int, longest: int, seed: int = 0) -> List[int]:
     ]
 
 
+def prepared(name: str, folder: Path, dtype: str, small: bool) -> Tuple[Path, Path]:
+    """The checkpoint called `name`, and its artifact in this dtype; each is made once."""
+    size = checkpoints.SIZES[name]
+    source, artifact = folder / name, folder / f"{name}-{dtype}-artifact"
+    if not source.exists():
+        checkpoints.make(source, name, small)
+    if not artifact.exists():
+        with few_samples():
+            build(source, size.task, "torchscript", dtype, artifact, size.max_length)
+    return source, artifact
+
+
 def measure(
     name: str, folder: Path, device: str, dtype: str, small: bool, compiled: bool, left: Callable[[], float]
 ) -> Iterator[Speed]:
     """One model in one dtype, each candidate in turn within each round."""
-    source = folder / name
-    if not source.exists():
-        checkpoints.make(source, name, small)
-    size = checkpoints.SIZES[name]
-    artifact = folder / f"{name}-{dtype}-artifact"
-    build(source, size.task, "torchscript", dtype, artifact, size.max_length)
+    source, artifact = prepared(name, folder, dtype, small)
     engine = Engine.load(artifact, device)
     engine.warm_up()
     engine.measure()
@@ -70,12 +77,12 @@ def measure(
     if not writes:
         yield _of_the_model(engine, name, dtype, device, small)
     own = _writer(source, device, dtype) if writes else _classifier(source, device, dtype, False)
+    candidates = [Candidate("traceserve", _engine(engine)), Candidate("transformers", own)]
+    if compiled and not writes and left() > 90:
+        candidates.append(Candidate("torch.compile", _classifier(source, device, dtype, True)))
     for batch in (1, 2) if small else BATCHES:
         texts = checkpoints.texts(lengths(batch, 60 if small or writes else 400), words, seed=batch)
         tokens = NEW_TOKENS * batch if writes else sum(len(text.split()) + 2 for text in texts)
-        candidates = [Candidate("traceserve", _engine(engine)), Candidate("transformers", own)]
-        if compiled and not writes and left() > 60:
-            candidates.append(Candidate("torch.compile", _classifier(source, device, dtype, True)))
         yield from _in_turn(candidates, texts, tokens, name, dtype, device, small)
 
 
