@@ -187,7 +187,7 @@ def test_a_padded_decoder_writes_as_generate_does(
 def written(engine: Engine, rows: List[Any], asked: List[Any]) -> List[List[int]]:
     """The tokens that the loop writes for all rows together."""
     task: Any = engine.task
-    settings: List[Settings] = [task.settings(each, task.room(row), 1) for row, each in zip(rows, asked)]
+    settings: List[Settings] = [task.settings(each, row, task.prompt(row)) for row, each in zip(rows, asked)]
     searches = [generation.search(task.prompt(row), own) for row, own in zip(rows, settings)]
     feed = feeds.FEEDS[task.loop](engine.runner, rows, engine.manifest, Stats())
     assert all(generation.generate(feed, searches))

@@ -42,6 +42,10 @@ class Settings:
     forced_eos_ids: Tuple[int, ...] = ()
     suppress_ids: Tuple[int, ...] = ()
     begin_suppress_ids: Tuple[int, ...] = ()
+    renormalize: bool = False  # whether a beam's probabilities add up to 1 again after what was forbidden
+    source: Tuple[int, ...] = ()  # the tokens that the model was given, for the two that follow
+    source_ngram_size: int = 0  # no sequence of so many of them is written; 0: any may
+    source_penalty: float = 1.0  # above 1 they become likelier
 
 
 class Moves(NamedTuple):
@@ -102,18 +106,20 @@ def generate(feed: Feed, searches: Sequence[Search]) -> List[bool]:
 
 
 class Sampling:
-    """One sequence: the best token each time, or one drawn by its probability.
-
-    `stop` is asked with the new tokens so far, after each one, whether they are enough.
-    """
+    """One sequence: the best token each time, or one drawn by its probability."""
 
     def __init__(
-        self, prompt: Sequence[int], settings: Settings, stop: Optional[Callable[[List[int]], bool]] = None
+        self,
+        prompt: Sequence[int],
+        settings: Settings,
+        ends: Optional[Callable[[List[int]], bool]] = None,
+        told: Optional[Callable[[List[int]], None]] = None,
     ) -> None:
         self._tokens: List[int] = []
         self._prompt = list(prompt)
         self._settings = settings
-        self._stop = stop
+        self._ends = ends
+        self._told = told
         self._random = np.random.default_rng(settings.seed)
 
     @property
@@ -131,7 +137,9 @@ class Sampling:
         else:
             token = int(scores.argmax())
         self._tokens.append(token)
-        stopped = self._stop is not None and self._stop(self._tokens)
+        if self._told is not None:
+            self._told(self._tokens)
+        stopped = self._ends is not None and self._ends(self._tokens)
         if stopped or token in settings.eos_ids or len(self._tokens) >= settings.max_new_tokens:
             return None
         return Moves([0], [token])
@@ -150,9 +158,12 @@ class Beams:
     `num_beams` of them those that end are kept aside, the others go on.
     """
 
-    def __init__(self, prompt: Sequence[int], settings: Settings) -> None:
+    def __init__(
+        self, prompt: Sequence[int], settings: Settings, ends: Optional[Callable[[List[int]], bool]] = None
+    ) -> None:
         self._prompt = list(prompt)
         self._settings = settings
+        self._ends = ends
         self._running: List[List[int]] = [[]]
         self._scores = np.zeros(1, dtype=np.float32)
         self._finished = [_Finished(_BAD, [], False)] * settings.num_beams
@@ -180,6 +191,8 @@ class Beams:
         scores = scores.ravel()[best]
         sequences = [[*self._running[row], int(token)] for row, token in zip(rows, tokens)]
         ends = np.isin(tokens, settings.eos_ids) | (length >= settings.max_new_tokens)
+        if self._ends is not None:
+            ends = ends | np.array([self._ends(sequence) for sequence in sequences])
         going = _largest(scores + np.where(ends, _BAD, np.float32(0)), beams)
         self._finish(sequences, scores, ends)
         self._running = [sequences[i] for i in going]
@@ -217,18 +230,34 @@ class Beams:
         self._improvable &= any(possible > (worst if item.complete else _BAD) for item in self._finished)
 
 
-def search(prompt: Sequence[int], settings: Settings, stop: Optional[Callable[[List[int]], bool]] = None) -> Search:
-    """The search that the settings ask for."""
-    return Beams(prompt, settings) if settings.num_beams > 1 else Sampling(prompt, settings, stop)
+def search(
+    prompt: Sequence[int],
+    settings: Settings,
+    ends: Optional[Callable[[List[int]], bool]] = None,
+    told: Optional[Callable[[List[int]], None]] = None,
+) -> Search:
+    """The search that the settings ask for. `ends` tells whether new tokens are enough; `told` is called with those of a
+    single sequence, each time that there is one more."""
+    if settings.num_beams > 1:
+        return Beams(prompt, settings, ends)
+    return Sampling(prompt, settings, ends, told)
 
 
 def processed(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: Settings) -> np.ndarray:
     """The scores of the next token, (vocabulary), after what the settings forbid, force or make less likely."""
-    changes = (_repetition, _ngrams, _bad_words, _minimum, _forced, _suppressed)
+    changes = (_source_repetition, _repetition, _ngrams, _source_ngrams, _bad_words, _minimum, _forced, _suppressed)
     scores = scores.copy()
     for change in changes:
         change(scores, prompt, tokens, settings)
-    return scores
+    return log_softmax(scores) if settings.renormalize else scores
+
+
+def _source_repetition(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: Settings) -> None:
+    if settings.source_penalty == 1.0:
+        return
+    seen = np.unique(settings.source)
+    penalty = np.float32(1 / settings.source_penalty)
+    scores[seen] = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
 
 
 def _repetition(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: Settings) -> None:
@@ -248,6 +277,17 @@ def _ngrams(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], se
     for i in range(len(whole) - size + 1):
         if tuple(whole[i : i + size - 1]) == last:
             scores[whole[i + size - 1]] = NEVER
+
+
+def _source_ngrams(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: Settings) -> None:
+    size = settings.source_ngram_size
+    whole = [*prompt, *tokens]
+    if not 0 < size <= len(whole) + 1:
+        return
+    last = tuple(whole[len(whole) - size + 1 :])
+    for i in range(len(settings.source) - size + 1):
+        if settings.source[i : i + size - 1] == last:
+            scores[settings.source[i + size - 1]] = NEVER
 
 
 def _bad_words(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: Settings) -> None:

@@ -16,7 +16,7 @@ from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import ModelFacts
 
 from traceserve import gguf
-from traceserve.checkpoints import tokenizers
+from traceserve.checkpoints import generation, tokenizers
 from traceserve.checkpoints.lengths import max_length
 from traceserve.config import SetupConfig
 from traceserve.errors import ConfigError, ExportError, some
@@ -102,7 +102,7 @@ def load(config: SetupConfig, checkpoint: Checkpoint, config_folder: Path) -> Or
         inputs = INPUTS[:2]
     _check_case(config, checkpoint, tokenizer)
     labels = _labels(config, model, config_folder) if task.labelled else ()
-    facts = _model_facts(model, tokenizer, checkpoint, labels)
+    facts = _model_facts(model, tokenizer, checkpoint, labels, generation.settle(model, task))
     return Original(
         model=model,
         tokenizer=tokenizer,
@@ -166,17 +166,18 @@ def _read_labels(path: Path) -> Dict[int, str]:
         ) from None
 
 
-def _model_facts(model: Any, tokenizer: Any, checkpoint: Checkpoint, labels: Tuple[str, ...]) -> ModelFacts:
+def _model_facts(
+    model: Any, tokenizer: Any, checkpoint: Checkpoint, labels: Tuple[str, ...], generation: Dict[str, Any]
+) -> ModelFacts:
     """What the task may learn of the model."""
     # Not by the attributes: version 4.26 complains of each that is not set.
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if name.endswith("_token")}
-    generation = getattr(model, "generation_config", None)
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, dict):  # several, by their use
         template = template.get("default")
     return ModelFacts(
         config=model.config.to_dict(),
-        generation=generation.to_diff_dict() if generation is not None and model.can_generate() else {},
+        generation=generation,
         tokens={
             name[: -len("_token")]: (token, tokenizer.convert_tokens_to_ids(token)) for name, token in special.items()
         },

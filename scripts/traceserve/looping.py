@@ -10,6 +10,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Tuple
 import torch
 from traceserve_runtime.runtimes.calling import Begin, DecoderStep, Empty, EncoderDecoderStep, read_past
 from traceserve_runtime.tasks.contract import Request
+from traceserve_runtime.tasks.parameters import strings
 from traceserve_runtime.tokenization import Row
 
 from traceserve.errors import ExportError
@@ -108,7 +109,10 @@ def _generate_options(original: Original, request: Request) -> Dict[str, Any]:
     """The parameters of a request as `generate` takes them."""
     named = {**original.parameters, **request.parameters}
     own = ("return_full_text", "stream", "long_inputs", "seed", "stop")
-    return {key: value for key, value in named.items() if key not in own and value is not None}
+    options = {key: value for key, value in named.items() if key not in own and value is not None}
+    if named.get("stop") is not None:
+        options.update(stop_strings=strings(named["stop"]), tokenizer=original.tokenizer)
+    return options
 
 
 LOOPS: Dict[str, Loop] = {

@@ -11,6 +11,7 @@ from typing import Any, Callable, Dict, List, Optional
 
 from traceserve_runtime.manifest import Source, sha256
 
+from traceserve.checkpoints import files
 from traceserve.config import SetupConfig
 from traceserve.errors import SourceError, some
 
@@ -166,4 +167,5 @@ def _checked(checkpoint: Checkpoint, config: SetupConfig) -> Checkpoint:
         )
     if not any(path for pattern in _SAFETENSORS + _PICKLES for path in folder.glob(pattern)):
         raise SourceError(f"{config.model_name}: {folder} has no weights (*.safetensors or pytorch_model.bin){hint}")
+    files.check(checkpoint, config)
     return checkpoint

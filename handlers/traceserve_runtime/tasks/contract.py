@@ -79,6 +79,7 @@ class Task:
     loop: ClassVar[str] = ""  # how the model is run: "" once, "decoder" or "encoder_decoder" token by token
     padding_side: ClassVar[Optional[str]] = None  # where the task, and not the tokenizer, decides it
     truncation_side: ClassVar[Optional[str]] = None  # likewise
+    task_specific_params: ClassVar[bool] = False  # whether the pipeline reads its own part of config.json's
     gate_parameters: ClassVar[Dict[str, Any]] = {}  # what the gate asks with, so that `same` sees all that matters
 
     def __init__(self, manifest: Manifest, tokenizer: TextTokenizer) -> None:
@@ -222,6 +223,17 @@ def _joined(parts: Sequence[Union[Encoded, TraceserveError]]) -> Union[Encoded, 
             start, end = unseen.get(name, span)
             unseen[name] = (min(start, span[0]), max(end, span[1]))
     return Encoded(rows, unseen)
+
+
+def without_prefix(
+    encoded: Union[Encoded, TraceserveError], field: str, length: int
+) -> Union[Encoded, TraceserveError]:
+    """`encoded` for a client who sent the field without its first `length` characters, which the task wrote before it."""
+    if not length or isinstance(encoded, TraceserveError) or field not in encoded.unseen:
+        return encoded
+    start, end = (max(0, place - length) for place in encoded.unseen[field])
+    others = {name: span for name, span in encoded.unseen.items() if name != field}
+    return Encoded(encoded.rows, {**others, field: (start, end)} if end > start else others)
 
 
 def by_part(rows: Sequence[Row], values: Sequence[Any]) -> List[Tuple[List[Row], List[Any]]]:

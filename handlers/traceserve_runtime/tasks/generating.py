@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, ClassVar, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, ClassVar, Dict, List, Optional, Sequence, Union
 
 import numpy as np
 
 from traceserve_runtime import generation
 from traceserve_runtime.batching import Arrays, CostModel, Runner, Stats
-from traceserve_runtime.errors import InvalidRequest, Unsupported
+from traceserve_runtime.errors import InvalidRequest, TraceserveError, Unsupported
 from traceserve_runtime.feeds import FEEDS
 from traceserve_runtime.generation import Settings
-from traceserve_runtime.tasks.contract import Job, ModelFacts, Request, Task
+from traceserve_runtime.tasks.contract import Job, ModelFacts, Request, Task, without_prefix
 from traceserve_runtime.tasks.parameters import Output, Parameter, strings
-from traceserve_runtime.tokenization import Row
+from traceserve_runtime.tokenization import Encoded, Row
 
 MAX_NEW_TOKENS = Parameter(
     "max_new_tokens", int, "the most tokens that are written; by default 256, or as many as the model can"
@@ -81,25 +81,10 @@ PARAMETERS = (
     ),
     Parameter("stop", list, "end once one of these strings is written; it is part of the answer"),
 )
+# Settings of transformers that are parameters of another name here.
+_PARAMETERS_OF = {"stop_strings": "stop"}
 # What asks for sampling by itself.
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
-# Settings of a generation_config.json that change what is written and are not known here, with their neutral values.
-_UNKNOWN: Mapping[str, Tuple[Any, ...]] = {
-    "encoder_no_repeat_ngram_size": (None, 0),
-    "encoder_repetition_penalty": (None, 1.0),
-    "diversity_penalty": (None, 0.0),
-    "num_beam_groups": (None, 1),
-    "penalty_alpha": (None, 0.0),
-    "typical_p": (None, 1.0),
-    "epsilon_cutoff": (None, 0.0),
-    "eta_cutoff": (None, 0.0),
-    "guidance_scale": (None, 1.0),
-    "sequence_bias": (None,),
-    "exponential_decay_length_penalty": (None,),
-    "constraints": (None,),
-    "force_words_ids": (None,),
-    "watermarking_config": (None,),
-}
 
 
 class Generating(Task):
@@ -114,12 +99,14 @@ class Generating(Task):
     def defaults(cls, model: ModelFacts) -> Dict[str, Any]:
         """What the checkpoint's generation_config.json says of the parameters."""
         known = {parameter.name: parameter for parameter in cls.parameters}
-        own = {name: value for name, value in model.generation.items() if value is not None and name in known}
-        found = {**cls.pipeline_defaults, **own}
+        settings = {_PARAMETERS_OF.get(name, name): value for name, value in model.generation.items()}
+        found = {**cls.pipeline_defaults, **{name: value for name, value in settings.items() if name in known}}
+        found = {name: value for name, value in found.items() if value is not None}
         for name, value in found.items():
             if not known[name].accepts(value):
+                written = {ours: theirs for theirs, ours in _PARAMETERS_OF.items()}.get(name, name)
                 raise Unsupported(
-                    f"generation_config.json says {name} = {value!r}, but it should be {known[name].legal}"
+                    f"generation_config.json says {written} = {value!r}, but it should be {known[name].legal}"
                 )
         return found
 
@@ -127,11 +114,6 @@ class Generating(Task):
     def facts(cls, model: ModelFacts) -> Dict[str, Any]:
         """The rest of generation_config.json: where a text ends, what is never written. Raises Unsupported."""
         settings = model.generation
-        for name, neutral in _UNKNOWN.items():
-            if settings.get(name) not in neutral:
-                raise Unsupported(
-                    f"generation_config.json sets {name}, which is not supported; remove it there if it may be ignored"
-                )
         return {
             "eos_ids": _ids(settings.get("eos_token_id")),
             "bad_words_ids": settings.get("bad_words_ids") or [],
@@ -141,7 +123,26 @@ class Generating(Task):
             "begin_suppress_ids": settings.get("begin_suppress_tokens") or [],
             "min_length": settings.get("min_length") or 0,
             "max_length": settings.get("max_length"),
+            "renormalize": bool(settings.get("renormalize_logits")),
+            "source_ngram_size": settings.get("encoder_no_repeat_ngram_size") or 0,
+            "source_penalty": settings.get("encoder_repetition_penalty") or 1.0,
+            "prefix": cls.prefix_of(model),
         }
+
+    @classmethod
+    def prefix_of(cls, model: ModelFacts) -> str:
+        """What the pipeline writes before each text: config.json's prefix. Raises Unsupported for what is no text."""
+        prefix = model.config.get("prefix")
+        params = model.config.get("task_specific_params")
+        if cls.task_specific_params and isinstance(params, dict) and isinstance(params.get(cls.pipeline), dict):
+            prefix = params[cls.pipeline].get("prefix", prefix)
+        if not isinstance(prefix, (str, type(None))):
+            raise Unsupported(f"config.json says prefix = {prefix!r}, but it should be a string; remove it, or mend it")
+        return prefix or ""
+
+    def encode(self, requests: Sequence[Request]) -> List[Union[Encoded, TraceserveError]]:
+        written = len(self.manifest.facts["prefix"])
+        return [without_prefix(item, "text", written) for item in super().encode(requests)]
 
     def check_parameters(self, request: Request) -> None:
         """Raise InvalidRequest for parameters that mean nothing together."""
@@ -160,29 +161,40 @@ class Generating(Task):
             return True
         return bool(self.parameter(request, "do_sample")) and "num_beams" not in request.parameters
 
-    def settings(self, request: Request, room: int, prompt: int) -> Settings:
-        """How this request is continued, in at most `room` tokens, after `prompt` tokens."""
+    @property
+    def counted_prefix(self) -> int:
+        """The tokens of the prefix that limits of a whole sequence's length do not count."""
+        return 0
+
+    def settings(self, request: Request, row: Row, prompt: Sequence[int]) -> Settings:
+        """How this request's row is continued after the tokens of its prompt."""
         facts = self.manifest.facts
         samples = self._samples(request)
         most = self.parameter(request, "max_new_tokens")
         if most is None:
-            most = 256 if facts["max_length"] is None else max(1, facts["max_length"] - prompt)
+            whole = facts["max_length"]
+            most = 256 if whole is None else max(1, whole + self.counted_prefix - len(prompt))
+        least = facts["min_length"]
         take = {
             name: self.parameter(request, name)
             for name in ("temperature", "top_k", "top_p", "min_p", "seed", "repetition_penalty", "no_repeat_ngram_size")
             + ("min_new_tokens", "length_penalty", "early_stopping")
         }
         return Settings(
-            max_new_tokens=min(most, room),
+            max_new_tokens=min(most, self.room(row)),
             do_sample=samples,
             num_beams=1 if samples else self.parameter(request, "num_beams"),
-            min_length=0 if "min_new_tokens" in request.parameters else facts["min_length"],
+            min_length=0 if "min_new_tokens" in request.parameters or not least else least + self.counted_prefix,
             eos_ids=tuple(facts["eos_ids"]),
             bad_words_ids=tuple(tuple(word) for word in facts["bad_words_ids"]),
             forced_bos_id=facts["forced_bos_id"],
             forced_eos_ids=tuple(facts["forced_eos_ids"]),
             suppress_ids=tuple(facts["suppress_ids"]),
             begin_suppress_ids=tuple(facts["begin_suppress_ids"]),
+            renormalize=facts["renormalize"],
+            source=tuple(row.encoding.ids),
+            source_ngram_size=facts["source_ngram_size"],
+            source_penalty=facts["source_penalty"],
             **take,
         )
 
@@ -203,8 +215,8 @@ class Generating(Task):
         searches = []
         for job in jobs:
             prompt = self.prompt(job.row)
-            settings = self.settings(job.request, self.room(job.row), len(prompt))
-            searches.append(generation.search(prompt, settings, self._watch(job, prompt)))
+            settings = self.settings(job.request, job.row, prompt)
+            searches.append(generation.search(prompt, settings, self._ends(job.request, prompt), self._told(job)))
         feed = FEEDS[self.loop](runner, [job.row for job in jobs], self.manifest, stats)
         sound = generation.generate(feed, searches)
         return [
@@ -213,22 +225,27 @@ class Generating(Task):
             for search, fine in zip(searches, sound)
         ]
 
-    def _watch(self, job: Job, prompt: Sequence[int]) -> Optional[Callable[[List[int]], bool]]:
-        """What looks at a row's text while it grows, to stop it or to tell it; None where nothing does."""
-        stops = self.parameter(job.request, "stop")
-        tells = job.emit if self.streams(job.request) else None
-        if stops is None and tells is None:
+    def _ends(self, request: Request, prompt: Sequence[int]) -> Optional[Callable[[List[int]], bool]]:
+        """Whether new tokens hold a stop string, which may begin in the prompt; None where there is none."""
+        stops = self.parameter(request, "stop")
+        if stops is None:
             return None
-        wanted = strings(stops or [])
+        wanted = strings(stops)
         before = self.text_before(prompt)
 
-        def watch(tokens: List[int]) -> bool:
+        def ends(tokens: List[int]) -> bool:
             text = self.text(tokens)
-            if tells is not None:
-                tells(self._settled(text))
             return any(stop in (before + text)[max(0, len(before) - len(stop) + 1) :] for stop in wanted)
 
-        return watch
+        return ends
+
+    def _told(self, job: Job) -> Optional[Callable[[List[int]], None]]:
+        """What sends a row's text on while it grows; None where nobody asked for it."""
+        emit = job.emit
+        if emit is None or not self.streams(job.request):
+            return None
+        send = emit
+        return lambda tokens: send(self._settled(self.text(tokens)))
 
     def text_before(self, prompt: Sequence[int]) -> str:
         """The end of the prompt, in which a stop string may begin."""

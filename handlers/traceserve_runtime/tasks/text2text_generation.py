@@ -11,6 +11,7 @@ from traceserve_runtime.tasks.generating import PARAMETERS, Generating, first_id
 from traceserve_runtime.tasks.parameters import Field
 from traceserve_runtime.tokenization import Row, Segments
 
+_UNSET_LENGTH = 20  # transformers' own max_length, which its pipeline takes for none that the checkpoint sets
 _LONGEST_TEXT = 4096  # tokens, for models whose positions have no limit of their own
 
 
@@ -24,6 +25,7 @@ class Text2TextGeneration(Generating):
     fields = (Field("text", True, "the text"),)
     parameters = PARAMETERS
     pipeline_defaults = {"num_beams": 4}
+    task_specific_params = True
     sample_parameters = {"max_new_tokens": 24}
     sample = {"text": "The train to the coast leaves at a quarter past nine from platform four."}
 
@@ -35,11 +37,15 @@ class Text2TextGeneration(Generating):
         if start is None:
             raise Unsupported("the checkpoint names no token that its decoder begins with (decoder_start_token_id)")
         most = model.config.get("max_position_embeddings") or _LONGEST_TEXT
-        return {**super().facts(model), "start_id": start, "most_new_tokens": most}
+        facts = super().facts(model)
+        if facts["max_length"] == _UNSET_LENGTH:
+            facts["max_length"] = None
+        return {**facts, "start_id": start, "most_new_tokens": most}
 
     def segments(self, request: Request) -> List[Segments]:
         self.check_parameters(request)
-        return super().segments(request)
+        prefix = self.manifest.facts["prefix"]
+        return [segments._replace(text=prefix + segments.text) for segments in super().segments(request)]
 
     def prompt(self, row: Row) -> List[int]:
         return [self.manifest.facts["start_id"]]

@@ -63,12 +63,16 @@ class TextGeneration(Generating):
                 "parameters.max_new_tokens",
             )
         if "text" in request.inputs:
-            return [Segments(request.inputs["text"], limit=limit)]
+            return [Segments(self.manifest.facts["prefix"] + request.inputs["text"], limit=limit)]
         template = self.manifest.facts["chat_template"]
         if template is None:
             raise InvalidRequest('this model has no chat template; send "text"', "messages")
         text = chat.render(template, self.manifest.facts["tokens"], request.inputs["messages"])
         return [Segments(text, fields=("messages", ""), limit=limit, special=False)]
+
+    @property
+    def counted_prefix(self) -> int:
+        return len(self.tokenizer.token_ids(self.manifest.facts["prefix"]))
 
     def prompt(self, row: Row) -> List[int]:
         return list(row.encoding.ids)

@@ -1,0 +1,193 @@
+"""generation_config.json: which of its settings are followed, which change nothing here, and which are refused.
+
+An allow-list of GenerationConfig's keys in transformers 4.26 to 5.23. A key that stands nowhere in it is refused by
+name: a setting that is passed over in silence gives other texts than the checkpoint's author had.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Dict, FrozenSet, List, Mapping, NamedTuple, Tuple
+
+from traceserve.errors import SourceError
+
+FILE = "generation_config.json"
+# As transformers before 5 counts where a checkpoint says nothing; its text2text-generation takes it for nothing said.
+_DEFAULT_LENGTH = 20
+
+
+class Kind(NamedTuple):
+    """Values of one kind: how they are recognised, and named in an error."""
+
+    holds: Callable[[Any], bool]
+    legal: str
+
+
+def _whole(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _wholes(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(map(_whole, value))
+
+
+_WHOLE = Kind(_whole, "a whole number of 0 or more")
+_ID = Kind(_whole, "a token's id")
+_IDS = Kind(_wholes, "a list of token ids")
+_ID_OR_IDS = Kind(lambda value: _whole(value) or _wholes(value), "a token's id or a list of them")
+_WORDS = Kind(
+    lambda value: isinstance(value, (list, tuple)) and all(_wholes(word) and word for word in value),
+    "a list of lists of token ids",
+)
+_NUMBER = Kind(lambda value: type(value) in (int, float) and value > 0, "a number above 0")
+_SWITCH = Kind(lambda value: isinstance(value, bool), "true or false")
+_STRINGS = Kind(
+    lambda value: isinstance(value, str) or (isinstance(value, (list, tuple)) and all(map(_is_text, value))),
+    "a string or a list of strings",
+)
+_ANY = Kind(lambda value: True, "")  # the task's own parameter of this name says what is legal
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+# Settings that are followed: defaults of a request's parameters, and what the loop does for every request.
+FOLLOWED: Dict[str, Kind] = {
+    **dict.fromkeys(
+        ("max_new_tokens", "min_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p")
+        + ("repetition_penalty", "no_repeat_ngram_size", "num_beams", "length_penalty", "early_stopping"),
+        _ANY,
+    ),
+    "stop_strings": _STRINGS,
+    "max_length": _WHOLE,
+    "min_length": _WHOLE,
+    "bos_token_id": _ID_OR_IDS,
+    "eos_token_id": _ID_OR_IDS,
+    "decoder_start_token_id": _ID_OR_IDS,
+    "bad_words_ids": _WORDS,
+    "forced_bos_token_id": _ID,
+    "forced_eos_token_id": _ID_OR_IDS,
+    "suppress_tokens": _IDS,
+    "begin_suppress_tokens": _IDS,
+    "renormalize_logits": _SWITCH,
+    "encoder_no_repeat_ngram_size": _WHOLE,
+    "encoder_repetition_penalty": _NUMBER,
+}
+# Settings that change no text: what is recorded, returned beside the texts, kept in memory, or guessed ahead for speed
+# (assisted generation writes what the model alone writes).
+WITHOUT_EFFECT: FrozenSet[str] = frozenset(
+    ("transformers_version", "_from_model_config", "_commit_hash", "_name_or_path", "model_type", "pad_token_id")
+    + ("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate")
+    + ("use_cache", "cache_config", "max_cache_len", "return_legacy_cache", "prefill_chunk_size", "low_memory")
+    + ("compile_config", "disable_compile", "continuous_batching_config", "is_assistant", "num_assistant_tokens")
+    + ("num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_early_exit", "use_mtp")
+    + ("prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_lookbehind", "target_lookbehind")
+    + ("remove_invalid_values",)  # a model that gives no numbers fails its request
+    + ("chat_format", "max_window_size")  # of remote code's own chat function, which nothing here calls
+)
+# Of those, what `generate` does in a way of its own, so that the original is asked without it.
+_ASKED_WITHOUT = (
+    ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "return_dict_in_generate", "output_scores")
+    + ("output_logits", "output_attentions", "output_hidden_states", "low_memory", "remove_invalid_values")
+    + ("compile_config", "cache_implementation", "cache_config", "prefill_chunk_size")
+)
+# Settings that are not followed, with the values at which they change nothing.
+NEUTRAL: Dict[str, Tuple[Any, ...]] = {
+    "num_return_sequences": (1,),
+    "diversity_penalty": (0.0,),
+    "num_beam_groups": (1,),
+    "penalty_alpha": (0.0,),
+    "typical_p": (1.0,),
+    "epsilon_cutoff": (0.0,),
+    "eta_cutoff": (0.0,),
+    "top_h": (),
+    "guidance_scale": (1.0,),
+    "sequence_bias": ({}, []),
+    "exponential_decay_length_penalty": (),
+    "constraints": ([],),
+    "force_words_ids": ([],),
+    "watermarking_config": (),
+    "dola_layers": (),
+    "max_time": (),
+    "token_healing": (False,),
+    "assistant_ensemble_weight": (),
+    "speculation_type": (),
+    "cache_implementation": ("dynamic", "dynamic_full", "static", "offloaded", "offloaded_static", "hybrid")
+    + ("sliding_window", "hybrid_chunked", "offloaded_hybrid", "offloaded_hybrid_chunked"),
+}
+_REASONS = {
+    "num_return_sequences": "an answer is one text",
+    "max_time": "the texts of a busy server would be cut anywhere",
+    "cache_implementation": "a cache that rounds its numbers gives other texts",
+}
+
+
+def check(settings: Mapping[str, Any], where: str = FILE) -> None:
+    """Raise SourceError for a setting that is neither followed nor without effect, or has no legal value."""
+    for key, value in settings.items():
+        if value is None or key in WITHOUT_EFFECT:
+            continue
+        if key in FOLLOWED:
+            if not FOLLOWED[key].holds(value):
+                raise SourceError(f"{where} says {key} = {value!r}, but it should be {FOLLOWED[key].legal}")
+        elif key not in NEUTRAL:
+            raise SourceError(
+                f"{where} has the key {key}, which is not known here and may change what is written; remove it there if "
+                "it changes nothing"
+            )
+        elif not any(
+            type(value) is type(neutral) and value == neutral or _equal(value, neutral) for neutral in NEUTRAL[key]
+        ):
+            legal = f", or set it to {NEUTRAL[key][0]!r}" if NEUTRAL[key] and NEUTRAL[key][0] else ""
+            reason = f" ({_REASONS[key]})" if key in _REASONS else ""
+            raise SourceError(
+                f"{where} sets {key} to {value!r}, which is not supported{reason}; remove it there{legal} if the texts may "
+                "be written without it"
+            )
+
+
+def _equal(value: Any, neutral: Any) -> bool:
+    """Whether two numbers are equal, whole or not."""
+    numbers = (int, float)
+    return type(value) in numbers and type(neutral) in numbers and bool(value == neutral)
+
+
+def check_legacy(config: Mapping[str, Any]) -> None:
+    """Of a config.json, which held these settings before there was a generation_config.json; raises SourceError."""
+    check({key: config[key] for key in (*FOLLOWED, *NEUTRAL) if key in config}, "config.json")
+
+
+def of_task(config: Mapping[str, Any], task: Any) -> Dict[str, Any]:
+    """The settings that the pipeline of transformers 4.57 takes from config.json's task_specific_params, prefix included.
+
+    That of text-generation, which transformers 5 still has, takes none there.
+    """
+    params = config.get("task_specific_params")
+    own = params.get(task.pipeline) if isinstance(params, Mapping) and task.task_specific_params else None
+    return dict(own) if isinstance(own, Mapping) else {}
+
+
+def unread(config: Mapping[str, Any], task: Any) -> List[str]:
+    """The pipelines that task_specific_params has settings for, and that are not this task's."""
+    params = config.get("task_specific_params")
+    return [name for name in params if not of_task(config, task)] if isinstance(params, Mapping) else []
+
+
+def settle(model: Any, task: Any) -> Dict[str, Any]:
+    """The settings that a task reads, and the model's own made to match, so that it is asked for the same texts.
+
+    Raises SourceError for those that are neither followed nor without effect.
+    """
+    generation = getattr(model, "generation_config", None)
+    if generation is None or not model.can_generate():
+        return {}
+    own = {key: value for key, value in of_task(model.config.to_dict(), task).items() if key != "prefix"}
+    where = "config.json (or generation_config.json)" if getattr(generation, "_from_model_config", False) else FILE
+    check(own, "config.json's task_specific_params")
+    check(generation.to_diff_dict(), where)
+    generation.update(**own)
+    neutral = type(generation)()
+    for key in _ASKED_WITHOUT:
+        if hasattr(neutral, key):
+            setattr(generation, key, getattr(neutral, key))
+    return {key: value for key, value in generation.to_diff_dict().items() if key in FOLLOWED and value is not None}

@@ -1,0 +1,283 @@
+"""A checkpoint's own generation settings: followed as transformers follows them, without effect, or refused by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Tuple
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import run_export
+from oracle import answers, generated, written
+from traceserve import sources
+from traceserve.checkpoints import generation
+from traceserve.config import parse
+from traceserve.errors import SourceError
+from traceserve.samples import SENTENCES
+from traceserve_runtime import generation as loop
+from traceserve_runtime.engine import Engine
+from traceserve_runtime.errors import TraceserveError
+from traceserve_runtime.generation import Settings
+from traceserve_runtime.tasks.contract import Request
+
+TEXTS = [text for text in SENTENCES if text][:4]
+TASKS = {
+    "gpt2": ("text_generation", "AutoModelForCausalLM"),
+    "bart": ("text2text_generation", "AutoModelForSeq2SeqLM"),
+    "marian": ("text2text_generation", "AutoModelForSeq2SeqLM"),
+}
+Checkpoint = Callable[..., Path]
+
+
+def copy(checkpoint: Checkpoint, folder: Path, architecture: str, **settings: Any) -> Path:
+    """A tiny checkpoint with these settings in its generation_config.json."""
+    shutil.copytree(checkpoint(architecture, TASKS[architecture][1]), folder)
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    return folder
+
+
+def exported(folder: Path, architecture: str, source: Path) -> Engine:
+    run_export(folder, {"model_name": str(source), "task": TASKS[architecture][0], "max_length": 128})
+    return Engine.load(folder)
+
+
+def test_every_setting_of_the_installed_transformers_is_known() -> None:
+    known = {*generation.FOLLOWED, *generation.WITHOUT_EFFECT, *generation.NEUTRAL}
+    assert {*transformers.GenerationConfig().to_dict()} <= known
+    assert len(known) == len(generation.FOLLOWED) + len(generation.WITHOUT_EFFECT) + len(generation.NEUTRAL)
+
+
+def test_the_defaults_of_any_version_are_no_settings() -> None:
+    """Those of transformers 4.57, whose files hold them where they were written whole."""
+    generation.check(
+        {
+            "max_length": 20,
+            "min_length": 0,
+            "early_stopping": False,
+            "do_sample": False,
+            "num_beams": 1,
+            "use_cache": True,
+            "typical_p": 1.0,
+            "epsilon_cutoff": 0.0,
+            "eta_cutoff": 0,
+            "num_beam_groups": 1,
+            "encoder_repetition_penalty": 1.0,
+            "encoder_no_repeat_ngram_size": 0,
+            "diversity_penalty": 0.0,
+            "renormalize_logits": False,
+            "remove_invalid_values": False,
+            "token_healing": False,
+            "stop_strings": None,
+            "num_return_sequences": 1,
+            "cache_implementation": "static",
+            "watermarking_config": None,
+        }
+    )
+
+
+REFUSED: List[Tuple[Dict[str, Any], str]] = [
+    ({"num_return_sequences": 2}, r"sets num_return_sequences to 2, .*an answer is one text.*set it to 1"),
+    ({"typical_p": 0.9}, "sets typical_p to 0.9, which is not supported; remove it there, or set it to 1.0"),
+    ({"penalty_alpha": 0.6, "top_k": 4}, "sets penalty_alpha to 0.6"),
+    ({"num_beam_groups": 2, "diversity_penalty": 0.5, "num_beams": 4}, "sets num_beam_groups to 2"),
+    ({"guidance_scale": 1.5}, "sets guidance_scale to 1.5"),
+    ({"sequence_bias": [[[5], 2.0]]}, "sets sequence_bias"),
+    ({"exponential_decay_length_penalty": [3, 1.1]}, "sets exponential_decay_length_penalty"),
+    ({"force_words_ids": [[5]]}, "sets force_words_ids"),
+    ({"watermarking_config": {"bias": 2.5}}, "sets watermarking_config"),
+    ({"dola_layers": "low"}, "sets dola_layers"),
+    ({"max_time": 2.0}, "sets max_time"),
+    ({"token_healing": True}, "sets token_healing"),
+    ({"cache_implementation": "quantized"}, "sets cache_implementation"),
+    ({"seed": 3}, "has the key seed, which is not known here"),
+    ({"stop": ["."]}, "has the key stop, which is not known here"),
+    ({"warper_of_tomorrow": 3}, "has the key warper_of_tomorrow, which is not known here .*remove it there"),
+    ({"bad_words_ids": [7]}, r"says bad_words_ids = \[7\], but it should be a list of lists of token ids"),
+    ({"eos_token_id": "</s>"}, "says eos_token_id = '</s>', but it should be a token's id or a list of them"),
+    ({"suppress_tokens": "5"}, "says suppress_tokens = '5'"),
+    ({"stop_strings": [1]}, r"says stop_strings = \[1\], but it should be a string or a list of strings"),
+    ({"renormalize_logits": "yes"}, "says renormalize_logits = 'yes'"),
+    ({"forced_bos_token_id": "de_DE"}, "says forced_bos_token_id = 'de_DE'"),
+]
+
+
+@pytest.mark.parametrize(
+    "settings, words", REFUSED, ids=lambda value: next(iter(value)) if isinstance(value, dict) else ""
+)
+def test_refused_by_name_before_anything_is_loaded(
+    settings: Dict[str, Any], words: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    source = copy(checkpoint, tmp_path / "mine", "gpt2", **settings)
+    config, _ = parse({"model_name": str(source), "task": "text_generation"})
+    with pytest.raises(SourceError, match=f"generation_config.json {words}"):
+        sources.fetch(config, tmp_path)
+    classifier, _ = parse({"model_name": str(source), "task": "feature_extraction"})
+    sources.fetch(classifier, tmp_path)  # which writes no text
+
+
+def test_refused_in_a_config_of_before_there_was_such_a_file(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source = copy(checkpoint, tmp_path / "mine", "bart")
+    (source / "generation_config.json").unlink()
+    path = source / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_return_sequences": 3}))
+    with pytest.raises(SourceError, match="config.json sets num_return_sequences to 3"):
+        exported(tmp_path / "out", "bart", source)
+
+
+@pytest.mark.parametrize("value", [{"num_beams": 0}, {"temperature": "warm"}, {"do_sample": "yes"}, {"top_p": 3}])
+def test_a_parameter_without_a_legal_value_is_named(
+    value: Dict[str, Any], checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    source = copy(checkpoint, tmp_path / "mine", "gpt2", **value)
+    with pytest.raises(TraceserveError, match=next(iter(value))):
+        exported(tmp_path / "out", "gpt2", source)
+
+
+# By the tokens that the model writes most.
+FOLLOWED: List[Tuple[str, Callable[[List[int]], Dict[str, Any]]]] = [
+    ("marian", lambda ids: {"renormalize_logits": True, "bad_words_ids": [[i, i] for i in ids[:4]], "num_beams": 4}),
+    ("bart", lambda ids: {"encoder_no_repeat_ngram_size": 1, "encoder_repetition_penalty": 2.5, "num_beams": 2}),
+    ("bart", lambda ids: {"stop_strings": "Q", "forced_bos_token_id": 9, "forced_eos_token_id": 2}),
+    ("gpt2", lambda ids: {"stop_strings": ["a"], "num_beams": 4, "length_penalty": 2.0}),
+    ("gpt2", lambda ids: {"encoder_repetition_penalty": 3.0, "begin_suppress_tokens": ids[:3], "stop_strings": ["e"]}),
+    ("gpt2", lambda ids: {"prompt_lookup_num_tokens": 3, "return_dict_in_generate": True, "output_scores": True}),
+    ("bart", lambda ids: {"prompt_lookup_num_tokens": 3, "num_beams": 2, "low_memory": True}),
+    ("gpt2", lambda ids: {"cache_implementation": "static", "remove_invalid_values": True, "output_logits": True}),
+]
+
+
+@pytest.mark.parametrize("number", range(len(FOLLOWED)))
+def test_followed_as_by_generate(number: int, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """The export's gate compares too; this asks the original by itself, and sees that the settings matter."""
+    architecture, chosen = FOLLOWED[number]
+    auto_model = TASKS[architecture][1]
+    source = checkpoint(architecture, auto_model)
+    model = getattr(transformers, auto_model).from_pretrained(source).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    beams = 1 if architecture == "gpt2" else 4
+    inputs = [tokenizer(text, return_tensors="pt", return_token_type_ids=False) for text in TEXTS]
+    before = [model.generate(**one, do_sample=False, max_new_tokens=20, num_beams=beams)[0, 1:] for one in inputs]
+    ids = Counter(int(token) for own in before for token in own if token not in tokenizer.all_special_ids)
+    settings = chosen([token for token, _ in ids.most_common()])
+    followed = {key: value for key, value in settings.items() if key in generation.FOLLOWED}
+    beams = followed.pop("num_beams", beams)
+    texts = [*TEXTS, tokenizer.decode(before[0][:8], skip_special_tokens=True)]  # with what the model writes itself
+
+    engine = exported(tmp_path / "out", architecture, copy(checkpoint, tmp_path / "mine", architecture, **settings))
+    got = answers(engine, [Request({"text": text}, {"max_new_tokens": 20}) for text in texts])
+    expected = [generated(model, tokenizer, text, num_beams=beams, **followed) for text in texts]
+    assert [written(value) for value in got] == expected
+    without = [generated(model, tokenizer, text, num_beams=beams) for text in texts]
+    assert (expected != without) is bool(followed)
+    if "renormalize_logits" in settings:  # which matters by itself
+        followed.pop("renormalize_logits")
+        assert expected != [generated(model, tokenizer, text, num_beams=beams, **followed) for text in texts]
+
+
+def test_a_stop_string_of_a_request_ends_beams(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source = checkpoint("gpt2", "AutoModelForCausalLM")
+    engine = exported(tmp_path / "out", "gpt2", source)
+    model = transformers.AutoModelForCausalLM.from_pretrained(source).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    stop = ["e", "qu"]
+    parameters = {"max_new_tokens": 20, "num_beams": 3}
+    got = answers(engine, [Request({"text": text}, {**parameters, "stop": stop}) for text in TEXTS])
+    expected = [generated(model, tokenizer, text, num_beams=3, stop_strings=stop) for text in TEXTS]
+    assert [written(value) for value in got] == expected
+    assert expected != [generated(model, tokenizer, text, num_beams=3) for text in TEXTS]
+
+
+def test_what_is_done_to_scores_is_what_the_original_processors_do() -> None:
+    rng = np.random.default_rng(3)
+    for trial in range(60):
+        scores = (rng.standard_normal(40) * 3).astype(np.float32)
+        source, tokens = (rng.integers(0, 9, size).tolist() for size in (12, int(rng.integers(1, 7))))
+        size, penalty = int(rng.integers(1, 4)), float(rng.uniform(0.4, 3))
+        options = {"source": tuple(source), "source_ngram_size": size, "source_penalty": penalty}
+        settings = Settings(9, **options, renormalize=trial % 2 == 0)  # type: ignore[arg-type]
+        processors = transformers.LogitsProcessorList(
+            [
+                transformers.EncoderRepetitionPenaltyLogitsProcessor(penalty, torch.tensor([source])),
+                transformers.EncoderNoRepeatNGramLogitsProcessor(size, torch.tensor([source])),
+                *([transformers.LogitNormalization()] if trial % 2 == 0 else []),
+            ]
+        )
+        expected = processors(torch.tensor([tokens]), torch.from_numpy(scores[None].copy()))[0].numpy()
+        np.testing.assert_allclose(
+            loop.processed(scores, tokens[:1], tokens[1:], settings), expected, rtol=1e-5, atol=1e-5
+        )
+
+
+# What the pipelines write before each text.
+
+
+def edit(folder: Path, **settings: Any) -> Path:
+    """The checkpoint with these keys in its config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    return folder
+
+
+def test_the_prefix_of_a_text_to_text_model(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """As the pipeline of transformers 4.57: config.json's prefix, or that of its own task_specific_params."""
+    params = {
+        "summarization": {"prefix": "summarize: ", "min_length": 30},
+        "text2text-generation": {"prefix": "please sell ", "num_beams": 2, "min_length": 9, "early_stopping": True},
+    }
+    source = edit(copy(checkpoint, tmp_path / "mine", "bart"), prefix="never ", task_specific_params=params)
+    engine = exported(tmp_path / "out", "bart", source)
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(checkpoint("bart", TASKS["bart"][1])).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    own = {"num_beams": 2, "early_stopping": True, "min_length": 9}
+    got = answers(engine, [Request({"text": text}, {"max_new_tokens": 20}) for text in TEXTS])
+    assert [written(v) for v in got] == [generated(model, tokenizer, "please sell " + text, **own) for text in TEXTS]
+    assert [written(v) for v in got] != [generated(model, tokenizer, text, **own) for text in TEXTS]
+    assert engine.manifest.parameters["num_beams"] == 2
+
+    text = "a parcel " * 90
+    [cut] = engine.answer([Request({"text": text}, {"max_new_tokens": 4, "long_inputs": "truncate"})])
+    start, end = cut.unseen["text"]  # type: ignore[union-attr]  # counted in the client's own text
+    whole = tokenizer("please sell " + text[:start])["input_ids"]
+    assert end == len(text) and len(whole) in (127, 128, 129)
+
+
+def test_the_prefix_of_a_decoder(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Written before each prompt, not told, and not counted in max_length, as in the pipeline."""
+    params = {
+        "text-generation": {"do_sample": True, "max_length": 9, "prefix": "never "}
+    }  # which transformers 5 ignores
+    source = copy(checkpoint, tmp_path / "mine", "gpt2", max_length=24, min_length=20, eos_token_id=[9, 11])
+    edit(source, prefix="please sell the train ", task_specific_params=params)
+    engine = exported(tmp_path / "out", "gpt2", source)
+    pipeline = transformers.pipeline("text-generation", model=str(source), device="cpu")
+    for text in ("The", "Where is", "Ada"):
+        [value] = answers(engine, [Request({"text": text})])
+        if int(transformers.__version__.split(".")[0]) >= 5:
+            assert value == pipeline([text], do_sample=False)[0]
+        assert written(value).startswith(text)
+    assert engine.manifest.facts["prefix"] == "please sell the train "
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"prefix": ["a"]}, r"config.json says prefix = \['a'\], but it should be a string"),
+        (
+            {"task_specific_params": {"text2text-generation": {"num_return_sequences": 2}}},
+            "sets num_return_sequences to 2",
+        ),
+        ({"task_specific_params": {"text2text-generation": {"tone": "warm"}}}, "task_specific_params has the key tone"),
+    ],
+)
+def test_a_prefix_or_part_that_cannot_be_followed(
+    settings: Dict[str, Any], words: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    source = edit(copy(checkpoint, tmp_path / "mine", "bart"), **settings)
+    with pytest.raises(TraceserveError, match=words):
+        exported(tmp_path / "out", "bart", source)
