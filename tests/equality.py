@@ -40,7 +40,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from traceserve import formats
-from traceserve.verification import LIMITS
+from traceserve.findings import LIMITS
 from traceserve.writers import WRITERS
 from traceserve_runtime.engine import Answer, Engine
 from traceserve_runtime.tasks import TASKS

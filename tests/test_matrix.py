@@ -15,7 +15,7 @@ import transformers
 from conftest import SUMMARY, run_export
 from oracle import ANSWERS, ASKED, CASES, TEXTS, answers, assert_equal, generated, written
 from traceserve import demo, formats, samples, verification
-from traceserve.verification import LIMITS
+from traceserve.findings import LIMITS
 from traceserve.writers import WRITERS, aot_inductor
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.tasks import TASKS

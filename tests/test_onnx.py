@@ -20,8 +20,8 @@ from traceserve import cli, sources, verification
 from traceserve.config import parse
 from traceserve.errors import ConfigError, ExportError
 from traceserve.export import Exported
+from traceserve.findings import Limit
 from traceserve.samples import SENTENCES
-from traceserve.verification import Limit
 from traceserve.writers import onnx as writer
 from traceserve.writers import onnx_export, onnx_weights
 from traceserve.writers.contract import Target

@@ -18,8 +18,8 @@ from traceserve.config import parse
 from traceserve.corpus import sentences
 from traceserve.errors import ConfigError, ExportError
 from traceserve.export import Exported
+from traceserve.findings import LIMITS, Findings, Limit
 from traceserve.samples import SENTENCES, calibration
-from traceserve.verification import LIMITS, Findings, Limit
 from traceserve.writers import WRITERS, torchscript
 from traceserve_runtime import batching, processor
 from traceserve_runtime.batching import CostModel

@@ -14,10 +14,10 @@ from conftest import run_export
 from traceserve import loading, quantization, sources
 from traceserve.config import parse
 from traceserve.errors import DriftError, ExportError
+from traceserve.findings import LIMITS
 from traceserve.quantization import KEPT_SHARES, Int8Linear, quantized
 from traceserve.samples import SENTENCES
 from traceserve.sensitivity import linears, measure
-from traceserve.verification import LIMITS
 from traceserve_runtime import processor
 from traceserve_runtime.engine import Answer, Engine
 from traceserve_runtime.tasks.contract import Request

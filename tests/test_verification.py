@@ -15,7 +15,7 @@ from traceserve.config import parse
 from traceserve.errors import DriftError, ExportError
 from traceserve.export import candidate_shapes
 from traceserve.loading import Original
-from traceserve.verification import Reference
+from traceserve.reference import Reference
 from traceserve.writers import WRITERS, torchscript
 from traceserve.writers.contract import Writer, Written
 from traceserve_runtime.engine import Answer, Engine

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Sequence
 from traceserve_runtime.errors import TraceserveError
 
 if TYPE_CHECKING:
-    from traceserve.verification import Findings
+    from traceserve.findings import Findings
 
 
 class ConfigError(TraceserveError):

@@ -19,14 +19,17 @@ from traceserve import artifact, cores, formats, loading, samples, sources
 from traceserve.config import Loaded, SetupConfig
 from traceserve.corpus import sentences
 from traceserve.errors import DriftError, ExportError
+from traceserve.findings import Findings
 from traceserve.loading import Original
+from traceserve.reference import Reference
 from traceserve.speeds import measure
-from traceserve.verification import CORPUS, Findings, Progress, Reference, verify
+from traceserve.verification import CORPUS, Progress, verify
 from traceserve.writers import WRITERS
 from traceserve.writers.compilers import CompileError
 
 _WRITTEN_TEXTS = 16  # whose speed is measured
 # Of what is compiled for a chip, what the gate compared: not the compiled graphs themselves, where no chip is at hand.
+REFUSED = "rewritten_graph_refused"  # of the receipt: the variants with which the rewritten graph did not pass
 COMPILED, BEFORE_COMPILING = "compiled graphs", "graphs before they were compiled"
 
 
@@ -257,10 +260,10 @@ class _Attempt:
         hand. What differs before is not compiled.
         """
         if self.config.hardware not in formats.FIXED_SHAPES:
-            return self._write(lowered, shapes, folder), self._verify(folder)
+            return self._written(lowered, shapes, folder)
         with tempfile.TemporaryDirectory(prefix=".rehearsal.", dir=folder.parent) as scratch:
             rehearsal = self._write(replace(lowered, dtype="float32"), shapes, Path(scratch), rehearsal=True)
-            before = self._verify(Path(scratch))
+            before = self._verify(Path(scratch), only_usual=True)
         before.compared = {"compared": BEFORE_COMPILING}
         if not before.passed:
             return rehearsal, before
@@ -271,8 +274,20 @@ class _Attempt:
         findings.compared = {"compared": COMPILED, "before_compiling": before.receipt()}
         return manifest, findings
 
-    def _verify(self, folder: Path) -> Findings:
-        return verify(folder, self.reference, self.own_samples, self.progress)
+    def _written(self, lowered: Original, shapes: Shapes, folder: Path) -> Tuple[Manifest, Findings]:
+        """The artifact, and what the gate found of it: where it did not pass, without what it can do without."""
+        manifest, findings = self._write(lowered, shapes, folder), self._verify(folder)
+        if not findings.outputs_differ:
+            return manifest, findings
+        plainer = WRITERS[self.config.save_mode].plainer(manifest, folder, findings.failing_files)
+        again = self._verify(folder) if plainer else findings
+        if plainer is None or not again.passed:
+            return manifest, findings
+        again.compared = {REFUSED: [found.row for found in findings.every if not found.alike]}
+        return plainer, again
+
+    def _verify(self, folder: Path, only_usual: bool = False) -> Findings:
+        return verify(folder, self.reference, self.own_samples, self.progress, only_usual)
 
     def _write(self, lowered: Original, shapes: Shapes, folder: Path, rehearsal: bool = False) -> Manifest:
         return artifact.write(self.config, self.source, lowered, shapes, self.name, folder, self.progress, rehearsal)

@@ -9,7 +9,7 @@ from traceserve_runtime.errors import TraceserveError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from traceserve.verification import Findings
+    from traceserve.findings import Findings
 
 
 def console(error: bool = False) -> Console:
@@ -58,14 +58,21 @@ def megabytes(size: int) -> str:
 
 
 def print_findings(findings: Findings) -> None:
-    """The failing cells, and the samples whose answers changed."""
+    """Of each variant that did not pass the failing cells, and the samples whose answers changed."""
+    for found in findings.every:
+        if not found.alike:
+            _print_variant(found)
+
+
+def _print_variant(findings: Findings) -> None:
     from rich.table import Table
 
     screen = console(error=True)
+    where = f" ({findings.variant}, on {findings.device})" if findings.variant else ""
     if findings.failure:
-        screen.print(f"the exported model failed: {findings.failure}", highlight=False)
+        screen.print(f"the exported model failed{where}: {findings.failure}", highlight=False)
     if findings.failed:
-        table = Table("batch", "length", "padded", "output", "difference", "limit", title="outputs that differ")
+        table = Table("batch", "length", "padded", "output", "difference", "limit", title=f"outputs that differ{where}")
         for cell in findings.failed[:20]:
             row = (
                 cell.batch,
@@ -85,7 +92,7 @@ def print_findings(findings: Findings) -> None:
     ):
         if samples:
             shown = ", ".join(f"#{number + 1}" for number in samples[:10])
-            screen.print(f"{len(samples)} of {findings.answers} samples are {what}: {shown}", highlight=False)
+            screen.print(f"{len(samples)} of {findings.answers} samples are {what}{where}: {shown}", highlight=False)
 
 
 def print_error(error: TraceserveError) -> None:

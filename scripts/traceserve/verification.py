@@ -1,6 +1,6 @@
-"""The gate: the original against the artifact, as the worker reads it; and the receipt.
+"""The gate: the original against the artifact, in every variant that a worker may run.
 
-Two questions, each on real sentences. Of the model: do its outputs equal the original's on a grid of batch sizes and
+Two questions of each, each on real sentences. Of the model: do its outputs equal the original's on a grid of batch sizes and
 lengths, padded and not? Of the whole: does the engine, text in and answer out, answer as the original does? The
 original runs each row alone, without padding, in float32.
 """
@@ -8,10 +8,10 @@ original runs each row alone, without padding, in float32.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Dict, Iterator, List, Sequence, Tuple
 
 import numpy as np
 from traceserve_runtime import batching
@@ -20,189 +20,91 @@ from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import TraceserveError
 from traceserve_runtime.feeds import FEEDS
 from traceserve_runtime.manifest import Manifest
+from traceserve_runtime.runtimes import VARIANTS
 from traceserve_runtime.tasks.contract import Request, by_part
 from traceserve_runtime.tokenization import Encoded, Row, Segments, TextTokenizer
 
+from traceserve import devices
 from traceserve.corpus import sentences
+from traceserve.findings import LIMITS, Cell, Findings
 from traceserve.loading import Original
+from traceserve.reference import FORCED_STEPS, Reference, run_forced, run_original, run_text
 from traceserve.samples import TEXTS
 
-
-class Limit(NamedTuple):
-    """What is allowed of a dtype: the largest difference of an output, relative to its largest value where that is
-    above 1; and the share of answers that change.
-
-    The user's own samples decide where they are enough to tell: 334 for a share of 0.003. Otherwise all samples do, and
-    more may change: the built-in texts are not of the model's kind, so that it guesses at them, and many answers are near
-    ties. (Measured: six to ten times as many of them change as of the texts that a model is for, `docs/measurements.md`.)
-    """
-
-    difference: float
-    changed: float
-    changed_elsewhere: float
-
-
-LIMITS = {
-    "float32": Limit(1e-4, 0.0, 0.0),
-    "bfloat16": Limit(0.1, 0.003, 0.015),
-    "float16": Limit(0.02, 0.003, 0.015),
-    "int8": Limit(0.3, 0.003, 0.015),
-}
 CORPUS = 512  # sentences that a lower precision is asked beside the samples
+OWN_OF_OTHERS = 64  # of the user's samples in float32, for each variant but the usual one
 BATCHES = (1, 2, 5)
-FORCED_STEPS = 3  # of a loop, in each cell of the grid
 
 Progress = Callable[[str, int, int], None]  # what is being done, how many steps of how many are done
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One place of the grid and the largest difference found there, relative as Limit says."""
-
-    batch: int
-    length: int
-    padded: bool
-    output: str
-    difference: float
-
-
-@dataclass
-class Findings:
-    """What the gate found."""
-
-    limit: Limit
-    cells: List[Cell] = field(default_factory=list)
-    answers: int = 0
-    own_answers: int = 0  # of these, to the user's own samples
-    changed: List[int] = field(default_factory=list)  # of the samples, the user's own last
-    own_changed: int = 0
-    tokenized_otherwise: List[int] = field(default_factory=list)  # of the samples
-    failure: Optional[str] = None  # why the artifact could not be run at all
-    compared: Dict[str, Any] = field(default_factory=dict)  # for the receipt, where it was not the artifact alone
-
-    @property
-    def failed(self) -> List[Cell]:
-        """The cells over the limit; a difference that is no number is over it too."""
-        return [cell for cell in self.cells if not cell.difference <= self.limit.difference]
-
-    @property
-    def passed(self) -> bool:
-        """Whether the artifact answers as the original does."""
-        return not (self.failure or self.failed or self.tokenized_otherwise or self.too_many_changed)
-
-    @property
-    def own_decide(self) -> bool:
-        """Whether the user's own samples are enough to tell whether too many answers change."""
-        return self.limit.changed * self.own_answers >= 1
-
-    @property
-    def too_many_changed(self) -> bool:
-        """Whether more answers changed than the limit allows."""
-        if self.own_decide:
-            return self.own_changed > self.limit.changed * self.own_answers
-        return len(self.changed) > self.limit.changed_elsewhere * self.answers
-
-    @property
-    def largest_difference(self) -> float:
-        """Over all cells, relative as Limit says."""
-        return float(np.max([cell.difference for cell in self.cells], initial=0.0))  # NaN prevails, as it should
-
-    def receipt(self) -> Dict[str, Any]:
-        """What the manifest records."""
-        return {
-            "passed": self.passed,
-            "limits": self.limit._asdict(),
-            "cells": len(self.cells),
-            "batches": sorted({cell.batch for cell in self.cells}),
-            "lengths": sorted({cell.length for cell in self.cells}),
-            "largest_difference": self.largest_difference,
-            "answers": self.answers,
-            "answers_changed": len(self.changed),
-            "own_answers": self.own_answers,
-            "own_answers_changed": self.own_changed,
-            **self.compared,
-        }
-
-
-class Reference:
-    """The original's outputs, each computed once however many artifacts are compared with it."""
-
-    def __init__(self, original: Original) -> None:
-        self.original = original
-        self._known: Dict[Any, Arrays] = {}
-
-    def outputs(self, key: Any, compute: Callable[[], Arrays]) -> Arrays:
-        """What `compute` gives, the first time that it is asked for."""
-        if key not in self._known:
-            self._known[key] = compute()
-        return self._known[key]
-
-
-def verify(folder: Path, reference: Reference, own_samples: Sequence[Request], progress: Progress) -> Findings:
+def verify(
+    folder: Path,
+    reference: Reference,
+    own_samples: Sequence[Request],
+    progress: Progress,
+    only_usual: bool = False,
+) -> Findings:
     """Compare the artifact in `folder` with the original on the built-in samples and on `own_samples`.
 
+    In each variant that a worker may run, on each device at hand; unless the one that is usual here fails, or `only_usual`.
     A lower precision, of which few changed answers are allowed, is asked more: of 30 answers none may tell.
     """
-    engine = Engine.load(folder)
-    limit = LIMITS[engine.manifest.dtype]
-    more = sentences(CORPUS) if limit.changed and not engine.task.loop else ()
-    samples = [*engine.task.from_texts((*TEXTS, *more)), *own_samples]
-    findings = Findings(limit)
-    try:
-        # Before anything is compared: what an executor optimises after its first runs is compared too.
-        engine.warm_up()
-        _compare_outputs(engine, reference, findings, progress)
-        _compare_answers(engine, reference, samples, len(own_samples), findings, progress)
-    except RuntimeError as error:
-        lines = [line for line in str(error).strip().splitlines() if line.strip()]
-        findings.failure = lines[-1] if lines else type(error).__name__
+    usual = Engine.load(folder)
+    manifest, task = usual.manifest, usual.task
+    limit = LIMITS[manifest.dtype]
+    more = sentences(CORPUS) if limit.changed and not task.loop else ()
+    built_in = task.from_texts((*TEXTS, *more))
+    gate = _Gate(reference, built_in, own_samples, progress)
+    first, *others = VARIANTS[manifest.save_mode](manifest, folder, devices.at_hand(manifest.hardware))
+    findings = gate.compare(usual, Findings(limit, first.file, first.how, first.device))
+    del usual  # each has weights of its own
+    if not findings.passed or only_usual:
+        return findings
+    gate = replace(gate, own=_spread(own_samples) if not limit.changed else own_samples)
+    for variant in others:
+        found = Findings(limit, variant.file, variant.how, variant.device)
+        findings.others.append(gate.compare(Engine(folder, manifest, task, variant.read()), found))
     return findings
 
 
-def _read_forced(engine: Engine, rows: Sequence[Row]) -> List[Arrays]:
+def _spread(samples: Sequence[Request]) -> Sequence[Request]:
+    """Some of the user's samples, from the first to the last: where no answer may change, outputs tell more than answers."""
+    return samples[:: -(-len(samples) // OWN_OF_OTHERS) or 1]
+
+
+@dataclass(frozen=True)
+class _Gate:
+    """What every variant of every artifact is asked."""
+
+    reference: Reference
+    built_in: Sequence[Request]
+    own: Sequence[Request]
+    progress: Progress
+
+    def compare(self, engine: Engine, findings: Findings) -> Findings:
+        """Fill in the findings of a variant."""
+        try:
+            # Before anything is compared: what an executor optimises after its first runs is compared too.
+            engine.warm_up()
+            _compare_outputs(engine, self.reference, findings, self.progress)
+            samples = [*self.built_in, *self.own]
+            _compare_answers(engine, self.reference, samples, len(self.own), findings, self.progress)
+        except RuntimeError as error:
+            lines = [line for line in str(error).strip().splitlines() if line.strip()]
+            findings.failure = lines[-1] if lines else type(error).__name__
+        return findings
+
+
+def _read_forced(engine: Engine, rows: Sequence[Row], manifest: Manifest) -> List[Arrays]:
     """The logits, (FORCED_STEPS + 1, vocabulary), where a loop is made to read given tokens after its rows."""
     from traceserve.looping import forced_tokens
 
-    feed = FEEDS[engine.task.loop](engine.runner, rows, engine.manifest, Stats())
+    feed = FEEDS[engine.task.loop](engine.runner, rows, manifest, Stats())
     forced = np.array([forced_tokens(row, FORCED_STEPS) for row in rows])
     same_rows = np.arange(len(rows))
     logits = [feed.first(), *(feed.next(same_rows, forced[:, step]) for step in range(FORCED_STEPS))]
     return [{"logits": np.stack([step[i] for step in logits])} for i in range(len(rows))]
-
-
-def _original_forced(original: Original, loop: str, row: Row) -> Arrays:
-    """What `_read_forced` is compared with."""
-    import torch
-
-    from traceserve.looping import LOOPS
-
-    with torch.no_grad():
-        return {"logits": LOOPS[loop].forced(original, row, FORCED_STEPS).float().numpy()}
-
-
-def _original_text(original: Original, loop: str, row: Row, request: Request) -> Arrays:
-    """The new tokens that the original's own `generate` writes after one row alone."""
-    import torch
-
-    from traceserve.looping import generate
-
-    with torch.no_grad():
-        tokens = generate(original, loop, row, request)
-    return {"tokens": np.array(tokens, dtype=np.int64)}
-
-
-def run_original(original: Original, row: Row, outputs: Sequence[str]) -> Arrays:
-    """The original's outputs for one row alone, without padding: each as the row has it, without the batch."""
-    import torch
-
-    columns = {
-        "input_ids": row.encoding.ids,
-        "attention_mask": [1] * row.length,
-        "token_type_ids": row.encoding.type_ids,
-    }
-    with torch.no_grad():
-        result = original.model(**{name: torch.tensor([columns[name]]) for name in original.inputs})
-    return {name: result[name][0].float().numpy() for name in outputs}
 
 
 def _compare_outputs(engine: Engine, reference: Reference, findings: Findings, progress: Progress) -> None:
@@ -213,25 +115,29 @@ def _compare_outputs(engine: Engine, reference: Reference, findings: Findings, p
     loop = engine.task.loop
     grid = list(_grid(manifest))
     for step, (batch, length, padded) in enumerate(grid):
-        progress("comparing outputs", step, len(grid))
+        progress(f"comparing outputs of {findings.variant}", step, len(grid))
         most = _longest_row(engine)
         lengths = [min(n, most) for n in _row_lengths(manifest, batch, length, padded)]
+        shapes = manifest.shapes
+        if padded and batch == 1:  # as with a `length_step`
+            shapes = shapes.stepped(min(length, most), manifest.max_length)
+        run_as = replace(manifest, shapes=shapes)
         keys = [(row_length, i) for i, row_length in enumerate(lengths)]
         for key in keys:
             row = rows.get(*key)
             if loop:
-                compute = partial(_original_forced, original, loop, row)
+                compute = partial(run_forced, original, loop, row)
             else:
                 compute = partial(run_original, original, row, manifest.outputs)
             expected[key] = reference.outputs(("row", *key), compute)
         if loop:
-            got = _read_forced(engine, [rows.get(*key) for key in keys])
+            got = _read_forced(engine, [rows.get(*key) for key in keys], run_as)
         else:
-            got = batching.run(engine.runner, [rows.get(*key) for key in keys], manifest, per_token, Stats())
+            got = batching.run(engine.runner, [rows.get(*key) for key in keys], run_as, per_token, Stats())
         for output in manifest.outputs:
             differences = [_difference(one[output], expected[key][output]) for one, key in zip(got, keys)]
             findings.cells.append(Cell(batch, length, padded, output, float(np.max(differences))))
-    progress("comparing outputs", len(grid), len(grid))
+    progress(f"comparing outputs of {findings.variant}", len(grid), len(grid))
 
 
 def _longest_row(engine: Engine) -> int:
@@ -251,8 +157,7 @@ def _grid(manifest: Manifest) -> Iterator[Tuple[int, int, bool]]:
         for batch in BATCHES:
             if batch <= most_rows:
                 yield batch, length, False
-                if batch > 1 or manifest.shapes.lengths is not None:
-                    yield batch, length, True
+                yield batch, length, True
 
 
 def _row_lengths(manifest: Manifest, batch: int, length: int, padded: bool) -> List[int]:
@@ -261,8 +166,8 @@ def _row_lengths(manifest: Manifest, batch: int, length: int, padded: bool) -> L
         return [length] * batch
     below = max([n for n in manifest.shapes.lengths or () if n < length], default=2)  # runs at a smaller shape
     shorter = [max(below + 1, length * share // 6) for share in (4, 2, 3)]
-    # Where any length is allowed, one whole row gives the cell its length.
-    whole = 1 if manifest.shapes.lengths is None else 0
+    # Where any length is allowed, one whole row gives the cell its length; a row alone has padding with a `length_step`.
+    whole = 1 if manifest.shapes.lengths is None and batch > 1 else 0
     return [length] * whole + [shorter[i % 3] for i in range(batch - whole)]
 
 
@@ -323,7 +228,7 @@ def _compare_answers(
     answers = engine.answer(samples)
     encoded = engine.task.encode(samples)
     for i, (sample, item, answer) in enumerate(zip(samples, encoded, answers)):
-        progress("comparing answers", i, len(samples))
+        progress(f"comparing answers of {findings.variant}", i, len(samples))
         if isinstance(item, TraceserveError) or not engine.task.repeatable(sample):
             continue  # a sample that this model refuses, as its own setting says
         is_own = i >= len(samples) - own
@@ -341,7 +246,7 @@ def _compare_answers(
         if changed:
             findings.changed.append(i)
             findings.own_changed += is_own
-    progress("comparing answers", len(samples), len(samples))
+    progress(f"comparing answers of {findings.variant}", len(samples), len(samples))
 
 
 def _expected(engine: Engine, reference: Reference, row: Row, sample: Request) -> Arrays:
@@ -350,7 +255,7 @@ def _expected(engine: Engine, reference: Reference, row: Row, sample: Request) -
     tokens = (tuple(row.encoding.ids), tuple(row.encoding.type_ids))
     if task.loop:
         asked = json.dumps(sample.parameters, sort_keys=True)
-        return reference.outputs((asked, tokens), partial(_original_text, original, task.loop, row, sample))
+        return reference.outputs((asked, tokens), partial(run_text, original, task.loop, row, sample))
     whole = partial(run_original, original, row, engine.manifest.outputs)
     return reference.outputs(tokens, lambda: task.keep(row, whole()))
 

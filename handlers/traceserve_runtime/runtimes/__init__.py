@@ -1,20 +1,29 @@
-"""One file per save mode: how it is read. A runner takes named arrays and gives named arrays."""
+"""One file per save mode: how it is read, and in which variants. A runner takes named arrays and gives named arrays."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Callable, Dict
+from typing import Callable, Dict, List, Sequence
 
 from traceserve_runtime.batching import Runner
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runtimes import aot_inductor, onnx, pretrained, torchscript
+from traceserve_runtime.runtimes.variants import Variant
 from traceserve_runtime.settings import Settings
 
 Reader = Callable[[Manifest, Path, str, Settings], Runner]  # the third is the device
+Variants = Callable[[Manifest, Path, Sequence[str]], List[Variant]]  # on these devices; first what is usual here
 
 RUNTIMES: Dict[str, Reader] = {
     "torchscript": torchscript.read,
     "pretrained": pretrained.read,
     "onnx": onnx.read,
     "aot_inductor": aot_inductor.read,
+}
+
+VARIANTS: Dict[str, Variants] = {
+    "torchscript": torchscript.variants,
+    "pretrained": pretrained.variants,
+    "onnx": onnx.variants,
+    "aot_inductor": aot_inductor.variants,
 }

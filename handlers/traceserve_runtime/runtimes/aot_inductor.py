@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import platform
 from concurrent.futures import Executor
+from functools import partial
 from pathlib import Path
-from typing import Any, Optional, Sequence, Tuple
+from typing import Any, List, Optional, Sequence, Tuple
 
 from traceserve_runtime import processor
 from traceserve_runtime.batching import Arrays, Padding, State
@@ -13,6 +14,7 @@ from traceserve_runtime.errors import InvalidManifest, MissingPackage
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runtimes import team
 from traceserve_runtime.runtimes.torchscript import settle
+from traceserve_runtime.runtimes.variants import Variant
 from traceserve_runtime.settings import Settings
 
 # `Manifest.runtime`: what the code was compiled with and for.
@@ -71,6 +73,11 @@ def read(manifest: Manifest, folder: Path, device: str, settings: Settings = Set
             f"{manifest.model_file} cannot be loaded by torch {torch.__version__}: {reason}"
         ) from error
     return AotInductorRunner(model, manifest)
+
+
+def variants(manifest: Manifest, folder: Path, devices: Sequence[str]) -> List[Variant]:
+    """The one way in which this code may be run."""
+    return [Variant(manifest.model_file, "as compiled", "cpu", partial(read, manifest, folder, "cpu"))]
 
 
 def _check(manifest: Manifest, version: str) -> None:

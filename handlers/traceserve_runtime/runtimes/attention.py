@@ -41,10 +41,13 @@ _ADDED = """graph(%mask : Tensor):
   return (%added)"""
 
 
+def sooner_wide() -> bool:
+    """Whether attention is computed sooner in float32 on this processor."""
+    return processor.is_x86() and "amx_bf16" not in processor.features()
+
+
 def widen(module: Any) -> int:
     """Rewrite the graphs of a module on the CPU, before its first run; gives how many attentions are in float32 now."""
-    if not processor.is_x86() or "amx_bf16" in processor.features():
-        return 0
     return sum(_widen(graph) for graph in devices.graphs(module))
 
 

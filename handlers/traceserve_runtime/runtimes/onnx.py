@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Executor
+from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -12,6 +13,7 @@ from traceserve_runtime import processor
 from traceserve_runtime.batching import Arrays, Padding, State
 from traceserve_runtime.errors import InvalidManifest, MissingPackage
 from traceserve_runtime.manifest import Manifest
+from traceserve_runtime.runtimes.variants import Variant
 from traceserve_runtime.settings import Settings
 
 # `Manifest.runtime`: the file of each graph, and how ONNX Runtime optimizes it when it is read.
@@ -126,6 +128,12 @@ def read(manifest: Manifest, folder: Path, device: str, settings: Settings = Set
             ) from error
         graphs[name] = _Graph(session)
     return OnnxRunner(graphs, manifest)
+
+
+def variants(manifest: Manifest, folder: Path, devices: Sequence[str]) -> List[Variant]:
+    """The one way in which these graphs may be run: the archive says how they are optimized."""
+    how = f"by ONNX Runtime, {manifest.runtime[LEVEL]}"
+    return [Variant(manifest.model_file, how, "cpu", partial(read, manifest, folder, "cpu"))]
 
 
 def int8_known(version: str) -> bool:

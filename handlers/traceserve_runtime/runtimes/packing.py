@@ -72,6 +72,11 @@ def pack(module: Any) -> int:
     return sum(_pack_entry(entry, dtypes, packed) for entry in devices.entries(module)) if dtypes else 0
 
 
+def possible() -> bool:
+    """Whether `pack` does anything here."""
+    return bool(_dtypes())
+
+
 def _dtypes() -> List[torch.dtype]:
     """What oneDNN packs on this processor; it refuses bfloat16 where torch itself would emulate it."""
     import torch

@@ -9,14 +9,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, ContextManager, Dict, Iterator, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Callable, ContextManager, Dict, Iterator, List, Sequence, Tuple
 
 from traceserve_runtime import batching
 from traceserve_runtime.errors import InvalidManifest, MissingPackage, reason
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runtimes import calling
 from traceserve_runtime.runtimes.torchscript import TorchScriptRunner, settle
+from traceserve_runtime.runtimes.variants import Variant
 from traceserve_runtime.settings import Settings
 
 if TYPE_CHECKING:
@@ -85,6 +87,12 @@ def read(manifest: Manifest, folder: Path, device: str, settings: Settings = Set
     runner = TorchScriptRunner(_Calls(_compiled(calls), computing), manifest, device, own_threads=True)
     _try(runner, manifest)
     return runner
+
+
+def variants(manifest: Manifest, folder: Path, devices: Sequence[str]) -> List[Variant]:
+    """Each way in which this model may be run on these devices: one on each, since the archive says whether it is compiled."""
+    how = "compiled by torch.compile" if manifest.runtime["torch_compile"] else "by transformers"
+    return [Variant(manifest.model_file, how, device, partial(read, manifest, folder, device)) for device in devices]
 
 
 def _load(manifest: Manifest, folder: Path) -> Any:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Any, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from traceserve_runtime.errors import InvalidManifest, MissingPackage
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runtimes import attention, devices, neuron, packing, team, weights
 from traceserve_runtime.runtimes.padded import PaddedRunner
+from traceserve_runtime.runtimes.variants import Variant
 from traceserve_runtime.settings import Settings
 
 if TYPE_CHECKING:
@@ -116,11 +118,74 @@ def read(
     What was compiled for a chip runs there, whatever the device. Raises MissingPackage without torch, the device or what
     the dtype needs of the processor, InvalidManifest for a file that is no TorchScript.
     """
+    return _read(manifest, folder, device, settings.threads, _reading(manifest, device, settings))
+
+
+class _Reading(NamedTuple):
+    """How the files are read, where device, processor and settings decide it; `variants` lists every one.
+
+    `mapped`: the graph alone, over the weights of the model's file. `plain`: that file as torch.jit.load reads it and
+    torch's own executor runs it, in Python or C++, without this runtime.
+    """
+
+    mapped: bool = False
+    packed: bool = False
+    wide_attention: bool = False
+    plain: bool = False
+
+    @property
+    def name(self) -> str:
+        """As the receipt calls it."""
+        if self.plain:
+            return "by plain torch.jit.load"
+        weights_are = "weights packed" if self.packed else "weights mapped" if self.mapped else "moved to its device"
+        return weights_are + (", attention in float32" if self.wide_attention else "")
+
+
+def _reading(manifest: Manifest, device: str, settings: Settings) -> _Reading:
+    """How this machine reads it."""
+    mapped = device == "cpu" and weights.GRAPH_FILE in manifest.files
+    wide = device == "cpu" and manifest.dtype == "bfloat16" and attention.sooner_wide()
+    return _Reading(mapped, mapped and settings.pack_weights, wide)
+
+
+def variants(manifest: Manifest, folder: Path, devices: Sequence[str]) -> List[Variant]:
+    """Each way in which these files may be run on these devices; first what a worker that is alone does here.
+
+    Not each number of threads, nor each `length_step`: the graph is the same, and the gate pads rows to any length.
+    """
+    if manifest.hardware in neuron.CHIPS:
+        return [Variant(manifest.model_file, "as compiled", manifest.hardware, partial(read, manifest, folder, "cpu"))]
+    found = [(device, reading) for device in devices for reading in _readings(manifest, device)]
+    return [
+        Variant(
+            weights.GRAPH_FILE if reading.mapped else manifest.model_file,
+            reading.name,
+            device,
+            partial(_read, manifest, folder, device, None, reading),
+        )
+        for device, reading in found
+    ]
+
+
+def _readings(manifest: Manifest, device: str) -> List[_Reading]:
+    first = _reading(manifest, device, Settings())
+    if device != "cpu":
+        return [first]
+    packed = [first.packed, not first.packed] if first.mapped and packing.possible() else [first.packed]
+    wide = [first.wide_attention, not first.wide_attention] if manifest.dtype == "bfloat16" else [False]
+    found = [first._replace(packed=p, wide_attention=w) for w in wide for p in packed]
+    return [*found, _Reading(plain=True)]
+
+
+def _read(
+    manifest: Manifest, folder: Path, device: str, threads: Optional[int], reading: _Reading
+) -> Union[TorchScriptRunner, PaddedRunner]:
     compiled = manifest.hardware in neuron.CHIPS
     if compiled:  # not in the CPU's bfloat16
-        settle("float32", "cpu", settings.threads)
+        settle("float32", "cpu", threads)
     else:
-        settle(manifest.dtype, device, settings.threads)
+        settle(manifest.dtype, device, threads)
     _settle_executor()
     import torch
 
@@ -128,24 +193,44 @@ def read(
         runner = _runner(neuron.load(manifest, folder / manifest.model_file), manifest, "cpu")
         runner.warm()
         return runner
-    mapped = device == "cpu" and weights.GRAPH_FILE in manifest.files
-    file = weights.GRAPH_FILE if mapped else manifest.model_file
+    file = weights.GRAPH_FILE if reading.mapped else manifest.model_file
     try:
         module = torch.jit.load(str(folder / file), map_location=device).eval()  # type: ignore[no-untyped-call]
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().split("\n", 1)[0]
         raise InvalidManifest(f"{file} cannot be loaded by torch {torch.__version__}: {reason}") from error
+    if reading.plain:
+        return _runner(_Plain(module), manifest, device)
     if device != "cpu":
         devices.rewrite(module, device)
-    elif manifest.dtype == "bfloat16":
+    if reading.wide_attention:
         attention.widen(module)
-    if mapped:
+    if reading.mapped:
         pages = weights.assign(module, folder / manifest.model_file, weights.read_places(folder))
-        if settings.pack_weights and packing.pack(module):
+        if reading.packed and packing.pack(module):
             weights.give_back(pages)
-    unpadded = mapped and manifest.runtime.get(UNPADDED)
+    unpadded = reading.mapped and manifest.runtime.get(UNPADDED)
     padding = IN_ATTENTION._replace(alone=manifest.runtime.get(FILLED, 1)) if unpadded else Padding()
     return _runner(module, manifest, device, padding)
+
+
+class _Plain:
+    """A module, or one of its graphs, run by torch's own executor as it is by default: it profiles, then specialises."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def __call__(self, *tensors: torch.Tensor) -> Any:
+        import torch
+
+        before = torch._C._jit_set_profiling_mode(True)
+        try:
+            return self._module(*tensors)
+        finally:
+            torch._C._jit_set_profiling_mode(before)
+
+    def __getattr__(self, name: str) -> _Plain:
+        return _Plain(getattr(self._module, name))
 
 
 def _runner(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from traceserve_runtime.manifest import Manifest
 
     from traceserve.export import Exported
-    from traceserve.verification import Findings
+    from traceserve.findings import Findings
 
 ARTIFACTS = Path("artifacts")
 STORE = Path("model_store")
@@ -155,16 +155,14 @@ def _print_exported(exported: Exported, path: Path, seconds: float) -> None:
         ("dtype", _dtype(manifest)),
         ("shapes", describe(manifest.shapes, manifest.max_length)),
         *_padding(manifest),
-        (
-            "largest difference",
-            f"{findings.largest_difference:.1e} (limit {findings.limit.difference:.0e}), in {len(findings.cells)} cells",
-        ),
+        ("largest difference", f"{findings.largest_difference:.1e} (limit {findings.limit.difference:.0e})"),
         ("answers changed", _changed(findings)),
         *_compiled(exported),
         ("seconds", f"{seconds:.1f}"),
     ):
         table.add_row(label, value)
     console().print(table, highlight=False)
+    _print_variants(findings)
     if len(exported.candidates) > 1 or exported.compared:
         _print_candidates(exported)
     if not findings.passed:
@@ -178,7 +176,15 @@ def _padding(manifest: Manifest) -> List[Tuple[str, str]]:
 
     if UNPADDED not in manifest.runtime or manifest.step_inputs:
         return []
-    return [("padding", "computed in attention alone" if manifest.runtime[UNPADDED] else "computed as tokens are")]
+    if manifest.runtime[UNPADDED]:
+        return [("padding", "computed in attention alone")]
+    from traceserve.export import REFUSED
+
+    refused = [f"{row['largest_difference']:.1e} in {row['variant']}" for row in manifest.receipt.get(REFUSED, ())]
+    why = (
+        f": the rewritten graph was refused, and left out (largest difference {'; '.join(refused)})" if refused else ""
+    )
+    return [("padding", "computed as tokens are" + why)]
 
 
 def _dtype(manifest: Manifest) -> str:
@@ -206,6 +212,18 @@ def _changed(findings: Findings) -> str:
         return f"{findings.own_changed} of {findings.own_answers} of your samples (limit {limit.changed:.1%})"
     allowed = f" (limit {limit.changed_elsewhere:.1%})" if limit.changed_elsewhere else ""
     return f"{len(findings.changed)} of {findings.answers}{allowed}"
+
+
+def _print_variants(findings: Findings) -> None:
+    """All that was compared with the original: each file and each way in which a worker may run it."""
+    from rich.table import Table
+
+    table = Table("compared", "device", "cells", "largest difference", "answers changed")
+    for found in findings.every:
+        row = found.row
+        changed = f"{row['answers_changed']} of {row['answers']}"
+        table.add_row(row["variant"], row["device"], str(row["cells"]), f"{row['largest_difference']:.1e}", changed)
+    console().print(table, highlight=False)
 
 
 def _print_candidates(exported: Exported) -> None:

@@ -20,6 +20,7 @@ WRITERS: Dict[str, Writer] = {
         shapes=shapes.with_graphs,
         check=torchscript.check,
         options=compiled.OPTIONS,
+        plainer=torchscript.plainer,
     ),
     "pretrained": Writer(
         write=pretrained.write,

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, Mapping, NamedTuple, Optional, Sequence, Tuple, Type
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Collection,
+    Dict,
+    Iterable,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+    Type,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from traceserve_runtime.manifest import Shapes
+    from traceserve_runtime.manifest import Manifest, Shapes
     from traceserve_runtime.tasks.contract import Task
     from traceserve_runtime.tasks.parameters import Parameter
 
@@ -49,6 +62,10 @@ def _nothing(config: SetupConfig) -> Optional[str]:
     return None
 
 
+def _no_plainer(manifest: Manifest, folder: Path, failing: Collection[str]) -> Optional[Manifest]:
+    return None
+
+
 class Writer(NamedTuple):
     """How a save mode is written, and what it can do: `hardware` × `dtypes` × tasks, see `formats`.
 
@@ -59,6 +76,8 @@ class Writer(NamedTuple):
     `shapes(config, max_length)`: the shapes to try, widest first.
     `measured_against`: the save mode whose float32 artifact the gate measures beside this one's; none for that one itself.
     `refuses(config)`: what else of a configuration cannot be, and what can.
+    `plainer(manifest, folder, failing)`: the same artifact, changed in its folder, without what the gate refused and a worker
+    can do without; None where there is nothing of this kind in the files that are `failing`.
     `check(dtype, target)` raises ExportError for what this machine lacks to write it, or to compare it with the original.
     """
 
@@ -74,3 +93,4 @@ class Writer(NamedTuple):
     options: Tuple[Option, ...] = ()
     measured_against: Optional[str] = None
     refuses: Callable[[SetupConfig], Optional[str]] = _nothing
+    plainer: Callable[[Manifest, Path, Collection[str]], Optional[Manifest]] = _no_plainer

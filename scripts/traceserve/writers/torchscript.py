@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple, Type
+from typing import TYPE_CHECKING, Any, Collection, Dict, Optional, Tuple, Type
 
 from traceserve_runtime.errors import reason
+from traceserve_runtime.manifest import sha256
 from traceserve_runtime.runtimes.torchscript import FILLED, UNPADDED
 
 from traceserve.writers import compiled, weights
@@ -15,7 +17,7 @@ from traceserve.writers.contract import Written
 
 if TYPE_CHECKING:
     import torch
-    from traceserve_runtime.manifest import Shapes
+    from traceserve_runtime.manifest import Manifest, Shapes
     from traceserve_runtime.tasks.contract import Task
 
     from traceserve.loading import Original
@@ -98,6 +100,18 @@ def _unpadded(original: Original, file: Path) -> Optional[Unpadded]:
     examples = [example(original, batch, length) for batch, length in shapes]
     reads_first = original.tokenizer_facts.padding_side == "right"
     return unpadding.unpadded(file, original.inputs, examples, original.dtype, reads_first)
+
+
+def plainer(manifest: Manifest, folder: Path, failing: Collection[str]) -> Optional[Manifest]:
+    """The artifact with the traced graph in the place of the rewritten one; None where there is no such; see Writer."""
+    if not manifest.runtime.get(UNPADDED) or MODEL_FILE in failing:
+        return None
+    written = weights.write_graph(folder, MODEL_FILE)
+    files = {**manifest.files, **{file: sha256(folder / file) for file in written}}
+    others = {key: value for key, value in manifest.runtime.items() if key != FILLED}
+    made = replace(manifest, files=files, runtime={**others, UNPADDED: False})
+    made.write(folder)
+    return made
 
 
 def _single(original: Original, task: Type[Task], shapes: Shapes) -> torch.nn.Module:
