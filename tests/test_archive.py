@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict
 
 import pytest
-from traceserve.archive import archive, check_name, read_manifest
+from traceserve.archive import archive, check_name, read_manifest, read_serving, unpack
 from traceserve.errors import ArchiveError
 from traceserve_runtime.errors import InvalidManifest
 from traceserve_runtime.manifest import Manifest, sha256
@@ -211,3 +212,61 @@ def test_an_interrupted_or_failed_build_leaves_what_was_there(checkpoint: Callab
     failed = subprocess.run([*command, "--force"], cwd=tmp_path, capture_output=True, text=True)
     assert failed.returncode == 1 and "error:" in failed.stderr and "Traceback" not in failed.stderr
     assert sha256(mar) == good
+
+
+DAMAGES = 60
+
+
+def test_a_damaged_archive_is_told_in_a_sentence(packed: Path, tmp_path: Path) -> None:
+    """Cut anywhere, or with a byte changed: in what describes the files more often than in the weights."""
+    whole = packed.read_bytes()
+    noise = random.Random(0)
+    with zipfile.ZipFile(packed) as file:
+        directory = file.start_dir
+        headers = [info.header_offset for info in file.infolist()]
+    refused = 0
+    for number in range(3 * DAMAGES):
+        content = bytearray(whole)
+        if number % 3 == 0:
+            content = content[: noise.randrange(len(whole))]
+        else:
+            start = noise.choice(headers) if number % 3 == 1 else directory
+            at = start + noise.randrange(30 if number % 3 == 1 else len(whole) - directory)
+            content[at] ^= 1 << noise.randrange(8)
+        damaged = tmp_path / "damaged.mar"
+        damaged.write_bytes(content)
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        try:
+            read_manifest(damaged)
+            read_serving(damaged)
+            unpack(damaged, folder)
+            Manifest.read(folder)
+        except (ArchiveError, InvalidManifest) as error:
+            assert "\n" not in error.message and error.message
+            refused += 1
+        else:  # of dates, attributes, or versions: the files are the same
+            assert Manifest.read(folder) == read_manifest(packed)
+    assert refused > DAMAGES
+    (tmp_path / "cut.mar").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ArchiveError, match="cut.mar is no archive of traceserve, or was not copied whole: .*again"):
+        read_manifest(tmp_path / "cut.mar")
+    with pytest.raises(ArchiveError, match="a.mar is no archive of traceserve: .*traceserve.json"):
+        with zipfile.ZipFile(tmp_path / "a.mar", "w") as file:
+            file.writestr("MAR-INF/MANIFEST.json", "{}")
+        read_manifest(tmp_path / "a.mar")
+
+
+def test_serving_a_damaged_archive_is_refused_in_one_line(packed: Path, tmp_path: Path) -> None:
+    """Its manifest is whole, and the weights are not."""
+    content = bytearray(packed.read_bytes())
+    with zipfile.ZipFile(packed) as file:
+        info = file.getinfo("traced_model.pt")
+    content[info.header_offset + 1000] ^= 1
+    (tmp_path / "x.mar").write_bytes(content)
+    result = subprocess.run(
+        [sys.executable, "-m", "traceserve", "serve", str(tmp_path / "x.mar")], capture_output=True, text=True
+    )
+    [line] = result.stderr.splitlines()
+    assert result.returncode == 1
+    assert line.startswith(f"error: {tmp_path}/x.mar is damaged: Bad CRC-32 for file 'traced_model.pt'")

@@ -10,17 +10,19 @@ import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
-import tempfile
 import zipfile
+import zlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Dict, Mapping
+from typing import Dict, Mapping, Sequence
 
+from traceserve_runtime.errors import TraceserveError
 from traceserve_runtime.manifest import MANIFEST_FILE, Manifest, sha256
 
-from traceserve import staging
+from traceserve import space, staging
 from traceserve.errors import ArchiveError
 from traceserve.serving import SERVING_FILE, Serving
 
@@ -28,6 +30,21 @@ HANDLER_FILE = "transformer_handler.py"
 RUNTIME = "traceserve_runtime"
 _ARCHIVER_MANIFEST = "MAR-INF/MANIFEST.json"
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the first date that a zip can hold
+_RUNTIME_SIZE = 1 << 20  # of the handler, the runtime and what describes them, at most
+_LARGEST_RATIO = 1100  # of what deflate makes of zeros
+# What zipfile raises for files that are no zip, are cut, or have a byte changed: in names, sizes, methods, flags or data.
+# (A RuntimeError, which NotImplementedError is too, for a method or an encryption that is not known.)
+_DAMAGED = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    KeyError,
+    OSError,
+    EOFError,
+    ValueError,
+    OverflowError,
+    RuntimeError,
+)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # what TorchServe and its archiver allow
 
 
@@ -42,13 +59,32 @@ def archive(artifact: Path, name: str, folder: Path) -> Path:
     """Pack `artifact` and the runtime into `folder/NAME.mar`; raises ArchiveError."""
     manifest = Manifest.read(artifact)  # checks that the artifact is whole, and what was verified
     check_name(name)
-    with tempfile.TemporaryDirectory(prefix="traceserve-") as scratch:
-        stage = Path(scratch, "stage")
+    size = space.size([artifact / file for file in manifest.files]) + _RUNTIME_SIZE
+    space.require(folder, size, f"the archive {name}.mar")
+    with staging.scratch() as temporary, space.Needed(temporary, size, f"{name}.mar, before its dates are removed,"):
+        space.require(temporary, size, f"{name}.mar, before its dates are removed,")
+        stage = temporary / "stage"
         stage.mkdir()
         files = _stage(artifact, manifest, stage)
         replace(manifest, name=name, files=files).write(stage)
-        packed = _pack(stage, name, manifest.model_file, Path(scratch))
-        return _settle(packed, folder / f"{name}.mar")
+        packed = _pack(stage, name, manifest.model_file, temporary)
+        with space.Needed(folder, size, f"the archive {name}.mar"):
+            return _settle(packed, folder / f"{name}.mar")
+
+
+def unpack(path: Path, folder: Path, only: Sequence[str] = ()) -> None:
+    """Extract an archive, or these files of it, into `folder`; raises ArchiveError for a damaged one, NoSpace."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            members = [info for info in file.infolist() if not only or info.filename in only]
+            size = sum(info.file_size for info in members)
+            if size > _LARGEST_RATIO * path.stat().st_size:
+                raise zipfile.BadZipFile("it tells sizes of files that it cannot hold")
+            space.require(folder, size, f"unpacking {path.name}")
+            with space.Needed(folder, size, f"unpacking {path.name}"):
+                file.extractall(folder, members)
+    except _DAMAGED as error:
+        raise _damaged(path, error) from None
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -70,10 +106,23 @@ def _read(path: Path, name: str) -> bytes:
     try:
         with zipfile.ZipFile(path) as file:
             return file.read(name)
-    except FileNotFoundError:
-        raise ArchiveError(f"{path} does not exist; `traceserve build` makes it") from None
-    except (zipfile.BadZipFile, KeyError, OSError) as error:
-        raise ArchiveError(f"{path} is no archive of traceserve: {error}") from None
+    except _DAMAGED as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> TraceserveError:
+    """What to say of a file that cannot be read as an archive."""
+    if isinstance(error, TraceserveError):  # said already
+        return error
+    if isinstance(error, FileNotFoundError):
+        return ArchiveError(f"{path} does not exist; `traceserve build` makes it")
+    if not zipfile.is_zipfile(path):
+        return ArchiveError(
+            f"{path} is no archive of traceserve, or was not copied whole: {error}; build it, or copy it, again"
+        )
+    if isinstance(error, KeyError):
+        return ArchiveError(f"{path} is no archive of traceserve: {error.args[0]}; `traceserve build` makes one")
+    return ArchiveError(f"{path} is damaged: {error}; build it, or copy it, again")
 
 
 def configure(path: Path, serving: Serving) -> None:
@@ -87,6 +136,7 @@ def configure(path: Path, serving: Serving) -> None:
         manifest.write(folder)
         configure_unpacked(folder, serving)
         changed = {name: (folder / name).read_bytes() for name in (MANIFEST_FILE, SERVING_FILE)}
+        space.require(folder, path.stat().st_size, f"another {path.name}")
         _copy(path, folder / path.name, changed)
         shutil.copymode(path, folder / path.name)
 

@@ -11,7 +11,7 @@ from traceserve_runtime import __version__
 from traceserve_runtime.manifest import Manifest, Shapes, Source, sha256
 from traceserve_runtime.tasks import TASKS
 
-from traceserve import formats, libraries
+from traceserve import formats, libraries, space
 from traceserve.config import SetupConfig
 from traceserve.errors import ExportError, UnwritableError
 from traceserve.loading import Original
@@ -37,8 +37,10 @@ def write(
     task = TASKS[config.task]
     writer = WRITERS[config.save_mode]
     outputs = tuple(output.name for output in task.outputs)
+    parameters = sum(tensor.numel() * tensor.element_size() for tensor in original.model.parameters())
     try:
-        written = writer.write(original, task, shapes, folder, target)
+        with space.Needed(folder, parameters, f"the model in {config.save_mode}"):
+            written = writer.write(original, task, shapes, folder, target)
     except KeyError as error:
         raise ExportError(
             f"{type(original.model).__name__} gives no {error.args[0]}, which {config.task} reads"

@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
-from typing import List, Optional
+from typing import Any, List, Optional
 
 from traceserve.errors import NoSpace
 
@@ -48,13 +48,27 @@ def require(folder: Path, needed: int, what: str) -> None:
         raise NoSpace(_sentence(folder, what, needed, free))
 
 
-def told(error: BaseException, folders: List[Path]) -> NoSpace:
+class Needed:
+    """A block that writes about so many bytes into `folder`, by whatever library: a full disk in it is raised as NoSpace."""
+
+    def __init__(self, folder: Path, needed: int, what: str) -> None:
+        self.folder, self.needed, self.what = folder, needed, what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: Optional[BaseException], where: Any) -> None:
+        if error is not None and not isinstance(error, NoSpace) and is_full(error):
+            raise told(error, [self.folder], self.needed, self.what) from error
+
+
+def told(error: BaseException, folders: List[Path], needed: Optional[int] = None, what: str = "a file") -> NoSpace:
     """An error that is_full as one line: of the file that it names, or else of the fullest of the disks in question."""
     path = _named(error)
     if path is None:
-        folders = [_existing(folder.absolute()) for folder in (*folders, Path(tempfile.gettempdir()))]
+        folders = [_existing(folder.absolute()) for folder in (*folders, Path(_temporary()))]
         path = min(folders, key=lambda folder: shutil.disk_usage(folder).free)
-    return NoSpace(_sentence(path, "a file", None, shutil.disk_usage(_existing(path)).free))
+    return NoSpace(_sentence(path, what, needed, shutil.disk_usage(_existing(path)).free))
 
 
 def size(paths: List[Path]) -> int:
@@ -99,8 +113,15 @@ def _sentence(path: Path, what: str, needed: Optional[int], free: int) -> str:
     wanted = f"{what} needs {_mb(needed)}" if needed is not None else f"{what} could not be written whole"
     return (
         f"no space left on the disk of {path}: {wanted}, {_mb(free)} are free to this user at most; free some, or write "
-        f"elsewhere (--output, --store; TMPDIR for temporary files, now {tempfile.gettempdir()})"
+        f"elsewhere (--output, --store; TMPDIR for temporary files, now {_temporary()})"
     )
+
+
+def _temporary() -> str:
+    try:
+        return tempfile.gettempdir()
+    except FileNotFoundError:  # it is tried by writing a file
+        return os.environ.get("TMPDIR", os.curdir)
 
 
 def _mb(count: int) -> str:

@@ -11,12 +11,11 @@ import re
 import shutil
 import socket
 import subprocess
-import zipfile
 from pathlib import Path
 from typing import Dict, List, Mapping, Optional, Tuple
 
 from traceserve import user_folders
-from traceserve.archive import configure_unpacked
+from traceserve.archive import configure_unpacked, unpack
 from traceserve.errors import ServerError
 from traceserve.serving import Serving
 
@@ -41,8 +40,8 @@ def configure(
         sub.mkdir()
     for name, file in files.items():
         # Unpacked here, which takes a third of the time that TorchServe needs for it.
-        with zipfile.ZipFile(file) as archive:
-            archive.extractall(store / name)
+        (store / name).mkdir()
+        unpack(file, store / name)
         if name in servings:
             configure_unpacked(store / name, servings[name])
     shown_host = f"[{host}]" if ":" in host else host

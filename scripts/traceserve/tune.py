@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
-import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
@@ -21,7 +19,7 @@ from traceserve_runtime.tasks.contract import Task
 from traceserve_runtime.tokenization import Encoded
 
 from traceserve import instances, load, server, subjects, torchserve, wire
-from traceserve.archive import read_manifest, read_serving
+from traceserve.archive import read_manifest, read_serving, unpack
 from traceserve.errors import ConfigError, ServerError
 from traceserve.instances import Instance
 from traceserve.knobs import knobs
@@ -29,6 +27,7 @@ from traceserve.load import Result, Target
 from traceserve.padding import Waste, wastes
 from traceserve.racing import Goal, Search, Trial
 from traceserve.serving import Serving
+from traceserve.staging import scratch
 from traceserve.verification import Progress
 
 _SHORTEST, _LONGEST = 0.5, 2.5  # seconds of one measurement, where the budget allows
@@ -181,10 +180,9 @@ def missed(best: Trial, goal: Goal, archive: Path) -> str:
 def _read(archive: Path, manifest: Manifest, file: Path) -> Tuple[Task, Texts]:
     """The samples, tokenized as the archive does it; raises ConfigError for a file without one that it answers."""
     traffic = subjects.traffic(file)
-    with tempfile.TemporaryDirectory(prefix="traceserve-") as folder:
-        with zipfile.ZipFile(archive) as packed:
-            packed.extract(manifest.tokenizer.file, folder)
-        task = load_task(Path(folder), manifest)
+    with scratch() as folder:
+        unpack(archive, folder, [manifest.tokenizer.file])
+        task = load_task(folder, manifest)
     texts = Texts([], [], traffic.content_type, [])
     for number, body in enumerate(traffic.bodies, 1):
         try:
@@ -200,10 +198,9 @@ def _read(archive: Path, manifest: Manifest, file: Path) -> Tuple[Task, Texts]:
 
 def _cost(archive: Path, serving: Serving) -> CostModel:
     """What runs of the model cost on this machine, as its worker measures it."""
-    with tempfile.TemporaryDirectory(prefix="traceserve-") as folder:
-        with zipfile.ZipFile(archive) as packed:
-            packed.extractall(folder)
-        engine = Engine.load(Path(folder), settings=Settings(serving.threads, serving.length_step))
+    with scratch() as folder:
+        unpack(archive, folder)
+        engine = Engine.load(folder, settings=Settings(serving.threads, serving.length_step))
         engine.warm_up()
         engine.measure()
         return engine.cost

@@ -50,7 +50,7 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
     import torch
 
     from traceserve import devices, precision
-    from traceserve.errors import ExportError, UnwritableError
+    from traceserve.errors import ExportError, NoSpace, UnwritableError
     from traceserve.wrapping import masks_without_vmap, plain_names
 
     # A compiler lowers the dtype by itself.
@@ -72,8 +72,8 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
                 saved, step_inputs = _loop(original, task)
             else:
                 saved, step_inputs = _single(original, task, shapes), ()
-            torch.jit.save(saved, str(folder / MODEL_FILE))
-    except ExportError:
+            weights.write_module(saved, folder / MODEL_FILE)
+    except (ExportError, NoSpace):
         raise
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
         raise UnwritableError(
@@ -179,6 +179,4 @@ def _together(graphs: Dict[str, torch.nn.Module]) -> torch.nn.Module:
 
 def save(graphs: Dict[str, torch.nn.Module], file: Path) -> None:
     """Write graphs by name into one file."""
-    import torch
-
-    torch.jit.save(_together(graphs), str(file))
+    weights.write_module(_together(graphs), file)
