@@ -69,10 +69,12 @@ class FillMask(Task):
         answers = []
         for place in masks:
             window, position, _ = places[place]
-            scores = softmax(outputs[window]["logits"][kept[window][position]])
+            logits = outputs[window]["logits"][kept[window][position]]
+            scores = softmax(logits)
             targets = self._targets(self.parameter(request, "targets"), len(scores))
             candidates = np.arange(len(scores)) if targets is None else targets
-            best = candidates[np.argsort(-scores[candidates], kind="stable")[: self.parameter(request, "top_k")]]
+            # By the model's own output: of unlikely tokens many have a score of 0.
+            best = candidates[np.argsort(-logits[candidates], kind="stable")[: self.parameter(request, "top_k")]]
             answers.append(
                 [self._filled(ids, int(place), int(token), scores[token], len(masks) == 1) for token in best]
             )

@@ -51,12 +51,14 @@ class SequenceClassification(Task):
     def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Any:
         function = FUNCTIONS[self.parameter(request, "function_to_apply")]
         scores = average([function(output["logits"]) for output in outputs], rows)
+        # Where the function gives one score for several large outputs, these say which is larger.
+        logits = average([output["logits"] for output in outputs], rows)
+        ranked = np.lexsort((-logits, -scores))
         labels = self.manifest.labels
         if not {"top_k"} & {*request.parameters, *self.manifest.parameters}:
-            best = int(scores.argmax())
+            best = int(ranked[0])
             return {"label": labels[best], "score": float(scores[best])}
-        ranked = np.argsort(-scores, kind="stable")[: self.parameter(request, "top_k")]
-        return [{"label": labels[i], "score": float(scores[i])} for i in ranked]
+        return [{"label": labels[i], "score": float(scores[i])} for i in ranked[: self.parameter(request, "top_k")]]
 
     def same(self, answer: Any, other: Any) -> bool:
         """The same best label, and of independent labels the same ones above 0.5; of a regression, values within a

@@ -69,15 +69,21 @@ class TextRanking(Task):
 
     def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Any:
         function = FUNCTIONS[self.parameter(request, "function_to_apply")]
-        answer = []
-        for i, (_, own) in enumerate(by_part(rows, outputs)):
-            best = max(float(function(output["logits"])[0]) for output in own)
-            document = {"text": request.inputs["documents"][i]} if self.parameter(request, "return_documents") else {}
-            answer.append({"index": i, "score": best, **document})
+        documents = request.inputs["documents"]
+        best = [
+            max((output["logits"][:1] for output in own), key=lambda own: float(own[0]))
+            for _, own in by_part(rows, outputs)
+        ]
+        order = list(range(len(documents)))
         top_k = self.parameter(request, "top_k")
         if self.parameter(request, "sort") or top_k is not None:
-            answer.sort(key=lambda item: -item["score"])
-        return answer[:top_k]
+            # By the model's own output: a sigmoid gives 1 for all that is large, and the order would be lost.
+            order.sort(key=lambda i: -float(best[i][0]))
+        told = self.parameter(request, "return_documents")
+        return [
+            {"index": i, "score": float(function(best[i])[0]), **({"text": documents[i]} if told else {})}
+            for i in order[:top_k]
+        ]
 
     def same(self, answer: Any, other: Any) -> bool:
         """The same scores, to a hundredth."""

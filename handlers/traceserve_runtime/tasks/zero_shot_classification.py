@@ -90,9 +90,11 @@ class ZeroShotClassification(Task):
         )
         if self.parameter(request, "multi_label") or len(labels) == 1:
             scores = softmax(logits[:, [facts["contradiction"], facts["entailment"]]])[:, 1]
+            ranks = logits[:, facts["entailment"]] - logits[:, facts["contradiction"]]
         else:
-            scores = softmax(logits[:, facts["entailment"]])
-        order = scores.argsort()[::-1]
+            ranks = logits[:, facts["entailment"]]
+            scores = softmax(ranks)
+        order = np.lexsort((ranks, scores))[::-1]  # equal scores, as of 1, by what they were made from
         return {
             "sequence": request.inputs["text"],
             "labels": [labels[i] for i in order],
