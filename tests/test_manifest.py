@@ -163,7 +163,16 @@ def keys_of(kind: str) -> List[str]:
     """The dotted keys of the document, of its top level or of the level below."""
     nested = {
         "shapes": ["lengths", "batches", "graph_per_shape"],
-        "tokenizer": ["file", "pad_id", "pad_type_id", "padding_side", "truncation_side", "clean_up", "embeddings"],
+        "tokenizer": [
+            "file",
+            "pad_id",
+            "pad_type_id",
+            "padding_side",
+            "truncation_side",
+            "clean_up",
+            "pieces",
+            "embeddings",
+        ],
         "source": ["name", "kind", "library", "revision", "trust_remote_code", "files"],
     }
     if kind == "nested":

@@ -66,6 +66,7 @@ class TokenizerFacts:
     padding_side: str  # "left" or "right"
     truncation_side: str  # "left" or "right"
     clean_up: bool = False  # whether decoding takes the space before punctuation away
+    pieces: Optional[str] = None  # the file with sentencepiece's model, where that comes first; see `pieces`
     embeddings: Optional[int] = None  # how many of its tokens, the first ones, the model knows, where that is not all
 
 
@@ -161,6 +162,7 @@ class Manifest:
             (self.shapes.batches == (), "shapes.batches should not be empty"),
             (self.model_file not in self.files, f"files lacks the model, {self.model_file}"),
             (self.tokenizer.file not in self.files, f"files lacks the tokenizer, {self.tokenizer.file}"),
+            (self.tokenizer.pieces not in (None, *self.files), f"files lacks the tokenizer's {self.tokenizer.pieces}"),
         ):
             if wrong:
                 raise InvalidManifest(f"{MANIFEST_FILE}: {what}")

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 from tokenizers import Encoding, Tokenizer
 from tokenizers.processors import ByteLevel
 
 from traceserve_runtime.errors import InputTooLong, InvalidManifest, InvalidRequest, TraceserveError
 from traceserve_runtime.manifest import TokenizerFacts
+from traceserve_runtime.pieces import PieceTokenizer
 
 LONG_INPUTS = ("window", "truncate", "reject")
 _SPACES_TO_CLEAN = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
@@ -81,7 +82,9 @@ class TextTokenizer:
         self, folder: Path, facts: TokenizerFacts, max_length: int, max_rows: int, windows: bool = True
     ) -> None:
         try:
-            self._tokenizer = Tokenizer.from_file(str(folder / facts.file))
+            self._tokenizer: Any = Tokenizer.from_file(str(folder / facts.file))
+            if facts.pieces is not None:
+                self._tokenizer = PieceTokenizer(self._tokenizer, folder / facts.pieces)
         except Exception as error:  # tokenizers raises Exception itself for a file that it cannot read
             raise InvalidManifest(f"{facts.file} cannot be read by the tokenizers package: {error}") from error
         self._tokenizer.no_truncation()

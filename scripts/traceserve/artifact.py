@@ -49,7 +49,9 @@ def write(
         raise UnwritableError(error.message + formats.advice(config)) from error
     original.write_tokenizer(folder)
     (folder / SERVING_FILE).write_text(_serving(config), encoding="utf-8")
-    files = (writer.model_file, *written.files, original.tokenizer_facts.file, SERVING_FILE)
+    facts = original.tokenizer_facts
+    tokenizer = (facts.file, *([facts.pieces] if facts.pieces else ()))
+    files = (writer.model_file, *written.files, *tokenizer, SERVING_FILE)
     manifest = Manifest(
         name=name,
         task=config.task,
@@ -65,7 +67,7 @@ def write(
         long_inputs=config.long_inputs or ("window" if task.merges_windows else "reject"),
         max_rows=config.max_rows,
         labels=original.labels,
-        tokenizer=original.tokenizer_facts,
+        tokenizer=facts,
         parameters=original.parameters,
         facts={**original.facts, **written.facts},
         source=source,

@@ -16,7 +16,8 @@ from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import ModelFacts
 
 from traceserve import gguf
-from traceserve.checkpoints import generation, tokenizers
+from traceserve.checkpoints import conversion, generation, tokenizers
+from traceserve.checkpoints.conversion import PIECES_FILE, Converted
 from traceserve.checkpoints.lengths import max_length
 from traceserve.config import SetupConfig
 from traceserve.errors import ConfigError, ExportError, some
@@ -42,6 +43,7 @@ class Original:
     padding_side: str
     truncation_side: str
     dtype: str = "float32"  # what the model is traced in; another one has another model, see `precision`
+    converted: Optional[Converted] = None  # the tokenizer, where transformers runs it in Python only
     known_tokens: Optional[int] = None  # the tokenizer's, where the model lacks some of them
     kept: Tuple[str, ...] = ()  # the layers that are left in float32 all the same
 
@@ -60,6 +62,7 @@ class Original:
             padding_side=self.padding_side,
             truncation_side=self.truncation_side,
             clean_up=_cleans_up(tokenizer),
+            pieces=None if self.converted is None else PIECES_FILE,
             embeddings=self.known_tokens,
         )
 
@@ -76,7 +79,11 @@ class Original:
 
     def write_tokenizer(self, folder: Path) -> None:
         """Write tokenizer.json as transformers uses it, without padding and truncation."""
-        document = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        converted = self.converted
+        if converted is not None:
+            converted.write(folder)
+        backend = self.tokenizer.backend_tokenizer if converted is None else converted.tokenizer
+        document = json.loads(backend.to_str())
         document.update(truncation=None, padding=None)
         text = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
         (folder / TOKENIZER_FILE).write_text(text, encoding="utf-8")
@@ -113,6 +120,7 @@ def load(config: SetupConfig, checkpoint: Checkpoint, config_folder: Path) -> Or
         facts=task.facts(facts),
         padding_side=task.padding_side or tokenizer.padding_side,
         truncation_side=task.truncation_side or tokenizer.truncation_side,
+        converted=conversion.convert(tokenizer) if conversion.converts(tokenizer) else None,
         known_tokens=tokenizers.known_tokens(config, model, tokenizer),
     )
 

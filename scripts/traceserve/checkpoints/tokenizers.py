@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 from traceserve import gguf
+from traceserve.checkpoints import conversion
 from traceserve.errors import ExportError, SourceError, first_line
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def load(config: SetupConfig, checkpoint: Checkpoint) -> Any:
             )
     except Exception as error:  # transformers raises whatever its many tokenizers do
         raise SourceError(f"the tokenizer of {config.model_name} cannot be loaded: {first_line(error)}") from error
-    if not getattr(tokenizer, "is_fast", False):
+    if not getattr(tokenizer, "is_fast", False) and not conversion.converts(tokenizer):
         raise ExportError(
             f"{config.model_name} has no fast tokenizer ({type(tokenizer).__name__} runs in Python only), and the worker "
             "has the tokenizers package only; convert it to a tokenizer.json first"

@@ -1,0 +1,287 @@
+"""Tokenizers that are a model of sentencepiece and a vocabulary of their own, as Marian's and M2M100's.
+
+sentencepiece finds the pieces of a text, the vocabulary (a WordLevel model in tokenizer.json) has their numbers. Both steps
+of sentencepiece are done here as it does them, to the last bit: the package tokenizers normalizes by graphemes, which loses
+marks that follow a replaced letter, and adds scores in another precision, so that ties fall otherwise ("ddddd").
+"""
+
+from __future__ import annotations
+
+import base64
+import heapq
+import json
+import re
+from array import array
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Tuple
+
+from tokenizers import Encoding, Tokenizer
+
+SPACE = "\u2581"  # as sentencepiece writes a space
+UNIGRAM, BPE = "unigram", "bpe"
+_UNKNOWN_PENALTY = 10.0  # of a letter that no piece of an Unigram covers, below the lowest score
+
+
+class Piece(NamedTuple):
+    """A part of a text as the vocabulary is asked for it, and where it stood: [start, end)."""
+
+    text: str
+    start: int
+    end: int
+
+
+class Charsmap:
+    """sentencepiece's table of replacements: the size of a trie, the trie (a double array of darts-clone), its strings.
+
+    Each string ends with a zero byte; a leaf of the trie holds where its string begins.
+    """
+
+    def __init__(self, content: bytes) -> None:
+        size = int.from_bytes(content[:4], "little")
+        self._units = array("I", content[4 : 4 + size])
+        self._strings = content[4 + size :]
+
+    def longest(self, text: bytes, start: int) -> Tuple[int, str]:
+        """How many bytes from `start` on are replaced, 0 where none are; and by what."""
+        units = self._units
+        if not units:
+            return 0, ""
+        node, found, string = _children(0, units[0]), 0, 0
+        for place in range(start, len(text)):
+            letter = text[place]
+            node ^= letter
+            # A zero byte ends keys, and is in none.
+            if not letter or node >= len(units) or units[node] & 0x800000FF != letter:
+                break
+            unit = units[node]
+            node = _children(node, unit)
+            if unit & 0x100:
+                found, string = place + 1 - start, units[node] & 0x7FFFFFFF
+        return found, self._strings[string : self._strings.index(b"\0", string)].decode("utf-8") if found else ""
+
+
+def _children(node: int, unit: int) -> int:
+    return node ^ ((unit >> 10) << ((unit & 0x200) >> 6))
+
+
+class Normalizer:
+    """As sentencepiece's: replaces by its table, and what is left of spaces becomes ▁."""
+
+    def __init__(self, facts: Dict[str, Any]) -> None:
+        self._charsmap = Charsmap(base64.b64decode(facts["charsmap"]))
+        self._add_prefix: bool = facts["add_prefix"]  # whether a text begins with a space of its own
+        self._collapse: bool = facts["collapse"]  # whether spaces go at both ends, and several become one
+        self._own = [piece.encode("utf-8") for piece in sorted(facts["user_defined"], key=len, reverse=True)]
+
+    def normalize(self, text: str) -> Tuple[str, List[Tuple[int, int]]]:
+        """The normalized text, and for each of its characters where it stood."""
+        letters: List[str] = []
+        spans: List[Tuple[int, int]] = []
+        after_space = self._collapse
+        for letter, start, end in self._replaced(text):
+            if after_space:
+                letter = letter.lstrip(" ")
+            if letter:
+                letters.append(letter.replace(" ", SPACE))
+                spans += [(start, end)] * len(letter)
+                after_space = self._collapse and letter.endswith(" ")
+        if self._add_prefix and text:
+            letters.insert(0, SPACE)
+            spans.insert(0, (0, 0))
+        whole = "".join(letters)
+        if self._collapse:
+            whole = whole.rstrip(SPACE)
+        return whole, spans[: len(whole)]
+
+    def _replaced(self, text: str) -> Iterator[Tuple[str, int, int]]:
+        """What parts of the text become, each with where it stood: from the left the longest that has a rule."""
+        content = text.encode("utf-8")
+        place = start = 0
+        while place < len(content):
+            own = next((piece for piece in self._own if content.startswith(piece, place)), None)
+            size, by = (len(own), own.decode("utf-8")) if own is not None else self._charsmap.longest(content, place)
+            if size:
+                end = start + len(content[place : place + size].decode("utf-8"))
+            else:
+                by, end = text[start], start + 1
+                size = len(by.encode("utf-8"))
+            yield by, start, end
+            place, start = place + size, end
+
+
+# From a normalized text to its pieces, in order, each with whether the model knows it.
+Segmentation = Callable[[str], List[Tuple[str, bool]]]
+
+
+def unigram(facts: Dict[str, Any]) -> Segmentation:
+    """The likeliest pieces, as `Model::EncodeOptimized` of sentencepiece's unigram model finds them.
+
+    Scores of paths are kept in 32 bits, as they are there: by this ties are decided.
+    """
+    scores: Dict[str, float] = dict(facts["pieces"])
+    highest, lowest = max(scores.values()), min(scores.values())
+    for piece in facts["user_defined"]:
+        scores[piece] = len(piece.encode("utf-8")) * highest - 0.1
+    unknown = array("f", [array("f", [lowest])[0] - _UNKNOWN_PENALTY])[0]
+    longest = max(map(len, scores))
+
+    def segment(text: str) -> List[Tuple[str, bool]]:
+        count = len(text)
+        best = array("f", bytes(4 * (count + 1)))
+        begins = [-1] * (count + 1)
+        known = [True] * (count + 1)
+        rounded = array("f", [0.0])
+        for start in range(count):
+            here = best[start]
+            for end in range(start + 1, min(start + longest, count) + 1):
+                score = scores.get(text[start:end])
+                if score is not None:
+                    rounded[0] = score + here
+                    if begins[end] < 0 or rounded[0] > best[end]:
+                        best[end], begins[end], known[end] = rounded[0], start, True
+            if text[start] not in scores:
+                rounded[0] = unknown + here
+                if begins[start + 1] < 0 or rounded[0] > best[start + 1]:
+                    best[start + 1], begins[start + 1], known[start + 1] = rounded[0], start, False
+        found: List[Tuple[str, bool]] = []
+        end = count
+        while end > 0:
+            found.append((text[begins[end] : end], known[end]))
+            end = begins[end]
+        return found[::-1]
+
+    return segment
+
+
+def bpe(facts: Dict[str, Any]) -> Segmentation:
+    """Neighbours joined, the pair of the best score first, as sentencepiece's bpe model does it."""
+    scores: Dict[str, float] = dict(facts["pieces"])
+    own = sorted(facts["user_defined"], key=len, reverse=True)
+    whole = re.compile("|".join([*map(re.escape, own), "."]), re.DOTALL)
+    frozen = frozenset(own)
+
+    def segment(text: str) -> List[Tuple[str, bool]]:
+        symbols = whole.findall(text)
+        stuck = [symbol in frozen for symbol in symbols]
+        before = list(range(-1, len(symbols) - 1))
+        after = [*range(1, len(symbols)), -1]
+        agenda: List[Tuple[float, int, int, int]] = []
+
+        def consider(left: int, right: int) -> None:
+            if left >= 0 and right >= 0 and not stuck[left] and not stuck[right]:
+                piece = symbols[left] + symbols[right]
+                if piece in scores:
+                    heapq.heappush(agenda, (-scores[piece], left, right, len(piece)))
+
+        for left in range(len(symbols) - 1):
+            consider(left, left + 1)
+        while agenda:
+            _, left, right, size = heapq.heappop(agenda)
+            if not symbols[left] or not symbols[right] or len(symbols[left]) + len(symbols[right]) != size:
+                continue  # one of them has grown meanwhile
+            symbols[left] += symbols[right]
+            symbols[right] = ""
+            after[left] = after[right]
+            if after[left] >= 0:
+                before[after[left]] = left
+            consider(before[left], left)
+            consider(left, after[left])
+        return [(symbol, symbol in scores or symbol in frozen) for symbol in symbols if symbol]
+
+    return segment
+
+
+SEGMENTATIONS: Dict[str, Callable[[Dict[str, Any]], Segmentation]] = {UNIGRAM: unigram, BPE: bpe}
+
+
+class PieceTokenizer:
+    """As the Tokenizer of the package tokenizers, for single texts: a vocabulary, with sentencepiece in front of it."""
+
+    def __init__(self, tokenizer: Tokenizer, path: Path) -> None:
+        facts: Dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        self._tokenizer = tokenizer
+        self._normalizer = Normalizer(facts)
+        self._segment = SEGMENTATIONS[facts["kind"]](facts)
+        self._codes: bool = facts["language_codes"]  # whether a text may begin with one, as >>fr<<
+        self._vocabulary: Dict[str, int] = tokenizer.get_vocab()
+        self._unknown: int = facts["unknown_id"]
+        self._not_written = frozenset(facts["not_written"])  # the numbers of special tokens
+        # Pieces that sentencepiece's model lacks: it writes them as they are, and a ▁ in them too, but for Marian's.
+        self._as_they_are = frozenset(facts["as_they_are"])
+        tokens = sorted(facts["tokens"], key=len, reverse=True)
+        self._tokens = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    @property
+    def post_processor(self) -> Any:
+        """What adds special tokens."""
+        return self._tokenizer.post_processor
+
+    @post_processor.setter
+    def post_processor(self, value: Any) -> None:
+        self._tokenizer.post_processor = value
+
+    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> List[Encoding]:
+        """As the Tokenizer's."""
+        return [self.encode(text, add_special_tokens) for text in texts]
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> Encoding:
+        """As the Tokenizer's."""
+        encoding = self._encoding(self.pieces(text))
+        return self._tokenizer.post_process(encoding, None, add_special_tokens)
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of pieces. (Nothing that writes texts asks for special tokens in it.)"""
+        parts = []
+        for number in ids:
+            token = None if number in self._not_written else self._tokenizer.id_to_token(number)
+            if token is not None:
+                parts.append(token if token in self._as_they_are else token.replace(SPACE, " "))
+        return "".join(parts).strip()
+
+    def pieces(self, text: str) -> List[Piece]:
+        """The special tokens of a text, and the pieces of what is between them."""
+        found: List[Piece] = []
+        start = 0
+        for match in self._tokens.finditer(text):
+            found += self._section(text[start : match.start()], start)
+            found.append(Piece(match.group(), *match.span()))
+            start = match.end()
+        return found + self._section(text[start:], start)
+
+    def _section(self, text: str, offset: int) -> List[Piece]:
+        found: List[Piece] = []
+        if self._codes and text.startswith(">>") and "<<" in text:
+            end = text.find("<<") + 2
+            found.append(Piece(text[:end], offset, offset + end))
+            text, offset = text[end:], offset + end
+        normalized, spans = self._normalizer.normalize(text)
+        place, before_known = 0, True
+        for piece, known in self._segment(normalized):
+            end = place + len(piece)
+            start, stop = offset + spans[place][0], offset + spans[end - 1][1]
+            if not known and not before_known:  # neighbours that are unknown are one piece
+                piece, start = found[-1].text + piece, found.pop().start
+            found.append(Piece(piece, start, stop))
+            place, before_known = end, known
+        return found
+
+    def _encoding(self, pieces: Sequence[Piece]) -> Encoding:
+        """An Encoding is made through its pickled state, which is JSON."""
+        count = len(pieces)
+        state = {
+            "ids": [self._vocabulary.get(piece.text, self._unknown) for piece in pieces],
+            "type_ids": [0] * count,
+            "tokens": [piece.text for piece in pieces],
+            "words": [None] * count,
+            "offsets": [(piece.start, piece.end) for piece in pieces],
+            "special_tokens_mask": [0] * count,
+            "attention_mask": [1] * count,
+            "overflowing": [],
+            "sequence_ranges": {},
+        }
+        encoding = Encoding()
+        encoding.__setstate__(json.dumps(state).encode("utf-8"))
+        return encoding

@@ -1,0 +1,142 @@
+"""Tokenizers that run in Python only to ones that a worker runs: a model of sentencepiece beside a vocabulary of its own.
+
+Marian's and M2M100's are such: sentencepiece finds the pieces, and vocab.json has their numbers. What comes out is exact, or
+refused by name; the gate then compares it with the original as any tokenizer.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple
+
+from traceserve_runtime.pieces import BPE, UNIGRAM
+
+from traceserve.errors import ExportError
+
+# Kinds of pieces and models, by the numbers of sentencepiece_model.proto.
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
+_KINDS = {1: UNIGRAM, 2: BPE}
+PIECES_FILE = "pieces.json"
+
+
+class Layout(NamedTuple):
+    """What a class of transformers does with sentencepiece's model and its vocabulary."""
+
+    model: Callable[[Any], str]  # the path of the model by which it reads
+    language_codes: bool  # whether a text may begin with one, as >>fr<<
+    writes_spaces: bool  # whether a ▁ becomes a space in pieces that the model lacks
+
+
+class Converted(NamedTuple):
+    """A tokenizer as the worker reads it."""
+
+    tokenizer: Any  # tokenizers.Tokenizer
+    pieces: Dict[str, Any]  # what `traceserve_runtime.pieces` must know beside it
+
+    def write(self, folder: Path) -> None:
+        """Write what stands beside tokenizer.json."""
+        (folder / PIECES_FILE).write_text(json.dumps(self.pieces, ensure_ascii=False), encoding="utf-8")
+
+
+LAYOUTS: Dict[str, Layout] = {
+    "MarianTokenizer": Layout(lambda tokenizer: str(tokenizer.spm_files[0]), True, True),
+    "M2M100Tokenizer": Layout(lambda tokenizer: str(tokenizer.spm_file), False, False),
+}
+
+
+def converts(tokenizer: Any) -> bool:
+    """Whether this is of a class that is known here."""
+    return type(tokenizer).__name__ in LAYOUTS
+
+
+def convert(tokenizer: Any) -> Converted:
+    """Convert a slow tokenizer of one of LAYOUTS; raises ExportError for one that cannot be converted exactly."""
+    layout = LAYOUTS[type(tokenizer).__name__]
+    _check(tokenizer)
+    path = Path(layout.model(tokenizer))
+    proto = _read(path)
+    kinds: Dict[int, List[str]] = {kind: [] for kind in range(1, 7)}
+    for piece in proto.pieces:
+        kinds[piece.type].append(piece.piece)
+    # What is split off a text before sentencepiece sees it.
+    tokens = dict.fromkeys([*tokenizer.added_tokens_encoder, *map(str, tokenizer.all_special_tokens)])
+    vocabulary = {**tokenizer.encoder, **{token: tokenizer.convert_tokens_to_ids(token) for token in tokens}}
+    control = {vocabulary[piece] for piece in kinds[_CONTROL] if piece in vocabulary}
+    known = {piece.piece for piece in proto.pieces}
+    return Converted(
+        _vocabulary(tokenizer, vocabulary),
+        {
+            "kind": _KINDS[proto.trainer_spec.model_type],
+            "pieces": [(piece.piece, piece.score) for piece in proto.pieces if piece.type == _NORMAL],
+            "user_defined": kinds[_USER_DEFINED],
+            "charsmap": base64.b64encode(proto.normalizer_spec.precompiled_charsmap).decode("ascii"),
+            "add_prefix": proto.normalizer_spec.add_dummy_prefix,
+            "collapse": proto.normalizer_spec.remove_extra_whitespaces,
+            "language_codes": layout.language_codes,
+            "tokens": list(tokens),
+            "unknown_id": tokenizer.unk_token_id,
+            "not_written": sorted(control | set(tokenizer.all_special_ids)),
+            "as_they_are": [] if layout.writes_spaces else sorted(set(vocabulary) - known),
+        },
+    )
+
+
+def _check(tokenizer: Any) -> None:
+    added = tokenizer.added_tokens_decoder.values()
+    for wrong, what in (
+        (bool(tokenizer.sp_model_kwargs), "has sp_model_kwargs, as for sampling"),
+        (getattr(tokenizer, "split_special_tokens", False), "reads special tokens as text (split_special_tokens)"),
+        (
+            getattr(tokenizer, "separate_vocabs", False),
+            "reads by one vocabulary and writes by another (separate_vocabs)",
+        ),
+        (
+            any(token.lstrip or token.rstrip or token.single_word for token in added),
+            "has tokens with lstrip, rstrip or single_word",
+        ),
+    ):
+        if wrong:
+            raise ExportError(
+                f"the tokenizer of {tokenizer.name_or_path} {what}; a {type(tokenizer).__name__} like this cannot be "
+                "converted exactly: remove that from tokenizer_config.json, or bring a tokenizer.json"
+            )
+
+
+def _read(path: Path) -> Any:
+    """sentencepiece's model; raises ExportError for one that is segmented otherwise than the worker does it."""
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    try:
+        proto.ParseFromString(path.read_bytes())
+    except DecodeError as error:
+        raise ExportError(f"{path.name} is no file of sentencepiece: {error}") from error
+    normalizer, trainer = proto.normalizer_spec, proto.trainer_spec
+    kinds = {piece.type for piece in proto.pieces}
+    for wrong, what in (
+        (trainer.model_type not in _KINDS, "is neither an unigram nor a bpe model"),
+        (trainer.treat_whitespace_as_suffix, "has treat_whitespace_as_suffix"),
+        (not normalizer.escape_whitespaces, "has no escape_whitespaces"),
+        (bool(proto.denormalizer_spec.precompiled_charsmap), "changes the texts that it writes (denormalizer_spec)"),
+        (_BYTE in kinds, "has byte_fallback"),
+        (_UNUSED in kinds, "has pieces that are not used"),
+        (_NORMAL not in kinds, "has no pieces"),
+    ):
+        if wrong:
+            raise ExportError(f"{path.name} {what}, which cannot be converted exactly; bring a tokenizer.json")
+    return proto
+
+
+def _vocabulary(tokenizer: Any, vocabulary: Dict[str, int]) -> Any:
+    """The vocabulary, and which tokens stand around every text."""
+    from tokenizers import Tokenizer, models, processors
+
+    converted = Tokenizer(models.WordLevel(vocabulary, unk_token=str(tokenizer.unk_token)))
+    around = tokenizer.build_inputs_with_special_tokens([-1])  # where -1 stands is the text
+    parts = ["$A" if number == -1 else tokenizer.convert_ids_to_tokens(number) for number in around]
+    used = [(tokenizer.convert_ids_to_tokens(number), number) for number in sorted({*around} - {-1})]
+    converted.post_processor = processors.TemplateProcessing(single=parts, special_tokens=used)
+    return converted
