@@ -24,7 +24,7 @@ class Size(NamedTuple):
 
 SIZES = {
     "bert-base": Size(
-        "BertConfig", {"num_labels": 4}, "AutoModelForSequenceClassification", "sequence_classification", 512
+        "BertConfig", {"num_labels": 4}, "AutoModelForSequenceClassification", "sequence_classification", 256
     ),
     "llama-135m": Size(
         "LlamaConfig",
@@ -40,7 +40,7 @@ SIZES = {
         },
         "AutoModelForCausalLM",
         "text_generation",
-        512,
+        256,
     ),
 }
 # For a rehearsal on a CPU: the same code, in seconds.

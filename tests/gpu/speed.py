@@ -81,7 +81,7 @@ def measure(
     if compiled and not writes and left() > 90:
         candidates.append(Candidate("torch.compile", _classifier(source, device, dtype, True)))
     for batch in (1, 2) if small else BATCHES:
-        texts = checkpoints.texts(lengths(batch, 60 if small or writes else 400), words, seed=batch)
+        texts = checkpoints.texts(lengths(batch, 60 if small or writes else 250), words, seed=batch)
         tokens = NEW_TOKENS * batch if writes else sum(len(text.split()) + 2 for text in texts)
         yield from _in_turn(candidates, texts, tokens, name, dtype, device, small)
 
