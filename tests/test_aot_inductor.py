@@ -48,7 +48,7 @@ def compiled(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathF
 
 def content(checkpoint: Callable[..., Path]) -> Dict[str, Any]:
     source = str(checkpoint("bert", **LABELS, num_hidden_layers=1))
-    return {"model_name": source, "max_length": 32, "save_mode": "aot_inductor"}
+    return {"model_name": source, "task": "sequence_classification", "max_length": 32, "save_mode": "aot_inductor"}
 
 
 def test_it_answers_as_the_original(compiled: Path) -> None:

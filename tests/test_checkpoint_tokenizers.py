@@ -28,7 +28,7 @@ Make = Callable[..., Path]
 
 
 def original(folder: Path, **content: Any) -> Original:
-    config, _ = parse({"model_name": str(folder), **content})
+    config, _ = parse({"model_name": str(folder), "task": "sequence_classification", **content})
     with quiet():
         return load(config, Checkpoint(folder, "folder"), folder)
 

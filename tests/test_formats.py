@@ -36,6 +36,7 @@ ALL = list(itertools.product(WRITERS, formats.HARDWARE, TASKS))
     ids=str,
 )
 def test_what_another_save_mode_may_write(content: Dict[str, Any], expected: List[str]) -> None:
+    content = {"task": "sequence_classification", **content}
     config = parse({"model_name": "x/y", **content})[0]
     assert formats.others(config) == expected
     for save_mode in expected:

@@ -35,7 +35,7 @@ UNBOUNDED = {"model_max_length": int(1e30)}
 
 def original(folder: Path, config_folder: Optional[Path] = None, **content: Any) -> Original:
     """Load the checkpoint in `folder` as the export does."""
-    config, _ = parse({"model_name": str(folder), **content})
+    config, _ = parse({"model_name": str(folder), "task": "sequence_classification", **content})
     with quiet():
         return load(config, Checkpoint(folder, "folder"), config_folder or folder)
 

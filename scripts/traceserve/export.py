@@ -79,6 +79,7 @@ class Exported:
     findings: Findings
     parameters: int  # of the model
     note: Optional[str]  # of the checkpoint
+    task_found: str  # by what the task was found; empty where it was configured
     candidates: Tuple[Candidate, ...]
     compared: Optional[Compared] = None
 
@@ -129,11 +130,14 @@ def _export(
     loaded: Loaded, name: str, folder: Path, progress: Progress, samples_file: Optional[Path], allow_drift: bool
 ) -> Exported:
     config = loaded.config
-    task = TASKS[config.task]
     WRITERS[config.save_mode].check(config.dtype, artifact.target_of(config))
-    own_samples = samples.read(samples_file, task) if samples_file else []
+    if samples_file:  # before anything is downloaded
+        samples.lines(samples_file)
     progress("fetching the checkpoint", 0, 0)
     checkpoint = sources.fetch(config, loaded.folder)
+    config = config.model_copy(update={"task": checkpoint.task})
+    task = TASKS[config.task]
+    own_samples = samples.read(samples_file, task) if samples_file else []
     progress("loading the original", 0, 0)
     original = loading.load(config, checkpoint, loaded.folder)
     attempt = _Attempt(config, checkpoint.source(config), Reference(original), name, own_samples, progress)
@@ -162,7 +166,7 @@ def _export(
     manifest.write(folder)
     parameters = sum(parameter.numel() for parameter in original.model.parameters())
     note = "\n".join(note for note in (checkpoint.note, original.note) if note) or None
-    return Exported(manifest, chosen.findings, parameters, note, tuple(tried), compared)
+    return Exported(manifest, chosen.findings, parameters, note, checkpoint.task_found, tuple(tried), compared)
 
 
 def _size(folder: Path) -> int:

@@ -138,7 +138,7 @@ def _check_case(config: SetupConfig, checkpoint: Checkpoint, tokenizer: Any) -> 
 def _labels(config: SetupConfig, model: Any, config_folder: Path) -> Tuple[str, ...]:
     """The labels' names by class index, from index_to_name or the model's configuration; checked against its head."""
     count = model.config.num_labels
-    if config.num_labels not in (None, count):
+    if config.num_labels not in (None, 0, count):
         raise ConfigError(
             f"num_labels is {config.num_labels}, but the head of {config.model_name} has {count}; remove num_labels, or "
             "name the checkpoint that was fine-tuned for it"

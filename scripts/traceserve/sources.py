@@ -11,8 +11,8 @@ from typing import Any, Callable, Dict, List, Optional
 
 from traceserve_runtime.manifest import Source, sha256
 
-from traceserve.checkpoints import files
-from traceserve.config import SetupConfig
+from traceserve.checkpoints import files, task
+from traceserve.config import AUTO_TASK, SetupConfig
 from traceserve.errors import SourceError, some
 
 # What a checkpoint is made of, and what a hub may hold beside it for other libraries.
@@ -20,6 +20,7 @@ _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.spm", "*.tiktoken", "*.bpe", "*
 _SAFETENSORS = ["*.safetensors"]
 _PICKLES = ["pytorch_model*.bin"]
 _CODE = ["*.py"]
+_CARD = ["README.md"]  # which may say what a model is for
 _NOT_NEEDED = ["onnx/*", "openvino/*", "*.onnx", "*/model*.safetensors"]
 
 
@@ -32,6 +33,8 @@ class Checkpoint:
     revision: Optional[str] = None
     note: Optional[str] = None  # what the user should know of it
     gguf_file: Optional[str] = None  # of the folder, where this one file is the whole checkpoint
+    task: str = ""  # what it is for, as configured or as found in it
+    task_found: str = ""  # by what; empty where it was configured
 
     @property
     def pickled(self) -> bool:
@@ -124,6 +127,8 @@ def _from_hub(config: SetupConfig, folder: Path) -> Checkpoint:
         if config.gguf_file:
             snapshot = download([glob.escape(config.gguf_file)])
         else:
+            card = _CARD if config.task == AUTO_TASK else []
+            task.check_early(config, download([*_SMALL_FILES, *card, *code]))
             snapshot = download(_SMALL_FILES + _SAFETENSORS + code)
             if not any(snapshot.glob("*.safetensors")):
                 download(_PICKLES)
@@ -160,12 +165,19 @@ def _checked(checkpoint: Checkpoint, config: SetupConfig) -> Checkpoint:
             raise SourceError(
                 f"{config.model_name}: {folder} has no file {checkpoint.gguf_file}; GGUF files in it: {known}{hint}"
             )
-        return checkpoint
+        return _with_task(checkpoint, config)
     if not (folder / "config.json").is_file():
         raise SourceError(
             f"{config.model_name}: {folder} has no config.json, so it is no checkpoint of transformers{hint}"
         )
     if not any(path for pattern in _SAFETENSORS + _PICKLES for path in folder.glob(pattern)):
         raise SourceError(f"{config.model_name}: {folder} has no weights (*.safetensors or pytorch_model.bin){hint}")
+    checkpoint = _with_task(checkpoint, config)
+    config = config.model_copy(update={"task": checkpoint.task})
     files.check(checkpoint, config)
     return checkpoint
+
+
+def _with_task(checkpoint: Checkpoint, config: SetupConfig) -> Checkpoint:
+    resolved = task.resolve(config, checkpoint.folder)
+    return replace(checkpoint, task=resolved.config.task, task_found=resolved.reason)

@@ -150,7 +150,7 @@ def _print_exported(exported: Exported, path: Path, seconds: float) -> None:
     for label, value in (
         ("file", str(path)),
         ("size", megabytes(size)),
-        ("task", manifest.task),
+        ("task", f"{manifest.task} ({exported.task_found})" if exported.task_found else manifest.task),
         ("parameters", f"{exported.parameters:,}"),
         ("dtype", _dtype(manifest)),
         ("shapes", describe(manifest.shapes, manifest.max_length)),

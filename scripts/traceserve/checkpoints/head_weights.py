@@ -1,0 +1,147 @@
+"""The head that a checkpoint was trained with, by its weights: where config.json does not name one."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Collection, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple
+
+from traceserve.checkpoints.heads import BASE, BOTH, CAUSAL, MASKED, QUESTION, TABLES, Head, described, labels
+from traceserve.errors import some
+
+if TYPE_CHECKING:
+    from traceserve.config import SetupConfig
+
+Shape = Tuple[int, ...]
+
+# Weights of heads from pretraining that lie beside one that a task reads, and that it does not miss.
+_BESIDE = ("cls.seq_relationship.", "sop_classifier.", "multiple_choice_head.")
+_BUFFERS = ("position_ids", "token_type_ids", "inv_freq", ".attn.bias", "masked_bias", "final_logits_bias")
+
+
+def by_weights(config: SetupConfig, folder: Path, facts: Mapping[str, Any]) -> Optional[Head]:
+    """The heads whose weights a checkpoint has, all of them and no others; None where that cannot be seen.
+
+    Each class that transformers has for the model type is made, without memory for its weights, and its names and shapes
+    are compared with the files'. A model without a head that writes by its embeddings can be loaded to write, too.
+    """
+    stored = shapes(folder)
+    classes = [auto_model for auto_model in TABLES if stored and _has(auto_model, facts)]
+    base = _made(BASE, config, folder) if classes else None
+    if base is None:
+        return None
+    parts = {_part(name) for name, _ in base.named_parameters()}
+    models = {auto_model: _made(auto_model, config, folder) for auto_model in classes}
+    fits = [_compare(auto_model, model, stored, parts) for auto_model, model in models.items() if model is not None]
+    fitting = [fit.auto_model for fit in fits if not fit.missing and not fit.extra and _is_fit(fit.auto_model, facts)]
+    if BOTH in fitting or MASKED in fitting:  # an encoder's two heads have the same weights
+        left = MASKED if facts.get("is_decoder") and BOTH not in fitting else CAUSAL
+        fitting = [auto_model for auto_model in fitting if auto_model != left]
+    head = min((fit.head for fit in fits), key=len)
+    if not head:
+        return Head((BASE, *fitting), f"{described(facts)}, and weights without a head")
+    return Head(tuple(fitting), f"{described(facts)}, and a head of {some(head)}")
+
+
+class _Fit(NamedTuple):
+    """A class beside a checkpoint's weights."""
+
+    auto_model: str
+    missing: List[str]  # weights of its head that the checkpoint lacks, and parts of which it has nothing
+    extra: List[str]  # weights of a head that the class does not have
+    head: List[str]  # weights of any head that the checkpoint has
+
+
+def _compare(auto_model: str, model: Any, stored: Mapping[str, Shape], parts: Collection[str]) -> _Fit:
+    """`parts` are the first parts of the names of the base model's weights, which stand without a prefix or behind one."""
+    prefix = f"{model.base_model_prefix}."
+    tied: Dict[int, Dict[str, Shape]] = {}  # each weight's names: of one that is tied several
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        tied.setdefault(id(parameter), {})[_plain(name, prefix)] = tuple(parameter.shape)
+    own = list(tied.values())
+    found = {_plain(name, prefix): shape for name, shape in stored.items()}
+    head = [names for names in own if not any(_part(name) in parts for name in names)]
+    pooler = [names for names in own if any(name.startswith("pooler.") for name in names)]  # a classifier's first layer
+    missing = [next(iter(names)) for names in head + pooler if all(found.get(name) != names[name] for name in names)]
+    there = {_part(name) for name in found}
+    missing += sorted({_part(name) for names in own for name in names if len(names) == 1} - there)
+    known = {name for names in own for name in names}
+    outside = [name for name in found if _part(name) not in parts and not _is_harmless(name)]
+    extra = [name for name in outside if name not in known]
+    # A head's weight that is tied to the embeddings may be stored all the same.
+    untied = [name for name in outside if not any(name in names and len(names) > 1 for names in own)]
+    return _Fit(auto_model, missing, extra, untied)
+
+
+def _part(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def _is_harmless(name: str) -> bool:
+    return name.startswith(_BESIDE) or name.endswith(_BUFFERS)
+
+
+def _is_fit(auto_model: str, facts: Mapping[str, Any]) -> bool:
+    """A question answerer has two outputs: where the answer begins, and where it ends."""
+    return auto_model != QUESTION or len(labels(facts)) == 2
+
+
+def _plain(name: str, prefix: str) -> str:
+    """A weight's name without the base model's prefix, and of a norm as it has been called since 2019."""
+    name = name[len(prefix) :] if name.startswith(prefix) else name
+    for old, new in ((".gamma", ".weight"), (".beta", ".bias")):
+        name = name[: -len(old)] + new if name.endswith(old) else name
+    return name
+
+
+def _has(auto_model: str, facts: Mapping[str, Any]) -> bool:
+    from transformers.models.auto import modeling_auto
+
+    return facts.get("model_type") in getattr(modeling_auto, TABLES[auto_model])
+
+
+def _made(auto_model: str, config: SetupConfig, folder: Path) -> Any:
+    """The auto class's model for this configuration, without weights; None where it cannot be made."""
+    import transformers
+
+    try:
+        own = transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=config.trust_remote_code
+        )
+        with _without_memory():
+            return getattr(transformers, auto_model).from_config(own, trust_remote_code=config.trust_remote_code)
+    except Exception:  # transformers raises whatever its many models do; what matters of it the loader will say
+        return None
+
+
+@contextlib.contextmanager
+def _without_memory() -> Iterator[None]:
+    """On torch's device "meta"; torch before 2.0 cannot be told to make a module there."""
+    import torch
+
+    if int(torch.__version__.split(".")[0]) < 2:
+        yield
+        return
+    with torch.device("meta"):
+        yield
+
+
+def shapes(folder: Path) -> Dict[str, Shape]:
+    """Each weight's shape, by its name, from the heads of the files; empty where these cannot be read."""
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    found: Dict[str, Shape] = {}
+    files = sorted(folder.glob("*.safetensors"))
+    try:
+        for file in files:
+            with safe_open(file, "pt") as reader:
+                names = reader.keys()  # not a dict
+                found.update({name: tuple(reader.get_slice(name).get_shape()) for name in names})
+        for file in [] if files else sorted(folder.glob("pytorch_model*.bin")):
+            weights = torch.load(file, map_location="meta", weights_only=True)
+            found.update({name: tuple(weight.shape) for name, weight in weights.items()})
+    except (SafetensorError, OSError, ValueError, RuntimeError, AttributeError, pickle.UnpicklingError):
+        return {}  # the loader says what is wrong with them
+    return found

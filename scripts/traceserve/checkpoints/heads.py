@@ -1,0 +1,98 @@
+"""The head that a checkpoint was trained with: its auto classes of transformers, by its architecture's name."""
+
+from __future__ import annotations
+
+from typing import Any, List, Mapping, NamedTuple, Optional, Tuple
+
+BASE = "AutoModel"  # of models without a head
+CAUSAL, MASKED, BOTH = "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM"
+SEQUENCE, TOKEN = "AutoModelForSequenceClassification", "AutoModelForTokenClassification"
+QUESTION = "AutoModelForQuestionAnswering"
+# transformers' own tables of the classes that each auto class loads, by model type.
+TABLES = {
+    SEQUENCE: "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    TOKEN: "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+    QUESTION: "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+    MASKED: "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    CAUSAL: "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    BOTH: "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+}
+# Classes that stand in none of them, by the ends of their names: of remote code, of other versions, of less used heads.
+_ENDINGS = {
+    "ForSequenceClassification": SEQUENCE,
+    "ForTokenClassification": TOKEN,
+    "ForQuestionAnswering": QUESTION,
+    "ForQuestionAnsweringSimple": QUESTION,
+    "ForMaskedLM": MASKED,
+    "ForCausalLM": CAUSAL,
+    "LMHeadModel": CAUSAL,
+    "DoubleHeadsModel": CAUSAL,
+}
+_OTHER_FRAMEWORKS = ("TF", "Flax")  # before the names of classes that save the same configuration
+# The ends of names that say nothing of a head: of base models, and of models with several heads from pretraining.
+_SAYS_NOTHING = ("Model", "Encoder", "Decoder", "ForPreTraining")
+
+
+class Head(NamedTuple):
+    """The auto classes that load a checkpoint with its own head, and how that is known."""
+
+    auto_models: Tuple[str, ...]
+    evidence: str
+
+
+def named(facts: Mapping[str, Any]) -> Optional[Head]:
+    """The head that config.json names; None where it names none, or a class that says nothing of it."""
+    names = [str(name) for name in facts.get("architectures") or ()]
+    found = [auto_model for name in names for auto_model in _of_class(name, facts)]
+    if found:
+        return Head(tuple(dict.fromkeys(found)), described(facts))
+    if all(_is_silent(name) for name in names):
+        return None
+    return Head((), described(facts))
+
+
+def _of_class(name: str, facts: Mapping[str, Any]) -> List[str]:
+    from transformers.models.auto import modeling_auto
+
+    code = facts.get("auto_map") or {}
+    own = [key for key, place in code.items() if _class_in(place) == name and (key in TABLES or key == BASE)]
+    if own:
+        return [key for key in own if key != BASE]
+    for framework in _OTHER_FRAMEWORKS:
+        name = name[len(framework) :] if name.startswith(framework) else name
+    found = [auto_model for auto_model, table in TABLES.items() if name in getattr(modeling_auto, table).values()]
+    return found or [auto_model for ending, auto_model in _ENDINGS.items() if name.endswith(ending)]
+
+
+def _class_in(place: Any) -> str:
+    """The class in a value of auto_map: "modeling_x.XModel", or with the repository of its code before it."""
+    return str(place).rsplit(".", 1)[-1]
+
+
+def _is_silent(name: str) -> bool:
+    """Whether a class's name says nothing of its head: it ends as base models' do, or transformers has no such class."""
+    import transformers
+
+    return name.endswith(_SAYS_NOTHING) or not hasattr(transformers, name)
+
+
+def is_base(facts: Mapping[str, Any]) -> bool:
+    """Whether config.json names base models only."""
+    from transformers.models.auto import modeling_auto
+
+    names = facts.get("architectures") or ()
+    return all(str(name).endswith("Model") or name in modeling_auto.MODEL_MAPPING_NAMES.values() for name in names)
+
+
+def described(facts: Mapping[str, Any]) -> str:
+    """The architectures in words."""
+    return f"architectures: {', '.join(map(str, facts.get('architectures') or ())) or 'none'}"
+
+
+def labels(facts: Mapping[str, Any]) -> List[str]:
+    """The names of a classifier's outputs, in order; those that transformers gives where config.json has none."""
+    given = facts.get("id2label")
+    if isinstance(given, dict) and given:
+        return [str(name) for _, name in sorted(given.items(), key=lambda item: int(item[0]))]
+    count = facts.get("num_labels", facts.get("_num_labels", 2))
+    return [f"LABEL_{i}" for i in range(int(count))]

@@ -1,0 +1,43 @@
+"""The names under which tasks are known elsewhere: those of transformers' pipelines and of the hub."""
+
+from __future__ import annotations
+
+from typing import Dict, Optional
+
+from traceserve_runtime.tasks import TASKS
+
+# Names that mean a task here, beside each task's own with hyphens.
+_OTHER_NAMES = {
+    "ner": "token_classification",
+    "text-classification": "sequence_classification",
+    "text_classification": "sequence_classification",
+    "sentiment-analysis": "sequence_classification",
+    "sentiment_analysis": "sequence_classification",
+    "text2text-generation": "text2text_generation",
+    "rerank": "text_ranking",
+    "reranking": "text_ranking",
+    "embeddings": "feature_extraction",
+}
+ALIASES: Dict[str, str] = {**{name.replace("_", "-"): name for name in TASKS}, **_OTHER_NAMES}
+
+_PARAMETERS = (
+    "what task_specific_params in its config.json says for it, as a prefix or a length, is not applied by this name"
+)
+# Names that promise more than a task here does, with what to write and to know.
+_NEAR = {
+    "sentence-similarity": ("feature_extraction", "it answers with vectors, which the client compares"),
+    "summarization": ("text2text_generation", _PARAMETERS),
+    "translation": ("text2text_generation", _PARAMETERS),
+}
+
+
+def advice(name: object) -> Optional[str]:
+    """What to write in place of a pipeline's name that is not accepted; None for what is no pipeline's."""
+    if not isinstance(name, str):
+        return None
+    word = name.replace("_", "-")
+    word = "translation" if word.startswith("translation-") and "-to-" in word else word
+    if word not in _NEAR:
+        return None
+    task, known = _NEAR[word]
+    return f'write "{task}": {known}'
