@@ -33,7 +33,7 @@ WORKER = [
         f"tests/test_{name}.py"
         for name in ("batching", "engine", "handler", "lanes", "manifest", "measuring", "processor")
     ),
-    *(f"tests/test_{name}.py" for name in ("protocols", "requests", "team", "tokenization", "windows")),
+    *(f"tests/test_{name}.py" for name in ("bodies", "protocols", "requests", "team", "tokenization", "windows")),
 ]
 
 

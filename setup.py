@@ -16,7 +16,7 @@ GGUF = ['gguf>=0.17; python_version >= "3.9"', 'accelerate>=1.0; python_version 
 # A worker needs onnxruntime alone; 1.17 is the first whose tensors a loop keeps. The builder exports with onnx, too.
 ONNX_WORKER = ["onnxruntime>=1.17"]
 ONNX = [*ONNX_WORKER, "onnx>=1.15"]
-TEST = ["pytest>=7", "pytest-xdist>=3", "hypothesis>=6", "vermin>=1.6", "jsonschema>=4"]
+TEST = ["pytest>=7", "pytest-xdist>=3", "hypothesis>=6", "vermin>=1.6", "jsonschema>=4", "grpcio>=1.60"]
 DEV = ["ruff>=0.9", "mypy>=1.11", "types-psutil", "types-PyYAML", "pre-commit>=3", "nox>=2024.4", "cmake>=3.18"]
 
 setup(

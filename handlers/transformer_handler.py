@@ -87,6 +87,8 @@ class TransformerHandler:
         told = zip(rows or [], headers, results)
         answers = [self._respond(i, row, each, result, context) for i, (row, each, result) in enumerate(told)]
         self._report(stats, len(answers), time.perf_counter() - started, context)
+        for i in [i for i, each in enumerate(headers) if each.ended]:
+            context.request_ids.pop(i, None)  # TorchServe then tells nobody, and drops the request
         return answers
 
     def _parse(self, row: Mapping[str, Any], index: int, headers: Headers) -> Union[Body, TraceserveError]:
@@ -96,6 +98,8 @@ class TransformerHandler:
         assert self.engine is not None
         task = self.engine.task
         try:
+            if headers.ended:
+                raise NotOffered("StreamPredictions2 needs TorchServe's sequence batching")
             if headers.explain:
                 raise NotOffered("answers are not explained here; ask for a prediction at /predictions/NAME")
             body = parse(row, headers, type(task), index, self.engine.manifest.max_rows)
@@ -234,7 +238,9 @@ def _device(context: Any, folder: Path) -> str:
 def _headers(context: Any, index: int) -> Headers:
     """What TorchServe tells of a request beside its body: its headers, and a record of each part under the part's name.
 
-    Over gRPC there are no headers. Over HTTP there always are: netty sets a length where the client sent none.
+    Over gRPC there are no headers. Over HTTP there always are: netty sets a length where the client sent none. A call of
+    StreamPredictions2 bears the id of a sequence; where TorchServe keeps no sequences it fails such a call at once, and
+    hands the request over none the less (GRPCJob, InferenceImpl of 0.12).
     """
     from traceserve_runtime.bodies import Headers
 
@@ -242,13 +248,17 @@ def _headers(context: Any, index: int) -> Headers:
     sent = {name.lower(): value for name, value in told.items() if isinstance(value, str)}
     parts = {name: record.get("content-type") or "" for name, record in told.items() if isinstance(record, dict)}
     length = sent.get("content-length", "")
+    grpc = not _HTTP_HEADERS & set(sent)
+    sequences = (getattr(context, "model_yaml_config", None) or {}).get("sequenceBatching")
+    sequence_id = getattr(context, "header_key_sequence_id", "ts_request_sequence_id")
     return Headers(
         sent.get("content-type", ""),
         int(length) if length.isdecimal() else None,
         sent.get("content-encoding", ""),
         parts,
-        grpc=not _HTTP_HEADERS & set(sent),
+        grpc,
         explain=told.get("explain") == "True",  # of this spelling is TorchServe's own
+        ended=grpc and not sequences and isinstance(told.get(sequence_id), str),
     )
 
 

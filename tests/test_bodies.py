@@ -113,6 +113,8 @@ def test_broken_json_in_a_part_names_it() -> None:
     for headers in (Headers(MULTIPART), GRPC):
         error = refusal({"data": b'{"text": "half'}, headers)
         assert error.field == "data" and "the data is not valid JSON" in error.message
+    for row in ({"": b""}, {"a text": b""}, {'{"text": "a"}': b""}, {"colour": b"red"}):
+        assert '"text_pair", "data"; send a body as input=' in refusal(row, GRPC).message
     assert refusal({}, GRPC).message.startswith("the body is empty")
     assert refusal({"body": b""}, GRPC).message.startswith("the body is empty")
 

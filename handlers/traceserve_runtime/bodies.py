@@ -75,6 +75,7 @@ class Headers(NamedTuple):
     parts: Mapping[str, str] = MappingProxyType({})  # the media type of each part that the frontend read
     grpc: bool = False
     explain: bool = False  # asked at a door for explanations
+    ended: bool = False  # its call has failed already, and TorchServe fails of an answer to it
 
     @property
     def infer(self) -> bool:
@@ -218,6 +219,9 @@ def _form(row: Mapping[str, Any], media: _Media, headers: Headers, task: Type[Ta
     known = {*_WHOLE_BODIES, "parameters", *UNUSED_FIELDS, *(field.name for field in task.fields)}
     if known & set(parts) or len(dict(_unparsed(row))) < len(row):
         return _known_parts(row, parts, task)
+    if headers.grpc:
+        legal = listed([*(field.name for field in task.fields), "data"])
+        raise InvalidRequest(f'the input has none of the keys {legal}; send a body as input={{"data": BODY}}')
     fields = {str(key): _decode(value, parts[key], str(key)) for key, value in row.items()}
     body = "&".join(key + ("=" + value if value else "") for key, value in fields.items()).lstrip("\ufeff")
     if body.lstrip()[:1] in ("{", "[", '"'):
