@@ -95,6 +95,8 @@ FURTHER = {
 UNEVEN = {
     "longformer": Architecture("LongformerConfig", "roberta", {**SIZE, "attention_window": 8}),
     "fnet": Architecture("FNetConfig", "bert", {**SIZE, "tpu_short_seq_length": 16}),
+    "convbert": Architecture("ConvBertConfig", "bert", {**SIZE, "embedding_size": 32, "conv_kernel_size": 3}),
+    "xlnet": Architecture("XLNetConfig", "xlnet", {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64}),
     "reformer": Architecture(
         "ReformerConfig",
         "bert",
@@ -165,7 +167,7 @@ def make_tokenizer(kind: str) -> Any:
     """A fast tokenizer trained on the samples.
 
     "bert" and "wordpiece", which has no types; byte-level BPE: "roberta", "gpt" without special tokens of its own, and
-    "t5", which ends a text.
+    "t5", which ends a text; "xlnet", which ends it too, and pads on the left.
     """
     typed, kind = kind == "bert", "bert" if kind == "wordpiece" else kind
     special = {
@@ -181,6 +183,7 @@ def make_tokenizer(kind: str) -> Any:
         },
         "gpt": {"pad": "<pad>", "eos": "<end>", "bos": "<end>", "unk": "<end>"},
         "t5": {"pad": "<pad>", "eos": "</s>", "unk": "<unk>"},
+        "xlnet": {"pad": "<pad>", "eos": "</s>", "unk": "<unk>", "sep": "<sep>", "cls": "<cls>"},
     }[kind]
     inputs = ["input_ids", "attention_mask"] + (["token_type_ids"] if typed else [])
     trained = tokenizers.Tokenizer.from_str(_trained(kind, tuple(dict.fromkeys(special.values()))))
@@ -190,6 +193,7 @@ def make_tokenizer(kind: str) -> Any:
         tokenizer_object=trained,
         model_max_length=160 if kind != "roberta" else 150,
         model_input_names=inputs,
+        padding_side="left" if kind == "xlnet" else "right",
         **{f"{name}_token": token for name, token in special.items()},
     )
 
@@ -224,6 +228,11 @@ def _trained(kind: str, special: Tuple[str, ...]) -> str:
         )
     elif kind == "gpt":
         tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    elif kind == "xlnet":
+        pairs = [("<sep>", ids["<sep>"]), ("<cls>", ids["<cls>"])]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="$A <sep> <cls>", pair="$A <sep> $B <sep> <cls>", special_tokens=pairs
+        )
     elif kind == "t5":
         tokenizer.post_processor = processors.TemplateProcessing(
             single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", ids["</s>"])]

@@ -345,8 +345,14 @@ ENTAILMENT = {"id2label": {0: "ENTAILMENT", 1: "neutral", 2: "contradiction"}}
             {"mask_token": "<mask>", "mask_id": "<mask>", "pad_id": "<pad>"},
         ),
         ("token_classification", "bert", "AutoModelForTokenClassification", {}, {"unknown_id": "[UNK]"}),
-        ("question_answering", "bert", "AutoModelForQuestionAnswering", {}, {"cls_id": "[CLS]"}),
-        ("question_answering", "gpt2", "AutoModelForQuestionAnswering", {}, {"cls_id": None}),
+        (
+            "question_answering",
+            "bert",
+            "AutoModelForQuestionAnswering",
+            {},
+            {"cls_id": "[CLS]", "question_first": True},
+        ),
+        ("question_answering", "gpt2", "AutoModelForQuestionAnswering", {}, {"cls_id": None, "question_first": True}),
         (
             "zero_shot_classification",
             "bert",

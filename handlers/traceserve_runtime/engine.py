@@ -69,6 +69,10 @@ class Engine:
         Raises InvalidManifest for a folder that is not what its manifest says, MissingPackage without a library.
         """
         manifest = Manifest.read(folder, verify=False)
+        if settings.length_step is not None and not manifest.shapes.padded:
+            raise InvalidManifest(
+                "model-config.yaml: length_step pads rows, and the answers of this model change with padding; leave it out"
+            )
         if settings.length_step is not None:
             manifest = replace(manifest, shapes=manifest.shapes.stepped(settings.length_step, manifest.max_length))
         with ThreadPoolExecutor(1) as pool:  # hashing takes as long as loading, on another core

@@ -63,6 +63,10 @@ class _Rows:
         of_places = {n: cost(1, n, 0) - cost.run for n in set(self._padded)}
         self._of_places = [of_places[n] for n in self._padded]  # the cost of a row's places
         self._of_token = cost(0, 0, 1) - cost.run
+        self._alike = [1] * len(self._lengths)  # how many rows from each one on are as long as it
+        for i in range(len(self._lengths) - 2, -1, -1):
+            if self._lengths[i] == self._lengths[i + 1]:
+                self._alike[i] += self._alike[i + 1]
         self._tokens_before = [0, *accumulate(self._lengths)]
         self._one_by_one = sum(_alone(lengths, shapes, cost))
 
@@ -95,6 +99,8 @@ class _Rows:
             cost, most = self._cost, self._most_tokens
             return max((b for b in self._shapes.batches if cost(b, length) <= limit and b * length <= most), default=1)
         most_rows = min(MOST_ROWS, self._most_tokens // length, len(self._lengths) - start)
+        if not self._shapes.padded:
+            most_rows = min(most_rows, self._alike[start])
         of_places, of_token, before = self._of_places[start], self._of_token, self._tokens_before
         rows, left = 0, limit - self._cost.run
         while rows < most_rows:  # so many more, were they as long as the next one

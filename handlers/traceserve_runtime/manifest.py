@@ -18,6 +18,8 @@ from traceserve_runtime.errors import InvalidManifest
 
 MANIFEST_FILE = "traceserve.json"
 SCHEMA = 4
+# Keys that came after this schema: an archive without them was made when there was only what their default says.
+_LATER = ("shapes.padded",)
 
 T = TypeVar("T")
 
@@ -26,12 +28,14 @@ T = TypeVar("T")
 class Shapes:
     """The (batch, length) shapes that the model may be run with; None means any (lengths: up to max_length).
 
-    `graph_per_shape` tells that the model file holds one graph for each listed shape, see `graph_name`.
+    `graph_per_shape` tells that the model file holds one graph for each listed shape, see `graph_name`. Where the model's
+    answers change with padding, rows are not `padded`: only those of one length run together.
     """
 
     lengths: Optional[Tuple[int, ...]] = None
     batches: Optional[Tuple[int, ...]] = None
     graph_per_shape: bool = False
+    padded: bool = True
 
     def stepped(self, step: int, most: int) -> Shapes:
         """These shapes with lengths in multiples of `step` up to `most`, where any length was allowed."""
@@ -160,6 +164,7 @@ class Manifest:
             (not self.inputs or not self.outputs, "inputs and outputs should not be empty"),
             (lengths is not None and lengths[-1:] != (self.max_length,), "shapes.lengths should end at max_length"),
             (self.shapes.batches == (), "shapes.batches should not be empty"),
+            (not self.shapes.padded and lengths is not None, "shapes.lengths should be null where rows are not padded"),
             (self.model_file not in self.files, f"files lacks the model, {self.model_file}"),
             (self.tokenizer.file not in self.files, f"files lacks the tokenizer, {self.tokenizer.file}"),
             (self.tokenizer.pieces not in (None, *self.files), f"files lacks the tokenizer's {self.tokenizer.pieces}"),
@@ -202,9 +207,9 @@ def _read_object(kind: Type[T], content: Mapping[str, Any], where: str) -> T:
                 f"{MANIFEST_FILE} has the key {where}{key}, which this runtime, traceserve {__version__}, does not know"
             )
     for name in fields:
-        if name not in content:
+        if name not in content and where + name not in _LATER:
             raise InvalidManifest(f"{MANIFEST_FILE} lacks the key {where}{name}")
-    return kind(**{name: _read_value(hints[name], content[name], where + name) for name in fields})
+    return kind(**{name: _read_value(hints[name], content[name], where + name) for name in fields if name in content})
 
 
 def _read_value(kind: Any, value: Any, where: str) -> Any:

@@ -112,4 +112,5 @@ def describe(shapes: Shapes, max_length: int) -> str:
     else:
         lengths = "length " + ", ".join(map(str, shapes.lengths))
     batches = "any batch" if shapes.batches is None else "batch " + ", ".join(map(str, shapes.batches))
-    return f"{lengths}, {batches}" + (", a graph for each" if shapes.graph_per_shape else "")
+    padding = "" if shapes.padded else ", without padding"
+    return f"{lengths}, {batches}{padding}" + (", a graph for each" if shapes.graph_per_shape else "")

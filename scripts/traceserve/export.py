@@ -7,7 +7,7 @@ import os
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from traceserve_runtime import processor
 from traceserve_runtime.engine import load_task
@@ -26,10 +26,12 @@ from traceserve.speeds import measure
 from traceserve.verification import CORPUS, Progress, verify
 from traceserve.writers import WRITERS
 from traceserve.writers.compilers import CompileError
+from traceserve.writers.shapes import unpadded
 
 _WRITTEN_TEXTS = 16  # whose speed is measured
-# Of what is compiled for a chip, what the gate compared: not the compiled graphs themselves, where no chip is at hand.
+PADDING_CHANGES = "padding_changes_outputs_by"  # of the receipt, where rows are therefore never padded
 REFUSED = "rewritten_graph_refused"  # of the receipt: the variants with which the rewritten graph did not pass
+# Of what is compiled for a chip, what the gate compared: not the compiled graphs themselves, where no chip is at hand.
 COMPILED, BEFORE_COMPILING = "compiled graphs", "graphs before they were compiled"
 
 
@@ -199,17 +201,19 @@ class _Attempt:
         config = self.config
         texts = samples.calibration(self.own_samples)
         for lowered in formats.lowered(config.save_mode, config.hardware, original, dtype, texts):
-            for shapes in self._shapes():
+            for padded, shapes in self._ways(lowered, drifted):
                 try:
-                    manifest, findings = self._proven(lowered, shapes, folder)
+                    manifest, findings = self._proven(padded, shapes, folder)
                 except CompileError:
                     raise
                 except ExportError as error:
                     refused.append(error)  # a model that cannot be traced at one length may be at another
                     continue
                 if findings.passed:
-                    return self._finish(manifest, findings, lowered, folder)
-                drifted.append((findings, lowered, shapes))
+                    if not shapes.padded:
+                        findings.compared[PADDING_CHANGES] = min(item[0].largest_difference for item in drifted)
+                    return self._finish(manifest, findings, padded, folder)
+                drifted.append((findings, padded, shapes))
                 if config.hardware in formats.FIXED_SHAPES or not (findings.failure or findings.failed):
                     break  # narrower shapes change no more of what is right in all of them
         runnable = [item for item in drifted if item[0].failure is None]
@@ -218,10 +222,10 @@ class _Attempt:
             return self._finish(self._write(lowered, shapes, folder), findings, lowered, folder)
         if drifted:
             # Of each model that was tried the widest shapes; of these the one that came nearest.
-            widest = {id(item[1]): item for item in reversed(drifted)}.values()
+            widest = {id(item[1].model): item for item in reversed(drifted)}.values()
             findings, _, shapes = min(widest, key=lambda item: len(item[0].changed))
             # What cannot even be run in all shapes may be in another save mode.
-            advice = formats.advice(config) if findings.failure else ""
+            advice = formats.advice(config) if findings.failure else _without_padding(config, findings)
             raise DriftError(_drift(dtype, shapes, original) + advice, findings)
         raise refused[0]
 
@@ -254,8 +258,21 @@ class _Attempt:
             return None
         return folder
 
-    def _shapes(self) -> Iterable[Shapes]:
-        return candidate_shapes(self.config, self.reference.original.max_length)
+    def _ways(
+        self, lowered: Original, drifted: Sequence[Tuple[Findings, Original, Shapes]]
+    ) -> Iterator[Tuple[Original, Shapes]]:
+        """Shapes, widest first, padded on the right, or on the left where the tokenizer says so; at last without padding.
+
+        That one where nothing but padding was wrong in what has `drifted` by then.
+        """
+        own_side = TASKS[self.config.task].padding_side or lowered.tokenizer.padding_side
+        sides = dict.fromkeys((lowered.padding_side, own_side))
+        for shapes in candidate_shapes(self.config, lowered.max_length):
+            for side in sides:
+                yield replace(lowered, padding_side=side), shapes
+        if any(findings.padding_changes for findings, tried, _ in drifted if tried.model is lowered.model):
+            for shapes in unpadded(self.config):
+                yield lowered, shapes
 
     def _proven(self, lowered: Original, shapes: Shapes, folder: Path) -> Tuple[Manifest, Findings]:
         """The artifact, and what the gate found of it.
@@ -301,6 +318,18 @@ class _Attempt:
         manifest = replace(manifest, receipt=receipt)
         manifest.write(folder)
         return _Made(folder, manifest, findings)
+
+
+def _without_padding(config: SetupConfig, findings: Findings) -> str:
+    """What can be done for a model whose answers padding changes, where that was not tried."""
+    if findings.padding_changes and config.hardware in formats.FIXED_SHAPES:
+        return (
+            f"; padding changes the answers of this model, and {config.hardware} has fixed shapes, to which rows must be "
+            'padded: take "hardware": "cpu"'
+        )
+    if findings.padding_changes and config.sequence_lengths != "auto":
+        return '; padding changes the answers of this model: with "sequence_lengths": "auto" it is run without any'
+    return ""
 
 
 def _drift(dtype: str, shapes: Shapes, original: Original) -> str:

@@ -90,6 +90,11 @@ class Findings:
         return {found.file for found in self.every if not found.alike}
 
     @property
+    def padding_changes(self) -> bool:
+        """Whether nothing but padded rows is wrong."""
+        return not self.failure and bool(self.failed) and all(cell.padded for cell in self.failed)
+
+    @property
     def outputs_differ(self) -> bool:
         """Whether numbers are wrong in some variant, and not just answers another where they were nearly a tie."""
         exact = not self.limit.changed

@@ -118,7 +118,7 @@ def load(config: SetupConfig, checkpoint: Checkpoint, config_folder: Path) -> Or
         labels=labels,
         parameters={**task.defaults(facts), **config.parameters},
         facts=task.facts(facts),
-        padding_side=task.padding_side or tokenizer.padding_side,
+        padding_side=task.padding_side or "right",
         truncation_side=task.truncation_side or tokenizer.truncation_side,
         converted=conversion.convert(tokenizer) if conversion.converts(tokenizer) else None,
         known_tokens=tokenizers.known_tokens(config, model, tokenizer),
@@ -192,6 +192,7 @@ def _model_facts(
         labels=labels,
         chat_template=template if isinstance(template, str) else None,
         read_json=checkpoint.read_json,
+        padding_side=tokenizer.padding_side,
     )
 
 

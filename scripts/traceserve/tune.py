@@ -70,7 +70,7 @@ def tune(archive: Path, samples_file: Path, goal: Goal, budget: float, progress:
 
     tell("reading the samples")
     task, texts = _read(archive, manifest, samples_file)
-    any_length = manifest.shapes.lengths is None and not task.loop
+    any_length = manifest.shapes.lengths is None and manifest.shapes.padded and not task.loop
     plain = replace(own, workers=None, threads=None)  # where they are another machine's and do not even start here
     turned = knobs(processor.cores(), goal.connections, manifest.max_length if any_length else 1)
     with Servers(archive, texts, budget, tell) as servers:

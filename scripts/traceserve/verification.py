@@ -157,7 +157,8 @@ def _grid(manifest: Manifest) -> Iterator[Tuple[int, int, bool]]:
         for batch in BATCHES:
             if batch <= most_rows:
                 yield batch, length, False
-                yield batch, length, True
+                if manifest.shapes.padded:
+                    yield batch, length, True
 
 
 def _row_lengths(manifest: Manifest, batch: int, length: int, padded: bool) -> List[int]:

@@ -50,6 +50,7 @@ class ModelFacts:
     labels: Tuple[str, ...]  # by class index; as configured, where they are
     chat_template: Optional[str]
     read_json: Callable[[str], Optional[Dict[str, Any]]]  # a file of the checkpoint, None without it
+    padding_side: str = "right"  # the tokenizer's own
 
 
 LONG_INPUTS_PARAMETER = Parameter(
@@ -77,7 +78,7 @@ class Task:
     windows_overlap: ClassVar[bool] = False  # whether neighbouring windows share a quarter of max_length
     longest_default: ClassVar[int] = 512  # max_length where neither configuration nor model sets a lower one
     loop: ClassVar[str] = ""  # how the model is run: "" once, "decoder" or "encoder_decoder" token by token
-    padding_side: ClassVar[Optional[str]] = None  # where the task, and not the tokenizer, decides it
+    padding_side: ClassVar[Optional[str]] = None  # where the task decides it; else the gate does
     truncation_side: ClassVar[Optional[str]] = None  # likewise
     task_specific_params: ClassVar[bool] = False  # whether the pipeline reads its own part of config.json's
     gate_parameters: ClassVar[Dict[str, Any]] = {}  # what the gate asks with, so that `same` sees all that matters

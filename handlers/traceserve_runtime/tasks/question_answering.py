@@ -55,8 +55,11 @@ class QuestionAnswering(Task):
 
     @classmethod
     def facts(cls, model: ModelFacts) -> Dict[str, Any]:
-        """The token that stands for "no answer" in some models."""
-        return {"cls_id": model.tokens["cls"][1] if "cls" in model.tokens else None}
+        """The token that stands for "no answer" in some models; and the pipeline's order, by the tokenizer's padding."""
+        return {
+            "cls_id": model.tokens["cls"][1] if "cls" in model.tokens else None,
+            "question_first": model.padding_side == "right",
+        }
 
     @classmethod
     def check(cls, inputs: Mapping[str, Any]) -> None:
@@ -66,7 +69,8 @@ class QuestionAnswering(Task):
 
     @property
     def _question_first(self) -> bool:
-        return self.manifest.tokenizer.padding_side == "right"
+        first: bool = self.manifest.facts.get("question_first", self.manifest.tokenizer.padding_side == "right")
+        return first
 
     def segments(self, request: Request) -> List[Segments]:
         window = self.parameter(request, "max_seq_len") or _LONGEST_WINDOW

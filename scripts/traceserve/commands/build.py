@@ -171,7 +171,13 @@ def _print_exported(exported: Exported, path: Path, seconds: float) -> None:
 
 
 def _padding(manifest: Manifest) -> List[Tuple[str, str]]:
-    """Where a CPU computes it, of what is run once."""
+    """Where a CPU computes it, of what is run once; or why there is none."""
+    if not manifest.shapes.padded:
+        from traceserve.export import PADDING_CHANGES
+
+        by = manifest.receipt.get(PADDING_CHANGES)
+        changes = f" (it changes outputs by {by:.1e})" if by is not None else ""
+        return [("padding", f"none: only rows of one length run together{changes}")]
     from traceserve_runtime.runtimes.torchscript import UNPADDED
 
     if UNPADDED not in manifest.runtime or manifest.step_inputs:

@@ -35,6 +35,13 @@ def with_graphs(config: SetupConfig, max_length: int) -> Iterator[Shapes]:
     yield Shapes(few, (1, 4, 16), graph_per_shape=True)
 
 
+def unpadded(config: SetupConfig) -> Iterator[Shapes]:
+    """Any length without padding, for models whose answers padding changes: none where shapes are asked for, or fixed."""
+    open_lengths = config.sequence_lengths == "auto" and config.hardware not in compiled.HARDWARE
+    if open_lengths and not TASKS[config.task].loop:
+        yield Shapes(padded=False)
+
+
 def _few(config: SetupConfig, max_length: int) -> Tuple[int, ...]:
     from traceserve.padding import few_lengths
 

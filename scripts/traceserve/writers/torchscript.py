@@ -79,7 +79,9 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
         raise UnwritableError(
             f"torch.jit.trace cannot trace {type(original.model).__name__}: {reason(error)}"
         ) from error
-    unpadded = None if task.loop or shapes.graph_per_shape else _unpadded(original, folder / MODEL_FILE)
+    unpadded = (
+        None if task.loop or shapes.graph_per_shape or not shapes.padded else _unpadded(original, folder / MODEL_FILE)
+    )
     runtime: Dict[str, Any] = {UNPADDED: unpadded is not None}
     rewritten = None
     if unpadded is not None:
