@@ -1,6 +1,6 @@
 """Archives for GPUs, without one: graphs are moved to torch's device meta and run there; what cannot be moved is refused.
 
-What a real GPU computes was not run.
+What a real GPU computes: tests/gpu.
 """
 
 from __future__ import annotations
