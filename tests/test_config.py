@@ -43,6 +43,7 @@ KEYS: Dict[str, Tuple[Any, List[Tuple[Any, Any]]]] = {
     "max_rows": (256, [(1, 1), ("64", 64)]),
     "num_labels": (None, [(2, 2), ("2", 2), (1, 1), (None, None)]),
     "index_to_name": (None, [("names.json", "names.json"), (None, None)]),
+    "do_lower_case": (None, [(True, True), (False, False), ("True", True), ("false", False), (None, None)]),
     "allow_untrained_head": (False, [(True, True), ("true", True), ("false", False)]),
     "batch_size": (64, [(1, 1), (4096, 4096), ("8", 8)]),
     "max_batch_delay": (1, [(2, 2), (10_000, 10_000), ("50", 50)]),
@@ -101,6 +102,8 @@ BAD: List[Tuple[str, Any, str]] = [
     ("num_labels", "two", "integer"),
     ("num_labels", True, "integer"),
     ("index_to_name", {"0": "red"}, "string"),
+    ("do_lower_case", 1, "boolean"),
+    ("do_lower_case", "sometimes", "boolean"),
     ("allow_untrained_head", 2, "boolean"),
     ("batch_size", 0, "greater than or equal to 1"),
     ("batch_size", 4097, "less than or equal to 4096"),
@@ -276,7 +279,8 @@ def test_files_of_the_pytorch_serve_example(name: str, tmp_path: Path) -> None:
     assert (config.model_name, config.task, config.save_mode) == (content["model_name"], content["mode"], "torchscript")
     assert (config.num_labels, config.max_length) == (int(content["num_labels"]), int(content["max_length"]))
     meaningless = [key for key in content if key in WITHOUT_MEANING]
-    assert len(loaded.notes) == len(meaningless) >= 1
+    assert len(loaded.notes) == len(meaningless)
+    assert config.do_lower_case is (str(content["do_lower_case"]) == "True")
     for key, note in zip(meaningless, loaded.notes):
         assert note.startswith(f"{key} has no meaning here: ")
 

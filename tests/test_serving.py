@@ -502,12 +502,13 @@ def test_the_command_from_configuration_to_prediction(checkpoint: Callable[..., 
         "mode": "sequence_classification",
         "max_length": "32",
         "do_lower_case": True,
+        "captum_explanation": False,
     }
     (tmp_path / "setup_config.json").write_text(json.dumps(config))
     port = str(torchserve.free_ports(1)[0])
     built = run("build", "--output", "artifacts/colours", cwd=tmp_path)
     assert built.returncode == 0, built.stderr
-    assert "do_lower_case has no meaning here" in built.stderr and "answers changed" in built.stdout
+    assert "captum_explanation has no meaning here" in built.stderr and "answers changed" in built.stdout
     again = run("build", "--output", "artifacts/colours", cwd=tmp_path)
     assert again.returncode == 1 and "--force" in again.stderr
     served = run("serve", "model_store/colours.mar", "--port", port, "--workers", "2", cwd=tmp_path)

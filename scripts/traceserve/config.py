@@ -98,6 +98,11 @@ class SetupConfig(BaseModel):
     index_to_name: Optional[str] = Field(
         None, description='A JSON file with the labels\' names (relative to this file): `{"0": "name", ...}`'
     )
+    do_lower_case: Optional[bool] = Field(
+        None,
+        description="Whether the tokenizer lowers a text's case, for a checkpoint with a `vocab.txt` alone; where its own "
+        "files say it, they must agree",
+    )
     allow_untrained_head: bool = Field(
         False, description="Serve a checkpoint without a head for the task with a random one; for trials only"
     )
@@ -113,10 +118,11 @@ class SetupConfig(BaseModel):
     @classmethod
     def _no_confusion(cls, value: Any, info: ValidationInfo) -> Any:
         """pydantic takes true for 1, and 1 for true."""
-        is_switch = cls.model_fields[str(info.field_name)].annotation is bool
+        kind = cls.model_fields[str(info.field_name)].annotation
+        is_switch = kind in (bool, Optional[bool])
         if isinstance(value, bool) and not is_switch:
             raise ValueError("should be an integer or a string, not a boolean")
-        if is_switch and not isinstance(value, (bool, str)):
+        if is_switch and not isinstance(value, (bool, str)) and not (value is None and kind is not bool):
             raise ValueError("should be a boolean, true or false")
         return value
 
@@ -146,7 +152,6 @@ class Loaded(NamedTuple):
 RENAMED = {"mode": "task"}
 # Keys of the pytorch/serve example that have no meaning any more, and why.
 WITHOUT_MEANING = {
-    "do_lower_case": "the checkpoint's own tokenizer decides, as it did in training",
     "captum_explanation": "this version has no explanations; predictions are the same without",
     "embedding_name": "it belonged to captum_explanation",
     "BetterTransformer": "transformers' attention is as fast by itself since torch 2",

@@ -16,7 +16,7 @@ from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import ModelFacts
 
 from traceserve import gguf
-from traceserve.checkpoints import conversion, generation, tokenizers
+from traceserve.checkpoints import case, conversion, generation, tokenizers
 from traceserve.checkpoints.conversion import PIECES_FILE, Converted
 from traceserve.checkpoints.lengths import max_length
 from traceserve.config import SetupConfig
@@ -45,6 +45,7 @@ class Original:
     dtype: str = "float32"  # what the model is traced in; another one has another model, see `precision`
     converted: Optional[Converted] = None  # the tokenizer, where transformers runs it in Python only
     known_tokens: Optional[int] = None  # the tokenizer's, where the model lacks some of them
+    case_note: Optional[str] = None  # of do_lower_case
     kept: Tuple[str, ...] = ()  # the layers that are left in float32 all the same
 
     @property
@@ -70,7 +71,7 @@ class Original:
     def note(self) -> Optional[str]:
         """What the user should know of it."""
         if self.known_tokens is None:
-            return None
+            return self.case_note
         more = len(self.tokenizer) - self.known_tokens
         return (
             f"the tokenizer has {more:,} added token{'s' * (more > 1)} that the model has no embedding for: a text with one "
@@ -107,7 +108,8 @@ def load(config: SetupConfig, checkpoint: Checkpoint, config_folder: Path) -> Or
     task = TASKS[config.task]
     if task.loop:
         inputs = INPUTS[:2]
-    _check_case(config, checkpoint, tokenizer)
+    case_note = case.check(config, tokenizer)
+    case.follow_sentence_transformers(checkpoint, tokenizer)
     labels = _labels(config, model, config_folder) if task.labelled else ()
     facts = _model_facts(model, tokenizer, checkpoint, labels, generation.settle(model, task))
     return Original(
@@ -122,17 +124,8 @@ def load(config: SetupConfig, checkpoint: Checkpoint, config_folder: Path) -> Or
         truncation_side=task.truncation_side or tokenizer.truncation_side,
         converted=conversion.convert(tokenizer) if conversion.converts(tokenizer) else None,
         known_tokens=tokenizers.known_tokens(config, model, tokenizer),
+        case_note=case_note,
     )
-
-
-def _check_case(config: SetupConfig, checkpoint: Checkpoint, tokenizer: Any) -> None:
-    """sentence-transformers can lower a text's case before its tokenizer; here the tokenizer alone decides."""
-    facts = checkpoint.read_json("sentence_bert_config.json") or {}
-    if facts.get("do_lower_case") and tokenizer("A Word")["input_ids"] != tokenizer("a word")["input_ids"]:
-        raise ExportError(
-            f"{config.model_name} wants texts in lower case (sentence_bert_config.json), but its tokenizer keeps capitals; "
-            "set the tokenizer's normalizer to lower case"
-        )
 
 
 def _labels(config: SetupConfig, model: Any, config_folder: Path) -> Tuple[str, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import importlib.util
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
@@ -43,8 +42,7 @@ class Checkpoint:
 
     def read_json(self, name: str) -> Any:
         """A JSON file of the checkpoint, or None where it has none."""
-        path = self.folder / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() and not self.gguf_file else None
+        return files.read_json(self.folder / name) if not self.gguf_file else None
 
     def source(self, config: SetupConfig) -> Source:
         """What the manifest records: name, revision, and the SHA-256 of each file that a model may be read from."""
@@ -166,16 +164,21 @@ def _checked(checkpoint: Checkpoint, config: SetupConfig) -> Checkpoint:
                 f"{config.model_name}: {folder} has no file {checkpoint.gguf_file}; GGUF files in it: {known}{hint}"
             )
         return _with_task(checkpoint, config)
+    files.check_kind(folder, config.model_name)
     if not (folder / "config.json").is_file():
         raise SourceError(
             f"{config.model_name}: {folder} has no config.json, so it is no checkpoint of transformers{hint}"
         )
     if not any(path for pattern in _SAFETENSORS + _PICKLES for path in folder.glob(pattern)):
-        raise SourceError(f"{config.model_name}: {folder} has no weights (*.safetensors or pytorch_model.bin){hint}")
+        raise SourceError(
+            f"{config.model_name}: {folder} has no weights (*.safetensors or pytorch_model.bin){hint}"
+            + files.pickled_models(folder)
+        )
+    files.check_json(folder)
     checkpoint = _with_task(checkpoint, config)
-    config = config.model_copy(update={"task": checkpoint.task})
-    files.check(checkpoint, config)
-    return checkpoint
+    note = files.check(checkpoint, config.model_copy(update={"task": checkpoint.task}))
+    notes = "\n".join(line for line in (checkpoint.note, note) if line)
+    return replace(checkpoint, note=notes or None)
 
 
 def _with_task(checkpoint: Checkpoint, config: SetupConfig) -> Checkpoint:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Dict, List, Mapping, Sequence
+from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 from traceserve_runtime.batching import Arrays
 from traceserve_runtime.errors import InvalidRequest, Unsupported
@@ -11,6 +11,13 @@ from traceserve_runtime.tasks.contract import ModelFacts, Request, Task, by_part
 from traceserve_runtime.tasks.parameters import Field, Output, Parameter
 from traceserve_runtime.tasks.scores import FUNCTIONS, function_to_apply
 from traceserve_runtime.tokenization import Row, Segments
+
+# The activations that sentence-transformers may name, as functions.
+_ACTIVATIONS = {
+    **dict.fromkeys(("torch.nn.modules.activation.Sigmoid", "torch.nn.Sigmoid", "torch.sigmoid"), "sigmoid"),
+    **dict.fromkeys(("torch.nn.modules.linear.Identity", "torch.nn.Identity"), "none"),
+}
+_SECTION = ("activation_fn", "version")  # what sentence-transformers writes into config.json
 
 
 class TextRanking(Task):
@@ -53,7 +60,7 @@ class TextRanking(Task):
         count = len(model.config["id2label"])
         if count != 1:
             raise Unsupported(f"text_ranking needs a cross-encoder, whose head has one output; this one has {count}")
-        return {"function_to_apply": function_to_apply(model)}
+        return {"function_to_apply": _activation(model) or function_to_apply(model)}
 
     @classmethod
     def check(cls, inputs: Mapping[str, Any]) -> None:
@@ -98,3 +105,33 @@ class TextRanking(Task):
             for i, text in enumerate(texts)
             if len(text) < 200
         ]
+
+
+def _activation(model: ModelFacts) -> Optional[str]:
+    """The function that a cross-encoder of sentence-transformers names, None without one; raises Unsupported.
+
+    Since its version 6 it stands in config_sentence_transformers.json, since 4 in a section of config.json, and before in
+    a key of its own there; the first of them holds.
+    """
+    own = model.read_json("config_sentence_transformers.json") or {}
+    section = model.config.get("sentence_transformers") or {}
+    unknown = sorted(set(section) - set(_SECTION)) if isinstance(section, dict) else ["sentence_transformers"]
+    if unknown:
+        raise Unsupported(
+            f"config.json's sentence_transformers has {', '.join(unknown)}, which is not known here; remove it if it changes "
+            "no score"
+        )
+    old = "sbert_ce_default_activation_function"
+    for value, where in (
+        (own.get("activation_fn"), "config_sentence_transformers.json"),
+        (section.get("activation_fn"), "config.json's sentence_transformers"),
+        (model.config.get(old), f"config.json's {old}"),
+    ):
+        if value is not None:
+            if value not in _ACTIVATIONS:
+                raise Unsupported(
+                    f"this cross-encoder's scores are made by {value} ({where}), which is not supported; known are "
+                    f"{', '.join(_ACTIVATIONS)}"
+                )
+            return _ACTIVATIONS[value]
+    return None
