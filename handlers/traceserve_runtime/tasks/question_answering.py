@@ -21,6 +21,7 @@ class _Span(NamedTuple):
     start: int  # places in the row
     end: int
     score: float
+    legal: bool  # whether it lies in the context, and is no longer than asked for
 
 
 class QuestionAnswering(Task):
@@ -88,6 +89,7 @@ class QuestionAnswering(Task):
         top_k = self.parameter(request, "top_k")
         context = request.inputs["context"]
         answers: Dict[str, Dict[str, Any]] = {}
+        told_by_pipeline = set()
         null_scores = []
         for row, output in zip(rows, outputs):
             places = row.places(int(self._question_first))
@@ -96,6 +98,9 @@ class QuestionAnswering(Task):
             for span in spans:
                 start, end = self._characters(request, row, places, span)
                 text = context[start:end]
+                told_by_pipeline.add(text.lower())
+                if not span.legal:
+                    continue
                 if text.lower() in answers:
                     answers[text.lower()]["score"] += span.score
                 else:
@@ -104,10 +109,16 @@ class QuestionAnswering(Task):
         if impossible:
             listed.append({"score": min(null_scores), "start": 0, "end": 0, "answer": ""})
         listed = sorted(listed, key=lambda answer: -answer["score"])[:top_k]
-        return listed[0] if len(listed) == 1 else listed
+        if not answers:  # a blank context
+            return {"score": min(null_scores) if impossible else 0.0, "start": 0, "end": 0, "answer": ""}
+        return listed if min(top_k, len(told_by_pipeline) + impossible) > 1 else listed[0]
 
     def _spans(self, request: Request, row: Row, places: Sequence[int], output: Arrays) -> Tuple[List[_Span], float]:
-        """The best spans of one window, start at most end, and the score of its having none."""
+        """The best spans of one window, and the score of its having none.
+
+        Where there are fewer than `top_k`, the pipeline fills its list with others of score 0, whichever its way of sorting
+        brings up. These are not answers, and not legal here; but whether there are any makes an answer a list.
+        """
         top_k, longest = self.parameter(request, "top_k"), self.parameter(request, "max_answer_len")
         if self.parameter(request, "align_to_words"):
             top_k = 2 * top_k + 10  # several spans may become one
@@ -116,15 +127,17 @@ class QuestionAnswering(Task):
         allowed = inside | (np.array(row.encoding.ids) == self.manifest.facts["cls_id"])
         start, end = (softmax(np.where(allowed, output[name], np.float32(-10000.0))) for name in self.manifest.outputs)
         null_score = float(start[0] * end[0])
-        start, end = np.where(inside, start, 0), np.where(inside, end, 0)
+        start[0] = end[0] = 0
         scores = np.tril(np.triu(np.outer(start, end)), longest - 1).ravel()
         best = np.argpartition(-scores, top_k)[:top_k] if top_k < len(scores) else np.arange(len(scores))
+        if top_k == 1:
+            best = np.array([np.argmax(scores)])
         spans = []
         for flat in best[np.argsort(-scores[best], kind="stable")]:
             first, last = divmod(int(flat), row.length)
-            # Where there are fewer than top_k, what is left has the score 0, and may be anything.
-            if inside[first] and inside[last] and first <= last < first + longest:
-                spans.append(_Span(first, last, float(scores[flat])))
+            if allowed[first] and allowed[last]:
+                legal = bool(inside[first] and inside[last]) and first <= last < first + longest
+                spans.append(_Span(first, last, float(scores[flat]), legal))
         return spans, null_score
 
     def _characters(self, request: Request, row: Row, places: Sequence[int], span: _Span) -> Tuple[int, int]:
@@ -134,9 +147,10 @@ class QuestionAnswering(Task):
             words = row.encoding.word_ids
             first, last = words[span.start], words[span.end]
             if first is not None and last is not None:
-                begin = next(place for place in places if words[place] == first)
-                stop = next(place for place in reversed(places) if words[place] == last)
-                return offsets[begin][0], offsets[stop][1]
+                begin = next((place for place in places if words[place] == first), None)
+                stop = next((place for place in reversed(places) if words[place] == last), None)
+                if begin is not None and stop is not None:
+                    return offsets[begin][0], offsets[stop][1]
         return offsets[span.start][0], offsets[span.end][1]
 
     def same(self, answer: Any, other: Any) -> bool:
