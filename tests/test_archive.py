@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Callable, Dict
 
 import pytest
-from traceserve.archive import archive, check_name, read_manifest, read_serving, unpack
+from conftest import ROOT
+from traceserve.archive import archive, check_name, configure, read_manifest, read_serving, unpack
 from traceserve.errors import ArchiveError
 from traceserve_runtime.errors import InvalidManifest
-from traceserve_runtime.manifest import Manifest, sha256
+from traceserve_runtime.manifest import OLDEST, SCHEMA, Manifest, sha256
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +83,6 @@ def test_the_manifest_can_be_read_from_the_archive(packed: Path, tmp_path: Path)
 
 
 def test_a_damaged_artifact_is_not_packed(artifact: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(artifact, tmp_path / "x")
     with (tmp_path / "x" / "traced_model.pt").open("ab") as file:
         file.write(b"!")
@@ -270,3 +271,113 @@ def test_serving_a_damaged_archive_is_refused_in_one_line(packed: Path, tmp_path
     [line] = result.stderr.splitlines()
     assert result.returncode == 1
     assert line.startswith(f"error: {tmp_path}/x.mar is damaged: Bad CRC-32 for file 'traced_model.pt'")
+
+
+def rezipped(packed: Path, target: Path, **changed: bytes) -> Path:
+    """The archive with some of its files changed, or with more, as by `unzip`, an editor and `zip -r`."""
+    with zipfile.ZipFile(packed) as source, zipfile.ZipFile(target, "w") as sink:
+        for name in source.namelist():
+            if name not in changed:
+                sink.writestr(name, source.read(name))
+        for name, content in changed.items():
+            sink.writestr(name, content)
+        sink.writestr("MAR-INF/", "")  # as `zip -r` does
+    return target
+
+
+def test_an_edited_label_is_neither_packed_nor_served(artifact: Path, packed: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "tiny"
+    shutil.copytree(artifact, copy)
+    text = (copy / "traceserve.json").read_text(encoding="utf-8")
+    (copy / "traceserve.json").write_text(text.replace('"red"', '"rot"'), encoding="utf-8")
+    with pytest.raises(InvalidManifest, match="it was changed after the gate"):
+        archive(copy, "tiny", tmp_path)
+    assert not (tmp_path / "tiny.mar").exists()
+    with zipfile.ZipFile(packed) as file:
+        content = file.read("traceserve.json").replace(b'"red"', b'"rot"')
+    mar = rezipped(packed, tmp_path / "x.mar", **{"traceserve.json": content})
+    for act in (read_manifest, lambda path: unpack(path, tmp_path), lambda path: configure(path, read_serving(packed))):
+        with pytest.raises(InvalidManifest, match="it was changed after the gate"):
+            act(mar)
+
+
+def test_a_file_that_the_manifest_does_not_name_is_not_served(packed: Path, tmp_path: Path) -> None:
+    mar = rezipped(packed, tmp_path / "x.mar", **{"json.py": b"", "notes.txt": b""})
+    with pytest.raises(
+        ArchiveError, match="x.mar holds the file (json.py|notes.txt), which its traceserve.json does not"
+    ):
+        unpack(mar, tmp_path / "out")
+    with zipfile.ZipFile(packed) as file:
+        handler = file.read("transformer_handler.py")
+    mar = rezipped(packed, tmp_path / "x.mar", **{"transformer_handler.py": handler + b"\n"})
+    with pytest.raises(InvalidManifest, match="transformer_handler.py is not the one that was verified"):
+        unpack(mar, tmp_path / "out2")
+    mar = rezipped(packed, tmp_path / "x.mar")
+    with zipfile.ZipFile(mar, "a") as file, pytest.warns(UserWarning, match="Duplicate"):
+        file.writestr("tokenizer.json", "{}")
+    with pytest.raises(ArchiveError, match="holds the file tokenizer.json twice"):
+        unpack(mar, tmp_path / "out3")
+    unpack(rezipped(packed, tmp_path / "x.mar"), tmp_path / "whole")
+    Manifest.read(tmp_path / "whole")
+
+
+def test_another_serving_configuration_keeps_the_schema(packed: Path, tmp_path: Path) -> None:
+    """The runtime in an archive of before reads its own schema alone."""
+    with zipfile.ZipFile(packed) as file:
+        document = json.loads(file.read("traceserve.json"))
+    old = {key: value for key, value in document.items() if key not in ("digest", "version")}
+    old["schema"] = OLDEST
+    mar = rezipped(packed, tmp_path / "x.mar", **{"traceserve.json": json.dumps(old).encode()})
+    for path, schema in ((mar, OLDEST), (Path(shutil.copy(packed, tmp_path / "new.mar")), SCHEMA)):
+        configure(path, replace(read_serving(path), batch_size=7))
+        assert read_serving(path).batch_size == 7
+        with zipfile.ZipFile(path) as file:
+            written = json.loads(file.read("traceserve.json"))
+        assert written["schema"] == schema and ("digest" in written) == (schema == SCHEMA)
+        unpack(path, tmp_path / str(schema))
+        Manifest.read(tmp_path / str(schema))
+
+
+def test_the_packages_own_handler_is_packed(artifact: Path, packed: Path, tmp_path: Path) -> None:
+    """Not one of that name in the working directory, which comes first on the path."""
+    (tmp_path / "transformer_handler.py").write_text("class Other: pass\n")
+    script = (
+        "import sys; sys.path.insert(0, ''); from pathlib import Path; from traceserve.archive import archive; "
+        "import transformer_handler; assert transformer_handler.Other; "
+        f"archive(Path({str(artifact)!r}), 'tiny', Path('.'))"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+    assert sha256(tmp_path / "tiny.mar") == sha256(packed)
+    with zipfile.ZipFile(tmp_path / "tiny.mar") as file:
+        assert file.read("transformer_handler.py") == (ROOT / "handlers" / "transformer_handler.py").read_bytes()
+
+
+def test_the_version_is_the_artifacts_or_another(artifact: Path, tmp_path: Path) -> None:
+    for version, expected in ((None, "1.0"), ("2.0", "2.0"), ("2026-11-26_b", "2026-11-26_b")):
+        with zipfile.ZipFile(archive(artifact, "tiny", tmp_path, version)) as file:
+            assert json.loads(file.read("MAR-INF/MANIFEST.json"))["model"]["modelVersion"] == expected
+        assert read_manifest(tmp_path / "tiny.mar").version == expected
+
+
+@pytest.mark.parametrize("version", ["", "-1", "a/b", "1 0", "é", "1" * 65, "1\n", "..", "%31"])
+def test_versions_that_cannot_stand_in_a_url(version: str, artifact: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArchiveError, match="cannot be an archive's version"):
+        archive(artifact, "tiny", tmp_path, version)
+
+
+def test_an_archive_that_was_packed_by_hand_is_served(artifact: Path, tmp_path: Path) -> None:
+    """By the README's command: its manifest is the artifact's, which names no code."""
+    options = {
+        "model-name": "tiny",
+        "version": "1.0",
+        "archive-format": "zip-store",
+        "serialized-file": artifact / "traced_model.pt",
+        "handler": ROOT / "handlers" / "transformer_handler.py",
+        "extra-files": f"{artifact},{ROOT / 'handlers'}",
+        "config-file": artifact / "model-config.yaml",
+        "export-path": tmp_path,
+    }
+    program = [sys.executable, "-m", "model_archiver.model_packaging"]
+    subprocess.run([*program, *(f"--{key}={value}" for key, value in options.items())], check=True)
+    unpack(tmp_path / "tiny.mar", tmp_path / "out")
+    assert Manifest.read(tmp_path / "out") == Manifest.read(artifact)

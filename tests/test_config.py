@@ -47,6 +47,7 @@ KEYS: Dict[str, Tuple[Any, List[Tuple[Any, Any]]]] = {
     "allow_untrained_head": (False, [(True, True), ("true", True), ("false", False)]),
     "batch_size": (64, [(1, 1), (4096, 4096), ("8", 8)]),
     "max_batch_delay": (1, [(2, 2), (10_000, 10_000), ("50", 50)]),
+    "version": ("1.0", [("1.0", "1.0"), ("2026-11-26", "2026-11-26"), ("v2_b", "v2_b")]),
     "response_timeout": (300, [(1, 1), ("900", 900)]),
 }
 LAST_TASKS = "{!r} or {!r}".format(*list(TASKS)[-2:])
@@ -105,6 +106,12 @@ BAD: List[Tuple[str, Any, str]] = [
     ("do_lower_case", 1, "boolean"),
     ("do_lower_case", "sometimes", "boolean"),
     ("allow_untrained_head", 2, "boolean"),
+    ("version", "", "pattern"),
+    ("version", "a/b", "pattern"),
+    ("version", "1 0", "pattern"),
+    ("version", "../1", "pattern"),
+    ("version", "1" * 65, "pattern"),
+    ("version", 2, "string"),
     ("batch_size", 0, "greater than or equal to 1"),
     ("batch_size", 4097, "less than or equal to 4096"),
     ("batch_size", None, "integer"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any, Callable, Dict, List
@@ -11,7 +12,7 @@ from typing import Any, Callable, Dict, List
 import pytest
 from traceserve_runtime import __version__
 from traceserve_runtime.errors import InvalidManifest
-from traceserve_runtime.manifest import MANIFEST_FILE, SCHEMA, Manifest, Shapes, sha256
+from traceserve_runtime.manifest import MANIFEST_FILE, OLDEST, SCHEMA, Manifest, Shapes, sealed, sha256, write_document
 
 Document = Dict[str, Any]
 
@@ -60,7 +61,7 @@ def test_what_a_task_knows_of_its_model_is_kept(document: Document, copy: Path) 
     facts = {"mask_token": "[MASK]", "mask_id": 103, "eos_ids": [1, 2], "chat_template": None, "nested": {"a": [0.5]}}
     document.update(step_inputs=["input_ids", "past_0"], facts=facts)
     document["tokenizer"]["clean_up"] = True
-    manifest = Manifest.from_json(document)
+    manifest = Manifest.from_json(sealed(document))
     assert manifest.step_inputs == ("input_ids", "past_0")
     assert manifest.facts == facts
     assert manifest.tokenizer.clean_up is True
@@ -69,8 +70,8 @@ def test_what_a_task_knows_of_its_model_is_kept(document: Document, copy: Path) 
 
 
 def test_shapes_are_read_and_written(document: Document, copy: Path) -> None:
-    document.update(shapes={"lengths": [8, 32], "batches": [1, 4], "graph_per_shape": True})
-    manifest = Manifest.from_json(document)
+    document.update(shapes={"lengths": [8, 32], "batches": [1, 4], "graph_per_shape": True, "padded": True})
+    manifest = Manifest.from_json(sealed(document))
     assert manifest.shapes == Shapes((8, 32), (1, 4), True)
     manifest.write(copy)
     assert Manifest.read(copy) == manifest
@@ -83,9 +84,12 @@ def test_shapes_are_read_and_written(document: Document, copy: Path) -> None:
         ({"max_rows": 0}, "max_rows"),
         ({"inputs": []}, "inputs"),
         ({"files": {}}, "files lacks the model"),
-        ({"shapes": {"lengths": [8, 16], "batches": None, "graph_per_shape": False}}, "end at max_length"),
-        ({"shapes": {"lengths": [], "batches": None, "graph_per_shape": False}}, "end at max_length"),
-        ({"shapes": {"lengths": None, "batches": [], "graph_per_shape": False}}, "shapes.batches"),
+        (
+            {"shapes": {"lengths": [8, 16], "batches": None, "graph_per_shape": False, "padded": True}},
+            "end at max_length",
+        ),
+        ({"shapes": {"lengths": [], "batches": None, "graph_per_shape": False, "padded": True}}, "end at max_length"),
+        ({"shapes": {"lengths": None, "batches": [], "graph_per_shape": False, "padded": True}}, "shapes.batches"),
     ],
 )
 def test_values_that_no_builder_writes(document: Document, change: Document, what: str) -> None:
@@ -95,7 +99,7 @@ def test_values_that_no_builder_writes(document: Document, change: Document, wha
 
 def test_text_beyond_ascii_is_kept(document: Document, copy: Path) -> None:
     document.update(labels=["größe", "色", "👍🏽"])
-    Manifest.from_json(document).write(copy)
+    Manifest.from_json(sealed(document)).write(copy)
     assert Manifest.read(copy).labels == ("größe", "色", "👍🏽")
     assert "👍🏽".encode() in (copy / MANIFEST_FILE).read_bytes()
 
@@ -177,7 +181,18 @@ def keys_of(kind: str) -> List[str]:
     }
     if kind == "nested":
         return [f"{outer}.{inner}" for outer, inners in nested.items() for inner in inners]
-    keys = ["name", "task", "save_mode", "model_file", "inputs", "step_inputs", "max_length", "labels", "parameters"]
+    keys = [
+        "name",
+        "task",
+        "save_mode",
+        "model_file",
+        "inputs",
+        "step_inputs",
+        "max_length",
+        "labels",
+        "parameters",
+        "version",
+    ]
     return [*keys, "facts", "files", "receipt", *nested]
 
 
@@ -226,7 +241,7 @@ def test_a_wrong_type_is_named(document: Document, key: str, value: Any, complai
         Manifest.from_json(document)
 
 
-OTHER_SCHEMAS = [0, *range(1, SCHEMA), SCHEMA + 1, 99, str(SCHEMA), float(SCHEMA), None, True]
+OTHER_SCHEMAS = [0, *range(1, OLDEST), SCHEMA + 1, 99, str(SCHEMA), float(SCHEMA), None, True]
 
 
 @pytest.mark.parametrize("schema", OTHER_SCHEMAS)
@@ -251,7 +266,7 @@ def test_an_archive_of_schema_1_is_refused(copy: Path, document: Document) -> No
         Manifest.read(copy)
     assert raised.value.message == (
         f"traceserve.json has schema 1 (made by traceserve 0.0.9), but this runtime, traceserve {__version__}, reads "
-        "schema 4; build and pack with the same version"
+        "schema 3 to schema 4; build and pack with the same version"
     )
 
 
@@ -314,3 +329,89 @@ def test_each_shape_has_a_graph_name(shapes: Shapes, name: str) -> None:
 def test_sha256_is_that_of_the_whole_file(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "file").write_bytes(content)
     assert sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+
+
+def edited(document: Document, key: str) -> Document:
+    """The document with one value changed to another one that is legal."""
+    value = document[key]
+    changed: Any = {"labels": ["green", "red", "blue"], "version": "2.0", "long_inputs": "reject"}.get(key)
+    if changed is None:
+        changed = (
+            value + 1 if isinstance(value, int) else {**value, "more": 1} if isinstance(value, dict) else value[::-1]
+        )
+    return {**document, key: changed}
+
+
+@pytest.mark.parametrize(
+    "key", ["labels", "max_length", "max_rows", "parameters", "facts", "receipt", "version", "name"]
+)
+def test_an_edit_is_noticed(document: Document, key: str) -> None:
+    assert "it was changed after the gate" in refusal(edited(document, key))
+    Manifest.from_json(sealed(edited(document, key)))  # whoever makes the digest anew: it is no signature
+
+
+def test_a_document_without_its_digest_is_refused(document: Document) -> None:
+    del document["digest"]
+    assert "its digest differs" in refusal(document)
+
+
+def test_another_layout_is_the_same_document(document: Document, copy: Path) -> None:
+    turned = dict(reversed(list(document.items())))
+    (copy / MANIFEST_FILE).write_text(json.dumps(turned, indent=None, ensure_ascii=True), encoding="utf-8")
+    assert Manifest.read(copy) == Manifest.from_json(document)
+
+
+def test_no_changed_byte_gives_another_answer(copy: Path) -> None:
+    """Each byte of the file, with one bit or all of them turned: refused, or the same manifest (white space)."""
+    whole = (copy / MANIFEST_FILE).read_bytes()
+    manifest = Manifest.read(copy)
+    noise, same = random.Random(0), 0
+    for at in range(len(whole)):
+        content = bytearray(whole)
+        content[at] ^= noise.choice([1 << noise.randrange(8), 0xFF])
+        (copy / MANIFEST_FILE).write_bytes(content)
+        try:
+            read = Manifest.read(copy, verify=False)
+        except InvalidManifest:
+            continue
+        assert read == manifest, content[at - 20 : at + 20]
+        same += 1
+    assert same < len(whole) / 4
+
+
+def test_a_document_of_before_the_digest_is_read(document: Document, copy: Path) -> None:
+    """As of the archives that schema 3 made: without a digest, and without what came later."""
+    old = {key: value for key, value in document.items() if key not in ("digest", "version")}
+    old["schema"] = OLDEST
+    old["tokenizer"] = {key: value for key, value in old["tokenizer"].items() if key != "embeddings"}
+    (copy / MANIFEST_FILE).write_text(json.dumps(old), encoding="utf-8")
+    assert Manifest.read(copy) == Manifest.from_json(document)
+    write_document(old, copy)
+    assert json.loads((copy / MANIFEST_FILE).read_text(encoding="utf-8")) == old
+    assert refusal({**old, "digest": "0" * 64}).startswith(f"{MANIFEST_FILE} has the key digest")
+    del old["labels"]
+    assert refusal(old) == f"{MANIFEST_FILE} lacks the key labels"
+
+
+@pytest.mark.parametrize(
+    "name", ["../x.pt", "/etc/passwd", "a//b", "a/../../b", "a\\b", "C:x", "./x", "", MANIFEST_FILE]
+)
+def test_files_outside_the_archive_are_refused(document: Document, name: str) -> None:
+    files = {**document["files"], name: "0" * 64}
+    assert "files should name files of the archive" in refusal({**document, "files": files})
+
+
+@pytest.mark.parametrize("name", ["json.py", "numpy.cpython-311-x86_64-linux-gnu.so", "torch/__init__.py", "ts.pyc"])
+def test_code_that_would_shadow_a_library_is_refused(copy: Path, name: str) -> None:
+    (copy / name).parent.mkdir(exist_ok=True)
+    (copy / name).write_text("")
+    with pytest.raises(InvalidManifest, match=rf"{name.split('/')[0]} is not named in {MANIFEST_FILE}"):
+        Manifest.read(copy)
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "MAR-INF/MANIFEST.json", "__pycache__/x.cpython-311.pyc", "core"])
+def test_other_files_do_no_harm(copy: Path, name: str) -> None:
+    """TorchServe's own, and what a run leaves in the working directory."""
+    (copy / name).parent.mkdir(exist_ok=True)
+    (copy / name).write_text("")
+    Manifest.read(copy)

@@ -24,7 +24,7 @@ from traceserve_runtime.batching import Stats
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import MissingPackage
 from traceserve_runtime.generation import Settings
-from traceserve_runtime.manifest import Manifest, Shapes
+from traceserve_runtime.manifest import Manifest, Shapes, sealed
 from traceserve_runtime.runtimes.neuron import CHIPS, operators
 from traceserve_runtime.tasks import TASKS
 
@@ -76,7 +76,7 @@ def test_without_its_package_nothing_is_served(hardware: str, artifact: Path, tm
         (tmp_path / file.name).write_bytes(file.read_bytes())
     document = json.loads((tmp_path / "traceserve.json").read_text(encoding="utf-8"))
     versions = {**document["versions"], CHIPS[hardware].package: "1.2.3"}
-    Manifest.from_json({**document, "hardware": hardware, "versions": versions}).write(tmp_path)
+    Manifest.from_json(sealed({**document, "hardware": hardware, "versions": versions})).write(tmp_path)
     with pytest.raises(MissingPackage, match=f"needs {CHIPS[hardware].package}, .* made with .* 1.2.3"):
         Engine.load(tmp_path)
 

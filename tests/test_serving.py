@@ -710,3 +710,67 @@ def test_every_command_without_a_home_folder(tiny: Path) -> None:
         assert f"stopped tiny on port {port}" in run("stop")
         assert "no server is running" in run("status")
         assert list(Path(temporary).glob(f"traceserve-{os.getuid()}/cache/*.jsa"))  # the second server starts faster
+
+
+def test_two_versions_side_by_side(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """Two builds of one name, registered with a TorchServe whose model API is open; each answers under its version."""
+    store = tmp_path / "store"
+    store.mkdir()
+    expected = {}
+    for version, labels in (("1.0", ["red", "green"]), ("2.0-rc.1", ["yes", "no"])):
+        named = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+        folder = tmp_path / version / "same"
+        run_export(folder, {"model_name": str(checkpoint("bert", **named)), "max_length": 32, "version": version})
+        os.rename(archive(folder, "same", tmp_path), store / f"same-{version}.mar")
+        [answer] = Engine.load(folder).answer([Request({"text": "hello"})])
+        assert isinstance(answer, Answer)
+        expected[version] = answer.value
+    inference, management, metrics, grpc, grpc_management = torchserve.free_ports(5)
+    properties = {
+        "inference_address": f"http://127.0.0.1:{inference}",
+        "management_address": f"http://127.0.0.1:{management}",
+        "metrics_address": f"http://127.0.0.1:{metrics}",
+        "grpc_inference_port": grpc,
+        "grpc_management_port": grpc_management,
+        "enable_model_api": "true",
+        "disable_token_authorization": "true",
+    }
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for sub in ("logs", "tmp", "run"):
+            (folder / sub).mkdir()
+        (folder / "config.properties").write_text("".join(f"{key}={value}\n" for key, value in properties.items()))
+        settings = {"ts-config": folder / "config.properties", "model-store": store}
+        try:
+            server.launch(folder, settings, torchserve.find_java())
+            wait_for(f"http://127.0.0.1:{inference}/ping")
+            for version in expected:
+                query = f"url=same-{version}.mar&initial_workers=1&synchronous=true"
+                reply = send(urllib.request.Request(f"http://127.0.0.1:{management}/models?{query}", method="POST"))
+                assert reply.status == 200 and version in reply.json["status"], reply.body
+            for version, value in expected.items():
+                url = f"http://127.0.0.1:{inference}/predictions/same/{version}"
+                assert_answers(send(urllib.request.Request(url, data=b"hello", headers=TEXT_TYPE)), value)
+            url = f"http://127.0.0.1:{inference}/predictions/same"
+            assert_answers(send(urllib.request.Request(url, data=b"hello", headers=TEXT_TYPE)), expected["1.0"])
+            query = "url=same-1.0.mar&initial_workers=1&synchronous=true"
+            reply = send(urllib.request.Request(f"http://127.0.0.1:{management}/models?{query}", method="POST"))
+            assert reply.status == 409  # the same version again
+        finally:
+            instances.end_started_in(folder)
+            folder.mkdir(exist_ok=True)
+
+
+TEXT_TYPE = {"Content-Type": "text/plain"}
+
+
+def wait_for(url: str) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            if send(url).status == 200:
+                return
+        except OSError:
+            pass
+        time.sleep(0.2)
+    raise AssertionError(f"{url} does not answer")

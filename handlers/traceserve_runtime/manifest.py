@@ -1,7 +1,9 @@
 """The border between builder and worker: `traceserve.json`, written by one and read by the other.
 
 The document holds everything that the worker knows of the model; beside it the worker reads only the files that it
-names. `Manifest.read` checks the schema, every key and type, and the SHA-256 of every file, and says what is wrong.
+names. `Manifest.read` checks the schema, every key and type, the document's own digest, and the SHA-256 of every file, and
+says what is wrong. The digest shows an edit or a damage, as of a label; who means harm can make another one: it is no
+signature.
 """
 
 from __future__ import annotations
@@ -11,15 +13,19 @@ import hashlib
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional, Tuple, Type, TypeVar, Union, get_type_hints
+from typing import Any, Dict, Iterable, Mapping, Optional, Tuple, Type, TypeVar, Union, get_type_hints
 
 from traceserve_runtime import __version__
 from traceserve_runtime.errors import InvalidManifest
 
 MANIFEST_FILE = "traceserve.json"
 SCHEMA = 4
-# Keys that came after this schema: an archive without them was made when there was only what their default says.
-_LATER = ("shapes.padded",)
+OLDEST = 3  # archives of before the document had a digest; what their documents lack has its default
+HANDLER_FILE = "transformer_handler.py"
+OWN_CODE = "traceserve_"  # so begin our packages' names, which the manifest of an archive packed by hand lacks
+_DIGEST = "digest"
+# What Python would import from the archive's folder, which is first on the worker's path.
+_IMPORTABLE = {".py", ".pyc", ".so", ".pyd"}
 
 T = TypeVar("T")
 
@@ -112,6 +118,7 @@ class Manifest:
     files: Dict[str, str] = field(default_factory=dict)  # SHA-256 of every other file of the archive
     receipt: Dict[str, Any] = field(default_factory=dict)  # what the gate measured
     runtime: Dict[str, Any] = field(default_factory=dict)  # what the reader of this save mode must know
+    version: str = "1.0"  # of the archive: in its URL, and in TorchServe's registrations
 
     @classmethod
     def read(cls, folder: Path, verify: bool = True) -> Manifest:
@@ -125,8 +132,14 @@ class Manifest:
         return manifest
 
     def verify(self, folder: Path) -> None:
-        """Check every file that the manifest names; raises InvalidManifest."""
-        for name, expected in self.files.items():
+        """Check every file that the manifest names, and that no other one is imported; raises InvalidManifest."""
+        self._check_strangers(folder)
+        self.verify_files(folder, self.files)
+
+    def verify_files(self, folder: Path, names: Iterable[str]) -> None:
+        """Check these of the files; raises InvalidManifest."""
+        for name in names:
+            expected = self.files[name]
             path = folder / name
             if not path.is_file():
                 raise InvalidManifest(f"{MANIFEST_FILE} names the file {name}, which is missing from the archive")
@@ -136,6 +149,19 @@ class Manifest:
                     "build the archive again"
                 )
 
+    def _check_strangers(self, folder: Path) -> None:
+        """Code at the archive's root that the manifest does not name would shadow a library of that name."""
+        for path in folder.iterdir():
+            inside = {f"__init__{suffix}" for suffix in _IMPORTABLE}
+            package = path.is_dir() and any((path / name).exists() for name in inside)
+            named = path.name in self.files or any(name.startswith(f"{path.name}/") for name in self.files)
+            named = named or path.name == HANDLER_FILE or path.name.startswith(OWN_CODE)
+            if not named and (package or path.suffix in _IMPORTABLE):
+                raise InvalidManifest(
+                    f"{path.name} is not named in {MANIFEST_FILE}, and would be imported in the place of a library of that "
+                    "name; remove it, or build the archive again"
+                )
+
     @classmethod
     def from_json(cls, document: Any) -> Manifest:
         """The manifest that `document`, parsed JSON, describes; raises InvalidManifest."""
@@ -143,15 +169,21 @@ class Manifest:
             raise InvalidManifest(f"{MANIFEST_FILE} should hold an object, not {_kind(document)}")
         content = dict(document)
         schema = content.pop("schema", None)
-        if type(schema) is not int or schema != SCHEMA:
+        if type(schema) is not int or not OLDEST <= schema <= SCHEMA:
             versions = content.get("versions")
             maker = versions.get("traceserve", "unknown") if isinstance(versions, dict) else "unknown"
             raise InvalidManifest(
                 f"{MANIFEST_FILE} has schema {schema!r} (made by traceserve {maker}), but this runtime, traceserve "
-                f"{__version__}, reads schema {SCHEMA}; build and pack with the same version"
+                f"{__version__}, reads schema {OLDEST} to schema {SCHEMA}; build and pack with the same version"
             )
-        manifest = _read_object(cls, content, "")
+        digest = content.pop(_DIGEST, None) if schema > OLDEST else None
+        manifest = _read_object(cls, content, "", complete=schema > OLDEST)
         manifest._check()
+        if schema > OLDEST and digest != _digest(document):
+            raise InvalidManifest(
+                f"{MANIFEST_FILE} is not the one that was verified: it was changed after the gate compared the model (its "
+                "digest differs); build the archive again"
+            )
         return manifest
 
     def _check(self) -> None:
@@ -168,15 +200,38 @@ class Manifest:
             (self.model_file not in self.files, f"files lacks the model, {self.model_file}"),
             (self.tokenizer.file not in self.files, f"files lacks the tokenizer, {self.tokenizer.file}"),
             (self.tokenizer.pieces not in (None, *self.files), f"files lacks the tokenizer's {self.tokenizer.pieces}"),
+            (not all(map(_is_inside, self.files)), "files should name files of the archive, as folder/name"),
         ):
             if wrong:
                 raise InvalidManifest(f"{MANIFEST_FILE}: {what}")
 
     def write(self, folder: Path) -> None:
         """Write `folder/traceserve.json`; equal manifests give equal bytes."""
-        document = {"schema": SCHEMA, **dataclasses.asdict(self)}
-        text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-        (folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
+        write_document({"schema": SCHEMA, **dataclasses.asdict(self)}, folder)
+
+
+def write_document(document: Mapping[str, Any], folder: Path) -> None:
+    """Write a whole document, sealed, into `folder/traceserve.json`."""
+    text = json.dumps(sealed(document), indent=2, ensure_ascii=False) + "\n"
+    (folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
+
+
+def sealed(document: Mapping[str, Any]) -> Dict[str, Any]:
+    """The document with the digest of all else in it; of a schema without one, as it is."""
+    content: Dict[str, Any] = json.loads(json.dumps(document))  # as it will be read
+    return {**content, _DIGEST: _digest(content)} if content["schema"] > OLDEST else content
+
+
+def _digest(document: Mapping[str, Any]) -> str:
+    """The SHA-256 of what the document says, however it is laid out, without the digest itself."""
+    rest = {key: value for key, value in document.items() if key != _DIGEST}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode("ascii")).hexdigest()
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a path stays below the folder that it starts from, on every system."""
+    parts = name.split("/")
+    return not set(parts) & {"", ".", ".."} and not set(name) & set("\\:\0") and name != MANIFEST_FILE
 
 
 def sha256(path: Path) -> str:
@@ -197,8 +252,9 @@ def _load(path: Path) -> Any:
         raise InvalidManifest(f"{path.name} is not valid JSON: {error}") from error
 
 
-def _read_object(kind: Type[T], content: Mapping[str, Any], where: str) -> T:
-    """An instance of the dataclass `kind`, each key checked against the field's type."""
+def _read_object(kind: Type[T], content: Mapping[str, Any], where: str, complete: bool = True) -> T:
+    """An instance of the dataclass `kind`, each key checked against the field's type; only where the document need not be
+    `complete` may a key be missing whose field has a default."""
     hints = get_type_hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]  # T is always a dataclass here
     for key in content:
@@ -206,25 +262,27 @@ def _read_object(kind: Type[T], content: Mapping[str, Any], where: str) -> T:
             raise InvalidManifest(
                 f"{MANIFEST_FILE} has the key {where}{key}, which this runtime, traceserve {__version__}, does not know"
             )
-    for name in fields:
-        if name not in content and where + name not in _LATER:
+    for name, own in fields.items():
+        default = own.default is not dataclasses.MISSING or own.default_factory is not dataclasses.MISSING
+        if name not in content and (complete or not default):
             raise InvalidManifest(f"{MANIFEST_FILE} lacks the key {where}{name}")
-    return kind(**{name: _read_value(hints[name], content[name], where + name) for name in fields if name in content})
+    given = [name for name in fields if name in content]
+    return kind(**{name: _read_value(hints[name], content[name], where + name, complete) for name in given})
 
 
-def _read_value(kind: Any, value: Any, where: str) -> Any:
+def _read_value(kind: Any, value: Any, where: str, complete: bool) -> Any:
     origin: Any = getattr(kind, "__origin__", None)
     args: Tuple[Any, ...] = getattr(kind, "__args__", ())
     if kind is Any:
         return value
     if origin is Union:  # Optional[X]
-        return None if value is None else _read_value(args[0], value, where)
+        return None if value is None else _read_value(args[0], value, where, complete)
     if origin is tuple and isinstance(value, list):
-        return tuple(_read_value(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+        return tuple(_read_value(args[0], item, f"{where}[{i}]", complete) for i, item in enumerate(value))
     if origin is dict and isinstance(value, dict):
-        return {key: _read_value(args[1], item, f"{where}.{key}") for key, item in value.items()}
+        return {key: _read_value(args[1], item, f"{where}.{key}", complete) for key, item in value.items()}
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
-        return _read_object(kind, value, f"{where}.")  # type: ignore[arg-type]  # kind is a class, not an instance
+        return _read_object(kind, value, f"{where}.", complete)  # type: ignore[arg-type]  # kind is a class, not an instance
     if origin is None and type(value) is kind:
         return value
     wanted = {tuple: "a list", dict: "an object"}.get(origin) or getattr(kind, "__name__", str(kind))

@@ -5,7 +5,6 @@ The same inputs give the same bytes.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -17,16 +16,16 @@ import zipfile
 import zlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Dict, Mapping, Sequence
+from typing import Any, Dict, Mapping, Optional, Sequence
 
+import traceserve_runtime
 from traceserve_runtime.errors import TraceserveError
-from traceserve_runtime.manifest import MANIFEST_FILE, Manifest, sha256
+from traceserve_runtime.manifest import HANDLER_FILE, MANIFEST_FILE, OWN_CODE, Manifest, sha256, write_document
 
 from traceserve import space, staging
 from traceserve.errors import ArchiveError
 from traceserve.serving import SERVING_FILE, Serving
 
-HANDLER_FILE = "transformer_handler.py"
 RUNTIME = "traceserve_runtime"
 _ARCHIVER_MANIFEST = "MAR-INF/MANIFEST.json"
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the first date that a zip can hold
@@ -46,6 +45,7 @@ _DAMAGED = (
     RuntimeError,
 )
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # what TorchServe and its archiver allow
+VERSION = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"  # what stands in a URL as it is
 
 
 def check_name(name: str) -> str:
@@ -55,10 +55,22 @@ def check_name(name: str) -> str:
     return name
 
 
-def archive(artifact: Path, name: str, folder: Path) -> Path:
-    """Pack `artifact` and the runtime into `folder/NAME.mar`; raises ArchiveError."""
+def check_version(version: str) -> str:
+    """`version`, if it can stand in a URL as it is; raises ArchiveError. TorchServe neither reads nor sorts versions."""
+    if not re.fullmatch(VERSION, version) or version.endswith("\n"):
+        raise ArchiveError(
+            f"{version!r} cannot be an archive's version: letters, digits, _ . and - only, a letter or digit first, at most "
+            "64; as 1.0, 2.1 or 2026-11-26"
+        )
+    return version
+
+
+def archive(artifact: Path, name: str, folder: Path, version: Optional[str] = None) -> Path:
+    """Pack `artifact` and the runtime into `folder/NAME.mar`, under its own version or another; raises ArchiveError."""
     manifest = Manifest.read(artifact)  # checks that the artifact is whole, and what was verified
-    check_name(name)
+    manifest = replace(
+        manifest, name=check_name(name), version=check_version(manifest.version if version is None else version)
+    )
     size = space.size([artifact / file for file in manifest.files]) + _RUNTIME_SIZE
     space.require(folder, size, f"the archive {name}.mar")
     with staging.scratch() as temporary, space.Needed(temporary, size, f"{name}.mar, before its dates are removed,"):
@@ -66,16 +78,23 @@ def archive(artifact: Path, name: str, folder: Path) -> Path:
         stage = temporary / "stage"
         stage.mkdir()
         files = _stage(artifact, manifest, stage)
-        replace(manifest, name=name, files=files).write(stage)
-        packed = _pack(stage, name, manifest.model_file, temporary)
+        replace(manifest, files=files).write(stage)
+        packed = _pack(stage, manifest, temporary)
         with space.Needed(folder, size, f"the archive {name}.mar"):
             return _settle(packed, folder / f"{name}.mar")
 
 
 def unpack(path: Path, folder: Path, only: Sequence[str] = ()) -> None:
-    """Extract an archive, or these files of it, into `folder`; raises ArchiveError for a damaged one, NoSpace."""
+    """Extract an archive, or these files of it, into `folder`; raises ArchiveError for a damaged one, NoSpace.
+
+    It may hold the files that its manifest names and no other. Its code is compared with the manifest here, where that
+    code does not run yet; the worker compares all files.
+    """
+    manifest = read_manifest(path)
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         with zipfile.ZipFile(path) as file:
+            _check_names(path, file.namelist(), manifest)
             members = [info for info in file.infolist() if not only or info.filename in only]
             size = sum(info.file_size for info in members)
             if size > _LARGEST_RATIO * path.stat().st_size:
@@ -85,15 +104,36 @@ def unpack(path: Path, folder: Path, only: Sequence[str] = ()) -> None:
                 file.extractall(folder, members)
     except _DAMAGED as error:
         raise _damaged(path, error) from None
+    if not only:
+        manifest.verify_files(folder, [name for name in manifest.files if name.endswith(".py")])
+
+
+def _check_names(path: Path, names: Sequence[str], manifest: Manifest) -> None:
+    """Raise ArchiveError unless the archive holds each file once, and none that the manifest does not name.
+
+    The manifest of one that was packed by hand names no code.
+    """
+    known = {*manifest.files, MANIFEST_FILE, _ARCHIVER_MANIFEST, HANDLER_FILE}
+    files = [name for name in names if not name.endswith("/")]
+    for name in files:
+        if name not in known and not name.startswith(OWN_CODE):
+            raise ArchiveError(
+                f"{path} holds the file {name}, which its {MANIFEST_FILE} does not name; build the archive again"
+            )
+        if files.count(name) > 1:
+            raise ArchiveError(f"{path} holds the file {name} twice; build the archive again")
 
 
 def read_manifest(path: Path) -> Manifest:
     """The manifest inside an archive; raises ArchiveError for a file that is no archive of ours."""
+    return Manifest.from_json(_read_document(path))
+
+
+def _read_document(path: Path) -> Any:
     try:
-        document = json.loads(_read(path, MANIFEST_FILE))
-    except ValueError as error:
+        return json.loads(_read(path, MANIFEST_FILE))
+    except (ValueError, RecursionError) as error:
         raise ArchiveError(f"{path} is no archive of traceserve: {error}") from None
-    return Manifest.from_json(document)
 
 
 def read_serving(path: Path) -> Serving:
@@ -130,10 +170,11 @@ def configure(path: Path, serving: Serving) -> None:
 
     The new archive takes the old one's place when it is finished: whoever is interrupted has the old one.
     """
-    manifest = read_manifest(path)
+    document = _read_document(path)
+    Manifest.from_json(document)  # checks that it is one of ours, and whole
     path = path.resolve()  # not a link to it
     with staging.staged(path) as folder:
-        manifest.write(folder)
+        write_document(document, folder)
         configure_unpacked(folder, serving)
         changed = {name: (folder / name).read_bytes() for name in (MANIFEST_FILE, SERVING_FILE)}
         space.require(folder, path.stat().st_size, f"another {path.name}")
@@ -142,19 +183,31 @@ def configure(path: Path, serving: Serving) -> None:
 
 
 def configure_unpacked(folder: Path, serving: Serving) -> None:
-    """Write the serving configuration of an unpacked archive, and its SHA-256 into the manifest."""
-    manifest = Manifest.read(folder, verify=False)
+    """Write the serving configuration of an unpacked archive, and its SHA-256 into the manifest.
+
+    The manifest keeps its schema: the runtime that lies beside it reads that one.
+    """
+    document = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+    Manifest.from_json(document)
     (folder / SERVING_FILE).write_text(serving.to_yaml(), encoding="utf-8")
-    files = {**manifest.files, SERVING_FILE: sha256(folder / SERVING_FILE)}
-    replace(manifest, files=files).write(folder)
+    document["files"][SERVING_FILE] = sha256(folder / SERVING_FILE)
+    write_document(document, folder)
 
 
-def handler_folder() -> Path:
-    """Where transformer_handler.py lies: in the repository, or installed beside the package."""
-    spec = importlib.util.find_spec(Path(HANDLER_FILE).stem)
-    if spec is None or spec.origin is None:
-        raise ArchiveError(f"{HANDLER_FILE} is not installed; install traceserve again")
-    return Path(spec.origin).parent
+def handler_file() -> Path:
+    """The package's own transformer_handler.py: the one beside the runtime that this process imports.
+
+    Not the first of that name on the path: a working directory may hold another one, as a clone of TorchServe's example.
+    """
+    file = _runtime_folder().parent / HANDLER_FILE
+    if not file.is_file() or RUNTIME not in file.read_text(encoding="utf-8"):
+        raise ArchiveError(f"{file} is not traceserve's handler; install traceserve again")
+    return file
+
+
+def _runtime_folder() -> Path:
+    """Of the modules that were imported already: the manifests of this process are theirs."""
+    return Path(traceserve_runtime.__file__).resolve().parent
 
 
 def _stage(artifact: Path, manifest: Manifest, stage: Path) -> Dict[str, str]:
@@ -165,25 +218,24 @@ def _stage(artifact: Path, manifest: Manifest, stage: Path) -> Dict[str, str]:
             os.link((artifact / name).resolve(), stage / name)  # weights are large
         except OSError:
             shutil.copyfile(artifact / name, stage / name)
-    spec = importlib.util.find_spec(RUNTIME)
-    assert spec is not None and spec.submodule_search_locations
-    package = Path(list(spec.submodule_search_locations)[0])
-    shutil.copytree(package, stage / RUNTIME, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", "py.typed"))
-    shutil.copyfile(handler_folder() / HANDLER_FILE, stage / HANDLER_FILE)
+    shutil.copytree(
+        _runtime_folder(), stage / RUNTIME, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", "py.typed")
+    )
+    shutil.copyfile(handler_file(), stage / HANDLER_FILE)
     code = list(stage.rglob("*.py"))
     files = {path.relative_to(stage).as_posix(): sha256(path) for path in code}
     return dict(sorted({**manifest.files, **files}.items()))
 
 
-def _pack(stage: Path, name: str, model_file: str, scratch: Path) -> Path:
+def _pack(stage: Path, manifest: Manifest, scratch: Path) -> Path:
     """Run torch-model-archiver. It deletes `<temp dir>/<name>` and builds there: it gets a temp dir of its own."""
     temp, out = scratch / "temp", scratch / "out"
     temp.mkdir()
     out.mkdir()
     options = {
-        "model-name": name,
-        "version": "1.0",
-        "serialized-file": stage / model_file,
+        "model-name": manifest.name,
+        "version": manifest.version,
+        "serialized-file": stage / manifest.model_file,
         "handler": stage / HANDLER_FILE,
         "extra-files": stage,
         "config-file": stage / SERVING_FILE,
@@ -191,14 +243,14 @@ def _pack(stage: Path, name: str, model_file: str, scratch: Path) -> Path:
         "export-path": out,
     }
     command = [sys.executable, "-m", "model_archiver.model_packaging"]
-    command += [part for key, value in options.items() for part in (f"--{key}", str(value))]
+    command += [f"--{key}={value}" for key, value in options.items()]
     result = subprocess.run(
         command, env={**os.environ, "TMPDIR": str(temp)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     if result.returncode:
         lines = result.stdout.strip().splitlines() or ["no reason given"]
         raise ArchiveError(f"torch-model-archiver failed: {lines[-1]}")
-    return out / f"{name}.mar"
+    return out / f"{manifest.name}.mar"
 
 
 def _settle(packed: Path, target: Path) -> Path:

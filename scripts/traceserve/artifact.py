@@ -74,6 +74,7 @@ def write(
         versions={**_versions(config), **written.versions},
         files={file: sha256(folder / file) for file in sorted(files)},
         runtime=written.runtime,
+        version=config.version,
     )
     manifest.write(folder)
     return manifest

@@ -15,6 +15,7 @@ from traceserve_runtime.tokenization import LONG_INPUTS
 from typing_extensions import Literal
 
 from traceserve import formats, libraries, precision
+from traceserve.archive import VERSION
 from traceserve.checkpoints import names
 from traceserve.errors import ConfigError
 from traceserve.libraries import LIBRARIES
@@ -109,6 +110,12 @@ class SetupConfig(BaseModel):
     batch_size: int = Field(64, ge=1, le=4096, description="The most requests that TorchServe hands over at once")
     max_batch_delay: int = Field(
         1, ge=1, le=10_000, description="How long TorchServe waits for a batch to fill, in milliseconds"
+    )
+    version: str = Field(
+        "1.0",
+        pattern=VERSION,
+        description="The archive's version, in its URL `/predictions/NAME/VERSION`; with another one a second build can be "
+        "registered beside the first",
     )
     response_timeout: int = Field(
         300, ge=1, description="Seconds after which TorchServe gives up a batch and restarts its worker"

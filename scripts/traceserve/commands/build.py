@@ -51,6 +51,12 @@ def _add_force(parser: argparse.ArgumentParser) -> None:
 
 def _add_store(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--store", type=Path, default=STORE, metavar="FOLDER", help="where archives lie [%(default)s]")
+    parser.add_argument(
+        "--version",
+        metavar="V",
+        help="the archive's version, in /predictions/NAME/V [the configuration's, else 1.0]; with another one a second build "
+        "can be registered beside the first",
+    )
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
@@ -93,6 +99,7 @@ def make(options: argparse.Namespace, with_archive: bool) -> Path:
     target: Path = options.output or ARTIFACTS / config.default_name(loaded.config)
     name = archive.check_name(target.resolve().name)
     staging.check_free(target, options.force, ExportError)
+    version = archive.check_version(options.version) if with_archive and options.version is not None else None
     packed = options.store / f"{name}.mar" if with_archive else None
     if packed:
         staging.check_free(packed, options.force, ArchiveError)
@@ -107,7 +114,7 @@ def make(options: argparse.Namespace, with_archive: bool) -> Path:
         exported = export(loaded, name, folder, bar, options.samples, options.allow_drift)
         if archive_folder:
             bar("packing", 0, 0)
-            archive.archive(folder, name, archive_folder)
+            archive.archive(folder, name, archive_folder, version)
     if exported.note:
         console().print(exported.note, highlight=False)
     made = packed or target
@@ -131,7 +138,7 @@ def _archive(options: argparse.Namespace) -> int:
     started = time.monotonic()
     with Bar() as bar, staging.staged(target) as folder:
         bar("packing", 0, 0)
-        archive.archive(options.artifact, name, folder)
+        archive.archive(options.artifact, name, folder, options.version)
     size = target.stat().st_size
     console().print(f"{target}: {megabytes(size)} in {time.monotonic() - started:.1f} s", highlight=False)
     console().print(f"\nserve it:  traceserve serve {shlex.quote(str(target))}", highlight=False)
