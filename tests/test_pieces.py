@@ -166,7 +166,9 @@ def test_hostile_texts_have_the_same_tokens(kind: str, training: str, both: Call
 def test_tokens_have_the_same_text(kind: str, training: str, both: Callable[[str, str], Both]) -> None:
     found = both(kind, training)
     chance = random.Random(2)
-    numbers = range(len(found.slow))
+    # A model may have more tokens than the vocabulary; MarianTokenizer fails at most such numbers.
+    last = max([*found.slow.encoder.values(), *getattr(found.slow, "lang_code_to_id", {"": 0}).values()])
+    numbers = range(last + (9 if kind == M2M100 else 1))
     for _ in range(400):
         ids = [chance.choice(numbers) for _ in range(chance.randrange(12))]
         expected = found.slow.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

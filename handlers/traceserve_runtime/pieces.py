@@ -93,6 +93,12 @@ class Normalizer:
             whole = whole.rstrip(SPACE)
         return whole, spans[: len(whole)]
 
+    def begun(self, text: str) -> str:
+        """A text that is written, without the spaces at its beginning that normalizing would have made, or taken away."""
+        if self._collapse:
+            return text.lstrip(" ")
+        return text[1:] if self._add_prefix and text.startswith(" ") else text
+
     def _replaced(self, text: str) -> Iterator[Tuple[str, int, int]]:
         """What parts of the text become, each with where it stood: from the left the longest that has a rule."""
         content = text.encode("utf-8")
@@ -208,6 +214,7 @@ class PieceTokenizer:
         self._not_written = frozenset(facts["not_written"])  # the numbers of special tokens
         # Pieces that sentencepiece's model lacks: it writes them as they are, and a ▁ in them too, but for Marian's.
         self._as_they_are = frozenset(facts["as_they_are"])
+        self._beyond: str = facts["beyond"]
         tokens = sorted(facts["tokens"], key=len, reverse=True)
         self._tokens = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
 
@@ -234,12 +241,16 @@ class PieceTokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of pieces. (Nothing that writes texts asks for special tokens in it.)"""
-        parts = []
+        written, part = "", ""
         for number in ids:
-            token = None if number in self._not_written else self._tokenizer.id_to_token(number)
-            if token is not None:
-                parts.append(token if token in self._as_they_are else token.replace(SPACE, " "))
-        return "".join(parts).strip()
+            if number in self._not_written:
+                continue
+            token = self._tokenizer.id_to_token(number)
+            if token is None:  # the model has more tokens than the vocabulary
+                written, part = written + self._normalizer.begun(part) + self._beyond, ""
+            else:
+                part += token if token in self._as_they_are else token.replace(SPACE, " ")
+        return (written + self._normalizer.begun(part)).strip()
 
     def pieces(self, text: str) -> List[Piece]:
         """The special tokens of a text, and the pieces of what is between them."""
@@ -269,9 +280,8 @@ class PieceTokenizer:
         return found
 
     def _encoding(self, pieces: Sequence[Piece]) -> Encoding:
-        """An Encoding is made through its pickled state, which is JSON."""
         count = len(pieces)
-        state = {
+        state: Dict[str, Any] = {
             "ids": [self._vocabulary.get(piece.text, self._unknown) for piece in pieces],
             "type_ids": [0] * count,
             "tokens": [piece.text for piece in pieces],
@@ -282,6 +292,16 @@ class PieceTokenizer:
             "overflowing": [],
             "sequence_ranges": {},
         }
-        encoding = Encoding()
-        encoding.__setstate__(json.dumps(state).encode("utf-8"))
-        return encoding
+        return _encoding(state)
+
+
+def renumbered(encoding: Encoding, ids: Sequence[int]) -> Encoding:
+    """The encoding with other token ids."""
+    return _encoding({**json.loads(encoding.__getstate__()), "ids": list(ids)})
+
+
+def _encoding(state: Dict[str, Any]) -> Encoding:
+    """An Encoding is made, and changed, through its pickled state, which is JSON."""
+    encoding = Encoding()
+    encoding.__setstate__(json.dumps(state).encode("utf-8"))
+    return encoding

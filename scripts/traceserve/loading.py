@@ -16,7 +16,7 @@ from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import ModelFacts
 
 from traceserve import gguf
-from traceserve.checkpoints import case, conversion, generation, tokenizers
+from traceserve.checkpoints import case, conversion, generation, languages, tokenizers
 from traceserve.checkpoints.conversion import PIECES_FILE, Converted
 from traceserve.checkpoints.lengths import max_length
 from traceserve.config import SetupConfig
@@ -98,6 +98,7 @@ def load(config: SetupConfig, checkpoint: Checkpoint, config_folder: Path) -> Or
     """
     gguf.check(checkpoint)
     tokenizer = tokenizers.load(config, checkpoint)
+    languages.configure(config, tokenizer)
     model = LIBRARIES[config.library].load(config, checkpoint)
     accepted = inspect.signature(model.forward).parameters
     inputs = tuple(name for name in INPUTS if name in accepted and name in tokenizer.model_input_names)
@@ -186,6 +187,8 @@ def _model_facts(
         chat_template=template if isinstance(template, str) else None,
         read_json=checkpoint.read_json,
         padding_side=tokenizer.padding_side,
+        languages=languages.known(tokenizer),
+        source_id=languages.source_id(tokenizer),
     )
 
 

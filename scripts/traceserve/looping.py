@@ -108,8 +108,10 @@ def generate(original: Original, loop: str, row: Row, request: Request) -> List[
 def _generate_options(original: Original, request: Request) -> Dict[str, Any]:
     """The parameters of a request as `generate` takes them."""
     named = {**original.parameters, **request.parameters}
-    own = ("return_full_text", "stream", "long_inputs", "seed", "stop")
+    own = ("return_full_text", "stream", "long_inputs", "seed", "stop", "src_lang", "tgt_lang")
     options = {key: value for key, value in named.items() if key not in own and value is not None}
+    if named.get("tgt_lang") is not None:
+        options["forced_bos_token_id"] = original.facts["languages"][named["tgt_lang"]]
     if named.get("stop") is not None:
         options.update(stop_strings=strings(named["stop"]), tokenizer=original.tokenizer)
     return options

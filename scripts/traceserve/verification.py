@@ -25,6 +25,7 @@ from traceserve_runtime.tasks.contract import Request, by_part
 from traceserve_runtime.tokenization import Encoded, Row, Segments, TextTokenizer
 
 from traceserve import devices
+from traceserve.checkpoints import languages
 from traceserve.corpus import sentences
 from traceserve.findings import LIMITS, Cell, Findings
 from traceserve.loading import Original
@@ -264,10 +265,11 @@ def _expected(engine: Engine, reference: Reference, row: Row, sample: Request) -
 def _tokenized_alike(original: Original, sample: Request, encoded: Encoded, engine: Engine) -> bool:
     """Whether transformers' tokenizer gives the same rows; a text of several windows is compared by its token count."""
     parts = by_part(encoded.rows, encoded.rows)
-    return all(
-        _part_alike(original, segments, rows, bool(encoded.unseen))
-        for segments, (rows, _) in zip(engine.task.segments(sample), parts)
-    )
+    with languages.reading(original.tokenizer, sample.parameters.get("src_lang")):
+        return all(
+            _part_alike(original, segments, rows, bool(encoded.unseen))
+            for segments, (rows, _) in zip(engine.task.segments(sample), parts)
+        )
 
 
 def _part_alike(original: Original, segments: Segments, rows: Sequence[Row], shortened: bool) -> bool:

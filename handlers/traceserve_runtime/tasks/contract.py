@@ -51,6 +51,8 @@ class ModelFacts:
     chat_template: Optional[str]
     read_json: Callable[[str], Optional[Dict[str, Any]]]  # a file of the checkpoint, None without it
     padding_side: str = "right"  # the tokenizer's own
+    languages: Mapping[str, int] = field(default_factory=dict)  # the tokenizer's, code -> token id
+    source_id: Optional[int] = None  # the one of these tokens that stands in every row
 
 
 LONG_INPUTS_PARAMETER = Parameter(

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Sequence
+import difflib
+from dataclasses import replace
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
 
 from traceserve_runtime.batching import Arrays
-from traceserve_runtime.errors import Unsupported
+from traceserve_runtime.errors import InvalidRequest, TraceserveError, Unsupported
+from traceserve_runtime.generation import Settings
+from traceserve_runtime.pieces import renumbered
 from traceserve_runtime.tasks.contract import ModelFacts, Request
 from traceserve_runtime.tasks.generating import PARAMETERS, Generating, first_id
-from traceserve_runtime.tasks.parameters import Field
-from traceserve_runtime.tokenization import Row, Segments
+from traceserve_runtime.tasks.parameters import Field, Parameter
+from traceserve_runtime.tokenization import Encoded, Row, Segments
 
 _UNSET_LENGTH = 20  # transformers' own max_length, which its pipeline takes for none that the checkpoint sets
 _LONGEST_TEXT = 4096  # tokens, for models whose positions have no limit of their own
+
+
+_LANGUAGES = (
+    Parameter(
+        "src_lang", str, "the language of the text, by its code in the model's tokenizer, as en_XX; for models of many"
+    ),
+    Parameter("tgt_lang", str, "the language that is written, likewise"),
+)
+LANGUAGE_PARAMETERS = tuple(parameter.name for parameter in _LANGUAGES)
 
 
 class Text2TextGeneration(Generating):
@@ -23,7 +36,7 @@ class Text2TextGeneration(Generating):
     pipeline = "text2text-generation"
     loop = "encoder_decoder"
     fields = (Field("text", True, "the text"),)
-    parameters = PARAMETERS
+    parameters = (*PARAMETERS, *_LANGUAGES)
     pipeline_defaults = {"num_beams": 4}
     task_specific_params = True
     sample_parameters = {"max_new_tokens": 24}
@@ -40,12 +53,60 @@ class Text2TextGeneration(Generating):
         facts = super().facts(model)
         if facts["max_length"] == _UNSET_LENGTH:
             facts["max_length"] = None
-        return {**facts, "start_id": start, "most_new_tokens": most}
+        return {
+            **facts,
+            "start_id": start,
+            "most_new_tokens": most,
+            "languages": dict(model.languages),
+            "source_id": model.source_id,
+        }
 
     def segments(self, request: Request) -> List[Segments]:
         self.check_parameters(request)
         prefix = self.manifest.facts["prefix"]
         return [segments._replace(text=prefix + segments.text) for segments in super().segments(request)]
+
+    def check_parameters(self, request: Request) -> None:
+        super().check_parameters(request)
+        for name in LANGUAGE_PARAMETERS:
+            self._language(request, name)
+
+    def _language(self, request: Request, name: str) -> Optional[int]:
+        """The token of the language that the parameter names; raises InvalidRequest for an unknown code."""
+        code = self.parameter(request, name)
+        languages: Dict[str, int] = self.manifest.facts["languages"]
+        if code is None or code in languages:
+            return None if code is None else languages[code]
+        if not languages:
+            raise InvalidRequest(f"this model's tokenizer has no languages; leave {name} out", f"parameters.{name}")
+        raise InvalidRequest(
+            f"this model does not know that language; did you mean {nearest(code, languages)}? It knows "
+            f"{len(languages)} codes",
+            f"parameters.{name}",
+        )
+
+    def encode(self, requests: Sequence[Request]) -> List[Union[Encoded, TraceserveError]]:
+        return [self._in_language(request, item) for request, item in zip(requests, super().encode(requests))]
+
+    def _in_language(self, request: Request, item: Union[Encoded, TraceserveError]) -> Union[Encoded, TraceserveError]:
+        """The rows with the token of the request's language in the position of the usual one."""
+        usual = self.manifest.facts["source_id"]
+        if isinstance(item, TraceserveError) or usual is None:
+            return item
+        wanted = self._language(request, "src_lang")
+        if wanted in (None, usual):
+            return item
+        rows = []
+        for row in item.rows:
+            own = zip(row.encoding.ids, row.encoding.special_tokens_mask)
+            ids = [wanted if special and number == usual else number for number, special in own]
+            rows.append(replace(row, encoding=renumbered(row.encoding, ids)))
+        return replace(item, rows=rows)
+
+    def settings(self, request: Request, row: Row, prompt: Sequence[int]) -> Settings:
+        settings = super().settings(request, row, prompt)
+        target = self._language(request, "tgt_lang")
+        return settings if target is None else replace(settings, forced_bos_id=target)
 
     def prompt(self, row: Row) -> List[int]:
         return [self.manifest.facts["start_id"]]
@@ -62,6 +123,22 @@ class Text2TextGeneration(Generating):
         return {"generated_text": self.text(outputs[0]["tokens"].tolist())}
 
     def from_texts(self, texts: Sequence[str]) -> List[Request]:
-        """Each text, every other one by beams; the long ones cut."""
-        parameters = {**self.gate_parameters, "long_inputs": "truncate"}
-        return [Request({"text": text}, {**parameters, "num_beams": 1 + 2 * (i % 2)}) for i, text in enumerate(texts)]
+        """Each text, every other one by beams, and of many languages every third one in another; the long ones cut."""
+        codes = sorted(self.manifest.facts["languages"])
+        requests = []
+        for i, text in enumerate(texts):
+            parameters = {**self.gate_parameters, "long_inputs": "truncate", "num_beams": 1 + 2 * (i % 2)}
+            if codes and i % 3 == 0:
+                parameters.update(src_lang=codes[i % len(codes)], tgt_lang=codes[-1 - i % len(codes)])
+            requests.append(Request({"text": text}, parameters))
+        return requests
+
+
+def nearest(code: str, codes: Iterable[str]) -> str:
+    """The likeliest of the known codes: of those that begin alike, the most similar."""
+    letters = code.lower()
+
+    def likeness(known: str) -> Tuple[bool, float]:
+        return known.lower()[:2] == letters[:2], difflib.SequenceMatcher(None, letters, known.lower()).ratio()
+
+    return max(sorted(codes), key=likeness)

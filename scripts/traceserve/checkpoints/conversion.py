@@ -27,6 +27,7 @@ class Layout(NamedTuple):
     model: Callable[[Any], str]  # the path of the model by which it reads
     language_codes: bool  # whether a text may begin with one, as >>fr<<
     writes_spaces: bool  # whether a ▁ becomes a space in pieces that the model lacks
+    beyond: Callable[[Any], str]  # what is written for a number that the vocabulary lacks
 
 
 class Converted(NamedTuple):
@@ -41,8 +42,8 @@ class Converted(NamedTuple):
 
 
 LAYOUTS: Dict[str, Layout] = {
-    "MarianTokenizer": Layout(lambda tokenizer: str(tokenizer.spm_files[0]), True, True),
-    "M2M100Tokenizer": Layout(lambda tokenizer: str(tokenizer.spm_file), False, False),
+    "MarianTokenizer": Layout(lambda own: str(own.spm_files[0]), True, True, lambda own: ""),
+    "M2M100Tokenizer": Layout(lambda own: str(own.spm_file), False, False, lambda own: str(own.unk_token)),
 }
 
 
@@ -62,7 +63,14 @@ def convert(tokenizer: Any) -> Converted:
         kinds[piece.type].append(piece.piece)
     # What is split off a text before sentencepiece sees it.
     tokens = dict.fromkeys([*tokenizer.added_tokens_encoder, *map(str, tokenizer.all_special_tokens)])
-    vocabulary = {**tokenizer.encoder, **{token: tokenizer.convert_tokens_to_ids(token) for token in tokens}}
+    vocabulary = {**tokenizer.encoder, **getattr(tokenizer, "lang_token_to_id", {})}
+    numbers = {token: tokenizer.convert_tokens_to_ids(token) for token in tokens}
+    for token, number in numbers.items():
+        if vocabulary.setdefault(token, number) != number:
+            raise ExportError(
+                f"the tokenizer of {tokenizer.name_or_path} has two numbers for {token}, {vocabulary[token]} and {number}, "
+                "so it cannot be converted exactly; bring a tokenizer.json"
+            )
     control = {vocabulary[piece] for piece in kinds[_CONTROL] if piece in vocabulary}
     known = {piece.piece for piece in proto.pieces}
     return Converted(
@@ -78,6 +86,7 @@ def convert(tokenizer: Any) -> Converted:
             "tokens": list(tokens),
             "unknown_id": tokenizer.unk_token_id,
             "not_written": sorted(control | set(tokenizer.all_special_ids)),
+            "beyond": layout.beyond(tokenizer),
             "as_they_are": [] if layout.writes_spaces else sorted(set(vocabulary) - known),
         },
     )
