@@ -710,10 +710,40 @@ def test_the_limit_on_windows(written: Dict[str, Written]) -> None:
     assert len(encode(tokenizer, words(31), how="truncate").rows) == 1
 
 
+@pytest.mark.parametrize("kind", ALL_KINDS)
+@pytest.mark.parametrize("special", [True, False])
+@given(text=texts, pair=st.none() | texts)
+@settings(deadline=None, max_examples=25, database=None)
+def test_long_texts_are_tokenized_as_short_ones(
+    written: Dict[str, Written], kind: str, special: bool, text: str, pair: Optional[str]
+) -> None:
+    """Once, without special tokens, which follow where all fits in one row."""
+    tokenizer = written[kind].open(max_length=400)
+    segments = Segments(text, pair, special=special)
+    (short,) = tokenizer.encode([segments], ["window"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("traceserve_runtime.tokenization._CHARACTERS_OF_PROSE", -1)
+        long, again = tokenizer.encode([segments, segments], ["window"] * 2)
+    if isinstance(short, TraceserveError):
+        assert isinstance(long, TraceserveError) and str(long) == str(short)
+        return
+    assert isinstance(long, Encoded) and isinstance(again, Encoded)
+    for other in (long, again):
+        assert columns([row.encoding for row in other.rows]) == columns([row.encoding for row in short.rows])
+        assert [row.places(n) for row in other.rows for n in (0, 1)] == [
+            row.places(n) for row in short.rows for n in (0, 1)
+        ]
+        fields = [(row.length, row.tokens, row.first, row.start) for row in other.rows]
+        assert fields == [(row.length, row.tokens, row.first, row.start) for row in short.rows]
+        masks = [row.encoding.special_tokens_mask for row in other.rows]
+        assert masks == [row.encoding.special_tokens_mask for row in short.rows]
+        assert [r.encoding.word_ids for r in other.rows] == [r.encoding.word_ids for r in short.rows]
+
+
 @pytest.mark.parametrize("how", ["window", "truncate", "reject"])
 def test_the_limit_on_characters(written: Dict[str, Written], how: str) -> None:
     tokenizer = written["bert"].open(max_length=12, max_rows=3)
-    most = 3 * 12 * 32
+    most = 12 * 64 * 8  # of 64 rows as long as can be, or of a quarter of max_rows where that is more
     encode(tokenizer, " " * most, how=how)
     error = refusal(tokenizer, " " * (most + 1), how=how)
     assert isinstance(error, InputTooLong)

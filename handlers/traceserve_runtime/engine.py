@@ -10,15 +10,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, Generator, Iterator, List, Optional, Sequence, Tuple, Union
 
-from traceserve_runtime import batching, failures
+from traceserve_runtime import batching, failures, limits
 from traceserve_runtime.batching import Arrays, Runner, Stats, Timing
-from traceserve_runtime.errors import InputTooLong, InvalidManifest, TraceserveError
+from traceserve_runtime.errors import InvalidManifest, TraceserveError
 from traceserve_runtime.lanes import Batches, Lanes, schedule
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runtimes import RUNTIMES
 from traceserve_runtime.settings import Settings
 from traceserve_runtime.tasks import TASKS
-from traceserve_runtime.tasks.contract import Job, Request, Task
+from traceserve_runtime.tasks.contract import Job, Parts, Request, Task, characters
 from traceserve_runtime.tokenization import Encoded, TextTokenizer
 
 logger = logging.getLogger(__name__)
@@ -186,10 +186,27 @@ class Engine:
         """
         stats = Stats() if stats is None else stats
         stats.requests += len(requests)
-        encoded = self._limit_groups(requests, self._encode(requests))
+        parts = self.task.parts(requests)
+        groups = [request.group for request in requests]
+        most = self.task.tokenizer.limits.characters
+        answers: List[Union[Answer, TraceserveError]] = []
+        for own in limits.slices(groups, [characters(part) for part in parts], most):
+            emits = [partial(emit, i) if emit is not None else None for i in range(own.start, own.stop)]
+            answers += self._answer(requests[own], parts[own], stats, emits)
+        return answers
+
+    def _answer(
+        self,
+        requests: Sequence[Request],
+        parts: Sequence[Parts],
+        stats: Stats,
+        emits: Sequence[Optional[Callable[..., None]]],
+    ) -> List[Union[Answer, TraceserveError]]:
+        """`answer`, for as many as are held in memory at once."""
+        encoded = self._limit_groups(requests, self._tokenize(requests, parts))
         jobs = [
-            Job(row, request, partial(emit, i, item.unseen) if emit is not None else None)
-            for i, (request, item) in enumerate(zip(requests, encoded))
+            Job(row, request, partial(emit, item.unseen) if emit is not None else None)
+            for request, item, emit in zip(requests, encoded, emits)
             if isinstance(item, Encoded)
             for row in item.rows
         ]
@@ -202,32 +219,29 @@ class Engine:
                 answers.append(self._decode(request, item, [next(outputs) for _ in item.rows]))
         return answers
 
-    def _encode(self, requests: Sequence[Request]) -> List[Union[Encoded, TraceserveError]]:
-        """The rows of each request, or its error; where encoding all of them fails, they are encoded one by one."""
+    def _tokenize(self, requests: Sequence[Request], parts: Sequence[Parts]) -> List[Union[Encoded, TraceserveError]]:
+        """The rows of each request, or its error; where that fails for all of them, it is done one by one."""
         try:
-            return self.task.encode(requests)
+            return self.task.tokenize(requests, parts)
         except Exception:  # the edge of one request: of which, is not known yet
-
-            def encode(request: Request) -> Union[Encoded, TraceserveError]:
-                return self.task.encode([request])[0]
-
-            return [failures.contained("it read this request", partial(encode, request)) for request in requests]
+            alone = [
+                failures.contained("it tokenized this request", partial(self.task.tokenize, [request], [part]))
+                for request, part in zip(requests, parts)
+            ]
+            return [each if isinstance(each, TraceserveError) else each[0] for each in alone]
 
     def _limit_groups(
         self, requests: Sequence[Request], encoded: List[Union[Encoded, TraceserveError]]
     ) -> List[Union[Encoded, TraceserveError]]:
-        """Refuse each group whose requests together have more rows than one HTTP request may take."""
-        rows: Dict[Optional[int], int] = {}
-        for request, item in zip(requests, encoded):
-            rows[request.group] = rows.get(request.group, 0) + (len(item.rows) if isinstance(item, Encoded) else 0)
-        most = self.manifest.max_rows
-        refused: Dict[Optional[int], InputTooLong] = {
-            group: InputTooLong(
-                f"the texts have {count:,} windows of this model together; one request may have {most:,}; send several"
-            )
-            for group, count in rows.items()
-            if group is not None and count > most
-        }
+        """Refuse each group whose requests together have more rows or tokens than one HTTP request may take."""
+        measured = (
+            (request.group, len(item.rows), sum(row.length for row in item.rows))
+            for request, item in zip(requests, encoded)
+            if isinstance(item, Encoded)
+        )
+        refused = limits.refused(measured, self.task.tokenizer.limits.of_rows)
+        if not refused:
+            return encoded
         return [refused.get(request.group, item) for request, item in zip(requests, encoded)]
 
     def _run(self, jobs: List[Job], stats: Stats) -> List[Union[Arrays, TraceserveError]]:

@@ -18,7 +18,7 @@ def contained(doing: str, act: Callable[[], Result]) -> Union[Result, Traceserve
     try:
         return act()
     except TraceserveError as error:
-        return error
+        return error.with_traceback(None)  # whose frames hold what the request holds, until the batch is answered
     except Exception as error:  # the edge of one request
         return unexpected(error, doing)
 

@@ -23,6 +23,7 @@ from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Seq
 from traceserve_runtime.errors import InvalidRequest, TraceserveError
 from traceserve_runtime.tasks.contract import Task
 
+_LONGEST_NAME = 64  # in characters, of what is compared with known names: that takes seconds for megabytes
 _BODY_KEYS = ("id", "model_name", "model_version", "parameters", "inputs", "outputs")
 _TENSOR_KEYS = ("name", "shape", "datatype", "data", "parameters")
 # Parameters of servers of V2 that say nothing to ours.
@@ -349,7 +350,7 @@ def short(text: str) -> str:
 
 def nearest(key: str, known: Iterable[str]) -> str:
     """A hint at the known name that may have been meant, or nothing."""
-    near = difflib.get_close_matches(key, list(known), n=1)
+    near = difflib.get_close_matches(key[:_LONGEST_NAME], list(known), n=1)
     return f' (did you mean "{near[0]}"?)' if near else ""
 
 

@@ -29,6 +29,10 @@ from traceserve_runtime.protocols import (
 )
 from traceserve_runtime.tasks.contract import Request, Task
 
+# Of a list that is no list of texts, as the messages of a chat; a list of texts has max_rows at most.
+_MOST_ITEMS = 4096
+_LISTS = 8  # so many of them
+
 
 @dataclass(frozen=True)
 class Body:
@@ -54,12 +58,31 @@ def parse(row: Mapping[str, Any], headers: Headers, task: Type[Task], group: int
     Raises InvalidRequest or InputTooLong, which name the field.
     """
     try:
-        body = _read(bodies.read(row, headers, task), task, group, headers.infer)
+        value = bodies.read(row, headers, task)
+        _check_count(value, most)
+        body = _read(value, task, group, headers.infer)
     except RecursionError:
         raise InvalidRequest("the body is nested too deeply") from None
     if len(body.requests) > most:
         raise InputTooLong(f"the list has {len(body.requests):,} texts; one request may have {most:,}; send several")
     return body
+
+
+def _check_count(value: Any, most: int) -> None:
+    """Raise InputTooLong for a list that nothing in a body can have, before each of its items is looked at."""
+    most_items, items = max(_MOST_ITEMS, most), 0
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, dict):
+            waiting += item.values()
+        elif isinstance(item, list):
+            items += len(item) - 1  # how deep they lie is looked at later
+            if len(item) > most_items or items > _LISTS * most_items:
+                raise InputTooLong(
+                    f"the body has lists of {items:,} items or more; one request may have {most:,} texts; send several"
+                )
+            waiting += item
 
 
 def _read(value: Any, task: Type[Task], group: int, infer: bool) -> Body:
@@ -102,11 +125,13 @@ def _requests(
 ) -> Tuple[List[Request], bool]:
     """The requests that parsed JSON at the path `where` asks, and whether it is a list."""
     if isinstance(value, list):
-        items = [_requests(item, task, group, f"{where}[{i}]", enveloped) for i, item in enumerate(value)]
-        for i, (_, is_list) in enumerate(items):
+        items: List[Request] = []
+        for i, item in enumerate(value):
+            requests, is_list = _requests(item, task, group, f"{where}[{i}]", enveloped)
             if is_list:
                 raise InvalidRequest("a list holds texts and objects, not lists", f"{where}[{i}]")
-        return [request for requests, _ in items for request in requests], True
+            items += requests
+        return items, True
     if isinstance(value, str):
         first = task.fields[0].name
         if sum(field.required for field in task.fields) > 1:

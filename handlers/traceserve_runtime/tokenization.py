@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 from tokenizers import Encoding, Tokenizer
 from tokenizers.processors import ByteLevel
 
 from traceserve_runtime.errors import InputTooLong, InvalidManifest, InvalidRequest, TraceserveError
+from traceserve_runtime.limits import Limits
 from traceserve_runtime.manifest import TokenizerFacts
 from traceserve_runtime.pieces import PieceTokenizer
 
 LONG_INPUTS = ("window", "truncate", "reject")
 _SPACES_TO_CLEAN = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
-# A text with more characters than this for each token that may be asked for is refused before it is tokenized, which
-# takes seconds for megabytes. Prose has 4 to 6.
-_CHARACTERS_PER_TOKEN = 32
+_CHARACTERS_OF_PROSE = 4  # for each token
+
+Bare = Tuple[Encoding, Optional[Encoding]]  # of a text and its pair, without special tokens
 
 
 class Segments(NamedTuple):
@@ -94,6 +96,7 @@ class TextTokenizer:
         self._embeddings = facts.embeddings
         self._max_length = max_length
         self._max_rows = max_rows
+        self.limits = Limits.of(max_length, max_rows)
         self._windows = windows  # whether windows may be advised
         self._special_tokens = [self._tokenizer.num_special_tokens_to_add(is_pair) for is_pair in (False, True)]
 
@@ -102,19 +105,28 @@ class TextTokenizer:
         # An empty pair is none, as for transformers.
         requests = [request if request.pair else request._replace(pair=None, cut=None) for request in requests]
         answers: List[Union[Encoded, TraceserveError, None]] = [self._refuse_huge(request) for request in requests]
+        accepted = [i for i, answer in enumerate(answers) if answer is None]
+        # One that will be shortened is tokenized once, without special tokens; of the others most are whole rows already.
+        long = {i for i in accepted if self._is_long(requests[i])}
         for special in (True, False):
-            accepted = [i for i, request in enumerate(requests) if answers[i] is None and request.special == special]
-            texts = [requests[i].text if requests[i].pair is None else requests[i][:2] for i in accepted]
+            short = [i for i in accepted if i not in long and requests[i].special == special]
+            texts = [requests[i].text if requests[i].pair is None else requests[i][:2] for i in short]
             encodings = self._tokenizer.encode_batch(texts, add_special_tokens=special) if texts else []
-            for i, encoding in zip(accepted, encodings):
-                try:
-                    encoded = self._encoded(requests[i], encoding, long_inputs[i])
-                    if self._embeddings is not None:
-                        _check_known(encoded.rows, requests[i], self._embeddings)
-                    answers[i] = encoded
-                except TraceserveError as error:
-                    answers[i] = error
+            for i, encoding in zip(short, encodings):
+                answers[i] = self._checked(requests[i], partial(self._whole, encoding=encoding, how=long_inputs[i]))
+        for i, bare in zip(sorted(long), self._encode_bare([requests[i] for i in sorted(long)])):
+            answers[i] = self._checked(requests[i], partial(self._parted, bare=bare, how=long_inputs[i]))
         return answers  # type: ignore[return-value]  # every None was replaced above
+
+    def _checked(self, segments: Segments, act: Callable[[Segments], Encoded]) -> Union[Encoded, TraceserveError]:
+        """The rows that `act` makes of the segments, whose tokens the model has, or why there are none."""
+        try:
+            encoded = act(segments)
+            if self._embeddings is not None:
+                _check_known(encoded.rows, segments, self._embeddings)
+            return encoded
+        except TraceserveError as error:
+            return error.with_traceback(None)  # its frames hold the tokens of the text that is refused
 
     def token_ids(self, text: str) -> List[int]:
         """The ids of a text by itself, without special tokens."""
@@ -151,15 +163,34 @@ class TextTokenizer:
         size: int = self._tokenizer.get_vocab_size()
         return size
 
-    def _encoded(self, segments: Segments, encoding: Encoding, how: str) -> Encoded:
+    def _whole(self, segments: Segments, encoding: Encoding, how: str) -> Encoded:
+        """The rows of segments that were tokenized with special tokens."""
         length = len(encoding)
-        if not length:  # a tokenizer without special tokens, and a text without any of its own
-            raise InvalidRequest("the text has no tokens", segments.fields[0])
+        self._check_any(segments, length)
         if length > self._limit(segments):
-            return self._shorten(segments, length, how)
+            self._check_shortened(segments, length, how)
+            return self._shorten(segments, self._encode_bare([segments])[0], how)
         tokens = length - self._special(segments)
         first = tokens if segments.pair is None else sum(number == 0 for number in encoding.sequence_ids)
         return Encoded([Row(encoding, length, tokens, first)])
+
+    def _parted(self, segments: Segments, bare: Bare, how: str) -> Encoded:
+        """The rows of segments that were tokenized without special tokens, each by itself."""
+        length = sum(len(each) for each in bare if each is not None) + self._special(segments)
+        self._check_any(segments, length)
+        if length > self._limit(segments):
+            self._check_shortened(segments, length, how)
+            return self._shorten(segments, bare, how)
+        return Encoded([self._row(segments, *bare)])
+
+    def _check_any(self, segments: Segments, length: int) -> None:
+        if not length:  # a tokenizer without special tokens, and a text without any of its own
+            raise InvalidRequest("the text has no tokens", segments.fields[0])
+
+    def _is_long(self, segments: Segments) -> bool:
+        """Whether the segments have more characters than a row of prose."""
+        characters = len(segments.text) + (len(segments.pair) if segments.pair else 0)
+        return characters > _CHARACTERS_OF_PROSE * self._limit(segments)
 
     def _limit(self, segments: Segments) -> int:
         return self._max_length if segments.limit is None else min(segments.limit, self._max_length)
@@ -168,13 +199,13 @@ class TextTokenizer:
         return self._special_tokens[segments.pair is not None] if segments.special else 0
 
     def _refuse_huge(self, segments: Segments) -> Optional[InputTooLong]:
-        most = self._max_rows * self._max_length * _CHARACTERS_PER_TOKEN
-        for name, text in zip(segments.fields, segments[:2]):
-            if text is not None and len(text) > most:
-                return InputTooLong(f"the text has {len(text):,} characters; at most {most:,} are read", name)
-        return None
+        refusals = (
+            self.limits.of_text(text, name) for name, text in zip(segments.fields, segments[:2]) if text is not None
+        )
+        return next((refusal for refusal in refusals if refusal is not None), None)
 
-    def _shorten(self, segments: Segments, length: int, how: str) -> Encoded:
+    def _check_shortened(self, segments: Segments, length: int, how: str) -> None:
+        """Raise InputTooLong for segments of this length that are not to be shortened."""
         limit = self._limit(segments)
         name = segments.fields[segments.cut or 0]
         if how == "reject":
@@ -185,28 +216,33 @@ class TextTokenizer:
                 + (' or "window"' if self._windows else ""),
                 name,
             )
+
+    def _shorten(self, segments: Segments, bare: Bare, how: str) -> Encoded:
+        limit = self._limit(segments)
         room = limit - self._special(segments)
         if room < 1:
+            name = segments.fields[segments.cut or 0]
             raise InputTooLong(f"this model reads {limit} tokens, which special ones fill alone", name)
-        first, second = self._encode_bare(segments)
-        return (self._truncate if how == "truncate" else self._window)(segments, first, second, room)
+        return (self._truncate if how == "truncate" else self._window)(segments, *bare, room)
 
-    def _encode_bare(self, segments: Segments) -> Tuple[Encoding, Optional[Encoding]]:
-        """The segments without special tokens, and not post-processed: that follows for each row.
+    def _encode_bare(self, requests: Sequence[Segments]) -> List[Bare]:
+        """The segments of each request without special tokens, and not post-processed: that follows for each row.
 
         The post-processors of byte-level tokenizers move offsets past a leading space, each time that they run; so the
         tokenizer's own is put aside for a moment. (An engine is for one thread.)
         """
+        texts = [text for request in requests for text in request[:2] if text is not None]
+        if not texts:
+            return []
         own = self._tokenizer.post_processor
         if own is not None:
             self._tokenizer.post_processor = ByteLevel(trim_offsets=False)
         try:
-            first = self._tokenizer.encode(segments.text, add_special_tokens=False)
-            second = None if segments.pair is None else self._tokenizer.encode(segments.pair, add_special_tokens=False)
+            encodings = iter(self._tokenizer.encode_batch(texts, add_special_tokens=False))
         finally:
             if own is not None:
                 self._tokenizer.post_processor = own
-        return first, second
+        return [(next(encodings), None if request.pair is None else next(encodings)) for request in requests]
 
     def _truncate(self, segments: Segments, first: Encoding, second: Optional[Encoding], room: int) -> Encoded:
         if second is None:

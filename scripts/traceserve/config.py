@@ -89,7 +89,10 @@ class SetupConfig(BaseModel):
         {}, description="This archive's own defaults for parameters of requests, as `traceserve tasks` lists them"
     )
     max_rows: int = Field(
-        256, ge=1, description="The most rows (windows of all its texts) that one HTTP request may take"
+        256,
+        ge=1,
+        description="The most rows (windows of all its texts) that one HTTP request may take; a quarter of them, or 64 where "
+        "that is more, may be as long as max_length",
     )
     num_labels: Optional[int] = Field(
         None,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Callable, ClassVar, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
-from traceserve_runtime import batching
+from traceserve_runtime import batching, failures, limits
 from traceserve_runtime.batching import Arrays, CostModel, Runner, Stats
 from traceserve_runtime.errors import InvalidRequest, ModelFailure, TraceserveError
 from traceserve_runtime.manifest import Manifest
@@ -53,6 +54,16 @@ class ModelFacts:
     padding_side: str = "right"  # the tokenizer's own
     languages: Mapping[str, int] = field(default_factory=dict)  # the tokenizer's, code -> token id
     source_id: Optional[int] = None  # the one of these tokens that stands in every row
+
+
+Parts = Union[List[Segments], TraceserveError]  # the texts of a request, or why there are none
+
+
+def characters(parts: Parts) -> int:
+    """How many characters are tokenized for a request."""
+    if isinstance(parts, TraceserveError):
+        return 0
+    return sum(len(part.text) + (len(part.pair) if part.pair else 0) for part in parts)
 
 
 LONG_INPUTS_PARAMETER = Parameter(
@@ -137,13 +148,29 @@ class Task:
         return [Segments(request.inputs[first], pair, (first, second), stride=stride)]
 
     def encode(self, requests: Sequence[Request]) -> List[Union[Encoded, TraceserveError]]:
-        """The rows of each request, or why there are none; all texts are tokenized in one call."""
-        parts: List[Union[List[Segments], TraceserveError]] = []
-        for request in requests:
-            try:
-                parts.append(self.segments(request))
-            except TraceserveError as error:
-                parts.append(error)
+        """The rows of each request, or why there are none."""
+        return self.tokenize(requests, self.parts(requests))
+
+    def parts(self, requests: Sequence[Request]) -> List[Parts]:
+        """The segments of each request, or why there are none: those of a group that has too many are counted only."""
+        parts: List[Parts] = [
+            failures.contained("it read this request", partial(self.segments, request)) for request in requests
+        ]
+        measured = (
+            (request.group, len(part), characters(part))
+            for request, part in zip(requests, parts)
+            if not isinstance(part, TraceserveError)
+        )
+        refused = limits.refused(measured, self.tokenizer.limits.of_texts)
+        if not refused:
+            return parts
+        return [
+            part if isinstance(part, TraceserveError) else refused.get(r.group, part)
+            for r, part in zip(requests, parts)
+        ]
+
+    def tokenize(self, requests: Sequence[Request], parts: Sequence[Parts]) -> List[Union[Encoded, TraceserveError]]:
+        """The rows of each request's parts, or why there are none; all texts are tokenized in few calls."""
         flat: List[Segments] = []
         how: List[str] = []
         for request, part in zip(requests, parts):

@@ -7,7 +7,7 @@ from typing import Any, Dict, List, Sequence
 import numpy as np
 
 from traceserve_runtime.batching import Arrays
-from traceserve_runtime.errors import InvalidRequest, Unsupported
+from traceserve_runtime.errors import InputTooLong, InvalidRequest, Unsupported
 from traceserve_runtime.tasks.contract import ModelFacts, Request, Task, by_part
 from traceserve_runtime.tasks.parameters import Field, Output, Parameter
 from traceserve_runtime.tasks.scores import average, softmax
@@ -66,6 +66,12 @@ class ZeroShotClassification(Task):
         labels = [label.strip() for label in value.split(",") if label.strip()] if isinstance(value, str) else value
         if not labels:
             raise InvalidRequest('"candidate_labels" holds no label', "parameters.candidate_labels")
+        most = self.manifest.max_rows
+        if len(labels) > most:
+            raise InputTooLong(
+                f"there are {len(labels):,} labels, each of one row or more; one request may have {most:,} rows",
+                "parameters.candidate_labels",
+            )
         return labels
 
     def segments(self, request: Request) -> List[Segments]:

@@ -1,0 +1,191 @@
+"""What is refused is refused before the work that it would be; and a batch is taken in parts that fit into memory."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import pytest
+from conftest import run_export
+from hypothesis import given
+from hypothesis import strategies as st
+from traceserve_runtime import limits
+from traceserve_runtime.batching import Stats
+from traceserve_runtime.engine import Answer, Engine
+from traceserve_runtime.errors import InputTooLong
+from traceserve_runtime.limits import Limits
+from traceserve_runtime.tasks.contract import Request
+from traceserve_runtime.tokenization import Encoded
+from transformer_handler import TransformerHandler
+
+
+class Context:
+    """TorchServe's, as far as the handler asks it here."""
+
+    metrics = None
+
+    def get_all_request_header(self, index: int) -> Dict[str, str]:
+        return {"Content-Type": "application/json"}
+
+    def set_response_status(self, code: int, phrase: str, index: int) -> None:
+        pass
+
+    def set_response_header(self, index: int, key: str, value: str) -> None:
+        pass
+
+
+MEGABYTE = 1_000_000
+TINY = ["a"] * 200_000
+HUGE: Dict[str, Any] = {
+    "punctuation": {"text": ".,!?" * (MEGABYTE // 4)},
+    "spaces": {"text": " " * MEGABYTE},
+    "letters": {"text": "a " * (MEGABYTE // 2)},
+    "one word": {"text": "a" * MEGABYTE},
+    "ideographs": {"text": "\u6f22" * (MEGABYTE // 3)},
+    "emoji": {"text": "\U0001f600" * (MEGABYTE // 4)},
+    "emoji, escaped": {"text": "\U0001f600" * (MEGABYTE // 12)},
+    "truncated": {"text": ".,!?" * (MEGABYTE // 4), "parameters": {"long_inputs": "truncate"}},
+    "a pair": {"text": "a b " * (MEGABYTE // 8), "text_pair": "a b " * (MEGABYTE // 8)},
+    "texts": ["a b " * 1000] * 250,
+    "tiny texts": TINY,
+    "inputs": {"inputs": TINY},
+    "instances": {"instances": TINY},
+    "a tensor": {"inputs": [{"name": "x", "shape": [len(TINY)], "datatype": "BYTES", "data": TINY}]},
+    "nested lists": [["a"] * 500] * 500,
+    "a long name": {"t" * MEGABYTE: 1},
+    "a long parameter": {"text": "a", "parameters": {"t" * MEGABYTE: 1}},
+}
+
+
+@pytest.fixture(scope="module")
+def engine(artifact: Path) -> Engine:
+    return Engine.load(artifact)
+
+
+def serve(engine: Engine, body: Any) -> Tuple[Any, float]:
+    """The parsed answer to a body, and the seconds of this process's that it took."""
+    handler = TransformerHandler()
+    handler.engine = engine
+    began = time.process_time()
+    [answer] = handler.handle([{"body": body}], Context())
+    return json.loads(answer), time.process_time() - began
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_a_megabyte_that_is_refused_is_refused_at_once(engine: Engine, name: str) -> None:
+    """In some milliseconds; with room for a machine that is busy. Tokenizing any of these takes a second."""
+    taken = []
+    for _ in range(3):
+        answer, seconds = serve(engine, HUGE[name])
+        kind = answer["error"]["type"]
+        taken.append(seconds)
+    assert kind == ("InputTooLong" if "long" not in name and "nested" not in name else kind) != "TraceserveError"
+    assert min(taken) < 0.1
+
+
+@pytest.fixture(scope="module")
+def others(checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Dict[str, Engine]:
+    """Engines of tasks that make many rows of one request."""
+    made = {}
+    for task, labels, auto in (
+        ("text_ranking", {"num_labels": 1}, "AutoModelForSequenceClassification"),
+        ("question_answering", {}, "AutoModelForQuestionAnswering"),
+        (
+            "zero_shot_classification",
+            {"id2label": {0: "contradiction", 1: "entailment"}, "label2id": {"contradiction": 0, "entailment": 1}},
+            "AutoModelForSequenceClassification",
+        ),
+    ):
+        folder = tmp_path_factory.mktemp("limits") / task
+        run_export(folder, {"model_name": str(checkpoint("bert", auto, **labels)), "max_length": 32, "task": task})
+        made[task] = Engine.load(folder)
+    return made
+
+
+LABELS = [f"label {i}" for i in range(250)]
+MANY: List[Tuple[str, Any]] = [
+    ("text_ranking", {"query": "a b", "documents": ["a b c " * 600] * 250}),
+    ("text_ranking", {"query": "a b " * 120_000, "documents": ["a", "b"]}),
+    ("text_ranking", {"query": "a b", "documents": TINY}),
+    ("question_answering", {"question": "a ? " * 120_000, "context": "a b " * 120_000}),
+    ("zero_shot_classification", {"text": "a b " * 800, "parameters": {"candidate_labels": LABELS}}),
+    ("zero_shot_classification", {"text": "a b", "parameters": {"candidate_labels": ",".join(TINY)}}),
+    ("zero_shot_classification", {"text": "a b", "parameters": {"candidate_labels": TINY}}),
+]
+
+
+@pytest.mark.parametrize("task, body", MANY, ids=lambda value: value if isinstance(value, str) else "")
+def test_so_is_what_one_request_makes_many_rows_of(others: Dict[str, Engine], task: str, body: Any) -> None:
+    taken = []
+    for _ in range(3):
+        answer, seconds = serve(others[task], body)
+        assert answer["error"]["type"] == "InputTooLong"
+        taken.append(seconds)
+    assert min(taken) < 0.1
+
+
+def test_a_refused_text_leaves_nothing_in_memory(engine: Engine) -> None:
+    """A traceback would hold its tokens until the batch is answered."""
+    [answer] = engine.answer([Request({"text": "." * 16_000})])
+    assert isinstance(answer, InputTooLong) and answer.__traceback__ is None
+
+
+@pytest.mark.parametrize("max_rows, full_rows", [(1, 64), (64, 64), (256, 64), (1000, 250)])
+def test_a_quarter_of_the_rows_may_be_full(max_rows: int, full_rows: int) -> None:
+    assert Limits.of(32, max_rows) == Limits(max_rows, 32 * full_rows, 8 * 32 * full_rows)
+
+
+def test_the_tokens_of_a_group_are_limited(engine: Engine) -> None:
+    """Fewer rows than may be, but each of them long; a request beside it is answered."""
+    full = " ".join(["."] * 30)
+    answers = engine.answer([Request({"text": full}, {}, 0)] * 64 + [Request({"text": full}, {}, 1)] * 65)
+    assert all(isinstance(answer, Answer) for answer in answers[:64])
+    assert all(isinstance(answer, InputTooLong) for answer in answers[64:])
+    assert "2,080 tokens" in str(answers[-1]) and "may have 2,048" in str(answers[-1])
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([0, 0, 0, 1]), st.integers(0, 60)), max_size=30),
+    st.integers(1, 100),
+    st.booleans(),
+)
+def test_slices_hold_whole_groups_and_little_more_than_they_may(
+    texts: List[Tuple[int, int]], most: int, grouped: bool
+) -> None:
+    groups: List[Optional[int]] = []
+    for new, _ in texts:
+        groups.append(None if not grouped else (groups[-1] or 0) + new if groups else 0)
+    sizes = [size for _, size in texts]
+    cut = limits.slices(groups, sizes, most)
+    assert [i for own in cut for i in range(len(texts))[own]] == list(range(len(texts)))
+    for own in cut:
+        last = groups[own.stop - 1]
+        before = [i for i in range(own.start, own.stop - 1) if not grouped or groups[i] != last]
+        assert sum(sizes[i] for i in before) <= most
+        assert not grouped or own.start == 0 or groups[own.start] != groups[own.start - 1]
+
+
+def test_answers_of_a_batch_in_slices_are_the_same(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["Yes.", "No, thank you!", "The train leaves at nine. " * 3, "", "a b c"] * 4
+    requests = [Request({"text": text}, {"top_k": None}, i) for i, text in enumerate(texts)]
+
+    def scores(answers: Sequence[Any]) -> List[Dict[str, float]]:
+        return [{item["label"]: item["score"] for item in answer.value} for answer in answers]
+
+    whole = scores(engine.answer(requests))
+    rows = sum(len(item.rows) for item in engine.task.encode(requests) if isinstance(item, Encoded))
+    runs: List[int] = []
+    monkeypatch.setattr(engine.task.tokenizer, "limits", engine.task.tokenizer.limits._replace(characters=100))
+    run = engine._run
+
+    def counted(jobs: Any, stats: Stats) -> Any:
+        runs.append(len(jobs))
+        return run(jobs, stats)
+
+    monkeypatch.setattr(engine, "_run", counted)
+    parted = scores(engine.answer(requests))
+    assert len(runs) > 4 and sum(runs) == rows > len(texts)
+    for one, two in zip(whole, parted):
+        assert one == pytest.approx(two, abs=1e-5)
