@@ -42,6 +42,39 @@ def refusal(row: Mapping[str, Any], headers: Headers = Headers(), task: Type[Tas
     return caught.value
 
 
+SENTENCE = "Bloomberg has decided."
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"text":"Bloomberg has decided.", "target":(1,2)} ',
+        '{"text": "Bloomberg has decided." , "target" : ( 0, 12 ) }\n',
+        '{"data": "Bloomberg has decided.", "target": (1,)}',
+        '{"text":"Bloomberg has decided.", "target":1}',
+        '{\t\n "data": "Bloomberg has decided.",\n  "target":0\n}\n',
+        "Bloomberg has decided.",
+    ],
+)
+def test_requests_of_the_pytorch_serve_example(body: str) -> None:
+    """Its files of samples are sent by `curl -T`, without a content type; one has a tuple of Python's."""
+    assert texts(read({"body": bytearray(body.encode())})) == [SENTENCE]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"text": "a, \\"target\\":(1,2)}',
+        '{"text": "a", "target":(1,2), "b": 1}',
+        '{"text": "a", "target":(x)}',
+        '{"text": "a, "target":(1,2)}',
+        "{'text': 'a', 'target': (1, 2)}",
+    ],
+)
+def test_what_else_is_no_json_is_refused(body: str) -> None:
+    assert "is not valid JSON" in refusal({"body": bytearray(body.encode())}).message
+
+
 # A whole JSON body, what it asks, and whether the answer is a list.
 WHOLE = [
     ({"text": TEXT}, [TEXT], Plain(False)),

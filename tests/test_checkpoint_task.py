@@ -264,7 +264,9 @@ CLASSIFIER_FILES: Dict[str, Tuple[Dict[str, Any], Dict[str, str], Any]] = {
 @pytest.mark.parametrize("name", CLASSIFIER_FILES)
 def test_files_decide_between_tasks_that_share_a_head(name: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
     facts, files, expected = CLASSIFIER_FILES[name]
-    folder = copied(checkpoints("bert", "AutoModelForSequenceClassification"), tmp_path / "x", **facts)
+    outputs = len(facts.get("id2label", "ab"))
+    source = checkpoints("bert", "AutoModelForSequenceClassification", num_labels=outputs)
+    folder = copied(source, tmp_path / "x", **facts)
     for file, text in files.items():
         (folder / file).write_text(text, encoding="utf-8-sig")  # as some editors write
     if isinstance(expected, str):
@@ -291,6 +293,26 @@ def test_what_the_found_task_forbids_is_refused(checkpoints: Checkpoints) -> Non
 
 def test_a_gguf_file_is_a_text_generators(tmp_path: Path) -> None:
     assert found(tmp_path, gguf_file="x.gguf") == ("text_generation", "from gguf_file: x.gguf")
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "gpt2"])
+@pytest.mark.parametrize("content", [{}, {"task": "sequence_classification"}])
+@pytest.mark.parametrize(
+    "id2label, reason",
+    [
+        ({"0": "a", "1": "b", "2": "c"}, r"its config.json names 3 labels \(id2label\), but its head has 5 outputs"),
+        (None, "its config.json names no labels, so 2 are taken, but its head has 5 outputs"),
+        ({"0": "a", "x": "b"}, 'should be an object like {"0": "name", "1": "name"}'),
+        (["a", "b", "c", "d", "e"], 'should be an object like {"0": "name", "1": "name"}'),
+    ],
+)
+def test_a_head_has_an_output_for_each_label(
+    id2label: Any, reason: str, content: Dict[str, str], family: str, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    source = checkpoints(family, "AutoModelForSequenceClassification", num_labels=5)
+    folder = copied(source, tmp_path / "x", id2label=id2label, label2id=None)
+    with pytest.raises(SourceError, match=reason):
+        found(folder, **content)
 
 
 def test_a_fetched_checkpoint_knows_its_task(checkpoints: Checkpoints) -> None:

@@ -207,7 +207,7 @@ def test_nothing_else_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     content = {"model_name": "org/name", "revision": "v1", "task": "text_generation", "gguf_file": "x (1).gguf"}
     config, _ = parse(content)
-    expected = Checkpoint(tmp_path / "abc", "hub", "abc", gguf_file="x (1).gguf")
+    expected = Checkpoint(tmp_path / "abc", "hub", "abc", gguf_file="x (1).gguf", task="text_generation")
     assert fetch(config, tmp_path) == expected
     assert asked == [("org/name", "v1", ["x (1).gguf"])]
 

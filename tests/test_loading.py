@@ -116,7 +116,7 @@ def test_index_to_name_with_other_labels_than_the_head(
     content: Any, count: int, checkpoint: Make, tmp_path: Path
 ) -> None:
     write_json(tmp_path / "own.json", content)
-    with pytest.raises(ConfigError, match=f"^own.json names {count} labels .* has 3, 0 to 2$"):
+    with pytest.raises(ConfigError, match=f"^own.json names {count} labels .* has 3, 0 to 2; correct it, or set"):
         original(checkpoint("bert", **COLORS), tmp_path, index_to_name="own.json")
 
 

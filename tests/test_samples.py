@@ -181,6 +181,13 @@ def test_the_samples_own_parameters_are_legal(task: Type[Task], tmp_path: Path) 
     assert request.parameters == {**task.gate_parameters, **task.sample_parameters}
 
 
+@pytest.mark.parametrize("name", ["mine.jsonl", "mine.csv", "mine.txt"])
+def test_a_byte_order_mark_is_no_part_of_the_samples(name: str, tmp_path: Path) -> None:
+    lines = {"mine.jsonl": ['{"text": "one"}'], "mine.csv": ["text", "one"], "mine.txt": ["one"]}
+    (tmp_path / name).write_text("\n".join(lines[name]), encoding="utf-8-sig")
+    assert [request.inputs["text"] for request in read(tmp_path / name, SequenceClassification)] == ["one"]
+
+
 def test_a_pair_in_jsonl(tmp_path: Path) -> None:
     path = write(tmp_path / "own.jsonl", '{"text": "Is it red?", "text_pair": "It is blue."}')
     [request] = read(path, SequenceClassification)

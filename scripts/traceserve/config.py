@@ -14,7 +14,7 @@ from traceserve_runtime.tasks.parameters import LARGEST_NUMBER, Parameter
 from traceserve_runtime.tokenization import LONG_INPUTS
 from typing_extensions import Literal
 
-from traceserve import formats, libraries, precision
+from traceserve import config_files, formats, libraries, precision
 from traceserve.archive import VERSION
 from traceserve.checkpoints import names
 from traceserve.errors import ConfigError
@@ -172,19 +172,24 @@ WITHOUT_MEANING = {
 
 def load(path: Path) -> Loaded:
     """Read and check a configuration file; raises ConfigError, which names the key and what would be legal."""
+    content = config_files.read(path)
+    folder = path.resolve().parent
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique)
+        config, notes = parse(content.keys)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error.message}") from None
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist; name a configuration with --config FILE") from None
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
-    try:
-        config, notes = parse(content)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error.message}") from None
-    return Loaded(config, path.resolve().parent, notes)
+    notes = (*content.notes, *notes)
+    beside = config_files.labels_beside(config.task, folder) if _is_the_examples(config, content.keys) else None
+    if beside is not None:
+        config = config.model_copy(update={"index_to_name": beside})
+        notes += (f'{beside} names the labels, by its place; "index_to_name": null takes the checkpoint\'s own names',)
+    return Loaded(config, folder, notes)
+
+
+def _is_the_examples(config: SetupConfig, content: Mapping[str, Any]) -> bool:
+    """Whether a configuration is the pytorch/serve example's, for which a file of labels has no key but a place."""
+    labelled = config.task in TASKS and TASKS[config.task].labelled
+    return labelled and "index_to_name" not in content and bool({*RENAMED, *WITHOUT_MEANING} & set(content))
 
 
 def parse(content: Any) -> Tuple[SetupConfig, Tuple[str, ...]]:
@@ -391,7 +396,8 @@ def check_together(config: SetupConfig) -> None:
         raise ConfigError(f"index_to_name has no meaning for the task {config.task}, which has no labels")
 
 
-def _unknown(key: str) -> str:
+def _unknown(key: Any) -> str:
+    key = str(key)
     known = [*SetupConfig.model_fields, *RENAMED, *WITHOUT_MEANING]
     near = difflib.get_close_matches(key, known, n=1) or difflib.get_close_matches(key.lower(), known, n=1)
     hint = f"did you mean {near[0]}?" if near else f"known are: {', '.join(SetupConfig.model_fields)}"
@@ -411,11 +417,3 @@ def _sentence(error: Mapping[str, Any], written: Mapping[str, str]) -> str:
     more = names.advice(error["input"]) if RENAMED.get(key, key) == "task" else None
     message += f"; {more}" if more else ""
     return f"{key} is {json.dumps(error['input'], ensure_ascii=False, default=str)}: {message[0].lower() + message[1:]}"
-
-
-def _unique(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise ConfigError(f"the key {key} is given twice")
-    return dict(pairs)

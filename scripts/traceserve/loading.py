@@ -18,9 +18,10 @@ from traceserve_runtime.tasks.contract import ModelFacts
 from traceserve import gguf
 from traceserve.checkpoints import case, conversion, generation, languages, tokenizers
 from traceserve.checkpoints.conversion import PIECES_FILE, Converted
+from traceserve.checkpoints.labels import labels as checkpoint_labels
 from traceserve.checkpoints.lengths import max_length
 from traceserve.config import SetupConfig
-from traceserve.errors import ConfigError, ExportError, some
+from traceserve.errors import ExportError
 from traceserve.libraries import LIBRARIES
 from traceserve.sources import Checkpoint
 
@@ -111,7 +112,7 @@ def load(config: SetupConfig, checkpoint: Checkpoint, config_folder: Path) -> Or
         inputs = INPUTS[:2]
     case_note = case.check(config, tokenizer)
     case.follow_sentence_transformers(checkpoint, tokenizer)
-    labels = _labels(config, model, config_folder) if task.labelled else ()
+    labels = checkpoint_labels(config, model, config_folder) if task.labelled else ()
     facts = _model_facts(model, tokenizer, checkpoint, labels, generation.settle(model, task))
     return Original(
         model=model,
@@ -127,45 +128,6 @@ def load(config: SetupConfig, checkpoint: Checkpoint, config_folder: Path) -> Or
         known_tokens=tokenizers.known_tokens(config, model, tokenizer),
         case_note=case_note,
     )
-
-
-def _labels(config: SetupConfig, model: Any, config_folder: Path) -> Tuple[str, ...]:
-    """The labels' names by class index, from index_to_name or the model's configuration; checked against its head."""
-    count = model.config.num_labels
-    if config.num_labels not in (None, 0, count):
-        raise ConfigError(
-            f"num_labels is {config.num_labels}, but the head of {config.model_name} has {count}; remove num_labels, or "
-            "name the checkpoint that was fine-tuned for it"
-        )
-    if config.index_to_name is None:
-        names = {int(index): str(name) for index, name in model.config.id2label.items()}
-        place = "the checkpoint's id2label"
-    else:
-        names = _read_labels(config_folder / Path(config.index_to_name).expanduser())
-        place = config.index_to_name
-    if sorted(names) != list(range(count)):
-        raise ConfigError(
-            f"{place} names {len(names)} labels ({some([str(k) for k in names])}), but the head of {config.model_name} "
-            f"has {count}, 0 to {count - 1}"
-        )
-    return tuple(names[index] for index in range(count))
-
-
-def _read_labels(path: Path) -> Dict[int, str]:
-    """`{"0": "name", ...}`, or the `{"label_list": "[name, ...]"}` of the pytorch/serve example."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict) and set(content) == {"label_list"}:
-            listed = content["label_list"]
-            names = listed.strip("][").split(",") if isinstance(listed, str) else listed
-            return {i: str(name).strip() for i, name in enumerate(names)}
-        return {int(index): str(name) for index, name in content.items()}
-    except OSError as error:
-        raise ConfigError(f"index_to_name: {path} cannot be read: {error.strerror}") from None
-    except (ValueError, AttributeError, TypeError):
-        raise ConfigError(
-            f'index_to_name: {path} should hold a JSON object like {{"0": "name", "1": "name"}}'
-        ) from None
 
 
 def _model_facts(

@@ -79,7 +79,7 @@ def read(path: Path, task: Type[Task]) -> List[Request]:
 def lines(path: Path) -> List[Tuple[int, str]]:
     """The lines of a file of samples that are not blank, or of a .csv file the cells of its column `text`, numbered."""
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--samples {path} cannot be read: {error}") from None
     if path.suffix == ".csv":

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Collection, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple
 
 from traceserve.checkpoints.heads import BASE, BOTH, CAUSAL, MASKED, QUESTION, TABLES, Head, described, labels
-from traceserve.errors import some
+from traceserve.errors import SourceError, some
 
 if TYPE_CHECKING:
     from traceserve.config import SetupConfig
@@ -72,6 +72,20 @@ def _compare(auto_model: str, model: Any, stored: Mapping[str, Shape], parts: Co
     # A head's weight that is tied to the embeddings may be stored all the same.
     untied = [name for name in outside if not any(name in names and len(names) > 1 for names in own)]
     return _Fit(auto_model, missing, extra, untied)
+
+
+def check_labels(config: SetupConfig, folder: Path, facts: Mapping[str, Any], auto_model: str) -> None:
+    """Raise SourceError if a classifier's head has not as many outputs as config.json has labels."""
+    count, stored = len(labels(facts)), shapes(folder)
+    model = _made(auto_model, config, folder) if stored else None
+    for name, parameter in model.named_parameters() if model is not None else ():
+        shape, made = stored.get(name, ()), tuple(parameter.shape)
+        if made[:1] == (count,) != shape[:1] and len(made) == len(shape) == 2 and made[1:] == shape[1:]:
+            said = f"{count} labels (id2label)" if facts.get("id2label") else f"no labels, so {count} are taken"
+            raise SourceError(
+                f"{config.model_name}: its config.json names {said}, but its head has {shape[0]} outputs ({name}); "
+                "give id2label in config.json one name for each"
+            )
 
 
 def _part(name: str) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, List, Mapping, NamedTuple, Optional, Tuple
 
+from traceserve.errors import SourceError
+
 BASE = "AutoModel"  # of models without a head
 CAUSAL, MASKED, BOTH = "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM"
 SEQUENCE, TOKEN = "AutoModelForSequenceClassification", "AutoModelForTokenClassification"
@@ -90,9 +92,16 @@ def described(facts: Mapping[str, Any]) -> str:
 
 
 def labels(facts: Mapping[str, Any]) -> List[str]:
-    """The names of a classifier's outputs, in order; those that transformers gives where config.json has none."""
+    """The names of a classifier's outputs, in order; those that transformers gives where config.json has none.
+
+    Raises SourceError for what are no names.
+    """
     given = facts.get("id2label")
-    if isinstance(given, dict) and given:
-        return [str(name) for _, name in sorted(given.items(), key=lambda item: int(item[0]))]
-    count = facts.get("num_labels", facts.get("_num_labels", 2))
-    return [f"LABEL_{i}" for i in range(int(count))]
+    try:
+        if given:
+            return [str(name) for _, name in sorted(given.items(), key=lambda item: int(item[0]))]
+        return [f"LABEL_{i}" for i in range(int(facts.get("num_labels", facts.get("_num_labels", 2))))]
+    except (ValueError, TypeError, AttributeError):
+        raise SourceError(
+            'id2label in the checkpoint\'s config.json should be an object like {"0": "name", "1": "name"}'
+        ) from None

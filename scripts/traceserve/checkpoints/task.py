@@ -11,7 +11,7 @@ from traceserve_runtime.tasks import TASKS
 
 from traceserve import libraries
 from traceserve.checkpoints import heads
-from traceserve.checkpoints.head_weights import by_weights
+from traceserve.checkpoints.head_weights import by_weights, check_labels
 from traceserve.config import AUTO_TASK, SetupConfig, check_together
 from traceserve.errors import SourceError
 
@@ -59,13 +59,22 @@ def resolve(config: SetupConfig, folder: Path) -> Resolved:
     """
     if config.task != AUTO_TASK:
         _check(config, folder, with_weights=True)
+        _check_labels(config, folder)
         return Resolved(config, "")
     found = _gguf(config) or _search(config, folder, with_weights=True)
     assert found is not None  # with weights there is always an answer
     [task] = _one(config, found).tasks
     resolved = config.model_copy(update={"task": task})
     check_together(resolved)
+    _check_labels(resolved, folder)
     return Resolved(resolved, found.evidence)
+
+
+def _check_labels(config: SetupConfig, folder: Path) -> None:
+    task = TASKS[config.task]
+    facts = _read_json(folder / "config.json") if task.labelled and not config.allow_untrained_head else None
+    if isinstance(facts, dict):
+        check_labels(config, folder, facts, task.auto_model)
 
 
 def check_early(config: SetupConfig, folder: Path) -> None:

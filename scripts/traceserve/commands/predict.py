@@ -71,10 +71,10 @@ def _inputs(options: argparse.Namespace) -> Iterator[Any]:
         raise TraceserveError("predict: give texts, or --json BODY, or --file FILE, or - for standard input")
     try:
         if options.json is not None or (options.file and options.file.suffix == ".json"):
-            yield json.loads(options.json if options.json is not None else options.file.read_text(encoding="utf-8"))
+            yield json.loads(options.json if options.json is not None else options.file.read_text(encoding="utf-8-sig"))
             return
         if options.file or options.texts == ["-"]:
-            texts = (options.file.read_text(encoding="utf-8") if options.file else sys.stdin.read()).splitlines()
+            texts = (options.file.read_text(encoding="utf-8-sig") if options.file else sys.stdin.read()).splitlines()
             texts = [text for text in texts if text.strip()]
             yield from (texts[i : i + 32] for i in range(0, len(texts), 32))
         elif len(options.texts) == 1:

@@ -1,0 +1,120 @@
+"""A configuration file to its content: setup_config.json, or the model-config.yaml of the pytorch/serve example."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Dict, Hashable, List, Mapping, NamedTuple, Optional, Tuple
+
+import yaml
+
+from traceserve.errors import ConfigError
+
+_YAML = (".yaml", ".yml")
+_HANDLER = "handler"  # under which the example's handler finds its settings
+# TorchServe's keys that an archive has from the configuration, under their names here.
+_TAKEN = {"batchSize": "batch_size", "maxBatchDelay": "max_batch_delay", "responseTimeout": "response_timeout"}
+_WORKERS = "`traceserve serve --workers` says how many there are"
+_ONE_DEVICE = "a model runs on one device; more workers use more devices"
+# Its keys that are not taken, and what is there in their place.
+_LEFT = {
+    "minWorkers": _WORKERS,
+    "maxWorkers": _WORKERS,
+    "startupTimeout": "the archive's own is 300 seconds",
+    "deviceType": "`hardware` says what the archive runs on",
+    "deviceIds": _ONE_DEVICE,
+    "parallelType": _ONE_DEVICE,
+    "parallelLevel": _ONE_DEVICE,
+    "torchrun": _ONE_DEVICE,
+    "pt2": "save_mode aot_inductor, and torch_compile in the `options` of save_mode pretrained, compile",
+}
+# Keys that the example's handlers in C++ find beside those of the others.
+_OF_HANDLERS = {"mapping": "index_to_name"}
+_LEFT_OF_HANDLERS = {
+    "model_so_path": "the archive's model is made from model_name",
+    "tokenizer_path": "the archive's tokenizer is the checkpoint's",
+}
+LABELS_FILE = "index_to_name.json"
+# Where the example keeps a task's labels, beside its configuration.
+_LABEL_FOLDERS = {
+    "sequence_classification": "Seq_classification_artifacts",
+    "token_classification": "Token_classification_artifacts",
+}
+
+
+class Content(NamedTuple):
+    """What a file says, and one note for each key that has no meaning here."""
+
+    keys: Any
+    notes: Tuple[str, ...] = ()
+
+
+def read(path: Path) -> Content:
+    """The content of a configuration file; raises ConfigError for what cannot be read."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix.lower() in _YAML:
+            return _settings(yaml.load(text, _Loader))
+        return Content(json.loads(text, object_pairs_hook=_unique))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; name a configuration with --config FILE") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} cannot be read: {error}; save it as UTF-8") from None
+    except (ValueError, OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error.message}") from None
+
+
+def _settings(content: Any) -> Content:
+    """The keys under `handler`, with those of TorchServe that are taken; a file without `handler` has them at its root."""
+    if not isinstance(content, dict) or _HANDLER not in content:
+        return Content(content)
+    handler = content[_HANDLER]
+    if not isinstance(handler, dict):
+        raise ConfigError(f"{_HANDLER} should hold keys and values, as model_name: NAME")
+    notes: List[str] = []
+    frontend = {key: value for key, value in content.items() if key != _HANDLER}
+    unknown = [str(key) for key in frontend if key not in _TAKEN and key not in _LEFT]
+    if unknown:
+        raise ConfigError(
+            f"{', '.join(unknown)}: no key that is read beside {_HANDLER}; read are {', '.join(_TAKEN)}, and passed over "
+            f"{', '.join(_LEFT)}"
+        )
+    keys = {**_renamed(handler, _OF_HANDLERS, _LEFT_OF_HANDLERS, notes)}
+    for key, value in _renamed(frontend, _TAKEN, _LEFT, notes).items():
+        if keys.setdefault(key, value) != value:
+            raise ConfigError(f"{key} is {keys[key]} under {_HANDLER}, and {value} beside it; keep one")
+    return Content(keys, tuple(notes))
+
+
+def _renamed(
+    content: Mapping[str, Any], taken: Mapping[str, str], left: Mapping[str, str], notes: List[str]
+) -> Dict[str, Any]:
+    notes.extend(f"{key} has no meaning here: {left[key]}" for key in content if key in left)
+    return {taken.get(key, key): value for key, value in content.items() if key not in left}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML, in which a key may not be given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Dict[Hashable, Any]:
+        _unique([(str(self.construct_object(key, deep=True)), None) for key, _ in node.value])
+        return super().construct_mapping(node, deep)
+
+
+def _unique(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ConfigError(f"the key {key} is given twice")
+    return dict(pairs)
+
+
+def labels_beside(task: str, folder: Path) -> Optional[str]:
+    """The file of labels that the example would pack with a configuration in this folder; it is known by its place."""
+    places = [Path(_LABEL_FOLDERS[task], LABELS_FILE)] if task in _LABEL_FOLDERS else []
+    for place in (*places, Path(LABELS_FILE)):
+        if (folder / place).is_file():
+            return place.as_posix()
+    return None

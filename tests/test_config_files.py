@@ -1,0 +1,176 @@
+"""Configuration files as people have them: JSON with a mark, the pytorch/serve example's YAML, its labels by their place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Callable, Dict, List
+
+import pytest
+from test_loading import COLORS, original
+from traceserve.config import load
+from traceserve.errors import ConfigError
+
+# As in the example's model-config.yaml, with what people add to it.
+EXAMPLE = """
+minWorkers: 1
+maxWorkers: 2
+batchSize: 8
+maxBatchDelay: 50
+responseTimeout: 120
+deviceType: "gpu"
+handler:
+  model_name: bert-base-uncased
+  mode: sequence_classification
+  do_lower_case: true
+  num_labels: 2
+  save_mode: pretrained
+  max_length: 150
+  captum_explanation: true
+  embedding_name: bert
+  BetterTransformer: false
+  model_parallel: false
+pt2:
+  compile:
+    enable: True
+    backend: inductor
+"""
+
+
+def write(path: Path, content: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(ConfigError) as raised:
+        load(path)
+    assert raised.value.message.startswith(str(path))
+    return raised.value.message
+
+
+@pytest.mark.parametrize("name", ["model-config.yaml", "mine.YML"])
+def test_the_examples_yaml(name: str, tmp_path: Path) -> None:
+    loaded = load(write(tmp_path / name, EXAMPLE))
+    config = loaded.config
+    assert (config.model_name, config.task, config.save_mode) == (
+        "bert-base-uncased",
+        "sequence_classification",
+        "pretrained",
+    )
+    assert (config.num_labels, config.max_length) == (2, 150)
+    assert (config.batch_size, config.max_batch_delay, config.response_timeout) == (8, 50, 120)
+    told = [note.split(" has no meaning here: ")[0] for note in loaded.notes]
+    for key in ("minWorkers", "maxWorkers", "deviceType", "pt2", "captum_explanation", "BetterTransformer"):
+        assert key in told
+    assert loaded.folder == tmp_path.resolve()
+
+
+def test_the_examples_yaml_for_cpp(tmp_path: Path) -> None:
+    text = """
+batchSize: 2
+handler:
+  model_so_path: "bert-seq.so"
+  tokenizer_path: "tokenizer.json"
+  mapping: "index_to_name.json"
+  model_name: "bert-base-uncased"
+  mode: "sequence_classification"
+  num_labels: 2
+  max_length: 150
+"""
+    loaded = load(write(tmp_path / "model-config.yaml", text))
+    assert (loaded.config.index_to_name, loaded.config.batch_size) == ("index_to_name.json", 2)
+    assert [note.split(" ")[0] for note in loaded.notes] == ["model_so_path", "tokenizer_path"]
+
+
+def test_setup_config_as_yaml(tmp_path: Path) -> None:
+    assert load(write(tmp_path / "mine.yaml", "model_name: x\nmax_length: 16\n")).config.max_length == 16
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("handler: [1]", "handler should hold keys and values, as model_name: NAME"),
+        ("- a", "the configuration should be a JSON object"),
+        ("handler: {model_name: x}\nbatchsize: 3", "batchsize: no key that is read beside handler; read are batchSize"),
+        ("handler: {model_name: x, batch_size: 4}\nbatchSize: 8", "batch_size is 4 under handler, and 8 beside it"),
+        ("model_name: x\nmodel_name: y", "the key model_name is given twice"),
+        ("model_name: x\n1: y", "unknown key 1"),
+        ("a: b: c", "cannot be read"),
+        ("handler: {model_name: x, mode: fortune_telling}", 'mode is "fortune_telling"'),
+    ],
+)
+def test_yaml_that_is_refused(text: str, reason: str, tmp_path: Path) -> None:
+    assert reason in refusal(write(tmp_path / "model-config.yaml", text))
+
+
+def test_a_byte_order_mark_is_no_part_of_a_configuration(tmp_path: Path) -> None:
+    path = tmp_path / "setup_config.json"
+    path.write_text('{"model_name": "x"}', encoding="utf-8-sig")
+    assert load(path).config.model_name == "x"
+    path.write_text('{"model_name": "x"}', encoding="utf-16")
+    assert "save it as UTF-8" in refusal(path)
+
+
+LABELS = ["Seq_classification_artifacts/index_to_name.json", "Token_classification_artifacts/index_to_name.json"]
+
+
+@pytest.mark.parametrize(
+    "mode, places, taken",
+    [
+        ("sequence_classification", ["index_to_name.json"], "index_to_name.json"),
+        ("sequence_classification", ["index_to_name.json", *LABELS], LABELS[0]),
+        ("token_classification", ["index_to_name.json", *LABELS], LABELS[1]),
+        ("token_classification", LABELS[:1], None),
+        ("question_answering", ["index_to_name.json"], None),
+    ],
+)
+def test_the_examples_labels_are_found_by_their_place(mode: str, places: List[str], taken: Any, tmp_path: Path) -> None:
+    for place in places:
+        write(tmp_path / place, {"0": "a", "1": "b"})
+    content = {"model_name": "x", "mode": mode, "num_labels": "0"}
+    loaded = load(write(tmp_path / "setup_config.json", content))
+    assert loaded.config.index_to_name == taken
+    assert any(taken in note for note in loaded.notes) if taken else loaded.notes == ()
+    none = load(write(tmp_path / "setup_config.json", {**content, "index_to_name": None}))
+    assert none.config.index_to_name is None and none.notes == ()
+
+
+def test_a_file_that_lies_beside_another_configuration_is_not_taken(tmp_path: Path) -> None:
+    write(tmp_path / "index_to_name.json", {"0": "a"})
+    content = {"model_name": "x", "task": "sequence_classification"}
+    assert load(write(tmp_path / "setup_config.json", content)).config.index_to_name is None
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        {"label_list": "[crimson, leaf, sky]"},
+        {"label_list": "['crimson', 'leaf', 'sky']"},
+        {"label_list": '["crimson", "leaf", "sky"]'},
+        {"label_list": "('crimson', 'leaf', 'sky')"},
+        {"label_list": "['crimson', leaf, \"sky\"]"},
+        {"label_list": " crimson,leaf , sky "},
+        {"label_list": ["crimson", "leaf", "sky"]},
+        {"0": "crimson", "1": "leaf", "2": "sky"},
+    ],
+)
+def test_the_examples_labels(labels: Dict[str, Any], checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    path = tmp_path / "names.json"
+    path.write_text(json.dumps(labels), encoding="utf-8-sig")  # as some editors write
+    assert original(checkpoint("bert", **COLORS), index_to_name=str(path)).labels == ("crimson", "leaf", "sky")
+
+
+def test_a_label_may_hold_a_comma(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    path = write(tmp_path / "names.json", {"label_list": "['red, or so', 'green', \"sky's\"]"})
+    assert original(checkpoint("bert", **COLORS), index_to_name=str(path)).labels == ("red, or so", "green", "sky's")
+
+
+def test_labels_that_are_not_the_heads_are_refused_with_what_to_do(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = write(tmp_path / "names.json", {"0": "a", "1": "b"})
+    with pytest.raises(ConfigError, match='has 3, 0 to 2; correct it, or set "index_to_name": null'):
+        original(checkpoint("bert", **COLORS), index_to_name=str(path))
+    assert original(checkpoint("bert", **COLORS), num_labels="0").labels == ("red", "green", "blue")
