@@ -65,6 +65,7 @@ class TransformerHandler:
         except Exception as error:  # an outer edge: anything else kills the worker without a reason
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
         _read_at_once()
+        logging.getLogger().addFilter(_without_traceback)
         # What is loaded stays: without this, each full collection walks torch's 200,000 objects while requests wait.
         gc.freeze()
         manifest = self.engine.manifest
@@ -224,6 +225,16 @@ def _read_at_once() -> None:
     codec = sys.modules.get("ts.protocol.otf_message_handler")
     if hasattr(codec, "_retrieve_buffer"):
         codec._retrieve_buffer = Reader()  # type: ignore[union-attr]
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """Keep TorchServe's one line about a body that it could not parse, without the traceback that it adds to each.
+
+    The handler reads the body itself, and the client is told what is wrong with it.
+    """
+    if record.module == "otf_message_handler":
+        record.exc_info = None
+    return True
 
 
 def _device(context: Any, folder: Path) -> str:

@@ -80,33 +80,41 @@ CLASSES = _classes()
 class Client:
     """The calls of a server; each raises grpc.RpcError."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, key: str = "") -> None:
         self.channel = grpc.insecure_channel(f"127.0.0.1:{port}")
+        self.metadata = [("authorization", f"Bearer {key}")] if key else []
 
     def close(self) -> None:
         self.channel.close()
 
     def ping(self) -> str:
         call = self._call("unary_unary", f"{INFERENCE}.InferenceAPIsService/Ping", "TorchServeHealthResponse")
-        return str(call(CLASSES["Empty"](), timeout=30).health)
+        return str(call(CLASSES["Empty"](), metadata=self.metadata, timeout=30).health)
 
     def predictions(self, model: str, parts: Mapping[str, bytes], timeout: float = 60) -> bytes:
         call = self._call("unary_unary", f"{INFERENCE}.InferenceAPIsService/Predictions", "PredictionResponse")
-        return bytes(call(self._request(model, parts), timeout=timeout).prediction)
+        return bytes(call(self._request(model, parts), metadata=self.metadata, timeout=timeout).prediction)
 
     def stream_predictions(self, model: str, parts: Mapping[str, bytes], timeout: float = 60) -> List[bytes]:
         call = self._call("unary_stream", f"{INFERENCE}.InferenceAPIsService/StreamPredictions", "PredictionResponse")
-        return [bytes(piece.prediction) for piece in call(self._request(model, parts), timeout=timeout)]
+        return [
+            bytes(piece.prediction)
+            for piece in call(self._request(model, parts), metadata=self.metadata, timeout=timeout)
+        ]
 
     def stream_predictions_2(self, model: str, parts: Mapping[str, bytes], sequence: str) -> List[bytes]:
         call = self._call("stream_stream", f"{INFERENCE}.InferenceAPIsService/StreamPredictions2", "PredictionResponse")
         request = self._request(model, parts)
         request.sequence_id = sequence
-        return [bytes(piece.prediction) for piece in call(iter([request]), timeout=60)]
+        return [bytes(piece.prediction) for piece in call(iter([request]), metadata=self.metadata, timeout=60)]
 
     def model_infer(self, model: str, tensors: Iterable[Mapping[str, Any]], **fields: Any) -> Any:
         call = self._call("unary_unary", f"{OPEN_INFERENCE}.GRPCInferenceService/ModelInfer", "ModelInferResponse")
-        return call(CLASSES["ModelInferRequest"](model_name=model, inputs=list(tensors), **fields), timeout=60)
+        return call(
+            CLASSES["ModelInferRequest"](model_name=model, inputs=list(tensors), **fields),
+            metadata=self.metadata,
+            timeout=60,
+        )
 
     def _call(self, kind: str, path: str, answer: str) -> Any:
         return getattr(self.channel, kind)(

@@ -73,6 +73,7 @@ def configure(
     config = folder / "config.properties"
     lines = (f"{key}={value}\n".replace("\\", "\\\\") for key, value in properties.items())
     config.write_text("".join(lines), encoding="utf-8")
+    (folder / _JAVA_LOG_CONFIG).write_text(_JAVA_LOGGING.replace("FOLDER", str(folder / "logs")), encoding="utf-8")
     log_config = folder / "log4j2.xml"
     log_config.write_text(_LOG_CONFIG.replace("FOLDER", str(folder / "logs")), encoding="utf-8")
     (folder / "metrics.yaml").write_text(_METRICS, encoding="utf-8")
@@ -144,6 +145,7 @@ def jvm_options(folder: Path) -> List[str]:
     archive = _class_archive()
     if " " in f"{folder}{archive}":  # TorchServe splits options at spaces
         return options
+    options.append(f"-Djava.util.logging.config.file={folder / _JAVA_LOG_CONFIG}")
     if archive.is_file():
         return [*options, f"-XX:SharedArchiveFile={archive}"]
     return [*options, f"-XX:ArchiveClassesAtExit={folder / archive.name}"]
@@ -168,7 +170,8 @@ def keep_class_archive(folder: Path) -> None:
 
 
 # One file, limited in size. TorchServe's default writes five, at half the throughput. What the workers print at every
-# batch stays out; no request is logged.
+# batch stays out; no request is logged. The frontend's exceptions about a request quote the request in their messages (a
+# form, a path, a header): of those there is one line, with the exception's class and the place in the code.
 _LOG_CONFIG = """<?xml version="1.0" encoding="UTF-8"?>
 <Configuration status="error">
   <Appenders>
@@ -178,9 +181,17 @@ _LOG_CONFIG = """<?xml version="1.0" encoding="UTF-8"?>
       <DefaultRolloverStrategy max="3"/>
       <RegexFilter regex="Backend received inference at.*" onMatch="DENY" onMismatch="ACCEPT"/>
     </RollingFile>
+    <RollingFile name="requests" fileName="FOLDER/server.log" filePattern="FOLDER/server.%i.log">
+      <PatternLayout alwaysWriteExceptions="false" pattern="%d{ISO8601} %-5p TorchServe refused a request: EXCEPTION%n"/>
+      <Policies><SizeBasedTriggeringPolicy size="10 MB"/></Policies>
+      <DefaultRolloverStrategy max="3"/>
+    </RollingFile>
   </Appenders>
   <Loggers>
     <Root level="warn"><AppenderRef ref="file"/></Root>
+    <Logger name="org.pytorch.serve.http.HttpRequestHandler" level="error" additivity="false">
+      <AppenderRef ref="requests"/>
+    </Logger>
     <Logger name="MODEL_LOG" level="info"/>
     <Logger name="ACCESS_LOG" level="off"/>
     <Logger name="TS_METRICS" level="off"/>
@@ -188,6 +199,21 @@ _LOG_CONFIG = """<?xml version="1.0" encoding="UTF-8"?>
     <Logger name="TELEMETRY_METRICS" level="off"/>
   </Loggers>
 </Configuration>
+""".replace(
+    "EXCEPTION",
+    r"%replace{%ex{short}}{(?s)^\s*([\w.$]+).*$}{$1} in %ex{short.className}, line %ex{short.lineNumber}",
+)
+
+
+# What gRPC logs by Java's own logging, which else goes to the console without a limit; without exceptions' texts.
+_JAVA_LOG_CONFIG = "logging.properties"
+_JAVA_LOGGING = """handlers=java.util.logging.FileHandler
+.level=WARNING
+java.util.logging.FileHandler.pattern=FOLDER/java.%g.log
+java.util.logging.FileHandler.limit=1000000
+java.util.logging.FileHandler.count=2
+java.util.logging.FileHandler.formatter=java.util.logging.SimpleFormatter
+java.util.logging.SimpleFormatter.format=%1$tF %1$tT %4$s %3$s%n
 """
 
 

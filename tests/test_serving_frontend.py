@@ -1,0 +1,203 @@
+"""What TorchServe's frontend answers itself, as docs/frontend.md lists it, and that no request's text stays in its files."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import json
+import re
+import socket
+import time
+from pathlib import Path
+from typing import Dict, Iterator, List, NamedTuple, Tuple
+
+import grpc
+import pytest
+from conftest import ROOT
+from torchserve_grpc import Client
+from traceserve import instances, server, torchserve
+from traceserve.archive import archive
+from traceserve.instances import Instance
+
+MARKER = b"zanzibarzanzibar"
+FORM = "application/x-www-form-urlencoded"
+MULTIPART = "multipart/form-data; boundary=b"
+
+
+class Row(NamedTuple):
+    """A row of the table of docs/frontend.md."""
+
+    request: str
+    body: bytes
+    status: int
+    type: str
+
+
+def documented() -> List[Row]:
+    lines = (ROOT / "docs" / "frontend.md").read_text(encoding="utf-8").splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
+    return [
+        Row(request, body.strip("`").encode().decode("unicode_escape").encode(), int(status), kind.strip("`"))
+        for request, body, status, kind in cells
+    ]
+
+
+@pytest.fixture(scope="module")
+def instance(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
+    """A server that asks for keys, and lets one request wait."""
+    mar = archive(artifact, "NAME", tmp_path_factory.mktemp("frontend"))
+    started = server.start([mar], host="0.0.0.0", port=torchserve.free_ports(1)[0], timeout=120)
+    yield started
+    instances.stop(started)
+
+
+def send(instance: Instance, request: bytes) -> Tuple[int, bytes]:
+    """The status and the body of the answer to raw bytes; 0 where there is none."""
+    answer = b""
+    with socket.create_connection(("127.0.0.1", instance.port), 5) as connection, contextlib.suppress(OSError):
+        connection.settimeout(5)
+        connection.sendall(request)
+        while True:
+            received = connection.recv(1 << 16)
+            answer += received
+            head, _, body = answer.partition(b"\r\n\r\n")
+            length = re.search(rb"content-length: (\d+)", head.lower())
+            if not received or (length and len(body) >= int(length[1])):
+                return int(head.split()[1]) if head else 0, body
+    return 0, b""
+
+
+def raw(line: str, content_type: str, body: bytes, key: str, length: int = -1, more: bytes = b"") -> bytes:
+    head = f"{line} HTTP/1.1\r\nHost: localhost\r\n"
+    head += f"Authorization: Bearer {key}\r\n" if key else ""
+    head += f"Content-Type: {content_type}\r\n" if content_type else ""
+    return head.encode() + more + b"Content-Length: %d\r\n\r\n%b" % (len(body) if length < 0 else length, body)
+
+
+def test_the_table_is_read() -> None:
+    rows = documented()
+    assert len(rows) >= 18 and {row.status for row in rows} == {400, 403, 404, 413, 500}
+
+
+@pytest.mark.parametrize("row", documented(), ids=lambda row: f"{row.request} {row.body[:60]!r}")
+def test_what_is_documented(row: Row, instance: Instance) -> None:
+    line, _, how = row.request.partition("`, ")
+    key = {"without its key": "", "with a wrong key": "x"}.get(how, instance.key or "")
+    content_type = {"a form": FORM, "multipart": MULTIPART}.get(how, "text/plain" if row.body else "")
+    length = 99_000_000 if how == "99 MB long" else -1
+    status, body = send(instance, raw(line.strip("`"), content_type, row.body, key, length))
+    assert status == row.status
+    assert (json.loads(body)["type"] == row.type) if body else row.type == "an empty body"
+
+
+def test_a_full_queue(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configure = torchserve.configure
+
+    def with_a_short_queue(folder: Path, *arguments: object) -> object:
+        written = configure(folder, *arguments)  # type: ignore[arg-type]
+        path = folder / "config.properties"
+        path.write_text(path.read_text().replace("job_queue_size=1000", "job_queue_size=1"))
+        return written
+
+    monkeypatch.setattr(torchserve, "configure", with_a_short_queue)
+    started = server.start([archive(artifact, "NAME", tmp_path)], port=torchserve.free_ports(1)[0], timeout=120)
+    try:
+        request = raw("POST /predictions/NAME", "text/plain", b"word " * 400, "")
+        with concurrent.futures.ThreadPoolExecutor(64) as pool:
+            answers = list(pool.map(lambda _: send(started, request), range(400)))
+        refused = [json.loads(body) for status, body in answers if status == 503]
+        assert refused and {error["type"] for error in refused} == {"ServiceUnavailableException"}
+        assert "no worker" in refused[0]["message"] and "scale workers API" in refused[0]["message"]
+    finally:
+        instances.stop(started)
+
+
+def part(headers: bytes, body: bytes = MARKER) -> bytes:
+    return b"--b\r\n" + headers + b"\r\n\r\n" + body + b"\r\n--b--\r\n"
+
+
+NAMED = b'Content-Disposition: form-data; name="text"'
+UPLOAD = NAMED + b'; filename="' + MARKER + b'"'
+# Every kind of malformed request, with the marker where a text, a name or a path may stand: (line, content type, body).
+BODIES: Dict[str, List[bytes]] = {
+    FORM: [
+        *(b"a=%zz" + MARKER, MARKER + b"%z=1", b"=" + MARKER, MARKER + b"=1&=2", b"a=" + MARKER + b"\rb"),
+        *(MARKER + b"\n\tat " + MARKER + b"%zz", b"java.lang.Error: " + MARKER + b"%zz", b"text=%FF" + MARKER),
+        *(MARKER + b"&b", MARKER + b"=1", b"\0=" + MARKER),
+    ],
+    MULTIPART: [
+        *(part(b"Content-Disposition: form-data"), part(b""), part(MARKER), MARKER, b""),
+        *(part(b'Content-Disposition: form-data; name=""'), part(NAMED)[:-6], part(NAMED, MARKER + b"\xff")),
+        part(NAMED + b"\r\nContent-Type: text/plain; charset=" + MARKER),
+        part(NAMED + b"\r\nContent-Type: multipart/mixed"),
+        part(UPLOAD + b"\r\nContent-Transfer-Encoding: " + MARKER),
+        part(UPLOAD + b"\r\nContent-Type: application/json"),
+        part(UPLOAD + b"\r\nContent-Length: " + MARKER),
+        part(UPLOAD + b"\r\nContent-Length: 99999999999"),
+    ],
+    "multipart/form-data": [MARKER],
+    "application/json": [
+        *(b'{"text": ' + MARKER + b"}", b'"' + MARKER + b'\xff"', b'{"' + MARKER + b'": 1}', b"[" * 5000 + MARKER),
+    ],
+    "text/plain": [MARKER + b"\xff", MARKER + b"\0"],
+    "text/plain; charset=" + MARKER.decode(): [MARKER],
+    "text/csv": [MARKER + b"\n" + MARKER],
+    "application/octet-stream": [b"\x1f\x8b" + MARKER, b'{"text": "' + MARKER],
+    "application/jsonlines": [MARKER],
+}
+WIRE = [
+    b"GET /predictions/%zz" + MARKER + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"GET /invocations?" + MARKER + b"=%zz HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"GET /" + MARKER + b"?" + MARKER + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"POST * HTTP/1.1\r\nHost: x\r\nContent-Length: 16\r\n\r\n" + MARKER,
+    b"GET /ping HTTP/1.1\r\nX: " + MARKER * 1000 + b"\r\n\r\n",
+    b"GET /" + MARKER * 1000 + b" HTTP/1.1\r\n\r\n",
+    MARKER + b"\r\n\r\n",
+    MARKER + b" " + MARKER + b" " + MARKER + b"\r\n\r\n",
+    b"GET /ping HTTP/1.1\r\n" + MARKER + b"\r\n\r\n",
+    b"POST /predictions/NAME HTTP/1.1\r\nContent-Length: " + MARKER + b"\r\n\r\n",
+    b"POST /predictions/NAME HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n" + MARKER + b"\r\n",
+    b"POST /predictions/NAME HTTP/1.1\r\nExpect: " + MARKER + b"\r\nContent-Length: 3\r\n\r\nabc",
+    b"POST /predictions/NAME HTTP/1.1\r\nContent-Length: 99000000\r\n\r\n" + MARKER,
+    b"GET /ping HTTP/1.1\r\nAuthorization: Bearer " + MARKER + b"\r\n\r\n",
+]
+
+
+def test_no_text_of_a_malformed_request_stays(instance: Instance) -> None:
+    """In no file of the server: its logs, its temporary folder, what its worker and the JVM write."""
+    folder, key = Path(instance.folder), instance.key or ""
+    with instance.log.open("rb") as log:
+        before = len(log.read())
+    requests = [
+        raw("POST /predictions/NAME", kind, body, key, more=b"Content-Encoding: zip\r\n" if kind == "text/csv" else b"")
+        for kind, bodies in BODIES.items()
+        for body in bodies
+    ]
+    paths = [
+        f"/predictions/{MARKER.decode()}",
+        f"/predictions/NAME/{MARKER.decode()}",
+        f"/v1/models/NAME:{MARKER.decode()}",
+        "/invocations",
+    ]
+    requests += [raw(f"POST {path}", "text/plain", MARKER, key) for path in paths]
+    for request in [*requests, *WIRE]:
+        send(instance, request)
+    properties = dict(line.split("=", 1) for line in (folder / "config.properties").read_text().splitlines())
+    client = Client(int(properties["grpc_inference_port"]), key)
+    for model, body in (("NAME", MARKER + b"\xff"), ("NAME", b'{"text": ' + MARKER), (MARKER.decode(), MARKER)):
+        for call in (client.predictions, client.stream_predictions):
+            with contextlib.suppress(grpc.RpcError):
+                call(model, {"data": body, MARKER.decode(): body})
+    with contextlib.suppress(grpc.RpcError):
+        client.stream_predictions_2("NAME", {"data": MARKER}, MARKER.decode())
+    client.close()
+    time.sleep(1)
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert instance.log in files and any(path.name == "start.log" for path in files)
+    assert [path for path in files if MARKER in path.read_bytes()] == []
+    written = instance.log.read_bytes()[before:].decode()
+    assert written.count("TorchServe refused a request: ") > 10  # the fact stays
+    assert "io.netty.handler.codec.http.multipart.HttpPostRequestDecoder$ErrorDataDecoderException in " in written
+    assert "Failed json decoding" in written and "\tat " not in written and "Traceback" not in written
+    assert len(written) < 300 * (len(requests) + len(WIRE))
+    assert send(instance, raw("POST /predictions/NAME", "text/plain", b"well", key))[0] == 200
