@@ -90,8 +90,61 @@ FURTHER = {
     "falcon": Architecture("FalconConfig", "gpt", {"max_position_embeddings": 160}),
     "mpt": Architecture("MptConfig", "gpt", {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 160}),
 }
-# Families whose forward pass holds lengths fast when it is traced, is changed by padding, cannot be traced, or keeps no keys and
-# values between steps.
+# Families that write in a way of their own; those with keys and values of another kind, or of none, read all again.
+WRITING = {
+    "bloom": Architecture("BloomConfig", "gpt", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "openai-gpt": Architecture("OpenAIGPTConfig", "gpt", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 160}),
+    "xlnet": Architecture("XLNetConfig", "gpt", {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64}),
+    "led": Architecture(
+        "LEDConfig",
+        "roberta",
+        {
+            **{name: size for name, size in SIZE_OF_BOTH.items() if name != "max_position_embeddings"},
+            "attention_window": 8,
+            "max_encoder_position_embeddings": 160,
+            "max_decoder_position_embeddings": 160,
+            "decoder_start_token_id": 2,
+        },
+    ),
+    # No sequence of three tokens of the source is written, by its own default.
+    "blenderbot": Architecture("BlenderbotConfig", "t5", {**SIZE_OF_BOTH, "decoder_start_token_id": 1}),
+    "blenderbot-small": Architecture("BlenderbotSmallConfig", "t5", {**SIZE_OF_BOTH, "decoder_start_token_id": 1}),
+    "m2m_100": Architecture("M2M100Config", "t5", {**SIZE_OF_BOTH, "decoder_start_token_id": 1}),
+    "switch": Architecture(
+        "SwitchTransformersConfig",
+        "t5",
+        {
+            "d_model": 32,
+            "d_kv": 8,
+            "d_ff": 64,
+            "num_layers": 2,
+            "num_decoder_layers": 2,
+            "num_heads": 4,
+            "num_experts": 2,
+            "num_sparse_encoder_layers": 1,
+            "num_sparse_decoder_layers": 1,
+            "decoder_start_token_id": 0,
+        },
+    ),
+    # Two models of different sizes, of which only the decoder is told of the other one.
+    "encoder-decoder": Architecture(
+        "EncoderDecoderConfig",
+        "bert",
+        {
+            "encoder": {"model_type": "bert", **SIZE},
+            "decoder": {
+                "model_type": "bert",
+                **SIZE,
+                "hidden_size": 48,
+                "is_decoder": True,
+                "add_cross_attention": True,
+            },
+            "decoder_start_token_id": 2,
+        },
+    ),
+}
+# Families whose forward pass holds lengths fast when it is traced, is changed by padding, has functions of its own for training,
+# or keeps no keys and values between steps.
 UNEVEN = {
     "longformer": Architecture("LongformerConfig", "roberta", {**SIZE, "attention_window": 8}),
     "fnet": Architecture("FNetConfig", "bert", {**SIZE, "tpu_short_seq_length": 16}),
@@ -127,7 +180,7 @@ def make(
     folder: Path, architecture: str, auto_model: str = "AutoModelForSequenceClassification", **options: Any
 ) -> Path:
     """Write a tiny random checkpoint into `folder`; `options` go into its configuration."""
-    family = {**ARCHITECTURES, **UNEVEN, **FURTHER}[architecture]
+    family = {**ARCHITECTURES, **UNEVEN, **FURTHER, **WRITING}[architecture]
     tokenizer = make_tokenizer(family.tokenizer)
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos", "cls", "sep")}
     config = getattr(transformers, family.config)(

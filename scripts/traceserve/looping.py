@@ -1,6 +1,6 @@
 """Models that are run token by token: the two graphs that are traced, and the original that they are compared with.
 
-The graphs `start` and `step` are the calls of `runtimes.calling`, which says what they take and give.
+The graphs `start` and `step` are the calls of `runtimes.stepping`, see `runtimes.calling` for what they take and give.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any, Callable, Dict, List, NamedTuple, Tuple
 
 import torch
-from traceserve_runtime.runtimes.calling import Begin, DecoderStep, Empty, EncoderDecoderStep, read_past
+from traceserve_runtime.runtimes import stepping
+from traceserve_runtime.runtimes.calling import read_past
 from traceserve_runtime.tasks.contract import Request
 from traceserve_runtime.tasks.parameters import strings
 from traceserve_runtime.tokenization import Row
@@ -17,13 +18,18 @@ from traceserve.errors import ExportError
 from traceserve.loading import Original
 from traceserve.wrapping import Wrapped, example
 
+_CHECKED = 3  # tokens
+_NEAR = 0.02  # of logits: what rounding changes in bfloat16
+
 
 class Graph(NamedTuple):
-    """A module to be traced, an example of its inputs, and their names where the runner passes them by name."""
+    """A module to be traced, an example of its inputs, their names where the runner passes them by name, and whether a step
+    reads new tokens alone."""
 
     module: torch.nn.Module
     example: Tuple[torch.Tensor, ...]
     inputs: Tuple[str, ...]
+    keeps_past: bool
 
 
 class Loop(NamedTuple):
@@ -41,35 +47,68 @@ class Loop(NamedTuple):
 
 def _decoder_graphs(original: Original, batch: int, length: int) -> Tuple[Graph, Graph]:
     ids, mask = _example(original, batch, length)
-    states = read_past(original.model, ids, mask)
-    if states is None:
-        raise ExportError(
-            f"{type(original.model).__name__} keeps something else than keys and values between steps, which cannot be "
-            "written out"
-        )
-    step = DecoderStep(original.model)
+    calls = stepping.decoder(original.model)
+    _check(original, calls, torch.arange(3, 7)[None], LOOPS["decoder"])
     whole = torch.cat([mask, torch.ones_like(mask)], dim=1)
     columns = {
         "input_ids": ids,
         "attention_mask": whole,
         "position_ids": (whole.cumsum(1) - 1).clamp(min=0)[:, length:],
     }
-    start = Graph(Wrapped(Empty(states)), (ids, mask), ("input_ids", "attention_mask"))
-    return start, Graph(Wrapped(step), (*(columns[name] for name in step.inputs), *states), step.inputs)
+    states = (read_past(original.model, ids, mask) or ()) if calls.keeps_past else (ids,)
+    step = calls.step
+    start = Graph(Wrapped(calls.start), (ids, mask), ("input_ids", "attention_mask"), calls.keeps_past)
+    inputs = (*(columns[name] for name in step.inputs), *states)
+    return start, Graph(Wrapped(step), inputs, step.inputs, calls.keeps_past)
 
 
 def _encoder_decoder_graphs(original: Original, batch: int, length: int) -> Tuple[Graph, Graph]:
     ids, mask = _example(original, batch, length)
-    begin, step = Begin(original.model), EncoderDecoderStep(original.model)
+    calls = stepping.encoder_decoder(original.model)
+    _check(original, calls, torch.tensor([[original.facts["start_id"]]]), LOOPS["encoder_decoder"])
     with torch.no_grad():
-        states = begin(ids, mask)
-    growing = len(states) // 2
+        states = calls.start(ids, mask)
+    if calls.keeps_past:
+        growing = len(states) // 2
+        past = tuple(torch.randn(*t.shape[:2], 5, t.shape[3]).to(t.dtype) for t in states[:growing])
+    else:
+        growing, past = 1, (ids[:, :5],)
     decoder_ids = ids[:, : min(4, length)]
-    past = tuple(torch.randn(*t.shape[:2], 5, t.shape[3]).to(t.dtype) for t in states[:growing])
+    step = calls.step
     return (
-        Graph(Wrapped(begin), (ids, mask), ("input_ids", "attention_mask")),
-        Graph(Wrapped(step), (decoder_ids, mask, *past, *states[growing:]), step.inputs),
+        Graph(Wrapped(calls.start), (ids, mask), ("input_ids", "attention_mask"), calls.keeps_past),
+        Graph(Wrapped(step), (decoder_ids, mask, *past, *states[growing:]), step.inputs, calls.keeps_past),
     )
+
+
+def _check(original: Original, calls: stepping.Calls, first: torch.Tensor, loop: Loop) -> None:
+    """Raise ExportError for a model that can only be given its whole text again, and writes otherwise by itself.
+
+    XLNet keeps a memory in which padding cannot be masked, XLM writes into a masked token.
+    """
+    if calls.keeps_past:
+        return
+    source = torch.arange(3, 7)[None]
+    mask = torch.ones_like(source)
+    options = {"do_sample": False, "num_beams": 1, "max_new_tokens": _CHECKED, "min_new_tokens": _CHECKED}
+    try:
+        found = original.model.generate(
+            source, attention_mask=mask, **options, output_logits=True, return_dict_in_generate=True
+        )
+    except (TypeError, ValueError):  # transformers before 4.39 tells no logits; then the gate alone judges
+        return
+    state = calls.start(source, mask)
+    new = first
+    for step, expected in enumerate(found.logits):
+        whole = torch.ones(1, len(source[0]) + step, dtype=torch.int64) if loop.writes_behind else mask
+        logits, *grown = calls.step(new, whole, *state)
+        state = (*grown, *state[len(grown) :])
+        new = found.sequences[:, len(found.sequences[0]) - len(found.logits) + step][:, None]
+        if not torch.allclose(logits, expected.float(), rtol=_NEAR, atol=_NEAR):
+            raise ExportError(
+                f"{type(original.model).__name__} writes with something else than keys and values of what it has read, and "
+                "otherwise than when it reads all of it again, so no save_mode can write it"
+            )
 
 
 def _example(original: Original, batch: int, length: int) -> Tuple[torch.Tensor, torch.Tensor]:

@@ -73,6 +73,63 @@ def masks_without_vmap() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def forward_alone() -> Iterator[None]:
+    """Let a model's own autograd functions (BLOOM's GELU, YOSO's attention) run as the plain operations of their forward pass.
+
+    torch.jit.trace records each as a call of Python, which cannot be written out.
+    """
+    kind: Any = torch.autograd.Function
+    own = vars(kind).get("apply")  # before torch 2.0 a base has it
+
+    def apply(cls: Any, *inputs: Any, **named: Any) -> Any:
+        # A function with a context of its own, known since torch 2.0, takes none in its forward pass.
+        if getattr(cls, "setup_context", None) is not getattr(kind, "setup_context", None):
+            return cls.forward(*inputs, **named)
+        return cls.forward(_Context(), *inputs, **named)
+
+    kind.apply = classmethod(apply)
+    try:
+        yield
+    finally:
+        if own is None:
+            del kind.apply
+        else:
+            kind.apply = own
+
+
+class _Context(torch.autograd.function.FunctionCtx):
+    """What a forward pass keeps for a backward one that never comes."""
+
+    needs_input_grad: Tuple[bool, ...] = ()
+
+
+@contextlib.contextmanager
+def windows_by_unfold() -> Iterator[None]:
+    """Let Longformer and LED cut overlapping windows by `unfold`: a trace holds strides fast, which depend on the length."""
+    own = torch.Tensor.as_strided
+
+    def cut(tensor: torch.Tensor, size: Any, stride: Any, *more: Any) -> torch.Tensor:
+        whole = tensor.flatten(1, 2) if tensor.ndim == 4 else tensor  # in windows that do not overlap
+        along = len(size) == 4 and whole.ndim == 3 and not more
+        if not along or (stride[0], *stride[2:]) != whole.stride() or int(size[3]) != whole.shape[2]:
+            return own(tensor, size, stride, *more)
+        return whole.unfold(1, int(size[2]), int(stride[1]) // int(stride[2])).transpose(2, 3)
+
+    torch.Tensor.as_strided = cut  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        torch.Tensor.as_strided = own  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def traceable(model: torch.nn.Module) -> Iterator[None]:
+    """What torch's tracer needs of a model to be written out."""
+    with masks_without_vmap(), forward_alone(), windows_by_unfold(), plain_names(model):
+        yield
+
+
+@contextlib.contextmanager
 def plain_names(model: torch.nn.Module) -> Iterator[None]:
     """Let the classes of a checkpoint's own code bear the names of its files alone, which go into a trace.
 

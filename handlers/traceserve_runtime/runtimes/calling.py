@@ -181,6 +181,31 @@ def read_past(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor)
     return past if past and all(getattr(tensor, "ndim", 0) == 4 for tensor in past) else None
 
 
+def encoded(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """What a model's encoder gives for the source, ids and mask (batch, length): (batch, length, size).
+
+    LED reads whole windows of attention, and fills the source up to them in a branch of Python that a trace does not keep.
+    """
+    import torch
+
+    length = input_ids.shape[1]
+    window = getattr(model.config, "attention_window", None)
+    if window:
+        missing = -length % (window if isinstance(window, int) else max(window))
+        input_ids = torch.nn.functional.pad(input_ids, (0, missing), value=pad_id(model) or 0)
+        attention_mask = torch.nn.functional.pad(attention_mask, (0, missing))
+    result = model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask, return_dict=True)
+    hidden: torch.Tensor = result.last_hidden_state[:, :length]
+    return hidden
+
+
+def encoder_outputs(hidden: torch.Tensor) -> Any:
+    """An encoder's output as models take it: by its number, or by its name; some look for its experts' routes, too."""
+    from transformers.modeling_outputs import MoEModelOutput
+
+    return MoEModelOutput(last_hidden_state=hidden)
+
+
 class Begin:
     """The source, ids and mask (batch, length), to an empty past and each layer's keys and values of the source."""
 
@@ -188,10 +213,8 @@ class Begin:
         self.model = model
 
     def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Tensors:
-        encoder = self.model.get_encoder()
-        hidden = encoder(input_ids=input_ids, attention_mask=attention_mask, return_dict=True).last_hidden_state
         result = self.model(
-            encoder_outputs=(hidden,),
+            encoder_outputs=encoder_outputs(encoded(self.model, input_ids, attention_mask)),
             attention_mask=attention_mask,
             decoder_input_ids=input_ids[:, :1],  # which token is no matter to the keys and values of the source
             use_cache=True,
@@ -210,7 +233,9 @@ class EncoderDecoderStep:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.hidden_size = model.config.d_model
+        # An EncoderDecoderModel's own configuration tells none.
+        encoder = getattr(model.get_encoder(), "config", model.config)
+        self.hidden_size = encoder.hidden_size
 
     def __call__(self, *tensors: torch.Tensor) -> Tensors:
         decoder_input_ids, attention_mask = tensors[:2]
@@ -219,7 +244,7 @@ class EncoderDecoderStep:
         # Its keys and values are known, so that only the shape of the encoder's output is read.
         hidden = attention_mask[:, :, None].expand(-1, -1, self.hidden_size).to(past[0].dtype)
         result = self.model(
-            encoder_outputs=(hidden,),
+            encoder_outputs=encoder_outputs(hidden),
             attention_mask=attention_mask,
             decoder_input_ids=decoder_input_ids,
             past_key_values=_cache_both(list(zip(past[::2], past[1::2])), list(zip(source[::2], source[1::2]))),

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Callable, ContextManager, Dict, Iterator,
 from traceserve_runtime import batching
 from traceserve_runtime.errors import InvalidManifest, MissingPackage, reason
 from traceserve_runtime.manifest import Manifest
-from traceserve_runtime.runtimes import calling
+from traceserve_runtime.runtimes import calling, stepping
 from traceserve_runtime.runtimes.torchscript import TorchScriptRunner, settle
 from traceserve_runtime.runtimes.variants import Variant
 from traceserve_runtime.settings import Settings
@@ -30,6 +30,7 @@ Call = Callable[..., Tuple[Any, ...]]
 
 OLDEST = (4, 41)  # before, what from_pretrained takes and save_pretrained writes is another
 OLDEST_NAMED = ".".join(map(str, OLDEST))
+PAST = "keeps_past"  # of `Manifest.runtime`: whether a step of a loop reads new tokens alone
 KEPT = "in_float32"  # of `Manifest.runtime`: the layers that bfloat16 leaves
 # Batches and lengths of 1, and a past of 0, are compiled by themselves: more shapes than torch's own limit of 8, past
 # which it would go on without being compiled.
@@ -217,6 +218,8 @@ def _once(model: Any, manifest: Manifest, device: str) -> Dict[str, Call]:
 def _decoder(model: Any, manifest: Manifest, device: str) -> Dict[str, Call]:
     import torch
 
+    if not manifest.runtime.get(PAST, True):
+        return {"start": stepping.NoTokens(), "step": stepping.DecoderAgain(model)}
     ids = torch.full((1, 2), manifest.tokenizer.pad_id, device=device)
     past = calling.read_past(model, ids, torch.ones_like(ids))
     if past is None:
@@ -225,6 +228,8 @@ def _decoder(model: Any, manifest: Manifest, device: str) -> Dict[str, Call]:
 
 
 def _encoder_decoder(model: Any, manifest: Manifest, device: str) -> Dict[str, Call]:
+    if not manifest.runtime.get(PAST, True):
+        return {"start": stepping.Read(model), "step": stepping.EncoderDecoderAgain(model)}
     return {"start": calling.Begin(model), "step": calling.EncoderDecoderStep(model)}
 
 

@@ -19,7 +19,7 @@ from traceserve_runtime.runtimes.onnx import PAST, PRESENT
 
 from traceserve.errors import UnwritableError
 from traceserve.looping import LOOPS
-from traceserve.wrapping import example, masks_without_vmap, once
+from traceserve.wrapping import example, once, traceable
 
 if TYPE_CHECKING:
     from traceserve_runtime.tasks.contract import Task
@@ -54,18 +54,19 @@ def of_loop(original: Original, task: Type[Task], batch: int, length: int) -> Tu
     """The graphs `start` and `step` of a model that is run token by token, see `looping`; and the inputs of a step."""
     start, step = LOOPS[task.loop].graphs(original, batch, min(length, original.max_length - 2))
     with torch.no_grad():
-        states = len(start.module(*start.example))
+        states = start.module(*start.example)
         grown = len(step.module(*step.example)) - len(task.outputs)
-    past = tuple(f"{PAST}{i}" for i in range(states))
-    present = tuple(f"{PRESENT}{i}" for i in range(states))
-    of_state = {i: "past" if i < grown else "source" for i in range(states)}
+    past = tuple(f"{PAST}{i}" for i in range(len(states)))
+    present = tuple(f"{PRESENT}{i}" for i in range(len(states)))
+    # Keys and values are (batch, heads, length, size); tokens, and what an encoder gives, (batch, length, ...).
+    of_state = [{0: "batch", 2 if t.ndim == 4 else 1: "past" if i < grown else "source"} for i, t in enumerate(states)]
     begin: Axes = {name: {0: "batch", 1: "length"} for name in start.inputs}
-    begin.update({name: {0: "batch", 2: of_state[i]} for i, name in enumerate(present)})
+    begin.update(zip(present, of_state))
     # Each has a length of its own: of new tokens, of all tokens, or of the source.
     axes: Axes = {name: {0: "batch", 1: f"length_of_{name}"} for name in step.inputs}
-    axes.update({name: {0: "batch", 2: of_state[i]} for i, name in enumerate(past)})
+    axes.update(zip(past, of_state))
     axes.update({output.name: {0: "batch"} for output in task.outputs})
-    axes.update({name: {0: "batch", 2: "grown"} for name in present[:grown]})
+    axes.update({name: {**sizes, max(sizes): "grown"} for name, sizes in zip(present[:grown], of_state)})
     outputs = (*(output.name for output in task.outputs), *present[:grown])
     return (
         Graph(start.module, start.example, start.inputs, present, begin),
@@ -80,7 +81,7 @@ def export(graph: Graph, original: Original, opset: int, scratch: Path, eager: b
     options: Dict[str, Any] = {"dynamo": False} if "dynamo" in known else {}  # since torch 2.1
     file = scratch / "exported.onnx"
     try:
-        with warnings.catch_warnings(), masks_without_vmap(), torch.no_grad(), _attention(original.model, eager):
+        with warnings.catch_warnings(), traceable(original.model), torch.no_grad(), _attention(original.model, eager):
             warnings.simplefilter("ignore")  # tracer warnings: the gate proves what they suspect
             torch.onnx.export(
                 graph.module.eval(),

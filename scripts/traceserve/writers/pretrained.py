@@ -7,10 +7,10 @@ import copy
 import os
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterator, Optional, Tuple, Type
+from typing import TYPE_CHECKING, Any, Dict, Iterator, Optional, Tuple, Type
 
 from traceserve_runtime.errors import reason
-from traceserve_runtime.runtimes.pretrained import KEPT, OLDEST, OLDEST_NAMED
+from traceserve_runtime.runtimes.pretrained import KEPT, OLDEST, OLDEST_NAMED, PAST
 from traceserve_runtime.tasks.parameters import Parameter
 
 from traceserve import precision
@@ -73,28 +73,33 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
 
     try:
         with torch.no_grad(), precision.tracing(original.dtype):
-            step_inputs = _step_inputs(original, task)
+            step_inputs, facts = _step_inputs(original, task)
+    except ExportError:
+        raise
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, AssertionError) as error:
         raise UnwritableError(f"{type(original.model).__name__} cannot be run: {reason(error)}") from error
     with tempfile.TemporaryDirectory(prefix=".saving.", dir=folder) as scratch, _own_configs(original.model):
         original.model.save_pretrained(scratch, max_shard_size=1 << 50)  # one file
         for name in (MODEL_FILE, CONFIG_FILE):
             os.replace(Path(scratch, name), folder / name)
-    runtime = {"auto_model": task.auto_model, "loop": task.loop, KEPT: list(original.kept), **target.options}
-    return Written(step_inputs, (CONFIG_FILE,), runtime)
+    runtime = {"auto_model": task.auto_model, "loop": task.loop, KEPT: list(original.kept), **facts}
+    return Written(step_inputs, (CONFIG_FILE,), {**runtime, **target.options})
 
 
-def _step_inputs(original: Original, task: Type[Task]) -> Tuple[str, ...]:
-    """Of a loop the inputs of a step. The model is called once, so that one that lacks an output is found here."""
+def _step_inputs(original: Original, task: Type[Task]) -> Tuple[Tuple[str, ...], Dict[str, Any]]:
+    """Of a loop the inputs of a step, and whether it reads new tokens alone, as its reader must know.
+
+    The model is called once, so that one that lacks an output is found here.
+    """
     from traceserve.looping import LOOPS
     from traceserve.wrapping import example, once
 
     if task.loop:
         _, step = LOOPS[task.loop].graphs(original, EXAMPLE_BATCH, min(EXAMPLE_LENGTH, original.max_length - 2))
-        return step.inputs
+        return step.inputs, {PAST: step.keeps_past}
     module = once(original, [output.name for output in task.outputs])
     module(*example(original, EXAMPLE_BATCH, min(EXAMPLE_LENGTH, original.max_length)))
-    return ()
+    return (), {}
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -51,20 +50,12 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
 
     from traceserve import devices, precision
     from traceserve.errors import ExportError, NoSpace, UnwritableError
-    from traceserve.wrapping import masks_without_vmap, plain_names
+    from traceserve.wrapping import traceable
 
     # A compiler lowers the dtype by itself.
     dtype = "float32" if target.hardware in compiled.HARDWARE else original.dtype
     try:
-        with contextlib.ExitStack() as around:
-            for context in (
-                masks_without_vmap(),
-                plain_names(original.model),
-                torch.no_grad(),
-                precision.tracing(dtype),
-            ):
-                around.enter_context(context)
-            around.enter_context(warnings.catch_warnings())
+        with warnings.catch_warnings(), traceable(original.model), torch.no_grad(), precision.tracing(dtype):
             warnings.simplefilter("ignore")  # tracer warnings: the gate proves what they suspect
             if target.hardware in compiled.HARDWARE:
                 return compiled.write(original, task, shapes, folder, target)

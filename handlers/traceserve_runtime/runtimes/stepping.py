@@ -1,0 +1,171 @@
+"""The two calls of a model that is run token by token: over a past where it keeps one, else over all tokens again.
+
+Most models keep keys and values of what they have read, which `calling` hands from step to step. Those that keep something
+else (Mamba), or nothing (OpenAI-GPT), are given the whole text at every step: the same answers, for more work.
+Which of the two a model is run by is found by running it, and the builder writes it down for the worker.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Tuple
+
+from traceserve_runtime.runtimes.calling import (
+    Begin,
+    DecoderStep,
+    Empty,
+    EncoderDecoderStep,
+    encoded,
+    encoder_outputs,
+    read_past,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    Tensors = Tuple[torch.Tensor, ...]
+
+_NEAR = 0.02  # of the largest logit: a rounding in bfloat16; a past that is not the model's own is further off
+# What models raise that are called over a past of a kind that they do not know.
+_UNKNOWN_PAST = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+
+
+class Calls(NamedTuple):
+    """`start` and `step`, see `calling`; and whether a step reads new tokens alone, over a past."""
+
+    start: Callable[..., Tensors]
+    step: Any
+    keeps_past: bool
+
+
+class NoTokens:
+    """The prompt, ids and mask (batch, length), to the tokens that were read before it: none, (batch, 0)."""
+
+    def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Tensors:
+        return (input_ids[:, :0],)
+
+
+class DecoderAgain:
+    """As `calling.DecoderStep`; the state is all earlier tokens, int64 of shape (batch, past)."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        accepted = inspect.signature(model.forward).parameters
+        self.inputs = ("input_ids", "attention_mask")
+        self.masked = "attention_mask" in accepted
+        self.placed = "position_ids" in accepted
+        self.fixed = {"use_cache": False} if "use_cache" in accepted else {}
+
+    def __call__(self, *tensors: torch.Tensor) -> Tensors:
+        import torch
+
+        new, mask, earlier = tensors
+        ids = torch.cat([earlier, new], dim=1)
+        columns = {"attention_mask": mask} if self.masked else {}
+        if self.placed:
+            columns["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+        result = self.model(input_ids=ids, **columns, **self.fixed, return_dict=True)
+        return (result.logits[:, -1].float(), ids)
+
+
+class Read:
+    """The source, ids and mask (batch, length), to what the decoder has written: no tokens, (batch, 0); and the encoder's
+    output, (batch, length, size)."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Tensors:
+        return (input_ids[:, :0], encoded(self.model, input_ids, attention_mask))
+
+
+class EncoderDecoderAgain:
+    """As `calling.EncoderDecoderStep`; the state is what `Read` makes."""
+
+    inputs = ("decoder_input_ids", "attention_mask")
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, *tensors: torch.Tensor) -> Tensors:
+        import torch
+
+        new, mask, earlier, hidden = tensors
+        ids = torch.cat([earlier, new], dim=1)
+        result = self.model(
+            encoder_outputs=encoder_outputs(hidden),
+            attention_mask=mask,
+            decoder_input_ids=ids,
+            use_cache=False,
+            return_dict=True,
+        )
+        return (result.logits[:, -1].float(), ids)
+
+
+def decoder(model: Any) -> Calls:
+    """The calls of a decoder, found by reading four tokens."""
+    ids = _tokens(model)
+    mask = ids.new_ones(ids.shape)
+    again = Calls(NoTokens(), DecoderAgain(model), False)
+
+    def over_a_past() -> Calls:
+        past = read_past(model, ids[:, :2], mask[:, :2])
+        return Calls(Empty(past), DecoderStep(model), True) if past else again
+
+    def steps(calls: Calls) -> Tensors:
+        logits = []
+        state = calls.start(ids[:, :3], mask[:, :3])
+        for new in (slice(0, 3), slice(3, 4)):
+            named = {"input_ids": ids, "attention_mask": mask, "position_ids": mask.cumsum(1) - 1}
+            columns = [
+                named[name][:, : new.stop] if name == "attention_mask" else named[name][:, new]
+                for name in calls.step.inputs
+            ]
+            last, *grown = calls.step(*columns, *state)
+            state = (*grown, *state[len(grown) :])
+            logits.append(last)
+        return tuple(logits)
+
+    return _equal_or_else(over_a_past, again, steps)
+
+
+def encoder_decoder(model: Any) -> Calls:
+    """The calls of an encoder with a decoder, found by reading four tokens and writing two."""
+    ids = _tokens(model)
+    mask = ids.new_ones(ids.shape)
+    again = Calls(Read(model), EncoderDecoderAgain(model), False)
+
+    def steps(calls: Calls) -> Tensors:
+        logits = []
+        state = calls.start(ids, mask)
+        for new in (slice(0, 1), slice(1, 2)):
+            last, *grown = calls.step(ids[:, new], mask, *state)
+            state = (*grown, *state[len(grown) :])
+            logits.append(last)
+        return tuple(logits)
+
+    return _equal_or_else(lambda: Calls(Begin(model), EncoderDecoderStep(model), True), again, steps)
+
+
+def _equal_or_else(make: Callable[[], Calls], again: Calls, steps: Callable[[Calls], Tensors]) -> Calls:
+    """The calls that `make` gives, where they can be run and their steps give what reading all again does."""
+    import torch
+
+    with torch.no_grad():
+        try:
+            calls = make()
+            found = steps(calls)
+        except _UNKNOWN_PAST:
+            return again
+        if not calls.keeps_past:
+            return again
+        expected = steps(again)
+    near = all(bool((a - b).abs().max() <= _NEAR * max(1.0, float(b.abs().max()))) for a, b in zip(found, expected))
+    return calls if near else again
+
+
+def _tokens(model: Any) -> torch.Tensor:
+    """Four tokens of any model, (1, 4); none of them is likely to be padding."""
+    import torch
+
+    return torch.arange(3, 7, device=next(model.parameters()).device)[None]

@@ -1,0 +1,142 @@
+"""Families that write in a way of their own: each is written so that it answers as transformers' generate, or refused."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Tuple
+
+import models
+import pytest
+import transformers
+from conftest import run_export
+from oracle import COLORS, TEXTS, answers, assert_equal, generated, written
+from traceserve import verification
+from traceserve.errors import ExportError
+from traceserve_runtime.engine import Engine
+from traceserve_runtime.tasks import TASKS
+from traceserve_runtime.tasks.contract import Request
+
+# A family, the save modes that write it, and whether a step of it reads new tokens alone.
+WRITTEN: Dict[str, Tuple[str, List[str], bool]] = {
+    "bloom": ("text_generation", ["torchscript", "pretrained", "onnx"], True),
+    "openai-gpt": ("text_generation", ["torchscript", "pretrained", "onnx"], False),
+    "mamba": ("text_generation", ["pretrained"], False),
+    "led": ("text2text_generation", ["torchscript", "pretrained"], True),
+    "blenderbot": ("text2text_generation", ["torchscript", "pretrained"], True),
+    "blenderbot-small": ("text2text_generation", ["torchscript", "pretrained", "onnx"], True),
+    "m2m_100": ("text2text_generation", ["torchscript", "pretrained", "onnx"], True),
+    "encoder-decoder": ("text2text_generation", ["torchscript", "pretrained", "onnx"], True),
+    "switch": ("text2text_generation", ["pretrained"], True),
+}
+OPTIONS: List[Dict[str, Any]] = [{"num_beams": 1}, {"num_beams": 3, "no_repeat_ngram_size": 2}]
+
+
+@pytest.fixture(autouse=True)
+def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gate has tests of its own."""
+    monkeypatch.setattr(verification, "TEXTS", verification.TEXTS[:4])
+
+
+def content(source: Path, task: str, save_mode: str) -> Dict[str, Any]:
+    return {"model_name": str(source), "task": task, "save_mode": save_mode, "max_length": 64}
+
+
+@lru_cache(maxsize=None)
+def original(source: Path, task: str) -> Tuple[Any, Any]:
+    model = getattr(transformers, TASKS[task].auto_model).from_pretrained(source).eval()
+    return model, transformers.AutoTokenizer.from_pretrained(source)
+
+
+@pytest.mark.parametrize(
+    "architecture, save_mode", [(name, mode) for name, (_, modes, _) in WRITTEN.items() for mode in modes]
+)
+def test_equals_generate(architecture: str, save_mode: str, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """Texts of many lengths in one batch, those of whole windows and of one token more among them."""
+    task = WRITTEN[architecture][0]
+    source = checkpoint(architecture, TASKS[task].auto_model)
+    run_export(tmp_path / "x", content(source, task, save_mode))
+    engine = Engine.load(tmp_path / "x")
+    model, tokenizer = original(source, task)
+    fitting = [text for text in TEXTS if len(tokenizer(text)["input_ids"]) < 48]
+    texts = [*fitting[:6], "a", *(" ".join(["a b"] * count) for count in (2, 3, 4, 5))]
+    for options in OPTIONS:
+        requests = [Request({"text": text}, {"max_new_tokens": 12, **options}) for text in texts]
+        expected = [generated(model, tokenizer, text, **{"max_new_tokens": 12, **options}) for text in texts]
+        assert [written(value) for value in answers(engine, requests)] == expected
+
+
+@pytest.mark.parametrize("architecture", WRITTEN)
+def test_what_keeps_no_keys_and_values_reads_all_again(
+    architecture: str, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    task, _, keeps_past = WRITTEN[architecture]
+    source = checkpoint(architecture, TASKS[task].auto_model)
+    manifest = run_export(tmp_path / "x", content(source, task, "pretrained")).manifest
+    assert manifest.runtime["keeps_past"] is keeps_past
+
+
+@pytest.mark.parametrize(
+    "architecture", [name for name, (_, modes, _) in WRITTEN.items() if "torchscript" not in modes]
+)
+def test_a_refusal_names_the_save_mode_that_writes_it(
+    architecture: str, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Experts are chosen by the tokens, and a recurrence is as long as the text: a trace keeps neither."""
+    task, modes, _ = WRITTEN[architecture]
+    with pytest.raises(ExportError, match=f"; try save_mode {modes[0]}"):
+        run_export(tmp_path / "x", content(checkpoint(architecture, TASKS[task].auto_model), task, "torchscript"))
+
+
+@pytest.mark.parametrize("save_mode", ["torchscript", "pretrained"])
+def test_what_writes_otherwise_than_it_reads_is_refused(
+    save_mode: str, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = checkpoint("xlnet", "AutoModelForCausalLM")
+    with pytest.raises(
+        ExportError, match="^XLNetLMHeadModel writes with something else .* so no save_mode can write it$"
+    ):
+        run_export(tmp_path / "x", content(source, "text_generation", save_mode))
+
+
+def test_a_trace_leaves_what_it_changed(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    import torch
+    from traceserve.wrapping import traceable
+
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
+            ctx.save_for_backward(value)
+            return value * 2
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+            return grads[0] * 2
+
+    before = vars(torch.autograd.Function)["apply"], torch.Tensor.as_strided
+    one = torch.ones(2, requires_grad=True)
+    with traceable(torch.nn.Linear(1, 1)):
+        assert Double.apply(one).tolist() == [2, 2]
+        windows = torch.arange(24.0).reshape(1, 6, 4).as_strided((1, 2, 4, 4), (24, 8, 4, 1))
+        assert windows[0, 1].tolist() == torch.arange(8.0, 24.0).reshape(4, 4).tolist()
+        assert torch.arange(6).as_strided((2, 2), (1, 2)).tolist() == [[0, 2], [1, 3]]
+    assert (vars(torch.autograd.Function)["apply"], torch.Tensor.as_strided) == before
+    Double.apply(one).sum().backward()
+    assert one.grad is not None and one.grad.tolist() == [2, 2]
+
+
+def test_every_family_of_the_table_is_tried() -> None:
+    assert set(models.WRITING) == {*WRITTEN, "xlnet"} - {"mamba"}
+
+
+@pytest.mark.parametrize("save_mode", ["torchscript", "pretrained"])
+def test_functions_for_training_are_traced_as_their_forward_pass(
+    save_mode: str, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Reformer's."""
+    source = checkpoint("reformer", **COLORS)
+    run_export(tmp_path / "x", content(source, "sequence_classification", save_mode))
+    pipeline = transformers.pipeline("text-classification", model=str(source), device="cpu")
+    texts = [text for text in TEXTS if len(pipeline.tokenizer(text)["input_ids"]) <= 64][:8]
+    for text, answer in zip(texts, answers(Engine.load(tmp_path / "x"), [Request({"text": text}) for text in texts])):
+        assert_equal(answer, pipeline([text])[0], 1e-4, 1e-4)
