@@ -301,6 +301,22 @@ def test_an_edited_label_is_neither_packed_nor_served(artifact: Path, packed: Pa
             act(mar)
 
 
+def test_no_changed_byte_of_a_rezipped_document_is_served(packed: Path, tmp_path: Path) -> None:
+    """Refused, or the same document (white space); as it is read before anything is started."""
+    with zipfile.ZipFile(packed) as file:
+        whole = file.read("traceserve.json")
+    manifest, noise, refused = read_manifest(packed), random.Random(1), 0
+    for _ in range(200):
+        content = bytearray(whole)
+        content[noise.randrange(len(whole))] ^= 1 << noise.randrange(8)
+        mar = rezipped(packed, tmp_path / "x.mar", **{"traceserve.json": bytes(content)})
+        try:
+            assert read_manifest(mar) == manifest
+        except (ArchiveError, InvalidManifest):
+            refused += 1
+    assert refused > 120
+
+
 def test_a_file_that_the_manifest_does_not_name_is_not_served(packed: Path, tmp_path: Path) -> None:
     mar = rezipped(packed, tmp_path / "x.mar", **{"json.py": b"", "notes.txt": b""})
     with pytest.raises(

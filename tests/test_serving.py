@@ -16,6 +16,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
 
@@ -28,6 +29,7 @@ from traceserve.client import NotYet, Refused, predict
 from traceserve.errors import ServerError
 from traceserve.instances import Instance
 from traceserve_runtime.engine import Answer, Engine
+from traceserve_runtime.manifest import Manifest, sha256
 from traceserve_runtime.tasks.contract import Request
 
 LABELS = {"id2label": {0: "red", 1: "green", 2: "blue"}, "label2id": {"red": 0, "green": 1, "blue": 2}}
@@ -438,7 +440,7 @@ def test_keys_are_demanded_beyond_the_loopback(tiny: Path) -> None:
         assert wrong.status == 400 and "label" not in wrong.json
         right = post(instance, "tiny", b"hello", "text/plain", Authorization=f"Bearer {instance.key}")
         assert right.status == 200
-        state = Path(os.environ["XDG_STATE_HOME"], "traceserve", "servers", f"{instance.port}.json")
+        state = Path(os.environ["XDG_STATE_HOME"], "traceserve", "servers", f"{Path(instance.folder).name}.json")
         assert state.stat().st_mode & 0o077 == 0
     finally:
         instances.stop(instance)
@@ -466,16 +468,23 @@ class shutil_unpacked:
         shutil.rmtree(self.folder)
 
 
+def named(folder: Path, name: str, code: str) -> None:
+    """Put code into an unpacked archive as if it had been packed so: the manifest names it."""
+    (folder / name).write_text(code)
+    manifest = Manifest.read(folder, verify=False)
+    replace(manifest, files={**manifest.files, name: sha256(folder / name)}).write(folder)
+
+
 @pytest.mark.parametrize(
     "change, reason",
     [
         (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json, which is missing"),
         (lambda folder: (folder / "traced_model.pt").write_bytes(b"no model"), "not the one that was verified"),
         (
-            lambda folder: (folder / "tokenizers.py").write_text("raise ImportError('no tokenizers here')"),
+            lambda folder: named(folder, "tokenizers.py", "raise ImportError('no tokenizers here')"),
             "no tokenizers here",
         ),
-        (lambda folder: (folder / "transformer_handler.py").write_text("def broken(:"), "SyntaxError"),
+        (lambda folder: named(folder, "transformer_handler.py", "def broken(:"), "SyntaxError"),
     ],
     ids=["missing", "changed", "no package", "broken handler"],
 )

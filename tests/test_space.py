@@ -147,7 +147,7 @@ def test_a_limit_on_files(config: Path, tmp_path: Path) -> None:
     assert files(tmp_path) == {}
 
 
-@pytest.mark.parametrize("save_mode", ["pretrained", "onnx"])
+@pytest.mark.parametrize("save_mode", ["pretrained", "onnx", "aot_inductor"])
 def test_other_save_modes(save_mode: str, config: Path, mount: Mount, tmp_path: Path) -> None:
     disk = mount("8m")
     content = {**json.loads(config.read_text()), "save_mode": save_mode}

@@ -16,7 +16,7 @@ from traceserve_runtime import processor
 from traceserve_runtime.errors import reason
 from traceserve_runtime.runtimes.aot_inductor import INSTRUCTIONS, MACHINE, TORCH
 
-from traceserve import precision
+from traceserve import precision, space
 from traceserve.errors import ExportError, UnwritableError
 from traceserve.writers.contract import Target, Written
 
@@ -67,6 +67,9 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
     from traceserve.wrapping import masks_without_vmap
 
     module, inputs = _module(original, task, shapes)
+    # Of the package and its copy without sources. Torch's writer of packages aborts the process on a full disk.
+    size = sum(tensor.numel() * tensor.element_size() for tensor in module.parameters())
+    space.require(folder, 2 * size, f"{MODEL_FILE}, the compiled model,")
     exported: Any = torch.export
     inductor: Any = torch._inductor
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Optional, Sequence, Tuple, Type
 
@@ -11,6 +10,7 @@ from traceserve_runtime.runtimes.neuron import CHIPS
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.parameters import Parameter
 
+from traceserve import staging
 from traceserve.errors import ExportError
 from traceserve.padding import few_lengths
 from traceserve.writers import compilers
@@ -88,7 +88,7 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
     _check_memory(original, shapes, len(graphs), target)
     made: Dict[str, Any] = {}
     shares: Dict[str, float] = {}
-    with tempfile.TemporaryDirectory(prefix="traceserve-compiler-") as scratch:
+    with staging.scratch() as scratch:
         workdir = Path(target.options["compiler_workdir"] or scratch).expanduser()
         for name, graph in graphs.items():
             if target.rehearsal:
