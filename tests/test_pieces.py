@@ -275,3 +275,10 @@ def test_an_archive_without_the_pieces_is_refused(opus: Path, tmp_path: Path) ->
     with pytest.raises(RuntimeError, match="pieces.json, which is missing"):
         Engine.load(tmp_path / "y")
     assert isinstance(Engine.load(tmp_path / "x").answer([Request({"text": "a"}, {"max_new_tokens": 2})])[0], Answer)
+
+
+@pytest.mark.parametrize("task", ["sequence_classification", "question_answering"])
+def test_a_task_that_reads_pairs_is_refused(task: str, opus: Path) -> None:
+    parsed, _ = parse({"model_name": str(opus), "task": task})
+    with pytest.raises(ExportError, match="has no fast tokenizer .MarianTokenizer runs in Python only"), quiet():
+        load(parsed, Checkpoint(opus, "folder"), opus)

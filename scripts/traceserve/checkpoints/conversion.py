@@ -94,6 +94,10 @@ def convert(tokenizer: Any) -> Converted:
 
 def _check(tokenizer: Any) -> None:
     added = tokenizer.added_tokens_decoder.values()
+    if not all(isinstance(getattr(token, "lstrip", None), bool) for token in added):  # before 4.34 they are strings
+        raise ExportError(
+            f"a {type(tokenizer).__name__} is converted by transformers 4.34 or newer; install one, or bring a tokenizer.json"
+        )
     for wrong, what in (
         (bool(tokenizer.sp_model_kwargs), "has sp_model_kwargs, as for sampling"),
         (getattr(tokenizer, "split_special_tokens", False), "reads special tokens as text (split_special_tokens)"),

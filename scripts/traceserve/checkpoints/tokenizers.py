@@ -6,6 +6,8 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
+from traceserve_runtime.tasks import TASKS
+
 from traceserve import gguf
 from traceserve.checkpoints import case, conversion
 from traceserve.errors import ExportError, SourceError, first_line
@@ -36,7 +38,8 @@ def load(config: SetupConfig, checkpoint: Checkpoint) -> Any:
             )
     except Exception as error:  # transformers raises whatever its many tokenizers do
         raise SourceError(f"the tokenizer of {config.model_name} cannot be loaded: {first_line(error)}") from error
-    if not getattr(tokenizer, "is_fast", False) and not conversion.converts(tokenizer):
+    single = len(TASKS[config.task].fields) == 1  # what is converted reads no pairs
+    if not getattr(tokenizer, "is_fast", False) and not (single and conversion.converts(tokenizer)):
         raise ExportError(
             f"{config.model_name} has no fast tokenizer ({type(tokenizer).__name__} runs in Python only), and the worker "
             "has the tokenizers package only; convert it to a tokenizer.json first"
