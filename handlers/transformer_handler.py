@@ -153,12 +153,17 @@ class TransformerHandler:
         self, row: int, body: Body, own: Sequence[Union[Answer, TraceserveError]], model: Model, streams: Streams
     ) -> Union[Tuple[Any, List[Answer]], TraceserveError]:
         """What one body is answered, from the answers to its requests; see `_answer`."""
+        from traceserve_runtime import failures
         from traceserve_runtime.errors import TraceserveError
 
         assert self.engine is not None
         for i, answer in enumerate(own):
             if isinstance(answer, TraceserveError):
-                return _at(answer, body.place(i, answer.field))
+                placed = _at(answer, body.place(i, answer.field))
+                if not streams.started(row):
+                    return placed
+                failures.log([placed])
+                return streams.ended(placed), []
         answers: List[Answer] = list(own)  # type: ignore[arg-type]  # there is no error among them
         values = [_noted(answer) for answer in answers]
         if self.engine.task.streams(body.requests[0]):

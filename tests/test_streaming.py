@@ -1,0 +1,137 @@
+"""What a client of a stream is told: one text, or a text that ends with an error."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+import pytest
+from conftest import run_export
+from traceserve_runtime.engine import Engine
+from traceserve_runtime.errors import ModelFailure
+from traceserve_runtime.streaming import Streams
+from transformer_handler import TransformerHandler
+
+
+def told() -> Tuple[Streams, List[bytes]]:
+    pieces: List[bytes] = []
+    return Streams(lambda row, piece: pieces.append(piece)), pieces
+
+
+def error_in(end: bytes) -> Dict[str, Any]:
+    """The error that is a stream's last line."""
+    before, line, after = end.decode("utf-8").rsplit("\n", 2)
+    assert not after
+    error: Dict[str, Any] = json.loads(line)["error"]
+    assert set(error) == {"type", "message", "field"}
+    return error
+
+
+def test_a_text_that_begins_anew_and_is_the_same_is_told_once() -> None:
+    streams, pieces = told()
+    for text in ("One", "One, two", "", "One", "One, two", "One, two, three"):
+        streams.tell(0, text)
+    assert b"".join(pieces) + streams.rest(0, "One, two, three, four") == b"One, two, three, four"
+
+
+@pytest.mark.parametrize("anew", ["Six", "Six, seven, eight, nine", "One, six, seven, eight"])
+def test_a_text_that_begins_anew_and_is_another_ends_with_an_error(anew: str) -> None:
+    """Even where only the whole text, or a longer part of it, shows that; and another row goes on."""
+    streams, pieces = told()
+    streams.tell(0, "One, two")
+    streams.tell(1, "Un")
+    del pieces[1:]
+    for text in (anew[:2], anew, f"{anew}, ten"):
+        streams.tell(0, text)
+    assert pieces == [b"One, two"]
+    assert error_in(streams.rest(0, f"{anew}, ten"))["type"] == "ModelFailure"
+    assert streams.rest(1, "Un, deux") == b", deux"
+
+
+def test_nothing_told_is_nothing_to_take_back() -> None:
+    streams, pieces = told()
+    streams.tell(0, "")
+    assert not streams.started(0) and not pieces and streams.rest(0, "One") == b"One"
+
+
+class Context:
+    """TorchServe's, as far as the handler asks it here."""
+
+    metrics = None
+
+    def __init__(self) -> None:
+        self.statuses: Dict[int, int] = {}
+        self.headers: Dict[Tuple[int, str], str] = {}
+
+    def get_all_request_header(self, index: int) -> Dict[str, str]:
+        return {"Content-Type": "application/json"}
+
+    def set_response_status(self, code: int, phrase: str, index: int) -> None:
+        self.statuses[index] = code
+
+    def set_response_header(self, index: int, key: str, value: str) -> None:
+        self.headers[index, key] = value
+
+
+class Failing:
+    """A runner that fails at some of its steps."""
+
+    def __init__(self, own: Any, fails: Callable[[int], bool]) -> None:
+        self._own, self._fails, self._steps = own, fails, 0
+
+    def step(self, *inputs: Any) -> Any:
+        self._steps += 1
+        if self._fails(self._steps):
+            raise RuntimeError("not enough memory")
+        return self._own.step(*inputs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own, name)
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    folder = tmp_path_factory.mktemp("streaming") / "gpt2"
+    run_export(folder, {"model_name": str(checkpoint("gpt2", "AutoModelForCausalLM")), "max_length": 64})
+    return Engine.load(folder)
+
+
+def stream(engine: Engine, fails: Callable[[int], bool], seed: Optional[int]) -> Tuple[bytes, bytes, Context]:
+    """What a client is told while the text grows, and at the end."""
+    handler, pieces, context = TransformerHandler(), [], Context()
+    handler.engine = Engine(engine.folder, engine.manifest, engine.task, Failing(engine.runner, fails))
+    parameters = {"stream": True, "max_new_tokens": 40, "do_sample": True, "temperature": 5.0, "top_k": 0}
+    if seed is not None:
+        parameters["seed"] = seed
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformer_handler._send_piece", lambda context, row, piece: pieces.append(piece))
+        body = {"text": "The train to", "parameters": parameters}
+        [end] = handler.handle([{"body": body}], context)
+    return b"".join(pieces), end, context
+
+
+def test_a_failed_step_splices_no_two_texts(engine: Engine) -> None:
+    """The same seed draws the same text again; without one it is another, and the stream says so."""
+    whole = b"".join(stream(engine, lambda step: False, 3)[:2])
+    again = b"".join(stream(engine, lambda step: step == 15, 3)[:2])
+    assert again == whole and len(whole) > 40
+    pieces, end, context = stream(engine, lambda step: step == 15, None)
+    assert pieces and error_in(end)["type"] == "ModelFailure"
+    assert context.headers[0, "content-type"].startswith("text/plain")
+
+
+def test_a_stream_that_fails_for_good_ends_with_the_error(engine: Engine) -> None:
+    pieces, end, context = stream(engine, lambda step: step >= 15, 3)
+    assert pieces and end.startswith(b"\n")
+    assert error_in(end) == {
+        "type": ModelFailure.__name__,
+        "message": "the model failed on this input: not enough memory",
+        "field": None,
+    }
+    assert context.headers[0, "content-type"].startswith("text/plain")
+
+
+def test_a_stream_that_never_began_is_an_error_like_others(engine: Engine) -> None:
+    pieces, end, context = stream(engine, lambda step: True, 3)
+    assert not pieces and json.loads(end)["error"]["type"] == "ModelFailure"
+    assert context.statuses == {0: 500}
