@@ -57,8 +57,11 @@ def _compare(auto_model: str, model: Any, stored: Mapping[str, Shape], parts: Co
     """`parts` are the first parts of the names of the base model's weights, which stand without a prefix or behind one."""
     prefix = f"{model.base_model_prefix}."
     tied: Dict[int, Dict[str, Shape]] = {}  # each weight's names: of one that is tied several
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        tied.setdefault(id(parameter), {})[_plain(name, prefix)] = tuple(parameter.shape)
+    # torch 1.13 has no named_parameters(remove_duplicate=False).
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, parameter in module.named_parameters(recurse=False):
+            own_name = _plain(f"{path}.{name}".lstrip("."), prefix)
+            tied.setdefault(id(parameter), {})[own_name] = tuple(parameter.shape)
     own = list(tied.values())
     found = {_plain(name, prefix): shape for name, shape in stored.items()}
     head = [names for names in own if not any(_part(name) in parts for name in names)]
@@ -119,12 +122,12 @@ def _made(auto_model: str, config: SetupConfig, folder: Path) -> Any:
     """The auto class's model for this configuration, without weights; None where it cannot be made."""
     import transformers
 
+    # transformers 4.26 hands what it is told here on to the model.
+    trust = {"trust_remote_code": True} if config.trust_remote_code else {}
     try:
-        own = transformers.AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=config.trust_remote_code
-        )
+        own = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **trust)
         with _without_memory():
-            return getattr(transformers, auto_model).from_config(own, trust_remote_code=config.trust_remote_code)
+            return getattr(transformers, auto_model).from_config(own, **trust)
     except Exception:  # transformers raises whatever its many models do; what matters of it the loader will say
         return None
 
