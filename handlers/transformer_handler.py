@@ -14,7 +14,7 @@ import time
 import traceback
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Any, Callable, List, Mapping, Optional, Sequence, Tuple, Union
 
 if TYPE_CHECKING:
     from traceserve_runtime.batching import Stats
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from traceserve_runtime.engine import Answer, Engine
     from traceserve_runtime.errors import TraceserveError
     from traceserve_runtime.protocols import Model
+    from traceserve_runtime.reading import Reader
     from traceserve_runtime.requests import Body
     from traceserve_runtime.streaming import Streams
 
@@ -41,6 +42,7 @@ class TransformerHandler:
 
     def __init__(self) -> None:
         self.engine: Optional[Engine] = None
+        self._reader: Optional[Reader] = None
 
     def initialize(self, context: Any) -> None:
         """Load the archive; a RuntimeError's message is what TorchServe reports.
@@ -59,12 +61,12 @@ class TransformerHandler:
             self.engine.warm_up()
             self.engine.open_lanes()
             self.engine.share_cores()
-            self.engine.measure_while_answering()
+            self.engine.measure_while_idle()
         except (RuntimeError, MemoryError):
             raise
         except Exception as error:  # an outer edge: anything else kills the worker without a reason
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
-        _read_at_once()
+        self._reader = _read_at_once(self.engine.idle)
         logging.getLogger().addFilter(_without_traceback)
         # What is loaded stays: without this, each full collection walks torch's 200,000 objects while requests wait.
         gc.freeze()
@@ -88,6 +90,8 @@ class TransformerHandler:
         told = zip(rows or [], headers, results)
         answers = [self._respond(i, row, each, result, context) for i, (row, each, result) in enumerate(told)]
         self._report(stats, len(answers), time.perf_counter() - started, context)
+        if self._reader is not None:
+            self._reader.answered()
         for i in [i for i, each in enumerate(headers) if each.ended]:
             context.request_ids.pop(i, None)  # TorchServe then tells nobody, and drops the request
         return answers
@@ -223,13 +227,20 @@ class TransformerHandler:
         metrics.add_time("TraceserveModelTime", round(1000 * stats.model_seconds, 2), 0)
 
 
-def _read_at_once() -> None:
-    """Let the worker read each message in few calls, where it reads as the TorchServe does that is known here."""
+def _read_at_once(idle: Callable[[], None]) -> Optional[Reader]:
+    """Let the worker read each message in few calls, and be told when nobody waits; the reader, where that can be.
+
+    `_retrieve_buffer` is a private name of TorchServe's codec (0.8 to 0.12). Where it is gone, the worker reads as TorchServe
+    does, and what runs cost stays a guess: no client waits for a measurement.
+    """
     from traceserve_runtime.reading import Reader
 
     codec = sys.modules.get("ts.protocol.otf_message_handler")
-    if hasattr(codec, "_retrieve_buffer"):
-        codec._retrieve_buffer = Reader()  # type: ignore[union-attr]
+    if not hasattr(codec, "_retrieve_buffer"):
+        return None
+    reader = Reader(idle)
+    codec._retrieve_buffer = reader  # type: ignore[union-attr]
+    return reader
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:

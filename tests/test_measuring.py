@@ -37,15 +37,16 @@ def test_costs_are_learned_and_the_answers_stay(engine: Engine, monkeypatch: pyt
     alone = ask(engine)
     engine.open_lanes()
     guessed = engine.lanes
-    engine.measure_while_answering()
+    engine.measure_while_idle()
     ended = time.monotonic() + 60
     while engine.lanes is guessed and time.monotonic() < ended:
         assert ask(engine, 5) == pytest.approx(alone, abs=1e-5)
+        engine.idle()
     assert engine.lanes is not None and engine.lanes != guessed and engine.cost != GUESSED
 
 
 def test_it_takes_a_small_part_of_the_time_and_none_of_the_first_answer(engine: Engine) -> None:
-    engine.measure_while_answering()
+    engine.measure_while_idle()
     measured = 0
 
     def runs() -> Iterator[float]:
@@ -56,10 +57,15 @@ def test_it_takes_a_small_part_of_the_time_and_none_of_the_first_answer(engine: 
 
     engine._measuring = runs()
     ask(engine)
+    engine.idle()
     assert not measured
     began = time.monotonic()
     while time.monotonic() < began + 0.5:
         ask(engine)
+        before = measured
+        ask(engine)
+        assert measured == before  # never on the way to an answer
+        engine.idle()
     assert 3 <= measured <= (time.monotonic() - began) / 0.03
 
 
@@ -78,7 +84,7 @@ def test_what_cannot_be_measured_is_guessed(
     ask(engine)
     engine.open_lanes()
     guessed = engine.lanes
-    engine.measure_while_answering()
+    engine.measure_while_idle()
     runner: Any = engine.runner
 
     class Broken:
@@ -97,6 +103,7 @@ def test_what_cannot_be_measured_is_guessed(
         ended = time.monotonic() + 60
         while not caplog.text and time.monotonic() < ended:
             ask(engine)
+            engine.idle()
     assert isinstance(guessed, Lanes) and engine.lanes is guessed and engine.cost == GUESSED
     assert "could not be measured, and is guessed: not enough memory" in caplog.text
     ask(engine, 5)

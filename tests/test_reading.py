@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import socket
 import struct
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
@@ -52,7 +53,7 @@ def message(bodies: Sequence[bytes]) -> bytes:
 @pytest.fixture()
 def reading_at_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(codec, "_retrieve_buffer", codec._retrieve_buffer)  # put back after the test
-    transformer_handler._read_at_once()
+    transformer_handler._read_at_once(lambda: None)
     assert isinstance(codec._retrieve_buffer, Reader)
     yield
 
@@ -131,5 +132,29 @@ def test_another_connection_begins_anew() -> None:
 
 def test_a_torchserve_that_reads_otherwise_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(codec, "_retrieve_buffer")
-    transformer_handler._read_at_once()
+    transformer_handler._read_at_once(lambda: None)
     assert not hasattr(codec, "_retrieve_buffer")
+
+
+def test_idle_is_when_nothing_follows_an_answer() -> None:
+    """Not within a message that arrives in parts, nor where the next one has come, nor twice."""
+    calls: List[int] = []
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        reader = Reader(lambda: (calls.append(1), theirs.sendall(b"next"))[0])
+        theirs.sendall(b"I")
+        assert bytes(reader(ours, 1)) == b"I"
+        assert not calls  # nothing was answered yet
+        theirs.sendall(b"part")
+        reader.answered()
+        assert bytes(reader(ours, 4)) == b"part"
+        assert not calls  # somebody waited
+        reader.answered()
+        assert bytes(reader(ours, 4)) == b"next"
+        assert calls == [1]
+        theirs.sendall(b"pa")
+        with ThreadPoolExecutor(1) as pool:
+            late = pool.submit(lambda: (time.sleep(0.1), theirs.sendall(b"rt")))
+            assert bytes(reader(ours, 4)) == b"part"
+            late.result()
+        assert calls == [1]

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, Generator, Iterator, List, Optional, Sequence, Tuple, Union
 
-from traceserve_runtime import batching, failures, limits
+from traceserve_runtime import batching, failures, limits, memory
 from traceserve_runtime.batching import Arrays, Runner, Stats, Timing
 from traceserve_runtime.errors import InvalidManifest, TraceserveError
 from traceserve_runtime.lanes import Batches, Lanes, schedule
@@ -27,6 +27,7 @@ _SECONDS_TO_FIT = 0.4  # on all cores, and on one each; small models fit all sha
 _RUNS_TO_FIT = 4  # of each shape
 _FIRST_ANSWERING = 0.1  # seconds in which requests are answered before the first run is measured
 _ANSWERING = 30  # times the last such run, they are before the next one: under load it is 3 % of the time
+_MANY_TOKENS = 4096  # read since memory was given back: what these took is worth the millisecond
 _OF_ONE_CORE = 0.9  # a token's cost there, of its cost on all cores times their number: a guess, until it is measured
 
 Emit = Callable[[int, Dict[str, Tuple[int, int]], str], None]
@@ -61,6 +62,7 @@ class Engine:
         self.lanes: Optional[Lanes] = None  # where it can run several micro-batches side by side
         self._measuring: Iterator[float] = iter(())
         self._answer_first = 0.0  # seconds of answering until the next run is measured
+        self._tokens_since = 0  # memory was given back
 
     @classmethod
     def load(cls, folder: Path, device: str = "cpu", settings: Settings = Settings()) -> Engine:
@@ -111,10 +113,22 @@ class Engine:
         """From now on leave cores to other processes that hold them, where the runner can."""
         self.runner.share_cores()
 
-    def measure_while_answering(self) -> None:
-        """`measure`, but one run at a time, between those that requests need: on the way to the first answer this would
-        be a tenth of the time, and a thread of its own would have OpenMP's threads of its own, which keep these waiting."""
+    def measure_while_idle(self) -> None:
+        """`measure`, but one run at a time, each in a call of `idle`: on the way to the first answer this would be a tenth of
+        the time, and a thread of its own would have OpenMP's threads of its own, which keep these waiting."""
         self._measuring, self._answer_first = self._measure(), _FIRST_ANSWERING
+
+    def idle(self) -> None:
+        """To be called when nobody waits for an answer: memory goes back to the system, and one run may be measured."""
+        if self._tokens_since > _MANY_TOKENS:
+            memory.give_back()
+            self._tokens_since = 0
+        if self._answer_first > 0:
+            return
+        try:
+            self._answer_first = _ANSWERING * next(self._measuring, 0.0)
+        except (RuntimeError, MemoryError) as error:
+            logger.warning("the cost of this model's runs could not be measured, and is guessed: %s", error)
 
     def measure(self) -> None:
         """Learn what a run costs on all cores, and on one of them while the others are as busy; see `lanes`.
@@ -165,16 +179,6 @@ class Engine:
             if len(timings) >= 3 and spent > _SECONDS_TO_FIT:
                 break
         return timings
-
-    def _measure_a_run(self, answering: float) -> None:
-        """Go on with `measure_while_answering`, if that many seconds of answering allow it."""
-        self._answer_first -= answering
-        if self._answer_first > 0:
-            return
-        try:
-            self._answer_first = _ANSWERING * next(self._measuring, 0.0)
-        except (RuntimeError, MemoryError) as error:
-            logger.warning("the cost of this model's runs could not be measured, and is guessed: %s", error)
 
     def answer(
         self, requests: Sequence[Request], stats: Optional[Stats] = None, emit: Optional[Emit] = None
@@ -267,7 +271,8 @@ class Engine:
             stats.add(*lanes.run(run, planned))
         else:
             stats.add(run(planned[0]))
-        self._measure_a_run(time.perf_counter() - began)
+        self._answer_first -= time.perf_counter() - began
+        self._tokens_since += sum(lengths)
         return outputs  # type: ignore[return-value]  # the plan covers every row
 
     def _run_alone(self, job: Job, stats: Stats) -> Union[Arrays, TraceserveError]:
