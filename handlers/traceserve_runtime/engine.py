@@ -47,7 +47,9 @@ def load_task(folder: Path, manifest: Manifest) -> Task:
     tokenizer = TextTokenizer(
         folder, manifest.tokenizer, manifest.max_length, manifest.max_rows, windows=kind.merges_windows
     )
-    return kind(manifest, tokenizer)
+    task = kind(manifest, tokenizer)
+    task.read_files(folder)
+    return task
 
 
 class Engine:

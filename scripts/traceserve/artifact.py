@@ -48,10 +48,11 @@ def write(
     except UnwritableError as error:
         raise UnwritableError(error.message + formats.advice(config)) from error
     original.write_tokenizer(folder)
+    arrays = original.write_arrays(folder)
     (folder / SERVING_FILE).write_text(_serving(config), encoding="utf-8")
     facts = original.tokenizer_facts
     tokenizer = (facts.file, *([facts.pieces] if facts.pieces else ()))
-    files = (writer.model_file, *written.files, *tokenizer, SERVING_FILE)
+    files = (writer.model_file, *written.files, *arrays, *tokenizer, SERVING_FILE)
     manifest = Manifest(
         name=name,
         task=config.task,

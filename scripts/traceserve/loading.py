@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Dict, Iterator, Optional, Tuple
 
@@ -16,16 +17,18 @@ from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import ModelFacts
 
 from traceserve import gguf
-from traceserve.checkpoints import case, conversion, generation, languages, tokenizers
+from traceserve.checkpoints import case, conversion, generation, languages, sentence_transformers, tokenizers
 from traceserve.checkpoints.conversion import PIECES_FILE, Converted
 from traceserve.checkpoints.labels import labels as checkpoint_labels
 from traceserve.checkpoints.lengths import max_length
+from traceserve.checkpoints.sentence_transformers import Embedding
 from traceserve.config import SetupConfig
 from traceserve.errors import ExportError
 from traceserve.libraries import LIBRARIES
 from traceserve.sources import Checkpoint
 
 TOKENIZER_FILE = "tokenizer.json"
+ARRAYS_FILE = "layers.npz"
 # The inputs that the runtime makes, in the order in which they are passed.
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -47,6 +50,7 @@ class Original:
     converted: Optional[Converted] = None  # the tokenizer, where transformers runs it in Python only
     known_tokens: Optional[int] = None  # the tokenizer's, where the model lacks some of them
     case_note: Optional[str] = None  # of do_lower_case
+    arrays: Dict[str, Any] = field(default_factory=dict)  # what the task itself computes with, float32
     kept: Tuple[str, ...] = ()  # the layers that are left in float32 all the same
 
     @property
@@ -78,6 +82,15 @@ class Original:
             f"the tokenizer has {more:,} added token{'s' * (more > 1)} that the model has no embedding for: a text with one "
             "is refused (400)"
         )
+
+    def write_arrays(self, folder: Path) -> Tuple[str, ...]:
+        """Write the arrays that the task itself computes with; the names of the files."""
+        if not self.arrays:
+            return ()
+        import numpy as np
+
+        np.savez(folder / ARRAYS_FILE, **self.arrays)
+        return (ARRAYS_FILE,)
 
     def write_tokenizer(self, folder: Path) -> None:
         """Write tokenizer.json as transformers uses it, without padding and truncation."""
@@ -113,7 +126,8 @@ def load(config: SetupConfig, checkpoint: Checkpoint, config_folder: Path) -> Or
     case_note = case.check(config, tokenizer)
     case.follow_sentence_transformers(checkpoint, tokenizer)
     labels = checkpoint_labels(config, model, config_folder) if task.labelled else ()
-    facts = _model_facts(model, tokenizer, checkpoint, labels, generation.settle(model, task))
+    embedding = sentence_transformers.read(checkpoint) if task.reads_vectors else Embedding()
+    facts = _model_facts(model, tokenizer, checkpoint, labels, generation.settle(model, task), embedding)
     return Original(
         model=model,
         tokenizer=tokenizer,
@@ -127,11 +141,17 @@ def load(config: SetupConfig, checkpoint: Checkpoint, config_folder: Path) -> Or
         converted=conversion.convert(tokenizer) if conversion.converts(tokenizer) else None,
         known_tokens=tokenizers.known_tokens(config, model, tokenizer),
         case_note=case_note,
+        arrays=embedding.arrays,
     )
 
 
 def _model_facts(
-    model: Any, tokenizer: Any, checkpoint: Checkpoint, labels: Tuple[str, ...], generation: Dict[str, Any]
+    model: Any,
+    tokenizer: Any,
+    checkpoint: Checkpoint,
+    labels: Tuple[str, ...],
+    generation: Dict[str, Any],
+    embedding: Embedding,
 ) -> ModelFacts:
     """What the task may learn of the model."""
     # Not by the attributes: version 4.26 complains of each that is not set.
@@ -151,7 +171,14 @@ def _model_facts(
         padding_side=tokenizer.padding_side,
         languages=languages.known(tokenizer),
         source_id=languages.source_id(tokenizer),
+        embedding=_embedding_facts(embedding),
     )
+
+
+def _embedding_facts(embedding: Embedding) -> Dict[str, Any]:
+    """Of sentence-transformers, as the task has it; the weights of its layers travel in a file of their own."""
+    facts = dataclasses.asdict(replace(embedding, arrays={}))
+    return {**facts, "layers": list(facts["layers"]), "arrays": ARRAYS_FILE if embedding.arrays else None}
 
 
 def _cleans_up(tokenizer: Any) -> bool:

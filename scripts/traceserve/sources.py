@@ -10,7 +10,7 @@ from typing import Any, Callable, Dict, List, Optional
 
 from traceserve_runtime.manifest import Source, sha256
 
-from traceserve.checkpoints import files, task
+from traceserve.checkpoints import files, sentence_transformers, task
 from traceserve.config import AUTO_TASK, SetupConfig
 from traceserve.errors import SourceError, some
 
@@ -35,6 +35,8 @@ class Checkpoint:
     task: str = ""  # what it is for, as configured or as found in it
     task_found: str = ""  # by what; empty where it was configured
 
+    root: Optional[Path] = None  # of modules.json, where the model lies in a folder beside it, as 0_Transformer
+
     @property
     def pickled(self) -> bool:
         """Whether its weights are only there as a pickle."""
@@ -44,19 +46,29 @@ class Checkpoint:
         """A JSON file of the checkpoint, or None where it has none."""
         return files.read_json(self.folder / name) if not self.gguf_file else None
 
+    def read_root_json(self, name: str) -> Any:
+        """A JSON file beside modules.json, or None where there is none."""
+        return self.read_path((self.root or self.folder) / name)
+
+    def read_path(self, path: Path) -> Any:
+        """A JSON file, or None where there is none."""
+        return files.read_json(path) if not self.gguf_file else None
+
     def source(self, config: SetupConfig) -> Source:
         """What the manifest records: name, revision, and the SHA-256 of each file that a model may be read from."""
         patterns = _SMALL_FILES + (_PICKLES if self.pickled else _SAFETENSORS)
         patterns += _CODE if config.trust_remote_code else []
         patterns = [self.gguf_file] if self.gguf_file else patterns
-        files = sorted({path for pattern in patterns for path in self.folder.glob(pattern) if path.is_file()})
+        root = self.root or self.folder
+        patterns += ["*/model.safetensors", "*/pytorch_model.bin"] if (root / "modules.json").is_file() else []
+        found = {path for pattern in patterns for place in {root, self.folder} for path in place.glob(pattern)}
         return Source(
             name=config.model_name,
             kind=self.kind,
             library=config.library,
             revision=self.revision,
             trust_remote_code=config.trust_remote_code,
-            files={path.relative_to(self.folder).as_posix(): sha256(path) for path in files},
+            files={path.relative_to(root).as_posix(): sha256(path) for path in sorted(found) if path.is_file()},
         )
 
 
@@ -130,6 +142,7 @@ def _from_hub(config: SetupConfig, folder: Path) -> Checkpoint:
             snapshot = download(_SMALL_FILES + _SAFETENSORS + code)
             if not any(snapshot.glob("*.safetensors")):
                 download(_PICKLES)
+            _download_modules(snapshot, config)
     except HFValidationError:
         raise SourceError(f"{what} is neither a folder ({folder} does not exist) nor a valid hub id") from None
     except RevisionNotFoundError:
@@ -153,6 +166,18 @@ def _from_hub(config: SetupConfig, folder: Path) -> Checkpoint:
     return Checkpoint(snapshot, "hub", snapshot.name)
 
 
+def _download_modules(snapshot: Path, config: SetupConfig) -> None:
+    """What lies in the folders of sentence-transformers' modules, of which some have weights of their own."""
+    from huggingface_hub import snapshot_download
+
+    modules = files.read_json(snapshot / "modules.json")
+    paths = [module.get("path") for module in modules if isinstance(module, dict)] if isinstance(modules, list) else []
+    folders = [f"{glob.escape(path)}/*" for path in paths if isinstance(path, str) and path]
+    if folders:
+        unwanted = ["*/onnx/*", "*/openvino/*", *([] if config.trust_remote_code else _CODE)]
+        snapshot_download(config.model_name, revision=config.revision, allow_patterns=folders, ignore_patterns=unwanted)
+
+
 def _checked(checkpoint: Checkpoint, config: SetupConfig) -> Checkpoint:
     folder = checkpoint.folder
     partly = " (the hub's cache may hold a part of it only: download it once while online, or name a folder)"
@@ -164,6 +189,9 @@ def _checked(checkpoint: Checkpoint, config: SetupConfig) -> Checkpoint:
                 f"{config.model_name}: {folder} has no file {checkpoint.gguf_file}; GGUF files in it: {known}{hint}"
             )
         return _with_task(checkpoint, config)
+    folder = sentence_transformers.folder_of(folder, files.read_json(folder / "modules.json"))
+    if folder != checkpoint.folder:
+        checkpoint = replace(checkpoint, folder=folder, root=checkpoint.folder)
     files.check_kind(folder, config.model_name)
     if not (folder / "config.json").is_file():
         raise SourceError(
@@ -182,5 +210,5 @@ def _checked(checkpoint: Checkpoint, config: SetupConfig) -> Checkpoint:
 
 
 def _with_task(checkpoint: Checkpoint, config: SetupConfig) -> Checkpoint:
-    resolved = task.resolve(config, checkpoint.folder)
+    resolved = task.resolve(config, checkpoint.folder if checkpoint.root is None else checkpoint.root)
     return replace(checkpoint, task=resolved.config.task, task_found=resolved.reason)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Callable, ClassVar, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
@@ -54,6 +55,7 @@ class ModelFacts:
     padding_side: str = "right"  # the tokenizer's own
     languages: Mapping[str, int] = field(default_factory=dict)  # the tokenizer's, code -> token id
     source_id: Optional[int] = None  # the one of these tokens that stands in every row
+    embedding: Mapping[str, Any] = field(default_factory=dict)  # of a sentence-transformers checkpoint
 
 
 Parts = Union[List[Segments], TraceserveError]  # the texts of a request, or why there are none
@@ -93,6 +95,10 @@ class Task:
     loop: ClassVar[str] = ""  # how the model is run: "" once, "decoder" or "encoder_decoder" token by token
     padding_side: ClassVar[Optional[str]] = None  # where the task decides it; else the gate does
     truncation_side: ClassVar[Optional[str]] = None  # likewise
+    reads_vectors: ClassVar[bool] = (
+        False  # whether an answer is made of the vectors of tokens, as sentence-transformers'
+    )
+    scores_pairs: ClassVar[bool] = False  # whether an answer is made of pairs' scores, as those of its cross-encoders
     task_specific_params: ClassVar[bool] = False  # whether the pipeline reads its own part of config.json's
     gate_parameters: ClassVar[Dict[str, Any]] = {}  # what the gate asks with, so that `same` sees all that matters
 
@@ -109,6 +115,9 @@ class Task:
     def facts(cls, model: ModelFacts) -> Dict[str, Any]:
         """What else the task must know of this model; raises Unsupported."""
         return {}
+
+    def read_files(self, folder: Path) -> None:
+        """Read what else the task keeps in the archive's folder, where it does."""
 
     @classmethod
     def sample_body(cls, facts: Mapping[str, Any]) -> Dict[str, Any]:

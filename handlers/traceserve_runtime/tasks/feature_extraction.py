@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, Optional, Sequence
+from pathlib import Path
+from typing import Any, Dict, List, Sequence, Union
 
 import numpy as np
 
 from traceserve_runtime.batching import Arrays
-from traceserve_runtime.errors import Unsupported
-from traceserve_runtime.tasks.contract import ModelFacts, Request, Task, only_whole
+from traceserve_runtime.errors import InvalidRequest, TraceserveError
+from traceserve_runtime.manifest import Manifest
+from traceserve_runtime.tasks.contract import ModelFacts, Request, Task, only_whole, without_prefix
+from traceserve_runtime.tasks.embedding import POOLINGS, apply, normalized, pool
 from traceserve_runtime.tasks.parameters import Field, Output, Parameter
 from traceserve_runtime.tasks.scores import average
-from traceserve_runtime.tokenization import Row
+from traceserve_runtime.tokenization import Encoded, Row, Segments, TextTokenizer
 
-# One row's last hidden state, (length, hidden), to one vector, (hidden).
-POOLINGS: Dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "cls": lambda hidden: hidden[0],
-    "mean": lambda hidden: hidden.mean(axis=0),
-}
+# What is known of a checkpoint beside its model, where it is not one of sentence-transformers.
+_NONE: Dict[str, Any] = {"prompts": {}, "include_prompt": True, "layers": [], "arrays": None, "dimensions": None}
 
 
 class FeatureExtraction(Task):
@@ -28,6 +28,7 @@ class FeatureExtraction(Task):
 
     name = "feature_extraction"
     auto_model = "AutoModel"
+    reads_vectors = True
     pipeline = "feature-extraction"
     fields = (
         Field("text", True, "the text"),
@@ -41,24 +42,66 @@ class FeatureExtraction(Task):
             "from the vectors of the tokens to one vector; by default as the model says, or none",
             ("none", *POOLINGS),
         ),
+        Parameter("prompt_name", str, "which of the model's prompts is written before the text; by default as it says"),
+        Parameter("prompt", str, "a text to be written before the text, in place of the model's own prompts"),
         Parameter("normalize", bool, "scale each vector to length 1; by default as the model says, or not"),
     )
     sample = {"text": "A small boat crosses the bay at sunrise."}
 
+    def __init__(self, manifest: Manifest, tokenizer: TextTokenizer) -> None:
+        super().__init__(manifest, tokenizer)
+        self._arrays: Dict[str, np.ndarray] = {}
+
     @classmethod
     def defaults(cls, model: ModelFacts) -> Dict[str, Any]:
         """No pooling, as the pipeline; or what a checkpoint of sentence-transformers says in its own files."""
-        modules: Any = model.read_json("modules.json")
-        if modules is None:
-            return {"pooling": "none", "normalize": False}
-        kinds = {module["type"].rsplit(".", 1)[-1]: module.get("path", "") for module in modules}
-        unknown = set(kinds) - {"Transformer", "Pooling", "Normalize"}
-        if unknown:
-            raise Unsupported(
-                f"this sentence-transformers checkpoint has a module {', '.join(unknown)}, which is not supported"
-            )
-        pooling = _pooling(model.read_json(f"{kinds['Pooling']}/config.json")) if "Pooling" in kinds else "none"
-        return {"pooling": pooling, "normalize": "Normalize" in kinds}
+        own = model.embedding
+        name = own.get("prompt_name")
+        return {
+            "pooling": own.get("pooling", "none"),
+            "normalize": own.get("normalize", False),
+            **({} if name is None else {"prompt_name": name}),
+        }
+
+    @classmethod
+    def facts(cls, model: ModelFacts) -> Dict[str, Any]:
+        """What else sentence-transformers does: prompts, and the layers behind the pooling."""
+        return {name: model.embedding[name] for name, none in _NONE.items() if model.embedding.get(name, none) != none}
+
+    def _fact(self, name: str) -> Any:
+        """What the checkpoint says, or what holds for one of transformers alone."""
+        return self.manifest.facts.get(name, _NONE[name])
+
+    def read_files(self, folder: Path) -> None:
+        name = self._fact("arrays")
+        if name is not None:
+            with np.load(folder / name, allow_pickle=False) as stored:
+                self._arrays = {key: stored[key] for key in stored.files}
+
+    def prompt(self, request: Request) -> str:
+        """What is written before the request's text; raises InvalidRequest for a name that the model has not."""
+        prompts = self._fact("prompts")
+        for parameters, where in ((request.parameters, "parameters.prompt_name"), (self.manifest.parameters, None)):
+            if "prompt" in parameters:
+                return str(parameters["prompt"])
+            name = parameters.get("prompt_name")
+            if name is not None:
+                if name not in prompts:
+                    known = ", ".join(prompts) or "none"
+                    raise InvalidRequest(f"this model has no prompt {name}; it has: {known}", where)
+                return str(prompts[name])
+        return ""
+
+    def segments(self, request: Request) -> List[Segments]:
+        prompt = self.prompt(request)
+        return [part._replace(text=prompt + part.text) for part in super().segments(request)]
+
+    def encode(self, requests: Sequence[Request]) -> List[Union[Encoded, TraceserveError]]:
+        encoded = super().encode(requests)
+        return [
+            item if isinstance(item, TraceserveError) else without_prefix(item, "text", len(self.prompt(request)))
+            for request, item in zip(requests, encoded)
+        ]
 
     def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Any:
         pooling = self.parameter(request, "pooling")
@@ -70,12 +113,26 @@ class FeatureExtraction(Task):
             )
             vectors = outputs[0]["last_hidden_state"]
         else:
-            pool = POOLINGS[pooling]
-            vectors = average([pool(output["last_hidden_state"]) for output in outputs], rows)
+            starts = [self._start(request, row) if row.start == 0 else 0 for row in rows]
+            hidden = [output["last_hidden_state"] for output in outputs]
+            pooled = average([pool(states, pooling, start) for states, start in zip(hidden, starts)], rows)
+            vectors = apply(pooled, self._fact("layers"), self._arrays)
         if self.parameter(request, "normalize"):
-            # As torch.nn.functional.normalize does, with its epsilon.
-            vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+            vectors = normalized(vectors)
+        dimensions = self._fact("dimensions")
+        if dimensions is not None and pooling != "none":
+            vectors = vectors[:dimensions]
+            if request.parameters.get("normalize"):  # asked for: of what is told
+                vectors = normalized(vectors)
         return [vectors.tolist()] if pooling == "none" else vectors.tolist()
+
+    def _start(self, request: Request, row: Row) -> int:
+        """The first position that is pooled: behind the prompt, and the special tokens before it, where it is left out."""
+        prompt = "" if self._fact("include_prompt") else self.prompt(request)
+        if not prompt:
+            return 0
+        special = row.encoding.special_tokens_mask
+        return next((i for i, own in enumerate(special) if not own), 0) + len(self.tokenizer.token_ids(prompt))
 
     def same(self, answer: Any, other: Any) -> bool:
         """A cosine above 0.999 for every vector."""
@@ -84,17 +141,3 @@ class FeatureExtraction(Task):
             return False
         norms = np.linalg.norm(one, axis=-1) * np.linalg.norm(two, axis=-1)
         return bool(np.all((one * two).sum(axis=-1) > 0.999 * norms))
-
-
-def _pooling(facts: Optional[Dict[str, Any]]) -> str:
-    """The pooling that a sentence-transformers Pooling module's configuration names; raises Unsupported."""
-    names = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "mean": "mean", "cls": "cls"}
-    modes = [key for key, value in (facts or {}).items() if key.startswith("pooling_mode_") and value is True]
-    named = (facts or {}).get("pooling_mode")
-    modes += [named] if isinstance(named, str) else []
-    if len(modes) != 1 or modes[0] not in names:
-        raise Unsupported(
-            f"this sentence-transformers checkpoint pools by {', '.join(modes) or 'nothing that its files name'}; supported "
-            f"are {', '.join(names)}"
-        )
-    return names[modes[0]]

@@ -30,6 +30,7 @@ class TextRanking(Task):
     name = "text_ranking"
     auto_model = "AutoModelForSequenceClassification"
     pipeline = "text-classification"
+    scores_pairs = True
     fields = (
         Field("query", True, "what is looked for"),
         Field("documents", True, "the texts to be ranked", "texts"),

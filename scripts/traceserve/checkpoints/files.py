@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Any, Iterator, List, Optional
 
 from traceserve_runtime.tasks import TASKS
 
-from traceserve.checkpoints import generation
+from traceserve.checkpoints import generation, sentence_transformers
 from traceserve.errors import SourceError, some
 
 if TYPE_CHECKING:
@@ -153,7 +153,12 @@ def check(checkpoint: Checkpoint, config: SetupConfig) -> Optional[str]:
     if checkpoint.pickled:
         for path in sorted(folder.glob("pytorch_model*.bin")):
             _check_pickle(path, name)
-    if TASKS[config.task].loop:
+    task = TASKS[config.task]
+    if task.reads_vectors:
+        sentence_transformers.read(checkpoint)
+    if task.scores_pairs:
+        sentence_transformers.check_cross_encoder(checkpoint)
+    if task.loop:
         settings = checkpoint.read_json(generation.FILE)
         if settings is not None:
             generation.check(settings)

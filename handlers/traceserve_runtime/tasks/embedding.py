@@ -1,0 +1,71 @@
+"""From the vectors of a text's tokens to one vector: poolings and the layers behind them, as sentence-transformers has them."""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Dict, Mapping, Sequence
+
+import numpy as np
+
+from traceserve_runtime.errors import InvalidRequest
+from traceserve_runtime.tasks.scores import sigmoid
+
+
+def _weighted(hidden: np.ndarray, start: int) -> np.ndarray:
+    weights = np.arange(1 + start, 1 + len(hidden), dtype=np.float32)[:, None]
+    return np.asarray((hidden[start:] * weights).sum(axis=0) / weights.sum())
+
+
+# One row's last hidden state, (length, hidden), and its first position that counts, to one vector, (hidden).
+POOLINGS: Dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
+    "cls": lambda hidden, start: hidden[start],
+    "max": lambda hidden, start: hidden[start:].max(axis=0),
+    "mean": lambda hidden, start: hidden[start:].mean(axis=0),
+    "mean_sqrt_len": lambda hidden, start: hidden[start:].sum(axis=0) / np.sqrt(np.float32(len(hidden) - start)),
+    "weightedmean": _weighted,
+    "lasttoken": lambda hidden, start: hidden[-1],
+}
+ACTIVATIONS: Dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "Identity": lambda x: x,
+    "Tanh": np.tanh,
+    "ReLU": lambda x: np.maximum(x, 0),
+    "Sigmoid": sigmoid,
+    "SiLU": lambda x: x * sigmoid(x),
+}
+
+
+def pool(hidden: np.ndarray, pooling: str, start: int) -> np.ndarray:
+    """The vector of one row; several poolings, joined by +, stand one behind the other in it."""
+    start = start if start < len(hidden) else 0
+    return np.concatenate([POOLINGS[name](hidden, start) for name in pooling.split("+")])
+
+
+def normalized(vectors: np.ndarray) -> np.ndarray:
+    """Of length 1 over the last axis, as torch.nn.functional.normalize does, with its epsilon."""
+    return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12))
+
+
+def apply(vector: np.ndarray, layers: Sequence[Mapping[str, Any]], arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """A pooled vector after the checkpoint's layers; raises InvalidRequest for one of another size than they read."""
+    for layer in layers:
+        name = layer["name"]
+        if layer["kind"] == "normalize":
+            vector = normalized(vector)
+            continue
+        weight = arrays[f"{name}.weight"]
+        if weight.shape[-1] != len(vector):
+            raise InvalidRequest(
+                f"this model's own layers read the {weight.shape[-1]} numbers of its own pooling, not the {len(vector)} of "
+                "this one",
+                "parameters.pooling",
+            )
+        if layer["kind"] == "layer_norm":
+            centred = vector - vector.mean()
+            vector = centred / np.sqrt(np.square(centred).mean() + np.float32(1e-5)) * weight + arrays[f"{name}.bias"]
+            continue
+        given = vector
+        vector = weight @ given + arrays.get(f"{name}.bias", np.float32(0))
+        vector = ACTIVATIONS[layer["activation"]](vector)
+        if layer["residual"]:
+            projected = arrays.get(f"{name}.residual")
+            vector = vector + (given if projected is None else projected @ given)
+    return np.asarray(vector, dtype=np.float32)
