@@ -29,6 +29,10 @@ WRITTEN: Dict[str, Tuple[str, List[str], bool]] = {
     "encoder-decoder": ("text2text_generation", ["torchscript", "pretrained", "onnx"], True),
     "switch": ("text2text_generation", ["pretrained"], True),
 }
+# Before transformers 5 Switch cannot be run on an encoder's output alone (it is refused), and Mamba's own beam search does not
+# reorder its state.
+NEWER = {"switch", "mamba"}
+V4 = transformers.__version__.startswith("4.")
 OPTIONS: List[Dict[str, Any]] = [{"num_beams": 1}, {"num_beams": 3, "no_repeat_ngram_size": 2}]
 
 
@@ -49,7 +53,8 @@ def original(source: Path, task: str) -> Tuple[Any, Any]:
 
 
 @pytest.mark.parametrize(
-    "architecture, save_mode", [(name, mode) for name, (_, modes, _) in WRITTEN.items() for mode in modes]
+    "architecture, save_mode",
+    [(name, mode) for name, (_, modes, _) in WRITTEN.items() for mode in modes if not (V4 and name == "switch")],
 )
 def test_equals_generate(architecture: str, save_mode: str, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     """Texts of many lengths in one batch, those of whole windows and of one token more among them."""
@@ -60,13 +65,13 @@ def test_equals_generate(architecture: str, save_mode: str, checkpoint: Callable
     model, tokenizer = original(source, task)
     fitting = [text for text in TEXTS if len(tokenizer(text)["input_ids"]) < 48]
     texts = [*fitting[:6], "a", *(" ".join(["a b"] * count) for count in (2, 3, 4, 5))]
-    for options in OPTIONS:
+    for options in OPTIONS[: 1 if V4 and architecture in NEWER else None]:
         requests = [Request({"text": text}, {"max_new_tokens": 12, **options}) for text in texts]
         expected = [generated(model, tokenizer, text, **{"max_new_tokens": 12, **options}) for text in texts]
         assert [written(value) for value in answers(engine, requests)] == expected
 
 
-@pytest.mark.parametrize("architecture", WRITTEN)
+@pytest.mark.parametrize("architecture", [name for name in WRITTEN if not (V4 and name == "switch")])
 def test_what_keeps_no_keys_and_values_reads_all_again(
     architecture: str, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -137,6 +142,7 @@ def test_functions_for_training_are_traced_as_their_forward_pass(
     source = checkpoint("reformer", **COLORS)
     run_export(tmp_path / "x", content(source, "sequence_classification", save_mode))
     pipeline = transformers.pipeline("text-classification", model=str(source), device="cpu")
+    pipeline.tokenizer.model_input_names = ["input_ids", "attention_mask"]  # transformers 4 hands types over, too
     texts = [text for text in TEXTS if len(pipeline.tokenizer(text)["input_ids"]) <= 64][:8]
     for text, answer in zip(texts, answers(Engine.load(tmp_path / "x"), [Request({"text": text}) for text in texts])):
         assert_equal(answer, pipeline([text])[0], 1e-4, 1e-4)
