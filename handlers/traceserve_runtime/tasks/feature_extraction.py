@@ -10,7 +10,7 @@ import numpy as np
 from traceserve_runtime.batching import Arrays
 from traceserve_runtime.errors import InvalidRequest, TraceserveError
 from traceserve_runtime.manifest import Manifest
-from traceserve_runtime.tasks.contract import ModelFacts, Request, Task, only_whole, without_prefix
+from traceserve_runtime.tasks.contract import ModelFacts, Parts, Request, Task, only_whole, without_prefix
 from traceserve_runtime.tasks.embedding import POOLINGS, apply, normalized, pool
 from traceserve_runtime.tasks.parameters import Field, Output, Parameter
 from traceserve_runtime.tasks.scores import average
@@ -96,8 +96,8 @@ class FeatureExtraction(Task):
         prompt = self.prompt(request)
         return [part._replace(text=prompt + part.text) for part in super().segments(request)]
 
-    def encode(self, requests: Sequence[Request]) -> List[Union[Encoded, TraceserveError]]:
-        encoded = super().encode(requests)
+    def tokenize(self, requests: Sequence[Request], parts: Sequence[Parts]) -> List[Union[Encoded, TraceserveError]]:
+        encoded = super().tokenize(requests, parts)
         return [
             item if isinstance(item, TraceserveError) else without_prefix(item, "text", len(self.prompt(request)))
             for request, item in zip(requests, encoded)

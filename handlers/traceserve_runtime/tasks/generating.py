@@ -11,7 +11,7 @@ from traceserve_runtime.batching import Arrays, CostModel, Runner, Stats
 from traceserve_runtime.errors import InvalidRequest, TraceserveError, Unsupported
 from traceserve_runtime.feeds import FEEDS
 from traceserve_runtime.generation import Settings
-from traceserve_runtime.tasks.contract import Job, ModelFacts, Request, Task, without_prefix
+from traceserve_runtime.tasks.contract import Job, ModelFacts, Parts, Request, Task, without_prefix
 from traceserve_runtime.tasks.parameters import Output, Parameter, strings
 from traceserve_runtime.tokenization import Encoded, Row
 
@@ -140,9 +140,9 @@ class Generating(Task):
             raise Unsupported(f"config.json says prefix = {prefix!r}, but it should be a string; remove it, or mend it")
         return prefix or ""
 
-    def encode(self, requests: Sequence[Request]) -> List[Union[Encoded, TraceserveError]]:
+    def tokenize(self, requests: Sequence[Request], parts: Sequence[Parts]) -> List[Union[Encoded, TraceserveError]]:
         written = len(self.manifest.facts["prefix"])
-        return [without_prefix(item, "text", written) for item in super().encode(requests)]
+        return [without_prefix(item, "text", written) for item in super().tokenize(requests, parts)]
 
     def check_parameters(self, request: Request) -> None:
         """Raise InvalidRequest for parameters that mean nothing together."""
