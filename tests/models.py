@@ -166,6 +166,10 @@ UNEVEN = {
         },
     ),
     "mamba": Architecture("MambaConfig", "gpt", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
+    "nystromformer": Architecture(
+        "NystromformerConfig", "bert", {**SIZE, "conv_kernel_size": 3, "segment_means_seq_len": 8, "num_landmarks": 8}
+    ),
+    "yoso": Architecture("YosoConfig", "bert", SIZE),
 }
 
 

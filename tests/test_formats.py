@@ -25,11 +25,14 @@ ALL = list(itertools.product(WRITERS, formats.HARDWARE, TASKS))
 @pytest.mark.parametrize(
     "content, expected",
     [
-        ({}, ["pretrained", "onnx", "aot_inductor"]),
-        ({"task": "text_generation"}, ["pretrained", "onnx"]),
+        ({}, ["pretrained", "aot_inductor"]),  # onnx is traced, too
+        ({"task": "text_generation"}, ["pretrained"]),
+        ({"save_mode": "onnx"}, ["torchscript", "pretrained", "aot_inductor"]),
         ({"save_mode": "onnx", "dtype": "int8"}, ["torchscript"]),
+        ({"save_mode": "pretrained"}, []),  # what transformers itself cannot run
+        ({"save_mode": "aot_inductor", "dtype": "float32"}, ["torchscript", "pretrained", "onnx"]),
         ({"hardware": "gpu"}, ["pretrained"]),
-        ({"trust_remote_code": True}, ["onnx", "aot_inductor"]),
+        ({"trust_remote_code": True}, ["aot_inductor"]),
         ({"library": "curated_transformers", "task": "feature_extraction"}, []),
         ({"hardware": "neuron"}, []),
     ],

@@ -135,7 +135,7 @@ def test_what_cannot_be_traced_is_served(
 
     monkeypatch.setattr(torch.jit, "trace", trace)
     content = {"model_name": str(checkpoint("reformer")), "max_length": 48}
-    advised = "cannot trace ReformerForSequenceClassification: .*; try save_mode pretrained or onnx or aot_inductor$"
+    advised = "cannot trace ReformerForSequenceClassification: .*; try save_mode pretrained or aot_inductor$"
     with pytest.raises(ExportError, match=advised):
         run_export(tmp_path / "traced", content)
     manifest = run_export(tmp_path / "x", {**content, "save_mode": "pretrained"}).manifest

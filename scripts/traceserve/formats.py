@@ -61,13 +61,13 @@ def refusal(save_mode: str, hardware: str, dtype: str, task: Type[Task]) -> Opti
 
 
 def others(config: SetupConfig) -> List[str]:
-    """The save modes, beside the configured one, in which such a model may be written for the same hardware and dtype."""
+    """The save modes in which a model may be written that the configured one cannot write, for the same hardware and dtype."""
     task = TASKS[config.task]
     written = LIBRARIES[config.library].save_modes
     return [
         name
         for name, writer in WRITERS.items()
-        if name != config.save_mode
+        if name not in (config.save_mode, *WRITERS[config.save_mode].fails_with)
         and (written is None or name in written)
         and refusal(name, config.hardware, config.dtype, task) is None
         and writer.refuses(config) is None

@@ -20,6 +20,7 @@ WRITERS: Dict[str, Writer] = {
         shapes=shapes.with_graphs,
         check=torchscript.check,
         options=compiled.OPTIONS,
+        fails_with=("onnx",),  # torch's exporter traces as torch.jit.trace does, once for all shapes
         plainer=torchscript.plainer,
     ),
     "pretrained": Writer(
@@ -33,6 +34,7 @@ WRITERS: Dict[str, Writer] = {
         shapes=shapes.one_graph,
         check=pretrained.check,
         options=(pretrained.TORCH_COMPILE,),
+        fails_with=("torchscript", "onnx", "aot_inductor"),  # it runs the model as it is
         refuses=pretrained.refuses,
     ),
     "onnx": Writer(

@@ -78,6 +78,8 @@ class Writer(NamedTuple):
     `refuses(config)`: what else of a configuration cannot be, and what can.
     `plainer(manifest, folder, failing)`: the same artifact, changed in its folder, without what the gate refused and a worker
     can do without; None where there is nothing of this kind in the files that are `failing`.
+    `fails_with`: the save modes that cannot write what this one could neither write nor run: they record the same graph, or
+    run the same model.
     `check(dtype, target)` raises ExportError for what this machine lacks to write it, or to compare it with the original.
     """
 
@@ -91,6 +93,7 @@ class Writer(NamedTuple):
     shapes: Callable[[SetupConfig, int], Iterable[Shapes]]
     check: Callable[[str, Target], None]
     options: Tuple[Option, ...] = ()
+    fails_with: Tuple[str, ...] = ()
     measured_against: Optional[str] = None
     refuses: Callable[[SetupConfig], Optional[str]] = _nothing
     plainer: Callable[[Manifest, Path, Collection[str]], Optional[Manifest]] = _no_plainer
