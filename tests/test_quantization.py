@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from conftest import run_export
-from traceserve import loading, quantization, sources
+from traceserve import loading, precision, quantization, sources
 from traceserve.config import parse
 from traceserve.errors import DriftError, ExportError
 from traceserve.findings import LIMITS
@@ -209,6 +209,48 @@ def test_a_layer_that_is_not_called_stays(checkpoint: Callable[..., Path], tmp_p
     made, kept = next(quantized(model.longformer, inputs))
     assert not kept and all(type(made.get_submodule(name)) is torch.nn.Linear for name in idle)
     assert all(isinstance(made.get_submodule(name), Int8Linear) for name in found.moved)
+
+
+class Classifier(torch.nn.Module):
+    """Two layers; where it `refuses`, as BART's classifier does, no more than one row at a time."""
+
+    def __init__(self, refuses: bool) -> None:
+        super().__init__()
+        self.refuses = refuses
+        self.embedding = torch.nn.Embedding(50, 8)
+        self.first, self.second = torch.nn.Linear(8, 16), torch.nn.Linear(16, 3)
+
+    def forward(self, input_ids: torch.Tensor) -> Any:
+        if self.refuses and len(input_ids) > 1:
+            raise ValueError("all examples must have the same number of <eos> tokens")
+        return (self.second(self.first(self.embedding(input_ids).mean(1))),)
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_texts_of_one_length_are_measured_together(refuses: bool) -> None:
+    """With the result of one at a time, however many are of each length."""
+    torch.manual_seed(0)
+    model = Classifier(refuses).eval()
+    sizes = [(5, 4), (1, 7), (3, 2)]
+    together = [{"input_ids": torch.randint(0, 50, size)} for size in sizes]
+    single = [
+        {"input_ids": batch["input_ids"][i : i + 1]} for batch in together for i in range(len(batch["input_ids"]))
+    ]
+    layers = linears(model)
+    got, expected = (measure(model, layers, batches, Int8Linear) for batches in (together, single))
+    assert got.moved == pytest.approx(expected.moved, rel=1e-3) and min(expected.moved.values()) > 0
+    assert {name: pytest.approx(value.numpy()) for name, value in got.largest.items()} == {
+        name: value.numpy() for name, value in expected.largest.items()
+    }
+
+
+def test_a_model_is_measured_on_few_batches(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """No padding: those of one length are one batch."""
+    original = load(checkpoint, tmp_path)
+    batches = precision._inputs(original, ["a b", "c", "", "b a", "x", "a b c d"])
+    assert sorted(tuple(batch["input_ids"].shape) for batch in batches) == [(1, 6), (2, 3), (2, 4)]
+    for batch in batches:
+        assert set(batch) == set(original.inputs) and bool(batch["attention_mask"].all())
 
 
 def test_a_model_that_reads_no_text_by_itself_is_told(checkpoint: Callable[..., Path]) -> None:

@@ -87,6 +87,38 @@ class Refusing(torch.nn.Module):
         return {"logits": input_ids.float().mean(1, keepdim=True)}
 
 
+class Rounding(torch.nn.Module):
+    """A model whose sums come out by 3e-5 otherwise for many rows than for one, beside a largest value."""
+
+    def __init__(self, largest: float) -> None:
+        super().__init__()
+        self.largest = largest
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: Any = None) -> Any:
+        small = input_ids.float().mean(1, keepdim=True) / 1e6 + (3e-5 if len(input_ids) > 1 else 0)
+        return {"logits": torch.cat([torch.full_like(small, self.largest), small], 1)}
+
+
+@pytest.mark.parametrize(("largest", "together"), [(30.0, True), (-30.0, True), (0.5, False)])
+def test_last_digits_are_those_of_the_largest_value(
+    largest: float, together: bool, checkpoint: Callable[..., Path], rows: List[Row]
+) -> None:
+    """As the gate measures: a sum of numbers around 30 has no more digits where it comes out small."""
+    from dataclasses import replace
+
+    made = Reference(replace(original_of(checkpoint("bert")), model=Rounding(largest)))
+    computed(made, rows)
+    assert made.together is together
+
+
+@pytest.mark.parametrize(
+    ("got", "alike"), [([np.nan, np.inf, 30.00001], True), ([0, np.inf, 30], False), ([np.nan, 0, 30], False)]
+)
+def test_what_is_no_number_stays_none(got: List[float], alike: bool) -> None:
+    expected = {"logits": np.array([np.nan, np.inf, 30])}
+    assert reference._equal({"logits": np.array(got)}, expected) is alike
+
+
 @pytest.mark.parametrize("kind", [Interacting, Refusing])
 def test_rows_that_are_something_else_together_are_run_alone(
     kind: Any, checkpoint: Callable[..., Path], rows: List[Row]

@@ -120,13 +120,18 @@ def to_int8(original: Original, texts: Sequence[str], **layers: Layer) -> Iterat
 
 
 def _inputs(original: Original, texts: Sequence[str]) -> List[Inputs]:
-    """What the model is given of each text."""
-    batches = [
-        original.tokenizer(text, truncation=True, max_length=original.max_length, return_tensors="pt")
-        for text in texts
-        if text.strip()
+    """What the model is given of the texts: those of one length together, without padding."""
+    import torch
+
+    alike: Dict[int, List[Inputs]] = {}
+    for text in texts:
+        if text.strip():
+            read = original.tokenizer(text, truncation=True, max_length=original.max_length, return_tensors="pt")
+            alike.setdefault(read["input_ids"].shape[1], []).append(read)
+    return [
+        {name: torch.cat([read[name] for read in group]) for name in original.inputs if name in group[0]}
+        for group in alike.values()
     ]
-    return [{name: batch[name] for name in original.inputs if name in batch} for batch in batches]
 
 
 PRECISIONS: Dict[str, Precision] = {

@@ -53,9 +53,20 @@ def replace(model: Any, name: str, module: torch.nn.Module) -> None:
 def measure(model: Any, layers: Dict[str, Any], batches: Sequence[Inputs], change: Layer) -> Measured:
     """What `layers` of the model are given, and how far the output moves with `change` in the place of one of them.
 
-    Summed over the batches, the mean square of the difference of the first output, which is what a task reads. Without
-    layers that the model did not call. Raises ExportError with the model's own reason.
+    Summed over the rows of all batches, the mean square of the difference of the first output, which is what a task reads.
+    Without layers that the model did not call. A model that refuses a batch is given single rows. Raises ExportError with
+    the model's own reason.
     """
+    try:
+        return _measure(model, layers, batches, change)
+    except ExportError:
+        single = [{name: batch[name][i : i + 1] for name in batch} for batch in batches for i in range(_rows(batch))]
+        if len(single) == len(batches):
+            raise
+        return _measure(model, layers, single, change)
+
+
+def _measure(model: Any, layers: Dict[str, Any], batches: Sequence[Inputs], change: Layer) -> Measured:
     largest: Dict[str, torch.Tensor] = {}
 
     def record(name: str, module: Any, inputs: Any) -> None:
@@ -75,8 +86,12 @@ def measure(model: Any, layers: Dict[str, Any], batches: Sequence[Inputs], chang
             differences: List[torch.Tensor] = [got - one for got, one in zip(_outputs(model, batches), exact)]
         finally:
             replace(model, name, module)
-        moved[name] = sum(float(difference.square().mean()) for difference in differences)
+        moved[name] = sum(float(one.square().mean()) * _rows(batch) for one, batch in zip(differences, batches))
     return Measured(largest, moved)
+
+
+def _rows(batch: Inputs) -> int:
+    return len(next(iter(batch.values())))
 
 
 def _outputs(model: Any, batches: Sequence[Inputs]) -> Iterator[torch.Tensor]:
