@@ -55,6 +55,8 @@ HUGE: Dict[str, Any] = {
     "a tensor": {"inputs": [{"name": "x", "shape": [len(TINY)], "datatype": "BYTES", "data": TINY}]},
     "nested lists": [["a"] * 500] * 500,
     "a long name": {"t" * MEGABYTE: 1},
+    "many keys": {f"key{i}": i for i in range(80_000)},
+    "many parameters": {"text": "a", "parameters": {f"key{i}": i for i in range(80_000)}},
     "a long parameter": {"text": "a", "parameters": {"t" * MEGABYTE: 1}},
 }
 
@@ -81,7 +83,7 @@ def test_a_megabyte_that_is_refused_is_refused_at_once(engine: Engine, name: str
         answer, seconds = serve(engine, HUGE[name])
         kind = answer["error"]["type"]
         taken.append(seconds)
-    assert kind == ("InputTooLong" if "long" not in name and "nested" not in name else kind) != "TraceserveError"
+    assert kind == ("InputTooLong" if not {"long", "nested", "many"} & set(name.split()) else kind) != "TraceserveError"
     assert min(taken) < 0.1
 
 
@@ -124,6 +126,73 @@ def test_so_is_what_one_request_makes_many_rows_of(others: Dict[str, Engine], ta
         assert answer["error"]["type"] == "InputTooLong"
         taken.append(seconds)
     assert min(taken) < 0.1
+
+
+def test_an_object_of_more_keys_than_any_request_has_is_counted_only(engine: Engine) -> None:
+    for name in ("many keys", "many parameters"):
+        answer, _ = serve(engine, HUGE[name])
+        assert answer["error"]["type"] == "InvalidRequest"
+        assert "80,000 keys" in answer["error"]["message"] and '"key0"' in answer["error"]["message"]
+    answer, _ = serve(engine, {"text": "a", **{f"key{i}": i for i in range(255)}})
+    assert 'unknown field "key0"' in answer["error"]["message"]
+
+
+MOST = 64 * 32  # tokens of one request to `engine`
+
+
+def refused(engine: Engine, texts: Sequence[str], how: str = "window", group: Optional[int] = 0) -> bool:
+    """Whether texts are refused for their beginning."""
+    parts = engine.task.parts([Request({"text": text}, {"long_inputs": how}, group) for text in texts])
+    kinds = {isinstance(part, InputTooLong) for part in parts}
+    assert len(kinds) == 1
+    return kinds.pop()
+
+
+@pytest.mark.parametrize(
+    "texts, how, expected",
+    [
+        ([".,!?" * 4000], "window", True),
+        ([".,!?" * 4000], "reject", True),
+        ([".,!?" * 4000], "truncate", False),
+        (["a " * 8000], "window", True),
+        (["\u6f22" * 8000], "window", True),
+        (["a" * 16_000], "window", False),  # one unknown word
+        (["The train leaves at nine. " * 600], "window", True),
+        ([".," * 20] * 200, "window", True),
+        ([".," * 20] * 200, "truncate", True),
+        ([".," * 1000] * 8, "truncate", False),  # 8 rows
+        ([".,!?" * (MOST // 4 - 1)], "window", False),
+    ],
+)
+def test_what_has_more_tokens_at_its_beginning_is_not_tokenized(
+    engine: Engine, texts: List[str], how: str, expected: bool
+) -> None:
+    assert refused(engine, texts, how) == expected
+    assert not refused(engine, texts, how, None)
+    if expected:
+        [answer, *_] = engine.answer([Request({"text": text}, {"long_inputs": how}, 0) for text in texts])
+        assert f"more tokens than the {MOST:,}" in str(answer)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["a ", "a", "train ", ".", " ", "\u6f22", "e\u0301", "\U0001f600", "\n"]),
+            st.integers(1, 6000),
+        ),
+        min_size=1,
+        max_size=5,
+    ),
+    st.booleans(),
+)
+def test_nothing_is_refused_for_its_beginning_that_fits(
+    engine: Engine, pieces: List[Tuple[str, int]], one: bool
+) -> None:
+    runs = [piece * count for piece, count in pieces]
+    texts = ["".join(runs)[:16_000]] if one else [run[:3000] for run in runs]
+    if refused(engine, texts):
+        found = engine.task.tokenizer._tokenizer.encode_batch(texts, add_special_tokens=False)
+        assert sum(map(len, found)) > MOST
 
 
 def test_a_refused_text_leaves_nothing_in_memory(engine: Engine) -> None:

@@ -64,6 +64,13 @@ class Limits(NamedTuple):
             )
         return None
 
+    def of_more_tokens(self) -> InputTooLong:
+        """Why texts are not tokenized whose beginning has more tokens than all of them may have."""
+        return InputTooLong(
+            f"the texts have more tokens than the {self.tokens:,} that one request may have; send several, or ask for "
+            '"parameters": {"long_inputs": "truncate"}'
+        )
+
 
 Judge = Callable[[int, int], Optional[InputTooLong]]
 

@@ -32,6 +32,7 @@ from traceserve_runtime.tasks.contract import Request, Task
 # Of a list that is no list of texts, as the messages of a chat; a list of texts has max_rows at most.
 _MOST_ITEMS = 4096
 _LISTS = 8  # so many of them
+_MOST_KEYS = 256  # of one object, far above all fields and parameters that a task has
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,17 @@ def parse(row: Mapping[str, Any], headers: Headers, task: Type[Task], group: int
 
 
 def _check_count(value: Any, most: int) -> None:
-    """Raise InputTooLong for a list that nothing in a body can have, before each of its items is looked at."""
+    """Raise for a list or an object that nothing in a body can have, before each of its items is looked at."""
     most_items, items = max(_MOST_ITEMS, most), 0
     waiting = [value]
     while waiting:
         item = waiting.pop()
         if isinstance(item, dict):
+            if len(item) > _MOST_KEYS:
+                key = next(iter(item))
+                raise InvalidRequest(
+                    f'an object of {len(item):,} keys, as "{short(key)}", is no request; {LEGAL_BODIES}'
+                )
             waiting += item.values()
         elif isinstance(item, list):
             items += len(item) - 1  # how deep they lie is looked at later

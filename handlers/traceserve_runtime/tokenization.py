@@ -15,10 +15,12 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 from tokenizers import Encoding, Tokenizer
 from tokenizers.processors import ByteLevel
 
+from traceserve_runtime import probing
 from traceserve_runtime.errors import InputTooLong, InvalidManifest, InvalidRequest, TraceserveError
 from traceserve_runtime.limits import Limits
 from traceserve_runtime.manifest import TokenizerFacts
 from traceserve_runtime.pieces import PieceTokenizer
+from traceserve_runtime.probing import Sized
 
 LONG_INPUTS = ("window", "truncate", "reject")
 _SPACES_TO_CLEAN = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
@@ -127,6 +129,23 @@ class TextTokenizer:
             return encoded
         except TraceserveError as error:
             return error.with_traceback(None)  # its frames hold the tokens of the text that is refused
+
+    def surely_more(self, segments: Sequence[Tuple[Segments, str]]) -> bool:
+        """Whether these, each with how it is shortened, have more tokens than one HTTP request may; see `probing`."""
+        texts = [
+            Sized(text, self._limit(each) if how == "truncate" else math.inf)
+            for each, how in segments
+            for text in each[:2]
+            if text
+        ]
+        return probing.worth_it(sum(len(each.text) for each in texts), self.limits.tokens) and probing.surely_more(
+            texts, self.limits.tokens, self._count
+        )
+
+    def _count(self, texts: Sequence[str]) -> List[int]:
+        kind = type(self._tokenizer)
+        encode = getattr(kind, "encode_batch_fast", kind.encode_batch)  # since 0.20; it finds no offsets
+        return [len(encoding) for encoding in encode(self._tokenizer, list(texts), add_special_tokens=False)]
 
     def token_ids(self, text: str) -> List[int]:
         """The ids of a text by itself, without special tokens."""

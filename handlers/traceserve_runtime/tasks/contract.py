@@ -9,9 +9,9 @@ from typing import Any, Callable, ClassVar, Dict, List, Mapping, NamedTuple, Opt
 
 import numpy as np
 
-from traceserve_runtime import batching, failures, limits
+from traceserve_runtime import batching, failures, limits, probing
 from traceserve_runtime.batching import Arrays, CostModel, Runner, Stats
-from traceserve_runtime.errors import InvalidRequest, ModelFailure, TraceserveError
+from traceserve_runtime.errors import InputTooLong, InvalidRequest, ModelFailure, TraceserveError
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.tasks.parameters import Field, Output, Parameter
 from traceserve_runtime.tokenization import LONG_INPUTS, Encoded, Row, Segments, TextTokenizer
@@ -66,6 +66,18 @@ def characters(parts: Parts) -> int:
     if isinstance(parts, TraceserveError):
         return 0
     return sum(len(part.text) + (len(part.pair) if part.pair else 0) for part in parts)
+
+
+def _without(
+    refused: Mapping[Optional[int], InputTooLong], requests: Sequence[Request], parts: List[Parts]
+) -> List[Parts]:
+    """The parts, but the error of those whose group is refused."""
+    if not refused:
+        return parts
+    return [
+        part if isinstance(part, TraceserveError) else refused.get(request.group, part)
+        for request, part in zip(requests, parts)
+    ]
 
 
 LONG_INPUTS_PARAMETER = Parameter(
@@ -170,13 +182,20 @@ class Task:
             for request, part in zip(requests, parts)
             if not isinstance(part, TraceserveError)
         )
-        refused = limits.refused(measured, self.tokenizer.limits.of_texts)
-        if not refused:
-            return parts
-        return [
-            part if isinstance(part, TraceserveError) else refused.get(r.group, part)
-            for r, part in zip(requests, parts)
-        ]
+        parts = _without(limits.refused(measured, self.tokenizer.limits.of_texts), requests, parts)
+        return _without(self._probed(requests, parts), requests, parts)
+
+    def _probed(self, requests: Sequence[Request], parts: Sequence[Parts]) -> Dict[Optional[int], InputTooLong]:
+        """The groups that have more tokens than one HTTP request may have, as the beginning of their texts shows."""
+        own = self.tokenizer
+        if not probing.worth_it(sum(map(characters, parts)), own.limits.tokens):
+            return {}
+        groups: Dict[int, List[Tuple[Segments, str]]] = {}
+        for request, part in zip(requests, parts):
+            if request.group is not None and not isinstance(part, TraceserveError):
+                how = self.long_inputs(request)
+                groups.setdefault(request.group, []).extend((segments, how) for segments in part)
+        return {group: own.limits.of_more_tokens() for group, each in groups.items() if own.surely_more(each)}
 
     def tokenize(self, requests: Sequence[Request], parts: Sequence[Parts]) -> List[Union[Encoded, TraceserveError]]:
         """The rows of each request's parts, or why there are none; all texts are tokenized in few calls."""
