@@ -627,6 +627,39 @@ def test_the_users_samples_are_counted_apart(
     assert found.own_decide and found.own_changed > 1 and not found.passed
 
 
+@pytest.mark.parametrize("by_chance", [False, True])
+def test_other_variants_answer_some_of_the_users_samples(
+    by_chance: bool, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And all of them where too many of these changed, which is by chance: the usual variant answered all."""
+    monkeypatch.setattr(verification, "CORPUS", 0)
+    monkeypatch.setattr(verification, "OWN_OF_OTHERS_LOWER", 8)
+    monkeypatch.setitem(LIMITS, "bfloat16", Limit(0.1, 0.9, 1.0))
+    compare = verification._Gate.compare
+
+    def unlucky(gate: Any, engine: Any, findings: Findings) -> Findings:
+        found = compare(gate, engine, findings)
+        if by_chance and len(gate.own) == 8:
+            found.own_changed = 8
+        return found
+
+    monkeypatch.setattr(verification._Gate, "compare", unlucky)
+    (tmp_path / "mine.txt").write_text("".join(f"{text}\n" for text in sentences(15)))
+    exported = run_export(
+        tmp_path / "x", content(checkpoint, dtype="bfloat16"), samples_file=tmp_path / "mine.txt", allow_drift=True
+    )
+    found = exported.findings
+    assert found.own_answers == 15 and found.others
+    assert {other.own_answers for other in found.others} == {15 if by_chance else 8}
+
+
+@pytest.mark.parametrize(("count", "most", "spread"), [(3, 4, [0, 1, 2]), (4, 4, [0, 1, 2, 3]), (7, 4, [0, 1, 3, 5])])
+def test_the_users_samples_are_spread(count: int, most: int, spread: List[int]) -> None:
+    """As many as are asked for, where there are: with less than 334 they would not decide."""
+    samples = [Request({"text": str(i)}, {}) for i in range(count)]
+    assert [request.inputs["text"] for request in verification._spread(samples, most)] == [str(i) for i in spread]
+
+
 # The sentences
 
 
