@@ -170,6 +170,11 @@ UNEVEN = {
         "NystromformerConfig", "bert", {**SIZE, "conv_kernel_size": 3, "segment_means_seq_len": 8, "num_landmarks": 8}
     ),
     "yoso": Architecture("YosoConfig", "bert", SIZE),
+    "funnel": Architecture(
+        "FunnelConfig",
+        "bert",
+        {"d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 64, "block_sizes": [1, 1, 1], "num_decoder_layers": 1},
+    ),
 }
 
 

@@ -70,9 +70,11 @@ def test_what_a_task_knows_of_its_model_is_kept(document: Document, copy: Path) 
 
 
 def test_shapes_are_read_and_written(document: Document, copy: Path) -> None:
-    document.update(shapes={"lengths": [8, 32], "batches": [1, 4], "graph_per_shape": True, "padded": True})
+    document.update(
+        shapes={"lengths": [8, 32], "batches": [1, 4], "graph_per_shape": True, "padded": True, "shortest": 3}
+    )
     manifest = Manifest.from_json(sealed(document))
-    assert manifest.shapes == Shapes((8, 32), (1, 4), True)
+    assert manifest.shapes == Shapes((8, 32), (1, 4), True, shortest=3)
     manifest.write(copy)
     assert Manifest.read(copy) == manifest
 
@@ -85,11 +87,17 @@ def test_shapes_are_read_and_written(document: Document, copy: Path) -> None:
         ({"inputs": []}, "inputs"),
         ({"files": {}}, "files lacks the model"),
         (
-            {"shapes": {"lengths": [8, 16], "batches": None, "graph_per_shape": False, "padded": True}},
+            {"shapes": {"lengths": [8, 16], "batches": None, "graph_per_shape": False, "padded": True, "shortest": 1}},
             "end at max_length",
         ),
-        ({"shapes": {"lengths": [], "batches": None, "graph_per_shape": False, "padded": True}}, "end at max_length"),
-        ({"shapes": {"lengths": None, "batches": [], "graph_per_shape": False, "padded": True}}, "shapes.batches"),
+        (
+            {"shapes": {"lengths": [], "batches": None, "graph_per_shape": False, "padded": True, "shortest": 1}},
+            "end at max_length",
+        ),
+        (
+            {"shapes": {"lengths": None, "batches": [], "graph_per_shape": False, "padded": True, "shortest": 1}},
+            "shapes.batches",
+        ),
     ],
 )
 def test_values_that_no_builder_writes(document: Document, change: Document, what: str) -> None:

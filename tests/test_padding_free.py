@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable, List
 
@@ -146,24 +147,24 @@ class _Thread:
 
 
 @settings(deadline=None, max_examples=60, database=None)
-@given(LENGTHS, st.floats(0, 200), st.integers(1, 3))
-def test_a_plan_joins_rows_of_one_length_alone(lengths: List[int], run: float, threads: int) -> None:
+@given(LENGTHS, st.floats(0, 200), st.integers(1, 3), st.sampled_from([NEVER, replace(NEVER, shortest=5)]))
+def test_a_plan_joins_rows_of_one_length_alone(lengths: List[int], run: float, threads: int, never: Shapes) -> None:
     cost = CostModel(run=run)
     lanes = Lanes([_Thread()] * threads, cost)  # type: ignore[list-item]
-    for batches in (plan(lengths, NEVER, cost), *schedule(lengths, NEVER, cost, lanes)):
+    for batches in (plan(lengths, never, cost), *schedule(lengths, never, cost, lanes)):
         assert all(len({lengths[i] for i in batch}) == 1 for batch in batches)
-    for planned in ([plan(lengths, NEVER, cost)], schedule(lengths, NEVER, cost, lanes)):
+    for planned in ([plan(lengths, never, cost)], schedule(lengths, never, cost, lanes)):
         assert sorted(i for batches in planned for batch in batches for i in batch) == list(range(len(lengths)))
     if run > 100:
-        assert len(plan(lengths, NEVER, cost)) == len(set(lengths))  # and all of them
+        assert len(plan(lengths, never, cost)) == len(set(lengths))  # and all of them
 
 
 def test_a_manifest_from_before_there_was_such_a_thing_is_padded(artifact: Path) -> None:
     document: Any = json.loads((artifact / "traceserve.json").read_text())
-    assert document["shapes"].pop("padded") is True
+    assert document["shapes"].pop("padded") is True and document["shapes"].pop("shortest") == 1
     del document["digest"]
     document["schema"] = OLDEST
-    assert Manifest.from_json(document).shapes.padded
+    assert Manifest.from_json(document).shapes == Shapes()
     document["shapes"].update(padded=False, lengths=[32])
     with pytest.raises(InvalidManifest, match="should be null where rows are not padded"):
         Manifest.from_json(document)

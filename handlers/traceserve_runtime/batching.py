@@ -183,7 +183,7 @@ def plan(
         length = shapes.length(ordered[end - 1])
         rows = max(1, min(end, most_rows, most_tokens // length))
         if not shapes.padded:
-            rows = min(rows, end - bisect_left(ordered, length, 0, end))  # of this length
+            rows = min(rows, end - bisect_left(ordered, ordered[end - 1], 0, end))  # of this length
         # Of 1, 2, ... rows up to `end`.
         tokens = tokens_before[end] - tokens_before[end - rows : end][::-1]
         costs = best[end - rows : end][::-1] + cost(batches_of[:rows], length, tokens)

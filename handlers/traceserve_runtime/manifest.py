@@ -35,13 +35,15 @@ class Shapes:
     """The (batch, length) shapes that the model may be run with; None means any (lengths: up to max_length).
 
     `graph_per_shape` tells that the model file holds one graph for each listed shape, see `graph_name`. Where the model's
-    answers change with padding, rows are not `padded`: only those of one length run together.
+    answers change with padding, rows are not `padded`: only those of one length run together. A model that cannot read rows
+    below a length, in tokens, has them padded to it, in any case: `shortest`.
     """
 
     lengths: Optional[Tuple[int, ...]] = None
     batches: Optional[Tuple[int, ...]] = None
     graph_per_shape: bool = False
     padded: bool = True
+    shortest: int = 1
 
     def stepped(self, step: int, most: int) -> Shapes:
         """These shapes with lengths in multiples of `step` up to `most`, where any length was allowed."""
@@ -51,6 +53,7 @@ class Shapes:
 
     def length(self, wanted: int) -> int:
         """The smallest allowed length that holds `wanted` tokens."""
+        wanted = max(wanted, self.shortest)
         return wanted if self.lengths is None else min(n for n in self.lengths if n >= wanted)
 
     def batch(self, wanted: int) -> int:
@@ -196,6 +199,7 @@ class Manifest:
             (not self.inputs or not self.outputs, "inputs and outputs should not be empty"),
             (lengths is not None and lengths[-1:] != (self.max_length,), "shapes.lengths should end at max_length"),
             (self.shapes.batches == (), "shapes.batches should not be empty"),
+            (not 1 <= self.shapes.shortest <= self.max_length, "shapes.shortest should be 1 to max_length"),
             (not self.shapes.padded and lengths is not None, "shapes.lengths should be null where rows are not padded"),
             (self.model_file not in self.files, f"files lacks the model, {self.model_file}"),
             (self.tokenizer.file not in self.files, f"files lacks the tokenizer, {self.tokenizer.file}"),

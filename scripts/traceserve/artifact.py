@@ -115,4 +115,6 @@ def describe(shapes: Shapes, max_length: int) -> str:
         lengths = "length " + ", ".join(map(str, shapes.lengths))
     batches = "any batch" if shapes.batches is None else "batch " + ", ".join(map(str, shapes.batches))
     padding = "" if shapes.padded else ", without padding"
+    if shapes.shortest > 1:
+        padding += f", rows below {shapes.shortest} tokens padded to that"
     return f"{lengths}, {batches}{padding}" + (", a graph for each" if shapes.graph_per_shape else "")

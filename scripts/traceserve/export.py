@@ -269,10 +269,10 @@ class _Attempt:
         sides = dict.fromkeys((lowered.padding_side, own_side))
         for shapes in candidate_shapes(self.config, lowered.max_length):
             for side in sides:
-                yield replace(lowered, padding_side=side), shapes
+                yield replace(lowered, padding_side=side), replace(shapes, shortest=lowered.shortest)
         if any(findings.padding_changes for findings, tried, _ in drifted if tried.model is lowered.model):
             for shapes in unpadded(self.config):
-                yield lowered, shapes
+                yield lowered, replace(shapes, shortest=lowered.shortest)
 
     def _proven(self, lowered: Original, shapes: Shapes, folder: Path) -> Tuple[Manifest, Findings]:
         """The artifact, and what the gate found of it.

@@ -17,7 +17,15 @@ from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import ModelFacts
 
 from traceserve import gguf
-from traceserve.checkpoints import case, conversion, generation, languages, sentence_transformers, tokenizers
+from traceserve.checkpoints import (
+    case,
+    conversion,
+    generation,
+    languages,
+    sentence_transformers,
+    short_rows,
+    tokenizers,
+)
 from traceserve.checkpoints.conversion import PIECES_FILE, Converted
 from traceserve.checkpoints.labels import labels as checkpoint_labels
 from traceserve.checkpoints.lengths import max_length
@@ -52,6 +60,8 @@ class Original:
     case_note: Optional[str] = None  # of do_lower_case
     arrays: Dict[str, Any] = field(default_factory=dict)  # what the task itself computes with, float32
     kept: Tuple[str, ...] = ()  # the layers that are left in float32 all the same
+    shortest: int = 1  # the least tokens of a row that the model can read; shorter ones are padded to it
+    per_token: Tuple[str, ...] = ()  # the outputs that have a value for each token
 
     @property
     def tokenizer_facts(self) -> TokenizerFacts:
@@ -75,8 +85,22 @@ class Original:
     @property
     def note(self) -> Optional[str]:
         """What the user should know of it."""
+        notes = [self._short_note, self.case_note if self.known_tokens is None else self._tokens_note]
+        return "\n".join(note for note in notes if note) or None
+
+    @property
+    def _short_note(self) -> Optional[str]:
+        if self.shortest == 1:
+            return None
+        return (
+            f"transformers' own {type(self.model).__name__} fails on rows below {self.shortest} tokens (special ones "
+            "included): they are padded to that length"
+        )
+
+    @property
+    def _tokens_note(self) -> Optional[str]:
         if self.known_tokens is None:
-            return self.case_note
+            return None
         more = len(self.tokenizer) - self.known_tokens
         return (
             f"the tokenizer has {more:,} added token{'s' * (more > 1)} that the model has no embedding for: a text with one "
@@ -126,13 +150,15 @@ def load(config: SetupConfig, checkpoint: Checkpoint, config_folder: Path) -> Or
     case_note = case.check(config, tokenizer)
     case.follow_sentence_transformers(checkpoint, tokenizer)
     labels = checkpoint_labels(config, model, config_folder) if task.labelled else ()
+    most = max_length(config, checkpoint, model, tokenizer)
+    shortest = 1 if task.loop else short_rows.shortest(model, tokenizer, inputs, most)
     embedding = sentence_transformers.read(checkpoint) if task.reads_vectors else Embedding()
     facts = _model_facts(model, tokenizer, checkpoint, labels, generation.settle(model, task), embedding)
     return Original(
         model=model,
         tokenizer=tokenizer,
         inputs=inputs,
-        max_length=max_length(config, checkpoint, model, tokenizer),
+        max_length=most,
         labels=labels,
         parameters={**task.defaults(facts), **config.parameters},
         facts=task.facts(facts),
@@ -142,6 +168,8 @@ def load(config: SetupConfig, checkpoint: Checkpoint, config_folder: Path) -> Or
         known_tokens=tokenizers.known_tokens(config, model, tokenizer),
         case_note=case_note,
         arrays=embedding.arrays,
+        shortest=shortest,
+        per_token=tuple(output.name for output in task.outputs if output.per_token),
     )
 
 

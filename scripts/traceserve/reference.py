@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 from traceserve_runtime.batching import Arrays
@@ -121,7 +121,10 @@ def run_original(original: Original, row: Row, outputs: Sequence[str]) -> Arrays
 
 
 def run_originals(original: Original, rows: Sequence[Row], outputs: Sequence[str]) -> List[Arrays]:
-    """The original's outputs for rows of one length, without padding: each as the row has it, without the batch."""
+    """The original's outputs for rows of one length, without padding: each as the row has it, without the batch.
+
+    With padding only where the original cannot read so short ones.
+    """
     import torch
 
     columns = {
@@ -129,10 +132,32 @@ def run_originals(original: Original, rows: Sequence[Row], outputs: Sequence[str
         "attention_mask": [[1] * row.length for row in rows],
         "token_type_ids": [row.encoding.type_ids for row in rows],
     }
+    length, own = rows[0].length, None
+    if length < original.shortest:
+        columns, own = _lengthened(original, columns, length)
     with torch.no_grad():
         result = original.model(**{name: torch.tensor(columns[name]) for name in original.inputs})
     arrays = {name: result[name].float().numpy() for name in outputs}
+    if own is not None:
+        arrays.update({name: arrays[name][:, own] for name in original.per_token})
     return [{name: array[i] for name, array in arrays.items()} for i in range(len(rows))]
+
+
+def _lengthened(
+    original: Original, columns: Dict[str, List[List[int]]], length: int
+) -> Tuple[Dict[str, List[List[int]]], slice]:
+    """Rows of this length padded to the shortest that the original can read, and where their own tokens are."""
+    facts = original.tokenizer_facts
+    fillers = {"input_ids": facts.pad_id, "attention_mask": 0, "token_type_ids": facts.pad_type_id}
+    missing = original.shortest - length
+    on_right = facts.padding_side == "right"
+
+    def padded(name: str, row: List[int]) -> List[int]:
+        filling = [fillers[name]] * missing
+        return [*row, *filling] if on_right else [*filling, *row]
+
+    own = slice(0, length) if on_right else slice(missing, original.shortest)
+    return {name: [padded(name, row) for row in rows] for name, rows in columns.items()}, own
 
 
 def run_forced(original: Original, loop: str, row: Row) -> Arrays:

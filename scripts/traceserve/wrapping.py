@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-from typing import Any, Callable, Iterator, Sequence, Tuple
+from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from traceserve_runtime.runtimes.calling import Single
@@ -125,8 +125,54 @@ def windows_by_unfold() -> Iterator[None]:
 @contextlib.contextmanager
 def traceable(model: torch.nn.Module) -> Iterator[None]:
     """What torch's tracer needs of a model to be written out."""
-    with masks_without_vmap(), forward_alone(), windows_by_unfold(), plain_names(model):
+    with masks_without_vmap(), forward_alone(), windows_by_unfold(), positions_by_length(model), plain_names(model):
         yield
+
+
+@contextlib.contextmanager
+def positions_by_length(model: torch.nn.Module) -> Iterator[None]:
+    """Let Funnel compute its relative positions from the length: transformers lists them in Python, which a trace holds fast.
+
+    A list is an arithmetic series: block b's positions begin at 1 - 2**b where the first token stands apart, else at 0, and
+    are 2**b apart. So its first member, its length and its step are as good, and are known of any length.
+    """
+    kinds = {type(part) for part in model.modules() if type(part).__name__ == "FunnelAttentionStructure"}
+    own = {kind: kind.get_position_embeds for kind in kinds}  # type: ignore[attr-defined]
+
+    def encodings(structure: Any, length: Any, dtype: torch.dtype, device: torch.device) -> Any:
+        config = structure.config
+        if config.attention_type == "factorized":  # which lists nothing
+            return own[type(structure)](structure, length, dtype, device)
+        half = config.d_model // 2
+        frequencies = 1 / (10000 ** (torch.arange(0, half, dtype=torch.int64, device=device).to(dtype) / half))
+
+        def encoded(greatest: Any, least: Any, stride: int) -> torch.Tensor:
+            distances = torch.arange(greatest, least - 1, -stride, dtype=torch.int64, device=device).to(dtype)
+            angles = distances[:, None] * frequencies[None]
+            return torch.cat([torch.sin(angles), torch.cos(angles)], dim=-1)
+
+        made: List[List[Optional[torch.Tensor]]] = []
+        first, count = 0, length
+        for block in range(config.num_blocks):
+            stride, pooling = 2**block, None
+            if block:
+                last = first + (count - 1) * (stride // 2)
+                before = first
+                if config.separate_cls:
+                    first, count = 1 - stride, 1 + (count - int(config.truncate_seq)) // 2
+                else:
+                    count = (count + 1) // 2
+                pooling = encoded(first - before + count * stride, first - last, stride // 2)
+            made.append([encoded(count * stride, (1 - count) * stride, stride), pooling])
+        return made
+
+    for kind in kinds:
+        kind.get_position_embeds = encodings  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for kind, function in own.items():
+            kind.get_position_embeds = function  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
@@ -157,11 +203,13 @@ def plain_names(model: torch.nn.Module) -> Iterator[None]:
 
 
 def example(original: Original, batch: int, length: int) -> Tuple[torch.Tensor, ...]:
-    """Inputs to trace with, int64 of shape (batch, length): whole texts, special tokens included, and padding.
+    """Inputs to trace with, int64 of shape (batch, length): whole texts, special tokens included, and padding. They are
+    longer where the model cannot read so short ones.
 
     Batch and length should be above 1, and the mask hold padding: a trace at 1, or without, has been seen to be wrong
     at other shapes. Every row has its special tokens, since some models (BART's classifier) look for them.
     """
+    length = max(length, original.shortest)
     facts = original.tokenizer_facts
     padding = {"input_ids": facts.pad_id, "attention_mask": 0, "token_type_ids": facts.pad_type_id}
     columns = {name: torch.full((batch, length), padding[name]) for name in original.inputs}

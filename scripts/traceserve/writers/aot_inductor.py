@@ -64,7 +64,7 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
     """Write `folder/model.pt2`; see Writer. Raises ExportError with the reason of torch or the compiler."""
     import torch
 
-    from traceserve.wrapping import masks_without_vmap
+    from traceserve.wrapping import masks_without_vmap, positions_by_length
 
     module, inputs = _module(original, task, shapes)
     # Of the package and its copy without sources. Torch's writer of packages aborts the process on a full disk.
@@ -73,7 +73,7 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
     exported: Any = torch.export
     inductor: Any = torch._inductor
     try:
-        with _quiet(), masks_without_vmap(), torch.no_grad():
+        with _quiet(), masks_without_vmap(), positions_by_length(original.model), torch.no_grad():
             program = exported.export(module, inputs, dynamic_shapes=(_sizes(shapes, len(inputs)),))
         with _quiet(), torch.no_grad(), tempfile.TemporaryDirectory(prefix=".compiled.", dir=folder) as scratch:
             package = str(Path(scratch, MODEL_FILE))

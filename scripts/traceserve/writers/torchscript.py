@@ -87,7 +87,7 @@ def _unpadded(original: Original, file: Path) -> Optional[Unpadded]:
     from traceserve.wrapping import example
     from traceserve.writers import axes, unpadding
 
-    if original.max_length < max(length for _, length in axes.SHAPES):
+    if original.max_length < max(length for _, length in axes.SHAPES) or original.shortest > 5:
         return None
     shapes = [*axes.SHAPES, (1, 5), (5, min(20, original.max_length))]
     examples = [example(original, batch, length) for batch, length in shapes]
