@@ -49,6 +49,7 @@ KEYS: Dict[str, Tuple[Any, List[Tuple[Any, Any]]]] = {
     "max_batch_delay": (1, [(2, 2), (10_000, 10_000), ("50", 50)]),
     "version": ("1.0", [("1.0", "1.0"), ("2026-11-26", "2026-11-26"), ("v2_b", "v2_b")]),
     "response_timeout": (300, [(1, 1), ("900", 900)]),
+    "client_timeout": (None, [(1, 1), ("30000", 30_000), (None, None)]),
 }
 LAST_TASKS = "{!r} or {!r}".format(*list(TASKS)[-2:])
 VALUES = [(key, given, meant) for key, (_, values) in KEYS.items() for given, meant in values]
@@ -119,6 +120,8 @@ BAD: List[Tuple[str, Any, str]] = [
     ("max_batch_delay", 10_001, "less than or equal to 10000"),
     ("response_timeout", 0, "greater than or equal to 1"),
     ("response_timeout", "5s", "integer"),
+    ("client_timeout", 0, "greater than or equal to 1"),
+    ("client_timeout", 100_000_000, "less than or equal to 86400000"),
 ]
 
 

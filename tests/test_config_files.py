@@ -18,6 +18,7 @@ maxWorkers: 2
 batchSize: 8
 maxBatchDelay: 50
 responseTimeout: 120
+clientTimeoutInMills: 60000
 deviceType: "gpu"
 handler:
   model_name: bert-base-uncased
@@ -61,6 +62,7 @@ def test_the_examples_yaml(name: str, tmp_path: Path) -> None:
     )
     assert (config.num_labels, config.max_length) == (2, 150)
     assert (config.batch_size, config.max_batch_delay, config.response_timeout) == (8, 50, 120)
+    assert config.client_timeout == 60_000
     told = [note.split(" has no meaning here: ")[0] for note in loaded.notes]
     for key in ("minWorkers", "maxWorkers", "deviceType", "pt2", "captum_explanation", "BetterTransformer"):
         assert key in told

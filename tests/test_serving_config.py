@@ -29,7 +29,7 @@ from traceserve_runtime import processor
 from traceserve_runtime.manifest import MANIFEST_FILE, Manifest, sha256
 
 BUILT = Serving(batch_size=64, max_batch_delay=1, response_timeout=300)
-TUNED = replace(BUILT, batch_size=8, workers=2, threads=1, length_step=8, pack_weights=True)
+TUNED = replace(BUILT, batch_size=8, workers=2, threads=1, length_step=8, pack_weights=True, client_timeout=30_000)
 whole = st.integers(1, 10_000)
 maybe = st.none() | whole
 servings = st.builds(
@@ -38,6 +38,7 @@ servings = st.builds(
     max_batch_delay=whole,
     response_timeout=whole,
     startup_timeout=whole,
+    client_timeout=maybe,
     workers=maybe,
     threads=maybe,
     length_step=maybe,
@@ -58,6 +59,7 @@ def test_the_keys_that_torchserve_and_the_handler_read() -> None:
         "maxBatchDelay": 1,
         "responseTimeout": 300,
         "startupTimeout": 300,
+        "clientTimeoutInMills": 30_000,
         "minWorkers": 2,
         "maxWorkers": 2,
         "handler": {"threads": 1, "length_step": 8, "pack_weights": True},

@@ -83,7 +83,9 @@ def write(
 
 def _serving(config: SetupConfig) -> str:
     """model-config.yaml, which TorchServe reads from the archive; `traceserve tune` adds what it finds."""
-    serving = Serving(config.batch_size, config.max_batch_delay, config.response_timeout)
+    serving = Serving(
+        config.batch_size, config.max_batch_delay, config.response_timeout, client_timeout=config.client_timeout
+    )
     return serving.to_yaml()
 
 

@@ -123,6 +123,13 @@ class SetupConfig(BaseModel):
     response_timeout: int = Field(
         300, ge=1, description="Seconds after which TorchServe gives up a batch and restarts its worker"
     )
+    client_timeout: Optional[int] = Field(
+        None,
+        ge=1,
+        le=86_400_000,
+        description="Milliseconds after which TorchServe drops a request: one that still waits for the worker then is not "
+        "computed, and **no answer is sent, not even an error**, to a client that is still there. `null`: never",
+    )
 
     @field_validator("*", mode="before")
     @classmethod

@@ -13,7 +13,12 @@ from traceserve.errors import ConfigError
 _YAML = (".yaml", ".yml")
 _HANDLER = "handler"  # under which the example's handler finds its settings
 # TorchServe's keys that an archive has from the configuration, under their names here.
-_TAKEN = {"batchSize": "batch_size", "maxBatchDelay": "max_batch_delay", "responseTimeout": "response_timeout"}
+_TAKEN = {
+    "batchSize": "batch_size",
+    "maxBatchDelay": "max_batch_delay",
+    "responseTimeout": "response_timeout",
+    "clientTimeoutInMills": "client_timeout",
+}
 _WORKERS = "`traceserve serve --workers` says how many there are"
 _ONE_DEVICE = "a model runs on one device; more workers use more devices"
 # Its keys that are not taken, and what is there in their place.

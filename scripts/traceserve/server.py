@@ -26,6 +26,8 @@ from traceserve.errors import ServerError
 from traceserve.instances import Instance
 from traceserve.serving import Serving
 
+_SLACK = 0.5  # seconds that an answer may be on its way after the frontend's own limit
+
 _LONGEST_SOCKET_PATH = 103  # in bytes: of macOS; Linux has 107
 _FOLDER = re.compile(r"traceserve-\d+-[a-z0-9_]{8}")  # as _new_folder names them
 DEFAULT_PORT = 8080
@@ -66,7 +68,8 @@ def start(
             for name, manifest in manifests.items():
                 if progress:
                     progress(f"waiting for {name} to answer")
-                _wait_for_answer(instance, name, _sample(manifest), time.monotonic() + timeout)
+                patience = (wanted[name].client_timeout or float("inf")) / 1000 + _SLACK
+                _wait_for_answer(instance, name, _sample(manifest), time.monotonic() + timeout, patience)
         except BaseException:  # an interrupt too: nobody else knows of what was started
             instances.end_started_in(folder)
             raise
@@ -205,12 +208,16 @@ def _sample(manifest: Manifest) -> Dict[str, Any]:
     return TASKS[manifest.task].sample_body(manifest.facts)
 
 
-def _wait_for_answer(instance: Instance, name: str, canary: Dict[str, Any], deadline: float) -> None:
+def _wait_for_answer(
+    instance: Instance, name: str, canary: Dict[str, Any], deadline: float, patience: float = float("inf")
+) -> None:
     """Ask until an answer comes. The frontend keeps a request while it has no worker, for as long as it takes: so it is
-    asked in a thread, and the worker's log is watched meanwhile."""
-    outcome: List[Optional[Exception]] = []
+    asked in a thread, and the worker's log is watched meanwhile.
 
-    def ask() -> None:
+    What has waited for `patience` seconds was dropped by the frontend, which tells nobody: then it is asked again.
+    """
+
+    def ask(outcome: List[Optional[Exception]]) -> None:
         try:
             client.predict(instance.url, name, canary, key=instance.key, timeout=max(1.0, deadline - time.monotonic()))
             outcome.append(None)
@@ -218,10 +225,11 @@ def _wait_for_answer(instance: Instance, name: str, canary: Dict[str, Any], dead
             outcome.append(error)
 
     while time.monotonic() < deadline:
-        outcome.clear()
-        thread = threading.Thread(target=ask, daemon=True)
+        outcome: List[Optional[Exception]] = []
+        thread = threading.Thread(target=ask, args=(outcome,), daemon=True)
         thread.start()
-        while not outcome and time.monotonic() < deadline:
+        ends = min(deadline, time.monotonic() + patience)
+        while not outcome and time.monotonic() < ends:
             thread.join(0.05)
             _check_alive(instance, name)
         if outcome and outcome[0] is None:

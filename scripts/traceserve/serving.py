@@ -20,6 +20,7 @@ _KEYS = {
     "max_batch_delay": "maxBatchDelay",
     "response_timeout": "responseTimeout",
     "startup_timeout": "startupTimeout",
+    "client_timeout": "clientTimeoutInMills",
 }
 _HANDLER_KEYS = {field: field for field in Settings._fields}
 _HANDLER = "handler"
@@ -34,6 +35,7 @@ class Serving:
     max_batch_delay: int  # in milliseconds
     response_timeout: int  # in seconds
     startup_timeout: int = 300  # in seconds
+    client_timeout: Optional[int] = None  # in milliseconds; TorchServe drops older requests without an answer
     workers: Optional[int] = None  # processes
     threads: Optional[int] = None  # of each worker, within one operator
     length_step: Optional[int] = None  # rows are padded up to a multiple of it
@@ -42,6 +44,7 @@ class Serving:
     def to_yaml(self) -> str:
         """The file's text. Both timeouts always: any YAML makes its own defaults win over config.properties."""
         content: Dict[str, Any] = {key: getattr(self, field) for field, key in _KEYS.items()}
+        content = {key: value for key, value in content.items() if value is not None}
         if self.workers is not None:
             content.update(dict.fromkeys(_WORKERS, self.workers))
         handler = {key: getattr(self, field) for field, key in _HANDLER_KEYS.items()}
