@@ -24,6 +24,7 @@ DEPENDING_ON_TRANSFORMERS = [
             "pretrained",
             "curated",
             "gguf",
+            "adapters",
             "unpadding",
         )
     ),

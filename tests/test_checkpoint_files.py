@@ -99,16 +99,6 @@ def test_json_that_is_none(checkpoint: Make, tmp_path: Path) -> None:
         fetch("mine", tmp_path)
 
 
-def test_an_adapter(checkpoint: Make, tmp_path: Path) -> None:
-    (tmp_path / "mine").mkdir()
-    edit(tmp_path / "mine" / "adapter_config.json", peft_type="LORA", base_model_name_or_path="org/base")
-    (tmp_path / "mine" / "adapter_model.safetensors").write_bytes(b"")
-    with pytest.raises(
-        SourceError, match="mine is a LORA adapter .* of org/base, .*pip install peft.*merge_and_unload"
-    ):
-        fetch("mine", tmp_path)
-
-
 def test_setfit(checkpoint: Make, tmp_path: Path) -> None:
     folder = copied(checkpoint, tmp_path / "mine", "bert")
     (folder / "model_head.pkl").write_bytes(b"")

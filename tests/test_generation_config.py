@@ -247,6 +247,21 @@ def test_the_prefix_of_a_text_to_text_model(checkpoint: Checkpoint, tmp_path: Pa
     assert end == len(text) and len(whole) in (127, 128, 129)
 
 
+def test_settings_for_other_pipelines_are_told(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    params = {"summarization": {"min_length": 30}, "text2text-generation": {"num_beams": 2}, "translation_en_to_de": {}}
+
+    def note(architecture: str, name: str) -> Any:
+        source = edit(copy(checkpoint, tmp_path / architecture, architecture), task_specific_params=params)
+        config, _ = parse({"model_name": str(source), "task": name})
+        return sources.fetch(config, tmp_path).note
+
+    assert note("bart", "text2text_generation") == (
+        "config.json's task_specific_params has settings for summarization, which the task text2text_generation does not "
+        "read: what should hold of them goes into parameters, or into a request"
+    )
+    assert "settings for summarization, text2text-generation, which" in note("gpt2", "text_generation")
+
+
 def test_the_prefix_of_a_decoder(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """Written before each prompt, not told, and not counted in max_length, as in the pipeline."""
     params = {

@@ -185,7 +185,7 @@ def keys_of(kind: str) -> List[str]:
             "pieces",
             "embeddings",
         ],
-        "source": ["name", "kind", "library", "revision", "trust_remote_code", "files"],
+        "source": ["name", "kind", "library", "revision", "trust_remote_code", "files", "base"],
     }
     if kind == "nested":
         return [f"{outer}.{inner}" for outer, inners in nested.items() for inner in inners]

@@ -84,6 +84,16 @@ class TokenizerFacts:
 
 
 @dataclass(frozen=True)
+class Base:
+    """The checkpoint that an adapter was trained on, and that it is merged into; `files` as a Source's."""
+
+    name: str
+    kind: str
+    revision: Optional[str]
+    files: Dict[str, str]
+
+
+@dataclass(frozen=True)
 class Source:
     """Where the checkpoint came from; `files` holds the SHA-256 of each of its files."""
 
@@ -93,6 +103,7 @@ class Source:
     revision: Optional[str]
     trust_remote_code: bool
     files: Dict[str, str]
+    base: Optional[Base] = None  # of an adapter
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from traceserve_runtime.manifest import Manifest, Shapes, Source, sha256
 from traceserve_runtime.tasks import TASKS
 
 from traceserve import formats, libraries, space
+from traceserve.checkpoints import adapters
 from traceserve.config import SetupConfig
 from traceserve.errors import ExportError, UnwritableError
 from traceserve.loading import Original
@@ -72,7 +73,7 @@ def write(
         parameters=original.parameters,
         facts={**original.facts, **written.facts},
         source=source,
-        versions={**_versions(config), **written.versions},
+        versions={**_versions(config, source), **written.versions},
         files={file: sha256(folder / file) for file in sorted(files)},
         runtime=written.runtime,
         version=config.version,
@@ -89,18 +90,20 @@ def _serving(config: SetupConfig) -> str:
     return serving.to_yaml()
 
 
-def _versions(config: SetupConfig) -> Dict[str, str]:
+def _versions(config: SetupConfig, source: Source) -> Dict[str, str]:
     import tokenizers
     import torch
     import transformers
 
+    packages = libraries.packages(config.library, config.gguf_file)
+    packages += adapters.PACKAGES if source.base is not None else ()
     return {
         "traceserve": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "tokenizers": tokenizers.__version__,
-        **{package: metadata.version(package) for package in libraries.packages(config.library, config.gguf_file)},
+        **{package: metadata.version(package) for package in packages},
     }
 
 

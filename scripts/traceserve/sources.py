@@ -6,20 +6,25 @@ import glob
 import importlib.util
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional
 
-from traceserve_runtime.manifest import Source, sha256
+from traceserve_runtime.manifest import Base, Source, sha256
 
-from traceserve.checkpoints import files, sentence_transformers, task
+from traceserve.checkpoints import adapters, files, sentence_transformers, task
 from traceserve.config import AUTO_TASK, SetupConfig
 from traceserve.errors import SourceError, some
+
+if TYPE_CHECKING:
+    from traceserve.checkpoints.adapters import Adapter
 
 # What a checkpoint is made of, and what a hub may hold beside it for other libraries.
 _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.spm", "*.tiktoken", "*.bpe", "*.jinja", "*/config.json"]
 _SAFETENSORS = ["*.safetensors"]
 _PICKLES = ["pytorch_model*.bin"]
+_ADAPTER_PICKLE = ["adapter_model.bin"]
 _CODE = ["*.py"]
 _CARD = ["README.md"]  # which may say what a model is for
+_PARTLY = " (the hub's cache may hold a part of it only: download it once while online, or name a folder)"
 _NOT_NEEDED = ["onnx/*", "openvino/*", "*.onnx", "*/model*.safetensors"]
 
 
@@ -36,6 +41,7 @@ class Checkpoint:
     task_found: str = ""  # by what; empty where it was configured
 
     root: Optional[Path] = None  # of modules.json, where the model lies in a folder beside it, as 0_Transformer
+    adapter: Optional[Adapter] = None  # where the folder is what an adapter and its base are joined in, without weights
 
     @property
     def pickled(self) -> bool:
@@ -56,7 +62,11 @@ class Checkpoint:
 
     def source(self, config: SetupConfig) -> Source:
         """What the manifest records: name, revision, and the SHA-256 of each file that a model may be read from."""
-        patterns = _SMALL_FILES + (_PICKLES if self.pickled else _SAFETENSORS)
+        if self.adapter is not None:
+            base = self.adapter.base.source(config)
+            told = Base(self.adapter.base_name, base.kind, base.revision, base.files)
+            return replace(self.adapter.stored.source(config), base=told)
+        patterns = _SMALL_FILES + (_PICKLES + _ADAPTER_PICKLE if self.pickled else _SAFETENSORS)
         patterns += _CODE if config.trust_remote_code else []
         patterns = [self.gguf_file] if self.gguf_file else patterns
         root = self.root or self.folder
@@ -73,7 +83,12 @@ class Checkpoint:
 
 
 def fetch(config: SetupConfig, config_folder: Path) -> Checkpoint:
-    """The checkpoint that `config` names, downloaded if need be; raises SourceError."""
+    """The checkpoint that `config` names, downloaded if need be; raises SourceError, ExportError."""
+    checkpoint = _located(config, config_folder)
+    return _checked(replace(checkpoint, gguf_file=config.gguf_file), config)
+
+
+def _located(config: SetupConfig, config_folder: Path) -> Checkpoint:
     scheme, colon, rest = config.model_name.partition(":")
     if colon and scheme in SCHEMES:
         _check_no_revision(config, scheme)
@@ -83,7 +98,15 @@ def fetch(config: SetupConfig, config_folder: Path) -> Checkpoint:
         checkpoint = Checkpoint(folder.resolve(), "folder") if folder.is_dir() else _from_hub(config, folder)
     if checkpoint.kind != "hub":
         _check_no_revision(config, checkpoint.kind)
-    return _checked(replace(checkpoint, gguf_file=config.gguf_file), config)
+    return checkpoint
+
+
+def _base(config: SetupConfig, config_folder: Path) -> Checkpoint:
+    """An adapter's base: a whole checkpoint, whatever its head."""
+    checkpoint = _located(config, config_folder)
+    folder = sentence_transformers.folder_of(checkpoint.folder, files.read_json(checkpoint.folder / "modules.json"))
+    _check_whole(folder, config, checkpoint.kind)
+    return replace(checkpoint, folder=folder, root=checkpoint.folder if folder != checkpoint.folder else None)
 
 
 def _check_no_revision(config: SetupConfig, kind: str) -> None:
@@ -138,10 +161,14 @@ def _from_hub(config: SetupConfig, folder: Path) -> Checkpoint:
             snapshot = download([glob.escape(config.gguf_file)])
         else:
             card = _CARD if config.task == AUTO_TASK else []
-            task.check_early(config, download([*_SMALL_FILES, *card, *code]))
+            small = download([*_SMALL_FILES, *card, *code])
+            if adapters.is_one(small):
+                adapters.check(small, config.model_name)
+            else:
+                task.check_early(config, small)
             snapshot = download(_SMALL_FILES + _SAFETENSORS + code)
             if not any(snapshot.glob("*.safetensors")):
-                download(_PICKLES)
+                download(_PICKLES + _ADAPTER_PICKLE)
             _download_modules(snapshot, config)
     except HFValidationError:
         raise SourceError(f"{what} is neither a folder ({folder} does not exist) nor a valid hub id") from None
@@ -180,8 +207,7 @@ def _download_modules(snapshot: Path, config: SetupConfig) -> None:
 
 def _checked(checkpoint: Checkpoint, config: SetupConfig) -> Checkpoint:
     folder = checkpoint.folder
-    partly = " (the hub's cache may hold a part of it only: download it once while online, or name a folder)"
-    hint = partly if checkpoint.kind == "hub" else ""
+    hint = _PARTLY if checkpoint.kind == "hub" else ""
     if checkpoint.gguf_file:
         if not (folder / checkpoint.gguf_file).is_file():
             known = some(sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.gguf"))) or "none"
@@ -192,6 +218,19 @@ def _checked(checkpoint: Checkpoint, config: SetupConfig) -> Checkpoint:
     folder = sentence_transformers.folder_of(folder, files.read_json(folder / "modules.json"))
     if folder != checkpoint.folder:
         checkpoint = replace(checkpoint, folder=folder, root=checkpoint.folder)
+    if adapters.is_one(folder):
+        checkpoint = adapters.join(checkpoint, config, _base)
+    else:
+        _check_whole(folder, config, checkpoint.kind)
+    checkpoint = _with_task(checkpoint, config)
+    note = files.check(checkpoint, config.model_copy(update={"task": checkpoint.task}))
+    notes = "\n".join(line for line in (checkpoint.note, note) if line)
+    return replace(checkpoint, note=notes or None)
+
+
+def _check_whole(folder: Path, config: SetupConfig, kind: str) -> None:
+    """Raise SourceError unless a folder holds a whole model."""
+    hint = _PARTLY if kind == "hub" else ""
     files.check_kind(folder, config.model_name)
     if not (folder / "config.json").is_file():
         raise SourceError(
@@ -203,10 +242,7 @@ def _checked(checkpoint: Checkpoint, config: SetupConfig) -> Checkpoint:
             + files.pickled_models(folder)
         )
     files.check_json(folder)
-    checkpoint = _with_task(checkpoint, config)
-    note = files.check(checkpoint, config.model_copy(update={"task": checkpoint.task}))
-    notes = "\n".join(line for line in (checkpoint.note, note) if line)
-    return replace(checkpoint, note=notes or None)
+    files.check_pickles(folder, config.model_name)
 
 
 def _with_task(checkpoint: Checkpoint, config: SetupConfig) -> Checkpoint:

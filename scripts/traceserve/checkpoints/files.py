@@ -66,6 +66,7 @@ HARMLESS = (
         "quant_strategy*",
     )
 )
+VOCABULARIES = ("tokenizer.json", "vocab*.*", "*.model", "*.spm", "*.tiktoken", "*.bpe")  # one of which a tokenizer has
 _LFS = b"version https://git-lfs"
 _MARKS = {b"\xef\xbb\xbf": "UTF-8", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
@@ -92,8 +93,8 @@ def read_json(path: Path) -> Any:
         raise SourceError(f"{path} is no valid JSON: {error}") from None
 
 
-def check_kind(folder: Path, name: str) -> None:
-    """Raise SourceError for a folder of another kind than a checkpoint of transformers, with what to do."""
+def check_pointers(folder: Path, name: str) -> None:
+    """Raise SourceError for a file that git-lfs has not fetched."""
     for path in sorted(folder.glob("*")):
         if path.is_file() and path.stat().st_size < 1024:
             with path.open("rb") as stream:
@@ -102,6 +103,11 @@ def check_kind(folder: Path, name: str) -> None:
                         f"{name}: {path.name} is a pointer of git-lfs in place of the file itself; run `git lfs pull` in "
                         f"{folder}"
                     )
+
+
+def check_kind(folder: Path, name: str) -> None:
+    """Raise SourceError for a folder of another kind than a checkpoint of transformers, with what to do."""
+    check_pointers(folder, name)
     _check_adapter(folder, name)
     if (folder / "config.json").is_file():
         return
@@ -141,6 +147,13 @@ def check_json(folder: Path) -> None:
         read_json(path)
 
 
+def check_pickles(folder: Path, name: str) -> None:
+    """Raise SourceError for pickles of whole models, where a checkpoint's weights are only there as pickles."""
+    if not any(folder.glob("*.safetensors")):
+        for path in sorted(folder.glob("pytorch_model*.bin")):
+            check_pickle(path, name)
+
+
 def check(checkpoint: Checkpoint, config: SetupConfig) -> Optional[str]:
     """What the user should know of the files; raises SourceError for what would change answers and cannot be followed."""
     folder, name = checkpoint.folder, config.model_name
@@ -150,22 +163,28 @@ def check(checkpoint: Checkpoint, config: SetupConfig) -> Optional[str]:
             "a pickle can run any code; train it with a differentiable head or fine-tune a classifier, or serve the "
             "sentence encoder alone from a folder without the head"
         )
-    if checkpoint.pickled:
-        for path in sorted(folder.glob("pytorch_model*.bin")):
-            _check_pickle(path, name)
     task = TASKS[config.task]
     if task.reads_vectors:
         sentence_transformers.read(checkpoint)
     if task.scores_pairs:
         sentence_transformers.check_cross_encoder(checkpoint)
+    notes = []
     if task.loop:
+        unread = generation.unread(checkpoint.read_json("config.json"), task)
+        if unread:
+            notes.append(
+                f"config.json's task_specific_params has settings for {some(unread)}, which the task {config.task} does not "
+                "read: what should hold of them goes into parameters, or into a request"
+            )
         settings = checkpoint.read_json(generation.FILE)
         if settings is not None:
             generation.check(settings)
         else:
             generation.check_legacy(checkpoint.read_json("config.json"))
     unknown = unknown_files(folder)
-    return f"files of the checkpoint that are not known here, and not read: {some(unknown)}" if unknown else None
+    if unknown:
+        notes.append(f"files of the checkpoint that are not known here, and not read: {some(unknown)}")
+    return "\n".join(notes) or None
 
 
 def unknown_files(folder: Path) -> List[str]:
@@ -174,7 +193,13 @@ def unknown_files(folder: Path) -> List[str]:
     return [name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in READ + HARMLESS)]
 
 
+def has_vocabulary(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer."""
+    return any(path for pattern in VOCABULARIES for path in folder.glob(pattern))
+
+
 def _check_adapter(folder: Path, name: str) -> None:
+    """Raise SourceError for an adapter in the place of a base."""
     adapter = read_json(folder / "adapter_config.json")
     if adapter is None:
         return
@@ -186,7 +211,7 @@ def _check_adapter(folder: Path, name: str) -> None:
     )
 
 
-def _check_pickle(path: Path, name: str) -> None:
+def check_pickle(path: Path, name: str) -> None:
     """Raise SourceError for a whole model in the place of weights; nothing is unpickled."""
     classes = sorted({item for item in _globals(path) if not _is_of_weights(item)})
     if classes:

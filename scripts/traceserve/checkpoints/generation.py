@@ -168,9 +168,14 @@ def of_task(config: Mapping[str, Any], task: Any) -> Dict[str, Any]:
 
 
 def unread(config: Mapping[str, Any], task: Any) -> List[str]:
-    """The pipelines that task_specific_params has settings for, and that are not this task's."""
+    """The names under which task_specific_params has settings that this task does not read."""
     params = config.get("task_specific_params")
-    return [name for name in params if not of_task(config, task)] if isinstance(params, Mapping) else []
+    read = of_task(config, task)
+    return [
+        str(name)
+        for name, own in (params.items() if isinstance(params, Mapping) else ())
+        if own and not (read and name == task.pipeline)
+    ]
 
 
 def settle(model: Any, task: Any) -> Dict[str, Any]:

@@ -28,11 +28,11 @@ def by_weights(config: SetupConfig, folder: Path, facts: Mapping[str, Any]) -> O
     """
     stored = shapes(folder)
     classes = [auto_model for auto_model in TABLES if stored and _has(auto_model, facts)]
-    base = _made(BASE, config, folder) if classes else None
+    base = empty(BASE, config, folder) if classes else None
     if base is None:
         return None
     parts = {_part(name) for name, _ in base.named_parameters()}
-    models = {auto_model: _made(auto_model, config, folder) for auto_model in classes}
+    models = {auto_model: empty(auto_model, config, folder) for auto_model in classes}
     fits = [_compare(auto_model, model, stored, parts) for auto_model, model in models.items() if model is not None]
     fitting = [fit.auto_model for fit in fits if not fit.missing and not fit.extra and _is_fit(fit.auto_model, facts)]
     if BOTH in fitting or MASKED in fitting:  # an encoder's two heads have the same weights
@@ -80,7 +80,7 @@ def _compare(auto_model: str, model: Any, stored: Mapping[str, Shape], parts: Co
 def check_labels(config: SetupConfig, folder: Path, facts: Mapping[str, Any], auto_model: str) -> None:
     """Raise SourceError if a classifier's head has not as many outputs as config.json has labels."""
     count, stored = len(labels(facts)), shapes(folder)
-    model = _made(auto_model, config, folder) if stored else None
+    model = empty(auto_model, config, folder) if stored else None
     for name, parameter in model.named_parameters() if model is not None else ():
         shape, made = stored.get(name, ()), tuple(parameter.shape)
         if made[:1] == (count,) != shape[:1] and len(made) == len(shape) == 2 and made[1:] == shape[1:]:
@@ -118,14 +118,19 @@ def _has(auto_model: str, facts: Mapping[str, Any]) -> bool:
     return facts.get("model_type") in getattr(modeling_auto, TABLES[auto_model])
 
 
-def _made(auto_model: str, config: SetupConfig, folder: Path) -> Any:
-    """The auto class's model for this configuration, without weights; None where it cannot be made."""
+def empty(auto_model: str, config: SetupConfig, folder: Path, labels: Optional[int] = None) -> Any:
+    """The auto class's model for this configuration, without weights; None where it cannot be made.
+
+    With another number of `labels` than the configuration's, if there is one.
+    """
     import transformers
 
     # transformers 4.26 hands what it is told here on to the model.
     trust = {"trust_remote_code": True} if config.trust_remote_code else {}
     try:
         own = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **trust)
+        if labels is not None:
+            own.num_labels = labels
         with _without_memory():
             return getattr(transformers, auto_model).from_config(own, **trust)
     except Exception:  # transformers raises whatever its many models do; what matters of it the loader will say
@@ -144,6 +149,10 @@ def _without_memory() -> Iterator[None]:
         yield
 
 
+def _pickles(folder: Path) -> List[Path]:
+    return sorted([*folder.glob("pytorch_model*.bin"), *folder.glob("adapter_model.bin")])
+
+
 def shapes(folder: Path) -> Dict[str, Shape]:
     """Each weight's shape, by its name, from the heads of the files; empty where these cannot be read."""
     import torch
@@ -156,7 +165,7 @@ def shapes(folder: Path) -> Dict[str, Shape]:
             with safe_open(file, "pt") as reader:
                 names = reader.keys()  # not a dict
                 found.update({name: tuple(reader.get_slice(name).get_shape()) for name in names})
-        for file in [] if files else sorted(folder.glob("pytorch_model*.bin")):
+        for file in [] if files else _pickles(folder):
             weights = torch.load(file, map_location="meta", weights_only=True)
             found.update({name: tuple(weight.shape) for name, weight in weights.items()})
     except (SafetensorError, OSError, ValueError, RuntimeError, AttributeError, pickle.UnpicklingError):

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any, Optional
 from traceserve_runtime.tasks import TASKS
 
 from traceserve import gguf
-from traceserve.checkpoints import case, conversion
+from traceserve.checkpoints import case, conversion, files
 from traceserve.errors import ExportError, SourceError, first_line
 
 if TYPE_CHECKING:
     from traceserve.config import SetupConfig
     from traceserve.sources import Checkpoint
 
-_VOCABULARIES = ("tokenizer.json", "vocab*.*", "*.model", "*.spm", "*.tiktoken", "*.bpe")
 _SENTENCEPIECE = ("*.model", "*.spm")
 _READERS = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # package -> module
 
@@ -45,9 +44,11 @@ def load(config: SetupConfig, checkpoint: Checkpoint) -> Any:
             "has the tokenizers package only; convert it to a tokenizer.json first"
         )
     gguf.check_tokenizer(checkpoint, tokenizer)
-    if not in_file and not any(path for pattern in _VOCABULARIES for path in checkpoint.folder.glob(pattern)):
+    if not in_file and not files.has_vocabulary(checkpoint.folder):
         # transformers 5 makes up an empty tokenizer in its place.
-        raise SourceError(f"{config.model_name}: {checkpoint.folder} has no tokenizer ({', '.join(_VOCABULARIES)})")
+        raise SourceError(
+            f"{config.model_name}: {checkpoint.folder} has no tokenizer ({', '.join(files.VOCABULARIES)})"
+        )
     return tokenizer
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Dict, List, Mapping
 
 from traceserve_runtime.tasks import TASKS
 
+from traceserve.checkpoints import adapters
 from traceserve.errors import SourceError, first_line, some
 from traceserve.libraries.contract import Library
 
@@ -30,20 +31,22 @@ def load(config: SetupConfig, checkpoint: Checkpoint) -> Any:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+    weights = checkpoint if checkpoint.adapter is None else checkpoint.adapter.base
     try:
-        with located(checkpoint) as (folder, in_file):
+        with located(weights) as (folder, in_file):
             model, report = auto_model.from_pretrained(
                 folder,
                 local_files_only=True,
                 trust_remote_code=config.trust_remote_code,
                 output_loading_info=True,
-                **(_unpacked(in_file) if in_file else _weights(checkpoint, transformers.__version__)),
+                **(_unpacked(in_file) if in_file else _weights(weights, transformers.__version__)),
+                **adapters.options(checkpoint, config.trust_remote_code),
             )
     except Exception as error:  # transformers raises whatever its many models do
         raise SourceError(
             f"{config.model_name} cannot be loaded as {auto_model.__name__}: {first_line(error)}"
         ) from error
-    missing = _untrained(report, model)
+    model, missing = adapters.merge(config.model_name, checkpoint, model, _untrained(report, model))
     if missing and not config.allow_untrained_head:
         raise SourceError(
             f"{config.model_name} holds no trained weights for the task {config.task} ({some(missing)}), so its answers "
@@ -73,7 +76,10 @@ def _weights(checkpoint: Checkpoint, version: str) -> Dict[str, Any]:
 
 def _untrained(report: Mapping[str, Any], model: Any) -> List[str]:
     """The weights that the checkpoint lacks; an encoder's pooler is no loss where its output is not read."""
-    missing = sorted({*report.get("missing_keys", ()), *(str(k) for k in report.get("mismatched_keys", ()))})
+    mismatched = (
+        key if isinstance(key, str) else key[0] for key in report.get("mismatched_keys", ())
+    )  # or with two shapes
+    missing = sorted({*report.get("missing_keys", ()), *mismatched})
     if type(model).__name__.endswith("Model"):  # without a head
         missing = [key for key in missing if not key.startswith("pooler.")]
     return missing

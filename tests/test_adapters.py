@@ -1,0 +1,341 @@
+"""Adapters of peft: merged with their base, answered as the two beside each other do; or refused in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, Callable, Dict
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import run_export
+from safetensors.torch import load_file, save_file
+from traceserve import loading, sources
+from traceserve.config import parse
+from traceserve.errors import SourceError
+from traceserve.samples import SENTENCES
+from traceserve_runtime.engine import Answer, Engine
+from traceserve_runtime.manifest import sha256
+from traceserve_runtime.tasks.contract import Request
+
+peft = pytest.importorskip("peft", reason="pip install 'traceserve[peft]'")
+
+Make = Callable[..., Path]
+TEXTS = [text for text in SENTENCES if text][:8]
+LAYERS = ["query", "value"]
+KINDS: Dict[str, Dict[str, Any]] = {
+    "LORA": {"r": 4, "target_modules": LAYERS, "init_lora_weights": False},
+    "ADALORA": {"target_modules": LAYERS, "init_lora_weights": False, "total_step": 10},
+    "LOHA": {"r": 4, "target_modules": LAYERS, "init_weights": False},
+    "LOKR": {"r": 4, "target_modules": LAYERS, "init_weights": False},
+    "VERA": {"r": 4, "target_modules": LAYERS, "init_weights": False},
+    "IA3": {
+        "target_modules": [*LAYERS, "intermediate.dense"],
+        "feedforward_modules": ["intermediate.dense"],
+        "init_ia3_weights": False,
+    },
+    "OFT": {"oft_block_size": 4, "target_modules": LAYERS, "init_weights": False},
+    "BOFT": {"boft_block_size": 4, "target_modules": LAYERS, "init_weights": False},
+    "HRA": {"r": 4, "target_modules": LAYERS, "init_weights": False},
+    "FOURIERFT": {"n_frequency": 10, "target_modules": LAYERS},
+    "LN_TUNING": {"target_modules": ["LayerNorm"]},
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_warnings() -> Any:
+    """peft warns of compilers for other hardware while it makes its layers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def adapt(
+    folder: Path, base: Path, auto_model: str, kind: str = "LORA", tokenizer: bool = False, **options: Any
+) -> Any:
+    """Write an adapter with random weights, of the base as the folder beside it; the model with the adapter beside it."""
+    labels = {"num_labels": options.pop("num_labels")} if "num_labels" in options else {}
+    torch.manual_seed(1)
+    model = getattr(transformers, auto_model).from_pretrained(base, ignore_mismatched_sizes=True, **labels)
+    settings = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType[kind]](**{**KINDS[kind], **options})
+    adapted = peft.get_peft_model(model, settings)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape)
+    adapted.save_pretrained(folder, save_embedding_layers=bool(options.get("modules_to_save")))
+    edit(folder / "adapter_config.json", base_model_name_or_path=f"../{base.name}")
+    if tokenizer:
+        transformers.AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return adapted.eval()
+
+
+def edit(path: Path, **keys: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
+
+
+def base_of(checkpoint: Make, tmp_path: Path, architecture: str, auto_model: str, **options: Any) -> Path:
+    return Path(shutil.copytree(checkpoint(architecture, auto_model, **options), tmp_path / "base"))
+
+
+def original(folder: Path, **content: Any) -> loading.Original:
+    config, _ = parse({"model_name": folder.name, **content})
+    with loading.quiet():
+        checkpoint = sources.fetch(config, folder.parent)
+        return loading.load(config.model_copy(update={"task": checkpoint.task}), checkpoint, folder.parent)
+
+
+def fetch(folder: Path, **content: Any) -> sources.Checkpoint:
+    config, _ = parse({"model_name": folder.name, **content})
+    return sources.fetch(config, folder.parent)
+
+
+def logits(model: Any, tokenizer: Any) -> np.ndarray:
+    """Of each text alone, all in one row."""
+    with torch.no_grad():
+        return np.concatenate([model(**tokenizer(text, return_tensors="pt")).logits.ravel().numpy() for text in TEXTS])
+
+
+def test_a_classifier(checkpoint: Make, tmp_path: Path) -> None:
+    """The head is the adapter's, with more labels than the base's configuration has."""
+    base = base_of(checkpoint, tmp_path, "bert", "AutoModel")
+    adapted = adapt(tmp_path / "mine", base, "AutoModelForSequenceClassification", task_type="SEQ_CLS", num_labels=5)
+    exported = run_export(tmp_path / "artifact", {"model_name": str(tmp_path / "mine")})
+    assert exported.manifest.task == "sequence_classification"
+    assert exported.manifest.labels == ("LABEL_0", "LABEL_1", "LABEL_2", "LABEL_3", "LABEL_4")
+    assert "LABEL_4" in str(exported.note) and "index_to_name" in str(exported.note)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    engine = Engine.load(tmp_path / "artifact")
+    for text in TEXTS:
+        [answer] = engine.answer([Request({"text": text}, {"top_k": None})])
+        assert isinstance(answer, Answer)
+        scores = {item["label"]: item["score"] for item in answer.value}
+        with torch.no_grad():
+            expected = adapted(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0].tolist()
+        assert [scores[f"LABEL_{i}"] for i in range(5)] == pytest.approx(expected, abs=1e-4)
+    source = exported.manifest.source
+    assert source.files["adapter_model.safetensors"] == sha256(tmp_path / "mine" / "adapter_model.safetensors")
+    assert source.base is not None and (source.base.name, source.base.kind) == ("../base", "folder")
+    assert source.base.files["model.safetensors"] == sha256(base / "model.safetensors")
+    assert exported.manifest.versions["peft"] == peft.__version__
+
+
+def test_a_text_generator(checkpoint: Make, tmp_path: Path) -> None:
+    base = base_of(checkpoint, tmp_path, "llama", "AutoModelForCausalLM")
+    adapted = adapt(
+        tmp_path / "mine",
+        base,
+        "AutoModelForCausalLM",
+        tokenizer=True,
+        task_type="CAUSAL_LM",
+        target_modules=["q_proj"],
+    )
+    exported = run_export(tmp_path / "artifact", {"model_name": str(tmp_path / "mine")})
+    assert exported.manifest.task == "text_generation"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    made = original(tmp_path / "mine").model
+    assert logits(made, tokenizer) == pytest.approx(logits(adapted, tokenizer), abs=1e-4)
+    engine = Engine.load(tmp_path / "artifact")
+    for text in TEXTS:
+        ids = tokenizer(text, return_tensors="pt")
+        written = adapted.generate(**ids, max_new_tokens=8, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        [answer] = engine.answer([Request({"text": text}, {"max_new_tokens": 8, "return_full_text": False})])
+        assert isinstance(answer, Answer)
+        new = written[0, ids["input_ids"].shape[1] :]
+        assert answer.value[0]["generated_text"] == tokenizer.decode(new, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_is_merged(kind: str, checkpoint: Make, tmp_path: Path) -> None:
+    base = base_of(checkpoint, tmp_path, "bert", "AutoModel")
+    adapted = adapt(tmp_path / "mine", base, "AutoModelForTokenClassification", kind, task_type="TOKEN_CLS")
+    plain = transformers.AutoModelForTokenClassification.from_pretrained(base)
+    with torch.no_grad():
+        plain.classifier.load_state_dict(adapted.base_model.model.classifier.modules_to_save["default"].state_dict())
+    made = original(tmp_path / "mine")
+    expected = logits(adapted, made.tokenizer)
+    assert logits(made.model, made.tokenizer) == pytest.approx(expected, abs=1e-4)
+    assert np.abs(logits(plain.eval(), made.tokenizer) - expected).max() > 1e-3  # the adapter changes answers
+
+
+def test_every_kind_is_tried() -> None:
+    from traceserve.checkpoints.adapters import KINDS as MERGED
+
+    assert set(MERGED) == set(KINDS)
+
+
+@pytest.mark.parametrize("dora", [True, False])
+def test_a_pickle_in_half_precision(dora: bool, checkpoint: Make, tmp_path: Path) -> None:
+    """The merge is in float32, whatever the two are stored in."""
+    base = base_of(checkpoint, tmp_path, "bert", "AutoModel")
+    transformers.AutoModel.from_pretrained(base).to(torch.bfloat16).save_pretrained(base)
+    options = {"task_type": "SEQ_CLS", "use_dora": dora, "use_rslora": dora}
+    adapt(tmp_path / "mine", base, "AutoModelForSequenceClassification", **options)
+    torch.save(load_file(tmp_path / "mine" / "adapter_model.safetensors"), tmp_path / "mine" / "adapter_model.bin")
+    (tmp_path / "mine" / "adapter_model.safetensors").unlink()
+    whole = transformers.AutoModelForSequenceClassification.from_pretrained(base).float()
+    adapted = peft.PeftModel.from_pretrained(whole, tmp_path / "mine").eval()
+    made = original(tmp_path / "mine")
+    assert next(made.model.parameters()).dtype == torch.float32
+    assert logits(made.model, made.tokenizer) == pytest.approx(logits(adapted, made.tokenizer), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("auto_model", "kind", "task"),
+    [
+        ("AutoModelForQuestionAnswering", "QUESTION_ANS", "question_answering"),
+        ("AutoModel", "FEATURE_EXTRACTION", "feature_extraction"),
+        ("AutoModelForTokenClassification", None, "token_classification"),  # by auto_mapping
+    ],
+)
+def test_the_task_is_the_adapter_s(auto_model: str, kind: Any, task: str, checkpoint: Make, tmp_path: Path) -> None:
+    base = base_of(checkpoint, tmp_path, "bert", "AutoModel")
+    options = {} if kind else {"modules_to_save": ["classifier"]}
+    adapt(tmp_path / "mine", base, auto_model, task_type=kind, **options)
+    assert original(tmp_path / "mine").tokenizer is not None
+    assert fetch(tmp_path / "mine").task == task
+    if kind != "FEATURE_EXTRACTION":
+        with pytest.raises(SourceError, match=f'for the task fill_mask: .*set "task": "{task}"'):
+            fetch(tmp_path / "mine", task="fill_mask")
+
+
+def test_a_text2text_writer(checkpoint: Make, tmp_path: Path) -> None:
+    base = base_of(checkpoint, tmp_path, "t5", "AutoModelForSeq2SeqLM")
+    adapt(tmp_path / "mine", base, "AutoModelForSeq2SeqLM", task_type="SEQ_2_SEQ_LM", target_modules=["q", "v"])
+    assert original(tmp_path / "mine").model.config.model_type == "t5"
+    assert fetch(tmp_path / "mine").task == "text2text_generation"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+        {"target_modules": ["q_proj"]},
+        {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]},
+    ],
+    ids=["trained", "saved", "adapted", "some"],
+)
+def test_added_tokens(options: Dict[str, Any], checkpoint: Make, tmp_path: Path) -> None:
+    """The base gets as many embeddings as the adapter has, and the tokenizer is the adapter's."""
+    base = base_of(checkpoint, tmp_path, "llama", "AutoModelForCausalLM")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["<user>", "<robot>"])
+    tokenizer.save_pretrained(tmp_path / "mine")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(len(tokenizer))
+    settings = peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **options)
+    adapted = peft.get_peft_model(model, settings).eval()
+    adapted.save_pretrained(tmp_path / "mine")
+    edit(tmp_path / "mine" / "adapter_config.json", base_model_name_or_path="../base")
+    made = original(tmp_path / "mine")
+    assert len(made.model.get_input_embeddings().weight) == len(tokenizer) == len(made.tokenizer)
+    assert made.known_tokens is None
+    ids = tokenizer("<user> Hello <robot>", return_tensors="pt")
+    with torch.no_grad():
+        assert made.model(**ids).logits.numpy() == pytest.approx(adapted(**ids).logits.numpy(), abs=1e-4)
+
+
+def test_labels(checkpoint: Make, tmp_path: Path) -> None:
+    names = {"id2label": {0: "red", 1: "green", 2: "blue"}, "label2id": {"red": 0, "green": 1, "blue": 2}}
+    base = base_of(checkpoint, tmp_path, "bert", "AutoModelForSequenceClassification", **names)
+    adapt(tmp_path / "same", base, "AutoModelForSequenceClassification", task_type="SEQ_CLS")
+    adapt(tmp_path / "other", base, "AutoModelForSequenceClassification", task_type="SEQ_CLS", num_labels=4)
+    assert original(tmp_path / "same").labels == ("red", "green", "blue")
+    assert "those of the base are taken (red, green, blue)" in str(fetch(tmp_path / "same").note)
+    assert original(tmp_path / "other").labels == ("LABEL_0", "LABEL_1", "LABEL_2", "LABEL_3")
+    (tmp_path / "names.json").write_text('{"0": "a", "1": "b", "2": "c", "3": "d"}')
+    assert original(tmp_path / "other", index_to_name="names.json").labels == ("a", "b", "c", "d")
+    assert "names of labels" not in str(fetch(tmp_path / "other", index_to_name="names.json").note)
+
+
+def test_a_head_that_was_not_saved(checkpoint: Make, tmp_path: Path) -> None:
+    """The base has no pooler, so that one was drawn at random when the adapter was trained, and the adapter lacks it."""
+    base = base_of(checkpoint, tmp_path, "bert", "AutoModelForMaskedLM")
+    adapt(tmp_path / "mine", base, "AutoModelForSequenceClassification", task_type="SEQ_CLS")
+    with pytest.raises(SourceError, match=r"mine holds no trained weights .*\(bert.pooler.dense.bias, [^,]*\)"):
+        original(tmp_path / "mine")
+    file = tmp_path / "mine" / "adapter_model.safetensors"
+    save_file({key: weight for key, weight in load_file(file).items() if "classifier.bias" not in key}, file)
+    with pytest.raises(SourceError, match="the adapter mine lacks the weight base_model.model.classifier.bias"):
+        original(tmp_path / "mine")
+
+
+def test_another_base(checkpoint: Make, tmp_path: Path) -> None:
+    base = base_of(checkpoint, tmp_path, "bert", "AutoModel")
+    adapt(tmp_path / "mine", base, "AutoModelForSequenceClassification", task_type="SEQ_CLS")
+    shutil.rmtree(base)
+    shutil.copytree(checkpoint("roberta", "AutoModel", num_hidden_layers=1), base)
+    with pytest.raises(SourceError, match=r"the adapter mine (does not belong to|cannot be merged into) \.\./base"):
+        original(tmp_path / "mine")
+
+
+def test_a_base_that_is_not_there(checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = base_of(checkpoint, tmp_path, "bert", "AutoModel")
+    adapt(tmp_path / "mine", base, "AutoModelForSequenceClassification", task_type="SEQ_CLS")
+    shutil.rmtree(base)
+    with pytest.raises(SourceError) as raised:
+        fetch(tmp_path / "mine")
+    assert raised.value.message.startswith(
+        "mine is an adapter, and its base cannot be had: ../base is neither a folder"
+    )
+    assert raised.value.message.endswith("its name stands in adapter_config.json as base_model_name_or_path")
+    assert "\n" not in raised.value.message
+    shutil.copytree(tmp_path / "mine", base)
+    with pytest.raises(SourceError, match="its base cannot be had: .*is a LORA adapter .*merge it first"):
+        fetch(tmp_path / "mine")
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"peft_type": "PROMPT_TUNING"}, "of the kind PROMPT_TUNING, which is not merged"),
+        ({"peft_type": None}, "should be a JSON object that names a peft_type"),
+        ({"base_model_name_or_path": None}, "names no base"),
+        ({"task_type": "IMAGE_CLS"}, "task_type IMAGE_CLS, but it should be SEQ_CLS or TOKEN_CLS"),
+        ({"use_magic": True, "peft_version": "9.9"}, "the keys use_magic, which peft .* written by peft 9.9"),
+    ],
+)
+def test_what_is_not_merged(change: Dict[str, Any], complaint: str, checkpoint: Make, tmp_path: Path) -> None:
+    base = base_of(checkpoint, tmp_path, "bert", "AutoModel")
+    adapt(tmp_path / "mine", base, "AutoModelForSequenceClassification", task_type="SEQ_CLS")
+    edit(tmp_path / "mine" / "adapter_config.json", **change)
+    with pytest.raises(SourceError, match=complaint):
+        fetch(tmp_path / "mine")
+
+
+def test_files(checkpoint: Make, tmp_path: Path) -> None:
+    base = base_of(checkpoint, tmp_path, "bert", "AutoModel")
+    adapt(tmp_path / "mine", base, "AutoModelForSequenceClassification", task_type="SEQ_CLS")
+    for name in ("weights.npz", "config.json", "README.md"):
+        (tmp_path / "mine" / name).write_text("{}")
+    assert "files of the adapter that are not read: config.json, weights.npz" in str(fetch(tmp_path / "mine").note)
+    shutil.copyfile(base / "model.safetensors", tmp_path / "mine" / "model.safetensors")
+    with pytest.raises(SourceError, match=r"holds an adapter .* and a whole model \(model.safetensors\)"):
+        fetch(tmp_path / "mine")
+    (tmp_path / "mine" / "model.safetensors").unlink()
+    (tmp_path / "mine" / "adapter_model.safetensors").unlink()
+    with pytest.raises(SourceError, match="no weights of the adapter"):
+        fetch(tmp_path / "mine")
+
+
+def test_without_peft(checkpoint: Make, tmp_path: Path) -> None:
+    base = base_of(checkpoint, tmp_path, "bert", "AutoModel")
+    adapt(tmp_path / "mine", base, "AutoModelForSequenceClassification", task_type="SEQ_CLS")
+    config = tmp_path / "setup_config.json"
+    config.write_text(json.dumps({"model_name": "mine"}))
+    code = (
+        "import sys; sys.modules['peft'] = None; from traceserve.cli import main; "
+        f"sys.argv = ['traceserve', 'build', '--config', {str(config)!r}]; sys.exit(main())"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert ran.returncode != 0
+    said = " ".join(ran.stderr.split())
+    assert "mine is a LORA adapter of ../base, and to merge the two peft must be installed" in said
+    assert "pip install 'traceserve[peft]'" in said and "Traceback" not in said
