@@ -156,7 +156,7 @@ def longest(client: Client, ends: float) -> bytes:
 
 
 def bother(url: str, bodies: Sequence[bytes], connections: int, seconds: float) -> Dict[str, Any]:
-    """Send bodies in turn, in a closed loop; how many were answered, and the latencies of those that were legal."""
+    """Send bodies in turn, in a closed loop; how many were answered, and how many of these with which other status than 2xx."""
     sent = load.run(load.Target(url), bodies, connections=connections, seconds=seconds, warm_up=0.0, timeout=_TIMEOUT)
     return {"answered": sent.requests + sent.failed, "statuses": sent.errors}
 
