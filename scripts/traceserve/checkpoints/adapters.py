@@ -305,7 +305,10 @@ def merge(name: str, checkpoint: Checkpoint, model: Any, missing: List[str]) -> 
                 model = adapted.merge_and_unload(safe_merge=True).eval()
                 difference = _difference(before, _outputs_of(model))
     except KeyError as error:  # of what modules_to_save names
-        raise SourceError(f"the adapter {name} lacks the weight {error.args[0]}: save it anew with peft") from error
+        raise SourceError(
+            f"the adapter {name} lacks the weight {error.args[0]}, which a model of {adapter.base_name} has: save it anew with "
+            f"peft, or correct base_model_name_or_path in its {FILE}"
+        ) from error
     except Exception as error:  # peft raises whatever its many kinds do
         raise SourceError(
             f"the adapter {name} cannot be merged into {adapter.base_name}: {first_line(error)}"
