@@ -12,6 +12,7 @@ from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple, Type
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from conftest import Called, run_export
 from hypothesis import given, settings
@@ -483,6 +484,35 @@ def test_whatever_a_request_meets_in_the_task_it_fails_alone(
     failures.log(answers)
     assert caplog.text.count(f"{type(error).__name__} in ") == 1 and "in broken_here" in caplog.text
     assert POISON not in caplog.text
+
+
+@pytest.mark.parametrize("verb", ["tokenize", "decode"])
+def test_a_panic_of_the_tokenizers_package_is_one_requests_own(verb: str, engine: Engine) -> None:
+    """It is no Exception, and would end the worker."""
+
+    def panic() -> None:
+        tokenizers.Tokenizer.from_file(str(engine.folder / engine.manifest.tokenizer.file)).encode("a a a a").truncate(
+            2, stride=3
+        )
+
+    with pytest.raises(BaseException, match="stride") as raised:
+        panic()
+    assert not isinstance(raised.value, Exception)
+
+    class Panicking(SequenceClassification):
+        def tokenize(self, requests: Sequence[Request], parts: Sequence[Any]) -> Any:
+            if verb == "tokenize" and any(request.inputs["text"] == POISON for request in requests):
+                panic()
+            return super().tokenize(requests, parts)
+
+        def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Any:
+            if verb == "decode" and request.inputs["text"] == POISON:
+                panic()
+            return super().decode(request, rows, outputs)
+
+    first, failed, last = of(Panicking, engine, engine.manifest).answer([ask(t) for t in ("Yes.", POISON, "Yes.")])
+    assert isinstance(first, Answer) and first == last
+    assert type(failed) is TraceserveError and failed.status == 500 and "stride" not in failed.message
 
 
 def test_what_ends_the_process_is_no_requests_own(poisoned: Tuple[Engine, int]) -> None:

@@ -228,7 +228,8 @@ class Engine:
     def _tokenize(self, requests: Sequence[Request], parts: Sequence[Parts]) -> List[Union[Encoded, TraceserveError]]:
         """The rows of each request, or its error; where that fails for all of them, it is done one by one."""
         try:
-            return self.task.tokenize(requests, parts)
+            with failures.panics():
+                return self.task.tokenize(requests, parts)
         except Exception:  # the edge of one request: of which, is not known yet
             alone = [
                 failures.contained("it tokenized this request", partial(self.task.tokenize, [request], [part]))

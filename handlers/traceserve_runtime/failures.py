@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import traceback
-from typing import Callable, Dict, List, Sequence, Tuple, TypeVar, Union
+from contextlib import contextmanager
+from typing import Callable, Dict, Iterator, List, Sequence, Tuple, TypeVar, Union
 
 from traceserve_runtime.errors import ModelFailure, TraceserveError
 
@@ -16,11 +17,27 @@ Result = TypeVar("Result")
 def contained(doing: str, act: Callable[[], Result]) -> Union[Result, TraceserveError]:
     """The result of `act`, or the error that it ends with."""
     try:
-        return act()
+        with panics():
+            return act()
     except TraceserveError as error:
         return error.with_traceback(None)  # whose frames hold what the request holds, until the batch is answered
     except Exception as error:  # the edge of one request
         return unexpected(error, doing)
+
+
+@contextmanager
+def panics() -> Iterator[None]:
+    """Turn a panic of the package tokenizers into a RuntimeError, without its message, which may hold a text.
+
+    pyo3, which connects Rust and Python, derives its PanicException from BaseException, and no module has it by name. Such
+    a panic would end the worker.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise RuntimeError("the package tokenizers panicked").with_traceback(error.__traceback__) from None
 
 
 def unexpected(error: Exception, doing: str) -> TraceserveError:
