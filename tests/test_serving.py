@@ -213,13 +213,15 @@ def test_truncation_is_told(served: Served) -> None:
 def test_too_long_is_413(served: Served) -> None:
     for body, words in (
         ({"text": "word " * 200, "parameters": {"long_inputs": "reject"}}, "tokens"),
-        ({"text": "word " * 5000}, "windows"),
+        ({"text": "word " * 3000}, "tokens"),
+        ({"text": "word " * 5000}, "characters"),
         ({"text": "w" * 2_000_000}, "characters"),
         (["word"] * 65, "texts"),
-        (["word " * 100] * 60, "windows"),
+        (["word " * 20] * 40, "windows"),
+        (["word " * 100] * 60, "characters"),
     ):
         reply = post(served.instance, "quick", json.dumps(body).encode(), "application/json")
-        assert reply.status == 413 and words in reply.json["error"]["message"]
+        assert reply.status == 413 and words in reply.json["error"]["message"], reply.json
 
 
 def malformed() -> List[Tuple[bytes, str]]:
