@@ -28,6 +28,7 @@ from traceserve.serving import SERVING_FILE, Serving
 
 RUNTIME = "traceserve_runtime"
 _ARCHIVER_MANIFEST = "MAR-INF/MANIFEST.json"
+_METADATA = "traceserve.egg-info/"  # an editable installation writes it beside the handler; nothing imports it
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the first date that a zip can hold
 _RUNTIME_SIZE = 1 << 20  # of the handler, the runtime and what describes them, at most
 _LARGEST_RATIO = 1100  # of what deflate makes of zeros
@@ -111,12 +112,12 @@ def unpack(path: Path, folder: Path, only: Sequence[str] = ()) -> None:
 def _check_names(path: Path, names: Sequence[str], manifest: Manifest) -> None:
     """Raise ArchiveError unless the archive holds each file once, and none that the manifest does not name.
 
-    The manifest of one that was packed by hand names no code.
+    The manifest of one that was packed by hand names no code; its folder of handlers may have an installation's metadata.
     """
     known = {*manifest.files, MANIFEST_FILE, _ARCHIVER_MANIFEST, HANDLER_FILE}
     files = [name for name in names if not name.endswith("/")]
     for name in files:
-        if name not in known and not name.startswith(OWN_CODE):
+        if name not in known and not name.startswith((OWN_CODE, _METADATA)):
             raise ArchiveError(
                 f"{path} holds the file {name}, which its {MANIFEST_FILE} does not name; build the archive again"
             )
@@ -156,13 +157,22 @@ def _damaged(path: Path, error: Exception) -> TraceserveError:
         return error
     if isinstance(error, FileNotFoundError):
         return ArchiveError(f"{path} does not exist; `traceserve build` makes it")
-    if not zipfile.is_zipfile(path):
+    if not _is_whole(path):
         return ArchiveError(
             f"{path} is no archive of traceserve, or was not copied whole: {error}; build it, or copy it, again"
         )
     if isinstance(error, KeyError):
         return ArchiveError(f"{path} is no archive of traceserve: {error.args[0]}; `traceserve build` makes one")
     return ArchiveError(f"{path} is damaged: {error}; build it, or copy it, again")
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file is a zip from its first byte on: an archive that was cut behind traced_model.pt ends as that zip does."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return min((info.header_offset for info in file.infolist()), default=0) == 0
+    except (zipfile.BadZipFile, OSError):
+        return False
 
 
 def configure(path: Path, serving: Serving) -> None:
