@@ -10,7 +10,7 @@ from traceserve_runtime.batching import Arrays
 from traceserve_runtime.errors import InvalidRequest, TraceserveError, Unsupported
 from traceserve_runtime.generation import Settings
 from traceserve_runtime.pieces import renumbered
-from traceserve_runtime.tasks.contract import ModelFacts, Request
+from traceserve_runtime.tasks.contract import ModelFacts, Parts, Request
 from traceserve_runtime.tasks.generating import PARAMETERS, Generating, first_id
 from traceserve_runtime.tasks.parameters import Field, Parameter
 from traceserve_runtime.tokenization import Encoded, Row, Segments
@@ -85,8 +85,8 @@ class Text2TextGeneration(Generating):
             f"parameters.{name}",
         )
 
-    def encode(self, requests: Sequence[Request]) -> List[Union[Encoded, TraceserveError]]:
-        return [self._in_language(request, item) for request, item in zip(requests, super().encode(requests))]
+    def tokenize(self, requests: Sequence[Request], parts: Sequence[Parts]) -> List[Union[Encoded, TraceserveError]]:
+        return [self._in_language(request, item) for request, item in zip(requests, super().tokenize(requests, parts))]
 
     def _in_language(self, request: Request, item: Union[Encoded, TraceserveError]) -> Union[Encoded, TraceserveError]:
         """The rows with the token of the request's language in the position of the usual one."""
