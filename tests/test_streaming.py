@@ -115,9 +115,12 @@ def test_a_failed_step_splices_no_two_texts(engine: Engine) -> None:
     whole = b"".join(stream(engine, lambda step: False, 3)[:2])
     again = b"".join(stream(engine, lambda step: step == 15, 3)[:2])
     assert again == whole and len(whole) > 40
-    pieces, end, context = stream(engine, lambda step: step == 15, None)
-    assert pieces and error_in(end)["type"] == "ModelFailure"
-    assert context.headers[0, "content-type"].startswith("text/plain")
+    drawn = [stream(engine, lambda step: step == 15, None) for _ in range(8)]
+    failed = [each for each in drawn if each[0] and each[1].startswith(b"\n")]
+    assert failed  # chance may end a text before that step, or have sent nothing of it yet
+    for _, end, context in failed:
+        assert error_in(end)["type"] == "ModelFailure"
+        assert context.headers[0, "content-type"].startswith("text/plain")
 
 
 def test_a_stream_that_fails_for_good_ends_with_the_error(engine: Engine) -> None:
