@@ -94,7 +94,7 @@ FURTHER = {
 WRITING = {
     "bloom": Architecture("BloomConfig", "gpt", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "openai-gpt": Architecture("OpenAIGPTConfig", "gpt", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 160}),
-    "xlnet": Architecture("XLNetConfig", "gpt", {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64}),
+    "xlnet": Architecture("XLNetConfig", "xlnet", {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64}),
     "led": Architecture(
         "LEDConfig",
         "roberta",
@@ -149,7 +149,6 @@ UNEVEN = {
     "longformer": Architecture("LongformerConfig", "roberta", {**SIZE, "attention_window": 8}),
     "fnet": Architecture("FNetConfig", "bert", {**SIZE, "tpu_short_seq_length": 16}),
     "convbert": Architecture("ConvBertConfig", "bert", {**SIZE, "embedding_size": 32, "conv_kernel_size": 3}),
-    "xlnet": Architecture("XLNetConfig", "xlnet", {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64}),
     "reformer": Architecture(
         "ReformerConfig",
         "bert",

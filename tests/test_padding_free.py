@@ -118,11 +118,13 @@ def test_a_tokenizer_that_pads_on_the_left_is_padded_on_the_right(
     assert_as_the_pipeline(tmp_path / "x", source)
 
 
-def test_a_model_that_reads_the_last_position_is_never_padded(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_model_that_reads_the_last_position_is_padded_on_the_left(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
     source = checkpoint("xlnet", **LABELS)
     run_export(tmp_path / "x", {"model_name": str(source), "max_length": 64})
     manifest = Manifest.read(tmp_path / "x")
-    assert (manifest.tokenizer.padding_side, manifest.shapes) == ("right", Shapes(padded=False))
+    assert (manifest.tokenizer.padding_side, manifest.shapes) == ("left", Shapes())
     assert_as_the_pipeline(tmp_path / "x", source)
 
 
