@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Type
 
 import pytest
+import traceserve_runtime
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from traceserve_runtime.bodies import Headers
 from traceserve_runtime.errors import InputTooLong, InvalidRequest, TraceserveError
-from traceserve_runtime.protocols import Instances, Model, Plain, Tensors
+from traceserve_runtime.protocols import Instances, Model, Plain, Tensors, parse_json
 from traceserve_runtime.requests import Body, parse
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Request, Task
@@ -23,6 +27,7 @@ from traceserve_runtime.tasks.zero_shot_classification import ZeroShotClassifica
 
 quick = settings(deadline=None, max_examples=300, database=None)
 
+HANDLERS = str(Path(traceserve_runtime.__file__).parents[1])
 JSON = Headers("application/json")
 MODEL = Model("tiny", "2.0")
 TEXT = "Où est la gare? 👍🏽"
@@ -392,7 +397,7 @@ def test_a_parameter_of_the_body_that_a_tensor_denies() -> None:
         (TextRanking, [tensor("query", "a"), tensor("documents", '"b"')], "inputs[1].data[0]", "should be a list"),
         (TextRanking, [tensor("query", "a"), tensor("documents", "[]")], "inputs[1].data[0]", "the list is empty"),
         (TextRanking, [tensor("documents", '["b", 1]'), tensor("query", "a")], "inputs[0].data[0][1]", "a string"),
-        (TextRanking, [tensor("query", "a"), tensor("documents", "[" * 10**5)], "inputs[1].data[0]", "not valid JSON"),
+        (TextRanking, [tensor("query", "a"), tensor("documents", "[" * 10**5)], "inputs[1].data[0]", "nested too deep"),
         (Chat, [tensor("messages", '[{"role": 1, "content": ""}]')], "inputs[0].data[0][0].role", "a string"),
         (Chat, [tensor("messages", "[]"), tensor("text", "a")], "inputs[0].data[0]", "one of both"),
     ],
@@ -454,6 +459,69 @@ def test_deeply_nested_values_are_refused(wrap: Any) -> None:
         value = [value]
     with pytest.raises(InvalidRequest):
         parse({"body": wrap(value)}, JSON, SequenceClassification, 0, 10)
+
+
+DEEP = """
+import gc, sys
+from traceserve_runtime.bodies import Headers
+from traceserve_runtime.requests import parse
+from traceserve_runtime.errors import InvalidRequest
+from traceserve_runtime.tasks.sequence_classification import SequenceClassification
+
+class Garbage:
+    def __init__(self):
+        self.me = self
+    def __del__(self):
+        call(30)
+
+def call(depth):
+    return depth and call(depth - 1)
+
+sys.unraisablehook = lambda found: call(60)
+gc.callbacks.append(lambda *_: Garbage() and None)
+gc.set_threshold(5)
+for text in (False, True):
+    value = ["a"]
+    for _ in range(50_000):
+        value = [value]
+    body = {"instances": value}
+    if text:
+        body = b'{"instances":' + b"[" * 50_000 + b"]" * 50_000 + b"}"
+    try:
+        parse({"body": body}, Headers("" if text else "application/json"), SequenceClassification, 0, 10)
+    except InvalidRequest as error:
+        assert "nested too deeply" in error.message
+        print("refused")
+"""
+
+
+def test_no_garbage_of_a_deeply_nested_value_ends_the_process() -> None:
+    done = subprocess.run([sys.executable, "-c", DEEP], capture_output=True, text=True, env={"PYTHONPATH": HANDLERS})
+    assert done.stdout.split() == ["refused"] * 2, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "deep"),
+    [
+        ("[" * 64 + "]" * 64, False),
+        ("[" * 200 + "]" * 200, True),
+        ('{"a":' * 200 + "1" + "}" * 200, True),
+        ('{"a":[' * 100 + "]}" * 100, True),
+        ("[" + "[]," * 5000 + "[]]", False),
+        (json.dumps({"text": "[" * 1000}), False),
+        (json.dumps({"text": '"\\' + '[{"' * 1000}), False),
+        (json.dumps({'\\"': '\\\\"[', **{str(i): [{}] for i in range(99)}}), False),
+        ("[" * 1000, True),
+        ("]" * 1000, False),
+    ],
+)
+def test_how_deep_a_text_is_nested(text: str, deep: bool) -> None:
+    try:
+        parse_json(text)
+        message = ""
+    except InvalidRequest as error:
+        message = error.message
+    assert ("nested too deeply" in message) == deep
 
 
 # Answers

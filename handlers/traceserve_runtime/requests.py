@@ -15,6 +15,7 @@ from traceserve_runtime import bodies
 from traceserve_runtime.bodies import LEGAL_BODIES, UNUSED_FIELDS, Headers
 from traceserve_runtime.errors import InputTooLong, InvalidRequest
 from traceserve_runtime.protocols import (
+    DEEPEST,
     Instances,
     Plain,
     Protocol,
@@ -58,37 +59,43 @@ def parse(row: Mapping[str, Any], headers: Headers, task: Type[Task], group: int
     `row` holds `body`, or the fields of a form; `group` numbers the row, and `most` is the limit on its requests.
     Raises InvalidRequest or InputTooLong, which name the field.
     """
-    try:
-        value = bodies.read(row, headers, task)
-        _check_count(value, most)
-        body = _read(value, task, group, headers.infer)
-    except RecursionError:
-        raise InvalidRequest("the body is nested too deeply") from None
+    value = bodies.read(row, headers, task)
+    _check_size(value, most)
+    body = _read(value, task, group, headers.infer)
     if len(body.requests) > most:
         raise InputTooLong(f"the list has {len(body.requests):,} texts; one request may have {most:,}; send several")
     return body
 
 
-def _check_count(value: Any, most: int) -> None:
-    """Raise for a list or an object that nothing in a body can have, before each of its items is looked at."""
+def _check_size(value: Any, most: int) -> None:
+    """Raise for a list or an object that nothing in a body can have, before each of its items is looked at.
+
+    What is nested too deeply is refused here, since no RecursionError may be raised for it: in Python 3.8, code that the
+    garbage collector runs while one is on its way up can end the process ("Cannot recover from stack overflow").
+    """
     most_items, items = max(_MOST_ITEMS, most), 0
-    waiting = [value]
-    while waiting:
-        item = waiting.pop()
-        if isinstance(item, dict):
-            if len(item) > _MOST_KEYS:
-                key = next(iter(item))
-                raise InvalidRequest(
-                    f'an object of {len(item):,} keys, as "{short(key)}", is no request; {LEGAL_BODIES}'
-                )
-            waiting += item.values()
-        elif isinstance(item, list):
-            items += len(item) - 1  # how deep they lie is looked at later
-            if len(item) > most_items or items > _LISTS * most_items:
-                raise InputTooLong(
-                    f"the body has lists of {items:,} items or more; one request may have {most:,} texts; send several"
-                )
-            waiting += item
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > DEEPEST:
+            raise InvalidRequest("the body is nested too deeply")
+        inner: List[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                if len(item) > _MOST_KEYS:
+                    key = next(iter(item))
+                    raise InvalidRequest(
+                        f'an object of {len(item):,} keys, as "{short(key)}", is no request; {LEGAL_BODIES}'
+                    )
+                inner += item.values()
+            elif isinstance(item, list):
+                items += len(item) - 1
+                if len(item) > most_items or items > _LISTS * most_items:
+                    raise InputTooLong(
+                        f"the body has lists of {items:,} items or more; one request may have {most:,} texts; send several"
+                    )
+                inner += item
+        level = inner
 
 
 def _read(value: Any, task: Type[Task], group: int, infer: bool) -> Body:
