@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "handlers/traceserve_runtime/__init__.py").read_text())
@@ -29,16 +29,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.8",
-    packages=[
-        "traceserve",
-        "traceserve.checkpoints",
-        "traceserve.commands",
-        "traceserve.libraries",
-        "traceserve.writers",
-        "traceserve_runtime",
-        "traceserve_runtime.tasks",
-        "traceserve_runtime.runtimes",
-    ],
+    packages=[*find_packages("scripts"), *find_packages("handlers")],
     py_modules=["transformer_handler"],
     package_dir={
         "": "handlers",

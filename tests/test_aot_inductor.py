@@ -19,7 +19,7 @@ from traceserve.samples import SENTENCES
 from traceserve.writers import aot_inductor
 from traceserve.writers.contract import Target
 from traceserve_runtime import processor
-from traceserve_runtime.batching import filled
+from traceserve_runtime.batching.batches import filled
 from traceserve_runtime.engine import Answer, Engine
 from traceserve_runtime.errors import InvalidManifest, MissingPackage
 from traceserve_runtime.manifest import Manifest, Shapes, sha256

@@ -6,7 +6,7 @@ import ast
 import subprocess
 import sys
 from pathlib import Path
-from typing import Iterator, List, Set, Tuple
+from typing import Dict, Iterator, List, Mapping, Sequence, Set, Tuple
 
 import pytest
 from conftest import ROOT
@@ -58,7 +58,7 @@ def roots(path: Path, module_level: bool = False) -> Set[str]:
 def test_the_runtime_imports_neither_builder_nor_torch(path: Path) -> None:
     assert "traceserve" not in roots(path)
     assert not roots(path, module_level=True) & (HEAVY | {"torch"})
-    if path.parent.name != "runtimes":
+    if RUNTIME / "runtimes" not in path.parents:
         assert "torch" not in roots(path)
 
 
@@ -69,12 +69,103 @@ def test_the_runtime_begins_with_three_packages(path: Path) -> None:
     assert roots(path, module_level=True) <= known
 
 
+# Each floor of the serving side imports what stands below it, and files of its own folder; nothing stands beside another.
+RUNTIME_FLOORS: Sequence[Set[str]] = (
+    {"errors", "memory", "softmax", "frontend_socket"},
+    {"processor", "settings"},
+    {"failures", "manifest", "runner"},
+    {"texts"},
+    {"batching"},
+    {"generation", "runtimes"},
+    {"tasks"},
+    {"engine", "protocols"},
+    {"streaming"},
+)
+
+
+def module_name(path: Path, root: Path) -> str:
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def edges_of(root: Path, package: str) -> Dict[str, Set[str]]:
+    """Which files of a package import which others, wherever in the file, type checking included."""
+    files = {module_name(path, root): path for path in sorted((root / package).rglob("*.py"))}
+
+    def imported(path: Path) -> Iterator[str]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                yield from (alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                named = [f"{node.module}.{alias.name}" for alias in node.names]  # each a file, or of the module
+                yield from (name if name in files else str(node.module) for name in named)
+
+    return {name: {other for other in imported(path) if other in files} for name, path in files.items()}
+
+
+def circles(edges: Mapping[str, Set[str]]) -> List[str]:
+    """One circle of imports, or none. A package's own file stands above what it imports of its folder."""
+    done: Set[str] = set()
+
+    def visit(name: str, way: List[str]) -> List[str]:
+        if name in way:
+            return [*way[way.index(name) :], name]
+        if name in done:
+            return []
+        for other in sorted(edges[name]):
+            found = visit(other, [*way, name])
+            if found:
+                return found
+        done.add(name)
+        return []
+
+    return next((found for name in sorted(edges) for found in [visit(name, [])] if found), [])
+
+
+def climbs(edges: Mapping[str, Set[str]], floors: Sequence[Set[str]]) -> List[Tuple[str, str]]:
+    """The imports of a wing on the same floor or a higher one; a wing is a folder or file of the package."""
+    floor_of = {wing: number for number, wings in enumerate(floors) for wing in wings}
+
+    def wing(name: str) -> str:
+        return (name.split(".") + [""])[1]
+
+    return [
+        (name, other)
+        for name, others in edges.items()
+        for other in others
+        if wing(name) and wing(other) and wing(name) != wing(other)
+        if floor_of[wing(other)] >= floor_of[wing(name)]
+    ]
+
+
+def test_the_serving_side_has_floors() -> None:
+    edges = edges_of(HANDLERS, "traceserve_runtime")
+    assert not climbs(edges, RUNTIME_FLOORS)
+    assert not circles(edges)
+
+
+def test_a_circle_and_a_climb_are_found(tmp_path: Path) -> None:
+    """Else the test above could not fail: lazy imports and those for type checking count."""
+    package = tmp_path / "house"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "low.py").write_text("def f():\n    from house import high\n")
+    (package / "high.py").write_text(
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from house.low import f\n"
+    )
+    edges = edges_of(tmp_path, "house")
+    assert climbs(edges, ({"low"}, {"high"})) == [("house.low", "house.high")]
+    assert circles(edges) == ["house.high", "house.low", "house.high"]
+
+
 def test_tasks_and_runtimes_do_not_know_each_other() -> None:
     """They meet in the engine, and nothing between them brings one to the other."""
-    knows_runtimes = {p.name for p in RUNTIME.rglob("*.py") if any("runtimes" in name for name in imports(p))}
-    assert knows_runtimes - {p.name for p in (RUNTIME / "runtimes").glob("*.py")} == {"engine.py"}
-    for path in (RUNTIME / "runtimes").glob("*.py"):
-        assert not any("tasks" in name for name in imports(path))
+    edges = edges_of(HANDLERS, "traceserve_runtime")
+    for name, others in edges.items():
+        if name.split(".")[1:2] != ["runtimes"]:
+            assert name == "traceserve_runtime.engine" or not any(".runtimes" in other for other in others)
+        else:
+            assert not any(".tasks" in other for other in others)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from conftest import run_export
 from torch.nn.functional import scaled_dot_product_attention
 from traceserve_runtime import processor
 from traceserve_runtime.engine import Engine
-from traceserve_runtime.runtimes import attention, devices
+from traceserve_runtime.runtimes.torchscript import attention, devices
 
 WIDE, ATTENTION = "aten::type_as(", "aten::scaled_dot_product_attention("
 

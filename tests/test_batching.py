@@ -11,28 +11,17 @@ import pytest
 from conftest import Called
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from traceserve_runtime import batching
-from traceserve_runtime.batching import (
-    MOST_ROWS,
-    MOST_TOKENS,
-    Arrays,
-    CostModel,
-    Padding,
-    Stats,
-    Timing,
-    filled,
-    fit,
-    pad,
-    plan,
-    run,
-    unpad,
-)
+from traceserve_runtime.batching import costs
+from traceserve_runtime.batching.batches import Stats, filled, pad, run, unpad
+from traceserve_runtime.batching.costs import CostModel, Timing, fit
+from traceserve_runtime.batching.plan import MOST_ROWS, MOST_TOKENS, plan
 from traceserve_runtime.manifest import Manifest, Shapes
-from traceserve_runtime.tokenization import Row
+from traceserve_runtime.runner import Arrays, Padding
+from traceserve_runtime.texts.tokenization import Row
 
 quick = settings(deadline=None, max_examples=50, database=None)
 
-LEAST_RUN, MOST_RUN, MOST_ATTENTION = batching._LEAST_RUN, batching._MOST_RUN, batching._MOST_ATTENTION
+LEAST_RUN, MOST_RUN, MOST_ATTENTION = costs._LEAST_RUN, costs._MOST_RUN, costs._MOST_ATTENTION
 MEASURED = [(1, 16), (4, 16), (1, 64), (16, 16), (4, 64), (1, 512)]  # what an engine times at its start
 
 

@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from traceserve_runtime.batching import Arrays
 from traceserve_runtime.errors import InputTooLong, InvalidRequest, ModelFailure
 from traceserve_runtime.manifest import Manifest
+from traceserve_runtime.runner import Arrays
+from traceserve_runtime.softmax import softmax
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import ModelFacts, Request, Task, by_part, only_whole
 from traceserve_runtime.tasks.parameters import LARGEST_NUMBER, Field, Output, Parameter, strings
-from traceserve_runtime.tasks.scores import FUNCTIONS, average, function_to_apply, sigmoid, softmax
-from traceserve_runtime.tokenization import Encoded, Row, Segments, TextTokenizer
+from traceserve_runtime.tasks.scores import FUNCTIONS, average, function_to_apply, sigmoid
+from traceserve_runtime.texts.tokenization import Encoded, Row, Segments, TextTokenizer
 
 quick = settings(deadline=None, max_examples=100, database=None)
 every_task = pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))

@@ -18,8 +18,8 @@ from traceserve.samples import SENTENCES
 from traceserve_runtime.engine import Answer, Engine
 from traceserve_runtime.errors import MissingPackage
 from traceserve_runtime.manifest import Manifest, Shapes
-from traceserve_runtime.runtimes import devices as moving
-from traceserve_runtime.runtimes import torchscript
+from traceserve_runtime.runtimes.torchscript import devices as moving
+from traceserve_runtime.runtimes.torchscript import reader
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Request
 from transformer_handler import TransformerHandler, _device
@@ -124,9 +124,9 @@ def test_where_it_runs(made: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.jit, "load", load)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     folder = made("bert")
-    runner = torchscript.read(Manifest.read(folder), folder, "cuda:2")
+    runner = reader.read(Manifest.read(folder), folder, "cuda:2")
     assert asked == ["cuda:2"] and set(named(runner._module)) == {"cuda:2"}
-    runner = torchscript.read(Manifest.read(folder), folder, "cpu")
+    runner = reader.read(Manifest.read(folder), folder, "cpu")
     assert asked == ["cuda:2", "cpu"] and set(named(runner._module)) == {"cpu"}
 
 

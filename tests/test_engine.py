@@ -18,8 +18,10 @@ from conftest import Called, run_export
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from traceserve.samples import SENTENCES, VERY_LONG
-from traceserve_runtime import batching, failures
-from traceserve_runtime.batching import IN_ATTENTION, Arrays, CostModel, Runner, Stats
+from traceserve_runtime import failures
+from traceserve_runtime.batching import costs
+from traceserve_runtime.batching.batches import Stats
+from traceserve_runtime.batching.costs import CostModel
 from traceserve_runtime.engine import Answer, Engine
 from traceserve_runtime.errors import (
     InputTooLong,
@@ -30,12 +32,13 @@ from traceserve_runtime.errors import (
     TraceserveError,
 )
 from traceserve_runtime.manifest import Manifest, Shapes, sha256
-from traceserve_runtime.runtimes.weights import GRAPH_FILE, WEIGHTS_FILE
+from traceserve_runtime.runner import IN_ATTENTION, Arrays, Runner
+from traceserve_runtime.runtimes.torchscript.weights import GRAPH_FILE, WEIGHTS_FILE
 from traceserve_runtime.settings import Settings
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Job, Request, Task
 from traceserve_runtime.tasks.sequence_classification import SequenceClassification
-from traceserve_runtime.tokenization import Row, Segments, TextTokenizer
+from traceserve_runtime.texts.tokenization import Row, Segments, TextTokenizer
 
 quick = settings(deadline=None, max_examples=25, database=None)
 ALL_LABELS = {"top_k": None}
@@ -758,14 +761,14 @@ def test_the_cost_decides_what_runs_together(engine: Engine) -> None:
     assert runs[0] > 3 * runs[1]
 
 
-def timed(engine: Engine) -> List[batching.Timing]:
+def timed(engine: Engine) -> List[costs.Timing]:
     """What is found when runs are timed at once."""
     runs = engine._time_runs(engine.runner)
     while True:
         try:
             next(runs)
         except StopIteration as end:
-            found: List[batching.Timing] = end.value
+            found: List[costs.Timing] = end.value
             return found
 
 
@@ -807,6 +810,6 @@ def test_a_slow_model_is_timed_three_times_only(engine: Engine) -> None:
 
 def test_what_cannot_be_fitted_leaves_the_tasks_own_cost(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     other = like(engine)
-    monkeypatch.setattr(batching, "fit", lambda timings, padding: None)
+    monkeypatch.setattr(costs, "fit", lambda timings, padding: None)
     other.measure()
     assert other.cost == CostModel(padding=IN_ATTENTION._replace(alone=16))

@@ -15,7 +15,7 @@ from traceserve.config import json_schema, parse
 from traceserve.errors import ConfigError
 from traceserve.precision import AUTO, PRECISIONS
 from traceserve.writers import WRITERS
-from traceserve_runtime.runtimes.torchscript import FILLED, UNPADDED
+from traceserve_runtime.runtimes.torchscript.reader import FILLED, UNPADDED
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.parameters import Parameter
 

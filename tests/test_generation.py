@@ -18,12 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import answers, generated, written
 from traceserve.samples import SENTENCES, VERY_LONG
-from traceserve_runtime import chat, generation
 from traceserve_runtime.engine import Answer, Engine
 from traceserve_runtime.errors import InvalidRequest, TraceserveError
-from traceserve_runtime.generation import Settings
+from traceserve_runtime.generation.scores import Settings, probabilities, processed
+from traceserve_runtime.generation.search import Sampling
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Request
+from traceserve_runtime.texts import chat
 
 DECODERS = ("gpt2", "llama")
 ENCODER_DECODERS = ("t5", "marian", "bart")
@@ -190,7 +191,7 @@ def test_probabilities_are_those_of_the_original_processors(seed: int, options: 
     scores = (rng.standard_normal(60) * 4).astype(np.float32)
     ids = rng.integers(0, 12, 20).tolist()
     chosen = Settings(max_new_tokens=50, do_sample=True, **options)
-    got = generation.probabilities(generation.processed(scores, ids[:8], ids[8:], chosen), chosen)
+    got = probabilities(processed(scores, ids[:8], ids[8:], chosen), chosen)
     np.testing.assert_allclose(got, hugging_face(scores, ids, options), rtol=1e-4, atol=1e-6)
 
 
@@ -202,7 +203,7 @@ def test_draws_follow_the_probabilities() -> None:
     expected = hugging_face(scores, [0], options)
     counts = np.zeros(40)
     for seed in range(20_000):
-        search = generation.Sampling([0], Settings(max_new_tokens=1, do_sample=True, seed=seed, **options))
+        search = Sampling([0], Settings(max_new_tokens=1, do_sample=True, seed=seed, **options))
         search.advance(scores[None])
         counts[search.tokens[0]] += 1
     assert not counts[expected == 0].any()

@@ -19,10 +19,10 @@ from traceserve.checkpoints import generation
 from traceserve.config import parse
 from traceserve.errors import SourceError
 from traceserve.samples import SENTENCES
-from traceserve_runtime import generation as loop
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import TraceserveError
-from traceserve_runtime.generation import Settings
+from traceserve_runtime.generation import scores as loop
+from traceserve_runtime.generation.scores import Settings
 from traceserve_runtime.tasks.contract import Request
 
 TEXTS = [text for text in SENTENCES if text][:4]

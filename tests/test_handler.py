@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import Called, run_export
-from traceserve_runtime.batching import Arrays, Runner
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import InvalidManifest
+from traceserve_runtime.runner import Arrays, Runner
 from traceserve_runtime.runtimes import team
 from traceserve_runtime.settings import Settings, read
 from traceserve_runtime.tasks.contract import Request
-from traceserve_runtime.tokenization import Encoded
+from traceserve_runtime.texts.tokenization import Encoded
 from transformer_handler import TRUNCATED_HEADER, TransformerHandler
 
 JSON = {"Content-Type": "application/json"}

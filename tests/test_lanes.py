@@ -14,11 +14,14 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from traceserve.samples import SENTENCES, VERY_LONG
-from traceserve_runtime.batching import Arrays, CostModel, Padding, Stats, plan
+from traceserve_runtime.batching.batches import Stats
+from traceserve_runtime.batching.costs import CostModel
+from traceserve_runtime.batching.lanes import Batches, Lanes, schedule
+from traceserve_runtime.batching.plan import plan
 from traceserve_runtime.engine import Answer, Engine
 from traceserve_runtime.errors import ModelFailure
-from traceserve_runtime.lanes import Batches, Lanes, schedule
 from traceserve_runtime.manifest import Shapes
+from traceserve_runtime.runner import Arrays, Padding
 from traceserve_runtime.tasks.contract import Request
 
 quick = settings(deadline=None, max_examples=150, database=None)

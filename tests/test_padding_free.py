@@ -21,10 +21,11 @@ from traceserve.export import _without_padding
 from traceserve.findings import LIMITS, Cell, Findings
 from traceserve.samples import SENTENCES
 from traceserve.writers.shapes import unpadded
-from traceserve_runtime.batching import CostModel, plan
+from traceserve_runtime.batching.costs import CostModel
+from traceserve_runtime.batching.lanes import Lanes, schedule
+from traceserve_runtime.batching.plan import plan
 from traceserve_runtime.engine import Answer, Engine
 from traceserve_runtime.errors import InvalidManifest
-from traceserve_runtime.lanes import Lanes, schedule
 from traceserve_runtime.manifest import OLDEST, Manifest, Shapes
 from traceserve_runtime.settings import Settings
 from traceserve_runtime.tasks.contract import Request

@@ -27,9 +27,9 @@ from traceserve.samples import SENTENCES
 from traceserve.sources import Checkpoint
 from traceserve_runtime.engine import Answer, Engine, load_task
 from traceserve_runtime.manifest import Manifest, TokenizerFacts
-from traceserve_runtime.pieces import PieceTokenizer
 from traceserve_runtime.tasks.contract import Request
-from traceserve_runtime.tokenization import Encoded, Segments, TextTokenizer
+from traceserve_runtime.texts.pieces import PieceTokenizer
+from traceserve_runtime.texts.tokenization import Encoded, Segments, TextTokenizer
 
 CORPUS = [*SENTENCES, *sentences(400), "aa aaa baa 77 777 5577 ...", "x x  x"] * 2
 MARIAN, M2M100 = "MarianTokenizer", "M2M100Tokenizer"

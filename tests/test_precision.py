@@ -22,11 +22,12 @@ from traceserve.export import Exported
 from traceserve.findings import LIMITS, Findings, Limit
 from traceserve.samples import SENTENCES, calibration
 from traceserve.writers import WRITERS, torchscript
-from traceserve_runtime import batching, processor
-from traceserve_runtime.batching import CostModel
+from traceserve_runtime import processor
+from traceserve_runtime.batching import costs
+from traceserve_runtime.batching.costs import CostModel
 from traceserve_runtime.engine import Answer, Engine
 from traceserve_runtime.manifest import Manifest
-from traceserve_runtime.runtimes.torchscript import TorchScriptRunner
+from traceserve_runtime.runtimes.torchscript.reader import TorchScriptRunner
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Request
 
@@ -733,7 +734,7 @@ def test_what_the_gate_finds_does_not_depend_on_this_machines_clock(
     monkeypatch.setattr(TorchScriptRunner, "__call__", recording)
     monkeypatch.setattr(Engine, "_time_runs", lambda self, run: [])
     for cost in (CostModel(run=0.0, attention=0.1), CostModel(run=2000.0, attention=0.0)):
-        monkeypatch.setattr(batching, "fit", lambda timings, cost=cost: cost)
+        monkeypatch.setattr(costs, "fit", lambda timings, cost=cost: cost)
         runs.append([])
         verification.verify(folder, reference, [], nothing)
     assert runs[0] == runs[1]

@@ -19,7 +19,7 @@ from traceserve import sources, verification
 from traceserve.config import parse
 from traceserve.errors import ConfigError, ExportError
 from traceserve.samples import SENTENCES
-from traceserve_runtime import batching
+from traceserve_runtime.batching import batches
 from traceserve_runtime.engine import Answer, Engine
 from traceserve_runtime.errors import InvalidManifest, MissingPackage
 from traceserve_runtime.manifest import Manifest
@@ -268,7 +268,7 @@ def test_a_compiled_model_answers_alike_at_any_shape(
     counted = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     engine.share_cores()
     for batch, length in ((2, 9), (7, 30), (64, 48), (3, 3)):
-        inputs = batching.filled(manifest, batch, length)
+        inputs = batches.filled(manifest, batch, length)
         inputs["input_ids"][:, 1:] = np.arange(length - 1) + 5
         inputs["attention_mask"][1, length // 2 :] = 0
         assert engine.runner(inputs)["logits"] == pytest.approx(exact(inputs)["logits"], abs=1e-5)

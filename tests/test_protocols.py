@@ -13,10 +13,13 @@ import pytest
 import traceserve_runtime
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from traceserve_runtime.bodies import Headers
 from traceserve_runtime.errors import InputTooLong, InvalidRequest, TraceserveError
-from traceserve_runtime.protocols import Instances, Model, Plain, Tensors, parse_json
-from traceserve_runtime.requests import Body, parse
+from traceserve_runtime.protocols.bodies import Headers
+from traceserve_runtime.protocols.kserve import Instances
+from traceserve_runtime.protocols.native import Model, Plain
+from traceserve_runtime.protocols.open_inference import Tensors
+from traceserve_runtime.protocols.requests import Body, parse
+from traceserve_runtime.protocols.wording import parse_json
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Request, Task
 from traceserve_runtime.tasks.parameters import Field
@@ -463,8 +466,8 @@ def test_deeply_nested_values_are_refused(wrap: Any) -> None:
 
 DEEP = """
 import gc, sys
-from traceserve_runtime.bodies import Headers
-from traceserve_runtime.requests import parse
+from traceserve_runtime.protocols.bodies import Headers
+from traceserve_runtime.protocols.requests import parse
 from traceserve_runtime.errors import InvalidRequest
 from traceserve_runtime.tasks.sequence_classification import SequenceClassification
 

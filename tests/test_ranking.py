@@ -8,14 +8,14 @@ from typing import Any, Dict, List, Type
 
 import numpy as np
 import pytest
-from traceserve_runtime.batching import Arrays
 from traceserve_runtime.manifest import Manifest
+from traceserve_runtime.runner import Arrays
 from traceserve_runtime.tasks.contract import Request, Task
 from traceserve_runtime.tasks.fill_mask import FillMask
 from traceserve_runtime.tasks.sequence_classification import SequenceClassification
 from traceserve_runtime.tasks.text_ranking import TextRanking
 from traceserve_runtime.tasks.zero_shot_classification import ZeroShotClassification
-from traceserve_runtime.tokenization import Encoded, TextTokenizer
+from traceserve_runtime.texts.tokenization import Encoded, TextTokenizer
 
 # Of these float32's sigmoid makes 1 throughout.
 LARGE = [17.2, 18.0, 17.4, 17.9, 17.6, 17.8]

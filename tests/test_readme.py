@@ -15,8 +15,8 @@ import pytest
 from conftest import ROOT
 from traceserve import catalog
 from traceserve.config import SetupConfig
-from traceserve_runtime.bodies import Headers
-from traceserve_runtime.requests import parse
+from traceserve_runtime.protocols.bodies import Headers
+from traceserve_runtime.protocols.requests import parse
 from traceserve_runtime.tasks import TASKS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

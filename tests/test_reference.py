@@ -15,7 +15,7 @@ from traceserve.config import parse
 from traceserve.reference import Reference, Wanted
 from traceserve.samples import TEXTS
 from traceserve_runtime.engine import Engine
-from traceserve_runtime.tokenization import Encoded, Row
+from traceserve_runtime.texts.tokenization import Encoded, Row
 
 ENCODERS = [name for name, family in ARCHITECTURES.items() if family.encodes] + ["fnet", "longformer", "convbert"]
 assert {"fnet", "longformer", "convbert"} <= set(UNEVEN)

@@ -10,9 +10,9 @@ from typing import Any, Callable, Iterator, List, Tuple, Type
 import pytest
 from traceserve.errors import ConfigError
 from traceserve.samples import SENTENCES, TEXTS, VERY_LONG, read
-from traceserve_runtime.bodies import Headers
 from traceserve_runtime.manifest import Manifest
-from traceserve_runtime.requests import parse
+from traceserve_runtime.protocols.bodies import Headers
+from traceserve_runtime.protocols.requests import parse
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import ModelFacts, Request, Task
 from traceserve_runtime.tasks.feature_extraction import FeatureExtraction
@@ -21,7 +21,7 @@ from traceserve_runtime.tasks.question_answering import QuestionAnswering
 from traceserve_runtime.tasks.sequence_classification import SequenceClassification
 from traceserve_runtime.tasks.text_ranking import TextRanking
 from traceserve_runtime.tasks.zero_shot_classification import ZeroShotClassification
-from traceserve_runtime.tokenization import TextTokenizer
+from traceserve_runtime.texts.tokenization import TextTokenizer
 
 every_task = pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
 Make = Callable[[Type[Task]], Task]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, processors
 from traceserve_runtime.errors import InputTooLong, InvalidManifest, InvalidRequest, TraceserveError
 from traceserve_runtime.manifest import TokenizerFacts
-from traceserve_runtime.tokenization import Encoded, Row, Segments, TextTokenizer, clean_up, longest_first
+from traceserve_runtime.texts.tokenization import Encoded, Row, Segments, TextTokenizer, clean_up, longest_first
 
 quick = settings(deadline=None, max_examples=50, database=None)
 
@@ -722,7 +722,7 @@ def test_long_texts_are_tokenized_as_short_ones(
     segments = Segments(text, pair, special=special)
     (short,) = tokenizer.encode([segments], ["window"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("traceserve_runtime.tokenization._CHARACTERS_OF_PROSE", -1)
+        patch.setattr("traceserve_runtime.texts.tokenization._CHARACTERS_OF_PROSE", -1)
         long, again = tokenizer.encode([segments, segments], ["window"] * 2)
     if isinstance(short, TraceserveError):
         assert isinstance(long, TraceserveError) and str(long) == str(short)

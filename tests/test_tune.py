@@ -28,11 +28,13 @@ from traceserve.load import Result
 from traceserve.padding import wastes
 from traceserve.racing import Goal, Search, Trial, judge
 from traceserve.serving import Serving
-from traceserve_runtime.batching import IN_ATTENTION, CostModel, Stats
-from traceserve_runtime.bodies import Headers
+from traceserve_runtime.batching.batches import Stats
+from traceserve_runtime.batching.costs import CostModel
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.manifest import Manifest, sha256
-from traceserve_runtime.requests import parse
+from traceserve_runtime.protocols.bodies import Headers
+from traceserve_runtime.protocols.requests import parse
+from traceserve_runtime.runner import IN_ATTENTION
 
 OWN = Serving(batch_size=32, max_batch_delay=2, response_timeout=300)
 

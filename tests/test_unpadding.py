@@ -18,10 +18,11 @@ from traceserve.loading import Original
 from traceserve.samples import SENTENCES
 from traceserve.wrapping import masks_without_vmap
 from traceserve.writers import axes, torchscript, unpadding
-from traceserve_runtime.batching import IN_ATTENTION, Arrays, Padding, Stats
+from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.manifest import Manifest, Shapes
-from traceserve_runtime.runtimes.torchscript import UNPADDED
+from traceserve_runtime.runner import IN_ATTENTION, Arrays, Padding
+from traceserve_runtime.runtimes.torchscript.reader import UNPADDED
 from traceserve_runtime.tasks import TASKS
 
 CLASSES, TOKENS = "AutoModelForSequenceClassification", "AutoModelForTokenClassification"

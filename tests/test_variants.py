@@ -15,10 +15,11 @@ from traceserve.writers.unpadding import Unpadded
 from traceserve_runtime import processor
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.manifest import Manifest
-from traceserve_runtime.runtimes import RUNTIMES, VARIANTS, devices, packing
-from traceserve_runtime.runtimes import attention as attentions
-from traceserve_runtime.runtimes import weights as weights_read
-from traceserve_runtime.runtimes.torchscript import UNPADDED, _reading, _readings
+from traceserve_runtime.runtimes import RUNTIMES, VARIANTS
+from traceserve_runtime.runtimes.torchscript import attention as attentions
+from traceserve_runtime.runtimes.torchscript import devices, packing
+from traceserve_runtime.runtimes.torchscript import weights as weights_read
+from traceserve_runtime.runtimes.torchscript.reader import UNPADDED, _reading, _readings
 from traceserve_runtime.settings import Settings
 
 PLAIN = "traced_model.pt, by plain torch.jit.load"
@@ -169,7 +170,7 @@ def test_a_row_alone_is_compared_with_padding_too(
     assert exported.manifest.shapes.padded
     alone = {(cell.length, cell.padded) for cell in exported.findings.cells if cell.batch == 1}
     assert {(32, True), (16, True), (32, False)} <= alone
-    from traceserve_runtime.runtimes.torchscript import TorchScriptRunner
+    from traceserve_runtime.runtimes.torchscript.reader import TorchScriptRunner
 
     call = TorchScriptRunner.__call__
 

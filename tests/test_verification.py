@@ -21,7 +21,7 @@ from traceserve.writers.contract import Writer, Written
 from traceserve_runtime.engine import Answer, Engine
 from traceserve_runtime.manifest import Manifest, Shapes, sha256
 from traceserve_runtime.tasks.contract import Request
-from traceserve_runtime.tokenization import Encoded
+from traceserve_runtime.texts.tokenization import Encoded
 
 CLASSIFIER = {"task": "sequence_classification"}
 LABELS = {"id2label": {0: "red", 1: "green", 2: "blue"}, "label2id": {"red": 0, "green": 1, "blue": 2}}

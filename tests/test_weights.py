@@ -17,12 +17,12 @@ import torch
 from conftest import run_export
 from traceserve import export, verification
 from traceserve.samples import SENTENCES
-from traceserve_runtime.batching import Padding
 from traceserve_runtime.engine import Answer, Engine
 from traceserve_runtime.errors import InvalidManifest
 from traceserve_runtime.manifest import Manifest, Shapes, sha256
-from traceserve_runtime.runtimes import devices, packing, torchscript
-from traceserve_runtime.runtimes.weights import GRAPH_FILE, WEIGHTS_FILE, assign, read_places
+from traceserve_runtime.runner import Padding
+from traceserve_runtime.runtimes.torchscript import devices, packing, reader
+from traceserve_runtime.runtimes.torchscript.weights import GRAPH_FILE, WEIGHTS_FILE, assign, read_places
 from traceserve_runtime.settings import Settings
 from traceserve_runtime.tasks.contract import Request
 
@@ -117,7 +117,7 @@ def test_mapped_weights_give_the_same(
     got, expected = outputs(mapped), outputs(loaded)
     assert len(got) == len(expected) >= 2
     # The graph alone may compute less than the whole model, in another order.
-    limit = 1e-6 if Manifest.read(folder).runtime[torchscript.UNPADDED] else 0.0
+    limit = 1e-6 if Manifest.read(folder).runtime[reader.UNPADDED] else 0.0
     for one, other in zip(got, expected):
         assert one.dtype == other.dtype and np.allclose(one, other, rtol=0, atol=limit)
     assert any(np.ptp(array) > 0 for array in got if array.size)
@@ -263,7 +263,7 @@ def test_an_artifact_of_a_graph_elsewhere_than_the_cpu_is_loaded_plainly(
 
     monkeypatch.setattr(torch.jit, "load", load)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    runner = torchscript.read(Manifest.read(made("bert")), made("bert"), "cuda:0")
+    runner = reader.read(Manifest.read(made("bert")), made("bert"), "cuda:0")
     assert read == [(MODEL_FILE, "cuda:0")] and runner.padding == Padding()
 
 

@@ -10,8 +10,8 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from test_tokenization import ALL_KINDS, LONG, Written, encode, refusal, texts, words, write_tokenizer
 from tokenizers import Encoding
-from traceserve_runtime.tokenization import Encoded, Row, Segments
-from traceserve_runtime.windows import Place, merge
+from traceserve_runtime.texts.tokenization import Encoded, Row, Segments
+from traceserve_runtime.texts.windows import Place, merge
 
 quick = settings(deadline=None, max_examples=100, database=None)
 

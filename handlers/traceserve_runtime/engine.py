@@ -10,16 +10,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, Generator, Iterator, List, Optional, Sequence, Tuple, Union
 
-from traceserve_runtime import batching, failures, limits, memory
-from traceserve_runtime.batching import Arrays, Runner, Stats, Timing
+from traceserve_runtime import failures, memory
+from traceserve_runtime.batching import batches, costs
+from traceserve_runtime.batching.batches import Stats
+from traceserve_runtime.batching.costs import Timing
+from traceserve_runtime.batching.lanes import Batches, Lanes, schedule
 from traceserve_runtime.errors import InvalidManifest, TraceserveError
-from traceserve_runtime.lanes import Batches, Lanes, schedule
 from traceserve_runtime.manifest import Manifest
+from traceserve_runtime.runner import Arrays, Runner
 from traceserve_runtime.runtimes import RUNTIMES
 from traceserve_runtime.settings import Settings
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Job, Parts, Request, Task, characters
-from traceserve_runtime.tokenization import Encoded, TextTokenizer
+from traceserve_runtime.texts import limits
+from traceserve_runtime.texts.tokenization import Encoded, TextTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +149,7 @@ class Engine:
         if self.task.loop:
             return
         timings = yield from self._time_runs(self.runner)
-        self.cost = batching.fit(timings, self.cost.padding) or self.cost
+        self.cost = costs.fit(timings, self.cost.padding) or self.cost
         self.open_lanes()
         if self.lanes is None:
             return
@@ -156,9 +160,9 @@ class Engine:
                 running.result()
 
         alone = yield from self._time_runs(side_by_side)
-        cost = batching.fit(alone, self.cost.padding)
+        cost = costs.fit(alone, self.cost.padding)
         if cost is not None and timings:
-            unit = batching.seconds_per_cost(alone, cost) / batching.seconds_per_cost(timings, self.cost)
+            unit = costs.seconds_per_cost(alone, cost) / costs.seconds_per_cost(timings, self.cost)
             self.lanes = Lanes(threads, cost.scaled(unit))
 
     def _time_runs(self, run: Callable[[Arrays], object]) -> Generator[float, None, List[Timing]]:
@@ -169,7 +173,7 @@ class Engine:
         timings: List[Timing] = []
         spent = 0.0
         for batch, length in sorted(fitting, key=lambda shape: shape[0] * shape[1]):
-            inputs = batching.filled(self.manifest, batch, length)
+            inputs = batches.filled(self.manifest, batch, length)
             seconds = []
             for _ in range(1 + _RUNS_TO_FIT):  # the first run of a shape prepares others
                 began = time.perf_counter()

@@ -11,7 +11,7 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple, Union
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.parameters import LARGEST_NUMBER, Parameter
-from traceserve_runtime.tokenization import LONG_INPUTS
+from traceserve_runtime.texts.tokenization import LONG_INPUTS
 from typing_extensions import Literal
 
 from traceserve import config_files, formats, libraries, precision

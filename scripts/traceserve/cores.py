@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import Dict, Mapping
 
-from traceserve_runtime.runtimes.neuron import CERTAIN_CORES, CHIPS, CORES
+from traceserve_runtime.runtimes.torchscript.neuron import CERTAIN_CORES, CHIPS, CORES
 
 from traceserve.errors import ServerError
 

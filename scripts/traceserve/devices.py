@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Mapping, Sequence, Tuple
 
 import torch
-from traceserve_runtime.runtimes import devices
+from traceserve_runtime.runtimes.torchscript import devices
 
 from traceserve.errors import ExportError
 

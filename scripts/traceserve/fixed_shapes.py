@@ -1,7 +1,7 @@
 """Text to text in fixed shapes: an encoder, and a decoder that reads all its tokens, padded, at every step.
 
 The graphs of `looping` hand a growing past from step to step; what is compiled for one shape has room for none. These
-compute more, and need no state on the device (`traceserve_runtime.runtimes.padded` runs them).
+compute more, and need no state on the device (`traceserve_runtime.runtimes.torchscript.fixed_shapes` runs them).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any, Dict, Iterator, NamedTuple, Sequence, Tuple
 
 import torch
 from traceserve_runtime.manifest import Shapes
-from traceserve_runtime.runtimes.padded import decoder_name, encoder_name
+from traceserve_runtime.runtimes.torchscript.fixed_shapes import decoder_name, encoder_name
 
 from traceserve.loading import Original
 from traceserve.wrapping import example

@@ -12,7 +12,7 @@ from traceserve_runtime.runtimes import stepping
 from traceserve_runtime.runtimes.calling import read_past
 from traceserve_runtime.tasks.contract import Request
 from traceserve_runtime.tasks.parameters import strings
-from traceserve_runtime.tokenization import Row
+from traceserve_runtime.texts.tokenization import Row
 
 from traceserve.errors import ExportError
 from traceserve.loading import Original

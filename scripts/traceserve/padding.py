@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Callable, List, Optional, Sequence, Tuple
 
-from traceserve_runtime import batching
-from traceserve_runtime.batching import CostModel
+from traceserve_runtime.batching import plan
+from traceserve_runtime.batching.costs import CostModel
 from traceserve_runtime.manifest import Shapes
 
 BUCKETS = (16, 32, 64, 128, 256, 512)
@@ -35,7 +35,7 @@ def wastes(
     batch_size: int,
     length_step: Optional[int] = None,
     cost: CostModel = CostModel(),
-    most_tokens: int = batching.MOST_TOKENS,
+    most_tokens: int = plan.MOST_TOKENS,
 ) -> List[Waste]:
     """What is wasted where rows are padded to `max_length`, to the nearest of a few lengths, or to their micro-batch's.
 
@@ -52,7 +52,7 @@ def wastes(
     shuffled = list(lengths)
     random.Random(0).shuffle(shuffled)  # a file in the order of lengths would look too well
     batches = [[n for rows in shuffled[i : i + batch_size] for n in rows] for i in range(0, len(shuffled), batch_size)]
-    common = partial(batching.common_length, most=max_length, padding=cost.padding)
+    common = partial(plan.common_length, most=max_length, padding=cost.padding)
     return [_waste(name, shapes, batches, cost, most_tokens, common) for name, shapes in ways]
 
 
@@ -68,7 +68,7 @@ def _waste(
     tokens = 0
     computed = needed = total = 0.0
     for lengths in batches:
-        for micro_batch in batching.plan(lengths, shapes, cost, most_tokens):
+        for micro_batch in plan.plan(lengths, shapes, cost, most_tokens):
             own = [lengths[i] for i in micro_batch]
             length = common_length(own, shapes)
             tokens += sum(own)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
-from traceserve_runtime.batching import Arrays
+from traceserve_runtime.runner import Arrays
 from traceserve_runtime.tasks.contract import Request
-from traceserve_runtime.tokenization import Row
+from traceserve_runtime.texts.tokenization import Row
 
 from traceserve.loading import Original
 

@@ -8,9 +8,9 @@ import json
 from pathlib import Path
 from typing import Any, List, Mapping, Sequence, Tuple, Type
 
-from traceserve_runtime.bodies import Headers
 from traceserve_runtime.errors import TraceserveError
-from traceserve_runtime.requests import parse
+from traceserve_runtime.protocols.bodies import Headers
+from traceserve_runtime.protocols.requests import parse
 from traceserve_runtime.tasks.contract import Request, Task
 
 from traceserve.corpus import sentences

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from traceserve_runtime import processor
-from traceserve_runtime.batching import CostModel
-from traceserve_runtime.bodies import Headers
+from traceserve_runtime.batching.costs import CostModel
 from traceserve_runtime.engine import Engine, load_task
 from traceserve_runtime.errors import TraceserveError
 from traceserve_runtime.manifest import Manifest
-from traceserve_runtime.requests import parse
+from traceserve_runtime.protocols.bodies import Headers
+from traceserve_runtime.protocols.requests import parse
 from traceserve_runtime.settings import Settings
 from traceserve_runtime.tasks.contract import Task
-from traceserve_runtime.tokenization import Encoded
+from traceserve_runtime.texts.tokenization import Encoded
 
 from traceserve import instances, load, server, subjects, torchserve, wire
 from traceserve.archive import read_manifest, read_serving, unpack

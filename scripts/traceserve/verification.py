@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Callable, Dict, Iterator, List, Sequence, Tuple, Union
 
 import numpy as np
-from traceserve_runtime import batching
-from traceserve_runtime.batching import Arrays, Stats
+from traceserve_runtime.batching import batches
+from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.engine import Answer, Engine
 from traceserve_runtime.errors import TraceserveError
-from traceserve_runtime.feeds import FEEDS
+from traceserve_runtime.generation.steps import FEEDS
 from traceserve_runtime.manifest import Manifest
+from traceserve_runtime.runner import Arrays
 from traceserve_runtime.runtimes import VARIANTS
 from traceserve_runtime.tasks.contract import Request, by_part
-from traceserve_runtime.tokenization import Encoded, Row, Segments, TextTokenizer
+from traceserve_runtime.texts.tokenization import Encoded, Row, Segments, TextTokenizer
 
 from traceserve import devices
 from traceserve.checkpoints import languages
@@ -145,7 +146,7 @@ def _compare_outputs(engine: Engine, reference: Reference, findings: Findings, p
         if loop:
             got = _read_forced(engine, [rows.get(*key) for key in keys], run_as)
         else:
-            got = batching.run(engine.runner, [rows.get(*key) for key in keys], run_as, per_token, Stats())
+            got = batches.run(engine.runner, [rows.get(*key) for key in keys], run_as, per_token, Stats())
         for output in manifest.outputs:
             differences = [_difference(one[output], expected[key][output]) for one, key in zip(got, keys)]
             findings.cells.append(Cell(batch, length, padded, output, float(np.max(differences))))

@@ -67,10 +67,10 @@ def in_process(
 ) -> Dict[str, float]:
     """Texts/s of the model and of the engine for each size of batch, after a round to warm up."""
     import torch
-    from traceserve_runtime import batching
+    from traceserve_runtime.batching import batches
     from traceserve_runtime.engine import Engine
     from traceserve_runtime.tasks.contract import Request
-    from traceserve_runtime.tokenization import Encoded
+    from traceserve_runtime.texts.tokenization import Encoded
 
     engine = Engine.load(folder)
     if threads:
@@ -85,7 +85,7 @@ def in_process(
     for size in batches:
         cuts, unsorted = ([way[start : start + size] for start in range(0, len(way), size)] for way in (order, arrived))
         padding = engine.runner.padding
-        padded = [batching.pad([encoded[i].rows[0] for i in cut], engine.manifest, padding)[0] for cut in cuts]
+        padded = [batches.pad([encoded[i].rows[0] for i in cut], engine.manifest, padding)[0] for cut in cuts]
         for arrays in padded[:: max(1, len(padded) // 20)]:
             engine.runner(arrays)
         started = time.perf_counter()

@@ -26,10 +26,11 @@ import transformers
 from conftest import run_export
 from rich.console import Console
 from rich.table import Table
-from traceserve_runtime.batching import Stats
+from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.engine import Engine
-from traceserve_runtime.feeds import DecoderFeed
-from traceserve_runtime.generation import Sampling, Settings, generate
+from traceserve_runtime.generation.scores import Settings
+from traceserve_runtime.generation.search import Sampling, generate
+from traceserve_runtime.generation.steps import DecoderFeed
 from traceserve_runtime.tasks.contract import Request
 
 PROMPT = (

@@ -20,7 +20,7 @@ from traceserve.config import parse
 from traceserve.reference import Reference, Wanted, run_original
 from traceserve_runtime.manifest import TokenizerFacts
 from traceserve_runtime.tasks import TASKS
-from traceserve_runtime.tokenization import Encoded, Segments, TextTokenizer
+from traceserve_runtime.texts.tokenization import Encoded, Segments, TextTokenizer
 
 TASK = "sequence_classification"
 CHUNKS = 4

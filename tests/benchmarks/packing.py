@@ -25,7 +25,7 @@ from traceserve import environment
 from traceserve.writers.weights import write_graph
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.manifest import Manifest, sha256
-from traceserve_runtime.runtimes.torchscript import UNPADDED
+from traceserve_runtime.runtimes.torchscript.reader import UNPADDED
 from traceserve_runtime.settings import Settings
 
 SIZES = (1, 4, 16, 37, 64)
@@ -102,7 +102,7 @@ def tokens(folder: Path, threads: Optional[int]) -> Dict[str, Engine]:
 
 def attention(folder: Path, threads: Optional[int]) -> Dict[str, Engine]:
     """As traced, and in float32."""
-    with mock.patch("traceserve_runtime.runtimes.attention.widen", return_value=0):
+    with mock.patch("traceserve_runtime.runtimes.torchscript.attention.widen", return_value=0):
         engines = {"as traced": Engine.load(folder, settings=Settings(threads))}
     return {**engines, "in float32": Engine.load(folder, settings=Settings(threads))}
 

@@ -7,7 +7,7 @@ from typing import Any, Callable, Dict, List
 
 import pytest
 import torch
-from traceserve_runtime.batching import Stats
+from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.engine import Answer, Engine
 from traceserve_runtime.tasks.contract import Job, Request
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer

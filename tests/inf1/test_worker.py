@@ -13,7 +13,7 @@ from typing import Any, Callable, Iterator, List
 import pytest
 import torch
 from neuron_double import cores, operator
-from traceserve_runtime.batching import Stats
+from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.engine import Answer, Engine
 from traceserve_runtime.errors import InvalidManifest, MissingPackage
 from traceserve_runtime.manifest import Manifest, sha256

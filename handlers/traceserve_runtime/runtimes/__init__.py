@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Callable, Dict, List, Sequence
 
-from traceserve_runtime.batching import Runner
 from traceserve_runtime.manifest import Manifest
+from traceserve_runtime.runner import Runner
 from traceserve_runtime.runtimes import aot_inductor, onnx, pretrained, torchscript
 from traceserve_runtime.runtimes.variants import Variant
 from traceserve_runtime.settings import Settings

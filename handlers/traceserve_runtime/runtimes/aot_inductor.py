@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, List, Optional, Sequence, Tuple
 
 from traceserve_runtime import processor
-from traceserve_runtime.batching import Arrays, Padding, State
 from traceserve_runtime.errors import InvalidManifest, MissingPackage
 from traceserve_runtime.manifest import Manifest
+from traceserve_runtime.runner import Arrays, Padding, State
 from traceserve_runtime.runtimes import team
-from traceserve_runtime.runtimes.torchscript import settle
+from traceserve_runtime.runtimes.torchscript.reader import settle
 from traceserve_runtime.runtimes.variants import Variant
 from traceserve_runtime.settings import Settings
 

@@ -10,9 +10,9 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 import numpy as np
 
 from traceserve_runtime import processor
-from traceserve_runtime.batching import Arrays, Padding, State
 from traceserve_runtime.errors import InvalidManifest, MissingPackage
 from traceserve_runtime.manifest import Manifest
+from traceserve_runtime.runner import Arrays, Padding, State
 from traceserve_runtime.runtimes.variants import Variant
 from traceserve_runtime.settings import Settings
 

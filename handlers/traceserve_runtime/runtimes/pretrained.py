@@ -13,11 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, ContextManager, Dict, Iterator, List, Sequence, Tuple
 
-from traceserve_runtime import batching
+from traceserve_runtime.batching import batches
 from traceserve_runtime.errors import InvalidManifest, MissingPackage, reason
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runtimes import calling, stepping
-from traceserve_runtime.runtimes.torchscript import TorchScriptRunner, settle
+from traceserve_runtime.runtimes.torchscript.reader import TorchScriptRunner, settle
 from traceserve_runtime.runtimes.variants import Variant
 from traceserve_runtime.settings import Settings
 
@@ -263,7 +263,7 @@ def _compiled(calls: Dict[str, Call]) -> Dict[str, Call]:
 
 def _try(runner: TorchScriptRunner, manifest: Manifest) -> None:
     """Compile: run the model once; raises MissingPackage where that cannot be."""
-    inputs = batching.filled(manifest, 2, 4)
+    inputs = batches.filled(manifest, 2, 4)
     try:
         if not manifest.step_inputs:
             runner(inputs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Callable, NamedTuple
 
 if TYPE_CHECKING:
-    from traceserve_runtime.batching import Runner
+    from traceserve_runtime.runner import Runner
 
 
 class Variant(NamedTuple):

@@ -9,12 +9,16 @@ from typing import Any, Callable, ClassVar, Dict, List, Mapping, NamedTuple, Opt
 
 import numpy as np
 
-from traceserve_runtime import batching, failures, limits, probing
-from traceserve_runtime.batching import Arrays, CostModel, Runner, Stats
+from traceserve_runtime import failures
+from traceserve_runtime.batching import batches, plan
+from traceserve_runtime.batching.batches import Stats
+from traceserve_runtime.batching.costs import CostModel
 from traceserve_runtime.errors import InputTooLong, InvalidRequest, ModelFailure, TraceserveError
 from traceserve_runtime.manifest import Manifest
+from traceserve_runtime.runner import Arrays, Runner
 from traceserve_runtime.tasks.parameters import Field, Output, Parameter
-from traceserve_runtime.tokenization import LONG_INPUTS, Encoded, Row, Segments, TextTokenizer
+from traceserve_runtime.texts import limits, probing
+from traceserve_runtime.texts.tokenization import LONG_INPUTS, Encoded, Row, Segments, TextTokenizer
 
 
 @dataclass(frozen=True)
@@ -227,7 +231,7 @@ class Task:
     def predict(self, runner: Runner, jobs: Sequence[Job], stats: Stats) -> List[Arrays]:
         """Run rows together: one pass of the model. A task that loops overrides this."""
         per_token = [output.name for output in self.outputs if output.per_token]
-        outputs = batching.run(runner, [job.row for job in jobs], self.manifest, per_token, stats)
+        outputs = batches.run(runner, [job.row for job in jobs], self.manifest, per_token, stats)
         return [self.keep(job.row, output) for job, output in zip(jobs, outputs)]
 
     def keep(self, row: Row, outputs: Arrays) -> Arrays:
@@ -248,7 +252,7 @@ class Task:
     @property
     def most_tokens(self) -> int:
         """The most tokens, padding included, that one run may have."""
-        return batching.MOST_TOKENS
+        return plan.MOST_TOKENS
 
     def from_texts(self, texts: Sequence[str]) -> List[Request]:
         """Requests about each of these texts, and some about two: what the gate asks."""

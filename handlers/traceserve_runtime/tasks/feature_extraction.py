@@ -7,14 +7,14 @@ from typing import Any, Dict, List, Sequence, Union
 
 import numpy as np
 
-from traceserve_runtime.batching import Arrays
 from traceserve_runtime.errors import InvalidRequest, TraceserveError
 from traceserve_runtime.manifest import Manifest
+from traceserve_runtime.runner import Arrays
 from traceserve_runtime.tasks.contract import ModelFacts, Parts, Request, Task, only_whole, without_prefix
 from traceserve_runtime.tasks.embedding import POOLINGS, apply, normalized, pool
 from traceserve_runtime.tasks.parameters import Field, Output, Parameter
 from traceserve_runtime.tasks.scores import average
-from traceserve_runtime.tokenization import Encoded, Row, Segments, TextTokenizer
+from traceserve_runtime.texts.tokenization import Encoded, Row, Segments, TextTokenizer
 
 # What is known of a checkpoint beside its model, where it is not one of sentence-transformers.
 _NONE: Dict[str, Any] = {"prompts": {}, "include_prompt": True, "layers": [], "arrays": None, "dimensions": None}

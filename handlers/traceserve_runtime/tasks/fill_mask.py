@@ -6,13 +6,13 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 import numpy as np
 
-from traceserve_runtime import windows
-from traceserve_runtime.batching import Arrays
 from traceserve_runtime.errors import InvalidRequest, Unsupported
+from traceserve_runtime.runner import Arrays
+from traceserve_runtime.softmax import softmax
 from traceserve_runtime.tasks.contract import ModelFacts, Request, Task
 from traceserve_runtime.tasks.parameters import Field, Output, Parameter, strings
-from traceserve_runtime.tasks.scores import softmax
-from traceserve_runtime.tokenization import Row
+from traceserve_runtime.texts import windows
+from traceserve_runtime.texts.tokenization import Row
 
 # The logits of one run are float32 of shape (batch, length, vocabulary): this many bytes at most.
 _MOST_BYTES = 1 << 28

@@ -6,14 +6,16 @@ from typing import Any, Callable, ClassVar, Dict, List, Optional, Sequence, Unio
 
 import numpy as np
 
-from traceserve_runtime import generation
-from traceserve_runtime.batching import Arrays, CostModel, Runner, Stats
+from traceserve_runtime.batching.batches import Stats
+from traceserve_runtime.batching.costs import CostModel
 from traceserve_runtime.errors import InvalidRequest, TraceserveError, Unsupported
-from traceserve_runtime.feeds import FEEDS
-from traceserve_runtime.generation import Settings
+from traceserve_runtime.generation.scores import Settings
+from traceserve_runtime.generation.search import generate, search_for
+from traceserve_runtime.generation.steps import FEEDS
+from traceserve_runtime.runner import Arrays, Runner
 from traceserve_runtime.tasks.contract import Job, ModelFacts, Parts, Request, Task, without_prefix
 from traceserve_runtime.tasks.parameters import Output, Parameter, strings
-from traceserve_runtime.tokenization import Encoded, Row
+from traceserve_runtime.texts.tokenization import Encoded, Row
 
 MAX_NEW_TOKENS = Parameter(
     "max_new_tokens", int, "the most tokens that are written; by default 256, or as many as the model can"
@@ -216,9 +218,9 @@ class Generating(Task):
         for job in jobs:
             prompt = self.prompt(job.row)
             settings = self.settings(job.request, job.row, prompt)
-            searches.append(generation.search(prompt, settings, self._ends(job.request, prompt), self._told(job)))
+            searches.append(search_for(prompt, settings, self._ends(job.request, prompt), self._told(job)))
         feed = FEEDS[self.loop](runner, [job.row for job in jobs], self.manifest, stats)
-        sound = generation.generate(feed, searches)
+        sound = generate(feed, searches)
         return [
             # Not a number where the model gave none: `answer` tells it.
             {"tokens": np.array(search.tokens, dtype=np.int64) if fine else np.array([np.nan])}

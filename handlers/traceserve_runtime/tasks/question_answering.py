@@ -6,12 +6,12 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Sequence, Tuple
 
 import numpy as np
 
-from traceserve_runtime.batching import Arrays
 from traceserve_runtime.errors import InvalidRequest
+from traceserve_runtime.runner import Arrays
+from traceserve_runtime.softmax import softmax
 from traceserve_runtime.tasks.contract import ModelFacts, Request, Task
 from traceserve_runtime.tasks.parameters import Field, Output, Parameter
-from traceserve_runtime.tasks.scores import softmax
-from traceserve_runtime.tokenization import Row, Segments
+from traceserve_runtime.texts.tokenization import Row, Segments
 
 _LONGEST_WINDOW = 384  # the pipeline's default
 _LONGEST_STRIDE = 128

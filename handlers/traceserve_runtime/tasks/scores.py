@@ -6,16 +6,11 @@ from typing import TYPE_CHECKING, Callable, Dict, Sequence
 
 import numpy as np
 
-from traceserve_runtime.tokenization import Row
+from traceserve_runtime.softmax import softmax
+from traceserve_runtime.texts.tokenization import Row
 
 if TYPE_CHECKING:
     from traceserve_runtime.tasks.contract import ModelFacts
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Over the last axis."""
-    exponents = np.exp(logits - np.max(logits, axis=-1, keepdims=True))
-    return np.asarray(exponents / exponents.sum(axis=-1, keepdims=True))
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:

@@ -6,14 +6,14 @@ import difflib
 from dataclasses import replace
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
 
-from traceserve_runtime.batching import Arrays
 from traceserve_runtime.errors import InvalidRequest, TraceserveError, Unsupported
-from traceserve_runtime.generation import Settings
-from traceserve_runtime.pieces import renumbered
+from traceserve_runtime.generation.scores import Settings
+from traceserve_runtime.runner import Arrays
 from traceserve_runtime.tasks.contract import ModelFacts, Parts, Request
 from traceserve_runtime.tasks.generating import PARAMETERS, Generating, first_id
 from traceserve_runtime.tasks.parameters import Field, Parameter
-from traceserve_runtime.tokenization import Encoded, Row, Segments
+from traceserve_runtime.texts.pieces import renumbered
+from traceserve_runtime.texts.tokenization import Encoded, Row, Segments
 
 _UNSET_LENGTH = 20  # transformers' own max_length, which its pipeline takes for none that the checkpoint sets
 _LONGEST_TEXT = 4096  # tokens, for models whose positions have no limit of their own

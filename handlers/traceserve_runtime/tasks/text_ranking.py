@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
-from traceserve_runtime.batching import Arrays
 from traceserve_runtime.errors import InvalidRequest, Unsupported
+from traceserve_runtime.runner import Arrays
 from traceserve_runtime.tasks.contract import ModelFacts, Request, Task, by_part
 from traceserve_runtime.tasks.parameters import Field, Output, Parameter
 from traceserve_runtime.tasks.scores import FUNCTIONS, function_to_apply
-from traceserve_runtime.tokenization import Row, Segments
+from traceserve_runtime.texts.tokenization import Row, Segments
 
 # The activations that sentence-transformers may name, as functions.
 _ACTIVATIONS = {

@@ -6,12 +6,12 @@ from typing import Any, Dict, List, Sequence, Tuple
 
 import numpy as np
 
-from traceserve_runtime import windows
-from traceserve_runtime.batching import Arrays
+from traceserve_runtime.runner import Arrays
+from traceserve_runtime.softmax import softmax
 from traceserve_runtime.tasks.contract import ModelFacts, Request, Task
 from traceserve_runtime.tasks.parameters import Field, Output, Parameter, strings
-from traceserve_runtime.tasks.scores import softmax
-from traceserve_runtime.tokenization import Row
+from traceserve_runtime.texts import windows
+from traceserve_runtime.texts.tokenization import Row
 
 # How the label of a word is found from its tokens' scores, (tokens, labels), for the strategies that look at words.
 _WORD_SCORES = {

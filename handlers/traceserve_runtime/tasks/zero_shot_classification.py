@@ -6,12 +6,13 @@ from typing import Any, Dict, List, Sequence
 
 import numpy as np
 
-from traceserve_runtime.batching import Arrays
 from traceserve_runtime.errors import InputTooLong, InvalidRequest, Unsupported
+from traceserve_runtime.runner import Arrays
+from traceserve_runtime.softmax import softmax
 from traceserve_runtime.tasks.contract import ModelFacts, Request, Task, by_part
 from traceserve_runtime.tasks.parameters import Field, Output, Parameter
-from traceserve_runtime.tasks.scores import average, softmax
-from traceserve_runtime.tokenization import Row, Segments
+from traceserve_runtime.tasks.scores import average
+from traceserve_runtime.texts.tokenization import Row, Segments
 
 
 class ZeroShotClassification(Task):

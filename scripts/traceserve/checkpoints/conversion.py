@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple
 
-from traceserve_runtime.pieces import BPE, UNIGRAM
+from traceserve_runtime.texts.pieces import BPE, UNIGRAM
 
 from traceserve.errors import ExportError
 
@@ -34,7 +34,7 @@ class Converted(NamedTuple):
     """A tokenizer as the worker reads it."""
 
     tokenizer: Any  # tokenizers.Tokenizer
-    pieces: Dict[str, Any]  # what `traceserve_runtime.pieces` must know beside it
+    pieces: Dict[str, Any]  # what `traceserve_runtime.texts.pieces` must know beside it
 
     def write(self, folder: Path) -> None:
         """Write what stands beside tokenizer.json."""

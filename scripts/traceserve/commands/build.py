@@ -185,7 +185,7 @@ def _padding(manifest: Manifest) -> List[Tuple[str, str]]:
         by = manifest.receipt.get(PADDING_CHANGES)
         changes = f" (it changes outputs by {by:.1e})" if by is not None else ""
         return [("padding", f"none: only rows of one length run together{changes}")]
-    from traceserve_runtime.runtimes.torchscript import UNPADDED
+    from traceserve_runtime.runtimes.torchscript.reader import UNPADDED
 
     if UNPADDED not in manifest.runtime or manifest.step_inputs:
         return []

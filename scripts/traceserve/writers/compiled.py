@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Optional, Sequence, Tuple, Type
 
 from traceserve_runtime.manifest import Shapes
-from traceserve_runtime.runtimes.neuron import CHIPS
+from traceserve_runtime.runtimes.torchscript.neuron import CHIPS
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.parameters import Parameter
 

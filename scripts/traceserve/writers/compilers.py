@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
-from traceserve_runtime.runtimes.neuron import CHIPS, Operators, operators
+from traceserve_runtime.runtimes.torchscript.neuron import CHIPS, Operators, operators
 
 from traceserve import cores
 from traceserve.errors import ExportError

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Collection, Dict, Optional, Tuple, Type
 
 from traceserve_runtime.errors import reason
 from traceserve_runtime.manifest import sha256
-from traceserve_runtime.runtimes.torchscript import FILLED, UNPADDED
+from traceserve_runtime.runtimes.torchscript.reader import FILLED, UNPADDED
 
 from traceserve.writers import compiled, weights
 from traceserve.writers.contract import Written

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set
 
 import torch
-from traceserve_runtime.runtimes import packing
-from traceserve_runtime.runtimes.devices import nodes
+from traceserve_runtime.runtimes.torchscript import packing
+from traceserve_runtime.runtimes.torchscript.devices import nodes
 
 from traceserve.writers import axes, end_to_end
 from traceserve.writers.axes import Dims, Example

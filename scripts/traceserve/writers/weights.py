@@ -8,7 +8,7 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Tuple
 
-from traceserve_runtime.runtimes.weights import GRAPH_FILE, WEIGHTS_FILE, Place, write_places
+from traceserve_runtime.runtimes.torchscript.weights import GRAPH_FILE, WEIGHTS_FILE, Place, write_places
 
 from traceserve import space
 

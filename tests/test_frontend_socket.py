@@ -13,7 +13,7 @@ import pytest
 import transformer_handler
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from traceserve_runtime.reading import Reader
+from traceserve_runtime.frontend_socket import Reader
 
 codec = pytest.importorskip("ts.protocol.otf_message_handler")
 

@@ -7,10 +7,11 @@ from typing import Any, Dict, Optional, Sequence, Type
 
 import numpy as np
 
-from traceserve_runtime import batching
-from traceserve_runtime.batching import Arrays, Runner, State, Stats
+from traceserve_runtime.batching import batches
+from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.manifest import Manifest
-from traceserve_runtime.tokenization import Row
+from traceserve_runtime.runner import Arrays, Runner, State
+from traceserve_runtime.texts.tokenization import Row
 
 
 class _Feed:
@@ -19,7 +20,7 @@ class _Feed:
     def __init__(self, runner: Runner, rows: Sequence[Row], manifest: Manifest, stats: Stats) -> None:
         self._runner = runner
         self._manifest = manifest
-        self._read, _ = batching.pad(rows, manifest)
+        self._read, _ = batches.pad(rows, manifest)
         self._mask = self._read["attention_mask"]
         self._stats = stats
         stats.rows += len(rows)

@@ -9,31 +9,24 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any, Dict, List, Mapping, Optional, Tuple, Type
+from typing import Any, Dict, List, Mapping, Optional, Tuple, Type, Union
 
-from traceserve_runtime import bodies
-from traceserve_runtime.bodies import LEGAL_BODIES, UNUSED_FIELDS, Headers
 from traceserve_runtime.errors import InputTooLong, InvalidRequest
-from traceserve_runtime.protocols import (
-    DEEPEST,
-    Instances,
-    Plain,
-    Protocol,
-    are_tensors,
-    check_string,
-    kind_of,
-    listed,
-    nearest,
-    path_to,
-    read_tensors,
-    short,
-)
+from traceserve_runtime.protocols import bodies
+from traceserve_runtime.protocols.bodies import LEGAL_BODIES, UNUSED_FIELDS, Headers
+from traceserve_runtime.protocols.kserve import Instances
+from traceserve_runtime.protocols.native import Plain
+from traceserve_runtime.protocols.open_inference import Tensors, are_tensors, read_tensors
+from traceserve_runtime.protocols.wording import DEEPEST, check_string, kind_of, listed, nearest, path_to, short
 from traceserve_runtime.tasks.contract import Request, Task
 
 # Of a list that is no list of texts, as the messages of a chat; a list of texts has max_rows at most.
 _MOST_ITEMS = 4096
 _LISTS = 8  # so many of them
 _MOST_KEYS = 256  # of one object, far above all fields and parameters that a task has
+
+
+Protocol = Union[Plain, Tensors]
 
 
 @dataclass(frozen=True)

@@ -7,45 +7,14 @@ transformers' `generate` does it, to the token; the arrays are numpy's, and the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Callable, List, NamedTuple, Optional, Protocol, Sequence, Tuple, Union
+from typing import Callable, List, NamedTuple, Optional, Protocol, Sequence
 
 import numpy as np
 
-from traceserve_runtime.tasks.scores import softmax
+from traceserve_runtime.generation.scores import Settings, probabilities, processed
+from traceserve_runtime.softmax import log_softmax
 
-NEVER = np.float32(-np.inf)
 _BAD = np.float32(-1e9)  # a beam's score that nothing real is below
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How one row is continued. Names and meanings are those of transformers' GenerationConfig."""
-
-    max_new_tokens: int
-    min_new_tokens: int = 0
-    min_length: int = 0  # of the whole sequence, the prompt included
-    eos_ids: Tuple[int, ...] = ()
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_k: int = 0  # 0: all
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: Optional[int] = None
-    repetition_penalty: float = 1.0
-    no_repeat_ngram_size: int = 0
-    num_beams: int = 1
-    length_penalty: float = 1.0
-    early_stopping: Union[bool, str] = False  # or "never"
-    bad_words_ids: Tuple[Tuple[int, ...], ...] = ()
-    forced_bos_id: Optional[int] = None
-    forced_eos_ids: Tuple[int, ...] = ()
-    suppress_ids: Tuple[int, ...] = ()
-    begin_suppress_ids: Tuple[int, ...] = ()
-    renormalize: bool = False  # whether a beam's probabilities add up to 1 again after what was forbidden
-    source: Tuple[int, ...] = ()  # the tokens that the model was given, for the two that follow
-    source_ngram_size: int = 0  # no sequence of so many of them is written; 0: any may
-    source_penalty: float = 1.0  # above 1 they become likelier
 
 
 class Moves(NamedTuple):
@@ -230,7 +199,7 @@ class Beams:
         self._improvable &= any(possible > (worst if item.complete else _BAD) for item in self._finished)
 
 
-def search(
+def search_for(
     prompt: Sequence[int],
     settings: Settings,
     ends: Optional[Callable[[List[int]], bool]] = None,
@@ -241,105 +210,6 @@ def search(
     if settings.num_beams > 1:
         return Beams(prompt, settings, ends)
     return Sampling(prompt, settings, ends, told)
-
-
-def processed(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: Settings) -> np.ndarray:
-    """The scores of the next token, (vocabulary), after what the settings forbid, force or make less likely."""
-    changes = (_source_repetition, _repetition, _ngrams, _source_ngrams, _bad_words, _minimum, _forced, _suppressed)
-    scores = scores.copy()
-    for change in changes:
-        change(scores, prompt, tokens, settings)
-    return log_softmax(scores) if settings.renormalize else scores
-
-
-def _source_repetition(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: Settings) -> None:
-    if settings.source_penalty == 1.0:
-        return
-    seen = np.unique(settings.source)
-    penalty = np.float32(1 / settings.source_penalty)
-    scores[seen] = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
-
-
-def _repetition(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: Settings) -> None:
-    if settings.repetition_penalty == 1.0:
-        return
-    seen = np.unique([*prompt, *tokens])
-    penalty = np.float32(settings.repetition_penalty)
-    scores[seen] = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
-
-
-def _ngrams(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: Settings) -> None:
-    size = settings.no_repeat_ngram_size
-    whole = [*prompt, *tokens]
-    if not 0 < size <= len(whole) + 1:
-        return
-    last = tuple(whole[len(whole) - size + 1 :])
-    for i in range(len(whole) - size + 1):
-        if tuple(whole[i : i + size - 1]) == last:
-            scores[whole[i + size - 1]] = NEVER
-
-
-def _source_ngrams(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: Settings) -> None:
-    size = settings.source_ngram_size
-    whole = [*prompt, *tokens]
-    if not 0 < size <= len(whole) + 1:
-        return
-    last = tuple(whole[len(whole) - size + 1 :])
-    for i in range(len(settings.source) - size + 1):
-        if settings.source[i : i + size - 1] == last:
-            scores[settings.source[i + size - 1]] = NEVER
-
-
-def _bad_words(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: Settings) -> None:
-    whole = [*prompt, *tokens]
-    for word in settings.bad_words_ids:
-        if len(word) == 1 or whole[len(whole) - len(word) + 1 :] == list(word[:-1]):
-            scores[word[-1]] = NEVER
-
-
-def _minimum(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: Settings) -> None:
-    if len(tokens) < settings.min_new_tokens or len(prompt) + len(tokens) < settings.min_length:
-        scores[list(settings.eos_ids)] = NEVER
-
-
-def _forced(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: Settings) -> None:
-    forced: Sequence[int] = ()
-    if settings.forced_bos_id is not None and len(prompt) + len(tokens) == 1:
-        forced = (settings.forced_bos_id,)
-    elif len(tokens) == settings.max_new_tokens - 1:
-        forced = settings.forced_eos_ids
-    if forced:
-        scores[:] = NEVER
-        scores[list(forced)] = 0
-
-
-def _suppressed(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: Settings) -> None:
-    scores[list(settings.suppress_ids)] = NEVER
-    if len(tokens) == (1 if settings.forced_bos_id is not None and len(prompt) == 1 else 0):
-        scores[list(settings.begin_suppress_ids)] = NEVER
-
-
-def probabilities(scores: np.ndarray, settings: Settings) -> np.ndarray:
-    """The probability of each token, (vocabulary), by temperature, then top_k, top_p and min_p."""
-    scores = scores / np.float32(settings.temperature)
-    if 0 < settings.top_k < len(scores):
-        threshold = np.partition(scores, -settings.top_k)[-settings.top_k]
-        scores = np.where(scores < threshold, NEVER, scores)
-    if settings.top_p < 1.0:
-        order = np.argsort(scores, kind="stable")  # the least likely first
-        dropped = np.cumsum(softmax(scores[order])) <= np.float32(1 - settings.top_p)
-        dropped[-1] = False
-        scores[order[dropped]] = NEVER
-    if settings.min_p > 0.0:
-        likely = softmax(scores)
-        scores[likely < np.float32(settings.min_p) * likely.max()] = NEVER
-    return softmax(scores)
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Over the last axis, float32."""
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
 
 
 def _largest(values: np.ndarray, count: int) -> np.ndarray:

@@ -15,12 +15,12 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 from tokenizers import Encoding, Tokenizer
 from tokenizers.processors import ByteLevel
 
-from traceserve_runtime import probing
 from traceserve_runtime.errors import InputTooLong, InvalidManifest, InvalidRequest, TraceserveError
-from traceserve_runtime.limits import Limits
 from traceserve_runtime.manifest import TokenizerFacts
-from traceserve_runtime.pieces import PieceTokenizer
-from traceserve_runtime.probing import Sized
+from traceserve_runtime.texts import probing
+from traceserve_runtime.texts.limits import Limits
+from traceserve_runtime.texts.pieces import PieceTokenizer
+from traceserve_runtime.texts.probing import Sized
 
 LONG_INPUTS = ("window", "truncate", "reject")
 _SPACES_TO_CLEAN = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")

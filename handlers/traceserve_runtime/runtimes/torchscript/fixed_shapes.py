@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 
-from traceserve_runtime.batching import Arrays, Padding, State, filled
+from traceserve_runtime.batching.batches import filled
 from traceserve_runtime.manifest import Manifest
+from traceserve_runtime.runner import Arrays, Padding, State
 
 if TYPE_CHECKING:
     import torch

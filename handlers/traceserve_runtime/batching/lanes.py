@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Callable, List, Optional, Sequence, Tuple, TypeVar
 
-from traceserve_runtime.batching import MOST_ROWS, MOST_TOKENS, CostModel, plan
+from traceserve_runtime.batching.costs import CostModel
+from traceserve_runtime.batching.plan import MOST_ROWS, MOST_TOKENS, plan
 from traceserve_runtime.manifest import Shapes
 
 Batches = List[List[int]]

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any, List, NamedTuple, Optional, Sequence, Tup
 import numpy as np
 
 from traceserve_runtime import processor
-from traceserve_runtime.batching import IN_ATTENTION, Arrays, Padding, State, filled
+from traceserve_runtime.batching.batches import filled
 from traceserve_runtime.errors import InvalidManifest, MissingPackage
 from traceserve_runtime.manifest import Manifest
-from traceserve_runtime.runtimes import attention, devices, neuron, packing, team, weights
-from traceserve_runtime.runtimes.padded import PaddedRunner
+from traceserve_runtime.runner import IN_ATTENTION, Arrays, Padding, State
+from traceserve_runtime.runtimes import team
+from traceserve_runtime.runtimes.torchscript import attention, devices, neuron, packing, weights
+from traceserve_runtime.runtimes.torchscript.fixed_shapes import PaddedRunner
 from traceserve_runtime.runtimes.variants import Variant
 from traceserve_runtime.settings import Settings
 

@@ -15,7 +15,7 @@ import re
 from typing import TYPE_CHECKING, Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from traceserve_runtime import processor
-from traceserve_runtime.runtimes import devices
+from traceserve_runtime.runtimes.torchscript import devices
 
 if TYPE_CHECKING:
     import torch

@@ -31,7 +31,7 @@ from types import MappingProxyType
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple, Type, Union
 
 from traceserve_runtime.errors import InputTooLong, InvalidRequest, UnsupportedMedia
-from traceserve_runtime.protocols import listed, nearest, parse_json, short
+from traceserve_runtime.protocols.wording import listed, nearest, parse_json, short
 from traceserve_runtime.tasks.contract import Task
 
 # `target` names the class that the pytorch/serve example explains; its clients send it with every request.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, Dict
 
 from traceserve_runtime import processor
-from traceserve_runtime.runtimes import devices
+from traceserve_runtime.runtimes.torchscript import devices
 
 _KIND = "aten::scaled_dot_product_attention"
 _MASK, _MASK_TYPES = 3, ("NoneType", "Tensor")

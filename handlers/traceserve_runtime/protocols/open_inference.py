@@ -1,8 +1,6 @@
-"""The protocols in which clients ask and are answered.
+"""The Open Inference Protocol (V2) of KServe and Triton.
 
-KServe V1 is `{"instances": [...], "parameters": {...}}`, answered with `{"predictions": [...]}`.
-
-The Open Inference Protocol (V2) is told from our own `{"inputs": [...]}` by its inputs, which are tensors of datatype BYTES.
+It is told from our own `{"inputs": [...]}` by its inputs, which are tensors of datatype BYTES.
 Each element is a request, and several tensors are the fields of their names. A sole tensor of another name is the task's
 first field; where the task requires several fields, each of its elements is the JSON text of an object with them, which may
 have "parameters" of its own. A field that is a list comes as its JSON text. The path in an error counts the elements of
@@ -14,19 +12,24 @@ is: there the answers stand as they are. It dies of an answer without outputs, s
 from __future__ import annotations
 
 import base64
-import difflib
 import json
 import math
-import re
 from dataclasses import dataclass
-from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Type, Union
+from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Type
 
 from traceserve_runtime.errors import InvalidRequest, TraceserveError
+from traceserve_runtime.protocols.native import Model
+from traceserve_runtime.protocols.wording import (
+    check_string,
+    kind_of,
+    listed,
+    nearest,
+    parse_json,
+    path_to,
+    short,
+)
 from traceserve_runtime.tasks.contract import Task
 
-DEEPEST = 64  # lists and objects in each other: tensors have few dimensions, and a chat a few levels
-_NO_BRACKETS = re.compile(r"[^][{}]+")
-_LONGEST_NAME = 64  # in characters, of what is compared with known names: that takes seconds for megabytes
 _BODY_KEYS = ("id", "model_name", "model_version", "parameters", "inputs", "outputs")
 _TENSOR_KEYS = ("name", "shape", "datatype", "data", "parameters")
 # Parameters of servers of V2 that say nothing to ours.
@@ -41,38 +44,6 @@ _IGNORED_PARAMETERS = (
     "priority",
     "timeout",
 )
-
-
-class Model(NamedTuple):
-    """What is served, as V2 names it in its answers."""
-
-    name: str
-    version: str
-
-
-@dataclass(frozen=True)
-class Plain:
-    """Our own protocol."""
-
-    is_list: bool
-
-    def document(self, answers: Sequence[Any], model: Model) -> Any:
-        """What the client gets for the answers to all that it asked."""
-        return list(answers) if self.is_list else answers[0]
-
-    def place(self, index: int, where: str, name: Optional[str]) -> Optional[str]:
-        """The path in the client's body of the field `name` of the request `index`, which stands at `where`."""
-        return ".".join(part for part in (where, name) if part) or None
-
-
-@dataclass(frozen=True)
-class Instances(Plain):
-    """KServe V1."""
-
-    is_list: bool = True
-
-    def document(self, answers: Sequence[Any], model: Model) -> Any:
-        return {"predictions": list(answers)}
 
 
 @dataclass(frozen=True)
@@ -97,9 +68,6 @@ class Tensors:
         if self.columns and name[:end] == "parameters":
             return name
         return f"{where}.{name}" if name else where
-
-
-Protocol = Union[Plain, Tensors]
 
 
 class Sent(NamedTuple):
@@ -316,68 +284,3 @@ def _shape(value: Any) -> Optional[Tuple[int, ...]]:
     shapes = {_shape(item) for item in value}
     inner = shapes.pop()
     return None if shapes or inner is None else (len(value), *inner)
-
-
-def parse_json(text: str, what: str = "body", field: Optional[str] = None) -> Any:
-    """JSON that came as text; raises InvalidRequest, which names `what` is wrong and the `field` where that stands."""
-    if _is_deep(text):
-        raise InvalidRequest(f"{what if field else 'the ' + what} is nested too deeply", field or what)
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise InvalidRequest(f"{what if field else 'the ' + what} is not valid JSON: {error}", field or what) from None
-
-
-def _is_deep(text: str) -> bool:
-    """Whether JSON is nested more deeply than DEEPEST: sure of twice that depth, in time that is linear."""
-    if text.count("[") + text.count("{") <= DEEPEST:
-        return False
-    outside = "".join(text.replace("\\\\", "").replace('\\"', "").split('"')[::2])
-    brackets = _NO_BRACKETS.sub("", outside)
-    for _ in range(DEEPEST):
-        rest = brackets.replace("[]", "").replace("{}", "")  # the innermost ones
-        if len(rest) == len(brackets):
-            break
-        brackets = rest
-    return brackets.count("[") + brackets.count("{") > DEEPEST
-
-
-def check_string(text: Any, key: str, where: str) -> None:
-    """Raise InvalidRequest for the value of `key` at the path `where` that is no text."""
-    if not isinstance(text, str):
-        raise InvalidRequest(f'"{key}" should be a string, not {kind_of(text)}', where)
-    if "\0" in text:
-        raise InvalidRequest("the text holds a null character", where)
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InvalidRequest(f"the text holds half a surrogate pair at character {error.start}", where) from None
-
-
-def path_to(where: str, key: str) -> str:
-    """The path of the key of an object that is at `where`."""
-    return f"{where}.{short(key)}" if where else short(key)
-
-
-def short(text: str) -> str:
-    """What a client sent, short enough and plain enough to be told back."""
-    if len(text) <= 40 and text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else "?" for c in text[:40]) + ("..." if len(text) > 40 else "")
-
-
-def nearest(key: str, known: Iterable[str]) -> str:
-    """A hint at the known name that may have been meant, or nothing."""
-    near = difflib.get_close_matches(key[:_LONGEST_NAME], list(known), n=1)
-    return f' (did you mean "{near[0]}"?)' if near else ""
-
-
-def listed(names: Iterable[str]) -> str:
-    """Names, in words."""
-    return ", ".join(f'"{name}"' for name in names)
-
-
-def kind_of(value: Any) -> str:
-    """What parsed JSON is, in words."""
-    kinds = {bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object", str: "a string"}
-    return "null" if value is None else kinds.get(type(value), "binary data")

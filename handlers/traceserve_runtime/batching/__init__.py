@@ -1,0 +1,1 @@
+"""Which rows run together, and what that costs."""

@@ -1,0 +1,99 @@
+"""Rows that run together: pad, run, unpad."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Callable, Dict, List, Sequence, Tuple
+
+import numpy as np
+
+from traceserve_runtime.batching.plan import common_length
+from traceserve_runtime.manifest import Manifest
+from traceserve_runtime.runner import Arrays, Padding, Runner
+from traceserve_runtime.texts.tokenization import Row
+
+
+@dataclass
+class Stats:
+    """What was computed for a list of requests."""
+
+    requests: int = 0
+    rows: int = 0
+    tokens: int = 0  # real ones, special tokens included
+    padded_tokens: int = 0  # what the model computed: real ones, and padding by what it costs
+    micro_batches: int = 0
+    model_seconds: float = 0.0
+
+    def add(self, *lanes: Stats) -> None:
+        """Add what was computed side by side: the time is that of the one that took longest."""
+        for lane in lanes:
+            self.rows += lane.rows
+            self.tokens += lane.tokens
+            self.padded_tokens += lane.padded_tokens
+            self.micro_batches += lane.micro_batches
+        self.model_seconds += max(lane.model_seconds for lane in lanes)
+
+    @property
+    def padding_share(self) -> float:
+        """The share of the computed tokens that were padding, 0 to 1."""
+        return 1 - self.tokens / self.padded_tokens if self.padded_tokens else 0.0
+
+
+def pad(rows: Sequence[Row], manifest: Manifest, padding: Padding = Padding()) -> Tuple[Arrays, List[slice]]:
+    """The model's inputs, int64 of shape (batch, length), for rows that run together, and where each row lies in them.
+
+    For `padding` see `common_length`.
+    Where the shapes fix the batch, it is filled by repeating the last row: a row that is all padding has no token to
+    attend to, and divides zero by zero in some models.
+    """
+    length = common_length([row.length for row in rows], manifest.shapes, manifest.max_length, padding)
+    batch = manifest.shapes.batch(len(rows))
+    facts = manifest.tokenizer
+    columns: Dict[str, Tuple[int, Callable[[Row], Sequence[int]]]] = {
+        "input_ids": (facts.pad_id, lambda row: row.encoding.ids),
+        "attention_mask": (0, lambda row: row.encoding.attention_mask),
+        "token_type_ids": (facts.pad_type_id, lambda row: row.encoding.type_ids),
+    }
+    places = [
+        slice(0, row.length) if facts.padding_side == "right" else slice(length - row.length, length) for row in rows
+    ]
+    arrays = {}
+    for name in manifest.inputs:
+        filler, values = columns[name]
+        array = np.full((batch, length), filler, dtype=np.int64)
+        for i, (row, place) in enumerate(zip(rows, places)):
+            array[i, place] = values(row)
+        array[len(rows) :] = array[len(rows) - 1]
+        arrays[name] = array
+    return arrays, places
+
+
+def filled(manifest: Manifest, batch: int, length: int) -> Arrays:
+    """The model's inputs, int64 of shape (batch, length), for rows without meaning or padding: to take the time."""
+    values = {"input_ids": manifest.tokenizer.pad_id, "attention_mask": 1, "token_type_ids": 0}
+    return {name: np.full((batch, length), values[name], dtype=np.int64) for name in manifest.inputs}
+
+
+def unpad(outputs: Arrays, places: Sequence[slice], per_token: Sequence[str]) -> List[Arrays]:
+    """Each row's part of the outputs; what is given per token is cut to the row's own tokens."""
+    return [
+        {name: array[i, place] if name in per_token else array[i] for name, array in outputs.items()}
+        for i, place in enumerate(places)
+    ]
+
+
+def run(
+    runner: Runner, rows: Sequence[Row], manifest: Manifest, per_token: Sequence[str], stats: Stats
+) -> List[Arrays]:
+    """The outputs of rows that run together: pad, run, unpad; adds to `stats`."""
+    arrays, places = pad(rows, manifest, runner.padding)
+    started = time.perf_counter()
+    outputs = runner(arrays)
+    stats.model_seconds += time.perf_counter() - started
+    stats.micro_batches += 1
+    stats.rows += len(rows)
+    tokens = sum(row.length for row in rows)
+    stats.tokens += tokens
+    stats.padded_tokens += tokens + round(runner.padding.cost * (arrays[manifest.inputs[0]].size - tokens))
+    return unpad(outputs, places, per_token)

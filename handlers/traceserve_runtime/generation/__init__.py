@@ -1,0 +1,1 @@
+"""Texts that are written token by token."""

@@ -1,0 +1,18 @@
+"""KServe V1: `{"instances": [...], "parameters": {...}}`, answered with `{"predictions": [...]}`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Sequence
+
+from traceserve_runtime.protocols.native import Model, Plain
+
+
+@dataclass(frozen=True)
+class Instances(Plain):
+    """KServe V1."""
+
+    is_list: bool = True
+
+    def document(self, answers: Sequence[Any], model: Model) -> Any:
+        return {"predictions": list(answers)}

@@ -1,0 +1,1 @@
+"""From texts to rows of tokens, within limits."""
