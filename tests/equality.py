@@ -42,9 +42,9 @@ from rich.table import Table
 from traceserve import formats
 from traceserve.findings import LIMITS
 from traceserve.writers import WRITERS
-from traceserve_runtime.engine import Answer, Engine
+from traceserve_runtime.engine import Engine
 from traceserve_runtime.tasks import TASKS
-from traceserve_runtime.tasks.contract import Request
+from traceserve_runtime.tasks.contract import Answer, Request
 
 LIMIT = 1e-4
 TIE = 1e-5  # of two scores, relative

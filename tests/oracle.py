@@ -9,8 +9,8 @@ from typing import Any, Callable, Dict, List, NamedTuple, Sequence
 
 import numpy as np
 from traceserve.samples import SENTENCES
-from traceserve_runtime.engine import Answer, Engine
-from traceserve_runtime.tasks.contract import Request
+from traceserve_runtime.engine import Engine
+from traceserve_runtime.tasks.contract import Answer, Request
 
 TEXTS = [text for text in SENTENCES if text]
 

@@ -20,9 +20,9 @@ from traceserve import loading, sources
 from traceserve.config import parse
 from traceserve.errors import SourceError
 from traceserve.samples import SENTENCES
-from traceserve_runtime.engine import Answer, Engine
+from traceserve_runtime.engine import Engine
 from traceserve_runtime.manifest import sha256
-from traceserve_runtime.tasks.contract import Request
+from traceserve_runtime.tasks.contract import Answer, Request
 
 peft = pytest.importorskip("peft", reason="pip install 'traceserve[peft]'")
 

@@ -20,7 +20,7 @@ from traceserve.writers import aot_inductor
 from traceserve.writers.contract import Target
 from traceserve_runtime import processor
 from traceserve_runtime.batching.batches import filled
-from traceserve_runtime.engine import Answer, Engine
+from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import InvalidManifest, MissingPackage
 from traceserve_runtime.manifest import Manifest, Shapes, sha256
 from traceserve_runtime.runtimes import aot_inductor as reader
@@ -28,7 +28,7 @@ from traceserve_runtime.runtimes import team
 from traceserve_runtime.runtimes.aot_inductor import INSTRUCTIONS, MACHINE, TORCH
 from traceserve_runtime.settings import Settings
 from traceserve_runtime.tasks import TASKS
-from traceserve_runtime.tasks.contract import Request
+from traceserve_runtime.tasks.contract import Answer, Request
 
 if not shutil.which("g++"):
     pytest.skip("there is no C++ compiler", allow_module_level=True)

@@ -15,9 +15,10 @@ from typing import Any, Dict, List, Mapping, Type
 import pytest
 from traceserve_runtime.errors import InputTooLong, InvalidRequest, TraceserveError, UnsupportedMedia
 from traceserve_runtime.protocols.bodies import Headers
+from traceserve_runtime.protocols.contract import Body
 from traceserve_runtime.protocols.kserve import Instances
 from traceserve_runtime.protocols.native import Model, Plain
-from traceserve_runtime.protocols.requests import Body, parse
+from traceserve_runtime.protocols.requests import parse
 from traceserve_runtime.tasks.contract import Request, Task
 from traceserve_runtime.tasks.question_answering import QuestionAnswering
 from traceserve_runtime.tasks.sequence_classification import SequenceClassification

@@ -20,9 +20,9 @@ from traceserve.errors import ExportError
 from traceserve.loading import Original, load, quiet
 from traceserve.samples import SENTENCES, VERY_LONG
 from traceserve.sources import Checkpoint
-from traceserve_runtime.engine import Answer, Engine
+from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import InvalidRequest, TraceserveError
-from traceserve_runtime.tasks.contract import Request
+from traceserve_runtime.tasks.contract import Answer, Request
 
 Make = Callable[..., Path]
 

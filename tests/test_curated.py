@@ -20,10 +20,10 @@ from traceserve.samples import SENTENCES
 from traceserve.sources import Checkpoint
 from traceserve.writers import torchscript
 from traceserve.writers.contract import Target
-from traceserve_runtime.engine import Answer, Engine
+from traceserve_runtime.engine import Engine
 from traceserve_runtime.manifest import Shapes
 from traceserve_runtime.tasks import TASKS
-from traceserve_runtime.tasks.contract import Request
+from traceserve_runtime.tasks.contract import Answer, Request
 
 pytest.importorskip("curated_transformers", reason="pip install 'traceserve[curated]'")
 

@@ -15,13 +15,13 @@ from traceserve import devices, verification
 from traceserve.config import parse
 from traceserve.errors import ConfigError, ExportError
 from traceserve.samples import SENTENCES
-from traceserve_runtime.engine import Answer, Engine
+from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import MissingPackage
 from traceserve_runtime.manifest import Manifest, Shapes
 from traceserve_runtime.runtimes.torchscript import devices as moving
 from traceserve_runtime.runtimes.torchscript import reader
 from traceserve_runtime.tasks import TASKS
-from traceserve_runtime.tasks.contract import Request
+from traceserve_runtime.tasks.contract import Answer, Request
 from transformer_handler import TransformerHandler, _device
 
 GPU: Dict[str, Any] = {"hardware": "gpu", "max_length": 48}

@@ -22,7 +22,7 @@ from traceserve_runtime import failures
 from traceserve_runtime.batching import costs
 from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.batching.costs import CostModel
-from traceserve_runtime.engine import Answer, Engine
+from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import (
     InputTooLong,
     InvalidManifest,
@@ -36,7 +36,7 @@ from traceserve_runtime.runner import IN_ATTENTION, Arrays, Runner
 from traceserve_runtime.runtimes.torchscript.weights import GRAPH_FILE, WEIGHTS_FILE
 from traceserve_runtime.settings import Settings
 from traceserve_runtime.tasks import TASKS
-from traceserve_runtime.tasks.contract import Job, Request, Task
+from traceserve_runtime.tasks.contract import Answer, Job, Request, Task
 from traceserve_runtime.tasks.sequence_classification import SequenceClassification
 from traceserve_runtime.texts.tokenization import Row, Segments, TextTokenizer
 

@@ -18,12 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import answers, generated, written
 from traceserve.samples import SENTENCES, VERY_LONG
-from traceserve_runtime.engine import Answer, Engine
+from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import InvalidRequest, TraceserveError
 from traceserve_runtime.generation.scores import Settings, probabilities, processed
 from traceserve_runtime.generation.search import Sampling
 from traceserve_runtime.tasks import TASKS
-from traceserve_runtime.tasks.contract import Request
+from traceserve_runtime.tasks.contract import Answer, Request
 from traceserve_runtime.texts import chat
 
 DECODERS = ("gpt2", "llama")

@@ -16,9 +16,9 @@ from traceserve.gguf import tokenizer_options
 from traceserve.loading import load, quiet
 from traceserve.samples import SENTENCES
 from traceserve.sources import Checkpoint, fetch
-from traceserve_runtime.engine import Answer, Engine
+from traceserve_runtime.engine import Engine
 from traceserve_runtime.tasks import TASKS
-from traceserve_runtime.tasks.contract import Request
+from traceserve_runtime.tasks.contract import Answer, Request
 
 gguf = pytest.importorskip("gguf", reason="pip install 'traceserve[gguf]'")
 pytest.importorskip("accelerate", reason="pip install 'traceserve[gguf]'")

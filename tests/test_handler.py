@@ -17,10 +17,11 @@ from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import InvalidManifest
 from traceserve_runtime.runner import Arrays, Runner
 from traceserve_runtime.runtimes import team
+from traceserve_runtime.service import TRUNCATED_HEADER
 from traceserve_runtime.settings import Settings, read
 from traceserve_runtime.tasks.contract import Request
 from traceserve_runtime.texts.tokenization import Encoded
-from transformer_handler import TRUNCATED_HEADER, TransformerHandler
+from transformer_handler import TransformerHandler
 
 JSON = {"Content-Type": "application/json"}
 SECRET = "xylophone"

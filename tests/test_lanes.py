@@ -18,11 +18,11 @@ from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.batching.costs import CostModel
 from traceserve_runtime.batching.lanes import Batches, Lanes, schedule
 from traceserve_runtime.batching.plan import plan
-from traceserve_runtime.engine import Answer, Engine
+from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import ModelFailure
 from traceserve_runtime.manifest import Shapes
 from traceserve_runtime.runner import Arrays, Padding
-from traceserve_runtime.tasks.contract import Request
+from traceserve_runtime.tasks.contract import Answer, Request
 
 quick = settings(deadline=None, max_examples=150, database=None)
 TEXTS = [*SENTENCES, VERY_LONG[:1500], *(" ".join(SENTENCES[i : i + 2]) for i in range(3, 8))]

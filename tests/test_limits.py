@@ -12,9 +12,9 @@ from conftest import run_export
 from hypothesis import given
 from hypothesis import strategies as st
 from traceserve_runtime.batching.batches import Stats
-from traceserve_runtime.engine import Answer, Engine
+from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import InputTooLong
-from traceserve_runtime.tasks.contract import Request
+from traceserve_runtime.tasks.contract import Answer, Request
 from traceserve_runtime.texts import limits
 from traceserve_runtime.texts.limits import Limits
 from traceserve_runtime.texts.tokenization import Encoded

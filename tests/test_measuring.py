@@ -11,9 +11,9 @@ import pytest
 from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.batching.costs import CostModel
 from traceserve_runtime.batching.lanes import Lanes
-from traceserve_runtime.engine import Answer, Engine
+from traceserve_runtime.engine import Engine
 from traceserve_runtime.runner import IN_ATTENTION, Arrays, Padding
-from traceserve_runtime.tasks.contract import Request
+from traceserve_runtime.tasks.contract import Answer, Request
 
 REQUEST = Request({"text": "Where is my parcel?"})
 GUESSED = CostModel(padding=IN_ATTENTION._replace(alone=16))

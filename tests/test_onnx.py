@@ -27,13 +27,13 @@ from traceserve.writers import onnx_export, onnx_weights
 from traceserve.writers.contract import Target
 from traceserve.writers.onnx_int8 import BLOCK, RoundedLinear, SmoothedLinear, quantize
 from traceserve_runtime import processor
-from traceserve_runtime.engine import Answer, Engine
+from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import InvalidManifest, MissingPackage
 from traceserve_runtime.manifest import Manifest, sha256
 from traceserve_runtime.runtimes.onnx import LEVEL
 from traceserve_runtime.settings import Settings
 from traceserve_runtime.tasks import TASKS
-from traceserve_runtime.tasks.contract import Request
+from traceserve_runtime.tasks.contract import Answer, Request
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

@@ -24,11 +24,11 @@ from traceserve.writers.shapes import unpadded
 from traceserve_runtime.batching.costs import CostModel
 from traceserve_runtime.batching.lanes import Lanes, schedule
 from traceserve_runtime.batching.plan import plan
-from traceserve_runtime.engine import Answer, Engine
+from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import InvalidManifest
 from traceserve_runtime.manifest import OLDEST, Manifest, Shapes
 from traceserve_runtime.settings import Settings
-from traceserve_runtime.tasks.contract import Request
+from traceserve_runtime.tasks.contract import Answer, Request
 
 LABELS = {"id2label": {0: "red", 1: "green", 2: "blue"}, "label2id": {"red": 0, "green": 1, "blue": 2}}
 TEXTS = [text for text in SENTENCES if text] + ["Yes.", "No.", "Oh no!", "Oh dear!"]

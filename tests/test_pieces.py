@@ -25,9 +25,9 @@ from traceserve.errors import ExportError
 from traceserve.loading import load, quiet
 from traceserve.samples import SENTENCES
 from traceserve.sources import Checkpoint
-from traceserve_runtime.engine import Answer, Engine, load_task
+from traceserve_runtime.engine import Engine, load_task
 from traceserve_runtime.manifest import Manifest, TokenizerFacts
-from traceserve_runtime.tasks.contract import Request
+from traceserve_runtime.tasks.contract import Answer, Request
 from traceserve_runtime.texts.pieces import PieceTokenizer
 from traceserve_runtime.texts.tokenization import Encoded, Segments, TextTokenizer
 

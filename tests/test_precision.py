@@ -25,11 +25,11 @@ from traceserve.writers import WRITERS, torchscript
 from traceserve_runtime import processor
 from traceserve_runtime.batching import costs
 from traceserve_runtime.batching.costs import CostModel
-from traceserve_runtime.engine import Answer, Engine
+from traceserve_runtime.engine import Engine
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runtimes.torchscript.reader import TorchScriptRunner
 from traceserve_runtime.tasks import TASKS
-from traceserve_runtime.tasks.contract import Request
+from traceserve_runtime.tasks.contract import Answer, Request
 
 LABELS = {"id2label": {0: "red", 1: "green", 2: "blue"}, "label2id": {"red": 0, "green": 1, "blue": 2}}
 # XLM-RoBERTa is RoBERTa by another name.

@@ -20,12 +20,12 @@ from traceserve.config import parse
 from traceserve.errors import ConfigError, ExportError
 from traceserve.samples import SENTENCES
 from traceserve_runtime.batching import batches
-from traceserve_runtime.engine import Answer, Engine
+from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import InvalidManifest, MissingPackage
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runtimes import team
 from traceserve_runtime.tasks import TASKS
-from traceserve_runtime.tasks.contract import Request
+from traceserve_runtime.tasks.contract import Answer, Request
 
 # A family for each task: encoders and a classifier that reads end tokens, both kinds of loop.
 FAMILIES: Dict[str, str] = {

@@ -13,11 +13,11 @@ from typing import Dict, Optional, Set
 import pytest
 import torch
 from traceserve_runtime import processor
-from traceserve_runtime.engine import Answer, Engine
+from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import MissingPackage
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.settings import Settings
-from traceserve_runtime.tasks.contract import Request
+from traceserve_runtime.tasks.contract import Answer, Request
 from transformer_handler import TransformerHandler
 
 X86 = """\

@@ -15,10 +15,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from traceserve_runtime.errors import InputTooLong, InvalidRequest, TraceserveError
 from traceserve_runtime.protocols.bodies import Headers
+from traceserve_runtime.protocols.contract import Body
 from traceserve_runtime.protocols.kserve import Instances
 from traceserve_runtime.protocols.native import Model, Plain
 from traceserve_runtime.protocols.open_inference import Tensors
-from traceserve_runtime.protocols.requests import Body, parse
+from traceserve_runtime.protocols.requests import parse
 from traceserve_runtime.protocols.wording import parse_json
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Request, Task

@@ -19,8 +19,8 @@ from traceserve.quantization import KEPT_SHARES, Int8Linear, quantized
 from traceserve.samples import SENTENCES
 from traceserve.sensitivity import linears, measure
 from traceserve_runtime import processor
-from traceserve_runtime.engine import Answer, Engine
-from traceserve_runtime.tasks.contract import Request
+from traceserve_runtime.engine import Engine
+from traceserve_runtime.tasks.contract import Answer, Request
 
 if not hasattr(torch, "_int_mm"):
     pytest.skip("this torch does not multiply int8", allow_module_level=True)

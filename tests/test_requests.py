@@ -11,8 +11,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from traceserve_runtime.errors import InputTooLong, InvalidRequest, TraceserveError
 from traceserve_runtime.protocols.bodies import Headers
+from traceserve_runtime.protocols.contract import Body
 from traceserve_runtime.protocols.native import Plain
-from traceserve_runtime.protocols.requests import Body, parse
+from traceserve_runtime.protocols.requests import parse
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Request
 from traceserve_runtime.tasks.feature_extraction import FeatureExtraction

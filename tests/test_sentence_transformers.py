@@ -17,9 +17,9 @@ from traceserve import sources
 from traceserve.config import parse
 from traceserve.errors import SourceError
 from traceserve.samples import SENTENCES
-from traceserve_runtime.engine import Answer, Engine
+from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import InvalidRequest
-from traceserve_runtime.tasks.contract import Request
+from traceserve_runtime.tasks.contract import Answer, Request
 
 Make = Callable[..., Path]
 TEXTS = [text for text in SENTENCES if 0 < len(text) < 120][:6]

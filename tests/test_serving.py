@@ -28,9 +28,9 @@ from traceserve.archive import archive
 from traceserve.client import NotYet, Refused, predict
 from traceserve.errors import ServerError
 from traceserve.instances import Instance
-from traceserve_runtime.engine import Answer, Engine
+from traceserve_runtime.engine import Engine
 from traceserve_runtime.manifest import Manifest, sha256
-from traceserve_runtime.tasks.contract import Request
+from traceserve_runtime.tasks.contract import Answer, Request
 
 LABELS = {"id2label": {0: "red", 1: "green", 2: "blue"}, "label2id": {"red": 0, "green": 1, "blue": 2}}
 BATCH = 16

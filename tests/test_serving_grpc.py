@@ -16,8 +16,8 @@ from traceserve import instances, server, torchserve
 from traceserve.archive import archive
 from traceserve.client import predict
 from traceserve.instances import Instance
-from traceserve_runtime.engine import Answer, Engine
-from traceserve_runtime.tasks.contract import Request
+from traceserve_runtime.engine import Engine
+from traceserve_runtime.tasks.contract import Answer, Request
 
 TEXT = "Où est la gare?"
 STORY = {"text": "The old harbour", "parameters": {"max_new_tokens": 12, "return_full_text": False}}

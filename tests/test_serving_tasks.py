@@ -15,9 +15,9 @@ from oracle import assert_equal
 from traceserve import cli, instances, server, torchserve
 from traceserve.archive import archive
 from traceserve.instances import Instance
-from traceserve_runtime.engine import Answer, Engine
+from traceserve_runtime.engine import Engine
 from traceserve_runtime.tasks import TASKS
-from traceserve_runtime.tasks.contract import Request
+from traceserve_runtime.tasks.contract import Answer, Request
 
 BATCH = 8
 

@@ -104,7 +104,7 @@ def stream(engine: Engine, fails: Callable[[int], bool], seed: Optional[int]) ->
     if seed is not None:
         parameters["seed"] = seed
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("transformer_handler._send_piece", lambda context, row, piece: pieces.append(piece))
+        patch.setattr("transformer_handler._send_piece", lambda context, row, piece, headers: pieces.append(piece))
         body = {"text": "The train to", "parameters": parameters}
         [end] = handler.handle([{"body": body}], context)
     return b"".join(pieces), end, context

@@ -19,12 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import ANSWERS, ASKED, CASES, COLORS, STRATEGIES, TEXTS, answers, ask_with_parameters, assert_equal, names
 from traceserve.samples import SENTENCES, VERY_LONG
-from traceserve_runtime.engine import Answer, Engine
+from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import InvalidRequest, TraceserveError, Unsupported
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.requests import parse
 from traceserve_runtime.tasks import TASKS
-from traceserve_runtime.tasks.contract import Request
+from traceserve_runtime.tasks.contract import Answer, Request
 from traceserve_runtime.texts.tokenization import Encoded
 
 # The pipeline tells it of every byte-level tokenizer; the answer is compared all the same.

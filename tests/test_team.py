@@ -9,10 +9,10 @@ from typing import Any, List
 
 import pytest
 import torch
-from traceserve_runtime.engine import Answer, Engine
+from traceserve_runtime.engine import Engine
 from traceserve_runtime.runtimes import team
 from traceserve_runtime.runtimes.team import Team
-from traceserve_runtime.tasks.contract import Request
+from traceserve_runtime.tasks.contract import Answer, Request
 
 
 class Machine:

@@ -18,9 +18,9 @@ from traceserve.loading import Original
 from traceserve.reference import Reference
 from traceserve.writers import WRITERS, torchscript
 from traceserve.writers.contract import Writer, Written
-from traceserve_runtime.engine import Answer, Engine
+from traceserve_runtime.engine import Engine
 from traceserve_runtime.manifest import Manifest, Shapes, sha256
-from traceserve_runtime.tasks.contract import Request
+from traceserve_runtime.tasks.contract import Answer, Request
 from traceserve_runtime.texts.tokenization import Encoded
 
 CLASSIFIER = {"task": "sequence_classification"}

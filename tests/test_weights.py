@@ -17,14 +17,14 @@ import torch
 from conftest import run_export
 from traceserve import export, verification
 from traceserve.samples import SENTENCES
-from traceserve_runtime.engine import Answer, Engine
+from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import InvalidManifest
 from traceserve_runtime.manifest import Manifest, Shapes, sha256
 from traceserve_runtime.runner import Padding
 from traceserve_runtime.runtimes.torchscript import devices, packing, reader
 from traceserve_runtime.runtimes.torchscript.weights import GRAPH_FILE, WEIGHTS_FILE, assign, read_places
 from traceserve_runtime.settings import Settings
-from traceserve_runtime.tasks.contract import Request
+from traceserve_runtime.tasks.contract import Answer, Request
 
 MODEL_FILE = "traced_model.pt"
 CLASSIFIERS = [

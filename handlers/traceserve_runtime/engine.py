@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, Generator, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Callable, Dict, Generator, Iterator, List, Optional, Sequence, Tuple, Union
 
 from traceserve_runtime import failures, memory
 from traceserve_runtime.batching import batches, costs
@@ -21,7 +21,7 @@ from traceserve_runtime.runner import Arrays, Runner
 from traceserve_runtime.runtimes import RUNTIMES
 from traceserve_runtime.settings import Settings
 from traceserve_runtime.tasks import TASKS
-from traceserve_runtime.tasks.contract import Job, Parts, Request, Task, characters
+from traceserve_runtime.tasks.contract import Answer, Job, Parts, Request, Task, characters
 from traceserve_runtime.texts import limits
 from traceserve_runtime.texts.tokenization import Encoded, TextTokenizer
 
@@ -35,14 +35,6 @@ _MANY_TOKENS = 4096  # read since memory was given back: what these took is wort
 _OF_ONE_CORE = 0.9  # a token's cost there, of its cost on all cores times their number: a guess, until it is measured
 
 Emit = Callable[[int, Dict[str, Tuple[int, int]], str], None]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the pipeline gives for a request, ready for JSON; `unseen` maps a field to the characters cut off it."""
-
-    value: Any
-    unseen: Dict[str, Tuple[int, int]] = field(default_factory=dict)
 
 
 def load_task(folder: Path, manifest: Manifest) -> Task:
@@ -300,6 +292,8 @@ class Engine:
             arrays.append(output)
 
         def decode() -> Answer:
-            return Answer(self.task.answer(request, encoded.rows, arrays), encoded.unseen)
+            value = self.task.answer(request, encoded.rows, arrays)
+            tokens = sum(row.length for row in encoded.rows)
+            return Answer(value, encoded.unseen, tokens, self.task.details(request, encoded.rows, arrays))
 
         return failures.contained("it made this answer", decode)

@@ -32,6 +32,13 @@ class InvalidRequest(TraceserveError):
     phrase = "Bad Request"
 
 
+class NotFound(TraceserveError):
+    """Nothing is served at this path."""
+
+    status = 404
+    phrase = "Not Found"
+
+
 class InputTooLong(TraceserveError):
     """The request is understood, but longer than this model answers."""
 

@@ -12,7 +12,7 @@ class Settings(NamedTuple):
 
     threads: Optional[int] = None  # within one operator; None: as many as the library takes
     length_step: Optional[int] = None  # rows are padded to a multiple of it, where the model takes any length
-    pack_weights: bool = True  # a copy of the weights of its own, as the processor reads them; see runtimes/torchscript/packing.py
+    pack_weights: bool = True  # a copy of the weights of its own, as the processor reads them: torchscript/packing.py
 
 
 def read(config: Mapping[str, Any]) -> Settings:

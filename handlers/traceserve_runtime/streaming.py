@@ -1,53 +1,70 @@
-"""Texts that clients are told while they grow: what of each was told already, and what is new."""
+"""Texts that clients are sent while they grow: what of each was sent already, and what is new."""
 
 from __future__ import annotations
 
-import json
-from typing import Callable, Collection, Dict, Set
+from typing import Callable, Collection, Dict, Mapping, Optional, Set
 
 from traceserve_runtime.errors import ModelFailure, TraceserveError
+from traceserve_runtime.protocols.contract import Frames
+from traceserve_runtime.protocols.native import PLAIN_TEXT
+from traceserve_runtime.tasks.contract import Answer
 
 
 class Streams:
-    """The texts of one batch; `send(row, piece)` hands a piece of a row's text to its client.
+    """The texts of one batch; `send(i, piece)` hands a piece of the text of call number `i` to its client.
 
-    A stream that was begun cannot change its status any more. One that fails ends with a line of its own that is the JSON
-    of the error; see `ended`. Rows that are `whole` cannot be answered in pieces: of them all is told at the end.
+    A stream that was begun cannot change its status any more, and ends with its error. Calls that are `whole` cannot be
+    answered in pieces: all is sent at the end.
     """
 
-    def __init__(self, send: Callable[[int, bytes], None], whole: Collection[int] = ()) -> None:
+    def __init__(
+        self,
+        send: Callable[[int, bytes], object],
+        whole: Collection[int] = (),
+        frames: Mapping[int, Frames] = {},
+    ) -> None:
         self._send = send
         self._whole = whole
+        self._frames = frames
         self._told: Dict[int, str] = {}
         self._broken: Set[int] = set()
 
-    def tell(self, row: int, text: str) -> None:
-        """Send what `text`, all of it so far, has more than was told; nothing where it has no more.
+    def _of(self, index: int) -> Frames:
+        return self._frames.get(index, PLAIN_TEXT)
 
-        A micro-batch that failed is run again, so that texts may begin anew: nothing is told twice. Where the new text is
-        another one (drawn without a seed, or by other last digits), nothing more is told.
+    def content_type(self, index: int) -> str:
+        """Of the whole stream."""
+        return self._of(index).content_type
+
+    def tell(self, index: int, text: str) -> None:
+        """Send what `text`, all of it so far, has more than was sent; nothing where it has no more.
+
+        A micro-batch that failed is run again, so that texts may begin anew: nothing is sent twice. Where the new text is
+        another one (drawn without a seed, or by other last digits), nothing more is sent.
         """
-        if row in self._whole:
+        if index in self._whole:
             return
-        told = self._told.get(row, "")
+        told = self._told.get(index, "")
         if not text.startswith(told):
             if not told.startswith(text):
-                self._broken.add(row)
-        elif len(text) > len(told) and row not in self._broken:
-            self._send(row, text[len(told) :].encode("utf-8"))
-            self._told[row] = text
+                self._broken.add(index)
+        elif len(text) > len(told) and index not in self._broken:
+            piece = self._of(index).piece(text[len(told) :])
+            if piece:
+                self._send(index, piece)
+            self._told[index] = text
 
-    def rest(self, row: int, text: str) -> bytes:
-        """What of the whole text was not told; or the end of a stream whose beginning belongs to another text."""
-        told = self._told.get(row, "")
-        if row in self._broken or not text.startswith(told):
-            return self.ended(ModelFailure("the model failed while it wrote, and began another text; ask again"))
-        return text[len(told) :].encode("utf-8")
+    def rest(self, index: int, text: str, answer: Optional[Answer] = None) -> bytes:
+        """What of the whole text was not sent; or the end of a stream whose beginning belongs to another text."""
+        told = self._told.get(index, "")
+        if index in self._broken or not text.startswith(told):
+            return self.ended(index, ModelFailure("the model failed while it wrote, and began another text; ask again"))
+        return self._of(index).end(text[len(told) :], answer or Answer(text))
 
-    def ended(self, error: TraceserveError) -> bytes:
-        """The last line of a stream that fails: a line break, the JSON of the error as other answers have it, a line break."""
-        return ("\n" + json.dumps(error.to_json()) + "\n").encode("ascii")
+    def ended(self, index: int, error: TraceserveError) -> bytes:
+        """The last piece of a stream that fails."""
+        return self._of(index).failed(error)
 
-    def started(self, row: int) -> bool:
-        """Whether anything of this row's text was told."""
-        return row in self._told
+    def started(self, index: int) -> bool:
+        """Whether anything of this call's text was sent."""
+        return index in self._told

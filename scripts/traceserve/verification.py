@@ -16,13 +16,13 @@ from typing import Callable, Dict, Iterator, List, Sequence, Tuple, Union
 import numpy as np
 from traceserve_runtime.batching import batches
 from traceserve_runtime.batching.batches import Stats
-from traceserve_runtime.engine import Answer, Engine
+from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import TraceserveError
 from traceserve_runtime.generation.steps import FEEDS
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runner import Arrays
 from traceserve_runtime.runtimes import VARIANTS
-from traceserve_runtime.tasks.contract import Request, by_part
+from traceserve_runtime.tasks.contract import Answer, Request, by_part
 from traceserve_runtime.texts.tokenization import Encoded, Row, Segments, TextTokenizer
 
 from traceserve import devices

@@ -24,9 +24,9 @@ from traceserve import config, precision, samples
 from traceserve.export import Exported, export
 from traceserve.loading import Original
 from traceserve.speeds import measure
-from traceserve_runtime.engine import Answer, Engine
+from traceserve_runtime.engine import Engine
 from traceserve_runtime.tasks import TASKS
-from traceserve_runtime.tasks.contract import Request
+from traceserve_runtime.tasks.contract import Answer, Request
 
 
 def plain_bfloat16(original: Original, texts: Sequence[str]) -> Iterable[Original]:

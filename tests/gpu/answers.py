@@ -15,8 +15,9 @@ from traceserve import formats, verification
 from traceserve.config import Loaded, parse
 from traceserve.export import Exported, export
 from traceserve.samples import SENTENCES
-from traceserve_runtime.engine import Answer, Engine
+from traceserve_runtime.engine import Engine
 from traceserve_runtime.tasks import TASKS
+from traceserve_runtime.tasks.contract import Answer
 
 # Each task at least once; the families differ in how they make masks and positions.
 ASKED = (

@@ -8,8 +8,8 @@ from typing import Any, Callable, Dict, List
 import pytest
 import torch
 from traceserve_runtime.batching.batches import Stats
-from traceserve_runtime.engine import Answer, Engine
-from traceserve_runtime.tasks.contract import Job, Request
+from traceserve_runtime.engine import Engine
+from traceserve_runtime.tasks.contract import Answer, Job, Request
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from inf1.conftest import WRITER

@@ -11,9 +11,9 @@ import pytest
 from neuron_double import cores
 from traceserve.errors import ConfigError, ExportError
 from traceserve.export import BEFORE_COMPILING, Exported
-from traceserve_runtime.engine import Answer, Engine
+from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import MissingPackage
-from traceserve_runtime.tasks.contract import Request
+from traceserve_runtime.tasks.contract import Answer, Request
 
 CONTENT: Dict[str, Any] = {"hardware": "neuronx", "sequence_lengths": [16, 32], "max_length": 32}
 

@@ -13,8 +13,8 @@ from traceserve.archive import archive
 from traceserve.client import predict
 from traceserve.errors import ServerError
 from traceserve.instances import Instance
-from traceserve_runtime.engine import Answer, Engine
-from traceserve_runtime.tasks.contract import Request
+from traceserve_runtime.engine import Engine
+from traceserve_runtime.tasks.contract import Answer, Request
 
 
 @pytest.fixture(scope="module")

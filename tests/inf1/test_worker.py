@@ -14,10 +14,10 @@ import pytest
 import torch
 from neuron_double import cores, operator
 from traceserve_runtime.batching.batches import Stats
-from traceserve_runtime.engine import Answer, Engine
+from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import InvalidManifest, MissingPackage
 from traceserve_runtime.manifest import Manifest, sha256
-from traceserve_runtime.tasks.contract import Request
+from traceserve_runtime.tasks.contract import Answer, Request
 from transformers import pipeline
 
 from inf1.conftest import LABELS

@@ -77,6 +77,8 @@ class Headers(NamedTuple):
     grpc: bool = False
     explain: bool = False  # asked at a door for explanations
     ended: bool = False  # its call has failed already, and TorchServe fails of an answer to it
+    path: str = ""  # what follows the model's name and version
+    client: str = ""  # the library that sent it, as it says
 
     @property
     def infer(self) -> bool:

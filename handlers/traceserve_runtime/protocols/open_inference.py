@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Type
 
 from traceserve_runtime.errors import InvalidRequest, TraceserveError
-from traceserve_runtime.protocols.native import Model
+from traceserve_runtime.protocols.contract import Served
+from traceserve_runtime.protocols.native import Model, noted
 from traceserve_runtime.protocols.wording import (
     check_string,
     kind_of,
@@ -28,7 +29,7 @@ from traceserve_runtime.protocols.wording import (
     path_to,
     short,
 )
-from traceserve_runtime.tasks.contract import Task
+from traceserve_runtime.tasks.contract import Answer, Task
 
 _BODY_KEYS = ("id", "model_name", "model_version", "parameters", "inputs", "outputs")
 _TENSOR_KEYS = ("name", "shape", "datatype", "data", "parameters")
@@ -54,6 +55,9 @@ class Tensors:
     output: str
     columns: Mapping[str, str]
     infer: bool = False  # by gRPC
+
+    def reply(self, answers: Sequence[Answer], served: Served) -> Any:
+        return self.document([noted(answer) for answer in answers], Model(served.name, served.version))
 
     def document(self, answers: Sequence[Any], model: Model) -> Any:
         named = {"model_name": model.name, "model_version": model.version}

@@ -8,15 +8,15 @@ list; or it is of another protocol, see `protocols`.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from typing import Any, Dict, List, Mapping, Optional, Tuple, Type, Union
+from typing import Any, Dict, List, Mapping, Tuple, Type
 
-from traceserve_runtime.errors import InputTooLong, InvalidRequest
+from traceserve_runtime.errors import InputTooLong, InvalidRequest, TraceserveError
 from traceserve_runtime.protocols import bodies
 from traceserve_runtime.protocols.bodies import LEGAL_BODIES, UNUSED_FIELDS, Headers
+from traceserve_runtime.protocols.contract import Body, Served
 from traceserve_runtime.protocols.kserve import Instances
-from traceserve_runtime.protocols.native import Plain
-from traceserve_runtime.protocols.open_inference import Tensors, are_tensors, read_tensors
+from traceserve_runtime.protocols.native import PLAIN_TEXT, Model, Plain
+from traceserve_runtime.protocols.open_inference import are_tensors, infer_error, read_tensors
 from traceserve_runtime.protocols.wording import DEEPEST, check_string, kind_of, listed, nearest, path_to, short
 from traceserve_runtime.tasks.contract import Request, Task
 
@@ -26,24 +26,18 @@ _LISTS = 8  # so many of them
 _MOST_KEYS = 256  # of one object, far above all fields and parameters that a task has
 
 
-Protocol = Union[Plain, Tensors]
+class Native:
+    """Our own protocol, and KServe's two, which bodies of their form are."""
 
+    def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Body:
+        """What a call asks."""
+        return parse(parts, headers, served.task, group, served.manifest.max_rows)
 
-@dataclass(frozen=True)
-class Body:
-    """What one HTTP request asks, and the protocol in which it is answered."""
-
-    requests: List[Request]
-    protocol: Protocol
-
-    @property
-    def streamable(self) -> bool:
-        """Whether its answer may be plain text, in pieces."""
-        return self.protocol == Plain(False)
-
-    def place(self, index: int, field: Optional[str]) -> Optional[str]:
-        """The path in the client's body of a field of the request `index`."""
-        return self.protocol.place(index, self.requests[index].where, field)
+    def error(self, error: TraceserveError, parts: Mapping[str, Any], headers: Headers, served: Served) -> Any:
+        """As each of the three has it."""
+        if headers.infer:
+            return infer_error(error, parts["body"], Model(served.name, served.version))
+        return error.to_json()
 
 
 def parse(row: Mapping[str, Any], headers: Headers, task: Type[Task], group: int, most: int) -> Body:
@@ -101,7 +95,7 @@ def _read(value: Any, task: Type[Task], group: int, infer: bool) -> Body:
         body = _from_tensors(value, task, group, infer)
     else:
         requests, is_list = _requests(value, task, group, "")
-        body = Body(requests, Plain(is_list))
+        body = Body(requests, Plain(is_list), None if is_list else PLAIN_TEXT)
     if not body.requests:
         where = "instances" if isinstance(body.protocol, Instances) else None
         raise InvalidRequest("the list is empty: it asks nothing", where)

@@ -35,6 +35,16 @@ class Request:
     where: str = field(default="", compare=False)
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What the pipeline gives for a request, ready for JSON; `unseen` maps a field to the characters cut off it."""
+
+    value: Any
+    unseen: Dict[str, Tuple[int, int]] = field(default_factory=dict)
+    tokens: int = 0  # that the model read
+    details: Optional[Mapping[str, Any]] = None  # of a text that was written: see `tasks.generating`
+
+
 class Job(NamedTuple):
     """A row to be run, the request that it belongs to, and where that request's text goes while it grows.
 
@@ -215,6 +225,10 @@ class Task:
     def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Any:
         """The answer, ready for JSON, from the outputs of a request's rows."""
         raise NotImplementedError
+
+    def details(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Optional[Mapping[str, Any]]:
+        """What is said of a text that was written, for protocols that tell it."""
+        return None
 
     def same(self, answer: Any, other: Any) -> bool:
         """Whether two answers to one request say the same, whatever their last digits."""

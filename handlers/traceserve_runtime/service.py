@@ -1,0 +1,185 @@
+"""The neutral core of every host: what clients asked, as HTTP has it, to what they get; always one reply for each call.
+
+A host translates its own form of a request to a `Call`, and a `Reply` to its own form of a response. Which protocol a call
+is of, what is wrong with it, the shape of errors, the note on truncated texts and the pieces of a stream are decided here and in
+`protocols`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import traceback
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+
+from traceserve_runtime import failures
+from traceserve_runtime.batching.batches import Stats
+from traceserve_runtime.engine import Engine
+from traceserve_runtime.errors import InvalidRequest, NotOffered, TraceserveError
+from traceserve_runtime.protocols import protocol_of
+from traceserve_runtime.protocols.bodies import Headers
+from traceserve_runtime.protocols.contract import Body, Document, Protocol, Served
+from traceserve_runtime.streaming import Streams
+from traceserve_runtime.tasks.contract import Answer
+
+logger = logging.getLogger(__name__)
+
+TRUNCATED_HEADER = "X-Truncated"
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
+@dataclass(frozen=True)
+class Call:
+    """One request: `parts` holds its "body", or the fields of a form; `headers.path` is what follows the model's name."""
+
+    parts: Mapping[str, Any]
+    headers: Headers
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a client gets. Of a stream the body is its last piece."""
+
+    body: bytes
+    content_type: str = "application/json"
+    status: int = 200
+    phrase: str = "OK"  # ASCII
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+# Sends one piece of the stream that call number `i` began, with the headers of its response.
+Send = Callable[[int, bytes, Mapping[str, str]], None]
+_Result = Union["_Answered", TraceserveError]
+
+
+@dataclass(frozen=True)
+class _Answered:
+    document: Any  # of a stream: its last piece, as bytes
+    answers: Sequence[Answer] = ()
+    content_type: str = "application/json"
+
+
+class Service:
+    """An engine, and the name and version under which it is served."""
+
+    def __init__(self, engine: Engine, name: str, version: str = "1.0") -> None:
+        self.engine = engine
+        self.served = Served(name, version, engine.manifest, type(engine.task))
+
+    def answer(self, calls: Sequence[Call], stats: Optional[Stats] = None, send: Optional[Send] = None) -> List[Reply]:
+        """One reply for each call, in order; adds to `stats`. Without `send` a stream comes as one piece."""
+        stats = Stats() if stats is None else stats
+        protocols = [protocol_of(call.headers) for call in calls]
+        try:
+            results = self._results(calls, protocols, stats, send)
+        except Exception as error:  # an outer edge: what escapes would fail with the host's own words
+            results = [_unexpected(error, len(calls))] * len(calls)
+        return [self._reply(call, own, result) for call, own, result in zip(calls, protocols, results)]
+
+    def _results(
+        self, calls: Sequence[Call], protocols: Sequence[Protocol], stats: Stats, send: Optional[Send]
+    ) -> List[_Result]:
+        bodies = [self._read(call, i, own) for i, (call, own) in enumerate(zip(calls, protocols))]
+        requests = [r for body in bodies if isinstance(body, Body) for r in body.requests]
+        frames = {i: body.frames for i, body in enumerate(bodies) if isinstance(body, Body) and body.frames is not None}
+        whole = {i for i, call in enumerate(calls) if call.headers.grpc or send is None}
+        unseen: Dict[int, Dict[str, str]] = {}
+
+        def tell(i: int, piece: bytes) -> None:
+            if send is not None:
+                send(i, piece, {"content-type": streams.content_type(i), **unseen.get(i, {})})
+
+        streams = Streams(tell, whole, frames)
+
+        def emit(number: int, cut: Mapping[str, Tuple[int, int]], text: str) -> None:
+            i = requests[number].group
+            assert i is not None
+            if cut and not streams.started(i):
+                unseen[i] = {TRUNCATED_HEADER: json.dumps({0: cut})}
+            streams.tell(i, text)
+
+        answers = iter(self.engine.answer(requests, stats, emit))
+        results: List[_Result] = []
+        for i, body in enumerate(bodies):
+            if isinstance(body, Body):
+                own = [next(answers) for _ in body.requests]
+                results.append(failures.contained("it wrote this answer", partial(self._result, i, body, own, streams)))
+            elif isinstance(body, Document):
+                results.append(_Answered(body.value, content_type=body.content_type))
+            else:
+                results.append(body)
+        failures.log(results)
+        return results
+
+    def _read(self, call: Call, index: int, protocol: Protocol) -> Union[Body, Document, TraceserveError]:
+        """What a call asks; or a document that nothing is computed for; or what is wrong with it."""
+        try:
+            if call.headers.ended:
+                raise NotOffered("StreamPredictions2 needs TorchServe's sequence batching")
+            if call.headers.explain:
+                raise NotOffered("answers are not explained here; ask for a prediction at /predictions/NAME")
+            body = protocol.read(call.parts, call.headers, self.served, index)
+            if isinstance(body, Body) and not body.streamable and any(map(self.engine.task.streams, body.requests)):
+                raise InvalidRequest(
+                    "a stream is plain text: send its request alone, not in a list and not in KServe's protocols",
+                    "parameters.stream",
+                )
+            return body
+        except TraceserveError as error:
+            return error
+        except Exception as error:  # an outer edge: it is this call's alone
+            return _unexpected(error, 1)
+
+    def _result(
+        self, index: int, body: Body, own: Sequence[Union[Answer, TraceserveError]], streams: Streams
+    ) -> _Result:
+        """What one body is answered, from the answers to its requests."""
+        answers: List[Answer] = []
+        for i, answer in enumerate(own):
+            if isinstance(answer, Answer):
+                answers.append(answer)
+                continue
+            placed = _at(answer, body.place(i, answer.field))
+            if not streams.started(index):
+                return placed
+            failures.log([placed])
+            return _Answered(streams.ended(index, placed), content_type=streams.content_type(index))
+        if body.requests and self.engine.task.streams(body.requests[0]):
+            return _Answered(streams.rest(index, answers[0].value, answers[0]), answers, streams.content_type(index))
+        return _Answered(body.protocol.reply(answers, self.served), answers)
+
+    def _reply(self, call: Call, protocol: Protocol, result: _Result) -> Reply:
+        if isinstance(result, TraceserveError):
+            return self._failed(call, protocol, result)
+        unseen = {i: answer.unseen for i, answer in enumerate(result.answers) if answer.unseen}
+        headers = {TRUNCATED_HEADER: json.dumps(unseen)} if unseen else {}
+        if isinstance(result.document, bytes):
+            return Reply(result.document, result.content_type, headers=headers)
+        try:
+            return Reply(_encoded(result.document), result.content_type, headers=headers)
+        except Exception as error:  # the edge of one request: an answer that is no JSON
+            return self._failed(call, protocol, _unexpected(error, 1))
+
+    def _failed(self, call: Call, protocol: Protocol, error: TraceserveError) -> Reply:
+        document = protocol.error(error, call.parts, call.headers, self.served)
+        return Reply(_encoded(document), status=error.status, phrase=error.phrase)
+
+
+def _encoded(document: Any) -> bytes:
+    return _ENCODER.encode(document).encode("utf-8", "replace")
+
+
+def _at(error: TraceserveError, place: Optional[str]) -> TraceserveError:
+    """The error with its field's whole path in the client's body."""
+    placed = type(error)(error.message, place)
+    placed.__cause__ = error.__cause__
+    return placed
+
+
+def _unexpected(error: Exception, calls: int) -> TraceserveError:
+    """An error that is ours; logged without its own message, which may hold a client's text."""
+    where = "".join(traceback.format_tb(error.__traceback__))
+    logger.error("traceserve: %s in a batch of %d\n%s", type(error).__name__, calls, where)
+    return TraceserveError("an unexpected error in the worker; its log has the details")
