@@ -16,8 +16,8 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # tests that run beside each othe
     os.environ.setdefault("OMP_NUM_THREADS", str(shared))
 
 import models  # after the environment
-from traceserve.config import Loaded, parse
-from traceserve.export import Exported, export
+from traceserve.building.config.setup_config import Loaded, parse
+from traceserve.building.export import Exported, export
 from traceserve_runtime.runner import Arrays, Padding
 
 ROOT = Path(__file__).resolve().parents[1]

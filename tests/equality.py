@@ -39,9 +39,9 @@ from conftest import run_export
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from traceserve import formats
-from traceserve.findings import LIMITS
-from traceserve.writers import WRITERS
+from traceserve.building.config import formats
+from traceserve.building.gate.findings import LIMITS
+from traceserve.building.writers import WRITERS
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Answer, Request

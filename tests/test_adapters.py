@@ -16,10 +16,10 @@ import torch
 import transformers
 from conftest import run_export
 from safetensors.torch import load_file, save_file
-from traceserve import loading, sources
-from traceserve.config import parse
+from traceserve.building.checkpoints import loading, sources
+from traceserve.building.config.setup_config import parse
+from traceserve.building.samples import SENTENCES
 from traceserve.errors import SourceError
-from traceserve.samples import SENTENCES
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.manifest import sha256
 from traceserve_runtime.tasks.contract import Answer, Request
@@ -165,7 +165,7 @@ def test_each_kind_is_merged(kind: str, checkpoint: Make, tmp_path: Path) -> Non
 
 
 def test_every_kind_is_tried() -> None:
-    from traceserve.checkpoints.adapters import KINDS as MERGED
+    from traceserve.building.checkpoints.adapters import KINDS as MERGED
 
     assert set(MERGED) == set(KINDS)
 

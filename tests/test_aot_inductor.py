@@ -12,12 +12,14 @@ from typing import Any, Callable, Dict
 import pytest
 import torch
 from conftest import run_export
-from traceserve import cli, loading, sources, verification
-from traceserve.config import parse
+from traceserve import cli
+from traceserve.building.checkpoints import loading, sources
+from traceserve.building.config.setup_config import parse
+from traceserve.building.gate import verification
+from traceserve.building.samples import SENTENCES
+from traceserve.building.writers import aot_inductor
+from traceserve.building.writers.contract import Target
 from traceserve.errors import ConfigError, ExportError
-from traceserve.samples import SENTENCES
-from traceserve.writers import aot_inductor
-from traceserve.writers.contract import Target
 from traceserve_runtime import processor
 from traceserve_runtime.batching.batches import filled
 from traceserve_runtime.engine import Engine
@@ -41,7 +43,7 @@ def compiled(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathF
     """The artifact of a tiny classifier of one layer: compiling takes a while."""
     folder = tmp_path_factory.mktemp("compiled") / "x"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("traceserve.export.measure", lambda folders, *rest: dict.fromkeys(folders, 1.0))
+        patch.setattr("traceserve.building.export.measure", lambda folders, *rest: dict.fromkeys(folders, 1.0))
         run_export(folder, content(checkpoint))
     return folder
 

@@ -10,8 +10,8 @@ from typing import Dict, Iterator, List, Mapping, Sequence, Set, Tuple
 
 import pytest
 from conftest import ROOT
-from traceserve.libraries import LIBRARIES
-from traceserve.writers import WRITERS
+from traceserve.building.checkpoints.libraries import LIBRARIES
+from traceserve.building.writers import WRITERS
 from traceserve_runtime.runtimes import RUNTIMES
 from traceserve_runtime.tasks import TASKS
 

@@ -16,7 +16,7 @@ from typing import Any, Callable, Dict
 
 import pytest
 from conftest import ROOT
-from traceserve.archive import archive, check_name, configure, read_manifest, read_serving, unpack
+from traceserve.archives.archive import archive, check_name, configure, read_manifest, read_serving, unpack
 from traceserve.errors import ArchiveError
 from traceserve_runtime.errors import InvalidManifest
 from traceserve_runtime.manifest import OLDEST, SCHEMA, Manifest, sha256
@@ -358,7 +358,7 @@ def test_the_packages_own_handler_is_packed(artifact: Path, packed: Path, tmp_pa
     """Not one of that name in the working directory, which comes first on the path."""
     (tmp_path / "transformer_handler.py").write_text("class Other: pass\n")
     script = (
-        "import sys; sys.path.insert(0, ''); from pathlib import Path; from traceserve.archive import archive; "
+        "import sys; sys.path.insert(0, ''); from pathlib import Path; from traceserve.archives.archive import archive; "
         "import transformer_handler; assert transformer_handler.Other; "
         f"archive(Path({str(artifact)!r}), 'tiny', Path('.'))"
     )

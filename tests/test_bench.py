@@ -14,13 +14,15 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 import pytest
 from conftest import run_export
 from test_load import OK, after, always, at_once, serving
-from traceserve import bench, instances, report, server, subjects, torchserve
-from traceserve.archive import archive
-from traceserve.bench import Plan, measure
+from traceserve.archives.archive import archive
 from traceserve.commands.bench import notes
 from traceserve.errors import ConfigError, ServerError
-from traceserve.instances import Instance
-from traceserve.subjects import subject, traffic
+from traceserve.measuring import bench, targets
+from traceserve.measuring import page as report
+from traceserve.measuring.bench import Plan, measure
+from traceserve.measuring.targets import subject, traffic
+from traceserve.serving import configuration, instances, server
+from traceserve.serving.instances import Instance
 
 BUSY = b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n"
 TEXTS = ["Where is my parcel?", 'It said "broken" \\ \u2028 again.', "Ich hätte gern mein Geld zurück."]
@@ -42,7 +44,7 @@ def served(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
         folder = tmp_path_factory.mktemp("served") / name
         run_export(folder, {"model_name": str(checkpoint("bert")), "max_length": 32, "max_batch_delay": delay})
         archives.append(archive(folder, name, folder.parent))
-    instance = server.start(archives, port=torchserve.free_ports(1)[0], timeout=90)
+    instance = server.start(archives, port=configuration.free_ports(1)[0], timeout=90)
     yield instance
     instances.stop(instance)
 
@@ -161,8 +163,8 @@ def test_two_servers_in_turn(samples: Path) -> None:
 
 def test_what_is_sent(samples: Path) -> None:
     with serving(at_once) as asked:
-        subjects.check(subject(asked.url, samples, body='{"input": ["{text}"]}', headers={"X-Key": "7"}))
-        subjects.check(subject(asked.url, samples))
+        targets.check(subject(asked.url, samples, body='{"input": ["{text}"]}', headers={"X-Key": "7"}))
+        targets.check(subject(asked.url, samples))
         assert json.loads(asked.bodies[0]) == {"input": [TEXTS[0]]} and asked.bodies[1] == TEXTS[0].encode()
         assert "content-type: application/json\r\n" in asked.heads[0].lower() and "x-key: 7" in asked.heads[0].lower()
         assert "content-type: text/plain; charset=utf-8\r\n" in asked.heads[1].lower()
@@ -177,7 +179,7 @@ def test_every_kind_of_samples(tmp_path: Path, samples: Path) -> None:
     assert traffic(table).bodies == (b"one, two\nthree", b"four")
     bodies = tmp_path / "bodies.jsonl"
     bodies.write_text('{"text": "a"}\n\n["b"]\n')
-    assert traffic(bodies) == subjects.Traffic((b'{"text": "a"}', b'["b"]'), "application/json")
+    assert traffic(bodies) == targets.Traffic((b'{"text": "a"}', b'["b"]'), "application/json")
 
 
 @pytest.mark.parametrize(
@@ -202,7 +204,7 @@ def test_samples_that_cannot_be_sent(
 
 
 def test_what_is_wrong_is_told_at_once(samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    port = torchserve.free_ports(1)[0]
+    port = configuration.free_ports(1)[0]
     for arguments, words in (
         (["quick", "--port", str(port)], "server"),
         (["ftp://x/y"], "no URL to measure"),
@@ -245,7 +247,7 @@ def test_errors_are_told(samples: Path, tmp_path: Path) -> None:
 
 def test_what_makes_figures_less_than_they_seem_is_told(samples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An open loop that asks for more than there is; but not one whose answers merely take long."""
-    monkeypatch.setattr("traceserve.load.MOST_CONNECTIONS", 1)
+    monkeypatch.setattr("traceserve.measuring.load_generator.MOST_CONNECTIONS", 1)
     told = {}
     for delay, rate in ((0.05, 60.0), (0.3, 2.0)):
         with serving(after(delay)) as slow:

@@ -12,10 +12,10 @@ import torch
 import transformers
 from conftest import run_export
 from oracle import answers
-from traceserve import sources
-from traceserve.config import parse
+from traceserve.building.checkpoints import sources
+from traceserve.building.config.setup_config import parse
+from traceserve.building.samples import SENTENCES
 from traceserve.errors import ConfigError, SourceError
-from traceserve.samples import SENTENCES
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import Unsupported
 from traceserve_runtime.tasks.contract import Request

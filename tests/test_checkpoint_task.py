@@ -10,9 +10,10 @@ import pytest
 import torch
 from models import auto_models, make
 from safetensors.torch import load_file, save_file
-from traceserve import cli, sources
-from traceserve.checkpoints import names, task
-from traceserve.config import parse
+from traceserve import cli
+from traceserve.building.checkpoints import sources, task
+from traceserve.building.config import task_names
+from traceserve.building.config.setup_config import parse
 from traceserve.errors import ConfigError, SourceError
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.tasks import TASKS
@@ -382,4 +383,4 @@ def test_a_name_that_promises_more_is_refused_with_the_word(name: str) -> None:
 
 
 def test_each_alias_is_for_a_task() -> None:
-    assert set(names.ALIASES.values()) == set(TASKS) and not set(names.ALIASES) & set(TASKS)
+    assert set(task_names.ALIASES.values()) == set(TASKS) and not set(task_names.ALIASES) & set(TASKS)

@@ -15,11 +15,11 @@ import torch
 import transformers
 from conftest import run_export
 from tokenizers import Tokenizer, processors
-from traceserve.config import parse
+from traceserve.building.checkpoints.loading import Original, load, quiet
+from traceserve.building.checkpoints.sources import Checkpoint
+from traceserve.building.config.setup_config import parse
+from traceserve.building.samples import SENTENCES, VERY_LONG
 from traceserve.errors import ExportError
-from traceserve.loading import Original, load, quiet
-from traceserve.samples import SENTENCES, VERY_LONG
-from traceserve.sources import Checkpoint
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import InvalidRequest, TraceserveError
 from traceserve_runtime.tasks.contract import Answer, Request

@@ -10,10 +10,19 @@ from typing import Any, Dict, List, Tuple, Type
 
 import jsonschema
 import pytest
-from traceserve.config import AUTO_TASK, RENAMED, WITHOUT_MEANING, SetupConfig, default_name, json_schema, load, parse
+from traceserve.building.config.formats import HARDWARE
+from traceserve.building.config.setup_config import (
+    AUTO_TASK,
+    RENAMED,
+    WITHOUT_MEANING,
+    SetupConfig,
+    default_name,
+    json_schema,
+    load,
+    parse,
+)
+from traceserve.building.writers import WRITERS
 from traceserve.errors import ConfigError
-from traceserve.formats import HARDWARE
-from traceserve.writers import WRITERS
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Task
 from traceserve_runtime.tasks.parameters import LARGEST_NUMBER, Parameter
@@ -322,7 +331,7 @@ def test_a_configuration_is_refused_before_anything_heavy_is_imported() -> None:
     """So nothing can have been downloaded; and the message comes at once."""
     code = """
 import sys
-from traceserve.config import parse
+from traceserve.building.config.setup_config import parse
 from traceserve.errors import ConfigError
 try:
     parse({"model_name": "bert-base-uncased", "mode": "fortune_telling"})

@@ -13,13 +13,13 @@ import pytest
 import torch
 import transformers
 from conftest import run_export
-from traceserve.config import parse
+from traceserve.building.checkpoints.loading import Original, load, quiet
+from traceserve.building.checkpoints.sources import Checkpoint
+from traceserve.building.config.setup_config import parse
+from traceserve.building.samples import SENTENCES
+from traceserve.building.writers.contract import Target
+from traceserve.building.writers.torchscript import writer
 from traceserve.errors import ConfigError, ExportError, SourceError
-from traceserve.loading import Original, load, quiet
-from traceserve.samples import SENTENCES
-from traceserve.sources import Checkpoint
-from traceserve.writers import torchscript
-from traceserve.writers.contract import Target
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.manifest import Shapes
 from traceserve_runtime.tasks import TASKS
@@ -176,8 +176,8 @@ def test_a_trace_has_the_positions_of_its_longest_row(checkpoint: Callable[..., 
     folder = shutil.copytree(source, tmp_path / "copy")
     change_json(folder / "tokenizer_config.json", model_max_length=700)
     made = original(folder, task="text_generation", max_length=640)
-    torchscript.write(made, TASKS["text_generation"], Shapes(), tmp_path, Target("cpu", {}))
-    graphs: Any = torch.jit.load(str(tmp_path / torchscript.MODEL_FILE))
+    writer.write(made, TASKS["text_generation"], Shapes(), tmp_path, Target("cpu", {}))
+    graphs: Any = torch.jit.load(str(tmp_path / writer.MODEL_FILE))
     ids = torch.arange(640)[None] % made.model.config.vocab_size
     mask = torch.ones_like(ids)
     with torch.no_grad():

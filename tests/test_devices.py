@@ -11,10 +11,11 @@ from typing import Any, Callable, Dict, List, Tuple, Type
 import pytest
 import torch
 from conftest import run_export
-from traceserve import devices, verification
-from traceserve.config import parse
+from traceserve.building.config.setup_config import parse
+from traceserve.building.gate import verification
+from traceserve.building.samples import SENTENCES
+from traceserve.building.writers.torchscript import other_device
 from traceserve.errors import ConfigError, ExportError
-from traceserve.samples import SENTENCES
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import MissingPackage
 from traceserve_runtime.manifest import Manifest, Shapes
@@ -82,10 +83,10 @@ def test_a_trace_names_devices_and_is_moved(architecture: str, made: Make) -> No
 def test_without_the_rewriting_it_would_not_run_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or the proof would prove nothing."""
     path, inputs = traced(positions, tmp_path), {"": (torch.ones(2, 8, dtype=torch.long),)}
-    assert devices.prove(path, inputs)
+    assert other_device.prove(path, inputs)
     monkeypatch.setattr(moving, "rewrite", lambda module, device: named(module))
     with pytest.raises(ExportError, match="Adds cannot be moved to a GPU: .*cpu"):
-        devices.prove(path, inputs)
+        other_device.prove(path, inputs)
 
 
 def test_the_same_archive_answers_on_a_cpu_as_one_that_was_made_for_it(made: Make) -> None:
@@ -99,7 +100,7 @@ def test_graphs_of_several_shapes_are_all_moved(
 ) -> None:
     monkeypatch.setattr(verification, "TEXTS", SENTENCES[1:3])
     monkeypatch.setattr(
-        "traceserve.export.candidate_shapes", lambda *_: [Shapes((8, 48), (2, 5), graph_per_shape=True)]
+        "traceserve.building.export.candidate_shapes", lambda *_: [Shapes((8, 48), (2, 5), graph_per_shape=True)]
     )
     run_export(tmp_path / "x", {"model_name": str(checkpoint("bert")), **GPU, "long_inputs": "truncate"})
     assert Manifest.read(tmp_path / "x").runtime["ran_on_meta"] is True
@@ -271,14 +272,14 @@ def traced(make: Callable[[torch.Tensor], torch.Tensor], folder: Path) -> Path:
 def test_what_is_moved(make: Any, ran: bool, tmp_path: Path) -> None:
     """Scripted functions, branches and constant tensors too."""
     path = traced(make, tmp_path)
-    assert devices.prove(path, {"": (torch.ones(3, 4, dtype=torch.long),)}) is ran
+    assert other_device.prove(path, {"": (torch.ones(3, 4, dtype=torch.long),)}) is ran
 
 
 @pytest.mark.parametrize("make, what", [(computed, "text that is computed")])
 def test_what_cannot_be_moved_is_refused(make: Any, what: str, tmp_path: Path) -> None:
     path = traced(make, tmp_path)
     with pytest.raises(ExportError, match=f'Adds cannot be moved to a GPU: .*{what}.*; take "hardware": "cpu"'):
-        devices.prove(path, {"": (torch.ones(3, 4, dtype=torch.long),)})
+        other_device.prove(path, {"": (torch.ones(3, 4, dtype=torch.long),)})
 
 
 def test_a_model_that_cannot_be_moved_is_not_exported(

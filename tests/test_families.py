@@ -11,7 +11,7 @@ import pytest
 import transformers
 from conftest import run_export
 from oracle import COLORS, TEXTS, answers, assert_equal, generated, written
-from traceserve import verification
+from traceserve.building.gate import verification
 from traceserve.errors import ExportError
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.tasks import TASKS
@@ -106,7 +106,7 @@ def test_what_writes_otherwise_than_it_reads_is_refused(
 
 def test_a_trace_leaves_what_it_changed(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     import torch
-    from traceserve.wrapping import traceable
+    from traceserve.building.writers.tracing.wrapping import traceable
 
     class Double(torch.autograd.Function):
         @staticmethod

@@ -10,11 +10,13 @@ from typing import Any, Callable, Dict, List
 import jsonschema
 import pytest
 from conftest import run_export
-from traceserve import cli, formats, sources
-from traceserve.config import json_schema, parse
+from traceserve import cli
+from traceserve.building.checkpoints import sources
+from traceserve.building.config import formats
+from traceserve.building.config.setup_config import json_schema, parse
+from traceserve.building.writers import WRITERS
+from traceserve.building.writers.lowering.precision import AUTO, PRECISIONS
 from traceserve.errors import ConfigError
-from traceserve.precision import AUTO, PRECISIONS
-from traceserve.writers import WRITERS
 from traceserve_runtime.runtimes.torchscript.reader import FILLED, UNPADDED
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.parameters import Parameter

@@ -14,11 +14,10 @@ import torch
 import transformers
 from conftest import run_export
 from oracle import answers, generated, written
-from traceserve import sources
-from traceserve.checkpoints import generation
-from traceserve.config import parse
+from traceserve.building.checkpoints import generation, sources
+from traceserve.building.config.setup_config import parse
+from traceserve.building.samples import SENTENCES
 from traceserve.errors import SourceError
-from traceserve.samples import SENTENCES
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import TraceserveError
 from traceserve_runtime.generation import scores as loop

@@ -10,12 +10,12 @@ import pytest
 import torch
 import transformers
 from conftest import run_export
-from traceserve.config import parse
+from traceserve.building.checkpoints.gguf import tokenizer_options
+from traceserve.building.checkpoints.loading import load, quiet
+from traceserve.building.checkpoints.sources import Checkpoint, fetch
+from traceserve.building.config.setup_config import parse
+from traceserve.building.samples import SENTENCES
 from traceserve.errors import ConfigError, ExportError, SourceError
-from traceserve.gguf import tokenizer_options
-from traceserve.loading import load, quiet
-from traceserve.samples import SENTENCES
-from traceserve.sources import Checkpoint, fetch
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Answer, Request

@@ -13,9 +13,11 @@ from typing import Any, Iterator, List
 
 import psutil
 import pytest
-from traceserve import cli, instances, server, staging, torchserve
-from traceserve.archive import archive
-from traceserve.instances import Instance
+from traceserve import cli
+from traceserve.archives import staging
+from traceserve.archives.archive import archive
+from traceserve.serving import configuration, instances, server
+from traceserve.serving.instances import Instance
 
 LOG = "2026-11-26 ERROR java.lang.OutOfMemoryError: Java heap space\n2026-11-26 INFO one more line\n"
 
@@ -167,7 +169,7 @@ def test_an_interrupted_start_leaves_nothing_running(packed: Path, where: str, m
 
     monkeypatch.setattr(*((server, "launch") if where == "launched" else (instances, "remember")), interrupted)
     with pytest.raises(KeyboardInterrupt):
-        server.start([packed], port=torchserve.free_ports(1)[0])
+        server.start([packed], port=configuration.free_ports(1)[0])
     assert any("ModelServer" in arguments for arguments in seen[0])
     assert launched() == [] and os.listdir(tempfile.gettempdir()) == []
     assert instances.running() == [] and instances.died() == []
@@ -179,7 +181,7 @@ def test_an_interrupt_in_the_midst_of_a_start_leaves_nothing(packed: Path, tmp_p
 
     temporary = tempfile.gettempdir()
     process = subprocess.Popen(
-        [sys.executable, "-m", "traceserve", "serve", str(packed), "--port", str(torchserve.free_ports(1)[0])],
+        [sys.executable, "-m", "traceserve", "serve", str(packed), "--port", str(configuration.free_ports(1)[0])],
         env={**os.environ, "TMPDIR": temporary},
         stderr=subprocess.PIPE,
         text=True,

@@ -13,11 +13,11 @@ import torch
 import transformers
 from conftest import run_export
 from oracle import answers
-from traceserve.config import parse
+from traceserve.building.checkpoints.loading import Original, load, quiet
+from traceserve.building.checkpoints.sources import Checkpoint
+from traceserve.building.config.setup_config import parse
+from traceserve.building.samples import SENTENCES
 from traceserve.errors import ConfigError, ExportError
-from traceserve.loading import Original, load, quiet
-from traceserve.samples import SENTENCES
-from traceserve.sources import Checkpoint
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import InvalidRequest
 from traceserve_runtime.tasks.contract import Request

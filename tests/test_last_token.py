@@ -10,7 +10,7 @@ import torch
 import transformers
 from conftest import run_export
 from oracle import COLORS, TEXTS, answers, assert_equal
-from traceserve import verification
+from traceserve.building.gate import verification
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.runtimes import calling
 from traceserve_runtime.tasks.contract import Request

@@ -15,9 +15,9 @@ from typing import Any, Awaitable, Callable, Dict, Iterator, List, Optional
 
 import numpy as np
 import pytest
-from traceserve import wire
 from traceserve.errors import ServerError
-from traceserve.load import Result, Target, run
+from traceserve.measuring import connections
+from traceserve.measuring.load_generator import Result, Target, run
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
 Answer = Callable[[int, bytes], Awaitable[Optional[bytes]]]  # number and body of a request; None: drop the connection
@@ -165,7 +165,7 @@ def test_no_coordinated_omission() -> None:
 
 def test_waiting_for_a_connection_is_latency(monkeypatch: pytest.MonkeyPatch) -> None:
     """One connection carries ten a second; forty a second are due for a second, and the last waits for all before it."""
-    monkeypatch.setattr("traceserve.load.MOST_CONNECTIONS", 1)
+    monkeypatch.setattr("traceserve.measuring.load_generator.MOST_CONNECTIONS", 1)
     with serving(after(0.1)) as server:
         result = short(server, connections=1, rate=40.0, seconds=1.0)
         assert server.connections == 1
@@ -390,4 +390,4 @@ def test_a_signal_ends_it(rate: Optional[float]) -> None:
 def test_the_parser_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "httptools", None)
     with pytest.raises(ServerError, match=r"pip install 'traceserve\[bench\]'"):
-        wire.require()
+        connections.require()

@@ -14,12 +14,12 @@ import torch
 from conftest import run_export
 from oracle import answers, generated
 from safetensors.torch import load_file, save_file
-from traceserve.checkpoints import lengths
-from traceserve.config import parse
+from traceserve.building.checkpoints import lengths
+from traceserve.building.checkpoints.loading import Original, load, quiet
+from traceserve.building.checkpoints.sources import Checkpoint, fetch
+from traceserve.building.config.setup_config import parse
+from traceserve.building.samples import SENTENCES
 from traceserve.errors import ConfigError, ExportError, SourceError
-from traceserve.loading import Original, load, quiet
-from traceserve.samples import SENTENCES
-from traceserve.sources import Checkpoint, fetch
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import TraceserveError, Unsupported
 from traceserve_runtime.tasks import TASKS

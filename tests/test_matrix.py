@@ -14,9 +14,12 @@ import pytest
 import transformers
 from conftest import SUMMARY, run_export
 from oracle import ANSWERS, ASKED, CASES, TEXTS, answers, assert_equal, generated, written
-from traceserve import demo, formats, samples, verification
-from traceserve.findings import LIMITS
-from traceserve.writers import WRITERS, aot_inductor
+from traceserve.building import samples
+from traceserve.building.checkpoints import demo
+from traceserve.building.config import formats
+from traceserve.building.gate import verification
+from traceserve.building.gate.findings import LIMITS
+from traceserve.building.writers import WRITERS, aot_inductor
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Request

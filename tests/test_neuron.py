@@ -13,12 +13,15 @@ from typing import Any, Callable, Dict, List
 import pytest
 import torch
 from conftest import ROOT, nothing
-from traceserve import config, cores, loading, sources
+from traceserve.building.checkpoints import loading, sources
+from traceserve.building.checkpoints.loading import Original
+from traceserve.building.config import setup_config
+from traceserve.building.config.formats import options, target
+from traceserve.building.writers import WRITERS
+from traceserve.building.writers.neuron import compilers
+from traceserve.building.writers.tracing.loops import generate
 from traceserve.errors import ConfigError, ExportError, ServerError
-from traceserve.formats import options, target
-from traceserve.loading import Original
-from traceserve.looping import generate
-from traceserve.writers import WRITERS, compilers
+from traceserve.machine import neuron_cores
 from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import MissingPackage
@@ -33,8 +36,10 @@ from traceserve_runtime.tasks import TASKS
 CHIP = pytest.mark.parametrize("hardware", list(CHIPS))
 
 
-def parsed(**content: Any) -> config.SetupConfig:
-    return config.parse({"model_name": "x", "task": "sequence_classification", "hardware": "neuron", **content})[0]
+def parsed(**content: Any) -> setup_config.SetupConfig:
+    return setup_config.parse({"model_name": "x", "task": "sequence_classification", "hardware": "neuron", **content})[
+        0
+    ]
 
 
 @CHIP
@@ -93,7 +98,7 @@ def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int]
     """Puts a `neuron-ls` on the PATH that says this, and ends with this code."""
 
     def make(words: str, code: int) -> None:
-        path = tmp_path / cores.TOOL
+        path = tmp_path / neuron_cores.TOOL
         path.write_text(f"#!/bin/sh\necho '{words}'\nexit {code}\n")
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
         monkeypatch.setenv("PATH", str(tmp_path))
@@ -103,40 +108,40 @@ def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int]
 
 def test_cores_are_those_that_the_tool_tells(tool: Callable[[str, int], None]) -> None:
     tool(json.dumps(DEVICES), 0)
-    assert cores.count("neuron") == 8
+    assert neuron_cores.count("neuron") == 8
 
 
 @pytest.mark.parametrize("words", ["", "level=fatal", "{}", '[{"neuron_device": 0}]', "null"])
 def test_a_tool_without_a_driver_tells_of_none(words: str, tool: Callable[[str, int], None]) -> None:
     tool(words, 1)
-    assert cores.count("neuron") == 0
+    assert neuron_cores.count("neuron") == 0
 
 
 def test_without_the_tool_devices_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(cores, "TOOLS", tmp_path)
-    monkeypatch.setattr(cores, "DEVICES", tmp_path)
-    assert cores.count("neuron") == 0
+    monkeypatch.setattr(neuron_cores, "TOOLS", tmp_path)
+    monkeypatch.setattr(neuron_cores, "DEVICES", tmp_path)
+    assert neuron_cores.count("neuron") == 0
     for name in ("neuron0", "neuron1", "neuron_monitor"):
         (tmp_path / name).touch()
-    assert (cores.count("neuron"), cores.count("neuronx")) == (8, 4)
+    assert (neuron_cores.count("neuron"), neuron_cores.count("neuronx")) == (8, 4)
 
 
 def test_workers_have_a_core_each(tool: Callable[[str, int], None], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NEURON_RT_VISIBLE_CORES", raising=False)
     tool(json.dumps(DEVICES[:1]), 0)
     kinds = {"a": "neuron", "b": "neuron", "c": "cpu"}
-    assert cores.for_workers(kinds, {"a": 2, "b": 2, "c": 9}) == {"NEURON_RT_NUM_CORES": "1"}
-    assert cores.for_workers({"c": "cpu"}, {"c": 9}) == {}
+    assert neuron_cores.for_workers(kinds, {"a": 2, "b": 2, "c": 9}) == {"NEURON_RT_NUM_CORES": "1"}
+    assert neuron_cores.for_workers({"c": "cpu"}, {"c": 9}) == {}
     with pytest.raises(ServerError, match="a, b would have 5 workers, but this machine has 4 NeuronCores"):
-        cores.for_workers(kinds, {"a": 2, "b": 3, "c": 1})
+        neuron_cores.for_workers(kinds, {"a": 2, "b": 3, "c": 1})
     monkeypatch.setenv("NEURON_RT_VISIBLE_CORES", "2")
-    assert cores.for_workers({"a": "neuron"}, {"a": 1}) == {}
+    assert neuron_cores.for_workers({"a": "neuron"}, {"a": 1}) == {}
     with pytest.raises(ServerError, match="NEURON_RT_VISIBLE_CORES is 2, which all of 2 workers would take"):
-        cores.for_workers({"a": "neuron"}, {"a": 2})
+        neuron_cores.for_workers({"a": "neuron"}, {"a": 2})
     tool("", 1)
     with pytest.raises(ServerError, match="a runs on Inf1, but this machine has no NeuronCore"):
-        cores.for_workers({"a": "neuron"}, {"a": 1})
+        neuron_cores.for_workers({"a": "neuron"}, {"a": 1})
 
 
 # The graphs, before they are compiled.
@@ -166,7 +171,7 @@ def test_a_padded_decoder_writes_as_generate_does(
     architecture: str, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Three rows of one batch of four, and nine beams in portions; across the short target length."""
-    from traceserve import artifact
+    from traceserve.building import artifact
 
     content = {"task": "text2text_generation", "sequence_lengths": [12, 24], "options": {"target_length": 36}}
     model = checkpoint(architecture, "AutoModelForSeq2SeqLM")

@@ -16,16 +16,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_export
-from traceserve import cli, sources, verification
-from traceserve.config import parse
+from traceserve import cli
+from traceserve.building.checkpoints import sources
+from traceserve.building.config.setup_config import parse
+from traceserve.building.export import Exported
+from traceserve.building.gate import verification
+from traceserve.building.gate.findings import Limit
+from traceserve.building.samples import SENTENCES
+from traceserve.building.writers.contract import Target
+from traceserve.building.writers.onnx import export, weights, writer
+from traceserve.building.writers.onnx.int8 import BLOCK, RoundedLinear, SmoothedLinear, quantize
 from traceserve.errors import ConfigError, ExportError
-from traceserve.export import Exported
-from traceserve.findings import Limit
-from traceserve.samples import SENTENCES
-from traceserve.writers import onnx as writer
-from traceserve.writers import onnx_export, onnx_weights
-from traceserve.writers.contract import Target
-from traceserve.writers.onnx_int8 import BLOCK, RoundedLinear, SmoothedLinear, quantize
 from traceserve_runtime import processor
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import InvalidManifest, MissingPackage
@@ -96,7 +97,9 @@ def made(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
                 patch.setattr(verification, "TEXTS", SENTENCES[1:10])
                 # Speeds of tiny models say nothing; one kind shows that they are measured.
                 if name != "classification":
-                    patch.setattr("traceserve.export.measure", lambda folders, *rest: dict.fromkeys(folders, 1.0))
+                    patch.setattr(
+                        "traceserve.building.export.measure", lambda folders, *rest: dict.fromkeys(folders, 1.0)
+                    )
                 exported = run_export(folder, config)
             assert exported.manifest.receipt["passed"] and not exported.manifest.receipt["answers_changed"]
             known[name] = folder
@@ -113,7 +116,7 @@ def content(checkpoint: Callable[..., Path], **more: Any) -> Dict[str, Any]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without measuring, and with a gate that asks fewer sentences."""
-    monkeypatch.setattr("traceserve.export.measure", lambda folders, *rest: dict.fromkeys(folders, 1.0))
+    monkeypatch.setattr("traceserve.building.export.measure", lambda folders, *rest: dict.fromkeys(folders, 1.0))
     monkeypatch.setattr(verification, "CORPUS", 32)
     monkeypatch.setattr(verification, "TEXTS", SENTENCES[1:10])
 
@@ -308,7 +311,7 @@ def int8(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("onnx") / "x"
     config = content(checkpoint, dtype="int8", options={"keep_float32": True})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("traceserve.export.measure", lambda folders, *rest: dict.fromkeys(folders, 1.0))
+        patch.setattr("traceserve.building.export.measure", lambda folders, *rest: dict.fromkeys(folders, 1.0))
         run_export(folder, config, allow_drift=True)
     return folder
 
@@ -434,7 +437,7 @@ def test_weights_beyond_what_a_message_holds(
 ) -> None:
     """As from 2 GB on, where torch's exporter writes a file for each weight."""
     seen: List[int] = []
-    own = onnx_export.onnx_load
+    own = export.onnx_load
 
     def load(file: str) -> Any:
         model = own(file)
@@ -442,8 +445,8 @@ def test_weights_beyond_what_a_message_holds(
         seen.append(len(list(Path(file).parent.iterdir())))
         return own(file)
 
-    monkeypatch.setattr(onnx_export, "onnx_load", load)
-    monkeypatch.setattr(onnx_weights, "SMALLEST", 64)
+    monkeypatch.setattr(export, "onnx_load", load)
+    monkeypatch.setattr(weights, "SMALLEST", 64)
     exported = run_export(tmp_path / "x", content(checkpoint))
     assert seen and seen[0] > 20
     assert exported.manifest.receipt["passed"]

@@ -14,13 +14,13 @@ from conftest import run_export
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_verification import spy
+from traceserve.building.config.setup_config import parse
+from traceserve.building.export import _without_padding
+from traceserve.building.gate.findings import LIMITS, Cell, Findings
+from traceserve.building.samples import SENTENCES
+from traceserve.building.writers.shapes import unpadded
 from traceserve.commands.build import _print_exported
-from traceserve.config import parse
 from traceserve.errors import DriftError
-from traceserve.export import _without_padding
-from traceserve.findings import LIMITS, Cell, Findings
-from traceserve.samples import SENTENCES
-from traceserve.writers.shapes import unpadded
 from traceserve_runtime.batching.costs import CostModel
 from traceserve_runtime.batching.lanes import Lanes, schedule
 from traceserve_runtime.batching.plan import plan
@@ -37,7 +37,7 @@ NEVER = Shapes(padded=False)
 
 @pytest.fixture(autouse=True)
 def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("traceserve.verification.TEXTS", tuple(SENTENCES[:12]))
+    monkeypatch.setattr("traceserve.building.gate.verification.TEXTS", tuple(SENTENCES[:12]))
 
 
 def assert_as_the_pipeline(folder: Path, source: Path, texts: List[str] = TEXTS) -> Engine:

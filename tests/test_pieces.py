@@ -18,13 +18,13 @@ from conftest import run_export
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from oracle import answers, generated
-from traceserve.checkpoints import conversion
-from traceserve.config import parse
-from traceserve.corpus import sentences
+from traceserve.building.checkpoints import conversion
+from traceserve.building.checkpoints.loading import load, quiet
+from traceserve.building.checkpoints.sources import Checkpoint
+from traceserve.building.config.setup_config import parse
+from traceserve.building.gate.corpus import sentences
+from traceserve.building.samples import SENTENCES
 from traceserve.errors import ExportError
-from traceserve.loading import load, quiet
-from traceserve.samples import SENTENCES
-from traceserve.sources import Checkpoint
 from traceserve_runtime.engine import Engine, load_task
 from traceserve_runtime.manifest import Manifest, TokenizerFacts
 from traceserve_runtime.tasks.contract import Answer, Request

@@ -13,15 +13,21 @@ import numpy as np
 import pytest
 import torch
 from conftest import nothing, run_export
-from traceserve import cli, formats, loading, precision, sources, speeds, verification
-from traceserve import reference as references
-from traceserve.config import parse
-from traceserve.corpus import sentences
+from traceserve import cli
+from traceserve.building import speeds
+from traceserve.building.checkpoints import loading, sources
+from traceserve.building.config import formats
+from traceserve.building.config.setup_config import parse
+from traceserve.building.export import Exported
+from traceserve.building.gate import reference as references
+from traceserve.building.gate import verification
+from traceserve.building.gate.corpus import sentences
+from traceserve.building.gate.findings import LIMITS, Findings, Limit
+from traceserve.building.samples import SENTENCES, calibration
+from traceserve.building.writers import WRITERS
+from traceserve.building.writers.lowering import precision
+from traceserve.building.writers.torchscript import writer
 from traceserve.errors import ConfigError, ExportError
-from traceserve.export import Exported
-from traceserve.findings import LIMITS, Findings, Limit
-from traceserve.samples import SENTENCES, calibration
-from traceserve.writers import WRITERS, torchscript
 from traceserve_runtime import processor
 from traceserve_runtime.batching import costs
 from traceserve_runtime.batching.costs import CostModel
@@ -194,7 +200,7 @@ def test_layers_are_left_until_the_gate_passes(
             found.changed = list(range(found.answers))
         return found
 
-    monkeypatch.setattr("traceserve.export.verify", verify)
+    monkeypatch.setattr("traceserve.building.export.verify", verify)
     folder = tmp_path / "x"
     exported = run_export(folder, {**content(checkpoint), "dtype": "bfloat16", "save_mode": save_mode})
     kept = exported.manifest.receipt["in_float32"]
@@ -234,7 +240,7 @@ def test_the_original_stays_as_it_was(checkpoint: Callable[..., Path], tmp_path:
 
 
 def load(checkpoint: Callable[..., Path], folder: Path) -> Any:
-    from traceserve import loading
+    from traceserve.building.checkpoints import loading
 
     config, _ = parse(content(checkpoint))
     with loading.quiet():
@@ -471,7 +477,7 @@ def failing(dtypes: Tuple[str, ...], tried: List[Tuple[str, Any]]) -> Any:
         tried.append((original.dtype, shapes))
         if original.dtype in dtypes:
             raise ExportError(f"no {original.dtype} kernel")
-        return torchscript.write(original, task, shapes, folder, target)
+        return writer.write(original, task, shapes, folder, target)
 
     return WRITERS["torchscript"]._replace(write=write)
 

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_export
-from traceserve import sources, verification
-from traceserve.config import parse
+from traceserve.building.checkpoints import sources
+from traceserve.building.config.setup_config import parse
+from traceserve.building.gate import verification
+from traceserve.building.samples import SENTENCES
 from traceserve.errors import ConfigError, ExportError
-from traceserve.samples import SENTENCES
 from traceserve_runtime.batching import batches
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import InvalidManifest, MissingPackage

@@ -11,13 +11,14 @@ import pytest
 import torch
 import transformers
 from conftest import run_export
-from traceserve import loading, precision, quantization, sources
-from traceserve.config import parse
+from traceserve.building.checkpoints import loading, sources
+from traceserve.building.config.setup_config import parse
+from traceserve.building.gate.findings import LIMITS
+from traceserve.building.samples import SENTENCES
+from traceserve.building.writers.lowering import int8, precision
+from traceserve.building.writers.lowering.int8 import KEPT_SHARES, Int8Linear, quantized
+from traceserve.building.writers.lowering.sensitivity import linears, measure
 from traceserve.errors import DriftError, ExportError
-from traceserve.findings import LIMITS
-from traceserve.quantization import KEPT_SHARES, Int8Linear, quantized
-from traceserve.samples import SENTENCES
-from traceserve.sensitivity import linears, measure
 from traceserve_runtime import processor
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.tasks.contract import Answer, Request
@@ -303,7 +304,7 @@ def naive(model: Any, batches: Any) -> Iterator[Tuple[Any, Tuple[str, ...]]]:
 def test_naive_int8_is_refused_by_the_same_gate(
     checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quantization, "quantized", naive)
+    monkeypatch.setattr(int8, "quantized", naive)
     with pytest.raises(DriftError, match=r"does not answer as the original does \(in int8") as error:
         run_export(tmp_path / "x", content(checkpoint))
     found = error.value.findings

@@ -13,8 +13,8 @@ from typing import List
 
 import pytest
 from conftest import ROOT
-from traceserve import catalog
-from traceserve.config import SetupConfig
+from traceserve.building.config.setup_config import SetupConfig
+from traceserve.commands import catalog
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.requests import parse
 from traceserve_runtime.tasks import TASKS

@@ -10,10 +10,11 @@ import pytest
 import torch
 from conftest import ROOT, nothing, run_export
 from models import ARCHITECTURES, UNEVEN
-from traceserve import loading, reference, sources, verification
-from traceserve.config import parse
-from traceserve.reference import Reference, Wanted
-from traceserve.samples import TEXTS
+from traceserve.building.checkpoints import loading, sources
+from traceserve.building.config.setup_config import parse
+from traceserve.building.gate import reference, verification
+from traceserve.building.gate.reference import Reference, Wanted
+from traceserve.building.samples import TEXTS
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.texts.tokenization import Encoded, Row
 

@@ -16,8 +16,8 @@ import torch
 import transformers
 from conftest import run_export
 from oracle import COLORS, answers, assert_equal
-from traceserve import verification
-from traceserve.wrapping import plain_names
+from traceserve.building.gate import verification
+from traceserve.building.writers.tracing.wrapping import plain_names
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.tasks.contract import Request
 from transformers import dynamic_module_utils

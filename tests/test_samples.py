@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, List, Tuple, Type
 
 import pytest
+from traceserve.building.samples import SENTENCES, TEXTS, VERY_LONG, read
 from traceserve.errors import ConfigError
-from traceserve.samples import SENTENCES, TEXTS, VERY_LONG, read
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.requests import parse

@@ -13,10 +13,10 @@ import torch
 from conftest import run_export
 from oracle import answers
 from safetensors.torch import save_file
-from traceserve import sources
-from traceserve.config import parse
+from traceserve.building.checkpoints import sources
+from traceserve.building.config.setup_config import parse
+from traceserve.building.samples import SENTENCES
 from traceserve.errors import SourceError
-from traceserve.samples import SENTENCES
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import InvalidRequest
 from traceserve_runtime.tasks.contract import Answer, Request

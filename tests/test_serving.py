@@ -23,11 +23,11 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tu
 import psutil
 import pytest
 from conftest import ROOT, run_export
-from traceserve import instances, server, torchserve
-from traceserve.archive import archive
-from traceserve.client import NotYet, Refused, predict
+from traceserve.archives.archive import archive
 from traceserve.errors import ServerError
-from traceserve.instances import Instance
+from traceserve.serving import configuration, instances, server
+from traceserve.serving.client import NotYet, Refused, predict
+from traceserve.serving.instances import Instance
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.manifest import Manifest, sha256
 from traceserve_runtime.tasks.contract import Answer, Request
@@ -101,7 +101,7 @@ def served(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     quick = tmp_path_factory.mktemp("served") / "quick"
     run_export(quick, content)
     instance = server.start(
-        [batched, archive(quick, "quick", quick.parent)], port=torchserve.free_ports(1)[0], timeout=90
+        [batched, archive(quick, "quick", quick.parent)], port=configuration.free_ports(1)[0], timeout=90
     )
     yield Served(instance, batched, Engine.load(folder))
     instances.stop(instance)
@@ -414,7 +414,7 @@ def test_the_management_of_models_is_closed(served: Served) -> None:
 
 
 def test_two_servers_side_by_side(served: Served, tiny: Path) -> None:
-    other = server.start([tiny.with_suffix(".mar")], port=torchserve.free_ports(1)[0], timeout=90)
+    other = server.start([tiny.with_suffix(".mar")], port=configuration.free_ports(1)[0], timeout=90)
     try:
         assert {i.port for i in instances.running()} >= {served.instance.port, other.port}
         with pytest.raises(ServerError, match="several servers"):
@@ -434,7 +434,7 @@ def test_a_taken_port_is_told(served: Served, tiny: Path) -> None:
 
 
 def test_keys_are_demanded_beyond_the_loopback(tiny: Path) -> None:
-    instance = server.start([tiny.with_suffix(".mar")], host="0.0.0.0", port=torchserve.free_ports(1)[0], timeout=90)
+    instance = server.start([tiny.with_suffix(".mar")], host="0.0.0.0", port=configuration.free_ports(1)[0], timeout=90)
     try:
         assert instance.key and instance.management_key
         assert post(instance, "tiny", b"hello", "text/plain").status == 400
@@ -494,7 +494,7 @@ def test_a_worker_that_cannot_load_is_told_at_once(
     change: Callable[[Path], Any], reason: str, tiny: Path, tmp_path: Path
 ) -> None:
     mar = repack(tiny.with_suffix(".mar"), tmp_path / "damaged.mar", change)
-    port = torchserve.free_ports(1)[0]
+    port = configuration.free_ports(1)[0]
     started = time.monotonic()
     with pytest.raises(ServerError, match=re.escape(reason)) as error:
         server.start([mar], port=port, timeout=120)
@@ -516,7 +516,7 @@ def test_the_command_from_configuration_to_prediction(checkpoint: Callable[..., 
         "captum_explanation": False,
     }
     (tmp_path / "setup_config.json").write_text(json.dumps(config))
-    port = str(torchserve.free_ports(1)[0])
+    port = str(configuration.free_ports(1)[0])
     built = run("build", "--output", "artifacts/colours", cwd=tmp_path)
     assert built.returncode == 0, built.stderr
     assert "captum_explanation has no meaning here" in built.stderr and "answers changed" in built.stdout
@@ -554,7 +554,7 @@ def test_the_command_from_configuration_to_prediction(checkpoint: Callable[..., 
 
 
 def test_foreground_ends_with_its_signal(tiny: Path, tmp_path: Path) -> None:
-    port = torchserve.free_ports(1)[0]
+    port = configuration.free_ports(1)[0]
     command = [
         sys.executable,
         "-m",
@@ -597,7 +597,7 @@ def test_by_hand_without_our_commands(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "model_store").mkdir()
     (tmp_path / "artifacts").mkdir()
     shutil.copytree(tiny, tmp_path / "artifacts" / "tiny")
-    port, management, metrics, grpc, grpc_management = torchserve.free_ports(5)
+    port, management, metrics, grpc, grpc_management = configuration.free_ports(5)
     (tmp_path / "config.properties").write_text(
         f"inference_address=http://127.0.0.1:{port}\nmanagement_address=http://127.0.0.1:{management}\n"
         f"metrics_address=http://127.0.0.1:{metrics}\ngrpc_inference_port={grpc}\ngrpc_management_port={grpc_management}\n"
@@ -608,7 +608,7 @@ def test_by_hand_without_our_commands(tiny: Path, tmp_path: Path) -> None:
         **os.environ,
         "TMPDIR": str(tmp_path / "tmp"),
         "TEMP": str(tmp_path / "tmp"),
-        **torchserve.find_java(),
+        **configuration.find_java(),
     }
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
 
@@ -665,7 +665,7 @@ def test_refused_carries_the_status(served: Served) -> None:
 def test_java_is_found_without_one_on_the_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("JAVA_HOME", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    home = Path(torchserve.find_java()["JAVA_HOME"])
+    home = Path(configuration.find_java()["JAVA_HOME"])
     assert (home / "bin" / "java").is_file()
     old = tmp_path / "jre" / "bin" / "java"
     old.parent.mkdir(parents=True)
@@ -673,26 +673,26 @@ def test_java_is_found_without_one_on_the_path(monkeypatch: pytest.MonkeyPatch, 
     old.chmod(0o755)
     (tmp_path / "jre" / "release").write_text('JAVA_VERSION="1.8.0_402"\n')
     monkeypatch.setenv("JAVA_HOME", str(tmp_path / "jre"))
-    assert torchserve.find_java() == {"JAVA_HOME": str(home)}
+    assert configuration.find_java() == {"JAVA_HOME": str(home)}
     (tmp_path / "jre" / "release").write_text('JAVA_VERSION="17.0.1"\n')
-    assert torchserve.find_java() == {}
+    assert configuration.find_java() == {}
 
 
 def test_the_jvm_starts_from_the_classes_of_an_earlier_one(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "with space"))
-    assert not any("Archive" in option for option in torchserve.jvm_options(tmp_path))
+    assert not any("Archive" in option for option in configuration.jvm_options(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    writes, options = "-XX:ArchiveClassesAtExit=", torchserve.jvm_options(tmp_path)
+    writes, options = "-XX:ArchiveClassesAtExit=", configuration.jvm_options(tmp_path)
     [written] = [option[len(writes) :] for option in options if option.startswith(writes)]
     Path(written).write_bytes(b"classes")
-    torchserve.keep_class_archive(tmp_path)
+    configuration.keep_class_archive(tmp_path)
     kept = tmp_path / "cache" / "traceserve" / Path(written).name
     assert kept.read_bytes() == b"classes"
-    assert f"-XX:SharedArchiveFile={kept}" in torchserve.jvm_options(tmp_path)
+    assert f"-XX:SharedArchiveFile={kept}" in configuration.jvm_options(tmp_path)
     # The JVM finds that it is none, and goes on without.
-    instance = server.start([tiny.with_suffix(".mar")], port=torchserve.free_ports(1)[0], timeout=90)
+    instance = server.start([tiny.with_suffix(".mar")], port=configuration.free_ports(1)[0], timeout=90)
     try:
         assert predict(instance.url, "tiny", "hello")
     finally:
@@ -702,7 +702,7 @@ def test_the_jvm_starts_from_the_classes_of_an_earlier_one(
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc/nohome cannot be made on Linux, by root either")
 def test_every_command_without_a_home_folder(tiny: Path) -> None:
     """As in a container whose user may not write its home: served, found, asked and stopped, by commands of their own."""
-    port = str(torchserve.free_ports(1)[0])
+    port = str(configuration.free_ports(1)[0])
     variables = {key: value for key, value in os.environ.items() if not key.startswith("XDG_")}
     with tempfile.TemporaryDirectory() as temporary:
 
@@ -736,7 +736,7 @@ def test_two_versions_side_by_side(checkpoint: Callable[..., Path], tmp_path: Pa
         [answer] = Engine.load(folder).answer([Request({"text": "hello"})])
         assert isinstance(answer, Answer)
         expected[version] = answer.value
-    inference, management, metrics, grpc, grpc_management = torchserve.free_ports(5)
+    inference, management, metrics, grpc, grpc_management = configuration.free_ports(5)
     properties = {
         "inference_address": f"http://127.0.0.1:{inference}",
         "management_address": f"http://127.0.0.1:{management}",
@@ -753,7 +753,7 @@ def test_two_versions_side_by_side(checkpoint: Callable[..., Path], tmp_path: Pa
         (folder / "config.properties").write_text("".join(f"{key}={value}\n" for key, value in properties.items()))
         settings = {"ts-config": folder / "config.properties", "model-store": store}
         try:
-            server.launch(folder, settings, torchserve.find_java())
+            server.launch(folder, settings, configuration.find_java())
             wait_for(f"http://127.0.0.1:{inference}/ping")
             for version in expected:
                 query = f"url=same-{version}.mar&initial_workers=1&synchronous=true"

@@ -14,9 +14,9 @@ from typing import Callable, Iterator
 import psutil
 import pytest
 from conftest import run_export
-from traceserve import instances, server, torchserve
-from traceserve.archive import archive
-from traceserve.instances import Instance
+from traceserve.archives.archive import archive
+from traceserve.serving import configuration, instances, server
+from traceserve.serving.instances import Instance
 
 TIMEOUT = 2.0  # seconds
 COUNT = 20
@@ -28,7 +28,7 @@ def served(checkpoint: Callable[..., Path], tmp_path: Path) -> Iterator[Instance
     content = {"model_name": str(checkpoint("bert")), "max_length": 32, "client_timeout": int(1000 * TIMEOUT)}
     run_export(tmp_path / "tiny", {**content, "task": "sequence_classification", "allow_untrained_head": True})
     mar = archive(tmp_path / "tiny", "tiny", tmp_path)
-    instance = server.start([mar], port=torchserve.free_ports(1)[0], timeout=90)
+    instance = server.start([mar], port=configuration.free_ports(1)[0], timeout=90)
     yield instance
     instances.stop(instance)
 

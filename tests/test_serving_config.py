@@ -18,13 +18,13 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from traceserve import archive as archives
-from traceserve import instances, server, torchserve
-from traceserve.archive import archive, configure, read_manifest, read_serving
-from traceserve.config import SetupConfig
+from traceserve.archives import archive as archives
+from traceserve.archives.archive import archive, configure, read_manifest, read_serving
+from traceserve.archives.model_config import SERVING_FILE, Serving
+from traceserve.building.config.setup_config import SetupConfig
 from traceserve.errors import ArchiveError
-from traceserve.instances import Instance
-from traceserve.serving import SERVING_FILE, Serving
+from traceserve.serving import configuration, instances, server
+from traceserve.serving.instances import Instance
 from traceserve_runtime import processor
 from traceserve_runtime.manifest import MANIFEST_FILE, Manifest, sha256
 
@@ -191,7 +191,7 @@ def test_the_workers_are_those_of_the_archive_unless_they_are_asked_for(
     configure(mar, TUNED)
     before = sha256(mar)
     Path(shutil.copy(packed, mar.with_name("plain.mar")))
-    port = str(torchserve.free_ports(1)[0])
+    port = str(configuration.free_ports(1)[0])
     for options, expected in (([], {"tiny": 2, "plain": 1}), (["--workers", "3"], {"tiny": 3, "plain": 3})):
         served = run("serve", "tiny.mar", "plain.mar", "--port", port, *options, cwd=mar.parent)
         try:
@@ -214,7 +214,7 @@ def test_the_workers_are_those_of_the_archive_unless_they_are_asked_for(
 
 def test_a_server_may_be_given_another_configuration(mar: Path) -> None:
     wanted = replace(TUNED, batch_size=4, workers=1)
-    instance = server.start([mar], port=torchserve.free_ports(1)[0], timeout=90, serving=wanted)
+    instance = server.start([mar], port=configuration.free_ports(1)[0], timeout=90, serving=wanted)
     try:
         assert instance.workers == {"tiny": 1} and worker_folders(instance) == {"tiny": 1}
         unpacked = Path(instance.folder, "store", "tiny", SERVING_FILE)
@@ -230,7 +230,7 @@ def test_a_temporary_folder_too_deep_for_sockets(tmp_path: Path, mar: Path, monk
     deep = tmp_path / ("x" * 60) / ("y" * 60)
     deep.mkdir(parents=True)
     monkeypatch.setattr(tempfile, "tempdir", str(deep))
-    instance = server.start([mar], port=torchserve.free_ports(1)[0], timeout=90)
+    instance = server.start([mar], port=configuration.free_ports(1)[0], timeout=90)
     try:
         assert worker_folders(instance) == {"tiny": 1} and len(instance.folder) < 60
     finally:

@@ -8,11 +8,13 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple
 import pytest
 from conftest import run_export
 from oracle import assert_equal
-from traceserve import client, formats, instances, server, torchserve, verification
-from traceserve.archive import archive
-from traceserve.instances import Instance
-from traceserve.samples import SENTENCES
-from traceserve.writers import WRITERS, aot_inductor
+from traceserve.archives.archive import archive
+from traceserve.building.config import formats
+from traceserve.building.gate import verification
+from traceserve.building.samples import SENTENCES
+from traceserve.building.writers import WRITERS, aot_inductor
+from traceserve.serving import client, configuration, instances, server
+from traceserve.serving.instances import Instance
 from traceserve_runtime.tasks import TASKS
 
 CLASSIFYING, WRITING = "sequence_classification", "text_generation"
@@ -46,7 +48,7 @@ def served(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
             content = {"model_name": str(sources[task]), "task": task, "save_mode": save_mode, "max_length": 64}
             run_export(folder / name, content)
             archives.append(archive(folder / name, name, folder))
-    instance = server.start(archives, port=torchserve.free_ports(1)[0], timeout=240)
+    instance = server.start(archives, port=configuration.free_ports(1)[0], timeout=240)
     yield Served(instance)
     instances.stop(instance)
 

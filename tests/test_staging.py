@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Dict, Iterator
 
 import pytest
-from traceserve import staging
+from traceserve.archives import staging
+from traceserve.archives.staging import LOCK_FILE, check_free, held, scratch, staged
 from traceserve.errors import ArchiveError, ExportError
-from traceserve.staging import LOCK_FILE, check_free, held, scratch, staged
 
 STAY_INSIDE = """
 import sys
 import tempfile
 import time
 from pathlib import Path
-from traceserve.staging import staged
+from traceserve.archives.staging import staged
 
 target = Path(sys.argv[1])
 with staged(target) as folder:
@@ -207,7 +207,7 @@ def test_a_folder_without_a_lock_is_swept_after_a_week(target: Path, living: int
 SWEEP = """
 import sys
 from pathlib import Path
-from traceserve.staging import staged
+from traceserve.archives.staging import staged
 
 target = Path(sys.argv[1])
 with staged(target) as folder:
@@ -261,7 +261,7 @@ def test_a_file_system_without_locks(target: Path, monkeypatch: pytest.MonkeyPat
 
 SCRATCH = """
 import sys
-from traceserve.staging import scratch
+from traceserve.archives.staging import scratch
 
 with scratch() as folder:
     (folder / "large").write_bytes(bytes(1000))

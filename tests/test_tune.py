@@ -19,15 +19,16 @@ from typing import Callable, Dict, Iterator, List, Optional, Sequence, Set
 import numpy as np
 import pytest
 from conftest import ROOT
-from traceserve import instances, server, torchserve, tune
-from traceserve.archive import archive, configure, read_manifest, read_serving
+from traceserve.archives.archive import archive, configure, read_manifest, read_serving
+from traceserve.archives.model_config import Serving
 from traceserve.cli import _parse, main
 from traceserve.errors import ConfigError, ServerError
-from traceserve.knobs import knobs
-from traceserve.load import Result
-from traceserve.padding import wastes
-from traceserve.racing import Goal, Search, Trial, judge
-from traceserve.serving import Serving
+from traceserve.measuring import tune
+from traceserve.measuring.candidates import knobs
+from traceserve.measuring.load_generator import Result
+from traceserve.measuring.padding import wastes
+from traceserve.measuring.search import Goal, Search, Trial, judge
+from traceserve.serving import configuration, instances, server
 from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.batching.costs import CostModel
 from traceserve_runtime.engine import Engine
@@ -318,7 +319,7 @@ def test_the_command_finds_and_writes_what_is_better(mar: Path) -> None:
     slow = replace(OWN, max_batch_delay=60)
     configure(mar, slow)
     before = sha256(mar)
-    users = server.start([mar], port=torchserve.free_ports(1)[0], timeout=90)
+    users = server.start([mar], port=configuration.free_ports(1)[0], timeout=90)
     try:
         options = ("--connections", "4", "--budget", "120")
         tuned = run(*options, cwd=mar.parent)

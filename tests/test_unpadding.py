@@ -13,11 +13,13 @@ import torch
 from conftest import Called, run_export
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from traceserve import config, loading, sources, verification
-from traceserve.loading import Original
-from traceserve.samples import SENTENCES
-from traceserve.wrapping import masks_without_vmap
-from traceserve.writers import axes, torchscript, unpadding
+from traceserve.building.checkpoints import loading, sources
+from traceserve.building.checkpoints.loading import Original
+from traceserve.building.config import setup_config
+from traceserve.building.gate import verification
+from traceserve.building.samples import SENTENCES
+from traceserve.building.writers.torchscript import axes, unpadding, writer
+from traceserve.building.writers.tracing.wrapping import masks_without_vmap
 from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.manifest import Manifest, Shapes
@@ -85,13 +87,13 @@ def traced(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
                 "max_length": 64,
             }
             (folder / "setup_config.json").write_text(json.dumps(content))
-            loaded = config.load(folder / "setup_config.json")
+            loaded = setup_config.load(folder / "setup_config.json")
             original = loading.load(loaded.config, sources.fetch(loaded.config, folder), folder)
             with warnings.catch_warnings(), masks_without_vmap(), torch.no_grad():
                 warnings.simplefilter("ignore")
-                module = torchscript._single(original, TASKS[KINDS[auto_model]], Shapes())
+                module = writer._single(original, TASKS[KINDS[auto_model]], Shapes())
             torch.jit.save(module, str(folder / "model.pt"))
-            rewritten = torchscript._unpadded(original, folder / "model.pt")
+            rewritten = writer._unpadded(original, folder / "model.pt")
             assert rewritten is not None and rewritten.filled == 16
             known[key] = Traced(original, folder / "model.pt", rewritten.module)
         return known[key]

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Dict
 
 import pytest
-from traceserve import user_folders
 from traceserve.errors import ServerError
+from traceserve.machine import user_folders
 
 
 @pytest.fixture()
@@ -56,7 +56,7 @@ def test_a_user_without_a_home_folder() -> None:
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o777)
         script = (
-            "import os, tempfile\nfrom traceserve import user_folders\n"
+            "import os, tempfile\nfrom traceserve.machine import user_folders\n"
             f"tempfile.tempdir = {name!r}\nos.chdir({name!r})\nos.setuid(54321)\n"
             "print(user_folders.state('servers'))\nprint(user_folders.note())"
         )

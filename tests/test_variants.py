@@ -8,10 +8,10 @@ from typing import Any, Callable, List, Tuple
 import pytest
 import torch
 from conftest import run_export
+from traceserve.building.writers.torchscript import weights, writer
+from traceserve.building.writers.torchscript.unpadding import Unpadded
+from traceserve.commands.printing import print_findings
 from traceserve.errors import DriftError
-from traceserve.printing import print_findings
-from traceserve.writers import torchscript, weights
-from traceserve.writers.unpadding import Unpadded
 from traceserve_runtime import processor
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.manifest import Manifest
@@ -28,8 +28,10 @@ PACKED, MAPPED = "graph.pt, weights packed", "graph.pt, weights mapped"
 
 @pytest.fixture(autouse=True)
 def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("traceserve.verification.TEXTS", ("One.", "Another text, a little longer than the first."))
-    monkeypatch.setattr("traceserve.verification.CORPUS", 70)
+    monkeypatch.setattr(
+        "traceserve.building.gate.verification.TEXTS", ("One.", "Another text, a little longer than the first.")
+    )
+    monkeypatch.setattr("traceserve.building.gate.verification.CORPUS", 70)
 
 
 def content(checkpoint: Callable[..., Path], **more: Any) -> Any:
@@ -140,14 +142,14 @@ def test_a_rewritten_graph_that_fails_is_left_out(
     checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The traced graph is served in its place, and it is told."""
-    own = torchscript._unpadded
+    own = writer._unpadded
 
     def spoiled(*arguments: Any) -> Unpadded:
         made = own(*arguments)
         assert made is not None
         return made._replace(module=off(made.module))
 
-    monkeypatch.setattr(torchscript, "_unpadded", spoiled)
+    monkeypatch.setattr(writer, "_unpadded", spoiled)
     exported = run_export(tmp_path / "x", content(checkpoint))
     manifest = Manifest.read(tmp_path / "x")  # and every file is what the manifest says
     assert manifest.runtime[UNPADDED] is False and exported.manifest == manifest

@@ -10,14 +10,17 @@ from typing import Any, Callable, Set, Tuple
 import pytest
 import torch
 from conftest import Called, nothing, run_export
-from traceserve import loading, samples, sources, verification
-from traceserve.config import parse
+from traceserve.building import samples
+from traceserve.building.checkpoints import loading, sources
+from traceserve.building.checkpoints.loading import Original
+from traceserve.building.config.setup_config import parse
+from traceserve.building.export import candidate_shapes
+from traceserve.building.gate import verification
+from traceserve.building.gate.reference import Reference
+from traceserve.building.writers import WRITERS
+from traceserve.building.writers.contract import Writer, Written
+from traceserve.building.writers.torchscript import writer
 from traceserve.errors import DriftError, ExportError
-from traceserve.export import candidate_shapes
-from traceserve.loading import Original
-from traceserve.reference import Reference
-from traceserve.writers import WRITERS, torchscript
-from traceserve.writers.contract import Writer, Written
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.manifest import Manifest, Shapes, sha256
 from traceserve_runtime.tasks.contract import Answer, Request
@@ -110,7 +113,7 @@ def spoiled(amount: float) -> Writer:
         with torch.no_grad():
             before = bias[0].clone()
             bias[0] += amount
-            written = torchscript.write(original, task, shapes, folder, target)
+            written = writer.write(original, task, shapes, folder, target)
             bias[0] = before
         return written
 

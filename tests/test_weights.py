@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_export
-from traceserve import export, verification
-from traceserve.samples import SENTENCES
+from traceserve.building import export
+from traceserve.building.gate import verification
+from traceserve.building.samples import SENTENCES
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import InvalidManifest
 from traceserve_runtime.manifest import Manifest, Shapes, sha256

@@ -11,10 +11,11 @@ from typing import Any, NoReturn, Optional, Sequence
 
 from traceserve_runtime.errors import TraceserveError
 
-from traceserve import __version__, environment, printing, space
-from traceserve.commands import COMMANDS
+from traceserve import __version__
+from traceserve.commands import COMMANDS, printing
 from traceserve.commands.contract import Command
 from traceserve.errors import NoSpace
+from traceserve.machine import environment, space
 
 _DESCRIPTION = """\
 A transformer checkpoint to a TorchServe deployment: traced, compared with the original, packed, served, asked.
@@ -70,7 +71,7 @@ def _full_disk(error: Exception, options: argparse.Namespace) -> Optional[NoSpac
 def _tell_where_servers_are(command: Command) -> None:
     """A note, where it is not the usual place; of a command that needs to know."""
     if command.finds_servers:
-        from traceserve import user_folders
+        from traceserve.machine import user_folders
 
         note = user_folders.note()
         if note:

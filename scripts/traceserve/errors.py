@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Sequence
 from traceserve_runtime.errors import TraceserveError
 
 if TYPE_CHECKING:
-    from traceserve.findings import Findings
+    from traceserve.building.gate.findings import Findings
 
 
 class ConfigError(TraceserveError):

@@ -22,8 +22,9 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 import psutil
 import servers
 import tables
-from traceserve import load, server, torchserve
-from traceserve.serving import Serving
+from traceserve.archives.model_config import Serving
+from traceserve.measuring import load_generator
+from traceserve.serving import configuration, server
 
 # The headers that TorchServe sends, for answers of the same size.
 _ANSWER = (
@@ -76,11 +77,11 @@ def no_op() -> Iterator[str]:
     """The URL of an archive without a model."""
     with tempfile.TemporaryDirectory(prefix="no-op-") as name:
         folder = Path(name)
-        port = torchserve.free_ports(1)[0]
+        port = configuration.free_ports(1)[0]
         archive = _archive(folder)
         (folder / "server").mkdir()
-        _, settings = torchserve.configure(folder / "server", {"no-op": archive}, {}, "127.0.0.1", port)
-        pid = server.launch(folder / "server", settings, torchserve.find_java())
+        _, settings = configuration.configure(folder / "server", {"no-op": archive}, {}, "127.0.0.1", port)
+        pid = server.launch(folder / "server", settings, configuration.find_java())
         process = psutil.Process(pid)
         try:
             url = f"http://127.0.0.1:{port}/predictions/no-op"
@@ -110,7 +111,7 @@ def main() -> None:
     options = parser.parse_args()
     counts = [int(part) for part in options.connections.split(",")]
     subjects: Dict[str, Callable[[], Any]] = {"a server that does nothing": fixed, "TorchServe without a model": no_op}
-    results: Dict[Tuple[str, int], List[load.Result]] = {}
+    results: Dict[Tuple[str, int], List[load_generator.Result]] = {}
     with tables.progress() as bar:
         task = bar.add_task("", total=options.rounds * len(subjects) * len(counts))
         for _ in range(options.rounds):
@@ -118,8 +119,12 @@ def main() -> None:
                 with start() as url:
                     for connections in counts:
                         bar.update(task, description=f"{name}, {connections} connections")
-                        result = load.run(
-                            load.Target(url), _BODIES, connections=connections, seconds=options.seconds, warm_up=1.5
+                        result = load_generator.run(
+                            load_generator.Target(url),
+                            _BODIES,
+                            connections=connections,
+                            seconds=options.seconds,
+                            warm_up=1.5,
                         )
                         results.setdefault((name, connections), []).append(result)
                         bar.advance(task)
@@ -134,7 +139,7 @@ def main() -> None:
     )
 
 
-def _row(name: str, connections: int, found: List[load.Result]) -> Dict[str, str]:
+def _row(name: str, connections: int, found: List[load_generator.Result]) -> Dict[str, str]:
     return {
         "": name,
         "connections": str(connections),

@@ -20,8 +20,8 @@ import building
 import servers
 import tables
 import texts as sentences
-from traceserve.archive import read_manifest
-from traceserve.writers import WRITERS
+from traceserve.archives.archive import read_manifest
+from traceserve.building.writers import WRITERS
 from traceserve_runtime.tasks import TASKS
 
 Way = Tuple[str, str]

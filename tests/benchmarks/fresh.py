@@ -7,7 +7,7 @@ import os
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, Callable, TypeVar
 
-from traceserve import environment
+from traceserve.machine import environment
 
 Result = TypeVar("Result")
 

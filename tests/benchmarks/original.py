@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import List
 
 import numpy as np
-from traceserve import loading, samples, sources
-from traceserve.config import parse
-from traceserve.reference import Reference, Wanted, run_original
+from traceserve.building import samples
+from traceserve.building.checkpoints import loading, sources
+from traceserve.building.config.setup_config import parse
+from traceserve.building.gate.reference import Reference, Wanted, run_original
 from traceserve_runtime.manifest import TokenizerFacts
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.texts.tokenization import Encoded, Segments, TextTokenizer

@@ -21,8 +21,8 @@ from unittest import mock
 import building
 import tables
 import texts as sentences
-from traceserve import environment
-from traceserve.writers.weights import write_graph
+from traceserve.building.writers.torchscript.weights import write_graph
+from traceserve.machine import environment
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.manifest import Manifest, sha256
 from traceserve_runtime.runtimes.torchscript.reader import UNPADDED

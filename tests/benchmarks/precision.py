@@ -20,10 +20,12 @@ from typing import Any, Dict, Iterable, List, Optional, Sequence
 
 import tables
 import torch
-from traceserve import config, precision, samples
-from traceserve.export import Exported, export
-from traceserve.loading import Original
-from traceserve.speeds import measure
+from traceserve.building import samples
+from traceserve.building.checkpoints.loading import Original
+from traceserve.building.config import setup_config
+from traceserve.building.export import Exported, export
+from traceserve.building.speeds import measure
+from traceserve.building.writers.lowering import precision
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Answer, Request
@@ -51,10 +53,12 @@ def export_as(way: str, content: Dict[str, Any], folder: Path, texts: Path) -> E
     own = precision.PRECISIONS[dtype]
     if lower is not None:
         precision.PRECISIONS[dtype] = own._replace(lower=lower, tracing=contextlib.nullcontext)
-    parsed, _ = config.parse({**content, "dtype": dtype})
+    parsed, _ = setup_config.parse({**content, "dtype": dtype})
     folder.mkdir()
     try:
-        return export(config.Loaded(parsed, folder, ()), folder.name, folder, lambda *_: None, texts, allow_drift=True)
+        return export(
+            setup_config.Loaded(parsed, folder, ()), folder.name, folder, lambda *_: None, texts, allow_drift=True
+        )
     finally:
         precision.PRECISIONS[dtype] = own
 

@@ -1,5 +1,5 @@
 """What oneDNN takes to prepare the products of a run for a number of rows that it has not met, beside what a token takes:
-why graphs fill their tokens up (`scripts/traceserve/writers/unpadding.py`).
+why graphs fill their tokens up (`scripts/traceserve/building/writers/torchscript/unpadding.py`).
 
     python tests/benchmarks/preparing.py [--threads 1] [--rounds 5]
 
@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any, List, Tuple
 
 import tables
-from traceserve import environment
+from traceserve.machine import environment
 
 SIZES = ((384, 6), (768, 12), (1024, 24))  # (width, layers) of MiniLM, of BERT's base and large
 FEW, MANY = 128, 320  # rows

@@ -38,7 +38,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tu
 import psutil
 import servers
 import tables
-from traceserve import load
+from traceserve.measuring import load_generator
 
 MEGABYTE = 1_000_000
 PROSE = "Where is my parcel today? It should have come last week. "
@@ -157,15 +157,21 @@ def longest(client: Client, ends: float) -> bytes:
 
 def bother(url: str, bodies: Sequence[bytes], connections: int, seconds: float) -> Dict[str, Any]:
     """Send bodies in turn, in a closed loop; how many were answered, and how many of these with which other status than 2xx."""
-    sent = load.run(load.Target(url), bodies, connections=connections, seconds=seconds, warm_up=0.0, timeout=_TIMEOUT)
+    sent = load_generator.run(
+        load_generator.Target(url), bodies, connections=connections, seconds=seconds, warm_up=0.0, timeout=_TIMEOUT
+    )
     return {"answered": sent.requests + sent.failed, "statuses": sent.errors}
 
 
-def beside(url: str, bodies: Sequence[bytes], connections: int, seconds: float) -> Tuple[load.Result, Dict[str, Any]]:
+def beside(
+    url: str, bodies: Sequence[bytes], connections: int, seconds: float
+) -> Tuple[load_generator.Result, Dict[str, Any]]:
     """What a good client waits beside others, who have a process of their own, and what these were answered."""
 
-    def good() -> load.Result:
-        return load.run(load.Target(url), [GOOD], connections=1, seconds=seconds, warm_up=0.5, timeout=_TIMEOUT)
+    def good() -> load_generator.Result:
+        return load_generator.run(
+            load_generator.Target(url), [GOOD], connections=1, seconds=seconds, warm_up=0.5, timeout=_TIMEOUT
+        )
 
     if not connections:
         return good(), {}
@@ -261,7 +267,7 @@ def refusal(name: str, body: bytes, found: Optional[Refusals]) -> tables.Row:
     }
 
 
-def waited(name: str, good: load.Result, others: Dict[str, Any], most: float) -> tables.Row:
+def waited(name: str, good: load_generator.Result, others: Dict[str, Any], most: float) -> tables.Row:
     failed = f", {good.failed} failed" if good.failed else ""
     return {
         "a good client, beside": name,

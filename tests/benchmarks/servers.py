@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
 
 import psutil
-from traceserve import instances, load, torchserve
+from traceserve.measuring import load_generator
+from traceserve.serving import configuration, instances
 
 SENTENCE = "I still have not received my new card, I ordered over a week ago."
 TRACESERVE = (sys.executable, "-m", "traceserve")
@@ -39,10 +40,14 @@ class Server:
     workers: Sequence[int]
     frontend: Sequence[int]
 
-    def run(self, texts: Sequence[str], connections: int, seconds: float, warm_up: float = 2.0) -> load.Result:
+    def run(
+        self, texts: Sequence[str], connections: int, seconds: float, warm_up: float = 2.0
+    ) -> load_generator.Result:
         """Send the texts in a closed loop."""
         bodies = [self.body(text) for text in texts]
-        return load.run(load.Target(self.url), bodies, self.content_type, connections, None, seconds, warm_up)
+        return load_generator.run(
+            load_generator.Target(self.url), bodies, self.content_type, connections, None, seconds, warm_up
+        )
 
 
 Starter = Callable[[], "contextlib.AbstractContextManager[Server]"]
@@ -56,7 +61,7 @@ def text_field(text: str) -> bytes:
 @contextlib.contextmanager
 def ours(archive: Path, workers: Optional[int] = None, body: Body = text_field) -> Iterator[Server]:
     """`traceserve serve`, which returns at the first answer."""
-    port = torchserve.free_ports(1)[0]
+    port = configuration.free_ports(1)[0]
     count = [] if workers is None else ["--workers", str(workers)]
     started = time.monotonic()
     _run([*TRACESERVE, "serve", str(archive), "--port", str(port), *count])
@@ -78,12 +83,12 @@ def foreign(archive: Path, batch_size: Optional[int] = None, batch_delay: int = 
         folder = Path(name)
         (folder / "tmp").mkdir()
         shutil.copyfile(archive, folder / archive.name)
-        ports = torchserve.free_ports(5)
+        ports = configuration.free_ports(5)
         keys = ("inference_address", "management_address", "metrics_address")
         lines = [f"{key}=http://127.0.0.1:{port}" for key, port in zip(keys, ports)]
         lines += [f"grpc_inference_port={ports[3]}", f"grpc_management_port={ports[4]}", "default_workers_per_model=1"]
         (folder / "config.properties").write_text("\n".join([*lines, "enable_model_api=true"]) + "\n")
-        environment = {**os.environ, "TMPDIR": f"{folder}/tmp", "TEMP": f"{folder}/tmp", **torchserve.find_java()}
+        environment = {**os.environ, "TMPDIR": f"{folder}/tmp", "TEMP": f"{folder}/tmp", **configuration.find_java()}
         run = functools.partial(_run, cwd=folder, env=environment)
         torch_serve = [sys.executable, "-m", "ts.model_server"]
         options = ["--model-store", ".", "--ts-config", "config.properties", "--disable-token-auth", "--ncs"]
@@ -108,7 +113,7 @@ def foreign(archive: Path, batch_size: Optional[int] = None, batch_delay: int = 
 @contextlib.contextmanager
 def litserve(python: Path, model: Path, max_length: int = 128, max_batch_size: int = 32) -> Iterator[Server]:
     """A transformers pipeline behind LitServe."""
-    port = torchserve.free_ports(1)[0]
+    port = configuration.free_ports(1)[0]
     with tempfile.TemporaryDirectory(prefix="litserve-") as name:
         workers_file = Path(name, "workers")
         command = [str(python), str(Path(__file__).with_name("litserve_pipeline.py")), "--model", str(model.resolve())]
@@ -122,7 +127,7 @@ def litserve(python: Path, model: Path, max_length: int = 128, max_batch_size: i
 @contextlib.contextmanager
 def infinity(python: Path, model: Path, kind: str = "classification", max_length: int = 128) -> Iterator[Server]:
     """`infinity_emb v2`, with its defaults (batches of up to 32) on the processor."""
-    port = torchserve.free_ports(1)[0]
+    port = configuration.free_ports(1)[0]
 
     def body(text: str) -> bytes:
         return json.dumps({"model": "bench", "input": [text]}).encode()

@@ -22,7 +22,7 @@ import building
 import servers
 import tables
 import texts
-from traceserve import load
+from traceserve.measuring import load_generator
 
 MIXES = ("short", "mixed")
 
@@ -117,7 +117,7 @@ def contenders(options: argparse.Namespace, folder: Path) -> Tuple[Dict[str, ser
     return starters, sizes
 
 
-def summary(result: load.Result) -> Dict[str, Any]:
+def summary(result: load_generator.Result) -> Dict[str, Any]:
     """What is kept of a load."""
     return {
         "throughput": result.throughput,

@@ -1,4 +1,4 @@
-"""What the libraries' settings cost (`scripts/traceserve/environment.py`): throughput and memory in process, alone and
+"""What the libraries' settings cost (`scripts/traceserve/machine/environment.py`): throughput and memory in process, alone and
 beside a busy loop on one core.
 
 python tests/benchmarks/waiting.py --artifact artifacts/NAME --texts FILE.csv
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Dict, List
 
 import tables
-from traceserve.environment import DEFAULTS
+from traceserve.machine.environment import DEFAULTS
 
 SETTINGS: Dict[str, Dict[str, str]] = {
     "ours": DEFAULTS,

@@ -6,7 +6,7 @@ It is run by a Python with this project and transformers 4.57, in an environment
     python tests/data/make_question_answering.py
 
 The models are those of tests/models.py, whose weights are the same under every version; where that file, or the sentences
-of traceserve.samples, change, the answers are made again. Left out, and counted at the end, is
+of traceserve.building.samples, change, the answers are made again. Left out, and counted at the end, is
 - what the pipeline cannot answer: a window without room for the overlap that is asked for;
 - an answer of score 0: with fewer candidates than `top_k` the pipeline takes any other places of the text to fill the
   list, some of them with the end before the start, or longer than asked for. Ours are never such;
@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import models
 import transformers
-from traceserve.samples import SENTENCES, TEXTS
+from traceserve.building.samples import SENTENCES, TEXTS
 
 AUTO_MODEL = "AutoModelForQuestionAnswering"
 QUESTIONS = [text for text in SENTENCES if "?" in text or "？" in text]

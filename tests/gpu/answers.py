@@ -11,10 +11,11 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
 import models
 from oracle import CASES
-from traceserve import formats, verification
-from traceserve.config import Loaded, parse
-from traceserve.export import Exported, export
-from traceserve.samples import SENTENCES
+from traceserve.building.config import formats
+from traceserve.building.config.setup_config import Loaded, parse
+from traceserve.building.export import Exported, export
+from traceserve.building.gate import verification
+from traceserve.building.samples import SENTENCES
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Answer

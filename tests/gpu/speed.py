@@ -10,7 +10,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 
 import torch
 import transformers
-from traceserve.corpus import sentences
+from traceserve.building.gate.corpus import sentences
 from traceserve_runtime.batching.batches import filled
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.tasks.contract import Request

@@ -11,9 +11,9 @@ from typing import Any, Callable, Dict
 
 import pytest
 from conftest import ROOT
+from traceserve.building.export import BEFORE_COMPILING, COMPILED, Exported
+from traceserve.building.writers.neuron.compilers import COMPILERS
 from traceserve.errors import DriftError, ExportError
-from traceserve.export import BEFORE_COMPILING, COMPILED, Exported
-from traceserve.writers.compilers import COMPILERS
 from traceserve_runtime.manifest import Shapes, sha256
 
 Build = Callable[..., Exported]
@@ -128,6 +128,6 @@ def test_the_command_tells_what_was_compared(
 
 def test_the_documentation_has_every_option() -> None:
     page = (ROOT / "docs" / "inferentia.md").read_text(encoding="utf-8")
-    from traceserve.formats import options
+    from traceserve.building.config.formats import options
 
     assert all(f"`{name}`" in page for name in options("torchscript", "neuron"))

@@ -9,8 +9,8 @@ from typing import Any, Callable, Dict
 
 import pytest
 from neuron_double import cores
+from traceserve.building.export import BEFORE_COMPILING, Exported
 from traceserve.errors import ConfigError, ExportError
-from traceserve.export import BEFORE_COMPILING, Exported
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import MissingPackage
 from traceserve_runtime.tasks.contract import Answer, Request

@@ -8,11 +8,11 @@ from typing import List
 import psutil
 import pytest
 from neuron_double import cores
-from traceserve import instances, server, torchserve
-from traceserve.archive import archive
-from traceserve.client import predict
+from traceserve.archives.archive import archive
 from traceserve.errors import ServerError
-from traceserve.instances import Instance
+from traceserve.serving import configuration, instances, server
+from traceserve.serving.client import predict
+from traceserve.serving.instances import Instance
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.tasks.contract import Answer, Request
 
@@ -23,7 +23,7 @@ def mar(classifier: Path) -> Path:
 
 
 def start(mar: Path, workers: int) -> Instance:
-    return server.start([mar], port=torchserve.free_ports(1)[0], workers=workers, timeout=120)
+    return server.start([mar], port=configuration.free_ports(1)[0], workers=workers, timeout=120)
 
 
 def worker_pids(instance: Instance) -> List[int]:

@@ -11,7 +11,7 @@ from traceserve_runtime.errors import TraceserveError
 
 from traceserve.commands.arguments import add_port, positive
 from traceserve.commands.contract import Command
-from traceserve.printing import Bar, console, figure
+from traceserve.commands.printing import Bar, console, figure
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -79,11 +79,11 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from traceserve import bench, report, subjects, wire
+    from traceserve.measuring import bench, connections, page, targets
 
-    wire.require()
+    connections.require()
     if options.html:
-        report.require()
+        page.require()
     for path in (options.json, options.html):
         if path and not path.resolve().parent.is_dir():
             raise TraceserveError(f"bench: there is no folder {path.parent} for {path}")
@@ -100,10 +100,10 @@ def _bench(options: argparse.Namespace) -> int:
         seed=options.seed,
     )
     headers = dict(options.header)
-    measured = [subjects.subject(options.place, options.samples, options.port, options.body, headers)]
+    measured = [targets.subject(options.place, options.samples, options.port, options.body, headers)]
     if options.compare:
         body = options.body if options.compare_body is None else options.compare_body
-        measured.append(subjects.subject(options.compare, options.samples, options.port, body, headers))
+        measured.append(targets.subject(options.compare, options.samples, options.port, body, headers))
     with Bar() as bar:
         document = bench.measure(
             measured, plan, options.samples.name, lambda what, share: bar(what, int(1000 * share), 1000)
@@ -112,7 +112,7 @@ def _bench(options: argparse.Namespace) -> int:
     if options.json:
         options.json.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if options.html:
-        options.html.write_text(report.page(document), encoding="utf-8")
+        options.html.write_text(page.page(document), encoding="utf-8")
     return 0
 
 
@@ -149,7 +149,7 @@ def _print_bench(document: Dict[str, Any]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from traceserve.report import load_name
+    from traceserve.measuring.page import load_name
 
     screen = console()
     load = "connections" if document["plan"]["rate"] is None else "sent a second"

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, List, Tuple
 
 from traceserve.commands.contract import Command
-from traceserve.printing import Bar, console, megabytes, print_findings
+from traceserve.commands.printing import Bar, console, megabytes, print_findings
 
 if TYPE_CHECKING:
     from traceserve_runtime.manifest import Manifest
 
-    from traceserve.export import Exported
-    from traceserve.findings import Findings
+    from traceserve.building.export import Exported
+    from traceserve.building.gate.findings import Findings
 
 ARTIFACTS = Path("artifacts")
 STORE = Path("model_store")
@@ -90,20 +90,21 @@ def make(options: argparse.Namespace, with_archive: bool) -> Path:
     """Export, and archive; both appear at the end, or neither. Gives the archive's, or the artifact's, path."""
     from contextlib import ExitStack
 
-    from traceserve import archive, config, staging
+    from traceserve.archives import archive, staging
+    from traceserve.building.config import setup_config
     from traceserve.errors import ArchiveError, ExportError
 
-    loaded = config.load(options.config)
+    loaded = setup_config.load(options.config)
     for note in loaded.notes:
         console(error=True).print(f"[yellow]note:[/] {note}", highlight=False)
-    target: Path = options.output or ARTIFACTS / config.default_name(loaded.config)
+    target: Path = options.output or ARTIFACTS / setup_config.default_name(loaded.config)
     name = archive.check_name(target.resolve().name)
     staging.check_free(target, options.force, ExportError)
     version = archive.check_version(options.version) if with_archive and options.version is not None else None
     packed = options.store / f"{name}.mar" if with_archive else None
     if packed:
         staging.check_free(packed, options.force, ArchiveError)
-    from traceserve.export import export
+    from traceserve.building.export import export
 
     started = time.monotonic()
     with Bar() as bar, ExitStack() as stack:
@@ -129,7 +130,7 @@ def make(options: argparse.Namespace, with_archive: bool) -> Path:
 
 
 def _archive(options: argparse.Namespace) -> int:
-    from traceserve import archive, staging
+    from traceserve.archives import archive, staging
     from traceserve.errors import ArchiveError
 
     name = archive.check_name(options.artifact.resolve().name)
@@ -148,7 +149,7 @@ def _archive(options: argparse.Namespace) -> int:
 def _print_exported(exported: Exported, path: Path, seconds: float) -> None:
     from rich.table import Table
 
-    from traceserve.artifact import describe
+    from traceserve.building.artifact import describe
 
     manifest, findings = exported.manifest, exported.findings
     size = path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
@@ -180,7 +181,7 @@ def _print_exported(exported: Exported, path: Path, seconds: float) -> None:
 def _padding(manifest: Manifest) -> List[Tuple[str, str]]:
     """Where a CPU computes it, of what is run once; or why there is none."""
     if not manifest.shapes.padded:
-        from traceserve.export import PADDING_CHANGES
+        from traceserve.building.export import PADDING_CHANGES
 
         by = manifest.receipt.get(PADDING_CHANGES)
         changes = f" (it changes outputs by {by:.1e})" if by is not None else ""
@@ -191,7 +192,7 @@ def _padding(manifest: Manifest) -> List[Tuple[str, str]]:
         return []
     if manifest.runtime[UNPADDED]:
         return [("padding", "computed in attention alone")]
-    from traceserve.export import REFUSED
+    from traceserve.building.export import REFUSED
 
     refused = [f"{row['largest_difference']:.1e} in {row['variant']}" for row in manifest.receipt.get(REFUSED, ())]
     why = (
@@ -210,7 +211,7 @@ def _compiled(exported: Exported) -> List[Tuple[str, str]]:
     shares = exported.manifest.runtime.get("compiler", {}).get("shares")
     if not shares:
         return []
-    from traceserve.export import COMPILED
+    from traceserve.building.export import COMPILED
 
     compared = f"the {exported.findings.compared['compared']}"
     if exported.findings.compared["compared"] != COMPILED:

@@ -8,8 +8,8 @@ import time
 from traceserve.commands.arguments import add_port
 from traceserve.commands.build import STORE, make
 from traceserve.commands.contract import Command
+from traceserve.commands.printing import Bar, console
 from traceserve.commands.serve import print_instance
-from traceserve.printing import Bar, console
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +20,8 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 def _demo(options: argparse.Namespace) -> int:
     from rich.table import Table
 
-    from traceserve import client, demo, instances, server, torchserve
+    from traceserve.building.checkpoints import demo
+    from traceserve.serving import client, configuration, instances, server
 
     screen = console()
     defaults = argparse.Namespace(
@@ -29,7 +30,7 @@ def _demo(options: argparse.Namespace) -> int:
     screen.rule("build: fit, trace, compare, pack", align="left")
     path = make(defaults, with_archive=True)
     screen.rule("serve: TorchServe", align="left")
-    port = options.port or torchserve.free_ports(1)[0]
+    port = options.port or configuration.free_ports(1)[0]
     started = time.monotonic()
     with Bar() as bar:
         instance = server.start([path], port=port, progress=lambda text: bar(text, 0, 0))

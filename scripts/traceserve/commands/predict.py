@@ -32,8 +32,8 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
 
 def _predict(options: argparse.Namespace) -> int:
     """Print an answer as JSON on a line for each text."""
-    from traceserve import client, instances
     from traceserve.errors import ServerError
+    from traceserve.serving import client, instances
 
     bodies = list(_bodies(options))
     instance = instances.find(options.port)

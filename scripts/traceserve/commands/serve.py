@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from traceserve.commands.arguments import add_nothing, add_port, positive
 from traceserve.commands.contract import Command
-from traceserve.printing import Bar, console
+from traceserve.commands.printing import Bar, console
 
 if TYPE_CHECKING:
-    from traceserve.instances import Instance
+    from traceserve.serving.instances import Instance
 
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
@@ -43,8 +43,8 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from traceserve import instances, server
     from traceserve.errors import ServerError
+    from traceserve.serving import instances, server
 
     started = time.monotonic()
     with Bar() as bar:
@@ -68,7 +68,7 @@ def _add_stop(parser: argparse.ArgumentParser) -> None:
 
 
 def _stop(options: argparse.Namespace) -> int:
-    from traceserve import instances
+    from traceserve.serving import instances
 
     dead = [instance for instance in instances.died() if options.all or instance.port == options.port]
     running = instances.running()
@@ -92,7 +92,7 @@ def _stop(options: argparse.Namespace) -> int:
 def _status(options: argparse.Namespace) -> int:
     from rich.table import Table
 
-    from traceserve import instances
+    from traceserve.serving import instances
 
     running = instances.running()
     for instance in instances.died():
@@ -118,7 +118,7 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _print_dead(instance: Instance) -> None:
-    from traceserve import instances
+    from traceserve.serving import instances
 
     console().print(
         f"{', '.join(instance.names)} on port {instance.port} died{instances.last_words(instance)}\n  its log, kept until "
@@ -132,7 +132,7 @@ def _print_dead(instance: Instance) -> None:
 def print_instance(instance: Instance, seconds: float) -> None:
     from traceserve_runtime.tasks import TASKS
 
-    from traceserve import catalog
+    from traceserve.commands import catalog
 
     screen = console()
     screen.print(f"answering after {seconds:.1f} s at {instance.url}", highlight=False)

@@ -10,17 +10,17 @@ from traceserve_runtime.errors import TraceserveError
 
 from traceserve.commands.arguments import add_nothing
 from traceserve.commands.contract import Command
-from traceserve.printing import console
+from traceserve.commands.printing import console
 
 if TYPE_CHECKING:
-    from traceserve.catalog import Entry
-    from traceserve.formats import Format
+    from traceserve.building.config.formats import Format
+    from traceserve.commands.catalog import Entry
 
 
 def _config_schema(options: argparse.Namespace) -> int:
-    from traceserve import config
+    from traceserve.building.config import setup_config
 
-    print(json.dumps(config.json_schema(), indent=2))
+    print(json.dumps(setup_config.json_schema(), indent=2))
     return 0
 
 
@@ -30,7 +30,7 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
 
 
 def _tasks(options: argparse.Namespace) -> int:
-    from traceserve import catalog
+    from traceserve.commands import catalog
 
     if options.markdown:
         print(catalog.markdown(), end="")
@@ -49,7 +49,7 @@ def _add_formats(parser: argparse.ArgumentParser) -> None:
 
 
 def _formats(options: argparse.Namespace) -> int:
-    from traceserve import formats
+    from traceserve.building.config import formats
 
     if options.json:
         print(json.dumps(formats.document(), indent=2))
@@ -82,7 +82,7 @@ def _print_tasks(entries: Sequence[Entry]) -> None:
 def _print_formats(formats: Sequence[Format]) -> None:
     from rich.table import Table
 
-    from traceserve.formats import options
+    from traceserve.building.config.formats import options
 
     table = Table("save mode", "hardware")
     for name in ("tasks", "dtype", "why not others"):

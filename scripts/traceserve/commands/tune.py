@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Optional
 
 from traceserve.commands.arguments import positive
 from traceserve.commands.contract import Command
-from traceserve.printing import Bar, console, figure
+from traceserve.commands.printing import Bar, console, figure
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from traceserve.tune import Tuned
+    from traceserve.measuring.tune import Tuned
 
 
 def _add_tune(parser: argparse.ArgumentParser) -> None:
@@ -67,9 +67,10 @@ def _p99(text: str) -> Optional[float]:
 
 
 def _tune(options: argparse.Namespace) -> int:
-    from traceserve import archive, tune
+    from traceserve.archives import archive
     from traceserve.errors import ServerError
-    from traceserve.racing import Goal
+    from traceserve.measuring import tune
+    from traceserve.measuring.search import Goal
 
     goal = Goal(options.connections, options.target)
     with Bar() as bar:
@@ -97,7 +98,7 @@ def _print_tuned(tuned: Tuned) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from traceserve.tune import describe
+    from traceserve.measuring.tune import describe
 
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
     for header in ("workers", "threads", "batch", "delay", "step", "conn", "req/s", "p50", "p99", "rate"):

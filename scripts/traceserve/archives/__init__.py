@@ -1,0 +1,1 @@
+"""The archives: how a `.mar` is packed, read and served."""

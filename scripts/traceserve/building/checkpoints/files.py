@@ -1,0 +1,253 @@
+"""A checkpoint's folder: each file of it is read, known to be harmless, refused by name, or told."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import pickletools
+import re
+import zipfile
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Iterator, List, Optional
+
+from traceserve_runtime.tasks import TASKS
+
+from traceserve.building.checkpoints import generation, sentence_transformers
+from traceserve.errors import SourceError, some
+
+if TYPE_CHECKING:
+    from traceserve.building.checkpoints.sources import Checkpoint
+    from traceserve.building.config.setup_config import SetupConfig
+
+# What transformers, tokenizers or this project read of a text model; and what none of them does, which changes nothing.
+READ = (
+    ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+    + ("added_tokens.json", "*vocab*.*", "merges.txt", "*.model", "*.spm", "*.tiktoken", "*.bpe", "bpe.codes")
+    + ("chat_template.json", "*.jinja", "*.index.json", "*.safetensors", "pytorch_model*.bin", "*.gguf")
+    + ("modules.json", "sentence_*_config.json", "config_sentence_transformers.json", "emoji*.json", "normalizer.json")
+    + ("special_tokens.txt", "*.py", "adapter_*", "index_to_name.json", "setup_config.json")
+)
+HARMLESS = (
+    (".*", "*.md", "LICENSE*", "NOTICE*", "*.txt.gz", "*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "*.pdf", "*.html")
+    + ("*.log", "*.csv", "*.tsv", "*.parquet", "*.ipynb", "*.sh", "*.yml", "*.yaml", "*.toml", "*.cff", "events.out.*")
+    + (
+        "training_args.*",
+        "train*_state.json",
+        "trainer_state.json",
+        "*_results.json",
+        "*_results.txt",
+        "*metrics*.json",
+    )
+    + ("optimizer.*", "scheduler.*", "scaler.*", "rng_state*", "global_step*", "latest", "*.h5", "*.msgpack", "*.ot")
+    + ("*.onnx", "*.onnx_data", "*.tflite", "*.mlmodel", "openvino*", "onnx_config.json", "ort_config.json")
+    + (
+        "model_index.json",
+        "dataset_info*.json",
+        "requirements*.txt",
+        "similarity_evaluation*",
+        "eval*.txt",
+        "eval*.json",
+    )
+    + (
+        "preprocessor_config.json",
+        "processor_config.json",
+        "image_processor_config.json",
+        "*.pt.sha256",
+        "zero_to_fp32*",
+    )
+    + (
+        "flax_*",
+        "tf_*",
+        "rust_model*",
+        "coreml*",
+        "hyperparameters.json",
+        "model_args.json",
+        "data_config.json",
+        "quant_strategy*",
+    )
+)
+VOCABULARIES = ("tokenizer.json", "vocab*.*", "*.model", "*.spm", "*.tiktoken", "*.bpe")  # one of which a tokenizer has
+_LFS = b"version https://git-lfs"
+_MARKS = {b"\xef\xbb\xbf": "UTF-8", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
+# What a pickle of weights is made of; a whole model names its own classes.
+_OF_WEIGHTS = ("torch", "collections", "numpy", "_codecs", "builtins", "__builtin__")
+_PICKLED_MODELS = ("*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.bin")
+_SEVERAL = 5  # pickles in a file that was saved as before torch 1.6: what describes it, and the object
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file of a checkpoint, None where there is none; raises SourceError for one that cannot be read."""
+    if not path.is_file():
+        return None
+    content = path.read_bytes()
+    for mark, name in _MARKS.items():
+        if content.startswith(mark):
+            raise SourceError(
+                f"{path} begins with a byte-order mark of {name}, and transformers does not read it; save it as UTF-8 "
+                "without one"
+            )
+    try:
+        return json.loads(content.decode("utf-8"))
+    except ValueError as error:
+        raise SourceError(f"{path} is no valid JSON: {error}") from None
+
+
+def check_pointers(folder: Path, name: str) -> None:
+    """Raise SourceError for a file that git-lfs has not fetched."""
+    for path in sorted(folder.glob("*")):
+        if path.is_file() and path.stat().st_size < 1024:
+            with path.open("rb") as stream:
+                if stream.read(len(_LFS)) == _LFS:
+                    raise SourceError(
+                        f"{name}: {path.name} is a pointer of git-lfs in place of the file itself; run `git lfs pull` in "
+                        f"{folder}"
+                    )
+
+
+def check_kind(folder: Path, name: str) -> None:
+    """Raise SourceError for a folder of another kind than a checkpoint of transformers, with what to do."""
+    check_pointers(folder, name)
+    _check_adapter(folder, name)
+    if (folder / "config.json").is_file():
+        return
+    saved = [path for path in folder.glob("checkpoint-*") if _CHECKPOINT.search(path.name)]
+    saved = [path for path in saved if (path / "config.json").is_file()]
+    if saved:
+        newest = max(saved, key=lambda path: int(path.name.rsplit("-", 1)[1]))
+        raise SourceError(
+            f"{name} is the output folder of a Trainer, with {some(sorted(path.name for path in saved))}; name one of them, "
+            f'as "{name.rstrip("/")}/{newest.name}", the newest{_best(newest)}'
+        )
+
+
+def _best(newest: Path) -> str:
+    """Which of a Trainer's checkpoints it found to be the best, in words."""
+    state = read_json(newest / "trainer_state.json")
+    best = state.get("best_model_checkpoint") if isinstance(state, dict) else None
+    return f" (the best by its own evaluation is {Path(best).name})" if isinstance(best, str) else ""
+
+
+def pickled_models(folder: Path) -> str:
+    """In words, the files that hold weights or a whole model in another form; empty where there are none."""
+    names = sorted({path.name for pattern in _PICKLED_MODELS for path in folder.glob(pattern)} - {"training_args.bin"})
+    other = ("optimizer", "scheduler", "scaler", "rng_state")
+    names = [name for name in names if not name.startswith(other)]
+    if not names:
+        return ""
+    return (
+        f"; {some(names)} may be a model that torch.save wrote: load it where its classes are known, and save it with "
+        "model.save_pretrained(folder)"
+    )
+
+
+def check_json(folder: Path) -> None:
+    """Raise SourceError for JSON that cannot be read."""
+    for path in sorted(folder.glob("*.json")):
+        read_json(path)
+
+
+def check_pickles(folder: Path, name: str) -> None:
+    """Raise SourceError for pickles of whole models, where a checkpoint's weights are only there as pickles."""
+    if not any(folder.glob("*.safetensors")):
+        for path in sorted(folder.glob("pytorch_model*.bin")):
+            check_pickle(path, name)
+
+
+def check(checkpoint: Checkpoint, config: SetupConfig) -> Optional[str]:
+    """What the user should know of the files; raises SourceError for what would change answers and cannot be followed."""
+    folder, name = checkpoint.folder, config.model_name
+    if (folder / "model_head.pkl").is_file() or (folder / "config_setfit.json").is_file():
+        raise SourceError(
+            f"{name} is a SetFit model: its head (model_head.pkl) is a pickle of scikit-learn, which is not opened here, as "
+            "a pickle can run any code; train it with a differentiable head or fine-tune a classifier, or serve the "
+            "sentence encoder alone from a folder without the head"
+        )
+    task = TASKS[config.task]
+    if task.reads_vectors:
+        sentence_transformers.read(checkpoint)
+    if task.scores_pairs:
+        sentence_transformers.check_cross_encoder(checkpoint)
+    notes = []
+    if task.loop:
+        unread = generation.unread(checkpoint.read_json("config.json"), task)
+        if unread:
+            notes.append(
+                f"config.json's task_specific_params has settings for {some(unread)}, which the task {config.task} does not "
+                "read: what should hold of them goes into parameters, or into a request"
+            )
+        settings = checkpoint.read_json(generation.FILE)
+        if settings is not None:
+            generation.check(settings)
+        else:
+            generation.check_legacy(checkpoint.read_json("config.json"))
+    unknown = unknown_files(folder)
+    if unknown:
+        notes.append(f"files of the checkpoint that are not known here, and not read: {some(unknown)}")
+    return "\n".join(notes) or None
+
+
+def unknown_files(folder: Path) -> List[str]:
+    """The files that are neither read nor known to change nothing."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    return [name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in READ + HARMLESS)]
+
+
+def has_vocabulary(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer."""
+    return any(path for pattern in VOCABULARIES for path in folder.glob(pattern))
+
+
+def _check_adapter(folder: Path, name: str) -> None:
+    """Raise SourceError for an adapter in the place of a base."""
+    adapter = read_json(folder / "adapter_config.json")
+    if adapter is None:
+        return
+    kind = adapter.get("peft_type") or "PEFT"
+    raise SourceError(
+        f"{name} is a {kind} adapter (adapter_config.json) of {adapter.get('base_model_name_or_path') or 'a base model'}, "
+        "not a whole model; merge it first: pip install peft, then load it with peft's AutoPeftModel, "
+        "call merge_and_unload(), and save the model and its tokenizer with save_pretrained"
+    )
+
+
+def check_pickle(path: Path, name: str) -> None:
+    """Raise SourceError for a whole model in the place of weights; nothing is unpickled."""
+    classes = sorted({item for item in _globals(path) if not _is_of_weights(item)})
+    if classes:
+        raise SourceError(
+            f"{name}: {path.name} is a pickle of a whole model ({some(classes)}), not of weights, and opening it could run "
+            "any code; load it where it was made, and save it with model.save_pretrained(folder)"
+        )
+
+
+def _is_of_weights(item: str) -> bool:
+    return item.split(".")[0].split(" ")[0] in _OF_WEIGHTS and not item.startswith("torch.nn.modules")
+
+
+def _globals(path: Path) -> Iterator[str]:
+    """The classes and functions that a file of torch.save names, as "module name"; none of a file that is no such."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                for entry in archive.namelist():
+                    if entry.endswith("data.pkl"):
+                        with archive.open(entry) as stream:
+                            yield from _named(stream)
+        else:
+            with path.open("rb") as file:
+                for _ in range(_SEVERAL):
+                    yield from _named(file)
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile, IndexError, UnicodeDecodeError):
+        return  # what is damaged, transformers tells
+
+
+def _named(stream: IO[bytes]) -> Iterator[str]:
+    strings: List[str] = []
+    for opcode, argument, _ in pickletools.genops(stream):
+        if opcode.name == "GLOBAL":
+            yield str(argument)
+        elif opcode.name == "STACK_GLOBAL" and len(strings) > 1:
+            yield f"{strings[-2]} {strings[-1]}"
+        elif isinstance(argument, str):
+            strings.append(argument)

@@ -1,0 +1,91 @@
+"""A checkpoint in one GGUF file, as llama.cpp stores it: configuration, tokenizer and weights, all taken from the file."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Dict, Iterator, Optional, Tuple
+
+from traceserve.errors import ExportError, SourceError, first_line
+
+if TYPE_CHECKING:
+    from traceserve.building.checkpoints.sources import Checkpoint
+
+PACKAGES = ("gguf", "accelerate")  # by which transformers reads these files
+# Tensors that no parameter of a model is made from.
+_SCALED_ROTARY = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
+_BYTE_LEVEL = "gpt2"  # as llama.cpp calls the tokenizers of this kind
+
+
+@contextlib.contextmanager
+def located(checkpoint: Checkpoint) -> Iterator[Tuple[Path, Optional[Path]]]:
+    """The folder that from_pretrained is given, and the GGUF file where the checkpoint is one.
+
+    Of a GGUF file the folder is an empty one: what happens to lie beside it, as another tokenizer.json, would be read too,
+    by some versions of transformers and not by others.
+    """
+    if checkpoint.gguf_file is None:
+        yield checkpoint.folder, None
+        return
+    # transformers prints a bar of its own while it unpacks, whatever its logging is set to.
+    with tempfile.TemporaryDirectory() as empty, contextlib.redirect_stderr(io.StringIO()):
+        yield Path(empty), checkpoint.folder.resolve() / checkpoint.gguf_file
+
+
+def check(checkpoint: Checkpoint) -> None:
+    """Raise SourceError, ExportError for a GGUF file that cannot be read, or of which transformers leaves something out."""
+    if checkpoint.gguf_file is None:
+        return
+    reader = _read(checkpoint)
+    lost = sorted({tensor.name for tensor in reader.tensors} & _SCALED_ROTARY)
+    kinds = [field.contents() for name, field in reader.fields.items() if name.endswith(".rope.scaling.type")]
+    lost += [f"rope.scaling.type {kind}" for kind in kinds if kind != "none"]
+    if lost:
+        raise ExportError(
+            f"{checkpoint.gguf_file} scales its rotary embeddings ({', '.join(lost)}), which transformers does not read "
+            "from a GGUF file, so that other texts would be written; name the checkpoint that it was made from"
+        )
+
+
+def tokenizer_options(checkpoint: Checkpoint) -> Dict[str, Any]:
+    """What the tokenizer is told beside the file: whether a text begins with a token of its own.
+
+    transformers 4.57 overlooks that the file says no.
+    """
+    if checkpoint.gguf_file is None:
+        return {}
+    fields = _read(checkpoint).fields
+    says = fields.get("tokenizer.ggml.add_bos_token")
+    kind = fields.get("tokenizer.ggml.model")
+    # As llama.cpp has it for older files, which do not say: yes for sentencepiece's.
+    return {"add_bos_token": says.contents() if says else bool(kind) and kind.contents() == "llama"}
+
+
+def check_tokenizer(checkpoint: Checkpoint, tokenizer: Any) -> None:
+    """Raise ExportError if a byte-level tokenizer loses what it reads: transformers 4.57's take a text's first space away."""
+    text = " a"
+    kind = _read(checkpoint).fields.get("tokenizer.ggml.model") if checkpoint.gguf_file else None
+    if kind is None or kind.contents() != _BYTE_LEVEL:
+        return
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if tokenizer.decode(ids, clean_up_tokenization_spaces=False) != text:
+        raise ExportError(
+            f"this version of transformers takes the tokenizer of {checkpoint.gguf_file} for another kind, and loses spaces; "
+            "take transformers 5 or newer, or name the checkpoint that the file was made from"
+        )
+
+
+def _read(checkpoint: Checkpoint) -> Any:
+    try:
+        import accelerate  # noqa: F401
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise ExportError(
+            f"a GGUF file needs packages that are not installed ({error}); pip install 'traceserve[gguf]'"
+        ) from error
+    try:
+        return GGUFReader(checkpoint.folder / str(checkpoint.gguf_file))
+    except (ValueError, KeyError, IndexError, OSError) as error:
+        raise SourceError(f"{checkpoint.gguf_file} cannot be read as a GGUF file: {first_line(error)}") from error

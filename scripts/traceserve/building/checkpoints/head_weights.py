@@ -1,0 +1,173 @@
+"""The head that a checkpoint was trained with, by its weights: where config.json does not name one."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Collection, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple
+
+from traceserve.building.checkpoints.heads import BASE, BOTH, CAUSAL, MASKED, QUESTION, TABLES, Head, described, labels
+from traceserve.errors import SourceError, some
+
+if TYPE_CHECKING:
+    from traceserve.building.config.setup_config import SetupConfig
+
+Shape = Tuple[int, ...]
+
+# Weights of heads from pretraining that lie beside one that a task reads, and that it does not miss.
+_BESIDE = ("cls.seq_relationship.", "sop_classifier.", "multiple_choice_head.")
+_BUFFERS = ("position_ids", "token_type_ids", "inv_freq", ".attn.bias", "masked_bias", "final_logits_bias")
+
+
+def by_weights(config: SetupConfig, folder: Path, facts: Mapping[str, Any]) -> Optional[Head]:
+    """The heads whose weights a checkpoint has, all of them and no others; None where that cannot be seen.
+
+    Each class that transformers has for the model type is made, without memory for its weights, and its names and shapes
+    are compared with the files'. A model without a head that writes by its embeddings can be loaded to write, too.
+    """
+    stored = shapes(folder)
+    classes = [auto_model for auto_model in TABLES if stored and _has(auto_model, facts)]
+    base = empty(BASE, config, folder) if classes else None
+    if base is None:
+        return None
+    parts = {_part(name) for name, _ in base.named_parameters()}
+    models = {auto_model: empty(auto_model, config, folder) for auto_model in classes}
+    fits = [_compare(auto_model, model, stored, parts) for auto_model, model in models.items() if model is not None]
+    fitting = [fit.auto_model for fit in fits if not fit.missing and not fit.extra and _is_fit(fit.auto_model, facts)]
+    if BOTH in fitting or MASKED in fitting:  # an encoder's two heads have the same weights
+        left = MASKED if facts.get("is_decoder") and BOTH not in fitting else CAUSAL
+        fitting = [auto_model for auto_model in fitting if auto_model != left]
+    head = min((fit.head for fit in fits), key=len)
+    if not head:
+        return Head((BASE, *fitting), f"{described(facts)}, and weights without a head")
+    return Head(tuple(fitting), f"{described(facts)}, and a head of {some(head)}")
+
+
+class _Fit(NamedTuple):
+    """A class beside a checkpoint's weights."""
+
+    auto_model: str
+    missing: List[str]  # weights of its head that the checkpoint lacks, and parts of which it has nothing
+    extra: List[str]  # weights of a head that the class does not have
+    head: List[str]  # weights of any head that the checkpoint has
+
+
+def _compare(auto_model: str, model: Any, stored: Mapping[str, Shape], parts: Collection[str]) -> _Fit:
+    """`parts` are the first parts of the names of the base model's weights, which stand without a prefix or behind one."""
+    prefix = f"{model.base_model_prefix}."
+    tied: Dict[int, Dict[str, Shape]] = {}  # each weight's names: of one that is tied several
+    # torch 1.13 has no named_parameters(remove_duplicate=False).
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, parameter in module.named_parameters(recurse=False):
+            own_name = _plain(f"{path}.{name}".lstrip("."), prefix)
+            tied.setdefault(id(parameter), {})[own_name] = tuple(parameter.shape)
+    own = list(tied.values())
+    found = {_plain(name, prefix): shape for name, shape in stored.items()}
+    head = [names for names in own if not any(_part(name) in parts for name in names)]
+    pooler = [names for names in own if any(name.startswith("pooler.") for name in names)]  # a classifier's first layer
+    missing = [next(iter(names)) for names in head + pooler if all(found.get(name) != names[name] for name in names)]
+    there = {_part(name) for name in found}
+    missing += sorted({_part(name) for names in own for name in names if len(names) == 1} - there)
+    known = {name for names in own for name in names}
+    outside = [name for name in found if _part(name) not in parts and not _is_harmless(name)]
+    extra = [name for name in outside if name not in known]
+    # A head's weight that is tied to the embeddings may be stored all the same.
+    untied = [name for name in outside if not any(name in names and len(names) > 1 for names in own)]
+    return _Fit(auto_model, missing, extra, untied)
+
+
+def check_labels(config: SetupConfig, folder: Path, facts: Mapping[str, Any], auto_model: str) -> None:
+    """Raise SourceError if a classifier's head has not as many outputs as config.json has labels."""
+    count, stored = len(labels(facts)), shapes(folder)
+    model = empty(auto_model, config, folder) if stored else None
+    for name, parameter in model.named_parameters() if model is not None else ():
+        shape, made = stored.get(name, ()), tuple(parameter.shape)
+        if made[:1] == (count,) != shape[:1] and len(made) == len(shape) == 2 and made[1:] == shape[1:]:
+            said = f"{count} labels (id2label)" if facts.get("id2label") else f"no labels, so {count} are taken"
+            raise SourceError(
+                f"{config.model_name}: its config.json names {said}, but its head has {shape[0]} outputs ({name}); "
+                "give id2label in config.json one name for each"
+            )
+
+
+def _part(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def _is_harmless(name: str) -> bool:
+    return name.startswith(_BESIDE) or name.endswith(_BUFFERS)
+
+
+def _is_fit(auto_model: str, facts: Mapping[str, Any]) -> bool:
+    """A question answerer has two outputs: where the answer begins, and where it ends."""
+    return auto_model != QUESTION or len(labels(facts)) == 2
+
+
+def _plain(name: str, prefix: str) -> str:
+    """A weight's name without the base model's prefix, and of a norm as it has been called since 2019."""
+    name = name[len(prefix) :] if name.startswith(prefix) else name
+    for old, new in ((".gamma", ".weight"), (".beta", ".bias")):
+        name = name[: -len(old)] + new if name.endswith(old) else name
+    return name
+
+
+def _has(auto_model: str, facts: Mapping[str, Any]) -> bool:
+    from transformers.models.auto import modeling_auto
+
+    return facts.get("model_type") in getattr(modeling_auto, TABLES[auto_model])
+
+
+def empty(auto_model: str, config: SetupConfig, folder: Path, labels: Optional[int] = None) -> Any:
+    """The auto class's model for this configuration, without weights; None where it cannot be made.
+
+    With another number of `labels` than the configuration's, if there is one.
+    """
+    import transformers
+
+    # transformers 4.26 hands what it is told here on to the model.
+    trust = {"trust_remote_code": True} if config.trust_remote_code else {}
+    try:
+        own = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **trust)
+        if labels is not None:
+            own.num_labels = labels
+        with _without_memory():
+            return getattr(transformers, auto_model).from_config(own, **trust)
+    except Exception:  # transformers raises whatever its many models do; what matters of it the loader will say
+        return None
+
+
+@contextlib.contextmanager
+def _without_memory() -> Iterator[None]:
+    """On torch's device "meta"; torch before 2.0 cannot be told to make a module there."""
+    import torch
+
+    if int(torch.__version__.split(".")[0]) < 2:
+        yield
+        return
+    with torch.device("meta"):
+        yield
+
+
+def _pickles(folder: Path) -> List[Path]:
+    return sorted([*folder.glob("pytorch_model*.bin"), *folder.glob("adapter_model.bin")])
+
+
+def shapes(folder: Path) -> Dict[str, Shape]:
+    """Each weight's shape, by its name, from the heads of the files; empty where these cannot be read."""
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    found: Dict[str, Shape] = {}
+    files = sorted(folder.glob("*.safetensors"))
+    try:
+        for file in files:
+            with safe_open(file, "pt") as reader:
+                names = reader.keys()  # not a dict
+                found.update({name: tuple(reader.get_slice(name).get_shape()) for name in names})
+        for file in [] if files else _pickles(folder):
+            weights = torch.load(file, map_location="meta", weights_only=True)
+            found.update({name: tuple(weight.shape) for name, weight in weights.items()})
+    except (SafetensorError, OSError, ValueError, RuntimeError, AttributeError, pickle.UnpicklingError):
+        return {}  # the loader says what is wrong with them
+    return found

@@ -1,0 +1,63 @@
+"""The names of a classifier's outputs: from a file of the user's, or from the checkpoint; as many as its head has."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Dict, List, Tuple
+
+from traceserve.errors import ConfigError, some
+
+if TYPE_CHECKING:
+    from traceserve.building.config.setup_config import SetupConfig
+
+
+def labels(config: SetupConfig, model: Any, config_folder: Path) -> Tuple[str, ...]:
+    """The labels' names by class index, from index_to_name or the model's configuration; checked against its head."""
+    count = model.config.num_labels
+    # 0 is what the pytorch/serve example writes where it does not mean a number.
+    if config.num_labels not in (None, 0, count):
+        raise ConfigError(
+            f"num_labels is {config.num_labels}, but the head of {config.model_name} has {count}; remove num_labels, or "
+            "name the checkpoint that was fine-tuned for it"
+        )
+    if config.index_to_name is None:
+        names = {int(index): str(name) for index, name in model.config.id2label.items()}
+        place, advice = "the checkpoint's id2label", "correct its config.json, or name the labels by index_to_name"
+    else:
+        names = _read(config_folder / Path(config.index_to_name).expanduser())
+        place = config.index_to_name
+        advice = 'correct it, or set "index_to_name": null for the checkpoint\'s own names'
+    if sorted(names) != list(range(count)):
+        raise ConfigError(
+            f"{place} names {len(names)} labels ({some([str(k) for k in names])}), but the head of {config.model_name} "
+            f"has {count}, 0 to {count - 1}; {advice}"
+        )
+    return tuple(names[index] for index in range(count))
+
+
+def _read(path: Path) -> Dict[int, str]:
+    """`{"0": "name", ...}`, or the `{"label_list": "[name, ...]"}` of the pytorch/serve example."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        if isinstance(content, dict) and set(content) == {"label_list"}:
+            return dict(enumerate(_listed(content["label_list"])))
+        return {int(index): str(name) for index, name in content.items()}
+    except OSError as error:
+        raise ConfigError(f"index_to_name: {path} cannot be read: {error.strerror}") from None
+    except (ValueError, AttributeError, TypeError):
+        raise ConfigError(
+            f'index_to_name: {path} should hold a JSON object like {{"0": "name", "1": "name"}}'
+        ) from None
+
+
+def _listed(value: Any) -> List[str]:
+    """A list, or its text: as Python or JSON writes it, or with bare names."""
+    if isinstance(value, str):
+        try:
+            written = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError):
+            written = [name.strip().strip("'\"") for name in value.strip().strip("][)(").split(",")]
+        value = [written] if isinstance(written, str) else written
+    return [str(name) for name in value]

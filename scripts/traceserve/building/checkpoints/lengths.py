@@ -1,0 +1,77 @@
+"""How many tokens a model reads: the length that the configuration asks for, or the checkpoint's own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Optional
+
+from traceserve_runtime.tasks import TASKS
+
+from traceserve.errors import ConfigError
+
+if TYPE_CHECKING:
+    from traceserve.building.checkpoints.sources import Checkpoint
+    from traceserve.building.config.setup_config import SetupConfig
+
+# The keys under which configurations have the number of positions. A T5 has `n_positions` too, where it means nothing.
+_POSITIONS = ("max_position_embeddings", "max_encoder_position_embeddings")
+
+
+def max_length(config: SetupConfig, checkpoint: Checkpoint, model: Any, tokenizer: Any) -> int:
+    """The longest row: the configured length, which the model must be able to read, or a default.
+
+    The default is the smallest of the tokenizer's, the model's and the task's number. A configured length may be above
+    the tokenizer's: `model_max_length` is what its authors trained with, and a model with relative positions reads on.
+    """
+    positions = _positions(model)
+    lengths = config.sequence_lengths
+    wanted = lengths[-1] if isinstance(lengths, list) else config.max_length
+    if wanted is None:
+        own = (checkpoint.read_json("sentence_bert_config.json") or {}).get("max_seq_length")
+        limits = (tokenizer.model_max_length, positions, own or TASKS[config.task].longest_default)
+        return int(min(limit for limit in limits if limit is not None))
+    if positions is not None and wanted > positions:
+        raise ConfigError(
+            f"max_length is {wanted}, but {config.model_name} reads at most {positions} tokens: so many positions it has"
+        )
+    if positions is None or wanted > tokenizer.model_max_length:
+        _check_reads(config.model_name, model, wanted, tokenizer.model_max_length)
+    return int(wanted)
+
+
+def _positions(model: Any) -> Optional[int]:
+    """How many positions the model has, or None where they are relative only."""
+    known = (getattr(model.config, key, None) for key in _POSITIONS)
+    positions = next((value for value in known if isinstance(value, int) and value > 0), None)
+    if (
+        positions is None or getattr(model.config, "position_biased_input", True) is False
+    ):  # DeBERTa's, if only relative
+        return None
+    # RoBERTa and its kin number positions from pad_token_id + 1 on.
+    return positions - (model.config.pad_token_id + 1 if _numbers_from_padding(model) else 0)
+
+
+def _numbers_from_padding(model: Any) -> bool:
+    return any(
+        getattr(module, "padding_idx", None) is not None and name.endswith("position_embeddings")
+        for name, module in model.named_modules()
+    )
+
+
+def _check_reads(name: str, model: Any, length: int, advised: int) -> None:
+    """Raise ConfigError if the model cannot read so many tokens, which nothing in the checkpoint promises.
+
+    Positions are not always where they are looked for; so the model is asked.
+    """
+    import torch
+
+    # Of an encoder and a decoder the first reads.
+    reader = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
+    ids = torch.ones((1, length), dtype=torch.int64)
+    try:
+        with torch.no_grad():
+            reader(input_ids=ids, attention_mask=torch.ones_like(ids))
+    except (IndexError, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"max_length is {length}, but {name} cannot read so many tokens ({type(error).__name__})"
+            + (f"; its tokenizer's model_max_length is {advised:,}" if advised < length else "")
+        ) from error

@@ -1,0 +1,120 @@
+"""The library curated-transformers: its encoders and causal language models, called as those of transformers are.
+
+transformers reads the checkpoint, and its weights are put into the curated model under the names that this knows. The
+curated library reads less of a configuration than transformers does (no base of rotary embeddings, no scaling of them, one
+kind of ALiBi) and says nothing of what it leaves out, so that the two models are compared on one long row: what is served is
+what was trained.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Dict, List, Type
+
+from traceserve_runtime.tasks import TASKS
+
+from traceserve.building.checkpoints.libraries import transformers
+from traceserve.building.checkpoints.libraries.contract import Library
+from traceserve.errors import ExportError, SourceError, first_line, some
+
+if TYPE_CHECKING:
+    from traceserve.building.checkpoints.sources import Checkpoint
+    from traceserve.building.config.setup_config import SetupConfig
+
+# Of the largest output; two ways to compute the same differ by 1e-6 to 1e-5, two models by 1e-2 and more.
+_DIFFERENCE = 5e-4
+
+
+def load(config: SetupConfig, checkpoint: Checkpoint) -> Any:
+    """The curated model of a checkpoint, for the auto-model of the task; raises SourceError, ExportError."""
+    try:
+        from curated_transformers import registry
+        from curated_transformers.models.electra import ELECTRAEncoder
+    except ImportError as error:
+        raise ExportError(
+            f"library curated_transformers is not installed ({error}); pip install 'traceserve[curated]', with Python 3.9 "
+            "or newer"
+        ) from error
+    from traceserve.building.checkpoints.libraries.curated_models import CausalLM, Encoder
+
+    encodes = TASKS[config.task].auto_model == _ENCODES
+    kinds = list((registry.encoders if encodes else registry.causal_lms).get_entry_points().values())
+    if encodes:
+        kinds.append(ELECTRAEncoder)  # which the library has, and does not register
+    original = transformers.load(config, checkpoint)
+    kind = _kind(kinds, original.config, config.model_name)
+    model = _filled(kind, original, config.model_name)
+    longest = _longest(config, original.config, model)
+    made: Any = Encoder(model, original) if encodes else CausalLM(model, original, longest)
+    made.eval()
+    _check_same(made, original, longest, config.model_name)
+    return made
+
+
+def _kind(kinds: List[Any], config: Any, name: str) -> Type[Any]:
+    """The class of the library that has models like this one."""
+    facts = config.to_dict()
+    for kind in kinds:
+        if kind.is_supported(facts):
+            return kind  # type: ignore[no-any-return]
+    raise ExportError(
+        f"{name} is of the type {config.model_type}, of which curated_transformers has no model for this task, but "
+        f"{', '.join(kind.__name__ for kind in kinds)}; take library transformers"
+    )
+
+
+def _filled(kind: Type[Any], original: Any, name: str) -> Any:
+    """A model of the class, with the configuration and the weights of transformers' model."""
+    try:
+        model = kind.from_hf_config(hf_config=_facts(original.config))
+        weights = dict(kind.state_dict_from_hf(original.state_dict()))
+        head = original.get_output_embeddings()
+        if head is not None:  # by whatever name: transformers 5 gave GPT-NeoX's another one
+            weights["output_embeddings.weight"] = head.weight
+        report = model.load_state_dict(weights, strict=False)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ExportError(
+            f"{name} cannot be loaded as {kind.__name__} of curated_transformers: {first_line(error)}; take library "
+            "transformers"
+        ) from error
+    if report.missing_keys:
+        raise SourceError(f"{name} lacks weights that {kind.__name__} has ({some(report.missing_keys)})")
+    return model
+
+
+def _facts(config: Any) -> Dict[str, Any]:
+    """The configuration under the names that it had when the library was written, with transformers 4.33."""
+    facts: Dict[str, Any] = config.to_dict()
+    rotary = facts.get("rope_parameters") or {}  # of transformers 5
+    named = {"rotary_emb_base": rotary.get("rope_theta"), "rotary_pct": rotary.get("partial_rotary_factor", 1.0)}
+    return {**(named if rotary else {}), **facts, "torch_dtype": "float32"}
+
+
+def _longest(config: SetupConfig, facts: Any, model: Any) -> int:
+    """The most tokens that a row can come to have, its written ones included."""
+    wanted = config.max_length or TASKS[config.task].longest_default
+    limits = [getattr(facts, name, None) for name in ("max_position_embeddings", "max_seq_len")]  # MPT has the second
+    limit = min([n for n in limits if isinstance(n, int) and n > 0], default=wanted)
+    # RoBERTa and its kin number positions from the padding's id on.
+    offset = getattr(getattr(model, "embeddings", None), "padding_id", -1) + 1
+    return min(wanted, limit - offset)
+
+
+def _check_same(model: Any, original: Any, longest: int, name: str) -> None:
+    """Raise ExportError unless both give the same for a long row of tokens from everywhere in the vocabulary."""
+    import torch
+
+    ids = torch.arange(longest)[None] * 7919 % original.config.vocab_size
+    columns = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        expected, got = original(**columns)[0], model(**columns)[0]
+    difference = float((got - expected).abs().max() / expected.abs().max().clamp(min=1.0))
+    if not difference <= _DIFFERENCE:
+        raise ExportError(
+            f"curated_transformers computes something else from {name} than transformers does (a difference of "
+            f"{difference:.2g} of its largest output): it does not read all of this configuration, as the base and scaling "
+            "of rotary embeddings; take library transformers"
+        )
+
+
+_ENCODES, _WRITES = "AutoModel", "AutoModelForCausalLM"
+LIBRARY = Library(load, ("curated-transformers",), auto_models=(_ENCODES, _WRITES), save_modes=("torchscript",))

@@ -1,0 +1,99 @@
+"""The library transformers: a checkpoint, or a GGUF file, to its model."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any, Dict, List, Mapping
+
+from traceserve_runtime.tasks import TASKS
+
+from traceserve.building.checkpoints import adapters
+from traceserve.building.checkpoints.libraries.contract import Library
+from traceserve.errors import SourceError, first_line, some
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from traceserve.building.checkpoints.sources import Checkpoint
+    from traceserve.building.config.setup_config import SetupConfig
+
+
+def load(config: SetupConfig, checkpoint: Checkpoint) -> Any:
+    """The auto-model of the task; raises SourceError, also where the checkpoint lacks weights that the task needs."""
+    import numpy as np
+    import torch
+    import transformers
+
+    from traceserve.building.checkpoints.gguf import located
+
+    auto_model = getattr(transformers, TASKS[config.task].auto_model)
+    # A head that the checkpoint lacks is drawn at random: always the same.
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    weights = checkpoint if checkpoint.adapter is None else checkpoint.adapter.base
+    try:
+        with located(weights) as (folder, in_file):
+            model, report = auto_model.from_pretrained(
+                folder,
+                local_files_only=True,
+                trust_remote_code=config.trust_remote_code,
+                output_loading_info=True,
+                **(_unpacked(in_file) if in_file else _weights(weights, transformers.__version__)),
+                **adapters.options(checkpoint, config.trust_remote_code),
+            )
+    except Exception as error:  # transformers raises whatever its many models do
+        raise SourceError(
+            f"{config.model_name} cannot be loaded as {auto_model.__name__}: {first_line(error)}"
+        ) from error
+    model, missing = adapters.merge(config.model_name, checkpoint, model, _untrained(report, model))
+    if missing and not config.allow_untrained_head:
+        raise SourceError(
+            f"{config.model_name} holds no trained weights for the task {config.task} ({some(missing)}), so its answers "
+            'would be random; name a fine-tuned checkpoint, or set "allow_untrained_head": true for a trial'
+        )
+    return model.float().eval()  # a checkpoint stored in float16 loads as float16
+
+
+def _weights(checkpoint: Checkpoint, version: str) -> Dict[str, Any]:
+    """How from_pretrained is told to read safetensors, or a pickle of weights only.
+
+    transformers before 4.41 knows no `weights_only`, and before 4.28 no `use_safetensors`: they are given what was read.
+    This can go with the support of the Inf1 stack (4.26).
+    """
+    if tuple(int(part) for part in version.split(".")[:2]) >= (4, 41):
+        return {"weights_only": True} if checkpoint.pickled else {"use_safetensors": True}
+    import torch
+    from safetensors.torch import load_file
+
+    tensors: Dict[str, Any] = {}
+    for file in sorted(checkpoint.folder.glob("pytorch_model*.bin" if checkpoint.pickled else "*.safetensors")):
+        tensors.update(
+            torch.load(file, map_location="cpu", weights_only=True) if checkpoint.pickled else load_file(file)
+        )
+    return {"state_dict": tensors}
+
+
+def _untrained(report: Mapping[str, Any], model: Any) -> List[str]:
+    """The weights that the checkpoint lacks; an encoder's pooler is no loss where its output is not read."""
+    mismatched = (
+        key if isinstance(key, str) else key[0] for key in report.get("mismatched_keys", ())
+    )  # or with two shapes
+    missing = sorted({*report.get("missing_keys", ()), *mismatched})
+    if type(model).__name__.endswith("Model"):  # without a head
+        missing = [key for key in missing if not key.startswith("pooler.")]
+    return missing
+
+
+def _unpacked(path: Path) -> Dict[str, Any]:
+    """How from_pretrained is told to read a GGUF file: every weight as a number of its own, in float32."""
+    import torch
+    import transformers
+
+    options: Dict[str, Any] = {"gguf_file": str(path), "torch_dtype": torch.float32}
+    if hasattr(transformers, "GgufConfig"):  # since 5.23 weights stay in their blocks where a kernel reads them
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    return options
+
+
+LIBRARY = Library(load, gguf_auto_models=("AutoModelForCausalLM",))

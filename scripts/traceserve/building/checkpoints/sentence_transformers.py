@@ -1,0 +1,274 @@
+"""What sentence-transformers keeps beside a model: its modules, its prompts and their settings, by allow-lists."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Tuple
+
+from traceserve_runtime.tasks.embedding import ACTIVATIONS, POOLINGS, apply
+
+from traceserve.errors import SourceError, some
+
+if TYPE_CHECKING:
+    from traceserve.building.checkpoints.sources import Checkpoint
+
+MODULES, SETTINGS = "modules.json", "config_sentence_transformers.json"
+_PACKAGE = "sentence_transformers."
+# In the order in which a concatenation has them; the keys are those of its versions before 6.
+_MODES = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+_DIMENSION = ("word_embedding_dimension", "embedding_dimension")
+_VECTOR = (None, "sentence_embedding")
+# For each file its keys, and the values at which they change nothing: None stands for any.
+_KNOWN: Dict[str, Dict[str, Optional[Tuple[Any, ...]]]] = {
+    SETTINGS: {
+        **dict.fromkeys(("__version__", "similarity_fn_name", "requirements", "prompts", "default_prompt_name")),
+        "truncate_dim": None,
+        "model_type": (None, "SentenceTransformer"),
+    },
+    "CrossEncoder": {
+        **dict.fromkeys(("__version__", "requirements", "prompts", "default_prompt_name", "activation_fn")),
+        "similarity_fn_name": None,
+        "keep_in_fp32_modules": None,  # all are in float32 here, where the original is
+        "model_type": (None, "CrossEncoder"),
+    },
+    "Transformer": {
+        **dict.fromkeys(("max_seq_length", "do_lower_case", "unpad_inputs")),
+        "transformer_task": (None, "feature-extraction"),
+        "module_output_name": (None, "token_embeddings"),
+        "modality_config": None,  # looked at below
+        "tokenizer_name_or_path": (None,),
+        **dict.fromkeys(("query_length", "document_length", "query_expansion"), (None,)),
+        **dict.fromkeys(("model_args", "tokenizer_args", "config_args", "processing_kwargs"), (None, {})),
+        **dict.fromkeys(("model_kwargs", "processor_kwargs", "config_kwargs"), (None, {})),
+    },
+    "Pooling": {**dict.fromkeys((*_DIMENSION, *_MODES, "pooling_mode", "include_prompt"))},
+    "Dense": {
+        **dict.fromkeys(("in_features", "out_features", "bias", "activation_function")),
+        "module_input_name": _VECTOR,
+        "module_output_name": _VECTOR,
+        "use_residual": (None, False, True),
+    },
+    "LayerNorm": {"dimension": None},
+    "Dropout": {"dropout": None},
+    "Normalize": {"module_input_name": _VECTOR, "module_output_name": _VECTOR},
+}
+_MODULES = ("Transformer", "Pooling", "Dense", "Normalize", "LayerNorm", "Dropout")
+_TEXT = {"method": "forward", "method_output_name": "last_hidden_state"}
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """How a sentence-transformers checkpoint makes a vector of a text."""
+
+    pooling: str = "none"
+    normalize: bool = False  # at the end
+    include_prompt: bool = True  # in the pooling
+    layers: Tuple[Dict[str, Any], ...] = ()  # behind the pooling, as `embedding.apply` takes them
+    arrays: Dict[str, Any] = field(default_factory=dict)  # their weights, float32
+    prompts: Dict[str, str] = field(default_factory=dict)
+    prompt_name: Optional[str] = None  # of the one that is written where a request names none
+    dimensions: Optional[int] = None  # how many of a vector's numbers are told
+
+
+def folder_of(root: Path, modules: Any) -> Path:
+    """Where the model itself lies: `root`, or the folder that modules.json names, as 0_Transformer."""
+    if isinstance(modules, list) and modules and isinstance(modules[0], dict):
+        path = modules[0].get("path")
+        if isinstance(path, str) and path and _kind(modules[0]) == "Transformer":
+            return _inside(root, path)
+    return root
+
+
+def _inside(root: Path, path: str) -> Path:
+    """A module's folder; raises SourceError for one outside of the checkpoint."""
+    if Path(path).is_absolute() or ".." in Path(path).parts:
+        raise SourceError(f"{MODULES} names the folder {path}, which is not inside the checkpoint")
+    return root / path
+
+
+def check_cross_encoder(checkpoint: Checkpoint) -> None:
+    """Raise SourceError for what a cross-encoder's files ask for beside its model and activation."""
+    modules = checkpoint.read_root_json(MODULES)
+    kinds = [_kind(module) for module in modules] if isinstance(modules, list) else []
+    if any(kind != "Transformer" for kind in kinds):
+        types = ", ".join(str(module.get("type")) for module, kind in zip(modules, kinds) if kind != "Transformer")
+        raise SourceError(f"modules.json has {types}, and the task text_ranking runs the model alone")
+    settings = checkpoint.read_root_json(SETTINGS) or {}
+    _check_keys(settings, "CrossEncoder", SETTINGS)
+    prompts, name = _prompts(settings)
+    if name is not None and prompts[name]:
+        raise SourceError(f"{SETTINGS}: the prompt {name} is written before each text, which text_ranking does not do")
+
+
+def read(checkpoint: Checkpoint) -> Embedding:
+    """What the files say; raises SourceError for what is not known."""
+    modules = checkpoint.read_root_json(MODULES)
+    if modules is None:
+        return Embedding()
+    if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
+        raise SourceError(f"{MODULES} should hold a list of modules")
+    kinds = [_kind(module) for module in modules]
+    unknown = [str(module.get("type")) for module, kind in zip(modules, kinds) if kind is None]
+    if unknown:
+        raise SourceError(
+            f"this sentence-transformers checkpoint has a module {some(unknown)}, which is not supported; supported are "
+            f"those of sentence-transformers itself called {', '.join(_MODULES)}"
+        )
+    if kinds[:1] != ["Transformer"] or "Transformer" in kinds[1:] or "Pooling" in kinds[2:]:
+        raise SourceError(
+            f"{MODULES} has {', '.join(map(str, kinds))}, but it should begin with Transformer and Pooling"
+        )
+    root = checkpoint.root or checkpoint.folder
+    facts = _transformer(checkpoint)
+    _check_keys(facts, "Transformer", "sentence_bert_config.json")
+    settings = checkpoint.read_root_json(SETTINGS) or {}
+    _check_keys(settings, SETTINGS, SETTINGS)
+    prompts, prompt_name = _prompts(settings)
+    pooling, include_prompt = "none", True
+    layers: List[Dict[str, Any]] = []
+    arrays: Dict[str, Any] = {}
+    for number, (module, kind) in enumerate(zip(modules[1:], kinds[1:]), 1):
+        folder = _inside(root, str(module.get("path") or ""))
+        path = folder / "config.json"
+        own = (checkpoint.read_path(path) if folder != root else None) or {}
+        _check_keys(own, str(kind), path.relative_to(root).as_posix())
+        if kind == "Pooling":
+            pooling, include_prompt = _pooling(own), own.get("include_prompt", True) is not False
+        elif kind == "Normalize":
+            layers.append({"kind": "normalize", "name": ""})
+        elif kind in ("Dense", "LayerNorm"):
+            layers.append(_layer(str(kind), f"layer{number}", folder, own, arrays))
+    if pooling == "none" and any(layer["kind"] != "normalize" for layer in layers):
+        raise SourceError(f"{MODULES} has layers for one vector, but no Pooling that makes one")
+    normalize = bool(layers) and layers[-1]["kind"] == "normalize"
+    dimensions = settings.get("truncate_dim")
+    return Embedding(
+        pooling=pooling,
+        normalize=normalize,
+        include_prompt=include_prompt,
+        layers=tuple(layers[:-1] if normalize else layers),
+        arrays=arrays,
+        prompts=prompts,
+        prompt_name=prompt_name,
+        dimensions=dimensions if isinstance(dimensions, int) and not isinstance(dimensions, bool) else None,
+    )
+
+
+def _kind(module: Mapping[str, Any]) -> Optional[str]:
+    """The last part of a module's type, where it is one of sentence-transformers' own; others may bear the same name."""
+    kind = str(module.get("type"))
+    last = kind.rsplit(".", 1)[-1]
+    return last if kind.startswith(_PACKAGE) and last in _MODULES else None
+
+
+def _transformer(checkpoint: Checkpoint) -> Dict[str, Any]:
+    found = sorted(path.name for path in checkpoint.folder.glob("sentence_*_config.json"))
+    facts = checkpoint.read_json(found[0]) if found else {}
+    if not isinstance(facts, dict):
+        raise SourceError(f"{found[0]} should hold an object")
+    modality = facts.get("modality_config")
+    if modality is not None and (not isinstance(modality, dict) or modality.get("text") != _TEXT):
+        raise SourceError(
+            f"{found[0]} reads a text otherwise than by {_TEXT} (modality_config), which is not supported"
+        )
+    return facts
+
+
+def _check_keys(facts: Any, kind: str, where: str) -> None:
+    if not isinstance(facts, dict):
+        raise SourceError(f"{where} should hold an object")
+    known = _KNOWN[kind]
+    for key, value in facts.items():
+        if key not in known:
+            raise SourceError(
+                f"{where} has the key {key}, which is not known here and may change vectors; remove it there if it changes "
+                "nothing"
+            )
+        legal = known[key]
+        if legal is not None and value not in legal:
+            raise SourceError(f"{where} sets {key} to {value!r}, which is not supported; supported is {legal[-1]!r}")
+
+
+def _prompts(settings: Mapping[str, Any]) -> Tuple[Dict[str, str], Optional[str]]:
+    prompts = settings.get("prompts") or {}
+    name = settings.get("default_prompt_name")
+    if not isinstance(prompts, dict) or not all(isinstance(text, (str, type(None))) for text in prompts.values()):
+        raise SourceError(f"{SETTINGS}: prompts should be texts by their names")
+    known = {"query": "", "document": "", **{str(key): text or "" for key, text in prompts.items()}}
+    if name is not None and name not in known:
+        raise SourceError(f"{SETTINGS}: default_prompt_name is {name!r}, but the prompts are {', '.join(known)}")
+    return known, name
+
+
+def _pooling(facts: Mapping[str, Any]) -> str:
+    """The names of the poolings, joined by +; raises SourceError where there is none, or one that is not known."""
+    named = facts.get("pooling_mode")
+    if named is None:
+        modes = [mode for key, mode in _MODES.items() if facts.get(key) is True]
+    else:
+        modes = [named] if isinstance(named, str) else list(named)
+        modes = ["mean_sqrt_len" if mode == "mean_sqrt_len_tokens" else str(mode) for mode in modes]
+    unknown = [mode for mode in modes if mode not in POOLINGS]
+    if unknown or not modes:
+        what = some(unknown) or "nothing that its files name"
+        raise SourceError(f"this sentence-transformers checkpoint pools by {what}; known are {', '.join(POOLINGS)}")
+    return "+".join(modes)
+
+
+def _layer(kind: str, name: str, folder: Path, facts: Mapping[str, Any], arrays: Dict[str, Any]) -> Dict[str, Any]:
+    """A Dense or LayerNorm module; its weights go into `arrays`, and are proven to do what torch does with them."""
+    tensors = _tensors(folder)
+    prefix = "norm" if kind == "LayerNorm" else "linear"
+    for key, stored in (("weight", f"{prefix}.weight"), ("bias", f"{prefix}.bias"), ("residual", "residual.weight")):
+        if stored in tensors:
+            arrays[f"{name}.{key}"] = tensors[stored].float().numpy()
+    if f"{name}.weight" not in arrays:
+        raise SourceError(f"{folder.name} has no {prefix}.weight")
+    if kind == "LayerNorm":
+        return {"kind": "layer_norm", "name": name}
+    function = facts.get("activation_function", "torch.nn.modules.activation.Tanh")
+    activation = str(function).rsplit(".", 1)[-1]
+    if not str(function).startswith("torch.nn.") or activation not in ACTIVATIONS:
+        raise SourceError(
+            f"{folder.name}/config.json: activation_function is {function}, which is not supported; supported are "
+            f"torch.nn's {', '.join(ACTIVATIONS)}"
+        )
+    layer = {"kind": "dense", "name": name, "activation": activation, "residual": facts.get("use_residual") is True}
+    _check_layer(layer, arrays, folder)
+    return layer
+
+
+def _check_layer(layer: Mapping[str, Any], arrays: Mapping[str, Any], folder: Path) -> None:
+    """Raise SourceError if the worker's arithmetic is not torch's."""
+    import numpy as np
+    import torch
+
+    tensors = {key.rsplit(".", 1)[1]: torch.from_numpy(a) for key, a in arrays.items() if key.startswith(layer["name"])}
+    given = torch.randn(tensors["weight"].shape[1], generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        linear = torch.nn.functional.linear(given, tensors["weight"], tensors.get("bias"))
+        expected = getattr(torch.nn, layer["activation"])()(linear)
+        if layer["residual"]:
+            expected = expected + (tensors["residual"] @ given if "residual" in tensors else given)
+    if not np.allclose(apply(given.numpy(), [layer], arrays), expected.numpy(), rtol=1e-4, atol=1e-5):
+        raise SourceError(f"{folder.name}: numpy does not compute this layer as torch does")
+
+
+def _tensors(folder: Path) -> Dict[str, Any]:
+    if (folder / "model.safetensors").is_file():
+        from safetensors.torch import load_file
+
+        return dict(load_file(folder / "model.safetensors"))
+    if (folder / "pytorch_model.bin").is_file():
+        import torch
+
+        return dict(torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True))
+    raise SourceError(f"{folder} has no weights (model.safetensors or pytorch_model.bin)")

@@ -1,0 +1,250 @@
+"""model_name to a local checkpoint: a hub id, a folder, a place in an installed package, or the demo."""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional
+
+from traceserve_runtime.manifest import Base, Source, sha256
+
+from traceserve.building.checkpoints import adapters, files, sentence_transformers, task
+from traceserve.building.config.setup_config import AUTO_TASK, SetupConfig
+from traceserve.errors import SourceError, some
+
+if TYPE_CHECKING:
+    from traceserve.building.checkpoints.adapters import Adapter
+
+# What a checkpoint is made of, and what a hub may hold beside it for other libraries.
+_SMALL_FILES = ["*.json", "*.txt", "*.model", "*.spm", "*.tiktoken", "*.bpe", "*.jinja", "*/config.json"]
+_SAFETENSORS = ["*.safetensors"]
+_PICKLES = ["pytorch_model*.bin"]
+_ADAPTER_PICKLE = ["adapter_model.bin"]
+_CODE = ["*.py"]
+_CARD = ["README.md"]  # which may say what a model is for
+_PARTLY = " (the hub's cache may hold a part of it only: download it once while online, or name a folder)"
+_NOT_NEEDED = ["onnx/*", "openvino/*", "*.onnx", "*/model*.safetensors"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder in the layout of Hugging Face, and where it came from."""
+
+    folder: Path
+    kind: str
+    revision: Optional[str] = None
+    note: Optional[str] = None  # what the user should know of it
+    gguf_file: Optional[str] = None  # of the folder, where this one file is the whole checkpoint
+    task: str = ""  # what it is for, as configured or as found in it
+    task_found: str = ""  # by what; empty where it was configured
+
+    root: Optional[Path] = None  # of modules.json, where the model lies in a folder beside it, as 0_Transformer
+    adapter: Optional[Adapter] = None  # where the folder is what an adapter and its base are joined in, without weights
+
+    @property
+    def pickled(self) -> bool:
+        """Whether its weights are only there as a pickle."""
+        return not any(self.folder.glob("*.safetensors"))
+
+    def read_json(self, name: str) -> Any:
+        """A JSON file of the checkpoint, or None where it has none."""
+        return files.read_json(self.folder / name) if not self.gguf_file else None
+
+    def read_root_json(self, name: str) -> Any:
+        """A JSON file beside modules.json, or None where there is none."""
+        return self.read_path((self.root or self.folder) / name)
+
+    def read_path(self, path: Path) -> Any:
+        """A JSON file, or None where there is none."""
+        return files.read_json(path) if not self.gguf_file else None
+
+    def source(self, config: SetupConfig) -> Source:
+        """What the manifest records: name, revision, and the SHA-256 of each file that a model may be read from."""
+        if self.adapter is not None:
+            base = self.adapter.base.source(config)
+            told = Base(self.adapter.base_name, base.kind, base.revision, base.files)
+            return replace(self.adapter.stored.source(config), base=told)
+        patterns = _SMALL_FILES + (_PICKLES + _ADAPTER_PICKLE if self.pickled else _SAFETENSORS)
+        patterns += _CODE if config.trust_remote_code else []
+        patterns = [self.gguf_file] if self.gguf_file else patterns
+        root = self.root or self.folder
+        patterns += ["*/model.safetensors", "*/pytorch_model.bin"] if (root / "modules.json").is_file() else []
+        found = {path for pattern in patterns for place in {root, self.folder} for path in place.glob(pattern)}
+        return Source(
+            name=config.model_name,
+            kind=self.kind,
+            library=config.library,
+            revision=self.revision,
+            trust_remote_code=config.trust_remote_code,
+            files={path.relative_to(root).as_posix(): sha256(path) for path in sorted(found) if path.is_file()},
+        )
+
+
+def fetch(config: SetupConfig, config_folder: Path) -> Checkpoint:
+    """The checkpoint that `config` names, downloaded if need be; raises SourceError, ExportError."""
+    checkpoint = _located(config, config_folder)
+    return _checked(replace(checkpoint, gguf_file=config.gguf_file), config)
+
+
+def _located(config: SetupConfig, config_folder: Path) -> Checkpoint:
+    scheme, colon, rest = config.model_name.partition(":")
+    if colon and scheme in SCHEMES:
+        _check_no_revision(config, scheme)
+        checkpoint = SCHEMES[scheme](rest)
+    else:
+        folder = config_folder / Path(config.model_name).expanduser()
+        checkpoint = Checkpoint(folder.resolve(), "folder") if folder.is_dir() else _from_hub(config, folder)
+    if checkpoint.kind != "hub":
+        _check_no_revision(config, checkpoint.kind)
+    return checkpoint
+
+
+def _base(config: SetupConfig, config_folder: Path) -> Checkpoint:
+    """An adapter's base: a whole checkpoint, whatever its head."""
+    checkpoint = _located(config, config_folder)
+    folder = sentence_transformers.folder_of(checkpoint.folder, files.read_json(checkpoint.folder / "modules.json"))
+    _check_whole(folder, config, checkpoint.kind)
+    return replace(checkpoint, folder=folder, root=checkpoint.folder if folder != checkpoint.folder else None)
+
+
+def _check_no_revision(config: SetupConfig, kind: str) -> None:
+    if config.revision is not None:
+        raise SourceError(f"revision is for a model of the hub, but {config.model_name} is a {kind}")
+
+
+def _from_package(place: str) -> Checkpoint:
+    module, _, path = place.partition("/")
+    spec = importlib.util.find_spec(module) if module.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise SourceError(f"package:{place}: no package {module} is installed; pip install it, or check the name")
+    folder = Path(list(spec.submodule_search_locations)[0]) / path
+    if not folder.is_dir():
+        raise SourceError(f"package:{place}: the package {module} has no folder {path}")
+    return Checkpoint(folder, "package")
+
+
+def _from_demo(name: str) -> Checkpoint:
+    from traceserve.building.checkpoints import demo
+
+    fitted = demo.fit(name)
+    note = f"fitted on {fitted.trained} sentences; accuracy on {fitted.held_out} held-out ones: {fitted.accuracy:.3f}"
+    return Checkpoint(fitted.folder, "demo", note=note)
+
+
+SCHEMES: Dict[str, Callable[[str], Checkpoint]] = {"package": _from_package, "demo": _from_demo}
+
+
+def _from_hub(config: SetupConfig, folder: Path) -> Checkpoint:
+    """A snapshot of the hub's repository; its folder is called as the commit that the revision stands for."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    def download(patterns: List[str]) -> Path:
+        return Path(
+            snapshot_download(
+                config.model_name, revision=config.revision, allow_patterns=patterns, ignore_patterns=_NOT_NEEDED
+            )
+        )
+
+    code = _CODE if config.trust_remote_code else []
+    what = f"{config.model_name}" + (f" at revision {config.revision}" if config.revision else "")
+    try:
+        if config.gguf_file:
+            snapshot = download([glob.escape(config.gguf_file)])
+        else:
+            card = _CARD if config.task == AUTO_TASK else []
+            small = download([*_SMALL_FILES, *card, *code])
+            if adapters.is_one(small):
+                adapters.check(small, config.model_name)
+            else:
+                task.check_early(config, small)
+            snapshot = download(_SMALL_FILES + _SAFETENSORS + code)
+            if not any(snapshot.glob("*.safetensors")):
+                download(_PICKLES + _ADAPTER_PICKLE)
+            _download_modules(snapshot, config)
+    except HFValidationError:
+        raise SourceError(f"{what} is neither a folder ({folder} does not exist) nor a valid hub id") from None
+    except RevisionNotFoundError:
+        raise SourceError(f"the hub has no revision {config.revision} of {config.model_name}") from None
+    except GatedRepoError:
+        raise SourceError(
+            f"{what} is gated: accept its terms on the hub, then `hf auth login` or set HF_TOKEN"
+        ) from None
+    except RepositoryNotFoundError:
+        raise SourceError(
+            f"{what} is neither a folder ({folder} does not exist) nor a model of the hub; a private model needs "
+            "`hf auth login` or HF_TOKEN"
+        ) from None
+    except LocalEntryNotFoundError as error:
+        raise SourceError(
+            f"{what} is not a folder ({folder} does not exist), not in the hub's cache, and the hub cannot be reached "
+            "(or HF_HUB_OFFLINE is set): download it once while online, or name a folder"
+        ) from error
+    except OSError as error:
+        raise SourceError(f"{what} could not be downloaded: {error}") from error
+    return Checkpoint(snapshot, "hub", snapshot.name)
+
+
+def _download_modules(snapshot: Path, config: SetupConfig) -> None:
+    """What lies in the folders of sentence-transformers' modules, of which some have weights of their own."""
+    from huggingface_hub import snapshot_download
+
+    modules = files.read_json(snapshot / "modules.json")
+    paths = [module.get("path") for module in modules if isinstance(module, dict)] if isinstance(modules, list) else []
+    folders = [f"{glob.escape(path)}/*" for path in paths if isinstance(path, str) and path]
+    if folders:
+        unwanted = ["*/onnx/*", "*/openvino/*", *([] if config.trust_remote_code else _CODE)]
+        snapshot_download(config.model_name, revision=config.revision, allow_patterns=folders, ignore_patterns=unwanted)
+
+
+def _checked(checkpoint: Checkpoint, config: SetupConfig) -> Checkpoint:
+    folder = checkpoint.folder
+    hint = _PARTLY if checkpoint.kind == "hub" else ""
+    if checkpoint.gguf_file:
+        if not (folder / checkpoint.gguf_file).is_file():
+            known = some(sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.gguf"))) or "none"
+            raise SourceError(
+                f"{config.model_name}: {folder} has no file {checkpoint.gguf_file}; GGUF files in it: {known}{hint}"
+            )
+        return _with_task(checkpoint, config)
+    folder = sentence_transformers.folder_of(folder, files.read_json(folder / "modules.json"))
+    if folder != checkpoint.folder:
+        checkpoint = replace(checkpoint, folder=folder, root=checkpoint.folder)
+    if adapters.is_one(folder):
+        checkpoint = adapters.join(checkpoint, config, _base)
+    else:
+        _check_whole(folder, config, checkpoint.kind)
+    checkpoint = _with_task(checkpoint, config)
+    note = files.check(checkpoint, config.model_copy(update={"task": checkpoint.task}))
+    notes = "\n".join(line for line in (checkpoint.note, note) if line)
+    return replace(checkpoint, note=notes or None)
+
+
+def _check_whole(folder: Path, config: SetupConfig, kind: str) -> None:
+    """Raise SourceError unless a folder holds a whole model."""
+    hint = _PARTLY if kind == "hub" else ""
+    files.check_kind(folder, config.model_name)
+    if not (folder / "config.json").is_file():
+        raise SourceError(
+            f"{config.model_name}: {folder} has no config.json, so it is no checkpoint of transformers{hint}"
+        )
+    if not any(path for pattern in _SAFETENSORS + _PICKLES for path in folder.glob(pattern)):
+        raise SourceError(
+            f"{config.model_name}: {folder} has no weights (*.safetensors or pytorch_model.bin){hint}"
+            + files.pickled_models(folder)
+        )
+    files.check_json(folder)
+    files.check_pickles(folder, config.model_name)
+
+
+def _with_task(checkpoint: Checkpoint, config: SetupConfig) -> Checkpoint:
+    resolved = task.resolve(config, checkpoint.folder if checkpoint.root is None else checkpoint.root)
+    return replace(checkpoint, task=resolved.config.task, task_found=resolved.reason)

@@ -1,0 +1,117 @@
+"""A checkpoint's tokenizer: loaded as transformers does, and checked against the model that reads its tokens."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional
+
+from traceserve_runtime.tasks import TASKS
+
+from traceserve.building.checkpoints import case, conversion, files, gguf
+from traceserve.errors import ExportError, SourceError, first_line
+
+if TYPE_CHECKING:
+    from traceserve.building.checkpoints.sources import Checkpoint
+    from traceserve.building.config.setup_config import SetupConfig
+
+_SENTENCEPIECE = ("*.model", "*.spm")
+_READERS = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # package -> module
+
+
+def load(config: SetupConfig, checkpoint: Checkpoint) -> Any:
+    """The checkpoint's tokenizer; raises SourceError, ExportError for one that the worker could not run."""
+    from transformers import AutoTokenizer
+
+    _check_readers(config, checkpoint)
+    try:
+        with gguf.located(checkpoint) as (folder, in_file):
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder,
+                use_fast=True,
+                local_files_only=True,
+                trust_remote_code=config.trust_remote_code,
+                **({"gguf_file": str(in_file), **gguf.tokenizer_options(checkpoint)} if in_file else {}),
+                **case.options(config, checkpoint),
+            )
+    except Exception as error:  # transformers raises whatever its many tokenizers do
+        raise SourceError(f"the tokenizer of {config.model_name} cannot be loaded: {first_line(error)}") from error
+    single = len(TASKS[config.task].fields) == 1  # what is converted reads no pairs
+    if not getattr(tokenizer, "is_fast", False) and not (single and conversion.converts(tokenizer)):
+        raise ExportError(
+            f"{config.model_name} has no fast tokenizer ({type(tokenizer).__name__} runs in Python only), and the worker "
+            "has the tokenizers package only; convert it to a tokenizer.json first"
+        )
+    gguf.check_tokenizer(checkpoint, tokenizer)
+    if not in_file and not files.has_vocabulary(checkpoint.folder):
+        # transformers 5 makes up an empty tokenizer in its place.
+        raise SourceError(
+            f"{config.model_name}: {checkpoint.folder} has no tokenizer ({', '.join(files.VOCABULARIES)})"
+        )
+    return tokenizer
+
+
+def _check_readers(config: SetupConfig, checkpoint: Checkpoint) -> None:
+    """Raise ExportError without the packages that read sentencepiece's files: transformers asks for others, as tiktoken."""
+    if checkpoint.gguf_file or (checkpoint.folder / "tokenizer.json").is_file():
+        return
+    found = (path for pattern in _SENTENCEPIECE for path in sorted(checkpoint.folder.glob(pattern)))
+    file = next((path for path in found if _is_protobuf(path)), None)
+    missing = [package for package, module in _READERS.items() if not _installed(module)]
+    if file is not None and missing:
+        raise ExportError(
+            f"the tokenizer of {config.model_name} is a file of sentencepiece ({file.name}), and to read it "
+            f"{' and '.join(missing)} must be installed: pip install {' '.join(_READERS)}"
+        )
+
+
+def _is_protobuf(path: Path) -> bool:
+    """Whether the file begins as sentencepiece's do. (A tokenizer.model may be tiktoken's, which is text.)"""
+    with path.open("rb") as stream:
+        return stream.read(1) == b"\n"
+
+
+def _installed(module: str) -> bool:
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        return False
+    return True
+
+
+def known_tokens(config: SetupConfig, model: Any, tokenizer: Any) -> Optional[int]:
+    """How many of the tokenizer's tokens the model has embeddings for; None where it has them for all.
+
+    Tokens that were added after the training, without resizing the embeddings, are refused request by request: all other
+    texts are answered as ever. Raises ExportError where no text, or hardly any, could be.
+    """
+    count = _embeddings(model)
+    highest = max(tokenizer.get_vocab().values())
+    if count is None or highest < count:
+        return None
+    added = set(tokenizer.get_added_vocab().values())
+    strange = sum(token_id >= count and token_id not in added for token_id in tokenizer.get_vocab().values())
+    if strange:
+        raise ExportError(
+            f"the tokenizer of {config.model_name} is not this model's: {strange:,} of its pieces have numbers of {count:,} "
+            f"or more, and the model has {count:,} embeddings; take the tokenizer that the model was trained with"
+        )
+    everywhere = [tokenizer.convert_ids_to_tokens(i) for i in tokenizer("")["input_ids"] if i >= count]
+    mask = getattr(tokenizer, "mask_token_id", None)
+    if everywhere or (mask or 0) >= count:
+        token = everywhere[0] if everywhere else tokenizer.mask_token
+        raise ExportError(
+            f"{config.model_name}: the tokenizer's {token} was added to it, but the model has only {count:,} embeddings and "
+            "none for it; call model.resize_token_embeddings(len(tokenizer)) and train, or take the model's own tokenizer"
+        )
+    return count
+
+
+def _embeddings(model: Any) -> Optional[int]:
+    """How many tokens the model can look up, None where it is not told."""
+    try:
+        weight = model.get_input_embeddings().weight
+    except (AttributeError, NotImplementedError):  # hash embeddings; a curated model
+        size = getattr(model.config, "vocab_size", None)
+        return size if isinstance(size, int) else None
+    return int(weight.shape[0])

@@ -1,0 +1,1 @@
+"""What can be built: the configuration, and the tables of what goes together. No torch here."""

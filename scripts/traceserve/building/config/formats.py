@@ -1,0 +1,179 @@
+"""Which save mode × hardware × dtype × task can work, read from the writers' rows; and why another cannot."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+    Type,
+)
+
+from traceserve_runtime.tasks import TASKS
+from traceserve_runtime.tasks.contract import Task
+from traceserve_runtime.tasks.parameters import Parameter
+
+from traceserve.building.checkpoints.libraries import LIBRARIES
+from traceserve.building.writers import WRITERS
+from traceserve.building.writers.contract import Target
+from traceserve.building.writers.lowering.precision import AUTO, PRECISIONS
+from traceserve.building.writers.neuron import writer as compiled
+
+if TYPE_CHECKING:
+    from traceserve.building.checkpoints.loading import Original
+    from traceserve.building.config.setup_config import SetupConfig
+
+HARDWARE: Tuple[str, ...] = tuple(dict.fromkeys(name for writer in WRITERS.values() for name in writer.hardware))
+FIXED_SHAPES = compiled.HARDWARE  # where every length is one that was compiled
+
+
+class Format(NamedTuple):
+    """What tasks, all alike in this, can have in a save mode on some hardware; `refused` tells why not the other dtypes,
+    or under "" why nothing at all."""
+
+    save_mode: str
+    hardware: str
+    tasks: Tuple[str, ...]
+    dtypes: Tuple[str, ...]
+    refused: Dict[str, str]
+
+
+def refusal(save_mode: str, hardware: str, dtype: str, task: Type[Task]) -> Optional[str]:
+    """Why this cannot work, and what can; None where it can."""
+    reason = _never(save_mode, hardware, (task.name,))
+    if reason is not None:
+        others = [name for name in WRITERS if _never(name, hardware, (task.name,)) is None]
+        return f"save_mode {save_mode} {reason}" + (f"; take {' or '.join(others)}" if others else "")
+    legal = dtypes(save_mode, hardware, task)
+    if dtype in legal:
+        return None
+    return f'dtype is "{dtype}": {_not_so(save_mode, hardware, dtype, (task.name,))}; take {", ".join(legal)}'
+
+
+def others(config: SetupConfig) -> List[str]:
+    """The save modes in which a model may be written that the configured one cannot write, for the same hardware and dtype."""
+    task = TASKS[config.task]
+    written = LIBRARIES[config.library].save_modes
+    return [
+        name
+        for name, writer in WRITERS.items()
+        if name not in (config.save_mode, *WRITERS[config.save_mode].fails_with)
+        and (written is None or name in written)
+        and refusal(name, config.hardware, config.dtype, task) is None
+        and writer.refuses(config) is None
+    ]
+
+
+def advice(config: SetupConfig) -> str:
+    """The end of a sentence that says why a model cannot be written in the configured save mode."""
+    names = others(config)
+    return f"; try save_mode {' or '.join(names)}" if names else ""
+
+
+def _never(save_mode: str, hardware: str, tasks: Sequence[str]) -> Optional[str]:
+    """Why this cannot work in any dtype, for tasks that are alike in this."""
+    writer = WRITERS[save_mode]
+    if hardware not in writer.hardware:
+        return f"runs on {', '.join(writer.hardware)}, not on {hardware}"
+    if TASKS[tasks[0]].loop and not writer.loops:
+        return f"is for models that are run once, not for {', '.join(tasks)}"
+    return compiled.refused(hardware, tasks)
+
+
+def _not_so(save_mode: str, hardware: str, dtype: str, tasks: Sequence[str]) -> str:
+    """Why this cannot work in this dtype, for tasks that are alike in this."""
+    if hardware not in PRECISIONS[dtype].hardware:
+        return f"it runs on {', '.join(PRECISIONS[dtype].hardware)}, not on {hardware}"
+    if dtype not in WRITERS[save_mode].dtypes:
+        return f"save_mode {save_mode} has none"
+    return f"it is for models that are run once, not for {', '.join(tasks)}"
+
+
+def every_format() -> Iterator[Format]:
+    """All save modes on all hardware, in the order of their tables."""
+    for save_mode, hardware in itertools.product(WRITERS, HARDWARE):
+        alike: Dict[Tuple[str, ...], List[str]] = {}
+        for name, task in TASKS.items():
+            alike.setdefault(tuple(dtypes(save_mode, hardware, task)), []).append(name)
+        for legal, names in alike.items():
+            yield Format(save_mode, hardware, tuple(names), legal, _refused(save_mode, hardware, names))
+
+
+def _refused(save_mode: str, hardware: str, tasks: Sequence[str]) -> Dict[str, str]:
+    reason = _never(save_mode, hardware, tasks)
+    if reason is not None:
+        return {"": f"it {reason}"}
+    legal = dtypes(save_mode, hardware, TASKS[tasks[0]])
+    return {name: _not_so(save_mode, hardware, name, tasks) for name in PRECISIONS if name not in legal}
+
+
+def dtypes(save_mode: str, hardware: str, task: Type[Task]) -> List[str]:
+    """What a configuration may say for this task on this hardware; nothing where they do not go together."""
+    writer = WRITERS[save_mode]
+    known = writer.loops if task.loop else writer.dtypes
+    if _never(save_mode, hardware, (task.name,)) is not None:
+        return []
+    fitting = [name for name in known if hardware in PRECISIONS[name].hardware]
+    return [AUTO, *fitting] if fitting else []
+
+
+def candidates(save_mode: str, hardware: str, dtype: str, task: Type[Task]) -> Tuple[str, ...]:
+    """What is tried for the configured dtype, in order: by a rule, so that equal machines build equal archives."""
+    return WRITERS[save_mode].auto(task, hardware) if dtype == AUTO else (dtype,)
+
+
+def lowered(save_mode: str, hardware: str, original: Original, dtype: str, texts: Sequence[str]) -> Iterable[Original]:
+    """The models to be written in this dtype, in turn; as it is, where the hardware's own compiler makes the dtype."""
+    if hardware in PRECISIONS[dtype].by_compiler:
+        return [replace(original, dtype=dtype)]
+    return WRITERS[save_mode].lowered(original, dtype, texts)
+
+
+def document() -> Dict[str, Any]:
+    """All of it as JSON."""
+    return {
+        "formats": [item._asdict() for item in every_format()],
+        "options": [
+            {"save_mode": save_mode, "hardware": hardware, "name": name, "legal": item.legal, "default": item.default}
+            for save_mode, hardware in itertools.product(WRITERS, HARDWARE)
+            if hardware in WRITERS[save_mode].hardware
+            for name, item in options(save_mode, hardware).items()
+        ],
+    }
+
+
+def options(save_mode: str, hardware: str) -> Dict[str, Parameter]:
+    """The options of a writer for this hardware, by name."""
+    own = WRITERS[save_mode].options
+    return {item.parameter.name: item.parameter for item in own if hardware in (item.hardware or (hardware,))}
+
+
+def refused_option(save_mode: str, hardware: str, given: Mapping[Any, Any]) -> Optional[str]:
+    """Why one of these options cannot be, and what can; None where all can."""
+    known = options(save_mode, hardware)
+    for name, value in given.items():
+        if name not in known:
+            owners = [mode for mode, writer in WRITERS.items() if any(name == o.parameter.name for o in writer.options)]
+            belongs = f"; it belongs to {', '.join(owners)}" if owners else ""
+            listed = ", ".join(known) or "none"
+            return f"options: save_mode {save_mode} on {hardware} has no option {name}, but {listed}{belongs}"
+        if not known[name].accepts(value):
+            return f"options: {name} should be {known[name].legal}, not {json.dumps(value)}"
+    return None
+
+
+def target(save_mode: str, hardware: str, given: Mapping[str, Any]) -> Target:
+    """What is asked of the writer, defaults included."""
+    own = options(save_mode, hardware)
+    return Target(hardware, {name: given.get(name, parameter.default) for name, parameter in own.items()})

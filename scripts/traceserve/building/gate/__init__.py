@@ -1,0 +1,1 @@
+"""The gate: an artifact is compared with the original model."""

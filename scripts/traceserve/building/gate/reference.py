@@ -1,0 +1,181 @@
+"""The original's outputs, which every artifact is compared with: without padding, in float32, as each row gives them alone."""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+from traceserve_runtime.runner import Arrays
+from traceserve_runtime.tasks.contract import Request
+from traceserve_runtime.texts.tokenization import Row
+
+from traceserve.building.checkpoints.loading import Original
+
+FORCED_STEPS = 3  # of a loop, in each cell of the gate's grid
+MOST_ROWS, MOST_TOKENS = 128, 2048  # of the original's at a time
+SAME = 1e-5  # a tenth of what the gate allows in float32, and as it measures; seen between one row and many: 2e-6
+
+
+class Wanted(NamedTuple):
+    """A row whose outputs are wanted, by which key they are known, and what of them is kept."""
+
+    key: Any
+    row: Row
+    keep: Callable[[Arrays], Arrays]
+
+
+class Reference:
+    """The original's outputs, each computed once however many artifacts are compared with it.
+
+    Rows of one length are computed together: without padding, nothing that a row gives depends on its neighbours. Where that
+    does not hold (BART's classifier, for one, counts the end tokens of all rows), each is computed alone: one row of every
+    batch is, and must be the same.
+    """
+
+    def __init__(self, original: Original) -> None:
+        self.original = original
+        self.together = True  # whether rows that are computed together give what they give alone
+        self._known: Dict[Any, Arrays] = {}
+        self._alone: Dict[Any, Wanted] = {}  # those that were computed together, and may be again
+
+    def outputs(self, key: Any, compute: Callable[[], Arrays]) -> Arrays:
+        """What `compute` gives, the first time that it is asked for."""
+        if key not in self._known:
+            self._known[key] = compute()
+        return self._known[key]
+
+    def prepare(self, wanted: Iterable[Wanted], outputs: Sequence[str], tell: Callable[[int, int], None]) -> None:
+        """Compute what is not known yet; `tell` hears how many rows of how many are done."""
+        unknown = {each.key: each for each in wanted if each.key not in self._known}
+        done = 0
+        for batch in _batches(list(unknown.values())):
+            tell(done, len(unknown))
+            self._compute(batch, outputs)
+            done += len(batch)
+
+    def alone(self, key: Any, outputs: Sequence[str]) -> bool:
+        """Compute a row alone that was computed together with others; whether it was."""
+        each = self._alone.pop(key, None)
+        if each is None:
+            return False
+        self._known[key] = each.keep(run_original(self.original, each.row, outputs))
+        return True
+
+    def _compute(self, batch: Sequence[Wanted], outputs: Sequence[str]) -> None:
+        results = self._run_together([each.row for each in batch], outputs) if self.together else None
+        if results is None:
+            results = [run_original(self.original, each.row, outputs) for each in batch]
+        elif len(batch) > 1:
+            checked = len(self._known) % len(batch)
+            exact = run_original(self.original, batch[checked].row, outputs)
+            if not _equal(results[checked], exact):
+                self.together = False
+                self._forget(outputs)
+                results = [run_original(self.original, each.row, outputs) for each in batch]
+            else:
+                self._alone.update({each.key: each for each in batch})
+        for each, result in zip(batch, results):
+            # Copies: what is kept would hold the outputs of all rows.
+            self._known[each.key] = {name: np.array(array) for name, array in each.keep(result).items()}
+
+    def _run_together(self, rows: Sequence[Row], outputs: Sequence[str]) -> Optional[List[Arrays]]:
+        """The outputs of rows of one length; None where the model refuses them together."""
+        try:
+            return run_originals(self.original, rows, outputs)
+        except (RuntimeError, ValueError, IndexError):
+            return None
+
+    def _forget(self, outputs: Sequence[str]) -> None:
+        """Compute alone what was computed together."""
+        for key in list(self._alone):
+            self.alone(key, outputs)
+
+
+def _batches(wanted: Sequence[Wanted]) -> Iterator[Sequence[Wanted]]:
+    """Of one length each."""
+    by_length: Dict[int, List[Wanted]] = {}
+    for each in wanted:
+        by_length.setdefault(each.row.length, []).append(each)
+    for length, alike in sorted(by_length.items()):
+        size = max(1, min(MOST_ROWS, MOST_TOKENS // length))
+        for start in range(0, len(alike), size):
+            yield alike[start : start + size]
+
+
+def _equal(got: Arrays, expected: Arrays) -> bool:
+    """But for the last digits, those of an output's largest value, and where neither is a number."""
+    return all(
+        got[name].shape == array.shape and np.allclose(got[name], array, 0, SAME * _largest(array), equal_nan=True)
+        for name, array in expected.items()
+    )
+
+
+def _largest(array: np.ndarray) -> float:
+    """The largest absolute value, if that is above 1: a sum of large numbers is off by their last digits, small as it is."""
+    return float(np.abs(array[np.isfinite(array)]).max(initial=1.0))
+
+
+def run_original(original: Original, row: Row, outputs: Sequence[str]) -> Arrays:
+    """The original's outputs for one row alone, without padding: each as the row has it, without the batch."""
+    return run_originals(original, [row], outputs)[0]
+
+
+def run_originals(original: Original, rows: Sequence[Row], outputs: Sequence[str]) -> List[Arrays]:
+    """The original's outputs for rows of one length, without padding: each as the row has it, without the batch.
+
+    With padding only where the original cannot read so short ones.
+    """
+    import torch
+
+    columns = {
+        "input_ids": [row.encoding.ids for row in rows],
+        "attention_mask": [[1] * row.length for row in rows],
+        "token_type_ids": [row.encoding.type_ids for row in rows],
+    }
+    length, own = rows[0].length, None
+    if length < original.shortest:
+        columns, own = _lengthened(original, columns, length)
+    with torch.no_grad():
+        result = original.model(**{name: torch.tensor(columns[name]) for name in original.inputs})
+    arrays = {name: result[name].float().numpy() for name in outputs}
+    if own is not None:
+        arrays.update({name: arrays[name][:, own] for name in original.per_token})
+    return [{name: array[i] for name, array in arrays.items()} for i in range(len(rows))]
+
+
+def _lengthened(
+    original: Original, columns: Dict[str, List[List[int]]], length: int
+) -> Tuple[Dict[str, List[List[int]]], slice]:
+    """Rows of this length padded to the shortest that the original can read, and where their own tokens are."""
+    facts = original.tokenizer_facts
+    fillers = {"input_ids": facts.pad_id, "attention_mask": 0, "token_type_ids": facts.pad_type_id}
+    missing = original.shortest - length
+    on_right = facts.padding_side == "right"
+
+    def padded(name: str, row: List[int]) -> List[int]:
+        filling = [fillers[name]] * missing
+        return [*row, *filling] if on_right else [*filling, *row]
+
+    own = slice(0, length) if on_right else slice(missing, original.shortest)
+    return {name: [padded(name, row) for row in rows] for name, rows in columns.items()}, own
+
+
+def run_forced(original: Original, loop: str, row: Row) -> Arrays:
+    """The logits, (FORCED_STEPS + 1, vocabulary), where a loop is made to read given tokens after one row."""
+    import torch
+
+    from traceserve.building.writers.tracing.loops import LOOPS
+
+    with torch.no_grad():
+        return {"logits": LOOPS[loop].forced(original, row, FORCED_STEPS).float().numpy()}
+
+
+def run_text(original: Original, loop: str, row: Row, request: Request) -> Arrays:
+    """The new tokens that the original's own `generate` writes after one row alone."""
+    import torch
+
+    from traceserve.building.writers.tracing.loops import generate
+
+    with torch.no_grad():
+        tokens = generate(original, loop, row, request)
+    return {"tokens": np.array(tokens, dtype=np.int64)}

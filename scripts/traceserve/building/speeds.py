@@ -1,0 +1,36 @@
+"""How fast artifacts answer here, in this process: what is printed of each dtype, and told in the report."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+from typing import Dict, List, Mapping, Sequence
+
+from traceserve_runtime.engine import Engine
+from traceserve_runtime.tasks.contract import Request
+
+from traceserve.building.gate.verification import Progress
+
+AT_ONCE = 32  # requests that an engine is given together, as TorchServe's batch_size
+MOST = 256  # requests of one round
+ROUNDS = 3
+
+
+def measure(folders: Mapping[str, Path], requests: Sequence[Request], progress: Progress) -> Dict[str, float]:
+    """Requests answered in a second by the artifact in each folder: medians of rounds in which all take turns."""
+    engines = {name: Engine.load(folder) for name, folder in folders.items()}
+    seconds: Dict[str, List[float]] = {name: [] for name in engines}
+    for engine in engines.values():
+        engine.warm_up()
+        engine.measure()
+    asked = requests[:MOST]
+    for step in range(ROUNDS):
+        for name, engine in engines.items():
+            progress("measuring", step, ROUNDS)
+            started = time.perf_counter()
+            for start in range(0, len(asked), AT_ONCE):
+                engine.answer(asked[start : start + AT_ONCE])
+            seconds[name].append(time.perf_counter() - started)
+    progress("measuring", ROUNDS, ROUNDS)
+    return {name: len(asked) / statistics.median(values) for name, values in seconds.items()}

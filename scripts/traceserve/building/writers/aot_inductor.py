@@ -1,0 +1,131 @@
+"""The save mode aot_inductor: `torch.export`, compiled to machine code for this processor, as a `.pt2` package."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import shutil
+import tempfile
+import warnings
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Dict, Iterator, Tuple, Type
+
+from traceserve_runtime import processor
+from traceserve_runtime.errors import reason
+from traceserve_runtime.runtimes.aot_inductor import INSTRUCTIONS, MACHINE, TORCH
+
+from traceserve.building.writers.contract import Target, Written
+from traceserve.building.writers.lowering import precision
+from traceserve.errors import ExportError, UnwritableError
+from traceserve.machine import space
+
+if TYPE_CHECKING:
+    import torch
+    from traceserve_runtime.manifest import Shapes
+    from traceserve_runtime.tasks.contract import Task
+
+    from traceserve.building.checkpoints.loading import Original
+
+MODEL_FILE = "model.pt2"
+COMPILERS = ("g++", "clang++")
+# The number of threads is the worker's to choose; and no tables of lines, which hold this machine's paths.
+_CONFIGS: Dict[str, Any] = {"cpp.dynamic_threads": True, "aot_inductor.enable_line_tables": False}
+
+
+def check(dtype: str, target: Target) -> None:
+    """Raise ExportError without a C++ compiler, or a torch that packages what it compiles."""
+    import torch
+
+    precision.check_processor(dtype)
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
+        raise ExportError(f"save_mode aot_inductor needs torch 2.6 or newer; this is {torch.__version__}")
+    compiler()
+
+
+def compiler() -> str:
+    """The C++ compiler that torch takes; raises ExportError where there is none."""
+    wanted = os.environ.get("CXX")
+    found = wanted or COMPILERS[0]
+    if shutil.which(found) is None:
+        raise ExportError(
+            f"save_mode aot_inductor compiles C++, and {found} is not on the PATH; install it (the Debian "
+            f"package g++), or name another compiler with the environment variable CXX ({', '.join(COMPILERS)})"
+        )
+    return found
+
+
+def auto(task: Type[Task], hardware: str) -> Tuple[str, ...]:
+    """Not bfloat16: what `precision` makes of a model for it is not what torch.export takes (tried with torch 2.13)."""
+    return ("float32",)
+
+
+def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, target: Target) -> Written:
+    """Write `folder/model.pt2`; see Writer. Raises ExportError with the reason of torch or the compiler."""
+    import torch
+
+    from traceserve.building.writers.tracing.wrapping import masks_without_vmap, positions_by_length
+
+    module, inputs = _module(original, task, shapes)
+    # Of the package and its copy without sources. Torch's writer of packages aborts the process on a full disk.
+    size = sum(tensor.numel() * tensor.element_size() for tensor in module.parameters())
+    space.require(folder, 2 * size, f"{MODEL_FILE}, the compiled model,")
+    exported: Any = torch.export
+    inductor: Any = torch._inductor
+    try:
+        with _quiet(), masks_without_vmap(), positions_by_length(original.model), torch.no_grad():
+            program = exported.export(module, inputs, dynamic_shapes=(_sizes(shapes, len(inputs)),))
+        with _quiet(), torch.no_grad(), tempfile.TemporaryDirectory(prefix=".compiled.", dir=folder) as scratch:
+            package = str(Path(scratch, MODEL_FILE))
+            inductor.aoti_compile_and_package(program, package_path=package, inductor_configs=_CONFIGS)
+            _repack(Path(package), folder / MODEL_FILE)
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, AssertionError, OSError) as error:
+        raise UnwritableError(
+            f"torch.export and AOTInductor cannot compile {type(original.model).__name__}: {reason(error)}"
+        ) from error
+    return Written(
+        runtime={
+            TORCH: torch.__version__,
+            MACHINE: platform.machine(),
+            INSTRUCTIONS: sorted(processor.instructions()),
+        }
+    )
+
+
+def _module(original: Original, task: Type[Task], shapes: Shapes) -> Tuple[torch.nn.Module, Tuple[torch.Tensor, ...]]:
+    from traceserve.building.writers.torchscript.writer import TRACED_BATCH, TRACED_LENGTH
+    from traceserve.building.writers.tracing.wrapping import example, once
+
+    length = max(shapes.lengths) if shapes.lengths else min(TRACED_LENGTH, original.max_length)
+    module = once(original, [output.name for output in task.outputs])
+    return module.eval(), example(original, TRACED_BATCH, length)
+
+
+def _sizes(shapes: Shapes, inputs: int) -> Tuple[Dict[int, Any], ...]:
+    """Which sizes of each input vary: the batch, and the length where there are several."""
+    import torch
+
+    exported: Any = torch.export
+    one_length = shapes.lengths is not None and len(shapes.lengths) == 1
+    return tuple(dict.fromkeys((0,) if one_length else (0, 1), exported.Dim.DYNAMIC) for _ in range(inputs))
+
+
+def _repack(package: Path, file: Path) -> None:
+    """The package without its C++ sources, which grow with every build, and its random number: the same bytes each time.
+
+    The code still holds the name of torch's cache folder: it is another one for another user, or another TMPDIR.
+    """
+    with zipfile.ZipFile(package) as source, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as target:
+        for name in sorted(source.namelist()):
+            if not name.endswith(".cpp"):
+                content = source.read(name)
+                plain = b"0" * len(content) if name.endswith("serialization_id") else content
+                target.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), plain)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,1 @@
+"""Lower precisions of a model, made before it is written."""

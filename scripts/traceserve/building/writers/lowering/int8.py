@@ -1,0 +1,97 @@
+"""Dynamic int8: linear layers that multiply int8 by int8, each token quantized by itself, so that no answer depends on what
+else is in its batch.
+
+Weights are quantized symmetrically for each output channel. Tokens are quantized asymmetrically: the zero point costs one
+product with the sums of the weights. Before that, large input channels are made smaller and their weights larger by the
+factors of SmoothQuant (Xiao et al., 2022, arXiv 2211.10438, equation 4, alpha 0.5), measured on sample texts. The layers
+that still move the model's output most are left in float32: more and more of them, until the gate lets the model through.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Iterator, Sequence, Tuple
+
+import torch
+
+from traceserve.building.writers.lowering.sensitivity import Inputs, Layer, linears, measure, replace
+from traceserve.errors import ExportError
+
+KEPT_SHARES = (0.0, 0.1, 0.2, 0.3, 0.4)
+_SMALLEST = 1e-5
+
+
+class Int8Linear(torch.nn.Module):
+    """A linear layer over int8, from inputs (..., in) to outputs (..., out) in float32."""
+
+    def __init__(self, linear: Any, largest: torch.Tensor) -> None:
+        """`largest`: of each input channel the largest absolute value that was seen, (in)."""
+        super().__init__()
+        if not hasattr(torch, "_int_mm"):
+            raise ExportError(
+                f"dtype int8 needs a torch that multiplies int8, 2.4 or newer; this is {torch.__version__}"
+            )
+        self.weight: torch.Tensor
+        self.scale: torch.Tensor
+        self.sums: torch.Tensor
+        self.smoothing: torch.Tensor
+        self.bias: torch.Tensor
+        weight = linear.weight.detach().float()
+        factors = smoothing(weight, largest)
+        smoothed = weight * factors
+        scale = smoothed.abs().amax(1).clamp(min=_SMALLEST) / 127
+        quantized = (smoothed / scale[:, None]).round().clamp(-127, 127)
+        for name, value in (
+            ("weight", quantized.to(torch.int8)),
+            ("scale", scale),
+            ("sums", quantized.sum(1) * scale),
+            ("smoothing", 1 / factors),
+            ("bias", torch.zeros(len(scale)) if linear.bias is None else linear.bias.detach().float()),
+        ):
+            self.register_buffer(name, value)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Quantize each token over its own range, multiply, and scale back."""
+        tokens = inputs.reshape(-1, inputs.shape[-1]) * self.smoothing
+        least, most = torch.aminmax(tokens, dim=-1, keepdim=True)
+        least = least.clamp(max=0.0)
+        step = (most.clamp(min=0.0) - least).clamp(min=_SMALLEST) / 255
+        zero = (-128 - least / step).round()
+        quantized = (tokens / step + zero).round().clamp(-128, 127).to(torch.int8)
+        products = torch._int_mm(quantized, self.weight.t()).float()
+        outputs = torch.addcmul(self.bias, (products * self.scale - zero * self.sums), step)
+        return outputs.reshape(*inputs.shape[:-1], outputs.shape[-1])
+
+
+def smoothing(weight: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    """Of each input channel what its weights are multiplied with, and its values divided by, (in)."""
+    heaviest = weight.abs().amax(0)
+    return (largest.clamp(min=_SMALLEST) / heaviest.clamp(min=_SMALLEST)).sqrt()
+
+
+def quantized(
+    model: Any, batches: Sequence[Inputs], layer: Layer = Int8Linear, measured: Layer = Int8Linear
+) -> Iterator[Tuple[Any, Tuple[str, ...]]]:
+    """Copies of the model with more and more layers left in float32, and their names; `batches` are inputs to measure on.
+
+    What replaces the others is made by `layer`; which ones are left is found by what `measured` changes in their place.
+    """
+    inside = set(_body(model).modules())
+    layers = {name: module for name, module in linears(model).items() if module in inside}
+    if not layers:
+        raise ExportError(f"{type(model).__name__} has no torch.nn.Linear that could be quantized to int8")
+    found = measure(model, layers, batches, measured)
+    replacements = {name: layer(layers[name], largest).eval() for name, largest in found.largest.items()}
+    for share in KEPT_SHARES:
+        kept = found.most(share)
+        made = copy.deepcopy(model)
+        for name, replacement in replacements.items():
+            if name not in kept:
+                replace(made, name, replacement)
+        yield made, kept
+
+
+def _body(model: Any) -> Any:
+    """The model without its head, which is small and decides."""
+    body = getattr(model, model.base_model_prefix, None)
+    return model if body is None else body

@@ -1,0 +1,147 @@
+"""The dtype that a model computes in: which are worth trying on a processor, and the model that is traced for each."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from dataclasses import replace
+from functools import partial
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    ContextManager,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    NamedTuple,
+    Sequence,
+    Tuple,
+    Type,
+)
+
+from traceserve_runtime import processor
+from traceserve_runtime.runtimes.pretrained import autocast, lower
+from traceserve_runtime.tasks.contract import Task
+
+from traceserve.errors import ExportError
+
+if TYPE_CHECKING:
+    from traceserve.building.checkpoints.loading import Original
+    from traceserve.building.writers.lowering.sensitivity import Inputs, Layer
+
+
+AUTO = "auto"
+KEPT_SHARES = (0.2, 0.4)  # of the linear layers, left in float32 where bfloat16 changes too many answers without
+
+
+class Precision(NamedTuple):
+    """A dtype: what runs it, what makes the model that is traced, and what surrounds the tracing."""
+
+    lower: Callable[[Original, Sequence[str]], Iterable[Original]]
+    tracing: Callable[[], ContextManager[Any]]
+    hardware: Tuple[str, ...]
+    by_compiler: Tuple[str, ...] = ()  # of these the hardware whose compiler makes it of a model in float32
+
+
+def fastest(task: Type[Task], hardware: str) -> Tuple[str, ...]:
+    """What of float32 and bfloat16 is worth trying on this processor, in order.
+
+    bfloat16 where the processor multiplies it by itself. Not int8: once enough layers are left out for the answers to
+    stay, it was no faster than float32 (docs/measurements.md). Nor for written texts, which change with the first token
+    that was a near tie.
+    """
+    if "bfloat16" in own_dtypes(hardware):
+        return ("bfloat16",)
+    lower = hardware == "cpu" and processor.native("bfloat16") and not task.loop
+    return ("bfloat16", "float32") if lower else ("float32",)
+
+
+def own_dtypes(hardware: str) -> Tuple[str, ...]:
+    """The dtypes that this hardware computes in whatever it is given: its compiler makes them."""
+    return tuple(name for name, item in PRECISIONS.items() if hardware in item.by_compiler)
+
+
+def check_processor(dtype: str) -> None:
+    """Raise ExportError for a dtype whose artifact could not be compared with the original on this machine."""
+    if dtype in processor.ONLY_NATIVE and not processor.native(dtype):
+        needed = ", ".join(sorted(processor.NATIVE[dtype]))
+        raise ExportError(
+            f"dtype {dtype} needs a processor with one of {needed}, to build as to serve; this one has none"
+        )
+
+
+def lowered(original: Original, dtype: str, texts: Sequence[str]) -> Iterable[Original]:
+    """The original as it is traced for `dtype`, in float32 itself; or several, to be tried in turn until one passes.
+
+    `texts` show what the model reads, where that must be measured.
+    """
+    return PRECISIONS[dtype].lower(original, texts)
+
+
+def tracing(dtype: str) -> ContextManager[Any]:
+    """What surrounds the tracing of a model for `dtype`."""
+    return PRECISIONS[dtype].tracing()
+
+
+def _itself(original: Original, texts: Sequence[str]) -> Iterable[Original]:
+    return [original]
+
+
+def _to_float16(original: Original, texts: Sequence[str]) -> Iterable[Original]:
+    return [_lowered_copy(original, "float16")]
+
+
+def _to_bfloat16(original: Original, texts: Sequence[str]) -> Iterator[Original]:
+    """The original in bfloat16; then more and more of its linear layers are left, those that move its output most."""
+    from traceserve.building.writers.lowering import sensitivity
+
+    yield _lowered_copy(original, "bfloat16")
+    model = original.model
+    layers = {} if getattr(model, "can_generate", bool)() else sensitivity.linears(model)
+    if not layers:
+        return
+    found = sensitivity.measure(model, layers, _inputs(original, texts), sensitivity.Bfloat16Linear)
+    for share in KEPT_SHARES:
+        yield _lowered_copy(original, "bfloat16", found.most(share))
+
+
+def _lowered_copy(original: Original, dtype: str, kept: Tuple[str, ...] = ()) -> Original:
+    return replace(original, model=lower(copy.deepcopy(original.model), dtype, kept), dtype=dtype, kept=kept)
+
+
+def to_int8(original: Original, texts: Sequence[str], **layers: Layer) -> Iterator[Original]:
+    """The original with linear layers in int8, and more and more of them left; `layers` as of `quantization.quantized`."""
+    from traceserve.building.writers.lowering.int8 import quantized
+
+    for model, kept in quantized(original.model, _inputs(original, texts), **layers):
+        yield replace(original, model=model, dtype="int8", kept=kept)
+
+
+def _inputs(original: Original, texts: Sequence[str]) -> List[Inputs]:
+    """What the model is given of the texts: those of one length together, without padding."""
+    import torch
+
+    alike: Dict[int, List[Inputs]] = {}
+    for text in texts:
+        if text.strip():
+            read = original.tokenizer(text, truncation=True, max_length=original.max_length, return_tensors="pt")
+            alike.setdefault(read["input_ids"].shape[1], []).append(read)
+    return [
+        {name: torch.cat([read[name] for read in group]) for name in original.inputs if name in group[0]}
+        for group in alike.values()
+    ]
+
+
+PRECISIONS: Dict[str, Precision] = {
+    "float32": Precision(_itself, contextlib.nullcontext, ("cpu", "gpu")),
+    "bfloat16": Precision(
+        _to_bfloat16,
+        partial(autocast, "bfloat16"),
+        ("cpu", "gpu", "neuron", "neuronx"),
+        by_compiler=("neuron", "neuronx"),
+    ),
+    "float16": Precision(_to_float16, contextlib.nullcontext, ("gpu",)),
+    "int8": Precision(to_int8, contextlib.nullcontext, ("cpu",)),
+}

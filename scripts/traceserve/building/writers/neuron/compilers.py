@@ -1,0 +1,166 @@
+"""The compilers of AWS Neuron: a module and the one shape of its inputs to a graph for the chip."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple
+
+from traceserve_runtime.runtimes.torchscript.neuron import CHIPS, Operators, operators
+
+from traceserve.errors import ExportError
+from traceserve.machine import neuron_cores
+
+if TYPE_CHECKING:
+    import torch
+
+
+class CompileError(ExportError):
+    """What no narrower shape would mend."""
+
+
+class Settings(NamedTuple):
+    """What a compiler is told; `workdir` is this graph's own folder, where the compiler leaves what it made and said."""
+
+    arguments: Tuple[str, ...]
+    timeout: Optional[int]  # seconds for one graph
+    workdir: Path
+
+
+class Compiler(NamedTuple):
+    """How one kind of chip is compiled for; `weights` of the graphs together fit into a core's memory."""
+
+    trace: Callable[[Any, Any, Tuple[torch.Tensor, ...], Settings], torch.nn.Module]
+    weights: float
+    loops: Tuple[str, ...]  # of the tasks that are run in a loop, those that fixed shapes can run
+    distributions: Tuple[str, ...]  # whose versions are recorded
+    partial: bool  # whether a part of a graph may stay on the CPU
+
+
+def _neuron(package: Any, module: Any, inputs: Tuple[torch.Tensor, ...], settings: Settings) -> torch.nn.Module:
+    traced: torch.nn.Module = package.trace(
+        module,
+        inputs,
+        compiler_args=list(settings.arguments) or None,
+        compiler_workdir=str(settings.workdir),
+        compiler_timeout=settings.timeout,
+    )
+    return traced
+
+
+def _neuronx(package: Any, module: Any, inputs: Tuple[torch.Tensor, ...], settings: Settings) -> torch.nn.Module:
+    """Weights are part of the graph, as they are by default. Without a chip the compiler must be told of one."""
+    without = {} if neuron_cores.count("neuronx") else {"cpu_backend": True}
+    traced: torch.nn.Module = package.trace(
+        module, inputs, compiler_workdir=str(settings.workdir), compiler_args=list(settings.arguments), **without
+    )
+    return traced
+
+
+# A core of Inf1 has 2 GB of its chip's memory, one of Inf2 and Trn1 16 GB; a weight takes two bytes.
+COMPILERS: Dict[str, Compiler] = {
+    "neuron": Compiler(_neuron, 1e9, ("encoder_decoder",), ("torch-neuron", "neuron-cc"), True),
+    "neuronx": Compiler(_neuronx, 8e9, ("encoder_decoder",), ("torch-neuronx", "neuronx-cc", "libneuronxla"), False),
+}
+
+
+def check(hardware: str, arguments: Tuple[str, ...]) -> None:
+    """Raise ExportError where this machine cannot compile for the hardware."""
+    package(hardware)
+    if not COMPILERS[hardware].partial and not neuron_cores.count(hardware) and not _targeted(arguments):
+        raise ExportError(
+            f"this machine has no {CHIPS[hardware].machines} chip, so its compiler must be told which one to compile for: "
+            'add to setup_config.json "options": {"compiler_args": ["--target", "inf2"]}, or trn1'
+        )
+
+
+def package(hardware: str) -> Any:
+    """The package that compiles for the hardware; raises ExportError without it."""
+    name = CHIPS[hardware].package
+    try:
+        return importlib.import_module(name)
+    except (ImportError, OSError) as error:  # OSError: it was linked against another torch
+        import torch
+
+        raise ExportError(
+            f'"hardware": "{hardware}" is compiled by the package {name}, which cannot be imported beside torch '
+            f"{torch.__version__}: {error}; docs/inferentia.md tells how an environment with it is made"
+        ) from error
+
+
+def versions(hardware: str) -> Dict[str, str]:
+    """The versions of what compiles; of what is not installed under its own name, none."""
+    from importlib import metadata
+
+    found = {CHIPS[hardware].package: str(getattr(package(hardware), "__version__", "unknown"))}
+    for name in COMPILERS[hardware].distributions:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def compile_graph(
+    hardware: str,
+    name: str,
+    module: Any,
+    inputs: Tuple[torch.Tensor, ...],
+    settings: Settings,
+    least_share: float,
+) -> Tuple[torch.nn.Module, float]:
+    """The compiled graph and the share of its operators that runs on the chip; raises CompileError."""
+    import torch
+
+    chip, compiler = CHIPS[hardware], COMPILERS[hardware]
+    before = operators(torch.jit.trace(module, inputs, check_trace=False))  # type: ignore[no-untyped-call]
+    try:
+        compiled = compiler.trace(package(hardware), module, inputs, settings)
+    except subprocess.TimeoutExpired as error:
+        raise CompileError(
+            f"{chip.package} did not compile the graph {name} within {settings.timeout} s; give it more by the option "
+            "compiler_timeout, or compile fewer tokens at once (max_length, batch_sizes)"
+        ) from error
+    except RuntimeError as error:
+        words = (str(error).strip() or type(error).__name__).splitlines()
+        raise CompileError(
+            f"{chip.package} cannot compile the graph {name}: {words[-1]}{_said(settings.workdir)}"
+        ) from error
+    share = _share(before, operators(compiled))
+    if share is None:
+        raise CompileError(
+            f"{chip.package} gave the graph {name} back with nothing in it for {chip.machines}: it would run on the CPU "
+            f"alone{_said(settings.workdir)}"
+        )
+    if share < least_share:
+        raise CompileError(
+            f"{chip.package} placed {share:.0%} of the graph {name} on the chip, and {1 - share:.0%} of its operators would "
+            f"run on the CPU; the option least_share asks for {least_share:.0%}"
+        )
+    return compiled, share
+
+
+def _share(before: Operators, after: Operators) -> Optional[float]:
+    """What of the operators is no longer torch's own; None where none is."""
+    if not after.compiled:
+        return None
+    return max(0.0, 1 - after.on_cpu / before.on_cpu) if before.on_cpu else 1.0
+
+
+def _said(workdir: Path) -> str:
+    """The last line of the compiler's logs, for an error's end."""
+    logs = sorted(path for path in workdir.rglob("*log*") if path.is_file() and path.suffix in (".txt", ".log"))
+    lines: List[str] = [line for path in logs for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    return f"; its log ends with: {lines[-1].strip()[:200]}" if lines else ""
+
+
+def _targeted(arguments: Tuple[str, ...]) -> bool:
+    return any(argument.startswith("--target") for argument in arguments)
+
+
+def settings(options: Mapping[str, Any], workdir: Path) -> Settings:
+    """The options of a configuration as a compiler is told them."""
+    given = options.get("compiler_args") or []
+    arguments = (given,) if isinstance(given, str) else tuple(given)
+    return Settings(arguments, options.get("compiler_timeout"), workdir)

@@ -1,0 +1,114 @@
+"""A module to an ONNX graph, by torch's exporter that traces.
+
+It records what `torch.jit.trace` records, and serves every task. The newer one (`dynamo=True`) was tried with torch 2.13:
+torch.export does not take the steps of generation, and it takes ten times as long.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Dict, Iterator, NamedTuple, Tuple, Type
+
+import torch
+from onnx import load as onnx_load
+from traceserve_runtime.errors import reason
+from traceserve_runtime.runtimes.onnx import PAST, PRESENT
+
+from traceserve.building.writers.tracing.loops import LOOPS
+from traceserve.building.writers.tracing.wrapping import example, once, traceable
+from traceserve.errors import UnwritableError
+
+if TYPE_CHECKING:
+    from traceserve_runtime.tasks.contract import Task
+
+    from traceserve.building.checkpoints.loading import Original
+
+Axes = Dict[str, Dict[int, str]]
+
+
+class Graph(NamedTuple):
+    """A module to be exported: an example of its inputs, the names of inputs and outputs, and which of their sizes vary."""
+
+    module: torch.nn.Module
+    example: Tuple[torch.Tensor, ...]
+    inputs: Tuple[str, ...]
+    outputs: Tuple[str, ...]
+    axes: Axes
+    name: str = ""
+    file: str = ""
+
+
+def of_shape(original: Original, task: Type[Task], batch: int, length: int) -> Graph:
+    """A model that is run once."""
+    outputs = tuple(output.name for output in task.outputs)
+    axes: Axes = {name: {0: "batch", 1: "length"} for name in original.inputs}
+    axes.update({output.name: {0: "batch", **({1: "length"} if output.per_token else {})} for output in task.outputs})
+    module = once(original, outputs)
+    return Graph(module, example(original, batch, length), original.inputs, outputs, axes)
+
+
+def of_loop(original: Original, task: Type[Task], batch: int, length: int) -> Tuple[Graph, Graph, Tuple[str, ...]]:
+    """The graphs `start` and `step` of a model that is run token by token, see `looping`; and the inputs of a step."""
+    start, step = LOOPS[task.loop].graphs(original, batch, min(length, original.max_length - 2))
+    with torch.no_grad():
+        states = start.module(*start.example)
+        grown = len(step.module(*step.example)) - len(task.outputs)
+    past = tuple(f"{PAST}{i}" for i in range(len(states)))
+    present = tuple(f"{PRESENT}{i}" for i in range(len(states)))
+    # Keys and values are (batch, heads, length, size); tokens, and what an encoder gives, (batch, length, ...).
+    of_state = [{0: "batch", 2 if t.ndim == 4 else 1: "past" if i < grown else "source"} for i, t in enumerate(states)]
+    begin: Axes = {name: {0: "batch", 1: "length"} for name in start.inputs}
+    begin.update(zip(present, of_state))
+    # Each has a length of its own: of new tokens, of all tokens, or of the source.
+    axes: Axes = {name: {0: "batch", 1: f"length_of_{name}"} for name in step.inputs}
+    axes.update(zip(past, of_state))
+    axes.update({output.name: {0: "batch"} for output in task.outputs})
+    axes.update({name: {**sizes, max(sizes): "grown"} for name, sizes in zip(present[:grown], of_state)})
+    outputs = (*(output.name for output in task.outputs), *present[:grown])
+    return (
+        Graph(start.module, start.example, start.inputs, present, begin),
+        Graph(step.module, step.example, (*step.inputs, *past), outputs, axes),
+        step.inputs,
+    )
+
+
+def export(graph: Graph, original: Original, opset: int, scratch: Path, eager: bool) -> Any:
+    """The graph as an ONNX model in memory; `eager`: with attention as the tool for transformers knows it."""
+    known = inspect.signature(torch.onnx.export).parameters
+    options: Dict[str, Any] = {"dynamo": False} if "dynamo" in known else {}  # since torch 2.1
+    file = scratch / "exported.onnx"
+    try:
+        with warnings.catch_warnings(), traceable(original.model), torch.no_grad(), _attention(original.model, eager):
+            warnings.simplefilter("ignore")  # tracer warnings: the gate proves what they suspect
+            torch.onnx.export(
+                graph.module.eval(),
+                graph.example,
+                str(file),
+                input_names=list(graph.inputs),
+                output_names=list(graph.outputs),
+                dynamic_axes=graph.axes,
+                opset_version=opset,
+                **options,
+            )
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
+        raise UnwritableError(
+            f"torch.onnx.export cannot export {type(original.model).__name__}: {reason(error)}"
+        ) from error
+    return onnx_load(str(file))
+
+
+@contextlib.contextmanager
+def _attention(model: Any, eager: bool) -> Iterator[None]:
+    """Let the model compute its attention in single steps; where it knows only one way, as it does."""
+    own = getattr(model.config, "_attn_implementation", None)
+    if not eager or own is None or not hasattr(model, "set_attn_implementation"):  # before transformers 4.53
+        yield
+        return
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(own)

@@ -1,0 +1,126 @@
+"""The save mode onnx: torch's exporter, ONNX Runtime's own fusions and int8, and weights in one file beside the graphs."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Sequence, Tuple, Type
+
+from traceserve_runtime.runtimes.onnx import GRAPHS, INT8_SINCE, LEVEL, MODEL, START, STEP, int8_known
+from traceserve_runtime.tasks.parameters import Parameter
+
+from traceserve.building.writers.contract import Option, Target, Written
+from traceserve.building.writers.lowering import precision
+from traceserve.building.writers.onnx import optimization as onnx_optimization
+from traceserve.errors import ExportError
+
+if TYPE_CHECKING:
+    from traceserve_runtime.manifest import Shapes
+    from traceserve_runtime.tasks.contract import Task
+
+    from traceserve.building.checkpoints.loading import Original
+    from traceserve.building.writers.onnx.export import Graph
+
+MODEL_FILE, START_FILE, FLOAT32_FILE = "model.onnx", "start.onnx", "model.float32.onnx"
+WEIGHTS = ".data"  # behind the name of the graph whose weights a file holds
+OPSETS = (14, 20)  # scaled dot-product attention came with the first, and torch's exporter ends with the last
+
+OPTIONS = (
+    Option(
+        Parameter("opset", int, "ONNX's version of its operators", least=OPSETS[0], most=OPSETS[1], default=17),
+    ),
+    Option(
+        Parameter(
+            "optimization",
+            str,
+            "none; basic: constants are folded, what is redundant is removed; extended: layer norms, GELU and products are "
+            "fused, too; transformers: so are attention, embeddings and skip connections, by ONNX Runtime's tool for them; "
+            "fast_gelu: and GELU is approximated by tanh, which changes float32 in the fourth digit",
+            choices=tuple(onnx_optimization.LEVELS),
+            default="extended",
+        ),
+    ),
+    Option(
+        Parameter("keep_float32", bool, f"of int8: keep the model in float32 beside it, {FLOAT32_FILE}", default=False)
+    ),
+)
+
+
+def check(dtype: str, target: Target) -> None:
+    """Raise ExportError where the exporter is not installed, or the gate could not run what was written."""
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime
+    except ImportError as error:
+        raise ExportError(f"save_mode onnx needs more packages: pip install 'traceserve[onnx]' ({error})") from error
+    if dtype == "int8" and not int8_known(onnxruntime.__version__):
+        raise ExportError(
+            f"dtype int8 needs onnxruntime {INT8_SINCE} or newer, to build as to serve; this is {onnxruntime.__version__}"
+        )
+
+
+def auto(task: Type[Task], hardware: str) -> Tuple[str, ...]:
+    """Not int8: several long tries, for a gain of a tenth to a third that is to be asked for."""
+    return ("float32",)
+
+
+def lowered(original: Original, dtype: str, texts: Sequence[str]) -> Iterable[Original]:
+    """The original; for int8 one with smoothed layers, the ones to be quantized."""
+    if dtype != "int8":
+        return precision.lowered(original, dtype, texts)
+    from traceserve.building.writers.onnx.int8 import RoundedLinear, SmoothedLinear
+
+    return precision.to_int8(original, texts, layer=SmoothedLinear, measured=RoundedLinear)
+
+
+def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, target: Target) -> Written:
+    """Write the graphs and their weights; see Writer. Raises ExportError with the model's own reason."""
+    import onnxruntime
+
+    from traceserve.building.writers.onnx import export, int8, weights
+
+    optimization = target.options["optimization"]
+    graphs, step_inputs = _graphs(original, task, shapes)
+    level = onnx_optimization.LEVELS[optimization]
+    made: Dict[str, Any] = {}
+    plain: Dict[str, Any] = {}
+    fused: Dict[str, int] = {}
+    with tempfile.TemporaryDirectory(prefix=".onnx.", dir=folder) as name:
+        for number, graph in enumerate(graphs):
+            scratch = Path(name, str(number))
+            scratch.mkdir()
+            model = export.export(graph, original, target.options["opset"], scratch, level.tool)
+            if target.options["keep_float32"] and int8.layers(original.model):
+                plain[graph.file] = weights.copy(model)
+            int8.quantize(model, original.model)
+            model, counts = onnx_optimization.fuse(model, original.model, level, bool(task.loop))
+            fused = {kind: fused.get(kind, 0) + count for kind, count in counts.items()}
+            made[graph.file] = model
+        files = weights.write(made, folder, MODEL_FILE + WEIGHTS)
+        if plain:
+            files += weights.write({FLOAT32_FILE: plain[MODEL_FILE]}, folder, FLOAT32_FILE + WEIGHTS)
+    return Written(
+        step_inputs,
+        tuple(file for file in files if file != MODEL_FILE),
+        {
+            GRAPHS: {graph.name: graph.file for graph in graphs},
+            LEVEL: level.session,
+            "opset": target.options["opset"],
+            "optimization": optimization,
+            "fused": fused,
+        },
+        {"onnxruntime": onnxruntime.__version__},
+    )
+
+
+def _graphs(original: Original, task: Type[Task], shapes: Shapes) -> Tuple[List[Graph], Tuple[str, ...]]:
+    """What is exported: one graph for all shapes, or those of a loop; and the inputs of a step."""
+    from traceserve.building.writers.onnx import export
+    from traceserve.building.writers.torchscript.writer import TRACED_BATCH, TRACED_LENGTH
+
+    if task.loop:
+        start, step, step_inputs = export.of_loop(original, task, TRACED_BATCH, TRACED_LENGTH)
+        return [step._replace(name=STEP, file=MODEL_FILE), start._replace(name=START, file=START_FILE)], step_inputs
+    length = max(shapes.lengths) if shapes.lengths else min(TRACED_LENGTH, original.max_length)
+    graph = export.of_shape(original, task, TRACED_BATCH, length)
+    return [graph._replace(name=MODEL, file=MODEL_FILE)], ()

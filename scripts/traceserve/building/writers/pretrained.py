@@ -1,0 +1,123 @@
+"""The save mode pretrained: a checkpoint of transformers, its configuration and its weights as safetensors."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Dict, Iterator, Optional, Tuple, Type
+
+from traceserve_runtime.errors import reason
+from traceserve_runtime.runtimes.pretrained import KEPT, OLDEST, OLDEST_NAMED, PAST
+from traceserve_runtime.tasks.parameters import Parameter
+
+from traceserve.building.writers.contract import Option, Written
+from traceserve.building.writers.lowering import precision
+from traceserve.errors import ExportError, UnwritableError
+
+if TYPE_CHECKING:
+    from traceserve_runtime.manifest import Shapes
+    from traceserve_runtime.tasks.contract import Task
+
+    from traceserve.building.checkpoints.loading import Original
+    from traceserve.building.config.setup_config import SetupConfig
+    from traceserve.building.writers.contract import Target
+
+MODEL_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+EXAMPLE_BATCH, EXAMPLE_LENGTH = 2, 8
+
+TORCH_COMPILE = Option(
+    Parameter(
+        "torch_compile",
+        bool,
+        "compile the model while the worker loads it (torch.compile, for any shape), which takes it a minute or more; the "
+        "worker then needs a C++ compiler",
+        default=False,
+    )
+)
+
+
+def refuses(config: SetupConfig) -> Optional[str]:
+    """A worker runs no code of a checkpoint, whatever the builder was allowed."""
+    if not config.trust_remote_code:
+        return None
+    return (
+        "save_mode pretrained carries no code of a checkpoint into the worker; take a save mode that writes the model's "
+        "graph, as torchscript, or leave trust_remote_code out"
+    )
+
+
+def check(dtype: str, target: Target) -> None:
+    """The gate loads what was written as a worker does: raise ExportError where this machine cannot."""
+    import torch
+    import transformers
+
+    precision.check_processor(dtype)
+    if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < OLDEST:
+        raise ExportError(
+            f"save_mode pretrained needs transformers {OLDEST_NAMED} or newer, this is {transformers.__version__}"
+        )
+    if target.options["torch_compile"] and not hasattr(torch, "compile"):
+        raise ExportError(f"options: torch_compile needs torch 2, this is {torch.__version__}; leave it out")
+
+
+def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, target: Target) -> Written:
+    """Write `folder/model.safetensors` and `folder/config.json`; see Writer.
+
+    Raises UnwritableError with the model's own reason where it cannot be run as its task runs it.
+    """
+    import torch
+
+    try:
+        with torch.no_grad(), precision.tracing(original.dtype):
+            step_inputs, facts = _step_inputs(original, task)
+    except ExportError:
+        raise
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, AssertionError) as error:
+        raise UnwritableError(f"{type(original.model).__name__} cannot be run: {reason(error)}") from error
+    with tempfile.TemporaryDirectory(prefix=".saving.", dir=folder) as scratch, _own_configs(original.model):
+        original.model.save_pretrained(scratch, max_shard_size=1 << 50)  # one file
+        for name in (MODEL_FILE, CONFIG_FILE):
+            os.replace(Path(scratch, name), folder / name)
+    runtime = {"auto_model": task.auto_model, "loop": task.loop, KEPT: list(original.kept), **facts}
+    return Written(step_inputs, (CONFIG_FILE,), {**runtime, **target.options})
+
+
+def _step_inputs(original: Original, task: Type[Task]) -> Tuple[Tuple[str, ...], Dict[str, Any]]:
+    """Of a loop the inputs of a step, and whether it reads new tokens alone, as its reader must know.
+
+    The model is called once, so that one that lacks an output is found here.
+    """
+    from traceserve.building.writers.tracing.loops import LOOPS
+    from traceserve.building.writers.tracing.wrapping import example, once
+
+    if task.loop:
+        _, step = LOOPS[task.loop].graphs(original, EXAMPLE_BATCH, min(EXAMPLE_LENGTH, original.max_length - 2))
+        return step.inputs, {PAST: step.keeps_past}
+    module = once(original, [output.name for output in task.outputs])
+    module(*example(original, EXAMPLE_BATCH, min(EXAMPLE_LENGTH, original.max_length)))
+    return (), {}
+
+
+@contextlib.contextmanager
+def _own_configs(model: Any) -> Iterator[None]:
+    """Let a model be saved without what that does to it.
+
+    transformers 4.57 takes parameters of generation out of a configuration that is saved, and no version saves a
+    configuration of generation that it finds wanting; the worker reads none.
+    """
+    import transformers
+
+    empty: Any = transformers.GenerationConfig
+    own = {name: getattr(model, name) for name in ("config", "generation_config") if hasattr(model, name)}
+    model.config = copy.deepcopy(model.config)
+    if "generation_config" in own:
+        model.generation_config = empty()
+    try:
+        yield
+    finally:
+        for name, value in own.items():
+            setattr(model, name, value)

@@ -1,0 +1,51 @@
+"""The shapes that a writer tries, widest first."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Iterator, Tuple
+
+from traceserve_runtime.manifest import Shapes
+from traceserve_runtime.tasks import TASKS
+
+from traceserve.building.writers.neuron import writer as neuron
+
+if TYPE_CHECKING:
+    from traceserve.building.config.setup_config import SetupConfig
+
+
+def one_graph(config: SetupConfig, max_length: int) -> Iterator[Shapes]:
+    """Any length; or those that the configuration names."""
+    lengths = config.sequence_lengths
+    yield Shapes() if lengths == "auto" else Shapes(_few(config, max_length))
+
+
+def with_graphs(config: SetupConfig, max_length: int) -> Iterator[Shapes]:
+    """One graph for every shape, then one for each of a few lengths, then also for each batch; of a loop, the first.
+
+    Where graphs are compiled, one for each length and batch.
+    """
+    if config.hardware in neuron.HARDWARE:
+        yield from neuron.shapes(config, max_length)
+        return
+    yield from one_graph(config, max_length)
+    if TASKS[config.task].loop:
+        return
+    few = _few(config, max_length)
+    yield Shapes(few, graph_per_shape=True)
+    yield Shapes(few, (1, 4, 16), graph_per_shape=True)
+
+
+def unpadded(config: SetupConfig) -> Iterator[Shapes]:
+    """Any length without padding, for models whose answers padding changes: none where shapes are asked for, or fixed."""
+    open_lengths = config.sequence_lengths == "auto" and config.hardware not in neuron.HARDWARE
+    if open_lengths and not TASKS[config.task].loop:
+        yield Shapes(padded=False)
+
+
+def _few(config: SetupConfig, max_length: int) -> Tuple[int, ...]:
+    from traceserve.measuring.padding import few_lengths
+
+    lengths = config.sequence_lengths
+    if isinstance(lengths, list):
+        return tuple(lengths)
+    return few_lengths(max_length) if lengths == "auto" else (max_length,)

@@ -1,0 +1,78 @@
+"""A traced model's file to a graph without weights, and where each weight stands in that file."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Dict, Tuple
+
+from traceserve_runtime.runtimes.torchscript.weights import GRAPH_FILE, WEIGHTS_FILE, Place, write_places
+
+from traceserve.machine import space
+
+if TYPE_CHECKING:
+    import torch
+
+# A local file header of a zip ends with the lengths of the name and of the extra field, which follow it.
+_HEADER_SIZE, _LENGTHS_AT = 30, 26
+_GRAPH_SIZE = 16 << 20  # of the code and constants of a traced model, at most; BERT's are 0.2 MB
+
+
+def write_graph(folder: Path, model_file: str, rewritten: Any = None) -> Tuple[str, ...]:
+    """Write the model's graph, or what it was rewritten as, and the table of weights beside the model; gives their names."""
+    import torch
+
+    module = torch.jit.load(str(folder / model_file)) if rewritten is None else rewritten  # type: ignore[no-untyped-call]
+    records = _records(folder / model_file)
+    places: Dict[str, Place] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        offset = records.get(_digest(tensor.data)) if tensor.numel() else None
+        if offset is not None:
+            places[name] = Place(offset, str(tensor.dtype).replace("torch.", ""), tuple(tensor.shape))
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if name in places:
+            tensor.data = torch.empty(0, dtype=tensor.dtype)
+    write_module(module, folder / GRAPH_FILE)
+    write_places(folder, places)
+    return (GRAPH_FILE, WEIGHTS_FILE)
+
+
+def write_module(module: torch.nn.Module, file: Path) -> None:
+    """`torch.jit.save`, where there is room; raises NoSpace.
+
+    On a full disk PyTorch's writer raises in C++, and once more as it is taken down, which aborts the whole process. A
+    tensor that is used under several names is written once.
+    """
+    import torch
+
+    tensors = {
+        (tensor.data_ptr(), tensor.numel() * tensor.element_size())
+        for tensor in module.state_dict(keep_vars=True).values()
+    }
+    space.require(file.parent, sum(size for _, size in tensors) + _GRAPH_SIZE, f"{file.name}, the traced model,")
+    torch.jit.save(module, str(file))
+
+
+def _records(path: Path) -> Dict[bytes, int]:
+    """Where the content of each stored tensor of a TorchScript file starts, by its digest."""
+    found: Dict[bytes, int] = {}
+    with zipfile.ZipFile(path) as archive, path.open("rb") as stream:
+        for info in archive.infolist():
+            if info.compress_type != zipfile.ZIP_STORED or "/data/" not in info.filename or not info.file_size:
+                continue
+            stream.seek(info.header_offset + _LENGTHS_AT)
+            name_length, extra_length = struct.unpack("<HH", stream.read(4))
+            offset = info.header_offset + _HEADER_SIZE + name_length + extra_length
+            stream.seek(offset)
+            found.setdefault(hashlib.sha256(stream.read(info.file_size)).digest(), offset)
+    return found
+
+
+def _digest(tensor: torch.Tensor) -> bytes:
+    """Of a tensor's values in order. Of one that is a view with other strides no record has it: it stays in the graph."""
+    import torch
+
+    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(flat.numpy().data).digest()

@@ -1,0 +1,177 @@
+"""The save mode torchscript: `torch.jit.trace`, and a file that plain `torch.jit.load` reads."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Collection, Dict, Optional, Tuple, Type
+
+from traceserve_runtime.errors import reason
+from traceserve_runtime.manifest import sha256
+from traceserve_runtime.runtimes.torchscript.reader import FILLED, UNPADDED
+
+from traceserve.building.writers.contract import Written
+from traceserve.building.writers.neuron import writer as neuron
+from traceserve.building.writers.torchscript import weights
+
+if TYPE_CHECKING:
+    import torch
+    from traceserve_runtime.manifest import Manifest, Shapes
+    from traceserve_runtime.tasks.contract import Task
+
+    from traceserve.building.checkpoints.loading import Original
+    from traceserve.building.writers.contract import Target
+    from traceserve.building.writers.torchscript.unpadding import Unpadded
+
+MODEL_FILE = "traced_model.pt"
+# Where any shape is allowed: neither 1, nor a size that the model itself has.
+TRACED_BATCH = 3
+TRACED_LENGTH = 11
+
+
+def check(dtype: str, target: Target) -> None:
+    """The gate runs what was written: raise ExportError where this processor cannot."""
+    from traceserve.building.writers.lowering import precision
+
+    if target.hardware in neuron.HARDWARE:
+        neuron.check(target)
+    else:
+        precision.check_processor(dtype)
+
+
+def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, target: Target) -> Written:
+    """Trace the model and write `folder/traced_model.pt`, and beside it its graph alone; see Writer.
+
+    One graph, or one for each shape, or for a model that is run in a loop the graphs `start` and `step`; all over the
+    same weights. Or what is compiled for a chip, see `compiled`. Raises ExportError with the model's own reason where it
+    cannot be traced.
+    """
+    import torch
+
+    from traceserve.building.writers.lowering import precision
+    from traceserve.building.writers.torchscript import other_device
+    from traceserve.building.writers.tracing.wrapping import traceable
+    from traceserve.errors import ExportError, NoSpace, UnwritableError
+
+    # A compiler lowers the dtype by itself.
+    dtype = "float32" if target.hardware in neuron.HARDWARE else original.dtype
+    try:
+        with warnings.catch_warnings(), traceable(original.model), torch.no_grad(), precision.tracing(dtype):
+            warnings.simplefilter("ignore")  # tracer warnings: the gate proves what they suspect
+            if target.hardware in neuron.HARDWARE:
+                return neuron.write(original, task, shapes, folder, target)
+            if task.loop:
+                saved, step_inputs = _loop(original, task)
+            else:
+                saved, step_inputs = _single(original, task, shapes), ()
+            weights.write_module(saved, folder / MODEL_FILE)
+    except (ExportError, NoSpace):
+        raise
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
+        raise UnwritableError(
+            f"torch.jit.trace cannot trace {type(original.model).__name__}: {reason(error)}"
+        ) from error
+    unpadded = (
+        None if task.loop or shapes.graph_per_shape or not shapes.padded else _unpadded(original, folder / MODEL_FILE)
+    )
+    runtime: Dict[str, Any] = {UNPADDED: unpadded is not None}
+    rewritten = None
+    if unpadded is not None:
+        rewritten, runtime[FILLED] = unpadded
+    if target.hardware == "gpu":
+        runtime["ran_on_meta"] = other_device.prove(folder / MODEL_FILE, _examples(original, task, shapes))
+    return Written(step_inputs, weights.write_graph(folder, MODEL_FILE, rewritten), runtime)
+
+
+def _unpadded(original: Original, file: Path) -> Optional[Unpadded]:
+    """What a worker on a CPU runs in the place of the traced graph; None where there is nothing."""
+    from traceserve.building.writers.torchscript import axes, unpadding
+    from traceserve.building.writers.tracing.wrapping import example
+
+    if original.max_length < max(length for _, length in axes.SHAPES) or original.shortest > 5:
+        return None
+    shapes = [*axes.SHAPES, (1, 5), (5, min(20, original.max_length))]
+    examples = [example(original, batch, length) for batch, length in shapes]
+    reads_first = original.tokenizer_facts.padding_side == "right"
+    return unpadding.unpadded(file, original.inputs, examples, original.dtype, reads_first)
+
+
+def plainer(manifest: Manifest, folder: Path, failing: Collection[str]) -> Optional[Manifest]:
+    """The artifact with the traced graph in the place of the rewritten one; None where there is no such; see Writer."""
+    if not manifest.runtime.get(UNPADDED) or MODEL_FILE in failing:
+        return None
+    written = weights.write_graph(folder, MODEL_FILE)
+    files = {**manifest.files, **{file: sha256(folder / file) for file in written}}
+    others = {key: value for key, value in manifest.runtime.items() if key != FILLED}
+    made = replace(manifest, files=files, runtime={**others, UNPADDED: False})
+    made.write(folder)
+    return made
+
+
+def _single(original: Original, task: Type[Task], shapes: Shapes) -> torch.nn.Module:
+    from traceserve.building.writers.tracing.wrapping import example, once
+
+    module = once(original, [output.name for output in task.outputs])
+    any_length = min(TRACED_LENGTH, original.max_length)
+    if not shapes.graph_per_shape:
+        return trace(module, example(original, TRACED_BATCH, max(shapes.lengths) if shapes.lengths else any_length))
+    return _together(
+        {
+            shapes.graph_name(batch, length): trace(module, example(original, batch, length))
+            for batch in shapes.batches or (TRACED_BATCH,)
+            for length in shapes.lengths or (any_length,)
+        }
+    )
+
+
+def _loop(original: Original, task: Type[Task]) -> Tuple[torch.nn.Module, Tuple[str, ...]]:
+    from traceserve.building.writers.tracing.loops import LOOPS
+
+    start, step = LOOPS[task.loop].graphs(original, TRACED_BATCH, min(TRACED_LENGTH, original.max_length - 2))
+    return _together(
+        {"start": trace(start.module, start.example), "step": trace(step.module, step.example)}
+    ), step.inputs
+
+
+def _examples(original: Original, task: Type[Task], shapes: Shapes) -> Dict[str, Tuple[torch.Tensor, ...]]:
+    """Inputs of each graph, by its name, or "" for the only one; of other shapes than it was traced with."""
+    import torch
+
+    from traceserve.building.writers.lowering import precision
+    from traceserve.building.writers.tracing.loops import LOOPS
+    from traceserve.building.writers.tracing.wrapping import example
+
+    if task.loop:
+        with torch.no_grad(), precision.tracing(original.dtype):
+            start, step = LOOPS[task.loop].graphs(original, 2, min(8, original.max_length - 2))
+        return {"start": start.example, "step": step.example}
+    if not shapes.graph_per_shape:
+        return {"": example(original, 2, max(shapes.lengths) if shapes.lengths else min(8, original.max_length))}
+    return {
+        shapes.graph_name(batch, length): example(original, batch, length)
+        for batch in shapes.batches or (TRACED_BATCH,)
+        for length in shapes.lengths or (min(TRACED_LENGTH, original.max_length),)
+    }
+
+
+def trace(module: torch.nn.Module, inputs: Tuple[torch.Tensor, ...]) -> torch.nn.Module:
+    """The module traced with these inputs."""
+    import torch
+
+    # The trace is compared with the original by the gate, at many shapes, and not by torch at the traced one.
+    traced: torch.nn.Module = torch.jit.trace(module, inputs, check_trace=False)  # type: ignore[no-untyped-call]
+    return traced
+
+
+def _together(graphs: Dict[str, torch.nn.Module]) -> torch.nn.Module:
+    """One module with each graph as a submodule; weights that they share are written once."""
+    import torch
+
+    together: torch.nn.Module = torch.jit.script(torch.nn.ModuleDict(graphs))
+    return together
+
+
+def save(graphs: Dict[str, torch.nn.Module], file: Path) -> None:
+    """Write graphs by name into one file."""
+    weights.write_module(_together(graphs), file)

@@ -1,0 +1,162 @@
+"""Models that are run token by token: the two graphs that are traced, and the original that they are compared with.
+
+The graphs `start` and `step` are the calls of `runtimes.stepping`, see `runtimes.calling` for what they take and give.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Dict, List, NamedTuple, Tuple
+
+import torch
+from traceserve_runtime.runtimes import stepping
+from traceserve_runtime.runtimes.calling import read_past
+from traceserve_runtime.tasks.contract import Request
+from traceserve_runtime.tasks.parameters import strings
+from traceserve_runtime.texts.tokenization import Row
+
+from traceserve.building.checkpoints.loading import Original
+from traceserve.building.writers.tracing.wrapping import Wrapped, example
+from traceserve.errors import ExportError
+
+_CHECKED = 3  # tokens
+_NEAR = 0.02  # of logits: what rounding changes in bfloat16
+
+
+class Graph(NamedTuple):
+    """A module to be traced, an example of its inputs, their names where the runner passes them by name, and whether a step
+    reads new tokens alone."""
+
+    module: torch.nn.Module
+    example: Tuple[torch.Tensor, ...]
+    inputs: Tuple[str, ...]
+    keeps_past: bool
+
+
+class Loop(NamedTuple):
+    """How one kind of model is traced, and what its original gives.
+
+    `graphs(original, batch, length)` makes start and step; `forced(original, row, steps)` the logits, (steps + 1,
+    vocabulary), where the original is made to read `steps` given tokens. `writes_behind`: whether new
+    tokens stand behind the row, and count towards max_length with it.
+    """
+
+    graphs: Callable[[Original, int, int], Tuple[Graph, Graph]]
+    forced: Callable[[Original, Row, int], torch.Tensor]
+    writes_behind: bool
+
+
+def _decoder_graphs(original: Original, batch: int, length: int) -> Tuple[Graph, Graph]:
+    ids, mask = _example(original, batch, length)
+    calls = stepping.decoder(original.model)
+    _check(original, calls, torch.arange(3, 7)[None], LOOPS["decoder"])
+    whole = torch.cat([mask, torch.ones_like(mask)], dim=1)
+    columns = {
+        "input_ids": ids,
+        "attention_mask": whole,
+        "position_ids": (whole.cumsum(1) - 1).clamp(min=0)[:, length:],
+    }
+    states = (read_past(original.model, ids, mask) or ()) if calls.keeps_past else (ids,)
+    step = calls.step
+    start = Graph(Wrapped(calls.start), (ids, mask), ("input_ids", "attention_mask"), calls.keeps_past)
+    inputs = (*(columns[name] for name in step.inputs), *states)
+    return start, Graph(Wrapped(step), inputs, step.inputs, calls.keeps_past)
+
+
+def _encoder_decoder_graphs(original: Original, batch: int, length: int) -> Tuple[Graph, Graph]:
+    ids, mask = _example(original, batch, length)
+    calls = stepping.encoder_decoder(original.model)
+    _check(original, calls, torch.tensor([[original.facts["start_id"]]]), LOOPS["encoder_decoder"])
+    with torch.no_grad():
+        states = calls.start(ids, mask)
+    if calls.keeps_past:
+        growing = len(states) // 2
+        past = tuple(torch.randn(*t.shape[:2], 5, t.shape[3]).to(t.dtype) for t in states[:growing])
+    else:
+        growing, past = 1, (ids[:, :5],)
+    decoder_ids = ids[:, : min(4, length)]
+    step = calls.step
+    return (
+        Graph(Wrapped(calls.start), (ids, mask), ("input_ids", "attention_mask"), calls.keeps_past),
+        Graph(Wrapped(step), (decoder_ids, mask, *past, *states[growing:]), step.inputs, calls.keeps_past),
+    )
+
+
+def _check(original: Original, calls: stepping.Calls, first: torch.Tensor, loop: Loop) -> None:
+    """Raise ExportError for a model that can only be given its whole text again, and writes otherwise by itself.
+
+    XLNet keeps a memory in which padding cannot be masked, XLM writes into a masked token.
+    """
+    if calls.keeps_past:
+        return
+    source = torch.arange(3, 7)[None]
+    mask = torch.ones_like(source)
+    options = {"do_sample": False, "num_beams": 1, "max_new_tokens": _CHECKED, "min_new_tokens": _CHECKED}
+    try:
+        found = original.model.generate(
+            source, attention_mask=mask, **options, output_logits=True, return_dict_in_generate=True
+        )
+    except (TypeError, ValueError):  # transformers before 4.39 tells no logits; then the gate alone judges
+        return
+    state = calls.start(source, mask)
+    new = first
+    for step, expected in enumerate(found.logits):
+        whole = torch.ones(1, len(source[0]) + step, dtype=torch.int64) if loop.writes_behind else mask
+        logits, *grown = calls.step(new, whole, *state)
+        state = (*grown, *state[len(grown) :])
+        new = found.sequences[:, len(found.sequences[0]) - len(found.logits) + step][:, None]
+        if not torch.allclose(logits, expected.float(), rtol=_NEAR, atol=_NEAR):
+            raise ExportError(
+                f"{type(original.model).__name__} writes with something else than keys and values of what it has read, and "
+                "otherwise than when it reads all of it again, so no save_mode can write it"
+            )
+
+
+def _example(original: Original, batch: int, length: int) -> Tuple[torch.Tensor, torch.Tensor]:
+    columns = dict(zip(original.inputs, example(original, batch, length)))
+    return columns["input_ids"], columns["attention_mask"]
+
+
+def forced_tokens(row: Row, steps: int) -> List[int]:
+    """Tokens that a model is made to go on with, whatever it would write."""
+    return (row.encoding.ids * steps)[:steps]
+
+
+def _decoder_forced(original: Original, row: Row, steps: int) -> torch.Tensor:
+    ids = torch.tensor([[*row.encoding.ids, *forced_tokens(row, steps)]])
+    logits: torch.Tensor = original.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
+    return logits[row.length - 1 :]
+
+
+def _encoder_decoder_forced(original: Original, row: Row, steps: int) -> torch.Tensor:
+    ids = torch.tensor([row.encoding.ids])
+    begin = torch.tensor([[original.facts["start_id"], *forced_tokens(row, steps)]])
+    logits: torch.Tensor = original.model(
+        input_ids=ids, attention_mask=torch.ones_like(ids), decoder_input_ids=begin, use_cache=False
+    ).logits[0]
+    return logits
+
+
+def generate(original: Original, loop: str, row: Row, request: Request) -> List[int]:
+    """The ids of the original's own `generate` after one row, new ones only."""
+    ids = torch.tensor([row.encoding.ids])
+    options = _generate_options(original, request)
+    tokens: List[int] = original.model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0].tolist()
+    return tokens[row.length if LOOPS[loop].writes_behind else 1 :]
+
+
+def _generate_options(original: Original, request: Request) -> Dict[str, Any]:
+    """The parameters of a request as `generate` takes them."""
+    named = {**original.parameters, **request.parameters}
+    own = ("return_full_text", "stream", "long_inputs", "seed", "stop", "src_lang", "tgt_lang")
+    options = {key: value for key, value in named.items() if key not in own and value is not None}
+    if named.get("tgt_lang") is not None:
+        options["forced_bos_token_id"] = original.facts["languages"][named["tgt_lang"]]
+    if named.get("stop") is not None:
+        options.update(stop_strings=strings(named["stop"]), tokenizer=original.tokenizer)
+    return options
+
+
+LOOPS: Dict[str, Loop] = {
+    "decoder": Loop(_decoder_graphs, _decoder_forced, True),
+    "encoder_decoder": Loop(_encoder_decoder_graphs, _encoder_decoder_forced, False),
+}

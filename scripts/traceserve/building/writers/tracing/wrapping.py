@@ -1,0 +1,240 @@
+"""A model to the module that is traced: fixed positional inputs, tensors out."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple
+
+import torch
+from traceserve_runtime.runtimes.calling import Single
+
+from traceserve.building.checkpoints.loading import Original
+
+_REMOTE = "transformers_modules"  # transformers' package for the code of checkpoints
+_OURS = "traceserve.building"
+# A trace names the classes of its modules. Ours keep these names wherever their files move, so that the same checkpoint
+# gives the same graph.
+_NAMED = {
+    f"{_OURS}.writers.tracing.wrapping": "traceserve.wrapping",
+    f"{_OURS}.writers.tracing.fixed_shapes": "traceserve.fixed_shapes",
+    f"{_OURS}.writers.lowering.int8": "traceserve.quantization",
+    f"{_OURS}.checkpoints.libraries.curated_models": "traceserve.libraries.curated_models",
+}
+
+
+class Wrapped(torch.nn.Module):
+    """A call of a model (`runtimes.calling`) as a module, with the model's weights as its own."""
+
+    def __init__(self, call: Any) -> None:
+        super().__init__()
+        self.model = getattr(call, "model", None)  # an empty past needs none
+        self.call = call
+
+    def forward(self, *tensors: torch.Tensor) -> Tuple[torch.Tensor, ...]:
+        """What the call gives."""
+        outputs: Tuple[torch.Tensor, ...] = self.call(*tensors)
+        return outputs
+
+
+def once(original: Original, outputs: Sequence[str]) -> Wrapped:
+    """The module of a model that is run once, from `original.inputs` to `outputs`."""
+    return Wrapped(Single(original.model, original.inputs, outputs))
+
+
+@contextlib.contextmanager
+def masks_without_vmap() -> Iterator[None]:
+    """Let transformers build attention masks by broadcasting, as its version 5 does.
+
+    transformers 4.53 to 4.57 build a decoder's masks with torch.vmap, where torch.jit.trace fails ("unordered_map::at").
+    This can go with the support of 4.57.
+    """
+    try:
+        from transformers import masking_utils as untyped
+    except ImportError:  # before 4.53
+        yield
+        return
+    masking_utils: Any = untyped
+    if not hasattr(masking_utils, "_vmap_for_bhqkv"):  # version 5
+        yield
+        return
+
+    def broadcast(mask_function: Callable[..., torch.Tensor], bh_indices: bool = True) -> Callable[..., torch.Tensor]:
+        def expanded(b: Any, h: Any, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+            if not bh_indices:
+                return mask_function(b, h, q[:, None], kv[None, :]).expand(q.shape[0], kv.shape[0])
+            mask = mask_function(b[:, None, None, None], h[None, :, None, None], q[None, None, :, None], kv)
+            return mask.expand(b.shape[0], h.shape[0], q.shape[0], kv.shape[0])
+
+        return expanded
+
+    # With it goes what makes indexing fit for vmap, which cannot be traced either.
+    replaced = {"_vmap_for_bhqkv": broadcast, "TransformGetItemToIndex": contextlib.nullcontext}
+    own = {name: getattr(masking_utils, name) for name in replaced if hasattr(masking_utils, name)}
+    for name in own:
+        setattr(masking_utils, name, replaced[name])
+    try:
+        yield
+    finally:
+        for name, value in own.items():
+            setattr(masking_utils, name, value)
+
+
+@contextlib.contextmanager
+def forward_alone() -> Iterator[None]:
+    """Let a model's own autograd functions (BLOOM's GELU, YOSO's attention) run as the plain operations of their forward pass.
+
+    torch.jit.trace records each as a call of Python, which cannot be written out.
+    """
+    kind: Any = torch.autograd.Function
+    own = vars(kind).get("apply")  # before torch 2.0 a base has it
+
+    def apply(cls: Any, *inputs: Any, **named: Any) -> Any:
+        # A function with a context of its own, known since torch 2.0, takes none in its forward pass.
+        if getattr(cls, "setup_context", None) is not getattr(kind, "setup_context", None):
+            return cls.forward(*inputs, **named)
+        return cls.forward(_Context(), *inputs, **named)
+
+    kind.apply = classmethod(apply)
+    try:
+        yield
+    finally:
+        if own is None:
+            del kind.apply
+        else:
+            kind.apply = own
+
+
+class _Context(torch.autograd.function.FunctionCtx):
+    """What a forward pass keeps for a backward one that never comes."""
+
+    needs_input_grad: Tuple[bool, ...] = ()
+
+
+@contextlib.contextmanager
+def windows_by_unfold() -> Iterator[None]:
+    """Let Longformer and LED cut overlapping windows by `unfold`: a trace holds strides fast, which depend on the length."""
+    own = torch.Tensor.as_strided
+
+    def cut(tensor: torch.Tensor, size: Any, stride: Any, *more: Any) -> torch.Tensor:
+        whole = tensor.flatten(1, 2) if tensor.ndim == 4 else tensor  # in windows that do not overlap
+        along = len(size) == 4 and whole.ndim == 3 and not more
+        if not along or (stride[0], *stride[2:]) != whole.stride() or int(size[3]) != whole.shape[2]:
+            return own(tensor, size, stride, *more)
+        return whole.unfold(1, int(size[2]), int(stride[1]) // int(stride[2])).transpose(2, 3)
+
+    torch.Tensor.as_strided = cut  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        torch.Tensor.as_strided = own  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def traceable(model: torch.nn.Module) -> Iterator[None]:
+    """What torch's tracer needs of a model to be written out."""
+    with masks_without_vmap(), forward_alone(), windows_by_unfold(), positions_by_length(model), plain_names(model):
+        yield
+
+
+@contextlib.contextmanager
+def positions_by_length(model: torch.nn.Module) -> Iterator[None]:
+    """Let Funnel compute its relative positions from the length: transformers lists them in Python, which a trace holds fast.
+
+    A list is an arithmetic series: block b's positions begin at 1 - 2**b where the first token stands apart, else at 0, and
+    are 2**b apart. So its first member, its length and its step are as good, and are known of any length.
+    """
+    kinds = {type(part) for part in model.modules() if type(part).__name__ == "FunnelAttentionStructure"}
+    own = {kind: kind.get_position_embeds for kind in kinds}  # type: ignore[attr-defined]
+
+    def encodings(structure: Any, length: Any, dtype: torch.dtype, device: torch.device) -> Any:
+        config = structure.config
+        if config.attention_type == "factorized":  # which lists nothing
+            return own[type(structure)](structure, length, dtype, device)
+        half = config.d_model // 2
+        frequencies = 1 / (10000 ** (torch.arange(0, half, dtype=torch.int64, device=device).to(dtype) / half))
+
+        def encoded(greatest: Any, least: Any, stride: int) -> torch.Tensor:
+            distances = torch.arange(greatest, least - 1, -stride, dtype=torch.int64, device=device).to(dtype)
+            angles = distances[:, None] * frequencies[None]
+            return torch.cat([torch.sin(angles), torch.cos(angles)], dim=-1)
+
+        made: List[List[Optional[torch.Tensor]]] = []
+        first, count = 0, length
+        for block in range(config.num_blocks):
+            stride, pooling = 2**block, None
+            if block:
+                last = first + (count - 1) * (stride // 2)
+                before = first
+                if config.separate_cls:
+                    first, count = 1 - stride, 1 + (count - int(config.truncate_seq)) // 2
+                else:
+                    count = (count + 1) // 2
+                pooling = encoded(first - before + count * stride, first - last, stride // 2)
+            made.append([encoded(count * stride, (1 - count) * stride, stride), pooling])
+        return made
+
+    for kind in kinds:
+        kind.get_position_embeds = encodings  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for kind, function in own.items():
+            kind.get_position_embeds = function  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def plain_names(model: torch.nn.Module) -> Iterator[None]:
+    """Let the classes of a checkpoint's own code bear the names of its files alone, which go into a trace.
+
+    transformers puts a checkpoint's code into a package whose name has the folder's, and from version 5 on a hash of the code.
+    torch writes a class's module into the file, and cannot read one back whose part begins with a digit. So nothing of the
+    package is written. Our own classes are called as `_NAMED` says.
+    """
+    classes = {kind for module in model.modules() for kind in type(module).__mro__}
+    own = {kind: kind.__module__ for kind in classes if kind.__module__.split(".")[0] == _REMOTE}
+    named = {
+        module: f"{_REMOTE}.code_{re.sub('[^A-Za-z0-9_]', '_', module.rpartition('.')[2])}" for module in own.values()
+    }
+    for module in _NAMED:
+        kinds = vars(sys.modules[module]).values() if module in sys.modules else ()
+        own.update({kind: module for kind in kinds if isinstance(kind, type) and kind.__module__ == module})
+    named.update(_NAMED)
+    # Who looks a class's module up, as inspect does, finds it.
+    added = {named[module]: sys.modules[module] for module in own.values() if named[module] not in sys.modules}
+    sys.modules.update(added)
+    for kind, module in own.items():
+        kind.__module__ = named[module]
+    try:
+        yield
+    finally:
+        for kind, module in own.items():
+            kind.__module__ = module
+        for module in added:
+            del sys.modules[module]
+
+
+def example(original: Original, batch: int, length: int) -> Tuple[torch.Tensor, ...]:
+    """Inputs to trace with, int64 of shape (batch, length): whole texts, special tokens included, and padding. They are
+    longer where the model cannot read so short ones.
+
+    Batch and length should be above 1, and the mask hold padding: a trace at 1, or without, has been seen to be wrong
+    at other shapes. Every row has its special tokens, since some models (BART's classifier) look for them.
+    """
+    length = max(length, original.shortest)
+    facts = original.tokenizer_facts
+    padding = {"input_ids": facts.pad_id, "attention_mask": 0, "token_type_ids": facts.pad_type_id}
+    columns = {name: torch.full((batch, length), padding[name]) for name in original.inputs}
+    for row in range(batch):
+        # All but one token of the first rows, and about half of the last one.
+        tokens = max(1, length - 1 if row < batch - 1 else length // 2)
+        encoded = original.tokenizer(
+            "The quick brown fox jumps over the lazy dog. " * length, truncation=True, max_length=tokens
+        )
+        count = len(encoded["input_ids"])
+        place = slice(0, count) if facts.padding_side == "right" else slice(length - count, length)
+        values = {"token_type_ids": [0] * count, "attention_mask": [1] * count, **encoded}
+        for name, column in columns.items():
+            column[row, place] = torch.tensor(values[name])
+    return tuple(columns[name] for name in original.inputs)

@@ -1,0 +1,104 @@
+"""What the commands print with: the progress bar, figures, errors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from traceserve_runtime.errors import TraceserveError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from traceserve.building.gate.findings import Findings
+
+
+def console(error: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=error)
+
+
+class Bar:
+    """A progress bar on standard error: called with what is done, and how many steps of how many (0: unknown)."""
+
+    def __init__(self) -> None:
+        self._progress: Any = None  # made at the first call: importing rich takes a tenth of a second
+        self._task: Any = None
+        self._what = ""
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if self._progress is None:
+            from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+            columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+            screen = console(error=True)
+            self._progress = Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal)
+            self._progress.start()
+        if what != self._what:
+            if self._task is not None:
+                self._progress.remove_task(self._task)
+            self._task, self._what = self._progress.add_task(what, total=None), what
+        self._progress.update(self._task, completed=done, total=total or None)
+
+
+def figure(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"
+
+
+def print_findings(findings: Findings) -> None:
+    """Of each variant that did not pass the failing cells, and the samples whose answers changed."""
+    for found in findings.every:
+        if not found.alike:
+            _print_variant(found)
+
+
+def _print_variant(findings: Findings) -> None:
+    from rich.table import Table
+
+    screen = console(error=True)
+    where = f" ({findings.variant}, on {findings.device})" if findings.variant else ""
+    if findings.failure:
+        screen.print(f"the exported model failed{where}: {findings.failure}", highlight=False)
+    if findings.failed:
+        table = Table("batch", "length", "padded", "output", "difference", "limit", title=f"outputs that differ{where}")
+        for cell in findings.failed[:20]:
+            row = (
+                cell.batch,
+                cell.length,
+                "yes" if cell.padded else "no",
+                cell.output,
+                f"{cell.difference:.2e}",
+                findings.limit.difference,
+            )
+            table.add_row(*map(str, row))
+        screen.print(table)
+        if len(findings.failed) > 20:
+            screen.print(f"and {len(findings.failed) - 20} more of {len(findings.cells)} cells")
+    for what, samples in (
+        ("answered otherwise", findings.changed),
+        ("tokenized otherwise", findings.tokenized_otherwise),
+    ):
+        if samples:
+            shown = ", ".join(f"#{number + 1}" for number in samples[:10])
+            screen.print(f"{len(samples)} of {findings.answers} samples are {what}{where}: {shown}", highlight=False)
+
+
+def print_error(error: TraceserveError) -> None:
+    from rich.markup import escape
+
+    findings = getattr(error, "findings", None)
+    if findings is not None:
+        print_findings(findings)
+    console(error=True).print(f"[red]error:[/] {escape(error.message)}", highlight=False, soft_wrap=True)

@@ -1,0 +1,1 @@
+"""Measurements of a running server, and the search for the best serving configuration."""

@@ -1,0 +1,210 @@
+"""Measure a server, or two in turn; the result is one JSON document."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import statistics
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+
+from traceserve_runtime import processor
+
+from traceserve import __version__
+from traceserve.errors import ServerError
+from traceserve.measuring import load_generator, server_times
+from traceserve.measuring.page import load_name
+from traceserve.measuring.targets import Subject, check
+
+PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9, 100.0)
+_CURVE = tuple(round(100 * (1 - 10 ** (-step / 20)), 6) for step in range(81))  # 0 to 99.99, even in the tail
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How each subject is measured: at each number of connections, or at one rate, in each round."""
+
+    connections: Tuple[int, ...] = (16,)
+    rate: Optional[float] = None
+    seconds: float = 10.0
+    warm_up: float = 2.0
+    rounds: int = 1
+    seed: int = 0
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def measure(
+    subjects: Sequence[Subject], plan: Plan, samples: str, progress: Callable[[str, float], None]
+) -> Dict[str, Any]:
+    """The document: each measurement, and for each subject and load the medians of its rounds.
+
+    Subjects take turns in each round, every other round in reverse, so that what drifts with time weighs on all alike.
+    """
+    for asked in subjects:
+        check(asked)
+    measured: List[Tuple[Subject, int, load_generator.Result, Optional[server_times.ServerTimes]]] = []
+    for turn in range(plan.rounds):
+        for connections in plan.connections:
+            for asked in subjects if turn % 2 == 0 else reversed(subjects):
+                named = load_name({"connections": connections, "rate": plan.rate})
+                what = f"{asked.label}, {named}, round {turn + 1} of {plan.rounds}"
+
+                def tell(share: float, what: str = what) -> None:
+                    progress(what, share)
+
+                result, times = _once(asked, connections, plan, plan.seed + turn, tell)
+                measured.append((asked, connections, result, times))
+    summaries = [
+        _summary(asked, connections, [(r, t) for a, c, r, t in measured if a is asked and c == connections])
+        for connections in plan.connections
+        for asked in subjects
+    ]
+    return {
+        "traceserve": __version__,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "samples": {"file": samples, "bodies": len(subjects[0].traffic.bodies)},
+        "plan": {
+            "loop": "closed" if plan.rate is None else "open",
+            "connections": list(plan.connections),
+            "rate": plan.rate,
+            "seconds": plan.seconds,
+            "warm_up": plan.warm_up,
+            "rounds": plan.rounds,
+            "seed": plan.seed,
+        },
+        "subjects": [asked.label for asked in subjects],
+        "summary": summaries,
+        "ratios": _ratios(summaries) if len(subjects) > 1 else [],
+        "measurements": [{"subject": a.label, **_figures(c, r, t)} for a, c, r, t in measured],
+    }
+
+
+def _once(
+    asked: Subject, connections: int, plan: Plan, seed: int, progress: Callable[[float], None]
+) -> Tuple[load_generator.Result, Optional[server_times.ServerTimes]]:
+    def run() -> load_generator.Result:
+        content = asked.traffic
+        return load_generator.run(
+            asked.target,
+            content.bodies,
+            content.content_type,
+            connections,
+            plan.rate,
+            plan.seconds,
+            plan.warm_up,
+            seed,
+            progress,
+        )
+
+    if asked.metrics is None:
+        result, times = run(), None
+    else:
+        with server_times.Watch(asked.metrics, asked.name, plan.warm_up, plan.seconds) as watch:
+            result = run()
+        times = watch.times
+    if not result.requests:
+        reasons = ", ".join(f"{count} times {reason}" for reason, count in result.errors.items())
+        raise ServerError(
+            f"{asked.label} answered no request in {plan.seconds:g} s: "
+            + (reasons or "none began in this time, as the ones before took longer; give it more with --seconds")
+        )
+    return result, times
+
+
+def machine() -> Dict[str, Any]:
+    """What figures depend on."""
+    return {
+        "processor": processor.name(),
+        "cores": processor.cores(),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+    }
+
+
+# --- the document -----------------------------------------------------------------------------------------------------
+
+
+def percentile_name(p: float) -> str:
+    return "max" if p == 100 else f"p{p:g}"
+
+
+def _figures(
+    connections: int, result: load_generator.Result, times: Optional[server_times.ServerTimes]
+) -> Dict[str, Any]:
+    """One measurement; times in milliseconds."""
+    mean = float(result.latencies.mean())
+    return {
+        "connections": connections,
+        "most_connections": result.connections,
+        "rate": result.rate,
+        "seconds": round(result.seconds, 3),
+        "requests": result.requests,
+        "throughput": round(result.throughput, 2),
+        "latency_ms": {
+            "mean": _ms(mean),
+            **{percentile_name(p): _ms(result.percentile(p)) for p in PERCENTILES},
+        },
+        "curve_ms": [[p, _ms(result.percentile(p))] for p in _CURVE if (100 - p) / 100 * result.requests >= 1],
+        "errors": result.errors,
+        "generator_cpu": round(result.cpu, 3),
+        "server": None
+        if times is None
+        else {
+            "requests": times.requests,
+            "time_ms": {part: _ms(seconds) for part, seconds in times.shares(mean).items()},
+            "tokens": round(times.tokens, 1),
+            "padding_share": round(times.padding_share, 3),
+        },
+    }
+
+
+def _ms(seconds: float) -> float:
+    return round(1000 * seconds, 4)
+
+
+def _summary(
+    asked: Subject, connections: int, rounds: Sequence[Tuple[load_generator.Result, Optional[server_times.ServerTimes]]]
+) -> Dict[str, Any]:
+    """The medians of the rounds, figure by figure; errors are added up."""
+    figures = [_figures(connections, result, times) for result, times in rounds]
+    errors: Dict[str, int] = {}
+    for one in figures:
+        for reason, count in one["errors"].items():
+            errors[reason] = errors.get(reason, 0) + count
+    throughputs = [one["throughput"] for one in figures]
+    return {
+        **_median(figures),
+        "subject": asked.label,
+        "connections": connections,
+        "throughput_range": [min(throughputs), max(throughputs)],
+        "errors": errors,
+    }
+
+
+def _median(values: Sequence[Any]) -> Any:
+    """Of documents of one shape the document of the medians of their numbers."""
+    first = values[0]
+    if any(value is None for value in values):
+        present = [value for value in values if value is not None]
+        return _median(present) if present else None
+    if isinstance(first, dict):
+        keys = [key for key in first if all(key in value for value in values)]
+        return {key: _median([value[key] for value in values]) for key in keys}
+    if isinstance(first, list):
+        return [_median(column) for column in zip(*values)]
+    return round(statistics.median(values), 4)
+
+
+def _ratios(summaries: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """The first subject's medians by the second's, for each load."""
+    ratios = []
+    for one, other in zip(summaries[::2], summaries[1::2]):
+        latencies = {name: round(value / other["latency_ms"][name], 3) for name, value in one["latency_ms"].items()}
+        throughput = round(one["throughput"] / other["throughput"], 3)
+        ratios.append(
+            {"connections": one["connections"], "rate": one["rate"], "throughput": throughput, "latency": latencies}
+        )
+    return ratios

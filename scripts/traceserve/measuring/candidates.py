@@ -1,0 +1,56 @@
+"""What can be turned at an archive's serving, in the order in which it matters, and how far."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Callable, List, Sequence
+
+from traceserve.archives.model_config import Serving
+
+# From a configuration the ladders to be climbed: on each one rung after the other, for as long as that helps.
+Knob = Callable[[Serving], List[List[Serving]]]
+
+BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+BATCH_DELAYS = (1, 2, 5, 10, 20, 50)
+LENGTH_STEPS = (1, 8, 16, 32, 64)
+
+
+def knobs(cores: int, connections: int, longest_step: int) -> List[Knob]:
+    """The knobs of a machine with so many cores, for so many requests at a time and rows that may be so long."""
+    sizes = [n for n in BATCH_SIZES if n < connections]
+    sizes += [n for n in BATCH_SIZES if n >= connections][:1]  # a larger one never fills
+    steps = [n for n in LENGTH_STEPS if n <= longest_step]
+
+    def batch_size(serving: Serving) -> List[List[Serving]]:
+        return _both_ways(serving.batch_size, sizes, lambda n: replace(serving, batch_size=n))
+
+    def batch_delay(serving: Serving) -> List[List[Serving]]:
+        return _both_ways(serving.max_batch_delay, BATCH_DELAYS, lambda n: replace(serving, max_batch_delay=n))
+
+    def length_step(serving: Serving) -> List[List[Serving]]:
+        return _both_ways(
+            serving.length_step or 1, steps, lambda n: replace(serving, length_step=None if n == 1 else n)
+        )
+
+    return [lambda s: _splits(s, cores), batch_size, batch_delay, length_step, lambda s: _neighbours(s, cores)]
+
+
+def _both_ways(now: int, values: Sequence[int], make: Callable[[int], Serving]) -> List[List[Serving]]:
+    larger = [make(n) for n in values if n > now]
+    smaller = [make(n) for n in reversed(values) if n < now]
+    return [larger, smaller]
+
+
+def _splits(serving: Serving, cores: int) -> List[List[Serving]]:
+    """All cores for the workers: from one worker for each core to one that has them all."""
+    counts = sorted({n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256) if n < cores} | {cores}, reverse=True)
+    return [[replace(serving, workers=n, threads=cores // n)] for n in counts]
+
+
+def _neighbours(serving: Serving, cores: int) -> List[List[Serving]]:
+    """One worker or one thread more or fewer: a core less for the frontend, or a bit more work than there are cores."""
+    workers = serving.workers or 1
+    threads = serving.threads or max(1, cores // workers)
+    most = max(cores + 1, cores * 3 // 2)
+    near = ((workers + 1, threads), (workers - 1, threads), (workers, threads + 1), (workers, threads - 1))
+    return [[replace(serving, workers=w, threads=t)] for w, t in near if w >= 1 and 1 <= t <= cores and w * t <= most]

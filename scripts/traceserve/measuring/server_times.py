@@ -1,0 +1,100 @@
+"""What a running server counts (Prometheus), and from it: where the time of a request goes.
+
+Of TorchServe 0.12, in microseconds, summed over requests: `ts_inference_latency_microseconds` from a request's arrival in
+the frontend to its answer, `ts_queue_latency_microseconds` from its arrival to its leaving the queue, the delay in which
+batches are filled included. Of our handler, summed likewise: `TraceserveHandlerMicroseconds`, and within it
+`TraceserveModelMicroseconds`; each request of a batch waits for the whole batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import threading
+from dataclasses import dataclass
+from typing import Any, Dict, List, Optional
+
+from traceserve.serving import client
+
+_LINE = re.compile(r"^(\w+)\{(.*)\} (\S+)$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class ServerTimes:
+    """Means over the requests of a span, in seconds; `model` is part of `handler`."""
+
+    requests: int
+    latency: float  # in TorchServe, from arrival to answer
+    queue: float
+    handler: float
+    model: float
+    tokens: float  # of a request
+    padding_share: float  # of what the model computed, 0 to 1
+
+    def shares(self, latency: float) -> Dict[str, float]:
+        """The parts of `latency`, a client's mean, in seconds: they add up to it."""
+        handler = min(self.handler, max(0.0, self.latency - self.queue))
+        model = min(self.model, handler)
+        inside = min(self.latency, latency)
+        return {
+            "queue": self.queue,
+            "model": model,
+            "rest of the handler": handler - model,
+            "frontend": max(0.0, inside - self.queue - handler),
+            "network and client": latency - inside,
+        }
+
+
+def read(url: str, name: str) -> Dict[str, float]:
+    """The metrics of the model `name`, by their names; raises OSError."""
+    with client.opener.open(url, timeout=5) as response:
+        text = response.read().decode("utf-8")
+    label = re.compile(rf'(?:^|,)(?:model_name|ModelName)="{re.escape(name)}"')
+    return {metric: float(value) for metric, labels, value in _LINE.findall(text) if label.search(labels)}
+
+
+class Watch:
+    """Looks at a server `delay` seconds after its start and `seconds` later, in a thread beside the load generator's."""
+
+    def __init__(self, url: str, name: str, delay: float, seconds: float) -> None:
+        self._url, self._name, self._delays = url, name, (delay, seconds)
+        self._looks: List[Dict[str, float]] = []
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        for delay in self._delays:
+            self._ended.wait(delay)
+            with contextlib.suppress(OSError, ValueError):  # told by `times`: there are too few looks
+                self._looks.append(read(self._url, self._name))
+
+    @property
+    def times(self) -> Optional[ServerTimes]:
+        """None where the server could not be looked at, or answered nothing meanwhile."""
+        if len(self._looks) < 2:
+            return None
+        first, last = self._looks[0], self._looks[-1]
+
+        def grown(metric: str) -> float:
+            return last.get(metric, 0.0) - first.get(metric, 0.0)
+
+        requests = grown("ts_inference_requests_total")
+        if requests <= 0:
+            return None
+        return ServerTimes(
+            requests=int(requests),
+            latency=grown("ts_inference_latency_microseconds") / requests / 1e6,
+            queue=grown("ts_queue_latency_microseconds") / requests / 1e6,
+            handler=grown("TraceserveHandlerMicroseconds") / requests / 1e6,
+            model=grown("TraceserveModelMicroseconds") / requests / 1e6,
+            tokens=grown("TraceserveTokens") / max(1.0, grown("TraceserveRequests")),
+            padding_share=1 - grown("TraceserveTokens") / max(1.0, grown("TraceserveComputedTokens")),
+        )

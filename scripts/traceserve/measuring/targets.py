@@ -1,0 +1,130 @@
+"""Whom `traceserve bench` asks, and what: a name or a URL, and a file of samples."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.parse
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Mapping, Optional, Tuple
+
+from traceserve.building import samples
+from traceserve.errors import ConfigError, ServerError
+from traceserve.measuring import load_generator
+from traceserve.serving import client, instances
+
+JSON, TEXT = "application/json", "text/plain; charset=utf-8"
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """The bodies that are sent, each in turn."""
+
+    bodies: Tuple[bytes, ...]
+    content_type: str
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A server that is measured; `metrics` where it is one of ours."""
+
+    label: str
+    target: load_generator.Target
+    traffic: Traffic
+    name: str = ""
+    metrics: Optional[str] = None
+
+
+def subject(
+    place: str, file: Path, port: Optional[int] = None, body: Optional[str] = None, headers: Mapping[str, str] = {}
+) -> Subject:
+    """NAME, an archive that a server of ours serves, or a URL, and the samples of a file; raises ServerError, ConfigError.
+
+    `body` (a template) and `headers` are for a URL alone: what our own servers are asked, and their keys, are known.
+    """
+    if "://" not in place:
+        instance = _serving(place, port)
+        key = {"Authorization": f"Bearer {instance.key}"} if instance.key else {}
+        target = load_generator.Target(f"{instance.url}/predictions/{urllib.parse.quote(place)}", key)
+        metrics = f"http://127.0.0.1:{instance.metrics_port}/metrics"
+        return Subject(place, target, traffic(file), place, metrics)
+    parts = urllib.parse.urlsplit(place)
+    if parts.scheme not in ("http", "https") or not parts.hostname or not place.isascii() or " " in place:
+        raise ServerError(f"{place} is no URL to measure; it should look like http://127.0.0.1:8000/classify")
+    label = urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    ours = _ours(label)
+    return Subject(label, load_generator.Target(place, dict(headers)), traffic(file, body), *(ours or ("", None)))
+
+
+def _serving(name: str, port: Optional[int]) -> instances.Instance:
+    if port is not None:
+        found = [instances.find(port)]
+        if name not in found[0].names:
+            raise ServerError(f"the server on port {port} has no {name}, but {', '.join(found[0].names)}")
+        return found[0]
+    running = instances.running()
+    found = [instance for instance in running if name in instance.names]
+    if len(found) > 1:
+        ports = ", ".join(str(instance.port) for instance in found)
+        raise ServerError(f"{name} is served on the ports {ports}; choose one with --port, or give URLs")
+    if not found:
+        others = ", ".join(sorted({other for instance in running for other in instance.names})) or "nothing"
+        raise ServerError(
+            f"no server of traceserve serves {name}, but {others}; `traceserve serve model_store/{name}.mar` starts one, "
+            "and any other server is measured by its URL"
+        )
+    return found[0]
+
+
+def _ours(url: str) -> Optional[Tuple[str, str]]:
+    """The model's name and where its metrics are, if a URL is a server's of ours."""
+    for instance in instances.running():
+        for name in instance.names:
+            if url == f"{instance.url}/predictions/{urllib.parse.quote(name)}":
+                return name, f"http://127.0.0.1:{instance.metrics_port}/metrics"
+    return None
+
+
+def traffic(path: Path, body: Optional[str] = None) -> Traffic:
+    """The bodies of a file of samples: texts, in `body` where one is given, or the lines of a .jsonl as they are.
+
+    Raises ConfigError for what is none.
+    """
+    lines = samples.lines(path)
+    if path.suffix == ".jsonl":
+        if body is not None:
+            raise ConfigError(f"--body is for texts: {path} holds whole bodies, which are sent as they are")
+        for number, line in lines:
+            _check_json(line, f"--samples {path}, line {number}")
+    texts = [line for _, line in lines]
+    if body is not None:
+        if "{text}" not in body:
+            raise ConfigError(f"--body {body} has no {{text}}, where the text is put in")
+        texts = [body.replace("{text}", json.dumps(text, ensure_ascii=False)[1:-1]) for text in texts]
+        _check_json(texts[0], '--body, with a text in it, as in \'{"input": ["{text}"]}\'')
+    whole = body is not None or path.suffix == ".jsonl"
+    return Traffic(tuple(text.encode("utf-8") for text in texts), JSON if whole else TEXT)
+
+
+def _check_json(text: str, where: str) -> None:
+    try:
+        json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{where}: this is no JSON: {error}") from None
+
+
+def check(asked: Subject) -> None:
+    """Ask once, and raise ServerError with the server's own words if it refuses."""
+    headers = {"Content-Type": asked.traffic.content_type, **asked.target.headers}
+    request = urllib.request.Request(asked.target.url, data=asked.traffic.bodies[0], headers=headers, method="POST")
+    try:
+        with client.opener.open(request, timeout=60) as response:
+            response.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            words = error.read(500).decode("utf-8", "replace").strip()
+        raise ServerError(f"{asked.label} answers {error.code} to the first sample: {words or error.reason}") from None
+    except OSError as error:
+        raise ServerError(f"{asked.label} cannot be reached: {getattr(error, 'reason', error)}") from None

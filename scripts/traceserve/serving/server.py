@@ -1,0 +1,279 @@
+"""Starting TorchServe on archives: a private, quiet, hardened instance for each port, which answers when it is handed over."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+
+import psutil
+from traceserve_runtime import processor
+from traceserve_runtime.manifest import Manifest
+
+from traceserve.archives import staging
+from traceserve.archives.archive import check_name, read_manifest, read_serving
+from traceserve.archives.model_config import Serving
+from traceserve.errors import ServerError
+from traceserve.machine import environment, neuron_cores
+from traceserve.serving import client, configuration, instances
+from traceserve.serving.instances import Instance
+
+_SLACK = 0.5  # seconds that an answer may be on its way after the frontend's own limit
+
+_LONGEST_SOCKET_PATH = 103  # in bytes: of macOS; Linux has 107
+_FOLDER = re.compile(r"traceserve-\d+-[a-z0-9_]{8}")  # as _new_folder names them
+DEFAULT_PORT = 8080
+
+
+def start(
+    archives: Sequence[Path],
+    host: str = "127.0.0.1",
+    port: int = DEFAULT_PORT,
+    workers: Optional[int] = None,
+    timeout: float = 300.0,
+    progress: Optional[Callable[[str], None]] = None,
+    serving: Optional[Serving] = None,
+) -> Instance:
+    """Start TorchServe on archives and wait until each has answered a request; raises ServerError with the reason.
+
+    An archive is served as it says itself, if `serving` does not say otherwise, with as many workers as it says, if
+    `workers` does not.
+    """
+    files = _by_name(archives)
+    manifests = {name: read_manifest(file) for name, file in files.items()}
+    own = {name: read_serving(file) for name, file in files.items()}
+    wanted = {name: _wanted(each, serving, workers) for name, each in own.items()}
+    places = {name: each.workers or configuration.DEFAULT_WORKERS for name, each in wanted.items()}
+    needed = neuron_cores.for_workers({name: manifest.hardware for name, manifest in manifests.items()}, places)
+    _check_port(host, port)
+    java = configuration.find_java()
+    _sweep()
+    with staging.held(_new_folder(port)) as folder:
+        try:
+            changed = {name: each for name, each in wanted.items() if each != own[name]}
+            ports, settings = configuration.configure(folder, files, changed, host, port)
+            pid = launch(folder, settings, {**java, **needed})
+            instance = _remembered(folder, host, port, ports, pid, places)
+            if not configuration.is_loopback(host):
+                instance = _with_keys(instance, timeout)
+                instances.remember(instance)
+            for name, manifest in manifests.items():
+                if progress:
+                    progress(f"waiting for {name} to answer")
+                patience = (wanted[name].client_timeout or float("inf")) / 1000 + _SLACK
+                _wait_for_answer(instance, name, _sample(manifest), time.monotonic() + timeout, patience)
+        except BaseException:  # an interrupt too: nobody else knows of what was started
+            instances.end_started_in(folder)
+            raise
+    return instance
+
+
+def _remembered(
+    folder: Path, host: str, port: int, ports: Tuple[int, int], pid: int, workers: Dict[str, int]
+) -> Instance:
+    """The TorchServe that was just launched, in the list of those that run; raises ServerError if it has ended."""
+    try:
+        started = psutil.Process(pid).create_time()
+    except psutil.NoSuchProcess:
+        raise ServerError(f"TorchServe ended as soon as it was started{log_tail(folder)}") from None
+    management_port, metrics_port = ports
+    names = tuple(workers)
+    instance = Instance(
+        port, host, management_port, metrics_port, pid, started, names, workers, str(folder), None, None
+    )
+    instances.remember(instance)
+    return instance
+
+
+def _sweep() -> None:
+    """Remove what is left of servers that died and were seen, and of starts that were killed in their midst."""
+    instances.sweep()
+    for place in {Path(tempfile.gettempdir()), Path("/tmp")}:
+        if place.is_dir():
+            for left in staging.abandoned(place, _FOLDER):
+                if not instances.is_remembered(left):
+                    instances.end_started_in(left)
+
+
+def _by_name(archives: Sequence[Path]) -> Dict[str, Path]:
+    files: Dict[str, Path] = {}
+    for path in archives:
+        name = check_name(path.stem)
+        if name in files:
+            raise ServerError(f"{files[name]} and {path} would both answer at /predictions/{name}")
+        files[name] = path.resolve()
+    return files
+
+
+def _wanted(own: Serving, serving: Optional[Serving], workers: Optional[int]) -> Serving:
+    """How an archive is served; several workers share the cores, unless something says what each may use."""
+    wanted = serving or own
+    wanted = wanted if workers is None else dataclasses.replace(wanted, workers=workers)
+    if (wanted.workers or 1) > 1 and wanted.threads is None and "OMP_NUM_THREADS" not in os.environ:
+        wanted = dataclasses.replace(wanted, threads=max(1, processor.cores() // (wanted.workers or 1)))
+    return wanted
+
+
+def _new_folder(port: int) -> Path:
+    """A temporary folder in which TorchServe can have its sockets, whose paths have a limit; raises ServerError."""
+    made: List[Path] = []
+    for place in (None, "/tmp"):
+        with contextlib.suppress(OSError):
+            made.append(Path(tempfile.mkdtemp(prefix=f"traceserve-{port}-", dir=place)))
+            if len(os.fsencode(made[-1] / "tmp" / ".ts.sock.65535")) <= _LONGEST_SOCKET_PATH:
+                for unused in made[:-1]:
+                    unused.rmdir()
+                return made[-1]
+    for unused in made:
+        unused.rmdir()
+    raise ServerError(
+        f"the temporary folder {tempfile.gettempdir()} has too long a path for the sockets of TorchServe's workers; "
+        "set TMPDIR to one with a shorter path"
+    )
+
+
+def _check_port(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ServerError(
+                f"port {port} of {host} cannot be used ({error.strerror}); choose another with --port, or stop what uses "
+                "it (`traceserve status` shows the servers of traceserve)"
+            ) from None
+
+
+def launch(folder: Path, settings: Dict[str, Path], needed: Dict[str, str]) -> int:
+    """Run `torchserve --start`, with what is needed in its environment; gives the pid of its JVM."""
+    command = [sys.executable, "-m", "ts.model_server", "--start", "--no-config-snapshots"]
+    command += [part for option, value in settings.items() for part in (f"--{option}", str(value))]
+    variables = {
+        **{key: value for key, value in os.environ.items() if not key.startswith("TS_")},
+        **needed,
+        # TorchServe keeps its pid file, sockets and unpacked archives in the temporary folder: one for each instance.
+        "TMPDIR": str(folder / "tmp"),
+        "TEMP": str(folder / "tmp"),
+        "LOG_LOCATION": str(folder / "logs"),
+        "METRICS_LOCATION": str(folder / "logs"),
+        **environment.settings(),
+    }
+    with (folder / "logs" / "start.log").open("wb") as log:
+        result = subprocess.run(
+            command,
+            cwd=folder / "run",
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    pid_file = folder / "tmp" / ".model_server.pid"
+    if result.returncode or not pid_file.is_file():
+        lines = (folder / "logs" / "start.log").read_text(errors="replace").strip().splitlines()
+        hint = (
+            "; install it with: pip install 'traceserve[serve]'"
+            if any("No module named" in line for line in lines)
+            else ""
+        )
+        raise ServerError(f"torchserve did not start: {lines[-1] if lines else 'no reason given'}{hint}")
+    return int(pid_file.read_text())
+
+
+def _with_keys(instance: Instance, timeout: float) -> Instance:
+    """TorchServe writes its keys into its working directory once it listens."""
+    file = Path(instance.folder, "run", "key_file.json")
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        _check_alive(instance, None)
+        with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
+            keys = json.loads(file.read_text())
+            return dataclasses.replace(instance, key=keys["inference"]["key"], management_key=keys["management"]["key"])
+        time.sleep(0.05)
+    raise ServerError(f"TorchServe wrote no keys within {timeout:.0f} s")
+
+
+def _sample(manifest: Manifest) -> Dict[str, Any]:
+    from traceserve_runtime.tasks import TASKS  # imports numpy and tokenizers: while the JVM starts
+
+    return TASKS[manifest.task].sample_body(manifest.facts)
+
+
+def _wait_for_answer(
+    instance: Instance, name: str, canary: Dict[str, Any], deadline: float, patience: float = float("inf")
+) -> None:
+    """Ask until an answer comes. The frontend keeps a request while it has no worker, for as long as it takes: so it is
+    asked in a thread, and the worker's log is watched meanwhile.
+
+    What has waited for `patience` seconds was dropped by the frontend, which tells nobody: then it is asked again.
+    """
+
+    def ask(outcome: List[Optional[Exception]]) -> None:
+        try:
+            client.predict(instance.url, name, canary, key=instance.key, timeout=max(1.0, deadline - time.monotonic()))
+            outcome.append(None)
+        except Exception as error:  # told by the thread that waits
+            outcome.append(error)
+
+    while time.monotonic() < deadline:
+        outcome: List[Optional[Exception]] = []
+        thread = threading.Thread(target=ask, args=(outcome,), daemon=True)
+        thread.start()
+        ends = min(deadline, time.monotonic() + patience)
+        while not outcome and time.monotonic() < ends:
+            thread.join(0.05)
+            _check_alive(instance, name)
+        if outcome and outcome[0] is None:
+            return
+        if outcome and not isinstance(outcome[0], client.NotYet):
+            raise ServerError(f"{name} does not answer its own sample: {outcome[0]}")
+        time.sleep(0.02)
+    raise ServerError(f"{name} gave no answer in time{log_tail(Path(instance.folder))}")
+
+
+def _check_alive(instance: Instance, name: Optional[str]) -> None:
+    """Raise the worker's own reason if it could not load, or TorchServe's if it ended."""
+    reason = load_failure(instance.log)
+    if reason:
+        raise ServerError(f"the worker of {name or instance.names[0]} cannot load the archive: {reason}")
+    if instance.process is None:
+        raise ServerError(f"TorchServe ended{log_tail(Path(instance.folder))}")
+
+
+def load_failure(log: Path) -> Optional[str]:
+    """The reason, in one line, why a worker could not load its archive, as its log tells; None if none did."""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    match = re.search(r"(?:Failed to load model \S+|Load model \S+ cpu OOM), exception (.+)", text)
+    if match:
+        return match.group(1).strip()
+    died = [match.end() for match in re.finditer("Backend worker process died", text)]
+    if died:
+        errors = re.findall(
+            r"^\S+ +[A-Z]+ +((?:\w+\.)*\w*(?:Error|Exception|Exit)\b.*)$", text[died[0] :], re.MULTILINE
+        )
+        if errors:
+            return str(errors[0]).strip()
+        if len(died) > 1:  # the first one's reason would stand between them
+            return "its process died without a reason"
+    match = re.search(r"(?:ModelException|InvalidModelException|ArchiveException|ModelNotFoundException): (.+)", text)
+    return match.group(1).strip() if match else None
+
+
+def log_tail(folder: Path) -> str:
+    """The last line of the logs in a server's folder, for an error's end."""
+    for log in (folder / "logs" / "server.log", folder / "logs" / "start.log"):
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
+        if lines:
+            return f": {lines[-1]}"
+    return ""
