@@ -215,6 +215,17 @@ def test_an_interrupted_or_failed_build_leaves_what_was_there(checkpoint: Callab
     assert sha256(mar) == good
 
 
+def test_an_archive_of_an_unknown_zip_version_is_told_in_a_sentence(packed: Path, tmp_path: Path) -> None:
+    """zipfile raises a NotImplementedError for it."""
+    content = bytearray(packed.read_bytes())
+    with zipfile.ZipFile(packed) as file:
+        content[file.start_dir + 6] = 84  # the version that is needed to extract the first file
+    damaged = tmp_path / "damaged.mar"
+    damaged.write_bytes(content)
+    with pytest.raises(ArchiveError, match="damaged.mar is no archive of traceserve, or was not copied whole: .*8.4"):
+        read_manifest(damaged)
+
+
 DAMAGES = 60
 
 

@@ -172,7 +172,7 @@ def _is_whole(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as file:
             return min((info.header_offset for info in file.infolist()), default=0) == 0
-    except (zipfile.BadZipFile, OSError):
+    except _DAMAGED:
         return False
 
 
