@@ -43,6 +43,8 @@ def commands() -> List[str]:
 
 def run(command: str, folder: Path) -> str:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    for name in ("CC", "CXX", "CXXFLAGS", "LDFLAGS"):  # what other tests of this process compiled with
+        environment.pop(name, None)
     result = subprocess.run(["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout

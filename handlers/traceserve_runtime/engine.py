@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Callable, Dict, Generator, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Callable, Generator, Iterator, List, Optional, Sequence, Union
 
 from traceserve_runtime import failures, memory
 from traceserve_runtime.batching import batches, costs
@@ -34,7 +34,7 @@ _ANSWERING = 30  # times the last such run, they are before the next one: under 
 _MANY_TOKENS = 4096  # read since memory was given back: what these took is worth the millisecond
 _OF_ONE_CORE = 0.9  # a token's cost there, of its cost on all cores times their number: a guess, until it is measured
 
-Emit = Callable[[int, Dict[str, Tuple[int, int]], str], None]
+Emit = Callable[..., None]  # see `Engine.answer`
 
 
 def load_task(folder: Path, manifest: Manifest) -> Task:
@@ -184,7 +184,7 @@ class Engine:
         """One answer, or the error that is this request's own, for each request, in order; adds to `stats`.
 
         `emit(i, unseen, text)` is called with the whole text so far, each time that it may have grown, for a request
-        that is to be streamed; `unseen` as in Answer.
+        that is to be streamed; `unseen` as in Answer. Where it asks for details, its tokens follow, a sequence of WrittenToken.
         """
         stats = Stats() if stats is None else stats
         stats.requests += len(requests)

@@ -22,7 +22,7 @@ from traceserve_runtime.protocols import protocol_of
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Body, Document, Protocol, Served
 from traceserve_runtime.streaming import Streams
-from traceserve_runtime.tasks.contract import Answer
+from traceserve_runtime.tasks.contract import Answer, WrittenToken
 
 logger = logging.getLogger(__name__)
 
@@ -56,9 +56,8 @@ _Result = Union["_Answered", TraceserveError]
 
 @dataclass(frozen=True)
 class _Answered:
-    document: Any  # of a stream: its last piece, as bytes
+    document: Document  # of a stream: its last piece, as bytes
     answers: Sequence[Answer] = ()
-    content_type: str = "application/json"
 
 
 class Service:
@@ -66,7 +65,7 @@ class Service:
 
     def __init__(self, engine: Engine, name: str, version: str = "1.0") -> None:
         self.engine = engine
-        self.served = Served(name, version, engine.manifest, type(engine.task))
+        self.served = Served(name, version, engine.manifest, type(engine.task), self._text_of)
 
     def answer(self, calls: Sequence[Call], stats: Optional[Stats] = None, send: Optional[Send] = None) -> List[Reply]:
         """One reply for each call, in order; adds to `stats`. Without `send` a stream comes as one piece."""
@@ -77,6 +76,9 @@ class Service:
         except Exception as error:  # an outer edge: what escapes would fail with the host's own words
             results = [_unexpected(error, len(calls))] * len(calls)
         return [self._reply(call, own, result) for call, own, result in zip(calls, protocols, results)]
+
+    def _text_of(self, ids: Sequence[int]) -> str:
+        return self.engine.task.tokenizer.decode(ids, skip_special_tokens=True, raw=True)
 
     def _results(
         self, calls: Sequence[Call], protocols: Sequence[Protocol], stats: Stats, send: Optional[Send]
@@ -93,12 +95,14 @@ class Service:
 
         streams = Streams(tell, whole, frames)
 
-        def emit(number: int, cut: Mapping[str, Tuple[int, int]], text: str) -> None:
+        def emit(
+            number: int, cut: Mapping[str, Tuple[int, int]], text: str, tokens: Sequence[WrittenToken] = ()
+        ) -> None:
             i = requests[number].group
             assert i is not None
             if cut and not streams.started(i):
                 unseen[i] = {TRUNCATED_HEADER: json.dumps({0: cut})}
-            streams.tell(i, text)
+            streams.tell(i, text, tokens)
 
         answers = iter(self.engine.answer(requests, stats, emit))
         results: List[_Result] = []
@@ -107,7 +111,7 @@ class Service:
                 own = [next(answers) for _ in body.requests]
                 results.append(failures.contained("it wrote this answer", partial(self._result, i, body, own, streams)))
             elif isinstance(body, Document):
-                results.append(_Answered(body.value, content_type=body.content_type))
+                results.append(_Answered(body))
             else:
                 results.append(body)
         failures.log(results)
@@ -145,30 +149,32 @@ class Service:
             if not streams.started(index):
                 return placed
             failures.log([placed])
-            return _Answered(streams.ended(index, placed), content_type=streams.content_type(index))
+            return _Answered(Document(streams.ended(index, placed), streams.content_type(index)))
         if body.requests and self.engine.task.streams(body.requests[0]):
-            return _Answered(streams.rest(index, answers[0].value, answers[0]), answers, streams.content_type(index))
-        return _Answered(body.protocol.reply(answers, self.served), answers)
+            last = streams.rest(index, answers[0].value, answers[0])
+            return _Answered(Document(last, streams.content_type(index)), answers)
+        document = body.protocol.reply(answers, self.served)
+        return _Answered(document if isinstance(document, Document) else Document(document), answers)
 
     def _reply(self, call: Call, protocol: Protocol, result: _Result) -> Reply:
         if isinstance(result, TraceserveError):
             return self._failed(call, protocol, result)
         unseen = {i: answer.unseen for i, answer in enumerate(result.answers) if answer.unseen}
-        headers = {TRUNCATED_HEADER: json.dumps(unseen)} if unseen else {}
-        if isinstance(result.document, bytes):
-            return Reply(result.document, result.content_type, headers=headers)
+        headers = {**result.document.headers, **({TRUNCATED_HEADER: json.dumps(unseen)} if unseen else {})}
         try:
-            return Reply(_encoded(result.document), result.content_type, headers=headers)
+            return Reply(_encoded(result.document.value), result.document.content_type, headers=headers)
         except Exception as error:  # the edge of one request: an answer that is no JSON
             return self._failed(call, protocol, _unexpected(error, 1))
 
     def _failed(self, call: Call, protocol: Protocol, error: TraceserveError) -> Reply:
-        document = protocol.error(error, call.parts, call.headers, self.served)
-        return Reply(_encoded(document), status=error.status, phrase=error.phrase)
+        refusal = protocol.error(error, call.parts, call.headers, self.served)
+        return Reply(_encoded(refusal.document), status=refusal.status, phrase=refusal.phrase)
 
 
-def _encoded(document: Any) -> bytes:
-    return _ENCODER.encode(document).encode("utf-8", "replace")
+def _encoded(value: Any) -> bytes:
+    if isinstance(value, bytes):
+        return value
+    return _ENCODER.encode(value).encode("utf-8", "replace")
 
 
 def _at(error: TraceserveError, place: Optional[str]) -> TraceserveError:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Callable, Collection, Dict, Mapping, Optional, Set
+from typing import Callable, Collection, Dict, Mapping, Optional, Sequence, Set
 
 from traceserve_runtime.errors import ModelFailure, TraceserveError
 from traceserve_runtime.protocols.contract import Frames
 from traceserve_runtime.protocols.native import PLAIN_TEXT
-from traceserve_runtime.tasks.contract import Answer
+from traceserve_runtime.tasks.contract import Answer, WrittenToken
 
 
 class Streams:
@@ -27,6 +27,7 @@ class Streams:
         self._whole = whole
         self._frames = frames
         self._told: Dict[int, str] = {}
+        self._tokens: Dict[int, int] = {}  # how many were sent
         self._broken: Set[int] = set()
 
     def _of(self, index: int) -> Frames:
@@ -36,8 +37,9 @@ class Streams:
         """Of the whole stream."""
         return self._of(index).content_type
 
-    def tell(self, index: int, text: str) -> None:
-        """Send what `text`, all of it so far, has more than was sent; nothing where it has no more.
+    def tell(self, index: int, text: str, tokens: Sequence[WrittenToken] = ()) -> None:
+        """Send what `text`, all of it so far, has more than was sent; nothing where it has no more. `tokens` are those that it
+        is made of, where they are told too.
 
         A micro-batch that failed is run again, so that texts may begin anew: nothing is sent twice. Where the new text is
         another one (drawn without a seed, or by other last digits), nothing more is sent.
@@ -49,7 +51,8 @@ class Streams:
             if not told.startswith(text):
                 self._broken.add(index)
         elif len(text) > len(told) and index not in self._broken:
-            piece = self._of(index).piece(text[len(told) :])
+            piece = self._of(index).piece(text[len(told) :], tokens[self._tokens.get(index, 0) :])
+            self._tokens[index] = len(tokens)
             if piece:
                 self._send(index, piece)
             self._told[index] = text
@@ -59,7 +62,7 @@ class Streams:
         told = self._told.get(index, "")
         if index in self._broken or not text.startswith(told):
             return self.ended(index, ModelFailure("the model failed while it wrote, and began another text; ask again"))
-        return self._of(index).end(text[len(told) :], answer or Answer(text))
+        return self._of(index).end(text[len(told) :], answer or Answer(text), self._tokens.get(index, 0))
 
     def ended(self, index: int, error: TraceserveError) -> bytes:
         """The last piece of a stream that fails."""

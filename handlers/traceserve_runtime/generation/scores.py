@@ -25,6 +25,7 @@ class Settings:
     top_k: int = 0  # 0: all
     top_p: float = 1.0
     min_p: float = 0.0
+    typical_p: float = 1.0
     seed: Optional[int] = None
     repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
@@ -40,6 +41,9 @@ class Settings:
     source: Tuple[int, ...] = ()  # the tokens that the model was given, for the two that follow
     source_ngram_size: int = 0  # no sequence of so many of them is written; 0: any may
     source_penalty: float = 1.0  # above 1 they become likelier
+    alternatives: Optional[int] = (
+        None  # log-probabilities are kept, those of so many likeliest tokens beside; None: none
+    )
 
 
 def processed(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: Settings) -> np.ndarray:
@@ -129,7 +133,22 @@ def probabilities(scores: np.ndarray, settings: Settings) -> np.ndarray:
         dropped = np.cumsum(softmax(scores[order])) <= np.float32(1 - settings.top_p)
         dropped[-1] = False
         scores[order[dropped]] = NEVER
+    if settings.typical_p < 1.0:
+        scores[_untypical(scores, settings.typical_p)] = NEVER
     if settings.min_p > 0.0:
         likely = softmax(scores)
         scores[likely < np.float32(settings.min_p) * likely.max()] = NEVER
     return softmax(scores)
+
+
+def _untypical(scores: np.ndarray, mass: float) -> np.ndarray:
+    """The tokens that typical sampling leaves out (Meister et al., "Locally Typical Sampling", 2022).
+
+    Those stay whose log-probability is nearest to its expectation, as many as are together as probable as `mass`.
+    """
+    logarithms = log_softmax(scores)
+    likely = np.exp(logarithms)
+    entropy = -np.nansum(np.where(likely > 0, logarithms * likely, 0))
+    order = np.argsort(np.abs(-logarithms - entropy), kind="stable")
+    last = min(int((np.cumsum(likely[order]) < np.float32(mass)).sum()), len(order) - 1)
+    return np.asarray(order[last + 1 :])

@@ -14,6 +14,7 @@ import numpy as np
 from traceserve_runtime.generation.scores import Settings, probabilities, processed
 from traceserve_runtime.softmax import log_softmax
 
+_LEAST_LOGARITHM = np.float32(-9999)  # JSON has no infinite numbers
 _BAD = np.float32(-1e9)  # a beam's score that nothing real is below
 
 
@@ -22,6 +23,24 @@ class Moves(NamedTuple):
 
     rows: List[int]
     tokens: List[int]
+
+
+class Likelihood(NamedTuple):
+    """The model's own log-probability of a token that was taken, and of the likeliest ones in its place."""
+
+    taken: float
+    ids: np.ndarray  # (alternatives), likeliest first
+    values: np.ndarray
+
+    @classmethod
+    def of(cls, logits: np.ndarray, token: int, alternatives: int) -> Likelihood:
+        """From the logits, (vocabulary). What has no probability at all is given a very small one."""
+        logarithms = np.maximum(log_softmax(logits), _LEAST_LOGARITHM)
+        ids = _largest(logarithms, alternatives) if alternatives else np.zeros(0, dtype=np.int64)
+        return cls(float(logarithms[token]), ids, logarithms[ids])
+
+
+Told = Callable[[List[int], Sequence[Likelihood]], None]
 
 
 class Feed(Protocol):
@@ -82,7 +101,7 @@ class Sampling:
         prompt: Sequence[int],
         settings: Settings,
         ends: Optional[Callable[[List[int]], bool]] = None,
-        told: Optional[Callable[[List[int]], None]] = None,
+        told: Optional[Told] = None,
     ) -> None:
         self._tokens: List[int] = []
         self._prompt = list(prompt)
@@ -90,6 +109,7 @@ class Sampling:
         self._ends = ends
         self._told = told
         self._random = np.random.default_rng(settings.seed)
+        self.likelihoods: List[Likelihood] = []  # of each token, where they are kept
 
     @property
     def tokens(self) -> List[int]:
@@ -105,9 +125,11 @@ class Sampling:
             token = min(int(np.searchsorted(cumulated, drawn, side="right")), len(cumulated) - 1)
         else:
             token = int(scores.argmax())
+        if settings.alternatives is not None:
+            self.likelihoods.append(Likelihood.of(logits[0], token, settings.alternatives))
         self._tokens.append(token)
         if self._told is not None:
-            self._told(self._tokens)
+            self._told(self._tokens, self.likelihoods)
         stopped = self._ends is not None and self._ends(self._tokens)
         if stopped or token in settings.eos_ids or len(self._tokens) >= settings.max_new_tokens:
             return None
@@ -203,10 +225,10 @@ def search_for(
     prompt: Sequence[int],
     settings: Settings,
     ends: Optional[Callable[[List[int]], bool]] = None,
-    told: Optional[Callable[[List[int]], None]] = None,
+    told: Optional[Told] = None,
 ) -> Search:
     """The search that the settings ask for. `ends` tells whether new tokens are enough; `told` is called with those of a
-    single sequence, each time that there is one more."""
+    single sequence, and their likelihoods where they are kept, each time that there is one more."""
     if settings.num_beams > 1:
         return Beams(prompt, settings, ends)
     return Sampling(prompt, settings, ends, told)

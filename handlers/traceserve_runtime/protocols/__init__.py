@@ -5,13 +5,34 @@ from __future__ import annotations
 from typing import Any, Dict, Mapping, Union
 
 from traceserve_runtime.errors import NotFound, TraceserveError
+from traceserve_runtime.protocols import huggingface, openai, ranking, tei
 from traceserve_runtime.protocols.bodies import Headers
-from traceserve_runtime.protocols.contract import Body, Document, Protocol, Served
+from traceserve_runtime.protocols.contract import Body, Document, Protocol, Refusal, Served
 from traceserve_runtime.protocols.requests import Native
 from traceserve_runtime.protocols.wording import short
 
 # By the path behind the model's name and version.
-PROTOCOLS: Dict[str, Protocol] = {"": Native()}
+PROTOCOLS: Dict[str, Protocol] = {
+    "": Native(),
+    "v1/models": openai.Models(),
+    "v1/embeddings": openai.Embeddings(),
+    "v1/completions": openai.Completions(),
+    "v1/chat/completions": openai.Chat(),
+    "v1/rerank": ranking.Rerank(),
+    "v2/rerank": ranking.Rerank(),
+    "v1/score": ranking.Score(),
+    "v1/classify": ranking.Classify(),
+    "rerank": ranking.Rerank(),  # TEI's, too
+    "score": ranking.Score(),
+    "classify": ranking.Classify(),
+    "embed": tei.Embed(),
+    "embed_all": tei.Embed(all_tokens=True),
+    "predict": tei.Predict(),
+    "similarity": tei.Similarity(),
+    "info": tei.Info(),
+    "health": tei.Health(),
+    "hf": huggingface.HuggingFace(),
+}
 
 
 class _Nothing:
@@ -21,8 +42,8 @@ class _Nothing:
         known = ", ".join(f"/{path}" for path in PROTOCOLS if path)
         raise NotFound(f"nothing is served at /{short(headers.path)}; behind the model's version there are: {known}")
 
-    def error(self, error: TraceserveError, parts: Mapping[str, Any], headers: Headers, served: Served) -> Any:
-        return error.to_json()
+    def error(self, error: TraceserveError, parts: Mapping[str, Any], headers: Headers, served: Served) -> Refusal:
+        return Refusal.of(error.to_json(), error)
 
 
 _NOTHING = _Nothing()
@@ -30,4 +51,8 @@ _NOTHING = _Nothing()
 
 def protocol_of(headers: Headers) -> Protocol:
     """The protocol of a call."""
-    return PROTOCOLS.get(headers.path.strip("/"), _NOTHING)
+    path = headers.path.strip("/")
+    if not path and huggingface.CLIENT in headers.client:
+        path = "hf"
+    # A version called v1 makes /predictions/NAME/v1 the base URL of OpenAI's clients.
+    return PROTOCOLS.get(path) or PROTOCOLS.get(f"v1/{path}", _NOTHING)

@@ -79,6 +79,7 @@ class Headers(NamedTuple):
     ended: bool = False  # its call has failed already, and TorchServe fails of an answer to it
     path: str = ""  # what follows the model's name and version
     client: str = ""  # the library that sent it, as it says
+    binary: Optional[int] = None  # the bytes of JSON before binary tensors, of Open Inference
 
     @property
     def infer(self) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Optional, Sequence
 
 from traceserve_runtime.errors import TraceserveError
 from traceserve_runtime.protocols.contract import Served
-from traceserve_runtime.tasks.contract import Answer
+from traceserve_runtime.tasks.contract import Answer, WrittenToken
 
 
 class Model(NamedTuple):
@@ -43,11 +43,11 @@ class PlainText:
 
     content_type: str = "text/plain; charset=utf-8"
 
-    def piece(self, text: str) -> bytes:
+    def piece(self, text: str, tokens: Sequence[WrittenToken]) -> bytes:
         """The text itself."""
         return text.encode("utf-8")
 
-    def end(self, text: str, answer: Answer) -> bytes:
+    def end(self, text: str, answer: Answer, tokens: int) -> bytes:
         """What was not sent yet."""
         return text.encode("utf-8")
 

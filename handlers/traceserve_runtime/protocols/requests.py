@@ -13,11 +13,20 @@ from typing import Any, Dict, List, Mapping, Tuple, Type
 from traceserve_runtime.errors import InputTooLong, InvalidRequest, TraceserveError
 from traceserve_runtime.protocols import bodies
 from traceserve_runtime.protocols.bodies import LEGAL_BODIES, UNUSED_FIELDS, Headers
-from traceserve_runtime.protocols.contract import Body, Served
+from traceserve_runtime.protocols.contract import Body, Refusal, Served
 from traceserve_runtime.protocols.kserve import Instances
 from traceserve_runtime.protocols.native import PLAIN_TEXT, Model, Plain
 from traceserve_runtime.protocols.open_inference import are_tensors, infer_error, read_tensors
-from traceserve_runtime.protocols.wording import DEEPEST, check_string, kind_of, listed, nearest, path_to, short
+from traceserve_runtime.protocols.wording import (
+    DEEPEST,
+    check_string,
+    kind_of,
+    listed,
+    nearest,
+    parse_json,
+    path_to,
+    short,
+)
 from traceserve_runtime.tasks.contract import Request, Task
 
 # Of a list that is no list of texts, as the messages of a chat; a list of texts has max_rows at most.
@@ -33,11 +42,34 @@ class Native:
         """What a call asks."""
         return parse(parts, headers, served.task, group, served.manifest.max_rows)
 
-    def error(self, error: TraceserveError, parts: Mapping[str, Any], headers: Headers, served: Served) -> Any:
-        """As each of the three has it."""
+    def error(self, error: TraceserveError, parts: Mapping[str, Any], headers: Headers, served: Served) -> Refusal:
+        """As each of the three has it: KServe's clients fail of an error that is no string."""
         if headers.infer:
-            return infer_error(error, parts["body"], Model(served.name, served.version))
-        return error.to_json()
+            return Refusal.of(infer_error(error, parts["body"], Model(served.name, served.version)), error)
+        if _is_of_kserve(parts.get("body"), headers):
+            return Refusal.of({"error": in_words(error)}, error)
+        return Refusal.of(error.to_json(), error)
+
+
+def in_words(error: TraceserveError) -> str:
+    """An error as one sentence, with the path of its field."""
+    return f"{error.field}: {error.message}" if error.field else error.message
+
+
+def _is_of_kserve(body: Any, headers: Headers) -> bool:
+    """Whether a body that is wrong has the form of one of KServe's protocols."""
+    if headers.binary is not None:
+        return True
+    if isinstance(body, (bytes, bytearray)):
+        if b'"instances"' not in body and b'"datatype"' not in body:
+            return False
+        try:
+            body = parse_json(bytes(body).decode("utf-8"))
+        except (ValueError, TraceserveError):
+            return False
+    if not isinstance(body, dict):
+        return False
+    return "instances" in body or are_tensors(body.get("inputs"))
 
 
 def parse(row: Mapping[str, Any], headers: Headers, task: Type[Task], group: int, most: int) -> Body:
@@ -46,15 +78,19 @@ def parse(row: Mapping[str, Any], headers: Headers, task: Type[Task], group: int
     `row` holds `body`, or the fields of a form; `group` numbers the row, and `most` is the limit on its requests.
     Raises InvalidRequest or InputTooLong, which name the field.
     """
-    value = bodies.read(row, headers, task)
-    _check_size(value, most)
-    body = _read(value, task, group, headers.infer)
+    return parse_value(bodies.read(row, headers, task), task, group, most, headers.infer)
+
+
+def parse_value(value: Any, task: Type[Task], group: int, most: int, infer: bool = False) -> Body:
+    """`parse`, for a body that was read; `infer` says that it came by gRPC's ModelInfer."""
+    check_size(value, most)
+    body = _read(value, task, group, infer)
     if len(body.requests) > most:
         raise InputTooLong(f"the list has {len(body.requests):,} texts; one request may have {most:,}; send several")
     return body
 
 
-def _check_size(value: Any, most: int) -> None:
+def check_size(value: Any, most: int) -> None:
     """Raise for a list or an object that nothing in a body can have, before each of its items is looked at.
 
     What is nested too deeply is refused here, since no RecursionError may be raised for it: in Python 3.8, code that the
@@ -137,14 +173,14 @@ def _requests(
         if sum(field.required for field in task.fields) > 1:
             needed = listed(field.name for field in task.fields if field.required)
             raise InvalidRequest(f"a text alone is not enough: send an object with {needed}", where or None)
-        return [Request(_fields({first: value}, task, where), {}, group, where)], False
+        return [Request(checked_fields({first: value}, task, where), {}, group, where)], False
     if not isinstance(value, dict):
         raise InvalidRequest(f"{kind_of(value)} is not a request; {LEGAL_BODIES}", where or None)
     envelope = next((key for key in ("inputs", "data") if key in value), None)
     if envelope is None or enveloped:
         parameters = _parameters(value.get("parameters", {}), task, where)
         fields = {key: item for key, item in value.items() if key not in ("parameters", *UNUSED_FIELDS)}
-        return [Request(_fields(fields, task, where), parameters, group, where)], False
+        return [Request(checked_fields(fields, task, where), parameters, group, where)], False
     return _enveloped(value, envelope, task, group, where)
 
 
@@ -162,7 +198,7 @@ def _enveloped(
     return [Request(r.inputs, {**parameters, **r.parameters}, group, r.where) for r in inner], is_list
 
 
-def _fields(fields: Mapping[str, Any], task: Type[Task], where: str) -> Mapping[str, Any]:
+def checked_fields(fields: Mapping[str, Any], task: Type[Task], where: str) -> Mapping[str, Any]:
     known = {field.name: field for field in task.fields}
     for key, value in fields.items():
         if key in (parameter.name for parameter in task.all_parameters()):

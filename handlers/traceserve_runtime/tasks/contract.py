@@ -45,15 +45,23 @@ class Answer:
     details: Optional[Mapping[str, Any]] = None  # of a text that was written: see `tasks.generating`
 
 
+class WrittenToken(NamedTuple):
+    """A token that was written, and the logarithm of the probability that the model gave it."""
+
+    id: int
+    logarithm: float
+
+
 class Job(NamedTuple):
     """A row to be run, the request that it belongs to, and where that request's text goes while it grows.
 
-    `emit` is called with the whole text so far, any number of times.
+    `emit` is called with the whole text so far, any number of times; and with its tokens, a sequence of WrittenToken, where
+    the request asks for details.
     """
 
     row: Row
     request: Request
-    emit: Optional[Callable[[str], None]] = None
+    emit: Optional[Callable[..., None]] = None
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,9 @@ class FeatureExtraction(Task):
         Parameter("prompt_name", str, "which of the model's prompts is written before the text; by default as it says"),
         Parameter("prompt", str, "a text to be written before the text, in place of the model's own prompts"),
         Parameter("normalize", bool, "scale each vector to length 1; by default as the model says, or not"),
+        Parameter(
+            "dimensions", int, "only so many of a pooled vector's first numbers, for models that were trained so"
+        ),
     )
     sample = {"text": "A small boat crosses the bay at sunrise."}
 
@@ -119,12 +122,21 @@ class FeatureExtraction(Task):
             vectors = apply(pooled, self._fact("layers"), self._arrays)
         if self.parameter(request, "normalize"):
             vectors = normalized(vectors)
-        dimensions = self._fact("dimensions")
+        dimensions = request.parameters.get("dimensions") or self._fact("dimensions")
         if dimensions is not None and pooling != "none":
+            self._check_dimensions(dimensions, vectors)
             vectors = vectors[:dimensions]
-            if request.parameters.get("normalize"):  # asked for: of what is told
+            # Of what is told, where it was asked for or the shorter vector was.
+            asked = {"normalize", "dimensions"} & set(request.parameters)
+            if asked and self.parameter(request, "normalize"):
                 vectors = normalized(vectors)
         return [vectors.tolist()] if pooling == "none" else vectors.tolist()
+
+    def _check_dimensions(self, dimensions: int, vectors: np.ndarray) -> None:
+        if dimensions > len(vectors):
+            raise InvalidRequest(
+                f"this model's vectors have {len(vectors):,} numbers, not {dimensions:,}", "parameters.dimensions"
+            )
 
     def _start(self, request: Request, row: Row) -> int:
         """The first position that is pooled: behind the prompt, and the special tokens before it, where it is left out."""

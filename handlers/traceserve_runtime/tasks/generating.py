@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, ClassVar, Dict, List, Optional, Sequence, Union
+from typing import Any, Callable, ClassVar, Dict, List, Mapping, Optional, Sequence, Union
 
 import numpy as np
 
@@ -10,10 +10,10 @@ from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.batching.costs import CostModel
 from traceserve_runtime.errors import InvalidRequest, TraceserveError, Unsupported
 from traceserve_runtime.generation.scores import Settings
-from traceserve_runtime.generation.search import generate, search_for
+from traceserve_runtime.generation.search import Likelihood, Search, generate, search_for
 from traceserve_runtime.generation.steps import FEEDS
 from traceserve_runtime.runner import Arrays, Runner
-from traceserve_runtime.tasks.contract import Job, ModelFacts, Parts, Request, Task, without_prefix
+from traceserve_runtime.tasks.contract import Job, ModelFacts, Parts, Request, Task, WrittenToken, without_prefix
 from traceserve_runtime.tasks.parameters import Output, Parameter, strings
 from traceserve_runtime.texts.tokenization import Encoded, Row
 
@@ -55,6 +55,14 @@ PARAMETERS = (
         most=1,
         default=0.0,
     ),
+    Parameter(
+        "typical_p",
+        float,
+        "draw among the tokens only that are about as surprising as is usual, together this probable",
+        least=0.01,
+        most=1,
+        default=1.0,
+    ),
     Parameter("seed", int, "the same seed draws the same tokens again", least=0, most=2**32 - 1),
     Parameter(
         "repetition_penalty",
@@ -82,11 +90,25 @@ PARAMETERS = (
         default=False,
     ),
     Parameter("stop", list, "end once one of these strings is written; it is part of the answer"),
+    Parameter(
+        "details",
+        bool,
+        "with why the text ended, and each new token with its log-probability; not of beam search",
+        default=False,
+    ),
+    Parameter(
+        "top_n_tokens",
+        int,
+        "with details: so many of the likeliest tokens at each position",
+        least=0,
+        most=20,
+        default=0,
+    ),
 )
 # Settings of transformers that are parameters of another name here.
 _PARAMETERS_OF = {"stop_strings": "stop"}
 # What asks for sampling by itself.
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed")
 
 
 class Generating(Task):
@@ -153,6 +175,15 @@ class Generating(Task):
                 "beam search does not sample; send either num_beams or do_sample, temperature, top_k, top_p, min_p, seed",
                 "parameters.num_beams",
             )
+        if (
+            self.parameter(request, "details")
+            and not self._samples(request)
+            and self.parameter(request, "num_beams") > 1
+        ):
+            raise InvalidRequest(
+                'the details are of one sequence, and this is beam search; send "num_beams": 1 too',
+                "parameters.details",
+            )
 
     def _samples(self, request: Request) -> bool:
         if self.parameter(request, "temperature") == 0:
@@ -179,8 +210,8 @@ class Generating(Task):
         least = facts["min_length"]
         take = {
             name: self.parameter(request, name)
-            for name in ("temperature", "top_k", "top_p", "min_p", "seed", "repetition_penalty", "no_repeat_ngram_size")
-            + ("min_new_tokens", "length_penalty", "early_stopping")
+            for name in (*_SAMPLING, "repetition_penalty", "no_repeat_ngram_size", "min_new_tokens", "length_penalty")
+            + ("early_stopping",)
         }
         return Settings(
             max_new_tokens=min(most, self.room(row)),
@@ -197,6 +228,7 @@ class Generating(Task):
             source=tuple(row.encoding.ids),
             source_ngram_size=facts["source_ngram_size"],
             source_penalty=facts["source_penalty"],
+            alternatives=self.parameter(request, "top_n_tokens") if self.parameter(request, "details") else None,
             **take,
         )
 
@@ -221,11 +253,52 @@ class Generating(Task):
             searches.append(search_for(prompt, settings, self._ends(job.request, prompt), self._told(job)))
         feed = FEEDS[self.loop](runner, [job.row for job in jobs], self.manifest, stats)
         sound = generate(feed, searches)
-        return [
-            # Not a number where the model gave none: `answer` tells it.
-            {"tokens": np.array(search.tokens, dtype=np.int64) if fine else np.array([np.nan])}
-            for search, fine in zip(searches, sound)
-        ]
+        # Not a number where the model gave none: `answer` tells it.
+        return [_written(each) if fine else {"tokens": np.array([np.nan])} for each, fine in zip(searches, sound)]
+
+    def details(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Optional[Mapping[str, Any]]:
+        """Why the text ended, and its tokens: as text-generation-inference tells them."""
+        [output] = outputs
+        ids = output["tokens"].tolist()
+        found = {"finish_reason": self._finish_reason(request, rows[0], ids), "generated_tokens": len(ids)}
+        if "logarithms" not in output:
+            return found
+
+        def token(number: int, logarithm: float, text: str) -> Dict[str, Any]:
+            special = bool(text) and not self.tokenizer.decode([number], skip_special_tokens=True)
+            return {"id": number, "text": text, "logprob": logarithm, "special": special}
+
+        texts = self._texts(ids)
+        tokens = [token(*each) for each in zip(ids, output["logarithms"].tolist(), texts)]
+        found.update(seed=self.parameter(request, "seed"), prefill=[], tokens=tokens)
+        if "top_ids" in output:
+            found["top_tokens"] = [
+                [
+                    token(i, value, self._added([*ids[:place], i], "".join(texts[:place]), True))
+                    for i, value in zip(*top)
+                ]
+                for place, top in enumerate(zip(output["top_ids"].tolist(), output["top_logarithms"].tolist()))
+            ]
+        return found
+
+    def _finish_reason(self, request: Request, row: Row, ids: Sequence[int]) -> str:
+        if ids and ids[-1] in self.manifest.facts["eos_ids"]:
+            return "eos_token"
+        ends = self._ends(request, self.prompt(row))
+        return "stop_sequence" if ends is not None and ends(list(ids)) else "length"
+
+    def _texts(self, ids: Sequence[int]) -> List[str]:
+        """What each token adds to the text; special ones as they are written."""
+        texts, before = [], ""
+        for count in range(1, len(ids) + 1):
+            texts.append(self._added(ids[:count], before, count == len(ids)))
+            before += texts[-1]
+        return texts
+
+    def _added(self, ids: Sequence[int], before: str, last: bool) -> str:
+        """What the last of these tokens adds to the text of those before it, without half characters."""
+        after = self.tokenizer.decode(ids, skip_special_tokens=False, raw=True)
+        return (after if last else after.rstrip("\ufffd"))[len(before) :]
 
     def _ends(self, request: Request, prompt: Sequence[int]) -> Optional[Callable[[List[int]], bool]]:
         """Whether new tokens hold a stop string, which may begin in the prompt; None where there is none."""
@@ -241,13 +314,21 @@ class Generating(Task):
 
         return ends
 
-    def _told(self, job: Job) -> Optional[Callable[[List[int]], None]]:
+    def _told(self, job: Job) -> Optional[Callable[[List[int], Sequence[Likelihood]], None]]:
         """What sends a row's text on while it grows; None where nobody asked for it."""
         emit = job.emit
         if emit is None or not self.streams(job.request):
             return None
         send = emit
-        return lambda tokens: send(self._settled(self.text(tokens)))
+
+        def tell(tokens: List[int], likelihoods: Sequence[Likelihood]) -> None:
+            text = self._settled(self.text(tokens))
+            if likelihoods:
+                send(text, [WrittenToken(token, each.taken) for token, each in zip(tokens, likelihoods)])
+            else:
+                send(text)
+
+        return tell
 
     def text_before(self, prompt: Sequence[int]) -> str:
         """The end of the prompt, in which a stop string may begin."""
@@ -274,6 +355,19 @@ class Generating(Task):
     def warm_up_requests(self) -> List[Request]:
         """A few tokens."""
         return [Request(self.sample, {"max_new_tokens": 4, "long_inputs": "truncate"})]
+
+
+def _written(search: Search) -> Arrays:
+    """The new tokens, int64 of shape (tokens), and where they are kept the logarithms of their probabilities."""
+    tokens = np.array(search.tokens, dtype=np.int64)
+    likelihoods: Sequence[Likelihood] = getattr(search, "likelihoods", ())
+    if not likelihoods:
+        return {"tokens": tokens}
+    arrays: Arrays = {"tokens": tokens, "logarithms": np.array([each.taken for each in likelihoods], dtype=np.float32)}
+    if len(likelihoods[0].ids):
+        arrays["top_ids"] = np.stack([each.ids for each in likelihoods])
+        arrays["top_logarithms"] = np.stack([each.values for each in likelihoods])
+    return arrays
 
 
 def _ids(value: Optional[Any]) -> List[int]:

@@ -120,7 +120,8 @@ class Text2TextGeneration(Generating):
         return self.tokenizer.decode(tokens, skip_special_tokens=True, raw=True)
 
     def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Any:
-        return {"generated_text": self.text(outputs[0]["tokens"].tolist())}
+        told = {"details": self.details(request, rows, outputs)} if self.parameter(request, "details") else {}
+        return {"generated_text": self.text(outputs[0]["tokens"].tolist()), **told}
 
     def from_texts(self, texts: Sequence[str]) -> List[Request]:
         """Each text, every other one by beams, and of many languages every third one in another; the long ones cut."""

@@ -34,6 +34,7 @@ class TextGeneration(Generating):
         *PARAMETERS,
         Parameter("return_full_text", bool, "tell the prompt too", default=True),
         Parameter("stream", bool, "tell the text in pieces, as it is written", default=False),
+        Parameter("truncate", int, "read no more than this many tokens of the prompt, its last ones"),
     )
     sample = {"text": "Once upon a time there was a little"}
     sample_parameters = {"max_new_tokens": 24}
@@ -56,7 +57,7 @@ class TextGeneration(Generating):
             cuts = self.long_inputs(request) == "truncate"
             most = self.parameter(request, "max_new_tokens") or 256
             wanted = min(most, self.manifest.max_length // 2) if cuts else 1
-        limit = self.manifest.max_length - wanted
+        limit = min(self.manifest.max_length - wanted, request.parameters.get("truncate", self.manifest.max_length))
         if limit < 1:
             raise InputTooLong(
                 f"max_new_tokens is {wanted:,}, but this model reads and writes {self.manifest.max_length:,} tokens together",
@@ -93,14 +94,22 @@ class TextGeneration(Generating):
         written = self.text(outputs[0]["tokens"].tolist())
         if self.streams(request):
             return written
+        told = {"details": self.details(request, rows, outputs)} if self.parameter(request, "details") else {}
+        return [{"generated_text": self._whole(request, written), **told}]
+
+    def _whole(self, request: Request, written: str) -> Any:
+        """The text that was written, behind the prompt or chat where that is told too."""
         if not self.parameter(request, "return_full_text"):
-            return [{"generated_text": written}]
+            return written
         if "text" in request.inputs:
-            return [{"generated_text": request.inputs["text"] + written}]
+            return request.inputs["text"] + written
         *earlier, last = request.inputs["messages"]
         if last["role"] == "assistant":
-            return [{"generated_text": [*earlier, {"role": last["role"], "content": last["content"] + written}]}]
-        return [{"generated_text": [*earlier, last, {"role": "assistant", "content": written}]}]
+            return [*earlier, {"role": last["role"], "content": last["content"] + written}]
+        return [*earlier, last, {"role": "assistant", "content": written}]
+
+    def long_inputs(self, request: Request) -> str:
+        return "truncate" if "truncate" in request.parameters else super().long_inputs(request)
 
     def from_texts(self, texts: Sequence[str]) -> List[Request]:
         """Each text as a prompt; the long ones cut."""

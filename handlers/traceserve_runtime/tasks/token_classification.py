@@ -6,12 +6,13 @@ from typing import Any, Dict, List, Sequence, Tuple
 
 import numpy as np
 
+from traceserve_runtime.errors import InvalidRequest
 from traceserve_runtime.runner import Arrays
 from traceserve_runtime.softmax import softmax
 from traceserve_runtime.tasks.contract import ModelFacts, Request, Task
 from traceserve_runtime.tasks.parameters import Field, Output, Parameter, strings
 from traceserve_runtime.texts import windows
-from traceserve_runtime.texts.tokenization import Row
+from traceserve_runtime.texts.tokenization import Row, Segments
 
 # How the label of a word is found from its tokens' scores, (tokens, labels), for the strategies that look at words.
 _WORD_SCORES = {
@@ -43,6 +44,9 @@ class TokenClassification(Task):
             default="none",
         ),
         Parameter("ignore_labels", list, "labels that are left out", default=["O"]),
+        Parameter(
+            "stride", int, "how many tokens the windows of a long text share; by default a quarter of one", least=0
+        ),
     )
     labelled = True
     gate_parameters = {"ignore_labels": ["\0"]}  # nothing is left out
@@ -53,6 +57,16 @@ class TokenClassification(Task):
     def facts(cls, model: ModelFacts) -> Dict[str, Any]:
         """The unknown token, which the pipeline shows as it stands in the text."""
         return {"unknown_id": model.tokens["unk"][1] if "unk" in model.tokens else None}
+
+    def segments(self, request: Request) -> List[Segments]:
+        stride = request.parameters.get("stride")
+        if stride is None:
+            return super().segments(request)
+        if stride >= self.manifest.max_length:
+            raise InvalidRequest(
+                f'"stride" is {stride:,}, but a window has {self.manifest.max_length:,} tokens', "parameters.stride"
+            )
+        return [segments._replace(stride=stride) for segments in super().segments(request)]
 
     def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Any:
         tokens, scores = self._tokens(request.inputs["text"], rows, outputs)

@@ -1,0 +1,57 @@
+"""Server-sent events, in which foreign protocols stream: one JSON document each."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Sequence, Tuple
+
+CONTENT_TYPE = "text/event-stream"
+
+
+def event(document: Any, space: str = " ") -> bytes:
+    """One event."""
+    return f"data:{space}{json.dumps(document, ensure_ascii=False, separators=(',', ':'))}\n\n".encode(
+        "utf-8", "replace"
+    )
+
+
+DONE = b"data: [DONE]\n\n"
+
+
+class Stops:
+    """A growing text up to the first of its stop strings, which is no part of it; what may begin one is held back."""
+
+    def __init__(self, stops: Sequence[str] = ()) -> None:
+        self._stops = [stop for stop in stops if stop]
+        self._held = ""
+        self.found = False
+
+    def feed(self, text: str) -> str:
+        """The part that can be sent now."""
+        if self.found:
+            return ""
+        whole = self._held + text
+        ends = [whole.find(stop) for stop in self._stops if stop in whole]
+        if ends:
+            self.found, self._held = True, ""
+            return whole[: min(ends)]
+        kept = max((self._begun(whole, stop) for stop in self._stops), default=0)
+        self._held = whole[len(whole) - kept :]
+        return whole[: len(whole) - kept]
+
+    def rest(self) -> str:
+        """What was held back, when nothing follows."""
+        held, self._held = self._held, ""
+        return held
+
+    @staticmethod
+    def _begun(text: str, stop: str) -> int:
+        """How many of the last characters may begin the stop string."""
+        return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def cut(text: str, stops: Sequence[str]) -> Tuple[str, bool]:
+    """A text without its first stop string and what follows, and whether there was one."""
+    until = Stops(stops)
+    kept = until.feed(text)
+    return kept + until.rest(), until.found

@@ -1,0 +1,121 @@
+"""Bodies of other protocols: which keys they may have, and which of ours their values become."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, Dict, Mapping, NamedTuple, Optional, Sequence
+
+from traceserve_runtime.errors import InvalidRequest
+from traceserve_runtime.protocols import bodies
+from traceserve_runtime.protocols.bodies import Headers
+from traceserve_runtime.protocols.contract import Served
+from traceserve_runtime.protocols.requests import check_size
+from traceserve_runtime.protocols.wording import kind_of, listed, nearest, path_to, short
+
+
+class Key(NamedTuple):
+    """What a key of a foreign body means: a parameter of ours, something for the protocol itself, or nothing here.
+
+    A value that is among the `neutral` ones is passed over: it asks for nothing that is not done anyway.
+    """
+
+    parameter: Optional[str] = None
+    neutral: Sequence[Any] = ()
+    read: bool = False  # by the protocol itself
+    why: str = "it is not supported here"
+
+
+IGNORED = Key(neutral=("",), read=True)
+
+
+def json_body(parts: Mapping[str, Any], headers: Headers, served: Served) -> Dict[str, Any]:
+    """The object that a call's body is; raises InvalidRequest for any other."""
+    value = bodies.read(parts, headers, served.task)
+    check_size(value, served.manifest.max_rows)
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"the body should be a JSON object, not {kind_of(value)}")
+    return value
+
+
+def read_keys(value: Mapping[str, Any], keys: Mapping[str, Key], where: str = "") -> Dict[str, Any]:
+    """The parameters that an object of a foreign protocol asks for; raises InvalidRequest for what is not known or done.
+
+    null asks for nothing, as the clients of these protocols have it.
+    """
+    parameters: Dict[str, Any] = {}
+    for name, item in value.items():
+        if name not in keys:
+            raise InvalidRequest(
+                f'unknown key "{short(name)}"{nearest(name, keys)}; {listed(keys)} are known', path_to(where, name)
+            )
+        key = keys[name]
+        if key.read or item is None or _is_neutral(item, key.neutral):
+            continue
+        if key.parameter is None:
+            raise InvalidRequest(f'"{name}": {key.why}; leave it out', path_to(where, name))
+        parameters[key.parameter] = item
+    return parameters
+
+
+def _is_neutral(item: Any, neutral: Sequence[Any]) -> bool:
+    return any(
+        type(item) is type(each) and item == each or _are_numbers(item, each) and item == each for each in neutral
+    )
+
+
+def _are_numbers(*values: Any) -> bool:
+    return all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+
+
+def checked(parameters: Mapping[str, Any], served: Served, names: Mapping[str, str], where: str = "") -> Dict[str, Any]:
+    """Parameters of ours with legal values; `names` has each one's name in the foreign body, for errors."""
+    known = {parameter.name: parameter for parameter in served.task.all_parameters()}
+    for name, value in parameters.items():
+        foreign = names.get(name, name)
+        if name not in known:
+            raise InvalidRequest(f'"{foreign}": this model\'s task has nothing of the kind', path_to(where, foreign))
+        if not known[name].accepts(value):
+            raise InvalidRequest(f'"{foreign}" should be {known[name].legal}', path_to(where, foreign))
+    return dict(parameters)
+
+
+def foreign_names(keys: Mapping[str, Key]) -> Dict[str, str]:
+    """The key of a foreign body by the parameter of ours that it becomes."""
+    return {key.parameter: name for name, key in keys.items() if key.parameter is not None}
+
+
+def needed(value: Mapping[str, Any], name: str, where: str = "") -> Any:
+    """The value of a key that has to be there."""
+    if value.get(name) is None:
+        raise InvalidRequest(f'"{name}" is missing', path_to(where, name))
+    return value[name]
+
+
+def boolean(value: Mapping[str, Any], name: str, default: bool = False) -> bool:
+    """The value of a key that is true or false."""
+    item = value.get(name)
+    if item is None:
+        return default
+    if not isinstance(item, bool):
+        raise InvalidRequest(f'"{name}" should be true or false, not {kind_of(item)}', name)
+    return item
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where our fields and parameters stand in a foreign body, for errors."""
+
+    fields: Mapping[str, str] = field(default_factory=dict)
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    root: str = ""  # the path of the object that holds the parameters
+
+    def place(self, index: int, where: str, name: Optional[str]) -> Optional[str]:
+        """The path of the field `name` of a request that stands at `where`; see `contract.Form`."""
+        if name is None:
+            return where or None
+        if name.startswith("parameters."):
+            own = name[len("parameters.") :]
+            return path_to(self.root, self.parameters.get(own, own))
+        end = re.search(r"[.\[]|$", name).start()  # type: ignore[union-attr]  # it matches the end
+        return (where or self.fields.get(name[:end], name[:end])) + name[end:]

@@ -1,0 +1,204 @@
+"""What huggingface_hub's InferenceClient and the Inference API speak: `{"inputs": ..., "parameters": {...}}`.
+
+It is our own envelope; what its clients read otherwise is changed here. They are known by the name that they tell in every
+call, or ask at the path /hf.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Union
+
+from traceserve_runtime.errors import InvalidRequest, TraceserveError
+from traceserve_runtime.protocols import bodies, tei
+from traceserve_runtime.protocols.bodies import Headers
+from traceserve_runtime.protocols.contract import Body, Document, Refusal, Served
+from traceserve_runtime.protocols.events import CONTENT_TYPE, event
+from traceserve_runtime.protocols.fields import Key, boolean, read_keys
+from traceserve_runtime.protocols.native import Plain, noted
+from traceserve_runtime.protocols.requests import Native, in_words, parse_value
+from traceserve_runtime.tasks.contract import Answer, WrittenToken
+
+CLIENT = "hf_hub/"  # in the name that huggingface_hub tells of itself
+
+_READ = Key(read=True)
+# What may stand beside "inputs" and "parameters".
+_ROOT: Dict[str, Key] = {
+    "inputs": _READ,
+    "parameters": _READ,
+    "stream": Key("stream"),
+    "options": Key(read=True),
+    # Of feature extraction, whose parameters stand there.
+    "normalize": Key("normalize"),
+    "prompt_name": Key("prompt_name"),
+    "dimensions": Key("dimensions"),
+    "truncate": _READ,
+    "truncation_direction": Key(neutral=("right", "Right"), why="texts are cut at their end"),
+}
+# Parameters that ask for nothing else than is done, or for what is not done here; all others are our own.
+_PARAMETERS: Dict[str, Key] = {
+    "max_question_len": Key(read=True),
+    "clean_up_tokenization_spaces": Key(neutral=(False, True)),
+    "truncation": Key(neutral=("do_not_truncate", "longest_first", "only_first")),
+    "generate_parameters": Key(read=True),
+    "watermark": Key(neutral=(False,)),
+    "decoder_input_details": Key(neutral=(False,)),
+    "best_of": Key(neutral=(1,)),
+    "adapter_id": Key(),
+    "grammar": Key(),
+    "frequency_penalty": Key(neutral=(0,)),
+}
+
+
+class HuggingFace:
+    """Our own envelope, with what its clients put beside it."""
+
+    def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Union[Body, Document]:
+        """What a call asks."""
+        value = bodies.read(parts, headers, served.task)
+        if not isinstance(value, dict) or "inputs" not in value:
+            return Native().read(parts, headers, served, group)
+        parameters = _parameters(value)
+        inputs = value["inputs"]
+        if isinstance(inputs, dict) and "source_sentence" in inputs:
+            return tei.similarity(inputs, parameters, served, group)
+        streams = boolean(value, "stream")
+        own = {parameter.name for parameter in served.task.all_parameters()}
+        if served.task.loop and "return_full_text" in own:
+            parameters.setdefault("return_full_text", False)
+        if streams:
+            parameters = {**parameters, "stream": True, "details": True}
+        parameters = {**_defaults(served), **parameters}
+        body = parse_value({"inputs": inputs, "parameters": parameters}, served.task, group, served.manifest.max_rows)
+        form = _Answers(_is_list(body), _ANSWERS.get(served.task.name, _unchanged))
+        return replace(body, protocol=form, frames=_Tokens(served.text_of) if streams else None)
+
+    def error(self, error: TraceserveError, parts: Mapping[str, Any], headers: Headers, served: Served) -> Refusal:
+        """A string, and its kind, which the clients show."""
+        return Refusal.of(
+            {"error": in_words(error), "error_type": "validation" if error.status < 500 else "generation"}, error
+        )
+
+
+def _is_list(body: Body) -> bool:
+    return isinstance(body.protocol, Plain) and body.protocol.is_list
+
+
+def _parameters(value: Mapping[str, Any]) -> Dict[str, Any]:
+    """All parameters under our own names; raises InvalidRequest for those that ask for what is not done."""
+    found = read_keys(value, _ROOT)
+    if value.get("truncate") is not None:
+        found["long_inputs"] = "truncate" if boolean(value, "truncate") else "reject"
+    given = value.get("parameters")
+    if given is None:
+        return found
+    if not isinstance(given, dict):
+        raise InvalidRequest('"parameters" should be an object', "parameters")
+    given = {**(given.get("generate_parameters") or {}), **given}
+    foreign = {name: item for name, item in given.items() if name in _PARAMETERS}
+    read_keys(foreign, _PARAMETERS, "parameters")
+    # null asks for nothing: but of top_k, where it asks for all.
+    return {**found, **{name: item for name, item in given.items() if name not in _PARAMETERS and item is not None}}
+
+
+def _defaults(served: Served) -> Dict[str, Any]:
+    """What these clients expect where they say nothing."""
+    own = {parameter.name for parameter in served.task.all_parameters()}
+    if {"top_k", "function_to_apply"} <= own and served.manifest.labels:
+        return {"top_k": None}
+    if served.task.reads_vectors:
+        return tei.pooled(served)
+    return {}
+
+
+@dataclass(frozen=True)
+class _Answers(Plain):
+    """Our own answers, each as these clients read it."""
+
+    change: Callable[[Any, bool], Any] = lambda value, is_list: value
+
+    def reply(self, answers: Sequence[Answer], served: Served) -> Any:
+        values = [self.change(noted(answer), self.is_list) for answer in answers]
+        return values if self.is_list else values[0]
+
+
+def _unchanged(value: Any, is_list: bool) -> Any:
+    return value
+
+
+def _in_a_list(value: Any, is_list: bool) -> Any:
+    """The labels of a text stand in a list, the answer in another one."""
+    return value if is_list else [value]
+
+
+def _label_by_label(value: Any, is_list: bool) -> Any:
+    return [{"label": label, "score": score} for label, score in zip(value["labels"], value["scores"])]
+
+
+def _text_of_each_kind(value: Any, is_list: bool) -> Any:
+    """A translation and a summary have keys of their own."""
+    text = value["generated_text"]
+    named = {**value, "translation_text": text, "summary_text": text}
+    return named if is_list else [named]
+
+
+_ANSWERS: Dict[str, Callable[[Any, bool], Any]] = {
+    "sequence_classification": _in_a_list,
+    "zero_shot_classification": _label_by_label,
+    "text2text_generation": _text_of_each_kind,
+}
+
+
+class _Tokens:
+    """The events of a stream, as text-generation-inference has them: one for each token, the last with the whole text."""
+
+    content_type = CONTENT_TYPE
+
+    def __init__(self, text_of: Callable[[Sequence[int]], str]) -> None:
+        self._index = 0
+        self._text = ""
+
+    def piece(self, text: str, tokens: Sequence[WrittenToken]) -> bytes:
+        """An event for the new tokens: their text is of the first of them, where several were held back together."""
+        self._text += text
+        return b"".join(
+            self._event(token.id, token.logarithm, t, False) for token, t in zip(tokens, [text, *[""] * len(tokens)])
+        )
+
+    def end(self, text: str, answer: Answer, tokens: int) -> bytes:
+        """The tokens that were not sent; the last one with the whole text."""
+        self._text += text
+        details = dict(answer.details or {})
+        rest: List[Mapping[str, Any]] = list(details.get("tokens", ()))[tokens:]
+        if not rest:
+            rest = [{"id": 0, "logprob": 0.0, "special": False}]
+        said = {
+            "finish_reason": details.get("finish_reason", "length"),
+            "generated_tokens": details.get("generated_tokens", 0),
+            "input_length": answer.tokens,
+            "seed": details.get("seed"),
+        }
+        events = [
+            self._event(
+                token["id"],
+                token["logprob"],
+                text if i == 0 else "",
+                token["special"],
+                {"generated_text": self._text, "details": said} if i == len(rest) - 1 else None,
+            )
+            for i, token in enumerate(rest)
+        ]
+        return b"".join(events)
+
+    def failed(self, error: TraceserveError) -> bytes:
+        """The error."""
+        return event({"error": in_words(error), "error_type": "generation"}, "")
+
+    def _event(
+        self, token: int, logprob: float, text: str, special: bool, more: Optional[Mapping[str, Any]] = None
+    ) -> bytes:
+        self._index += 1
+        named = {"id": token, "text": text, "logprob": logprob, "special": special}
+        return event(
+            {"index": self._index, "token": named, "generated_text": None, "details": None, **(more or {})}, ""
+        )

@@ -1,0 +1,189 @@
+"""Rankings as Jina and Cohere have them; scores and classes of pairs and texts as vLLM has them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Dict, List, Mapping, Sequence
+
+from traceserve_runtime.errors import InvalidRequest, NotOffered, TraceserveError
+from traceserve_runtime.protocols import openai, tei
+from traceserve_runtime.protocols.bodies import Headers
+from traceserve_runtime.protocols.contract import Body, Refusal, Served
+from traceserve_runtime.protocols.fields import (
+    IGNORED,
+    Key,
+    Places,
+    boolean,
+    checked,
+    foreign_names,
+    json_body,
+    needed,
+    read_keys,
+)
+from traceserve_runtime.protocols.requests import checked_fields
+from traceserve_runtime.tasks.contract import Answer, Request
+
+_READ = Key(read=True)
+_RERANK: Dict[str, Key] = {
+    "model": IGNORED,
+    "user": IGNORED,
+    "query": _READ,
+    "documents": _READ,
+    "top_n": Key("top_k"),
+    "return_documents": _READ,
+    "max_tokens_per_doc": Key(),
+    "max_chunks_per_doc": Key(),
+    "rank_fields": Key(neutral=([],)),
+    "truncation": Key(neutral=(True,)),
+    "priority": IGNORED,
+}
+_SCORE: Dict[str, Key] = {
+    "model": IGNORED,
+    "user": IGNORED,
+    "text_1": _READ,
+    "text_2": _READ,
+    "encoding_format": Key(neutral=("float",)),
+}
+_CLASSIFY: Dict[str, Key] = {"model": IGNORED, "user": IGNORED, "input": _READ}
+
+
+class Rerank:
+    """`{"query", "documents", "top_n"}` to `{"results": [{"index", "relevance_score"}]}`, best first; or a call of TEI's, which
+    has its "texts" at the same path."""
+
+    _tei = tei.Rerank()
+
+    def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Body:
+        """One request."""
+        value = json_body(parts, headers, served)
+        if "texts" in value and "documents" not in value:
+            return self._tei.read(parts, headers, served, group)
+        asked: Dict[str, Any] = {
+            **read_keys(value, _RERANK),
+            "sort": True,
+            "return_documents": boolean(value, "return_documents"),
+        }
+        documents = [_document(item, f"documents[{i}]") for i, item in enumerate(_list(value, "documents"))]
+        form = _Ranks({}, foreign_names(_RERANK))
+        return tei.ranking({**value, "documents": documents}, "documents", asked, _RERANK, served, group, form)
+
+    def error(self, error: TraceserveError, parts: Mapping[str, Any], headers: Headers, served: Served) -> Refusal:
+        """In the shape of those who asked."""
+        body = parts.get("body")
+        ours = (
+            b'"texts"' in body if isinstance(body, (bytes, bytearray)) else isinstance(body, dict) and "texts" in body
+        )
+        if ours:
+            return self._tei.error(error, parts, headers, served)
+        document = openai.error_document(error)
+        return Refusal.of({**document, "message": error.message, "detail": error.message}, error)
+
+
+def _list(value: Mapping[str, Any], name: str) -> List[Any]:
+    found = needed(value, name)
+    if not isinstance(found, list):
+        raise InvalidRequest(f'"{name}" should be a list', name)
+    return found
+
+
+def _document(item: Any, where: str) -> Any:
+    """A document's text, which may stand in an object."""
+    if isinstance(item, dict):
+        read_keys(item, {"text": _READ}, where)
+        return needed(item, "text", where)
+    return item
+
+
+@dataclass(frozen=True)
+class _Ranks(Places):
+    def reply(self, answers: Sequence[Answer], served: Served) -> Any:
+        """As Jina has it, with Cohere's id."""
+        results = [
+            {
+                "index": each["index"],
+                "relevance_score": each["score"],
+                **({"document": {"text": each["text"]}} if "text" in each else {}),
+            }
+            for each in answers[0].value
+        ]
+        made = openai.head("rerank-", "list", served)
+        tokens = answers[0].tokens
+        return {
+            "id": made["id"],
+            "model": served.name,
+            "results": results,
+            "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+            "meta": {"api_version": {"version": "2"}, "tokens": {"input_tokens": tokens}},
+        }
+
+
+class Score(openai._Errors):
+    """A text, or several, with others: `{"data": [{"index", "score"}]}`, one for each pair."""
+
+    def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Body:
+        """A request for each pair."""
+        if "documents" not in {field.name for field in served.task.fields}:
+            raise NotOffered(f"this model's task is {served.task.name}; pairs are scored by one of text_ranking")
+        value = json_body(parts, headers, served)
+        parameters = checked(read_keys(value, _SCORE), served, foreign_names(_SCORE))
+        first, second = (_texts(value, name) for name in ("text_1", "text_2"))
+        if len(first) not in (1, len(second)):
+            raise InvalidRequest("text_1 is one text, or as many as text_2", "text_1")
+        pairs = zip(first * len(second) if len(first) == 1 else first, second)
+        requests = []
+        for i, (one, two) in enumerate(pairs):
+            try:
+                fields = checked_fields({"query": one, "documents": [two]}, served.task, "")
+            except InvalidRequest as error:
+                raise InvalidRequest(error.message, "text_1" if error.field == "query" else f"text_2[{i}]") from None
+            requests.append(Request(fields, parameters, group, ""))
+        return Body(requests, _Scores({"query": "text_1", "documents": "text_2"}, {}))
+
+
+def _texts(value: Mapping[str, Any], name: str) -> List[Any]:
+    found = needed(value, name)
+    texts = found if isinstance(found, list) else [found]
+    if not texts:
+        raise InvalidRequest(f'"{name}" is an empty list: it asks nothing', name)
+    return texts
+
+
+@dataclass(frozen=True)
+class _Scores(Places):
+    def reply(self, answers: Sequence[Answer], served: Served) -> Any:
+        """The scores in order."""
+        data = [{"index": i, "object": "score", "score": each.value[0]["score"]} for i, each in enumerate(answers)]
+        return {**openai.head("score-", "list", served), "data": data, "usage": openai.usage(answers)}
+
+
+class Classify(openai._Errors):
+    """Texts to `{"data": [{"index", "label", "probs", "num_classes"}]}`."""
+
+    def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Body:
+        """A request for each text."""
+        if not {"top_k", "function_to_apply"} <= {parameter.name for parameter in served.task.all_parameters()}:
+            raise NotOffered(
+                f"this model's task is {served.task.name}; texts are classified by one of sequence_classification"
+            )
+        value = json_body(parts, headers, served)
+        parameters = checked({**read_keys(value, _CLASSIFY), "top_k": None}, served, {})
+        given = needed(value, "input")
+        named = [
+            (t, f"input[{i}]" if isinstance(given, list) else "input") for i, t in enumerate(_texts(value, "input"))
+        ]
+        requests = [Request(checked_fields({"text": t}, served.task, w), parameters, group, w) for t, w in named]
+        return Body(requests, _Classes({"text": "input"}, {}))
+
+
+@dataclass(frozen=True)
+class _Classes(Places):
+    def reply(self, answers: Sequence[Answer], served: Served) -> Any:
+        """The best label of each text, and the scores of all in the model's order."""
+        labels = served.manifest.labels
+        data = []
+        for i, answer in enumerate(answers):
+            scores = {item["label"]: item["score"] for item in answer.value}
+            best = answer.value[0]["label"]
+            probs = [scores[label] for label in labels]
+            data.append({"index": i, "label": best, "probs": probs, "num_classes": len(labels)})
+        return {**openai.head("classify-", "list", served), "data": data, "usage": openai.usage(answers)}

@@ -1,0 +1,278 @@
+"""The API of text-embeddings-inference (TEI): embed, predict, rerank, similarity, info and health."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Dict, Mapping, Sequence
+
+import numpy as np
+
+from traceserve_runtime import __version__
+from traceserve_runtime.errors import InputTooLong, InvalidRequest, ModelFailure, NotFound, NotOffered, TraceserveError
+from traceserve_runtime.protocols.bodies import Headers
+from traceserve_runtime.protocols.contract import Body, Document, Refusal, Served
+from traceserve_runtime.protocols.fields import (
+    IGNORED,
+    Key,
+    Places,
+    boolean,
+    checked,
+    foreign_names,
+    json_body,
+    needed,
+    read_keys,
+)
+from traceserve_runtime.protocols.requests import checked_fields, in_words
+from traceserve_runtime.protocols.wording import kind_of
+from traceserve_runtime.tasks.contract import Answer, Request
+
+_READ = Key(read=True)
+_LENGTHS: Dict[str, Key] = {
+    "truncate": _READ,
+    "truncation_direction": Key(neutral=("right", "Right"), why="texts are cut at their end"),
+}
+_EMBED: Dict[str, Key] = {
+    **_LENGTHS,
+    "inputs": _READ,
+    "normalize": Key("normalize"),
+    "prompt_name": Key("prompt_name"),
+    "dimensions": Key("dimensions"),
+    "model": IGNORED,
+}
+_PREDICT: Dict[str, Key] = {**_LENGTHS, "inputs": _READ, "raw_scores": _READ}
+_RERANK: Dict[str, Key] = {
+    **_LENGTHS,
+    "query": _READ,
+    "texts": _READ,
+    "raw_scores": _READ,
+    "return_text": Key("return_documents"),
+}
+_SIMILARITY: Dict[str, Key] = {**_LENGTHS, "prompt_name": Key("prompt_name")}
+
+# Kind, status and phrase, by the error; all others are a backend's.
+_KINDS = (
+    (InputTooLong, "Validation", 413, "Request Entity Too Large"),
+    (InvalidRequest, "Validation", 422, "Unprocessable Entity"),
+    (ModelFailure, "Backend", 424, "Failed Dependency"),
+)
+
+
+class Errors:
+    """What all of them are refused with."""
+
+    def error(self, error: TraceserveError, parts: Mapping[str, Any], headers: Headers, served: Served) -> Refusal:
+        """In TEI's shape, with its statuses."""
+        for kind, name, status, phrase in _KINDS:
+            if isinstance(error, kind):
+                return Refusal({"error": in_words(error), "error_type": name}, status, phrase)
+        kind_name = "Validation" if isinstance(error, (NotFound, NotOffered)) else "Backend"
+        return Refusal.of({"error": in_words(error), "error_type": kind_name}, error)
+
+
+def lengths(value: Mapping[str, Any], default: bool = False) -> Dict[str, Any]:
+    """What becomes of texts that are too long: TEI cuts them where that is asked for, and refuses them otherwise."""
+    return {"long_inputs": "truncate" if boolean(value, "truncate", default) else "reject"}
+
+
+def reads_vectors(served: Served, what: str) -> None:
+    """Raise NotOffered for a model whose task gives no vectors."""
+    if not served.task.reads_vectors:
+        raise NotOffered(f"this model's task is {served.task.name}; {what} by one of feature_extraction")
+
+
+def pooled(served: Served) -> Dict[str, Any]:
+    """The pooling to ask for: one vector of each text is wanted, also of a model that names no pooling."""
+    return {"pooling": "mean"} if served.manifest.parameters.get("pooling", "none") == "none" else {}
+
+
+class Embed(Errors):
+    """Texts to vectors, of length 1 where nothing else is said; or, of `all`, to those of each token."""
+
+    def __init__(self, all_tokens: bool = False) -> None:
+        self._all = all_tokens
+
+    def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Body:
+        """A request for each text."""
+        reads_vectors(served, "embeddings are made")
+        value = json_body(parts, headers, served)
+        own = {"pooling": "none", "normalize": False} if self._all else {**pooled(served), "normalize": True}
+        asked = {**own, **read_keys(value, _EMBED), **lengths(value)}
+        parameters = checked(asked, served, foreign_names(_EMBED))
+        inputs = needed(value, "inputs")
+        texts = inputs if isinstance(inputs, list) else [inputs]
+        if not texts:
+            raise InvalidRequest('"inputs" is an empty list: it asks nothing', "inputs")
+        named = [(text, f"inputs[{i}]" if isinstance(inputs, list) else "inputs") for i, text in enumerate(texts)]
+        requests = [Request(checked_fields({"text": t}, served.task, w), parameters, group, w) for t, w in named]
+        return Body(requests, _Vectors({"text": "inputs"}, foreign_names(_EMBED), all_tokens=self._all))
+
+
+@dataclass(frozen=True)
+class _Vectors(Places):
+    all_tokens: bool = False
+
+    def reply(self, answers: Sequence[Answer], served: Served) -> Any:
+        """The vectors in order."""
+        return [answer.value[0] if self.all_tokens else answer.value for answer in answers]
+
+
+class Predict(Errors):
+    """Texts, or pairs of texts, to all labels with scores, best first."""
+
+    def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Body:
+        """A request for each text or pair."""
+        if not {"top_k", "function_to_apply"} <= {parameter.name for parameter in served.task.all_parameters()}:
+            raise NotOffered(
+                f"this model's task is {served.task.name}; texts are classified by one of sequence_classification"
+            )
+        value = json_body(parts, headers, served)
+        parameters = checked(
+            {**read_keys(value, _PREDICT), **lengths(value), "top_k": None}, served, foreign_names(_PREDICT)
+        )
+        if boolean(value, "raw_scores"):
+            parameters["function_to_apply"] = "none"
+        inputs = needed(value, "inputs")
+        is_list = isinstance(inputs, list) and any(isinstance(item, list) for item in inputs)
+        named = [(item, f"inputs[{i}]") for i, item in enumerate(inputs)] if is_list else [(inputs, "inputs")]
+        requests = [Request(_text_or_pair(item, served, where), parameters, group, where) for item, where in named]
+        return Body(requests, _Labels({}, {}, is_list=is_list))
+
+
+def _text_or_pair(item: Any, served: Served, where: str) -> Mapping[str, Any]:
+    texts = item if isinstance(item, list) else [item]
+    if not 1 <= len(texts) <= 2:
+        raise InvalidRequest("an input is a text, or a list of one text or two", where)
+    names = [field.name for field in served.task.fields]
+    if len(texts) > len(names):
+        raise InvalidRequest("this model reads no pairs of texts", where)
+    return checked_fields(dict(zip(names, texts)), served.task, where)
+
+
+@dataclass(frozen=True)
+class _Labels(Places):
+    is_list: bool = False
+
+    def place(self, index: int, where: str, name: Any) -> Any:
+        """The text or pair."""
+        return where or None
+
+    def reply(self, answers: Sequence[Answer], served: Served) -> Any:
+        """A list of labels, or one for each text."""
+        return [answer.value for answer in answers] if self.is_list else answers[0].value
+
+
+class Rerank(Errors):
+    """A query and texts to the texts' scores, best first."""
+
+    def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Body:
+        """One request."""
+        value = json_body(parts, headers, served)
+        asked = {**read_keys(value, _RERANK), **lengths(value), "sort": True}
+        if boolean(value, "raw_scores"):
+            asked["function_to_apply"] = "none"
+        return ranking(
+            value, "texts", asked, _RERANK, served, group, _Ranks({"documents": "texts"}, foreign_names(_RERANK))
+        )
+
+
+def ranking(
+    value: Mapping[str, Any],
+    texts: str,
+    asked: Mapping[str, Any],
+    keys: Mapping[str, Key],
+    served: Served,
+    group: int,
+    form: Any,
+) -> Body:
+    """The body of a query and the list of `texts`."""
+    if "documents" not in {field.name for field in served.task.fields}:
+        raise NotOffered(f"this model's task is {served.task.name}; texts are ranked by one of text_ranking")
+    fields = {"query": needed(value, "query"), "documents": needed(value, texts)}
+    try:
+        fields = dict(checked_fields(fields, served.task, ""))
+    except InvalidRequest as error:
+        raise InvalidRequest(error.message, form.place(0, "", error.field)) from None
+    return Body([Request(fields, checked(asked, served, foreign_names(keys)), group)], form)
+
+
+@dataclass(frozen=True)
+class _Ranks(Places):
+    def reply(self, answers: Sequence[Answer], served: Served) -> Any:
+        """The ranks as the task gives them."""
+        return answers[0].value
+
+
+class Similarity(Errors):
+    """A sentence and others to the cosines of their vectors."""
+
+    def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Body:
+        """A request for each sentence, the source first."""
+        value = json_body(parts, headers, served)
+        read_keys(value, {"inputs": _READ, "parameters": _READ})
+        options = value.get("parameters") or {}
+        if not isinstance(options, dict):
+            raise InvalidRequest(f'"parameters" should be an object, not {kind_of(options)}', "parameters")
+        asked = {**read_keys(options, _SIMILARITY, "parameters"), **lengths(options, default=True)}
+        return similarity(needed(value, "inputs"), asked, served, group)
+
+
+def similarity(inputs: Any, asked: Mapping[str, Any], served: Served, group: int) -> Body:
+    """The body of `{"source_sentence", "sentences"}`."""
+    reads_vectors(served, "sentences are compared")
+    if not isinstance(inputs, dict):
+        raise InvalidRequest(
+            '"inputs" should be an object like {"source_sentence": "...", "sentences": ["..."]}', "inputs"
+        )
+    read_keys(inputs, {"source_sentence": _READ, "sentences": _READ}, "inputs")
+    sentences = needed(inputs, "sentences", "inputs")
+    if not isinstance(sentences, list) or not sentences:
+        raise InvalidRequest('"sentences" should be a list of texts, one at least', "inputs.sentences")
+    source = needed(inputs, "source_sentence", "inputs")
+    named = [(source, "inputs.source_sentence"), *((s, f"inputs.sentences[{i}]") for i, s in enumerate(sentences))]
+    parameters = checked({**pooled(served), **asked, "normalize": True}, served, {})
+    requests = [Request(checked_fields({"text": t}, served.task, w), parameters, group, w) for t, w in named]
+    return Body(requests, _Cosines())
+
+
+@dataclass(frozen=True)
+class _Cosines(Places):
+    def reply(self, answers: Sequence[Answer], served: Served) -> Any:
+        """One number for each sentence but the source."""
+        source, *others = [np.array(answer.value) for answer in answers]
+        return [float(source @ other) for other in others]
+
+
+class Info(Errors):
+    """What is served."""
+
+    def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Document:
+        """Nothing is asked."""
+        manifest = served.manifest
+        kinds: Dict[str, Any] = {}
+        if served.task.reads_vectors:
+            kinds["embedding"] = {"pooling": manifest.parameters.get("pooling", "none")}
+        elif "documents" in {field.name for field in served.task.fields}:
+            kinds["reranker"] = {"id2label": {}, "label2id": {}}
+        elif manifest.labels:
+            names = {str(i): label for i, label in enumerate(manifest.labels)}
+            kinds["classifier"] = {"id2label": names, "label2id": {label: int(i) for i, label in names.items()}}
+        return Document(
+            {
+                "model_id": served.name,
+                "model_sha": manifest.source.revision,
+                "model_dtype": manifest.dtype,
+                "model_type": kinds or {served.task.name: {}},
+                "max_input_length": manifest.max_length,
+                "max_client_batch_size": manifest.max_rows,
+                "auto_truncate": False,
+                "version": __version__,
+            }
+        )
+
+
+class Health(Errors):
+    """Whether the worker answers."""
+
+    def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Document:
+        """Nothing is asked."""
+        return Document({"status": "ok"})
