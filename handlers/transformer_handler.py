@@ -162,7 +162,7 @@ def _headers(context: Any, index: int) -> Headers:
     told = context.get_all_request_header(index) or {}
     sent = {name.lower(): value for name, value in told.items() if isinstance(value, str)}
     parts = {name: record.get("content-type") or "" for name, record in told.items() if isinstance(record, dict)}
-    length = sent.get("content-length", "")
+    length, tensors = sent.get("content-length", ""), sent.get("inference-header-content-length", "")
     grpc = not _HTTP_HEADERS & set(sent)
     sequences = (getattr(context, "model_yaml_config", None) or {}).get("sequenceBatching")
     sequence_id = getattr(context, "header_key_sequence_id", "ts_request_sequence_id")
@@ -176,6 +176,7 @@ def _headers(context: Any, index: int) -> Headers:
         ended=grpc and not sequences and isinstance(told.get(sequence_id), str),
         path=sent.get("url_path", ""),
         client=sent.get("user-agent", ""),
+        binary=int(tensors) if tensors.isdecimal() else None,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Dict, Mapping, Union
 
 from traceserve_runtime.errors import NotFound, TraceserveError
-from traceserve_runtime.protocols import huggingface, openai, ranking, tei
+from traceserve_runtime.protocols import huggingface, openai, openapi, ranking, tei
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Body, Document, Protocol, Refusal, Served
 from traceserve_runtime.protocols.requests import Native
@@ -32,6 +32,8 @@ PROTOCOLS: Dict[str, Protocol] = {
     "info": tei.Info(),
     "health": tei.Health(),
     "hf": huggingface.HuggingFace(),
+    "openapi.json": openapi.OpenApi(),
+    "docs": openapi.Page(),
 }
 
 
@@ -39,7 +41,7 @@ class _Nothing:
     """A path at which nothing is served."""
 
     def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Union[Body, Document]:
-        known = ", ".join(f"/{path}" for path in PROTOCOLS if path)
+        known = ", ".join(f"/{path}" for path in sorted(PROTOCOLS) if path)
         raise NotFound(f"nothing is served at /{short(headers.path)}; behind the model's version there are: {known}")
 
     def error(self, error: TraceserveError, parts: Mapping[str, Any], headers: Headers, served: Served) -> Refusal:
@@ -47,11 +49,14 @@ class _Nothing:
 
 
 _NOTHING = _Nothing()
+_ONE_MODEL = openai.Models(single=True)
 
 
 def protocol_of(headers: Headers) -> Protocol:
     """The protocol of a call."""
     path = headers.path.strip("/")
+    if path.startswith("v1/models/"):
+        return _ONE_MODEL
     if not path and huggingface.CLIENT in headers.client:
         path = "hf"
     # A version called v1 makes /predictions/NAME/v1 the base URL of OpenAI's clients.

@@ -31,6 +31,7 @@ from types import MappingProxyType
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple, Type, Union
 
 from traceserve_runtime.errors import InputTooLong, InvalidRequest, UnsupportedMedia
+from traceserve_runtime.protocols import binary_tensors
 from traceserve_runtime.protocols.wording import listed, nearest, parse_json, short
 from traceserve_runtime.tasks.contract import Task
 
@@ -109,6 +110,8 @@ def read(row: Mapping[str, Any], headers: Headers, task: Type[Task]) -> Any:
         value = row["body"]
         if headers.content_encoding:
             value = _decompress(value, headers.content_encoding)
+        if headers.binary is not None and isinstance(value, (bytes, bytearray)):
+            return binary_tensors.read(bytes(value), headers.binary)
         return _document(value, media, task, "body")
     if headers.content_encoding.strip().lower() not in ("", "identity"):
         raise UnsupportedMedia(f"a compressed form is not read here; {_NOT_A_FORM}")

@@ -7,7 +7,7 @@ call, or ask at the path /hf.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Union
+from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Tuple, Union
 
 from traceserve_runtime.errors import InvalidRequest, TraceserveError
 from traceserve_runtime.protocols import bodies, tei
@@ -20,6 +20,7 @@ from traceserve_runtime.protocols.requests import Native, in_words, parse_value
 from traceserve_runtime.tasks.contract import Answer, WrittenToken
 
 CLIENT = "hf_hub/"  # in the name that huggingface_hub tells of itself
+_OLD_CLIENT = "hf_hub/0."
 
 _READ = Key(read=True)
 # What may stand beside "inputs" and "parameters".
@@ -70,7 +71,8 @@ class HuggingFace:
             parameters = {**parameters, "stream": True, "details": True}
         parameters = {**_defaults(served), **parameters}
         body = parse_value({"inputs": inputs, "parameters": parameters}, served.task, group, served.manifest.max_rows)
-        form = _Answers(_is_list(body), _ANSWERS.get(served.task.name, _unchanged))
+        answers = _OLD_ANSWERS if _OLD_CLIENT in headers.client else _ANSWERS
+        form = _Answers(_is_list(body), answers.get(served.task.name, _unchanged))
         return replace(body, protocol=form, frames=_Tokens(served.text_of) if streams else None)
 
     def error(self, error: TraceserveError, parts: Mapping[str, Any], headers: Headers, served: Served) -> Refusal:
@@ -147,6 +149,8 @@ _ANSWERS: Dict[str, Callable[[Any, bool], Any]] = {
     "zero_shot_classification": _label_by_label,
     "text2text_generation": _text_of_each_kind,
 }
+# Before its version 1 huggingface_hub read zero-shot answers as the pipeline gives them.
+_OLD_ANSWERS = {name: change for name, change in _ANSWERS.items() if change is not _label_by_label}
 
 
 class _Tokens:
@@ -157,38 +161,39 @@ class _Tokens:
     def __init__(self, text_of: Callable[[Sequence[int]], str]) -> None:
         self._index = 0
         self._text = ""
+        self._held: Optional[Tuple[WrittenToken, str]] = (
+            None  # the last token, which may turn out to be the last of all
+        )
 
     def piece(self, text: str, tokens: Sequence[WrittenToken]) -> bytes:
         """An event for the new tokens: their text is of the first of them, where several were held back together."""
         self._text += text
-        return b"".join(
-            self._event(token.id, token.logarithm, t, False) for token, t in zip(tokens, [text, *[""] * len(tokens)])
-        )
+        events = []
+        for token, own in zip(tokens, [text, *[""] * len(tokens)]):
+            if self._held is not None:
+                events.append(self._event(self._held[0].id, self._held[0].logarithm, self._held[1], False))
+            self._held = token, own
+        return b"".join(events)
 
     def end(self, text: str, answer: Answer, tokens: int) -> bytes:
         """The tokens that were not sent; the last one with the whole text."""
         self._text += text
         details = dict(answer.details or {})
-        rest: List[Mapping[str, Any]] = list(details.get("tokens", ()))[tokens:]
-        if not rest:
-            rest = [{"id": 0, "logprob": 0.0, "special": False}]
+        rest = [(t["id"], t["logprob"], "", t["special"]) for t in list(details.get("tokens", ()))[tokens:]]
+        if self._held is not None:
+            held, own = self._held
+            rest.insert(0, (held.id, held.logarithm, own, False))
+        *before, last = rest or [(0, 0.0, "", True)]
         said = {
             "finish_reason": details.get("finish_reason", "length"),
             "generated_tokens": details.get("generated_tokens", 0),
             "input_length": answer.tokens,
             "seed": details.get("seed"),
         }
-        events = [
-            self._event(
-                token["id"],
-                token["logprob"],
-                text if i == 0 else "",
-                token["special"],
-                {"generated_text": self._text, "details": said} if i == len(rest) - 1 else None,
-            )
-            for i, token in enumerate(rest)
-        ]
-        return b"".join(events)
+        number, logarithm, own, special = last
+        ended = {"generated_text": self._text, "details": said}
+        events = [self._event(*each) for each in before]
+        return b"".join([*events, self._event(number, logarithm, own + text, special, ended)])
 
     def failed(self, error: TraceserveError) -> bytes:
         """The error."""

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Type
 
 from traceserve_runtime.errors import InvalidRequest, TraceserveError
-from traceserve_runtime.protocols.contract import Served
+from traceserve_runtime.protocols import binary_tensors
+from traceserve_runtime.protocols.contract import Document, Served
 from traceserve_runtime.protocols.native import Model, noted
 from traceserve_runtime.protocols.wording import (
     check_string,
@@ -55,9 +56,14 @@ class Tensors:
     output: str
     columns: Mapping[str, str]
     infer: bool = False  # by gRPC
+    binary: bool = False  # the output follows behind the JSON
 
     def reply(self, answers: Sequence[Answer], served: Served) -> Any:
-        return self.document([noted(answer) for answer in answers], Model(served.name, served.version))
+        document = self.document([noted(answer) for answer in answers], Model(served.name, served.version))
+        if not self.binary:
+            return document
+        body, headers = binary_tensors.written(document)
+        return Document(body, binary_tensors.CONTENT_TYPE, headers)
 
     def document(self, answers: Sequence[Any], model: Model) -> Any:
         named = {"model_name": model.name, "model_version": model.version}
@@ -116,7 +122,8 @@ def read_tensors(value: Mapping[str, Any], task: Type[Task], infer: bool = False
     columns = _columns(tensors, task)
     output = _output(value.get("outputs"))
     places = {name: tensor.where for name, tensor in columns.items()}
-    protocol = Tensors(value.get("id"), output["name"], places, infer)
+    binary = binary_tensors.wanted(value, output)
+    protocol = Tensors(value.get("id"), output["name"], places, infer, binary)
     fields = _rows(columns, task) if columns else _objects(tensors[0], task)
     elements = [(f"{tensors[0].where}.data[{i}]", item) for i, item in enumerate(fields)]
     parts = [("", value), ("outputs[0]", output), *((t.where, item) for t, item in zip(tensors, value["inputs"]))]

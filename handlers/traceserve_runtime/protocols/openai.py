@@ -14,7 +14,7 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tup
 
 import numpy as np
 
-from traceserve_runtime.errors import InvalidRequest, NotOffered, TraceserveError
+from traceserve_runtime.errors import InvalidRequest, NotFound, NotOffered, TraceserveError
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Body, Document, Refusal, Served
 from traceserve_runtime.protocols.events import CONTENT_TYPE, DONE, Stops, cut, event
@@ -30,7 +30,7 @@ from traceserve_runtime.protocols.fields import (
     read_keys,
 )
 from traceserve_runtime.protocols.requests import checked_fields
-from traceserve_runtime.protocols.wording import kind_of
+from traceserve_runtime.protocols.wording import kind_of, short
 from traceserve_runtime.tasks.contract import Answer, Request, WrittenToken
 
 _MOST_CHOICES = 128  # of one prompt
@@ -120,7 +120,10 @@ class Models(_Errors):
         self._single = single
 
     def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Document:
-        """Nothing is asked."""
+        """Nothing is asked; raises NotFound for another model than this one."""
+        wanted = headers.path.strip("/").partition("models/")[2]
+        if self._single and wanted != served.name:
+            raise NotFound(f"the model {short(wanted)} is not served here; {served.name} is", "model")
         model = {
             "id": served.name,
             "object": "model",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 # Of numbers without a limit of their own: beyond it JSON's whole numbers are not exact, and numpy's overflow.
 LARGEST_NUMBER = 2**53
@@ -60,6 +60,25 @@ class Parameter:
         if self.choices:
             text = f"one of {choices}" if self.type is str else f"{text} or {choices}"
         return text + (" or null" if self.nullable else "")
+
+    @property
+    def schema(self) -> Dict[str, Any]:
+        """What `accepts` accepts, as JSON Schema."""
+        most = LARGEST_NUMBER if self.most is None else self.most
+        text = {"type": "string", "minLength": 1}
+        legal: Dict[type, List[Dict[str, Any]]] = {
+            int: [{"type": "integer", "minimum": self.least, "maximum": most}],
+            float: [{"type": "number", "minimum": self.least, "maximum": most}],
+            bool: [{"type": "boolean"}],
+            str: [] if self.choices else [{"type": "string"}],
+            list: [text, {"type": "array", "items": text, "minItems": 1}],
+        }
+        if self.numbers:
+            legal[list] = [{"type": "array", "items": {"type": "integer", "minimum": self.least}, "minItems": 1}]
+        options = legal[self.type]
+        options += [{"enum": list(self.choices)}] if self.choices else []
+        options += [{"type": "null"}] if self.nullable else []
+        return {"description": self.description, **(options[0] if len(options) == 1 else {"anyOf": options})}
 
     def accepts(self, value: Any) -> bool:
         """Whether `value`, parsed JSON, is legal."""

@@ -1,0 +1,221 @@
+"""What is served, described: OpenAPI 3.1, made from the task's fields and parameters and the archive's labels; and a page that
+shows it."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List, Mapping, Sequence
+
+from traceserve_runtime import __version__
+from traceserve_runtime.errors import TraceserveError
+from traceserve_runtime.protocols.bodies import Headers
+from traceserve_runtime.protocols.contract import Document, Refusal, Served
+from traceserve_runtime.tasks.parameters import Field
+
+_KINDS: Dict[str, Dict[str, Any]] = {
+    "text": {"type": "string"},
+    "texts": {"type": "array", "items": {"type": "string"}},
+    "messages": {
+        "type": "array",
+        "items": {
+            "type": "object",
+            "properties": {"role": {"type": "string"}, "content": {"type": "string"}},
+            "required": ["role", "content"],
+            "additionalProperties": False,
+        },
+    },
+}
+_ERROR = {
+    "type": "object",
+    "properties": {
+        "error": {
+            "type": "object",
+            "properties": {
+                "type": {"type": "string", "description": "the kind of error"},
+                "message": {"type": "string", "description": "what is wrong, and what would be legal"},
+                "field": {"type": ["string", "null"], "description": "where in the body"},
+            },
+            "required": ["type", "message", "field"],
+        }
+    },
+    "required": ["error"],
+}
+_STATUSES = {
+    "400": "the body cannot be understood",
+    "413": "it asks for more than one request may",
+    "415": "it is compressed or encoded in a way that is not read",
+    "500": "the model failed",
+}
+
+
+class OpenApi:
+    """The description."""
+
+    def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Document:
+        """Nothing is asked."""
+        return Document(described(served))
+
+    def error(self, error: TraceserveError, parts: Mapping[str, Any], headers: Headers, served: Served) -> Refusal:
+        """As our own protocol has it."""
+        return Refusal.of(error.to_json(), error)
+
+
+class Page(OpenApi):
+    """The page."""
+
+    def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Document:
+        """Nothing is asked."""
+        return Document(_PAGE.encode("utf-8"), "text/html; charset=utf-8")
+
+
+def described(served: Served) -> Dict[str, Any]:
+    """The OpenAPI document of an archive."""
+    manifest, task = served.manifest, served.task
+    schemas = {
+        "Fields": _fields(task.fields),
+        "Parameters": {
+            "type": "object",
+            "properties": {parameter.name: parameter.schema for parameter in task.all_parameters()},
+            "additionalProperties": False,
+        },
+        "Request": _request(task.fields),
+        "Answer": {"description": (task.__doc__ or "").strip()},
+        "Error": _ERROR,
+    }
+    if manifest.labels:
+        schemas["Label"] = {"type": "string", "enum": list(manifest.labels)}
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": served.name,
+            "version": served.version,
+            "summary": f"{task.name}, answered as transformers' pipeline {task.pipeline} does",
+            "description": f"Texts of up to {manifest.max_length:,} tokens; {manifest.dtype}; traceserve {__version__}.",
+        },
+        "servers": [{"url": f"/predictions/{served.name}/{served.version}"}],
+        "paths": {"/": {"post": _operation(task.sample_body(manifest.facts))}, **_documents()},
+        "components": {"schemas": schemas},
+    }
+
+
+def _fields(fields: Sequence[Field]) -> Dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": {
+            **{field.name: {**_KINDS[field.kind], "description": field.description} for field in fields},
+            "parameters": {"$ref": "#/components/schemas/Parameters"},
+        },
+        "required": [field.name for field in fields if field.required],
+        "additionalProperties": False,
+    }
+
+
+def _request(fields: Sequence[Field]) -> Dict[str, Any]:
+    """A text where one is enough, fields, a list of these, or an envelope with parameters for all of it."""
+    single: List[Dict[str, Any]] = [{"$ref": "#/components/schemas/Fields"}]
+    if sum(field.required for field in fields) <= 1 and fields[0].kind == "text":
+        single.append({"type": "string"})
+    several = {"type": "array", "items": {"anyOf": single}, "minItems": 1}
+    envelope = {
+        "type": "object",
+        "properties": {
+            "inputs": {"anyOf": [*single, several]},
+            "parameters": {"$ref": "#/components/schemas/Parameters"},
+        },
+        "required": ["inputs"],
+        "additionalProperties": False,
+    }
+    return {"anyOf": [*single, several, envelope]}
+
+
+def _operation(sample: Mapping[str, Any]) -> Dict[str, Any]:
+    error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    return {
+        "operationId": "predict",
+        "summary": "Ask the model",
+        "requestBody": {
+            "required": True,
+            "content": {
+                "application/json": {"schema": {"$ref": "#/components/schemas/Request"}, "example": dict(sample)}
+            },
+        },
+        "responses": {
+            "200": {
+                "description": "the answer, or a list of answers in the order of the requests",
+                "headers": {
+                    "X-Truncated": {
+                        "description": "by request and field the characters [start, end) that the model never read",
+                        "schema": {"type": "string"},
+                    }
+                },
+                "content": {
+                    "application/json": {"schema": {"$ref": "#/components/schemas/Answer"}},
+                    "text/plain": {"schema": {"type": "string"}},
+                },
+            },
+            **{status: {"description": said, "content": error} for status, said in _STATUSES.items()},
+        },
+    }
+
+
+def _documents() -> Dict[str, Any]:
+    """What is asked without a body."""
+    found = {
+        "/openapi.json": ("openapi", "This description", "application/json"),
+        "/docs": ("docs", "This description, to be read", "text/html"),
+        "/health": ("health", "Whether the worker answers", "application/json"),
+        "/info": ("info", "What is served", "application/json"),
+        "/v1/models": ("models", "What is served, as OpenAI's clients read it", "application/json"),
+    }
+    return {
+        path: {
+            "get": {
+                "operationId": name,
+                "summary": summary,
+                "responses": {"200": {"description": "the document", "content": {media: {}}}},
+            }
+        }
+        for path, (name, summary, media) in found.items()
+    }
+
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>API</title><style>
+body {font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222}
+table {border-collapse: collapse}
+td {padding: .2rem .8rem; text-align: left; border-bottom: 1px solid #ddd; vertical-align: top}
+textarea {width: 100%; height: 9rem; font: 14px monospace}
+pre {background: #f5f5f5; padding: .8rem; overflow: auto; white-space: pre-wrap}
+</style></head><body><h1 id="title"></h1><p id="about"></p>
+<h2>Try it</h2><textarea id="body" aria-label="request body"></textarea>
+<p><button id="send">POST</button> <span id="url"></span></p><pre id="answer"></pre>
+<h2>Fields</h2><table id="fields"></table>
+<h2>Parameters</h2><table id="parameters"></table>
+<h2>Other paths</h2><table id="paths"></table>
+<p><a href="openapi.json">openapi.json</a></p>
+<script>
+const at = id => document.getElementById(id);
+const row = (table, cells) => {
+  const line = table.insertRow();
+  for (const cell of cells) line.insertCell().textContent = cell;
+};
+const range = s => [s.type, s.minimum ?? "", s.maximum ? "to " + s.maximum : ""].join(" ").trim();
+const legal = s => (s.anyOf || [s]).map(one => one.enum ? one.enum.join(", ") : range(one)).join(", or ");
+fetch("openapi.json").then(reply => reply.json()).then(api => {
+  const {Fields, Parameters} = api.components.schemas, url = api.servers[0].url;
+  document.title = at("title").textContent = api.info.title + " " + api.info.version;
+  at("about").textContent = api.info.summary + ". " + api.info.description;
+  at("url").textContent = url;
+  const content = api.paths["/"].post.requestBody.content["application/json"];
+  at("body").value = JSON.stringify(content.example, null, 2);
+  for (const [name, s] of Object.entries(Fields.properties))
+    if (name !== "parameters") row(at("fields"), [name, Fields.required.includes(name) ? "required" : "", s.description]);
+  for (const [name, s] of Object.entries(Parameters.properties)) row(at("parameters"), [name, legal(s), s.description]);
+  for (const [path, own] of Object.entries(api.paths)) if (own.get) row(at("paths"), ["GET " + path, own.get.summary]);
+  at("send").onclick = async () => {
+    const headers = {"Content-Type": "application/json"};
+    const reply = await fetch(url, {method: "POST", headers, body: at("body").value});
+    at("answer").textContent = reply.status + "\\n" + await reply.text();
+  };
+});
+</script></body></html>
+"""

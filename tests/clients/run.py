@@ -1,0 +1,93 @@
+"""People's own clients against a real server: builds a tiny archive of every task, serves them, and calls everything.
+
+    python tests/clients/run.py --python PYTHON [--python PYTHON ...] [--write docs/clients.md]
+
+Each PYTHON is one in whose environment clients are installed (see `nox -s clients`). Prints a table, and ends with 1 where a
+call failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Dict, List, Tuple
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+
+import models  # noqa: E402
+from conftest import run_export  # noqa: E402
+from traceserve.archives.archive import archive  # noqa: E402
+from traceserve.serving import configuration, instances, server  # noqa: E402
+from traceserve_runtime.tasks import TASKS  # noqa: E402
+
+CHECKPOINTS: Dict[str, Tuple[str, Dict[str, Any]]] = {
+    "zero_shot_classification": ("bert", {"id2label": {0: "contradiction", 1: "neutral", 2: "entailment"}}),
+    "text_ranking": ("bert", {"num_labels": 1}),
+    "text_generation": ("llama", {}),
+    "text2text_generation": ("t5", {}),
+}
+_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
+_BEGIN, _END = "<!-- calls -->\n", "<!-- end of calls -->\n"
+
+
+def build(folder: Path) -> List[Path]:
+    """A tiny archive of every task."""
+    archives = []
+    for name, task in TASKS.items():
+        architecture, options = CHECKPOINTS.get(name, ("bert", {}))
+        source = models.make(folder / "checkpoints" / name, architecture, task.auto_model, **options)
+        if task.loop == "decoder":
+            (source / "chat_template.jinja").write_text(_TEMPLATE)
+        run_export(folder / name, {"model_name": str(source), "task": name, "max_length": 64, "max_batch_delay": 5})
+        archives.append(archive(folder / name, name, folder))
+    return archives
+
+
+def call(pythons: List[str], url: str) -> List[Dict[str, str]]:
+    """The result of every call."""
+    rows = []
+    for python in pythons:
+        command = [python, str(Path(__file__).with_name("calls.py")), url]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_none"}
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True)
+        rows += [json.loads(line) for line in done.stdout.splitlines()]
+    return rows
+
+
+def table(rows: List[Dict[str, str]]) -> str:
+    """The results as Markdown."""
+    lines = ["| client | archive | call | result |", "|---|---|---|---|"]
+    lines += [f"| {row['client']} | `{row['archive']}` | `{row['call']}` | {row['result']} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Build, serve, call."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--python", action="append", required=True, metavar="PYTHON")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="put the table between the marks of this file")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ["XDG_STATE_HOME"] = os.environ["XDG_CACHE_HOME"] = scratch
+        instance = server.start(build(Path(scratch)), port=configuration.free_ports(1)[0], timeout=180)
+        try:
+            rows = call(arguments.python, f"http://127.0.0.1:{instance.port}")
+        finally:
+            instances.stop(instance)
+    print(table(rows))
+    if arguments.write:
+        before, rest = arguments.write.read_text(encoding="utf-8").split(_BEGIN)
+        arguments.write.write_text(before + _BEGIN + table(rows) + _END + rest.split(_END)[1], encoding="utf-8")
+    failed = [row for row in rows if row["result"] not in ("ok", "refused")]
+    print(f"{len(rows)} calls, {len(failed)} failed")
+    return 1 if failed or not rows else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
