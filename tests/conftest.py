@@ -16,7 +16,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # tests that run beside each othe
     os.environ.setdefault("OMP_NUM_THREADS", str(shared))
 
 import models  # after the environment
-from traceserve.building.config.setup_config import Loaded, parse
+from traceserve.building.config.parsing import Loaded, parse
 from traceserve.building.export import Exported, export
 from traceserve_runtime.runner import Arrays, Padding
 

@@ -15,7 +15,7 @@ import tokenizers
 import torch
 import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
-from traceserve.building.samples import SENTENCES, VERY_LONG
+from traceserve.building.gate.texts import SENTENCES, VERY_LONG
 from transformers.models.auto import modeling_auto
 
 SIZE = {

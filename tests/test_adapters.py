@@ -17,8 +17,9 @@ import transformers
 from conftest import run_export
 from safetensors.torch import load_file, save_file
 from traceserve.building.checkpoints import loading, sources
-from traceserve.building.config.setup_config import parse
-from traceserve.building.samples import SENTENCES
+from traceserve.building.checkpoints.checkpoint import Checkpoint
+from traceserve.building.config.parsing import parse
+from traceserve.building.gate.texts import SENTENCES
 from traceserve.errors import SourceError
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.manifest import sha256
@@ -91,7 +92,7 @@ def original(folder: Path, **content: Any) -> loading.Original:
         return loading.load(config.model_copy(update={"task": checkpoint.task}), checkpoint, folder.parent)
 
 
-def fetch(folder: Path, **content: Any) -> sources.Checkpoint:
+def fetch(folder: Path, **content: Any) -> Checkpoint:
     config, _ = parse({"model_name": folder.name, **content})
     return sources.fetch(config, folder.parent)
 

@@ -14,11 +14,11 @@ import torch
 from conftest import run_export
 from traceserve import cli
 from traceserve.building.checkpoints import loading, sources
-from traceserve.building.config.setup_config import parse
+from traceserve.building.config.parsing import parse
+from traceserve.building.config.save_modes import Target
 from traceserve.building.gate import verification
-from traceserve.building.samples import SENTENCES
+from traceserve.building.gate.texts import SENTENCES
 from traceserve.building.writers import aot_inductor
-from traceserve.building.writers.contract import Target
 from traceserve.errors import ConfigError, ExportError
 from traceserve_runtime import processor
 from traceserve_runtime.batching.batches import filled

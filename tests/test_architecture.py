@@ -10,9 +10,22 @@ from typing import Dict, Iterator, List, Mapping, Sequence, Set, Tuple
 
 import pytest
 from conftest import ROOT
-from traceserve.building.checkpoints.libraries import LIBRARIES
+from traceserve.building.checkpoints.libraries import LOADERS
+from traceserve.building.config.dtypes import DTYPES
+from traceserve.building.config.hardware import FIXED_SHAPES, HARDWARE
+from traceserve.building.config.libraries import LIBRARIES
+from traceserve.building.config.loops import LOOPS
+from traceserve.building.config.save_modes import OPTIMIZATIONS, SAVE_MODES
+from traceserve.building.config.setup_config import SetupConfig
+from traceserve.building.gate.loops import FORCED
 from traceserve.building.writers import WRITERS
+from traceserve.building.writers.lowering.precision import PRECISIONS
+from traceserve.building.writers.neuron.compilers import COMPILERS
+from traceserve.building.writers.onnx.optimization import LEVELS
+from traceserve.building.writers.tracing.loops import GRAPHS
+from traceserve_runtime.generation.steps import FEEDS
 from traceserve_runtime.runtimes import RUNTIMES
+from traceserve_runtime.runtimes.torchscript.neuron import CHIPS
 from traceserve_runtime.tasks import TASKS
 
 HANDLERS, SCRIPTS = ROOT / "handlers", ROOT / "scripts"
@@ -139,6 +152,64 @@ def climbs(edges: Mapping[str, Set[str]], floors: Sequence[Set[str]]) -> List[Tu
     ]
 
 
+def within(edges: Mapping[str, Set[str]], package: str) -> Dict[str, Set[str]]:
+    """The imports between the files of one folder, by names that begin with the folder's own."""
+    start = package.rfind(".") + 1
+    own = {name for name in edges if name.startswith(f"{package}.")}
+    return {name[start:]: {other[start:] for other in edges[name] & own} for name in own}
+
+
+# The builder's floors, as those of the serving side. What serves and what builds meet at the archive alone.
+BUILDER_FLOORS: Sequence[Set[str]] = (
+    {"errors"},
+    {"machine"},
+    {"archives"},
+    {"serving", "building"},
+    {"measuring"},
+    {"commands"},
+    {"cli"},
+    {"__main__"},
+)
+# What can be (`config`) stands apart from how it is done; what writes and what compares do not know each other.
+BUILDING_FLOORS: Sequence[Set[str]] = (
+    {"config", "progress", "samples"},
+    {"checkpoints"},
+    {"writers", "gate", "speeds"},
+    {"artifact"},
+    {"attempt"},
+    {"export"},
+)
+
+
+def test_the_builder_has_floors() -> None:
+    edges = edges_of(SCRIPTS, "traceserve")
+    assert not climbs(edges, BUILDER_FLOORS)
+    assert not climbs(within(edges, "traceserve.building"), BUILDING_FLOORS)
+    assert not circles(edges)
+
+
+# What cannot be imported without an optional package, whose absence has a message of its own.
+OF_OPTIONAL_PACKAGES = {"traceserve.building.checkpoints.libraries.curated_models"}
+
+
+def lazy_imports(path: Path) -> Iterator[str]:
+    """The builder's own modules that a file imports inside functions."""
+    functions = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, FUNCTIONS)]
+    for node in (node for function in functions for node in ast.walk(function)):
+        if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "traceserve":
+            yield str(node.module)
+
+
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+@pytest.mark.parametrize("path", sorted(SCRIPTS.rglob("*.py")), ids=lambda p: str(p.relative_to(SCRIPTS)))
+def test_only_commands_import_lazily(path: Path) -> None:
+    """For a quick start; elsewhere a lazy import would hide a circle."""
+    if path.parent.name != "commands" and path.name != "cli.py":
+        assert set(lazy_imports(path)) <= OF_OPTIONAL_PACKAGES
+
+
 def test_the_serving_side_has_floors() -> None:
     edges = edges_of(HANDLERS, "traceserve_runtime")
     assert not climbs(edges, RUNTIME_FLOORS)
@@ -156,6 +227,10 @@ def test_a_circle_and_a_climb_are_found(tmp_path: Path) -> None:
     )
     edges = edges_of(tmp_path, "house")
     assert climbs(edges, ({"low"}, {"high"})) == [("house.low", "house.high")]
+    assert climbs(
+        within({f"of.{name}": {f"of.{o}" for o in edges[name]} for name in edges}, "of.house"), ({"low"}, {"high"})
+    )
+    assert list(lazy_imports(package / "low.py")) == []
     assert circles(edges) == ["house.high", "house.low", "house.high"]
 
 
@@ -181,6 +256,8 @@ def test_no_import_is_overlooked(line: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_names_of_the_tables_are_not_compared(path: Path) -> None:
     names = {*TASKS, *RUNTIMES, *WRITERS, *LIBRARIES}
+    if SCRIPTS in path.parents:
+        names |= set(HARDWARE)
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Compare):
             strings = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
@@ -230,6 +307,33 @@ def test_broad_excepts_stand_at_the_edges_and_around_foreign_code() -> None:
 
 def test_tables_agree() -> None:
     assert set(WRITERS) == set(RUNTIMES)
+
+
+def test_what_can_be_is_what_is_done() -> None:
+    """The tables of `config` and those that hold the code have the same keys, and name each other's rows alone."""
+    assert set(SAVE_MODES) == set(WRITERS)
+    assert set(DTYPES) == set(PRECISIONS)
+    assert set(LIBRARIES) == set(LOADERS)
+    assert set(FIXED_SHAPES) == set(COMPILERS) == set(CHIPS)
+    assert set(LOOPS) == set(GRAPHS) == set(FORCED) == set(FEEDS) == {task.loop for task in TASKS.values() if task.loop}
+    assert set(OPTIMIZATIONS) == set(LEVELS)
+    for kind in SAVE_MODES.values():
+        assert (
+            set(kind.hardware) <= set(HARDWARE) and set(kind.dtypes) <= set(DTYPES) and set(kind.loops) <= set(DTYPES)
+        )
+        assert set(kind.fails_with) | ({kind.measured_against} - {None}) <= set(SAVE_MODES)
+        assert all(set(option.hardware) <= set(kind.hardware) for option in kind.options)
+        assert set(kind.refuses) <= set(SetupConfig.model_fields)
+    for dtype in DTYPES.values():
+        assert set(dtype.by_compiler) | set(dtype.where_native) <= set(dtype.hardware) <= set(HARDWARE)
+    assert all(set(library.save_modes or ()) <= set(SAVE_MODES) for library in LIBRARIES.values())
+
+
+def test_what_can_be_is_read_without_torch() -> None:
+    modules = [module_name(path, SCRIPTS) for path in sorted((SCRIPTS / "traceserve/building/config").glob("*.py"))]
+    code = f"import sys, {', '.join(modules)}\nprint(sorted({{'torch', 'transformers', 'huggingface_hub'}} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True)
+    assert result.stdout.strip() == "[]" and len(modules) > 10
 
 
 def test_the_code_runs_on_python_3_8() -> None:

@@ -16,7 +16,9 @@ from typing import Any, Callable, Dict
 
 import pytest
 from conftest import ROOT
-from traceserve.archives.archive import archive, check_name, configure, read_manifest, read_serving, unpack
+from traceserve.archives.archive import archive
+from traceserve.archives.contents import configure, read_manifest, read_serving, unpack
+from traceserve.archives.names import check_name
 from traceserve.errors import ArchiveError
 from traceserve_runtime.errors import InvalidManifest
 from traceserve_runtime.manifest import OLDEST, SCHEMA, Manifest, sha256

@@ -13,8 +13,9 @@ import transformers
 from conftest import run_export
 from oracle import answers
 from traceserve.building.checkpoints import sources
-from traceserve.building.config.setup_config import parse
-from traceserve.building.samples import SENTENCES
+from traceserve.building.checkpoints.checkpoint import Checkpoint
+from traceserve.building.config.parsing import parse
+from traceserve.building.gate.texts import SENTENCES
 from traceserve.errors import ConfigError, SourceError
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import Unsupported
@@ -32,7 +33,7 @@ def edit(path: Path, **keys: Any) -> None:
     path.write_text(json.dumps({**content, **keys}))
 
 
-def fetch(name: str, folder: Path, **content: Any) -> sources.Checkpoint:
+def fetch(name: str, folder: Path, **content: Any) -> Checkpoint:
     config, _ = parse({"model_name": name, **content})
     return sources.fetch(config, folder)
 

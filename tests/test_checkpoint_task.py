@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from traceserve import cli
 from traceserve.building.checkpoints import sources, task
 from traceserve.building.config import task_names
-from traceserve.building.config.setup_config import parse
+from traceserve.building.config.parsing import parse
 from traceserve.errors import ConfigError, SourceError
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.tasks import TASKS

@@ -15,10 +15,10 @@ import torch
 import transformers
 from conftest import run_export
 from tokenizers import Tokenizer, processors
+from traceserve.building.checkpoints.checkpoint import Checkpoint
 from traceserve.building.checkpoints.loading import Original, load, quiet
-from traceserve.building.checkpoints.sources import Checkpoint
-from traceserve.building.config.setup_config import parse
-from traceserve.building.samples import SENTENCES, VERY_LONG
+from traceserve.building.config.parsing import parse
+from traceserve.building.gate.texts import SENTENCES, VERY_LONG
 from traceserve.errors import ExportError
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import InvalidRequest, TraceserveError

@@ -10,17 +10,10 @@ from typing import Any, Dict, List, Tuple, Type
 
 import jsonschema
 import pytest
-from traceserve.building.config.formats import HARDWARE
-from traceserve.building.config.setup_config import (
-    AUTO_TASK,
-    RENAMED,
-    WITHOUT_MEANING,
-    SetupConfig,
-    default_name,
-    json_schema,
-    load,
-    parse,
-)
+from traceserve.building.config.hardware import HARDWARE
+from traceserve.building.config.parsing import load, parse
+from traceserve.building.config.schema import json_schema
+from traceserve.building.config.setup_config import AUTO_TASK, RENAMED, WITHOUT_MEANING, SetupConfig, default_name
 from traceserve.building.writers import WRITERS
 from traceserve.errors import ConfigError
 from traceserve_runtime.tasks import TASKS
@@ -331,7 +324,7 @@ def test_a_configuration_is_refused_before_anything_heavy_is_imported() -> None:
     """So nothing can have been downloaded; and the message comes at once."""
     code = """
 import sys
-from traceserve.building.config.setup_config import parse
+from traceserve.building.config.parsing import parse
 from traceserve.errors import ConfigError
 try:
     parse({"model_name": "bert-base-uncased", "mode": "fortune_telling"})

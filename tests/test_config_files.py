@@ -8,7 +8,7 @@ from typing import Any, Callable, Dict, List
 
 import pytest
 from test_loading import COLORS, original
-from traceserve.building.config.setup_config import load
+from traceserve.building.config.parsing import load
 from traceserve.errors import ConfigError
 
 # As in the example's model-config.yaml, with what people add to it.

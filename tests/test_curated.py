@@ -13,12 +13,13 @@ import pytest
 import torch
 import transformers
 from conftest import run_export
+from traceserve.building.checkpoints.checkpoint import Checkpoint
 from traceserve.building.checkpoints.loading import Original, load, quiet
-from traceserve.building.checkpoints.sources import Checkpoint
-from traceserve.building.config.setup_config import parse
-from traceserve.building.samples import SENTENCES
-from traceserve.building.writers.contract import Target
+from traceserve.building.config.parsing import parse
+from traceserve.building.config.save_modes import Target
+from traceserve.building.gate.texts import SENTENCES
 from traceserve.building.writers.torchscript import writer
+from traceserve.building.writers.tracing.graphs import MODEL_FILE
 from traceserve.errors import ConfigError, ExportError, SourceError
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.manifest import Shapes
@@ -177,7 +178,7 @@ def test_a_trace_has_the_positions_of_its_longest_row(checkpoint: Callable[..., 
     change_json(folder / "tokenizer_config.json", model_max_length=700)
     made = original(folder, task="text_generation", max_length=640)
     writer.write(made, TASKS["text_generation"], Shapes(), tmp_path, Target("cpu", {}))
-    graphs: Any = torch.jit.load(str(tmp_path / writer.MODEL_FILE))
+    graphs: Any = torch.jit.load(str(tmp_path / MODEL_FILE))
     ids = torch.arange(640)[None] % made.model.config.vocab_size
     mask = torch.ones_like(ids)
     with torch.no_grad():

@@ -11,9 +11,9 @@ from typing import Any, Callable, Dict, List, Tuple, Type
 import pytest
 import torch
 from conftest import run_export
-from traceserve.building.config.setup_config import parse
+from traceserve.building.config.parsing import parse
 from traceserve.building.gate import verification
-from traceserve.building.samples import SENTENCES
+from traceserve.building.gate.texts import SENTENCES
 from traceserve.building.writers.torchscript import other_device
 from traceserve.errors import ConfigError, ExportError
 from traceserve_runtime.engine import Engine

@@ -17,7 +17,7 @@ import torch
 from conftest import Called, run_export
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from traceserve.building.samples import SENTENCES, VERY_LONG
+from traceserve.building.gate.texts import SENTENCES, VERY_LONG
 from traceserve_runtime import failures
 from traceserve_runtime.batching import costs
 from traceserve_runtime.batching.batches import Stats

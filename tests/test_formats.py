@@ -13,15 +13,17 @@ from conftest import run_export
 from traceserve import cli
 from traceserve.building.checkpoints import sources
 from traceserve.building.config import formats
-from traceserve.building.config.setup_config import json_schema, parse
-from traceserve.building.writers import WRITERS
-from traceserve.building.writers.lowering.precision import AUTO, PRECISIONS
+from traceserve.building.config.dtypes import AUTO, DTYPES
+from traceserve.building.config.hardware import HARDWARE
+from traceserve.building.config.parsing import parse
+from traceserve.building.config.save_modes import SAVE_MODES
+from traceserve.building.config.schema import json_schema
 from traceserve.errors import ConfigError
 from traceserve_runtime.runtimes.torchscript.reader import FILLED, UNPADDED
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.parameters import Parameter
 
-ALL = list(itertools.product(WRITERS, formats.HARDWARE, TASKS))
+ALL = list(itertools.product(SAVE_MODES, HARDWARE, TASKS))
 
 
 @pytest.mark.parametrize(
@@ -62,7 +64,7 @@ def test_configuration_schema_and_table_agree(save_mode: str, hardware: str, tas
         if (item.save_mode, item.hardware) == (save_mode, hardware) and task in item.tasks
     ]
     assert ("" in row.refused) is not bool(row.dtypes)
-    for dtype in (AUTO, *PRECISIONS):
+    for dtype in (AUTO, *DTYPES):
         content = {"model_name": "x/y", "save_mode": save_mode, "hardware": hardware, "task": task, "dtype": dtype}
         assert validator.is_valid(content) is (dtype in row.dtypes)
         if dtype in row.dtypes:
@@ -73,7 +75,7 @@ def test_configuration_schema_and_table_agree(save_mode: str, hardware: str, tas
         reason = row.refused[""] if "" in row.refused else row.refused[dtype]
         assert reason.replace("it ", "", 1).split(", not for")[0] in raised.value.message
         # What it says to take instead can be taken.
-        named = [name for name in (*WRITERS, *row.dtypes) if name in raised.value.message.rsplit("take ", 1)[-1]]
+        named = [name for name in (*SAVE_MODES, *row.dtypes) if name in raised.value.message.rsplit("take ", 1)[-1]]
         assert named or "take" not in raised.value.message
 
 
@@ -88,7 +90,7 @@ def test_auto_tries_what_is_legal(save_mode: str, hardware: str, task: str) -> N
 
 def test_a_mode_without_loops_is_refused_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a compiled graph of fixed inputs would be."""
-    monkeypatch.setitem(WRITERS, "pretrained", WRITERS["pretrained"]._replace(loops=()))
+    monkeypatch.setitem(SAVE_MODES, "pretrained", SAVE_MODES["pretrained"]._replace(loops=()))
     content = {"model_name": "x", "save_mode": "pretrained"}
     with pytest.raises(ConfigError) as raised:
         parse({**content, "task": "text_generation"})
@@ -101,9 +103,9 @@ def test_a_mode_without_loops_is_refused_for_them(monkeypatch: pytest.MonkeyPatc
 
 
 def test_every_option_is_legal_where_it_belongs_and_nowhere_else(validator: Any) -> None:
-    names = {option.parameter.name for writer in WRITERS.values() for option in writer.options}
-    for save_mode, hardware in itertools.product(WRITERS, formats.HARDWARE):
-        if hardware not in WRITERS[save_mode].hardware:
+    names = {option.parameter.name for kind in SAVE_MODES.values() for option in kind.options}
+    for save_mode, hardware in itertools.product(SAVE_MODES, HARDWARE):
+        if hardware not in SAVE_MODES[save_mode].hardware:
             continue
         own: Dict[str, Parameter] = formats.options(save_mode, hardware)
         for name in names:
@@ -151,10 +153,10 @@ def test_the_table_shows_all(capsys: pytest.CaptureFixture[str], monkeypatch: py
     monkeypatch.setenv("COLUMNS", "200")
     assert cli.main(["formats"]) == 0
     shown = capsys.readouterr().out
-    for name in (*WRITERS, *formats.HARDWARE, *TASKS, *PRECISIONS):
+    for name in (*SAVE_MODES, *HARDWARE, *TASKS, *DTYPES):
         assert name in shown
     assert "it is for models that are run once" in shown
-    for option in (option for writer in WRITERS.values() for option in writer.options):
+    for option in (option for kind in SAVE_MODES.values() for option in kind.options):
         assert option.parameter.name in shown and option.parameter.legal in shown
 
 

@@ -17,7 +17,7 @@ from conftest import run_export
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import answers, generated, written
-from traceserve.building.samples import SENTENCES, VERY_LONG
+from traceserve.building.gate.texts import SENTENCES, VERY_LONG
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import InvalidRequest, TraceserveError
 from traceserve_runtime.generation.scores import Settings, probabilities, processed

@@ -15,8 +15,8 @@ import transformers
 from conftest import run_export
 from oracle import answers, generated, written
 from traceserve.building.checkpoints import generation, sources
-from traceserve.building.config.setup_config import parse
-from traceserve.building.samples import SENTENCES
+from traceserve.building.config.parsing import parse
+from traceserve.building.gate.texts import SENTENCES
 from traceserve.errors import SourceError
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import TraceserveError

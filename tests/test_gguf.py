@@ -10,11 +10,12 @@ import pytest
 import torch
 import transformers
 from conftest import run_export
+from traceserve.building.checkpoints.checkpoint import Checkpoint
 from traceserve.building.checkpoints.gguf import tokenizer_options
 from traceserve.building.checkpoints.loading import load, quiet
-from traceserve.building.checkpoints.sources import Checkpoint, fetch
-from traceserve.building.config.setup_config import parse
-from traceserve.building.samples import SENTENCES
+from traceserve.building.checkpoints.sources import fetch
+from traceserve.building.config.parsing import parse
+from traceserve.building.gate.texts import SENTENCES
 from traceserve.errors import ConfigError, ExportError, SourceError
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.tasks import TASKS

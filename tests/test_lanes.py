@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from traceserve.building.samples import SENTENCES, VERY_LONG
+from traceserve.building.gate.texts import SENTENCES, VERY_LONG
 from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.batching.costs import CostModel
 from traceserve_runtime.batching.lanes import Batches, Lanes, schedule

@@ -13,10 +13,10 @@ import torch
 import transformers
 from conftest import run_export
 from oracle import answers
+from traceserve.building.checkpoints.checkpoint import Checkpoint
 from traceserve.building.checkpoints.loading import Original, load, quiet
-from traceserve.building.checkpoints.sources import Checkpoint
-from traceserve.building.config.setup_config import parse
-from traceserve.building.samples import SENTENCES
+from traceserve.building.config.parsing import parse
+from traceserve.building.gate.texts import SENTENCES
 from traceserve.errors import ConfigError, ExportError
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import InvalidRequest

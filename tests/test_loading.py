@@ -15,10 +15,11 @@ from conftest import run_export
 from oracle import answers, generated
 from safetensors.torch import load_file, save_file
 from traceserve.building.checkpoints import lengths
+from traceserve.building.checkpoints.checkpoint import Checkpoint
 from traceserve.building.checkpoints.loading import Original, load, quiet
-from traceserve.building.checkpoints.sources import Checkpoint, fetch
-from traceserve.building.config.setup_config import parse
-from traceserve.building.samples import SENTENCES
+from traceserve.building.checkpoints.sources import fetch
+from traceserve.building.config.parsing import parse
+from traceserve.building.gate.texts import SENTENCES
 from traceserve.errors import ConfigError, ExportError, SourceError
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import TraceserveError, Unsupported

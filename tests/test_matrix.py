@@ -17,6 +17,7 @@ from oracle import ANSWERS, ASKED, CASES, TEXTS, answers, assert_equal, generate
 from traceserve.building import samples
 from traceserve.building.checkpoints import demo
 from traceserve.building.config import formats
+from traceserve.building.config.save_modes import SAVE_MODES
 from traceserve.building.gate import verification
 from traceserve.building.gate.findings import LIMITS
 from traceserve.building.writers import WRITERS, aot_inductor
@@ -134,6 +135,6 @@ def test_a_lower_precision_changes_few_answers(
 def test_every_save_mode_has_every_length(tmp_path: Path) -> None:
     """Else the matrix would have holes that nobody sees."""
     modes = {param.values[0] for param in combinations()}
-    assert modes == {name for name, writer in WRITERS.items() if "cpu" in writer.hardware}
+    assert modes == {name for name, kind in SAVE_MODES.items() if "cpu" in kind.hardware}
     for mode in modes:
         assert {param.values[2] for param in combinations() if param.values[0] == mode} == {"auto", "fixed"}

@@ -15,11 +15,13 @@ import torch
 from conftest import ROOT, nothing
 from traceserve.building.checkpoints import loading, sources
 from traceserve.building.checkpoints.loading import Original
-from traceserve.building.config import setup_config
+from traceserve.building.config import parsing
 from traceserve.building.config.formats import options, target
+from traceserve.building.config.hardware import HARDWARE
+from traceserve.building.config.setup_config import SetupConfig
+from traceserve.building.gate.loops import generate
 from traceserve.building.writers import WRITERS
 from traceserve.building.writers.neuron import compilers
-from traceserve.building.writers.tracing.loops import generate
 from traceserve.errors import ConfigError, ExportError, ServerError
 from traceserve.machine import neuron_cores
 from traceserve_runtime.batching.batches import Stats
@@ -36,10 +38,8 @@ from traceserve_runtime.tasks import TASKS
 CHIP = pytest.mark.parametrize("hardware", list(CHIPS))
 
 
-def parsed(**content: Any) -> setup_config.SetupConfig:
-    return setup_config.parse({"model_name": "x", "task": "sequence_classification", "hardware": "neuron", **content})[
-        0
-    ]
+def parsed(**content: Any) -> SetupConfig:
+    return parsing.parse({"model_name": "x", "task": "sequence_classification", "hardware": "neuron", **content})[0]
 
 
 @CHIP
@@ -203,5 +203,5 @@ def written(engine: Engine, rows: List[Any], asked: List[Any]) -> List[List[int]
 
 def test_every_chip_has_a_compiler() -> None:
     assert set(compilers.COMPILERS) == set(CHIPS)
-    assert all(loop in {task.loop for task in TASKS.values()} for c in compilers.COMPILERS.values() for loop in c.loops)
+    assert all(loop in {task.loop for task in TASKS.values()} for c in HARDWARE.values() for loop in c.loops or ())
     assert set(options("torchscript", "neuronx")) < set(options("torchscript", "neuron"))

@@ -18,13 +18,13 @@ import torch
 from conftest import ROOT, run_export
 from traceserve import cli
 from traceserve.building.checkpoints import sources
-from traceserve.building.config.setup_config import parse
+from traceserve.building.config.parsing import parse
+from traceserve.building.config.save_modes import Target
 from traceserve.building.export import Exported
 from traceserve.building.gate import verification
 from traceserve.building.gate.findings import Limit
-from traceserve.building.samples import SENTENCES
-from traceserve.building.writers.contract import Target
-from traceserve.building.writers.onnx import export, weights, writer
+from traceserve.building.gate.texts import SENTENCES
+from traceserve.building.writers.onnx import weights, writer
 from traceserve.building.writers.onnx.int8 import BLOCK, RoundedLinear, SmoothedLinear, quantize
 from traceserve.errors import ConfigError, ExportError
 from traceserve_runtime import processor
@@ -437,7 +437,7 @@ def test_weights_beyond_what_a_message_holds(
 ) -> None:
     """As from 2 GB on, where torch's exporter writes a file for each weight."""
     seen: List[int] = []
-    own = export.onnx_load
+    own = onnx.load
 
     def load(file: str) -> Any:
         model = own(file)
@@ -445,9 +445,10 @@ def test_weights_beyond_what_a_message_holds(
         seen.append(len(list(Path(file).parent.iterdir())))
         return own(file)
 
-    monkeypatch.setattr(export, "onnx_load", load)
     monkeypatch.setattr(weights, "SMALLEST", 64)
-    exported = run_export(tmp_path / "x", content(checkpoint))
+    with monkeypatch.context() as patch:
+        patch.setattr(onnx, "load", load)
+        exported = run_export(tmp_path / "x", content(checkpoint))
     assert seen and seen[0] > 20
     assert exported.manifest.receipt["passed"]
     graph = onnx.load(tmp_path / "x" / "model.onnx", load_external_data=False).graph

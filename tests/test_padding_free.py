@@ -14,13 +14,12 @@ from conftest import run_export
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_verification import spy
-from traceserve.building.config.setup_config import parse
+from traceserve.building.config.parsing import parse
 from traceserve.building.export import _without_padding
-from traceserve.building.gate.findings import LIMITS, Cell, Findings
-from traceserve.building.samples import SENTENCES
+from traceserve.building.gate.findings import LIMITS, Cell, DriftError, Findings
+from traceserve.building.gate.texts import SENTENCES
 from traceserve.building.writers.shapes import unpadded
 from traceserve.commands.build import _print_exported
-from traceserve.errors import DriftError
 from traceserve_runtime.batching.costs import CostModel
 from traceserve_runtime.batching.lanes import Lanes, schedule
 from traceserve_runtime.batching.plan import plan

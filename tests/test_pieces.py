@@ -19,11 +19,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from oracle import answers, generated
 from traceserve.building.checkpoints import conversion
+from traceserve.building.checkpoints.checkpoint import Checkpoint
 from traceserve.building.checkpoints.loading import load, quiet
-from traceserve.building.checkpoints.sources import Checkpoint
-from traceserve.building.config.setup_config import parse
+from traceserve.building.config.parsing import parse
 from traceserve.building.gate.corpus import sentences
-from traceserve.building.samples import SENTENCES
+from traceserve.building.gate.texts import SENTENCES
 from traceserve.errors import ExportError
 from traceserve_runtime.engine import Engine, load_task
 from traceserve_runtime.manifest import Manifest, TokenizerFacts

@@ -16,14 +16,14 @@ from conftest import nothing, run_export
 from traceserve import cli
 from traceserve.building import speeds
 from traceserve.building.checkpoints import loading, sources
-from traceserve.building.config import formats
-from traceserve.building.config.setup_config import parse
+from traceserve.building.config import dtypes, formats
+from traceserve.building.config.parsing import parse
 from traceserve.building.export import Exported
 from traceserve.building.gate import reference as references
 from traceserve.building.gate import verification
 from traceserve.building.gate.corpus import sentences
 from traceserve.building.gate.findings import LIMITS, Findings, Limit
-from traceserve.building.samples import SENTENCES, calibration
+from traceserve.building.gate.texts import SENTENCES, calibration
 from traceserve.building.writers import WRITERS
 from traceserve.building.writers.lowering import precision
 from traceserve.building.writers.torchscript import writer
@@ -427,9 +427,9 @@ def test_auto_takes_float32_where_the_processor_has_nothing_else(
 def test_what_auto_tries(task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of written texts float32 alone: they change with the first token that was a near tie."""
     claim(monkeypatch, tmp_path, "avx512_bf16", "amx_int8")
-    assert precision.fastest(task, "cpu") == (("float32",) if task.loop else ("bfloat16", "float32"))
+    assert dtypes.fastest(task, "cpu") == (("float32",) if task.loop else ("bfloat16", "float32"))
     claim(monkeypatch, tmp_path, "amx_int8")
-    assert precision.fastest(task, "cpu") == ("float32",)
+    assert dtypes.fastest(task, "cpu") == ("float32",)
 
 
 @pytest.mark.parametrize(

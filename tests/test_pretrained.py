@@ -16,9 +16,9 @@ import pytest
 import torch
 from conftest import ROOT, run_export
 from traceserve.building.checkpoints import sources
-from traceserve.building.config.setup_config import parse
+from traceserve.building.config.parsing import parse
 from traceserve.building.gate import verification
-from traceserve.building.samples import SENTENCES
+from traceserve.building.gate.texts import SENTENCES
 from traceserve.errors import ConfigError, ExportError
 from traceserve_runtime.batching import batches
 from traceserve_runtime.engine import Engine

@@ -12,13 +12,13 @@ import torch
 import transformers
 from conftest import run_export
 from traceserve.building.checkpoints import loading, sources
-from traceserve.building.config.setup_config import parse
-from traceserve.building.gate.findings import LIMITS
-from traceserve.building.samples import SENTENCES
+from traceserve.building.config.parsing import parse
+from traceserve.building.gate.findings import LIMITS, DriftError
+from traceserve.building.gate.texts import SENTENCES
 from traceserve.building.writers.lowering import int8, precision
 from traceserve.building.writers.lowering.int8 import KEPT_SHARES, Int8Linear, quantized
 from traceserve.building.writers.lowering.sensitivity import linears, measure
-from traceserve.errors import DriftError, ExportError
+from traceserve.errors import ExportError
 from traceserve_runtime import processor
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.tasks.contract import Answer, Request

@@ -11,10 +11,10 @@ import torch
 from conftest import ROOT, nothing, run_export
 from models import ARCHITECTURES, UNEVEN
 from traceserve.building.checkpoints import loading, sources
-from traceserve.building.config.setup_config import parse
+from traceserve.building.config.parsing import parse
 from traceserve.building.gate import reference, verification
 from traceserve.building.gate.reference import Reference, Wanted
-from traceserve.building.samples import TEXTS
+from traceserve.building.gate.texts import TEXTS
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.texts.tokenization import Encoded, Row
 

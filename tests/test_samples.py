@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, List, Tuple, Type
 
 import pytest
-from traceserve.building.samples import SENTENCES, TEXTS, VERY_LONG, read
+from traceserve.building.gate.texts import SENTENCES, TEXTS, VERY_LONG
+from traceserve.building.samples import read
 from traceserve.errors import ConfigError
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.protocols.bodies import Headers

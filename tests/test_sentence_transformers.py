@@ -14,8 +14,8 @@ from conftest import run_export
 from oracle import answers
 from safetensors.torch import save_file
 from traceserve.building.checkpoints import sources
-from traceserve.building.config.setup_config import parse
-from traceserve.building.samples import SENTENCES
+from traceserve.building.config.parsing import parse
+from traceserve.building.gate.texts import SENTENCES
 from traceserve.errors import SourceError
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import InvalidRequest

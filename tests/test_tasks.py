@@ -18,7 +18,7 @@ from conftest import MINILM, run_export
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import ANSWERS, ASKED, CASES, COLORS, STRATEGIES, TEXTS, answers, ask_with_parameters, assert_equal, names
-from traceserve.building.samples import SENTENCES, VERY_LONG
+from traceserve.building.gate.texts import SENTENCES, VERY_LONG
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import InvalidRequest, TraceserveError, Unsupported
 from traceserve_runtime.protocols.bodies import Headers

@@ -19,7 +19,8 @@ from typing import Callable, Dict, Iterator, List, Optional, Sequence, Set
 import numpy as np
 import pytest
 from conftest import ROOT
-from traceserve.archives.archive import archive, configure, read_manifest, read_serving
+from traceserve.archives.archive import archive
+from traceserve.archives.contents import configure, read_manifest, read_serving
 from traceserve.archives.model_config import Serving
 from traceserve.cli import _parse, main
 from traceserve.errors import ConfigError, ServerError

@@ -15,9 +15,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from traceserve.building.checkpoints import loading, sources
 from traceserve.building.checkpoints.loading import Original
-from traceserve.building.config import setup_config
+from traceserve.building.config import parsing
 from traceserve.building.gate import verification
-from traceserve.building.samples import SENTENCES
+from traceserve.building.gate.texts import SENTENCES
 from traceserve.building.writers.torchscript import axes, unpadding, writer
 from traceserve.building.writers.tracing.wrapping import masks_without_vmap
 from traceserve_runtime.batching.batches import Stats
@@ -87,7 +87,7 @@ def traced(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
                 "max_length": 64,
             }
             (folder / "setup_config.json").write_text(json.dumps(content))
-            loaded = setup_config.load(folder / "setup_config.json")
+            loaded = parsing.load(folder / "setup_config.json")
             original = loading.load(loaded.config, sources.fetch(loaded.config, folder), folder)
             with warnings.catch_warnings(), masks_without_vmap(), torch.no_grad():
                 warnings.simplefilter("ignore")

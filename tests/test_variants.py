@@ -8,10 +8,10 @@ from typing import Any, Callable, List, Tuple
 import pytest
 import torch
 from conftest import run_export
+from traceserve.building.gate.findings import DriftError
 from traceserve.building.writers.torchscript import weights, writer
 from traceserve.building.writers.torchscript.unpadding import Unpadded
 from traceserve.commands.printing import print_findings
-from traceserve.errors import DriftError
 from traceserve_runtime import processor
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.manifest import Manifest

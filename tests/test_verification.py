@@ -10,17 +10,18 @@ from typing import Any, Callable, Set, Tuple
 import pytest
 import torch
 from conftest import Called, nothing, run_export
-from traceserve.building import samples
 from traceserve.building.checkpoints import loading, sources
 from traceserve.building.checkpoints.loading import Original
-from traceserve.building.config.setup_config import parse
+from traceserve.building.config.parsing import parse
 from traceserve.building.export import candidate_shapes
 from traceserve.building.gate import verification
+from traceserve.building.gate.findings import LIMITS, Cell, DriftError, Findings
 from traceserve.building.gate.reference import Reference
+from traceserve.building.gate.texts import TEXTS, VERY_LONG
 from traceserve.building.writers import WRITERS
 from traceserve.building.writers.contract import Writer, Written
 from traceserve.building.writers.torchscript import writer
-from traceserve.errors import DriftError, ExportError
+from traceserve.errors import ExportError
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.manifest import Manifest, Shapes, sha256
 from traceserve_runtime.tasks.contract import Answer, Request
@@ -98,8 +99,8 @@ def test_tied_weights_are_held_once(checkpoint: Callable[..., Path], tmp_path: P
 
 
 def test_a_difference_that_is_no_number_is_over_the_limit() -> None:
-    findings = verification.Findings(verification.LIMITS["float32"], answers=1)
-    findings.cells += [verification.Cell(1, 8, False, "logits", d) for d in (0.0, float("nan"), 0.0)]
+    findings = Findings(LIMITS["float32"], answers=1)
+    findings.cells += [Cell(1, 8, False, "logits", d) for d in (0.0, float("nan"), 0.0)]
     assert (
         not findings.passed and len(findings.failed) == 1 and findings.largest_difference != findings.largest_difference
     )
@@ -181,14 +182,14 @@ def test_what_the_task_asks_is_compared_and_the_users_own(
     original = Reference(load_original(checkpoint, tmp_path))
     task = Engine.load(artifact).task
     # Of pairs that share 32 tokens some are refused.
-    asked = sum(isinstance(item, Encoded) for item in task.encode(task.from_texts(samples.TEXTS)))
-    assert asked > len(samples.TEXTS)
+    asked = sum(isinstance(item, Encoded) for item in task.encode(task.from_texts(TEXTS)))
+    assert asked > len(TEXTS)
     plain = verification.verify(artifact, original, [], nothing)
     assert plain.passed and plain.answers == asked
     mine = [{"text": "mine"}, {"text": "mine", "text_pair": ""}, {"text": "", "text_pair": "mine"}]
     more = verification.verify(artifact, original, [Request(inputs, {"top_k": None}) for inputs in mine], nothing)
     assert more.passed and more.answers == asked + 3
-    own = [Request({"text": samples.VERY_LONG}, {"top_k": None, "long_inputs": how}) for how in ("reject", "truncate")]
+    own = [Request({"text": VERY_LONG}, {"top_k": None, "long_inputs": how}) for how in ("reject", "truncate")]
     refused = verification.verify(artifact, original, own, nothing)
     assert refused.passed and refused.answers == asked + 1
 

@@ -17,7 +17,7 @@ import torch
 from conftest import run_export
 from traceserve.building import export
 from traceserve.building.gate import verification
-from traceserve.building.samples import SENTENCES
+from traceserve.building.gate.texts import SENTENCES
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import InvalidManifest
 from traceserve_runtime.manifest import Manifest, Shapes, sha256

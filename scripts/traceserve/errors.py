@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Sequence
+from typing import Sequence
 
 from traceserve_runtime.errors import TraceserveError
-
-if TYPE_CHECKING:
-    from traceserve.building.gate.findings import Findings
 
 
 class ConfigError(TraceserveError):
@@ -24,14 +21,6 @@ class ExportError(TraceserveError):
 
 class UnwritableError(ExportError):
     """The model cannot be written in this save mode; it may be in another."""
-
-
-class DriftError(ExportError):
-    """The gate found that the artifact does not answer as the original does; `findings` says where."""
-
-    def __init__(self, message: str, findings: Findings) -> None:
-        super().__init__(message)
-        self.findings = findings
 
 
 class ArchiveError(TraceserveError):

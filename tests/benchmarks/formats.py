@@ -20,8 +20,8 @@ import building
 import servers
 import tables
 import texts as sentences
-from traceserve.archives.archive import read_manifest
-from traceserve.building.writers import WRITERS
+from traceserve.archives.contents import read_manifest
+from traceserve.building.config.save_modes import SAVE_MODES
 from traceserve_runtime.tasks import TASKS
 
 Way = Tuple[str, str]
@@ -69,7 +69,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = tables.parser(__doc__, rounds=3)
-    every = [(mode, dtype) for mode, writer in WRITERS.items() if "cpu" in writer.hardware for dtype in writer.dtypes]
+    every = [(mode, dtype) for mode, kind in SAVE_MODES.items() if "cpu" in kind.hardware for dtype in kind.dtypes]
     parser.add_argument("--model", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--task", default="sequence_classification", choices=sorted(TASKS))
     parser.add_argument("--texts", type=Path, required=True, metavar="CSV", help="sentences in a column `text`")

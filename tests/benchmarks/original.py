@@ -17,7 +17,7 @@ from typing import List
 import numpy as np
 from traceserve.building import samples
 from traceserve.building.checkpoints import loading, sources
-from traceserve.building.config.setup_config import parse
+from traceserve.building.config.parsing import parse
 from traceserve.building.gate.reference import Reference, Wanted, run_original
 from traceserve_runtime.manifest import TokenizerFacts
 from traceserve_runtime.tasks import TASKS

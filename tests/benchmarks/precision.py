@@ -22,7 +22,7 @@ import tables
 import torch
 from traceserve.building import samples
 from traceserve.building.checkpoints.loading import Original
-from traceserve.building.config import setup_config
+from traceserve.building.config import parsing
 from traceserve.building.export import Exported, export
 from traceserve.building.speeds import measure
 from traceserve.building.writers.lowering import precision
@@ -53,12 +53,10 @@ def export_as(way: str, content: Dict[str, Any], folder: Path, texts: Path) -> E
     own = precision.PRECISIONS[dtype]
     if lower is not None:
         precision.PRECISIONS[dtype] = own._replace(lower=lower, tracing=contextlib.nullcontext)
-    parsed, _ = setup_config.parse({**content, "dtype": dtype})
+    parsed, _ = parsing.parse({**content, "dtype": dtype})
     folder.mkdir()
     try:
-        return export(
-            setup_config.Loaded(parsed, folder, ()), folder.name, folder, lambda *_: None, texts, allow_drift=True
-        )
+        return export(parsing.Loaded(parsed, folder, ()), folder.name, folder, lambda *_: None, texts, allow_drift=True)
     finally:
         precision.PRECISIONS[dtype] = own
 

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import models
 import transformers
-from traceserve.building.samples import SENTENCES, TEXTS
+from traceserve.building.gate.texts import SENTENCES, TEXTS
 
 AUTO_MODEL = "AutoModelForQuestionAnswering"
 QUESTIONS = [text for text in SENTENCES if "?" in text or "？" in text]

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import models
 import transformers
-from traceserve.building.samples import SENTENCES
+from traceserve.building.gate.texts import SENTENCES
 
 OUTPUT = Path(__file__).with_name("text2text_generation.json")
 PARAMETERS: List[Dict[str, Any]] = [

@@ -12,10 +12,10 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 import models
 from oracle import CASES
 from traceserve.building.config import formats
-from traceserve.building.config.setup_config import Loaded, parse
+from traceserve.building.config.parsing import Loaded, parse
 from traceserve.building.export import Exported, export
 from traceserve.building.gate import verification
-from traceserve.building.samples import SENTENCES
+from traceserve.building.gate.texts import SENTENCES
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Answer

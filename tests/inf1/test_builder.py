@@ -12,8 +12,9 @@ from typing import Any, Callable, Dict
 import pytest
 from conftest import ROOT
 from traceserve.building.export import BEFORE_COMPILING, COMPILED, Exported
+from traceserve.building.gate.findings import DriftError
 from traceserve.building.writers.neuron.compilers import COMPILERS
-from traceserve.errors import DriftError, ExportError
+from traceserve.errors import ExportError
 from traceserve_runtime.manifest import Shapes, sha256
 
 Build = Callable[..., Exported]

@@ -12,13 +12,13 @@ from traceserve_runtime.manifest import Manifest, Shapes, Source, sha256
 from traceserve_runtime.tasks import TASKS
 
 from traceserve.archives.model_config import SERVING_FILE, Serving
-from traceserve.building.checkpoints import adapters, libraries
+from traceserve.building.checkpoints import adapters
 from traceserve.building.checkpoints.loading import Original
-from traceserve.building.config import formats
+from traceserve.building.config import formats, libraries
+from traceserve.building.config.save_modes import Target
 from traceserve.building.config.setup_config import SetupConfig
-from traceserve.building.gate.verification import Progress
+from traceserve.building.progress import Progress
 from traceserve.building.writers import WRITERS
-from traceserve.building.writers.contract import Target
 from traceserve.errors import ExportError, UnwritableError
 from traceserve.machine import space
 

@@ -19,16 +19,22 @@ from traceserve.building import artifact, samples
 from traceserve.building.checkpoints import loading, sources
 from traceserve.building.checkpoints.loading import Original
 from traceserve.building.config import formats
-from traceserve.building.config.setup_config import Loaded, SetupConfig
+from traceserve.building.config.dtypes import DTYPES
+from traceserve.building.config.hardware import FIXED_SHAPES
+from traceserve.building.config.parsing import Loaded
+from traceserve.building.config.save_modes import SAVE_MODES
+from traceserve.building.config.setup_config import SetupConfig
 from traceserve.building.gate.corpus import sentences
-from traceserve.building.gate.findings import Findings
+from traceserve.building.gate.findings import DriftError, Findings
 from traceserve.building.gate.reference import Reference
-from traceserve.building.gate.verification import CORPUS, Progress, verify
+from traceserve.building.gate.texts import calibration
+from traceserve.building.gate.verification import CORPUS, verify
+from traceserve.building.progress import Progress
 from traceserve.building.speeds import measure
 from traceserve.building.writers import WRITERS
 from traceserve.building.writers.neuron.compilers import CompileError
 from traceserve.building.writers.shapes import unpadded
-from traceserve.errors import DriftError, ExportError
+from traceserve.errors import ExportError
 from traceserve.machine import neuron_cores
 
 _WRITTEN_TEXTS = 16  # whose speed is measured
@@ -174,6 +180,13 @@ def _export(
     return Exported(manifest, chosen.findings, parameters, note, checkpoint.task_found, tuple(tried), compared)
 
 
+def _lowered(config: SetupConfig, original: Original, dtype: str, texts: Sequence[str]) -> Iterable[Original]:
+    """The models to be written in this dtype, in turn; as it is, where the hardware's own compiler makes the dtype."""
+    if config.hardware in DTYPES[dtype].by_compiler:
+        return [replace(original, dtype=dtype)]
+    return WRITERS[config.save_mode].lowered(original, dtype, texts)
+
+
 def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
@@ -202,8 +215,8 @@ class _Attempt:
         refused: List[ExportError] = []
         drifted: List[Tuple[Findings, Original, Shapes]] = []
         config = self.config
-        texts = samples.calibration(self.own_samples)
-        for lowered in formats.lowered(config.save_mode, config.hardware, original, dtype, texts):
+        texts = calibration(self.own_samples)
+        for lowered in _lowered(config, original, dtype, texts):
             for padded, shapes in self._ways(lowered, drifted):
                 try:
                     manifest, findings = self._proven(padded, shapes, folder)
@@ -217,7 +230,7 @@ class _Attempt:
                         findings.compared[PADDING_CHANGES] = min(item[0].largest_difference for item in drifted)
                     return self._finish(manifest, findings, padded, folder)
                 drifted.append((findings, padded, shapes))
-                if config.hardware in formats.FIXED_SHAPES or not (findings.failure or findings.failed):
+                if config.hardware in FIXED_SHAPES or not (findings.failure or findings.failed):
                     break  # narrower shapes change no more of what is right in all of them
         runnable = [item for item in drifted if item[0].failure is None]
         if allow_drift and runnable:
@@ -249,7 +262,7 @@ class _Attempt:
 
     def _other(self, shapes: Shapes, scratch: Path) -> Optional[Path]:
         """The float32 artifact that this save mode is measured against, unproven; None where it cannot be written."""
-        save_mode = WRITERS[self.config.save_mode].measured_against
+        save_mode = SAVE_MODES[self.config.save_mode].measured_against
         if save_mode is None:
             return None
         config = self.config.model_copy(update={"save_mode": save_mode, "options": {}})
@@ -283,7 +296,7 @@ class _Attempt:
         What is compiled for a chip is compared before, as the same graphs on the CPU, and after, where the chip is at
         hand. What differs before is not compiled.
         """
-        if self.config.hardware not in formats.FIXED_SHAPES:
+        if self.config.hardware not in FIXED_SHAPES:
             return self._written(lowered, shapes, folder)
         with tempfile.TemporaryDirectory(prefix=".rehearsal.", dir=folder.parent) as scratch:
             rehearsal = self._write(replace(lowered, dtype="float32"), shapes, Path(scratch), rehearsal=True)
@@ -325,7 +338,7 @@ class _Attempt:
 
 def _without_padding(config: SetupConfig, findings: Findings) -> str:
     """What can be done for a model whose answers padding changes, where that was not tried."""
-    if findings.padding_changes and config.hardware in formats.FIXED_SHAPES:
+    if findings.padding_changes and config.hardware in FIXED_SHAPES:
         return (
             f"; padding changes the answers of this model, and {config.hardware} has fixed shapes, to which rows must be "
             'padded: take "hardware": "cpu"'

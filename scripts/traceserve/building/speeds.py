@@ -10,7 +10,7 @@ from typing import Dict, List, Mapping, Sequence
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.tasks.contract import Request
 
-from traceserve.building.gate.verification import Progress
+from traceserve.building.progress import Progress
 
 AT_ONCE = 32  # requests that an engine is given together, as TorchServe's batch_size
 MOST = 256  # requests of one round

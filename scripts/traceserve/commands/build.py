@@ -90,17 +90,17 @@ def make(options: argparse.Namespace, with_archive: bool) -> Path:
     """Export, and archive; both appear at the end, or neither. Gives the archive's, or the artifact's, path."""
     from contextlib import ExitStack
 
-    from traceserve.archives import archive, staging
-    from traceserve.building.config import setup_config
+    from traceserve.archives import archive, names, staging
+    from traceserve.building.config import parsing, setup_config
     from traceserve.errors import ArchiveError, ExportError
 
-    loaded = setup_config.load(options.config)
+    loaded = parsing.load(options.config)
     for note in loaded.notes:
         console(error=True).print(f"[yellow]note:[/] {note}", highlight=False)
     target: Path = options.output or ARTIFACTS / setup_config.default_name(loaded.config)
-    name = archive.check_name(target.resolve().name)
+    name = names.check_name(target.resolve().name)
     staging.check_free(target, options.force, ExportError)
-    version = archive.check_version(options.version) if with_archive and options.version is not None else None
+    version = names.check_version(options.version) if with_archive and options.version is not None else None
     packed = options.store / f"{name}.mar" if with_archive else None
     if packed:
         staging.check_free(packed, options.force, ArchiveError)
@@ -130,10 +130,10 @@ def make(options: argparse.Namespace, with_archive: bool) -> Path:
 
 
 def _archive(options: argparse.Namespace) -> int:
-    from traceserve.archives import archive, staging
+    from traceserve.archives import archive, names, staging
     from traceserve.errors import ArchiveError
 
-    name = archive.check_name(options.artifact.resolve().name)
+    name = names.check_name(options.artifact.resolve().name)
     target = options.store / f"{name}.mar"
     staging.check_free(target, options.force, ArchiveError)
     started = time.monotonic()

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 def _config_schema(options: argparse.Namespace) -> int:
-    from traceserve.building.config import setup_config
+    from traceserve.building.config import schema
 
-    print(json.dumps(setup_config.json_schema(), indent=2))
+    print(json.dumps(schema.json_schema(), indent=2))
     return 0
 
 

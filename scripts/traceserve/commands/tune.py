@@ -67,7 +67,7 @@ def _p99(text: str) -> Optional[float]:
 
 
 def _tune(options: argparse.Namespace) -> int:
-    from traceserve.archives import archive
+    from traceserve.archives import contents
     from traceserve.errors import ServerError
     from traceserve.measuring import tune
     from traceserve.measuring.search import Goal
@@ -80,7 +80,7 @@ def _tune(options: argparse.Namespace) -> int:
         raise ServerError(tune.missed(tuned.best, goal, options.archive))
     write = tuned.chosen != tuned.own and not options.dry_run
     if write:
-        archive.configure(options.archive, tuned.chosen)
+        contents.configure(options.archive, tuned.chosen)
     place, screen = shlex.quote(str(options.archive)), console()
     if write:
         said = f"written into {place}: {tune.describe(tuned.chosen)}"

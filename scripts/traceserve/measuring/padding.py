@@ -5,18 +5,13 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from functools import partial
-from typing import Callable, List, Optional, Sequence, Tuple
+from typing import Callable, List, Optional, Sequence
 
 from traceserve_runtime.batching import plan
 from traceserve_runtime.batching.costs import CostModel
 from traceserve_runtime.manifest import Shapes
 
-BUCKETS = (16, 32, 64, 128, 256, 512)
-
-
-def few_lengths(max_length: int) -> Tuple[int, ...]:
-    """The lengths that rows are padded to where not any is allowed."""
-    return tuple(sorted({n for n in BUCKETS if n < max_length} | {max_length}))
+from traceserve.building.config.lengths import few_lengths
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from traceserve_runtime.settings import Settings
 from traceserve_runtime.tasks.contract import Task
 from traceserve_runtime.texts.tokenization import Encoded
 
-from traceserve.archives.archive import read_manifest, read_serving, unpack
+from traceserve.archives.contents import read_manifest, read_serving, unpack
 from traceserve.archives.model_config import Serving
 from traceserve.archives.staging import scratch
-from traceserve.building.gate.verification import Progress
+from traceserve.building.progress import Progress
 from traceserve.errors import ConfigError, ServerError
 from traceserve.measuring import connections as wire
 from traceserve.measuring import load_generator, targets

@@ -14,7 +14,7 @@ import subprocess
 from pathlib import Path
 from typing import Dict, List, Mapping, Optional, Tuple
 
-from traceserve.archives.archive import configure_unpacked, unpack
+from traceserve.archives.contents import configure_unpacked, unpack
 from traceserve.archives.model_config import Serving
 from traceserve.errors import ServerError
 from traceserve.machine import user_folders

@@ -21,8 +21,9 @@ from traceserve_runtime import processor
 from traceserve_runtime.manifest import Manifest
 
 from traceserve.archives import staging
-from traceserve.archives.archive import check_name, read_manifest, read_serving
+from traceserve.archives.contents import read_manifest, read_serving
 from traceserve.archives.model_config import Serving
+from traceserve.archives.names import check_name
 from traceserve.errors import ServerError
 from traceserve.machine import environment, neuron_cores
 from traceserve.serving import client, configuration, instances

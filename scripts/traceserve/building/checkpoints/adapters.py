@@ -15,16 +15,15 @@ import shutil
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Collection, Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Collection, Dict, Iterator, List, Mapping, Optional, Tuple
 
 from traceserve.archives import staging
 from traceserve.building.checkpoints import files, head_weights, heads
+from traceserve.building.checkpoints.checkpoint import Adapter, Checkpoint
+from traceserve.building.checkpoints.json_files import read_json
+from traceserve.building.config.setup_config import SetupConfig
 from traceserve.errors import ExportError, SourceError, first_line, some
 from traceserve.machine import user_folders
-
-if TYPE_CHECKING:
-    from traceserve.building.checkpoints.sources import Checkpoint
-    from traceserve.building.config.setup_config import SetupConfig
 
 FILE = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -55,15 +54,6 @@ _TOKENIZER = (
 _OF_SENTENCES = ("modules.json", "sentence_*_config.json", "config_sentence_transformers.json")
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """An adapter's own files, and the checkpoint that it was trained on."""
-
-    stored: Checkpoint
-    base: Checkpoint
-    base_name: str
-
-
 def is_one(folder: Path) -> bool:
     """Whether a folder holds an adapter."""
     return (folder / FILE).is_file()
@@ -71,7 +61,7 @@ def is_one(folder: Path) -> bool:
 
 def check(folder: Path, name: str) -> Dict[str, Any]:
     """The adapter's configuration; raises SourceError, ExportError for one that cannot be merged here."""
-    facts = files.read_json(folder / FILE)
+    facts = read_json(folder / FILE)
     if not isinstance(facts, dict) or not isinstance(facts.get("peft_type"), str):
         raise SourceError(f"{name}: {folder / FILE} should be a JSON object that names a peft_type")
     kind, base = facts["peft_type"], facts.get("base_model_name_or_path")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Dict, Optional
+from typing import Any, Dict, Optional
 
+from traceserve.building.checkpoints.checkpoint import Checkpoint
+from traceserve.building.config.setup_config import SetupConfig
 from traceserve.errors import ConfigError
-
-if TYPE_CHECKING:
-    from traceserve.building.checkpoints.sources import Checkpoint
-    from traceserve.building.config.setup_config import SetupConfig
 
 _TOKENIZER_FILE, _TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 

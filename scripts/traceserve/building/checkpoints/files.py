@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 import pickletools
 import re
 import zipfile
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Iterator, List, Optional
+from typing import IO, Iterator, List, Optional
 
 from traceserve_runtime.tasks import TASKS
 
 from traceserve.building.checkpoints import generation, sentence_transformers
+from traceserve.building.checkpoints.checkpoint import Checkpoint
+from traceserve.building.checkpoints.json_files import read_json
+from traceserve.building.config.setup_config import SetupConfig
 from traceserve.errors import SourceError, some
-
-if TYPE_CHECKING:
-    from traceserve.building.checkpoints.sources import Checkpoint
-    from traceserve.building.config.setup_config import SetupConfig
 
 # What transformers, tokenizers or this project read of a text model; and what none of them does, which changes nothing.
 READ = (
@@ -68,29 +66,11 @@ HARMLESS = (
 )
 VOCABULARIES = ("tokenizer.json", "vocab*.*", "*.model", "*.spm", "*.tiktoken", "*.bpe")  # one of which a tokenizer has
 _LFS = b"version https://git-lfs"
-_MARKS = {b"\xef\xbb\xbf": "UTF-8", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
 # What a pickle of weights is made of; a whole model names its own classes.
 _OF_WEIGHTS = ("torch", "collections", "numpy", "_codecs", "builtins", "__builtin__")
 _PICKLED_MODELS = ("*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.bin")
 _SEVERAL = 5  # pickles in a file that was saved as before torch 1.6: what describes it, and the object
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file of a checkpoint, None where there is none; raises SourceError for one that cannot be read."""
-    if not path.is_file():
-        return None
-    content = path.read_bytes()
-    for mark, name in _MARKS.items():
-        if content.startswith(mark):
-            raise SourceError(
-                f"{path} begins with a byte-order mark of {name}, and transformers does not read it; save it as UTF-8 "
-                "without one"
-            )
-    try:
-        return json.loads(content.decode("utf-8"))
-    except ValueError as error:
-        raise SourceError(f"{path} is no valid JSON: {error}") from None
 
 
 def check_pointers(folder: Path, name: str) -> None:

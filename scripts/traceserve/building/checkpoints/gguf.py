@@ -6,14 +6,11 @@ import contextlib
 import io
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Iterator, Optional, Tuple
+from typing import Any, Dict, Iterator, Optional, Tuple
 
+from traceserve.building.checkpoints.checkpoint import Checkpoint
 from traceserve.errors import ExportError, SourceError, first_line
 
-if TYPE_CHECKING:
-    from traceserve.building.checkpoints.sources import Checkpoint
-
-PACKAGES = ("gguf", "accelerate")  # by which transformers reads these files
 # Tensors that no parameter of a model is made from.
 _SCALED_ROTARY = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
 _BYTE_LEVEL = "gpt2"  # as llama.cpp calls the tokenizers of this kind

@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 import pickle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Collection, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, Collection, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple
 
 from traceserve.building.checkpoints.heads import BASE, BOTH, CAUSAL, MASKED, QUESTION, TABLES, Head, described, labels
+from traceserve.building.config.setup_config import SetupConfig
 from traceserve.errors import SourceError, some
-
-if TYPE_CHECKING:
-    from traceserve.building.config.setup_config import SetupConfig
 
 Shape = Tuple[int, ...]
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import ast
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, Tuple
+from typing import Any, Dict, List, Tuple
 
+from traceserve.building.config.setup_config import SetupConfig
 from traceserve.errors import ConfigError, some
-
-if TYPE_CHECKING:
-    from traceserve.building.config.setup_config import SetupConfig
 
 
 def labels(config: SetupConfig, model: Any, config_folder: Path) -> Tuple[str, ...]:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import re
-from typing import TYPE_CHECKING, Any, Dict, Iterator, Optional
+from typing import Any, Dict, Iterator, Optional
 
 from traceserve_runtime.tasks.text2text_generation import LANGUAGE_PARAMETERS, nearest
 
+from traceserve.building.config.setup_config import SetupConfig
 from traceserve.errors import ConfigError
-
-if TYPE_CHECKING:
-    from traceserve.building.config.setup_config import SetupConfig
 
 _CODE = re.compile(r"[a-z]{2,3}_[A-Za-z]{2,4}")  # en_XX, eng_Latn
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Any, Optional
 
 from traceserve_runtime.tasks import TASKS
 
+from traceserve.building.checkpoints.checkpoint import Checkpoint
+from traceserve.building.config.setup_config import SetupConfig
 from traceserve.errors import ConfigError
-
-if TYPE_CHECKING:
-    from traceserve.building.checkpoints.sources import Checkpoint
-    from traceserve.building.config.setup_config import SetupConfig
 
 # The keys under which configurations have the number of positions. A T5 has `n_positions` too, where it means nothing.
 _POSITIONS = ("max_position_embeddings", "max_encoder_position_embeddings")

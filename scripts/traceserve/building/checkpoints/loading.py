@@ -26,12 +26,12 @@ from traceserve.building.checkpoints import (
     short_rows,
     tokenizers,
 )
+from traceserve.building.checkpoints.checkpoint import Checkpoint
 from traceserve.building.checkpoints.conversion import PIECES_FILE, Converted
 from traceserve.building.checkpoints.labels import labels as checkpoint_labels
 from traceserve.building.checkpoints.lengths import max_length
-from traceserve.building.checkpoints.libraries import LIBRARIES
+from traceserve.building.checkpoints.libraries import LOADERS
 from traceserve.building.checkpoints.sentence_transformers import Embedding
-from traceserve.building.checkpoints.sources import Checkpoint
 from traceserve.building.config.setup_config import SetupConfig
 from traceserve.errors import ExportError
 
@@ -137,7 +137,7 @@ def load(config: SetupConfig, checkpoint: Checkpoint, config_folder: Path) -> Or
     gguf.check(checkpoint)
     tokenizer = tokenizers.load(config, checkpoint)
     languages.configure(config, tokenizer)
-    model = LIBRARIES[config.library].load(config, checkpoint)
+    model = LOADERS[config.library](config, checkpoint)
     accepted = inspect.signature(model.forward).parameters
     inputs = tuple(name for name in INPUTS if name in accepted and name in tokenizer.model_input_names)
     if "attention_mask" in accepted and "attention_mask" not in inputs:

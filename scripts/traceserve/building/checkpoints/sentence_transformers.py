@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 from traceserve_runtime.tasks.embedding import ACTIVATIONS, POOLINGS, apply
 
+from traceserve.building.checkpoints.checkpoint import Checkpoint
 from traceserve.errors import SourceError, some
-
-if TYPE_CHECKING:
-    from traceserve.building.checkpoints.sources import Checkpoint
 
 MODULES, SETTINGS = "modules.json", "config_sentence_transformers.json"
 _PACKAGE = "sentence_transformers."

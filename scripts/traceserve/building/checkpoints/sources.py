@@ -4,82 +4,26 @@ from __future__ import annotations
 
 import glob
 import importlib.util
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional
+from typing import Callable, Dict, List
 
-from traceserve_runtime.manifest import Base, Source, sha256
-
-from traceserve.building.checkpoints import adapters, files, sentence_transformers, task
+from traceserve.building.checkpoints import adapters, demo, files, sentence_transformers, task
+from traceserve.building.checkpoints.checkpoint import (
+    ADAPTER_PICKLE,
+    CODE,
+    PICKLES,
+    SAFETENSORS,
+    SMALL_FILES,
+    Checkpoint,
+)
+from traceserve.building.checkpoints.json_files import read_json
 from traceserve.building.config.setup_config import AUTO_TASK, SetupConfig
 from traceserve.errors import SourceError, some
 
-if TYPE_CHECKING:
-    from traceserve.building.checkpoints.adapters import Adapter
-
-# What a checkpoint is made of, and what a hub may hold beside it for other libraries.
-_SMALL_FILES = ["*.json", "*.txt", "*.model", "*.spm", "*.tiktoken", "*.bpe", "*.jinja", "*/config.json"]
-_SAFETENSORS = ["*.safetensors"]
-_PICKLES = ["pytorch_model*.bin"]
-_ADAPTER_PICKLE = ["adapter_model.bin"]
-_CODE = ["*.py"]
 _CARD = ["README.md"]  # which may say what a model is for
 _PARTLY = " (the hub's cache may hold a part of it only: download it once while online, or name a folder)"
 _NOT_NEEDED = ["onnx/*", "openvino/*", "*.onnx", "*/model*.safetensors"]
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A folder in the layout of Hugging Face, and where it came from."""
-
-    folder: Path
-    kind: str
-    revision: Optional[str] = None
-    note: Optional[str] = None  # what the user should know of it
-    gguf_file: Optional[str] = None  # of the folder, where this one file is the whole checkpoint
-    task: str = ""  # what it is for, as configured or as found in it
-    task_found: str = ""  # by what; empty where it was configured
-
-    root: Optional[Path] = None  # of modules.json, where the model lies in a folder beside it, as 0_Transformer
-    adapter: Optional[Adapter] = None  # where the folder is what an adapter and its base are joined in, without weights
-
-    @property
-    def pickled(self) -> bool:
-        """Whether its weights are only there as a pickle."""
-        return not any(self.folder.glob("*.safetensors"))
-
-    def read_json(self, name: str) -> Any:
-        """A JSON file of the checkpoint, or None where it has none."""
-        return files.read_json(self.folder / name) if not self.gguf_file else None
-
-    def read_root_json(self, name: str) -> Any:
-        """A JSON file beside modules.json, or None where there is none."""
-        return self.read_path((self.root or self.folder) / name)
-
-    def read_path(self, path: Path) -> Any:
-        """A JSON file, or None where there is none."""
-        return files.read_json(path) if not self.gguf_file else None
-
-    def source(self, config: SetupConfig) -> Source:
-        """What the manifest records: name, revision, and the SHA-256 of each file that a model may be read from."""
-        if self.adapter is not None:
-            base = self.adapter.base.source(config)
-            told = Base(self.adapter.base_name, base.kind, base.revision, base.files)
-            return replace(self.adapter.stored.source(config), base=told)
-        patterns = _SMALL_FILES + (_PICKLES + _ADAPTER_PICKLE if self.pickled else _SAFETENSORS)
-        patterns += _CODE if config.trust_remote_code else []
-        patterns = [self.gguf_file] if self.gguf_file else patterns
-        root = self.root or self.folder
-        patterns += ["*/model.safetensors", "*/pytorch_model.bin"] if (root / "modules.json").is_file() else []
-        found = {path for pattern in patterns for place in {root, self.folder} for path in place.glob(pattern)}
-        return Source(
-            name=config.model_name,
-            kind=self.kind,
-            library=config.library,
-            revision=self.revision,
-            trust_remote_code=config.trust_remote_code,
-            files={path.relative_to(root).as_posix(): sha256(path) for path in sorted(found) if path.is_file()},
-        )
 
 
 def fetch(config: SetupConfig, config_folder: Path) -> Checkpoint:
@@ -104,7 +48,7 @@ def _located(config: SetupConfig, config_folder: Path) -> Checkpoint:
 def _base(config: SetupConfig, config_folder: Path) -> Checkpoint:
     """An adapter's base: a whole checkpoint, whatever its head."""
     checkpoint = _located(config, config_folder)
-    folder = sentence_transformers.folder_of(checkpoint.folder, files.read_json(checkpoint.folder / "modules.json"))
+    folder = sentence_transformers.folder_of(checkpoint.folder, read_json(checkpoint.folder / "modules.json"))
     _check_whole(folder, config, checkpoint.kind)
     return replace(checkpoint, folder=folder, root=checkpoint.folder if folder != checkpoint.folder else None)
 
@@ -126,8 +70,6 @@ def _from_package(place: str) -> Checkpoint:
 
 
 def _from_demo(name: str) -> Checkpoint:
-    from traceserve.building.checkpoints import demo
-
     fitted = demo.fit(name)
     note = f"fitted on {fitted.trained} sentences; accuracy on {fitted.held_out} held-out ones: {fitted.accuracy:.3f}"
     return Checkpoint(fitted.folder, "demo", note=note)
@@ -154,21 +96,21 @@ def _from_hub(config: SetupConfig, folder: Path) -> Checkpoint:
             )
         )
 
-    code = _CODE if config.trust_remote_code else []
+    code = CODE if config.trust_remote_code else []
     what = f"{config.model_name}" + (f" at revision {config.revision}" if config.revision else "")
     try:
         if config.gguf_file:
             snapshot = download([glob.escape(config.gguf_file)])
         else:
             card = _CARD if config.task == AUTO_TASK else []
-            small = download([*_SMALL_FILES, *card, *code])
+            small = download([*SMALL_FILES, *card, *code])
             if adapters.is_one(small):
                 adapters.check(small, config.model_name)
             else:
                 task.check_early(config, small)
-            snapshot = download(_SMALL_FILES + _SAFETENSORS + code)
+            snapshot = download(SMALL_FILES + SAFETENSORS + code)
             if not any(snapshot.glob("*.safetensors")):
-                download(_PICKLES + _ADAPTER_PICKLE)
+                download(PICKLES + ADAPTER_PICKLE)
             _download_modules(snapshot, config)
     except HFValidationError:
         raise SourceError(f"{what} is neither a folder ({folder} does not exist) nor a valid hub id") from None
@@ -197,11 +139,11 @@ def _download_modules(snapshot: Path, config: SetupConfig) -> None:
     """What lies in the folders of sentence-transformers' modules, of which some have weights of their own."""
     from huggingface_hub import snapshot_download
 
-    modules = files.read_json(snapshot / "modules.json")
+    modules = read_json(snapshot / "modules.json")
     paths = [module.get("path") for module in modules if isinstance(module, dict)] if isinstance(modules, list) else []
     folders = [f"{glob.escape(path)}/*" for path in paths if isinstance(path, str) and path]
     if folders:
-        unwanted = ["*/onnx/*", "*/openvino/*", *([] if config.trust_remote_code else _CODE)]
+        unwanted = ["*/onnx/*", "*/openvino/*", *([] if config.trust_remote_code else CODE)]
         snapshot_download(config.model_name, revision=config.revision, allow_patterns=folders, ignore_patterns=unwanted)
 
 
@@ -215,7 +157,7 @@ def _checked(checkpoint: Checkpoint, config: SetupConfig) -> Checkpoint:
                 f"{config.model_name}: {folder} has no file {checkpoint.gguf_file}; GGUF files in it: {known}{hint}"
             )
         return _with_task(checkpoint, config)
-    folder = sentence_transformers.folder_of(folder, files.read_json(folder / "modules.json"))
+    folder = sentence_transformers.folder_of(folder, read_json(folder / "modules.json"))
     if folder != checkpoint.folder:
         checkpoint = replace(checkpoint, folder=folder, root=checkpoint.folder)
     if adapters.is_one(folder):
@@ -236,7 +178,7 @@ def _check_whole(folder: Path, config: SetupConfig, kind: str) -> None:
         raise SourceError(
             f"{config.model_name}: {folder} has no config.json, so it is no checkpoint of transformers{hint}"
         )
-    if not any(path for pattern in _SAFETENSORS + _PICKLES for path in folder.glob(pattern)):
+    if not any(path for pattern in SAFETENSORS + PICKLES for path in folder.glob(pattern)):
         raise SourceError(
             f"{config.model_name}: {folder} has no weights (*.safetensors or pytorch_model.bin){hint}"
             + files.pickled_models(folder)

@@ -9,9 +9,11 @@ from typing import Any, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from traceserve_runtime.tasks import TASKS
 
-from traceserve.building.checkpoints import heads, libraries
+from traceserve.building.checkpoints import heads
 from traceserve.building.checkpoints.head_weights import by_weights, check_labels
-from traceserve.building.config.setup_config import AUTO_TASK, SetupConfig, check_together
+from traceserve.building.config import libraries
+from traceserve.building.config.rules import check_together
+from traceserve.building.config.setup_config import AUTO_TASK, SetupConfig
 from traceserve.errors import SourceError
 
 # What sentence-transformers calls its kinds of models (config_sentence_transformers.json, "model_type"), and their tasks.

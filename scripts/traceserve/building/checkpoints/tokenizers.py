@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Any, Optional
 
 from traceserve_runtime.tasks import TASKS
 
 from traceserve.building.checkpoints import case, conversion, files, gguf
+from traceserve.building.checkpoints.checkpoint import Checkpoint
+from traceserve.building.config.setup_config import SetupConfig
 from traceserve.errors import ExportError, SourceError, first_line
-
-if TYPE_CHECKING:
-    from traceserve.building.checkpoints.sources import Checkpoint
-    from traceserve.building.config.setup_config import SetupConfig
 
 _SENTENCEPIECE = ("*.model", "*.spm")
 _READERS = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # package -> module

@@ -1,15 +1,12 @@
-"""Which save mode × hardware × dtype × task can work, read from the writers' rows; and why another cannot."""
+"""Which save mode × hardware × dtype × task can work, read from the tables of this folder; and why another cannot."""
 
 from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import replace
 from typing import (
-    TYPE_CHECKING,
     Any,
     Dict,
-    Iterable,
     Iterator,
     List,
     Mapping,
@@ -24,18 +21,11 @@ from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Task
 from traceserve_runtime.tasks.parameters import Parameter
 
-from traceserve.building.checkpoints.libraries import LIBRARIES
-from traceserve.building.writers import WRITERS
-from traceserve.building.writers.contract import Target
-from traceserve.building.writers.lowering.precision import AUTO, PRECISIONS
-from traceserve.building.writers.neuron import writer as compiled
-
-if TYPE_CHECKING:
-    from traceserve.building.checkpoints.loading import Original
-    from traceserve.building.config.setup_config import SetupConfig
-
-HARDWARE: Tuple[str, ...] = tuple(dict.fromkeys(name for writer in WRITERS.values() for name in writer.hardware))
-FIXED_SHAPES = compiled.HARDWARE  # where every length is one that was compiled
+from traceserve.building.config.dtypes import AUTO, DTYPES
+from traceserve.building.config.hardware import HARDWARE, refused
+from traceserve.building.config.libraries import LIBRARIES
+from traceserve.building.config.save_modes import SAVE_MODES, Target
+from traceserve.building.config.setup_config import SetupConfig
 
 
 class Format(NamedTuple):
@@ -53,7 +43,7 @@ def refusal(save_mode: str, hardware: str, dtype: str, task: Type[Task]) -> Opti
     """Why this cannot work, and what can; None where it can."""
     reason = _never(save_mode, hardware, (task.name,))
     if reason is not None:
-        others = [name for name in WRITERS if _never(name, hardware, (task.name,)) is None]
+        others = [name for name in SAVE_MODES if _never(name, hardware, (task.name,)) is None]
         return f"save_mode {save_mode} {reason}" + (f"; take {' or '.join(others)}" if others else "")
     legal = dtypes(save_mode, hardware, task)
     if dtype in legal:
@@ -67,11 +57,11 @@ def others(config: SetupConfig) -> List[str]:
     written = LIBRARIES[config.library].save_modes
     return [
         name
-        for name, writer in WRITERS.items()
-        if name not in (config.save_mode, *WRITERS[config.save_mode].fails_with)
+        for name in SAVE_MODES
+        if name not in (config.save_mode, *SAVE_MODES[config.save_mode].fails_with)
         and (written is None or name in written)
         and refusal(name, config.hardware, config.dtype, task) is None
-        and writer.refuses(config) is None
+        and refused_key(name, config) is None
     ]
 
 
@@ -83,26 +73,26 @@ def advice(config: SetupConfig) -> str:
 
 def _never(save_mode: str, hardware: str, tasks: Sequence[str]) -> Optional[str]:
     """Why this cannot work in any dtype, for tasks that are alike in this."""
-    writer = WRITERS[save_mode]
-    if hardware not in writer.hardware:
-        return f"runs on {', '.join(writer.hardware)}, not on {hardware}"
-    if TASKS[tasks[0]].loop and not writer.loops:
+    kind = SAVE_MODES[save_mode]
+    if hardware not in kind.hardware:
+        return f"runs on {', '.join(kind.hardware)}, not on {hardware}"
+    if TASKS[tasks[0]].loop and not kind.loops:
         return f"is for models that are run once, not for {', '.join(tasks)}"
-    return compiled.refused(hardware, tasks)
+    return refused(hardware, tasks)
 
 
 def _not_so(save_mode: str, hardware: str, dtype: str, tasks: Sequence[str]) -> str:
     """Why this cannot work in this dtype, for tasks that are alike in this."""
-    if hardware not in PRECISIONS[dtype].hardware:
-        return f"it runs on {', '.join(PRECISIONS[dtype].hardware)}, not on {hardware}"
-    if dtype not in WRITERS[save_mode].dtypes:
+    if hardware not in DTYPES[dtype].hardware:
+        return f"it runs on {', '.join(DTYPES[dtype].hardware)}, not on {hardware}"
+    if dtype not in SAVE_MODES[save_mode].dtypes:
         return f"save_mode {save_mode} has none"
     return f"it is for models that are run once, not for {', '.join(tasks)}"
 
 
 def every_format() -> Iterator[Format]:
     """All save modes on all hardware, in the order of their tables."""
-    for save_mode, hardware in itertools.product(WRITERS, HARDWARE):
+    for save_mode, hardware in itertools.product(SAVE_MODES, HARDWARE):
         alike: Dict[Tuple[str, ...], List[str]] = {}
         for name, task in TASKS.items():
             alike.setdefault(tuple(dtypes(save_mode, hardware, task)), []).append(name)
@@ -115,29 +105,22 @@ def _refused(save_mode: str, hardware: str, tasks: Sequence[str]) -> Dict[str, s
     if reason is not None:
         return {"": f"it {reason}"}
     legal = dtypes(save_mode, hardware, TASKS[tasks[0]])
-    return {name: _not_so(save_mode, hardware, name, tasks) for name in PRECISIONS if name not in legal}
+    return {name: _not_so(save_mode, hardware, name, tasks) for name in DTYPES if name not in legal}
 
 
 def dtypes(save_mode: str, hardware: str, task: Type[Task]) -> List[str]:
     """What a configuration may say for this task on this hardware; nothing where they do not go together."""
-    writer = WRITERS[save_mode]
-    known = writer.loops if task.loop else writer.dtypes
+    kind = SAVE_MODES[save_mode]
+    known = kind.loops if task.loop else kind.dtypes
     if _never(save_mode, hardware, (task.name,)) is not None:
         return []
-    fitting = [name for name in known if hardware in PRECISIONS[name].hardware]
+    fitting = [name for name in known if hardware in DTYPES[name].hardware]
     return [AUTO, *fitting] if fitting else []
 
 
 def candidates(save_mode: str, hardware: str, dtype: str, task: Type[Task]) -> Tuple[str, ...]:
     """What is tried for the configured dtype, in order: by a rule, so that equal machines build equal archives."""
-    return WRITERS[save_mode].auto(task, hardware) if dtype == AUTO else (dtype,)
-
-
-def lowered(save_mode: str, hardware: str, original: Original, dtype: str, texts: Sequence[str]) -> Iterable[Original]:
-    """The models to be written in this dtype, in turn; as it is, where the hardware's own compiler makes the dtype."""
-    if hardware in PRECISIONS[dtype].by_compiler:
-        return [replace(original, dtype=dtype)]
-    return WRITERS[save_mode].lowered(original, dtype, texts)
+    return SAVE_MODES[save_mode].auto(task, hardware) if dtype == AUTO else (dtype,)
 
 
 def document() -> Dict[str, Any]:
@@ -146,16 +129,16 @@ def document() -> Dict[str, Any]:
         "formats": [item._asdict() for item in every_format()],
         "options": [
             {"save_mode": save_mode, "hardware": hardware, "name": name, "legal": item.legal, "default": item.default}
-            for save_mode, hardware in itertools.product(WRITERS, HARDWARE)
-            if hardware in WRITERS[save_mode].hardware
+            for save_mode, hardware in itertools.product(SAVE_MODES, HARDWARE)
+            if hardware in SAVE_MODES[save_mode].hardware
             for name, item in options(save_mode, hardware).items()
         ],
     }
 
 
 def options(save_mode: str, hardware: str) -> Dict[str, Parameter]:
-    """The options of a writer for this hardware, by name."""
-    own = WRITERS[save_mode].options
+    """The options of a save mode for this hardware, by name."""
+    own = SAVE_MODES[save_mode].options
     return {item.parameter.name: item.parameter for item in own if hardware in (item.hardware or (hardware,))}
 
 
@@ -164,13 +147,18 @@ def refused_option(save_mode: str, hardware: str, given: Mapping[Any, Any]) -> O
     known = options(save_mode, hardware)
     for name, value in given.items():
         if name not in known:
-            owners = [mode for mode, writer in WRITERS.items() if any(name == o.parameter.name for o in writer.options)]
+            owners = [mode for mode, kind in SAVE_MODES.items() if any(name == o.parameter.name for o in kind.options)]
             belongs = f"; it belongs to {', '.join(owners)}" if owners else ""
             listed = ", ".join(known) or "none"
             return f"options: save_mode {save_mode} on {hardware} has no option {name}, but {listed}{belongs}"
         if not known[name].accepts(value):
             return f"options: {name} should be {known[name].legal}, not {json.dumps(value)}"
     return None
+
+
+def refused_key(save_mode: str, config: SetupConfig) -> Optional[str]:
+    """Why the save mode cannot have a key that is set in the configuration, and what can be; None where it can have all."""
+    return next((why for key, why in SAVE_MODES[save_mode].refuses.items() if getattr(config, key)), None)
 
 
 def target(save_mode: str, hardware: str, given: Mapping[str, Any]) -> Target:

@@ -7,6 +7,8 @@ from typing import Any, Dict, List, NamedTuple, Optional, Set
 
 import numpy as np
 
+from traceserve.errors import ExportError
+
 
 class Limit(NamedTuple):
     """What is allowed of a dtype: the largest difference of an output, relative to its largest value where that is
@@ -146,3 +148,11 @@ class Findings:
             "variants": [found.row for found in self.every],
             **self.compared,
         }
+
+
+class DriftError(ExportError):
+    """The gate found that the artifact does not answer as the original does; `findings` says where."""
+
+    def __init__(self, message: str, findings: Findings) -> None:
+        super().__init__(message)
+        self.findings = findings

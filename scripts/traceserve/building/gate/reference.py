@@ -10,6 +10,7 @@ from traceserve_runtime.tasks.contract import Request
 from traceserve_runtime.texts.tokenization import Row
 
 from traceserve.building.checkpoints.loading import Original
+from traceserve.building.gate.loops import FORCED, generate
 
 FORCED_STEPS = 3  # of a loop, in each cell of the gate's grid
 MOST_ROWS, MOST_TOKENS = 128, 2048  # of the original's at a time
@@ -164,17 +165,13 @@ def run_forced(original: Original, loop: str, row: Row) -> Arrays:
     """The logits, (FORCED_STEPS + 1, vocabulary), where a loop is made to read given tokens after one row."""
     import torch
 
-    from traceserve.building.writers.tracing.loops import LOOPS
-
     with torch.no_grad():
-        return {"logits": LOOPS[loop].forced(original, row, FORCED_STEPS).float().numpy()}
+        return {"logits": FORCED[loop](original, row, FORCED_STEPS).float().numpy()}
 
 
 def run_text(original: Original, loop: str, row: Row, request: Request) -> Arrays:
     """The new tokens that the original's own `generate` writes after one row alone."""
     import torch
-
-    from traceserve.building.writers.tracing.loops import generate
 
     with torch.no_grad():
         tokens = generate(original, loop, row, request)

@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Sequence, Tuple, Union
+from typing import Dict, Iterator, List, Sequence, Tuple, Union
 
 import numpy as np
 from traceserve_runtime.batching import batches
@@ -27,11 +27,14 @@ from traceserve_runtime.texts.tokenization import Encoded, Row, Segments, TextTo
 
 from traceserve.building.checkpoints import languages
 from traceserve.building.checkpoints.loading import Original
+from traceserve.building.config.loops import LOOPS
+from traceserve.building.gate import devices
 from traceserve.building.gate.corpus import sentences
 from traceserve.building.gate.findings import LIMITS, Cell, Findings
+from traceserve.building.gate.loops import forced_tokens
 from traceserve.building.gate.reference import FORCED_STEPS, Reference, Wanted, run_forced, run_original, run_text
-from traceserve.building.samples import TEXTS
-from traceserve.building.writers.torchscript import other_device
+from traceserve.building.gate.texts import TEXTS
+from traceserve.building.progress import Progress
 
 CORPUS = 512  # sentences that a lower precision is asked beside the samples
 # Of the user's samples, for each variant but the usual one: in float32, where no answer may change, and in a lower
@@ -39,8 +42,6 @@ CORPUS = 512  # sentences that a lower precision is asked beside the samples
 OWN_OF_OTHERS, OWN_OF_OTHERS_LOWER = 64, 512
 BATCHES = (1, 2, 5)
 _MOST_TOKENS = 1024  # of a cell, but for two rows
-
-Progress = Callable[[str, int, int], None]  # what is being done, how many steps of how many are done
 
 
 def verify(
@@ -61,7 +62,7 @@ def verify(
     more = sentences(CORPUS) if limit.changed and not task.loop else ()
     built_in = task.from_texts((*TEXTS, *more))
     gate = _Gate(reference, built_in, own_samples, progress)
-    first, *others = VARIANTS[manifest.save_mode](manifest, folder, other_device.at_hand(manifest.hardware))
+    first, *others = VARIANTS[manifest.save_mode](manifest, folder, devices.at_hand(manifest.hardware))
     findings = gate.compare(usual, Findings(limit, first.file, first.how, first.device))
     del usual  # each has weights of its own
     if not findings.passed or only_usual:
@@ -107,8 +108,6 @@ class _Gate:
 
 def _read_forced(engine: Engine, rows: Sequence[Row], manifest: Manifest) -> List[Arrays]:
     """The logits, (FORCED_STEPS + 1, vocabulary), where a loop is made to read given tokens after its rows."""
-    from traceserve.building.writers.tracing.loops import forced_tokens
-
     feed = FEEDS[engine.task.loop](engine.runner, rows, manifest, Stats())
     forced = np.array([forced_tokens(row, FORCED_STEPS) for row in rows])
     same_rows = np.arange(len(rows))
@@ -155,8 +154,6 @@ def _compare_outputs(engine: Engine, reference: Reference, findings: Findings, p
 
 def _longest_row(engine: Engine) -> int:
     """The longest row of the grid: a decoder writes after its rows, within the same length."""
-    from traceserve.building.writers.tracing.loops import LOOPS
-
     loop = engine.task.loop
     return engine.manifest.max_length - (FORCED_STEPS if loop and LOOPS[loop].writes_behind else 0)
 

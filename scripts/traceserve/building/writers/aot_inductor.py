@@ -16,8 +16,12 @@ from traceserve_runtime import processor
 from traceserve_runtime.errors import reason
 from traceserve_runtime.runtimes.aot_inductor import INSTRUCTIONS, MACHINE, TORCH
 
-from traceserve.building.writers.contract import Target, Written
+from traceserve.building.checkpoints.loading import Original
+from traceserve.building.config.save_modes import Target
+from traceserve.building.writers.contract import Written
 from traceserve.building.writers.lowering import precision
+from traceserve.building.writers.tracing.graphs import TRACED_BATCH, TRACED_LENGTH
+from traceserve.building.writers.tracing.wrapping import example, masks_without_vmap, once, positions_by_length
 from traceserve.errors import ExportError, UnwritableError
 from traceserve.machine import space
 
@@ -25,8 +29,6 @@ if TYPE_CHECKING:
     import torch
     from traceserve_runtime.manifest import Shapes
     from traceserve_runtime.tasks.contract import Task
-
-    from traceserve.building.checkpoints.loading import Original
 
 MODEL_FILE = "model.pt2"
 COMPILERS = ("g++", "clang++")
@@ -56,16 +58,9 @@ def compiler() -> str:
     return found
 
 
-def auto(task: Type[Task], hardware: str) -> Tuple[str, ...]:
-    """Not bfloat16: what `precision` makes of a model for it is not what torch.export takes (tried with torch 2.13)."""
-    return ("float32",)
-
-
 def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, target: Target) -> Written:
     """Write `folder/model.pt2`; see Writer. Raises ExportError with the reason of torch or the compiler."""
     import torch
-
-    from traceserve.building.writers.tracing.wrapping import masks_without_vmap, positions_by_length
 
     module, inputs = _module(original, task, shapes)
     # Of the package and its copy without sources. Torch's writer of packages aborts the process on a full disk.
@@ -94,9 +89,6 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
 
 
 def _module(original: Original, task: Type[Task], shapes: Shapes) -> Tuple[torch.nn.Module, Tuple[torch.Tensor, ...]]:
-    from traceserve.building.writers.torchscript.writer import TRACED_BATCH, TRACED_LENGTH
-    from traceserve.building.writers.tracing.wrapping import example, once
-
     length = max(shapes.lengths) if shapes.lengths else min(TRACED_LENGTH, original.max_length)
     module = once(original, [output.name for output in task.outputs])
     return module.eval(), example(original, TRACED_BATCH, length)

@@ -7,47 +7,26 @@ import copy
 import os
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Iterator, Optional, Tuple, Type
+from typing import TYPE_CHECKING, Any, Dict, Iterator, Tuple, Type
 
 from traceserve_runtime.errors import reason
 from traceserve_runtime.runtimes.pretrained import KEPT, OLDEST, OLDEST_NAMED, PAST
-from traceserve_runtime.tasks.parameters import Parameter
 
-from traceserve.building.writers.contract import Option, Written
+from traceserve.building.checkpoints.loading import Original
+from traceserve.building.config.save_modes import Target
+from traceserve.building.writers.contract import Written
 from traceserve.building.writers.lowering import precision
+from traceserve.building.writers.tracing.loops import GRAPHS
+from traceserve.building.writers.tracing.wrapping import example, once
 from traceserve.errors import ExportError, UnwritableError
 
 if TYPE_CHECKING:
     from traceserve_runtime.manifest import Shapes
     from traceserve_runtime.tasks.contract import Task
 
-    from traceserve.building.checkpoints.loading import Original
-    from traceserve.building.config.setup_config import SetupConfig
-    from traceserve.building.writers.contract import Target
-
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 EXAMPLE_BATCH, EXAMPLE_LENGTH = 2, 8
-
-TORCH_COMPILE = Option(
-    Parameter(
-        "torch_compile",
-        bool,
-        "compile the model while the worker loads it (torch.compile, for any shape), which takes it a minute or more; the "
-        "worker then needs a C++ compiler",
-        default=False,
-    )
-)
-
-
-def refuses(config: SetupConfig) -> Optional[str]:
-    """A worker runs no code of a checkpoint, whatever the builder was allowed."""
-    if not config.trust_remote_code:
-        return None
-    return (
-        "save_mode pretrained carries no code of a checkpoint into the worker; take a save mode that writes the model's "
-        "graph, as torchscript, or leave trust_remote_code out"
-    )
 
 
 def check(dtype: str, target: Target) -> None:
@@ -91,11 +70,8 @@ def _step_inputs(original: Original, task: Type[Task]) -> Tuple[Tuple[str, ...],
 
     The model is called once, so that one that lacks an output is found here.
     """
-    from traceserve.building.writers.tracing.loops import LOOPS
-    from traceserve.building.writers.tracing.wrapping import example, once
-
     if task.loop:
-        _, step = LOOPS[task.loop].graphs(original, EXAMPLE_BATCH, min(EXAMPLE_LENGTH, original.max_length - 2))
+        _, step = GRAPHS[task.loop](original, EXAMPLE_BATCH, min(EXAMPLE_LENGTH, original.max_length - 2))
         return step.inputs, {PAST: step.keeps_past}
     module = once(original, [output.name for output in task.outputs])
     module(*example(original, EXAMPLE_BATCH, min(EXAMPLE_LENGTH, original.max_length)))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Iterator, Tuple
+from typing import Iterator, Tuple
 
 from traceserve_runtime.manifest import Shapes
 from traceserve_runtime.tasks import TASKS
 
+from traceserve.building.config.hardware import FIXED_SHAPES
+from traceserve.building.config.lengths import few_lengths
+from traceserve.building.config.setup_config import SetupConfig
 from traceserve.building.writers.neuron import writer as neuron
-
-if TYPE_CHECKING:
-    from traceserve.building.config.setup_config import SetupConfig
 
 
 def one_graph(config: SetupConfig, max_length: int) -> Iterator[Shapes]:
@@ -24,7 +24,7 @@ def with_graphs(config: SetupConfig, max_length: int) -> Iterator[Shapes]:
 
     Where graphs are compiled, one for each length and batch.
     """
-    if config.hardware in neuron.HARDWARE:
+    if config.hardware in FIXED_SHAPES:
         yield from neuron.shapes(config, max_length)
         return
     yield from one_graph(config, max_length)
@@ -37,14 +37,12 @@ def with_graphs(config: SetupConfig, max_length: int) -> Iterator[Shapes]:
 
 def unpadded(config: SetupConfig) -> Iterator[Shapes]:
     """Any length without padding, for models whose answers padding changes: none where shapes are asked for, or fixed."""
-    open_lengths = config.sequence_lengths == "auto" and config.hardware not in neuron.HARDWARE
+    open_lengths = config.sequence_lengths == "auto" and config.hardware not in FIXED_SHAPES
     if open_lengths and not TASKS[config.task].loop:
         yield Shapes(padded=False)
 
 
 def _few(config: SetupConfig, max_length: int) -> Tuple[int, ...]:
-    from traceserve.measuring.padding import few_lengths
-
     lengths = config.sequence_lengths
     if isinstance(lengths, list):
         return tuple(lengths)

@@ -1,59 +1,19 @@
-"""One file per library that loads checkpoints."""
+"""One file per library that loads checkpoints: `load(config, checkpoint)`.
+
+It gives the model in float32 and eval mode, or says why it cannot. The model is called as one of transformers is, by keyword,
+and has a `config` and where it writes a `generation_config` and `generate` as these have: so everything after it sees one
+kind of model. What each library can load is its row in `config.libraries`.
+"""
 
 from __future__ import annotations
 
-import re
-from typing import Dict, List, Optional, Tuple, Type
+from typing import Any, Callable, Dict
 
-from traceserve_runtime.tasks import TASKS
-from traceserve_runtime.tasks.contract import Task
-
-from traceserve.building.checkpoints import gguf
+from traceserve.building.checkpoints.checkpoint import Checkpoint
 from traceserve.building.checkpoints.libraries import curated_transformers, transformers
-from traceserve.building.checkpoints.libraries.contract import Library
-from traceserve.errors import ConfigError
+from traceserve.building.config.setup_config import SetupConfig
 
-LIBRARIES: Dict[str, Library] = {
-    "transformers": transformers.LIBRARY,
-    "curated_transformers": curated_transformers.LIBRARY,
+LOADERS: Dict[str, Callable[[SetupConfig, Checkpoint], Any]] = {
+    "transformers": transformers.load,
+    "curated_transformers": curated_transformers.load,
 }
-
-
-def legal(task: Type[Task]) -> List[str]:
-    """The libraries that have models for this task."""
-    return [name for name, one in LIBRARIES.items() if one.auto_models is None or task.auto_model in one.auto_models]
-
-
-def reading_gguf(task: Type[Task]) -> List[str]:
-    """The libraries that read models for this task from GGUF files."""
-    return [name for name, one in LIBRARIES.items() if task.auto_model in one.gguf_auto_models]
-
-
-def check(library: str, task: Type[Task], save_mode: str, gguf_file: Optional[str]) -> None:
-    """Raise ConfigError for what cannot work together, before anything is downloaded."""
-    if library not in legal(task):
-        raise ConfigError(
-            f"library {library} has no models for the task {task.name}, but for "
-            f"{', '.join(name for name, kind in TASKS.items() if library in legal(kind))}; take {' or '.join(legal(task))}"
-        )
-    written = LIBRARIES[library].save_modes
-    if written is not None and save_mode not in written:
-        raise ConfigError(
-            f"save_mode {save_mode} is not for models of library {library}; take {' or '.join(written)}, or another library"
-        )
-    if gguf_file is None:
-        return
-    reading = reading_gguf(task)
-    if not reading:
-        raise ConfigError(f"gguf_file is for text generators, and not for the task {task.name}; remove it")
-    if re.search(r"-\d{5}-of-\d{5}\.gguf$", gguf_file):
-        raise ConfigError(
-            f"gguf_file {gguf_file} is a part of a file that was split; merge the parts (llama-gguf-split)"
-        )
-    if library not in reading:
-        raise ConfigError(f"library {library} reads no GGUF files; with gguf_file take {' or '.join(reading)}")
-
-
-def packages(library: str, gguf_file: Optional[str]) -> Tuple[str, ...]:
-    """What is installed to load a checkpoint, beside transformers."""
-    return LIBRARIES[library].packages + (gguf.PACKAGES if gguf_file else ())

@@ -8,17 +8,15 @@ what was trained.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Dict, List, Type
+from typing import Any, Dict, List, Type
 
 from traceserve_runtime.tasks import TASKS
 
+from traceserve.building.checkpoints.checkpoint import Checkpoint
 from traceserve.building.checkpoints.libraries import transformers
-from traceserve.building.checkpoints.libraries.contract import Library
+from traceserve.building.config.libraries import ENCODES
+from traceserve.building.config.setup_config import SetupConfig
 from traceserve.errors import ExportError, SourceError, first_line, some
-
-if TYPE_CHECKING:
-    from traceserve.building.checkpoints.sources import Checkpoint
-    from traceserve.building.config.setup_config import SetupConfig
 
 # Of the largest output; two ways to compute the same differ by 1e-6 to 1e-5, two models by 1e-2 and more.
 _DIFFERENCE = 5e-4
@@ -36,7 +34,7 @@ def load(config: SetupConfig, checkpoint: Checkpoint) -> Any:
         ) from error
     from traceserve.building.checkpoints.libraries.curated_models import CausalLM, Encoder
 
-    encodes = TASKS[config.task].auto_model == _ENCODES
+    encodes = TASKS[config.task].auto_model == ENCODES
     kinds = list((registry.encoders if encodes else registry.causal_lms).get_entry_points().values())
     if encodes:
         kinds.append(ELECTRAEncoder)  # which the library has, and does not register
@@ -114,7 +112,3 @@ def _check_same(model: Any, original: Any, longest: int, name: str) -> None:
             f"{difference:.2g} of its largest output): it does not read all of this configuration, as the base and scaling "
             "of rotary embeddings; take library transformers"
         )
-
-
-_ENCODES, _WRITES = "AutoModel", "AutoModelForCausalLM"
-LIBRARY = Library(load, ("curated-transformers",), auto_models=(_ENCODES, _WRITES), save_modes=("torchscript",))

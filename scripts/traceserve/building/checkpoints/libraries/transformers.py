@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any, Dict, List, Mapping
 from traceserve_runtime.tasks import TASKS
 
 from traceserve.building.checkpoints import adapters
-from traceserve.building.checkpoints.libraries.contract import Library
+from traceserve.building.checkpoints.checkpoint import Checkpoint
+from traceserve.building.checkpoints.gguf import located
+from traceserve.building.config.setup_config import SetupConfig
 from traceserve.errors import SourceError, first_line, some
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from traceserve.building.checkpoints.sources import Checkpoint
-    from traceserve.building.config.setup_config import SetupConfig
 
 
 def load(config: SetupConfig, checkpoint: Checkpoint) -> Any:
@@ -23,8 +22,6 @@ def load(config: SetupConfig, checkpoint: Checkpoint) -> Any:
     import numpy as np
     import torch
     import transformers
-
-    from traceserve.building.checkpoints.gguf import located
 
     auto_model = getattr(transformers, TASKS[config.task].auto_model)
     # A head that the checkpoint lacks is drawn at random: always the same.
@@ -94,6 +91,3 @@ def _unpacked(path: Path) -> Dict[str, Any]:
     if hasattr(transformers, "GgufConfig"):  # since 5.23 weights stay in their blocks where a kernel reads them
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     return options
-
-
-LIBRARY = Library(load, gguf_auto_models=("AutoModelForCausalLM",))

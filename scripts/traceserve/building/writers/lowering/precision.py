@@ -1,4 +1,4 @@
-"""The dtype that a model computes in: which are worth trying on a processor, and the model that is traced for each."""
+"""How each dtype is made: the model that is traced for it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import copy
 from dataclasses import replace
 from functools import partial
 from typing import (
-    TYPE_CHECKING,
     Any,
     Callable,
     ContextManager,
@@ -18,49 +17,25 @@ from typing import (
     NamedTuple,
     Sequence,
     Tuple,
-    Type,
 )
 
 from traceserve_runtime import processor
 from traceserve_runtime.runtimes.pretrained import autocast, lower
-from traceserve_runtime.tasks.contract import Task
 
+from traceserve.building.checkpoints.loading import Original
+from traceserve.building.writers.lowering import sensitivity
+from traceserve.building.writers.lowering.int8 import quantized
+from traceserve.building.writers.lowering.sensitivity import Inputs, Layer
 from traceserve.errors import ExportError
 
-if TYPE_CHECKING:
-    from traceserve.building.checkpoints.loading import Original
-    from traceserve.building.writers.lowering.sensitivity import Inputs, Layer
-
-
-AUTO = "auto"
 KEPT_SHARES = (0.2, 0.4)  # of the linear layers, left in float32 where bfloat16 changes too many answers without
 
 
 class Precision(NamedTuple):
-    """A dtype: what runs it, what makes the model that is traced, and what surrounds the tracing."""
+    """How a dtype is made: what makes the model that is traced, and what surrounds the tracing."""
 
     lower: Callable[[Original, Sequence[str]], Iterable[Original]]
     tracing: Callable[[], ContextManager[Any]]
-    hardware: Tuple[str, ...]
-    by_compiler: Tuple[str, ...] = ()  # of these the hardware whose compiler makes it of a model in float32
-
-
-def fastest(task: Type[Task], hardware: str) -> Tuple[str, ...]:
-    """What of float32 and bfloat16 is worth trying on this processor, in order.
-
-    bfloat16 where the processor multiplies it by itself. Not int8: once enough layers are left out for the answers to
-    stay, it was no faster than float32 (docs/measurements.md). Nor for written texts, which change with the first token
-    that was a near tie.
-    """
-    if "bfloat16" in own_dtypes(hardware):
-        return ("bfloat16",)
-    lower = hardware == "cpu" and processor.native("bfloat16") and not task.loop
-    return ("bfloat16", "float32") if lower else ("float32",)
-
-
-def own_dtypes(hardware: str) -> Tuple[str, ...]:
-    """The dtypes that this hardware computes in whatever it is given: its compiler makes them."""
-    return tuple(name for name, item in PRECISIONS.items() if hardware in item.by_compiler)
 
 
 def check_processor(dtype: str) -> None:
@@ -95,8 +70,6 @@ def _to_float16(original: Original, texts: Sequence[str]) -> Iterable[Original]:
 
 def _to_bfloat16(original: Original, texts: Sequence[str]) -> Iterator[Original]:
     """The original in bfloat16; then more and more of its linear layers are left, those that move its output most."""
-    from traceserve.building.writers.lowering import sensitivity
-
     yield _lowered_copy(original, "bfloat16")
     model = original.model
     layers = {} if getattr(model, "can_generate", bool)() else sensitivity.linears(model)
@@ -113,8 +86,6 @@ def _lowered_copy(original: Original, dtype: str, kept: Tuple[str, ...] = ()) ->
 
 def to_int8(original: Original, texts: Sequence[str], **layers: Layer) -> Iterator[Original]:
     """The original with linear layers in int8, and more and more of them left; `layers` as of `quantization.quantized`."""
-    from traceserve.building.writers.lowering.int8 import quantized
-
     for model, kept in quantized(original.model, _inputs(original, texts), **layers):
         yield replace(original, model=model, dtype="int8", kept=kept)
 
@@ -135,13 +106,8 @@ def _inputs(original: Original, texts: Sequence[str]) -> List[Inputs]:
 
 
 PRECISIONS: Dict[str, Precision] = {
-    "float32": Precision(_itself, contextlib.nullcontext, ("cpu", "gpu")),
-    "bfloat16": Precision(
-        _to_bfloat16,
-        partial(autocast, "bfloat16"),
-        ("cpu", "gpu", "neuron", "neuronx"),
-        by_compiler=("neuron", "neuronx"),
-    ),
-    "float16": Precision(_to_float16, contextlib.nullcontext, ("gpu",)),
-    "int8": Precision(to_int8, contextlib.nullcontext, ("cpu",)),
+    "float32": Precision(_itself, contextlib.nullcontext),
+    "bfloat16": Precision(_to_bfloat16, partial(autocast, "bfloat16")),
+    "float16": Precision(_to_float16, contextlib.nullcontext),
+    "int8": Precision(to_int8, contextlib.nullcontext),
 }

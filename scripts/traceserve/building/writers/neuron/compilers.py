@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, NamedTuple
 
 from traceserve_runtime.runtimes.torchscript.neuron import CHIPS, Operators, operators
 
+from traceserve.building.config.hardware import HARDWARE
 from traceserve.errors import ExportError
 from traceserve.machine import neuron_cores
 
@@ -33,9 +34,7 @@ class Compiler(NamedTuple):
 
     trace: Callable[[Any, Any, Tuple[torch.Tensor, ...], Settings], torch.nn.Module]
     weights: float
-    loops: Tuple[str, ...]  # of the tasks that are run in a loop, those that fixed shapes can run
     distributions: Tuple[str, ...]  # whose versions are recorded
-    partial: bool  # whether a part of a graph may stay on the CPU
 
 
 def _neuron(package: Any, module: Any, inputs: Tuple[torch.Tensor, ...], settings: Settings) -> torch.nn.Module:
@@ -60,15 +59,15 @@ def _neuronx(package: Any, module: Any, inputs: Tuple[torch.Tensor, ...], settin
 
 # A core of Inf1 has 2 GB of its chip's memory, one of Inf2 and Trn1 16 GB; a weight takes two bytes.
 COMPILERS: Dict[str, Compiler] = {
-    "neuron": Compiler(_neuron, 1e9, ("encoder_decoder",), ("torch-neuron", "neuron-cc"), True),
-    "neuronx": Compiler(_neuronx, 8e9, ("encoder_decoder",), ("torch-neuronx", "neuronx-cc", "libneuronxla"), False),
+    "neuron": Compiler(_neuron, 1e9, ("torch-neuron", "neuron-cc")),
+    "neuronx": Compiler(_neuronx, 8e9, ("torch-neuronx", "neuronx-cc", "libneuronxla")),
 }
 
 
 def check(hardware: str, arguments: Tuple[str, ...]) -> None:
     """Raise ExportError where this machine cannot compile for the hardware."""
     package(hardware)
-    if not COMPILERS[hardware].partial and not neuron_cores.count(hardware) and not _targeted(arguments):
+    if not HARDWARE[hardware].partial and not neuron_cores.count(hardware) and not _targeted(arguments):
         raise ExportError(
             f"this machine has no {CHIPS[hardware].machines} chip, so its compiler must be told which one to compile for: "
             'add to setup_config.json "options": {"compiler_args": ["--target", "inf2"]}, or trn1'

@@ -3,71 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Optional, Sequence, Tuple, Type
+from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Tuple, Type
 
 from traceserve_runtime.manifest import Shapes
 from traceserve_runtime.runtimes.torchscript.neuron import CHIPS
-from traceserve_runtime.tasks import TASKS
-from traceserve_runtime.tasks.parameters import Parameter
 
 from traceserve.archives import staging
-from traceserve.building.writers.contract import Option, Target, Written
+from traceserve.building.checkpoints.loading import Original
+from traceserve.building.config.lengths import few_lengths
+from traceserve.building.config.save_modes import COMPILED_BATCHES, Target
+from traceserve.building.config.setup_config import SetupConfig
+from traceserve.building.writers.contract import Written
 from traceserve.building.writers.neuron import compilers
 from traceserve.building.writers.neuron.compilers import COMPILERS
+from traceserve.building.writers.tracing import fixed_shapes
+from traceserve.building.writers.tracing.graphs import MODEL_FILE, save, trace
+from traceserve.building.writers.tracing.wrapping import example, once
 from traceserve.errors import ExportError
-from traceserve.measuring.padding import few_lengths
 
 if TYPE_CHECKING:
     from traceserve_runtime.tasks.contract import Task
 
-    from traceserve.building.checkpoints.loading import Original
-    from traceserve.building.config.setup_config import SetupConfig
-    from traceserve.building.writers.tracing.fixed_shapes import Graph
-
-HARDWARE = tuple(COMPILERS)
-BATCHES = (1, 4)
-
-OPTIONS = (
-    Option(
-        Parameter(
-            "batch_sizes", list, "the numbers of rows that graphs are compiled for", default=[*BATCHES], numbers=True
-        ),
-        HARDWARE,
-    ),
-    Option(
-        Parameter("target_length", int, "the most tokens that a decoder writes", least=32, most=4096, default=128),
-        HARDWARE,
-    ),
-    Option(
-        Parameter(
-            "least_share",
-            float,
-            "the build fails where less than this share of a graph's operators is placed on the chip",
-            least=0,
-            most=1,
-            default=0.9,
-        ),
-        tuple(name for name, compiler in COMPILERS.items() if compiler.partial),
-    ),
-    Option(Parameter("compiler_args", list, "what the compiler is told beside", nullable=True), HARDWARE),
-    Option(
-        Parameter(
-            "compiler_timeout", int, "seconds after which the compilation of one graph is given up", nullable=True
-        ),
-        tuple(name for name, compiler in COMPILERS.items() if compiler.partial),
-    ),
-    Option(
-        Parameter(
-            "compiler_workdir", str, "a folder for what the compiler makes and says; by default it is thrown away"
-        ),
-        HARDWARE,
-    ),
-)
-
 
 def shapes(config: SetupConfig, max_length: int) -> Iterator[Shapes]:
     """The configured lengths and batches; where the lengths are left open a few, and fewer where these are too many."""
-    batches = tuple(sorted(set(config.options.get("batch_sizes", BATCHES))))
+    batches = tuple(sorted(set(config.options.get("batch_sizes", COMPILED_BATCHES))))
     lengths = config.sequence_lengths
     if lengths == "auto":
         few = few_lengths(max_length)[::-1][::2][::-1]  # each twice twice as long
@@ -82,8 +42,6 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
 
     Raises ExportError for more graphs than a core has memory for, CompileError for one that cannot be compiled.
     """
-    from traceserve.building.writers.torchscript.writer import MODEL_FILE, save, trace
-
     graphs, lengths = _graphs(original, task, shapes, target)
     _check_memory(original, shapes, len(graphs), target)
     made: Dict[str, Any] = {}
@@ -102,7 +60,7 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
             shares[name] = round(share, 4)
     save(made, folder / MODEL_FILE)
     runtime: Dict[str, Any] = {"targets": list(lengths)} if lengths else {}
-    step_inputs = _step_inputs() if lengths else ()
+    step_inputs = fixed_shapes.STEP_INPUTS if lengths else ()
     facts = {"most_new_tokens": _most_new_tokens(original, lengths)} if lengths else {}
     if target.rehearsal:
         return Written(step_inputs, (), runtime, facts=facts)
@@ -118,11 +76,8 @@ def check(target: Target) -> None:
 
 def _graphs(
     original: Original, task: Type[Task], shapes: Shapes, target: Target
-) -> Tuple[Dict[str, Graph], Tuple[int, ...]]:
+) -> Tuple[Dict[str, fixed_shapes.Graph], Tuple[int, ...]]:
     """The graphs by name, and of a decoder its target lengths."""
-    from traceserve.building.writers.tracing import fixed_shapes
-    from traceserve.building.writers.tracing.wrapping import example, once
-
     if task.loop:
         lengths = fixed_shapes.targets(_most_new_tokens(original, (target.options["target_length"],)))
         return fixed_shapes.graphs(original, shapes, lengths), lengths
@@ -132,12 +87,6 @@ def _graphs(
         for batch in shapes.batches or ()
         for length in shapes.lengths or ()
     }, ()
-
-
-def _step_inputs() -> Tuple[str, ...]:
-    from traceserve.building.writers.tracing.fixed_shapes import STEP_INPUTS
-
-    return STEP_INPUTS
 
 
 def _most_new_tokens(original: Original, lengths: Tuple[int, ...]) -> int:
@@ -161,11 +110,3 @@ def _check_memory(original: Original, shapes: Shapes, count: int, target: Target
 def _listed(numbers: Any) -> str:
     texts: List[str] = [str(number) for number in numbers or ()]
     return ", ".join(texts)
-
-
-def refused(hardware: str, tasks: Sequence[str]) -> Optional[str]:
-    """Why tasks that are run alike cannot run on compiled hardware; None where they can."""
-    compiler, loop = COMPILERS.get(hardware), TASKS[tasks[0]].loop
-    if compiler is None or not loop or loop in compiler.loops:
-        return None
-    return f"has fixed shapes on {hardware}, where {', '.join(tasks)} cannot keep a past that grows"

@@ -13,18 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterator, NamedTuple, Tuple, Type
 
 import torch
-from onnx import load as onnx_load
 from traceserve_runtime.errors import reason
 from traceserve_runtime.runtimes.onnx import PAST, PRESENT
 
-from traceserve.building.writers.tracing.loops import LOOPS
+from traceserve.building.checkpoints.loading import Original
+from traceserve.building.writers.tracing.loops import GRAPHS
 from traceserve.building.writers.tracing.wrapping import example, once, traceable
 from traceserve.errors import UnwritableError
 
 if TYPE_CHECKING:
     from traceserve_runtime.tasks.contract import Task
-
-    from traceserve.building.checkpoints.loading import Original
 
 Axes = Dict[str, Dict[int, str]]
 
@@ -52,7 +50,7 @@ def of_shape(original: Original, task: Type[Task], batch: int, length: int) -> G
 
 def of_loop(original: Original, task: Type[Task], batch: int, length: int) -> Tuple[Graph, Graph, Tuple[str, ...]]:
     """The graphs `start` and `step` of a model that is run token by token, see `looping`; and the inputs of a step."""
-    start, step = LOOPS[task.loop].graphs(original, batch, min(length, original.max_length - 2))
+    start, step = GRAPHS[task.loop](original, batch, min(length, original.max_length - 2))
     with torch.no_grad():
         states = start.module(*start.example)
         grown = len(step.module(*step.example)) - len(task.outputs)
@@ -77,6 +75,8 @@ def of_loop(original: Original, task: Type[Task], batch: int, length: int) -> Tu
 
 def export(graph: Graph, original: Original, opset: int, scratch: Path, eager: bool) -> Any:
     """The graph as an ONNX model in memory; `eager`: with attention as the tool for transformers knows it."""
+    from onnx import load
+
     known = inspect.signature(torch.onnx.export).parameters
     options: Dict[str, Any] = {"dynamo": False} if "dynamo" in known else {}  # since torch 2.1
     file = scratch / "exported.onnx"
@@ -97,7 +97,7 @@ def export(graph: Graph, original: Original, opset: int, scratch: Path, eager: b
         raise UnwritableError(
             f"torch.onnx.export cannot export {type(original.model).__name__}: {reason(error)}"
         ) from error
-    return onnx_load(str(file))
+    return load(str(file))
 
 
 @contextlib.contextmanager

@@ -7,43 +7,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Sequence, Tuple, Type
 
 from traceserve_runtime.runtimes.onnx import GRAPHS, INT8_SINCE, LEVEL, MODEL, START, STEP, int8_known
-from traceserve_runtime.tasks.parameters import Parameter
 
-from traceserve.building.writers.contract import Option, Target, Written
+from traceserve.building.checkpoints.loading import Original
+from traceserve.building.config.save_modes import ONNX_FLOAT32_FILE, Target
+from traceserve.building.writers.contract import Written
 from traceserve.building.writers.lowering import precision
+from traceserve.building.writers.onnx import export, int8, weights
 from traceserve.building.writers.onnx import optimization as onnx_optimization
+from traceserve.building.writers.onnx.export import Graph
+from traceserve.building.writers.onnx.int8 import RoundedLinear, SmoothedLinear
+from traceserve.building.writers.tracing.graphs import TRACED_BATCH, TRACED_LENGTH
 from traceserve.errors import ExportError
 
 if TYPE_CHECKING:
     from traceserve_runtime.manifest import Shapes
     from traceserve_runtime.tasks.contract import Task
 
-    from traceserve.building.checkpoints.loading import Original
-    from traceserve.building.writers.onnx.export import Graph
-
-MODEL_FILE, START_FILE, FLOAT32_FILE = "model.onnx", "start.onnx", "model.float32.onnx"
+MODEL_FILE, START_FILE = "model.onnx", "start.onnx"
 WEIGHTS = ".data"  # behind the name of the graph whose weights a file holds
-OPSETS = (14, 20)  # scaled dot-product attention came with the first, and torch's exporter ends with the last
-
-OPTIONS = (
-    Option(
-        Parameter("opset", int, "ONNX's version of its operators", least=OPSETS[0], most=OPSETS[1], default=17),
-    ),
-    Option(
-        Parameter(
-            "optimization",
-            str,
-            "none; basic: constants are folded, what is redundant is removed; extended: layer norms, GELU and products are "
-            "fused, too; transformers: so are attention, embeddings and skip connections, by ONNX Runtime's tool for them; "
-            "fast_gelu: and GELU is approximated by tanh, which changes float32 in the fourth digit",
-            choices=tuple(onnx_optimization.LEVELS),
-            default="extended",
-        ),
-    ),
-    Option(
-        Parameter("keep_float32", bool, f"of int8: keep the model in float32 beside it, {FLOAT32_FILE}", default=False)
-    ),
-)
 
 
 def check(dtype: str, target: Target) -> None:
@@ -59,25 +40,16 @@ def check(dtype: str, target: Target) -> None:
         )
 
 
-def auto(task: Type[Task], hardware: str) -> Tuple[str, ...]:
-    """Not int8: several long tries, for a gain of a tenth to a third that is to be asked for."""
-    return ("float32",)
-
-
 def lowered(original: Original, dtype: str, texts: Sequence[str]) -> Iterable[Original]:
     """The original; for int8 one with smoothed layers, the ones to be quantized."""
     if dtype != "int8":
         return precision.lowered(original, dtype, texts)
-    from traceserve.building.writers.onnx.int8 import RoundedLinear, SmoothedLinear
-
     return precision.to_int8(original, texts, layer=SmoothedLinear, measured=RoundedLinear)
 
 
 def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, target: Target) -> Written:
     """Write the graphs and their weights; see Writer. Raises ExportError with the model's own reason."""
     import onnxruntime
-
-    from traceserve.building.writers.onnx import export, int8, weights
 
     optimization = target.options["optimization"]
     graphs, step_inputs = _graphs(original, task, shapes)
@@ -98,7 +70,7 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
             made[graph.file] = model
         files = weights.write(made, folder, MODEL_FILE + WEIGHTS)
         if plain:
-            files += weights.write({FLOAT32_FILE: plain[MODEL_FILE]}, folder, FLOAT32_FILE + WEIGHTS)
+            files += weights.write({ONNX_FLOAT32_FILE: plain[MODEL_FILE]}, folder, ONNX_FLOAT32_FILE + WEIGHTS)
     return Written(
         step_inputs,
         tuple(file for file in files if file != MODEL_FILE),
@@ -115,9 +87,6 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
 
 def _graphs(original: Original, task: Type[Task], shapes: Shapes) -> Tuple[List[Graph], Tuple[str, ...]]:
     """What is exported: one graph for all shapes, or those of a loop; and the inputs of a step."""
-    from traceserve.building.writers.onnx import export
-    from traceserve.building.writers.torchscript.writer import TRACED_BATCH, TRACED_LENGTH
-
     if task.loop:
         start, step, step_inputs = export.of_loop(original, task, TRACED_BATCH, TRACED_LENGTH)
         return [step._replace(name=STEP, file=MODEL_FILE), start._replace(name=START, file=START_FILE)], step_inputs

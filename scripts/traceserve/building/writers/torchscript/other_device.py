@@ -1,4 +1,4 @@
-"""The devices at hand; and the proof that a traced model runs on another device, on a machine without one.
+"""The proof that a traced model runs on another device, on a machine without one.
 
 The graphs are rewritten as a worker with a GPU does it, for torch's device "meta", which has shapes and no values. There
 they are run: a tensor that is made anywhere else cannot be combined with the others, and is told.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Mapping, Sequence, Tuple
+from typing import Any, Mapping, Sequence
 
 import torch
 from traceserve_runtime.runtimes.torchscript import devices
@@ -17,14 +17,6 @@ from traceserve.errors import ExportError
 
 META = "meta"
 _REASON = re.compile(r"^((?:\w+Error: )+)(.+)$", re.MULTILINE)
-
-_BESIDE_CPU = {"gpu": "cuda"}  # by the hardware of an archive, on what it runs too
-
-
-def at_hand(hardware: str) -> Tuple[str, ...]:
-    """The devices of this machine on which a worker may run an archive for this hardware; each kind once."""
-    found = hardware in _BESIDE_CPU and torch.cuda.is_available()
-    return ("cpu", f"{_BESIDE_CPU[hardware]}:0") if found else ("cpu",)
 
 
 def prove(file: Path, examples: Mapping[str, Sequence[torch.Tensor]]) -> bool:

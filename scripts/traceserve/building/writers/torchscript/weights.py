@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any, Dict, Tuple
 
 from traceserve_runtime.runtimes.torchscript.weights import GRAPH_FILE, WEIGHTS_FILE, Place, write_places
 
-from traceserve.machine import space
+from traceserve.building.writers.tracing.graphs import write_module
 
 if TYPE_CHECKING:
     import torch
 
 # A local file header of a zip ends with the lengths of the name and of the extra field, which follow it.
 _HEADER_SIZE, _LENGTHS_AT = 30, 26
-_GRAPH_SIZE = 16 << 20  # of the code and constants of a traced model, at most; BERT's are 0.2 MB
 
 
 def write_graph(folder: Path, model_file: str, rewritten: Any = None) -> Tuple[str, ...]:
@@ -37,22 +36,6 @@ def write_graph(folder: Path, model_file: str, rewritten: Any = None) -> Tuple[s
     write_module(module, folder / GRAPH_FILE)
     write_places(folder, places)
     return (GRAPH_FILE, WEIGHTS_FILE)
-
-
-def write_module(module: torch.nn.Module, file: Path) -> None:
-    """`torch.jit.save`, where there is room; raises NoSpace.
-
-    On a full disk PyTorch's writer raises in C++, and once more as it is taken down, which aborts the whole process. A
-    tensor that is used under several names is written once.
-    """
-    import torch
-
-    tensors = {
-        (tensor.data_ptr(), tensor.numel() * tensor.element_size())
-        for tensor in module.state_dict(keep_vars=True).values()
-    }
-    space.require(file.parent, sum(size for _, size in tensors) + _GRAPH_SIZE, f"{file.name}, the traced model,")
-    torch.jit.save(module, str(file))
 
 
 def _records(path: Path) -> Dict[bytes, int]:

@@ -11,30 +11,35 @@ from traceserve_runtime.errors import reason
 from traceserve_runtime.manifest import sha256
 from traceserve_runtime.runtimes.torchscript.reader import FILLED, UNPADDED
 
+from traceserve.building.checkpoints.loading import Original
+from traceserve.building.config.hardware import FIXED_SHAPES, HARDWARE
+from traceserve.building.config.save_modes import Target
 from traceserve.building.writers.contract import Written
+from traceserve.building.writers.lowering import precision
 from traceserve.building.writers.neuron import writer as neuron
-from traceserve.building.writers.torchscript import weights
+from traceserve.building.writers.torchscript import axes, other_device, unpadding, weights
+from traceserve.building.writers.torchscript.unpadding import Unpadded
+from traceserve.building.writers.tracing.graphs import (
+    MODEL_FILE,
+    TRACED_BATCH,
+    TRACED_LENGTH,
+    together,
+    trace,
+    write_module,
+)
+from traceserve.building.writers.tracing.loops import GRAPHS
+from traceserve.building.writers.tracing.wrapping import example, once, traceable
+from traceserve.errors import ExportError, NoSpace, UnwritableError
 
 if TYPE_CHECKING:
     import torch
     from traceserve_runtime.manifest import Manifest, Shapes
     from traceserve_runtime.tasks.contract import Task
 
-    from traceserve.building.checkpoints.loading import Original
-    from traceserve.building.writers.contract import Target
-    from traceserve.building.writers.torchscript.unpadding import Unpadded
-
-MODEL_FILE = "traced_model.pt"
-# Where any shape is allowed: neither 1, nor a size that the model itself has.
-TRACED_BATCH = 3
-TRACED_LENGTH = 11
-
 
 def check(dtype: str, target: Target) -> None:
     """The gate runs what was written: raise ExportError where this processor cannot."""
-    from traceserve.building.writers.lowering import precision
-
-    if target.hardware in neuron.HARDWARE:
+    if target.hardware in FIXED_SHAPES:
         neuron.check(target)
     else:
         precision.check_processor(dtype)
@@ -49,23 +54,18 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
     """
     import torch
 
-    from traceserve.building.writers.lowering import precision
-    from traceserve.building.writers.torchscript import other_device
-    from traceserve.building.writers.tracing.wrapping import traceable
-    from traceserve.errors import ExportError, NoSpace, UnwritableError
-
     # A compiler lowers the dtype by itself.
-    dtype = "float32" if target.hardware in neuron.HARDWARE else original.dtype
+    dtype = "float32" if target.hardware in FIXED_SHAPES else original.dtype
     try:
         with warnings.catch_warnings(), traceable(original.model), torch.no_grad(), precision.tracing(dtype):
             warnings.simplefilter("ignore")  # tracer warnings: the gate proves what they suspect
-            if target.hardware in neuron.HARDWARE:
+            if target.hardware in FIXED_SHAPES:
                 return neuron.write(original, task, shapes, folder, target)
             if task.loop:
                 saved, step_inputs = _loop(original, task)
             else:
                 saved, step_inputs = _single(original, task, shapes), ()
-            weights.write_module(saved, folder / MODEL_FILE)
+            write_module(saved, folder / MODEL_FILE)
     except (ExportError, NoSpace):
         raise
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
@@ -79,16 +79,13 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
     rewritten = None
     if unpadded is not None:
         rewritten, runtime[FILLED] = unpadded
-    if target.hardware == "gpu":
+    if HARDWARE[target.hardware].beside_cpu:
         runtime["ran_on_meta"] = other_device.prove(folder / MODEL_FILE, _examples(original, task, shapes))
     return Written(step_inputs, weights.write_graph(folder, MODEL_FILE, rewritten), runtime)
 
 
 def _unpadded(original: Original, file: Path) -> Optional[Unpadded]:
     """What a worker on a CPU runs in the place of the traced graph; None where there is nothing."""
-    from traceserve.building.writers.torchscript import axes, unpadding
-    from traceserve.building.writers.tracing.wrapping import example
-
     if original.max_length < max(length for _, length in axes.SHAPES) or original.shortest > 5:
         return None
     shapes = [*axes.SHAPES, (1, 5), (5, min(20, original.max_length))]
@@ -110,13 +107,11 @@ def plainer(manifest: Manifest, folder: Path, failing: Collection[str]) -> Optio
 
 
 def _single(original: Original, task: Type[Task], shapes: Shapes) -> torch.nn.Module:
-    from traceserve.building.writers.tracing.wrapping import example, once
-
     module = once(original, [output.name for output in task.outputs])
     any_length = min(TRACED_LENGTH, original.max_length)
     if not shapes.graph_per_shape:
         return trace(module, example(original, TRACED_BATCH, max(shapes.lengths) if shapes.lengths else any_length))
-    return _together(
+    return together(
         {
             shapes.graph_name(batch, length): trace(module, example(original, batch, length))
             for batch in shapes.batches or (TRACED_BATCH,)
@@ -126,10 +121,8 @@ def _single(original: Original, task: Type[Task], shapes: Shapes) -> torch.nn.Mo
 
 
 def _loop(original: Original, task: Type[Task]) -> Tuple[torch.nn.Module, Tuple[str, ...]]:
-    from traceserve.building.writers.tracing.loops import LOOPS
-
-    start, step = LOOPS[task.loop].graphs(original, TRACED_BATCH, min(TRACED_LENGTH, original.max_length - 2))
-    return _together(
+    start, step = GRAPHS[task.loop](original, TRACED_BATCH, min(TRACED_LENGTH, original.max_length - 2))
+    return together(
         {"start": trace(start.module, start.example), "step": trace(step.module, step.example)}
     ), step.inputs
 
@@ -138,13 +131,9 @@ def _examples(original: Original, task: Type[Task], shapes: Shapes) -> Dict[str,
     """Inputs of each graph, by its name, or "" for the only one; of other shapes than it was traced with."""
     import torch
 
-    from traceserve.building.writers.lowering import precision
-    from traceserve.building.writers.tracing.loops import LOOPS
-    from traceserve.building.writers.tracing.wrapping import example
-
     if task.loop:
         with torch.no_grad(), precision.tracing(original.dtype):
-            start, step = LOOPS[task.loop].graphs(original, 2, min(8, original.max_length - 2))
+            start, step = GRAPHS[task.loop](original, 2, min(8, original.max_length - 2))
         return {"start": start.example, "step": step.example}
     if not shapes.graph_per_shape:
         return {"": example(original, 2, max(shapes.lengths) if shapes.lengths else min(8, original.max_length))}
@@ -153,25 +142,3 @@ def _examples(original: Original, task: Type[Task], shapes: Shapes) -> Dict[str,
         for batch in shapes.batches or (TRACED_BATCH,)
         for length in shapes.lengths or (min(TRACED_LENGTH, original.max_length),)
     }
-
-
-def trace(module: torch.nn.Module, inputs: Tuple[torch.Tensor, ...]) -> torch.nn.Module:
-    """The module traced with these inputs."""
-    import torch
-
-    # The trace is compared with the original by the gate, at many shapes, and not by torch at the traced one.
-    traced: torch.nn.Module = torch.jit.trace(module, inputs, check_trace=False)  # type: ignore[no-untyped-call]
-    return traced
-
-
-def _together(graphs: Dict[str, torch.nn.Module]) -> torch.nn.Module:
-    """One module with each graph as a submodule; weights that they share are written once."""
-    import torch
-
-    together: torch.nn.Module = torch.jit.script(torch.nn.ModuleDict(graphs))
-    return together
-
-
-def save(graphs: Dict[str, torch.nn.Module], file: Path) -> None:
-    """Write graphs by name into one file."""
-    weights.write_module(_together(graphs), file)

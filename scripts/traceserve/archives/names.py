@@ -1,0 +1,27 @@
+"""The names and versions that TorchServe and its archiver allow an archive."""
+
+from __future__ import annotations
+
+import re
+
+from traceserve.errors import ArchiveError
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+VERSION = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"  # what stands in a URL as it is
+
+
+def check_name(name: str) -> str:
+    """`name`, if TorchServe allows it; raises ArchiveError."""
+    if not NAME.fullmatch(name):
+        raise ArchiveError(f"{name!r} cannot name an archive: letters, digits, _ . and - only, a letter or digit first")
+    return name
+
+
+def check_version(version: str) -> str:
+    """`version`, if it can stand in a URL as it is; raises ArchiveError. TorchServe neither reads nor sorts versions."""
+    if not re.fullmatch(VERSION, version) or version.endswith("\n"):
+        raise ArchiveError(
+            f"{version!r} cannot be an archive's version: letters, digits, _ . and - only, a letter or digit first, at most "
+            "64; as 1.0, 2.1 or 2026-11-26"
+        )
+    return version

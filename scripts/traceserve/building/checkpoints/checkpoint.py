@@ -1,0 +1,82 @@
+"""A checkpoint: a folder in the layout of Hugging Face, and where it came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Optional
+
+from traceserve_runtime.manifest import Base, Source, sha256
+
+from traceserve.building.checkpoints.json_files import read_json
+from traceserve.building.config.setup_config import SetupConfig
+
+# What a checkpoint is made of, and what a hub may hold beside it for other libraries.
+SMALL_FILES = ["*.json", "*.txt", "*.model", "*.spm", "*.tiktoken", "*.bpe", "*.jinja", "*/config.json"]
+SAFETENSORS = ["*.safetensors"]
+PICKLES = ["pytorch_model*.bin"]
+ADAPTER_PICKLE = ["adapter_model.bin"]
+CODE = ["*.py"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder in the layout of Hugging Face, and where it came from."""
+
+    folder: Path
+    kind: str
+    revision: Optional[str] = None
+    note: Optional[str] = None  # what the user should know of it
+    gguf_file: Optional[str] = None  # of the folder, where this one file is the whole checkpoint
+    task: str = ""  # what it is for, as configured or as found in it
+    task_found: str = ""  # by what; empty where it was configured
+
+    root: Optional[Path] = None  # of modules.json, where the model lies in a folder beside it, as 0_Transformer
+    adapter: Optional[Adapter] = None  # where the folder is what an adapter and its base are joined in, without weights
+
+    @property
+    def pickled(self) -> bool:
+        """Whether its weights are only there as a pickle."""
+        return not any(self.folder.glob("*.safetensors"))
+
+    def read_json(self, name: str) -> Any:
+        """A JSON file of the checkpoint, or None where it has none."""
+        return read_json(self.folder / name) if not self.gguf_file else None
+
+    def read_root_json(self, name: str) -> Any:
+        """A JSON file beside modules.json, or None where there is none."""
+        return self.read_path((self.root or self.folder) / name)
+
+    def read_path(self, path: Path) -> Any:
+        """A JSON file, or None where there is none."""
+        return read_json(path) if not self.gguf_file else None
+
+    def source(self, config: SetupConfig) -> Source:
+        """What the manifest records: name, revision, and the SHA-256 of each file that a model may be read from."""
+        if self.adapter is not None:
+            base = self.adapter.base.source(config)
+            told = Base(self.adapter.base_name, base.kind, base.revision, base.files)
+            return replace(self.adapter.stored.source(config), base=told)
+        patterns = SMALL_FILES + (PICKLES + ADAPTER_PICKLE if self.pickled else SAFETENSORS)
+        patterns += CODE if config.trust_remote_code else []
+        patterns = [self.gguf_file] if self.gguf_file else patterns
+        root = self.root or self.folder
+        patterns += ["*/model.safetensors", "*/pytorch_model.bin"] if (root / "modules.json").is_file() else []
+        found = {path for pattern in patterns for place in {root, self.folder} for path in place.glob(pattern)}
+        return Source(
+            name=config.model_name,
+            kind=self.kind,
+            library=config.library,
+            revision=self.revision,
+            trust_remote_code=config.trust_remote_code,
+            files={path.relative_to(root).as_posix(): sha256(path) for path in sorted(found) if path.is_file()},
+        )
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter's own files, and the checkpoint that it was trained on."""
+
+    stored: Checkpoint
+    base: Checkpoint
+    base_name: str

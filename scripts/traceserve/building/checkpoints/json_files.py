@@ -1,0 +1,28 @@
+"""The JSON files of a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from traceserve.errors import SourceError
+
+_MARKS = {b"\xef\xbb\xbf": "UTF-8", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file of a checkpoint, None where there is none; raises SourceError for one that cannot be read."""
+    if not path.is_file():
+        return None
+    content = path.read_bytes()
+    for mark, name in _MARKS.items():
+        if content.startswith(mark):
+            raise SourceError(
+                f"{path} begins with a byte-order mark of {name}, and transformers does not read it; save it as UTF-8 "
+                "without one"
+            )
+    try:
+        return json.loads(content.decode("utf-8"))
+    except ValueError as error:
+        raise SourceError(f"{path} is no valid JSON: {error}") from None

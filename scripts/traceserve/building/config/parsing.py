@@ -1,0 +1,97 @@
+"""A configuration file to a SetupConfig: older names, keys without meaning, and every error as a sentence."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any, Dict, Mapping, NamedTuple, Tuple
+
+from pydantic import ValidationError
+from traceserve_runtime.tasks import TASKS
+
+from traceserve.building.config import config_files, task_names
+from traceserve.building.config.rules import check_any_task, check_together
+from traceserve.building.config.setup_config import AUTO_TASK, RENAMED, WITHOUT_MEANING, SetupConfig
+from traceserve.errors import ConfigError
+
+
+class Loaded(NamedTuple):
+    """A configuration, the folder that its paths are relative to, and what the user should know about it."""
+
+    config: SetupConfig
+    folder: Path
+    notes: Tuple[str, ...]
+
+
+def load(path: Path) -> Loaded:
+    """Read and check a configuration file; raises ConfigError, which names the key and what would be legal."""
+    content = config_files.read(path)
+    folder = path.resolve().parent
+    try:
+        config, notes = parse(content.keys)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error.message}") from None
+    notes = (*content.notes, *notes)
+    beside = config_files.labels_beside(config.task, folder) if _is_the_examples(config, content.keys) else None
+    if beside is not None:
+        config = config.model_copy(update={"index_to_name": beside})
+        notes += (f'{beside} names the labels, by its place; "index_to_name": null takes the checkpoint\'s own names',)
+    return Loaded(config, folder, notes)
+
+
+def _is_the_examples(config: SetupConfig, content: Mapping[str, Any]) -> bool:
+    """Whether a configuration is the pytorch/serve example's, for which a file of labels has no key but a place."""
+    labelled = config.task in TASKS and TASKS[config.task].labelled
+    return labelled and "index_to_name" not in content and bool({*RENAMED, *WITHOUT_MEANING} & set(content))
+
+
+def parse(content: Any) -> Tuple[SetupConfig, Tuple[str, ...]]:
+    """The configuration that parsed JSON describes, and one note for each key without meaning."""
+    if not isinstance(content, dict):
+        raise ConfigError("the configuration should be a JSON object")
+    content = {key: value for key, value in content.items() if key != "$schema"}
+    notes = tuple(f"{key} has no meaning here: {WITHOUT_MEANING[key]}" for key in content if key in WITHOUT_MEANING)
+    known: Dict[str, Any] = {}
+    written = {RENAMED.get(key, key): key for key in content}
+    for key, value in content.items():
+        name = RENAMED.get(key, key)
+        if name in known:
+            old = next(old for old, new in RENAMED.items() if new == name)
+            raise ConfigError(f"{old} and {name} are the same key; keep one")
+        if name in SetupConfig.model_fields:
+            known[name] = value
+        elif key not in WITHOUT_MEANING:
+            raise ConfigError(_unknown(key))
+    try:
+        config = SetupConfig.model_validate(known)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_sentence(item, written) for item in error.errors())) from None
+    if config.task == AUTO_TASK:
+        check_any_task(config)
+    else:
+        check_together(config)
+    return config, notes
+
+
+def _unknown(key: Any) -> str:
+    key = str(key)
+    known = [*SetupConfig.model_fields, *RENAMED, *WITHOUT_MEANING]
+    near = difflib.get_close_matches(key, known, n=1) or difflib.get_close_matches(key.lower(), known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"known are: {', '.join(SetupConfig.model_fields)}"
+    return f"unknown key {key}; {hint}"
+
+
+def _sentence(error: Mapping[str, Any], written: Mapping[str, str]) -> str:
+    """One of pydantic's errors as a sentence: the key as the user wrote it, what was given, what would be legal."""
+    key = str(error["loc"][0]) if error["loc"] else ""
+    key = written.get(key, key)
+    if error["type"] == "missing":
+        return f"{key} is missing: {SetupConfig.model_fields[key].description}"
+    if error["type"] == "dict_type":
+        message = 'Should be an object, as {"name": value}; leave the key out where there is nothing to set'
+    else:
+        message = error["msg"].replace("Value error, ", "")
+    more = task_names.advice(error["input"]) if RENAMED.get(key, key) == "task" else None
+    message += f"; {more}" if more else ""
+    return f"{key} is {json.dumps(error['input'], ensure_ascii=False, default=str)}: {message[0].lower() + message[1:]}"

@@ -1,0 +1,143 @@
+"""The JSON schema of setup_config.json, for editors."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, Dict, List, Mapping
+
+from traceserve_runtime.tasks import TASKS
+from traceserve_runtime.tasks.parameters import LARGEST_NUMBER, Parameter
+from traceserve_runtime.texts.tokenization import LONG_INPUTS
+
+from traceserve.building.config import formats, libraries, task_names
+from traceserve.building.config.hardware import FIXED_SHAPES, HARDWARE
+from traceserve.building.config.libraries import LIBRARIES
+from traceserve.building.config.save_modes import SAVE_MODES
+from traceserve.building.config.setup_config import AUTO_TASK, CONFIG_FILE, RENAMED, WITHOUT_MEANING, SetupConfig
+
+
+def json_schema() -> Dict[str, Any]:
+    """A JSON schema of setup_config.json, legacy keys included, for editors.
+
+    It accepts what `parse` accepts, and what no schema can tell: a number out of range that is written as a string, a
+    list of lengths out of order, or one that does not end at max_length, a part of a GGUF file that is split, among
+    `parameters` 2.0 for 2, and what a writer refuses by itself.
+    """
+    schema = SetupConfig.model_json_schema()
+    schema.update({"$schema": "https://json-schema.org/draft/2020-12/schema", "title": CONFIG_FILE})
+    properties: Dict[str, Any] = {key: _or_string(item) for key, item in schema["properties"].items()}
+    properties["model_name"]["pattern"] = r"\S"
+    properties["$schema"] = {"type": "string"}
+    for old, new in RENAMED.items():
+        properties[old] = {**properties[new], "description": f"The older name of {new}", "deprecated": True}
+    for key, reason in WITHOUT_MEANING.items():
+        properties[key] = {"description": f"Has no meaning here: {reason}", "deprecated": True}
+    schema["properties"] = properties
+    legal = {name: _legal_for(name) for name in TASKS}
+    for name in ("task", *(old for old, new in RENAMED.items() if new == "task")):
+        properties[name]["enum"] = [AUTO_TASK, *TASKS, *task_names.ALIASES]
+    schema["allOf"] = [{"not": {"required": [old, new]}} for old, new in RENAMED.items()] + [
+        {"if": _is("task", name), "then": then} for name, then in legal.items()
+    ]
+    schema["allOf"] += [{"if": _is("task", AUTO_TASK), "then": {"anyOf": list(legal.values())}}, *_options()]
+    schema["allOf"] += [
+        {"if": _is("library", name), "then": {"properties": {"save_mode": {"enum": list(library.save_modes)}}}}
+        for name, library in LIBRARIES.items()
+        if library.save_modes is not None
+    ]
+    return schema
+
+
+def _is(key: str, value: str) -> Dict[str, Any]:
+    """The schema of a configuration with this value, under any name of the key, or by default."""
+    keys = (key, *(old for old, new in RENAMED.items() if new == key))
+    values = [value, *(name for name, meant in task_names.ALIASES.items() if key == "task" and meant == value)]
+    named: List[Dict[str, Any]] = [{"required": [name], "properties": {name: {"enum": values}}} for name in keys]
+    if value == SetupConfig.model_fields[key].default:
+        named.append({"not": {"anyOf": [{"required": [name]} for name in keys]}})
+    return {"anyOf": named}
+
+
+def _legal_for(task: str) -> Dict[str, Any]:
+    """What `check_together` asks of a configuration for this task, but for its options."""
+    kind = TASKS[task]
+    schemas: List[Dict[str, Any]] = [{"properties": _properties_for(task), **_with_gguf(task)}]
+    if kind.loop:
+        fixed = {"anyOf": [_is("hardware", name) for name in FIXED_SHAPES]}
+        schemas.append({"if": {"not": fixed}, "then": {"properties": {"sequence_lengths": {"const": "auto"}}}})
+    for item in formats.every_format():
+        if task in item.tasks:
+            legal = {"properties": {"dtype": {"enum": list(item.dtypes)}}} if item.dtypes else {"not": {}}
+            both = [_is("save_mode", item.save_mode), _is("hardware", item.hardware)]
+            schemas.append({"if": {"allOf": both}, "then": legal})
+    return {"allOf": schemas}
+
+
+def _properties_for(task: str) -> Dict[str, Any]:
+    kind = TASKS[task]
+    parameters = {parameter.name: _parameter_schema(parameter) for parameter in kind.parameters}
+    properties: Dict[str, Any] = {"parameters": {"properties": parameters, "additionalProperties": False}}
+    if not kind.labelled:
+        properties["index_to_name"] = {"type": "null"}
+    if not kind.merges_windows:
+        properties["long_inputs"] = {"enum": [*LONG_INPUTS[1:], None]}
+    properties["library"] = {"enum": libraries.legal(kind)}
+    return properties
+
+
+def _with_gguf(task: str) -> Dict[str, Any]:
+    """What `libraries.check` asks of a configuration with a GGUF file; without a library for it there is none to be."""
+    given = {"required": ["gguf_file"], "properties": {"gguf_file": {"type": "string"}}}
+    reading = libraries.reading_gguf(TASKS[task])
+    return {"if": given, "then": {"properties": {"library": {"enum": reading}}} if reading else False}
+
+
+def _options() -> List[Dict[str, Any]]:
+    """What `formats` asks of the options of each save mode on each hardware, as schemas."""
+    schemas: List[Dict[str, Any]] = []
+    for save_mode, hardware in itertools.product(SAVE_MODES, HARDWARE):
+        options = {name: _parameter_schema(item) for name, item in formats.options(save_mode, hardware).items()}
+        legal: Dict[str, Any] = {"options": {"properties": options, "additionalProperties": False}}
+        both = [_is("save_mode", save_mode), _is("hardware", hardware)]
+        schemas.append({"if": {"allOf": both}, "then": {"properties": legal}})
+    return schemas
+
+
+def _parameter_schema(parameter: Parameter) -> Dict[str, Any]:
+    """What `Parameter.accepts` accepts."""
+    most = LARGEST_NUMBER if parameter.most is None else parameter.most
+    text = {"type": "string", "minLength": 1}
+    legal: Dict[type, List[Dict[str, Any]]] = {
+        int: [{"type": "integer", "minimum": parameter.least, "maximum": most}],
+        float: [{"type": "number", "minimum": parameter.least, "maximum": most}],
+        bool: [{"type": "boolean"}],
+        str: [] if parameter.choices else [{"type": "string"}],
+        list: [text, {"type": "array", "items": text, "minItems": 1}],
+    }
+    if parameter.numbers:
+        numbers = {"type": "integer", "minimum": parameter.least}
+        legal[list] = [{"type": "array", "items": numbers, "minItems": 1}]
+    options = legal[parameter.type]
+    options += [{"enum": list(parameter.choices)}] if parameter.choices else []
+    options += [{"type": "null"}] if parameter.nullable else []
+    return {"description": parameter.description, **(options[0] if len(options) == 1 else {"anyOf": options})}
+
+
+_INTEGER = {"type": "string", "pattern": r"^\s*[+-]?\d+(_\d+)*(\.0*)?\s*$"}
+_BOOLEAN = {
+    "type": "string",
+    "pattern": r"^([Tt][Rr][Uu][Ee]|[Ff][Aa][Ll][Ss][Ee]|[Yy][Ee][Ss]|[Nn][Oo]|[Oo][Nn]|[Oo][Ff][Ff]|[TtFfYyNn01])$",
+}
+
+
+def _or_string(item: Mapping[str, Any]) -> Dict[str, Any]:
+    """A property whose numbers and booleans, at any depth, may be written as strings too."""
+    options = [dict(option) for option in item.get("anyOf", ())]
+    notes = {key: item[key] for key in ("description", "title", "default") if key in item}
+    options = options or [{key: value for key, value in item.items() if key not in notes}]
+    for option in [*options]:
+        if option.get("type") == "array":
+            option.update(items={"anyOf": [{**option["items"], "minimum": 4}, _INTEGER]}, minItems=1, uniqueItems=True)
+        elif option.get("type") in ("integer", "boolean"):
+            options.append(_INTEGER if option["type"] == "integer" else _BOOLEAN)
+    return {**notes, **(options[0] if len(options) == 1 else {"anyOf": options})}

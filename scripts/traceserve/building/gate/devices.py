@@ -1,0 +1,15 @@
+"""The devices of this machine on which the gate compares."""
+
+from __future__ import annotations
+
+from typing import Tuple
+
+import torch
+
+from traceserve.building.config.hardware import HARDWARE
+
+
+def at_hand(hardware: str) -> Tuple[str, ...]:
+    """The devices on which a worker may run an archive for this hardware; each kind once."""
+    other = HARDWARE[hardware].beside_cpu
+    return ("cpu", f"{other}:0") if other and torch.cuda.is_available() else ("cpu",)

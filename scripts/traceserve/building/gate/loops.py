@@ -1,0 +1,60 @@
+"""The original of a model that is run token by token: its logits after given tokens, and the texts that it writes."""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Dict, List
+
+import torch
+from traceserve_runtime.tasks.contract import Request
+from traceserve_runtime.tasks.parameters import strings
+from traceserve_runtime.texts.tokenization import Row
+
+from traceserve.building.checkpoints.loading import Original
+from traceserve.building.config.loops import LOOPS
+
+
+def forced_tokens(row: Row, steps: int) -> List[int]:
+    """Tokens that a model is made to go on with, whatever it would write."""
+    return (row.encoding.ids * steps)[:steps]
+
+
+def _decoder_forced(original: Original, row: Row, steps: int) -> torch.Tensor:
+    ids = torch.tensor([[*row.encoding.ids, *forced_tokens(row, steps)]])
+    logits: torch.Tensor = original.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
+    return logits[row.length - 1 :]
+
+
+def _encoder_decoder_forced(original: Original, row: Row, steps: int) -> torch.Tensor:
+    ids = torch.tensor([row.encoding.ids])
+    begin = torch.tensor([[original.facts["start_id"], *forced_tokens(row, steps)]])
+    logits: torch.Tensor = original.model(
+        input_ids=ids, attention_mask=torch.ones_like(ids), decoder_input_ids=begin, use_cache=False
+    ).logits[0]
+    return logits
+
+
+def generate(original: Original, loop: str, row: Row, request: Request) -> List[int]:
+    """The ids of the original's own `generate` after one row, new ones only."""
+    ids = torch.tensor([row.encoding.ids])
+    options = _generate_options(original, request)
+    tokens: List[int] = original.model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0].tolist()
+    return tokens[row.length if LOOPS[loop].writes_behind else 1 :]
+
+
+def _generate_options(original: Original, request: Request) -> Dict[str, Any]:
+    """The parameters of a request as `generate` takes them."""
+    named = {**original.parameters, **request.parameters}
+    own = ("return_full_text", "stream", "long_inputs", "seed", "stop", "src_lang", "tgt_lang")
+    options = {key: value for key, value in named.items() if key not in own and value is not None}
+    if named.get("tgt_lang") is not None:
+        options["forced_bos_token_id"] = original.facts["languages"][named["tgt_lang"]]
+    if named.get("stop") is not None:
+        options.update(stop_strings=strings(named["stop"]), tokenizer=original.tokenizer)
+    return options
+
+
+# The logits, (steps + 1, vocabulary), where the original is made to read `steps` given tokens after one row.
+FORCED: Dict[str, Callable[[Original, Row, int], torch.Tensor]] = {
+    "decoder": _decoder_forced,
+    "encoder_decoder": _encoder_decoder_forced,
+}
