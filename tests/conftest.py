@@ -17,7 +17,8 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # tests that run beside each othe
 
 import models  # after the environment
 from traceserve.building.config.parsing import Loaded, parse
-from traceserve.building.export import Exported, export
+from traceserve.building.export import export
+from traceserve.building.exported import Exported
 from traceserve_runtime.runner import Arrays, Padding
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -100,7 +100,7 @@ def test_graphs_of_several_shapes_are_all_moved(
 ) -> None:
     monkeypatch.setattr(verification, "TEXTS", SENTENCES[1:3])
     monkeypatch.setattr(
-        "traceserve.building.export.candidate_shapes", lambda *_: [Shapes((8, 48), (2, 5), graph_per_shape=True)]
+        "traceserve.building.attempt.candidate_shapes", lambda *_: [Shapes((8, 48), (2, 5), graph_per_shape=True)]
     )
     run_export(tmp_path / "x", {"model_name": str(checkpoint("bert")), **GPU, "long_inputs": "truncate"})
     assert Manifest.read(tmp_path / "x").runtime["ran_on_meta"] is True

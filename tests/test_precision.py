@@ -18,7 +18,7 @@ from traceserve.building import speeds
 from traceserve.building.checkpoints import loading, sources
 from traceserve.building.config import dtypes, formats
 from traceserve.building.config.parsing import parse
-from traceserve.building.export import Exported
+from traceserve.building.exported import Exported
 from traceserve.building.gate import reference as references
 from traceserve.building.gate import verification
 from traceserve.building.gate.corpus import sentences
@@ -200,7 +200,7 @@ def test_layers_are_left_until_the_gate_passes(
             found.changed = list(range(found.answers))
         return found
 
-    monkeypatch.setattr("traceserve.building.export.verify", verify)
+    monkeypatch.setattr("traceserve.building.attempt.verify", verify)
     folder = tmp_path / "x"
     exported = run_export(folder, {**content(checkpoint), "dtype": "bfloat16", "save_mode": save_mode})
     kept = exported.manifest.receipt["in_float32"]

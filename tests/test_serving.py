@@ -25,7 +25,7 @@ import pytest
 from conftest import ROOT, run_export
 from traceserve.archives.archive import archive
 from traceserve.errors import ServerError
-from traceserve.serving import configuration, instances, server
+from traceserve.serving import configuration, instances, java, server
 from traceserve.serving.client import NotYet, Refused, predict
 from traceserve.serving.instances import Instance
 from traceserve_runtime.engine import Engine
@@ -608,7 +608,7 @@ def test_by_hand_without_our_commands(tiny: Path, tmp_path: Path) -> None:
         **os.environ,
         "TMPDIR": str(tmp_path / "tmp"),
         "TEMP": str(tmp_path / "tmp"),
-        **configuration.find_java(),
+        **java.find_java(),
     }
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
 
@@ -665,7 +665,7 @@ def test_refused_carries_the_status(served: Served) -> None:
 def test_java_is_found_without_one_on_the_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("JAVA_HOME", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    home = Path(configuration.find_java()["JAVA_HOME"])
+    home = Path(java.find_java()["JAVA_HOME"])
     assert (home / "bin" / "java").is_file()
     old = tmp_path / "jre" / "bin" / "java"
     old.parent.mkdir(parents=True)
@@ -673,24 +673,24 @@ def test_java_is_found_without_one_on_the_path(monkeypatch: pytest.MonkeyPatch, 
     old.chmod(0o755)
     (tmp_path / "jre" / "release").write_text('JAVA_VERSION="1.8.0_402"\n')
     monkeypatch.setenv("JAVA_HOME", str(tmp_path / "jre"))
-    assert configuration.find_java() == {"JAVA_HOME": str(home)}
+    assert java.find_java() == {"JAVA_HOME": str(home)}
     (tmp_path / "jre" / "release").write_text('JAVA_VERSION="17.0.1"\n')
-    assert configuration.find_java() == {}
+    assert java.find_java() == {}
 
 
 def test_the_jvm_starts_from_the_classes_of_an_earlier_one(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "with space"))
-    assert not any("Archive" in option for option in configuration.jvm_options(tmp_path))
+    assert not any("Archive" in option for option in java.jvm_options(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    writes, options = "-XX:ArchiveClassesAtExit=", configuration.jvm_options(tmp_path)
+    writes, options = "-XX:ArchiveClassesAtExit=", java.jvm_options(tmp_path)
     [written] = [option[len(writes) :] for option in options if option.startswith(writes)]
     Path(written).write_bytes(b"classes")
-    configuration.keep_class_archive(tmp_path)
+    java.keep_class_archive(tmp_path)
     kept = tmp_path / "cache" / "traceserve" / Path(written).name
     assert kept.read_bytes() == b"classes"
-    assert f"-XX:SharedArchiveFile={kept}" in configuration.jvm_options(tmp_path)
+    assert f"-XX:SharedArchiveFile={kept}" in java.jvm_options(tmp_path)
     # The JVM finds that it is none, and goes on without.
     instance = server.start([tiny.with_suffix(".mar")], port=configuration.free_ports(1)[0], timeout=90)
     try:
@@ -753,7 +753,7 @@ def test_two_versions_side_by_side(checkpoint: Callable[..., Path], tmp_path: Pa
         (folder / "config.properties").write_text("".join(f"{key}={value}\n" for key, value in properties.items()))
         settings = {"ts-config": folder / "config.properties", "model-store": store}
         try:
-            server.launch(folder, settings, configuration.find_java())
+            server.launch(folder, settings, java.find_java())
             wait_for(f"http://127.0.0.1:{inference}/ping")
             for version in expected:
                 query = f"url=same-{version}.mar&initial_workers=1&synchronous=true"

@@ -10,10 +10,10 @@ from typing import Any, Callable, Set, Tuple
 import pytest
 import torch
 from conftest import Called, nothing, run_export
+from traceserve.building.attempt import candidate_shapes
 from traceserve.building.checkpoints import loading, sources
 from traceserve.building.checkpoints.loading import Original
 from traceserve.building.config.parsing import parse
-from traceserve.building.export import candidate_shapes
 from traceserve.building.gate import verification
 from traceserve.building.gate.findings import LIMITS, Cell, DriftError, Findings
 from traceserve.building.gate.reference import Reference

@@ -24,7 +24,7 @@ import servers
 import tables
 from traceserve.archives.model_config import Serving
 from traceserve.measuring import load_generator
-from traceserve.serving import configuration, server
+from traceserve.serving import configuration, java, server
 
 # The headers that TorchServe sends, for answers of the same size.
 _ANSWER = (
@@ -81,7 +81,7 @@ def no_op() -> Iterator[str]:
         archive = _archive(folder)
         (folder / "server").mkdir()
         _, settings = configuration.configure(folder / "server", {"no-op": archive}, {}, "127.0.0.1", port)
-        pid = server.launch(folder / "server", settings, configuration.find_java())
+        pid = server.launch(folder / "server", settings, java.find_java())
         process = psutil.Process(pid)
         try:
             url = f"http://127.0.0.1:{port}/predictions/no-op"

@@ -23,7 +23,8 @@ import torch
 from traceserve.building import samples
 from traceserve.building.checkpoints.loading import Original
 from traceserve.building.config import parsing
-from traceserve.building.export import Exported, export
+from traceserve.building.export import export
+from traceserve.building.exported import Exported
 from traceserve.building.speeds import measure
 from traceserve.building.writers.lowering import precision
 from traceserve_runtime.engine import Engine

@@ -22,7 +22,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
 
 import psutil
 from traceserve.measuring import load_generator
-from traceserve.serving import configuration, instances
+from traceserve.serving import configuration, instances, java
 
 SENTENCE = "I still have not received my new card, I ordered over a week ago."
 TRACESERVE = (sys.executable, "-m", "traceserve")
@@ -88,7 +88,7 @@ def foreign(archive: Path, batch_size: Optional[int] = None, batch_delay: int = 
         lines = [f"{key}=http://127.0.0.1:{port}" for key, port in zip(keys, ports)]
         lines += [f"grpc_inference_port={ports[3]}", f"grpc_management_port={ports[4]}", "default_workers_per_model=1"]
         (folder / "config.properties").write_text("\n".join([*lines, "enable_model_api=true"]) + "\n")
-        environment = {**os.environ, "TMPDIR": f"{folder}/tmp", "TEMP": f"{folder}/tmp", **configuration.find_java()}
+        environment = {**os.environ, "TMPDIR": f"{folder}/tmp", "TEMP": f"{folder}/tmp", **java.find_java()}
         run = functools.partial(_run, cwd=folder, env=environment)
         torch_serve = [sys.executable, "-m", "ts.model_server"]
         options = ["--model-store", ".", "--ts-config", "config.properties", "--disable-token-auth", "--ncs"]

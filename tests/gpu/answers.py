@@ -13,7 +13,8 @@ import models
 from oracle import CASES
 from traceserve.building.config import formats
 from traceserve.building.config.parsing import Loaded, parse
-from traceserve.building.export import Exported, export
+from traceserve.building.export import export
+from traceserve.building.exported import Exported
 from traceserve.building.gate import verification
 from traceserve.building.gate.texts import SENTENCES
 from traceserve_runtime.engine import Engine

@@ -11,7 +11,7 @@ from typing import Any, Callable, Dict, Iterator, Optional
 
 import pytest
 from conftest import run_export
-from traceserve.building.export import Exported
+from traceserve.building.exported import Exported
 
 collect_ignore_glob = [] if importlib.util.find_spec("neuron_double") else ["test_*.py"]
 

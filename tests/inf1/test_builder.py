@@ -11,7 +11,8 @@ from typing import Any, Callable, Dict
 
 import pytest
 from conftest import ROOT
-from traceserve.building.export import BEFORE_COMPILING, COMPILED, Exported
+from traceserve.building.attempt import BEFORE_COMPILING, COMPILED
+from traceserve.building.exported import Exported
 from traceserve.building.gate.findings import DriftError
 from traceserve.building.writers.neuron.compilers import COMPILERS
 from traceserve.errors import ExportError

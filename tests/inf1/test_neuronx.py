@@ -9,7 +9,8 @@ from typing import Any, Callable, Dict
 
 import pytest
 from neuron_double import cores
-from traceserve.building.export import BEFORE_COMPILING, Exported
+from traceserve.building.attempt import BEFORE_COMPILING
+from traceserve.building.exported import Exported
 from traceserve.errors import ConfigError, ExportError
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import MissingPackage

@@ -15,7 +15,7 @@ from traceserve.commands.printing import Bar, console, megabytes, print_findings
 if TYPE_CHECKING:
     from traceserve_runtime.manifest import Manifest
 
-    from traceserve.building.export import Exported
+    from traceserve.building.exported import Exported
     from traceserve.building.gate.findings import Findings
 
 ARTIFACTS = Path("artifacts")
@@ -181,7 +181,7 @@ def _print_exported(exported: Exported, path: Path, seconds: float) -> None:
 def _padding(manifest: Manifest) -> List[Tuple[str, str]]:
     """Where a CPU computes it, of what is run once; or why there is none."""
     if not manifest.shapes.padded:
-        from traceserve.building.export import PADDING_CHANGES
+        from traceserve.building.attempt import PADDING_CHANGES
 
         by = manifest.receipt.get(PADDING_CHANGES)
         changes = f" (it changes outputs by {by:.1e})" if by is not None else ""
@@ -192,7 +192,7 @@ def _padding(manifest: Manifest) -> List[Tuple[str, str]]:
         return []
     if manifest.runtime[UNPADDED]:
         return [("padding", "computed in attention alone")]
-    from traceserve.building.export import REFUSED
+    from traceserve.building.attempt import REFUSED
 
     refused = [f"{row['largest_difference']:.1e} in {row['variant']}" for row in manifest.receipt.get(REFUSED, ())]
     why = (
@@ -211,7 +211,7 @@ def _compiled(exported: Exported) -> List[Tuple[str, str]]:
     shares = exported.manifest.runtime.get("compiler", {}).get("shares")
     if not shares:
         return []
-    from traceserve.building.export import COMPILED
+    from traceserve.building.attempt import COMPILED
 
     compared = f"the {exported.findings.compared['compared']}"
     if exported.findings.compared["compared"] != COMPILED:

@@ -20,7 +20,7 @@ from traceserve_runtime.manifest import Manifest
 
 from traceserve.errors import ServerError
 from traceserve.machine import user_folders
-from traceserve.serving import configuration
+from traceserve.serving import java
 
 _KEPT = 5  # folders of servers that died, until somebody has seen why; those before the last five go
 _TORCHSERVE = ("org.pytorch.serve.ModelServer", "ts.model_server")  # the JVM, and what starts it
@@ -199,7 +199,7 @@ def stop(instance: Instance, at_once: bool = False) -> None:
     if process is not None:
         _end([process], at_once)
     with contextlib.suppress(OSError):  # the next server starts without it
-        configuration.keep_class_archive(Path(instance.folder))
+        java.keep_class_archive(Path(instance.folder))
     _remove(instance)
 
 

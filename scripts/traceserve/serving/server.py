@@ -26,8 +26,9 @@ from traceserve.archives.model_config import Serving
 from traceserve.archives.names import check_name
 from traceserve.errors import ServerError
 from traceserve.machine import environment, neuron_cores
-from traceserve.serving import client, configuration, instances
+from traceserve.serving import client, configuration, instances, java
 from traceserve.serving.instances import Instance
+from traceserve.serving.log import load_failure, log_tail
 
 _SLACK = 0.5  # seconds that an answer may be on its way after the frontend's own limit
 
@@ -57,13 +58,13 @@ def start(
     places = {name: each.workers or configuration.DEFAULT_WORKERS for name, each in wanted.items()}
     needed = neuron_cores.for_workers({name: manifest.hardware for name, manifest in manifests.items()}, places)
     _check_port(host, port)
-    java = configuration.find_java()
+    needed_by_java = java.find_java()
     _sweep()
     with staging.held(_new_folder(port)) as folder:
         try:
             changed = {name: each for name, each in wanted.items() if each != own[name]}
             ports, settings = configuration.configure(folder, files, changed, host, port)
-            pid = launch(folder, settings, {**java, **needed})
+            pid = launch(folder, settings, {**needed_by_java, **needed})
             instance = _remembered(folder, host, port, ports, pid, places)
             if not configuration.is_loopback(host):
                 instance = _with_keys(instance, timeout)
@@ -250,31 +251,3 @@ def _check_alive(instance: Instance, name: Optional[str]) -> None:
         raise ServerError(f"the worker of {name or instance.names[0]} cannot load the archive: {reason}")
     if instance.process is None:
         raise ServerError(f"TorchServe ended{log_tail(Path(instance.folder))}")
-
-
-def load_failure(log: Path) -> Optional[str]:
-    """The reason, in one line, why a worker could not load its archive, as its log tells; None if none did."""
-    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
-    match = re.search(r"(?:Failed to load model \S+|Load model \S+ cpu OOM), exception (.+)", text)
-    if match:
-        return match.group(1).strip()
-    died = [match.end() for match in re.finditer("Backend worker process died", text)]
-    if died:
-        errors = re.findall(
-            r"^\S+ +[A-Z]+ +((?:\w+\.)*\w*(?:Error|Exception|Exit)\b.*)$", text[died[0] :], re.MULTILINE
-        )
-        if errors:
-            return str(errors[0]).strip()
-        if len(died) > 1:  # the first one's reason would stand between them
-            return "its process died without a reason"
-    match = re.search(r"(?:ModelException|InvalidModelException|ArchiveException|ModelNotFoundException): (.+)", text)
-    return match.group(1).strip() if match else None
-
-
-def log_tail(folder: Path) -> str:
-    """The last line of the logs in a server's folder, for an error's end."""
-    for log in (folder / "logs" / "server.log", folder / "logs" / "start.log"):
-        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
-        if lines:
-            return f": {lines[-1]}"
-    return ""

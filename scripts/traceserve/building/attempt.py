@@ -1,0 +1,229 @@
+"""Attempts at an artifact: written in a dtype, the widest shapes first, and compared until one passes the gate."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+from traceserve_runtime.engine import load_task
+from traceserve_runtime.manifest import Manifest, Shapes, Source
+from traceserve_runtime.tasks import TASKS
+from traceserve_runtime.tasks.contract import Request
+
+from traceserve.building import artifact
+from traceserve.building.checkpoints.loading import Original
+from traceserve.building.config import formats
+from traceserve.building.config.dtypes import DTYPES
+from traceserve.building.config.hardware import FIXED_SHAPES
+from traceserve.building.config.save_modes import SAVE_MODES
+from traceserve.building.config.setup_config import SetupConfig
+from traceserve.building.exported import Candidate, Compared
+from traceserve.building.gate.corpus import sentences
+from traceserve.building.gate.findings import DriftError, Findings
+from traceserve.building.gate.reference import Reference
+from traceserve.building.gate.texts import calibration
+from traceserve.building.gate.verification import CORPUS, verify
+from traceserve.building.progress import Progress
+from traceserve.building.speeds import measure
+from traceserve.building.writers import WRITERS
+from traceserve.building.writers.neuron.compilers import CompileError
+from traceserve.building.writers.shapes import unpadded
+from traceserve.errors import ExportError
+from traceserve.machine import neuron_cores
+
+_WRITTEN_TEXTS = 16  # whose speed is measured
+PADDING_CHANGES = "padding_changes_outputs_by"  # of the receipt, where rows are therefore never padded
+REFUSED = "rewritten_graph_refused"  # of the receipt: the variants with which the rewritten graph did not pass
+# Of what is compiled for a chip, what the gate compared: not the compiled graphs themselves, where no chip is at hand.
+COMPILED, BEFORE_COMPILING = "compiled graphs", "graphs before they were compiled"
+
+
+class Made(NamedTuple):
+    """An artifact that passed, or whose drift is allowed."""
+
+    folder: Path
+    manifest: Manifest
+    findings: Findings
+
+
+def _lowered(config: SetupConfig, original: Original, dtype: str, texts: Sequence[str]) -> Iterable[Original]:
+    """The models to be written in this dtype, in turn; as it is, where the hardware's own compiler makes the dtype."""
+    if config.hardware in DTYPES[dtype].by_compiler:
+        return [replace(original, dtype=dtype)]
+    return WRITERS[config.save_mode].lowered(original, dtype, texts)
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _speed_requests(made: Made, own_samples: Sequence[Request]) -> Sequence[Request]:
+    """The user's own samples, or sentences of everyday length; of written texts a few."""
+    task = load_task(made.folder, made.manifest)
+    requests = own_samples or task.from_texts(sentences(CORPUS))
+    return requests[:_WRITTEN_TEXTS] if task.loop else requests
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What is the same for every artifact that is tried."""
+
+    config: SetupConfig
+    source: Source
+    reference: Reference
+    name: str
+    own_samples: Sequence[Request]
+    progress: Progress
+
+    def make(self, dtype: str, folder: Path, allow_drift: bool) -> Made:
+        """An artifact of this dtype in `folder`, the widest in its shapes that passes; raises ExportError, DriftError."""
+        original = self.reference.original
+        refused: List[ExportError] = []
+        drifted: List[Tuple[Findings, Original, Shapes]] = []
+        config = self.config
+        texts = calibration(self.own_samples)
+        for lowered in _lowered(config, original, dtype, texts):
+            for padded, shapes in self._ways(lowered, drifted):
+                try:
+                    manifest, findings = self._proven(padded, shapes, folder)
+                except CompileError:
+                    raise
+                except ExportError as error:
+                    refused.append(error)  # a model that cannot be traced at one length may be at another
+                    continue
+                if findings.passed:
+                    if not shapes.padded:
+                        findings.compared[PADDING_CHANGES] = min(item[0].largest_difference for item in drifted)
+                    return self._finish(manifest, findings, padded, folder)
+                drifted.append((findings, padded, shapes))
+                if config.hardware in FIXED_SHAPES or not (findings.failure or findings.failed):
+                    break  # narrower shapes change no more of what is right in all of them
+        runnable = [item for item in drifted if item[0].failure is None]
+        if allow_drift and runnable:
+            findings, lowered, shapes = min(runnable, key=lambda i: (len(i[0].changed), i[0].largest_difference))
+            return self._finish(self._write(lowered, shapes, folder), findings, lowered, folder)
+        if drifted:
+            # Of each model that was tried the widest shapes; of these the one that came nearest.
+            widest = {id(item[1].model): item for item in reversed(drifted)}.values()
+            findings, _, shapes = min(widest, key=lambda item: len(item[0].changed))
+            # What cannot even be run in all shapes may be in another save mode.
+            advice = formats.advice(config) if findings.failure else _without_padding(config, findings)
+            raise DriftError(_drift(dtype, shapes, original) + advice, findings)
+        raise refused[0]
+
+    def race(
+        self, made: Sequence[Made], tried: List[Candidate], scratch: Path
+    ) -> Tuple[List[Candidate], Optional[Compared]]:
+        """The candidates with their speeds, where there is something to compare; and what they were compared with."""
+        other = self._other(made[0].manifest.shapes, scratch)
+        folders = {item.manifest.dtype: item.folder for item in made}
+        if len(made) < 2 and other is None:
+            return tried, None
+        requests = _speed_requests(made[0], self.own_samples)
+        speeds = measure({**folders, **({"": other} if other else {})}, requests, self.progress)
+        compared = None
+        if other is not None:
+            compared = Compared(Manifest.read(other, verify=False).save_mode, speeds.pop(""), size_of(other))
+        return [replace(candidate, speed=speeds.get(candidate.dtype)) for candidate in tried], compared
+
+    def _other(self, shapes: Shapes, scratch: Path) -> Optional[Path]:
+        """The float32 artifact that this save mode is measured against, unproven; None where it cannot be written."""
+        save_mode = SAVE_MODES[self.config.save_mode].measured_against
+        if save_mode is None:
+            return None
+        config = self.config.model_copy(update={"save_mode": save_mode, "options": {}})
+        folder = scratch / "compared"
+        folder.mkdir()
+        try:
+            replace(self, config=config)._write(self.reference.original, shapes, folder)
+        except ExportError:
+            return None
+        return folder
+
+    def _ways(
+        self, lowered: Original, drifted: Sequence[Tuple[Findings, Original, Shapes]]
+    ) -> Iterator[Tuple[Original, Shapes]]:
+        """Shapes, widest first, padded on the right, or on the left where the tokenizer says so; at last without padding.
+
+        That one where nothing but padding was wrong in what has `drifted` by then.
+        """
+        own_side = TASKS[self.config.task].padding_side or lowered.tokenizer.padding_side
+        sides = dict.fromkeys((lowered.padding_side, own_side))
+        for shapes in candidate_shapes(self.config, lowered.max_length):
+            for side in sides:
+                yield replace(lowered, padding_side=side), replace(shapes, shortest=lowered.shortest)
+        if any(findings.padding_changes for findings, tried, _ in drifted if tried.model is lowered.model):
+            for shapes in unpadded(self.config):
+                yield lowered, replace(shapes, shortest=lowered.shortest)
+
+    def _proven(self, lowered: Original, shapes: Shapes, folder: Path) -> Tuple[Manifest, Findings]:
+        """The artifact, and what the gate found of it.
+
+        What is compiled for a chip is compared before, as the same graphs on the CPU, and after, where the chip is at
+        hand. What differs before is not compiled.
+        """
+        if self.config.hardware not in FIXED_SHAPES:
+            return self._written(lowered, shapes, folder)
+        with tempfile.TemporaryDirectory(prefix=".rehearsal.", dir=folder.parent) as scratch:
+            rehearsal = self._write(replace(lowered, dtype="float32"), shapes, Path(scratch), rehearsal=True)
+            before = self._verify(Path(scratch), only_usual=True)
+        before.compared = {"compared": BEFORE_COMPILING}
+        if not before.passed:
+            return rehearsal, before
+        manifest = self._write(lowered, shapes, folder)
+        if not neuron_cores.count(self.config.hardware):
+            return manifest, before
+        findings = self._verify(folder)
+        findings.compared = {"compared": COMPILED, "before_compiling": before.receipt()}
+        return manifest, findings
+
+    def _written(self, lowered: Original, shapes: Shapes, folder: Path) -> Tuple[Manifest, Findings]:
+        """The artifact, and what the gate found of it: where it did not pass, without what it can do without."""
+        manifest, findings = self._write(lowered, shapes, folder), self._verify(folder)
+        if not findings.outputs_differ:
+            return manifest, findings
+        plainer = WRITERS[self.config.save_mode].plainer(manifest, folder, findings.failing_files)
+        again = self._verify(folder) if plainer else findings
+        if plainer is None or not again.passed:
+            return manifest, findings
+        again.compared = {REFUSED: [found.row for found in findings.every if not found.alike]}
+        return plainer, again
+
+    def _verify(self, folder: Path, only_usual: bool = False) -> Findings:
+        return verify(folder, self.reference, self.own_samples, self.progress, only_usual)
+
+    def _write(self, lowered: Original, shapes: Shapes, folder: Path, rehearsal: bool = False) -> Manifest:
+        return artifact.write(self.config, self.source, lowered, shapes, self.name, folder, self.progress, rehearsal)
+
+    def _finish(self, manifest: Manifest, findings: Findings, lowered: Original, folder: Path) -> Made:
+        receipt = {**findings.receipt(), "drift_allowed": not findings.passed, "in_float32": list(lowered.kept)}
+        manifest = replace(manifest, receipt=receipt)
+        manifest.write(folder)
+        return Made(folder, manifest, findings)
+
+
+def _without_padding(config: SetupConfig, findings: Findings) -> str:
+    """What can be done for a model whose answers padding changes, where that was not tried."""
+    if findings.padding_changes and config.hardware in FIXED_SHAPES:
+        return (
+            f"; padding changes the answers of this model, and {config.hardware} has fixed shapes, to which rows must be "
+            'padded: take "hardware": "cpu"'
+        )
+    if findings.padding_changes and config.sequence_lengths != "auto":
+        return '; padding changes the answers of this model: with "sequence_lengths": "auto" it is run without any'
+    return ""
+
+
+def _drift(dtype: str, shapes: Shapes, original: Original) -> str:
+    return (
+        f"the exported model does not answer as the original does (in {dtype}, "
+        f"at {artifact.describe(shapes, original.max_length)}), so nothing "
+        "was written; --allow-drift exports it all the same, and records it"
+    )
+
+
+def candidate_shapes(config: SetupConfig, max_length: int) -> Iterable[Shapes]:
+    """What to try, widest first."""
+    return WRITERS[config.save_mode].shapes(config, max_length)

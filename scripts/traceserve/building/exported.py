@@ -1,0 +1,79 @@
+"""What an export made: the chosen artifact, the candidates, and the report beside them."""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass
+from typing import Any, Dict, Optional, Tuple
+
+from traceserve_runtime import processor
+from traceserve_runtime.manifest import Manifest
+
+from traceserve.building.gate.findings import Findings
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A dtype that was tried; without findings it could not even be written, and `refused` says why."""
+
+    dtype: str
+    findings: Optional[Findings]
+    refused: str = ""
+    speed: Optional[float] = None  # requests/s here, of those that passed; None where there was nothing to choose
+    size: int = 0  # of the artifact, in bytes
+
+    def receipt(self) -> Dict[str, Any]:
+        """What the manifest records: nothing that differs from run to run."""
+        found = self.findings
+        return {
+            "dtype": self.dtype,
+            "passed": found is not None and found.passed,
+            "answers": found.answers if found else 0,
+            "answers_changed": len(found.changed) if found else 0,
+            "own_answers": found.own_answers if found else 0,
+            "own_answers_changed": found.own_changed if found else 0,
+            "largest_difference": found.largest_difference if found else None,
+            "refused": self.refused,
+        }
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The float32 artifact of another save mode, with which the candidates' speeds are compared."""
+
+    save_mode: str
+    speed: float  # requests/s here
+    size: int  # in bytes
+
+    def report(self) -> Dict[str, Any]:
+        """As the candidates are told."""
+        return {"save_mode": self.save_mode, "requests_per_second": self.speed, "bytes": self.size}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was made, for the table at the end."""
+
+    manifest: Manifest
+    findings: Findings
+    parameters: int  # of the model
+    note: Optional[str]  # of the checkpoint
+    task_found: str  # by what the task was found; empty where it was configured
+    candidates: Tuple[Candidate, ...]
+    compared: Optional[Compared] = None
+
+    def report(self) -> Dict[str, Any]:
+        """What was measured, which differs from run to run and so stands beside what was made, not in it."""
+        return {
+            "name": self.manifest.name,
+            "date": datetime.date.today().isoformat(),
+            "processor": processor.name(),
+            "cores": processor.cores(),
+            "versions": self.manifest.versions,
+            "chosen": self.manifest.dtype,
+            "candidates": [
+                {**candidate.receipt(), "requests_per_second": candidate.speed, "bytes": candidate.size}
+                for candidate in self.candidates
+            ],
+            "compared_with": self.compared.report() if self.compared else None,
+        }

@@ -1,0 +1,35 @@
+"""TorchServe's logs: why a worker could not load its archive, and their last line."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Optional
+
+
+def load_failure(log: Path) -> Optional[str]:
+    """The reason, in one line, why a worker could not load its archive, as its log tells; None if none did."""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    match = re.search(r"(?:Failed to load model \S+|Load model \S+ cpu OOM), exception (.+)", text)
+    if match:
+        return match.group(1).strip()
+    died = [match.end() for match in re.finditer("Backend worker process died", text)]
+    if died:
+        errors = re.findall(
+            r"^\S+ +[A-Z]+ +((?:\w+\.)*\w*(?:Error|Exception|Exit)\b.*)$", text[died[0] :], re.MULTILINE
+        )
+        if errors:
+            return str(errors[0]).strip()
+        if len(died) > 1:  # the first one's reason would stand between them
+            return "its process died without a reason"
+    match = re.search(r"(?:ModelException|InvalidModelException|ArchiveException|ModelNotFoundException): (.+)", text)
+    return match.group(1).strip() if match else None
+
+
+def log_tail(folder: Path) -> str:
+    """The last line of the logs in a server's folder, for an error's end."""
+    for log in (folder / "logs" / "server.log", folder / "logs" / "start.log"):
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
+        if lines:
+            return f": {lines[-1]}"
+    return ""
