@@ -18,6 +18,7 @@ from conftest import run_export
 from safetensors.torch import load_file, save_file
 from traceserve.building.checkpoints import loading, sources
 from traceserve.building.checkpoints.checkpoint import Checkpoint
+from traceserve.building.checkpoints.original import Original
 from traceserve.building.config.parsing import parse
 from traceserve.building.gate.texts import SENTENCES
 from traceserve.errors import SourceError
@@ -85,7 +86,7 @@ def base_of(checkpoint: Make, tmp_path: Path, architecture: str, auto_model: str
     return Path(shutil.copytree(checkpoint(architecture, auto_model, **options), tmp_path / "base"))
 
 
-def original(folder: Path, **content: Any) -> loading.Original:
+def original(folder: Path, **content: Any) -> Original:
     config, _ = parse({"model_name": folder.name, **content})
     with loading.quiet():
         checkpoint = sources.fetch(config, folder.parent)

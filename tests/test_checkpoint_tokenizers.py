@@ -16,7 +16,8 @@ import transformers
 from conftest import run_export
 from tokenizers import Tokenizer, processors
 from traceserve.building.checkpoints.checkpoint import Checkpoint
-from traceserve.building.checkpoints.loading import Original, load, quiet
+from traceserve.building.checkpoints.loading import load, quiet
+from traceserve.building.checkpoints.original import Original
 from traceserve.building.config.parsing import parse
 from traceserve.building.gate.texts import SENTENCES, VERY_LONG
 from traceserve.errors import ExportError

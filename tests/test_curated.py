@@ -14,7 +14,8 @@ import torch
 import transformers
 from conftest import run_export
 from traceserve.building.checkpoints.checkpoint import Checkpoint
-from traceserve.building.checkpoints.loading import Original, load, quiet
+from traceserve.building.checkpoints.loading import load, quiet
+from traceserve.building.checkpoints.original import Original
 from traceserve.building.config.parsing import parse
 from traceserve.building.config.save_modes import Target
 from traceserve.building.gate.texts import SENTENCES

@@ -14,7 +14,8 @@ import transformers
 from conftest import run_export
 from oracle import answers
 from traceserve.building.checkpoints.checkpoint import Checkpoint
-from traceserve.building.checkpoints.loading import Original, load, quiet
+from traceserve.building.checkpoints.loading import load, quiet
+from traceserve.building.checkpoints.original import Original
 from traceserve.building.config.parsing import parse
 from traceserve.building.gate.texts import SENTENCES
 from traceserve.errors import ConfigError, ExportError

@@ -16,7 +16,8 @@ from oracle import answers, generated
 from safetensors.torch import load_file, save_file
 from traceserve.building.checkpoints import lengths
 from traceserve.building.checkpoints.checkpoint import Checkpoint
-from traceserve.building.checkpoints.loading import Original, load, quiet
+from traceserve.building.checkpoints.loading import load, quiet
+from traceserve.building.checkpoints.original import Original
 from traceserve.building.checkpoints.sources import fetch
 from traceserve.building.config.parsing import parse
 from traceserve.building.gate.texts import SENTENCES

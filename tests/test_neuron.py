@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, nothing
 from traceserve.building.checkpoints import loading, sources
-from traceserve.building.checkpoints.loading import Original
+from traceserve.building.checkpoints.original import Original
 from traceserve.building.config import parsing
 from traceserve.building.config.formats import options, target
 from traceserve.building.config.hardware import HARDWARE

@@ -22,7 +22,7 @@ from traceserve.building.config.parsing import parse
 from traceserve.building.config.save_modes import Target
 from traceserve.building.exported import Exported
 from traceserve.building.gate import verification
-from traceserve.building.gate.findings import Limit
+from traceserve.building.gate.findings import LIMITS, Limit
 from traceserve.building.gate.texts import SENTENCES
 from traceserve.building.writers.onnx import weights, writer
 from traceserve.building.writers.onnx.int8 import BLOCK, RoundedLinear, SmoothedLinear, quantize
@@ -255,7 +255,7 @@ def test_options_are_checked(options: Dict[str, Any], words: str) -> None:
 def test_the_optimization(
     level: str, checkpoint: Callable[..., Path], tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(verification.LIMITS, "float32", Limit(1e-4 if level != "fast_gelu" else 1e-2, 0.0, 0.0))
+    monkeypatch.setitem(LIMITS, "float32", Limit(1e-4 if level != "fast_gelu" else 1e-2, 0.0, 0.0))
     exported = run_export(tmp_path / "x", content(checkpoint, options={"optimization": level}))
     runtime = exported.manifest.runtime
     assert runtime["optimization"] == level

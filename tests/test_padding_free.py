@@ -14,8 +14,8 @@ from conftest import run_export
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_verification import spy
+from traceserve.building.attempt import _without_padding
 from traceserve.building.config.parsing import parse
-from traceserve.building.export import _without_padding
 from traceserve.building.gate.findings import LIMITS, Cell, DriftError, Findings
 from traceserve.building.gate.texts import SENTENCES
 from traceserve.building.writers.shapes import unpadded

@@ -700,7 +700,7 @@ def test_each_of_the_originals_outputs_is_computed_once(
 ) -> None:
     """However many artifacts are compared with it; and a lower precision is asked more."""
     exact, lower = made("bert", "float32")[0], made("bert", "bfloat16")[0]
-    reference = verification.Reference(load(checkpoint, tmp_path))
+    reference = references.Reference(load(checkpoint, tmp_path))
     computed: List[Any] = []
     own = references.run_originals
 
@@ -729,7 +729,7 @@ def test_what_the_gate_finds_does_not_depend_on_this_machines_clock(
     made: Maker, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few: None
 ) -> None:
     folder, _ = made("bert", "bfloat16")
-    reference = verification.Reference(load(checkpoint, tmp_path))
+    reference = references.Reference(load(checkpoint, tmp_path))
     runs: List[List[Any]] = []
     own = TorchScriptRunner.__call__
 

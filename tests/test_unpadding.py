@@ -14,7 +14,7 @@ from conftest import Called, run_export
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from traceserve.building.checkpoints import loading, sources
-from traceserve.building.checkpoints.loading import Original
+from traceserve.building.checkpoints.original import Original
 from traceserve.building.config import parsing
 from traceserve.building.gate import verification
 from traceserve.building.gate.texts import SENTENCES

@@ -12,7 +12,7 @@ import torch
 from conftest import Called, nothing, run_export
 from traceserve.building.attempt import candidate_shapes
 from traceserve.building.checkpoints import loading, sources
-from traceserve.building.checkpoints.loading import Original
+from traceserve.building.checkpoints.original import Original
 from traceserve.building.config.parsing import parse
 from traceserve.building.gate import verification
 from traceserve.building.gate.findings import LIMITS, Cell, DriftError, Findings

@@ -21,7 +21,7 @@ from typing import Any, Dict, Iterable, List, Optional, Sequence
 import tables
 import torch
 from traceserve.building import samples
-from traceserve.building.checkpoints.loading import Original
+from traceserve.building.checkpoints.original import Original
 from traceserve.building.config import parsing
 from traceserve.building.export import export
 from traceserve.building.exported import Exported

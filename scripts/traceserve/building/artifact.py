@@ -13,7 +13,7 @@ from traceserve_runtime.tasks import TASKS
 
 from traceserve.archives.model_config import SERVING_FILE, Serving
 from traceserve.building.checkpoints import adapters
-from traceserve.building.checkpoints.loading import Original
+from traceserve.building.checkpoints.original import Original
 from traceserve.building.config import formats, libraries
 from traceserve.building.config.save_modes import Target
 from traceserve.building.config.setup_config import SetupConfig

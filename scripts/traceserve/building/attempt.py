@@ -13,7 +13,7 @@ from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Request
 
 from traceserve.building import artifact
-from traceserve.building.checkpoints.loading import Original
+from traceserve.building.checkpoints.original import Original
 from traceserve.building.config import formats
 from traceserve.building.config.dtypes import DTYPES
 from traceserve.building.config.hardware import FIXED_SHAPES

@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-import json
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional, Tuple
+from typing import Any, Dict, Iterator, Tuple
 
-from traceserve_runtime.manifest import TokenizerFacts
-from traceserve_runtime.runtimes import calling, pretrained
+from traceserve_runtime.runtimes import pretrained
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import ModelFacts
 
@@ -27,105 +25,16 @@ from traceserve.building.checkpoints import (
     tokenizers,
 )
 from traceserve.building.checkpoints.checkpoint import Checkpoint
-from traceserve.building.checkpoints.conversion import PIECES_FILE, Converted
 from traceserve.building.checkpoints.labels import labels as checkpoint_labels
 from traceserve.building.checkpoints.lengths import max_length
 from traceserve.building.checkpoints.libraries import LOADERS
+from traceserve.building.checkpoints.original import ARRAYS_FILE, Original
 from traceserve.building.checkpoints.sentence_transformers import Embedding
 from traceserve.building.config.setup_config import SetupConfig
 from traceserve.errors import ExportError
 
-TOKENIZER_FILE = "tokenizer.json"
-ARRAYS_FILE = "layers.npz"
 # The inputs that the runtime makes, in the order in which they are passed.
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-
-
-@dataclass(frozen=True)
-class Original:
-    """What the archive is made from and measured against."""
-
-    model: Any  # transformers.PreTrainedModel, or called as one; float32, eval
-    tokenizer: Any  # transformers.PreTrainedTokenizerFast
-    inputs: Tuple[str, ...]
-    max_length: int
-    labels: Tuple[str, ...]
-    parameters: Dict[str, Any]
-    facts: Dict[str, Any]
-    padding_side: str
-    truncation_side: str
-    dtype: str = "float32"  # what the model is traced in; another one has another model, see `precision`
-    converted: Optional[Converted] = None  # the tokenizer, where transformers runs it in Python only
-    known_tokens: Optional[int] = None  # the tokenizer's, where the model lacks some of them
-    case_note: Optional[str] = None  # of do_lower_case
-    arrays: Dict[str, Any] = field(default_factory=dict)  # what the task itself computes with, float32
-    kept: Tuple[str, ...] = ()  # the layers that are left in float32 all the same
-    shortest: int = 1  # the least tokens of a row that the model can read; shorter ones are padded to it
-    per_token: Tuple[str, ...] = ()  # the outputs that have a value for each token
-
-    @property
-    def tokenizer_facts(self) -> TokenizerFacts:
-        """What the worker needs beside tokenizer.json."""
-        tokenizer = self.tokenizer
-        # What the model takes for padding goes before the tokenizer's own: classifiers of decoders look for it by its id.
-        numbers = [number for number in (calling.pad_id(self.model), tokenizer.pad_token_id) if number is not None]
-        if self.known_tokens is not None:  # padding may have been added to the tokenizer alone
-            numbers = [number for number in numbers if number < self.known_tokens]
-        return TokenizerFacts(
-            file=TOKENIZER_FILE,
-            pad_id=next(iter(numbers), 0),
-            pad_type_id=tokenizer.pad_token_type_id,
-            padding_side=self.padding_side,
-            truncation_side=self.truncation_side,
-            clean_up=_cleans_up(tokenizer),
-            pieces=None if self.converted is None else PIECES_FILE,
-            embeddings=self.known_tokens,
-        )
-
-    @property
-    def note(self) -> Optional[str]:
-        """What the user should know of it."""
-        notes = [self._short_note, self.case_note if self.known_tokens is None else self._tokens_note]
-        return "\n".join(note for note in notes if note) or None
-
-    @property
-    def _short_note(self) -> Optional[str]:
-        if self.shortest == 1:
-            return None
-        return (
-            f"transformers' own {type(self.model).__name__} fails on rows below {self.shortest} tokens (special ones "
-            "included): they are padded to that length"
-        )
-
-    @property
-    def _tokens_note(self) -> Optional[str]:
-        if self.known_tokens is None:
-            return None
-        more = len(self.tokenizer) - self.known_tokens
-        return (
-            f"the tokenizer has {more:,} added token{'s' * (more > 1)} that the model has no embedding for: a text with one "
-            "is refused (400)"
-        )
-
-    def write_arrays(self, folder: Path) -> Tuple[str, ...]:
-        """Write the arrays that the task itself computes with; the names of the files."""
-        if not self.arrays:
-            return ()
-        import numpy as np
-
-        np.savez(folder / ARRAYS_FILE, **self.arrays)
-        return (ARRAYS_FILE,)
-
-    def write_tokenizer(self, folder: Path) -> None:
-        """Write tokenizer.json as transformers uses it, without padding and truncation."""
-        converted = self.converted
-        if converted is not None:
-            converted.write(folder)
-        backend = self.tokenizer.backend_tokenizer if converted is None else converted.tokenizer
-        document = json.loads(backend.to_str())
-        document.update(truncation=None, padding=None)
-        text = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
-        (folder / TOKENIZER_FILE).write_text(text, encoding="utf-8")
 
 
 def load(config: SetupConfig, checkpoint: Checkpoint, config_folder: Path) -> Original:
@@ -207,12 +116,6 @@ def _embedding_facts(embedding: Embedding) -> Dict[str, Any]:
     """Of sentence-transformers, as the task has it; the weights of its layers travel in a file of their own."""
     facts = dataclasses.asdict(replace(embedding, arrays={}))
     return {**facts, "layers": list(facts["layers"]), "arrays": ARRAYS_FILE if embedding.arrays else None}
-
-
-def _cleans_up(tokenizer: Any) -> bool:
-    """Whether the tokenizer's `decode` takes the space before punctuation away; its own setting holds for some only."""
-    ids = tokenizer("a . b", add_special_tokens=False)["input_ids"]
-    return bool(tokenizer.decode(ids) != tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
 @contextlib.contextmanager

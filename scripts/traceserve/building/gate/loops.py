@@ -9,7 +9,7 @@ from traceserve_runtime.tasks.contract import Request
 from traceserve_runtime.tasks.parameters import strings
 from traceserve_runtime.texts.tokenization import Row
 
-from traceserve.building.checkpoints.loading import Original
+from traceserve.building.checkpoints.original import Original
 from traceserve.building.config.loops import LOOPS
 
 

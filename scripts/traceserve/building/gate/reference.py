@@ -9,7 +9,7 @@ from traceserve_runtime.runner import Arrays
 from traceserve_runtime.tasks.contract import Request
 from traceserve_runtime.texts.tokenization import Row
 
-from traceserve.building.checkpoints.loading import Original
+from traceserve.building.checkpoints.original import Original
 from traceserve.building.gate.loops import FORCED, generate
 
 FORCED_STEPS = 3  # of a loop, in each cell of the gate's grid

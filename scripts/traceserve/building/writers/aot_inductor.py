@@ -16,7 +16,7 @@ from traceserve_runtime import processor
 from traceserve_runtime.errors import reason
 from traceserve_runtime.runtimes.aot_inductor import INSTRUCTIONS, MACHINE, TORCH
 
-from traceserve.building.checkpoints.loading import Original
+from traceserve.building.checkpoints.original import Original
 from traceserve.building.config.save_modes import Target
 from traceserve.building.writers.contract import Written
 from traceserve.building.writers.lowering import precision

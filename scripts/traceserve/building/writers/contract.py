@@ -16,7 +16,7 @@ from typing import (
     Type,
 )
 
-from traceserve.building.checkpoints.loading import Original
+from traceserve.building.checkpoints.original import Original
 from traceserve.building.config.save_modes import Target
 from traceserve.building.config.setup_config import SetupConfig
 

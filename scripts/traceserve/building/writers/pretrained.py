@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Dict, Iterator, Tuple, Type
 from traceserve_runtime.errors import reason
 from traceserve_runtime.runtimes.pretrained import KEPT, OLDEST, OLDEST_NAMED, PAST
 
-from traceserve.building.checkpoints.loading import Original
+from traceserve.building.checkpoints.original import Original
 from traceserve.building.config.save_modes import Target
 from traceserve.building.writers.contract import Written
 from traceserve.building.writers.lowering import precision

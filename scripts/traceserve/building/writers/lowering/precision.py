@@ -22,7 +22,7 @@ from typing import (
 from traceserve_runtime import processor
 from traceserve_runtime.runtimes.pretrained import autocast, lower
 
-from traceserve.building.checkpoints.loading import Original
+from traceserve.building.checkpoints.original import Original
 from traceserve.building.writers.lowering import sensitivity
 from traceserve.building.writers.lowering.int8 import quantized
 from traceserve.building.writers.lowering.sensitivity import Inputs, Layer

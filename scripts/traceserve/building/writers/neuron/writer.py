@@ -9,7 +9,7 @@ from traceserve_runtime.manifest import Shapes
 from traceserve_runtime.runtimes.torchscript.neuron import CHIPS
 
 from traceserve.archives import staging
-from traceserve.building.checkpoints.loading import Original
+from traceserve.building.checkpoints.original import Original
 from traceserve.building.config.lengths import few_lengths
 from traceserve.building.config.save_modes import COMPILED_BATCHES, Target
 from traceserve.building.config.setup_config import SetupConfig

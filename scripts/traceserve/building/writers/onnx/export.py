@@ -16,7 +16,7 @@ import torch
 from traceserve_runtime.errors import reason
 from traceserve_runtime.runtimes.onnx import PAST, PRESENT
 
-from traceserve.building.checkpoints.loading import Original
+from traceserve.building.checkpoints.original import Original
 from traceserve.building.writers.tracing.loops import GRAPHS
 from traceserve.building.writers.tracing.wrapping import example, once, traceable
 from traceserve.errors import UnwritableError

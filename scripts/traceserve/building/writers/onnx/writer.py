@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Sequence, Tuple, Ty
 
 from traceserve_runtime.runtimes.onnx import GRAPHS, INT8_SINCE, LEVEL, MODEL, START, STEP, int8_known
 
-from traceserve.building.checkpoints.loading import Original
+from traceserve.building.checkpoints.original import Original
 from traceserve.building.config.save_modes import ONNX_FLOAT32_FILE, Target
 from traceserve.building.writers.contract import Written
 from traceserve.building.writers.lowering import precision

@@ -11,7 +11,7 @@ from traceserve_runtime.errors import reason
 from traceserve_runtime.manifest import sha256
 from traceserve_runtime.runtimes.torchscript.reader import FILLED, UNPADDED
 
-from traceserve.building.checkpoints.loading import Original
+from traceserve.building.checkpoints.original import Original
 from traceserve.building.config.hardware import FIXED_SHAPES, HARDWARE
 from traceserve.building.config.save_modes import Target
 from traceserve.building.writers.contract import Written

@@ -12,7 +12,7 @@ import torch
 from traceserve_runtime.manifest import Shapes
 from traceserve_runtime.runtimes.torchscript.fixed_shapes import decoder_name, encoder_name
 
-from traceserve.building.checkpoints.loading import Original
+from traceserve.building.checkpoints.original import Original
 from traceserve.building.writers.tracing.wrapping import example
 
 STEP_INPUTS = ("decoder_input_ids", "attention_mask")

@@ -11,7 +11,7 @@ import torch
 from traceserve_runtime.runtimes import stepping
 from traceserve_runtime.runtimes.calling import read_past
 
-from traceserve.building.checkpoints.loading import Original
+from traceserve.building.checkpoints.original import Original
 from traceserve.building.config.loops import LOOPS, Loop
 from traceserve.building.writers.tracing.wrapping import Wrapped, example
 from traceserve.errors import ExportError

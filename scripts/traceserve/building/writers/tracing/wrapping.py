@@ -10,7 +10,7 @@ from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple
 import torch
 from traceserve_runtime.runtimes.calling import Single
 
-from traceserve.building.checkpoints.loading import Original
+from traceserve.building.checkpoints.original import Original
 
 _REMOTE = "transformers_modules"  # transformers' package for the code of checkpoints
 _OURS = "traceserve.building"

@@ -1,0 +1,148 @@
+"""Whether a graph's outputs equal the original's, on a grid of batch sizes and lengths, padded and not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Dict, Iterator, List, Sequence, Tuple
+
+import numpy as np
+from traceserve_runtime.batching import batches
+from traceserve_runtime.batching.batches import Stats
+from traceserve_runtime.engine import Engine
+from traceserve_runtime.errors import TraceserveError
+from traceserve_runtime.generation.steps import FEEDS
+from traceserve_runtime.manifest import Manifest
+from traceserve_runtime.runner import Arrays
+from traceserve_runtime.texts.tokenization import Row, Segments, TextTokenizer
+
+from traceserve.building.checkpoints.original import Original
+from traceserve.building.config.loops import LOOPS
+from traceserve.building.gate.findings import Cell, Findings
+from traceserve.building.gate.loops import forced_tokens
+from traceserve.building.gate.reference import FORCED_STEPS, Reference, Wanted, run_forced, run_original
+from traceserve.building.gate.texts import TEXTS
+from traceserve.building.progress import Progress
+
+BATCHES = (1, 2, 5)
+_MOST_TOKENS = 1024  # of a cell, but for two rows
+
+
+def _read_forced(engine: Engine, rows: Sequence[Row], manifest: Manifest) -> List[Arrays]:
+    """The logits, (FORCED_STEPS + 1, vocabulary), where a loop is made to read given tokens after its rows."""
+    feed = FEEDS[engine.task.loop](engine.runner, rows, manifest, Stats())
+    forced = np.array([forced_tokens(row, FORCED_STEPS) for row in rows])
+    same_rows = np.arange(len(rows))
+    logits = [feed.first(), *(feed.next(same_rows, forced[:, step]) for step in range(FORCED_STEPS))]
+    return [{"logits": np.stack([step[i] for step in logits])} for i in range(len(rows))]
+
+
+def compare_outputs(engine: Engine, reference: Reference, findings: Findings, progress: Progress) -> None:
+    manifest, original = engine.manifest, reference.original
+    rows = _Rows(engine, original)
+    expected: Dict[Tuple[int, int], Arrays] = {}
+    per_token = [output.name for output in engine.task.outputs if output.per_token]
+    loop = engine.task.loop
+    grid = list(_grid(manifest))
+    most = _longest_row(engine)
+    if not loop:
+        numbers = [(min(n, most), i) for cell in grid for i, n in enumerate(_row_lengths(manifest, *cell))]
+        wanted = (Wanted(("row", *number), rows.get(*number), dict) for number in dict.fromkeys(numbers))
+        reference.prepare(wanted, manifest.outputs, partial(progress, "running the original"))
+    for step, (batch, length, padded) in enumerate(grid):
+        progress(f"comparing outputs of {findings.variant}", step, len(grid))
+        lengths = [min(n, most) for n in _row_lengths(manifest, batch, length, padded)]
+        shapes = manifest.shapes
+        if padded and batch == 1:  # as with a `length_step`
+            shapes = shapes.stepped(min(length, most), manifest.max_length)
+        run_as = replace(manifest, shapes=shapes)
+        keys = [(row_length, i) for i, row_length in enumerate(lengths)]
+        for key in keys:
+            row = rows.get(*key)
+            if loop:
+                compute = partial(run_forced, original, loop, row)
+            else:
+                compute = partial(run_original, original, row, manifest.outputs)
+            expected[key] = reference.outputs(("row", *key), compute)
+        if loop:
+            got = _read_forced(engine, [rows.get(*key) for key in keys], run_as)
+        else:
+            got = batches.run(engine.runner, [rows.get(*key) for key in keys], run_as, per_token, Stats())
+        for output in manifest.outputs:
+            differences = [_difference(one[output], expected[key][output]) for one, key in zip(got, keys)]
+            findings.cells.append(Cell(batch, length, padded, output, float(np.max(differences))))
+    progress(f"comparing outputs of {findings.variant}", len(grid), len(grid))
+
+
+def _longest_row(engine: Engine) -> int:
+    """The longest row of the grid: a decoder writes after its rows, within the same length."""
+    loop = engine.task.loop
+    return engine.manifest.max_length - (FORCED_STEPS if loop and LOOPS[loop].writes_behind else 0)
+
+
+def _grid(manifest: Manifest) -> Iterator[Tuple[int, int, bool]]:
+    """Batch, length, padded: every allowed length, or a spread of them; batches up to what is allowed.
+
+    Of long rows fewer: five of 512 tokens took half of the gate's time, and a row knows no more neighbours than of two.
+    """
+    most = manifest.max_length
+    lengths = manifest.shapes.lengths or sorted({max(3, most // 16), max(3, most // 4), most // 2, most - 1, most})
+    most_rows = max(manifest.shapes.batches or BATCHES)
+    for length in lengths:
+        fitting = max(2, _MOST_TOKENS // length)
+        for batch in dict.fromkeys(min(batch, fitting) for batch in BATCHES if batch <= most_rows):
+            yield batch, length, False
+            if manifest.shapes.padded:
+                yield batch, length, True
+
+
+def _row_lengths(manifest: Manifest, batch: int, length: int, padded: bool) -> List[int]:
+    """The lengths of the rows of one cell: all `length`; or, padded, shorter ones that run at `length` too."""
+    if not padded:
+        return [length] * batch
+    below = max([n for n in manifest.shapes.lengths or () if n < length], default=2)  # runs at a smaller shape
+    shorter = [max(below + 1, length * share // 6) for share in (4, 2, 3)]
+    # Where any length is allowed, one whole row gives the cell its length; a row alone has padding with a `length_step`.
+    whole = 1 if manifest.shapes.lengths is None and batch > 1 else 0
+    return [length] * whole + [shorter[i % 3] for i in range(batch - whole)]
+
+
+class _Rows:
+    """Rows of an exact length, each from another place in the built-in samples' texts, laid end to end.
+
+    Every other one has end tokens within its text, as a client may write them. BART's classifier, for one, counts them,
+    and in a batch of rows that differ in this takes one row's for another's.
+    """
+
+    def __init__(self, engine: Engine, original: Original) -> None:
+        self._engine = engine
+        self._texts = list(TEXTS)
+        special = original.tokenizer.special_tokens_map
+        self._end = str(special.get("eos_token") or special.get("sep_token") or "")
+        known = original.known_tokens
+        if known is not None and original.tokenizer.convert_tokens_to_ids(self._end) >= known:
+            self._end = ""  # added to the tokenizer alone: such texts are refused
+        self._tokenizers: Dict[int, TextTokenizer] = {}
+
+    def get(self, length: int, index: int) -> Row:
+        """Row number `index`, 0 to the largest batch, of `length` tokens."""
+        manifest = self._engine.manifest
+        if length not in self._tokenizers:
+            tokenizer = TextTokenizer(self._engine.folder, manifest.tokenizer, length, max_rows=1_000_000)
+            self._tokenizers[length] = tokenizer
+        start = index * len(self._texts) // max(BATCHES)
+        text = " ".join(self._texts[start:] + self._texts[:start])[: 16 * length]
+        text = " ".join([text] * (length // max(1, len(text.split())) + 2))
+        if index % 2:
+            text = f"{self._end} {text.split(' ', 1)[0]} {self._end} {text}"
+        encoded = self._tokenizers[length].encode([Segments(text)], ["truncate"])[0]
+        if isinstance(encoded, TraceserveError):
+            raise encoded
+        return encoded.rows[0]
+
+
+def _difference(got: np.ndarray, expected: np.ndarray) -> float:
+    """The largest absolute difference, divided by the largest expected value where that is above 1."""
+    if got.shape != expected.shape:
+        return float("inf")
+    return float(np.abs(got - expected).max() / max(1.0, float(np.abs(expected).max()))) if got.size else 0.0
