@@ -175,7 +175,7 @@ BUILDING_FLOORS: Sequence[Set[str]] = (
     {"config", "progress", "samples"},
     {"checkpoints"},
     {"writers", "gate", "speeds"},
-    {"artifact"},
+    {"artifact", "exported"},
     {"attempt"},
     {"export"},
 )
