@@ -1,4 +1,4 @@
-"""The stacks that the tests run in, each in an environment of its own: `nox -s today`, `transformers4`, `inf1`.
+"""The stacks that the tests run in, each in an environment of its own: `nox -s today`, `transformers4`, `inf1`; and `clients`.
 
 What follows `--` is pytest's. An interpreter is found on the PATH, or among those of pyenv.
 """
@@ -84,3 +84,18 @@ def inf1(session: nox.Session) -> None:
         "-c", "constraints-inf1.txt", "--prefer-binary", "-e", ".[serve]", "pytest", "hypothesis", "./tests/doubles"
     )
     session.run("python", "-m", "pytest", "tests/inf1", *WORKER, *session.posargs)
+
+
+@nox.session(python=interpreter("3.11"))
+def clients(session: nox.Session) -> None:
+    """People's own clients against a real server, which runs in `.venv`: see tests/clients/run.py."""
+    session.install("openai", "tritonclient[http]", "huggingface_hub", "cohere", "langchain-openai", "numpy")
+    older = Path(session.create_tmp(), "older")
+    session.run("python", "-m", "venv", str(older))
+    session.run(
+        str(older / "bin" / "pip"), "install", "--quiet", "huggingface_hub[inference]==0.36.2", "numpy", external=True
+    )
+    pythons = [str(Path(session.virtualenv.bin, "python")), str(older / "bin" / "python")]
+    server = str(Path(".venv", "bin", "python"))
+    arguments = [argument for python in pythons for argument in ("--python", python)]
+    session.run(server, "tests/clients/run.py", *arguments, *session.posargs, external=True)

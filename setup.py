@@ -17,7 +17,15 @@ PEFT = ['peft>=0.18; python_version >= "3.10"']  # the first that runs with tran
 # A worker needs onnxruntime alone; 1.17 is the first whose tensors a loop keeps. The builder exports with onnx, too.
 ONNX_WORKER = ["onnxruntime>=1.17"]
 ONNX = [*ONNX_WORKER, "onnx>=1.15"]
-TEST = ["pytest>=7", "pytest-xdist>=3", "hypothesis>=6", "vermin>=1.6", "jsonschema>=4", "grpcio>=1.60"]
+TEST = [
+    "pytest>=7",
+    "pytest-xdist>=3",
+    "hypothesis>=6",
+    "vermin>=1.6",
+    "jsonschema>=4",
+    "openapi-spec-validator>=0.7",
+    "grpcio>=1.60",
+]
 DEV = ["ruff>=0.9", "mypy>=1.11", "types-psutil", "types-PyYAML", "pre-commit>=3", "nox>=2024.4", "cmake>=3.18"]
 
 setup(

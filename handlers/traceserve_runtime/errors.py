@@ -53,6 +53,13 @@ class UnsupportedMedia(TraceserveError):
     phrase = "Unsupported Media Type"
 
 
+class WrongTask(TraceserveError):
+    """The path is one of a protocol that this model's task cannot answer."""
+
+    status = 400
+    phrase = "Bad Request"
+
+
 class NotOffered(TraceserveError):
     """A door of TorchServe's behind which nothing is done yet."""
 

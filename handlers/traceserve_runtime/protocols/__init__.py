@@ -55,7 +55,7 @@ _ONE_MODEL = openai.Models(single=True)
 def protocol_of(headers: Headers) -> Protocol:
     """The protocol of a call."""
     path = headers.path.strip("/")
-    if path.startswith("v1/models/"):
+    if path.startswith(("v1/models/", "models/")):
         return _ONE_MODEL
     if not path and huggingface.CLIENT in headers.client:
         path = "hf"

@@ -14,7 +14,7 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tup
 
 import numpy as np
 
-from traceserve_runtime.errors import InvalidRequest, NotFound, NotOffered, TraceserveError
+from traceserve_runtime.errors import InvalidRequest, NotFound, TraceserveError, WrongTask
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Body, Document, Refusal, Served
 from traceserve_runtime.protocols.events import CONTENT_TYPE, DONE, Stops, cut, event
@@ -140,7 +140,7 @@ class Embeddings(_Errors):
     def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Body:
         """The requests in `input`: a text, a list of texts, a list of token ids, or a list of such lists."""
         if not served.task.reads_vectors:
-            raise NotOffered(
+            raise WrongTask(
                 f"this model's task is {served.task.name}; embeddings are made by one of feature_extraction"
             )
         value = json_body(parts, headers, served)
@@ -226,7 +226,7 @@ class _Writing(_Errors):
     def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Body:
         """The requests: for each prompt as many as choices are asked for."""
         if not served.task.loop:
-            raise NotOffered(f"this model's task is {served.task.name}; texts are written by one of text_generation")
+            raise WrongTask(f"this model's task is {served.task.name}; texts are written by one of text_generation")
         value = json_body(parts, headers, served)
         parameters = checked(self._parameters(value, served), served, self._names())
         prompts = self._prompts(value, served)
@@ -334,7 +334,7 @@ class Chat(_Writing):
 
     def _prompts(self, value: Mapping[str, Any], served: Served) -> List[Tuple[Mapping[str, Any], str]]:
         if "messages" not in {field.name for field in served.task.fields}:
-            raise NotOffered(
+            raise WrongTask(
                 f"this model's task is {served.task.name}; chats are gone on with by one of text_generation"
             )
         messages = needed(value, "messages")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Dict, List, Mapping, Sequence
 
-from traceserve_runtime.errors import InvalidRequest, NotOffered, TraceserveError
+from traceserve_runtime.errors import InvalidRequest, TraceserveError, WrongTask
 from traceserve_runtime.protocols import openai, tei
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Body, Refusal, Served
@@ -123,7 +123,7 @@ class Score(openai._Errors):
     def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Body:
         """A request for each pair."""
         if "documents" not in {field.name for field in served.task.fields}:
-            raise NotOffered(f"this model's task is {served.task.name}; pairs are scored by one of text_ranking")
+            raise WrongTask(f"this model's task is {served.task.name}; pairs are scored by one of text_ranking")
         value = json_body(parts, headers, served)
         parameters = checked(read_keys(value, _SCORE), served, foreign_names(_SCORE))
         first, second = (_texts(value, name) for name in ("text_1", "text_2"))
@@ -162,7 +162,7 @@ class Classify(openai._Errors):
     def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Body:
         """A request for each text."""
         if not {"top_k", "function_to_apply"} <= {parameter.name for parameter in served.task.all_parameters()}:
-            raise NotOffered(
+            raise WrongTask(
                 f"this model's task is {served.task.name}; texts are classified by one of sequence_classification"
             )
         value = json_body(parts, headers, served)

@@ -8,7 +8,7 @@ from typing import Any, Dict, Mapping, Sequence
 import numpy as np
 
 from traceserve_runtime import __version__
-from traceserve_runtime.errors import InputTooLong, InvalidRequest, ModelFailure, NotFound, NotOffered, TraceserveError
+from traceserve_runtime.errors import InputTooLong, InvalidRequest, ModelFailure, NotFound, TraceserveError, WrongTask
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Body, Document, Refusal, Served
 from traceserve_runtime.protocols.fields import (
@@ -65,7 +65,7 @@ class Errors:
         for kind, name, status, phrase in _KINDS:
             if isinstance(error, kind):
                 return Refusal({"error": in_words(error), "error_type": name}, status, phrase)
-        kind_name = "Validation" if isinstance(error, (NotFound, NotOffered)) else "Backend"
+        kind_name = "Validation" if isinstance(error, (NotFound, WrongTask)) else "Backend"
         return Refusal.of({"error": in_words(error), "error_type": kind_name}, error)
 
 
@@ -75,9 +75,9 @@ def lengths(value: Mapping[str, Any], default: bool = False) -> Dict[str, Any]:
 
 
 def reads_vectors(served: Served, what: str) -> None:
-    """Raise NotOffered for a model whose task gives no vectors."""
+    """Raise WrongTask for a model whose task gives no vectors."""
     if not served.task.reads_vectors:
-        raise NotOffered(f"this model's task is {served.task.name}; {what} by one of feature_extraction")
+        raise WrongTask(f"this model's task is {served.task.name}; {what} by one of feature_extraction")
 
 
 def pooled(served: Served) -> Dict[str, Any]:
@@ -122,7 +122,7 @@ class Predict(Errors):
     def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Body:
         """A request for each text or pair."""
         if not {"top_k", "function_to_apply"} <= {parameter.name for parameter in served.task.all_parameters()}:
-            raise NotOffered(
+            raise WrongTask(
                 f"this model's task is {served.task.name}; texts are classified by one of sequence_classification"
             )
         value = json_body(parts, headers, served)
@@ -186,7 +186,7 @@ def ranking(
 ) -> Body:
     """The body of a query and the list of `texts`."""
     if "documents" not in {field.name for field in served.task.fields}:
-        raise NotOffered(f"this model's task is {served.task.name}; texts are ranked by one of text_ranking")
+        raise WrongTask(f"this model's task is {served.task.name}; texts are ranked by one of text_ranking")
     fields = {"query": needed(value, "query"), "documents": needed(value, texts)}
     try:
         fields = dict(checked_fields(fields, served.task, ""))

@@ -1,0 +1,462 @@
+"""Every protocol through the neutral core: its answers are those of our own, its errors have its own shape, nothing is lost."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Mapping, Tuple
+
+import numpy as np
+import pytest
+from conftest import run_export
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from traceserve_runtime.engine import Engine
+from traceserve_runtime.protocols import PROTOCOLS, binary_tensors
+from traceserve_runtime.protocols.bodies import Headers
+from traceserve_runtime.protocols.events import Stops, cut
+from traceserve_runtime.service import Call, Reply, Service
+from traceserve_runtime.tasks import TASKS
+
+LLAMA = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
+TEXT, OTHER = "The boat is small.", "Bread is baked every morning."
+PROMPT = "Once upon a time"
+CHAT = [{"role": "user", "content": "Tell me about the sea."}]
+HUB = "unknown/None; hf_hub/2.4.0; python/3.11"
+
+
+@pytest.fixture(scope="module")
+def services(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Dict[str, Service]:
+    """A tiny model of each task that is asked here."""
+    folder = tmp_path_factory.mktemp("service")
+    own: Mapping[str, Tuple[str, Dict[str, Any]]] = {
+        "sequence_classification": ("bert", {"id2label": {0: "red", 1: "green", 2: "blue"}}),
+        "feature_extraction": ("bert", {}),
+        "text_ranking": ("bert", {"num_labels": 1}),
+        "text_generation": ("llama", {}),
+        "zero_shot_classification": ("bert", {"id2label": {0: "contradiction", 1: "neutral", 2: "entailment"}}),
+    }
+    made = {}
+    for name, (architecture, options) in own.items():
+        source = checkpoint(architecture, TASKS[name].auto_model, **options)
+        content = {"model_name": str(source), "task": name, "max_length": 64}
+        run_export(folder / name, content)
+        engine = Engine.load(folder / name)
+        if name == "text_generation":
+            engine.manifest.facts["chat_template"] = LLAMA
+        made[name] = Service(engine, name)
+    return made
+
+
+def asked(body: Any, path: str = "", client: str = "", **headers: Any) -> Call:
+    return Call({"body": body}, Headers("application/json", path=path, client=client, **headers))
+
+
+def ask(service: Service, path: str, body: Any, status: int = 200, client: str = "") -> Any:
+    [reply] = service.answer([asked(body, path, client)])
+    assert reply.status == status, reply.body
+    return json.loads(reply.body)
+
+
+def stream(service: Service, path: str, body: Any, client: str = "") -> Tuple[str, Reply]:
+    """All that a stream's client gets, and the last reply."""
+    pieces: List[bytes] = []
+    [reply] = service.answer([asked(body, path, client)], send=lambda i, piece, headers: pieces.append(piece))
+    assert reply.status == 200, reply.body
+    return b"".join([*pieces, reply.body]).decode(), reply
+
+
+def events(text: str) -> List[Any]:
+    found = [line[5:].strip() for line in text.split("\n\n") if line]
+    return [json.loads(each) for each in found if each != "[DONE]"]
+
+
+# Answers
+
+
+@pytest.mark.parametrize("form", ["float", "base64", None])
+def test_openais_embeddings_are_our_vectors(services: Dict[str, Service], form: Any) -> None:
+    service = services["feature_extraction"]
+    found = ask(service, "v1/embeddings", {"model": "any", "input": [TEXT, OTHER], "encoding_format": form})
+    vectors = [each["embedding"] for each in found["data"]]
+    if form == "base64":
+        vectors = [np.frombuffer(base64.b64decode(vector), dtype="<f4").tolist() for vector in vectors]
+    np.testing.assert_allclose(vectors, ask(service, "", {"inputs": [TEXT, OTHER], "parameters": {"pooling": "mean"}}))
+    assert found["usage"]["prompt_tokens"] == found["usage"]["total_tokens"] > 4
+
+
+def test_dimensions_are_the_first_numbers(services: Dict[str, Service]) -> None:
+    service = services["feature_extraction"]
+    whole = ask(service, "v1/embeddings", {"input": TEXT})["data"][0]["embedding"]
+    assert ask(service, "v1/embeddings", {"input": TEXT, "dimensions": 5})["data"][0]["embedding"] == whole[:5]
+    shorter = ask(service, "embed", {"inputs": TEXT, "dimensions": 5})[0]
+    np.testing.assert_allclose(shorter, np.array(whole[:5]) / np.linalg.norm(whole[:5]), rtol=1e-5)
+    error = ask(service, "v1/embeddings", {"input": TEXT, "dimensions": 5000}, 400)["error"]
+    assert error["param"] == "dimensions" and "vectors have" in error["message"]
+
+
+def test_texts_of_openai_are_ours(services: Dict[str, Service]) -> None:
+    service = services["text_generation"]
+    options = {"max_new_tokens": 9, "return_full_text": False}
+    [wanted] = ask(service, "", {"text": PROMPT, "parameters": {**options, "details": True, "top_n_tokens": 2}})
+    found = ask(service, "v1/completions", {"prompt": PROMPT, "max_tokens": 9, "logprobs": 2})
+    [choice] = found["choices"]
+    assert choice["text"] == wanted["generated_text"] and choice["finish_reason"] == "length"
+    tokens = wanted["details"]["tokens"]
+    assert choice["logprobs"]["token_logprobs"] == [token["logprob"] for token in tokens]
+    # By their texts, which two parts of a character may have in common.
+    assert all(1 <= len(each) <= 2 for each in choice["logprobs"]["top_logprobs"])
+    assert found["usage"]["completion_tokens"] == 9
+    [said] = ask(service, "", {"messages": CHAT, "parameters": options})
+    chat = ask(service, "v1/chat/completions", {"messages": CHAT, "max_completion_tokens": 9, "logprobs": True})
+    assert chat["choices"][0]["message"] == {"role": "assistant", "content": said["generated_text"], "refusal": None}
+    assert len(chat["choices"][0]["logprobs"]["content"]) == 9
+
+
+def test_details_are_the_models_own(services: Dict[str, Service]) -> None:
+    """The probability of the token that was taken is that of the model's logits, and greedy ones are the likeliest."""
+    parameters = {"max_new_tokens": 6, "details": True, "top_n_tokens": 3, "return_full_text": False}
+    [found] = ask(services["text_generation"], "", {"text": PROMPT, "parameters": parameters})
+    details = found["details"]
+    assert details["finish_reason"] == "length" and details["generated_tokens"] == 6 == len(details["tokens"])
+    for token, likeliest in zip(details["tokens"], details["top_tokens"]):
+        assert all(likeliest[0][key] == token[key] for key in ("id", "logprob")) and token["logprob"] <= 0
+        assert [each["logprob"] for each in likeliest] == sorted((each["logprob"] for each in likeliest), reverse=True)
+    assert "".join(token["text"] for token in details["tokens"] if not token["special"]) == found["generated_text"]
+
+
+@pytest.mark.parametrize("stops", [[], ["a"], ["zzzz"]])
+def test_a_stream_of_openai_is_the_answer_in_pieces(services: Dict[str, Service], stops: List[str]) -> None:
+    service = services["text_generation"]
+    body = {"prompt": PROMPT, "max_tokens": 12, "stop": stops}
+    wanted = ask(service, "v1/completions", body)
+    text, reply = stream(service, "v1/completions", {**body, "stream": True, "stream_options": {"include_usage": True}})
+    assert reply.content_type == "text/event-stream" and text.endswith("data: [DONE]\n\n")
+    *chunks, last = events(text)
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == wanted["choices"][0]["text"]
+    assert chunks[-1]["choices"][0]["finish_reason"] == wanted["choices"][0]["finish_reason"]
+    assert last["usage"] == wanted["usage"] and not last["choices"]
+    assert len({chunk["id"] for chunk in chunks}) == 1
+
+
+def test_a_chats_stream_begins_with_its_role(services: Dict[str, Service]) -> None:
+    service = services["text_generation"]
+    body = {"messages": CHAT, "max_tokens": 5}
+    text, _ = stream(service, "v1/chat/completions", {**body, "stream": True, "logprobs": True})
+    deltas = [chunk["choices"][0]["delta"] for chunk in events(text)]
+    assert [i for i, delta in enumerate(deltas) if "role" in delta] == [0]
+    wanted = ask(service, "v1/chat/completions", body)["choices"][0]["message"]["content"]
+    assert "".join(delta.get("content", "") for delta in deltas) == wanted
+    [logprobs] = [c["choices"][0]["logprobs"] for c in events(text) if c["choices"][0]["logprobs"]]
+    assert len(logprobs["content"]) == 5
+
+
+def test_the_choices_of_a_prompt_draw_with_their_own_seeds(services: Dict[str, Service]) -> None:
+    service = services["text_generation"]
+    body = {"prompt": [PROMPT, TEXT], "n": 2, "seed": 7, "temperature": 2.0, "max_tokens": 8}
+    texts = [choice["text"] for choice in ask(service, "v1/completions", body)["choices"]]
+    for i, (prompt, seed) in enumerate([(PROMPT, 7), (PROMPT, 8), (TEXT, 7), (TEXT, 8)]):
+        parameters = {"max_new_tokens": 8, "seed": seed, "temperature": 2.0, "return_full_text": False}
+        assert texts[i] == ask(service, "", {"text": prompt, "parameters": parameters})[0]["generated_text"]
+
+
+def test_token_ids_are_read_as_the_text_that_they_say(services: Dict[str, Service]) -> None:
+    service = services["feature_extraction"]
+    ids = service.engine.task.tokenizer.token_ids(TEXT)
+    by_ids = ask(service, "v1/embeddings", {"input": [ids]})["data"][0]["embedding"]
+    np.testing.assert_allclose(
+        by_ids, ask(service, "v1/embeddings", {"input": TEXT})["data"][0]["embedding"], rtol=1e-5
+    )
+
+
+def test_labels_of_tei_and_vllm_are_ours(services: Dict[str, Service]) -> None:
+    service = services["sequence_classification"]
+    wanted = ask(service, "", {"inputs": TEXT, "parameters": {"top_k": None}})
+    assert ask(service, "predict", {"inputs": TEXT}) == wanted
+    assert ask(service, "predict", {"inputs": [[TEXT], [OTHER]]})[0] == wanted
+    pair = ask(service, "", {"text": TEXT, "text_pair": OTHER, "parameters": {"top_k": None}})
+    assert ask(service, "predict", {"inputs": [TEXT, OTHER]}) == pair
+    [found] = ask(service, "classify", {"model": "any", "input": TEXT})["data"]
+    by_label = {each["label"]: each["score"] for each in wanted}
+    assert found["label"] == wanted[0]["label"] and found["probs"] == [by_label[n] for n in ("red", "green", "blue")]
+
+
+@pytest.mark.parametrize("path", ["rerank", "v1/rerank", "v2/rerank"])
+def test_rankings_are_ours(services: Dict[str, Service], path: str) -> None:
+    service = services["text_ranking"]
+    documents = [TEXT, OTHER, PROMPT]
+    wanted = ask(service, "", {"query": "A boat?", "documents": documents, "parameters": {"sort": True}})
+    found = ask(service, path, {"query": "A boat?", "documents": documents, "top_n": 2, "return_documents": True})
+    assert [(r["index"], r["relevance_score"]) for r in found["results"]] == [
+        (w["index"], w["score"]) for w in wanted[:2]
+    ]
+    assert found["results"][0]["document"]["text"] == documents[wanted[0]["index"]]
+    assert ask(service, "rerank", {"query": "A boat?", "texts": documents}) == wanted
+    scores = ask(service, "score", {"text_1": "A boat?", "text_2": documents})["data"]
+    np.testing.assert_allclose(
+        [each["score"] for each in scores],
+        [w["score"] for w in sorted(wanted, key=lambda w: int(w["index"]))],
+        rtol=1e-5,
+    )
+
+
+def test_similarities_are_cosines(services: Dict[str, Service]) -> None:
+    service = services["feature_extraction"]
+    vectors = ask(service, "", {"inputs": [TEXT, OTHER], "parameters": {"pooling": "mean", "normalize": True}})
+    inputs = {"source_sentence": TEXT, "sentences": [OTHER, TEXT]}
+    wanted = [float(np.dot(*vectors)), 1.0]
+    np.testing.assert_allclose(ask(service, "similarity", {"inputs": inputs}), wanted, rtol=1e-5)
+    np.testing.assert_allclose(ask(service, "", {"inputs": inputs}, client=HUB), wanted, rtol=1e-5)
+
+
+def test_hugging_faces_client_is_known_by_its_name(services: Dict[str, Service]) -> None:
+    service = services["sequence_classification"]
+    wanted = ask(service, "", {"inputs": TEXT, "parameters": {"top_k": None}})
+    assert ask(service, "", {"inputs": TEXT}, client=HUB) == [wanted] == ask(service, "hf", {"inputs": TEXT})
+    assert ask(service, "", {"inputs": TEXT}) == wanted[0]  # and nobody else is answered so
+    zero_shot = services["zero_shot_classification"]
+    body = {"inputs": TEXT, "parameters": {"candidate_labels": ["a", "b"]}}
+    found = ask(zero_shot, "", body)
+    assert [each["label"] for each in ask(zero_shot, "", body, client=HUB)] == found["labels"]
+    assert ask(zero_shot, "", body, client="unknown/None; hf_hub/0.36.2; python/3.11") == found
+
+
+def test_a_stream_of_hugging_face_has_its_tokens(services: Dict[str, Service]) -> None:
+    service = services["text_generation"]
+    parameters = {"max_new_tokens": 7, "return_full_text": False}
+    [wanted] = ask(service, "", {"text": PROMPT, "parameters": {**parameters, "details": True}})
+    text, reply = stream(service, "hf", {"inputs": PROMPT, "parameters": parameters, "stream": True})
+    found = events(text)
+    assert reply.content_type == "text/event-stream"
+    assert [e["token"]["id"] for e in found] == [token["id"] for token in wanted["details"]["tokens"]]
+    assert [e["token"]["logprob"] for e in found] == [token["logprob"] for token in wanted["details"]["tokens"]]
+    assert "".join(e["token"]["text"] for e in found) == wanted["generated_text"] == found[-1]["generated_text"]
+    assert found[-1]["details"]["finish_reason"] == "length" and all(e["details"] is None for e in found[:-1])
+
+
+# Binary tensors
+
+
+def binary(texts: List[str], **others: Any) -> Tuple[bytes, int]:
+    raw = b"".join(len(t.encode()).to_bytes(4, "little") + t.encode() for t in texts)
+    tensor = {"name": "text", "shape": [len(texts)], "datatype": "BYTES", "parameters": {"binary_data_size": len(raw)}}
+    head = json.dumps({"inputs": [tensor], **others}).encode()
+    return head + raw, len(head)
+
+
+def test_binary_tensors_are_read_and_written(services: Dict[str, Service]) -> None:
+    texts = [TEXT, "Où est-ce ? 👍🏽"]
+    body, length = binary(texts, parameters={"binary_data_output": True}, id="7")
+    for name in ("sequence_classification", "feature_extraction"):
+        service = services[name]
+        parameters = {"pooling": "mean"} if name == "feature_extraction" else {}
+        own = body if not parameters else binary(texts, parameters={"binary_data_output": True, **parameters})[0]
+        size = length if not parameters else binary(texts, parameters={"binary_data_output": True, **parameters})[1]
+        [reply] = service.answer([Call({"body": own}, Headers("application/octet-stream", binary=size))])
+        assert reply.status == 200 and reply.content_type == "application/octet-stream"
+        start = int(reply.headers[binary_tensors.LENGTH_HEADER])
+        [output] = json.loads(reply.body[:start])["outputs"]
+        raw = reply.body[start:]
+        assert output["parameters"]["binary_data_size"] == len(raw)
+        wanted = ask(service, "", {"inputs": texts, "parameters": parameters})
+        if output["datatype"] == "FP32":
+            found: Any = np.frombuffer(raw, dtype="<f4").reshape(output["shape"])
+            np.testing.assert_allclose(found, np.array(wanted, dtype=np.float32), rtol=1e-6)
+        else:
+            found = [json.loads(element) for element in binary_tensors._elements(raw, "BYTES", "")]
+            assert [each["label"] for each in found] == [each["label"] for each in wanted]
+
+
+@settings(deadline=None, max_examples=60, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(cut_at=st.integers(0, 400), length=st.integers(0, 400))
+def test_a_damaged_binary_body_is_refused_with_a_string(services: Dict[str, Service], cut_at: int, length: int) -> None:
+    body, _ = binary([TEXT, OTHER])
+    call = Call({"body": body[:cut_at]}, Headers("application/octet-stream", binary=length))
+    [reply] = services["sequence_classification"].answer([call])
+    if reply.status != 200:
+        assert reply.status < 500 and isinstance(json.loads(reply.body)["error"], str)
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("v1/completions", {"prompt": 3}, "prompt"),
+        ("v1/completions", {"prompt": [PROMPT, 3]}, "prompt[1].text"),
+        ("v1/completions", {"prompt": PROMPT, "max_tokens": "many"}, "max_tokens"),
+        ("v1/completions", {"prompt": PROMPT, "temperature": -1}, "temperature"),
+        ("v1/completions", {"prompt": PROMPT, "n": 0}, "n"),
+        ("v1/completions", {"prompt": PROMPT, "logprobs": 99}, "logprobs"),
+        ("v1/completions", {"prompt": PROMPT, "n": 2, "stream": True}, "n"),
+        ("v1/completions", {"prompt": PROMPT, "max_tokens": 5000}, "max_tokens"),
+        ("v1/completions", {"prompt": PROMPT, "logit_bias": {"5": 1}}, "logit_bias"),
+        ("v1/completions", {"prompt": PROMPT, "prompts": 1}, "prompts"),
+        ("v1/completions", {}, "prompt"),
+        ("v1/chat/completions", {"messages": []}, "messages"),
+        (
+            "v1/chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages[0].content[0]",
+        ),
+        ("v1/chat/completions", {"messages": CHAT, "response_format": {"type": "json_object"}}, "response_format"),
+        ("v1/chat/completions", {"messages": CHAT, "top_logprobs": 2}, "top_logprobs"),
+        ("v1/embeddings", {"input": TEXT}, None),  # of another task
+    ],
+)
+def test_errors_of_openai_name_its_own_keys(services: Dict[str, Service], path: str, body: Any, field: Any) -> None:
+    error = ask(services["text_generation"], path, body, 400 if body.get("max_tokens") != 5000 else 413)["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["param"] == field, error
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("embed", {"inputs": 3}, 422),
+        ("embed", {"inputs": [TEXT, 3]}, 422),
+        ("embed", {"inputs": []}, 422),
+        ("embed", {"inputs": TEXT, "truncation_direction": "Left"}, 422),
+        ("embed", {"inputs": TEXT * 99}, 413),
+        ("similarity", {"inputs": TEXT}, 422),
+        ("predict", {"inputs": TEXT}, 400),  # of another task
+        ("rerank", {"query": "a", "texts": ["b"]}, 400),
+    ],
+)
+def test_errors_of_tei_have_its_shape_and_statuses(
+    services: Dict[str, Service], path: str, body: Any, status: int
+) -> None:
+    error = ask(services["feature_extraction"], path, body, status)
+    assert set(error) == {"error", "error_type"} and isinstance(error["error"], str)
+
+
+def test_tei_cuts_long_texts_where_that_is_asked_for(services: Dict[str, Service]) -> None:
+    [reply] = services["feature_extraction"].answer([asked({"inputs": TEXT * 99, "truncate": True}, "embed")])
+    assert reply.status == 200 and json.loads(reply.headers["X-Truncated"])["0"]["text"]
+
+
+@pytest.mark.parametrize(
+    "body", [{"instances": [3]}, {"inputs": [{"name": "a", "datatype": "FP32", "shape": [1], "data": [1]}]}]
+)
+def test_errors_of_kserve_are_strings(services: Dict[str, Service], body: Any) -> None:
+    """An object makes tritonclient's own error raise."""
+    for sent in (body, json.dumps(body).encode()):
+        assert isinstance(ask(services["sequence_classification"], "", sent, 400)["error"], str)
+
+
+def test_an_unknown_path_is_told_what_there_is(services: Dict[str, Service]) -> None:
+    error = ask(services["feature_extraction"], "v1/audio", {}, 404)["error"]
+    assert all(f"/{path}" in error["message"] for path in PROTOCOLS if path)
+
+
+def test_a_version_called_v1_is_a_base_url(services: Dict[str, Service]) -> None:
+    assert ask(services["feature_extraction"], "embeddings", {"input": TEXT})["object"] == "list"
+    assert ask(services["feature_extraction"], "models/feature_extraction", {})["id"] == "feature_extraction"
+    assert ask(services["feature_extraction"], "models/other", {}, 404)["error"]["param"] == "model"
+
+
+# Any body, any path
+
+_LEAVES = (
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 70)
+    | st.floats(allow_nan=False)
+    | st.sampled_from([TEXT, "", "é👍🏽", "\ud800"])
+)
+_KEYS = st.sampled_from(
+    [
+        "input",
+        "inputs",
+        "prompt",
+        "messages",
+        "text",
+        "texts",
+        "query",
+        "documents",
+        "parameters",
+        "stream",
+        "n",
+        "stop",
+        "seed",
+    ]
+    + [
+        "temperature",
+        "max_tokens",
+        "model",
+        "encoding_format",
+        "truncate",
+        "source_sentence",
+        "sentences",
+        "role",
+        "content",
+    ]
+    + ["instances", "top_n", "logprobs", "other"]
+)
+_BODIES = st.recursive(
+    _LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_KEYS, inner, max_size=4), max_leaves=8
+)
+_PATHS = st.sampled_from([*PROTOCOLS, "nothing", "v1"])
+
+
+@settings(deadline=None, max_examples=150, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    calls=st.lists(st.tuples(_PATHS, _BODIES, st.sampled_from(["", HUB])), min_size=1, max_size=4),
+    name=st.sampled_from(sorted({"sequence_classification", "feature_extraction", "text_ranking", "text_generation"})),
+)
+def test_any_body_at_any_path_is_answered_by_itself(services: Dict[str, Service], calls: List[Any], name: str) -> None:
+    """With a status below 500, in JSON or as a page; and as it is answered alone."""
+    service = services[name]
+    together = service.answer([asked(body, path, client) for path, body, client in calls])
+    assert len(together) == len(calls)
+    for reply, (path, body, client) in zip(together, calls):
+        assert reply.status < 500, reply.body
+        if reply.content_type == "application/json":
+            json.loads(reply.body)
+        [alone] = service.answer([asked(body, path, client)])
+        assert alone.status == reply.status
+
+
+@given(
+    text=st.text("abc", max_size=12), stops=st.lists(st.text("abc", min_size=1, max_size=3), max_size=3), data=st.data()
+)
+def test_a_stop_string_is_found_however_the_text_comes(text: str, stops: List[str], data: st.DataObject) -> None:
+    at = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=4)))
+    until = Stops(stops)
+    pieces = [text[a:b] for a, b in zip([0, *at], [*at, len(text)])]
+    got = "".join(until.feed(piece) for piece in pieces) + until.rest()
+    places = [text.find(stop) for stop in stops if stop in text]
+    first_end = min((text.find(stop) + len(stop) for stop in stops if stop in text), default=None)
+    if first_end is None:
+        assert got == text == cut(text, stops)[0]
+    else:
+        assert text.startswith(got) and min(places) <= len(got) <= max(places) and until.found
+
+
+# What is served, described
+
+
+@pytest.mark.parametrize("name", ["sequence_classification", "feature_extraction", "text_ranking", "text_generation"])
+def test_the_description_is_valid_and_the_sample_fits_it(services: Dict[str, Service], name: str) -> None:
+    import jsonschema
+    from openapi_spec_validator import validate
+
+    service = services[name]
+    found = ask(service, "openapi.json", {})
+    validate(found)
+    schema = {**found["components"]["schemas"]["Request"], "components": found["components"]}
+    body = service.engine.task.sample_body(service.engine.manifest.facts)
+    jsonschema.validate(body, schema)
+    example = found["paths"]["/"]["post"]["requestBody"]["content"]["application/json"]["example"]
+    assert service.answer([asked(example)])[0].status == 200
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**body, "unknown": 1}, schema)
+
+
+def test_the_page_and_the_facts(services: Dict[str, Service]) -> None:
+    service = services["sequence_classification"]
+    [page] = service.answer([asked({}, "docs")])
+    assert page.content_type.startswith("text/html") and b"openapi.json" in page.body
+    assert ask(service, "health", {}) == {"status": "ok"}
+    assert ask(service, "info", {})["model_type"]["classifier"]["id2label"] == {"0": "red", "1": "green", "2": "blue"}
