@@ -13,7 +13,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import pytest
 from conftest import run_export
-from test_load import OK, after, always, at_once, serving
+from test_load_generator import OK, after, always, at_once, serving
 from traceserve.archives.archive import archive
 from traceserve.commands.bench import notes
 from traceserve.errors import ConfigError, ServerError

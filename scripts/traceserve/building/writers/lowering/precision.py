@@ -23,8 +23,7 @@ from traceserve_runtime import processor
 from traceserve_runtime.runtimes.pretrained import autocast, lower
 
 from traceserve.building.checkpoints.original import Original
-from traceserve.building.writers.lowering import sensitivity
-from traceserve.building.writers.lowering.int8 import quantized
+from traceserve.building.writers.lowering import int8, sensitivity
 from traceserve.building.writers.lowering.sensitivity import Inputs, Layer
 from traceserve.errors import ExportError
 
@@ -85,8 +84,8 @@ def _lowered_copy(original: Original, dtype: str, kept: Tuple[str, ...] = ()) ->
 
 
 def to_int8(original: Original, texts: Sequence[str], **layers: Layer) -> Iterator[Original]:
-    """The original with linear layers in int8, and more and more of them left; `layers` as of `quantization.quantized`."""
-    for model, kept in quantized(original.model, _inputs(original, texts), **layers):
+    """The original with linear layers in int8, and more and more of them left; `layers` as of `int8.quantized`."""
+    for model, kept in int8.quantized(original.model, _inputs(original, texts), **layers):
         yield replace(original, model=model, dtype="int8", kept=kept)
 
 
