@@ -12,7 +12,7 @@ import torch
 import transformers
 from conftest import run_export
 from oracle import CASES, TEXTS, answers, assert_equal
-from traceserve.building import export
+from traceserve.building import attempt
 from traceserve.building.checkpoints.short_rows import shortest
 from traceserve.building.gate import verification
 from traceserve.errors import ExportError
@@ -30,7 +30,7 @@ FUNNEL = Shapes(padded=False, shortest=5)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gate has tests of its own; a graph for each of a few lengths is not tried, since padding changes Funnel."""
     monkeypatch.setattr(verification, "TEXTS", verification.TEXTS[:4])
-    monkeypatch.setattr(export, "candidate_shapes", lambda config, most: [Shapes()])
+    monkeypatch.setattr(attempt, "candidate_shapes", lambda config, most: [Shapes()])
 
 
 @pytest.mark.parametrize(

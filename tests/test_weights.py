@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_export
-from traceserve.building import export
+from traceserve.building import attempt
 from traceserve.building.gate import verification
 from traceserve.building.gate.texts import SENTENCES
 from traceserve_runtime.engine import Engine
@@ -57,7 +57,7 @@ def made(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
                 patch.setattr(verification, "TEXTS", SENTENCES[1:6])  # the gate has tests of its own
                 if architecture in models.UNEVEN:  # what the gate comes to, at once
                     shapes = Shapes((8, 24), (4,), graph_per_shape=True)
-                    patch.setattr(export, "candidate_shapes", lambda config, most: [shapes])
+                    patch.setattr(attempt, "candidate_shapes", lambda config, most: [shapes])
                 run_export(known[architecture], config)
         return known[architecture]
 
