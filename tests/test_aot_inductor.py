@@ -43,7 +43,7 @@ def compiled(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathF
     """The artifact of a tiny classifier of one layer: compiling takes a while."""
     folder = tmp_path_factory.mktemp("compiled") / "x"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("traceserve.building.attempt.measure", lambda folders, *rest: dict.fromkeys(folders, 1.0))
+        patch.setattr("traceserve.building.attempt.measure_speeds", lambda folders, *rest: dict.fromkeys(folders, 1.0))
         run_export(folder, content(checkpoint))
     return folder
 

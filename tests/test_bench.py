@@ -163,8 +163,8 @@ def test_two_servers_in_turn(samples: Path) -> None:
 
 def test_what_is_sent(samples: Path) -> None:
     with serving(at_once) as asked:
-        targets.check(subject(asked.url, samples, body='{"input": ["{text}"]}', headers={"X-Key": "7"}))
-        targets.check(subject(asked.url, samples))
+        targets.check_answer(subject(asked.url, samples, body='{"input": ["{text}"]}', headers={"X-Key": "7"}))
+        targets.check_answer(subject(asked.url, samples))
         assert json.loads(asked.bodies[0]) == {"input": [TEXTS[0]]} and asked.bodies[1] == TEXTS[0].encode()
         assert "content-type: application/json\r\n" in asked.heads[0].lower() and "x-key: 7" in asked.heads[0].lower()
         assert "content-type: text/plain; charset=utf-8\r\n" in asked.heads[1].lower()

@@ -54,7 +54,7 @@ def test_every_setting_of_the_installed_transformers_is_known() -> None:
 
 def test_the_defaults_of_any_version_are_no_settings() -> None:
     """Those of transformers 4.57, whose files hold them where they were written whole."""
-    generation.check(
+    generation.check_settings(
         {
             "max_length": 20,
             "min_length": 0,

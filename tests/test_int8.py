@@ -17,7 +17,7 @@ from traceserve.building.gate.findings import LIMITS, DriftError
 from traceserve.building.gate.texts import SENTENCES
 from traceserve.building.writers.lowering import int8, precision
 from traceserve.building.writers.lowering.int8 import KEPT_SHARES, Int8Linear, quantized
-from traceserve.building.writers.lowering.sensitivity import linears, measure
+from traceserve.building.writers.lowering.sensitivity import linears, measure_layers
 from traceserve.errors import ExportError
 from traceserve_runtime import processor
 from traceserve_runtime.engine import Engine
@@ -204,7 +204,7 @@ def test_a_layer_that_is_not_called_stays(checkpoint: Callable[..., Path], tmp_p
     inputs = [
         {name: tensor for name, tensor in batch.items() if name != "token_type_ids"} for batch in batches(original)
     ]
-    found = measure(model.longformer, linears(model.longformer), inputs, Int8Linear)
+    found = measure_layers(model.longformer, linears(model.longformer), inputs, Int8Linear)
     idle = {name for name in linears(model.longformer) if name not in found.moved}
     assert idle and all(name.endswith("_global") for name in idle)
     made, kept = next(quantized(model.longformer, inputs))
@@ -238,7 +238,7 @@ def test_texts_of_one_length_are_measured_together(refuses: bool) -> None:
         {"input_ids": batch["input_ids"][i : i + 1]} for batch in together for i in range(len(batch["input_ids"]))
     ]
     layers = linears(model)
-    got, expected = (measure(model, layers, batches, Int8Linear) for batches in (together, single))
+    got, expected = (measure_layers(model, layers, batches, Int8Linear) for batches in (together, single))
     assert got.moved == pytest.approx(expected.moved, rel=1e-3) and min(expected.moved.values()) > 0
     assert {name: pytest.approx(value.numpy()) for name, value in got.largest.items()} == {
         name: value.numpy() for name, value in expected.largest.items()
@@ -257,7 +257,7 @@ def test_a_model_is_measured_on_few_batches(checkpoint: Callable[..., Path], tmp
 def test_a_model_that_reads_no_text_by_itself_is_told(checkpoint: Callable[..., Path]) -> None:
     model = transformers.AutoModel.from_pretrained(checkpoint("t5", "AutoModelForSeq2SeqLM"))
     with pytest.raises(ExportError, match="T5Model does not read a text by itself: .*input_ids"):
-        measure(model, linears(model), [{"input_ids": torch.ones(1, 3, dtype=torch.long)}], Int8Linear)
+        measure_layers(model, linears(model), [{"input_ids": torch.ones(1, 3, dtype=torch.long)}], Int8Linear)
 
 
 def test_a_model_without_linear_layers_is_told(checkpoint: Callable[..., Path], tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from traceserve.errors import ServerError
 from traceserve.measuring import connections
-from traceserve.measuring.load_generator import Result, Target, run
+from traceserve.measuring.load_generator import Endpoint, Result, run
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
 Answer = Callable[[int, bytes], Awaitable[Optional[bytes]]]  # number and body of a request; None: drop the connection
@@ -115,7 +115,7 @@ def always(answer: Optional[bytes]) -> Answer:
 
 def short(server: Server, **options: Any) -> Result:
     """A run of half a second."""
-    return run(Target(server.url), [b"{}"], **{"connections": 2, "seconds": 0.5, "warm_up": 0.0, **options})
+    return run(Endpoint(server.url), [b"{}"], **{"connections": 2, "seconds": 0.5, "warm_up": 0.0, **options})
 
 
 def test_a_closed_loop_measures_the_delay() -> None:
@@ -205,7 +205,7 @@ def test_bodies_are_shuffled_by_the_seed_and_repeat() -> None:
     orders = []
     for seed in (0, 0, 1):
         with serving(at_once) as server:
-            run(Target(server.url), bodies, connections=1, seconds=0.1, warm_up=0.0, seed=seed)
+            run(Endpoint(server.url), bodies, connections=1, seconds=0.1, warm_up=0.0, seed=seed)
         assert server.bodies[:20] == server.bodies[20:40] and sorted(server.bodies[:20]) == sorted(bodies)
         orders.append(server.bodies[:20])
     assert orders[0] == orders[1] != orders[2] and orders[0] != bodies
@@ -213,7 +213,7 @@ def test_bodies_are_shuffled_by_the_seed_and_repeat() -> None:
 
 def test_what_goes_over_the_wire() -> None:
     with serving(at_once) as server:
-        target = Target(server.url, {"Authorization": "Bearer abc", "content-type": "application/x-own"})
+        target = Endpoint(server.url, {"Authorization": "Bearer abc", "content-type": "application/x-own"})
         run(target, ["ä".encode()], "text/plain", 1, seconds=0.05, warm_up=0.0)
         assert server.bodies[0] == "ä".encode()
         assert server.heads[0].split("\r\n") == [
@@ -274,7 +274,7 @@ def test_an_old_server_of_the_standard_library() -> None:
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.05,)).start()
-        result = run(Target(f"http://localhost:{server.server_address[1]}"), [b"{}"], seconds=0.2, warm_up=0.0)
+        result = run(Endpoint(f"http://localhost:{server.server_address[1]}"), [b"{}"], seconds=0.2, warm_up=0.0)
         server.shutdown()
     assert result.requests > 10 and not result.errors
 
@@ -349,9 +349,9 @@ def test_nothing_listens() -> None:
         probe.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{probe.getsockname()[1]}/x"
         with pytest.raises(ServerError, match="cannot be reached: connection refused"):
-            run(Target(url), [b"{}"])
+            run(Endpoint(url), [b"{}"])
     with pytest.raises(ServerError, match="nothing to send"):
-        run(Target(url), [])
+        run(Endpoint(url), [])
 
 
 def test_progress() -> None:

@@ -98,7 +98,7 @@ def made(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
                 # Speeds of tiny models say nothing; one kind shows that they are measured.
                 if name != "classification":
                     patch.setattr(
-                        "traceserve.building.attempt.measure", lambda folders, *rest: dict.fromkeys(folders, 1.0)
+                        "traceserve.building.attempt.measure_speeds", lambda folders, *rest: dict.fromkeys(folders, 1.0)
                     )
                 exported = run_export(folder, config)
             assert exported.manifest.receipt["passed"] and not exported.manifest.receipt["answers_changed"]
@@ -116,7 +116,9 @@ def content(checkpoint: Callable[..., Path], **more: Any) -> Dict[str, Any]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without measuring, and with a gate that asks fewer sentences."""
-    monkeypatch.setattr("traceserve.building.attempt.measure", lambda folders, *rest: dict.fromkeys(folders, 1.0))
+    monkeypatch.setattr(
+        "traceserve.building.attempt.measure_speeds", lambda folders, *rest: dict.fromkeys(folders, 1.0)
+    )
     monkeypatch.setattr(verification, "CORPUS", 32)
     monkeypatch.setattr(verification, "TEXTS", SENTENCES[1:10])
 
@@ -311,7 +313,7 @@ def int8(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("onnx") / "x"
     config = content(checkpoint, dtype="int8", options={"keep_float32": True})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("traceserve.building.attempt.measure", lambda folders, *rest: dict.fromkeys(folders, 1.0))
+        patch.setattr("traceserve.building.attempt.measure_speeds", lambda folders, *rest: dict.fromkeys(folders, 1.0))
         run_export(folder, config, allow_drift=True)
     return folder
 

@@ -18,7 +18,7 @@ from traceserve.building.attempt import _without_padding
 from traceserve.building.config.parsing import parse
 from traceserve.building.gate.findings import LIMITS, Cell, DriftError, Findings
 from traceserve.building.gate.texts import SENTENCES
-from traceserve.building.writers.shapes import unpadded
+from traceserve.building.writers.shapes import without_padding
 from traceserve.commands.build import _print_exported
 from traceserve_runtime.batching.costs import CostModel
 from traceserve_runtime.batching.lanes import Lanes, schedule
@@ -88,7 +88,7 @@ def test_where_lengths_are_fixed_it_is_refused_with_what_to_do(checkpoint: Calla
 
 def test_on_hardware_of_fixed_shapes_it_is_refused_in_a_sentence() -> None:
     config, _ = parse({"model_name": "x/y", "hardware": "neuron"})
-    assert not list(unpadded(config))
+    assert not list(without_padding(config))
     padded_alone = Findings(
         LIMITS["float32"], cells=[Cell(2, 8, False, "logits", 0.0), Cell(2, 8, True, "logits", 1.0)]
     )

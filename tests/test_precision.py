@@ -520,7 +520,7 @@ def test_speeds_are_of_every_artifact(made: Maker) -> None:
     told: List[Tuple[int, int]] = []
     folders = {dtype: made("bert", dtype)[0] for dtype in ("float32", "bfloat16")}
     requests = [Request({"text": text}) for text in SENTENCES]
-    measured = speeds.measure(folders, requests, lambda what, done, total: told.append((done, total)))
+    measured = speeds.measure_speeds(folders, requests, lambda what, done, total: told.append((done, total)))
     assert set(measured) == set(folders) and all(value > 0 for value in measured.values())
     assert told[-1] == (speeds.ROUNDS, speeds.ROUNDS)
 

@@ -336,7 +336,7 @@ def test_the_command_finds_and_writes_what_is_better(mar: Path) -> None:
     cells = row.split()
     assert cells[2:4] == [str(found.batch_size), str(found.max_batch_delay)] and float(cells[-2]) > 1.3
     assert "as it was" in tuned.stdout and "fixed (32)" in tuned.stdout and "left out: 1 samples" in tuned.stdout
-    assert f"written into tiny.mar: {tune.describe(found)}" in tuned.stdout
+    assert f"written into tiny.mar: {tune.describe_serving(found)}" in tuned.stdout
     assert "serve it:  traceserve serve tiny.mar" in tuned.stdout
     with zipfile.ZipFile(mar) as file:
         file.extractall(mar.parent / "unpacked")

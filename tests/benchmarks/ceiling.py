@@ -120,7 +120,7 @@ def main() -> None:
                     for connections in counts:
                         bar.update(task, description=f"{name}, {connections} connections")
                         result = load_generator.run(
-                            load_generator.Target(url),
+                            load_generator.Endpoint(url),
                             _BODIES,
                             connections=connections,
                             seconds=options.seconds,

@@ -25,7 +25,7 @@ from traceserve.building.checkpoints.original import Original
 from traceserve.building.config import parsing
 from traceserve.building.export import export
 from traceserve.building.exported import Exported
-from traceserve.building.speeds import measure
+from traceserve.building.speeds import measure_speeds
 from traceserve.building.writers.lowering import precision
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.tasks import TASKS
@@ -92,7 +92,7 @@ def main() -> None:
         texts.write_text("".join(json.dumps({"text": line["text"]}) + "\n" for line in lines))
         requests = samples.read(texts, TASKS[options.task])
         made = {way: export_as(way, content, Path(name, way), texts) for way in options.dtypes.split(",")}
-        speeds = measure({way: Path(name, way) for way in made}, requests, lambda *_: None)
+        speeds = measure_speeds({way: Path(name, way) for way in made}, requests, lambda *_: None)
         rows, found = [], []
         for way, exported in made.items():
             receipt, folder = exported.manifest.receipt, Path(name, way)

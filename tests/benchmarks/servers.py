@@ -46,7 +46,7 @@ class Server:
         """Send the texts in a closed loop."""
         bodies = [self.body(text) for text in texts]
         return load_generator.run(
-            load_generator.Target(self.url), bodies, self.content_type, connections, None, seconds, warm_up
+            load_generator.Endpoint(self.url), bodies, self.content_type, connections, None, seconds, warm_up
         )
 
 

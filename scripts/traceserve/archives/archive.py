@@ -19,7 +19,7 @@ import traceserve_runtime
 from traceserve_runtime.manifest import HANDLER_FILE, Manifest, sha256
 
 from traceserve.archives import staging
-from traceserve.archives.contents import ARCHIVER_MANIFEST, copy
+from traceserve.archives.contents import ARCHIVER_MANIFEST, copy_archive
 from traceserve.archives.model_config import SERVING_FILE
 from traceserve.archives.names import check_name, check_version
 from traceserve.errors import ArchiveError
@@ -111,7 +111,7 @@ def _settle(packed: Path, target: Path) -> Path:
     """Copy an archive without what differs from run to run: dates, and the order of its files."""
     with zipfile.ZipFile(packed) as source:
         undated = _undated(source.read(ARCHIVER_MANIFEST))
-    copy(packed, target, {ARCHIVER_MANIFEST: undated})
+    copy_archive(packed, target, {ARCHIVER_MANIFEST: undated})
     return target
 
 

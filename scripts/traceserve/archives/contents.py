@@ -140,7 +140,7 @@ def configure(path: Path, serving: Serving) -> None:
         configure_unpacked(folder, serving)
         changed = {name: (folder / name).read_bytes() for name in (MANIFEST_FILE, SERVING_FILE)}
         space.require(folder, path.stat().st_size, f"another {path.name}")
-        copy(path, folder / path.name, changed)
+        copy_archive(path, folder / path.name, changed)
         shutil.copymode(path, folder / path.name)
 
 
@@ -156,7 +156,7 @@ def configure_unpacked(folder: Path, serving: Serving) -> None:
     write_document(document, folder)
 
 
-def copy(packed: Path, target: Path, changed: Mapping[str, bytes]) -> None:
+def copy_archive(packed: Path, target: Path, changed: Mapping[str, bytes]) -> None:
     """Copy an archive with some files changed, in sorted order and without dates."""
     with zipfile.ZipFile(packed) as source, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as sink:
         for name in sorted(source.namelist()):

@@ -34,7 +34,7 @@ def write(
     rehearsal: bool = False,
 ) -> Manifest:
     """Everything of the artifact but the receipt; as a rehearsal, of the same graphs for this machine's CPU."""
-    progress(f"writing {config.save_mode} in {original.dtype} ({describe(shapes, original.max_length)})", 0, 0)
+    progress(f"writing {config.save_mode} in {original.dtype} ({describe_shapes(shapes, original.max_length)})", 0, 0)
     target = target_of(config)._replace(rehearsal=rehearsal)
     task = TASKS[config.task]
     writer = WRITERS[config.save_mode]
@@ -113,7 +113,7 @@ def target_of(config: SetupConfig) -> Target:
     return formats.target(config.save_mode, config.hardware, config.options)
 
 
-def describe(shapes: Shapes, max_length: int) -> str:
+def describe_shapes(shapes: Shapes, max_length: int) -> str:
     """The allowed shapes in words."""
     if shapes.lengths is None:
         lengths = f"any length up to {max_length}"

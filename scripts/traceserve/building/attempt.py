@@ -26,10 +26,10 @@ from traceserve.building.gate.reference import Reference
 from traceserve.building.gate.texts import calibration
 from traceserve.building.gate.verification import CORPUS, verify
 from traceserve.building.progress import Progress
-from traceserve.building.speeds import measure
+from traceserve.building.speeds import measure_speeds
 from traceserve.building.writers import WRITERS
 from traceserve.building.writers.neuron.compilers import CompileError
-from traceserve.building.writers.shapes import unpadded
+from traceserve.building.writers.shapes import without_padding
 from traceserve.errors import ExportError
 from traceserve.machine import neuron_cores
 
@@ -122,7 +122,7 @@ class Attempt:
         if len(made) < 2 and other is None:
             return tried, None
         requests = _speed_requests(made[0], self.own_samples)
-        speeds = measure({**folders, **({"": other} if other else {})}, requests, self.progress)
+        speeds = measure_speeds({**folders, **({"": other} if other else {})}, requests, self.progress)
         compared = None
         if other is not None:
             compared = Compared(Manifest.read(other, verify=False).save_mode, speeds.pop(""), size_of(other))
@@ -155,7 +155,7 @@ class Attempt:
             for side in sides:
                 yield replace(lowered, padding_side=side), replace(shapes, shortest=lowered.shortest)
         if any(findings.padding_changes for findings, tried, _ in drifted if tried.model is lowered.model):
-            for shapes in unpadded(self.config):
+            for shapes in without_padding(self.config):
                 yield lowered, replace(shapes, shortest=lowered.shortest)
 
     def _proven(self, lowered: Original, shapes: Shapes, folder: Path) -> Tuple[Manifest, Findings]:
@@ -219,7 +219,7 @@ def _without_padding(config: SetupConfig, findings: Findings) -> str:
 def _drift(dtype: str, shapes: Shapes, original: Original) -> str:
     return (
         f"the exported model does not answer as the original does (in {dtype}, "
-        f"at {artifact.describe(shapes, original.max_length)}), so nothing "
+        f"at {artifact.describe_shapes(shapes, original.max_length)}), so nothing "
         "was written; --allow-drift exports it all the same, and records it"
     )
 

@@ -17,7 +17,7 @@ MOST = 256  # requests of one round
 ROUNDS = 3
 
 
-def measure(folders: Mapping[str, Path], requests: Sequence[Request], progress: Progress) -> Dict[str, float]:
+def measure_speeds(folders: Mapping[str, Path], requests: Sequence[Request], progress: Progress) -> Dict[str, float]:
     """Requests answered in a second by the artifact in each folder: medians of rounds in which all take turns."""
     engines = {name: Engine.load(folder) for name, folder in folders.items()}
     seconds: Dict[str, List[float]] = {name: [] for name in engines}

@@ -149,7 +149,7 @@ def _archive(options: argparse.Namespace) -> int:
 def _print_exported(exported: Exported, path: Path, seconds: float) -> None:
     from rich.table import Table
 
-    from traceserve.building.artifact import describe
+    from traceserve.building.artifact import describe_shapes
 
     manifest, findings = exported.manifest, exported.findings
     size = path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
@@ -161,7 +161,7 @@ def _print_exported(exported: Exported, path: Path, seconds: float) -> None:
         ("task", f"{manifest.task} ({exported.task_found})" if exported.task_found else manifest.task),
         ("parameters", f"{exported.parameters:,}"),
         ("dtype", _dtype(manifest)),
-        ("shapes", describe(manifest.shapes, manifest.max_length)),
+        ("shapes", describe_shapes(manifest.shapes, manifest.max_length)),
         *_padding(manifest),
         ("largest difference", f"{findings.largest_difference:.1e} (limit {findings.limit.difference:.0e})"),
         ("answers changed", _changed(findings)),

@@ -83,11 +83,11 @@ def _tune(options: argparse.Namespace) -> int:
         contents.configure(options.archive, tuned.chosen)
     place, screen = shlex.quote(str(options.archive)), console()
     if write:
-        said = f"written into {place}: {tune.describe(tuned.chosen)}"
+        said = f"written into {place}: {tune.describe_serving(tuned.chosen)}"
     elif tuned.chosen != tuned.own:
-        said = f"not written into {place}, as --dry-run says: {tune.describe(tuned.chosen)}"
+        said = f"not written into {place}, as --dry-run says: {tune.describe_serving(tuned.chosen)}"
     else:
-        said = f"nothing better was found; {place} stays as it is: {tune.describe(tuned.chosen)}"
+        said = f"nothing better was found; {place} stays as it is: {tune.describe_serving(tuned.chosen)}"
     screen.print(f"\n{said}", highlight=False, soft_wrap=True)
     screen.print(f"serve it:  traceserve serve {place}", highlight=False, soft_wrap=True)
     return 0
@@ -98,7 +98,7 @@ def _print_tuned(tuned: Tuned) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from traceserve.measuring.tune import describe
+    from traceserve.measuring.tune import describe_serving
 
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
     for header in ("workers", "threads", "batch", "delay", "step", "conn", "req/s", "p50", "p99", "rate"):
@@ -125,7 +125,7 @@ def _print_tuned(tuned: Tuned) -> None:
     screen = console()
     screen.print(table, highlight=False)
     for number, trial in enumerate(failed, 1):
-        screen.print(f"({number}) {describe(trial.serving)}: {escape(str(trial.failure))}", highlight=False)
+        screen.print(f"({number}) {describe_serving(trial.serving)}: {escape(str(trial.failure))}", highlight=False)
     ended = "until nothing helped any more" if tuned.in_time else "until the time was up"
     screen.print(
         f"\nmeasured for {tuned.seconds:.0f} s, {ended}. delay, p50, p99: in ms; rate: requests/s compared with "

@@ -14,7 +14,7 @@ from traceserve import __version__
 from traceserve.errors import ServerError
 from traceserve.measuring import load_generator, server_times
 from traceserve.measuring.page import load_name
-from traceserve.measuring.targets import Subject, check
+from traceserve.measuring.targets import Subject, check_answer
 
 PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9, 100.0)
 _CURVE = tuple(round(100 * (1 - 10 ** (-step / 20)), 6) for step in range(81))  # 0 to 99.99, even in the tail
@@ -43,7 +43,7 @@ def measure(
     Subjects take turns in each round, every other round in reverse, so that what drifts with time weighs on all alike.
     """
     for asked in subjects:
-        check(asked)
+        check_answer(asked)
     measured: List[Tuple[Subject, int, load_generator.Result, Optional[server_times.ServerTimes]]] = []
     for turn in range(plan.rounds):
         for connections in plan.connections:

@@ -37,7 +37,7 @@ _TICK = 0.05  # seconds between looks at the clock
 
 
 @dataclass(frozen=True)
-class Target:
+class Endpoint:
     """Where requests are sent: a complete URL, and headers beside the ones that every request needs."""
 
     url: str
@@ -82,7 +82,7 @@ class Result:
 
 
 def run(
-    target: Target,
+    target: Endpoint,
     bodies: Sequence[bytes],
     content_type: str = "application/json",
     connections: int = 16,
@@ -154,7 +154,7 @@ class _Load:
 
     def __init__(
         self,
-        target: Target,
+        target: Endpoint,
         requests: Sequence[bytes],
         connections: int,
         rate: Optional[float],

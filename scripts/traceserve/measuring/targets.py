@@ -31,7 +31,7 @@ class Subject:
     """A server that is measured; `metrics` where it is one of ours."""
 
     label: str
-    target: load_generator.Target
+    target: load_generator.Endpoint
     traffic: Traffic
     name: str = ""
     metrics: Optional[str] = None
@@ -47,7 +47,7 @@ def subject(
     if "://" not in place:
         instance = _serving(place, port)
         key = {"Authorization": f"Bearer {instance.key}"} if instance.key else {}
-        target = load_generator.Target(f"{instance.url}/predictions/{urllib.parse.quote(place)}", key)
+        target = load_generator.Endpoint(f"{instance.url}/predictions/{urllib.parse.quote(place)}", key)
         metrics = f"http://127.0.0.1:{instance.metrics_port}/metrics"
         return Subject(place, target, traffic(file), place, metrics)
     parts = urllib.parse.urlsplit(place)
@@ -55,7 +55,7 @@ def subject(
         raise ServerError(f"{place} is no URL to measure; it should look like http://127.0.0.1:8000/classify")
     label = urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
     ours = _ours(label)
-    return Subject(label, load_generator.Target(place, dict(headers)), traffic(file, body), *(ours or ("", None)))
+    return Subject(label, load_generator.Endpoint(place, dict(headers)), traffic(file, body), *(ours or ("", None)))
 
 
 def _serving(name: str, port: Optional[int]) -> instances.Instance:
@@ -115,7 +115,7 @@ def _check_json(text: str, where: str) -> None:
         raise ConfigError(f"{where}: this is no JSON: {error}") from None
 
 
-def check(asked: Subject) -> None:
+def check_answer(asked: Subject) -> None:
     """Ask once, and raise ServerError with the server's own words if it refuses."""
     headers = {"Content-Type": asked.traffic.content_type, **asked.target.headers}
     request = urllib.request.Request(asked.target.url, data=asked.traffic.bodies[0], headers=headers, method="POST")

@@ -26,7 +26,7 @@ from traceserve.errors import ConfigError, ServerError
 from traceserve.measuring import connections as wire
 from traceserve.measuring import load_generator, targets
 from traceserve.measuring.candidates import knobs
-from traceserve.measuring.load_generator import Result, Target
+from traceserve.measuring.load_generator import Endpoint, Result
 from traceserve.measuring.padding import Waste, wastes
 from traceserve.measuring.search import Goal, Search, Trial
 from traceserve.serving import configuration, instances, server
@@ -114,7 +114,7 @@ class Servers:
 
     def measure(self, serving: Serving, connections: int, seed: int) -> Result:
         """Measure for some seconds; starts a server where none runs. Raises ServerError."""
-        what = f"{describe(serving)}, {connections} connections"
+        what = f"{describe_serving(serving)}, {connections} connections"
         cold = serving not in self._running
         if cold:
             self._start(serving, what)
@@ -141,7 +141,7 @@ class Servers:
             self.timeout = max(30.0, 10 * (time.monotonic() - started))
 
     def _load(self, instance: Instance, connections: int, seed: int, warm_up: float, what: str) -> Result:
-        target = Target(f"{instance.url}/predictions/{self.archive.stem}")
+        target = Endpoint(f"{instance.url}/predictions/{self.archive.stem}")
         return load_generator.run(
             target,
             self.texts.bodies,
@@ -154,7 +154,7 @@ class Servers:
         )
 
 
-def describe(serving: Serving) -> str:
+def describe_serving(serving: Serving) -> str:
     """A configuration in words."""
     workers, threads, step = serving.workers or configuration.DEFAULT_WORKERS, serving.threads, serving.length_step
     return ", ".join(
@@ -174,7 +174,7 @@ def missed(best: Trial, goal: Goal, archive: Path) -> str:
     connections = "1 connection" if best.connections == 1 else f"{best.connections} connections"
     return (
         f"no configuration that was measured answers with a p99 of {1000 * goal.p99:g} ms or less; the best was "
-        f"{1000 * best.percentile(99):.1f} ms, with {connections} ({describe(best.serving)}). {archive} stays as it was; "
+        f"{1000 * best.percentile(99):.1f} ms, with {connections} ({describe_serving(best.serving)}). {archive} stays as it was; "
         "a longer --budget tries more"
     )
 

@@ -59,7 +59,7 @@ def is_one(folder: Path) -> bool:
     return (folder / FILE).is_file()
 
 
-def check(folder: Path, name: str) -> Dict[str, Any]:
+def check_adapter(folder: Path, name: str) -> Dict[str, Any]:
     """The adapter's configuration; raises SourceError, ExportError for one that cannot be merged here."""
     facts = read_json(folder / FILE)
     if not isinstance(facts, dict) or not isinstance(facts.get("peft_type"), str):
@@ -110,7 +110,7 @@ def join(stored: Checkpoint, config: SetupConfig, locate: Callable[[SetupConfig,
     """A checkpoint of the adapter and its base, which `locate` finds; raises SourceError, ExportError."""
     folder, name = stored.folder, config.model_name
     files.check_pointers(folder, name)
-    facts = check(folder, name)
+    facts = check_adapter(folder, name)
     weights = [file for file in WEIGHTS if (folder / file).is_file()]
     if not weights:
         raise SourceError(f"{name}: {folder} has no weights of the adapter ({' or '.join(WEIGHTS)})")
@@ -175,7 +175,7 @@ def _configuration(facts: Mapping[str, Any], base: Checkpoint, folder: Path, con
     count = _outputs(auto_model, base.folder, folder, config) if auto_model else None
     if count is None:
         return _Made(content, None)
-    own = heads.labels(content)
+    own = heads.label_names(content)
     if len(own) == count and content.get("id2label"):
         note = f"peft stores no names of labels: those of the base are taken ({some(own)})"
     else:
@@ -209,7 +209,7 @@ def _outputs(auto_model: str, base: Path, folder: Path, config: SetupConfig) -> 
 
     A head's last weight is that one whose shape follows the number of labels.
     """
-    stored = head_weights.shapes(folder)
+    stored = head_weights.weight_shapes(folder)
     models = [head_weights.empty(auto_model, config, base, labels) for labels in _PROBES]
     if any(model is None for model in models):
         return None
@@ -257,7 +257,7 @@ def _unread(folder: Path, joined: Path) -> Optional[str]:
     return f"files of the adapter that are not read: {some(unread)}" if unread else None
 
 
-def options(checkpoint: Checkpoint, trust_remote_code: bool) -> Dict[str, Any]:
+def adapter_options(checkpoint: Checkpoint, trust_remote_code: bool) -> Dict[str, Any]:
     """How from_pretrained is told to load the base for its adapter; nothing for a whole checkpoint.
 
     A head of the base's own may have another size than the adapter's, which takes its place.

@@ -11,7 +11,7 @@ from traceserve.errors import ConfigError
 _TOKENIZER_FILE, _TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 
 
-def options(config: SetupConfig, checkpoint: Checkpoint) -> Dict[str, Any]:
+def case_options(config: SetupConfig, checkpoint: Checkpoint) -> Dict[str, Any]:
     """How the tokenizer is built where its files do not say whether it lowers a text's case, as a vocab.txt alone."""
     return {} if config.do_lower_case is None or _is_said(checkpoint) else {"do_lower_case": config.do_lower_case}
 
@@ -22,7 +22,7 @@ def _is_said(checkpoint: Checkpoint) -> bool:
     return bool(checkpoint.gguf_file) or (checkpoint.folder / _TOKENIZER_FILE).is_file() or "do_lower_case" in facts
 
 
-def check(config: SetupConfig, tokenizer: Any) -> Optional[str]:
+def check_case(config: SetupConfig, tokenizer: Any) -> Optional[str]:
     """What the user should know of do_lower_case; raises ConfigError where the tokenizer does the opposite."""
     wanted = config.do_lower_case
     if wanted is None or wanted is lowers(tokenizer):

@@ -21,7 +21,7 @@ _KINDS = {1: UNIGRAM, 2: BPE}
 PIECES_FILE = "pieces.json"
 
 
-class Layout(NamedTuple):
+class PiecesLayout(NamedTuple):
     """What a class of transformers does with sentencepiece's model and its vocabulary."""
 
     model: Callable[[Any], str]  # the path of the model by which it reads
@@ -41,9 +41,9 @@ class Converted(NamedTuple):
         (folder / PIECES_FILE).write_text(json.dumps(self.pieces, ensure_ascii=False), encoding="utf-8")
 
 
-LAYOUTS: Dict[str, Layout] = {
-    "MarianTokenizer": Layout(lambda own: str(own.spm_files[0]), True, True, lambda own: ""),
-    "M2M100Tokenizer": Layout(lambda own: str(own.spm_file), False, False, lambda own: str(own.unk_token)),
+LAYOUTS: Dict[str, PiecesLayout] = {
+    "MarianTokenizer": PiecesLayout(lambda own: str(own.spm_files[0]), True, True, lambda own: ""),
+    "M2M100Tokenizer": PiecesLayout(lambda own: str(own.spm_file), False, False, lambda own: str(own.unk_token)),
 }
 
 

@@ -134,7 +134,7 @@ def check_pickles(folder: Path, name: str) -> None:
             check_pickle(path, name)
 
 
-def check(checkpoint: Checkpoint, config: SetupConfig) -> Optional[str]:
+def check_files(checkpoint: Checkpoint, config: SetupConfig) -> Optional[str]:
     """What the user should know of the files; raises SourceError for what would change answers and cannot be followed."""
     folder, name = checkpoint.folder, config.model_name
     if (folder / "model_head.pkl").is_file() or (folder / "config_setfit.json").is_file():
@@ -158,7 +158,7 @@ def check(checkpoint: Checkpoint, config: SetupConfig) -> Optional[str]:
             )
         settings = checkpoint.read_json(generation.FILE)
         if settings is not None:
-            generation.check(settings)
+            generation.check_settings(settings)
         else:
             generation.check_legacy(checkpoint.read_json("config.json"))
     unknown = unknown_files(folder)

@@ -122,7 +122,7 @@ _REASONS = {
 }
 
 
-def check(settings: Mapping[str, Any], where: str = FILE) -> None:
+def check_settings(settings: Mapping[str, Any], where: str = FILE) -> None:
     """Raise SourceError for a setting that is neither followed nor without effect, or has no legal value."""
     for key, value in settings.items():
         if value is None or key in WITHOUT_EFFECT:
@@ -154,7 +154,7 @@ def _equal(value: Any, neutral: Any) -> bool:
 
 def check_legacy(config: Mapping[str, Any]) -> None:
     """Of a config.json, which held these settings before there was a generation_config.json; raises SourceError."""
-    check({key: config[key] for key in (*FOLLOWED, *NEUTRAL) if key in config}, "config.json")
+    check_settings({key: config[key] for key in (*FOLLOWED, *NEUTRAL) if key in config}, "config.json")
 
 
 def of_task(config: Mapping[str, Any], task: Any) -> Dict[str, Any]:
@@ -188,8 +188,8 @@ def settle(model: Any, task: Any) -> Dict[str, Any]:
         return {}
     own = {key: value for key, value in of_task(model.config.to_dict(), task).items() if key != "prefix"}
     where = "config.json (or generation_config.json)" if getattr(generation, "_from_model_config", False) else FILE
-    check(own, "config.json's task_specific_params")
-    check(generation.to_diff_dict(), where)
+    check_settings(own, "config.json's task_specific_params")
+    check_settings(generation.to_diff_dict(), where)
     generation.update(**own)
     neutral = type(generation)()
     for key in _ASKED_WITHOUT:

@@ -31,7 +31,7 @@ def located(checkpoint: Checkpoint) -> Iterator[Tuple[Path, Optional[Path]]]:
         yield Path(empty), checkpoint.folder.resolve() / checkpoint.gguf_file
 
 
-def check(checkpoint: Checkpoint) -> None:
+def check_gguf(checkpoint: Checkpoint) -> None:
     """Raise SourceError, ExportError for a GGUF file that cannot be read, or of which transformers leaves something out."""
     if checkpoint.gguf_file is None:
         return

@@ -7,7 +7,17 @@ import pickle
 from pathlib import Path
 from typing import Any, Collection, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple
 
-from traceserve.building.checkpoints.heads import BASE, BOTH, CAUSAL, MASKED, QUESTION, TABLES, Head, described, labels
+from traceserve.building.checkpoints.heads import (
+    BASE,
+    BOTH,
+    CAUSAL,
+    MASKED,
+    QUESTION,
+    TABLES,
+    Head,
+    described,
+    label_names,
+)
 from traceserve.building.config.setup_config import SetupConfig
 from traceserve.errors import SourceError, some
 
@@ -24,7 +34,7 @@ def by_weights(config: SetupConfig, folder: Path, facts: Mapping[str, Any]) -> O
     Each class that transformers has for the model type is made, without memory for its weights, and its names and shapes
     are compared with the files'. A model without a head that writes by its embeddings can be loaded to write, too.
     """
-    stored = shapes(folder)
+    stored = weight_shapes(folder)
     classes = [auto_model for auto_model in TABLES if stored and _has(auto_model, facts)]
     base = empty(BASE, config, folder) if classes else None
     if base is None:
@@ -77,7 +87,7 @@ def _compare(auto_model: str, model: Any, stored: Mapping[str, Shape], parts: Co
 
 def check_labels(config: SetupConfig, folder: Path, facts: Mapping[str, Any], auto_model: str) -> None:
     """Raise SourceError if a classifier's head has not as many outputs as config.json has labels."""
-    count, stored = len(labels(facts)), shapes(folder)
+    count, stored = len(label_names(facts)), weight_shapes(folder)
     model = empty(auto_model, config, folder) if stored else None
     for name, parameter in model.named_parameters() if model is not None else ():
         shape, made = stored.get(name, ()), tuple(parameter.shape)
@@ -99,7 +109,7 @@ def _is_harmless(name: str) -> bool:
 
 def _is_fit(auto_model: str, facts: Mapping[str, Any]) -> bool:
     """A question answerer has two outputs: where the answer begins, and where it ends."""
-    return auto_model != QUESTION or len(labels(facts)) == 2
+    return auto_model != QUESTION or len(label_names(facts)) == 2
 
 
 def _plain(name: str, prefix: str) -> str:
@@ -151,7 +161,7 @@ def _pickles(folder: Path) -> List[Path]:
     return sorted([*folder.glob("pytorch_model*.bin"), *folder.glob("adapter_model.bin")])
 
 
-def shapes(folder: Path) -> Dict[str, Shape]:
+def weight_shapes(folder: Path) -> Dict[str, Shape]:
     """Each weight's shape, by its name, from the heads of the files; empty where these cannot be read."""
     import torch
     from safetensors import SafetensorError, safe_open

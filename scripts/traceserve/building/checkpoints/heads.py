@@ -91,7 +91,7 @@ def described(facts: Mapping[str, Any]) -> str:
     return f"architectures: {', '.join(map(str, facts.get('architectures') or ())) or 'none'}"
 
 
-def labels(facts: Mapping[str, Any]) -> List[str]:
+def label_names(facts: Mapping[str, Any]) -> List[str]:
     """The names of a classifier's outputs, in order; those that transformers gives where config.json has none.
 
     Raises SourceError for what are no names.

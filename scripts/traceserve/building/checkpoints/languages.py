@@ -31,7 +31,7 @@ def source_id(tokenizer: Any) -> Optional[int]:
     return number if number in tokenizer("")["input_ids"] else None
 
 
-def configure(config: SetupConfig, tokenizer: Any) -> None:
+def set_language(config: SetupConfig, tokenizer: Any) -> None:
     """Let the tokenizer read the language that the configuration names; raises ConfigError for a code that is unknown."""
     codes = known(tokenizer)
     for name in LANGUAGE_PARAMETERS:

@@ -43,9 +43,9 @@ def load(config: SetupConfig, checkpoint: Checkpoint, config_folder: Path) -> Or
     The tokenizer is transformers', whatever library has the model: of it the worker needs tokenizer.json and the special
     tokens, and the gate asks it. (The curated library's own are slow ones, or without the special tokens' names.)
     """
-    gguf.check(checkpoint)
+    gguf.check_gguf(checkpoint)
     tokenizer = tokenizers.load(config, checkpoint)
-    languages.configure(config, tokenizer)
+    languages.set_language(config, tokenizer)
     model = LOADERS[config.library](config, checkpoint)
     accepted = inspect.signature(model.forward).parameters
     inputs = tuple(name for name in INPUTS if name in accepted and name in tokenizer.model_input_names)
@@ -56,7 +56,7 @@ def load(config: SetupConfig, checkpoint: Checkpoint, config_folder: Path) -> Or
     task = TASKS[config.task]
     if task.loop:
         inputs = INPUTS[:2]
-    case_note = case.check(config, tokenizer)
+    case_note = case.check_case(config, tokenizer)
     case.follow_sentence_transformers(checkpoint, tokenizer)
     labels = checkpoint_labels(config, model, config_folder) if task.labelled else ()
     most = max_length(config, checkpoint, model, tokenizer)

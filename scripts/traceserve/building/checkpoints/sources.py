@@ -105,7 +105,7 @@ def _from_hub(config: SetupConfig, folder: Path) -> Checkpoint:
             card = _CARD if config.task == AUTO_TASK else []
             small = download([*SMALL_FILES, *card, *code])
             if adapters.is_one(small):
-                adapters.check(small, config.model_name)
+                adapters.check_adapter(small, config.model_name)
             else:
                 task.check_early(config, small)
             snapshot = download(SMALL_FILES + SAFETENSORS + code)
@@ -165,7 +165,7 @@ def _checked(checkpoint: Checkpoint, config: SetupConfig) -> Checkpoint:
     else:
         _check_whole(folder, config, checkpoint.kind)
     checkpoint = _with_task(checkpoint, config)
-    note = files.check(checkpoint, config.model_copy(update={"task": checkpoint.task}))
+    note = files.check_files(checkpoint, config.model_copy(update={"task": checkpoint.task}))
     notes = "\n".join(line for line in (checkpoint.note, note) if line)
     return replace(checkpoint, note=notes or None)
 

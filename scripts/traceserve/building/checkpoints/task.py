@@ -174,7 +174,7 @@ def _classifiers(found: _Found, facts: Mapping[str, Any]) -> _Found:
     shared = {name for name in found.tasks if TASKS[name].auto_model == heads.SEQUENCE}
     if not shared:
         return found
-    labels = heads.labels(facts)
+    labels = heads.label_names(facts)
     if len(labels) == 1:
         key = next((key for key in _CROSS_ENCODER_KEYS if facts.get(key)), None)
         left = ("text_ranking",) if key else ("sequence_classification", "text_ranking")

@@ -30,7 +30,7 @@ def load(config: SetupConfig, checkpoint: Checkpoint) -> Any:
                 local_files_only=True,
                 trust_remote_code=config.trust_remote_code,
                 **({"gguf_file": str(in_file), **gguf.tokenizer_options(checkpoint)} if in_file else {}),
-                **case.options(config, checkpoint),
+                **case.case_options(config, checkpoint),
             )
     except Exception as error:  # transformers raises whatever its many tokenizers do
         raise SourceError(f"the tokenizer of {config.model_name} cannot be loaded: {first_line(error)}") from error

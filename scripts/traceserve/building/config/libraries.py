@@ -41,7 +41,7 @@ def reading_gguf(task: Type[Task]) -> List[str]:
     return [name for name, one in LIBRARIES.items() if task.auto_model in one.gguf_auto_models]
 
 
-def check(library: str, task: Type[Task], save_mode: str, gguf_file: Optional[str]) -> None:
+def check_library(library: str, task: Type[Task], save_mode: str, gguf_file: Optional[str]) -> None:
     """Raise ConfigError for what cannot work together, before anything is downloaded."""
     if library not in legal(task):
         raise ConfigError(

@@ -92,6 +92,6 @@ def _sentence(error: Mapping[str, Any], written: Mapping[str, str]) -> str:
         message = 'Should be an object, as {"name": value}; leave the key out where there is nothing to set'
     else:
         message = error["msg"].replace("Value error, ", "")
-    more = task_names.advice(error["input"]) if RENAMED.get(key, key) == "task" else None
+    more = task_names.near_task(error["input"]) if RENAMED.get(key, key) == "task" else None
     message += f"; {more}" if more else ""
     return f"{key} is {json.dumps(error['input'], ensure_ascii=False, default=str)}: {message[0].lower() + message[1:]}"

@@ -41,7 +41,7 @@ def check_together(config: SetupConfig) -> None:
         raise ConfigError(
             f"sequence_lengths ends at {lengths[-1]}, but max_length is {config.max_length}; they must agree"
         )
-    libraries.check(config.library, task, config.save_mode, config.gguf_file)
+    libraries.check_library(config.library, task, config.save_mode, config.gguf_file)
     if task.loop and lengths != "auto" and config.hardware not in FIXED_SHAPES:
         raise ConfigError(f"sequence_lengths has no meaning for {config.task}, whose texts grow token by token")
     if config.long_inputs == "window" and not task.merges_windows:

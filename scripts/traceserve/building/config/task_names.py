@@ -31,7 +31,7 @@ _NEAR = {
 }
 
 
-def advice(name: object) -> Optional[str]:
+def near_task(name: object) -> Optional[str]:
     """What to write in place of a pipeline's name that is not accepted; None for what is no pipeline's."""
     if not isinstance(name, str):
         return None

@@ -35,7 +35,7 @@ def with_graphs(config: SetupConfig, max_length: int) -> Iterator[Shapes]:
     yield Shapes(few, (1, 4, 16), graph_per_shape=True)
 
 
-def unpadded(config: SetupConfig) -> Iterator[Shapes]:
+def without_padding(config: SetupConfig) -> Iterator[Shapes]:
     """Any length without padding, for models whose answers padding changes: none where shapes are asked for, or fixed."""
     open_lengths = config.sequence_lengths == "auto" and config.hardware not in FIXED_SHAPES
     if open_lengths and not TASKS[config.task].loop:

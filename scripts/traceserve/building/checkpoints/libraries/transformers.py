@@ -37,7 +37,7 @@ def load(config: SetupConfig, checkpoint: Checkpoint) -> Any:
                 trust_remote_code=config.trust_remote_code,
                 output_loading_info=True,
                 **(_unpacked(in_file) if in_file else _weights(weights, transformers.__version__)),
-                **adapters.options(checkpoint, config.trust_remote_code),
+                **adapters.adapter_options(checkpoint, config.trust_remote_code),
             )
     except Exception as error:  # transformers raises whatever its many models do
         raise SourceError(

@@ -14,7 +14,7 @@ from typing import Any, Iterator, Sequence, Tuple
 
 import torch
 
-from traceserve.building.writers.lowering.sensitivity import Inputs, Layer, linears, measure, replace
+from traceserve.building.writers.lowering.sensitivity import Inputs, Layer, linears, measure_layers, replace
 from traceserve.errors import ExportError
 
 KEPT_SHARES = (0.0, 0.1, 0.2, 0.3, 0.4)
@@ -80,7 +80,7 @@ def quantized(
     layers = {name: module for name, module in linears(model).items() if module in inside}
     if not layers:
         raise ExportError(f"{type(model).__name__} has no torch.nn.Linear that could be quantized to int8")
-    found = measure(model, layers, batches, measured)
+    found = measure_layers(model, layers, batches, measured)
     replacements = {name: layer(layers[name], largest).eval() for name, largest in found.largest.items()}
     for share in KEPT_SHARES:
         kept = found.most(share)

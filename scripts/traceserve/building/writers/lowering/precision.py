@@ -74,7 +74,7 @@ def _to_bfloat16(original: Original, texts: Sequence[str]) -> Iterator[Original]
     layers = {} if getattr(model, "can_generate", bool)() else sensitivity.linears(model)
     if not layers:
         return
-    found = sensitivity.measure(model, layers, _inputs(original, texts), sensitivity.Bfloat16Linear)
+    found = sensitivity.measure_layers(model, layers, _inputs(original, texts), sensitivity.Bfloat16Linear)
     for share in KEPT_SHARES:
         yield _lowered_copy(original, "bfloat16", found.most(share))
 

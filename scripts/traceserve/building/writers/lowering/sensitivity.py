@@ -50,7 +50,7 @@ def replace(model: Any, name: str, module: torch.nn.Module) -> None:
     setattr(model.get_submodule(parent), last, module)
 
 
-def measure(model: Any, layers: Dict[str, Any], batches: Sequence[Inputs], change: Layer) -> Measured:
+def measure_layers(model: Any, layers: Dict[str, Any], batches: Sequence[Inputs], change: Layer) -> Measured:
     """What `layers` of the model are given, and how far the output moves with `change` in the place of one of them.
 
     Summed over the rows of all batches, the mean square of the difference of the first output, which is what a task reads.

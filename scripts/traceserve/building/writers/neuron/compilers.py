@@ -64,7 +64,7 @@ COMPILERS: Dict[str, Compiler] = {
 }
 
 
-def check(hardware: str, arguments: Tuple[str, ...]) -> None:
+def check_compiler(hardware: str, arguments: Tuple[str, ...]) -> None:
     """Raise ExportError where this machine cannot compile for the hardware."""
     package(hardware)
     if not HARDWARE[hardware].partial and not neuron_cores.count(hardware) and not _targeted(arguments):
@@ -158,7 +158,7 @@ def _targeted(arguments: Tuple[str, ...]) -> bool:
     return any(argument.startswith("--target") for argument in arguments)
 
 
-def settings(options: Mapping[str, Any], workdir: Path) -> Settings:
+def compiler_settings(options: Mapping[str, Any], workdir: Path) -> Settings:
     """The options of a configuration as a compiler is told them."""
     given = options.get("compiler_args") or []
     arguments = (given,) if isinstance(given, str) else tuple(given)

@@ -52,7 +52,7 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
             if target.rehearsal:
                 made[name] = trace(graph.module, graph.example)
                 continue
-            settings = compilers.settings(target.options, workdir / name)
+            settings = compilers.compiler_settings(target.options, workdir / name)
             least = target.options.get("least_share", 0.0)
             made[name], share = compilers.compile_graph(
                 target.hardware, name, graph.module, graph.example, settings, least
@@ -64,26 +64,26 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
     facts = {"most_new_tokens": _most_new_tokens(original, lengths)} if lengths else {}
     if target.rehearsal:
         return Written(step_inputs, (), runtime, facts=facts)
-    arguments = list(compilers.settings(target.options, folder).arguments)
+    arguments = list(compilers.compiler_settings(target.options, folder).arguments)
     runtime["compiler"] = {"arguments": arguments, "shares": shares}
     return Written(step_inputs, (), runtime, compilers.versions(target.hardware), facts)
 
 
 def check(target: Target) -> None:
     """Raise ExportError where this machine cannot compile for the hardware."""
-    compilers.check(target.hardware, compilers.settings(target.options, Path()).arguments)
+    compilers.check_compiler(target.hardware, compilers.compiler_settings(target.options, Path()).arguments)
 
 
 def _graphs(
     original: Original, task: Type[Task], shapes: Shapes, target: Target
-) -> Tuple[Dict[str, fixed_shapes.Graph], Tuple[int, ...]]:
+) -> Tuple[Dict[str, fixed_shapes.FixedGraph], Tuple[int, ...]]:
     """The graphs by name, and of a decoder its target lengths."""
     if task.loop:
         lengths = fixed_shapes.targets(_most_new_tokens(original, (target.options["target_length"],)))
         return fixed_shapes.graphs(original, shapes, lengths), lengths
     module = once(original, [output.name for output in task.outputs])
     return {
-        shapes.graph_name(batch, length): fixed_shapes.Graph(module, example(original, batch, length))
+        shapes.graph_name(batch, length): fixed_shapes.FixedGraph(module, example(original, batch, length))
         for batch in shapes.batches or ()
         for length in shapes.lengths or ()
     }, ()

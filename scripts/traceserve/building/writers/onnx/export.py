@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Axes = Dict[str, Dict[int, str]]
 
 
-class Graph(NamedTuple):
+class OnnxGraph(NamedTuple):
     """A module to be exported: an example of its inputs, the names of inputs and outputs, and which of their sizes vary."""
 
     module: torch.nn.Module
@@ -39,16 +39,18 @@ class Graph(NamedTuple):
     file: str = ""
 
 
-def of_shape(original: Original, task: Type[Task], batch: int, length: int) -> Graph:
+def of_shape(original: Original, task: Type[Task], batch: int, length: int) -> OnnxGraph:
     """A model that is run once."""
     outputs = tuple(output.name for output in task.outputs)
     axes: Axes = {name: {0: "batch", 1: "length"} for name in original.inputs}
     axes.update({output.name: {0: "batch", **({1: "length"} if output.per_token else {})} for output in task.outputs})
     module = once(original, outputs)
-    return Graph(module, example(original, batch, length), original.inputs, outputs, axes)
+    return OnnxGraph(module, example(original, batch, length), original.inputs, outputs, axes)
 
 
-def of_loop(original: Original, task: Type[Task], batch: int, length: int) -> Tuple[Graph, Graph, Tuple[str, ...]]:
+def of_loop(
+    original: Original, task: Type[Task], batch: int, length: int
+) -> Tuple[OnnxGraph, OnnxGraph, Tuple[str, ...]]:
     """The graphs `start` and `step` of a model that is run token by token, see `looping`; and the inputs of a step."""
     start, step = GRAPHS[task.loop](original, batch, min(length, original.max_length - 2))
     with torch.no_grad():
@@ -67,13 +69,13 @@ def of_loop(original: Original, task: Type[Task], batch: int, length: int) -> Tu
     axes.update({name: {**sizes, max(sizes): "grown"} for name, sizes in zip(present[:grown], of_state)})
     outputs = (*(output.name for output in task.outputs), *present[:grown])
     return (
-        Graph(start.module, start.example, start.inputs, present, begin),
-        Graph(step.module, step.example, (*step.inputs, *past), outputs, axes),
+        OnnxGraph(start.module, start.example, start.inputs, present, begin),
+        OnnxGraph(step.module, step.example, (*step.inputs, *past), outputs, axes),
         step.inputs,
     )
 
 
-def export(graph: Graph, original: Original, opset: int, scratch: Path, eager: bool) -> Any:
+def export_graph(graph: OnnxGraph, original: Original, opset: int, scratch: Path, eager: bool) -> Any:
     """The graph as an ONNX model in memory; `eager`: with attention as the tool for transformers knows it."""
     from onnx import load
 

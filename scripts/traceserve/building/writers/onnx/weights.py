@@ -14,7 +14,7 @@ SMALLEST = 1024  # bytes of a tensor that leaves the graph; shape inference read
 _ALIGNMENT = 64
 
 
-def copy(model: Any) -> Any:
+def copy_model(model: Any) -> Any:
     """Another one with the same content."""
     import onnx
 
@@ -23,7 +23,7 @@ def copy(model: Any) -> Any:
     return other
 
 
-def write(models: Mapping[str, Any], folder: Path, weights_file: str) -> Tuple[str, ...]:
+def write_models(models: Mapping[str, Any], folder: Path, weights_file: str) -> Tuple[str, ...]:
     """Write each ONNX model into the file of its name, without its weights; gives all files' names. Changes the models."""
     places: Dict[bytes, int] = {}
     with (folder / weights_file).open("wb") as stream:

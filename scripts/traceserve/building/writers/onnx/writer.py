@@ -14,7 +14,7 @@ from traceserve.building.writers.contract import Written
 from traceserve.building.writers.lowering import precision
 from traceserve.building.writers.onnx import export, int8, weights
 from traceserve.building.writers.onnx import optimization as onnx_optimization
-from traceserve.building.writers.onnx.export import Graph
+from traceserve.building.writers.onnx.export import OnnxGraph
 from traceserve.building.writers.onnx.int8 import RoundedLinear, SmoothedLinear
 from traceserve.building.writers.tracing.graphs import TRACED_BATCH, TRACED_LENGTH
 from traceserve.errors import ExportError
@@ -61,16 +61,16 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
         for number, graph in enumerate(graphs):
             scratch = Path(name, str(number))
             scratch.mkdir()
-            model = export.export(graph, original, target.options["opset"], scratch, level.tool)
+            model = export.export_graph(graph, original, target.options["opset"], scratch, level.tool)
             if target.options["keep_float32"] and int8.layers(original.model):
-                plain[graph.file] = weights.copy(model)
+                plain[graph.file] = weights.copy_model(model)
             int8.quantize(model, original.model)
             model, counts = onnx_optimization.fuse(model, original.model, level, bool(task.loop))
             fused = {kind: fused.get(kind, 0) + count for kind, count in counts.items()}
             made[graph.file] = model
-        files = weights.write(made, folder, MODEL_FILE + WEIGHTS)
+        files = weights.write_models(made, folder, MODEL_FILE + WEIGHTS)
         if plain:
-            files += weights.write({ONNX_FLOAT32_FILE: plain[MODEL_FILE]}, folder, ONNX_FLOAT32_FILE + WEIGHTS)
+            files += weights.write_models({ONNX_FLOAT32_FILE: plain[MODEL_FILE]}, folder, ONNX_FLOAT32_FILE + WEIGHTS)
     return Written(
         step_inputs,
         tuple(file for file in files if file != MODEL_FILE),
@@ -85,7 +85,7 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
     )
 
 
-def _graphs(original: Original, task: Type[Task], shapes: Shapes) -> Tuple[List[Graph], Tuple[str, ...]]:
+def _graphs(original: Original, task: Type[Task], shapes: Shapes) -> Tuple[List[OnnxGraph], Tuple[str, ...]]:
     """What is exported: one graph for all shapes, or those of a loop; and the inputs of a step."""
     if task.loop:
         start, step, step_inputs = export.of_loop(original, task, TRACED_BATCH, TRACED_LENGTH)

@@ -19,7 +19,7 @@ STEP_INPUTS = ("decoder_input_ids", "attention_mask")
 SHORT_TARGET = 32  # tokens; the first ones are written with a graph of this length
 
 
-class Graph(NamedTuple):
+class FixedGraph(NamedTuple):
     """A module to be traced, and an example of its inputs: the only shapes that it will be given."""
 
     module: torch.nn.Module
@@ -31,19 +31,19 @@ def targets(most: int) -> Tuple[int, ...]:
     return (SHORT_TARGET, most) if most > SHORT_TARGET else (most,)
 
 
-def graphs(original: Original, shapes: Shapes, lengths: Sequence[int]) -> Dict[str, Graph]:
+def graphs(original: Original, shapes: Shapes, lengths: Sequence[int]) -> Dict[str, FixedGraph]:
     """The encoder for each shape, and the decoder for each shape and target length."""
     return dict(_graphs(original, shapes, lengths))
 
 
-def _graphs(original: Original, shapes: Shapes, lengths: Sequence[int]) -> Iterator[Tuple[str, Graph]]:
+def _graphs(original: Original, shapes: Shapes, lengths: Sequence[int]) -> Iterator[Tuple[str, FixedGraph]]:
     encoder, decoder = _Encoder(original.model), _Decoder(original.model)
     for batch in shapes.batches or ():
         for length in shapes.lengths or ():
             shape = shapes.graph_name(batch, length)
             columns = dict(zip(original.inputs, example(original, batch, length)))
             ids, mask = columns["input_ids"], columns["attention_mask"]
-            yield encoder_name(shape), Graph(encoder, (ids, mask))
+            yield encoder_name(shape), FixedGraph(encoder, (ids, mask))
             with torch.no_grad():
                 hidden = encoder(ids, mask)[0]
             for target in lengths:
@@ -51,7 +51,7 @@ def _graphs(original: Original, shapes: Shapes, lengths: Sequence[int]) -> Itera
                 tokens[:, 0] = original.facts["start_id"]
                 some = min(length, target) // 2
                 tokens[:, 1 : 1 + some] = ids[:, :some]
-                yield decoder_name(shape, target), Graph(decoder, (hidden, mask, tokens, torch.tensor([some])))
+                yield decoder_name(shape, target), FixedGraph(decoder, (hidden, mask, tokens, torch.tensor([some])))
 
 
 class _Encoder(torch.nn.Module):

@@ -20,7 +20,7 @@ _CHECKED = 3  # tokens
 _NEAR = 0.02  # of logits: what rounding changes in bfloat16
 
 
-class Graph(NamedTuple):
+class LoopGraph(NamedTuple):
     """A module to be traced, an example of its inputs, their names where the runner passes them by name, and whether a step
     reads new tokens alone."""
 
@@ -30,7 +30,7 @@ class Graph(NamedTuple):
     keeps_past: bool
 
 
-def _decoder_graphs(original: Original, batch: int, length: int) -> Tuple[Graph, Graph]:
+def _decoder_graphs(original: Original, batch: int, length: int) -> Tuple[LoopGraph, LoopGraph]:
     ids, mask = _example(original, batch, length)
     calls = stepping.decoder(original.model)
     _check(original, calls, torch.arange(3, 7)[None], LOOPS["decoder"])
@@ -42,12 +42,12 @@ def _decoder_graphs(original: Original, batch: int, length: int) -> Tuple[Graph,
     }
     states = (read_past(original.model, ids, mask) or ()) if calls.keeps_past else (ids,)
     step = calls.step
-    start = Graph(Wrapped(calls.start), (ids, mask), ("input_ids", "attention_mask"), calls.keeps_past)
+    start = LoopGraph(Wrapped(calls.start), (ids, mask), ("input_ids", "attention_mask"), calls.keeps_past)
     inputs = (*(columns[name] for name in step.inputs), *states)
-    return start, Graph(Wrapped(step), inputs, step.inputs, calls.keeps_past)
+    return start, LoopGraph(Wrapped(step), inputs, step.inputs, calls.keeps_past)
 
 
-def _encoder_decoder_graphs(original: Original, batch: int, length: int) -> Tuple[Graph, Graph]:
+def _encoder_decoder_graphs(original: Original, batch: int, length: int) -> Tuple[LoopGraph, LoopGraph]:
     ids, mask = _example(original, batch, length)
     calls = stepping.encoder_decoder(original.model)
     _check(original, calls, torch.tensor([[original.facts["start_id"]]]), LOOPS["encoder_decoder"])
@@ -61,8 +61,8 @@ def _encoder_decoder_graphs(original: Original, batch: int, length: int) -> Tupl
     decoder_ids = ids[:, : min(4, length)]
     step = calls.step
     return (
-        Graph(Wrapped(calls.start), (ids, mask), ("input_ids", "attention_mask"), calls.keeps_past),
-        Graph(Wrapped(step), (decoder_ids, mask, *past, *states[growing:]), step.inputs, calls.keeps_past),
+        LoopGraph(Wrapped(calls.start), (ids, mask), ("input_ids", "attention_mask"), calls.keeps_past),
+        LoopGraph(Wrapped(step), (decoder_ids, mask, *past, *states[growing:]), step.inputs, calls.keeps_past),
     )
 
 
@@ -102,7 +102,7 @@ def _example(original: Original, batch: int, length: int) -> Tuple[torch.Tensor,
 
 
 # From the original, a batch and a length to the graphs of start and step.
-GRAPHS: Dict[str, Callable[[Original, int, int], Tuple[Graph, Graph]]] = {
+GRAPHS: Dict[str, Callable[[Original, int, int], Tuple[LoopGraph, LoopGraph]]] = {
     "decoder": _decoder_graphs,
     "encoder_decoder": _encoder_decoder_graphs,
 }
