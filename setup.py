@@ -44,7 +44,11 @@ setup(
         "traceserve": "scripts/traceserve",
         "traceserve_runtime": "handlers/traceserve_runtime",
     },
-    package_data={"traceserve": ["py.typed"], "traceserve_runtime": ["py.typed"]},
+    package_data={
+        "traceserve": ["py.typed"],
+        "traceserve.building.checkpoints": ["demo_data/*"],
+        "traceserve_runtime": ["py.typed"],
+    },
     install_requires=[
         "torch>=1.13",
         "transformers>=4.26",
