@@ -81,7 +81,11 @@ def test_a_megabyte_that_is_refused_is_refused_at_once(engine: Engine, name: str
     taken = []
     for _ in range(3):
         answer, seconds = serve(engine, HUGE[name])
-        kind = answer["error"]["type"]
+        error = answer["error"]
+        # KServe's clients read a string.
+        kind = (
+            error["type"] if isinstance(error, dict) else "InputTooLong" if "one request may have" in error else error
+        )
         taken.append(seconds)
     assert kind == ("InputTooLong" if not {"long", "nested", "many"} & set(name.split()) else kind) != "TraceserveError"
     assert min(taken) < 0.1
