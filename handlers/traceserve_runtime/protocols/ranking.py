@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Dict, List, Mapping, Sequence
 
 from traceserve_runtime.errors import InvalidRequest, TraceserveError, WrongTask
-from traceserve_runtime.protocols import openai, tei
+from traceserve_runtime.protocols import tei
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Body, Refusal, Served
 from traceserve_runtime.protocols.fields import (
@@ -20,6 +20,7 @@ from traceserve_runtime.protocols.fields import (
     needed,
     read_keys,
 )
+from traceserve_runtime.protocols.openai.shared import OpenAiErrors, error_document, head, usage
 from traceserve_runtime.protocols.requests import checked_fields
 from traceserve_runtime.tasks.contract import Answer, Request
 
@@ -75,7 +76,7 @@ class Rerank:
         )
         if ours:
             return self._tei.error(error, parts, headers, served)
-        document = openai.error_document(error)
+        document = error_document(error)
         return Refusal.of({**document, "message": error.message, "detail": error.message}, error)
 
 
@@ -106,7 +107,7 @@ class _Ranks(Places):
             }
             for each in answers[0].value
         ]
-        made = openai.head("rerank-", "list", served)
+        made = head("rerank-", "list", served)
         tokens = answers[0].tokens
         return {
             "id": made["id"],
@@ -117,7 +118,7 @@ class _Ranks(Places):
         }
 
 
-class Score(openai._Errors):
+class Score(OpenAiErrors):
     """A text, or several, with others: `{"data": [{"index", "score"}]}`, one for each pair."""
 
     def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Body:
@@ -153,10 +154,10 @@ class _Scores(Places):
     def reply(self, answers: Sequence[Answer], served: Served) -> Any:
         """The scores in order."""
         data = [{"index": i, "object": "score", "score": each.value[0]["score"]} for i, each in enumerate(answers)]
-        return {**openai.head("score-", "list", served), "data": data, "usage": openai.usage(answers)}
+        return {**head("score-", "list", served), "data": data, "usage": usage(answers)}
 
 
-class Classify(openai._Errors):
+class Classify(OpenAiErrors):
     """Texts to `{"data": [{"index", "label", "probs", "num_classes"}]}`."""
 
     def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Body:
@@ -186,4 +187,4 @@ class _Classes(Places):
             best = answer.value[0]["label"]
             probs = [scores[label] for label in labels]
             data.append({"index": i, "label": best, "probs": probs, "num_classes": len(labels)})
-        return {**openai.head("classify-", "list", served), "data": data, "usage": openai.usage(answers)}
+        return {**head("classify-", "list", served), "data": data, "usage": usage(answers)}

@@ -1,0 +1,192 @@
+"""How texts that were written are answered: completions and chat completions, whole or as events."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Dict, Mapping, NamedTuple, Optional, Sequence
+
+from traceserve_runtime.errors import TraceserveError
+from traceserve_runtime.protocols.contract import Served
+from traceserve_runtime.protocols.events import CONTENT_TYPE, DONE, Stops, cut, event
+from traceserve_runtime.protocols.fields import Places
+from traceserve_runtime.protocols.openai.shared import error_document, head, usage
+from traceserve_runtime.tasks.contract import Answer, WrittenToken
+
+_REASONS = {"length": "length"}  # all else is "stop"
+
+
+class Choices(NamedTuple):
+    """How many texts are written to each prompt, where they stop, and what is said of each."""
+
+    of_each: int
+    stops: Sequence[str]
+    logprobs: Optional[int]  # so many of the likeliest tokens; None: no log-probabilities
+
+
+def _written(answer: Answer) -> str:
+    """The text of an answer of text_generation or text2text_generation, or of a stream."""
+    value = answer.value[0] if isinstance(answer.value, list) else answer.value
+    return value if isinstance(value, str) else str(value["generated_text"])
+
+
+def _reason(answer: Answer) -> str:
+    return _REASONS.get((answer.details or {}).get("finish_reason", ""), "stop")
+
+
+def _tokens(answers: Sequence[Answer]) -> int:
+    return sum((answer.details or {}).get("generated_tokens", 0) for answer in answers)
+
+
+@dataclass(frozen=True)
+class WrittenTexts(Places):
+    choices: Choices = Choices(1, (), None)
+    echoed: Sequence[str] = ()
+
+    object: str = ""
+    prefix: str = ""
+
+    def reply(self, answers: Sequence[Answer], served: Served) -> Any:
+        """The choices of all prompts, in order; a prompt that has several was read once for each."""
+        read = [answers[i] for i in range(0, len(answers), self.choices.of_each)]
+        return {
+            **head(self.prefix, self.object, served),
+            "choices": [self._choice(i, answer) for i, answer in enumerate(answers)],
+            "usage": usage(read, _tokens(answers)),
+        }
+
+    def _choice(self, index: int, answer: Answer) -> Dict[str, Any]:
+        text, _ = cut(_written(answer), self.choices.stops)
+        logprobs = None if self.choices.logprobs is None else self._logprobs(answer)
+        return {"index": index, **self._said(index, text), "logprobs": logprobs, "finish_reason": _reason(answer)}
+
+    def _said(self, index: int, text: str) -> Dict[str, Any]:
+        raise NotImplementedError
+
+    def _logprobs(self, answer: Answer) -> Any:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class CompletionTexts(WrittenTexts):
+    object: str = "text_completion"
+    prefix: str = "cmpl-"
+
+    def _said(self, index: int, text: str) -> Dict[str, Any]:
+        return {"text": (self.echoed[index // self.choices.of_each] if self.echoed else "") + text}
+
+    def _logprobs(self, answer: Answer) -> Any:
+        return completion_logprobs((answer.details or {}).get("tokens", ()), (answer.details or {}).get("top_tokens"))
+
+
+@dataclass(frozen=True)
+class ChatTexts(WrittenTexts):
+    object: str = "chat.completion"
+    prefix: str = "chatcmpl-"
+
+    def _said(self, index: int, text: str) -> Dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def _logprobs(self, answer: Answer) -> Any:
+        return chat_logprobs((answer.details or {}).get("tokens", ()), (answer.details or {}).get("top_tokens"))
+
+
+def completion_logprobs(tokens: Sequence[Mapping[str, Any]], tops: Optional[Sequence[Any]]) -> Dict[str, Any]:
+    """Token by token, as completions tell them."""
+    offsets, place = [], 0
+    for token in tokens:
+        offsets.append(place)
+        place += len(token["text"])
+    return {
+        "tokens": [token["text"] for token in tokens],
+        "token_logprobs": [token["logprob"] for token in tokens],
+        "top_logprobs": [{each["text"]: each["logprob"] for each in top} for top in tops] if tops else None,
+        "text_offset": offsets,
+    }
+
+
+def chat_logprobs(tokens: Sequence[Mapping[str, Any]], tops: Optional[Sequence[Any]]) -> Dict[str, Any]:
+    """Token by token, as chat completions tell them."""
+
+    def told(token: Mapping[str, Any]) -> Dict[str, Any]:
+        return {"token": token["text"], "logprob": token["logprob"], "bytes": list(token["text"].encode("utf-8"))}
+
+    lists = tops or [[]] * len(tokens)
+    return {
+        "content": [{**told(t), "top_logprobs": [told(each) for each in top]} for t, top in zip(tokens, lists)],
+        "refusal": None,
+    }
+
+
+class Chunks:
+    """The events of one stream; log-probabilities, where they are asked for, come with the last text."""
+
+    content_type = CONTENT_TYPE
+    prefix = ""
+    object = ""
+
+    def __init__(self, choices: Choices, served: Served, with_usage: bool) -> None:
+        self._head = head(self.prefix, self.object, served)
+        self._stops = Stops(choices.stops)
+        self._choices = choices
+        self._with_usage = with_usage
+        self._begun = False
+
+    def piece(self, text: str, tokens: Sequence[WrittenToken]) -> bytes:
+        """One event, but where all of the text is held back."""
+        text = self._stops.feed(text)
+        return self._chunk(self._delta(text)) if text else b""
+
+    def end(self, text: str, answer: Answer, tokens: int) -> bytes:
+        """The rest of the text, why it ended, and how many tokens there were where that was asked for."""
+        text = self._stops.feed(text) + self._stops.rest()
+        logprobs = None if self._choices.logprobs is None else self._logprobs(answer)
+        last = self._chunk(self._delta(text), logprobs=logprobs) if text or logprobs or not self._begun else b""
+        last += self._chunk(self._nothing(), _reason(answer))
+        if self._with_usage:
+            last += event({**self._head, "choices": [], "usage": usage([answer], _tokens([answer]))})
+        return last + DONE
+
+    def failed(self, error: TraceserveError) -> bytes:
+        """The error, as an answer has it."""
+        return event(error_document(error)) + DONE
+
+    def _chunk(self, said: Mapping[str, Any], reason: Optional[str] = None, logprobs: Any = None) -> bytes:
+        self._begun = True
+        return event({**self._head, "choices": [{"index": 0, **said, "logprobs": logprobs, "finish_reason": reason}]})
+
+    def _delta(self, text: str) -> Dict[str, Any]:
+        raise NotImplementedError
+
+    def _nothing(self) -> Dict[str, Any]:
+        raise NotImplementedError
+
+    def _logprobs(self, answer: Answer) -> Any:
+        raise NotImplementedError
+
+
+class CompletionChunks(Chunks):
+    prefix = "cmpl-"
+    object = "text_completion"
+
+    def _delta(self, text: str) -> Dict[str, Any]:
+        return {"text": text}
+
+    def _nothing(self) -> Dict[str, Any]:
+        return {"text": ""}
+
+    def _logprobs(self, answer: Answer) -> Any:
+        return completion_logprobs((answer.details or {}).get("tokens", ()), (answer.details or {}).get("top_tokens"))
+
+
+class ChatChunks(Chunks):
+    prefix = "chatcmpl-"
+    object = "chat.completion.chunk"
+
+    def _delta(self, text: str) -> Dict[str, Any]:
+        return {"delta": {"content": text} if self._begun else {"role": "assistant", "content": text}}
+
+    def _nothing(self) -> Dict[str, Any]:
+        return {"delta": {}}
+
+    def _logprobs(self, answer: Answer) -> Any:
+        return chat_logprobs((answer.details or {}).get("tokens", ()), (answer.details or {}).get("top_tokens"))

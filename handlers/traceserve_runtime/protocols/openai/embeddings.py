@@ -1,0 +1,97 @@
+"""Models, and texts to vectors."""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass
+from typing import Any, Dict, List, Mapping, Sequence, Union
+
+import numpy as np
+
+from traceserve_runtime.errors import InvalidRequest, NotFound, WrongTask
+from traceserve_runtime.protocols.bodies import Headers
+from traceserve_runtime.protocols.contract import Body, Document, Served
+from traceserve_runtime.protocols.fields import (
+    IGNORED,
+    Key,
+    Places,
+    checked,
+    foreign_names,
+    json_body,
+    needed,
+    read_keys,
+)
+from traceserve_runtime.protocols.openai.shared import OpenAiErrors, texts_of, usage
+from traceserve_runtime.protocols.requests import checked_fields
+from traceserve_runtime.protocols.wording import short
+from traceserve_runtime.tasks.contract import Answer, Request
+
+_READ = Key(read=True)
+
+_EMBEDDINGS: Dict[str, Key] = {
+    "input": _READ,
+    "model": IGNORED,
+    "encoding_format": _READ,
+    "dimensions": Key("dimensions"),
+    "user": IGNORED,
+}
+
+
+class Models(OpenAiErrors):
+    """The list of models: the one that is served; or, at a path of its own, that one."""
+
+    def __init__(self, single: bool = False) -> None:
+        self._single = single
+
+    def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Document:
+        """Nothing is asked; raises NotFound for another model than this one."""
+        wanted = headers.path.strip("/").partition("models/")[2]
+        if self._single and wanted != served.name:
+            raise NotFound(f"the model {short(wanted)} is not served here; {served.name} is", "model")
+        model = {
+            "id": served.name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "traceserve",
+            "max_model_len": served.manifest.max_length,
+        }
+        return Document(model if self._single else {"object": "list", "data": [model]})
+
+
+class Embeddings(OpenAiErrors):
+    """Texts to vectors, by a model of feature extraction."""
+
+    def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Body:
+        """The requests in `input`: a text, a list of texts, a list of token ids, or a list of such lists."""
+        if not served.task.reads_vectors:
+            raise WrongTask(
+                f"this model's task is {served.task.name}; embeddings are made by one of feature_extraction"
+            )
+        value = json_body(parts, headers, served)
+        parameters = checked(read_keys(value, _EMBEDDINGS), served, foreign_names(_EMBEDDINGS))
+        form = value.get("encoding_format") or "float"
+        if form not in ("float", "base64"):
+            raise InvalidRequest('"encoding_format" should be "float" or "base64"', "encoding_format")
+        texts = texts_of(needed(value, "input"), "input", served)
+        if served.manifest.parameters.get("pooling", "none") == "none":
+            parameters = {"pooling": "mean", **parameters}  # one vector is asked for, and the model names no pooling
+        requests = [Request(checked_fields({"text": t}, served.task, w), parameters, group, w) for t, w in texts]
+        return Body(requests, _Vectors({"text": "input"}, foreign_names(_EMBEDDINGS), encode=form == "base64"))
+
+
+@dataclass(frozen=True)
+class _Vectors(Places):
+    encode: bool = False
+
+    def reply(self, answers: Sequence[Answer], served: Served) -> Any:
+        """The vectors in order; in base64 they are float32, little-endian."""
+        data = [
+            {"object": "embedding", "index": i, "embedding": self._written(answer.value)}
+            for i, answer in enumerate(answers)
+        ]
+        return {"object": "list", "data": data, "model": served.name, "usage": usage(answers)}
+
+    def _written(self, vector: List[float]) -> Union[str, List[float]]:
+        if not self.encode:
+            return vector
+        return base64.b64encode(np.array(vector, dtype="<f4").tobytes()).decode("ascii")

@@ -1,0 +1,70 @@
+"""What all paths of OpenAI's API have in common: errors, usage, the heads of answers, and how texts are sent."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+
+from traceserve_runtime.errors import InvalidRequest, TraceserveError
+from traceserve_runtime.protocols.bodies import Headers
+from traceserve_runtime.protocols.contract import Refusal, Served
+from traceserve_runtime.protocols.wording import kind_of
+from traceserve_runtime.tasks.contract import Answer
+
+_ERRORS = {404: "not_found_error", 500: "server_error", 501: "server_error"}
+
+
+class OpenAiErrors:
+    """What all of them are refused with."""
+
+    def error(self, error: TraceserveError, parts: Mapping[str, Any], headers: Headers, served: Served) -> Refusal:
+        """OpenAI's own shape."""
+        return Refusal.of(error_document(error), error)
+
+
+def error_document(error: TraceserveError) -> Dict[str, Any]:
+    """An error as OpenAI's clients read it."""
+    kind = _ERRORS.get(error.status, "invalid_request_error")
+    return {"error": {"message": error.message, "type": kind, "param": error.field, "code": type(error).__name__}}
+
+
+def usage(answers: Sequence[Answer], completion: Optional[int] = None) -> Dict[str, int]:
+    """How many tokens were read, and written where any were."""
+    read = sum(answer.tokens for answer in answers)
+    if completion is None:
+        return {"prompt_tokens": read, "total_tokens": read}
+    return {"prompt_tokens": read, "completion_tokens": completion, "total_tokens": read + completion}
+
+
+def texts_of(value: Any, name: str, served: Served) -> List[Tuple[Any, str]]:
+    """The texts that a prompt or input is, each with its path. Ids of the model's tokens are read as the text that they say."""
+    if isinstance(value, str):
+        return [(value, name)]
+    if not isinstance(value, list):
+        raise InvalidRequest(f'"{name}" should be a string or a list of strings, not {kind_of(value)}', name)
+    if not value:
+        raise InvalidRequest(f'"{name}" is an empty list: it asks nothing', name)
+    if _are_ids(value):
+        return [(_text_of(value, name, served), name)]
+    lists = all(isinstance(item, list) and _are_ids(item) for item in value)
+    return [
+        (_text_of(item, w, served) if lists else item, w)
+        for w, item in ((f"{name}[{i}]", t) for i, t in enumerate(value))
+    ]
+
+
+def _text_of(ids: Sequence[int], where: str, served: Served) -> str:
+    try:
+        return served.text_of(ids)
+    except OverflowError:
+        raise InvalidRequest("a token id is a whole number from 0 to 4,294,967,295", where) from None
+
+
+def _are_ids(value: Any) -> bool:
+    return bool(value) and all(type(item) is int for item in value)
+
+
+def head(prefix: str, kind: str, served: Served) -> Dict[str, Any]:
+    """What an answer begins with."""
+    return {"id": prefix + uuid.uuid4().hex, "object": kind, "created": int(time.time()), "model": served.name}

@@ -1,0 +1,264 @@
+"""Prompts and chats to texts: which keys a body has, and what they ask of us.
+
+What a key means for us stands in the tables below; what is in none of them, or asks for something that is not done here, is
+refused by its name.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+
+from traceserve_runtime.errors import InvalidRequest, WrongTask
+from traceserve_runtime.protocols.bodies import Headers
+from traceserve_runtime.protocols.contract import Body, Served
+from traceserve_runtime.protocols.fields import (
+    IGNORED,
+    Key,
+    boolean,
+    checked,
+    foreign_names,
+    json_body,
+    needed,
+    read_keys,
+)
+from traceserve_runtime.protocols.openai.answers import (
+    ChatChunks,
+    ChatTexts,
+    Choices,
+    Chunks,
+    CompletionChunks,
+    CompletionTexts,
+    WrittenTexts,
+)
+from traceserve_runtime.protocols.openai.shared import OpenAiErrors, texts_of
+from traceserve_runtime.protocols.requests import checked_fields
+from traceserve_runtime.protocols.wording import kind_of
+from traceserve_runtime.tasks.contract import Request
+
+_MOST_CHOICES = 128  # of one prompt
+_TOP_LOGPROBS = 20
+_DEFAULT_TOKENS = 16  # of a completion, as OpenAI has it; a chat goes on as far as the model says
+
+_READ = Key(read=True)
+_WRITING: Dict[str, Key] = {
+    "model": IGNORED,
+    "user": IGNORED,
+    "n": _READ,
+    "stream": _READ,
+    "stream_options": _READ,
+    "temperature": Key("temperature"),
+    "top_p": Key("top_p"),
+    "seed": Key("seed"),
+    "stop": Key("stop", neutral=([],)),
+    "presence_penalty": Key(neutral=(0,), why="penalties for presence are not done here; repetition_penalty is"),
+    "frequency_penalty": Key(neutral=(0,), why="penalties for frequency are not done here; repetition_penalty is"),
+    "logit_bias": Key(neutral=({},)),
+    # What the servers that followed OpenAI have beside.
+    "top_k": Key("top_k"),
+    "min_p": Key("min_p"),
+    "typical_p": Key("typical_p"),
+    "repetition_penalty": Key("repetition_penalty"),
+    "min_tokens": Key("min_new_tokens"),
+}
+_COMPLETIONS: Dict[str, Key] = {
+    **_WRITING,
+    "prompt": _READ,
+    "max_tokens": Key("max_new_tokens"),
+    "logprobs": _READ,
+    "echo": _READ,
+    "best_of": _READ,
+    "suffix": Key(neutral=("",)),
+}
+_CHAT: Dict[str, Key] = {
+    **_WRITING,
+    "messages": _READ,
+    "max_tokens": Key("max_new_tokens"),
+    "max_completion_tokens": Key("max_new_tokens"),
+    "logprobs": _READ,
+    "top_logprobs": _READ,
+    "tools": Key(neutral=([],)),
+    "tool_choice": Key(neutral=("none", "auto")),
+    "tool_prompt": IGNORED,
+    "functions": Key(neutral=([],)),
+    "response_format": Key(neutral=({"type": "text"},)),
+    "parallel_tool_calls": IGNORED,
+    "store": Key(neutral=(False,)),
+    "metadata": IGNORED,
+    "modalities": Key(neutral=(["text"],)),
+    "service_tier": IGNORED,
+    "prompt_cache_key": IGNORED,
+    "safety_identifier": IGNORED,
+}
+_ROLES = {"developer": "system"}  # what others call ours
+
+
+class _Writing(OpenAiErrors):
+    """What completions and chat completions have in common."""
+
+    keys: Mapping[str, Key]
+
+    def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Body:
+        """The requests: for each prompt as many as choices are asked for."""
+        if not served.task.loop:
+            raise WrongTask(f"this model's task is {served.task.name}; texts are written by one of text_generation")
+        value = json_body(parts, headers, served)
+        parameters = checked(self._parameters(value, served), served, self._names())
+        prompts = self._prompts(value, served)
+        choices = Choices(_count(value), _strings(parameters.get("stop")), self._logprobs(value))
+        if choices.logprobs is not None:
+            parameters = {**parameters, "details": True, "top_n_tokens": choices.logprobs}
+        if boolean(value, "stream"):
+            return self._streamed(value, prompts, parameters, choices, served, group)
+        requests = [
+            Request(fields, self._of_choice(parameters, i), group, where)
+            for fields, where in prompts
+            for i in range(choices.of_each)
+        ]
+        return Body(requests, self._form(value, choices, served))
+
+    def _streamed(
+        self,
+        value: Mapping[str, Any],
+        prompts: Sequence[Tuple[Mapping[str, Any], str]],
+        parameters: Mapping[str, Any],
+        choices: Choices,
+        served: Served,
+        group: int,
+    ) -> Body:
+        if len(prompts) > 1 or choices.of_each > 1:
+            raise InvalidRequest("one text is streamed at a time: send one prompt, and n = 1", "n")
+        if "stream" not in {parameter.name for parameter in served.task.all_parameters()}:
+            raise InvalidRequest("this model's texts are not streamed; leave stream out", "stream")
+        if boolean(value, "echo"):
+            raise InvalidRequest('"echo" of a stream is not done here', "echo")
+        options = value.get("stream_options") or {}
+        if not isinstance(options, dict):
+            raise InvalidRequest(f'"stream_options" should be an object, not {kind_of(options)}', "stream_options")
+        read_keys(options, {"include_usage": _READ, "include_obfuscation": IGNORED}, "stream_options")
+        [(fields, where)] = prompts
+        request = Request(fields, {**parameters, "stream": True}, group, where)
+        frames = self._frames(choices, served, boolean(options, "include_usage"))
+        return Body([request], self._form(value, choices, served), frames)
+
+    @staticmethod
+    def _of_choice(parameters: Mapping[str, Any], number: int) -> Dict[str, Any]:
+        """Each choice draws other tokens."""
+        seed = parameters.get("seed")
+        return dict(parameters) if seed is None else {**parameters, "seed": (seed + number) % 2**32}
+
+    def _names(self) -> Dict[str, str]:
+        return {**foreign_names(self.keys), "details": "logprobs", "top_n_tokens": "top_logprobs", "num_beams": "n"}
+
+    def _parameters(self, value: Mapping[str, Any], served: Served) -> Dict[str, Any]:
+        found = read_keys(value, self.keys)
+        if "return_full_text" in {parameter.name for parameter in served.task.all_parameters()}:
+            found["return_full_text"] = False
+        return found
+
+    def _prompts(self, value: Mapping[str, Any], served: Served) -> List[Tuple[Mapping[str, Any], str]]:
+        raise NotImplementedError
+
+    def _logprobs(self, value: Mapping[str, Any]) -> Optional[int]:
+        raise NotImplementedError
+
+    def _form(self, value: Mapping[str, Any], choices: Choices, served: Served) -> WrittenTexts:
+        raise NotImplementedError
+
+    def _frames(self, choices: Choices, served: Served, with_usage: bool) -> Chunks:
+        raise NotImplementedError
+
+
+class Completions(_Writing):
+    """Prompts to texts."""
+
+    keys = _COMPLETIONS
+
+    def _parameters(self, value: Mapping[str, Any], served: Served) -> Dict[str, Any]:
+        return {"max_new_tokens": _DEFAULT_TOKENS, **super()._parameters(value, served)}
+
+    def _prompts(self, value: Mapping[str, Any], served: Served) -> List[Tuple[Mapping[str, Any], str]]:
+        best = value.get("best_of")
+        if best is not None and best != _count(value):
+            raise InvalidRequest('"best_of" is not done here; leave it out', "best_of")
+        texts = texts_of(needed(value, "prompt"), "prompt", served)
+        return [(checked_fields({"text": text}, served.task, where), where) for text, where in texts]
+
+    def _logprobs(self, value: Mapping[str, Any]) -> Optional[int]:
+        wanted = value.get("logprobs")
+        if wanted is None or wanted is False:
+            return None
+        if type(wanted) is not int or not 0 <= wanted <= _TOP_LOGPROBS:
+            raise InvalidRequest(f'"logprobs" should be a whole number from 0 to {_TOP_LOGPROBS}', "logprobs")
+        return wanted
+
+    def _form(self, value: Mapping[str, Any], choices: Choices, served: Served) -> WrittenTexts:
+        echoed = [t for t, _ in texts_of(value["prompt"], "prompt", served)] if boolean(value, "echo") else []
+        return CompletionTexts({"text": "prompt"}, self._names(), choices=choices, echoed=echoed)
+
+    def _frames(self, choices: Choices, served: Served, with_usage: bool) -> Chunks:
+        return CompletionChunks(choices, served, with_usage)
+
+
+class Chat(_Writing):
+    """Messages to the next one."""
+
+    keys = _CHAT
+
+    def _prompts(self, value: Mapping[str, Any], served: Served) -> List[Tuple[Mapping[str, Any], str]]:
+        if "messages" not in {field.name for field in served.task.fields}:
+            raise WrongTask(
+                f"this model's task is {served.task.name}; chats are gone on with by one of text_generation"
+            )
+        messages = needed(value, "messages")
+        if not isinstance(messages, list):
+            raise InvalidRequest(f'"messages" should be a list, not {kind_of(messages)}', "messages")
+        own = [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+        return [(checked_fields({"messages": own}, served.task, ""), "")]
+
+    def _logprobs(self, value: Mapping[str, Any]) -> Optional[int]:
+        most = value.get("top_logprobs")
+        if most is not None and (type(most) is not int or not 0 <= most <= _TOP_LOGPROBS):
+            raise InvalidRequest(f'"top_logprobs" should be a whole number from 0 to {_TOP_LOGPROBS}', "top_logprobs")
+        if not boolean(value, "logprobs"):
+            if most:
+                raise InvalidRequest('"top_logprobs" needs "logprobs": true', "top_logprobs")
+            return None
+        return most or 0
+
+    def _form(self, value: Mapping[str, Any], choices: Choices, served: Served) -> WrittenTexts:
+        return ChatTexts({}, self._names(), choices=choices)
+
+    def _frames(self, choices: Choices, served: Served, with_usage: bool) -> Chunks:
+        return ChatChunks(choices, served, with_usage)
+
+
+def _message(message: Any, where: str) -> Any:
+    """A message as ours: its content one text."""
+    if not isinstance(message, dict):
+        raise InvalidRequest('a message is an object like {"role": "user", "content": "..."}', where)
+    read_keys(message, {"role": _READ, "content": _READ, "name": Key(), "refusal": Key()}, where)
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "".join(_part(part, f"{where}.content[{i}]") for i, part in enumerate(content))
+    role = message.get("role")
+    return {"role": _ROLES.get(role, role) if isinstance(role, str) else role, "content": content}
+
+
+def _part(part: Any, where: str) -> str:
+    text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+    if not isinstance(text, str):
+        raise InvalidRequest('this model reads text: a part is an object like {"type": "text", "text": "..."}', where)
+    return text
+
+
+def _count(value: Mapping[str, Any]) -> int:
+    count = value.get("n")
+    if count is None:
+        return 1
+    if type(count) is not int or not 1 <= count <= _MOST_CHOICES:
+        raise InvalidRequest(f'"n" should be a whole number from 1 to {_MOST_CHOICES}', "n")
+    return count
+
+
+def _strings(value: Any) -> List[str]:
+    return [] if value is None else [value] if isinstance(value, str) else list(value)
