@@ -41,11 +41,13 @@ def _predict(options: argparse.Namespace) -> int:
         raise ServerError(f"the server on port {instance.port} has no {options.name}, but {', '.join(instance.names)}")
     for body in bodies:
         if isinstance(body, dict) and dict(body.get("parameters") or {}).get("stream") is True:
-            for piece in client.stream(instance.url, options.name, body, instance.key):
+            for piece in client.stream(
+                instance.url, options.name, body, instance.key, certificate=instance.certificate
+            ):
                 print(piece, end="", flush=True)
             print()
             continue
-        answer = client.predict(instance.url, options.name, body, instance.key)
+        answer = client.predict(instance.url, options.name, body, instance.key, certificate=instance.certificate)
         asked = body["inputs"] if isinstance(body, dict) and "inputs" in body else body
         for item in answer if isinstance(asked, list) else [answer]:
             print(json.dumps(item, ensure_ascii=False), flush=True)

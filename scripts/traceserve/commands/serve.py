@@ -40,16 +40,47 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="give up when nothing has answered by then [%(default)s s]",
     )
+    _add_front(parser)
+
+
+def _add_front(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cors-origin",
+        metavar="O",
+        help='let the pages of this origin ask from a browser, as https://example.org; "*": of any',
+    )
+    parser.add_argument(
+        "--certificate", type=Path, metavar="FILE", help="speak TLS, with this certificate and its chain (PEM)"
+    )
+    parser.add_argument("--key", type=Path, metavar="FILE", help="its private key (PEM, RSA, without a password)")
+    parser.add_argument(
+        "--queue",
+        type=positive,
+        default=1000,
+        metavar="N",
+        help="requests of one archive that may wait; more are answered with 503 at once [%(default)s]",
+    )
+    parser.add_argument(
+        "--largest-body", type=positive, default=64, metavar="MIB", help="of a request or an answer [%(default)s MiB]"
+    )
 
 
 def _serve(options: argparse.Namespace) -> int:
     from traceserve.errors import ServerError
     from traceserve.serving import instances, server
+    from traceserve.serving.front import Front
 
     started = time.monotonic()
+    front = Front(options.cors_origin, options.certificate, options.key, options.queue, options.largest_body)
     with Bar() as bar:
         instance = server.start(
-            options.archives, options.host, options.port, options.workers, options.timeout, lambda text: bar(text, 0, 0)
+            options.archives,
+            options.host,
+            options.port,
+            options.workers,
+            options.timeout,
+            lambda text: bar(text, 0, 0),
+            front=front,
         )
     print_instance(instance, time.monotonic() - started)
     if options.foreground:
@@ -139,6 +170,7 @@ def print_instance(instance: Instance, seconds: float) -> None:
     for name in instance.names:
         manifest = instance.manifest(name)
         key = ("-H", f"Authorization: Bearer {instance.key}") if instance.key else ()
+        key = (*key, "--insecure") if instance.certificate else key  # it is for another name than this machine's
         body = TASKS[manifest.task].sample_body(manifest.facts)
         command = catalog.curl(f"{instance.url}/predictions/{name}", body, *key)
         screen.print(f"\n  {command}", highlight=False, markup=False, soft_wrap=True)

@@ -46,6 +46,10 @@ def subject(
     """
     if "://" not in place:
         instance = _serving(place, port)
+        if instance.certificate:
+            raise ServerError(
+                f"{place} is served by TLS, which is not measured here; serve it without --certificate too"
+            )
         key = {"Authorization": f"Bearer {instance.key}"} if instance.key else {}
         target = load_generator.Endpoint(f"{instance.url}/predictions/{urllib.parse.quote(place)}", key)
         metrics = f"http://127.0.0.1:{instance.metrics_port}/metrics"

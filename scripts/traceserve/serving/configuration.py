@@ -13,15 +13,20 @@ from traceserve.archives.contents import configure_unpacked, unpack
 from traceserve.archives.model_config import Serving
 from traceserve.errors import ServerError
 from traceserve.serving import java
+from traceserve.serving.front import Front
 
 DEFAULT_WORKERS = 1  # of an archive that does not say; TorchServe's own default is one for each core
 # The keys of a server hold as long as it runs: TorchServe's default of one hour would lock everybody out at night.
 _KEY_MINUTES = 10 * 365 * 24 * 60
-_LARGEST_BODY = 64 << 20  # a batch of token embeddings is larger than TorchServe's default of 6.5 MB
 
 
 def configure(
-    folder: Path, files: Mapping[str, Path], servings: Mapping[str, Serving], host: str, port: int
+    folder: Path,
+    files: Mapping[str, Path],
+    servings: Mapping[str, Serving],
+    host: str,
+    port: int,
+    front: Front = Front(),
 ) -> Tuple[Tuple[int, int], Dict[str, Path]]:
     """Write everything that TorchServe reads; gives its management and metrics ports, and the files by option.
 
@@ -40,7 +45,7 @@ def configure(
             configure_unpacked(store / name, servings[name])
     shown_host = f"[{host}]" if ":" in host else host
     properties = {
-        "inference_address": f"http://{shown_host}:{port}",
+        "inference_address": f"{front.scheme}://{shown_host}:{port}",
         "management_address": f"http://127.0.0.1:{management}",
         "metrics_address": f"http://127.0.0.1:{metrics}",
         "grpc_inference_address": "127.0.0.1",
@@ -55,9 +60,7 @@ def configure(
         "disable_token_authorization": str(is_loopback(host)).lower(),
         "token_expiration_min": _KEY_MINUTES,
         "install_py_dep_per_model": "false",
-        "max_request_size": _LARGEST_BODY,
-        "max_response_size": _LARGEST_BODY,
-        "job_queue_size": 1000,
+        **front.properties(),
         "metrics_mode": "prometheus",
         "metrics_config": folder / "metrics.yaml",
         "disable_system_metrics": "true",

@@ -46,12 +46,14 @@ class Instance:
     management_key: Optional[str]
     machine: str = dataclasses.field(default_factory=lambda: this_machine())
     seen: bool = False  # somebody has been shown why it died
+    certificate: Optional[str] = None  # the file of its certificate, where it speaks TLS
 
     @property
     def url(self) -> str:
         """Where it answers, as seen from this machine."""
         host = "127.0.0.1" if _unspecified(self.host) else self.host
-        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+        scheme = "https" if self.certificate else "http"
+        return f"{scheme}://[{host}]:{self.port}" if ":" in host else f"{scheme}://{host}:{self.port}"
 
     @property
     def process(self) -> Optional[psutil.Process]:

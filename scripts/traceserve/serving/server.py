@@ -27,6 +27,7 @@ from traceserve.archives.names import check_name
 from traceserve.errors import ServerError
 from traceserve.machine import environment, neuron_cores
 from traceserve.serving import client, configuration, instances, java
+from traceserve.serving.front import Front
 from traceserve.serving.instances import Instance
 from traceserve.serving.log import load_failure, log_tail
 
@@ -45,6 +46,7 @@ def start(
     timeout: float = 300.0,
     progress: Optional[Callable[[str], None]] = None,
     serving: Optional[Serving] = None,
+    front: Front = Front(),
 ) -> Instance:
     """Start TorchServe on archives and wait until each has answered a request; raises ServerError with the reason.
 
@@ -58,14 +60,18 @@ def start(
     places = {name: each.workers or configuration.DEFAULT_WORKERS for name, each in wanted.items()}
     needed = neuron_cores.for_workers({name: manifest.hardware for name, manifest in manifests.items()}, places)
     _check_port(host, port)
+    front.check()
     needed_by_java = java.find_java()
     _sweep()
     with staging.held(_new_folder(port)) as folder:
         try:
             changed = {name: each for name, each in wanted.items() if each != own[name]}
-            ports, settings = configuration.configure(folder, files, changed, host, port)
+            ports, settings = configuration.configure(folder, files, changed, host, port, front)
             pid = launch(folder, settings, {**needed_by_java, **needed})
             instance = _remembered(folder, host, port, ports, pid, places)
+            if front.certificate is not None:
+                instance = dataclasses.replace(instance, certificate=str(front.certificate.resolve()))
+                instances.remember(instance)
             if not configuration.is_loopback(host):
                 instance = _with_keys(instance, timeout)
                 instances.remember(instance)
@@ -223,7 +229,8 @@ def _wait_for_answer(
 
     def ask(outcome: List[Optional[Exception]]) -> None:
         try:
-            client.predict(instance.url, name, canary, key=instance.key, timeout=max(1.0, deadline - time.monotonic()))
+            left = max(1.0, deadline - time.monotonic())
+            client.predict(instance.url, name, canary, instance.key, left, instance.certificate)
             outcome.append(None)
         except Exception as error:  # told by the thread that waits
             outcome.append(error)

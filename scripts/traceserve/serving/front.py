@@ -1,0 +1,75 @@
+"""How TorchServe's frontend meets its clients: origins of browsers, TLS, and how much it takes."""
+
+from __future__ import annotations
+
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Dict, Optional, Union
+
+from traceserve.errors import ServerError
+
+_LARGEST_BODY = 64  # MiB; a batch of token embeddings is larger than TorchServe's default of 6.5 MB
+
+
+@dataclass(frozen=True)
+class Front:
+    """The options of `traceserve serve` for it."""
+
+    cors_origin: Optional[str] = None  # the pages of this origin may ask, "*": of any
+    certificate: Optional[Path] = None  # PEM, with the chain behind it
+    key: Optional[Path] = None  # PEM, RSA, without a password
+    queue: int = 1000  # requests of one model that may wait; more are answered with 503
+    largest_body: int = _LARGEST_BODY  # MiB, of a request or an answer
+
+    def check(self) -> None:
+        """Raise ServerError for what TorchServe would end on, or pass over."""
+        if (self.certificate is None) != (self.key is None):
+            raise ServerError("--certificate and --key are given together, or not at all")
+        if self.certificate is None or self.key is None:
+            return
+        for option, file in (("--certificate", self.certificate), ("--key", self.key)):
+            if not file.is_file():
+                raise ServerError(f"{option} {file} is no file")
+        if "EC PRIVATE KEY" in self.key.read_text(encoding="utf-8", errors="replace"):
+            raise ServerError(f"--key {self.key} is of an elliptic curve, and TorchServe reads RSA alone")
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.certificate, self.key, password="")
+        except (ssl.SSLError, OSError) as error:
+            raise ServerError(f"--certificate {self.certificate} and --key {self.key} make no pair: {error}") from None
+
+    @property
+    def scheme(self) -> str:
+        """Of its URLs."""
+        return "https" if self.certificate else "http"
+
+    def properties(self) -> Dict[str, Union[str, int, Path]]:
+        """What config.properties says of it."""
+        size = self.largest_body << 20
+        found: Dict[str, Union[str, int, Path]] = {
+            "max_request_size": size,
+            "max_response_size": size,
+            "job_queue_size": self.queue,
+        }
+        if self.cors_origin is not None:
+            found.update(
+                cors_allowed_origin=self.cors_origin,
+                cors_allowed_methods="GET, POST, OPTIONS",
+                cors_allowed_headers="content-type, authorization",
+            )
+        if self.certificate and self.key:
+            found.update(certificate_file=self.certificate.resolve(), private_key_file=self.key.resolve())
+        return found
+
+
+def context(certificate: str) -> ssl.SSLContext:
+    """For our own calls of a server on this machine: its certificate is the one that it was given, whatever name it is for."""
+    own = ssl.create_default_context(cafile=certificate)
+    own.check_hostname = False
+    own.verify_flags |= _PARTIAL_CHAIN
+    return own
+
+
+_PARTIAL_CHAIN = (
+    0x80000  # ssl.VERIFY_X509_PARTIAL_CHAIN since Python 3.10: a certificate that others signed is trusted itself
+)

@@ -1,0 +1,105 @@
+"""TorchServe's frontend as `traceserve serve` configures it: TLS, browsers' origins, sizes and queues; over real HTTP."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import ssl
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Iterator, Tuple
+
+import pytest
+import trustme
+from traceserve import cli
+from traceserve.archives.archive import archive
+from traceserve.errors import ServerError
+from traceserve.serving import configuration, instances, server
+from traceserve.serving.front import Front
+from traceserve.serving.instances import Instance
+
+
+def pair(folder: Path, kind: trustme.KeyType = trustme.KeyType.RSA) -> Tuple[Path, Path]:
+    """A certificate for example.org, with its chain, and its key."""
+    issued = trustme.CA().issue_cert("example.org", key_type=kind)
+    certificate, key = folder / "certificate.pem", folder / "key.pem"
+    certificate.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
+    issued.private_key_pem.write_to_path(str(key))
+    return certificate, key
+
+
+@pytest.fixture(scope="module")
+def served(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
+    folder = tmp_path_factory.mktemp("front")
+    certificate, key = pair(folder)
+    front = Front("https://example.org", certificate, key, queue=2, largest_body=1)
+    packed = archive(artifact, "tiny", folder)
+    instance = server.start([packed], port=configuration.free_ports(1)[0], timeout=180, front=front)
+    yield instance
+    instances.stop(instance)
+
+
+def ask(served: Instance, method: str, body: Any = None, **headers: str) -> Tuple[int, Any, bytes]:
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    connection = http.client.HTTPSConnection("127.0.0.1", served.port, timeout=60, context=context)
+    try:
+        sent = {"Content-Type": "application/json", **headers}
+        connection.request(method, "/predictions/tiny", None if body is None else json.dumps(body), sent)
+        response = connection.getresponse()
+        return response.status, {k.lower(): v for k, v in response.getheaders()}, response.read()
+    finally:
+        connection.close()
+
+
+def test_it_speaks_tls_and_our_own_commands_do(served: Instance, capsys: pytest.CaptureFixture[str]) -> None:
+    assert served.url.startswith("https://")
+    assert ask(served, "POST", "Yes.")[0] == 200
+    assert cli.main(["predict", "tiny", "--port", str(served.port), "Yes."]) == 0
+    assert "label" in json.loads(capsys.readouterr().out)
+
+
+def test_pages_of_the_origin_may_ask(served: Instance) -> None:
+    for method in ("POST", "OPTIONS"):
+        status, headers, _ = ask(served, method, "Yes." if method == "POST" else None, Origin="https://example.org")
+        assert status == 200 and headers["access-control-allow-origin"] == "https://example.org"
+        assert "authorization" in headers["access-control-allow-headers"]
+
+
+def test_what_is_larger_than_allowed_is_refused(served: Instance) -> None:
+    assert ask(served, "POST", "a" * (2 << 20))[0] == 413
+    assert ask(served, "POST", "Yes.")[0] == 200
+
+
+def test_more_than_the_queue_holds_is_refused_at_once(served: Instance) -> None:
+    """While the others are answered."""
+    long = ["word " * 20] * 32
+    with ThreadPoolExecutor(24) as pool:
+        statuses = list(pool.map(lambda _: ask(served, "POST", long)[0], range(48)))
+    assert set(statuses) == {200, 503}
+    assert ask(served, "POST", "Yes.")[0] == 200
+
+
+@pytest.mark.parametrize("missing", ["certificate", "key"])
+def test_half_a_pair_is_refused(tmp_path: Path, missing: str) -> None:
+    certificate, key = pair(tmp_path)
+    front = Front(certificate=None if missing == "certificate" else certificate, key=None if missing == "key" else key)
+    with pytest.raises(ServerError, match="together"):
+        front.check()
+
+
+def test_files_that_are_no_pair_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    certificate, key = pair(tmp_path)
+    _, other = pair(tmp_path / "other")
+    Front(certificate=certificate, key=key).check()
+    with pytest.raises(ServerError, match="make no pair"):
+        Front(certificate=certificate, key=other).check()
+    with pytest.raises(ServerError, match="is no file"):
+        Front(certificate=certificate, key=tmp_path / "none.pem").check()
+
+
+def test_a_key_that_torchserve_cannot_read_is_refused(tmp_path: Path) -> None:
+    certificate, key = pair(tmp_path, trustme.KeyType.ECDSA)
+    with pytest.raises(ServerError, match="RSA alone"):
+        Front(certificate=certificate, key=key).check()
