@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import zipfile
 from itertools import count
 from pathlib import Path
 from typing import Any, Callable
@@ -119,6 +120,17 @@ def test_two_builds_are_equal(checkpoint: Callable[..., Path], tmp_path: Path) -
         subprocess.run([sys.executable, *command], cwd=tmp_path, check=True, capture_output=True)
     one, two = ((tmp_path / name / "traced_model.pt").read_bytes() for name in ("one", "two"))
     assert one == two
+
+
+def test_a_trace_names_our_own_classes_as_it_always_did(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """Wherever their files move: the same checkpoint gives the same graph."""
+    run_export(
+        tmp_path / "x", {"model_name": str(checkpoint("bert")), "task": "sequence_classification", "max_length": 32}
+    )
+    with zipfile.ZipFile(tmp_path / "x" / "traced_model.pt") as file:
+        names = {name.partition("/code/__torch__/")[2] for name in file.namelist()}
+    assert {name for name in names if "traceserve" in name and name.endswith(".py")} == {"traceserve/wrapping.py"}
+    assert not [name for name in sys.modules if name == "traceserve.wrapping"]
 
 
 def test_classes_have_their_names_again(checkpoint: Callable[..., Path], tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ most of both. (GNU's OpenMP counts spins; others read the first line alone.)
 
 oneDNN keeps code and buffers for each shape of a product that it has met, 1,024 of them and as many again in torch's own
 cache. Rows of any length are many shapes: a worker in bfloat16 grew to twice its memory. With 64 it is as fast, where the
-builder has the graph fill its tokens up to few numbers (writers/unpadding.py). The figures are in docs/measurements.md.
+builder has the graph fill its tokens up to few numbers (torchscript/unpadding.py). The figures are in docs/measurements.md.
 """
 
 from __future__ import annotations

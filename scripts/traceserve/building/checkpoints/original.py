@@ -29,7 +29,7 @@ class Original:
     facts: Dict[str, Any]
     padding_side: str
     truncation_side: str
-    dtype: str = "float32"  # what the model is traced in; another one has another model, see `precision`
+    dtype: str = "float32"  # what the model is traced in; another one has another model, see `writers.lowering`
     converted: Optional[Converted] = None  # the tokenizer, where transformers runs it in Python only
     known_tokens: Optional[int] = None  # the tokenizer's, where the model lacks some of them
     case_note: Optional[str] = None  # of do_lower_case

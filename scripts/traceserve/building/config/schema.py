@@ -86,7 +86,7 @@ def _properties_for(task: str) -> Dict[str, Any]:
 
 
 def _with_gguf(task: str) -> Dict[str, Any]:
-    """What `libraries.check` asks of a configuration with a GGUF file; without a library for it there is none to be."""
+    """What `check_library` asks of a configuration with a GGUF file; without a library for it there is none to be."""
     given = {"required": ["gguf_file"], "properties": {"gguf_file": {"type": "string"}}}
     reading = libraries.reading_gguf(TASKS[task])
     return {"if": given, "then": {"properties": {"library": {"enum": reading}}} if reading else False}

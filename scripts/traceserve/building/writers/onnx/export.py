@@ -51,7 +51,7 @@ def of_shape(original: Original, task: Type[Task], batch: int, length: int) -> O
 def of_loop(
     original: Original, task: Type[Task], batch: int, length: int
 ) -> Tuple[OnnxGraph, OnnxGraph, Tuple[str, ...]]:
-    """The graphs `start` and `step` of a model that is run token by token, see `looping`; and the inputs of a step."""
+    """The graphs `start` and `step` of a model that is run token by token, see `tracing.loops`; and the inputs of a step."""
     start, step = GRAPHS[task.loop](original, batch, min(length, original.max_length - 2))
     with torch.no_grad():
         states = start.module(*start.example)

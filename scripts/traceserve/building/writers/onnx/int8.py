@@ -1,7 +1,7 @@
 """Dynamic int8 by ONNX Runtime's MatMulNBits: weights and what they are multiplied with, each in blocks of their own scale.
 
 Blocks lie along the input channels, so that each token is quantized by itself: no answer depends on what else is in its
-batch. The products are right on every processor, and fast with VNNI. `quantization` chooses the layers.
+batch. The products are right on every processor, and fast with VNNI. `lowering.int8` chooses the layers.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
     """Trace the model and write `folder/traced_model.pt`, and beside it its graph alone; see Writer.
 
     One graph, or one for each shape, or for a model that is run in a loop the graphs `start` and `step`; all over the
-    same weights. Or what is compiled for a chip, see `compiled`. Raises ExportError with the model's own reason where it
+    same weights. Or what is compiled for a chip, see `neuron.writer`. Raises ExportError with the model's own reason where it
     cannot be traced.
     """
     import torch

@@ -1,6 +1,6 @@
 """Text to text in fixed shapes: an encoder, and a decoder that reads all its tokens, padded, at every step.
 
-The graphs of `looping` hand a growing past from step to step; what is compiled for one shape has room for none. These
+The graphs of `loops` hand a growing past from step to step; what is compiled for one shape has room for none. These
 compute more, and need no state on the device (`traceserve_runtime.runtimes.torchscript.fixed_shapes` runs them).
 """
 
