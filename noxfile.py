@@ -89,13 +89,18 @@ def inf1(session: nox.Session) -> None:
 @nox.session(python=interpreter("3.11"))
 def clients(session: nox.Session) -> None:
     """People's own clients against a real server, which runs in `.venv`: see tests/clients/run.py."""
-    session.install("openai", "tritonclient[http]", "huggingface_hub", "cohere", "langchain-openai", "numpy")
-    older = Path(session.create_tmp(), "older")
-    session.run("python", "-m", "venv", str(older))
-    session.run(
-        str(older / "bin" / "pip"), "install", "--quiet", "huggingface_hub[inference]==0.36.2", "numpy", external=True
-    )
-    pythons = [str(Path(session.virtualenv.bin, "python")), str(older / "bin" / "python")]
+    packages = ["openai", "tritonclient[http]", "huggingface_hub", "cohere", "langchain-openai", "haystack-ai", "numpy"]
+    session.install(*packages)
+    pythons = [str(Path(session.virtualenv.bin, "python"))]
+    # What cannot be imported beside them, or beside each other.
+    for name, others in (
+        ("older", ["huggingface_hub[inference]==0.36.2", "numpy", "mlserver"]),
+        ("kserve", ["kserve"]),
+    ):
+        folder = Path(session.create_tmp(), name).resolve()
+        session.run("python", "-m", "venv", str(folder))
+        session.run(str(folder / "bin" / "pip"), "install", "--quiet", *others, external=True)
+        pythons.append(str(folder / "bin" / "python"))
     server = str(Path(".venv", "bin", "python"))
     arguments = [argument for python in pythons for argument in ("--python", python)]
     session.run(server, "tests/clients/run.py", *arguments, *session.posargs, external=True)

@@ -456,6 +456,86 @@ def langchain(native: Native) -> Iterator[Call]:
     yield Call("text_generation", "ChatOpenAI", chat, said)
 
 
+def haystack(native: Native) -> Iterator[Call]:
+    """Haystack's components for OpenAI's API."""
+    from haystack.components.embedders import OpenAITextEmbedder
+    from haystack.components.generators.chat import OpenAIChatGenerator
+    from haystack.dataclasses import ChatMessage
+    from haystack.utils import Secret
+
+    key = Secret.from_token("none")
+
+    def embed() -> Any:
+        own = OpenAITextEmbedder(key, model="any", api_base_url=f"{native.base('feature_extraction')}/v1")
+        return own.run(TEXT)["embedding"]
+
+    def chat() -> Any:
+        base = f"{native.base('text_generation')}/v1"
+        own = OpenAIChatGenerator(key, model="any", api_base_url=base, generation_kwargs={"max_tokens": 8})
+        return own.run([ChatMessage.from_user(CHAT[0]["content"])])["replies"][0].text
+
+    def said() -> str:
+        [found] = native("text_generation", {"messages": CHAT}, return_full_text=False, max_new_tokens=8)
+        return str(found["generated_text"])
+
+    yield Call(
+        "feature_extraction",
+        "OpenAITextEmbedder",
+        embed,
+        lambda: native("feature_extraction", TEXT, pooling="mean"),
+    )
+    yield Call("text_generation", "OpenAIChatGenerator", chat, said)
+
+
+def kserve_client(native: Native) -> Iterator[Call]:
+    """KServe's own client, of both of its protocols."""
+    import asyncio
+
+    import numpy as np
+    from kserve import InferenceRESTClient, InferInput, InferRequest, RESTConfig
+
+    def ask(protocol: str, data: Any) -> Any:
+        client = InferenceRESTClient(RESTConfig(protocol=protocol, retries=1))
+        return asyncio.run(client.infer(native.url, data, model_name="sequence_classification"))
+
+    def tensors(binary: bool) -> Any:
+        tensor = InferInput("text", [2], "BYTES")
+        tensor.set_data_from_numpy(np.array([TEXT, OTHER], dtype=object), binary_data=binary)
+        found = ask("v2", InferRequest("sequence_classification", [tensor]))
+        return [json.loads(text) for text in found.outputs[0].as_numpy().tolist()]
+
+    def answers() -> Any:
+        return native("sequence_classification", [TEXT, OTHER])
+
+    name = "sequence_classification"
+    yield Call(name, "infer, V1", lambda: ask("v1", {"instances": [TEXT, OTHER]})["predictions"], answers)
+    for binary in (False, True):
+        yield Call(name, f"infer, V2, {'binary' if binary else 'JSON'}", lambda binary=binary: tensors(binary), answers)
+    yield Call(name, "infer, V2, of a number", lambda: ask("v1", {"instances": [3]}), refused="is not a request")
+
+
+def mlserver_codecs(native: Native) -> Iterator[Call]:
+    """MLServer's codecs: what they encode is read, and what is answered they decode."""
+    from mlserver.codecs import StringCodec
+    from mlserver.types import InferenceRequest, InferenceResponse
+
+    def ask() -> Any:
+        tensor = StringCodec.encode_input("text", [TEXT, OTHER], use_bytes=False)
+        body = InferenceRequest(inputs=[tensor]).model_dump_json(exclude_none=True).encode()
+        url = f"{native.url}/v2/models/sequence_classification/infer"
+        request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            found = InferenceResponse.model_validate_json(answer.read())
+        return [json.loads(text) for text in StringCodec.decode_output(found.outputs[0])]
+
+    yield Call(
+        "sequence_classification",
+        "StringCodec",
+        ask,
+        lambda: native("sequence_classification", [TEXT, OTHER]),
+    )
+
+
 def cosine(native: Native, one: str, two: str) -> float:
     vectors = native("feature_extraction", [one, two], pooling="mean", normalize=True)
     return sum(a * b for a, b in zip(*vectors))
@@ -494,7 +574,13 @@ CLIENTS: Dict[str, Callable[[Native], Iterator[Call]]] = {
     "tritonclient": triton,
     "cohere": cohere_client,
     "langchain_openai": langchain,
+    "haystack": haystack,
+    "kserve": kserve_client,
+    "mlserver": mlserver_codecs,
 }
+
+
+_DISTRIBUTIONS = {"haystack": "haystack-ai"}
 
 
 def equal(got: Any, wanted: Any) -> bool:
@@ -528,7 +614,7 @@ def main(url: str) -> None:
     for package, calls in CLIENTS.items():
         try:
             importlib.import_module(package)
-            number = version(package.replace("_", "-"))
+            number = version(_DISTRIBUTIONS.get(package, package.replace("_", "-")))
         except (ImportError, PackageNotFoundError):
             continue
         for call in calls(Native(url)):
