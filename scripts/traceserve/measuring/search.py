@@ -177,18 +177,16 @@ class Search:
         return won
 
     def _race(self, trial: Trial, best: Trial) -> bool:
-        if self.reaches(trial) and not self.reaches(best):  # it may have been luck
-            all(self._measure(trial, 2 + n) for n in range(_FEWEST))
-        if trial.failure or self.reaches(trial) != self.reaches(best):
-            trial.remark = f"{'reaches' if self.reaches(trial) else 'misses'} the p99"
-            return not trial.failure and self.reaches(trial)
+        by_goal = self._by_goal(trial, best)
+        if by_goal is not None:
+            return by_goal
         for_rate = self.reaches(best)
         ratios: List[float] = []
         verdict: Optional[bool] = None
         while verdict is None and (not ratios or self.clock() < self.deadline):
-            for each in (best, trial) if len(ratios) % 2 else (trial, best):
-                if not self._measure(each, 2 + len(ratios)):
-                    return each is best
+            failed = self._in_turn(trial, best, len(ratios))
+            if failed is not None:
+                return failed is best
             one, other = trial.results[-1], best.results[-1]
             ratios.append(one.throughput / other.throughput if for_rate else other.percentile(99) / one.percentile(99))
             verdict = judge(ratios, math.sqrt(statistics.mean(self._variances or [0.0])))
@@ -198,10 +196,24 @@ class Search:
         if for_rate and best.relative is not None:
             trial.relative = best.relative * gain
         if verdict and for_rate and not self.reaches(trial):
-            verdict, trial.remark = False, "misses the p99"
-        else:
-            trial.remark = _remark(verdict, gain, "rate" if for_rate else "p99")
+            trial.remark = "misses the p99"
+            return False
+        trial.remark = _remark(verdict, gain, "rate" if for_rate else "p99")
         return bool(verdict)
+
+    def _by_goal(self, trial: Trial, best: Trial) -> Optional[bool]:
+        """Whether the trial won, where one of the two alone reaches the goal; None where they must be measured in turn."""
+        if self.reaches(trial) and not self.reaches(best):  # it may have been luck
+            all(self._measure(trial, 2 + n) for n in range(_FEWEST))
+        if not trial.failure and self.reaches(trial) == self.reaches(best):
+            return None
+        trial.remark = f"{'reaches' if self.reaches(trial) else 'misses'} the p99"
+        return not trial.failure and self.reaches(trial)
+
+    def _in_turn(self, trial: Trial, best: Trial, turn: int) -> Optional[Trial]:
+        """Measure both, and let them take turns at being first; gives the one that failed, if one did."""
+        pair = (best, trial) if turn % 2 else (trial, best)
+        return next((each for each in pair if not self._measure(each, 2 + turn)), None)
 
     def _measure(self, trial: Trial, seed: int) -> bool:
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 from pathlib import Path
-from typing import Any, Collection, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, Collection, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from traceserve.building.checkpoints.heads import (
     BASE,
@@ -42,10 +42,7 @@ def by_weights(config: SetupConfig, folder: Path, facts: Mapping[str, Any]) -> O
     parts = {_part(name) for name, _ in base.named_parameters()}
     models = {auto_model: empty(auto_model, config, folder) for auto_model in classes}
     fits = [_compare(auto_model, model, stored, parts) for auto_model, model in models.items() if model is not None]
-    fitting = [fit.auto_model for fit in fits if not fit.missing and not fit.extra and _is_fit(fit.auto_model, facts)]
-    if BOTH in fitting or MASKED in fitting:  # an encoder's two heads have the same weights
-        left = MASKED if facts.get("is_decoder") and BOTH not in fitting else CAUSAL
-        fitting = [auto_model for auto_model in fitting if auto_model != left]
+    fitting = _fitting(fits, facts)
     head = min((fit.head for fit in fits), key=len)
     if not head:
         return Head((BASE, *fitting), f"{described(facts)}, and weights without a head")
@@ -61,28 +58,46 @@ class _Fit(NamedTuple):
     head: List[str]  # weights of any head that the checkpoint has
 
 
+def _fitting(fits: Sequence[_Fit], facts: Mapping[str, Any]) -> List[str]:
+    """The classes of which a checkpoint has all weights and no others."""
+    fitting = [fit.auto_model for fit in fits if not fit.missing and not fit.extra and _is_fit(fit.auto_model, facts)]
+    if BOTH in fitting or MASKED in fitting:  # an encoder's two heads have the same weights
+        left = MASKED if facts.get("is_decoder") and BOTH not in fitting else CAUSAL
+        fitting = [auto_model for auto_model in fitting if auto_model != left]
+    return fitting
+
+
 def _compare(auto_model: str, model: Any, stored: Mapping[str, Shape], parts: Collection[str]) -> _Fit:
     """`parts` are the first parts of the names of the base model's weights, which stand without a prefix or behind one."""
     prefix = f"{model.base_model_prefix}."
-    tied: Dict[int, Dict[str, Shape]] = {}  # each weight's names: of one that is tied several
-    # torch 1.13 has no named_parameters(remove_duplicate=False).
-    for path, module in model.named_modules(remove_duplicate=False):
-        for name, parameter in module.named_parameters(recurse=False):
-            own_name = _plain(f"{path}.{name}".lstrip("."), prefix)
-            tied.setdefault(id(parameter), {})[own_name] = tuple(parameter.shape)
-    own = list(tied.values())
+    own = _own_weights(model, prefix)
     found = {_plain(name, prefix): shape for name, shape in stored.items()}
-    head = [names for names in own if not any(_part(name) in parts for name in names)]
-    pooler = [names for names in own if any(name.startswith("pooler.") for name in names)]  # a classifier's first layer
-    missing = [next(iter(names)) for names in head + pooler if all(found.get(name) != names[name] for name in names)]
-    there = {_part(name) for name in found}
-    missing += sorted({_part(name) for names in own for name in names if len(names) == 1} - there)
     known = {name for names in own for name in names}
     outside = [name for name in found if _part(name) not in parts and not _is_harmless(name)]
     extra = [name for name in outside if name not in known]
     # A head's weight that is tied to the embeddings may be stored all the same.
     untied = [name for name in outside if not any(name in names and len(names) > 1 for names in own)]
-    return _Fit(auto_model, missing, extra, untied)
+    return _Fit(auto_model, _missing(own, found, parts), extra, untied)
+
+
+def _own_weights(model: Any, prefix: str) -> List[Dict[str, Shape]]:
+    """Each weight's shape by its names: of one that is tied several."""
+    tied: Dict[int, Dict[str, Shape]] = {}
+    # torch 1.13 has no named_parameters(remove_duplicate=False).
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, parameter in module.named_parameters(recurse=False):
+            own_name = _plain(f"{path}.{name}".lstrip("."), prefix)
+            tied.setdefault(id(parameter), {})[own_name] = tuple(parameter.shape)
+    return list(tied.values())
+
+
+def _missing(own: Sequence[Dict[str, Shape]], found: Mapping[str, Shape], parts: Collection[str]) -> List[str]:
+    """The weights of a class's head that a checkpoint lacks, and the parts of the class of which it has nothing."""
+    head = [names for names in own if not any(_part(name) in parts for name in names)]
+    pooler = [names for names in own if any(name.startswith("pooler.") for name in names)]  # a classifier's first layer
+    missing = [next(iter(names)) for names in head + pooler if all(found.get(name) != names[name] for name in names)]
+    there = {_part(name) for name in found}
+    return missing + sorted({_part(name) for names in own for name in names if len(names) == 1} - there)
 
 
 def check_labels(config: SetupConfig, folder: Path, facts: Mapping[str, Any], auto_model: str) -> None:

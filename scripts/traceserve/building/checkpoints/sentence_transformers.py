@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from traceserve_runtime.tasks.embedding import ACTIVATIONS, POOLINGS, apply
 
@@ -113,6 +113,27 @@ def read(checkpoint: Checkpoint) -> Embedding:
         return Embedding()
     if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
         raise SourceError(f"{MODULES} should hold a list of modules")
+    kinds = _kinds(modules)
+    facts = _transformer(checkpoint)
+    _check_keys(facts, "Transformer", "sentence_bert_config.json")
+    settings = checkpoint.read_root_json(SETTINGS) or {}
+    _check_keys(settings, SETTINGS, SETTINGS)
+    prompts, prompt_name = _prompts(settings)
+    made = _behind(checkpoint, modules, kinds)
+    normalize = bool(made.layers) and made.layers[-1]["kind"] == "normalize"
+    dimensions = settings.get("truncate_dim")
+    return replace(
+        made,
+        normalize=normalize,
+        layers=made.layers[:-1] if normalize else made.layers,
+        prompts=prompts,
+        prompt_name=prompt_name,
+        dimensions=dimensions if isinstance(dimensions, int) and not isinstance(dimensions, bool) else None,
+    )
+
+
+def _kinds(modules: Sequence[Mapping[str, Any]]) -> List[str]:
+    """The kinds of the modules, in order; raises SourceError for an unknown one, or another order."""
     kinds = [_kind(module) for module in modules]
     unknown = [str(module.get("type")) for module, kind in zip(modules, kinds) if kind is None]
     if unknown:
@@ -124,12 +145,12 @@ def read(checkpoint: Checkpoint) -> Embedding:
         raise SourceError(
             f"{MODULES} has {', '.join(map(str, kinds))}, but it should begin with Transformer and Pooling"
         )
+    return [str(kind) for kind in kinds]
+
+
+def _behind(checkpoint: Checkpoint, modules: Sequence[Mapping[str, Any]], kinds: Sequence[str]) -> Embedding:
+    """The pooling and the layers that stand behind the model, a last normalization among them."""
     root = checkpoint.root or checkpoint.folder
-    facts = _transformer(checkpoint)
-    _check_keys(facts, "Transformer", "sentence_bert_config.json")
-    settings = checkpoint.read_root_json(SETTINGS) or {}
-    _check_keys(settings, SETTINGS, SETTINGS)
-    prompts, prompt_name = _prompts(settings)
     pooling, include_prompt = "none", True
     layers: List[Dict[str, Any]] = []
     arrays: Dict[str, Any] = {}
@@ -137,27 +158,16 @@ def read(checkpoint: Checkpoint) -> Embedding:
         folder = _inside(root, str(module.get("path") or ""))
         path = folder / "config.json"
         own = (checkpoint.read_path(path) if folder != root else None) or {}
-        _check_keys(own, str(kind), path.relative_to(root).as_posix())
+        _check_keys(own, kind, path.relative_to(root).as_posix())
         if kind == "Pooling":
             pooling, include_prompt = _pooling(own), own.get("include_prompt", True) is not False
         elif kind == "Normalize":
             layers.append({"kind": "normalize", "name": ""})
         elif kind in ("Dense", "LayerNorm"):
-            layers.append(_layer(str(kind), f"layer{number}", folder, own, arrays))
+            layers.append(_layer(kind, f"layer{number}", folder, own, arrays))
     if pooling == "none" and any(layer["kind"] != "normalize" for layer in layers):
         raise SourceError(f"{MODULES} has layers for one vector, but no Pooling that makes one")
-    normalize = bool(layers) and layers[-1]["kind"] == "normalize"
-    dimensions = settings.get("truncate_dim")
-    return Embedding(
-        pooling=pooling,
-        normalize=normalize,
-        include_prompt=include_prompt,
-        layers=tuple(layers[:-1] if normalize else layers),
-        arrays=arrays,
-        prompts=prompts,
-        prompt_name=prompt_name,
-        dimensions=dimensions if isinstance(dimensions, int) and not isinstance(dimensions, bool) else None,
-    )
+    return Embedding(pooling=pooling, include_prompt=include_prompt, layers=tuple(layers), arrays=arrays)
 
 
 def _kind(module: Mapping[str, Any]) -> Optional[str]:

@@ -7,7 +7,7 @@ batch. The products are right on every processor, and fast with VNNI. `lowering.
 from __future__ import annotations
 
 import hashlib
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Mapping, Tuple
 
 import numpy as np
 import torch
@@ -83,6 +83,19 @@ def quantize(model: Any, source: Any) -> None:
     graph = model.graph
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer if len(tensor.dims) == 2}
     found = {name: array for name, array in arrays.items() if _digest(array) in wanted}
+    if not _replace_products(graph, found):
+        raise ExportError(f"of {type(source).__name__} no linear layer is a product of matrices in the ONNX graph")
+    read = {name for node in graph.node for name in node.input}
+    for tensor in [tensor for tensor in graph.initializer if tensor.name in found and tensor.name not in read]:
+        graph.initializer.remove(tensor)
+    if _DOMAIN not in {known.domain for known in model.opset_import}:
+        model.opset_import.append(helper.make_opsetid(_DOMAIN, 1))
+
+
+def _replace_products(graph: Any, found: Mapping[str, np.ndarray]) -> bool:
+    """Let products with these weights, by their names, be computed in int8; whether there is one."""
+    from onnx import helper, numpy_helper
+
     made: Dict[str, List[str]] = {}
     for node in graph.node:
         if node.op_type != "MatMul" or node.input[1] not in found:
@@ -96,13 +109,7 @@ def quantize(model: Any, source: Any) -> None:
         inputs, outputs, (least, most) = [node.input[0], *made[name]], list(node.output), found[name].shape
         facts = {"K": least, "N": most, "bits": 8, "block_size": BLOCK, "accuracy_level": _BY_INT8}
         node.CopyFrom(helper.make_node("MatMulNBits", inputs, outputs, node.name, domain=_DOMAIN, **facts))
-    if not made:
-        raise ExportError(f"of {type(source).__name__} no linear layer is a product of matrices in the ONNX graph")
-    read = {name for node in graph.node for name in node.input}
-    for tensor in [tensor for tensor in graph.initializer if tensor.name in found and tensor.name not in read]:
-        graph.initializer.remove(tensor)
-    if _DOMAIN not in {known.domain for known in model.opset_import}:
-        model.opset_import.append(helper.make_opsetid(_DOMAIN, 1))
+    return bool(made)
 
 
 def _blocks(weight: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
