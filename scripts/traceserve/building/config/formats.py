@@ -4,18 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from typing import (
-    Any,
-    Dict,
-    Iterator,
-    List,
-    Mapping,
-    NamedTuple,
-    Optional,
-    Sequence,
-    Tuple,
-    Type,
-)
+from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Type
 
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Task
@@ -25,7 +14,9 @@ from traceserve.building.config.dtypes import AUTO, DTYPES
 from traceserve.building.config.hardware import HARDWARE, refused
 from traceserve.building.config.libraries import LIBRARIES
 from traceserve.building.config.save_modes import SAVE_MODES, Target
-from traceserve.building.config.setup_config import SetupConfig
+
+if TYPE_CHECKING:  # pydantic takes a fifth of a second
+    from traceserve.building.config.setup_config import SetupConfig
 
 
 class Format(NamedTuple):
