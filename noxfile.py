@@ -89,7 +89,16 @@ def inf1(session: nox.Session) -> None:
 @nox.session(python=interpreter("3.11"))
 def clients(session: nox.Session) -> None:
     """People's own clients against a real server, which runs in `.venv`: see tests/clients/run.py."""
-    packages = ["openai", "tritonclient[http]", "huggingface_hub", "cohere", "langchain-openai", "haystack-ai", "numpy"]
+    packages = [
+        "openai",
+        "tritonclient[http]",
+        "huggingface_hub",
+        "cohere",
+        "langchain-openai",
+        "haystack-ai",
+        "numpy",
+        "schemathesis",
+    ]
     session.install(*packages)
     pythons = [str(Path(session.virtualenv.bin, "python"))]
     # What cannot be imported beside them, or beside each other.
