@@ -6,7 +6,6 @@ import itertools
 from typing import Any, Dict, List, Mapping
 
 from traceserve_runtime.tasks import TASKS
-from traceserve_runtime.tasks.parameters import LARGEST_NUMBER, Parameter
 from traceserve_runtime.texts.tokenization import LONG_INPUTS
 
 from traceserve.building.config import formats, libraries, task_names
@@ -75,7 +74,7 @@ def _legal_for(task: str) -> Dict[str, Any]:
 
 def _properties_for(task: str) -> Dict[str, Any]:
     kind = TASKS[task]
-    parameters = {parameter.name: _parameter_schema(parameter) for parameter in kind.parameters}
+    parameters = {parameter.name: parameter.schema for parameter in kind.parameters}
     properties: Dict[str, Any] = {"parameters": {"properties": parameters, "additionalProperties": False}}
     if not kind.labelled:
         properties["index_to_name"] = {"type": "null"}
@@ -96,31 +95,11 @@ def _options() -> List[Dict[str, Any]]:
     """What `formats` asks of the options of each save mode on each hardware, as schemas."""
     schemas: List[Dict[str, Any]] = []
     for save_mode, hardware in itertools.product(SAVE_MODES, HARDWARE):
-        options = {name: _parameter_schema(item) for name, item in formats.options(save_mode, hardware).items()}
+        options = {name: item.schema for name, item in formats.options(save_mode, hardware).items()}
         legal: Dict[str, Any] = {"options": {"properties": options, "additionalProperties": False}}
         both = [_is("save_mode", save_mode), _is("hardware", hardware)]
         schemas.append({"if": {"allOf": both}, "then": {"properties": legal}})
     return schemas
-
-
-def _parameter_schema(parameter: Parameter) -> Dict[str, Any]:
-    """What `Parameter.accepts` accepts."""
-    most = LARGEST_NUMBER if parameter.most is None else parameter.most
-    text = {"type": "string", "minLength": 1}
-    legal: Dict[type, List[Dict[str, Any]]] = {
-        int: [{"type": "integer", "minimum": parameter.least, "maximum": most}],
-        float: [{"type": "number", "minimum": parameter.least, "maximum": most}],
-        bool: [{"type": "boolean"}],
-        str: [] if parameter.choices else [{"type": "string"}],
-        list: [text, {"type": "array", "items": text, "minItems": 1}],
-    }
-    if parameter.numbers:
-        numbers = {"type": "integer", "minimum": parameter.least}
-        legal[list] = [{"type": "array", "items": numbers, "minItems": 1}]
-    options = legal[parameter.type]
-    options += [{"enum": list(parameter.choices)}] if parameter.choices else []
-    options += [{"type": "null"}] if parameter.nullable else []
-    return {"description": parameter.description, **(options[0] if len(options) == 1 else {"anyOf": options})}
 
 
 _INTEGER = {"type": "string", "pattern": r"^\s*[+-]?\d+(_\d+)*(\.0*)?\s*$"}
