@@ -1,0 +1,83 @@
+"""The pages for those who add something are followed to the letter, in a copy of the code."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Callable, Dict, List
+
+import pytest
+from conftest import ROOT
+
+PAGES = ROOT / "docs" / "development"
+
+
+def blocks(page: str, language: str) -> List[str]:
+    """The fenced blocks of a page."""
+    return re.findall(rf"```{language}\n(.*?)```", (PAGES / page).read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.fixture()
+def copy(tmp_path: Path) -> Path:
+    """The code without what was compiled."""
+    for name in ("handlers", "scripts"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    return tmp_path
+
+
+def run(folder: Path, *command: str) -> str:
+    paths = os.pathsep.join(str(folder / name) for name in ("handlers", "scripts"))
+    environment = {**os.environ, "PYTHONPATH": paths}
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+ASK = """
+import json, sys
+from pathlib import Path
+from traceserve_runtime.engine import Engine
+from traceserve_runtime.service import Call, Service
+from traceserve_runtime.protocols.bodies import Headers
+service = Service(Engine.load(Path(sys.argv[1])), "x")
+for path, body in json.loads(sys.argv[2]):
+    print(service.answer([Call({"body": body}, Headers("application/json", path=path))])[0].body.decode())
+"""
+
+
+def test_a_task_is_one_file_and_one_row(copy: Path, checkpoint: Callable[..., Path]) -> None:
+    file, imported, row = blocks("add-a-task.md", "python")
+    place, _, code = file.partition("\n")
+    (copy / place[2:]).write_text(code, encoding="utf-8")
+    table = copy / "handlers/traceserve_runtime/tasks/__init__.py"
+    text = table.read_text(encoding="utf-8")
+    text = text.replace("\n\nTASKS", "\n" + imported.partition("\n")[2] + "\nTASKS").replace(
+        "        Text2TextGeneration,\n", "        Text2TextGeneration,\n" + row.partition("\n")[2]
+    )
+    table.write_text(text, encoding="utf-8")
+    [config] = blocks("add-a-task.md", "json")
+    content: Dict[str, Any] = json.loads(config)
+    content["model_name"] = str(checkpoint("gpt2", "AutoModelForCausalLM"))
+    (copy / "setup_config.json").write_text(json.dumps(content), encoding="utf-8")
+
+    built = run(copy, "-m", "traceserve", "build", "--output", "artifacts/next", "--store", "store")
+    assert "next_token" in built
+    assert "### next_token" in run(copy, "-m", "traceserve", "tasks", "--markdown")
+    asked = [["", {"text": "The boat", "parameters": {"top_k": 3}}], ["openapi.json", {}], ["", {"txt": "The boat"}]]
+    answer, described, refused = run(copy, "-c", ASK, "artifacts/next", json.dumps(asked)).splitlines()[-3:]
+    best = json.loads(answer)
+    assert len(best) == 3 and best[0]["score"] >= best[1]["score"]
+    assert "top_k" in json.loads(described)["components"]["schemas"]["Parameters"]["properties"]
+    assert "did you mean" in json.loads(refused)["error"]["message"]
