@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
+import torch
 from traceserve_runtime.runner import Arrays
 from traceserve_runtime.tasks.contract import Request
 from traceserve_runtime.texts.tokenization import Row
@@ -126,8 +127,6 @@ def run_originals(original: Original, rows: Sequence[Row], outputs: Sequence[str
 
     With padding only where the original cannot read so short ones.
     """
-    import torch
-
     columns = {
         "input_ids": [row.encoding.ids for row in rows],
         "attention_mask": [[1] * row.length for row in rows],
@@ -163,16 +162,12 @@ def _lengthened(
 
 def run_forced(original: Original, loop: str, row: Row) -> Arrays:
     """The logits, (FORCED_STEPS + 1, vocabulary), where a loop is made to read given tokens after one row."""
-    import torch
-
     with torch.no_grad():
         return {"logits": FORCED[loop](original, row, FORCED_STEPS).float().numpy()}
 
 
 def run_text(original: Original, loop: str, row: Row, request: Request) -> Arrays:
     """The new tokens that the original's own `generate` writes after one row alone."""
-    import torch
-
     with torch.no_grad():
         tokens = generate(original, loop, row, request)
     return {"tokens": np.array(tokens, dtype=np.int64)}

@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterator, Tuple, Type
 
+import torch
 from traceserve_runtime import processor
 from traceserve_runtime.errors import reason
 from traceserve_runtime.runtimes.aot_inductor import INSTRUCTIONS, MACHINE, TORCH
@@ -26,7 +27,6 @@ from traceserve.errors import ExportError, UnwritableError
 from traceserve.machine import space
 
 if TYPE_CHECKING:
-    import torch
     from traceserve_runtime.manifest import Shapes
     from traceserve_runtime.tasks.contract import Task
 
@@ -38,8 +38,6 @@ _CONFIGS: Dict[str, Any] = {"cpp.dynamic_threads": True, "aot_inductor.enable_li
 
 def check(dtype: str, target: Target) -> None:
     """Raise ExportError without a C++ compiler, or a torch that packages what it compiles."""
-    import torch
-
     precision.check_processor(dtype)
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
         raise ExportError(f"save_mode aot_inductor needs torch 2.6 or newer; this is {torch.__version__}")
@@ -60,8 +58,6 @@ def compiler() -> str:
 
 def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, target: Target) -> Written:
     """Write `folder/model.pt2`; see Writer. Raises ExportError with the reason of torch or the compiler."""
-    import torch
-
     module, inputs = _module(original, task, shapes)
     # Of the package and its copy without sources. Torch's writer of packages aborts the process on a full disk.
     size = sum(tensor.numel() * tensor.element_size() for tensor in module.parameters())
@@ -96,8 +92,6 @@ def _module(original: Original, task: Type[Task], shapes: Shapes) -> Tuple[torch
 
 def _sizes(shapes: Shapes, inputs: int) -> Tuple[Dict[int, Any], ...]:
     """Which sizes of each input vary: the batch, and the length where there are several."""
-    import torch
-
     exported: Any = torch.export
     one_length = shapes.lengths is not None and len(shapes.lengths) == 1
     return tuple(dict.fromkeys((0,) if one_length else (0, 1), exported.Dim.DYNAMIC) for _ in range(inputs))

@@ -2,19 +2,7 @@
 
 from __future__ import annotations
 
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    Callable,
-    Collection,
-    Dict,
-    Iterable,
-    NamedTuple,
-    Optional,
-    Sequence,
-    Tuple,
-    Type,
-)
+from typing import TYPE_CHECKING, Any, Callable, Collection, Dict, Iterable, NamedTuple, Optional, Sequence, Tuple, Type
 
 from traceserve.building.checkpoints.original import Original
 from traceserve.building.config.save_modes import Target

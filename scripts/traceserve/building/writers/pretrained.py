@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterator, Tuple, Type
 
+import torch
 from traceserve_runtime.errors import reason
 from traceserve_runtime.runtimes.pretrained import KEPT, OLDEST, OLDEST_NAMED, PAST
 
@@ -31,7 +32,6 @@ EXAMPLE_BATCH, EXAMPLE_LENGTH = 2, 8
 
 def check(dtype: str, target: Target) -> None:
     """The gate loads what was written as a worker does: raise ExportError where this machine cannot."""
-    import torch
     import transformers
 
     precision.check_processor(dtype)
@@ -48,8 +48,6 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
 
     Raises UnwritableError with the model's own reason where it cannot be run as its task runs it.
     """
-    import torch
-
     try:
         with torch.no_grad(), precision.tracing(original.dtype):
             step_inputs, facts = _step_inputs(original, task)

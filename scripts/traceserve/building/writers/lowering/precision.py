@@ -19,6 +19,7 @@ from typing import (
     Tuple,
 )
 
+import torch
 from traceserve_runtime import processor
 from traceserve_runtime.runtimes.pretrained import autocast, lower
 
@@ -91,8 +92,6 @@ def to_int8(original: Original, texts: Sequence[str], **layers: Layer) -> Iterat
 
 def _inputs(original: Original, texts: Sequence[str]) -> List[Inputs]:
     """What the model is given of the texts: those of one length together, without padding."""
-    import torch
-
     alike: Dict[int, List[Inputs]] = {}
     for text in texts:
         if text.strip():

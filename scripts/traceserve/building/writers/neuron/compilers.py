@@ -5,16 +5,14 @@ from __future__ import annotations
 import importlib
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
+import torch
 from traceserve_runtime.runtimes.torchscript.neuron import CHIPS, Operators, operators
 
 from traceserve.building.config.hardware import HARDWARE
 from traceserve.errors import ExportError
 from traceserve.machine import neuron_cores
-
-if TYPE_CHECKING:
-    import torch
 
 
 class CompileError(ExportError):
@@ -110,8 +108,6 @@ def compile_graph(
     least_share: float,
 ) -> Tuple[torch.nn.Module, float]:
     """The compiled graph and the share of its operators that runs on the chip; raises CompileError."""
-    import torch
-
     chip, compiler = CHIPS[hardware], COMPILERS[hardware]
     before = operators(torch.jit.trace(module, inputs, check_trace=False))  # type: ignore[no-untyped-call]
     try:

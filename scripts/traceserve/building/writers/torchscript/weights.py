@@ -6,14 +6,12 @@ import hashlib
 import struct
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Tuple
+from typing import Any, Dict, Tuple
 
+import torch
 from traceserve_runtime.runtimes.torchscript.weights import GRAPH_FILE, WEIGHTS_FILE, Place, write_places
 
 from traceserve.building.writers.tracing.graphs import write_module
-
-if TYPE_CHECKING:
-    import torch
 
 # A local file header of a zip ends with the lengths of the name and of the extra field, which follow it.
 _HEADER_SIZE, _LENGTHS_AT = 30, 26
@@ -21,8 +19,6 @@ _HEADER_SIZE, _LENGTHS_AT = 30, 26
 
 def write_graph(folder: Path, model_file: str, rewritten: Any = None) -> Tuple[str, ...]:
     """Write the model's graph, or what it was rewritten as, and the table of weights beside the model; gives their names."""
-    import torch
-
     module = torch.jit.load(str(folder / model_file)) if rewritten is None else rewritten  # type: ignore[no-untyped-call]
     records = _records(folder / model_file)
     places: Dict[str, Place] = {}
@@ -55,7 +51,5 @@ def _records(path: Path) -> Dict[bytes, int]:
 
 def _digest(tensor: torch.Tensor) -> bytes:
     """Of a tensor's values in order. Of one that is a view with other strides no record has it: it stays in the graph."""
-    import torch
-
     flat = tensor.contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(flat.numpy().data).digest()

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Collection, Dict, Optional, Tuple, Type
 
+import torch
 from traceserve_runtime.errors import reason
 from traceserve_runtime.manifest import sha256
 from traceserve_runtime.runtimes.torchscript.reader import FILLED, UNPADDED
@@ -32,7 +33,6 @@ from traceserve.building.writers.tracing.wrapping import example, once, traceabl
 from traceserve.errors import ExportError, NoSpace, UnwritableError
 
 if TYPE_CHECKING:
-    import torch
     from traceserve_runtime.manifest import Manifest, Shapes
     from traceserve_runtime.tasks.contract import Task
 
@@ -52,8 +52,6 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
     same weights. Or what is compiled for a chip, see `neuron.writer`. Raises ExportError with the model's own reason where it
     cannot be traced.
     """
-    import torch
-
     # A compiler lowers the dtype by itself.
     dtype = "float32" if target.hardware in FIXED_SHAPES else original.dtype
     try:
@@ -129,8 +127,6 @@ def _loop(original: Original, task: Type[Task]) -> Tuple[torch.nn.Module, Tuple[
 
 def _examples(original: Original, task: Type[Task], shapes: Shapes) -> Dict[str, Tuple[torch.Tensor, ...]]:
     """Inputs of each graph, by its name, or "" for the only one; of other shapes than it was traced with."""
-    import torch
-
     if task.loop:
         with torch.no_grad(), precision.tracing(original.dtype):
             start, step = GRAPHS[task.loop](original, 2, min(8, original.max_length - 2))
