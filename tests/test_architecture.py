@@ -165,7 +165,7 @@ BUILDER_FLOORS: Sequence[Set[str]] = (
     {"machine"},
     {"archives"},
     {"serving", "building"},
-    {"measuring"},
+    {"measuring", "deploying"},
     {"commands"},
     {"cli"},
     {"__main__"},
