@@ -81,3 +81,36 @@ def test_a_task_is_one_file_and_one_row(copy: Path, checkpoint: Callable[..., Pa
     assert len(best) == 3 and best[0]["score"] >= best[1]["score"]
     assert "top_k" in json.loads(described)["components"]["schemas"]["Parameters"]["properties"]
     assert "did you mean" in json.loads(refused)["error"]["message"]
+
+
+def add(path: Path, after: str, block: str) -> None:
+    """Put a block, without the comment that says where it belongs, behind the last place of `after` in a file."""
+    text = path.read_text(encoding="utf-8")
+    before, found, rest = text.rpartition(after)
+    assert found, f"{path.name} has no {after!r}"
+    path.write_text(before + after + block.partition("\n")[2] + rest, encoding="utf-8")
+
+
+def test_a_save_mode_is_two_files_and_its_rows(copy: Path, checkpoint: Callable[..., Path]) -> None:
+    row, writer, writers, in_writers, reader, readers, in_runtimes, in_variants = blocks("add-a-save-mode.md", "python")
+    for file in (writer, reader):
+        place, _, code = file.partition("\n")
+        (copy / place[2:]).write_text(code, encoding="utf-8")
+    building, runtimes = copy / "scripts/traceserve/building", copy / "handlers/traceserve_runtime/runtimes/__init__.py"
+    add(building / "config/save_modes.py", 'measured_against="torchscript",\n    ),\n', row)
+    add(building / "writers/__init__.py", "from typing import Dict\n\n", writers)
+    add(building / "writers/__init__.py", "check=aot_inductor.check,\n    ),\n", in_writers)
+    add(runtimes, "from traceserve_runtime.settings import Settings\n", readers)
+    add(runtimes, '"aot_inductor": aot_inductor.read,\n', in_runtimes)
+    add(runtimes, '"aot_inductor": aot_inductor.variants,\n', in_variants)
+    [config] = blocks("add-a-save-mode.md", "json")
+    content: Dict[str, Any] = json.loads(config)
+    content["model_name"] = str(checkpoint("bert"))
+    (copy / "setup_config.json").write_text(json.dumps(content), encoding="utf-8")
+
+    run(copy, "-m", "traceserve", "build", "--output", "artifacts/exported", "--store", "store")
+    receipt = json.loads((copy / "artifacts/exported/traceserve.json").read_text(encoding="utf-8"))["receipt"]
+    assert [each["variant"] for each in receipt["variants"]] == ["model.pt2, by torch.export"] and receipt["passed"]
+    assert "exported" in run(copy, "-m", "traceserve", "formats")
+    [answer] = run(copy, "-c", ASK, "artifacts/exported", json.dumps([["", {"text": "The boat"}]])).splitlines()[-1:]
+    assert set(json.loads(answer)) == {"label", "score"}
