@@ -364,7 +364,10 @@ def test_two_hundred_malformed_bodies(served: Served) -> None:
     assert not wrong
     for reply in replies[:-1]:
         error = reply.json["error"]
-        assert error["type"] in ("InvalidRequest", "InputTooLong") and len(error["message"]) > 10
+        if isinstance(error, str):  # of a body in one of KServe's protocols
+            assert len(error) > 10
+        else:
+            assert error["type"] in ("InvalidRequest", "InputTooLong") and len(error["message"]) > 10
     assert replies[-1].status == 200
     assert worker_pids(served.instance) == before
 
