@@ -19,10 +19,10 @@ from traceserve.building.checkpoints import loading, sources
 from traceserve.building.config import dtypes, formats
 from traceserve.building.config.parsing import parse
 from traceserve.building.exported import Exported
+from traceserve.building.gate import answers, verification
 from traceserve.building.gate import reference as references
-from traceserve.building.gate import verification
 from traceserve.building.gate.corpus import sentences
-from traceserve.building.gate.findings import LIMITS, Findings, Limit
+from traceserve.building.gate.findings import LIMITS, DriftError, Findings, Limit
 from traceserve.building.gate.texts import SENTENCES, calibration
 from traceserve.building.writers import WRITERS
 from traceserve.building.writers.lowering import precision
@@ -635,6 +635,23 @@ def test_the_users_samples_are_counted_apart(
     assert found.own_answers == receipt["own_answers"] == 512 and found.answers > 530
     assert found.own_changed == receipt["own_answers_changed"] == sum(i >= found.answers - 512 for i in found.changed)
     assert found.own_decide and found.own_changed > 1 and not found.passed
+
+
+def test_a_try_that_fails_is_compared_no_further(
+    checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once more of the user's answers have changed than of all of them may; and it is told how many were compared."""
+    monkeypatch.setattr(precision, "KEPT_SHARES", ())
+    monkeypatch.setitem(LIMITS, "bfloat16", Limit(10.0, 0.003, 1.0))
+    monkeypatch.setattr(answers, "_AT_ONCE", 16)
+    monkeypatch.setattr(answers, "_changed", lambda engine, reference, sample, *others: "e" in sample.inputs["text"])
+    (tmp_path / "mine.txt").write_text("".join(f"{text}\n" for text in sentences(512)))
+    with pytest.raises(DriftError) as caught:
+        run_export(tmp_path / "x", content(checkpoint, dtype="bfloat16"), samples_file=tmp_path / "mine.txt")
+    found = caught.value.findings
+    assert found.own_answers == found.answers == 16
+    assert found.too_many_changed and 1 < found.own_changed <= 16
+    assert found.changed == sorted(found.changed)
 
 
 @pytest.mark.parametrize("by_chance", [False, True])

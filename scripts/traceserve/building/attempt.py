@@ -76,8 +76,9 @@ class Attempt:
     name: str
     own_samples: Sequence[Request]
     progress: Progress
+    allow_drift: bool = False  # what does not pass may be taken, and is therefore compared to the end
 
-    def make(self, dtype: str, folder: Path, allow_drift: bool) -> Made:
+    def make(self, dtype: str, folder: Path) -> Made:
         """An artifact of this dtype in `folder`, the widest in its shapes that passes; raises ExportError, DriftError."""
         original = self.reference.original
         refused: List[ExportError] = []
@@ -101,13 +102,13 @@ class Attempt:
                 if config.hardware in FIXED_SHAPES or not (findings.failure or findings.failed):
                     break  # narrower shapes change no more of what is right in all of them
         runnable = [item for item in drifted if item[0].failure is None]
-        if allow_drift and runnable:
-            findings, lowered, shapes = min(runnable, key=lambda i: (len(i[0].changed), i[0].largest_difference))
+        if self.allow_drift and runnable:
+            findings, lowered, shapes = min(runnable, key=lambda i: (i[0].share_changed, i[0].largest_difference))
             return self._finish(self._write(lowered, shapes, folder), findings, lowered, folder)
         if drifted:
             # Of each model that was tried the widest shapes; of these the one that came nearest.
             widest = {id(item[1].model): item for item in reversed(drifted)}.values()
-            findings, _, shapes = min(widest, key=lambda item: len(item[0].changed))
+            findings, _, shapes = min(widest, key=lambda item: item[0].share_changed)
             # What cannot even be run in all shapes may be in another save mode.
             advice = formats.advice(config) if findings.failure else _without_padding(config, findings)
             raise DriftError(_drift(dtype, shapes, original) + advice, findings)
@@ -192,7 +193,7 @@ class Attempt:
         return plainer, again
 
     def _verify(self, folder: Path, only_usual: bool = False) -> Findings:
-        return verify(folder, self.reference, self.own_samples, self.progress, only_usual)
+        return verify(folder, self.reference, self.own_samples, self.progress, only_usual, self.allow_drift)
 
     def _write(self, lowered: Original, shapes: Shapes, folder: Path, rehearsal: bool = False) -> Manifest:
         return artifact.write(self.config, self.source, lowered, shapes, self.name, folder, self.progress, rehearsal)

@@ -63,7 +63,8 @@ def _export(
             place = Path(scratch, dtype) if len(dtypes) > 1 else folder
             place.mkdir(exist_ok=True)
             try:
-                made.append(attempt.make(dtype, place, allow_drift and dtype == dtypes[-1]))
+                last = allow_drift and dtype == dtypes[-1]
+                made.append(replace(attempt, allow_drift=last).make(dtype, place))
             except ExportError as error:
                 if dtype == dtypes[-1] and not made:
                     raise

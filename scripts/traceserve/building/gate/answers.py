@@ -18,6 +18,8 @@ from traceserve.building.gate.findings import Findings
 from traceserve.building.gate.reference import Reference, Wanted, run_original, run_text
 from traceserve.building.progress import Progress
 
+_AT_ONCE = 512  # of the user's samples, until it is looked whether enough have failed
+
 
 def compare_answers(
     engine: Engine,
@@ -26,35 +28,67 @@ def compare_answers(
     own: int,
     findings: Findings,
     progress: Progress,
+    thorough: bool = True,
 ) -> None:
-    """The engine's answers, all samples at once, with the answers that the original's outputs decode to.
+    """The engine's answers with the answers that the original's outputs decode to.
 
-    The last `own` samples are the user's.
+    The last `own` samples are the user's. Unless it is to be `thorough`, these are asked first where few answers may change,
+    and no further once more of them have changed than of all may: a lower precision is tried several times, and most tries
+    fail.
     """
-    original = reference.original
     encoded = engine.task.encode(samples)
     if not engine.task.loop:
         reference.prepare(
             _wanted(engine, samples, encoded), engine.manifest.outputs, partial(progress, "running the original")
         )
-    progress(f"answering with {findings.variant}", 0, 0)
-    answers = engine.answer(samples)
-    for i, (sample, item, answer) in enumerate(zip(samples, encoded, answers)):
-        progress(f"comparing answers of {findings.variant}", i, len(samples))
-        if isinstance(item, TraceserveError) or not engine.task.repeatable(sample):
-            continue  # a sample that this model refuses, as its own setting says
-        is_own = i >= len(samples) - own
-        findings.answers += 1
-        findings.own_answers += is_own
-        if not _tokenized_alike(original, sample, item, engine):
-            findings.tokenized_otherwise.append(i)
-        changed = _changed(engine, reference, sample, item, answer)
-        if changed and _again_alone(reference, item, engine.manifest.outputs):
-            changed = _changed(engine, reference, sample, item, answer)
-        if changed:
-            findings.changed.append(i)
-            findings.own_changed += is_own
+    done, most = 0, 0.0 if thorough else findings.limit.changed * own
+    for part in _parts(len(samples), own, stops_early=most >= 1):
+        progress(f"answering with {findings.variant}", done, len(samples))
+        answers = engine.answer(samples[part])
+        for i, answer in zip(range(part.start, part.stop), answers):
+            item = encoded[i]
+            # A sample may be one that this model refuses, as its own setting says.
+            if isinstance(item, Encoded) and engine.task.repeatable(samples[i]):
+                _compare(engine, reference, i, samples[i], item, answer, i >= len(samples) - own, findings)
+        done += part.stop - part.start
+        if 1 <= most < findings.own_changed:
+            break
+    findings.changed.sort()
     progress(f"comparing answers of {findings.variant}", len(samples), len(samples))
+
+
+def _parts(count: int, own: int, stops_early: bool) -> Iterator[slice]:
+    """The samples that are answered at once: all of them, or the user's first, a part at a time."""
+    if not stops_early:
+        yield slice(0, count)
+        return
+    for start in range(count - own, count, _AT_ONCE):
+        yield slice(start, min(start + _AT_ONCE, count))
+    if own < count:
+        yield slice(0, count - own)
+
+
+def _compare(
+    engine: Engine,
+    reference: Reference,
+    index: int,
+    sample: Request,
+    encoded: Encoded,
+    answer: Union[Answer, TraceserveError],
+    is_own: bool,
+    findings: Findings,
+) -> None:
+    """Compare one answer, and note what was found of it."""
+    findings.answers += 1
+    findings.own_answers += is_own
+    if not _tokenized_alike(reference.original, sample, encoded, engine):
+        findings.tokenized_otherwise.append(index)
+    changed = _changed(engine, reference, sample, encoded, answer)
+    if changed and _again_alone(reference, encoded, engine.manifest.outputs):
+        changed = _changed(engine, reference, sample, encoded, answer)
+    if changed:
+        findings.changed.append(index)
+        findings.own_changed += is_own
 
 
 def _wanted(

@@ -115,6 +115,11 @@ class Findings:
         return len(self.changed) > self.limit.changed_elsewhere * self.answers
 
     @property
+    def share_changed(self) -> float:
+        """Of the answers that were compared, 0 to 1."""
+        return len(self.changed) / max(1, self.answers)
+
+    @property
     def largest_difference(self) -> float:
         """Over the cells of all variants, relative as Limit says."""
         cells = [cell.difference for found in self.every for cell in found.cells]

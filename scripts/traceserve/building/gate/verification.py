@@ -36,18 +36,20 @@ def verify(
     own_samples: Sequence[Request],
     progress: Progress,
     only_usual: bool = False,
+    thorough: bool = False,
 ) -> Findings:
     """Compare the artifact in `folder` with the original on the built-in samples and on `own_samples`.
 
     In each variant that a worker may run, on each device at hand; unless the one that is usual here fails, or `only_usual`.
-    A lower precision, of which few changed answers are allowed, is asked more: of 30 answers none may tell.
+    A lower precision, of which few changed answers are allowed, is asked more: of 30 answers none may tell. Unless the
+    comparison is to be `thorough`, it ends once more answers of the user's samples have changed than may.
     """
     usual = Engine.load(folder)
     manifest, task = usual.manifest, usual.task
     limit = LIMITS[manifest.dtype]
     more = sentences(CORPUS) if limit.changed and not task.loop else ()
     built_in = task.from_texts((*TEXTS, *more))
-    gate = _Gate(reference, built_in, own_samples, progress)
+    gate = _Gate(reference, built_in, own_samples, progress, thorough)
     first, *others = VARIANTS[manifest.save_mode](manifest, folder, devices.at_hand(manifest.hardware))
     findings = gate.compare(usual, Findings(limit, first.file, first.how, first.device))
     del usual  # each has weights of its own
@@ -77,6 +79,7 @@ class _Gate:
     built_in: Sequence[Request]
     own: Sequence[Request]
     progress: Progress
+    thorough: bool = False
 
     def compare(self, engine: Engine, findings: Findings) -> Findings:
         """Fill in the findings of a variant."""
@@ -85,7 +88,7 @@ class _Gate:
             engine.warm_up()
             compare_outputs(engine, self.reference, findings, self.progress)
             samples = [*self.built_in, *self.own]
-            compare_answers(engine, self.reference, samples, len(self.own), findings, self.progress)
+            compare_answers(engine, self.reference, samples, len(self.own), findings, self.progress, self.thorough)
         except RuntimeError as error:
             lines = [line for line in str(error).strip().splitlines() if line.strip()]
             findings.failure = lines[-1] if lines else type(error).__name__
