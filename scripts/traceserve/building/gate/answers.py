@@ -52,6 +52,7 @@ def compare_answers(
                 _compare(engine, reference, i, samples[i], item, answer, i >= len(samples) - own, findings)
         done += part.stop - part.start
         if 1 <= most < findings.own_changed:
+            findings.stopped = True
             break
     findings.changed.sort()
     progress(f"comparing answers of {findings.variant}", len(samples), len(samples))

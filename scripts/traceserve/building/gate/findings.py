@@ -57,6 +57,7 @@ class Findings:
     changed: List[int] = field(default_factory=list)  # of the samples, the user's own last
     own_changed: int = 0
     tokenized_otherwise: List[int] = field(default_factory=list)  # of the samples
+    stopped: bool = False  # more of the user's answers had changed than may, and the rest was not compared
     failure: Optional[str] = None  # why the artifact could not be run at all
     compared: Dict[str, Any] = field(default_factory=dict)  # for the receipt, where it was not the artifact alone
     others: List[Findings] = field(default_factory=list)
@@ -110,6 +111,8 @@ class Findings:
     @property
     def too_many_changed(self) -> bool:
         """Whether more answers changed than the limit allows."""
+        if self.stopped:
+            return True
         if self.own_decide:
             return self.own_changed > self.limit.changed * self.own_answers
         return len(self.changed) > self.limit.changed_elsewhere * self.answers
