@@ -38,7 +38,7 @@ _ROOT: Dict[str, Key] = {
 }
 # Parameters that ask for nothing else than is done, or for what is not done here; all others are our own.
 _PARAMETERS: Dict[str, Key] = {
-    "max_question_len": Key(read=True),
+    "max_question_len": Key(read=True),  # the pipeline does not look at it either, with a fast tokenizer
     "clean_up_tokenization_spaces": Key(neutral=(False, True)),
     "truncation": Key(neutral=("do_not_truncate", "longest_first", "only_first")),
     "generate_parameters": Key(read=True),
