@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import List
 
 import nox
 
@@ -86,30 +87,32 @@ def inf1(session: nox.Session) -> None:
     session.run("python", "-m", "pytest", "tests/inf1", *WORKER, *session.posargs)
 
 
+# Each in an environment of its own: they cannot be imported beside each other.
+CLIENTS = {
+    "today": (
+        "openai==3.57.0",
+        "tritonclient[http]==2.73.0",
+        "huggingface_hub==2.4.0",
+        "cohere==7.3.1",
+        "langchain-openai==1.7.4",
+        "haystack-ai==3.4.1",
+        "schemathesis==4.32.5",
+        "numpy",
+    ),
+    "older": ("huggingface_hub[inference]==0.36.2", "mlserver==1.7.1", "numpy"),
+    "kserve": ("kserve==0.21.0",),
+}
+
+
 @nox.session(python=interpreter("3.11"))
 def clients(session: nox.Session) -> None:
     """People's own clients against a real server, which runs in `.venv`: see tests/clients/run.py."""
-    packages = [
-        "openai",
-        "tritonclient[http]",
-        "huggingface_hub",
-        "cohere",
-        "langchain-openai",
-        "haystack-ai",
-        "numpy",
-        "schemathesis",
-    ]
-    session.install(*packages)
-    pythons = [str(Path(session.virtualenv.bin, "python"))]
-    # What cannot be imported beside them, or beside each other.
-    for name, others in (
-        ("older", ["huggingface_hub[inference]==0.36.2", "numpy", "mlserver"]),
-        ("kserve", ["kserve"]),
-    ):
+    arguments: List[str] = []
+    for name, packages in CLIENTS.items():
         folder = Path(session.create_tmp(), name).resolve()
         session.run("python", "-m", "venv", str(folder))
-        session.run(str(folder / "bin" / "pip"), "install", "--quiet", *others, external=True)
-        pythons.append(str(folder / "bin" / "python"))
-    server = str(Path(".venv", "bin", "python"))
-    arguments = [argument for python in pythons for argument in ("--python", python)]
-    session.run(server, "tests/clients/run.py", *arguments, *session.posargs, external=True)
+        session.run(str(folder / "bin" / "pip"), "install", "--quiet", *packages, external=True)
+        arguments += ["--python", str(folder / "bin" / "python")]
+    session.run(
+        str(Path(".venv", "bin", "python")), "tests/clients/run.py", *arguments, *session.posargs, external=True
+    )
