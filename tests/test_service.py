@@ -345,6 +345,20 @@ def test_errors_of_kserve_are_strings(services: Dict[str, Service], body: Any) -
         assert isinstance(ask(services["sequence_classification"], "", sent, 400)["error"], str)
 
 
+def test_an_error_that_cannot_be_told_in_its_own_shape_is_told_in_ours(
+    services: Dict[str, Service], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And its neighbours are answered."""
+
+    def broken(*anything: Any) -> Any:
+        raise KeyError("a secret text")
+
+    monkeypatch.setattr(type(PROTOCOLS["embed"]), "error", broken)
+    refused, answered = services["feature_extraction"].answer([asked({"inputs": 3}, "embed"), asked(TEXT)])
+    assert refused.status == 400 and json.loads(refused.body)["error"]["type"] == "InvalidRequest"
+    assert answered.status == 200 and "KeyError" in caplog.text and "secret" not in caplog.text
+
+
 def test_an_unknown_path_is_told_what_there_is(services: Dict[str, Service]) -> None:
     error = ask(services["feature_extraction"], "v1/audio", {}, 404)["error"]
     assert all(f"/{path}" in error["message"] for path in PROTOCOLS if path)

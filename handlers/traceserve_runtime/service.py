@@ -167,8 +167,12 @@ class Service:
             return self._failed(call, protocol, _unexpected(error, 1))
 
     def _failed(self, call: Call, protocol: Protocol, error: TraceserveError) -> Reply:
-        refusal = protocol.error(error, call.parts, call.headers, self.served)
-        return Reply(_encoded(refusal.document), status=refusal.status, phrase=refusal.phrase)
+        try:
+            refusal = protocol.error(error, call.parts, call.headers, self.served)
+            return Reply(_encoded(refusal.document), status=refusal.status, phrase=refusal.phrase)
+        except Exception as another:  # the edge of one request: its error cannot even be told in its own shape
+            _unexpected(another, 1)
+            return Reply(_encoded(error.to_json()), status=error.status, phrase=error.phrase)
 
 
 def _encoded(value: Any) -> bytes:
