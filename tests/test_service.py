@@ -350,11 +350,12 @@ def test_an_error_that_cannot_be_told_in_its_own_shape_is_told_in_ours(
 ) -> None:
     """And its neighbours are answered."""
 
-    def broken(*anything: Any) -> Any:
-        raise KeyError("a secret text")
+    def broken(*told: Any) -> Any:
+        raise KeyError(str(told))
 
     monkeypatch.setattr(type(PROTOCOLS["embed"]), "error", broken)
-    refused, answered = services["feature_extraction"].answer([asked({"inputs": 3}, "embed"), asked(TEXT)])
+    body = {"inputs": "a secret", "truncate": 3}
+    refused, answered = services["feature_extraction"].answer([asked(body, "embed"), asked(TEXT)])
     assert refused.status == 400 and json.loads(refused.body)["error"]["type"] == "InvalidRequest"
     assert answered.status == 200 and "KeyError" in caplog.text and "secret" not in caplog.text
 
