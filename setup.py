@@ -24,6 +24,7 @@ TEST = [
     "vermin>=1.6",
     "jsonschema>=4",
     "openapi-spec-validator>=0.7",
+    "trustme>=1.1",
     "grpcio>=1.60",
 ]
 DEV = ["ruff>=0.9", "mypy>=1.11", "types-psutil", "types-PyYAML", "pre-commit>=3", "nox>=2024.4", "cmake>=3.18"]
