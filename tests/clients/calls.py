@@ -222,16 +222,12 @@ def hugging_face(native: Native) -> Iterator[Call]:
     def chat(**options: Any) -> Any:
         return client("text_generation").chat_completion(CHAT, max_tokens=8, **options)
 
-    def said() -> str:
-        [found] = native("text_generation", {"messages": CHAT}, return_full_text=False, max_new_tokens=8)
-        return str(found["generated_text"])
-
-    yield Call(name, "chat_completion", lambda: chat().choices[0].message.content, said)
+    yield Call(name, "chat_completion", lambda: chat().choices[0].message.content, lambda: said(native))
     yield Call(
         name,
         "chat_completion(stream)",
         lambda: "".join(chunk.choices[0].delta.content or "" for chunk in chat(stream=True)),
-        said,
+        lambda: said(native),
     )
 
     def changed() -> str:
@@ -326,23 +322,17 @@ def open_ai(native: Native) -> Iterator[Call]:
     )
     yield Call(name, "completions(best_of)", lambda: complete(best_of=3), refused="best_of")
 
-    def said(**parameters: Any) -> str:
-        [found] = native(
-            "text_generation", {"messages": CHAT}, return_full_text=False, **{"max_new_tokens": 8, **parameters}
-        )
-        return str(found["generated_text"])
-
     def chat(**options: Any) -> Any:
         return client("text_generation").chat.completions.create(
             model="any", messages=CHAT, **{"max_tokens": 8, **options}
         )
 
-    yield Call(name, "chat.completions", lambda: chat().choices[0].message.content, said)
+    yield Call(name, "chat.completions", lambda: chat().choices[0].message.content, lambda: said(native))
     yield Call(
         name,
         "chat.completions(temperature, seed, n)",
         lambda: [c.message.content for c in chat(temperature=0.9, seed=4, n=2).choices],
-        lambda: [said(temperature=0.9, seed=4), said(temperature=0.9, seed=5)],
+        lambda: [said(native, temperature=0.9, seed=4), said(native, temperature=0.9, seed=5)],
     )
     yield Call(
         name,
@@ -354,7 +344,7 @@ def open_ai(native: Native) -> Iterator[Call]:
         name,
         "chat.completions(stream)",
         lambda: "".join(c.choices[0].delta.content or "" for c in chat(stream=True) if c.choices),
-        said,
+        lambda: said(native),
     )
     yield Call(
         name,
@@ -443,17 +433,13 @@ def langchain(native: Native) -> Iterator[Call]:
         base = f"{native.base('text_generation')}/v1"
         return ChatOpenAI(base_url=base, api_key="none", model="any", max_tokens=8).invoke(CHAT[0]["content"]).content
 
-    def said() -> str:
-        [found] = native("text_generation", {"messages": CHAT}, return_full_text=False, max_new_tokens=8)
-        return str(found["generated_text"])
-
     yield Call(
         "feature_extraction",
         "OpenAIEmbeddings",
         embed,
         lambda: native("feature_extraction", [TEXT, OTHER], pooling="mean"),
     )
-    yield Call("text_generation", "ChatOpenAI", chat, said)
+    yield Call("text_generation", "ChatOpenAI", chat, lambda: said(native))
 
 
 def haystack(native: Native) -> Iterator[Call]:
@@ -474,17 +460,13 @@ def haystack(native: Native) -> Iterator[Call]:
         own = OpenAIChatGenerator(key, model="any", api_base_url=base, generation_kwargs={"max_tokens": 8})
         return own.run([ChatMessage.from_user(CHAT[0]["content"])])["replies"][0].text
 
-    def said() -> str:
-        [found] = native("text_generation", {"messages": CHAT}, return_full_text=False, max_new_tokens=8)
-        return str(found["generated_text"])
-
     yield Call(
         "feature_extraction",
         "OpenAITextEmbedder",
         embed,
         lambda: native("feature_extraction", TEXT, pooling="mean"),
     )
-    yield Call("text_generation", "OpenAIChatGenerator", chat, said)
+    yield Call("text_generation", "OpenAIChatGenerator", chat, lambda: said(native))
 
 
 def kserve_client(native: Native) -> Iterator[Call]:
@@ -534,6 +516,13 @@ def mlserver_codecs(native: Native) -> Iterator[Call]:
         ask,
         lambda: native("sequence_classification", [TEXT, OTHER]),
     )
+
+
+def said(native: Native, **parameters: Any) -> str:
+    """What the model says next in the chat."""
+    options = {"max_new_tokens": 8, "return_full_text": False, **parameters}
+    [found] = native("text_generation", {"messages": CHAT}, **options)
+    return str(found["generated_text"])
 
 
 def cosine(native: Native, one: str, two: str) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Sequence, Tuple
+from typing import Any, Sequence
 
 CONTENT_TYPE = "text/event-stream"
 
@@ -50,8 +50,7 @@ class Stops:
         return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def cut(text: str, stops: Sequence[str]) -> Tuple[str, bool]:
-    """A text without its first stop string and what follows, and whether there was one."""
+def cut(text: str, stops: Sequence[str]) -> str:
+    """A text without its first stop string and what follows."""
     until = Stops(stops)
-    kept = until.feed(text)
-    return kept + until.rest(), until.found
+    return until.feed(text) + until.rest()

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any, Dict, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
-from traceserve_runtime.errors import InvalidRequest
+from traceserve_runtime.errors import InvalidRequest, WrongTask
 from traceserve_runtime.protocols import bodies
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Served
-from traceserve_runtime.protocols.requests import check_size
+from traceserve_runtime.protocols.requests import check_size, checked_fields
 from traceserve_runtime.protocols.wording import kind_of, listed, nearest, path_to, short
+from traceserve_runtime.tasks.contract import Request
 
 
 class Key(NamedTuple):
@@ -26,7 +27,8 @@ class Key(NamedTuple):
     why: str = "it is not supported here"
 
 
-IGNORED = Key(neutral=("",), read=True)
+READ = Key(read=True)
+IGNORED = Key(read=True)  # it says nothing to us
 
 
 def json_body(parts: Mapping[str, Any], headers: Headers, served: Served) -> Dict[str, Any]:
@@ -100,6 +102,47 @@ def boolean(value: Mapping[str, Any], name: str, default: bool = False) -> bool:
     if not isinstance(item, bool):
         raise InvalidRequest(f'"{name}" should be true or false, not {kind_of(item)}', name)
     return item
+
+
+def named_texts(value: Mapping[str, Any], name: str) -> List[Tuple[Any, str]]:
+    """What stands at a key that is a text or a list of texts, each with its path."""
+    found = needed(value, name)
+    if not isinstance(found, list):
+        return [(found, name)]
+    if not found:
+        raise InvalidRequest(f'"{name}" is an empty list: it asks nothing', name)
+    return [(item, f"{name}[{i}]") for i, item in enumerate(found)]
+
+
+def text_requests(
+    named: Iterable[Tuple[Any, str]], parameters: Mapping[str, Any], served: Served, group: int
+) -> List[Request]:
+    """A request for each text, which stands at the path beside it."""
+    return [Request(checked_fields({"text": text}, served.task, path), parameters, group, path) for text, path in named]
+
+
+def check_reads_vectors(served: Served, what: str) -> None:
+    """Raise WrongTask for a model whose task gives no vectors."""
+    if not served.task.reads_vectors:
+        raise WrongTask(f"this model's task is {served.task.name}; {what} by one of feature_extraction")
+
+
+def pooled(served: Served) -> Dict[str, Any]:
+    """The pooling to ask for: one vector of each text is wanted, also of a model that names no pooling."""
+    return {"pooling": "mean"} if served.manifest.parameters.get("pooling", "none") == "none" else {}
+
+
+def classifies(served: Served) -> bool:
+    """Whether the model's task gives a text labels, by a function that may be chosen."""
+    return {"top_k", "function_to_apply"} <= {parameter.name for parameter in served.task.all_parameters()}
+
+
+def check_classifies(served: Served) -> None:
+    """Raise WrongTask for a model whose task does not."""
+    if not classifies(served):
+        raise WrongTask(
+            f"this model's task is {served.task.name}; texts are classified by one of sequence_classification"
+        )
 
 
 @dataclass(frozen=True)

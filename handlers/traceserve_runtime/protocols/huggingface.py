@@ -14,34 +14,33 @@ from traceserve_runtime.protocols import bodies, tei
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Body, Document, Refusal, Served
 from traceserve_runtime.protocols.events import CONTENT_TYPE, event
-from traceserve_runtime.protocols.fields import Key, boolean, read_keys
+from traceserve_runtime.protocols.fields import READ, Key, boolean, classifies, pooled, read_keys
 from traceserve_runtime.protocols.native import Plain, noted
-from traceserve_runtime.protocols.requests import Native, in_words, parse_value
+from traceserve_runtime.protocols.requests import check_size, in_words, parse_value
 from traceserve_runtime.tasks.contract import Answer, WrittenToken
 
 CLIENT = "hf_hub/"  # in the name that huggingface_hub tells of itself
 _OLD_CLIENT = "hf_hub/0."
 
-_READ = Key(read=True)
 # What may stand beside "inputs" and "parameters".
 _ROOT: Dict[str, Key] = {
-    "inputs": _READ,
-    "parameters": _READ,
+    "inputs": READ,
+    "parameters": READ,
     "stream": Key("stream"),
-    "options": Key(read=True),
+    "options": READ,
     # Of feature extraction, whose parameters stand there.
     "normalize": Key("normalize"),
     "prompt_name": Key("prompt_name"),
     "dimensions": Key("dimensions"),
-    "truncate": _READ,
+    "truncate": READ,
     "truncation_direction": Key(neutral=("right", "Right"), why="texts are cut at their end"),
 }
 # Parameters that ask for nothing else than is done, or for what is not done here; all others are our own.
 _PARAMETERS: Dict[str, Key] = {
-    "max_question_len": Key(read=True),  # the pipeline does not look at it either, with a fast tokenizer
+    "max_question_len": READ,  # the pipeline does not look at it either, with a fast tokenizer
     "clean_up_tokenization_spaces": Key(neutral=(False, True)),
     "truncation": Key(neutral=("do_not_truncate", "longest_first", "only_first")),
-    "generate_parameters": Key(read=True),
+    "generate_parameters": READ,
     "watermark": Key(neutral=(False,)),
     "decoder_input_details": Key(neutral=(False,)),
     "best_of": Key(neutral=(1,)),
@@ -58,10 +57,11 @@ class HuggingFace:
         """What a call asks."""
         value = bodies.read(parts, headers, served.task)
         if not isinstance(value, dict) or "inputs" not in value:
-            return Native().read(parts, headers, served, group)
+            return parse_value(value, served.task, group, served.manifest.max_rows)
         parameters = _parameters(value)
         inputs = value["inputs"]
         if isinstance(inputs, dict) and "source_sentence" in inputs:
+            check_size(value, served.manifest.max_rows)
             return tei.similarity(inputs, parameters, served, group)
         streams = boolean(value, "stream")
         own = {parameter.name for parameter in served.task.all_parameters()}
@@ -73,7 +73,7 @@ class HuggingFace:
         body = parse_value({"inputs": inputs, "parameters": parameters}, served.task, group, served.manifest.max_rows)
         answers = _OLD_ANSWERS if _OLD_CLIENT in headers.client else _ANSWERS
         form = _Answers(_is_list(body), answers.get(served.task.name, _unchanged))
-        return replace(body, protocol=form, frames=_Tokens(served.text_of) if streams else None)
+        return replace(body, protocol=form, frames=_Tokens() if streams else None)
 
     def error(self, error: TraceserveError, parts: Mapping[str, Any], headers: Headers, served: Served) -> Refusal:
         """A string, and its kind, which the clients show."""
@@ -96,7 +96,10 @@ def _parameters(value: Mapping[str, Any]) -> Dict[str, Any]:
         return found
     if not isinstance(given, dict):
         raise InvalidRequest('"parameters" should be an object', "parameters")
-    given = {**(given.get("generate_parameters") or {}), **given}
+    more = given.get("generate_parameters") or {}
+    if not isinstance(more, dict):
+        raise InvalidRequest('"generate_parameters" should be an object', "parameters.generate_parameters")
+    given = {**more, **given}
     foreign = {name: item for name, item in given.items() if name in _PARAMETERS}
     read_keys(foreign, _PARAMETERS, "parameters")
     # null asks for nothing: but of top_k, where it asks for all.
@@ -105,11 +108,10 @@ def _parameters(value: Mapping[str, Any]) -> Dict[str, Any]:
 
 def _defaults(served: Served) -> Dict[str, Any]:
     """What these clients expect where they say nothing."""
-    own = {parameter.name for parameter in served.task.all_parameters()}
-    if {"top_k", "function_to_apply"} <= own and served.manifest.labels:
+    if classifies(served) and served.manifest.labels:
         return {"top_k": None}
     if served.task.reads_vectors:
-        return tei.pooled(served)
+        return pooled(served)
     return {}
 
 
@@ -158,12 +160,10 @@ class _Tokens:
 
     content_type = CONTENT_TYPE
 
-    def __init__(self, text_of: Callable[[Sequence[int]], str]) -> None:
+    def __init__(self) -> None:
         self._index = 0
         self._text = ""
-        self._held: Optional[Tuple[WrittenToken, str]] = (
-            None  # the last token, which may turn out to be the last of all
-        )
+        self._held: Optional[Tuple[WrittenToken, str]] = None  # it may turn out to be the last of all
 
     def piece(self, text: str, tokens: Sequence[WrittenToken]) -> bytes:
         """An event for the new tokens: their text is of the first of them, where several were held back together."""

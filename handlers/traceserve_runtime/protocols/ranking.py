@@ -11,27 +11,30 @@ from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Body, Refusal, Served
 from traceserve_runtime.protocols.fields import (
     IGNORED,
+    READ,
     Key,
     Places,
     boolean,
+    check_classifies,
     checked,
     foreign_names,
     json_body,
+    named_texts,
     needed,
     read_keys,
+    text_requests,
 )
 from traceserve_runtime.protocols.openai.shared import OpenAiErrors, error_document, head, usage
 from traceserve_runtime.protocols.requests import checked_fields
 from traceserve_runtime.tasks.contract import Answer, Request
 
-_READ = Key(read=True)
 _RERANK: Dict[str, Key] = {
     "model": IGNORED,
     "user": IGNORED,
-    "query": _READ,
-    "documents": _READ,
+    "query": READ,
+    "documents": READ,
     "top_n": Key("top_k"),
-    "return_documents": _READ,
+    "return_documents": READ,
     "max_tokens_per_doc": Key(),
     "max_chunks_per_doc": Key(),
     "rank_fields": Key(neutral=([],)),
@@ -41,11 +44,11 @@ _RERANK: Dict[str, Key] = {
 _SCORE: Dict[str, Key] = {
     "model": IGNORED,
     "user": IGNORED,
-    "text_1": _READ,
-    "text_2": _READ,
+    "text_1": READ,
+    "text_2": READ,
     "encoding_format": Key(neutral=("float",)),
 }
-_CLASSIFY: Dict[str, Key] = {"model": IGNORED, "user": IGNORED, "input": _READ}
+_CLASSIFY: Dict[str, Key] = {"model": IGNORED, "user": IGNORED, "input": READ}
 
 
 class Rerank:
@@ -58,7 +61,7 @@ class Rerank:
         """One request."""
         value = json_body(parts, headers, served)
         if "texts" in value and "documents" not in value:
-            return self._tei.read(parts, headers, served, group)
+            return self._tei.read_value(value, served, group)
         asked: Dict[str, Any] = {
             **read_keys(value, _RERANK),
             "sort": True,
@@ -90,7 +93,7 @@ def _list(value: Mapping[str, Any], name: str) -> List[Any]:
 def _document(item: Any, where: str) -> Any:
     """A document's text, which may stand in an object."""
     if isinstance(item, dict):
-        read_keys(item, {"text": _READ}, where)
+        read_keys(item, {"text": READ}, where)
         return needed(item, "text", where)
     return item
 
@@ -127,7 +130,7 @@ class Score(OpenAiErrors):
             raise WrongTask(f"this model's task is {served.task.name}; pairs are scored by one of text_ranking")
         value = json_body(parts, headers, served)
         parameters = checked(read_keys(value, _SCORE), served, foreign_names(_SCORE))
-        first, second = (_texts(value, name) for name in ("text_1", "text_2"))
+        first, second = ([text for text, _ in named_texts(value, name)] for name in ("text_1", "text_2"))
         if len(first) not in (1, len(second)):
             raise InvalidRequest("text_1 is one text, or as many as text_2", "text_1")
         pairs = zip(first * len(second) if len(first) == 1 else first, second)
@@ -139,14 +142,6 @@ class Score(OpenAiErrors):
                 raise InvalidRequest(error.message, "text_1" if error.field == "query" else f"text_2[{i}]") from None
             requests.append(Request(fields, parameters, group, ""))
         return Body(requests, _Scores({"query": "text_1", "documents": "text_2"}, {}))
-
-
-def _texts(value: Mapping[str, Any], name: str) -> List[Any]:
-    found = needed(value, name)
-    texts = found if isinstance(found, list) else [found]
-    if not texts:
-        raise InvalidRequest(f'"{name}" is an empty list: it asks nothing', name)
-    return texts
 
 
 @dataclass(frozen=True)
@@ -162,17 +157,10 @@ class Classify(OpenAiErrors):
 
     def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Body:
         """A request for each text."""
-        if not {"top_k", "function_to_apply"} <= {parameter.name for parameter in served.task.all_parameters()}:
-            raise WrongTask(
-                f"this model's task is {served.task.name}; texts are classified by one of sequence_classification"
-            )
+        check_classifies(served)
         value = json_body(parts, headers, served)
         parameters = checked({**read_keys(value, _CLASSIFY), "top_k": None}, served, {})
-        given = needed(value, "input")
-        named = [
-            (t, f"input[{i}]" if isinstance(given, list) else "input") for i, t in enumerate(_texts(value, "input"))
-        ]
-        requests = [Request(checked_fields({"text": t}, served.task, w), parameters, group, w) for t, w in named]
+        requests = text_requests(named_texts(value, "input"), parameters, served, group)
         return Body(requests, _Classes({"text": "input"}, {}))
 
 

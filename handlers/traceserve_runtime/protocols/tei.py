@@ -13,38 +13,43 @@ from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Body, Document, Refusal, Served
 from traceserve_runtime.protocols.fields import (
     IGNORED,
+    READ,
     Key,
     Places,
     boolean,
+    check_classifies,
+    check_reads_vectors,
     checked,
     foreign_names,
     json_body,
+    named_texts,
     needed,
+    pooled,
     read_keys,
+    text_requests,
 )
 from traceserve_runtime.protocols.requests import checked_fields, in_words
 from traceserve_runtime.protocols.wording import kind_of
 from traceserve_runtime.tasks.contract import Answer, Request
 
-_READ = Key(read=True)
 _LENGTHS: Dict[str, Key] = {
-    "truncate": _READ,
+    "truncate": READ,
     "truncation_direction": Key(neutral=("right", "Right"), why="texts are cut at their end"),
 }
 _EMBED: Dict[str, Key] = {
     **_LENGTHS,
-    "inputs": _READ,
+    "inputs": READ,
     "normalize": Key("normalize"),
     "prompt_name": Key("prompt_name"),
     "dimensions": Key("dimensions"),
     "model": IGNORED,
 }
-_PREDICT: Dict[str, Key] = {**_LENGTHS, "inputs": _READ, "raw_scores": _READ}
+_PREDICT: Dict[str, Key] = {**_LENGTHS, "inputs": READ, "raw_scores": READ}
 _RERANK: Dict[str, Key] = {
     **_LENGTHS,
-    "query": _READ,
-    "texts": _READ,
-    "raw_scores": _READ,
+    "query": READ,
+    "texts": READ,
+    "raw_scores": READ,
     "return_text": Key("return_documents"),
 }
 _SIMILARITY: Dict[str, Key] = {**_LENGTHS, "prompt_name": Key("prompt_name")}
@@ -74,17 +79,6 @@ def lengths(value: Mapping[str, Any], default: bool = False) -> Dict[str, Any]:
     return {"long_inputs": "truncate" if boolean(value, "truncate", default) else "reject"}
 
 
-def reads_vectors(served: Served, what: str) -> None:
-    """Raise WrongTask for a model whose task gives no vectors."""
-    if not served.task.reads_vectors:
-        raise WrongTask(f"this model's task is {served.task.name}; {what} by one of feature_extraction")
-
-
-def pooled(served: Served) -> Dict[str, Any]:
-    """The pooling to ask for: one vector of each text is wanted, also of a model that names no pooling."""
-    return {"pooling": "mean"} if served.manifest.parameters.get("pooling", "none") == "none" else {}
-
-
 class Embed(Errors):
     """Texts to vectors, of length 1 where nothing else is said; or, of `all`, to those of each token."""
 
@@ -93,17 +87,12 @@ class Embed(Errors):
 
     def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Body:
         """A request for each text."""
-        reads_vectors(served, "embeddings are made")
+        check_reads_vectors(served, "embeddings are made")
         value = json_body(parts, headers, served)
         own = {"pooling": "none", "normalize": False} if self._all else {**pooled(served), "normalize": True}
         asked = {**own, **read_keys(value, _EMBED), **lengths(value)}
         parameters = checked(asked, served, foreign_names(_EMBED))
-        inputs = needed(value, "inputs")
-        texts = inputs if isinstance(inputs, list) else [inputs]
-        if not texts:
-            raise InvalidRequest('"inputs" is an empty list: it asks nothing', "inputs")
-        named = [(text, f"inputs[{i}]" if isinstance(inputs, list) else "inputs") for i, text in enumerate(texts)]
-        requests = [Request(checked_fields({"text": t}, served.task, w), parameters, group, w) for t, w in named]
+        requests = text_requests(named_texts(value, "inputs"), parameters, served, group)
         return Body(requests, _Vectors({"text": "inputs"}, foreign_names(_EMBED), all_tokens=self._all))
 
 
@@ -121,10 +110,7 @@ class Predict(Errors):
 
     def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Body:
         """A request for each text or pair."""
-        if not {"top_k", "function_to_apply"} <= {parameter.name for parameter in served.task.all_parameters()}:
-            raise WrongTask(
-                f"this model's task is {served.task.name}; texts are classified by one of sequence_classification"
-            )
+        check_classifies(served)
         value = json_body(parts, headers, served)
         parameters = checked(
             {**read_keys(value, _PREDICT), **lengths(value), "top_k": None}, served, foreign_names(_PREDICT)
@@ -166,7 +152,10 @@ class Rerank(Errors):
 
     def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Body:
         """One request."""
-        value = json_body(parts, headers, served)
+        return self.read_value(json_body(parts, headers, served), served, group)
+
+    def read_value(self, value: Mapping[str, Any], served: Served, group: int) -> Body:
+        """`read`, for a body that was read."""
         asked = {**read_keys(value, _RERANK), **lengths(value), "sort": True}
         if boolean(value, "raw_scores"):
             asked["function_to_apply"] = "none"
@@ -208,7 +197,7 @@ class Similarity(Errors):
     def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Body:
         """A request for each sentence, the source first."""
         value = json_body(parts, headers, served)
-        read_keys(value, {"inputs": _READ, "parameters": _READ})
+        read_keys(value, {"inputs": READ, "parameters": READ})
         options = value.get("parameters") or {}
         if not isinstance(options, dict):
             raise InvalidRequest(f'"parameters" should be an object, not {kind_of(options)}', "parameters")
@@ -218,20 +207,19 @@ class Similarity(Errors):
 
 def similarity(inputs: Any, asked: Mapping[str, Any], served: Served, group: int) -> Body:
     """The body of `{"source_sentence", "sentences"}`."""
-    reads_vectors(served, "sentences are compared")
+    check_reads_vectors(served, "sentences are compared")
     if not isinstance(inputs, dict):
         raise InvalidRequest(
             '"inputs" should be an object like {"source_sentence": "...", "sentences": ["..."]}', "inputs"
         )
-    read_keys(inputs, {"source_sentence": _READ, "sentences": _READ}, "inputs")
+    read_keys(inputs, {"source_sentence": READ, "sentences": READ}, "inputs")
     sentences = needed(inputs, "sentences", "inputs")
     if not isinstance(sentences, list) or not sentences:
         raise InvalidRequest('"sentences" should be a list of texts, one at least', "inputs.sentences")
     source = needed(inputs, "source_sentence", "inputs")
     named = [(source, "inputs.source_sentence"), *((s, f"inputs.sentences[{i}]") for i, s in enumerate(sentences))]
     parameters = checked({**pooled(served), **asked, "normalize": True}, served, {})
-    requests = [Request(checked_fields({"text": t}, served.task, w), parameters, group, w) for t, w in named]
-    return Body(requests, _Cosines())
+    return Body(text_requests(named, parameters, served, group), _Cosines())
 
 
 @dataclass(frozen=True)

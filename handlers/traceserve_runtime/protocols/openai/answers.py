@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Dict, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Dict, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from traceserve_runtime.errors import TraceserveError
 from traceserve_runtime.protocols.contract import Served
@@ -55,7 +55,7 @@ class WrittenTexts(Places):
         }
 
     def _choice(self, index: int, answer: Answer) -> Dict[str, Any]:
-        text, _ = cut(_written(answer), self.choices.stops)
+        text = cut(_written(answer), self.choices.stops)
         logprobs = None if self.choices.logprobs is None else self._logprobs(answer)
         return {"index": index, **self._said(index, text), "logprobs": logprobs, "finish_reason": _reason(answer)}
 
@@ -75,7 +75,7 @@ class CompletionTexts(WrittenTexts):
         return {"text": (self.echoed[index // self.choices.of_each] if self.echoed else "") + text}
 
     def _logprobs(self, answer: Answer) -> Any:
-        return completion_logprobs((answer.details or {}).get("tokens", ()), (answer.details or {}).get("top_tokens"))
+        return completion_logprobs(answer)
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,18 @@ class ChatTexts(WrittenTexts):
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
     def _logprobs(self, answer: Answer) -> Any:
-        return chat_logprobs((answer.details or {}).get("tokens", ()), (answer.details or {}).get("top_tokens"))
+        return chat_logprobs(answer)
 
 
-def completion_logprobs(tokens: Sequence[Mapping[str, Any]], tops: Optional[Sequence[Any]]) -> Dict[str, Any]:
+def _written_tokens(answer: Answer) -> Tuple[Sequence[Mapping[str, Any]], Optional[Sequence[Any]]]:
+    """The tokens of an answer with details, and the likeliest ones in the position of each."""
+    details = answer.details or {}
+    return details.get("tokens", ()), details.get("top_tokens")
+
+
+def completion_logprobs(answer: Answer) -> Dict[str, Any]:
     """Token by token, as completions tell them."""
+    tokens, tops = _written_tokens(answer)
     offsets, place = [], 0
     for token in tokens:
         offsets.append(place)
@@ -104,8 +111,9 @@ def completion_logprobs(tokens: Sequence[Mapping[str, Any]], tops: Optional[Sequ
     }
 
 
-def chat_logprobs(tokens: Sequence[Mapping[str, Any]], tops: Optional[Sequence[Any]]) -> Dict[str, Any]:
+def chat_logprobs(answer: Answer) -> Dict[str, Any]:
     """Token by token, as chat completions tell them."""
+    tokens, tops = _written_tokens(answer)
 
     def told(token: Mapping[str, Any]) -> Dict[str, Any]:
         return {"token": token["text"], "logprob": token["logprob"], "bytes": list(token["text"].encode("utf-8"))}
@@ -175,7 +183,7 @@ class CompletionChunks(Chunks):
         return {"text": ""}
 
     def _logprobs(self, answer: Answer) -> Any:
-        return completion_logprobs((answer.details or {}).get("tokens", ()), (answer.details or {}).get("top_tokens"))
+        return completion_logprobs(answer)
 
 
 class ChatChunks(Chunks):
@@ -189,4 +197,4 @@ class ChatChunks(Chunks):
         return {"delta": {}}
 
     def _logprobs(self, answer: Answer) -> Any:
-        return chat_logprobs((answer.details or {}).get("tokens", ()), (answer.details or {}).get("top_tokens"))
+        return chat_logprobs(answer)

@@ -8,30 +8,31 @@ from typing import Any, Dict, List, Mapping, Sequence, Union
 
 import numpy as np
 
-from traceserve_runtime.errors import InvalidRequest, NotFound, WrongTask
+from traceserve_runtime.errors import InvalidRequest, NotFound
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Body, Document, Served
 from traceserve_runtime.protocols.fields import (
     IGNORED,
+    READ,
     Key,
     Places,
+    check_reads_vectors,
     checked,
     foreign_names,
     json_body,
     needed,
+    pooled,
     read_keys,
+    text_requests,
 )
 from traceserve_runtime.protocols.openai.shared import OpenAiErrors, texts_of, usage
-from traceserve_runtime.protocols.requests import checked_fields
 from traceserve_runtime.protocols.wording import short
-from traceserve_runtime.tasks.contract import Answer, Request
-
-_READ = Key(read=True)
+from traceserve_runtime.tasks.contract import Answer
 
 _EMBEDDINGS: Dict[str, Key] = {
-    "input": _READ,
+    "input": READ,
     "model": IGNORED,
-    "encoding_format": _READ,
+    "encoding_format": READ,
     "dimensions": Key("dimensions"),
     "user": IGNORED,
 }
@@ -63,19 +64,14 @@ class Embeddings(OpenAiErrors):
 
     def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Body:
         """The requests in `input`: a text, a list of texts, a list of token ids, or a list of such lists."""
-        if not served.task.reads_vectors:
-            raise WrongTask(
-                f"this model's task is {served.task.name}; embeddings are made by one of feature_extraction"
-            )
+        check_reads_vectors(served, "embeddings are made")
         value = json_body(parts, headers, served)
         parameters = checked(read_keys(value, _EMBEDDINGS), served, foreign_names(_EMBEDDINGS))
         form = value.get("encoding_format") or "float"
         if form not in ("float", "base64"):
             raise InvalidRequest('"encoding_format" should be "float" or "base64"', "encoding_format")
-        texts = texts_of(needed(value, "input"), "input", served)
-        if served.manifest.parameters.get("pooling", "none") == "none":
-            parameters = {"pooling": "mean", **parameters}  # one vector is asked for, and the model names no pooling
-        requests = [Request(checked_fields({"text": t}, served.task, w), parameters, group, w) for t, w in texts]
+        parameters = {**pooled(served), **parameters}
+        requests = text_requests(texts_of(needed(value, "input"), "input", served), parameters, served, group)
         return Body(requests, _Vectors({"text": "input"}, foreign_names(_EMBEDDINGS), encode=form == "base64"))
 
 

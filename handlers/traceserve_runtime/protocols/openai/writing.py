@@ -13,6 +13,7 @@ from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Body, Served
 from traceserve_runtime.protocols.fields import (
     IGNORED,
+    READ,
     Key,
     boolean,
     checked,
@@ -39,13 +40,12 @@ _MOST_CHOICES = 128  # of one prompt
 _TOP_LOGPROBS = 20
 _DEFAULT_TOKENS = 16  # of a completion, as OpenAI has it; a chat goes on as far as the model says
 
-_READ = Key(read=True)
 _WRITING: Dict[str, Key] = {
     "model": IGNORED,
     "user": IGNORED,
-    "n": _READ,
-    "stream": _READ,
-    "stream_options": _READ,
+    "n": READ,
+    "stream": READ,
+    "stream_options": READ,
     "temperature": Key("temperature"),
     "top_p": Key("top_p"),
     "seed": Key("seed"),
@@ -62,20 +62,20 @@ _WRITING: Dict[str, Key] = {
 }
 _COMPLETIONS: Dict[str, Key] = {
     **_WRITING,
-    "prompt": _READ,
+    "prompt": READ,
     "max_tokens": Key("max_new_tokens"),
-    "logprobs": _READ,
-    "echo": _READ,
-    "best_of": _READ,
+    "logprobs": READ,
+    "echo": READ,
+    "best_of": READ,
     "suffix": Key(neutral=("",)),
 }
 _CHAT: Dict[str, Key] = {
     **_WRITING,
-    "messages": _READ,
+    "messages": READ,
     "max_tokens": Key("max_new_tokens"),
     "max_completion_tokens": Key("max_new_tokens"),
-    "logprobs": _READ,
-    "top_logprobs": _READ,
+    "logprobs": READ,
+    "top_logprobs": READ,
     "tools": Key(neutral=([],)),
     "tool_choice": Key(neutral=("none", "auto")),
     "tool_prompt": IGNORED,
@@ -134,7 +134,7 @@ class _Writing(OpenAiErrors):
         options = value.get("stream_options") or {}
         if not isinstance(options, dict):
             raise InvalidRequest(f'"stream_options" should be an object, not {kind_of(options)}', "stream_options")
-        read_keys(options, {"include_usage": _READ, "include_obfuscation": IGNORED}, "stream_options")
+        read_keys(options, {"include_usage": READ, "include_obfuscation": IGNORED}, "stream_options")
         [(fields, where)] = prompts
         request = Request(fields, {**parameters, "stream": True}, group, where)
         frames = self._frames(choices, served, boolean(options, "include_usage"))
@@ -236,7 +236,7 @@ def _message(message: Any, where: str) -> Any:
     """A message as ours: its content one text."""
     if not isinstance(message, dict):
         raise InvalidRequest('a message is an object like {"role": "user", "content": "..."}', where)
-    read_keys(message, {"role": _READ, "content": _READ, "name": Key(), "refusal": Key()}, where)
+    read_keys(message, {"role": READ, "content": READ, "name": Key(), "refusal": Key()}, where)
     content = message.get("content")
     if isinstance(content, list):
         content = "".join(_part(part, f"{where}.content[{i}]") for i, part in enumerate(content))
