@@ -100,19 +100,20 @@ class TransformerHandler:
         if metrics is None or not stats.micro_batches:
             return
         counts = {
-            "TraceserveRequests": stats.requests,
-            "TraceserveTokens": stats.tokens,
-            "TraceserveWindows": stats.rows,
-            "TraceserveComputedTokens": stats.padded_tokens,
-            "TraceserveMicroBatches": stats.micro_batches,
-            "TraceserveModelMicroseconds": round(1e6 * stats.model_seconds) * rows,
-            "TraceserveHandlerMicroseconds": round(1e6 * seconds) * rows,
+            "traceserve_requests_total": stats.requests,
+            "traceserve_tokens_total": stats.tokens,
+            "traceserve_windows_total": stats.rows,
+            "traceserve_computed_tokens_total": stats.padded_tokens,
+            "traceserve_micro_batches_total": stats.micro_batches,
+            "traceserve_model_seconds_total": round(stats.model_seconds * rows, 6),
+            "traceserve_handler_seconds_total": round(seconds * rows, 6),
         }
         # In the name of the batch's first request: else each line would hold the ids of all.
         for name, count in counts.items():
             metrics.add_counter(name, count, 0)
-        metrics.add_percent("TraceservePaddingShare", round(100 * stats.padding_share, 1), 0)
-        metrics.add_time("TraceserveModelTime", round(1000 * stats.model_seconds, 2), 0)
+        # TorchServe has gauges of times, sizes and percents only: this one is from 0 to 1, as its name says.
+        metrics.add_percent("traceserve_last_batch_padding_ratio", round(stats.padding_share, 3), 0)
+        metrics.add_time("traceserve_last_batch_model_seconds", round(stats.model_seconds, 6), 0, "s")
 
 
 def _read_at_once(idle: Callable[[], None]) -> Optional[Reader]:

@@ -40,7 +40,8 @@ class Metrics:
     def add_percent(self, name: str, value: float, idx: Optional[int] = None) -> None:
         self._add("percent", name, value, idx)
 
-    def add_time(self, name: str, value: float, idx: Optional[int] = None) -> None:
+    def add_time(self, name: str, value: float, idx: Optional[int] = None, unit: str = "ms") -> None:
+        assert unit == "s"  # as the names say
         self._add("time", name, value, idx)
 
     def _add(self, kind: str, name: str, value: float, idx: Optional[int]) -> None:
@@ -361,15 +362,17 @@ def test_metrics_are_of_what_was_computed(loaded: TransformerHandler) -> None:
     _, context = serve(loaded, ["Yes.", {"body": ["No.", LONG]}, {"body": 1}])
     assert context.metrics is not None
     reported = context.metrics.reported
-    assert reported["counter", "TraceserveRequests"] == 3
-    assert reported["counter", "TraceserveWindows"] > 3
-    assert reported["counter", "TraceserveMicroBatches"] >= 1
-    assert reported["counter", "TraceserveTokens"] > 50
-    assert 0 <= reported["percent", "TraceservePaddingShare"] < 100
-    assert reported["time", "TraceserveModelTime"] > 0
-    assert reported["counter", "TraceserveComputedTokens"] >= reported["counter", "TraceserveTokens"]
-    model, handler = (reported["counter", f"Traceserve{which}Microseconds"] for which in ("Model", "Handler"))
-    assert handler > model >= 3 * 1000 * (reported["time", "TraceserveModelTime"] - 0.01) > 0  # of each of 3 rows
+    assert reported["counter", "traceserve_requests_total"] == 3
+    assert reported["counter", "traceserve_windows_total"] > 3
+    assert reported["counter", "traceserve_micro_batches_total"] >= 1
+    assert reported["counter", "traceserve_tokens_total"] > 50
+    assert 0 < reported["percent", "traceserve_last_batch_padding_ratio"] < 1
+    assert reported["time", "traceserve_last_batch_model_seconds"] > 0
+    assert reported["counter", "traceserve_computed_tokens_total"] >= reported["counter", "traceserve_tokens_total"]
+    model, handler = (reported["counter", f"traceserve_{part}_seconds_total"] for part in ("model", "handler"))
+    assert (
+        handler > model >= 3 * (reported["time", "traceserve_last_batch_model_seconds"] - 1e-6) > 0
+    )  # of each of 3 rows
     assert len(reported) == 9
 
 

@@ -388,21 +388,22 @@ def test_no_text_is_logged(served: Served) -> None:
 def test_metrics(served: Served) -> None:
     post(served.instance, "quick", b"count me", "text/plain")
     wanted = {
-        "TraceserveTokens",
-        "TraceserveWindows",
-        "TraceserveMicroBatches",
-        "TraceservePaddingShare",
-        "TraceserveModelTime",
+        *(f"traceserve_{what}_total" for what in ("requests", "tokens", "computed_tokens", "windows", "micro_batches")),
+        *(f"traceserve_{part}_seconds_total" for part in ("model", "handler")),
+        "traceserve_last_batch_padding_ratio",
+        "traceserve_last_batch_model_seconds",
     }
     deadline = time.monotonic() + 10
     found: Dict[str, float] = {}
     while time.monotonic() < deadline and not wanted <= set(found):
         text = send(f"http://127.0.0.1:{served.instance.metrics_port}/metrics").body.decode()
         found = {
-            m[0]: float(m[1]) for m in re.findall(r'^(Traceserve\w+)\{ModelName="quick".*\} (\S+)$', text, re.MULTILINE)
+            m[0]: float(m[1])
+            for m in re.findall(r'^(traceserve_\w+)\{ModelName="quick".*\} (\S+)$', text, re.MULTILINE)
         }
     assert wanted <= set(found)
-    assert found["TraceserveTokens"] >= 4 and 0 <= found["TraceservePaddingShare"] <= 100
+    assert found["traceserve_tokens_total"] >= 4 and 0 <= found["traceserve_last_batch_padding_ratio"] <= 1
+    assert 0 < found["traceserve_model_seconds_total"] < found["traceserve_handler_seconds_total"] < 60
 
 
 def test_the_management_of_models_is_closed(served: Served) -> None:

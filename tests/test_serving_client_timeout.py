@@ -53,7 +53,7 @@ def computed(instance: Instance) -> float:
     """How many requests the worker has answered."""
     with urllib.request.urlopen(f"http://127.0.0.1:{instance.metrics_port}/metrics", timeout=30) as response:
         lines = response.read().decode().splitlines()
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("TraceserveRequests{"))
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("traceserve_requests_total{"))
 
 
 def test_what_waited_too_long_is_not_computed(served: Instance) -> None:

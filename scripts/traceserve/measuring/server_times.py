@@ -2,8 +2,8 @@
 
 Of TorchServe 0.12, in microseconds, summed over requests: `ts_inference_latency_microseconds` from a request's arrival in
 the frontend to its answer, `ts_queue_latency_microseconds` from its arrival to its leaving the queue, the delay in which
-batches are filled included. Of our handler, summed likewise: `TraceserveHandlerMicroseconds`, and within it
-`TraceserveModelMicroseconds`; each request of a batch waits for the whole batch.
+batches are filled included. Of our handler, in seconds, summed likewise: `traceserve_handler_seconds_total`, and within it
+`traceserve_model_seconds_total`; each request of a batch waits for the whole batch.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ class Watch:
             requests=int(requests),
             latency=grown("ts_inference_latency_microseconds") / requests / 1e6,
             queue=grown("ts_queue_latency_microseconds") / requests / 1e6,
-            handler=grown("TraceserveHandlerMicroseconds") / requests / 1e6,
-            model=grown("TraceserveModelMicroseconds") / requests / 1e6,
-            tokens=grown("TraceserveTokens") / max(1.0, grown("TraceserveRequests")),
-            padding_share=1 - grown("TraceserveTokens") / max(1.0, grown("TraceserveComputedTokens")),
+            handler=grown("traceserve_handler_seconds_total") / requests,
+            model=grown("traceserve_model_seconds_total") / requests,
+            tokens=grown("traceserve_tokens_total") / max(1.0, grown("traceserve_requests_total")),
+            padding_share=1 - grown("traceserve_tokens_total") / max(1.0, grown("traceserve_computed_tokens_total")),
         )

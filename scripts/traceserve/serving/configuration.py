@@ -156,15 +156,15 @@ _METRICS = """ts_metrics:
     - {name: WorkerLoadTime, unit: Milliseconds, dimensions: [WorkerName, Level, Hostname]}
 model_metrics:
   counter:
-    - {name: TraceserveRequests, unit: count, dimensions: [ModelName, Level]}
-    - {name: TraceserveTokens, unit: count, dimensions: [ModelName, Level]}
-    - {name: TraceserveWindows, unit: count, dimensions: [ModelName, Level]}
-    - {name: TraceserveComputedTokens, unit: count, dimensions: [ModelName, Level]}
-    - {name: TraceserveMicroBatches, unit: count, dimensions: [ModelName, Level]}
-    - {name: TraceserveModelMicroseconds, unit: count, dimensions: [ModelName, Level]}
-    - {name: TraceserveHandlerMicroseconds, unit: count, dimensions: [ModelName, Level]}
+    - {name: traceserve_requests_total, unit: count, dimensions: [ModelName, Level]}
+    - {name: traceserve_tokens_total, unit: count, dimensions: [ModelName, Level]}
+    - {name: traceserve_windows_total, unit: count, dimensions: [ModelName, Level]}
+    - {name: traceserve_computed_tokens_total, unit: count, dimensions: [ModelName, Level]}
+    - {name: traceserve_micro_batches_total, unit: count, dimensions: [ModelName, Level]}
+    - {name: traceserve_model_seconds_total, unit: s, dimensions: [ModelName, Level]}
+    - {name: traceserve_handler_seconds_total, unit: s, dimensions: [ModelName, Level]}
   gauge:
-    - {name: TraceservePaddingShare, unit: percent, dimensions: [ModelName, Level]}
-    - {name: TraceserveModelTime, unit: ms, dimensions: [ModelName, Level]}
+    - {name: traceserve_last_batch_padding_ratio, unit: ratio, dimensions: [ModelName, Level]}
+    - {name: traceserve_last_batch_model_seconds, unit: s, dimensions: [ModelName, Level]}
     - {name: PredictionTime, unit: ms, dimensions: [ModelName, Level]}
 """
