@@ -483,6 +483,20 @@ def test_the_description_is_valid_and_the_sample_fits_it(services: Dict[str, Ser
         jsonschema.validate({**body, "unknown": 1}, schema)
 
 
+def test_the_description_names_the_task_and_what_holds_by_default(services: Dict[str, Service]) -> None:
+    found = {name: ask(service, "openapi.json", {}) for name, service in services.items()}
+    for name, document in found.items():
+        assert document["paths"]["/"]["post"]["tags"] == [name]
+    classifier, writer = (
+        found[name]["components"]["schemas"]["Parameters"]["properties"]
+        for name in ("sequence_classification", "text_generation")
+    )
+    assert classifier["function_to_apply"]["default"] == "softmax"  # the archive's own
+    assert classifier["long_inputs"]["default"] == "window" and writer["long_inputs"]["default"] == "reject"
+    assert (writer["top_k"]["default"], writer["stream"]["default"]) == (50, False)  # the task's
+    assert "default" not in classifier["top_k"] and "default" not in writer["seed"]
+
+
 def test_the_page_and_the_facts(services: Dict[str, Service]) -> None:
     service = services["sequence_classification"]
     [page] = service.answer([asked({}, "docs")])

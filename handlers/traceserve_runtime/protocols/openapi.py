@@ -7,9 +7,10 @@ from typing import Any, Dict, List, Mapping, Sequence
 
 from traceserve_runtime import __version__
 from traceserve_runtime.errors import TraceserveError
+from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Document, Refusal, Served
-from traceserve_runtime.tasks.parameters import Field
+from traceserve_runtime.tasks.parameters import Field, Parameter
 
 _KINDS: Dict[str, Dict[str, Any]] = {
     "text": {"type": "string"},
@@ -74,7 +75,7 @@ def described(served: Served) -> Dict[str, Any]:
         "Fields": _fields(task.fields),
         "Parameters": {
             "type": "object",
-            "properties": {parameter.name: parameter.schema for parameter in task.all_parameters()},
+            "properties": {own.name: {**own.schema, **_default(own, manifest)} for own in task.all_parameters()},
             "additionalProperties": False,
         },
         "Request": _request(task.fields),
@@ -92,9 +93,16 @@ def described(served: Served) -> Dict[str, Any]:
             "description": f"Texts of up to {manifest.max_length:,} tokens; {manifest.dtype}; traceserve {__version__}.",
         },
         "servers": [{"url": f"/predictions/{served.name}/{served.version}"}],
-        "paths": {"/": {"post": _operation(task.sample_body(manifest.facts))}, **_documents()},
+        "paths": {"/": {"post": {"tags": [task.name], **_operation(task.sample_body(manifest.facts))}}, **_documents()},
         "components": {"schemas": schemas},
     }
+
+
+def _default(parameter: Parameter, manifest: Manifest) -> Dict[str, Any]:
+    """What holds where a request says nothing: the archive's own default or the task's, where there is one."""
+    own = {"long_inputs": manifest.long_inputs, **manifest.parameters}
+    value = own.get(parameter.name, parameter.default)
+    return {} if value is None and parameter.name not in own else {"default": value}
 
 
 def _fields(fields: Sequence[Field]) -> Dict[str, Any]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import shlex
-from typing import Any, Dict, List, NamedTuple, Type
+from typing import List, NamedTuple, Type
 
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Task
 from traceserve_runtime.tasks.parameters import Parameter
+
+from traceserve.serving.curl import curl
 
 NAME = "NAME"  # stands for the archive's in an example
 
@@ -27,12 +28,6 @@ class Entry(NamedTuple):
 def entries() -> List[Entry]:
     """All tasks, in the order of their table."""
     return [_entry(task) for task in TASKS.values()]
-
-
-def curl(url: str, body: Dict[str, Any], *options: str) -> str:
-    """The command that sends `body` as JSON."""
-    parts = ["curl", url, *options, "-H", "Content-Type: application/json", "-d", json.dumps(body, ensure_ascii=False)]
-    return " ".join(shlex.quote(part) for part in parts)
 
 
 def markdown() -> str:

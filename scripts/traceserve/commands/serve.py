@@ -163,7 +163,7 @@ def _print_dead(instance: Instance) -> None:
 def print_instance(instance: Instance, seconds: float) -> None:
     from traceserve_runtime.tasks import TASKS
 
-    from traceserve.commands import catalog
+    from traceserve.serving.curl import curl
 
     screen = console()
     screen.print(f"answering after {seconds:.1f} s at {instance.url}", highlight=False)
@@ -172,7 +172,7 @@ def print_instance(instance: Instance, seconds: float) -> None:
         key = ("-H", f"Authorization: Bearer {instance.key}") if instance.key else ()
         key = (*key, "--insecure") if instance.certificate else key  # it is for another name than this machine's
         body = TASKS[manifest.task].sample_body(manifest.facts)
-        command = catalog.curl(f"{instance.url}/predictions/{name}", body, *key)
+        command = curl(f"{instance.url}/predictions/{name}", body, *key)
         screen.print(f"\n  {command}", highlight=False, markup=False, soft_wrap=True)
     if instance.key:
         screen.print(

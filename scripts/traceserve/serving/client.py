@@ -6,10 +6,11 @@ import codecs
 import contextlib
 import http.client
 import json
+import ssl
 import urllib.error
 import urllib.request
 from functools import lru_cache
-from typing import Any, Iterator, Optional
+from typing import Any, Dict, Iterator, Optional, Tuple
 
 from traceserve.errors import ServerError
 from traceserve.serving.front import context
@@ -20,11 +21,13 @@ class NotYet(ServerError):
 
 
 class Refused(ServerError):
-    """The server answered with an error; `status` is the HTTP status."""
+    """The server answered with an error: `status` is the HTTP status, `words` its sentence alone, and `field` what that is
+    about, where it says so."""
 
-    def __init__(self, message: str, status: int) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, status: int, words: str = "", field: Optional[str] = None) -> None:
+        super().__init__(message, field)
         self.status = status
+        self.words = words or message
 
 
 def predict(
@@ -34,7 +37,7 @@ def predict(
 
     `certificate` is the file of the one that the server has, where it speaks TLS.
     """
-    with _post(url, name, body, key, timeout, certificate) as response:
+    with post(url, name, body, key, timeout, certificate) as response:
         try:
             return json.loads(response.read())
         except ValueError as error:
@@ -45,29 +48,75 @@ def stream(
     url: str, name: str, body: Any, key: Optional[str] = None, timeout: float = 300.0, certificate: Optional[str] = None
 ) -> Iterator[str]:
     """POST `body`, which asks for a stream, and give the text's pieces as they come; raises NotYet or Refused."""
-    with _post(url, name, body, key, timeout, certificate) as response:
+    with post(url, name, body, key, timeout, certificate) as response:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for piece in iter(lambda: response.read1(1 << 16), b""):
             yield decoder.decode(piece)
 
 
 @contextlib.contextmanager
-def _post(
-    url: str, name: str, body: Any, key: Optional[str], timeout: float, certificate: Optional[str]
+def post(
+    url: str,
+    name: str,
+    body: Any,
+    key: Optional[str] = None,
+    timeout: float = 300.0,
+    certificate: Optional[str] = None,
+    any_name: bool = True,
 ) -> Iterator[http.client.HTTPResponse]:
+    """POST `body` as JSON to /predictions/NAME, and give the response to be read; raises NotYet or Refused.
+
+    A certificate is taken for a server of any name, as those of this machine are reached by its address, or only for those
+    that it names.
+    """
     request = urllib.request.Request(
         f"{url}/predictions/{name}",
         data=json.dumps(body).encode("utf-8"),
-        headers={"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})},
+        headers={"Content-Type": "application/json", **_authorization(key)},
     )
+    with _opened(request, f"{url} has no worker for {name} ready", url, timeout, certificate, any_name) as response:
+        yield response
+
+
+def document(
+    url: str,
+    path: str,
+    key: Optional[str] = None,
+    timeout: float = 30.0,
+    certificate: Optional[str] = None,
+    any_name: bool = True,
+) -> Any:
+    """GET a JSON document of the server; raises NotYet or Refused, or ServerError for one that is no JSON."""
+    request = urllib.request.Request(f"{url}/{path}", headers=_authorization(key))
+    with _opened(request, f"{url} has no {path}", url, timeout, certificate, any_name) as response:
+        try:
+            return json.loads(response.read())
+        except ValueError as error:
+            raise ServerError(f"{url}/{path} is no JSON: {error}") from None
+
+
+def _authorization(key: Optional[str]) -> Dict[str, str]:
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+@contextlib.contextmanager
+def _opened(
+    request: urllib.request.Request,
+    missing: str,
+    url: str,
+    timeout: float,
+    certificate: Optional[str],
+    any_name: bool,
+) -> Iterator[http.client.HTTPResponse]:
+    """The response, whose errors are told as ours; `missing` says what a 404 or 503 means."""
     try:
-        with (_opener_for(certificate) if certificate else opener).open(request, timeout=timeout) as response:
+        with (_opener_for(certificate, any_name) if certificate else opener).open(request, timeout=timeout) as response:
             yield response
     except urllib.error.HTTPError as error:
-        message = _message(error.read())
+        words, field = _message(error.read())
         if error.code in (404, 503):
-            raise NotYet(f"{url} has no worker for {name} ready: {message}") from None
-        raise Refused(message, error.code) from None
+            raise NotYet(f"{missing}: {words}") from None
+        raise Refused(words + (f" (at {field})" if field else ""), error.code, words, field) from None
     except (OSError, http.client.HTTPException) as error:
         raise NotYet(f"{url} does not answer: {error}") from None
 
@@ -77,20 +126,20 @@ opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 @lru_cache(maxsize=8)
-def _opener_for(certificate: str) -> urllib.request.OpenerDirector:
-    handler = urllib.request.HTTPSHandler(context=context(certificate))
-    return urllib.request.build_opener(urllib.request.ProxyHandler({}), handler)
+def _opener_for(certificate: str, any_name: bool) -> urllib.request.OpenerDirector:
+    trusted = context(certificate) if any_name else ssl.create_default_context(cafile=certificate)
+    return urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=trusted))
 
 
-def _message(body: bytes) -> str:
-    """What an error answer says, ours or the frontend's own."""
+def _message(body: bytes) -> Tuple[str, Optional[str]]:
+    """What an error answer says, ours or the frontend's own, and the field that it is about."""
     try:
         content = json.loads(body)
     except ValueError:
-        return body.decode("utf-8", "replace").strip() or "no reason given"
+        return body.decode("utf-8", "replace").strip() or "no reason given", None
     error = content.get("error") if isinstance(content, dict) else None
     if isinstance(error, str):
-        return error
+        return error, None
     if isinstance(error, dict):
-        return str(error["message"]) + (f" (at {error['field']})" if error.get("field") else "")
-    return str(content.get("message", content)) if isinstance(content, dict) else str(content)
+        return str(error["message"]), error.get("field")
+    return str(content.get("message", content)) if isinstance(content, dict) else str(content), None

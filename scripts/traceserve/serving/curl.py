@@ -1,0 +1,13 @@
+"""A request as a command to be copied."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import Any, Mapping
+
+
+def curl(url: str, body: Mapping[str, Any], *options: str) -> str:
+    """The command that sends `body` as JSON."""
+    parts = ["curl", url, *options, "-H", "Content-Type: application/json", "-d", json.dumps(body, ensure_ascii=False)]
+    return " ".join(shlex.quote(part) for part in parts)
