@@ -17,6 +17,8 @@ PEFT = ['peft>=0.18; python_version >= "3.10"']  # the first that runs with tran
 # A worker needs onnxruntime alone; 1.17 is the first whose tensors a loop keeps. The builder exports with onnx, too.
 ONNX_WORKER = ["onnxruntime>=1.17"]
 ONNX = [*ONNX_WORKER, "onnx>=1.15"]
+# Ray Serve brings HAProxy, fsspec reads archives from where clusters keep them, multipart reads forms.
+RAY = ['ray[serve]>=2.60; python_version >= "3.10"', "fsspec>=2024.2", "multipart>=1.2", "psutil>=5.8", "pyyaml>=5.1"]
 TEST = [
     "pytest>=7",
     "pytest-xdist>=3",
@@ -44,6 +46,7 @@ setup(
         "": "handlers",
         "traceserve": "scripts/traceserve",
         "traceserve_runtime": "handlers/traceserve_runtime",
+        "traceserve_hosts": "handlers/traceserve_hosts",
     },
     package_data={
         "traceserve": ["py.typed"],
@@ -76,6 +79,7 @@ setup(
         "peft": PEFT,
         "onnx": ONNX,
         "onnx-worker": ONNX_WORKER,
+        "ray": RAY,
         "test": SERVE + DEMO + BENCH + CURATED + GGUF + PEFT + ONNX + TEST,
         "dev": SERVE + DEMO + BENCH + CURATED + GGUF + PEFT + ONNX + TEST + DEV,
     },

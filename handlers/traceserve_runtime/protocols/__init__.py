@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, Mapping, Union
+import re
+from typing import Any, Dict, Mapping, Pattern, Tuple, Union
 
 from traceserve_runtime.errors import NotFound, TraceserveError
-from traceserve_runtime.protocols import huggingface, openai, openapi, ranking, tei
+from traceserve_runtime.protocols import huggingface, metadata, openai, openapi, ranking, tei
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Body, Document, Protocol, Refusal, Served
 from traceserve_runtime.protocols.requests import Native
@@ -34,7 +35,16 @@ PROTOCOLS: Dict[str, Protocol] = {
     "hf": huggingface.HuggingFace(),
     "openapi.json": openapi.OpenApi(),
     "docs": openapi.Page(),
+    "v2": metadata.ServerMetadata(),
+    "v2/health/live": metadata.State("live"),
+    "v2/health/ready": metadata.State("ready"),
 }
+# By how the path begins, for those that name a model; the first that fits.
+_OF_MODELS: Tuple[Tuple[Pattern[str], Protocol], ...] = (
+    (re.compile("v2/models/."), metadata.Model()),
+    (re.compile("(v1/)?models/.*:[^/]*$"), metadata.Prediction()),
+    (re.compile("(v1/)?models/."), openai.Models(single=True)),
+)
 
 
 class _Nothing:
@@ -49,14 +59,14 @@ class _Nothing:
 
 
 _NOTHING = _Nothing()
-_ONE_MODEL = openai.Models(single=True)
 
 
 def protocol_of(headers: Headers) -> Protocol:
     """The protocol of a call."""
     path = headers.path.strip("/")
-    if path.startswith(("v1/models/", "models/")):
-        return _ONE_MODEL
+    for begins, protocol in _OF_MODELS:
+        if begins.match(path):
+            return protocol
     if not path and huggingface.CLIENT in headers.client:
         path = "hf"
     # A version called v1 makes /predictions/NAME/v1 the base URL of OpenAI's clients.

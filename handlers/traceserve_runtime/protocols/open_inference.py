@@ -32,6 +32,7 @@ from traceserve_runtime.protocols.wording import (
 )
 from traceserve_runtime.tasks.contract import Answer, Task
 
+OUTPUT = "output"  # its name, where a client asks for none
 _BODY_KEYS = ("id", "model_name", "model_version", "parameters", "inputs", "outputs")
 _TENSOR_KEYS = ("name", "shape", "datatype", "data", "parameters")
 # Parameters of servers of V2 that say nothing to ours.
@@ -199,7 +200,7 @@ def _only(value: Mapping[str, Any], known: Sequence[str], where: str) -> None:
 def _output(outputs: Any) -> Mapping[str, Any]:
     """The output that is asked for."""
     if outputs is None or outputs == []:
-        return {"name": "output"}
+        return {"name": OUTPUT}
     if not isinstance(outputs, list):
         raise InvalidRequest(f'"outputs" should be a list, not {kind_of(outputs)}', "outputs")
     if len(outputs) > 1:

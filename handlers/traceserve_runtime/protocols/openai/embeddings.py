@@ -39,7 +39,10 @@ _EMBEDDINGS: Dict[str, Key] = {
 
 
 class Models(OpenAiErrors):
-    """The list of models: the one that is served; or, at a path of its own, that one."""
+    """The list of models: the one that is served; or, at a path of its own, that one.
+
+    KServe's first protocol has both paths too: what its clients read stands beside what OpenAI's do.
+    """
 
     def __init__(self, single: bool = False) -> None:
         self._single = single
@@ -56,7 +59,9 @@ class Models(OpenAiErrors):
             "owned_by": "traceserve",
             "max_model_len": served.manifest.max_length,
         }
-        return Document(model if self._single else {"object": "list", "data": [model]})
+        if self._single:
+            return Document({**model, "name": served.name, "ready": True})
+        return Document({"object": "list", "data": [model], "models": [served.name]})
 
 
 class Embeddings(OpenAiErrors):

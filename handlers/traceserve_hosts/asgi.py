@@ -1,0 +1,294 @@
+"""The service as an ASGI application: what a Python web server needs to answer as TorchServe does, and at the root paths too.
+
+    /predictions/NAME[/VERSION[/PATH]]   as TorchServe has it; PATH is that of a protocol
+    /explanations/NAME[/VERSION]         not offered yet
+    /ping, /health                       whether the model answers: 503 with the reason where it does not
+    /PATH                                any path of a protocol: /v1/embeddings, /v2/models/NAME/infer, /rerank, /docs, ...
+
+What TorchServe's frontend does before a request reaches the worker is done here: paths, forms, keys, limits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import io
+import json
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Awaitable, Callable, Dict, List, Mapping, NamedTuple, Optional, Set, Tuple, Union
+from urllib.parse import parse_qsl
+
+from traceserve_hosts.batcher import Asked, Batcher, Piece
+
+if TYPE_CHECKING:
+    from traceserve_runtime.service import Call, Reply, Service
+
+Scope = Mapping[str, Any]
+Message = Dict[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+_METHODS = ("GET", "POST", "HEAD")
+_SECONDS_OF_HEALTH = 1.0  # that a canary's answer holds
+_FORM = "application/x-www-form-urlencoded"
+_MULTIPART = "multipart/form-data"
+
+
+class Refused(Exception):
+    """A host's own refusal, before anything reaches a service."""
+
+    def __init__(self, status: int, kind: str, message: str, headers: Mapping[str, str] = {}) -> None:
+        super().__init__(message)
+        self.status = status
+        self.document = {"error": {"type": kind, "message": message, "field": None}}
+        self.headers = headers
+
+
+class Left(Exception):
+    """The client has gone."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the application takes, and from whom."""
+
+    key: Optional[str] = None  # demanded of every request but of /ping and /health, as `Authorization: Bearer KEY`
+    largest_body: int = 64 << 20  # bytes
+    queue: int = 1000  # calls that may wait; more are answered with 503
+    timeout: float = 120.0  # seconds until an answer, or its first piece
+
+    def check(self, method: str, headers: Mapping[str, str]) -> None:
+        """Raise Refused for a request without the key, or of another method."""
+        given = headers.get("authorization", "").encode("utf-8")
+        if self.key is not None and not hmac.compare_digest(given, f"Bearer {self.key}".encode()):
+            message = "a key is needed: send the header Authorization: Bearer KEY"
+            raise Refused(401, "Unauthorized", message, {"www-authenticate": "Bearer"})
+        if method not in _METHODS:
+            raise Refused(405, "MethodNotAllowed", "send GET or POST", {"allow": ", ".join(_METHODS)})
+
+    async def body(self, headers: Mapping[str, str], receive: Receive) -> bytes:
+        """The whole body; raises Refused for a larger one, Left where the client goes before its end."""
+        most = self.largest_body
+        too_large = Refused(413, "InputTooLong", f"the body is larger than {most:,} bytes, which is the limit here")
+        length = headers.get("content-length", "")
+        if length.isdecimal() and int(length) > most:
+            raise too_large
+        parts: List[bytes] = []
+        size = 0
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise Left
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > most:
+                raise too_large
+            if not message.get("more_body", False):
+                return b"".join(parts)
+
+
+class _Asked(NamedTuple):
+    """What is asked at a path of the application."""
+
+    path: str  # behind the model's name and version
+    explain: bool = False
+
+
+class Application:
+    """One archive as an ASGI application."""
+
+    def __init__(self, service: Service, batcher: Batcher, limits: Limits = Limits()) -> None:
+        self._service = service
+        self._batcher = batcher
+        self._limits = limits
+        self._health: Tuple[float, Optional[str]] = (-_SECONDS_OF_HEALTH, None)  # when, and what was wrong
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request; websockets are closed."""
+        await guarded(self._answer, scope, receive, send)
+
+    async def unhealthy(self) -> Optional[str]:
+        """Why the model does not answer its own sample; None where it does. Asked often, it is computed once a second."""
+        if time.monotonic() - self._health[0] >= _SECONDS_OF_HEALTH:
+            self._health = (time.monotonic(), await self._try_canary())
+        return self._health[1]
+
+    async def _try_canary(self) -> Optional[str]:
+        from traceserve_runtime.protocols.bodies import Headers
+        from traceserve_runtime.service import Call
+
+        served = self._service.served
+        body = _encoded(served.task.sample_body(served.manifest.facts))
+        asked = self._batcher.ask(Call({"body": body}, Headers("application/json", len(body))))
+        try:
+            reply = await asyncio.wait_for(asked.next(), self._limits.timeout)
+        except asyncio.TimeoutError:
+            asked.gone = True
+            return f"its sample was not answered within {self._limits.timeout:g} s"
+        status = getattr(reply, "status", 200)
+        return None if status == 200 else f"its sample was answered with {status}"
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path, headers = path_of(scope), headers_of(scope)
+        if path in ("/ping", "/health"):
+            problem = await self.unhealthy()
+            status, document = (
+                (503, {"status": "Unhealthy", "reason": problem}) if problem else (200, {"status": "Healthy"})
+            )
+            await replied(send, status, document)
+            return
+        self._limits.check(scope["method"], headers)
+        asked = self._located(path)
+        if self._batcher.waiting >= self._limits.queue:
+            raise Refused(503, "Overloaded", "too many requests wait; try again", {"retry-after": "1"})
+        call = self._call(asked, headers, await self._limits.body(headers, receive))
+        await self._replied(self._batcher.ask(call), receive, send)
+
+    def _located(self, path: str) -> _Asked:
+        """What stands at a path; raises Refused for another model or version."""
+        served = self._service.served
+        door, _, rest = path.lstrip("/").partition("/")
+        if door not in ("predictions", "explanations"):
+            return _Asked(path.strip("/"))
+        name, _, rest = rest.partition("/")
+        if name != served.name:
+            raise Refused(404, "ModelNotFound", f"no such model is served here; {served.name} is")
+        version, _, rest = rest.partition("/")
+        if version and version != served.version:
+            raise Refused(404, "ModelVersionNotFound", f"this version is not served; version {served.version} is")
+        return _Asked(rest, door == "explanations")
+
+    def _call(self, asked: _Asked, headers: Mapping[str, str], body: bytes) -> Call:
+        from traceserve_runtime.protocols.bodies import Headers
+        from traceserve_runtime.service import Call
+
+        content_type = headers.get("content-type", "")
+        parts, media = _parts(body, content_type)
+        binary = headers.get("inference-header-content-length", "")
+        return Call(
+            parts,
+            Headers(
+                content_type,
+                len(body),
+                headers.get("content-encoding", ""),
+                media,
+                explain=asked.explain,
+                path=asked.path,
+                client=headers.get("user-agent", ""),
+                binary=int(binary) if binary.isdecimal() else None,
+            ),
+        )
+
+    async def _replied(self, asked: Asked, receive: Receive, send: Send) -> None:
+        """Send what a call is answered, in pieces where it comes in pieces; until the client goes."""
+        watch = asyncio.ensure_future(_gone(receive))
+        try:
+            event = await self._next(asked, watch, self._limits.timeout)
+            if isinstance(event, Piece):
+                await send(_start(200, event.headers))
+                while isinstance(event, Piece):
+                    await send({"type": "http.response.body", "body": event.body, "more_body": True})
+                    event = await self._next(asked, watch, None)
+                await send({"type": "http.response.body", "body": event.body})
+            else:
+                await _send(send, event.status, event.body, event.content_type, event.headers)
+        finally:
+            asked.gone = True
+            watch.cancel()
+
+    async def _next(self, asked: Asked, watch: asyncio.Future[None], timeout: Optional[float]) -> Union[Piece, Reply]:
+        """The next event of a call; raises Left where the client goes first, Refused where it takes too long."""
+        event = asyncio.ensure_future(asked.next())
+        both: Set[asyncio.Future[Any]] = {event, watch}
+        done, _ = await asyncio.wait(both, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        if event in done:
+            return event.result()
+        event.cancel()
+        if watch in done:
+            raise Left
+        raise Refused(503, "TimedOut", f"no answer within {timeout:g} s", {"retry-after": "1"})
+
+
+async def guarded(answer: Asgi, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer an HTTP request by `answer`, which may raise Refused or Left; what else a server tells is dealt with here."""
+    if scope["type"] == "lifespan":
+        await _live(receive, send)
+    elif scope["type"] == "http":
+        try:
+            await answer(scope, receive, send)
+        except Refused as refusal:
+            await replied(send, refusal.status, refusal.document, refusal.headers)
+        except Left:
+            pass
+    else:
+        await send({"type": "websocket.close"})
+
+
+async def replied(send: Send, status: int, document: Any, headers: Mapping[str, str] = {}) -> None:
+    """Send a document of the host's own."""
+    await _send(send, status, _encoded(document), "application/json", headers)
+
+
+def path_of(scope: Scope) -> str:
+    """The whole path, whether the server leaves out what it is mounted under or not."""
+    root: str = scope.get("root_path", "")
+    path: str = scope["path"]
+    return path if not root or path.startswith(root) else root + path
+
+
+def headers_of(scope: Scope) -> Dict[str, str]:
+    return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+
+
+def _parts(body: bytes, content_type: str) -> Tuple[Mapping[str, Any], Mapping[str, str]]:
+    """A body as TorchServe hands it over: by itself, or as the parts of a form with their media types."""
+    media = content_type.split(";")[0].strip().lower()
+    if media == _FORM:
+        pairs = parse_qsl(body.decode("utf-8", "surrogateescape"), keep_blank_values=True, errors="surrogateescape")
+        return {name: value.encode("utf-8", "surrogateescape") for name, value in pairs}, {}
+    if media == _MULTIPART:
+        return _multipart(body, content_type)
+    return {"body": body}, {}
+
+
+def _multipart(body: bytes, content_type: str) -> Tuple[Mapping[str, Any], Mapping[str, str]]:
+    from multipart import MultipartError, MultipartParser, parse_options_header
+
+    boundary = parse_options_header(content_type)[1].get("boundary", "")
+    try:
+        parts = list(MultipartParser(io.BytesIO(body), boundary, strict=True, memory_limit=len(body) + 1))
+    except MultipartError as error:
+        raise Refused(400, "InvalidRequest", f"the form cannot be read: {error}") from None
+    values = {part.name: part.raw for part in parts}
+    # A part without a media type of its own is text.
+    return values, {part.name: part.content_type for part in parts if part.headers.get("content-type")}
+
+
+def _encoded(document: Any) -> bytes:
+    return json.dumps(document, ensure_ascii=False).encode("utf-8")
+
+
+async def _live(receive: Receive, send: Send) -> None:
+    while True:
+        message = await receive()
+        await send({"type": f"{message['type']}.complete"})
+        if message["type"] == "lifespan.shutdown":
+            return
+
+
+async def _gone(receive: Receive) -> None:
+    """Wait until the client has closed the connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _start(status: int, headers: Mapping[str, str]) -> Message:
+    encoded = [(name.lower().encode("latin-1"), value.encode("latin-1", "replace")) for name, value in headers.items()]
+    return {"type": "http.response.start", "status": status, "headers": encoded}
+
+
+async def _send(send: Send, status: int, body: bytes, content_type: str, headers: Mapping[str, str] = {}) -> None:
+    await send(_start(status, {"content-type": content_type, "content-length": str(len(body)), **headers}))
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,85 @@
+"""An archive, wherever it lies, to a service in this process that runs the archive's own code."""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Dict, NamedTuple, Optional
+
+if TYPE_CHECKING:
+    from traceserve_runtime.service import Service
+
+
+class Loaded(NamedTuple):
+    """A service, and how its archive wants to be served."""
+
+    service: Service
+    batch_size: int  # the most requests that are answered together
+    batch_delay: float  # seconds that the first of them waits for others
+    timeout: float  # seconds that an answer may take
+
+
+def load(
+    address: str,
+    sha256: Optional[str] = None,
+    name: Optional[str] = None,
+    version: Optional[str] = None,
+    gpu: bool = False,
+) -> Loaded:
+    """The archive at an address, unpacked and ready to answer; raises RuntimeError with the reason.
+
+    An address is a path, a folder that `unpacked` made, or a URL that fsspec opens (http, s3, gs, ...). `name` and `version`
+    are the archive's own where they are not given. The process can load one archive: its runtime is imported here.
+    """
+    folder = Path(address) if Path(address, "traceserve.json").is_file() else unpacked(address, sha256)
+    own = str(folder.resolve())
+    present = sys.modules.get("traceserve_runtime")
+    if present is not None and not str(present.__file__).startswith(own):
+        raise RuntimeError(f"another traceserve_runtime was imported before that of {address}: {present.__file__}")
+    sys.path.insert(0, own)
+    try:
+        from traceserve_runtime import settings
+        from traceserve_runtime.engine import Engine
+        from traceserve_runtime.manifest import Manifest
+        from traceserve_runtime.service import Service
+    except ImportError as error:
+        raise RuntimeError(
+            f"the runtime in {address} cannot be imported: {error}; install what it names, or, where it names a part of "
+            "traceserve_runtime, build the archive again with this version"
+        ) from error
+    manifest = Manifest.read(folder, verify=False)
+    config = _serving(folder)
+    device = "cuda:0" if gpu and manifest.hardware == "gpu" else "cpu"
+    engine = Engine.load(folder, device, settings.read(config))
+    engine.warm_up()
+    engine.open_lanes()
+    engine.share_cores()
+    engine.measure_while_idle()
+    gc.freeze()  # else each full collection walks all of torch's objects while requests wait
+    service = Service(engine, name or manifest.name, version or manifest.version)
+    return Loaded(
+        service, config.get("batchSize", 1), config.get("maxBatchDelay", 0) / 1000, config.get("responseTimeout", 120)
+    )
+
+
+def _serving(folder: Path) -> Dict[str, Any]:
+    """The archive's model-config.yaml, which TorchServe reads for its workers."""
+    import yaml
+
+    content = yaml.safe_load((folder / "model-config.yaml").read_text(encoding="utf-8"))
+    return content if isinstance(content, dict) else {}
+
+
+def unpacked(address: str, sha256: Optional[str] = None) -> Path:
+    """The folder of an archive on this machine; raises RuntimeError.
+
+    A process of its own fetches it: the builder's code, which unpacks archives, imports another runtime than the archive's.
+    """
+    command = [sys.executable, "-m", "traceserve_hosts.fetching", address, *([sha256] if sha256 else [])]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError((result.stderr.strip().splitlines() or [f"{address} could not be fetched"])[-1])
+    return Path(json.loads(result.stdout)["folder"])

@@ -1,0 +1,106 @@
+"""Which Ray Serve applications serve which archives: data, made without Ray, that a Serve configuration file holds as it is.
+
+One archive is one application at the root: its replicas are their own ingress. Several have an application each, below
+/predictions/NAME, or /predictions/NAME/VERSION where a name has several versions; a router at the root knows which archive all
+other paths mean, and shares out the requests to a name among its versions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Dict, List, Mapping, Optional, Sequence
+
+MODULE = "traceserve_hosts.ray_serve"
+ROUTER = "traceserve-router"
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """How many processes answer, and what each may use."""
+
+    least: int = 1
+    most: int = 1  # more than `least`: by the number of requests that wait
+    cpus: float = 1.0
+    gpus: float = 0.0  # of one: 0.5 lets two share it
+
+
+@dataclass(frozen=True)
+class Hosted:
+    """One archive that is to be served."""
+
+    address: str  # a path that every machine has, or a URL that fsspec opens
+    name: str
+    version: str = "1.0"
+    sha256: Optional[str] = None  # of the archive; what is fetched is compared
+    replicas: Replicas = Replicas()
+    share: float = 1.0  # of the requests to /predictions/NAME, relative to its other versions
+
+    @property
+    def application(self) -> str:
+        """The name of its Serve application."""
+        return f"{self.name}-{self.version}"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What all applications of a configuration have."""
+
+    queue: int = 1000  # requests that may wait in one replica
+    largest_body: int = 64 << 20  # bytes
+    cors_origin: Optional[str] = None
+
+
+def applications(archives: Sequence[Hosted], options: Options = Options()) -> List[Dict[str, Any]]:
+    """The `applications` of a Serve configuration; raises ValueError for two archives of one name and version."""
+    names = [hosted.application for hosted in archives]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None or not archives:
+        raise ValueError(
+            f"{twice} is given twice; give one of them another version" if twice else "no archive is given"
+        )
+    if len(archives) == 1:
+        return [_application(archives[0], "/", options)]
+    versions: Dict[str, List[Hosted]] = {}
+    for hosted in archives:
+        versions.setdefault(hosted.name, []).append(hosted)
+    found = [_application(hosted, _prefix(hosted, versions), options) for hosted in archives]
+    return [*found, _router(versions, options)]
+
+
+def _prefix(hosted: Hosted, versions: Mapping[str, Sequence[Hosted]]) -> str:
+    own = f"/predictions/{hosted.name}"
+    return own if len(versions[hosted.name]) == 1 else f"{own}/{hosted.version}"
+
+
+def _application(hosted: Hosted, prefix: str, options: Options) -> Dict[str, Any]:
+    replicas = hosted.replicas
+    return {
+        "name": hosted.application,
+        "route_prefix": prefix,
+        "import_path": f"{MODULE}:archive",
+        "args": {
+            "archive": hosted.address,
+            "sha256": hosted.sha256,
+            "name": hosted.name,
+            "version": hosted.version,
+            "replicas": {"least": replicas.least, "most": replicas.most, "cpus": replicas.cpus, "gpus": replicas.gpus},
+            "options": _options(options),
+        },
+    }
+
+
+def _router(versions: Mapping[str, Sequence[Hosted]], options: Options) -> Dict[str, Any]:
+    models = {
+        name: {hosted.version: {"application": hosted.application, "share": hosted.share} for hosted in each}
+        for name, each in versions.items()
+    }
+    return {
+        "name": ROUTER,
+        "route_prefix": "/",
+        "import_path": f"{MODULE}:router",
+        "args": {"models": models, "options": _options(options)},
+    }
+
+
+def _options(options: Options) -> Dict[str, Any]:
+    return {"queue": options.queue, "largest_body": options.largest_body, "cors_origin": options.cors_origin}

@@ -1,0 +1,148 @@
+"""Ray Serve as a host: `archive` and `router` build the applications that `ray_config` names.
+
+A replica is its own ingress: it holds one archive, and answers HTTP itself. `serve.batch` is not used: it gathers calls of one
+method, but knows neither clients that have gone nor pieces of a stream; `batcher` does, and hands the whole list to one thread.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, AsyncIterator, Dict, List, Mapping, Optional, Sequence
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from ray.util.metrics import Counter
+from starlette.middleware.cors import CORSMiddleware
+
+from traceserve_hosts.asgi import Application, Asgi, Limits, Message, Scope
+from traceserve_hosts.batcher import Batcher
+from traceserve_hosts.loading import load
+from traceserve_hosts.routing import Router, messages
+
+KEY_VARIABLE = "TRACESERVE_KEY"  # where it is set, every request needs it
+_GRACE = 30.0  # seconds in which a replica that goes may finish what it was asked
+
+
+def archive(args: Mapping[str, Any]) -> serve.Application:
+    """The application of one archive; `args` as `ray_config` makes them."""
+    replicas, options = args["replicas"], args["options"]
+    own: Dict[str, Any] = {"num_replicas": replicas["least"]}
+    if replicas["most"] > replicas["least"]:
+        own = {"autoscaling_config": {"min_replicas": replicas["least"], "max_replicas": replicas["most"]}}
+    deployment = Replica.options(
+        name=f"{args['name']}-{args['version']}",
+        ray_actor_options={"num_cpus": replicas["cpus"], "num_gpus": replicas["gpus"]},
+        max_ongoing_requests=options["queue"] + 256,  # the replica itself says when too many wait
+        health_check_timeout_s=60.0,
+        graceful_shutdown_timeout_s=_GRACE,
+        **own,
+    )
+    return deployment.bind(
+        args["archive"], args["sha256"], args["name"], args["version"], replicas["gpus"] > 0, options
+    )
+
+
+def router(args: Mapping[str, Any]) -> serve.Application:
+    """The application at the root, where several archives are served."""
+    return Front.options(max_ongoing_requests=args["options"]["queue"]).bind(args["models"], args["options"])
+
+
+@serve.deployment
+@serve.ingress()
+class Replica:
+    """One process with one archive."""
+
+    def __init__(
+        self, address: str, sha256: Optional[str], name: str, version: str, gpu: bool, options: Mapping[str, Any]
+    ) -> None:
+        loaded = load(address, sha256, name, version, gpu)
+        self._metrics = _Metrics(name, version)
+        self._application = Application(
+            loaded.service,
+            Batcher(loaded.service, loaded.batch_size, loaded.batch_delay, self._metrics.report),
+            _limits(options, loaded.timeout),
+        )
+        self._origin = options["cors_origin"]
+
+    def __serve_build_asgi_app__(self) -> Asgi:
+        return _with_cors(self._application, self._origin)
+
+    async def check_health(self) -> None:
+        """Ray asks this every ten seconds, and replaces a replica that fails three times."""
+        problem = await self._application.unhealthy()
+        if problem is not None:
+            raise RuntimeError(problem)
+
+    async def answered(self, scope: Scope, body: bytes) -> List[Message]:
+        """All messages of an answer, for the router."""
+        return [message async for message in self.answering(scope, body)]
+
+    async def answering(self, scope: Scope, body: bytes) -> AsyncIterator[Message]:
+        """The messages of an answer as they come, for the router."""
+        async for message in messages(self._application, scope, body):
+            yield message
+
+
+@serve.deployment
+@serve.ingress()
+class Front:
+    """The router's process."""
+
+    def __init__(self, models: Mapping[str, Mapping[str, Mapping[str, Any]]], options: Mapping[str, Any]) -> None:
+        self._options = options
+        self._handles: Dict[str, DeploymentHandle] = {}
+        self._router = Router(
+            {name: {v: each["share"] for v, each in versions.items()} for name, versions in models.items()},
+            _limits(options, 120.0),
+            self._messages,
+        )
+        self._applications = {(n, v): each["application"] for n, vs in models.items() for v, each in vs.items()}
+
+    def __serve_build_asgi_app__(self) -> Asgi:
+        return _with_cors(self._router, self._options["cors_origin"])
+
+    async def _messages(self, name: str, version: str, scope: Scope, body: bytes) -> AsyncIterator[Message]:
+        application = self._applications[name, version]
+        handle = self._handles.get(application)
+        if handle is None:
+            handle = self._handles[application] = serve.get_app_handle(application)
+        if b'"stream"' in body:
+            async for message in handle.options(stream=True).answering.remote(scope, body):
+                yield message
+        else:
+            for message in await handle.answered.remote(scope, body):
+                yield message
+
+
+def _limits(options: Mapping[str, Any], timeout: float) -> Limits:
+    return Limits(os.environ.get(KEY_VARIABLE) or None, options["largest_body"], options["queue"], timeout)
+
+
+def _with_cors(application: Asgi, origin: Optional[str]) -> Asgi:
+    if origin is None:
+        return application
+    return CORSMiddleware(
+        application,
+        allow_origins=[origin],
+        allow_methods=["GET", "POST"],
+        allow_headers=["content-type", "authorization"],
+    )
+
+
+class _Metrics:
+    """What TorchServe's worker counts, by the same names; Ray puts `ray_` before them."""
+
+    def __init__(self, name: str, version: str) -> None:
+        self._tags = {"model_name": name, "model_version": version}
+        self._counters: Dict[str, Counter] = {}
+
+    def report(self, stats: Any, replies: Sequence[Any], seconds: float) -> None:
+        """Add what one batch was."""
+        from traceserve_runtime.service import counts
+
+        for name, count in counts(stats, len(replies), seconds).items():
+            if name not in self._counters:
+                self._counters[name] = Counter(name, tag_keys=tuple(self._tags))
+                self._counters[name].set_default_tags(self._tags)
+            if count:
+                self._counters[name].inc(count)

@@ -1,0 +1,159 @@
+"""Several archives behind one address: which of them a request means, and whose version.
+
+/predictions/NAME/VERSION/...   that version
+/predictions/NAME               one of the versions, each with its share of the requests
+/v1/models, /v2                 what is served
+/PATH                           the model that the path or the body names (`"model"`), or the only one that there is
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from typing import Any, AsyncIterator, Callable, Dict, List, Mapping, Optional, Tuple
+
+from traceserve_hosts.asgi import (
+    Asgi,
+    Limits,
+    Message,
+    Receive,
+    Refused,
+    Scope,
+    Send,
+    guarded,
+    headers_of,
+    path_of,
+    replied,
+)
+
+# The messages of the answer that a name's version gives to a request with this body.
+Ask = Callable[[str, str, Scope, bytes], AsyncIterator[Message]]
+_PASSED = ("type", "method", "path", "query_string", "headers")  # of a scope; the rest is of this process alone
+_BEHIND = ("v1/models/", "v2/models/", "models/")  # a model's name
+
+
+class Router:
+    """An ASGI application over others; `shares` has the versions of each name."""
+
+    def __init__(self, shares: Mapping[str, Mapping[str, float]], limits: Limits, ask: Ask) -> None:
+        self._shares = shares
+        self._limits = limits
+        self._ask = ask
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        await guarded(self._answer, scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path, headers = path_of(scope), headers_of(scope)
+        if path in ("/ping", "/health"):
+            await self._answer_health(send)
+            return
+        self._limits.check(scope["method"], headers)
+        if path.strip("/") in ("v1/models", "models"):
+            await replied(send, 200, self._models())
+            return
+        body = await self._limits.body(headers, receive)
+        name, version, path = self._located(path, body)
+        asked = {key: scope[key] for key in _PASSED if key in scope}
+        async for message in self._ask(name, version, {**asked, "path": path}, body):
+            await send(message)
+
+    async def _answer_health(self, send: Send) -> None:
+        """200 where every version of every archive answers."""
+        for name, versions in self._shares.items():
+            for version in versions:
+                scope = {"type": "http", "method": "GET", "path": "/health", "headers": []}
+                messages = [message async for message in self._ask(name, version, scope, b"")]
+                if messages[0]["status"] != 200:
+                    for message in messages:
+                        await send(message)
+                    return
+        await replied(send, 200, {"status": "Healthy"})
+
+    def _models(self) -> Dict[str, Any]:
+        """What OpenAI's clients and KServe's read of a list of models."""
+        data = [{"id": name, "object": "model", "created": 0, "owned_by": "traceserve"} for name in self._shares]
+        return {"object": "list", "data": data, "models": list(self._shares)}
+
+    def _located(self, path: str, body: bytes) -> Tuple[str, str, str]:
+        """The name and the version that are meant, and the path as this version's own application has it; raises Refused."""
+        door, _, rest = path.lstrip("/").partition("/")
+        if door not in ("predictions", "explanations"):
+            name = self._named(path.lstrip("/"), body)
+            return name, self._chosen(name), path
+        name, _, rest = rest.partition("/")
+        self._check(name)
+        version, _, rest = rest.partition("/")
+        if version and version not in self._shares[name]:
+            known = ", ".join(self._shares[name])
+            raise Refused(404, "ModelVersionNotFound", f"this version is not served; of {name} there are {known}")
+        chosen = version or self._chosen(name)
+        return name, chosen, f"/{door}/{name}/{chosen}/{rest}".rstrip("/")
+
+    def _named(self, path: str, body: bytes) -> str:
+        """The model that a path or a body names."""
+        for begin in _BEHIND:
+            if path.startswith(begin):
+                name = path[len(begin) :].partition("/")[0].partition(":")[0]
+                self._check(name)
+                return name
+        if len(self._shares) == 1:
+            return next(iter(self._shares))
+        named = _model(body)
+        if named is None:
+            known = ", ".join(f"/predictions/{each}" for each in self._shares)
+            raise Refused(404, "ModelNotFound", f'several models are served; name one as "model", or ask at {known}')
+        self._check(named)
+        return named
+
+    def _check(self, name: str) -> None:
+        if name not in self._shares:
+            raise Refused(404, "ModelNotFound", f"no such model is served here; there are {', '.join(self._shares)}")
+
+    def _chosen(self, name: str) -> str:
+        versions = self._shares[name]
+        [chosen] = random.choices(list(versions), list(versions.values()))
+        return chosen
+
+
+def _model(body: bytes) -> Optional[str]:
+    """What the JSON object in a body calls its model."""
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    name = value.get("model") if isinstance(value, dict) else None
+    return name if isinstance(name, str) else None
+
+
+async def messages(application: Asgi, scope: Scope, body: bytes) -> AsyncIterator[Message]:
+    """What an application sends for a request whose body is there."""
+    sent: asyncio.Queue[Optional[Message]] = asyncio.Queue()
+    received: List[Message] = [{"type": "http.request", "body": body}]
+    forever: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+
+    async def receive() -> Message:
+        return received.pop() if received else await forever
+
+    async def send(message: Message) -> None:
+        sent.put_nowait(message)
+
+    async def run() -> None:
+        try:
+            await application(scope, receive, send)
+        finally:
+            sent.put_nowait(None)
+
+    running = asyncio.ensure_future(run())
+    try:
+        while True:
+            message = await sent.get()
+            if message is None:
+                break
+            yield message
+        await running
+    finally:
+        running.cancel()
+        forever.cancel()

@@ -1,0 +1,104 @@
+"""KServe's two protocols beside their predictions: which model is served, what it reads and answers, and whether it is ready.
+
+TorchServe has none of these paths but /v2/health; other hosts hand them over. Behind `/predictions/NAME/VERSION/` they are there
+on TorchServe, too.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List, Mapping, Union
+
+from traceserve_runtime import __version__
+from traceserve_runtime.errors import NotFound, NotOffered, TraceserveError
+from traceserve_runtime.protocols.bodies import Headers
+from traceserve_runtime.protocols.contract import Body, Document, Refusal, Served
+from traceserve_runtime.protocols.open_inference import OUTPUT
+from traceserve_runtime.protocols.requests import Native, in_words
+from traceserve_runtime.protocols.wording import short
+
+
+class _KServe:
+    """What all of them are refused with."""
+
+    def error(self, error: TraceserveError, parts: Mapping[str, Any], headers: Headers, served: Served) -> Refusal:
+        """A string: KServe's own clients fail on an error that is an object."""
+        return Refusal.of({"error": in_words(error)}, error)
+
+
+class ServerMetadata(_KServe):
+    """GET /v2"""
+
+    def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Document:
+        """The server's name, version and extensions."""
+        return Document({"name": "traceserve", "version": __version__, "extensions": ["binary_tensor_data"]})
+
+
+class State(_KServe):
+    """GET /v2/health/live and /v2/health/ready: an answer means that the worker lives, with its model loaded."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Document:
+        """Yes."""
+        return Document({self._name: True})
+
+
+class Model(_KServe):
+    """Everything below /v2/models/NAME, with or without /versions/VERSION."""
+
+    def __init__(self) -> None:
+        self._native = Native()
+
+    def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Union[Body, Document]:
+        """A prediction at /infer, else a document; raises NotFound for another model, version or path."""
+        name, _, rest = headers.path.strip("/").partition("models/")[2].partition("/")
+        check_served(name, served)
+        if rest.startswith("versions/"):
+            version, _, rest = rest[len("versions/") :].partition("/")
+            if version != served.version:
+                raise NotFound(f"version {short(version)} is not served here; {served.version} is")
+        if rest == "infer":
+            return self._native.read(parts, headers, served, group)
+        if rest == "explain":
+            raise NotOffered("answers are not explained here; ask for a prediction at /infer")
+        if rest not in ("", "ready"):
+            raise NotFound(f"nothing is served at /{short(headers.path)}; behind the model there are /infer and /ready")
+        return Document({"name": served.name, "ready": True} if rest else _described(served))
+
+
+class Prediction(_KServe):
+    """POST /v1/models/NAME:predict"""
+
+    def __init__(self) -> None:
+        self._native = Native()
+
+    def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Body:
+        """A prediction; raises NotFound for another model, and NotOffered for another verb."""
+        name, _, verb = headers.path.strip("/").partition("models/")[2].rpartition(":")
+        check_served(name, served)
+        if verb != "predict":
+            raise NotOffered(f"the verb {short(verb)} is not offered here; predict is")
+        return self._native.read(parts, headers, served, group)
+
+
+def check_served(name: str, served: Served) -> None:
+    """Raise NotFound for another model than the one that is served."""
+    if name != served.name:
+        raise NotFound(f"the model {short(name)} is not served here; {served.name} is", "model")
+
+
+def _described(served: Served) -> Dict[str, Any]:
+    """A model's metadata: the task's fields are its inputs, one element a request."""
+    inputs: List[Dict[str, Any]] = [
+        {"name": field.name, "datatype": "BYTES", "shape": [-1]} for field in served.task.fields if field.required
+    ]
+    vectors = served.task.reads_vectors and served.manifest.parameters.get("pooling", "none") != "none"
+    output = {"datatype": "FP32", "shape": [-1, -1]} if vectors else {"datatype": "BYTES", "shape": [-1]}
+    return {
+        "name": served.name,
+        "versions": [served.version],
+        "platform": f"traceserve_{served.manifest.save_mode}",
+        "inputs": inputs,
+        "outputs": [{"name": OUTPUT, **output}],
+    }
