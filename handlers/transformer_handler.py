@@ -95,21 +95,12 @@ class TransformerHandler:
         return name, str(packed.get("modelVersion") or "1.0")
 
     def _report(self, stats: Stats, rows: int, seconds: float, context: Any) -> None:
-        """Tell TorchServe what was computed. Times are summed over requests, as its own are: each waits for its batch."""
+        """Tell TorchServe what was computed."""
         metrics = getattr(context, "metrics", None)
         if metrics is None or not stats.micro_batches:
             return
-        counts = {
-            "traceserve_requests_total": stats.requests,
-            "traceserve_tokens_total": stats.tokens,
-            "traceserve_windows_total": stats.rows,
-            "traceserve_computed_tokens_total": stats.padded_tokens,
-            "traceserve_micro_batches_total": stats.micro_batches,
-            "traceserve_model_seconds_total": round(stats.model_seconds * rows, 6),
-            "traceserve_handler_seconds_total": round(seconds * rows, 6),
-        }
         # In the name of the batch's first request: else each line would hold the ids of all.
-        for name, count in counts.items():
+        for name, count in stats.counters(rows, seconds).items():
             metrics.add_counter(name, count, 0)
         # TorchServe has gauges of times, sizes and percents only: this one is from 0 to 1, as its name says.
         metrics.add_percent("traceserve_last_batch_padding_ratio", round(stats.padding_share, 3), 0)

@@ -29,7 +29,7 @@ def archive(args: Mapping[str, Any]) -> serve.Application:
     own: Dict[str, Any] = {"num_replicas": replicas["least"]}
     if replicas["most"] > replicas["least"]:
         own = {"autoscaling_config": {"min_replicas": replicas["least"], "max_replicas": replicas["most"]}}
-    deployment = Replica.options(
+    deployment = replica.options(
         name=f"{args['name']}-{args['version']}",
         ray_actor_options={"num_cpus": replicas["cpus"], "num_gpus": replicas["gpus"]},
         max_ongoing_requests=options["queue"] + 256,  # the replica itself says when too many wait
@@ -44,10 +44,9 @@ def archive(args: Mapping[str, Any]) -> serve.Application:
 
 def router(args: Mapping[str, Any]) -> serve.Application:
     """The application at the root, where several archives are served."""
-    return Front.options(max_ongoing_requests=args["options"]["queue"]).bind(args["models"], args["options"])
+    return front.options(max_ongoing_requests=args["options"]["queue"]).bind(args["models"], args["options"])
 
 
-@serve.deployment
 @serve.ingress()
 class Replica:
     """One process with one archive."""
@@ -83,7 +82,6 @@ class Replica:
             yield message
 
 
-@serve.deployment
 @serve.ingress()
 class Front:
     """The router's process."""
@@ -114,6 +112,10 @@ class Front:
                 yield message
 
 
+replica: Any = serve.deployment(Replica)
+front: Any = serve.deployment(Front)
+
+
 def _limits(options: Mapping[str, Any], timeout: float) -> Limits:
     return Limits(os.environ.get(KEY_VARIABLE) or None, options["largest_body"], options["queue"], timeout)
 
@@ -121,12 +123,9 @@ def _limits(options: Mapping[str, Any], timeout: float) -> Limits:
 def _with_cors(application: Asgi, origin: Optional[str]) -> Asgi:
     if origin is None:
         return application
-    return CORSMiddleware(
-        application,
-        allow_origins=[origin],
-        allow_methods=["GET", "POST"],
-        allow_headers=["content-type", "authorization"],
-    )
+    headers = ["content-type", "authorization"]
+    wrapped: Asgi = CORSMiddleware(application, [origin], ["GET", "POST"], headers)
+    return wrapped
 
 
 class _Metrics:
@@ -138,9 +137,7 @@ class _Metrics:
 
     def report(self, stats: Any, replies: Sequence[Any], seconds: float) -> None:
         """Add what one batch was."""
-        from traceserve_runtime.service import counts
-
-        for name, count in counts(stats, len(replies), seconds).items():
+        for name, count in stats.counters(len(replies), seconds).items():
             if name not in self._counters:
                 self._counters[name] = Counter(name, tag_keys=tuple(self._tags))
                 self._counters[name].set_default_tags(self._tags)

@@ -34,6 +34,21 @@ class Stats:
             self.micro_batches += lane.micro_batches
         self.model_seconds += max(lane.model_seconds for lane in lanes)
 
+    def counters(self, calls: int, seconds: float) -> Dict[str, float]:
+        """What a batch of so many calls adds to the metrics of its host.
+
+        Times are summed over calls, as TorchServe's own are: each waits for its batch.
+        """
+        return {
+            "traceserve_requests_total": self.requests,
+            "traceserve_tokens_total": self.tokens,
+            "traceserve_windows_total": self.rows,
+            "traceserve_computed_tokens_total": self.padded_tokens,
+            "traceserve_micro_batches_total": self.micro_batches,
+            "traceserve_model_seconds_total": round(self.model_seconds * calls, 6),
+            "traceserve_handler_seconds_total": round(seconds * calls, 6),
+        }
+
     @property
     def padding_share(self) -> float:
         """The share of the computed tokens that were padding, 0 to 1."""
