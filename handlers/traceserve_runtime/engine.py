@@ -1,4 +1,4 @@
-"""An archive's folder and a list of requests to a list of answers or errors; knows nothing of TorchServe."""
+"""Answers a list of requests from an archive's folder; independent of TorchServe."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from traceserve_runtime.texts.tokenization import Encoded, TextTokenizer
 logger = logging.getLogger(__name__)
 
 _SECONDS_TO_FIT = 0.4  # on all cores, and on one each; small models fit all shapes into it, large ones three
-_RUNS_TO_FIT = 4  # of each shape
-_FIRST_ANSWERING = 0.1  # seconds in which requests are answered before the first run is measured
-_ANSWERING = 30  # times the last such run, they are before the next one: under load it is 3 % of the time
-_MANY_TOKENS = 4096  # read since memory was given back: what these took is worth the millisecond
-_OF_ONE_CORE = 0.9  # a token's cost there, of its cost on all cores times their number: a guess, until it is measured
+_RUNS_TO_FIT = 4  # per shape
+_FIRST_ANSWERING = 0.1  # seconds of answering before the first run is measured
+_ANSWERING = 30  # seconds of answering, per second of the last measured run, before the next: 3 % under load
+_MANY_TOKENS = 4096  # read since memory was released: enough to spend a millisecond on it
+_OF_ONE_CORE = 0.9  # a token's cost there, relative to all cores' times their number: a guess until measured
 
 Emit = Callable[..., None]  # see `Engine.answer`
 
 
 def load_task(folder: Path, manifest: Manifest) -> Task:
-    """The archive's task with its tokenizer, without its model."""
+    """Load the archive's task and tokenizer, without its model."""
     kind = TASKS[manifest.task]
     tokenizer = TextTokenizer(
         folder, manifest.tokenizer, manifest.max_length, manifest.max_rows, windows=kind.merges_windows
@@ -57,16 +57,16 @@ class Engine:
         self.task = task
         self.runner = runner
         self.cost = replace(task.cost, padding=runner.padding)  # of a run on this machine, once measured
-        self.lanes: Optional[Lanes] = None  # where it can run several micro-batches side by side
+        self.lanes: Optional[Lanes] = None  # if it can run micro-batches in parallel
         self._measuring: Iterator[float] = iter(())
-        self._answer_first = 0.0  # seconds of answering until the next run is measured
-        self._tokens_since = 0  # memory was given back
+        self._answer_first = 0.0  # seconds of answering before the next measured run
+        self._tokens_since = 0  # since memory was released
 
     @classmethod
     def load(cls, folder: Path, device: str = "cpu", settings: Settings = Settings()) -> Engine:
-        """Read an archive's folder.
+        """Load an archive's folder.
 
-        Raises InvalidManifest for a folder that is not what its manifest says, MissingPackage without a library.
+        Raises InvalidManifest if the folder does not match its manifest, MissingPackage if a library is missing.
         """
         manifest = Manifest.read(folder, verify=False)
         if settings.length_step is not None and not manifest.shapes.padded:
@@ -75,31 +75,31 @@ class Engine:
             )
         if settings.length_step is not None:
             manifest = replace(manifest, shapes=manifest.shapes.stepped(settings.length_step, manifest.max_length))
-        with ThreadPoolExecutor(1) as pool:  # hashing takes as long as loading, on another core
+        with ThreadPoolExecutor(1) as pool:  # hashing takes as long as loading; use another core
             verified = pool.submit(manifest.verify, folder)
             try:
                 engine = cls._load(folder, manifest, device, settings)
             finally:
-                verified.result()  # what is no longer what was verified is told first
+                verified.result()  # report changed files first
         return engine
 
     @classmethod
     def _load(cls, folder: Path, manifest: Manifest, device: str, settings: Settings) -> Engine:
         for value, table, what in ((manifest.task, TASKS, "task"), (manifest.save_mode, RUNTIMES, "save mode")):
             if value not in table:
-                raise InvalidManifest(f"this runtime does not know the {what} {value!r}, but: {', '.join(table)}")
+                raise InvalidManifest(f"this runtime does not support the {what} {value!r}, only: {', '.join(table)}")
         task = load_task(folder, manifest)
         return cls(folder, manifest, task, RUNTIMES[manifest.save_mode](manifest, folder, device, settings))
 
     def warm_up(self) -> None:
-        """Answer the task's sample, short and long, so that no client waits for first calls."""
+        """Answer the task's sample, short and long, so that no client waits for the slow first calls."""
         for request in self.task.warm_up_requests():
             [answer] = self.answer([request])
             if isinstance(answer, TraceserveError):
                 raise answer
 
     def open_lanes(self) -> None:
-        """From now on run micro-batches side by side where the runner can; at guessed costs, until `measure` knows them."""
+        """Run micro-batches in parallel from now on, if the runner can; with guessed costs until `measure`."""
         if self.lanes is None and not self.task.loop:
             threads = self.runner.open_lanes()
             if threads:
@@ -108,16 +108,17 @@ class Engine:
                 self.lanes = Lanes(threads, cost)
 
     def share_cores(self) -> None:
-        """From now on leave cores to other processes that hold them, where the runner can."""
+        """Yield cores to other processes from now on, if the runner can."""
         self.runner.share_cores()
 
     def measure_while_idle(self) -> None:
-        """`measure`, but one run at a time, each in a call of `idle`: on the way to the first answer this would be a tenth of
-        the time, and a thread of its own would have OpenMP's threads of its own, which keep these waiting."""
+        """Run `measure`, one run per call of `idle`: before the first answer it would take a tenth of the time to it,
+        and a thread
+        of its own would have its own OpenMP threads, which keep these waiting."""
         self._measuring, self._answer_first = self._measure(), _FIRST_ANSWERING
 
     def idle(self) -> None:
-        """To be called when nobody waits for an answer: memory goes back to the system, and one run may be measured."""
+        """Call this when nobody waits for an answer: it releases memory, and may measure one run."""
         if self._tokens_since > _MANY_TOKENS:
             memory.give_back()
             self._tokens_since = 0
@@ -129,15 +130,15 @@ class Engine:
             logger.warning("the cost of this model's runs could not be measured, and is guessed: %s", error)
 
     def measure(self) -> None:
-        """Learn what a run costs on all cores, and on one of them while the others are as busy; see `lanes`.
+        """Measure the cost of a run on all cores, and on one while the others are as busy; see `lanes`.
 
-        From then on what runs together, and so the last digits of answers, depends on this machine.
+        From then on the grouping of rows, and so the last digits of answers, depends on this machine.
         """
         for _ in self._measure():
             pass
 
     def _measure(self) -> Iterator[float]:
-        """`measure`; gives the seconds of each run."""
+        """Run `measure`; yields the seconds of each run."""
         if self.task.loop:
             return
         timings = yield from self._time_runs(self.runner)
@@ -158,7 +159,7 @@ class Engine:
             self.lanes = Lanes(threads, cost.scaled(unit))
 
     def _time_runs(self, run: Callable[[Arrays], object]) -> Generator[float, None, List[Timing]]:
-        """How long runs of a few shapes take, smallest first, as far as the time for it goes; gives each run's seconds."""
+        """Time runs of a few shapes, smallest first, until the time is up; yields each run's seconds."""
         shapes, most = self.manifest.shapes, self.manifest.max_length
         wanted = [(1, 16), (4, 16), (1, 64), (16, 16), (4, 64), (1, most)]
         fitting = {(shapes.batch(b), shapes.length(min(n, most))) for b, n in wanted if shapes.holds(b)}
@@ -172,7 +173,7 @@ class Engine:
                 run(inputs)
                 seconds.append(time.perf_counter() - began)
                 yield seconds[-1]
-            timings.append(Timing(batch, length, min(seconds[1:])))  # what takes longer was disturbed
+            timings.append(Timing(batch, length, min(seconds[1:])))  # slower ones were disturbed
             spent += sum(seconds)
             if len(timings) >= 3 and spent > _SECONDS_TO_FIT:
                 break
@@ -181,10 +182,10 @@ class Engine:
     def answer(
         self, requests: Sequence[Request], stats: Optional[Stats] = None, emit: Optional[Emit] = None
     ) -> List[Union[Answer, TraceserveError]]:
-        """One answer, or the error that is this request's own, for each request, in order; adds to `stats`.
+        """Return each request's answer or its own error, in order; adds to `stats`.
 
-        `emit(i, unseen, text)` is called with the whole text so far, each time that it may have grown, for a request
-        that is to be streamed; `unseen` as in Answer. Where it asks for details, its tokens follow, a sequence of WrittenToken.
+        For a streamed request, `emit(i, unseen, text)` is called with the whole text so far whenever it may have
+        grown; `unseen` as in Answer. If the request asks for details, the tokens follow, a sequence of WrittenToken.
         """
         stats = Stats() if stats is None else stats
         stats.requests += len(requests)
@@ -204,7 +205,7 @@ class Engine:
         stats: Stats,
         emits: Sequence[Optional[Callable[..., None]]],
     ) -> List[Union[Answer, TraceserveError]]:
-        """`answer`, for as many as are held in memory at once."""
+        """Run `answer` for as many requests as memory holds at once."""
         encoded = self._limit_groups(requests, self._tokenize(requests, parts))
         jobs = [
             Job(row, request, partial(emit, item.unseen) if emit is not None else None)
@@ -222,11 +223,11 @@ class Engine:
         return answers
 
     def _tokenize(self, requests: Sequence[Request], parts: Sequence[Parts]) -> List[Union[Encoded, TraceserveError]]:
-        """The rows of each request, or its error; where that fails for all of them, it is done one by one."""
+        """Return each request's rows, or its error; if tokenizing all fails, retry one by one."""
         try:
             with failures.panics():
                 return self.task.tokenize(requests, parts)
-        except Exception:  # the edge of one request: of which, is not known yet
+        except Exception:  # the edge of one request, not known yet which
             alone = [
                 failures.contained("it tokenized this request", partial(self.task.tokenize, [request], [part]))
                 for request, part in zip(requests, parts)
@@ -236,7 +237,7 @@ class Engine:
     def _limit_groups(
         self, requests: Sequence[Request], encoded: List[Union[Encoded, TraceserveError]]
     ) -> List[Union[Encoded, TraceserveError]]:
-        """Refuse each group whose requests together have more rows or tokens than one HTTP request may take."""
+        """Refuse each group whose requests together exceed the rows or tokens of one HTTP request."""
         measured = (
             (request.group, len(item.rows), sum(row.length for row in item.rows))
             for request, item in zip(requests, encoded)
@@ -248,7 +249,7 @@ class Engine:
         return [refused.get(request.group, item) for request, item in zip(requests, encoded)]
 
     def _run(self, jobs: List[Job], stats: Stats) -> List[Union[Arrays, TraceserveError]]:
-        """The outputs of each row, in order; a micro-batch that fails is run again row by row."""
+        """Return the outputs of each row, in order; a failed micro-batch is retried row by row."""
         outputs: List[Union[Arrays, TraceserveError, None]] = [None] * len(jobs)
 
         def run(batches: Batches) -> Stats:
@@ -257,7 +258,7 @@ class Engine:
                 results: Sequence[Union[Arrays, TraceserveError]]
                 try:
                     results = self.task.predict(self.runner, [jobs[i] for i in batch], own)
-                except Exception:  # the edge of one request: of which, is not known yet
+                except Exception:  # the edge of one request, not known yet which
                     results = [self._run_alone(jobs[i], own) for i in batch]
                 for i, result in zip(batch, results):
                     outputs[i] = result

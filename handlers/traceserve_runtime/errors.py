@@ -1,4 +1,4 @@
-"""One root error; each child owns its HTTP status."""
+"""One root error; each subclass has its HTTP status."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import Any, Dict, Optional
 
 
 class TraceserveError(RuntimeError):
-    """What traceserve raises on purpose: its message is a sentence for the person who can act on it.
+    """The base of deliberate errors: the message is a sentence for the person who can act on it.
 
-    It is a RuntimeError because TorchServe reports only that (and MemoryError) cleanly when a model cannot be loaded;
+    A RuntimeError, because TorchServe reports only this and MemoryError cleanly if a model cannot be loaded;
     anything else kills its worker.
     """
 
     status = 500
-    phrase = "Internal Server Error"  # ASCII: another character corrupts TorchServe's frame for the whole batch
+    phrase = "Internal Server Error"  # ASCII: other characters corrupt TorchServe's frame for the whole batch
 
     def __init__(self, message: str, field: Optional[str] = None) -> None:
         super().__init__(message)
@@ -21,12 +21,12 @@ class TraceserveError(RuntimeError):
         self.field = field
 
     def to_json(self) -> Dict[str, Any]:
-        """The body of an error answer: `{"error": {"type", "message", "field"}}`."""
+        """Return the body of an error response: `{"error": {"type", "message", "field"}}`."""
         return {"error": {"type": type(self).__name__, "message": self.message, "field": self.field}}
 
 
 class InvalidRequest(TraceserveError):
-    """The request cannot be understood; `field` says where."""
+    """The request is invalid; `field` says where."""
 
     status = 400
     phrase = "Bad Request"
@@ -40,49 +40,49 @@ class NotFound(TraceserveError):
 
 
 class InputTooLong(TraceserveError):
-    """The request is understood, but longer than this model answers."""
+    """The request is valid, but longer than this model accepts."""
 
     status = 413
     phrase = "Request Entity Too Large"
 
 
 class UnsupportedMedia(TraceserveError):
-    """The body is compressed, or its text encoded, in a way that is not read here."""
+    """The body's compression or encoding is not supported."""
 
     status = 415
     phrase = "Unsupported Media Type"
 
 
 class WrongTask(TraceserveError):
-    """The path is one of a protocol that this model's task cannot answer."""
+    """The path's protocol does not fit this model's task."""
 
     status = 400
     phrase = "Bad Request"
 
 
 class NotOffered(TraceserveError):
-    """A door of TorchServe's behind which nothing is done yet."""
+    """A TorchServe endpoint without an implementation here."""
 
     status = 501
     phrase = "Not Implemented"
 
 
 class ModelFailure(TraceserveError):
-    """The model failed on a valid request, or gave something that is no number."""
+    """The model failed on a valid request, or returned NaN or infinity."""
 
 
 class Unsupported(TraceserveError):
-    """This checkpoint cannot answer the task; raised on the builder's side, before anything is written."""
+    """This checkpoint cannot answer the task; raised by the builder, before anything is written."""
 
 
 class InvalidManifest(TraceserveError):
-    """The archive's `traceserve.json`, or a file that it names, is not what it should be."""
+    """The archive's `traceserve.json`, or a file in it, is invalid."""
 
 
 class MissingPackage(TraceserveError):
-    """The worker lacks what this archive needs: a package, a device, or a feature of the processor."""
+    """The worker lacks a package, a device or a processor feature that this archive needs."""
 
 
 def reason(error: Exception) -> str:
-    """The first line of what somebody else's error says, or its kind if it says nothing."""
+    """Return the first line of another library's error, or its kind if it has no message."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

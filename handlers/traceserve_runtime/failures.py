@@ -1,4 +1,4 @@
-"""The edge of one request: whatever it meets becomes an error of its own, and its neighbours are answered."""
+"""Isolates requests: any exception becomes an error of one request, and the others are answered."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ Result = TypeVar("Result")
 
 
 def contained(doing: str, act: Callable[[], Result]) -> Union[Result, TraceserveError]:
-    """The result of `act`, or the error that it ends with."""
+    """Return the result of `act`, or its error."""
     try:
         with panics():
             return act()
     except TraceserveError as error:
-        return error.with_traceback(None)  # whose frames hold what the request holds, until the batch is answered
+        return error.with_traceback(None)  # its frames hold the request's data until the batch is answered
     except Exception as error:  # the edge of one request
         return unexpected(error, doing)
 
 
 @contextmanager
 def panics() -> Iterator[None]:
-    """Turn a panic of the package tokenizers into a RuntimeError, without its message, which may hold a text.
+    """Turn a panic of tokenizers into a RuntimeError, without its message, which may contain a text.
 
-    pyo3, which connects Rust and Python, derives its PanicException from BaseException, and no module has it by name. Such
+    pyo3, which connects Rust and Python, derives its PanicException from BaseException, and no module exports it. Such
     a panic would end the worker.
     """
     try:
@@ -41,14 +41,15 @@ def panics() -> Iterator[None]:
 
 
 def unexpected(error: Exception, doing: str) -> TraceserveError:
-    """The answer to a request for which the worker failed; its message holds nothing of the request."""
+    """Return the error for a request on which the worker failed; its message contains nothing of the request."""
     failure = TraceserveError(f"an unexpected error in the worker while {doing}; its log has the details")
     failure.__cause__ = error
     return failure
 
 
 def of_the_model(error: Exception) -> ModelFailure:
-    """The answer to a request on which the model failed: the last line of what it said, since the first is torch's own."""
+    """Return the error for a request on which the model failed: the last line of the message, since the first is
+    torch's."""
     failure = ModelFailure(
         f"the model failed on this input: {(str(error).strip() or type(error).__name__).splitlines()[-1]}"
     )
@@ -57,7 +58,7 @@ def of_the_model(error: Exception) -> ModelFailure:
 
 
 def log(answers: Sequence[object]) -> None:
-    """Log the types and tracebacks of what was not a client's fault, each kind once; no message, which may hold a text."""
+    """Log the types and tracebacks of server errors, each kind once; no message, since it may contain a text."""
     kinds: Dict[Tuple[str, str], List[TraceserveError]] = {}
     for answer in answers:
         if isinstance(answer, TraceserveError) and answer.status >= 500 and answer.__cause__ is not None:

@@ -1,7 +1,8 @@
-"""What the frontend sends, read as it arrives.
+"""Buffered reading of the frontend's messages.
 
-TorchServe's worker asks the socket for each number and each name of a message by itself, thirty times for a request. Here one
-call takes what has come, and the pieces are cut from it.
+TorchServe's worker reads each number and name of a message from the socket separately, thirty times per request. Here
+one
+call reads all available bytes, and the pieces are cut from them.
 """
 
 from __future__ import annotations
@@ -12,17 +13,17 @@ from select import select
 from socket import socket
 from typing import Callable, Optional
 
-_MOST_AT_ONCE = 1 << 16  # bytes; longer pieces are read to their end and no further
+_MOST_AT_ONCE = 1 << 16  # bytes; longer pieces are read exactly to their end
 
 
-# Seconds after an answer in which the frontend, where requests wait there, hands over the next ones.
+# Seconds after an answer in which a frontend with waiting requests sends the next ones.
 _NOBODY_WAITS = 0.02
 
 
 class Reader:
-    """Called like TorchServe's own function that reads a piece of a message.
+    """A replacement for TorchServe's function that reads a piece of a message.
 
-    `idle` is called once after each `answered`, where no message follows: then nobody waits for the worker.
+    `idle` is called once after each `answered` if no message follows, since then nobody waits for the worker.
     """
 
     def __init__(self, idle: Callable[[], None] = lambda: None) -> None:
@@ -30,14 +31,15 @@ class Reader:
         self._answered = False
         self._connection: Optional[socket] = None
         self._received = bytearray()
-        self._start = 0  # of what was not read yet
+        self._start = 0  # of the unread bytes
 
     def answered(self) -> None:
-        """The worker has answered a message: what is read next is the beginning of another one."""
+        """Record that the worker answered a message: the next read begins another one."""
         self._answered = True
 
     def __call__(self, connection: socket, length: int) -> bytearray:
-        """The next `length` bytes. The process ends where the frontend has closed the connection, as TorchServe's does."""
+        """Return the next `length` bytes. Like TorchServe's, it ends the process if the frontend closed the
+        connection."""
         if connection is not self._connection:
             self._connection, self._received, self._start = connection, bytearray(), 0
         start, end = self._start, self._start + length

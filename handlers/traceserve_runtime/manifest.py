@@ -1,9 +1,11 @@
-"""The border between builder and worker: `traceserve.json`, written by one and read by the other.
+"""The interface between builder and worker: `traceserve.json`, written by one and read by the other.
 
-The document holds everything that the worker knows of the model; beside it the worker reads only the files that it
-names. `Manifest.read` checks the schema, every key and type, the document's own digest, and the SHA-256 of every file, and
-says what is wrong. The digest shows an edit or a damage, as of a label; who means harm can make another one: it is no
-signature.
+The document holds everything that the worker knows of the model; the worker reads only it and the files that it
+names. `Manifest.read` checks the schema, every key and type, the document's own digest, and the SHA-256 of every file,
+and
+reports what is wrong. The digest detects edits and damage, for example of a label; it is not a signature, since an
+attacker can
+compute another one.
 """
 
 from __future__ import annotations
@@ -20,11 +22,11 @@ from traceserve_runtime.errors import InvalidManifest
 
 MANIFEST_FILE = "traceserve.json"
 SCHEMA = 4
-OLDEST = 3  # archives of before the document had a digest; what their documents lack has its default
+OLDEST = 3  # older documents had no digest; keys that later ones added have defaults
 HANDLER_FILE = "transformer_handler.py"
-OWN_CODE = "traceserve_"  # so begin our packages' names, which the manifest of an archive packed by hand lacks
+OWN_CODE = "traceserve_"  # the prefix of our packages, which a hand-packed archive's manifest lacks
 _DIGEST = "digest"
-# What Python would import from the archive's folder, which is first on the worker's path.
+# Suffixes that Python would import from the archive's folder, which is first on the worker's path.
 _IMPORTABLE = {".py", ".pyc", ".so", ".pyd"}
 
 T = TypeVar("T")
@@ -32,11 +34,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Shapes:
-    """The (batch, length) shapes that the model may be run with; None means any (lengths: up to max_length).
+    """The (batch, length) shapes that the model accepts; None means any (lengths: up to max_length).
 
-    `graph_per_shape` tells that the model file holds one graph for each listed shape, see `graph_name`. Where the model's
-    answers change with padding, rows are not `padded`: only those of one length run together. A model that cannot read rows
-    below a length, in tokens, has them padded to it, in any case: `shortest`.
+    `graph_per_shape`: the model file has one graph per listed shape, see `graph_name`. If padding changes the model's
+    answers, rows are not `padded`: only rows of one length run together. Rows below `shortest`, the fewest tokens that
+    a model can read, are always padded to it.
     """
 
     lengths: Optional[Tuple[int, ...]] = None
@@ -46,46 +48,46 @@ class Shapes:
     shortest: int = 1
 
     def stepped(self, step: int, most: int) -> Shapes:
-        """These shapes with lengths in multiples of `step` up to `most`, where any length was allowed."""
+        """Return these shapes with lengths in multiples of `step` up to `most`, if any length was allowed."""
         if self.lengths is not None:
             return self
         return replace(self, lengths=(*range(step, most, step), most))
 
     def length(self, wanted: int) -> int:
-        """The smallest allowed length that holds `wanted` tokens."""
+        """Return the smallest allowed length that holds `wanted` tokens."""
         wanted = max(wanted, self.shortest)
         return wanted if self.lengths is None else min(n for n in self.lengths if n >= wanted)
 
     def batch(self, wanted: int) -> int:
-        """The smallest allowed batch that holds `wanted` rows."""
+        """Return the smallest allowed batch that holds `wanted` rows."""
         return wanted if self.batches is None else min(n for n in self.batches if n >= wanted)
 
     def holds(self, rows: int) -> bool:
-        """Whether so many rows may run together."""
+        """Return whether this many rows may run together."""
         return self.batches is None or rows <= max(self.batches)
 
     def graph_name(self, batch: int, length: int) -> str:
-        """The name of the graph that answers this shape, where there is one for each."""
+        """Return the name of this shape's graph, if each shape has one."""
         return f"batch_{'any' if self.batches is None else batch}_length_{'any' if self.lengths is None else length}"
 
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """What `tokenizer.json` does not say, or says otherwise than the checkpoint means it."""
+    """Tokenizer facts that `tokenizer.json` lacks, or that the checkpoint overrides."""
 
     file: str
     pad_id: int
     pad_type_id: int
     padding_side: str  # "left" or "right"
     truncation_side: str  # "left" or "right"
-    clean_up: bool = False  # whether decoding takes the space before punctuation away
-    pieces: Optional[str] = None  # the file with sentencepiece's model, where that comes first; see `pieces`
-    embeddings: Optional[int] = None  # how many of its tokens, the first ones, the model knows, where that is not all
+    clean_up: bool = False  # whether decoding removes spaces before punctuation
+    pieces: Optional[str] = None  # the file of a preceding sentencepiece model; see `pieces`
+    embeddings: Optional[int] = None  # the number of (first) tokens that the model knows, if not all
 
 
 @dataclass(frozen=True)
 class Base:
-    """The checkpoint that an adapter was trained on, and that it is merged into; `files` as a Source's."""
+    """The checkpoint that an adapter was trained on and is merged into; `files` as in Source."""
 
     name: str
     kind: str
@@ -95,7 +97,7 @@ class Base:
 
 @dataclass(frozen=True)
 class Source:
-    """Where the checkpoint came from; `files` holds the SHA-256 of each of its files."""
+    """The checkpoint's origin; `files` has the SHA-256 of each of its files."""
 
     name: str
     kind: str
@@ -103,7 +105,7 @@ class Source:
     revision: Optional[str]
     trust_remote_code: bool
     files: Dict[str, str]
-    base: Optional[Base] = None  # of an adapter
+    base: Optional[Base] = None  # an adapter's
 
 
 @dataclass(frozen=True)
@@ -115,28 +117,28 @@ class Manifest:
     save_mode: str
     hardware: str
     model_file: str
-    inputs: Tuple[str, ...]  # of the model, in positional order
+    inputs: Tuple[str, ...]  # the model's, in positional order
     outputs: Tuple[str, ...]  # in order
-    step_inputs: Tuple[str, ...]  # of the graph that a loop runs, in positional order; empty for a model without a loop
+    step_inputs: Tuple[str, ...]  # of the loop's graph, in positional order; empty for a model without a loop
     dtype: str
-    max_length: int  # the longest row, special tokens included
+    max_length: int  # the longest row, including special tokens
     shapes: Shapes
     long_inputs: str
-    max_rows: int  # the most rows (windows of all its texts) that one HTTP request may take
+    max_rows: int  # the most rows (windows of all texts) per HTTP request
     labels: Tuple[str, ...]
     tokenizer: TokenizerFacts
-    parameters: Dict[str, Any]  # the defaults of this model for parameters of its task
-    facts: Dict[str, Any]  # what else its task knows of this model
+    parameters: Dict[str, Any]  # this model's defaults for its task's parameters
+    facts: Dict[str, Any]  # other facts that the task needs
     source: Source
     versions: Dict[str, str]
-    files: Dict[str, str] = field(default_factory=dict)  # SHA-256 of every other file of the archive
+    files: Dict[str, str] = field(default_factory=dict)  # SHA-256 of all other files in the archive
     receipt: Dict[str, Any] = field(default_factory=dict)  # what the gate measured
-    runtime: Dict[str, Any] = field(default_factory=dict)  # what the reader of this save mode must know
-    version: str = "1.0"  # of the archive: in its URL, and in TorchServe's registrations
+    runtime: Dict[str, Any] = field(default_factory=dict)  # facts for the reader of this save mode
+    version: str = "1.0"  # the archive's: in its URL, and in TorchServe's registrations
 
     @classmethod
     def read(cls, folder: Path, verify: bool = True) -> Manifest:
-        """Read and check `folder/traceserve.json` and, unless told otherwise, every file that it names.
+        """Read and check `folder/traceserve.json` and, by default, every file that it names.
 
         Raises InvalidManifest, which says what is wrong.
         """
@@ -146,12 +148,12 @@ class Manifest:
         return manifest
 
     def verify(self, folder: Path) -> None:
-        """Check every file that the manifest names, and that no other one is imported; raises InvalidManifest."""
+        """Check every file in the manifest, and that no other one is importable; raises InvalidManifest."""
         self._check_strangers(folder)
         self.verify_files(folder, self.files)
 
     def verify_files(self, folder: Path, names: Iterable[str]) -> None:
-        """Check these of the files; raises InvalidManifest."""
+        """Check these files; raises InvalidManifest."""
         for name in names:
             expected = self.files[name]
             path = folder / name
@@ -164,7 +166,7 @@ class Manifest:
                 )
 
     def _check_strangers(self, folder: Path) -> None:
-        """Code at the archive's root that the manifest does not name would shadow a library of that name."""
+        """Refuse code at the archive's root that the manifest does not name: it would shadow a library."""
         for path in folder.iterdir():
             inside = {f"__init__{suffix}" for suffix in _IMPORTABLE}
             package = path.is_dir() and any((path / name).exists() for name in inside)
@@ -172,13 +174,13 @@ class Manifest:
             named = named or path.name == HANDLER_FILE or path.name.startswith(OWN_CODE)
             if not named and (package or path.suffix in _IMPORTABLE):
                 raise InvalidManifest(
-                    f"{path.name} is not named in {MANIFEST_FILE}, and would be imported in the place of a library of that "
+                    f"{path.name} is not named in {MANIFEST_FILE}, and would shadow a library of that "
                     "name; remove it, or build the archive again"
                 )
 
     @classmethod
     def from_json(cls, document: Any) -> Manifest:
-        """The manifest that `document`, parsed JSON, describes; raises InvalidManifest."""
+        """Return the manifest in `document`, parsed JSON; raises InvalidManifest."""
         if not isinstance(document, dict):
             raise InvalidManifest(f"{MANIFEST_FILE} should hold an object, not {_kind(document)}")
         content = dict(document)
@@ -201,7 +203,7 @@ class Manifest:
         return manifest
 
     def _check(self) -> None:
-        """Raise InvalidManifest for values of the right type that no builder writes."""
+        """Raise InvalidManifest for values of the right type that are invalid."""
         sides = (self.tokenizer.padding_side, self.tokenizer.truncation_side)
         lengths = self.shapes.lengths
         for wrong, what in (
@@ -226,31 +228,31 @@ class Manifest:
 
 
 def write_document(document: Mapping[str, Any], folder: Path) -> None:
-    """Write a whole document, sealed, into `folder/traceserve.json`."""
+    """Write a whole document, with its digest, into `folder/traceserve.json`."""
     text = json.dumps(sealed(document), indent=2, ensure_ascii=False) + "\n"
     (folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
 
 
 def sealed(document: Mapping[str, Any]) -> Dict[str, Any]:
-    """The document with the digest of all else in it; of a schema without one, as it is."""
+    """Return the document with a digest of the rest; unchanged if its schema has none."""
     content: Dict[str, Any] = json.loads(json.dumps(document))  # as it will be read
     return {**content, _DIGEST: _digest(content)} if content["schema"] > OLDEST else content
 
 
 def _digest(document: Mapping[str, Any]) -> str:
-    """The SHA-256 of what the document says, however it is laid out, without the digest itself."""
+    """Return the SHA-256 of the document's content, independent of its layout, without the digest itself."""
     rest = {key: value for key, value in document.items() if key != _DIGEST}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode("ascii")).hexdigest()
 
 
 def _is_inside(name: str) -> bool:
-    """Whether a path stays below the folder that it starts from, on every system."""
+    """Return whether a path stays below its starting folder, on every system."""
     parts = name.split("/")
     return not set(parts) & {"", ".", ".."} and not set(name) & set("\\:\0") and name != MANIFEST_FILE
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         for block in iter(lambda: stream.read(1 << 20), b""):
@@ -268,8 +270,9 @@ def _load(path: Path) -> Any:
 
 
 def _read_object(kind: Type[T], content: Mapping[str, Any], where: str, complete: bool = True) -> T:
-    """An instance of the dataclass `kind`, each key checked against the field's type; only where the document need not be
-    `complete` may a key be missing whose field has a default."""
+    """Make an instance of the dataclass `kind`, checking each key against the field's type; a key may be missing only
+    if
+    its field has a default and the document need not be `complete`."""
     hints = get_type_hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]  # T is always a dataclass here
     for key in content:

@@ -1,4 +1,4 @@
-"""Memory that was let go, back to the system."""
+"""Returns freed memory to the system."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import sys
 
 
 def give_back() -> None:
-    """Let glibc return what it keeps: after the demo's longest requests a worker had 555 MB in place of 390.
+    """Make glibc release unused memory: after the demo's longest requests a worker had 555 MB instead of 390.
 
-    Where the C library has no such function, nothing happens.
+    Without this function in the C library, do nothing.
     """
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -1,4 +1,4 @@
-"""A read model, as batching, tasks and engine know it: named arrays to named arrays."""
+"""The interface of a loaded model for batching, tasks and engine: named arrays in, named arrays out."""
 
 from __future__ import annotations
 
@@ -12,40 +12,42 @@ State = Tuple[Any, ...]  # what a runner keeps between the steps of a loop, on i
 
 
 class Padding(NamedTuple):
-    """What padding is to a runner: the `cost` of a place of it, of a token's, and of what number lengths are best a
-    `multiple`, those of several rows and that of a row `alone`."""
+    """Padding for a runner: the `cost` of a padded position, relative to a token's, and the `multiple` to which lengths
+    are
+    best rounded up, for several rows and for a row `alone`."""
 
     cost: float = 1.0
     multiple: int = 1
     alone: int = 1
 
 
-# Where nothing but attention computes it. Of MiniLM's float32 and bfloat16 on one core a place's attention takes 0.09 and
-# 0.11 of what its linear layers take; torch's attention goes by blocks of 16, so that 12 places take longer than 16.
+# For padding that only attention computes. With MiniLM in float32 and bfloat16 on one core, a position's attention
+# takes 0.09 and
+# 0.11 of its linear layers' time; torch's attention works in blocks of 16, so 12 positions take longer than 16.
 IN_ATTENTION = Padding(cost=0.1, multiple=16)
 
 
 class Runner(Protocol):
-    """A read model. One that is run once is called; one that is run in a loop is started, and then takes steps."""
+    """A loaded model. A single pass is a call; a loop is started, then steps."""
 
     padding: Padding
 
     def __call__(self, inputs: Arrays) -> Arrays:
-        """Named arrays to named arrays, in one pass."""
+        """Map named arrays to named arrays in one pass."""
         ...
 
     def start(self, inputs: Arrays) -> State:
-        """The state that a loop over these inputs begins with."""
+        """Return the initial state of a loop over these inputs."""
         ...
 
     def step(self, inputs: Arrays, state: State, rows: Optional[np.ndarray] = None) -> Tuple[Arrays, State]:
-        """The outputs of the next tokens, and the state with them; `rows`, int64, chooses and orders the state's rows."""
+        """Return the next tokens' outputs and state; `rows`, int64, selects and orders the state's rows."""
         ...
 
     def open_lanes(self) -> Sequence[Executor]:
-        """Threads from which runs go side by side, on one core each; none where they cannot."""
+        """Return threads for parallel runs, on one core each; none if unsupported."""
         ...
 
     def share_cores(self) -> None:
-        """From now on run on fewer cores while other processes hold them, where that can be; see `runtimes.team`."""
+        """From now on use fewer cores while other processes hold them, if supported; see `runtimes.team`."""
         ...

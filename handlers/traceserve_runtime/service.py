@@ -1,7 +1,7 @@
-"""The neutral core of every host: what clients asked, as HTTP has it, to what they get; always one reply for each call.
+"""The neutral core of every host: takes clients' HTTP-like calls, and returns one reply per call.
 
-A host translates its own form of a request to a `Call`, and a `Reply` to its own form of a response. Which protocol a call
-is of, what is wrong with it, the shape of errors, the note on truncated texts and the pieces of a stream are decided here and in
+A host translates its own requests to `Call`, and `Reply` to its own responses. The protocol of a call,
+validation, the shape of errors, the note on truncated texts and the pieces of a stream are decided here and in
 `protocols`.
 """
 
@@ -32,7 +32,7 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 @dataclass(frozen=True)
 class Call:
-    """One request: `parts` holds its "body", or the fields of a form; `headers.path` is what follows the model's name."""
+    """One request: `parts` holds its "body", or the fields of a form; `headers.path` follows the model's name."""
 
     parts: Mapping[str, Any]
     headers: Headers
@@ -40,7 +40,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a client gets. Of a stream the body is its last piece."""
+    """The response. A stream's body is its last piece."""
 
     body: bytes
     content_type: str = "application/json"
@@ -49,31 +49,31 @@ class Reply:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
-# Sends one piece of the stream that call number `i` began, with the headers of its response.
+# Sends one piece of the stream of call number `i`, with its response headers.
 Send = Callable[[int, bytes, Mapping[str, str]], None]
 _Result = Union["_Answered", TraceserveError]
 
 
 @dataclass(frozen=True)
 class _Answered:
-    document: Document  # of a stream: its last piece, as bytes
+    document: Document  # for a stream, its last piece as bytes
     answers: Sequence[Answer] = ()
 
 
 class Service:
-    """An engine, and the name and version under which it is served."""
+    """An engine, and the served name and version."""
 
     def __init__(self, engine: Engine, name: str, version: str = "1.0") -> None:
         self.engine = engine
         self.served = Served(name, version, engine.manifest, type(engine.task), self._text_of)
 
     def answer(self, calls: Sequence[Call], stats: Optional[Stats] = None, send: Optional[Send] = None) -> List[Reply]:
-        """One reply for each call, in order; adds to `stats`. Without `send` a stream comes as one piece."""
+        """Return one reply per call, in order; adds to `stats`. Without `send`, a stream is returned whole."""
         stats = Stats() if stats is None else stats
         protocols = [protocol_of(call.headers) for call in calls]
         try:
             results = self._results(calls, protocols, stats, send)
-        except Exception as error:  # an outer edge: what escapes would fail with the host's own words
+        except Exception as error:  # an outer edge: the host would report it in its own words
             results = [_unexpected(error, len(calls))] * len(calls)
         return [self._reply(call, own, result) for call, own, result in zip(calls, protocols, results)]
 
@@ -118,7 +118,7 @@ class Service:
         return results
 
     def _read(self, call: Call, index: int, protocol: Protocol) -> Union[Body, Document, TraceserveError]:
-        """What a call asks; or a document that nothing is computed for; or what is wrong with it."""
+        """Return a call's requests, a document that needs no model, or an error."""
         try:
             if call.headers.ended:
                 raise NotOffered("StreamPredictions2 needs TorchServe's sequence batching")
@@ -133,13 +133,13 @@ class Service:
             return body
         except TraceserveError as error:
             return error
-        except Exception as error:  # an outer edge: it is this call's alone
+        except Exception as error:  # an outer edge: only this call fails
             return _unexpected(error, 1)
 
     def _result(
         self, index: int, body: Body, own: Sequence[Union[Answer, TraceserveError]], streams: Streams
     ) -> _Result:
-        """What one body is answered, from the answers to its requests."""
+        """Return the response to one body, from its requests' answers."""
         answers: List[Answer] = []
         for i, answer in enumerate(own):
             if isinstance(answer, Answer):
@@ -163,14 +163,14 @@ class Service:
         headers = {**result.document.headers, **({TRUNCATED_HEADER: json.dumps(unseen)} if unseen else {})}
         try:
             return Reply(_encoded(result.document.value), result.document.content_type, headers=headers)
-        except Exception as error:  # the edge of one request: an answer that is no JSON
+        except Exception as error:  # the edge of one request: an answer that is not JSON
             return self._failed(call, protocol, _unexpected(error, 1))
 
     def _failed(self, call: Call, protocol: Protocol, error: TraceserveError) -> Reply:
         try:
             refusal = protocol.error(error, call.parts, call.headers, self.served)
             return Reply(_encoded(refusal.document), status=refusal.status, phrase=refusal.phrase)
-        except Exception as another:  # the edge of one request: its error cannot even be told in its own shape
+        except Exception as another:  # the edge of one request: not even its error fits its own format
             _unexpected(another, 1)
             return Reply(_encoded(error.to_json()), status=error.status, phrase=error.phrase)
 
@@ -182,14 +182,14 @@ def _encoded(value: Any) -> bytes:
 
 
 def _at(error: TraceserveError, place: Optional[str]) -> TraceserveError:
-    """The error with its field's whole path in the client's body."""
+    """Return the error with its field's whole path in the client's body."""
     placed = type(error)(error.message, place)
     placed.__cause__ = error.__cause__
     return placed
 
 
 def _unexpected(error: Exception, calls: int) -> TraceserveError:
-    """An error that is ours; logged without its own message, which may hold a client's text."""
+    """Return a server error; it is logged without its message, which may contain a client's text."""
     where = "".join(traceback.format_tb(error.__traceback__))
     logger.error("traceserve: %s in a batch of %d\n%s", type(error).__name__, calls, where)
     return TraceserveError("an unexpected error in the worker; its log has the details")

@@ -1,4 +1,4 @@
-"""How a worker runs its archive on this machine: what `handler` in the archive's model-config.yaml may say."""
+"""How a worker runs its archive on this machine: the key `handler` in the archive's model-config.yaml."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from traceserve_runtime.errors import InvalidManifest
 
 
 class Settings(NamedTuple):
-    """Each save mode takes what its library has."""
+    """Settings; each save mode uses those that its library supports."""
 
-    threads: Optional[int] = None  # within one operator; None: as many as the library takes
-    length_step: Optional[int] = None  # rows are padded to a multiple of it, where the model takes any length
-    pack_weights: bool = True  # a copy of the weights of its own, as the processor reads them: torchscript/packing.py
+    threads: Optional[int] = None  # per operator; None: the library's default
+    length_step: Optional[int] = None  # pad rows to a multiple of it, if the model accepts any length
+    pack_weights: bool = True  # keep a copy of the weights in the processor's layout: torchscript/packing.py
 
 
 def read(config: Mapping[str, Any]) -> Settings:
-    """The settings in a model-config.yaml; raises InvalidManifest for what cannot be meant.
+    """Return the settings in a model-config.yaml; raises InvalidManifest for invalid ones.
 
-    Several workers share their weights, unless the file says otherwise.
+    Several workers share their weights unless the file says otherwise.
     """
     given = config.get("handler") or {}
     for key, value in given.items() if isinstance(given, dict) else [("handler", given)]:
@@ -33,7 +33,7 @@ def read(config: Mapping[str, Any]) -> Settings:
 
 
 def valid(key: str, value: Any) -> bool:
-    """Whether this is a setting, and a value that it may have."""
+    """Return whether this is a setting with a legal value."""
     if key == "pack_weights":
         return isinstance(value, bool)
     return key in Settings._fields and type(value) is int and value >= 1

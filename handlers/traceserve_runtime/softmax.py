@@ -1,4 +1,4 @@
-"""Softmax and its logarithm, over the last axis."""
+"""Softmax and log-softmax."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Texts that clients are sent while they grow: what of each was sent already, and what is new."""
+"""Streamed texts: what was already sent to each client, and what is new."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from traceserve_runtime.tasks.contract import Answer, WrittenToken
 
 
 class Streams:
-    """The texts of one batch; `send(i, piece)` hands a piece of the text of call number `i` to its client.
+    """The texts of one batch; `send(i, piece)` passes a piece of call number `i`'s text to its client.
 
-    A stream that was begun cannot change its status any more, and ends with its error. Calls that are `whole` cannot be
-    answered in pieces: all is sent at the end.
+    A stream that has begun cannot change its status, and ends with its error. `whole` calls cannot be
+    streamed: everything is sent at the end.
     """
 
     def __init__(
@@ -34,15 +34,16 @@ class Streams:
         return self._frames.get(index, PLAIN_TEXT)
 
     def content_type(self, index: int) -> str:
-        """Of the whole stream."""
+        """Return the media type of the whole stream."""
         return self._of(index).content_type
 
     def tell(self, index: int, text: str, tokens: Sequence[WrittenToken] = ()) -> None:
-        """Send what `text`, all of it so far, has more than was sent; nothing where it has no more. `tokens` are those that it
-        is made of, where they are told too.
+        """Send the new part of `text`, the whole text so far; nothing if it has not grown. `tokens` are the text's
+        tokens, if
+        requested.
 
-        A micro-batch that failed is run again, so that texts may begin anew: nothing is sent twice. Where the new text is
-        another one (drawn without a seed, or by other last digits), nothing more is sent.
+        A micro-batch that failed is retried, so texts may restart: nothing is sent twice. If the new text
+        differs (sampled without a seed, or by rounding), nothing more is sent.
         """
         if index in self._whole:
             return
@@ -58,16 +59,16 @@ class Streams:
             self._told[index] = text
 
     def rest(self, index: int, text: str, answer: Optional[Answer] = None) -> bytes:
-        """What of the whole text was not sent; or the end of a stream whose beginning belongs to another text."""
+        """Return the unsent rest of the text; or the error if the stream began with another text."""
         told = self._told.get(index, "")
         if index in self._broken or not text.startswith(told):
             return self.ended(index, ModelFailure("the model failed while it wrote, and began another text; ask again"))
         return self._of(index).end(text[len(told) :], answer or Answer(text), self._tokens.get(index, 0))
 
     def ended(self, index: int, error: TraceserveError) -> bytes:
-        """The last piece of a stream that fails."""
+        """Return the last piece of a stream that fails."""
         return self._of(index).failed(error)
 
     def started(self, index: int) -> bool:
-        """Whether anything of this call's text was sent."""
+        """Return whether any of this call's text was sent."""
         return index in self._told

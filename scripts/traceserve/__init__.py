@@ -1,4 +1,4 @@
-"""The builder's side of traceserve: from a checkpoint to a verified TorchServe archive, and a server around it."""
+"""The builder side of traceserve: turns a checkpoint into a verified TorchServe archive, and runs a server for it."""
 
 from traceserve_runtime import __version__
 

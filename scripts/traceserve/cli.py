@@ -1,4 +1,4 @@
-"""The command `traceserve`: picks one of `commands`, and tells its errors."""
+"""The `traceserve` command: runs one of `commands`, and reports its errors."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from traceserve.errors import NoSpace
 from traceserve.machine import environment, space
 
 _DESCRIPTION = """\
-A transformer checkpoint to a TorchServe deployment: traced, compared with the original, packed, served, asked.
+A transformer checkpoint to a TorchServe deployment: traced, compared with the original, packed, served and queried.
 
   traceserve demo                                  all of it on a small real model
-  traceserve build                                 what setup_config.json says -> model_store/NAME.mar
+  traceserve build                                 setup_config.json -> model_store/NAME.mar
   traceserve serve model_store/NAME.mar            start TorchServe on it
   traceserve predict NAME "some text"              ask it
 """
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
-    """Run the command; gives its exit code: 0, 1 for an error that is told, 2 for a wrong call, 130 if interrupted."""
+    """Run the command; returns the exit code: 0, 1 for a reported error, 2 for wrong usage, 130 if interrupted."""
     os.environ.update(environment.settings())
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
@@ -61,7 +61,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
 
 
 def _full_disk(error: Exception, options: argparse.Namespace) -> Optional[NoSpace]:
-    """An error that comes from a full disk, told as that; None for any other."""
+    """Return an error caused by a full disk as NoSpace; None for any other."""
     if isinstance(error, NoSpace) or not space.is_full(error):
         return None
     places = [getattr(options, name, None) or Path() for name in ("output", "store")]
@@ -69,7 +69,7 @@ def _full_disk(error: Exception, options: argparse.Namespace) -> Optional[NoSpac
 
 
 def _tell_where_servers_are(command: Command) -> None:
-    """A note, where it is not the usual place; of a command that needs to know."""
+    """Note the server directory if it is not the usual one and the command needs it."""
     if command.finds_servers:
         from traceserve.machine import user_folders
 
@@ -79,8 +79,8 @@ def _tell_where_servers_are(command: Command) -> None:
 
 
 class _Interrupted(BaseException):
-    """A signal to stop. Not KeyboardInterrupt: once that has passed through an `exec`, as at the import of many
-    libraries, Python kills itself at its end whatever was caught."""
+    """A signal to stop. Not KeyboardInterrupt: if that passes through an `exec`, as when importing many
+    libraries, Python kills itself at the end even if it was caught."""
 
 
 def _interrupt(number: int, frame: Any) -> NoReturn:
@@ -109,7 +109,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def run_script(command: str) -> None:
-    """What the entry scripts call: this command with the script's own arguments."""
+    """Run this command with an entry script's own arguments."""
     sys.exit(main([command, *sys.argv[1:]]))
 
 

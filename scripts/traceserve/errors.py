@@ -1,4 +1,4 @@
-"""What the builder raises on purpose; the command prints the message and exits 1."""
+"""The builder's deliberate errors; the command prints the message and exits 1."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from traceserve_runtime.errors import TraceserveError
 
 
 class ConfigError(TraceserveError):
-    """setup_config.json, or a combination in it, is not possible."""
+    """setup_config.json, or a combination in it, is invalid."""
 
 
 class SourceError(TraceserveError):
@@ -20,27 +20,27 @@ class ExportError(TraceserveError):
 
 
 class UnwritableError(ExportError):
-    """The model cannot be written in this save mode; it may be in another."""
+    """The model cannot be written in this save mode, but perhaps in another."""
 
 
 class ArchiveError(TraceserveError):
-    """The archive cannot be made, or is none of ours."""
+    """The archive cannot be made, or is not ours."""
 
 
 class ServerError(TraceserveError):
-    """TorchServe did not start, or does not answer."""
+    """TorchServe did not start or does not answer."""
 
 
 class NoSpace(TraceserveError):
-    """A disk is full, or would be; the message names the path and what is needed."""
+    """A disk is, or would be, full; the message names the path and the size needed."""
 
 
 def first_line(error: Exception) -> str:
-    """The kind of somebody else's error and the first line of what it says."""
+    """Return the kind and the first line of another library's error."""
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
 def some(names: Sequence[str]) -> str:
-    """The first three names, and how many more there are."""
+    """List the first three names, and the number of others."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

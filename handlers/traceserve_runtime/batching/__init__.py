@@ -1,1 +1,1 @@
-"""Which rows run together, and what that costs."""
+"""Decides which rows run together, and at what cost."""

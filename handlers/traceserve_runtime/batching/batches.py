@@ -1,4 +1,4 @@
-"""Rows that run together: pad, run, unpad."""
+"""Runs rows together: pad, run, unpad."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from traceserve_runtime.texts.tokenization import Row
 
 @dataclass
 class Stats:
-    """What was computed for a list of requests."""
+    """Counters of the computation for a list of requests."""
 
     requests: int = 0
     rows: int = 0
-    tokens: int = 0  # real ones, special tokens included
-    padded_tokens: int = 0  # what the model computed: real ones, and padding by what it costs
+    tokens: int = 0  # real ones, including special tokens
+    padded_tokens: int = 0  # computed by the model: real ones, and padding weighted by its cost
     micro_batches: int = 0
     model_seconds: float = 0.0
 
     def add(self, *lanes: Stats) -> None:
-        """Add what was computed side by side: the time is that of the one that took longest."""
+        """Add counters of parallel lanes: the time is the slowest one's."""
         for lane in lanes:
             self.rows += lane.rows
             self.tokens += lane.tokens
@@ -51,16 +51,16 @@ class Stats:
 
     @property
     def padding_share(self) -> float:
-        """The share of the computed tokens that were padding, 0 to 1."""
+        """The share of computed tokens that were padding, 0 to 1."""
         return 1 - self.tokens / self.padded_tokens if self.padded_tokens else 0.0
 
 
 def pad(rows: Sequence[Row], manifest: Manifest, padding: Padding = Padding()) -> Tuple[Arrays, List[slice]]:
-    """The model's inputs, int64 of shape (batch, length), for rows that run together, and where each row lies in them.
+    """Return the model's inputs, int64 of shape (batch, length), for rows that run together, and each row's position.
 
-    For `padding` see `common_length`.
-    Where the shapes fix the batch, it is filled by repeating the last row: a row that is all padding has no token to
-    attend to, and divides zero by zero in some models.
+    See `common_length` for `padding`.
+    A fixed batch is filled by repeating the last row: a row of only padding has no token to
+    attend to, and some models divide zero by zero.
     """
     length = common_length([row.length for row in rows], manifest.shapes, manifest.max_length, padding)
     batch = manifest.shapes.batch(len(rows))
@@ -85,13 +85,13 @@ def pad(rows: Sequence[Row], manifest: Manifest, padding: Padding = Padding()) -
 
 
 def filled(manifest: Manifest, batch: int, length: int) -> Arrays:
-    """The model's inputs, int64 of shape (batch, length), for rows without meaning or padding: to take the time."""
+    """Return model inputs, int64 of shape (batch, length), with meaningless unpadded rows, for timing."""
     values = {"input_ids": manifest.tokenizer.pad_id, "attention_mask": 1, "token_type_ids": 0}
     return {name: np.full((batch, length), values[name], dtype=np.int64) for name in manifest.inputs}
 
 
 def unpad(outputs: Arrays, places: Sequence[slice], per_token: Sequence[str]) -> List[Arrays]:
-    """Each row's part of the outputs; what is given per token is cut to the row's own tokens."""
+    """Return each row's part of the outputs; per-token outputs are cut to the row's own tokens."""
     return [
         {name: array[i, place] if name in per_token else array[i] for name, array in outputs.items()}
         for i, place in enumerate(places)
@@ -101,7 +101,7 @@ def unpad(outputs: Arrays, places: Sequence[slice], per_token: Sequence[str]) ->
 def run(
     runner: Runner, rows: Sequence[Row], manifest: Manifest, per_token: Sequence[str], stats: Stats
 ) -> List[Arrays]:
-    """The outputs of rows that run together: pad, run, unpad; adds to `stats`."""
+    """Pad rows, run them together, unpad the outputs; adds to `stats`."""
     arrays, places = pad(rows, manifest, runner.padding)
     started = time.perf_counter()
     outputs = runner(arrays)

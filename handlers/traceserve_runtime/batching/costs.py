@@ -1,4 +1,4 @@
-"""What a run costs, and how that is learned from runs that were timed."""
+"""The cost of a run, learned from timed runs."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Number = TypeVar("Number", float, np.ndarray)
 
 @dataclass(frozen=True)
 class CostModel:
-    """The cost of one run, in units of one token's linear layers: a + b * tokens + c * places * length.
+    """The cost of one run, in units of one token's linear layers: a + b * tokens + c * positions * length.
 
-    A place of padding counts as so much of a token.
+    A padded position counts as a fraction of a token.
     """
 
     run: float = 30.0
@@ -26,34 +26,34 @@ class CostModel:
     padding: Padding = Padding()
 
     def __call__(self, batch: Number, length: int, tokens: Optional[Number] = None) -> Number:
-        """Of a batch of this length, that has so many `tokens`; if they are not given, no padding."""
+        """Return the cost of a batch of this length with this many `tokens`; by default without padding."""
         places = batch * length
         share = self.padding.cost
         computed = places if tokens is None else share * places + (1 - share) * tokens
         return self.run + self.token * computed + self.attention * places * length
 
     def scaled(self, factor: float) -> CostModel:
-        """So many times the cost."""
+        """Multiply the cost."""
         return replace(self, run=self.run * factor, token=self.token * factor, attention=self.attention * factor)
 
 
 class Timing(NamedTuple):
-    """How long one run of a shape took."""
+    """The duration of one run of a shape."""
 
     batch: int
     length: int
     seconds: float
 
 
-# Beyond these a fit has followed noise: of another process on the machine while this one started, say.
+# Beyond these a fit has followed noise, for example of another process.
 _LEAST_RUN, _MOST_RUN, _MOST_ATTENTION = 5.0, 128.0, 0.05
 
 
 def fit(timings: Sequence[Timing], padding: Padding = Padding()) -> Optional[CostModel]:
-    """The cost model that explains runs of at least three shapes, without padding, best, or None where none does.
+    """Fit a cost model to unpadded runs of at least three shapes; None if none explains them.
 
     Least squares of the relative errors with no coefficient below 0: every choice of terms is solved, and the best one
-    without a negative coefficient taken. Where tokens cost nothing beside the run, a run is as dear as can be.
+    without a negative coefficient wins. If tokens cost nothing next to the run, the run's cost is capped.
     """
     timings = [timing for timing in timings if timing.seconds > 0]
     if len(timings) < 3:
@@ -80,5 +80,5 @@ def fit(timings: Sequence[Timing], padding: Padding = Padding()) -> Optional[Cos
 
 
 def seconds_per_cost(timings: Sequence[Timing], cost: CostModel) -> float:
-    """What a unit of `cost` took, the median over these runs."""
+    """Return the seconds per unit of `cost`, the median over these runs."""
     return float(np.median([timing.seconds / cost(timing.batch, timing.length) for timing in timings]))

@@ -1,7 +1,7 @@
-"""Micro-batches on several cores: one after another on all of them, or side by side on one core each.
+"""Runs micro-batches on several cores: one after another on all of them, or in parallel on one core each.
 
-A run of few tokens does not keep several cores busy: they wait for one another at the end of every operator. Several
-micro-batches side by side do, so a full batch is answered sooner that way, and a single text on all cores.
+A run of few tokens does not keep several cores busy: they synchronize after every operator. Parallel
+micro-batches do, so this answers a full batch sooner; a single text is faster on all cores.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from traceserve_runtime.manifest import Shapes
 Batches = List[List[int]]
 Result = TypeVar("Result")
 
-_MICRO_BATCHES_OF_A_LANE = (1, 2, 3)  # more have less padding and spread more evenly, but each is a run
-_BISECTIONS = 10  # a thousandth of all costs
+_MICRO_BATCHES_OF_A_LANE = (1, 2, 3)  # more reduce padding and spread better, but each is a run
+_BISECTIONS = 10  # to a thousandth of all costs
 
 
 @dataclass(frozen=True)
 class Lanes:
-    """Threads that compute on one core each, and what a run costs there while all of them are busy."""
+    """Threads that compute on one core each, and the cost of a run there while all are busy."""
 
     threads: Sequence[Executor]
     cost: CostModel
 
     def run(self, act: Callable[[Batches], Result], batches: Sequence[Batches]) -> List[Result]:
-        """`act` on each list of micro-batches, side by side; all have ended when this returns or raises."""
+        """Run `act` on each list of micro-batches in parallel; all have ended when this returns or raises."""
         running = [thread.submit(act, own) for thread, own in zip(self.threads, batches)]
         wait(running)
         return [each.result() for each in running]
@@ -39,7 +39,7 @@ class Lanes:
 def schedule(
     lengths: Sequence[int], shapes: Shapes, cost: CostModel, lanes: Optional[Lanes], most_tokens: int = MOST_TOKENS
 ) -> List[Batches]:
-    """The micro-batches of each lane, or of one that has all cores where these are done sooner; see `plan`."""
+    """Return the micro-batches of each lane, or of one with all cores if that finishes sooner; see `plan`."""
     if lanes is None or len(lengths) < 2:
         return [plan(lengths, shapes, cost, most_tokens)]
     rows = _Rows(lengths, shapes, lanes.cost, most_tokens)
@@ -52,7 +52,7 @@ def schedule(
 
 
 class _Rows:
-    """Rows, longest first, to be cut into micro-batches."""
+    """Rows, longest first, to divide into micro-batches."""
 
     def __init__(self, lengths: Sequence[int], shapes: Shapes, cost: CostModel, most_tokens: int) -> None:
         self._order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
@@ -62,9 +62,9 @@ class _Rows:
         self._most_tokens = most_tokens
         self._padded = [shapes.length(n) for n in self._lengths]
         of_places = {n: cost(1, n, 0) - cost.run for n in set(self._padded)}
-        self._of_places = [of_places[n] for n in self._padded]  # the cost of a row's places
+        self._of_places = [of_places[n] for n in self._padded]  # the cost of a row's positions
         self._of_token = cost(0, 0, 1) - cost.run
-        self._alike = [1] * len(self._lengths)  # how many rows from each one on are as long as it
+        self._alike = [1] * len(self._lengths)  # how many rows from each one on have its length
         for i in range(len(self._lengths) - 2, -1, -1):
             if self._lengths[i] == self._lengths[i + 1]:
                 self._alike[i] += self._alike[i + 1]
@@ -72,9 +72,9 @@ class _Rows:
         self._one_by_one = sum(_alone(lengths, shapes, cost))
 
     def cut(self, count: int) -> Batches:
-        """About so many contiguous micro-batches, the dearest as cheap as can be.
+        """Divide into about this many contiguous micro-batches, minimizing the most expensive one.
 
-        Bisection over its cost: the longest rows that it still allows are one micro-batch, then the next ones.
+        Bisects its cost: the longest rows within the limit form one micro-batch, then the next ones.
         """
         least, most = 0.0, self._one_by_one
         for _ in range(_BISECTIONS):
@@ -94,7 +94,7 @@ class _Rows:
         return batches
 
     def _rows_within(self, limit: float, start: int) -> int:
-        """How many rows from `start` on run together for at most `limit`, and within the plan's own limits; at least one."""
+        """Return how many rows from `start` on fit within `limit` and the plan's own limits; at least one."""
         length = self._padded[start]
         if self._shapes.batches is not None:
             cost, most = self._cost, self._most_tokens
@@ -104,7 +104,7 @@ class _Rows:
             most_rows = min(most_rows, self._alike[start])
         of_places, of_token, before = self._of_places[start], self._of_token, self._tokens_before
         rows, left = 0, limit - self._cost.run
-        while rows < most_rows:  # so many more, were they as long as the next one
+        while rows < most_rows:  # this many more, if they had the next one's length
             more = min(int(left / (of_places + of_token * self._lengths[start + rows])), most_rows - rows)
             if more < 1:
                 break
@@ -114,7 +114,7 @@ class _Rows:
 
 
 def _spread(batches: Batches, lengths: Sequence[int], shapes: Shapes, lanes: Lanes) -> Tuple[List[Batches], float]:
-    """Longest first, each to the lane that is free first; and what the longest lane costs."""
+    """Assign the longest first, each to the first free lane; return the longest lane's cost too."""
     costs = _costs(batches, lengths, shapes, lanes.cost)
     spread: List[Batches] = [[] for _ in range(min(len(lanes.threads), len(batches)))]
     loads = [0.0] * len(spread)
@@ -134,10 +134,10 @@ def _costs(batches: Batches, lengths: Sequence[int], shapes: Shapes, cost: CostM
 
 
 def _alone(lengths: Sequence[int], shapes: Shapes, cost: CostModel) -> List[float]:
-    """What each row would cost by itself."""
+    """Return the cost of each row alone."""
     return [cost(1, shapes.length(length), length) for length in lengths]
 
 
 def _least(lengths: Sequence[int], shapes: Shapes, cost: CostModel) -> float:
-    """What all rows in one run would cost if none were padded to another's length."""
+    """Return the cost of all rows in one run without padding."""
     return cost.run + sum(each - cost.run for each in _alone(lengths, shapes, cost))

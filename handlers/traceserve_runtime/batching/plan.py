@@ -1,4 +1,4 @@
-"""Which rows run together."""
+"""Plans which rows run together."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from traceserve_runtime.batching.costs import CostModel
 from traceserve_runtime.manifest import Shapes
 from traceserve_runtime.runner import Padding
 
-# More rows or tokens in one run gain nothing on any processor measured, and memory grows with them.
+# More rows or tokens per run gain nothing on any measured processor, and memory grows with them.
 MOST_ROWS = 64
 MOST_TOKENS = 16384
 
@@ -19,9 +19,10 @@ MOST_TOKENS = 16384
 def plan(
     lengths: Sequence[int], shapes: Shapes, cost: CostModel = CostModel(), most_tokens: int = MOST_TOKENS
 ) -> List[List[int]]:
-    """The cheapest cut of rows, sorted by length, into contiguous micro-batches, as lists of indices into `lengths`.
+    """Return the cheapest division of rows, sorted by length, into contiguous micro-batches, as lists of indices into
+    `lengths`.
 
-    Each has rows of one length where they are not padded. Dynamic programming over the cost model: best(i) = min over j < i of
+    Without padding, each has rows of one length. Dynamic programming over the cost model: best(i) = min over j < i of
     best(j) + cost of the rows j..i-1.
     """
     if len(lengths) == 1:
@@ -37,8 +38,8 @@ def plan(
         length = shapes.length(ordered[end - 1])
         rows = max(1, min(end, most_rows, most_tokens // length))
         if not shapes.padded:
-            rows = min(rows, end - bisect_left(ordered, ordered[end - 1], 0, end))  # of this length
-        # Of 1, 2, ... rows up to `end`.
+            rows = min(rows, end - bisect_left(ordered, ordered[end - 1], 0, end))  # those of this length
+        # For 1, 2, ... rows up to `end`.
         tokens = tokens_before[end] - tokens_before[end - rows : end][::-1]
         costs = best[end - rows : end][::-1] + cost(batches_of[:rows], length, tokens)
         cheapest = int(costs.argmin())
@@ -53,9 +54,9 @@ def plan(
 
 
 def common_length(lengths: Sequence[int], shapes: Shapes, most: int, padding: Padding = Padding()) -> int:
-    """What rows of these lengths are padded to when they run together.
+    """Return the length to which rows that run together are padded.
 
-    Where any length is allowed, to a multiple that the runner likes, or to the longest there may be.
+    If any length is allowed, it is rounded up to a multiple that suits the runner, within the maximum.
     """
     length = shapes.length(max(lengths))
     if shapes.lengths is None and shapes.padded:

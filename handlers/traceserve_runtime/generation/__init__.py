@@ -1,1 +1,1 @@
-"""Texts that are written token by token."""
+"""Writes texts token by token."""

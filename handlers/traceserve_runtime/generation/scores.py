@@ -1,4 +1,4 @@
-"""The scores of the next token: what the settings forbid, force or make less likely, and the probabilities to draw by."""
+"""The next token's scores: what the settings forbid, force or penalize, and the sampling probabilities."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ NEVER = np.float32(-np.inf)
 
 @dataclass(frozen=True)
 class Settings:
-    """How one row is continued. Names and meanings are those of transformers' GenerationConfig."""
+    """How one row is continued, with the names and meanings of transformers' GenerationConfig."""
 
     max_new_tokens: int
     min_new_tokens: int = 0
-    min_length: int = 0  # of the whole sequence, the prompt included
+    min_length: int = 0  # of the whole sequence, including the prompt
     eos_ids: Tuple[int, ...] = ()
     do_sample: bool = False
     temperature: float = 1.0
@@ -37,17 +37,15 @@ class Settings:
     forced_eos_ids: Tuple[int, ...] = ()
     suppress_ids: Tuple[int, ...] = ()
     begin_suppress_ids: Tuple[int, ...] = ()
-    renormalize: bool = False  # whether a beam's probabilities add up to 1 again after what was forbidden
-    source: Tuple[int, ...] = ()  # the tokens that the model was given, for the two that follow
-    source_ngram_size: int = 0  # no sequence of so many of them is written; 0: any may
+    renormalize: bool = False  # whether a beam's probabilities are normalized again after the restrictions
+    source: Tuple[int, ...] = ()  # the tokens of the model's input, for the next two
+    source_ngram_size: int = 0  # no sequence of this many of them is written; 0: off
     source_penalty: float = 1.0  # above 1 they become likelier
-    alternatives: Optional[int] = (
-        None  # log-probabilities are kept, those of so many likeliest tokens beside; None: none
-    )
+    alternatives: Optional[int] = None  # keep log-probabilities, with this many top tokens; None: none
 
 
 def processed(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: Settings) -> np.ndarray:
-    """The scores of the next token, (vocabulary), after what the settings forbid, force or make less likely."""
+    """Return the next token's scores, (vocabulary), after restrictions and penalties."""
     changes = (_source_repetition, _repetition, _ngrams, _source_ngrams, _bad_words, _minimum, _forced, _suppressed)
     scores = scores.copy()
     for change in changes:
@@ -123,13 +121,13 @@ def _suppressed(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int]
 
 
 def probabilities(scores: np.ndarray, settings: Settings) -> np.ndarray:
-    """The probability of each token, (vocabulary), by temperature, then top_k, top_p and min_p."""
+    """Return each token's probability, (vocabulary), by temperature, then top_k, top_p and min_p."""
     scores = scores / np.float32(settings.temperature)
     if 0 < settings.top_k < len(scores):
         threshold = np.partition(scores, -settings.top_k)[-settings.top_k]
         scores = np.where(scores < threshold, NEVER, scores)
     if settings.top_p < 1.0:
-        order = np.argsort(scores, kind="stable")  # the least likely first
+        order = np.argsort(scores, kind="stable")  # ascending
         dropped = np.cumsum(softmax(scores[order])) <= np.float32(1 - settings.top_p)
         dropped[-1] = False
         scores[order[dropped]] = NEVER
@@ -142,9 +140,9 @@ def probabilities(scores: np.ndarray, settings: Settings) -> np.ndarray:
 
 
 def _untypical(scores: np.ndarray, mass: float) -> np.ndarray:
-    """The tokens that typical sampling leaves out (Meister et al., "Locally Typical Sampling", 2022).
+    """Return the tokens that typical sampling excludes (Meister et al., "Locally Typical Sampling", 2022).
 
-    Those stay whose log-probability is nearest to its expectation, as many as are together as probable as `mass`.
+    It keeps those whose log-probability is nearest to its expectation, up to a total probability of `mass`.
     """
     logarithms = log_softmax(scores)
     likely = np.exp(logarithms)

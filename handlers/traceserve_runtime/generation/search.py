@@ -1,8 +1,8 @@
-"""Token by token: how the next tokens are chosen, for several rows in one batch, each by its own settings.
+"""Chooses the next tokens for several rows in one batch, each with its own settings.
 
-A search owns one row and what has become of it: one sequence (greedy or sampled), or several beams. `generate` feeds the
-model with the tokens that all searches ask for, and those that are done leave the batch. Everything here is as
-transformers' `generate` does it, to the token; the arrays are numpy's, and the model is behind a feed.
+A search owns one row and its continuation: one sequence (greedy or sampled), or several beams. `generate` feeds the
+model with the tokens that all searches ask for; finished ones leave the batch. Everything matches
+transformers' `generate` to the token; the arrays are numpy's, and the model is behind a feed.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import numpy as np
 from traceserve_runtime.generation.scores import Settings, probabilities, processed
 from traceserve_runtime.softmax import log_softmax
 
-_LEAST_LOGARITHM = np.float32(-9999)  # JSON has no infinite numbers
-_BAD = np.float32(-1e9)  # a beam's score that nothing real is below
+_LEAST_LOGARITHM = np.float32(-9999)  # JSON has no infinity
+_BAD = np.float32(-1e9)  # a beam's score below all real ones
 
 
 class Moves(NamedTuple):
-    """What a search asks of the model: each token is appended to the search's own row with the number beside it."""
+    """A search's request to the model: each token is appended to the search's own row with the index beside it."""
 
     rows: List[int]
     tokens: List[int]
 
 
 class Likelihood(NamedTuple):
-    """The model's own log-probability of a token that was taken, and of the likeliest ones in its place."""
+    """The model's log-probability of a chosen token, and of the top ones at its position."""
 
     taken: float
     ids: np.ndarray  # (alternatives), likeliest first
@@ -34,7 +34,7 @@ class Likelihood(NamedTuple):
 
     @classmethod
     def of(cls, logits: np.ndarray, token: int, alternatives: int) -> Likelihood:
-        """From the logits, (vocabulary). What has no probability at all is given a very small one."""
+        """Make one from the logits, (vocabulary). A probability of zero becomes a very small one."""
         logarithms = np.maximum(log_softmax(logits), _LEAST_LOGARITHM)
         ids = _largest(logarithms, alternatives) if alternatives else np.zeros(0, dtype=np.int64)
         return cls(float(logarithms[token]), ids, logarithms[ids])
@@ -44,32 +44,34 @@ Told = Callable[[List[int], Sequence[Likelihood]], None]
 
 
 class Feed(Protocol):
-    """The model, with the rows of all searches: the logits, (rows, vocabulary), after the prompts and after each step."""
+    """The model with all searches' rows: returns the logits, (rows, vocabulary), after the prompts and after each
+    step."""
 
     def first(self) -> np.ndarray:
-        """After the prompts."""
+        """Return the logits after the prompts."""
         ...
 
     def next(self, rows: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        """After `tokens`, each of which continues the row of the last call with the number in `rows`."""
+        """Return the logits after `tokens`, each of which continues the row of the last call with the index in
+        `rows`."""
         ...
 
 
 class Search(Protocol):
-    """One row's way through the loop."""
+    """The search of one row."""
 
     @property
     def tokens(self) -> List[int]:
-        """The best sequence so far, new tokens only."""
+        """The best sequence so far, only new tokens."""
         ...
 
     def advance(self, logits: np.ndarray) -> Optional[Moves]:
-        """From the logits of its rows, (rows, vocabulary), to its next rows; None when it is done."""
+        """Turn the logits of its rows, (rows, vocabulary), into its next rows; None when done."""
         ...
 
 
 def generate(feed: Feed, searches: Sequence[Search]) -> List[bool]:
-    """Run the searches together until each is done; tells for each whether the model gave it numbers to the end."""
+    """Run the searches together until all are done; return for each whether all its logits were numbers."""
     logits = feed.first()
     sound = [True] * len(searches)
     live = [(i, 1) for i in range(len(searches))]
@@ -94,7 +96,7 @@ def generate(feed: Feed, searches: Sequence[Search]) -> List[bool]:
 
 
 class Sampling:
-    """One sequence: the best token each time, or one drawn by its probability."""
+    """One sequence: always the best token, or a sampled one."""
 
     def __init__(
         self,
@@ -109,11 +111,11 @@ class Sampling:
         self._ends = ends
         self._told = told
         self._random = np.random.default_rng(settings.seed)
-        self.likelihoods: List[Likelihood] = []  # of each token, where they are kept
+        self.likelihoods: List[Likelihood] = []  # of each token, if kept
 
     @property
     def tokens(self) -> List[int]:
-        """The sequence, new tokens only."""
+        """The sequence, only new tokens."""
         return self._tokens
 
     def advance(self, logits: np.ndarray) -> Optional[Moves]:
@@ -143,10 +145,10 @@ class _Finished(NamedTuple):
 
 
 class Beams:
-    """Several sequences beside each other, of which the best one by its length-weighted score is told.
+    """Several parallel sequences; the answer is the one with the best length-weighted score.
 
-    As `_beam_search` of transformers, for one row: candidates are the best continuations of all beams; of the best
-    `num_beams` of them those that end are kept aside, the others go on.
+    Like `_beam_search` of transformers, for one row: candidates are the best continuations of all beams; of the best
+    `num_beams`, those that end are set aside, the others continue.
     """
 
     def __init__(
@@ -169,7 +171,7 @@ class Beams:
     def advance(self, logits: np.ndarray) -> Optional[Moves]:
         settings = self._settings
         beams = settings.num_beams
-        length = len(self._running[0]) + 1  # with the token that is chosen now
+        length = len(self._running[0]) + 1  # including the token chosen now
         scores = np.stack(
             [
                 processed(log_softmax(row), self._prompt, tokens, settings) + score
@@ -195,7 +197,7 @@ class Beams:
         return Moves([int(rows[i]) for i in going], [int(tokens[i]) for i in going])
 
     def _finish(self, sequences: List[List[int]], scores: np.ndarray, ends: np.ndarray) -> None:
-        """Take those of the best candidates that end among the finished ones, and keep the best of these."""
+        """Add the best candidates that end to the finished ones, and keep the best of these."""
         settings = self._settings
         weighted = scores / np.float32(len(sequences[0]) ** settings.length_penalty)
         ended = ends & (np.arange(len(ends)) < settings.num_beams)
@@ -211,7 +213,7 @@ class Beams:
         self._finished = [candidates[i] for i in best]
 
     def _judge(self, length: int) -> None:
-        """Whether a running beam may still become better than the worst finished one."""
+        """Decide whether a running beam may still beat the worst finished one."""
         settings = self._settings
         never = settings.early_stopping == "never" and settings.length_penalty > 0.0
         possible = self._scores[0] / np.float32(
@@ -227,15 +229,16 @@ def search_for(
     ends: Optional[Callable[[List[int]], bool]] = None,
     told: Optional[Told] = None,
 ) -> Search:
-    """The search that the settings ask for. `ends` tells whether new tokens are enough; `told` is called with those of a
-    single sequence, and their likelihoods where they are kept, each time that there is one more."""
+    """Return the search for the settings. `ends` decides whether new tokens are enough; `told` is called after each
+    token with those
+    of a single sequence, and their likelihoods if kept."""
     if settings.num_beams > 1:
         return Beams(prompt, settings, ends)
     return Sampling(prompt, settings, ends, told)
 
 
 def _largest(values: np.ndarray, count: int) -> np.ndarray:
-    """The places of the largest values, largest first."""
+    """Return the indices of the largest values, largest first."""
     if count < len(values):
         some = np.argpartition(-values, count - 1)[:count]
         return some[np.argsort(-values[some], kind="stable")]

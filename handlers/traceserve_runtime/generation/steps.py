@@ -1,4 +1,4 @@
-"""A model that is run in a loop, as generation sees it: rows of tokens in, the logits of the next token out."""
+"""The generating model as a feed: rows of tokens in, the next token's logits out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from traceserve_runtime.texts.tokenization import Row
 
 
 class _Feed:
-    """What both kinds share: the rows that are read first, the state of the loop, and a step of it."""
+    """The parts common to both kinds: the rows read first, the loop's state, and one step."""
 
     def __init__(self, runner: Runner, rows: Sequence[Row], manifest: Manifest, stats: Stats) -> None:
         self._runner = runner
@@ -29,12 +29,12 @@ class _Feed:
         self._state: State = ()
 
     def _step(self, inputs: Arrays, rows: Optional[np.ndarray] = None) -> np.ndarray:
-        """The logits after one step, of all rows of the last one or of those that `rows` chooses."""
+        """Return the logits after one step, for all rows of the last one or for `rows`."""
         if rows is not None:
             self._stats.tokens += len(rows)
             self._stats.padded_tokens += len(rows)
             if np.array_equal(rows, np.arange(self._state[0].shape[0])):
-                rows = None  # all of them, as they are: nothing is copied
+                rows = None  # all of them, in order: nothing is copied
         started = time.perf_counter()
         outputs, self._state = self._runner.step(inputs, self._state, rows)
         self._stats.model_seconds += time.perf_counter() - started
@@ -43,7 +43,7 @@ class _Feed:
 
 
 class DecoderFeed(_Feed):
-    """A decoder: the prompts are padded on the left and read in one step; then one token of each row that goes on."""
+    """A decoder: the prompts are left-padded and read in one step; then one token per remaining row."""
 
     def first(self) -> np.ndarray:
         self._state = self._runner.start(self._read)
@@ -57,7 +57,7 @@ class DecoderFeed(_Feed):
 
 
 class EncoderDecoderFeed(_Feed):
-    """An encoder and a decoder: the sources are read once; every row of the decoder begins with the same token."""
+    """An encoder and a decoder: the sources are read once; every decoder row begins with the same token."""
 
     def first(self) -> np.ndarray:
         self._state = self._runner.start(self._read)

@@ -1,4 +1,4 @@
-"""The protocols that clients speak: from what they sent to requests, and from answers to what they get."""
+"""The protocols that clients speak: they turn what clients send into requests, and answers into responses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from traceserve_runtime.protocols.contract import Body, Document, Protocol, Refu
 from traceserve_runtime.protocols.requests import Native
 from traceserve_runtime.protocols.wording import short
 
-# By the path behind the model's name and version.
+# Keyed by the path behind the model's name and version.
 PROTOCOLS: Dict[str, Protocol] = {
     "": Native(),
     "v1/models": openai.Models(),
@@ -23,7 +23,7 @@ PROTOCOLS: Dict[str, Protocol] = {
     "v2/rerank": ranking.Rerank(),
     "v1/score": ranking.Score(),
     "v1/classify": ranking.Classify(),
-    "rerank": ranking.Rerank(),  # TEI's, too
+    "rerank": ranking.Rerank(),  # also TEI's
     "score": ranking.Score(),
     "classify": ranking.Classify(),
     "embed": tei.Embed(),
@@ -48,7 +48,7 @@ _OF_MODELS: Tuple[Tuple[Pattern[str], Protocol], ...] = (
 
 
 class _Nothing:
-    """A path at which nothing is served."""
+    """A path that serves nothing."""
 
     def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Union[Body, Document]:
         known = ", ".join(f"/{path}" for path in sorted(PROTOCOLS) if path)
@@ -62,7 +62,7 @@ _NOTHING = _Nothing()
 
 
 def protocol_of(headers: Headers) -> Protocol:
-    """The protocol of a call."""
+    """Return the protocol of a call."""
     path = headers.path.strip("/")
     for begins, protocol in _OF_MODELS:
         if begins.match(path):

@@ -1,7 +1,8 @@
-"""Binary tensors of the Open Inference Protocol: behind the JSON of a body, whose length a header tells, lie their bytes.
+"""Binary tensors of the Open Inference Protocol: the tensors' bytes follow the JSON, whose length is in a header.
 
-Tritonclient sends and asks for them where nothing else is said. An element of BYTES is its length, 4 bytes, little-endian, and
-as many bytes; FP32 is little-endian, too.
+Tritonclient sends and requests them by default. A BYTES element is its length (4 bytes, little-endian), then its bytes;
+FP32 is
+little-endian too.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _SIZE = "binary_data_size"
 
 
 def read(body: bytes, header_length: int) -> Any:
-    """The JSON of a body, with the elements of its binary tensors as their "data"; raises InvalidRequest."""
+    """Return the JSON of a body with its binary tensors' elements as "data"; raises InvalidRequest."""
     if header_length > len(body):
         raise InvalidRequest(f"{LENGTH_HEADER} is {header_length:,}, but the body has {len(body):,} bytes", "body")
     try:
@@ -46,7 +47,7 @@ def read(body: bytes, header_length: int) -> Any:
 
 
 def _size_of(item: Any, where: str) -> Any:
-    """How many bytes a tensor has behind the JSON, None where it has its data there; the parameter is taken away."""
+    """Pop the parameter with a tensor's size in bytes behind the JSON; None if its data is inline."""
     parameters = item.get("parameters") if isinstance(item, dict) else None
     if not isinstance(parameters, dict) or _SIZE not in parameters:
         return None
@@ -60,7 +61,7 @@ def _size_of(item: Any, where: str) -> Any:
 
 def _elements(raw: bytes, datatype: Any, where: str) -> List[str]:
     if datatype != "BYTES":
-        return []  # what is wrong with it is said by those who read it
+        return []  # whoever reads the datatype reports it
     elements: List[str] = []
     start = 0
     while start < len(raw):
@@ -80,7 +81,7 @@ def _elements(raw: bytes, datatype: Any, where: str) -> List[str]:
 
 
 def wanted(value: Mapping[str, Any], output: Mapping[str, Any]) -> bool:
-    """Whether the output is asked for in binary."""
+    """Return whether the output is requested in binary."""
     own, all_outputs = (part.get("parameters") for part in (output, value))
     if isinstance(own, dict) and "binary_data" in own:
         return bool(own["binary_data"])
@@ -88,7 +89,7 @@ def wanted(value: Mapping[str, Any], output: Mapping[str, Any]) -> bool:
 
 
 def written(document: Mapping[str, Any]) -> Tuple[bytes, Dict[str, str]]:
-    """A body with the outputs of `document` behind its JSON, and the header that tells where they begin."""
+    """Return a body with `document`'s outputs behind its JSON, and the header that says where they begin."""
     outputs, tensors = [], []
     for output in document["outputs"]:
         rest = {key: item for key, item in output.items() if key != "data"}

@@ -1,20 +1,25 @@
-"""What a body is: from the bytes of any door to a text or parsed JSON. It is decided here and nowhere else.
+"""Turns a body, however it arrived, into text or parsed JSON. This is decided only here.
 
-A door hands over one body, or the named parts of a form, a file upload or a gRPC call (`input={"data": ...}`). Bytes are
+The frontend hands over one body, or the named parts of a form, a file upload or a gRPC call (`input={"data": ...}`).
+Bytes are
 
-1. decompressed by `Content-Encoding` (gzip or deflate; any other is refused by its name),
-2. decoded by their byte-order mark (UTF-8, UTF-16, UTF-32), else by the declared charset, else as UTF-8 (JSON that is valid
-   UTF-8 is UTF-8, whatever is declared: TorchServe itself reads it so),
-3. read by their media type: anything with "json" in its name is JSON; jsonlines and ndjson are a list, one JSON value a line;
-   text/csv and text/tab-separated-values are a list, one request a line under a header of field names (one line that is no
-   header is a text); any other text/* is a text, even one that looks like JSON; and of an unknown type (none,
-   application/octet-stream, ...) what begins with {, [ or " is JSON, all else a text.
+1. decompressed by `Content-Encoding` (gzip or deflate; others are refused by name),
+2. decoded by their byte-order mark (UTF-8, UTF-16, UTF-32), else by the declared charset, else as UTF-8 (JSON that is
+valid
+   UTF-8 is read as UTF-8 whatever is declared, as in TorchServe itself),
+3. parsed by their media type: any name with "json" in it is JSON; jsonlines and ndjson are a list, one JSON value per
+line;
+   text/csv and text/tab-separated-values are a list, one request per line below a header of field names (a single line
+   that
+   is not a header is a text); any other text/* is a text, even if it looks like JSON; with an unknown type (none,
+   application/octet-stream, ...), a body that begins with {, [ or " is JSON, and any other is a text.
 
-The parts `data`, `inputs` and `body` hold a whole body each, read by the same rules with the part's own media type; where one
-stands alone it is the body. A part with the name of a task's field holds that field's text, or its JSON where the field is
-a list. A form whose only key has no value is a text. (`curl -d TEXT` makes such forms. Of the text in one, TorchServe's
-frontend forwards only what stands before a = or &: the rest of it never reaches the worker, and what did is refused
-then. See `_is_whole`.)
+The parts `data`, `inputs` and `body` each hold a whole body, parsed by the same rules with the part's own media type; a
+part
+that comes alone is the body. A part named like a field of the task holds that field's text, or its JSON if the field is
+a list. A form whose only key has no value is a text. (`curl -d TEXT` makes such forms. TorchServe's frontend forwards
+only the
+text before an = or &; what arrives of such a form is refused. See `_is_whole`.)
 """
 
 from __future__ import annotations
@@ -46,20 +51,20 @@ _NOT_A_FORM = (
     "application/json' -d JSON"
 )
 _URL_ENCODED = "application/x-www-form-urlencoded"
-_WHOLE_BODIES = ("data", "inputs", "body")  # parts that hold a body
+_WHOLE_BODIES = ("data", "inputs", "body")  # parts that hold a whole body
 _SEPARATORS = {"text/csv": ",", "application/csv": ",", "text/tab-separated-values": "\t"}
 _LINES = re.compile(r"(application|text)/(x-)?(jsonlines|jsonl|ndjson|json-lines)")
-_LARGEST_DECOMPRESSED = 16 << 20  # far above any legal request, far below what a small archive can unpack to
-_MOST_MEMBERS = 16  # of a gzip file
+_LARGEST_DECOMPRESSED = 16 << 20  # far above any legal request, far below what a small archive can expand to
+_MOST_MEMBERS = 16  # in a gzip file
 _WINDOWS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
-_MARKS = (  # UTF-32's begin with UTF-16's
+_MARKS = (  # UTF-32's begin with UTF-16's, so they come first
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),
     (codecs.BOM_UTF32_BE, "utf-32-be"),
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
-# Python's codecs of character sets, by its names for them. Others are no charsets, or slow (idna), or unpack (zlib).
+# Python's names of its character-set codecs. Others are not charsets, are slow (idna) or decompress (zlib).
 _CHARSETS = re.compile(
     r"ascii|latin_1|utf_(8|16|32)(_sig|_[lb]e)?|iso8859_\d{1,2}|cp\d{3,5}|koi8_[rtu]|mac_\w{1,12}|shift_jisx?(_?2004|0213)?"
     r"|euc_(jp|jisx0213|jis_2004|kr)|iso2022_(jp(_[123]|_ext|_2004)?|kr)|gb(k|2312|18030)|big5(hkscs)?|hz|johab|tis_620"
@@ -69,27 +74,27 @@ _ALIASES = {**aliases, "x_sjis": "shift_jis", "windows_31j": "cp932", "windows_8
 
 
 class Headers(NamedTuple):
-    """What is read of a request's headers, and which door they say that it came through."""
+    """The parts of a request's headers that are used, and the entry point that they indicate."""
 
     content_type: str = ""  # "": unknown
     content_length: Optional[int] = None
     content_encoding: str = ""
-    parts: Mapping[str, str] = MappingProxyType({})  # the media type of each part that the frontend read
+    parts: Mapping[str, str] = MappingProxyType({})  # the media type of each part that the frontend parsed
     grpc: bool = False
-    explain: bool = False  # asked at a door for explanations
-    ended: bool = False  # its call has failed already, and TorchServe fails of an answer to it
+    explain: bool = False  # came through the explanations endpoint
+    ended: bool = False  # its call already failed; an answer would crash TorchServe
     path: str = ""  # what follows the model's name and version
-    client: str = ""  # the library that sent it, as it says
-    binary: Optional[int] = None  # the bytes of JSON before binary tensors, of Open Inference
+    client: str = ""  # the client library, by its own account
+    binary: Optional[int] = None  # Open Inference: bytes of JSON before the binary tensors
 
     @property
     def infer(self) -> bool:
-        """Whether it came by ModelInfer, the only call of gRPC of which TorchServe makes JSON."""
+        """Whether it came through ModelInfer, the only gRPC call that TorchServe converts to JSON."""
         return self.grpc and self.parts.get("body") == "application/json"
 
 
 class _Media(NamedTuple):
-    name: str  # in lower case, without parameters
+    name: str  # lower case, without parameters
     charset: str
 
     @property
@@ -102,7 +107,7 @@ class _Media(NamedTuple):
 
 
 def read(row: Mapping[str, Any], headers: Headers, task: Type[Task]) -> Any:
-    """The text or parsed JSON that one row of TorchServe's batch is; raises a TraceserveError of status 4xx."""
+    """Return the text or parsed JSON of one item of TorchServe's batch; raises a TraceserveError with a 4xx status."""
     media = _media(headers.content_type)
     if "body" in row and not media.is_form and not headers.grpc:
         own = _media(headers.parts.get("body", ""))
@@ -114,7 +119,7 @@ def read(row: Mapping[str, Any], headers: Headers, task: Type[Task]) -> Any:
             return binary_tensors.read(bytes(value), headers.binary)
         return _document(value, media, task, "body")
     if headers.content_encoding.strip().lower() not in ("", "identity"):
-        raise UnsupportedMedia(f"a compressed form is not read here; {_NOT_A_FORM}")
+        raise UnsupportedMedia(f"compressed forms are not supported; {_NOT_A_FORM}")
     return _form(row, media, headers, task)
 
 
@@ -126,9 +131,9 @@ def _media(content_type: str) -> _Media:
 
 
 def _document(value: Any, media: _Media, task: Type[Task], part: str) -> Any:
-    """The text or parsed JSON that a body, or a part that holds one, is."""
+    """Return the text or parsed JSON of a body, or of a part that holds one."""
     if not isinstance(value, (bytes, bytearray, str)) or (isinstance(value, str) and media.name == "application/json"):
-        return value  # TorchServe has parsed it
+        return value  # TorchServe parsed it
     text = _decode(value, media, part)
     if not text:
         raise InvalidRequest(f"the body is empty; {LEGAL_BODIES}")
@@ -145,7 +150,7 @@ def _document(value: Any, media: _Media, task: Type[Task], part: str) -> Any:
 
 
 def _guess(text: str, part: str) -> Any:
-    """JSON where it is, else text: for a body whose media type is unknown."""
+    """Parse JSON if it is JSON, else return the text; for a body of unknown media type."""
     if text.lstrip()[:1] not in ("{", "[", '"'):
         return text
     try:
@@ -157,19 +162,19 @@ def _guess(text: str, part: str) -> Any:
 
 
 def _without_target(text: str) -> str:
-    """An object without the `"target": (1, 2)` at its end.
+    """Drop a trailing `"target": (1, 2)` from an object.
 
-    It is Python's, not JSON, and stands in the pytorch/serve example's request for token classification; nobody reads it.
+    It is Python, not JSON; the pytorch/serve example for token classification sends it, and nobody reads it.
     """
     end = _TARGET.search(text, max(0, len(text) - 200))
     return text[: end.start()] + "}" if end else text
 
 
 def _table(text: str, separator: str, task: Type[Task], part: str) -> Any:
-    """The requests in the lines of a CSV file, whose header names fields, or `inputs` alone.
+    """Return the requests in a CSV file whose header names fields, or only `inputs`.
 
-    Several lines without a header are refused: the names of columns could be answered as if they were a text. An empty
-    cell of an optional field is a field that was not sent.
+    Several lines without a header are refused: column names could be answered as if they were text. An empty
+    cell of an optional field counts as not sent.
     """
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
@@ -186,7 +191,7 @@ def _table(text: str, separator: str, task: Type[Task], part: str) -> Any:
 
 
 def _wrong_header(header: List[str], known: List[str]) -> str:
-    """What is wrong with the first line of a CSV body; "" where it is a header."""
+    """Return what is wrong with the first line of a CSV body; "" if it is a header."""
     if header in (["inputs"], ["data"]):
         return ""
     wrong = next((name for name in header if name not in known), None)
@@ -200,7 +205,7 @@ def _wrong_header(header: List[str], known: List[str]) -> str:
 
 
 def _rows(reader: Any, header: List[str], task: Type[Task], part: str) -> List[Any]:
-    """The requests under the header."""
+    """Return the requests below the header."""
     required = {field.name for field in task.fields if field.required}
     requests: List[Any] = []
     for cells in reader:
@@ -219,16 +224,16 @@ def _rows(reader: Any, header: List[str], task: Type[Task], part: str) -> List[A
 
 
 def _form(row: Mapping[str, Any], media: _Media, headers: Headers, task: Type[Task]) -> Any:
-    """The fields of a form or of a gRPC call; or the text, or JSON, that was sent in the place of one."""
+    """Return the fields of a form or a gRPC call, or the text or JSON that was sent as one."""
     if not row and not headers.content_length:
         raise InvalidRequest(f"the body is empty; {LEGAL_BODIES}")
     url_encoded = not media.name.startswith("multipart/") and not headers.grpc
     if url_encoded:
         if _codec(media.charset) not in ("", "utf_8", "ascii"):
-            raise UnsupportedMedia(f'the charset "{short(media.charset)}" of a form is not read here; forms are UTF-8')
+            raise UnsupportedMedia(f'the charset "{short(media.charset)}" of a form is not supported; forms are UTF-8')
         texts = {str(key): _decode(value, _Media("", ""), str(key), marks=False) for key, value in _unparsed(row)}
         if not _is_whole(texts, headers.content_length):
-            raise InvalidRequest(f"the body was sent as a form, of which only a part arrived; {_NOT_A_FORM}")
+            raise InvalidRequest(f"the body was sent as a form, but only a part arrived; {_NOT_A_FORM}")
     parts = {
         str(key): _Media(_media(headers.parts.get(key, "")).name, "" if url_encoded else media.charset) for key in row
     }
@@ -248,12 +253,12 @@ def _form(row: Mapping[str, Any], media: _Media, headers: Headers, task: Type[Ta
 
 
 def _unparsed(row: Mapping[str, Any]) -> List[Tuple[str, Union[str, bytes, bytearray]]]:
-    """The parts that did not arrive parsed, as those of multipart forms do that say they are JSON."""
+    """Return the parts that were not parsed yet; TorchServe parses those of multipart forms that declare JSON."""
     return [(key, value) for key, value in row.items() if isinstance(value, (bytes, bytearray, str))]
 
 
 def _known_parts(row: Mapping[str, Any], parts: Mapping[str, _Media], task: Type[Task]) -> Any:
-    """The body that the parts of a form make."""
+    """Return the body that the parts of a form make up."""
     asked = [name for name in row if name not in UNUSED_FIELDS]
     whole = [name for name in asked if name == "body" or (name in _WHOLE_BODIES and not _is_empty(row[name]))]
     documents = {name: _document(row[name], parts[name], task, name) for name in whole}
@@ -263,7 +268,7 @@ def _known_parts(row: Mapping[str, Any], parts: Mapping[str, _Media], task: Type
     texts = {name: _decode(value, parts[name], name) for name, value in _unparsed(others) if not parts[name].is_json}
     parsed = {name: _document(value, parts[name], task, name) for name, value in others.items() if name not in texts}
     fields = {**_typed(texts, task), **parsed}
-    if "body" in documents:  # beside other parts it is what `data` is
+    if "body" in documents:  # beside other parts it means `data`
         documents = {"data" if name == "body" else name: value for name, value in documents.items()}
     return {**documents, **fields}
 
@@ -273,22 +278,22 @@ def _is_empty(value: Any) -> bool:
 
 
 def _typed(texts: Mapping[str, str], task: Type[Task]) -> Dict[str, Any]:
-    """Fields that came as texts: those that are lists, and parameters, are JSON."""
+    """Parse as JSON the text fields that are lists, and parameters."""
     documents = {"parameters", *(field.name for field in task.fields if field.kind != "text")}
     return {name: parse_json(text, name) if name in documents else text for name, text in texts.items()}
 
 
 def _is_whole(fields: Mapping[str, str], content_length: Optional[int]) -> bool:
-    """Whether the fields that arrived account for the length of the form that was sent.
+    """Return whether the received fields account for the length of the form that was sent.
 
-    The frontend (netty 4.1.53) drops what follows the last & of a form, or a whole form, where it has no =. What
-    arrives is decoded, so its length is compared under each usual way of encoding it: a cut form that by chance has the
-    length of another encoding is not noticed.
+    The frontend (netty 4.1.53) drops whatever follows a form's last & if it has no =, or the whole form. Received
+    fields are decoded, so the length is compared for each usual encoding; a truncated form that happens to match
+    another encoding's length is not noticed.
     """
     if content_length is None:
         return True
     separators = max(0, 2 * len(fields) - 1)
-    bare = sum(not value for value in fields.values())  # their = may not have been sent
+    bare = sum(not value for value in fields.values())  # their = may be missing
     text = "".join(key + value for key, value in fields.items()).encode("utf-8", "surrogatepass")
     lengths = {len(text)}
     for unreserved in (b"-_.~", b"-_.*", b"-_.~!'()*"):
@@ -298,9 +303,9 @@ def _is_whole(fields: Mapping[str, str], content_length: Optional[int]) -> bool:
 
 
 def _decode(value: Union[str, bytes, bytearray], media: _Media, part: str, marks: bool = True) -> str:
-    """The text of bytes, by their byte-order mark, their charset, or as UTF-8.
+    """Decode bytes by their byte-order mark, their charset, or as UTF-8.
 
-    What TorchServe decoded as UTF-8 is decoded again where another charset was declared. A mark is no part of the text.
+    Text that TorchServe decoded as UTF-8 is decoded again if another charset was declared. The mark is removed.
     """
     codec = _codec(media.charset)
     if isinstance(value, str):
@@ -310,7 +315,7 @@ def _decode(value: Union[str, bytes, bytearray], media: _Media, part: str, marks
     mark, named = next(((m, n) for m, n in _MARKS if marks and value.startswith(m)), (b"", ""))
     if named:
         return _decoded(value[len(mark) :], named, part)
-    if media.is_json:  # UTF-8 where it is valid, and without a declaration what its null bytes say
+    if media.is_json:  # UTF-8 if valid; if undeclared, its null bytes tell
         try:
             return value.decode(codec and "utf-8" or json.detect_encoding(bytes(value[:4])))
         except UnicodeDecodeError:
@@ -331,7 +336,7 @@ def _decoded(value: Union[bytes, bytearray], codec: str, part: str) -> str:
 
 
 def _codec(charset: str) -> str:
-    """Python's name of a declared charset, "" for none; raises UnsupportedMedia for one that is unknown."""
+    """Return Python's name of a declared charset, "" for none; raises UnsupportedMedia if it is unknown."""
     if not charset:
         return ""
     name = normalize_encoding(charset).lower() if charset.isascii() else charset
@@ -342,17 +347,17 @@ def _codec(charset: str) -> str:
             return codec
         except LookupError:
             pass
-    raise UnsupportedMedia(f'the charset "{short(charset)}" is not known here; send UTF-8')
+    raise UnsupportedMedia(f'the charset "{short(charset)}" is not supported; send UTF-8')
 
 
 def _decompress(value: Any, encodings: str) -> Any:
-    """A body without its content encoding; raises UnsupportedMedia, InvalidRequest or InputTooLong."""
+    """Undo a body's content encoding; raises UnsupportedMedia, InvalidRequest or InputTooLong."""
     names = [name for name in (part.strip().lower() for part in encodings.split(",")) if name not in ("", "identity")]
     if not names:
         return value
     if len(names) > 1 or names[0] not in _WINDOWS:
         raise UnsupportedMedia(
-            f'the content encoding "{short(", ".join(names))}" is not read here; send gzip, deflate, or a plain body'
+            f'the content encoding "{short(", ".join(names))}" is not supported; send gzip, deflate, or a plain body'
         )
     if not isinstance(value, (bytes, bytearray, str)):
         raise InvalidRequest(f"the body is not {names[0]}, but plain JSON", "body")
@@ -367,7 +372,7 @@ def _decompress(value: Any, encodings: str) -> Any:
 
 
 def _has_zlib_header(data: bytes) -> bool:
-    """Whether deflated data has the header that the standard wants; some clients send it without."""
+    """Return whether deflated data has the header that the standard requires; some clients omit it."""
     return len(data) > 1 and data[0] & 0x0F == 8 and (data[0] << 8 | data[1]) % 31 == 0
 
 

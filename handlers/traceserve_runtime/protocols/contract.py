@@ -1,4 +1,4 @@
-"""What a protocol is: which calls are its own, what they ask, and how they are answered, streamed and refused."""
+"""The contract of a protocol: which calls it owns, what they ask, and how they are answered, streamed and refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from traceserve_runtime.tasks.contract import Answer, Request, Task, WrittenToke
 
 
 class Served(NamedTuple):
-    """What is served, and under which name and version; `text_of` gives the text of token ids."""
+    """The served model, its name and version; `text_of` decodes token ids."""
 
     name: str
     version: str
@@ -23,41 +23,41 @@ class Served(NamedTuple):
 
 
 class Form(Interface):
-    """How the requests of one body are answered."""
+    """The response format for the requests of one body."""
 
     def reply(self, answers: Sequence[Answer], served: Served) -> Any:
-        """The document that the client gets, parsed JSON or a Document."""
+        """Return the response document: parsed JSON or a Document."""
         ...
 
     def place(self, index: int, where: str, name: Optional[str]) -> Optional[str]:
-        """The path in the client's body of the field `name` of the request `index`, which stands at `where`."""
+        """Return the path in the client's body of the field `name` of request `index`, which is at `where`."""
         ...
 
 
 class Frames(Interface):
-    """How a growing text is sent in pieces."""
+    """The format of a streamed text."""
 
     @property
     def content_type(self) -> str:
-        """Of the whole stream."""
+        """The media type of the whole stream."""
         ...
 
     def piece(self, text: str, tokens: Sequence[WrittenToken]) -> bytes:
-        """What is sent for text that is new, and for its tokens where these are kept; empty where it is held back."""
+        """Return the bytes for new text and its tokens (if kept); empty if the text is held back."""
         ...
 
     def end(self, text: str, answer: Answer, tokens: int) -> bytes:
-        """The last piece: for the rest of the text, and what is said of all of it; so many `tokens` were sent before."""
+        """Return the last piece: the remaining text and the final details; `tokens` counts those sent before."""
         ...
 
     def failed(self, error: TraceserveError) -> bytes:
-        """The last piece of a stream that fails: its status was sent long ago."""
+        """Return the last piece of a stream that fails: its status was already sent."""
         ...
 
 
 @dataclass(frozen=True)
 class Body:
-    """What one call asks, and the form in which it is answered; with `frames` it may be answered in pieces."""
+    """The requests of one call and their response format; with `frames` the answer may be streamed."""
 
     requests: List[Request]
     protocol: Form
@@ -65,17 +65,17 @@ class Body:
 
     @property
     def streamable(self) -> bool:
-        """Whether its answer may be sent in pieces."""
+        """Whether the answer may be streamed."""
         return self.frames is not None
 
     def place(self, index: int, name: Optional[str]) -> Optional[str]:
-        """The path in the client's body of a field of the request `index`."""
+        """Return the path in the client's body of a field of request `index`."""
         return self.protocol.place(index, self.requests[index].where, name)
 
 
 @dataclass(frozen=True)
 class Document:
-    """An answer for which nothing is computed, or one of another kind than JSON: then its value is bytes."""
+    """An answer that needs no model, or one that is not JSON: then its value is bytes."""
 
     value: Any
     content_type: str = "application/json"
@@ -84,7 +84,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Refusal:
-    """An error as a protocol tells it."""
+    """An error in a protocol's format."""
 
     document: Any
     status: int
@@ -92,17 +92,17 @@ class Refusal:
 
     @classmethod
     def of(cls, document: Any, error: TraceserveError) -> Refusal:
-        """With the error's own status."""
+        """Make one with the error's own status."""
         return cls(document, error.status, error.phrase)
 
 
 class Protocol(Interface):
-    """One protocol, or one path of it."""
+    """A protocol, or one path of it."""
 
     def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Union[Body, Document]:
-        """What a call asks; `group` numbers it. Raises a TraceserveError of status 4xx, which names the field."""
+        """Read a call; `group` numbers it. Raises a TraceserveError with a 4xx status that names the field."""
         ...
 
     def error(self, error: TraceserveError, parts: Mapping[str, Any], headers: Headers, served: Served) -> Refusal:
-        """What a client is told of an error."""
+        """Return the response to an error."""
         ...

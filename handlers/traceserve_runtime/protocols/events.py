@@ -1,4 +1,4 @@
-"""Server-sent events, in which foreign protocols stream: one JSON document each."""
+"""Server-sent events, which foreign protocols stream: one JSON document each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ CONTENT_TYPE = "text/event-stream"
 
 
 def event(document: Any, space: str = " ") -> bytes:
-    """One event."""
+    """Encode one event."""
     return f"data:{space}{json.dumps(document, ensure_ascii=False, separators=(',', ':'))}\n\n".encode(
         "utf-8", "replace"
     )
@@ -19,7 +19,7 @@ DONE = b"data: [DONE]\n\n"
 
 
 class Stops:
-    """A growing text up to the first of its stop strings, which is no part of it; what may begin one is held back."""
+    """Cuts a growing text before its first stop string; text that may begin one is held back."""
 
     def __init__(self, stops: Sequence[str] = ()) -> None:
         self._stops = [stop for stop in stops if stop]
@@ -27,7 +27,7 @@ class Stops:
         self.found = False
 
     def feed(self, text: str) -> str:
-        """The part that can be sent now."""
+        """Add text; return what can be sent now."""
         if self.found:
             return ""
         whole = self._held + text
@@ -40,17 +40,17 @@ class Stops:
         return whole[: len(whole) - kept]
 
     def rest(self) -> str:
-        """What was held back, when nothing follows."""
+        """Return the text held back, at the end."""
         held, self._held = self._held, ""
         return held
 
     @staticmethod
     def _begun(text: str, stop: str) -> int:
-        """How many of the last characters may begin the stop string."""
+        """Return how many of the last characters may begin the stop string."""
         return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
-    """A text without its first stop string and what follows."""
+    """Cut a text before its first stop string."""
     until = Stops(stops)
     return until.feed(text) + until.rest()

@@ -1,4 +1,4 @@
-"""Bodies of other protocols: which keys they may have, and which of ours their values become."""
+"""Bodies of foreign protocols: their legal keys, and the parameters of ours that these map to."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from traceserve_runtime.tasks.contract import Request
 
 
 class Key(NamedTuple):
-    """What a key of a foreign body means: a parameter of ours, something for the protocol itself, or nothing here.
+    """The meaning of a key in a foreign body: one of our parameters, something for the protocol itself, or unsupported.
 
-    A value that is among the `neutral` ones is passed over: it asks for nothing that is not done anyway.
+    `neutral` values are ignored: they ask for what is done anyway.
     """
 
     parameter: Optional[str] = None
@@ -28,11 +28,11 @@ class Key(NamedTuple):
 
 
 READ = Key(read=True)
-IGNORED = Key(read=True)  # it says nothing to us
+IGNORED = Key(read=True)  # it means nothing here
 
 
 def json_body(parts: Mapping[str, Any], headers: Headers, served: Served) -> Dict[str, Any]:
-    """The object that a call's body is; raises InvalidRequest for any other."""
+    """Return a call's body as an object; raises InvalidRequest if it is not one."""
     value = bodies.read(parts, headers, served.task)
     check_size(value, served.manifest.max_rows)
     if not isinstance(value, dict):
@@ -41,9 +41,9 @@ def json_body(parts: Mapping[str, Any], headers: Headers, served: Served) -> Dic
 
 
 def read_keys(value: Mapping[str, Any], keys: Mapping[str, Key], where: str = "") -> Dict[str, Any]:
-    """The parameters that an object of a foreign protocol asks for; raises InvalidRequest for what is not known or done.
+    """Return the parameters in a foreign protocol's object; raises InvalidRequest if one is unknown or unsupported.
 
-    null asks for nothing, as the clients of these protocols have it.
+    null counts as absent, as these protocols' clients expect.
     """
     parameters: Dict[str, Any] = {}
     for name, item in value.items():
@@ -71,31 +71,31 @@ def _are_numbers(*values: Any) -> bool:
 
 
 def checked(parameters: Mapping[str, Any], served: Served, names: Mapping[str, str], where: str = "") -> Dict[str, Any]:
-    """Parameters of ours with legal values; `names` has each one's name in the foreign body, for errors."""
+    """Check our parameters' values; `names` has each one's foreign name, for errors."""
     known = {parameter.name: parameter for parameter in served.task.all_parameters()}
     for name, value in parameters.items():
         foreign = names.get(name, name)
         if name not in known:
-            raise InvalidRequest(f'"{foreign}": this model\'s task has nothing of the kind', path_to(where, foreign))
+            raise InvalidRequest(f'"{foreign}": this model\'s task has no such parameter', path_to(where, foreign))
         if not known[name].accepts(value):
             raise InvalidRequest(f'"{foreign}" should be {known[name].legal}', path_to(where, foreign))
     return dict(parameters)
 
 
 def foreign_names(keys: Mapping[str, Key]) -> Dict[str, str]:
-    """The key of a foreign body by the parameter of ours that it becomes."""
+    """Map our parameters to their keys in the foreign body."""
     return {key.parameter: name for name, key in keys.items() if key.parameter is not None}
 
 
 def needed(value: Mapping[str, Any], name: str, where: str = "") -> Any:
-    """The value of a key that has to be there."""
+    """Return the value of a required key."""
     if value.get(name) is None:
         raise InvalidRequest(f'"{name}" is missing', path_to(where, name))
     return value[name]
 
 
 def boolean(value: Mapping[str, Any], name: str, default: bool = False) -> bool:
-    """The value of a key that is true or false."""
+    """Return the value of a boolean key."""
     item = value.get(name)
     if item is None:
         return default
@@ -105,7 +105,7 @@ def boolean(value: Mapping[str, Any], name: str, default: bool = False) -> bool:
 
 
 def named_texts(value: Mapping[str, Any], name: str) -> List[Tuple[Any, str]]:
-    """What stands at a key that is a text or a list of texts, each with its path."""
+    """Return the texts at a key that holds one text or a list, each with its path."""
     found = needed(value, name)
     if not isinstance(found, list):
         return [(found, name)]
@@ -117,28 +117,28 @@ def named_texts(value: Mapping[str, Any], name: str) -> List[Tuple[Any, str]]:
 def text_requests(
     named: Iterable[Tuple[Any, str]], parameters: Mapping[str, Any], served: Served, group: int
 ) -> List[Request]:
-    """A request for each text, which stands at the path beside it."""
+    """Make a request of each text and its path."""
     return [Request(checked_fields({"text": text}, served.task, path), parameters, group, path) for text, path in named]
 
 
 def check_reads_vectors(served: Served, what: str) -> None:
-    """Raise WrongTask for a model whose task gives no vectors."""
+    """Raise WrongTask if the model's task returns no vectors."""
     if not served.task.reads_vectors:
         raise WrongTask(f"this model's task is {served.task.name}; {what} by one of feature_extraction")
 
 
 def pooled(served: Served) -> Dict[str, Any]:
-    """The pooling to ask for: one vector of each text is wanted, also of a model that names no pooling."""
+    """Return the pooling that yields one vector per text, even if the model names no pooling."""
     return {"pooling": "mean"} if served.manifest.parameters.get("pooling", "none") == "none" else {}
 
 
 def classifies(served: Served) -> bool:
-    """Whether the model's task gives a text labels, by a function that may be chosen."""
+    """Return whether the model's task labels texts, with a selectable function."""
     return {"top_k", "function_to_apply"} <= {parameter.name for parameter in served.task.all_parameters()}
 
 
 def check_classifies(served: Served) -> None:
-    """Raise WrongTask for a model whose task does not."""
+    """Raise WrongTask if the model's task does not label texts."""
     if not classifies(served):
         raise WrongTask(
             f"this model's task is {served.task.name}; texts are classified by one of sequence_classification"
@@ -147,18 +147,18 @@ def check_classifies(served: Served) -> None:
 
 @dataclass(frozen=True)
 class Places:
-    """Where our fields and parameters stand in a foreign body, for errors."""
+    """The paths of our fields and parameters in a foreign body, for errors."""
 
     fields: Mapping[str, str] = field(default_factory=dict)
     parameters: Mapping[str, str] = field(default_factory=dict)
-    root: str = ""  # the path of the object that holds the parameters
+    root: str = ""  # path of the object with the parameters
 
     def place(self, index: int, where: str, name: Optional[str]) -> Optional[str]:
-        """The path of the field `name` of a request that stands at `where`; see `contract.Form`."""
+        """Return the path of the field `name` of a request at `where`; see `contract.Form`."""
         if name is None:
             return where or None
         if name.startswith("parameters."):
             own = name[len("parameters.") :]
             return path_to(self.root, self.parameters.get(own, own))
-        end = re.search(r"[.\[]|$", name).start()  # type: ignore[union-attr]  # it matches the end
+        end = re.search(r"[.\[]|$", name).start()  # type: ignore[union-attr]  # the end always matches
         return (where or self.fields.get(name[:end], name[:end])) + name[end:]

@@ -1,7 +1,8 @@
-"""What huggingface_hub's InferenceClient and the Inference API speak: `{"inputs": ..., "parameters": {...}}`.
+"""The protocol of huggingface_hub's InferenceClient and the Inference API: `{"inputs": ..., "parameters": {...}}`.
 
-It is our own envelope; what its clients read otherwise is changed here. They are known by the name that they tell in every
-call, or ask at the path /hf.
+It uses our own envelope; the differences are translated here. Its clients are recognized by their user agent, or use
+the
+path /hf.
 """
 
 from __future__ import annotations
@@ -19,25 +20,25 @@ from traceserve_runtime.protocols.native import Plain, noted
 from traceserve_runtime.protocols.requests import check_size, in_words, parse_value
 from traceserve_runtime.tasks.contract import Answer, WrittenToken
 
-CLIENT = "hf_hub/"  # in the name that huggingface_hub tells of itself
+CLIENT = "hf_hub/"  # in huggingface_hub's user agent
 _OLD_CLIENT = "hf_hub/0."
 
-# What may stand beside "inputs" and "parameters".
+# Keys that may stand beside "inputs" and "parameters".
 _ROOT: Dict[str, Key] = {
     "inputs": READ,
     "parameters": READ,
     "stream": Key("stream"),
     "options": READ,
-    # Of feature extraction, whose parameters stand there.
+    # Feature extraction has its parameters here.
     "normalize": Key("normalize"),
     "prompt_name": Key("prompt_name"),
     "dimensions": Key("dimensions"),
     "truncate": READ,
     "truncation_direction": Key(neutral=("right", "Right"), why="texts are cut at their end"),
 }
-# Parameters that ask for nothing else than is done, or for what is not done here; all others are our own.
+# Parameters that are no-ops or unsupported here; all others are our own.
 _PARAMETERS: Dict[str, Key] = {
-    "max_question_len": READ,  # the pipeline does not look at it either, with a fast tokenizer
+    "max_question_len": READ,  # with a fast tokenizer the pipeline ignores it too
     "clean_up_tokenization_spaces": Key(neutral=(False, True)),
     "truncation": Key(neutral=("do_not_truncate", "longest_first", "only_first")),
     "generate_parameters": READ,
@@ -51,10 +52,10 @@ _PARAMETERS: Dict[str, Key] = {
 
 
 class HuggingFace:
-    """Our own envelope, with what its clients put beside it."""
+    """Our own envelope with these clients' additions."""
 
     def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Union[Body, Document]:
-        """What a call asks."""
+        """Read a call."""
         value = bodies.read(parts, headers, served.task)
         if not isinstance(value, dict) or "inputs" not in value:
             return parse_value(value, served.task, group, served.manifest.max_rows)
@@ -76,7 +77,7 @@ class HuggingFace:
         return replace(body, protocol=form, frames=_Tokens() if streams else None)
 
     def error(self, error: TraceserveError, parts: Mapping[str, Any], headers: Headers, served: Served) -> Refusal:
-        """A string, and its kind, which the clients show."""
+        """Return a string and its kind, which the clients show."""
         return Refusal.of(
             {"error": in_words(error), "error_type": "validation" if error.status < 500 else "generation"}, error
         )
@@ -87,7 +88,7 @@ def _is_list(body: Body) -> bool:
 
 
 def _parameters(value: Mapping[str, Any]) -> Dict[str, Any]:
-    """All parameters under our own names; raises InvalidRequest for those that ask for what is not done."""
+    """Return all parameters under our own names; raises InvalidRequest for unsupported ones."""
     found = read_keys(value, _ROOT)
     if value.get("truncate") is not None:
         found["long_inputs"] = "truncate" if boolean(value, "truncate") else "reject"
@@ -102,12 +103,12 @@ def _parameters(value: Mapping[str, Any]) -> Dict[str, Any]:
     given = {**more, **given}
     foreign = {name: item for name, item in given.items() if name in _PARAMETERS}
     read_keys(foreign, _PARAMETERS, "parameters")
-    # null asks for nothing: but of top_k, where it asks for all.
+    # null counts as absent, except for top_k, where it means all.
     return {**found, **{name: item for name, item in given.items() if name not in _PARAMETERS and item is not None}}
 
 
 def _defaults(served: Served) -> Dict[str, Any]:
-    """What these clients expect where they say nothing."""
+    """Return these clients' defaults."""
     if classifies(served) and served.manifest.labels:
         return {"top_k": None}
     if served.task.reads_vectors:
@@ -117,7 +118,7 @@ def _defaults(served: Served) -> Dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Answers(Plain):
-    """Our own answers, each as these clients read it."""
+    """Our own answers in the shapes that these clients expect."""
 
     change: Callable[[Any, bool], Any] = lambda value, is_list: value
 
@@ -131,7 +132,7 @@ def _unchanged(value: Any, is_list: bool) -> Any:
 
 
 def _in_a_list(value: Any, is_list: bool) -> Any:
-    """The labels of a text stand in a list, the answer in another one."""
+    """Nest a text's list of labels in another list."""
     return value if is_list else [value]
 
 
@@ -140,7 +141,7 @@ def _label_by_label(value: Any, is_list: bool) -> Any:
 
 
 def _text_of_each_kind(value: Any, is_list: bool) -> Any:
-    """A translation and a summary have keys of their own."""
+    """Rename the keys of translations and summaries."""
     text = value["generated_text"]
     named = {**value, "translation_text": text, "summary_text": text}
     return named if is_list else [named]
@@ -151,22 +152,22 @@ _ANSWERS: Dict[str, Callable[[Any, bool], Any]] = {
     "zero_shot_classification": _label_by_label,
     "text2text_generation": _text_of_each_kind,
 }
-# Before its version 1 huggingface_hub read zero-shot answers as the pipeline gives them.
+# huggingface_hub before 1.0 read zero-shot answers as the pipeline returns them.
 _OLD_ANSWERS = {name: change for name, change in _ANSWERS.items() if change is not _label_by_label}
 
 
 class _Tokens:
-    """The events of a stream, as text-generation-inference has them: one for each token, the last with the whole text."""
+    """A stream's events in text-generation-inference's format: one per token, the last with the whole text."""
 
     content_type = CONTENT_TYPE
 
     def __init__(self) -> None:
         self._index = 0
         self._text = ""
-        self._held: Optional[Tuple[WrittenToken, str]] = None  # it may turn out to be the last of all
+        self._held: Optional[Tuple[WrittenToken, str]] = None  # may turn out to be the last token
 
     def piece(self, text: str, tokens: Sequence[WrittenToken]) -> bytes:
-        """An event for the new tokens: their text is of the first of them, where several were held back together."""
+        """Return events for the new tokens; if several were held back together, the first one has their text."""
         self._text += text
         events = []
         for token, own in zip(tokens, [text, *[""] * len(tokens)]):
@@ -176,7 +177,7 @@ class _Tokens:
         return b"".join(events)
 
     def end(self, text: str, answer: Answer, tokens: int) -> bytes:
-        """The tokens that were not sent; the last one with the whole text."""
+        """Return the remaining tokens' events; the last one has the whole text."""
         self._text += text
         details = dict(answer.details or {})
         rest = [(t["id"], t["logprob"], "", t["special"]) for t in list(details.get("tokens", ()))[tokens:]]
@@ -196,7 +197,7 @@ class _Tokens:
         return b"".join([*events, self._event(number, logarithm, own + text, special, ended)])
 
     def failed(self, error: TraceserveError) -> bytes:
-        """The error."""
+        """Return the error's event."""
         return event({"error": in_words(error), "error_type": "generation"}, "")
 
     def _event(

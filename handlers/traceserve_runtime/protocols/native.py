@@ -1,4 +1,4 @@
-"""Our own protocol: a text, an object or a list, answered by the answer or a list of answers."""
+"""Our own protocol: a text, an object or a list in, an answer or a list of answers out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from traceserve_runtime.tasks.contract import Answer, WrittenToken
 
 
 class Model(NamedTuple):
-    """What is served, as V2 names it in its answers."""
+    """The served model, as named in V2 answers."""
 
     name: str
     version: str
@@ -25,34 +25,34 @@ class Plain:
     is_list: bool
 
     def reply(self, answers: Sequence[Answer], served: Served) -> Any:
-        """The document that the client gets; where the answers have room, with the characters that the model never saw."""
+        """Return the response; answers that have room include the characters that the model did not see."""
         return self.document([noted(answer) for answer in answers], Model(served.name, served.version))
 
     def document(self, answers: Sequence[Any], model: Model) -> Any:
-        """What the client gets for the answers to all that it asked."""
+        """Return the response for all answers."""
         return list(answers) if self.is_list else answers[0]
 
     def place(self, index: int, where: str, name: Optional[str]) -> Optional[str]:
-        """The path in the client's body of the field `name` of the request `index`, which stands at `where`."""
+        """Return the path in the client's body of the field `name` of request `index`, which is at `where`."""
         return ".".join(part for part in (where, name) if part) or None
 
 
 @dataclass(frozen=True)
 class PlainText:
-    """A stream of plain text. One that fails ends with a line of its own that is the JSON of the error."""
+    """A stream of plain text. If it fails, its last line is the error as JSON."""
 
     content_type: str = "text/plain; charset=utf-8"
 
     def piece(self, text: str, tokens: Sequence[WrittenToken]) -> bytes:
-        """The text itself."""
+        """Return the text itself."""
         return text.encode("utf-8")
 
     def end(self, text: str, answer: Answer, tokens: int) -> bytes:
-        """What was not sent yet."""
+        """Return the text that was not sent yet."""
         return text.encode("utf-8")
 
     def failed(self, error: TraceserveError) -> bytes:
-        """A line break, the JSON of the error as other answers have it, a line break."""
+        """Return a line break, the error's usual JSON, a line break."""
         return ("\n" + json.dumps(error.to_json()) + "\n").encode("ascii")
 
 
@@ -60,7 +60,7 @@ PLAIN_TEXT = PlainText()
 
 
 def noted(answer: Answer) -> Any:
-    """The answer's value; where its dictionaries have room, with the characters that the model never saw."""
+    """Return the answer's value; dictionaries with room for it include the characters that the model did not see."""
     if not answer.unseen or isinstance(answer.value, str):
         return answer.value
     note = {"truncated": answer.unseen}

@@ -1,12 +1,13 @@
 """The Open Inference Protocol (V2) of KServe and Triton.
 
-It is told from our own `{"inputs": [...]}` by its inputs, which are tensors of datatype BYTES.
-Each element is a request, and several tensors are the fields of their names. A sole tensor of another name is the task's
-first field; where the task requires several fields, each of its elements is the JSON text of an object with them, which may
-have "parameters" of its own. A field that is a list comes as its JSON text. The path in an error counts the elements of
-`data` as if it were flat. Vectors are answered as one FP32 tensor, all else as one of BYTES: the JSON text of each answer.
-Over gRPC (ModelInfer) TorchServe hands over the elements in base64, and makes bytes of whatever JSON an element of the answer
-is: there the answers stand as they are. It dies of an answer without outputs, so that an error is one, too.
+It is distinguished from our own `{"inputs": [...]}` by its inputs, which are tensors of datatype BYTES.
+Each element is a request; several tensors are the fields that they name. A single tensor of another name is the task's
+first field; if the task requires several fields, each element is the JSON text of an object with them, optionally with
+its own "parameters". A list field comes as JSON text. Paths in errors count the elements of
+`data` as if it were flat. Vectors are returned as one FP32 tensor, everything else as one BYTES tensor with each
+answer's JSON.
+Over gRPC (ModelInfer) TorchServe passes elements in base64, and converts any JSON value in an answer's elements to
+bytes, so answers are left as they are. An answer without outputs kills it, so errors are outputs too.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from traceserve_runtime.tasks.contract import Answer, Task
 OUTPUT = "output"  # its name, where a client asks for none
 _BODY_KEYS = ("id", "model_name", "model_version", "parameters", "inputs", "outputs")
 _TENSOR_KEYS = ("name", "shape", "datatype", "data", "parameters")
-# Parameters of servers of V2 that say nothing to ours.
+# Parameters of V2 servers that mean nothing here.
 _IGNORED_PARAMETERS = (
     "binary_data",
     "binary_data_output",
@@ -51,13 +52,13 @@ _IGNORED_PARAMETERS = (
 
 @dataclass(frozen=True)
 class Tensors:
-    """V2; `columns` has the path of the tensor that holds a field, where tensors do."""
+    """V2; `columns` has the path of each field's tensor, if fields have tensors."""
 
     id: Optional[str]
     output: str
     columns: Mapping[str, str]
-    infer: bool = False  # by gRPC
-    binary: bool = False  # the output follows behind the JSON
+    infer: bool = False  # through gRPC
+    binary: bool = False  # the output follows the JSON
 
     def reply(self, answers: Sequence[Answer], served: Served) -> Any:
         document = self.document([noted(answer) for answer in answers], Model(served.name, served.version))
@@ -82,7 +83,7 @@ class Tensors:
 
 
 class Sent(NamedTuple):
-    """What a body of V2 holds: the fields of each request with their path, and parameters with the path they stand at."""
+    """The contents of a V2 body: each request's fields with their path, and parameters with theirs."""
 
     protocol: Tensors
     elements: List[Tuple[str, Mapping[str, Any]]]
@@ -96,7 +97,7 @@ class _Tensor(NamedTuple):
 
 
 def are_tensors(inputs: Any) -> bool:
-    """Whether the value of "inputs" is of V2."""
+    """Return whether the value of "inputs" is V2's."""
     return (
         isinstance(inputs, list)
         and bool(inputs)
@@ -105,16 +106,16 @@ def are_tensors(inputs: Any) -> bool:
 
 
 def infer_error(error: TraceserveError, body: Any, model: Model) -> Any:
-    """An error as the answer of ModelInfer to `body`: an output tensor of the name "error"."""
+    """Return an error as ModelInfer's answer to `body`: an output tensor named "error"."""
     sent = body.get("id") if isinstance(body, dict) else None
     protocol = Tensors(sent if isinstance(sent, str) else "", "error", {}, infer=True)
     return protocol.document([error.to_json()["error"]], model)
 
 
 def read_tensors(value: Mapping[str, Any], task: Type[Task], infer: bool = False) -> Sent:
-    """What a body of V2 holds; raises InvalidRequest where it is not one, or not one of texts.
+    """Read a V2 body; raises InvalidRequest if it is not one, or its tensors are not texts.
 
-    `infer` says that it came by gRPC: then its texts are in base64.
+    `infer`: it came through gRPC, with its texts in base64.
     """
     _only(value, _BODY_KEYS, "")
     if value.get("id") is not None:
@@ -172,7 +173,7 @@ def _from_base64(element: str, where: str) -> str:
 
 
 def _count(shape: Any, where: str) -> int:
-    """The number of elements of one of the shapes that a column of texts may have."""
+    """Return the number of elements of a legal shape for a column of texts."""
     numbers = isinstance(shape, list) and all(type(n) is int and 0 <= n < 1 << 64 for n in shape)
     if not numbers or len(shape) > 2 or (len(shape) == 2 and 1 not in shape):
         raise InvalidRequest('"shape" should be [n], [n, 1], [1, n] or []', where)
@@ -180,7 +181,7 @@ def _count(shape: Any, where: str) -> int:
 
 
 def _flat(values: Iterable[Any], into: List[Any]) -> List[Any]:
-    """The elements of nested lists, row by row."""
+    """Flatten nested lists, row by row."""
     for value in values:
         if isinstance(value, list):
             _flat(value, into)
@@ -198,7 +199,7 @@ def _only(value: Mapping[str, Any], known: Sequence[str], where: str) -> None:
 
 
 def _output(outputs: Any) -> Mapping[str, Any]:
-    """The output that is asked for."""
+    """Return the requested output."""
     if outputs is None or outputs == []:
         return {"name": OUTPUT}
     if not isinstance(outputs, list):
@@ -214,7 +215,7 @@ def _output(outputs: Any) -> Mapping[str, Any]:
 
 
 def _known(parameters: Any, task: Type[Task]) -> Any:
-    """Parameters without those that are no task's."""
+    """Drop the parameters that belong to no task."""
     if not isinstance(parameters, dict):
         return {} if parameters is None else parameters
     own = {parameter.name for parameter in task.all_parameters()}
@@ -222,7 +223,7 @@ def _known(parameters: Any, task: Type[Task]) -> Any:
 
 
 def _columns(tensors: Sequence[_Tensor], task: Type[Task]) -> Dict[str, _Tensor]:
-    """The tensor of each field; none where the elements of a sole tensor hold all fields."""
+    """Return each field's tensor; none if the elements of a single tensor hold all fields."""
     known = [field.name for field in task.fields]
     required = [field for field in task.fields if field.required]
     first = tensors[0]
@@ -252,7 +253,7 @@ def _columns(tensors: Sequence[_Tensor], task: Type[Task]) -> Dict[str, _Tensor]
 
 
 def _rows(columns: Mapping[str, _Tensor], task: Type[Task]) -> List[Mapping[str, Any]]:
-    """The fields of each request, where each tensor holds one."""
+    """Return each request's fields; each tensor holds one field."""
     kinds = {field.name: field.kind for field in task.fields}
     values = [
         tensor.elements
@@ -264,7 +265,7 @@ def _rows(columns: Mapping[str, _Tensor], task: Type[Task]) -> List[Mapping[str,
 
 
 def _objects(tensor: _Tensor, task: Type[Task]) -> List[Mapping[str, Any]]:
-    """The fields of each request, where each element holds them all."""
+    """Return each request's fields; each element holds all of them."""
     needed = listed(field.name for field in task.fields if field.required)
     for i, text in enumerate(tensor.elements):
         if text.lstrip()[:1] != "{":
@@ -277,7 +278,7 @@ def _objects(tensor: _Tensor, task: Type[Task]) -> List[Mapping[str, Any]]:
 
 
 def _encoded(answers: List[Any], infer: bool) -> Dict[str, Any]:
-    """The answers as an output tensor."""
+    """Return the answers as an output tensor."""
     shape = _shape(answers)
     if shape is not None and len(shape) > 1:
         return {"shape": list(shape), "datatype": "FP32", "data": _flat(answers, [])}
@@ -288,7 +289,7 @@ def _encoded(answers: List[Any], infer: bool) -> Dict[str, Any]:
 
 
 def _shape(value: Any) -> Optional[Tuple[int, ...]]:
-    """The shape of equally nested lists of numbers; None of anything else."""
+    """Return the shape of evenly nested lists of numbers; None for anything else."""
     if not isinstance(value, list) or not value:
         return None
     if {type(item) for item in value} <= {int, float}:

@@ -1,5 +1,6 @@
-"""What is served, described: OpenAPI 3.1, made from the task's fields and parameters and the archive's labels; and a page that
-shows it."""
+"""OpenAPI 3.1 description of the served model, made from the task's fields and parameters and the archive's labels; and
+a page
+that shows it."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ _ERROR = {
             "type": "object",
             "properties": {
                 "type": {"type": "string", "description": "the kind of error"},
-                "message": {"type": "string", "description": "what is wrong, and what would be legal"},
+                "message": {"type": "string", "description": "what is wrong, and what is legal"},
                 "field": {"type": ["string", "null"], "description": "where in the body"},
             },
             "required": ["type", "message", "field"],
@@ -42,34 +43,34 @@ _ERROR = {
 }
 _STATUSES = {
     "400": "the body cannot be understood",
-    "413": "it asks for more than one request may",
-    "415": "it is compressed or encoded in a way that is not read",
+    "413": "it exceeds the limits of one request",
+    "415": "its compression or encoding is not supported",
     "500": "the model failed",
 }
 
 
 class OpenApi:
-    """The description."""
+    """Serves the description."""
 
     def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Document:
-        """Nothing is asked."""
+        """Ignore the body."""
         return Document(described(served))
 
     def error(self, error: TraceserveError, parts: Mapping[str, Any], headers: Headers, served: Served) -> Refusal:
-        """As our own protocol has it."""
+        """Return the error in our own protocol's format."""
         return Refusal.of(error.to_json(), error)
 
 
 class Page(OpenApi):
-    """The page."""
+    """Serves the page."""
 
     def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Document:
-        """Nothing is asked."""
+        """Ignore the body."""
         return Document(_PAGE.encode("utf-8"), "text/html; charset=utf-8")
 
 
 def described(served: Served) -> Dict[str, Any]:
-    """The OpenAPI document of an archive."""
+    """Return the OpenAPI document of an archive."""
     manifest, task = served.manifest, served.task
     schemas = {
         "Fields": _fields(task.fields),
@@ -118,7 +119,7 @@ def _fields(fields: Sequence[Field]) -> Dict[str, Any]:
 
 
 def _request(fields: Sequence[Field]) -> Dict[str, Any]:
-    """A text where one is enough, fields, a list of these, or an envelope with parameters for all of it."""
+    """Describe a request: a text if one is enough, fields, a list of these, or an envelope with common parameters."""
     single: List[Dict[str, Any]] = [{"$ref": "#/components/schemas/Fields"}]
     if sum(field.required for field in fields) <= 1 and fields[0].kind == "text":
         single.append({"type": "string"})
@@ -151,7 +152,7 @@ def _operation(sample: Mapping[str, Any]) -> Dict[str, Any]:
                 "description": "the answer, or a list of answers in the order of the requests",
                 "headers": {
                     "X-Truncated": {
-                        "description": "by request and field the characters [start, end) that the model never read",
+                        "description": "by request and field, the characters [start, end) that the model did not read",
                         "schema": {"type": "string"},
                     }
                 },
@@ -166,7 +167,7 @@ def _operation(sample: Mapping[str, Any]) -> Dict[str, Any]:
 
 
 def _documents() -> Dict[str, Any]:
-    """What is asked without a body."""
+    """Describe the paths without a body."""
     found = {
         "/openapi.json": ("openapi", "This description", "application/json"),
         "/docs": ("docs", "This description, to be read", "text/html"),

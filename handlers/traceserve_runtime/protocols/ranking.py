@@ -1,4 +1,4 @@
-"""Rankings as Jina and Cohere have them; scores and classes of pairs and texts as vLLM has them."""
+"""Jina's and Cohere's rankings; vLLM's scores of pairs and classes of texts."""
 
 from __future__ import annotations
 
@@ -52,13 +52,14 @@ _CLASSIFY: Dict[str, Key] = {"model": IGNORED, "user": IGNORED, "input": READ}
 
 
 class Rerank:
-    """`{"query", "documents", "top_n"}` to `{"results": [{"index", "relevance_score"}]}`, best first; or a call of TEI's, which
-    has its "texts" at the same path."""
+    """`{"query", "documents", "top_n"}` to `{"results": [{"index", "relevance_score"}]}`, best first; or a TEI call,
+    which has
+    "texts" at the same path."""
 
     _tei = tei.Rerank()
 
     def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Body:
-        """One request."""
+        """Read one request."""
         value = json_body(parts, headers, served)
         if "texts" in value and "documents" not in value:
             return self._tei.read_value(value, served, group)
@@ -72,7 +73,7 @@ class Rerank:
         return tei.ranking({**value, "documents": documents}, "documents", asked, _RERANK, served, group, form)
 
     def error(self, error: TraceserveError, parts: Mapping[str, Any], headers: Headers, served: Served) -> Refusal:
-        """In the shape of those who asked."""
+        """Return the error in the caller's format."""
         body = parts.get("body")
         ours = (
             b'"texts"' in body if isinstance(body, (bytes, bytearray)) else isinstance(body, dict) and "texts" in body
@@ -91,7 +92,7 @@ def _list(value: Mapping[str, Any], name: str) -> List[Any]:
 
 
 def _document(item: Any, where: str) -> Any:
-    """A document's text, which may stand in an object."""
+    """Return a document's text, which may be wrapped in an object."""
     if isinstance(item, dict):
         read_keys(item, {"text": READ}, where)
         return needed(item, "text", where)
@@ -101,7 +102,7 @@ def _document(item: Any, where: str) -> Any:
 @dataclass(frozen=True)
 class _Ranks(Places):
     def reply(self, answers: Sequence[Answer], served: Served) -> Any:
-        """As Jina has it, with Cohere's id."""
+        """Return Jina's format with Cohere's id."""
         results = [
             {
                 "index": each["index"],
@@ -122,10 +123,10 @@ class _Ranks(Places):
 
 
 class Score(OpenAiErrors):
-    """A text, or several, with others: `{"data": [{"index", "score"}]}`, one for each pair."""
+    """Scores pairs of one or several texts with others: `{"data": [{"index", "score"}]}`, one per pair."""
 
     def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Body:
-        """A request for each pair."""
+        """Make one request per pair."""
         if "documents" not in {field.name for field in served.task.fields}:
             raise WrongTask(f"this model's task is {served.task.name}; pairs are scored by one of text_ranking")
         value = json_body(parts, headers, served)
@@ -147,16 +148,16 @@ class Score(OpenAiErrors):
 @dataclass(frozen=True)
 class _Scores(Places):
     def reply(self, answers: Sequence[Answer], served: Served) -> Any:
-        """The scores in order."""
+        """Return the scores in order."""
         data = [{"index": i, "object": "score", "score": each.value[0]["score"]} for i, each in enumerate(answers)]
         return {**head("score-", "list", served), "data": data, "usage": usage(answers)}
 
 
 class Classify(OpenAiErrors):
-    """Texts to `{"data": [{"index", "label", "probs", "num_classes"}]}`."""
+    """Classifies texts: `{"data": [{"index", "label", "probs", "num_classes"}]}`."""
 
     def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Body:
-        """A request for each text."""
+        """Make one request per text."""
         check_classifies(served)
         value = json_body(parts, headers, served)
         parameters = checked({**read_keys(value, _CLASSIFY), "top_k": None}, served, {})
@@ -167,7 +168,7 @@ class Classify(OpenAiErrors):
 @dataclass(frozen=True)
 class _Classes(Places):
     def reply(self, answers: Sequence[Answer], served: Served) -> Any:
-        """The best label of each text, and the scores of all in the model's order."""
+        """Return each text's best label, and all scores in the model's order."""
         labels = served.manifest.labels
         data = []
         for i, answer in enumerate(answers):

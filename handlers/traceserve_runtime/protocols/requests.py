@@ -1,8 +1,9 @@
-"""From what a client sent to requests: the edge where input is checked, once.
+"""Turns a client's body into requests. Input is checked here, once.
 
-A body is a text or parsed JSON (`bodies` says which): a string, an object, or a list of these. An object holds the task's
-fields (`{"text": ...}`), or `{"inputs": ..., "parameters": {...}}`, or `{"data": ...}`, whose value is a text, fields, or a
-list; or it is of another protocol, see `protocols`.
+A body is text or parsed JSON (see `bodies`): a string, an object, or a list of these. An object holds the task's
+fields (`{"text": ...}`), or `{"inputs": ..., "parameters": {...}}`, or `{"data": ...}`, whose value is a text, fields,
+or a
+list; or it belongs to another protocol, see `protocols`.
 """
 
 from __future__ import annotations
@@ -29,21 +30,21 @@ from traceserve_runtime.protocols.wording import (
 )
 from traceserve_runtime.tasks.contract import Request, Task
 
-# Of a list that is no list of texts, as the messages of a chat; a list of texts has max_rows at most.
+# For a list of something other than texts, such as a chat's messages; a list of texts has at most max_rows.
 _MOST_ITEMS = 4096
-_LISTS = 8  # so many of them
-_MOST_KEYS = 256  # of one object, far above all fields and parameters that a task has
+_LISTS = 8  # per body
+_MOST_KEYS = 256  # per object, far above the fields and parameters of any task
 
 
 class Native:
-    """Our own protocol, and KServe's two, which bodies of their form are."""
+    """Our own protocol and KServe's two, which are recognized by the body."""
 
     def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Body:
-        """What a call asks."""
+        """Read a call."""
         return parse(parts, headers, served.task, group, served.manifest.max_rows)
 
     def error(self, error: TraceserveError, parts: Mapping[str, Any], headers: Headers, served: Served) -> Refusal:
-        """As each of the three has it: KServe's clients fail of an error that is no string."""
+        """Return the error in the format of its protocol: KServe's clients fail on an error that is not a string."""
         if headers.infer:
             return Refusal.of(infer_error(error, parts["body"], Model(served.name, served.version)), error)
         if _is_of_kserve(parts.get("body"), headers):
@@ -52,12 +53,12 @@ class Native:
 
 
 def in_words(error: TraceserveError) -> str:
-    """An error as one sentence, with the path of its field."""
+    """Return an error as one sentence, with its field's path."""
     return f"{error.field}: {error.message}" if error.field else error.message
 
 
 def _is_of_kserve(body: Any, headers: Headers) -> bool:
-    """Whether a body that is wrong has the form of one of KServe's protocols."""
+    """Return whether an invalid body looks like one of KServe's protocols."""
     if headers.binary is not None:
         return True
     if isinstance(body, (bytes, bytearray)):
@@ -73,16 +74,16 @@ def _is_of_kserve(body: Any, headers: Headers) -> bool:
 
 
 def parse(row: Mapping[str, Any], headers: Headers, task: Type[Task], group: int, most: int) -> Body:
-    """The requests in one row of TorchServe's batch.
+    """Parse the requests of one item of TorchServe's batch.
 
-    `row` holds `body`, or the fields of a form; `group` numbers the row, and `most` is the limit on its requests.
+    `row` holds `body`, or the fields of a form; `group` numbers the item, and `most` limits its requests.
     Raises InvalidRequest or InputTooLong, which name the field.
     """
     return parse_value(bodies.read(row, headers, task), task, group, most, headers.infer)
 
 
 def parse_value(value: Any, task: Type[Task], group: int, most: int, infer: bool = False) -> Body:
-    """`parse`, for a body that was read; `infer` says that it came by gRPC's ModelInfer."""
+    """`parse` for a body that is already decoded; `infer`: it came through gRPC's ModelInfer."""
     check_size(value, most)
     body = _read(value, task, group, infer)
     if len(body.requests) > most:
@@ -91,10 +92,10 @@ def parse_value(value: Any, task: Type[Task], group: int, most: int, infer: bool
 
 
 def check_size(value: Any, most: int) -> None:
-    """Raise for a list or an object that nothing in a body can have, before each of its items is looked at.
+    """Raise for a list or an object larger than any legal one, before looking at its items.
 
-    What is nested too deeply is refused here, since no RecursionError may be raised for it: in Python 3.8, code that the
-    garbage collector runs while one is on its way up can end the process ("Cannot recover from stack overflow").
+    Deep nesting is refused here, since it must not raise a RecursionError: in Python 3.8, code that the
+    garbage collector runs while one propagates can end the process ("Cannot recover from stack overflow").
     """
     most_items, items = max(_MOST_ITEMS, most), 0
     level, depth = [value], 0
@@ -122,7 +123,7 @@ def check_size(value: Any, most: int) -> None:
 
 
 def _read(value: Any, task: Type[Task], group: int, infer: bool) -> Body:
-    """What parsed JSON asks, in the protocol that it is of; `infer` says that it came by gRPC's ModelInfer."""
+    """Read parsed JSON by its protocol; `infer`: it came through gRPC's ModelInfer."""
     if isinstance(value, dict) and "instances" in value:
         if not isinstance(value["instances"], list):
             raise InvalidRequest(f'"instances" should be a list, not {kind_of(value["instances"])}', "instances")
@@ -139,13 +140,13 @@ def _read(value: Any, task: Type[Task], group: int, infer: bool) -> Body:
 
 
 def _from_tensors(value: Mapping[str, Any], task: Type[Task], group: int, infer: bool) -> Body:
-    """The requests of a body of V2; the parameters of the body and of every tensor hold for each."""
+    """Return a V2 body's requests; the parameters of the body and of every tensor apply to each."""
     sent = read_tensors(value, task, infer)
     parameters: Dict[str, Any] = {}
     for where, own in sent.parameters:
         for key, item in _parameters(own, task, where).items():
             if parameters.setdefault(key, item) != item:
-                raise InvalidRequest(f'"{key}" stands in two places, and differs', path_to(where, f"parameters.{key}"))
+                raise InvalidRequest(f'"{key}" occurs twice, and differs', path_to(where, f"parameters.{key}"))
     requests: List[Request] = []
     for i, (where, fields) in enumerate(sent.elements):
         try:
@@ -159,7 +160,7 @@ def _from_tensors(value: Mapping[str, Any], task: Type[Task], group: int, infer:
 def _requests(
     value: Any, task: Type[Task], group: int, where: str, enveloped: bool = False
 ) -> Tuple[List[Request], bool]:
-    """The requests that parsed JSON at the path `where` asks, and whether it is a list."""
+    """Return the requests in parsed JSON at the path `where`, and whether it is a list."""
     if isinstance(value, list):
         items: List[Request] = []
         for i, item in enumerate(value):
@@ -187,12 +188,13 @@ def _requests(
 def _enveloped(
     value: Mapping[str, Any], envelope: str, task: Type[Task], group: int, where: str
 ) -> Tuple[List[Request], bool]:
-    """The requests of `{"inputs": ..., "parameters": {...}}` or `{"data": ...}`; the parameters hold for each."""
+    """Return the requests of `{"inputs": ..., "parameters": {...}}` or `{"data": ...}`; the parameters apply to
+    each."""
     for key in value:
         if key not in (envelope, "parameters", *UNUSED_FIELDS):
             raise InvalidRequest(f'"{short(key)}" cannot stand beside "{envelope}"', path_to(where, key))
     parameters = _parameters(value.get("parameters", {}), task, where)
-    # An instance may be {"data": ...}, as in TorchServe's own examples of KServe.
+    # An instance may be {"data": ...}, as in TorchServe's KServe examples.
     enveloped = envelope != "instances"
     inner, is_list = _requests(value[envelope], task, group, path_to(where, envelope), enveloped)
     return [Request(r.inputs, {**parameters, **r.parameters}, group, r.where) for r in inner], is_list
@@ -221,7 +223,7 @@ def checked_fields(fields: Mapping[str, Any], task: Type[Task], where: str) -> M
 
 
 def _check_kind(value: Any, kind: str, key: str, path: str) -> None:
-    """Raise InvalidRequest for a field's value that is not of its kind."""
+    """Raise InvalidRequest if a field's value is not of its kind."""
     if kind == "text":
         check_string(value, key, path)
         return

@@ -54,7 +54,7 @@ _RERANK: Dict[str, Key] = {
 }
 _SIMILARITY: Dict[str, Key] = {**_LENGTHS, "prompt_name": Key("prompt_name")}
 
-# Kind, status and phrase, by the error; all others are a backend's.
+# Kind, status and phrase of each error; all others are a backend's.
 _KINDS = (
     (InputTooLong, "Validation", 413, "Request Entity Too Large"),
     (InvalidRequest, "Validation", 422, "Unprocessable Entity"),
@@ -63,10 +63,10 @@ _KINDS = (
 
 
 class Errors:
-    """What all of them are refused with."""
+    """The error format of all of them."""
 
     def error(self, error: TraceserveError, parts: Mapping[str, Any], headers: Headers, served: Served) -> Refusal:
-        """In TEI's shape, with its statuses."""
+        """Return the error in TEI's format, with its status codes."""
         for kind, name, status, phrase in _KINDS:
             if isinstance(error, kind):
                 return Refusal({"error": in_words(error), "error_type": name}, status, phrase)
@@ -75,18 +75,18 @@ class Errors:
 
 
 def lengths(value: Mapping[str, Any], default: bool = False) -> Dict[str, Any]:
-    """What becomes of texts that are too long: TEI cuts them where that is asked for, and refuses them otherwise."""
+    """Return how long texts are treated: TEI truncates them on request and refuses them otherwise."""
     return {"long_inputs": "truncate" if boolean(value, "truncate", default) else "reject"}
 
 
 class Embed(Errors):
-    """Texts to vectors, of length 1 where nothing else is said; or, of `all`, to those of each token."""
+    """Embeds texts, normalized by default; `all` returns the vectors of each token."""
 
     def __init__(self, all_tokens: bool = False) -> None:
         self._all = all_tokens
 
     def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Body:
-        """A request for each text."""
+        """Make one request per text."""
         check_reads_vectors(served, "embeddings are made")
         value = json_body(parts, headers, served)
         own = {"pooling": "none", "normalize": False} if self._all else {**pooled(served), "normalize": True}
@@ -101,15 +101,15 @@ class _Vectors(Places):
     all_tokens: bool = False
 
     def reply(self, answers: Sequence[Answer], served: Served) -> Any:
-        """The vectors in order."""
+        """Return the vectors in order."""
         return [answer.value[0] if self.all_tokens else answer.value for answer in answers]
 
 
 class Predict(Errors):
-    """Texts, or pairs of texts, to all labels with scores, best first."""
+    """Scores all labels of texts or pairs of texts, best first."""
 
     def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Body:
-        """A request for each text or pair."""
+        """Make one request per text or pair."""
         check_classifies(served)
         value = json_body(parts, headers, served)
         parameters = checked(
@@ -130,7 +130,7 @@ def _text_or_pair(item: Any, served: Served, where: str) -> Mapping[str, Any]:
         raise InvalidRequest("an input is a text, or a list of one text or two", where)
     names = [field.name for field in served.task.fields]
     if len(texts) > len(names):
-        raise InvalidRequest("this model reads no pairs of texts", where)
+        raise InvalidRequest("this model does not read pairs of texts", where)
     return checked_fields(dict(zip(names, texts)), served.task, where)
 
 
@@ -139,23 +139,23 @@ class _Labels(Places):
     is_list: bool = False
 
     def place(self, index: int, where: str, name: Any) -> Any:
-        """The text or pair."""
+        """Return the path of the text or pair."""
         return where or None
 
     def reply(self, answers: Sequence[Answer], served: Served) -> Any:
-        """A list of labels, or one for each text."""
+        """Return one list of labels, or one per text."""
         return [answer.value for answer in answers] if self.is_list else answers[0].value
 
 
 class Rerank(Errors):
-    """A query and texts to the texts' scores, best first."""
+    """Ranks texts by a query, best first."""
 
     def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Body:
-        """One request."""
+        """Read one request."""
         return self.read_value(json_body(parts, headers, served), served, group)
 
     def read_value(self, value: Mapping[str, Any], served: Served, group: int) -> Body:
-        """`read`, for a body that was read."""
+        """`read` for a body that is already parsed."""
         asked = {**read_keys(value, _RERANK), **lengths(value), "sort": True}
         if boolean(value, "raw_scores"):
             asked["function_to_apply"] = "none"
@@ -173,7 +173,7 @@ def ranking(
     group: int,
     form: Any,
 ) -> Body:
-    """The body of a query and the list of `texts`."""
+    """Return the body for a query and the list of `texts`."""
     if "documents" not in {field.name for field in served.task.fields}:
         raise WrongTask(f"this model's task is {served.task.name}; texts are ranked by one of text_ranking")
     fields = {"query": needed(value, "query"), "documents": needed(value, texts)}
@@ -187,15 +187,15 @@ def ranking(
 @dataclass(frozen=True)
 class _Ranks(Places):
     def reply(self, answers: Sequence[Answer], served: Served) -> Any:
-        """The ranks as the task gives them."""
+        """Return the ranks as the task returns them."""
         return answers[0].value
 
 
 class Similarity(Errors):
-    """A sentence and others to the cosines of their vectors."""
+    """Compares a sentence with others by the cosines of their vectors."""
 
     def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Body:
-        """A request for each sentence, the source first."""
+        """Make one request per sentence, the source first."""
         value = json_body(parts, headers, served)
         read_keys(value, {"inputs": READ, "parameters": READ})
         options = value.get("parameters") or {}
@@ -206,7 +206,7 @@ class Similarity(Errors):
 
 
 def similarity(inputs: Any, asked: Mapping[str, Any], served: Served, group: int) -> Body:
-    """The body of `{"source_sentence", "sentences"}`."""
+    """Return the body of `{"source_sentence", "sentences"}`."""
     check_reads_vectors(served, "sentences are compared")
     if not isinstance(inputs, dict):
         raise InvalidRequest(
@@ -225,16 +225,16 @@ def similarity(inputs: Any, asked: Mapping[str, Any], served: Served, group: int
 @dataclass(frozen=True)
 class _Cosines(Places):
     def reply(self, answers: Sequence[Answer], served: Served) -> Any:
-        """One number for each sentence but the source."""
+        """Return one number per sentence except the source."""
         source, *others = [np.array(answer.value) for answer in answers]
         return [float(source @ other) for other in others]
 
 
 class Info(Errors):
-    """What is served."""
+    """Describes the served model."""
 
     def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Document:
-        """Nothing is asked."""
+        """Ignore the body."""
         manifest = served.manifest
         kinds: Dict[str, Any] = {}
         if served.task.reads_vectors:
@@ -259,8 +259,8 @@ class Info(Errors):
 
 
 class Health(Errors):
-    """Whether the worker answers."""
+    """Answers while the worker is alive."""
 
     def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Document:
-        """Nothing is asked."""
+        """Ignore the body."""
         return Document({"status": "ok"})

@@ -1,4 +1,4 @@
-"""What is checked and said of any body: JSON, strings, and the words of an error."""
+"""Checks common to all bodies (JSON, strings), and the words of errors."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any, Iterable, Optional
 
 from traceserve_runtime.errors import InvalidRequest
 
-DEEPEST = 64  # lists and objects in each other: tensors have few dimensions, and a chat a few levels
+DEEPEST = 64  # levels of nesting: tensors have few dimensions, and a chat a few levels
 _NO_BRACKETS = re.compile(r"[^][{}]+")
-_LONGEST_NAME = 64  # in characters, of what is compared with known names: that takes seconds for megabytes
+_LONGEST_NAME = 64  # in characters: comparing megabytes with the known names takes seconds
 
 
 def parse_json(text: str, what: str = "body", field: Optional[str] = None) -> Any:
-    """JSON that came as text; raises InvalidRequest, which names `what` is wrong and the `field` where that stands."""
+    """Parse JSON text; raises InvalidRequest, which says `what` is wrong and names its `field`."""
     if _is_deep(text):
         raise InvalidRequest(f"{what if field else 'the ' + what} is nested too deeply", field or what)
     try:
@@ -25,7 +25,7 @@ def parse_json(text: str, what: str = "body", field: Optional[str] = None) -> An
 
 
 def _is_deep(text: str) -> bool:
-    """Whether JSON is nested more deeply than DEEPEST: sure of twice that depth, in time that is linear."""
+    """Return whether JSON is nested deeper than DEEPEST (certain from twice that depth on), in linear time."""
     if text.count("[") + text.count("{") <= DEEPEST:
         return False
     outside = "".join(text.replace("\\\\", "").replace('\\"', "").split('"')[::2])
@@ -39,7 +39,7 @@ def _is_deep(text: str) -> bool:
 
 
 def check_string(text: Any, key: str, where: str) -> None:
-    """Raise InvalidRequest for the value of `key` at the path `where` that is no text."""
+    """Raise InvalidRequest if the value of `key` at the path `where` is not a legal text."""
     if not isinstance(text, str):
         raise InvalidRequest(f'"{key}" should be a string, not {kind_of(text)}', where)
     if "\0" in text:
@@ -51,29 +51,29 @@ def check_string(text: Any, key: str, where: str) -> None:
 
 
 def path_to(where: str, key: str) -> str:
-    """The path of the key of an object that is at `where`."""
+    """Return the path of a key of the object at `where`."""
     return f"{where}.{short(key)}" if where else short(key)
 
 
 def short(text: str) -> str:
-    """What a client sent, short enough and plain enough to be told back."""
+    """Shorten and clean client input, so that it can be quoted in an error."""
     if len(text) <= 40 and text.isprintable():
         return text
     return "".join(c if c.isprintable() else "?" for c in text[:40]) + ("..." if len(text) > 40 else "")
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
-    """A hint at the known name that may have been meant, or nothing."""
+    """Suggest the known name that may have been meant, or nothing."""
     near = difflib.get_close_matches(key[:_LONGEST_NAME], list(known), n=1)
     return f' (did you mean "{near[0]}"?)' if near else ""
 
 
 def listed(names: Iterable[str]) -> str:
-    """Names, in words."""
+    """List names in words."""
     return ", ".join(f'"{name}"' for name in names)
 
 
 def kind_of(value: Any) -> str:
-    """What parsed JSON is, in words."""
+    """Name the kind of a parsed JSON value."""
     kinds = {bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object", str: "a string"}
     return "null" if value is None else kinds.get(type(value), "binary data")

@@ -1,4 +1,4 @@
-"""One file per task: what is asked and what is answered."""
+"""The tasks, one file each: requests and answers."""
 
 from __future__ import annotations
 

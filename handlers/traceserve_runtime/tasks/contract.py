@@ -1,4 +1,4 @@
-"""What a task is: a request and its rows, what a checkpoint tells, and the way from one to the other."""
+"""The contract of a task: requests, rows and answers, the facts of a checkpoint, and the conversions between them."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ from traceserve_runtime.texts.tokenization import LONG_INPUTS, Encoded, Row, Seg
 
 @dataclass(frozen=True)
 class Request:
-    """One thing asked: checked fields and parameters, as the task names them.
+    """One request: checked fields and parameters, by the task's names.
 
-    Requests of one `group`, a client's own batch, share the limit on rows; None has no group. `where` is the request's
-    path in the client's body, as "inputs[2]".
+    Requests of one `group`, a client's own batch, share the limit on rows; None means no group. `where` is the
+    request's
+    path in the client's body, such as "inputs[2]".
     """
 
     inputs: Mapping[str, Any]
@@ -37,26 +38,27 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the pipeline gives for a request, ready for JSON; `unseen` maps a field to the characters cut off it."""
+    """The pipeline's answer to a request, ready for JSON; `unseen` maps a field to its truncated characters."""
 
     value: Any
     unseen: Dict[str, Tuple[int, int]] = field(default_factory=dict)
-    tokens: int = 0  # that the model read
-    details: Optional[Mapping[str, Any]] = None  # of a text that was written: see `tasks.generating`
+    tokens: int = 0  # read by the model
+    details: Optional[Mapping[str, Any]] = None  # of a generated text: see `tasks.generating`
 
 
 class WrittenToken(NamedTuple):
-    """A token that was written, and the logarithm of the probability that the model gave it."""
+    """A generated token and its log-probability by the model."""
 
     id: int
     logarithm: float
 
 
 class Job(NamedTuple):
-    """A row to be run, the request that it belongs to, and where that request's text goes while it grows.
+    """A row to run, its request, and the callback for that request's growing text.
 
-    `emit` is called with the whole text so far, any number of times; and with its tokens, a sequence of WrittenToken, where
-    the request asks for details.
+    `emit` is called with the whole text so far, any number of times; and, if the request asks for details, with its
+    tokens, a
+    sequence of WrittenToken.
     """
 
     row: Row
@@ -66,25 +68,25 @@ class Job(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a task may learn of a model when its archive is built."""
+    """What a task may know of a model when its archive is built."""
 
     config: Mapping[str, Any]  # the model's configuration
     generation: Mapping[str, Any]  # its generation configuration; empty for a model that does not generate
-    tokens: Mapping[str, Tuple[str, int]]  # the special tokens that it has, as {"mask": ("[MASK]", 103)}
-    labels: Tuple[str, ...]  # by class index; as configured, where they are
+    tokens: Mapping[str, Tuple[str, int]]  # the special tokens that exist, as {"mask": ("[MASK]", 103)}
+    labels: Tuple[str, ...]  # by class index; the configured names, if any
     chat_template: Optional[str]
-    read_json: Callable[[str], Optional[Dict[str, Any]]]  # a file of the checkpoint, None without it
-    padding_side: str = "right"  # the tokenizer's own
-    languages: Mapping[str, int] = field(default_factory=dict)  # the tokenizer's, code -> token id
-    source_id: Optional[int] = None  # the one of these tokens that stands in every row
-    embedding: Mapping[str, Any] = field(default_factory=dict)  # of a sentence-transformers checkpoint
+    read_json: Callable[[str], Optional[Dict[str, Any]]]  # reads a file of the checkpoint; None if missing
+    padding_side: str = "right"  # the tokenizer's
+    languages: Mapping[str, int] = field(default_factory=dict)  # the tokenizer's: code -> token id
+    source_id: Optional[int] = None  # the language token that every row contains
+    embedding: Mapping[str, Any] = field(default_factory=dict)  # facts of a sentence-transformers checkpoint
 
 
-Parts = Union[List[Segments], TraceserveError]  # the texts of a request, or why there are none
+Parts = Union[List[Segments], TraceserveError]  # a request's texts, or why there are none
 
 
 def characters(parts: Parts) -> int:
-    """How many characters are tokenized for a request."""
+    """Count the characters to tokenize for a request."""
     if isinstance(parts, TraceserveError):
         return 0
     return sum(len(part.text) + (len(part.pair) if part.pair else 0) for part in parts)
@@ -93,7 +95,7 @@ def characters(parts: Parts) -> int:
 def _without(
     refused: Mapping[Optional[int], InputTooLong], requests: Sequence[Request], parts: List[Parts]
 ) -> List[Parts]:
-    """The parts, but the error of those whose group is refused."""
+    """Replace the parts of refused groups by their errors."""
     if not refused:
         return parts
     return [
@@ -105,36 +107,34 @@ def _without(
 LONG_INPUTS_PARAMETER = Parameter(
     "long_inputs",
     str,
-    "what becomes of a text longer than max_length: answered in windows that are merged, cut, or refused",
+    "how a text longer than max_length is handled: in windows that are merged, truncated, or refused",
     LONG_INPUTS,
 )
 WITHOUT_WINDOWS = replace(LONG_INPUTS_PARAMETER, choices=LONG_INPUTS[1:])
 
 
 class Task:
-    """The base of every task; `decode` is what each one writes itself."""
+    """The base of every task; each one implements `decode`."""
 
     name: ClassVar[str]
-    auto_model: ClassVar[str]  # the class of transformers that loads a checkpoint for this task
-    pipeline: ClassVar[str]  # the name of the transformers pipeline whose answers these are
+    auto_model: ClassVar[str]  # the transformers class that loads a checkpoint for this task
+    pipeline: ClassVar[str]  # the transformers pipeline whose answers these are
     fields: ClassVar[Tuple[Field, ...]]
     outputs: ClassVar[Tuple[Output, ...]]
     parameters: ClassVar[Tuple[Parameter, ...]]
-    labelled: ClassVar[bool] = False  # whether answers name labels of the model
-    sample: ClassVar[Dict[str, Any]]  # the fields of a request
-    sample_parameters: ClassVar[Dict[str, Any]] = {}  # and its parameters
+    labelled: ClassVar[bool] = False  # whether answers contain the model's labels
+    sample: ClassVar[Dict[str, Any]]  # a request's fields
+    sample_parameters: ClassVar[Dict[str, Any]] = {}  # a request's parameters
     merges_windows: ClassVar[bool] = True  # whether a long text can be answered from several windows
-    windows_overlap: ClassVar[bool] = False  # whether neighbouring windows share a quarter of max_length
-    longest_default: ClassVar[int] = 512  # max_length where neither configuration nor model sets a lower one
-    loop: ClassVar[str] = ""  # how the model is run: "" once, "decoder" or "encoder_decoder" token by token
-    padding_side: ClassVar[Optional[str]] = None  # where the task decides it; else the gate does
+    windows_overlap: ClassVar[bool] = False  # whether adjacent windows share a quarter of max_length
+    longest_default: ClassVar[int] = 512  # max_length if neither configuration nor model sets a lower one
+    loop: ClassVar[str] = ""  # how the model runs: "" once, "decoder" or "encoder_decoder" token by token
+    padding_side: ClassVar[Optional[str]] = None  # if the task decides it; else the gate does
     truncation_side: ClassVar[Optional[str]] = None  # likewise
-    reads_vectors: ClassVar[bool] = (
-        False  # whether an answer is made of the vectors of tokens, as sentence-transformers'
-    )
-    scores_pairs: ClassVar[bool] = False  # whether an answer is made of pairs' scores, as those of its cross-encoders
-    task_specific_params: ClassVar[bool] = False  # whether the pipeline reads its own part of config.json's
-    gate_parameters: ClassVar[Dict[str, Any]] = {}  # what the gate asks with, so that `same` sees all that matters
+    reads_vectors: ClassVar[bool] = False  # whether an answer is made of token vectors, like sentence-transformers'
+    scores_pairs: ClassVar[bool] = False  # whether an answer is made of pairs' scores, like its cross-encoders'
+    task_specific_params: ClassVar[bool] = False  # whether the pipeline reads its own section of config.json's
+    gate_parameters: ClassVar[Dict[str, Any]] = {}  # of the gate's requests, so that `same` sees everything
 
     def __init__(self, manifest: Manifest, tokenizer: TextTokenizer) -> None:
         self.manifest = manifest
@@ -142,60 +142,60 @@ class Task:
 
     @classmethod
     def defaults(cls, model: ModelFacts) -> Dict[str, Any]:
-        """This model's defaults for parameters; raises Unsupported for a checkpoint that cannot answer the task."""
+        """Return this model's defaults for parameters; raises Unsupported if the checkpoint cannot answer the task."""
         return {}
 
     @classmethod
     def facts(cls, model: ModelFacts) -> Dict[str, Any]:
-        """What else the task must know of this model; raises Unsupported."""
+        """Return the other facts that the task needs of this model; raises Unsupported."""
         return {}
 
     def read_files(self, folder: Path) -> None:
-        """Read what else the task keeps in the archive's folder, where it does."""
+        """Read the task's other files in the archive's folder, if any."""
 
     @classmethod
     def sample_body(cls, facts: Mapping[str, Any]) -> Dict[str, Any]:
-        """The sample as the JSON body that a client sends to the model of these facts."""
+        """Return the sample as the JSON body that a client sends to a model with these facts."""
         return {**cls.sample, **({"parameters": cls.sample_parameters} if cls.sample_parameters else {})}
 
     @classmethod
     def all_parameters(cls) -> Tuple[Parameter, ...]:
-        """The task's own parameters and those of every task."""
+        """Return the task's own parameters and those of every task."""
         return (*cls.parameters, LONG_INPUTS_PARAMETER if cls.merges_windows else WITHOUT_WINDOWS)
 
     @classmethod
     def check(cls, inputs: Mapping[str, Any]) -> None:
-        """Raise InvalidRequest for fields that are well formed each, but mean nothing together."""
+        """Raise InvalidRequest for fields that are valid alone but not together."""
 
     def parameter(self, request: Request, name: str) -> Any:
-        """The request's parameter, or the model's default for it, or the task's."""
+        """Return the request's parameter, or the model's default, or the task's."""
         for values in (request.parameters, self.manifest.parameters):
             if name in values:
                 return values[name]
         return next(parameter.default for parameter in self.parameters if parameter.name == name)
 
     def long_inputs(self, request: Request) -> str:
-        """How this request is shortened."""
+        """Return how this request's long texts are handled."""
         how: str = request.parameters.get("long_inputs", self.manifest.long_inputs)
         return how
 
     def segments(self, request: Request) -> List[Segments]:
-        """The texts, or pairs of texts, that the model reads for this request: one, where a task does not say otherwise.
+        """Return the texts, or pairs of texts, that the model reads for this request: one by default.
 
-        Raises TraceserveError for a request that cannot be answered.
+        Raises TraceserveError if the request cannot be answered.
         """
         names = [field.name for field in self.fields]
-        first, second = names[0], names[-1]  # the same for a task of one field
+        first, second = names[0], names[-1]  # the same for a task with one field
         pair = request.inputs.get(second) if second != first else None
         stride = self.manifest.max_length // 4 if self.windows_overlap else 0
         return [Segments(request.inputs[first], pair, (first, second), stride=stride)]
 
     def encode(self, requests: Sequence[Request]) -> List[Union[Encoded, TraceserveError]]:
-        """The rows of each request, or why there are none."""
+        """Return each request's rows, or why there are none."""
         return self.tokenize(requests, self.parts(requests))
 
     def parts(self, requests: Sequence[Request]) -> List[Parts]:
-        """The segments of each request, or why there are none: those of a group that has too many are counted only."""
+        """Return each request's segments, or why there are none: those of a group with too many are only counted."""
         parts: List[Parts] = [
             failures.contained("it read this request", partial(self.segments, request)) for request in requests
         ]
@@ -208,7 +208,7 @@ class Task:
         return _without(self._probed(requests, parts), requests, parts)
 
     def _probed(self, requests: Sequence[Request], parts: Sequence[Parts]) -> Dict[Optional[int], InputTooLong]:
-        """The groups that have more tokens than one HTTP request may have, as the beginning of their texts shows."""
+        """Return the groups whose texts' beginnings already show more tokens than one HTTP request may have."""
         own = self.tokenizer
         if not probing.worth_it(sum(map(characters, parts)), own.limits.tokens):
             return {}
@@ -220,7 +220,7 @@ class Task:
         return {group: own.limits.of_more_tokens() for group, each in groups.items() if own.surely_more(each)}
 
     def tokenize(self, requests: Sequence[Request], parts: Sequence[Parts]) -> List[Union[Encoded, TraceserveError]]:
-        """The rows of each request's parts, or why there are none; all texts are tokenized in few calls."""
+        """Return the rows of each request's parts, or why there are none; texts are tokenized in few calls."""
         flat: List[Segments] = []
         how: List[str] = []
         for request, part in zip(requests, parts):
@@ -231,53 +231,53 @@ class Task:
         return [part if isinstance(part, TraceserveError) else _joined([next(encoded) for _ in part]) for part in parts]
 
     def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Any:
-        """The answer, ready for JSON, from the outputs of a request's rows."""
+        """Make the answer, ready for JSON, from the outputs of a request's rows."""
         raise NotImplementedError
 
     def details(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Optional[Mapping[str, Any]]:
-        """What is said of a text that was written, for protocols that tell it."""
+        """Return the details of a generated text, for protocols that report them."""
         return None
 
     def same(self, answer: Any, other: Any) -> bool:
-        """Whether two answers to one request say the same, whatever their last digits."""
+        """Return whether two answers to a request mean the same, apart from rounding."""
         raise NotImplementedError
 
     def streams(self, request: Request) -> bool:
-        """Whether this request's answer is told while it grows."""
+        """Return whether this request's answer is streamed."""
         return False
 
     def repeatable(self, request: Request) -> bool:
-        """Whether the original must give the same answer."""
+        """Return whether the original must give the same answer."""
         return True
 
     def predict(self, runner: Runner, jobs: Sequence[Job], stats: Stats) -> List[Arrays]:
-        """Run rows together: one pass of the model. A task that loops overrides this."""
+        """Run rows together in one forward pass. A task that loops overrides this."""
         per_token = [output.name for output in self.outputs if output.per_token]
         outputs = batches.run(runner, [job.row for job in jobs], self.manifest, per_token, stats)
         return [self.keep(job.row, output) for job, output in zip(jobs, outputs)]
 
     def keep(self, row: Row, outputs: Arrays) -> Arrays:
-        """What `decode` reads of a row's outputs, where that is little of what the model gives."""
+        """Return the part of a row's outputs that `decode` reads, if it is small."""
         return outputs
 
     def answer(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Any:
-        """`decode`, for outputs that are numbers; raises ModelFailure for those that are not."""
+        """Run `decode`; raises ModelFailure for outputs that are not numbers."""
         if not all(np.isfinite(array).all() for row in outputs for array in row.values()):
             raise ModelFailure("the model gave a value that is not a number (NaN or infinite) for this input")
         return self.decode(request, rows, outputs)
 
     @property
     def cost(self) -> CostModel:
-        """What a run costs."""
+        """The cost of a run."""
         return CostModel()
 
     @property
     def most_tokens(self) -> int:
-        """The most tokens, padding included, that one run may have."""
+        """The largest number of tokens in one run, padding included."""
         return plan.MOST_TOKENS
 
     def from_texts(self, texts: Sequence[str]) -> List[Request]:
-        """Requests about each of these texts, and some about two: what the gate asks."""
+        """Make the gate's requests: one per text, and some with two."""
         names = [field.name for field in self.fields]
         requests = [Request({names[0]: text}, self.gate_parameters) for text in texts]
         if len(names) > 1:
@@ -286,7 +286,7 @@ class Task:
         return requests
 
     def warm_up_requests(self) -> List[Request]:
-        """A short request and one as long as any: the last required field is the one whose texts are long."""
+        """Return a short request and one of full length: the last required field has the long texts."""
         field = [field for field in self.fields if field.required][-1]
         value = self.sample[field.name]
         text = " ".join([value if field.kind == "text" else value[0]] * self.manifest.max_length)
@@ -296,7 +296,7 @@ class Task:
 
 
 def _joined(parts: Sequence[Union[Encoded, TraceserveError]]) -> Union[Encoded, TraceserveError]:
-    """The rows of all parts of one request, numbered by part; or the first part's error."""
+    """Join the rows of all parts of a request, numbered by part; or return the first part's error."""
     rows: List[Row] = []
     unseen: Dict[str, Tuple[int, int]] = {}
     for number, part in enumerate(parts):
@@ -312,7 +312,7 @@ def _joined(parts: Sequence[Union[Encoded, TraceserveError]]) -> Union[Encoded, 
 def without_prefix(
     encoded: Union[Encoded, TraceserveError], field: str, length: int
 ) -> Union[Encoded, TraceserveError]:
-    """`encoded` for a client who sent the field without its first `length` characters, which the task wrote before it."""
+    """Correct `encoded` for a field to which the task prepended `length` characters that the client did not send."""
     if not length or isinstance(encoded, TraceserveError) or field not in encoded.unseen:
         return encoded
     start, end = (max(0, place - length) for place in encoded.unseen[field])
@@ -321,7 +321,7 @@ def without_prefix(
 
 
 def by_part(rows: Sequence[Row], values: Sequence[Any]) -> List[Tuple[List[Row], List[Any]]]:
-    """For each part of a request its rows and what belongs to them."""
+    """Group a request's rows, and the values that belong to them, by part."""
     parts: List[Tuple[List[Row], List[Any]]] = []
     for row, value in zip(rows, values):
         while len(parts) <= row.part:
@@ -332,6 +332,6 @@ def by_part(rows: Sequence[Row], values: Sequence[Any]) -> List[Tuple[List[Row],
 
 
 def only_whole(rows: Sequence[Row], message: str) -> None:
-    """Refuse several windows where they cannot be merged."""
+    """Refuse several windows that cannot be merged."""
     if len(rows) > 1:
         raise InvalidRequest(message, "parameters.long_inputs")

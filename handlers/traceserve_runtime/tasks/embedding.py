@@ -1,4 +1,4 @@
-"""From the vectors of a text's tokens to one vector: poolings and the layers behind them, as sentence-transformers has them."""
+"""Combines a text's token vectors into one vector: sentence-transformers' poolings and the layers after them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _weighted(hidden: np.ndarray, start: int) -> np.ndarray:
     return np.asarray((hidden[start:] * weights).sum(axis=0) / weights.sum())
 
 
-# One row's last hidden state, (length, hidden), and its first position that counts, to one vector, (hidden).
+# From one row's last hidden state, (length, hidden), and its first pooled position, to one vector, (hidden).
 POOLINGS: Dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
     "cls": lambda hidden, start: hidden[start],
     "max": lambda hidden, start: hidden[start:].max(axis=0),
@@ -34,18 +34,18 @@ ACTIVATIONS: Dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def pool(hidden: np.ndarray, pooling: str, start: int) -> np.ndarray:
-    """The vector of one row; several poolings, joined by +, stand one behind the other in it."""
+    """Return the vector of one row; several poolings, joined by +, are concatenated."""
     start = start if start < len(hidden) else 0
     return np.concatenate([POOLINGS[name](hidden, start) for name in pooling.split("+")])
 
 
 def normalized(vectors: np.ndarray) -> np.ndarray:
-    """Of length 1 over the last axis, as torch.nn.functional.normalize does, with its epsilon."""
+    """Scale to length 1 over the last axis, like torch.nn.functional.normalize, with its epsilon."""
     return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12))
 
 
 def apply(vector: np.ndarray, layers: Sequence[Mapping[str, Any]], arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-    """A pooled vector after the checkpoint's layers; raises InvalidRequest for one of another size than they read."""
+    """Apply the checkpoint's layers to a pooled vector; raises InvalidRequest if its size does not fit them."""
     for layer in layers:
         name = layer["name"]
         if layer["kind"] == "normalize":

@@ -1,4 +1,4 @@
-"""Feature extraction: a text to the vectors of its tokens, or to one vector."""
+"""Feature extraction: a text to its tokens' vectors, or to one vector."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from traceserve_runtime.tasks.parameters import Field, Output, Parameter
 from traceserve_runtime.tasks.scores import average
 from traceserve_runtime.texts.tokenization import Encoded, Row, Segments, TextTokenizer
 
-# What is known of a checkpoint beside its model, where it is not one of sentence-transformers.
+# The facts of a checkpoint that is not from sentence-transformers.
 _NONE: Dict[str, Any] = {"prompts": {}, "include_prompt": True, "layers": [], "arrays": None, "dimensions": None}
 
 
 class FeatureExtraction(Task):
-    """Without pooling a nested list of shape (1, length, hidden), as the pipeline gives; with it a list (hidden).
+    """Without pooling, a nested list of shape (1, length, hidden), as the pipeline returns; with it, a list (hidden).
 
-    Several windows of one text are pooled each and then averaged; without pooling they cannot be merged.
+    Several windows of one text are each pooled, then averaged; without pooling they cannot be merged.
     """
 
     name = "feature_extraction"
@@ -39,15 +39,13 @@ class FeatureExtraction(Task):
         Parameter(
             "pooling",
             str,
-            "from the vectors of the tokens to one vector; by default as the model says, or none",
+            "how token vectors become one vector; by default the model's own pooling, or none",
             ("none", *POOLINGS),
         ),
-        Parameter("prompt_name", str, "which of the model's prompts is written before the text; by default as it says"),
-        Parameter("prompt", str, "a text to be written before the text, in place of the model's own prompts"),
-        Parameter("normalize", bool, "scale each vector to length 1; by default as the model says, or not"),
-        Parameter(
-            "dimensions", int, "only so many of a pooled vector's first numbers, for models that were trained so"
-        ),
+        Parameter("prompt_name", str, "which of the model's prompts is prepended; by default the model's own choice"),
+        Parameter("prompt", str, "a text to prepend, instead of the model's own prompts"),
+        Parameter("normalize", bool, "scale each vector to length 1; by default the model's own setting, or false"),
+        Parameter("dimensions", int, "keep only this many first numbers of a pooled vector, for models trained for it"),
     )
     sample = {"text": "A small boat crosses the bay at sunrise."}
 
@@ -57,7 +55,7 @@ class FeatureExtraction(Task):
 
     @classmethod
     def defaults(cls, model: ModelFacts) -> Dict[str, Any]:
-        """No pooling, as the pipeline; or what a checkpoint of sentence-transformers says in its own files."""
+        """Return no pooling, like the pipeline; or the settings in a sentence-transformers checkpoint's own files."""
         own = model.embedding
         name = own.get("prompt_name")
         return {
@@ -68,11 +66,11 @@ class FeatureExtraction(Task):
 
     @classmethod
     def facts(cls, model: ModelFacts) -> Dict[str, Any]:
-        """What else sentence-transformers does: prompts, and the layers behind the pooling."""
+        """Return sentence-transformers' other facts: prompts, and the layers after the pooling."""
         return {name: model.embedding[name] for name, none in _NONE.items() if model.embedding.get(name, none) != none}
 
     def _fact(self, name: str) -> Any:
-        """What the checkpoint says, or what holds for one of transformers alone."""
+        """Return the checkpoint's fact, or the default for a transformers checkpoint."""
         return self.manifest.facts.get(name, _NONE[name])
 
     def read_files(self, folder: Path) -> None:
@@ -82,7 +80,7 @@ class FeatureExtraction(Task):
                 self._arrays = {key: stored[key] for key in stored.files}
 
     def prompt(self, request: Request) -> str:
-        """What is written before the request's text; raises InvalidRequest for a name that the model has not."""
+        """Return the request's prompt; raises InvalidRequest for a name that the model lacks."""
         prompts = self._fact("prompts")
         for parameters, where in ((request.parameters, "parameters.prompt_name"), (self.manifest.parameters, None)):
             if "prompt" in parameters:
@@ -126,7 +124,7 @@ class FeatureExtraction(Task):
         if dimensions is not None and pooling != "none":
             self._check_dimensions(dimensions, vectors)
             vectors = vectors[:dimensions]
-            # Of what is told, where it was asked for or the shorter vector was.
+            # Only if one of these was requested.
             asked = {"normalize", "dimensions"} & set(request.parameters)
             if asked and self.parameter(request, "normalize"):
                 vectors = normalized(vectors)
@@ -139,7 +137,8 @@ class FeatureExtraction(Task):
             )
 
     def _start(self, request: Request, row: Row) -> int:
-        """The first position that is pooled: behind the prompt, and the special tokens before it, where it is left out."""
+        """Return the first pooled position: after the prompt and the special tokens before it, if the prompt is
+        excluded."""
         prompt = "" if self._fact("include_prompt") else self.prompt(request)
         if not prompt:
             return 0
@@ -147,7 +146,7 @@ class FeatureExtraction(Task):
         return next((i for i, own in enumerate(special) if not own), 0) + len(self.tokenizer.token_ids(prompt))
 
     def same(self, answer: Any, other: Any) -> bool:
-        """A cosine above 0.999 for every vector."""
+        """Require a cosine above 0.999 for every vector."""
         one, two = (np.atleast_2d(np.squeeze(np.asarray(a, dtype=np.float64))) for a in (answer, other))
         if one.shape != two.shape:
             return False

@@ -1,4 +1,4 @@
-"""Fill-mask: a text with masked tokens to what may stand there."""
+"""Fill-mask: a text with masked tokens to candidates for them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from traceserve_runtime.tasks.parameters import Field, Output, Parameter, string
 from traceserve_runtime.texts import windows
 from traceserve_runtime.texts.tokenization import Row
 
-# The logits of one run are float32 of shape (batch, length, vocabulary): this many bytes at most.
+# The largest size of one run's logits, float32 of shape (batch, length, vocabulary).
 _MOST_BYTES = 1 << 28
 
 
@@ -27,15 +27,15 @@ class FillMask(Task):
     fields = (Field("text", True, "the text, with the model's mask token in it"),)
     outputs = (Output("logits", per_token=True),)
     parameters = (
-        Parameter("top_k", int, "how many tokens are told for each mask", default=5),
-        Parameter("targets", list, "words, of which alone is chosen; of a word of several tokens, the first"),
+        Parameter("top_k", int, "how many tokens to return for each mask", default=5),
+        Parameter("targets", list, "choose only among these words; of a word with several tokens, the first counts"),
     )
     windows_overlap = True
     sample = {"text": "The train to the [MASK] leaves at nine."}
 
     @classmethod
     def facts(cls, model: ModelFacts) -> Dict[str, Any]:
-        """The mask token and the padding; raises Unsupported where the tokenizer has no mask."""
+        """Return the mask token and the padding; raises Unsupported if the tokenizer has no mask."""
         if "mask" not in model.tokens:
             raise Unsupported("this checkpoint's tokenizer has no mask token, so it cannot answer fill_mask")
         token, token_id = model.tokens["mask"]
@@ -44,7 +44,7 @@ class FillMask(Task):
 
     @classmethod
     def sample_body(cls, facts: Mapping[str, Any]) -> Dict[str, Any]:
-        """With the model's own mask token."""
+        """Use the model's own mask token."""
         return {"text": cls.sample["text"].replace("[MASK]", facts.get("mask_token", "[MASK]"))}
 
     @property
@@ -52,7 +52,7 @@ class FillMask(Task):
         return max(1, _MOST_BYTES // (4 * self.tokenizer.vocabulary_size))
 
     def keep(self, row: Row, outputs: Arrays) -> Arrays:
-        """The logits of the masked tokens only."""
+        """Keep only the masked tokens' logits."""
         return {"logits": outputs["logits"][self._masked(row)]}
 
     def _masked(self, row: Row) -> List[int]:
@@ -73,7 +73,7 @@ class FillMask(Task):
             scores = softmax(logits)
             targets = self._targets(self.parameter(request, "targets"), len(scores))
             candidates = np.arange(len(scores)) if targets is None else targets
-            # By the model's own output: of unlikely tokens many have a score of 0.
+            # By logits: many unlikely tokens have a score of 0.
             best = candidates[np.argsort(-logits[candidates], kind="stable")[: self.parameter(request, "top_k")]]
             answers.append(
                 [self._filled(ids, int(place), int(token), scores[token], len(masks) == 1) for token in best]
@@ -90,7 +90,7 @@ class FillMask(Task):
             "score": float(score),
             "token": token,
             "token_str": self.tokenizer.decode([token], skip_special_tokens=False),
-            # With several masks the others are shown, and special tokens with them, as in the pipeline.
+            # With several masks the pipeline shows the others, and so all special tokens.
             "sequence": self.tokenizer.decode(filled.tolist(), skip_special_tokens=single),
         }
 
@@ -107,14 +107,14 @@ class FillMask(Task):
         return np.array(sorted(found))
 
     def same(self, answer: Any, other: Any) -> bool:
-        """The same best token for each mask."""
+        """Require the same best token for each mask."""
         best = [[ranked[0]["token"] for ranked in _ranked(value)] for value in (answer, other)]
         return best[0] == best[1]
 
     def from_texts(self, texts: Sequence[str]) -> List[Request]:
-        """Each text with its middle word masked, and every third one with its last word masked too.
+        """Mask each text's middle word, and in every third one the last word too.
 
-        Where there are no words, as in Chinese, it is the middle character.
+        Without words, as in Chinese, mask the middle character.
         """
         mask = self.manifest.facts["mask_token"]
         requests = []
@@ -136,5 +136,5 @@ class FillMask(Task):
 
 
 def _ranked(value: Any) -> List[Any]:
-    """The answer's lists, one for each mask."""
+    """Return the answer's lists, one per mask."""
     return value if isinstance(value[0], list) else [value]

@@ -1,4 +1,4 @@
-"""What the tasks that write text have in common: their parameters, and the loop."""
+"""The parts common to tasks that write text: their parameters and the loop."""
 
 from __future__ import annotations
 
@@ -17,32 +17,30 @@ from traceserve_runtime.tasks.contract import Job, ModelFacts, Parts, Request, T
 from traceserve_runtime.tasks.parameters import Output, Parameter, strings
 from traceserve_runtime.texts.tokenization import Encoded, Row
 
-MAX_NEW_TOKENS = Parameter(
-    "max_new_tokens", int, "the most tokens that are written; by default 256, or as many as the model can"
-)
+MAX_NEW_TOKENS = Parameter("max_new_tokens", int, "the most tokens to write; by default 256, or as many as fit")
 PARAMETERS = (
     MAX_NEW_TOKENS,
-    Parameter("min_new_tokens", int, "the fewest tokens that are written", least=0, default=0),
+    Parameter("min_new_tokens", int, "the fewest tokens to write", least=0, default=0),
     Parameter(
         "do_sample",
         bool,
-        "draw each token by its probability instead of taking the best; so it is, too, where temperature, top_k, top_p, min_p "
-        "or seed are sent",
+        "sample each token by its probability instead of taking the best; implied by temperature, top_k, top_p, min_p "
+        "or seed",
         default=False,
     ),
     Parameter(
         "temperature",
         float,
-        "below 1 the likely tokens become likelier; 0: the best is taken",
+        "below 1 likely tokens become likelier; 0: always the best",
         least=0,
         most=100,
         default=1.0,
     ),
-    Parameter("top_k", int, "draw among this many tokens only; 0: among all", least=0, default=50),
+    Parameter("top_k", int, "sample only among this many likeliest tokens; 0: all", least=0, default=50),
     Parameter(
         "top_p",
         float,
-        "draw among the likeliest tokens only that together are this probable",
+        "sample only among the likeliest tokens with this total probability",
         least=0.0,
         most=1,
         default=1.0,
@@ -50,7 +48,7 @@ PARAMETERS = (
     Parameter(
         "min_p",
         float,
-        "draw among the tokens only that are this probable, compared with the likeliest",
+        "sample only among tokens at least this probable, relative to the likeliest",
         least=0,
         most=1,
         default=0.0,
@@ -58,26 +56,26 @@ PARAMETERS = (
     Parameter(
         "typical_p",
         float,
-        "draw among the tokens only that are about as surprising as is usual, together this probable",
+        "sample only among the most typical tokens with this total probability",
         least=0.01,
         most=1,
         default=1.0,
     ),
-    Parameter("seed", int, "the same seed draws the same tokens again", least=0, most=2**32 - 1),
+    Parameter("seed", int, "the same seed samples the same tokens", least=0, most=2**32 - 1),
     Parameter(
         "repetition_penalty",
         float,
-        "above 1 tokens that were there become less likely",
+        "above 1 repeated tokens become less likely",
         least=0.01,
         most=100,
         default=1.0,
     ),
-    Parameter("no_repeat_ngram_size", int, "no sequence of so many tokens comes twice; 0: any may", least=0, default=0),
-    Parameter("num_beams", int, "how many sequences are followed beside each other (beam search)", most=64, default=1),
+    Parameter("no_repeat_ngram_size", int, "no sequence of this many tokens is repeated; 0: off", least=0, default=0),
+    Parameter("num_beams", int, "how many beams are searched", most=64, default=1),
     Parameter(
         "length_penalty",
         float,
-        "of beam search: above 0 favours long texts, below 0 short ones",
+        "in beam search: above 0 favours long texts, below 0 short ones",
         least=-10,
         most=10,
         default=1.0,
@@ -85,29 +83,29 @@ PARAMETERS = (
     Parameter(
         "early_stopping",
         bool,
-        "of beam search: end with the first num_beams finished texts; never: only when no better one can come",
+        "in beam search: stop at num_beams finished texts; never: only when no better one is possible",
         ("never",),
         default=False,
     ),
-    Parameter("stop", list, "end once one of these strings is written; it is part of the answer"),
+    Parameter("stop", list, "stop after one of these strings, which is part of the answer"),
     Parameter(
         "details",
         bool,
-        "with why the text ended, and each new token with its log-probability; not of beam search",
+        "return why the text ended and each new token's log-probability; not for beam search",
         default=False,
     ),
     Parameter(
         "top_n_tokens",
         int,
-        "with details: so many of the likeliest tokens at each position",
+        "with details: how many of the likeliest tokens to return at each position",
         least=0,
         most=20,
         default=0,
     ),
 )
-# Settings of transformers that are parameters of another name here.
+# Settings of transformers with another name here.
 _PARAMETERS_OF = {"stop_strings": "stop"}
-# What asks for sampling by itself.
+# Parameters that imply sampling.
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed")
 
 
@@ -116,12 +114,12 @@ class Generating(Task):
 
     outputs = (Output("logits", per_token=False),)
     merges_windows = False
-    pipeline_defaults: ClassVar[Dict[str, Any]] = {}  # where the checkpoint says nothing
+    pipeline_defaults: ClassVar[Dict[str, Any]] = {}  # if the checkpoint sets nothing
     gate_parameters = {"max_new_tokens": 24, "do_sample": False}
 
     @classmethod
     def defaults(cls, model: ModelFacts) -> Dict[str, Any]:
-        """What the checkpoint's generation_config.json says of the parameters."""
+        """Return the parameters set in the checkpoint's generation_config.json."""
         known = {parameter.name: parameter for parameter in cls.parameters}
         settings = {_PARAMETERS_OF.get(name, name): value for name, value in model.generation.items()}
         found = {**cls.pipeline_defaults, **{name: value for name, value in settings.items() if name in known}}
@@ -136,7 +134,7 @@ class Generating(Task):
 
     @classmethod
     def facts(cls, model: ModelFacts) -> Dict[str, Any]:
-        """The rest of generation_config.json: where a text ends, what is never written. Raises Unsupported."""
+        """Return the rest of generation_config.json: end and suppressed tokens. Raises Unsupported."""
         settings = model.generation
         return {
             "eos_ids": _ids(settings.get("eos_token_id")),
@@ -155,13 +153,14 @@ class Generating(Task):
 
     @classmethod
     def prefix_of(cls, model: ModelFacts) -> str:
-        """What the pipeline writes before each text: config.json's prefix. Raises Unsupported for what is no text."""
+        """Return config.json's prefix, which the pipeline prepends to each text. Raises Unsupported if it is not a
+        string."""
         prefix = model.config.get("prefix")
         params = model.config.get("task_specific_params")
         if cls.task_specific_params and isinstance(params, dict) and isinstance(params.get(cls.pipeline), dict):
             prefix = params[cls.pipeline].get("prefix", prefix)
         if not isinstance(prefix, (str, type(None))):
-            raise Unsupported(f"config.json says prefix = {prefix!r}, but it should be a string; remove it, or mend it")
+            raise Unsupported(f"config.json says prefix = {prefix!r}, but it should be a string; remove it, or fix it")
         return prefix or ""
 
     def tokenize(self, requests: Sequence[Request], parts: Sequence[Parts]) -> List[Union[Encoded, TraceserveError]]:
@@ -169,7 +168,7 @@ class Generating(Task):
         return [without_prefix(item, "text", written) for item in super().tokenize(requests, parts)]
 
     def check_parameters(self, request: Request) -> None:
-        """Raise InvalidRequest for parameters that mean nothing together."""
+        """Raise InvalidRequest for parameters that contradict each other."""
         if self._samples(request) and request.parameters.get("num_beams", 1) > 1:
             raise InvalidRequest(
                 "beam search does not sample; send either num_beams or do_sample, temperature, top_k, top_p, min_p, seed",
@@ -181,7 +180,7 @@ class Generating(Task):
             and self.parameter(request, "num_beams") > 1
         ):
             raise InvalidRequest(
-                'the details are of one sequence, and this is beam search; send "num_beams": 1 too',
+                'details are not available with beam search; send "num_beams": 1 too',
                 "parameters.details",
             )
 
@@ -196,11 +195,11 @@ class Generating(Task):
 
     @property
     def counted_prefix(self) -> int:
-        """The tokens of the prefix that limits of a whole sequence's length do not count."""
+        """The prefix's tokens, which limits on the whole sequence's length do not count."""
         return 0
 
     def settings(self, request: Request, row: Row, prompt: Sequence[int]) -> Settings:
-        """How this request's row is continued after the tokens of its prompt."""
+        """Return the settings that continue this request's row after its prompt's tokens."""
         facts = self.manifest.facts
         samples = self._samples(request)
         most = self.parameter(request, "max_new_tokens")
@@ -233,19 +232,19 @@ class Generating(Task):
         )
 
     def prompt(self, row: Row) -> List[int]:
-        """The tokens that a row's text goes on from, as penalties count them."""
+        """Return the tokens that a row's text continues, as penalties count them."""
         raise NotImplementedError
 
     def room(self, row: Row) -> int:
-        """How many tokens can be written."""
+        """Return how many tokens can be written."""
         raise NotImplementedError
 
     def text(self, tokens: Sequence[int]) -> str:
-        """What new tokens say."""
+        """Decode new tokens."""
         raise NotImplementedError
 
     def predict(self, runner: Runner, jobs: Sequence[Job], stats: Stats) -> List[Arrays]:
-        """Run the loop for all rows together; the output of each is its new tokens, int64 of shape (tokens)."""
+        """Run the loop for all rows together; each output is the row's new tokens, int64 of shape (tokens)."""
         searches = []
         for job in jobs:
             prompt = self.prompt(job.row)
@@ -253,11 +252,11 @@ class Generating(Task):
             searches.append(search_for(prompt, settings, self._ends(job.request, prompt), self._told(job)))
         feed = FEEDS[self.loop](runner, [job.row for job in jobs], self.manifest, stats)
         sound = generate(feed, searches)
-        # Not a number where the model gave none: `answer` tells it.
+        # NaN if the model returned it: `answer` reports it.
         return [_written(each) if fine else {"tokens": np.array([np.nan])} for each, fine in zip(searches, sound)]
 
     def details(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Optional[Mapping[str, Any]]:
-        """Why the text ended, and its tokens: as text-generation-inference tells them."""
+        """Return why the text ended, and its tokens, in text-generation-inference's format."""
         [output] = outputs
         ids = output["tokens"].tolist()
         found = {"finish_reason": self._finish_reason(request, rows[0], ids), "generated_tokens": len(ids)}
@@ -288,7 +287,7 @@ class Generating(Task):
         return "stop_sequence" if ends is not None and ends(list(ids)) else "length"
 
     def _texts(self, ids: Sequence[int]) -> List[str]:
-        """What each token adds to the text; special ones as they are written."""
+        """Return the text that each token adds; special ones as written."""
         texts, before = [], ""
         for count in range(1, len(ids) + 1):
             texts.append(self._added(ids[:count], before, count == len(ids)))
@@ -296,12 +295,12 @@ class Generating(Task):
         return texts
 
     def _added(self, ids: Sequence[int], before: str, last: bool) -> str:
-        """What the last of these tokens adds to the text of those before it, without half characters."""
+        """Return the text that the last of these tokens adds to those before it, without partial characters."""
         after = self.tokenizer.decode(ids, skip_special_tokens=False, raw=True)
         return (after if last else after.rstrip("\ufffd"))[len(before) :]
 
     def _ends(self, request: Request, prompt: Sequence[int]) -> Optional[Callable[[List[int]], bool]]:
-        """Whether new tokens hold a stop string, which may begin in the prompt; None where there is none."""
+        """Return a test for stop strings in new tokens, which may begin in the prompt; None without stop strings."""
         stops = self.parameter(request, "stop")
         if stops is None:
             return None
@@ -315,7 +314,7 @@ class Generating(Task):
         return ends
 
     def _told(self, job: Job) -> Optional[Callable[[List[int], Sequence[Likelihood]], None]]:
-        """What sends a row's text on while it grows; None where nobody asked for it."""
+        """Return the callback that streams a row's growing text; None if nobody asked for it."""
         emit = job.emit
         if emit is None or not self.streams(job.request):
             return None
@@ -331,34 +330,36 @@ class Generating(Task):
         return tell
 
     def text_before(self, prompt: Sequence[int]) -> str:
-        """The end of the prompt, in which a stop string may begin."""
+        """Return the end of the prompt, in which a stop string may begin."""
         return ""
 
     def _settled(self, text: str) -> str:
-        """The part of a growing text that more tokens do not change: no half characters, no space that may go."""
+        """Return the part of a growing text that more tokens cannot change: no partial characters, no removable
+        space."""
         text = text.rstrip("\ufffd")
         return text.rsplit(" ", 1)[0] if self.manifest.tokenizer.clean_up and " " in text else text
 
     def same(self, answer: Any, other: Any) -> bool:
-        """The same text."""
+        """Require the same text."""
         return bool(answer == other)
 
     def repeatable(self, request: Request) -> bool:
-        """Not where tokens are drawn: the original draws others."""
+        """Return False for sampled tokens: the original samples others."""
         return not self._samples(request)
 
     @property
     def cost(self) -> CostModel:
-        """A run has as many steps as its longest text: one run of all is cheaper than two, whatever the padding."""
+        """A run has as many steps as its longest text, so one run of all rows is cheaper than two, whatever the
+        padding."""
         return CostModel(run=1e9)
 
     def warm_up_requests(self) -> List[Request]:
-        """A few tokens."""
+        """Write a few tokens."""
         return [Request(self.sample, {"max_new_tokens": 4, "long_inputs": "truncate"})]
 
 
 def _written(search: Search) -> Arrays:
-    """The new tokens, int64 of shape (tokens), and where they are kept the logarithms of their probabilities."""
+    """Return the new tokens, int64 of shape (tokens), and their log-probabilities if kept."""
     tokens = np.array(search.tokens, dtype=np.int64)
     likelihoods: Sequence[Likelihood] = getattr(search, "likelihoods", ())
     if not likelihoods:
@@ -371,12 +372,12 @@ def _written(search: Search) -> Arrays:
 
 
 def _ids(value: Optional[Any]) -> List[int]:
-    """One token id, several or none, as a list."""
+    """Return one token id, several or none as a list."""
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def first_id(*values: Any) -> Optional[int]:
-    """The first token id that is given."""
+    """Return the first token id that is set."""
     return next((ids[0] for ids in map(_ids, values) if ids), None)

@@ -1,16 +1,16 @@
-"""What a request may hold and a model gives: fields, parameters, outputs."""
+"""The fields and parameters of requests, and the outputs of models."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
-# Of numbers without a limit of their own: beyond it JSON's whole numbers are not exact, and numpy's overflow.
+# For numbers without their own limit: beyond it JSON's whole numbers are not exact, and numpy's overflow.
 LARGEST_NUMBER = 2**53
 
 
 class Field(NamedTuple):
-    """Something asked about: a text, or by `kind` a list of texts, or a chat's messages."""
+    """An input of a request: a text or, by `kind`, a list of texts or a chat's messages."""
 
     name: str
     required: bool
@@ -19,7 +19,7 @@ class Field(NamedTuple):
 
 
 class Output(NamedTuple):
-    """An output of the model: float32 of shape (batch, ...), or (batch, length, ...) where `per_token`."""
+    """A model output: float32 of shape (batch, ...), or (batch, length, ...) if `per_token`."""
 
     name: str
     per_token: bool
@@ -27,12 +27,12 @@ class Output(NamedTuple):
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter of a request: one of `choices`, or of `type`, where list means one string or a list of strings; or a list
-    of whole numbers, where `numbers` says so.
+    """A parameter of a request: one of `choices`, or of `type`, where list means a string or a list of strings, or with
+    `numbers` a list of whole numbers.
 
-    Where there are choices and `type` is not str, both are legal.
+    If there are choices and `type` is not str, both are legal.
 
-    Numbers lie between `least` and `most`. `default` is what holds where neither request nor model says anything.
+    Numbers lie between `least` and `most`. `default` applies if neither request nor model sets a value.
     """
 
     name: str
@@ -43,11 +43,11 @@ class Parameter:
     least: float = 1
     most: Optional[float] = None
     default: Any = None
-    numbers: bool = False  # whether a list is one of whole numbers
+    numbers: bool = False  # whether a list has whole numbers
 
     @property
     def legal(self) -> str:
-        """The legal values, in words."""
+        """The legal values in words."""
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
         words[list] = "a string or a list of strings"
         if self.numbers:
@@ -63,7 +63,7 @@ class Parameter:
 
     @property
     def schema(self) -> Dict[str, Any]:
-        """What `accepts` accepts, as JSON Schema."""
+        """Return the values that `accepts` accepts, as JSON Schema."""
         most = LARGEST_NUMBER if self.most is None else self.most
         text = {"type": "string", "minLength": 1}
         legal: Dict[type, List[Dict[str, Any]]] = {
@@ -81,7 +81,7 @@ class Parameter:
         return {"description": self.description, **(options[0] if len(options) == 1 else {"anyOf": options})}
 
     def accepts(self, value: Any) -> bool:
-        """Whether `value`, parsed JSON, is legal."""
+        """Return whether `value`, parsed JSON, is legal."""
         if value is None:
             return self.nullable
         if self.choices and isinstance(value, str):
@@ -93,17 +93,17 @@ class Parameter:
                 )
             texts = value if isinstance(value, list) else [value]
             return bool(texts) and all(text and _is_text(text) for text in texts)
-        # Not isinstance: true is no number.
+        # Not isinstance: true is not a number.
         if type(value) is not self.type and not (self.type is float and type(value) is int):
             return False
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             return self.type is not str or _is_text(value)
-        # NaN and Infinity, which Python's JSON reads, are no legal numbers.
+        # Python's JSON reads NaN and Infinity, which are not legal.
         return bool(self.least <= value <= (LARGEST_NUMBER if self.most is None else self.most))
 
 
 def _is_text(value: Any) -> bool:
-    """Whether this is a string of whole characters: an escape in JSON can write half a surrogate pair."""
+    """Return whether this is a string of whole characters: a JSON escape can be half a surrogate pair."""
     if not isinstance(value, str):
         return False
     try:
@@ -114,5 +114,5 @@ def _is_text(value: Any) -> bool:
 
 
 def strings(value: Any) -> List[str]:
-    """A parameter of type list: one string stands for a list of one."""
+    """Return a list parameter's value; one string means a list of one."""
     return [value] if isinstance(value, str) else list(value)

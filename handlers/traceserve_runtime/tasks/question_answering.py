@@ -18,17 +18,17 @@ _LONGEST_STRIDE = 128
 
 
 class _Span(NamedTuple):
-    start: int  # places in the row
+    start: int  # positions in the row
     end: int
     score: float
-    legal: bool  # whether it lies in the context, and is no longer than asked for
+    legal: bool  # whether it lies in the context and within the requested length
 
 
 class QuestionAnswering(Task):
     """`{"score", "start", "end", "answer"}` of the best answer, or with `top_k` a list of them, best first.
 
-    `start` and `end` count the characters of the context. A long context is read in windows that overlap by
-    `doc_stride` tokens; the best answers of all windows are told, and the scores of equal ones added.
+    `start` and `end` are character offsets in the context. A long context is read in windows that overlap by
+    `doc_stride` tokens; the best answers of all windows are returned, with the scores of equal ones added.
     """
 
     name = "question_answering"
@@ -40,13 +40,11 @@ class QuestionAnswering(Task):
     )
     outputs = (Output("start_logits", per_token=True), Output("end_logits", per_token=True))
     parameters = (
-        Parameter("top_k", int, "how many answers are told; more than one make a list", most=1000, default=1),
-        Parameter("doc_stride", int, "how many tokens neighbouring windows share; by default 128, or half a window"),
+        Parameter("top_k", int, "how many answers to return; more than one make a list", most=1000, default=1),
+        Parameter("doc_stride", int, "how many tokens adjacent windows share; by default 128, or half a window"),
         Parameter("max_answer_len", int, "the longest answer, in tokens", default=15),
         Parameter("max_seq_len", int, "the longest window, in tokens; by default 384, or max_length", least=16),
-        Parameter(
-            "handle_impossible_answer", bool, "whether there may be no answer, told as an empty one", default=False
-        ),
+        Parameter("handle_impossible_answer", bool, "whether an empty answer (none found) is allowed", default=False),
         Parameter("align_to_words", bool, "widen an answer to whole words", default=True),
     )
     sample = {
@@ -56,7 +54,8 @@ class QuestionAnswering(Task):
 
     @classmethod
     def facts(cls, model: ModelFacts) -> Dict[str, Any]:
-        """The token that stands for "no answer" in some models; and the pipeline's order, by the tokenizer's padding."""
+        """Return the token that means "no answer" in some models, and the pipeline's order, by the tokenizer's
+        padding."""
         return {
             "cls_id": model.tokens["cls"][1] if "cls" in model.tokens else None,
             "question_first": model.padding_side == "right",
@@ -114,14 +113,15 @@ class QuestionAnswering(Task):
         return listed if min(top_k, len(told_by_pipeline) + impossible) > 1 else listed[0]
 
     def _spans(self, request: Request, row: Row, places: Sequence[int], output: Arrays) -> Tuple[List[_Span], float]:
-        """The best spans of one window, and the score of its having none.
+        """Return the best spans of one window, and its "no answer" score.
 
-        Where there are fewer than `top_k`, the pipeline fills its list with others of score 0, whichever its way of sorting
-        brings up. These are not answers, and not legal here; but whether there are any makes an answer a list.
+        If there are fewer than `top_k`, the pipeline fills its list with others of score 0, in arbitrary order. They
+        are not
+        answers, and not legal here; but their presence makes an answer a list.
         """
         top_k, longest = self.parameter(request, "top_k"), self.parameter(request, "max_answer_len")
         if self.parameter(request, "align_to_words"):
-            top_k = 2 * top_k + 10  # several spans may become one
+            top_k = 2 * top_k + 10  # several spans may be merged
         inside = np.zeros(row.length, dtype=bool)
         inside[list(places)] = True
         allowed = inside | (np.array(row.encoding.ids) == self.manifest.facts["cls_id"])
@@ -141,7 +141,7 @@ class QuestionAnswering(Task):
         return spans, null_score
 
     def _characters(self, request: Request, row: Row, places: Sequence[int], span: _Span) -> Tuple[int, int]:
-        """Where a span lies in the context; widened to words where these are known and that is asked for."""
+        """Return a span's character offsets in the context, widened to words if known and requested."""
         offsets = row.encoding.offsets
         if self.parameter(request, "align_to_words"):
             words = row.encoding.word_ids
@@ -154,12 +154,12 @@ class QuestionAnswering(Task):
         return offsets[span.start][0], offsets[span.end][1]
 
     def same(self, answer: Any, other: Any) -> bool:
-        """The same place of the context, that of the best answer."""
+        """Require the best answer to have the same offsets in the context."""
         best = [[(a["start"], a["end"]) for a in _listed(value)[:1]] for value in (answer, other)]
         return best[0] == best[1]
 
     def from_texts(self, texts: Sequence[str]) -> List[Request]:
-        """Each text as a context, asked about by the one before it; the long ones by a short one."""
+        """Make each text a context, with the text before it as the question; long ones get a short question."""
         asked = [text for text in texts if 0 < len(text) < 200]
         return [
             Request({"question": asked[i % len(asked)], "context": text})
@@ -169,5 +169,5 @@ class QuestionAnswering(Task):
 
 
 def _listed(value: Any) -> List[Dict[str, Any]]:
-    """The answers as a list, whether one was told or several."""
+    """Return one or several answers as a list."""
     return value if isinstance(value, list) else [value]

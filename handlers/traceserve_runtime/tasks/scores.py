@@ -1,4 +1,4 @@
-"""From a model's outputs to scores."""
+"""Turns a model's outputs into scores."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:
-    """Of each element."""
-    with np.errstate(over="ignore"):  # exp of a large number is infinite, and its inverse 0, as it should be
+    """Apply the sigmoid to each element."""
+    with np.errstate(over="ignore"):  # exp of a large number is infinite, and its inverse rightly 0
         return np.asarray(1.0 / (1.0 + np.exp(-logits)))
 
 
 def unchanged(logits: np.ndarray) -> np.ndarray:
-    """The model's own output."""
+    """Return the model's own output."""
     return logits
 
 
@@ -28,7 +28,7 @@ FUNCTIONS: Dict[str, Callable[[np.ndarray], np.ndarray]] = {"softmax": softmax, 
 
 
 def function_to_apply(model: ModelFacts) -> str:
-    """The function that the pipeline applies to this classifier's logits."""
+    """Return the function that the pipeline applies to this classifier's logits."""
     kind = model.config.get("problem_type")
     if kind == "regression":
         return "none"
@@ -38,7 +38,7 @@ def function_to_apply(model: ModelFacts) -> str:
 
 
 def average(values: Sequence[np.ndarray], rows: Sequence[Row]) -> np.ndarray:
-    """The mean over windows, weighted by the text's tokens in each."""
+    """Average over windows, weighted by each window's text tokens."""
     if len(values) == 1:
         return values[0]
     weights = np.array([row.tokens for row in rows], dtype=np.float32)

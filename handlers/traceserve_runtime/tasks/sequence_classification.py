@@ -17,7 +17,7 @@ from traceserve_runtime.texts.tokenization import Row
 class SequenceClassification(Task):
     """`{"label", "score"}` of the best label, or with `top_k` a list of them, best first.
 
-    Several windows of one text are answered by the mean of their scores.
+    The scores of a text's windows are averaged.
     """
 
     name = "sequence_classification"
@@ -35,7 +35,7 @@ class SequenceClassification(Task):
         Parameter(
             "function_to_apply",
             str,
-            "from the model's output to scores; by default as the model says",
+            "how the model's output becomes scores; by default the model's own function",
             tuple(FUNCTIONS),
         ),
     )
@@ -45,13 +45,13 @@ class SequenceClassification(Task):
 
     @classmethod
     def defaults(cls, model: ModelFacts) -> Dict[str, Any]:
-        """The function that the pipeline applies to this model's logits."""
+        """Return the function that the pipeline applies to this model's logits."""
         return {"function_to_apply": function_to_apply(model)}
 
     def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Any:
         function = FUNCTIONS[self.parameter(request, "function_to_apply")]
         scores = average([function(output["logits"]) for output in outputs], rows)
-        # Where the function gives one score for several large outputs, these say which is larger.
+        # Logits order labels whose large outputs the function maps to the same score.
         logits = average([output["logits"] for output in outputs], rows)
         ranked = np.lexsort((-logits, -scores))
         labels = self.manifest.labels
@@ -61,8 +61,8 @@ class SequenceClassification(Task):
         return [{"label": labels[i], "score": float(scores[i])} for i in ranked[: self.parameter(request, "top_k")]]
 
     def same(self, answer: Any, other: Any) -> bool:
-        """The same best label, and of independent labels the same ones above 0.5; of a regression, values within a
-        hundredth."""
+        """Require the same best label; for independent labels the same ones above 0.5; for a regression, values within
+        a hundredth."""
         if len(self.manifest.labels) == 1:
             return math.isclose(answer[0]["score"], other[0]["score"], rel_tol=1e-2, abs_tol=1e-3)
         if answer[0]["label"] != other[0]["label"]:

@@ -1,4 +1,4 @@
-"""Text to text: translation, summaries and the like, by an encoder and a decoder."""
+"""Text to text: translation, summaries and the like, with an encoder and a decoder."""
 
 from __future__ import annotations
 
@@ -15,21 +15,23 @@ from traceserve_runtime.tasks.parameters import Field, Parameter
 from traceserve_runtime.texts.pieces import renumbered
 from traceserve_runtime.texts.tokenization import Encoded, Row, Segments
 
-_UNSET_LENGTH = 20  # transformers' own max_length, which its pipeline takes for none that the checkpoint sets
-_LONGEST_TEXT = 4096  # tokens, for models whose positions have no limit of their own
+_UNSET_LENGTH = 20  # transformers' max_length, which its pipeline treats as not set by the checkpoint
+_LONGEST_TEXT = 4096  # tokens, for models without a limit on positions
 
 
 _LANGUAGES = (
     Parameter(
-        "src_lang", str, "the language of the text, by its code in the model's tokenizer, as en_XX; for models of many"
+        "src_lang",
+        str,
+        "the text's language, by its code in the model's tokenizer, such as en_XX; for multilingual models",
     ),
-    Parameter("tgt_lang", str, "the language that is written, likewise"),
+    Parameter("tgt_lang", str, "the output's language, likewise"),
 )
 LANGUAGE_PARAMETERS = tuple(parameter.name for parameter in _LANGUAGES)
 
 
 class Text2TextGeneration(Generating):
-    """`{"generated_text"}`: what the model writes to the text. (A T5 wants its own prefix, as "summarize: ", in it.)"""
+    """`{"generated_text"}`: the model's output for the text. (A T5 expects its own prefix, such as "summarize: ".)"""
 
     name = "text2text_generation"
     auto_model = "AutoModelForSeq2SeqLM"
@@ -72,7 +74,7 @@ class Text2TextGeneration(Generating):
             self._language(request, name)
 
     def _language(self, request: Request, name: str) -> Optional[int]:
-        """The token of the language that the parameter names; raises InvalidRequest for an unknown code."""
+        """Return the token of the language in the parameter; raises InvalidRequest for an unknown code."""
         code = self.parameter(request, name)
         languages: Dict[str, int] = self.manifest.facts["languages"]
         if code is None or code in languages:
@@ -89,7 +91,7 @@ class Text2TextGeneration(Generating):
         return [self._in_language(request, item) for request, item in zip(requests, super().tokenize(requests, parts))]
 
     def _in_language(self, request: Request, item: Union[Encoded, TraceserveError]) -> Union[Encoded, TraceserveError]:
-        """The rows with the token of the request's language in the position of the usual one."""
+        """Return the rows with the usual language token replaced by the request's."""
         usual = self.manifest.facts["source_id"]
         if isinstance(item, TraceserveError) or usual is None:
             return item
@@ -116,7 +118,7 @@ class Text2TextGeneration(Generating):
         return most
 
     def text(self, tokens: Sequence[int]) -> str:
-        # As its pipeline, which does not clean up.
+        # Like its pipeline, which does not clean up.
         return self.tokenizer.decode(tokens, skip_special_tokens=True, raw=True)
 
     def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Any:
@@ -124,7 +126,8 @@ class Text2TextGeneration(Generating):
         return {"generated_text": self.text(outputs[0]["tokens"].tolist()), **told}
 
     def from_texts(self, texts: Sequence[str]) -> List[Request]:
-        """Each text, every other one by beams, and of many languages every third one in another; the long ones cut."""
+        """Use each text, every other one with beams and, with many languages, every third in another; truncate the long
+        ones."""
         codes = sorted(self.manifest.facts["languages"])
         requests = []
         for i, text in enumerate(texts):
@@ -136,7 +139,7 @@ class Text2TextGeneration(Generating):
 
 
 def nearest(code: str, codes: Iterable[str]) -> str:
-    """The likeliest of the known codes: of those that begin alike, the most similar."""
+    """Return the likeliest known code: the most similar of those that begin alike."""
     letters = code.lower()
 
     def likeness(known: str) -> Tuple[bool, float]:

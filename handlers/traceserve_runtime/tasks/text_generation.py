@@ -1,4 +1,4 @@
-"""Text generation: a prompt or a chat to what a decoder writes on."""
+"""Text generation: a decoder continues a prompt or a chat."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from traceserve_runtime.texts.tokenization import Row, Segments
 
 
 class TextGeneration(Generating):
-    """A list of one `{"generated_text"}`: the prompt and what follows it, or for a chat its messages and a new one.
+    """A list of one `{"generated_text"}`: the prompt and its continuation, or for a chat its messages and a new one.
 
-    With `stream` the new text comes in pieces, plain UTF-8, one in each chunk of the HTTP response.
+    With `stream` the new text arrives in pieces, plain UTF-8, one per chunk of the HTTP response.
     """
 
     name = "text_generation"
@@ -24,7 +24,7 @@ class TextGeneration(Generating):
     pipeline = "text-generation"
     loop = "decoder"
     padding_side = "left"
-    truncation_side = "left"  # what stands just before the new text matters most
+    truncation_side = "left"  # the text just before the new one matters most
     longest_default = 2048
     fields = (
         Field("text", False, "the prompt"),
@@ -32,8 +32,8 @@ class TextGeneration(Generating):
     )
     parameters = (
         *PARAMETERS,
-        Parameter("return_full_text", bool, "tell the prompt too", default=True),
-        Parameter("stream", bool, "tell the text in pieces, as it is written", default=False),
+        Parameter("return_full_text", bool, "return the prompt too", default=True),
+        Parameter("stream", bool, "send the text in pieces, as it is written", default=False),
         Parameter("truncate", int, "read no more than this many tokens of the prompt, its last ones"),
     )
     sample = {"text": "Once upon a time there was a little"}
@@ -53,7 +53,7 @@ class TextGeneration(Generating):
     def segments(self, request: Request) -> List[Segments]:
         self.check_parameters(request)
         wanted = request.parameters.get("max_new_tokens")
-        if wanted is None:  # a prompt that is cut leaves room for a text; one that fits is answered as far as it goes
+        if wanted is None:  # a truncated prompt leaves room for a text; one that fits is continued as far as possible
             cuts = self.long_inputs(request) == "truncate"
             most = self.parameter(request, "max_new_tokens") or 256
             wanted = min(most, self.manifest.max_length // 2) if cuts else 1
@@ -98,7 +98,7 @@ class TextGeneration(Generating):
         return [{"generated_text": self._whole(request, written), **told}]
 
     def _whole(self, request: Request, written: str) -> Any:
-        """The text that was written, behind the prompt or chat where that is told too."""
+        """Return the generated text, after the prompt or chat if that is returned too."""
         if not self.parameter(request, "return_full_text"):
             return written
         if "text" in request.inputs:
@@ -112,6 +112,6 @@ class TextGeneration(Generating):
         return "truncate" if "truncate" in request.parameters else super().long_inputs(request)
 
     def from_texts(self, texts: Sequence[str]) -> List[Request]:
-        """Each text as a prompt; the long ones cut."""
+        """Use each text as a prompt; truncate the long ones."""
         parameters = {**self.gate_parameters, "long_inputs": "truncate"}
         return [Request({"text": text}, parameters) for text in texts if text]

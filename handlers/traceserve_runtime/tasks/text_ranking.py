@@ -1,4 +1,4 @@
-"""Text ranking: a query and documents to their scores, by a cross-encoder."""
+"""Text ranking: a cross-encoder scores documents for a query."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from traceserve_runtime.tasks.parameters import Field, Output, Parameter
 from traceserve_runtime.tasks.scores import FUNCTIONS, function_to_apply
 from traceserve_runtime.texts.tokenization import Row, Segments
 
-# The activations that sentence-transformers may name, as functions.
+# The activations that sentence-transformers may name.
 _ACTIVATIONS = {
     **dict.fromkeys(("torch.nn.modules.activation.Sigmoid", "torch.nn.Sigmoid", "torch.sigmoid"), "sigmoid"),
     **dict.fromkeys(("torch.nn.modules.linear.Identity", "torch.nn.Identity"), "none"),
 }
-_SECTION = ("activation_fn", "version")  # what sentence-transformers writes into config.json
+_SECTION = ("activation_fn", "version")  # the keys that sentence-transformers writes into config.json
 
 
 class TextRanking(Task):
-    """A list of `{"index", "score"}`, one for each document, in their order; with `sort` or `top_k` best first.
+    """A list of `{"index", "score"}`, one per document, in order; with `sort` or `top_k` best first.
 
-    A score is what the text-classification pipeline gives for the pair of query and document; a long document has the
+    A score is the text-classification pipeline's for the pair of query and document; a long document gets the
     score of its best window.
     """
 
@@ -32,18 +32,18 @@ class TextRanking(Task):
     pipeline = "text-classification"
     scores_pairs = True
     fields = (
-        Field("query", True, "what is looked for"),
-        Field("documents", True, "the texts to be ranked", "texts"),
+        Field("query", True, "the search query"),
+        Field("documents", True, "the texts to rank", "texts"),
     )
     outputs = (Output("logits", per_token=False),)
     parameters = (
         Parameter("sort", bool, "best first", default=False),
         Parameter("top_k", int, "only this many, best first"),
-        Parameter("return_documents", bool, 'with each document\'s "text"', default=False),
+        Parameter("return_documents", bool, 'return each document\'s "text"', default=False),
         Parameter(
             "function_to_apply",
             str,
-            "from the model's output to a score; by default as the model says",
+            "how the model's output becomes a score; by default the model's own function",
             ("sigmoid", "none"),
         ),
     )
@@ -57,7 +57,7 @@ class TextRanking(Task):
 
     @classmethod
     def defaults(cls, model: ModelFacts) -> Dict[str, Any]:
-        """The function that the pipeline applies; raises Unsupported for a model with several outputs."""
+        """Return the function that the pipeline applies; raises Unsupported for a model with several outputs."""
         count = len(model.config["id2label"])
         if count != 1:
             raise Unsupported(f"text_ranking needs a cross-encoder, whose head has one output; this one has {count}")
@@ -85,7 +85,7 @@ class TextRanking(Task):
         order = list(range(len(documents)))
         top_k = self.parameter(request, "top_k")
         if self.parameter(request, "sort") or top_k is not None:
-            # By the model's own output: a sigmoid gives 1 for all that is large, and the order would be lost.
+            # By logits: a sigmoid maps all large ones to 1, and the order would be lost.
             order.sort(key=lambda i: -float(best[i][0]))
         told = self.parameter(request, "return_documents")
         return [
@@ -94,13 +94,13 @@ class TextRanking(Task):
         ]
 
     def same(self, answer: Any, other: Any) -> bool:
-        """The same scores, to a hundredth."""
+        """Require the same scores, to a hundredth."""
         return all(
             math.isclose(one["score"], two["score"], rel_tol=1e-2, abs_tol=1e-3) for one, two in zip(answer, other)
         )
 
     def from_texts(self, texts: Sequence[str]) -> List[Request]:
-        """Each text as a query for the two that follow it."""
+        """Use each text as a query for the next two."""
         return [
             Request({"query": text, "documents": [texts[(i + k) % len(texts)] for k in (1, 2)]})
             for i, text in enumerate(texts)
@@ -109,17 +109,18 @@ class TextRanking(Task):
 
 
 def _activation(model: ModelFacts) -> Optional[str]:
-    """The function that a cross-encoder of sentence-transformers names, None without one; raises Unsupported.
+    """Return the function that a sentence-transformers cross-encoder names, or None; raises Unsupported.
 
-    Since its version 6 it stands in config_sentence_transformers.json, since 4 in a section of config.json, and before in
-    a key of its own there; the first of them holds.
+    sentence-transformers 6 writes it into config_sentence_transformers.json, 4 into a section of config.json, and
+    earlier
+    versions into a key of its own there; the first of them wins.
     """
     own = model.read_json("config_sentence_transformers.json") or {}
     section = model.config.get("sentence_transformers") or {}
     unknown = sorted(set(section) - set(_SECTION)) if isinstance(section, dict) else ["sentence_transformers"]
     if unknown:
         raise Unsupported(
-            f"config.json's sentence_transformers has {', '.join(unknown)}, which is not known here; remove it if it changes "
+            f"config.json's sentence_transformers has {', '.join(unknown)}, which is unknown; remove it if it changes "
             "no score"
         )
     old = "sbert_ce_default_activation_function"

@@ -1,4 +1,4 @@
-"""Token classification: a text to its entities, with their places in it."""
+"""Token classification: a text to its entities, with their offsets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from traceserve_runtime.tasks.parameters import Field, Output, Parameter, string
 from traceserve_runtime.texts import windows
 from traceserve_runtime.texts.tokenization import Row, Segments
 
-# How the label of a word is found from its tokens' scores, (tokens, labels), for the strategies that look at words.
+# A word's label from its tokens' scores, (tokens, labels), for the strategies that work on words.
 _WORD_SCORES = {
     "first": lambda scores: scores[0],
     "average": lambda scores: scores.mean(axis=0),
@@ -23,39 +23,39 @@ _WORD_SCORES = {
 
 
 class TokenClassification(Task):
-    """A list of `{"entity", "score", "index", "word", "start", "end"}` for each token with a label of its own.
+    """A list of `{"entity", "score", "index", "word", "start", "end"}` for each token whose label is not ignored.
 
-    With an aggregation strategy a list of `{"entity_group", "score", "word", "start", "end"}`, one for each entity;
-    `start` and `end` count the characters of the text. A long text is read in overlapping windows, and each token's
-    scores are taken from the window where it stands farther from the edge, before anything is aggregated.
+    With an aggregation strategy, a list of `{"entity_group", "score", "word", "start", "end"}`, one per entity;
+    `start` and `end` are character offsets. A long text is read in overlapping windows; each token's
+    scores come from the window where it is farther from the edge, before any aggregation.
     """
 
     name = "token_classification"
     auto_model = "AutoModelForTokenClassification"
     pipeline = "token-classification"
-    fields = (Field("text", True, "the text whose tokens are labelled"),)
+    fields = (Field("text", True, "the text to label"),)
     outputs = (Output("logits", per_token=True),)
     parameters = (
         Parameter(
             "aggregation_strategy",
             str,
-            "from tokens to entities: none; simple joins neighbours of one label; first, average and max label whole words",
+            "from tokens to entities: none; simple joins adjacent tokens of one label; first, average and max label whole words",
             ("none", "simple", "first", "average", "max"),
             default="none",
         ),
-        Parameter("ignore_labels", list, "labels that are left out", default=["O"]),
+        Parameter("ignore_labels", list, "labels to leave out", default=["O"]),
         Parameter(
             "stride", int, "how many tokens the windows of a long text share; by default a quarter of one", least=0
         ),
     )
     labelled = True
-    gate_parameters = {"ignore_labels": ["\0"]}  # nothing is left out
+    gate_parameters = {"ignore_labels": ["\0"]}  # leave nothing out
     windows_overlap = True
     sample = {"text": "Ada Lovelace wrote to Charles Babbage from London."}
 
     @classmethod
     def facts(cls, model: ModelFacts) -> Dict[str, Any]:
-        """The unknown token, which the pipeline shows as it stands in the text."""
+        """Return the unknown token, which the pipeline replaces by the text itself."""
         return {"unknown_id": model.tokens["unk"][1] if "unk" in model.tokens else None}
 
     def segments(self, request: Request) -> List[Segments]:
@@ -84,7 +84,7 @@ class TokenClassification(Task):
     def _tokens(
         self, text: str, rows: Sequence[Row], outputs: Sequence[Arrays]
     ) -> Tuple[List[Dict[str, Any]], np.ndarray]:
-        """Each token of the text, and the scores of all, (tokens, labels)."""
+        """Return each token of the text, and all their scores, (tokens, labels)."""
         places = windows.merge(rows)
         logits = [(outputs[place.window]["logits"][place.position]) for place in places if not place.special]
         scores = softmax(np.stack(logits)) if logits else np.zeros((0, len(self.manifest.labels)), np.float32)
@@ -117,7 +117,7 @@ class TokenClassification(Task):
         return {**label, "word": word, "start": tokens[0]["start"], "end": tokens[-1]["end"]}
 
     def _groups(self, entities: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
-        """Neighbours of one kind joined, but where a label begins with B-."""
+        """Join neighbours of one kind, except before a label with B-."""
         groups: List[List[Dict[str, Any]]] = []
         for entity in entities:
             begins, kind = _kind(entity["entity"])
@@ -137,7 +137,7 @@ class TokenClassification(Task):
         ]
 
     def same(self, answer: Any, other: Any) -> bool:
-        """The same entities at the same places."""
+        """Require the same entities at the same offsets."""
         return [_without_score(item) for item in answer] == [_without_score(item) for item in other]
 
 
@@ -152,7 +152,7 @@ def _words(tokens: Sequence[Dict[str, Any]]) -> List[List[Dict[str, Any]]]:
 
 
 def _kind(label: str) -> Tuple[bool, str]:
-    """Whether a label begins an entity (B-), and what kind that is."""
+    """Return whether a label begins an entity (B-), and its kind."""
     return label.startswith("B-"), label[2:] if label.startswith(("B-", "I-")) else label
 
 

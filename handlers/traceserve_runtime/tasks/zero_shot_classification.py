@@ -1,4 +1,4 @@
-"""Zero-shot classification: a text and labels that the model never saw, judged by a model of entailment."""
+"""Zero-shot classification: an entailment model judges a text by labels that it never saw."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from traceserve_runtime.texts.tokenization import Row, Segments
 class ZeroShotClassification(Task):
     """`{"sequence", "labels", "scores"}`, best first: for each label, whether the text entails it.
 
-    Of a text of several windows the entailment is the mean of the windows', weighted by their tokens.
+    For a text with several windows, their entailments are averaged, weighted by their tokens.
     """
 
     name = "zero_shot_classification"
@@ -27,14 +27,14 @@ class ZeroShotClassification(Task):
     fields = (Field("text", True, "the text to classify"),)
     outputs = (Output("logits", per_token=False),)
     parameters = (
-        Parameter("candidate_labels", list, "the labels, as a list or in one string, separated by commas; required"),
+        Parameter("candidate_labels", list, "the labels, as a list or a comma-separated string; required"),
         Parameter(
             "hypothesis_template",
             str,
-            "the sentence that is judged, with {} where the label stands",
+            "the sentence to judge, with {} for the label",
             default="This example is {}.",
         ),
-        Parameter("multi_label", bool, "judge each label by itself, as several may hold", default=False),
+        Parameter("multi_label", bool, "judge each label separately, since several may apply", default=False),
     )
     labelled = True
     sample = {"text": "The parcel arrived, but the box was open and a cup is missing."}
@@ -43,9 +43,9 @@ class ZeroShotClassification(Task):
 
     @classmethod
     def facts(cls, model: ModelFacts) -> Dict[str, Any]:
-        """Which label says that the text entails the sentence; raises Unsupported without one."""
+        """Return the label for entailment; raises Unsupported without one."""
         labels = model.labels
-        # The pipeline reads label2id, which is not always the same the other way round.
+        # The pipeline reads label2id, which may differ from id2label.
         named = [*enumerate(labels), *((int(i), label) for label, i in (model.config.get("label2id") or {}).items())]
         entailment = [index for index, label in named if label.lower().startswith("entail")]
         if not entailment or len(labels) < 2:
@@ -53,7 +53,7 @@ class ZeroShotClassification(Task):
                 f"zero_shot_classification needs a model of entailment, with a label called entailment; this one has "
                 f"{', '.join(labels[:5])}; index_to_name can name them"
             )
-        # As the pipeline: the first label is the contradiction, or the last one where the first is the entailment.
+        # Like the pipeline: the first label is the contradiction, or the last if the first is the entailment.
         return {"entailment": entailment[0], "contradiction": len(labels) - 1 if entailment[0] == 0 else 0}
 
     def _labels(self, request: Request) -> List[str]:
@@ -63,7 +63,7 @@ class ZeroShotClassification(Task):
                 '"candidate_labels" is missing: send "parameters": {"candidate_labels": ["...", "..."]}',
                 "parameters.candidate_labels",
             )
-        # As the pipeline: only what stands between commas is stripped, and left out where it is blank.
+        # Like the pipeline: only comma-separated labels are stripped, and dropped if blank.
         labels = [label.strip() for label in value.split(",") if label.strip()] if isinstance(value, str) else value
         if not labels:
             raise InvalidRequest('"candidate_labels" holds no label', "parameters.candidate_labels")
@@ -101,7 +101,7 @@ class ZeroShotClassification(Task):
         else:
             ranks = logits[:, facts["entailment"]]
             scores = softmax(ranks)
-        order = np.lexsort((ranks, scores))[::-1]  # equal scores, as of 1, by what they were made from
+        order = np.lexsort((ranks, scores))[::-1]  # equal scores, such as 1, by their logits
         return {
             "sequence": request.inputs["text"],
             "labels": [labels[i] for i in order],
@@ -109,7 +109,7 @@ class ZeroShotClassification(Task):
         }
 
     def same(self, answer: Any, other: Any) -> bool:
-        """The same best label, but for a tie."""
+        """Require the same best label, except for ties."""
         if answer["labels"][0] == other["labels"][0]:
             return True
         tied = answer["scores"][answer["labels"].index(other["labels"][0])]

@@ -1,1 +1,1 @@
-"""From texts to rows of tokens, within limits."""
+"""Turns texts into rows of tokens, within limits."""

@@ -1,4 +1,4 @@
-"""A chat's messages to the prompt that the checkpoint's own template makes of them."""
+"""Renders a chat's messages to a prompt with the checkpoint's own template."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from typing import Any, Dict, Mapping, NoReturn, Sequence
 
 from traceserve_runtime.errors import InvalidRequest, MissingPackage
 
-_SAFE = (3, 1, 6)  # templates are the checkpoint's code, and older sandboxes have known holes
-# The space is transformers' way to see whether the template trims messages: then it trims this one's end too.
+_SAFE = (3, 1, 6)  # templates are the checkpoint's code, and older sandboxes have known vulnerabilities
+# Like transformers, the trailing space shows whether the template trims messages; if so, the last one is trimmed too.
 _END = "<<the message goes on here>> "
 
 
 def render(template: str, tokens: Mapping[str, str], messages: Sequence[Mapping[str, str]]) -> str:
-    """The prompt; where the last message is the assistant's, one that ends inside it, so that the model continues it.
+    """Return the prompt; if the last message is the assistant's, it ends inside it, so that the model continues it.
 
-    `tokens` are the special tokens as the template names them ("bos_token"). Raises InvalidRequest for messages that the
+    `tokens` are the special tokens by their names in templates ("bos_token"). Raises InvalidRequest for messages that
+    the
     template refuses, MissingPackage without jinja2.
     """
     continues = messages[-1]["role"] == "assistant"
@@ -28,7 +29,7 @@ def render(template: str, tokens: Mapping[str, str], messages: Sequence[Mapping[
         text = str(_compiled(template).render(messages=given, add_generation_prompt=not continues, **tokens))
     except MissingPackage:
         raise
-    except Exception as error:  # a template is the checkpoint's code, and may fail on messages as it likes
+    except Exception as error:  # a template is the checkpoint's code, and may fail in any way
         reason = str(error).strip().splitlines()
         raise InvalidRequest(
             f"the model's chat template refuses these messages: {reason[0] if reason else type(error).__name__}",
@@ -46,7 +47,7 @@ def render(template: str, tokens: Mapping[str, str], messages: Sequence[Mapping[
 
 @lru_cache(maxsize=4)
 def _compiled(template: str) -> Any:
-    """The template in jinja2's sandbox, with what transformers gives it."""
+    """Compile the template in jinja2's sandbox, with the names that transformers provides."""
     try:
         import jinja2
         from jinja2.ext import Extension, loopcontrols
@@ -60,7 +61,7 @@ def _compiled(template: str) -> Any:
         )
 
     class Generation(Extension):
-        """{% generation %} marks the assistant's text for training; here its block is simply shown."""
+        """{% generation %} marks the assistant's text for training; here its block is just rendered."""
 
         tags = {"generation"}
 
@@ -84,5 +85,5 @@ def _compiled(template: str) -> Any:
 
 
 def names(tokens: Mapping[str, Any]) -> Dict[str, str]:
-    """Special tokens, as {"bos": ("<s>", 1)}, by the names that templates use."""
+    """Map special tokens, as {"bos": ("<s>", 1)}, to the names that templates use."""
     return {f"{name}_token": token for name, (token, _) in tokens.items()}

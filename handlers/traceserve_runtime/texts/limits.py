@@ -1,7 +1,7 @@
-"""What one HTTP request may ask at most, and how much of a batch is tokenized at once.
+"""The limits of one HTTP request, and how much of a batch is tokenized at once.
 
-A limit that is checked after the work protects nobody: characters and texts are counted before anything is tokenized,
-which takes seconds for a megabyte of punctuation, in which a worker answers nobody else.
+Limits must hold before the work: characters and texts are counted before tokenization,
+which takes seconds for a megabyte of punctuation and blocks the worker.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from typing import Callable, Dict, Iterable, List, NamedTuple, Optional, Sequenc
 
 from traceserve_runtime.errors import InputTooLong
 
-# Of `max_rows`, so many may be as long as can be: a list of texts has many short rows, and a row's cost is its tokens.
+# This many of `max_rows` may be full: a list of texts has many short rows, and a row costs its tokens.
 _FULL_ROWS, _SHARE_OF_FULL_ROWS = 64, 4
-# Prose has 4 to 6. A text of more is mostly spaces, or what no vocabulary holds.
+# Prose has 4 to 6. A text with more is mostly spaces, or not in the vocabulary.
 _CHARACTERS_PER_TOKEN = 8
 
 
@@ -20,17 +20,17 @@ class Limits(NamedTuple):
     """The most of each that one HTTP request may have, and the most characters that are tokenized at once."""
 
     rows: int
-    tokens: int  # of all rows, as the model reads them
-    characters: int  # of all texts, as they are tokenized: one that is paired with ten others counts ten times
+    tokens: int  # in all rows, as the model reads them
+    characters: int  # in all texts, as tokenized: one that is paired with ten others counts ten times
 
     @classmethod
     def of(cls, max_length: int, max_rows: int) -> Limits:
-        """The limits of a model."""
+        """Return the limits of a model."""
         tokens = max_length * max(_FULL_ROWS, max_rows // _SHARE_OF_FULL_ROWS)
         return cls(max_rows, tokens, tokens * _CHARACTERS_PER_TOKEN)
 
     def of_text(self, text: str, field: Optional[str]) -> Optional[InputTooLong]:
-        """Why a text is not tokenized, if it is not."""
+        """Return why a text is not tokenized, or None."""
         if len(text) <= self.characters:
             return None
         return InputTooLong(
@@ -38,7 +38,7 @@ class Limits(NamedTuple):
         )
 
     def of_texts(self, count: int, characters: int) -> Optional[InputTooLong]:
-        """Why the texts of one request are not tokenized, if they are not."""
+        """Return why the texts of one request are not tokenized, or None."""
         if count > self.rows:
             return InputTooLong(
                 f"the request has {count:,} texts, each of one row or more; one request may have {self.rows:,} rows; "
@@ -52,7 +52,7 @@ class Limits(NamedTuple):
         return None
 
     def of_rows(self, rows: int, tokens: int) -> Optional[InputTooLong]:
-        """Why the rows of one request are not run, if they are not."""
+        """Return why the rows of one request are not run, or None."""
         if rows > self.rows:
             return InputTooLong(
                 f"the texts have {rows:,} windows of this model together; one request may have {self.rows:,}; send several"
@@ -65,7 +65,7 @@ class Limits(NamedTuple):
         return None
 
     def of_more_tokens(self) -> InputTooLong:
-        """Why texts are not tokenized whose beginning has more tokens than all of them may have."""
+        """Return why texts are not tokenized whose beginnings already exceed the limit on tokens."""
         return InputTooLong(
             f"the texts have more tokens than the {self.tokens:,} that one request may have; send several, or ask for "
             '"parameters": {"long_inputs": "truncate"}'
@@ -76,9 +76,9 @@ Judge = Callable[[int, int], Optional[InputTooLong]]
 
 
 def refused(measured: Iterable[Tuple[Optional[int], int, int]], judge: Judge) -> Dict[Optional[int], InputTooLong]:
-    """The groups that are refused: `measured` has the group of each text, what it counts for, and its size.
+    """Return the refused groups: `measured` has each text's group, count and size.
 
-    What has no group shares no limit.
+    Texts without a group share no limit.
     """
     sums: Dict[int, Tuple[int, int]] = {}
     for group, count, size in measured:
@@ -90,9 +90,10 @@ def refused(measured: Iterable[Tuple[Optional[int], int, int]], judge: Judge) ->
 
 
 def slices(groups: Sequence[Optional[int]], characters: Sequence[int], most: int) -> List[slice]:
-    """Neighbours with at most so many characters together, no group divided: what is tokenized, run and let go at once.
+    """Slice neighbours with at most this many characters together, without dividing a group: each slice is tokenized,
+    run and freed.
 
-    All of a batch of the longest requests would take a gigabyte before the first row is run.
+    A whole batch of the longest requests would take a gigabyte before its first row runs.
     """
     cuts, total = [0], 0
     for i, (group, count) in enumerate(zip(groups, characters)):

@@ -1,8 +1,8 @@
-"""Tokenizers that are a model of sentencepiece and a vocabulary of their own, as Marian's and M2M100's.
+"""Tokenizers that combine a sentencepiece model with a separate vocabulary, such as Marian's and M2M100's.
 
-sentencepiece finds the pieces of a text, the vocabulary (a WordLevel model in tokenizer.json) has their numbers. Both steps
-of sentencepiece are done here as it does them, to the last bit: the package tokenizers normalizes by graphemes, which loses
-marks that follow a replaced letter, and adds scores in another precision, so that ties fall otherwise ("ddddd").
+sentencepiece finds a text's pieces; the vocabulary (a WordLevel model in tokenizer.json) has their ids. Both of
+sentencepiece's steps are reproduced here exactly: the tokenizers package normalizes by graphemes, which loses
+marks after a replaced letter, and adds scores in another precision, which breaks ties differently ("ddddd").
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Tu
 
 from tokenizers import Encoding, Tokenizer
 
-SPACE = "\u2581"  # as sentencepiece writes a space
+SPACE = "\u2581"  # sentencepiece's space
 UNIGRAM, BPE = "unigram", "bpe"
-_UNKNOWN_PENALTY = 10.0  # of a letter that no piece of an Unigram covers, below the lowest score
+_UNKNOWN_PENALTY = 10.0  # for a letter in no piece of a Unigram, below the lowest score
 
 
 class Piece(NamedTuple):
-    """A part of a text as the vocabulary is asked for it, and where it stood: [start, end)."""
+    """A part of a text as looked up in the vocabulary, and its offsets: [start, end)."""
 
     text: str
     start: int
@@ -31,9 +31,9 @@ class Piece(NamedTuple):
 
 
 class Charsmap:
-    """sentencepiece's table of replacements: the size of a trie, the trie (a double array of darts-clone), its strings.
+    """sentencepiece's table of replacements: a trie's size, the trie (a double array of darts-clone), the strings.
 
-    Each string ends with a zero byte; a leaf of the trie holds where its string begins.
+    Each string ends with a zero byte; a leaf of the trie holds its string's offset.
     """
 
     def __init__(self, content: bytes) -> None:
@@ -42,7 +42,7 @@ class Charsmap:
         self._strings = content[4 + size :]
 
     def longest(self, text: bytes, start: int) -> Tuple[int, str]:
-        """How many bytes from `start` on are replaced, 0 where none are; and by what."""
+        """Return how many bytes from `start` on are replaced (0 for none), and by what."""
         units = self._units
         if not units:
             return 0, ""
@@ -50,7 +50,7 @@ class Charsmap:
         for place in range(start, len(text)):
             letter = text[place]
             node ^= letter
-            # A zero byte ends keys, and is in none.
+            # A zero byte ends keys and is in none.
             if not letter or node >= len(units) or units[node] & 0x800000FF != letter:
                 break
             unit = units[node]
@@ -65,16 +65,16 @@ def _children(node: int, unit: int) -> int:
 
 
 class Normalizer:
-    """As sentencepiece's: replaces by its table, and what is left of spaces becomes ▁."""
+    """sentencepiece's normalizer: replaces by its table, and turns the remaining spaces into ▁."""
 
     def __init__(self, facts: Dict[str, Any]) -> None:
         self._charsmap = Charsmap(base64.b64decode(facts["charsmap"]))
-        self._add_prefix: bool = facts["add_prefix"]  # whether a text begins with a space of its own
-        self._collapse: bool = facts["collapse"]  # whether spaces go at both ends, and several become one
+        self._add_prefix: bool = facts["add_prefix"]  # whether a text is prefixed with a space
+        self._collapse: bool = facts["collapse"]  # whether spaces are trimmed and collapsed
         self._own = [piece.encode("utf-8") for piece in sorted(facts["user_defined"], key=len, reverse=True)]
 
     def normalize(self, text: str) -> Tuple[str, List[Tuple[int, int]]]:
-        """The normalized text, and for each of its characters where it stood."""
+        """Return the normalized text, and each character's original offsets."""
         letters: List[str] = []
         spans: List[Tuple[int, int]] = []
         after_space = self._collapse
@@ -94,13 +94,13 @@ class Normalizer:
         return whole, spans[: len(whole)]
 
     def begun(self, text: str) -> str:
-        """A text that is written, without the spaces at its beginning that normalizing would have made, or taken away."""
+        """Strip from a generated text the leading spaces that normalization would have added or removed."""
         if self._collapse:
             return text.lstrip(" ")
         return text[1:] if self._add_prefix and text.startswith(" ") else text
 
     def _replaced(self, text: str) -> Iterator[Tuple[str, int, int]]:
-        """What parts of the text become, each with where it stood: from the left the longest that has a rule."""
+        """Yield replaced parts of the text with their offsets: from the left, the longest with a rule."""
         content = text.encode("utf-8")
         place = start = 0
         while place < len(content):
@@ -120,9 +120,9 @@ Segmentation = Callable[[str], List[Tuple[str, bool]]]
 
 
 def unigram(facts: Dict[str, Any]) -> Segmentation:
-    """The likeliest pieces, as `Model::EncodeOptimized` of sentencepiece's unigram model finds them.
+    """Return the likeliest pieces, like `Model::EncodeOptimized` of sentencepiece's unigram model.
 
-    Scores of paths are kept in 32 bits, as they are there: by this ties are decided.
+    Path scores are kept in 32 bits, as there, since this decides ties.
     """
     scores: Dict[str, float] = dict(facts["pieces"])
     highest, lowest = max(scores.values()), min(scores.values())
@@ -160,7 +160,7 @@ def unigram(facts: Dict[str, Any]) -> Segmentation:
 
 
 def bpe(facts: Dict[str, Any]) -> Segmentation:
-    """Neighbours joined, the pair of the best score first, as sentencepiece's bpe model does it."""
+    """Join neighbours, the pair with the best score first, like sentencepiece's bpe model."""
     scores: Dict[str, float] = dict(facts["pieces"])
     own = sorted(facts["user_defined"], key=len, reverse=True)
     whole = re.compile("|".join([*map(re.escape, own), "."]), re.DOTALL)
@@ -184,7 +184,7 @@ def bpe(facts: Dict[str, Any]) -> Segmentation:
         while agenda:
             _, left, right, size = heapq.heappop(agenda)
             if not symbols[left] or not symbols[right] or len(symbols[left]) + len(symbols[right]) != size:
-                continue  # one of them has grown meanwhile
+                continue  # one of them has grown since
             symbols[left] += symbols[right]
             symbols[right] = ""
             after[left] = after[right]
@@ -201,18 +201,18 @@ SEGMENTATIONS: Dict[str, Callable[[Dict[str, Any]], Segmentation]] = {UNIGRAM: u
 
 
 class PieceTokenizer:
-    """As the Tokenizer of the package tokenizers, for single texts: a vocabulary, with sentencepiece in front of it."""
+    """A substitute for the tokenizers package's Tokenizer, for single texts: a vocabulary behind sentencepiece."""
 
     def __init__(self, tokenizer: Tokenizer, path: Path) -> None:
         facts: Dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         self._tokenizer = tokenizer
         self._normalizer = Normalizer(facts)
         self._segment = SEGMENTATIONS[facts["kind"]](facts)
-        self._codes: bool = facts["language_codes"]  # whether a text may begin with one, as >>fr<<
+        self._codes: bool = facts["language_codes"]  # whether a text may begin with one, such as >>fr<<
         self._vocabulary: Dict[str, int] = tokenizer.get_vocab()
         self._unknown: int = facts["unknown_id"]
-        self._not_written = frozenset(facts["not_written"])  # the numbers of special tokens
-        # Pieces that sentencepiece's model lacks: it writes them as they are, and a ▁ in them too, but for Marian's.
+        self._not_written = frozenset(facts["not_written"])  # the ids of special tokens
+        # Pieces missing from sentencepiece's model: written unchanged, even a ▁ in them, except for Marian's.
         self._as_they_are = frozenset(facts["as_they_are"])
         self._beyond: str = facts["beyond"]
         tokens = sorted(facts["tokens"], key=len, reverse=True)
@@ -223,7 +223,7 @@ class PieceTokenizer:
 
     @property
     def post_processor(self) -> Any:
-        """What adds special tokens."""
+        """The part that adds special tokens."""
         return self._tokenizer.post_processor
 
     @post_processor.setter
@@ -231,16 +231,16 @@ class PieceTokenizer:
         self._tokenizer.post_processor = value
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> List[Encoding]:
-        """As the Tokenizer's."""
+        """Encode like the Tokenizer."""
         return [self.encode(text, add_special_tokens) for text in texts]
 
     def encode(self, text: str, add_special_tokens: bool = True) -> Encoding:
-        """As the Tokenizer's."""
+        """Encode like the Tokenizer."""
         encoding = self._encoding(self.pieces(text))
         return self._tokenizer.post_process(encoding, None, add_special_tokens)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of pieces. (Nothing that writes texts asks for special tokens in it.)"""
+        """Decode pieces. (No text-writing task asks for special tokens.)"""
         written, part = "", ""
         for number in ids:
             if number in self._not_written:
@@ -253,7 +253,7 @@ class PieceTokenizer:
         return (written + self._normalizer.begun(part)).strip()
 
     def pieces(self, text: str) -> List[Piece]:
-        """The special tokens of a text, and the pieces of what is between them."""
+        """Return a text's special tokens, and the pieces between them."""
         found: List[Piece] = []
         start = 0
         for match in self._tokens.finditer(text):
@@ -273,7 +273,7 @@ class PieceTokenizer:
         for piece, known in self._segment(normalized):
             end = place + len(piece)
             start, stop = offset + spans[place][0], offset + spans[end - 1][1]
-            if not known and not before_known:  # neighbours that are unknown are one piece
+            if not known and not before_known:  # unknown neighbours form one piece
                 piece, start = found[-1].text + piece, found.pop().start
             found.append(Piece(piece, start, stop))
             place, before_known = end, known
@@ -296,12 +296,12 @@ class PieceTokenizer:
 
 
 def renumbered(encoding: Encoding, ids: Sequence[int]) -> Encoding:
-    """The encoding with other token ids."""
+    """Return the encoding with other token ids."""
     return _encoding({**json.loads(encoding.__getstate__()), "ids": list(ids)})
 
 
 def _encoding(state: Dict[str, Any]) -> Encoding:
-    """An Encoding is made, and changed, through its pickled state, which is JSON."""
+    """Make an Encoding from its pickled state, which is JSON; there is no other way to make or change one."""
     encoding = Encoding()
     encoding.__setstate__(json.dumps(state).encode("utf-8"))
     return encoding

@@ -1,32 +1,32 @@
-"""Whether texts have more tokens than may be, found out from their beginning: tokenizing all of them is what is to be avoided."""
+"""Finds out from the beginning of texts whether they have too many tokens, which avoids tokenizing all of them."""
 
 from __future__ import annotations
 
 from typing import Callable, List, NamedTuple, Sequence
 
-# A text that is cut within a word may have more tokens there: of a word of 100 characters WordPiece makes so many at most.
+# A text cut within a word may gain tokens: WordPiece makes at most this many of a 100-character word.
 _OF_A_CUT = 256
-# Where that much of the texts would have to be tokenized, all of it is as quickly.
+# Beyond this share of the texts, tokenizing all of them is as fast.
 _NEARLY_ALL = 0.8
 
 
 class Sized(NamedTuple):
-    """A text, and the most tokens of it that count: where it is truncated, so many are run."""
+    """A text, and how many of its tokens count at most: a truncated one runs no more."""
 
     text: str
     most: float = float("inf")
 
 
 def worth_it(characters: int, most: int) -> bool:
-    """Whether texts have enough characters that they may have more than `most` tokens, and time is saved by a look."""
+    """Return whether texts are long enough to exceed `most` tokens, and probing would save time."""
     return characters > 2 * (most + _OF_A_CUT)
 
 
 def surely_more(texts: Sequence[Sized], most: int, count: Callable[[Sequence[str]], List[int]]) -> bool:
-    """Whether the texts have more than `most` tokens, as their first characters show; `count` gives the tokens of each.
+    """Return whether the first characters show that the texts have more than `most` tokens; `count` counts each text's.
 
-    The first look takes as many characters as tokens may be, which is enough for punctuation and ideographs; the second
-    as many as these tokens should have then. False says nothing.
+    The first probe takes as many characters as tokens are allowed, enough for punctuation and ideographs; the second
+    as many as these tokens have in prose. False proves nothing.
     """
     whole, wanted = sum(len(each.text) for each in texts), most + _OF_A_CUT
     reach = wanted * 9 // 8

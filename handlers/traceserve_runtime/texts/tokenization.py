@@ -1,7 +1,7 @@
-"""Text to rows of token ids, and what is longer than a row to windows.
+"""Turns texts into rows of token ids, and longer texts into windows.
 
-Everything that is needed of a tokenizer lies in `tokenizer.json` and the package tokenizers. The file's own padding
-and truncation are switched off: both belong to the caller here.
+All tokenizer facts are in `tokenizer.json` and the tokenizers package. The file's own padding
+and truncation are disabled: the caller does both.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ from traceserve_runtime.texts.probing import Sized
 
 LONG_INPUTS = ("window", "truncate", "reject")
 _SPACES_TO_CLEAN = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
-_CHARACTERS_OF_PROSE = 4  # for each token
+_CHARACTERS_OF_PROSE = 4  # per token
 
-Bare = Tuple[Encoding, Optional[Encoding]]  # of a text and its pair, without special tokens
+Bare = Tuple[Encoding, Optional[Encoding]]  # a text and its pair, without special tokens
 
 
 class Segments(NamedTuple):
-    """What a row is made of: a text, or a text and its pair; `fields` are their names in the request.
+    """The source of a row: a text, or a text and its pair; `fields` are their names in the request.
 
-    The rest says how they are shortened: `limit` is the longest row where that is less than max_length; `cut` is the
-    segment that is shortened (0 or 1; None: the longer one, or both); neighbouring windows share `stride` tokens, and
-    are of one size, or with `full` as long as can be but for the last. `special`: whether special tokens are added.
+    The rest says how they are shortened: `limit` is the longest row if it is less than max_length; `cut` is the
+    segment to shorten (0 or 1; None: the longer one, or both); adjacent windows share `stride` tokens, and
+    have one size or, with `full`, are as long as possible except for the last. `special`: whether special tokens are
+    added.
     """
 
     text: str
@@ -49,23 +50,23 @@ class Segments(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """One sequence for the model: `encoding` holds ids, type ids and character offsets of each token."""
+    """One sequence for the model: `encoding` holds each token's id, type id and character offsets."""
 
     encoding: Encoding
-    length: int  # in tokens, special ones included
-    tokens: int  # of the text itself
-    first: int = 0  # how many of these belong to the first segment
-    start: int = 0  # where in the shortened segment this window starts, in tokens
-    part: int = 0  # which of the request's segments this is
+    length: int  # in tokens, including special ones
+    tokens: int  # of the text alone
+    first: int = 0  # how many of these are in the first segment
+    start: int = 0  # this window's offset in the shortened segment, in tokens
+    part: int = 0  # index of the request's segments
 
     def numbered(self, part: int) -> Row:
-        """The row as one of another part."""
+        """Return the row with another part number."""
         return replace(self, part=part)
 
     def places(self, segment: int = 0) -> List[int]:
-        """The places in the row of a segment's tokens, special ones left out.
+        """Return the positions in the row of a segment's tokens, without special ones.
 
-        Not by the encoding's `sequence_ids`, which some post-processors lose for windows of a pair.
+        The encoding's `sequence_ids` are not used: some post-processors lose them for windows of a pair.
         """
         own = [i for i, special in enumerate(self.encoding.special_tokens_mask) if not special]
         return own[self.first :] if segment else own[: self.first]
@@ -73,14 +74,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Encoded:
-    """The rows of one request, one or several windows; and the characters that no row holds."""
+    """A request's rows, one or several windows, and the characters in no row."""
 
     rows: List[Row]
     unseen: Dict[str, Tuple[int, int]] = field(default_factory=dict)  # field -> [start, end)
 
 
 class TextTokenizer:
-    """Segments to rows of at most `max_length` tokens; at most `max_rows` for one request."""
+    """Turns segments into rows of at most `max_length` tokens, at most `max_rows` per request."""
 
     def __init__(
         self, folder: Path, facts: TokenizerFacts, max_length: int, max_rows: int, windows: bool = True
@@ -89,7 +90,7 @@ class TextTokenizer:
             self._tokenizer: Any = Tokenizer.from_file(str(folder / facts.file))
             if facts.pieces is not None:
                 self._tokenizer = PieceTokenizer(self._tokenizer, folder / facts.pieces)
-        except Exception as error:  # tokenizers raises Exception itself for a file that it cannot read
+        except Exception as error:  # tokenizers raises plain Exception for a file that it cannot read
             raise InvalidManifest(f"{facts.file} cannot be read by the tokenizers package: {error}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -99,16 +100,16 @@ class TextTokenizer:
         self._max_length = max_length
         self._max_rows = max_rows
         self.limits = Limits.of(max_length, max_rows)
-        self._windows = windows  # whether windows may be advised
+        self._windows = windows  # whether to suggest windows
         self._special_tokens = [self._tokenizer.num_special_tokens_to_add(is_pair) for is_pair in (False, True)]
 
     def encode(self, requests: Sequence[Segments], long_inputs: Sequence[str]) -> List[Union[Encoded, TraceserveError]]:
-        """One Encoded, or the reason why there is none, for each request; `long_inputs` names how each is shortened."""
-        # An empty pair is none, as for transformers.
+        """Return an Encoded, or the error, for each request; `long_inputs` says how each is shortened."""
+        # Like transformers, an empty pair counts as none.
         requests = [request if request.pair else request._replace(pair=None, cut=None) for request in requests]
         answers: List[Union[Encoded, TraceserveError, None]] = [self._refuse_huge(request) for request in requests]
         accepted = [i for i, answer in enumerate(answers) if answer is None]
-        # One that will be shortened is tokenized once, without special tokens; of the others most are whole rows already.
+        # Those to be shortened are tokenized once, without special tokens; most of the others are whole rows already.
         long = {i for i in accepted if self._is_long(requests[i])}
         for special in (True, False):
             short = [i for i in accepted if i not in long and requests[i].special == special]
@@ -121,17 +122,18 @@ class TextTokenizer:
         return answers  # type: ignore[return-value]  # every None was replaced above
 
     def _checked(self, segments: Segments, act: Callable[[Segments], Encoded]) -> Union[Encoded, TraceserveError]:
-        """The rows that `act` makes of the segments, whose tokens the model has, or why there are none."""
+        """Return the rows that `act` makes of the segments if the model has all their tokens, or why there are none."""
         try:
             encoded = act(segments)
             if self._embeddings is not None:
                 _check_known(encoded.rows, segments, self._embeddings)
             return encoded
         except TraceserveError as error:
-            return error.with_traceback(None)  # its frames hold the tokens of the text that is refused
+            return error.with_traceback(None)  # its frames hold the refused text's tokens
 
     def surely_more(self, segments: Sequence[Tuple[Segments, str]]) -> bool:
-        """Whether these, each with how it is shortened, have more tokens than one HTTP request may; see `probing`."""
+        """Return whether these, each with how it is shortened, surely exceed the tokens of one HTTP request; see
+        `probing`."""
         texts = [
             Sized(text, self._limit(each) if how == "truncate" else math.inf)
             for each, how in segments
@@ -144,46 +146,46 @@ class TextTokenizer:
 
     def _count(self, texts: Sequence[str]) -> List[int]:
         kind = type(self._tokenizer)
-        encode = getattr(kind, "encode_batch_fast", kind.encode_batch)  # since 0.20; it finds no offsets
+        encode = getattr(kind, "encode_batch_fast", kind.encode_batch)  # since 0.20; finds no offsets
         return [len(encoding) for encoding in encode(self._tokenizer, list(texts), add_special_tokens=False)]
 
     def token_ids(self, text: str) -> List[int]:
-        """The ids of a text by itself, without special tokens."""
+        """Return the ids of a text alone, without special tokens."""
         ids: List[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
     def token_id(self, token: str) -> Optional[int]:
-        """The id of one token, None where the vocabulary lacks it."""
+        """Return the id of one token, None if it is not in the vocabulary."""
         known: Optional[int] = self._tokenizer.token_to_id(token)
         return known
 
     def token(self, token_id: int) -> str:
-        """The token with this id."""
+        """Return the token with this id."""
         return str(self._tokenizer.id_to_token(token_id))
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool, raw: bool = False) -> str:
-        """The text of token ids, as transformers' `decode` gives it; with `raw`, as it does without cleaning up."""
+        """Decode token ids like transformers' `decode`; `raw` skips the clean-up."""
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return clean_up(text) if self._clean_up and not raw else text
 
     def join(self, tokens: Sequence[str]) -> str:
-        """The text of tokens, as transformers' `convert_tokens_to_string` gives it."""
+        """Join tokens like transformers' `convert_tokens_to_string`."""
         decoder = self._tokenizer.decoder
         return decoder.decode(list(tokens)) if decoder is not None else " ".join(tokens)
 
     @property
     def marks_subwords(self) -> bool:
-        """Whether tokens that continue a word carry a prefix, as WordPiece's ##."""
+        """Whether tokens that continue a word have a prefix, such as WordPiece's ##."""
         return bool(getattr(self._tokenizer.model, "continuing_subword_prefix", None))
 
     @property
     def vocabulary_size(self) -> int:
-        """How many tokens there are, added ones included."""
+        """The number of tokens, including added ones."""
         size: int = self._tokenizer.get_vocab_size()
         return size
 
     def _whole(self, segments: Segments, encoding: Encoding, how: str) -> Encoded:
-        """The rows of segments that were tokenized with special tokens."""
+        """Make rows of segments tokenized with special tokens."""
         length = len(encoding)
         self._check_any(segments, length)
         if length > self._limit(segments):
@@ -194,7 +196,7 @@ class TextTokenizer:
         return Encoded([Row(encoding, length, tokens, first)])
 
     def _parted(self, segments: Segments, bare: Bare, how: str) -> Encoded:
-        """The rows of segments that were tokenized without special tokens, each by itself."""
+        """Make rows of segments tokenized separately, without special tokens."""
         length = sum(len(each) for each in bare if each is not None) + self._special(segments)
         self._check_any(segments, length)
         if length > self._limit(segments):
@@ -203,11 +205,11 @@ class TextTokenizer:
         return Encoded([self._row(segments, *bare)])
 
     def _check_any(self, segments: Segments, length: int) -> None:
-        if not length:  # a tokenizer without special tokens, and a text without any of its own
+        if not length:  # no special tokens, and none of the text's own
             raise InvalidRequest("the text has no tokens", segments.fields[0])
 
     def _is_long(self, segments: Segments) -> bool:
-        """Whether the segments have more characters than a row of prose."""
+        """Return whether the segments have more characters than a row of prose."""
         characters = len(segments.text) + (len(segments.pair) if segments.pair else 0)
         return characters > _CHARACTERS_OF_PROSE * self._limit(segments)
 
@@ -224,7 +226,7 @@ class TextTokenizer:
         return next((refusal for refusal in refusals if refusal is not None), None)
 
     def _check_shortened(self, segments: Segments, length: int, how: str) -> None:
-        """Raise InputTooLong for segments of this length that are not to be shortened."""
+        """Raise InputTooLong if segments of this length must not be shortened."""
         limit = self._limit(segments)
         name = segments.fields[segments.cut or 0]
         if how == "reject":
@@ -245,10 +247,10 @@ class TextTokenizer:
         return (self._truncate if how == "truncate" else self._window)(segments, *bare, room)
 
     def _encode_bare(self, requests: Sequence[Segments]) -> List[Bare]:
-        """The segments of each request without special tokens, and not post-processed: that follows for each row.
+        """Encode each request's segments without special tokens or post-processing, which follow for each row.
 
-        The post-processors of byte-level tokenizers move offsets past a leading space, each time that they run; so the
-        tokenizer's own is put aside for a moment. (An engine is for one thread.)
+        The post-processors of byte-level tokenizers move offsets past a leading space on every run, so the
+        tokenizer's own is removed meanwhile. (An engine is for one thread.)
         """
         texts = [text for request in requests for text in request[:2] if text is not None]
         if not texts:
@@ -287,7 +289,7 @@ class TextTokenizer:
         return Encoded([self._row(segments, first, second)], unseen)
 
     def _window(self, segments: Segments, first: Encoding, second: Optional[Encoding], room: int) -> Encoded:
-        """Windows over one segment, the longer one where the request does not say; the other one stands in each."""
+        """Make windows over one segment, by default the longer; the other is in each window."""
         cut = segments.cut
         if cut is None:
             cut = int(second is not None and len(second) > len(first))
@@ -297,7 +299,7 @@ class TextTokenizer:
             if len(shorter) > (room // 2 if segments.cut is None else room - 1):
                 raise self._no_room(segments, first, second, room)
             room -= len(shorter)
-        # A short room is moved by half of itself, not by the token or two that a long stride would leave.
+        # A short window advances by half, not by the token or two that a long stride would leave.
         stride = segments.stride if segments.stride < room else room // 2
         count = math.ceil(max(1, len(longer) - stride) / (room - stride))
         if count > self._max_rows:
@@ -318,7 +320,7 @@ class TextTokenizer:
         )
 
     def _no_room(self, segments: Segments, first: Encoding, second: Optional[Encoding], room: int) -> InputTooLong:
-        """The segment that stays whole leaves too little room for the one that is cut."""
+        """Return the error for a whole segment that leaves too little room for the truncated one."""
         cut = segments.cut if segments.cut is not None else int(len(second or ()) > len(first))
         most = room // 2 if segments.cut is None else room - 1
         advice = ', or ask for "parameters": {"long_inputs": "truncate"}' if segments.cut is None else ""
@@ -335,7 +337,7 @@ class TextTokenizer:
 
 
 def _check_known(rows: Sequence[Row], segments: Segments, embeddings: int) -> None:
-    """Refuse a text with a token that the tokenizer has and the model has not, which would end its run."""
+    """Refuse a text with a token that is in the tokenizer but not in the model, which would end its run."""
     for row in rows:
         if max(row.encoding.ids) < embeddings:
             continue
@@ -349,9 +351,9 @@ def _check_known(rows: Sequence[Row], segments: Segments, embeddings: int) -> No
 
 
 def longest_first(first: int, second: int, room: int) -> Tuple[int, int]:
-    """How many tokens of each of two segments are kept when both must fit in `room`.
+    """Return how many tokens of two segments are kept if both must fit in `room`.
 
-    The longer one is cut until both are equal, then both: the strategy `longest_first` of the package tokenizers,
+    The longer one is truncated until both are equal, then both: the tokenizers package's `longest_first`,
     which transformers uses for `truncation=True`.
     """
     shorter, longer = sorted((first, second))
@@ -362,7 +364,7 @@ def longest_first(first: int, second: int, room: int) -> Tuple[int, int]:
 
 
 def clean_up(text: str) -> str:
-    """The space before punctuation and English contractions taken away, as transformers' `clean_up_tokenization` does."""
+    """Remove spaces before punctuation and English contractions, like transformers' `clean_up_tokenization`."""
     for written in _SPACES_TO_CLEAN:
         text = text.replace(written, written.strip())
     return text

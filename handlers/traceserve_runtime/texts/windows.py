@@ -1,4 +1,4 @@
-"""Several windows of one text back to one sequence of tokens."""
+"""Merges a text's windows into one sequence of tokens."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from traceserve_runtime.texts.tokenization import Row
 
 
 class Place(NamedTuple):
-    """A token of the whole sequence: the window that answers for it, and where it lies in that window."""
+    """A token of the whole sequence: the window that answers for it, and its position there."""
 
     window: int
     position: int
@@ -16,9 +16,9 @@ class Place(NamedTuple):
 
 
 def merge(rows: Sequence[Row]) -> List[Place]:
-    """Every token of the text once, special tokens before and behind, as if all were one row.
+    """Return every token of the text once, special tokens before and after, like a single row.
 
-    A token that two windows share is taken from the one where it has more of its neighbours on both sides; the middle
+    A token that two windows share is taken from the one with more context on both sides; the middle
     one from the earlier, since some post-processors leave a row's first token its leading space.
     """
     places = []

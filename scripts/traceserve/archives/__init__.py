@@ -1,1 +1,1 @@
-"""The archives: how a `.mar` is packed, read and served."""
+"""Archives: packing, reading and serving configuration of a `.mar`."""

@@ -1,6 +1,6 @@
-"""An artifact's folder and the runtime to a `.mar`, by torch-model-archiver.
+"""Packs an artifact's folder and the runtime into a `.mar` with torch-model-archiver.
 
-The same inputs give the same bytes.
+Equal inputs give equal bytes.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from traceserve.errors import ArchiveError
 from traceserve.machine import space
 
 RUNTIME = "traceserve_runtime"
-_RUNTIME_SIZE = 1 << 20  # of the handler, the runtime and what describes them, at most
+_RUNTIME_SIZE = 1 << 20  # upper bound for the handler, the runtime and their metadata
 
 
 def archive(artifact: Path, name: str, folder: Path, version: Optional[str] = None) -> Path:
-    """Pack `artifact` and the runtime into `folder/NAME.mar`, under its own version or another; raises ArchiveError."""
-    manifest = Manifest.read(artifact)  # checks that the artifact is whole, and what was verified
+    """Pack `artifact` and the runtime into `folder/NAME.mar`, optionally under another version; raises ArchiveError."""
+    manifest = Manifest.read(artifact)  # checks that the artifact is complete and verified
     manifest = replace(
         manifest, name=check_name(name), version=check_version(manifest.version if version is None else version)
     )
@@ -49,9 +49,9 @@ def archive(artifact: Path, name: str, folder: Path, version: Optional[str] = No
 
 
 def handler_file() -> Path:
-    """The package's own transformer_handler.py: the one beside the runtime that this process imports.
+    """Return the package's own transformer_handler.py: the one beside the imported runtime.
 
-    Not the first of that name on the path: a working directory may hold another one, as a clone of TorchServe's example.
+    Not the first one on the path: a working directory may contain another, such as a clone of TorchServe's example.
     """
     file = _runtime_folder().parent / HANDLER_FILE
     if not file.is_file() or RUNTIME not in file.read_text(encoding="utf-8"):
@@ -60,12 +60,12 @@ def handler_file() -> Path:
 
 
 def _runtime_folder() -> Path:
-    """Of the modules that were imported already: the manifests of this process are theirs."""
+    """Return the folder of the imported runtime, which also made this process's manifests."""
     return Path(traceserve_runtime.__file__).resolve().parent
 
 
 def _stage(artifact: Path, manifest: Manifest, stage: Path) -> Dict[str, str]:
-    """Lay out the archive's root, without the manifest; gives the SHA-256 of each file."""
+    """Lay out the archive's root, without the manifest; returns each file's SHA-256."""
     for name in manifest.files:
         (stage / name).parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -82,7 +82,7 @@ def _stage(artifact: Path, manifest: Manifest, stage: Path) -> Dict[str, str]:
 
 
 def _pack(stage: Path, manifest: Manifest, scratch: Path) -> Path:
-    """Run torch-model-archiver. It deletes `<temp dir>/<name>` and builds there: it gets a temp dir of its own."""
+    """Run torch-model-archiver. It deletes `<temp dir>/<name>` and builds there, so it gets its own temp dir."""
     temp, out = scratch / "temp", scratch / "out"
     temp.mkdir()
     out.mkdir()
@@ -108,7 +108,7 @@ def _pack(stage: Path, manifest: Manifest, scratch: Path) -> Path:
 
 
 def _settle(packed: Path, target: Path) -> Path:
-    """Copy an archive without what differs from run to run: dates, and the order of its files."""
+    """Copy an archive without dates and in sorted order, which differ between runs."""
     with zipfile.ZipFile(packed) as source:
         undated = _undated(source.read(ARCHIVER_MANIFEST))
     copy_archive(packed, target, {ARCHIVER_MANIFEST: undated})

@@ -1,4 +1,4 @@
-"""An archive's files: read, unpacked, and its serving configuration changed in place."""
+"""An archive's files: reading, unpacking, and changing its serving configuration in place."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from traceserve.errors import ArchiveError
 from traceserve.machine import space
 
 ARCHIVER_MANIFEST = "MAR-INF/MANIFEST.json"
-_METADATA = "traceserve.egg-info/"  # an editable installation writes it beside the handler; nothing imports it
-_EPOCH = (1980, 1, 1, 0, 0, 0)  # the first date that a zip can hold
-_LARGEST_RATIO = 1100  # of what deflate makes of zeros
-# What zipfile raises for files that are no zip, are cut, or have a byte changed: in names, sizes, methods, flags or data.
-# (A RuntimeError, which NotImplementedError is too, for a method or an encryption that is not known.)
+_METADATA = "traceserve.egg-info/"  # written beside the handler by an editable installation; never imported
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest date in a zip
+_LARGEST_RATIO = 1100  # deflate's for zeros
+# zipfile's exceptions for files that are not zips, are truncated, or have a changed byte: in names, sizes, methods,
+# flags or data.
+# (RuntimeError, the base of NotImplementedError, is for an unknown method or encryption.)
 _DAMAGED = (
     zipfile.BadZipFile,
     zlib.error,
@@ -38,10 +39,10 @@ _DAMAGED = (
 
 
 def unpack(path: Path, folder: Path, only: Sequence[str] = ()) -> None:
-    """Extract an archive, or these files of it, into `folder`; raises ArchiveError for a damaged one, NoSpace.
+    """Extract an archive, or these of its files, into `folder`; raises ArchiveError for a damaged one, NoSpace.
 
-    It may hold the files that its manifest names and no other. Its code is compared with the manifest here, where that
-    code does not run yet; the worker compares all files.
+    It must contain only files in its manifest. Code is compared with the manifest here, before it
+    runs; the worker compares all files.
     """
     manifest = read_manifest(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -51,7 +52,7 @@ def unpack(path: Path, folder: Path, only: Sequence[str] = ()) -> None:
             members = [info for info in file.infolist() if not only or info.filename in only]
             size = sum(info.file_size for info in members)
             if size > _LARGEST_RATIO * path.stat().st_size:
-                raise zipfile.BadZipFile("it tells sizes of files that it cannot hold")
+                raise zipfile.BadZipFile("it declares larger files than it can contain")
             space.require(folder, size, f"unpacking {path.name}")
             with space.Needed(folder, size, f"unpacking {path.name}"):
                 file.extractall(folder, members)
@@ -62,9 +63,9 @@ def unpack(path: Path, folder: Path, only: Sequence[str] = ()) -> None:
 
 
 def _check_names(path: Path, names: Sequence[str], manifest: Manifest) -> None:
-    """Raise ArchiveError unless the archive holds each file once, and none that the manifest does not name.
+    """Raise ArchiveError unless the archive has each file once, and only files in the manifest.
 
-    The manifest of one that was packed by hand names no code; its folder of handlers may have an installation's metadata.
+    A hand-packed archive's manifest names no code; its folder of handlers may contain an installation's metadata.
     """
     known = {*manifest.files, MANIFEST_FILE, ARCHIVER_MANIFEST, HANDLER_FILE}
     files = [name for name in names if not name.endswith("/")]
@@ -78,7 +79,7 @@ def _check_names(path: Path, names: Sequence[str], manifest: Manifest) -> None:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest inside an archive; raises ArchiveError for a file that is no archive of ours."""
+    """Return the manifest in an archive; raises ArchiveError for a file that is not one of our archives."""
     return Manifest.from_json(_read_document(path))
 
 
@@ -90,12 +91,12 @@ def _read_document(path: Path) -> Any:
 
 
 def read_serving(path: Path) -> Serving:
-    """How an archive is served; raises ArchiveError."""
+    """Return an archive's serving configuration; raises ArchiveError."""
     return Serving.from_yaml(_read(path, SERVING_FILE).decode("utf-8", "replace"))
 
 
 def _read(path: Path, name: str) -> bytes:
-    """One file of an archive."""
+    """Read one file of an archive."""
     try:
         with zipfile.ZipFile(path) as file:
             return file.read(name)
@@ -104,8 +105,8 @@ def _read(path: Path, name: str) -> bytes:
 
 
 def _damaged(path: Path, error: Exception) -> TraceserveError:
-    """What to say of a file that cannot be read as an archive."""
-    if isinstance(error, TraceserveError):  # said already
+    """Return the error for a file that cannot be read as an archive."""
+    if isinstance(error, TraceserveError):  # already reported
         return error
     if isinstance(error, FileNotFoundError):
         return ArchiveError(f"{path} does not exist; `traceserve build` makes it")
@@ -119,7 +120,7 @@ def _damaged(path: Path, error: Exception) -> TraceserveError:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a file is a zip from its first byte on: an archive that was cut behind traced_model.pt ends as that zip does."""
+    """Return whether a file is a zip from its first byte: an archive cut after traced_model.pt ends like that zip."""
     try:
         with zipfile.ZipFile(path) as file:
             return min((info.header_offset for info in file.infolist()), default=0) == 0
@@ -128,12 +129,12 @@ def _is_whole(path: Path) -> bool:
 
 
 def configure(path: Path, serving: Serving) -> None:
-    """Give an archive, in place, another serving configuration; everything else in it stays byte for byte.
+    """Replace an archive's serving configuration in place; all other bytes stay the same.
 
-    The new archive takes the old one's place when it is finished: whoever is interrupted has the old one.
+    The finished new archive replaces the old one atomically: after an interruption, the old one remains.
     """
     document = _read_document(path)
-    Manifest.from_json(document)  # checks that it is one of ours, and whole
+    Manifest.from_json(document)  # checks that it is ours, and complete
     path = path.resolve()  # not a link to it
     with staging.staged(path) as folder:
         write_document(document, folder)
@@ -145,9 +146,9 @@ def configure(path: Path, serving: Serving) -> None:
 
 
 def configure_unpacked(folder: Path, serving: Serving) -> None:
-    """Write the serving configuration of an unpacked archive, and its SHA-256 into the manifest.
+    """Write an unpacked archive's serving configuration, and its SHA-256 into the manifest.
 
-    The manifest keeps its schema: the runtime that lies beside it reads that one.
+    The manifest keeps its schema, which the runtime beside it reads.
     """
     document = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
     Manifest.from_json(document)
@@ -157,7 +158,7 @@ def configure_unpacked(folder: Path, serving: Serving) -> None:
 
 
 def copy_archive(packed: Path, target: Path, changed: Mapping[str, bytes]) -> None:
-    """Copy an archive with some files changed, in sorted order and without dates."""
+    """Copy an archive with some files replaced, in sorted order and without dates."""
     with zipfile.ZipFile(packed) as source, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as sink:
         for name in sorted(source.namelist()):
             info = zipfile.ZipInfo(name, _EPOCH)

@@ -1,4 +1,5 @@
-"""model-config.yaml, what TorchServe and the worker read of an archive's serving: batches, workers, threads, limits."""
+"""model-config.yaml, an archive's serving configuration for TorchServe and the worker: batches, workers, threads,
+limits."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from traceserve.errors import ArchiveError
 
 SERVING_FILE = "model-config.yaml"
 
-# The keys of TorchServe, and those that our handler reads in `handler`, by the field that holds each.
+# Keys of TorchServe, and of our handler (in `handler`), by field.
 _KEYS = {
     "batch_size": "batchSize",
     "max_batch_delay": "maxBatchDelay",
@@ -24,25 +25,27 @@ _KEYS = {
 }
 _HANDLER_KEYS = {field: field for field in Settings._fields}
 _HANDLER = "handler"
-_WORKERS = ("minWorkers", "maxWorkers")  # TorchServe passes over one without the other
+_WORKERS = ("minWorkers", "maxWorkers")  # TorchServe ignores one without the other
 
 
 @dataclass(frozen=True)
 class Serving:
-    """How an archive is served; None leaves it to the server (workers) or to the worker (what Settings has)."""
+    """The serving configuration of an archive; None leaves a value to the server (workers) or the worker (as in
+    Settings)."""
 
-    batch_size: int  # the most requests that the worker is handed at once
+    batch_size: int  # the most requests passed to the worker at once
     max_batch_delay: int  # in milliseconds
     response_timeout: int  # in seconds
     startup_timeout: int = 300  # in seconds
-    client_timeout: Optional[int] = None  # in milliseconds; TorchServe drops older requests without an answer
+    client_timeout: Optional[int] = None  # in milliseconds; TorchServe silently drops older requests
     workers: Optional[int] = None  # processes
-    threads: Optional[int] = None  # of each worker, within one operator
-    length_step: Optional[int] = None  # rows are padded up to a multiple of it
-    pack_weights: Optional[bool] = None  # each worker has its own copy, as the processor reads it
+    threads: Optional[int] = None  # per worker, within one operator
+    length_step: Optional[int] = None  # pad rows up to a multiple of it
+    pack_weights: Optional[bool] = None  # each worker has its own copy, in the processor's layout
 
     def to_yaml(self) -> str:
-        """The file's text. Both timeouts always: any YAML makes its own defaults win over config.properties."""
+        """Return the file's text. Both timeouts are always written: any YAML makes its own defaults win over
+        config.properties."""
         content: Dict[str, Any] = {key: getattr(self, field) for field, key in _KEYS.items()}
         content = {key: value for key, value in content.items() if value is not None}
         if self.workers is not None:
@@ -56,7 +59,7 @@ class Serving:
 
     @classmethod
     def from_yaml(cls, text: str) -> Serving:
-        """What a file's text says; raises ArchiveError for what `to_yaml` does not write."""
+        """Parse a file's text; raises ArchiveError for anything that `to_yaml` does not write."""
         try:
             content = yaml.safe_load(text)
         except yaml.YAMLError as error:
@@ -76,7 +79,7 @@ class Serving:
 
 
 def _read(content: Mapping[str, Any], keys: Mapping[str, str], where: str) -> Dict[str, Any]:
-    """Each value by its field."""
+    """Return the values by field."""
     fields = {key: field for field, key in keys.items()}
     for key in content:
         if key not in fields:

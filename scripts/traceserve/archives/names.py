@@ -1,4 +1,4 @@
-"""The names and versions that TorchServe and its archiver allow an archive."""
+"""Archive names and versions that TorchServe and its archiver allow."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import re
 from traceserve.errors import ArchiveError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-VERSION = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"  # what stands in a URL as it is
+VERSION = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"  # safe in a URL
 
 
 def check_name(name: str) -> str:
-    """`name`, if TorchServe allows it; raises ArchiveError."""
+    """Return `name` if TorchServe allows it; raises ArchiveError."""
     if not NAME.fullmatch(name):
         raise ArchiveError(f"{name!r} cannot name an archive: letters, digits, _ . and - only, a letter or digit first")
     return name
 
 
 def check_version(version: str) -> str:
-    """`version`, if it can stand in a URL as it is; raises ArchiveError. TorchServe neither reads nor sorts versions."""
+    """Return `version` if it is safe in a URL; raises ArchiveError. TorchServe neither parses nor sorts versions."""
     if not re.fullmatch(VERSION, version) or version.endswith("\n"):
         raise ArchiveError(
             f"{version!r} cannot be an archive's version: letters, digits, _ . and - only, a letter or digit first, at most "

@@ -1,9 +1,9 @@
-"""Whole or not at all: what is made appears under its name only when it is finished.
+"""Atomic output: a result appears under its name only when finished.
 
-Whoever works in a private folder holds a lock on a file in it (`flock`), which the system gives back when its process
-ends, however it ends. Two containers with one model_store see each other's locks, although not each other's processes.
-On NFS the lock is seen by other machines unless it was mounted with `nolock` or `local_lock`: there, builds of two
-machines into one folder should not run at the same time.
+A process with a private folder holds a lock (`flock`) on a file in it, which the system releases when the process
+ends, for any reason. Two containers with one model_store see each other's locks, but not each other's processes.
+On NFS other machines see the lock unless it was mounted with `nolock` or `local_lock`: then two
+machines should not build into one folder at the same time.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ if sys.platform != "win32":
     import fcntl
 
 LOCK_FILE = ".traceserve.lock"
-_UNIQUE = r"[a-z0-9_]{8}"  # as mkdtemp ends names
+_UNIQUE = r"[a-z0-9_]{8}"  # mkdtemp's suffix
 _SCRATCH = re.compile(rf"traceserve-scratch-{_UNIQUE}")
-# Folders without a lock: of an earlier version, or where there are no locks. Nothing works in one for so long.
+# Folders without a lock come from an earlier version, or a file system without locks. None is in use for this long.
 _OLD = 7 * 24 * 3600.0  # seconds
 _own: Set[Path] = set()  # on NFS a process does not see its own locks
 
 
 def check_free(target: Path, force: bool, error: Type[TraceserveError]) -> None:
-    """Raise `error` if `target` is there and may not be replaced."""
+    """Raise `error` if `target` exists and may not be replaced."""
     if target.exists() and not force:
         raise error(f"{target} exists already; --force replaces it, --output or --store writes elsewhere")
 
 
 @contextlib.contextmanager
 def staged(target: Path) -> Iterator[Path]:
-    """A private folder beside `target`; what is made in it under the target's name takes its place at the end.
+    """Yield a private folder beside `target`; the result made in it under the target's name replaces it at the end.
 
-    If the block raises, or is interrupted, the folder goes and an earlier target stays as it was. What a killed
-    process left behind is removed by the next one.
+    If the block raises or is interrupted, the folder is removed and an earlier target remains. The next
+    process removes the remains of a killed one.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     _sweep(target)
@@ -58,7 +58,7 @@ def staged(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def scratch() -> Iterator[Path]:
-    """A temporary folder, removed at the end; what killed processes of this user left behind is removed first."""
+    """Yield a temporary folder, removed at the end; first removes those of this user's killed processes."""
     for left in abandoned(Path(tempfile.gettempdir()), _SCRATCH):
         shutil.rmtree(left, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix="traceserve-scratch-"))
@@ -71,7 +71,7 @@ def scratch() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[Path]:
-    """Hold the lock of a folder of one's own, so that `abandoned` passes over it."""
+    """Lock one's own folder, so that `abandoned` skips it."""
     lock = _locked(folder)
     _own.add(folder.resolve())
     try:
@@ -85,9 +85,9 @@ def held(folder: Path) -> Iterator[Path]:
 
 
 def abandoned(parent: Path, pattern: Pattern[str], old: float = math.inf) -> Iterator[Path]:
-    """The folders of this user in `parent` that are called so and whose process is gone; each is locked meanwhile.
+    """Yield this user's folders in `parent` that match and whose process is gone; each is locked meanwhile.
 
-    Of those without a lock, the ones that have not changed for `old` seconds.
+    Folders without a lock count if they have not changed for `old` seconds.
     """
     for path in sorted(parent.iterdir()):
         if not pattern.fullmatch(path.name) or path.resolve() in _own or not _is_own_folder(path):
@@ -106,7 +106,7 @@ def abandoned(parent: Path, pattern: Pattern[str], old: float = math.inf) -> Ite
 
 
 def write_beside(target: Path, suffix: str, text: str) -> Path:
-    """Write `text` into the file beside `target` that has its name and this suffix, at once; gives the file."""
+    """Atomically write `text` into the file beside `target` with its name and this suffix; returns the file."""
     path = target.with_name(target.name[: -len(".mar")] + suffix if target.suffix == ".mar" else target.name + suffix)
     new = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -131,7 +131,7 @@ def _replace(made: Path, target: Path, replaced: Path) -> None:
 
 
 def _sweep(target: Path) -> None:
-    """Remove the private folders of processes that are gone; put back a target that one of them had moved aside."""
+    """Remove the private folders of dead processes; restore a target that one of them had moved aside."""
     for path in abandoned(target.parent, re.compile(re.escape(f".{target.name}.") + rf"\d+\.{_UNIQUE}"), _OLD):
         if (path / "replaced").is_dir() and not target.exists():
             os.rename(path / "replaced", target)
@@ -139,7 +139,7 @@ def _sweep(target: Path) -> None:
 
 
 def _locked(folder: Path) -> Optional[int]:
-    """A lock on the folder's file, which appears under its name only when it is locked; None where there are no locks."""
+    """Lock the folder's file, which appears under its name only once locked; None if locks are unsupported."""
     new = folder / f"{LOCK_FILE}.new"
     lock = os.open(new, os.O_RDWR | os.O_CREAT, 0o600)
     if _try_lock(lock):
@@ -155,7 +155,7 @@ def _try_lock(lock: int) -> bool:
         return False
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # it is held, or this file system has no locks
+    except OSError:  # it is held, or locks are unsupported
         return False
     return True
 
@@ -169,7 +169,7 @@ def _is_own_folder(path: Path) -> bool:
 
 
 def _age(path: Path) -> float:
-    """Seconds since a folder without a lock has changed; 0 for one that has a lock, or has gone."""
+    """Return the seconds since a folder without a lock changed; 0 if it has a lock, or is gone."""
     with contextlib.suppress(OSError):
         return 0.0 if (path / LOCK_FILE).exists() else time.time() - path.stat().st_mtime
     return 0.0

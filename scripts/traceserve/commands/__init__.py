@@ -1,4 +1,4 @@
-"""The commands of `traceserve`, in the order in which --help lists them; the only modules that print."""
+"""The commands of `traceserve`, in the order of --help; the only modules that print."""
 
 from typing import Tuple
 

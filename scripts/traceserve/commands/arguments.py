@@ -1,4 +1,4 @@
-"""Options and their types that several commands share."""
+"""Options and types that several commands share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Optional
 
 
 def add_port(parser: argparse.ArgumentParser, default: Optional[int] = None) -> None:
-    """`--port`; without a default the only running server is meant."""
+    """Add `--port`; without a default it means the only running server."""
     text = f"[{default}]" if default else "[of the only server]"
     parser.add_argument(
         "--port", type=port, default=default, metavar="P", help=f"the port of the REST interface {text}"
@@ -15,11 +15,11 @@ def add_port(parser: argparse.ArgumentParser, default: Optional[int] = None) -> 
 
 
 def add_nothing(parser: argparse.ArgumentParser) -> None:
-    """For a command without options."""
+    """Add nothing, for a command without options."""
 
 
 def positive(text: str) -> int:
-    """A whole number of 1 or more."""
+    """Parse a whole number of 1 or more."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError("should be 1 or more")
@@ -27,7 +27,7 @@ def positive(text: str) -> int:
 
 
 def port(text: str) -> int:
-    """A TCP port."""
+    """Parse a TCP port."""
     number = int(text)
     if not 1 <= number <= 65535:
         raise argparse.ArgumentTypeError("should be 1 to 65535")

@@ -18,60 +18,58 @@ if TYPE_CHECKING:
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("place", metavar="NAME|URL", help="an archive that is being served, or any HTTP endpoint")
+    parser.add_argument("place", metavar="NAME|URL", help="a served archive, or any HTTP endpoint")
     parser.add_argument(
         "--samples",
         type=Path,
         required=True,
         metavar="FILE",
-        help="what is sent, shuffled and again and again: texts, one a line, or a .csv with a column text, or request "
-        "bodies in a .jsonl; texts like those that the server will get, as its speed depends on their lengths",
+        help="requests to send, shuffled and repeated: texts, one per line, or a .csv with a column text, or request "
+        "bodies in a .jsonl; use realistic texts, since the speed depends on their lengths",
     )
     parser.add_argument(
         "--connections",
         type=_numbers,
         metavar="N[,N...]",
-        help="closed loop: each of N connections sends its next request when its last is answered; several are measured "
+        help="closed loop: each of N connections sends its next request once the last is answered; several values are measured "
         "one after the other [16]",
     )
     parser.add_argument(
         "--rate",
         type=_quantity,
         metavar="R",
-        help="open loop: R requests a second at random times, whether or not earlier ones are answered, as from many users; "
-        "a latency counts from when its request was due, and connections are opened as needed, up to 512",
+        help="open loop: R requests per second at random times, regardless of earlier answers, as from many users; "
+        "a latency counts from when its request was due, and up to 512 connections are opened as needed",
     )
     parser.add_argument(
-        "--seconds", type=_quantity, default=10.0, metavar="S", help="how long each is measured [%(default)g s]"
+        "--seconds", type=_quantity, default=10.0, metavar="S", help="time per measurement [%(default)g s]"
     )
     parser.add_argument(
-        "--warm-up", type=_duration, default=2.0, metavar="S", help="the same load before, uncounted [%(default)g s]"
+        "--warm-up", type=_duration, default=2.0, metavar="S", help="the same load first, not counted [%(default)g s]"
     )
-    parser.add_argument(
-        "--compare", metavar="OTHER", help="another NAME or URL, measured in turn, with the ratio of both"
-    )
+    parser.add_argument("--compare", metavar="OTHER", help="another NAME or URL, measured alternately, with the ratio")
     parser.add_argument(
         "--rounds",
         type=positive,
         metavar="N",
-        help="how often all of it is measured; the medians count [3 with --compare, else 1]",
+        help="number of rounds; medians are reported [3 with --compare, else 1]",
     )
     parser.add_argument(
         "--body",
         metavar="TEMPLATE",
-        help='for URLs: the JSON around each text, as \'{"input": ["{text}"]}\' [the text alone, as text/plain]',
+        help='for URLs: the JSON around each text, such as \'{"input": ["{text}"]}\' [the text alone, as text/plain]',
     )
-    parser.add_argument("--compare-body", metavar="TEMPLATE", help="another one for OTHER [as --body]")
+    parser.add_argument("--compare-body", metavar="TEMPLATE", help="the same for OTHER [as --body]")
     parser.add_argument(
         "--header",
         action="append",
         type=_header,
         default=[],
         metavar="'K: V'",
-        help="for URLs: a header; may be repeated",
+        help="for URLs: a header; repeatable",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the order and of the open loop's times [%(default)s]"
+        "--seed", type=int, default=0, metavar="N", help="for the order and the open loop's times [%(default)s]"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with curves; it works offline")
@@ -117,12 +115,12 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _numbers(text: str) -> Tuple[int, ...]:
-    """Such numbers, with commas."""
+    """Parse such numbers, separated by commas."""
     return tuple(positive(part) for part in text.split(","))
 
 
 def _duration(text: str) -> float:
-    """Seconds, 0 or more."""
+    """Parse seconds, 0 or more."""
     number = float(text)
     if not 0 <= number < float("inf"):
         raise argparse.ArgumentTypeError("should be 0 or more")
@@ -130,7 +128,7 @@ def _duration(text: str) -> float:
 
 
 def _quantity(text: str) -> float:
-    """A number above 0."""
+    """Parse a number above 0."""
     number = _duration(text)
     if not number:
         raise argparse.ArgumentTypeError("should be more than 0")
@@ -145,7 +143,7 @@ def _header(text: str) -> Tuple[str, str]:
 
 
 def _print_bench(document: Dict[str, Any]) -> None:
-    """What was measured: for each server the medians and where the time goes, and the ratios of two."""
+    """Print the medians and time breakdown of each server, and the ratios of two."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -173,7 +171,7 @@ def _print_bench(document: Dict[str, Any]) -> None:
 
 
 def _load(figures: Dict[str, Any]) -> str:
-    """The number of a measurement's load."""
+    """Return a measurement's load as text."""
     return str(figures["connections"]) if figures["rate"] is None else f"{figures['rate']:g}"
 
 
@@ -189,7 +187,7 @@ def _latency_table(own: Sequence[Dict[str, Any]], load: str, several_rounds: boo
     from rich.table import Table
 
     names = [name for name in own[0]["latency_ms"] if name != "mean"]
-    span = ["±"] if several_rounds else []  # half of what lies between the slowest and the fastest round
+    span = ["±"] if several_rounds else []  # half the spread between the slowest and the fastest round
     table = Table(load, "requests/s", *span, f"{names[0]} ms", *names[1:], "errors", box=None, header_style="dim")
     for summary in own:
         latencies = (figure(summary["latency_ms"][name]) for name in names)
@@ -201,7 +199,7 @@ def _latency_table(own: Sequence[Dict[str, Any]], load: str, several_rounds: boo
 
 
 def notes(summary: Dict[str, Any], seconds: float) -> Iterator[str]:
-    """What makes a measurement less than it seems."""
+    """Yield the caveats of a measurement."""
     for reason, count in summary["errors"].items():
         yield f"{count:,} times {reason}"
     over = summary["seconds"] - seconds
@@ -218,7 +216,7 @@ def notes(summary: Dict[str, Any], seconds: float) -> Iterator[str]:
 
 
 def _time_table(own: Sequence[Dict[str, Any]], load: str) -> Table:
-    """Where the mean time of a request goes, in a server of traceserve."""
+    """Return the breakdown of a request's mean time in a traceserve server."""
     from rich.table import Table
 
     table = Table(f"mean time, at {load}:", *map(_load, own), box=None, header_style="dim")
@@ -234,8 +232,8 @@ def _time_table(own: Sequence[Dict[str, Any]], load: str) -> Table:
 COMMANDS = (
     Command(
         "bench",
-        "Measure a running server.\n\nThroughput, latencies, errors, and of a server of traceserve where the time of a "
-        "request goes:\n\n  traceserve bench NAME --samples texts.txt --connections 1,16,64 --html bench.html\n"
+        "Measure a running server.\n\nThroughput, latencies, errors, and for a traceserve server the breakdown of a "
+        "request's time:\n\n  traceserve bench NAME --samples texts.txt --connections 1,16,64 --html bench.html\n"
         "  traceserve bench NAME --samples texts.txt --rate 200\n  traceserve bench NAME --samples texts.txt "
         "--compare http://127.0.0.1:7997/classify \\\n"
         '    --body \'{"model": "some/model", "input": ["{text}"]}\'',

@@ -1,4 +1,4 @@
-"""export, archive, build: from a configuration to an artifact and an archive."""
+"""export, archive, build: a configuration to an artifact and an archive."""
 
 from __future__ import annotations
 
@@ -38,23 +38,25 @@ def _add_gate(parser: argparse.ArgumentParser) -> None:
         "--samples",
         type=Path,
         metavar="FILE",
-        help="compare on your own texts too: one a line, or a .csv with a column text, or request bodies in a .jsonl",
+        help="compare on your own texts too: one per line, or a .csv with a column text, or request bodies in a .jsonl",
     )
     parser.add_argument(
-        "--allow-drift", action="store_true", help="export although answers differ from the original's; it is recorded"
+        "--allow-drift",
+        action="store_true",
+        help="export even if answers differ from the original's; recorded in the manifest",
     )
 
 
 def _add_force(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--force", action="store_true", help="replace what is there")
+    parser.add_argument("--force", action="store_true", help="replace an existing one")
 
 
 def _add_store(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--store", type=Path, default=STORE, metavar="FOLDER", help="where archives lie [%(default)s]")
+    parser.add_argument("--store", type=Path, default=STORE, metavar="FOLDER", help="folder of archives [%(default)s]")
     parser.add_argument(
         "--version",
         metavar="V",
-        help="the archive's version, in /predictions/NAME/V [the configuration's, else 1.0]; with another one a second build "
+        help="the archive's version, in /predictions/NAME/V [the configuration's, else 1.0]; with another one, a second build "
         "can be registered beside the first",
     )
 
@@ -87,7 +89,7 @@ def _build(options: argparse.Namespace) -> int:
 
 
 def make(options: argparse.Namespace, with_archive: bool) -> Path:
-    """Export, and archive; both appear at the end, or neither. Gives the archive's, or the artifact's, path."""
+    """Export, and archive; both appear at the end, or neither. Returns the archive's or the artifact's path."""
     from contextlib import ExitStack
 
     from traceserve.archives import archive, names, staging
@@ -108,7 +110,7 @@ def make(options: argparse.Namespace, with_archive: bool) -> Path:
 
     started = time.monotonic()
     with Bar() as bar, ExitStack() as stack:
-        # The archive's place is entered first, and so filled last.
+        # Staged folders are filled in reverse order: the archive must come last.
         archive_folder = stack.enter_context(staging.staged(packed)) if packed else None
         folder = stack.enter_context(staging.staged(target)) / target.name
         folder.mkdir()
@@ -179,12 +181,12 @@ def _print_exported(exported: Exported, path: Path, seconds: float) -> None:
 
 
 def _padding(manifest: Manifest) -> List[Tuple[str, str]]:
-    """Where a CPU computes it, of what is run once; or why there is none."""
+    """Return where a CPU computes padding in a single pass, or why there is none."""
     if not manifest.shapes.padded:
         from traceserve.building.attempt import PADDING_CHANGES
 
         by = manifest.receipt.get(PADDING_CHANGES)
-        changes = f" (it changes outputs by {by:.1e})" if by is not None else ""
+        changes = f" (padding changes outputs by {by:.1e})" if by is not None else ""
         return [("padding", f"none: only rows of one length run together{changes}")]
     from traceserve_runtime.runtimes.torchscript.reader import UNPADDED
 
@@ -195,9 +197,7 @@ def _padding(manifest: Manifest) -> List[Tuple[str, str]]:
     from traceserve.building.attempt import REFUSED
 
     refused = [f"{row['largest_difference']:.1e} in {row['variant']}" for row in manifest.receipt.get(REFUSED, ())]
-    why = (
-        f": the rewritten graph was refused, and left out (largest difference {'; '.join(refused)})" if refused else ""
-    )
+    why = f": the rewritten graph was refused (largest difference {'; '.join(refused)})" if refused else ""
     return [("padding", "computed as tokens are" + why)]
 
 
@@ -207,7 +207,7 @@ def _dtype(manifest: Manifest) -> str:
 
 
 def _compiled(exported: Exported) -> List[Tuple[str, str]]:
-    """Of what was compiled for a chip: how much of it, and what the figures above are of."""
+    """Return the compiled share of a chip's graphs, and what the comparison above was made with."""
     shares = exported.manifest.runtime.get("compiler", {}).get("shares")
     if not shares:
         return []
@@ -220,7 +220,7 @@ def _compiled(exported: Exported) -> List[Tuple[str, str]]:
 
 
 def _changed(findings: Findings) -> str:
-    """How many answers changed, and of how many may: the user's own, where these decide."""
+    """Return how many answers changed, out of how many: the user's own if these decide."""
     limit = findings.limit
     if findings.own_decide:
         return f"{findings.own_changed} of {findings.own_answers} of your samples (limit {limit.changed:.1%})"
@@ -229,7 +229,7 @@ def _changed(findings: Findings) -> str:
 
 
 def _print_variants(findings: Findings) -> None:
-    """All that was compared with the original: each file and each way in which a worker may run it."""
+    """Print all comparisons with the original: each file and each way in which a worker may run it."""
     from rich.table import Table
 
     table = Table("compared", "device", "cells", "largest difference", "answers changed")
@@ -241,11 +241,11 @@ def _print_variants(findings: Findings) -> None:
 
 
 def _print_candidates(exported: Exported) -> None:
-    """What was tried, and why one was taken."""
+    """Print the candidates, and why one was chosen."""
     from rich.table import Table
 
     compared = exported.compared
-    times = ["ratio"] if compared else []  # of the speeds
+    times = ["ratio"] if compared else []  # ratios of the speeds
     table = Table("dtype", "answers changed", "largest difference", "requests/s here", *times, "size", "")
     for candidate in exported.candidates:
         found, speed = candidate.findings, candidate.speed
@@ -288,7 +288,7 @@ COMMANDS = (
     ),
     Command(
         "build",
-        "Export and archive.\n\nThe archive is called as the artifact's folder, and answers at /predictions/NAME.",
+        "Export and archive.\n\nThe archive is named after the artifact's folder, and answers at /predictions/NAME.",
         _add_build,
         _build,
     ),

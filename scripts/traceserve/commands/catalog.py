@@ -1,4 +1,4 @@
-"""The tasks as a reader meets them: what each one is asked, with which parameters, and what it answers."""
+"""Descriptions of the tasks: their inputs, parameters and answers."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ NAME = "NAME"  # stands for the archive's in an example
 
 
 class Entry(NamedTuple):
-    """A task in words."""
+    """The description of a task."""
 
     name: str
     answer: str
-    model: str  # the class of transformers that loads its checkpoints
-    fields: List[List[str]]  # name, what it is, description
+    model: str  # the transformers class that loads its checkpoints
+    fields: List[List[str]]  # name, kind, description
     parameters: List[List[str]]  # name, legal values, default, description
     example: str  # a curl command
 
 
 def entries() -> List[Entry]:
-    """All tasks, in the order of their table."""
+    """Return all tasks, in the order of their table."""
     return [_entry(task) for task in TASKS.values()]
 
 
 def markdown() -> str:
-    """What the README says of the tasks."""
+    """Return the README's section on tasks."""
     general = TASKS["sequence_classification"].all_parameters()[-1]
     parts = [_section(entry) for entry in entries()]
     return "\n\n".join(parts) + f"\n\nEvery task takes `{general.name}` too: {general.description}.\n"

@@ -1,4 +1,4 @@
-"""What a command is."""
+"""The contract of a command."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Callable, NamedTuple
 
 
 class Command(NamedTuple):
-    """A command of `traceserve`. The first sentence of `text` stands in the list of all, the whole of it in its --help."""
+    """A command of `traceserve`. The list of commands shows the first sentence of `text`, its --help the whole."""
 
     name: str
     text: str
-    add: Callable[[argparse.ArgumentParser], None]  # its options
-    run: Callable[[argparse.Namespace], int]  # gives the exit code
-    finds_servers: bool = False  # it starts servers, or looks for those that run
+    add: Callable[[argparse.ArgumentParser], None]  # adds its options
+    run: Callable[[argparse.Namespace], int]  # returns the exit code
+    finds_servers: bool = False  # whether it starts or finds servers

@@ -1,4 +1,4 @@
-"""demo: all of it on a small real model."""
+"""demo: all steps on a small real model."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def _demo(options: argparse.Namespace) -> int:
 COMMANDS = (
     Command(
         "demo",
-        "All of it on a small real model.\n\nFits a classifier of customers' messages, builds, serves, "
-        "and asks it sentences that it has not seen.",
+        "All steps on a small real model.\n\nTrains a classifier of customers' messages, builds and serves it, "
+        "and asks it unseen sentences.",
         _add_demo,
         _demo,
         finds_servers=True,

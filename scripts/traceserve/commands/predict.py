@@ -17,21 +17,21 @@ from traceserve.commands.contract import Command
 def _add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="the archive's name")
     parser.add_argument(
-        "texts", nargs="*", metavar="TEXT", help="texts to ask; - reads them from standard input, one a line"
+        "texts", nargs="*", metavar="TEXT", help="texts to ask; - reads them from standard input, one per line"
     )
-    parser.add_argument("--json", metavar="BODY", help="a request body as JSON, in place of texts")
-    parser.add_argument("--file", type=Path, metavar="FILE", help="texts, one a line; or a body, in a .json file")
+    parser.add_argument("--json", metavar="BODY", help="a request body as JSON, instead of texts")
+    parser.add_argument("--file", type=Path, metavar="FILE", help="texts, one per line; or a body, in a .json file")
     parser.add_argument(
         "--parameters",
         metavar="JSON",
-        help='the request\'s parameters, as \'{"top_k": 3}\'; see `traceserve tasks`. With "stream": true the text is '
+        help='the request\'s parameters, such as \'{"top_k": 3}\'; see `traceserve tasks`. With "stream": true the text is '
         "printed as it is written",
     )
     add_port(parser)
 
 
 def _predict(options: argparse.Namespace) -> int:
-    """Print an answer as JSON on a line for each text."""
+    """Print one answer per text, as a line of JSON."""
     from traceserve.errors import ServerError
     from traceserve.serving import client, instances
 
@@ -55,7 +55,7 @@ def _predict(options: argparse.Namespace) -> int:
 
 
 def _bodies(options: argparse.Namespace) -> Iterator[Any]:
-    """The request bodies that the options ask for; each with the parameters, where these are given."""
+    """Yield the requested bodies, with the parameters if given."""
     if options.parameters is None:
         yield from _inputs(options)
         return
@@ -68,7 +68,7 @@ def _bodies(options: argparse.Namespace) -> Iterator[Any]:
 
 
 def _inputs(options: argparse.Namespace) -> Iterator[Any]:
-    """What the options ask about; texts of a file go in lists."""
+    """Yield the inputs in the options; texts of a file are grouped in lists."""
     if sum((bool(options.texts), options.json is not None, options.file is not None)) != 1:
         raise TraceserveError("predict: give texts, or --json BODY, or --file FILE, or - for standard input")
     try:

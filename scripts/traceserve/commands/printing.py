@@ -1,4 +1,4 @@
-"""What the commands print with: the progress bar, figures, errors."""
+"""Output of the commands: the progress bar, figures, errors."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def console(error: bool = False) -> Console:
 
 
 class Bar:
-    """A progress bar on standard error: called with what is done, and how many steps of how many (0: unknown)."""
+    """A progress bar on standard error: called with a step's name, number and total (0: unknown)."""
 
     def __init__(self) -> None:
-        self._progress: Any = None  # made at the first call: importing rich takes a tenth of a second
+        self._progress: Any = None  # made on the first call: importing rich takes a tenth of a second
         self._task: Any = None
         self._what = ""
 
@@ -49,7 +49,7 @@ class Bar:
 
 
 def figure(value: float) -> str:
-    """Three digits, or all before the point."""
+    """Format with three digits, or all before the point."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
@@ -58,7 +58,7 @@ def megabytes(size: int) -> str:
 
 
 def print_findings(findings: Findings) -> None:
-    """Of each variant that did not pass the failing cells, and the samples whose answers changed."""
+    """Print each failed variant's failing cells, and the samples whose answers changed."""
     for found in findings.every:
         if not found.alike:
             _print_variant(found)

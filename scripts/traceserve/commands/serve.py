@@ -16,20 +16,18 @@ if TYPE_CHECKING:
 
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "archives", nargs="+", type=Path, metavar="ARCHIVE", help="each answers at /predictions/ and its name"
-    )
+    parser.add_argument("archives", nargs="+", type=Path, metavar="ARCHIVE", help="each answers at /predictions/NAME")
     parser.add_argument(
         "--workers",
         type=positive,
         metavar="N",
-        help="processes for each archive [what `traceserve tune` wrote into it, else 1]",
+        help="processes per archive [the value that `traceserve tune` wrote into it, else 1]",
     )
     parser.add_argument(
         "--host",
         default="127.0.0.1",
         metavar="H",
-        help="the address to listen on [%(default)s]; any other than the loopback's demands a key of every request",
+        help="the address to listen on [%(default)s]; except on the loopback address, every request needs a key",
     )
     add_port(parser, 8080)
     parser.add_argument("--foreground", action="store_true", help="run until interrupted, for containers and systemd")
@@ -38,7 +36,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=300,
         metavar="S",
-        help="give up when nothing has answered by then [%(default)s s]",
+        help="give up if nothing has answered by then [%(default)s s]",
     )
     _add_front(parser)
 
@@ -47,10 +45,10 @@ def _add_front(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cors-origin",
         metavar="O",
-        help='let the pages of this origin ask from a browser, as https://example.org; "*": of any',
+        help='allow browser requests from pages of this origin, such as https://example.org; "*": any',
     )
     parser.add_argument(
-        "--certificate", type=Path, metavar="FILE", help="speak TLS, with this certificate and its chain (PEM)"
+        "--certificate", type=Path, metavar="FILE", help="use TLS, with this certificate and its chain (PEM)"
     )
     parser.add_argument("--key", type=Path, metavar="FILE", help="its private key (PEM, RSA, without a password)")
     parser.add_argument(
@@ -58,10 +56,14 @@ def _add_front(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=1000,
         metavar="N",
-        help="requests of one archive that may wait; more are answered with 503 at once [%(default)s]",
+        help="queued requests per archive; any more are answered with 503 immediately [%(default)s]",
     )
     parser.add_argument(
-        "--largest-body", type=positive, default=64, metavar="MIB", help="of a request or an answer [%(default)s MiB]"
+        "--largest-body",
+        type=positive,
+        default=64,
+        metavar="MIB",
+        help="the size limit of a request or an answer [%(default)s MiB]",
     )
 
 
@@ -86,7 +88,7 @@ def _serve(options: argparse.Namespace) -> int:
     if options.foreground:
         try:
             instances.wait(instance)
-        except BaseException:  # an interrupt, as a container or systemd stops it
+        except BaseException:  # an interrupt, as from a container or systemd
             instances.stop(instance)
             raise
         raise ServerError(f"TorchServe ended{instances.last_words(instance)}")
@@ -95,7 +97,7 @@ def _serve(options: argparse.Namespace) -> int:
 
 def _add_stop(parser: argparse.ArgumentParser) -> None:
     add_port(parser)
-    parser.add_argument("--all", action="store_true", help="stop every server of yours")
+    parser.add_argument("--all", action="store_true", help="stop all your servers")
 
 
 def _stop(options: argparse.Namespace) -> int:
@@ -170,7 +172,7 @@ def print_instance(instance: Instance, seconds: float) -> None:
     for name in instance.names:
         manifest = instance.manifest(name)
         key = ("-H", f"Authorization: Bearer {instance.key}") if instance.key else ()
-        key = (*key, "--insecure") if instance.certificate else key  # it is for another name than this machine's
+        key = (*key, "--insecure") if instance.certificate else key  # the certificate does not name this machine
         body = TASKS[manifest.task].sample_body(manifest.facts)
         command = curl(f"{instance.url}/predictions/{name}", body, *key)
         screen.print(f"\n  {command}", highlight=False, markup=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""tasks, formats, config-schema: what there is."""
+"""tasks, formats, config-schema: what is available."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def _config_schema(options: argparse.Namespace) -> int:
 
 
 def _add_tasks(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("task", nargs="?", metavar="TASK", help="only this one [all]")
-    parser.add_argument("--markdown", action="store_true", help="as the README has them")
+    parser.add_argument("task", nargs="?", metavar="TASK", help="show only this one [all]")
+    parser.add_argument("--markdown", action="store_true", help="in the README's format")
 
 
 def _tasks(options: argparse.Namespace) -> int:
@@ -59,7 +59,7 @@ def _formats(options: argparse.Namespace) -> int:
 
 
 def _print_tasks(entries: Sequence[Entry]) -> None:
-    """Each task with its fields and parameters, and a command to copy."""
+    """Print each task with its fields and parameters, and a command to copy."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -86,7 +86,7 @@ def _print_formats(formats: Sequence[Format]) -> None:
 
     table = Table("save mode", "hardware")
     for name in ("tasks", "dtype", "why not others"):
-        table.add_column(name, overflow="fold")  # a narrow terminal breaks long names, and loses none
+        table.add_column(name, overflow="fold")  # a narrow terminal wraps long names instead of dropping them
     every = {task for item in formats for task in item.tasks}
     for item in formats:
         tasks = "all" if set(item.tasks) == every else ", ".join(item.tasks)
@@ -103,15 +103,15 @@ def _print_formats(formats: Sequence[Format]) -> None:
 COMMANDS = (
     Command(
         "tasks",
-        "Show the tasks: what each is asked, its parameters, what it answers.",
+        "Show the tasks: inputs, parameters, answers.",
         _add_tasks,
         _tasks,
     ),
     Command(
         "formats",
-        "Show what goes together: save modes, hardware, dtypes and tasks.\n\nA save mode is how the model is stored in the "
-        "archive, and so what the worker runs it with. The keys save_mode,\nhardware, dtype and options of "
-        "setup_config.json choose; what cannot work is refused before anything is downloaded:\n\n"
+        "Show the valid combinations: save modes, hardware, dtypes and tasks.\n\nA save mode is how the model is stored in the "
+        "archive, which decides what runs it in the worker. The keys save_mode,\nhardware, dtype and options of "
+        "setup_config.json choose; invalid combinations are refused before anything is downloaded:\n\n"
         '  {"model_name": "...", "save_mode": "pretrained", "dtype": "float32", "options": {"torch_compile": true}}',
         _add_formats,
         _formats,

@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 
 
 def _add_tune(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("archive", type=Path, metavar="ARCHIVE", help="whose serving configuration is to be the best")
+    parser.add_argument("archive", type=Path, metavar="ARCHIVE", help="the archive to configure")
     parser.add_argument(
         "--samples",
         type=Path,
         required=True,
         metavar="FILE",
-        help="texts like those that the server will get: one a line, or a .csv with a column text, or request bodies in a "
-        ".jsonl; what is best depends on their lengths",
+        help="realistic texts: one per line, or a .csv with a column text, or request bodies in a "
+        ".jsonl; the best configuration depends on their lengths",
     )
     parser.add_argument(
         "--target",
         type=_p99,
         metavar="T",
-        help="throughput: the most requests a second with all the connections; or p99=MS: the most of which 99 in 100 are "
+        help="throughput: the most requests per second with all connections; or p99=MS: the most of which 99 % are "
         "answered within MS milliseconds, with as many connections as that allows [throughput]",
     )
     parser.add_argument(
@@ -39,21 +39,20 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=64,
         metavar="N",
-        help="how many requests are on their way at once: as many as your busiest hours have; with p99=MS at most "
-        "[%(default)s]",
+        help="number of concurrent requests: as many as at your busiest times; with p99=MS at most [%(default)s]",
     )
     parser.add_argument(
         "--budget",
         type=positive,
         default=300,
         metavar="S",
-        help="seconds to measure in; after them the best so far is taken [%(default)s]",
+        help="time limit in seconds; then the best so far is taken [%(default)s]",
     )
-    parser.add_argument("--dry-run", action="store_true", help="measure and show, but leave the archive as it is")
+    parser.add_argument("--dry-run", action="store_true", help="measure and report, but leave the archive unchanged")
 
 
 def _p99(text: str) -> Optional[float]:
-    """The p99 of a target, in seconds; None for throughput."""
+    """Return a target's p99 in seconds; None for throughput."""
     if text == "throughput":
         return None
     name, _, number = text.partition("=")
@@ -94,7 +93,7 @@ def _tune(options: argparse.Namespace) -> int:
 
 
 def _print_tuned(tuned: Tuned) -> None:
-    """What was measured, the chosen row marked, and what padding wastes."""
+    """Print the measurements, the chosen row marked, and the waste by padding."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -164,9 +163,9 @@ COMMANDS = (
         "Find an archive's best serving configuration on this machine.\n\nMeasures workers, threads, batch size, batch "
         "delay and length step with real servers, and writes the best into the archive:\n\n"
         "  traceserve tune model_store/NAME.mar --samples texts.txt\n"
-        "  traceserve tune model_store/NAME.mar --samples texts.txt --target p99=50\n\nA candidate and the best one so far "
-        "run beside each other and are measured in turn; a difference within the noise changes nothing.\nServers that run "
-        "already are not touched, but share the processor: the figures are better without them.",
+        "  traceserve tune model_store/NAME.mar --samples texts.txt --target p99=50\n\nA candidate and the best so far "
+        "run in parallel and are measured alternately; differences within the noise are ignored.\nOther running "
+        "servers are not touched, but share the processor: stop them for better figures.",
         _add_tune,
         _tune,
         finds_servers=True,

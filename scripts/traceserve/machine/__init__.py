@@ -1,1 +1,1 @@
-"""What this machine is: its libraries' settings, disks, user folders and chips."""
+"""This machine: environment variables, disks, user folders and chips."""

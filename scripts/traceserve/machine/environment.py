@@ -1,12 +1,15 @@
-"""What the libraries of a worker read of the environment; to be set before torch is imported.
+"""Environment variables of a worker's libraries; must be set before torch is imported.
 
-OpenMP's waiting threads spin by default, and starve whatever shares the processor with them: with another busy process on
-two cores MiniLM answered a tenth. Those that sleep at once are woken too late for the next operator. A short spin keeps
-most of both. (GNU's OpenMP counts spins; others read the first line alone.)
+OpenMP's waiting threads spin by default, and starve other processes: with another busy process on
+two cores MiniLM had a tenth of its throughput. Threads that sleep immediately wake too late for the next operator. A
+short spin
+keeps most of both. (GNU's OpenMP counts spins; others read only the first line.)
 
-oneDNN keeps code and buffers for each shape of a product that it has met, 1,024 of them and as many again in torch's own
-cache. Rows of any length are many shapes: a worker in bfloat16 grew to twice its memory. With 64 it is as fast, where the
-builder has the graph fill its tokens up to few numbers (torchscript/unpadding.py). The figures are in docs/measurements.md.
+oneDNN caches code and buffers for each matrix shape, 1,024 of them, and torch's own cache as many
+again. Rows of any length have many shapes: a worker in bfloat16 grew to twice its memory. With 64 it is as fast, since
+the
+builder's graph rounds token counts up to few sizes (torchscript/unpadding.py). See docs/measurements.md for the
+figures.
 """
 
 from __future__ import annotations
@@ -23,5 +26,5 @@ DEFAULTS = {
 
 
 def settings() -> Dict[str, str]:
-    """What is to be set, as far as the user has not set it."""
+    """Return the variables to set, except those that the user has set."""
     return {key: os.environ.get(key, value) for key, value in DEFAULTS.items()}

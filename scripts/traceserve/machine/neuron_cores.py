@@ -1,4 +1,4 @@
-"""The NeuronCores of this machine, of which each belongs to one process."""
+"""This machine's NeuronCores, each of which belongs to one process."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from traceserve_runtime.runtimes.torchscript.neuron import CERTAIN_CORES, CHIPS,
 from traceserve.errors import ServerError
 
 TOOL = "neuron-ls"
-TOOLS = Path("/opt/aws/neuron/bin")  # where AWS's images have it, not always on the PATH
+TOOLS = Path("/opt/aws/neuron/bin")  # the location in AWS's images, not always on the PATH
 DEVICES = Path("/dev")
 
 
 def count(hardware: str) -> int:
-    """How many cores this machine has; 0 without a chip or its driver."""
+    """Return this machine's number of cores; 0 without a chip or its driver."""
     tool = shutil.which(TOOL) or str(TOOLS / TOOL)
     try:
         result = subprocess.run(
             [tool, "--json-output"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=60, check=False
         )
         return sum(int(device["nc_count"]) for device in json.loads(result.stdout))
-    except (OSError, subprocess.SubprocessError):  # the driver may be there without its tools
+    except (OSError, subprocess.SubprocessError):  # the driver may be installed without its tools
         return CHIPS[hardware].cores * len(list(DEVICES.glob("neuron[0-9]*")))
-    except (ValueError, TypeError, KeyError):  # it says nothing where there is no driver
+    except (ValueError, TypeError, KeyError):  # it prints nothing without a driver
         return 0
 
 
 def for_workers(hardware: Mapping[str, str], workers: Mapping[str, int]) -> Dict[str, str]:
-    """What workers must find in their environment so that each takes one core; raises ServerError where they cannot.
+    """Return the environment variables with which each worker takes one core; raises ServerError if there are too few.
 
-    `hardware` and `workers` are by archive; those that need no core do not count.
+    `hardware` and `workers` are by archive; archives that need no core do not count.
     """
     compiled = [name for name in hardware if hardware[name] in CHIPS]
     if not compiled:
@@ -45,8 +45,8 @@ def for_workers(hardware: Mapping[str, str], workers: Mapping[str, int]) -> Dict
     there = count(kind)
     if not there:
         raise ServerError(
-            f"{names} runs on {CHIPS[kind].machines}, but this machine has no NeuronCore: neither does {TOOL} tell of one, "
-            f"nor is there {DEVICES}/neuron0; serve it on such a machine, with its driver loaded"
+            f"{names} runs on {CHIPS[kind].machines}, but this machine has no NeuronCore: {TOOL} lists none, "
+            f"and there is no {DEVICES}/neuron0; serve it on such a machine, with its driver loaded"
         )
     if wanted > there:
         raise ServerError(

@@ -1,4 +1,4 @@
-"""Room on disks: checked before much is written, and a full disk told in one line, with the path and what is needed."""
+"""Disk space: checked before large writes; a full disk is reported in one line, with the path and the needed size."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from typing import Any, List, Optional
 
 from traceserve.errors import NoSpace
 
-# EFBIG is what a limit on the size of files gives (`ulimit -f`).
+# EFBIG is the error of a limit on file sizes (`ulimit -f`).
 _FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _WORDS = re.compile(
     r"No space left on device|Disk quota exceeded|File too large|\[Errno (28|122|27)\]|os error (28|122|27)\b"
 )
-# PyTorch's writer does not tell why a write failed.
+# PyTorch's writer does not report why a write failed.
 _TORCH_WORDS = re.compile(r"PytorchStreamWriter failed|inline_container\.cc.*(unexpected pos|failed)|iostream error")
-_MARGIN = 4 << 20  # for what is written beside: tables, manifests, directories
+_MARGIN = 4 << 20  # for files beside it: tables, manifests, directories
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether an error, or what it was raised from, is that a disk (or a quota, or a limit on files) is full."""
+    """Return whether an error or one of its causes says that a disk (or a quota, or a limit on files) is full."""
     seen: List[BaseException] = []
     current: Optional[BaseException] = error
     while current is not None and current not in seen:
@@ -37,10 +37,10 @@ def is_full(error: BaseException) -> bool:
 
 
 def require(folder: Path, needed: int, what: str) -> None:
-    """Raise NoSpace unless `folder` (which exists) has room for so many bytes more.
+    """Raise NoSpace unless `folder` (which exists) has room for this many more bytes.
 
-    The room is taken, where the system can do that, and given back at once: what a file system says is free may be less
-    for this user, by a quota.
+    If possible, the space is allocated and released at once: a quota may leave this user less than the file system
+    reports.
     """
     needed += _MARGIN
     free = shutil.disk_usage(folder).free
@@ -49,7 +49,7 @@ def require(folder: Path, needed: int, what: str) -> None:
 
 
 class Needed:
-    """A block that writes about so many bytes into `folder`, by whatever library: a full disk in it is raised as NoSpace."""
+    """A block that writes about this many bytes into `folder`, with any library: a full disk is raised as NoSpace."""
 
     def __init__(self, folder: Path, needed: int, what: str) -> None:
         self.folder, self.needed, self.what = folder, needed, what
@@ -63,7 +63,7 @@ class Needed:
 
 
 def told(error: BaseException, folders: List[Path], needed: Optional[int] = None, what: str = "a file") -> NoSpace:
-    """An error that is_full as one line: of the file that it names, or else of the fullest of the disks in question."""
+    """Return an error that is_full as one line about the file that it names, or else the fullest of the given disks."""
     path = _named(error)
     if path is None:
         folders = [_existing(folder.absolute()) for folder in (*folders, Path(_temporary()))]
@@ -72,7 +72,7 @@ def told(error: BaseException, folders: List[Path], needed: Optional[int] = None
 
 
 def size(paths: List[Path]) -> int:
-    """The bytes of these files, and of all files in these folders."""
+    """Return the bytes of these files, and of all files in these folders."""
     files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else (path,)) if file.is_file()]
     return sum(file.stat().st_size for file in files)
 
@@ -84,12 +84,12 @@ def _can_take(folder: Path, needed: int) -> bool:
         with tempfile.TemporaryFile(dir=folder) as file:
             os.posix_fallocate(file.fileno(), 0, needed)
     except OSError as error:
-        return not is_full(error)  # a file system that cannot do it
+        return not is_full(error)  # the file system does not support it
     return True
 
 
 def _named(error: BaseException) -> Optional[Path]:
-    """The file that the first full disk among these errors names."""
+    """Return the first file named by a full-disk error among these errors."""
     current: Optional[BaseException] = error
     for _ in range(20):
         if current is None:
@@ -101,7 +101,7 @@ def _named(error: BaseException) -> Optional[Path]:
 
 
 def _before(error: BaseException) -> Optional[BaseException]:
-    """What an error was raised from, unless that was hidden on purpose."""
+    """Return an error's cause, unless it was suppressed."""
     return error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
@@ -120,7 +120,7 @@ def _sentence(path: Path, what: str, needed: Optional[int], free: int) -> str:
 def _temporary() -> str:
     try:
         return tempfile.gettempdir()
-    except FileNotFoundError:  # it is tried by writing a file
+    except FileNotFoundError:  # writing a file will show it
         return os.environ.get("TMPDIR", os.curdir)
 
 

@@ -1,4 +1,4 @@
-"""Where this user's state and caches are kept: in the usual folders, or where these cannot be written in a temporary one."""
+"""This user's folders for state and caches: the usual ones, or a temporary one if these are not writable."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _APP = "traceserve"
 
 
 def state(name: str) -> Path:
-    """A folder for what later commands must find again, made if need be; raises ServerError."""
+    """Return a folder, made if needed, for data that later commands must find; raises ServerError."""
     return _folder(platformdirs.user_state_dir, "state") / name
 
 
 def cache(name: str) -> Path:
-    """A file or folder of the cache, whose folder is made if need be; raises ServerError."""
+    """Return a file or folder of the cache, whose parent is made if needed; raises ServerError."""
     return _folder(platformdirs.user_cache_dir, "cache") / name
 
 
 def note() -> Optional[str]:
-    """A sentence for the user where the usual state folder cannot be written; None where it can."""
+    """Return a note for the user if the usual state folder is not writable; else None."""
     usual = _usual(platformdirs.user_state_dir)
     used = _folder(platformdirs.user_state_dir, "state")
     if used == usual:
@@ -46,10 +46,10 @@ def _folder(find: Callable[[str], str], kind: str) -> Path:
 
 
 def _usual(find: Callable[[str], str]) -> Optional[Path]:
-    """What platformdirs says; None for a user without a home folder, as in a container with an arbitrary user id.
+    """Return platformdirs' folder; None for a user without a home folder, as in a container with an arbitrary user id.
 
-    There platformdirs 4.14 raises, and older ones give the relative path `~/...`, which would become a folder of that
-    name in the working directory.
+    For them platformdirs 4.14 raises, and older versions return the relative path `~/...`, which would create a folder
+    of that name in the working directory.
     """
     try:
         folder = Path(find(_APP))
@@ -59,21 +59,21 @@ def _usual(find: Callable[[str], str]) -> Optional[Path]:
 
 
 def _usable(folder: Path) -> bool:
-    """Whether files can be made in this folder, which is made if need be."""
+    """Return whether files can be made in this folder, which is made if needed."""
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
-        if space.is_full(error):  # elsewhere, servers would be lost as soon as there is room again
+        if space.is_full(error):  # elsewhere, servers would be lost once there is room again
             raise
         return False
     return os.access(folder, os.W_OK | os.X_OK | os.R_OK)
 
 
 def _private() -> Path:
-    """The temporary folder of this user alone, under the same name each time; raises ServerError.
+    """Return this user's private temporary folder, always with the same name; raises ServerError.
 
-    Its name can be guessed, so somebody else may have made it: it is used only if it is a real folder of this user that
-    nobody else may read or write.
+    Its name can be guessed, so somebody else may have made it: it must be a real folder of this user, not accessible
+    to anybody else.
     """
     try:
         root = Path(tempfile.gettempdir())
@@ -83,10 +83,10 @@ def _private() -> Path:
     folder = root / f"{_APP}-{user}"
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
-    found = folder.lstat()  # not what a link leads to
+    found = folder.lstat()  # not a link's target
     if not stat.S_ISDIR(found.st_mode):
         raise ServerError(_not_ours(folder, "is no folder"))
-    if hasattr(os, "getuid"):  # elsewhere the temporary folder is the user's own
+    if hasattr(os, "getuid"):  # elsewhere the temporary folder is per user
         if found.st_uid != os.getuid():
             raise ServerError(_not_ours(folder, f"belongs to the user {found.st_uid}, not {os.getuid()}"))
         if stat.S_IMODE(found.st_mode) & 0o077:

@@ -1,4 +1,4 @@
-"""Measure a server, or two in turn; the result is one JSON document."""
+"""Measures a server, or two alternately; the result is one JSON document."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from traceserve.measuring.page import load_name
 from traceserve.measuring.targets import Subject, check_answer
 
 PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9, 100.0)
-_CURVE = tuple(round(100 * (1 - 10 ** (-step / 20)), 6) for step in range(81))  # 0 to 99.99, even in the tail
+_CURVE = tuple(
+    round(100 * (1 - 10 ** (-step / 20)), 6) for step in range(81)
+)  # 0 to 99.99, with an even resolution in the tail
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How each subject is measured: at each number of connections, or at one rate, in each round."""
+    """The measurements of each subject: at each number of connections, or at one rate, in each round."""
 
     connections: Tuple[int, ...] = (16,)
     rate: Optional[float] = None
@@ -38,9 +40,9 @@ class Plan:
 def measure(
     subjects: Sequence[Subject], plan: Plan, samples: str, progress: Callable[[str, float], None]
 ) -> Dict[str, Any]:
-    """The document: each measurement, and for each subject and load the medians of its rounds.
+    """Return the document: each measurement, and the medians of its rounds for each subject and load.
 
-    Subjects take turns in each round, every other round in reverse, so that what drifts with time weighs on all alike.
+    Subjects alternate in each round, in reverse every other round, so that drift affects all alike.
     """
     for asked in subjects:
         check_answer(asked)
@@ -109,13 +111,13 @@ def _once(
         reasons = ", ".join(f"{count} times {reason}" for reason, count in result.errors.items())
         raise ServerError(
             f"{asked.label} answered no request in {plan.seconds:g} s: "
-            + (reasons or "none began in this time, as the ones before took longer; give it more with --seconds")
+            + (reasons or "none began in this time, since earlier ones took longer; allow more with --seconds")
         )
     return result, times
 
 
 def machine() -> Dict[str, Any]:
-    """What figures depend on."""
+    """Return the machine facts that figures depend on."""
     return {
         "processor": processor.name(),
         "cores": processor.cores(),
@@ -134,7 +136,7 @@ def percentile_name(p: float) -> str:
 def _figures(
     connections: int, result: load_generator.Result, times: Optional[server_times.ServerTimes]
 ) -> Dict[str, Any]:
-    """One measurement; times in milliseconds."""
+    """Return one measurement; times in milliseconds."""
     mean = float(result.latencies.mean())
     return {
         "connections": connections,
@@ -168,7 +170,7 @@ def _ms(seconds: float) -> float:
 def _summary(
     asked: Subject, connections: int, rounds: Sequence[Tuple[load_generator.Result, Optional[server_times.ServerTimes]]]
 ) -> Dict[str, Any]:
-    """The medians of the rounds, figure by figure; errors are added up."""
+    """Return the medians of the rounds, figure by figure; errors are summed."""
     figures = [_figures(connections, result, times) for result, times in rounds]
     errors: Dict[str, int] = {}
     for one in figures:
@@ -185,7 +187,7 @@ def _summary(
 
 
 def _median(values: Sequence[Any]) -> Any:
-    """Of documents of one shape the document of the medians of their numbers."""
+    """Return, for documents of one shape, a document with the medians of their numbers."""
     first = values[0]
     if any(value is None for value in values):
         present = [value for value in values if value is not None]
@@ -199,7 +201,7 @@ def _median(values: Sequence[Any]) -> Any:
 
 
 def _ratios(summaries: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
-    """The first subject's medians by the second's, for each load."""
+    """Return the first subject's medians divided by the second's, for each load."""
     ratios = []
     for one, other in zip(summaries[::2], summaries[1::2]):
         latencies = {name: round(value / other["latency_ms"][name], 3) for name, value in one["latency_ms"].items()}

@@ -1,4 +1,4 @@
-"""What can be turned at an archive's serving, in the order in which it matters, and how far."""
+"""Candidate serving configurations, by the settings to vary, in order of importance, and their ranges."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Callable, List, Sequence
 
 from traceserve.archives.model_config import Serving
 
-# From a configuration the ladders to be climbed: on each one rung after the other, for as long as that helps.
+# From a configuration to the ladders to climb: rung by rung, as long as that helps.
 Knob = Callable[[Serving], List[List[Serving]]]
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -16,9 +16,9 @@ LENGTH_STEPS = (1, 8, 16, 32, 64)
 
 
 def knobs(cores: int, connections: int, longest_step: int) -> List[Knob]:
-    """The knobs of a machine with so many cores, for so many requests at a time and rows that may be so long."""
+    """Return the knobs of a machine with this many cores, for this many concurrent requests and this longest row."""
     sizes = [n for n in BATCH_SIZES if n < connections]
-    sizes += [n for n in BATCH_SIZES if n >= connections][:1]  # a larger one never fills
+    sizes += [n for n in BATCH_SIZES if n >= connections][:1]  # a larger one is never filled
     steps = [n for n in LENGTH_STEPS if n <= longest_step]
 
     def batch_size(serving: Serving) -> List[List[Serving]]:
@@ -42,13 +42,13 @@ def _both_ways(now: int, values: Sequence[int], make: Callable[[int], Serving]) 
 
 
 def _splits(serving: Serving, cores: int) -> List[List[Serving]]:
-    """All cores for the workers: from one worker for each core to one that has them all."""
+    """Return ways to split all cores: from one worker per core to one worker with all."""
     counts = sorted({n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256) if n < cores} | {cores}, reverse=True)
     return [[replace(serving, workers=n, threads=cores // n)] for n in counts]
 
 
 def _neighbours(serving: Serving, cores: int) -> List[List[Serving]]:
-    """One worker or one thread more or fewer: a core less for the frontend, or a bit more work than there are cores."""
+    """Return one worker or thread more or fewer: a core less for the frontend, or slightly more work than cores."""
     workers = serving.workers or 1
     threads = serving.threads or max(1, cores // workers)
     most = max(cores + 1, cores * 3 // 2)

@@ -1,8 +1,8 @@
 """A load generator for one HTTP endpoint: closed loop, or open loop without coordinated omission.
 
-It shares its processor with what it measures, so it is one thread and one small protocol object for each connection;
-`tests/benchmarks/ceiling.py` measures what it costs. A request counts that was due in the measured span, and the load goes
-on as it was until each of these has its answer: slow ones are not lost at the end.
+It shares its processor with the measured server, so it has one thread and one small protocol object per connection;
+`tests/benchmarks/ceiling.py` measures its cost. Requests due in the measured span count, and the load
+continues until each has its answer, so slow ones are not lost at the end.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ from traceserve.measuring.connections import Connection, fine_selector, reason, 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# An open loop opens connections as it needs them, up to so many (or those asked for, if more). Beyond it a request waits,
-# and its waiting is part of its latency. Below the usual limit of 1,024 open files.
+# An open loop opens connections as needed, up to this many (or the requested number, if larger). Beyond it requests
+# wait,
+# and the wait is part of their latency. Below the usual limit of 1,024 open files.
 MOST_CONNECTIONS = 512
-_RETRY = 0.05  # seconds until a connection that was refused is tried again
-_TICK = 0.05  # seconds between looks at the clock
+_RETRY = 0.05  # seconds before retrying a refused connection
+_TICK = 0.05  # seconds between checks of the clock
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where requests are sent: a complete URL, and headers beside the ones that every request needs."""
+    """The target of requests: a complete URL, and additional headers."""
 
     url: str
     headers: Mapping[str, str] = field(default_factory=dict)
@@ -46,32 +47,33 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured; times in seconds."""
+    """The measured values; times in seconds."""
 
-    connections: int  # open at once, at most
-    rate: Optional[float]  # requests/s that were asked for; None: closed loop
-    seconds: float  # the measured span; of an open loop until the last answer, if that came later
-    latencies: NDArray[np.float64]  # of each request that was answered 2xx, in order of completion
-    errors: Dict[str, int]  # how many failed, by reason
-    cpu: float = 0.0  # processor seconds that the load generator's process took, for each second of the span
+    connections: int  # open concurrently, at most
+    rate: Optional[float]  # requested requests/s; None: closed loop
+    seconds: float  # the measured span; in an open loop until the last answer, if later
+    latencies: NDArray[np.float64]  # of each 2xx answer, in order of completion
+    errors: Dict[str, int]  # number of failures, by reason
+    cpu: float = 0.0  # processor seconds of the load generator per second of the span
 
     @property
     def requests(self) -> int:
-        """How many were answered."""
+        """The number of answered requests."""
         return len(self.latencies)
 
     @property
     def failed(self) -> int:
-        """How many were not, or with another status than 2xx."""
+        """The number of requests without an answer, or with a status other than 2xx."""
         return sum(self.errors.values())
 
     @property
     def throughput(self) -> float:
-        """Answered requests a second."""
+        """Answered requests per second."""
         return self.requests / self.seconds
 
     def percentile(self, p: float) -> float:
-        """The latency that `p` percent of the answered requests did not exceed (nearest rank); NaN if there is none."""
+        """Return the latency that `p` percent of the answered requests did not exceed (nearest rank); NaN if there is
+        none."""
         if not self.requests:
             return float("nan")
         return float(self._ordered[max(0, math.ceil(p / 100 * self.requests) - 1)])
@@ -95,10 +97,10 @@ def run(
 ) -> Result:
     """POST `bodies`, in a shuffled order that repeats, and measure.
 
-    Without `rate`, each of the connections sends its next request when its last one is answered (closed loop). With it,
-    requests are due at the times of a Poisson process, whether or not earlier ones are answered, and their latency counts
-    from when they were due (open loop). `progress` hears the share of the time that has passed, 0 to 1. Raises ServerError
-    where no connection can be made at the start; what fails later is counted.
+    Without `rate`, each connection sends its next request once its last one is answered (closed loop). With it,
+    requests are due at the times of a Poisson process, regardless of earlier answers, and their latency counts
+    from then (open loop). `progress` receives the elapsed share of the time, 0 to 1. Raises ServerError
+    if no connection can be made at the start; later failures are counted.
     """
     require()
     load = _Load(
@@ -115,7 +117,7 @@ def run(
     raised: List[BaseException] = []
 
     def stop(loop: asyncio.AbstractEventLoop, context: Dict[str, Any]) -> None:
-        """What a callback raises, the interruption by a signal too, asyncio would only log."""
+        """Handle a callback's exception, including a signal's interruption, which asyncio would only log."""
         raised.append(context.get("exception") or RuntimeError(context["message"]))
         loop.stop()
 
@@ -136,7 +138,7 @@ def run(
 
 
 def _close(loop: asyncio.AbstractEventLoop) -> None:
-    loop.set_exception_handler(lambda loop, context: None)  # of what is thrown away
+    loop.set_exception_handler(lambda loop, context: None)  # for discarded connections
     loop.run_until_complete(_cancel_all())
     loop.close()
 
@@ -146,11 +148,11 @@ async def _cancel_all() -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    await asyncio.sleep(0)  # transports close in the loop's next round
+    await asyncio.sleep(0)  # transports close in the loop's next iteration
 
 
 class _Load:
-    """The state of one run: what is due, what is on its way, what came back."""
+    """The state of one run: requests due, in flight, and answered."""
 
     def __init__(
         self,
@@ -171,7 +173,7 @@ class _Load:
         self.gaps = random.Random(seed + 1)
         self.latencies = array("d")
         self.errors: Counter[str] = Counter()
-        self.due: Deque[float] = deque()  # when the requests were due that wait for a connection
+        self.due: Deque[float] = deque()  # due times of the requests that wait for a connection
         self.idle: List[Connection] = []
         self.open: Set[Connection] = set()
         self.opening = 0
@@ -222,8 +224,9 @@ class _Load:
         if self.pending:
             self.errors[f"no answer in {self.timeout:g} s"] += self.pending
         latencies = np.array(self.latencies, dtype=np.float64)
-        # In a closed loop as many requests are sent in the span as are answered in it. In an open loop as many are due
-        # as were asked for, whatever the server can do: that shows in when the last one is answered.
+        # A closed loop sends as many requests in the span as are answered in it. In an open loop the requested number
+        # is due,
+        # whatever the server can do: the time of the last answer shows that.
         seconds = self.seconds if self.rate is None else max(self.end, self.last) - self.start
         return Result(self.most, self.rate, seconds, latencies, dict(self.errors.most_common()), self.cpu)
 
@@ -235,7 +238,7 @@ class _Load:
     # --- requests ---
 
     def _arrive(self) -> None:
-        """Send what is due by now, and come again when the next is."""
+        """Send the requests that are due, and schedule the next call."""
         if self.over:
             return
         assert self.rate is not None
@@ -254,7 +257,7 @@ class _Load:
             self.pending += 1
 
     def released(self, connection: Connection) -> None:
-        """A connection can take a request."""
+        """Record that a connection can take a request."""
         if self.rate is None:
             self._admit(time.perf_counter())
         if self.due:
@@ -288,7 +291,7 @@ class _Load:
         try:
             first = await self._connect()
             assert first.transport is not None
-            self.address["host"] = first.transport.get_extra_info("peername")[0]  # names are looked up once
+            self.address["host"] = first.transport.get_extra_info("peername")[0]  # names are resolved once
             await asyncio.gather(*(self._connect() for _ in range(self.connections - 1)))
         except OSError as error:
             raise ServerError(f"{self.url} cannot be reached: {reason(error)}") from None
@@ -303,7 +306,7 @@ class _Load:
         self.most = max(self.most, len(self.open))
 
     def disconnected(self, connection: Connection) -> None:
-        """A connection is gone. In a closed loop, or where requests wait, another takes its place."""
+        """Record a lost connection. In a closed loop, or if requests wait, another replaces it."""
         if connection not in self.open:
             return
         self.open.remove(connection)

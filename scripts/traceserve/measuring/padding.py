@@ -1,4 +1,4 @@
-"""What padding wastes of the computation, by the lengths of a user's own texts: fixed lengths, a few, or any."""
+"""The computation wasted by padding, for a user's own texts: with one fixed length, a few, or any."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from traceserve.building.config.lengths import few_lengths
 
 @dataclass(frozen=True)
 class Waste:
-    """What one way of padding computes for nothing; shares from 0 to 1."""
+    """The waste of one way of padding; shares from 0 to 1."""
 
     name: str
-    tokens: float  # of the computed tokens, those that are padding
-    cost: float  # of the computation, what they cost
-    total: float  # the computation itself, in units of the cost model
+    tokens: float  # padding's share of the computed tokens
+    cost: float  # padding's share of the cost
+    total: float  # the whole cost, in units of the cost model
 
 
 def wastes(
@@ -32,10 +32,10 @@ def wastes(
     cost: CostModel = CostModel(),
     most_tokens: int = plan.MOST_TOKENS,
 ) -> List[Waste]:
-    """What is wasted where rows are padded to `max_length`, to the nearest of a few lengths, or to their micro-batch's.
+    """Return the waste of padding rows to `max_length`, to the nearest of a few lengths, or to their micro-batch's.
 
-    `lengths` are those of each request's rows. The requests come, in any order, in batches of `batch_size`, which the
-    engine's own plan cuts into micro-batches: three times the same plan, over other allowed shapes.
+    `lengths` are each request's row lengths. The requests arrive in random order in batches of `batch_size`, which the
+    engine's own plan divides into micro-batches: the same plan three times, with different allowed shapes.
     """
     few = few_lengths(max_length)
     step = length_step or 1
@@ -45,7 +45,7 @@ def wastes(
         ("dynamic", Shapes()) if step == 1 else (f"dynamic (in steps of {step})", Shapes().stepped(step, max_length)),
     )
     shuffled = list(lengths)
-    random.Random(0).shuffle(shuffled)  # a file in the order of lengths would look too well
+    random.Random(0).shuffle(shuffled)  # a file sorted by length would look too good
     batches = [[n for rows in shuffled[i : i + batch_size] for n in rows] for i in range(0, len(shuffled), batch_size)]
     common = partial(plan.common_length, most=max_length, padding=cost.padding)
     return [_waste(name, shapes, batches, cost, most_tokens, common) for name, shapes in ways]
@@ -59,7 +59,7 @@ def _waste(
     most_tokens: int,
     common_length: Callable[[Sequence[int], Shapes], int],
 ) -> Waste:
-    run = cost(0.0, 0)  # what a run costs before its first token
+    run = cost(0.0, 0)  # a run's cost before its first token
     tokens = 0
     computed = needed = total = 0.0
     for lengths in batches:

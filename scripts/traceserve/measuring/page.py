@@ -1,4 +1,4 @@
-"""The page of a measurement: one HTML file that works offline, from the document of `bench.measure`."""
+"""The page of a measurement: one HTML file that works offline, made from the document of `bench.measure`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def require() -> None:
 
 
 def page(document: Dict[str, Any]) -> str:
-    """The whole file; plotly's own JavaScript, 5 MB of it, is in it."""
+    """Return the whole file, including plotly's JavaScript (5 MB)."""
     figures = [_latencies(document)]
     if document["plan"]["rate"] is None:
         figures.append(_over_connections(document))
@@ -50,7 +50,7 @@ def page(document: Dict[str, Any]) -> str:
 
 
 def load_name(figures: Dict[str, Any]) -> str:
-    """The load of a measurement in words."""
+    """Describe a measurement's load."""
     if figures["rate"] is not None:
         return f"{figures['rate']:g} requests/s"
     return f"{figures['connections']} connection{'' if figures['connections'] == 1 else 's'}"
@@ -88,14 +88,14 @@ def _table(document: Dict[str, Any]) -> str:
 
 
 def _style(document: Dict[str, Any], summary: Dict[str, Any]) -> Dict[str, Any]:
-    """Colours tell the loads apart, dashes the subjects."""
+    """Return a line style: colours mark loads, dashes mark subjects."""
     loads: List[int] = document["plan"]["connections"]
     color = _COLORS[loads.index(summary["connections"]) % len(_COLORS)]
     return {"color": color, "dash": _DASHES[document["subjects"].index(summary["subject"]) % len(_DASHES)]}
 
 
 def _latencies(document: Dict[str, Any]) -> Figure:
-    """Latency by percentile; its axis is even in the logarithm of the share above, so that the tail can be read."""
+    """Plot latency by percentile, with a logarithmic axis of the share above, so that the tail is readable."""
     import plotly.graph_objects as go
 
     figure = go.Figure()

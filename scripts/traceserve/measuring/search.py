@@ -1,8 +1,8 @@
-"""The search for the best serving configuration: candidates race the best one so far, in turn, slice by slice.
+"""The search for the best serving configuration: candidates race the best so far, in alternating slices.
 
-A machine that others use too is faster in one minute than in the next. So figures of different minutes are never
-compared: a candidate and the best one so far run beside each other and are measured in turn, and it is their ratio that
-counts. A candidate wins if the ratios' mean, less what they scatter, is still above 1; else the earlier one stays.
+A shared machine's speed varies from minute to minute. So figures of different minutes are never
+compared: a candidate and the best so far run in parallel and are measured alternately, and only their ratio
+counts. A candidate wins if the ratios' mean, less their scatter, is above 1; else the earlier one stays.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from traceserve.errors import ServerError
 from traceserve.measuring.candidates import Knob
 from traceserve.measuring.load_generator import Result
 
-MARGIN = 1.03  # a change that gains less is not worth making
+MARGIN = 1.03  # smaller gains are not worth a change
 ROUNDS = 6
-_FEWEST = 3  # rounds, before which nothing wins
+_FEWEST = 3  # rounds before anything can win
 _HOPELESS = 0.75  # loses after a single round
 _LEVELS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-# Student's t, one-sided at 99 %, by the number of rounds: of some ten candidates none should win by chance.
+# Student's t, one-sided at 99 %, by the number of rounds: of about ten candidates none should win by chance.
 _T = {3: 6.96, 4: 4.54, 5: 3.75, 6: 3.36}
 
 
 @dataclass(frozen=True)
 class Goal:
-    """The greatest throughput with so many connections; with `p99` (seconds) as many as it allows, and no more."""
+    """The greatest throughput with this many connections; with `p99` (seconds), with at most as many as it allows."""
 
     connections: int
     p99: Optional[float] = None
 
 
 class Site(Protocol):
-    """Where candidates are measured."""
+    """The place where candidates are measured."""
 
     def measure(self, serving: Serving, connections: int, seed: int) -> Result:
-        """Measure for a while; starts the candidate's server where none runs. Raises TraceserveError."""
+        """Measure for a while; starts the candidate's server if needed. Raises TraceserveError."""
         ...
 
     def close(self, serving: Serving) -> None:
@@ -52,32 +52,32 @@ class Site(Protocol):
 
 @dataclass
 class Trial:
-    """A candidate and what was measured of it: a row of the table."""
+    """A candidate and its measurements: a row of the table."""
 
     serving: Serving
     connections: int
     results: List[Result] = field(default_factory=list)  # with these connections
-    relative: Optional[float] = None  # its throughput, the archive's own configuration's being 1
+    relative: Optional[float] = None  # its throughput, relative to the archive's own configuration
     failure: Optional[str] = None
     remark: str = ""
 
     @property
     def throughput(self) -> float:
-        """Requests a second: the median slice's."""
+        """Requests per second, of the median slice."""
         return statistics.median(result.throughput for result in self.results)
 
     def percentile(self, p: float) -> float:
-        """The latency in seconds that `p` percent of all measured requests did not exceed."""
+        """Return the latency in seconds that `p` percent of all measured requests did not exceed."""
         latencies = [seconds for result in self.results for seconds in result.latencies]
         return float(np.percentile(latencies, p, method="higher")) if latencies else math.inf
 
 
 def judge(ratios: Sequence[float], noise: float = 0.0) -> Optional[bool]:
-    """Whether the candidate has won, by its rates divided by those of the best so far; None: measure on.
+    """Return whether the candidate won, by the ratios of its rates to the best's; None: keep measuring.
 
-    `noise` is how much such ratios' logarithms scattered in the races before: a few may agree by chance.
+    `noise` is the scatter of such ratios' logarithms in earlier races: a few may agree by chance.
     """
-    if ratios[0] < _HOPELESS or (len(ratios) > 1 and max(ratios) < 1):  # most candidates: time is for the others
+    if ratios[0] < _HOPELESS or (len(ratios) > 1 and max(ratios) < 1):  # most candidates: save the time for others
         return False
     if len(ratios) < _FEWEST:
         return None
@@ -92,7 +92,7 @@ def judge(ratios: Sequence[float], noise: float = 0.0) -> Optional[bool]:
 
 
 class Search:
-    """Races over knobs, one after the other, until none helps or the time is up."""
+    """Races over one knob after another, until none helps or the time is up."""
 
     def __init__(
         self,
@@ -109,13 +109,14 @@ class Search:
         self.best: Trial
         self.in_time = True
         self._wins = 0
-        self._variances: List[float] = []  # of the logarithms of ratios, of each race
-        self._need = 0.0  # seconds that a race takes
+        self._variances: List[float] = []  # of the logarithms of ratios, per race
+        self._need = 0.0  # seconds per race
 
     def run(self, starts: Sequence[Serving]) -> Trial:
-        """The best trial, from the first of `starts` that answers; raises the last one's error if none does.
+        """Return the best trial, starting with the first of `starts` that answers; raises the last one's error if none
+        does.
 
-        Where the goal is a p99 that nothing reached, the trial with the best p99: `reaches` tells.
+        If the goal is a p99 that none reached, the trial with the best p99; see `reaches`.
         """
         first = self._begin(starts)
         turned = True
@@ -131,7 +132,7 @@ class Search:
         return self.best
 
     def reaches(self, trial: Trial) -> bool:
-        """Whether it answers as fast as the goal demands."""
+        """Return whether it answers as fast as the goal demands."""
         return self.goal.p99 is None or trial.percentile(99) <= self.goal.p99
 
     def _begin(self, starts: Sequence[Serving]) -> Trial:
@@ -156,13 +157,13 @@ class Search:
                     break
                 won = True
             if won and len(ladder) > 1:
-                return  # the other direction is the one that it came from
+                return  # the other direction leads back
 
     def _try(self, serving: Serving) -> bool:
-        """Whether a candidate beat the best so far; then it is the best."""
+        """Return whether a candidate beat the best so far; if so, it becomes the best."""
         if serving in self.trials:
             return False
-        # Once something has won, a last race against the archive's own configuration is still to come.
+        # After a win, keep time for a last race against the archive's own configuration.
         self.in_time = self.deadline - self.clock() > self._need * (2 if self._wins else 1)
         if not self.in_time:
             return False
@@ -202,7 +203,7 @@ class Search:
         return bool(verdict)
 
     def _by_goal(self, trial: Trial, best: Trial) -> Optional[bool]:
-        """Whether the trial won, where one of the two alone reaches the goal; None where they must be measured in turn."""
+        """Return whether the trial won, if only one of the two reaches the goal; None if they must alternate."""
         if self.reaches(trial) and not self.reaches(best):  # it may have been luck
             all(self._measure(trial, 2 + n) for n in range(_FEWEST))
         if not trial.failure and self.reaches(trial) == self.reaches(best):
@@ -211,7 +212,7 @@ class Search:
         return not trial.failure and self.reaches(trial)
 
     def _in_turn(self, trial: Trial, best: Trial, turn: int) -> Optional[Trial]:
-        """Measure both, and let them take turns at being first; gives the one that failed, if one did."""
+        """Measure both, alternating which is first; returns the one that failed, if any."""
         pair = (best, trial) if turn % 2 else (trial, best)
         return next((each for each in pair if not self._measure(each, 2 + turn)), None)
 
@@ -230,7 +231,7 @@ class Search:
         return not trial.failure
 
     def _fit(self, trial: Trial, level: int) -> None:
-        """Give the trial the connections with which its rate is greatest within the p99; one, if none is within it."""
+        """Set the trial's connections to those with the greatest rate within the p99; one if none is within it."""
         kept: Optional[Trial] = None
         missed = len(self.levels)  # the lowest level that misses the p99
         while self.goal.p99 is not None and level < missed:
@@ -246,14 +247,14 @@ class Search:
                 break
             else:
                 missed = level
-                # The latency of a busy server grows as its connections do.
+                # A busy server's latency is proportional to its connections.
                 wanted = trial.connections * self.goal.p99 / trial.percentile(99)
                 level = max([0] + [i for i in range(level) if self.levels[i] <= wanted])
         if kept is not None:
             trial.connections, trial.results = kept.connections, kept.results
 
     def _keep_to_goal(self) -> None:
-        """Fewer connections for the best, if what it was measured with since shows that it misses the p99."""
+        """Reduce the best's connections if later measurements show that it misses the p99."""
         best = self.best
         while not self.reaches(best) and best.connections > 1:
             level = self.levels.index(best.connections) - 1
@@ -262,7 +263,7 @@ class Search:
                 return
 
     def _fall_back(self) -> None:
-        """Where the best misses the p99 after all: another that was seen to reach it, and does again; or the nearest."""
+        """If the best misses the p99 after all, return to one that reached it and does again, or to the nearest."""
         others = [trial for trial in self.trials.values() if not trial.failure and self.reaches(trial)]
         for trial in sorted(others, key=lambda trial: trial.throughput, reverse=True)[:_FEWEST]:
             if all(self._measure(trial, seed) for seed in range(_FEWEST)) and self.reaches(trial):
@@ -274,7 +275,7 @@ class Search:
         )
 
     def _confirm(self, first: Trial) -> None:
-        """A last race of what several races led to against what they began with."""
+        """Race the result of several races against their starting point."""
         winner = self.best
         if self._wins > 1 and self.reaches(winner) and self.reaches(first):
             if self._race(winner, first):

@@ -1,4 +1,4 @@
-"""What a running server counts (Prometheus), and from it: where the time of a request goes.
+"""A running server's counters (Prometheus), and the breakdown of a request's time.
 
 Of TorchServe 0.12, in microseconds, summed over requests: `ts_inference_latency_microseconds` from a request's arrival in
 the frontend to its answer, `ts_queue_latency_microseconds` from its arrival to its leaving the queue, the delay in which
@@ -28,11 +28,11 @@ class ServerTimes:
     queue: float
     handler: float
     model: float
-    tokens: float  # of a request
-    padding_share: float  # of what the model computed, 0 to 1
+    tokens: float  # per request
+    padding_share: float  # of the model's computation, 0 to 1
 
     def shares(self, latency: float) -> Dict[str, float]:
-        """The parts of `latency`, a client's mean, in seconds: they add up to it."""
+        """Break down `latency`, a client's mean, in seconds: the parts add up to it."""
         handler = min(self.handler, max(0.0, self.latency - self.queue))
         model = min(self.model, handler)
         inside = min(self.latency, latency)
@@ -46,7 +46,7 @@ class ServerTimes:
 
 
 def read(url: str, name: str) -> Dict[str, float]:
-    """The metrics of the model `name`, by their names; raises OSError."""
+    """Return the metrics of the model `name`, by name; raises OSError."""
     with client.opener.open(url, timeout=5) as response:
         text = response.read().decode("utf-8")
     label = re.compile(rf'(?:^|,)(?:model_name|ModelName)="{re.escape(name)}"')
@@ -54,7 +54,8 @@ def read(url: str, name: str) -> Dict[str, float]:
 
 
 class Watch:
-    """Looks at a server `delay` seconds after its start and `seconds` later, in a thread beside the load generator's."""
+    """Samples a server's metrics `delay` seconds after its start and `seconds` later, in a thread beside the load
+    generator's."""
 
     def __init__(self, url: str, name: str, delay: float, seconds: float) -> None:
         self._url, self._name, self._delays = url, name, (delay, seconds)
@@ -73,12 +74,12 @@ class Watch:
     def _run(self) -> None:
         for delay in self._delays:
             self._ended.wait(delay)
-            with contextlib.suppress(OSError, ValueError):  # told by `times`: there are too few looks
+            with contextlib.suppress(OSError, ValueError):  # `times` reports it: too few samples
                 self._looks.append(read(self._url, self._name))
 
     @property
     def times(self) -> Optional[ServerTimes]:
-        """None where the server could not be looked at, or answered nothing meanwhile."""
+        """Return None if the server could not be sampled, or answered nothing meanwhile."""
         if len(self._looks) < 2:
             return None
         first, last = self._looks[0], self._looks[-1]

@@ -1,4 +1,4 @@
-"""Whom `traceserve bench` asks, and what: a name or a URL, and a file of samples."""
+"""The targets of `traceserve bench` (a name or a URL), and their traffic (a file of samples)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ JSON, TEXT = "application/json", "text/plain; charset=utf-8"
 
 @dataclass(frozen=True)
 class Traffic:
-    """The bodies that are sent, each in turn."""
+    """The bodies to send, in rotation."""
 
     bodies: Tuple[bytes, ...]
     content_type: str
@@ -28,7 +28,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Subject:
-    """A server that is measured; `metrics` where it is one of ours."""
+    """A measured server; with `metrics` if it is ours."""
 
     label: str
     target: load_generator.Endpoint
@@ -40,16 +40,15 @@ class Subject:
 def subject(
     place: str, file: Path, port: Optional[int] = None, body: Optional[str] = None, headers: Mapping[str, str] = {}
 ) -> Subject:
-    """NAME, an archive that a server of ours serves, or a URL, and the samples of a file; raises ServerError, ConfigError.
+    """Return the subject for NAME, an archive served by us, or a URL, with a file's samples; raises ServerError,
+    ConfigError.
 
-    `body` (a template) and `headers` are for a URL alone: what our own servers are asked, and their keys, are known.
+    `body` (a template) and `headers` are only for a URL: our own servers' bodies and keys are known.
     """
     if "://" not in place:
         instance = _serving(place, port)
         if instance.certificate:
-            raise ServerError(
-                f"{place} is served by TLS, which is not measured here; serve it without --certificate too"
-            )
+            raise ServerError(f"{place} uses TLS, which cannot be measured; serve it without --certificate too")
         key = {"Authorization": f"Bearer {instance.key}"} if instance.key else {}
         target = load_generator.Endpoint(f"{instance.url}/predictions/{urllib.parse.quote(place)}", key)
         metrics = f"http://127.0.0.1:{instance.metrics_port}/metrics"
@@ -77,13 +76,13 @@ def _serving(name: str, port: Optional[int]) -> instances.Instance:
         others = ", ".join(sorted({other for instance in running for other in instance.names})) or "nothing"
         raise ServerError(
             f"no server of traceserve serves {name}, but {others}; `traceserve serve model_store/{name}.mar` starts one, "
-            "and any other server is measured by its URL"
+            "and a URL measures any other server"
         )
     return found[0]
 
 
 def _ours(url: str) -> Optional[Tuple[str, str]]:
-    """The model's name and where its metrics are, if a URL is a server's of ours."""
+    """Return the model's name and its metrics' URL, if a URL belongs to our server."""
     for instance in instances.running():
         for name in instance.names:
             if url == f"{instance.url}/predictions/{urllib.parse.quote(name)}":
@@ -92,9 +91,9 @@ def _ours(url: str) -> Optional[Tuple[str, str]]:
 
 
 def traffic(path: Path, body: Optional[str] = None) -> Traffic:
-    """The bodies of a file of samples: texts, in `body` where one is given, or the lines of a .jsonl as they are.
+    """Return the bodies in a file of samples: texts, inserted in `body` if given, or the lines of a .jsonl unchanged.
 
-    Raises ConfigError for what is none.
+    Raises ConfigError for anything else.
     """
     lines = samples.lines(path)
     if path.suffix == ".jsonl":
@@ -105,7 +104,7 @@ def traffic(path: Path, body: Optional[str] = None) -> Traffic:
     texts = [line for _, line in lines]
     if body is not None:
         if "{text}" not in body:
-            raise ConfigError(f"--body {body} has no {{text}}, where the text is put in")
+            raise ConfigError(f"--body {body} has no {{text}}, the placeholder of the text")
         texts = [body.replace("{text}", json.dumps(text, ensure_ascii=False)[1:-1]) for text in texts]
         _check_json(texts[0], '--body, with a text in it, as in \'{"input": ["{text}"]}\'')
     whole = body is not None or path.suffix == ".jsonl"
@@ -120,7 +119,7 @@ def _check_json(text: str, where: str) -> None:
 
 
 def check_answer(asked: Subject) -> None:
-    """Ask once, and raise ServerError with the server's own words if it refuses."""
+    """Ask once, and raise ServerError with the server's own message if it refuses."""
     headers = {"Content-Type": asked.traffic.content_type, **asked.target.headers}
     request = urllib.request.Request(asked.target.url, data=asked.traffic.bodies[0], headers=headers, method="POST")
     try:

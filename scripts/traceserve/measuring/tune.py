@@ -1,4 +1,4 @@
-"""The serving configuration that is the best on this machine for a user's own texts, by measuring real servers."""
+"""Finds the best serving configuration on this machine for a user's own texts, by measuring real servers."""
 
 from __future__ import annotations
 
@@ -32,29 +32,29 @@ from traceserve.measuring.search import Goal, Search, Trial
 from traceserve.serving import configuration, instances, server
 from traceserve.serving.instances import Instance
 
-_SHORTEST, _LONGEST = 0.5, 2.5  # seconds of one measurement, where the budget allows
-_ENOUGH = 50  # requests in one measurement
-_COLD, _WARM = 1.5, 0.3  # seconds before a measurement: of a new server, of one that was measured already
+_SHORTEST, _LONGEST = 0.5, 2.5  # seconds per measurement, if the budget allows
+_ENOUGH = 50  # requests per measurement
+_COLD, _WARM = 1.5, 0.3  # warm-up seconds: of a new server, of one that was measured before
 
 
 @dataclass(frozen=True)
 class Texts:
-    """The samples that the archive answers: each as the body of a request, and the lengths of its rows in tokens."""
+    """The samples that the archive answers: each as a request body, with its rows' lengths in tokens."""
 
     bodies: List[bytes]
     lengths: List[List[int]]
     content_type: str
-    refused: List[Tuple[int, str]]  # the numbers, from 1, of those that it does not answer, and why
+    refused: List[Tuple[int, str]]  # the numbers, from 1, of refused samples, and why
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """What was found; `chosen` is None where nothing reached the goal, and `best` then the nearest to it."""
+    """The result; `chosen` is None if nothing reached the goal, and `best` is then the nearest."""
 
     trials: List[Trial]
     best: Trial
     chosen: Optional[Serving]
-    own: Serving  # what the archive said before
+    own: Serving  # the archive's earlier configuration
     wastes: List[Waste]
     texts: Texts
     seconds: float
@@ -62,7 +62,7 @@ class Tuned:
 
 
 def tune(archive: Path, samples_file: Path, goal: Goal, budget: float, progress: Progress) -> Tuned:
-    """Measure candidates for `budget` seconds; the archive itself stays as it is. Raises TraceserveError."""
+    """Measure candidates for `budget` seconds; the archive itself is unchanged. Raises TraceserveError."""
     wire.require()
     manifest, own = read_manifest(archive), read_serving(archive)
     started = time.monotonic()
@@ -73,7 +73,7 @@ def tune(archive: Path, samples_file: Path, goal: Goal, budget: float, progress:
     tell("reading the samples")
     task, texts = _read(archive, manifest, samples_file)
     any_length = manifest.shapes.lengths is None and manifest.shapes.padded and not task.loop
-    plain = replace(own, workers=None, threads=None)  # where they are another machine's and do not even start here
+    plain = replace(own, workers=None, threads=None)  # the archive's may be another machine's, and not even start here
     turned = knobs(processor.cores(), goal.connections, manifest.max_length if any_length else 1)
     with Servers(archive, texts, budget, tell) as servers:
         search = Search(servers, goal, turned, budget - (time.monotonic() - started))
@@ -96,7 +96,7 @@ def tune(archive: Path, samples_file: Path, goal: Goal, budget: float, progress:
 
 
 class Servers:
-    """TorchServe on one archive, an instance for each candidate that is in a race; all are stopped at the end."""
+    """TorchServe on one archive, an instance per candidate in a race; all are stopped at the end."""
 
     def __init__(self, archive: Path, texts: Texts, budget: float, tell: Callable[[str], None]) -> None:
         self.archive, self.texts, self.budget, self.tell = archive, texts, budget, tell
@@ -113,7 +113,7 @@ class Servers:
             self.close(serving)
 
     def measure(self, serving: Serving, connections: int, seed: int) -> Result:
-        """Measure for some seconds; starts a server where none runs. Raises ServerError."""
+        """Measure for some seconds; starts a server if needed. Raises ServerError."""
         what = f"{describe_serving(serving)}, {connections} connections"
         cold = serving not in self._running
         if cold:
@@ -121,13 +121,13 @@ class Servers:
         instance = self._running[serving]
         result = self._load(instance, connections, seed, _COLD if cold else _WARM, what)
         if not self._measured and 0 < result.requests < _ENOUGH and not result.errors:
-            # A slow model needs longer to be measured at all.
+            # A slow model needs longer measurements.
             self.seconds = min(self.budget / 20, self.seconds * _ENOUGH / result.requests)
         self._measured = True
         return result
 
     def close(self, serving: Serving) -> None:
-        """Stop the candidate's server, if it has one."""
+        """Stop the candidate's server, if any."""
         instance = self._running.pop(serving, None)
         if instance is not None:
             instances.stop(instance, at_once=True)
@@ -155,7 +155,7 @@ class Servers:
 
 
 def describe_serving(serving: Serving) -> str:
-    """A configuration in words."""
+    """Describe a configuration."""
     workers, threads, step = serving.workers or configuration.DEFAULT_WORKERS, serving.threads, serving.length_step
     return ", ".join(
         (
@@ -169,7 +169,7 @@ def describe_serving(serving: Serving) -> str:
 
 
 def missed(best: Trial, goal: Goal, archive: Path) -> str:
-    """That nothing reached the p99, and how near the best came."""
+    """Describe that nothing reached the p99, and the nearest result."""
     assert goal.p99 is not None
     connections = "1 connection" if best.connections == 1 else f"{best.connections} connections"
     return (
@@ -180,7 +180,7 @@ def missed(best: Trial, goal: Goal, archive: Path) -> str:
 
 
 def _read(archive: Path, manifest: Manifest, file: Path) -> Tuple[Task, Texts]:
-    """The samples, tokenized as the archive does it; raises ConfigError for a file without one that it answers."""
+    """Read the samples, tokenized like the archive; raises ConfigError if it answers none."""
     traffic = targets.traffic(file)
     with scratch() as folder:
         unpack(archive, folder, [manifest.tokenizer.file])
@@ -199,7 +199,7 @@ def _read(archive: Path, manifest: Manifest, file: Path) -> Tuple[Task, Texts]:
 
 
 def _cost(archive: Path, serving: Serving) -> CostModel:
-    """What runs of the model cost on this machine, as its worker measures it."""
+    """Return the cost of the model's runs on this machine, as its worker measures it."""
     with scratch() as folder:
         unpack(archive, folder)
         engine = Engine.load(folder, settings=Settings(serving.threads, serving.length_step))
@@ -209,7 +209,7 @@ def _cost(archive: Path, serving: Serving) -> CostModel:
 
 
 def _lengths(task: Task, body: bytes, content_type: str) -> List[int]:
-    """The lengths of a body's rows; raises TraceserveError where the archive would."""
+    """Return the lengths of a body's rows; raises TraceserveError if the archive would."""
     most = task.manifest.max_rows
     lengths: List[int] = []
     for item in task.encode(parse({"body": body}, Headers(content_type), type(task), 0, most).requests):

@@ -1,1 +1,1 @@
-"""TorchServe as a process: its configuration, its start, its running instances and its HTTP API."""
+"""TorchServe as a process: configuration, start, running instances and HTTP API."""

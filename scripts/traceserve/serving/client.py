@@ -1,4 +1,4 @@
-"""A running server's REST interface."""
+"""A client of a running server's REST interface."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from traceserve.serving.front import context
 
 
 class NotYet(ServerError):
-    """The server cannot be reached, or has no worker ready."""
+    """The server is unreachable, or no worker is ready."""
 
 
 class Refused(ServerError):
@@ -33,9 +33,9 @@ class Refused(ServerError):
 def predict(
     url: str, name: str, body: Any, key: Optional[str] = None, timeout: float = 300.0, certificate: Optional[str] = None
 ) -> Any:
-    """POST `body` as JSON to /predictions/NAME and give the parsed answer; raises NotYet or Refused.
+    """POST `body` as JSON to /predictions/NAME and return the parsed answer; raises NotYet or Refused.
 
-    `certificate` is the file of the one that the server has, where it speaks TLS.
+    `certificate` is the file of the server's certificate, if it uses TLS.
     """
     with post(url, name, body, key, timeout, certificate) as response:
         try:
@@ -121,7 +121,7 @@ def _opened(
         raise NotYet(f"{url} does not answer: {error}") from None
 
 
-# Servers of traceserve are reached directly, whatever proxy the environment names.
+# Traceserve's servers are contacted directly, regardless of proxy settings.
 opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 

@@ -1,4 +1,4 @@
-"""The files that TorchServe reads: a hardened configuration, one quiet log, our metrics."""
+"""TorchServe's files: a hardened configuration, one quiet log, our metrics."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from traceserve.errors import ServerError
 from traceserve.serving import java
 from traceserve.serving.front import Front
 
-DEFAULT_WORKERS = 1  # of an archive that does not say; TorchServe's own default is one for each core
-# The keys of a server hold as long as it runs: TorchServe's default of one hour would lock everybody out at night.
+DEFAULT_WORKERS = 1  # for an archive that sets none; TorchServe's default is one per core
+# A server's keys stay valid while it runs: TorchServe's default of one hour would lock everybody out at night.
 _KEY_MINUTES = 10 * 365 * 24 * 60
 
 
@@ -28,17 +28,17 @@ def configure(
     port: int,
     front: Front = Front(),
 ) -> Tuple[Tuple[int, int], Dict[str, Path]]:
-    """Write everything that TorchServe reads; gives its management and metrics ports, and the files by option.
+    """Write all of TorchServe's files; returns its management and metrics ports, and the files by option.
 
-    `servings` are those of archives that are not served as they say themselves. It is their own files that change: what
-    model-config.yaml says wins over config.properties.
+    `servings` override archives' own serving configurations. Their model-config.yaml files are changed,
+    since these win over config.properties.
     """
     management, metrics, grpc_inference, grpc_management = free_ports(4)
     store = folder / "store"
     for sub in (store, folder / "logs", folder / "tmp", folder / "run"):
         sub.mkdir()
     for name, file in files.items():
-        # Unpacked here, which takes a third of the time that TorchServe needs for it.
+        # Unpacking here takes a third of TorchServe's time for it.
         (store / name).mkdir()
         unpack(file, store / name)
         if name in servings:
@@ -78,7 +78,7 @@ def configure(
 
 
 def free_ports(count: int) -> List[int]:
-    """Ports of the loopback address that nothing uses now."""
+    """Return unused ports of the loopback address."""
     with contextlib.ExitStack() as stack:
         probes = [stack.enter_context(socket.socket()) for _ in range(count)]
         for probe in probes:
@@ -87,7 +87,7 @@ def free_ports(count: int) -> List[int]:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches `host`."""
+    """Return whether `host` is reachable only from this machine."""
     if host == "localhost":
         return True
     try:
@@ -96,9 +96,9 @@ def is_loopback(host: str) -> bool:
         raise ServerError(f"--host should be an IP address or localhost, not {host}") from None
 
 
-# One file, limited in size. TorchServe's default writes five, at half the throughput. What the workers print at every
-# batch stays out; no request is logged. The frontend's exceptions about a request quote the request in their messages (a
-# form, a path, a header): of those there is one line, with the exception's class and the place in the code.
+# One file of limited size. TorchServe's default writes five, and halves the throughput. The workers' output for every
+# batch is filtered out; requests are not logged. The frontend's exceptions quote the request in their messages (a
+# form, a path, a header), so only one line is logged, with the exception's class and its position in the code.
 _LOG_CONFIG = """<?xml version="1.0" encoding="UTF-8"?>
 <Configuration status="error">
   <Appenders>

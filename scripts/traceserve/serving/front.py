@@ -1,4 +1,4 @@
-"""How TorchServe's frontend meets its clients: origins of browsers, TLS, and how much it takes."""
+"""Options of TorchServe's frontend: CORS, TLS, and limits."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _LARGEST_BODY = 64  # MiB; a batch of token embeddings is larger than TorchServe
 
 @dataclass(frozen=True)
 class Front:
-    """The options of `traceserve serve` for it."""
+    """The frontend options of `traceserve serve`."""
 
-    cors_origin: Optional[str] = None  # the pages of this origin may ask, "*": of any
-    certificate: Optional[Path] = None  # PEM, with the chain behind it
+    cors_origin: Optional[str] = None  # allowed origin of browser requests, "*": any
+    certificate: Optional[Path] = None  # PEM, with its chain
     key: Optional[Path] = None  # PEM, RSA, without a password
-    queue: int = 1000  # requests of one model that may wait; more are answered with 503
-    largest_body: int = _LARGEST_BODY  # MiB, of a request or an answer
+    queue: int = 1000  # queued requests per model; any more are answered with 503
+    largest_body: int = _LARGEST_BODY  # MiB, per request or answer
 
     def check(self) -> None:
-        """Raise ServerError for what TorchServe would end on, or pass over."""
+        """Raise ServerError for values that TorchServe would fail on or ignore."""
         if (self.certificate is None) != (self.key is None):
             raise ServerError("--certificate and --key are given together, or not at all")
         if self.certificate is None or self.key is None:
@@ -40,11 +40,11 @@ class Front:
 
     @property
     def scheme(self) -> str:
-        """Of its URLs."""
+        """The scheme of its URLs."""
         return "https" if self.certificate else "http"
 
     def properties(self) -> Dict[str, Union[str, int, Path]]:
-        """What config.properties says of it."""
+        """Return the options in config.properties."""
         size = self.largest_body << 20
         found: Dict[str, Union[str, int, Path]] = {
             "max_request_size": size,
@@ -63,7 +63,8 @@ class Front:
 
 
 def context(certificate: str) -> ssl.SSLContext:
-    """For our own calls of a server on this machine: its certificate is the one that it was given, whatever name it is for."""
+    """Make a context for our calls to a server on this machine: it trusts the server's own certificate, whatever its
+    name."""
     own = ssl.create_default_context(cafile=certificate)
     own.check_hostname = False
     own.verify_flags |= _PARTIAL_CHAIN
@@ -71,5 +72,5 @@ def context(certificate: str) -> ssl.SSLContext:
 
 
 _PARTIAL_CHAIN = (
-    0x80000  # ssl.VERIFY_X509_PARTIAL_CHAIN since Python 3.10: a certificate that others signed is trusted itself
+    0x80000  # ssl.VERIFY_X509_PARTIAL_CHAIN since Python 3.10: trusts a certificate itself, without its issuer
 )

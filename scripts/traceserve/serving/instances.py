@@ -1,4 +1,4 @@
-"""The running TorchServes of this user: remembered, found, ended."""
+"""This user's running TorchServes: recorded, found, stopped."""
 
 from __future__ import annotations
 
@@ -22,35 +22,35 @@ from traceserve.errors import ServerError
 from traceserve.machine import user_folders
 from traceserve.serving import java
 
-_KEPT = 5  # folders of servers that died, until somebody has seen why; those before the last five go
-_TORCHSERVE = ("org.pytorch.serve.ModelServer", "ts.model_server")  # the JVM, and what starts it
-# What a JVM or its operating system says of a process's end.
+_KEPT = 5  # folders of dead servers kept until their failure was shown; older ones go
+_TORCHSERVE = ("org.pytorch.serve.ModelServer", "ts.model_server")  # the JVM and its starter
+# Words of a JVM or operating system for a process's end.
 _REASON = re.compile(r"\b\w*(Error|Exception)\b|[Oo]ut of memory|Killed|SIG[A-Z]+|fatal|No space left")
-_READABLE = ("logs", "run")  # what is kept of a server that died
+_READABLE = ("logs", "run")  # kept of a dead server
 
 
 @dataclass(frozen=True)
 class Instance:
-    """A TorchServe of ours; `folder` holds its configuration, logs and temporary files."""
+    """One of our TorchServes; `folder` holds its configuration, logs and temporary files."""
 
     port: int
     host: str
     management_port: int
     metrics_port: int
     pid: int
-    started: float  # when the process began, to tell it from a later one with the same pid
+    started: float  # start of the process, to distinguish it from a later one with the same pid
     names: Tuple[str, ...]
     workers: Dict[str, int]  # by name
     folder: str
-    key: Optional[str]  # for predictions, where token authorization is on
+    key: Optional[str]  # for predictions, if token authorization is on
     management_key: Optional[str]
     machine: str = dataclasses.field(default_factory=lambda: this_machine())
-    seen: bool = False  # somebody has been shown why it died
-    certificate: Optional[str] = None  # the file of its certificate, where it speaks TLS
+    seen: bool = False  # its failure was shown to somebody
+    certificate: Optional[str] = None  # the file of its certificate, if it uses TLS
 
     @property
     def url(self) -> str:
-        """Where it answers, as seen from this machine."""
+        """Its URL from this machine."""
         host = "127.0.0.1" if _unspecified(self.host) else self.host
         scheme = "https" if self.certificate else "http"
         return f"{scheme}://[{host}]:{self.port}" if ":" in host else f"{scheme}://{host}:{self.port}"
@@ -65,17 +65,18 @@ class Instance:
         return None
 
     def manifest(self, name: str) -> Manifest:
-        """The manifest of one of its archives."""
+        """Return the manifest of one of its archives."""
         return Manifest.read(Path(self.folder, "store", name), verify=False)
 
     @property
     def log(self) -> Path:
-        """What the workers and TorchServe itself wrote."""
+        """The log of the workers and of TorchServe itself."""
         return Path(self.folder, "logs", "server.log")
 
 
 def remember(instance: Instance) -> None:
-    """Write the state file, which holds the keys: for the user alone. Its name is of this start, not of the port alone."""
+    """Write the state file, readable only by the user since it has the keys. Its name identifies this start, not just
+    the port."""
     path = _state_file(instance)
     new = path.with_suffix(".new")
     try:
@@ -90,12 +91,12 @@ def remember(instance: Instance) -> None:
 
 
 def running() -> List[Instance]:
-    """The running servers of this user on this machine, by port. Nothing is removed."""
+    """Return this user's running servers on this machine, by port. Nothing is removed."""
     return [instance for instance in _remembered() if instance.process is not None]
 
 
 def died() -> List[Instance]:
-    """Servers that ended without having been stopped, and whose logs nobody has removed yet; the last one first."""
+    """Return the servers that died and whose logs still exist; the latest first."""
     dead = [instance for instance in _remembered() if instance.process is None]
     found: List[Instance] = []
     for instance in sorted(dead, key=lambda instance: -instance.started):
@@ -108,40 +109,40 @@ def died() -> List[Instance]:
 
 
 def mark_seen(instance: Instance) -> None:
-    """Somebody has been shown why this server died: the next start removes what is left of it."""
+    """Record that this server's failure was shown: the next start removes its remains."""
     with contextlib.suppress(OSError):  # shown again next time
         remember(dataclasses.replace(instance, seen=True))
 
 
 def sweep() -> None:
-    """Remove what is left of servers that died, where somebody has seen why."""
+    """Remove the remains of dead servers whose failure was shown."""
     for instance in died():
         if instance.seen:
             _remove(instance)
 
 
 def is_remembered(folder: Path) -> bool:
-    """Whether a server in this folder has a state file, on whatever machine it runs."""
+    """Return whether a server in this folder has a state file, on any machine."""
     return (_state_folder() / f"{folder.name}.json").exists()
 
 
 def _remembered() -> Iterator[Instance]:
-    """Every server of this machine that has a state file. One of another machine or container, which shares the home, is
-    none of ours to judge: its process cannot be seen from here."""
+    """Yield this machine's servers with a state file. Those of other machines or containers that share the home
+    are skipped: their processes are not visible here."""
     found: List[Instance] = []
     for path in _state_folder().glob("*.json"):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             instance = Instance(**{**content, "names": tuple(content["names"]), "workers": dict(content["workers"])})
         except (ValueError, TypeError, KeyError, FileNotFoundError):
-            continue  # being removed, or of another version
+            continue  # being removed, or from another version
         if instance.machine == this_machine():
             found.append(instance)
     return iter(sorted(found, key=lambda instance: (instance.port, instance.started)))
 
 
 def this_machine() -> str:
-    """What tells this machine, and where there are such, this container's processes, from others with the same pids."""
+    """Identify this machine, and if possible this container, among others with the same pids."""
     parts = [platform.node()]
     with contextlib.suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
@@ -150,7 +151,7 @@ def this_machine() -> str:
 
 
 def find(port: Optional[int]) -> Instance:
-    """The server on `port`, or the only one; raises ServerError."""
+    """Return the server on `port`, or the only one; raises ServerError."""
     servers = running()
     if not servers:
         dead = ", ".join(str(instance.port) for instance in died())
@@ -166,7 +167,7 @@ def find(port: Optional[int]) -> Instance:
 
 
 def workers_alive(instance: Instance) -> Dict[str, int]:
-    """How many worker processes of each archive run."""
+    """Return the number of running worker processes per archive."""
     alive = dict.fromkeys(instance.names, 0)
     process = instance.process
     with contextlib.suppress(psutil.Error):
@@ -184,7 +185,7 @@ def wait(instance: Instance, poll: float = 0.5) -> None:
 
 
 def last_words(instance: Instance) -> str:
-    """Why a server ended, as far as its log says, for a sentence's end."""
+    """Return why a server ended, according to its log, as the end of a sentence."""
     text = "".join(
         path.read_text(encoding="utf-8", errors="replace")
         for path in (instance.log.with_name("start.log"), instance.log)
@@ -192,11 +193,11 @@ def last_words(instance: Instance) -> str:
     )
     lines = [line.strip() for line in text.splitlines() if line.strip() and "[cds]" not in line]
     told = [line for line in lines if _REASON.search(line)]
-    return f": {(told or lines)[-1]}" if lines else " without a word in its log"
+    return f": {(told or lines)[-1]}" if lines else " without a message in its log"
 
 
 def stop(instance: Instance, at_once: bool = False) -> None:
-    """End a server and its workers, and remove its files; it finishes what it is asked now, unless `at_once`."""
+    """Stop a server and its workers, and remove its files; it finishes running requests unless `at_once`."""
     process = instance.process
     if process is not None:
         _end([process], at_once)
@@ -206,8 +207,8 @@ def stop(instance: Instance, at_once: bool = False) -> None:
 
 
 def end_started_in(folder: Path) -> None:
-    """End, at once, every TorchServe that was started on this folder, whether remembered or not, and remove the folder."""
-    for _ in range(2):  # what starts the JVM may do so just now
+    """Immediately end every TorchServe started on this folder, recorded or not, and remove the folder."""
+    for _ in range(2):  # a starter may just be starting its JVM
         _end(list(_started_in(folder)), at_once=True)
     with contextlib.suppress(FileNotFoundError):
         (_state_folder() / f"{folder.name}.json").unlink()
@@ -215,7 +216,7 @@ def end_started_in(folder: Path) -> None:
 
 
 def _started_in(folder: Path) -> Iterator[psutil.Process]:
-    """Both TorchServe and its starter name a file of the folder in their arguments."""
+    """Yield TorchServe and its starter: both have a file of the folder in their arguments."""
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             arguments = process.cmdline()
@@ -238,14 +239,14 @@ def _end(processes: List[psutil.Process], at_once: bool) -> None:
 
 
 def _remove(instance: Instance) -> None:
-    """Its own state file, never one of another server that has the port now; and its folder."""
+    """Remove its folder and its own state file, never that of another server now on the port."""
     with contextlib.suppress(FileNotFoundError):
         _state_file(instance).unlink()
     shutil.rmtree(instance.folder, ignore_errors=True)
 
 
 def _keep_only(instance: Instance) -> None:
-    """Of a server that died only what can be read: its archives and temporary files are large."""
+    """Keep only a dead server's readable files: its archives and temporary files are large."""
     for path in Path(instance.folder).iterdir():
         if path.is_dir() and path.name not in _READABLE:
             shutil.rmtree(path, ignore_errors=True)

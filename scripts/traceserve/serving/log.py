@@ -1,4 +1,4 @@
-"""TorchServe's logs: why a worker could not load its archive, and their last line."""
+"""TorchServe's logs: load failures of workers, and the last line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Optional
 
 
 def load_failure(log: Path) -> Optional[str]:
-    """The reason, in one line, why a worker could not load its archive, as its log tells; None if none did."""
+    """Return in one line why a worker could not load its archive, from the log; None if none failed."""
     text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
     match = re.search(r"(?:Failed to load model \S+|Load model \S+ cpu OOM), exception (.+)", text)
     if match:
@@ -20,14 +20,14 @@ def load_failure(log: Path) -> Optional[str]:
         )
         if errors:
             return str(errors[0]).strip()
-        if len(died) > 1:  # the first one's reason would stand between them
+        if len(died) > 1:  # the first one's reason would be between them
             return "its process died without a reason"
     match = re.search(r"(?:ModelException|InvalidModelException|ArchiveException|ModelNotFoundException): (.+)", text)
     return match.group(1).strip() if match else None
 
 
 def log_tail(folder: Path) -> str:
-    """The last line of the logs in a server's folder, for an error's end."""
+    """Return the last line of the logs in a server's folder, as the end of an error."""
     for log in (folder / "logs" / "server.log", folder / "logs" / "start.log"):
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
         if lines:

@@ -1,4 +1,4 @@
-"""Starting TorchServe on archives: a private, quiet, hardened instance for each port, which answers when it is handed over."""
+"""Starts TorchServe on archives: a private, quiet, hardened instance per port, ready when returned."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from traceserve.serving.front import Front
 from traceserve.serving.instances import Instance
 from traceserve.serving.log import load_failure, log_tail
 
-_SLACK = 0.5  # seconds that an answer may be on its way after the frontend's own limit
+_SLACK = 0.5  # seconds an answer may take after the frontend's own limit
 
-_LONGEST_SOCKET_PATH = 103  # in bytes: of macOS; Linux has 107
-_FOLDER = re.compile(r"traceserve-\d+-[a-z0-9_]{8}")  # as _new_folder names them
+_LONGEST_SOCKET_PATH = 103  # bytes, on macOS; Linux has 107
+_FOLDER = re.compile(r"traceserve-\d+-[a-z0-9_]{8}")  # the names by _new_folder
 DEFAULT_PORT = 8080
 
 
@@ -50,8 +50,7 @@ def start(
 ) -> Instance:
     """Start TorchServe on archives and wait until each has answered a request; raises ServerError with the reason.
 
-    An archive is served as it says itself, if `serving` does not say otherwise, with as many workers as it says, if
-    `workers` does not.
+    `serving` and `workers` override the archives' own configurations.
     """
     files = _by_name(archives)
     manifests = {name: read_manifest(file) for name, file in files.items()}
@@ -80,7 +79,7 @@ def start(
                     progress(f"waiting for {name} to answer")
                 patience = (wanted[name].client_timeout or float("inf")) / 1000 + _SLACK
                 _wait_for_answer(instance, name, _sample(manifest), time.monotonic() + timeout, patience)
-        except BaseException:  # an interrupt too: nobody else knows of what was started
+        except BaseException:  # interrupts too: nobody else knows of the started process
             instances.end_started_in(folder)
             raise
     return instance
@@ -89,7 +88,7 @@ def start(
 def _remembered(
     folder: Path, host: str, port: int, ports: Tuple[int, int], pid: int, workers: Dict[str, int]
 ) -> Instance:
-    """The TorchServe that was just launched, in the list of those that run; raises ServerError if it has ended."""
+    """Record the just launched TorchServe as running; raises ServerError if it has ended."""
     try:
         started = psutil.Process(pid).create_time()
     except psutil.NoSuchProcess:
@@ -104,7 +103,7 @@ def _remembered(
 
 
 def _sweep() -> None:
-    """Remove what is left of servers that died and were seen, and of starts that were killed in their midst."""
+    """Remove the remains of dead servers whose failure was shown, and of killed starts."""
     instances.sweep()
     for place in {Path(tempfile.gettempdir()), Path("/tmp")}:
         if place.is_dir():
@@ -124,7 +123,7 @@ def _by_name(archives: Sequence[Path]) -> Dict[str, Path]:
 
 
 def _wanted(own: Serving, serving: Optional[Serving], workers: Optional[int]) -> Serving:
-    """How an archive is served; several workers share the cores, unless something says what each may use."""
+    """Return an archive's serving configuration; several workers share the cores unless threads are set."""
     wanted = serving or own
     wanted = wanted if workers is None else dataclasses.replace(wanted, workers=workers)
     if (wanted.workers or 1) > 1 and wanted.threads is None and "OMP_NUM_THREADS" not in os.environ:
@@ -133,7 +132,7 @@ def _wanted(own: Serving, serving: Optional[Serving], workers: Optional[int]) ->
 
 
 def _new_folder(port: int) -> Path:
-    """A temporary folder in which TorchServe can have its sockets, whose paths have a limit; raises ServerError."""
+    """Make a temporary folder for TorchServe's sockets, whose paths have a limit; raises ServerError."""
     made: List[Path] = []
     for place in (None, "/tmp"):
         with contextlib.suppress(OSError):
@@ -164,13 +163,13 @@ def _check_port(host: str, port: int) -> None:
 
 
 def launch(folder: Path, settings: Dict[str, Path], needed: Dict[str, str]) -> int:
-    """Run `torchserve --start`, with what is needed in its environment; gives the pid of its JVM."""
+    """Run `torchserve --start` with the needed environment; returns the pid of its JVM."""
     command = [sys.executable, "-m", "ts.model_server", "--start", "--no-config-snapshots"]
     command += [part for option, value in settings.items() for part in (f"--{option}", str(value))]
     variables = {
         **{key: value for key, value in os.environ.items() if not key.startswith("TS_")},
         **needed,
-        # TorchServe keeps its pid file, sockets and unpacked archives in the temporary folder: one for each instance.
+        # TorchServe keeps its pid file, sockets and unpacked archives in the temporary folder: one per instance.
         "TMPDIR": str(folder / "tmp"),
         "TEMP": str(folder / "tmp"),
         "LOG_LOCATION": str(folder / "logs"),
@@ -200,7 +199,7 @@ def launch(folder: Path, settings: Dict[str, Path], needed: Dict[str, str]) -> i
 
 
 def _with_keys(instance: Instance, timeout: float) -> Instance:
-    """TorchServe writes its keys into its working directory once it listens."""
+    """Wait for the keys that TorchServe writes into its working directory once it listens."""
     file = Path(instance.folder, "run", "key_file.json")
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
@@ -213,7 +212,7 @@ def _with_keys(instance: Instance, timeout: float) -> Instance:
 
 
 def _sample(manifest: Manifest) -> Dict[str, Any]:
-    from traceserve_runtime.tasks import TASKS  # imports numpy and tokenizers: while the JVM starts
+    from traceserve_runtime.tasks import TASKS  # imports numpy and tokenizers while the JVM starts
 
     return TASKS[manifest.task].sample_body(manifest.facts)
 
@@ -221,10 +220,10 @@ def _sample(manifest: Manifest) -> Dict[str, Any]:
 def _wait_for_answer(
     instance: Instance, name: str, canary: Dict[str, Any], deadline: float, patience: float = float("inf")
 ) -> None:
-    """Ask until an answer comes. The frontend keeps a request while it has no worker, for as long as it takes: so it is
-    asked in a thread, and the worker's log is watched meanwhile.
+    """Ask until there is an answer. Without a worker the frontend holds a request indefinitely, so a thread
+    asks, while this one watches the worker's log.
 
-    What has waited for `patience` seconds was dropped by the frontend, which tells nobody: then it is asked again.
+    A request is retried after `patience` seconds, when the frontend has silently dropped it.
     """
 
     def ask(outcome: List[Optional[Exception]]) -> None:
@@ -232,7 +231,7 @@ def _wait_for_answer(
             left = max(1.0, deadline - time.monotonic())
             client.predict(instance.url, name, canary, instance.key, left, instance.certificate)
             outcome.append(None)
-        except Exception as error:  # told by the thread that waits
+        except Exception as error:  # reported by the waiting thread
             outcome.append(error)
 
     while time.monotonic() < deadline:
@@ -252,7 +251,7 @@ def _wait_for_answer(
 
 
 def _check_alive(instance: Instance, name: Optional[str]) -> None:
-    """Raise the worker's own reason if it could not load, or TorchServe's if it ended."""
+    """Raise the worker's own error if it could not load, or TorchServe's if it ended."""
     reason = load_failure(instance.log)
     if reason:
         raise ServerError(f"the worker of {name or instance.names[0]} cannot load the archive: {reason}")

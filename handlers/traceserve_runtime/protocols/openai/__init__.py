@@ -1,4 +1,4 @@
-"""The API of OpenAI, as its clients and those who followed it speak it: models, embeddings, completions, chat completions.
+"""OpenAI's API, as its clients and compatible servers speak it: models, embeddings, completions, chat completions.
 
 A model's base URL is /predictions/NAME/VERSION/v1.
 """

@@ -1,4 +1,4 @@
-"""How texts that were written are answered: completions and chat completions, whole or as events."""
+"""Responses with generated texts: completions and chat completions, whole or as events."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from traceserve_runtime.protocols.fields import Places
 from traceserve_runtime.protocols.openai.shared import error_document, head, usage
 from traceserve_runtime.tasks.contract import Answer, WrittenToken
 
-_REASONS = {"length": "length"}  # all else is "stop"
+_REASONS = {"length": "length"}  # everything else is "stop"
 
 
 class Choices(NamedTuple):
-    """How many texts are written to each prompt, where they stop, and what is said of each."""
+    """The number of texts per prompt, their stop strings, and the details to report."""
 
     of_each: int
     stops: Sequence[str]
-    logprobs: Optional[int]  # so many of the likeliest tokens; None: no log-probabilities
+    logprobs: Optional[int]  # the number of top tokens; None: no log-probabilities
 
 
 def _written(answer: Answer) -> str:
-    """The text of an answer of text_generation or text2text_generation, or of a stream."""
+    """Return the text of a text_generation or text2text_generation answer, or of a stream."""
     value = answer.value[0] if isinstance(answer.value, list) else answer.value
     return value if isinstance(value, str) else str(value["generated_text"])
 
@@ -46,7 +46,7 @@ class WrittenTexts(Places):
     prefix: str = ""
 
     def reply(self, answers: Sequence[Answer], served: Served) -> Any:
-        """The choices of all prompts, in order; a prompt that has several was read once for each."""
+        """Return all prompts' choices, in order; a prompt with several was read once for each."""
         read = [answers[i] for i in range(0, len(answers), self.choices.of_each)]
         return {
             **head(self.prefix, self.object, served),
@@ -91,13 +91,13 @@ class ChatTexts(WrittenTexts):
 
 
 def _written_tokens(answer: Answer) -> Tuple[Sequence[Mapping[str, Any]], Optional[Sequence[Any]]]:
-    """The tokens of an answer with details, and the likeliest ones in the position of each."""
+    """Return the tokens of an answer with details, and the top tokens at each position."""
     details = answer.details or {}
     return details.get("tokens", ()), details.get("top_tokens")
 
 
 def completion_logprobs(answer: Answer) -> Dict[str, Any]:
-    """Token by token, as completions tell them."""
+    """Return per-token log-probabilities in completions' format."""
     tokens, tops = _written_tokens(answer)
     offsets, place = [], 0
     for token in tokens:
@@ -112,7 +112,7 @@ def completion_logprobs(answer: Answer) -> Dict[str, Any]:
 
 
 def chat_logprobs(answer: Answer) -> Dict[str, Any]:
-    """Token by token, as chat completions tell them."""
+    """Return per-token log-probabilities in chat completions' format."""
     tokens, tops = _written_tokens(answer)
 
     def told(token: Mapping[str, Any]) -> Dict[str, Any]:
@@ -126,7 +126,7 @@ def chat_logprobs(answer: Answer) -> Dict[str, Any]:
 
 
 class Chunks:
-    """The events of one stream; log-probabilities, where they are asked for, come with the last text."""
+    """The events of one stream; log-probabilities, if requested, come with the last text."""
 
     content_type = CONTENT_TYPE
     prefix = ""
@@ -140,12 +140,12 @@ class Chunks:
         self._begun = False
 
     def piece(self, text: str, tokens: Sequence[WrittenToken]) -> bytes:
-        """One event, but where all of the text is held back."""
+        """Return one event, or nothing if all of the text is held back."""
         text = self._stops.feed(text)
         return self._chunk(self._delta(text)) if text else b""
 
     def end(self, text: str, answer: Answer, tokens: int) -> bytes:
-        """The rest of the text, why it ended, and how many tokens there were where that was asked for."""
+        """Return the rest of the text, why it ended and, if requested, the token counts."""
         text = self._stops.feed(text) + self._stops.rest()
         logprobs = None if self._choices.logprobs is None else self._logprobs(answer)
         last = self._chunk(self._delta(text), logprobs=logprobs) if text or logprobs or not self._begun else b""
@@ -155,7 +155,7 @@ class Chunks:
         return last + DONE
 
     def failed(self, error: TraceserveError) -> bytes:
-        """The error, as an answer has it."""
+        """Return the error in the usual format."""
         return event(error_document(error)) + DONE
 
     def _chunk(self, said: Mapping[str, Any], reason: Optional[str] = None, logprobs: Any = None) -> bytes:

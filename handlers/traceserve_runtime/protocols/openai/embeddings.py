@@ -1,4 +1,4 @@
-"""Models, and texts to vectors."""
+"""Models and embeddings."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Models(OpenAiErrors):
         self._single = single
 
     def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Document:
-        """Nothing is asked; raises NotFound for another model than this one."""
+        """Ignore the body; raises NotFound for a model other than this one."""
         wanted = headers.path.strip("/").partition("models/")[2]
         if self._single and wanted != served.name:
             raise NotFound(f"the model {short(wanted)} is not served here; {served.name} is", "model")
@@ -65,10 +65,10 @@ class Models(OpenAiErrors):
 
 
 class Embeddings(OpenAiErrors):
-    """Texts to vectors, by a model of feature extraction."""
+    """Embeds texts with a feature extraction model."""
 
     def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Body:
-        """The requests in `input`: a text, a list of texts, a list of token ids, or a list of such lists."""
+        """Read the requests in `input`: a text, a list of texts, a list of token ids, or a list of such lists."""
         check_reads_vectors(served, "embeddings are made")
         value = json_body(parts, headers, served)
         parameters = checked(read_keys(value, _EMBEDDINGS), served, foreign_names(_EMBEDDINGS))
@@ -85,7 +85,7 @@ class _Vectors(Places):
     encode: bool = False
 
     def reply(self, answers: Sequence[Answer], served: Served) -> Any:
-        """The vectors in order; in base64 they are float32, little-endian."""
+        """Return the vectors in order; base64 holds little-endian float32."""
         data = [
             {"object": "embedding", "index": i, "embedding": self._written(answer.value)}
             for i, answer in enumerate(answers)

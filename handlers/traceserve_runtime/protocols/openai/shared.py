@@ -1,4 +1,4 @@
-"""What all paths of OpenAI's API have in common: errors, usage, the heads of answers, and how texts are sent."""
+"""Parts common to all paths of OpenAI's API: errors, usage, response heads, and input texts."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ _ERRORS = {404: "not_found_error", 500: "server_error", 501: "server_error"}
 
 
 class OpenAiErrors:
-    """What all of them are refused with."""
+    """The error format of all of them."""
 
     def error(self, error: TraceserveError, parts: Mapping[str, Any], headers: Headers, served: Served) -> Refusal:
-        """OpenAI's own shape."""
+        """Return the error in OpenAI's format."""
         return Refusal.of(error_document(error), error)
 
 
 def error_document(error: TraceserveError) -> Dict[str, Any]:
-    """An error as OpenAI's clients read it."""
+    """Return an error as OpenAI's clients expect it."""
     kind = _ERRORS.get(error.status, "invalid_request_error")
     return {"error": {"message": error.message, "type": kind, "param": error.field, "code": type(error).__name__}}
 
 
 def usage(answers: Sequence[Answer], completion: Optional[int] = None) -> Dict[str, int]:
-    """How many tokens were read, and written where any were."""
+    """Return the number of tokens read, and of those written if any."""
     read = sum(answer.tokens for answer in answers)
     if completion is None:
         return {"prompt_tokens": read, "total_tokens": read}
@@ -38,7 +38,7 @@ def usage(answers: Sequence[Answer], completion: Optional[int] = None) -> Dict[s
 
 
 def texts_of(value: Any, name: str, served: Served) -> List[Tuple[Any, str]]:
-    """The texts that a prompt or input is, each with its path. Ids of the model's tokens are read as the text that they say."""
+    """Return the texts of a prompt or input, each with its path. Token ids are decoded to text."""
     if isinstance(value, str):
         return [(value, name)]
     if not isinstance(value, list):
@@ -66,5 +66,5 @@ def _are_ids(value: Any) -> bool:
 
 
 def head(prefix: str, kind: str, served: Served) -> Dict[str, Any]:
-    """What an answer begins with."""
+    """Return the common head of a response."""
     return {"id": prefix + uuid.uuid4().hex, "object": kind, "created": int(time.time()), "model": served.name}

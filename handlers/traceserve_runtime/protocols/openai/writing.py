@@ -1,7 +1,6 @@
-"""Prompts and chats to texts: which keys a body has, and what they ask of us.
+"""Prompts and chats: the keys of their bodies, and how these map to our parameters.
 
-What a key means for us stands in the tables below; what is in none of them, or asks for something that is not done here, is
-refused by its name.
+The tables below map the keys; a key that is in none of them, or requests something unsupported, is refused by name.
 """
 
 from __future__ import annotations
@@ -36,9 +35,9 @@ from traceserve_runtime.protocols.requests import checked_fields
 from traceserve_runtime.protocols.wording import kind_of
 from traceserve_runtime.tasks.contract import Request
 
-_MOST_CHOICES = 128  # of one prompt
+_MOST_CHOICES = 128  # per prompt
 _TOP_LOGPROBS = 20
-_DEFAULT_TOKENS = 16  # of a completion, as OpenAI has it; a chat goes on as far as the model says
+_DEFAULT_TOKENS = 16  # of a completion, OpenAI's default; a chat's is the model's
 
 _WRITING: Dict[str, Key] = {
     "model": IGNORED,
@@ -50,10 +49,10 @@ _WRITING: Dict[str, Key] = {
     "top_p": Key("top_p"),
     "seed": Key("seed"),
     "stop": Key("stop", neutral=([],)),
-    "presence_penalty": Key(neutral=(0,), why="penalties for presence are not done here; repetition_penalty is"),
-    "frequency_penalty": Key(neutral=(0,), why="penalties for frequency are not done here; repetition_penalty is"),
+    "presence_penalty": Key(neutral=(0,), why="presence penalties are not supported; use repetition_penalty"),
+    "frequency_penalty": Key(neutral=(0,), why="frequency penalties are not supported; use repetition_penalty"),
     "logit_bias": Key(neutral=({},)),
-    # What the servers that followed OpenAI have beside.
+    # Additions of OpenAI-compatible servers.
     "top_k": Key("top_k"),
     "min_p": Key("min_p"),
     "typical_p": Key("typical_p"),
@@ -89,16 +88,16 @@ _CHAT: Dict[str, Key] = {
     "prompt_cache_key": IGNORED,
     "safety_identifier": IGNORED,
 }
-_ROLES = {"developer": "system"}  # what others call ours
+_ROLES = {"developer": "system"}  # other names of our roles
 
 
 class _Writing(OpenAiErrors):
-    """What completions and chat completions have in common."""
+    """Parts common to completions and chat completions."""
 
     keys: Mapping[str, Key]
 
     def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Body:
-        """The requests: for each prompt as many as choices are asked for."""
+        """Make one request per choice of each prompt."""
         if not served.task.loop:
             raise WrongTask(f"this model's task is {served.task.name}; texts are written by one of text_generation")
         value = json_body(parts, headers, served)
@@ -130,7 +129,7 @@ class _Writing(OpenAiErrors):
         if "stream" not in {parameter.name for parameter in served.task.all_parameters()}:
             raise InvalidRequest("this model's texts are not streamed; leave stream out", "stream")
         if boolean(value, "echo"):
-            raise InvalidRequest('"echo" of a stream is not done here', "echo")
+            raise InvalidRequest('"echo" is not supported for streams', "echo")
         options = value.get("stream_options") or {}
         if not isinstance(options, dict):
             raise InvalidRequest(f'"stream_options" should be an object, not {kind_of(options)}', "stream_options")
@@ -142,7 +141,7 @@ class _Writing(OpenAiErrors):
 
     @staticmethod
     def _of_choice(parameters: Mapping[str, Any], number: int) -> Dict[str, Any]:
-        """Each choice draws other tokens."""
+        """Give each choice its own seed."""
         seed = parameters.get("seed")
         return dict(parameters) if seed is None else {**parameters, "seed": (seed + number) % 2**32}
 
@@ -169,7 +168,7 @@ class _Writing(OpenAiErrors):
 
 
 class Completions(_Writing):
-    """Prompts to texts."""
+    """Completes prompts."""
 
     keys = _COMPLETIONS
 
@@ -179,7 +178,7 @@ class Completions(_Writing):
     def _prompts(self, value: Mapping[str, Any], served: Served) -> List[Tuple[Mapping[str, Any], str]]:
         best = value.get("best_of")
         if best is not None and best != _count(value):
-            raise InvalidRequest('"best_of" is not done here; leave it out', "best_of")
+            raise InvalidRequest('"best_of" is not supported; leave it out', "best_of")
         texts = texts_of(needed(value, "prompt"), "prompt", served)
         return [(checked_fields({"text": text}, served.task, where), where) for text, where in texts]
 
@@ -200,15 +199,13 @@ class Completions(_Writing):
 
 
 class Chat(_Writing):
-    """Messages to the next one."""
+    """Answers chats."""
 
     keys = _CHAT
 
     def _prompts(self, value: Mapping[str, Any], served: Served) -> List[Tuple[Mapping[str, Any], str]]:
         if "messages" not in {field.name for field in served.task.fields}:
-            raise WrongTask(
-                f"this model's task is {served.task.name}; chats are gone on with by one of text_generation"
-            )
+            raise WrongTask(f"this model's task is {served.task.name}; chats are continued by one of text_generation")
         messages = needed(value, "messages")
         if not isinstance(messages, list):
             raise InvalidRequest(f'"messages" should be a list, not {kind_of(messages)}', "messages")
@@ -233,7 +230,7 @@ class Chat(_Writing):
 
 
 def _message(message: Any, where: str) -> Any:
-    """A message as ours: its content one text."""
+    """Convert a message to ours, whose content is one text."""
     if not isinstance(message, dict):
         raise InvalidRequest('a message is an object like {"role": "user", "content": "..."}', where)
     read_keys(message, {"role": READ, "content": READ, "name": Key(), "refusal": Key()}, where)
