@@ -95,7 +95,7 @@ def test_setup_config_as_yaml(tmp_path: Path) -> None:
     [
         ("handler: [1]", "handler should hold keys and values, as model_name: NAME"),
         ("- a", "the configuration should be a JSON object"),
-        ("handler: {model_name: x}\nbatchsize: 3", "batchsize: no key that is read beside handler; read are batchSize"),
+        ("handler: {model_name: x}\nbatchsize: 3", "batchsize: not supported beside handler; supported are batchSize"),
         ("handler: {model_name: x, batch_size: 4}\nbatchSize: 8", "batch_size is 4 under handler, and 8 beside it"),
         ("model_name: x\nmodel_name: y", "the key model_name is given twice"),
         ("model_name: x\n1: y", "unknown key 1"),

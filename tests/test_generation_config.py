@@ -256,7 +256,7 @@ def test_settings_for_other_pipelines_are_told(checkpoint: Checkpoint, tmp_path:
 
     assert note("bart", "text2text_generation") == (
         "config.json's task_specific_params has settings for summarization, which the task text2text_generation does not "
-        "read: what should hold of them goes into parameters, or into a request"
+        "read: set them in parameters, or in a request"
     )
     assert "settings for summarization, text2text-generation, which" in note("gpt2", "text_generation")
 

@@ -1,1 +1,1 @@
-"""From setup_config.json to a verified artifact."""
+"""Builds a verified artifact from setup_config.json."""

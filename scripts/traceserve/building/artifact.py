@@ -1,4 +1,4 @@
-"""A model to the files of an artifact: what the writer makes of it, its tokenizer, how it is served, and the manifest."""
+"""Writes an artifact's files: the writer's model, the tokenizer, the serving configuration and the manifest."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def write(
     progress: Progress,
     rehearsal: bool = False,
 ) -> Manifest:
-    """Everything of the artifact but the receipt; as a rehearsal, of the same graphs for this machine's CPU."""
+    """Write the artifact without its receipt; as a rehearsal, the same graphs for this machine's CPU."""
     progress(f"writing {config.save_mode} in {original.dtype} ({describe_shapes(shapes, original.max_length)})", 0, 0)
     target = target_of(config)._replace(rehearsal=rehearsal)
     task = TASKS[config.task]
@@ -84,7 +84,7 @@ def write(
 
 
 def _serving(config: SetupConfig) -> str:
-    """model-config.yaml, which TorchServe reads from the archive; `traceserve tune` adds what it finds."""
+    """Return model-config.yaml, which TorchServe reads from the archive; `traceserve tune` adds its results."""
     serving = Serving(
         config.batch_size, config.max_batch_delay, config.response_timeout, client_timeout=config.client_timeout
     )
@@ -109,12 +109,12 @@ def _versions(config: SetupConfig, source: Source) -> Dict[str, str]:
 
 
 def target_of(config: SetupConfig) -> Target:
-    """What a writer is to write for."""
+    """Return the writer's target."""
     return formats.target(config.save_mode, config.hardware, config.options)
 
 
 def describe_shapes(shapes: Shapes, max_length: int) -> str:
-    """The allowed shapes in words."""
+    """Describe the allowed shapes."""
     if shapes.lengths is None:
         lengths = f"any length up to {max_length}"
     else:

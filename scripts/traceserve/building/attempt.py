@@ -33,10 +33,10 @@ from traceserve.building.writers.shapes import without_padding
 from traceserve.errors import ExportError
 from traceserve.machine import neuron_cores
 
-_WRITTEN_TEXTS = 16  # whose speed is measured
-PADDING_CHANGES = "padding_changes_outputs_by"  # of the receipt, where rows are therefore never padded
-REFUSED = "rewritten_graph_refused"  # of the receipt: the variants with which the rewritten graph did not pass
-# Of what is compiled for a chip, what the gate compared: not the compiled graphs themselves, where no chip is at hand.
+_WRITTEN_TEXTS = 16  # for measuring the speed of generation
+PADDING_CHANGES = "padding_changes_outputs_by"  # in the receipt, if rows are therefore never padded
+REFUSED = "rewritten_graph_refused"  # in the receipt: the variants in which the rewritten graph failed
+# What the gate compared for a chip: without one, the graphs before compilation instead of the compiled ones.
 COMPILED, BEFORE_COMPILING = "compiled graphs", "graphs before they were compiled"
 
 
@@ -49,7 +49,7 @@ class Made(NamedTuple):
 
 
 def _lowered(config: SetupConfig, original: Original, dtype: str, texts: Sequence[str]) -> Iterable[Original]:
-    """The models to be written in this dtype, in turn; as it is, where the hardware's own compiler makes the dtype."""
+    """Yield the models to write in this dtype, in turn; unchanged if the hardware's compiler converts it."""
     if config.hardware in DTYPES[dtype].by_compiler:
         return [replace(original, dtype=dtype)]
     return WRITERS[config.save_mode].lowered(original, dtype, texts)
@@ -60,7 +60,7 @@ def size_of(folder: Path) -> int:
 
 
 def _speed_requests(made: Made, own_samples: Sequence[Request]) -> Sequence[Request]:
-    """The user's own samples, or sentences of everyday length; of written texts a few."""
+    """Return the user's samples, or sentences of everyday length; only a few for generated texts."""
     task = load_task(made.folder, made.manifest)
     requests = own_samples or task.from_texts(sentences(CORPUS))
     return requests[:_WRITTEN_TEXTS] if task.loop else requests
@@ -68,7 +68,7 @@ def _speed_requests(made: Made, own_samples: Sequence[Request]) -> Sequence[Requ
 
 @dataclass(frozen=True)
 class Attempt:
-    """What is the same for every artifact that is tried."""
+    """The parts common to all attempts at an artifact."""
 
     config: SetupConfig
     source: Source
@@ -76,10 +76,11 @@ class Attempt:
     name: str
     own_samples: Sequence[Request]
     progress: Progress
-    allow_drift: bool = False  # what does not pass may be taken, and is therefore compared to the end
+    allow_drift: bool = False  # a failing artifact may be taken, and is therefore compared completely
 
     def make(self, dtype: str, folder: Path) -> Made:
-        """An artifact of this dtype in `folder`, the widest in its shapes that passes; raises ExportError, DriftError."""
+        """Make an artifact of this dtype in `folder`, with the widest shapes that pass; raises ExportError,
+        DriftError."""
         original = self.reference.original
         refused: List[ExportError] = []
         drifted: List[Tuple[Findings, Original, Shapes]] = []
@@ -92,7 +93,7 @@ class Attempt:
                 except CompileError:
                     raise
                 except ExportError as error:
-                    refused.append(error)  # a model that cannot be traced at one length may be at another
+                    refused.append(error)  # tracing may fail at one length and not at another
                     continue
                 if findings.passed:
                     if not shapes.padded:
@@ -100,16 +101,16 @@ class Attempt:
                     return self._finish(manifest, findings, padded, folder)
                 drifted.append((findings, padded, shapes))
                 if config.hardware in FIXED_SHAPES or not (findings.failure or findings.failed):
-                    break  # narrower shapes change no more of what is right in all of them
+                    break  # narrower shapes cannot mend what is wrong in all of them
         runnable = [item for item in drifted if item[0].failure is None]
         if self.allow_drift and runnable:
             findings, lowered, shapes = min(runnable, key=lambda i: (i[0].share_changed, i[0].largest_difference))
             return self._finish(self._write(lowered, shapes, folder), findings, lowered, folder)
         if drifted:
-            # Of each model that was tried the widest shapes; of these the one that came nearest.
+            # The widest shapes of each model tried; of these the closest.
             widest = {id(item[1].model): item for item in reversed(drifted)}.values()
             findings, _, shapes = min(widest, key=lambda item: item[0].share_changed)
-            # What cannot even be run in all shapes may be in another save mode.
+            # A model that cannot even run in all shapes may run in another save mode.
             advice = formats.advice(config) if findings.failure else _without_padding(config, findings)
             raise DriftError(_drift(dtype, shapes, original) + advice, findings)
         raise refused[0]
@@ -117,7 +118,8 @@ class Attempt:
     def race(
         self, made: Sequence[Made], tried: List[Candidate], scratch: Path
     ) -> Tuple[List[Candidate], Optional[Compared]]:
-        """The candidates with their speeds, where there is something to compare; and what they were compared with."""
+        """Return the candidates, with speeds if there is something to compare; and the artifact they were compared
+        with."""
         other = self._other(made[0].manifest.shapes, scratch)
         folders = {item.manifest.dtype: item.folder for item in made}
         if len(made) < 2 and other is None:
@@ -130,7 +132,8 @@ class Attempt:
         return [replace(candidate, speed=speeds.get(candidate.dtype)) for candidate in tried], compared
 
     def _other(self, shapes: Shapes, scratch: Path) -> Optional[Path]:
-        """The float32 artifact that this save mode is measured against, unproven; None where it cannot be written."""
+        """Return the float32 artifact that this save mode is measured against, unverified; None if it cannot be
+        written."""
         save_mode = SAVE_MODES[self.config.save_mode].measured_against
         if save_mode is None:
             return None
@@ -146,9 +149,10 @@ class Attempt:
     def _ways(
         self, lowered: Original, drifted: Sequence[Tuple[Findings, Original, Shapes]]
     ) -> Iterator[Tuple[Original, Shapes]]:
-        """Shapes, widest first, padded on the right, or on the left where the tokenizer says so; at last without padding.
+        """Yield shapes, widest first, padded on the right, or on the left if the tokenizer says so; last without
+        padding.
 
-        That one where nothing but padding was wrong in what has `drifted` by then.
+        The last only if padding alone was wrong in those that `drifted` by then.
         """
         own_side = TASKS[self.config.task].padding_side or lowered.tokenizer.padding_side
         sides = dict.fromkeys((lowered.padding_side, own_side))
@@ -160,10 +164,10 @@ class Attempt:
                 yield lowered, replace(shapes, shortest=lowered.shortest)
 
     def _proven(self, lowered: Original, shapes: Shapes, folder: Path) -> Tuple[Manifest, Findings]:
-        """The artifact, and what the gate found of it.
+        """Write the artifact and return it with the gate's findings.
 
-        What is compiled for a chip is compared before, as the same graphs on the CPU, and after, where the chip is at
-        hand. What differs before is not compiled.
+        Graphs for a chip are compared before compilation, as the same graphs on the CPU, and after it, if the chip is
+        available. Those that already differ are not compiled.
         """
         if self.config.hardware not in FIXED_SHAPES:
             return self._written(lowered, shapes, folder)
@@ -181,7 +185,7 @@ class Attempt:
         return manifest, findings
 
     def _written(self, lowered: Original, shapes: Shapes, folder: Path) -> Tuple[Manifest, Findings]:
-        """The artifact, and what the gate found of it: where it did not pass, without what it can do without."""
+        """Write the artifact and verify it; if it fails, retry without its optional parts."""
         manifest, findings = self._write(lowered, shapes, folder), self._verify(folder)
         if not findings.outputs_differ:
             return manifest, findings
@@ -206,7 +210,7 @@ class Attempt:
 
 
 def _without_padding(config: SetupConfig, findings: Findings) -> str:
-    """What can be done for a model whose answers padding changes, where that was not tried."""
+    """Return advice for a model whose answers change with padding, if running without was not tried."""
     if findings.padding_changes and config.hardware in FIXED_SHAPES:
         return (
             f"; padding changes the answers of this model, and {config.hardware} has fixed shapes, to which rows must be "
@@ -221,10 +225,10 @@ def _drift(dtype: str, shapes: Shapes, original: Original) -> str:
     return (
         f"the exported model does not answer as the original does (in {dtype}, "
         f"at {artifact.describe_shapes(shapes, original.max_length)}), so nothing "
-        "was written; --allow-drift exports it all the same, and records it"
+        "was written; --allow-drift exports it anyway, and records it"
     )
 
 
 def candidate_shapes(config: SetupConfig, max_length: int) -> Iterable[Shapes]:
-    """What to try, widest first."""
+    """Yield the shapes to try, widest first."""
     return WRITERS[config.save_mode].shapes(config, max_length)

@@ -1,4 +1,4 @@
-"""setup_config.json to a verified artifact: fetch, load, write, verify."""
+"""Exports setup_config.json to a verified artifact: fetch, load, write, verify."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def export(
     samples_file: Optional[Path] = None,
     allow_drift: bool = False,
 ) -> Exported:
-    """Write the artifact called `name` into `folder`, an empty one; raises TraceserveError, DriftError from the gate.
+    """Write the artifact `name` into `folder`, an empty one; raises TraceserveError, DriftError from the gate.
 
-    Of the dtypes that the configuration leaves open the first one that passes is taken, fastest first. Where it leaves
-    the shapes open, the widest ones that the gate proves are taken. If it proves none,
-    `allow_drift` takes those that change the fewest answers; what cannot be run at all is never exported.
+    If the configuration leaves the dtype open, the first candidate that passes is taken, fastest first. If it leaves
+    the shapes open, the widest that pass are taken. If none passes,
+    `allow_drift` takes those that change the fewest answers; artifacts that cannot run are never exported.
     """
     with loading.quiet():
         return _export(loaded, name, folder, progress, samples_file, allow_drift)

@@ -1,4 +1,4 @@
-"""What an export made: the chosen artifact, the candidates, and the report beside them."""
+"""The result of an export: the chosen artifact, the candidates, and the report."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from traceserve.building.gate.findings import Findings
 
 @dataclass(frozen=True)
 class Candidate:
-    """A dtype that was tried; without findings it could not even be written, and `refused` says why."""
+    """A candidate dtype; without findings it could not be written, and `refused` says why."""
 
     dtype: str
     findings: Optional[Findings]
     refused: str = ""
-    speed: Optional[float] = None  # requests/s here, of those that passed; None where there was nothing to choose
+    speed: Optional[float] = None  # requests/s here, of those that passed; None if there was no choice
     size: int = 0  # of the artifact, in bytes
 
     def receipt(self) -> Dict[str, Any]:
-        """What the manifest records: nothing that differs from run to run."""
+        """Return the manifest's record: nothing that differs from run to run."""
         found = self.findings
         return {
             "dtype": self.dtype,
@@ -39,31 +39,31 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Compared:
-    """The float32 artifact of another save mode, with which the candidates' speeds are compared."""
+    """The float32 artifact of another save mode, whose speed is compared with the candidates'."""
 
     save_mode: str
     speed: float  # requests/s here
     size: int  # in bytes
 
     def report(self) -> Dict[str, Any]:
-        """As the candidates are told."""
+        """Return it in the candidates' format."""
         return {"save_mode": self.save_mode, "requests_per_second": self.speed, "bytes": self.size}
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was made, for the table at the end."""
+    """The results, for the final table."""
 
     manifest: Manifest
     findings: Findings
     parameters: int  # of the model
-    note: Optional[str]  # of the checkpoint
-    task_found: str  # by what the task was found; empty where it was configured
+    note: Optional[str]  # on the checkpoint
+    task_found: str  # the evidence for the task; empty if configured
     candidates: Tuple[Candidate, ...]
     compared: Optional[Compared] = None
 
     def report(self) -> Dict[str, Any]:
-        """What was measured, which differs from run to run and so stands beside what was made, not in it."""
+        """Return the measurements; they differ from run to run, so they are stored beside the artifact, not in it."""
         return {
             "name": self.manifest.name,
             "date": datetime.date.today().isoformat(),

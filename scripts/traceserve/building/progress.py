@@ -1,7 +1,7 @@
-"""How a long run says where it is."""
+"""Progress reports of a long run."""
 
 from __future__ import annotations
 
 from typing import Callable
 
-Progress = Callable[[str, int, int], None]  # what is being done, how many steps of how many are done
+Progress = Callable[[str, int, int], None]  # the current step's name, the finished steps, all steps

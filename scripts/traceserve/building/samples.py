@@ -1,4 +1,4 @@
-"""The user's own samples: texts, or bodies of requests."""
+"""The user's own samples: texts, or request bodies."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from traceserve.errors import ConfigError
 
 
 def read(path: Path, task: Type[Task]) -> List[Request]:
-    """The requests of the user's samples, see `lines`; of a .jsonl file each line is a request's body."""
+    """Return the requests in the user's samples, see `lines`; in a .jsonl file each line is a request body."""
     requests = []
     for number, line in lines(path):
         try:
@@ -30,7 +30,7 @@ def read(path: Path, task: Type[Task]) -> List[Request]:
 
 
 def lines(path: Path) -> List[Tuple[int, str]]:
-    """The lines of a file of samples that are not blank, or of a .csv file the cells of its column `text`, numbered."""
+    """Return the numbered non-blank lines of a file of samples, or the cells of a .csv file's column `text`."""
     try:
         content = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -41,7 +41,7 @@ def lines(path: Path) -> List[Tuple[int, str]]:
         if "text" not in columns:
             raise ConfigError(f"--samples {path} should have a header with a column text, not: {', '.join(columns)}")
         found = [(rows.line_num, row["text"] or "") for row in rows]
-    else:  # not splitlines: JSON may hold U+2028
+    else:  # not splitlines: JSON may contain U+2028
         found = [(number, line.rstrip("\r")) for number, line in enumerate(content.split("\n"), 1)]
     found = [(number, line) for number, line in found if line.strip()]
     if not found:

@@ -1,4 +1,4 @@
-"""How fast artifacts answer here, in this process: what is printed of each dtype, and told in the report."""
+"""Measures the speed of artifacts here, in this process, for the output and the report."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from traceserve_runtime.tasks.contract import Request
 
 from traceserve.building.progress import Progress
 
-AT_ONCE = 32  # requests that an engine is given together, as TorchServe's batch_size
-MOST = 256  # requests of one round
+AT_ONCE = 32  # requests per engine call, like TorchServe's batch_size
+MOST = 256  # requests per round
 ROUNDS = 3
 
 
 def measure_speeds(folders: Mapping[str, Path], requests: Sequence[Request], progress: Progress) -> Dict[str, float]:
-    """Requests answered in a second by the artifact in each folder: medians of rounds in which all take turns."""
+    """Return each artifact's requests per second: medians of rounds that alternate between all."""
     engines = {name: Engine.load(folder) for name, folder in folders.items()}
     seconds: Dict[str, List[float]] = {name: [] for name in engines}
     for engine in engines.values():

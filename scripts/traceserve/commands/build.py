@@ -176,7 +176,7 @@ def _print_exported(exported: Exported, path: Path, seconds: float) -> None:
     if len(exported.candidates) > 1 or exported.compared:
         _print_candidates(exported)
     if not findings.passed:
-        console(error=True).print("[yellow]warning:[/] the gate did not pass; --allow-drift exported it all the same")
+        console(error=True).print("[yellow]warning:[/] the gate did not pass; --allow-drift exported it anyway")
         print_findings(findings)
 
 

@@ -1,1 +1,1 @@
-"""What a checkpoint is: which files and keys of it are understood, which task it was trained for, what it needs beside them."""
+"""Checkpoints: the supported files and keys, the task, and the parts loaded with the model."""

@@ -1,8 +1,8 @@
-"""An adapter of peft (LoRA and its kin): found, checked, joined with its base's files, and merged into its base's weights.
+"""peft adapters (LoRA and its kin): found, checked, joined with the base's files, and merged into its weights.
 
-`join` makes a folder that looks like a whole checkpoint without weights: the base's configuration, told of the adapter's
-head, and the tokenizer of whichever of the two has one. Everything that reads a checkpoint's small files reads it there.
-`merge` is called when the model is loaded.
+`join` makes a folder that looks like a whole checkpoint without weights: the base's configuration with the adapter's
+head, and the tokenizer of whichever has one. All readers of a checkpoint's small files read it there.
+`merge` runs when the model is loaded.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from traceserve.machine import user_folders
 FILE = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PACKAGES = ("peft",)
-# Kinds whose weights can be added into the base's: each is merged in a test. Others, as prompt tuning, have no merge.
+# Kinds whose weights can be merged into the base's, each tested. Others, such as prompt tuning, cannot.
 KINDS = (
     ("LORA", "ADALORA", "LOHA", "LOKR", "VERA", "IA3", "OFT", "BOFT", "HRA", "FOURIERFT", "LN_TUNING")
 )  # fmt: skip
@@ -40,11 +40,11 @@ _TASK_TYPES = {
     "SEQ_2_SEQ_LM": heads.BOTH,
     "FEATURE_EXTRACTION": heads.BASE,
 }
-# What a peft of another version writes and no class of it takes.
+# Keys of other peft versions that no class accepts.
 _BESIDE = ("auto_mapping", "peft_version", "peft_type")
-_PREFIX = "base_model.model."  # of the base's own names in the adapter's file
-_PROBES = (89, 97)  # numbers of labels that are no other size of a model
-_DIFFERENCE = 5e-4  # of the largest output, between the adapter beside its base and merged into it
+_PREFIX = "base_model.model."  # before the base's own names in the adapter's file
+_PROBES = (89, 97)  # numbers of labels that are no other size in a model
+_DIFFERENCE = 5e-4  # of the largest output, between adapter beside base and merged
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
 _TOKENIZER = (
     ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "*vocab*.*", "merges.txt", "*.model", "*.spm")
@@ -55,12 +55,12 @@ _OF_SENTENCES = ("modules.json", "sentence_*_config.json", "config_sentence_tran
 
 
 def is_one(folder: Path) -> bool:
-    """Whether a folder holds an adapter."""
+    """Return whether a folder contains an adapter."""
     return (folder / FILE).is_file()
 
 
 def check_adapter(folder: Path, name: str) -> Dict[str, Any]:
-    """The adapter's configuration; raises SourceError, ExportError for one that cannot be merged here."""
+    """Return the adapter's configuration; raises SourceError, ExportError if it cannot be merged here."""
     facts = read_json(folder / FILE)
     if not isinstance(facts, dict) or not isinstance(facts.get("peft_type"), str):
         raise SourceError(f"{name}: {folder / FILE} should be a JSON object that names a peft_type")
@@ -87,12 +87,12 @@ def check_adapter(folder: Path, name: str) -> Dict[str, Any]:
 def _installed() -> bool:
     try:
         return importlib.util.find_spec("peft") is not None
-    except ValueError:  # a module that was taken away
+    except ValueError:  # a module that was removed
         return False
 
 
 def _check_keys(facts: Mapping[str, Any], name: str) -> None:
-    """Raise SourceError for settings that this peft does not know: it would pass them over."""
+    """Raise SourceError for settings unknown to this peft, which would ignore them."""
     import peft
 
     kind = peft.PEFT_TYPE_TO_CONFIG_MAPPING.get(facts["peft_type"])
@@ -107,7 +107,7 @@ def _check_keys(facts: Mapping[str, Any], name: str) -> None:
 
 
 def join(stored: Checkpoint, config: SetupConfig, locate: Callable[[SetupConfig, Path], Checkpoint]) -> Checkpoint:
-    """A checkpoint of the adapter and its base, which `locate` finds; raises SourceError, ExportError."""
+    """Return a checkpoint of the adapter and its base, which `locate` finds; raises SourceError, ExportError."""
     folder, name = stored.folder, config.model_name
     files.check_pointers(folder, name)
     facts = check_adapter(folder, name)
@@ -143,10 +143,10 @@ def join(stored: Checkpoint, config: SetupConfig, locate: Callable[[SetupConfig,
 def _base(
     facts: Mapping[str, Any], folder: Path, config: SetupConfig, locate: Callable[[SetupConfig, Path], Checkpoint]
 ) -> Checkpoint:
-    """The base, from a folder (absolute, or relative to the adapter's) or the hub."""
+    """Return the base, from a folder (absolute, or relative to the adapter's) or the hub."""
     name = facts["base_model_name_or_path"]
     revision = None if (folder / Path(name).expanduser()).is_dir() else facts.get("revision")
-    # Its head is the adapter's affair, whose task is not its own.
+    # The adapter decides the head and the task.
     own = {"model_name": name, "revision": revision, "task": "feature_extraction", "allow_untrained_head": True}
     try:
         return locate(config.model_copy(update=own), folder)
@@ -164,7 +164,7 @@ class _Made:
 
 
 def _configuration(facts: Mapping[str, Any], base: Checkpoint, folder: Path, config: SetupConfig) -> _Made:
-    """The base's configuration with the adapter's architecture, and with as many labels as its head has outputs."""
+    """Return the base's configuration with the adapter's architecture, and as many labels as its head has outputs."""
     content = base.read_json(_CONFIG)
     if not isinstance(content, dict):
         raise SourceError(f"the base of {config.model_name}: {base.folder / _CONFIG} should hold a JSON object")
@@ -183,31 +183,31 @@ def _configuration(facts: Mapping[str, Any], base: Checkpoint, folder: Path, con
         content = {key: value for key, value in content.items() if key not in ("num_labels", "_num_labels")}
         content["id2label"] = {str(index): label for index, label in enumerate(names)}
         content["label2id"] = {label: index for index, label in enumerate(names)}
-        note = f"peft stores no names of labels: the adapter's head has {count}, called LABEL_0 to {names[-1]}"
-    return _Made(content, None if config.index_to_name else f"{note}; index_to_name gives others")
+        note = f"peft stores no names of labels: the adapter's head has {count}, named LABEL_0 to {names[-1]}"
+    return _Made(content, None if config.index_to_name else f"{note}; set others with index_to_name")
 
 
 def _architecture(facts: Mapping[str, Any], content: Mapping[str, Any]) -> Optional[str]:
-    """The class that the adapter was trained with; None where only the base's configuration can say."""
+    """Return the class that the adapter was trained with; None if only the base's configuration knows."""
     from transformers.models.auto import modeling_auto
 
     auto_model = _TASK_TYPES.get(str(facts.get("task_type")))
     if auto_model is None:
-        mapping = facts.get("auto_mapping")  # is written where no task_type was given
+        mapping = facts.get("auto_mapping")  # written if no task_type was given
         name = mapping.get("base_model_class") if isinstance(mapping, dict) else None
         return name if isinstance(name, str) else None
     table = getattr(modeling_auto, heads.TABLES.get(auto_model, "MODEL_MAPPING_NAMES"))
     found = table.get(content.get("model_type"))
-    if found is None:  # remote code has classes of its own
+    if found is None:  # remote code has its own classes
         place = (content.get("auto_map") or {}).get(auto_model)
         return str(place).rsplit(".", 1)[-1] if place else None
     return str(found if isinstance(found, str) else found[0])
 
 
 def _outputs(auto_model: str, base: Path, folder: Path, config: SetupConfig) -> Optional[int]:
-    """How many outputs the adapter's own head has; None where it has none, or its model cannot be made.
+    """Return the number of the adapter's own head's outputs; None without one, or if its model cannot be made.
 
-    A head's last weight is that one whose shape follows the number of labels.
+    A head's last weight is the one whose shape depends on the number of labels.
     """
     stored = head_weights.weight_shapes(folder)
     models = [head_weights.empty(auto_model, config, base, labels) for labels in _PROBES]
@@ -223,7 +223,7 @@ def _outputs(auto_model: str, base: Path, folder: Path, config: SetupConfig) -> 
 
 
 def _write(content: Mapping[str, Any], stored: Checkpoint, base: Checkpoint, config: SetupConfig) -> Path:
-    """The joined folder, in the cache under the hash of what is in it."""
+    """Write the joined folder into the cache, named after the hash of its content."""
     tokenizer = stored if files.has_vocabulary(stored.folder) else base
     code = ("*.py",) if config.trust_remote_code else ()
     places = [*_matching(base.folder, (_GENERATION, *code)), *_matching(tokenizer.folder, _TOKENIZER)]
@@ -250,7 +250,7 @@ def _matching(folder: Path, patterns: Collection[str]) -> Iterator[Path]:
 
 
 def _unread(folder: Path, joined: Path) -> Optional[str]:
-    """The adapter's files that nobody reads, in words: a configuration stands in its base, for peft as well."""
+    """Name the adapter's unread files: peft too takes the configuration from the base."""
     passed_over = [name for name in (_CONFIG, _GENERATION) if (folder / name).is_file()]
     tokenizer = [path.name for path in _matching(folder, _TOKENIZER) if not (joined / path.name).is_file()]
     unread = sorted({*passed_over, *tokenizer, *files.unknown_files(folder)})
@@ -258,9 +258,9 @@ def _unread(folder: Path, joined: Path) -> Optional[str]:
 
 
 def adapter_options(checkpoint: Checkpoint, trust_remote_code: bool) -> Dict[str, Any]:
-    """How from_pretrained is told to load the base for its adapter; nothing for a whole checkpoint.
+    """Return from_pretrained's options for loading the adapter's base; none for a whole checkpoint.
 
-    A head of the base's own may have another size than the adapter's, which takes its place.
+    The base's own head may differ in size from the adapter's, which replaces it.
     """
     if checkpoint.adapter is None:
         return {}
@@ -271,10 +271,10 @@ def adapter_options(checkpoint: Checkpoint, trust_remote_code: bool) -> Dict[str
 
 
 def merge(name: str, checkpoint: Checkpoint, model: Any, missing: List[str]) -> Tuple[Any, List[str]]:
-    """The model with its adapter merged in, in float32, and the weights that neither of the two has.
+    """Return the model merged with its adapter, in float32, and the weights that neither has.
 
-    Raises SourceError for an adapter that does not belong to this base, and ExportError for one that answers otherwise
-    once it is merged.
+    Raises SourceError for an adapter that does not fit this base, and ExportError for one whose answers change
+    when merged.
     """
     adapter = checkpoint.adapter
     if adapter is None:
@@ -285,7 +285,7 @@ def merge(name: str, checkpoint: Checkpoint, model: Any, missing: List[str]) -> 
     folder = str(adapter.stored.folder)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of compilers for other hardware, and of what is looked at below
+            warnings.simplefilter("ignore")  # of compilers for other hardware, and of causes checked below
             weights = load_peft_weights(folder, device="cpu")
             _resize(model, weights)
             adapted = PeftModel.from_pretrained(model.float().eval(), folder).eval()
@@ -295,30 +295,30 @@ def merge(name: str, checkpoint: Checkpoint, model: Any, missing: List[str]) -> 
                 before = _outputs_of(adapted)
                 model = adapted.merge_and_unload(safe_merge=True).eval()
                 difference = _difference(before, _outputs_of(model))
-    except KeyError as error:  # of what modules_to_save names
+    except KeyError as error:  # a module in modules_to_save
         raise SourceError(
-            f"the adapter {name} lacks the weight {error.args[0]}, which a model of {adapter.base_name} has: save it anew with "
+            f"the adapter {name} lacks the weight {error.args[0]}, which a model of {adapter.base_name} has: save it again with "
             f"peft, or correct base_model_name_or_path in its {FILE}"
         ) from error
-    except Exception as error:  # peft raises whatever its many kinds do
+    except Exception as error:  # peft's many kinds raise anything
         raise SourceError(
             f"the adapter {name} cannot be merged into {adapter.base_name}: {first_line(error)}"
         ) from error
     if strange:
         raise SourceError(
-            f"the adapter {name} does not belong to {adapter.base_name}: one has weights that the other has no place for "
+            f"the adapter {name} does not belong to {adapter.base_name}: one has weights that the other lacks "
             f"({some(strange)}); correct base_model_name_or_path in its {FILE}"
         )
     if not difference <= _DIFFERENCE:
         raise ExportError(
-            f"the adapter {name} answers otherwise once it is merged into its base (a difference of {difference:.2g} of the "
+            f"the adapter {name} answers differently once it is merged into its base (a difference of {difference:.2g} of the "
             "largest output), so it cannot be exported as one model"
         )
     return model, [key for key in missing if _PREFIX + key not in weights]
 
 
 def _resize(model: Any, weights: Mapping[str, Any]) -> None:
-    """Give the base as many embeddings as the adapter stores: tokens may have been added before it was trained."""
+    """Resize the base's embeddings to the adapter's: tokens may have been added before training."""
     embeddings = model.get_input_embeddings()
     name = next((name for name, module in model.named_modules() if module is embeddings), "")
     names = [f"{_PREFIX}{name}.{layer}weight" for layer in ("", "base_layer.", "token_adapter.base_layer.")]
@@ -328,19 +328,19 @@ def _resize(model: Any, weights: Mapping[str, Any]) -> None:
 
 
 def _is_copy(key: str, weights: Mapping[str, Any]) -> bool:
-    """Whether a weight is stored under its plain name, too, as peft does with embeddings that were resized and trained."""
+    """Return whether a weight also has its plain name, like peft's resized and trained embeddings."""
     plain = key.replace(".modules_to_save.", ".").replace(".original_module.", ".")
     return plain != key and plain in weights
 
 
 def _outputs_of(model: Any) -> Any:
-    """What a model makes of a row of tokens from everywhere in the vocabulary."""
+    """Return a model's outputs for a row of tokens from the whole vocabulary."""
     import torch
 
     count = len(model.get_input_embeddings().weight)
     ids = torch.arange(16)[None] * 7919 % count
     end = model.config.eos_token_id
-    if isinstance(end, int):  # which BART's classifier reads
+    if isinstance(end, int):  # BART's classifier reads it
         ids[0, -1] = end
     more = {"decoder_input_ids": ids} if getattr(model.config, "is_encoder_decoder", False) else {}
     with torch.no_grad():

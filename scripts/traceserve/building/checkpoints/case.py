@@ -1,4 +1,4 @@
-"""Capitals: what lowers a text's case, or keeps it, and what says so."""
+"""Case: which settings lower a text's case or keep it."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ _TOKENIZER_FILE, _TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 
 
 def case_options(config: SetupConfig, checkpoint: Checkpoint) -> Dict[str, Any]:
-    """How the tokenizer is built where its files do not say whether it lowers a text's case, as a vocab.txt alone."""
+    """Return the tokenizer's options if its files do not set lower-casing, as with only a vocab.txt."""
     return {} if config.do_lower_case is None or _is_said(checkpoint) else {"do_lower_case": config.do_lower_case}
 
 
 def _is_said(checkpoint: Checkpoint) -> bool:
-    """Whether the tokenizer's own files say it."""
+    """Return whether the tokenizer's own files set it."""
     facts = checkpoint.read_json(_TOKENIZER_CONFIG) or {}
     return bool(checkpoint.gguf_file) or (checkpoint.folder / _TOKENIZER_FILE).is_file() or "do_lower_case" in facts
 
 
 def check_case(config: SetupConfig, tokenizer: Any) -> Optional[str]:
-    """What the user should know of do_lower_case; raises ConfigError where the tokenizer does the opposite."""
+    """Return a note on do_lower_case; raises ConfigError if the tokenizer does the opposite."""
     wanted = config.do_lower_case
     if wanted is None or wanted is lowers(tokenizer):
         return None
@@ -32,22 +32,22 @@ def check_case(config: SetupConfig, tokenizer: Any) -> Optional[str]:
         return f"do_lower_case changes nothing: {type(tokenizer).__name__} {does}, as it did in training"
     raise ConfigError(
         f"do_lower_case is {str(wanted).lower()}, but the tokenizer of {config.model_name} {does} by its own files; remove "
-        "do_lower_case, or mend the checkpoint's tokenizer if it is not the one of the training"
+        "do_lower_case, or fix the checkpoint's tokenizer if it is not the training's"
     )
 
 
 def lowers(tokenizer: Any) -> bool:
-    """Whether a text and the same text in lower case are the same to this tokenizer."""
+    """Return whether this tokenizer ignores case."""
     return bool(tokenizer("A Word")["input_ids"] == tokenizer("a word")["input_ids"])
 
 
 def _can_lower(tokenizer: Any) -> bool:
-    """Whether the setting belongs to this kind of tokenizer, WordPiece's; byte-level ones never had it."""
+    """Return whether this kind of tokenizer has the setting: WordPiece has, byte-level ones never had."""
     return getattr(tokenizer, "is_fast", False) and '"BertNormalizer"' in tokenizer.backend_tokenizer.to_str()
 
 
 def follow_sentence_transformers(checkpoint: Checkpoint, tokenizer: Any) -> None:
-    """Lower a text's case before the tokenizer's own normalizer where sentence_bert_config.json says so, as it does."""
+    """Lower the case before the tokenizer's own normalizer if sentence_bert_config.json says so."""
     facts = checkpoint.read_json("sentence_bert_config.json") or {}
     if facts.get("do_lower_case") and getattr(tokenizer, "is_fast", False) and not lowers(tokenizer):
         from tokenizers import normalizers

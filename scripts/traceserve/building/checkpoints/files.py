@@ -1,4 +1,4 @@
-"""A checkpoint's folder: each file of it is read, known to be harmless, refused by name, or told."""
+"""A checkpoint's files: each is read, known to be harmless, refused by name, or reported."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from traceserve.building.checkpoints.json_files import read_json
 from traceserve.building.config.setup_config import SetupConfig
 from traceserve.errors import SourceError, some
 
-# What transformers, tokenizers or this project read of a text model; and what none of them does, which changes nothing.
+# The files of a text model that transformers, tokenizers or this project read; and those that none reads, which change
+# nothing.
 READ = (
     ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
     + ("added_tokens.json", "*vocab*.*", "merges.txt", "*.model", "*.spm", "*.tiktoken", "*.bpe", "bpe.codes")
@@ -64,13 +65,13 @@ HARMLESS = (
         "quant_strategy*",
     )
 )
-VOCABULARIES = ("tokenizer.json", "vocab*.*", "*.model", "*.spm", "*.tiktoken", "*.bpe")  # one of which a tokenizer has
+VOCABULARIES = ("tokenizer.json", "vocab*.*", "*.model", "*.spm", "*.tiktoken", "*.bpe")  # a tokenizer has one of them
 _LFS = b"version https://git-lfs"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
-# What a pickle of weights is made of; a whole model names its own classes.
+# The modules in a pickle of weights; a whole model names its own classes.
 _OF_WEIGHTS = ("torch", "collections", "numpy", "_codecs", "builtins", "__builtin__")
 _PICKLED_MODELS = ("*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.bin")
-_SEVERAL = 5  # pickles in a file that was saved as before torch 1.6: what describes it, and the object
+_SEVERAL = 5  # pickles in a file in the format before torch 1.6: headers and the object
 
 
 def check_pointers(folder: Path, name: str) -> None:
@@ -80,13 +81,13 @@ def check_pointers(folder: Path, name: str) -> None:
             with path.open("rb") as stream:
                 if stream.read(len(_LFS)) == _LFS:
                     raise SourceError(
-                        f"{name}: {path.name} is a pointer of git-lfs in place of the file itself; run `git lfs pull` in "
+                        f"{name}: {path.name} is a pointer of git-lfs instead of the file itself; run `git lfs pull` in "
                         f"{folder}"
                     )
 
 
 def check_kind(folder: Path, name: str) -> None:
-    """Raise SourceError for a folder of another kind than a checkpoint of transformers, with what to do."""
+    """Raise SourceError, with advice, for a folder that is not a transformers checkpoint."""
     check_pointers(folder, name)
     _check_adapter(folder, name)
     if (folder / "config.json").is_file():
@@ -102,14 +103,14 @@ def check_kind(folder: Path, name: str) -> None:
 
 
 def _best(newest: Path) -> str:
-    """Which of a Trainer's checkpoints it found to be the best, in words."""
+    """Name the best of a Trainer's checkpoints by its own evaluation."""
     state = read_json(newest / "trainer_state.json")
     best = state.get("best_model_checkpoint") if isinstance(state, dict) else None
     return f" (the best by its own evaluation is {Path(best).name})" if isinstance(best, str) else ""
 
 
 def pickled_models(folder: Path) -> str:
-    """In words, the files that hold weights or a whole model in another form; empty where there are none."""
+    """Name the files with weights or a whole model in another form; empty if there are none."""
     names = sorted({path.name for pattern in _PICKLED_MODELS for path in folder.glob(pattern)} - {"training_args.bin"})
     other = ("optimizer", "scheduler", "scaler", "rng_state")
     names = [name for name in names if not name.startswith(other)]
@@ -122,20 +123,20 @@ def pickled_models(folder: Path) -> str:
 
 
 def check_json(folder: Path) -> None:
-    """Raise SourceError for JSON that cannot be read."""
+    """Raise SourceError for unreadable JSON."""
     for path in sorted(folder.glob("*.json")):
         read_json(path)
 
 
 def check_pickles(folder: Path, name: str) -> None:
-    """Raise SourceError for pickles of whole models, where a checkpoint's weights are only there as pickles."""
+    """Raise SourceError for pickles of whole models, if a checkpoint's weights are only available as pickles."""
     if not any(folder.glob("*.safetensors")):
         for path in sorted(folder.glob("pytorch_model*.bin")):
             check_pickle(path, name)
 
 
 def check_files(checkpoint: Checkpoint, config: SetupConfig) -> Optional[str]:
-    """What the user should know of the files; raises SourceError for what would change answers and cannot be followed."""
+    """Return a note on the files; raises SourceError for those that would change answers and cannot be followed."""
     folder, name = checkpoint.folder, config.model_name
     if (folder / "model_head.pkl").is_file() or (folder / "config_setfit.json").is_file():
         raise SourceError(
@@ -154,7 +155,7 @@ def check_files(checkpoint: Checkpoint, config: SetupConfig) -> Optional[str]:
         if unread:
             notes.append(
                 f"config.json's task_specific_params has settings for {some(unread)}, which the task {config.task} does not "
-                "read: what should hold of them goes into parameters, or into a request"
+                "read: set them in parameters, or in a request"
             )
         settings = checkpoint.read_json(generation.FILE)
         if settings is not None:
@@ -168,18 +169,18 @@ def check_files(checkpoint: Checkpoint, config: SetupConfig) -> Optional[str]:
 
 
 def unknown_files(folder: Path) -> List[str]:
-    """The files that are neither read nor known to change nothing."""
+    """Return the files that are neither read nor known to change nothing."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     return [name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in READ + HARMLESS)]
 
 
 def has_vocabulary(folder: Path) -> bool:
-    """Whether a folder holds a tokenizer."""
+    """Return whether a folder contains a tokenizer."""
     return any(path for pattern in VOCABULARIES for path in folder.glob(pattern))
 
 
 def _check_adapter(folder: Path, name: str) -> None:
-    """Raise SourceError for an adapter in the place of a base."""
+    """Raise SourceError for an adapter instead of a base."""
     adapter = read_json(folder / "adapter_config.json")
     if adapter is None:
         return
@@ -192,7 +193,7 @@ def _check_adapter(folder: Path, name: str) -> None:
 
 
 def check_pickle(path: Path, name: str) -> None:
-    """Raise SourceError for a whole model in the place of weights; nothing is unpickled."""
+    """Raise SourceError for a whole model instead of weights; nothing is unpickled."""
     classes = sorted({item for item in _globals(path) if not _is_of_weights(item)})
     if classes:
         raise SourceError(
@@ -206,7 +207,7 @@ def _is_of_weights(item: str) -> bool:
 
 
 def _globals(path: Path) -> Iterator[str]:
-    """The classes and functions that a file of torch.save names, as "module name"; none of a file that is no such."""
+    """Yield the classes and functions in a torch.save file, as "module name"; none for other files."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -219,7 +220,7 @@ def _globals(path: Path) -> Iterator[str]:
                 for _ in range(_SEVERAL):
                     yield from _named(file)
     except (ValueError, EOFError, OSError, zipfile.BadZipFile, IndexError, UnicodeDecodeError):
-        return  # what is damaged, transformers tells
+        return  # transformers reports damaged files
 
 
 def _named(stream: IO[bytes]) -> Iterator[str]:

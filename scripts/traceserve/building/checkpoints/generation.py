@@ -1,7 +1,7 @@
-"""generation_config.json: which of its settings are followed, which change nothing here, and which are refused.
+"""generation_config.json: the settings that are followed, have no effect here, or are refused.
 
-An allow-list of GenerationConfig's keys in transformers 4.26 to 5.23. A key that stands nowhere in it is refused by
-name: a setting that is passed over in silence gives other texts than the checkpoint's author had.
+An allow-list of GenerationConfig's keys in transformers 4.26 to 5.23. Other keys are refused by
+name: silently ignoring a setting gives other texts than the checkpoint's author had.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import Any, Callable, Dict, FrozenSet, List, Mapping, NamedTuple, Tu
 from traceserve.errors import SourceError
 
 FILE = "generation_config.json"
-# As transformers before 5 counts where a checkpoint says nothing; its text2text-generation takes it for nothing said.
+# The default of transformers before 5; its text2text-generation treats it as not set.
 _DEFAULT_LENGTH = 20
 
 
 class Kind(NamedTuple):
-    """Values of one kind: how they are recognised, and named in an error."""
+    """Values of one kind: a test, and a name for errors."""
 
     holds: Callable[[Any], bool]
     legal: str
@@ -44,14 +44,14 @@ _STRINGS = Kind(
     lambda value: isinstance(value, str) or (isinstance(value, (list, tuple)) and all(map(_is_text, value))),
     "a string or a list of strings",
 )
-_ANY = Kind(lambda value: True, "")  # the task's own parameter of this name says what is legal
+_ANY = Kind(lambda value: True, "")  # the task's parameter of this name has the legal values
 
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value)
 
 
-# Settings that are followed: defaults of a request's parameters, and what the loop does for every request.
+# Settings that are followed: defaults of a request's parameters, and the loop's for every request.
 FOLLOWED: Dict[str, Kind] = {
     **dict.fromkeys(
         ("max_new_tokens", "min_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p")
@@ -73,8 +73,8 @@ FOLLOWED: Dict[str, Kind] = {
     "encoder_no_repeat_ngram_size": _WHOLE,
     "encoder_repetition_penalty": _NUMBER,
 }
-# Settings that change no text: what is recorded, returned beside the texts, kept in memory, or guessed ahead for speed
-# (assisted generation writes what the model alone writes).
+# Settings that change no text: records, additional outputs, memory, or speculation for speed
+# (assisted generation writes what the model alone would write).
 WITHOUT_EFFECT: FrozenSet[str] = frozenset(
     ("transformers_version", "_from_model_config", "_commit_hash", "_name_or_path", "model_type", "pad_token_id")
     + ("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate")
@@ -82,16 +82,16 @@ WITHOUT_EFFECT: FrozenSet[str] = frozenset(
     + ("compile_config", "disable_compile", "continuous_batching_config", "is_assistant", "num_assistant_tokens")
     + ("num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_early_exit", "use_mtp")
     + ("prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_lookbehind", "target_lookbehind")
-    + ("remove_invalid_values",)  # a model that gives no numbers fails its request
-    + ("chat_format", "max_window_size")  # of remote code's own chat function, which nothing here calls
+    + ("remove_invalid_values",)  # a model with NaN outputs fails its request
+    + ("chat_format", "max_window_size")  # for remote code's own chat function, which is never called
 )
-# Of those, what `generate` does in a way of its own, so that the original is asked without it.
+# Those of them that `generate` implements in its own way, so that the original runs without them.
 _ASKED_WITHOUT = (
     ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "return_dict_in_generate", "output_scores")
     + ("output_logits", "output_attentions", "output_hidden_states", "low_memory", "remove_invalid_values")
     + ("compile_config", "cache_implementation", "cache_config", "prefill_chunk_size")
 )
-# Settings that are not followed, with the values at which they change nothing.
+# Settings that are not supported, with their neutral values.
 NEUTRAL: Dict[str, Tuple[Any, ...]] = {
     "num_return_sequences": (1,),
     "diversity_penalty": (0.0,),
@@ -123,7 +123,7 @@ _REASONS = {
 
 
 def check_settings(settings: Mapping[str, Any], where: str = FILE) -> None:
-    """Raise SourceError for a setting that is neither followed nor without effect, or has no legal value."""
+    """Raise SourceError for a setting that is neither followed nor without effect, or has an illegal value."""
     for key, value in settings.items():
         if value is None or key in WITHOUT_EFFECT:
             continue
@@ -147,20 +147,21 @@ def check_settings(settings: Mapping[str, Any], where: str = FILE) -> None:
 
 
 def _equal(value: Any, neutral: Any) -> bool:
-    """Whether two numbers are equal, whole or not."""
+    """Return whether two numbers are equal, integer or not."""
     numbers = (int, float)
     return type(value) in numbers and type(neutral) in numbers and bool(value == neutral)
 
 
 def check_legacy(config: Mapping[str, Any]) -> None:
-    """Of a config.json, which held these settings before there was a generation_config.json; raises SourceError."""
+    """Check a config.json, which had these settings before generation_config.json existed; raises SourceError."""
     check_settings({key: config[key] for key in (*FOLLOWED, *NEUTRAL) if key in config}, "config.json")
 
 
 def of_task(config: Mapping[str, Any], task: Any) -> Dict[str, Any]:
-    """The settings that the pipeline of transformers 4.57 takes from config.json's task_specific_params, prefix included.
+    """Return the settings that transformers 4.57's pipeline takes from config.json's task_specific_params, with the
+    prefix.
 
-    That of text-generation, which transformers 5 still has, takes none there.
+    text-generation's, which transformers 5 still has, takes none there.
     """
     params = config.get("task_specific_params")
     own = params.get(task.pipeline) if isinstance(params, Mapping) and task.task_specific_params else None
@@ -168,7 +169,7 @@ def of_task(config: Mapping[str, Any], task: Any) -> Dict[str, Any]:
 
 
 def unread(config: Mapping[str, Any], task: Any) -> List[str]:
-    """The names under which task_specific_params has settings that this task does not read."""
+    """Return the names under which task_specific_params has settings that this task does not read."""
     params = config.get("task_specific_params")
     read = of_task(config, task)
     return [
@@ -179,7 +180,7 @@ def unread(config: Mapping[str, Any], task: Any) -> List[str]:
 
 
 def settle(model: Any, task: Any) -> Dict[str, Any]:
-    """The settings that a task reads, and the model's own made to match, so that it is asked for the same texts.
+    """Return the settings that a task reads, and set the model's own to match, so that it is asked for the same texts.
 
     Raises SourceError for those that are neither followed nor without effect.
     """

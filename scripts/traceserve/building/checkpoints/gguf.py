@@ -1,4 +1,4 @@
-"""A checkpoint in one GGUF file, as llama.cpp stores it: configuration, tokenizer and weights, all taken from the file."""
+"""Checkpoints in one GGUF file, llama.cpp's format, which provides configuration, tokenizer and weights."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from typing import Any, Dict, Iterator, Optional, Tuple
 from traceserve.building.checkpoints.checkpoint import Checkpoint
 from traceserve.errors import ExportError, SourceError, first_line
 
-# Tensors that no parameter of a model is made from.
+# Tensors that are not part of any parameter.
 _SCALED_ROTARY = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
-_BYTE_LEVEL = "gpt2"  # as llama.cpp calls the tokenizers of this kind
+_BYTE_LEVEL = "gpt2"  # llama.cpp's name for such tokenizers
 
 
 @contextlib.contextmanager
 def located(checkpoint: Checkpoint) -> Iterator[Tuple[Path, Optional[Path]]]:
-    """The folder that from_pretrained is given, and the GGUF file where the checkpoint is one.
+    """Yield from_pretrained's folder, and the GGUF file if the checkpoint is one.
 
-    Of a GGUF file the folder is an empty one: what happens to lie beside it, as another tokenizer.json, would be read too,
-    by some versions of transformers and not by others.
+    For a GGUF file the folder is empty: files beside it, such as another tokenizer.json, would be read too
+    by some versions of transformers.
     """
     if checkpoint.gguf_file is None:
         yield checkpoint.folder, None
         return
-    # transformers prints a bar of its own while it unpacks, whatever its logging is set to.
+    # transformers shows its own progress bar while unpacking, whatever its logging level.
     with tempfile.TemporaryDirectory() as empty, contextlib.redirect_stderr(io.StringIO()):
         yield Path(empty), checkpoint.folder.resolve() / checkpoint.gguf_file
 
 
 def check_gguf(checkpoint: Checkpoint) -> None:
-    """Raise SourceError, ExportError for a GGUF file that cannot be read, or of which transformers leaves something out."""
+    """Raise SourceError, ExportError for a GGUF file that cannot be read, or only in part by transformers."""
     if checkpoint.gguf_file is None:
         return
     reader = _read(checkpoint)
@@ -47,21 +47,21 @@ def check_gguf(checkpoint: Checkpoint) -> None:
 
 
 def tokenizer_options(checkpoint: Checkpoint) -> Dict[str, Any]:
-    """What the tokenizer is told beside the file: whether a text begins with a token of its own.
+    """Return the tokenizer's options besides the file: whether a text begins with a special token.
 
-    transformers 4.57 overlooks that the file says no.
+    transformers 4.57 ignores a "no" in the file.
     """
     if checkpoint.gguf_file is None:
         return {}
     fields = _read(checkpoint).fields
     says = fields.get("tokenizer.ggml.add_bos_token")
     kind = fields.get("tokenizer.ggml.model")
-    # As llama.cpp has it for older files, which do not say: yes for sentencepiece's.
+    # llama.cpp's default for older files, which do not say: yes for sentencepiece's.
     return {"add_bos_token": says.contents() if says else bool(kind) and kind.contents() == "llama"}
 
 
 def check_tokenizer(checkpoint: Checkpoint, tokenizer: Any) -> None:
-    """Raise ExportError if a byte-level tokenizer loses what it reads: transformers 4.57's take a text's first space away."""
+    """Raise ExportError if a byte-level tokenizer is lossy: transformers 4.57's drop a text's leading space."""
     text = " a"
     kind = _read(checkpoint).fields.get("tokenizer.ggml.model") if checkpoint.gguf_file else None
     if kind is None or kind.contents() != _BYTE_LEVEL:
@@ -69,7 +69,7 @@ def check_tokenizer(checkpoint: Checkpoint, tokenizer: Any) -> None:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if tokenizer.decode(ids, clean_up_tokenization_spaces=False) != text:
         raise ExportError(
-            f"this version of transformers takes the tokenizer of {checkpoint.gguf_file} for another kind, and loses spaces; "
+            f"this version of transformers mistakes the kind of {checkpoint.gguf_file}'s tokenizer, and loses spaces; "
             "take transformers 5 or newer, or name the checkpoint that the file was made from"
         )
 

@@ -1,4 +1,4 @@
-"""The head that a checkpoint was trained with, by its weights: where config.json does not name one."""
+"""Finds a checkpoint's trained head by its weights, if config.json does not name one."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ from traceserve.errors import SourceError, some
 
 Shape = Tuple[int, ...]
 
-# Weights of heads from pretraining that lie beside one that a task reads, and that it does not miss.
+# Weights of pretraining heads beside a task's own, which does not need them.
 _BESIDE = ("cls.seq_relationship.", "sop_classifier.", "multiple_choice_head.")
 _BUFFERS = ("position_ids", "token_type_ids", "inv_freq", ".attn.bias", "masked_bias", "final_logits_bias")
 
 
 def by_weights(config: SetupConfig, folder: Path, facts: Mapping[str, Any]) -> Optional[Head]:
-    """The heads whose weights a checkpoint has, all of them and no others; None where that cannot be seen.
+    """Return the heads of which a checkpoint has all weights and no others; None if that is unknown.
 
-    Each class that transformers has for the model type is made, without memory for its weights, and its names and shapes
-    are compared with the files'. A model without a head that writes by its embeddings can be loaded to write, too.
+    Each class that transformers has for the model type is made without memory for its weights, and its names and shapes
+    are compared with the files'. A model without a head whose output layer is its embeddings can also be loaded to
+    write.
     """
     stored = weight_shapes(folder)
     classes = [auto_model for auto_model in TABLES if stored and _has(auto_model, facts)]
@@ -50,16 +51,16 @@ def by_weights(config: SetupConfig, folder: Path, facts: Mapping[str, Any]) -> O
 
 
 class _Fit(NamedTuple):
-    """A class beside a checkpoint's weights."""
+    """A class compared with a checkpoint's weights."""
 
     auto_model: str
-    missing: List[str]  # weights of its head that the checkpoint lacks, and parts of which it has nothing
-    extra: List[str]  # weights of a head that the class does not have
-    head: List[str]  # weights of any head that the checkpoint has
+    missing: List[str]  # weights of its head, and whole parts, that the checkpoint lacks
+    extra: List[str]  # weights of a head that the class lacks
+    head: List[str]  # weights of any head in the checkpoint
 
 
 def _fitting(fits: Sequence[_Fit], facts: Mapping[str, Any]) -> List[str]:
-    """The classes of which a checkpoint has all weights and no others."""
+    """Return the classes of which a checkpoint has all weights and no others."""
     fitting = [fit.auto_model for fit in fits if not fit.missing and not fit.extra and _is_fit(fit.auto_model, facts)]
     if BOTH in fitting or MASKED in fitting:  # an encoder's two heads have the same weights
         left = MASKED if facts.get("is_decoder") and BOTH not in fitting else CAUSAL
@@ -68,20 +69,20 @@ def _fitting(fits: Sequence[_Fit], facts: Mapping[str, Any]) -> List[str]:
 
 
 def _compare(auto_model: str, model: Any, stored: Mapping[str, Shape], parts: Collection[str]) -> _Fit:
-    """`parts` are the first parts of the names of the base model's weights, which stand without a prefix or behind one."""
+    """`parts` are the first components of the base model's weight names, which may have a prefix."""
     prefix = f"{model.base_model_prefix}."
     own = _own_weights(model, prefix)
     found = {_plain(name, prefix): shape for name, shape in stored.items()}
     known = {name for names in own for name in names}
     outside = [name for name in found if _part(name) not in parts and not _is_harmless(name)]
     extra = [name for name in outside if name not in known]
-    # A head's weight that is tied to the embeddings may be stored all the same.
+    # A head's weight that is tied to the embeddings may still be stored.
     untied = [name for name in outside if not any(name in names and len(names) > 1 for names in own)]
     return _Fit(auto_model, _missing(own, found, parts), extra, untied)
 
 
 def _own_weights(model: Any, prefix: str) -> List[Dict[str, Shape]]:
-    """Each weight's shape by its names: of one that is tied several."""
+    """Return each weight's shape by its names: several if it is tied."""
     tied: Dict[int, Dict[str, Shape]] = {}
     # torch 1.13 has no named_parameters(remove_duplicate=False).
     for path, module in model.named_modules(remove_duplicate=False):
@@ -92,7 +93,8 @@ def _own_weights(model: Any, prefix: str) -> List[Dict[str, Shape]]:
 
 
 def _missing(own: Sequence[Dict[str, Shape]], found: Mapping[str, Shape], parts: Collection[str]) -> List[str]:
-    """The weights of a class's head that a checkpoint lacks, and the parts of the class of which it has nothing."""
+    """Return the weights of a class's head that a checkpoint lacks, and the parts of the class that it lacks
+    entirely."""
     head = [names for names in own if not any(_part(name) in parts for name in names)]
     pooler = [names for names in own if any(name.startswith("pooler.") for name in names)]  # a classifier's first layer
     missing = [next(iter(names)) for names in head + pooler if all(found.get(name) != names[name] for name in names)]
@@ -101,13 +103,13 @@ def _missing(own: Sequence[Dict[str, Shape]], found: Mapping[str, Shape], parts:
 
 
 def check_labels(config: SetupConfig, folder: Path, facts: Mapping[str, Any], auto_model: str) -> None:
-    """Raise SourceError if a classifier's head has not as many outputs as config.json has labels."""
+    """Raise SourceError if a classifier's head has another number of outputs than config.json has labels."""
     count, stored = len(label_names(facts)), weight_shapes(folder)
     model = empty(auto_model, config, folder) if stored else None
     for name, parameter in model.named_parameters() if model is not None else ():
         shape, made = stored.get(name, ()), tuple(parameter.shape)
         if made[:1] == (count,) != shape[:1] and len(made) == len(shape) == 2 and made[1:] == shape[1:]:
-            said = f"{count} labels (id2label)" if facts.get("id2label") else f"no labels, so {count} are taken"
+            said = f"{count} labels (id2label)" if facts.get("id2label") else f"no labels, so {count} are assumed"
             raise SourceError(
                 f"{config.model_name}: its config.json names {said}, but its head has {shape[0]} outputs ({name}); "
                 "give id2label in config.json one name for each"
@@ -123,12 +125,12 @@ def _is_harmless(name: str) -> bool:
 
 
 def _is_fit(auto_model: str, facts: Mapping[str, Any]) -> bool:
-    """A question answerer has two outputs: where the answer begins, and where it ends."""
+    """A question answerer has two outputs: the answer's start and its end."""
     return auto_model != QUESTION or len(label_names(facts)) == 2
 
 
 def _plain(name: str, prefix: str) -> str:
-    """A weight's name without the base model's prefix, and of a norm as it has been called since 2019."""
+    """Return a weight's name without the base model's prefix, with a norm's names since 2019."""
     name = name[len(prefix) :] if name.startswith(prefix) else name
     for old, new in ((".gamma", ".weight"), (".beta", ".bias")):
         name = name[: -len(old)] + new if name.endswith(old) else name
@@ -142,13 +144,13 @@ def _has(auto_model: str, facts: Mapping[str, Any]) -> bool:
 
 
 def empty(auto_model: str, config: SetupConfig, folder: Path, labels: Optional[int] = None) -> Any:
-    """The auto class's model for this configuration, without weights; None where it cannot be made.
+    """Return the auto class's model for this configuration, without weights; None if it cannot be made.
 
-    With another number of `labels` than the configuration's, if there is one.
+    `labels` overrides the configuration's number.
     """
     import transformers
 
-    # transformers 4.26 hands what it is told here on to the model.
+    # transformers 4.26 passes options given here on to the model.
     trust = {"trust_remote_code": True} if config.trust_remote_code else {}
     try:
         own = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **trust)
@@ -156,13 +158,13 @@ def empty(auto_model: str, config: SetupConfig, folder: Path, labels: Optional[i
             own.num_labels = labels
         with _without_memory():
             return getattr(transformers, auto_model).from_config(own, **trust)
-    except Exception:  # transformers raises whatever its many models do; what matters of it the loader will say
+    except Exception:  # transformers' many models raise anything; the loader will report it
         return None
 
 
 @contextlib.contextmanager
 def _without_memory() -> Iterator[None]:
-    """On torch's device "meta"; torch before 2.0 cannot be told to make a module there."""
+    """Use torch's device "meta"; torch before 2.0 cannot make a module there."""
     import torch
 
     if int(torch.__version__.split(".")[0]) < 2:
@@ -177,7 +179,7 @@ def _pickles(folder: Path) -> List[Path]:
 
 
 def weight_shapes(folder: Path) -> Dict[str, Shape]:
-    """Each weight's shape, by its name, from the heads of the files; empty where these cannot be read."""
+    """Return each weight's shape by name, from the files' headers; empty if these are unreadable."""
     import torch
     from safetensors import SafetensorError, safe_open
 
@@ -192,5 +194,5 @@ def weight_shapes(folder: Path) -> Dict[str, Shape]:
             weights = torch.load(file, map_location="meta", weights_only=True)
             found.update({name: tuple(weight.shape) for name, weight in weights.items()})
     except (SafetensorError, OSError, ValueError, RuntimeError, AttributeError, pickle.UnpicklingError):
-        return {}  # the loader says what is wrong with them
+        return {}  # the loader reports what is wrong
     return found

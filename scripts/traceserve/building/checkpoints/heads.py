@@ -1,4 +1,4 @@
-"""The head that a checkpoint was trained with: its auto classes of transformers, by its architecture's name."""
+"""Finds a checkpoint's trained head: its transformers auto classes, by its architecture's name."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Any, List, Mapping, NamedTuple, Optional, Tuple
 
 from traceserve.errors import SourceError
 
-BASE = "AutoModel"  # of models without a head
+BASE = "AutoModel"  # for models without a head
 CAUSAL, MASKED, BOTH = "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM"
 SEQUENCE, TOKEN = "AutoModelForSequenceClassification", "AutoModelForTokenClassification"
 QUESTION = "AutoModelForQuestionAnswering"
-# transformers' own tables of the classes that each auto class loads, by model type.
+# transformers' own tables of each auto class's classes, by model type.
 TABLES = {
     SEQUENCE: "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
     TOKEN: "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
@@ -19,7 +19,7 @@ TABLES = {
     CAUSAL: "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     BOTH: "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
 }
-# Classes that stand in none of them, by the ends of their names: of remote code, of other versions, of less used heads.
+# Classes in none of them, by their suffixes: of remote code, other versions, rarer heads.
 _ENDINGS = {
     "ForSequenceClassification": SEQUENCE,
     "ForTokenClassification": TOKEN,
@@ -30,20 +30,20 @@ _ENDINGS = {
     "LMHeadModel": CAUSAL,
     "DoubleHeadsModel": CAUSAL,
 }
-_OTHER_FRAMEWORKS = ("TF", "Flax")  # before the names of classes that save the same configuration
-# The ends of names that say nothing of a head: of base models, and of models with several heads from pretraining.
+_OTHER_FRAMEWORKS = ("TF", "Flax")  # prefixes of classes that save the same configuration
+# Suffixes that name no head: of base models, and of models with several pretraining heads.
 _SAYS_NOTHING = ("Model", "Encoder", "Decoder", "ForPreTraining")
 
 
 class Head(NamedTuple):
-    """The auto classes that load a checkpoint with its own head, and how that is known."""
+    """The auto classes that load a checkpoint with its own head, and the evidence."""
 
     auto_models: Tuple[str, ...]
     evidence: str
 
 
 def named(facts: Mapping[str, Any]) -> Optional[Head]:
-    """The head that config.json names; None where it names none, or a class that says nothing of it."""
+    """Return the head that config.json names; None if it names none, or an uninformative class."""
     names = [str(name) for name in facts.get("architectures") or ()]
     found = [auto_model for name in names for auto_model in _of_class(name, facts)]
     if found:
@@ -67,19 +67,19 @@ def _of_class(name: str, facts: Mapping[str, Any]) -> List[str]:
 
 
 def _class_in(place: Any) -> str:
-    """The class in a value of auto_map: "modeling_x.XModel", or with the repository of its code before it."""
+    """Return the class in a value of auto_map: "modeling_x.XModel", or with its code's repository before it."""
     return str(place).rsplit(".", 1)[-1]
 
 
 def _is_silent(name: str) -> bool:
-    """Whether a class's name says nothing of its head: it ends as base models' do, or transformers has no such class."""
+    """Return whether a class's name names no head: it has a base model's suffix, or transformers does not know it."""
     import transformers
 
     return name.endswith(_SAYS_NOTHING) or not hasattr(transformers, name)
 
 
 def is_base(facts: Mapping[str, Any]) -> bool:
-    """Whether config.json names base models only."""
+    """Return whether config.json names only base models."""
     from transformers.models.auto import modeling_auto
 
     names = facts.get("architectures") or ()
@@ -87,14 +87,14 @@ def is_base(facts: Mapping[str, Any]) -> bool:
 
 
 def described(facts: Mapping[str, Any]) -> str:
-    """The architectures in words."""
+    """Describe the architectures."""
     return f"architectures: {', '.join(map(str, facts.get('architectures') or ())) or 'none'}"
 
 
 def label_names(facts: Mapping[str, Any]) -> List[str]:
-    """The names of a classifier's outputs, in order; those that transformers gives where config.json has none.
+    """Return the names of a classifier's outputs, in order; transformers' defaults if config.json has none.
 
-    Raises SourceError for what are no names.
+    Raises SourceError for invalid names.
     """
     given = facts.get("id2label")
     try:

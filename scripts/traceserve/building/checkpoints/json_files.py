@@ -1,4 +1,4 @@
-"""The JSON files of a checkpoint."""
+"""Reads a checkpoint's JSON files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MARKS = {b"\xef\xbb\xbf": "UTF-8", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file of a checkpoint, None where there is none; raises SourceError for one that cannot be read."""
+    """Return a checkpoint's JSON file, None if missing; raises SourceError if it is unreadable."""
     if not path.is_file():
         return None
     content = path.read_bytes()

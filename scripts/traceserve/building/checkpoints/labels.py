@@ -1,4 +1,4 @@
-"""The names of a classifier's outputs: from a file of the user's, or from the checkpoint; as many as its head has."""
+"""The names of a classifier's outputs, from the user's file or the checkpoint; as many as its head has."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from traceserve.errors import ConfigError, some
 
 
 def labels(config: SetupConfig, model: Any, config_folder: Path) -> Tuple[str, ...]:
-    """The labels' names by class index, from index_to_name or the model's configuration; checked against its head."""
+    """Return the labels' names by class index, from index_to_name or the model's configuration; checked against its
+    head."""
     count = model.config.num_labels
-    # 0 is what the pytorch/serve example writes where it does not mean a number.
+    # The pytorch/serve example writes 0 for an unset number.
     if config.num_labels not in (None, 0, count):
         raise ConfigError(
             f"num_labels is {config.num_labels}, but the head of {config.model_name} has {count}; remove num_labels, or "
@@ -36,7 +37,7 @@ def labels(config: SetupConfig, model: Any, config_folder: Path) -> Tuple[str, .
 
 
 def _read(path: Path) -> Dict[int, str]:
-    """`{"0": "name", ...}`, or the `{"label_list": "[name, ...]"}` of the pytorch/serve example."""
+    """Read `{"0": "name", ...}`, or the pytorch/serve example's `{"label_list": "[name, ...]"}`."""
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
         if isinstance(content, dict) and set(content) == {"label_list"}:
@@ -51,7 +52,7 @@ def _read(path: Path) -> Dict[int, str]:
 
 
 def _listed(value: Any) -> List[str]:
-    """A list, or its text: as Python or JSON writes it, or with bare names."""
+    """Return a list, or parse its text: Python's or JSON's, or bare names."""
     if isinstance(value, str):
         try:
             written = ast.literal_eval(value.strip())

@@ -1,4 +1,4 @@
-"""The languages between which a tokenizer tells: mBART's, NLLB's, M2M100's, by their codes."""
+"""The languages of a multilingual tokenizer (mBART's, NLLB's, M2M100's), by code."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _CODE = re.compile(r"[a-z]{2,3}_[A-Za-z]{2,4}")  # en_XX, eng_Latn
 
 
 def known(tokenizer: Any) -> Dict[str, int]:
-    """Code to token id; empty for a tokenizer that knows of no languages."""
+    """Map codes to token ids; empty for a tokenizer without languages."""
     if not hasattr(tokenizer, "src_lang"):
         return {}
-    codes = getattr(tokenizer, "lang_code_to_id", None)  # NLLB has its codes as special tokens only
+    codes = getattr(tokenizer, "lang_code_to_id", None)  # NLLB has its codes only as special tokens
     if codes is None:
         codes = {str(token): tokenizer.convert_tokens_to_ids(str(token)) for token in tokenizer.all_special_tokens}
         codes = {code: number for code, number in codes.items() if _CODE.fullmatch(code)}
@@ -26,13 +26,13 @@ def known(tokenizer: Any) -> Dict[str, int]:
 
 
 def source_id(tokenizer: Any) -> Optional[int]:
-    """The token that stands for the language of every text; None where there is none."""
+    """Return the token for every text's language; None if there is none."""
     number = known(tokenizer).get(str(getattr(tokenizer, "src_lang", "")).strip("_"))
     return number if number in tokenizer("")["input_ids"] else None
 
 
 def set_language(config: SetupConfig, tokenizer: Any) -> None:
-    """Let the tokenizer read the language that the configuration names; raises ConfigError for a code that is unknown."""
+    """Set the tokenizer to the configured language; raises ConfigError for an unknown code."""
     codes = known(tokenizer)
     for name in LANGUAGE_PARAMETERS:
         code = config.parameters.get(name)
@@ -53,7 +53,7 @@ def set_language(config: SetupConfig, tokenizer: Any) -> None:
 
 @contextlib.contextmanager
 def reading(tokenizer: Any, code: Optional[str]) -> Iterator[None]:
-    """For a moment the tokenizer reads this language, where one is named."""
+    """Temporarily set the tokenizer to this language, if given."""
     if code is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""How many tokens a model reads: the length that the configuration asks for, or the checkpoint's own."""
+"""The number of tokens that a model reads: the configured length, or the checkpoint's own."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from traceserve.building.checkpoints.checkpoint import Checkpoint
 from traceserve.building.config.setup_config import SetupConfig
 from traceserve.errors import ConfigError
 
-# The keys under which configurations have the number of positions. A T5 has `n_positions` too, where it means nothing.
+# The configuration keys for the number of positions. A T5 has `n_positions` too, without meaning.
 _POSITIONS = ("max_position_embeddings", "max_encoder_position_embeddings")
 
 
 def max_length(config: SetupConfig, checkpoint: Checkpoint, model: Any, tokenizer: Any) -> int:
-    """The longest row: the configured length, which the model must be able to read, or a default.
+    """Return the longest row: the configured length, which the model must be able to read, or a default.
 
-    The default is the smallest of the tokenizer's, the model's and the task's number. A configured length may be above
-    the tokenizer's: `model_max_length` is what its authors trained with, and a model with relative positions reads on.
+    The default is the smallest of the tokenizer's, the model's and the task's number. A configured length may exceed
+    the tokenizer's: `model_max_length` is its authors' training length, and a model with relative positions reads on.
     """
     positions = _positions(model)
     lengths = config.sequence_lengths
@@ -29,7 +29,7 @@ def max_length(config: SetupConfig, checkpoint: Checkpoint, model: Any, tokenize
         return int(min(limit for limit in limits if limit is not None))
     if positions is not None and wanted > positions:
         raise ConfigError(
-            f"max_length is {wanted}, but {config.model_name} reads at most {positions} tokens: so many positions it has"
+            f"max_length is {wanted}, but {config.model_name} reads at most {positions} tokens: it has no more positions"
         )
     if positions is None or wanted > tokenizer.model_max_length:
         _check_reads(config.model_name, model, wanted, tokenizer.model_max_length)
@@ -37,14 +37,14 @@ def max_length(config: SetupConfig, checkpoint: Checkpoint, model: Any, tokenize
 
 
 def _positions(model: Any) -> Optional[int]:
-    """How many positions the model has, or None where they are relative only."""
+    """Return the model's number of positions, or None if they are only relative."""
     known = (getattr(model.config, key, None) for key in _POSITIONS)
     positions = next((value for value in known if isinstance(value, int) and value > 0), None)
     if (
         positions is None or getattr(model.config, "position_biased_input", True) is False
     ):  # DeBERTa's, if only relative
         return None
-    # RoBERTa and its kin number positions from pad_token_id + 1 on.
+    # RoBERTa and its kin count positions from pad_token_id + 1.
     return positions - (model.config.pad_token_id + 1 if _numbers_from_padding(model) else 0)
 
 
@@ -56,13 +56,13 @@ def _numbers_from_padding(model: Any) -> bool:
 
 
 def _check_reads(name: str, model: Any, length: int, advised: int) -> None:
-    """Raise ConfigError if the model cannot read so many tokens, which nothing in the checkpoint promises.
+    """Raise ConfigError if the model cannot read this many tokens, which no file of the checkpoint guarantees.
 
-    Positions are not always where they are looked for; so the model is asked.
+    The number of positions may be stored elsewhere, so the model is run.
     """
     import torch
 
-    # Of an encoder and a decoder the first reads.
+    # Of an encoder and a decoder, the encoder reads.
     reader = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
     ids = torch.ones((1, length), dtype=torch.int64)
     try:

@@ -1,4 +1,4 @@
-"""A checkpoint to the original: its model and tokenizer, in float32, ready to be traced and compared with."""
+"""Loads a checkpoint's original model and tokenizer, in float32, for tracing and comparison."""
 
 from __future__ import annotations
 
@@ -33,15 +33,16 @@ from traceserve.building.checkpoints.sentence_transformers import Embedding
 from traceserve.building.config.setup_config import SetupConfig
 from traceserve.errors import ExportError
 
-# The inputs that the runtime makes, in the order in which they are passed.
+# The inputs that the runtime makes, in positional order.
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 def load(config: SetupConfig, checkpoint: Checkpoint, config_folder: Path) -> Original:
-    """The original model and tokenizer of a checkpoint, checked against `config`; raises what says how they disagree.
+    """Return the original model and tokenizer of a checkpoint, checked against `config`; raises errors that describe
+    mismatches.
 
-    The tokenizer is transformers', whatever library has the model: of it the worker needs tokenizer.json and the special
-    tokens, and the gate asks it. (The curated library's own are slow ones, or without the special tokens' names.)
+    The tokenizer is always transformers': the worker needs its tokenizer.json and special
+    tokens, and the gate uses it. (The curated library's own are slow, or lack the special tokens' names.)
     """
     gguf.check_gguf(checkpoint)
     tokenizer = tokenizers.load(config, checkpoint)
@@ -90,11 +91,11 @@ def _model_facts(
     generation: Dict[str, Any],
     embedding: Embedding,
 ) -> ModelFacts:
-    """What the task may learn of the model."""
-    # Not by the attributes: version 4.26 complains of each that is not set.
+    """Return the model facts for the task."""
+    # Not by attribute: version 4.26 logs an error for each unset one.
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if name.endswith("_token")}
     template = getattr(tokenizer, "chat_template", None)
-    if isinstance(template, dict):  # several, by their use
+    if isinstance(template, dict):  # several, by use
         template = template.get("default")
     return ModelFacts(
         config=model.config.to_dict(),
@@ -113,14 +114,14 @@ def _model_facts(
 
 
 def _embedding_facts(embedding: Embedding) -> Dict[str, Any]:
-    """Of sentence-transformers, as the task has it; the weights of its layers travel in a file of their own."""
+    """Return sentence-transformers' facts for the task; its layers' weights have their own file."""
     facts = dataclasses.asdict(replace(embedding, arrays={}))
     return {**facts, "layers": list(facts["layers"]), "arrays": ARRAYS_FILE if embedding.arrays else None}
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' progress bars and warnings: what matters of them is raised as an error."""
+    """Suppress transformers' progress bars and warnings: important ones are raised as errors."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     with pretrained.quiet():
         yield

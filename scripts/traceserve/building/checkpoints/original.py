@@ -1,4 +1,4 @@
-"""The original: what the archive is made from and measured against."""
+"""The original: the archive is made from it and compared with it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ ARRAYS_FILE = "layers.npz"
 
 @dataclass(frozen=True)
 class Original:
-    """What the archive is made from and measured against."""
+    """The original model and tokenizer, from which the archive is made and with which it is compared."""
 
-    model: Any  # transformers.PreTrainedModel, or called as one; float32, eval
+    model: Any  # transformers.PreTrainedModel, or with its interface; float32, eval
     tokenizer: Any  # transformers.PreTrainedTokenizerFast
     inputs: Tuple[str, ...]
     max_length: int
@@ -29,22 +29,22 @@ class Original:
     facts: Dict[str, Any]
     padding_side: str
     truncation_side: str
-    dtype: str = "float32"  # what the model is traced in; another one has another model, see `writers.lowering`
-    converted: Optional[Converted] = None  # the tokenizer, where transformers runs it in Python only
-    known_tokens: Optional[int] = None  # the tokenizer's, where the model lacks some of them
-    case_note: Optional[str] = None  # of do_lower_case
-    arrays: Dict[str, Any] = field(default_factory=dict)  # what the task itself computes with, float32
-    kept: Tuple[str, ...] = ()  # the layers that are left in float32 all the same
-    shortest: int = 1  # the least tokens of a row that the model can read; shorter ones are padded to it
-    per_token: Tuple[str, ...] = ()  # the outputs that have a value for each token
+    dtype: str = "float32"  # the traced model's; others have another model, see `writers.lowering`
+    converted: Optional[Converted] = None  # the tokenizer, if transformers' runs only in Python
+    known_tokens: Optional[int] = None  # of the tokenizer's, if the model lacks some
+    case_note: Optional[str] = None  # on do_lower_case
+    arrays: Dict[str, Any] = field(default_factory=dict)  # for the task's own computations, float32
+    kept: Tuple[str, ...] = ()  # the layers kept in float32
+    shortest: int = 1  # the shortest row that the model can read; others are padded to it
+    per_token: Tuple[str, ...] = ()  # the outputs with a value per token
 
     @property
     def tokenizer_facts(self) -> TokenizerFacts:
-        """What the worker needs beside tokenizer.json."""
+        """The facts that the worker needs besides tokenizer.json."""
         tokenizer = self.tokenizer
-        # What the model takes for padding goes before the tokenizer's own: classifiers of decoders look for it by its id.
+        # The model's padding id overrides the tokenizer's: classifiers of decoders search for it.
         numbers = [number for number in (calling.pad_id(self.model), tokenizer.pad_token_id) if number is not None]
-        if self.known_tokens is not None:  # padding may have been added to the tokenizer alone
+        if self.known_tokens is not None:  # padding may have been added only to the tokenizer
             numbers = [number for number in numbers if number < self.known_tokens]
         return TokenizerFacts(
             file=TOKENIZER_FILE,
@@ -59,7 +59,7 @@ class Original:
 
     @property
     def note(self) -> Optional[str]:
-        """What the user should know of it."""
+        """Notes for the user."""
         notes = [self._short_note, self.case_note if self.known_tokens is None else self._tokens_note]
         return "\n".join(note for note in notes if note) or None
 
@@ -83,7 +83,7 @@ class Original:
         )
 
     def write_arrays(self, folder: Path) -> Tuple[str, ...]:
-        """Write the arrays that the task itself computes with; the names of the files."""
+        """Write the arrays for the task's own computations; returns the files' names."""
         if not self.arrays:
             return ()
         import numpy as np
@@ -104,6 +104,6 @@ class Original:
 
 
 def _cleans_up(tokenizer: Any) -> bool:
-    """Whether the tokenizer's `decode` takes the space before punctuation away; its own setting holds for some only."""
+    """Return whether `decode` removes spaces before punctuation; some tokenizers ignore their own setting."""
     ids = tokenizer("a . b", add_special_tokens=False)["input_ids"]
     return bool(tokenizer.decode(ids) != tokenizer.decode(ids, clean_up_tokenization_spaces=False))

@@ -1,4 +1,4 @@
-"""What sentence-transformers keeps beside a model: its modules, its prompts and their settings, by allow-lists."""
+"""sentence-transformers' files beside a model: modules, prompts and settings, read by allow-lists."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from traceserve.errors import SourceError, some
 
 MODULES, SETTINGS = "modules.json", "config_sentence_transformers.json"
 _PACKAGE = "sentence_transformers."
-# In the order in which a concatenation has them; the keys are those of its versions before 6.
+# In the order of concatenation; the keys are those before version 6.
 _MODES = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -24,7 +24,7 @@ _MODES = {
 }
 _DIMENSION = ("word_embedding_dimension", "embedding_dimension")
 _VECTOR = (None, "sentence_embedding")
-# For each file its keys, and the values at which they change nothing: None stands for any.
+# Each file's keys with their neutral values: None allows any.
 _KNOWN: Dict[str, Dict[str, Optional[Tuple[Any, ...]]]] = {
     SETTINGS: {
         **dict.fromkeys(("__version__", "similarity_fn_name", "requirements", "prompts", "default_prompt_name")),
@@ -34,14 +34,14 @@ _KNOWN: Dict[str, Dict[str, Optional[Tuple[Any, ...]]]] = {
     "CrossEncoder": {
         **dict.fromkeys(("__version__", "requirements", "prompts", "default_prompt_name", "activation_fn")),
         "similarity_fn_name": None,
-        "keep_in_fp32_modules": None,  # all are in float32 here, where the original is
+        "keep_in_fp32_modules": None,  # everything is float32 here, if the original is
         "model_type": (None, "CrossEncoder"),
     },
     "Transformer": {
         **dict.fromkeys(("max_seq_length", "do_lower_case", "unpad_inputs")),
         "transformer_task": (None, "feature-extraction"),
         "module_output_name": (None, "token_embeddings"),
-        "modality_config": None,  # looked at below
+        "modality_config": None,  # checked below
         "tokenizer_name_or_path": (None,),
         **dict.fromkeys(("query_length", "document_length", "query_expansion"), (None,)),
         **dict.fromkeys(("model_args", "tokenizer_args", "config_args", "processing_kwargs"), (None, {})),
@@ -64,20 +64,20 @@ _TEXT = {"method": "forward", "method_output_name": "last_hidden_state"}
 
 @dataclass(frozen=True)
 class Embedding:
-    """How a sentence-transformers checkpoint makes a vector of a text."""
+    """How a sentence-transformers checkpoint turns a text into a vector."""
 
     pooling: str = "none"
     normalize: bool = False  # at the end
     include_prompt: bool = True  # in the pooling
-    layers: Tuple[Dict[str, Any], ...] = ()  # behind the pooling, as `embedding.apply` takes them
+    layers: Tuple[Dict[str, Any], ...] = ()  # after the pooling, in `embedding.apply`'s format
     arrays: Dict[str, Any] = field(default_factory=dict)  # their weights, float32
     prompts: Dict[str, str] = field(default_factory=dict)
-    prompt_name: Optional[str] = None  # of the one that is written where a request names none
-    dimensions: Optional[int] = None  # how many of a vector's numbers are told
+    prompt_name: Optional[str] = None  # the default prompt's
+    dimensions: Optional[int] = None  # how many of a vector's numbers are returned
 
 
 def folder_of(root: Path, modules: Any) -> Path:
-    """Where the model itself lies: `root`, or the folder that modules.json names, as 0_Transformer."""
+    """Return the model's folder: `root`, or the one in modules.json, such as 0_Transformer."""
     if isinstance(modules, list) and modules and isinstance(modules[0], dict):
         path = modules[0].get("path")
         if isinstance(path, str) and path and _kind(modules[0]) == "Transformer":
@@ -86,14 +86,14 @@ def folder_of(root: Path, modules: Any) -> Path:
 
 
 def _inside(root: Path, path: str) -> Path:
-    """A module's folder; raises SourceError for one outside of the checkpoint."""
+    """Return a module's folder; raises SourceError if it is outside the checkpoint."""
     if Path(path).is_absolute() or ".." in Path(path).parts:
         raise SourceError(f"{MODULES} names the folder {path}, which is not inside the checkpoint")
     return root / path
 
 
 def check_cross_encoder(checkpoint: Checkpoint) -> None:
-    """Raise SourceError for what a cross-encoder's files ask for beside its model and activation."""
+    """Raise SourceError for anything in a cross-encoder's files besides its model and activation."""
     modules = checkpoint.read_root_json(MODULES)
     kinds = [_kind(module) for module in modules] if isinstance(modules, list) else []
     if any(kind != "Transformer" for kind in kinds):
@@ -107,7 +107,7 @@ def check_cross_encoder(checkpoint: Checkpoint) -> None:
 
 
 def read(checkpoint: Checkpoint) -> Embedding:
-    """What the files say; raises SourceError for what is not known."""
+    """Read the files; raises SourceError for unknown contents."""
     modules = checkpoint.read_root_json(MODULES)
     if modules is None:
         return Embedding()
@@ -133,7 +133,7 @@ def read(checkpoint: Checkpoint) -> Embedding:
 
 
 def _kinds(modules: Sequence[Mapping[str, Any]]) -> List[str]:
-    """The kinds of the modules, in order; raises SourceError for an unknown one, or another order."""
+    """Return the modules' kinds, in order; raises SourceError for an unknown kind or order."""
     kinds = [_kind(module) for module in modules]
     unknown = [str(module.get("type")) for module, kind in zip(modules, kinds) if kind is None]
     if unknown:
@@ -149,7 +149,7 @@ def _kinds(modules: Sequence[Mapping[str, Any]]) -> List[str]:
 
 
 def _behind(checkpoint: Checkpoint, modules: Sequence[Mapping[str, Any]], kinds: Sequence[str]) -> Embedding:
-    """The pooling and the layers that stand behind the model, a last normalization among them."""
+    """Return the pooling and the layers after the model, including a final normalization."""
     root = checkpoint.root or checkpoint.folder
     pooling, include_prompt = "none", True
     layers: List[Dict[str, Any]] = []
@@ -171,7 +171,7 @@ def _behind(checkpoint: Checkpoint, modules: Sequence[Mapping[str, Any]], kinds:
 
 
 def _kind(module: Mapping[str, Any]) -> Optional[str]:
-    """The last part of a module's type, where it is one of sentence-transformers' own; others may bear the same name."""
+    """Return the last part of a module's type if it is sentence-transformers' own; others may have the same name."""
     kind = str(module.get("type"))
     last = kind.rsplit(".", 1)[-1]
     return last if kind.startswith(_PACKAGE) and last in _MODULES else None
@@ -217,7 +217,7 @@ def _prompts(settings: Mapping[str, Any]) -> Tuple[Dict[str, str], Optional[str]
 
 
 def _pooling(facts: Mapping[str, Any]) -> str:
-    """The names of the poolings, joined by +; raises SourceError where there is none, or one that is not known."""
+    """Return the poolings' names, joined by +; raises SourceError if there is none, or an unknown one."""
     named = facts.get("pooling_mode")
     if named is None:
         modes = [mode for key, mode in _MODES.items() if facts.get(key) is True]
@@ -232,7 +232,7 @@ def _pooling(facts: Mapping[str, Any]) -> str:
 
 
 def _layer(kind: str, name: str, folder: Path, facts: Mapping[str, Any], arrays: Dict[str, Any]) -> Dict[str, Any]:
-    """A Dense or LayerNorm module; its weights go into `arrays`, and are proven to do what torch does with them."""
+    """Read a Dense or LayerNorm module; its weights go into `arrays`, and are verified against torch."""
     tensors = _tensors(folder)
     prefix = "norm" if kind == "LayerNorm" else "linear"
     for key, stored in (("weight", f"{prefix}.weight"), ("bias", f"{prefix}.bias"), ("residual", "residual.weight")):
@@ -255,7 +255,7 @@ def _layer(kind: str, name: str, folder: Path, facts: Mapping[str, Any], arrays:
 
 
 def _check_layer(layer: Mapping[str, Any], arrays: Mapping[str, Any], folder: Path) -> None:
-    """Raise SourceError if the worker's arithmetic is not torch's."""
+    """Raise SourceError if the worker's arithmetic differs from torch's."""
     import numpy as np
     import torch
 
@@ -267,7 +267,7 @@ def _check_layer(layer: Mapping[str, Any], arrays: Mapping[str, Any], folder: Pa
         if layer["residual"]:
             expected = expected + (tensors["residual"] @ given if "residual" in tensors else given)
     if not np.allclose(apply(given.numpy(), [layer], arrays), expected.numpy(), rtol=1e-4, atol=1e-5):
-        raise SourceError(f"{folder.name}: numpy does not compute this layer as torch does")
+        raise SourceError(f"{folder.name}: numpy computes this layer differently from torch")
 
 
 def _tensors(folder: Path) -> Dict[str, Any]:

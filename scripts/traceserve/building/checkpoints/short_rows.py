@@ -1,7 +1,7 @@
-"""The shortest row that a model can read: some fail on a few tokens, and say so in terms of their own insides.
+"""Finds the shortest row that a model can read: some fail on few tokens, with internal errors.
 
-Funnel pools its rows to half their length in each block after the first, and transformers' code of it fails where too little
-is left: below 5 tokens with three blocks, below 9 with four. An empty text has two, so such rows are padded.
+Funnel halves its rows in each block after the first, and transformers' code fails if too little
+remains: below 5 tokens with three blocks, below 9 with four. An empty text has two, so such rows are padded.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from typing import Any, Sequence
 
 from traceserve.errors import ExportError, first_line
 
-MOST = 64  # a model that fails at this length does not fail because its rows are short
+MOST = 64  # a model that fails at this length has another problem
 
 
 def shortest(model: Any, tokenizer: Any, inputs: Sequence[str], max_length: int) -> int:
-    """The least number of tokens from which on the model can be run; 1 where it can at any, or at none.
+    """Return the fewest tokens from which on the model runs; 1 if it runs at any length, or at none.
 
-    Usually this is one run, of an empty text. Raises ExportError where `max_length` is below.
+    Usually this is one run, of an empty text. Raises ExportError if `max_length` is below.
     """
     least = max(1, tokenizer.num_special_tokens_to_add())
     if _failure(model, tokenizer, inputs, least) is None:
@@ -34,7 +34,7 @@ def shortest(model: Any, tokenizer: Any, inputs: Sequence[str], max_length: int)
 
 
 def _failure(model: Any, tokenizer: Any, inputs: Sequence[str], length: int) -> Any:
-    """The model's own error for a row of so many tokens; None where it has none."""
+    """Return the model's error for a row of this many tokens; None without one."""
     import torch
 
     encoded = tokenizer("a " * length, truncation=True, max_length=length)

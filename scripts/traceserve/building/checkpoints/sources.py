@@ -1,4 +1,4 @@
-"""model_name to a local checkpoint: a hub id, a folder, a place in an installed package, or the demo."""
+"""Resolves model_name to a local checkpoint: a hub id, a folder, a path in an installed package, or the demo."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from traceserve.building.checkpoints.json_files import read_json
 from traceserve.building.config.setup_config import AUTO_TASK, SetupConfig
 from traceserve.errors import SourceError, some
 
-_CARD = ["README.md"]  # which may say what a model is for
+_CARD = ["README.md"]  # may name the model's task
 _PARTLY = " (the hub's cache may hold a part of it only: download it once while online, or name a folder)"
 _NOT_NEEDED = ["onnx/*", "openvino/*", "*.onnx", "*/model*.safetensors"]
 
 
 def fetch(config: SetupConfig, config_folder: Path) -> Checkpoint:
-    """The checkpoint that `config` names, downloaded if need be; raises SourceError, ExportError."""
+    """Return the checkpoint that `config` names, downloaded if needed; raises SourceError, ExportError."""
     checkpoint = _located(config, config_folder)
     return _checked(replace(checkpoint, gguf_file=config.gguf_file), config)
 
@@ -46,7 +46,7 @@ def _located(config: SetupConfig, config_folder: Path) -> Checkpoint:
 
 
 def _base(config: SetupConfig, config_folder: Path) -> Checkpoint:
-    """An adapter's base: a whole checkpoint, whatever its head."""
+    """Return an adapter's base: a whole checkpoint, with any head."""
     checkpoint = _located(config, config_folder)
     folder = sentence_transformers.folder_of(checkpoint.folder, read_json(checkpoint.folder / "modules.json"))
     _check_whole(folder, config, checkpoint.kind)
@@ -79,7 +79,7 @@ SCHEMES: Dict[str, Callable[[str], Checkpoint]] = {"package": _from_package, "de
 
 
 def _from_hub(config: SetupConfig, folder: Path) -> Checkpoint:
-    """A snapshot of the hub's repository; its folder is called as the commit that the revision stands for."""
+    """Return a snapshot of the hub's repository; its folder is named after the revision's commit."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -136,7 +136,7 @@ def _from_hub(config: SetupConfig, folder: Path) -> Checkpoint:
 
 
 def _download_modules(snapshot: Path, config: SetupConfig) -> None:
-    """What lies in the folders of sentence-transformers' modules, of which some have weights of their own."""
+    """Download the folders of sentence-transformers' modules, some of which have their own weights."""
     from huggingface_hub import snapshot_download
 
     modules = read_json(snapshot / "modules.json")
@@ -171,7 +171,7 @@ def _checked(checkpoint: Checkpoint, config: SetupConfig) -> Checkpoint:
 
 
 def _check_whole(folder: Path, config: SetupConfig, kind: str) -> None:
-    """Raise SourceError unless a folder holds a whole model."""
+    """Raise SourceError unless a folder contains a whole model."""
     hint = _PARTLY if kind == "hub" else ""
     files.check_kind(folder, config.model_name)
     if not (folder / "config.json").is_file():

@@ -1,4 +1,4 @@
-"""The task of a checkpoint: read from its configuration, its other small files and, where these are silent, its weights."""
+"""Detects a checkpoint's task: from its configuration, its other small files and, if these are silent, its weights."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from traceserve.building.config.rules import check_together
 from traceserve.building.config.setup_config import AUTO_TASK, SetupConfig
 from traceserve.errors import SourceError
 
-# What sentence-transformers calls its kinds of models (config_sentence_transformers.json, "model_type"), and their tasks.
+# sentence-transformers' kinds of models (config_sentence_transformers.json, "model_type"), and their tasks.
 _SENTENCE_TRANSFORMERS = {"SentenceTransformer": "feature_extraction", "CrossEncoder": "text_ranking"}
-# Where sentence-transformers keeps a cross-encoder's activation in config.json: since its version 4, and before.
+# Keys of a cross-encoder's activation in config.json: since sentence-transformers 4, and before.
 _CROSS_ENCODER_KEYS = ("sentence_transformers", "sbert_ce_default_activation_function")
-# The labels of natural language inference, in any order; by such a head zero_shot_classification can answer.
+# The labels of natural language inference, in any order; zero_shot_classification needs such a head.
 _INFERENCE = re.compile(r"^(not[_ -])?(entail|contradict|neutral)", re.IGNORECASE)
-# What a model card's `pipeline_tag` may say, and the task; it decides between tasks that share a head.
+# Values of a model card's `pipeline_tag`, and their tasks; it decides between tasks with the same head.
 _TAGS = {
     "text-classification": "sequence_classification",
     "zero-shot-classification": "zero_shot_classification",
@@ -35,28 +35,28 @@ _TAGS = {
     "translation": "text2text_generation",
     "fill-mask": "fill_mask",
 }
-# Of an architecture that several auto classes load, those that stand back: BART is trained to write, and fills masks by the way.
+# Secondary auto classes of an architecture with several: BART is trained to write, and happens to fill masks.
 _STANDS_BACK = {heads.BOTH: heads.MASKED}
 
 
 class Resolved(NamedTuple):
-    """A configuration whose task is a task, and how it was found: empty where it was configured."""
+    """A configuration with a resolved task, and the evidence: empty if it was configured."""
 
     config: SetupConfig
     reason: str
 
 
 class _Found(NamedTuple):
-    """Tasks that the evidence leaves open, and the evidence in words."""
+    """The possible tasks, and the evidence in words."""
 
     tasks: Tuple[str, ...]
     evidence: str
 
 
 def resolve(config: SetupConfig, folder: Path) -> Resolved:
-    """The configuration with the checkpoint's task in place of "auto"; raises SourceError, ConfigError.
+    """Return the configuration with "auto" replaced by the checkpoint's task; raises SourceError, ConfigError.
 
-    A configured task is compared with the checkpoint's head, which may have another task's weights under the same names.
+    A configured task is checked against the checkpoint's head, since another task's weights may have the same names.
     """
     if config.task != AUTO_TASK:
         _check(config, folder, with_weights=True)
@@ -79,12 +79,12 @@ def _check_labels(config: SetupConfig, folder: Path) -> None:
 
 
 def check_early(config: SetupConfig, folder: Path) -> None:
-    """Raise what `resolve` will raise, as far as it can be known without the weights, which are not there yet."""
+    """Raise `resolve`'s errors early, as far as possible without the weights."""
     if config.task != AUTO_TASK:
         _check(config, folder, with_weights=False)
         return
     if not (folder / "config.json").is_file():
-        return  # what is missing is said of the whole
+        return  # errors are raised for the whole checkpoint
     found = _gguf(config) or _search(config, folder, with_weights=False)
     if found is not None:
         [task] = _one(config, found).tasks
@@ -92,14 +92,14 @@ def check_early(config: SetupConfig, folder: Path) -> None:
 
 
 def _check(config: SetupConfig, folder: Path, with_weights: bool) -> None:
-    """Raise SourceError if the checkpoint's head is another task's than the configured one."""
+    """Raise SourceError if the checkpoint's head is not the configured task's."""
     task = TASKS[config.task]
-    # Any model has features to be extracted, as the pipeline does; and a trial may have a random head.
+    # Any model has features to extract, like the pipeline; and a trial may have a random head.
     if config.gguf_file or config.allow_untrained_head or task.auto_model == heads.BASE:
         return
     facts = _read_json(folder / "config.json")
     if not isinstance(facts, dict):
-        return  # the loader says what is missing
+        return  # the loader reports missing weights
     named = heads.named(facts)
     if named is None:
         if not with_weights:
@@ -123,7 +123,7 @@ def _gguf(config: SetupConfig) -> Optional[_Found]:
 
 
 def _search(config: SetupConfig, folder: Path, with_weights: bool) -> Optional[_Found]:
-    """The tasks that a checkpoint can be for; None where only its weights can tell and these are not asked."""
+    """Return a checkpoint's possible tasks; None if only its weights can tell and are not available."""
     found = _sentence_transformer(config, folder)
     if found is not None:
         return found
@@ -143,7 +143,7 @@ def _search(config: SetupConfig, folder: Path, with_weights: bool) -> Optional[_
     if not tasks:
         raise SourceError(
             f"{config.model_name} is for none of the tasks here: {named.evidence}; name another checkpoint, or set "
-            '"task": "feature_extraction" for what its layers make of a text'
+            '"task": "feature_extraction" for its token vectors'
         )
     found = _classifiers(_Found(tasks, f"from {named.evidence}"), facts)
     tagged = _tag(folder)
@@ -153,7 +153,7 @@ def _search(config: SetupConfig, folder: Path, with_weights: bool) -> Optional[_
 
 
 def _sentence_transformer(config: SetupConfig, folder: Path) -> Optional[_Found]:
-    """The task of a folder that sentence-transformers wrote; None for others."""
+    """Return the task of a folder written by sentence-transformers; None for others."""
     facts = _read_json(folder / "config_sentence_transformers.json")
     kind = facts.get("model_type") if isinstance(facts, dict) else None
     if kind is not None and kind not in _SENTENCE_TRANSFORMERS:
@@ -170,7 +170,7 @@ def _sentence_transformer(config: SetupConfig, folder: Path) -> Optional[_Found]
 
 
 def _classifiers(found: _Found, facts: Mapping[str, Any]) -> _Found:
-    """Of the tasks that share a classifier's head, those that its outputs and their names are fit for."""
+    """Return the tasks that fit a classifier head's outputs and their names."""
     shared = {name for name in found.tasks if TASKS[name].auto_model == heads.SEQUENCE}
     if not shared:
         return found
@@ -191,10 +191,10 @@ def _classifiers(found: _Found, facts: Mapping[str, Any]) -> _Found:
 
 
 def _one(config: SetupConfig, found: _Found) -> _Found:
-    """What was found, if it is one task; raises SourceError with the candidates."""
+    """Return the evidence if it leaves one task; raises SourceError with the candidates."""
     if len(found.tasks) > 1:
         raise SourceError(
-            f"{config.model_name} can be for several tasks ({found.evidence}), and its files do not say for which: set "
+            f"{config.model_name} can be for several tasks ({found.evidence}), and its files do not say which: set "
             f'"task": {_quoted(found.tasks)}'
         )
     return found
@@ -205,7 +205,7 @@ def _quoted(names: Sequence[str]) -> str:
 
 
 def _tag(folder: Path) -> Optional[str]:
-    """The task that the model card's front matter names; None where it names none."""
+    """Return the task in the model card's front matter; None without one."""
     path = folder / "README.md"
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -217,7 +217,7 @@ def _tag(folder: Path) -> Optional[str]:
 
 
 def _read_json(path: Path) -> Any:
-    """A JSON file, or None where there is none; raises SourceError."""
+    """Return a JSON file, or None if missing; raises SourceError."""
     if not path.is_file():
         return None
     try:

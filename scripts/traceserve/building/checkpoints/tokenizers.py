@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer: loaded as transformers does, and checked against the model that reads its tokens."""
+"""A checkpoint's tokenizer: loaded like in transformers, and checked against its model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _READERS = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # 
 
 
 def load(config: SetupConfig, checkpoint: Checkpoint) -> Any:
-    """The checkpoint's tokenizer; raises SourceError, ExportError for one that the worker could not run."""
+    """Load the checkpoint's tokenizer; raises SourceError, ExportError if a worker could not run it."""
     from transformers import AutoTokenizer
 
     _check_readers(config, checkpoint)
@@ -32,9 +32,9 @@ def load(config: SetupConfig, checkpoint: Checkpoint) -> Any:
                 **({"gguf_file": str(in_file), **gguf.tokenizer_options(checkpoint)} if in_file else {}),
                 **case.case_options(config, checkpoint),
             )
-    except Exception as error:  # transformers raises whatever its many tokenizers do
+    except Exception as error:  # transformers' many tokenizers raise anything
         raise SourceError(f"the tokenizer of {config.model_name} cannot be loaded: {first_line(error)}") from error
-    single = len(TASKS[config.task].fields) == 1  # what is converted reads no pairs
+    single = len(TASKS[config.task].fields) == 1  # converted tokenizers read no pairs
     if not getattr(tokenizer, "is_fast", False) and not (single and conversion.converts(tokenizer)):
         raise ExportError(
             f"{config.model_name} has no fast tokenizer ({type(tokenizer).__name__} runs in Python only), and the worker "
@@ -42,7 +42,7 @@ def load(config: SetupConfig, checkpoint: Checkpoint) -> Any:
         )
     gguf.check_tokenizer(checkpoint, tokenizer)
     if not in_file and not files.has_vocabulary(checkpoint.folder):
-        # transformers 5 makes up an empty tokenizer in its place.
+        # transformers 5 makes an empty tokenizer instead.
         raise SourceError(
             f"{config.model_name}: {checkpoint.folder} has no tokenizer ({', '.join(files.VOCABULARIES)})"
         )
@@ -50,7 +50,8 @@ def load(config: SetupConfig, checkpoint: Checkpoint) -> Any:
 
 
 def _check_readers(config: SetupConfig, checkpoint: Checkpoint) -> None:
-    """Raise ExportError without the packages that read sentencepiece's files: transformers asks for others, as tiktoken."""
+    """Raise ExportError without the packages that read sentencepiece's files: transformers' own error names others,
+    such as tiktoken."""
     if checkpoint.gguf_file or (checkpoint.folder / "tokenizer.json").is_file():
         return
     found = (path for pattern in _SENTENCEPIECE for path in sorted(checkpoint.folder.glob(pattern)))
@@ -64,7 +65,7 @@ def _check_readers(config: SetupConfig, checkpoint: Checkpoint) -> None:
 
 
 def _is_protobuf(path: Path) -> bool:
-    """Whether the file begins as sentencepiece's do. (A tokenizer.model may be tiktoken's, which is text.)"""
+    """Return whether the file begins like sentencepiece's. (A tokenizer.model may be tiktoken's, which is text.)"""
     with path.open("rb") as stream:
         return stream.read(1) == b"\n"
 
@@ -78,10 +79,10 @@ def _installed(module: str) -> bool:
 
 
 def known_tokens(config: SetupConfig, model: Any, tokenizer: Any) -> Optional[int]:
-    """How many of the tokenizer's tokens the model has embeddings for; None where it has them for all.
+    """Return how many of the tokenizer's tokens have embeddings in the model; None if all do.
 
-    Tokens that were added after the training, without resizing the embeddings, are refused request by request: all other
-    texts are answered as ever. Raises ExportError where no text, or hardly any, could be.
+    Requests with tokens that were added after training, without resizing the embeddings, are refused; all other
+    texts are answered. Raises ExportError if hardly any text could be.
     """
     count = _embeddings(model)
     highest = max(tokenizer.get_vocab().values())
@@ -106,7 +107,7 @@ def known_tokens(config: SetupConfig, model: Any, tokenizer: Any) -> Optional[in
 
 
 def _embeddings(model: Any) -> Optional[int]:
-    """How many tokens the model can look up, None where it is not told."""
+    """Return how many tokens the model can look up, None if unknown."""
     try:
         weight = model.get_input_embeddings().weight
     except (AttributeError, NotImplementedError):  # hash embeddings; a curated model

@@ -1,1 +1,1 @@
-"""What can be built: the configuration, and the tables of what goes together. No torch here."""
+"""The configuration, and tables of valid combinations. Without torch."""

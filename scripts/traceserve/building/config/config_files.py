@@ -1,4 +1,4 @@
-"""A configuration file to its content: setup_config.json, or the model-config.yaml of the pytorch/serve example."""
+"""Reads a configuration file: setup_config.json, or the pytorch/serve example's model-config.yaml."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import yaml
 from traceserve.errors import ConfigError
 
 _YAML = (".yaml", ".yml")
-_HANDLER = "handler"  # under which the example's handler finds its settings
-# TorchServe's keys that an archive has from the configuration, under their names here.
+_HANDLER = "handler"  # the key of the example's handler settings
+# TorchServe's keys that the configuration has too, with their names here.
 _TAKEN = {
     "batchSize": "batch_size",
     "maxBatchDelay": "max_batch_delay",
@@ -21,7 +21,7 @@ _TAKEN = {
 }
 _WORKERS = "`traceserve serve --workers` says how many there are"
 _ONE_DEVICE = "a model runs on one device; more workers use more devices"
-# Its keys that are not taken, and what is there in their place.
+# Its keys that are not used, and why.
 _LEFT = {
     "minWorkers": _WORKERS,
     "maxWorkers": _WORKERS,
@@ -33,14 +33,14 @@ _LEFT = {
     "torchrun": _ONE_DEVICE,
     "pt2": "save_mode aot_inductor, and torch_compile in the `options` of save_mode pretrained, compile",
 }
-# Keys that the example's handlers in C++ find beside those of the others.
+# Keys of the example's C++ handlers beside the others'.
 _OF_HANDLERS = {"mapping": "index_to_name"}
 _LEFT_OF_HANDLERS = {
     "model_so_path": "the archive's model is made from model_name",
     "tokenizer_path": "the archive's tokenizer is the checkpoint's",
 }
 LABELS_FILE = "index_to_name.json"
-# Where the example keeps a task's labels, beside its configuration.
+# The example's label folders, beside its configuration.
 _LABEL_FOLDERS = {
     "sequence_classification": "Seq_classification_artifacts",
     "token_classification": "Token_classification_artifacts",
@@ -48,14 +48,14 @@ _LABEL_FOLDERS = {
 
 
 class Content(NamedTuple):
-    """What a file says, and one note for each key that has no meaning here."""
+    """A file's content, and a note per key without meaning here."""
 
     keys: Any
     notes: Tuple[str, ...] = ()
 
 
 def read(path: Path) -> Content:
-    """The content of a configuration file; raises ConfigError for what cannot be read."""
+    """Return the content of a configuration file; raises ConfigError if it is unreadable."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() in _YAML:
@@ -72,7 +72,7 @@ def read(path: Path) -> Content:
 
 
 def _settings(content: Any) -> Content:
-    """The keys under `handler`, with those of TorchServe that are taken; a file without `handler` has them at its root."""
+    """Return the keys under `handler`, with the supported TorchServe keys; without `handler`, those at the root."""
     if not isinstance(content, dict) or _HANDLER not in content:
         return Content(content)
     handler = content[_HANDLER]
@@ -83,7 +83,7 @@ def _settings(content: Any) -> Content:
     unknown = [str(key) for key in frontend if key not in _TAKEN and key not in _LEFT]
     if unknown:
         raise ConfigError(
-            f"{', '.join(unknown)}: no key that is read beside {_HANDLER}; read are {', '.join(_TAKEN)}, and passed over "
+            f"{', '.join(unknown)}: not supported beside {_HANDLER}; supported are {', '.join(_TAKEN)}, and ignored "
             f"{', '.join(_LEFT)}"
         )
     keys = {**_renamed(handler, _OF_HANDLERS, _LEFT_OF_HANDLERS, notes)}
@@ -101,7 +101,7 @@ def _renamed(
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML, in which a key may not be given twice."""
+    """YAML without duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Dict[Hashable, Any]:
         _unique([(str(self.construct_object(key, deep=True)), None) for key, _ in node.value])
@@ -117,7 +117,8 @@ def _unique(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
 
 
 def labels_beside(task: str, folder: Path) -> Optional[str]:
-    """The file of labels that the example would pack with a configuration in this folder; it is known by its place."""
+    """Return the label file that the example would pack with a configuration in this folder; its location identifies
+    it."""
     places = [Path(_LABEL_FOLDERS[task], LABELS_FILE)] if task in _LABEL_FOLDERS else []
     for place in (*places, Path(LABELS_FILE)):
         if (folder / place).is_file():

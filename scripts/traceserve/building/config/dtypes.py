@@ -1,4 +1,4 @@
-"""The dtypes that a model can compute in, the hardware that runs each, and what `auto` tries."""
+"""The dtypes of computation, the hardware for each, and the candidates of `auto`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ AUTO = "auto"
 
 
 class Dtype(NamedTuple):
-    """The hardware that runs a dtype."""
+    """The hardware for a dtype."""
 
     hardware: Tuple[str, ...]
-    by_compiler: Tuple[str, ...] = ()  # of these the hardware whose compiler makes it of a model in float32
-    where_native: Tuple[
-        str, ...
-    ] = ()  # the hardware on which `auto` tries it, if the processor multiplies it by itself
+    by_compiler: Tuple[str, ...] = ()  # hardware whose compiler converts a float32 model
+    where_native: Tuple[str, ...] = ()  # hardware on which `auto` tries it, if the processor has it natively
 
 
 DTYPES: Dict[str, Dtype] = {
@@ -29,16 +27,16 @@ DTYPES: Dict[str, Dtype] = {
 
 
 def own_dtypes(hardware: str) -> Tuple[str, ...]:
-    """The dtypes that this hardware computes in whatever it is given: its compiler makes them."""
+    """Return the dtypes in which this hardware computes any model: its compiler converts to them."""
     return tuple(name for name, item in DTYPES.items() if hardware in item.by_compiler)
 
 
 def fastest(task: Type[Task], hardware: str) -> Tuple[str, ...]:
-    """What of float32 and bfloat16 is worth trying on this processor, in order.
+    """Return which of float32 and bfloat16 are worth trying on this processor, in order.
 
-    bfloat16 where the processor multiplies it by itself. Not int8: once enough layers are left out for the answers to
-    stay, it was no faster than float32 (docs/measurements.md). Nor for written texts, which change with the first token
-    that was a near tie.
+    bfloat16 if the processor has it natively. Not int8: with enough layers left out to keep the answers,
+    it was no faster than float32 (docs/measurements.md). Not for generated texts, which change with the first
+    near tie.
     """
     if "bfloat16" in own_dtypes(hardware):
         return ("bfloat16",)
@@ -47,5 +45,5 @@ def fastest(task: Type[Task], hardware: str) -> Tuple[str, ...]:
 
 
 def float32_alone(task: Type[Task], hardware: str) -> Tuple[str, ...]:
-    """What is tried where a lower dtype is to be asked for."""
+    """Return float32 alone, for cases where a lower dtype must be requested."""
     return ("float32",)

@@ -1,4 +1,5 @@
-"""Which save mode × hardware × dtype × task can work, read from the tables of this folder; and why another cannot."""
+"""The valid combinations of save mode × hardware × dtype × task, from this folder's tables; and why others are
+invalid."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ if TYPE_CHECKING:  # pydantic takes a fifth of a second
 
 
 class Format(NamedTuple):
-    """What tasks, all alike in this, can have in a save mode on some hardware; `refused` tells why not the other dtypes,
-    or under "" why nothing at all."""
+    """The options of similar tasks with a save mode and hardware; `refused` says why other dtypes are invalid,
+    or under "" why all are."""
 
     save_mode: str
     hardware: str
@@ -31,7 +32,7 @@ class Format(NamedTuple):
 
 
 def refusal(save_mode: str, hardware: str, dtype: str, task: Type[Task]) -> Optional[str]:
-    """Why this cannot work, and what can; None where it can."""
+    """Return why this cannot work, and what can; None if it can."""
     reason = _never(save_mode, hardware, (task.name,))
     if reason is not None:
         others = [name for name in SAVE_MODES if _never(name, hardware, (task.name,)) is None]
@@ -43,7 +44,8 @@ def refusal(save_mode: str, hardware: str, dtype: str, task: Type[Task]) -> Opti
 
 
 def others(config: SetupConfig) -> List[str]:
-    """The save modes in which a model may be written that the configured one cannot write, for the same hardware and dtype."""
+    """Return other save modes for the same hardware and dtype that may write a model which the configured one
+    cannot."""
     task = TASKS[config.task]
     written = LIBRARIES[config.library].save_modes
     return [
@@ -57,13 +59,13 @@ def others(config: SetupConfig) -> List[str]:
 
 
 def advice(config: SetupConfig) -> str:
-    """The end of a sentence that says why a model cannot be written in the configured save mode."""
+    """Return the end of a sentence that says why a model cannot be written in the configured save mode."""
     names = others(config)
     return f"; try save_mode {' or '.join(names)}" if names else ""
 
 
 def _never(save_mode: str, hardware: str, tasks: Sequence[str]) -> Optional[str]:
-    """Why this cannot work in any dtype, for tasks that are alike in this."""
+    """Return why this cannot work in any dtype, for similar tasks."""
     kind = SAVE_MODES[save_mode]
     if hardware not in kind.hardware:
         return f"runs on {', '.join(kind.hardware)}, not on {hardware}"
@@ -73,7 +75,7 @@ def _never(save_mode: str, hardware: str, tasks: Sequence[str]) -> Optional[str]
 
 
 def _not_so(save_mode: str, hardware: str, dtype: str, tasks: Sequence[str]) -> str:
-    """Why this cannot work in this dtype, for tasks that are alike in this."""
+    """Return why this cannot work in this dtype, for similar tasks."""
     if hardware not in DTYPES[dtype].hardware:
         return f"it runs on {', '.join(DTYPES[dtype].hardware)}, not on {hardware}"
     if dtype not in SAVE_MODES[save_mode].dtypes:
@@ -82,7 +84,7 @@ def _not_so(save_mode: str, hardware: str, dtype: str, tasks: Sequence[str]) -> 
 
 
 def every_format() -> Iterator[Format]:
-    """All save modes on all hardware, in the order of their tables."""
+    """Yield all save modes on all hardware, in the order of their tables."""
     for save_mode, hardware in itertools.product(SAVE_MODES, HARDWARE):
         alike: Dict[Tuple[str, ...], List[str]] = {}
         for name, task in TASKS.items():
@@ -100,7 +102,7 @@ def _refused(save_mode: str, hardware: str, tasks: Sequence[str]) -> Dict[str, s
 
 
 def dtypes(save_mode: str, hardware: str, task: Type[Task]) -> List[str]:
-    """What a configuration may say for this task on this hardware; nothing where they do not go together."""
+    """Return the legal dtypes for this task and hardware; empty if the combination is invalid."""
     kind = SAVE_MODES[save_mode]
     known = kind.loops if task.loop else kind.dtypes
     if _never(save_mode, hardware, (task.name,)) is not None:
@@ -110,12 +112,13 @@ def dtypes(save_mode: str, hardware: str, task: Type[Task]) -> List[str]:
 
 
 def candidates(save_mode: str, hardware: str, dtype: str, task: Type[Task]) -> Tuple[str, ...]:
-    """What is tried for the configured dtype, in order: by a rule, so that equal machines build equal archives."""
+    """Return the candidates for the configured dtype, in order: by a rule, so that equal machines build equal
+    archives."""
     return SAVE_MODES[save_mode].auto(task, hardware) if dtype == AUTO else (dtype,)
 
 
 def document() -> Dict[str, Any]:
-    """All of it as JSON."""
+    """Return everything as JSON."""
     return {
         "formats": [item._asdict() for item in every_format()],
         "options": [
@@ -128,13 +131,13 @@ def document() -> Dict[str, Any]:
 
 
 def options(save_mode: str, hardware: str) -> Dict[str, Parameter]:
-    """The options of a save mode for this hardware, by name."""
+    """Return a save mode's options for this hardware, by name."""
     own = SAVE_MODES[save_mode].options
     return {item.parameter.name: item.parameter for item in own if hardware in (item.hardware or (hardware,))}
 
 
 def refused_option(save_mode: str, hardware: str, given: Mapping[Any, Any]) -> Optional[str]:
-    """Why one of these options cannot be, and what can; None where all can."""
+    """Return why one of these options is invalid, and what is valid; None if all are."""
     known = options(save_mode, hardware)
     for name, value in given.items():
         if name not in known:
@@ -148,11 +151,11 @@ def refused_option(save_mode: str, hardware: str, given: Mapping[Any, Any]) -> O
 
 
 def refused_key(save_mode: str, config: SetupConfig) -> Optional[str]:
-    """Why the save mode cannot have a key that is set in the configuration, and what can be; None where it can have all."""
+    """Return why a configured key is invalid with the save mode, and what is valid; None if all are."""
     return next((why for key, why in SAVE_MODES[save_mode].refuses.items() if getattr(config, key)), None)
 
 
 def target(save_mode: str, hardware: str, given: Mapping[str, Any]) -> Target:
-    """What is asked of the writer, defaults included."""
+    """Return the writer's target, including defaults."""
     own = options(save_mode, hardware)
     return Target(hardware, {name: given.get(name, parameter.default) for name, parameter in own.items()})

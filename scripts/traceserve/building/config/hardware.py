@@ -1,4 +1,4 @@
-"""The hardware that an archive can be built for, and what is fixed by it."""
+"""The supported hardware, and its constraints."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from traceserve_runtime.tasks import TASKS
 
 
 class Hardware(NamedTuple):
-    """What can run on one kind of hardware.
+    """The capabilities of one kind of hardware.
 
-    `loops` are, of the tasks that are run in a loop, those that it can run; None: all of them. With `fixed_shapes` every
-    graph is compiled for one shape; with `partial` a part of such a graph may stay on the CPU. `beside_cpu` is torch's name
-    of another device that its archives run on as well as on a CPU.
+    `loops`: the looping tasks that it supports; None: all of them. With `fixed_shapes` every
+    graph is compiled for one shape; with `partial` a part of it may stay on the CPU. `beside_cpu` is torch's name
+    of another device that runs its archives, besides a CPU.
     """
 
     fixed_shapes: bool = False
@@ -32,8 +32,8 @@ PARTIAL = tuple(name for name, item in HARDWARE.items() if item.partial)
 
 
 def refused(hardware: str, tasks: Sequence[str]) -> Optional[str]:
-    """Why tasks that are run alike cannot run on this hardware; None where they can."""
+    """Return why similar tasks cannot run on this hardware; None if they can."""
     loops, loop = HARDWARE[hardware].loops, TASKS[tasks[0]].loop
     if loops is None or not loop or loop in loops:
         return None
-    return f"has fixed shapes on {hardware}, where {', '.join(tasks)} cannot keep a past that grows"
+    return f"has fixed shapes on {hardware}, where {', '.join(tasks)} cannot keep a growing cache"

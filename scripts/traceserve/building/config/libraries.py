@@ -1,4 +1,4 @@
-"""The libraries that can load a checkpoint: for which tasks and save modes, and which of them read GGUF files."""
+"""The libraries that load checkpoints: their tasks, save modes and GGUF support."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from traceserve.errors import ConfigError
 
 
 class Library(NamedTuple):
-    """What a library can load."""
+    """The capabilities of a library."""
 
-    packages: Tuple[str, ...] = ()  # whose versions the manifest records, beside transformers'
-    auto_models: Optional[Tuple[str, ...]] = None  # of the tasks that it has models for; None: of all
-    save_modes: Optional[Tuple[str, ...]] = None  # in which its models can be written; None: in all
-    gguf_auto_models: Tuple[str, ...] = ()  # of those that it reads from a GGUF file
+    packages: Tuple[str, ...] = ()  # versions to record in the manifest, besides transformers'
+    auto_models: Optional[Tuple[str, ...]] = None  # of the supported tasks; None: all
+    save_modes: Optional[Tuple[str, ...]] = None  # in which its models can be written; None: all
+    gguf_auto_models: Tuple[str, ...] = ()  # those that it reads from a GGUF file
 
 
-ENCODES, WRITES = "AutoModel", "AutoModelForCausalLM"  # the auto-models of encoders and of causal language models
-GGUF_PACKAGES = ("gguf", "accelerate")  # by which transformers reads these files
+ENCODES, WRITES = "AutoModel", "AutoModelForCausalLM"  # of encoders and of causal language models
+GGUF_PACKAGES = ("gguf", "accelerate")  # transformers needs them for these files
 
 LIBRARIES: Dict[str, Library] = {
     "transformers": Library(gguf_auto_models=(WRITES,)),
@@ -32,17 +32,17 @@ LIBRARIES: Dict[str, Library] = {
 
 
 def legal(task: Type[Task]) -> List[str]:
-    """The libraries that have models for this task."""
+    """Return the libraries with models for this task."""
     return [name for name, one in LIBRARIES.items() if one.auto_models is None or task.auto_model in one.auto_models]
 
 
 def reading_gguf(task: Type[Task]) -> List[str]:
-    """The libraries that read models for this task from GGUF files."""
+    """Return the libraries that read models for this task from GGUF files."""
     return [name for name, one in LIBRARIES.items() if task.auto_model in one.gguf_auto_models]
 
 
 def check_library(library: str, task: Type[Task], save_mode: str, gguf_file: Optional[str]) -> None:
-    """Raise ConfigError for what cannot work together, before anything is downloaded."""
+    """Raise ConfigError for invalid combinations, before anything is downloaded."""
     if library not in legal(task):
         raise ConfigError(
             f"library {library} has no models for the task {task.name}, but for "
@@ -67,5 +67,5 @@ def check_library(library: str, task: Type[Task], save_mode: str, gguf_file: Opt
 
 
 def packages(library: str, gguf_file: Optional[str]) -> Tuple[str, ...]:
-    """What is installed to load a checkpoint, beside transformers."""
+    """Return the packages that load a checkpoint, besides transformers."""
     return LIBRARIES[library].packages + (GGUF_PACKAGES if gguf_file else ())

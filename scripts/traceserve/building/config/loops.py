@@ -1,4 +1,4 @@
-"""The ways in which models are run token by token."""
+"""The ways to run models token by token."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Dict, NamedTuple
 
 
 class Loop(NamedTuple):
-    """Whether new tokens stand behind the row, and count towards max_length with it."""
+    """Whether new tokens follow the row, and count towards max_length with it."""
 
     writes_behind: bool
 

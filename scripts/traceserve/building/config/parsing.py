@@ -1,4 +1,4 @@
-"""A configuration file to a SetupConfig: older names, keys without meaning, and every error as a sentence."""
+"""Parses a configuration file: older names, keys without meaning, and readable errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from traceserve.errors import ConfigError
 
 
 class Loaded(NamedTuple):
-    """A configuration, the folder that its paths are relative to, and what the user should know about it."""
+    """A configuration, the folder that its paths are relative to, and notes for the user."""
 
     config: SetupConfig
     folder: Path
@@ -25,7 +25,7 @@ class Loaded(NamedTuple):
 
 
 def load(path: Path) -> Loaded:
-    """Read and check a configuration file; raises ConfigError, which names the key and what would be legal."""
+    """Read and check a configuration file; raises ConfigError, which names the key and its legal values."""
     content = config_files.read(path)
     folder = path.resolve().parent
     try:
@@ -41,13 +41,14 @@ def load(path: Path) -> Loaded:
 
 
 def _is_the_examples(config: SetupConfig, content: Mapping[str, Any]) -> bool:
-    """Whether a configuration is the pytorch/serve example's, for which a file of labels has no key but a place."""
+    """Return whether a configuration is the pytorch/serve example's, whose label file has a fixed location instead of a
+    key."""
     labelled = config.task in TASKS and TASKS[config.task].labelled
     return labelled and "index_to_name" not in content and bool({*RENAMED, *WITHOUT_MEANING} & set(content))
 
 
 def parse(content: Any) -> Tuple[SetupConfig, Tuple[str, ...]]:
-    """The configuration that parsed JSON describes, and one note for each key without meaning."""
+    """Return the configuration in parsed JSON, and a note per key without meaning."""
     if not isinstance(content, dict):
         raise ConfigError("the configuration should be a JSON object")
     content = {key: value for key, value in content.items() if key != "$schema"}
@@ -83,7 +84,7 @@ def _unknown(key: Any) -> str:
 
 
 def _sentence(error: Mapping[str, Any], written: Mapping[str, str]) -> str:
-    """One of pydantic's errors as a sentence: the key as the user wrote it, what was given, what would be legal."""
+    """Turn a pydantic error into a sentence: the key as written by the user, the given value, the legal values."""
     key = str(error["loc"][0]) if error["loc"] else ""
     key = written.get(key, key)
     if error["type"] == "missing":

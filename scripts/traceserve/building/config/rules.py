@@ -1,4 +1,4 @@
-"""What of a configuration cannot work together, refused before anything is downloaded."""
+"""Refuses invalid combinations in a configuration before anything is downloaded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from traceserve.errors import ConfigError
 
 
 def check_any_task(config: SetupConfig) -> None:
-    """Refuse, before the task is known, what cannot work together for any."""
+    """Refuse, before the task is known, combinations that are invalid for every task."""
     refused = []
     for name in TASKS:
         try:
@@ -26,7 +26,7 @@ def check_any_task(config: SetupConfig) -> None:
 
 
 def check_together(config: SetupConfig) -> None:
-    """Refuse what cannot work together; before anything is downloaded, where the task is configured."""
+    """Refuse invalid combinations; before anything is downloaded, if the task is configured."""
     task = TASKS[config.task]
     refusals = (
         formats.refusal(config.save_mode, config.hardware, config.dtype, task),

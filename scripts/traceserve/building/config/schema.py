@@ -16,11 +16,12 @@ from traceserve.building.config.setup_config import AUTO_TASK, CONFIG_FILE, RENA
 
 
 def json_schema() -> Dict[str, Any]:
-    """A JSON schema of setup_config.json, legacy keys included, for editors.
+    """Return a JSON schema of setup_config.json, including legacy keys, for editors.
 
-    It accepts what `parse` accepts, and what no schema can tell: a number out of range that is written as a string, a
-    list of lengths out of order, or one that does not end at max_length, a part of a GGUF file that is split, among
-    `parameters` 2.0 for 2, and what a writer refuses by itself.
+    It accepts everything that `parse` accepts, and what no schema can check: an out-of-range number written as a
+    string, a
+    list of lengths out of order or not ending at max_length, a part of a split GGUF file, among
+    `parameters` 2.0 for 2, and values that only a writer refuses.
     """
     schema = SetupConfig.model_json_schema()
     schema.update({"$schema": "https://json-schema.org/draft/2020-12/schema", "title": CONFIG_FILE})
@@ -48,7 +49,7 @@ def json_schema() -> Dict[str, Any]:
 
 
 def _is(key: str, value: str) -> Dict[str, Any]:
-    """The schema of a configuration with this value, under any name of the key, or by default."""
+    """Return the schema of a configuration with this value, under any name of the key, or by default."""
     keys = (key, *(old for old, new in RENAMED.items() if new == key))
     values = [value, *(name for name, meant in task_names.ALIASES.items() if key == "task" and meant == value)]
     named: List[Dict[str, Any]] = [{"required": [name], "properties": {name: {"enum": values}}} for name in keys]
@@ -58,7 +59,7 @@ def _is(key: str, value: str) -> Dict[str, Any]:
 
 
 def _legal_for(task: str) -> Dict[str, Any]:
-    """What `check_together` asks of a configuration for this task, but for its options."""
+    """Return `check_together`'s rules for this task, except for options."""
     kind = TASKS[task]
     schemas: List[Dict[str, Any]] = [{"properties": _properties_for(task), **_with_gguf(task)}]
     if kind.loop:
@@ -85,14 +86,14 @@ def _properties_for(task: str) -> Dict[str, Any]:
 
 
 def _with_gguf(task: str) -> Dict[str, Any]:
-    """What `check_library` asks of a configuration with a GGUF file; without a library for it there is none to be."""
+    """Return `check_library`'s rules with a GGUF file; without a library for it, none is allowed."""
     given = {"required": ["gguf_file"], "properties": {"gguf_file": {"type": "string"}}}
     reading = libraries.reading_gguf(TASKS[task])
     return {"if": given, "then": {"properties": {"library": {"enum": reading}}} if reading else False}
 
 
 def _options() -> List[Dict[str, Any]]:
-    """What `formats` asks of the options of each save mode on each hardware, as schemas."""
+    """Return `formats`'s rules for options of each save mode and hardware, as schemas."""
     schemas: List[Dict[str, Any]] = []
     for save_mode, hardware in itertools.product(SAVE_MODES, HARDWARE):
         options = {name: item.schema for name, item in formats.options(save_mode, hardware).items()}
@@ -110,7 +111,7 @@ _BOOLEAN = {
 
 
 def _or_string(item: Mapping[str, Any]) -> Dict[str, Any]:
-    """A property whose numbers and booleans, at any depth, may be written as strings too."""
+    """Allow a property's numbers and booleans, at any depth, to be strings too."""
     options = [dict(option) for option in item.get("anyOf", ())]
     notes = {key: item[key] for key in ("description", "title", "default") if key in item}
     options = options or [{key: value for key, value in item.items() if key not in notes}]

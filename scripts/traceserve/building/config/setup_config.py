@@ -1,4 +1,4 @@
-"""setup_config.json's keys: their defaults, their limits, and their older names."""
+"""setup_config.json's keys: defaults, limits, and older names."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from traceserve.building.config.libraries import LIBRARIES
 from traceserve.building.config.save_modes import SAVE_MODES
 
 CONFIG_FILE = "setup_config.json"
-AUTO_TASK = "auto"  # until the checkpoint is at hand
+AUTO_TASK = "auto"  # until the checkpoint is available
 GGUF_FILE = r"^\w[\w .+()-]*(/\w[\w .+()-]*)*\.gguf$"  # a path within the checkpoint
 
 
 class SetupConfig(BaseModel):
-    """What to export and how. Numbers and booleans may also be written as strings."""
+    """What to export, and how. Numbers and booleans may also be strings."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=True, protected_namespaces=())
 
@@ -34,32 +34,30 @@ class SetupConfig(BaseModel):
     gguf_file: Optional[str] = Field(
         None,
         pattern=GGUF_FILE,
-        description="A GGUF file in the checkpoint, which then is all of it: configuration, tokenizer and weights. For "
+        description="A GGUF file in the checkpoint that provides everything: configuration, tokenizer and weights. For "
         "text_generation",
     )
-    library: Literal[tuple(LIBRARIES)] = Field(  # type: ignore[valid-type]  # the table is the one place that lists them
+    library: Literal[tuple(LIBRARIES)] = Field(  # type: ignore[valid-type]  # only the table lists them
         "transformers",
-        description="What loads the checkpoint. `curated_transformers` has models for feature_extraction and text_generation",
+        description="The checkpoint's loader. `curated_transformers` has models for feature_extraction and text_generation",
     )
-    trust_remote_code: bool = Field(
-        False, description="Run Python code that comes with the checkpoint; recorded in the archive"
-    )
-    task: Literal[(AUTO_TASK, *TASKS)] = Field(  # type: ignore[valid-type]  # the table is the one place that lists tasks
+    trust_remote_code: bool = Field(False, description="Run the checkpoint's own Python code; recorded in the archive")
+    task: Literal[(AUTO_TASK, *TASKS)] = Field(  # type: ignore[valid-type]  # only the table lists tasks
         AUTO_TASK,
-        description="What is answered; the older name of this key is `mode`. `auto`: what the checkpoint was trained for, by "
-        "the `architectures` in its config.json, its other files and its weights; where these leave several tasks, the build "
-        "names them and stops. A pipeline's name (`ner`, `text-classification`) will do",
+        description="The task; the older name of this key is `mode`. `auto`: the one that the checkpoint was trained for, by "
+        "the `architectures` in its config.json, its other files and its weights; if several are possible, the build "
+        "names them and stops. A pipeline's name (`ner`, `text-classification`) is accepted too",
     )
     save_mode: Literal[tuple(SAVE_MODES)] = Field(  # type: ignore[valid-type]  # likewise
         "torchscript", description="How the model is stored"
     )
     dtype: Literal[(dtypes.AUTO, *dtypes.DTYPES)] = Field(  # type: ignore[valid-type]  # likewise
         dtypes.AUTO,
-        description="What the model computes in. `auto`: the fastest that this processor does by itself and that the gate "
-        "lets through",
+        description="The model's dtype. `auto`: the fastest that this processor supports natively and that passes the "
+        "gate",
     )
     hardware: Literal[tuple(HARDWARE)] = Field(  # type: ignore[valid-type]  # likewise
-        "cpu", description="What the archive runs on; one for `gpu` runs on a CPU too"
+        "cpu", description="The hardware that runs the archive; one for `gpu` runs on a CPU too"
     )
     options: Dict[Any, Any] = Field({}, description="Options of this save mode, as `traceserve formats` lists them")
     max_length: Optional[int] = Field(
@@ -71,64 +69,66 @@ class SetupConfig(BaseModel):
     )
     sequence_lengths: Union[Literal["auto", "fixed"], List[int]] = Field(
         "auto",
-        description="`auto`: any length up to max_length, where the trace is proven to hold; `fixed`: every row is padded "
+        description="`auto`: any length up to max_length, if the trace is proven valid; `fixed`: every row is padded "
         "to max_length; or a list of lengths to pad to, the last of which is max_length",
     )
     long_inputs: Optional[Literal[LONG_INPUTS]] = Field(  # type: ignore[valid-type]  # the runtime's table
         None,
-        description="What becomes of a text longer than max_length, unless its request says otherwise; the default is "
-        "`window` where the task can merge windows, else `reject`",
+        description="How a text longer than max_length is handled, unless its request says otherwise; the default is "
+        "`window` if the task can merge windows, else `reject`",
     )
     parameters: Dict[Any, Any] = Field(  # of strings; as Dict[str, Any] they would be stripped, and " top_k" be top_k
-        {}, description="This archive's own defaults for parameters of requests, as `traceserve tasks` lists them"
+        {}, description="This archive's defaults for request parameters, as `traceserve tasks` lists them"
     )
     max_rows: int = Field(
         256,
         ge=1,
-        description="The most rows (windows of all its texts) that one HTTP request may take; a quarter of them, or 64 where "
-        "that is more, may be as long as max_length",
+        description="The most rows (windows of all its texts) per HTTP request; a quarter of them, or 64 if "
+        "that is more, may have the full max_length",
     )
     num_labels: Optional[int] = Field(
         None,
         ge=0,
-        description="Checked against the model's head, where given; 0, as the pytorch/serve example has it, is not",
+        description="Checked against the model's head, if given; 0, the pytorch/serve example's value, is not",
     )
     index_to_name: Optional[str] = Field(
         None, description='A JSON file with the labels\' names (relative to this file): `{"0": "name", ...}`'
     )
     do_lower_case: Optional[bool] = Field(
         None,
-        description="Whether the tokenizer lowers a text's case, for a checkpoint with a `vocab.txt` alone; where its own "
-        "files say it, they must agree",
+        description="Whether the tokenizer lowers a text's case, for a checkpoint with only a `vocab.txt`; if its own "
+        "files set it, they must agree",
     )
     allow_untrained_head: bool = Field(
         False, description="Serve a checkpoint without a head for the task with a random one; for trials only"
     )
-    batch_size: int = Field(64, ge=1, le=4096, description="The most requests that TorchServe hands over at once")
+    batch_size: int = Field(
+        64, ge=1, le=4096, description="The most requests that TorchServe passes to the worker at once"
+    )
     max_batch_delay: int = Field(
         1, ge=1, le=10_000, description="How long TorchServe waits for a batch to fill, in milliseconds"
     )
     version: str = Field(
         "1.0",
         pattern=VERSION,
-        description="The archive's version, in its URL `/predictions/NAME/VERSION`; with another one a second build can be "
+        description="The archive's version, in its URL `/predictions/NAME/VERSION`; with another one, a second build can be "
         "registered beside the first",
     )
     response_timeout: int = Field(
-        300, ge=1, description="Seconds after which TorchServe gives up a batch and restarts its worker"
+        300, ge=1, description="Seconds after which TorchServe abandons a batch and restarts its worker"
     )
     client_timeout: Optional[int] = Field(
         None,
         ge=1,
         le=86_400_000,
-        description="Milliseconds after which TorchServe drops a request: one that still waits for the worker then is not "
-        "computed, and **no answer is sent, not even an error**, to a client that is still there. `null`: never",
+        description="Milliseconds after which TorchServe drops a request: if it still waits for the worker, it is not "
+        "computed, and **no answer is sent, not even an error**, even to a waiting client. `null`: never",
     )
 
     @field_validator("*", mode="before")
     @classmethod
     def _no_confusion(cls, value: Any, info: ValidationInfo) -> Any:
-        """pydantic takes true for 1, and 1 for true."""
+        """Reject true for 1 and 1 for true, which pydantic accepts."""
         kind = cls.model_fields[str(info.field_name)].annotation
         is_switch = kind in (bool, Optional[bool])
         if isinstance(value, bool) and not is_switch:
@@ -140,7 +140,7 @@ class SetupConfig(BaseModel):
     @field_validator("task", mode="before")
     @classmethod
     def _named(cls, value: Any) -> Any:
-        """The task that a pipeline's name means."""
+        """Return the task for a pipeline's name."""
         return task_names.ALIASES.get(value, value) if isinstance(value, str) else value
 
     @field_validator("sequence_lengths", mode="after")
@@ -151,18 +151,18 @@ class SetupConfig(BaseModel):
         return value
 
 
-# Keys of the pytorch/serve example that have another name here.
+# Keys of the pytorch/serve example with another name here.
 RENAMED = {"mode": "task"}
-# Keys of the pytorch/serve example that have no meaning any more, and why.
+# Keys of the pytorch/serve example without meaning here, and why.
 WITHOUT_MEANING = {
     "captum_explanation": "this version has no explanations; predictions are the same without",
     "embedding_name": "it belonged to captum_explanation",
     "BetterTransformer": "transformers' attention is as fast by itself since torch 2",
-    "FasterTransformer": "NVIDIA has given it up, and transformers' attention is as fast by itself since torch 2",
+    "FasterTransformer": "NVIDIA has abandoned it, and transformers' attention is as fast by itself since torch 2",
     "model_parallel": "a model runs on one device; more workers use more devices",
 }
 
 
 def default_name(config: SetupConfig) -> str:
-    """The artifact's name where none is asked for: the last part of `model_name`."""
+    """Return the artifact's default name: the last part of `model_name`."""
     return config.model_name.replace("\\", "/").rstrip("/").replace(":", "/").rsplit("/", 1)[-1]

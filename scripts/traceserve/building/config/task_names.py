@@ -1,4 +1,4 @@
-"""The names under which tasks are known elsewhere: those of transformers' pipelines and of the hub."""
+"""Other names of tasks: those of transformers' pipelines and of the hub."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Dict, Optional
 
 from traceserve_runtime.tasks import TASKS
 
-# Names that mean a task here, beside each task's own with hyphens.
+# Aliases of tasks, besides each task's own name with hyphens.
 _OTHER_NAMES = {
     "ner": "token_classification",
     "text-classification": "sequence_classification",
@@ -20,10 +20,8 @@ _OTHER_NAMES = {
 }
 ALIASES: Dict[str, str] = {**{name.replace("_", "-"): name for name in TASKS}, **_OTHER_NAMES}
 
-_PARAMETERS = (
-    "what task_specific_params in its config.json says for it, as a prefix or a length, is not applied by this name"
-)
-# Names that promise more than a task here does, with what to write and to know.
+_PARAMETERS = "its config.json's task_specific_params, such as a prefix or a length, are not applied with this name"
+# Names that promise more than a task here does, with advice.
 _NEAR = {
     "sentence-similarity": ("feature_extraction", "it answers with vectors, which the client compares"),
     "summarization": ("text2text_generation", _PARAMETERS),
@@ -32,7 +30,7 @@ _NEAR = {
 
 
 def near_task(name: object) -> Optional[str]:
-    """What to write in place of a pipeline's name that is not accepted; None for what is no pipeline's."""
+    """Return advice for a pipeline's name that is not accepted; None for other names."""
     if not isinstance(name, str):
         return None
     word = name.replace("_", "-")

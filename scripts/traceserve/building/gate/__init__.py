@@ -1,1 +1,1 @@
-"""The gate: an artifact is compared with the original model."""
+"""The gate: compares an artifact with the original model."""

@@ -1,4 +1,4 @@
-"""Whether the engine answers as the original does, text in and answer out."""
+"""Compares the engine's answers with the original's, text in and answer out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from traceserve.building.gate.findings import Findings
 from traceserve.building.gate.reference import Reference, Wanted, run_original, run_text
 from traceserve.building.progress import Progress
 
-_AT_ONCE = 512  # of the user's samples, until it is looked whether enough have failed
+_AT_ONCE = 512  # the user's samples per batch, before checking whether enough have failed
 
 
 def compare_answers(
@@ -30,11 +30,12 @@ def compare_answers(
     progress: Progress,
     thorough: bool = True,
 ) -> None:
-    """The engine's answers with the answers that the original's outputs decode to.
+    """Compare the engine's answers with the decoded outputs of the original.
 
-    The last `own` samples are the user's. Unless it is to be `thorough`, these are asked first where few answers may change,
-    and no further once more of them have changed than of all may: a lower precision is tried several times, and most tries
-    fail.
+    The last `own` samples are the user's. Unless `thorough`, these come first if few answers may change,
+    and the comparison stops once more of them have changed than of all may: a lower precision is tried several times,
+    and
+    most attempts fail.
     """
     encoded = engine.task.encode(samples)
     if not engine.task.loop:
@@ -47,7 +48,7 @@ def compare_answers(
         answers = engine.answer(samples[part])
         for i, answer in zip(range(part.start, part.stop), answers):
             item = encoded[i]
-            # A sample may be one that this model refuses, as its own setting says.
+            # The model's own settings may refuse a sample.
             if isinstance(item, Encoded) and engine.task.repeatable(samples[i]):
                 _compare(engine, reference, i, samples[i], item, answer, i >= len(samples) - own, findings)
         done += part.stop - part.start
@@ -59,7 +60,7 @@ def compare_answers(
 
 
 def _parts(count: int, own: int, stops_early: bool) -> Iterator[slice]:
-    """The samples that are answered at once: all of them, or the user's first, a part at a time."""
+    """Yield the samples to answer at once: all of them, or the user's first, in parts."""
     if not stops_early:
         yield slice(0, count)
         return
@@ -79,7 +80,7 @@ def _compare(
     is_own: bool,
     findings: Findings,
 ) -> None:
-    """Compare one answer, and note what was found of it."""
+    """Compare one answer, and record the result."""
     findings.answers += 1
     findings.own_answers += is_own
     if not _tokenized_alike(reference.original, sample, encoded, engine):
@@ -95,7 +96,7 @@ def _compare(
 def _wanted(
     engine: Engine, samples: Sequence[Request], encoded: Sequence[Union[Encoded, TraceserveError]]
 ) -> Iterator[Wanted]:
-    """The rows of all samples that are answered."""
+    """Return the rows of all answered samples."""
     for sample, item in zip(samples, encoded):
         if isinstance(item, Encoded) and engine.task.repeatable(sample):
             for row in item.rows:
@@ -107,7 +108,8 @@ def _tokens(row: Row) -> Tuple[Tuple[int, ...], Tuple[int, ...]]:
 
 
 def _again_alone(reference: Reference, encoded: Encoded, outputs: Sequence[str]) -> bool:
-    """Run the original on each row of a request by itself, where it was not: where a near tie may have fallen otherwise."""
+    """Rerun the original on each row of a request alone, if it was not: a near tie may have been decided
+    differently."""
     computed = [reference.alone(_tokens(row), outputs) for row in encoded.rows]  # all of them
     return any(computed)
 
@@ -115,7 +117,7 @@ def _again_alone(reference: Reference, encoded: Encoded, outputs: Sequence[str])
 def _changed(
     engine: Engine, reference: Reference, sample: Request, encoded: Encoded, answer: Union[Answer, TraceserveError]
 ) -> bool:
-    """Whether an answer is another than what the original's outputs decode to."""
+    """Return whether an answer differs from the decoded outputs of the original."""
     outputs = [_expected(engine, reference, row, sample) for row in encoded.rows]
     try:
         expected = engine.task.answer(sample, encoded.rows, outputs)
@@ -125,7 +127,7 @@ def _changed(
 
 
 def _expected(engine: Engine, reference: Reference, row: Row, sample: Request) -> Arrays:
-    """What the original gives for a row, as far as its task reads it."""
+    """Return the original's outputs for a row, as far as its task reads them."""
     task, original = engine.task, reference.original
     tokens = _tokens(row)
     if task.loop:
@@ -136,7 +138,8 @@ def _expected(engine: Engine, reference: Reference, row: Row, sample: Request) -
 
 
 def _tokenized_alike(original: Original, sample: Request, encoded: Encoded, engine: Engine) -> bool:
-    """Whether transformers' tokenizer gives the same rows; a text of several windows is compared by its token count."""
+    """Return whether transformers' tokenizer makes the same rows; a text with several windows is compared by its token
+    count."""
     parts = by_part(encoded.rows, encoded.rows)
     with languages.reading(original.tokenizer, sample.parameters.get("src_lang")):
         return all(

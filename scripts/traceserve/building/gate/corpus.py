@@ -1,6 +1,6 @@
-"""Some hundreds of plain sentences, on which few changed answers can be told from none: what a lower precision is judged on.
+"""Several hundred plain sentences, enough to distinguish few changed answers from none when judging a lower precision.
 
-They are made of parts, each time the same: questions, wishes, complaints, reports and remarks of everyday life.
+They are combined deterministically from parts: questions, wishes, complaints, reports and remarks of everyday life.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _WHO = ("Anna Kowalska of Gdansk", "The Times", "my neighbour", "Professor Okafo
 
 
 def sentences(count: int) -> Tuple[str, ...]:
-    """The first `count` of 512 sentences, which take frames and parts in turn."""
+    """Return the first `count` of 512 sentences, which rotate through frames and parts."""
     return tuple(text for _, text in zip(range(count), _all()))
 
 

@@ -1,4 +1,4 @@
-"""The devices of this machine on which the gate compares."""
+"""The devices of this machine for the gate's comparisons."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ from traceserve.building.config.hardware import HARDWARE
 
 
 def at_hand(hardware: str) -> Tuple[str, ...]:
-    """The devices on which a worker may run an archive for this hardware; each kind once."""
+    """Return the available devices on which a worker may run an archive for this hardware; one of each kind."""
     other = HARDWARE[hardware].beside_cpu
     return ("cpu", f"{other}:0") if other and torch.cuda.is_available() else ("cpu",)

@@ -1,4 +1,4 @@
-"""What the gate found, and what is allowed."""
+"""The gate's findings and limits."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from traceserve.errors import ExportError
 
 
 class Limit(NamedTuple):
-    """What is allowed of a dtype: the largest difference of an output, relative to its largest value where that is
-    above 1; and the share of answers that change.
+    """A dtype's limits: the largest difference of an output, relative to its largest value if that is
+    above 1; and the share of answers that may change.
 
-    The user's own samples decide where they are enough to tell: 334 for a share of 0.003. Otherwise all samples do, and
-    more may change: the built-in texts are not of the model's kind, so that it guesses at them, and many answers are near
-    ties. (Measured: six to ten times as many of them change as of the texts that a model is for, `docs/measurements.md`.)
+    The user's own samples decide if there are enough: 334 for a share of 0.003. Otherwise all samples do, and
+    more may change: the built-in texts are foreign to the model, so it guesses, and many answers are near
+    ties. (Measured: six to ten times as many change as for a model's own kind of texts, `docs/measurements.md`.)
     """
 
     difference: float
@@ -34,7 +34,7 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One place of the grid and the largest difference found there, relative as Limit says."""
+    """One cell of the grid, and the largest difference found there, relative as in Limit."""
 
     batch: int
     length: int
@@ -45,7 +45,7 @@ class Cell:
 
 @dataclass
 class Findings:
-    """What the gate found of one variant; and of the `others`, where this is the one that is usual here."""
+    """The findings on one variant, and on the `others`, if this is the default one."""
 
     limit: Limit
     file: str = ""
@@ -53,13 +53,13 @@ class Findings:
     device: str = "cpu"
     cells: List[Cell] = field(default_factory=list)
     answers: int = 0
-    own_answers: int = 0  # of these, to the user's own samples
-    changed: List[int] = field(default_factory=list)  # of the samples, the user's own last
+    own_answers: int = 0  # to the user's own samples
+    changed: List[int] = field(default_factory=list)  # indices of samples, the user's own last
     own_changed: int = 0
-    tokenized_otherwise: List[int] = field(default_factory=list)  # of the samples
-    stopped: bool = False  # more of the user's answers had changed than may, and the rest was not compared
-    failure: Optional[str] = None  # why the artifact could not be run at all
-    compared: Dict[str, Any] = field(default_factory=dict)  # for the receipt, where it was not the artifact alone
+    tokenized_otherwise: List[int] = field(default_factory=list)  # indices of samples
+    stopped: bool = False  # too many of the user's answers had changed; the rest was not compared
+    failure: Optional[str] = None  # why the artifact could not run
+    compared: Dict[str, Any] = field(default_factory=dict)  # for the receipt, if not only the artifact was compared
     others: List[Findings] = field(default_factory=list)
 
     @property
@@ -69,17 +69,17 @@ class Findings:
 
     @property
     def every(self) -> List[Findings]:
-        """These, and those of each other variant."""
+        """These findings, and those of each other variant."""
         return [self, *self.others]
 
     @property
     def failed(self) -> List[Cell]:
-        """The cells over the limit; a difference that is no number is over it too."""
+        """The cells over the limit; NaN is over it too."""
         return [cell for cell in self.cells if not cell.difference <= self.limit.difference]
 
     @property
     def passed(self) -> bool:
-        """Whether the artifact answers as the original does, in every variant."""
+        """Whether the artifact answers like the original in every variant."""
         return all(found.alike for found in self.every)
 
     @property
@@ -89,23 +89,23 @@ class Findings:
 
     @property
     def failing_files(self) -> Set[str]:
-        """The files of the variants that do not."""
+        """The files of the variants that failed."""
         return {found.file for found in self.every if not found.alike}
 
     @property
     def padding_changes(self) -> bool:
-        """Whether nothing but padded rows is wrong."""
+        """Whether only padded rows are wrong."""
         return not self.failure and bool(self.failed) and all(cell.padded for cell in self.failed)
 
     @property
     def outputs_differ(self) -> bool:
-        """Whether numbers are wrong in some variant, and not just answers another where they were nearly a tie."""
+        """Whether outputs are wrong in some variant, not just answers that were nearly a tie."""
         exact = not self.limit.changed
         return any(found.failure or found.failed or exact and found.changed for found in self.every)
 
     @property
     def own_decide(self) -> bool:
-        """Whether the user's own samples are enough to tell whether too many answers change."""
+        """Whether the user's own samples suffice to judge whether too many answers change."""
         return self.limit.changed * self.own_answers >= 1
 
     @property
@@ -119,18 +119,18 @@ class Findings:
 
     @property
     def share_changed(self) -> float:
-        """Of the answers that were compared, 0 to 1."""
+        """Of the compared answers, 0 to 1."""
         return len(self.changed) / max(1, self.answers)
 
     @property
     def largest_difference(self) -> float:
-        """Over the cells of all variants, relative as Limit says."""
+        """Over the cells of all variants, relative as in Limit."""
         cells = [cell.difference for found in self.every for cell in found.cells]
-        return float(np.max(cells, initial=0.0))  # NaN prevails, as it should
+        return float(np.max(cells, initial=0.0))  # NaN wins, as it should
 
     @property
     def row(self) -> Dict[str, Any]:
-        """This variant alone, as the receipt lists it."""
+        """This variant alone, in the receipt's format."""
         return {
             "variant": self.variant,
             "device": self.device,
@@ -141,7 +141,7 @@ class Findings:
         }
 
     def receipt(self) -> Dict[str, Any]:
-        """What the manifest records."""
+        """The manifest's record."""
         return {
             "passed": self.passed,
             "limits": self.limit._asdict(),
@@ -159,7 +159,7 @@ class Findings:
 
 
 class DriftError(ExportError):
-    """The gate found that the artifact does not answer as the original does; `findings` says where."""
+    """The gate found that the artifact does not answer like the original; `findings` says where."""
 
     def __init__(self, message: str, findings: Findings) -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""The original of a model that is run token by token: its logits after given tokens, and the texts that it writes."""
+"""The original of a looping model: its logits after given tokens, and its generated texts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from traceserve.building.config.loops import LOOPS
 
 
 def forced_tokens(row: Row, steps: int) -> List[int]:
-    """Tokens that a model is made to go on with, whatever it would write."""
+    """Return tokens to force on a model, whatever it would write."""
     return (row.encoding.ids * steps)[:steps]
 
 
@@ -34,7 +34,7 @@ def _encoder_decoder_forced(original: Original, row: Row, steps: int) -> torch.T
 
 
 def generate(original: Original, loop: str, row: Row, request: Request) -> List[int]:
-    """The ids of the original's own `generate` after one row, new ones only."""
+    """Return the ids of the original's own `generate` for one row, only new ones."""
     ids = torch.tensor([row.encoding.ids])
     options = _generate_options(original, request)
     tokens: List[int] = original.model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0].tolist()
@@ -42,7 +42,7 @@ def generate(original: Original, loop: str, row: Row, request: Request) -> List[
 
 
 def _generate_options(original: Original, request: Request) -> Dict[str, Any]:
-    """The parameters of a request as `generate` takes them."""
+    """Return a request's parameters in `generate`'s format."""
     named = {**original.parameters, **request.parameters}
     own = ("return_full_text", "stream", "long_inputs", "seed", "stop", "src_lang", "tgt_lang")
     options = {key: value for key, value in named.items() if key not in own and value is not None}
@@ -53,7 +53,7 @@ def _generate_options(original: Original, request: Request) -> Dict[str, Any]:
     return options
 
 
-# The logits, (steps + 1, vocabulary), where the original is made to read `steps` given tokens after one row.
+# The logits, (steps + 1, vocabulary), when the original reads `steps` given tokens after one row.
 FORCED: Dict[str, Callable[[Original, Row, int], torch.Tensor]] = {
     "decoder": _decoder_forced,
     "encoder_decoder": _encoder_decoder_forced,

@@ -1,4 +1,4 @@
-"""Whether a graph's outputs equal the original's, on a grid of batch sizes and lengths, padded and not."""
+"""Compares a graph's outputs with the original's, on a grid of batch sizes and lengths, padded and not."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from traceserve.building.gate.texts import TEXTS
 from traceserve.building.progress import Progress
 
 BATCHES = (1, 2, 5)
-_MOST_TOKENS = 1024  # of a cell, but for two rows
+_MOST_TOKENS = 1024  # per cell, except with two rows
 
 
 def _read_forced(engine: Engine, rows: Sequence[Row], manifest: Manifest) -> List[Arrays]:
-    """The logits, (FORCED_STEPS + 1, vocabulary), where a loop is made to read given tokens after its rows."""
+    """Return the logits, (FORCED_STEPS + 1, vocabulary), when a loop reads given tokens after its rows."""
     feed = FEEDS[engine.task.loop](engine.runner, rows, manifest, Stats())
     forced = np.array([forced_tokens(row, FORCED_STEPS) for row in rows])
     same_rows = np.arange(len(rows))
@@ -53,7 +53,7 @@ def compare_outputs(engine: Engine, reference: Reference, findings: Findings, pr
         progress(f"comparing outputs of {findings.variant}", step, len(grid))
         lengths = [min(n, most) for n in _row_lengths(manifest, batch, length, padded)]
         shapes = manifest.shapes
-        if padded and batch == 1:  # as with a `length_step`
+        if padded and batch == 1:  # as with `length_step`
             shapes = shapes.stepped(min(length, most), manifest.max_length)
         run_as = replace(manifest, shapes=shapes)
         keys = [(row_length, i) for i, row_length in enumerate(lengths)]
@@ -75,15 +75,16 @@ def compare_outputs(engine: Engine, reference: Reference, findings: Findings, pr
 
 
 def _longest_row(engine: Engine) -> int:
-    """The longest row of the grid: a decoder writes after its rows, within the same length."""
+    """Return the longest row of the grid: a decoder writes after its rows, within the same length."""
     loop = engine.task.loop
     return engine.manifest.max_length - (FORCED_STEPS if loop and LOOPS[loop].writes_behind else 0)
 
 
 def _grid(manifest: Manifest) -> Iterator[Tuple[int, int, bool]]:
-    """Batch, length, padded: every allowed length, or a spread of them; batches up to what is allowed.
+    """Yield batch, length, padded: every allowed length, or a spread of them; batches up to the limit.
 
-    Of long rows fewer: five of 512 tokens took half of the gate's time, and a row knows no more neighbours than of two.
+    Fewer long rows: five of 512 tokens took half of the gate's time, and two suffice to show the influence of
+    neighbours.
     """
     most = manifest.max_length
     lengths = manifest.shapes.lengths or sorted({max(3, most // 16), max(3, most // 4), most // 2, most - 1, most})
@@ -97,21 +98,21 @@ def _grid(manifest: Manifest) -> Iterator[Tuple[int, int, bool]]:
 
 
 def _row_lengths(manifest: Manifest, batch: int, length: int, padded: bool) -> List[int]:
-    """The lengths of the rows of one cell: all `length`; or, padded, shorter ones that run at `length` too."""
+    """Return the row lengths of one cell: all `length`; or, padded, shorter ones that run at `length` too."""
     if not padded:
         return [length] * batch
     below = max([n for n in manifest.shapes.lengths or () if n < length], default=2)  # runs at a smaller shape
     shorter = [max(below + 1, length * share // 6) for share in (4, 2, 3)]
-    # Where any length is allowed, one whole row gives the cell its length; a row alone has padding with a `length_step`.
+    # If any length is allowed, one full row sets the cell's length; a single row is padded with `length_step`.
     whole = 1 if manifest.shapes.lengths is None and batch > 1 else 0
     return [length] * whole + [shorter[i % 3] for i in range(batch - whole)]
 
 
 class _Rows:
-    """Rows of an exact length, each from another place in the built-in samples' texts, laid end to end.
+    """Rows of an exact length, each from another position in the concatenated built-in texts.
 
-    Every other one has end tokens within its text, as a client may write them. BART's classifier, for one, counts them,
-    and in a batch of rows that differ in this takes one row's for another's.
+    Every other one has end tokens in its text, as a client may write them. BART's classifier, for example, counts them,
+    and mixes up rows in a batch with different counts.
     """
 
     def __init__(self, engine: Engine, original: Original) -> None:
@@ -121,11 +122,11 @@ class _Rows:
         self._end = str(special.get("eos_token") or special.get("sep_token") or "")
         known = original.known_tokens
         if known is not None and original.tokenizer.convert_tokens_to_ids(self._end) >= known:
-            self._end = ""  # added to the tokenizer alone: such texts are refused
+            self._end = ""  # added only to the tokenizer: such texts are refused
         self._tokenizers: Dict[int, TextTokenizer] = {}
 
     def get(self, length: int, index: int) -> Row:
-        """Row number `index`, 0 to the largest batch, of `length` tokens."""
+        """Return row number `index`, 0 to the largest batch, of `length` tokens."""
         manifest = self._engine.manifest
         if length not in self._tokenizers:
             tokenizer = TextTokenizer(self._engine.folder, manifest.tokenizer, length, max_rows=1_000_000)
@@ -142,7 +143,7 @@ class _Rows:
 
 
 def _difference(got: np.ndarray, expected: np.ndarray) -> float:
-    """The largest absolute difference, divided by the largest expected value where that is above 1."""
+    """Return the largest absolute difference, divided by the largest expected value if that is above 1."""
     if got.shape != expected.shape:
         return float("inf")
     return float(np.abs(got - expected).max() / max(1.0, float(np.abs(expected).max()))) if got.size else 0.0

@@ -1,4 +1,5 @@
-"""The original's outputs, which every artifact is compared with: without padding, in float32, as each row gives them alone."""
+"""The original's outputs, with which every artifact is compared: without padding, in float32, as if each row ran
+alone."""
 
 from __future__ import annotations
 
@@ -13,13 +14,13 @@ from traceserve_runtime.texts.tokenization import Row
 from traceserve.building.checkpoints.original import Original
 from traceserve.building.gate.loops import FORCED, generate
 
-FORCED_STEPS = 3  # of a loop, in each cell of the gate's grid
-MOST_ROWS, MOST_TOKENS = 128, 2048  # of the original's at a time
-SAME = 1e-5  # a tenth of what the gate allows in float32, and as it measures; seen between one row and many: 2e-6
+FORCED_STEPS = 3  # of a loop, per cell of the gate's grid
+MOST_ROWS, MOST_TOKENS = 128, 2048  # of the original, at a time
+SAME = 1e-5  # a tenth of the gate's limit in float32, by the same measure; seen between one row and many: 2e-6
 
 
 class Wanted(NamedTuple):
-    """A row whose outputs are wanted, by which key they are known, and what of them is kept."""
+    """A row whose outputs are wanted, their key, and the part to keep."""
 
     key: Any
     row: Row
@@ -27,27 +28,28 @@ class Wanted(NamedTuple):
 
 
 class Reference:
-    """The original's outputs, each computed once however many artifacts are compared with it.
+    """The original's outputs, each computed once, however many artifacts are compared.
 
-    Rows of one length are computed together: without padding, nothing that a row gives depends on its neighbours. Where that
-    does not hold (BART's classifier, for one, counts the end tokens of all rows), each is computed alone: one row of every
-    batch is, and must be the same.
+    Rows of one length are computed together: without padding, a row's outputs do not depend on its neighbours. If that
+    does not hold (BART's classifier, for example, counts the end tokens of all rows), each is computed alone: one row
+    per
+    batch always is, and must agree.
     """
 
     def __init__(self, original: Original) -> None:
         self.original = original
-        self.together = True  # whether rows that are computed together give what they give alone
+        self.together = True  # whether rows computed together equal those computed alone
         self._known: Dict[Any, Arrays] = {}
-        self._alone: Dict[Any, Wanted] = {}  # those that were computed together, and may be again
+        self._alone: Dict[Any, Wanted] = {}  # computed together; may be recomputed
 
     def outputs(self, key: Any, compute: Callable[[], Arrays]) -> Arrays:
-        """What `compute` gives, the first time that it is asked for."""
+        """Return the result of `compute`, cached."""
         if key not in self._known:
             self._known[key] = compute()
         return self._known[key]
 
     def prepare(self, wanted: Iterable[Wanted], outputs: Sequence[str], tell: Callable[[int, int], None]) -> None:
-        """Compute what is not known yet; `tell` hears how many rows of how many are done."""
+        """Compute what is missing; `tell` receives the number of finished rows, and of all."""
         unknown = {each.key: each for each in wanted if each.key not in self._known}
         done = 0
         for batch in _batches(list(unknown.values())):
@@ -56,7 +58,7 @@ class Reference:
             done += len(batch)
 
     def alone(self, key: Any, outputs: Sequence[str]) -> bool:
-        """Compute a row alone that was computed together with others; whether it was."""
+        """Recompute a row alone that was computed together with others; return whether it was."""
         each = self._alone.pop(key, None)
         if each is None:
             return False
@@ -77,24 +79,24 @@ class Reference:
             else:
                 self._alone.update({each.key: each for each in batch})
         for each, result in zip(batch, results):
-            # Copies: what is kept would hold the outputs of all rows.
+            # Copies: a view would keep the outputs of all rows in memory.
             self._known[each.key] = {name: np.array(array) for name, array in each.keep(result).items()}
 
     def _run_together(self, rows: Sequence[Row], outputs: Sequence[str]) -> Optional[List[Arrays]]:
-        """The outputs of rows of one length; None where the model refuses them together."""
+        """Return the outputs of rows of one length; None if the model refuses them together."""
         try:
             return run_originals(self.original, rows, outputs)
         except (RuntimeError, ValueError, IndexError):
             return None
 
     def _forget(self, outputs: Sequence[str]) -> None:
-        """Compute alone what was computed together."""
+        """Recompute alone what was computed together."""
         for key in list(self._alone):
             self.alone(key, outputs)
 
 
 def _batches(wanted: Sequence[Wanted]) -> Iterator[Sequence[Wanted]]:
-    """Of one length each."""
+    """Group by length."""
     by_length: Dict[int, List[Wanted]] = {}
     for each in wanted:
         by_length.setdefault(each.row.length, []).append(each)
@@ -105,7 +107,7 @@ def _batches(wanted: Sequence[Wanted]) -> Iterator[Sequence[Wanted]]:
 
 
 def _equal(got: Arrays, expected: Arrays) -> bool:
-    """But for the last digits, those of an output's largest value, and where neither is a number."""
+    """Compare up to rounding, relative to an output's largest value; NaN equals NaN."""
     return all(
         got[name].shape == array.shape and np.allclose(got[name], array, 0, SAME * _largest(array), equal_nan=True)
         for name, array in expected.items()
@@ -113,19 +115,19 @@ def _equal(got: Arrays, expected: Arrays) -> bool:
 
 
 def _largest(array: np.ndarray) -> float:
-    """The largest absolute value, if that is above 1: a sum of large numbers is off by their last digits, small as it is."""
+    """Return the largest absolute value, if above 1: a small sum of large numbers has their rounding errors."""
     return float(np.abs(array[np.isfinite(array)]).max(initial=1.0))
 
 
 def run_original(original: Original, row: Row, outputs: Sequence[str]) -> Arrays:
-    """The original's outputs for one row alone, without padding: each as the row has it, without the batch."""
+    """Return the original's outputs for one row alone, without padding, without the batch dimension."""
     return run_originals(original, [row], outputs)[0]
 
 
 def run_originals(original: Original, rows: Sequence[Row], outputs: Sequence[str]) -> List[Arrays]:
-    """The original's outputs for rows of one length, without padding: each as the row has it, without the batch.
+    """Return the original's outputs for rows of one length, without padding, without the batch dimension.
 
-    With padding only where the original cannot read so short ones.
+    Rows are padded only if the original cannot read such short ones.
     """
     columns = {
         "input_ids": [row.encoding.ids for row in rows],
@@ -146,7 +148,7 @@ def run_originals(original: Original, rows: Sequence[Row], outputs: Sequence[str
 def _lengthened(
     original: Original, columns: Dict[str, List[List[int]]], length: int
 ) -> Tuple[Dict[str, List[List[int]]], slice]:
-    """Rows of this length padded to the shortest that the original can read, and where their own tokens are."""
+    """Return rows of this length padded to the shortest that the original reads, and their own tokens' positions."""
     facts = original.tokenizer_facts
     fillers = {"input_ids": facts.pad_id, "attention_mask": 0, "token_type_ids": facts.pad_type_id}
     missing = original.shortest - length
@@ -161,13 +163,13 @@ def _lengthened(
 
 
 def run_forced(original: Original, loop: str, row: Row) -> Arrays:
-    """The logits, (FORCED_STEPS + 1, vocabulary), where a loop is made to read given tokens after one row."""
+    """Return the logits, (FORCED_STEPS + 1, vocabulary), when a loop reads given tokens after one row."""
     with torch.no_grad():
         return {"logits": FORCED[loop](original, row, FORCED_STEPS).float().numpy()}
 
 
 def run_text(original: Original, loop: str, row: Row, request: Request) -> Arrays:
-    """The new tokens that the original's own `generate` writes after one row alone."""
+    """Return the new tokens of the original's own `generate` for one row alone."""
     with torch.no_grad():
         tokens = generate(original, loop, row, request)
     return {"tokens": np.array(tokens, dtype=np.int64)}

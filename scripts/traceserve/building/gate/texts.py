@@ -47,7 +47,7 @@ _CALIBRATION = 64
 
 
 def calibration(own: Sequence[Request]) -> List[str]:
-    """Texts that show what a model reads: the user's own where there are some, else built-in ones of everyday length."""
+    """Return typical texts for the model: the user's own if any, else built-in ones of everyday length."""
     texts = [value for request in own for value in request.inputs.values() if isinstance(value, str)]
     room = _CALIBRATION - len(SENTENCES)
     return [*SENTENCES, *(texts[:: -(-len(texts) // room)] if texts else sentences(room))]

@@ -1,7 +1,7 @@
-"""The gate: the original against the artifact, in every variant that a worker may run.
+"""The gate: compares the artifact with the original, in every variant that a worker may run.
 
-Two questions of each, each on real sentences. Of the model: do its outputs equal the original's on a grid of batch sizes and
-lengths, padded and not? Of the whole: does the engine, text in and answer out, answer as the original does? The
+Two questions, both on real sentences. The model: do its outputs equal the original's on a grid of batch sizes and
+lengths, padded and not? The whole: does the engine, text in and answer out, answer like the original? The
 original runs each row alone, without padding, in float32.
 """
 
@@ -24,9 +24,9 @@ from traceserve.building.gate.reference import Reference
 from traceserve.building.gate.texts import TEXTS
 from traceserve.building.progress import Progress
 
-CORPUS = 512  # sentences that a lower precision is asked beside the samples
-# Of the user's samples, for each variant but the usual one: in float32, where no answer may change, and in a lower
-# precision, where some may, enough to tell (see Limit).
+CORPUS = 512  # sentences for a lower precision, besides the samples
+# The user's samples for each variant except the default: in float32, where no answer may change, and in a lower
+# precision, where some may, enough to judge (see Limit).
 OWN_OF_OTHERS, OWN_OF_OTHERS_LOWER = 64, 512
 
 
@@ -40,9 +40,9 @@ def verify(
 ) -> Findings:
     """Compare the artifact in `folder` with the original on the built-in samples and on `own_samples`.
 
-    In each variant that a worker may run, on each device at hand; unless the one that is usual here fails, or `only_usual`.
-    A lower precision, of which few changed answers are allowed, is asked more: of 30 answers none may tell. Unless the
-    comparison is to be `thorough`, it ends once more answers of the user's samples have changed than may.
+    In each variant that a worker may run, on each available device; unless the default one fails, or `only_usual`.
+    A lower precision, of which few changed answers are allowed, needs more samples than 30. Unless
+    `thorough`, the comparison stops once too many answers to the user's samples have changed.
     """
     usual = Engine.load(folder)
     manifest, task = usual.manifest, usual.task
@@ -52,7 +52,7 @@ def verify(
     gate = _Gate(reference, built_in, own_samples, progress, thorough)
     first, *others = VARIANTS[manifest.save_mode](manifest, folder, devices.at_hand(manifest.hardware))
     findings = gate.compare(usual, Findings(limit, first.file, first.how, first.device))
-    del usual  # each has weights of its own
+    del usual  # each has its own weights
     if not findings.passed or only_usual:
         return findings
     some = replace(gate, own=_spread(own_samples, OWN_OF_OTHERS_LOWER if limit.changed else OWN_OF_OTHERS))
@@ -60,20 +60,20 @@ def verify(
         engine = Engine(folder, manifest, task, variant.read())
         found = some.compare(engine, Findings(limit, variant.file, variant.how, variant.device))
         if limit.changed and found.too_many_changed and len(some.own) < len(own_samples):
-            # A share of few is off by chance: what is refused is refused by all of them.
+            # A share of few samples varies by chance: a rejection needs all of them.
             found = gate.compare(engine, Findings(limit, variant.file, variant.how, variant.device))
         findings.others.append(found)
     return findings
 
 
 def _spread(samples: Sequence[Request], most: int) -> Sequence[Request]:
-    """At most so many of the user's samples, from the first to the last: all of them were asked of the usual variant."""
+    """Return a spread of at most this many of the user's samples: the default variant was asked all of them."""
     return samples if len(samples) <= most else [samples[i * len(samples) // most] for i in range(most)]
 
 
 @dataclass(frozen=True)
 class _Gate:
-    """What every variant of every artifact is asked."""
+    """The questions to every variant of every artifact."""
 
     reference: Reference
     built_in: Sequence[Request]
@@ -84,7 +84,7 @@ class _Gate:
     def compare(self, engine: Engine, findings: Findings) -> Findings:
         """Fill in the findings of a variant."""
         try:
-            # Before anything is compared: what an executor optimises after its first runs is compared too.
+            # Before any comparison, so that the executor's late optimizations are compared too.
             engine.warm_up()
             compare_outputs(engine, self.reference, findings, self.progress)
             samples = [*self.built_in, *self.own]

@@ -1,8 +1,8 @@
 """One file per library that loads checkpoints: `load(config, checkpoint)`.
 
-It gives the model in float32 and eval mode, or says why it cannot. The model is called as one of transformers is, by keyword,
-and has a `config` and where it writes a `generation_config` and `generate` as these have: so everything after it sees one
-kind of model. What each library can load is its row in `config.libraries`.
+It returns the model in float32 and eval mode, or raises. The model is called like a transformers model, by keyword,
+and has its `config` and, if it writes, its `generation_config` and `generate`, so later steps see one
+kind of model. `config.libraries` has a row per library with what it can load.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Curated models as the tracing and the gate call a model: transformers' keywords in, its kinds of output out.
+"""Curated models with transformers' interface for tracing and the gate: its keywords in, its outputs out.
 
-A curated model takes an `AttentionMask` where others take a tensor, and keeps keys and values in objects of its own.
+A curated model takes an `AttentionMask` instead of a tensor, and keeps keys and values in its own objects.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _GenerationMixin: Any = untyped_mixin
 
 
 class _Curated(_PreTrainedModel):  # type: ignore[misc]
-    """A curated model in the place of transformers' `original` of the same checkpoint."""
+    """A curated model that replaces transformers' `original` of the same checkpoint."""
 
     base_model_prefix = "model"
-    _supports_sdpa = True  # what the configuration may ask for; the curated model attends in its own way
+    _supports_sdpa = True  # the configuration may request it; the curated model has its own attention
 
     def __init__(self, model: Any, original: Any) -> None:
         super().__init__(copy.deepcopy(original.config))
@@ -38,7 +38,7 @@ class Encoder(_Curated):
         super().__init__(model, original)
         embeddings = model.embeddings
         if hasattr(embeddings, "padding_id"):
-            # As transformers marks that positions are numbered from this id on. It changes gradients only.
+            # Like transformers, marks that positions count from this id. It only affects gradients.
             embeddings.position_embeddings.padding_idx = embeddings.padding_id
 
     def forward(
@@ -54,10 +54,11 @@ class Encoder(_Curated):
 
 
 class CausalLM(_Curated, _GenerationMixin):  # type: ignore[misc]
-    """A curated causal language model. `generate` runs it over the whole sequence each time: what a cache is judged by."""
+    """A curated causal language model. `generate` reruns the whole sequence for each token: the reference for the
+    cache."""
 
     def __init__(self, model: Any, original: Any, longest: int) -> None:
-        """`longest`: the most tokens that a row will come to have."""
+        """`longest`: the most tokens that a row will have."""
         super().__init__(model, original)
         self.generation_config = original.generation_config
         self.generation_config.use_cache = False
@@ -67,7 +68,7 @@ class CausalLM(_Curated, _GenerationMixin):  # type: ignore[misc]
     def prepare_inputs_for_generation(
         self, input_ids: torch.Tensor, attention_mask: Optional[torch.Tensor] = None, **unused: Any
     ) -> Any:
-        """What `generate` gives to `forward`."""
+        """Return the arguments that `generate` passes to `forward`."""
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
     def forward(
@@ -80,8 +81,9 @@ class CausalLM(_Curated, _GenerationMixin):  # type: ignore[misc]
         logits_to_keep: int = 0,
         return_dict: bool = True,
     ) -> Any:
-        """Tokens and positions (batch, new), mask (batch, past + new); of the last `logits_to_keep` tokens the logits, or
-        of all."""
+        """Tokens and positions (batch, new), mask (batch, past + new); returns the last `logits_to_keep` tokens'
+        logits, or
+        all."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if position_ids is None:
             position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
@@ -90,7 +92,7 @@ class CausalLM(_Curated, _GenerationMixin):  # type: ignore[misc]
             input_ids,
             AttentionMask(mask.bool()),
             cache=past,
-            positions=position_ids.contiguous(),  # the library views them as one line
+            positions=position_ids.contiguous(),  # the library views them as one row
             store_cache=use_cache,
         )
         hidden = result.last_hidden_layer_state
@@ -99,23 +101,23 @@ class CausalLM(_Curated, _GenerationMixin):  # type: ignore[misc]
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         head = getattr(self.model, "output_embeddings", None)
-        if head is None:  # MPT's is its embeddings, by design of the library
+        if head is None:  # MPT uses its embeddings, by the library's design
             return torch.nn.functional.linear(hidden, self.model.decoder.embeddings.piece_embeddings.weight)
         logits: torch.Tensor = head(hidden)
         return logits
 
 
 def _tie(model: Any, original: Any) -> None:
-    """One weight where transformers has one; the library has always two."""
+    """Tie weights that transformers ties; the library always has two."""
     tied = original.get_output_embeddings().weight is original.get_input_embeddings().weight
     if tied and hasattr(model, "output_embeddings"):
         model.output_embeddings.weight = model.decoder.embeddings.piece_embeddings.weight
 
 
 def _share_tables(model: Any, longest: int) -> None:
-    """One table of rotary embeddings for all layers, long enough for every row.
+    """Share one table of rotary embeddings among all layers, long enough for every row.
 
-    The library grows each layer's as positions need it, which a trace cannot: it keeps the table that it saw.
+    The library grows each layer's as needed, which a trace cannot: it keeps the table that it saw.
     """
     shared: Any = None
     for module in model.modules():

@@ -1,8 +1,8 @@
-"""The library curated-transformers: its encoders and causal language models, called as those of transformers are.
+"""The library curated-transformers: its encoders and causal language models, with transformers' interface.
 
-transformers reads the checkpoint, and its weights are put into the curated model under the names that this knows. The
-curated library reads less of a configuration than transformers does (no base of rotary embeddings, no scaling of them, one
-kind of ALiBi) and says nothing of what it leaves out, so that the two models are compared on one long row: what is served is
+transformers reads the checkpoint, and its weights are copied into the curated model under the names known here. The
+curated library supports fewer settings than transformers (no base or scaling of rotary embeddings, one
+kind of ALiBi) and silently ignores others, so the two models are compared on one long row: what is served is
 what was trained.
 """
 
@@ -18,12 +18,12 @@ from traceserve.building.config.libraries import ENCODES
 from traceserve.building.config.setup_config import SetupConfig
 from traceserve.errors import ExportError, SourceError, first_line, some
 
-# Of the largest output; two ways to compute the same differ by 1e-6 to 1e-5, two models by 1e-2 and more.
+# Relative to the largest output; equal computations differ by 1e-6 to 1e-5, different models by 1e-2 and more.
 _DIFFERENCE = 5e-4
 
 
 def load(config: SetupConfig, checkpoint: Checkpoint) -> Any:
-    """The curated model of a checkpoint, for the auto-model of the task; raises SourceError, ExportError."""
+    """Return the curated model of a checkpoint, for the task's auto-model; raises SourceError, ExportError."""
     try:
         from curated_transformers import registry
         from curated_transformers.models.electra import ELECTRAEncoder
@@ -37,7 +37,7 @@ def load(config: SetupConfig, checkpoint: Checkpoint) -> Any:
     encodes = TASKS[config.task].auto_model == ENCODES
     kinds = list((registry.encoders if encodes else registry.causal_lms).get_entry_points().values())
     if encodes:
-        kinds.append(ELECTRAEncoder)  # which the library has, and does not register
+        kinds.append(ELECTRAEncoder)  # the library has it, but does not register it
     original = transformers.load(config, checkpoint)
     kind = _kind(kinds, original.config, config.model_name)
     model = _filled(kind, original, config.model_name)
@@ -49,7 +49,7 @@ def load(config: SetupConfig, checkpoint: Checkpoint) -> Any:
 
 
 def _kind(kinds: List[Any], config: Any, name: str) -> Type[Any]:
-    """The class of the library that has models like this one."""
+    """Return the library's class for such models."""
     facts = config.to_dict()
     for kind in kinds:
         if kind.is_supported(facts):
@@ -61,12 +61,12 @@ def _kind(kinds: List[Any], config: Any, name: str) -> Type[Any]:
 
 
 def _filled(kind: Type[Any], original: Any, name: str) -> Any:
-    """A model of the class, with the configuration and the weights of transformers' model."""
+    """Make a model of the class, with the configuration and weights of transformers' model."""
     try:
         model = kind.from_hf_config(hf_config=_facts(original.config))
         weights = dict(kind.state_dict_from_hf(original.state_dict()))
         head = original.get_output_embeddings()
-        if head is not None:  # by whatever name: transformers 5 gave GPT-NeoX's another one
+        if head is not None:  # under any name: transformers 5 renamed GPT-NeoX's
             weights["output_embeddings.weight"] = head.weight
         report = model.load_state_dict(weights, strict=False)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -80,25 +80,25 @@ def _filled(kind: Type[Any], original: Any, name: str) -> Any:
 
 
 def _facts(config: Any) -> Dict[str, Any]:
-    """The configuration under the names that it had when the library was written, with transformers 4.33."""
+    """Return the configuration under its names of transformers 4.33, when the library was written."""
     facts: Dict[str, Any] = config.to_dict()
-    rotary = facts.get("rope_parameters") or {}  # of transformers 5
+    rotary = facts.get("rope_parameters") or {}  # in transformers 5
     named = {"rotary_emb_base": rotary.get("rope_theta"), "rotary_pct": rotary.get("partial_rotary_factor", 1.0)}
     return {**(named if rotary else {}), **facts, "torch_dtype": "float32"}
 
 
 def _longest(config: SetupConfig, facts: Any, model: Any) -> int:
-    """The most tokens that a row can come to have, its written ones included."""
+    """Return the most tokens that a row can have, including generated ones."""
     wanted = config.max_length or TASKS[config.task].longest_default
     limits = [getattr(facts, name, None) for name in ("max_position_embeddings", "max_seq_len")]  # MPT has the second
     limit = min([n for n in limits if isinstance(n, int) and n > 0], default=wanted)
-    # RoBERTa and its kin number positions from the padding's id on.
+    # RoBERTa and its kin count positions from the padding's id.
     offset = getattr(getattr(model, "embeddings", None), "padding_id", -1) + 1
     return min(wanted, limit - offset)
 
 
 def _check_same(model: Any, original: Any, longest: int, name: str) -> None:
-    """Raise ExportError unless both give the same for a long row of tokens from everywhere in the vocabulary."""
+    """Raise ExportError unless both agree on a long row of tokens from the whole vocabulary."""
     import torch
 
     ids = torch.arange(longest)[None] * 7919 % original.config.vocab_size
@@ -108,7 +108,7 @@ def _check_same(model: Any, original: Any, longest: int, name: str) -> None:
     difference = float((got - expected).abs().max() / expected.abs().max().clamp(min=1.0))
     if not difference <= _DIFFERENCE:
         raise ExportError(
-            f"curated_transformers computes something else from {name} than transformers does (a difference of "
-            f"{difference:.2g} of its largest output): it does not read all of this configuration, as the base and scaling "
+            f"curated_transformers computes something else from {name} than transformers (a difference of "
+            f"{difference:.2g} of its largest output): it ignores parts of this configuration, such as the base and scaling "
             "of rotary embeddings; take library transformers"
         )

@@ -1,4 +1,4 @@
-"""The library transformers: a checkpoint, or a GGUF file, to its model."""
+"""The library transformers: loads a checkpoint or a GGUF file."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 
 def load(config: SetupConfig, checkpoint: Checkpoint) -> Any:
-    """The auto-model of the task; raises SourceError, also where the checkpoint lacks weights that the task needs."""
+    """Load the task's auto-model; raises SourceError, also if the checkpoint lacks weights that the task needs."""
     import numpy as np
     import torch
     import transformers
 
     auto_model = getattr(transformers, TASKS[config.task].auto_model)
-    # A head that the checkpoint lacks is drawn at random: always the same.
+    # A missing head is random, but always the same.
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
@@ -39,7 +39,7 @@ def load(config: SetupConfig, checkpoint: Checkpoint) -> Any:
                 **(_unpacked(in_file) if in_file else _weights(weights, transformers.__version__)),
                 **adapters.adapter_options(checkpoint, config.trust_remote_code),
             )
-    except Exception as error:  # transformers raises whatever its many models do
+    except Exception as error:  # transformers' many models raise anything
         raise SourceError(
             f"{config.model_name} cannot be loaded as {auto_model.__name__}: {first_line(error)}"
         ) from error
@@ -53,9 +53,9 @@ def load(config: SetupConfig, checkpoint: Checkpoint) -> Any:
 
 
 def _weights(checkpoint: Checkpoint, version: str) -> Dict[str, Any]:
-    """How from_pretrained is told to read safetensors, or a pickle of weights only.
+    """Return from_pretrained's options for reading safetensors, or a pickle of only weights.
 
-    transformers before 4.41 knows no `weights_only`, and before 4.28 no `use_safetensors`: they are given what was read.
+    transformers before 4.41 has no `weights_only`, and before 4.28 no `use_safetensors`: these get loaded weights.
     This can go with the support of the Inf1 stack (4.26).
     """
     if tuple(int(part) for part in version.split(".")[:2]) >= (4, 41):
@@ -72,7 +72,7 @@ def _weights(checkpoint: Checkpoint, version: str) -> Dict[str, Any]:
 
 
 def _untrained(report: Mapping[str, Any], model: Any) -> List[str]:
-    """The weights that the checkpoint lacks; an encoder's pooler is no loss where its output is not read."""
+    """Return the weights that the checkpoint lacks; an encoder's pooler does not matter if its output is not read."""
     mismatched = (
         key if isinstance(key, str) else key[0] for key in report.get("mismatched_keys", ())
     )  # or with two shapes
@@ -83,11 +83,11 @@ def _untrained(report: Mapping[str, Any], model: Any) -> List[str]:
 
 
 def _unpacked(path: Path) -> Dict[str, Any]:
-    """How from_pretrained is told to read a GGUF file: every weight as a number of its own, in float32."""
+    """Return from_pretrained's options for unpacking a GGUF file: each weight as float32."""
     import torch
     import transformers
 
     options: Dict[str, Any] = {"gguf_file": str(path), "torch_dtype": torch.float32}
-    if hasattr(transformers, "GgufConfig"):  # since 5.23 weights stay in their blocks where a kernel reads them
+    if hasattr(transformers, "GgufConfig"):  # since 5.23 weights stay in their blocks if a kernel reads them
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     return options
