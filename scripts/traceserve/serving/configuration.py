@@ -33,7 +33,8 @@ def configure(
     `servings` override archives' own serving configurations. Their model-config.yaml files are changed,
     since these win over config.properties.
     """
-    management, metrics, grpc_inference, grpc_management = free_ports(4)
+    management, free, grpc_inference, grpc_management = free_ports(4)
+    metrics = front.metrics_port or free
     store = folder / "store"
     for sub in (store, folder / "logs", folder / "tmp", folder / "run"):
         sub.mkdir()
@@ -47,7 +48,7 @@ def configure(
     properties = {
         "inference_address": f"{front.scheme}://{shown_host}:{port}",
         "management_address": f"http://127.0.0.1:{management}",
-        "metrics_address": f"http://127.0.0.1:{metrics}",
+        "metrics_address": f"http://{shown_host if front.metrics_port else '127.0.0.1'}:{metrics}",
         "grpc_inference_address": "127.0.0.1",
         "grpc_management_address": "127.0.0.1",
         "grpc_inference_port": grpc_inference,
@@ -57,7 +58,7 @@ def configure(
         "default_workers_per_model": DEFAULT_WORKERS,
         "allowed_urls": re.escape(f"file://{store}/") + ".*",
         "enable_model_api": "false",
-        "disable_token_authorization": str(is_loopback(host)).lower(),
+        "disable_token_authorization": str(not demands_keys(host, front)).lower(),
         "token_expiration_min": _KEY_MINUTES,
         "install_py_dep_per_model": "false",
         **front.properties(),
@@ -84,6 +85,11 @@ def free_ports(count: int) -> List[int]:
         for probe in probes:
             probe.bind(("127.0.0.1", 0))
         return [probe.getsockname()[1] for probe in probes]
+
+
+def demands_keys(host: str, front: Front) -> bool:
+    """Whether every request needs a key."""
+    return front.keys and not is_loopback(host)
 
 
 def is_loopback(host: str) -> bool:

