@@ -54,7 +54,7 @@ def _opened(url: str) -> ContextManager[IO[bytes]]:
     if url.startswith(("http://", "https://")):
         response: Any = urllib.request.urlopen(url, timeout=60)
         return response  # type: ignore[no-any-return]
-    import fsspec  # type: ignore[import-untyped]  # comes with torch
+    import fsspec  # comes with torch
 
     opened: Any = fsspec.open(url, "rb")
     return opened  # type: ignore[no-any-return]
