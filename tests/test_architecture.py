@@ -165,7 +165,7 @@ BUILDER_FLOORS: Sequence[Set[str]] = (
     {"machine"},
     {"archives"},
     {"serving", "building"},
-    {"measuring", "deploying"},
+    {"measuring", "deploying", "playground"},
     {"commands"},
     {"cli"},
     {"__main__"},

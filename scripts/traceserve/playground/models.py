@@ -1,0 +1,111 @@
+"""The models that the page asks: those of running servers, by name, and any other, by its URL."""
+
+from __future__ import annotations
+
+import re
+import urllib.parse
+from dataclasses import dataclass
+from typing import List, Optional, Sequence, Tuple
+
+from traceserve.errors import ServerError
+from traceserve.playground import description
+from traceserve.playground.description import Description
+from traceserve.serving import client, instances
+from traceserve.serving.instances import Instance
+
+_FIRST_VERSION = "1.0"  # of an archive whose configuration names none
+_PATH = re.compile(r"(?P<before>.*?)/predictions/(?P<name>[^/]+)(/(?P<version>[^/]+))?/?")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model, where it answers, and how it describes itself."""
+
+    url: str  # of the server
+    description: Description
+    key: Optional[str] = None
+    certificate: Optional[str] = None
+    any_name: bool = True  # whether the certificate may be for another name than the URL's
+
+    @property
+    def path(self) -> str:
+        """Behind /predictions/: the name and the version."""
+        return _path(self.description.name, self.description.version)
+
+
+def find(place: str, key: Optional[str] = None, certificate: Optional[str] = None) -> Model:
+    """NAME, an archive that a server of this user serves, or the URL of a model; raises ServerError."""
+    if "://" in place:
+        return _at(place, key, certificate)
+    running = instances.running()
+    serving = [instance for instance in running if place in instance.names]
+    if len(serving) == 1:
+        return _of(serving[0], place, key)
+    if serving:
+        urls = ", ".join(f"{instance.url}/predictions/{place}" for instance in serving)
+        raise ServerError(f"{place} is served {len(serving)} times; name one by its URL: {urls}")
+    others = ", ".join(sorted({other for instance in running for other in instance.names})) or "nothing"
+    raise ServerError(
+        f"no server of traceserve serves {place}, but {others}; `traceserve serve model_store/{place}.mar` starts one, and "
+        "any other server is named by its URL, like http://127.0.0.1:8080/predictions/NAME"
+    )
+
+
+def every() -> Tuple[List[Model], List[ServerError]]:
+    """All archives of all running servers of this user, and why some are left out; raises ServerError where there is none."""
+    running = instances.running()
+    if not running:
+        raise ServerError("no server is running; `traceserve serve model_store/NAME.mar` starts one")
+    found: List[Model] = []
+    failed: List[ServerError] = []
+    for instance, name in [(one, name) for one in running for name in one.names]:
+        try:
+            found.append(_of(instance, name, None))
+        except ServerError as error:
+            failed.append(error)
+    if not found:
+        raise failed[0]
+    return found, failed
+
+
+def check_comparable(models: Sequence[Model]) -> None:
+    """Raise ServerError for models that cannot be asked the same."""
+    tasks = {model.description.task for model in models}
+    if len(tasks) > 1:
+        said = " and ".join(f"{model.description.name}'s is {model.description.task}" for model in models)
+        raise ServerError(f"two archives side by side have one task, but {said}")
+
+
+def _of(instance: Instance, name: str, key: Optional[str]) -> Model:
+    version = instance.manifest(name).version
+    return _described(instance.url, name, version, key or instance.key, instance.certificate, any_name=True)
+
+
+def _at(place: str, key: Optional[str], certificate: Optional[str]) -> Model:
+    parts = urllib.parse.urlsplit(place)
+    path = _PATH.fullmatch(parts.path)
+    if parts.scheme not in ("http", "https") or not parts.hostname or not path or parts.query or "@" in parts.netloc:
+        raise ServerError(
+            f"{place} is no URL of a model; it should look like http://127.0.0.1:8080/predictions/NAME, or with the version "
+            f"behind it if that is not {_FIRST_VERSION}"
+        )
+    url = f"{parts.scheme}://{parts.netloc}{path['before']}"
+    ours = next((one for one in instances.running() if one.url == url), None)  # its key and certificate are known
+    if ours is not None:
+        key, own, any_name = key or ours.key, certificate or ours.certificate, certificate is None
+    else:
+        own, any_name = certificate, False
+    name = urllib.parse.unquote(path["name"])
+    return _described(url, name, path["version"] or _FIRST_VERSION, key, own, any_name)
+
+
+def _described(
+    url: str, name: str, version: str, key: Optional[str], certificate: Optional[str], any_name: bool
+) -> Model:
+    path = f"predictions/{_path(name, version)}/openapi.json"
+    document = client.document(url, path, key, certificate=certificate, any_name=any_name)
+    return Model(url, description.read(document, f"{url}/predictions/{name}"), key, certificate, any_name)
+
+
+def _path(name: str, version: str) -> str:
+    return f"{urllib.parse.quote(name, safe='')}/{urllib.parse.quote(version, safe='')}"
