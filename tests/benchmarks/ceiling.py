@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import multiprocessing
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -80,7 +81,11 @@ def no_op() -> Iterator[str]:
         port = configuration.free_ports(1)[0]
         archive = _archive(folder)
         (folder / "server").mkdir()
-        _, settings = configuration.configure(folder / "server", {"no-op": archive}, {}, "127.0.0.1", port)
+        _, settings = configuration.configure(folder / "server", {}, {}, "127.0.0.1", port)
+        # As an archive without a manifest is none of ours, `configure` would refuse it.
+        shutil.copy(archive, settings["model-store"])
+        config = settings["ts-config"]
+        config.write_text(config.read_text().replace("load_models=", f"load_models=no-op={archive.name}"))
         pid = server.launch(folder / "server", settings, java.find_java())
         process = psutil.Process(pid)
         try:

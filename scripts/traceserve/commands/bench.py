@@ -77,9 +77,9 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from traceserve.measuring import bench, connections, page, targets
+    from traceserve.measuring import bench, page, targets, transfers
 
-    connections.require()
+    transfers.require()
     if options.html:
         page.require()
     for path in (options.json, options.html):

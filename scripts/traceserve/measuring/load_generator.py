@@ -1,38 +1,37 @@
 """A load generator for one HTTP endpoint: closed loop, or open loop without coordinated omission.
 
-It shares its processor with the measured server, so it has one thread and one small protocol object per connection;
+It shares its processor with the measured server, so it has one thread, and libcurl sends its requests;
 `tests/benchmarks/ceiling.py` measures its cost. Requests due in the measured span count, and the load
 continues until each has its answer, so slow ones are not lost at the end.
 """
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import gc
 import itertools
 import math
 import random
-import ssl
 import time
-import urllib.parse
 from array import array
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Callable, Deque, Dict, List, Mapping, Optional, Sequence, Set
+from typing import TYPE_CHECKING, Callable, Deque, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
 from traceserve.errors import ServerError
-from traceserve.measuring.connections import Connection, fine_selector, reason, requests, require
+from traceserve.measuring.transfers import Transfer, never_connected, reason, require
 
 if TYPE_CHECKING:
+    import pycurl
     from numpy.typing import NDArray
 
 # An open loop opens connections as needed, up to this many (or the requested number, if larger). Beyond it requests
-# wait,
-# and the wait is part of their latency. Below the usual limit of 1,024 open files.
+# wait, and the wait is part of their latency.
 MOST_CONNECTIONS = 512
+_FILES = 1000  # most connections: select(2), which waits for libcurl's sockets, knows 1,024 files
 _RETRY = 0.05  # seconds before retrying a refused connection
 _TICK = 0.05  # seconds between checks of the clock
 
@@ -103,52 +102,23 @@ def run(
     if no connection can be made at the start; later failures are counted.
     """
     require()
-    load = _Load(
-        target,
-        requests(target.url, target.headers, bodies, content_type, seed),
-        connections,
-        rate,
-        seconds,
-        warm_up,
-        seed,
-        timeout,
-    )
-    loop = asyncio.SelectorEventLoop(fine_selector())
-    raised: List[BaseException] = []
-
-    def stop(loop: asyncio.AbstractEventLoop, context: Dict[str, Any]) -> None:
-        """Handle a callback's exception, including a signal's interruption, which asyncio would only log."""
-        raised.append(context.get("exception") or RuntimeError(context["message"]))
-        loop.stop()
-
-    loop.set_exception_handler(stop)
+    if not bodies:
+        raise ServerError("there is nothing to send")
+    if connections > _FILES:
+        raise ServerError(
+            f"{connections:,} connections are more than the {_FILES:,} that this load generator can watch"
+        )
+    shuffled = list(bodies)
+    random.Random(seed).shuffle(shuffled)
+    load = _Load(target, shuffled, content_type, connections, rate, seconds, warm_up, seed, timeout)
     collects = gc.isenabled()
     gc.disable()  # its pauses would be measured
     try:
-        return loop.run_until_complete(load.run(progress))
-    except RuntimeError:
-        if raised:
-            raise raised[0] from None
-        raise
+        return load.run(progress)
     finally:
         if collects:
             gc.enable()
         load.close()
-        _close(loop)
-
-
-def _close(loop: asyncio.AbstractEventLoop) -> None:
-    loop.set_exception_handler(lambda loop, context: None)  # for discarded connections
-    loop.run_until_complete(_cancel_all())
-    loop.close()
-
-
-async def _cancel_all() -> None:
-    tasks = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-    await asyncio.sleep(0)  # transports close in the loop's next iteration
 
 
 class _Load:
@@ -157,7 +127,8 @@ class _Load:
     def __init__(
         self,
         target: Endpoint,
-        requests: Sequence[bytes],
+        bodies: Sequence[bytes],
+        content_type: str,
         connections: int,
         rate: Optional[float],
         seconds: float,
@@ -165,107 +136,149 @@ class _Load:
         seed: int,
         timeout: float,
     ) -> None:
-        self.url = target.url
-        self.requests = itertools.cycle(requests)
+        import pycurl
+
+        self.target, self.content_type, self.timeout = target, content_type, timeout
+        self.bodies = itertools.cycle(bodies)
         self.connections, self.rate, self.seconds, self.warm_up = connections, rate, seconds, warm_up
-        self.timeout = timeout
         self.limit = connections if rate is None else max(connections, MOST_CONNECTIONS)
         self.gaps = random.Random(seed + 1)
         self.latencies = array("d")
         self.errors: Counter[str] = Counter()
-        self.due: Deque[float] = deque()  # due times of the requests that wait for a connection
-        self.idle: List[Connection] = []
-        self.open: Set[Connection] = set()
-        self.opening = 0
-        self.tasks: Set[asyncio.Task[None]] = set()
-        self.most = 0
+        self.due: Deque[float] = deque()  # when the requests were due that wait for a connection
+        self.idle: List[Transfer] = []
+        self.resting: Deque[Tuple[float, Transfer]] = deque()  # until when, of those whose connection was refused
+        self.active: Dict[pycurl.Curl, Transfer] = {}
+        self.transfers: List[Transfer] = []
+        self.reached = False
+        self.prepared = False  # whether there is a request that libcurl has not seen
         self.pending = 0  # counted requests without an answer
-        self.start = self.end = self.last = float("inf")
-        self.cpu = 0.0
-        self.over = False
-        self.address: Dict[str, Any] = {}
+        self.next_due = self.start = self.end = self.last = float("inf")
+        self.cpu: List[float] = []  # processor seconds of this process at the span's start and end
+        self.multi = pycurl.CurlMulti()
+        self.multi.setopt(pycurl.M_MAXCONNECTS, self.limit)
 
-    async def run(self, progress: Optional[Callable[[float], None]]) -> Result:
-        await self._open_all()
+    def run(self, progress: Optional[Callable[[float], None]]) -> Result:
         begun = time.perf_counter()
         self.start = begun + self.warm_up
         self.end = self.last = self.start + self.seconds
         if self.rate is None:
-            for connection in list(self.open):
-                self.released(connection)
+            for _ in range(self.connections):
+                self._release(self._another())
         else:
             self.next_due = begun
-            self.idle = list(self.open)
-            self._arrive()
-        loop = asyncio.get_running_loop()
-        loop.call_later(self.warm_up, self._start_cpu)
-        loop.call_later(self.warm_up + self.seconds, self._stop_cpu)
+        tick = begun
         while True:
-            await asyncio.sleep(_TICK)
+            self.prepared = False
+            self.multi.perform()
+            self._collect()
+            self._wake()
+            self._arrive()
             now = time.perf_counter()
-            if progress:
-                progress(min(1.0, (now - begun) / (self.warm_up + self.seconds)))
-            self._give_up(now)
-            if now >= self.end + _TICK and (not self.pending or now >= self.end + self.timeout):
-                break
-        return self._finish()
+            self._measure_cpu(now)
+            if now >= tick:
+                tick = now + _TICK
+                if progress:
+                    progress(min(1.0, (now - begun) / (self.warm_up + self.seconds)))
+                if now >= self.end + _TICK and (not self.pending or now >= self.end + self.timeout):
+                    return self._result()
+            if not self.prepared:
+                self._wait(min(tick, self.next_due) - time.perf_counter())
 
-    def _start_cpu(self) -> None:
-        self.cpu = -time.process_time()
+    def _measure_cpu(self, now: float) -> None:
+        if len(self.cpu) < 2 and now >= (self.end if self.cpu else self.start):
+            self.cpu.append(time.process_time())
 
-    def _stop_cpu(self) -> None:
-        self.cpu = (self.cpu + time.process_time()) / self.seconds
+    def _wait(self, seconds: float) -> None:
+        """Until a socket is ready, or so many seconds: exactly, where other ways round up to whole milliseconds."""
+        import pycurl
 
-    def _give_up(self, now: float) -> None:
-        for connection in [c for c in self.open if c.due is not None and now - c.sent > self.timeout]:
-            connection.fail(f"no answer in {self.timeout:g} s")
+        if seconds <= 0:
+            return
+        if not self.active:
+            time.sleep(seconds)
+            return
+        with contextlib.suppress(pycurl.error):  # interrupted by a signal, whose handler runs next
+            self.multi.select(seconds)
 
-    def _finish(self) -> Result:
+    def _result(self) -> Result:
         if self.pending:
-            self.errors[f"no answer in {self.timeout:g} s"] += self.pending
+            self.errors[self._no_answer] += self.pending
         latencies = np.array(self.latencies, dtype=np.float64)
         # A closed loop sends as many requests in the span as are answered in it. In an open loop the requested number
         # is due,
         # whatever the server can do: the time of the last answer shows that.
         seconds = self.seconds if self.rate is None else max(self.end, self.last) - self.start
-        return Result(self.most, self.rate, seconds, latencies, dict(self.errors.most_common()), self.cpu)
+        cpu = (self.cpu[1] - self.cpu[0]) / self.seconds
+        return Result(len(self.transfers), self.rate, seconds, latencies, dict(self.errors.most_common()), cpu)
+
+    @property
+    def _no_answer(self) -> str:
+        return f"no answer in {self.timeout:g} s"
 
     def close(self) -> None:
-        self.over = True
-        for connection in self.open:
-            connection.abort()
+        for handle in self.active:
+            self.multi.remove_handle(handle)
+        for transfer in self.transfers:
+            transfer.handle.close()
+        self.multi.close()
 
     # --- requests ---
 
+    def _another(self) -> Transfer:
+        transfer = Transfer(self.target.url, self.target.headers, self.content_type, self.timeout)
+        self.transfers.append(transfer)
+        return transfer
+
     def _arrive(self) -> None:
-        """Send the requests that are due, and schedule the next call."""
-        if self.over:
-            return
-        assert self.rate is not None
+        """Send what is due by now in an open loop, each request over a connection that is idle, or a new one."""
         while self.next_due <= time.perf_counter():
             self._admit(self.next_due)
-            if self.idle:
-                self.idle.pop().send(self.due.popleft(), next(self.requests))
-            elif len(self.open) + self.opening < self.limit:
-                self._open_one()
+            if self.idle or len(self.transfers) < self.limit:
+                self._send(self.idle.pop() if self.idle else self._another())
+            assert self.rate is not None
             self.next_due += self.gaps.expovariate(self.rate)
-        asyncio.get_running_loop().call_later(max(0.0, self.next_due - time.perf_counter()), self._arrive)
 
     def _admit(self, due: float) -> None:
         self.due.append(due)
         if self.start <= due < self.end:
             self.pending += 1
 
-    def released(self, connection: Connection) -> None:
-        """Record that a connection can take a request."""
+    def _release(self, transfer: Transfer) -> None:
+        """It can take a request."""
         if self.rate is None:
             self._admit(time.perf_counter())
         if self.due:
-            connection.send(self.due.popleft(), next(self.requests))
+            self._send(transfer)
         else:
-            self.idle.append(connection)
+            self.idle.append(transfer)
 
-    def answered(self, due: float, status: int) -> None:
+    def _send(self, transfer: Transfer) -> None:
+        transfer.prepare(self.due.popleft(), next(self.bodies))
+        self.active[transfer.handle] = transfer
+        self.prepared = True
+        self.multi.add_handle(transfer.handle)
+
+    def _wake(self) -> None:
+        while self.resting and self.resting[0][0] <= time.perf_counter():
+            self._release(self.resting.popleft()[1])
+
+    def _collect(self) -> None:
+        """Count what came back, and send what is due next."""
+        _, answered, failed = self.multi.info_read()
+        for handle in answered:
+            transfer = self._take(handle)
+            self.reached = True
+            self._answered(transfer.due, transfer.status)
+            self._release(transfer)
+        for handle, code, message in failed:
+            self._fail(self._take(handle), code, message)
+
+    def _take(self, handle: pycurl.Curl) -> Transfer:
+        self.multi.remove_handle(handle)
+        return self.active.pop(handle)
+
+    def _answered(self, due: float, status: int) -> None:
         if self.start <= due < self.end:
             self.pending -= 1
             if 200 <= status < 300:
@@ -274,80 +287,18 @@ class _Load:
             else:
                 self.errors[f"HTTP {status}"] += 1
 
-    def failed(self, due: float, reason: str) -> None:
-        if self.start <= due < self.end:
+    def _fail(self, transfer: Transfer, code: int, message: str) -> None:
+        import pycurl
+
+        timed_out = code == pycurl.E_OPERATION_TIMEDOUT
+        why = self._no_answer if timed_out else reason(transfer.handle, code, message)
+        if never_connected(code) and not self.reached:
+            raise ServerError(f"{self.target.url} cannot be reached: {why}")
+        self.reached = True
+        if self.start <= transfer.due < self.end:
             self.pending -= 1
-            self.errors[reason] += 1
-
-    # --- connections ---
-
-    async def _open_all(self) -> None:
-        parts = urllib.parse.urlsplit(self.url)
-        secure = ssl.create_default_context() if parts.scheme == "https" else None
-        port = parts.port or (443 if secure else 80)
-        self.address = {"host": parts.hostname, "port": port, "ssl": secure}
-        if secure:
-            self.address["server_hostname"] = parts.hostname
-        try:
-            first = await self._connect()
-            assert first.transport is not None
-            self.address["host"] = first.transport.get_extra_info("peername")[0]  # names are resolved once
-            await asyncio.gather(*(self._connect() for _ in range(self.connections - 1)))
-        except OSError as error:
-            raise ServerError(f"{self.url} cannot be reached: {reason(error)}") from None
-
-    async def _connect(self) -> Connection:
-        loop = asyncio.get_running_loop()
-        _, connection = await loop.create_connection(lambda: Connection(self), **self.address)
-        return connection
-
-    def connected(self, connection: Connection) -> None:
-        self.open.add(connection)
-        self.most = max(self.most, len(self.open))
-
-    def disconnected(self, connection: Connection) -> None:
-        """Record a lost connection. In a closed loop, or if requests wait, another replaces it."""
-        if connection not in self.open:
-            return
-        self.open.remove(connection)
-        if connection in self.idle:
-            self.idle.remove(connection)
-        self._replace()
-
-    def _replace(self) -> None:
-        if self.over:
-            return
-        if self.rate is None:
-            self._admit(time.perf_counter())
-        if self.due and len(self.open) + self.opening < self.limit:
-            self._open_one()
-
-    def _open_one(self) -> None:
-        self.opening += 1
-        task = asyncio.get_running_loop().create_task(self._try())
-        self.tasks.add(task)
-        task.add_done_callback(self._tried)
-
-    def _tried(self, task: asyncio.Task[None]) -> None:
-        self.tasks.discard(task)
-        error = None if task.cancelled() else task.exception()
-        if error is not None:
-            raise error
-
-    async def _try(self) -> None:
-        try:
-            connection = await self._connect()
-        except OSError as error:
-            if self.due:
-                self.failed(self.due.popleft(), reason(error))
-            await asyncio.sleep(_RETRY)
-            self.opening -= 1
-            self._replace()
-            return
-        self.opening -= 1
-        if self.over:
-            connection.abort()
-        elif self.due:
-            connection.send(self.due.popleft(), next(self.requests))
+            self.errors[why] += 1
+        if never_connected(code):
+            self.resting.append((time.perf_counter() + _RETRY, transfer))
         else:
-            self.idle.append(connection)
+            self._release(transfer)

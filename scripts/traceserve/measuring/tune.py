@@ -23,8 +23,7 @@ from traceserve.archives.model_config import Serving
 from traceserve.archives.staging import scratch
 from traceserve.building.progress import Progress
 from traceserve.errors import ConfigError, ServerError
-from traceserve.measuring import connections as wire
-from traceserve.measuring import load_generator, targets
+from traceserve.measuring import load_generator, targets, transfers
 from traceserve.measuring.candidates import knobs
 from traceserve.measuring.load_generator import Endpoint, Result
 from traceserve.measuring.padding import Waste, wastes
@@ -63,7 +62,7 @@ class Tuned:
 
 def tune(archive: Path, samples_file: Path, goal: Goal, budget: float, progress: Progress) -> Tuned:
     """Measure candidates for `budget` seconds; the archive itself is unchanged. Raises TraceserveError."""
-    wire.require()
+    transfers.require()
     manifest, own = read_manifest(archive), read_serving(archive)
     started = time.monotonic()
 

@@ -1,0 +1,120 @@
+"""The requests of the load generator: libcurl sends them, and says why one failed."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import ssl
+from typing import TYPE_CHECKING, Any, Dict, List, Mapping
+
+from traceserve.errors import ServerError
+
+if TYPE_CHECKING:
+    import pycurl
+
+
+def require() -> None:
+    """Raise ServerError unless libcurl is installed."""
+    try:
+        import pycurl  # noqa: F401
+    except ImportError:
+        raise ServerError(
+            "sending load needs the package pycurl; install it with: pip install 'traceserve[bench]'"
+        ) from None
+
+
+class Transfer:
+    """A client with one request on its way, or none; libcurl keeps its connection open between them."""
+
+    def __init__(self, url: str, headers: Mapping[str, str], content_type: str, timeout: float) -> None:
+        import pycurl
+
+        self.due = 0.0  # when the request on its way was due
+        self.handle = pycurl.Curl()
+        for option, value in _options(url, headers, content_type, timeout).items():
+            self.handle.setopt(option, value)
+
+    def prepare(self, due: float, body: bytes) -> None:
+        """The next request.
+
+        A body that is read, and cannot be read twice, is not sent twice: libcurl would repeat a request whose connection
+        ends without an answer, and the failure would not be counted.
+        """
+        import pycurl
+
+        self.due = due
+        self.handle.setopt(pycurl.READFUNCTION, io.BytesIO(body).read)
+        self.handle.setopt(pycurl.POSTFIELDSIZE, len(body))
+
+    @property
+    def status(self) -> int:
+        """Of the last answer."""
+        import pycurl
+
+        status: int = self.handle.getinfo(pycurl.RESPONSE_CODE)
+        return status
+
+
+def _options(url: str, headers: Mapping[str, str], content_type: str, timeout: float) -> Dict[int, Any]:
+    """The callbacks are functions written in C: what a signal raises in Python code that libcurl calls would be lost."""
+    import pycurl
+
+    authorities = ssl.get_default_verify_paths()
+    options = {
+        pycurl.URL: url,
+        pycurl.PATH_AS_IS: True,
+        pycurl.HTTP_VERSION: pycurl.CURL_HTTP_VERSION_1_1,
+        pycurl.PROXY: "",  # whatever the environment names
+        pycurl.NOSIGNAL: True,
+        pycurl.TIMEOUT_MS: max(1, int(1000 * timeout)),
+        pycurl.POST: True,
+        pycurl.USERAGENT: "",
+        pycurl.HTTPHEADER: _lines(headers, content_type),
+        pycurl.WRITEFUNCTION: len,  # takes an answer and forgets it
+        pycurl.CAINFO: authorities.cafile,
+        pycurl.CAPATH: authorities.capath,
+    }
+    return {option: value for option, value in options.items() if value is not None}
+
+
+def _lines(headers: Mapping[str, str], content_type: str) -> List[bytes]:
+    """As libcurl takes them; it adds Host and Content-Length, and without a value here Expect for large bodies."""
+    names = {name.lower() for name in headers}
+    given = {name: value for name, value in (("Content-Type", content_type),) if name.lower() not in names}
+    lines = [f"{name}: {value}" if value else f"{name};" for name, value in {**given, **headers}.items()]
+    return [line.encode("latin-1") for line in [*lines, "Expect:"]]
+
+
+def never_connected(code: int) -> bool:
+    """Whether a failed transfer did not reach the server."""
+    import pycurl
+
+    return code in (pycurl.E_COULDNT_RESOLVE_HOST, pycurl.E_COULDNT_CONNECT, *_tls_errors())
+
+
+def reason(handle: pycurl.Curl, code: int, message: str) -> str:
+    """A few words, the same for the same cause: errors are counted by them."""
+    import pycurl
+
+    if code == pycurl.E_COULDNT_CONNECT:
+        number = handle.getinfo(pycurl.OS_ERRNO)
+        return "connection refused" if number == errno.ECONNREFUSED else os.strerror(number)
+    words = {
+        pycurl.E_COULDNT_RESOLVE_HOST: "the host's name is unknown",
+        pycurl.E_GOT_NOTHING: "connection closed without an answer",
+        pycurl.E_SEND_FAIL_REWIND: "connection closed without an answer",
+        pycurl.E_PARTIAL_FILE: "connection closed without an answer",
+        pycurl.E_SEND_ERROR: "connection reset",
+        pycurl.E_RECV_ERROR: "connection reset",
+        pycurl.E_UNSUPPORTED_PROTOCOL: "an answer that is not HTTP",
+        pycurl.E_FTP_WEIRD_SERVER_REPLY: "an answer that is not HTTP",  # of HTTP too
+        **dict.fromkeys(_tls_errors(), "TLS failed"),
+    }
+    return words.get(code, message)
+
+
+def _tls_errors() -> List[int]:
+    import pycurl
+
+    return [pycurl.E_SSL_CONNECT_ERROR, pycurl.E_PEER_FAILED_VERIFICATION, pycurl.E_SSL_CACERT_BADFILE]
