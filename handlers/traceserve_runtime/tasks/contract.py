@@ -107,7 +107,7 @@ def _without(
 LONG_INPUTS_PARAMETER = Parameter(
     "long_inputs",
     str,
-    "how a text longer than max_length is handled: in windows that are merged, truncated, or refused",
+    "how to handle a text longer than max_length: merge windows, truncate, or reject",
     LONG_INPUTS,
 )
 WITHOUT_WINDOWS = replace(LONG_INPUTS_PARAMETER, choices=LONG_INPUTS[1:])
