@@ -88,6 +88,7 @@ def test_what_cannot_be_deployed_is_told(mar: Path, tmp_path: Path, capsys: pyte
     assert "did you mean docker?" in refused(capsys, "dokcer", str(mar), *out)
     assert "has files for torchserve" in refused(capsys, "docker", str(mar), *out, "--engine", "triton")
     assert "is no address" in refused(capsys, "docker", str(mar), *out, "--url", "bucket/archives")
+    assert "should be NAME:TAG" in refused(capsys, "docker", str(mar), *out, "--image", "registry.example.org/name")
     (tmp_path / "tiny.mar").write_bytes(mar.read_bytes()[:-100])
     assert "was not copied whole" in refused(capsys, "docker", str(tmp_path / "tiny.mar"), *out)
     shutil.copyfile(mar, tmp_path / "tiny.mar")

@@ -38,7 +38,7 @@ def _deploy(options: argparse.Namespace) -> int:
     from traceserve.deploying.plan import Wishes
     from traceserve.deploying.targets import TARGETS, checked
 
-    engine = checked(options.target, options.engine, options.url)
+    engine = checked(options.target, options.engine, options.image, options.url)
     writing.check_free(options.output, options.force)
     archives = describe(options.archives)
     plan = TARGETS[options.target].plan(archives, Wishes(engine, options.image, options.url))
@@ -85,9 +85,11 @@ that health checks ask), sizes, and the workers that `traceserve tune` found bes
 
 targets:
   docker      a Dockerfile and its context: slim, not root, a read-only root, a health check that asks a prediction
+  kubernetes  a Helm chart and its image: probes that ask a prediction, keys, autoscaling, network policy
 
 examples:
   traceserve deploy docker model_store/NAME.mar --output deploy/docker
+  traceserve deploy kubernetes model_store/NAME.mar --image registry.example.org/name:1.0 --output deploy/kubernetes
 """
 
 COMMANDS = (Command("deploy", _TEXT, _add_deploy, _deploy),)

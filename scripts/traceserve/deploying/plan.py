@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Callable, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Callable, Iterable, NamedTuple, Optional, Sequence, Tuple, Union
 
 from traceserve.deploying.described import Described
 
@@ -34,6 +34,11 @@ class Made:
 
 
 File = Union[Text, Copy, Made]
+
+
+def prefixed(folder: str, files: Iterable[File]) -> Tuple[File, ...]:
+    """The same files, in a folder."""
+    return tuple(replace(each, path=f"{folder}/{each.path}") for each in files)
 
 
 @dataclass(frozen=True)

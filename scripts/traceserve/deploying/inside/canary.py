@@ -39,7 +39,10 @@ def main(arguments: Optional[Sequence[str]] = None) -> Optional[str]:
 
 
 def _key(environment: Mapping[str, str]) -> Dict[str, str]:
-    """The key of the only server of traceserve in this container, from where `traceserve serve` keeps it."""
+    """The key that the server was given, or, of TorchServe's own, the one that `traceserve serve` keeps in this container."""
+    given = environment.get("TRACESERVE_KEY")
+    if given:
+        return {"Authorization": f"Bearer {given}"}
     state = environment.get("XDG_STATE_HOME") or str(Path(environment.get("HOME", "/tmp"), ".local", "state"))
     for file in Path(state, "traceserve", "servers").glob("*.json"):
         try:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import difflib
+import re
 import urllib.parse
 from typing import Dict, Optional
 
 from traceserve.deploying.plan import Target
-from traceserve.deploying.targets import docker
+from traceserve.deploying.targets import docker, kubernetes
 from traceserve.errors import DeployError
 
 TARGETS: Dict[str, Target] = {
     "docker": docker.TARGET,
+    "kubernetes": kubernetes.TARGET,
 }
 
+_IMAGE = re.compile(r"([a-z0-9.-]+(:\d+)?/)?[a-z0-9._/-]+:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 
-def checked(target: str, engine: Optional[str], url: Optional[str]) -> str:
+
+def checked(target: str, engine: Optional[str], image: Optional[str], url: Optional[str]) -> str:
     """The engine, as wished or the target's first; raises DeployError for what there is not."""
     if target not in TARGETS:
         near = difflib.get_close_matches(target, TARGETS, 1)
@@ -24,6 +28,10 @@ def checked(target: str, engine: Optional[str], url: Optional[str]) -> str:
     engines = TARGETS[target].engines
     if engine is not None and engine not in engines:
         raise DeployError(f"--engine {engine}: {target} has files for {' and '.join(engines)}")
+    if image is not None and not _IMAGE.fullmatch(image):
+        raise DeployError(
+            f"--image {image}: should be NAME:TAG, as registry.example.org/team/name:1.0, in small letters"
+        )
     if url is not None and (not urllib.parse.urlsplit(url).scheme or not urllib.parse.urlsplit(url).netloc):
         raise DeployError(
             f"--url {url} is no address; it should look like https://example.org/archives or s3://bucket/archives"

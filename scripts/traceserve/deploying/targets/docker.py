@@ -43,6 +43,9 @@ def image_files(archives: Sequence[Described], wishes: Wishes, with_archives: bo
         index=packages.INDEXES.get(archives[0].manifest.hardware, ""),
         tmp=str(resources.needed(archives, wishes.engine).disk),
         keys=_KEYS[engine.keys],
+        archives="COPY archives/ /archives/"
+        if with_archives
+        else "# The archives are fetched before the server starts.",
         command=json.dumps(engines.command(wishes.engine, inside)),
     )
     lines: List[str] = packages.requirements(archives, packages.ENGINES[wishes.engine])

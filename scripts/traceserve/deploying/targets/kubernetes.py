@@ -1,0 +1,97 @@
+"""`kubernetes`: a Helm chart, and the image that its pods run."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from pathlib import Path
+from typing import Any, Dict, List, Sequence, Tuple
+
+from traceserve import __version__
+from traceserve.deploying import resources, templates
+from traceserve.deploying.described import Described
+from traceserve.deploying.plan import File, Plan, Target, Text, Wishes, prefixed
+from traceserve.deploying.targets import docker
+
+_STATIC = "kubernetes/templates"
+
+
+def plain_name(name: str) -> str:
+    """An archive's name as Kubernetes allows names."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:50].strip("-")
+
+
+def chart_files(archives: Sequence[Described], wishes: Wishes) -> Tuple[File, ...]:
+    """The chart, with values of these archives."""
+    name = plain_name(archives[0].name)
+    repository, tag = docker.image_name(archives, wishes).rsplit(":", 1)
+    needed = resources.needed(archives, wishes.engine)
+    values = templates.fill(
+        "kubernetes/values.yaml",
+        traceserve=__version__,
+        repository=templates.flow(repository),
+        tag=templates.flow(tag),
+        engine=wishes.engine,
+        source="fetch" if wishes.url else "image",
+        files=templates.block([_file(each, wishes) for each in archives], 4),
+        secret=f"{name}-keys",
+        reasons=templates.comment(needed.reasons),
+        requests=templates.block(needed.requests(), 4),
+        limits=templates.block(needed.limits(), 4),
+        tmp=f"{needed.disk}Mi",
+        autoscaling=templates.flow(not needed.devices),
+        tolerations=templates.flow([{"key": device, "operator": "Exists"} for device in needed.devices]),
+    )
+    chart = templates.fill(
+        "kubernetes/Chart.yaml",
+        chart=name,
+        description=templates.flow(f"Serves {', '.join(each.name for each in archives)}"),
+        version=archives[0].version,
+    )
+    static = sorted(path.name for path in Path(templates.FOLDER, _STATIC).iterdir())
+    return (
+        Text("Chart.yaml", chart),
+        Text("values.yaml", values),
+        Text("values.schema.json", templates.read("kubernetes/values.schema.json")),
+        *(Text(f"templates/{each}", templates.read(f"{_STATIC}/{each}")) for each in static),
+    )
+
+
+def _file(archive: Described, wishes: Wishes) -> Dict[str, Any]:
+    url = f"{wishes.url.rstrip('/')}/{archive.file.name}" if wishes.url else ""
+    return {
+        "name": archive.name,
+        "version": archive.version,
+        "sha256": archive.sha256,
+        "url": url,
+        "canary": json.loads(json.dumps(archive.canary)),  # YAML has no tuples
+    }
+
+
+def plan(archives: Sequence[Described], wishes: Wishes) -> Plan:
+    """The chart beside the image's folder."""
+    image = docker.image_name(archives, wishes)
+    name = plain_name(archives[0].name)
+    commands: List[str] = [f"docker build --tag {image} image && docker push {image}"]
+    if wishes.url:
+        commands += [f"# put {each.file} at {wishes.url.rstrip('/')}/{each.file.name}" for each in archives]
+    commands += [
+        f"kubectl create secret generic {name}-keys --from-literal=key={secrets.token_urlsafe(24)}",
+        f"helm upgrade --install {name} chart",
+    ]
+    return Plan(
+        (
+            *prefixed("chart", chart_files(archives, wishes)),
+            *prefixed("image", docker.image_files(archives, wishes, with_archives=not wishes.url)),
+        ),
+        tuple(commands),
+        ("the key in the command below is new and stands in no file; clients send it as Authorization: Bearer KEY.",),
+    )
+
+
+TARGET = Target(
+    "a Helm chart and its image: probes that ask a prediction, keys, autoscaling, network policy",
+    ("torchserve", "ray"),
+    plan,
+)

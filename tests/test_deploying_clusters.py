@@ -1,0 +1,218 @@
+"""What `traceserve deploy` writes for clusters: linted, rendered and checked by strict schemas; there is no cluster here."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
+
+import pytest
+import yaml
+from test_deploying import deployed, mar  # noqa: F401  a fixture
+from traceserve.serving import configuration, instances, server
+from traceserve.serving.front import Front
+
+VERSION = "1.31"  # of Kubernetes, whose schemas are strict
+Documents = Dict[Tuple[str, str], Dict[str, Any]]  # by kind and name
+
+
+def rendered(chart: Path, values: Optional[Mapping[str, Any]] = None) -> Documents:
+    """The chart's documents; each of a core kind fits the schema of its kind, with no field that this does not know."""
+    helm = pytest.importorskip("helm_python.chart", reason="helm-python-sdk is not installed")
+    kubernetes = pytest.importorskip("kubernetes_validate")
+    found: Documents = {}
+    files = helm.Chart.load(str(chart)).render(dict(values or {}), name="demo", namespace="here", is_install=True)
+    for name, text in files.items():
+        for document in yaml.safe_load_all(text) if name.endswith(".yaml") else ():
+            if document is None:
+                continue
+            if document["apiVersion"] != "monitoring.coreos.com/v1":  # of Prometheus' operator
+                kubernetes.validate(document, VERSION, strict=True)
+            found[document["kind"], document["metadata"]["name"]] = document
+    return found
+
+
+@pytest.fixture(scope="module")
+def chart(mar: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    return deployed("kubernetes", [mar], tmp_path_factory.mktemp("kubernetes") / "out") / "chart"
+
+
+def pod(documents: Documents) -> Dict[str, Any]:
+    spec: Dict[str, Any] = documents["Deployment", "demo"]["spec"]["template"]["spec"]
+    return spec
+
+
+VALUES: Dict[str, Dict[str, Any]] = {
+    "as written": {},
+    "ray": {"engine": "ray"},
+    "without keys": {"keys": {"enabled": False}},
+    "a claim": {"archives": {"source": "claim", "claim": "models"}},
+    "fixed": {"autoscaling": {"enabled": False}, "networkPolicy": {"enabled": False}},
+    "all else": {
+        "serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
+        "podAnnotations": {"a": "b"},
+        "imagePullSecrets": [{"name": "registry"}],
+        "nodeSelector": {"disk": "fast"},
+        "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}],
+        "topologySpreadConstraints": [
+            {"maxSkew": 1, "topologyKey": "kubernetes.io/hostname", "whenUnsatisfiable": "ScheduleAnyway"}
+        ],
+    },
+}
+
+
+@pytest.mark.parametrize("values", VALUES.values(), ids=VALUES)
+def test_the_chart_is_clean_and_fits_the_schemas(chart: Path, values: Dict[str, Any]) -> None:
+    helm = pytest.importorskip("helm_python.chart", reason="helm-python-sdk is not installed")
+    report = helm.lint(str(chart), values, strict=True)
+    assert not report["errors"]
+    assert [message["error"] for message in report["messages"]] == ["icon is recommended"]
+    documents = rendered(chart, values)
+    kinds = {kind for kind, _ in documents}
+    assert {"Deployment", "Service", "ServiceAccount", "ConfigMap", "PodDisruptionBudget"} <= kinds
+    assert ("HorizontalPodAutoscaler" in kinds) == ("NetworkPolicy" in kinds) == (values is not VALUES["fixed"])
+    assert ("ServiceMonitor" in kinds) == (values is VALUES["all else"])
+    for container in pod(documents)["containers"]:
+        assert container["securityContext"]["readOnlyRootFilesystem"] is True
+        assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+        assert any(mount["mountPath"] == "/tmp" for mount in container["volumeMounts"])
+        assert container["resources"]["limits"]["memory"]
+    assert pod(documents)["securityContext"]["runAsNonRoot"] is True
+
+
+def test_the_schema_check_can_fail(chart: Path, tmp_path: Path) -> None:
+    shutil.copytree(chart, tmp_path / "chart")
+    file = tmp_path / "chart/templates/service.yaml"
+    file.write_text(file.read_text() + "  sessionAfinity: ClientIP\n")
+    with pytest.raises(Exception, match="sessionAfinity"):
+        rendered(tmp_path / "chart")
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"engine": "triton"}, "engine"),
+        ({"replica": 3}, "replica"),
+        ({"keys": {"existingSecret": ""}}, "keys.existingSecret"),
+        ({"archives": {"source": "claim"}}, "archives.claim"),
+        ({"archives": {"source": "fetch"}}, "archives.files\\[0\\].url"),
+        ({"engine": "ray", "serviceMonitor": {"enabled": True}}, "serviceMonitor.enabled"),
+    ],
+)
+def test_values_that_cannot_work_are_refused(chart: Path, values: Dict[str, Any], told: str) -> None:
+    with pytest.raises(Exception, match=told):
+        rendered(chart, values)
+
+
+def test_the_pod_serves_what_the_archive_says(chart: Path) -> None:
+    spec = pod(rendered(chart))
+    own, proxy = spec["containers"]
+    assert own["args"][:2] == ["serve", "/archives/tiny.mar"] and "--host=127.0.0.1" in own["args"]
+    assert "ports" not in own and proxy["ports"][0]["containerPort"] == 8080
+    assert own["resources"]["requests"]["cpu"] == "2" and "cpu" not in own["resources"]["limits"]
+    canaries = json.loads(rendered(chart)["ConfigMap", "demo"]["data"]["canaries.json"])
+    assert list(canaries) == ["/predictions/tiny"] and set(canaries["/predictions/tiny"]) == {"text"}
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert own[probe]["exec"]["command"][2] == "traceserve.deploying.inside.canary"
+        assert own[probe]["timeoutSeconds"] > 20  # the canary's own time limit comes first
+    [open_pod] = pod(rendered(chart, VALUES["without keys"]))["containers"]
+    assert {"--host=0.0.0.0", "--without-keys", "--metrics-port=8082"} <= set(open_pod["args"])
+    [ray] = pod(rendered(chart, VALUES["ray"]))["containers"]
+    assert ray["env"][0]["valueFrom"]["secretKeyRef"] == {"name": "tiny-keys", "key": "key"}
+
+
+def test_archives_are_fetched_before_the_server_starts(mar: Path, tmp_path: Path) -> None:  # noqa: F811
+    folder = deployed(
+        "kubernetes", [mar], tmp_path / "out", "--url", "s3://bucket/models/", "--image", "r.example.org/t:2"
+    )
+    documents = rendered(folder / "chart", {"archives": {"credentialsSecret": "s3"}})
+    [fetch] = pod(documents)["initContainers"]
+    assert fetch["args"][0] == "s3://bucket/models/tiny.mar" and len(fetch["args"][3]) == 64
+    assert fetch["image"] == "r.example.org/t:2" and fetch["envFrom"] == [{"secretRef": {"name": "s3"}}]
+    assert documents["NetworkPolicy", "demo"]["spec"]["egress"]
+    assert not (folder / "image/archives").exists() and "COPY archives" not in (folder / "image/Dockerfile").read_text()
+    assert not rendered_egress(deployed("kubernetes", [mar], tmp_path / "other") / "chart")
+
+
+def rendered_egress(chart: Path) -> List[Any]:
+    found: List[Any] = rendered(chart)["NetworkPolicy", "demo"]["spec"]["egress"]
+    return found
+
+
+# --- the proxy that compares keys: the chart's own nginx.conf, before a real TorchServe ---
+
+
+def moved(text: str, places: Mapping[str, Any]) -> str:
+    """Ports and folders of the pod as those of this test."""
+    return re.sub("|".join(map(re.escape, places)), lambda found: str(places[found[0]]), text)
+
+
+KEY = "Key_of-24-letters-at-least"
+
+
+@contextlib.contextmanager
+def proxied(chart: Path, folder: Path, mar: Path) -> Iterator[Tuple[int, int]]:  # noqa: F811
+    nginx = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
+    if nginx is None:
+        pytest.skip("nginx is not installed")
+    public, shown, inner, metrics = configuration.free_ports(4)
+    instance = server.start([mar], port=inner, timeout=180, front=Front(metrics_port=metrics))
+    documents = rendered(chart)
+    here = {"8080": public, "8081": inner, "8082": shown, "8083": metrics, "/tmp": folder, "/etc/traceserve": folder}
+    (folder / "nginx.conf").write_text(moved(documents["ConfigMap", "demo"]["data"]["nginx.conf"], here))
+    proxy = pod(documents)["containers"][1]
+    script = moved(proxy["args"][0], here)
+    environment = {"PATH": f"{Path(nginx).parent}:{os.environ['PATH']}", "TRACESERVE_KEY": KEY}
+    running = subprocess.Popen([*proxy["command"], script], env=environment, stderr=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 20
+        while ask(public, "GET", "/ping")[0] != 200:
+            assert running.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        yield public, shown
+    finally:
+        running.terminate()
+        running.communicate(timeout=20)
+        instances.stop(instance, at_once=True)
+
+
+def ask(port: int, method: str, path: str, body: Optional[bytes] = None, key: str = "") -> Tuple[int, bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    headers = {"Content-Type": "application/json", **({"Authorization": key} if key else {})}
+    try:
+        connection.request(method, path, body, headers)
+        response = connection.getresponse()
+        return response.status, response.read()
+    except OSError:
+        return 0, b""
+    finally:
+        connection.close()
+
+
+def test_the_proxy_lets_in_who_has_the_key(chart: Path, mar: Path, tmp_path: Path) -> None:  # noqa: F811
+    with proxied(chart, tmp_path, mar) as (port, metrics):
+        body = b'{"text": "Yes."}'
+        status, answer = ask(port, "POST", "/predictions/tiny", body, f"Bearer {KEY}")
+        assert status == 200 and "label" in json.loads(answer)
+        for wrong in ("", "Bearer", f"Bearer {KEY.lower()}", f"Bearer {KEY}x", f"Bearer x{KEY}", KEY, f"bearer {KEY}"):
+            status, answer = ask(port, "POST", "/predictions/tiny", body, wrong)
+            assert status == 401 and json.loads(answer)["error"]["type"] == "Unauthorized", wrong
+        assert ask(port, "POST", "/v1/models/tiny:predict", b'{"instances": ["Yes."]}', f"Bearer {KEY}")[0] == 200
+        status, page = ask(metrics, "GET", "/metrics")
+        assert status == 200 and re.search(rb"^ts_inference_requests_total\{", page, re.MULTILINE)
+        assert ask(metrics, "GET", "/predictions/tiny")[0] == 404
+    assert (tmp_path / "keys.map").stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("key", ["", 'x" 1; default 1;', "a b", "a.b"])
+def test_the_proxy_refuses_a_key_that_is_more_than_a_key(chart: Path, key: str, tmp_path: Path) -> None:
+    script = pod(rendered(chart))["containers"][1]["args"][0].replace("/tmp/", f"{tmp_path}/")
+    result = subprocess.run(["/bin/sh", "-c", script], env={"TRACESERVE_KEY": key}, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 1 and "letters, digits" in result.stderr and not list(tmp_path.iterdir())
