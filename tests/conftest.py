@@ -16,7 +16,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # tests that run beside each othe
     os.environ.setdefault("OMP_NUM_THREADS", str(shared))
 
 import models  # after the environment
-from traceserve.building.config.parsing import Loaded, parse
+from traceserve.building.config.parsing import LoadedConfig, parse_config
 from traceserve.building.export import export
 from traceserve.building.exported import Exported
 from traceserve_runtime.runner import Arrays, Padding
@@ -42,9 +42,9 @@ def nothing(what: str, done: int, total: int) -> None:
 
 def run_export(folder: Path, content: Dict[str, Any], **options: Any) -> Exported:
     """Export by a configuration's content into `folder`, in float32 where it says nothing."""
-    config, notes = parse({"dtype": "float32", **content})
+    config, notes = parse_config({"dtype": "float32", **content})
     folder.mkdir(parents=True, exist_ok=True)
-    return export(Loaded(config, ROOT, notes), folder.name, folder, nothing, **options)
+    return export(LoadedConfig(config, ROOT, notes), folder.name, folder, nothing, **options)
 
 
 class Called:

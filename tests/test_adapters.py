@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from traceserve.building.checkpoints import loading, sources
 from traceserve.building.checkpoints.checkpoint import Checkpoint
 from traceserve.building.checkpoints.original import Original
-from traceserve.building.config.parsing import parse
+from traceserve.building.config.parsing import parse_config
 from traceserve.building.gate.texts import SENTENCES
 from traceserve.errors import SourceError
 from traceserve_runtime.engine import Engine
@@ -87,15 +87,15 @@ def base_of(checkpoint: Make, tmp_path: Path, architecture: str, auto_model: str
 
 
 def original(folder: Path, **content: Any) -> Original:
-    config, _ = parse({"model_name": folder.name, **content})
-    with loading.quiet():
-        checkpoint = sources.fetch(config, folder.parent)
-        return loading.load(config.model_copy(update={"task": checkpoint.task}), checkpoint, folder.parent)
+    config, _ = parse_config({"model_name": folder.name, **content})
+    with loading.quiet_transformers():
+        checkpoint = sources.fetch_checkpoint(config, folder.parent)
+        return loading.load_original(config.model_copy(update={"task": checkpoint.task}), checkpoint, folder.parent)
 
 
 def fetch(folder: Path, **content: Any) -> Checkpoint:
-    config, _ = parse({"model_name": folder.name, **content})
-    return sources.fetch(config, folder.parent)
+    config, _ = parse_config({"model_name": folder.name, **content})
+    return sources.fetch_checkpoint(config, folder.parent)
 
 
 def logits(model: Any, tokenizer: Any) -> np.ndarray:

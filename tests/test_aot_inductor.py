@@ -14,7 +14,7 @@ import torch
 from conftest import run_export
 from traceserve import cli
 from traceserve.building.checkpoints import loading, sources
-from traceserve.building.config.parsing import parse
+from traceserve.building.config.parsing import parse_config
 from traceserve.building.config.save_modes import Target
 from traceserve.building.gate import verification
 from traceserve.building.gate.texts import SENTENCES
@@ -77,9 +77,9 @@ def test_it_tells_what_it_was_compiled_for(compiled: Path) -> None:
 
 
 def test_the_same_bytes_each_time(compiled: Path, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    config, _ = parse({"dtype": "float32", **content(checkpoint)})
-    with loading.quiet():
-        original = loading.load(config, sources.fetch(config, tmp_path), tmp_path)
+    config, _ = parse_config({"dtype": "float32", **content(checkpoint)})
+    with loading.quiet_transformers():
+        original = loading.load_original(config, sources.fetch_checkpoint(config, tmp_path), tmp_path)
     aot_inductor.write(original, TASKS[config.task], Shapes(), tmp_path, Target("cpu", {}))
     assert (tmp_path / "model.pt2").read_bytes() == (compiled / "model.pt2").read_bytes()
     assert {path.name for path in tmp_path.iterdir()} == {"model.pt2"}
@@ -185,7 +185,7 @@ def test_a_missing_compiler_is_told_before_anything_is_downloaded(
     def fetch(*arguments: Any) -> Any:
         raise AssertionError("something was to be downloaded")
 
-    monkeypatch.setattr(sources, "fetch", fetch)
+    monkeypatch.setattr(sources, "fetch_checkpoint", fetch)
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.chdir(tmp_path)
     Path("setup_config.json").write_text(json.dumps({"model_name": "nobody/nothing", "save_mode": "aot_inductor"}))
@@ -204,10 +204,10 @@ def test_an_old_torch_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_models_that_are_run_in_a_loop_are_refused(task: Any) -> None:
     config = {"model_name": "x/y", "save_mode": "aot_inductor", "task": task.name}
     if not task.loop:
-        assert parse(config)
+        assert parse_config(config)
         return
     with pytest.raises(ConfigError, match=f"aot_inductor is for models that are run once, not for {task.name}; take"):
-        parse(config)
+        parse_config(config)
 
 
 def test_what_cannot_be_compiled_is_told(

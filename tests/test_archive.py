@@ -16,8 +16,8 @@ from typing import Any, Callable, Dict
 
 import pytest
 from conftest import ROOT
-from traceserve.archives.archive import archive
-from traceserve.archives.contents import configure, read_manifest, read_serving, unpack
+from traceserve.archives.archive import pack_archive
+from traceserve.archives.contents import configure_archive, read_manifest, read_serving, unpack
 from traceserve.archives.names import check_name
 from traceserve.errors import ArchiveError
 from traceserve_runtime.errors import InvalidManifest
@@ -26,12 +26,12 @@ from traceserve_runtime.manifest import OLDEST, SCHEMA, Manifest, sha256
 
 @pytest.fixture(scope="module")
 def packed(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return archive(artifact, "tiny", tmp_path_factory.mktemp("store"))
+    return pack_archive(artifact, "tiny", tmp_path_factory.mktemp("store"))
 
 
 def test_the_same_artifact_gives_the_same_bytes(artifact: Path, packed: Path, tmp_path: Path) -> None:
     time.sleep(2.1)  # dates in a zip count by two seconds
-    assert sha256(archive(artifact, "tiny", tmp_path)) == sha256(packed)
+    assert sha256(pack_archive(artifact, "tiny", tmp_path)) == sha256(packed)
 
 
 def test_two_builds_give_the_same_bytes(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_a_damaged_artifact_is_not_packed(artifact: Path, tmp_path: Path) -> Non
     with (tmp_path / "x" / "traced_model.pt").open("ab") as file:
         file.write(b"!")
     with pytest.raises(InvalidManifest, match="not the one that was verified"):
-        archive(tmp_path / "x", "x", tmp_path)
+        pack_archive(tmp_path / "x", "x", tmp_path)
     assert not (tmp_path / "x.mar").exists()
 
 
@@ -304,12 +304,16 @@ def test_an_edited_label_is_neither_packed_nor_served(artifact: Path, packed: Pa
     text = (copy / "traceserve.json").read_text(encoding="utf-8")
     (copy / "traceserve.json").write_text(text.replace('"red"', '"rot"'), encoding="utf-8")
     with pytest.raises(InvalidManifest, match="it was changed after the gate"):
-        archive(copy, "tiny", tmp_path)
+        pack_archive(copy, "tiny", tmp_path)
     assert not (tmp_path / "tiny.mar").exists()
     with zipfile.ZipFile(packed) as file:
         content = file.read("traceserve.json").replace(b'"red"', b'"rot"')
     mar = rezipped(packed, tmp_path / "x.mar", **{"traceserve.json": content})
-    for act in (read_manifest, lambda path: unpack(path, tmp_path), lambda path: configure(path, read_serving(packed))):
+    for act in (
+        read_manifest,
+        lambda path: unpack(path, tmp_path),
+        lambda path: configure_archive(path, read_serving(packed)),
+    ):
         with pytest.raises(InvalidManifest, match="it was changed after the gate"):
             act(mar)
 
@@ -358,7 +362,7 @@ def test_another_serving_configuration_keeps_the_schema(packed: Path, tmp_path: 
     old["schema"] = OLDEST
     mar = rezipped(packed, tmp_path / "x.mar", **{"traceserve.json": json.dumps(old).encode()})
     for path, schema in ((mar, OLDEST), (Path(shutil.copy(packed, tmp_path / "new.mar")), SCHEMA)):
-        configure(path, replace(read_serving(path), batch_size=7))
+        configure_archive(path, replace(read_serving(path), batch_size=7))
         assert read_serving(path).batch_size == 7
         with zipfile.ZipFile(path) as file:
             written = json.loads(file.read("traceserve.json"))
@@ -371,9 +375,9 @@ def test_the_packages_own_handler_is_packed(artifact: Path, packed: Path, tmp_pa
     """Not one of that name in the working directory, which comes first on the path."""
     (tmp_path / "transformer_handler.py").write_text("class Other: pass\n")
     script = (
-        "import sys; sys.path.insert(0, ''); from pathlib import Path; from traceserve.archives.archive import archive; "
+        "import sys; sys.path.insert(0, ''); from pathlib import Path; from traceserve.archives.archive import pack_archive; "
         "import transformer_handler; assert transformer_handler.Other; "
-        f"archive(Path({str(artifact)!r}), 'tiny', Path('.'))"
+        f"pack_archive(Path({str(artifact)!r}), 'tiny', Path('.'))"
     )
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
     assert sha256(tmp_path / "tiny.mar") == sha256(packed)
@@ -383,7 +387,7 @@ def test_the_packages_own_handler_is_packed(artifact: Path, packed: Path, tmp_pa
 
 def test_the_version_is_the_artifacts_or_another(artifact: Path, tmp_path: Path) -> None:
     for version, expected in ((None, "1.0"), ("2.0", "2.0"), ("2026-11-26_b", "2026-11-26_b")):
-        with zipfile.ZipFile(archive(artifact, "tiny", tmp_path, version)) as file:
+        with zipfile.ZipFile(pack_archive(artifact, "tiny", tmp_path, version)) as file:
             assert json.loads(file.read("MAR-INF/MANIFEST.json"))["model"]["modelVersion"] == expected
         assert read_manifest(tmp_path / "tiny.mar").version == expected
 
@@ -391,7 +395,7 @@ def test_the_version_is_the_artifacts_or_another(artifact: Path, tmp_path: Path)
 @pytest.mark.parametrize("version", ["", "-1", "a/b", "1 0", "é", "1" * 65, "1\n", "..", "%31"])
 def test_versions_that_cannot_stand_in_a_url(version: str, artifact: Path, tmp_path: Path) -> None:
     with pytest.raises(ArchiveError, match="cannot be an archive's version"):
-        archive(artifact, "tiny", tmp_path, version)
+        pack_archive(artifact, "tiny", tmp_path, version)
 
 
 def test_an_archive_that_was_packed_by_hand_is_served(artifact: Path, tmp_path: Path) -> None:

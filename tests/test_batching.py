@@ -12,9 +12,9 @@ from conftest import Called
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from traceserve_runtime.batching import costs
-from traceserve_runtime.batching.batches import Stats, filled, pad, run, unpad
-from traceserve_runtime.batching.costs import CostModel, Timing, fit
-from traceserve_runtime.batching.plan import MOST_ROWS, MOST_TOKENS, plan
+from traceserve_runtime.batching.batches import Stats, filled, pad, run_batch, unpad
+from traceserve_runtime.batching.costs import CostModel, Timing, fit_costs
+from traceserve_runtime.batching.plan import MOST_ROWS, MOST_TOKENS, plan_batches
 from traceserve_runtime.manifest import Manifest, Shapes
 from traceserve_runtime.runner import Arrays, Padding
 from traceserve_runtime.texts.tokenization import Row
@@ -31,7 +31,7 @@ def timings_of(cost: CostModel, seconds: float = 1e-5, noise: Sequence[float] = 
 
 
 def fitted(cost: CostModel) -> CostModel:
-    found = fit(timings_of(cost))
+    found = fit_costs(timings_of(cost))
     assert found is not None
     return found
 
@@ -92,7 +92,7 @@ def partitions(items: List[int]) -> Iterator[List[List[int]]]:
 @example(lengths=[1] * 65, shapes=Shapes(), cost=CostModel(run=1e6))
 @example(lengths=[512] * 33, shapes=Shapes(), cost=CostModel(run=1e6))
 def test_a_plan_covers_every_row_once_in_sorted_order(lengths: List[int], shapes: Shapes, cost: CostModel) -> None:
-    batches = plan(lengths, shapes, cost)
+    batches = plan_batches(lengths, shapes, cost)
     in_order = [i for batch in batches for i in batch]
     assert sorted(in_order) == list(range(len(lengths)))
     assert [lengths[i] for i in in_order] == sorted(lengths)
@@ -106,7 +106,7 @@ def test_a_plan_covers_every_row_once_in_sorted_order(lengths: List[int], shapes
 @example(lengths=[20000, 20000], shapes=Shapes(), cost=CostModel(run=1e6))
 @example(lengths=[9] * 9, shapes=SHAPES[2], cost=CostModel(run=1e6))
 def test_a_plan_keeps_the_limits(lengths: List[int], shapes: Shapes, cost: CostModel) -> None:
-    assert all(is_allowed(batch, lengths, shapes) for batch in plan(lengths, shapes, cost))
+    assert all(is_allowed(batch, lengths, shapes) for batch in plan_batches(lengths, shapes, cost))
 
 
 @quick
@@ -119,14 +119,14 @@ def test_a_plan_keeps_the_limits(lengths: List[int], shapes: Shapes, cost: CostM
 @example(lengths=[5] * 9, shapes=Shapes(), cost=CostModel(run=1e6), most_tokens=20)
 @example(lengths=[5] * 9, shapes=Shapes(), cost=CostModel(run=1e6), most_tokens=4)
 def test_a_plan_keeps_a_tasks_own_limit(lengths: List[int], shapes: Shapes, cost: CostModel, most_tokens: int) -> None:
-    batches = plan(lengths, shapes, cost, most_tokens)
+    batches = plan_batches(lengths, shapes, cost, most_tokens)
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     assert all(is_allowed(batch, lengths, shapes, most_tokens) for batch in batches)
 
 
 @pytest.mark.parametrize(("most_tokens", "sizes"), [(20, [1, 4, 4]), (24, [1, 4, 4]), (4, [1] * 9), (45, [9])])
 def test_a_tasks_own_limit_cuts_what_would_run_together(most_tokens: int, sizes: List[int]) -> None:
-    planned = plan([5] * 9, Shapes(), CostModel(run=1e9), most_tokens)
+    planned = plan_batches([5] * 9, Shapes(), CostModel(run=1e9), most_tokens)
     assert sorted(len(batch) for batch in planned) == sizes
 
 
@@ -145,15 +145,15 @@ def test_a_tasks_own_limit_cuts_what_would_run_together(most_tokens: int, sizes:
 def test_where_a_run_is_dear_each_batch_is_as_large_as_is_allowed(
     lengths: List[int], shapes: Shapes, sizes: List[int]
 ) -> None:
-    assert [len(batch) for batch in plan(lengths, shapes, CostModel(run=1e9))] == sizes
+    assert [len(batch) for batch in plan_batches(lengths, shapes, CostModel(run=1e9))] == sizes
 
 
 def test_short_rows_do_not_pay_for_a_long_one() -> None:
-    assert plan([8] * 15 + [512], Shapes()) == [list(range(15)), [15]]
+    assert plan_batches([8] * 15 + [512], Shapes()) == [list(range(15)), [15]]
 
 
 def test_rows_of_one_length_run_together() -> None:
-    assert plan([100] * 20, Shapes()) == [list(range(20))]
+    assert plan_batches([100] * 20, Shapes()) == [list(range(20))]
 
 
 @quick
@@ -162,7 +162,7 @@ def test_rows_of_one_length_run_together() -> None:
 def test_a_plan_is_never_dearer_than_all_at_once_or_one_by_one(
     lengths: List[int], shapes: Shapes, cost: CostModel
 ) -> None:
-    planned = cost_of(plan(lengths, shapes, cost), lengths, shapes, cost)
+    planned = cost_of(plan_batches(lengths, shapes, cost), lengths, shapes, cost)
     everything = list(range(len(lengths)))
     assert planned <= cost_of([[i] for i in everything], lengths, shapes, cost) * (1 + 1e-9)
     if is_allowed(everything, lengths, shapes):
@@ -175,7 +175,7 @@ def test_a_plan_is_as_cheap_as_the_best_of_all_partitions(lengths: List[int], sh
     assume(shapes.lengths is None or max(lengths) <= max(shapes.lengths))
     legal = (p for p in partitions(list(range(len(lengths)))) if all(is_allowed(b, lengths, shapes) for b in p))
     best = min(cost_of(partition, lengths, shapes, cost) for partition in legal)
-    assert cost_of(plan(lengths, shapes, cost), lengths, shapes, cost) == pytest.approx(best, rel=1e-9)
+    assert cost_of(plan_batches(lengths, shapes, cost), lengths, shapes, cost) == pytest.approx(best, rel=1e-9)
 
 
 def test_the_cost_is_of_the_run_its_tokens_and_its_attention() -> None:
@@ -198,7 +198,7 @@ def test_exact_times_give_the_cost_that_made_them(
     run: float, attention: float, seconds: float, order: List[int]
 ) -> None:
     timings = timings_of(CostModel(run, 1.0, attention), seconds)
-    found = fit([timings[i] for i in order])
+    found = fit_costs([timings[i] for i in order])
     assert found is not None and found.token == 1.0
     assert found.run == pytest.approx(run, rel=1e-4, abs=1e-3)
     assert found.attention == pytest.approx(attention, rel=1e-3, abs=1e-6)
@@ -214,7 +214,7 @@ def test_exact_times_give_the_cost_that_made_them(
     ids=["no-run", "dear-run", "dear-attention"],
 )
 def test_what_no_machine_shows_is_bounded(true: CostModel, taken: CostModel) -> None:
-    found = fit(timings_of(true))
+    found = fit_costs(timings_of(true))
     assert found is not None
     assert (found.run, found.attention) == pytest.approx((taken.run, taken.attention), rel=1e-3, abs=1e-6)
 
@@ -228,7 +228,7 @@ def test_what_no_machine_shows_is_bounded(true: CostModel, taken: CostModel) -> 
 def test_times_that_are_off_by_some_percent_give_nearly_it(run: float, attention: float, noise: List[float]) -> None:
     """Nearly in what it predicts, which is all that a plan reads: up to a factor that all runs share."""
     true = CostModel(run, 1.0, attention)
-    found = fit(timings_of(true, noise=noise))
+    found = fit_costs(timings_of(true, noise=noise))
     assert found is not None
     ratios = [found(float(b), n) / true(float(b), n) for b, n in MEASURED]
     assert max(ratios) / min(ratios) < 1.25
@@ -244,31 +244,31 @@ def test_times_that_are_off_by_some_percent_give_nearly_it(run: float, attention
 @example(timings=[Timing(1, 16, 1e-3), Timing(16, 1, 1e-3), Timing(4, 4, 1e-3)])
 @example(timings=[Timing(1, 512, 1e-6), Timing(64, 512, 10.0), Timing(1, 1, 10.0)])
 def test_whatever_was_measured_no_part_of_a_cost_is_below_nothing(timings: List[Timing]) -> None:
-    found = fit(timings)
+    found = fit_costs(timings)
     assert found is None or (
         found.token == 1.0 and LEAST_RUN <= found.run <= MOST_RUN and 0 <= found.attention <= MOST_ATTENTION
     )
     if found is not None:
-        assert sorted(i for batch in plan([3, 9, 50, 512], Shapes(), found) for i in batch) == [0, 1, 2, 3]
+        assert sorted(i for batch in plan_batches([3, 9, 50, 512], Shapes(), found) for i in batch) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_few_times_tell_nothing(count: int) -> None:
-    assert fit(timings_of(CostModel())[:count]) is None
-    assert fit(timings_of(CostModel())[:3]) is not None
+    assert fit_costs(timings_of(CostModel())[:count]) is None
+    assert fit_costs(timings_of(CostModel())[:3]) is not None
 
 
 @pytest.mark.parametrize("power", [0.01, 1.0], ids=["hardly", "as-the-size-grows"])
 def test_times_that_fall_with_the_size_do_not_make_a_run_cheap(power: float) -> None:
     """As noise has it where starting a run takes nearly all the time: then everything should run at once."""
-    found = fit([Timing(b, n, 1e-3 * (b * n) ** -power) for b, n in MEASURED])
+    found = fit_costs([Timing(b, n, 1e-3 * (b * n) ** -power) for b, n in MEASURED])
     assert found is None or found.run == MOST_RUN
 
 
 def test_where_a_run_takes_most_of_the_time_it_is_dear() -> None:
-    found = fit([Timing(b, n, 1e-3 + 1e-8 * b * n) for b, n in MEASURED])
+    found = fit_costs([Timing(b, n, 1e-3 + 1e-8 * b * n) for b, n in MEASURED])
     assert found is not None and found.run == MOST_RUN
-    assert plan([8] * 15 + [16], Shapes(), found) == [list(range(16))]
+    assert plan_batches([8] * 15 + [16], Shapes(), found) == [list(range(16))]
 
 
 # The shapes that are allowed
@@ -431,7 +431,7 @@ def echo(inputs: Arrays) -> Arrays:
 
 def test_run_counts_what_was_computed(manifest: Manifest) -> None:
     stats = Stats()
-    outputs = run(Called(echo), ROWS, shaped(manifest, "right", lengths=(8,), batches=(4,)), [], stats)
+    outputs = run_batch(Called(echo), ROWS, shaped(manifest, "right", lengths=(8,), batches=(4,)), [], stats)
     assert [output["logits"].tolist() for output in outputs] == [[100], [200], [300]]
     assert (stats.rows, stats.tokens, stats.padded_tokens, stats.micro_batches) == (3, 9, 32, 1)
     assert stats.padding_share == 1 - 9 / 32
@@ -441,14 +441,14 @@ def test_run_counts_what_was_computed(manifest: Manifest) -> None:
 def test_runs_add_up(manifest: Manifest) -> None:
     stats = Stats()
     for _ in range(2):
-        run(Called(echo), ROWS, shaped(manifest, "left"), [], stats)
+        run_batch(Called(echo), ROWS, shaped(manifest, "left"), [], stats)
     assert (stats.rows, stats.tokens, stats.padded_tokens, stats.micro_batches) == (6, 18, 30, 2)
     assert stats.padding_share == pytest.approx(0.4)
 
 
 def test_rows_of_one_length_have_no_padding(manifest: Manifest) -> None:
     stats = Stats()
-    run(Called(echo), [make_row(4, 1), make_row(4, 50)], shaped(manifest, "right"), [], stats)
+    run_batch(Called(echo), [make_row(4, 1), make_row(4, 50)], shaped(manifest, "right"), [], stats)
     assert stats.padding_share == 0.0
 
 
@@ -462,7 +462,7 @@ def test_a_run_that_fails_is_not_counted(manifest: Manifest) -> None:
 
     stats = Stats()
     with pytest.raises(RuntimeError, match="broken"):
-        run(Called(broken), ROWS, shaped(manifest, "right"), [], stats)
+        run_batch(Called(broken), ROWS, shaped(manifest, "right"), [], stats)
     assert stats == Stats()
 
 

@@ -14,12 +14,12 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 import pytest
 from conftest import run_export
 from test_load_generator import OK, after, always, at_once, serving
-from traceserve.archives.archive import archive
+from traceserve.archives.archive import pack_archive
 from traceserve.commands.bench import notes
 from traceserve.errors import ConfigError, ServerError
 from traceserve.measuring import bench, targets
 from traceserve.measuring import page as report
-from traceserve.measuring.bench import Plan, measure
+from traceserve.measuring.bench import BenchPlan, measure
 from traceserve.measuring.targets import subject, traffic
 from traceserve.serving import configuration, instances, server
 from traceserve.serving.instances import Instance
@@ -43,7 +43,7 @@ def served(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     for name, delay in (("quick", 2), ("patient", int(1000 * DELAY))):
         folder = tmp_path_factory.mktemp("served") / name
         run_export(folder, {"model_name": str(checkpoint("bert")), "max_length": 32, "max_batch_delay": delay})
-        archives.append(archive(folder, name, folder.parent))
+        archives.append(pack_archive(folder, name, folder.parent))
     instance = server.start(archives, port=configuration.free_ports(1)[0], timeout=90)
     yield instance
     instances.stop(instance)
@@ -106,7 +106,7 @@ def test_the_command_on_a_real_server(served: Instance, samples: Path, tmp_path:
 
 def test_what_the_servers_counters_mean(served: Instance, samples: Path) -> None:
     """The queue's time holds the delay in which a batch may fill, and the handler's time the model's."""
-    plan = Plan(connections=(2,), seconds=2.0, warm_up=0.5)
+    plan = BenchPlan(connections=(2,), seconds=2.0, warm_up=0.5)
     document = measure([subject("patient", samples)], plan, samples.name, quietly)
     [one] = document["summary"]
     parts = one["server"]["time_ms"]
@@ -118,7 +118,7 @@ def test_what_the_servers_counters_mean(served: Instance, samples: Path) -> None
 
 def test_an_open_loop_on_a_real_server(served: Instance, samples: Path) -> None:
     """Whatever the delay of the batches, requests come at their rate."""
-    plan = Plan(connections=(1,), rate=40.0, seconds=2.0, warm_up=0.5)
+    plan = BenchPlan(connections=(1,), rate=40.0, seconds=2.0, warm_up=0.5)
     document = measure([subject("patient", samples)], plan, samples.name, quietly)
     [one] = document["summary"]
     assert one["requests"] == pytest.approx(80, abs=36) and one["most_connections"] > 2
@@ -150,7 +150,9 @@ def test_a_sample_that_the_server_refuses(served: Instance, tmp_path: Path) -> N
 def test_two_servers_in_turn(samples: Path) -> None:
     with serving(after(0.02)) as fast, serving(after(0.06)) as slow:
         asked = [subject(fast.url, samples), subject(slow.url, samples)]
-        document = measure(asked, Plan(connections=(2,), seconds=0.4, warm_up=0.1, rounds=3), samples.name, quietly)
+        document = measure(
+            asked, BenchPlan(connections=(2,), seconds=0.4, warm_up=0.1, rounds=3), samples.name, quietly
+        )
     [ratio] = document["ratios"]
     assert ratio["throughput"] == pytest.approx(3, rel=0.3)
     assert ratio["latency"]["p50"] == pytest.approx(1 / 3, rel=0.3)
@@ -220,7 +222,7 @@ def test_what_is_wrong_is_told_at_once(samples: Path, tmp_path: Path, monkeypatc
         assert time.monotonic() - started < 10
     monkeypatch.setitem(sys.modules, "plotly", None)
     with pytest.raises(ServerError, match=r"pip install 'traceserve\[bench\]'"):
-        report.require()
+        report.require_plotly()
 
 
 def test_errors_are_told(samples: Path, tmp_path: Path) -> None:
@@ -242,7 +244,7 @@ def test_errors_are_told(samples: Path, tmp_path: Path) -> None:
     with serving(once) as gone, pytest.raises(
         ServerError, match="answered no request in 0.2 s: .* times connection closed"
     ):
-        measure([subject(gone.url, samples)], Plan(seconds=0.2, warm_up=0.0), "texts.txt", quietly)
+        measure([subject(gone.url, samples)], BenchPlan(seconds=0.2, warm_up=0.0), "texts.txt", quietly)
 
 
 def test_what_makes_figures_less_than_they_seem_is_told(samples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,7 +253,7 @@ def test_what_makes_figures_less_than_they_seem_is_told(samples: Path, monkeypat
     told = {}
     for delay, rate in ((0.05, 60.0), (0.3, 2.0)):
         with serving(after(delay)) as slow:
-            document = measure([subject(slow.url, samples)], Plan((1,), rate, 1.0, 0.0), "texts.txt", quietly)
+            document = measure([subject(slow.url, samples)], BenchPlan((1,), rate, 1.0, 0.0), "texts.txt", quietly)
         [one] = document["summary"]
         told[rate] = list(notes(one, 1.0))
     [note] = told[60.0]
@@ -275,7 +277,7 @@ def plots(page: str) -> List[Dict[str, Any]]:
 
 def test_the_page_needs_nothing_else_and_shows_what_was_measured(samples: Path) -> None:
     with serving(after(0.005)) as asked:
-        document = measure([subject(asked.url, samples)], Plan((1, 2), None, 0.3, 0.0), "<texts>.txt", quietly)
+        document = measure([subject(asked.url, samples)], BenchPlan((1, 2), None, 0.3, 0.0), "<texts>.txt", quietly)
     page = report.page(document)
     assert not re.findall(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=", page)
     assert "&lt;texts&gt;.txt" in page and "<texts>" not in page

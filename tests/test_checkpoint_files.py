@@ -14,7 +14,7 @@ from conftest import run_export
 from oracle import answers
 from traceserve.building.checkpoints import sources
 from traceserve.building.checkpoints.checkpoint import Checkpoint
-from traceserve.building.config.parsing import parse
+from traceserve.building.config.parsing import parse_config
 from traceserve.building.gate.texts import SENTENCES
 from traceserve.errors import ConfigError, SourceError
 from traceserve_runtime.engine import Engine
@@ -34,8 +34,8 @@ def edit(path: Path, **keys: Any) -> None:
 
 
 def fetch(name: str, folder: Path, **content: Any) -> Checkpoint:
-    config, _ = parse({"model_name": name, **content})
-    return sources.fetch(config, folder)
+    config, _ = parse_config({"model_name": name, **content})
+    return sources.fetch_checkpoint(config, folder)
 
 
 # Folders of another kind, and files that are not what they should be.

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from traceserve import cli
 from traceserve.building.checkpoints import sources, task
 from traceserve.building.config import task_names
-from traceserve.building.config.parsing import parse
+from traceserve.building.config.parsing import parse_config
 from traceserve.errors import ConfigError, SourceError
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.tasks import TASKS
@@ -58,7 +58,7 @@ def copied(source: Path, folder: Path, **changes: Any) -> Path:
 
 
 def found(folder: Path, **content: Any) -> Tuple[str, str]:
-    resolved = task.resolve(parse({"model_name": "x", **content})[0], folder)
+    resolved = task.resolve(parse_config({"model_name": "x", **content})[0], folder)
     return resolved.config.task, resolved.reason
 
 
@@ -318,13 +318,13 @@ def test_a_head_has_an_output_for_each_label(
 
 def test_a_fetched_checkpoint_knows_its_task(checkpoints: Checkpoints) -> None:
     folder = checkpoints("bert", "AutoModelForTokenClassification", num_labels=3)
-    checkpoint = sources.fetch(parse({"model_name": str(folder)})[0], folder)
+    checkpoint = sources.fetch_checkpoint(parse_config({"model_name": str(folder)})[0], folder)
     assert (checkpoint.task, checkpoint.task_found) == (
         "token_classification",
         "from architectures: BertForTokenClassification",
     )
     with pytest.raises(SourceError, match='set "task": "token_classification"'):
-        sources.fetch(parse({"model_name": str(folder), "task": "question_answering"})[0], folder)
+        sources.fetch_checkpoint(parse_config({"model_name": str(folder), "task": "question_answering"})[0], folder)
 
 
 def test_the_build_tells_the_task_and_by_what_it_was_found(
@@ -345,10 +345,10 @@ def test_a_wrong_head_is_refused_before_its_weights_are_there(checkpoints: Check
     folder = copied(checkpoints("bert", "AutoModelForTokenClassification", num_labels=3), tmp_path / "x")
     (folder / "model.safetensors").unlink()
     with pytest.raises(SourceError, match='set "task": "token_classification"'):
-        task.check_early(parse({"model_name": "x", "task": "question_answering"})[0], folder)
+        task.check_early(parse_config({"model_name": "x", "task": "question_answering"})[0], folder)
     with pytest.raises(ConfigError, match="has no parameter top_k"):
-        task.check_early(parse({"model_name": "x", "parameters": {"top_k": 2}})[0], folder)
-    task.check_early(parse({"model_name": "x"})[0], folder)
+        task.check_early(parse_config({"model_name": "x", "parameters": {"top_k": 2}})[0], folder)
+    task.check_early(parse_config({"model_name": "x"})[0], folder)
 
 
 @pytest.mark.parametrize(
@@ -370,13 +370,13 @@ def test_a_wrong_head_is_refused_before_its_weights_are_there(checkpoints: Check
 )
 @pytest.mark.parametrize("key", ["task", "mode"])
 def test_a_pipelines_name_is_its_task(key: str, name: str, expected: str) -> None:
-    assert parse({"model_name": "x", key: name})[0].task == expected
+    assert parse_config({"model_name": "x", key: name})[0].task == expected
 
 
 @pytest.mark.parametrize("name", ["sentence-similarity", "summarization", "translation", "translation_en_to_de"])
 def test_a_name_that_promises_more_is_refused_with_the_word(name: str) -> None:
     with pytest.raises(ConfigError) as raised:
-        parse({"model_name": "x", "task": name})
+        parse_config({"model_name": "x", "task": name})
     assert f'task is "{name}"' in raised.value.message
     assert 'write "text2text_generation"' in raised.value.message or name == "sentence-similarity"
     assert 'write "feature_extraction"' in raised.value.message or name != "sentence-similarity"

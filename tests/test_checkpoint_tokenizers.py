@@ -16,9 +16,9 @@ import transformers
 from conftest import run_export
 from tokenizers import Tokenizer, processors
 from traceserve.building.checkpoints.checkpoint import Checkpoint
-from traceserve.building.checkpoints.loading import load, quiet
+from traceserve.building.checkpoints.loading import load_original, quiet_transformers
 from traceserve.building.checkpoints.original import Original
-from traceserve.building.config.parsing import parse
+from traceserve.building.config.parsing import parse_config
 from traceserve.building.gate.texts import SENTENCES, VERY_LONG
 from traceserve.errors import ExportError
 from traceserve_runtime.engine import Engine
@@ -29,9 +29,9 @@ Make = Callable[..., Path]
 
 
 def original(folder: Path, **content: Any) -> Original:
-    config, _ = parse({"model_name": str(folder), "task": "sequence_classification", **content})
-    with quiet():
-        return load(config, Checkpoint(folder, "folder"), folder)
+    config, _ = parse_config({"model_name": str(folder), "task": "sequence_classification", **content})
+    with quiet_transformers():
+        return load_original(config, Checkpoint(folder, "folder"), folder)
 
 
 # Layouts without a tokenizer.json: sentencepiece's own file.

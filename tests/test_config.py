@@ -11,7 +11,7 @@ from typing import Any, Dict, List, Tuple, Type
 import jsonschema
 import pytest
 from traceserve.building.config.hardware import HARDWARE
-from traceserve.building.config.parsing import load, parse
+from traceserve.building.config.parsing import load_config, parse_config
 from traceserve.building.config.schema import json_schema
 from traceserve.building.config.setup_config import AUTO_TASK, RENAMED, WITHOUT_MEANING, SetupConfig, default_name
 from traceserve.building.writers import WRITERS
@@ -128,7 +128,7 @@ BAD: List[Tuple[str, Any, str]] = [
 
 
 def config_of(**content: Any) -> SetupConfig:
-    return parse({"model_name": "x", **content})[0]
+    return parse_config({"model_name": "x", **content})[0]
 
 
 def write(path: Path, content: Any) -> Path:
@@ -147,7 +147,7 @@ def test_default(key: str) -> None:
 
 @pytest.mark.parametrize("key, given, meant", VALUES)
 def test_legal_value(key: str, given: Any, meant: Any) -> None:
-    config, notes = parse({"model_name": "x", key: given})
+    config, notes = parse_config({"model_name": "x", key: given})
     value = getattr(config, key)
     assert (value, type(value), notes) == (meant, type(meant), ())
 
@@ -155,7 +155,7 @@ def test_legal_value(key: str, given: Any, meant: Any) -> None:
 @pytest.mark.parametrize("key, value, legal", BAD)
 def test_illegal_value(key: str, value: Any, legal: str) -> None:
     with pytest.raises(ConfigError) as raised:
-        parse({"model_name": "x", key: value})
+        parse_config({"model_name": "x", key: value})
     given = value.strip() if isinstance(value, str) and key == "model_name" else value
     assert f"{key} is " in raised.value.message
     assert json.dumps(given) in raised.value.message or json.dumps(value) in raised.value.message
@@ -164,12 +164,12 @@ def test_illegal_value(key: str, value: Any, legal: str) -> None:
 
 def test_model_name_is_required() -> None:
     with pytest.raises(ConfigError, match="model_name is missing: The checkpoint: a hub id, a folder"):
-        parse({})
+        parse_config({})
 
 
 def test_every_error_is_told_at_once() -> None:
     with pytest.raises(ConfigError) as raised:
-        parse({"max_length": 1, "batch_size": "many"})
+        parse_config({"max_length": 1, "batch_size": "many"})
     for key in ("model_name is missing", "max_length is 1", 'batch_size is "many"'):
         assert key in raised.value.message
 
@@ -177,7 +177,7 @@ def test_every_error_is_told_at_once() -> None:
 @pytest.mark.parametrize("content", [None, [], "x", 1, [{"model_name": "x"}]])
 def test_not_an_object(content: Any) -> None:
     with pytest.raises(ConfigError, match="should be a JSON object"):
-        parse(content)
+        parse_config(content)
 
 
 @pytest.mark.parametrize(
@@ -194,17 +194,17 @@ def test_not_an_object(content: Any) -> None:
 )
 def test_unknown_key_names_the_nearest(key: str, nearest: str) -> None:
     with pytest.raises(ConfigError, match=f"^unknown key {key}; did you mean {nearest}\\?$"):
-        parse({"model_name": "x", key: "y"})
+        parse_config({"model_name": "x", key: "y"})
 
 
 def test_unknown_key_like_none_lists_the_known_ones() -> None:
     with pytest.raises(ConfigError) as raised:
-        parse({"model_name": "x", "zzz": 1})
+        parse_config({"model_name": "x", "zzz": 1})
     assert raised.value.message == f"unknown key zzz; known are: {', '.join(SetupConfig.model_fields)}"
 
 
 def test_mode_is_the_older_name_of_task() -> None:
-    config, notes = parse({"model_name": "x", "mode": "feature_extraction"})
+    config, notes = parse_config({"model_name": "x", "mode": "feature_extraction"})
     assert (config.task, notes) == ("feature_extraction", ())
 
 
@@ -212,17 +212,17 @@ def test_mode_is_the_older_name_of_task() -> None:
 @pytest.mark.parametrize("second", ["sequence_classification", "feature_extraction"])
 def test_mode_and_task_together_are_refused(keys: Tuple[str, str], second: str) -> None:
     with pytest.raises(ConfigError, match="are the same key; keep one") as raised:
-        parse({"model_name": "x", keys[0]: "sequence_classification", keys[1]: second})
+        parse_config({"model_name": "x", keys[0]: "sequence_classification", keys[1]: second})
     assert "mode" in raised.value.message and "task" in raised.value.message
 
 
 def test_an_illegal_mode_is_told_under_the_name_that_the_user_wrote() -> None:
     with pytest.raises(ConfigError, match="mode"):
-        parse({"model_name": "x", "mode": "fortune_telling"})
+        parse_config({"model_name": "x", "mode": "fortune_telling"})
 
 
 def test_schema_key_is_for_editors() -> None:
-    assert parse({"$schema": "./schema.json", "model_name": "x"}) == parse({"model_name": "x"})
+    assert parse_config({"$schema": "./schema.json", "model_name": "x"}) == parse_config({"model_name": "x"})
 
 
 # As in examples/Huggingface_Transformers of pytorch/serve over the years, with the values that its users put in.
@@ -286,7 +286,7 @@ EXAMPLE_FILES: Dict[str, Dict[str, Any]] = {
 @pytest.mark.parametrize("name", EXAMPLE_FILES)
 def test_files_of_the_pytorch_serve_example(name: str, tmp_path: Path) -> None:
     content = EXAMPLE_FILES[name]
-    loaded = load(write(tmp_path / "setup_config.json", content))
+    loaded = load_config(write(tmp_path / "setup_config.json", content))
     config = loaded.config
     assert (config.model_name, config.task, config.save_mode) == (content["model_name"], content["mode"], "torchscript")
     assert (config.num_labels, config.max_length) == (int(content["num_labels"]), int(content["max_length"]))
@@ -314,7 +314,7 @@ def test_what_this_version_lacks_is_refused_with_what_is_legal(
     change: Dict[str, Any], given: str, legal: List[str]
 ) -> None:
     with pytest.raises(ConfigError) as raised:
-        parse({**EXAMPLE_FILES["last"], **change})
+        parse_config({**EXAMPLE_FILES["last"], **change})
     assert given in raised.value.message
     for name in legal:
         assert f"'{name}'" in raised.value.message
@@ -324,10 +324,10 @@ def test_a_configuration_is_refused_before_anything_heavy_is_imported() -> None:
     """So nothing can have been downloaded; and the message comes at once."""
     code = """
 import sys
-from traceserve.building.config.parsing import parse
+from traceserve.building.config.parsing import parse_config
 from traceserve.errors import ConfigError
 try:
-    parse({"model_name": "bert-base-uncased", "mode": "fortune_telling"})
+    parse_config({"model_name": "bert-base-uncased", "mode": "fortune_telling"})
 except ConfigError:
     print(sorted({"torch", "transformers", "huggingface_hub"} & set(sys.modules)))
 """
@@ -443,7 +443,7 @@ def test_load_gives_the_folder_that_paths_are_relative_to(tmp_path: Path, monkey
     (tmp_path / "sub").mkdir()
     write(tmp_path / "sub" / "mine.json", {"model_name": "x"})
     monkeypatch.chdir(tmp_path)
-    assert load(Path("sub/mine.json")).folder == (tmp_path / "sub").resolve()
+    assert load_config(Path("sub/mine.json")).folder == (tmp_path / "sub").resolve()
 
 
 @pytest.mark.parametrize(
@@ -462,26 +462,26 @@ def test_load_gives_the_folder_that_paths_are_relative_to(tmp_path: Path, monkey
 def test_load_names_the_file_and_what_is_wrong(text: str, reason: str, tmp_path: Path) -> None:
     path = write(tmp_path / "setup_config.json", text)
     with pytest.raises(ConfigError) as raised:
-        load(path)
+        load_config(path)
     assert reason in raised.value.message
     assert str(path) in raised.value.message
 
 
 def test_load_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nothing.json does not exist; name a configuration with --config FILE"):
-        load(tmp_path / "nothing.json")
+        load_config(tmp_path / "nothing.json")
 
 
 @pytest.mark.parametrize("make", [lambda path: path.mkdir(), lambda path: path.write_bytes(b'{"model_name": "\xff"}')])
 def test_load_what_is_no_text_file(make: Any, tmp_path: Path) -> None:
     make(tmp_path / "setup_config.json")
     with pytest.raises(ConfigError, match="setup_config.json cannot be read"):
-        load(tmp_path / "setup_config.json")
+        load_config(tmp_path / "setup_config.json")
 
 
 def test_the_default_configuration_is_legal() -> None:
     root = Path(__file__).resolve().parents[1]
-    assert load(root / "setup_config.json").notes == ()
+    assert load_config(root / "setup_config.json").notes == ()
 
 
 @pytest.mark.parametrize(
@@ -591,7 +591,7 @@ def validator() -> Any:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: json.dumps(document)[:60])
 def test_the_schema_accepts_what_parse_accepts(document: Any, validator: Any) -> None:
     try:
-        parse(document)
+        parse_config(document)
         accepted = True
     except ConfigError:
         accepted = False

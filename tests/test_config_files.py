@@ -8,7 +8,7 @@ from typing import Any, Callable, Dict, List
 
 import pytest
 from test_loading import COLORS, original
-from traceserve.building.config.parsing import load
+from traceserve.building.config.parsing import load_config
 from traceserve.errors import ConfigError
 
 # As in the example's model-config.yaml, with what people add to it.
@@ -46,14 +46,14 @@ def write(path: Path, content: Any) -> Path:
 
 def refusal(path: Path) -> str:
     with pytest.raises(ConfigError) as raised:
-        load(path)
+        load_config(path)
     assert raised.value.message.startswith(str(path))
     return raised.value.message
 
 
 @pytest.mark.parametrize("name", ["model-config.yaml", "mine.YML"])
 def test_the_examples_yaml(name: str, tmp_path: Path) -> None:
-    loaded = load(write(tmp_path / name, EXAMPLE))
+    loaded = load_config(write(tmp_path / name, EXAMPLE))
     config = loaded.config
     assert (config.model_name, config.task, config.save_mode) == (
         "bert-base-uncased",
@@ -81,13 +81,13 @@ handler:
   num_labels: 2
   max_length: 150
 """
-    loaded = load(write(tmp_path / "model-config.yaml", text))
+    loaded = load_config(write(tmp_path / "model-config.yaml", text))
     assert (loaded.config.index_to_name, loaded.config.batch_size) == ("index_to_name.json", 2)
     assert [note.split(" ")[0] for note in loaded.notes] == ["model_so_path", "tokenizer_path"]
 
 
 def test_setup_config_as_yaml(tmp_path: Path) -> None:
-    assert load(write(tmp_path / "mine.yaml", "model_name: x\nmax_length: 16\n")).config.max_length == 16
+    assert load_config(write(tmp_path / "mine.yaml", "model_name: x\nmax_length: 16\n")).config.max_length == 16
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_yaml_that_is_refused(text: str, reason: str, tmp_path: Path) -> None:
 def test_a_byte_order_mark_is_no_part_of_a_configuration(tmp_path: Path) -> None:
     path = tmp_path / "setup_config.json"
     path.write_text('{"model_name": "x"}', encoding="utf-8-sig")
-    assert load(path).config.model_name == "x"
+    assert load_config(path).config.model_name == "x"
     path.write_text('{"model_name": "x"}', encoding="utf-16")
     assert "save it as UTF-8" in refusal(path)
 
@@ -132,17 +132,17 @@ def test_the_examples_labels_are_found_by_their_place(mode: str, places: List[st
     for place in places:
         write(tmp_path / place, {"0": "a", "1": "b"})
     content = {"model_name": "x", "mode": mode, "num_labels": "0"}
-    loaded = load(write(tmp_path / "setup_config.json", content))
+    loaded = load_config(write(tmp_path / "setup_config.json", content))
     assert loaded.config.index_to_name == taken
     assert any(taken in note for note in loaded.notes) if taken else loaded.notes == ()
-    none = load(write(tmp_path / "setup_config.json", {**content, "index_to_name": None}))
+    none = load_config(write(tmp_path / "setup_config.json", {**content, "index_to_name": None}))
     assert none.config.index_to_name is None and none.notes == ()
 
 
 def test_a_file_that_lies_beside_another_configuration_is_not_taken(tmp_path: Path) -> None:
     write(tmp_path / "index_to_name.json", {"0": "a"})
     content = {"model_name": "x", "task": "sequence_classification"}
-    assert load(write(tmp_path / "setup_config.json", content)).config.index_to_name is None
+    assert load_config(write(tmp_path / "setup_config.json", content)).config.index_to_name is None
 
 
 @pytest.mark.parametrize(

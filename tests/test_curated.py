@@ -14,9 +14,9 @@ import torch
 import transformers
 from conftest import run_export
 from traceserve.building.checkpoints.checkpoint import Checkpoint
-from traceserve.building.checkpoints.loading import load, quiet
+from traceserve.building.checkpoints.loading import load_original, quiet_transformers
 from traceserve.building.checkpoints.original import Original
-from traceserve.building.config.parsing import parse
+from traceserve.building.config.parsing import parse_config
 from traceserve.building.config.save_modes import Target
 from traceserve.building.gate.texts import SENTENCES
 from traceserve.building.writers.torchscript import writer
@@ -167,9 +167,9 @@ def change_json(path: Path, **changes: Any) -> None:
 
 
 def original(folder: Path, **content: Any) -> Original:
-    config, _ = parse({"model_name": str(folder), **CURATED, **content})
-    with quiet():
-        return load(config, Checkpoint(folder, "folder"), folder)
+    config, _ = parse_config({"model_name": str(folder), **CURATED, **content})
+    with quiet_transformers():
+        return load_original(config, Checkpoint(folder, "folder"), folder)
 
 
 def test_a_trace_has_the_positions_of_its_longest_row(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
@@ -262,7 +262,7 @@ LACKING = [name for name, task in TASKS.items() if task.auto_model not in ("Auto
 @pytest.mark.parametrize("task", LACKING)
 def test_other_tasks_are_refused_at_once(task: str) -> None:
     with pytest.raises(ConfigError) as raised:
-        parse({"model_name": "x", "task": task, "library": "curated_transformers"})
+        parse_config({"model_name": "x", "task": task, "library": "curated_transformers"})
     assert raised.value.message == (
         f"library curated_transformers has no models for the task {task}, but for feature_extraction, text_generation; "
         "take transformers"

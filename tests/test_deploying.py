@@ -21,8 +21,8 @@ from typing import Any, Dict, Iterator, List, Sequence
 import pytest
 from conftest import ROOT
 from traceserve import cli
-from traceserve.archives.archive import archive
-from traceserve.archives.contents import configure, read_serving
+from traceserve.archives.archive import pack_archive
+from traceserve.archives.contents import configure_archive, read_serving
 from traceserve.building.config.hardware import HARDWARE
 from traceserve.building.config.save_modes import SAVE_MODES
 from traceserve.commands import deploy
@@ -34,7 +34,7 @@ from traceserve.serving.configuration import free_ports
 
 @pytest.fixture(scope="module")
 def mar(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return archive(artifact, "tiny", tmp_path_factory.mktemp("store"))
+    return pack_archive(artifact, "tiny", tmp_path_factory.mktemp("store"))
 
 
 def deployed(target: str, mars: Sequence[Path], folder: Path, *options: str) -> Path:
@@ -101,7 +101,7 @@ def test_resources_are_of_what_tune_wrote(mar: Path, tmp_path: Path) -> None:
     shutil.copyfile(mar, tuned)
     before = resources.needed(described.describe([mar]), "torchserve")
     assert before.cpu == 2 and "not tuned" in " ".join(before.reasons)
-    configure(tuned, read_serving(tuned).__class__(64, 1, 300, workers=3, threads=2))
+    configure_archive(tuned, read_serving(tuned).__class__(64, 1, 300, workers=3, threads=2))
     after = resources.needed(described.describe([tuned]), "torchserve")
     assert after.cpu == 7 and after.memory >= before.memory + 2 * resources.WORKER - 64
     assert not before.devices and before.requests() == {

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from test_deploying import deployed, mar  # noqa: F401  a fixture
 from traceserve.serving import configuration, instances, server
-from traceserve.serving.front import Front
+from traceserve.serving.front import FrontendOptions
 
 VERSION = "1.31"  # of Kubernetes, whose schemas are strict
 Documents = Dict[Tuple[str, str], Dict[str, Any]]  # by kind and name
@@ -163,7 +163,7 @@ def proxied(chart: Path, folder: Path, mar: Path) -> Iterator[Tuple[int, int]]: 
     if nginx is None:
         pytest.skip("nginx is not installed")
     public, shown, inner, metrics = configuration.free_ports(4)
-    instance = server.start([mar], port=inner, timeout=180, front=Front(metrics_port=metrics))
+    instance = server.start([mar], port=inner, timeout=180, front=FrontendOptions(metrics_port=metrics))
     documents = rendered(chart)
     here = {"8080": public, "8081": inner, "8082": shown, "8083": metrics, "/tmp": folder, "/etc/traceserve": folder}
     (folder / "nginx.conf").write_text(moved(documents["ConfigMap", "demo"]["data"]["nginx.conf"], here))

@@ -11,7 +11,7 @@ from typing import Any, Callable, Dict, List, Tuple, Type
 import pytest
 import torch
 from conftest import run_export
-from traceserve.building.config.parsing import parse
+from traceserve.building.config.parsing import parse_config
 from traceserve.building.gate import verification
 from traceserve.building.gate.texts import SENTENCES
 from traceserve.building.writers.torchscript import other_device
@@ -192,7 +192,7 @@ def test_auto_is_float32_on_a_gpu(made: Make) -> None:
 @pytest.mark.parametrize("dtype, hardware", [("int8", "gpu"), ("float16", "cpu")])
 def test_dtypes_of_other_hardware_are_refused(dtype: str, hardware: str) -> None:
     with pytest.raises(ConfigError, match=f"not on {hardware}"):
-        parse({"model_name": "x", "dtype": dtype, "hardware": hardware})
+        parse_config({"model_name": "x", "dtype": dtype, "hardware": hardware})
 
 
 # What cannot be moved.

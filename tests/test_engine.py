@@ -810,6 +810,6 @@ def test_a_slow_model_is_timed_three_times_only(engine: Engine) -> None:
 
 def test_what_cannot_be_fitted_leaves_the_tasks_own_cost(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     other = like(engine)
-    monkeypatch.setattr(costs, "fit", lambda timings, padding: None)
+    monkeypatch.setattr(costs, "fit_costs", lambda timings, padding: None)
     other.measure()
     assert other.cost == CostModel(padding=IN_ATTENTION._replace(alone=16))

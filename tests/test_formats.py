@@ -15,7 +15,7 @@ from traceserve.building.checkpoints import sources
 from traceserve.building.config import formats
 from traceserve.building.config.dtypes import AUTO, DTYPES
 from traceserve.building.config.hardware import HARDWARE
-from traceserve.building.config.parsing import parse
+from traceserve.building.config.parsing import parse_config
 from traceserve.building.config.save_modes import SAVE_MODES
 from traceserve.building.config.schema import json_schema
 from traceserve.errors import ConfigError
@@ -44,10 +44,10 @@ ALL = list(itertools.product(SAVE_MODES, HARDWARE, TASKS))
 )
 def test_what_another_save_mode_may_write(content: Dict[str, Any], expected: List[str]) -> None:
     content = {"task": "sequence_classification", **content}
-    config = parse({"model_name": "x/y", **content})[0]
+    config = parse_config({"model_name": "x/y", **content})[0]
     assert formats.others(config) == expected
     for save_mode in expected:
-        parse({"model_name": "x/y", **content, "save_mode": save_mode})  # it is legal
+        parse_config({"model_name": "x/y", **content, "save_mode": save_mode})  # it is legal
     assert formats.advice(config) == (f"; try save_mode {' or '.join(expected)}" if expected else "")
 
 
@@ -68,10 +68,10 @@ def test_configuration_schema_and_table_agree(save_mode: str, hardware: str, tas
         content = {"model_name": "x/y", "save_mode": save_mode, "hardware": hardware, "task": task, "dtype": dtype}
         assert validator.is_valid(content) is (dtype in row.dtypes)
         if dtype in row.dtypes:
-            assert parse(content)[0].dtype == dtype and dtype not in row.refused
+            assert parse_config(content)[0].dtype == dtype and dtype not in row.refused
             continue
         with pytest.raises(ConfigError) as raised:
-            parse(content)
+            parse_config(content)
         reason = row.refused[""] if "" in row.refused else row.refused[dtype]
         assert reason.replace("it ", "", 1).split(", not for")[0] in raised.value.message
         # What it says to take instead can be taken.
@@ -93,11 +93,11 @@ def test_a_mode_without_loops_is_refused_for_them(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(SAVE_MODES, "pretrained", SAVE_MODES["pretrained"]._replace(loops=()))
     content = {"model_name": "x", "save_mode": "pretrained"}
     with pytest.raises(ConfigError) as raised:
-        parse({**content, "task": "text_generation"})
+        parse_config({**content, "task": "text_generation"})
     assert raised.value.message == (
         "save_mode pretrained is for models that are run once, not for text_generation; take torchscript or onnx"
     )
-    assert parse({**content, "task": "fill_mask"})
+    assert parse_config({**content, "task": "fill_mask"})
     rows = [item for item in formats.every_format() if (item.save_mode, item.hardware) == ("pretrained", "cpu")]
     assert [bool(item.dtypes) for item in rows] == [True, False]
 
@@ -115,10 +115,10 @@ def test_every_option_is_legal_where_it_belongs_and_nowhere_else(validator: Any)
             accepted = known is not None and known.accepts(value)
             assert validator.is_valid(content) is accepted
             if accepted:
-                assert parse(content)[0].options == {name: value}
+                assert parse_config(content)[0].options == {name: value}
             else:
                 with pytest.raises(ConfigError, match="^options: "):
-                    parse(content)
+                    parse_config(content)
         assert formats.target(save_mode, hardware, {}).options == {name: item.default for name, item in own.items()}
 
 
@@ -138,7 +138,7 @@ def test_nothing_is_fetched_for_what_cannot_work(
     def fetch(*arguments: Any) -> Any:
         raise AssertionError("something was to be downloaded")
 
-    monkeypatch.setattr(sources, "fetch", fetch)
+    monkeypatch.setattr(sources, "fetch_checkpoint", fetch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "setup_config.json").write_text(json.dumps({"model_name": "nobody/nothing", **content}))
     assert cli.main(["export"]) == 1
@@ -177,7 +177,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert "A save mode is how the model is stored" in shown
     [example] = [line for line in shown.splitlines() if line.strip().startswith("{")]
-    assert parse(json.loads(example))
+    assert parse_config(json.loads(example))
 
 
 def test_what_a_reader_must_know_is_in_the_manifest(checkpoint: Callable[..., Path], tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from oracle import answers, generated, written
 from traceserve.building.gate.texts import SENTENCES, VERY_LONG
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import InvalidRequest, TraceserveError
-from traceserve_runtime.generation.scores import Settings, probabilities, processed
+from traceserve_runtime.generation.scores import GenerationSettings, probabilities, processed
 from traceserve_runtime.generation.search import Sampling
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Answer, Request
@@ -190,7 +190,7 @@ def test_probabilities_are_those_of_the_original_processors(seed: int, options: 
     rng = np.random.default_rng(seed)
     scores = (rng.standard_normal(60) * 4).astype(np.float32)
     ids = rng.integers(0, 12, 20).tolist()
-    chosen = Settings(max_new_tokens=50, do_sample=True, **options)
+    chosen = GenerationSettings(max_new_tokens=50, do_sample=True, **options)
     got = probabilities(processed(scores, ids[:8], ids[8:], chosen), chosen)
     np.testing.assert_allclose(got, hugging_face(scores, ids, options), rtol=1e-4, atol=1e-6)
 
@@ -203,7 +203,7 @@ def test_draws_follow_the_probabilities() -> None:
     expected = hugging_face(scores, [0], options)
     counts = np.zeros(40)
     for seed in range(20_000):
-        search = Sampling([0], Settings(max_new_tokens=1, do_sample=True, seed=seed, **options))
+        search = Sampling([0], GenerationSettings(max_new_tokens=1, do_sample=True, seed=seed, **options))
         search.advance(scores[None])
         counts[search.tokens[0]] += 1
     assert not counts[expected == 0].any()

@@ -15,13 +15,13 @@ import transformers
 from conftest import run_export
 from oracle import answers, generated, written
 from traceserve.building.checkpoints import generation, sources
-from traceserve.building.config.parsing import parse
+from traceserve.building.config.parsing import parse_config
 from traceserve.building.gate.texts import SENTENCES
 from traceserve.errors import SourceError
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import TraceserveError
 from traceserve_runtime.generation import scores as loop
-from traceserve_runtime.generation.scores import Settings
+from traceserve_runtime.generation.scores import GenerationSettings
 from traceserve_runtime.tasks.contract import Request
 
 TEXTS = [text for text in SENTENCES if text][:4]
@@ -113,11 +113,11 @@ def test_refused_by_name_before_anything_is_loaded(
     settings: Dict[str, Any], words: str, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     source = copy(checkpoint, tmp_path / "mine", "gpt2", **settings)
-    config, _ = parse({"model_name": str(source), "task": "text_generation"})
+    config, _ = parse_config({"model_name": str(source), "task": "text_generation"})
     with pytest.raises(SourceError, match=f"generation_config.json {words}"):
-        sources.fetch(config, tmp_path)
-    classifier, _ = parse({"model_name": str(source), "task": "feature_extraction"})
-    sources.fetch(classifier, tmp_path)  # which writes no text
+        sources.fetch_checkpoint(config, tmp_path)
+    classifier, _ = parse_config({"model_name": str(source), "task": "feature_extraction"})
+    sources.fetch_checkpoint(classifier, tmp_path)  # which writes no text
 
 
 def test_refused_in_a_config_of_before_there_was_such_a_file(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_what_is_done_to_scores_is_what_the_original_processors_do() -> None:
         source, tokens = (rng.integers(0, 9, size).tolist() for size in (12, int(rng.integers(1, 7))))
         size, penalty = int(rng.integers(1, 4)), float(rng.uniform(0.4, 3))
         options = {"source": tuple(source), "source_ngram_size": size, "source_penalty": penalty}
-        settings = Settings(9, **options, renormalize=trial % 2 == 0)  # type: ignore[arg-type]
+        settings = GenerationSettings(9, **options, renormalize=trial % 2 == 0)  # type: ignore[arg-type]
         processors = transformers.LogitsProcessorList(
             [
                 transformers.EncoderRepetitionPenaltyLogitsProcessor(penalty, torch.tensor([source])),
@@ -251,8 +251,8 @@ def test_settings_for_other_pipelines_are_told(checkpoint: Checkpoint, tmp_path:
 
     def note(architecture: str, name: str) -> Any:
         source = edit(copy(checkpoint, tmp_path / architecture, architecture), task_specific_params=params)
-        config, _ = parse({"model_name": str(source), "task": name})
-        return sources.fetch(config, tmp_path).note
+        config, _ = parse_config({"model_name": str(source), "task": name})
+        return sources.fetch_checkpoint(config, tmp_path).note
 
     assert note("bart", "text2text_generation") == (
         "config.json's task_specific_params has settings for summarization, which the task text2text_generation does not "

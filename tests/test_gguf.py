@@ -12,9 +12,9 @@ import transformers
 from conftest import run_export
 from traceserve.building.checkpoints.checkpoint import Checkpoint
 from traceserve.building.checkpoints.gguf import tokenizer_options
-from traceserve.building.checkpoints.loading import load, quiet
-from traceserve.building.checkpoints.sources import fetch
-from traceserve.building.config.parsing import parse
+from traceserve.building.checkpoints.loading import load_original, quiet_transformers
+from traceserve.building.checkpoints.sources import fetch_checkpoint
+from traceserve.building.config.parsing import parse_config
 from traceserve.building.gate.texts import SENTENCES
 from traceserve.errors import ConfigError, ExportError, SourceError
 from traceserve_runtime.engine import Engine
@@ -151,9 +151,9 @@ def test_the_manifest_tells_the_file(exported: Path) -> None:
 
 def read(folder: Path, **content: Any) -> Any:
     named = {"model_name": str(folder), "task": "text_generation", "gguf_file": "x.gguf", **content}
-    config, _ = parse(named)
-    with quiet():
-        return load(config, fetch(config, folder), folder)
+    config, _ = parse_config(named)
+    with quiet_transformers():
+        return load_original(config, fetch_checkpoint(config, folder), folder)
 
 
 @pytest.mark.parametrize("scaled, word", [("tensor", "rope_freqs.weight"), ("metadata", "rope.scaling.type linear")])
@@ -207,27 +207,27 @@ def test_nothing_else_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     content = {"model_name": "org/name", "revision": "v1", "task": "text_generation", "gguf_file": "x (1).gguf"}
-    config, _ = parse(content)
+    config, _ = parse_config(content)
     expected = Checkpoint(tmp_path / "abc", "hub", "abc", gguf_file="x (1).gguf", task="text_generation")
-    assert fetch(config, tmp_path) == expected
+    assert fetch_checkpoint(config, tmp_path) == expected
     assert asked == [("org/name", "v1", ["x (1).gguf"])]
 
 
 @pytest.mark.parametrize("task", [name for name in TASKS if TASKS[name].auto_model != "AutoModelForCausalLM"])
 def test_other_tasks_are_refused_at_once(task: str) -> None:
     with pytest.raises(ConfigError, match=f"gguf_file is for text generators, and not for the task {task}"):
-        parse({"model_name": "x", "task": task, "gguf_file": "x.gguf"})
+        parse_config({"model_name": "x", "task": task, "gguf_file": "x.gguf"})
 
 
 def test_another_library_is_refused_at_once() -> None:
     content = {"model_name": "x", "task": "text_generation", "gguf_file": "x.gguf", "library": "curated_transformers"}
     with pytest.raises(ConfigError, match="curated_transformers reads no GGUF files; with gguf_file take transformers"):
-        parse(content)
+        parse_config(content)
 
 
 def test_a_part_of_a_file_is_refused_at_once() -> None:
     with pytest.raises(ConfigError, match="is a part of a file that was split"):
-        parse({"model_name": "x", "task": "text_generation", "gguf_file": "x-00001-of-00002.gguf"})
+        parse_config({"model_name": "x", "task": "text_generation", "gguf_file": "x-00001-of-00002.gguf"})
 
 
 @pytest.mark.parametrize("package", ["gguf", "accelerate"])

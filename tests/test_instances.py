@@ -15,7 +15,7 @@ import psutil
 import pytest
 from traceserve import cli
 from traceserve.archives import staging
-from traceserve.archives.archive import archive
+from traceserve.archives.archive import pack_archive
 from traceserve.serving import configuration, instances, server
 from traceserve.serving.instances import Instance
 
@@ -153,7 +153,7 @@ def launched() -> List[str]:
 
 @pytest.fixture(scope="module")
 def packed(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return archive(artifact, "tiny", tmp_path_factory.mktemp("store"))
+    return pack_archive(artifact, "tiny", tmp_path_factory.mktemp("store"))
 
 
 @pytest.mark.parametrize("where", ["launched", "remembered"])

@@ -12,7 +12,7 @@ import torch
 import transformers
 from conftest import run_export
 from traceserve.building.checkpoints import loading, sources
-from traceserve.building.config.parsing import parse
+from traceserve.building.config.parsing import parse_config
 from traceserve.building.gate.findings import LIMITS, DriftError
 from traceserve.building.gate.texts import SENTENCES
 from traceserve.building.writers.lowering import int8, precision
@@ -140,9 +140,9 @@ def test_layers_of_nothing_but_zeros() -> None:
 
 
 def load(checkpoint: Callable[..., Path], folder: Path, architecture: str = "bert") -> Any:
-    config, _ = parse(content(checkpoint, architecture))
-    with loading.quiet():
-        return loading.load(config, sources.fetch(config, folder), folder)
+    config, _ = parse_config(content(checkpoint, architecture))
+    with loading.quiet_transformers():
+        return loading.load_original(config, sources.fetch_checkpoint(config, folder), folder)
 
 
 def batches(original: Any) -> List[Dict[str, torch.Tensor]]:

@@ -17,7 +17,7 @@ from traceserve.building.gate.texts import SENTENCES, VERY_LONG
 from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.batching.costs import CostModel
 from traceserve_runtime.batching.lanes import Batches, Lanes, schedule
-from traceserve_runtime.batching.plan import plan
+from traceserve_runtime.batching.plan import plan_batches
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import ModelFailure
 from traceserve_runtime.manifest import Shapes
@@ -69,7 +69,7 @@ def test_a_schedule_covers_every_row_once_and_keeps_the_limits(
         assert len(batch) <= (max(shapes.batches) if shapes.batches else 64)
         assert len(batch) == 1 or len(batch) * shapes.length(max(lengths[i] for i in batch)) <= most_tokens
     # By the model it is never later done than all cores are, one micro-batch after another.
-    one_by_one = total(plan(lengths, shapes, together, most_tokens), lengths, shapes, together)
+    one_by_one = total(plan_batches(lengths, shapes, together, most_tokens), lengths, shapes, together)
     if len(planned) == 1:
         assert total(planned[0], lengths, shapes, together) == pytest.approx(one_by_one)
     else:

@@ -14,15 +14,15 @@ import transformers
 from conftest import run_export
 from oracle import answers
 from traceserve.building.checkpoints.checkpoint import Checkpoint
-from traceserve.building.checkpoints.loading import load, quiet
+from traceserve.building.checkpoints.loading import load_original, quiet_transformers
 from traceserve.building.checkpoints.original import Original
-from traceserve.building.config.parsing import parse
+from traceserve.building.config.parsing import parse_config
 from traceserve.building.gate.texts import SENTENCES
 from traceserve.errors import ConfigError, ExportError
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import InvalidRequest
 from traceserve_runtime.tasks.contract import Request
-from traceserve_runtime.tasks.text2text_generation import nearest
+from traceserve_runtime.tasks.text2text_generation import nearest_code
 from transformers.models.m2m_100.tokenization_m2m_100 import FAIRSEQ_LANGUAGE_CODES
 
 
@@ -55,7 +55,7 @@ def make(folder: Path, family: Family) -> Path:
     test_pieces.write(folder, test_pieces.M2M100)
     (folder / "tokenizer_config.json").unlink()
     kind = getattr(transformers, family.tokenizer + "Fast", None) or getattr(transformers, family.tokenizer)
-    with quiet():
+    with quiet_transformers():
         tokenizer = kind.from_pretrained(folder, **family.options)
     for file in folder.iterdir():
         file.unlink()
@@ -91,9 +91,9 @@ def translator(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 
 def original(folder: Path, **parameters: str) -> Original:
-    config, _ = parse({"model_name": str(folder), "task": "text2text_generation", "parameters": parameters})
-    with quiet():
-        return load(config, Checkpoint(folder, "folder"), folder)
+    config, _ = parse_config({"model_name": str(folder), "task": "text2text_generation", "parameters": parameters})
+    with quiet_transformers():
+        return load_original(config, Checkpoint(folder, "folder"), folder)
 
 
 def translated(loaded: Original, text: str, source: str, target: str, **options: Any) -> str:
@@ -130,7 +130,7 @@ def test_languages_by_default_and_by_request(name: str, translator: Callable[[st
     }
     fixed: Dict[str, Any] = {"max_new_tokens": 12, "num_beams": 2, "no_repeat_ngram_size": 1}
     requests = [Request({"text": text}, {**fixed, **languages}) for languages in asked.values()]
-    with quiet():
+    with quiet_transformers():
         expected = [translated(loaded, text, source, target, **fixed) for source, target in asked]
     assert [answer["generated_text"] for answer in answers(engine, requests)] == expected
     assert len({*expected}) == len(expected)
@@ -171,7 +171,7 @@ def test_a_tokenizer_without_languages_says_so(checkpoint: Callable[..., Path], 
     [("fr", "fra_Latn"), ("fra", "fra_Latn"), ("FRA_LATN", "fra_Latn"), ("zh", "zho_Hans"), ("de_DE", "deu_Latn")],
 )
 def test_the_nearest_code(code: str, meant: str) -> None:
-    assert nearest(code, NLLB_CODES) == meant
+    assert nearest_code(code, NLLB_CODES) == meant
 
 
 def test_the_codes_stand_in_the_manifest(translator: Callable[[str], Path]) -> None:

@@ -16,7 +16,7 @@ from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import InputTooLong
 from traceserve_runtime.tasks.contract import Answer, Request
 from traceserve_runtime.texts import limits
-from traceserve_runtime.texts.limits import Limits
+from traceserve_runtime.texts.limits import RequestLimits
 from traceserve_runtime.texts.tokenization import Encoded
 from transformer_handler import TransformerHandler
 
@@ -207,7 +207,7 @@ def test_a_refused_text_leaves_nothing_in_memory(engine: Engine) -> None:
 
 @pytest.mark.parametrize("max_rows, full_rows", [(1, 64), (64, 64), (256, 64), (1000, 250)])
 def test_a_quarter_of_the_rows_may_be_full(max_rows: int, full_rows: int) -> None:
-    assert Limits.of(32, max_rows) == Limits(max_rows, 32 * full_rows, 8 * 32 * full_rows)
+    assert RequestLimits.of(32, max_rows) == RequestLimits(max_rows, 32 * full_rows, 8 * 32 * full_rows)
 
 
 def test_the_tokens_of_a_group_are_limited(engine: Engine) -> None:

@@ -21,7 +21,7 @@ import pytest
 import trustme
 from traceserve.errors import ServerError
 from traceserve.measuring import transfers
-from traceserve.measuring.load_generator import Endpoint, Result, run
+from traceserve.measuring.load_generator import Endpoint, Result, send_load
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
 Answer = Callable[[int, bytes], Awaitable[Optional[bytes]]]  # number and body of a request; None: drop the connection
@@ -121,7 +121,7 @@ def always(answer: Optional[bytes]) -> Answer:
 
 def short(server: Server, **options: Any) -> Result:
     """A run of half a second."""
-    return run(Endpoint(server.url), [b"{}"], **{"connections": 2, "seconds": 0.5, "warm_up": 0.0, **options})
+    return send_load(Endpoint(server.url), [b"{}"], **{"connections": 2, "seconds": 0.5, "warm_up": 0.0, **options})
 
 
 def test_a_closed_loop_measures_the_delay() -> None:
@@ -214,7 +214,7 @@ def test_bodies_are_shuffled_by_the_seed_and_repeat() -> None:
     orders = []
     for seed in (0, 0, 1):
         with serving(at_once) as server:
-            run(Endpoint(server.url), bodies, connections=1, seconds=0.1, warm_up=0.0, seed=seed)
+            send_load(Endpoint(server.url), bodies, connections=1, seconds=0.1, warm_up=0.0, seed=seed)
         assert server.bodies[:20] == server.bodies[20:40] and sorted(server.bodies[:20]) == sorted(bodies)
         orders.append(server.bodies[:20])
     assert orders[0] == orders[1] != orders[2] and orders[0] != bodies
@@ -223,7 +223,7 @@ def test_bodies_are_shuffled_by_the_seed_and_repeat() -> None:
 def test_what_goes_over_the_wire() -> None:
     with serving(at_once) as server:
         target = Endpoint(server.url, {"Authorization": "Bearer abc", "content-type": "application/x-own"})
-        run(target, ["ä".encode()], "text/plain", 1, seconds=0.05, warm_up=0.0)
+        send_load(target, ["ä".encode()], "text/plain", 1, seconds=0.05, warm_up=0.0)
         assert server.bodies[0] == "ä".encode()
         assert server.heads[0].split("\r\n") == [
             "POST /predict?x=1 HTTP/1.1",
@@ -283,7 +283,7 @@ def test_an_old_server_of_the_standard_library() -> None:
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.05,)).start()
-        result = run(Endpoint(f"http://localhost:{server.server_address[1]}"), [b"{}"], seconds=0.2, warm_up=0.0)
+        result = send_load(Endpoint(f"http://localhost:{server.server_address[1]}"), [b"{}"], seconds=0.2, warm_up=0.0)
         server.shutdown()
     assert result.requests > 10 and not result.errors
 
@@ -370,9 +370,9 @@ def test_tls_with_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
             target = Endpoint(server.url, {"Authorization": "Bearer abc"})
             if number:
                 with pytest.raises(ServerError, match=f"{re.escape(server.url)} cannot be reached: TLS failed"):
-                    run(target, [b"{}"], connections=2, seconds=0.3, warm_up=0.0)
+                    send_load(target, [b"{}"], connections=2, seconds=0.3, warm_up=0.0)
                 continue
-            result = run(target, [b"{}"], connections=2, seconds=0.3, warm_up=0.0)
+            result = send_load(target, [b"{}"], connections=2, seconds=0.3, warm_up=0.0)
             assert server.connections == 2 and "Authorization: Bearer abc\r\n" in server.heads[0]
         assert result.requests > 10 and not result.errors
 
@@ -382,9 +382,9 @@ def test_nothing_listens() -> None:
         probe.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{probe.getsockname()[1]}/x"
         with pytest.raises(ServerError, match="cannot be reached: connection refused"):
-            run(Endpoint(url), [b"{}"])
+            send_load(Endpoint(url), [b"{}"])
     with pytest.raises(ServerError, match="nothing to send"):
-        run(Endpoint(url), [])
+        send_load(Endpoint(url), [])
 
 
 def test_progress() -> None:
@@ -423,4 +423,4 @@ def test_a_signal_ends_it(rate: Optional[float]) -> None:
 def test_libcurl_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pycurl", None)
     with pytest.raises(ServerError, match=r"pip install 'traceserve\[bench\]'"):
-        transfers.require()
+        transfers.require_libcurl()

@@ -16,10 +16,10 @@ from oracle import answers, generated
 from safetensors.torch import load_file, save_file
 from traceserve.building.checkpoints import lengths
 from traceserve.building.checkpoints.checkpoint import Checkpoint
-from traceserve.building.checkpoints.loading import load, quiet
+from traceserve.building.checkpoints.loading import load_original, quiet_transformers
 from traceserve.building.checkpoints.original import Original
-from traceserve.building.checkpoints.sources import fetch
-from traceserve.building.config.parsing import parse
+from traceserve.building.checkpoints.sources import fetch_checkpoint
+from traceserve.building.config.parsing import parse_config
 from traceserve.building.gate.texts import SENTENCES
 from traceserve.errors import ConfigError, ExportError, SourceError
 from traceserve_runtime.engine import Engine
@@ -37,9 +37,9 @@ UNBOUNDED = {"model_max_length": int(1e30)}
 
 def original(folder: Path, config_folder: Optional[Path] = None, **content: Any) -> Original:
     """Load the checkpoint in `folder` as the export does."""
-    config, _ = parse({"model_name": str(folder), "task": "sequence_classification", **content})
-    with quiet():
-        return load(config, Checkpoint(folder, "folder"), config_folder or folder)
+    config, _ = parse_config({"model_name": str(folder), "task": "sequence_classification", **content})
+    with quiet_transformers():
+        return load_original(config, Checkpoint(folder, "folder"), config_folder or folder)
 
 
 def embeddings(folder: Path, **content: Any) -> Original:
@@ -302,7 +302,7 @@ def test_function_to_apply_is_the_pipelines(options: Dict[str, Any], function: s
 
     loaded = original(checkpoint("bert", **options))
     assert loaded.parameters == {"function_to_apply": function}
-    with quiet():
+    with quiet_transformers():
         pipe: Any = pipeline("text-classification", model=loaded.model, tokenizer=loaded.tokenizer, top_k=None)
         [answer] = pipe([SENTENCES[3]])
         scores = sorted(item["score"] for item in answer)
@@ -428,9 +428,9 @@ def sentence_transformer(folder: Path, modules: List[Tuple[str, str]], pooling: 
 
 
 def test_a_real_sentence_transformer() -> None:
-    config, _ = parse({"model_name": MINILM, "task": "feature_extraction"})
-    with quiet():
-        loaded = load(config, fetch(config, Path("/nowhere")), Path("/nowhere"))
+    config, _ = parse_config({"model_name": MINILM, "task": "feature_extraction"})
+    with quiet_transformers():
+        loaded = load_original(config, fetch_checkpoint(config, Path("/nowhere")), Path("/nowhere"))
     assert loaded.parameters == {"pooling": "mean", "normalize": True}
     assert loaded.max_length == 256
     assert loaded.inputs == ("input_ids", "attention_mask", "token_type_ids")

@@ -19,7 +19,7 @@ from traceserve.building.config import parsing
 from traceserve.building.config.formats import options, target
 from traceserve.building.config.hardware import HARDWARE
 from traceserve.building.config.setup_config import SetupConfig
-from traceserve.building.gate.loops import generate
+from traceserve.building.gate.loops import generate_original
 from traceserve.building.writers import WRITERS
 from traceserve.building.writers.neuron import compilers
 from traceserve.errors import ConfigError, ExportError, ServerError
@@ -28,8 +28,8 @@ from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import MissingPackage
 from traceserve_runtime.generation import steps
-from traceserve_runtime.generation.scores import Settings
-from traceserve_runtime.generation.search import generate as write
+from traceserve_runtime.generation.scores import GenerationSettings
+from traceserve_runtime.generation.search import run_searches as write
 from traceserve_runtime.generation.search import search_for
 from traceserve_runtime.manifest import Manifest, Shapes, sealed
 from traceserve_runtime.runtimes.torchscript.neuron import CHIPS, operators
@@ -39,7 +39,9 @@ CHIP = pytest.mark.parametrize("hardware", list(CHIPS))
 
 
 def parsed(**content: Any) -> SetupConfig:
-    return parsing.parse({"model_name": "x", "task": "sequence_classification", "hardware": "neuron", **content})[0]
+    return parsing.parse_config(
+        {"model_name": "x", "task": "sequence_classification", "hardware": "neuron", **content}
+    )[0]
 
 
 @CHIP
@@ -163,7 +165,7 @@ def test_operators_are_counted_in_what_a_module_calls() -> None:
 
 def original(model: Path, content: Dict[str, Any]) -> Original:
     own = parsed(model_name=str(model), **content)
-    return loading.load(own, sources.fetch(own, ROOT), ROOT)
+    return loading.load_original(own, sources.fetch_checkpoint(own, ROOT), ROOT)
 
 
 @pytest.mark.parametrize("architecture", ["marian", "t5", "bart"])
@@ -176,25 +178,27 @@ def test_a_padded_decoder_writes_as_generate_does(
     content = {"task": "text2text_generation", "sequence_lengths": [12, 24], "options": {"target_length": 36}}
     model = checkpoint(architecture, "AutoModelForSeq2SeqLM")
     own = parsed(model_name=str(model), **content)
-    with loading.quiet():
-        source = sources.fetch(own, ROOT)
-        whole = loading.load(own, source, ROOT)
+    with loading.quiet_transformers():
+        source = sources.fetch_checkpoint(own, ROOT)
+        whole = loading.load_original(own, source, ROOT)
         shapes = next(iter(WRITERS["torchscript"].shapes(own, whole.max_length)))
-        manifest = artifact.write(own, source.source(own), whole, shapes, "x", tmp_path, nothing, rehearsal=True)
+        manifest = artifact.write_artifact(
+            own, source.source(own), whole, shapes, "x", tmp_path, nothing, rehearsal=True
+        )
     assert manifest.runtime == {"targets": [32, 36]} and manifest.hardware == "cpu"
     engine = Engine.load(tmp_path)
     requests = engine.task.from_texts(["Where is it?", "The train leaves at nine.", "It is late."])
     rows = [item.rows[0] for item in engine.task.encode(requests)]  # type: ignore[union-attr]
     for beams, most in ((1, 36), (3, 8)):
         asked = [each.__class__(each.inputs, {"max_new_tokens": most, "num_beams": beams}) for each in requests]
-        expected = [generate(whole, "encoder_decoder", row, each) for row, each in zip(rows, asked)]
+        expected = [generate_original(whole, "encoder_decoder", row, each) for row, each in zip(rows, asked)]
         assert written(engine, rows, asked) == expected
 
 
 def written(engine: Engine, rows: List[Any], asked: List[Any]) -> List[List[int]]:
     """The tokens that the loop writes for all rows together."""
     task: Any = engine.task
-    settings: List[Settings] = [task.settings(each, row, task.prompt(row)) for row, each in zip(rows, asked)]
+    settings: List[GenerationSettings] = [task.settings(each, row, task.prompt(row)) for row, each in zip(rows, asked)]
     searches = [search_for(task.prompt(row), own) for row, own in zip(rows, settings)]
     feed = steps.FEEDS[task.loop](engine.runner, rows, engine.manifest, Stats())
     assert all(write(feed, searches))

@@ -18,7 +18,7 @@ import torch
 from conftest import ROOT, run_export
 from traceserve import cli
 from traceserve.building.checkpoints import sources
-from traceserve.building.config.parsing import parse
+from traceserve.building.config.parsing import parse_config
 from traceserve.building.config.save_modes import Target
 from traceserve.building.exported import Exported
 from traceserve.building.gate import verification
@@ -250,7 +250,7 @@ def test_the_opset(checkpoint: Callable[..., Path], made: Callable[[str], Path],
 )
 def test_options_are_checked(options: Dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words.replace("(", r"\(")):
-        parse({"model_name": "x/y", "save_mode": "onnx", "options": options})
+        parse_config({"model_name": "x/y", "save_mode": "onnx", "options": options})
 
 
 @pytest.mark.parametrize("level", ["none", "basic", "transformers", "fast_gelu"])
@@ -467,7 +467,7 @@ def test_the_exporter_is_asked_for_before_anything_is_downloaded(
     def fetch(*arguments: Any) -> Any:
         raise AssertionError("something was to be downloaded")
 
-    monkeypatch.setattr(sources, "fetch", fetch)
+    monkeypatch.setattr(sources, "fetch_checkpoint", fetch)
     monkeypatch.setitem(sys.modules, "onnx", None)
     monkeypatch.chdir(tmp_path)
     Path("setup_config.json").write_text(json.dumps({"model_name": "nobody/nothing", "save_mode": "onnx"}))

@@ -15,14 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_verification import spy
 from traceserve.building.attempt import _without_padding
-from traceserve.building.config.parsing import parse
+from traceserve.building.config.parsing import parse_config
 from traceserve.building.gate.findings import LIMITS, Cell, DriftError, Findings
 from traceserve.building.gate.texts import SENTENCES
 from traceserve.building.writers.shapes import without_padding
 from traceserve.commands.build import _print_exported
 from traceserve_runtime.batching.costs import CostModel
 from traceserve_runtime.batching.lanes import Lanes, schedule
-from traceserve_runtime.batching.plan import plan
+from traceserve_runtime.batching.plan import plan_batches
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import InvalidManifest
 from traceserve_runtime.manifest import OLDEST, Manifest, Shapes
@@ -87,7 +87,7 @@ def test_where_lengths_are_fixed_it_is_refused_with_what_to_do(checkpoint: Calla
 
 
 def test_on_hardware_of_fixed_shapes_it_is_refused_in_a_sentence() -> None:
-    config, _ = parse({"model_name": "x/y", "hardware": "neuron"})
+    config, _ = parse_config({"model_name": "x/y", "hardware": "neuron"})
     assert not list(without_padding(config))
     padded_alone = Findings(
         LIMITS["float32"], cells=[Cell(2, 8, False, "logits", 0.0), Cell(2, 8, True, "logits", 1.0)]
@@ -151,12 +151,12 @@ class _Thread:
 def test_a_plan_joins_rows_of_one_length_alone(lengths: List[int], run: float, threads: int, never: Shapes) -> None:
     cost = CostModel(run=run)
     lanes = Lanes([_Thread()] * threads, cost)  # type: ignore[list-item]
-    for batches in (plan(lengths, never, cost), *schedule(lengths, never, cost, lanes)):
+    for batches in (plan_batches(lengths, never, cost), *schedule(lengths, never, cost, lanes)):
         assert all(len({lengths[i] for i in batch}) == 1 for batch in batches)
-    for planned in ([plan(lengths, never, cost)], schedule(lengths, never, cost, lanes)):
+    for planned in ([plan_batches(lengths, never, cost)], schedule(lengths, never, cost, lanes)):
         assert sorted(i for batches in planned for batch in batches for i in batch) == list(range(len(lengths)))
     if run > 100:
-        assert len(plan(lengths, never, cost)) == len(set(lengths))  # and all of them
+        assert len(plan_batches(lengths, never, cost)) == len(set(lengths))  # and all of them
 
 
 def test_a_manifest_from_before_there_was_such_a_thing_is_padded(artifact: Path) -> None:

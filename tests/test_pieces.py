@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from oracle import answers, generated
 from traceserve.building.checkpoints import conversion
 from traceserve.building.checkpoints.checkpoint import Checkpoint
-from traceserve.building.checkpoints.loading import load, quiet
-from traceserve.building.config.parsing import parse
+from traceserve.building.checkpoints.loading import load_original, quiet_transformers
+from traceserve.building.config.parsing import parse_config
 from traceserve.building.gate.corpus import sentences
 from traceserve.building.gate.texts import SENTENCES
 from traceserve.errors import ExportError
@@ -82,7 +82,7 @@ class Both(NamedTuple):
 
 
 def convert(source: Path, folder: Path) -> Both:
-    with quiet():
+    with quiet_transformers():
         slow = getattr(transformers, json.loads((source / "tokenizer_config.json").read_text())["tokenizer_class"])
         tokenizer = slow.from_pretrained(source)
     made = conversion.convert(tokenizer)
@@ -106,7 +106,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Both]
 
 
 def assert_alike(both: Both, text: str) -> None:
-    with quiet():
+    with quiet_transformers():
         assert both.converted.encode(text).ids == both.slow(text)["input_ids"], text
 
 
@@ -249,15 +249,15 @@ def test_a_translator_answers_as_transformers(save_mode: str, opus: Path, tmp_pa
     exported = run_export(tmp_path / "x", config)
     assert exported.findings.passed and not exported.findings.tokenized_otherwise
     assert {"source.spm", "target.spm", "vocab.json"} <= set(exported.manifest.source.files)
-    parsed, _ = parse(config)
-    with quiet():
-        original = load(parsed, Checkpoint(opus, "folder"), opus)
+    parsed, _ = parse_config(config)
+    with quiet_transformers():
+        original = load_original(parsed, Checkpoint(opus, "folder"), opus)
     engine = Engine.load(tmp_path / "x")
     texts = [*SENTENCES[:4], ">>fr<< The train leaves.", ">>zz<< é 世界 ☃☄ ｆ\u0301", "aaaaaaa </s> b"]
     for beams in (1, 3):
         parameters = {"max_new_tokens": 12, "num_beams": beams}
         found = answers(engine, [Request({"text": text}, parameters) for text in texts])
-        with quiet():
+        with quiet_transformers():
             expected = [generated(original.model, original.tokenizer, text, **parameters) for text in texts]
         assert [answer["generated_text"] for answer in found] == expected
         assert len({*expected}) > 3
@@ -279,6 +279,8 @@ def test_an_archive_without_the_pieces_is_refused(opus: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("task", ["sequence_classification", "question_answering"])
 def test_a_task_that_reads_pairs_is_refused(task: str, opus: Path) -> None:
-    parsed, _ = parse({"model_name": str(opus), "task": task})
-    with pytest.raises(ExportError, match="has no fast tokenizer .MarianTokenizer runs in Python only"), quiet():
-        load(parsed, Checkpoint(opus, "folder"), opus)
+    parsed, _ = parse_config({"model_name": str(opus), "task": task})
+    with pytest.raises(
+        ExportError, match="has no fast tokenizer .MarianTokenizer runs in Python only"
+    ), quiet_transformers():
+        load_original(parsed, Checkpoint(opus, "folder"), opus)

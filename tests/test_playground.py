@@ -16,15 +16,15 @@ from traceserve import cli
 from traceserve.errors import ServerError
 from traceserve.playground import asking, description, form, marks, models, panels, shapes
 from traceserve.playground.asking import Heard
-from traceserve.playground.description import Asked, Description
+from traceserve.playground.description import Description, InputField
 from traceserve.playground.marks import Mark
 from traceserve.playground.models import Model
 from traceserve.playground.shapes import STARTING, Context
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Served
-from traceserve_runtime.protocols.openapi import described
-from traceserve_runtime.protocols.requests import parse
+from traceserve_runtime.protocols.openapi import openapi_document
+from traceserve_runtime.protocols.requests import parse_requests
 from traceserve_runtime.tasks import TASKS
 
 NASTY = "<img src=x onerror='alert(1)'> & `"
@@ -34,7 +34,7 @@ def of(task: str, artifact: Path, **changes: Any) -> Description:
     """How a model of this task describes itself."""
     manifest = replace(Manifest.read(artifact), **changes)
     served = Served("some name", "2.0", manifest, TASKS[task], lambda ids: "")
-    return description.read(json.loads(json.dumps(described(served))), "here")
+    return description.read_description(json.loads(json.dumps(openapi_document(served))), "here")
 
 
 def text_of(shown: str) -> str:
@@ -62,7 +62,7 @@ def test_what_a_form_begins_with_is_legal(task: str, artifact: Path) -> None:
     controls = form.controls([of(task, artifact)], STARTING.get(task, {}))
     body = form.body(controls, [control.value for control in controls])
     assert STARTING.get(task, {}).items() <= body.get("parameters", {}).items()
-    assert len(parse({"body": body}, Headers(), TASKS[task], 0, 1).requests) == 1
+    assert len(parse_requests({"body": body}, Headers(), TASKS[task], 0, 1).requests) == 1
 
 
 def test_only_tasks_begin_with_other_parameters() -> None:
@@ -154,14 +154,19 @@ def test_an_error_is_shown_at_the_input_that_it_is_about(path: Any, key: Any, ar
 
 def test_a_document_of_another_kind_is_refused() -> None:
     with pytest.raises(ServerError, match="http://here describes itself in another way"):
-        description.read({"openapi": "3.1.0", "paths": {}}, "http://here")
+        description.read_description({"openapi": "3.1.0", "paths": {}}, "http://here")
 
 
 # Answers
 
 CONTEXT = Context(
     Description(
-        "n", "1.0", "t", "", (Asked("question", {"type": "string"}, True), Asked("text", {"type": "string"}, True)), ()
+        "n",
+        "1.0",
+        "t",
+        "",
+        (InputField("question", {"type": "string"}, True), InputField("text", {"type": "string"}, True)),
+        (),
     ),
     {"question": "?", "text": f"Ada {NASTY} London", "documents": [NASTY, "b"]},
 )
@@ -331,11 +336,11 @@ def test_a_server_that_is_not_there_is_an_answer_too() -> None:
 def test_a_key_is_named_in_the_command_and_not_shown() -> None:
     model = replace(MODEL, key="secret", certificate="/c.pem", any_name=False)
     body = {"text": "it's", "parameters": {"stream": True}}
-    assert asking.command(model, body) == (
+    assert asking.curl_command(model, body) == (
         'curl -H "Authorization: Bearer $TRACESERVE_KEY" http://127.0.0.1:1/predictions/n/1.0 --cacert /c.pem --no-buffer '
         '-H \'Content-Type: application/json\' -d \'{"text": "it\'"\'"\'s", "parameters": {"stream": true}}\''
     )
-    assert "--insecure" in asking.command(replace(model, any_name=True), body)
+    assert "--insecure" in asking.curl_command(replace(model, any_name=True), body)
 
 
 # Whom it asks
@@ -356,7 +361,7 @@ def test_a_key_is_named_in_the_command_and_not_shown() -> None:
 )
 def test_a_place_that_cannot_be_asked(place: str, said: str) -> None:
     with pytest.raises(ServerError, match=re.escape(said)):
-        models.find(place)
+        models.find_model(place)
 
 
 def test_without_a_server_there_is_nothing_to_show() -> None:

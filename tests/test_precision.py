@@ -17,7 +17,7 @@ from traceserve import cli
 from traceserve.building import speeds
 from traceserve.building.checkpoints import loading, sources
 from traceserve.building.config import dtypes, formats
-from traceserve.building.config.parsing import parse
+from traceserve.building.config.parsing import parse_config
 from traceserve.building.exported import Exported
 from traceserve.building.gate import answers, verification
 from traceserve.building.gate import reference as references
@@ -160,9 +160,9 @@ def test_the_layers_that_matter_most_can_stay_in_float32(
 ) -> None:
     task = next(name for name, task in TASKS.items() if task.auto_model == auto_model)
     source = str(checkpoint("bert", auto_model))
-    parsed, _ = parse({"model_name": source, "task": task, "max_length": 32, "long_inputs": "truncate"})
-    with loading.quiet():
-        original = loading.load(parsed, sources.fetch(parsed, tmp_path), tmp_path)
+    parsed, _ = parse_config({"model_name": source, "task": task, "max_length": 32, "long_inputs": "truncate"})
+    with loading.quiet_transformers():
+        original = loading.load_original(parsed, sources.fetch_checkpoint(parsed, tmp_path), tmp_path)
     before = {name: tensor.clone() for name, tensor in original.model.state_dict().items()}
     tried = list(precision.lowered(original, "bfloat16", SENTENCES[:6]))
     layers = {n for n, module in original.model.named_modules() if isinstance(module, torch.nn.Linear)}
@@ -242,9 +242,9 @@ def test_the_original_stays_as_it_was(checkpoint: Callable[..., Path], tmp_path:
 def load(checkpoint: Callable[..., Path], folder: Path) -> Any:
     from traceserve.building.checkpoints import loading
 
-    config, _ = parse(content(checkpoint))
-    with loading.quiet():
-        return loading.load(config, sources.fetch(config, folder), folder)
+    config, _ = parse_config(content(checkpoint))
+    with loading.quiet_transformers():
+        return loading.load_original(config, sources.fetch_checkpoint(config, folder), folder)
 
 
 @pytest.fixture(scope="module")
@@ -548,7 +548,7 @@ def test_what_cannot_work_is_refused_before_anything_is_downloaded(
     def fetch(*arguments: Any) -> Any:
         raise AssertionError("something was to be downloaded")
 
-    monkeypatch.setattr(sources, "fetch", fetch)
+    monkeypatch.setattr(sources, "fetch_checkpoint", fetch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "setup_config.json").write_text(json.dumps({"model_name": "nobody/nothing", **config}))
     assert cli.main(["export"]) != 0
@@ -561,10 +561,10 @@ def test_int8_is_for_models_that_are_run_once(task: Any) -> None:
     for dtype in precision.PRECISIONS:
         config = {"model_name": "x/y", "task": task.name, "dtype": dtype}
         if dtype in legal:
-            assert parse(config)[0].dtype == dtype
+            assert parse_config(config)[0].dtype == dtype
         else:
             with pytest.raises(ConfigError, match=dtype):
-                parse(config)
+                parse_config(config)
     assert ("int8" in legal) is not bool(task.loop)
     assert {"auto", "float32", "bfloat16"} <= set(legal)
 
@@ -757,7 +757,7 @@ def test_what_the_gate_finds_does_not_depend_on_this_machines_clock(
     monkeypatch.setattr(TorchScriptRunner, "__call__", recording)
     monkeypatch.setattr(Engine, "_time_runs", lambda self, run: [])
     for cost in (CostModel(run=0.0, attention=0.1), CostModel(run=2000.0, attention=0.0)):
-        monkeypatch.setattr(costs, "fit", lambda timings, cost=cost: cost)
+        monkeypatch.setattr(costs, "fit_costs", lambda timings, cost=cost: cost)
         runs.append([])
         verification.verify(folder, reference, [], nothing)
     assert runs[0] == runs[1]

@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import ROOT, run_export
 from traceserve.building.checkpoints import sources
-from traceserve.building.config.parsing import parse
+from traceserve.building.config.parsing import parse_config
 from traceserve.building.gate import verification
 from traceserve.building.gate.texts import SENTENCES
 from traceserve.errors import ConfigError, ExportError
@@ -306,7 +306,7 @@ def test_what_is_refused(content: Dict[str, Any], words: str, tmp_path: Path, mo
     def fetch(*arguments: Any) -> Any:
         raise AssertionError("something was to be downloaded")
 
-    monkeypatch.setattr(sources, "fetch", fetch)
+    monkeypatch.setattr(sources, "fetch_checkpoint", fetch)
     with pytest.raises(ConfigError) as raised:
-        parse({"model_name": "nobody/nothing", "save_mode": "pretrained", **content})
+        parse_config({"model_name": "nobody/nothing", "save_mode": "pretrained", **content})
     assert words in raised.value.message

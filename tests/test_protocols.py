@@ -17,9 +17,9 @@ from traceserve_runtime.errors import InputTooLong, InvalidRequest, TraceserveEr
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Body
 from traceserve_runtime.protocols.kserve import Instances
-from traceserve_runtime.protocols.native import Model, Plain
+from traceserve_runtime.protocols.native import Plain, ServedModel
 from traceserve_runtime.protocols.open_inference import Tensors
-from traceserve_runtime.protocols.requests import parse
+from traceserve_runtime.protocols.requests import parse_requests
 from traceserve_runtime.protocols.wording import parse_json
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Request, Task
@@ -33,24 +33,24 @@ quick = settings(deadline=None, max_examples=300, database=None)
 
 HANDLERS = str(Path(traceserve_runtime.__file__).parents[1])
 JSON = Headers("application/json")
-MODEL = Model("tiny", "2.0")
+MODEL = ServedModel("tiny", "2.0")
 TEXT = "Où est la gare? 👍🏽"
 
 
 def read(value: Any, task: Type[Task] = SequenceClassification, most: int = 100) -> Body:
     """What a body asks, parsed by TorchServe or not."""
-    body = parse({"body": value}, JSON, task, 3, most)
+    body = parse_requests({"body": value}, JSON, task, 3, most)
     for headers in (JSON, Headers()):
-        assert parse({"body": json.dumps(value).encode()}, headers, task, 3, most) == body
+        assert parse_requests({"body": json.dumps(value).encode()}, headers, task, 3, most) == body
     return body
 
 
 def refusal(value: Any, task: Type[Task] = SequenceClassification) -> TraceserveError:
     """The error by which a body is refused, parsed by TorchServe or not."""
     with pytest.raises(InvalidRequest) as caught:
-        parse({"body": value}, JSON, task, 3, 100)
+        parse_requests({"body": value}, JSON, task, 3, 100)
     with pytest.raises(InvalidRequest) as other:
-        parse({"body": json.dumps(value).encode()}, JSON, task, 3, 100)
+        parse_requests({"body": json.dumps(value).encode()}, JSON, task, 3, 100)
     assert other.value.to_json() == caught.value.to_json()
     json.dumps(caught.value.to_json(), ensure_ascii=False).encode("utf-8")
     return caught.value
@@ -444,7 +444,7 @@ def test_what_the_engine_finds_has_its_place_in_the_body(
 def test_a_body_may_ask_as_much_as_the_limit(value: Any) -> None:
     assert len(read(value, most=10).requests) == 10
     with pytest.raises(InputTooLong, match="the list has 10 texts; one request may have 9;"):
-        parse({"body": value}, JSON, SequenceClassification, 0, 9)
+        parse_requests({"body": value}, JSON, SequenceClassification, 0, 9)
 
 
 @pytest.mark.parametrize(
@@ -462,13 +462,13 @@ def test_deeply_nested_values_are_refused(wrap: Any) -> None:
     for _ in range(50_000):
         value = [value]
     with pytest.raises(InvalidRequest):
-        parse({"body": wrap(value)}, JSON, SequenceClassification, 0, 10)
+        parse_requests({"body": wrap(value)}, JSON, SequenceClassification, 0, 10)
 
 
 DEEP = """
 import gc, sys
 from traceserve_runtime.protocols.bodies import Headers
-from traceserve_runtime.protocols.requests import parse
+from traceserve_runtime.protocols.requests import parse_requests
 from traceserve_runtime.errors import InvalidRequest
 from traceserve_runtime.tasks.sequence_classification import SequenceClassification
 
@@ -492,7 +492,7 @@ for text in (False, True):
     if text:
         body = b'{"instances":' + b"[" * 50_000 + b"]" * 50_000 + b"}"
     try:
-        parse({"body": body}, Headers("" if text else "application/json"), SequenceClassification, 0, 10)
+        parse_requests({"body": body}, Headers("" if text else "application/json"), SequenceClassification, 0, 10)
     except InvalidRequest as error:
         assert "nested too deeply" in error.message
         print("refused")
@@ -651,7 +651,7 @@ bodies = st.one_of(
 def test_no_body_raises_what_is_not_its_own_fault(value: Any, name: str, as_bytes: bool) -> None:
     task = TASKS[name]
     try:
-        body = parse({"body": json.dumps(value).encode() if as_bytes else value}, JSON, task, 0, 2)
+        body = parse_requests({"body": json.dumps(value).encode() if as_bytes else value}, JSON, task, 0, 2)
     except TraceserveError as error:
         assert 400 <= error.status < 500
         json.dumps(error.to_json(), ensure_ascii=False).encode("utf-8")

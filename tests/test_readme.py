@@ -16,7 +16,7 @@ from conftest import ROOT
 from traceserve.building.config.setup_config import SetupConfig
 from traceserve.commands import catalog
 from traceserve_runtime.protocols.bodies import Headers
-from traceserve_runtime.protocols.requests import parse
+from traceserve_runtime.protocols.requests import parse_requests
 from traceserve_runtime.tasks import TASKS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -44,7 +44,7 @@ def test_the_tasks_are_listed_by_the_command() -> None:
     made = subprocess.run([*command, "--markdown"], check=True, stdout=subprocess.PIPE, text=True).stdout
     assert f"-->\n{made}<!-- end" in README
     shown = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    for entry in catalog.entries():
+    for entry in catalog.task_entries():
         assert entry.name in shown and entry.example in shown
         for name, *_ in (*entry.fields, *entry.parameters):
             assert name in shown
@@ -61,7 +61,7 @@ def test_every_json_of_it_is_legal() -> None:
     for block in blocks("json"):
         SetupConfig.model_validate(json.loads(block))
     for task in TASKS.values():
-        assert parse({"body": task.sample_body({})}, Headers(), task, 0, 1).requests
+        assert parse_requests({"body": task.sample_body({})}, Headers(), task, 0, 1).requests
 
 
 def test_every_command_runs(tmp_path: Path) -> None:

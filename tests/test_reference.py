@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, nothing, run_export
 from models import ARCHITECTURES, UNEVEN
 from traceserve.building.checkpoints import loading, sources
-from traceserve.building.config.parsing import parse
+from traceserve.building.config.parsing import parse_config
 from traceserve.building.gate import reference, verification
 from traceserve.building.gate.reference import Reference, Wanted
 from traceserve.building.gate.texts import TEXTS
@@ -23,9 +23,9 @@ assert {"fnet", "longformer", "convbert"} <= set(UNEVEN)
 
 
 def original_of(source: Path) -> Any:
-    config, _ = parse({"model_name": str(source), "max_length": 32, "task": "sequence_classification"})
-    with loading.quiet():
-        return loading.load(config, sources.fetch(config, ROOT), ROOT)
+    config, _ = parse_config({"model_name": str(source), "max_length": 32, "task": "sequence_classification"})
+    with loading.quiet_transformers():
+        return loading.load_original(config, sources.fetch_checkpoint(config, ROOT), ROOT)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from traceserve_runtime.errors import InputTooLong, InvalidRequest, TraceserveEr
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Body
 from traceserve_runtime.protocols.native import Plain
-from traceserve_runtime.protocols.requests import parse
+from traceserve_runtime.protocols.requests import parse_requests
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Request
 from traceserve_runtime.tasks.feature_extraction import FeatureExtraction
@@ -31,7 +31,7 @@ JSON = "application/json"
 
 
 def read(row: Mapping[str, Any], content_type: str = "", content_length: Optional[int] = None, most: int = 10) -> Body:
-    return parse(row, Headers(content_type, content_length), SequenceClassification, 3, most)
+    return parse_requests(row, Headers(content_type, content_length), SequenceClassification, 3, most)
 
 
 def refusal(row: Mapping[str, Any], content_type: str = "", content_length: Optional[int] = None) -> TraceserveError:
@@ -181,13 +181,13 @@ def test_a_form_has_parameters_as_json(field: str) -> None:
 
 
 def test_every_request_has_the_group_of_its_row() -> None:
-    body = parse({"body": ["a", {"data": ["b"]}["data"][0]]}, Headers(), SequenceClassification, 7, 5)
+    body = parse_requests({"body": ["a", {"data": ["b"]}["data"][0]]}, Headers(), SequenceClassification, 7, 5)
     assert [request.group for request in body.requests] == [7, 7]
 
 
 def test_the_parameters_are_the_tasks_own() -> None:
     row = {"body": {"text": "a", "parameters": {"pooling": "mean", "normalize": True}}}
-    assert parse(row, Headers(), FeatureExtraction, 0, 1).requests[0].parameters == {
+    assert parse_requests(row, Headers(), FeatureExtraction, 0, 1).requests[0].parameters == {
         "pooling": "mean",
         "normalize": True,
     }
@@ -200,9 +200,9 @@ def test_every_tasks_sample_is_legal(name: str) -> None:
     sample, parameters = task.sample, task.sample_parameters
     request = Request(sample, parameters, 0)
     for body in ({**sample, "parameters": parameters}, {"inputs": sample, "parameters": parameters}):
-        assert parse({"body": as_json(body)}, Headers(JSON), task, 0, 1) == Body([request], Plain(False))
+        assert parse_requests({"body": as_json(body)}, Headers(JSON), task, 0, 1) == Body([request], Plain(False))
     many = {"data": [sample, {**sample, "parameters": parameters}]}
-    assert parse({"body": many}, Headers(), task, 0, 2).requests == [Request(sample, {}, 0), request]
+    assert parse_requests({"body": many}, Headers(), task, 0, 2).requests == [Request(sample, {}, 0), request]
 
 
 @pytest.mark.parametrize("name", list(TASKS))
@@ -210,11 +210,11 @@ def test_a_bare_text_is_the_first_field_or_told_what_is_needed(name: str) -> Non
     task = TASKS[name]
     required = [field.name for field in task.fields if field.required]
     if len(required) <= 1:
-        [request] = parse({"body": "a text"}, Headers(), task, 0, 1).requests
+        [request] = parse_requests({"body": "a text"}, Headers(), task, 0, 1).requests
         assert request.inputs == {task.fields[0].name: "a text"}
         return
     with pytest.raises(InvalidRequest, match="a text alone is not enough") as caught:
-        parse({"body": ["a text"]}, Headers(), task, 0, 1)
+        parse_requests({"body": ["a text"]}, Headers(), task, 0, 1)
     assert caught.value.field == "[0]"
     assert all(f'"{name}"' in caught.value.message for name in required)
 
@@ -230,7 +230,7 @@ def test_a_bare_text_is_the_first_field_or_told_what_is_needed(name: str) -> Non
 )
 def test_several_required_fields(value: Any, field: str, message: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        parse({"body": value}, Headers(), QuestionAnswering, 0, 10)
+        parse_requests({"body": value}, Headers(), QuestionAnswering, 0, 10)
     assert (caught.value.field, caught.value.message) == (field, message)
 
 
@@ -248,7 +248,7 @@ def test_several_required_fields(value: Any, field: str, message: str) -> None:
 )
 def test_a_field_of_texts(documents: Any, field: str, message: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        parse({"body": [{"query": "a", "documents": documents}]}, Headers(), TextRanking, 0, 10)
+        parse_requests({"body": [{"query": "a", "documents": documents}]}, Headers(), TextRanking, 0, 10)
     assert (caught.value.field, caught.value.message) == (f"[0].{field}", message)
 
 
@@ -265,14 +265,14 @@ class Chat(SequenceClassification):
 
 def test_a_field_of_messages() -> None:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": TEXT}]
-    [request] = parse({"body": {"messages": messages}}, Headers(), Chat, 0, 1).requests
+    [request] = parse_requests({"body": {"messages": messages}}, Headers(), Chat, 0, 1).requests
     assert request.inputs == {"messages": messages}
 
 
 @pytest.mark.parametrize(("value", "field"), [({}, None), (["a", {}], "[1]"), ({"inputs": [{}]}, "inputs[0]")])
 def test_fields_that_are_wrong_together_are_told_of_their_object(value: Any, field: Optional[str]) -> None:
     with pytest.raises(InvalidRequest, match="send one of both") as caught:
-        parse({"body": value}, Headers(), Chat, 0, 10)
+        parse_requests({"body": value}, Headers(), Chat, 0, 10)
     assert caught.value.field == field
 
 
@@ -291,7 +291,7 @@ def test_fields_that_are_wrong_together_are_told_of_their_object(value: Any, fie
 )
 def test_a_field_of_illegal_messages(messages: Any, field: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        parse({"body": {"messages": messages}}, Headers(), Chat, 0, 1)
+        parse_requests({"body": {"messages": messages}}, Headers(), Chat, 0, 1)
     assert caught.value.field == field
 
 

@@ -9,11 +9,11 @@ from typing import Any, Callable, Iterator, List, Tuple, Type
 
 import pytest
 from traceserve.building.gate.texts import SENTENCES, TEXTS, VERY_LONG
-from traceserve.building.samples import read
+from traceserve.building.samples import read_samples
 from traceserve.errors import ConfigError
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.protocols.bodies import Headers
-from traceserve_runtime.protocols.requests import parse
+from traceserve_runtime.protocols.requests import parse_requests
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import ModelFacts, Request, Task
 from traceserve_runtime.tasks.feature_extraction import FeatureExtraction
@@ -76,7 +76,7 @@ def test_the_texts_are_of_all_kinds() -> None:
 def test_what_a_task_asks_are_legal_requests(task: Type[Task], made: Make) -> None:
     for request in made(task).from_texts(TEXTS):
         body = {**request.inputs, "parameters": dict(request.parameters)}
-        [parsed] = parse({"body": body}, Headers(), task, 0, 1).requests
+        [parsed] = parse_requests({"body": body}, Headers(), task, 0, 1).requests
         assert (parsed.inputs, parsed.parameters) == (request.inputs, request.parameters)
 
 
@@ -151,9 +151,9 @@ def test_a_text_on_each_line(task: Type[Task], tmp_path: Path) -> None:
     path = write(tmp_path / "own.txt", "The first one.", "", "   ", '{"text": "no JSON in a .txt"}', "Žluťoučký kůň 🐎")
     if needs_an_object(task):
         with pytest.raises(ConfigError, match="own.txt, line 1: a text alone is not enough: send an object with"):
-            read(path, task)
+            read_samples(path, task)
         return
-    requests = read(path, task)
+    requests = read_samples(path, task)
     texts = [request.inputs[task.fields[0].name] for request in requests]
     assert texts == ["The first one.", '{"text": "no JSON in a .txt"}', "Žluťoučký kůň 🐎"]
     assert all(request.parameters == task.gate_parameters for request in requests)
@@ -166,7 +166,7 @@ def test_a_request_on_each_line_of_jsonl(task: Type[Task], tmp_path: Path) -> No
     if not needs_an_object(task):
         bodies += [("a text", 1), (["one", task.sample], 2), ({"inputs": ["three", "four"]}, 2)]
     path = write(tmp_path / "own.jsonl", *(json.dumps(body) for body, _ in bodies))
-    requests = read(path, task)
+    requests = read_samples(path, task)
     sample = task.sample[first]
     expected = [sample] * 4 + ([] if needs_an_object(task) else ["a text", "one", sample, "three", "four"])
     assert [request.inputs[first] for request in requests] == expected
@@ -177,7 +177,7 @@ def test_a_request_on_each_line_of_jsonl(task: Type[Task], tmp_path: Path) -> No
 @every_task
 def test_the_samples_own_parameters_are_legal(task: Type[Task], tmp_path: Path) -> None:
     body = {"inputs": task.sample, "parameters": task.sample_parameters}
-    [request] = read(write(tmp_path / "own.jsonl", json.dumps(body)), task)
+    [request] = read_samples(write(tmp_path / "own.jsonl", json.dumps(body)), task)
     assert request.inputs == task.sample
     assert request.parameters == {**task.gate_parameters, **task.sample_parameters}
 
@@ -186,18 +186,18 @@ def test_the_samples_own_parameters_are_legal(task: Type[Task], tmp_path: Path) 
 def test_a_byte_order_mark_is_no_part_of_the_samples(name: str, tmp_path: Path) -> None:
     lines = {"mine.jsonl": ['{"text": "one"}'], "mine.csv": ["text", "one"], "mine.txt": ["one"]}
     (tmp_path / name).write_text("\n".join(lines[name]), encoding="utf-8-sig")
-    assert [request.inputs["text"] for request in read(tmp_path / name, SequenceClassification)] == ["one"]
+    assert [request.inputs["text"] for request in read_samples(tmp_path / name, SequenceClassification)] == ["one"]
 
 
 def test_a_pair_in_jsonl(tmp_path: Path) -> None:
     path = write(tmp_path / "own.jsonl", '{"text": "Is it red?", "text_pair": "It is blue."}')
-    [request] = read(path, SequenceClassification)
+    [request] = read_samples(path, SequenceClassification)
     assert request.inputs == {"text": "Is it red?", "text_pair": "It is blue."}
 
 
 def test_parameters_in_jsonl_win_over_those_of_the_gate(tmp_path: Path) -> None:
     body = {"inputs": "x", "parameters": {"top_k": 2, "function_to_apply": "none"}}
-    [request] = read(write(tmp_path / "own.jsonl", json.dumps(body)), SequenceClassification)
+    [request] = read_samples(write(tmp_path / "own.jsonl", json.dumps(body)), SequenceClassification)
     assert request.parameters == {"top_k": 2, "function_to_apply": "none"}
 
 
@@ -218,13 +218,13 @@ def test_parameters_in_jsonl_win_over_those_of_the_gate(tmp_path: Path) -> None:
 def test_a_bad_line_is_named(line: str, reason: str, tmp_path: Path) -> None:
     path = write(tmp_path / "own.jsonl", '"a good one"', "", line, '"another"')
     with pytest.raises(ConfigError, match=f"own.jsonl, line 3: .*{reason}") as raised:
-        read(path, FeatureExtraction)
+        read_samples(path, FeatureExtraction)
     assert str(path) in raised.value.message
 
 
 def test_a_bad_line_of_text_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="own.txt, line 2: .*null character"):
-        read(write(tmp_path / "own.txt", "good", "bad \0"), SequenceClassification)
+        read_samples(write(tmp_path / "own.txt", "good", "bad \0"), SequenceClassification)
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
@@ -233,18 +233,18 @@ def test_an_empty_file_is_refused(suffix: str, content: str, tmp_path: Path) -> 
     path = tmp_path / f"own{suffix}"
     path.write_text(content)
     with pytest.raises(ConfigError, match=f"own{suffix} holds no text"):
-        read(path, SequenceClassification)
+        read_samples(path, SequenceClassification)
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--samples .*own.txt cannot be read: .*No such file"):
-        read(tmp_path / "own.txt", SequenceClassification)
+        read_samples(tmp_path / "own.txt", SequenceClassification)
 
 
 def test_a_file_that_is_not_utf_8(tmp_path: Path) -> None:
     (tmp_path / "own.txt").write_bytes("schön".encode("latin-1"))
     with pytest.raises(ConfigError, match="--samples .*own.txt cannot be read: .*utf-8"):
-        read(tmp_path / "own.txt", SequenceClassification)
+        read_samples(tmp_path / "own.txt", SequenceClassification)
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
@@ -252,16 +252,16 @@ def test_jsonl_lines_end_at_newlines_only(separator: str, tmp_path: Path) -> Non
     """JSON allows these characters in a string as they are; other programs write them so."""
     text = f"one{separator}two"
     path = write(tmp_path / "own.jsonl", json.dumps(text, ensure_ascii=False), '"three"')
-    assert [request.inputs["text"] for request in read(path, SequenceClassification)] == [text, "three"]
+    assert [request.inputs["text"] for request in read_samples(path, SequenceClassification)] == [text, "three"]
 
 
 def test_a_column_of_a_table(tmp_path: Path) -> None:
     path = tmp_path / "own.csv"
     path.write_text('label,text\r\n1,"one, two"\r\n2,\r\n3,three\r\n', encoding="utf-8", newline="")
-    assert [request.inputs["text"] for request in read(path, SequenceClassification)] == ["one, two", "three"]
+    assert [request.inputs["text"] for request in read_samples(path, SequenceClassification)] == ["one, two", "three"]
 
 
 def test_windows_line_ends(tmp_path: Path) -> None:
     path = tmp_path / "own.txt"
     path.write_bytes(b"one\r\ntwo\r\n")
-    assert [request.inputs["text"] for request in read(path, SequenceClassification)] == ["one", "two"]
+    assert [request.inputs["text"] for request in read_samples(path, SequenceClassification)] == ["one", "two"]

@@ -14,7 +14,7 @@ from conftest import run_export
 from oracle import answers
 from safetensors.torch import save_file
 from traceserve.building.checkpoints import sources
-from traceserve.building.config.parsing import parse
+from traceserve.building.config.parsing import parse_config
 from traceserve.building.gate.texts import SENTENCES
 from traceserve.errors import SourceError
 from traceserve_runtime.engine import Engine
@@ -246,9 +246,9 @@ REFUSED: List[Tuple[str, Any, str]] = [
 def test_refused_by_name(file: str, content: Any, words: str, checkpoint: Make, tmp_path: Path) -> None:
     source = encoder(checkpoint("bert", "AutoModel"), tmp_path / "mine", [*STANDARD, dense(32, 8)])
     write(source / file, content)
-    config, _ = parse({"model_name": str(source), "task": "feature_extraction"})
+    config, _ = parse_config({"model_name": str(source), "task": "feature_extraction"})
     with pytest.raises(SourceError, match=words):
-        sources.fetch(config, tmp_path)
+        sources.fetch_checkpoint(config, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -267,6 +267,6 @@ def test_a_cross_encoder_with_more_than_a_model(
 ) -> None:
     source = Path(shutil.copytree(checkpoint("bert", num_labels=1), tmp_path / "mine"))
     write(source / file, content)
-    config, _ = parse({"model_name": str(source), "task": "text_ranking"})
+    config, _ = parse_config({"model_name": str(source), "task": "text_ranking"})
     with pytest.raises(SourceError, match=words):
-        sources.fetch(config, tmp_path)
+        sources.fetch_checkpoint(config, tmp_path)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.protocols import PROTOCOLS, binary_tensors
 from traceserve_runtime.protocols.bodies import Headers
-from traceserve_runtime.protocols.events import Stops, cut
+from traceserve_runtime.protocols.events import Stops, cut_at_stop
 from traceserve_runtime.service import Call, Reply, Service
 from traceserve_runtime.tasks import TASKS
 
@@ -458,7 +458,7 @@ def test_a_stop_string_is_found_however_the_text_comes(text: str, stops: List[st
     places = [text.find(stop) for stop in stops if stop in text]
     first_end = min((text.find(stop) + len(stop) for stop in stops if stop in text), default=None)
     if first_end is None:
-        assert got == text == cut(text, stops)
+        assert got == text == cut_at_stop(text, stops)
     else:
         assert text.startswith(got) and min(places) <= len(got) <= max(places) and until.found
 

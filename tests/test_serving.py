@@ -23,10 +23,10 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tu
 import psutil
 import pytest
 from conftest import ROOT, run_export
-from traceserve.archives.archive import archive
+from traceserve.archives.archive import pack_archive
 from traceserve.errors import ServerError
 from traceserve.serving import configuration, instances, java, server
-from traceserve.serving.client import NotYet, Refused, predict
+from traceserve.serving.client import NotYet, RequestRefused, predict
 from traceserve.serving.instances import Instance
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.manifest import Manifest, sha256
@@ -87,7 +87,7 @@ def tiny(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
     """The artifact of a tiny classifier, with the archive beside it, quick to answer."""
     folder = tmp_path_factory.mktemp("quick") / "tiny"
     run_export(folder, {"model_name": str(checkpoint("bert", **LABELS)), "max_length": 32, "max_rows": 64})
-    archive(folder, "tiny", folder.parent)
+    pack_archive(folder, "tiny", folder.parent)
     return folder
 
 
@@ -97,11 +97,11 @@ def served(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("served") / "batched"
     content = {"model_name": str(checkpoint("bert", **LABELS)), "max_length": 32, "max_rows": 64}
     run_export(folder, {**content, "batch_size": BATCH, "max_batch_delay": int(1000 * DELAY)})
-    batched = archive(folder, "batched", folder.parent)
+    batched = pack_archive(folder, "batched", folder.parent)
     quick = tmp_path_factory.mktemp("served") / "quick"
     run_export(quick, content)
     instance = server.start(
-        [batched, archive(quick, "quick", quick.parent)], port=configuration.free_ports(1)[0], timeout=90
+        [batched, pack_archive(quick, "quick", quick.parent)], port=configuration.free_ports(1)[0], timeout=90
     )
     yield Served(instance, batched, Engine.load(folder))
     instances.stop(instance)
@@ -422,7 +422,7 @@ def test_two_servers_side_by_side(served: Served, tiny: Path) -> None:
     try:
         assert {i.port for i in instances.running()} >= {served.instance.port, other.port}
         with pytest.raises(ServerError, match="several servers"):
-            instances.find(None)
+            instances.find_instance(None)
         assert predict(other.url, "tiny", "hello") == predict(served.instance.url, "quick", "hello")
         with pytest.raises(NotYet):
             predict(other.url, "quick", "hello")
@@ -661,7 +661,7 @@ def test_by_hand_without_our_commands(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_refused_carries_the_status(served: Served) -> None:
-    with pytest.raises(Refused) as error:
+    with pytest.raises(RequestRefused) as error:
         predict(served.instance.url, "quick", {"text": 1})
     assert error.value.status == 400 and "(at text)" in error.value.message
 
@@ -736,7 +736,7 @@ def test_two_versions_side_by_side(checkpoint: Callable[..., Path], tmp_path: Pa
         named = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
         folder = tmp_path / version / "same"
         run_export(folder, {"model_name": str(checkpoint("bert", **named)), "max_length": 32, "version": version})
-        os.rename(archive(folder, "same", tmp_path), store / f"same-{version}.mar")
+        os.rename(pack_archive(folder, "same", tmp_path), store / f"same-{version}.mar")
         [answer] = Engine.load(folder).answer([Request({"text": "hello"})])
         assert isinstance(answer, Answer)
         expected[version] = answer.value

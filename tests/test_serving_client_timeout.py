@@ -14,7 +14,7 @@ from typing import Callable, Iterator
 import psutil
 import pytest
 from conftest import run_export
-from traceserve.archives.archive import archive
+from traceserve.archives.archive import pack_archive
 from traceserve.serving import configuration, instances, server
 from traceserve.serving.instances import Instance
 
@@ -27,7 +27,7 @@ BODY = json.dumps({"text": "Where is my parcel today?"}).encode()
 def served(checkpoint: Callable[..., Path], tmp_path: Path) -> Iterator[Instance]:
     content = {"model_name": str(checkpoint("bert")), "max_length": 32, "client_timeout": int(1000 * TIMEOUT)}
     run_export(tmp_path / "tiny", {**content, "task": "sequence_classification", "allow_untrained_head": True})
-    mar = archive(tmp_path / "tiny", "tiny", tmp_path)
+    mar = pack_archive(tmp_path / "tiny", "tiny", tmp_path)
     instance = server.start([mar], port=configuration.free_ports(1)[0], timeout=90)
     yield instance
     instances.stop(instance)

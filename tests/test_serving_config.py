@@ -19,8 +19,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from traceserve.archives import contents as archives
-from traceserve.archives.archive import archive
-from traceserve.archives.contents import configure, read_manifest, read_serving
+from traceserve.archives.archive import pack_archive
+from traceserve.archives.contents import configure_archive, read_manifest, read_serving
 from traceserve.archives.model_config import SERVING_FILE, Serving
 from traceserve.building.config.setup_config import SetupConfig
 from traceserve.errors import ArchiveError
@@ -97,7 +97,7 @@ def test_what_is_wrong_is_told(text: str, words: str) -> None:
 
 @pytest.fixture(scope="module")
 def packed(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return archive(artifact, "tiny", tmp_path_factory.mktemp("store"))
+    return pack_archive(artifact, "tiny", tmp_path_factory.mktemp("store"))
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_an_artifact_has_what_its_configuration_says(packed: Path) -> None:
 
 def test_configure_changes_this_file_and_its_hash_alone(packed: Path, mar: Path, tmp_path: Path) -> None:
     mar.chmod(0o640)
-    configure(mar, TUNED)
+    configure_archive(mar, TUNED)
     assert read_serving(mar) == TUNED and mar.stat().st_mode & 0o777 == 0o640
     old, new = contents(packed), contents(mar)
     assert {name for name in old.keys() | new.keys() if old.get(name) != new.get(name)} == {SERVING_FILE, MANIFEST_FILE}
@@ -132,13 +132,13 @@ def test_configure_changes_this_file_and_its_hash_alone(packed: Path, mar: Path,
 
 
 def test_configure_gives_the_same_bytes_each_time(packed: Path, mar: Path) -> None:
-    configure(mar, TUNED)
+    configure_archive(mar, TUNED)
     first = sha256(mar)
     time.sleep(2.1)  # dates in a zip count by two seconds
-    configure(mar, replace(TUNED, workers=7))
-    configure(mar, TUNED)
+    configure_archive(mar, replace(TUNED, workers=7))
+    configure_archive(mar, TUNED)
     assert sha256(mar) == first
-    configure(mar, read_serving(packed))
+    configure_archive(mar, read_serving(packed))
     assert sha256(mar) == sha256(packed)
 
 
@@ -146,7 +146,7 @@ def test_configure_follows_a_link(mar: Path, tmp_path: Path) -> None:
     link = tmp_path / "links" / "tiny.mar"
     link.parent.mkdir()
     link.symlink_to(mar)
-    configure(link, TUNED)
+    configure_archive(link, TUNED)
     assert link.is_symlink() and read_serving(mar) == TUNED
 
 
@@ -158,7 +158,7 @@ def test_an_interrupted_configure_leaves_the_old_archive(mar: Path, monkeypatch:
 
     monkeypatch.setattr(archives.shutil, "copyfileobj", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        configure(mar, TUNED)
+        configure_archive(mar, TUNED)
     assert sha256(mar) == before and [path.name for path in mar.parent.iterdir()] == ["tiny.mar"]
 
 
@@ -166,7 +166,7 @@ def test_what_is_no_archive_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "text.mar"
     path.write_text("no zip")
     with pytest.raises(ArchiveError, match="no archive of traceserve"):
-        configure(path, TUNED)
+        configure_archive(path, TUNED)
     assert path.read_text() == "no zip"
 
 
@@ -189,7 +189,7 @@ def test_the_workers_are_those_of_the_archive_unless_they_are_asked_for(
 ) -> None:
     """Two archives in one server, one of them tuned: by the command, with the real TorchServe."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    configure(mar, TUNED)
+    configure_archive(mar, TUNED)
     before = sha256(mar)
     Path(shutil.copy(packed, mar.with_name("plain.mar")))
     port = str(configuration.free_ports(1)[0])
@@ -197,7 +197,7 @@ def test_the_workers_are_those_of_the_archive_unless_they_are_asked_for(
         served = run("serve", "tiny.mar", "plain.mar", "--port", port, *options, cwd=mar.parent)
         try:
             assert served.returncode == 0, served.stderr
-            instance = instances.find(int(port))
+            instance = instances.find_instance(int(port))
             assert instance.workers == expected and worker_folders(instance) == expected
             status = run("status", cwd=mar.parent).stdout
             for name, count in expected.items():

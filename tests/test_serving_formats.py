@@ -8,7 +8,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple
 import pytest
 from conftest import run_export
 from oracle import assert_equal
-from traceserve.archives.archive import archive
+from traceserve.archives.archive import pack_archive
 from traceserve.building.config import formats
 from traceserve.building.gate import verification
 from traceserve.building.gate.texts import SENTENCES
@@ -47,7 +47,7 @@ def served(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
         for name, (save_mode, task) in TASK_OF.items():
             content = {"model_name": str(sources[task]), "task": task, "save_mode": save_mode, "max_length": 64}
             run_export(folder / name, content)
-            archives.append(archive(folder / name, name, folder))
+            archives.append(pack_archive(folder / name, name, folder))
     instance = server.start(archives, port=configuration.free_ports(1)[0], timeout=240)
     yield Served(instance)
     instances.stop(instance)
@@ -72,6 +72,6 @@ def test_written_text(name: str, served: Served) -> None:
 
 @pytest.mark.parametrize("name", TASK_OF)
 def test_bad_input_is_told(name: str, served: Served) -> None:
-    with pytest.raises(client.Refused, match="text") as refused:
+    with pytest.raises(client.RequestRefused, match="text") as refused:
         served.ask(name, {"txt": "a"})
     assert refused.value.status == 400

@@ -13,10 +13,10 @@ from typing import Any, Iterator, Tuple
 import pytest
 import trustme
 from traceserve import cli
-from traceserve.archives.archive import archive
+from traceserve.archives.archive import pack_archive
 from traceserve.errors import ServerError
 from traceserve.serving import configuration, instances, server
-from traceserve.serving.front import Front
+from traceserve.serving.front import FrontendOptions
 from traceserve.serving.instances import Instance
 
 
@@ -33,8 +33,8 @@ def pair(folder: Path, kind: trustme.KeyType = trustme.KeyType.RSA) -> Tuple[Pat
 def served(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
     folder = tmp_path_factory.mktemp("front")
     certificate, key = pair(folder)
-    front = Front("https://example.org", certificate, key, queue=2, largest_body=1)
-    packed = archive(artifact, "tiny", folder)
+    front = FrontendOptions("https://example.org", certificate, key, queue=2, largest_body=1)
+    packed = pack_archive(artifact, "tiny", folder)
     instance = server.start([packed], port=configuration.free_ports(1)[0], timeout=180, front=front)
     yield instance
     instances.stop(instance)
@@ -84,7 +84,9 @@ def test_more_than_the_queue_holds_is_refused_at_once(served: Instance) -> None:
 @pytest.mark.parametrize("missing", ["certificate", "key"])
 def test_half_a_pair_is_refused(tmp_path: Path, missing: str) -> None:
     certificate, key = pair(tmp_path)
-    front = Front(certificate=None if missing == "certificate" else certificate, key=None if missing == "key" else key)
+    front = FrontendOptions(
+        certificate=None if missing == "certificate" else certificate, key=None if missing == "key" else key
+    )
     with pytest.raises(ServerError, match="together"):
         front.check()
 
@@ -93,29 +95,29 @@ def test_files_that_are_no_pair_are_refused(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     certificate, key = pair(tmp_path)
     _, other = pair(tmp_path / "other")
-    Front(certificate=certificate, key=key).check()
+    FrontendOptions(certificate=certificate, key=key).check()
     with pytest.raises(ServerError, match="make no pair"):
-        Front(certificate=certificate, key=other).check()
+        FrontendOptions(certificate=certificate, key=other).check()
     with pytest.raises(ServerError, match="is no file"):
-        Front(certificate=certificate, key=tmp_path / "none.pem").check()
+        FrontendOptions(certificate=certificate, key=tmp_path / "none.pem").check()
 
 
 def test_a_key_that_torchserve_cannot_read_is_refused(tmp_path: Path) -> None:
     certificate, key = pair(tmp_path, trustme.KeyType.ECDSA)
     with pytest.raises(ServerError, match="RSA alone"):
-        Front(certificate=certificate, key=key).check()
+        FrontendOptions(certificate=certificate, key=key).check()
 
 
 def test_keys_and_the_metrics_place_are_chosen(artifact: Path, tmp_path: Path) -> None:
     """For a container, before which a proxy or a network's rules decide who may ask."""
-    packed = archive(artifact, "tiny", tmp_path)
+    packed = pack_archive(artifact, "tiny", tmp_path)
     port, metrics = configuration.free_ports(2)
-    front = Front(keys=False, metrics_port=metrics)
+    front = FrontendOptions(keys=False, metrics_port=metrics)
     with pytest.raises(ServerError, match=rf"port {port} .*; choose another with --metrics-port"):
         with socket.socket() as taken:
             taken.bind(("0.0.0.0", port))
             taken.listen()
-            server.start([packed], "0.0.0.0", metrics, front=Front(keys=False, metrics_port=port))
+            server.start([packed], "0.0.0.0", metrics, front=FrontendOptions(keys=False, metrics_port=port))
     instance = server.start([packed], "0.0.0.0", port, timeout=180, front=front)
     try:
         assert instance.key is None and instance.metrics_port == metrics

@@ -15,7 +15,7 @@ import grpc
 import pytest
 from conftest import ROOT
 from torchserve_grpc import Client
-from traceserve.archives.archive import archive
+from traceserve.archives.archive import pack_archive
 from traceserve.serving import configuration, instances, server
 from traceserve.serving.instances import Instance
 
@@ -45,7 +45,7 @@ def documented() -> List[Row]:
 @pytest.fixture(scope="module")
 def instance(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
     """A server that asks for keys, and lets one request wait."""
-    mar = archive(artifact, "NAME", tmp_path_factory.mktemp("frontend"))
+    mar = pack_archive(artifact, "NAME", tmp_path_factory.mktemp("frontend"))
     started = server.start([mar], host="0.0.0.0", port=configuration.free_ports(1)[0], timeout=120)
     yield started
     instances.stop(started)
@@ -91,7 +91,7 @@ def test_what_is_documented(row: Row, instance: Instance) -> None:
 
 
 def test_a_full_queue(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    configure = configuration.configure
+    configure = configuration.configure_server
 
     def with_a_short_queue(folder: Path, *arguments: object) -> object:
         written = configure(folder, *arguments)  # type: ignore[arg-type]
@@ -99,8 +99,8 @@ def test_a_full_queue(artifact: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         path.write_text(path.read_text().replace("job_queue_size=1000", "job_queue_size=1"))
         return written
 
-    monkeypatch.setattr(configuration, "configure", with_a_short_queue)
-    started = server.start([archive(artifact, "NAME", tmp_path)], port=configuration.free_ports(1)[0], timeout=120)
+    monkeypatch.setattr(configuration, "configure_server", with_a_short_queue)
+    started = server.start([pack_archive(artifact, "NAME", tmp_path)], port=configuration.free_ports(1)[0], timeout=120)
     try:
         request = raw("POST /predictions/NAME", "text/plain", b"word " * 400, "")
         with concurrent.futures.ThreadPoolExecutor(64) as pool:

@@ -12,7 +12,7 @@ import grpc
 import pytest
 from conftest import run_export
 from torchserve_grpc import Client
-from traceserve.archives.archive import archive
+from traceserve.archives.archive import pack_archive
 from traceserve.serving import configuration, instances, server
 from traceserve.serving.client import predict
 from traceserve.serving.instances import Instance
@@ -46,8 +46,8 @@ def served(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     archives = []
     for name, (source, content) in sources.items():
         run_export(folder / name, {"model_name": str(source), "max_length": 64, **content})
-        archives.append(archive(folder / name, name, folder))
-    configure = configuration.configure
+        archives.append(pack_archive(folder / name, name, folder))
+    configure = configuration.configure_server
 
     def with_open_inference(own: Path, *arguments: Any) -> Any:
         written = configure(own, *arguments)
@@ -56,7 +56,7 @@ def served(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
         return written
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(configuration, "configure", with_open_inference)
+        patch.setattr(configuration, "configure_server", with_open_inference)
         instance = server.start(archives, port=configuration.free_ports(1)[0], timeout=180)
     properties = dict(
         line.split("=", 1) for line in Path(instance.folder, "config.properties").read_text().splitlines()

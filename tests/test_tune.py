@@ -19,8 +19,8 @@ from typing import Callable, Dict, Iterator, List, Optional, Sequence, Set
 import numpy as np
 import pytest
 from conftest import ROOT
-from traceserve.archives.archive import archive
-from traceserve.archives.contents import configure, read_manifest, read_serving
+from traceserve.archives.archive import pack_archive
+from traceserve.archives.contents import configure_archive, read_manifest, read_serving
 from traceserve.archives.model_config import Serving
 from traceserve.cli import _parse, main
 from traceserve.errors import ConfigError, ServerError
@@ -28,14 +28,14 @@ from traceserve.measuring import tune
 from traceserve.measuring.candidates import knobs
 from traceserve.measuring.load_generator import Result
 from traceserve.measuring.padding import wastes
-from traceserve.measuring.search import Goal, Search, Trial, judge
+from traceserve.measuring.search import Goal, KnobSearch, Trial, judge
 from traceserve.serving import configuration, instances, server
 from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.batching.costs import CostModel
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.manifest import Manifest, sha256
 from traceserve_runtime.protocols.bodies import Headers
-from traceserve_runtime.protocols.requests import parse
+from traceserve_runtime.protocols.requests import parse_requests
 from traceserve_runtime.runner import IN_ATTENTION
 
 OWN = Serving(batch_size=32, max_batch_delay=2, response_timeout=300)
@@ -161,8 +161,8 @@ class Bench:
         self.running.discard(serving)
 
 
-def search(bench: Bench, goal: Goal = Goal(64), seconds: float = 600, cores: int = 2) -> Search:
-    found = Search(bench, goal, knobs(cores, goal.connections, 128), seconds, clock=lambda: bench.now)
+def search(bench: Bench, goal: Goal = Goal(64), seconds: float = 600, cores: int = 2) -> KnobSearch:
+    found = KnobSearch(bench, goal, knobs(cores, goal.connections, 128), seconds, clock=lambda: bench.now)
     found.run([OWN])
     return found
 
@@ -219,12 +219,12 @@ def test_what_fails_is_a_row_with_its_reason_and_never_chosen() -> None:
 def test_an_own_configuration_that_does_not_start_is_replaced() -> None:
     own = replace(OWN, workers=64, threads=1)
     bench = Bench(two_workers, fails={"start": lambda s: s.workers == 64})
-    found = Search(bench, Goal(64), knobs(2, 64, 128), 300, clock=lambda: bench.now)
+    found = KnobSearch(bench, Goal(64), knobs(2, 64, 128), 300, clock=lambda: bench.now)
     best = found.run([own, OWN])
     assert found.trials[own].failure and best.serving.workers == 2
     bench = Bench(two_workers, fails={"start": lambda s: True})
     with pytest.raises(ServerError, match="no memory"):
-        Search(bench, Goal(64), knobs(2, 64, 128), 300, clock=lambda: bench.now).run([own, OWN])
+        KnobSearch(bench, Goal(64), knobs(2, 64, 128), 300, clock=lambda: bench.now).run([own, OWN])
 
 
 def test_the_most_within_a_p99() -> None:
@@ -267,7 +267,7 @@ def test_candidates_fit_the_machine(cores: int) -> None:
 
 @pytest.fixture(scope="module")
 def packed(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return archive(artifact, "tiny", tmp_path_factory.mktemp("store"))
+    return pack_archive(artifact, "tiny", tmp_path_factory.mktemp("store"))
 
 
 @pytest.fixture
@@ -301,7 +301,9 @@ def test_the_lengths_are_the_engines(mar: Path, tmp_path: Path) -> None:
         file.extractall(tmp_path / "unpacked")
     engine, stats = Engine.load(tmp_path / "unpacked"), Stats()
     requests = [
-        r for body in texts.bodies for r in parse({"body": body}, Headers("text/plain"), type(task), 0, 9).requests
+        r
+        for body in texts.bodies
+        for r in parse_requests({"body": body}, Headers("text/plain"), type(task), 0, 9).requests
     ]
     engine.answer(requests, stats)
     assert stats.tokens == sum(map(sum, texts.lengths)) and stats.rows == sum(map(len, texts.lengths)) > len(requests)
@@ -318,7 +320,7 @@ def test_texts_that_are_all_refused_are_told(mar: Path, tmp_path: Path) -> None:
 def test_the_command_finds_and_writes_what_is_better(mar: Path) -> None:
     """An archive whose batches never fill, and wait for that: smaller batches are many times faster."""
     slow = replace(OWN, max_batch_delay=60)
-    configure(mar, slow)
+    configure_archive(mar, slow)
     before = sha256(mar)
     users = server.start([mar], port=configuration.free_ports(1)[0], timeout=90)
     try:

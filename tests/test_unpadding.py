@@ -87,8 +87,8 @@ def traced(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
                 "max_length": 64,
             }
             (folder / "setup_config.json").write_text(json.dumps(content))
-            loaded = parsing.load(folder / "setup_config.json")
-            original = loading.load(loaded.config, sources.fetch(loaded.config, folder), folder)
+            loaded = parsing.load_config(folder / "setup_config.json")
+            original = loading.load_original(loaded.config, sources.fetch_checkpoint(loaded.config, folder), folder)
             with warnings.catch_warnings(), masks_without_vmap(), torch.no_grad():
                 warnings.simplefilter("ignore")
                 module = writer._single(original, TASKS[KINDS[auto_model]], Shapes())

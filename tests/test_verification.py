@@ -13,7 +13,7 @@ from conftest import Called, nothing, run_export
 from traceserve.building.attempt import candidate_shapes
 from traceserve.building.checkpoints import loading, sources
 from traceserve.building.checkpoints.original import Original
-from traceserve.building.config.parsing import parse
+from traceserve.building.config.parsing import parse_config
 from traceserve.building.gate import verification
 from traceserve.building.gate.findings import LIMITS, Cell, DriftError, Findings
 from traceserve.building.gate.reference import Reference
@@ -196,9 +196,9 @@ def test_what_the_task_asks_is_compared_and_the_users_own(
 
 def load_original(checkpoint: Callable[..., Path], folder: Path) -> Original:
     """What the fixture `artifact` was made of."""
-    config, _ = parse({"model_name": str(checkpoint("bert", **LABELS)), **CLASSIFIER, "max_length": 32})
-    with loading.quiet():
-        return loading.load(config, sources.fetch(config, folder), folder)
+    config, _ = parse_config({"model_name": str(checkpoint("bert", **LABELS)), **CLASSIFIER, "max_length": 32})
+    with loading.quiet_transformers():
+        return loading.load_original(config, sources.fetch_checkpoint(config, folder), folder)
 
 
 def test_the_users_samples_are_compared_too(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
@@ -221,6 +221,6 @@ def test_an_untraceable_model_is_told(
 
 
 def test_candidate_shapes_go_from_wide_to_narrow() -> None:
-    config, _ = parse({"model_name": "x/y", **CLASSIFIER})
+    config, _ = parse_config({"model_name": "x/y", **CLASSIFIER})
     shapes = list(candidate_shapes(config, 100))
     assert shapes[0] == Shapes() and shapes[1].lengths == (16, 32, 64, 100) and shapes[-1].batches is not None

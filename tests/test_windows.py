@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_tokenization import ALL_KINDS, LONG, Written, encode, refusal, texts, words, write_tokenizer
 from tokenizers import Encoding
 from traceserve_runtime.texts.tokenization import Encoded, Row, Segments
-from traceserve_runtime.texts.windows import Place, merge
+from traceserve_runtime.texts.windows import TokenPosition, merge_windows
 
 quick = settings(deadline=None, max_examples=100, database=None)
 
@@ -200,7 +200,7 @@ def test_offsets_say_what_a_token_of_bytes_says(written: Dict[str, Written], kin
 # Merging.
 
 
-def merged(rows: List[Row], places: List[Place]) -> List[Any]:
+def merged(rows: List[Row], places: List[TokenPosition]) -> List[Any]:
     return [(rows[w].encoding.ids[i], rows[w].encoding.offsets[i], special) for w, i, special in places]
 
 
@@ -223,7 +223,7 @@ def test_merged_windows_are_the_text_tokenized_whole(
     whole = written[kind].own.encode(text)
     assume(len(whole))
     rows = encode(written[kind].open(max_length), text, stride=stride, full=full).rows
-    got = merged(rows, merge(rows))
+    got = merged(rows, merge_windows(rows))
     expected: List[Any] = list(zip(whole.ids, whole.offsets, map(bool, whole.special_tokens_mask)))
     if stride == 0 and kind in TRIMMING:
         # Nothing is shared, so each window's first token comes from that window, where it may keep its space.
@@ -238,7 +238,9 @@ def test_merged_windows_of_a_quarter_each(written: Dict[str, Written], kind: str
     whole = written[kind].own.encode(LONG)
     rows = encode(written[kind].open(max_length), LONG, stride=max_length // 4).rows
     assert len(rows) > 3
-    assert merged(rows, merge(rows)) == list(zip(whole.ids, whole.offsets, map(bool, whole.special_tokens_mask)))
+    assert merged(rows, merge_windows(rows)) == list(
+        zip(whole.ids, whole.offsets, map(bool, whole.special_tokens_mask))
+    )
 
 
 class Placed(NamedTuple):
@@ -263,7 +265,7 @@ def test_a_shared_token_is_taken_from_where_it_has_more_neighbours(
     written: Dict[str, Written], text: str, max_length: int, stride: int, full: bool
 ) -> None:
     rows = encode(written["bert"].open(max_length), text, stride=stride, full=full).rows
-    places = [place for place in merge(rows) if not place.special]
+    places = [place for place in merge_windows(rows) if not place.special]
     size = rows[0].tokens
     for token, place in enumerate(places):
         # The last window may be short: its text ends there, and no neighbour is missing.
@@ -285,7 +287,7 @@ def test_merging_by_hand(written: Dict[str, Written], stride: int, windows: List
     tokenizer = written["bert"].open(2 + math.ceil((tokens + stride) / 2))
     rows = encode(tokenizer, words(tokens), stride=stride).rows
     assert len(rows) == 2
-    places = merge(rows)
+    places = merge_windows(rows)
     assert places[0] == (0, 0, True) and places[-1] == (1, rows[1].length - 1, True)
     assert [sum(place.window == number for place in places[1:-1]) for number in (0, 1)] == windows
     assert not any(place.special for place in places[1:-1])
@@ -295,9 +297,9 @@ def test_merging_by_hand(written: Dict[str, Written], stride: int, windows: List
 def test_one_row_is_itself(written: Dict[str, Written], kind: str) -> None:
     (row,) = encode(written[kind].open(64), "The train leaves.").rows
     mask = row.encoding.special_tokens_mask
-    assert merge([row]) == [(0, i, bool(special)) for i, special in enumerate(mask)]
+    assert merge_windows([row]) == [(0, i, bool(special)) for i, special in enumerate(mask)]
 
 
 def test_a_text_without_tokens_is_its_special_ones(written: Dict[str, Written]) -> None:
     (row,) = encode(written["bert"].open(64), "").rows
-    assert merge([row]) == [(0, 0, True), (0, 1, True)]
+    assert merge_windows([row]) == [(0, 0, True), (0, 1, True)]

@@ -23,7 +23,7 @@ if sys.platform != "win32":
     import fcntl
 
 
-def fetch(address: str, expected: Optional[str] = None) -> Path:
+def fetch_archive(address: str, expected: Optional[str] = None) -> Path:
     """The folder into which the archive at `address` was unpacked, now or before; raises ArchiveError.
 
     The folder is named by the archive's SHA-256 and stands in the user's cache, so that the replicas of a machine share it, and
@@ -84,7 +84,7 @@ def _downloaded(address: str, folder: Path) -> Path:
 def main(arguments: List[str]) -> int:
     """Fetch, and write where it is: `{"folder": ...}`."""
     try:
-        folder = fetch(arguments[0], arguments[1] if len(arguments) > 1 else None)
+        folder = fetch_archive(arguments[0], arguments[1] if len(arguments) > 1 else None)
     except TraceserveError as error:
         sys.stderr.write(f"{error}\n")
         return 1

@@ -22,7 +22,7 @@ class Loaded(NamedTuple):
     timeout: float  # seconds that an answer may take
 
 
-def load(
+def load_archive(
     address: str,
     sha256: Optional[str] = None,
     name: Optional[str] = None,

@@ -16,7 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from traceserve_hosts.asgi import Application, Asgi, Limits, Message, Scope
 from traceserve_hosts.batcher import Batcher
-from traceserve_hosts.loading import load
+from traceserve_hosts.loading import load_archive
 from traceserve_hosts.routing import Router, messages
 
 KEY_VARIABLE = "TRACESERVE_KEY"  # where it is set, every request needs it
@@ -54,7 +54,7 @@ class Replica:
     def __init__(
         self, address: str, sha256: Optional[str], name: str, version: str, gpu: bool, options: Mapping[str, Any]
     ) -> None:
-        loaded = load(address, sha256, name, version, gpu)
+        loaded = load_archive(address, sha256, name, version, gpu)
         self._metrics = _Metrics(name, version)
         self._application = Application(
             loaded.service,

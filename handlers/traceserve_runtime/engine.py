@@ -120,7 +120,7 @@ class Engine:
     def idle(self) -> None:
         """Call this when nobody waits for an answer: it releases memory, and may measure one run."""
         if self._tokens_since > _MANY_TOKENS:
-            memory.give_back()
+            memory.release_unused_memory()
             self._tokens_since = 0
         if self._answer_first > 0:
             return
@@ -142,7 +142,7 @@ class Engine:
         if self.task.loop:
             return
         timings = yield from self._time_runs(self.runner)
-        self.cost = costs.fit(timings, self.cost.padding) or self.cost
+        self.cost = costs.fit_costs(timings, self.cost.padding) or self.cost
         self.open_lanes()
         if self.lanes is None:
             return
@@ -153,7 +153,7 @@ class Engine:
                 running.result()
 
         alone = yield from self._time_runs(side_by_side)
-        cost = costs.fit(alone, self.cost.padding)
+        cost = costs.fit_costs(alone, self.cost.padding)
         if cost is not None and timings:
             unit = costs.seconds_per_cost(alone, cost) / costs.seconds_per_cost(timings, self.cost)
             self.lanes = Lanes(threads, cost.scaled(unit))
@@ -243,7 +243,7 @@ class Engine:
             for request, item in zip(requests, encoded)
             if isinstance(item, Encoded)
         )
-        refused = limits.refused(measured, self.task.tokenizer.limits.of_rows)
+        refused = limits.refused_groups(measured, self.task.tokenizer.limits.of_rows)
         if not refused:
             return encoded
         return [refused.get(request.group, item) for request, item in zip(requests, encoded)]

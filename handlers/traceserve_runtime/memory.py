@@ -6,7 +6,7 @@ import ctypes
 import sys
 
 
-def give_back() -> None:
+def release_unused_memory() -> None:
     """Make glibc release unused memory: after the demo's longest requests a worker had 555 MB instead of 390.
 
     Without this function in the C library, do nothing.

@@ -50,7 +50,7 @@ def native(dtype: str) -> bool:
     return dtype not in NATIVE or bool(NATIVE[dtype] & features())
 
 
-def check(dtype: str) -> None:
+def check_dtype(dtype: str) -> None:
     """Raise MissingPackage for a dtype that gives wrong results on this processor; warn if it is only slow."""
     if dtype in ONLY_NATIVE and not native(dtype):
         raise MissingPackage(f'{_needs(dtype)}; build the archive with "dtype": "float32" for it')

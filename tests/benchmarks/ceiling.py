@@ -81,7 +81,7 @@ def no_op() -> Iterator[str]:
         port = configuration.free_ports(1)[0]
         archive = _archive(folder)
         (folder / "server").mkdir()
-        _, settings = configuration.configure(folder / "server", {}, {}, "127.0.0.1", port)
+        _, settings = configuration.configure_server(folder / "server", {}, {}, "127.0.0.1", port)
         # As an archive without a manifest is none of ours, `configure` would refuse it.
         shutil.copy(archive, settings["model-store"])
         config = settings["ts-config"]
@@ -124,7 +124,7 @@ def main() -> None:
                 with start() as url:
                     for connections in counts:
                         bar.update(task, description=f"{name}, {connections} connections")
-                        result = load_generator.run(
+                        result = load_generator.send_load(
                             load_generator.Endpoint(url),
                             _BODIES,
                             connections=connections,

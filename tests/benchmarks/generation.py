@@ -28,8 +28,8 @@ from rich.console import Console
 from rich.table import Table
 from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.engine import Engine
-from traceserve_runtime.generation.scores import Settings
-from traceserve_runtime.generation.search import Sampling, generate
+from traceserve_runtime.generation.scores import GenerationSettings
+from traceserve_runtime.generation.search import Sampling, run_searches
 from traceserve_runtime.generation.steps import DecoderFeed
 from traceserve_runtime.tasks.contract import Request
 
@@ -90,11 +90,11 @@ def contenders(engine: Engine, source: Path, new_tokens: int, batch: int) -> Dic
     [encoded] = engine.task.encode([Request({"text": PROMPT}, {"max_new_tokens": new_tokens})])
     row = encoded.rows[0]  # type: ignore[union-attr]  # the prompt is short enough
     ids = row.encoding.ids
-    settings = Settings(max_new_tokens=new_tokens)
+    settings = GenerationSettings(max_new_tokens=new_tokens)
 
     def past_as_input() -> List[List[int]]:
         searches = [Sampling(ids, settings) for _ in range(batch)]
-        generate(DecoderFeed(engine.runner, [row] * batch, engine.manifest, Stats()), searches)
+        run_searches(DecoderFeed(engine.runner, [row] * batch, engine.manifest, Stats()), searches)
         return [search.tokens for search in searches]
 
     def recomputed() -> List[List[int]]:

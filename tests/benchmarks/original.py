@@ -17,7 +17,7 @@ from typing import List
 import numpy as np
 from traceserve.building import samples
 from traceserve.building.checkpoints import loading, sources
-from traceserve.building.config.parsing import parse
+from traceserve.building.config.parsing import parse_config
 from traceserve.building.gate.reference import Reference, Wanted, run_original
 from traceserve_runtime.manifest import TokenizerFacts
 from traceserve_runtime.tasks import TASKS
@@ -33,13 +33,13 @@ def main() -> None:
     parser.add_argument("--samples", type=Path, required=True, metavar="FILE", help="as of traceserve build")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="of the samples take each Nth [%(default)s]")
     options = parser.parse_args()
-    config, _ = parse({"model_name": str(options.model.resolve()), "task": TASK})
-    with loading.quiet(), tempfile.TemporaryDirectory() as folder:
-        original = loading.load(config, sources.fetch(config, Path()), Path())
+    config, _ = parse_config({"model_name": str(options.model.resolve()), "task": TASK})
+    with loading.quiet_transformers(), tempfile.TemporaryDirectory() as folder:
+        original = loading.load_original(config, sources.fetch_checkpoint(config, Path()), Path())
         original.write_tokenizer(Path(folder))
         facts: TokenizerFacts = original.tokenizer_facts
         tokenizer = TextTokenizer(Path(folder), facts, original.max_length, max_rows=1)
-        asked = samples.read(options.samples, TASKS[TASK])[:: options.every]
+        asked = samples.read_samples(options.samples, TASKS[TASK])[:: options.every]
         encoded = tokenizer.encode([Segments(request.inputs["text"]) for request in asked], ["truncate"] * len(asked))
     rows = list({tuple(e.rows[0].encoding.ids): e.rows[0] for e in encoded if isinstance(e, Encoded)}.values())
     reference = Reference(original)

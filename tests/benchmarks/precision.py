@@ -54,10 +54,12 @@ def export_as(way: str, content: Dict[str, Any], folder: Path, texts: Path) -> E
     own = precision.PRECISIONS[dtype]
     if lower is not None:
         precision.PRECISIONS[dtype] = own._replace(lower=lower, tracing=contextlib.nullcontext)
-    parsed, _ = parsing.parse({**content, "dtype": dtype})
+    parsed, _ = parsing.parse_config({**content, "dtype": dtype})
     folder.mkdir()
     try:
-        return export(parsing.Loaded(parsed, folder, ()), folder.name, folder, lambda *_: None, texts, allow_drift=True)
+        return export(
+            parsing.LoadedConfig(parsed, folder, ()), folder.name, folder, lambda *_: None, texts, allow_drift=True
+        )
     finally:
         precision.PRECISIONS[dtype] = own
 
@@ -90,7 +92,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         texts = Path(name, "texts.jsonl")
         texts.write_text("".join(json.dumps({"text": line["text"]}) + "\n" for line in lines))
-        requests = samples.read(texts, TASKS[options.task])
+        requests = samples.read_samples(texts, TASKS[options.task])
         made = {way: export_as(way, content, Path(name, way), texts) for way in options.dtypes.split(",")}
         speeds = measure_speeds({way: Path(name, way) for way in made}, requests, lambda *_: None)
         rows, found = [], []

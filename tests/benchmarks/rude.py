@@ -157,7 +157,7 @@ def longest(client: Client, ends: float) -> bytes:
 
 def bother(url: str, bodies: Sequence[bytes], connections: int, seconds: float) -> Dict[str, Any]:
     """Send bodies in turn, in a closed loop; how many were answered, and how many of these with which other status than 2xx."""
-    sent = load_generator.run(
+    sent = load_generator.send_load(
         load_generator.Endpoint(url), bodies, connections=connections, seconds=seconds, warm_up=0.0, timeout=_TIMEOUT
     )
     return {"answered": sent.requests + sent.failed, "statuses": sent.errors}
@@ -169,7 +169,7 @@ def beside(
     """What a good client waits beside others, who have a process of their own, and what these were answered."""
 
     def good() -> load_generator.Result:
-        return load_generator.run(
+        return load_generator.send_load(
             load_generator.Endpoint(url), [GOOD], connections=1, seconds=seconds, warm_up=0.5, timeout=_TIMEOUT
         )
 

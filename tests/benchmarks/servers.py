@@ -45,7 +45,7 @@ class Server:
     ) -> load_generator.Result:
         """Send the texts in a closed loop."""
         bodies = [self.body(text) for text in texts]
-        return load_generator.run(
+        return load_generator.send_load(
             load_generator.Endpoint(self.url), bodies, self.content_type, connections, None, seconds, warm_up
         )
 
@@ -68,7 +68,7 @@ def ours(archive: Path, workers: Optional[int] = None, body: Body = text_field) 
     seconds = time.monotonic() - started
     try:
         url = f"http://127.0.0.1:{port}/predictions/{archive.stem}"
-        instance = instances.find(port)
+        instance = instances.find_instance(port)
         pids = _torchserve_workers(instance.management_port, archive.stem)
         yield Server(url, body, "application/json", seconds, pids, [instance.pid])
     finally:

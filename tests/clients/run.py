@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import models  # noqa: E402
 from conftest import run_export  # noqa: E402
-from traceserve.archives.archive import archive  # noqa: E402
+from traceserve.archives.archive import pack_archive  # noqa: E402
 from traceserve.serving import configuration, instances, server  # noqa: E402
 from traceserve_runtime.tasks import TASKS  # noqa: E402
 
@@ -46,7 +46,7 @@ def build(folder: Path) -> List[Path]:
         if task.loop == "decoder":
             (source / "chat_template.jinja").write_text(_TEMPLATE)
         run_export(folder / name, {"model_name": str(source), "task": name, "max_length": 64, "max_batch_delay": 5})
-        archives.append(archive(folder / name, name, folder))
+        archives.append(pack_archive(folder / name, name, folder))
     return archives
 
 

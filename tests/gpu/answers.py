@@ -12,7 +12,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 import models
 from oracle import CASES
 from traceserve.building.config import formats
-from traceserve.building.config.parsing import Loaded, parse
+from traceserve.building.config.parsing import LoadedConfig, parse_config
 from traceserve.building.export import export
 from traceserve.building.exported import Exported
 from traceserve.building.gate import verification
@@ -113,10 +113,10 @@ def few_samples() -> Iterator[None]:
 def build(source: Path, task: str, save_mode: str, dtype: str, folder: Path, max_length: int) -> Exported:
     """An artifact for a GPU."""
     content = {"model_name": str(source), "task": task, "save_mode": save_mode, "dtype": dtype, "hardware": "gpu"}
-    config, notes = parse({**content, "max_length": max_length})
+    config, notes = parse_config({**content, "max_length": max_length})
     folder.mkdir(parents=True)
     drift = dtype != "float32"  # the models are random
-    return export(Loaded(config, folder, notes), folder.name, folder, lambda *_: None, allow_drift=drift)
+    return export(LoadedConfig(config, folder, notes), folder.name, folder, lambda *_: None, allow_drift=drift)
 
 
 def _checkpoint(job: Job) -> Path:

@@ -8,7 +8,7 @@ from typing import List
 import psutil
 import pytest
 from neuron_double import cores
-from traceserve.archives.archive import archive
+from traceserve.archives.archive import pack_archive
 from traceserve.errors import ServerError
 from traceserve.serving import configuration, instances, server
 from traceserve.serving.client import predict
@@ -19,7 +19,7 @@ from traceserve_runtime.tasks.contract import Answer, Request
 
 @pytest.fixture(scope="module")
 def mar(classifier: Path) -> Path:
-    return archive(classifier, "classifier", classifier.parent)
+    return pack_archive(classifier, "classifier", classifier.parent)
 
 
 def start(mar: Path, workers: int) -> Instance:

@@ -98,7 +98,7 @@ def unpad(outputs: Arrays, places: Sequence[slice], per_token: Sequence[str]) ->
     ]
 
 
-def run(
+def run_batch(
     runner: Runner, rows: Sequence[Row], manifest: Manifest, per_token: Sequence[str], stats: Stats
 ) -> List[Arrays]:
     """Pad rows, run them together, unpad the outputs; adds to `stats`."""

@@ -49,7 +49,7 @@ class Timing(NamedTuple):
 _LEAST_RUN, _MOST_RUN, _MOST_ATTENTION = 5.0, 128.0, 0.05
 
 
-def fit(timings: Sequence[Timing], padding: Padding = Padding()) -> Optional[CostModel]:
+def fit_costs(timings: Sequence[Timing], padding: Padding = Padding()) -> Optional[CostModel]:
     """Fit a cost model to unpadded runs of at least three shapes; None if none explains them.
 
     Least squares of the relative errors with no coefficient below 0: every choice of terms is solved, and the best one

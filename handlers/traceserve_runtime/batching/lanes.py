@@ -12,7 +12,7 @@ from itertools import accumulate
 from typing import Callable, List, Optional, Sequence, Tuple, TypeVar
 
 from traceserve_runtime.batching.costs import CostModel
-from traceserve_runtime.batching.plan import MOST_ROWS, MOST_TOKENS, plan
+from traceserve_runtime.batching.plan import MOST_ROWS, MOST_TOKENS, plan_batches
 from traceserve_runtime.manifest import Shapes
 
 Batches = List[List[int]]
@@ -41,13 +41,13 @@ def schedule(
 ) -> List[Batches]:
     """Return the micro-batches of each lane, or of one with all cores if that finishes sooner; see `plan`."""
     if lanes is None or len(lengths) < 2:
-        return [plan(lengths, shapes, cost, most_tokens)]
+        return [plan_batches(lengths, shapes, cost, most_tokens)]
     rows = _Rows(lengths, shapes, lanes.cost, most_tokens)
     cuts = (rows.cut(len(lanes.threads) * each) for each in _MICRO_BATCHES_OF_A_LANE)
     spread, soonest = min((_spread(batches, lengths, shapes, lanes) for batches in cuts), key=lambda each: each[1])
     if len(spread) > 1 and _least(lengths, shapes, cost) >= soonest:
         return spread
-    together = plan(lengths, shapes, cost, most_tokens)
+    together = plan_batches(lengths, shapes, cost, most_tokens)
     return spread if len(spread) > 1 and soonest <= sum(_costs(together, lengths, shapes, cost)) else [together]
 
 

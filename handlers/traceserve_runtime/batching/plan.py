@@ -16,7 +16,7 @@ MOST_ROWS = 64
 MOST_TOKENS = 16384
 
 
-def plan(
+def plan_batches(
     lengths: Sequence[int], shapes: Shapes, cost: CostModel = CostModel(), most_tokens: int = MOST_TOKENS
 ) -> List[List[int]]:
     """Return the cheapest division of rows, sorted by length, into contiguous micro-batches, as lists of indices into

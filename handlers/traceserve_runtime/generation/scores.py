@@ -13,7 +13,7 @@ NEVER = np.float32(-np.inf)
 
 
 @dataclass(frozen=True)
-class Settings:
+class GenerationSettings:
     """How one row is continued, with the names and meanings of transformers' GenerationConfig."""
 
     max_new_tokens: int
@@ -44,7 +44,9 @@ class Settings:
     alternatives: Optional[int] = None  # keep log-probabilities, with this many top tokens; None: none
 
 
-def processed(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: Settings) -> np.ndarray:
+def processed(
+    scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: GenerationSettings
+) -> np.ndarray:
     """Return the next token's scores, (vocabulary), after restrictions and penalties."""
     changes = (_source_repetition, _repetition, _ngrams, _source_ngrams, _bad_words, _minimum, _forced, _suppressed)
     scores = scores.copy()
@@ -53,7 +55,9 @@ def processed(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], 
     return log_softmax(scores) if settings.renormalize else scores
 
 
-def _source_repetition(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: Settings) -> None:
+def _source_repetition(
+    scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: GenerationSettings
+) -> None:
     if settings.source_penalty == 1.0:
         return
     seen = np.unique(settings.source)
@@ -61,7 +65,7 @@ def _source_repetition(scores: np.ndarray, prompt: Sequence[int], tokens: Sequen
     scores[seen] = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
 
 
-def _repetition(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: Settings) -> None:
+def _repetition(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: GenerationSettings) -> None:
     if settings.repetition_penalty == 1.0:
         return
     seen = np.unique([*prompt, *tokens])
@@ -69,7 +73,7 @@ def _repetition(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int]
     scores[seen] = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
 
 
-def _ngrams(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: Settings) -> None:
+def _ngrams(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: GenerationSettings) -> None:
     size = settings.no_repeat_ngram_size
     whole = [*prompt, *tokens]
     if not 0 < size <= len(whole) + 1:
@@ -80,7 +84,9 @@ def _ngrams(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], se
             scores[whole[i + size - 1]] = NEVER
 
 
-def _source_ngrams(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: Settings) -> None:
+def _source_ngrams(
+    scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: GenerationSettings
+) -> None:
     size = settings.source_ngram_size
     whole = [*prompt, *tokens]
     if not 0 < size <= len(whole) + 1:
@@ -91,19 +97,19 @@ def _source_ngrams(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[i
             scores[settings.source[i + size - 1]] = NEVER
 
 
-def _bad_words(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: Settings) -> None:
+def _bad_words(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: GenerationSettings) -> None:
     whole = [*prompt, *tokens]
     for word in settings.bad_words_ids:
         if len(word) == 1 or whole[len(whole) - len(word) + 1 :] == list(word[:-1]):
             scores[word[-1]] = NEVER
 
 
-def _minimum(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: Settings) -> None:
+def _minimum(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: GenerationSettings) -> None:
     if len(tokens) < settings.min_new_tokens or len(prompt) + len(tokens) < settings.min_length:
         scores[list(settings.eos_ids)] = NEVER
 
 
-def _forced(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: Settings) -> None:
+def _forced(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: GenerationSettings) -> None:
     forced: Sequence[int] = ()
     if settings.forced_bos_id is not None and len(prompt) + len(tokens) == 1:
         forced = (settings.forced_bos_id,)
@@ -114,13 +120,13 @@ def _forced(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], se
         scores[list(forced)] = 0
 
 
-def _suppressed(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: Settings) -> None:
+def _suppressed(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: GenerationSettings) -> None:
     scores[list(settings.suppress_ids)] = NEVER
     if len(tokens) == (1 if settings.forced_bos_id is not None and len(prompt) == 1 else 0):
         scores[list(settings.begin_suppress_ids)] = NEVER
 
 
-def probabilities(scores: np.ndarray, settings: Settings) -> np.ndarray:
+def probabilities(scores: np.ndarray, settings: GenerationSettings) -> np.ndarray:
     """Return each token's probability, (vocabulary), by temperature, then top_k, top_p and min_p."""
     scores = scores / np.float32(settings.temperature)
     if 0 < settings.top_k < len(scores):

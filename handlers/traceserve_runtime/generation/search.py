@@ -11,7 +11,7 @@ from typing import Callable, List, NamedTuple, Optional, Protocol, Sequence
 
 import numpy as np
 
-from traceserve_runtime.generation.scores import Settings, probabilities, processed
+from traceserve_runtime.generation.scores import GenerationSettings, probabilities, processed
 from traceserve_runtime.softmax import log_softmax
 
 _LEAST_LOGARITHM = np.float32(-9999)  # JSON has no infinity
@@ -70,7 +70,7 @@ class Search(Protocol):
         ...
 
 
-def generate(feed: Feed, searches: Sequence[Search]) -> List[bool]:
+def run_searches(feed: Feed, searches: Sequence[Search]) -> List[bool]:
     """Run the searches together until all are done; return for each whether all its logits were numbers."""
     logits = feed.first()
     sound = [True] * len(searches)
@@ -101,7 +101,7 @@ class Sampling:
     def __init__(
         self,
         prompt: Sequence[int],
-        settings: Settings,
+        settings: GenerationSettings,
         ends: Optional[Callable[[List[int]], bool]] = None,
         told: Optional[Told] = None,
     ) -> None:
@@ -152,7 +152,7 @@ class Beams:
     """
 
     def __init__(
-        self, prompt: Sequence[int], settings: Settings, ends: Optional[Callable[[List[int]], bool]] = None
+        self, prompt: Sequence[int], settings: GenerationSettings, ends: Optional[Callable[[List[int]], bool]] = None
     ) -> None:
         self._prompt = list(prompt)
         self._settings = settings
@@ -225,7 +225,7 @@ class Beams:
 
 def search_for(
     prompt: Sequence[int],
-    settings: Settings,
+    settings: GenerationSettings,
     ends: Optional[Callable[[List[int]], bool]] = None,
     told: Optional[Told] = None,
 ) -> Search:

@@ -41,7 +41,7 @@ PROTOCOLS: Dict[str, Protocol] = {
 }
 # By how the path begins, for those that name a model; the first that fits.
 _OF_MODELS: Tuple[Tuple[Pattern[str], Protocol], ...] = (
-    (re.compile("v2/models/."), metadata.Model()),
+    (re.compile("v2/models/."), metadata.ModelMetadata()),
     (re.compile("(v1/)?models/.*:[^/]*$"), metadata.Prediction()),
     (re.compile("(v1/)?models/."), openai.Models(single=True)),
 )

@@ -21,7 +21,7 @@ CONTENT_TYPE = "application/octet-stream"
 _SIZE = "binary_data_size"
 
 
-def read(body: bytes, header_length: int) -> Any:
+def read_binary(body: bytes, header_length: int) -> Any:
     """Return the JSON of a body with its binary tensors' elements as "data"; raises InvalidRequest."""
     if header_length > len(body):
         raise InvalidRequest(f"{LENGTH_HEADER} is {header_length:,}, but the body has {len(body):,} bytes", "body")

@@ -37,7 +37,7 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple, Type, 
 
 from traceserve_runtime.errors import InputTooLong, InvalidRequest, UnsupportedMedia
 from traceserve_runtime.protocols import binary_tensors
-from traceserve_runtime.protocols.wording import listed, nearest, parse_json, short
+from traceserve_runtime.protocols.wording import listed, nearest_name, parse_json, short
 from traceserve_runtime.tasks.contract import Task
 
 # `target` names the class that the pytorch/serve example explains; its clients send it with every request.
@@ -106,7 +106,7 @@ class _Media(NamedTuple):
         return "json" in self.name
 
 
-def read(row: Mapping[str, Any], headers: Headers, task: Type[Task]) -> Any:
+def read_body(row: Mapping[str, Any], headers: Headers, task: Type[Task]) -> Any:
     """Return the text or parsed JSON of one item of TorchServe's batch; raises a TraceserveError with a 4xx status."""
     media = _media(headers.content_type)
     if "body" in row and not media.is_form and not headers.grpc:
@@ -116,7 +116,7 @@ def read(row: Mapping[str, Any], headers: Headers, task: Type[Task]) -> Any:
         if headers.content_encoding:
             value = _decompress(value, headers.content_encoding)
         if headers.binary is not None and isinstance(value, (bytes, bytearray)):
-            return binary_tensors.read(bytes(value), headers.binary)
+            return binary_tensors.read_binary(bytes(value), headers.binary)
         return _document(value, media, task, "body")
     if headers.content_encoding.strip().lower() not in ("", "identity"):
         raise UnsupportedMedia(f"compressed forms are not supported; {_NOT_A_FORM}")
@@ -197,7 +197,9 @@ def _wrong_header(header: List[str], known: List[str]) -> str:
     wrong = next((name for name in header if name not in known), None)
     if wrong is None and len(set(header)) == len(header):
         return ""
-    problem = f'"{short(wrong)}" is none{nearest(wrong, known)}' if wrong is not None else "a name stands there twice"
+    problem = (
+        f'"{short(wrong)}" is none{nearest_name(wrong, known)}' if wrong is not None else "a name stands there twice"
+    )
     return (
         f"the first line of a CSV body is a header with the names of fields, but {problem}; "
         f'{listed(known)} are known, or "inputs" alone'

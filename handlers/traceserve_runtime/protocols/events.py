@@ -50,7 +50,7 @@ class Stops:
         return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def cut(text: str, stops: Sequence[str]) -> str:
+def cut_at_stop(text: str, stops: Sequence[str]) -> str:
     """Cut a text before its first stop string."""
     until = Stops(stops)
     return until.feed(text) + until.rest()

@@ -11,7 +11,7 @@ from traceserve_runtime.protocols import bodies
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Served
 from traceserve_runtime.protocols.requests import check_size, checked_fields
-from traceserve_runtime.protocols.wording import kind_of, listed, nearest, path_to, short
+from traceserve_runtime.protocols.wording import kind_of, listed, nearest_name, path_to, short
 from traceserve_runtime.tasks.contract import Request
 
 
@@ -33,7 +33,7 @@ IGNORED = Key(read=True)  # it means nothing here
 
 def json_body(parts: Mapping[str, Any], headers: Headers, served: Served) -> Dict[str, Any]:
     """Return a call's body as an object; raises InvalidRequest if it is not one."""
-    value = bodies.read(parts, headers, served.task)
+    value = bodies.read_body(parts, headers, served.task)
     check_size(value, served.manifest.max_rows)
     if not isinstance(value, dict):
         raise InvalidRequest(f"the body should be a JSON object, not {kind_of(value)}")
@@ -49,7 +49,7 @@ def read_keys(value: Mapping[str, Any], keys: Mapping[str, Key], where: str = ""
     for name, item in value.items():
         if name not in keys:
             raise InvalidRequest(
-                f'unknown key "{short(name)}"{nearest(name, keys)}; {listed(keys)} are known', path_to(where, name)
+                f'unknown key "{short(name)}"{nearest_name(name, keys)}; {listed(keys)} are known', path_to(where, name)
             )
         key = keys[name]
         if key.read or item is None or _is_neutral(item, key.neutral):
@@ -70,7 +70,9 @@ def _are_numbers(*values: Any) -> bool:
     return all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
 
 
-def checked(parameters: Mapping[str, Any], served: Served, names: Mapping[str, str], where: str = "") -> Dict[str, Any]:
+def check_values(
+    parameters: Mapping[str, Any], served: Served, names: Mapping[str, str], where: str = ""
+) -> Dict[str, Any]:
     """Check our parameters' values; `names` has each one's foreign name, for errors."""
     known = {parameter.name: parameter for parameter in served.task.all_parameters()}
     for name, value in parameters.items():
@@ -87,7 +89,7 @@ def foreign_names(keys: Mapping[str, Key]) -> Dict[str, str]:
     return {key.parameter: name for name, key in keys.items() if key.parameter is not None}
 
 
-def needed(value: Mapping[str, Any], name: str, where: str = "") -> Any:
+def require_key(value: Mapping[str, Any], name: str, where: str = "") -> Any:
     """Return the value of a required key."""
     if value.get(name) is None:
         raise InvalidRequest(f'"{name}" is missing', path_to(where, name))
@@ -106,7 +108,7 @@ def boolean(value: Mapping[str, Any], name: str, default: bool = False) -> bool:
 
 def named_texts(value: Mapping[str, Any], name: str) -> List[Tuple[Any, str]]:
     """Return the texts at a key that holds one text or a list, each with its path."""
-    found = needed(value, name)
+    found = require_key(value, name)
     if not isinstance(found, list):
         return [(found, name)]
     if not found:

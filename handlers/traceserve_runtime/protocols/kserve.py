@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Sequence
 
-from traceserve_runtime.protocols.native import Model, Plain
+from traceserve_runtime.protocols.native import Plain, ServedModel
 
 
 @dataclass(frozen=True)
@@ -14,5 +14,5 @@ class Instances(Plain):
 
     is_list: bool = True
 
-    def document(self, answers: Sequence[Any], model: Model) -> Any:
+    def document(self, answers: Sequence[Any], model: ServedModel) -> Any:
         return {"predictions": list(answers)}

@@ -44,7 +44,7 @@ class State(_KServe):
         return Document({self._name: True})
 
 
-class Model(_KServe):
+class ModelMetadata(_KServe):
     """Everything below /v2/models/NAME, with or without /versions/VERSION."""
 
     def __init__(self) -> None:

@@ -11,7 +11,7 @@ from traceserve_runtime.protocols.contract import Served
 from traceserve_runtime.tasks.contract import Answer, WrittenToken
 
 
-class Model(NamedTuple):
+class ServedModel(NamedTuple):
     """The served model, as named in V2 answers."""
 
     name: str
@@ -26,9 +26,9 @@ class Plain:
 
     def reply(self, answers: Sequence[Answer], served: Served) -> Any:
         """Return the response; answers that have room include the characters that the model did not see."""
-        return self.document([noted(answer) for answer in answers], Model(served.name, served.version))
+        return self.document([noted(answer) for answer in answers], ServedModel(served.name, served.version))
 
-    def document(self, answers: Sequence[Any], model: Model) -> Any:
+    def document(self, answers: Sequence[Any], model: ServedModel) -> Any:
         """Return the response for all answers."""
         return list(answers) if self.is_list else answers[0]
 

@@ -21,12 +21,12 @@ from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Seq
 from traceserve_runtime.errors import InvalidRequest, TraceserveError
 from traceserve_runtime.protocols import binary_tensors
 from traceserve_runtime.protocols.contract import Document, Served
-from traceserve_runtime.protocols.native import Model, noted
+from traceserve_runtime.protocols.native import ServedModel, noted
 from traceserve_runtime.protocols.wording import (
     check_string,
     kind_of,
     listed,
-    nearest,
+    nearest_name,
     parse_json,
     path_to,
     short,
@@ -61,13 +61,13 @@ class Tensors:
     binary: bool = False  # the output follows the JSON
 
     def reply(self, answers: Sequence[Answer], served: Served) -> Any:
-        document = self.document([noted(answer) for answer in answers], Model(served.name, served.version))
+        document = self.document([noted(answer) for answer in answers], ServedModel(served.name, served.version))
         if not self.binary:
             return document
         body, headers = binary_tensors.written(document)
         return Document(body, binary_tensors.CONTENT_TYPE, headers)
 
-    def document(self, answers: Sequence[Any], model: Model) -> Any:
+    def document(self, answers: Sequence[Any], model: ServedModel) -> Any:
         named = {"model_name": model.name, "model_version": model.version}
         own = {} if self.id is None else {"id": self.id}
         return {**named, **own, "outputs": [{"name": self.output, **_encoded(list(answers), self.infer)}]}
@@ -105,7 +105,7 @@ def are_tensors(inputs: Any) -> bool:
     )
 
 
-def infer_error(error: TraceserveError, body: Any, model: Model) -> Any:
+def infer_error(error: TraceserveError, body: Any, model: ServedModel) -> Any:
     """Return an error as ModelInfer's answer to `body`: an output tensor named "error"."""
     sent = body.get("id") if isinstance(body, dict) else None
     protocol = Tensors(sent if isinstance(sent, str) else "", "error", {}, infer=True)
@@ -194,7 +194,7 @@ def _only(value: Mapping[str, Any], known: Sequence[str], where: str) -> None:
     for key in value:
         if key not in known:
             raise InvalidRequest(
-                f'unknown key "{short(key)}"{nearest(key, known)}; {listed(known)} are known', path_to(where, key)
+                f'unknown key "{short(key)}"{nearest_name(key, known)}; {listed(known)} are known', path_to(where, key)
             )
 
 
@@ -234,7 +234,7 @@ def _columns(tensors: Sequence[_Tensor], task: Type[Task]) -> Dict[str, _Tensor]
         name = tensor.name
         if name not in known:
             raise InvalidRequest(
-                f'the tensor "{short(name)}" is no field{nearest(name, known)}; {listed(known)} are known',
+                f'the tensor "{short(name)}" is no field{nearest_name(name, known)}; {listed(known)} are known',
                 f"{tensor.where}.name",
             )
         if name in columns:

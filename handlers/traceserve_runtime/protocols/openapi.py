@@ -54,7 +54,7 @@ class OpenApi:
 
     def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Document:
         """Ignore the body."""
-        return Document(described(served))
+        return Document(openapi_document(served))
 
     def error(self, error: TraceserveError, parts: Mapping[str, Any], headers: Headers, served: Served) -> Refusal:
         """Return the error in our own protocol's format."""
@@ -69,7 +69,7 @@ class Page(OpenApi):
         return Document(_PAGE.encode("utf-8"), "text/html; charset=utf-8")
 
 
-def described(served: Served) -> Dict[str, Any]:
+def openapi_document(served: Served) -> Dict[str, Any]:
     """Return the OpenAPI document of an archive."""
     manifest, task = served.manifest, served.task
     schemas = {

@@ -16,12 +16,12 @@ from traceserve_runtime.protocols.fields import (
     Places,
     boolean,
     check_classifies,
-    checked,
+    check_values,
     foreign_names,
     json_body,
     named_texts,
-    needed,
     read_keys,
+    require_key,
     text_requests,
 )
 from traceserve_runtime.protocols.openai.shared import OpenAiErrors, error_document, head, usage
@@ -56,7 +56,7 @@ class Rerank:
     which has
     "texts" at the same path."""
 
-    _tei = tei.Rerank()
+    _tei = tei.TeiRerank()
 
     def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Body:
         """Read one request."""
@@ -85,7 +85,7 @@ class Rerank:
 
 
 def _list(value: Mapping[str, Any], name: str) -> List[Any]:
-    found = needed(value, name)
+    found = require_key(value, name)
     if not isinstance(found, list):
         raise InvalidRequest(f'"{name}" should be a list', name)
     return found
@@ -95,7 +95,7 @@ def _document(item: Any, where: str) -> Any:
     """Return a document's text, which may be wrapped in an object."""
     if isinstance(item, dict):
         read_keys(item, {"text": READ}, where)
-        return needed(item, "text", where)
+        return require_key(item, "text", where)
     return item
 
 
@@ -130,7 +130,7 @@ class Score(OpenAiErrors):
         if "documents" not in {field.name for field in served.task.fields}:
             raise WrongTask(f"this model's task is {served.task.name}; pairs are scored by one of text_ranking")
         value = json_body(parts, headers, served)
-        parameters = checked(read_keys(value, _SCORE), served, foreign_names(_SCORE))
+        parameters = check_values(read_keys(value, _SCORE), served, foreign_names(_SCORE))
         first, second = ([text for text, _ in named_texts(value, name)] for name in ("text_1", "text_2"))
         if len(first) not in (1, len(second)):
             raise InvalidRequest("text_1 is one text, or as many as text_2", "text_1")
@@ -160,7 +160,7 @@ class Classify(OpenAiErrors):
         """Make one request per text."""
         check_classifies(served)
         value = json_body(parts, headers, served)
-        parameters = checked({**read_keys(value, _CLASSIFY), "top_k": None}, served, {})
+        parameters = check_values({**read_keys(value, _CLASSIFY), "top_k": None}, served, {})
         requests = text_requests(named_texts(value, "input"), parameters, served, group)
         return Body(requests, _Classes({"text": "input"}, {}))
 

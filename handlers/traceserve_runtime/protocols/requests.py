@@ -16,14 +16,14 @@ from traceserve_runtime.protocols import bodies
 from traceserve_runtime.protocols.bodies import LEGAL_BODIES, UNUSED_FIELDS, Headers
 from traceserve_runtime.protocols.contract import Body, Refusal, Served
 from traceserve_runtime.protocols.kserve import Instances
-from traceserve_runtime.protocols.native import PLAIN_TEXT, Model, Plain
+from traceserve_runtime.protocols.native import PLAIN_TEXT, Plain, ServedModel
 from traceserve_runtime.protocols.open_inference import are_tensors, infer_error, read_tensors
 from traceserve_runtime.protocols.wording import (
     DEEPEST,
     check_string,
     kind_of,
     listed,
-    nearest,
+    nearest_name,
     parse_json,
     path_to,
     short,
@@ -41,12 +41,12 @@ class Native:
 
     def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Body:
         """Read a call."""
-        return parse(parts, headers, served.task, group, served.manifest.max_rows)
+        return parse_requests(parts, headers, served.task, group, served.manifest.max_rows)
 
     def error(self, error: TraceserveError, parts: Mapping[str, Any], headers: Headers, served: Served) -> Refusal:
         """Return the error in the format of its protocol: KServe's clients fail on an error that is not a string."""
         if headers.infer:
-            return Refusal.of(infer_error(error, parts["body"], Model(served.name, served.version)), error)
+            return Refusal.of(infer_error(error, parts["body"], ServedModel(served.name, served.version)), error)
         if _is_of_kserve(parts.get("body"), headers):
             return Refusal.of({"error": in_words(error)}, error)
         return Refusal.of(error.to_json(), error)
@@ -73,13 +73,13 @@ def _is_of_kserve(body: Any, headers: Headers) -> bool:
     return "instances" in body or are_tensors(body.get("inputs"))
 
 
-def parse(row: Mapping[str, Any], headers: Headers, task: Type[Task], group: int, most: int) -> Body:
+def parse_requests(row: Mapping[str, Any], headers: Headers, task: Type[Task], group: int, most: int) -> Body:
     """Parse the requests of one item of TorchServe's batch.
 
     `row` holds `body`, or the fields of a form; `group` numbers the item, and `most` limits its requests.
     Raises InvalidRequest or InputTooLong, which name the field.
     """
-    return parse_value(bodies.read(row, headers, task), task, group, most, headers.infer)
+    return parse_value(bodies.read_body(row, headers, task), task, group, most, headers.infer)
 
 
 def parse_value(value: Any, task: Type[Task], group: int, most: int, infer: bool = False) -> Body:
@@ -209,7 +209,8 @@ def checked_fields(fields: Mapping[str, Any], task: Type[Task], where: str) -> M
             )
         if key not in known:
             raise InvalidRequest(
-                f'unknown field "{short(key)}"{nearest(key, known)}; {listed(known)} are known', path_to(where, key)
+                f'unknown field "{short(key)}"{nearest_name(key, known)}; {listed(known)} are known',
+                path_to(where, key),
             )
         _check_kind(value, known[key].kind, key, path_to(where, key))
     for field in task.fields:
@@ -247,7 +248,8 @@ def _parameters(parameters: Any, task: Type[Task], where: str) -> Mapping[str, A
     for key, value in parameters.items():
         if key not in known:
             raise InvalidRequest(
-                f'unknown parameter "{short(key)}"{nearest(key, known)}; {listed(known)} are known', path_to(path, key)
+                f'unknown parameter "{short(key)}"{nearest_name(key, known)}; {listed(known)} are known',
+                path_to(path, key),
             )
         if not known[key].accepts(value):
             raise InvalidRequest(

@@ -19,13 +19,13 @@ from traceserve_runtime.protocols.fields import (
     boolean,
     check_classifies,
     check_reads_vectors,
-    checked,
+    check_values,
     foreign_names,
     json_body,
     named_texts,
-    needed,
     pooled,
     read_keys,
+    require_key,
     text_requests,
 )
 from traceserve_runtime.protocols.requests import checked_fields, in_words
@@ -91,7 +91,7 @@ class Embed(Errors):
         value = json_body(parts, headers, served)
         own = {"pooling": "none", "normalize": False} if self._all else {**pooled(served), "normalize": True}
         asked = {**own, **read_keys(value, _EMBED), **lengths(value)}
-        parameters = checked(asked, served, foreign_names(_EMBED))
+        parameters = check_values(asked, served, foreign_names(_EMBED))
         requests = text_requests(named_texts(value, "inputs"), parameters, served, group)
         return Body(requests, _Vectors({"text": "inputs"}, foreign_names(_EMBED), all_tokens=self._all))
 
@@ -112,12 +112,12 @@ class Predict(Errors):
         """Make one request per text or pair."""
         check_classifies(served)
         value = json_body(parts, headers, served)
-        parameters = checked(
+        parameters = check_values(
             {**read_keys(value, _PREDICT), **lengths(value), "top_k": None}, served, foreign_names(_PREDICT)
         )
         if boolean(value, "raw_scores"):
             parameters["function_to_apply"] = "none"
-        inputs = needed(value, "inputs")
+        inputs = require_key(value, "inputs")
         is_list = isinstance(inputs, list) and any(isinstance(item, list) for item in inputs)
         named = [(item, f"inputs[{i}]") for i, item in enumerate(inputs)] if is_list else [(inputs, "inputs")]
         requests = [Request(_text_or_pair(item, served, where), parameters, group, where) for item, where in named]
@@ -147,7 +147,7 @@ class _Labels(Places):
         return [answer.value for answer in answers] if self.is_list else answers[0].value
 
 
-class Rerank(Errors):
+class TeiRerank(Errors):
     """Ranks texts by a query, best first."""
 
     def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Body:
@@ -176,12 +176,12 @@ def ranking(
     """Return the body for a query and the list of `texts`."""
     if "documents" not in {field.name for field in served.task.fields}:
         raise WrongTask(f"this model's task is {served.task.name}; texts are ranked by one of text_ranking")
-    fields = {"query": needed(value, "query"), "documents": needed(value, texts)}
+    fields = {"query": require_key(value, "query"), "documents": require_key(value, texts)}
     try:
         fields = dict(checked_fields(fields, served.task, ""))
     except InvalidRequest as error:
         raise InvalidRequest(error.message, form.place(0, "", error.field)) from None
-    return Body([Request(fields, checked(asked, served, foreign_names(keys)), group)], form)
+    return Body([Request(fields, check_values(asked, served, foreign_names(keys)), group)], form)
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ class Similarity(Errors):
         if not isinstance(options, dict):
             raise InvalidRequest(f'"parameters" should be an object, not {kind_of(options)}', "parameters")
         asked = {**read_keys(options, _SIMILARITY, "parameters"), **lengths(options, default=True)}
-        return similarity(needed(value, "inputs"), asked, served, group)
+        return similarity(require_key(value, "inputs"), asked, served, group)
 
 
 def similarity(inputs: Any, asked: Mapping[str, Any], served: Served, group: int) -> Body:
@@ -213,12 +213,12 @@ def similarity(inputs: Any, asked: Mapping[str, Any], served: Served, group: int
             '"inputs" should be an object like {"source_sentence": "...", "sentences": ["..."]}', "inputs"
         )
     read_keys(inputs, {"source_sentence": READ, "sentences": READ}, "inputs")
-    sentences = needed(inputs, "sentences", "inputs")
+    sentences = require_key(inputs, "sentences", "inputs")
     if not isinstance(sentences, list) or not sentences:
         raise InvalidRequest('"sentences" should be a list of texts, one at least', "inputs.sentences")
-    source = needed(inputs, "source_sentence", "inputs")
+    source = require_key(inputs, "source_sentence", "inputs")
     named = [(source, "inputs.source_sentence"), *((s, f"inputs.sentences[{i}]") for i, s in enumerate(sentences))]
-    parameters = checked({**pooled(served), **asked, "normalize": True}, served, {})
+    parameters = check_values({**pooled(served), **asked, "normalize": True}, served, {})
     return Body(text_requests(named, parameters, served, group), _Cosines())
 
 

@@ -62,7 +62,7 @@ def short(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text[:40]) + ("..." if len(text) > 40 else "")
 
 
-def nearest(key: str, known: Iterable[str]) -> str:
+def nearest_name(key: str, known: Iterable[str]) -> str:
     """Suggest the known name that may have been meant, or nothing."""
     near = difflib.get_close_matches(key[:_LONGEST_NAME], list(known), n=1)
     return f' (did you mean "{near[0]}"?)' if near else ""

@@ -204,7 +204,7 @@ class Task:
             for request, part in zip(requests, parts)
             if not isinstance(part, TraceserveError)
         )
-        parts = _without(limits.refused(measured, self.tokenizer.limits.of_texts), requests, parts)
+        parts = _without(limits.refused_groups(measured, self.tokenizer.limits.of_texts), requests, parts)
         return _without(self._probed(requests, parts), requests, parts)
 
     def _probed(self, requests: Sequence[Request], parts: Sequence[Parts]) -> Dict[Optional[int], InputTooLong]:
@@ -253,7 +253,7 @@ class Task:
     def predict(self, runner: Runner, jobs: Sequence[Job], stats: Stats) -> List[Arrays]:
         """Run rows together in one forward pass. A task that loops overrides this."""
         per_token = [output.name for output in self.outputs if output.per_token]
-        outputs = batches.run(runner, [job.row for job in jobs], self.manifest, per_token, stats)
+        outputs = batches.run_batch(runner, [job.row for job in jobs], self.manifest, per_token, stats)
         return [self.keep(job.row, output) for job, output in zip(jobs, outputs)]
 
     def keep(self, row: Row, outputs: Arrays) -> Arrays:

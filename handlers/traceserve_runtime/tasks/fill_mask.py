@@ -59,7 +59,7 @@ class FillMask(Task):
         return [i for i, token_id in enumerate(row.encoding.ids) if token_id == self.manifest.facts["mask_id"]]
 
     def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Any:
-        places = windows.merge(rows)
+        places = windows.merge_windows(rows)
         ids = np.array([rows[place.window].encoding.ids[place.position] for place in places])
         masks = np.flatnonzero(ids == self.manifest.facts["mask_id"])
         if not len(masks):

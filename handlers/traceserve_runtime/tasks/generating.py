@@ -9,8 +9,8 @@ import numpy as np
 from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.batching.costs import CostModel
 from traceserve_runtime.errors import InvalidRequest, TraceserveError, Unsupported
-from traceserve_runtime.generation.scores import Settings
-from traceserve_runtime.generation.search import Likelihood, Search, generate, search_for
+from traceserve_runtime.generation.scores import GenerationSettings
+from traceserve_runtime.generation.search import Likelihood, Search, run_searches, search_for
 from traceserve_runtime.generation.steps import FEEDS
 from traceserve_runtime.runner import Arrays, Runner
 from traceserve_runtime.tasks.contract import Job, ModelFacts, Parts, Request, Task, WrittenToken, without_prefix
@@ -198,7 +198,7 @@ class Generating(Task):
         """The prefix's tokens, which limits on the whole sequence's length do not count."""
         return 0
 
-    def settings(self, request: Request, row: Row, prompt: Sequence[int]) -> Settings:
+    def settings(self, request: Request, row: Row, prompt: Sequence[int]) -> GenerationSettings:
         """Return the settings that continue this request's row after its prompt's tokens."""
         facts = self.manifest.facts
         samples = self._samples(request)
@@ -212,7 +212,7 @@ class Generating(Task):
             for name in (*_SAMPLING, "repetition_penalty", "no_repeat_ngram_size", "min_new_tokens", "length_penalty")
             + ("early_stopping",)
         }
-        return Settings(
+        return GenerationSettings(
             max_new_tokens=min(most, self.room(row)),
             do_sample=samples,
             num_beams=1 if samples else self.parameter(request, "num_beams"),
@@ -251,7 +251,7 @@ class Generating(Task):
             settings = self.settings(job.request, job.row, prompt)
             searches.append(search_for(prompt, settings, self._ends(job.request, prompt), self._told(job)))
         feed = FEEDS[self.loop](runner, [job.row for job in jobs], self.manifest, stats)
-        sound = generate(feed, searches)
+        sound = run_searches(feed, searches)
         # NaN if the model returned it: `answer` reports it.
         return [_written(each) if fine else {"tokens": np.array([np.nan])} for each, fine in zip(searches, sound)]
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
 
 from traceserve_runtime.errors import InvalidRequest, TraceserveError, Unsupported
-from traceserve_runtime.generation.scores import Settings
+from traceserve_runtime.generation.scores import GenerationSettings
 from traceserve_runtime.runner import Arrays
 from traceserve_runtime.tasks.contract import ModelFacts, Parts, Request
 from traceserve_runtime.tasks.generating import PARAMETERS, Generating, first_id
@@ -82,7 +82,7 @@ class Text2TextGeneration(Generating):
         if not languages:
             raise InvalidRequest(f"this model's tokenizer has no languages; leave {name} out", f"parameters.{name}")
         raise InvalidRequest(
-            f"this model does not know that language; did you mean {nearest(code, languages)}? It knows "
+            f"this model does not know that language; did you mean {nearest_code(code, languages)}? It knows "
             f"{len(languages)} codes",
             f"parameters.{name}",
         )
@@ -105,7 +105,7 @@ class Text2TextGeneration(Generating):
             rows.append(replace(row, encoding=renumbered(row.encoding, ids)))
         return replace(item, rows=rows)
 
-    def settings(self, request: Request, row: Row, prompt: Sequence[int]) -> Settings:
+    def settings(self, request: Request, row: Row, prompt: Sequence[int]) -> GenerationSettings:
         settings = super().settings(request, row, prompt)
         target = self._language(request, "tgt_lang")
         return settings if target is None else replace(settings, forced_bos_id=target)
@@ -138,7 +138,7 @@ class Text2TextGeneration(Generating):
         return requests
 
 
-def nearest(code: str, codes: Iterable[str]) -> str:
+def nearest_code(code: str, codes: Iterable[str]) -> str:
     """Return the likeliest known code: the most similar of those that begin alike."""
     letters = code.lower()
 

@@ -16,7 +16,7 @@ _FULL_ROWS, _SHARE_OF_FULL_ROWS = 64, 4
 _CHARACTERS_PER_TOKEN = 8
 
 
-class Limits(NamedTuple):
+class RequestLimits(NamedTuple):
     """The most of each that one HTTP request may have, and the most characters that are tokenized at once."""
 
     rows: int
@@ -24,7 +24,7 @@ class Limits(NamedTuple):
     characters: int  # in all texts, as tokenized: one that is paired with ten others counts ten times
 
     @classmethod
-    def of(cls, max_length: int, max_rows: int) -> Limits:
+    def of(cls, max_length: int, max_rows: int) -> RequestLimits:
         """Return the limits of a model."""
         tokens = max_length * max(_FULL_ROWS, max_rows // _SHARE_OF_FULL_ROWS)
         return cls(max_rows, tokens, tokens * _CHARACTERS_PER_TOKEN)
@@ -75,7 +75,9 @@ class Limits(NamedTuple):
 Judge = Callable[[int, int], Optional[InputTooLong]]
 
 
-def refused(measured: Iterable[Tuple[Optional[int], int, int]], judge: Judge) -> Dict[Optional[int], InputTooLong]:
+def refused_groups(
+    measured: Iterable[Tuple[Optional[int], int, int]], judge: Judge
+) -> Dict[Optional[int], InputTooLong]:
     """Return the refused groups: `measured` has each text's group, count and size.
 
     Texts without a group share no limit.

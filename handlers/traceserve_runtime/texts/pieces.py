@@ -22,7 +22,7 @@ UNIGRAM, BPE = "unigram", "bpe"
 _UNKNOWN_PENALTY = 10.0  # for a letter in no piece of a Unigram, below the lowest score
 
 
-class Piece(NamedTuple):
+class TextPiece(NamedTuple):
     """A part of a text as looked up in the vocabulary, and its offsets: [start, end)."""
 
     text: str
@@ -252,21 +252,21 @@ class PieceTokenizer:
                 part += token if token in self._as_they_are else token.replace(SPACE, " ")
         return (written + self._normalizer.begun(part)).strip()
 
-    def pieces(self, text: str) -> List[Piece]:
+    def pieces(self, text: str) -> List[TextPiece]:
         """Return a text's special tokens, and the pieces between them."""
-        found: List[Piece] = []
+        found: List[TextPiece] = []
         start = 0
         for match in self._tokens.finditer(text):
             found += self._section(text[start : match.start()], start)
-            found.append(Piece(match.group(), *match.span()))
+            found.append(TextPiece(match.group(), *match.span()))
             start = match.end()
         return found + self._section(text[start:], start)
 
-    def _section(self, text: str, offset: int) -> List[Piece]:
-        found: List[Piece] = []
+    def _section(self, text: str, offset: int) -> List[TextPiece]:
+        found: List[TextPiece] = []
         if self._codes and text.startswith(">>") and "<<" in text:
             end = text.find("<<") + 2
-            found.append(Piece(text[:end], offset, offset + end))
+            found.append(TextPiece(text[:end], offset, offset + end))
             text, offset = text[end:], offset + end
         normalized, spans = self._normalizer.normalize(text)
         place, before_known = 0, True
@@ -275,11 +275,11 @@ class PieceTokenizer:
             start, stop = offset + spans[place][0], offset + spans[end - 1][1]
             if not known and not before_known:  # unknown neighbours form one piece
                 piece, start = found[-1].text + piece, found.pop().start
-            found.append(Piece(piece, start, stop))
+            found.append(TextPiece(piece, start, stop))
             place, before_known = end, known
         return found
 
-    def _encoding(self, pieces: Sequence[Piece]) -> Encoding:
+    def _encoding(self, pieces: Sequence[TextPiece]) -> Encoding:
         count = len(pieces)
         state: Dict[str, Any] = {
             "ids": [self._vocabulary.get(piece.text, self._unknown) for piece in pieces],

@@ -18,7 +18,7 @@ from tokenizers.processors import ByteLevel
 from traceserve_runtime.errors import InputTooLong, InvalidManifest, InvalidRequest, TraceserveError
 from traceserve_runtime.manifest import TokenizerFacts
 from traceserve_runtime.texts import probing
-from traceserve_runtime.texts.limits import Limits
+from traceserve_runtime.texts.limits import RequestLimits
 from traceserve_runtime.texts.pieces import PieceTokenizer
 from traceserve_runtime.texts.probing import Sized
 
@@ -99,7 +99,7 @@ class TextTokenizer:
         self._embeddings = facts.embeddings
         self._max_length = max_length
         self._max_rows = max_rows
-        self.limits = Limits.of(max_length, max_rows)
+        self.limits = RequestLimits.of(max_length, max_rows)
         self._windows = windows  # whether to suggest windows
         self._special_tokens = [self._tokenizer.num_special_tokens_to_add(is_pair) for is_pair in (False, True)]
 

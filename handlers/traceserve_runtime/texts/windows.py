@@ -7,7 +7,7 @@ from typing import List, NamedTuple, Sequence
 from traceserve_runtime.texts.tokenization import Row
 
 
-class Place(NamedTuple):
+class TokenPosition(NamedTuple):
     """A token of the whole sequence: the window that answers for it, and its position there."""
 
     window: int
@@ -15,7 +15,7 @@ class Place(NamedTuple):
     special: bool
 
 
-def merge(rows: Sequence[Row]) -> List[Place]:
+def merge_windows(rows: Sequence[Row]) -> List[TokenPosition]:
     """Return every token of the text once, special tokens before and after, like a single row.
 
     A token that two windows share is taken from the one with more context on both sides; the middle
@@ -29,9 +29,9 @@ def merge(rows: Sequence[Row]) -> List[Place]:
         end = row.start + row.tokens
         stop = end if last else (end + rows[number + 1].start + 1) // 2
         if number == 0:
-            places += [Place(0, i, True) for i in range(own[0] if own else row.length)]
-        places += [Place(number, own[i - row.start], False) for i in range(begin, stop)]
+            places += [TokenPosition(0, i, True) for i in range(own[0] if own else row.length)]
+        places += [TokenPosition(number, own[i - row.start], False) for i in range(begin, stop)]
         if last and own:
-            places += [Place(number, i, True) for i in range(own[-1] + 1, row.length)]
+            places += [TokenPosition(number, i, True) for i in range(own[-1] + 1, row.length)]
         begin = stop
     return places

@@ -29,16 +29,16 @@ RUNTIME = "traceserve_runtime"
 _RUNTIME_SIZE = 1 << 20  # upper bound for the handler, the runtime and their metadata
 
 
-def archive(artifact: Path, name: str, folder: Path, version: Optional[str] = None) -> Path:
+def pack_archive(artifact: Path, name: str, folder: Path, version: Optional[str] = None) -> Path:
     """Pack `artifact` and the runtime into `folder/NAME.mar`, optionally under another version; raises ArchiveError."""
     manifest = Manifest.read(artifact)  # checks that the artifact is complete and verified
     manifest = replace(
         manifest, name=check_name(name), version=check_version(manifest.version if version is None else version)
     )
     size = space.size([artifact / file for file in manifest.files]) + _RUNTIME_SIZE
-    space.require(folder, size, f"the archive {name}.mar")
+    space.require_space(folder, size, f"the archive {name}.mar")
     with staging.scratch() as temporary, space.Needed(temporary, size, f"{name}.mar, before its dates are removed,"):
-        space.require(temporary, size, f"{name}.mar, before its dates are removed,")
+        space.require_space(temporary, size, f"{name}.mar, before its dates are removed,")
         stage = temporary / "stage"
         stage.mkdir()
         files = _stage(artifact, manifest, stage)

@@ -53,7 +53,7 @@ def unpack(path: Path, folder: Path, only: Sequence[str] = ()) -> None:
             size = sum(info.file_size for info in members)
             if size > _LARGEST_RATIO * path.stat().st_size:
                 raise zipfile.BadZipFile("it declares larger files than it can contain")
-            space.require(folder, size, f"unpacking {path.name}")
+            space.require_space(folder, size, f"unpacking {path.name}")
             with space.Needed(folder, size, f"unpacking {path.name}"):
                 file.extractall(folder, members)
     except _DAMAGED as error:
@@ -128,7 +128,7 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-def configure(path: Path, serving: Serving) -> None:
+def configure_archive(path: Path, serving: Serving) -> None:
     """Replace an archive's serving configuration in place; all other bytes stay the same.
 
     The finished new archive replaces the old one atomically: after an interruption, the old one remains.
@@ -140,7 +140,7 @@ def configure(path: Path, serving: Serving) -> None:
         write_document(document, folder)
         configure_unpacked(folder, serving)
         changed = {name: (folder / name).read_bytes() for name in (MANIFEST_FILE, SERVING_FILE)}
-        space.require(folder, path.stat().st_size, f"another {path.name}")
+        space.require_space(folder, path.stat().st_size, f"another {path.name}")
         copy_archive(path, folder / path.name, changed)
         shutil.copymode(path, folder / path.name)
 

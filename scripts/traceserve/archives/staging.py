@@ -32,7 +32,7 @@ _OLD = 7 * 24 * 3600.0  # seconds
 _own: Set[Path] = set()  # on NFS a process does not see its own locks
 
 
-def check_free(target: Path, force: bool, error: Type[TraceserveError]) -> None:
+def check_replaceable(target: Path, force: bool, error: Type[TraceserveError]) -> None:
     """Raise `error` if `target` exists and may not be replaced."""
     if target.exists() and not force:
         raise error(f"{target} exists already; --force replaces it, --output or --store writes elsewhere")

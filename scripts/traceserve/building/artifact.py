@@ -23,7 +23,7 @@ from traceserve.errors import ExportError, UnwritableError
 from traceserve.machine import space
 
 
-def write(
+def write_artifact(
     config: SetupConfig,
     source: Source,
     original: Original,

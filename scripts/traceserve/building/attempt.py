@@ -40,7 +40,7 @@ REFUSED = "rewritten_graph_refused"  # in the receipt: the variants in which the
 COMPILED, BEFORE_COMPILING = "compiled graphs", "graphs before they were compiled"
 
 
-class Made(NamedTuple):
+class AcceptedArtifact(NamedTuple):
     """An artifact that passed, or whose drift is allowed."""
 
     folder: Path
@@ -59,7 +59,7 @@ def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _speed_requests(made: Made, own_samples: Sequence[Request]) -> Sequence[Request]:
+def _speed_requests(made: AcceptedArtifact, own_samples: Sequence[Request]) -> Sequence[Request]:
     """Return the user's samples, or sentences of everyday length; only a few for generated texts."""
     task = load_task(made.folder, made.manifest)
     requests = own_samples or task.from_texts(sentences(CORPUS))
@@ -78,7 +78,7 @@ class Attempt:
     progress: Progress
     allow_drift: bool = False  # a failing artifact may be taken, and is therefore compared completely
 
-    def make(self, dtype: str, folder: Path) -> Made:
+    def make(self, dtype: str, folder: Path) -> AcceptedArtifact:
         """Make an artifact of this dtype in `folder`, with the widest shapes that pass; raises ExportError,
         DriftError."""
         original = self.reference.original
@@ -116,7 +116,7 @@ class Attempt:
         raise refused[0]
 
     def race(
-        self, made: Sequence[Made], tried: List[Candidate], scratch: Path
+        self, made: Sequence[AcceptedArtifact], tried: List[Candidate], scratch: Path
     ) -> Tuple[List[Candidate], Optional[Compared]]:
         """Return the candidates, with speeds if there is something to compare; and the artifact they were compared
         with."""
@@ -200,13 +200,15 @@ class Attempt:
         return verify(folder, self.reference, self.own_samples, self.progress, only_usual, self.allow_drift)
 
     def _write(self, lowered: Original, shapes: Shapes, folder: Path, rehearsal: bool = False) -> Manifest:
-        return artifact.write(self.config, self.source, lowered, shapes, self.name, folder, self.progress, rehearsal)
+        return artifact.write_artifact(
+            self.config, self.source, lowered, shapes, self.name, folder, self.progress, rehearsal
+        )
 
-    def _finish(self, manifest: Manifest, findings: Findings, lowered: Original, folder: Path) -> Made:
+    def _finish(self, manifest: Manifest, findings: Findings, lowered: Original, folder: Path) -> AcceptedArtifact:
         receipt = {**findings.receipt(), "drift_allowed": not findings.passed, "in_float32": list(lowered.kept)}
         manifest = replace(manifest, receipt=receipt)
         manifest.write(folder)
-        return Made(folder, manifest, findings)
+        return AcceptedArtifact(folder, manifest, findings)
 
 
 def _without_padding(config: SetupConfig, findings: Findings) -> str:

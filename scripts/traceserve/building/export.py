@@ -11,10 +11,10 @@ from typing import List, Optional
 from traceserve_runtime.tasks import TASKS
 
 from traceserve.building import artifact, samples
-from traceserve.building.attempt import Attempt, Made, size_of
+from traceserve.building.attempt import AcceptedArtifact, Attempt, size_of
 from traceserve.building.checkpoints import loading, sources
 from traceserve.building.config import formats
-from traceserve.building.config.parsing import Loaded
+from traceserve.building.config.parsing import LoadedConfig
 from traceserve.building.exported import Candidate, Exported
 from traceserve.building.gate.reference import Reference
 from traceserve.building.progress import Progress
@@ -23,7 +23,7 @@ from traceserve.errors import ExportError
 
 
 def export(
-    loaded: Loaded,
+    loaded: LoadedConfig,
     name: str,
     folder: Path,
     progress: Progress,
@@ -36,28 +36,28 @@ def export(
     the shapes open, the widest that pass are taken. If none passes,
     `allow_drift` takes those that change the fewest answers; artifacts that cannot run are never exported.
     """
-    with loading.quiet():
+    with loading.quiet_transformers():
         return _export(loaded, name, folder, progress, samples_file, allow_drift)
 
 
 def _export(
-    loaded: Loaded, name: str, folder: Path, progress: Progress, samples_file: Optional[Path], allow_drift: bool
+    loaded: LoadedConfig, name: str, folder: Path, progress: Progress, samples_file: Optional[Path], allow_drift: bool
 ) -> Exported:
     config = loaded.config
     WRITERS[config.save_mode].check(config.dtype, artifact.target_of(config))
     if samples_file:  # before anything is downloaded
         samples.lines(samples_file)
     progress("fetching the checkpoint", 0, 0)
-    checkpoint = sources.fetch(config, loaded.folder)
+    checkpoint = sources.fetch_checkpoint(config, loaded.folder)
     config = config.model_copy(update={"task": checkpoint.task})
     task = TASKS[config.task]
-    own_samples = samples.read(samples_file, task) if samples_file else []
+    own_samples = samples.read_samples(samples_file, task) if samples_file else []
     progress("loading the original", 0, 0)
-    original = loading.load(config, checkpoint, loaded.folder)
+    original = loading.load_original(config, checkpoint, loaded.folder)
     attempt = Attempt(config, checkpoint.source(config), Reference(original), name, own_samples, progress)
     dtypes = formats.candidates(config.save_mode, config.hardware, config.dtype, task)
     with tempfile.TemporaryDirectory(prefix=".candidates.", dir=folder.parent) as scratch:
-        made: List[Made] = []
+        made: List[AcceptedArtifact] = []
         tried: List[Candidate] = []
         for dtype in dtypes:
             place = Path(scratch, dtype) if len(dtypes) > 1 else folder

@@ -10,20 +10,20 @@ from typing import Any, List, Mapping, Tuple, Type
 
 from traceserve_runtime.errors import TraceserveError
 from traceserve_runtime.protocols.bodies import Headers
-from traceserve_runtime.protocols.requests import parse
+from traceserve_runtime.protocols.requests import parse_requests
 from traceserve_runtime.tasks.contract import Request, Task
 
 from traceserve.errors import ConfigError
 
 
-def read(path: Path, task: Type[Task]) -> List[Request]:
+def read_samples(path: Path, task: Type[Task]) -> List[Request]:
     """Return the requests in the user's samples, see `lines`; in a .jsonl file each line is a request body."""
     requests = []
     for number, line in lines(path):
         try:
             body: Any = json.loads(line) if path.suffix == ".jsonl" else line
             row: Mapping[str, Any] = {"body": body}
-            requests += parse(row, Headers(), task, 0, len(line)).requests
+            requests += parse_requests(row, Headers(), task, 0, len(line)).requests
         except (ValueError, TraceserveError) as error:
             raise ConfigError(f"--samples {path}, line {number}: {error}") from None
     return [Request(r.inputs, {**task.gate_parameters, **r.parameters}) for r in requests]

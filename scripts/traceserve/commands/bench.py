@@ -11,7 +11,7 @@ from traceserve_runtime.errors import TraceserveError
 
 from traceserve.commands.arguments import add_port, positive
 from traceserve.commands.contract import Command
-from traceserve.commands.printing import Bar, console, figure
+from traceserve.commands.printing import ProgressBar, console, figure
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -79,9 +79,9 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 def _bench(options: argparse.Namespace) -> int:
     from traceserve.measuring import bench, page, targets, transfers
 
-    transfers.require()
+    transfers.require_libcurl()
     if options.html:
-        page.require()
+        page.require_plotly()
     for path in (options.json, options.html):
         if path and not path.resolve().parent.is_dir():
             raise TraceserveError(f"bench: there is no folder {path.parent} for {path}")
@@ -89,7 +89,7 @@ def _bench(options: argparse.Namespace) -> int:
         raise TraceserveError(
             "bench: at a --rate, connections are opened as needed; give --connections one number to begin with, or none"
         )
-    plan = bench.Plan(
+    plan = bench.BenchPlan(
         connections=options.connections or (16,),
         rate=options.rate,
         seconds=options.seconds,
@@ -102,7 +102,7 @@ def _bench(options: argparse.Namespace) -> int:
     if options.compare:
         body = options.body if options.compare_body is None else options.compare_body
         measured.append(targets.subject(options.compare, options.samples, options.port, body, headers))
-    with Bar() as bar:
+    with ProgressBar() as bar:
         document = bench.measure(
             measured, plan, options.samples.name, lambda what, share: bar(what, int(1000 * share), 1000)
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, List, Tuple
 
 from traceserve.commands.contract import Command
-from traceserve.commands.printing import Bar, console, megabytes, print_findings
+from traceserve.commands.printing import ProgressBar, console, megabytes, print_findings
 
 if TYPE_CHECKING:
     from traceserve_runtime.manifest import Manifest
@@ -96,20 +96,20 @@ def make(options: argparse.Namespace, with_archive: bool) -> Path:
     from traceserve.building.config import parsing, setup_config
     from traceserve.errors import ArchiveError, ExportError
 
-    loaded = parsing.load(options.config)
+    loaded = parsing.load_config(options.config)
     for note in loaded.notes:
         console(error=True).print(f"[yellow]note:[/] {note}", highlight=False)
     target: Path = options.output or ARTIFACTS / setup_config.default_name(loaded.config)
     name = names.check_name(target.resolve().name)
-    staging.check_free(target, options.force, ExportError)
+    staging.check_replaceable(target, options.force, ExportError)
     version = names.check_version(options.version) if with_archive and options.version is not None else None
     packed = options.store / f"{name}.mar" if with_archive else None
     if packed:
-        staging.check_free(packed, options.force, ArchiveError)
+        staging.check_replaceable(packed, options.force, ArchiveError)
     from traceserve.building.export import export
 
     started = time.monotonic()
-    with Bar() as bar, ExitStack() as stack:
+    with ProgressBar() as bar, ExitStack() as stack:
         # Staged folders are filled in reverse order: the archive must come last.
         archive_folder = stack.enter_context(staging.staged(packed)) if packed else None
         folder = stack.enter_context(staging.staged(target)) / target.name
@@ -117,7 +117,7 @@ def make(options: argparse.Namespace, with_archive: bool) -> Path:
         exported = export(loaded, name, folder, bar, options.samples, options.allow_drift)
         if archive_folder:
             bar("packing", 0, 0)
-            archive.archive(folder, name, archive_folder, version)
+            archive.pack_archive(folder, name, archive_folder, version)
     if exported.note:
         console().print(exported.note, highlight=False)
     made = packed or target
@@ -137,11 +137,11 @@ def _archive(options: argparse.Namespace) -> int:
 
     name = names.check_name(options.artifact.resolve().name)
     target = options.store / f"{name}.mar"
-    staging.check_free(target, options.force, ArchiveError)
+    staging.check_replaceable(target, options.force, ArchiveError)
     started = time.monotonic()
-    with Bar() as bar, staging.staged(target) as folder:
+    with ProgressBar() as bar, staging.staged(target) as folder:
         bar("packing", 0, 0)
-        archive.archive(options.artifact, name, folder, options.version)
+        archive.pack_archive(options.artifact, name, folder, options.version)
     size = target.stat().st_size
     console().print(f"{target}: {megabytes(size)} in {time.monotonic() - started:.1f} s", highlight=False)
     console().print(f"\nserve it:  traceserve serve {shlex.quote(str(target))}", highlight=False)

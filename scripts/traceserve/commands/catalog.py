@@ -25,7 +25,7 @@ class Entry(NamedTuple):
     example: str  # a curl command
 
 
-def entries() -> List[Entry]:
+def task_entries() -> List[Entry]:
     """Return all tasks, in the order of their table."""
     return [_entry(task) for task in TASKS.values()]
 
@@ -33,7 +33,7 @@ def entries() -> List[Entry]:
 def markdown() -> str:
     """Return the README's section on tasks."""
     general = TASKS["sequence_classification"].all_parameters()[-1]
-    parts = [_section(entry) for entry in entries()]
+    parts = [_section(entry) for entry in task_entries()]
     return "\n\n".join(parts) + f"\n\nEvery task takes `{general.name}` too: {general.description}.\n"
 
 

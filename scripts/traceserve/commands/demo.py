@@ -8,7 +8,7 @@ import time
 from traceserve.commands.arguments import add_port
 from traceserve.commands.build import STORE, make
 from traceserve.commands.contract import Command
-from traceserve.commands.printing import Bar, console
+from traceserve.commands.printing import ProgressBar, console
 from traceserve.commands.serve import print_instance
 
 
@@ -32,7 +32,7 @@ def _demo(options: argparse.Namespace) -> int:
     screen.rule("serve: TorchServe", align="left")
     port = options.port or configuration.free_ports(1)[0]
     started = time.monotonic()
-    with Bar() as bar:
+    with ProgressBar() as bar:
         instance = server.start([path], port=port, progress=lambda text: bar(text, 0, 0))
     try:
         print_instance(instance, time.monotonic() - started)

@@ -42,7 +42,7 @@ def _deploy(options: argparse.Namespace) -> int:
     writing.check_free(options.output, options.force)
     archives = describe(options.archives)
     plan = TARGETS[options.target].plan(archives, Wishes(engine, options.image, options.url))
-    files = writing.write(options.target, archives, plan, options.output)
+    files = writing.write_plan(options.target, archives, plan, options.output)
     _print(options.output, files)
     screen = console()
     for note in plan.notes:

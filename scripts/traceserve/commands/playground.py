@@ -41,7 +41,7 @@ def _playground(options: argparse.Namespace) -> int:
         raise TraceserveError("playground: one archive, or two side by side; without a name all are shown")
     boards: List[List[Model]]
     if options.places:
-        boards = [[models.find(place, options.key, options.certificate) for place in options.places]]
+        boards = [[models.find_model(place, options.key, options.certificate) for place in options.places]]
         models.check_comparable(boards[0])
     else:
         found, failed = models.every()
@@ -49,7 +49,7 @@ def _playground(options: argparse.Namespace) -> int:
         for error in failed:
             _warn(f"left out: {error.message}")
     screen = console()
-    if not hosting.is_loopback(options.host):
+    if not hosting.is_only_local(options.host):
         _warn(
             f"at {options.host} everybody who reaches this machine can ask these models through the page, without a key and "
             "without encryption"

@@ -36,7 +36,7 @@ def _predict(options: argparse.Namespace) -> int:
     from traceserve.serving import client, instances
 
     bodies = list(_bodies(options))
-    instance = instances.find(options.port)
+    instance = instances.find_instance(options.port)
     if options.name not in instance.names:
         raise ServerError(f"the server on port {instance.port} has no {options.name}, but {', '.join(instance.names)}")
     for body in bodies:

@@ -18,7 +18,7 @@ def console(error: bool = False) -> Console:
     return Console(stderr=error)
 
 
-class Bar:
+class ProgressBar:
     """A progress bar on standard error: called with a step's name, number and total (0: unknown)."""
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class Bar:
         self._task: Any = None
         self._what = ""
 
-    def __enter__(self) -> Bar:
+    def __enter__(self) -> ProgressBar:
         return self
 
     def __exit__(self, *exception: Any) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from traceserve.commands.arguments import add_nothing, add_port, port, positive
 from traceserve.commands.contract import Command
-from traceserve.commands.printing import Bar, console
+from traceserve.commands.printing import ProgressBar, console
 
 if TYPE_CHECKING:
     from traceserve.serving.instances import Instance
@@ -81,10 +81,10 @@ def _add_front(parser: argparse.ArgumentParser) -> None:
 def _serve(options: argparse.Namespace) -> int:
     from traceserve.errors import ServerError
     from traceserve.serving import instances, server
-    from traceserve.serving.front import Front
+    from traceserve.serving.front import FrontendOptions
 
     started = time.monotonic()
-    front = Front(
+    front = FrontendOptions(
         options.cors_origin,
         options.certificate,
         options.key,
@@ -93,7 +93,7 @@ def _serve(options: argparse.Namespace) -> int:
         not options.without_keys,
         options.metrics_port,
     )
-    with Bar() as bar:
+    with ProgressBar() as bar:
         instance = server.start(
             options.archives,
             options.host,
@@ -129,7 +129,7 @@ def _stop(options: argparse.Namespace) -> int:
     elif dead and options.port not in {instance.port for instance in running}:
         chosen = []
     else:
-        chosen = [instances.find(options.port)]
+        chosen = [instances.find_instance(options.port)]
     for instance in chosen:
         instances.stop(instance)
         console().print(f"stopped {', '.join(instance.names)} on port {instance.port}", highlight=False)

@@ -35,10 +35,10 @@ def _tasks(options: argparse.Namespace) -> int:
     if options.markdown:
         print(catalog.markdown(), end="")
         return 0
-    found = [entry for entry in catalog.entries() if options.task in (None, entry.name)]
+    found = [entry for entry in catalog.task_entries() if options.task in (None, entry.name)]
     if not found:
         raise TraceserveError(
-            f"there is no task {options.task}, but: {', '.join(entry.name for entry in catalog.entries())}"
+            f"there is no task {options.task}, but: {', '.join(entry.name for entry in catalog.task_entries())}"
         )
     _print_tasks(found)
     return 0
@@ -52,7 +52,7 @@ def _formats(options: argparse.Namespace) -> int:
     from traceserve.building.config import formats
 
     if options.json:
-        print(json.dumps(formats.document(), indent=2))
+        print(json.dumps(formats.formats_document(), indent=2))
     else:
         _print_formats(list(formats.every_format()))
     return 0

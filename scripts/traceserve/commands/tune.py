@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Optional
 
 from traceserve.commands.arguments import positive
 from traceserve.commands.contract import Command
-from traceserve.commands.printing import Bar, console, figure
+from traceserve.commands.printing import ProgressBar, console, figure
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -72,14 +72,14 @@ def _tune(options: argparse.Namespace) -> int:
     from traceserve.measuring.search import Goal
 
     goal = Goal(options.connections, options.target)
-    with Bar() as bar:
+    with ProgressBar() as bar:
         tuned = tune.tune(options.archive, options.samples, goal, options.budget, bar)
     _print_tuned(tuned)
     if tuned.chosen is None:
         raise ServerError(tune.missed(tuned.best, goal, options.archive))
     write = tuned.chosen != tuned.own and not options.dry_run
     if write:
-        contents.configure(options.archive, tuned.chosen)
+        contents.configure_archive(options.archive, tuned.chosen)
     place, screen = shlex.quote(str(options.archive)), console()
     if write:
         said = f"written into {place}: {tune.describe_serving(tuned.chosen)}"

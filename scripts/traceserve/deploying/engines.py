@@ -8,7 +8,7 @@ PORT = 8080
 METRICS_PORT = 8082
 
 
-class Engine(NamedTuple):
+class EngineOptions(NamedTuple):
     """`options` of `traceserve serve`; with `keys` it demands them of whoever comes from outside."""
 
     options: Tuple[str, ...]
@@ -16,9 +16,9 @@ class Engine(NamedTuple):
     title: str
 
 
-ENGINES: Dict[str, Engine] = {
-    "torchserve": Engine((), True, "TorchServe"),
-    "ray": Engine(("--engine", "ray"), False, "Ray Serve"),
+ENGINES: Dict[str, EngineOptions] = {
+    "torchserve": EngineOptions((), True, "TorchServe"),
+    "ray": EngineOptions(("--engine", "ray"), False, "Ray Serve"),
 }
 
 

@@ -59,7 +59,7 @@ class Wishes:
     url: Optional[str] = None  # the folder from which archives are fetched
 
 
-class Target(NamedTuple):
+class DeployTarget(NamedTuple):
     """A kind of place to deploy to; `engines` are those that it has files for, the first by default."""
 
     text: str

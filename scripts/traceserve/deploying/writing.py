@@ -35,7 +35,7 @@ def check_free(folder: Path, force: bool) -> None:
         raise DeployError(f"--output {folder} holds an earlier deployment; --force replaces it")
 
 
-def write(target: str, archives: Sequence[Described], plan: Plan, folder: Path) -> List[Path]:
+def write_plan(target: str, archives: Sequence[Described], plan: Plan, folder: Path) -> List[Path]:
     """Write a plan into `folder`, in the place of what is there; gives the files' paths in it, in order."""
     folder = folder.resolve()
     record = {
@@ -46,7 +46,7 @@ def write(target: str, archives: Sequence[Described], plan: Plan, folder: Path) 
     files: Sequence[File] = [*plan.files, Text(RECORD, json.dumps(record, indent=2) + "\n")]
     size = sum(each.source.stat().st_size for each in files if isinstance(each, Copy)) + (1 << 20)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    space.require(folder.parent, size, f"the files of {folder.name}")
+    space.require_space(folder.parent, size, f"the files of {folder.name}")
     with staging.staged(folder) as private:
         made = private / folder.name
         made.mkdir()

@@ -36,7 +36,7 @@ def is_full(error: BaseException) -> bool:
     return False
 
 
-def require(folder: Path, needed: int, what: str) -> None:
+def require_space(folder: Path, needed: int, what: str) -> None:
     """Raise NoSpace unless `folder` (which exists) has room for this many more bytes.
 
     If possible, the space is allocated and released at once: a quota may leave this user less than the file system

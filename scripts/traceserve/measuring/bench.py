@@ -23,7 +23,7 @@ _CURVE = tuple(
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchPlan:
     """The measurements of each subject: at each number of connections, or at one rate, in each round."""
 
     connections: Tuple[int, ...] = (16,)
@@ -38,7 +38,7 @@ class Plan:
 
 
 def measure(
-    subjects: Sequence[Subject], plan: Plan, samples: str, progress: Callable[[str, float], None]
+    subjects: Sequence[Subject], plan: BenchPlan, samples: str, progress: Callable[[str, float], None]
 ) -> Dict[str, Any]:
     """Return the document: each measurement, and the medians of its rounds for each subject and load.
 
@@ -85,11 +85,11 @@ def measure(
 
 
 def _once(
-    asked: Subject, connections: int, plan: Plan, seed: int, progress: Callable[[float], None]
+    asked: Subject, connections: int, plan: BenchPlan, seed: int, progress: Callable[[float], None]
 ) -> Tuple[load_generator.Result, Optional[server_times.ServerTimes]]:
     def run() -> load_generator.Result:
         content = asked.traffic
-        return load_generator.run(
+        return load_generator.send_load(
             asked.target,
             content.bodies,
             content.content_type,

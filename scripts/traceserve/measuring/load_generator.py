@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Callable, Deque, Dict, List, Mapping, Optional
 import numpy as np
 
 from traceserve.errors import ServerError
-from traceserve.measuring.transfers import Transfer, never_connected, reason, require
+from traceserve.measuring.transfers import Transfer, failure_reason, never_connected, require_libcurl
 
 if TYPE_CHECKING:
     import pycurl
@@ -82,7 +82,7 @@ class Result:
         return np.sort(self.latencies)
 
 
-def run(
+def send_load(
     target: Endpoint,
     bodies: Sequence[bytes],
     content_type: str = "application/json",
@@ -101,7 +101,7 @@ def run(
     from then (open loop). `progress` receives the elapsed share of the time, 0 to 1. Raises ServerError
     if no connection can be made at the start; later failures are counted.
     """
-    require()
+    require_libcurl()
     if not bodies:
         raise ServerError("there is nothing to send")
     if connections > _FILES:
@@ -291,7 +291,7 @@ class _Load:
         import pycurl
 
         timed_out = code == pycurl.E_OPERATION_TIMEDOUT
-        why = self._no_answer if timed_out else reason(transfer.handle, code, message)
+        why = self._no_answer if timed_out else failure_reason(transfer.handle, code, message)
         if never_connected(code) and not self.reached:
             raise ServerError(f"{self.target.url} cannot be reached: {why}")
         self.reached = True

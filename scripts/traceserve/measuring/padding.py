@@ -63,7 +63,7 @@ def _waste(
     tokens = 0
     computed = needed = total = 0.0
     for lengths in batches:
-        for micro_batch in plan.plan(lengths, shapes, cost, most_tokens):
+        for micro_batch in plan.plan_batches(lengths, shapes, cost, most_tokens):
             own = [lengths[i] for i in micro_batch]
             length = common_length(own, shapes)
             tokens += sum(own)

@@ -25,7 +25,7 @@ _DASHES = ("solid", "dash")  # by subject
 _TAIL = (0, 50, 90, 99, 99.9, 99.99)
 
 
-def require() -> None:
+def require_plotly() -> None:
     """Raise ServerError unless the plotting library is installed."""
     try:
         import plotly  # type: ignore[import-untyped]  # noqa: F401

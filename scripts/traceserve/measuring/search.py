@@ -91,7 +91,7 @@ def judge(ratios: Sequence[float], noise: float = 0.0) -> Optional[bool]:
     return None
 
 
-class Search:
+class KnobSearch:
     """Races over one knob after another, until none helps or the time is up."""
 
     def __init__(

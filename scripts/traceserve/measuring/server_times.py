@@ -45,7 +45,7 @@ class ServerTimes:
         }
 
 
-def read(url: str, name: str) -> Dict[str, float]:
+def read_metrics(url: str, name: str) -> Dict[str, float]:
     """Return the metrics of the model `name`, by name; raises OSError."""
     with client.opener.open(url, timeout=5) as response:
         text = response.read().decode("utf-8")
@@ -75,7 +75,7 @@ class Watch:
         for delay in self._delays:
             self._ended.wait(delay)
             with contextlib.suppress(OSError, ValueError):  # `times` reports it: too few samples
-                self._looks.append(read(self._url, self._name))
+                self._looks.append(read_metrics(self._url, self._name))
 
     @property
     def times(self) -> Optional[ServerTimes]:

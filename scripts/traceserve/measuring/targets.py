@@ -63,7 +63,7 @@ def subject(
 
 def _serving(name: str, port: Optional[int]) -> instances.Instance:
     if port is not None:
-        found = [instances.find(port)]
+        found = [instances.find_instance(port)]
         if name not in found[0].names:
             raise ServerError(f"the server on port {port} has no {name}, but {', '.join(found[0].names)}")
         return found[0]

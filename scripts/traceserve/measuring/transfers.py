@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import pycurl
 
 
-def require() -> None:
+def require_libcurl() -> None:
     """Raise ServerError unless libcurl is installed."""
     try:
         import pycurl  # noqa: F401
@@ -93,7 +93,7 @@ def never_connected(code: int) -> bool:
     return code in (pycurl.E_COULDNT_RESOLVE_HOST, pycurl.E_COULDNT_CONNECT, *_tls_errors())
 
 
-def reason(handle: pycurl.Curl, code: int, message: str) -> str:
+def failure_reason(handle: pycurl.Curl, code: int, message: str) -> str:
     """A few words, the same for the same cause: errors are counted by them."""
     import pycurl
 

@@ -13,7 +13,7 @@ from traceserve_runtime.engine import Engine, load_task
 from traceserve_runtime.errors import TraceserveError
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.protocols.bodies import Headers
-from traceserve_runtime.protocols.requests import parse
+from traceserve_runtime.protocols.requests import parse_requests
 from traceserve_runtime.settings import Settings
 from traceserve_runtime.tasks.contract import Task
 from traceserve_runtime.texts.tokenization import Encoded
@@ -27,7 +27,7 @@ from traceserve.measuring import load_generator, targets, transfers
 from traceserve.measuring.candidates import knobs
 from traceserve.measuring.load_generator import Endpoint, Result
 from traceserve.measuring.padding import Waste, wastes
-from traceserve.measuring.search import Goal, Search, Trial
+from traceserve.measuring.search import Goal, KnobSearch, Trial
 from traceserve.serving import configuration, instances, server
 from traceserve.serving.instances import Instance
 
@@ -62,7 +62,7 @@ class Tuned:
 
 def tune(archive: Path, samples_file: Path, goal: Goal, budget: float, progress: Progress) -> Tuned:
     """Measure candidates for `budget` seconds; the archive itself is unchanged. Raises TraceserveError."""
-    transfers.require()
+    transfers.require_libcurl()
     manifest, own = read_manifest(archive), read_serving(archive)
     started = time.monotonic()
 
@@ -75,7 +75,7 @@ def tune(archive: Path, samples_file: Path, goal: Goal, budget: float, progress:
     plain = replace(own, workers=None, threads=None)  # the archive's may be another machine's, and not even start here
     turned = knobs(processor.cores(), goal.connections, manifest.max_length if any_length else 1)
     with Servers(archive, texts, budget, tell) as servers:
-        search = Search(servers, goal, turned, budget - (time.monotonic() - started))
+        search = KnobSearch(servers, goal, turned, budget - (time.monotonic() - started))
         best = search.run([own] if plain == own else [own, plain])
     if best.failure:
         raise ServerError(f"{archive} failed while it was measured: {best.failure}")
@@ -141,7 +141,7 @@ class Servers:
 
     def _load(self, instance: Instance, connections: int, seed: int, warm_up: float, what: str) -> Result:
         target = Endpoint(f"{instance.url}/predictions/{self.archive.stem}")
-        return load_generator.run(
+        return load_generator.send_load(
             target,
             self.texts.bodies,
             self.texts.content_type,
@@ -211,7 +211,7 @@ def _lengths(task: Task, body: bytes, content_type: str) -> List[int]:
     """Return the lengths of a body's rows; raises TraceserveError if the archive would."""
     most = task.manifest.max_rows
     lengths: List[int] = []
-    for item in task.encode(parse({"body": body}, Headers(content_type), type(task), 0, most).requests):
+    for item in task.encode(parse_requests({"body": body}, Headers(content_type), type(task), 0, most).requests):
         if not isinstance(item, Encoded):
             raise item
         lengths += [row.length for row in item.rows]

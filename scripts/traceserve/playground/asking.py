@@ -50,7 +50,7 @@ def ask(model: Model, body: Mapping[str, Any], stopped: Callable[[], bool] = lam
                 return
             value = json.loads(response.read())
             yield replace(heard, value=value, seconds=time.perf_counter() - begun, done=True)
-    except client.Refused as error:
+    except client.RequestRefused as error:
         yield _failed(error.words, error.field, begun)
     except ServerError as error:
         yield _failed(error.message, None, begun)
@@ -118,7 +118,7 @@ def ask_each(models: Sequence[Model], body: Mapping[str, Any]) -> Iterator[List[
         stop.set()
 
 
-def command(model: Model, body: Mapping[str, Any]) -> str:
+def curl_command(model: Model, body: Mapping[str, Any]) -> str:
     """The request as a curl command; a key is named in it, not shown."""
     options: List[str] = []
     if model.certificate:  # ours may be for another name than the machine's

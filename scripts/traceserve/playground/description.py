@@ -9,7 +9,7 @@ from traceserve.errors import ServerError
 
 
 @dataclass(frozen=True)
-class Asked:
+class InputField:
     """A field or a parameter: its JSON schema has its description, legal values and default."""
 
     name: str
@@ -41,8 +41,8 @@ class Description:
     version: str
     task: str
     about: str  # how long texts may be, in what it computes
-    fields: Tuple[Asked, ...]
-    parameters: Tuple[Asked, ...]
+    fields: Tuple[InputField, ...]
+    parameters: Tuple[InputField, ...]
     labels: Tuple[str, ...] = ()
     sample: Mapping[str, Any] = field(default_factory=dict)  # a body
 
@@ -54,7 +54,7 @@ class Description:
         return (required or texts)[-1].name
 
 
-def read(document: Mapping[str, Any], where: str) -> Description:
+def read_description(document: Mapping[str, Any], where: str) -> Description:
     """The description in an OpenAPI document; raises ServerError for one that is not of traceserve."""
     try:
         schemas: Dict[str, Any] = document["components"]["schemas"]
@@ -67,11 +67,11 @@ def read(document: Mapping[str, Any], where: str) -> Description:
             task=task,
             about=document["info"]["description"],
             fields=tuple(
-                Asked(name, schema, name in fields["required"])
+                InputField(name, schema, name in fields["required"])
                 for name, schema in fields["properties"].items()
                 if name != "parameters"
             ),
-            parameters=tuple(Asked(name, schema) for name, schema in parameters.items()),
+            parameters=tuple(InputField(name, schema) for name, schema in parameters.items()),
             labels=tuple(schemas.get("Label", {}).get("enum", ())),
             sample=operation["requestBody"]["content"]["application/json"]["example"],
         )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from traceserve.errors import ServerError
-from traceserve.playground.description import Asked, Description
+from traceserve.playground.description import Description, InputField
 
 TEXT = "text"  # one text of any length
 WORDS = "words"  # a text of one line
@@ -68,7 +68,7 @@ def controls(descriptions: Sequence[Description], starting: Mapping[str, Any] = 
     return found
 
 
-def _control(key: str, asked: Asked, value: Any, default: str) -> Control:
+def _control(key: str, asked: InputField, value: Any, default: str) -> Control:
     kind, choices = _kind(asked)
     holds = f"default: {default}" if default else "default"
     info = ". ".join(part for part in (asked.description, _range(asked)) if part)
@@ -84,7 +84,7 @@ def _control(key: str, asked: Asked, value: Any, default: str) -> Control:
     )
 
 
-def _kind(asked: Asked) -> Tuple[str, List[Any]]:
+def _kind(asked: InputField) -> Tuple[str, List[Any]]:
     """The kind of control, and the values that can be chosen."""
     choices: List[Any] = []
     types: Dict[str, Mapping[str, Any]] = {}
@@ -105,7 +105,7 @@ def _kind(asked: Asked) -> Tuple[str, List[Any]]:
     return CHOICE, choices
 
 
-def _range(asked: Asked) -> str:
+def _range(asked: InputField) -> str:
     """The limits of a number, in words."""
     for option in asked.options:
         least, most = option.get("minimum"), option.get("maximum")

@@ -57,7 +57,7 @@ class Guarded:
         await self._application(scope, receive, send_guarded)
 
 
-def is_loopback(host: str) -> bool:
+def is_only_local(host: str) -> bool:
     """Whether only this machine reaches what listens there."""
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -80,7 +80,7 @@ class Server:
         from starlette.middleware.trustedhost import TrustedHostMiddleware
 
         # A page of another site, whose name was made to lead here, names itself in the header Host.
-        hosts: List[str] = ["localhost", "127.0.0.1", "[::1]", "::1"] if is_loopback(self._host) else ["*"]
+        hosts: List[str] = ["localhost", "127.0.0.1", "[::1]", "::1"] if is_only_local(self._host) else ["*"]
         application = TrustedHostMiddleware(Guarded(self._application), allowed_hosts=hosts)
         settings: Dict[str, Any] = {"log_level": "warning", "access_log": False, "server_header": False}
         self._server = uvicorn.Server(uvicorn.Config(application, timeout_graceful_shutdown=1, **settings))

@@ -190,7 +190,7 @@ class _Board:
             yield {**self._told({}, said), **self._at_fields(said)}
             return
         said = [asking.Heard() for _ in self._models]
-        commands = [self._gr.update(value=asking.command(model, body), visible=True) for model in self._models]
+        commands = [self._gr.update(value=asking.curl_command(model, body), visible=True) for model in self._models]
         yield {**self._told(body, said), **dict(zip(self._commands, commands)), **self._at_fields(said)}
         for said in asking.ask_each(self._models, body):
             yield self._told(body, said)

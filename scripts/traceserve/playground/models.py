@@ -33,7 +33,7 @@ class Model:
         return _path(self.description.name, self.description.version)
 
 
-def find(place: str, key: Optional[str] = None, certificate: Optional[str] = None) -> Model:
+def find_model(place: str, key: Optional[str] = None, certificate: Optional[str] = None) -> Model:
     """NAME, an archive that a server of this user serves, or the URL of a model; raises ServerError."""
     if "://" in place:
         return _at(place, key, certificate)
@@ -103,8 +103,8 @@ def _described(
     url: str, name: str, version: str, key: Optional[str], certificate: Optional[str], any_name: bool
 ) -> Model:
     path = f"predictions/{_path(name, version)}/openapi.json"
-    document = client.document(url, path, key, certificate=certificate, any_name=any_name)
-    return Model(url, description.read(document, f"{url}/predictions/{name}"), key, certificate, any_name)
+    document = client.get_document(url, path, key, certificate=certificate, any_name=any_name)
+    return Model(url, description.read_description(document, f"{url}/predictions/{name}"), key, certificate, any_name)
 
 
 def _path(name: str, version: str) -> str:

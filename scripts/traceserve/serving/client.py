@@ -20,7 +20,7 @@ class NotYet(ServerError):
     """The server is unreachable, or no worker is ready."""
 
 
-class Refused(ServerError):
+class RequestRefused(ServerError):
     """The server answered with an error: `status` is the HTTP status, `words` its sentence alone, and `field` what that is
     about, where it says so."""
 
@@ -78,7 +78,7 @@ def post(
         yield response
 
 
-def document(
+def get_document(
     url: str,
     path: str,
     key: Optional[str] = None,
@@ -116,7 +116,7 @@ def _opened(
         words, field = _message(error.read())
         if error.code in (404, 503):
             raise NotYet(f"{missing}: {words}") from None
-        raise Refused(words + (f" (at {field})" if field else ""), error.code, words, field) from None
+        raise RequestRefused(words + (f" (at {field})" if field else ""), error.code, words, field) from None
     except (OSError, http.client.HTTPException) as error:
         raise NotYet(f"{url} does not answer: {error}") from None
 

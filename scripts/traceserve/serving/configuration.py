@@ -13,20 +13,20 @@ from traceserve.archives.contents import configure_unpacked, unpack
 from traceserve.archives.model_config import Serving
 from traceserve.errors import ServerError
 from traceserve.serving import java
-from traceserve.serving.front import Front
+from traceserve.serving.front import FrontendOptions
 
 DEFAULT_WORKERS = 1  # for an archive that sets none; TorchServe's default is one per core
 # A server's keys stay valid while it runs: TorchServe's default of one hour would lock everybody out at night.
 _KEY_MINUTES = 10 * 365 * 24 * 60
 
 
-def configure(
+def configure_server(
     folder: Path,
     files: Mapping[str, Path],
     servings: Mapping[str, Serving],
     host: str,
     port: int,
-    front: Front = Front(),
+    front: FrontendOptions = FrontendOptions(),
 ) -> Tuple[Tuple[int, int], Dict[str, Path]]:
     """Write all of TorchServe's files; returns its management and metrics ports, and the files by option.
 
@@ -87,7 +87,7 @@ def free_ports(count: int) -> List[int]:
         return [probe.getsockname()[1] for probe in probes]
 
 
-def demands_keys(host: str, front: Front) -> bool:
+def demands_keys(host: str, front: FrontendOptions) -> bool:
     """Whether every request needs a key."""
     return front.keys and not is_loopback(host)
 

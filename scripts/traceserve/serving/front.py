@@ -13,7 +13,7 @@ _LARGEST_BODY = 64  # MiB; a batch of token embeddings is larger than TorchServe
 
 
 @dataclass(frozen=True)
-class Front:
+class FrontendOptions:
     """The frontend options of `traceserve serve`."""
 
     cors_origin: Optional[str] = None  # allowed origin of browser requests, "*": any

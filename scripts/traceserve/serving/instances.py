@@ -150,7 +150,7 @@ def this_machine() -> str:
     return " ".join(parts)
 
 
-def find(port: Optional[int]) -> Instance:
+def find_instance(port: Optional[int]) -> Instance:
     """Return the server on `port`, or the only one; raises ServerError."""
     servers = running()
     if not servers:

@@ -27,7 +27,7 @@ from traceserve.archives.names import check_name
 from traceserve.errors import ServerError
 from traceserve.machine import environment, neuron_cores
 from traceserve.serving import client, configuration, instances, java
-from traceserve.serving.front import Front
+from traceserve.serving.front import FrontendOptions
 from traceserve.serving.instances import Instance
 from traceserve.serving.log import load_failure, log_tail
 
@@ -46,7 +46,7 @@ def start(
     timeout: float = 300.0,
     progress: Optional[Callable[[str], None]] = None,
     serving: Optional[Serving] = None,
-    front: Front = Front(),
+    front: FrontendOptions = FrontendOptions(),
 ) -> Instance:
     """Start TorchServe on archives and wait until each has answered a request; raises ServerError with the reason.
 
@@ -67,7 +67,7 @@ def start(
     with staging.held(_new_folder(port)) as folder:
         try:
             changed = {name: each for name, each in wanted.items() if each != own[name]}
-            ports, settings = configuration.configure(folder, files, changed, host, port, front)
+            ports, settings = configuration.configure_server(folder, files, changed, host, port, front)
             pid = launch(folder, settings, {**needed_by_java, **needed})
             instance = _remembered(folder, host, port, ports, pid, places)
             if front.certificate is not None:

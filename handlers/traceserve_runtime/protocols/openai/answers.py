@@ -7,7 +7,7 @@ from typing import Any, Dict, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from traceserve_runtime.errors import TraceserveError
 from traceserve_runtime.protocols.contract import Served
-from traceserve_runtime.protocols.events import CONTENT_TYPE, DONE, Stops, cut, event
+from traceserve_runtime.protocols.events import CONTENT_TYPE, DONE, Stops, cut_at_stop, event
 from traceserve_runtime.protocols.fields import Places
 from traceserve_runtime.protocols.openai.shared import error_document, head, usage
 from traceserve_runtime.tasks.contract import Answer, WrittenToken
@@ -55,7 +55,7 @@ class WrittenTexts(Places):
         }
 
     def _choice(self, index: int, answer: Answer) -> Dict[str, Any]:
-        text = cut(_written(answer), self.choices.stops)
+        text = cut_at_stop(_written(answer), self.choices.stops)
         logprobs = None if self.choices.logprobs is None else self._logprobs(answer)
         return {"index": index, **self._said(index, text), "logprobs": logprobs, "finish_reason": _reason(answer)}
 

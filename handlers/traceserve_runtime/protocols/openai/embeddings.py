@@ -17,12 +17,12 @@ from traceserve_runtime.protocols.fields import (
     Key,
     Places,
     check_reads_vectors,
-    checked,
+    check_values,
     foreign_names,
     json_body,
-    needed,
     pooled,
     read_keys,
+    require_key,
     text_requests,
 )
 from traceserve_runtime.protocols.openai.shared import OpenAiErrors, texts_of, usage
@@ -71,12 +71,12 @@ class Embeddings(OpenAiErrors):
         """Read the requests in `input`: a text, a list of texts, a list of token ids, or a list of such lists."""
         check_reads_vectors(served, "embeddings are made")
         value = json_body(parts, headers, served)
-        parameters = checked(read_keys(value, _EMBEDDINGS), served, foreign_names(_EMBEDDINGS))
+        parameters = check_values(read_keys(value, _EMBEDDINGS), served, foreign_names(_EMBEDDINGS))
         form = value.get("encoding_format") or "float"
         if form not in ("float", "base64"):
             raise InvalidRequest('"encoding_format" should be "float" or "base64"', "encoding_format")
         parameters = {**pooled(served), **parameters}
-        requests = text_requests(texts_of(needed(value, "input"), "input", served), parameters, served, group)
+        requests = text_requests(texts_of(require_key(value, "input"), "input", served), parameters, served, group)
         return Body(requests, _Vectors({"text": "input"}, foreign_names(_EMBEDDINGS), encode=form == "base64"))
 
 

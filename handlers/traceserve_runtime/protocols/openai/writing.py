@@ -15,11 +15,11 @@ from traceserve_runtime.protocols.fields import (
     READ,
     Key,
     boolean,
-    checked,
+    check_values,
     foreign_names,
     json_body,
-    needed,
     read_keys,
+    require_key,
 )
 from traceserve_runtime.protocols.openai.answers import (
     ChatChunks,
@@ -101,7 +101,7 @@ class _Writing(OpenAiErrors):
         if not served.task.loop:
             raise WrongTask(f"this model's task is {served.task.name}; texts are written by one of text_generation")
         value = json_body(parts, headers, served)
-        parameters = checked(self._parameters(value, served), served, self._names())
+        parameters = check_values(self._parameters(value, served), served, self._names())
         prompts = self._prompts(value, served)
         choices = Choices(_count(value), _strings(parameters.get("stop")), self._logprobs(value))
         if choices.logprobs is not None:
@@ -179,7 +179,7 @@ class Completions(_Writing):
         best = value.get("best_of")
         if best is not None and best != _count(value):
             raise InvalidRequest('"best_of" is not supported; leave it out', "best_of")
-        texts = texts_of(needed(value, "prompt"), "prompt", served)
+        texts = texts_of(require_key(value, "prompt"), "prompt", served)
         return [(checked_fields({"text": text}, served.task, where), where) for text, where in texts]
 
     def _logprobs(self, value: Mapping[str, Any]) -> Optional[int]:
@@ -206,7 +206,7 @@ class Chat(_Writing):
     def _prompts(self, value: Mapping[str, Any], served: Served) -> List[Tuple[Mapping[str, Any], str]]:
         if "messages" not in {field.name for field in served.task.fields}:
             raise WrongTask(f"this model's task is {served.task.name}; chats are continued by one of text_generation")
-        messages = needed(value, "messages")
+        messages = require_key(value, "messages")
         if not isinstance(messages, list):
             raise InvalidRequest(f'"messages" should be a list, not {kind_of(messages)}', "messages")
         own = [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]

@@ -255,7 +255,7 @@ def settle(dtype: str, device: str, threads: Optional[int]) -> None:
     if device != "cpu" and not torch.cuda.is_available():
         raise MissingPackage(f"TorchServe asks for the device {device}, but this torch {torch.__version__} sees no GPU")
     if device == "cpu":
-        processor.check(dtype)
+        processor.check_dtype(dtype)
         # torch takes all cores that the process is bound to, where a container's quota may be a few of them.
         threads = threads or min(torch.get_num_threads(), processor.cores())
     if threads is not None and threads != torch.get_num_threads():

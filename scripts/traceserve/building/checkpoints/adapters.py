@@ -270,7 +270,7 @@ def adapter_options(checkpoint: Checkpoint, trust_remote_code: bool) -> Dict[str
     return {"config": own, "ignore_mismatched_sizes": True}
 
 
-def merge(name: str, checkpoint: Checkpoint, model: Any, missing: List[str]) -> Tuple[Any, List[str]]:
+def merge_adapter(name: str, checkpoint: Checkpoint, model: Any, missing: List[str]) -> Tuple[Any, List[str]]:
     """Return the model merged with its adapter, in float32, and the weights that neither has.
 
     Raises SourceError for an adapter that does not fit this base, and ExportError for one whose answers change

@@ -45,7 +45,7 @@ def held_out() -> List[Tuple[str, str]]:
     return [(row.text, row.label) for row in _read() if row.split == "test"]
 
 
-def fit(name: str) -> Fitted:
+def train_demo(name: str) -> Fitted:
     """Train the demo's classifier and write it to the user's cache as a transformers checkpoint; deterministic."""
     if name != NAME:
         raise SourceError(f"demo:{name} does not exist; the demo is demo:{NAME}")

@@ -146,12 +146,12 @@ def check_files(checkpoint: Checkpoint, config: SetupConfig) -> Optional[str]:
         )
     task = TASKS[config.task]
     if task.reads_vectors:
-        sentence_transformers.read(checkpoint)
+        sentence_transformers.read_modules(checkpoint)
     if task.scores_pairs:
         sentence_transformers.check_cross_encoder(checkpoint)
     notes = []
     if task.loop:
-        unread = generation.unread(checkpoint.read_json("config.json"), task)
+        unread = generation.unread_settings(checkpoint.read_json("config.json"), task)
         if unread:
             notes.append(
                 f"config.json's task_specific_params has settings for {some(unread)}, which the task {config.task} does not "

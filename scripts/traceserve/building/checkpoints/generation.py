@@ -168,7 +168,7 @@ def of_task(config: Mapping[str, Any], task: Any) -> Dict[str, Any]:
     return dict(own) if isinstance(own, Mapping) else {}
 
 
-def unread(config: Mapping[str, Any], task: Any) -> List[str]:
+def unread_settings(config: Mapping[str, Any], task: Any) -> List[str]:
     """Return the names under which task_specific_params has settings that this task does not read."""
     params = config.get("task_specific_params")
     read = of_task(config, task)
@@ -179,7 +179,7 @@ def unread(config: Mapping[str, Any], task: Any) -> List[str]:
     ]
 
 
-def settle(model: Any, task: Any) -> Dict[str, Any]:
+def settle_generation(model: Any, task: Any) -> Dict[str, Any]:
     """Return the settings that a task reads, and set the model's own to match, so that it is asked for the same texts.
 
     Raises SourceError for those that are neither followed nor without effect.

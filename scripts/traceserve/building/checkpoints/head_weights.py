@@ -15,7 +15,7 @@ from traceserve.building.checkpoints.heads import (
     QUESTION,
     TABLES,
     Head,
-    described,
+    describe_architectures,
     label_names,
 )
 from traceserve.building.config.setup_config import SetupConfig
@@ -46,8 +46,8 @@ def by_weights(config: SetupConfig, folder: Path, facts: Mapping[str, Any]) -> O
     fitting = _fitting(fits, facts)
     head = min((fit.head for fit in fits), key=len)
     if not head:
-        return Head((BASE, *fitting), f"{described(facts)}, and weights without a head")
-    return Head(tuple(fitting), f"{described(facts)}, and a head of {some(head)}")
+        return Head((BASE, *fitting), f"{describe_architectures(facts)}, and weights without a head")
+    return Head(tuple(fitting), f"{describe_architectures(facts)}, and a head of {some(head)}")
 
 
 class _Fit(NamedTuple):

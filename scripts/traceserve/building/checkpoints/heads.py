@@ -47,10 +47,10 @@ def named(facts: Mapping[str, Any]) -> Optional[Head]:
     names = [str(name) for name in facts.get("architectures") or ()]
     found = [auto_model for name in names for auto_model in _of_class(name, facts)]
     if found:
-        return Head(tuple(dict.fromkeys(found)), described(facts))
+        return Head(tuple(dict.fromkeys(found)), describe_architectures(facts))
     if all(_is_silent(name) for name in names):
         return None
-    return Head((), described(facts))
+    return Head((), describe_architectures(facts))
 
 
 def _of_class(name: str, facts: Mapping[str, Any]) -> List[str]:
@@ -86,7 +86,7 @@ def is_base(facts: Mapping[str, Any]) -> bool:
     return all(str(name).endswith("Model") or name in modeling_auto.MODEL_MAPPING_NAMES.values() for name in names)
 
 
-def described(facts: Mapping[str, Any]) -> str:
+def describe_architectures(facts: Mapping[str, Any]) -> str:
     """Describe the architectures."""
     return f"architectures: {', '.join(map(str, facts.get('architectures') or ())) or 'none'}"
 

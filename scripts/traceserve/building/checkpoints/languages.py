@@ -6,7 +6,7 @@ import contextlib
 import re
 from typing import Any, Dict, Iterator, Optional
 
-from traceserve_runtime.tasks.text2text_generation import LANGUAGE_PARAMETERS, nearest
+from traceserve_runtime.tasks.text2text_generation import LANGUAGE_PARAMETERS, nearest_code
 
 from traceserve.building.config.setup_config import SetupConfig
 from traceserve.errors import ConfigError
@@ -44,7 +44,7 @@ def set_language(config: SetupConfig, tokenizer: Any) -> None:
             )
         raise ConfigError(
             f"parameters: {name} is {code}, which the tokenizer of {config.model_name} does not know; did you mean "
-            f"{nearest(code, codes)}? It knows {len(codes)} codes"
+            f"{nearest_code(code, codes)}? It knows {len(codes)} codes"
         )
     source = config.parameters.get("src_lang")
     if source is not None:

@@ -37,7 +37,7 @@ from traceserve.errors import ExportError
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
-def load(config: SetupConfig, checkpoint: Checkpoint, config_folder: Path) -> Original:
+def load_original(config: SetupConfig, checkpoint: Checkpoint, config_folder: Path) -> Original:
     """Return the original model and tokenizer of a checkpoint, checked against `config`; raises errors that describe
     mismatches.
 
@@ -45,7 +45,7 @@ def load(config: SetupConfig, checkpoint: Checkpoint, config_folder: Path) -> Or
     tokens, and the gate uses it. (The curated library's own are slow, or lack the special tokens' names.)
     """
     gguf.check_gguf(checkpoint)
-    tokenizer = tokenizers.load(config, checkpoint)
+    tokenizer = tokenizers.load_tokenizer(config, checkpoint)
     languages.set_language(config, tokenizer)
     model = LOADERS[config.library](config, checkpoint)
     accepted = inspect.signature(model.forward).parameters
@@ -62,8 +62,8 @@ def load(config: SetupConfig, checkpoint: Checkpoint, config_folder: Path) -> Or
     labels = checkpoint_labels(config, model, config_folder) if task.labelled else ()
     most = max_length(config, checkpoint, model, tokenizer)
     shortest = 1 if task.loop else short_rows.shortest(model, tokenizer, inputs, most)
-    embedding = sentence_transformers.read(checkpoint) if task.reads_vectors else Embedding()
-    facts = _model_facts(model, tokenizer, checkpoint, labels, generation.settle(model, task), embedding)
+    embedding = sentence_transformers.read_modules(checkpoint) if task.reads_vectors else Embedding()
+    facts = _model_facts(model, tokenizer, checkpoint, labels, generation.settle_generation(model, task), embedding)
     return Original(
         model=model,
         tokenizer=tokenizer,
@@ -120,7 +120,7 @@ def _embedding_facts(embedding: Embedding) -> Dict[str, Any]:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Suppress transformers' progress bars and warnings: important ones are raised as errors."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     with pretrained.quiet():

@@ -106,7 +106,7 @@ def check_cross_encoder(checkpoint: Checkpoint) -> None:
         raise SourceError(f"{SETTINGS}: the prompt {name} is written before each text, which text_ranking does not do")
 
 
-def read(checkpoint: Checkpoint) -> Embedding:
+def read_modules(checkpoint: Checkpoint) -> Embedding:
     """Read the files; raises SourceError for unknown contents."""
     modules = checkpoint.read_root_json(MODULES)
     if modules is None:

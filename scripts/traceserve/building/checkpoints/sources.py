@@ -26,7 +26,7 @@ _PARTLY = " (the hub's cache may hold a part of it only: download it once while 
 _NOT_NEEDED = ["onnx/*", "openvino/*", "*.onnx", "*/model*.safetensors"]
 
 
-def fetch(config: SetupConfig, config_folder: Path) -> Checkpoint:
+def fetch_checkpoint(config: SetupConfig, config_folder: Path) -> Checkpoint:
     """Return the checkpoint that `config` names, downloaded if needed; raises SourceError, ExportError."""
     checkpoint = _located(config, config_folder)
     return _checked(replace(checkpoint, gguf_file=config.gguf_file), config)
@@ -70,7 +70,7 @@ def _from_package(place: str) -> Checkpoint:
 
 
 def _from_demo(name: str) -> Checkpoint:
-    fitted = demo.fit(name)
+    fitted = demo.train_demo(name)
     note = f"fitted on {fitted.trained} sentences; accuracy on {fitted.held_out} held-out ones: {fitted.accuracy:.3f}"
     return Checkpoint(fitted.folder, "demo", note=note)
 

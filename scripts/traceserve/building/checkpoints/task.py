@@ -137,7 +137,7 @@ def _search(config: SetupConfig, folder: Path, with_weights: bool) -> Optional[_
         named = by_weights(config, folder, facts)
     if named is None:
         known = facts.get("architectures") and heads.is_base(facts)
-        named = heads.Head((heads.BASE,) if known else tuple(heads.TABLES), heads.described(facts))
+        named = heads.Head((heads.BASE,) if known else tuple(heads.TABLES), heads.describe_architectures(facts))
     auto_models = set(named.auto_models) - {_STANDS_BACK.get(auto_model, "") for auto_model in named.auto_models}
     tasks = tuple(name for name, task in TASKS.items() if task.auto_model in auto_models)
     if not tasks:

@@ -17,7 +17,7 @@ _SENTENCEPIECE = ("*.model", "*.spm")
 _READERS = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # package -> module
 
 
-def load(config: SetupConfig, checkpoint: Checkpoint) -> Any:
+def load_tokenizer(config: SetupConfig, checkpoint: Checkpoint) -> Any:
     """Load the checkpoint's tokenizer; raises SourceError, ExportError if a worker could not run it."""
     from transformers import AutoTokenizer
 

@@ -54,7 +54,7 @@ class Content(NamedTuple):
     notes: Tuple[str, ...] = ()
 
 
-def read(path: Path) -> Content:
+def read_config_file(path: Path) -> Content:
     """Return the content of a configuration file; raises ConfigError if it is unreadable."""
     try:
         text = path.read_text(encoding="utf-8-sig")

@@ -12,7 +12,7 @@ from traceserve_runtime.tasks.contract import Task
 from traceserve_runtime.tasks.parameters import Parameter
 
 from traceserve.building.config.dtypes import AUTO, DTYPES
-from traceserve.building.config.hardware import HARDWARE, refused
+from traceserve.building.config.hardware import HARDWARE, why_refused
 from traceserve.building.config.libraries import LIBRARIES
 from traceserve.building.config.save_modes import SAVE_MODES, Target
 
@@ -71,7 +71,7 @@ def _never(save_mode: str, hardware: str, tasks: Sequence[str]) -> Optional[str]
         return f"runs on {', '.join(kind.hardware)}, not on {hardware}"
     if TASKS[tasks[0]].loop and not kind.loops:
         return f"is for models that are run once, not for {', '.join(tasks)}"
-    return refused(hardware, tasks)
+    return why_refused(hardware, tasks)
 
 
 def _not_so(save_mode: str, hardware: str, dtype: str, tasks: Sequence[str]) -> str:
@@ -117,7 +117,7 @@ def candidates(save_mode: str, hardware: str, dtype: str, task: Type[Task]) -> T
     return SAVE_MODES[save_mode].auto(task, hardware) if dtype == AUTO else (dtype,)
 
 
-def document() -> Dict[str, Any]:
+def formats_document() -> Dict[str, Any]:
     """Return everything as JSON."""
     return {
         "formats": [item._asdict() for item in every_format()],

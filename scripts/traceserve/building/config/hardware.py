@@ -31,7 +31,7 @@ FIXED_SHAPES = tuple(name for name, item in HARDWARE.items() if item.fixed_shape
 PARTIAL = tuple(name for name, item in HARDWARE.items() if item.partial)
 
 
-def refused(hardware: str, tasks: Sequence[str]) -> Optional[str]:
+def why_refused(hardware: str, tasks: Sequence[str]) -> Optional[str]:
     """Return why similar tasks cannot run on this hardware; None if they can."""
     loops, loop = HARDWARE[hardware].loops, TASKS[tasks[0]].loop
     if loops is None or not loop or loop in loops:

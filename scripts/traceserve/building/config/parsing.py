@@ -16,7 +16,7 @@ from traceserve.building.config.setup_config import AUTO_TASK, RENAMED, WITHOUT_
 from traceserve.errors import ConfigError
 
 
-class Loaded(NamedTuple):
+class LoadedConfig(NamedTuple):
     """A configuration, the folder that its paths are relative to, and notes for the user."""
 
     config: SetupConfig
@@ -24,12 +24,12 @@ class Loaded(NamedTuple):
     notes: Tuple[str, ...]
 
 
-def load(path: Path) -> Loaded:
+def load_config(path: Path) -> LoadedConfig:
     """Read and check a configuration file; raises ConfigError, which names the key and its legal values."""
-    content = config_files.read(path)
+    content = config_files.read_config_file(path)
     folder = path.resolve().parent
     try:
-        config, notes = parse(content.keys)
+        config, notes = parse_config(content.keys)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error.message}") from None
     notes = (*content.notes, *notes)
@@ -37,7 +37,7 @@ def load(path: Path) -> Loaded:
     if beside is not None:
         config = config.model_copy(update={"index_to_name": beside})
         notes += (f'{beside} names the labels, by its place; "index_to_name": null takes the checkpoint\'s own names',)
-    return Loaded(config, folder, notes)
+    return LoadedConfig(config, folder, notes)
 
 
 def _is_the_examples(config: SetupConfig, content: Mapping[str, Any]) -> bool:
@@ -47,7 +47,7 @@ def _is_the_examples(config: SetupConfig, content: Mapping[str, Any]) -> bool:
     return labelled and "index_to_name" not in content and bool({*RENAMED, *WITHOUT_MEANING} & set(content))
 
 
-def parse(content: Any) -> Tuple[SetupConfig, Tuple[str, ...]]:
+def parse_config(content: Any) -> Tuple[SetupConfig, Tuple[str, ...]]:
     """Return the configuration in parsed JSON, and a note per key without meaning."""
     if not isinstance(content, dict):
         raise ConfigError("the configuration should be a JSON object")

@@ -33,7 +33,7 @@ def _encoder_decoder_forced(original: Original, row: Row, steps: int) -> torch.T
     return logits
 
 
-def generate(original: Original, loop: str, row: Row, request: Request) -> List[int]:
+def generate_original(original: Original, loop: str, row: Row, request: Request) -> List[int]:
     """Return the ids of the original's own `generate` for one row, only new ones."""
     ids = torch.tensor([row.encoding.ids])
     options = _generate_options(original, request)

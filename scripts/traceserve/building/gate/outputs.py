@@ -67,7 +67,7 @@ def compare_outputs(engine: Engine, reference: Reference, findings: Findings, pr
         if loop:
             got = _read_forced(engine, [rows.get(*key) for key in keys], run_as)
         else:
-            got = batches.run(engine.runner, [rows.get(*key) for key in keys], run_as, per_token, Stats())
+            got = batches.run_batch(engine.runner, [rows.get(*key) for key in keys], run_as, per_token, Stats())
         for output in manifest.outputs:
             differences = [_difference(one[output], expected[key][output]) for one, key in zip(got, keys)]
             findings.cells.append(Cell(batch, length, padded, output, float(np.max(differences))))

@@ -12,7 +12,7 @@ from traceserve_runtime.tasks.contract import Request
 from traceserve_runtime.texts.tokenization import Row
 
 from traceserve.building.checkpoints.original import Original
-from traceserve.building.gate.loops import FORCED, generate
+from traceserve.building.gate.loops import FORCED, generate_original
 
 FORCED_STEPS = 3  # of a loop, per cell of the gate's grid
 MOST_ROWS, MOST_TOKENS = 128, 2048  # of the original, at a time
@@ -171,5 +171,5 @@ def run_forced(original: Original, loop: str, row: Row) -> Arrays:
 def run_text(original: Original, loop: str, row: Row, request: Request) -> Arrays:
     """Return the new tokens of the original's own `generate` for one row alone."""
     with torch.no_grad():
-        tokens = generate(original, loop, row, request)
+        tokens = generate_original(original, loop, row, request)
     return {"tokens": np.array(tokens, dtype=np.int64)}

@@ -61,7 +61,7 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
     module, inputs = _module(original, task, shapes)
     # Of the package and its copy without sources. Torch's writer of packages aborts the process on a full disk.
     size = sum(tensor.numel() * tensor.element_size() for tensor in module.parameters())
-    space.require(folder, 2 * size, f"{MODEL_FILE}, the compiled model,")
+    space.require_space(folder, 2 * size, f"{MODEL_FILE}, the compiled model,")
     exported: Any = torch.export
     inductor: Any = torch._inductor
     try:

@@ -7,11 +7,11 @@ import re
 import urllib.parse
 from typing import Dict, Optional
 
-from traceserve.deploying.plan import Target
+from traceserve.deploying.plan import DeployTarget
 from traceserve.deploying.targets import docker, kubernetes
 from traceserve.errors import DeployError
 
-TARGETS: Dict[str, Target] = {
+TARGETS: Dict[str, DeployTarget] = {
     "docker": docker.TARGET,
     "kubernetes": kubernetes.TARGET,
 }

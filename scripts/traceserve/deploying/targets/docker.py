@@ -8,7 +8,7 @@ from typing import Dict, List, Sequence, Tuple
 
 from traceserve.deploying import engines, packages, resources, templates
 from traceserve.deploying.described import Described
-from traceserve.deploying.plan import Copy, File, Plan, Target, Text, Wishes
+from traceserve.deploying.plan import Copy, DeployTarget, File, Plan, Text, Wishes
 
 _KEYS = {True: "It finds the key itself.", False: "No key is demanded."}
 _NOTES = {
@@ -51,7 +51,7 @@ def image_files(archives: Sequence[Described], wishes: Wishes, with_archives: bo
     lines: List[str] = packages.requirements(archives, packages.ENGINES[wishes.engine])
     return (
         Text("Dockerfile", dockerfile),
-        Text(".dockerignore", templates.read("docker/dockerignore")),
+        Text(".dockerignore", templates.read_template("docker/dockerignore")),
         Text("requirements.txt", "".join(f"{line}\n" for line in lines)),
         Text("canaries.json", json.dumps(canaries(archives), ensure_ascii=False, indent=2) + "\n"),
         *packages.program("app"),
@@ -75,7 +75,7 @@ def plan(archives: Sequence[Described], wishes: Wishes) -> Plan:
     )
 
 
-TARGET = Target(
+TARGET = DeployTarget(
     "a Dockerfile and its context: slim, not root, a read-only root, a health check that asks a prediction",
     ("torchserve", "ray"),
     plan,

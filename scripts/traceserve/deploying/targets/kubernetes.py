@@ -11,7 +11,7 @@ from typing import Any, Dict, List, Sequence, Tuple
 from traceserve import __version__
 from traceserve.deploying import resources, templates
 from traceserve.deploying.described import Described
-from traceserve.deploying.plan import File, Plan, Target, Text, Wishes, prefixed
+from traceserve.deploying.plan import DeployTarget, File, Plan, Text, Wishes, prefixed
 from traceserve.deploying.targets import docker
 
 _STATIC = "kubernetes/templates"
@@ -53,8 +53,8 @@ def chart_files(archives: Sequence[Described], wishes: Wishes) -> Tuple[File, ..
     return (
         Text("Chart.yaml", chart),
         Text("values.yaml", values),
-        Text("values.schema.json", templates.read("kubernetes/values.schema.json")),
-        *(Text(f"templates/{each}", templates.read(f"{_STATIC}/{each}")) for each in static),
+        Text("values.schema.json", templates.read_template("kubernetes/values.schema.json")),
+        *(Text(f"templates/{each}", templates.read_template(f"{_STATIC}/{each}")) for each in static),
     )
 
 
@@ -90,7 +90,7 @@ def plan(archives: Sequence[Described], wishes: Wishes) -> Plan:
     )
 
 
-TARGET = Target(
+TARGET = DeployTarget(
     "a Helm chart and its image: probes that ask a prediction, keys, autoscaling, network policy",
     ("torchserve", "ray"),
     plan,

@@ -19,14 +19,14 @@ class _Template(string.Template):
     pattern = r"@\{(?P<braced>[a-z_]+)\}|(?P<escaped>(?!))|(?P<named>(?!))|(?P<invalid>(?!))"  # type: ignore[assignment]
 
 
-def read(name: str) -> str:
+def read_template(name: str) -> str:
     """A template's text as it is."""
     return (FOLDER / name).read_text(encoding="utf-8")
 
 
 def fill(name: str, **values: str) -> str:
     """A template with its values; raises KeyError for one that is missing."""
-    return _Template(read(name)).substitute(values)
+    return _Template(read_template(name)).substitute(values)
 
 
 def block(value: Any, indent: int = 0) -> str:

@@ -43,7 +43,7 @@ def load(config: SetupConfig, checkpoint: Checkpoint) -> Any:
         raise SourceError(
             f"{config.model_name} cannot be loaded as {auto_model.__name__}: {first_line(error)}"
         ) from error
-    model, missing = adapters.merge(config.model_name, checkpoint, model, _untrained(report, model))
+    model, missing = adapters.merge_adapter(config.model_name, checkpoint, model, _untrained(report, model))
     if missing and not config.allow_untrained_head:
         raise SourceError(
             f"{config.model_name} holds no trained weights for the task {config.task} ({some(missing)}), so its answers "

@@ -44,5 +44,5 @@ def write_module(module: torch.nn.Module, file: Path) -> None:
         (tensor.data_ptr(), tensor.numel() * tensor.element_size())
         for tensor in module.state_dict(keep_vars=True).values()
     }
-    space.require(file.parent, sum(size for _, size in tensors) + _GRAPH_SIZE, f"{file.name}, the traced model,")
+    space.require_space(file.parent, sum(size for _, size in tensors) + _GRAPH_SIZE, f"{file.name}, the traced model,")
     torch.jit.save(module, str(file))
