@@ -13,7 +13,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, List, Mapping, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, List, Mapping, Optional, Sequence, Tuple
 
 if TYPE_CHECKING:
     from traceserve_runtime.batching.batches import Stats
@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 _LAST_PIECE = "ts_stream_next"
 _HTTP_HEADERS = {"host", "content-length", "content-type", "url_path", "explain"}
 _OK = 200
+_CODEC = "ts.protocol.otf_message_handler"  # of TorchServe's worker, which has imported it
 
 
 class TransformerHandler:
@@ -46,6 +47,7 @@ class TransformerHandler:
         try:
             from traceserve_runtime import settings
             from traceserve_runtime.engine import Engine
+            from traceserve_runtime.frontend_socket import read_at_once
         except ImportError as error:
             raise RuntimeError(f"the worker's Python lacks a package that this archive needs: {error}") from error
         try:
@@ -60,7 +62,7 @@ class TransformerHandler:
             raise
         except Exception as error:  # an outer edge: anything else kills the worker without a reason
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
-        self._reader = _read_at_once(self.engine.idle)
+        self._reader = read_at_once(sys.modules.get(_CODEC), self.engine.idle)
         logging.getLogger().addFilter(_without_traceback)
         # What is loaded stays: without this, each full collection walks torch's 200,000 objects while requests wait.
         gc.freeze()
@@ -105,22 +107,6 @@ class TransformerHandler:
         # TorchServe has gauges of times, sizes and percents only: this one is from 0 to 1, as its name says.
         metrics.add_percent("traceserve_last_batch_padding_ratio", round(stats.padding_share, 3), 0)
         metrics.add_time("traceserve_last_batch_model_seconds", round(stats.model_seconds, 6), 0, "s")
-
-
-def _read_at_once(idle: Callable[[], None]) -> Optional[Reader]:
-    """Let the worker read each message in few calls, and be told when nobody waits; the reader, where that can be.
-
-    `_retrieve_buffer` is a private name of TorchServe's codec (0.8 to 0.12). Where it is gone, the worker reads as TorchServe
-    does, and what runs cost stays a guess: no client waits for a measurement.
-    """
-    from traceserve_runtime.frontend_socket import Reader
-
-    codec = sys.modules.get("ts.protocol.otf_message_handler")
-    if not hasattr(codec, "_retrieve_buffer"):
-        return None
-    reader = Reader(idle)
-    codec._retrieve_buffer = reader  # type: ignore[union-attr]
-    return reader
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:

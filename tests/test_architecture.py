@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Dict, Iterator, List, Mapping, Sequence, Set, Tuple
 
+import private_names
 import pytest
 from conftest import ROOT
 from traceserve.building.checkpoints.libraries import LOADERS
@@ -267,6 +268,51 @@ def test_names_of_the_tables_are_not_compared(path: Path) -> None:
 def test_each_border_is_crossed_in_one_place() -> None:
     assert {p.name for p in FILES if "ts" in roots(p)} <= {"transformer_handler.py"}
     assert {p.name for p in FILES if "model_archiver" in p.read_text()} == {"archive.py"}
+
+
+# The files that reach into private names of torch; and, of other libraries, the one name that a file may use.
+TORCH_INTERNALS = {
+    "handlers/traceserve_runtime/runtimes/torch_internals.py",
+    "scripts/traceserve/building/writers/tracing/torch_internals.py",
+}
+OF_OTHERS = {
+    "handlers/traceserve_runtime/frontend_socket.py": "_retrieve_buffer",  # TorchServe's
+    "handlers/traceserve_runtime/runtimes/calling.py": "_shift_right",  # the rest is transformers'
+    "scripts/traceserve/building/checkpoints/generation.py": "_from_model_config",
+    "scripts/traceserve/building/writers/onnx/export.py": "_attn_implementation",
+    "scripts/traceserve/building/writers/tracing/wrapping.py": "_vmap_for_bhqkv",
+}
+OWN = {name for path in FILES for name in private_names.defined(path)}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_private_names_of_others_are_used_in_one_place(path: Path) -> None:
+    """Each in a function that says what happens without it; tests/test_private_names.py takes them away."""
+    found, name = private_names.of_others(path, OWN), path.relative_to(ROOT).as_posix()
+    if name in TORCH_INTERNALS:
+        assert found
+    else:
+        assert {text.split(".")[-1] for text in found} == {OF_OTHERS[name]} if name in OF_OTHERS else not found
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "torch._C._jit_pass_inline(graph)",
+        "types = torch._C.ListType(torch._C.TensorType.get())",
+        "torch.ops.mkldnn._reorder_linear_weight(weight, 32)",
+        "import torch._inductor.config as inductor",
+        "from torch import _dynamo",
+        "from torch._C import parse_ir",
+        "module._c.setattr('weight', tensor)",
+        "hasattr(torch, '_int_mm')",
+        "sys.modules['ts.protocol.otf_message_handler']._retrieve_buffer = reader",
+    ],
+)
+def test_no_private_name_is_overlooked(line: str, tmp_path: Path) -> None:
+    """Whatever names the project gives to its own things."""
+    (tmp_path / "x.py").write_text(line)
+    assert private_names.of_others(tmp_path / "x.py", {"_C", "_c"})
 
 
 def prints(path: Path) -> List[int]:

@@ -10,10 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 import pytest
-import transformer_handler
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from traceserve_runtime.frontend_socket import Reader
+from traceserve_runtime.frontend_socket import Reader, read_at_once
 
 codec = pytest.importorskip("ts.protocol.otf_message_handler")
 
@@ -53,7 +52,7 @@ def message(bodies: Sequence[bytes]) -> bytes:
 @pytest.fixture()
 def reading_at_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(codec, "_retrieve_buffer", codec._retrieve_buffer)  # put back after the test
-    transformer_handler._read_at_once(lambda: None)
+    assert read_at_once(codec, lambda: None) is codec._retrieve_buffer
     assert isinstance(codec._retrieve_buffer, Reader)
     yield
 
@@ -131,9 +130,12 @@ def test_another_connection_begins_anew() -> None:
 
 
 def test_a_torchserve_that_reads_otherwise_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codec, "_retrieve_buffer", lambda connection, length, timeout: b"")
+    own = codec._retrieve_buffer
+    assert read_at_once(codec, lambda: None) is None and codec._retrieve_buffer is own
     monkeypatch.delattr(codec, "_retrieve_buffer")
-    transformer_handler._read_at_once(lambda: None)
-    assert not hasattr(codec, "_retrieve_buffer")
+    assert read_at_once(codec, lambda: None) is None and not hasattr(codec, "_retrieve_buffer")
+    assert read_at_once(None, lambda: None) is None  # another host's worker
 
 
 def test_idle_is_when_nothing_follows_an_answer() -> None:

@@ -1,23 +1,40 @@
 """Buffered reading of the frontend's messages.
 
-TorchServe's worker reads each number and name of a message from the socket separately, thirty times per request. Here
-one
-call reads all available bytes, and the pieces are cut from them.
+TorchServe's worker reads each number and name of a message from the socket separately, thirty times per request. Here one
+call reads all available bytes, and the pieces are cut from them. No other file uses a private name of TorchServe.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
 from select import select
 from socket import socket
-from typing import Callable, Optional
+from typing import Any, Callable, Optional
 
 _MOST_AT_ONCE = 1 << 16  # bytes; longer pieces are read exactly to their end
 
 
 # Seconds after an answer in which a frontend with waiting requests sends the next ones.
 _NOBODY_WAITS = 0.02
+
+
+def read_at_once(codec: Any, idle: Callable[[], None]) -> Optional[Reader]:
+    """Let TorchServe's codec read each message in a few calls, and call `idle` when no client waits; returns the reader.
+
+    `_retrieve_buffer` is a private name of `ts.protocol.otf_message_handler`, from TorchServe 0.8 to 0.12, its last version.
+    If it is missing or takes other arguments, the worker reads as TorchServe does, nothing is measured while it is idle, and
+    None is returned.
+    """
+    own = getattr(codec, "_retrieve_buffer", None)
+    try:
+        inspect.signature(own).bind("connection", 4)  # type: ignore[arg-type]
+    except TypeError:  # it is gone, or takes something else
+        return None
+    reader = Reader(idle)
+    codec._retrieve_buffer = reader
+    return reader
 
 
 class Reader:

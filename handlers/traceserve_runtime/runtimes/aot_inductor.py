@@ -6,16 +6,19 @@ import platform
 from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
-from typing import Any, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Callable, List, Optional, Sequence, Tuple
 
 from traceserve_runtime import processor
 from traceserve_runtime.errors import InvalidManifest, MissingPackage
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runner import Arrays, Padding, State
-from traceserve_runtime.runtimes import team
+from traceserve_runtime.runtimes import team, torch_internals
 from traceserve_runtime.runtimes.torchscript.reader import settle
 from traceserve_runtime.runtimes.variants import Variant
 from traceserve_runtime.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
 
 # `Manifest.runtime`: what the code was compiled with and for.
 TORCH, MACHINE, INSTRUCTIONS = "torch", "machine", "instructions"
@@ -26,7 +29,7 @@ class AotInductorRunner:
 
     padding = Padding()
 
-    def __init__(self, model: Any, manifest: Manifest) -> None:
+    def __init__(self, model: Callable[..., Sequence[torch.Tensor]], manifest: Manifest) -> None:
         self._model = model
         self._manifest = manifest
         self._team: Optional[team.Team] = None
@@ -64,9 +67,8 @@ def read(manifest: Manifest, folder: Path, device: str, settings: Settings = Set
     import torch
 
     _check(manifest, torch.__version__)
-    inductor: Any = torch._inductor
     try:
-        model = inductor.aoti_load_package(str(folder / manifest.model_file))
+        model = torch_internals.load_compiled(str(folder / manifest.model_file))
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).strip().split("\n", 1)[0]
         raise InvalidManifest(

@@ -117,15 +117,28 @@ def _by_last_end_token(model: Any, columns: Dict[str, torch.Tensor], fixed: Dict
     import torch
 
     ids = columns["input_ids"]
-    if hasattr(model, "_shift_right"):  # T5 and its kin
-        backbone, fixed = model.transformer, {"decoder_input_ids": model._shift_right(ids)}
+    if hasattr(model, "transformer"):  # T5 and its kin
+        backbone, given = model.transformer, {"decoder_input_ids": _shifted_right(model, ids)}
     else:
-        backbone, fixed = model.model, {}
-    hidden = backbone(**columns, **fixed, use_cache=False, return_dict=True).last_hidden_state
+        backbone, given = model.model, {}
+    hidden = backbone(**columns, **given, use_cache=False, return_dict=True).last_hidden_state
     places = torch.arange(ids.shape[1], device=ids.device)
     last = (ids.eq(model.config.eos_token_id) * places).argmax(dim=1)
     rows = torch.arange(ids.shape[0], device=ids.device)
     return {"logits": model.classification_head(hidden[rows, last])}
+
+
+def _shifted_right(model: Any, ids: torch.Tensor) -> Any:
+    """What T5's decoder reads to read `ids`: a first token, and all of them but the last.
+
+    `_shift_right` is a private name of transformers' T5 and its kin (4.26 to 5.23), which the model itself calls. Where it is
+    gone the same is done here.
+    """
+    if hasattr(model, "_shift_right"):
+        return model._shift_right(ids)
+    shifted = ids.roll(1, dims=1)
+    shifted[:, 0] = model.config.decoder_start_token_id
+    return shifted
 
 
 class Empty:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Callable, ContextManager, Dict, Iterator,
 from traceserve_runtime.batching import batches
 from traceserve_runtime.errors import InvalidManifest, MissingPackage, reason
 from traceserve_runtime.manifest import Manifest
-from traceserve_runtime.runtimes import calling, stepping
+from traceserve_runtime.runtimes import calling, stepping, torch_internals
 from traceserve_runtime.runtimes.torchscript.reader import TorchScriptRunner, settle
 from traceserve_runtime.runtimes.variants import Variant
 from traceserve_runtime.settings import Settings
@@ -246,18 +246,7 @@ def _compiled(calls: Dict[str, Call]) -> Dict[str, Call]:
 
     if not hasattr(torch, "compile"):
         raise MissingPackage(f"this archive asks for torch.compile, which torch {torch.__version__} does not have")
-    import torch._inductor.config as inductor
-
-    inductor.compile_threads = 1  # others are processes that import torch, and stay
-    dynamo: Any = torch._dynamo.config
-    for name, value in (
-        ("recompile_limit", _COMPILED_SHAPES),
-        ("cache_size_limit", _COMPILED_SHAPES),  # its name before torch 2.6
-        ("fail_on_recompile_limit_hit", True),
-        ("suppress_errors", False),
-    ):
-        if hasattr(dynamo, name):
-            setattr(dynamo, name, value)
+    torch_internals.settle_compiler(_COMPILED_SHAPES)
     return {name: torch.compile(call.__call__, dynamic=True) for name, call in calls.items()}  # type: ignore[operator]
 
 

@@ -80,5 +80,6 @@ def _export(
     manifest = replace(chosen.manifest, receipt=receipt)
     manifest.write(folder)
     parameters = sum(parameter.numel() for parameter in original.model.parameters())
-    note = "\n".join(note for note in (checkpoint.note, original.note) if note) or None
+    notes = checkpoint.note, original.note, WRITERS[config.save_mode].note(artifact.target_of(config))
+    note = "\n".join(note for note in notes if note) or None
     return Exported(manifest, chosen.findings, parameters, note, checkpoint.task_found, tuple(tried), compared)

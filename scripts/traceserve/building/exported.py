@@ -57,7 +57,7 @@ class Exported:
     manifest: Manifest
     findings: Findings
     parameters: int  # of the model
-    note: Optional[str]  # on the checkpoint
+    note: Optional[str]  # on the checkpoint, and on what this machine lacks
     task_found: str  # the evidence for the task; empty if configured
     candidates: Tuple[Candidate, ...]
     compared: Optional[Compared] = None

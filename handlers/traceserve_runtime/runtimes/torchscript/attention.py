@@ -6,9 +6,11 @@ On x86 without AMX torch multiplies an attention's small matrices faster in floa
 
 from __future__ import annotations
 
-from typing import Any, Dict
+from typing import Dict
 
 from traceserve_runtime import processor
+from traceserve_runtime.runtimes import torch_internals
+from traceserve_runtime.runtimes.graph import Graph, Traced, Value, insert_graph, insert_node, replace
 from traceserve_runtime.runtimes.torchscript import devices
 
 _KIND = "aten::scaled_dot_product_attention"
@@ -46,38 +48,30 @@ def sooner_wide() -> bool:
     return processor.is_x86() and "amx_bf16" not in processor.features()
 
 
-def widen(module: Any) -> int:
-    """Rewrite the graphs of a module on the CPU, before its first run; gives how many attentions are in float32 now."""
-    return sum(_widen(graph) for graph in devices.graphs(module))
+def widen(module: Traced) -> int:
+    """Rewrite the graphs of a module on the CPU, before its first run; gives how many attentions are in float32 now.
+
+    None where this torch cannot rewrite graphs.
+    """
+    return sum(_widen(graph) for graph in devices.graphs(module)) if torch_internals.rewrites() else 0
 
 
-def _widen(graph: Any) -> int:
-    import torch
-
-    torch._C._jit_pass_inline(graph)
+def _widen(graph: Graph) -> int:
+    torch_internals.inline(graph)
     found = [node for node in graph.findAllNodes(_KIND, True) if str(node.inputsAt(_MASK).type()) in _MASK_TYPES]
     if not found:
         return 0
-    float32, like, to_be_added = map(torch._C.parse_ir, (_FLOAT32, _LIKE, _ADDED))
-
-    def insert(part: Any, *values: Any) -> Any:
-        """What another graph gives for these values, before `node`."""
-        with graph.insert_point_guard(node):
-            [result] = graph.insertGraph(part, list(values))
-        return result
-
+    float32, like, to_be_added = map(torch_internals.parse, (_FLOAT32, _LIKE, _ADDED))
     outside = {node.output().debugName() for node in graph.findAllNodes(_KIND, False)}
-    masks: Dict[str, Any] = {}  # as they are added to scores; most layers read the same one
+    masks: Dict[str, Value] = {}  # as they are added to scores; most layers read the same one
     for node in found:
         query, key, value, mask, *others = node.inputs()
         added = masks.get(mask.debugName())
         if added is None:
-            added = insert(to_be_added, mask) if str(mask.type()) == "Tensor" else mask
+            added = insert_graph(graph, to_be_added, [mask], node) if str(mask.type()) == "Tensor" else mask
             if node.output().debugName() in outside:  # what is made in a branch is not known behind it
                 masks[mask.debugName()] = added
-        attended = graph.create(_KIND, [*(insert(float32, each) for each in (query, key, value)), added, *others], 1)
-        attended.insertBefore(node)
-        attended.output().setType(torch._C.TensorType.get())
-        node.output().replaceAllUsesWith(insert(like, attended.output(), query))
-        node.destroy()
+        wide = [insert_graph(graph, float32, [each], node) for each in (query, key, value)]
+        attended = insert_node(graph, _KIND, [*wide, added, *others], node)
+        replace(node, insert_graph(graph, like, [attended.output(), query], node))
     return len(found)

@@ -7,24 +7,78 @@ the blocks of branches and loops, and in functions that were scripted; all of th
 
 from __future__ import annotations
 
-from typing import Any, Iterator, List
+import itertools
+import re
+from typing import Iterator, List, NamedTuple
+
+from traceserve_runtime.errors import MissingPackage
+from traceserve_runtime.runtimes import torch_internals
+from traceserve_runtime.runtimes.graph import Block, Graph, Node, Traced, insert_constant
 
 _SCALARS = ("int", "float", "bool", "number", "Scalar")
+_METHOD, _FUNCTION = "prim::CallMethod", "prim::CallFunction"
 
 
-def rewrite(module: Any, device: str) -> None:
-    """Let every graph of a module that was loaded onto `device` make its tensors there. Before its first run."""
-    import torch
+class Argument(NamedTuple):
+    """What an operator takes: the type as "Tensor" or "Device?", and the name."""
 
-    for graph in graphs(module):
-        torch._C._jit_pass_inline(graph)
+    type: str
+    name: str
+
+
+def rewrite(module: Traced, device: str) -> None:
+    """Let every graph of a module that was loaded onto `device` make its tensors there. Before its first run.
+
+    Raises MissingPackage for a torch whose graphs cannot be rewritten.
+    """
+    missing = torch_internals.missing_members()
+    if missing:
+        raise _unmovable(f"its graphs have no {', '.join(missing)}")
+    for graph in reached(module):
         for node in list(nodes(graph)):
             _name_device(graph, node)
         for node in constants(graph):
             node.s_("value", device)
 
 
-def constants(graph: Any) -> Iterator[Any]:
+def reached(module: Traced) -> List[Graph]:
+    """The graphs that a runner calls, with all that they call inlined.
+
+    Where torch cannot inline: each of them, and those of the methods that are called. Raises MissingPackage for one that
+    calls a function there, whose graph cannot be reached.
+    """
+    found: List[Graph] = []
+    for entry in entries(module):
+        found += [entry.graph] if torch_internals.inline(entry.graph) else _of_methods(entry)
+    return found
+
+
+def _of_methods(module: Traced) -> List[Graph]:
+    """The graphs of a traced module and its submodules: one for each of their calls, named forward, forward1 and so on."""
+    found = []
+    for part in module.modules():
+        for number in itertools.count():
+            method = getattr(part, f"forward{number or ''}", None)
+            if method is None:
+                break
+            found.append(method.graph)
+    calls = [node for graph in found for node in graph.findAllNodes(_METHOD, True)]
+    functions = [node for graph in found for node in graph.findAllNodes(_FUNCTION, True)]
+    if functions or not all(re.fullmatch(r"forward\d*", node.s("name")) for node in calls):
+        raise _unmovable("it cannot inline what the graph calls")
+    return found
+
+
+def _unmovable(why: str) -> MissingPackage:
+    import torch
+
+    return MissingPackage(
+        f"torch {torch.__version__} cannot move this graph to a GPU: {why}; serve the archive on the CPU, or with the torch "
+        "that it was made with"
+    )
+
+
+def constants(graph: Graph) -> Iterator[Node]:
     """The nodes of an inlined graph that name a device: constants of this type, and texts that are made into one."""
     for node in graph.findAllNodes("prim::Constant", True):
         kind = str(node.output().type())
@@ -32,10 +86,10 @@ def constants(graph: Any) -> Iterator[Any]:
             yield node
 
 
-def left(graph: Any) -> List[str]:
-    """What of an inlined graph depends on a device and is not among `constants`."""
+def left(graph: Graph) -> List[str]:
+    """What of one of the graphs that are `reached` depends on a device and is not among `constants`."""
     found = []
-    for kind in ("aten::cpu", "aten::cuda", "prim::CallFunction", "prim::CallMethod"):
+    for kind in ("aten::cpu", "aten::cuda", _FUNCTION, *([_METHOD] if torch_internals.inline(graph) else [])):
         found += [kind for _ in graph.findAllNodes(kind, True)]
     for node in graph.findAllNodes("aten::device", True):
         if next(iter(node.inputs())).node().kind() != "prim::Constant":
@@ -47,17 +101,17 @@ def left(graph: Any) -> List[str]:
     return found
 
 
-def entries(module: Any) -> List[Any]:
+def entries(module: Traced) -> List[Traced]:
     """The modules that a runner calls: this one, or each of its parts."""
-    return [module] if "forward" in module._c._method_names() else list(module.children())
+    return [module] if hasattr(module, "forward") else list(module.children())
 
 
-def graphs(module: Any) -> List[Any]:
+def graphs(module: Traced) -> List[Graph]:
     """The graphs that a runner calls."""
     return [entry.graph for entry in entries(module)]
 
 
-def nodes(block: Any) -> Iterator[Any]:
+def nodes(block: Block) -> Iterator[Node]:
     """All nodes, of inner blocks too."""
     for node in block.nodes():
         yield node
@@ -65,7 +119,22 @@ def nodes(block: Any) -> Iterator[Any]:
             yield from nodes(inner)
 
 
-def _name_device(graph: Any, node: Any) -> None:
+def arguments(schema: str) -> List[Argument]:
+    """What an operator takes, of its schema as torch prints it: `aten::ones(int[] size, *, Device? device=None) -> Tensor`."""
+    parts, depth = [""], 0
+    for character in schema[schema.index("(") + 1 :]:
+        depth += (character in "([") - (character in ")]")
+        if depth < 0:
+            break
+        if character == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += character
+    declared = [part.split("=")[0].rpartition(" ") for part in map(str.strip, parts) if part not in ("", "*", "...")]
+    return [Argument(re.sub(r"\(.*?\)", "", kind), name) for kind, _, name in declared]
+
+
+def _name_device(graph: Graph, node: Node) -> None:
     """Name a device where a tensor is made of no other one and of none by name, as scripted code does it.
 
     A scalar stays where it is: it goes with tensors of any device.
@@ -75,24 +144,20 @@ def _name_device(graph: Any, node: Any) -> None:
     schema = node.schema()
     if not node.kind().startswith("aten::") or " device" not in schema:
         return
-    arguments = torch._C.parse_schema(schema).arguments
+    declared = arguments(schema)
     values = list(node.inputs())
-    of_another = any(str(argument.type) == "Tensor" for argument in arguments)
+    of_another = any(argument.type == "Tensor" for argument in declared)
     scalar = node.kind() in ("aten::tensor", "aten::scalar_tensor") and str(values[0].type()) in _SCALARS
-    for i, (argument, value) in enumerate(zip(arguments, values)):
+    for i, (argument, value) in enumerate(zip(declared, values)):
         if argument.name == "device" and str(value.type()) == "NoneType" and not (of_another or scalar):
-            constant = graph.create("prim::Constant")
-            constant.s_("value", "cpu")
-            constant.output().setType(torch._C.DeviceObjType.get())
-            constant.insertBefore(node)
-            node.replaceInput(i, constant.output())
+            node.replaceInput(i, insert_constant(graph, torch.device("cpu"), node))
 
 
-def _makes_device(node: Any) -> bool:
+def _makes_device(node: Node) -> bool:
     users = [use.user.kind() for use in node.output().uses()]
     return bool(users) and all(kind == "aten::device" for kind in users)
 
 
-def _among_others(node: Any) -> bool:
+def _among_others(node: Node) -> bool:
     users = [use.user.kind() for use in node.output().uses()]
     return "aten::device" in users and not _makes_device(node)

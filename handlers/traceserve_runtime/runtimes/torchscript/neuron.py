@@ -10,10 +10,12 @@ from __future__ import annotations
 import importlib
 import os
 from pathlib import Path
-from typing import Any, Dict, Iterator, NamedTuple
+from typing import Dict, Iterator, NamedTuple
 
 from traceserve_runtime.errors import InvalidManifest, MissingPackage
 from traceserve_runtime.manifest import Manifest
+from traceserve_runtime.runtimes import graph as graphs
+from traceserve_runtime.runtimes.graph import Block, Traced
 
 CORES = "NEURON_RT_NUM_CORES"  # how many cores a process takes; without it: all
 CERTAIN_CORES = "NEURON_RT_VISIBLE_CORES"  # or which
@@ -40,32 +42,30 @@ class Operators(NamedTuple):
     on_cpu: int
 
 
-def operators(module: Any) -> Operators:
+def operators(module: Traced) -> Operators:
     """The operators of one traced or compiled module, those of the modules that it calls included."""
     kinds = list(_kinds(module.inlined_graph))
     return Operators(sum(kind.startswith("neuron::") for kind in kinds), sum(k.startswith("aten::") for k in kinds))
 
 
-def _kinds(block: Any) -> Iterator[str]:
+def _kinds(block: Block) -> Iterator[str]:
     for node in block.nodes():
         yield node.kind()
         for inner in node.blocks():
             yield from _kinds(inner)
 
 
-def load(manifest: Manifest, file: Path) -> Any:
+def load(manifest: Manifest, file: Path) -> Traced:
     """The compiled graphs of `file`, by name; each is asked for by the runtime on a core of this process.
 
     Raises MissingPackage without the package or a free core, InvalidManifest for a file that holds something else.
     """
-    import torch
-
     chip = CHIPS[manifest.hardware]
     if not os.environ.get(CERTAIN_CORES):
         os.environ.setdefault(CORES, "1")
     _import(chip, manifest)
     try:
-        module = torch.jit.load(str(file)).eval()  # type: ignore[no-untyped-call]
+        module = graphs.load(file).eval()
     except (RuntimeError, ValueError) as error:
         raise _explained(error, chip, manifest, file) from error
     for name, graph in module.named_children():

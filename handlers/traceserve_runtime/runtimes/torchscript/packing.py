@@ -15,6 +15,17 @@ import re
 from typing import TYPE_CHECKING, Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from traceserve_runtime import processor
+from traceserve_runtime.runtimes import torch_internals
+from traceserve_runtime.runtimes.graph import (
+    Graph,
+    Node,
+    Traced,
+    Value,
+    ValueType,
+    insert_constant,
+    insert_node,
+    replace,
+)
 from traceserve_runtime.runtimes.torchscript import devices
 
 if TYPE_CHECKING:
@@ -33,18 +44,18 @@ _VIEW = re.compile(  # what these give may lie in the memory of what they read
 class _Layer(NamedTuple):
     """A linear layer in a graph, and the module's own tensors that it reads."""
 
-    node: Any
+    node: Node
     weight: torch.Tensor  # (outputs, inputs), unless turned
     vector: Optional[torch.Tensor]  # the bias, (outputs)
     turned: bool
 
     @property
-    def rows(self) -> Any:
+    def rows(self) -> Value:
         """The value that is multiplied; asked anew each time, for what gave it may have been replaced."""
         return list(self.node.inputs())[1 if self.turned else 0]
 
     @property
-    def bias(self) -> Any:
+    def bias(self) -> Value:
         """The value that is added."""
         return list(self.node.inputs())[0 if self.turned else 2]
 
@@ -61,7 +72,7 @@ class _Layer(NamedTuple):
         return weight.t() if self.turned else weight
 
 
-def pack(module: Any) -> int:
+def pack(module: Traced) -> int:
     """Rewrite the graphs of a module on the CPU, before its first run; gives how many layers read a packed weight.
 
     A torch that cannot do it (before 2.0, or without oneDNN) leaves the graphs as they are, and so does what is no x86:
@@ -79,21 +90,15 @@ def possible() -> bool:
 
 def _dtypes() -> List[torch.dtype]:
     """What oneDNN packs on this processor; it refuses bfloat16 where torch itself would emulate it."""
-    import torch
-
-    operators = torch.ops.mkldnn
-    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    if not available or not processor.is_x86() or not hasattr(operators, "_reorder_linear_weight"):
-        return []
-    return [torch.float32, *([torch.bfloat16] if operators._is_mkldnn_bf16_supported() else [])]
+    return torch_internals.packable() if processor.is_x86() else []
 
 
-def _pack_entry(entry: Any, dtypes: Sequence[torch.dtype], packed: Packed) -> int:
+def _pack_entry(entry: Traced, dtypes: Sequence[torch.dtype], packed: Packed) -> int:
     """Pack what one graph reads in these dtypes; gives the number of its layers."""
     import torch
 
-    torch._C._jit_pass_inline(entry.graph)
-    torch._C._jit_pass_cse(entry.graph)  # else each layer reads rows that were cast for it alone
+    torch_internals.inline(entry.graph)
+    torch_internals.merge_equal(entry.graph)  # else each layer reads rows that were cast for it alone
     groups = _groups(entry, [layer for layer in layers(entry) if layer.weight.dtype in dtypes])
     for number, group in enumerate(groups):
         key = tuple(layer.key for layer in group)
@@ -102,14 +107,14 @@ def _pack_entry(entry: Any, dtypes: Sequence[torch.dtype], packed: Packed) -> in
             weight = torch.cat(matrices) if len(group) > 1 else matrices[0].contiguous()
             biases = [layer.vector.detach() for layer in group if layer.vector is not None]
             bias = torch.cat(biases) if len(group) > 1 and biases else None
-            packed[key] = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS), bias
+            packed[key] = torch_internals.reorder(weight, _ROWS), bias
         _replace(entry, group, f"packed_{number}", *packed[key])
     if any(len(group) > 1 for group in groups):
         _allow_slices(entry.graph)
     return sum(map(len, groups))
 
 
-def layers(entry: Any) -> Iterator[_Layer]:
+def layers(entry: Traced) -> Iterator[_Layer]:
     """The layers of a graph whose weights are the module's own."""
     for kind, read in _LAYERS.items():
         for node in list(entry.graph.findAllNodes(kind, True)):
@@ -118,13 +123,13 @@ def layers(entry: Any) -> Iterator[_Layer]:
                 yield layer
 
 
-def _groups(entry: Any, layers: Sequence[_Layer]) -> List[List[_Layer]]:
+def _groups(entry: Traced, layers: Sequence[_Layer]) -> List[List[_Layer]]:
     """Layers that are to be one product, in the order of the graph; most are alone."""
     graph = entry.graph
     outside = {node.output().debugName() for kind in _LAYERS for node in graph.findAllNodes(kind, False)}
     strided = any(graph.findAllNodes(kind, True) for kind in _BY_STRIDES)
     written = _written(graph)
-    groups: Dict[Any, List[_Layer]] = {}
+    groups: Dict[object, List[_Layer]] = {}
     for layer in layers:
         name = layer.node.output().debugName()
         known = layer.vector is not None or str(layer.bias.type()) == "NoneType"
@@ -134,28 +139,27 @@ def _groups(entry: Any, layers: Sequence[_Layer]) -> List[List[_Layer]]:
     return list(groups.values())
 
 
-def _written(graph: Any) -> Set[str]:
+def _written(graph: Graph) -> Set[str]:
     """What is changed in place after it was made. Of such rows one layer may read the old values, and another the new; of
     such results a slice under another shape may be a copy, which keeps the change to itself."""
     nodes = [node for node in devices.nodes(graph) if node.kind().startswith("aten::") and node.kind().endswith("_")]
     return {memory(next(iter(node.inputs()))) for node in nodes}
 
 
-def memory(value: Any) -> str:
+def memory(value: Value) -> str:
     """The name of the value that first lay where this one lies."""
     while _VIEW.fullmatch(value.node().kind()):
         value = next(iter(value.node().inputs()))
-    name: str = value.debugName()
-    return name
+    return value.debugName()
 
 
-def _linear(entry: Any, node: Any) -> Optional[_Layer]:
+def _linear(entry: Traced, node: Node) -> Optional[_Layer]:
     _, weight, bias = node.inputs()
     found = _parameter(entry, weight)
     return None if found is None else _Layer(node, found, _parameter(entry, bias), turned=False)
 
 
-def _addmm(entry: Any, node: Any) -> Optional[_Layer]:
+def _addmm(entry: Traced, node: Node) -> Optional[_Layer]:
     """GPT-2 writes its linear layers this way, the weight turned; any other sum than with a vector is none."""
     bias, _, weight, *factors = node.inputs()
     found, added = _parameter(entry, weight), _parameter(entry, bias)
@@ -168,7 +172,7 @@ def _addmm(entry: Any, node: Any) -> Optional[_Layer]:
 _LAYERS = {"aten::linear": _linear, "aten::addmm": _addmm}
 
 
-def _parameter(entry: Any, value: Any) -> Optional[torch.Tensor]:
+def _parameter(entry: Traced, value: Value) -> Optional[torch.Tensor]:
     """The matrix or vector of the module that a value of its graph is; None for what is computed."""
     path: List[str] = []
     while value.node().kind() == "prim::GetAttr":
@@ -176,78 +180,74 @@ def _parameter(entry: Any, value: Any) -> Optional[torch.Tensor]:
         [value] = value.node().inputs()
     if not path or value.node().kind() != "prim::Param":
         return None
-    found = entry
+    found: Any = entry
     for name in path:
         found = getattr(found, name)
-    tensor: torch.Tensor = found
+    tensor: Optional[torch.Tensor] = found
     return tensor
 
 
 def _replace(
-    entry: Any, group: Sequence[_Layer], name: str, weight: torch.Tensor, bias: Optional[torch.Tensor]
+    entry: Traced, group: Sequence[_Layer], name: str, weight: torch.Tensor, bias: Optional[torch.Tensor]
 ) -> None:
     """Put a product with a packed weight, from now on an attribute of the module, in the place of a group of layers."""
-    import torch
-
     graph, first = entry.graph, group[0]
-    tensor = torch._C.TensorType.get()
-
-    def before(kind: str, inputs: List[Any], result: Any, outputs: int = 1) -> Any:
-        made = graph.create(kind, inputs, outputs)
-        made.insertBefore(first.node)
-        for output in made.outputs():
-            output.setType(result)
-        return made
-
-    def attribute(name: str, value: torch.Tensor) -> Any:
-        entry._c._register_attribute(name, tensor, value)
-        read = before("prim::GetAttr", [next(iter(graph.inputs()))], tensor)
-        read.s_("name", name)
-        return read.output()
-
-    matrix = attribute(name, weight)
-    added = first.bias if bias is None else attribute(f"{name}_bias", bias)
-    none_of_them = before(
-        "prim::ListConstruct", [], torch._C.ListType(torch._C.OptionalType(torch._C.NumberType.get()))
-    )
+    matrix = _attribute(entry, name, weight, first.node)
+    added = first.bias if bias is None else _attribute(entry, f"{name}_bias", bias, first.node)
     gelu = _gelu(first) if len(group) == 1 else None
     applied = ("none", "") if gelu is None else ("gelu", gelu.inputsAt(1).toIValue())
-    with graph.insert_point_guard(first.node):
-        activation, algorithm = map(graph.insertConstant, applied)
-    inputs = [first.rows, matrix, added, activation, none_of_them.output(), algorithm]
-    product = before("mkldnn::_linear_pointwise", inputs, tensor)
-    results = [product.output()]
-    if len(group) == 1:
-        results[0].setType(first.node.output().type())
-        if gelu is not None:
-            gelu.output().replaceAllUsesWith(first.node.output())
-            gelu.destroy()
-    else:
-        with graph.insert_point_guard(first.node):
-            last, *widths = (graph.insertConstant(value) for value in (-1, *(len(layer.matrix) for layer in group)))
-        sizes = before("prim::ListConstruct", widths, torch._C.ListType(torch._C.IntType.get()))
-        split = before("aten::split_with_sizes", [product.output(), sizes.output(), last], torch._C.ListType(tensor))
-        results = list(before("prim::ListUnpack", [split.output()], tensor, len(group)).outputs())
-    for layer, result in zip(group, results):
-        layer.node.output().replaceAllUsesWith(result)
+    activation, algorithm = (insert_constant(graph, value, first.node) for value in applied)
+    none_of_them = _typed(insert_node(graph, "prim::ListConstruct", [], first.node), _type("Scalar?[]"))
+    inputs = [first.rows, matrix, added, activation, none_of_them, algorithm]
+    product = insert_node(graph, torch_internals.PRODUCT, inputs, first.node).output()
+    if len(group) > 1:
+        _share(graph, group, product)
+        return
+    if gelu is not None:
+        replace(gelu, first.node.output())
+    replace(first.node, _typed(product.node(), first.node.output().type()))
+
+
+def _attribute(entry: Traced, name: str, tensor: torch.Tensor, before: Node) -> Value:
+    """A new tensor of the module, as a value of its graph."""
+    torch_internals.register(entry, name, tensor)
+    read = insert_node(entry.graph, "prim::GetAttr", [next(iter(entry.graph.inputs()))], before)
+    read.s_("name", name)
+    return read.output()
+
+
+def _share(graph: Graph, group: Sequence[_Layer], product: Value) -> None:
+    """Let what reads one of several layers read its part of their product."""
+    before = group[0].node
+    last, *widths = (insert_constant(graph, n, before) for n in (-1, *(len(layer.matrix) for layer in group)))
+    sizes = _typed(insert_node(graph, "prim::ListConstruct", widths, before), _type("int[]"))
+    split = _typed(insert_node(graph, "aten::split_with_sizes", [product, sizes, last], before), _type("Tensor[]"))
+    parts = list(insert_node(graph, "prim::ListUnpack", [split], before, len(group)).outputs())
+    for layer, part in zip(group, parts):
+        layer.node.output().replaceAllUsesWith(part)
     for layer in group:
         layer.node.destroy()
 
 
-def _gelu(layer: _Layer) -> Optional[Any]:
+def _type(name: str) -> ValueType:
+    return torch_internals.type_named(name)
+
+
+def _typed(node: Node, type: ValueType) -> Value:
+    node.output().setType(type)
+    return node.output()
+
+
+def _gelu(layer: _Layer) -> Optional[Node]:
     """The activation, where it alone reads what the layer gives."""
     readers = [use.user for use in layer.node.output().uses()]
     return readers[0] if [node.kind() for node in readers] == ["aten::gelu"] else None
 
 
-def _allow_slices(graph: Any) -> None:
+def _allow_slices(graph: Graph) -> None:
     """Let rows that do not lie next to each other be read under other shapes."""
     for node in list(graph.findAllNodes("aten::view", True)):
-        shape = list(node.inputs())
-        if shape[1].type().kind() != "ListType":  # another dtype of the same bytes
+        if node.inputsAt(1).type().kind() != "ListType":  # another dtype of the same bytes
             continue
-        made = graph.create("aten::reshape", shape, 1)
-        made.insertBefore(node)
-        made.output().setType(node.output().type())
-        node.output().replaceAllUsesWith(made.output())
-        node.destroy()
+        made = insert_node(graph, "aten::reshape", list(node.inputs()), node)
+        replace(node, _typed(made, node.output().type()))

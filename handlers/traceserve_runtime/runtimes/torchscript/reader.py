@@ -14,7 +14,7 @@ from traceserve_runtime.batching.batches import filled
 from traceserve_runtime.errors import InvalidManifest, MissingPackage
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runner import IN_ATTENTION, Arrays, Padding, State
-from traceserve_runtime.runtimes import team
+from traceserve_runtime.runtimes import graph, team, torch_internals
 from traceserve_runtime.runtimes.torchscript import attention, devices, neuron, packing, weights
 from traceserve_runtime.runtimes.torchscript.fixed_shapes import PaddedRunner
 from traceserve_runtime.runtimes.variants import Variant
@@ -175,7 +175,8 @@ def _readings(manifest: Manifest, device: str) -> List[_Reading]:
     if device != "cpu":
         return [first]
     packed = [first.packed, not first.packed] if first.mapped and packing.possible() else [first.packed]
-    wide = [first.wide_attention, not first.wide_attention] if manifest.dtype == "bfloat16" else [False]
+    either = manifest.dtype == "bfloat16" and torch_internals.rewrites()
+    wide = [first.wide_attention, not first.wide_attention] if either else [first.wide_attention]
     found = [first._replace(packed=p, wide_attention=w) for w in wide for p in packed]
     return [*found, _Reading(plain=True)]
 
@@ -197,7 +198,7 @@ def _read(
         return runner
     file = weights.GRAPH_FILE if reading.mapped else manifest.model_file
     try:
-        module = torch.jit.load(str(folder / file), map_location=device).eval()  # type: ignore[no-untyped-call]
+        module = graph.load(folder / file, device).eval()
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().split("\n", 1)[0]
         raise InvalidManifest(f"{file} cannot be loaded by torch {torch.__version__}: {reason}") from error
@@ -223,13 +224,12 @@ class _Plain:
         self._module = module
 
     def __call__(self, *tensors: torch.Tensor) -> Any:
-        import torch
 
-        before = torch._C._jit_set_profiling_mode(True)
+        before = torch_internals.set_profiling(True)
         try:
             return self._module(*tensors)
         finally:
-            torch._C._jit_set_profiling_mode(before)
+            torch_internals.set_profiling(before)
 
     def __getattr__(self, name: str) -> _Plain:
         return _Plain(getattr(self._module, name))
@@ -277,6 +277,4 @@ def _settle_executor() -> None:
     Measured with MiniLM on a CPU: the first request takes 36 ms in place of 72, the second 6 ms in place of 30, and
     later ones are as fast.
     """
-    import torch
-
-    torch._C._jit_set_profiling_mode(False)
+    torch_internals.set_profiling(False)

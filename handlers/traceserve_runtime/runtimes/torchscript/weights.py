@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 import mmap
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, NamedTuple, Tuple
+from typing import TYPE_CHECKING, Dict, NamedTuple, Tuple
 
 from traceserve_runtime.errors import InvalidManifest
+from traceserve_runtime.runtimes.graph import Traced
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +46,7 @@ def write_places(folder: Path, places: Dict[str, Place]) -> None:
     (folder / WEIGHTS_FILE).write_text(text, encoding="utf-8")
 
 
-def assign(module: Any, file: Path, places: Dict[str, Place]) -> mmap.mmap:
+def assign(module: Traced, file: Path, places: Dict[str, Place]) -> mmap.mmap:
     """Give a loaded graph its weights, mapped from `file`; raises InvalidManifest for one that has no place.
 
     The mapping, which it returns, is copy-on-write: nothing that a worker does reaches the file.

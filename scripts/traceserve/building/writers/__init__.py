@@ -19,6 +19,7 @@ WRITERS: Dict[str, Writer] = {
         shapes=shapes.with_graphs,
         check=torchscript.check,
         plainer=torchscript.plainer,
+        note=torchscript.note,
     ),
     "pretrained": Writer(
         write=pretrained.write,

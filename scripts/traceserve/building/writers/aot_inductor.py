@@ -21,6 +21,7 @@ from traceserve.building.checkpoints.original import Original
 from traceserve.building.config.save_modes import Target
 from traceserve.building.writers.contract import Written
 from traceserve.building.writers.lowering import precision
+from traceserve.building.writers.tracing import torch_internals
 from traceserve.building.writers.tracing.graphs import TRACED_BATCH, TRACED_LENGTH
 from traceserve.building.writers.tracing.wrapping import example, masks_without_vmap, once, positions_by_length
 from traceserve.errors import ExportError, UnwritableError
@@ -39,7 +40,7 @@ _CONFIGS: Dict[str, Any] = {"cpp.dynamic_threads": True, "aot_inductor.enable_li
 def check(dtype: str, target: Target) -> None:
     """Raise ExportError without a C++ compiler, or a torch that packages what it compiles."""
     precision.check_processor(dtype)
-    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6) or not torch_internals.compiles_packages():
         raise ExportError(f"save_mode aot_inductor needs torch 2.6 or newer; this is {torch.__version__}")
     compiler()
 
@@ -63,14 +64,13 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
     size = sum(tensor.numel() * tensor.element_size() for tensor in module.parameters())
     space.require_space(folder, 2 * size, f"{MODEL_FILE}, the compiled model,")
     exported: Any = torch.export
-    inductor: Any = torch._inductor
     try:
         with _quiet(), masks_without_vmap(), positions_by_length(original.model), torch.no_grad():
             program = exported.export(module, inputs, dynamic_shapes=(_sizes(shapes, len(inputs)),))
         with _quiet(), torch.no_grad(), tempfile.TemporaryDirectory(prefix=".compiled.", dir=folder) as scratch:
-            package = str(Path(scratch, MODEL_FILE))
-            inductor.aoti_compile_and_package(program, package_path=package, inductor_configs=_CONFIGS)
-            _repack(Path(package), folder / MODEL_FILE)
+            package = Path(scratch, MODEL_FILE)
+            torch_internals.compile_package(program, package, _CONFIGS)
+            _repack(package, folder / MODEL_FILE)
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, AssertionError, OSError) as error:
         raise UnwritableError(
             f"torch.export and AOTInductor cannot compile {type(original.model).__name__}: {reason(error)}"

@@ -31,6 +31,10 @@ def _no_plainer(manifest: Manifest, folder: Path, failing: Collection[str]) -> O
     return None
 
 
+def _no_note(target: Target) -> str:
+    return ""
+
+
 class Writer(NamedTuple):
     """How a save mode is written; what it can do is its row in `config.save_modes`.
 
@@ -39,7 +43,8 @@ class Writer(NamedTuple):
     `shapes(config, max_length)`: the shapes to try, widest first.
     `plainer(manifest, folder, failing)`: the same artifact, changed in its folder, without what the gate refused and a worker
     can do without; None where there is nothing of this kind in the files that are `failing`.
-    `check(dtype, target)` raises ExportError for what this machine lacks to write it, or to compare it with the original.
+    `check(dtype, target)` raises ExportError for what this machine lacks to write it, or to compare it with the original;
+    `note(target)` names what it lacks to write it as fast as elsewhere, or is empty.
     """
 
     write: Callable[[Original, Type[Task], Shapes, Path, Target], Written]
@@ -48,3 +53,4 @@ class Writer(NamedTuple):
     shapes: Callable[[SetupConfig, int], Iterable[Shapes]]
     check: Callable[[str, Target], None]
     plainer: Callable[[Manifest, Path, Collection[str]], Optional[Manifest]] = _no_plainer
+    note: Callable[[Target], str] = _no_note

@@ -15,10 +15,17 @@ from typing import Any, Iterator, Sequence, Tuple
 import torch
 
 from traceserve.building.writers.lowering.sensitivity import Inputs, Layer, linears, measure_layers, replace
+from traceserve.building.writers.tracing import torch_internals
 from traceserve.errors import ExportError
 
 KEPT_SHARES = (0.0, 0.1, 0.2, 0.3, 0.4)
 _SMALLEST = 1e-5
+
+
+def check() -> None:
+    """Raise ExportError where this torch does not multiply int8."""
+    if not torch_internals.multiplies_int8():
+        raise ExportError(f"dtype int8 needs a torch that multiplies int8, 2.4 or newer; this is {torch.__version__}")
 
 
 class Int8Linear(torch.nn.Module):
@@ -27,10 +34,6 @@ class Int8Linear(torch.nn.Module):
     def __init__(self, linear: Any, largest: torch.Tensor) -> None:
         """`largest`: of each input channel the largest absolute value that was seen, (in)."""
         super().__init__()
-        if not hasattr(torch, "_int_mm"):
-            raise ExportError(
-                f"dtype int8 needs a torch that multiplies int8, 2.4 or newer; this is {torch.__version__}"
-            )
         self.weight: torch.Tensor
         self.scale: torch.Tensor
         self.sums: torch.Tensor
@@ -58,7 +61,7 @@ class Int8Linear(torch.nn.Module):
         step = (most.clamp(min=0.0) - least).clamp(min=_SMALLEST) / 255
         zero = (-128 - least / step).round()
         quantized = (tokens / step + zero).round().clamp(-128, 127).to(torch.int8)
-        products = torch._int_mm(quantized, self.weight.t()).float()
+        products = torch_internals.int8_product()(quantized, self.weight.t()).float()
         outputs = torch.addcmul(self.bias, (products * self.scale - zero * self.sums), step)
         return outputs.reshape(*inputs.shape[:-1], outputs.shape[-1])
 

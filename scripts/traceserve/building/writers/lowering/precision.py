@@ -32,10 +32,12 @@ KEPT_SHARES = (0.2, 0.4)  # of the linear layers, left in float32 where bfloat16
 
 
 class Precision(NamedTuple):
-    """How a dtype is made: what makes the model that is traced, and what surrounds the tracing."""
+    """How a dtype is made: what makes the model that is traced, what surrounds the tracing, and what raises ExportError where
+    this torch cannot do it."""
 
     lower: Callable[[Original, Sequence[str]], Iterable[Original]]
     tracing: Callable[[], ContextManager[Any]]
+    check: Callable[[], None] = lambda: None
 
 
 def check_processor(dtype: str) -> None:
@@ -45,6 +47,8 @@ def check_processor(dtype: str) -> None:
         raise ExportError(
             f"dtype {dtype} needs a processor with one of {needed}, to build as to serve; this one has none"
         )
+    if dtype in PRECISIONS:  # or "auto"
+        PRECISIONS[dtype].check()
 
 
 def lowered(original: Original, dtype: str, texts: Sequence[str]) -> Iterable[Original]:
@@ -107,5 +111,5 @@ PRECISIONS: Dict[str, Precision] = {
     "float32": Precision(_itself, contextlib.nullcontext),
     "bfloat16": Precision(_to_bfloat16, partial(autocast, "bfloat16")),
     "float16": Precision(_to_float16, contextlib.nullcontext),
-    "int8": Precision(to_int8, contextlib.nullcontext),
+    "int8": Precision(to_int8, contextlib.nullcontext, int8.check),
 }

@@ -111,7 +111,7 @@ def compile_graph(
     chip, compiler = CHIPS[hardware], COMPILERS[hardware]
     before = operators(torch.jit.trace(module, inputs, check_trace=False))  # type: ignore[no-untyped-call]
     try:
-        compiled = compiler.trace(package(hardware), module, inputs, settings)
+        compiled: Any = compiler.trace(package(hardware), module, inputs, settings)
     except subprocess.TimeoutExpired as error:
         raise CompileError(
             f"{chip.package} did not compile the graph {name} within {settings.timeout} s; give it more by the option "

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
+from traceserve_runtime.runtimes.graph import Graph, Traced, Value
+from traceserve_runtime.runtimes.torch_internals import type_named
+
+from traceserve.building.writers.tracing import torch_internals
 
 Example = Tuple[torch.Tensor, ...]
 
@@ -38,27 +42,26 @@ class Dims:
         return self.length[0] if len(self.length) == 1 and not self.others else None
 
 
-def read(module: Any, graph: Any, examples: Sequence[Example]) -> Dict[str, Dims]:
+def read(module: Traced, graph: Graph, examples: Sequence[Example]) -> Dict[str, Dims]:
     """Of every one of `tensors(graph)`, by name; one whose axes are not as many in each example is left out."""
     sizes = zip(*(sizes_of(module, graph, example) for example in examples))
     names = [value.debugName() for value in tensors(graph)]
     return {name: Dims(*each) for name, each in zip(names, sizes) if len(set(map(len, each))) == 1}
 
 
-def sizes_of(module: Any, graph: Any, example: Example) -> List[torch.Size]:
+def sizes_of(module: Traced, graph: Graph, example: Example) -> List[torch.Size]:
     """The shapes of `tensors(graph)` as the graph runs; the module's own goes on unrun."""
     seen = graph.copy()
     together = seen.create("prim::ListConstruct", tensors(seen), 1)
-    together.output().setType(torch._C.ListType(torch._C.TensorType.get()))
+    together.output().setType(type_named("Tensor[]"))
     seen.appendNode(together)
     while list(seen.outputs()):
         seen.eraseOutput(0)
     seen.registerOutput(together.output())
-    run = torch._C._create_function_from_graph("seen", seen)
-    return [tensor.shape for tensor in run(module._c, *example)]
+    return [tensor.shape for tensor in torch_internals.run(seen, module, example)]
 
 
-def tensors(graph: Any) -> List[Any]:
+def tensors(graph: Graph) -> List[Value]:
     """Every tensor that a graph reads or makes, those in branches and loops aside."""
     values = [*graph.inputs(), *(value for node in graph.nodes() for value in node.outputs())]
     return [value for value in values if str(value.type()) == "Tensor"]

@@ -5,21 +5,22 @@ Each function is scripted and becomes a part of a graph, which plain torch runs.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Tuple
+from typing import NamedTuple, Tuple
 
 import torch
+from traceserve_runtime.runtimes.graph import Value
 
 
 class Layout(NamedTuple):
     """Values of the graph: whether there is padding; the rows' number and length; of each token its place among all places;
     of each place its token, any one where there is padding; of each row its first place's token."""
 
-    padded: Any
-    batch: Any
-    length: Any
-    tokens: Any
-    places: Any
-    firsts: Any
+    padded: Value
+    batch: Value
+    length: Value
+    tokens: Value
+    places: Value
+    firsts: Value
 
 
 def layout(mask: torch.Tensor, step: int) -> Tuple[bool, int, int, torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -6,11 +6,15 @@ they are run: a tensor that is made anywhere else cannot be combined with the ot
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
 import torch
+from traceserve_runtime.errors import MissingPackage
+from traceserve_runtime.runtimes import graph as graphs
+from traceserve_runtime.runtimes.graph import Traced
 from traceserve_runtime.runtimes.torchscript import devices
 
 from traceserve.errors import ExportError
@@ -25,9 +29,12 @@ def prove(file: Path, examples: Mapping[str, Sequence[torch.Tensor]]) -> bool:
     `examples` are the inputs of each graph, by its name, or "" for a file with one. Raises ExportError with what depends on
     a device.
     """
-    module: Any = torch.jit.load(str(file))  # type: ignore[no-untyped-call]
-    devices.rewrite(module, META)
-    found = sorted({what for graph in devices.graphs(module) for what in devices.left(graph)})
+    module = graphs.load(file)
+    try:
+        devices.rewrite(module, META)
+    except MissingPackage as error:
+        raise ExportError(f'{error}; or take "hardware": "cpu"') from error
+    found = sorted({what for graph in devices.reached(module) for what in devices.left(graph)})
     if found:
         raise ExportError(_refused(module, ", ".join(found)))
     _move(module)
@@ -35,20 +42,18 @@ def prove(file: Path, examples: Mapping[str, Sequence[torch.Tensor]]) -> bool:
     return all(ran)
 
 
-def _move(module: Any) -> None:
+def _move(module: Traced) -> None:
     """Move the weights, and the tensors of the graphs. Not their scalars, which are read as numbers."""
-    tables: Any = (torch._C.ParameterDict, torch._C.BufferDict)
-    for part in module.modules():
-        for table in tables:
-            for name, tensor in list(table(part._c).items()):
-                part._c.setattr(name, tensor.to(META))
-    for graph in devices.graphs(module):
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        *path, last = name.split(".")
+        setattr(functools.reduce(getattr, path, module), last, tensor.to(META))
+    for graph in devices.reached(module):
         for node in graph.findAllNodes("prim::Constant", True):
             if str(node.output().type()) == "Tensor" and node.t("value").dim():
                 node.t_("value", node.t("value").to(META))
 
 
-def _run(graph: Any, inputs: Sequence[torch.Tensor]) -> bool:
+def _run(graph: Traced, inputs: Sequence[torch.Tensor]) -> bool:
     jit: Any = torch.jit
     try:
         with torch.inference_mode(), jit.optimized_execution(False):  # optimisations compare constants by their values
@@ -65,5 +70,5 @@ def _run(graph: Any, inputs: Sequence[torch.Tensor]) -> bool:
     return True
 
 
-def _refused(graph: Any, reason: str) -> str:
+def _refused(graph: Traced, reason: str) -> str:
     return f'the graph of {graph.original_name} cannot be moved to a GPU: {reason}; take "hardware": "cpu"'

@@ -6,9 +6,11 @@ import hashlib
 import struct
 import zipfile
 from pathlib import Path
-from typing import Any, Dict, Tuple
+from typing import Dict, Optional, Tuple
 
 import torch
+from traceserve_runtime.runtimes import graph as graphs
+from traceserve_runtime.runtimes.graph import Traced
 from traceserve_runtime.runtimes.torchscript.weights import GRAPH_FILE, WEIGHTS_FILE, Place, write_places
 
 from traceserve.building.writers.tracing.graphs import write_module
@@ -17,9 +19,9 @@ from traceserve.building.writers.tracing.graphs import write_module
 _HEADER_SIZE, _LENGTHS_AT = 30, 26
 
 
-def write_graph(folder: Path, model_file: str, rewritten: Any = None) -> Tuple[str, ...]:
+def write_graph(folder: Path, model_file: str, rewritten: Optional[Traced] = None) -> Tuple[str, ...]:
     """Write the model's graph, or what it was rewritten as, and the table of weights beside the model; gives their names."""
-    module = torch.jit.load(str(folder / model_file)) if rewritten is None else rewritten  # type: ignore[no-untyped-call]
+    module = graphs.load(folder / model_file) if rewritten is None else rewritten
     records = _records(folder / model_file)
     places: Dict[str, Place] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():

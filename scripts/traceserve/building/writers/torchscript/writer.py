@@ -20,6 +20,7 @@ from traceserve.building.writers.lowering import precision
 from traceserve.building.writers.neuron import writer as neuron
 from traceserve.building.writers.torchscript import axes, other_device, unpadding, weights
 from traceserve.building.writers.torchscript.unpadding import Unpadded
+from traceserve.building.writers.tracing import torch_internals
 from traceserve.building.writers.tracing.graphs import (
     MODEL_FILE,
     TRACED_BATCH,
@@ -43,6 +44,16 @@ def check(dtype: str, target: Target) -> None:
         neuron.check(target)
     else:
         precision.check_processor(dtype)
+
+
+def note(target: Target) -> str:
+    """What this torch cannot do to a graph, so that it is slower than elsewhere; see Writer."""
+    if target.hardware in FIXED_SHAPES or torch_internals.unpads():
+        return ""
+    return (
+        f"torch {torch.__version__} cannot rewrite graphs as this version of traceserve does, so the graph was written as it was "
+        "traced: it gives the same answers, and computes padding too"
+    )
 
 
 def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, target: Target) -> Written:

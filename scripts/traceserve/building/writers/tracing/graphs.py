@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Dict, Tuple
+from typing import Dict, Tuple, Union
 
 import torch
+from traceserve_runtime.runtimes.graph import Traced
 
 from traceserve.machine import space
 
@@ -34,7 +35,7 @@ def save(graphs: Dict[str, torch.nn.Module], file: Path) -> None:
     write_module(together(graphs), file)
 
 
-def write_module(module: torch.nn.Module, file: Path) -> None:
+def write_module(module: Union[torch.nn.Module, Traced], file: Path) -> None:
     """`torch.jit.save`, where there is room; raises NoSpace.
 
     On a full disk PyTorch's writer raises in C++, and once more as it is taken down, which aborts the whole process. A

@@ -47,8 +47,9 @@ def once(original: Original, outputs: Sequence[str]) -> Wrapped:
 def masks_without_vmap() -> Iterator[None]:
     """Let transformers build attention masks by broadcasting, as its version 5 does.
 
-    transformers 4.53 to 4.57 build a decoder's masks with torch.vmap, where torch.jit.trace fails ("unordered_map::at").
-    This can go with the support of 4.57.
+    transformers 4.53 to 4.57 build a decoder's masks with torch.vmap, where torch.jit.trace fails ("unordered_map::at"). The
+    private name of what does it, `_vmap_for_bhqkv`, is gone in version 5, which needs nothing of this. It can go with the
+    support of 4.57.
     """
     try:
         from transformers import masking_utils as untyped

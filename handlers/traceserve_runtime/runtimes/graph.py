@@ -1,0 +1,171 @@
+"""The parts of a TorchScript graph that are read and rewritten here, as types.
+
+torch gives them as classes of C++ without documentation, whose members are no more promised to stay than its private names
+are. So these types say which members are needed, and `torch_internals.rewrites` looks for each of them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ContextManager, Dict, Iterator, List, Optional, Protocol, Sequence, Tuple
+
+if TYPE_CHECKING:
+    import torch
+
+
+class ValueType(Protocol):
+    """The type of a value; as text "Tensor", "int[]" or the like."""
+
+    def kind(self) -> str: ...
+
+
+class Use(Protocol):
+    """One reading of a value: by which node, and as which of its inputs."""
+
+    user: Node
+    offset: int
+
+
+class Value(Protocol):
+    """What a node makes, or the graph is given."""
+
+    def debugName(self) -> str: ...
+
+    def type(self) -> ValueType: ...
+
+    def setType(self, type: ValueType) -> object: ...
+
+    def node(self) -> Node: ...
+
+    def uses(self) -> List[Use]: ...
+
+    def replaceAllUsesWith(self, value: Value) -> None: ...
+
+    def toIValue(self) -> Any:
+        """The constant that it is, as Python has it; None for what is computed."""
+
+
+class Block(Protocol):
+    """Nodes in their order, as the body of a graph, of a branch or of a loop."""
+
+    def nodes(self) -> Iterator[Node]: ...
+
+    def inputs(self) -> Iterator[Value]: ...
+
+    def outputs(self) -> Iterator[Value]: ...
+
+
+class Node(Protocol):
+    """One operator: its inputs, its outputs, and of a constant its value."""
+
+    def kind(self) -> str: ...
+
+    def schema(self) -> str: ...
+
+    def inputs(self) -> Iterator[Value]: ...
+
+    def inputsAt(self, index: int) -> Value: ...
+
+    def inputsSize(self) -> int: ...
+
+    def outputs(self) -> Iterator[Value]: ...
+
+    def output(self) -> Value: ...
+
+    def blocks(self) -> Sequence[Block]: ...
+
+    def replaceInput(self, index: int, value: Value) -> object: ...
+
+    def insertBefore(self, node: Node) -> object: ...
+
+    def destroy(self) -> None: ...
+
+    def s(self, name: str) -> str: ...
+
+    def s_(self, name: str, value: str) -> object: ...
+
+    def t(self, name: str) -> torch.Tensor: ...
+
+    def t_(self, name: str, value: torch.Tensor) -> object: ...
+
+
+class Graph(Block, Protocol):
+    """What a module computes; `findAllNodes(kind, recurse)` looks into branches and loops too where it recurses."""
+
+    def findAllNodes(self, kind: str, recurse: bool) -> List[Node]: ...
+
+    def create(self, kind: str, inputs: List[Value], outputs: int) -> Node: ...
+
+    def insertConstant(self, value: Any) -> Value: ...
+
+    def insertGraph(self, graph: Graph, values: List[Value]) -> List[Value]: ...
+
+    def insert_point_guard(self, node: Node) -> ContextManager[object]: ...
+
+    def appendNode(self, node: Node) -> object: ...
+
+    def registerOutput(self, value: Value) -> object: ...
+
+    def eraseOutput(self, index: int) -> object: ...
+
+    def copy(self) -> Graph: ...
+
+
+class Traced(Protocol):
+    """A module that was traced or scripted, or read from a file."""
+
+    @property
+    def graph(self) -> Graph: ...
+
+    @property
+    def inlined_graph(self) -> Graph: ...
+
+    @property
+    def original_name(self) -> str: ...
+
+    def __call__(self, *tensors: torch.Tensor) -> Any: ...
+
+    def eval(self) -> Traced: ...
+
+    def children(self) -> Iterator[Traced]: ...
+
+    def named_children(self) -> Iterator[Tuple[str, Traced]]: ...
+
+    def modules(self) -> Iterator[Traced]: ...
+
+    def state_dict(self, *, keep_vars: bool) -> Dict[str, torch.Tensor]: ...
+
+
+def load(file: Path, device: Optional[str] = None) -> Traced:
+    """The module of a file, its weights on `device`, or where they were; raises what torch does."""
+    import torch
+
+    options = {} if device is None else {"map_location": device}
+    module: Traced = torch.jit.load(str(file), **options)  # type: ignore[no-untyped-call]
+    return module
+
+
+def insert_constant(graph: Graph, value: Any, before: Node) -> Value:
+    """A number, a text, a list of them or a device, made before a node."""
+    with graph.insert_point_guard(before):
+        return graph.insertConstant(value)
+
+
+def insert_graph(graph: Graph, part: Graph, values: Sequence[Value], before: Node) -> Value:
+    """What another graph, which has one output, gives for these values, computed before a node."""
+    with graph.insert_point_guard(before):
+        [result] = graph.insertGraph(part, list(values))
+    return result
+
+
+def insert_node(graph: Graph, kind: str, inputs: Sequence[Value], before: Node, outputs: int = 1) -> Node:
+    """A new operator before a node; what it gives are tensors until they are given another type."""
+    made = graph.create(kind, list(inputs), outputs)
+    made.insertBefore(before)
+    return made
+
+
+def replace(node: Node, value: Value) -> None:
+    """Let a value be read in the place of what a node gives, and take the node out."""
+    node.output().replaceAllUsesWith(value)
+    node.destroy()

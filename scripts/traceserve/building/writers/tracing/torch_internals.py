@@ -1,0 +1,85 @@
+"""torch's private names that the builder uses beside the worker's (`traceserve_runtime.runtimes.torch_internals`), each behind
+a function that says why, since when, and what happens without it.
+
+They are known from torch 1.13 to 2.13, unless a function says otherwise. No other file of the builder reaches into private
+names of torch; a test takes each of them away, and builds and asks a model again.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Callable, List, Mapping, Optional, Sequence
+
+import torch
+from traceserve_runtime.runtimes import torch_internals
+from traceserve_runtime.runtimes.graph import Graph, Traced
+
+# Graphs without padding
+
+
+def unpads() -> bool:
+    """Whether this torch has all that is called while a graph is rewritten to compute nothing for padding.
+
+    Where it has not, the graph is written as it was traced: a worker gives the same answers with it, for more work.
+    """
+    passes = ("_jit_pass_remove_mutation", "_jit_pass_dce", "_create_function_from_graph")
+    return torch_internals.rewrites() and all(hasattr(torch._C, name) for name in passes)
+
+
+def remove_mutation(graph: Graph) -> None:
+    """Let what is changed in place be a new value, where nobody reads what was there before. Asked for by `unpads`."""
+    untyped: Any = graph
+    torch._C._jit_pass_remove_mutation(untyped)
+
+
+def remove_unread(graph: Graph) -> None:
+    """Take out what nobody reads. Asked for by `unpads`."""
+    torch._C._jit_pass_dce(graph)
+
+
+def run(graph: Graph, module: Traced, inputs: Sequence[torch.Tensor]) -> List[torch.Tensor]:
+    """What a graph that belongs to no module gives, a list, with a module's weights. Asked for by `unpads`.
+
+    A module's own graph could not be run once more after it was rewritten.
+    """
+    made: Any = graph
+    script: Any = module
+    function: Any = torch._C._create_function_from_graph("seen", made)
+    results: List[torch.Tensor] = function(script._c, *inputs)
+    return results
+
+
+# Products of int8
+
+
+def multiplies_int8() -> bool:
+    """Whether this torch multiplies int8 by int8 on a CPU, and a worker's that reads the graph: since 2.4.
+
+    Without it dtype int8 is refused: the same product of larger numbers would be slower than float32, for less.
+    """
+    return hasattr(torch, "_int_mm")
+
+
+def int8_product() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """From two matrices of int8 to their product in int32, in a trace aten::_int_mm. Asked for by `multiplies_int8`.
+
+    Not called here: a trace names its values after the variables of every function on the way.
+    """
+    return torch._int_mm
+
+
+# Machine code
+
+
+def compiles_packages() -> bool:
+    """Whether this torch compiles an exported model to a package of machine code: documented since 2.6.
+
+    Without it the save mode aot_inductor is refused, before anything is downloaded.
+    """
+    inductor: Optional[Any] = getattr(torch, "_inductor", None)
+    return hasattr(inductor, "aoti_compile_and_package")
+
+
+def compile_package(program: Any, package: Path, settings: Mapping[str, Any]) -> None:
+    """Compile what `torch.export` gave into a package, with AOTInductor's settings. Asked for by `compiles_packages`."""
+    torch._inductor.aoti_compile_and_package(program, package_path=str(package), inductor_configs=dict(settings))
