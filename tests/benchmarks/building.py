@@ -1,4 +1,4 @@
-"""Archives of ours for the benchmarks: given, or built of a checkpoint by `traceserve build`."""
+"""Our archives for the benchmarks: given, or built from a checkpoint by `traceserve build`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import zipfile
 from pathlib import Path
 from typing import Any, Dict, Sequence
 
-# What ours is built with for each kind of answer. The rivals' embeddings are pooled too.
+# Our settings for each kind of answer. The rivals' embeddings are pooled too.
 SETTINGS: Dict[str, Dict[str, Any]] = {
     "classification": {"task": "sequence_classification"},
     "embeddings": {"task": "feature_extraction", "parameters": {"pooling": "mean", "normalize": True}},
@@ -19,14 +19,14 @@ SETTINGS: Dict[str, Dict[str, Any]] = {
 
 
 def add_archive_options(parser: argparse.ArgumentParser, max_length: int) -> None:
-    """Either an archive of ours, or what it is built of."""
+    """Add options for an archive of ours, or its build."""
     parser.add_argument("--archive", type=Path, metavar="MAR", help="ours; without it one is built from --model")
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="the checkpoint")
     add_build_options(parser, max_length)
 
 
 def add_build_options(parser: argparse.ArgumentParser, max_length: int) -> None:
-    """What an archive of ours is built with."""
+    """Add options for building an archive of ours."""
     parser.add_argument("--max-length", type=int, default=max_length, metavar="N", help="in tokens [%(default)s]")
     parser.add_argument(
         "--setting",
@@ -38,7 +38,7 @@ def add_build_options(parser: argparse.ArgumentParser, max_length: int) -> None:
 
 
 def settings(options: argparse.Namespace, **defaults: Any) -> Dict[str, Any]:
-    """What `add_build_options` say, for `build`."""
+    """Return the options of `add_build_options`, for `build`."""
     chosen: Dict[str, Any] = {"max_length": options.max_length, **defaults}
     for setting in options.setting:
         key, _, value = setting.partition("=")
@@ -49,7 +49,7 @@ def settings(options: argparse.Namespace, **defaults: Any) -> Dict[str, Any]:
 
 
 def archive_of(options: argparse.Namespace, folder: Path, **defaults: Any) -> Path:
-    """The archive that `add_archive_options` ask for, built in `folder` if it is not given."""
+    """Return the archive of `add_archive_options`, built in `folder` if it is not given."""
     if options.archive is not None:
         given: Path = options.archive.resolve()
         return given
@@ -59,14 +59,14 @@ def archive_of(options: argparse.Namespace, folder: Path, **defaults: Any) -> Pa
 
 
 def unpacked(archive: Path, folder: Path) -> Path:
-    """The folder, with what is in the archive."""
+    """Unpack the archive into the folder."""
     with zipfile.ZipFile(archive) as packed:
         packed.extractall(folder)
     return folder
 
 
 def build(model: Path, folder: Path, config: Dict[str, Any], arguments: Sequence[str] = ()) -> Path:
-    """The archive that `traceserve build` makes of a checkpoint."""
+    """Build an archive with `traceserve build`."""
     file = folder / "setup_config.json"
     file.write_text(json.dumps({"model_name": str(model.resolve()), **config}))
     command = [sys.executable, "-m", "traceserve", "build", "--config", str(file), "--store", str(folder)]

@@ -1,10 +1,11 @@
-"""What the load generator reaches, and what TorchServe without a model reaches: no measurement of a server can show more.
+"""Measures the ceilings of the load generator, and of TorchServe without a model: no server measurement can exceed
+them.
 
     python tests/benchmarks/ceiling.py [--connections 16,64] [--seconds 3] [--rounds 3]
 
-First a server in a process of its own that answers every request with the same bytes: its ceiling is the generator's.
-Then TorchServe as `traceserve serve` configures it, with an archive that is made here and whose handler answers {} to every
-row. The generator's share of a core is told, and how many requests a whole core of it would send.
+First a server in its own process answers every request with the same bytes: its ceiling is the generator's.
+Then TorchServe, configured as in `traceserve serve`, serves an archive made here whose handler answers {} to every
+item. The generator's share of a core is reported, and the requests that a whole core of it would send.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from traceserve.archives.model_config import Serving
 from traceserve.measuring import load_generator
 from traceserve.serving import configuration, java, server
 
-# The headers that TorchServe sends, for answers of the same size.
+# TorchServe's headers, for answers of the same size.
 _ANSWER = (
     b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nx-request-id: 5f1ebc09-3d09-4d2c-8f2b-5d4c2a0e6b7f\r\n"
     b"Pragma: no-cache\r\nCache-Control: no-cache; no-store, must-revalidate, private\r\n"
@@ -41,7 +42,7 @@ _BODIES = [servers.text_field(f"{servers.SENTENCE} {number}") for number in rang
 
 
 class _Fixed(asyncio.Protocol):
-    """Answers whatever comes; each request comes whole."""
+    """Answers anything; each request arrives whole."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -62,7 +63,7 @@ def _serve_fixed(pipe: Connection) -> None:
 
 @contextlib.contextmanager
 def fixed() -> Iterator[str]:
-    """The URL of a server that does nothing."""
+    """Yield the URL of a server that does nothing."""
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.get_context("spawn").Process(target=_serve_fixed, args=(theirs,), daemon=True)
     process.start()
@@ -75,7 +76,7 @@ def fixed() -> Iterator[str]:
 
 @contextlib.contextmanager
 def no_op() -> Iterator[str]:
-    """The URL of an archive without a model."""
+    """Yield the URL of an archive without a model."""
     with tempfile.TemporaryDirectory(prefix="no-op-") as name:
         folder = Path(name)
         port = configuration.free_ports(1)[0]

@@ -1,11 +1,12 @@
-"""What share of the runner's own speed is served: the same model in process with ideal batches, and over HTTP.
+"""The share of the runner's own speed that is served: the same model in process with ideal batches, and over HTTP.
 
     python tests/benchmarks/ceiling_in_process.py --model FOLDER --texts FILE.csv
 
-In process every text is answered, sorted by length and cut into full batches: by the model alone (tokenized and padded
-before), and by the engine (tokenization and decoding included), which is also given batches in a random order, as they
-arrive. It runs in a process of its own with --threads threads and a worker's settings of the libraries, while no server
-runs. Then `traceserve serve` with one worker gets the same texts, in a random order, over many connections. In turn,
+In process every text is answered, sorted by length and divided into full batches: by the model alone (tokenized and
+padded
+before), and by the engine (including tokenization and decoding), which also gets batches in a random order, as they
+arrive. It runs in its own process with --threads threads and a worker's library settings, while no server
+runs. Then `traceserve serve` with one worker gets the same texts, in a random order, over many connections. Alternating
 rounds, medians.
 """
 
@@ -65,7 +66,7 @@ def parse() -> argparse.Namespace:
 def in_process(
     folder: Path, sentences: Sequence[str], batches: Sequence[int], threads: Optional[int]
 ) -> Dict[str, float]:
-    """Texts/s of the model and of the engine for each size of batch, after a round to warm up."""
+    """Return the model's and the engine's texts/s for each batch size, after a warm-up round."""
     import torch
     from traceserve_runtime.batching import batches
     from traceserve_runtime.engine import Engine
@@ -101,7 +102,7 @@ def in_process(
 
 
 def rows(measured: Dict[str, List[float]]) -> List[tables.Row]:
-    """What was reached in each way, and what share of it is served."""
+    """Return each way's throughput, and the served share of it."""
     rates = {way: tables.median(values) for way, values in measured.items()}
     served = rates[SERVED]
     best = max((way for way in rates if way != SERVED), key=rates.__getitem__)

@@ -1,4 +1,4 @@
-"""From the start of a server to its first answer: ours, and any other archive under plain `torchserve`, in turn.
+"""From a server's start to its first answer: ours, and any other archive under plain `torchserve`, alternating.
 
 python tests/benchmarks/cold_start.py model_store/NAME.mar [--other OTHER.mar] [--rounds 5]
 """

@@ -1,10 +1,11 @@
-"""Every save mode and dtype beside each other: size, load, memory, latency, throughput, answers changed.
+"""Compares all save modes and dtypes: size, load, memory, latency, throughput, changed answers.
 
     python tests/benchmarks/formats.py --model FOLDER --texts FILE.csv [--ways torchscript:float32,onnx:int8,...]
 
-Each archive is built by `traceserve build --samples`, so its own gate counts the answers that change; one that the gate
-refuses is told as refused. Then every archive is served, in turn, in rounds: medians. `loaded` is the time in which a process
-reads the archive and warms up, without TorchServe; `start` that from `traceserve serve` to the first answer.
+Each archive is built by `traceserve build --samples`, so its own gate counts the changed answers; refused ones
+are reported as refused. Then every archive is served, alternating, in rounds: medians. `loaded` is the time in which a
+process
+reads the archive and warms up, without TorchServe; `start` is from `traceserve serve` to the first answer.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def built(options: argparse.Namespace, way: Way, folder: Path) -> Path:
 
 
 def measure(archive: Path, texts: Sequence[str], options: argparse.Namespace) -> Dict[str, float]:
-    """Everything that is measured of an archive in one round."""
+    """Measure an archive in one round."""
     found = {"loaded": load_time(archive)}
     with servers.ours(archive, 1) as server:
         found["start"] = server.seconds
@@ -102,7 +103,7 @@ def measure(archive: Path, texts: Sequence[str], options: argparse.Namespace) ->
 
 
 def load_time(archive: Path) -> float:
-    """Seconds in which a fresh process reads the archive, its libraries too, and warms up."""
+    """Return the seconds in which a fresh process reads the archive, with its libraries, and warms up."""
     with tempfile.TemporaryDirectory(prefix="formats-") as folder:
         building.unpacked(archive, Path(folder))
         found = subprocess.run([sys.executable, "-c", LOAD, folder], stdout=subprocess.PIPE, check=True)
@@ -110,7 +111,7 @@ def load_time(archive: Path) -> float:
 
 
 def row(way: Way, archive: Path, measured: Dict[str, List[float]]) -> Dict[str, str]:
-    """A row of the table."""
+    """Return a row of the table."""
     values = {what: tables.median(each) for what, each in measured.items()}
     receipt: Any = read_manifest(archive).receipt
     [own] = [each for each in receipt["candidates"] if each["dtype"] == way[1]]

@@ -1,4 +1,4 @@
-"""A process that has not run a model: its threads and what libraries keep would be in the way of what is measured next."""
+"""Runs a function in a fresh process: an old one's threads and library caches would disturb the next measurement."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Result = TypeVar("Result")
 
 
 def run(function: Callable[..., Result], *arguments: Any) -> Result:
-    """What a function gives in a new process, which has a worker's settings of the libraries."""
+    """Return a function's result from a new process with a worker's library settings."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn, _settle) as pool:
         return pool.submit(function, *arguments).result()

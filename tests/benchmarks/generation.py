@@ -1,10 +1,11 @@
-"""Tokens per second of text generation: with the past as input, recomputed at every step, and by transformers.
+"""Tokens per second of text generation: with a cache, recomputed at every step, and by transformers.
 
     python tests/benchmarks/generation.py [--model FOLDER] [--new-tokens 200] [--rounds 5] [--batch 1]
 
-All three write the same tokens (checked), in turn, on the same threads; medians are told. `recomputed` runs the same
-graph on the whole text at every step, which is what a trace without a past has to do. Without --model a Llama of 24
-million random weights is made, for which the graph's size counts more than the loop's.
+All three write the same tokens (checked), alternating, on the same threads; medians are reported. `recomputed` runs the
+same
+graph on the whole text at every step, as a trace without a cache has to. Without --model a Llama with 24
+million random weights is made, for which the graph's size matters more than the loop's.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def main() -> None:
         engine = Engine.load(Path(folder, "exported"))
         ways = contenders(engine, source, options.new_tokens, options.batch)
         seconds: Dict[str, List[float]] = {name: [] for name in ways}
-        written = {name: way() for name, way in ways.items()}  # a round to warm up
+        written = {name: way() for name, way in ways.items()}  # a warm-up round
         for _ in range(options.rounds):
             for name, way in ways.items():
                 started = time.perf_counter()
@@ -78,7 +79,7 @@ def main() -> None:
 
 
 def random_llama(folder: Path) -> Path:
-    """A checkpoint of random weights, as wide and as deep as a small model that people serve."""
+    """Make a checkpoint of random weights, as wide and deep as a small model in practical use."""
     models.make(folder, "llama", "AutoModelForCausalLM", **LLAMA)
     length = LLAMA["max_position_embeddings"]
     transformers.AutoTokenizer.from_pretrained(folder, model_max_length=length).save_pretrained(folder)
@@ -86,7 +87,7 @@ def random_llama(folder: Path) -> Path:
 
 
 def contenders(engine: Engine, source: Path, new_tokens: int, batch: int) -> Dict[str, Callable[[], List[List[int]]]]:
-    """The three ways to write `new_tokens` after the prompt; each gives the new ids of every row."""
+    """Return the three ways to write `new_tokens` after the prompt; each returns every row's new ids."""
     [encoded] = engine.task.encode([Request({"text": PROMPT}, {"max_new_tokens": new_tokens})])
     row = encoded.rows[0]  # type: ignore[union-attr]  # the prompt is short enough
     ids = row.encoding.ids

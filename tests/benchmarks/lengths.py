@@ -1,10 +1,11 @@
-"""Whether the cost grows with the real tokens, and what workers and connections give.
+"""Checks whether the cost grows with the real tokens, and measures workers and connections.
 
     python tests/benchmarks/lengths.py --model FOLDER --texts FILE.csv [--part lengths|workers|both]
 
 The first table sends texts of one length at a time, in words (sentences, joined and cut), and counts their tokens with
-the archive's own tokenizer, special ones included: throughput times tokens per request should stay the same. The second
-one starts a server for each number of workers and loads it over each number of connections. All loads are closed loops.
+the archive's own tokenizer, including special ones: throughput times tokens per request should stay constant. The
+second
+starts a server for each number of workers and loads it over each number of connections. All loads are closed loops.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def parse() -> argparse.Namespace:
 
 
 def by_length(archive: Path, sentences: Sequence[str], options: argparse.Namespace) -> List[Dict[str, Any]]:
-    """One entry for each length; one server answers all, in turn."""
+    """Return one entry per length; one server answers all, alternating."""
     random_state = random.Random(0)
     found = []
     for words in options.words:
@@ -74,7 +75,8 @@ def by_length(archive: Path, sentences: Sequence[str], options: argparse.Namespa
         for _ in range(options.rounds):
             for entry in found:
                 result = server.run(entry["texts"], options.at, options.seconds, options.warm_up)
-                # By Little's law: a count would be rounded to whole batches, of which long texts fill few in the time.
+                # By Little's law: a count would be rounded to whole batches, and few batches of long texts fit in the
+                # time.
                 entry["throughput"].append(options.at / float(result.latencies.mean()))
                 entry["p50"].append(result.percentile(50))
                 entry["errors"] += result.failed
@@ -83,7 +85,7 @@ def by_length(archive: Path, sentences: Sequence[str], options: argparse.Namespa
 
 
 def count_tokens(archive: Path, groups: Sequence[Sequence[str]]) -> List[Tuple[float, float]]:
-    """For each group of texts: tokens that the model reads, and rows (several, of a text in windows), per text."""
+    """Return for each group of texts: tokens read by the model, and rows (several for a text in windows), per text."""
     counts = []
     with tempfile.TemporaryDirectory() as folder:
         engine = Engine.load(building.unpacked(archive, Path(folder)))
@@ -95,7 +97,7 @@ def count_tokens(archive: Path, groups: Sequence[Sequence[str]]) -> List[Tuple[f
 
 
 def by_workers(archive: Path, sentences: Sequence[str], options: argparse.Namespace) -> List[Dict[str, Any]]:
-    """One entry for each number of workers and of connections."""
+    """Return one entry for each number of workers and of connections."""
     found: Dict[Any, Dict[str, Any]] = {}
     for _ in range(options.rounds):
         for workers in options.workers:
@@ -122,7 +124,7 @@ def by_workers(archive: Path, sentences: Sequence[str], options: argparse.Namesp
 
 
 def show_lengths(found: List[Dict[str, Any]], options: argparse.Namespace) -> None:
-    """The table, and how far the product is from its own median."""
+    """Print the table, and the product's deviation from its own median."""
     products = [tables.median(entry["throughput"]) * entry["tokens"] for entry in found]
     middle = tables.median(products)
     rows = [
@@ -143,7 +145,7 @@ def show_lengths(found: List[Dict[str, Any]], options: argparse.Namespace) -> No
 
 
 def show_workers(found: List[Dict[str, Any]], options: argparse.Namespace) -> None:
-    """The table of workers and connections."""
+    """Print the table of workers and connections."""
     rows = [
         {
             "workers": str(entry["workers"]),

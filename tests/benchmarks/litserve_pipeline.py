@@ -1,4 +1,4 @@
-"""A transformers pipeline behind LitServe, batching on. It runs in an environment of its own, with neither package of ours.
+"""A transformers pipeline behind LitServe, with batching. It runs in its own environment, without our packages.
 
 python litserve_pipeline.py --model FOLDER --port P --workers-file FILE
 """
@@ -13,7 +13,7 @@ import transformers
 
 
 class PipelineAPI(litserve.LitAPI):
-    """`{"text": ...}` to the best label with its score."""
+    """Answers `{"text": ...}` with the best label and its score."""
 
     options: argparse.Namespace
 
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--workers-file", type=Path, required=True, help="the worker's process id is written to it")
     options = parser.parse_args()
     api = PipelineAPI(max_batch_size=options.max_batch_size, batch_timeout=options.batch_timeout)
-    api.options = options  # the worker is another process, which gets the object as it is
+    api.options = options  # the worker is another process, which gets the object unchanged
     server = litserve.LitServer(api, accelerator="cpu", workers_per_device=1)
     server.run(host="127.0.0.1", port=options.port, generate_client_file=False, log_level="warning")
 

@@ -1,9 +1,9 @@
-"""What workers hold in memory, after some requests: for archives of ours and foreign ones, in turn.
+"""The memory of workers after some requests: our archives and foreign ones, alternating.
 
     python tests/benchmarks/memory.py --texts FILE.csv ARCHIVE.mar [ARCHIVE.mar ...] [--foreign EXAMPLE.mar] [--workers 1 4]
 
-PSS counts each page that several processes share by its share, so PSS adds up; RSS counts it in each of them; private
-(USS) is what a process alone holds. The frontend (the JVM) is told apart.
+PSS divides shared pages among their processes, so it adds up; RSS counts them in each process; private
+(USS) is what a process alone holds. The frontend (the JVM) is reported separately.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def parse() -> argparse.Namespace:
 
 
 def contenders(options: argparse.Namespace) -> Dict[str, servers.Starter]:
-    """Each archive with each number of workers; a foreign one with one."""
+    """Return each archive with each number of workers; a foreign one with one."""
     made: Dict[str, servers.Starter] = {}
     for workers in options.workers:
         for archive in options.archives:
@@ -63,7 +63,7 @@ def contenders(options: argparse.Namespace) -> Dict[str, servers.Starter]:
 
 
 def row(name: str, rounds: List[Dict[str, Any]]) -> tables.Row:
-    """Medians over the rounds: all workers together, the mean worker, and the frontend, in MB."""
+    """Return medians over the rounds: all workers together, the mean worker, and the frontend, in MB."""
 
     def total(kind: str) -> float:
         return tables.median(sum(worker[kind] for worker in each["workers"]) for each in rounds)

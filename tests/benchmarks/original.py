@@ -1,8 +1,9 @@
-"""How long the gate's original takes: each row alone, and rows of one length together; and how far these differ.
+"""The duration of the gate's original: each row alone, and rows of one length together; and the difference of their
+outputs.
 
     python tests/benchmarks/original.py --model FOLDER --samples FILE [--every N]
 
-In turn, in one process: chunks of the samples one way, then the other.
+Alternating, in one process: chunks of the samples one way, then the other.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What one text and batches of them take, in process and in turn: with weights packed against shared ones; with tokens
-packed, so that attention alone computes padding, against the graph as it was traced; with the attention of bfloat16 in
-float32 against one as it was traced; or of one archive beside another.
+"""The duration of one text and of batches, in process and alternating: packed weights against shared ones; unpadded
+tokens, with padding only in attention, against the graph as traced; bfloat16's attention in float32 against
+the traced one; or two archives.
 
 python tests/benchmarks/packing.py --archive NAME.mar --texts FILE [--what weights | tokens | attention] [--rounds 3]
 python tests/benchmarks/packing.py --archive NAME.mar --texts FILE --beside OTHER.mar
@@ -29,7 +29,7 @@ from traceserve_runtime.runtimes.torchscript.reader import UNPADDED
 from traceserve_runtime.settings import Settings
 
 SIZES = (1, 4, 16, 37, 64)
-BATCHES = {1: 120, 4: 40, 16: 16, 37: 8, 64: 6}  # of each size in a round
+BATCHES = {1: 120, 4: 40, 16: 16, 37: 8, 64: 6}  # per size in a round
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--beside", type=Path, metavar="MAR", help="another archive, in place of what --what compares")
     parser.add_argument("--threads", type=int, metavar="N", help="of each operator [one for each core]")
     options = parser.parse_args()
-    os.environ.update(environment.settings())  # as a worker has them; torch is not imported yet
+    os.environ.update(environment.settings())  # a worker's; torch is not imported yet
     from traceserve_runtime.tasks.contract import Request
 
     asked = [Request({"text": text}, {"long_inputs": "truncate"}) for text in sentences.read(options.texts)]
@@ -88,7 +88,7 @@ def weights(folder: Path, threads: Optional[int]) -> Dict[str, Engine]:
 
 
 def tokens(folder: Path, threads: Optional[int]) -> Dict[str, Engine]:
-    """In rows with padding, as traced, and end to end."""
+    """In padded rows, as traced, and unpadded."""
     manifest = Manifest.read(folder)
     if not manifest.runtime.get(UNPADDED):
         raise SystemExit("the graph of this archive was not rewritten: it computes padding as it was traced")

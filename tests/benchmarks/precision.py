@@ -1,10 +1,11 @@
-"""What each dtype changes: of the answers to a model's own texts and to the built-in ones, of its accuracy; and its speed.
+"""The changes by each dtype: in answers to a model's own texts and the built-in ones, in accuracy; and its speed.
 
 python tests/benchmarks/precision.py --model FOLDER --task TASK --texts FILE.csv [--label COLUMN] [--dtypes float32,bfloat16]
 
-Every dtype is exported by its own configuration, whether the gate lets it through or not, and compared with the original in
-float32 on all texts. `plain bfloat16` is `model.to(torch.bfloat16)`, and `naive int8` torch's own dynamic quantization of
-every linear layer: neither is what traceserve does.
+Every dtype is exported by its own configuration, whether it passes the gate or not, and compared with the original in
+float32 on all texts. `plain bfloat16` is `model.to(torch.bfloat16)`, and `naive int8` torch's own dynamic quantization
+of
+every linear layer: traceserve does neither.
 """
 
 from __future__ import annotations
@@ -33,23 +34,23 @@ from traceserve_runtime.tasks.contract import Answer, Request
 
 
 def plain_bfloat16(original: Original, texts: Sequence[str]) -> Iterable[Original]:
-    """What most people do."""
+    """Do the usual thing."""
     return [replace(original, model=copy.deepcopy(original.model).to(torch.bfloat16), dtype="bfloat16")]
 
 
 def naive_int8(original: Original, texts: Sequence[str]) -> Iterable[Original]:
-    """What most people do."""
+    """Do the usual thing."""
     model = copy.deepcopy(original.model)
     quantized = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, torch.qint8)
     return [replace(original, model=quantized, dtype="int8")]
 
 
-# Ways that are not ours, as (dtype, what lowers the model).
+# Foreign ways, as (dtype, how the model is lowered).
 OTHERS: Dict[str, Any] = {"plain bfloat16": ("bfloat16", plain_bfloat16), "naive int8": ("int8", naive_int8)}
 
 
 def export_as(way: str, content: Dict[str, Any], folder: Path, texts: Path) -> Exported:
-    """An export in a dtype, or in one of OTHERS."""
+    """Export in a dtype, or in one of OTHERS."""
     dtype, lower = OTHERS.get(way, (way, None))
     own = precision.PRECISIONS[dtype]
     if lower is not None:
@@ -65,7 +66,7 @@ def export_as(way: str, content: Dict[str, Any], folder: Path, texts: Path) -> E
 
 
 def accuracy(folder: Path, requests: Sequence[Request], labels: Optional[List[str]]) -> Optional[float]:
-    """The share of the texts whose label comes first."""
+    """Return the share of texts whose label comes first."""
     if labels is None:
         return None
     engine = Engine.load(folder)

@@ -1,10 +1,11 @@
-"""What oneDNN takes to prepare the products of a run for a number of rows that it has not met, beside what a token takes:
-why graphs fill their tokens up (`scripts/traceserve/building/writers/torchscript/unpadding.py`).
+"""oneDNN's time to prepare a run's products for a new number of rows, compared with a token's time:
+the reason why graphs round tokens up (`scripts/traceserve/building/writers/torchscript/unpadding.py`).
 
     python tests/benchmarks/preparing.py [--threads 1] [--rounds 5]
 
-The products of encoders of three sizes, with random weights as a worker packs them; of each number of rows the first run, and
-the median of four more. "GB" are of weights that each token is multiplied with; "ms a token" is between 128 and 320 rows.
+The products of encoders of three sizes, with random weights packed as in a worker; for each number of rows the first
+run, and
+the median of four more. "GB" are the weights multiplied per token; "ms a token" is between 128 and 320 rows.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from typing import Any, List, Tuple
 import tables
 from traceserve.machine import environment
 
-SIZES = ((384, 6), (768, 12), (1024, 24))  # (width, layers) of MiniLM, of BERT's base and large
+SIZES = ((384, 6), (768, 12), (1024, 24))  # (width, layers) of MiniLM, and of BERT base and large
 FEW, MANY = 128, 320  # rows
-NEW = range(33, 128, 6)  # numbers of rows, none of which was met before
+NEW = range(33, 128, 6)  # new numbers of rows
 
 
 def main() -> None:
@@ -43,7 +44,7 @@ def main() -> None:
 
 
 def row(width: int, layers: int, dtype: Any, rounds: int) -> tables.Row:
-    """A line of the table. Several layers of the same shapes share what is prepared, so two of them are run."""
+    """Return a line of the table. Layers of the same shapes share what is prepared, so two of them are run."""
     import torch
 
     run = 2

@@ -1,21 +1,24 @@
-"""How a worker bears rude clients: what refusals of megabytes take, what memory they leave, and what a good client waits beside.
+"""A worker's behaviour with rude clients: the cost of refusing megabytes, the memory left, and a good client's waiting
+time.
 
     python tests/benchmarks/rude.py [model_store/NAME.mar | artifacts/NAME]
 
-A server of its own is started (`traceserve serve`, one worker, the loopback address alone), and these are measured:
+It starts its own server (`traceserve serve`, one worker, only the loopback address), and measures:
 
 1. each rude body, sent one at a time: its size, the status, the median and longest latency of --times tries, and the
-   worker's memory before, at most, and after (RSS; and PSS, which counts shared pages by share);
-2. the longest legal request: the prose of as many words as the server still answers, found by halving;
+   worker's memory before, maximum, and after (RSS; and PSS, which divides shared pages);
+2. the longest legal request: the longest prose that the server answers, found by bisection;
 3. a good client, who sends one short text after another on one connection: alone, beside --connections that send rude
    bodies, beside one and beside --connections that send the longest legal request.
 
-Rude bodies have a megabyte, but for those that pass the limit on characters and are refused for their tokens. A latency is
-the client's: the frontend's copy of a megabyte, the JSON parser and the limits together. `--kinds` chooses some, as in
+Rude bodies have a megabyte, except those that pass the limit on characters and are refused for their tokens. A latency
+is
+the client's: it includes the frontend's copy of a megabyte, the JSON parser and the limits. `--kinds` selects some, as
+in
 
     python tests/benchmarks/rude.py --kinds punctuation "80,000 keys" --times 20
 
-It takes about a minute; after --budget seconds no new measurement begins, and what was not measured is a dash.
+It takes about a minute; after --budget seconds no new measurement begins, and missing ones are a dash.
 """
 
 from __future__ import annotations
@@ -44,8 +47,8 @@ MEGABYTE = 1_000_000
 PROSE = "Where is my parcel today? It should have come last week. "
 GOOD = servers.text_field("Where is my order?")
 JSON = {"Content-Type": "application/json"}
-_TIMEOUT = 60.0  # seconds that any answer may take
-_SAMPLE = 0.002  # seconds between looks at the worker's memory
+_TIMEOUT = 60.0  # seconds for any answer
+_SAMPLE = 0.002  # seconds between samples of the worker's memory
 
 
 def _text(text: str, escaped: bool = False, **others: Any) -> bytes:
@@ -83,7 +86,7 @@ RUDE: Dict[str, bytes] = {
 
 
 class Refusals(NamedTuple):
-    """What one body was answered, and how; memory in MB."""
+    """The answers to one body; memory in MB."""
 
     status: int
     seconds: List[float]
@@ -93,7 +96,7 @@ class Refusals(NamedTuple):
 
 
 class Client:
-    """One connection that stays open."""
+    """One persistent connection."""
 
     def __init__(self, url: str) -> None:
         self._parts = urllib.parse.urlsplit(url)
@@ -102,7 +105,7 @@ class Client:
         )
 
     def ask(self, body: bytes) -> Tuple[int, float]:
-        """The status that a body is answered with, and the seconds."""
+        """Return the status for a body, and the seconds."""
         began = time.perf_counter()
         self._connection.request("POST", self._parts.path, body, JSON)
         with self._connection.getresponse() as response:
@@ -112,7 +115,7 @@ class Client:
 
 @contextlib.contextmanager
 def watching(pid: int) -> Iterator[List[float]]:
-    """While it lasts, the largest RSS of a process in MB is the list's one item."""
+    """Record a process's largest RSS in MB as the list's single item."""
     process, over = psutil.Process(pid), threading.Event()
     most = [process.memory_info().rss / 1e6]
 
@@ -130,16 +133,16 @@ def watching(pid: int) -> Iterator[List[float]]:
 
 
 def refuse(client: Client, worker: int, body: bytes, times: int) -> Refusals:
-    """Send one body again and again."""
+    """Send one body repeatedly."""
     before = servers.memory([worker])
     with watching(worker) as most:
         answers = [client.ask(body) for _ in range(times)]
-        time.sleep(0.1)  # a worker gives memory back once nobody has asked for a moment
+        time.sleep(0.1)  # a worker releases memory after a moment without requests
     return Refusals(answers[-1][0], [seconds for _, seconds in answers], before, most[0], servers.memory([worker]))
 
 
 def longest(client: Client, ends: float) -> bytes:
-    """The longest prose that is answered, to a hundredth of its words."""
+    """Return the longest answered prose, to a hundredth of its words."""
     words = PROSE.split()
 
     def body(count: int) -> bytes:
@@ -166,7 +169,7 @@ def bother(url: str, bodies: Sequence[bytes], connections: int, seconds: float) 
 def beside(
     url: str, bodies: Sequence[bytes], connections: int, seconds: float
 ) -> Tuple[load_generator.Result, Dict[str, Any]]:
-    """What a good client waits beside others, who have a process of their own, and what these were answered."""
+    """Return a good client's latencies beside others, who have their own process, and the others' answers."""
 
     def good() -> load_generator.Result:
         return load_generator.send_load(
@@ -176,7 +179,7 @@ def beside(
     if not connections:
         return good(), {}
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        pool.submit(bother, url, [GOOD], 1, 0.1).result()  # its imports are done before the good client begins
+        pool.submit(bother, url, [GOOD], 1, 0.1).result()  # finish its imports before the good client begins
         others = pool.submit(bother, url, bodies, connections, seconds + 1.0)
         return good(), others.result()
 
@@ -243,7 +246,7 @@ def parse() -> argparse.Namespace:
 
 @contextlib.contextmanager
 def packed(archive: Path) -> Iterator[Path]:
-    """The archive; of an artifact one that is made of it."""
+    """Return the archive; pack an artifact."""
     if not archive.is_dir():
         yield archive.resolve()
         return

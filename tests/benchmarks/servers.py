@@ -1,6 +1,6 @@
 """Servers to measure, as processes: ours, a foreign archive under plain torchserve, LitServe with a pipeline, infinity.
 
-Each is a context manager that starts one, waits for its first answer, and ends it. They inherit the environment.
+Each is a context manager that starts one, waits for its first answer, and stops it. They inherit the environment.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Body = Callable[[str], bytes]
 
 @dataclass(frozen=True)
 class Server:
-    """A running server. `workers` are the processes that hold the model, `frontend` are its others."""
+    """A running server. `workers` are the processes with the model, `frontend` are its others."""
 
     url: str
     body: Body
@@ -54,13 +54,13 @@ Starter = Callable[[], "contextlib.AbstractContextManager[Server]"]
 
 
 def text_field(text: str) -> bytes:
-    """The JSON body of ours, and of LitServe with our pipeline."""
+    """Return the JSON body for ours, and for LitServe with our pipeline."""
     return json.dumps({"text": text}).encode()
 
 
 @contextlib.contextmanager
 def ours(archive: Path, workers: Optional[int] = None, body: Body = text_field) -> Iterator[Server]:
-    """`traceserve serve`, which returns at the first answer."""
+    """Run `traceserve serve`, which returns at the first answer."""
     port = configuration.free_ports(1)[0]
     count = [] if workers is None else ["--workers", str(workers)]
     started = time.monotonic()
@@ -77,7 +77,7 @@ def ours(archive: Path, workers: Optional[int] = None, body: Body = text_field) 
 
 @contextlib.contextmanager
 def foreign(archive: Path, batch_size: Optional[int] = None, batch_delay: int = 10) -> Iterator[Server]:
-    """`torchserve --start` with one worker, and otherwise its own defaults; `batch_delay` in ms belongs to `batch_size`."""
+    """Run `torchserve --start` with one worker and its own defaults; `batch_delay` in ms goes with `batch_size`."""
     archive = archive.resolve()
     with tempfile.TemporaryDirectory(prefix="foreign-") as name:
         folder = Path(name)
@@ -112,7 +112,7 @@ def foreign(archive: Path, batch_size: Optional[int] = None, batch_delay: int = 
 
 @contextlib.contextmanager
 def litserve(python: Path, model: Path, max_length: int = 128, max_batch_size: int = 32) -> Iterator[Server]:
-    """A transformers pipeline behind LitServe."""
+    """Run a transformers pipeline behind LitServe."""
     port = configuration.free_ports(1)[0]
     with tempfile.TemporaryDirectory(prefix="litserve-") as name:
         workers_file = Path(name, "workers")
@@ -126,7 +126,7 @@ def litserve(python: Path, model: Path, max_length: int = 128, max_batch_size: i
 
 @contextlib.contextmanager
 def infinity(python: Path, model: Path, kind: str = "classification", max_length: int = 128) -> Iterator[Server]:
-    """`infinity_emb v2`, with its defaults (batches of up to 32) on the processor."""
+    """Run `infinity_emb v2`, with its defaults (batches of up to 32) on the processor."""
     port = configuration.free_ports(1)[0]
 
     def body(text: str) -> bytes:
@@ -144,13 +144,13 @@ def infinity(python: Path, model: Path, kind: str = "classification", max_length
 
 
 def memory(pids: Sequence[int]) -> Dict[str, float]:
-    """MB of processes together: `pss` (shared pages by share), `rss`, and `uss` (private pages)."""
+    """Return MB of several processes: `pss` (shared pages divided), `rss`, and `uss` (private pages)."""
     infos = [psutil.Process(pid).memory_full_info() for pid in pids]
     return {kind: sum(getattr(info, kind) for info in infos) / 1e6 for kind in ("pss", "rss", "uss")}
 
 
 def _shortened(model: Path, folder: Path, max_length: int) -> Path:
-    """The checkpoint with another longest text, which infinity takes from the tokenizer alone."""
+    """Return the checkpoint with another maximum length, which infinity only takes from the tokenizer."""
     shutil.copytree(model, folder, copy_function=os.symlink)
     file = folder / "tokenizer_config.json"
     content = json.loads(file.read_text())
@@ -160,8 +160,8 @@ def _shortened(model: Path, folder: Path, max_length: int) -> Path:
 
 
 def _run(command: Sequence[str], **settings: Any) -> None:
-    """Run to its end, quietly; what it printed is told if it fails."""
-    # To a file: a pipe would stay open as long as the server that is started.
+    """Run to the end, quietly; print its output if it fails."""
+    # To a file: a pipe would stay open as long as the started server.
     with tempfile.TemporaryFile() as log:
         if subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, **settings).returncode:
             log.seek(0)
@@ -170,9 +170,9 @@ def _run(command: Sequence[str], **settings: Any) -> None:
 
 @contextlib.contextmanager
 def _process(command: Sequence[str], url: str, body: Body, folder: Path) -> Iterator[Any]:
-    """A server that stays in the foreground; gives its process id and the seconds to its first answer."""
+    """Run a server in the foreground; return its process id and the seconds to its first answer."""
     log = folder / "log.txt"
-    environment = {**os.environ, "DO_NOT_TRACK": "1"}  # infinity reports its use otherwise
+    environment = {**os.environ, "DO_NOT_TRACK": "1"}  # otherwise infinity reports its use
     started = time.monotonic()
     with log.open("wb") as stream:
         process = psutil.Popen(command, stdout=stream, stderr=stream, cwd=folder, env=environment)
@@ -192,7 +192,7 @@ def _end(pid: int) -> None:
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
         family = [process, *process.children(recursive=True)]
-        for member in family:  # LitServe's would go on without their parent
+        for member in family:  # LitServe's would outlive their parent
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.terminate()
         _, alive = psutil.wait_procs(family, timeout=5)
@@ -208,7 +208,7 @@ def _others(pid: int, workers: Sequence[int]) -> List[int]:
 
 
 def _torchserve_workers(management: int, name: str) -> List[int]:
-    """The workers of an archive, once each has loaded it; the first answer may come before."""
+    """Return the workers of an archive once each has loaded it; the first answer may come earlier."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         with urllib.request.urlopen(f"http://127.0.0.1:{management}/models/{name}", timeout=10) as response:
@@ -232,7 +232,7 @@ def _first_answer(
                 response.read()
                 return
         except urllib.error.HTTPError as error:
-            if error.code in (400, 413, 415, 422):  # others say that it is not ready
+            if error.code in (400, 413, 415, 422):  # others mean that it is not ready
                 raise RuntimeError(f"{url}: {error}: {error.read().decode(errors='replace')}") from None
             reason = error
         except OSError as error:  # URLError too

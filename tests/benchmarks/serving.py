@@ -1,11 +1,12 @@
-"""Ours against the pytorch/serve example and other servers: throughput, latency, start, memory, in turn, one at a time.
+"""Ours against the pytorch/serve example and other servers: throughput, latency, start, memory, alternating, one at a
+time.
 
     python tests/benchmarks/serving.py --model FOLDER --texts FILE.csv --foreign EXAMPLE.mar \\
         --litserve-python PYTHON --infinity-python PYTHON [--kind embeddings]
 
-Each round starts every server, loads it in a closed loop and ends it. All of them have one worker unless --workers says
-otherwise for ours, and cut texts to --max-length tokens, ours too (`long_inputs` is `truncate`), so that they compute
-the same. In brackets: how many times the figure of the first foreign archive, or of the first rival without one.
+Each round starts every server, loads it in a closed loop and stops it. All have one worker unless --workers overrides
+ours, and truncate texts to --max-length tokens, ours too (`long_inputs` is `truncate`), so that they compute
+the same. In brackets: relative to the first foreign archive, or else to the first rival.
 The environments of the rivals need: litserve, transformers, torch; infinity_emb[torch,server] 0.0.77 with
 transformers<4.49, optimum<2, click<8.2.
 """
@@ -91,7 +92,7 @@ def parse() -> argparse.Namespace:
 
 
 def contenders(options: argparse.Namespace, folder: Path) -> Tuple[Dict[str, servers.Starter], Dict[str, float]]:
-    """How each server is started, ours first, and the size in MB of what has an archive."""
+    """Return each server's start function, ours first, and the size in MB of archives."""
     own = options.archive
     if not own:
         settings = building.settings(options, long_inputs="truncate", **building.SETTINGS[options.kind])
@@ -118,7 +119,7 @@ def contenders(options: argparse.Namespace, folder: Path) -> Tuple[Dict[str, ser
 
 
 def summary(result: load_generator.Result) -> Dict[str, Any]:
-    """What is kept of a load."""
+    """Return the recorded figures of a load."""
     return {
         "throughput": result.throughput,
         "p50": result.percentile(50),
@@ -129,7 +130,7 @@ def summary(result: load_generator.Result) -> Dict[str, Any]:
 
 
 def rows(measured: Dict[str, List[Dict[str, Any]]], sizes: Dict[str, float], base: str) -> List[tables.Row]:
-    """A line for each figure, a column for each server; medians."""
+    """Return a line per figure, a column per server; medians."""
     figures: Dict[str, Dict[str, float]] = {}
 
     def add(figure: str, read: Callable[[Dict[str, Any]], float]) -> None:
@@ -160,7 +161,7 @@ def rows(measured: Dict[str, List[Dict[str, Any]]], sizes: Dict[str, float], bas
 
 
 def cell(values: Dict[str, float], server: str, base: str) -> str:
-    """The figure, and how many times the base's it is."""
+    """Return the figure, and its ratio to the base's."""
     if server not in values:
         return "–"
     ratio = "" if server == base or base not in values else f" ({tables.figure(values[server] / values[base])})"

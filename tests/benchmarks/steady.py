@@ -1,12 +1,12 @@
-"""Whether the first requests of a fresh server, and those beside another busy process, are as fast as they should be.
+"""Checks whether a fresh server's first requests, and those beside another busy process, are as fast as they should be.
 
     python tests/benchmarks/steady.py --model FOLDER --texts FILE.csv [--part first|engine|bursts|busy ...]
 
-first: a hundred texts of many lengths in a random order, one after another, asked of a fresh server, and again later.
-engine: the same texts of a fresh engine in process, as a worker has it: what the rest of a fresh server adds is not in it.
-bursts: 1 to 32 requests at once, of a fresh server, and again later; the time until all of a burst are answered.
-busy: a load with and without a process beside it that takes one core, in turn. On N cores a fair scheduler leaves
-N - 1 cores' worth of N, so the throughput that is left should not be less than (N - 1) / N.
+first: a hundred texts of many lengths in random order, one after another, sent to a fresh server, and again later.
+engine: the same texts to a fresh engine in process, as in a worker: without the rest of a fresh server.
+bursts: 1 to 32 concurrent requests to a fresh server, and again later; the time until a whole burst is answered.
+busy: a load with and without a process beside it that uses one core, alternating. On N cores a fair scheduler leaves
+N - 1 cores' worth of N, so the remaining throughput should be at least (N - 1) / N.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def parse() -> argparse.Namespace:
 def first(
     server: servers.Server, sentences: Sequence[str], random_state: random.Random, options: argparse.Namespace
 ) -> Dict[str, List[float]]:
-    """Seconds of each request, at first and later."""
+    """Return each request's seconds, at first and later."""
     wanted = of_many_lengths(sentences, random_state, options)
     with connection(server) as link:
         found = {"first": [ask(link, server, text) for text in wanted]}
@@ -99,7 +99,7 @@ def first(
 
 
 def of_many_lengths(sentences: Sequence[str], random_state: random.Random, options: argparse.Namespace) -> List[str]:
-    """As many texts as there are to be requests, of 1 to `longest` words."""
+    """Return a text per request, of 1 to `longest` words."""
     return [
         texts.joined(sentences, random_state.randint(1, options.longest), random_state) for _ in range(options.requests)
     ]
@@ -108,7 +108,7 @@ def of_many_lengths(sentences: Sequence[str], random_state: random.Random, optio
 def engine(
     folder: Path, sentences: Sequence[str], random_state: random.Random, options: argparse.Namespace
 ) -> Dict[str, List[float]]:
-    """Seconds of each text, at first and later."""
+    """Return each text's seconds, at first and later."""
     from traceserve_runtime.engine import Engine
     from traceserve_runtime.tasks.contract import Request
 
@@ -136,7 +136,7 @@ def engine(
 def bursts(
     server: servers.Server, sentences: Sequence[str], random_state: random.Random, options: argparse.Namespace
 ) -> Dict[str, List[float]]:
-    """Seconds of each burst, at first and later."""
+    """Return each burst's seconds, at first and later."""
     sizes = list(BURSTS) * max(1, options.requests // sum(BURSTS) * 2)
     random_state.shuffle(sizes)
     wanted = [
@@ -161,7 +161,7 @@ def bursts(
 def busy(
     server: servers.Server, sentences: Sequence[str], random_state: random.Random, options: argparse.Namespace
 ) -> Dict[str, Dict[str, List[float]]]:
-    """Throughput, p50 and p99 by connections, without and with a busy loop."""
+    """Return throughput, p50 and p99 by connections, without and with a busy loop."""
     found: Dict[str, Dict[str, List[float]]] = {}
     for connections in options.connections:
         found[str(connections)] = {}
@@ -174,7 +174,7 @@ def busy(
 
 @contextlib.contextmanager
 def busy_loop() -> Iterator[None]:
-    """A process that takes all of a core."""
+    """Run a process that uses a whole core."""
     process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
         yield
@@ -185,7 +185,7 @@ def busy_loop() -> Iterator[None]:
 
 @contextlib.contextmanager
 def connection(server: servers.Server) -> Iterator[http.client.HTTPConnection]:
-    """One that is kept open."""
+    """Open a persistent connection."""
     link = http.client.HTTPConnection(urllib.parse.urlsplit(server.url).netloc, timeout=60)
     link.connect()
     try:
@@ -195,7 +195,7 @@ def connection(server: servers.Server) -> Iterator[http.client.HTTPConnection]:
 
 
 def ask(link: http.client.HTTPConnection, server: servers.Server, text: str) -> float:
-    """Seconds of one request."""
+    """Return one request's seconds."""
     started = time.perf_counter()
     link.request(
         "POST", urllib.parse.urlsplit(server.url).path, server.body(text), {"Content-Type": server.content_type}
@@ -209,7 +209,7 @@ def ask(link: http.client.HTTPConnection, server: servers.Server, text: str) -> 
 
 
 def compared(rounds: List[Dict[str, List[float]]]) -> List[tables.Row]:
-    """Percentiles at first and later, and the ratio of their medians over the rounds."""
+    """Return percentiles at first and later, and the ratio of their medians over the rounds."""
     found: List[tables.Row] = []
     for name, percentile in PERCENTILES.items():
         both = {
@@ -231,7 +231,7 @@ def compared(rounds: List[Dict[str, List[float]]]) -> List[tables.Row]:
 
 
 def beside(rounds: List[Dict[str, Dict[str, List[float]]]]) -> List[tables.Row]:
-    """Medians over the rounds."""
+    """Return medians over the rounds."""
     found = []
     for connections in rounds[0]:
         for i, name in enumerate(("requests/s", "p50 in ms", "p99 in ms")):

@@ -1,4 +1,4 @@
-"""What the benchmarks report: a table for the terminal or for docs/, and a JSON file with every single measurement."""
+"""The benchmarks' reports: a table for the terminal or for docs/, and a JSON file with every measurement."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ Row = Mapping[str, str]
 
 
 def parser(description: Optional[str], rounds: int) -> argparse.ArgumentParser:
-    """A parser with the options of every benchmark."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # servers that were started are ended then too
+    """Return a parser with every benchmark's options."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # stops the started servers too
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument(
         "--rounds",
@@ -49,12 +49,12 @@ def show(rows: Sequence[Row], markdown: bool, caption: str = "") -> None:
         table.add_column(column, justify="right" if i else "left")
     for row in rows:
         table.add_row(*(row[column] for column in columns))
-    # As wide as it needs to be where the output is a file.
+    # As wide as needed if the output is a file.
     Console(width=None if sys.stdout.isatty() else 240).print(table)
 
 
 def save(path: Optional[Path], measurements: Any) -> None:
-    """Write the measurements, the command and the machine to a JSON file, where one is asked for."""
+    """Write the measurements, the command and the machine to a JSON file, if requested."""
     if path is None:
         return
     content = {
@@ -71,7 +71,7 @@ def save(path: Optional[Path], measurements: Any) -> None:
 
 
 def packages(python: Path) -> Dict[str, str]:
-    """The versions that count in an interpreter's environment."""
+    """Return the relevant versions in an interpreter's environment."""
     found = subprocess.run([str(python), "-c", _PACKAGES], stdout=subprocess.PIPE, check=True).stdout
     versions: Dict[str, str] = json.loads(found)
     return versions
@@ -91,7 +91,7 @@ print(json.dumps(versions))
 
 
 def progress() -> Progress:
-    """A bar on the standard error, with what is measured now."""
+    """Show a bar on standard error with the current measurement."""
     return Progress(
         BarColumn(),
         MofNCompleteColumn(),
@@ -103,17 +103,17 @@ def progress() -> Progress:
 
 
 def median(values: Iterable[float]) -> float:
-    """The median; NaN of nothing."""
+    """Return the median; NaN for nothing."""
     found = list(values)
     return statistics.median(found) if found else float("nan")
 
 
 def figure(value: float, unit: str = "") -> str:
-    """A number with three digits that count, or more before the point."""
+    """Format with three significant digits, or more before the point."""
     digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
     return f"{value:,.{digits}f}{unit and ' ' + unit}"
 
 
 def milliseconds(seconds: float) -> str:
-    """A time in ms."""
+    """Format a time in ms."""
     return figure(seconds * 1000)

@@ -1,9 +1,10 @@
-"""What the libraries' settings cost (`scripts/traceserve/machine/environment.py`): throughput and memory in process, alone and
+"""The cost of the libraries' settings (`scripts/traceserve/machine/environment.py`): throughput and memory in process,
+alone and
 beside a busy loop on one core.
 
 python tests/benchmarks/waiting.py --artifact artifacts/NAME --texts FILE.csv
 
-Each setting has a process of its own, in turn; texts are asked in lists of 1, 16 and 64 for --seconds each.
+Each setting has its own process, alternating; texts are asked in lists of 1, 16 and 64 for --seconds each.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ BUSY = "while True: pass"
 
 
 def ask(artifact: Path, texts: List[str], seconds: float) -> Dict[str, Any]:
-    """In this process: texts a second for each list length, and the memory at the end in MB (USS)."""
+    """Return, from this process, texts per second for each list length, and the memory at the end in MB (USS)."""
     import psutil
     from traceserve_runtime.engine import Engine
     from traceserve_runtime.tasks.contract import Request

@@ -1,8 +1,8 @@
-"""What people's clients call: each call once, compared with the native answer. Run by `run.py`, in an environment of the clients.
+"""Calls of real clients, each compared with the native answer. Run by `run.py`, in the clients' environment.
 
     python calls.py http://127.0.0.1:PORT
 
-prints a JSON line for each call: client, version, archive, call, result ("ok", "refused", or what failed).
+prints a JSON line per call: client, version, archive, call, result ("ok", "refused", or the failure).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CHAT = [{"role": "user", "content": "Tell me about the sea."}]
 
 
 class Call(NamedTuple):
-    """A call of a client's method; `refused` is a part of the error by which it has to be refused."""
+    """A call of a client's method; `refused` is a part of the expected error."""
 
     archive: str
     name: str
@@ -38,7 +38,7 @@ class Call(NamedTuple):
 
 
 class Native:
-    """Our own protocol, the oracle of all others."""
+    """Our own protocol, the oracle for all others."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -54,10 +54,10 @@ class Native:
 
 
 def hugging_face(native: Native) -> Iterator[Call]:
-    """All text methods of InferenceClient."""
+    """Call all of InferenceClient's text methods."""
     from huggingface_hub import InferenceClient
 
-    @lru_cache(maxsize=None)  # one that is let go closes its streams
+    @lru_cache(maxsize=None)  # a freed one closes its streams
     def client(archive: str) -> Any:
         return InferenceClient(model=native.base(archive))
 
@@ -241,7 +241,7 @@ def hugging_face(native: Native) -> Iterator[Call]:
 
 
 def open_ai(native: Native) -> Iterator[Call]:
-    """The clients of OpenAI: models, embeddings, completions, chat completions."""
+    """Call OpenAI's clients: models, embeddings, completions, chat completions."""
     from openai import OpenAI
 
     def client(archive: str) -> Any:
@@ -355,7 +355,7 @@ def open_ai(native: Native) -> Iterator[Call]:
 
 
 def triton(native: Native) -> Iterator[Call]:
-    """tritonclient over HTTP: binary tensors, as it sends and asks for them where nothing else is said."""
+    """Call tritonclient over HTTP: binary tensors, its default."""
     import numpy as np
     from tritonclient import http
 
@@ -402,7 +402,7 @@ def triton(native: Native) -> Iterator[Call]:
 
 
 def cohere_client(native: Native) -> Iterator[Call]:
-    """Cohere's rerank."""
+    """Call Cohere's rerank."""
     import cohere
 
     documents = [OTHER, CONTEXT]
@@ -421,7 +421,7 @@ def cohere_client(native: Native) -> Iterator[Call]:
 
 
 def langchain(native: Native) -> Iterator[Call]:
-    """langchain-openai's embeddings and chat."""
+    """Call langchain-openai's embeddings and chat."""
     from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 
     def embed() -> Any:
@@ -443,7 +443,7 @@ def langchain(native: Native) -> Iterator[Call]:
 
 
 def haystack(native: Native) -> Iterator[Call]:
-    """Haystack's components for OpenAI's API."""
+    """Call Haystack's components for OpenAI's API."""
     from haystack.components.embedders import OpenAITextEmbedder
     from haystack.components.generators.chat import OpenAIChatGenerator
     from haystack.dataclasses import ChatMessage
@@ -470,7 +470,7 @@ def haystack(native: Native) -> Iterator[Call]:
 
 
 def kserve_client(native: Native) -> Iterator[Call]:
-    """KServe's own client, of both of its protocols."""
+    """Call both protocols with KServe's own client."""
     import asyncio
 
     import numpy as np
@@ -497,7 +497,7 @@ def kserve_client(native: Native) -> Iterator[Call]:
 
 
 def mlserver_codecs(native: Native) -> Iterator[Call]:
-    """MLServer's codecs: what they encode is read, and what is answered they decode."""
+    """Encode requests and decode answers with MLServer's codecs."""
     from mlserver.codecs import StringCodec
     from mlserver.types import InferenceRequest, InferenceResponse
 
@@ -519,7 +519,7 @@ def mlserver_codecs(native: Native) -> Iterator[Call]:
 
 
 def said(native: Native, **parameters: Any) -> str:
-    """What the model says next in the chat."""
+    """Return the model's next message in the chat."""
     options = {"max_new_tokens": 8, "return_full_text": False, **parameters}
     [found] = native("text_generation", {"messages": CHAT}, **options)
     return str(found["generated_text"])
@@ -556,7 +556,7 @@ def details(answer: Any) -> Any:
     return [ids, logarithms, told["finish_reason"], told["generated_tokens"], answer[0]["generated_text"]]
 
 
-# The package of each client, and what is called with it.
+# Each client's package and its calls.
 CLIENTS: Dict[str, Callable[[Native], Iterator[Call]]] = {
     "huggingface_hub": hugging_face,
     "openai": open_ai,
@@ -573,7 +573,7 @@ _DISTRIBUTIONS = {"haystack": "haystack-ai"}
 
 
 def equal(got: Any, wanted: Any) -> bool:
-    """Whether two answers are equal, numbers to the last digits of float32."""
+    """Return whether two answers are equal, up to float32's rounding."""
     if isinstance(got, float) or isinstance(wanted, float):
         return math.isclose(got, wanted, rel_tol=1e-4, abs_tol=1e-5)
     if isinstance(got, dict):
@@ -584,10 +584,10 @@ def equal(got: Any, wanted: Any) -> bool:
 
 
 def result(call: Call) -> str:
-    """What became of a call."""
+    """Return the result of a call."""
     try:
         got = call.act()
-    except Exception as error:  # whatever a client raises
+    except Exception as error:  # clients raise anything
         said = f"{error} {getattr(getattr(error, 'response', None), 'text', '')}"
         if call.refused is not None and call.refused in said:
             return "refused"

@@ -1,8 +1,8 @@
-"""People's own clients against a real server: builds a tiny archive of every task, serves them, and calls everything.
+"""Real clients against a real server: builds a tiny archive of every task, serves them, and calls everything.
 
     python tests/clients/run.py --python PYTHON [--python PYTHON ...] [--write docs/clients.md]
 
-Each PYTHON is one in whose environment clients are installed (see `nox -s clients`). Prints a table, and ends with 1 where a
+Each PYTHON has clients installed in its environment (see `nox -s clients`). Prints a table, and exits with 1 if a
 call failed.
 """
 
@@ -38,7 +38,7 @@ _BEGIN, _END = "<!-- calls -->\n", "<!-- end of calls -->\n"
 
 
 def build(folder: Path) -> List[Path]:
-    """A tiny archive of every task."""
+    """Build a tiny archive of every task."""
     archives = []
     for name, task in TASKS.items():
         architecture, options = CHECKPOINTS.get(name, ("bert", {}))
@@ -51,7 +51,7 @@ def build(folder: Path) -> List[Path]:
 
 
 def call(pythons: List[str], url: str) -> List[Dict[str, str]]:
-    """The result of every call."""
+    """Return every call's result."""
     rows = []
     for python in pythons:
         command = [python, str(Path(__file__).with_name("calls.py")), url]
@@ -62,9 +62,9 @@ def call(pythons: List[str], url: str) -> List[Dict[str, str]]:
 
 
 def generate(pythons: List[str], url: str) -> List[Dict[str, str]]:
-    """Requests that schemathesis makes from each archive's own description, where it is installed.
+    """Send schemathesis's requests for each archive's own description, if it is installed.
 
-    What a schema cannot say (a question must not be empty) is no failure, nor that TorchServe takes any method.
+    Rules beyond the schema (a question must not be empty) are no failures, nor that TorchServe accepts any method.
     """
     rows = []
     excluded = "unsupported_method,positive_data_acceptance"
@@ -80,7 +80,7 @@ def generate(pythons: List[str], url: str) -> List[Dict[str, str]]:
 
 
 def table(rows: List[Dict[str, str]]) -> str:
-    """The results as Markdown."""
+    """Format the results as Markdown."""
     lines = ["| client | archive | call | result |", "|---|---|---|---|"]
     lines += [f"| {row['client']} | `{row['archive']}` | `{row['call']}` | {row['result']} |" for row in rows]
     return "\n".join(lines) + "\n"

@@ -1,16 +1,17 @@
-"""Makes question_answering.json: the answers of the question-answering pipeline, which transformers 5 no longer has.
+"""Makes question_answering.json: answers of the question-answering pipeline, which transformers 5 dropped.
 
-It is run by a Python with this project and transformers 4.57, in an environment of its own:
+It needs this project and transformers 4.57, in their own environment:
 
     pip install --editable . transformers==4.57.6
     python tests/data/make_question_answering.py
 
-The models are those of tests/models.py, whose weights are the same under every version; where that file, or the sentences
-of traceserve.building.samples, change, the answers are made again. Left out, and counted at the end, is
-- what the pipeline cannot answer: a window without room for the overlap that is asked for;
-- an answer of score 0: with fewer candidates than `top_k` the pipeline takes any other places of the text to fill the
-  list, some of them with the end before the start, or longer than asked for. Ours are never such;
-- answers whose scores are so near that the last digits decide their order.
+The models are those of tests/models.py, whose weights are the same under every version; rerun this if that file or the
+sentences
+of traceserve.building.samples change. Left out, and counted at the end, are
+- requests that the pipeline cannot answer: a window without room for the requested overlap;
+- answers of score 0: with fewer candidates than `top_k` the pipeline fills the list with arbitrary positions,
+  some with the end before the start, or too long. Ours are never such;
+- answers whose scores are so close that rounding decides their order.
 """
 
 from __future__ import annotations
@@ -50,11 +51,11 @@ FOR_LONG: List[Dict[str, Any]] = [
     {"max_seq_len": 96, "doc_stride": 24, "handle_impossible_answer": True, "top_k": 40, "max_answer_len": 3},
     {"max_seq_len": 128, "align_to_words": False, "top_k": 3},
 ]
-NEAR = 1e-4  # of scores, relative
+NEAR = 1e-4  # relative difference of scores
 
 
 def requests() -> List[Dict[str, Any]]:
-    """What is asked: every context with two sets of parameters, the long ones with all."""
+    """Return the requests: every context with two sets of parameters, the long ones with all."""
     asked = []
     for i, context in enumerate(CONTEXTS):
         for k, parameters in enumerate(FOR_LONG if context in LONG else [PARAMETERS[i % 6], PARAMETERS[(i + 3) % 6]]):
@@ -64,13 +65,13 @@ def requests() -> List[Dict[str, Any]]:
 
 
 def ask(pipeline: Any, request: Dict[str, Any], left_out: Dict[str, int]) -> Optional[List[Dict[str, Any]]]:
-    """The pipeline's answers as a list, one more than asked for where there is one; or None."""
+    """Return the pipeline's answers as a list, one more than requested if there is one; or None."""
     parameters = {**request["parameters"], "top_k": request["parameters"].get("top_k", 1) + 1}
     own = {key: request[key] for key in ("question", "context")}
     try:
         answers = pipeline(**own, **request["parameters"])
         more = pipeline(**own, **parameters)
-    except BaseException as error:  # the package tokenizers panics, which is no Exception
+    except BaseException as error:  # the tokenizers package panics, which is not an Exception
         if isinstance(error, KeyboardInterrupt):
             raise
         left_out["cannot be answered"] += 1

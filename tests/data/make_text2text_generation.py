@@ -1,9 +1,9 @@
-"""Write text2text_generation.json: what the pipeline of transformers 4.57, which version 5 dropped, writes to our texts.
+"""Makes text2text_generation.json: the texts of transformers 4.57's pipeline, which version 5 dropped.
 
     python tests/data/make_text2text_generation.py
 
-with transformers 4.57 and this repository installed. The models are tiny and random; their weights depend on their
-names alone (tests/models.py), so the same ones are made under every version.
+with transformers 4.57 and this repository installed. The models are tiny and random; their weights depend only on their
+names (tests/models.py), so they are the same under every version.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from traceserve.building.gate.texts import SENTENCES
 
 OUTPUT = Path(__file__).with_name("text2text_generation.json")
 PARAMETERS: List[Dict[str, Any]] = [
-    {"max_new_tokens": 16},  # the pipeline itself asks for four beams
+    {"max_new_tokens": 16},  # the pipeline itself uses four beams
     {"max_new_tokens": 16, "num_beams": 1},
     {"max_new_tokens": 24, "num_beams": 3, "no_repeat_ngram_size": 2, "length_penalty": 2.0},
     {"max_new_tokens": 24, "num_beams": 5, "early_stopping": True, "length_penalty": 0.3},

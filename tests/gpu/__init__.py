@@ -1,1 +1,1 @@
-"""What a GPU answers, and how fast: one command for a machine that has one, and nothing but torch and transformers."""
+"""A GPU's answers and speed: one command for a machine with one, needing only torch and transformers."""

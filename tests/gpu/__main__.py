@@ -1,7 +1,8 @@
 """The command: `PYTHONPATH=handlers:scripts:tests python -m gpu --output DIR`, within eight minutes on an H100.
 
-Needs torch, transformers, tokenizers and what the builder imports (pydantic, rich, pyyaml); no network. Without a GPU, or with
---rehearse, the same code runs on the CPU with models of a few layers. The exit code is 1 where an answer is wrong.
+Needs torch, transformers, tokenizers and the builder's packages (pydantic, rich, pyyaml); no network. Without a GPU, or
+with
+--rehearse, the same code runs on the CPU with models of a few layers. The exit code is 1 if an answer is wrong.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-# Archives are built beside each other: threads that spin while they wait would take the cores from one another.
+# Archives are built in parallel: spinning threads would take the cores from one another.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
@@ -43,7 +44,7 @@ def main() -> int:
     options = parser.parse_args()
     rehearse = options.rehearse or not torch.cuda.is_available()
     device = "cpu" if rehearse else "cuda:0"
-    faulthandler.dump_traceback_later(options.seconds + 30, exit=True)  # what was found by then is on disk
+    faulthandler.dump_traceback_later(options.seconds + 30, exit=True)  # earlier results are on disk
     report = _Report(options.output, options.seconds, device)
     with tempfile.TemporaryDirectory(prefix="traceserve-gpu-") as folder:
         report.part(
@@ -67,7 +68,7 @@ def main() -> int:
 
 
 class _Report:
-    """What was found so far, on disk after each part: a machine may be taken away."""
+    """The results so far, on disk after each part: the machine may be taken away."""
 
     def __init__(self, folder: Path, seconds: float, device: str) -> None:
         self._folder = folder
@@ -91,11 +92,11 @@ class _Report:
         folder.mkdir(parents=True, exist_ok=True)
 
     def left(self) -> float:
-        """Seconds until the end."""
+        """Return the seconds until the end."""
         return self._seconds - (time.monotonic() - self._began)
 
     def part(self, name: str, act: Any) -> None:
-        """Run one part; what it raises is a failure of the report, and the next part follows."""
+        """Run one part; its exceptions become failures in the report, and the next part follows."""
         if self.left() < 20:
             self.content["left_out"].append(name)
             return
@@ -119,7 +120,7 @@ class _Report:
 
 
 def _answers(report: _Report, device: str, folder: Path, few: bool, processes: int, seconds: float) -> None:
-    """Each archive is reported as soon as it was asked; those that are not ready in time are named."""
+    """Report each archive once it was queried; name those that are not ready in time."""
     jobs = answers.jobs(device, folder, few)
     waiting = {job: f"{job.architecture} {job.task} {job.save_mode}" for job in jobs}
     spawn = multiprocessing.get_context("spawn")

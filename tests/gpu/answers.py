@@ -1,4 +1,4 @@
-"""Archives for a GPU are built, through the gate, and asked on it what the CPU is asked too."""
+"""Builds archives for a GPU through the gate, and compares their answers there with the CPU's."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from traceserve_runtime.engine import Engine
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Answer
 
-# Each task at least once; the families differ in how they make masks and positions.
+# Each task at least once; the families differ in their masks and positions.
 ASKED = (
     ("bert", "sequence_classification"),
     ("distilbert", "question_answering"),
@@ -39,7 +39,7 @@ TEXTS = [text for text in SENTENCES if text][:24]
 
 
 class Job(NamedTuple):
-    """What one process builds and asks."""
+    """The archives of one process."""
 
     architecture: str
     task: str
@@ -49,7 +49,8 @@ class Job(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """One archive: what the gate measured, and how many of its answers on the device are not those of float32 on the CPU."""
+    """One archive: the gate's measurements, and how many of its answers on the device differ from float32's on the
+    CPU."""
 
     what: str
     dtype: str
@@ -61,22 +62,23 @@ class Outcome(NamedTuple):
 
     @property
     def passed(self) -> bool:
-        """In float32 no answer changes. In a lower precision the outputs are as near as the gate asks: of random models
-        many answers are near ties."""
+        """In float32 no answer changes. In a lower precision the outputs are within the gate's limits: many answers of
+        random
+        models are near ties."""
         if self.error or (self.dtype == "float32" and self.changed):
             return False
         return bool(self.gate["largest_difference"] <= self.gate["limits"]["difference"])
 
 
 def jobs(device: str, folder: Path, few: bool) -> List[Job]:
-    """All of them, or one run and one loop for a rehearsal."""
+    """Return all of them, or one run and one loop for a rehearsal."""
     asked = [ASKED[0], ASKED[8]] if few else ASKED
     torchscript = [Job(*each, "torchscript", device, str(folder)) for each in asked]
     return torchscript if few else [*torchscript, *(Job(*ASKED[i], "pretrained", device, str(folder)) for i in (0, 8))]
 
 
 def run(job: Job) -> Tuple[Job, List[Outcome]]:
-    """Build the archive in each dtype that its task has on a GPU, and ask it."""
+    """Build the archive in each of its task's dtypes on a GPU, and query it."""
     source = _checkpoint(job)
     expected: List[Any] = []
     outcomes: List[Outcome] = []
@@ -101,7 +103,7 @@ def run(job: Job) -> Tuple[Job, List[Outcome]]:
 
 @contextmanager
 def few_samples() -> Iterator[None]:
-    """The gate asks few sentences: for models of which the speed alone is wanted."""
+    """Give the gate few sentences: for models that are only timed."""
     texts, corpus = verification.TEXTS, verification.CORPUS
     verification.TEXTS, verification.CORPUS = texts[:6], 0  # type: ignore[misc]
     try:
@@ -136,5 +138,5 @@ def _answers(engine: Engine) -> List[Any]:
 
 
 def failures(outcomes: Sequence[Outcome]) -> List[str]:
-    """In one line each."""
+    """Return each failure in one line."""
     return [f"{o.what} {o.dtype}: {o.error or f'{o.changed} of {o.asked} changed'}" for o in outcomes if not o.passed]

@@ -1,4 +1,4 @@
-"""Checkpoints of real sizes with random weights, whose tokenizers have one token for a word: lengths can be chosen."""
+"""Checkpoints of real sizes with random weights, and tokenizers with one token per word, for exact lengths."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 def make(folder: Path, name: str, small: bool) -> Path:
-    """Write the checkpoint called `name`, with weights drawn by a seed."""
+    """Write the checkpoint `name`, with seeded random weights."""
     size = SIZES[name]
     options = {**size.options, **(SMALLER[name] if small else {})}
     ids = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
@@ -78,13 +78,13 @@ def make(folder: Path, name: str, small: bool) -> Path:
 
 
 def texts(lengths: Sequence[int], words: int, seed: int = 0) -> List[str]:
-    """Texts of so many tokens each, without special ones, of a vocabulary with `words` tokens."""
+    """Return texts with this many tokens each, without special ones, from a vocabulary with `words` tokens."""
     chosen = random.Random(seed)
     return [" ".join(f"w{chosen.randrange(len(_SPECIAL), words)}" for _ in range(length)) for length in lengths]
 
 
 def vocabulary(name: str, small: bool) -> int:
-    """The number of tokens of this checkpoint."""
+    """Return the size of this checkpoint's vocabulary."""
     own = {**SIZES[name].options, **(SMALLER[name] if small else {})}
     return int(own.get("vocab_size", 30522))
 

@@ -1,4 +1,4 @@
-"""Two workers on one GPU, as TorchServe starts them: each a process, through the handler that it loads."""
+"""Two workers on one GPU, as started by TorchServe: separate processes, each through the handler."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
 
 class Worked(NamedTuple):
-    """What one worker answered, as bytes; seconds of its batches; MiB that its tensors took at most on the device."""
+    """One worker's answers, as bytes; its batches' seconds; its tensors' peak memory on the device in MiB."""
 
     answers: List[bytes]
     seconds: float
@@ -20,7 +20,7 @@ class Worked(NamedTuple):
 
 
 class Context:
-    """What TorchServe gives a handler, as far as it is read."""
+    """The parts of TorchServe's context that a handler reads."""
 
     def __init__(self, folder: Path, device: str) -> None:
         self.system_properties: Dict[str, Any] = {"model_dir": str(folder)}
@@ -36,14 +36,14 @@ class Context:
         return str(index)
 
     def set_response_header(self, index: int, key: str, value: str) -> None:
-        """Nobody reads it here."""
+        """Ignore it."""
 
     def set_response_status(self, status: int, phrase: str, index: int) -> None:
         raise AssertionError(f"request {index} was answered with {status} {phrase}")
 
 
 def work(folder: str, device: str, texts: Sequence[str], batches: int) -> Worked:
-    """Load the archive's folder as a worker does, and answer the same batch again and again."""
+    """Load the archive's folder like a worker, and answer the same batch repeatedly."""
     import torch
     from transformer_handler import TransformerHandler
 
@@ -65,7 +65,7 @@ def work(folder: str, device: str, texts: Sequence[str], batches: int) -> Worked
 
 
 def beside_each_other(folder: Path, device: str, texts: Sequence[str], batches: int) -> Tuple[Worked, List[Worked]]:
-    """One worker alone, and two at the same time; each in a process of its own."""
+    """Run one worker alone, and two at the same time; each in its own process."""
     arguments = (str(folder), device, list(texts), batches)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn) as pool:

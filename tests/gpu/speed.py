@@ -1,4 +1,4 @@
-"""Tokens per second of the engine, text in and answer out, beside transformers as people run it on the same GPU."""
+"""Tokens per second of the engine, text in and answer out, compared with transformers on the same GPU."""
 
 from __future__ import annotations
 
@@ -21,29 +21,30 @@ from gpu.answers import build, few_samples
 BATCHES = (1, 32, 256)
 NEW_TOKENS = 64
 _ROUNDS = 3
-_SECONDS = 0.6  # of each measurement, in each round
+_SECONDS = 0.6  # per measurement and round
 
 
 class Speed(NamedTuple):
-    """Real tokens per second: of the texts, or of what was written; padding is not counted."""
+    """Real tokens per second: of the texts, or of the generated ones; padding is not counted."""
 
     model: str
     dtype: str
     what: str  # who answered
-    batch: int  # requests at once
+    batch: int  # concurrent requests
     tokens_per_second: float
     spread: float  # (most - least) / median over the rounds
 
 
 class Candidate(NamedTuple):
-    """Who answers a list of texts; `tokens` counts what one call computes or writes."""
+    """A contender that answers a list of texts; `tokens` counts what one call computes or writes."""
 
     what: str
     call: Callable[[Sequence[str]], Any]
 
 
 def lengths(count: int, longest: int, seed: int = 0) -> List[int]:
-    """A real mix: everyday sentences by their words, and one text in ten of a quarter of `longest` to `longest` words."""
+    """Return a realistic mix: everyday sentences by words, and one text in ten of a quarter of `longest` to `longest`
+    words."""
     chosen = random.Random(seed)
     everyday = [len(text.split()) for text in sentences(512)]
     return [
@@ -53,7 +54,7 @@ def lengths(count: int, longest: int, seed: int = 0) -> List[int]:
 
 
 def prepared(name: str, folder: Path, dtype: str, small: bool) -> Tuple[Path, Path]:
-    """The checkpoint called `name`, and its artifact in this dtype; each is made once."""
+    """Return the checkpoint `name` and its artifact in this dtype; each is made once."""
     size = checkpoints.SIZES[name]
     source, artifact = folder / name, folder / f"{name}-{dtype}-artifact"
     if not source.exists():
@@ -67,7 +68,7 @@ def prepared(name: str, folder: Path, dtype: str, small: bool) -> Tuple[Path, Pa
 def measure(
     name: str, folder: Path, device: str, dtype: str, small: bool, compiled: bool, left: Callable[[], float]
 ) -> Iterator[Speed]:
-    """One model in one dtype, each candidate in turn within each round."""
+    """Measure one model in one dtype, alternating between candidates in each round."""
     source, artifact = prepared(name, folder, dtype, small)
     engine = Engine.load(artifact, device)
     engine.warm_up()
@@ -102,7 +103,7 @@ def _in_turn(
 
 
 def _seconds(call: Callable[[], Any], device: str, small: bool) -> float:
-    """Of one call, on average over as many as fit."""
+    """Return one call's seconds, averaged over as many as fit."""
     calls, began = 0, time.perf_counter()
     while not calls or (time.perf_counter() - began < _SECONDS and not small):
         call()
@@ -113,7 +114,7 @@ def _seconds(call: Callable[[], Any], device: str, small: bool) -> float:
 
 
 def _of_the_model(engine: Engine, name: str, dtype: str, device: str, small: bool) -> Speed:
-    """The runner alone, at 256 rows of 128 tokens without padding."""
+    """Measure the runner alone, with 256 unpadded rows of 128 tokens."""
     batch, length = (4, 16) if small else (256, 128)
     inputs = filled(engine.manifest, batch, length)
     for _ in range(3):
@@ -146,7 +147,7 @@ def _original(source: Path, device: str, dtype: str, auto_model: str) -> Any:
 
 
 def _classifier(source: Path, device: str, dtype: str, compiled: bool) -> Callable[[Sequence[str]], Any]:
-    """Tokenized together, padded to the longest, best label and its score, as a careful person writes it."""
+    """Tokenize together, pad to the longest, return the best label and its score, like a careful user."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     model = _original(source, device, dtype, "AutoModelForSequenceClassification")
     if compiled:
@@ -161,7 +162,7 @@ def _classifier(source: Path, device: str, dtype: str, compiled: bool) -> Callab
 
 
 def _writer(source: Path, device: str, dtype: str) -> Callable[[Sequence[str]], Any]:
-    """`generate`, greedy, padded on the left."""
+    """Run `generate`, greedy, left-padded."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(source, padding_side="left")
     model = _original(source, device, dtype, "AutoModelForCausalLM")
 
@@ -175,7 +176,7 @@ def _writer(source: Path, device: str, dtype: str) -> Callable[[Sequence[str]], 
 
 
 def peak(device: str, dtype: str) -> Optional[float]:
-    """Products of this dtype per second, in tera, of a large matrix product; None on a CPU."""
+    """Return this dtype's TFLOP/s in a large matrix product; None on a CPU."""
     if not device.startswith("cuda"):
         return None
     one = torch.randn(8192, 8192, device=device, dtype=getattr(torch, dtype))

@@ -1,4 +1,4 @@
-"""The stack of AWS's Inf1 with doubles of torch_neuron and torch_neuronx (tests/doubles); `nox -s inf1` makes it.
+"""The AWS Inf1 stack with doubles of torch_neuron and torch_neuronx (tests/doubles); `nox -s inf1` makes it.
 
 Without the doubles nothing here is collected.
 """
@@ -34,14 +34,14 @@ def locks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def machine(locks: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every test begins on an inf1.xlarge of its own, with none of its cores taken."""
+    """Give every test its own inf1.xlarge, with all cores free."""
     from neuron_double import cores
 
     monkeypatch.setenv("NEURON_DOUBLE_FOLDER", str(locks))
     for name in SWITCHES:
         monkeypatch.delenv(f"NEURON_DOUBLE_{name}", raising=False)
     for name in ("NEURON_RT_NUM_CORES", "NEURON_RT_VISIBLE_CORES"):
-        monkeypatch.setenv(name, "")  # so that what the code sets is undone
+        monkeypatch.setenv(name, "")  # so that the code's settings are undone
         monkeypatch.delenv(name)
     cores.release()
     yield
@@ -50,7 +50,7 @@ def machine(locks: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def build(checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[..., Exported]:
-    """Exports a tiny classifier for a chip into tmp_path/out."""
+    """Export a tiny classifier for a chip into tmp_path/out."""
 
     def make(content: Optional[Dict[str, Any]] = None, **options: Any) -> Exported:
         model = checkpoint("bert", **LABELS)
@@ -63,7 +63,7 @@ def build(checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[..., Expo
 def exported(
     checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory, locks: Path
 ) -> Callable[..., Path]:
-    """Artifacts by their configuration, each made once, by a compiler that rounds nothing unless told so."""
+    """Make artifacts by configuration, each once, by default with a compiler that rounds nothing."""
     from neuron_double import cores
 
     made: Dict[str, Path] = {}

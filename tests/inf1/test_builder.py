@@ -1,4 +1,4 @@
-"""From configuration to an artifact for a chip; and every way in which that fails."""
+"""From a configuration to an artifact for a chip; and every way in which that fails."""
 
 from __future__ import annotations
 

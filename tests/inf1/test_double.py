@@ -1,4 +1,4 @@
-"""The double keeps the contract that the rest of these tests rely on."""
+"""The double keeps the contract that the other tests rely on."""
 
 from __future__ import annotations
 

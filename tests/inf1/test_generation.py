@@ -1,4 +1,4 @@
-"""Text to text by a padded encoder and a padded decoder, equal to `generate`."""
+"""Text to text with a padded encoder and a padded decoder, equal to `generate`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TEXTS = [
 def test_texts_are_those_of_generate(
     architecture: str, exported: Callable[..., Path], checkpoint: Callable[..., Path]
 ) -> None:
-    """Greedily and by beams, which are more rows than any graph takes; past the short target length, too."""
+    """Greedily and with beams, which are more rows than any graph takes; also past the short target length."""
     engine = Engine.load(exported(architecture, "AutoModelForSeq2SeqLM", WRITER))
     source = checkpoint(architecture, "AutoModelForSeq2SeqLM")
     model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(source).eval(), AutoTokenizer.from_pretrained(source)

@@ -1,4 +1,4 @@
-"""Inf2 and Trn1: the same, by torch_neuronx."""
+"""Inf2 and Trn1: the same, with torch_neuronx."""
 
 from __future__ import annotations
 

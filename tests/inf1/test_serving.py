@@ -1,4 +1,4 @@
-"""The real TorchServe: a core for each worker, and no more workers than cores."""
+"""The real TorchServe: one core per worker, and no more workers than cores."""
 
 from __future__ import annotations
 

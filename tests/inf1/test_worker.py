@@ -1,4 +1,4 @@
-"""The worker's reader: one core, every graph warm, rows padded and split; and every way in which a load fails."""
+"""The worker's reader: one core, every graph warm, rows padded and split; and every way in which loading fails."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_another_torch(classifier: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def changed(artifact: Path, folder: Path, module: torch.nn.Module) -> Path:
-    """A copy of an artifact with another model in it."""
+    """Copy an artifact with another model in it."""
     shutil.copytree(str(artifact), str(folder))
     torch.jit.save(module, str(folder / "traced_model.pt"))
     manifest = Manifest.read(folder, verify=False)

@@ -1,19 +1,21 @@
-"""What both doubles share: an operator of TorchScript in the namespace `neuron`, a compiler, and cores that processes own.
+"""The parts common to both doubles: a TorchScript operator in the namespace `neuron`, a compiler, and cores owned by
+processes.
 
-A double keeps the contract that the code under test relies on, and breaks it in the ways in which the real thing does:
-TorchScript itself tells of an unknown operator, a shape or dtype that was not compiled is refused, a core belongs to one
-process. It computes on the CPU. What it cannot show: what AWS's compiler accepts, how fast a chip is, its memory.
+A double keeps the contract that the tested code relies on, and fails in the same ways as the real thing:
+TorchScript itself reports an unknown operator, shapes or dtypes that were not compiled are refused, a core belongs to
+one
+process. It computes on the CPU. It cannot show what AWS's compiler accepts, a chip's speed, or its memory.
 
-By environment variables, each read when it matters:
+Environment variables, each read when needed:
 
-    NEURON_DOUBLE_CORES     how many cores this machine has; default 4 (an inf1.xlarge); 0: no chip, no driver
-    NEURON_DOUBLE_FOLDER    where the locks of the cores lie; default /tmp/neuron-double
+    NEURON_DOUBLE_CORES     this machine's number of cores; default 4 (an inf1.xlarge); 0: no chip, no driver
+    NEURON_DOUBLE_FOLDER    the folder of the cores' locks; default /tmp/neuron-double
     NEURON_DOUBLE_COMPILER  "fails": every compilation fails; "places nothing": a warning, and a module on the CPU;
-                            "share=0.6": so much of the operators is placed on the chip, the others stay on the CPU
-    NEURON_DOUBLE_SECONDS   how long the compiler takes for a graph; default 0
-    NEURON_DOUBLE_NOISE     "bfloat16" (default): weights are rounded to it; "none"; a number: outputs are off by so much,
+                            "share=0.6": this share of the operators is placed on the chip, the others stay on the CPU
+    NEURON_DOUBLE_SECONDS   the compiler's seconds per graph; default 0
+    NEURON_DOUBLE_NOISE     "bfloat16" (default): weights are rounded to it; "none"; a number: the outputs' error,
                             relative to the largest
-    NEURON_DOUBLE_TORCH     the version of torch that the package was built for, as "1.13."; by default any
+    NEURON_DOUBLE_TORCH     the torch version that the package was built for, such as "1.13."; default any
 
-NEURON_RT_NUM_CORES and NEURON_RT_VISIBLE_CORES are read as Neuron's runtime reads them.
+NEURON_RT_NUM_CORES and NEURON_RT_VISIBLE_CORES are read as in Neuron's runtime.
 """

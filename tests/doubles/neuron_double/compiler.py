@@ -1,4 +1,4 @@
-"""What both compilers do before and after the graph itself."""
+"""The steps of both compilers before and after the graph itself."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Optional
 
 
 def check_torch(package: str) -> None:
-    """Fail as a library does that was linked against another torch."""
+    """Fail like a library linked against another torch."""
     import torch
 
     wanted = os.environ.get("NEURON_DOUBLE_TORCH", "")
@@ -23,12 +23,12 @@ def outcome() -> str:
 
 
 def share() -> float:
-    """The share of operators that the compiler places."""
+    """Return the share of operators that the compiler places."""
     return float(outcome().partition("=")[2]) if outcome().startswith("share=") else 1.0
 
 
 def run(workdir: Optional[str], timeout: Optional[float]) -> None:
-    """Take the time that a compilation takes, and leave a log; raises subprocess.TimeoutExpired."""
+    """Wait for a compilation's time, and write a log; raises subprocess.TimeoutExpired."""
     if workdir is not None:
         Path(workdir).mkdir(parents=True, exist_ok=True)
         Path(workdir, "log-neuron-cc.txt").write_text(

@@ -1,4 +1,4 @@
-"""The cores of the machine: each belongs to the process that holds the lock of its file, until that process ends."""
+"""The machine's cores: each belongs to the process that holds its file's lock, until that process ends."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import IO, List, Optional
 
-# As Neuron's own runtime words it, for a machine without cores as for one whose cores are taken.
+# The message of Neuron's runtime, both without cores and if they are taken.
 NOT_INITIALIZED = (
     "The PyTorch Neuron Runtime could not be initialized. Neuron Driver issues are logged\n"
     "to your system logs. See the Neuron Runtime's troubleshooting guide for help on this\n"
@@ -32,7 +32,7 @@ def count() -> int:
 
 
 def initialize() -> None:
-    """Claim the cores that the environment asks for, once; raises RuntimeError as the runtime does."""
+    """Claim the cores in the environment, once; raises the runtime's RuntimeError."""
     if _claim.process is not None:
         return
     if not count():
@@ -55,20 +55,20 @@ def initialize() -> None:
 
 
 def check() -> None:
-    """Raise RuntimeError where the runtime was not initialized by this very process: it does not survive a fork."""
+    """Raise RuntimeError unless this very process initialized the runtime: it does not survive a fork."""
     if _claim.process != os.getpid():
         raise RuntimeError("the Neuron runtime was not initialized by this process")
 
 
 def release() -> None:
-    """Give the cores back, as the end of the process does."""
+    """Release the cores, as at the process's end."""
     for file in _claim.files:
         file.close()
     _claim.process, _claim.files = None, []
 
 
 def owners() -> List[int]:
-    """The processes that own a core."""
+    """Return the processes that own a core."""
     found = []
     for core in range(count()):
         file = _lock(core)
@@ -101,7 +101,7 @@ def _path(core: int) -> Path:
 
 
 def _lock(core: int) -> Optional[IO[str]]:
-    """The open file whose lock is the core, with this process's number in it; None if another process has it."""
+    """Return the open file whose lock is the core, with this process's id; None if another process has it."""
     if core >= count():
         return None
     file = _path(core).open("a+")

@@ -1,4 +1,4 @@
-"""The operator `neuron::forward_1`, and modules that call it in place of what was compiled."""
+"""The operator `neuron::forward_1`, and modules that call it instead of the compiled operators."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from neuron_double import cores
 _library = Library("neuron", "DEF")
 _library.define("forward_1(Tensor[] inputs, Tensor program, str signature) -> Tensor[]")
 
-_loaded: Dict[str, torch.jit.ScriptModule] = {}  # by the digest of the program
+_loaded: Dict[str, torch.jit.ScriptModule] = {}  # by the program's digest
 _compiling = [False]
 
 
 class GraphModule(torch.nn.Module):
-    """A graph whose operators are one program for the chip, but for `left` that stay on the CPU."""
+    """A graph whose operators are one program for the chip, except for `left` that stay on the CPU."""
 
     def __init__(self, program: torch.Tensor, signature: str, left: int, single: bool) -> None:
         super().__init__()
@@ -32,13 +32,13 @@ class GraphModule(torch.nn.Module):
 
     def forward(self, *argument: torch.Tensor) -> Any:
         outputs = list(torch.ops.neuron.forward_1(list(argument), self.program, self.signature))
-        for _ in range(self.left):  # stands for what the compiler does not know
+        for _ in range(self.left):  # stands for operators unknown to the compiler
             outputs[0] = torch.mul(outputs[0], 1.0)
         return outputs[0] if self.single else tuple(outputs)
 
 
 def compile_graph(traced: torch.jit.ScriptModule, inputs: Sequence[torch.Tensor], left: int = 0) -> torch.nn.Module:
-    """The traced module with one operator in place of its own."""
+    """Return the traced module with one operator instead of its own."""
     program, single = _program(traced), isinstance(traced(*inputs), torch.Tensor)
     digest = hashlib.sha256(program.numpy().tobytes()).hexdigest()
     shapes = [[list(tensor.shape), str(tensor.dtype)] for tensor in inputs]
@@ -51,7 +51,7 @@ def compile_graph(traced: torch.jit.ScriptModule, inputs: Sequence[torch.Tensor]
 
 
 def is_on_neuron(module: Any) -> bool:
-    """Whether a loaded module calls the operator anywhere."""
+    """Return whether a loaded module calls the operator."""
     return (
         "neuron::" in str(module.inlined_graph)
         if hasattr(module, "forward") and _has_graph(module)
@@ -62,12 +62,12 @@ def is_on_neuron(module: Any) -> bool:
 def _has_graph(module: Any) -> bool:
     try:
         return module.inlined_graph is not None
-    except RuntimeError:  # it only holds others
+    except RuntimeError:  # it only contains others
         return False
 
 
 def _program(traced: torch.jit.ScriptModule) -> torch.Tensor:
-    """The module as bytes, its weights as the chip has them."""
+    """Return the module as bytes, with the chip's weights."""
     buffer = io.BytesIO()
     torch.jit.save(traced, buffer)
     if _noise() == "bfloat16":
@@ -104,7 +104,7 @@ def _check(inputs: List[torch.Tensor], expected: Sequence[Tuple[List[int], str]]
 
 
 def _fail(message: str) -> None:
-    print(f"ERROR  {message}", file=sys.stderr, flush=True)  # torch 1.13 loses the words of an operator's error
+    print(f"ERROR  {message}", file=sys.stderr, flush=True)  # torch 1.13 loses an operator's error message
     raise RuntimeError(message)
 
 
@@ -128,7 +128,7 @@ _original_load = torch.jit.load
 
 @functools.wraps(_original_load)
 def _wrapped_load(*arguments: Any, **options: Any) -> Any:
-    """`torch.jit.load`, which starts the runtime for a module that is for the chip, as the real packages' does."""
+    """Like the real packages' `torch.jit.load`, start the runtime for a module for the chip."""
     module = _original_load(*arguments, **options)
     if is_on_neuron(module):
         cores.initialize()
@@ -136,7 +136,7 @@ def _wrapped_load(*arguments: Any, **options: Any) -> Any:
 
 
 def register() -> None:
-    """What the import of either package does; once."""
+    """Do what importing either package does; once."""
     if torch.jit.load is not _wrapped_load:
         _library.impl("forward_1", _forward, "CPU")
         torch.jit.load = _wrapped_load

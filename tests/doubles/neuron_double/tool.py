@@ -1,4 +1,4 @@
-"""`neuron-ls --json-output`: a list of devices, or exit code 1 where there is none."""
+"""`neuron-ls --json-output`: a list of devices, or exit code 1 without any."""
 
 from __future__ import annotations
 

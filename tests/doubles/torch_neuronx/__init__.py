@@ -25,7 +25,8 @@ def trace(
     inline_weights_to_neff: bool = True,
     cpu_backend: bool = False,
 ) -> torch.jit.ScriptModule:
-    """Compile `func` for the shapes and dtypes of `example_inputs`; without a chip by `cpu_backend`, for a --target."""
+    """Compile `func` for the shapes and dtypes of `example_inputs`; without a chip with `cpu_backend`, for a
+    --target."""
     if _:
         raise TypeError("options of torch_neuronx.trace are given by name")
     if not cpu_backend and not cores.count():
