@@ -1,4 +1,4 @@
-"""Adapters of peft: merged with their base, answered as the two beside each other do; or refused in one line."""
+"""peft adapters: merged with their base, with the unmerged pair's answers; or refused in one line."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ KINDS: Dict[str, Dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def _no_warnings() -> Any:
-    """peft warns of compilers for other hardware while it makes its layers."""
+    """Ignore peft's warnings about compilers while it makes its layers."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -61,7 +61,7 @@ def _no_warnings() -> Any:
 def adapt(
     folder: Path, base: Path, auto_model: str, kind: str = "LORA", tokenizer: bool = False, **options: Any
 ) -> Any:
-    """Write an adapter with random weights, of the base as the folder beside it; the model with the adapter beside it."""
+    """Write an adapter with random weights for the base in the folder beside it; return the unmerged model."""
     labels = {"num_labels": options.pop("num_labels")} if "num_labels" in options else {}
     torch.manual_seed(1)
     model = getattr(transformers, auto_model).from_pretrained(base, ignore_mismatched_sizes=True, **labels)
@@ -99,13 +99,13 @@ def fetch(folder: Path, **content: Any) -> Checkpoint:
 
 
 def logits(model: Any, tokenizer: Any) -> np.ndarray:
-    """Of each text alone, all in one row."""
+    """Return each text's logits in one row."""
     with torch.no_grad():
         return np.concatenate([model(**tokenizer(text, return_tensors="pt")).logits.ravel().numpy() for text in TEXTS])
 
 
 def test_a_classifier(checkpoint: Make, tmp_path: Path) -> None:
-    """The head is the adapter's, with more labels than the base's configuration has."""
+    """The head is the adapter's, with more labels than the base's configuration."""
     base = base_of(checkpoint, tmp_path, "bert", "AutoModel")
     adapted = adapt(tmp_path / "mine", base, "AutoModelForSequenceClassification", task_type="SEQ_CLS", num_labels=5)
     exported = run_export(tmp_path / "artifact", {"model_name": str(tmp_path / "mine")})
@@ -174,7 +174,7 @@ def test_every_kind_is_tried() -> None:
 
 @pytest.mark.parametrize("dora", [True, False])
 def test_a_pickle_in_half_precision(dora: bool, checkpoint: Make, tmp_path: Path) -> None:
-    """The merge is in float32, whatever the two are stored in."""
+    """The merge is in float32, whatever the stored dtypes."""
     base = base_of(checkpoint, tmp_path, "bert", "AutoModel")
     transformers.AutoModel.from_pretrained(base).to(torch.bfloat16).save_pretrained(base)
     options = {"task_type": "SEQ_CLS", "use_dora": dora, "use_rslora": dora}
@@ -225,7 +225,7 @@ def test_a_text2text_writer(checkpoint: Make, tmp_path: Path) -> None:
     ids=["trained", "saved", "adapted", "some"],
 )
 def test_added_tokens(options: Dict[str, Any], checkpoint: Make, tmp_path: Path) -> None:
-    """The base gets as many embeddings as the adapter has, and the tokenizer is the adapter's."""
+    """The base gets the adapter's number of embeddings, and the tokenizer is the adapter's."""
     base = base_of(checkpoint, tmp_path, "llama", "AutoModelForCausalLM")
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     tokenizer.add_tokens(["<user>", "<robot>"])
@@ -258,7 +258,7 @@ def test_labels(checkpoint: Make, tmp_path: Path) -> None:
 
 
 def test_a_head_that_was_not_saved(checkpoint: Make, tmp_path: Path) -> None:
-    """The base has no pooler, so that one was drawn at random when the adapter was trained, and the adapter lacks it."""
+    """The base has no pooler, so a random one was used in training, and the adapter lacks it."""
     base = base_of(checkpoint, tmp_path, "bert", "AutoModelForMaskedLM")
     adapt(tmp_path / "mine", base, "AutoModelForSequenceClassification", task_type="SEQ_CLS")
     with pytest.raises(SourceError, match=r"mine holds no trained weights .*\(bert.pooler.dense.bias, [^,]*\)"):

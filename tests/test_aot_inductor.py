@@ -40,7 +40,7 @@ LABELS = {"id2label": {0: "red", 1: "green", 2: "blue"}, "label2id": {"red": 0, 
 
 @pytest.fixture(scope="module")
 def compiled(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The artifact of a tiny classifier of one layer: compiling takes a while."""
+    """The artifact of a tiny one-layer classifier: compiling is slow."""
     folder = tmp_path_factory.mktemp("compiled") / "x"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("traceserve.building.attempt.measure_speeds", lambda folders, *rest: dict.fromkeys(folders, 1.0))
@@ -54,7 +54,7 @@ def content(checkpoint: Callable[..., Path]) -> Dict[str, Any]:
 
 
 def test_it_answers_as_the_original(compiled: Path) -> None:
-    """The gate compared it, at every batch and length; together and alone the answers are the same."""
+    """The gate compared every batch and length; together and alone the answers are equal."""
     engine = Engine.load(compiled, settings=Settings(threads=1))
     receipt = engine.manifest.receipt
     assert receipt["passed"] and not receipt["answers_changed"] and receipt["largest_difference"] < 1e-5
@@ -92,7 +92,7 @@ def claim(patch: pytest.MonkeyPatch, folder: Path, features: str) -> None:
 
 @pytest.fixture
 def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing may be loaded: code with unknown instructions ends the process."""
+    """Forbid loading: code with unknown instructions ends the process."""
 
     def load(*arguments: Any, **options: Any) -> Any:
         raise AssertionError("the code was loaded")
@@ -101,7 +101,7 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def changed(folder: Path, tmp_path: Path, **runtime: Any) -> Path:
-    """A copy whose manifest says so of what it was compiled for."""
+    """Copy with a changed compile target in the manifest."""
     shutil.copytree(folder, tmp_path / "x")
     manifest = Manifest.read(folder)
     dataclasses.replace(manifest, runtime={**manifest.runtime, **runtime}).write(tmp_path / "x")

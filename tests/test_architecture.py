@@ -1,4 +1,4 @@
-"""What must never be, held by reading the code."""
+"""Checks the architecture's rules by reading the code."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ HEAVY = {
 
 
 def imports(path: Path, module_level: bool = False) -> Iterator[str]:
-    """The modules that a file imports, anywhere or at module level; type checking aside."""
+    """Yield a file's imports, anywhere or at module level; without type checking."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     nodes = list(ast.walk(tree)) if not module_level else list(at_module_level(tree.body))
     for node in nodes:
@@ -78,12 +78,12 @@ def test_the_runtime_imports_neither_builder_nor_torch(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(RUNTIME.rglob("*.py")), ids=lambda p: str(p.relative_to(HANDLERS)))
 def test_the_runtime_begins_with_three_packages(path: Path) -> None:
-    """What else a worker may need (jinja2 for chats, a reader's library) is imported where it is used."""
+    """Other packages of a worker (jinja2 for chats, a reader's library) are imported where they are used."""
     known = {*sys.stdlib_module_names, "numpy", "tokenizers", "traceserve_runtime"}
     assert roots(path, module_level=True) <= known
 
 
-# Each floor of the serving side imports what stands below it, and files of its own folder; nothing stands beside another.
+# Each floor of the serving side imports from those below it and from its own folder; none from its own floor.
 RUNTIME_FLOORS: Sequence[Set[str]] = (
     {"errors", "memory", "softmax", "frontend_socket"},
     {"processor", "settings"},
@@ -104,7 +104,7 @@ def module_name(path: Path, root: Path) -> str:
 
 
 def edges_of(root: Path, package: str) -> Dict[str, Set[str]]:
-    """Which files of a package import which others, wherever in the file, type checking included."""
+    """Return which files of a package import which others, anywhere in the file, including type checking."""
     files = {module_name(path, root): path for path in sorted((root / package).rglob("*.py"))}
 
     def imported(path: Path) -> Iterator[str]:
@@ -112,14 +112,14 @@ def edges_of(root: Path, package: str) -> Dict[str, Set[str]]:
             if isinstance(node, ast.Import):
                 yield from (alias.name for alias in node.names)
             elif isinstance(node, ast.ImportFrom):
-                named = [f"{node.module}.{alias.name}" for alias in node.names]  # each a file, or of the module
+                named = [f"{node.module}.{alias.name}" for alias in node.names]  # each a file, or in the module
                 yield from (name if name in files else str(node.module) for name in named)
 
     return {name: {other for other in imported(path) if other in files} for name, path in files.items()}
 
 
 def circles(edges: Mapping[str, Set[str]]) -> List[str]:
-    """One circle of imports, or none. A package's own file stands above what it imports of its folder."""
+    """Return one circle of imports, or none. A package's own file is above its folder's modules."""
     done: Set[str] = set()
 
     def visit(name: str, way: List[str]) -> List[str]:
@@ -138,7 +138,7 @@ def circles(edges: Mapping[str, Set[str]]) -> List[str]:
 
 
 def climbs(edges: Mapping[str, Set[str]], floors: Sequence[Set[str]]) -> List[Tuple[str, str]]:
-    """The imports of a wing on the same floor or a higher one; a wing is a folder or file of the package."""
+    """Return a wing's imports from the same floor or a higher one; a wing is a folder or file of the package."""
     floor_of = {wing: number for number, wings in enumerate(floors) for wing in wings}
 
     def wing(name: str) -> str:
@@ -154,13 +154,13 @@ def climbs(edges: Mapping[str, Set[str]], floors: Sequence[Set[str]]) -> List[Tu
 
 
 def within(edges: Mapping[str, Set[str]], package: str) -> Dict[str, Set[str]]:
-    """The imports between the files of one folder, by names that begin with the folder's own."""
+    """Return the imports between one folder's files, by names that begin with the folder's own."""
     start = package.rfind(".") + 1
     own = {name for name in edges if name.startswith(f"{package}.")}
     return {name[start:]: {other[start:] for other in edges[name] & own} for name in own}
 
 
-# The builder's floors, as those of the serving side. What serves and what builds meet at the archive alone.
+# The builder's floors, like the serving side's. Serving and building only meet at the archive.
 BUILDER_FLOORS: Sequence[Set[str]] = (
     {"errors"},
     {"machine"},
@@ -171,7 +171,7 @@ BUILDER_FLOORS: Sequence[Set[str]] = (
     {"cli"},
     {"__main__"},
 )
-# What can be (`config`) stands apart from how it is done; what writes and what compares do not know each other.
+# Possibilities (`config`) are separate from implementations; writers and the gate do not know each other.
 BUILDING_FLOORS: Sequence[Set[str]] = (
     {"config", "progress", "samples"},
     {"checkpoints"},
@@ -189,12 +189,12 @@ def test_the_builder_has_floors() -> None:
     assert not circles(edges)
 
 
-# What cannot be imported without an optional package, whose absence has a message of its own.
+# Imports that need an optional package, whose absence has its own message.
 OF_OPTIONAL_PACKAGES = {"traceserve.building.checkpoints.libraries.curated_models"}
 
 
 def lazy_imports(path: Path) -> Iterator[str]:
-    """The builder's own modules that a file imports inside functions."""
+    """Return the builder's own modules that a file imports inside functions."""
     functions = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, FUNCTIONS)]
     for node in (node for function in functions for node in ast.walk(function)):
         if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "traceserve":
@@ -206,7 +206,7 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 @pytest.mark.parametrize("path", sorted(SCRIPTS.rglob("*.py")), ids=lambda p: str(p.relative_to(SCRIPTS)))
 def test_only_commands_import_lazily(path: Path) -> None:
-    """For a quick start; elsewhere a lazy import would hide a circle."""
+    """Commands do so to start quickly; elsewhere a lazy import would hide a circle."""
     if path.parent.name != "commands" and path.name != "cli.py":
         assert set(lazy_imports(path)) <= OF_OPTIONAL_PACKAGES
 
@@ -218,7 +218,7 @@ def test_the_serving_side_has_floors() -> None:
 
 
 def test_a_circle_and_a_climb_are_found(tmp_path: Path) -> None:
-    """Else the test above could not fail: lazy imports and those for type checking count."""
+    """Proves that the test above can fail: lazy and type-checking imports count."""
     package = tmp_path / "house"
     package.mkdir()
     (package / "__init__.py").write_text("")
@@ -236,7 +236,7 @@ def test_a_circle_and_a_climb_are_found(tmp_path: Path) -> None:
 
 
 def test_tasks_and_runtimes_do_not_know_each_other() -> None:
-    """They meet in the engine, and nothing between them brings one to the other."""
+    """They meet in the engine, and no module between them imports both."""
     edges = edges_of(HANDLERS, "traceserve_runtime")
     for name, others in edges.items():
         if name.split(".")[1:2] != ["runtimes"]:
@@ -249,7 +249,7 @@ def test_tasks_and_runtimes_do_not_know_each_other() -> None:
     "line", ["import traceserve_runtime.runtimes", "from traceserve_runtime import runtimes", "def f(): import torch"]
 )
 def test_no_import_is_overlooked(line: str, tmp_path: Path) -> None:
-    """Else the tests above could not fail."""
+    """Proves that the tests above can fail."""
     (tmp_path / "x.py").write_text(line)
     assert {"traceserve_runtime.runtimes", "torch"} & set(imports(tmp_path / "x.py"))
 
@@ -333,9 +333,9 @@ def broad_excepts(path: Path) -> List[Tuple[str, int]]:
 
 def test_broad_excepts_stand_at_the_edges_and_around_foreign_code() -> None:
     edges = {"transformer_handler.py", "cli.py"}
-    # Whatever a request meets is its own: there a batch is taken apart, and there each of its requests ends with an answer.
+    # Errors are isolated per request: here a batch is taken apart, and each of its requests gets an answer.
     requests = {"engine.py", "failures.py", "service.py"}
-    # transformers, tokenizers, peft, a TorchServe that may not be there, a checkpoint's own chat template.
+    # transformers, tokenizers, peft, a TorchServe that may be absent, a checkpoint's own chat template.
     foreign = {
         "loading.py",
         "tokenizers.py",
@@ -356,7 +356,7 @@ def test_tables_agree() -> None:
 
 
 def test_what_can_be_is_what_is_done() -> None:
-    """The tables of `config` and those that hold the code have the same keys, and name each other's rows alone."""
+    """The tables of `config` and of the code have the same keys, and only name each other's rows."""
     assert set(SAVE_MODES) == set(WRITERS)
     assert set(DTYPES) == set(PRECISIONS)
     assert set(LIBRARIES) == set(LOADERS)
@@ -385,7 +385,7 @@ def test_what_can_be_is_read_without_torch() -> None:
 def test_the_code_runs_on_python_3_8() -> None:
     command = ["vermin", "--target=3.8-", "--no-tips", "--violations", "--eval-annotations", "--quiet"]
     paths = [str(HANDLERS), str(SCRIPTS)]
-    # Annotations are not evaluated (`from __future__ import annotations`), but for pydantic's in config.py.
+    # Annotations are not evaluated (`from __future__ import annotations`), except pydantic's in config.py.
     command = [c for c in command if c != "--eval-annotations"]
     program = Path(sys.executable).with_name("vermin")
     result = subprocess.run(

@@ -1,4 +1,4 @@
-"""The archive: the same bytes each time, nothing needless in it, and a worker that needs three packages."""
+"""The archive: deterministic bytes, no unneeded files, and a worker that needs three packages."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_the_same_artifact_gives_the_same_bytes(artifact: Path, packed: Path, tm
 
 
 def test_two_builds_give_the_same_bytes(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    """In processes of their own, as two builds are."""
+    """In separate processes, as two builds are."""
     config = {"model_name": str(checkpoint("distilbert")), "max_length": 32}
     (tmp_path / "setup_config.json").write_text(json.dumps(config))
     hashes = []
@@ -48,7 +48,7 @@ def test_two_builds_give_the_same_bytes(checkpoint: Callable[..., Path], tmp_pat
 
 
 def test_what_lies_in_it(packed: Path) -> None:
-    """At its root nothing that could shadow a library but the handler and the one package."""
+    """At its root, nothing could shadow a library except the handler and the one package."""
     with zipfile.ZipFile(packed) as file:
         names = set(file.namelist())
         assert all(info.compress_type == zipfile.ZIP_STORED for info in file.infolist())
@@ -129,7 +129,7 @@ except ImportError:
 
 
 def test_it_answers_in_a_clean_environment(packed: Path, tmp_path: Path) -> None:
-    """With torch, tokenizers and numpy, what torch itself needs, the standard library, and no network."""
+    """With torch, tokenizers and numpy, torch's own dependencies, the standard library, and no network."""
     packages = tmp_path / "packages"
     packages.mkdir()
     for name in (
@@ -174,7 +174,7 @@ def test_reading_checks_the_code_too(packed: Path, tmp_path: Path) -> None:
 
 
 def interrupted_build(tmp_path: Path, seconds: float, signal_number: int) -> Dict[str, Any]:
-    """Start a build, send it a signal, and tell what it left."""
+    """Start a build, send it a signal, and return its leftovers."""
     process = subprocess.Popen(
         [sys.executable, "-m", "traceserve", "build", "--force", "--output", "artifacts/x"],
         cwd=tmp_path,
@@ -206,7 +206,7 @@ def test_an_interrupted_or_failed_build_leaves_what_was_there(checkpoint: Callab
     }
     for seconds, number in ((1.5, signal.SIGINT), (3.0, signal.SIGTERM)):
         left = interrupted_build(tmp_path, seconds, number)
-        if left["code"]:  # it may have been quicker than the signal
+        if left["code"]:  # it may have finished before the signal
             assert left["code"] == 130, left["output"]
         assert left["files"] == names
         assert sha256(mar) == good
@@ -221,7 +221,7 @@ def test_an_archive_of_an_unknown_zip_version_is_told_in_a_sentence(packed: Path
     """zipfile raises a NotImplementedError for it."""
     content = bytearray(packed.read_bytes())
     with zipfile.ZipFile(packed) as file:
-        content[file.start_dir + 6] = 84  # the version that is needed to extract the first file
+        content[file.start_dir + 6] = 84  # the version needed to extract the first file
     damaged = tmp_path / "damaged.mar"
     damaged.write_bytes(content)
     with pytest.raises(ArchiveError, match="damaged.mar is no archive of traceserve, or was not copied whole: .*8.4"):
@@ -232,7 +232,7 @@ DAMAGES = 60
 
 
 def test_a_damaged_archive_is_told_in_a_sentence(packed: Path, tmp_path: Path) -> None:
-    """Cut anywhere, or with a byte changed: in what describes the files more often than in the weights."""
+    """Cut anywhere, or with a changed byte: more often in the metadata than in the weights."""
     whole = packed.read_bytes()
     noise = random.Random(0)
     with zipfile.ZipFile(packed) as file:
@@ -259,7 +259,7 @@ def test_a_damaged_archive_is_told_in_a_sentence(packed: Path, tmp_path: Path) -
         except (ArchiveError, InvalidManifest) as error:
             assert "\n" not in error.message and error.message
             refused += 1
-        else:  # of dates, attributes, or versions: the files are the same
+        else:  # of dates, attributes, or versions: the files are unchanged
             assert Manifest.read(folder) == read_manifest(packed)
     assert refused > DAMAGES
     (tmp_path / "cut.mar").write_bytes(whole[: len(whole) // 2])
@@ -272,7 +272,7 @@ def test_a_damaged_archive_is_told_in_a_sentence(packed: Path, tmp_path: Path) -
 
 
 def test_serving_a_damaged_archive_is_refused_in_one_line(packed: Path, tmp_path: Path) -> None:
-    """Its manifest is whole, and the weights are not."""
+    """Its manifest is intact, but not the weights."""
     content = bytearray(packed.read_bytes())
     with zipfile.ZipFile(packed) as file:
         info = file.getinfo("traced_model.pt")
@@ -287,14 +287,14 @@ def test_serving_a_damaged_archive_is_refused_in_one_line(packed: Path, tmp_path
 
 
 def rezipped(packed: Path, target: Path, **changed: bytes) -> Path:
-    """The archive with some of its files changed, or with more, as by `unzip`, an editor and `zip -r`."""
+    """Return the archive with changed or added files, as by `unzip`, an editor and `zip -r`."""
     with zipfile.ZipFile(packed) as source, zipfile.ZipFile(target, "w") as sink:
         for name in source.namelist():
             if name not in changed:
                 sink.writestr(name, source.read(name))
         for name, content in changed.items():
             sink.writestr(name, content)
-        sink.writestr("MAR-INF/", "")  # as `zip -r` does
+        sink.writestr("MAR-INF/", "")  # like `zip -r`
     return target
 
 
@@ -319,7 +319,7 @@ def test_an_edited_label_is_neither_packed_nor_served(artifact: Path, packed: Pa
 
 
 def test_no_changed_byte_of_a_rezipped_document_is_served(packed: Path, tmp_path: Path) -> None:
-    """Refused, or the same document (white space); as it is read before anything is started."""
+    """Refused, or the same document (white space); it is read before anything is started."""
     with zipfile.ZipFile(packed) as file:
         whole = file.read("traceserve.json")
     manifest, noise, refused = read_manifest(packed), random.Random(1), 0
@@ -355,7 +355,7 @@ def test_a_file_that_the_manifest_does_not_name_is_not_served(packed: Path, tmp_
 
 
 def test_another_serving_configuration_keeps_the_schema(packed: Path, tmp_path: Path) -> None:
-    """The runtime in an archive of before reads its own schema alone."""
+    """An earlier archive's runtime only reads its own schema."""
     with zipfile.ZipFile(packed) as file:
         document = json.loads(file.read("traceserve.json"))
     old = {key: value for key, value in document.items() if key not in ("digest", "version")}
@@ -372,7 +372,7 @@ def test_another_serving_configuration_keeps_the_schema(packed: Path, tmp_path: 
 
 
 def test_the_packages_own_handler_is_packed(artifact: Path, packed: Path, tmp_path: Path) -> None:
-    """Not one of that name in the working directory, which comes first on the path."""
+    """Not one of the same name in the working directory, which comes first on the path."""
     (tmp_path / "transformer_handler.py").write_text("class Other: pass\n")
     script = (
         "import sys; sys.path.insert(0, ''); from pathlib import Path; from traceserve.archives.archive import pack_archive; "
@@ -399,7 +399,7 @@ def test_versions_that_cannot_stand_in_a_url(version: str, artifact: Path, tmp_p
 
 
 def test_an_archive_that_was_packed_by_hand_is_served(artifact: Path, tmp_path: Path) -> None:
-    """By the README's command: its manifest is the artifact's, which names no code."""
+    """With the README's command: its manifest is the artifact's, which names no code."""
     options = {
         "model-name": "tiny",
         "version": "1.0",

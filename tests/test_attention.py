@@ -1,4 +1,4 @@
-"""Attention of a graph in bfloat16, computed in float32."""
+"""bfloat16 graphs whose attention is computed in float32."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ WIDE, ATTENTION = "aten::type_as(", "aten::scaled_dot_product_attention("
 
 @pytest.fixture(autouse=True)
 def any_x86(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever machine the tests run on."""
+    """Pretend to be x86 without AMX, on any machine."""
     torch.manual_seed(0)
     monkeypatch.setattr(processor, "is_x86", lambda: True)
     monkeypatch.setattr(processor, "features", frozenset)
 
 
 def truths(rows: torch.Tensor) -> torch.Tensor:
-    """Each place sees itself and those before it; (batch, 1, places, places)."""
+    """Return a causal mask: each position sees itself and earlier ones; (batch, 1, positions, positions)."""
     places = rows.shape[2]
     return torch.ones(rows.shape[0], 1, places, places, dtype=torch.bool).tril()
 
 
 def numbers(rows: torch.Tensor) -> torch.Tensor:
-    """The same in the dtype of the rows, to be added."""
+    """Return the same in the rows' dtype, to be added."""
     return torch.where(truths(rows), 0.0, torch.finfo(rows.dtype).min).to(rows.dtype)
 
 
@@ -44,7 +44,7 @@ MASKS: Dict[str, Callable[[torch.Tensor], Optional[torch.Tensor]]] = {
 
 
 class Layers(torch.nn.Module):
-    """Several attentions that read one mask."""
+    """Several attentions with a common mask."""
 
     def __init__(self, mask: str, causal: bool = False) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Layers(torch.nn.Module):
 
 
 class Branch(torch.nn.Module):
-    """One of two is in a branch, where what the other one reads is not made."""
+    """One of two is in a branch, where the other one's inputs are not computed."""
 
     def forward(self, rows: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         if rows.size(0) > 1:
@@ -68,12 +68,12 @@ class Branch(torch.nn.Module):
 
 
 def error(got: torch.Tensor, exact: torch.Tensor) -> float:
-    """The mean difference, of the mean value."""
+    """Return the mean difference, relative to the mean value."""
     return float((got - exact).square().mean().sqrt() / exact.square().mean().sqrt())
 
 
 def reread(module: Any, folder: Path) -> Any:
-    """As a worker has it."""
+    """Write and read it like a worker."""
     module.save(folder / "m.pt")
     return torch.jit.load(folder / "m.pt")  # type: ignore[no-untyped-call]
 
@@ -91,7 +91,9 @@ def test_it_gives_what_float32_gives(mask: str, causal: bool, tmp_path: Path) ->
     for each in (rows, rows[:1]):
         exact, before, after = layers(each.float()), plain(each), module(each)
         assert after.dtype == before.dtype == torch.bfloat16
-        assert error(after, exact) < min(0.005, 1.1 * error(before, exact))  # what rounding the results leaves
+        assert error(after, exact) < min(
+            0.005, 1.1 * error(before, exact)
+        )  # the remaining error of rounding the results
 
 
 @pytest.mark.parametrize("mask", ["truths", "numbers"])

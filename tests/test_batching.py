@@ -1,4 +1,4 @@
-"""Which rows run together: the plan is legal and the cheapest, and padding is undone."""
+"""Which rows run together: the plan is legal and the cheapest, and padding is removed."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from traceserve_runtime.texts.tokenization import Row
 quick = settings(deadline=None, max_examples=50, database=None)
 
 LEAST_RUN, MOST_RUN, MOST_ATTENTION = costs._LEAST_RUN, costs._MOST_RUN, costs._MOST_ATTENTION
-MEASURED = [(1, 16), (4, 16), (1, 64), (16, 16), (4, 64), (1, 512)]  # what an engine times at its start
+MEASURED = [(1, 16), (4, 16), (1, 64), (16, 16), (4, 64), (1, 512)]  # the shapes that an engine times
 
 
 def timings_of(cost: CostModel, seconds: float = 1e-5, noise: Sequence[float] = (1.0,) * 6) -> List[Timing]:
-    """What runs would take whose token takes so many seconds."""
+    """Return the durations of runs with this many seconds per token."""
     return [Timing(b, n, seconds * cost(float(b), n) * off) for (b, n), off in zip(MEASURED, noise)]
 
 
@@ -41,13 +41,13 @@ COSTS = [
     CostModel(run=0.0),
     CostModel(run=1e6),
     CostModel(run=100.0, token=1.0, attention=1.0),
-    # As they are fitted.
+    # As fitted.
     fitted(CostModel(run=412.3, token=1.0, attention=0.0031)),
     fitted(CostModel(run=0.0, token=1.0, attention=0.0)),
     fitted(CostModel(run=1e9, token=1.0, attention=1e9)),
     CostModel(run=2000.0, token=1.0, attention=0.0),
     CostModel(run=17.25, token=1.0, attention=0.1),
-    # Where padding is computed in attention alone.
+    # With padding computed only in attention.
     CostModel(padding=Padding(0.1)),
     CostModel(run=17.25, token=1.8, attention=0.1, padding=Padding(0.0)),
 ]
@@ -75,7 +75,7 @@ def is_allowed(batch: Sequence[int], lengths: Sequence[int], shapes: Shapes, mos
 
 
 def partitions(items: List[int]) -> Iterator[List[List[int]]]:
-    """Every way to put the items into batches, contiguous or not."""
+    """Return every way to divide the items into batches, contiguous or not."""
     if not items:
         yield []
         return
@@ -182,7 +182,7 @@ def test_the_cost_is_of_the_run_its_tokens_and_its_attention() -> None:
     assert CostModel(run=3.0, token=2.0, attention=0.5)(4, 10) == 3 + 2 * 40 + 0.5 * 40 * 10
 
 
-# The cost of a run, fitted to times
+# Fitting the cost of a run to times
 
 
 @quick
@@ -226,7 +226,7 @@ def test_what_no_machine_shows_is_bounded(true: CostModel, taken: CostModel) -> 
     noise=st.lists(st.floats(0.95, 1.05), min_size=6, max_size=6),
 )
 def test_times_that_are_off_by_some_percent_give_nearly_it(run: float, attention: float, noise: List[float]) -> None:
-    """Nearly in what it predicts, which is all that a plan reads: up to a factor that all runs share."""
+    """Similar predictions, which are all that a plan uses: up to a factor common to all runs."""
     true = CostModel(run, 1.0, attention)
     found = fit_costs(timings_of(true, noise=noise))
     assert found is not None
@@ -271,7 +271,7 @@ def test_where_a_run_takes_most_of_the_time_it_is_dear() -> None:
     assert plan_batches([8] * 15 + [16], Shapes(), found) == [list(range(16))]
 
 
-# The shapes that are allowed
+# Allowed shapes
 
 
 @pytest.mark.parametrize(
@@ -318,7 +318,7 @@ def test_how_many_rows_may_run_together(
 
 @dataclass(frozen=True)
 class FakeEncoding:
-    """What is read of an encoding."""
+    """The parts of an encoding that are read."""
 
     ids: List[int]
     type_ids: List[int]
@@ -326,7 +326,7 @@ class FakeEncoding:
 
 
 def make_row(length: int, first: int) -> Row:
-    """A row whose ids count up from `first`, the second half of it of type 1."""
+    """Return a row whose ids count up from `first`, its second half of type 1."""
     types = [int(i >= length // 2) for i in range(length)]
     encoding = FakeEncoding(list(range(first, first + length)), types, [1] * length)
     return Row(encoding, length, length)  # type: ignore[arg-type]
@@ -343,7 +343,7 @@ def manifest(artifact: Path) -> Manifest:
 def shaped(
     manifest: Manifest, side: str, lengths: Optional[Tuple[int, ...]] = None, batches: Optional[Tuple[int, ...]] = None
 ) -> Manifest:
-    """The manifest with other shapes, padding on `side` with the id 9 and the type 7."""
+    """Return the manifest with other shapes, padded on `side` with the id 9 and the type 7."""
     facts = replace(manifest.tokenizer, pad_id=9, pad_type_id=7, padding_side=side)
     return replace(manifest, tokenizer=facts, shapes=Shapes(lengths, batches))
 

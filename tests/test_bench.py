@@ -1,4 +1,4 @@
-"""`traceserve bench`: what is sent to whom, what is measured, and how it is told."""
+"""`traceserve bench`: the traffic, the measurements and the reports."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from traceserve.serving.instances import Instance
 
 BUSY = b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n"
 TEXTS = ["Where is my parcel?", 'It said "broken" \\ \u2028 again.', "Ich hätte gern mein Geld zurück."]
-DELAY = 0.2  # of the archive "patient": how long TorchServe waits for a batch to fill
+DELAY = 0.2  # of the archive "patient": TorchServe's wait for a batch to fill
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def run_command(*arguments: str) -> Tuple[int, str, str]:
 
 
 def quietly(what: str, share: float) -> None:
-    """A progress that nobody sees."""
+    """Ignore progress."""
 
 
 # --- a real server ----------------------------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ def test_what_the_servers_counters_mean(served: Instance, samples: Path) -> None
     parts = one["server"]["time_ms"]
     assert 950 * DELAY < parts["queue"] < one["latency_ms"]["mean"] and one["latency_ms"]["p50"] > 950 * DELAY
     assert parts["queue"] > sum(parts.values()) / 2 and min(parts.values()) > 0
-    # Two answers in a batch, and as many counted as were answered in the span.
+    # Two answers per batch, and as many counted as were answered in the span.
     assert one["server"]["requests"] == pytest.approx(one["requests"], abs=4)
 
 
@@ -248,7 +248,7 @@ def test_errors_are_told(samples: Path, tmp_path: Path) -> None:
 
 
 def test_what_makes_figures_less_than_they_seem_is_told(samples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An open loop that asks for more than there is; but not one whose answers merely take long."""
+    """An open loop beyond the server's capacity; but not one whose answers are merely slow."""
     monkeypatch.setattr("traceserve.measuring.load_generator.MOST_CONNECTIONS", 1)
     told = {}
     for delay, rate in ((0.05, 60.0), (0.3, 2.0)):
@@ -266,7 +266,7 @@ def test_what_makes_figures_less_than_they_seem_is_told(samples: Path, monkeypat
 
 
 def plots(page: str) -> List[Dict[str, Any]]:
-    """What plotly draws: the data and the layout of each figure."""
+    """Return plotly's data and layout of each figure."""
     decoder, found = json.JSONDecoder(), []
     for match in re.finditer(r'Plotly\.newPlot\(\s*"[^"]+",\s*', page):
         data, end = decoder.raw_decode(page, match.end())

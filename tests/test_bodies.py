@@ -1,4 +1,4 @@
-"""What a body is, for every door: its compression, its charset, its media type, and the parts of forms and of gRPC."""
+"""Bodies through every entry point: compression, charset, media type, and the parts of forms and gRPC."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ SENTENCE = "Bloomberg has decided."
     ],
 )
 def test_requests_of_the_pytorch_serve_example(body: str) -> None:
-    """Its files of samples are sent by `curl -T`, without a content type; one has a tuple of Python's."""
+    """Its sample files are sent by `curl -T`, without a content type; one contains a Python tuple."""
     assert texts(read({"body": bytearray(body.encode())})) == [SENTENCE]
 
 
@@ -77,7 +77,7 @@ def test_what_else_is_no_json_is_refused(body: str) -> None:
     assert "is not valid JSON" in refusal({"body": bytearray(body.encode())}).message
 
 
-# A whole JSON body, what it asks, and whether the answer is a list.
+# A whole JSON body, its requests, and whether the answer is a list.
 WHOLE = [
     ({"text": TEXT}, [TEXT], Plain(False)),
     ({"inputs": TEXT}, [TEXT], Plain(False)),
@@ -93,7 +93,7 @@ WHOLE = [
 @pytest.mark.parametrize("media", ["", "application/octet-stream", "application/json"])
 @pytest.mark.parametrize("value, wanted, protocol", WHOLE)
 def test_json_in_a_part_is_the_body(value: Any, wanted: List[str], protocol: Any, media: str, part: str) -> None:
-    """A form's field, a file upload and gRPC's input alike; parsed by TorchServe where the part says that it is JSON."""
+    """The same for a form's field, a file upload and gRPC's input; TorchServe parses parts that declare JSON."""
     source = json.dumps(value).encode()
     for headers in (Headers(MULTIPART, parts={part: media}), GRPC._replace(parts={part: media})):
         for sent in (
@@ -103,7 +103,7 @@ def test_json_in_a_part_is_the_body(value: Any, wanted: List[str], protocol: Any
             value if media.endswith("json") else source,
         ):
             if headers.grpc and media == "application/json":
-                continue  # ModelInfer's, which has tests of its own
+                continue  # ModelInfer's, which has its own tests
             body = read({part: sent}, headers)
             assert texts(body) == wanted and body.protocol == protocol
             assert texts(read({part: sent, "target": b"0"}, headers)) == wanted
@@ -167,7 +167,7 @@ def test_json_behind_a_byte_order_mark(codec: str, media: str) -> None:
 def test_a_text_behind_a_byte_order_mark(codec: str) -> None:
     for media in ("", "text/plain", "text/plain; charset=utf-8"):
         assert texts(read({"body": TEXT.encode(codec)}, Headers(media))) == [TEXT]
-    assert texts(read({"body": "\ufeff" + TEXT}, Headers("text/plain"))) == [TEXT]  # decoded by TorchServe
+    assert texts(read({"body": "\ufeff" + TEXT}, Headers("text/plain"))) == [TEXT]  # TorchServe decoded it
     assert "not utf-16-le text" in refusal({"body": b"\xff\xfeabc"}, Headers("text/plain")).message
 
 
@@ -188,7 +188,7 @@ CHARSETS: Dict[str, List[str]] = {
         "mac-roman",
     ],
     "駅はどこですか": ["Shift_JIS", "x-sjis", "windows-31j", "euc-jp", "iso-2022-jp", "UTF-16"],
-    "ﾂｱ": ["Shift_JIS"],  # valid UTF-8, of another text
+    "ﾂｱ": ["Shift_JIS"],  # valid UTF-8, but another text
     "где вокзал": ["koi8-r", "windows-1251", "iso-8859-5", "cp866"],
     "车站在哪里": ["gbk", "GB18030", "gb2312", "hz"],
     "역이 어디예요": ["euc-kr", "ks_c_5601-1987"],
@@ -202,7 +202,7 @@ def test_a_declared_charset(text: str, charset: str) -> None:
     sent = text.encode(python)
     content_type = f"Text/Plain; format=flowed; Charset={charset}"
     assert texts(read({"body": sent}, Headers(content_type, parts={"body": "text/plain"}))) == [text]
-    try:  # where the bytes happen to be UTF-8, TorchServe hands over another text
+    try:  # if the bytes happen to be UTF-8, TorchServe passes another text
         other = sent.decode("utf-8")
     except UnicodeDecodeError:
         return
@@ -210,7 +210,7 @@ def test_a_declared_charset(text: str, charset: str) -> None:
 
 
 def test_json_is_utf_8_where_it_can_be() -> None:
-    """TorchServe parses such JSON before anybody sees the charset; so it is everywhere, for one answer at all doors."""
+    """TorchServe parses such JSON before the charset is seen; so every entry point does, for equal answers."""
     for content_type in ("application/json; charset=iso-8859-1", "application/json"):
         assert texts(
             read({"body": json.dumps({"text": TEXT}, ensure_ascii=False).encode()}, Headers(content_type))
@@ -392,7 +392,7 @@ INFER = Headers(parts={"body": "application/json"}, grpc=True)
 
 
 def infer(data: List[bytes], **tensor: Any) -> Dict[str, Any]:
-    """What TorchServe makes of a call of ModelInfer."""
+    """Return TorchServe's conversion of a ModelInfer call."""
     encoded = [base64.b64encode(item).decode() for item in data]
     own = {"name": "text", "shape": [len(data)], "datatype": "BYTES", "data": encoded, **tensor}
     return {"id": "7", "model_name": "m", "inputs": [own]}

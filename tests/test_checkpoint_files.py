@@ -1,4 +1,4 @@
-"""Files of a checkpoint that change answers: followed, refused by name with what to do, or told."""
+"""Files of a checkpoint that change answers: followed, refused by name with advice, or reported."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def fetch(name: str, folder: Path, **content: Any) -> Checkpoint:
     return sources.fetch_checkpoint(config, folder)
 
 
-# Folders of another kind, and files that are not what they should be.
+# Folders of other kinds, and invalid files.
 
 
 def test_the_output_folder_of_a_trainer(checkpoint: Make, tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_files_that_are_not_known_are_told(checkpoint: Make, tmp_path: Path) -> 
 
 
 def vocabulary_alone(checkpoint: Make, folder: Path) -> Path:
-    """A checkpoint whose tokenizer is a vocab.txt, with capitals in it, and nothing else."""
+    """A checkpoint whose tokenizer is only a vocab.txt, with capitals in it."""
     copied(checkpoint, folder, "bert", num_labels=3)
     words = transformers.AutoTokenizer.from_pretrained(folder).get_vocab()
     capitals = {word: word.upper() if word in ("t", "h", "##t", "w") else word for word in words}
@@ -135,7 +135,7 @@ def vocabulary_alone(checkpoint: Make, folder: Path) -> Path:
 
 @pytest.mark.parametrize("lower", [False, "false", True, None])
 def test_the_case_of_a_vocabulary_alone(lower: Any, checkpoint: Make, tmp_path: Path) -> None:
-    """The example of pytorch/serve builds its tokenizer so; nothing else says it."""
+    """The pytorch/serve example builds its tokenizer this way; no file sets the case."""
     folder = vocabulary_alone(checkpoint, tmp_path / "mine")
     content = {"model_name": str(folder), "max_length": 32, "parameters": {"top_k": 3}}
     run_export(tmp_path / "out", {**content, **({} if lower is None else {"do_lower_case": lower})})
@@ -189,7 +189,7 @@ SIGMOID, IDENTITY = "torch.nn.modules.activation.Sigmoid", "torch.nn.modules.lin
 def test_the_function_of_a_cross_encoder(
     config: Dict[str, Any], own: Dict[str, Any], function: str, checkpoint: Make, tmp_path: Path
 ) -> None:
-    """The scores are those of sentence-transformers' own CrossEncoder."""
+    """The scores equal those of sentence-transformers' own CrossEncoder."""
     from sentence_transformers import CrossEncoder
 
     folder = copied(checkpoint, tmp_path / "mine", "bert", num_labels=1)

@@ -1,4 +1,4 @@
-"""The task of a checkpoint: found where it is "auto", and compared with the head where it is configured."""
+"""A checkpoint's task: detected for "auto", and compared with the head if configured."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.tasks import TASKS
 
 CLASSIFIERS = ("sequence_classification", "zero_shot_classification", "text_ranking")
-# Each auto class, the task that its checkpoints are for, and those that may be asked of them.
+# Each auto class, its checkpoints' task, and the other allowed tasks.
 HEADS: Dict[str, Tuple[str, Tuple[str, ...]]] = {
     "AutoModelForSequenceClassification": ("sequence_classification", CLASSIFIERS),
     "AutoModelForTokenClassification": ("token_classification", ("token_classification",)),
@@ -47,7 +47,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
 
 
 def copied(source: Path, folder: Path, **changes: Any) -> Path:
-    """A copy whose config.json has these changes; None takes a key out."""
+    """Copy with these changes to config.json; None removes a key."""
     folder.mkdir()
     for file in source.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
@@ -69,7 +69,7 @@ def refusal(folder: Path, **content: Any) -> str:
 
 
 def allowed(folder: Path) -> Tuple[str, ...]:
-    """The tasks that may be configured for a checkpoint."""
+    """Return the tasks that may be configured for a checkpoint."""
     answers = []
     for name in TASKS:
         try:
@@ -84,7 +84,7 @@ def allowed(folder: Path) -> Tuple[str, ...]:
 def test_the_architecture_names_the_task_and_forbids_the_others(
     family: str, head: str, checkpoints: Checkpoints
 ) -> None:
-    """Features can be extracted from any; the heads of others often have the same weights' names, as `classifier`."""
+    """Any model has features; other heads often share weight names, such as `classifier`."""
     folder = checkpoints(family, head, **({"num_labels": 3} if "Classification" in head else {}))
     expected, others = HEADS[head]
     [architecture] = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"]
@@ -102,7 +102,7 @@ def test_a_refusal_names_the_right_task(checkpoints: Checkpoints) -> None:
     assert found(folder, task="sequence_classification", allow_untrained_head=True)[0] == "sequence_classification"
 
 
-# Without `architectures`: a family, a head, and the tasks that its weights leave open.
+# Without `architectures`: a family, a head, and the tasks that its weights allow.
 BY_WEIGHTS = [
     ("bert", "AutoModelForTokenClassification", ("token_classification",)),
     ("bert", "AutoModelForQuestionAnswering", ("question_answering",)),
@@ -150,7 +150,7 @@ def test_weights_tell_of_a_class_of_ones_own(pickled: bool, checkpoints: Checkpo
 
 
 def test_a_head_that_nothing_reads_whole_is_no_tasks(checkpoints: Checkpoints, tmp_path: Path) -> None:
-    """As of a layer over the classifier's outputs: without it other labels would be chosen."""
+    """Such as a layer after the classifier's outputs: without it other labels would be chosen."""
     source = checkpoints("bert", "AutoModelForTokenClassification", num_labels=3)
     folder = copied(source, tmp_path / "x", architectures=["BertCRF"])
     weights = load_file(folder / "model.safetensors")
@@ -162,7 +162,7 @@ def test_a_head_that_nothing_reads_whole_is_no_tasks(checkpoints: Checkpoints, t
 def test_a_model_of_pretraining_fills_masks(checkpoints: Checkpoints, tmp_path: Path) -> None:
     source = checkpoints("bert", "AutoModelForPreTraining")
     assert found(source)[0] == "fill_mask" and set(allowed(source)) == {"fill_mask", "feature_extraction"}
-    electra = checkpoints("electra", "AutoModelForPreTraining")  # finds replaced tokens, and fills no mask
+    electra = checkpoints("electra", "AutoModelForPreTraining")  # detects replaced tokens, but fills no mask
     assert "x is for none of the tasks here" in refusal(electra) and allowed(electra) == ("feature_extraction",)
 
 
@@ -209,7 +209,7 @@ def test_auto_map_names_the_head_of_a_checkpoints_own_code(checkpoints: Checkpoi
 
 
 NLI = {"0": "contradiction", "1": "neutral", "2": "entailment"}
-# What lies beside a classifier's weights; the task, or those among which its files do not decide.
+# Files beside a classifier's weights; the task, or the undecided candidates.
 CLASSIFIER_FILES: Dict[str, Tuple[Dict[str, Any], Dict[str, str], Any]] = {
     "labels": ({"id2label": {"0": "red", "1": "green"}}, {}, "sequence_classification"),
     "one output": ({"id2label": {"0": "LABEL_0"}}, {}, ("sequence_classification", "text_ranking")),
@@ -269,7 +269,7 @@ def test_files_decide_between_tasks_that_share_a_head(name: str, checkpoints: Ch
     source = checkpoints("bert", "AutoModelForSequenceClassification", num_labels=outputs)
     folder = copied(source, tmp_path / "x", **facts)
     for file, text in files.items():
-        (folder / file).write_text(text, encoding="utf-8-sig")  # as some editors write
+        (folder / file).write_text(text, encoding="utf-8-sig")  # as by some editors
     if isinstance(expected, str):
         assert found(folder)[0] == expected
     else:

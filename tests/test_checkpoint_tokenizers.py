@@ -1,4 +1,4 @@
-"""Tokenizers as checkpoints have them: more tokens than the model knows, layouts without a tokenizer.json."""
+"""Checkpoints' tokenizers: more tokens than the model knows, layouts without a tokenizer.json."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def original(folder: Path, **content: Any) -> Original:
         return load_original(config, Checkpoint(folder, "folder"), folder)
 
 
-# Layouts without a tokenizer.json: sentencepiece's own file.
+# Layouts without a tokenizer.json: only sentencepiece's file.
 
 
 def train(path: Path, **options: Any) -> Path:
-    """A real, small model of sentencepiece, of the samples."""
+    """Train a real, small sentencepiece model on the samples."""
     model = io.BytesIO()
     told = {"vocab_size": 300, "character_coverage": 0.98, "hard_vocab_limit": False, "minloglevel": 2, **options}
     sentencepiece.SentencePieceTrainer.train(
@@ -49,12 +49,12 @@ def train(path: Path, **options: Any) -> Path:
 
 
 class Layout(NamedTuple):
-    """How a family stores its tokenizer: the file, how it was trained, the tokenizer's class, the model's configuration."""
+    """A family's tokenizer: the file, its training, the tokenizer's class, the model's configuration."""
 
     file: str
     training: Dict[str, Any]
     tokenizer: str
-    architecture: str  # of models.make
+    architecture: str  # in models.make
     auto_model: str = "AutoModelForSequenceClassification"
     task: str = "sequence_classification"
 
@@ -115,7 +115,7 @@ HOSTILE = [
 
 @pytest.fixture(scope="session")
 def spm(checkpoint: Make, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Checkpoints whose tokenizer is a file of sentencepiece and nothing else; each once."""
+    """Checkpoints whose tokenizer is only a sentencepiece file; each once."""
     made: Dict[str, Path] = {}
 
     def make(name: str) -> Path:
@@ -134,7 +134,7 @@ def spm(checkpoint: Make, tmp_path_factory: pytest.TempPathFactory) -> Callable[
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_tokenizer_that_is_a_file_of_sentencepiece(name: str, spm: Callable[[str], Path], tmp_path: Path) -> None:
-    """The whole way: the worker's ids are those of transformers' tokenizer."""
+    """End to end: the worker's ids equal those of transformers' tokenizer."""
     layout, folder = LAYOUTS[name], spm(name)
     config = {"model_name": str(folder), "task": layout.task, "max_length": 64, "long_inputs": "truncate"}
     exported = run_export(tmp_path / "x", config)
@@ -181,7 +181,7 @@ def test_a_vocabulary_of_tiktoken_is_no_file_of_sentencepiece(
 
 
 def with_more(source: Path, folder: Path, *tokens: str, **special: str) -> Path:
-    """A copy of a checkpoint whose tokenizer was given further tokens, and the model no embeddings for them."""
+    """Copy a checkpoint, adding tokens to the tokenizer without embeddings in the model."""
     shutil.copytree(source, folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(list(tokens))
@@ -227,7 +227,7 @@ def test_a_tokenizer_with_as_many_tokens_as_embeddings_costs_no_check(artifact: 
 
 
 def test_padding_that_the_model_lacks_is_another_token(checkpoint: Make, tmp_path: Path) -> None:
-    """As GPT-2's classifiers are often saved: a token for padding, and no embedding for it."""
+    """As in many saved GPT-2 classifiers: a padding token without an embedding."""
     folder = with_more(checkpoint("gpt2", "AutoModelForCausalLM"), tmp_path / "more", pad_token="[PAD]")
     config = {"model_name": str(folder), "task": "text_generation", "max_length": 48}
     exported = run_export(tmp_path / "x", config)
@@ -252,7 +252,7 @@ def test_a_token_of_every_text_that_the_model_lacks_is_refused(
 ) -> None:
     folder = with_more(checkpoint("bert", auto_model), tmp_path / "more", **special)
     [token] = special.values()
-    if "cls_token" in special:  # in the tokenizer's template, too
+    if "cls_token" in special:  # also in the tokenizer's template
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         number = tokenizer.convert_tokens_to_ids(token)
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(

@@ -20,12 +20,12 @@ from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Task
 from traceserve_runtime.tasks.parameters import LARGEST_NUMBER, Parameter
 
-# For each key its default, and values with what they mean.
+# Each key's default, and values with their meaning.
 KEYS: Dict[str, Tuple[Any, List[Tuple[Any, Any]]]] = {
     "model_name": (None, [("org/name", "org/name"), ("  ../folder ", "../folder")]),
     "revision": (None, [("v1.0", "v1.0"), (None, None)]),
     "library": ("transformers", [("transformers", "transformers")]),
-    "gguf_file": (None, [(None, None)]),  # and of text generators files, below
+    "gguf_file": (None, [(None, None)]),  # for text generators files, below
     "trust_remote_code": (False, [(True, True), (False, False), ("true", True), ("false", False), ("True", True)]),
     "task": (
         AUTO_TASK,
@@ -56,7 +56,7 @@ KEYS: Dict[str, Tuple[Any, List[Tuple[Any, Any]]]] = {
 LAST_TASKS = "{!r} or {!r}".format(*list(TASKS)[-2:])
 VALUES = [(key, given, meant) for key, (_, values) in KEYS.items() for given, meant in values]
 
-# A key, a value that is not legal, and words of the message that say what would be.
+# A key, an illegal value, and words of the message about legal ones.
 BAD: List[Tuple[str, Any, str]] = [
     ("model_name", "", "at least 1 character"),
     ("model_name", "   ", "at least 1 character"),
@@ -225,7 +225,7 @@ def test_schema_key_is_for_editors() -> None:
     assert parse_config({"$schema": "./schema.json", "model_name": "x"}) == parse_config({"model_name": "x"})
 
 
-# As in examples/Huggingface_Transformers of pytorch/serve over the years, with the values that its users put in.
+# From pytorch/serve's examples/Huggingface_Transformers over the years, with its users' values.
 EXAMPLE_FILES: Dict[str, Dict[str, Any]] = {
     "first": {
         "model_name": "bert-base-uncased",
@@ -321,7 +321,7 @@ def test_what_this_version_lacks_is_refused_with_what_is_legal(
 
 
 def test_a_configuration_is_refused_before_anything_heavy_is_imported() -> None:
-    """So nothing can have been downloaded; and the message comes at once."""
+    """So nothing can have been downloaded; and the message comes immediately."""
     code = """
 import sys
 from traceserve.building.config.parsing import parse_config
@@ -348,7 +348,8 @@ def test_index_to_name_needs_a_task_with_labels() -> None:
 
 @pytest.mark.parametrize("task", [AUTO_TASK, *TASKS])
 def test_no_labels_are_no_labels(task: str) -> None:
-    """pytorch/serve's examples write `"num_labels": "0"` for question answering and text generation, and for classifiers."""
+    """pytorch/serve's examples write `"num_labels": "0"` for question answering and text generation, and for
+    classifiers."""
     assert config_of(task=task, num_labels="0").num_labels == 0
 
 
@@ -361,7 +362,7 @@ def test_windows_are_for_tasks_that_merge_them(task: str) -> None:
 
 
 def test_there_are_tasks_of_each_kind() -> None:
-    """Else the test above, and those of the schema, could not fail."""
+    """Proves that the test above, and those of the schema, can fail."""
     assert {task.merges_windows for task in TASKS.values()} == {True, False}
     assert {bool(task.loop) for task in TASKS.values()} == {True, False}
 
@@ -380,7 +381,7 @@ every_parameter = pytest.mark.parametrize(
 
 
 def accepted_by(parameter: Parameter) -> List[Any]:
-    """Values of each kind that a parameter may take."""
+    """Return values of each kind that a parameter accepts."""
     most = min(LARGEST_NUMBER, parameter.most or LARGEST_NUMBER)
     numbers: List[Any] = [parameter.least, most]
     of_type: Dict[type, List[Any]] = {
@@ -394,7 +395,7 @@ def accepted_by(parameter: Parameter) -> List[Any]:
 
 
 def refused_by(parameter: Parameter) -> List[Any]:
-    """Values that look like a parameter's, and are none of it."""
+    """Return values that resemble a parameter's, but are illegal."""
     below, above = parameter.least - 1, 2 * (parameter.most or LARGEST_NUMBER) + 2
     of_type: Dict[type, List[Any]] = {
         int: [True, int(below), int(above), 2.5, "2", [2]],
@@ -421,7 +422,7 @@ def test_parameters_are_those_of_the_task(task: Type[Task], parameter: Parameter
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("name", ["long_inputs", "topk", " top_k", ""])
 def test_an_unknown_parameter_is_refused_with_the_known_ones(task: str, name: str) -> None:
-    """`long_inputs` has a key of its own."""
+    """`long_inputs` has its own key."""
     with pytest.raises(ConfigError) as raised:
         config_of(task=task, parameters={name: 1})
     assert f"{task} has no parameter {name}, but" in raised.value.message
@@ -572,7 +573,7 @@ DOCUMENTS: List[Any] = [
     *EXAMPLE_FILES.values(),
     {**EXAMPLE_FILES["last"], "save_mode": "pretrained"},
     *({"model_name": "x", key: given} for key, given, _ in VALUES),
-    # What JSON schema cannot say: that a list ascends, and the range of a number in a string.
+    # JSON schema cannot express an ascending list, or the range of a number in a string.
     *({"model_name": "x", key: value} for key, value, _ in BAD if value not in ([64, 32], "3")),
     {"model_name": "x", "trust_remote_code": 1},
     {"model_name": "x", "trust_remote_code": "yes"},

@@ -1,4 +1,5 @@
-"""Configuration files as people have them: JSON with a mark, the pytorch/serve example's YAML, its labels by their place."""
+"""Configuration files in practice: JSON with a byte-order mark, the pytorch/serve example's YAML, its labels by
+location."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from test_loading import COLORS, original
 from traceserve.building.config.parsing import load_config
 from traceserve.errors import ConfigError
 
-# As in the example's model-config.yaml, with what people add to it.
+# From the example's model-config.yaml, with users' additions.
 EXAMPLE = """
 minWorkers: 1
 maxWorkers: 2
@@ -160,7 +161,7 @@ def test_a_file_that_lies_beside_another_configuration_is_not_taken(tmp_path: Pa
 )
 def test_the_examples_labels(labels: Dict[str, Any], checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     path = tmp_path / "names.json"
-    path.write_text(json.dumps(labels), encoding="utf-8-sig")  # as some editors write
+    path.write_text(json.dumps(labels), encoding="utf-8-sig")  # as by some editors
     assert original(checkpoint("bert", **COLORS), index_to_name=str(path)).labels == ("crimson", "leaf", "sky")
 
 

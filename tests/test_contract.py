@@ -1,4 +1,5 @@
-"""What all tasks share: parameters and their legal values, parts and windows, the functions from logits to scores."""
+"""The parts common to all tasks: parameters and their legal values, parts and windows, functions from logits to
+scores."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from traceserve_runtime.texts.tokenization import Encoded, Row, Segments, TextTo
 quick = settings(deadline=None, max_examples=100, database=None)
 every_task = pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
 NAN, INFINITY = float("nan"), float("inf")
-HALF_A_PAIR = json.loads('"\\ud83d"')  # as a client's JSON may write it
+HALF_A_PAIR = json.loads('"\\ud83d"')  # as in a client's JSON
 
 # Parameters.
 
@@ -100,7 +101,7 @@ def test_what_is_not_legal_is_refused(parameter: Parameter, value: Any) -> None:
 
 
 def test_numbers_that_json_does_not_have_are_refused() -> None:
-    """Python's JSON reads them all the same."""
+    """Python's JSON reads them anyway."""
     for text in ("NaN", "Infinity", "-Infinity", "1e999", "-1e999"):
         value = json.loads(text)
         assert not any(parameter.accepts(value) for parameter in (COUNT, FEW, SHARE, FACTOR, *OPTIONAL))
@@ -123,7 +124,7 @@ def test_any_json_is_accepted_or_refused(value: Any) -> None:
 @quick
 @given(value=json_values)
 def test_what_is_accepted_can_be_computed_with(value: Any) -> None:
-    """Numbers fit into numpy's arrays, texts into the tokenizer; what is null only where it may be."""
+    """Numbers fit into numpy's arrays, texts into the tokenizer; null only where allowed."""
     for task in TASKS.values():
         for parameter in task.parameters:
             if not parameter.accepts(value) or value is None:
@@ -168,7 +169,7 @@ def test_windows_may_be_asked_for_where_they_can_be_merged(task: Type[Task]) -> 
 
 
 class Counting(Task):
-    """How many characters each part of a text has, and how many tokens each of its rows."""
+    """Returns the characters of each part of a text, and the tokens of each of its rows."""
 
     name = "counting"
     fields = (Field("text", True, "the text"), Field("other", False, "another"))
@@ -365,7 +366,7 @@ def test_the_average_is_weighted_by_tokens(windows: List[Tuple[int, List[float]]
 
 
 def test_the_average_of_one_is_itself() -> None:
-    """Even of a text without tokens, which has no weight."""
+    """Even for a text without tokens, which has no weight."""
     value = np.array([1.5, NAN], dtype=np.float32)
     assert average([value], [row(tokens=0)]) is value
 
@@ -417,7 +418,7 @@ def test_softmax_is_over_the_last_axis() -> None:
 @example(values=[1e4, -1e4, 0.0])
 @example(values=[-90.0, 90.0])
 def test_sigmoid(values: List[float]) -> None:
-    """Without a warning of overflow, which would be an error here."""
+    """Without an overflow warning, which would be an error here."""
     expected = [(1 + math.tanh(value / 2)) / 2 for value in values]
     got = sigmoid(np.array(values, dtype=np.float32))
     assert got.dtype == np.float32

@@ -1,4 +1,4 @@
-"""The example in C++: what it says builds it, and what it prints is what the handler answers."""
+"""The C++ example: its commands build it, and its output equals the handler's answers."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ class Context:
 
 
 def commands() -> List[str]:
-    """The commands of its first comment."""
+    """Return the commands in its first comment."""
     lines = EXAMPLE.read_text(encoding="utf-8").splitlines()
     return [line[7:] for line in lines if line.startswith("//     ")]
 
 
 def run(command: str, folder: Path) -> str:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    for name in ("CC", "CXX", "CXXFLAGS", "LDFLAGS"):  # what other tests of this process compiled with
+    for name in ("CC", "CXX", "CXXFLAGS", "LDFLAGS"):  # set by other tests of this process
         environment.pop(name, None)
     result = subprocess.run(["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -1,4 +1,4 @@
-"""The library curated_transformers: answers as by transformers, its own generator, and what is refused."""
+"""The library curated_transformers: answers equal to transformers', its own generator, and refusals."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytest.importorskip("curated_transformers", reason="pip install 'traceserve[cura
 
 ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "albert", "electra")
 LAYERS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-# Decoders by family, and what their configuration is given.
+# Decoders by family, and their configuration.
 DECODERS: Dict[str, Tuple[str, Dict[str, Any]]] = {
     "llama": ("llama", {}),
     "gpt-neox": ("gpt-neox", {}),
@@ -56,7 +56,7 @@ def values(engine: Engine, requests: List[Request]) -> List[Any]:
 
 @pytest.fixture(scope="module")
 def decoder(checkpoint: Callable[..., Path]) -> Callable[[str], Path]:
-    """The checkpoint of a decoder of DECODERS."""
+    """The checkpoint of a decoder in DECODERS."""
 
     def make(name: str) -> Path:
         family, options = DECODERS[name]
@@ -84,7 +84,7 @@ def exported(
 
 @pytest.mark.parametrize("architecture", ENCODERS)
 def test_vectors_as_by_transformers(architecture: str, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    """All texts at once, of many lengths, against transformers' model run on each alone."""
+    """All texts together, of many lengths, against transformers' model on each alone."""
     source = checkpoint(architecture, "AutoModel")
     run_export(
         tmp_path / "made", {"model_name": str(source), "task": "feature_extraction", **CURATED, "max_length": 150}
@@ -99,7 +99,7 @@ def test_vectors_as_by_transformers(architecture: str, checkpoint: Callable[...,
 
 
 def test_pairs_and_a_lower_precision(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    """Types are passed on, and what makes a bfloat16 model of transformers makes one of these."""
+    """Types are passed on, and the conversion to bfloat16 works as for transformers' models."""
     source = checkpoint("bert", "AutoModel")
     content = {"model_name": str(source), "task": "feature_extraction", "dtype": "bfloat16", **CURATED}
     run_export(tmp_path / "made", content)
@@ -138,14 +138,14 @@ def test_writes_as_transformers_does(name: str, exported: Callable[[str], Tuple[
 def test_writes_as_the_library_itself(
     name: str, exported: Callable[[str], Tuple[Engine, Path]], tmp_path: Path
 ) -> None:
-    """Its own loading, and all of a sequence read for each token. (Its own loop needs a huggingface_hub below 1.0.)"""
+    """With its own loading, rereading the sequence for each token. (Its own loop needs huggingface_hub below 1.0.)"""
     from curated_transformers.layers import AttentionMask
     from curated_transformers.models import AutoCausalLM
     from fsspec.implementations.local import LocalFileSystem
 
     engine, source = exported(name)
     folder = shutil.copytree(source, tmp_path / "copy")
-    # It reads the dtype by its old name only.
+    # It reads the dtype only by its old name.
     change_json(folder / "config.json", torch_dtype="float32")
     model: Any = AutoCausalLM.from_fsspec(fs=LocalFileSystem(), model_path=str(folder)).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
@@ -173,7 +173,7 @@ def original(folder: Path, **content: Any) -> Original:
 
 
 def test_a_trace_has_the_positions_of_its_longest_row(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    """The library's table of rotary embeddings begins with 512 positions, and a trace keeps what it saw."""
+    """The library's table of rotary embeddings starts with 512 positions, and a trace keeps the table it saw."""
     source = checkpoint("llama", "AutoModelForCausalLM", max_position_embeddings=700)
     folder = shutil.copytree(source, tmp_path / "copy")
     change_json(folder / "tokenizer_config.json", model_max_length=700)
@@ -199,7 +199,7 @@ def test_one_table_and_one_tied_weight(decoder: Callable[[str], Path], checkpoin
 
 
 def test_positions_that_are_numbered_from_the_padding_on(checkpoint: Callable[..., Path]) -> None:
-    """RoBERTa's table of 160 has room for 158; its tokenizer advises 150."""
+    """RoBERTa's table of 160 has room for 158; its tokenizer recommends 150."""
     source = checkpoint("roberta", "AutoModel")
     assert original(source, task="feature_extraction", max_length=None).max_length == 150
     assert original(source, task="feature_extraction", max_length=158).max_length == 158
@@ -208,7 +208,7 @@ def test_positions_that_are_numbered_from_the_padding_on(checkpoint: Callable[..
 
 
 def test_a_row_as_long_as_the_model_reads(decoder: Callable[[str], Path]) -> None:
-    """MPT calls its limit by a name of its own."""
+    """MPT has its own name for its limit."""
     assert original(decoder("mpt"), task="text_generation", max_length=None).max_length == 160
 
 
@@ -226,7 +226,7 @@ def test_a_row_as_long_as_the_model_reads(decoder: Callable[[str], Path]) -> Non
 def test_what_the_library_does_not_read_is_refused(
     family: str, options: Dict[str, Any], checkpoint: Callable[..., Path]
 ) -> None:
-    """It would load these, without a word, and write something else than what was trained."""
+    """It would silently load these, and write other texts than the trained model."""
     source = checkpoint(family, "AutoModelForCausalLM", **options)
     with pytest.raises(
         ExportError, match="curated_transformers computes something else from .* take library transform"

@@ -1,4 +1,4 @@
-"""The pages for those who add something are followed to the letter, in a copy of the code."""
+"""The development pages are followed literally, in a copy of the code."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ PAGES = ROOT / "docs" / "development"
 
 
 def blocks(page: str, language: str) -> List[str]:
-    """The fenced blocks of a page."""
+    """Return a page's fenced blocks."""
     return re.findall(rf"```{language}\n(.*?)```", (PAGES / page).read_text(encoding="utf-8"), re.DOTALL)
 
 
 @pytest.fixture()
 def copy(tmp_path: Path) -> Path:
-    """The code without what was compiled."""
+    """Copy the code without compiled files."""
     for name in ("handlers", "scripts"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     return tmp_path
@@ -84,7 +84,7 @@ def test_a_task_is_one_file_and_one_row(copy: Path, checkpoint: Callable[..., Pa
 
 
 def add(path: Path, after: str, block: str) -> None:
-    """Put a block, without the comment that says where it belongs, behind the last place of `after` in a file."""
+    """Insert a block, without the comment with its location, after the last occurrence of `after` in a file."""
     text = path.read_text(encoding="utf-8")
     before, found, rest = text.rpartition(after)
     assert found, f"{path.name} has no {after!r}"

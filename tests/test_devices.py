@@ -1,6 +1,6 @@
-"""Archives for GPUs, without one: graphs are moved to torch's device meta and run there; what cannot be moved is refused.
+"""Archives for GPUs, without one: graphs are moved to torch's device meta and run there; immovable ones are refused.
 
-What a real GPU computes: tests/gpu.
+tests/gpu covers a real GPU's results.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from traceserve_runtime.tasks.contract import Answer, Request
 from transformer_handler import TransformerHandler, _device
 
 GPU: Dict[str, Any] = {"hardware": "gpu", "max_length": 48}
-# One for each way to make masks and positions, and both kinds of loop.
+# One for each way of making masks and positions, and both kinds of loop.
 MODELS = {
     "bert": "sequence_classification",
     "deberta-v2": "sequence_classification",
@@ -40,7 +40,7 @@ Make = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def made(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """The artifact of a family for GPUs; each made once."""
+    """A family's artifact for GPUs; each made once."""
     known: Dict[str, Path] = {}
 
     def make(architecture: str, **content: Any) -> Path:
@@ -63,7 +63,7 @@ def loaded(path: Path) -> Any:
 
 
 def named(module: Any) -> List[str]:
-    """The devices that the graphs of a module name, as far as constants do."""
+    """Return the devices named by constants in a module's graphs."""
     for graph in moving.graphs(module):
         torch._C._jit_pass_inline(graph)
     return [node.s("value") for graph in moving.graphs(module) for node in moving.constants(graph)]
@@ -81,7 +81,7 @@ def test_a_trace_names_devices_and_is_moved(architecture: str, made: Make) -> No
 
 
 def test_without_the_rewriting_it_would_not_run_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or the proof would prove nothing."""
+    """Otherwise the proof would prove nothing."""
     path, inputs = traced(positions, tmp_path), {"": (torch.ones(2, 8, dtype=torch.long),)}
     assert other_device.prove(path, inputs)
     monkeypatch.setattr(moving, "rewrite", lambda module, device: named(module))
@@ -110,11 +110,11 @@ def test_graphs_of_several_shapes_are_all_moved(
     assert set(named(module)) == {"meta"} and len(named(module)) >= 4
 
 
-# What the worker does.
+# The worker's part.
 
 
 def test_where_it_runs(made: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seen at the moment when it is loaded."""
+    """Observed when it is loaded."""
     asked: List[str] = []
     own = torch.jit.load
 
@@ -185,7 +185,7 @@ def test_float16_passes_the_gate(made: Make) -> None:
 
 
 def test_auto_is_float32_on_a_gpu(made: Make) -> None:
-    """This machine cannot tell what another's GPU does best."""
+    """This machine cannot know another GPU's best dtype."""
     assert [item["dtype"] for item in Manifest.read(made("bert", dtype="auto")).receipt["candidates"]] == ["float32"]
 
 
@@ -195,11 +195,11 @@ def test_dtypes_of_other_hardware_are_refused(dtype: str, hardware: str) -> None
         parse_config({"model_name": "x", "dtype": dtype, "hardware": hardware})
 
 
-# What cannot be moved.
+# Immovable graphs.
 
 
 class Adds(torch.nn.Module):
-    """The inputs and something that is made on a device."""
+    """Adds to the inputs something made on a device."""
 
     def __init__(self, make: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
@@ -270,7 +270,7 @@ def traced(make: Callable[[torch.Tensor], torch.Tensor], folder: Path) -> Path:
     ids=["positions", "on_the_cpu", "scripted", "by_default", "several", "of_a_scalar", "data_dependent"],
 )
 def test_what_is_moved(make: Any, ran: bool, tmp_path: Path) -> None:
-    """Scripted functions, branches and constant tensors too."""
+    """Also scripted functions, branches and constant tensors."""
     path = traced(make, tmp_path)
     assert other_device.prove(path, {"": (torch.ones(3, 4, dtype=torch.long),)}) is ran
 

@@ -1,4 +1,4 @@
-"""The engine: batching never changes an answer, and what fails fails alone and in its place."""
+"""The engine: batching never changes an answer, and failures affect only their own request."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def engine(artifact: Path) -> Engine:
 
 @pytest.fixture(scope="module")
 def alone(engine: Engine) -> Dict[str, List[Dict[str, Any]]]:
-    """What each text is answered when it is asked alone."""
+    """Each text's answer when asked alone."""
     return {text: value_of(engine.answer([ask(text)])[0]) for text in TEXTS}
 
 
@@ -90,13 +90,13 @@ class Through:
 
 
 def like(engine: Engine, **changes: Any) -> Engine:
-    """The engine with another manifest."""
+    """Return the engine with another manifest."""
     manifest = dataclasses.replace(engine.manifest, **changes)
     return of(type(engine.task), engine, manifest)
 
 
 def of(task: Type[Task], engine: Engine, manifest: Manifest) -> Engine:
-    """The engine with another task."""
+    """Return the engine with another task."""
     tokenizer = TextTokenizer(engine.folder, manifest.tokenizer, manifest.max_length, manifest.max_rows)
     return Engine(engine.folder, manifest, task(manifest, tokenizer), engine.runner)
 
@@ -111,7 +111,7 @@ def test_an_answer_is_the_best_label_or_all_of_them(engine: Engine) -> None:
 
 
 def test_the_texts_are_told_apart(alone: Dict[str, List[Dict[str, Any]]]) -> None:
-    """Else no test of order could fail."""
+    """Proves that tests of the order can fail."""
     assert len(TEXTS) == 32
     assert len({round(answer[0]["score"], 4) for answer in alone.values()}) > 20
 
@@ -176,7 +176,7 @@ def test_what_was_cut_is_told(engine: Engine) -> None:
 
 
 def test_windows_are_merged_by_their_tokens(engine: Engine) -> None:
-    """The mean of the windows' scores, each weighted by its tokens, and not that of the truncated text."""
+    """The mean of the windows' scores, weighted by their tokens, unlike the truncated text's."""
     (encoded,) = engine.task.encode([ask(VERY_LONG)])
     assert not isinstance(encoded, TraceserveError) and len(encoded.rows) > 3
     jobs = [Job(row, ask(VERY_LONG)) for row in encoded.rows]
@@ -327,7 +327,7 @@ def test_a_task_may_say_what_a_run_costs(engine: Engine, cost: CostModel, runs: 
 
 
 def test_a_task_keeps_what_it_reads(engine: Engine) -> None:
-    """And only that is looked at: a model may give what is no number where nobody reads."""
+    """And only that is checked: a model may return NaN where nobody reads."""
 
     class First(SequenceClassification):
         def keep(self, row: Row, outputs: Arrays) -> Arrays:
@@ -348,7 +348,7 @@ def test_a_task_keeps_what_it_reads(engine: Engine) -> None:
 
 
 class Telling(SequenceClassification):
-    """Tells the length of each row while it runs."""
+    """Emits each row's length while it runs."""
 
     def predict(self, runner: Runner, jobs: Sequence[Job], stats: Stats) -> List[Arrays]:
         for job in jobs:
@@ -382,7 +382,7 @@ def test_nothing_is_told_where_nobody_listens(engine: Engine) -> None:
 
 @pytest.fixture()
 def poisoned(engine: Engine) -> Iterator[Tuple[Engine, int]]:
-    """An engine of its own to damage, and the token that marks the damaged row."""
+    """An engine to damage, and the token that marks the damaged row."""
     other = like(engine)
     (encoded,) = other.task.encode([ask(POISON)])
     assert not isinstance(encoded, TraceserveError)
@@ -390,7 +390,7 @@ def poisoned(engine: Engine) -> Iterator[Tuple[Engine, int]]:
 
 
 def raising(engine: Engine, token: int, error: BaseException) -> Any:
-    """The engine's runner, which raises for each batch that holds the token."""
+    """Return the engine's runner, raising for each batch with the token."""
     own = engine.runner
 
     def runner(inputs: Arrays) -> Arrays:
@@ -432,7 +432,7 @@ def test_a_failure_without_a_reason_is_a_failure(poisoned: Tuple[Engine, int]) -
 
 
 class OtherFailure(Exception):
-    """No RuntimeError, and none that anybody has heard of."""
+    """Not a RuntimeError, nor any known exception."""
 
 
 ANY = [IndexError("index 70000 is out of bounds"), KeyError(POISON), MemoryError(), OtherFailure(), AssertionError()]
@@ -459,7 +459,7 @@ def test_whatever_a_request_meets_in_the_task_it_fails_alone(
     verb: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """And the log tells where, without its text."""
+    """And the log has the traceback, without its text."""
 
     class Breaking(SequenceClassification):
         def broken_here(self, request: Request) -> None:
@@ -491,7 +491,7 @@ def test_whatever_a_request_meets_in_the_task_it_fails_alone(
 
 @pytest.mark.parametrize("verb", ["tokenize", "decode"])
 def test_a_panic_of_the_tokenizers_package_is_one_requests_own(verb: str, engine: Engine) -> None:
-    """It is no Exception, and would end the worker."""
+    """It is not an Exception, and would end the worker."""
 
     def panic() -> None:
         tokenizers.Tokenizer.from_file(str(engine.folder / engine.manifest.tokenizer.file)).encode("a a a a").truncate(
@@ -598,7 +598,7 @@ def test_a_missing_device_is_named(artifact: Path) -> None:
 
 
 def damaged(artifact: Path, folder: Path, **changes: Any) -> Path:
-    """A copy of the artifact whose manifest is changed."""
+    """Copy the artifact with a changed manifest."""
     shutil.copytree(artifact, folder, dirs_exist_ok=True)
     manifest = dataclasses.replace(Manifest.read(artifact), **changes)
     manifest.write(folder)
@@ -623,7 +623,7 @@ def test_a_model_file_that_is_cut_is_named(artifact: Path, tmp_path: Path) -> No
 
 
 def test_a_model_file_that_is_not_there_is_named(artifact: Path, tmp_path: Path) -> None:
-    """`model_file` need not stand among `files`, which are checked before."""
+    """`model_file` need not be in `files`, which are checked before."""
     with pytest.raises(InvalidManifest, match="other.pt"):
         Engine.load(damaged(artifact, tmp_path, model_file="other.pt"))
 
@@ -649,7 +649,7 @@ def test_an_unknown_task_or_save_mode_tells_the_known_ones(
         Engine.load(damaged(artifact, tmp_path, **changes))
 
 
-# How an archive is served
+# Serving configurations
 
 
 @pytest.mark.parametrize("step", [1, 8, 20, 32, 500])
@@ -751,7 +751,7 @@ def test_whatever_a_run_costs_the_answers_are_the_same(
 
 
 def test_the_cost_decides_what_runs_together(engine: Engine) -> None:
-    """Else the test above could not fail."""
+    """Proves that the test above can fail."""
     runs = []
     for cost in (CostModel(run=0.0, attention=0.1), CostModel(run=2000.0, attention=0.0)):
         other, stats = like(engine), Stats()
@@ -762,7 +762,7 @@ def test_the_cost_decides_what_runs_together(engine: Engine) -> None:
 
 
 def timed(engine: Engine) -> List[costs.Timing]:
-    """What is found when runs are timed at once."""
+    """Return the result of timing all runs at once."""
     runs = engine._time_runs(engine.runner)
     while True:
         try:
@@ -789,7 +789,7 @@ def test_runs_are_timed_at_allowed_shapes(engine: Engine, shapes: Shapes) -> Non
     timings = timed(fixed)
     assert list(dict.fromkeys(seen)) == [(timing.batch, timing.length) for timing in timings]
     assert all(timing.seconds > 0 for timing in timings)
-    assert min(seen.count(shape) for shape in seen) > 1  # the first run of a shape is none to go by
+    assert min(seen.count(shape) for shape in seen) > 1  # a shape's first run is not representative
     tokens = [timing.batch * timing.length for timing in timings]
     assert tokens == sorted(tokens)
     for batch, length in seen:

@@ -1,4 +1,4 @@
-"""Families that write in a way of their own: each is written so that it answers as transformers' generate, or refused."""
+"""Families with their own way of writing: each equals transformers' generate, or is refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from traceserve_runtime.engine import Engine
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Request
 
-# A family, the save modes that write it, and whether a step of it reads new tokens alone.
+# A family, its save modes, and whether a step reads only new tokens.
 WRITTEN: Dict[str, Tuple[str, List[str], bool]] = {
     "bloom": ("text_generation", ["torchscript", "pretrained", "onnx"], True),
     "openai-gpt": ("text_generation", ["torchscript", "pretrained", "onnx"], False),
@@ -29,7 +29,8 @@ WRITTEN: Dict[str, Tuple[str, List[str], bool]] = {
     "encoder-decoder": ("text2text_generation", ["torchscript", "pretrained", "onnx"], True),
     "switch": ("text2text_generation", ["pretrained"], True),
 }
-# Before transformers 5 Switch cannot be run on an encoder's output alone (it is refused), and Mamba's own beam search does not
+# Before transformers 5 Switch cannot run on only an encoder's output (it is refused), and Mamba's own beam search does
+# not
 # reorder its state.
 NEWER = {"switch", "mamba"}
 V4 = transformers.__version__.startswith("4.")
@@ -38,7 +39,7 @@ OPTIONS: List[Dict[str, Any]] = [{"num_beams": 1}, {"num_beams": 3, "no_repeat_n
 
 @pytest.fixture(autouse=True)
 def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gate has tests of its own."""
+    """Shrink the gate, which has its own tests."""
     monkeypatch.setattr(verification, "TEXTS", verification.TEXTS[:4])
 
 
@@ -57,7 +58,7 @@ def original(source: Path, task: str) -> Tuple[Any, Any]:
     [(name, mode) for name, (_, modes, _) in WRITTEN.items() for mode in modes if not (V4 and name == "switch")],
 )
 def test_equals_generate(architecture: str, save_mode: str, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    """Texts of many lengths in one batch, those of whole windows and of one token more among them."""
+    """Texts of many lengths in one batch, including whole windows and one token more."""
     task = WRITTEN[architecture][0]
     source = checkpoint(architecture, TASKS[task].auto_model)
     run_export(tmp_path / "x", content(source, task, save_mode))
@@ -87,7 +88,7 @@ def test_what_keeps_no_keys_and_values_reads_all_again(
 def test_a_refusal_names_the_save_mode_that_writes_it(
     architecture: str, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Experts are chosen by the tokens, and a recurrence is as long as the text: a trace keeps neither."""
+    """Experts depend on the tokens, and a recurrence on the text's length: a trace keeps neither."""
     task, modes, _ = WRITTEN[architecture]
     with pytest.raises(ExportError, match=f"; try save_mode {' or '.join(modes)}$"):
         run_export(tmp_path / "x", content(checkpoint(architecture, TASKS[task].auto_model), task, "torchscript"))
@@ -139,7 +140,7 @@ def test_every_family_of_the_table_is_tried() -> None:
 def test_an_encoder_equals_the_pipeline(
     architecture: str, save_mode: str, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Reformer and YOSO have functions of their own for training, which are traced as their forward pass."""
+    """Reformer and YOSO have separate training functions, which are traced as their forward pass."""
     source = checkpoint(architecture, **COLORS)
     run_export(tmp_path / "x", content(source, "sequence_classification", save_mode))
     assert_classifies_as_the_pipeline(tmp_path / "x", source, 64)
@@ -148,7 +149,7 @@ def test_an_encoder_equals_the_pipeline(
 def assert_classifies_as_the_pipeline(folder: Path, source: Path, most: int) -> None:
     """Texts of many lengths up to `most` tokens in one batch; the pipeline answers one at a time."""
     pipeline = transformers.pipeline("text-classification", model=str(source), device="cpu")
-    # transformers 4 hands types over, too, where the model's own tokenizer has them.
+    # transformers 4 also passes types, if the model's own tokenizer has them.
     pipeline.tokenizer.model_input_names = list(Engine.load(folder).manifest.inputs)
     texts = [text for text in TEXTS if len(pipeline.tokenizer(text)["input_ids"]) <= most][:8]
     for text, answer in zip(texts, answers(Engine.load(folder), [Request({"text": text}) for text in texts])):

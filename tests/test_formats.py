@@ -1,4 +1,4 @@
-"""What goes together: the table of the command, the configuration and the JSON schema say the same, and say why not."""
+"""Valid combinations: the command's table, the configuration and the JSON schema agree, and explain refusals."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ALL = list(itertools.product(SAVE_MODES, HARDWARE, TASKS))
         ({"task": "text_generation"}, ["pretrained"]),
         ({"save_mode": "onnx"}, ["torchscript", "pretrained", "aot_inductor"]),
         ({"save_mode": "onnx", "dtype": "int8"}, ["torchscript"]),
-        ({"save_mode": "pretrained"}, []),  # what transformers itself cannot run
+        ({"save_mode": "pretrained"}, []),  # transformers itself cannot run it
         ({"save_mode": "aot_inductor", "dtype": "float32"}, ["torchscript", "pretrained", "onnx"]),
         ({"hardware": "gpu"}, ["pretrained"]),
         ({"trust_remote_code": True}, ["aot_inductor"]),
@@ -74,7 +74,7 @@ def test_configuration_schema_and_table_agree(save_mode: str, hardware: str, tas
             parse_config(content)
         reason = row.refused[""] if "" in row.refused else row.refused[dtype]
         assert reason.replace("it ", "", 1).split(", not for")[0] in raised.value.message
-        # What it says to take instead can be taken.
+        # The suggested alternative is legal.
         named = [name for name in (*SAVE_MODES, *row.dtypes) if name in raised.value.message.rsplit("take ", 1)[-1]]
         assert named or "take" not in raised.value.message
 
@@ -89,7 +89,7 @@ def test_auto_tries_what_is_legal(save_mode: str, hardware: str, task: str) -> N
 
 
 def test_a_mode_without_loops_is_refused_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a compiled graph of fixed inputs would be."""
+    """Such as a compiled graph with fixed inputs."""
     monkeypatch.setitem(SAVE_MODES, "pretrained", SAVE_MODES["pretrained"]._replace(loops=()))
     content = {"model_name": "x", "save_mode": "pretrained"}
     with pytest.raises(ConfigError) as raised:

@@ -1,4 +1,4 @@
-"""Messages of the frontend, read as they arrive, by TorchServe's own codec."""
+"""The frontend's messages, read as they arrive, with TorchServe's own codec."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ codec = pytest.importorskip("ts.protocol.otf_message_handler")
 
 
 class Connection:
-    """Gives what was sent in pieces as they arrive, and counts how often it is asked."""
+    """Returns sent data in the pieces in which it arrives, and counts calls."""
 
     def __init__(self, *arriving: bytes) -> None:
         self.arriving = list(arriving)
@@ -39,7 +39,7 @@ def text(value: bytes) -> bytes:
 
 
 def message(bodies: Sequence[bytes]) -> bytes:
-    """A batch as the frontend sends it; each request has two headers."""
+    """Return a batch as sent by the frontend; each request has two headers."""
     end = struct.pack("!i", -1)
     sent = b"I"
     for number, body in enumerate(bodies):
@@ -75,17 +75,17 @@ def test_a_message_is_read_in_one_call(reading_at_once: None) -> None:
 
 def test_it_reads_what_torchserve_reads(reading_at_once: None) -> None:
     sent = message([b"one", b"", b"\x00\xff" * 100_000])
-    own = importlib.util.module_from_spec(codec.__spec__)  # a worker of this process may have changed the known one
+    own = importlib.util.module_from_spec(codec.__spec__)  # a worker in this process may have patched the loaded one
     codec.__spec__.loader.exec_module(own)
     assert not isinstance(own._retrieve_buffer, Reader)
     assert codec.retrieve_msg(Connection(sent)) == own.retrieve_msg(Connection(sent))
 
 
 def test_over_a_socket(reading_at_once: None) -> None:
-    """Several messages one after another, as of one worker; the second connection is another worker's."""
+    """Several consecutive messages for one worker; the second connection is another worker's."""
     for _ in range(2):
         frontend, worker = socket.socketpair()
-        with frontend, worker, ThreadPoolExecutor(1) as sender:  # a socket holds less than the second message
+        with frontend, worker, ThreadPoolExecutor(1) as sender:  # a socket's buffer is smaller than the second message
             worker.settimeout(20)
             for bodies in ([b"first"], [b"x" * 150_000, b"second"], [b"third"]):
                 sending = sender.submit(frontend.sendall, message(bodies))
@@ -107,7 +107,7 @@ def test_pieces_of_any_size_that_arrive_in_any_way(pieces: List[bytes], arriving
 
 
 def test_a_long_piece_is_not_read_past_its_end() -> None:
-    """Else what follows would be copied with it, again and again."""
+    """Otherwise the following data would be copied repeatedly."""
     connection: Any = Connection(b"x" * 10, b"y" * 200_000, b"next")
     read = Reader()
     assert read(connection, 150_010) == b"x" * 10 + b"y" * 150_000
@@ -139,7 +139,7 @@ def test_a_torchserve_that_reads_otherwise_is_left_alone(monkeypatch: pytest.Mon
 
 
 def test_idle_is_when_nothing_follows_an_answer() -> None:
-    """Not within a message that arrives in parts, nor where the next one has come, nor twice."""
+    """Not within a message that arrives in parts, nor if the next one has come, nor twice."""
     calls: List[int] = []
     ours, theirs = socket.socketpair()
     with ours, theirs:

@@ -1,4 +1,4 @@
-"""Token by token: the loop writes what transformers' `generate` writes, and draws as its processors say."""
+"""Token by token: the loop writes transformers' `generate`'s texts, and samples by its processors' probabilities."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def made(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
 
 
 def original(made: Made, text: str, **options: Any) -> str:
-    """What the original writes for one text alone."""
+    """Return the original's text for one text alone."""
     _, model, tokenizer = made
     return generated(model, tokenizer, text, **options)
 
@@ -71,7 +71,7 @@ def original(made: Made, text: str, **options: Any) -> str:
     ids=str,
 )
 def test_equals_generate(architecture: str, options: Dict[str, Any], made: Callable[[str], Made]) -> None:
-    """All texts in one batch, prompts of many lengths, against the original run on each alone."""
+    """All texts in one batch, prompts of many lengths, against the original on each alone."""
     engine, _, _ = made(architecture)
     requests = [Request({"text": text}, {"max_new_tokens": 20, **options}) for text in TEXTS]
     expected = [original(made(architecture), text, **options) for text in TEXTS]
@@ -80,7 +80,7 @@ def test_equals_generate(architecture: str, options: Dict[str, Any], made: Calla
 
 @pytest.mark.parametrize("architecture", TASK)
 def test_texts_that_end_leave_the_batch(architecture: str, made: Callable[[str], Made]) -> None:
-    """With an end that comes early: a token that some of the texts are known to write."""
+    """With an early end: a token that some of the texts are known to contain."""
     engine, model, tokenizer = made(architecture)
     lengths = set()
     for number, text in enumerate(TEXTS):
@@ -153,7 +153,7 @@ def test_a_seed_draws_the_same_again(made: Callable[[str], Made]) -> None:
 
 
 def hugging_face(scores: np.ndarray, ids: List[int], options: Dict[str, Any]) -> np.ndarray:
-    """The probabilities that transformers' own processors leave."""
+    """Return the probabilities after transformers' own processors."""
     processors = transformers.LogitsProcessorList()
     if options.get("repetition_penalty", 1.0) != 1.0:
         processors.append(transformers.RepetitionPenaltyLogitsProcessor(options["repetition_penalty"]))
@@ -214,7 +214,7 @@ def test_draws_follow_the_probabilities() -> None:
 
 
 def test_a_bias_of_the_draws_would_be_seen() -> None:
-    """The test above can fail: the best token alone is far from the distribution."""
+    """Proves that the test above can fail: always taking the best token is far from the distribution."""
     expected = hugging_face(np.arange(10, dtype=np.float32) / 3, [0], {})
     wanted = 20_000 * expected
     assert ((np.eye(10)[9] * 20_000 - wanted) ** 2 / wanted).sum() > 9 + 4 * np.sqrt(18)
@@ -258,7 +258,7 @@ def test_parameters_that_contradict_each_other(made: Callable[[str], Made]) -> N
 
 @pytest.mark.parametrize("architecture", DECODERS)
 def test_streaming_tells_the_answer_in_pieces(architecture: str, made: Callable[[str], Made]) -> None:
-    """Byte-level tokens are parts of characters; no piece holds half of one, and none is taken back."""
+    """Byte-level tokens are parts of characters; no piece splits one, and none is revoked."""
     engine, _, _ = made(architecture)
     told: Dict[int, List[str]] = {}
     requests = [Request({"text": text}, {"max_new_tokens": 60, "stream": True, "seed": 3}) for text in TEXTS]
@@ -328,7 +328,7 @@ def test_a_template_is_kept_in_its_sandbox() -> None:
 
 
 def test_chats_over_the_engine(tmp_path: Path, checkpoint: Callable[..., Path]) -> None:
-    """Equal to the pipeline, both where it answers and where it continues the assistant's own message."""
+    """Equal to the pipeline, for answers and for continuing the assistant's own message."""
     source = tmp_path / "chatty"
     source.mkdir()
     for path in checkpoint("llama", "AutoModelForCausalLM").iterdir():
@@ -367,7 +367,7 @@ def test_numbers_that_are_none_fail_their_request_alone(made: Callable[[str], Ma
     own = engine.runner
 
     class Broken:
-        """The real model, but for one row of its logits."""
+        """The real model, except for one row of its logits."""
 
         def start(self, inputs: Any) -> Any:
             return own.start(inputs)

@@ -1,4 +1,4 @@
-"""A checkpoint's own generation settings: followed as transformers follows them, without effect, or refused by name."""
+"""A checkpoint's own generation settings: followed as in transformers, without effect, or refused by name."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_every_setting_of_the_installed_transformers_is_known() -> None:
 
 
 def test_the_defaults_of_any_version_are_no_settings() -> None:
-    """Those of transformers 4.57, whose files hold them where they were written whole."""
+    """Those of transformers 4.57, whose files contain all defaults."""
     generation.check_settings(
         {
             "max_length": 20,
@@ -138,7 +138,7 @@ def test_a_parameter_without_a_legal_value_is_named(
         exported(tmp_path / "out", "gpt2", source)
 
 
-# By the tokens that the model writes most.
+# With the tokens that the model writes most.
 FOLLOWED: List[Tuple[str, Callable[[List[int]], Dict[str, Any]]]] = [
     ("marian", lambda ids: {"renormalize_logits": True, "bad_words_ids": [[i, i] for i in ids[:4]], "num_beams": 4}),
     ("bart", lambda ids: {"encoder_no_repeat_ngram_size": 1, "encoder_repetition_penalty": 2.5, "num_beams": 2}),
@@ -153,7 +153,7 @@ FOLLOWED: List[Tuple[str, Callable[[List[int]], Dict[str, Any]]]] = [
 
 @pytest.mark.parametrize("number", range(len(FOLLOWED)))
 def test_followed_as_by_generate(number: int, checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """The export's gate compares too; this asks the original by itself, and sees that the settings matter."""
+    """The export's gate compares too; this asks the original directly, and checks that the settings matter."""
     architecture, chosen = FOLLOWED[number]
     auto_model = TASKS[architecture][1]
     source = checkpoint(architecture, auto_model)
@@ -166,7 +166,7 @@ def test_followed_as_by_generate(number: int, checkpoint: Checkpoint, tmp_path: 
     settings = chosen([token for token, _ in ids.most_common()])
     followed = {key: value for key, value in settings.items() if key in generation.FOLLOWED}
     beams = followed.pop("num_beams", beams)
-    texts = [*TEXTS, tokenizer.decode(before[0][:8], skip_special_tokens=True)]  # with what the model writes itself
+    texts = [*TEXTS, tokenizer.decode(before[0][:8], skip_special_tokens=True)]  # includes the model's own text
 
     engine = exported(tmp_path / "out", architecture, copy(checkpoint, tmp_path / "mine", architecture, **settings))
     got = answers(engine, [Request({"text": text}, {"max_new_tokens": 20}) for text in texts])
@@ -174,7 +174,7 @@ def test_followed_as_by_generate(number: int, checkpoint: Checkpoint, tmp_path: 
     assert [written(value) for value in got] == expected
     without = [generated(model, tokenizer, text, num_beams=beams) for text in texts]
     assert (expected != without) is bool(followed)
-    if "renormalize_logits" in settings:  # which matters by itself
+    if "renormalize_logits" in settings:  # it matters by itself
         followed.pop("renormalize_logits")
         assert expected != [generated(model, tokenizer, text, num_beams=beams, **followed) for text in texts]
 
@@ -213,18 +213,18 @@ def test_what_is_done_to_scores_is_what_the_original_processors_do() -> None:
         )
 
 
-# What the pipelines write before each text.
+# Prefixes that the pipelines prepend.
 
 
 def edit(folder: Path, **settings: Any) -> Path:
-    """The checkpoint with these keys in its config.json."""
+    """Return the checkpoint with these keys in its config.json."""
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
     return folder
 
 
 def test_the_prefix_of_a_text_to_text_model(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """As the pipeline of transformers 4.57: config.json's prefix, or that of its own task_specific_params."""
+    """As in transformers 4.57's pipeline: config.json's prefix, or its own task_specific_params'."""
     params = {
         "summarization": {"prefix": "summarize: ", "min_length": 30},
         "text2text-generation": {"prefix": "please sell ", "num_beams": 2, "min_length": 9, "early_stopping": True},
@@ -262,7 +262,7 @@ def test_settings_for_other_pipelines_are_told(checkpoint: Checkpoint, tmp_path:
 
 
 def test_the_prefix_of_a_decoder(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """Written before each prompt, not told, and not counted in max_length, as in the pipeline."""
+    """Prepended to each prompt, not returned, and not counted in max_length, as in the pipeline."""
     params = {
         "text-generation": {"do_sample": True, "max_length": 9, "prefix": "never "}
     }  # which transformers 5 ignores

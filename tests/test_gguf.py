@@ -1,4 +1,4 @@
-"""A checkpoint in a GGUF file: what it writes, what is fetched of it, and what is refused."""
+"""Checkpoints in a GGUF file: generated texts, downloads, and refusals."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ NAMES = {
 
 
 def write_gguf(path: Path, source: Path, quantization: Any = None, scaled: str = "", begins: bool = False) -> Path:
-    """A Llama's folder as a GGUF file, in the layout of llama.cpp's converter; `scaled` adds what scales its positions."""
+    """Write a Llama's folder as a GGUF file, in the layout of llama.cpp's converter; `scaled` adds scaled positions."""
     model = transformers.AutoModelForCausalLM.from_pretrained(source)
     config, document = model.config, json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
     writer = gguf.GGUFWriter(path, "llama")
@@ -104,7 +104,7 @@ def quantization(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture(scope="module")
 def exported(quantization: Any, llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An artifact of a GGUF file, which lies among files that belong to another model."""
+    """An artifact of a GGUF file beside files of another model."""
     if not NEW:
         pytest.skip("transformers 4 reads byte-level tokenizers of GGUF files wrongly, see below")
     folder = tmp_path_factory.mktemp("gguf")
@@ -118,7 +118,7 @@ def exported(quantization: Any, llama: Path, tmp_path_factory: pytest.TempPathFa
 
 
 def dequantized(source: Path, quantization: Any) -> Any:
-    """The model that the GGUF file was made from, with weights as its blocks tell them."""
+    """The GGUF file's source model, with weights dequantized from its blocks."""
     model = transformers.AutoModelForCausalLM.from_pretrained(source).eval()
     for weight in model.parameters():
         if quantization is not None and weight.ndim > 1:
@@ -158,7 +158,7 @@ def read(folder: Path, **content: Any) -> Any:
 
 @pytest.mark.parametrize("scaled, word", [("tensor", "rope_freqs.weight"), ("metadata", "rope.scaling.type linear")])
 def test_scaled_positions_are_refused(scaled: str, word: str, llama: Path, tmp_path: Path) -> None:
-    """transformers reads such a file, and writes something else."""
+    """transformers reads such a file, and writes other texts."""
     write_gguf(tmp_path / "x.gguf", llama, scaled=scaled)
     with pytest.raises(ExportError, match=f"scales its rotary embeddings .{word}., which transformers does not read"):
         read(tmp_path)
@@ -194,7 +194,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_nothing_else_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a repository with every size of a model the one file, whatever its name means in a pattern."""
+    """Only the one file of a repository with every size of a model, even if its name looks like a pattern."""
     import huggingface_hub
 
     asked: List[Any] = []

@@ -1,4 +1,4 @@
-"""The command for a machine with a GPU, rehearsed on the CPU: all of its code runs, with few and small models."""
+"""The GPU command, rehearsed on the CPU: all of its code runs, with few and small models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The handler among fakes of TorchServe's: each row has a status and a body of its own, and no log holds a text."""
+"""The handler with fakes of TorchServe's objects: each item has its own status and body, and no log contains a text."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LONG = "The train to the coast leaves at a quarter past nine from platform four.
 
 
 class Metrics:
-    """Records what is reported of a batch, as (kind, name) -> value; without a request's number it is of all of them."""
+    """Records a batch's metrics, as (kind, name) -> value; without a request's number they are of all of them."""
 
     def __init__(self) -> None:
         self.reported: Dict[Tuple[str, str], float] = {}
@@ -45,12 +45,12 @@ class Metrics:
         self._add("time", name, value, idx)
 
     def _add(self, kind: str, name: str, value: float, idx: Optional[int]) -> None:
-        assert idx == 0  # a line of the log holds the ids of those that it is of
+        assert idx == 0  # a log line has the ids of its requests
         self.reported[kind, name] = value
 
 
 class Context:
-    """TorchServe's, as far as the handler sees it."""
+    """TorchServe's context, as far as the handler uses it."""
 
     def __init__(self, folder: Path, headers: Sequence[Mapping[str, Any]] = (), **properties: Any) -> None:
         self.system_properties = {"model_dir": str(folder), "gpu_id": None, **properties}
@@ -75,7 +75,7 @@ def loaded(artifact: Path) -> Iterator[TransformerHandler]:
     handler = TransformerHandler()
     handler.initialize(Context(artifact))
     yield handler
-    torch.set_num_threads(threads)  # it may have left cores to others
+    torch.set_num_threads(threads)  # it may have yielded cores
 
 
 @pytest.fixture()
@@ -90,7 +90,7 @@ def handler(loaded: TransformerHandler) -> TransformerHandler:
 def serve(
     handler: TransformerHandler, rows: Sequence[Any], headers: Sequence[Mapping[str, Any]] = ()
 ) -> Tuple[List[Any], Context]:
-    """The parsed bodies that the rows are answered with, and the context; a row that is no dict is its body."""
+    """Return the items' parsed response bodies, and the context; an item that is not a dict is its body."""
     context = Context(Path("unused"), headers)
     bodies = handler.handle(
         [row if isinstance(row, dict) and "body" in row else {"body": row} for row in rows], context
@@ -105,7 +105,7 @@ def is_answer(body: Any) -> bool:
 
 
 def error_of(body: Any) -> Tuple[str, Optional[str]]:
-    """The type and the field of an error's body; of KServe's, which is a string, the field alone."""
+    """Return the type and the field of an error's body; for KServe's, a string, only the field."""
     if isinstance(body["error"], str):
         field, colon, message = body["error"].partition(": ")
         assert set(body) == {"error"} and (message or not colon)
@@ -116,7 +116,7 @@ def error_of(body: Any) -> Tuple[str, Optional[str]]:
 
 
 def poison(handler: TransformerHandler, act: Callable[[Runner, Arrays, np.ndarray], Arrays]) -> None:
-    """Let `act` answer for the runner; it is told which rows of a batch hold SECRET."""
+    """Replace the runner by `act`, which is told which rows of a batch contain SECRET."""
     engine = handler.engine
     assert engine is not None
     own = engine.runner
@@ -224,20 +224,20 @@ def test_what_was_cut_is_noted_in_body_and_header(loaded: TransformerHandler) ->
 
 
 def tensors(*texts: str, **others: Any) -> Dict[str, Any]:
-    """A row of the Open Inference Protocol."""
+    """Return an item of the Open Inference Protocol."""
     inputs = [{"name": "input-0", "shape": [len(texts)], "datatype": "BYTES", "data": list(texts)}]
     return {"body": {"inputs": inputs, **others}}
 
 
 def told(body: Any) -> List[Any]:
-    """The answers in a body of the Open Inference Protocol."""
+    """Return the answers in a body of the Open Inference Protocol."""
     [output] = body["outputs"]
     assert (output["name"], output["datatype"], output["shape"]) == ("output", "BYTES", [len(output["data"])])
     return [json.loads(text) for text in output["data"]]
 
 
 def are_equal(answers: Any, others: Any) -> bool:
-    """The same labels, and scores but for the digits that a batch's padding changes."""
+    """Return whether labels are equal, and scores up to the rounding of a batch's padding."""
     scores = [answer["score"] for answer in others]
     rest = [[{**answer, "score": 0} for answer in several] for several in (answers, others)]
     return rest[0] == rest[1] and [answer["score"] for answer in answers] == pytest.approx(scores, abs=1e-5)
@@ -372,7 +372,7 @@ def test_metrics_are_of_what_was_computed(loaded: TransformerHandler) -> None:
     model, handler = (reported["counter", f"traceserve_{part}_seconds_total"] for part in ("model", "handler"))
     assert (
         handler > model >= 3 * (reported["time", "traceserve_last_batch_model_seconds"] - 1e-6) > 0
-    )  # of each of 3 rows
+    )  # for each of 3 rows
     assert len(reported) == 9
 
 
@@ -424,7 +424,7 @@ def test_a_form_that_was_cut_is_refused_by_its_length(loaded: TransformerHandler
     assert is_answer(json.loads(whole))
 
 
-# Each a request by which one client could have failed the requests of others.
+# Requests with which one client could have failed others' requests.
 @pytest.mark.parametrize(
     "row",
     [
@@ -469,7 +469,7 @@ def test_a_row_that_breaks_the_model_fails_alone(handler: TransformerHandler) ->
 def test_an_answer_that_cannot_be_written_fails_alone(
     handler: TransformerHandler, where: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of a task's own answer; or of the body that a protocol makes of it."""
+    """A task's own answer; or a protocol's body made from it."""
     engine = handler.engine
     assert engine is not None
 
@@ -592,7 +592,7 @@ def test_a_missing_package_is_a_runtime_error(artifact: Path, monkeypatch: pytes
         TransformerHandler().initialize(Context(artifact))
 
 
-# model-config.yaml, as TorchServe hands it over
+# model-config.yaml, as passed by TorchServe
 
 
 @pytest.mark.parametrize(
@@ -657,7 +657,7 @@ def test_the_settings_reach_the_engine(artifact: Path) -> None:
 
 @pytest.mark.parametrize("row", [{"body": {"text": "a"}}, {"data": b"a"}, {"text": b"a"}, {"body": b""}])
 def test_a_door_for_explanations_is_not_offered(loaded: TransformerHandler, row: Any) -> None:
-    """TorchServe tells by its own header, of this spelling; a client's own differs, or is overwritten."""
+    """TorchServe marks it with its own header, in this spelling; a client's own differs, or is overwritten."""
     (explained, other, another), context = serve_rows(
         loaded,
         [row, {"body": "a"}, {"body": "a"}],
@@ -674,13 +674,13 @@ LAST = "ts_stream_next"
 def serve_rows(
     handler: TransformerHandler, rows: Sequence[Any], headers: Sequence[Mapping[str, Any]]
 ) -> Tuple[List[Any], Context]:
-    """As `serve`, of rows as they are."""
+    """Like `serve`, with unchanged items."""
     context = Context(Path("unused"), headers)
     return [json.loads(body.decode("utf-8")) for body in handler.handle(rows, context)], context
 
 
 def test_every_answer_over_grpc_is_the_last_piece(loaded: TransformerHandler) -> None:
-    """TorchServe's frontend fails without it; over HTTP it would take a whole answer for the end of a stream."""
+    """TorchServe's frontend fails without it; over HTTP it would mistake a whole answer for a stream's end."""
     record = {"content-type": ""}
     grpc: List[Mapping[str, Any]] = [
         {"data": record}, {"host": record, "text": record}, {}, {"body": record}, {"data": record, "explain": record}
@@ -695,7 +695,7 @@ def test_every_answer_over_grpc_is_the_last_piece(loaded: TransformerHandler) ->
 
 
 def test_errors_of_model_infer_are_output_tensors(loaded: TransformerHandler) -> None:
-    """TorchServe's frontend reads these keys of any answer, and ends the worker where one is missing."""
+    """TorchServe's frontend reads these keys of any answer, and ends the worker if one is missing."""
     tensor = {"name": "text", "shape": [1], "datatype": "BYTES", "data": ["YQ=="]}
     sent = [
         {"id": "7", "model_name": "m", "inputs": [tensor]},

@@ -1,4 +1,4 @@
-"""Servers that are remembered: whose state file is removed, what is kept of those that died, what an interrupt leaves."""
+"""Recorded servers: removal of state files, remains of dead servers, and interrupts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LOG = "2026-11-26 ERROR java.lang.OutOfMemoryError: Java heap space\n2026-11-26 
 
 @pytest.fixture(autouse=True)
 def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Folders of this test alone; the temporary one has a path that is short enough for sockets."""
+    """This test's own folders; the temporary one has a path short enough for sockets."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     with tempfile.TemporaryDirectory() as temporary:
         monkeypatch.setattr(tempfile, "tempdir", temporary)
@@ -41,7 +41,7 @@ def processes() -> Iterator[List[subprocess.Popen[bytes]]]:
 
 
 def remembered(processes: List[subprocess.Popen[bytes]], port: int = 18000, **changes: Any) -> Instance:
-    """A process in the place of a TorchServe, which may be ended as one."""
+    """A killable process instead of a TorchServe."""
     process = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"])
     processes.append(process)
     folder = Path(tempfile.mkdtemp(prefix=f"traceserve-{port}-"))
@@ -76,7 +76,7 @@ def test_stopping_a_server_leaves_the_next_one_on_its_port_alone(processes: Any)
 
 
 def test_a_server_of_another_machine_is_not_judged(processes: Any) -> None:
-    """As of another container that shares the home folder: its process cannot be seen from here."""
+    """For example, of another container that shares the home folder: its process is not visible here."""
     other = remembered(processes, machine="another one")
     kill(other)
     assert instances.running() == [] and instances.died() == []
@@ -93,7 +93,7 @@ def test_the_log_of_a_dead_server_is_kept_until_somebody_has_seen_it(
     assert instances.running() == [] and instance.log.is_file()
     assert cli.main(["predict", "tiny", "hello"]) == 1
     assert "on port 18000 died; `traceserve status` says why" in capsys.readouterr().err
-    instances.sweep()  # as the next start does
+    instances.sweep()  # as at the next start
     assert instance.log.is_file()
     assert cli.main(["status"]) == 0
     shown = capsys.readouterr().out
@@ -116,7 +116,7 @@ def test_stop_removes_what_is_left_of_a_dead_server(
 
 
 def test_of_dead_servers_the_last_ones_are_kept(processes: Any) -> None:
-    """As of a service that is started again and again."""
+    """As for a service that is restarted repeatedly."""
     every = [remembered(processes, port=18000 + i) for i in range(7)]
     for i, instance in enumerate(every):
         kill(instance)
@@ -139,7 +139,7 @@ def test_a_server_without_its_folder_is_forgotten(processes: Any) -> None:
 
 
 def launched() -> List[str]:
-    """The arguments of every TorchServe that runs in the temporary folder of this test."""
+    """Return the arguments of every TorchServe running in this test's temporary folder."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -158,7 +158,7 @@ def packed(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("where", ["launched", "remembered"])
 def test_an_interrupted_start_leaves_nothing_running(packed: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A real JVM, and an interrupt before it is remembered, or right after."""
+    """A real JVM, and an interrupt before it is recorded, or right after."""
     seen: List[List[str]] = []
     real: Any = server.launch if where == "launched" else instances.remember
 
@@ -176,7 +176,7 @@ def test_an_interrupted_start_leaves_nothing_running(packed: Path, where: str, m
 
 
 def test_an_interrupt_in_the_midst_of_a_start_leaves_nothing(packed: Path, tmp_path: Path) -> None:
-    """The signal comes as soon as anything of TorchServe runs: mostly what starts the JVM."""
+    """The signal comes as soon as any part of TorchServe runs: mostly the JVM's starter."""
     import signal
 
     temporary = tempfile.gettempdir()
@@ -196,7 +196,7 @@ def test_an_interrupt_in_the_midst_of_a_start_leaves_nothing(packed: Path, tmp_p
 
 
 def test_a_start_that_was_killed_is_swept_by_the_next(processes: Any) -> None:
-    """It had unpacked an archive; a server that runs, or starts just now, is left alone."""
+    """It had unpacked an archive; running or starting servers are left alone."""
     running = remembered(processes)
     left, starting = (Path(tempfile.mkdtemp(prefix="traceserve-18000-")) for _ in range(2))
     for folder in (left, Path(running.folder)):

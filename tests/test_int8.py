@@ -1,4 +1,4 @@
-"""Dynamic int8: each token by itself, more and more layers left out, and a gate that refuses the naive one."""
+"""Dynamic int8: per token, with ever more layers left out, and a gate that refuses the naive one."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def lowered(module: torch.nn.Linear, tokens: torch.Tensor) -> Int8Linear:
 
 
 def bound(module: torch.nn.Linear, lower: Int8Linear, tokens: torch.Tensor) -> torch.Tensor:
-    """How far off each output may be, (tokens, outputs).
+    """Return each output's error bound, (tokens, outputs).
 
-    Half a step of each token, the zero point's rounding to it once more, and half a step of each weight.
+    Half a step of each token, plus its zero point's rounding, and half a step of each weight.
     """
     smoothed = tokens * lower.smoothing
     weight = module.weight.detach() / lower.smoothing
@@ -74,7 +74,7 @@ def test_an_int8_layer_is_the_float_one_within_the_quantization(shape: Any, bias
 
 
 def test_large_channels_do_not_drown_the_others() -> None:
-    """As the tokens of transformers have them: without smoothing the others would be a step or two each."""
+    """As in transformers' tokens: without smoothing the others would have one or two steps each."""
     module = linear(24, 32)
     tokens = torch.randn((200, 32), generator=torch.Generator().manual_seed(1))
     tokens[:, 3] *= 100
@@ -127,7 +127,7 @@ def test_extreme_tokens_give_numbers(tokens: torch.Tensor, bias: bool) -> None:
 
 
 def test_layers_of_nothing_but_zeros() -> None:
-    """In weights, or in what was measured: nothing is divided by zero."""
+    """In weights, or in measurements: no division by zero."""
     module = linear(8, 16)
     with torch.no_grad():
         module.weight[2] = 0
@@ -198,7 +198,7 @@ def test_what_stays_is_what_moves_the_output_most(checkpoint: Callable[..., Path
 
 
 def test_a_layer_that_is_not_called_stays(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    """Longformer's products of global attention, where no token has it."""
+    """Such as Longformer's global attention, if no token has it."""
     original = load(checkpoint, tmp_path, "longformer")
     model = original.model
     inputs = [
@@ -213,7 +213,7 @@ def test_a_layer_that_is_not_called_stays(checkpoint: Callable[..., Path], tmp_p
 
 
 class Classifier(torch.nn.Module):
-    """Two layers; where it `refuses`, as BART's classifier does, no more than one row at a time."""
+    """Two layers; if it `refuses`, like BART's classifier, at most one row at a time."""
 
     def __init__(self, refuses: bool) -> None:
         super().__init__()
@@ -229,7 +229,7 @@ class Classifier(torch.nn.Module):
 
 @pytest.mark.parametrize("refuses", [False, True])
 def test_texts_of_one_length_are_measured_together(refuses: bool) -> None:
-    """With the result of one at a time, however many are of each length."""
+    """With the same result as one at a time, however many have each length."""
     torch.manual_seed(0)
     model = Classifier(refuses).eval()
     sizes = [(5, 4), (1, 7), (3, 2)]
@@ -246,7 +246,7 @@ def test_texts_of_one_length_are_measured_together(refuses: bool) -> None:
 
 
 def test_a_model_is_measured_on_few_batches(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    """No padding: those of one length are one batch."""
+    """No padding: equal lengths form one batch."""
     original = load(checkpoint, tmp_path)
     batches = precision._inputs(original, ["a b", "c", "", "b a", "x", "a b c d"])
     assert sorted(tuple(batch["input_ids"].shape) for batch in batches) == [(1, 6), (2, 3), (2, 4)]
@@ -293,7 +293,7 @@ def test_an_export_in_int8_passes_the_gate(checkpoint: Callable[..., Path], tmp_
 
 
 def naive(model: Any, batches: Any) -> Iterator[Tuple[Any, Tuple[str, ...]]]:
-    """Every linear layer in int8, as torch does it."""
+    """Convert every linear layer to int8 with torch."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         quantize: Any = torch.ao.quantization.quantize_dynamic

@@ -1,4 +1,4 @@
-"""Micro-batches side by side: nothing is lost, changed or later than one after another."""
+"""Parallel micro-batches: nothing is lost or changed, and they are never later than sequential ones."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_where_padding_costs_little_a_lane_has_one_run_of_as_many_tokens(threads
 
 
 def test_a_long_row_keeps_no_lane_waiting(threads: List[ThreadPoolExecutor]) -> None:
-    """It has a lane of its own, and the short ones fill the others."""
+    """It has its own lane, and the short ones fill the others."""
     lengths = [400, *[10] * 40]
     planned = schedule(lengths, Shapes(), CostModel(), Lanes(threads[:2], CostModel()))
     [own] = [lane for lane in planned if [0] in lane]
@@ -142,7 +142,7 @@ def engine(artifact: Path, two_cores: None) -> Engine:
     engine.warm_up()
     engine.measure()
     assert engine.lanes is not None and len(engine.lanes.threads) == 2
-    engine.lanes = Lanes(engine.lanes.threads, engine.cost)  # as fast as all cores are: always worth it
+    engine.lanes = Lanes(engine.lanes.threads, engine.cost)  # as fast as all cores: always worth it
     return engine
 
 

@@ -1,4 +1,4 @@
-"""Translators of many languages: the language that is read, and the one that is written, by default and by request."""
+"""Multilingual translators: the input and output languages, by default and by request."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from transformers.models.m2m_100.tokenization_m2m_100 import FAIRSEQ_LANGUAGE_CO
 
 
 class Family(NamedTuple):
-    """Its tokenizer's class and options, its model's, and three of its codes: the usual one first."""
+    """Its tokenizer's class and options, its model's, and three of its codes: the default first."""
 
     tokenizer: str
     options: Dict[str, Any]
@@ -51,7 +51,7 @@ FAMILIES = {
 
 
 def make(folder: Path, family: Family) -> Path:
-    """A tiny random translator with its tokenizer as the family stores it."""
+    """Make a tiny random translator with its tokenizer in the family's format."""
     test_pieces.write(folder, test_pieces.M2M100)
     (folder / "tokenizer_config.json").unlink()
     kind = getattr(transformers, family.tokenizer + "Fast", None) or getattr(transformers, family.tokenizer)
@@ -72,7 +72,7 @@ def make(folder: Path, family: Family) -> Path:
     model = getattr(transformers, f"{family.model}ForConditionalGeneration")(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            # So wide that what is written depends on each token that is read.
+            # Widely spread, so that the output depends on each token read.
             parameter.copy_(models.weights(name, parameter.shape) * (4 if "encoder_attn" in name else 1))
     model.save_pretrained(folder)
     return folder
@@ -97,7 +97,7 @@ def original(folder: Path, **parameters: str) -> Original:
 
 
 def translated(loaded: Original, text: str, source: str, target: str, **options: Any) -> str:
-    """As transformers' pipeline for translation asks."""
+    """Ask transformers' translation pipeline."""
     tokenizer = loaded.tokenizer
     before = tokenizer.src_lang
     inputs = tokenizer._build_translation_inputs(text, return_tensors="pt", src_lang=source, tgt_lang=target)
@@ -116,7 +116,7 @@ def test_languages_by_default_and_by_request(name: str, translator: Callable[[st
         "save_mode": "pretrained",
         "parameters": {"src_lang": other, "tgt_lang": third},
     }
-    exported = run_export(tmp_path / "x", config)  # the gate asks in many languages
+    exported = run_export(tmp_path / "x", config)  # the gate uses many languages
     assert exported.findings.passed and not exported.findings.tokenized_otherwise
     loaded = original(folder)
     assert str(loaded.tokenizer.src_lang).strip("_") == usual  # not the archive's
@@ -181,7 +181,7 @@ def test_the_codes_stand_in_the_manifest(translator: Callable[[str], Path]) -> N
 
 
 def test_a_language_with_two_numbers_is_refused(tmp_path: Path) -> None:
-    """One as a special token, and another one as a language: what is written could not be told from what is read."""
+    """One as a special token, one as a language: output and input could not be distinguished."""
     special = {"additional_special_tokens": ["__fr__", "__en__"]}
     folder = make(tmp_path / "x", FAMILIES["m2m100"]._replace(options=special))
     with pytest.raises(ExportError, match="two numbers for __.*__, .* cannot be converted exactly"):

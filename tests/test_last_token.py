@@ -1,4 +1,4 @@
-"""Classifiers built on decoders: each row is answered by its last token, whatever it is padded with."""
+"""Classifiers on decoders: each row is answered by its last token, whatever its padding."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from traceserve_runtime.engine import Engine
 from traceserve_runtime.runtimes import calling
 from traceserve_runtime.tasks.contract import Request
 
-END = 1  # "<end>", which begins and ends a text; "<pad>" is 0
-# Texts that hold the tokens of padding and of the end, at their end too.
+END = 1  # "<end>", which begins and ends texts; "<pad>" is 0
+# Texts that contain padding and end tokens, also at their end.
 ASKED = [*TEXTS[:8], "a <end> b", "hello <end>", "<end> x <end><end>", "<end>", "x <pad> y", "yo <pad>"]
 
 
 @pytest.fixture(autouse=True)
 def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gate has tests of its own."""
+    """Shrink the gate, which has its own tests."""
     monkeypatch.setattr(verification, "TEXTS", verification.TEXTS[:4])
 
 
@@ -36,7 +36,7 @@ def test_equals_the_pipeline(
     checkpoint: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
-    """The pipeline is asked one text at a time; -1 stands in old configurations, and is no token."""
+    """The pipeline answers one text at a time; -1 occurs in old configurations, and is not a token."""
     source = checkpoint(architecture, pad_token_id=pad_token_id, **COLORS)
     run_export(tmp_path / "x", {"model_name": str(source), "save_mode": save_mode, "task": "sequence_classification"})
     pipeline = transformers.pipeline("text-classification", model=str(source), device="cpu")
@@ -46,7 +46,7 @@ def test_equals_the_pipeline(
 
 
 def test_a_score_equals_the_pipeline_that_pads_with_the_end(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    """As rankers of replies and reward models are asked: one label, and batches padded with the end of a text."""
+    """As for rankers of replies and reward models: one label, and batches padded with the end token."""
     source = checkpoint("gpt2", pad_token_id=None, num_labels=1)
     run_export(tmp_path / "x", {"model_name": str(source), "task": "text_ranking"})
     pipeline = transformers.pipeline("text-classification", model=str(source), device="cpu")
@@ -75,7 +75,7 @@ def test_other_heads_need_no_padding_token(
     checkpoint: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
-    """The gate compares each row with the original, run on it alone."""
+    """The gate compares each row with the original's, run alone."""
     kind = {"token_classification": "AutoModelForTokenClassification"}.get(task, "AutoModelForQuestionAnswering")
     source = checkpoint(architecture, kind, pad_token_id=None, **HEADS[task])
     config = {"model_name": str(source), "save_mode": save_mode, "task": task, "max_length": 64}
@@ -83,7 +83,7 @@ def test_other_heads_need_no_padding_token(
 
 
 class Rewarding(transformers.LlamaForSequenceClassification):
-    """A head of several layers, as reward models have."""
+    """A head of several layers, as in reward models."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -121,7 +121,7 @@ def test_a_head_of_several_layers() -> None:
 
 
 def test_a_head_that_is_not_known_is_left_to_the_model() -> None:
-    """What would give other numbers than the model itself is not taken in its place."""
+    """Anything that would change the model's own numbers is not substituted."""
     torch.manual_seed(0)
     model = Scaled(config()).eval()
     single = calling.Single(model, ("input_ids", "attention_mask"), ("logits",))

@@ -1,4 +1,4 @@
-"""What is refused is refused before the work that it would be; and a batch is taken in parts that fit into memory."""
+"""Refusals come before the work; and a batch is processed in parts that fit into memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from transformer_handler import TransformerHandler
 
 
 class Context:
-    """TorchServe's, as far as the handler asks it here."""
+    """TorchServe's context, as far as the handler uses it here."""
 
     metrics = None
 
@@ -67,7 +67,7 @@ def engine(artifact: Path) -> Engine:
 
 
 def serve(engine: Engine, body: Any) -> Tuple[Any, float]:
-    """The parsed answer to a body, and the seconds of this process's that it took."""
+    """Return the parsed answer to a body, and this process's seconds for it."""
     handler = TransformerHandler()
     handler.engine = engine
     began = time.process_time()
@@ -77,12 +77,12 @@ def serve(engine: Engine, body: Any) -> Tuple[Any, float]:
 
 @pytest.mark.parametrize("name", HUGE)
 def test_a_megabyte_that_is_refused_is_refused_at_once(engine: Engine, name: str) -> None:
-    """In some milliseconds; with room for a machine that is busy. Tokenizing any of these takes a second."""
+    """Within milliseconds; with a margin for a busy machine. Tokenizing any of these takes a second."""
     taken = []
     for _ in range(3):
         answer, seconds = serve(engine, HUGE[name])
         error = answer["error"]
-        # KServe's clients read a string.
+        # KServe's clients expect a string.
         kind = (
             error["type"] if isinstance(error, dict) else "InputTooLong" if "one request may have" in error else error
         )
@@ -141,11 +141,11 @@ def test_an_object_of_more_keys_than_any_request_has_is_counted_only(engine: Eng
     assert 'unknown field "key0"' in answer["error"]["message"]
 
 
-MOST = 64 * 32  # tokens of one request to `engine`
+MOST = 64 * 32  # `engine`'s limit on one request's tokens
 
 
 def refused(engine: Engine, texts: Sequence[str], how: str = "window", group: Optional[int] = 0) -> bool:
-    """Whether texts are refused for their beginning."""
+    """Return whether texts are refused after their beginning."""
     parts = engine.task.parts([Request({"text": text}, {"long_inputs": how}, group) for text in texts])
     kinds = {isinstance(part, InputTooLong) for part in parts}
     assert len(kinds) == 1
@@ -211,7 +211,7 @@ def test_a_quarter_of_the_rows_may_be_full(max_rows: int, full_rows: int) -> Non
 
 
 def test_the_tokens_of_a_group_are_limited(engine: Engine) -> None:
-    """Fewer rows than may be, but each of them long; a request beside it is answered."""
+    """Fewer rows than allowed, but long ones; a request beside it is answered."""
     full = " ".join(["."] * 30)
     answers = engine.answer([Request({"text": full}, {}, 0)] * 64 + [Request({"text": full}, {}, 1)] * 65)
     assert all(isinstance(answer, Answer) for answer in answers[:64])

@@ -1,4 +1,4 @@
-"""The load generator, against real servers whose delays are known."""
+"""The load generator, against real servers with known delays."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from traceserve.measuring import transfers
 from traceserve.measuring.load_generator import Endpoint, Result, send_load
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
-Answer = Callable[[int, bytes], Awaitable[Optional[bytes]]]  # number and body of a request; None: drop the connection
+Answer = Callable[[int, bytes], Awaitable[Optional[bytes]]]  # a request's number and body; None: drop the connection
 
 
 class Server:
-    """An HTTP server in a thread of its own; what it was sent is kept."""
+    """An HTTP server in its own thread; it records requests."""
 
     def __init__(self, answer: Answer, tls: Optional[ssl.SSLContext] = None) -> None:
         self._answer = answer
@@ -49,15 +49,16 @@ class Server:
     def _run(self) -> None:
         async def serve() -> None:
             self._stopped = asyncio.Event()
-            # As TorchServe's and uvicorn's: beyond asyncio's backlog of 100, new connections would wait for a second SYN.
+            # Like TorchServe's and uvicorn's: beyond asyncio's backlog of 100, new connections would wait for a second
+            # SYN.
             server = await asyncio.start_server(self._serve, "127.0.0.1", 0, backlog=1024, ssl=self._tls)
             self.port = server.sockets[0].getsockname()[1]
             self._ready.set()
             await self._stopped.wait()
-            await asyncio.sleep(0.02)  # asyncio loses a connection that it accepts while it closes
+            await asyncio.sleep(0.02)  # asyncio loses a connection accepted while closing
             server.close()
             tasks = asyncio.all_tasks() - {asyncio.current_task()}
-            if tasks:  # they end by themselves as their clients are gone, but for those that sleep
+            if tasks:  # they end with their clients, except sleeping ones
                 _, asleep = await asyncio.wait(tasks, timeout=0.1)
                 for task in asleep:
                     task.cancel()
@@ -134,7 +135,7 @@ def test_a_closed_loop_measures_the_delay() -> None:
 
 
 def test_an_open_loop_sends_at_its_rate_whatever_is_answered() -> None:
-    """Twenty are on their way at a time; two connections in a closed loop would send ten in a second."""
+    """Twenty are in flight at a time; two connections in a closed loop would send ten in a second."""
     with serving(after(0.2)) as server:
         result = short(server, rate=100.0, seconds=1.5)
     assert result.requests == pytest.approx(150, abs=4 * 150**0.5)
@@ -143,7 +144,7 @@ def test_an_open_loop_sends_at_its_rate_whatever_is_answered() -> None:
 
 
 def stalling(at: int, seconds: float) -> Answer:
-    """Everything stands still once."""
+    """Stall everything once."""
 
     async def answer(number: int, body: bytes) -> bytes:
         if number == at:
@@ -154,13 +155,13 @@ def stalling(at: int, seconds: float) -> Answer:
 
 
 def test_no_coordinated_omission() -> None:
-    """A server that stands still for a second of three: of the requests that were due in it, every one waited for its end.
+    """A server stalls for one second of three: all requests due in it waited for its end.
     A closed loop, which waits with the server, sees one slow request."""
     with serving(stalling(at=200, seconds=1.0)) as server:
         result = short(server, rate=200.0, seconds=3.0)
     slow = np.sort(result.latencies[result.latencies > 0.1])
     assert len(slow) == pytest.approx(180, abs=4 * 180**0.5)
-    # Due at any time of the second, they waited for the rest of it.
+    # Due at any time in that second, they waited for the rest of it.
     assert np.percentile(slow, [10, 50, 90]) == pytest.approx([0.19, 0.55, 0.91], abs=0.1)
     assert result.percentile(99) > 0.9 > 0.1 > result.percentile(50)
     assert result.throughput == pytest.approx(200, rel=0.2)
@@ -170,7 +171,8 @@ def test_no_coordinated_omission() -> None:
 
 
 def test_waiting_for_a_connection_is_latency(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One connection carries ten a second; forty a second are due for a second, and the last waits for all before it."""
+    """One connection carries ten a second; forty a second are due for a second, and the last waits for all before
+    it."""
     monkeypatch.setattr("traceserve.measuring.load_generator.MOST_CONNECTIONS", 1)
     with serving(after(0.1)) as server:
         result = short(server, connections=1, rate=40.0, seconds=1.0)
@@ -181,11 +183,11 @@ def test_waiting_for_a_connection_is_latency(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_requests_are_sent_when_they_are_due() -> None:
-    """Not at the next whole millisecond."""
+    """Not rounded to the next millisecond."""
     with serving(at_once) as server:
         result = short(server, rate=200.0, seconds=1.0)
     assert result.percentile(20) < 0.0008
-    with serving(after(0.2)) as server:  # four are on their way, and nothing comes back for some fifty milliseconds
+    with serving(after(0.2)) as server:  # four are in flight, and no answer arrives for some fifty milliseconds
         result = short(server, rate=20.0, seconds=1.5)
     assert 0.2 <= result.percentile(50) < 0.21
 
@@ -260,7 +262,7 @@ def test_every_kind_of_answer(answer: bytes, kept: bool) -> None:
 
 
 def test_answers_in_pieces() -> None:
-    """Of a large answer each part comes by itself, the last with the end."""
+    """Each part of a large answer arrives separately, the last with the end."""
     large = b"HTTP/1.1 200 OK\r\nContent-Length: 3000000\r\n\r\n" + b"x" * 3_000_000
     with serving(always(large)) as server:
         result = short(server, seconds=0.3)
@@ -321,7 +323,7 @@ def test_a_server_that_goes_away(rate: Optional[float]) -> None:
     threading.Timer(0.3, server.stop).start()
     result = short(server, rate=rate, seconds=1.0)
     assert result.requests and result.errors.get("connection refused", 0) > 5
-    assert result.failed < 300  # it is not besieged
+    assert result.failed < 300  # it is not flooded
 
 
 def test_a_server_that_never_answers() -> None:
@@ -334,7 +336,7 @@ def test_a_server_that_never_answers() -> None:
 
 
 def test_an_idle_connection_that_the_server_closes_is_no_error() -> None:
-    """As of servers with a keep-alive timeout, of more than the second after which libcurl looks whether it still stands."""
+    """As with a server's keep-alive timeout, longer than the second after which libcurl checks the connection."""
 
     class Impatient(Server):
         async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -352,14 +354,15 @@ def test_an_idle_connection_that_the_server_closes_is_no_error() -> None:
     server = Impatient(at_once)
     try:
         result = short(server, rate=1.0, seconds=3.6)
-        assert server.connections == 3  # by its seed there are two gaps of more than a second
+        assert server.connections == 3  # with this seed there are two gaps of more than a second
     finally:
         server.stop()
     assert result.requests == 4 and not result.errors
 
 
 def test_tls_with_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of an authority that Python trusts, here by SSL_CERT_FILE; a name that does not fit, or no such authority, is refused."""
+    """With an authority trusted by Python, here through SSL_CERT_FILE; a wrong name or an unknown authority is
+    refused."""
     authority, other = trustme.CA(), trustme.CA()
     for number, (one, name) in enumerate([(authority, "127.0.0.1"), (authority, "example.org"), (other, "127.0.0.1")]):
         tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -395,13 +398,13 @@ def test_progress() -> None:
 
 
 class Stopped(BaseException):
-    """What the command raises at a signal."""
+    """The command's exception for a signal."""
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no timer of signals")
 @pytest.mark.parametrize("rate", [None, 2000.0])
 def test_a_signal_ends_it(rate: Optional[float]) -> None:
-    """Wherever it strikes: in asyncio's callbacks, which keep exceptions to themselves, too."""
+    """Wherever it strikes, even in asyncio's callbacks, which swallow exceptions."""
 
     def stop(number: int, frame: Any) -> None:
         raise Stopped

