@@ -1,4 +1,4 @@
-"""The border document: what is written is read again, and each kind of damage is named."""
+"""The manifest: what is written is read again, and each kind of damage is named."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def document(artifact: Path) -> Document:
 
 
 def refusal(document: Any) -> str:
-    """The message by which `document` is refused."""
+    """Return the message that refuses `document`."""
     with pytest.raises(InvalidManifest) as caught:
         Manifest.from_json(document)
     return caught.value.message
@@ -172,7 +172,7 @@ def test_an_unknown_key_is_named(document: Document, where: str) -> None:
 
 
 def keys_of(kind: str) -> List[str]:
-    """The dotted keys of the document, of its top level or of the level below."""
+    """Return the document's dotted keys, of its top level or the level below."""
     nested = {
         "shapes": ["lengths", "batches", "graph_per_shape"],
         "tokenizer": [
@@ -263,7 +263,7 @@ def test_another_schema_names_both_versions(document: Document, schema: Any) -> 
 
 
 def test_an_archive_of_schema_1_is_refused(copy: Path, document: Document) -> None:
-    """As the first version wrote it: its file, its keys."""
+    """In the first version's format: its file, its keys."""
     for key in ("step_inputs", "facts"):
         del document[key]
     del document["tokenizer"]["clean_up"]
@@ -340,7 +340,7 @@ def test_sha256_is_that_of_the_whole_file(tmp_path: Path, content: bytes) -> Non
 
 
 def edited(document: Document, key: str) -> Document:
-    """The document with one value changed to another one that is legal."""
+    """Return the document with one value replaced by another legal one."""
     value = document[key]
     changed: Any = {"labels": ["green", "red", "blue"], "version": "2.0", "long_inputs": "reject"}.get(key)
     if changed is None:
@@ -355,7 +355,7 @@ def edited(document: Document, key: str) -> Document:
 )
 def test_an_edit_is_noticed(document: Document, key: str) -> None:
     assert "it was changed after the gate" in refusal(edited(document, key))
-    Manifest.from_json(sealed(edited(document, key)))  # whoever makes the digest anew: it is no signature
+    Manifest.from_json(sealed(edited(document, key)))  # anyone can recompute the digest: it is not a signature
 
 
 def test_a_document_without_its_digest_is_refused(document: Document) -> None:
@@ -370,7 +370,7 @@ def test_another_layout_is_the_same_document(document: Document, copy: Path) -> 
 
 
 def test_no_changed_byte_gives_another_answer(copy: Path) -> None:
-    """Each byte of the file, with one bit or all of them turned: refused, or the same manifest (white space)."""
+    """Each byte of the file, with one bit or all of them flipped: refused, or the same manifest (white space)."""
     whole = (copy / MANIFEST_FILE).read_bytes()
     manifest = Manifest.read(copy)
     noise, same = random.Random(0), 0
@@ -388,7 +388,7 @@ def test_no_changed_byte_gives_another_answer(copy: Path) -> None:
 
 
 def test_a_document_of_before_the_digest_is_read(document: Document, copy: Path) -> None:
-    """As of the archives that schema 3 made: without a digest, and without what came later."""
+    """Archives that schema 3 made: without a digest, and without later keys."""
     old = {key: value for key, value in document.items() if key not in ("digest", "version")}
     old["schema"] = OLDEST
     old["tokenizer"] = {key: value for key, value in old["tokenizer"].items() if key != "embeddings"}
@@ -419,7 +419,7 @@ def test_code_that_would_shadow_a_library_is_refused(copy: Path, name: str) -> N
 
 @pytest.mark.parametrize("name", ["notes.txt", "MAR-INF/MANIFEST.json", "__pycache__/x.cpython-311.pyc", "core"])
 def test_other_files_do_no_harm(copy: Path, name: str) -> None:
-    """TorchServe's own, and what a run leaves in the working directory."""
+    """TorchServe's own, and those that a run leaves in the working directory."""
     (copy / name).parent.mkdir(exist_ok=True)
     (copy / name).write_text("")
     Manifest.read(copy)

@@ -1,7 +1,8 @@
-"""Every save mode × every task that it can write × any and fixed lengths: in float32 the answers are the pipeline's.
+"""Every save mode × every task that it can write × any and fixed lengths: in float32 the answers equal the pipeline's.
 
-A lower precision changes few answers of a real model; the run's summary tells how many. tests/equality.py counts them on
-more models and texts, int8's too.
+A lower precision changes few answers of a real model; the run's summary reports how many. tests/equality.py counts them
+on
+more models and texts, and for int8.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ WRITING = {"text_generation": "llama", "text2text_generation": "t5"}
 
 
 def combinations() -> List[Any]:
-    """What can be: loops have no fixed lengths."""
+    """Return the possible combinations: loops have no fixed lengths."""
     found: List[Tuple[str, str, str]] = []
     for save_mode in WRITERS:
         for name, task in TASKS.items():
@@ -40,12 +41,12 @@ def combinations() -> List[Any]:
 
 @pytest.fixture(scope="module")
 def original(checkpoint: Callable[..., Path]) -> Callable[[str], Tuple[Path, Any]]:
-    """A task's tiny checkpoint, and what answers its requests with transformers, each made once."""
+    """A task's tiny checkpoint, and transformers' answers to its requests, each made once."""
 
     @lru_cache(maxsize=None)
     def make(task: str) -> Tuple[Path, Any]:
         kind = TASKS[task]
-        options = {**CASES[task].options, "num_hidden_layers": 1} if task in CASES else {}  # compilers take their time
+        options = {**CASES[task].options, "num_hidden_layers": 1} if task in CASES else {}  # compilers are slow
         source = checkpoint(WRITING.get(task, "bert"), kind.auto_model, **options)
         if kind.loop:
             model = getattr(transformers, kind.auto_model).from_pretrained(source).eval()
@@ -69,7 +70,7 @@ def test_equals_the_pipeline(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     source, ask = original(task)
-    monkeypatch.setattr(verification, "TEXTS", verification.TEXTS[:4])  # the gate has tests of its own
+    monkeypatch.setattr(verification, "TEXTS", verification.TEXTS[:4])  # the gate has its own tests
     monkeypatch.setitem(aot_inductor._CONFIGS, "aot_inductor.compile_wrapper_opt_level", "O0")  # half the time
     config = {"model_name": str(source), "task": task, "save_mode": save_mode, "sequence_lengths": lengths}
     run_export(tmp_path / "x", config)
@@ -87,7 +88,7 @@ def test_equals_the_pipeline(
         requests = CASES[task].requests(engine)[::2]
         for got, request in zip(answers(engine, requests), requests):
             assert_equal(got, ask(request), 1e-4, 1e-4)
-    else:  # transformers 5 has no pipeline for it: what that of transformers 4 said
+    else:  # transformers 5 has no pipeline for it: use that of transformers 4
         listed = list(ANSWERS["answers"]["bert"])[::4]
         for number, got in zip(listed, answers(engine, [ASKED[int(number)] for number in listed])):
             expected = [
@@ -97,7 +98,7 @@ def test_equals_the_pipeline(
 
 
 def lower_precisions() -> List[Any]:
-    """Each save mode's dtypes below float32; not int8, whose search for layers takes minutes (see test_int8)."""
+    """Return each save mode's dtypes below float32; not int8, whose search for layers takes minutes (see test_int8)."""
     kind = TASKS["sequence_classification"]
     found = [(mode, dtype) for mode in WRITERS for dtype in LIMITS if dtype not in ("float32", "int8")]
     found = [(mode, dtype) for mode, dtype in found if formats.refusal(mode, "cpu", dtype, kind) is None]
@@ -123,7 +124,7 @@ def test_a_lower_precision_changes_few_answers(
     record_property: Callable[[str, object], None],
 ) -> None:
     source, texts, labels = fitted
-    monkeypatch.setattr(verification, "CORPUS", 32)  # not what the model is for
+    monkeypatch.setattr(verification, "CORPUS", 32)  # texts of another kind than the model's
     config = {"model_name": str(source), "task": "sequence_classification", "save_mode": save_mode, "dtype": dtype}
     run_export(tmp_path / "x", {**config, "max_length": 64}, samples_file=demo.DATA, allow_drift=True)
     found = [answer["label"] for answer in answers(Engine.load(tmp_path / "x"), [Request({"text": t}) for t in texts])]
@@ -133,7 +134,7 @@ def test_a_lower_precision_changes_few_answers(
 
 
 def test_every_save_mode_has_every_length(tmp_path: Path) -> None:
-    """Else the matrix would have holes that nobody sees."""
+    """Otherwise the matrix would have unnoticed holes."""
     modes = {param.values[0] for param in combinations()}
     assert modes == {name for name, kind in SAVE_MODES.items() if "cpu" in kind.hardware}
     for mode in modes:

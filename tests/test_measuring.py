@@ -1,4 +1,4 @@
-"""What runs cost on this machine, learned while requests are answered."""
+"""The cost of runs on this machine, measured while requests are answered."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def engine(artifact: Path, two_cores: None) -> Engine:
 
 
 def ask(engine: Engine, count: int = 1) -> float:
-    """The score of equal requests, after a check that they are answered alike."""
+    """Return the score of equal requests, after checking that their answers are equal."""
     answers = engine.answer([REQUEST] * count)
     values = [answer.value for answer in answers if isinstance(answer, Answer)]
     assert len(values) == count and len({value["label"] for value in values}) == 1
@@ -66,7 +66,7 @@ def test_it_takes_a_small_part_of_the_time_and_none_of_the_first_answer(engine: 
         ask(engine)
         before = measured
         ask(engine)
-        assert measured == before  # never on the way to an answer
+        assert measured == before  # never before an answer
         engine.idle()
     assert 3 <= measured <= (time.monotonic() - began) / 0.03
 
@@ -90,7 +90,7 @@ def test_what_cannot_be_measured_is_guessed(
     runner: Any = engine.runner
 
     class Broken:
-        """Fails at what is only measured: its shapes are none of a request."""
+        """Fails on measured runs: no request has their shapes."""
 
         padding = Padding()
 

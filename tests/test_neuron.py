@@ -1,6 +1,6 @@
-"""AWS Neuron on a machine that has nothing of it: what is refused and how, and the graphs before they are compiled.
+"""AWS Neuron on a machine without any of it: refusals, and the graphs before compilation.
 
-What needs the doubles of torch_neuron stands in tests/inf1.
+Tests that need the doubles of torch_neuron are in tests/inf1.
 """
 
 from __future__ import annotations
@@ -90,14 +90,14 @@ def test_without_its_package_nothing_is_served(hardware: str, artifact: Path, tm
         Engine.load(tmp_path)
 
 
-# The cores of a machine.
+# A machine's cores.
 
 DEVICES = [{"neuron_device": 0, "nc_count": 4}, {"neuron_device": 1, "nc_count": 4}]
 
 
 @pytest.fixture
 def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
-    """Puts a `neuron-ls` on the PATH that says this, and ends with this code."""
+    """Put a `neuron-ls` on the PATH with this output and exit code."""
 
     def make(words: str, code: int) -> None:
         path = tmp_path / neuron_cores.TOOL
@@ -146,7 +146,7 @@ def test_workers_have_a_core_each(tool: Callable[[str, int], None], monkeypatch:
         neuron_cores.for_workers({"a": "neuron"}, {"a": 1})
 
 
-# The graphs, before they are compiled.
+# The graphs, before compilation.
 
 
 def test_operators_are_counted_in_what_a_module_calls() -> None:
@@ -172,7 +172,7 @@ def original(model: Path, content: Dict[str, Any]) -> Original:
 def test_a_padded_decoder_writes_as_generate_does(
     architecture: str, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Three rows of one batch of four, and nine beams in portions; across the short target length."""
+    """Three rows in one batch of four, and nine beams in portions; across the short target length."""
     from traceserve.building import artifact
 
     content = {"task": "text2text_generation", "sequence_lengths": [12, 24], "options": {"target_length": 36}}
@@ -196,7 +196,7 @@ def test_a_padded_decoder_writes_as_generate_does(
 
 
 def written(engine: Engine, rows: List[Any], asked: List[Any]) -> List[List[int]]:
-    """The tokens that the loop writes for all rows together."""
+    """Return the tokens that the loop writes for all rows together."""
     task: Any = engine.task
     settings: List[GenerationSettings] = [task.settings(each, row, task.prompt(row)) for row, each in zip(rows, asked)]
     searches = [search_for(task.prompt(row), own) for row, own in zip(rows, settings)]

@@ -1,4 +1,4 @@
-"""The save mode onnx: every task through ONNX Runtime, what its options do, and a worker without torch."""
+"""The save mode onnx: every task through ONNX Runtime, its options, and a worker without torch."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ ENTAILMENT = {"id2label": {0: "entailment", 1: "neutral", 2: "contradiction"}}
 
 
 class Kind(NamedTuple):
-    """A family's model for a task, what its checkpoint is given, and of the configuration."""
+    """A family's model for a task, its checkpoint's and its configuration's values."""
 
     task: str
     architecture: str
@@ -76,7 +76,7 @@ Maker = Callable[..., Exported]
 
 @pytest.fixture(scope="module")
 def made(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The artifact of a kind, exported once; the gate compared it with the original."""
+    """A kind's artifact, exported once; the gate compared it with the original."""
     known: Dict[str, Path] = {}
 
     def make(name: str) -> Path:
@@ -95,7 +95,7 @@ def made(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
             folder = tmp_path_factory.mktemp("onnx") / "x"
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(verification, "TEXTS", SENTENCES[1:10])
-                # Speeds of tiny models say nothing; one kind shows that they are measured.
+                # Speeds of tiny models are meaningless; one kind shows that they are measured.
                 if name != "classification":
                     patch.setattr(
                         "traceserve.building.attempt.measure_speeds", lambda folders, *rest: dict.fromkeys(folders, 1.0)
@@ -115,7 +115,7 @@ def content(checkpoint: Callable[..., Path], **more: Any) -> Dict[str, Any]:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without measuring, and with a gate that asks fewer sentences."""
+    """Skip measuring, and let the gate use fewer sentences."""
     monkeypatch.setattr(
         "traceserve.building.attempt.measure_speeds", lambda folders, *rest: dict.fromkeys(folders, 1.0)
     )
@@ -124,7 +124,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def values(engine: Engine, together: bool) -> List[Any]:
-    """The answers to a few texts and pairs of texts, without those that this task refuses."""
+    """Return the answers to a few texts and pairs of texts, except those that this task refuses."""
     texts = ["Where is it?", "No.", "Call me on Monday.", "A red car.", "Who paid?", "We did.", "Yes.", "At nine."]
     requests = list(engine.task.from_texts(texts))
     groups = [requests] if together else [[request] for request in requests]
@@ -139,7 +139,7 @@ def values(engine: Engine, together: bool) -> List[Any]:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_every_task_answers_as_the_original(made: Callable[[str], Path], name: str) -> None:
-    """The gate compared outputs and answers; together and alone they are the same."""
+    """The gate compared outputs and answers; together and alone they are equal."""
     engine = Engine.load(made(name))
     receipt = engine.manifest.receipt
     assert receipt["largest_difference"] < 1e-5 and receipt["answers"] > 1 and receipt["cells"] > 8
@@ -158,7 +158,7 @@ def test_shapes(made: Callable[[str], Path]) -> None:
 
 
 def test_graphs_share_their_weights(made: Callable[[str], Path]) -> None:
-    """The embeddings and the keys and values of the source, which both read."""
+    """The embeddings and the source's keys and values, which both read."""
     folder = made("t5")
     files = Manifest.read(folder).runtime["graphs"].values()
     graphs = [onnx.load(folder / file, load_external_data=False) for file in files]
@@ -218,7 +218,7 @@ def test_a_worker_needs_onnxruntime_tokenizers_and_numpy(made: Callable[[str], P
     assert not result.stderr
 
 
-# What the options do
+# Options
 
 
 def test_the_same_bytes_each_time(
@@ -309,7 +309,7 @@ def test_speed_and_size_are_told_beside_the_float32_trace(
 
 @pytest.fixture(scope="module")
 def int8(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model in int8, the model in float32 beside it."""
+    """An int8 model, with the float32 model beside it."""
     folder = tmp_path_factory.mktemp("onnx") / "x"
     config = content(checkpoint, dtype="int8", options={"keep_float32": True})
     with pytest.MonkeyPatch.context() as patch:
@@ -331,7 +331,7 @@ def test_int8(int8: Path, made: Callable[[str], Path]) -> None:
         assert list(tensors[node.input[1]].dims) == [facts["N"], blocks, BLOCK]
         assert list(tensors[node.input[2]].dims) == [facts["N"], blocks]
     read = {name for node in graph.node for name in node.input}
-    assert set(tensors) <= read  # no weight stays in float32 beside what it became
+    assert set(tensors) <= read  # no converted weight also stays in float32
     exact = np.array(scores(Engine.load(made("classification"))))
     assert 0 < np.abs(np.array(scores(Engine.load(int8))) - exact).max() < 0.1 < np.ptp(exact)
 
@@ -350,7 +350,7 @@ def test_no_answer_in_int8_depends_on_its_batch(int8: Path) -> None:
 @pytest.mark.parametrize("rows", [1, 2, 5, 33])
 @pytest.mark.parametrize("bias", [True, False])
 def test_products_in_blocks(channels: int, rows: int, bias: bool) -> None:
-    """ONNX Runtime multiplies what was measured to choose the layers; and the largest values do not overflow."""
+    """ONNX Runtime multiplies as measured for choosing the layers; and the largest values do not overflow."""
     torch.manual_seed(channels + rows)
     plain = torch.nn.Linear(channels, 24, bias=bias)
     inputs = torch.randn(rows, channels) * torch.linspace(0.1, 9, channels)
@@ -366,7 +366,7 @@ def test_products_in_blocks(channels: int, rows: int, bias: bool) -> None:
 
 
 def run_quantized(layer: SmoothedLinear, inputs: torch.Tensor) -> np.ndarray:
-    """What ONNX Runtime gives for a layer in int8."""
+    """Return ONNX Runtime's result for a layer in int8."""
     file = io.BytesIO()
     axes = {"x": {0: "rows"}, "y": {0: "rows"}}
     with warnings.catch_warnings():
@@ -437,7 +437,7 @@ def test_int8_needs_what_knows_its_products(
 def test_weights_beyond_what_a_message_holds(
     checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None
 ) -> None:
-    """As from 2 GB on, where torch's exporter writes a file for each weight."""
+    """As from 2 GB on, where torch's exporter writes a file per weight."""
     seen: List[int] = []
     own = onnx.load
 
@@ -458,7 +458,7 @@ def test_weights_beyond_what_a_message_holds(
     assert {p.name for p in (tmp_path / "x").iterdir()} == {"traceserve.json", *exported.manifest.files}
 
 
-# What cannot be
+# Refusals
 
 
 def test_the_exporter_is_asked_for_before_anything_is_downloaded(
@@ -523,7 +523,7 @@ def test_a_worker_without_onnxruntime(made: Callable[[str], Path], monkeypatch: 
 
 
 def test_inputs_that_fail_are_a_runtime_error(made: Callable[[str], Path]) -> None:
-    """As the engine expects of a model: it then runs each row alone."""
+    """The engine expects this of a model: it then runs each row alone."""
     engine = Engine.load(made("classification"))
     inputs = {name: np.full((1, 4), 10**6, dtype=np.int64) for name in engine.manifest.inputs}
     with pytest.raises(RuntimeError, match="ONNX Runtime"):

@@ -1,4 +1,4 @@
-"""Padding: on which side, and models whose answers it changes, which are run in batches of one length, never padded."""
+"""Padding: its side, and models whose answers it changes, which run in batches of one length, never padded."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def assert_as_the_pipeline(folder: Path, source: Path, texts: List[str] = TEXTS) -> Engine:
-    """All texts at once, of many lengths; the pipeline answers one at a time."""
+    """All texts together, of many lengths; the pipeline answers one at a time."""
     engine = Engine.load(folder)
     answers = engine.answer([Request({"text": text}, {"top_k": None, "long_inputs": "truncate"}) for text in texts])
     oracle = transformers.pipeline("text-classification", model=str(source), tokenizer=str(source), top_k=None)
@@ -64,7 +64,7 @@ def test_a_model_that_padding_changes_is_never_padded(
     engine = assert_as_the_pipeline(folder, source)
     seen = spy(engine)
     engine.answer([Request({"text": text}) for text in ("Yes.", "No.", "Yes, of course.", "Yes.")])
-    assert max(batch for batch, _ in seen) > 1  # those of one length do run together
+    assert max(batch for batch, _ in seen) > 1  # equal lengths do run together
     _print_exported(exported, folder, 1.0)
     assert "only rows of one length run together" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(InvalidManifest, match="length_step pads rows"):
@@ -129,7 +129,7 @@ def test_a_model_that_reads_the_last_position_is_padded_on_the_left(
 
 
 def test_questions_keep_the_order_of_the_pipeline(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    """Which puts the context first where the tokenizer pads on the left, whatever the side that rows are padded on."""
+    """It puts the context first if the tokenizer pads on the left, whatever side rows are padded on."""
     source = left_padding(checkpoint("bert", "AutoModelForQuestionAnswering"), tmp_path / "source")
     exported = run_export(tmp_path / "x", {"model_name": str(source), "task": "question_answering", "max_length": 64})
     assert exported.manifest.facts["question_first"] is False
@@ -143,7 +143,7 @@ LENGTHS = st.lists(st.integers(1, 12), min_size=1, max_size=40)
 
 
 class _Thread:
-    """Stands for a lane in a plan, which is not run here."""
+    """Stands for a lane in a plan that is not run."""
 
 
 @settings(deadline=None, max_examples=60, database=None)

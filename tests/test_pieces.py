@@ -1,4 +1,4 @@
-"""A model of sentencepiece beside a vocabulary of its own, as Marian and M2M100 have it: equal to transformers' tokenizers."""
+"""sentencepiece models with a separate vocabulary, as in Marian and M2M100: equal to transformers' tokenizers."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ def train(path: Path, texts: List[str], **options: Any) -> None:
 
 
 def write(folder: Path, kind: str, **training: Any) -> Path:
-    """A tokenizer's files. A tenth of the pieces is missing in the vocabulary, and some of its own are in no model."""
+    """Write a tokenizer's files. A tenth of the pieces is missing from the vocabulary, and some of its own are in no
+    model."""
     folder.mkdir(parents=True)
     names = ("source.spm", "target.spm") if kind == MARIAN else ("sentencepiece.bpe.model",)
     chance = random.Random(1)
@@ -64,7 +65,7 @@ def write(folder: Path, kind: str, **training: Any) -> Path:
         model = sentencepiece.SentencePieceProcessor(model_file=str(folder / name))
         every = [model.id_to_piece(number) for number in range(model.get_piece_size())]
         pieces.update(dict.fromkeys(piece for piece in every if chance.random() < 0.9))
-    pieces.update(dict.fromkeys(["世界", "☃☄", "▁☃"]))  # of letters that the models do not know
+    pieces.update(dict.fromkeys(["世界", "☃☄", "▁☃"]))  # with letters unknown to the models
     if kind == MARIAN:
         pieces.update(dict.fromkeys([">>fr<<", ">>de<<", "<pad>"]))
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
@@ -74,7 +75,7 @@ def write(folder: Path, kind: str, **training: Any) -> Path:
 
 
 class Both(NamedTuple):
-    """A tokenizer of transformers, and what it was converted to."""
+    """A transformers tokenizer, and its conversion."""
 
     slow: Any
     converted: PieceTokenizer
@@ -166,7 +167,7 @@ def test_hostile_texts_have_the_same_tokens(kind: str, training: str, both: Call
 def test_tokens_have_the_same_text(kind: str, training: str, both: Callable[[str, str], Both]) -> None:
     found = both(kind, training)
     chance = random.Random(2)
-    # A model may have more tokens than the vocabulary; MarianTokenizer fails at most such numbers.
+    # A model may have more tokens than the vocabulary; MarianTokenizer fails on most such ids.
     last = max([*found.slow.encoder.values(), *getattr(found.slow, "lang_code_to_id", {"": 0}).values()])
     numbers = range(last + (9 if kind == M2M100 else 1))
     for _ in range(400):
@@ -176,7 +177,7 @@ def test_tokens_have_the_same_text(kind: str, training: str, both: Callable[[str
 
 
 def test_what_is_cut_is_told_in_characters_of_the_text(both: Callable[[str, str], Both]) -> None:
-    """Whatever became of them before sentencepiece saw them."""
+    """Whatever sentencepiece's normalization did to them."""
     found = both(MARIAN, "unigram")
     facts = TokenizerFacts("tokenizer.json", 0, 0, "right", "right", pieces=conversion.PIECES_FILE)
     tokenizer = TextTokenizer(found.folder, facts, 12, 4, windows=False)
@@ -192,7 +193,7 @@ def test_what_is_cut_is_told_in_characters_of_the_text(both: Callable[[str, str]
     assert tokenizer.encode([Segments(text)], ["reject"])[0].args  # type: ignore[union-attr]  # an error
 
 
-# What cannot be converted exactly.
+# Tokenizers that cannot be converted exactly.
 
 
 @pytest.mark.parametrize(
@@ -216,12 +217,12 @@ def test_what_cannot_be_converted_exactly_is_refused_by_name(
     assert reason in raised.value.message and "cannot be converted exactly" in raised.value.message
 
 
-# The whole way.
+# End to end.
 
 
 @pytest.fixture(scope="module")
 def opus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random translator in the layout of the checkpoints that people have."""
+    """A tiny random translator in the layout of published checkpoints."""
     folder = write(tmp_path_factory.mktemp("opus") / "checkpoint", MARIAN)
     vocabulary = json.loads((folder / "vocab.json").read_text())
     pad, count = vocabulary["<pad>"], len(vocabulary)

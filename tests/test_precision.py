@@ -1,4 +1,4 @@
-"""The dtypes: what is traced in each, what the gate makes of it, and which one `auto` takes."""
+"""The dtypes: the traced model in each, the gate's verdict, and `auto`'s choice."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Answer, Request
 
 LABELS = {"id2label": {0: "red", 1: "green", 2: "blue"}, "label2id": {"red": 0, "green": 1, "blue": 2}}
-# XLM-RoBERTa is RoBERTa by another name.
+# XLM-RoBERTa is RoBERTa under another name.
 FAMILIES = [name for name, family in models.ARCHITECTURES.items() if family.encodes and name != "xlm-roberta"]
 QUICK = ("roberta", "electra", "albert", "deberta-v2", "bart")
 LOOPS = {
@@ -47,7 +47,7 @@ LOOPS = {
     "t5": ("text2text_generation", "AutoModelForSeq2SeqLM"),
     "bart": ("text2text_generation", "AutoModelForSeq2SeqLM"),
 }
-# Of a score, 0 to 1: bfloat16 has 8 bits of a number, and a tiny random model's logits are some tenths apart.
+# For a score, 0 to 1: bfloat16 has 8 significant bits, and a tiny random model's logits are some tenths apart.
 CLOSE = 0.05
 
 Maker = Callable[..., Tuple[Path, Exported]]
@@ -55,7 +55,7 @@ Maker = Callable[..., Tuple[Path, Exported]]
 
 @pytest.fixture(scope="module")
 def made(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Maker:
-    """Exports a family's tiny classifier in a dtype, each once."""
+    """Export a family's tiny classifier in a dtype, each once."""
     known: Dict[Tuple[str, str], Tuple[Path, Exported]] = {}
 
     def make(architecture: str, dtype: str) -> Tuple[Path, Exported]:
@@ -63,7 +63,7 @@ def made(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
             folder = tmp_path_factory.mktemp("precision") / "x"
             with pytest.MonkeyPatch.context() as patch:
                 if architecture in QUICK:
-                    patch.setattr(verification, "CORPUS", 160)  # of which no answer changes
+                    patch.setattr(verification, "CORPUS", 160)  # no answer to them changes
                 known[architecture, dtype] = folder, run_export(folder, content(checkpoint, architecture, dtype=dtype))
         return known[architecture, dtype]
 
@@ -78,18 +78,18 @@ def content(checkpoint: Callable[..., Path], architecture: str = "bert", **more:
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A gate that asks fewer built-in sentences, where a test is of something else."""
+    """Let the gate use fewer built-in sentences, in tests of something else."""
     monkeypatch.setattr(verification, "CORPUS", 16)
 
 
 def claim(patch: pytest.MonkeyPatch, folder: Path, *features: str) -> None:
-    """Let the processor have these features and no others."""
+    """Let the processor have exactly these features."""
     (folder / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: fpu sse2 {' '.join(features)}\n")
     patch.setattr(processor, "CPUINFO", folder / "cpuinfo")
 
 
 def scores(engine: Engine) -> np.ndarray:
-    """Of each text the scores of all labels, by the labels' order."""
+    """Return for each text the scores of all labels, in the labels' order."""
     answers = engine.answer([Request({"text": text}, {"top_k": None}) for text in SENTENCES[1:]])
     assert all(isinstance(answer, Answer) for answer in answers)
     by_label = [{item["label"]: item["score"] for item in answer.value} for answer in answers]  # type: ignore[union-attr]
@@ -114,7 +114,7 @@ def test_bfloat16_of_every_family_passes_the_gate(made: Maker, architecture: str
 
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_matrices_are_bfloat16_and_all_else_float32(made: Maker, architecture: str) -> None:
-    """But for the layers that the gate had left in float32."""
+    """Except for the layers that the gate left in float32."""
     folder, _ = made(architecture, "bfloat16")
     kept = {f"model.{name}" for name in Manifest.read(folder).receipt["in_float32"]}
     traced: Any = torch.jit.load(folder / "traced_model.pt")  # type: ignore[no-untyped-call]
@@ -137,11 +137,11 @@ def test_answers_in_bfloat16_are_those_of_float32(made: Maker, architecture: str
     assert all(array.dtype == np.float32 for array in outputs.values())
     got, expected = scores(lower), scores(exact)
     assert 0 < np.abs(got - expected).max() < CLOSE
-    assert np.ptp(expected, axis=0).max() > 2 * CLOSE  # else all answers were close to each other
+    assert np.ptp(expected, axis=0).max() > 2 * CLOSE  # else all answers would be close to each other
 
 
 def test_what_runs_beside_the_layers_is_float32(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    """An embedding's rows are read in bfloat16, and added up in float32."""
+    """An embedding's rows are read in bfloat16, and added in float32."""
     original = load(checkpoint, tmp_path)
     lowered, *_ = precision.lowered(original, "bfloat16", SENTENCES)
     ids = torch.arange(6)[None]
@@ -190,7 +190,7 @@ def test_the_layers_that_matter_most_can_stay_in_float32(
 def test_layers_are_left_until_the_gate_passes(
     checkpoint: Callable[..., Path], tmp_path: Path, save_mode: str, few: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As many as it takes: they are told, and computed in float32 by the worker."""
+    """As many as needed: they are reported, and computed in float32 by the worker."""
     seen = []
 
     def verify(folder: Path, reference: Any, *rest: Any) -> Findings:
@@ -249,7 +249,7 @@ def load(checkpoint: Callable[..., Path], folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def loop(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Maker:
-    """Exports a family's tiny writer in bfloat16, each once."""
+    """Export a family's tiny writer in bfloat16, each once."""
     known: Dict[str, Tuple[Path, Exported]] = {}
 
     def make(architecture: str) -> Tuple[Path, Exported]:
@@ -269,7 +269,7 @@ def loop(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.parametrize("architecture", LOOPS)
 def test_written_texts_in_bfloat16(loop: Maker, architecture: str) -> None:
-    """Of greedy texts of a random model some change: each token is a near tie."""
+    """Some greedy texts of a random model change: each token is a near tie."""
     folder, exported = loop(architecture)
     manifest, found = exported.manifest, exported.findings
     assert manifest.dtype == "bfloat16" and found.cells and not found.failed and found.failure is None
@@ -283,7 +283,7 @@ def test_written_texts_in_bfloat16(loop: Maker, architecture: str) -> None:
 
 @pytest.mark.parametrize(
     "architecture",
-    ["gpt2", "t5", "bart"],  # not llama: it turns its keys in float32, and transformers keeps the values likewise
+    ["gpt2", "t5", "bart"],  # not llama: it rotates its keys in float32, and transformers keeps the values in it too
 )
 def test_the_state_between_steps_is_bfloat16(loop: Maker, architecture: str) -> None:
     folder, _ = loop(architecture)
@@ -317,7 +317,7 @@ sys.exit(cli.main(["build", "--output", "artifacts/x", "--store", "store"]))
 
 
 class Built(NamedTuple):
-    """What `traceserve build` made, and what it said."""
+    """The result of `traceserve build`, and its output."""
 
     artifact: Path
     store: Path
@@ -334,7 +334,7 @@ class Built(NamedTuple):
 
 @pytest.fixture(scope="module")
 def builds(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> List[Built]:
-    """What `auto` makes on a processor with bfloat16: two builds, in processes of their own."""
+    """`auto`'s results on a processor with bfloat16: two builds, in separate processes."""
     config = json.dumps(content(checkpoint, "distilbert", dtype="auto"))
     running = []
     for _ in range(2):
@@ -366,7 +366,7 @@ def test_auto_tries_what_the_processor_does_and_takes_the_first_that_passes(buil
 
 
 def test_auto_builds_the_same_bytes_each_time(builds: List[Built]) -> None:
-    """Although it measured speeds, which differ."""
+    """Although it measures speeds, which differ."""
     one, other = builds
     assert {path.name for path in one.artifact.iterdir()} == {path.name for path in other.artifact.iterdir()}
     for path in [*one.artifact.iterdir(), one.store / "x.mar"]:
@@ -391,14 +391,14 @@ def test_the_report_beside_the_archive_tells_what_was_measured(builds: List[Buil
     assert (lower["dtype"], exact["dtype"]) == ("bfloat16", "float32")
     assert lower["requests_per_second"] > 0 and exact["requests_per_second"] > 0
     named = sum((built.artifact / name).stat().st_size for name in built.manifest.files)
-    assert named < lower["bytes"] < named + 20_000  # with its manifest
+    assert named < lower["bytes"] < named + 20_000  # including its manifest
     assert lower["bytes"] < exact["bytes"]
     told = json.loads((built.artifact / "traceserve.json").read_text())
     assert not {"requests_per_second", "date", "bytes", "threads"} & set(walk(told))
 
 
 def walk(document: Any) -> Iterator[str]:
-    """Every key in it."""
+    """Yield every key in it."""
     for key, value in document.items() if isinstance(document, dict) else ():
         yield key
         yield from walk(value)
@@ -420,12 +420,12 @@ def test_auto_takes_float32_where_the_processor_has_nothing_else(
     assert exported.manifest.dtype == "float32"
     assert [item["dtype"] for item in exported.manifest.receipt["candidates"]] == ["float32"]
     [only] = exported.candidates
-    assert only.speed is None  # there was nothing to choose
+    assert only.speed is None  # there was no choice
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
 def test_what_auto_tries(task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of written texts float32 alone: they change with the first token that was a near tie."""
+    """Only float32 for generated texts: they change at the first near tie."""
     claim(monkeypatch, tmp_path, "avx512_bf16", "amx_int8")
     assert dtypes.fastest(task, "cpu") == (("float32",) if task.loop else ("bfloat16", "float32"))
     claim(monkeypatch, tmp_path, "amx_int8")
@@ -452,7 +452,7 @@ def test_a_bfloat16_that_fails_falls_back_and_says_why(
     monkeypatch.setitem(WRITERS, "torchscript", failing((), tried))
     config = content(checkpoint, dtype="auto", sequence_lengths="fixed")
     exported = run_export(tmp_path / "x", config)
-    # Narrower shapes are not tried for answers that change.
+    # Narrower shapes are not tried if answers change.
     lowered = 1 + len(precision.KEPT_SHARES)
     assert [dtype for dtype, _ in tried] == ["bfloat16"] * lowered * (1 if wrong == "answers" else 3) + ["float32"]
     manifest = Manifest.read(tmp_path / "x")
@@ -471,7 +471,7 @@ def test_a_bfloat16_that_fails_falls_back_and_says_why(
 
 
 def failing(dtypes: Tuple[str, ...], tried: List[Tuple[str, Any]]) -> Any:
-    """A writer that cannot write these dtypes, and records what it is asked for."""
+    """A writer that cannot write these dtypes, and records requests."""
 
     def write(original: Any, task: Any, shapes: Any, folder: Path, target: Any) -> Any:
         tried.append((original.dtype, shapes))
@@ -525,7 +525,7 @@ def test_speeds_are_of_every_artifact(made: Maker) -> None:
     assert told[-1] == (speeds.ROUNDS, speeds.ROUNDS)
 
 
-# What a configuration may say
+# Legal configurations
 
 
 @pytest.mark.parametrize(
@@ -573,7 +573,7 @@ def test_int8_is_for_models_that_are_run_once(task: Any) -> None:
 
 
 def findings(own: int, own_changed: int, others: int = 0, changed: int = 0, dtype: str = "bfloat16") -> Findings:
-    """Of `own` samples of the user's `own_changed` changed, of `others` `changed`."""
+    """Of the user's `own` samples `own_changed` changed, of `others` `changed`."""
     found = Findings(LIMITS[dtype], answers=own + others, own_answers=own, own_changed=own_changed)
     found.changed = list(range(changed + own_changed))
     return found
@@ -623,7 +623,7 @@ def test_in_float32_none_may_change(own: int, others: int) -> None:
 def test_the_users_samples_are_counted_apart(
     checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And decide where they are enough: of the built-in ones few enough changed for all together."""
+    """And decide if there are enough: few enough built-in ones changed for all together."""
     monkeypatch.setattr(verification, "CORPUS", 0)
     monkeypatch.setattr(precision, "KEPT_SHARES", ())
     monkeypatch.setitem(LIMITS, "bfloat16", Limit(0.1, 0.003, 1.0))
@@ -640,7 +640,7 @@ def test_the_users_samples_are_counted_apart(
 def test_a_try_that_fails_is_compared_no_further(
     checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once more of the user's answers have changed than of all of them may; and it is told how many were compared."""
+    """Once more of the user's answers have changed than of all of them may; the report says how many were compared."""
     monkeypatch.setattr(precision, "KEPT_SHARES", ())
     monkeypatch.setitem(LIMITS, "bfloat16", Limit(10.0, 0.003, 1.0))
     monkeypatch.setattr(answers, "_AT_ONCE", 16)
@@ -658,7 +658,7 @@ def test_a_try_that_fails_is_compared_no_further(
 def test_other_variants_answer_some_of_the_users_samples(
     by_chance: bool, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And all of them where too many of these changed, which is by chance: the usual variant answered all."""
+    """And all of them if too many of these changed, which is by chance: the default variant answered all."""
     monkeypatch.setattr(verification, "CORPUS", 0)
     monkeypatch.setattr(verification, "OWN_OF_OTHERS_LOWER", 8)
     monkeypatch.setitem(LIMITS, "bfloat16", Limit(0.1, 0.9, 1.0))
@@ -682,7 +682,7 @@ def test_other_variants_answer_some_of_the_users_samples(
 
 @pytest.mark.parametrize(("count", "most", "spread"), [(3, 4, [0, 1, 2]), (4, 4, [0, 1, 2, 3]), (7, 4, [0, 1, 3, 5])])
 def test_the_users_samples_are_spread(count: int, most: int, spread: List[int]) -> None:
-    """As many as are asked for, where there are: with less than 334 they would not decide."""
+    """As many as requested, if there are enough: below 334 they would not decide."""
     samples = [Request({"text": str(i)}, {}) for i in range(count)]
     assert [request.inputs["text"] for request in verification._spread(samples, most)] == [str(i) for i in spread]
 
@@ -736,7 +736,7 @@ def test_each_of_the_originals_outputs_is_computed_once(
     alone, together = [rows for rows in later if len(rows) == 1], [rows for rows in later if len(rows) > 1]
     assert more.answers > first.answers + 512 and len(later) < 128  # runs
     once = [row for rows in (*alone, *together) for row in rows]
-    # One row of each batch is checked, and one whose answer changed is run again alone.
+    # One row of each batch is checked, and one whose answer changed is rerun alone.
     again = len(together) + sum(len(found.changed) for found in more.every)
     assert len(set(once)) > 256 and len(once) <= len(set(once)) + again
     assert all(len({len(ids) for ids, _ in rows}) == 1 for rows in computed)

@@ -1,4 +1,4 @@
-"""The save mode pretrained: every task, dtypes, torch.compile, a worker without a network, and what is refused."""
+"""The save mode pretrained: every task, dtypes, torch.compile, a worker without a network, and refusals."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from traceserve_runtime.runtimes import team
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Answer, Request
 
-# A family for each task: encoders and a classifier that reads end tokens, both kinds of loop.
+# A family per task: encoders and a classifier that reads end tokens, both kinds of loop.
 FAMILIES: Dict[str, str] = {
     **dict.fromkeys(TASKS, "bert"),
     "text_ranking": "bart",
@@ -46,7 +46,7 @@ Make = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def made(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """The artifact of a task, asked a few texts by the gate; each made once."""
+    """A task's artifact, with few texts in the gate; each made once."""
     known: Dict[str, Path] = {}
 
     def make(task: str, **content: Any) -> Path:
@@ -66,7 +66,7 @@ def made(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture()
 def copy(made: Make, tmp_path: Path) -> Path:
-    """A classifier's artifact that a test may change."""
+    """Copy a classifier's artifact that a test may change."""
     return Path(shutil.copytree(made("sequence_classification"), tmp_path / "copy"))
 
 
@@ -129,7 +129,7 @@ def test_a_lower_precision_is_smaller(dtype: str, size: float, made: Make) -> No
 def test_what_cannot_be_traced_is_served(
     checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The refusal names the save modes that may write it, and the first of them does."""
+    """The refusal names other save modes, and the first of them works."""
 
     def trace(*inputs: Any, **named: Any) -> Any:
         raise RuntimeError("unordered_map::at")
@@ -144,7 +144,7 @@ def test_what_cannot_be_traced_is_served(
 
 
 def test_saving_leaves_the_original_as_it_was(made: Make) -> None:
-    """What transformers 4.57 takes out of a configuration when it saves it is in the one that the gate asks."""
+    """transformers 4.57 removes entries of a configuration when saving; the gate's model still has them."""
     assert not list(made("text2text_generation").glob(".saving.*"))
     written = json.loads((made("text2text_generation") / "config.json").read_text())
     assert written["model_type"] == "marian" and not (made("text2text_generation") / "generation_config.json").exists()
@@ -207,7 +207,7 @@ def test_another_transformers_is_noted(copy: Path, caplog: pytest.LogCaptureFixt
 
 
 def rehashed(folder: Path) -> None:
-    """The artifact with whatever its files hold now."""
+    """Return the artifact with its files' current hashes."""
     from traceserve_runtime.manifest import sha256
 
     manifest = Manifest.read(folder, verify=False)
@@ -222,7 +222,7 @@ def test_files_that_are_no_checkpoint_are_told(copy: Path) -> None:
 
 
 def test_missing_weights_are_told(copy: Path) -> None:
-    """transformers would draw them at random."""
+    """transformers would initialize them randomly."""
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(copy / "model.safetensors")
@@ -249,7 +249,7 @@ def compiling(folder: Path) -> Manifest:
 
 @pytest.fixture()
 def small(checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A model that is quickly compiled: with one layer."""
+    """A model that compiles quickly: one layer."""
     monkeypatch.setattr(verification, "TEXTS", SENTENCES[1:3])
     source = checkpoint("distilbert", n_layers=1)
     run_export(tmp_path / "x", {"model_name": str(source), "save_mode": "pretrained", "max_length": 48})
@@ -259,7 +259,8 @@ def small(checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.M
 def test_a_compiled_model_answers_alike_at_any_shape(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Compiled once for all shapes, and for one number of threads. (A batch of one row would be compiled by itself.)"""
+    """Compiled once for all shapes, and for one number of threads. (A batch of one row would be compiled
+    separately.)"""
     monkeypatch.setattr(team, "_COMPUTING", float("inf"))  # each run has waited for cores
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
     exact = Engine.load(small).runner
@@ -282,14 +283,14 @@ def test_without_a_compiler_it_is_refused(small: Path, tmp_path: Path, monkeypat
     torch._dynamo.reset()
     nowhere = {
         "cpp.cxx": (str(tmp_path / "none"),)
-    }  # by torch's own patch: pytest's would take the setting away afterwards
+    }  # with torch's own patch: pytest's would restore the setting only afterwards
     with torch._inductor.config.patch(nowhere), pytest.raises(MissingPackage) as raised:
         Engine.load(small)
     assert raised.value.message.startswith("this archive asks for torch.compile, which cannot work here: ")
     assert raised.value.message.endswith('install a C++ compiler (g++), or build the archive without "torch_compile"')
 
 
-# What is refused, before anything is fetched.
+# Refusals, before anything is fetched.
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What the processor does by itself, and archives whose dtype it lacks."""
+"""The processor's native dtypes, and archives whose dtype it lacks."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def in_dtype(artifact: Path, folder: Path, dtype: str) -> Path:
-    """A copy of the artifact that says so of itself."""
+    """Copy the artifact with this dtype in its manifest."""
     shutil.copytree(artifact, folder)
     dataclasses.replace(Manifest.read(artifact), dtype=dtype).write(folder)
     return folder
@@ -149,7 +149,7 @@ def test_nothing_is_told_where_it_is_fast(
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-# The cores of a container.
+# A container's cores.
 
 
 V2, V1 = "0::{}", "3:memory:/other\n2:cpu,cpuacct:{}\n0::/unlimited"
@@ -163,7 +163,7 @@ V2, V1 = "0::{}", "3:memory:/other\n2:cpu,cpuacct:{}\n0::/unlimited"
         (V2, "/", {"cpu.max": "50000 100000"}, 1),
         (V2, "/", {"cpu.max": "max 100000"}, None),
         (V2, "/", {}, None),
-        # A service of systemd, and what is around it.
+        # A systemd service and its parents.
         (
             V2,
             "/a.slice/b",
@@ -172,7 +172,7 @@ V2, V1 = "0::{}", "3:memory:/other\n2:cpu,cpuacct:{}\n0::/unlimited"
         ),
         (V2, "/a.slice/b", {"a.slice/cpu.max": "300000 100000", "a.slice/b/cpu.max": "20000 10000"}, 2),
         (V2, "/a/b", {"a/c/cpu.max": "300000 100000"}, None),  # another's
-        # A container that sees its own group as the root, and is told the host's name of it.
+        # A container sees its own group as the root, but is given the host's name of it.
         (V2, "/kubepods/pod1/x", {"cpu.max": "200000 100000"}, 2),
         (V1, "/kubepods/x", {"cpu/cpu.cfs_quota_us": "250000", "cpu/cpu.cfs_period_us": "100000"}, 2),
         (V1, "/x", {"cpu,cpuacct/x/cpu.cfs_quota_us": "600000\n", "cpu,cpuacct/x/cpu.cfs_period_us": "200000\n"}, 3),
@@ -205,13 +205,13 @@ def test_a_model_takes_no_more_threads_than_its_container_has(
     limited(monkeypatch, tmp_path, V2.format("/"), {"cpu.max": "100000 100000"})
     assert processor.cores() == 1
     Engine.load(artifact, settings=Settings(threads=2))
-    assert torch.get_num_threads() == 2  # asked for
+    assert torch.get_num_threads() == 2  # as requested
     Engine.load(artifact)
     assert torch.get_num_threads() == 1
 
 
 def limited(patch: pytest.MonkeyPatch, folder: Path, own: str, files: Dict[str, str]) -> None:
-    """Control groups of these files, and a process in those that `own` names."""
+    """Control groups with these files, and a process in those of `own`."""
     for name, content in {"own": own, **files}.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(content)

@@ -1,4 +1,4 @@
-"""KServe V1 and the Open Inference Protocol: what they ask, how they are answered, and where they are wrong."""
+"""KServe V1 and the Open Inference Protocol: requests, answers, and the fields of errors."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def read(value: Any, task: Type[Task] = SequenceClassification, most: int = 100)
 
 
 def refusal(value: Any, task: Type[Task] = SequenceClassification) -> TraceserveError:
-    """The error by which a body is refused, parsed by TorchServe or not."""
+    """Return the error for a body, parsed by TorchServe or not."""
     with pytest.raises(InvalidRequest) as caught:
         parse_requests({"body": value}, JSON, task, 3, 100)
     with pytest.raises(InvalidRequest) as other:
@@ -65,7 +65,7 @@ def asked(*inputs: Dict[str, Any], **parameters: Any) -> List[Request]:
 
 
 class Chat(SequenceClassification):
-    """A task with a field of messages, and fields of which one is needed."""
+    """A task with a field of messages, and fields of which one is required."""
 
     fields = (Field("text", False, "a text"), Field("messages", False, "a chat", "messages"))
 
@@ -183,7 +183,7 @@ def test_a_sole_tensor_holds_objects_where_several_fields_are_required() -> None
 
 
 def elements_of(task: Type[Task], name: str) -> str:
-    """The sample's field as an element of a tensor."""
+    """Return the sample's field as a tensor's element."""
     kind = next(field.kind for field in task.fields if field.name == name)
     return str(task.sample[name]) if kind == "text" else json.dumps(task.sample[name])
 
@@ -231,7 +231,7 @@ def test_parameters_of_body_and_tensors_hold_for_all() -> None:
 
 
 def test_nulls_are_as_nothing() -> None:
-    """Clients made of classes with optional members send these."""
+    """Clients with optional members in classes send these."""
     value = {
         **dict.fromkeys(("id", "model_name", "model_version", "parameters", "outputs")),
         "inputs": [tensor("input-0", "one", parameters=None)],
@@ -600,7 +600,7 @@ def test_every_answer_can_be_told(answers: List[Any]) -> None:
 
 
 def maybe(value: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    """Mostly the value, else anything."""
+    """Return mostly the value, else anything."""
     return st.one_of(value, value, value, anything)
 
 

@@ -1,4 +1,4 @@
-"""The order of answers is that of the model's own outputs, also where a function gives them one score."""
+"""Answers are ordered by the model's own outputs, even if a function maps them to one score."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from traceserve_runtime.tasks.text_ranking import TextRanking
 from traceserve_runtime.tasks.zero_shot_classification import ZeroShotClassification
 from traceserve_runtime.texts.tokenization import Encoded, TextTokenizer
 
-# Of these float32's sigmoid makes 1 throughout.
+# float32's sigmoid is 1 for all of these.
 LARGE = [17.2, 18.0, 17.4, 17.9, 17.6, 17.8]
 BEST_FIRST = [1, 3, 5, 4, 2, 0]
 
@@ -44,7 +44,7 @@ def test_documents(function: str, artifact: Path) -> None:
     answer = decode(TextRanking, artifact, request, outputs, {})
     assert [item["index"] for item in answer] == BEST_FIRST
     if function == "sigmoid":
-        assert {item["score"] for item in answer} == {1.0}  # float32's, which cannot tell them apart
+        assert {item["score"] for item in answer} == {1.0}  # float32's, which cannot distinguish them
     top = decode(TextRanking, artifact, Request(request.inputs, {**request.parameters, "top_k": 2}), outputs, {})
     assert top == answer[:2]
     unsorted = decode(TextRanking, artifact, Request(request.inputs, {"function_to_apply": function}), outputs, {})
@@ -78,7 +78,7 @@ def test_labels(function: str, values: List[float], artifact: Path) -> None:
 @pytest.mark.parametrize("multi_label", [True, False])
 def test_candidate_labels(multi_label: bool, artifact: Path) -> None:
     candidates = list("bcdefg")
-    values = LARGE if multi_label else [value * 50 - 900 for value in LARGE]  # whose softmax is 0 for all but the best
+    values = LARGE if multi_label else [value * 50 - 900 for value in LARGE]  # the softmax is 0 except for the best
     request = Request({"text": "a"}, {"candidate_labels": candidates, "multi_label": multi_label})
     outputs = [[0.0, 0.0, value] for value in values]
     answer = decode(ZeroShotClassification, artifact, request, outputs, {"contradiction": 0, "entailment": 2})

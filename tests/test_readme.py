@@ -1,4 +1,4 @@
-"""The README says what is true: its tables are the code's, and its commands run."""
+"""The README is true: its tables match the code, and its commands run."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_every_json_of_it_is_legal() -> None:
 
 
 def test_every_command_runs(tmp_path: Path) -> None:
-    """In order, in a copy of the repository, with the ports that the README names."""
+    """In order, in a copy of the repository, with the README's ports."""
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
     for name in tracked.splitlines():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The original run on rows of one length together, as it answers each alone; and alone, where that is something else."""
+"""The original on rows of one length together, equal to each alone; and alone, if it differs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def original_of(source: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def rows(artifact: Path) -> List[Row]:
-    """Of several lengths, most of them more than once; ids of these are known to every tiny model."""
+    """Rows of several lengths, most of them repeated; every tiny model knows their ids."""
     task = Engine.load(artifact).task
     encoded = task.encode(task.from_texts([*TEXTS, *(f"{a} {b} {c}" for a in "abc" for b in "ab" for c in "xyz")]))
     return [item.rows[0] for item in encoded if isinstance(item, Encoded)]
@@ -68,11 +68,11 @@ def test_few_runs_are_made_of_many_rows(
     computed(Reference(original_of(checkpoint("bert"))), rows)
     batches = [size for size in runs if size > 1]
     assert len(runs) < len(rows) and max(batches) >= 18
-    assert sum(runs) == len(rows) + len(batches)  # one of each batch is run alone too
+    assert sum(runs) == len(rows) + len(batches)  # one of each batch also runs alone
 
 
 class Interacting(torch.nn.Module):
-    """A model whose rows see each other: alone each has another answer than together."""
+    """A model whose rows see each other: alone each has another answer."""
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: Any = None) -> Any:
         numbers = input_ids.float().mean(1, keepdim=True)
@@ -80,7 +80,7 @@ class Interacting(torch.nn.Module):
 
 
 class Refusing(torch.nn.Module):
-    """As BART's classifier, which refuses rows that differ in how many end tokens they have."""
+    """Like BART's classifier, which refuses rows with different numbers of end tokens."""
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: Any = None) -> Any:
         if len(input_ids) > 1:
@@ -89,7 +89,7 @@ class Refusing(torch.nn.Module):
 
 
 class Rounding(torch.nn.Module):
-    """A model whose sums come out by 3e-5 otherwise for many rows than for one, beside a largest value."""
+    """A model whose sums differ by 3e-5 between many rows and one, relative to a largest value."""
 
     def __init__(self, largest: float) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class Rounding(torch.nn.Module):
 def test_last_digits_are_those_of_the_largest_value(
     largest: float, together: bool, checkpoint: Callable[..., Path], rows: List[Row]
 ) -> None:
-    """As the gate measures: a sum of numbers around 30 has no more digits where it comes out small."""
+    """As the gate measures: a sum of numbers around 30 has no more precision if it is small."""
     from dataclasses import replace
 
     made = Reference(replace(original_of(checkpoint("bert")), model=Rounding(largest)))
@@ -134,7 +134,7 @@ def test_rows_that_are_something_else_together_are_run_alone(
 
 
 def test_what_is_found_late_is_computed_again(checkpoint: Callable[..., Path], rows: List[Row]) -> None:
-    """What was computed together before is not trusted either."""
+    """Earlier results of rows together are not trusted either."""
     from dataclasses import replace
 
     model = Interacting()
@@ -156,7 +156,7 @@ def test_what_is_found_late_is_computed_again(checkpoint: Callable[..., Path], r
 def test_an_answer_that_changed_is_compared_with_the_row_alone(
     checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A near tie may fall otherwise together: no answer changed where the original alone gives it."""
+    """Together a near tie may be decided differently: an answer is unchanged if the original alone gives it."""
     source = checkpoint("bert")
     run_export(tmp_path / "x", {"model_name": str(source), "max_length": 32})
     together = reference.run_originals
@@ -164,7 +164,7 @@ def test_an_answer_that_changed_is_compared_with_the_row_alone(
 
     def run_originals(original: Any, rows: Any, outputs: Any) -> Any:
         results = together(original, rows, outputs)
-        if len(rows) > 1:  # by less than the check sees, were the limit that wide
+        if len(rows) > 1:  # by less than the check would see with so wide a limit
             spoiled.append(len(rows))
             results = [{name: -array for name, array in result.items()} for result in results]
         return results

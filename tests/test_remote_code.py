@@ -1,4 +1,4 @@
-"""Checkpoints with code of their own: traced whatever hash transformers puts into the names of its modules."""
+"""Checkpoints with their own code: traces do not depend on the hash that transformers puts into module names."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Head(torch.nn.Linear):
 
 
 def with_code(folder: Path, checkpoint: Path, number: int) -> Path:
-    """The checkpoint in `folder`, with a model and parts of its own; each number has another hash."""
+    """The checkpoint in `folder`, with its own model and parts; each number has another hash."""
     shutil.copytree(checkpoint, folder)
     (folder / "modeling_my.py").write_text(MODEL.format(number=number))
     (folder / "parts.py").write_text(PARTS)
@@ -81,7 +81,7 @@ def with_code(folder: Path, checkpoint: Path, number: int) -> Path:
 
 
 def folders(root: Path, checkpoint: Path, first: Callable[[str], bool]) -> Path:
-    """A checkpoint the hash of whose code begins so; before version 5 there is none."""
+    """Make checkpoints with these hashes of their code; before version 5 there is none."""
     digest = getattr(dynamic_module_utils, "_compute_local_source_files_hash", None)
     for number in count():
         folder = with_code(root / f"code{number}" / "my-model.2", checkpoint, number)
@@ -93,7 +93,7 @@ def folders(root: Path, checkpoint: Path, first: Callable[[str], bool]) -> Path:
 
 @pytest.fixture(autouse=True)
 def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gate has tests of its own."""
+    """Shrink the gate, which has its own tests."""
     monkeypatch.setattr(verification, "TEXTS", verification.TEXTS[:4])
 
 
@@ -112,7 +112,7 @@ def test_equals_the_pipeline_whatever_the_hash(
 
 
 def test_two_builds_are_equal(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    """Each in a process of its own, as builds are."""
+    """Each in its own process, as builds are."""
     source = with_code(tmp_path / "checkpoint", checkpoint("bert", **COLORS), 0)
     config = {"model_name": str(source), "task": "sequence_classification", "trust_remote_code": True}
     (tmp_path / "config.json").write_text(json.dumps({**config, "dtype": "float32", "max_length": 16}))
@@ -130,7 +130,7 @@ def test_a_trace_names_our_own_classes_as_it_always_did(checkpoint: Callable[...
     )
     with zipfile.ZipFile(tmp_path / "x" / "traced_model.pt") as file:
         names = {name.partition("/code/__torch__/")[2] for name in file.namelist()}
-    # Where this process has traced other models before, torch numbers the name.
+    # If this process traced other models before, torch numbers the name.
     names = {re.sub(r"/___torch_mangle_\d+\.py$", ".py", name) for name in names}
     assert {name for name in names if "traceserve" in name and name.endswith(".py")} == {"traceserve/wrapping.py"}
     assert not [name for name in sys.modules if name == "traceserve.wrapping"]

@@ -1,4 +1,4 @@
-"""What clients send: every legal form is understood, everything else is refused with its place."""
+"""Clients' requests: every legal form is accepted, everything else is refused with its field."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def read(row: Mapping[str, Any], content_type: str = "", content_length: Optiona
 
 
 def refusal(row: Mapping[str, Any], content_type: str = "", content_length: Optional[int] = None) -> TraceserveError:
-    """The error by which a row is refused."""
+    """Return the error for an item."""
     with pytest.raises(TraceserveError) as caught:
         read(row, content_type, content_length)
     return caught.value
@@ -45,7 +45,7 @@ def as_json(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode("utf-8")
 
 
-# Each legal body, what it asks (inputs, or inputs and parameters), and whether the answer is a list.
+# Each legal body, its requests (inputs, or inputs and parameters), and whether the answer is a list.
 ONE: List[Any] = [{"text": TEXT}]
 LEGAL: Dict[str, Any] = {
     "a text": (TEXT, ONE, False),
@@ -97,7 +97,7 @@ LEGAL: Dict[str, Any] = {
 
 
 def asked(wanted: List[Any]) -> List[Request]:
-    """The requests of one row, of group 3, that a row of LEGAL names."""
+    """Return the requests of one item, of group 3, in a row of LEGAL."""
     return [Request(w[0], w[1], 3) if isinstance(w, tuple) else Request(w, {}, 3) for w in wanted]
 
 
@@ -110,7 +110,7 @@ def test_json_that_torchserve_has_parsed(name: str) -> None:
 @pytest.mark.parametrize("content_type", [JSON, "application/json; charset=utf-8", "application/vnd.any+json"])
 @pytest.mark.parametrize("name", list(LEGAL))
 def test_json_as_bytes(name: str, content_type: str) -> None:
-    """As SageMaker sends it, and TorchServe where the content type is more than application/json."""
+    """As from SageMaker, and from TorchServe if the content type is more than application/json."""
     value, wanted, is_list = LEGAL[name]
     assert read({"body": as_json(value)}, content_type) == Body(asked(wanted), Plain(is_list))
     assert read({"body": bytearray(as_json(value))}, content_type) == Body(asked(wanted), Plain(is_list))
@@ -253,7 +253,7 @@ def test_a_field_of_texts(documents: Any, field: str, message: str) -> None:
 
 
 class Chat(SequenceClassification):
-    """A task with a field of messages, and fields of which one is needed."""
+    """A task with a field of messages, and fields of which one is required."""
 
     fields = (Field("text", False, "a text"), Field("messages", False, "the chat", "messages"))
 
@@ -448,7 +448,7 @@ def nested(opening: str, closing: str, depth: int = 100_000) -> bytes:
 )
 def test_deeply_nested_bytes_are_refused(body: bytes, content_type: str) -> None:
     if content_type == "" and body[:1] == b"[":
-        assert read({"body": body}).requests[0].inputs["text"] == body.decode()  # a text that begins so
+        assert read({"body": body}).requests[0].inputs["text"] == body.decode()  # a text that begins this way
     else:
         error = refusal({"body": body}, content_type)
         assert isinstance(error, InvalidRequest) and "nested too deeply" in error.message
@@ -514,7 +514,7 @@ def test_a_list_may_be_as_long_as_the_limit(value: Any) -> None:
 @pytest.mark.parametrize(
     ("row", "content_length"),
     [
-        ({"Where is it? R": b""}, 30),  # the text went on after an &
+        ({"Where is it? R": b""}, 30),  # the text continued after an &
         ({}, 12),  # a text without =, dropped whole
         ({"text": b"salt "}, len("text=salt & pepper")),
         ({"text": b"one"}, len("text=one&text_pair=two")),
@@ -571,7 +571,7 @@ forms = st.fixed_dictionaries({"text": texts | special}, optional={"text_pair": 
 
 
 def form_row(fields: Mapping[str, str]) -> Dict[str, bytes]:
-    """What TorchServe makes of a form that arrived whole."""
+    """Return TorchServe's fields of a form that arrived whole."""
     return {key: value.encode("utf-8") for key, value in fields.items()}
 
 
@@ -595,13 +595,13 @@ def test_whole_forms_are_accepted_however_they_were_encoded(fields: Dict[str, st
 @given(fields=st.fixed_dictionaries({"text": texts}, optional={"text_pair": texts}))
 @example(fields={"text": TEXT})
 def test_raw_forms_are_accepted(fields: Dict[str, str]) -> None:
-    """As `curl -d text=...` sends them."""
+    """As sent by `curl -d text=...`."""
     body = "&".join(f"{key}={value}" for key, value in fields.items())
     assert read(form_row(fields), FORM, len(body.encode("utf-8"))) == Body(asked([fields]), Plain(False))
 
 
 def quote_all(text: str) -> str:
-    """`quote` as urlencode calls it: the slash is quoted too."""
+    """`quote` as called by urlencode: the slash is quoted too."""
     return quote(text, safe="")
 
 
@@ -621,7 +621,7 @@ def test_a_bare_text_is_accepted(text: str, encode: Any) -> None:
 @quick
 @given(text=texts, rest=texts.filter(lambda text: len(text) > 1))
 def test_a_raw_text_cut_behind_its_ampersand_is_refused(text: str, rest: str) -> None:
-    """Raw ASCII: no encoding of what arrived is as long as what was sent."""
+    """Raw ASCII: no encoding of the received text has the length of the sent one."""
     arrived = "".join(c for c in text if c.isascii() and c.isalnum())
     sent = f"text={arrived}&{rest}".encode()
     error = refusal({"text": arrived.encode()}, FORM, len(sent))

@@ -1,4 +1,4 @@
-"""What each task asks of the built-in texts, and the user's own samples from a file."""
+"""Each task's requests about the built-in texts, and the user's own samples from a file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from traceserve_runtime.texts.tokenization import TextTokenizer
 
 every_task = pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
 Make = Callable[[Type[Task]], Task]
-# Of a model that every task can be asked of.
+# For a model that fits every task.
 MODEL = ModelFacts(
     config={"id2label": {0: "contradiction", 1: "neutral", 2: "entailment"}, "decoder_start_token_id": 2},
     generation={},
@@ -39,7 +39,7 @@ MODEL = ModelFacts(
 
 @pytest.fixture(scope="module")
 def made(artifact: Path) -> Make:
-    """Makes a task, of a tiny BERT's manifest and tokenizer."""
+    """Make a task with a tiny BERT's manifest and tokenizer."""
 
     def make(task: Type[Task]) -> Task:
         manifest = dataclasses.replace(Manifest.read(artifact), task=task.name, facts=task.facts(MODEL), parameters={})
@@ -55,13 +55,13 @@ def write(path: Path, *lines: Any) -> Path:
 
 
 def texts_of(request: Request) -> Iterator[str]:
-    """Every text that a request holds."""
+    """Return every text in a request."""
     for value in request.inputs.values():
         yield from [value] if isinstance(value, str) else value
 
 
 def reads_as(text: str, other: str) -> bool:
-    """Whether two texts are the same but for two words, which a task may mask."""
+    """Return whether two texts are equal except for two words, which a task may mask."""
     one, two = text.split(" "), other.split(" ")
     return len(one) == len(two) and sum(a != b for a, b in zip(one, two)) <= 2
 
@@ -82,7 +82,7 @@ def test_what_a_task_asks_are_legal_requests(task: Type[Task], made: Make) -> No
 
 @every_task
 def test_a_task_asks_about_every_text(task: Type[Task], made: Make) -> None:
-    """Of the empty one some tasks cannot ask."""
+    """Some tasks cannot ask about the empty one."""
     asked = {text for request in made(task).from_texts(TEXTS) for text in texts_of(request)}
     for text in TEXTS:
         assert not text or any(reads_as(text, other) for other in asked), text[:50]
@@ -124,7 +124,7 @@ def test_masks_are_the_models_own_one_or_two_in_each_text(made: Make) -> None:
     masked = [request.inputs["text"] for request in asked_by(made, FillMask)]
     counts = [text.count("[MASK]") for text in masked]
     assert len(counts) == len(TEXTS) and set(counts) == {1, 2}
-    for text, original in zip(masked, TEXTS):  # in every script, something is left around the mask
+    for text, original in zip(masked, TEXTS):  # in every script, some text remains around the mask
         assert len(text) > len("[MASK]") or not original
 
 
@@ -142,7 +142,7 @@ def test_short_texts_are_queries_and_long_ones_documents_too(made: Make) -> None
 
 
 def needs_an_object(task: Type[Task]) -> bool:
-    """Whether a text alone asks nothing of this task."""
+    """Return whether a text alone is no request for this task."""
     return sum(field.required for field in task.fields) > 1
 
 
@@ -249,7 +249,7 @@ def test_a_file_that_is_not_utf_8(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
 def test_jsonl_lines_end_at_newlines_only(separator: str, tmp_path: Path) -> None:
-    """JSON allows these characters in a string as they are; other programs write them so."""
+    """JSON allows these characters unescaped in strings, and other programs write them."""
     text = f"one{separator}two"
     path = write(tmp_path / "own.jsonl", json.dumps(text, ensure_ascii=False), '"three"')
     assert [request.inputs["text"] for request in read_samples(path, SequenceClassification)] == [text, "three"]

@@ -1,4 +1,4 @@
-"""Checkpoints of sentence-transformers: vectors equal to its own `encode`, and what cannot be followed refused by name."""
+"""sentence-transformers checkpoints: vectors equal to its own `encode`; unsupported settings are refused by name."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def encoder(
     settings: Optional[Dict[str, Any]] = None,
     inside: str = "",
 ) -> Path:
-    """A checkpoint in the layout of sentence-transformers; layers with random weights."""
+    """A checkpoint in sentence-transformers' layout; layers with random weights."""
     shutil.copytree(source, folder / inside)
     document = [{"idx": 0, "name": "0", "path": inside, "type": TYPE + "Transformer"}]
     for number, (kind, config) in enumerate(modules, 1):
@@ -96,7 +96,7 @@ def assert_equal(got: np.ndarray, expected: np.ndarray) -> None:
 
 NORMALIZE: Module = ("Normalize", {})
 PROMPTS = {"query": "Find the parcel: ", "passage": "the town, ", "plain": ""}
-# The encoder, its modules, its settings; what they stand for.
+# The encoder, its modules, its settings; their meaning.
 LAYOUTS: Dict[str, Tuple[str, List[Module], Dict[str, Any]]] = {
     "max": ("bert", [pooling("max_tokens")], {}),
     "mean of the square root": ("bert", [pooling("mean_sqrt_len_tokens"), NORMALIZE], {}),
@@ -158,7 +158,7 @@ def test_equal_to_encode(name: str, checkpoint: Make, tmp_path: Path) -> None:
 
 
 def test_the_layout_with_a_folder_for_the_model(checkpoint: Make, tmp_path: Path) -> None:
-    """As sentence-transformers wrote it before its version 1."""
+    """As written by sentence-transformers before version 1."""
     from sentence_transformers import SentenceTransformer
 
     source = encoder(
@@ -169,7 +169,7 @@ def test_the_layout_with_a_folder_for_the_model(checkpoint: Make, tmp_path: Path
         inside="0_Transformer",
     )
     write(source / "0_Transformer" / "sentence_bert_config.json", {"max_seq_length": 48, "do_lower_case": True})
-    run_export(tmp_path / "out", {"model_name": str(source)})  # the task is found
+    run_export(tmp_path / "out", {"model_name": str(source)})  # the task is detected
     engine = Engine.load(tmp_path / "out")
     assert engine.manifest.max_length == 48 and engine.manifest.task == "feature_extraction"
     assert {"modules.json", "0_Transformer/model.safetensors", "2_Dense/model.safetensors"} <= {

@@ -1,4 +1,5 @@
-"""Every protocol through the neutral core: its answers are those of our own, its errors have its own shape, nothing is lost."""
+"""Every protocol through the neutral core: its answers equal our own, its errors have its own format, nothing is
+lost."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ HUB = "unknown/None; hf_hub/2.4.0; python/3.11"
 
 @pytest.fixture(scope="module")
 def services(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Dict[str, Service]:
-    """A tiny model of each task that is asked here."""
+    """A tiny model of each tested task."""
     folder = tmp_path_factory.mktemp("service")
     own: Mapping[str, Tuple[str, Dict[str, Any]]] = {
         "sequence_classification": ("bert", {"id2label": {0: "red", 1: "green", 2: "blue"}}),
@@ -60,7 +61,7 @@ def ask(service: Service, path: str, body: Any, status: int = 200, client: str =
 
 
 def stream(service: Service, path: str, body: Any, client: str = "") -> Tuple[str, Reply]:
-    """All that a stream's client gets, and the last reply."""
+    """Return everything that a stream's client gets, and the last reply."""
     pieces: List[bytes] = []
     [reply] = service.answer([asked(body, path, client)], send=lambda i, piece, headers: pieces.append(piece))
     assert reply.status == 200, reply.body
@@ -105,7 +106,7 @@ def test_texts_of_openai_are_ours(services: Dict[str, Service]) -> None:
     assert choice["text"] == wanted["generated_text"] and choice["finish_reason"] == "length"
     tokens = wanted["details"]["tokens"]
     assert choice["logprobs"]["token_logprobs"] == [token["logprob"] for token in tokens]
-    # By their texts, which two parts of a character may have in common.
+    # By their texts, which two parts of a character may share.
     assert all(1 <= len(each) <= 2 for each in choice["logprobs"]["top_logprobs"])
     assert found["usage"]["completion_tokens"] == 9
     [said] = ask(service, "", {"messages": CHAT, "parameters": options})
@@ -115,7 +116,7 @@ def test_texts_of_openai_are_ours(services: Dict[str, Service]) -> None:
 
 
 def test_details_are_the_models_own(services: Dict[str, Service]) -> None:
-    """The probability of the token that was taken is that of the model's logits, and greedy ones are the likeliest."""
+    """A chosen token's probability is that of the model's logits, and greedy ones are the likeliest."""
     parameters = {"max_new_tokens": 6, "details": True, "top_n_tokens": 3, "return_full_text": False}
     [found] = ask(services["text_generation"], "", {"text": PROMPT, "parameters": parameters})
     details = found["details"]
@@ -214,7 +215,7 @@ def test_hugging_faces_client_is_known_by_its_name(services: Dict[str, Service])
     service = services["sequence_classification"]
     wanted = ask(service, "", {"inputs": TEXT, "parameters": {"top_k": None}})
     assert ask(service, "", {"inputs": TEXT}, client=HUB) == [wanted] == ask(service, "hf", {"inputs": TEXT})
-    assert ask(service, "", {"inputs": TEXT}) == wanted[0]  # and nobody else is answered so
+    assert ask(service, "", {"inputs": TEXT}) == wanted[0]  # and no other client gets this format
     zero_shot = services["zero_shot_classification"]
     body = {"inputs": TEXT, "parameters": {"candidate_labels": ["a", "b"]}}
     found = ask(zero_shot, "", body)
@@ -435,7 +436,7 @@ _PATHS = st.sampled_from([*PROTOCOLS, "nothing", "v1"])
     name=st.sampled_from(sorted({"sequence_classification", "feature_extraction", "text_ranking", "text_generation"})),
 )
 def test_any_body_at_any_path_is_answered_by_itself(services: Dict[str, Service], calls: List[Any], name: str) -> None:
-    """With a status below 500, in JSON or as a page; and as it is answered alone."""
+    """With a status below 500, in JSON or as a page; and as if it were alone."""
     service = services[name]
     together = service.answer([asked(body, path, client) for path, body, client in calls])
     assert len(together) == len(calls)
@@ -463,7 +464,7 @@ def test_a_stop_string_is_found_however_the_text_comes(text: str, stops: List[st
         assert text.startswith(got) and min(places) <= len(got) <= max(places) and until.found
 
 
-# What is served, described
+# The description
 
 
 @pytest.mark.parametrize("name", ["sequence_classification", "feature_extraction", "text_ranking", "text_generation"])

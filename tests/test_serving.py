@@ -34,11 +34,11 @@ from traceserve_runtime.tasks.contract import Answer, Request
 
 LABELS = {"id2label": {0: "red", 1: "green", 2: "blue"}, "label2id": {"red": 0, "green": 1, "blue": 2}}
 BATCH = 16
-DELAY = 3.0  # seconds that TorchServe waits for a batch to fill: long, so that sixteen requests surely share one
+DELAY = 3.0  # TorchServe's wait for a batch to fill, in seconds: long, so that sixteen requests surely share one
 
 
 class Served(NamedTuple):
-    """A running server, and the engine of the same artifact in this process."""
+    """A running server, and the same artifact's engine in this process."""
 
     instance: Instance
     archive: Path
@@ -62,7 +62,7 @@ def post(instance: Instance, name: str, body: bytes, content_type: Optional[str]
     request = urllib.request.Request(
         f"{instance.url}/predictions/{name}", data=body, headers={**own, **headers}, method="POST"
     )
-    if content_type is None:  # urllib adds a form's
+    if content_type is None:  # otherwise urllib adds a form's
         request.add_unredirected_header("Content-type", "")
     return send(request)
 
@@ -84,7 +84,7 @@ def worker_pids(instance: Instance) -> List[int]:
 
 @pytest.fixture(scope="module")
 def tiny(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The artifact of a tiny classifier, with the archive beside it, quick to answer."""
+    """A tiny classifier's artifact, with the archive beside it, quick to answer."""
     folder = tmp_path_factory.mktemp("quick") / "tiny"
     run_export(folder, {"model_name": str(checkpoint("bert", **LABELS)), "max_length": 32, "max_rows": 64})
     pack_archive(folder, "tiny", folder.parent)
@@ -120,7 +120,7 @@ def assert_answers(reply: Reply, value: Any) -> None:
 
 
 def test_one_bad_request_among_sixteen(served: Served) -> None:
-    """In one batch of TorchServe: had it been two, the second would have waited for its delay."""
+    """In one TorchServe batch: in two, the second would have waited for its delay."""
     bodies: List[Any] = [{"text": f"The train number {i} leaves from platform {i % 7}."} for i in range(BATCH)]
     bodies[7] = {"txt": "no such field"}
     barrier = threading.Barrier(BATCH)
@@ -196,7 +196,7 @@ def test_a_list_is_answered_with_a_list(served: Served) -> None:
     "body", [b"some text", b"Fish & chips", b"text=Fish & chips", b"a=b", b'{"text": "a & b"}', b'{"text": "a"}']
 )
 def test_a_text_that_the_frontend_cuts_as_a_form_is_refused(body: bytes, served: Served) -> None:
-    """What `curl -d` sends: of these bodies only a part, or nothing, reaches the worker."""
+    """As sent by `curl -d`: only a part of these bodies, or nothing, reaches the worker."""
     reply = post(served.instance, "quick", body, "application/x-www-form-urlencoded")
     assert reply.status == 400 and "Content-Type: text/plain" in reply.json["error"]["message"]
 
@@ -225,7 +225,7 @@ def test_too_long_is_413(served: Served) -> None:
 
 
 def malformed() -> List[Tuple[bytes, str]]:
-    """Two hundred bodies that are no request."""
+    """Return two hundred bodies that are not requests."""
     wrong: List[Any] = [
         None,
         True,
@@ -346,7 +346,7 @@ def malformed() -> List[Tuple[bytes, str]]:
 
 
 def test_two_hundred_malformed_bodies(served: Served) -> None:
-    """Each is told what is wrong, with a 4xx; no worker dies, and right requests among them are answered."""
+    """Each gets a 4xx with the reason; no worker dies, and valid requests among them are answered."""
     bodies = malformed()
     assert len(bodies) >= 200
     before = worker_pids(served.instance)
@@ -364,7 +364,7 @@ def test_two_hundred_malformed_bodies(served: Served) -> None:
     assert not wrong
     for reply in replies[:-1]:
         error = reply.json["error"]
-        if isinstance(error, str):  # of a body in one of KServe's protocols
+        if isinstance(error, str):  # for a body in one of KServe's protocols
             assert len(error) > 10
         else:
             assert error["type"] in ("InvalidRequest", "InputTooLong") and len(error["message"]) > 10
@@ -475,7 +475,7 @@ class shutil_unpacked:
 
 
 def named(folder: Path, name: str, code: str) -> None:
-    """Put code into an unpacked archive as if it had been packed so: the manifest names it."""
+    """Put code into an unpacked archive as if it were packed: the manifest names it."""
     (folder / name).write_text(code)
     manifest = Manifest.read(folder, verify=False)
     replace(manifest, files={**manifest.files, name: sha256(folder / name)}).write(folder)
@@ -597,7 +597,7 @@ def _await_instance(port: int) -> Instance:
 
 
 def test_by_hand_without_our_commands(tiny: Path, tmp_path: Path) -> None:
-    """torch-model-archiver, torchserve and curl, as the README shows."""
+    """torch-model-archiver, torchserve and curl, as in the README."""
     (tmp_path / "model_store").mkdir()
     (tmp_path / "artifacts").mkdir()
     shutil.copytree(tiny, tmp_path / "artifacts" / "tiny")
@@ -695,7 +695,7 @@ def test_the_jvm_starts_from_the_classes_of_an_earlier_one(
     kept = tmp_path / "cache" / "traceserve" / Path(written).name
     assert kept.read_bytes() == b"classes"
     assert f"-XX:SharedArchiveFile={kept}" in java.jvm_options(tmp_path)
-    # The JVM finds that it is none, and goes on without.
+    # The JVM sees that it is invalid, and ignores it.
     instance = server.start([tiny.with_suffix(".mar")], port=configuration.free_ports(1)[0], timeout=90)
     try:
         assert predict(instance.url, "tiny", "hello")
@@ -705,7 +705,7 @@ def test_the_jvm_starts_from_the_classes_of_an_earlier_one(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc/nohome cannot be made on Linux, by root either")
 def test_every_command_without_a_home_folder(tiny: Path) -> None:
-    """As in a container whose user may not write its home: served, found, asked and stopped, by commands of their own."""
+    """As in a container whose user cannot write its home: served, found, queried and stopped, by separate commands."""
     port = str(configuration.free_ports(1)[0])
     variables = {key: value for key, value in os.environ.items() if not key.startswith("XDG_")}
     with tempfile.TemporaryDirectory() as temporary:

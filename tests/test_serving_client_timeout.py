@@ -1,4 +1,5 @@
-"""What the setting `client_timeout` does in TorchServe: clients that have hung up are not computed, and others hear nothing."""
+"""TorchServe's setting `client_timeout`: disconnected clients' requests are not computed, and waiting ones hear
+nothing."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ def ask(instance: Instance) -> int:
 
 
 def send(instance: Instance) -> socket.socket:
-    """A request whose answer nobody has read yet."""
+    """Send a request without reading its answer."""
     connection = socket.create_connection(("127.0.0.1", instance.port), timeout=3)
     head = f"POST /predictions/tiny HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(BODY)}\r\n\r\n"
     connection.sendall(head.encode() + BODY)
@@ -50,14 +51,14 @@ def send(instance: Instance) -> socket.socket:
 
 
 def computed(instance: Instance) -> float:
-    """How many requests the worker has answered."""
+    """Return how many requests the worker has answered."""
     with urllib.request.urlopen(f"http://127.0.0.1:{instance.metrics_port}/metrics", timeout=30) as response:
         lines = response.read().decode().splitlines()
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("traceserve_requests_total{"))
 
 
 def test_what_waited_too_long_is_not_computed(served: Instance) -> None:
-    """Twenty clients hang up while the worker is busy: only the first of each batch that TorchServe then makes is computed."""
+    """Twenty clients hang up while the worker is busy: only the first of each later batch is computed."""
     assert ask(served) == 200
     assert served.process is not None
     [worker] = [
@@ -66,7 +67,7 @@ def test_what_waited_too_long_is_not_computed(served: Instance) -> None:
     before = computed(served)
     psutil.Process(worker.pid).suspend()
     try:
-        busy = send(served)  # TorchServe hands it over, and waits
+        busy = send(served)  # TorchServe passes it to the worker, and waits
         time.sleep(0.5)
         clients = [send(served) for _ in range(COUNT)]
         time.sleep(0.5)
@@ -76,7 +77,7 @@ def test_what_waited_too_long_is_not_computed(served: Instance) -> None:
     finally:
         os.kill(worker.pid, signal.SIGCONT)
     assert ask(served) == 200
-    assert computed(served) - before < COUNT / 2  # at best 3: what kept it busy, the first that waited, and the last
-    for waiting in (busy, clients[-1]):  # who are still there, and hear nothing
+    assert computed(served) - before < COUNT / 2  # at most 3: the busy one, the first that waited, and the last
+    for waiting in (busy, clients[-1]):  # still connected, but without an answer
         with waiting, pytest.raises(TimeoutError):
             waiting.recv(1)

@@ -1,4 +1,4 @@
-"""The serving configuration of an archive: its file, how an archive is given another one, and whom TorchServe obeys."""
+"""An archive's serving configuration: its file, how it is replaced, and what TorchServe obeys."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_what_is_no_archive_is_left_alone(tmp_path: Path) -> None:
 
 
 def worker_folders(instance: Instance) -> Dict[str, int]:
-    """How many worker processes work for each archive, once as many do as are to, and a while after."""
+    """Return each archive's number of worker processes, once as many run as expected, and a while after."""
     deadline = time.monotonic() + 60
     while instances.workers_alive(instance) != instance.workers and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -205,7 +205,7 @@ def test_the_workers_are_those_of_the_archive_unless_they_are_asked_for(
             own = read_serving(mar)
             unpacked = Path(instance.folder, "store", "tiny")
             assert Serving.from_yaml((unpacked / SERVING_FILE).read_text()) == replace(own, workers=expected["tiny"])
-            Manifest.read(unpacked)  # the worker would refuse it otherwise
+            Manifest.read(unpacked)  # otherwise the worker would refuse it
             plain = Serving.from_yaml(Path(instance.folder, "store", "plain", SERVING_FILE).read_text())
             assert plain.threads == (max(1, processor.cores() // 3) if options else None)  # several share the cores
         finally:
@@ -227,7 +227,7 @@ def test_a_server_may_be_given_another_configuration(mar: Path) -> None:
 
 
 def test_a_temporary_folder_too_deep_for_sockets(tmp_path: Path, mar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TorchServe's workers listen on sockets there, whose paths have a limit: it is told before anything starts."""
+    """TorchServe's workers listen on sockets there, whose paths have a limit: reported before anything starts."""
     deep = tmp_path / ("x" * 60) / ("y" * 60)
     deep.mkdir(parents=True)
     monkeypatch.setattr(tempfile, "tempdir", str(deep))

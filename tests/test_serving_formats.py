@@ -1,4 +1,5 @@
-"""Every save mode behind the real TorchServe, in one server: a classifier in each, and text written by those that can."""
+"""Every save mode behind the real TorchServe, in one server: a classifier in each, and text generation where
+supported."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ def served(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     }
     archives: List[Path] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verification, "TEXTS", verification.TEXTS[:4])  # the gate has tests of its own
+        patch.setattr(verification, "TEXTS", verification.TEXTS[:4])  # the gate has its own tests
         patch.setitem(aot_inductor._CONFIGS, "aot_inductor.compile_wrapper_opt_level", "O0")  # half the time
         for name, (save_mode, task) in TASK_OF.items():
             content = {"model_name": str(sources[task]), "task": task, "save_mode": save_mode, "max_length": 64}

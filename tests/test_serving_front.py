@@ -1,4 +1,4 @@
-"""TorchServe's frontend as `traceserve serve` configures it: TLS, browsers' origins, sizes and queues; over real HTTP."""
+"""TorchServe's frontend as configured by `traceserve serve`: TLS, CORS, sizes and queues; over real HTTP."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What TorchServe's frontend answers itself, as docs/frontend.md lists it, and that no request's text stays in its files."""
+"""TorchServe's own answers, as listed in docs/frontend.md; and no request's text stays in its files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MULTIPART = "multipart/form-data; boundary=b"
 
 
 class Row(NamedTuple):
-    """A row of the table of docs/frontend.md."""
+    """A row of the table in docs/frontend.md."""
 
     request: str
     body: bytes
@@ -52,7 +52,7 @@ def instance(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def send(instance: Instance, request: bytes) -> Tuple[int, bytes]:
-    """The status and the body of the answer to raw bytes; 0 where there is none."""
+    """Return the status and body for raw bytes; 0 without an answer."""
     answer = b""
     with socket.create_connection(("127.0.0.1", instance.port), 5) as connection, contextlib.suppress(OSError):
         connection.settimeout(5)
@@ -118,7 +118,7 @@ def part(headers: bytes, body: bytes = MARKER) -> bytes:
 
 NAMED = b'Content-Disposition: form-data; name="text"'
 UPLOAD = NAMED + b'; filename="' + MARKER + b'"'
-# Every kind of malformed request, with the marker where a text, a name or a path may stand: (line, content type, body).
+# Every kind of malformed request, with the marker in place of a text, a name or a path: (line, content type, body).
 BODIES: Dict[str, List[bytes]] = {
     FORM: [
         *(b"a=%zz" + MARKER, MARKER + b"%z=1", b"=" + MARKER, MARKER + b"=1&=2", b"a=" + MARKER + b"\rb"),
@@ -164,7 +164,7 @@ WIRE = [
 
 
 def test_no_text_of_a_malformed_request_stays(instance: Instance) -> None:
-    """In no file of the server: its logs, its temporary folder, what its worker and the JVM write."""
+    """In none of the server's files: logs, temporary folder, the worker's and the JVM's output."""
     folder, key = Path(instance.folder), instance.key or ""
     with instance.log.open("rb") as log:
         before = len(log.read())
@@ -196,7 +196,7 @@ def test_no_text_of_a_malformed_request_stays(instance: Instance) -> None:
     assert instance.log in files and any(path.name == "start.log" for path in files)
     assert [path for path in files if MARKER in path.read_bytes()] == []
     written = instance.log.read_bytes()[before:].decode()
-    assert written.count("TorchServe refused a request: ") > 10  # the fact stays
+    assert written.count("TorchServe refused a request: ") > 10  # the event is logged
     assert "io.netty.handler.codec.http.multipart.HttpPostRequestDecoder$ErrorDataDecoderException in " in written
     assert "Failed json decoding" in written and "\tat " not in written and "Traceback" not in written
     assert len(written) < 300 * (len(requests) + len(WIRE))

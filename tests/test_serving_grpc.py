@@ -1,4 +1,5 @@
-"""The real TorchServe over real gRPC: each of its calls, with right and wrong bodies, and a worker that outlives them."""
+"""The real TorchServe over real gRPC: each of its calls, with valid and invalid bodies, and a worker that survives
+them."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ class Served(NamedTuple):
 
 @pytest.fixture(scope="module")
 def served(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """A server that also listens to the Open Inference Protocol."""
+    """A server that also supports the Open Inference Protocol."""
     folder = tmp_path_factory.mktemp("grpc")
     sources = {
         "colours": (checkpoint("bert", id2label={0: "red", 1: "green"}, label2id={"red": 0, "green": 1}), {}),
@@ -75,7 +76,7 @@ def worker_pids(instance: Instance) -> List[int]:
 
 @pytest.fixture(autouse=True)
 def the_workers_live_on(served: Served) -> Iterator[None]:
-    """After each test every model answers, by the worker that it had."""
+    """After each test every model answers, with the same worker."""
     before = worker_pids(served.instance)
     assert len(before) == 3
     yield
@@ -86,7 +87,7 @@ def the_workers_live_on(served: Served) -> Iterator[None]:
 
 
 def both(served: Served, model: str, parts: Mapping[str, bytes]) -> bytes:
-    """The one answer of Predictions and of StreamPredictions."""
+    """Return the single answer of Predictions and of StreamPredictions."""
     answer = served.client.predictions(model, parts)
     assert served.client.stream_predictions(model, parts) == [answer]
     return answer
@@ -144,7 +145,7 @@ def test_errors(parts: Dict[str, bytes], field: Any, served: Served) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_story(stream: bool, served: Served) -> None:
-    """Asked as a stream it comes as plain text, whole."""
+    """A stream arrives whole, as plain text."""
     body = {**STORY, "parameters": {**STORY["parameters"], "stream": stream}}  # type: ignore[dict-item]
     expected = served.expected("stories", {"text": STORY["text"]}, STORY["parameters"])  # type: ignore[arg-type]
     answer = both(served, "stories", {"data": as_json(body)})
@@ -152,7 +153,7 @@ def test_a_story(stream: bool, served: Served) -> None:
 
 
 def test_streams_of_both_doors_in_one_batch(served: Served) -> None:
-    """Over HTTP in pieces, over gRPC whole, and beside them errors."""
+    """Over HTTP in pieces, over gRPC whole, together with errors."""
     body = {**STORY, "parameters": {**STORY["parameters"], "stream": True}}  # type: ignore[dict-item]
     expected = served.expected("stories", {"text": STORY["text"]}, STORY["parameters"])[0]["generated_text"]  # type: ignore[arg-type]
     calls: List[Callable[[], Any]] = [
@@ -185,11 +186,11 @@ def test_calls_that_end_before_their_answer(served: Served) -> None:
 
 
 def test_a_call_of_sequences_fails_alone(served: Served) -> None:
-    """TorchServe keeps no sequences here: it fails the call at once, and would fail of an answer too."""
+    """TorchServe keeps no sequences here: it fails the call immediately, and would fail on an answer too."""
     for model, body in (("stories", as_json(STORY)), ("colours", b"a"), ("stories", b"\xff")):
         with pytest.raises(grpc.RpcError):
             served.client.stream_predictions_2(model, {"data": body}, "one")
-    time.sleep(0.5)  # what would end the worker comes after the call
+    time.sleep(0.5)  # anything that ends the worker comes after the call
 
 
 def test_an_unknown_model(served: Served) -> None:

@@ -1,4 +1,4 @@
-"""The package as it is installed: a wheel in an environment of its own, away from the repository, does all of it."""
+"""The installed package: a wheel in its own environment, away from the repository, does everything."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from conftest import ROOT
 
 @pytest.fixture(scope="module")
 def bin_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The programs of an environment with the wheel, and with the packages of this one but the repository itself."""
+    """The programs of an environment with the wheel, and with this one's packages except the repository itself."""
     folder = tmp_path_factory.mktemp("installed")
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
     for name in tracked.splitlines():
-        if (ROOT / name).is_file():  # a wheel is built in the sources' folder
+        if (ROOT / name).is_file():  # a wheel is built in the source folder
             (folder / "sources" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, folder / "sources" / name)
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
@@ -33,7 +33,7 @@ def bin_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     install = ["install", "--no-deps", "--no-index", *map(str, folder.glob("*.whl"))]
     subprocess.run([*pip, "--python", str(programs / "python"), *install], check=True)
     [own] = (folder / "environment").glob("lib/python*/site-packages")
-    # What an editable installation adds is a .pth file, and these are read in an environment's own folder alone.
+    # An editable installation adds a .pth file, and these are only read in an environment's own folder.
     paths = {sysconfig.get_paths()[name] for name in ("purelib", "platlib")}
     (own / "packages.pth").write_text("\n".join(sorted(paths)))
     return programs
@@ -41,7 +41,7 @@ def bin_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(bin_folder: Path, tmp_path: Path) -> Callable[[List[str]], str]:
-    """Runs a program of that environment in a folder where nothing else lies."""
+    """Run a program of that environment in an empty folder."""
     environment: Dict[str, str] = {
         **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}",
@@ -98,6 +98,6 @@ def test_a_checkpoint_is_built_packed_and_answers(
 
 
 def test_the_demos_configuration_is_the_repositorys() -> None:
-    """A user changes the one in the root of a clone, and the demo stays what it is."""
+    """A user may change the one in a clone's root, without effect on the demo."""
     own = ROOT / "scripts/traceserve/building/checkpoints/demo_data/setup_config.json"
     assert json.loads(own.read_text()) == json.loads((ROOT / "setup_config.json").read_text())

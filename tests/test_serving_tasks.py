@@ -78,7 +78,7 @@ def served(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
 
 
 def sample(served: Served, task: str) -> Tuple[Dict[str, Any], Dict[str, Any], Any]:
-    """The sample's fields and parameters, and what the engine in this process answers."""
+    """Return the sample's fields and parameters, and this process's engine's answer."""
     engine = served.engines[task]
     body = engine.task.sample_body(engine.manifest.facts)
     parameters = body.pop("parameters", {})
@@ -140,7 +140,7 @@ def test_an_unknown_parameter_is_named_with_the_legal_ones(task: str, served: Se
 
 
 def test_streams_beside_others_in_one_batch(served: Served) -> None:
-    """Three streams, plain answers and an error, all in one batch of TorchServe."""
+    """Three streams, plain answers and an error, all in one TorchServe batch."""
     engine = served.engines["text_generation"]
     texts = ["The old harbour", "Où est la gare", "Я иду", "Yes", "No", "In 1889", "x", "y"]
     bodies: List[Dict[str, Any]] = [{"text": text, "parameters": {"max_new_tokens": 30}} for text in texts]
@@ -171,7 +171,7 @@ def test_streams_beside_others_in_one_batch(served: Served) -> None:
         assert b"".join(reply.chunks).decode() == expected.value[0]["generated_text"]
         assert len(reply.chunks) > 5
         for chunk in reply.chunks:
-            chunk.decode()  # no character in two pieces
+            chunk.decode()  # no character is split
 
 
 def test_a_stream_tells_what_was_cut(served: Served) -> None:

@@ -1,4 +1,4 @@
-"""Models that cannot read a row of a few tokens: such rows are padded to the shortest that they can."""
+"""Models that cannot read rows of a few tokens: such rows are padded to their minimum."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ FUNNEL = Shapes(padded=False, shortest=5)
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gate has tests of its own; a graph for each of a few lengths is not tried, since padding changes Funnel."""
+    """Shrink the gate, which has its own tests; graphs for a few lengths are not tried, since padding changes
+    Funnel."""
     monkeypatch.setattr(verification, "TEXTS", verification.TEXTS[:4])
     monkeypatch.setattr(attempt, "candidate_shapes", lambda config, most: [Shapes()])
 
@@ -40,7 +41,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         ("funnel", {}, 5),
         ("funnel", {"block_sizes": [1, 1]}, 3),
         ("funnel", {"block_sizes": [1, 1, 1, 1]}, 9),
-        ("funnel", {"truncate_seq": False}, 7),  # 5 would do, 6 would not
+        ("funnel", {"truncate_seq": False}, 7),  # 5 would work, 6 would not
         ("funnel", {"attention_type": "factorized"}, 1),
     ],
     ids=str,
@@ -69,7 +70,7 @@ def test_a_model_that_always_fails_is_told_of_by_what_writes_it(checkpoint: Call
 
 
 def expected_logits(source: Path, task: str, text: str) -> torch.Tensor:
-    """The original's, padded to the shortest row by transformers' own tokenizer, for the tokens of the text."""
+    """Return the original's, padded to the minimum by transformers' own tokenizer, for the text's tokens."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     count = len(tokenizer(text)["input_ids"])
     model = getattr(transformers, TASKS[task].auto_model).from_pretrained(source).eval()

@@ -28,7 +28,7 @@ def config_of(model_name: str, **content: Any) -> SetupConfig:
 
 
 def write(folder: Path, *names: str) -> Path:
-    """A folder of files that look like a checkpoint from outside; each holds its own name."""
+    """Write a folder of files that look like a checkpoint; each contains its own name."""
     for name in names:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -146,7 +146,7 @@ def test_an_unknown_demo() -> None:
         sources.fetch_checkpoint(config_of("demo:nothing"), Path("/nowhere"))
 
 
-# What is recorded.
+# The manifest's record.
 
 FILES = ("config.json", "vocab.txt", "spiece.model", "chat.jinja", "1_Pooling/config.json", "modeling.py", "README.md")
 
@@ -224,7 +224,7 @@ REPOSITORIES = {
 
 
 class Hub(ThreadingHTTPServer):
-    """What huggingface_hub's snapshot_download asks of a hub; `requests` are the paths that were asked for."""
+    """The part of a hub that huggingface_hub's snapshot_download uses; `requests` has the requested paths."""
 
     daemon_threads = True
 
@@ -235,7 +235,7 @@ class Hub(ThreadingHTTPServer):
 
     @property
     def files(self) -> List[str]:
-        """The names of the files that were asked for."""
+        """The requested files' names."""
         return sorted({path.split("/resolve/")[1].split("/", 1)[1] for path in self.requests if "/resolve/" in path})
 
 
@@ -323,7 +323,7 @@ Fetch = Callable[..., Dict[str, Any]]
 
 @pytest.fixture
 def fetch(hub: Hub, tmp_path: Path) -> Fetch:
-    """Fetches in a process of its own: huggingface_hub reads its environment once, when it is imported."""
+    """Fetch in a separate process: huggingface_hub reads its environment once, when imported."""
 
     def run(model_name: str, offline: bool = False, **content: Any) -> Dict[str, Any]:
         kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
@@ -351,7 +351,7 @@ def expected(*names: str, of: Dict[str, bytes] = SAFE) -> Dict[str, str]:
 
 
 def test_hub_main_branch_and_then_offline(hub: Hub, fetch: Fetch, tmp_path: Path) -> None:
-    """The commit is recorded; no pickle and no code were asked for; later the cache is enough."""
+    """The commit is recorded; no pickle or code was requested; later the cache suffices."""
     answer = fetch("org/safe")
     assert (answer["kind"], answer["revision"], answer["pickled"]) == ("hub", ONE, False)
     assert answer["files"] == expected("model.safetensors")
@@ -430,7 +430,7 @@ def test_hub_offline_without_a_cache(hub: Hub, fetch: Fetch, tmp_path: Path) -> 
 
 
 def test_hub_offline_with_a_part_of_the_checkpoint(fetch: Fetch) -> None:
-    """As after a download that was interrupted."""
+    """As after an interrupted download."""
     folder = Path(fetch("org/safe")["folder"])
     (folder / "model.safetensors").unlink()
     assert "download it once while online, or name a folder" in fetch("org/safe", offline=True)["error"]

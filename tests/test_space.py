@@ -1,4 +1,4 @@
-"""A full disk, really: small file systems in memory, and limits on the size of files."""
+"""A full disk, really: small in-memory file systems, and limits on file sizes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Mount = Callable[[str], Path]
 
 @pytest.fixture()
 def mount() -> Iterator[Mount]:
-    """Mounts a file system in memory of a size, under a path that is short enough for sockets."""
+    """Mount an in-memory file system of a size, with a path short enough for sockets."""
     mounted: List[Path] = []
 
     def make(size: str) -> Path:
@@ -63,7 +63,7 @@ def test_a_full_disk_is_told_with_its_path_and_what_is_needed(mount: Mount) -> N
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_what_a_full_disk_is(number: int, tmp_path: Path) -> None:
-    """Whether it is the system's own error, one that was raised from it, or one that has only its words."""
+    """The system's own error, one raised from it, or one with only its message."""
     own = OSError(number, os.strerror(number), str(tmp_path / "x" / "file"))
     assert space.is_full(own) and f"the disk of {tmp_path}/x/file: " in space.told(own, []).message
     try:
@@ -89,7 +89,7 @@ def config(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
 
 
 def run(*arguments: Any, limit: int = 0, **variables: str) -> subprocess.CompletedProcess[str]:
-    """A command of traceserve; with a limit, none of whose files may be larger."""
+    """Run a traceserve command; optionally with a limit on its files' sizes."""
     import resource
 
     def limited() -> None:
@@ -118,7 +118,7 @@ def assert_told(result: subprocess.CompletedProcess[str], *words: str) -> None:
 
 @pytest.mark.parametrize("size", ["1m", "12m"])
 def test_an_export_onto_a_full_disk(size: str, config: Path, mount: Mount) -> None:
-    """Too small for the model, and for what else its file may hold."""
+    """Too small for the model, and for its file's other contents."""
     disk = mount(size)
     result = run("export", "--config", config, "--output", disk / "artifacts" / "x")
     assert_told(result, str(disk), "the traced model")
@@ -142,7 +142,7 @@ def test_a_build_with_a_full_temporary_folder(config: Path, mount: Mount, tmp_pa
 
 
 def test_a_limit_on_files(config: Path, tmp_path: Path) -> None:
-    """As a quota: there is room, but not for this user. torch.jit.save would abort the process."""
+    """Like a quota: there is room, but not for this user. torch.jit.save would abort the process."""
     result = run("export", "--config", config, "--output", tmp_path / "x", limit=1 << 20)
     assert_told(result, str(tmp_path), "the traced model")
     assert files(tmp_path) == {}

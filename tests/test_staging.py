@@ -1,4 +1,4 @@
-"""Whole or not at all: targets, leftovers, interruptions, a real SIGKILL."""
+"""Atomic output: targets, leftovers, interruptions, a real SIGKILL."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def target(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def dead() -> int:
-    """The id of a process that has ended."""
+    """The id of an ended process."""
     process = subprocess.Popen([sys.executable, "-S", "-c", ""])
     process.wait()
     return process.pid
@@ -47,7 +47,7 @@ def dead() -> int:
 
 @pytest.fixture
 def living() -> Iterator[int]:
-    """The id of a process that runs as long as the test."""
+    """The id of a process that runs during the test."""
     process = subprocess.Popen([sys.executable, "-S", "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
     yield process.pid
     process.communicate()
@@ -62,7 +62,7 @@ def put(target: Path, content: str, as_folder: bool) -> None:
 
 
 def seen(folder: Path) -> Dict[str, str]:
-    """Every file below `folder`, hidden ones too; empty folders as themselves."""
+    """Return every file below `folder`, including hidden ones, and empty folders."""
     paths = [path for path in folder.rglob("*") if path.is_file() or not any(path.iterdir())]
     return {path.relative_to(folder).as_posix(): path.read_text() if path.is_file() else "" for path in paths}
 
@@ -114,7 +114,7 @@ def test_a_block_that_makes_nothing_keeps_the_old_target(target: Path, as_folder
 def test_a_failing_rename_restores_the_old_target(
     target: Path, as_folder: bool, failure: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The rename of what was made fails, as on a disk that went away; the rename back does not."""
+    """Renaming the result fails, as if the disk disappeared; renaming back does not."""
     put(target, "old", as_folder)
     before = seen(target.parent)
     rename, replace = os.rename, os.replace
@@ -151,14 +151,14 @@ def test_targets_side_by_side_may_be_nested(tmp_path: Path) -> None:
 
 
 def stage_once(target: Path) -> None:
-    """Enter and leave without making anything, as an export that fails at once."""
+    """Enter and leave without making anything, like an export that fails immediately."""
     with pytest.raises(ZeroDivisionError):
         with staged(target):
             raise ZeroDivisionError
 
 
 def leave(folder: Path, inner: str, content: str) -> None:
-    """What a process that was killed leaves: its folder, and the file of its lock, which the system gave back."""
+    """Leave a killed process's remains: its folder, and its lock file, which the system unlocked."""
     put(folder / inner, content, as_folder=True)
     (folder / LOCK_FILE).touch()
 
@@ -179,7 +179,7 @@ def test_a_target_that_a_dead_process_had_moved_aside_is_put_back(target: Path, 
 
 
 def test_a_target_that_was_replaced_in_time_stays(target: Path, dead: int) -> None:
-    """The dead process had finished its renames, and not yet removed what it replaced."""
+    """The dead process had finished its renames, but not yet removed the replaced target."""
     put(target, "new", as_folder=True)
     leave(target.parent / f".thing.{dead}.abcd_123", "replaced", "old")
     stage_once(target)
@@ -196,7 +196,7 @@ def test_a_folder_that_is_locked_is_left_alone(target: Path) -> None:
 
 @pytest.mark.parametrize("days", [1, 8])
 def test_a_folder_without_a_lock_is_swept_after_a_week(target: Path, living: int, days: int) -> None:
-    """Of an earlier version, or on a file system without locks; whatever process has its number here."""
+    """From an earlier version, or a file system without locks; whatever process has its id here."""
     left = target.parent / f".thing.{living}.abcd_123"
     put(left / "thing", "half", as_folder=True)
     os.utime(left, (time.time() - 86400 * days,) * 2)
@@ -216,7 +216,7 @@ with staged(target) as folder:
 
 
 def test_a_process_that_cannot_see_the_pid_sees_that_a_build_runs(target: Path) -> None:
-    """As two containers with one model_store: each has processes that the other cannot see."""
+    """Like two containers with one model_store: neither sees the other's processes."""
     apart = ["unshare", "--pid", "--fork", "--mount-proc"]
     if subprocess.run([*apart, "true"], stderr=subprocess.DEVNULL).returncode:
         pytest.skip("this user may not make a pid namespace")
@@ -244,7 +244,7 @@ def test_other_hidden_files_are_left_alone(target: Path, dead: int, name: str) -
 
 
 def test_a_name_that_goes_on_with_a_number_is_another_target(tmp_path: Path, dead: int, living: int) -> None:
-    """As llama-3 and llama-3.1: the private folder of the second is not the first one's."""
+    """For example llama-3 and llama-3.1: the second's private folder is not the first one's."""
     leave(tmp_path / f".llama-3.{dead}.{living}.abcd_123", f"llama-3.{dead}", "half")
     before = seen(tmp_path)
     stage_once(tmp_path / "llama-3")

@@ -1,4 +1,4 @@
-"""What a client of a stream is told: one text, or a text that ends with an error."""
+"""A stream's client gets one text, or a text that ends with an error."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def told() -> Tuple[Streams, List[bytes]]:
 
 
 def error_in(end: bytes) -> Dict[str, Any]:
-    """The error that is a stream's last line."""
+    """Return the error in a stream's last line."""
     before, line, after = end.decode("utf-8").rsplit("\n", 2)
     assert not after
     error: Dict[str, Any] = json.loads(line)["error"]
@@ -36,7 +36,7 @@ def test_a_text_that_begins_anew_and_is_the_same_is_told_once() -> None:
 
 @pytest.mark.parametrize("anew", ["Six", "Six, seven, eight, nine", "One, six, seven, eight"])
 def test_a_text_that_begins_anew_and_is_another_ends_with_an_error(anew: str) -> None:
-    """Even where only the whole text, or a longer part of it, shows that; and another row goes on."""
+    """Even if only the whole text, or a longer part of it, shows that; and another row continues."""
     streams, pieces = told()
     streams.tell(0, "One, two")
     streams.tell(1, "Un")
@@ -55,7 +55,7 @@ def test_nothing_told_is_nothing_to_take_back() -> None:
 
 
 class Context:
-    """TorchServe's, as far as the handler asks it here."""
+    """TorchServe's context, as far as the handler uses it here."""
 
     metrics = None
 
@@ -97,7 +97,7 @@ def engine(checkpoint: Callable[..., Any], tmp_path_factory: pytest.TempPathFact
 
 
 def stream(engine: Engine, fails: Callable[[int], bool], seed: Optional[int]) -> Tuple[bytes, bytes, Context]:
-    """What a client is told while the text grows, and at the end."""
+    """Return what a client gets while the text grows, and at the end."""
     handler, pieces, context = TransformerHandler(), [], Context()
     handler.engine = Engine(engine.folder, engine.manifest, engine.task, Failing(engine.runner, fails))
     parameters = {"stream": True, "max_new_tokens": 40, "do_sample": True, "temperature": 5.0, "top_k": 0}
@@ -111,13 +111,13 @@ def stream(engine: Engine, fails: Callable[[int], bool], seed: Optional[int]) ->
 
 
 def test_a_failed_step_splices_no_two_texts(engine: Engine) -> None:
-    """The same seed draws the same text again; without one it is another, and the stream says so."""
+    """The same seed repeats the text; without one it differs, and the stream says so."""
     whole = b"".join(stream(engine, lambda step: False, 3)[:2])
     again = b"".join(stream(engine, lambda step: step == 15, 3)[:2])
     assert again == whole and len(whole) > 40
     drawn = [stream(engine, lambda step: step == 15, None) for _ in range(8)]
     failed = [each for each in drawn if each[0] and each[1].startswith(b"\n")]
-    assert failed  # chance may end a text before that step, or have sent nothing of it yet
+    assert failed  # by chance a text may end before that step, or not have been sent yet
     for _, end, context in failed:
         assert error_in(end)["type"] == "ModelFailure"
         assert context.headers[0, "content-type"].startswith("text/plain")

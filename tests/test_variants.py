@@ -1,4 +1,4 @@
-"""The gate compares each file and each way in which a worker may run it, and a rewritten graph that fails is left out."""
+"""The gate compares each file in each way of running it, and a failing rewritten graph is left out."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def content(checkpoint: Callable[..., Path], **more: Any) -> Any:
 
 
 def off(module: Any, amount: float = 1.0) -> Any:
-    """The same module, the first output of whose graphs is wrong by `amount`."""
+    """Return the same module with its graphs' first output wrong by `amount`."""
     for graph in devices.graphs(module):
         torch._C._jit_pass_inline(graph)
         made = next(iter(graph.outputs())).node()
@@ -57,7 +57,7 @@ def test_every_save_mode_lists_its_variants() -> None:
 
 
 def test_every_setting_has_its_variants(artifact: Path) -> None:
-    """A new setting is either listed, or said here to leave the graph and its shapes as they are."""
+    """A new setting is either listed, or declared here as not affecting the graph and its shapes."""
     manifest = Manifest.read(artifact)
     assert set(Settings._fields) == {"pack_weights", "threads", "length_step"}
     for settings in (Settings(), Settings(pack_weights=False), Settings(threads=1), Settings(length_step=8)):
@@ -86,7 +86,7 @@ def test_in_bfloat16_attention_of_either_kind_is_compared(checkpoint: Callable[.
     wide = ", attention in float32"
     assert set(named) == {PACKED, MAPPED, PACKED + wide, MAPPED + wide, PLAIN} and len(named) == 5
     assert named[0] == PACKED + (wide if attentions.sooner_wide() else "")
-    assert len({row["largest_difference"] for row in rows}) > 2  # they do compute otherwise
+    assert len({row["largest_difference"] for row in rows}) > 2  # their computations do differ
     assert all(row["answers"] >= 72 for row in rows)
 
 
@@ -104,11 +104,11 @@ def test_other_save_modes_have_one_on_each_device(
 def test_weights_that_come_out_otherwise_are_caught(
     wrong: str, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Packed, as a worker that is alone has them; or not, as several have them."""
+    """Packed, as in a single worker; or not, as in several."""
     pack, assign = packing.pack, weights_read.assign
     if wrong == PACKED:
         monkeypatch.setattr(packing, "pack", lambda module: pack(off(module)))
-    else:  # what packs takes it away again
+    else:  # packing removes it
         monkeypatch.setattr(weights_read, "assign", lambda module, *rest: assign(off(module), *rest))
         monkeypatch.setattr(packing, "pack", lambda module: pack(off(module, -1.0)))
     with pytest.raises(DriftError) as error:
@@ -119,7 +119,7 @@ def test_weights_that_come_out_otherwise_are_caught(
 def test_the_file_that_plain_torch_reads_is_compared(
     checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A GPU and C++ run it, and no worker on a CPU does: the graph beside it is right here."""
+    """A GPU and C++ run it, but no worker on a CPU: the graph beside it is correct here."""
     write_graph = weights.write_graph
 
     def spoiling(folder: Path, model_file: str, rewritten: Any = None) -> Tuple[str, ...]:
@@ -141,7 +141,7 @@ def test_the_file_that_plain_torch_reads_is_compared(
 def test_a_rewritten_graph_that_fails_is_left_out(
     checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The traced graph is served in its place, and it is told."""
+    """The traced graph is served instead, and this is reported."""
     own = writer._unpadded
 
     def spoiled(*arguments: Any) -> Unpadded:
@@ -151,7 +151,7 @@ def test_a_rewritten_graph_that_fails_is_left_out(
 
     monkeypatch.setattr(writer, "_unpadded", spoiled)
     exported = run_export(tmp_path / "x", content(checkpoint))
-    manifest = Manifest.read(tmp_path / "x")  # and every file is what the manifest says
+    manifest = Manifest.read(tmp_path / "x")  # and every file matches the manifest
     assert manifest.runtime[UNPADDED] is False and exported.manifest == manifest
     assert manifest.shapes.lengths is None and manifest.receipt["passed"]
     refused: List[Any] = manifest.receipt["rewritten_graph_refused"]
@@ -167,7 +167,7 @@ def test_a_rewritten_graph_that_fails_is_left_out(
 def test_a_row_alone_is_compared_with_padding_too(
     checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a worker with a `length_step` runs it; where it is wrong, rows are never padded."""
+    """A worker with a `length_step` runs it so; if it is wrong, rows are never padded."""
     exported = run_export(tmp_path / "x", content(checkpoint))
     assert exported.manifest.shapes.padded
     alone = {(cell.length, cell.padded) for cell in exported.findings.cells if cell.batch == 1}
@@ -200,7 +200,7 @@ def test_an_archive_for_a_gpu_is_compared_on_the_gpu_at_hand(
             run_export(folder, content(checkpoint, hardware="gpu"))
             rows = Manifest.read(folder).receipt["variants"]
             assert ("traced_model.pt, moved to its device", "cuda:0") in [(r["variant"], r["device"]) for r in rows]
-        else:  # it says that there is one: the gate must have tried it
+        else:  # it claims there is one: the gate must have tried it
             with pytest.raises(
                 (RuntimeError, AssertionError, DriftError), match="(?i)cuda|nvidia|answer as the original"
             ):

@@ -1,4 +1,4 @@
-"""The gate: what it lets through, what it stops, and the shapes that it proves."""
+"""The gate: what it passes, what it stops, and the shapes that it proves."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_sequence_lengths(
 
 
 def spy(engine: Engine) -> Set[Tuple[int, ...]]:
-    """Records the shapes that the engine's model is run with."""
+    """Record the shapes that the engine's model runs with."""
     seen = set()
     runner = engine.runner
 
@@ -71,7 +71,7 @@ def spy(engine: Engine) -> Set[Tuple[int, ...]]:
 
 
 def test_a_model_that_holds_lengths_fast_gets_a_graph_for_each(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    """Over one copy of the weights, in a file that plain torch.jit.load reads."""
+    """With one copy of the weights, in a file that plain torch.jit.load reads."""
     exported = run_export(tmp_path / "x", {"model_name": str(checkpoint("longformer", **LABELS)), "max_length": 64})
     shapes = exported.manifest.shapes
     assert shapes.graph_per_shape and shapes.lengths == (16, 32, 64)
@@ -91,7 +91,7 @@ def test_a_model_that_holds_lengths_fast_gets_a_graph_for_each(checkpoint: Calla
 
 
 def test_tied_weights_are_held_once(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    """ALBERT's layers are one layer, run again and again."""
+    """ALBERT's layers are one layer, run repeatedly."""
     source = checkpoint("albert", "AutoModelForSequenceClassification", num_hidden_layers=6, intermediate_size=2048)
     exported = run_export(tmp_path / "x", {"model_name": str(source), "max_length": 32})
     size = (tmp_path / "x" / "traced_model.pt").stat().st_size
@@ -107,7 +107,7 @@ def test_a_difference_that_is_no_number_is_over_the_limit() -> None:
 
 
 def spoiled(amount: float) -> Writer:
-    """A writer whose traced model is off by `amount` at one logit."""
+    """A writer whose traced model is wrong by `amount` at one logit."""
 
     def write(original: Any, task: Any, shapes: Any, folder: Path, target: Any) -> Written:
         bias = original.model.classifier.bias
@@ -166,7 +166,7 @@ def test_what_cannot_be_run_is_not_exported_even_so(
 
 
 def test_another_tokenizer_is_caught(artifact: Path, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    """The engine's own tokens are compared with those of transformers."""
+    """The engine's own tokens are compared with transformers'."""
     shutil.copytree(artifact, tmp_path / "x")
     tokenizer = tmp_path / "x" / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text().replace('"lowercase":true', '"lowercase":false'))
@@ -181,7 +181,7 @@ def test_what_the_task_asks_is_compared_and_the_users_own(
 ) -> None:
     original = Reference(load_original(checkpoint, tmp_path))
     task = Engine.load(artifact).task
-    # Of pairs that share 32 tokens some are refused.
+    # Some pairs that share 32 tokens are refused.
     asked = sum(isinstance(item, Encoded) for item in task.encode(task.from_texts(TEXTS)))
     assert asked > len(TEXTS)
     plain = verification.verify(artifact, original, [], nothing)

@@ -42,7 +42,7 @@ ALL = [*CLASSIFIERS, *(f"{name}-loop" for name in WRITERS)]
 
 @pytest.fixture(scope="module")
 def made(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The artifact of a family, made once."""
+    """A family's artifact, made once."""
     known: Dict[str, Path] = {}
 
     def make(architecture: str) -> Path:
@@ -54,8 +54,8 @@ def made(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
             config.update({"parameters": {"max_new_tokens": 3}} if loops else {"long_inputs": "truncate"})
             known[architecture] = tmp_path_factory.mktemp("weights") / "x"
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(verification, "TEXTS", SENTENCES[1:6])  # the gate has tests of its own
-                if architecture in models.UNEVEN:  # what the gate comes to, at once
+                patch.setattr(verification, "TEXTS", SENTENCES[1:6])  # the gate has its own tests
+                if architecture in models.UNEVEN:  # the gate's eventual result
                     shapes = Shapes((8, 24), (4,), graph_per_shape=True)
                     patch.setattr(attempt, "candidate_shapes", lambda config, most: [shapes])
                 run_export(known[architecture], config)
@@ -68,7 +68,7 @@ models_class = "AutoModelForSequenceClassification"
 
 
 def plain(folder: Path, place: Path) -> Path:
-    """A copy of the artifact without the graph alone."""
+    """A copy of the artifact without the separate graph."""
     shutil.copytree(folder, place)
     manifest = Manifest.read(folder)
     for name in (GRAPH_FILE, WEIGHTS_FILE):
@@ -79,7 +79,7 @@ def plain(folder: Path, place: Path) -> Path:
 
 
 def outputs(engine: Engine) -> List[np.ndarray]:
-    """All that the model gives for some inputs, the state of a loop included."""
+    """Return all of the model's outputs for some inputs, including a loop's state."""
     manifest, random = engine.manifest, np.random.default_rng(0)
     arrays: List[np.ndarray] = []
     for batch, length in ((1, 5), (3, manifest.max_length)):
@@ -117,7 +117,7 @@ def test_mapped_weights_give_the_same(
     assert read == [GRAPH_FILE, MODEL_FILE]
     got, expected = outputs(mapped), outputs(loaded)
     assert len(got) == len(expected) >= 2
-    # The graph alone may compute less than the whole model, in another order.
+    # The separate graph may compute less than the whole model, in another order.
     limit = 1e-6 if Manifest.read(folder).runtime[reader.UNPADDED] else 0.0
     for one, other in zip(got, expected):
         assert one.dtype == other.dtype and np.allclose(one, other, rtol=0, atol=limit)
@@ -150,7 +150,7 @@ def test_the_table_holds_every_parameter(made: Callable[[str], Path], architectu
 
 
 def test_graphs_share_their_places(made: Callable[[str], Path]) -> None:
-    """Of a loop both, and of a graph for each shape all: one copy of the weights, whatever reads them."""
+    """Both graphs of a loop, and all of a graph per shape: one copy of the weights, whatever reads them."""
     places = read_places(made("gpt2-loop"))
     embedded = {place.offset for name, place in places.items() if name.endswith("wte.weight")}
     assert len(embedded) == 1
@@ -166,7 +166,7 @@ def test_graphs_share_their_places(made: Callable[[str], Path]) -> None:
 
 @pytest.fixture(scope="module")
 def large(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose weights are 34 MB."""
+    """A model with 34 MB of weights."""
     source = checkpoint("bert", models_class, hidden_size=256, intermediate_size=8192)
     folder = tmp_path_factory.mktemp("weights") / "large"
     config = {"model_name": str(source), "max_length": 16, "long_inputs": "truncate", "sequence_lengths": "fixed"}
@@ -183,7 +183,7 @@ def test_the_graph_is_small(large: Path) -> None:
 
 
 def file_mappings(file: Path) -> List[Tuple[range, int]]:
-    """The addresses at which this process has mapped the file, and how many bytes there are its own copies."""
+    """Return the addresses at which this process has mapped the file, and the bytes that are private copies."""
     found: List[Tuple[range, int]] = []
     for line in Path("/proc/self/smaps").read_text().splitlines():
         addresses = re.match(r"([0-9a-f]+)-([0-9a-f]+) .*", line)
@@ -198,7 +198,7 @@ def file_mappings(file: Path) -> List[Tuple[range, int]]:
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux")
 def test_the_weights_are_in_memory_once_for_all_workers(large: Path, tmp_path: Path) -> None:
-    """Every weight lies in the pages of the file itself, of which nobody has a copy of its own."""
+    """Every weight is in the file's own pages, of which nobody has a private copy."""
     engine, whole = Engine.load(large, settings=SHARED), Engine.load(plain(large, tmp_path / "x"))
     engine.warm_up()
     request = Request({"text": "Yes."}, {"top_k": None})
@@ -231,7 +231,7 @@ def test_what_a_worker_changes_stays_its_own(made: Callable[[str], Path], tmp_pa
 
 
 def test_the_mapping_outlives_its_file(made: Callable[[str], Path], tmp_path: Path) -> None:
-    """As an archive is unpacked anew, or its folder removed, while a worker runs."""
+    """An archive may be unpacked again, or its folder removed, while a worker runs."""
     folder = Path(shutil.copytree(made("bert"), tmp_path / "x"))
     engine = Engine.load(folder)
     before = outputs(engine)
@@ -268,14 +268,14 @@ def test_an_artifact_of_a_graph_elsewhere_than_the_cpu_is_loaded_plainly(
     assert read == [(MODEL_FILE, "cuda:0")] and runner.padding == Padding()
 
 
-# Packed: each worker's own copy of what its linear layers read
+# Packed: each worker's own copy of its linear layers' weights
 
 
 LAYER, PACKED = "= aten::linear(", "= mkldnn::_linear_pointwise("
 
 
 def graphs_of(engine: Engine) -> str:
-    """What a runner calls, as text."""
+    """Return a runner's graphs as text."""
     runner: Any = engine.runner
     return "\n".join(str(entry.inlined_graph) for entry in devices.entries(runner._module))
 
@@ -287,19 +287,19 @@ def test_packed_weights_give_the_same(made: Callable[[str], Path], architecture:
         assert one.dtype == other.dtype and other == pytest.approx(one, abs=1e-5)
     before, after = graphs_of(shared), graphs_of(packed)
     assert PACKED not in before and LAYER not in after
-    layers = before.count(LAYER) + before.count("= aten::addmm(")  # GPT-2 has its layers so
+    layers = before.count(LAYER) + before.count("= aten::addmm(")  # GPT-2's layers are such
     fused = sum(line.count(" : Tensor") - 1 for line in after.splitlines() if "= prim::ListUnpack(" in line)
     assert after.count(PACKED) > 1 and layers - fused <= after.count(PACKED) <= layers
 
 
 @pytest.fixture(autouse=True)
 def same_numbers() -> None:
-    """Sums that nearly cancel out would else differ more, now and then, than is allowed."""
+    """Sums that nearly cancel would otherwise sometimes differ by more than allowed."""
     torch.manual_seed(0)
 
 
 def reread(model: torch.nn.Module, inputs: torch.Tensor, folder: Path) -> Any:
-    """The model as a worker has it: traced, written and read. To be packed before its first run, which settles what runs."""
+    """Trace, write and read the model like a worker. To be packed before its first run, which fixes the graph."""
     torch.jit.trace(model, inputs).save(folder / "model.pt")  # type: ignore[no-untyped-call]
     return torch.jit.load(folder / "model.pt")  # type: ignore[no-untyped-call]
 
@@ -307,11 +307,11 @@ def reread(model: torch.nn.Module, inputs: torch.Tensor, folder: Path) -> Any:
 def packed_alike(
     model: torch.nn.Module, inputs: Sequence[torch.Tensor], folder: Path, layers: int, products: int, rtol: float = 1e-5
 ) -> Any:
-    """The model with so many packed layers in so many products, after a check that it gives what the original does."""
+    """Return the model with this many packed layers in this many products, after comparing it with the original."""
     module = reread(model, inputs[0], folder)
     expected = [model(each) for each in inputs]
     assert packing.pack(module) == layers and str(module.graph).count(PACKED) == products
-    with torch.inference_mode():  # as the runner does
+    with torch.inference_mode():  # like the runner
         for given, before in zip(inputs, expected):
             assert torch.allclose(module(given), before, rtol=rtol, atol=1e-6)
     return module
@@ -331,7 +331,7 @@ def test_a_weight_of_several_graphs_is_packed_once(made: Callable[[str], Path]) 
 
 
 def test_equal_bytes_are_packed_for_each_shape(tmp_path: Path) -> None:
-    """Weights of zeros, say, which are stored once."""
+    """For example weights of zeros, which are stored once."""
     model = torch.nn.Sequential(torch.nn.Linear(6, 12), torch.nn.Linear(12, 6))
     for layer in model:
         torch.nn.init.zeros_(layer.weight)
@@ -358,7 +358,7 @@ def test_where_it_cannot_be_done_the_graph_stays(where: str, tmp_path: Path, mon
 
 
 def test_what_is_no_layer_of_the_model_stays(tmp_path: Path) -> None:
-    """A weight that is computed, a sum with a matrix or with factors, other dtypes."""
+    """A computed weight, a sum with a matrix or with factors, other dtypes."""
 
     class Odd(torch.nn.Module):
         def __init__(self) -> None:
@@ -421,7 +421,8 @@ def test_a_gelu_of_what_others_read_too_stays(tmp_path: Path) -> None:
 
 
 class Attention(torch.nn.Module):
-    """Three layers, and a fourth without a bias, that read the same rows; what they give is shaped in several ways."""
+    """Three layers, and a fourth without a bias, that read the same rows; their outputs are reshaped in several
+    ways."""
 
     def __init__(self, shaped: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
@@ -483,12 +484,12 @@ def test_equal_weights_with_other_biases_stay_apart(tmp_path: Path) -> None:
     packed_alike(Parts(), [torch.rand(5, 6)], tmp_path, layers=4, products=2)
 
 
-# What is not as it was written
+# Changed files
 
 
 @pytest.fixture
 def copied(made: Callable[[str], Path], tmp_path: Path) -> Iterator[Path]:
-    """An artifact to damage, whose manifest then tells its files as they are."""
+    """An artifact to damage, whose manifest then matches its files."""
     yield Path(shutil.copytree(made("bert"), tmp_path / "x"))
 
 
@@ -595,7 +596,7 @@ def test_a_graph_that_is_no_torchscript_is_told(copied: Path) -> None:
 
 
 def test_nothing_is_assigned_that_is_no_weight(copied: Path) -> None:
-    """Of a module whose tensors are all in it the table may be empty."""
+    """If all of a module's tensors are in it, the table may be empty."""
     module: Any = torch.jit.load(copied / MODEL_FILE)  # type: ignore[no-untyped-call]
     before = {name: value.clone() for name, value in module.state_dict().items()}
     assign(module, copied / MODEL_FILE, {})

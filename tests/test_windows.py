@@ -1,4 +1,4 @@
-"""Windows of a long text: they cover it, know where they lie in it, and are merged to what one row would be."""
+"""Windows of a long text: they cover it, know their position in it, and merge into the equivalent of one row."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from traceserve_runtime.texts.windows import TokenPosition, merge_windows
 
 quick = settings(deadline=None, max_examples=100, database=None)
 
-# Whose post-processors trim the spaces off a token's offsets, but not from a row's first one.
+# Their post-processors trim spaces off a token's offsets, but not off a row's first one.
 TRIMMING = ("roberta", "gpt2", "llama")
 kinds = st.sampled_from(ALL_KINDS)
-# Any Unicode, and enough of it for several windows; what people write; and what they write in ASCII.
+# Any Unicode, and enough of it for several windows; natural text; and natural text in ASCII.
 any_text = st.text(max_size=80) | st.lists(st.text(max_size=6), max_size=30).map(" ".join) | texts
 ascii_text = st.text(st.characters(min_codepoint=32, max_codepoint=126) | st.sampled_from("\t\n"), max_size=120)
 
@@ -30,7 +30,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Dict[str, Written]:
 
 
 def bare(written: Written, text: str) -> Encoding:
-    """The tokens of a text by itself."""
+    """Return a text's tokens alone."""
     return written.own.encode(text, add_special_tokens=False)
 
 
@@ -87,7 +87,7 @@ def test_windows_cover_every_token_of_one_of_two_texts(
 def check_cover(
     rows: List[Row], whole: Encoding, max_length: int, others: int, stride: int, full: bool, segment: int
 ) -> None:
-    """As many windows as are needed; each holds the tokens from its start on, and `others` beside them."""
+    """As many windows as needed; each has the tokens from its start on, and `others` beside them."""
     room = max_length - others
     shared = stride if stride < room else room // 2
     windows = [row.places(segment) for row in rows]
@@ -125,7 +125,7 @@ def check_cover(
 def test_windows_by_hand(
     written: Dict[str, Written], tokens: int, stride: int, full: bool, expected: List[Tuple[int, int]]
 ) -> None:
-    """Of a row's 16 tokens two are special; of the windows the start and the size."""
+    """Two of a row's 16 tokens are special; the windows' starts and sizes."""
     rows = encode(written["bert"].open(16), words(tokens), stride=stride, full=full).rows
     assert [(row.start, row.tokens) for row in rows] == expected
 
@@ -226,7 +226,7 @@ def test_merged_windows_are_the_text_tokenized_whole(
     got = merged(rows, merge_windows(rows))
     expected: List[Any] = list(zip(whole.ids, whole.offsets, map(bool, whole.special_tokens_mask)))
     if stride == 0 and kind in TRIMMING:
-        # Nothing is shared, so each window's first token comes from that window, where it may keep its space.
+        # Nothing is shared, so each window's first token comes from that window, and may keep its space.
         got, expected = ([(i, special) for i, _, special in tokens] for tokens in (got, expected))
     assert got == expected
 
@@ -234,7 +234,7 @@ def test_merged_windows_are_the_text_tokenized_whole(
 @pytest.mark.parametrize("kind", ALL_KINDS)
 @pytest.mark.parametrize("max_length", range(4, 20))
 def test_merged_windows_of_a_quarter_each(written: Dict[str, Written], kind: str, max_length: int) -> None:
-    """As the tasks that label tokens cut them, down to the shortest rows that a configuration may ask for."""
+    """As in the token-labelling tasks, down to the shortest configurable rows."""
     whole = written[kind].own.encode(LONG)
     rows = encode(written[kind].open(max_length), LONG, stride=max_length // 4).rows
     assert len(rows) > 3
@@ -244,7 +244,7 @@ def test_merged_windows_of_a_quarter_each(written: Dict[str, Written], kind: str
 
 
 class Placed(NamedTuple):
-    """A token's window, and how many of the text's tokens stand before and behind it there."""
+    """A token's window, and the number of text tokens before and after it there."""
 
     window: int
     before: int
@@ -282,7 +282,7 @@ def test_a_shared_token_is_taken_from_where_it_has_more_neighbours(
 
 @pytest.mark.parametrize(("stride", "windows"), [(0, [7, 7]), (2, [7, 7]), (3, [8, 7]), (4, [7, 7]), (5, [8, 7])])
 def test_merging_by_hand(written: Dict[str, Written], stride: int, windows: List[int]) -> None:
-    """How many tokens each of two windows answers for: half of those that they share."""
+    """The number of tokens from each of two windows: half of the shared ones."""
     tokens = sum(windows)
     tokenizer = written["bert"].open(2 + math.ceil((tokens + stride) / 2))
     rows = encode(tokenizer, words(tokens), stride=stride).rows

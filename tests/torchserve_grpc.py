@@ -1,4 +1,4 @@
-"""Clients of TorchServe's gRPC: its calls' messages as the wire has them, without a compiler of .proto files."""
+"""Clients of TorchServe's gRPC: its messages in wire format, without a .proto compiler."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ KINDS = {
     "bool": Field.TYPE_BOOL,
 }
 
-# Each message's fields as (number, name, kind); a kind in brackets is repeated, and one that is no scalar a message.
+# Each message's fields as (number, name, kind); a kind in brackets is repeated, and one that is not scalar is a
+# message.
 INFERENCE = "org.pytorch.serve.grpc.inference"
 OPEN_INFERENCE = "org.pytorch.serve.grpc.openinference"
 MESSAGES: Dict[str, Dict[str, List[Tuple[int, str, str]]]] = {
@@ -58,7 +59,7 @@ MESSAGES: Dict[str, Dict[str, List[Tuple[int, str, str]]]] = {
 
 
 def _classes() -> Dict[str, Any]:
-    """The class of each message, by its name."""
+    """Return each message's class, by name."""
     pool = descriptor_pool.DescriptorPool()
     for package, messages in MESSAGES.items():
         file = descriptor_pb2.FileDescriptorProto(name=f"{package}.proto", package=package, syntax="proto3")
