@@ -268,6 +268,17 @@ def test_names_of_the_tables_are_not_compared(path: Path) -> None:
 def test_each_border_is_crossed_in_one_place() -> None:
     assert {p.name for p in FILES if "ts" in roots(p)} <= {"transformer_handler.py"}
     assert {p.name for p in FILES if "model_archiver" in p.read_text()} == {"archive.py"}
+    assert {p.name for p in FILES if "ray" in roots(p)} <= {"ray_serve.py", "ray_cluster.py"}
+
+
+def test_hosts_import_no_runtime_but_an_archives_own() -> None:
+    """What is imported with a host's module would be there before the archive's own runtime."""
+    fetches = "fetching.py"  # a process of its own
+    hosts = sorted((HANDLERS / "traceserve_hosts").glob("*.py"))
+    for path in hosts:
+        if path.name != fetches:
+            assert not roots(path, module_level=True) & {"traceserve_runtime", "traceserve"}, path.name
+    assert len(hosts) > 6
 
 
 # The files that reach into private names of torch; and, of other libraries, the one name that a file may use.
@@ -276,6 +287,7 @@ TORCH_INTERNALS = {
     "scripts/traceserve/building/writers/tracing/torch_internals.py",
 }
 OF_OTHERS = {
+    "handlers/traceserve_hosts/ray_serve.py": "replica",  # ray.serve._private.replica: where its gRPC server listens
     "handlers/traceserve_runtime/frontend_socket.py": "_retrieve_buffer",  # TorchServe's
     "handlers/traceserve_runtime/runtimes/calling.py": "_shift_right",  # the rest is transformers'
     "scripts/traceserve/building/checkpoints/generation.py": "_from_model_config",
@@ -334,7 +346,7 @@ def broad_excepts(path: Path) -> List[Tuple[str, int]]:
 def test_broad_excepts_stand_at_the_edges_and_around_foreign_code() -> None:
     edges = {"transformer_handler.py", "cli.py"}
     # Errors are isolated per request: here a batch is taken apart, and each of its requests gets an answer.
-    requests = {"engine.py", "failures.py", "service.py"}
+    requests = {"engine.py", "failures.py", "service.py", "batcher.py"}
     # transformers, tokenizers, peft, a TorchServe that may be absent, a checkpoint's own chat template.
     foreign = {
         "loading.py",

@@ -171,7 +171,7 @@ class Application:
             parts,
             Headers(
                 content_type,
-                len(body),
+                len(body) if "body" in parts else None,  # no frontend dropped anything of a form
                 headers.get("content-encoding", ""),
                 media,
                 explain=asked.explain,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING, Callable, Deque, List, Mapping, NamedTuple, Op
 if TYPE_CHECKING:
     from traceserve_runtime.batching.batches import Stats
     from traceserve_runtime.service import Call, Reply, Service
+
+logger = logging.getLogger(__name__)
 
 _SECONDS_IDLE = 0.02  # without a request, until the engine is told that nobody waits
 
@@ -76,10 +79,6 @@ class Batcher:
             self._full.set()
         return job
 
-    async def in_thread(self, work: Callable[[], None]) -> None:
-        """Run something in the thread that answers, between two batches."""
-        await asyncio.get_running_loop().run_in_executor(self._thread, work)
-
     async def _collect(self) -> None:
         """Wait for others, then hand over a batch."""
         if self._delay > 0 and len(self._waiting) < self._most:
@@ -110,7 +109,10 @@ class Batcher:
         seconds = time.perf_counter() - began
         loop.call_soon_threadsafe(self._finish, batch, replies)
         if self._report is not None:
-            self._report(stats, replies, seconds)
+            try:
+                self._report(stats, replies, seconds)
+            except Exception:  # metrics are not worth an answer
+                logger.exception("traceserve: what a batch was could not be counted")
 
     def _finish(self, batch: Sequence[Asked], replies: Sequence[Reply]) -> None:
         for job, reply in zip(batch, replies):

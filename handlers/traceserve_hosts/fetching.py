@@ -74,7 +74,7 @@ def _downloaded(address: str, folder: Path) -> Path:
             shutil.copyfileobj(source, sink, 1 << 20)
     except FileNotFoundError:
         raise ArchiveError(f"there is no archive at {address}") from None
-    except ImportError as error:  # the package of this kind of storage
+    except (ImportError, ValueError) as error:  # the package of this kind of storage, or the kind is not known
         raise ArchiveError(f"{address} cannot be fetched here: {error}") from None
     except OSError as error:
         raise ArchiveError(f"{address} could not be fetched: {error}") from None

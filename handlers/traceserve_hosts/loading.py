@@ -40,16 +40,20 @@ def load_archive(
     if present is not None and not str(present.__file__).startswith(own):
         raise RuntimeError(f"another traceserve_runtime was imported before that of {address}: {present.__file__}")
     sys.path.insert(0, own)
+    again = "pack the archive again with this version: traceserve archive"
     try:
         from traceserve_runtime import settings
+        from traceserve_runtime.batching.batches import Stats
         from traceserve_runtime.engine import Engine
         from traceserve_runtime.manifest import Manifest
         from traceserve_runtime.service import Service
     except ImportError as error:
         raise RuntimeError(
             f"the runtime in {address} cannot be imported: {error}; install what it names, or, where it names a part of "
-            "traceserve_runtime, build the archive again with this version"
+            f"traceserve_runtime, {again}"
         ) from error
+    if not hasattr(Stats, "counters"):
+        raise RuntimeError(f"the runtime in {address} is of an earlier version, for TorchServe alone; {again}")
     manifest = Manifest.read(folder, verify=False)
     config = _serving(folder)
     device = "cuda:0" if gpu and manifest.hardware == "gpu" else "cpu"

@@ -50,6 +50,11 @@ class Options:
     cors_origin: Optional[str] = None
 
 
+def gpus(hardware: str) -> float:
+    """How many GPUs an archive that was built for this hardware uses."""
+    return 1.0 if hardware == "gpu" else 0.0
+
+
 def applications(archives: Sequence[Hosted], options: Options = Options()) -> List[Dict[str, Any]]:
     """The `applications` of a Serve configuration; raises ValueError for two archives of one name and version."""
     names = [hosted.application for hosted in archives]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from typing import Any, AsyncIterator, Dict, List, Mapping, Optional, Sequence
 
+import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from ray.util.metrics import Counter
@@ -33,6 +34,7 @@ def archive(args: Mapping[str, Any]) -> serve.Application:
         name=f"{args['name']}-{args['version']}",
         ray_actor_options={"num_cpus": replicas["cpus"], "num_gpus": replicas["gpus"]},
         max_ongoing_requests=options["queue"] + 256,  # the replica itself says when too many wait
+        logging_config={"enable_access_log": False},
         health_check_timeout_s=60.0,
         graceful_shutdown_timeout_s=_GRACE,
         **own,
@@ -54,6 +56,7 @@ class Replica:
     def __init__(
         self, address: str, sha256: Optional[str], name: str, version: str, gpu: bool, options: Mapping[str, Any]
     ) -> None:
+        _stay_on_loopback()
         loaded = load_archive(address, sha256, name, version, gpu)
         self._metrics = _Metrics(name, version)
         self._application = Application(
@@ -87,6 +90,7 @@ class Front:
     """The router's process."""
 
     def __init__(self, models: Mapping[str, Mapping[str, Mapping[str, Any]]], options: Mapping[str, Any]) -> None:
+        _stay_on_loopback()
         self._options = options
         self._handles: Dict[str, DeploymentHandle] = {}
         self._router = Router(
@@ -126,6 +130,19 @@ def _with_cors(application: Asgi, origin: Optional[str]) -> Asgi:
     headers = ["content-type", "authorization"]
     wrapped: Asgi = CORSMiddleware(application, [origin], ["GET", "POST"], headers)
     return wrapped
+
+
+def _stay_on_loopback() -> None:
+    """Where this node's address is the loopback's, let the replica's gRPC server for handles listen there, not everywhere.
+
+    `add_port_to_grpc_server` is a private name of Ray (2.60). Where it is gone, the server listens as Ray has it.
+    """
+    from ray.serve._private import replica as module
+
+    listen = getattr(module, "add_port_to_grpc_server", None)
+    own = ray.util.get_node_ip_address()
+    if listen is not None and own.startswith("127."):
+        module.add_port_to_grpc_server = lambda server, address: listen(server, address.replace("[::]", own))
 
 
 class _Metrics:

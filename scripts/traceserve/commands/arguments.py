@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import Optional
+from typing import Optional, Tuple
 
 
 def add_port(parser: argparse.ArgumentParser, default: Optional[int] = None) -> None:
@@ -32,3 +32,11 @@ def port(text: str) -> int:
     if not 1 <= number <= 65535:
         raise argparse.ArgumentTypeError("should be 1 to 65535")
     return number
+
+
+def shares(text: str) -> Tuple[float, ...]:
+    """Numbers above 0, separated by commas."""
+    numbers = tuple(float(part) for part in text.split(","))
+    if not all(0 < number < float("inf") for number in numbers):
+        raise argparse.ArgumentTypeError("should be numbers above 0, as 9,1")
+    return numbers

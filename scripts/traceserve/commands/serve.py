@@ -1,4 +1,4 @@
-"""serve, stop, status: TorchServe on archives."""
+"""serve, stop, status: archives on TorchServe or Ray Serve."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from traceserve.commands.arguments import add_nothing, add_port, port, positive
+from traceserve.commands.arguments import add_nothing, add_port, port, positive, shares
 from traceserve.commands.contract import Command
 from traceserve.commands.printing import ProgressBar, console
+from traceserve.serving import engines
 
 if TYPE_CHECKING:
     from traceserve.serving.instances import Instance
@@ -35,6 +36,19 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         help="demand none, whatever the address: where a proxy or a network's rules decide who may ask",
     )
     add_port(parser, 8080)
+    parser.add_argument(
+        "--engine",
+        default=engines.TORCHSERVE,
+        choices=engines.NAMES,
+        help="what serves: torchserve, or ray (Ray Serve, with several versions of one name side by side) [%(default)s]",
+    )
+    parser.add_argument(
+        "--shares",
+        type=shares,
+        default=(),
+        metavar="A,B,...",
+        help="what share of the requests to its name each archive gets, where several are versions of one name, as 9,1",
+    )
     parser.add_argument("--foreground", action="store_true", help="run until interrupted, for containers and systemd")
     parser.add_argument(
         "--timeout",
@@ -102,6 +116,8 @@ def _serve(options: argparse.Namespace) -> int:
             options.timeout,
             lambda text: bar(text, 0, 0),
             front=front,
+            engine=options.engine,
+            shares=options.shares,
         )
     print_instance(instance, time.monotonic() - started)
     if options.foreground:
@@ -110,7 +126,7 @@ def _serve(options: argparse.Namespace) -> int:
         except BaseException:  # an interrupt, as from a container or systemd
             instances.stop(instance)
             raise
-        raise ServerError(f"TorchServe ended{instances.last_words(instance)}")
+        raise ServerError(f"the server ended{instances.last_words(instance)}")
     return 0
 
 
@@ -212,7 +228,7 @@ def print_instance(instance: Instance, seconds: float) -> None:
 COMMANDS = (
     Command(
         "serve",
-        "Start TorchServe on archives.\n\nWaits until each has answered a request. It listens on the "
+        "Start TorchServe, or Ray Serve, on archives.\n\nWaits until each has answered a request. It listens on the "
         "loopback address, without management of models; several\nservers may run side by side on different ports.",
         _add_serve,
         _serve,

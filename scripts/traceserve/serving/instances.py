@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +22,21 @@ from traceserve_runtime.manifest import Manifest
 from traceserve.errors import ServerError
 from traceserve.machine import user_folders
 from traceserve.serving import java
+from traceserve.serving.engines import TORCHSERVE
 
 _KEPT = 5  # folders of dead servers kept until their failure was shown; older ones go
-_TORCHSERVE = ("org.pytorch.serve.ModelServer", "ts.model_server")  # the JVM and its starter
+# Programs of our servers: the JVM and its starter, Ray's daemons and their starter.
+_SERVERS = (
+    "org.pytorch.serve.ModelServer",
+    "ts.model_server",
+    "ray.scripts.scripts",
+    "gcs_server",
+    "raylet",
+    "haproxy",
+)
+_SECONDS_TO_FINISH = 15
+_DRAINED = "haproxy"  # finishes running requests on SIGUSR1
+_REPLICA = re.compile(r"ray::ServeReplica:([^:]+)")
 # Words of a JVM or operating system for a process's end.
 _REASON = re.compile(r"\b\w*(Error|Exception)\b|[Oo]ut of memory|Killed|SIG[A-Z]+|fatal|No space left")
 _READABLE = ("logs", "run")  # kept of a dead server
@@ -31,7 +44,7 @@ _READABLE = ("logs", "run")  # kept of a dead server
 
 @dataclass(frozen=True)
 class Instance:
-    """One of our TorchServes; `folder` holds its configuration, logs and temporary files."""
+    """One of our servers; `folder` holds its configuration, logs and temporary files."""
 
     port: int
     host: str
@@ -47,6 +60,7 @@ class Instance:
     machine: str = dataclasses.field(default_factory=lambda: this_machine())
     seen: bool = False  # its failure was shown to somebody
     certificate: Optional[str] = None  # the file of its certificate, if it uses TLS
+    engine: str = TORCHSERVE
 
     @property
     def url(self) -> str:
@@ -173,7 +187,11 @@ def workers_alive(instance: Instance) -> Dict[str, int]:
     with contextlib.suppress(psutil.Error):
         for child in process.children(recursive=True) if process is not None else ():
             with contextlib.suppress(psutil.Error, KeyError):  # it may have ended
-                if "model_service_worker" in " ".join(child.cmdline()):
+                command = " ".join(child.cmdline())
+                replica = _REPLICA.match(command)
+                if replica:
+                    alive[replica.group(1).rpartition("-")[0]] += 1  # its application is NAME-VERSION
+                elif "model_service_worker" in command:
                     alive[Path(child.cwd()).resolve().name] += 1  # a worker works in its archive's folder
     return alive
 
@@ -200,7 +218,8 @@ def stop(instance: Instance, at_once: bool = False) -> None:
     """Stop a server and its workers, and remove its files; it finishes running requests unless `at_once`."""
     process = instance.process
     if process is not None:
-        _end([process], at_once)
+        drained = not at_once and _drain(process)
+        _end([process], at_once or drained)
     with contextlib.suppress(OSError):  # the next server starts without it
         java.keep_class_archive(Path(instance.folder))
     _remove(instance)
@@ -213,15 +232,29 @@ def end_started_in(folder: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         (_state_folder() / f"{folder.name}.json").unlink()
     shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(sockets_folder(folder), ignore_errors=True)
 
 
 def _started_in(folder: Path) -> Iterator[psutil.Process]:
-    """Yield TorchServe and its starter: both have a file of the folder in their arguments."""
+    """Yield a server's starter and its daemons: they have a path in the folder among their arguments."""
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             arguments = process.cmdline()
-            if any(name in arguments for name in _TORCHSERVE) and str(folder / "config.properties") in arguments:
+            names = {Path(argument).name for argument in arguments[:1]} | set(arguments)
+            if not names.isdisjoint(_SERVERS) and any(f"{folder}{os.sep}" in argument for argument in arguments):
                 yield process
+
+
+def _drain(process: psutil.Process) -> bool:
+    """Let the HAProxy before a cluster finish what it was asked, and say whether there was one. (TorchServe does so itself.)"""
+    waiting = []
+    for child in process.children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if child.name() == _DRAINED:
+                child.send_signal(signal.SIGUSR1)
+                waiting.append(child)
+    psutil.wait_procs(waiting, timeout=_SECONDS_TO_FINISH)
+    return bool(waiting)
 
 
 def _end(processes: List[psutil.Process], at_once: bool) -> None:
@@ -231,11 +264,16 @@ def _end(processes: List[psutil.Process], at_once: bool) -> None:
             family += [process, *process.children(recursive=True)]
             if not at_once:
                 process.terminate()
-    _, alive = psutil.wait_procs(family, timeout=0 if at_once else 15)
+    _, alive = psutil.wait_procs(family, timeout=0 if at_once else _SECONDS_TO_FINISH)
     for survivor in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
             survivor.kill()
     psutil.wait_procs(alive, timeout=5)
+
+
+def sockets_folder(folder: Path) -> Path:
+    """Where the HAProxy before a cluster has its sockets: Ray adds 57 characters to their paths, which have 97 at most."""
+    return Path("/tmp", f"ts-{folder.name[-8:]}")
 
 
 def _remove(instance: Instance) -> None:
@@ -243,6 +281,7 @@ def _remove(instance: Instance) -> None:
     with contextlib.suppress(FileNotFoundError):
         _state_file(instance).unlink()
     shutil.rmtree(instance.folder, ignore_errors=True)
+    shutil.rmtree(sockets_folder(Path(instance.folder)), ignore_errors=True)
 
 
 def _keep_only(instance: Instance) -> None:

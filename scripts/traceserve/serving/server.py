@@ -1,4 +1,4 @@
-"""Starts TorchServe on archives: a private, quiet, hardened instance per port, ready when returned."""
+"""Starts archives: a private, quiet, hardened instance per port, ready when returned."""
 
 from __future__ import annotations
 
@@ -14,22 +14,21 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import psutil
-from traceserve_runtime import processor
 from traceserve_runtime.manifest import Manifest
 
 from traceserve.archives import staging
-from traceserve.archives.contents import read_manifest, read_serving
 from traceserve.archives.model_config import Serving
-from traceserve.archives.names import check_name
 from traceserve.errors import ServerError
 from traceserve.machine import environment, neuron_cores
-from traceserve.serving import client, configuration, instances, java
+from traceserve.serving import client, configuration, instances, java, ray_cluster
+from traceserve.serving.engines import RAY, TORCHSERVE
 from traceserve.serving.front import FrontendOptions
 from traceserve.serving.instances import Instance
 from traceserve.serving.log import load_failure, log_tail
+from traceserve.serving.plan import Plan, planned
 
 _SLACK = 0.5  # seconds an answer may take after the frontend's own limit
 
@@ -47,44 +46,67 @@ def start(
     progress: Optional[Callable[[str], None]] = None,
     serving: Optional[Serving] = None,
     front: FrontendOptions = FrontendOptions(),
+    engine: str = TORCHSERVE,
+    shares: Sequence[float] = (),
 ) -> Instance:
-    """Start TorchServe on archives and wait until each has answered a request; raises ServerError with the reason.
+    """Start an engine on archives and wait until each has answered a request; raises ServerError with the reason.
 
-    `serving` and `workers` override the archives' own configurations.
+    `serving` and `workers` override the archives' own configurations. `shares` divide the requests to one name among
+    its versions, if the engine supports several.
     """
-    files = _by_name(archives)
-    manifests = {name: read_manifest(file) for name, file in files.items()}
-    own = {name: read_serving(file) for name, file in files.items()}
-    wanted = {name: _wanted(each, serving, workers) for name, each in own.items()}
-    places = {name: each.workers or configuration.DEFAULT_WORKERS for name, each in wanted.items()}
-    needed = neuron_cores.for_workers({name: manifest.hardware for name, manifest in manifests.items()}, places)
+    kind = ENGINES[engine]
+    found = planned(archives, serving, workers, kind.versions, shares)
     _check_port(host, port)
     if front.metrics_port:
         _check_port(host, front.metrics_port, "--metrics-port")
     front.check()
-    needed_by_java = java.find_java()
     _sweep()
-    with staging.held(_new_folder(port)) as folder:
+    with staging.held(_new_folder(port, kind.longest_socket)) as folder:
+        plan = Plan(found, host, port, front, timeout, progress or (lambda text: None), engine, folder)
         try:
-            changed = {name: each for name, each in wanted.items() if each != own[name]}
-            ports, settings = configuration.configure_server(folder, files, changed, host, port, front)
-            pid = launch(folder, settings, {**needed_by_java, **needed})
-            instance = _remembered(folder, host, port, ports, pid, places)
-            if front.certificate is not None:
-                instance = dataclasses.replace(instance, certificate=str(front.certificate.resolve()))
-                instances.remember(instance)
-            if configuration.demands_keys(host, front):
-                instance = _with_keys(instance, timeout)
-                instances.remember(instance)
-            for name, manifest in manifests.items():
-                if progress:
-                    progress(f"waiting for {name} to answer")
-                patience = (wanted[name].client_timeout or float("inf")) / 1000 + _SLACK
-                _wait_for_answer(instance, name, _sample(manifest), time.monotonic() + timeout, patience)
+            instance = kind.launch(plan)
+            for archive in found.values():
+                plan.progress(f"waiting for {archive.name} to answer")
+                patience = (archive.serving.client_timeout or float("inf")) / 1000 + _SLACK
+                _wait_for_answer(
+                    instance, archive.name, _sample(archive.manifest), time.monotonic() + timeout, patience
+                )
         except BaseException:  # interrupts too: nobody else knows of the started process
             instances.end_started_in(folder)
             raise
     return instance
+
+
+def _launch_torchserve(plan: Plan) -> Instance:
+    """Start TorchServe in the plan's folder; raises ServerError with the reason."""
+    hardware = {name: archive.manifest.hardware for name, archive in plan.archives.items()}
+    needed = neuron_cores.for_workers(hardware, plan.workers)
+    needed_by_java = java.find_java()
+    folder, front = plan.folder, plan.front
+    ports, settings = configuration.configure_server(folder, plan.files, plan.changed, plan.host, plan.port, front)
+    pid = launch(folder, settings, {**needed_by_java, **needed})
+    instance = _remembered(folder, plan.host, plan.port, ports, pid, plan.workers)
+    if front.certificate is not None:
+        instance = dataclasses.replace(instance, certificate=str(front.certificate.resolve()))
+        instances.remember(instance)
+    if configuration.demands_keys(plan.host, front):
+        instance = _with_keys(instance, plan.timeout)
+        instances.remember(instance)
+    return instance
+
+
+class Engine(NamedTuple):
+    """How archives are served by one engine."""
+
+    launch: Callable[[Plan], Instance]
+    versions: bool  # it tells several versions of one name apart
+    longest_socket: str  # below a server's folder
+
+
+ENGINES: Dict[str, Engine] = {
+    TORCHSERVE: Engine(_launch_torchserve, False, "tmp/.ts.sock.65535"),
+    RAY: Engine(ray_cluster.launch, True, ray_cluster.LONGEST_SOCKET),
+}
 
 
 def _remembered(
@@ -114,39 +136,20 @@ def _sweep() -> None:
                     instances.end_started_in(left)
 
 
-def _by_name(archives: Sequence[Path]) -> Dict[str, Path]:
-    files: Dict[str, Path] = {}
-    for path in archives:
-        name = check_name(path.stem)
-        if name in files:
-            raise ServerError(f"{files[name]} and {path} would both answer at /predictions/{name}")
-        files[name] = path.resolve()
-    return files
-
-
-def _wanted(own: Serving, serving: Optional[Serving], workers: Optional[int]) -> Serving:
-    """Return an archive's serving configuration; several workers share the cores unless threads are set."""
-    wanted = serving or own
-    wanted = wanted if workers is None else dataclasses.replace(wanted, workers=workers)
-    if (wanted.workers or 1) > 1 and wanted.threads is None and "OMP_NUM_THREADS" not in os.environ:
-        wanted = dataclasses.replace(wanted, threads=max(1, processor.cores() // (wanted.workers or 1)))
-    return wanted
-
-
-def _new_folder(port: int) -> Path:
-    """Make a temporary folder for TorchServe's sockets, whose paths have a limit; raises ServerError."""
+def _new_folder(port: int, longest_socket: str) -> Path:
+    """A temporary folder in which an engine can have its sockets, whose paths have a limit; raises ServerError."""
     made: List[Path] = []
     for place in (None, "/tmp"):
         with contextlib.suppress(OSError):
             made.append(Path(tempfile.mkdtemp(prefix=f"traceserve-{port}-", dir=place)))
-            if len(os.fsencode(made[-1] / "tmp" / ".ts.sock.65535")) <= _LONGEST_SOCKET_PATH:
+            if len(os.fsencode(made[-1] / longest_socket)) <= _LONGEST_SOCKET_PATH:
                 for unused in made[:-1]:
                     unused.rmdir()
                 return made[-1]
     for unused in made:
         unused.rmdir()
     raise ServerError(
-        f"the temporary folder {tempfile.gettempdir()} has too long a path for the sockets of TorchServe's workers; "
+        f"the temporary folder {tempfile.gettempdir()} has too long a path for the sockets of the server; "
         "set TMPDIR to one with a shorter path"
     )
 

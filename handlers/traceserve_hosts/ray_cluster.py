@@ -1,0 +1,60 @@
+"""Applications onto a running Ray cluster: `python -m traceserve_hosts.ray_cluster ADDRESS CONFIG`.
+
+CONFIG is a JSON file: the address on which Serve answers and its applications, as `ray_config` makes them.
+
+    {"http": {"host": "127.0.0.1", "port": 8000}, "everywhere": false, "applications": [...]}
+
+Applications that run already are updated, replica by replica; those that the file does not name are removed at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any, List, Mapping
+
+import ray
+from ray import serve
+
+_REASON = re.compile(r"\b(?:\w+\.)*\w*(?:Error|Exception)\b(?:\(.*?\))?: (.+)")
+
+
+def deploy(address: str, config: Mapping[str, Any]) -> None:
+    """Run the applications of a configuration, and return when each answers; raises RuntimeError with the reason."""
+    ray.init(address=address, log_to_driver=False, configure_logging=False)
+    serve.start(
+        proxy_location="EveryNode" if config.get("everywhere") else "HeadOnly",
+        http_options={"host": config["http"]["host"], "port": config["http"]["port"], "request_timeout_s": None},
+    )
+    applications = config["applications"]
+    for each in applications:
+        module, _, function = each["import_path"].partition(":")
+        application = getattr(import_module(module), function)(each["args"])
+        serve.run(application, name=each["name"], route_prefix=each["route_prefix"])
+    known = {each["name"] for each in applications}
+    for name in serve.status().applications:
+        if name not in known:
+            serve.delete(name)
+
+
+def reason(error: Exception) -> str:
+    """Why an application does not run: what its replica raised, without Ray's own words and the traceback."""
+    found = _REASON.findall(str(error))
+    return found[-1] if found else str(error).strip().splitlines()[-1]
+
+
+def main(arguments: List[str]) -> int:
+    """Deploy; what goes wrong is one line on stderr, the last one."""
+    try:
+        deploy(arguments[0], json.loads(Path(arguments[1]).read_text(encoding="utf-8")))
+    except RuntimeError as error:
+        sys.stderr.write(f"{reason(error)}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

