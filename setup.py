@@ -20,6 +20,8 @@ ONNX_WORKER = ["onnxruntime>=1.17"]
 ONNX = [*ONNX_WORKER, "onnx>=1.15"]
 # Ray Serve brings HAProxy, fsspec reads archives from where clusters keep them, multipart reads forms.
 RAY = ['ray[serve]>=2.60; python_version >= "3.10"', "fsspec>=2024.2", "multipart>=1.2", "psutil>=5.8", "pyyaml>=5.1"]
+# A small server for one archive, without a JVM.
+WEB = ["uvicorn>=0.30", "httptools>=0.5", "multipart>=1.2", "pyyaml>=5.1", "fsspec>=2024.2"]
 TEST = [
     "pytest>=7",
     "pytest-xdist>=3",
@@ -89,8 +91,9 @@ setup(
         "onnx": ONNX,
         "onnx-worker": ONNX_WORKER,
         "ray": RAY,
-        "test": SERVE + DEMO + BENCH + CURATED + GGUF + PEFT + ONNX + TEST,
-        "dev": SERVE + DEMO + BENCH + CURATED + GGUF + PEFT + ONNX + TEST + DEV,
+        "web": WEB,
+        "test": SERVE + DEMO + BENCH + CURATED + GGUF + PEFT + ONNX + WEB + TEST,
+        "dev": SERVE + DEMO + BENCH + CURATED + GGUF + PEFT + ONNX + WEB + TEST + DEV,
     },
     entry_points={"console_scripts": ["traceserve=traceserve.cli:main"]},
     classifiers=[

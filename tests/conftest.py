@@ -16,6 +16,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # parallel tests share the cores
     os.environ.setdefault("OMP_NUM_THREADS", str(shared))
 
 import models  # after the environment
+from traceserve.archives.archive import pack_archive
 from traceserve.building.config.parsing import LoadedConfig, parse_config
 from traceserve.building.export import export
 from traceserve.building.exported import Exported
@@ -88,6 +89,12 @@ def artifact(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathF
     labels = {"id2label": {0: "red", 1: "green", 2: "blue"}, "label2id": {"red": 0, "green": 1, "blue": 2}}
     run_export(folder, {"model_name": str(checkpoint("bert", **labels)), "max_length": 32})
     return folder
+
+
+@pytest.fixture(scope="session")
+def mar(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The archive of that artifact, tiny.mar."""
+    return pack_archive(artifact, "tiny", tmp_path_factory.mktemp("store"))
 
 
 @pytest.fixture()

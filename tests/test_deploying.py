@@ -21,7 +21,6 @@ from typing import Any, Dict, Iterator, List, Sequence
 import pytest
 from conftest import ROOT
 from traceserve import cli
-from traceserve.archives.archive import pack_archive
 from traceserve.archives.contents import configure_archive, read_serving
 from traceserve.building.config.hardware import HARDWARE
 from traceserve.building.config.save_modes import SAVE_MODES
@@ -30,11 +29,6 @@ from traceserve.deploying import described, engines, packages, resources, templa
 from traceserve.deploying.inside import canary, fetch
 from traceserve.deploying.targets import TARGETS
 from traceserve.serving.configuration import free_ports
-
-
-@pytest.fixture(scope="module")
-def mar(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pack_archive(artifact, "tiny", tmp_path_factory.mktemp("store"))
 
 
 def deployed(target: str, mars: Sequence[Path], folder: Path, *options: str) -> Path:
@@ -58,7 +52,7 @@ def test_help_lists_the_targets() -> None:
 def test_every_target_writes_its_files(
     name: str, mar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = deployed(name, [mar], tmp_path / "out")
+    folder = deployed(name, [mar], tmp_path / "out", "--url", "https://example.org/archives")
     told = capsys.readouterr().out
     assert "next:" in told and f"cd {folder}" in told
     record = json.loads((folder / writing.RECORD).read_text())

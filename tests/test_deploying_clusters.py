@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import gzip
+import hashlib
 import http.client
 import json
 import os
@@ -13,9 +16,12 @@ import time
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
 
+import jsonschema
 import pytest
 import yaml
-from test_deploying import deployed, mar  # noqa: F401  a fixture
+from conftest import ROOT
+from test_deploying import deployed
+from traceserve import cli
 from traceserve.serving import configuration, instances, server
 from traceserve.serving.front import FrontendOptions
 
@@ -40,7 +46,7 @@ def rendered(chart: Path, values: Optional[Mapping[str, Any]] = None) -> Documen
 
 
 @pytest.fixture(scope="module")
-def chart(mar: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def chart(mar: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return deployed("kubernetes", [mar], tmp_path_factory.mktemp("kubernetes") / "out") / "chart"
 
 
@@ -128,7 +134,7 @@ def test_the_pod_serves_what_the_archive_says(chart: Path) -> None:
     assert ray["env"][0]["valueFrom"]["secretKeyRef"] == {"name": "tiny-keys", "key": "key"}
 
 
-def test_archives_are_fetched_before_the_server_starts(mar: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_archives_are_fetched_before_the_server_starts(mar: Path, tmp_path: Path) -> None:
     folder = deployed(
         "kubernetes", [mar], tmp_path / "out", "--url", "s3://bucket/models/", "--image", "r.example.org/t:2"
     )
@@ -146,6 +152,91 @@ def rendered_egress(chart: Path) -> List[Any]:
     return found
 
 
+# --- custom resources ---
+
+SCHEMAS = ROOT.parent / "shared" / "schemas"
+
+
+def schema(name: str) -> Dict[str, Any]:
+    """A structural schema as the API server reads it: it knows the fields that it names, and refuses others."""
+    file = SCHEMAS / f"{name}.json.gz"
+    if not file.is_file():
+        pytest.skip(f"{file.name} is not here")
+    content: Dict[str, Any] = json.loads(gzip.decompress(file.read_bytes()))
+    return closed(content)
+
+
+def closed(node: Any) -> Any:
+    if isinstance(node, list):
+        return [closed(each) for each in node]
+    if not isinstance(node, dict):
+        return node
+    inner = {key: closed(value) for key, value in node.items()}
+    named = isinstance(node.get("properties"), dict) and node.get("type") == "object"
+    if named and not node.get("x-kubernetes-preserve-unknown-fields"):
+        inner.setdefault("additionalProperties", False)
+    return inner
+
+
+def problems(document: Dict[str, Any]) -> List[str]:
+    group, version = document["apiVersion"].split("/")
+    validator = jsonschema.Draft202012Validator(schema(f"{group}_{version}_{document['kind']}"))
+    return [f"{error.json_path}: {error.message}" for error in validator.iter_errors(document)]
+
+
+def only(file: Path) -> Dict[str, Any]:
+    [document] = [each for each in yaml.safe_load_all(file.read_text()) if each]
+    found: Dict[str, Any] = document
+    return found
+
+
+def test_the_kserve_files_fit(mar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = deployed("kserve", [mar], tmp_path / "out", "--url", "s3://bucket/models")
+    runtime, service = only(folder / "runtime.yaml"), only(folder / "tiny.yaml")
+    assert not problems(runtime) and not problems(service)
+    model = service["spec"]["predictor"]["model"]
+    assert model["storageUri"] == "s3://bucket/models/tiny.mar"
+    assert model["runtime"] == runtime["metadata"]["name"]
+    assert model["modelFormat"]["name"] == runtime["spec"]["supportedModelFormats"][0]["name"]
+    assert model["env"] == [{"name": "TRACESERVE_SHA256", "value": hashlib.sha256(mar.read_bytes()).hexdigest()}]
+    misspelt = copy.deepcopy(service)
+    misspelt["spec"]["predictor"]["model"]["storageURI"] = model["storageUri"]
+    assert "storageURI" in " ".join(problems(misspelt))
+    assert cli.main(["deploy", "kserve", str(mar), "--output", str(tmp_path / "none")]) == 1
+    assert "--url" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_ray_service_fits(mar: Path, count: int, tmp_path: Path) -> None:
+    shutil.copyfile(mar, tmp_path / "other.mar")
+    folder = deployed("kuberay", [mar, tmp_path / "other.mar"][:count], tmp_path / "out", "--url", "gs://bucket")
+    service = only(folder / "service.yaml")
+    assert not problems(service)
+    serve = yaml.safe_load(service["spec"]["serveConfigV2"])
+    first = serve["applications"][0]
+    assert first["import_path"] == "traceserve_hosts.ray_serve:archive"
+    assert first["args"]["archive"] == "gs://bucket/tiny.mar" and len(first["args"]["sha256"]) == 64
+    assert len(serve["applications"]) == (1 if count == 1 else 3)  # and the router
+    for misspelt in ("rayClusterConfig", "serveConfigV2"):
+        wrong = {**service, "spec": {**service["spec"], f"{misspelt}s": service["spec"][misspelt]}}
+        assert misspelt in " ".join(problems(wrong))
+    cluster = service["spec"]["rayClusterConfig"]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    for container in (group["template"]["spec"]["containers"][0] for group in groups):
+        assert container["image"] == "tiny:1.0" and container["securityContext"]["readOnlyRootFilesystem"]
+        assert container["env"][0]["valueFrom"]["secretKeyRef"]["name"] == "tiny-keys"
+    pytest.importorskip("kubernetes_validate").validate(  # the pods are ordinary ones
+        {
+            "apiVersion": "v1",
+            "kind": "PodTemplate",
+            "metadata": {"name": "x"},
+            "template": cluster["workerGroupSpecs"][0]["template"],
+        },
+        VERSION,
+        strict=True,
+    )
+
+
 # --- the proxy that compares keys: the chart's own nginx.conf, before a real TorchServe ---
 
 
@@ -158,7 +249,7 @@ KEY = "Key_of-24-letters-at-least"
 
 
 @contextlib.contextmanager
-def proxied(chart: Path, folder: Path, mar: Path) -> Iterator[Tuple[int, int]]:  # noqa: F811
+def proxied(chart: Path, folder: Path, mar: Path) -> Iterator[Tuple[int, int]]:
     nginx = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
     if nginx is None:
         pytest.skip("nginx is not installed")
@@ -196,7 +287,7 @@ def ask(port: int, method: str, path: str, body: Optional[bytes] = None, key: st
         connection.close()
 
 
-def test_the_proxy_lets_in_who_has_the_key(chart: Path, mar: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_the_proxy_lets_in_who_has_the_key(chart: Path, mar: Path, tmp_path: Path) -> None:
     with proxied(chart, tmp_path, mar) as (port, metrics):
         body = b'{"text": "Yes."}'
         status, answer = ask(port, "POST", "/predictions/tiny", body, f"Bearer {KEY}")

@@ -86,6 +86,9 @@ that health checks ask), sizes, and the workers that `traceserve tune` found bes
 targets:
   docker      a Dockerfile and its context: slim, not root, a read-only root, a health check that asks a prediction
   kubernetes  a Helm chart and its image: probes that ask a prediction, keys, autoscaling, network policy
+  kserve      a ServingRuntime and its image, an InferenceService for each archive; KServe's V1 and V2 protocols
+  kuberay     a RayService and its image: replicas that scale by what waits, on nodes that scale
+  sagemaker   model.tar.gz and an image: GET /ping, POST /invocations, as Amazon SageMaker asks; one archive
 
 examples:
   traceserve deploy docker model_store/NAME.mar --output deploy/docker

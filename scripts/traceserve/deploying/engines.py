@@ -1,28 +1,46 @@
-"""The engines that serve in a container, as `traceserve serve` starts them."""
+"""The engines that serve in a container, and how each is started there."""
 
 from __future__ import annotations
 
 from typing import Dict, List, NamedTuple, Sequence, Tuple
 
+from traceserve.deploying.described import Described
+from traceserve.errors import DeployError
+
 PORT = 8080
-METRICS_PORT = 8082
+KEY_VARIABLE = "TRACESERVE_KEY"  # of the engines that take a key from outside
 
 
 class EngineOptions(NamedTuple):
-    """`options` of `traceserve serve`; with `keys` it demands them of whoever comes from outside."""
+    """`program` is the image's; its arguments are `before`, the archives, and `after`. A `single` one serves one archive."""
 
-    options: Tuple[str, ...]
-    keys: bool
     title: str
+    program: Tuple[str, ...]
+    before: Tuple[str, ...]
+    after: Tuple[str, ...]
+    takes_key: bool
+    single: bool = False
 
 
+_COMMAND = ("python", "-m", "traceserve")
 ENGINES: Dict[str, EngineOptions] = {
-    "torchserve": EngineOptions((), True, "TorchServe"),
-    "ray": EngineOptions(("--engine", "ray"), False, "Ray Serve"),
+    "torchserve": EngineOptions("TorchServe", _COMMAND, ("serve",), ("--foreground",), False),
+    "ray": EngineOptions("Ray Serve", _COMMAND, ("serve",), ("--engine", "ray", "--foreground"), True),
+    "uvicorn": EngineOptions("uvicorn", ("python", "-m", "traceserve_hosts.web"), (), (), True, single=True),
 }
 
 
-def command(engine: str, files: Sequence[str], host: str = "0.0.0.0", *options: str) -> List[str]:
-    """The arguments of `traceserve` that serve these files in the foreground."""
-    own = ENGINES[engine].options
-    return ["serve", *files, *own, "--host", host, "--port", str(PORT), "--foreground", *options]
+def command(engine: str, archives: Sequence[Described], folder: str) -> List[str]:
+    """The arguments that serve these archives, which lie in `folder`; raises DeployError for too many."""
+    own = ENGINES[engine]
+    if own.single:
+        only(archives, own.title)
+    files = [f"{folder}/{each.name}.mar" for each in archives]
+    return [*own.before, *files, *own.after, "--host", "0.0.0.0", "--port", str(PORT)]
+
+
+def only(archives: Sequence[Described], who: str) -> Described:
+    """The only archive; raises DeployError."""
+    if len(archives) != 1:
+        raise DeployError(f"{who} serves one archive, and {len(archives)} are given; deploy each by itself")
+    return archives[0]

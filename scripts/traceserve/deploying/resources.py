@@ -10,11 +10,12 @@ from traceserve.deploying.described import Described
 
 _MIB = 1 << 20
 # Measured with the demo's classifier (docs/measurements.md, "Memory"): what a process takes beside the weights, in MiB.
-FRONTENDS = {"torchserve": 350, "ray": 700}  # the JVM; or the raylet, the head and the proxy
+FRONTENDS = {"torchserve": 350, "ray": 700, "uvicorn": 0}  # the JVM; or the raylet, the head and the proxy
 WORKER = 400  # Python, torch, a tokenizer, and a batch of ordinary texts
 _COPIES = 2  # of the weights: the file, mapped and shared, and a copy as the processor reads it
 # What Kubernetes calls the devices of each kind of hardware; a worker of TorchServe has one of them.
-DEVICES = {"gpu": "nvidia.com/gpu", "neuron": "aws.amazon.com/neuron", "neuronx": "aws.amazon.com/neuron"}
+GPU = "nvidia.com/gpu"
+DEVICES = {"gpu": GPU, "neuron": "aws.amazon.com/neuron", "neuronx": "aws.amazon.com/neuron"}
 
 
 @dataclass(frozen=True)

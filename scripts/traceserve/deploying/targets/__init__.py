@@ -8,12 +8,15 @@ import urllib.parse
 from typing import Dict, Optional
 
 from traceserve.deploying.plan import DeployTarget
-from traceserve.deploying.targets import docker, kubernetes
+from traceserve.deploying.targets import docker, kserve, kuberay, kubernetes, sagemaker
 from traceserve.errors import DeployError
 
 TARGETS: Dict[str, DeployTarget] = {
     "docker": docker.TARGET,
     "kubernetes": kubernetes.TARGET,
+    "kserve": kserve.TARGET,
+    "kuberay": kuberay.TARGET,
+    "sagemaker": sagemaker.TARGET,
 }
 
 _IMAGE = re.compile(r"([a-z0-9.-]+(:\d+)?/)?[a-z0-9._/-]+:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Dict, List, Sequence, Tuple
+from typing import Dict, Sequence, Tuple
 
 from traceserve.deploying import engines, packages, resources, templates
 from traceserve.deploying.described import Described
 from traceserve.deploying.plan import Copy, DeployTarget, File, Plan, Text, Wishes
+from traceserve.machine import environment
 
-_KEYS = {True: "It finds the key itself.", False: "No key is demanded."}
 _NOTES = {
-    True: "TorchServe makes new keys at every start and takes none from outside: `docker logs` shows them. For keys of your "
+    True: f"without {engines.KEY_VARIABLE} in the container's environment no key is demanded; /ping and /health need none.",
+    False: "TorchServe makes new keys at every start and takes none from outside: `docker logs` shows them. For keys of your "
     "own, or several containers behind one address, deploy kubernetes, or a proxy that checks them.",
-    False: "Ray Serve demands no keys: publish its port to a trusted network alone, or put a proxy before it that checks "
-    "them.",
 }
 
 
@@ -29,33 +28,42 @@ def canaries(archives: Sequence[Described]) -> Dict[str, object]:
     return {f"/predictions/{each.name}": each.canary for each in archives}
 
 
-def image_files(archives: Sequence[Described], wishes: Wishes, with_archives: bool = True) -> Tuple[File, ...]:
-    """The folder that `docker build` is given."""
-    engine = engines.ENGINES[wishes.engine]
-    inside = [f"/archives/{each.name}.mar" for each in archives]
-    image = image_name(archives, wishes)
+def common_files(archives: Sequence[Described], engine: str, about: str, end: str) -> Tuple[File, ...]:
+    """What every image is made of; `end` are the last lines of its Dockerfile."""
     dockerfile = templates.fill(
         "docker/Dockerfile",
-        names=", ".join(each.name for each in archives),
-        engine=engine.title,
-        image=image,
+        about=about,
         python=f"{sys.version_info.major}.{sys.version_info.minor}",
         index=packages.INDEXES.get(archives[0].manifest.hardware, ""),
-        tmp=str(resources.needed(archives, wishes.engine).disk),
-        keys=_KEYS[engine.keys],
-        archives="COPY archives/ /archives/"
-        if with_archives
-        else "# The archives are fetched before the server starts.",
-        command=json.dumps(engines.command(wishes.engine, inside)),
+        environment="".join(f" \\\n    {key}={value}" for key, value in environment.DEFAULTS.items()),
+        end=end.rstrip("\n"),
     )
-    lines: List[str] = packages.requirements(archives, packages.ENGINES[wishes.engine])
+    lines = packages.requirements(archives, packages.ENGINES[engine])
     return (
         Text("Dockerfile", dockerfile),
         Text(".dockerignore", templates.read_template("docker/dockerignore")),
         Text("requirements.txt", "".join(f"{line}\n" for line in lines)),
-        Text("canaries.json", json.dumps(canaries(archives), ensure_ascii=False, indent=2) + "\n"),
         *packages.program("app"),
-        *(Copy(f"archives/{each.file.name}", each.file) for each in archives if with_archives),
+    )
+
+
+def image_files(archives: Sequence[Described], wishes: Wishes, with_archives: bool = True) -> Tuple[File, ...]:
+    """The folder that `docker build` is given."""
+    engine = engines.ENGINES[wishes.engine]
+    command = engines.command(wishes.engine, archives, "/archives")
+    names = ", ".join(each.name for each in archives)
+    end = templates.fill(
+        "docker/end",
+        archives="COPY archives/ /archives/" if with_archives else "# The archives come before the server starts.",
+        program=json.dumps(engine.program),
+        command=json.dumps(command),
+    )
+    return (
+        *common_files(
+            archives, wishes.engine, f"Serves {names} with {engine.title}; made by `traceserve deploy`.", end
+        ),
+        Text("canaries.json", json.dumps(canaries(archives), ensure_ascii=False, indent=2) + "\n"),
+        *(Copy(f"archives/{each.name}.mar", each.file) for each in archives if with_archives),
     )
 
 
@@ -63,20 +71,22 @@ def plan(archives: Sequence[Described], wishes: Wishes) -> Plan:
     """The folder for `docker build`."""
     image = image_name(archives, wishes)
     needed = resources.needed(archives, wishes.engine)
-    gpus = "--gpus all " if "nvidia.com/gpu" in needed.devices else ""
+    takes_key = engines.ENGINES[wishes.engine].takes_key
+    gpus = "--gpus all " if resources.GPU in needed.devices else ""
+    key = f"--env {engines.KEY_VARIABLE} " if takes_key else ""
     limits = f"--memory {needed.memory * 3 // 2 + needed.disk}m --read-only --tmpfs /tmp:size={needed.disk}m"
     return Plan(
         image_files(archives, wishes),
         (
             f"docker build --tag {image} .",
-            f"docker run --rm --init {gpus}{limits} --publish 8080:{engines.PORT} {image}",
+            f"docker run --rm --init {gpus}{limits} {key}--publish 8080:{engines.PORT} {image}",
         ),
-        (_NOTES[engines.ENGINES[wishes.engine].keys],),
+        (_NOTES[takes_key],),
     )
 
 
 TARGET = DeployTarget(
     "a Dockerfile and its context: slim, not root, a read-only root, a health check that asks a prediction",
-    ("torchserve", "ray"),
+    ("torchserve", "ray", "uvicorn"),
     plan,
 )

@@ -24,9 +24,9 @@ def read_template(name: str) -> str:
     return (FOLDER / name).read_text(encoding="utf-8")
 
 
-def fill(name: str, **values: str) -> str:
+def fill(file: str, /, **values: str) -> str:
     """A template with its values; raises KeyError for one that is missing."""
-    return _Template(read_template(name)).substitute(values)
+    return _Template(read_template(file)).substitute(values)
 
 
 def block(value: Any, indent: int = 0) -> str:

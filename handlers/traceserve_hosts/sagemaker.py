@@ -1,0 +1,112 @@
+"""Amazon SageMaker's contract for a container that serves a model:
+
+    docker run IMAGE serve     starts it; the model's files lie in /opt/ml/model
+    GET  /ping                 200 within two seconds where it can answer
+    POST /invocations          a request, in any content type that the archive reads
+    GET  /execution-parameters what batch transform may send
+
+on the port SAGEMAKER_BIND_TO_PORT (8080). Bodies are limited by the kind of endpoint (6 MB or 25 MB where it answers at once,
+1 GB where it is asynchronous), and by SAGEMAKER_MAX_PAYLOAD_IN_MB, which batch transform sets. `InvokeEndpointWithResponseStream`
+gets a stream in pieces. All other protocols stand behind /invocations by the header that a client may choose:
+`X-Amzn-SageMaker-Custom-Attributes: path=v1/embeddings`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import sys
+import time
+from typing import Any, Dict, Mapping, Optional, Sequence
+
+from traceserve_hosts import web
+from traceserve_hosts.asgi import Application, Receive, Refused, Scope, Send, guarded, headers_of, path_of, replied
+
+MODEL = "/opt/ml/model"
+_PATH = re.compile(r"(?:^|[,;\s])path=([\w./-]+)")  # of a protocol, within the custom attributes
+_SECONDS_OF_PING = 1.5  # SageMaker waits two
+_ALIVE = 60.0  # seconds since the last answer, within which a server that is busy is healthy
+_LARGEST = 1024  # MB, of an asynchronous endpoint's body
+
+
+class Container:
+    """An ASGI application that answers as SageMaker asks."""
+
+    def __init__(self, megabytes: int) -> None:
+        self._megabytes = megabytes
+        self._application: Optional[Application] = None
+        self._batch_size = 1
+        self._answered = time.monotonic()
+
+    def serve(self, archive: Any) -> None:
+        """Answer by this archive."""
+        self._batch_size = archive.batch_size
+        self._application = web.application(archive, self._megabytes << 20, self._report)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        await guarded(self._answer, scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        assert self._application is not None
+        path = path_of(scope)
+        if path == "/ping":
+            problem = await self._problem()
+            await replied(send, 503 if problem else 200, {"status": problem or "Healthy"})
+        elif path == "/execution-parameters":
+            await replied(send, 200, self._parameters())
+        elif path == "/invocations":
+            await self._application({**scope, "root_path": "", "path": _path(headers_of(scope))}, receive, send)
+        else:
+            raise Refused(
+                404, "NotFound", "SageMaker asks /ping and /invocations; other paths go into a header, see the docs"
+            )
+
+    async def _problem(self) -> Optional[str]:
+        """What is wrong. Behind a long queue a canary is late: who has just answered others is healthy."""
+        assert self._application is not None
+        try:
+            return await asyncio.wait_for(self._application.unhealthy(), _SECONDS_OF_PING)
+        except asyncio.TimeoutError:
+            return None if time.monotonic() - self._answered < _ALIVE else "no answer for a minute"
+
+    def _report(self, *told: Any) -> None:
+        self._answered = time.monotonic()
+
+    def _parameters(self) -> Dict[str, Any]:
+        return {
+            "MaxConcurrentTransforms": self._batch_size,
+            "BatchStrategy": "SINGLE_RECORD",
+            "MaxPayloadInMB": min(self._megabytes, 100),
+        }
+
+
+def _path(headers: Mapping[str, str]) -> str:
+    """Where the application has what is asked: the task itself, or a protocol."""
+    found = _PATH.search(headers.get("x-amzn-sagemaker-custom-attributes", ""))
+    return f"/{found[1].strip('/')}" if found else "/"
+
+
+def main(arguments: Sequence[str], model: str = MODEL, environment: Mapping[str, str] = os.environ) -> Optional[str]:
+    """Serve the model's files; gives why they cannot be served, or None at the end."""
+    if list(arguments) != ["serve"]:
+        return f"SageMaker calls this container with `serve`, not with {' '.join(arguments) or 'nothing'}"
+    port = environment.get("SAGEMAKER_BIND_TO_PORT", "8080")
+    megabytes = environment.get("SAGEMAKER_MAX_PAYLOAD_IN_MB", str(_LARGEST))
+    for name, value in (("SAGEMAKER_BIND_TO_PORT", port), ("SAGEMAKER_MAX_PAYLOAD_IN_MB", megabytes)):
+        if not value.isdecimal() or int(value) < 1:
+            return f"{name} should be a whole number of 1 or more, not {value!r}"
+    container = Container(int(megabytes))
+    try:
+        container.serve(web.loaded(model))
+    except RuntimeError as error:
+        return str(error)
+    web.run(container, "0.0.0.0", int(port))
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(
+        main(sys.argv[1:], os.environ.get("TRACESERVE_MODEL", MODEL))
+    )  # 1 for a text, which goes to standard error

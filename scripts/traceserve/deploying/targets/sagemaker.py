@@ -1,0 +1,68 @@
+"""`sagemaker`: model.tar.gz and an image that follows SageMaker's contract, by traceserve_hosts.sagemaker."""
+
+from __future__ import annotations
+
+import gzip
+import tarfile
+from pathlib import Path
+from typing import Sequence
+
+from traceserve.archives import staging
+from traceserve.archives.contents import unpack
+from traceserve.deploying import engines, resources, templates
+from traceserve.deploying.described import Described
+from traceserve.deploying.plan import DeployTarget, Made, Plan, Wishes, prefixed
+from traceserve.deploying.targets import docker
+from traceserve.deploying.targets.kubernetes import plain_name
+
+# A small instance of each kind: by the device that an archive needs.
+_INSTANCES = {(): "ml.c7i.xlarge", ("nvidia.com/gpu",): "ml.g5.xlarge", ("aws.amazon.com/neuron",): "ml.inf2.xlarge"}
+
+
+def plan(archives: Sequence[Described], wishes: Wishes) -> Plan:
+    """The model's files, the image's, and the calls of AWS that make an endpoint of them."""
+    archive = engines.only(archives, "a SageMaker model")
+    name, image = plain_name(archive.name), docker.image_name(archives, wishes)
+    end = templates.read_template("sagemaker/end")
+    about = f"SageMaker's container for {archive.name}; made by `traceserve deploy sagemaker`."
+    place = f"{wishes.url.rstrip('/')}/model.tar.gz" if wishes.url else f"s3://BUCKET/{name}/model.tar.gz"
+    devices = tuple(resources.needed(archives, wishes.engine).devices)
+    variant = f"VariantName=all,ModelName={name},InstanceType={_INSTANCES[devices]},InitialInstanceCount=1"
+    return Plan(
+        (
+            Made("model.tar.gz", lambda target: pack(archive.file, target)),
+            *prefixed("image", docker.common_files(archives, wishes.engine, about, end)),
+        ),
+        (
+            f"docker build --tag {image} image && docker push {image}  # to Amazon ECR",
+            f"aws s3 cp model.tar.gz {place}",
+            f"aws sagemaker create-model --model-name {name} --execution-role-arn $ROLE "
+            f"--primary-container Image={image},ModelDataUrl={place}",
+            f"aws sagemaker create-endpoint-config --endpoint-config-name {name} --production-variants "
+            f"{variant},ContainerStartupHealthCheckTimeoutInSeconds=600",
+            f"aws sagemaker create-endpoint --endpoint-name {name} --endpoint-config-name {name}",
+        ),
+        ("who may ask is decided by IAM: SageMaker checks it before a request reaches the container.",),
+    )
+
+
+def pack(archive: Path, target: Path) -> None:
+    """The files of an archive, as SageMaker unpacks them into /opt/ml/model; equal archives give equal bytes."""
+    with staging.scratch() as folder:
+        unpack(archive, folder / "model")
+        # Weights do not compress: the quickest level.
+        with target.open("wb") as raw, gzip.GzipFile("", "wb", 1, raw, mtime=0) as packed:
+            with tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as tar:
+                for path in sorted((folder / "model").rglob("*")):
+                    tar.add(path, path.relative_to(folder / "model").as_posix(), recursive=False, filter=_undated)
+
+
+def _undated(info: tarfile.TarInfo) -> tarfile.TarInfo:
+    info.mtime, info.uid, info.gid, info.uname, info.gname = 0, 0, 0, "", ""
+    info.mode = 0o755 if info.isdir() else 0o644
+    return info
+
+
+TARGET = DeployTarget(
+    "model.tar.gz and an image: GET /ping, POST /invocations, as Amazon SageMaker asks; one archive", ("uvicorn",), plan
+)
