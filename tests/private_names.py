@@ -1,4 +1,4 @@
-"""The private names of other libraries that a file uses, found by reading it."""
+"""Finds the private names of other libraries that a file uses."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _BY_NAME = {"getattr", "hasattr", "setattr", "delattr"}
 
 
 def of_others(path: Path, own: Set[str]) -> Set[str]:
-    """As they are written, "torch._C._jit_pass_inline" say; `own` are the project's own private names, which are none."""
+    """Return them as written, such as "torch._C._jit_pass_inline"; `own` are the project's own private names."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     return set(_imported(tree)) | set(_chains(tree, own)) | set(_by_name(tree, own))
 
 
 def defined(path: Path) -> Set[str]:
-    """The private names that a file defines: functions, classes, variables, and attributes of `self`."""
+    """Return the private names that a file defines: functions, classes, variables, and attributes of `self`."""
     nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
     names = {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     names |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
@@ -42,7 +42,7 @@ def _imported(tree: ast.AST) -> Iterator[str]:
 
 
 def _chains(tree: ast.AST, own: Set[str]) -> Iterator[str]:
-    """Attributes of attributes, the longest of each; of torch, whatever is called as ours too."""
+    """Yield attributes of attributes, the longest of each; torch's even if ours have the same name."""
     inner = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and id(node) not in inner:
@@ -53,7 +53,7 @@ def _chains(tree: ast.AST, own: Set[str]) -> Iterator[str]:
 
 
 def _by_name(tree: ast.AST, own: Set[str]) -> Iterator[str]:
-    """`hasattr(torch, "_int_mm")` and its like."""
+    """Yield names in `hasattr(torch, "_int_mm")` and the like."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and _text(node.func) in _BY_NAME and len(node.args) > 1:
             name = node.args[1].value if isinstance(node.args[1], ast.Constant) else ""
@@ -62,7 +62,7 @@ def _by_name(tree: ast.AST, own: Set[str]) -> Iterator[str]:
 
 
 def _text(node: ast.AST) -> str:
-    """An expression of names and attributes; anything else within is left out."""
+    """Return an expression of names and attributes as text; other parts are left out."""
     if isinstance(node, ast.Attribute):
         return f"{_text(node.value)}.{node.attr}"
     return node.id if isinstance(node, ast.Name) else ""

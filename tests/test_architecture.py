@@ -281,7 +281,7 @@ def test_hosts_import_no_runtime_but_an_archives_own() -> None:
     assert len(hosts) > 6
 
 
-# The files that reach into private names of torch; and, of other libraries, the one name that a file may use.
+# The files that use private names of torch; and the one name of another library that a file may use.
 TORCH_INTERNALS = {
     "handlers/traceserve_runtime/runtimes/torch_internals.py",
     "scripts/traceserve/building/writers/tracing/torch_internals.py",
@@ -299,7 +299,7 @@ OWN = {name for path in FILES for name in private_names.defined(path)}
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_private_names_of_others_are_used_in_one_place(path: Path) -> None:
-    """Each in a function that says what happens without it; tests/test_private_names.py takes them away."""
+    """Each in a function that says what happens without it; tests/test_private_names.py removes them."""
     found, name = private_names.of_others(path, OWN), path.relative_to(ROOT).as_posix()
     if name in TORCH_INTERNALS:
         assert found
@@ -322,7 +322,7 @@ def test_private_names_of_others_are_used_in_one_place(path: Path) -> None:
     ],
 )
 def test_no_private_name_is_overlooked(line: str, tmp_path: Path) -> None:
-    """Whatever names the project gives to its own things."""
+    """Whatever the project's own names."""
     (tmp_path / "x.py").write_text(line)
     assert private_names.of_others(tmp_path / "x.py", {"_C", "_c"})
 

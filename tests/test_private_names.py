@@ -1,4 +1,4 @@
-"""Without any one of the private names of torch that are used, archives answer and models are built all the same."""
+"""Without any one of the used private names of torch, archives still answer and models are still built."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from traceserve_runtime.runtimes.torchscript.reader import UNPADDED
 from traceserve_runtime.tasks.contract import Request
 
 TEXTS = SENTENCES[1:5]
-# Parts of other names, and what all of torch is made of.
+# Parts of other names, and namespaces that torch itself needs.
 _WHOLE = {"torch._C", "torch._C.ScriptModule", "torch._inductor", "script._c"}
-# What only the reader or writer of another save mode or dtype needs, and what it says without it.
+# Needed only by the reader or writer of another save mode or dtype, with its error.
 REFUSED = {
     "torch._inductor.aoti_load_package": "cannot load it",
     "torch._inductor.aoti_compile_and_package": "needs torch 2.6 or newer",
@@ -40,7 +40,7 @@ REFUSED = {
 
 
 def used_by(file: str) -> List[str]:
-    """The names that a file uses, from torch on."""
+    """Return the names that a file uses, starting with torch."""
     found = private_names.of_others(ROOT / file, OWN) - _WHOLE
     return sorted(name.replace("script._c.", "torch._C.ScriptModule.") for name in found)
 
@@ -54,7 +54,7 @@ MEMBERS = [
 
 
 class Without:
-    """A namespace of operators that lacks one; torch makes those that it is asked for."""
+    """A namespace of operators without one of them; torch creates operators on request."""
 
     def __init__(self, namespace: Any, missing: str) -> None:
         self._namespace, self._missing = namespace, missing
@@ -78,7 +78,7 @@ def remove(patch: pytest.MonkeyPatch, name: str) -> None:
 
 @pytest.fixture(autouse=True)
 def as_on_x86_without_amx(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """There a worker packs weights and widens attention; and the executor is as torch has it."""
+    """Workers there pack weights and widen attention; the executor has torch's defaults."""
     monkeypatch.setattr(processor, "is_x86", lambda: True)
     monkeypatch.setattr(attention, "sooner_wide", lambda: True)
     monkeypatch.setattr(verification, "TEXTS", SENTENCES[1:3])
@@ -92,7 +92,7 @@ def as_on_x86_without_amx(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def made(
     request: pytest.FixtureRequest, checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """An artifact for GPUs, which runs on a CPU too."""
+    """An artifact for GPUs, which also runs on a CPU."""
     folder: Path = tmp_path_factory.mktemp("private") / "x"
     content = {"model_name": str(checkpoint("bert")), "hardware": "gpu", "max_length": 32, "dtype": request.param}
     with pytest.MonkeyPatch.context() as patch:
@@ -103,7 +103,7 @@ def made(
 
 
 def outputs(folder: Path) -> Dict[str, np.ndarray]:
-    """What a worker's model gives, padding included."""
+    """Return a worker's model's outputs, with padding."""
     engine = Engine.load(folder)
     ids = np.arange(5, 21).reshape(2, 8)
     mask = np.ones_like(ids)
@@ -133,7 +133,7 @@ def test_a_worker_answers_without(name: str, made: Path, monkeypatch: pytest.Mon
 
 
 def test_without_what_rewrites_nothing_is_rewritten(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else the test above could not fail."""
+    """Proves that the test above can fail."""
 
     def graph() -> str:
         runner: Any = Engine.load(made).runner
@@ -150,7 +150,7 @@ def test_without_what_rewrites_nothing_is_rewritten(made: Path, monkeypatch: pyt
 def test_an_operator_that_takes_something_else_is_not_called(
     error: Exception, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What torch's own compiler calls has changed with it."""
+    """torch's own compiler calls it, and has changed with it."""
     expected = outputs(made)
 
     def changed(*arguments: Any) -> Any:
@@ -168,14 +168,14 @@ def test_an_operator_that_takes_something_else_is_not_called(
 
 
 class Places(torch.nn.Module):
-    """Adds its place to each."""
+    """Adds its position to each."""
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         return rows + torch.arange(rows.shape[1], device=rows.device)
 
 
 class Twice(torch.nn.Module):
-    """Calls a part twice, and so has it traced twice."""
+    """Calls a part twice, which is therefore traced twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -201,7 +201,7 @@ def written(module: torch.nn.Module, folder: Path) -> Path:
 
 
 def test_a_graph_that_cannot_be_inlined_is_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With each graph that it calls; and runs on another device."""
+    """With each graph that it calls; and it runs on another device."""
     file = written(Twice(), tmp_path)
     remove(monkeypatch, "torch._C._jit_pass_inline")
     module = graphs.load(file)

@@ -184,8 +184,8 @@ def test_the_best_is_found() -> None:
 
 
 def test_noise_alone_changes_nothing() -> None:
-    """On a machine where nothing matters, and slices differ by a tenth, few of many runs, with some nine candidates
-    each, change."""
+    """If nothing matters and slices differ by a tenth, few runs are fooled, although each tries some nine
+    candidates."""
     changed = sum(search(Bench(lambda serving: 500.0, noise=0.1, seed=seed)).best.serving != OWN for seed in range(60))
     assert changed <= 6
 

@@ -21,16 +21,18 @@ _NOBODY_WAITS = 0.02
 
 
 def read_at_once(codec: Any, idle: Callable[[], None]) -> Optional[Reader]:
-    """Let TorchServe's codec read each message in a few calls, and call `idle` when no client waits; returns the reader.
+    """Let TorchServe's codec read each message in a few calls, and call `idle` when no client waits; returns the
+    reader.
 
-    `_retrieve_buffer` is a private name of `ts.protocol.otf_message_handler`, from TorchServe 0.8 to 0.12, its last version.
-    If it is missing or takes other arguments, the worker reads as TorchServe does, nothing is measured while it is idle, and
+    `_retrieve_buffer` is a private name of `ts.protocol.otf_message_handler`, from TorchServe 0.8 to 0.12, its last
+    version.
+    If it is missing or takes other arguments, the worker reads like TorchServe, measures nothing while idle, and
     None is returned.
     """
     own = getattr(codec, "_retrieve_buffer", None)
     try:
         inspect.signature(own).bind("connection", 4)  # type: ignore[arg-type]
-    except TypeError:  # it is gone, or takes something else
+    except TypeError:  # missing, or with other arguments
         return None
     reader = Reader(idle)
     codec._retrieve_buffer = reader

@@ -83,7 +83,7 @@ def no_op() -> Iterator[str]:
         archive = _archive(folder)
         (folder / "server").mkdir()
         _, settings = configuration.configure_server(folder / "server", {}, {}, "127.0.0.1", port)
-        # As an archive without a manifest is none of ours, `configure` would refuse it.
+        # `configure` would refuse it: an archive without a manifest is not ours.
         shutil.copy(archive, settings["model-store"])
         config = settings["ts-config"]
         config.write_text(config.read_text().replace("load_models=", f"load_models=no-op={archive.name}"))

@@ -35,9 +35,9 @@ class Stats:
         self.model_seconds += max(lane.model_seconds for lane in lanes)
 
     def counters(self, calls: int, seconds: float) -> Dict[str, float]:
-        """What a batch of so many calls adds to the metrics of its host.
+        """Return the host metrics for a batch of this many calls.
 
-        Times are summed over calls, as TorchServe's own are: each waits for its batch.
+        Times are summed over calls, like TorchServe's own: each waits for its batch.
         """
         return {
             "traceserve_requests_total": self.requests,

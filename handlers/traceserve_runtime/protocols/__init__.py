@@ -39,7 +39,7 @@ PROTOCOLS: Dict[str, Protocol] = {
     "v2/health/live": metadata.State("live"),
     "v2/health/ready": metadata.State("ready"),
 }
-# By how the path begins, for those that name a model; the first that fits.
+# By prefix, for paths that name a model; the first match counts.
 _OF_MODELS: Tuple[Tuple[Pattern[str], Protocol], ...] = (
     (re.compile("v2/models/."), metadata.ModelMetadata()),
     (re.compile("(v1/)?models/.*:[^/]*$"), metadata.Prediction()),

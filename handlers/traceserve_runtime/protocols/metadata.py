@@ -1,7 +1,8 @@
-"""KServe's two protocols beside their predictions: which model is served, what it reads and answers, and whether it is ready.
+"""KServe's protocols besides predictions: the served model, its inputs and outputs, and its readiness.
 
-TorchServe has none of these paths but /v2/health; other hosts hand them over. Behind `/predictions/NAME/VERSION/` they are there
-on TorchServe, too.
+TorchServe has none of these paths but /v2/health; other hosts pass them on. After `/predictions/NAME/VERSION/` they
+exist
+on TorchServe too.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from traceserve_runtime.protocols.wording import short
 
 
 class _KServe:
-    """What all of them are refused with."""
+    """The error format of all of them."""
 
     def error(self, error: TraceserveError, parts: Mapping[str, Any], headers: Headers, served: Served) -> Refusal:
-        """A string: KServe's own clients fail on an error that is an object."""
+        """Return a string: KServe's own clients fail on an error that is an object."""
         return Refusal.of({"error": in_words(error)}, error)
 
 
@@ -29,18 +30,18 @@ class ServerMetadata(_KServe):
     """GET /v2"""
 
     def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Document:
-        """The server's name, version and extensions."""
+        """Return the server's name, version and extensions."""
         return Document({"name": "traceserve", "version": __version__, "extensions": ["binary_tensor_data"]})
 
 
 class State(_KServe):
-    """GET /v2/health/live and /v2/health/ready: an answer means that the worker lives, with its model loaded."""
+    """GET /v2/health/live and /v2/health/ready: an answer means that the worker runs, with its model loaded."""
 
     def __init__(self, name: str) -> None:
         self._name = name
 
     def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Document:
-        """Yes."""
+        """Say yes."""
         return Document({self._name: True})
 
 
@@ -51,7 +52,7 @@ class ModelMetadata(_KServe):
         self._native = Native()
 
     def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Union[Body, Document]:
-        """A prediction at /infer, else a document; raises NotFound for another model, version or path."""
+        """Return a prediction at /infer, else a document; raises NotFound for another model, version or path."""
         name, _, rest = headers.path.strip("/").partition("models/")[2].partition("/")
         check_served(name, served)
         if rest.startswith("versions/"):
@@ -74,7 +75,7 @@ class Prediction(_KServe):
         self._native = Native()
 
     def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Body:
-        """A prediction; raises NotFound for another model, and NotOffered for another verb."""
+        """Return a prediction; raises NotFound for another model, and NotOffered for another verb."""
         name, _, verb = headers.path.strip("/").partition("models/")[2].rpartition(":")
         check_served(name, served)
         if verb != "predict":
@@ -83,13 +84,13 @@ class Prediction(_KServe):
 
 
 def check_served(name: str, served: Served) -> None:
-    """Raise NotFound for another model than the one that is served."""
+    """Raise NotFound for a model other than the served one."""
     if name != served.name:
         raise NotFound(f"the model {short(name)} is not served here; {served.name} is", "model")
 
 
 def _described(served: Served) -> Dict[str, Any]:
-    """A model's metadata: the task's fields are its inputs, one element a request."""
+    """Return a model's metadata: the task's fields are its inputs, one element per request."""
     inputs: List[Dict[str, Any]] = [
         {"name": field.name, "datatype": "BYTES", "shape": [-1]} for field in served.task.fields if field.required
     ]

@@ -33,7 +33,7 @@ from traceserve_runtime.protocols.wording import (
 )
 from traceserve_runtime.tasks.contract import Answer, Task
 
-OUTPUT = "output"  # its name, where a client asks for none
+OUTPUT = "output"  # the default name
 _BODY_KEYS = ("id", "model_name", "model_version", "parameters", "inputs", "outputs")
 _TENSOR_KEYS = ("name", "shape", "datatype", "data", "parameters")
 # Parameters of V2 servers that mean nothing here.

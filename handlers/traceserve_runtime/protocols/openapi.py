@@ -100,7 +100,7 @@ def openapi_document(served: Served) -> Dict[str, Any]:
 
 
 def _default(parameter: Parameter, manifest: Manifest) -> Dict[str, Any]:
-    """What holds where a request says nothing: the archive's own default or the task's, where there is one."""
+    """Return a parameter's default: the archive's own or the task's, if any."""
     own = {"long_inputs": manifest.long_inputs, **manifest.parameters}
     value = own.get(parameter.name, parameter.default)
     return {} if value is None and parameter.name not in own else {"default": value}

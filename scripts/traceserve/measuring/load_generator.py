@@ -145,16 +145,16 @@ class _Load:
         self.gaps = random.Random(seed + 1)
         self.latencies = array("d")
         self.errors: Counter[str] = Counter()
-        self.due: Deque[float] = deque()  # when the requests were due that wait for a connection
+        self.due: Deque[float] = deque()  # due times of the requests that wait for a connection
         self.idle: List[Transfer] = []
-        self.resting: Deque[Tuple[float, Transfer]] = deque()  # until when, of those whose connection was refused
+        self.resting: Deque[Tuple[float, Transfer]] = deque()  # until when, for those whose connection was refused
         self.active: Dict[pycurl.Curl, Transfer] = {}
         self.transfers: List[Transfer] = []
         self.reached = False
-        self.prepared = False  # whether there is a request that libcurl has not seen
+        self.prepared = False  # whether libcurl has not seen a request
         self.pending = 0  # counted requests without an answer
         self.next_due = self.start = self.end = self.last = float("inf")
-        self.cpu: List[float] = []  # processor seconds of this process at the span's start and end
+        self.cpu: List[float] = []  # processor seconds at the span's start and end
         self.multi = pycurl.CurlMulti()
         self.multi.setopt(pycurl.M_MAXCONNECTS, self.limit)
 
@@ -190,7 +190,7 @@ class _Load:
             self.cpu.append(time.process_time())
 
     def _wait(self, seconds: float) -> None:
-        """Until a socket is ready, or so many seconds: exactly, where other ways round up to whole milliseconds."""
+        """Wait until a socket is ready, or this many seconds, exactly: other ways round up to milliseconds."""
         import pycurl
 
         if seconds <= 0:
@@ -231,7 +231,7 @@ class _Load:
         return transfer
 
     def _arrive(self) -> None:
-        """Send what is due by now in an open loop, each request over a connection that is idle, or a new one."""
+        """Send the requests due in an open loop, each over an idle connection or a new one."""
         while self.next_due <= time.perf_counter():
             self._admit(self.next_due)
             if self.idle or len(self.transfers) < self.limit:
@@ -245,7 +245,7 @@ class _Load:
             self.pending += 1
 
     def _release(self, transfer: Transfer) -> None:
-        """It can take a request."""
+        """Record that it can take a request."""
         if self.rate is None:
             self._admit(time.perf_counter())
         if self.due:
@@ -264,7 +264,7 @@ class _Load:
             self._release(self.resting.popleft()[1])
 
     def _collect(self) -> None:
-        """Count what came back, and send what is due next."""
+        """Count the answers, and send what is due next."""
         _, answered, failed = self.multi.info_read()
         for handle in answered:
             transfer = self._take(handle)

@@ -1,4 +1,4 @@
-"""The requests of the load generator: libcurl sends them, and says why one failed."""
+"""The load generator's requests: libcurl sends them, and says why one failed."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ def require_libcurl() -> None:
 
 
 class Transfer:
-    """A client with one request on its way, or none; libcurl keeps its connection open between them."""
+    """A client with at most one request in flight; libcurl keeps its connection open between them."""
 
     def __init__(self, url: str, headers: Mapping[str, str], content_type: str, timeout: float) -> None:
         import pycurl
 
-        self.due = 0.0  # when the request on its way was due
+        self.due = 0.0  # due time of the request in flight
         self.handle = pycurl.Curl()
         for option, value in _options(url, headers, content_type, timeout).items():
             self.handle.setopt(option, value)
 
     def prepare(self, due: float, body: bytes) -> None:
-        """The next request.
+        """Prepare the next request.
 
-        A body that is read, and cannot be read twice, is not sent twice: libcurl would repeat a request whose connection
+        A body that cannot be read twice is not sent twice: otherwise libcurl would retry a request whose connection
         ends without an answer, and the failure would not be counted.
         """
         import pycurl
@@ -49,7 +49,7 @@ class Transfer:
 
     @property
     def status(self) -> int:
-        """Of the last answer."""
+        """The last answer's status."""
         import pycurl
 
         status: int = self.handle.getinfo(pycurl.RESPONSE_CODE)
@@ -57,7 +57,8 @@ class Transfer:
 
 
 def _options(url: str, headers: Mapping[str, str], content_type: str, timeout: float) -> Dict[int, Any]:
-    """The callbacks are functions written in C: what a signal raises in Python code that libcurl calls would be lost."""
+    """Return libcurl's options. Callbacks are C functions: a signal's exception in Python code called by libcurl would
+    be lost."""
     import pycurl
 
     authorities = ssl.get_default_verify_paths()
@@ -65,13 +66,13 @@ def _options(url: str, headers: Mapping[str, str], content_type: str, timeout: f
         pycurl.URL: url,
         pycurl.PATH_AS_IS: True,
         pycurl.HTTP_VERSION: pycurl.CURL_HTTP_VERSION_1_1,
-        pycurl.PROXY: "",  # whatever the environment names
+        pycurl.PROXY: "",  # whatever the environment sets
         pycurl.NOSIGNAL: True,
         pycurl.TIMEOUT_MS: max(1, int(1000 * timeout)),
         pycurl.POST: True,
         pycurl.USERAGENT: "",
         pycurl.HTTPHEADER: _lines(headers, content_type),
-        pycurl.WRITEFUNCTION: len,  # takes an answer and forgets it
+        pycurl.WRITEFUNCTION: len,  # reads an answer and drops it
         pycurl.CAINFO: authorities.cafile,
         pycurl.CAPATH: authorities.capath,
     }
@@ -79,7 +80,7 @@ def _options(url: str, headers: Mapping[str, str], content_type: str, timeout: f
 
 
 def _lines(headers: Mapping[str, str], content_type: str) -> List[bytes]:
-    """As libcurl takes them; it adds Host and Content-Length, and without a value here Expect for large bodies."""
+    """Return libcurl's headers; it adds Host and Content-Length, and without a value here Expect for large bodies."""
     names = {name.lower() for name in headers}
     given = {name: value for name, value in (("Content-Type", content_type),) if name.lower() not in names}
     lines = [f"{name}: {value}" if value else f"{name};" for name, value in {**given, **headers}.items()]
@@ -87,14 +88,14 @@ def _lines(headers: Mapping[str, str], content_type: str) -> List[bytes]:
 
 
 def never_connected(code: int) -> bool:
-    """Whether a failed transfer did not reach the server."""
+    """Return whether a failed transfer did not reach the server."""
     import pycurl
 
     return code in (pycurl.E_COULDNT_RESOLVE_HOST, pycurl.E_COULDNT_CONNECT, *_tls_errors())
 
 
 def failure_reason(handle: pycurl.Curl, code: int, message: str) -> str:
-    """A few words, the same for the same cause: errors are counted by them."""
+    """Return a short reason, the same for the same cause: errors are counted by it."""
     import pycurl
 
     if code == pycurl.E_COULDNT_CONNECT:
@@ -108,7 +109,7 @@ def failure_reason(handle: pycurl.Curl, code: int, message: str) -> str:
         pycurl.E_SEND_ERROR: "connection reset",
         pycurl.E_RECV_ERROR: "connection reset",
         pycurl.E_UNSUPPORTED_PROTOCOL: "an answer that is not HTTP",
-        pycurl.E_FTP_WEIRD_SERVER_REPLY: "an answer that is not HTTP",  # of HTTP too
+        pycurl.E_FTP_WEIRD_SERVER_REPLY: "an answer that is not HTTP",  # also for HTTP
         **dict.fromkeys(_tls_errors(), "TLS failed"),
     }
     return words.get(code, message)

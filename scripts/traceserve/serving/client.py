@@ -21,8 +21,9 @@ class NotYet(ServerError):
 
 
 class RequestRefused(ServerError):
-    """The server answered with an error: `status` is the HTTP status, `words` its sentence alone, and `field` what that is
-    about, where it says so."""
+    """The server answered with an error: `status` is the HTTP status, `words` only its message, and `field` the field
+    that it
+    is about, if any."""
 
     def __init__(self, message: str, status: int, words: str = "", field: Optional[str] = None) -> None:
         super().__init__(message, field)
@@ -64,10 +65,10 @@ def post(
     certificate: Optional[str] = None,
     any_name: bool = True,
 ) -> Iterator[http.client.HTTPResponse]:
-    """POST `body` as JSON to /predictions/NAME, and give the response to be read; raises NotYet or Refused.
+    """POST `body` as JSON to /predictions/NAME, and return the unread response; raises NotYet or Refused.
 
-    A certificate is taken for a server of any name, as those of this machine are reached by its address, or only for those
-    that it names.
+    A certificate is accepted for any name, since servers on this machine are reached by address, or only for the names
+    in it.
     """
     request = urllib.request.Request(
         f"{url}/predictions/{name}",
@@ -86,7 +87,7 @@ def get_document(
     certificate: Optional[str] = None,
     any_name: bool = True,
 ) -> Any:
-    """GET a JSON document of the server; raises NotYet or Refused, or ServerError for one that is no JSON."""
+    """GET a JSON document from the server; raises NotYet or Refused, or ServerError if it is not JSON."""
     request = urllib.request.Request(f"{url}/{path}", headers=_authorization(key))
     with _opened(request, f"{url} has no {path}", url, timeout, certificate, any_name) as response:
         try:
@@ -108,7 +109,7 @@ def _opened(
     certificate: Optional[str],
     any_name: bool,
 ) -> Iterator[http.client.HTTPResponse]:
-    """The response, whose errors are told as ours; `missing` says what a 404 or 503 means."""
+    """Return the response, with its errors as ours; `missing` says what a 404 or 503 means."""
     try:
         with (_opener_for(certificate, any_name) if certificate else opener).open(request, timeout=timeout) as response:
             yield response
@@ -132,7 +133,7 @@ def _opener_for(certificate: str, any_name: bool) -> urllib.request.OpenerDirect
 
 
 def _message(body: bytes) -> Tuple[str, Optional[str]]:
-    """What an error answer says, ours or the frontend's own, and the field that it is about."""
+    """Return the message of an error response, ours or the frontend's, and its field."""
     try:
         content = json.loads(body)
     except ValueError:

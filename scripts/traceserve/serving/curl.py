@@ -1,4 +1,4 @@
-"""A request as a command to be copied."""
+"""A request as a command to copy."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from typing import Any, Mapping
 
 
 def curl(url: str, body: Mapping[str, Any], *options: str) -> str:
-    """The command that sends `body` as JSON."""
+    """Return the command that sends `body` as JSON."""
     parts = ["curl", url, *options, "-H", "Content-Type: application/json", "-d", json.dumps(body, ensure_ascii=False)]
     return " ".join(shlex.quote(part) for part in parts)

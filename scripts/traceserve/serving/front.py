@@ -22,7 +22,7 @@ class FrontendOptions:
     queue: int = 1000  # queued requests per model; any more are answered with 503
     largest_body: int = _LARGEST_BODY  # MiB, per request or answer
     keys: bool = True  # beyond the loopback address; without them something before it decides who may ask
-    metrics_port: Optional[int] = None  # at the host's address; None: a free one of the loopback
+    metrics_port: Optional[int] = None  # at the host's address; None: a free loopback port
 
     def check(self) -> None:
         """Raise ServerError for values that TorchServe would fail on or ignore."""

@@ -39,9 +39,9 @@ _EMBEDDINGS: Dict[str, Key] = {
 
 
 class Models(OpenAiErrors):
-    """The list of models: the one that is served; or, at a path of its own, that one.
+    """The list of models, which is the served one; or, at its own path, that model.
 
-    KServe's first protocol has both paths too: what its clients read stands beside what OpenAI's do.
+    KServe's first protocol has both paths too: its clients' keys are next to OpenAI's.
     """
 
     def __init__(self, single: bool = False) -> None:

@@ -124,5 +124,5 @@ def _share_tables(model: Any, longest: int) -> None:
         if isinstance(module, QueryKeyRotaryEmbeddings):
             if shared is None:
                 shared = module.rotary_embeds
-                shared(torch.zeros(1, 1, longest, module.rotary_width))  # which makes the table as long
+                shared(torch.zeros(1, 1, longest, module.rotary_width))  # makes the table this long
             module.rotary_embeds = shared
