@@ -32,6 +32,7 @@ from traceserve.serving.plan import Archive, Plan
 LONGEST_SOCKET = "run/session_2026-11-26_22-22-43_885418_1234567/sockets/plasma_store"
 _OBJECT_STORE = 80 << 20  # bytes; Ray's least, and nothing of ours is in it
 _KEY_BYTES = 24
+KEY_VARIABLE = "TRACESERVE_KEY"  # where its replicas find it, too
 
 _HAPROXY = """#!/bin/sh
 # Ray binds statistics and metrics to all interfaces; the configuration is changed before HAProxy reads it.
@@ -50,7 +51,7 @@ def launch(plan: Plan) -> Instance:
     configuration.prepare_folder(plan.folder, plan.files, plan.changed)
     ports = dict(zip(("gcs", "client", "agent", "metrics", "statistics", "haproxy"), configuration.free_ports(6)))
     ports["metrics"] = plan.front.metrics_port or ports["metrics"]
-    key = secrets.token_urlsafe(_KEY_BYTES) if configuration.demands_keys(plan.host, plan.front) else None
+    key = _key() if configuration.demands_keys(plan.host, plan.front) else None
     variables = _variables(plan, ports, key)
     process = _start(plan, ports, variables)
     instance = _remembered(plan, process, ports["metrics"], key)
@@ -73,6 +74,11 @@ def _check(plan: Plan) -> None:
             raise ServerError(
                 f"{name} is for {archive.manifest.hardware}, which is served by TorchServe alone: leave --engine out"
             )
+
+
+def _key() -> str:
+    """The key that the user gave, so that all containers of a deployment have one; else a new one."""
+    return os.environ.get(KEY_VARIABLE) or secrets.token_urlsafe(_KEY_BYTES)
 
 
 def _variables(plan: Plan, ports: Mapping[str, int], key: Optional[str]) -> Dict[str, str]:
@@ -101,7 +107,7 @@ def _variables(plan: Plan, ports: Mapping[str, int], key: Optional[str]) -> Dict
         "RAY_SERVE_HAPROXY_STATS_PORT": str(ports["statistics"]),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports["haproxy"]),
     }
-    return {**kept, **own, **({"TRACESERVE_KEY": key} if key else {})}
+    return {**kept, **own, **({KEY_VARIABLE: key} if key else {})}
 
 
 def _haproxy(run: Path) -> Path:

@@ -15,6 +15,7 @@ from traceserve.deploying.plan import DeployTarget, File, Plan, Text, Wishes, pr
 from traceserve.deploying.targets import docker
 
 _STATIC = "kubernetes/templates"
+_MONITORING = ("monitoring/alerts.yaml", "monitoring/dashboard.json")
 
 
 def plain_name(name: str) -> str:
@@ -83,6 +84,7 @@ def plan(archives: Sequence[Described], wishes: Wishes) -> Plan:
     return Plan(
         (
             *prefixed("chart", chart_files(archives, wishes)),
+            *(Text(each, templates.read_template(each)) for each in _MONITORING),
             *prefixed("image", docker.image_files(archives, wishes, with_archives=not wishes.url)),
         ),
         tuple(commands),
