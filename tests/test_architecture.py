@@ -352,7 +352,7 @@ def test_broad_excepts_stand_at_the_edges_and_around_foreign_code() -> None:
         "loading.py",
         "tokenizers.py",
         "head_weights.py",
-        "adapters.py",
+        "adapter_weights.py",
         "transformers.py",
         "tokenization.py",
         "server.py",

@@ -17,7 +17,7 @@ from traceserve_runtime.batching.costs import CostModel, Timing, fit_costs
 from traceserve_runtime.batching.plan import MOST_ROWS, MOST_TOKENS, plan_batches
 from traceserve_runtime.manifest import Manifest, Shapes
 from traceserve_runtime.runner import Arrays, Padding
-from traceserve_runtime.texts.tokenization import Row
+from traceserve_runtime.texts.rows import Row
 
 quick = settings(deadline=None, max_examples=50, database=None)
 

@@ -21,7 +21,8 @@ from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import ModelFacts, Request, Task, by_part, only_whole
 from traceserve_runtime.tasks.parameters import LARGEST_NUMBER, Field, Output, Parameter, strings
 from traceserve_runtime.tasks.scores import FUNCTIONS, average, function_to_apply, sigmoid
-from traceserve_runtime.texts.tokenization import Encoded, Row, Segments, TextTokenizer
+from traceserve_runtime.texts.rows import Encoded, Row, Segments
+from traceserve_runtime.texts.tokenization import TextTokenizer
 
 quick = settings(deadline=None, max_examples=100, database=None)
 every_task = pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))

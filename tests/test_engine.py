@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from traceserve.building.gate.texts import SENTENCES, VERY_LONG
 from traceserve_runtime import failures
-from traceserve_runtime.batching import costs
+from traceserve_runtime.batching import costs, measuring
 from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.batching.costs import CostModel
 from traceserve_runtime.engine import Engine
@@ -38,7 +38,8 @@ from traceserve_runtime.settings import Settings
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Answer, Job, Request, Task
 from traceserve_runtime.tasks.sequence_classification import SequenceClassification
-from traceserve_runtime.texts.tokenization import Row, Segments, TextTokenizer
+from traceserve_runtime.texts.rows import Row, Segments
+from traceserve_runtime.texts.tokenization import TextTokenizer
 
 quick = settings(deadline=None, max_examples=25, database=None)
 ALL_LABELS = {"top_k": None}
@@ -763,7 +764,7 @@ def test_the_cost_decides_what_runs_together(engine: Engine) -> None:
 
 def timed(engine: Engine) -> List[costs.Timing]:
     """Return the result of timing all runs at once."""
-    runs = engine._time_runs(engine.runner)
+    runs = measuring.time_runs(engine.runner, engine.manifest)
     while True:
         try:
             next(runs)

@@ -20,7 +20,7 @@ from traceserve_runtime.runtimes import team
 from traceserve_runtime.service import TRUNCATED_HEADER
 from traceserve_runtime.settings import Settings, read
 from traceserve_runtime.tasks.contract import Request
-from traceserve_runtime.texts.tokenization import Encoded
+from traceserve_runtime.texts.rows import Encoded
 from transformer_handler import TransformerHandler
 
 JSON = {"Content-Type": "application/json"}

@@ -17,7 +17,7 @@ from traceserve_runtime.errors import InputTooLong
 from traceserve_runtime.tasks.contract import Answer, Request
 from traceserve_runtime.texts import limits
 from traceserve_runtime.texts.limits import RequestLimits
-from traceserve_runtime.texts.tokenization import Encoded
+from traceserve_runtime.texts.rows import Encoded
 from transformer_handler import TransformerHandler
 
 

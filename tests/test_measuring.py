@@ -11,6 +11,7 @@ import pytest
 from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.batching.costs import CostModel
 from traceserve_runtime.batching.lanes import Lanes
+from traceserve_runtime.batching.measuring import Measuring
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.runner import IN_ATTENTION, Arrays, Padding
 from traceserve_runtime.tasks.contract import Answer, Request
@@ -35,7 +36,7 @@ def ask(engine: Engine, count: int = 1) -> float:
 
 
 def test_costs_are_learned_and_the_answers_stay(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("traceserve_runtime.engine._ANSWERING", 0)
+    monkeypatch.setattr("traceserve_runtime.batching.measuring._ANSWERING", 0)
     alone = ask(engine)
     engine.open_lanes()
     guessed = engine.lanes
@@ -57,7 +58,7 @@ def test_it_takes_a_small_part_of_the_time_and_none_of_the_first_answer(engine: 
             measured += 1
             yield 0.001
 
-    engine._measuring = runs()
+    engine._measuring = Measuring(runs())
     ask(engine)
     engine.idle()
     assert not measured

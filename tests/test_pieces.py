@@ -29,7 +29,8 @@ from traceserve_runtime.engine import Engine, load_task
 from traceserve_runtime.manifest import Manifest, TokenizerFacts
 from traceserve_runtime.tasks.contract import Answer, Request
 from traceserve_runtime.texts.pieces import PieceTokenizer
-from traceserve_runtime.texts.tokenization import Encoded, Segments, TextTokenizer
+from traceserve_runtime.texts.rows import Encoded, Segments
+from traceserve_runtime.texts.tokenization import TextTokenizer
 
 CORPUS = [*SENTENCES, *sentences(400), "aa aaa baa 77 777 5577 ...", "x x  x"] * 2
 MARIAN, M2M100 = "MarianTokenizer", "M2M100Tokenizer"

@@ -29,7 +29,7 @@ from traceserve.building.writers.lowering import precision
 from traceserve.building.writers.torchscript import writer
 from traceserve.errors import ConfigError, ExportError
 from traceserve_runtime import processor
-from traceserve_runtime.batching import costs
+from traceserve_runtime.batching import costs, measuring
 from traceserve_runtime.batching.costs import CostModel
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.manifest import Manifest
@@ -755,7 +755,7 @@ def test_what_the_gate_finds_does_not_depend_on_this_machines_clock(
         return own(self, inputs)
 
     monkeypatch.setattr(TorchScriptRunner, "__call__", recording)
-    monkeypatch.setattr(Engine, "_time_runs", lambda self, run: [])
+    monkeypatch.setattr(measuring, "time_runs", lambda run, manifest: [])
     for cost in (CostModel(run=0.0, attention=0.1), CostModel(run=2000.0, attention=0.0)):
         monkeypatch.setattr(costs, "fit_costs", lambda timings, cost=cost: cost)
         runs.append([])

@@ -15,7 +15,8 @@ from traceserve_runtime.tasks.fill_mask import FillMask
 from traceserve_runtime.tasks.sequence_classification import SequenceClassification
 from traceserve_runtime.tasks.text_ranking import TextRanking
 from traceserve_runtime.tasks.zero_shot_classification import ZeroShotClassification
-from traceserve_runtime.texts.tokenization import Encoded, TextTokenizer
+from traceserve_runtime.texts.rows import Encoded
+from traceserve_runtime.texts.tokenization import TextTokenizer
 
 # float32's sigmoid is 1 for all of these.
 LARGE = [17.2, 18.0, 17.4, 17.9, 17.6, 17.8]

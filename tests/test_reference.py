@@ -16,7 +16,7 @@ from traceserve.building.gate import reference, verification
 from traceserve.building.gate.reference import Reference, Wanted
 from traceserve.building.gate.texts import TEXTS
 from traceserve_runtime.engine import Engine
-from traceserve_runtime.texts.tokenization import Encoded, Row
+from traceserve_runtime.texts.rows import Encoded, Row
 
 ENCODERS = [name for name, family in ARCHITECTURES.items() if family.encodes] + ["fnet", "longformer", "convbert"]
 assert {"fnet", "longformer", "convbert"} <= set(UNEVEN)

@@ -25,7 +25,7 @@ from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.requests import parse_requests
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Answer, Request
-from traceserve_runtime.texts.tokenization import Encoded
+from traceserve_runtime.texts.rows import Encoded
 
 # The pipeline warns about every byte-level tokenizer; the answers are compared anyway.
 pytestmark = pytest.mark.filterwarnings("ignore:Tokenizer does not support real words:UserWarning")

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, processors
 from traceserve_runtime.errors import InputTooLong, InvalidManifest, InvalidRequest, TraceserveError
 from traceserve_runtime.manifest import TokenizerFacts
-from traceserve_runtime.texts.tokenization import Encoded, Row, Segments, TextTokenizer, clean_up, longest_first
+from traceserve_runtime.texts.rows import Encoded, Row, Segments
+from traceserve_runtime.texts.tokenization import TextTokenizer, clean_up, longest_first
 
 quick = settings(deadline=None, max_examples=50, database=None)
 

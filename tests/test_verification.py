@@ -25,7 +25,7 @@ from traceserve.errors import ExportError
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.manifest import Manifest, Shapes, sha256
 from traceserve_runtime.tasks.contract import Answer, Request
-from traceserve_runtime.texts.tokenization import Encoded
+from traceserve_runtime.texts.rows import Encoded
 
 CLASSIFIER = {"task": "sequence_classification"}
 LABELS = {"id2label": {0: "red", 1: "green", 2: "blue"}, "label2id": {"red": 0, "green": 1, "blue": 2}}

@@ -10,7 +10,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from test_tokenization import ALL_KINDS, LONG, Written, encode, refusal, texts, words, write_tokenizer
 from tokenizers import Encoding
-from traceserve_runtime.texts.tokenization import Encoded, Row, Segments
+from traceserve_runtime.texts.rows import Encoded, Row, Segments
 from traceserve_runtime.texts.windows import TokenPosition, merge_windows
 
 quick = settings(deadline=None, max_examples=100, database=None)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Callable, Generator, Iterator, List, Optional, Sequence, Union
+from typing import Callable, Iterator, List, Optional, Sequence, Union
 
 from traceserve_runtime import failures, memory
-from traceserve_runtime.batching import batches, costs
+from traceserve_runtime.batching import costs, measuring
 from traceserve_runtime.batching.batches import Stats
-from traceserve_runtime.batching.costs import Timing
 from traceserve_runtime.batching.lanes import Batches, Lanes, schedule
+from traceserve_runtime.batching.measuring import Measuring
 from traceserve_runtime.errors import InvalidManifest, TraceserveError
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runner import Arrays, Runner
@@ -23,14 +22,9 @@ from traceserve_runtime.settings import Settings
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Answer, Job, Parts, Request, Task, characters
 from traceserve_runtime.texts import limits
-from traceserve_runtime.texts.tokenization import Encoded, TextTokenizer
+from traceserve_runtime.texts.rows import Encoded
+from traceserve_runtime.texts.tokenization import TextTokenizer
 
-logger = logging.getLogger(__name__)
-
-_SECONDS_TO_FIT = 0.4  # on all cores, and on one each; small models fit all shapes into it, large ones three
-_RUNS_TO_FIT = 4  # per shape
-_FIRST_ANSWERING = 0.1  # seconds of answering before the first run is measured
-_ANSWERING = 30  # seconds of answering, per second of the last measured run, before the next: 3 % under load
 _MANY_TOKENS = 4096  # read since memory was released: enough to spend a millisecond on it
 _OF_ONE_CORE = 0.9  # a token's cost there, relative to all cores' times their number: a guess until measured
 
@@ -58,8 +52,7 @@ class Engine:
         self.runner = runner
         self.cost = replace(task.cost, padding=runner.padding)  # of a run on this machine, once measured
         self.lanes: Optional[Lanes] = None  # if it can run micro-batches in parallel
-        self._measuring: Iterator[float] = iter(())
-        self._answer_first = 0.0  # seconds of answering before the next measured run
+        self._measuring = Measuring(iter(()))
         self._tokens_since = 0  # since memory was released
 
     @classmethod
@@ -112,22 +105,15 @@ class Engine:
         self.runner.share_cores()
 
     def measure_while_idle(self) -> None:
-        """Run `measure`, one run per call of `idle`: before the first answer it would take a tenth of the time to it,
-        and a thread
-        of its own would have its own OpenMP threads, which keep these waiting."""
-        self._measuring, self._answer_first = self._measure(), _FIRST_ANSWERING
+        """Run `measure` from now on, one run per call of `idle`."""
+        self._measuring = Measuring(self._measure())
 
     def idle(self) -> None:
         """Call this when nobody waits for an answer: it releases memory, and may measure one run."""
         if self._tokens_since > _MANY_TOKENS:
             memory.release_unused_memory()
             self._tokens_since = 0
-        if self._answer_first > 0:
-            return
-        try:
-            self._answer_first = _ANSWERING * next(self._measuring, 0.0)
-        except (RuntimeError, MemoryError) as error:
-            logger.warning("the cost of this model's runs could not be measured, and is guessed: %s", error)
+        self._measuring.go_on()
 
     def measure(self) -> None:
         """Measure the cost of a run on all cores, and on one while the others are as busy; see `lanes`.
@@ -141,43 +127,11 @@ class Engine:
         """Run `measure`; yields the seconds of each run."""
         if self.task.loop:
             return
-        timings = yield from self._time_runs(self.runner)
+        timings = yield from measuring.time_runs(self.runner, self.manifest)
         self.cost = costs.fit_costs(timings, self.cost.padding) or self.cost
         self.open_lanes()
-        if self.lanes is None:
-            return
-        threads = self.lanes.threads
-
-        def side_by_side(inputs: Arrays) -> None:
-            for running in [thread.submit(self.runner, inputs) for thread in threads]:
-                running.result()
-
-        alone = yield from self._time_runs(side_by_side)
-        cost = costs.fit_costs(alone, self.cost.padding)
-        if cost is not None and timings:
-            unit = costs.seconds_per_cost(alone, cost) / costs.seconds_per_cost(timings, self.cost)
-            self.lanes = Lanes(threads, cost.scaled(unit))
-
-    def _time_runs(self, run: Callable[[Arrays], object]) -> Generator[float, None, List[Timing]]:
-        """Time runs of a few shapes, smallest first, until the time is up; yields each run's seconds."""
-        shapes, most = self.manifest.shapes, self.manifest.max_length
-        wanted = [(1, 16), (4, 16), (1, 64), (16, 16), (4, 64), (1, most)]
-        fitting = {(shapes.batch(b), shapes.length(min(n, most))) for b, n in wanted if shapes.holds(b)}
-        timings: List[Timing] = []
-        spent = 0.0
-        for batch, length in sorted(fitting, key=lambda shape: shape[0] * shape[1]):
-            inputs = batches.filled(self.manifest, batch, length)
-            seconds = []
-            for _ in range(1 + _RUNS_TO_FIT):  # the first run of a shape prepares others
-                began = time.perf_counter()
-                run(inputs)
-                seconds.append(time.perf_counter() - began)
-                yield seconds[-1]
-            timings.append(Timing(batch, length, min(seconds[1:])))  # slower ones were disturbed
-            spent += sum(seconds)
-            if len(timings) >= 3 and spent > _SECONDS_TO_FIT:
-                break
-        return timings
+        if self.lanes is not None:
+            self.lanes = yield from measuring.measure_lanes(self.runner, self.manifest, self.lanes, timings, self.cost)
 
     def answer(
         self, requests: Sequence[Request], stats: Optional[Stats] = None, emit: Optional[Emit] = None
@@ -271,7 +225,7 @@ class Engine:
             stats.add(*lanes.run(run, planned))
         else:
             stats.add(run(planned[0]))
-        self._answer_first -= time.perf_counter() - began
+        self._measuring.answered(time.perf_counter() - began)
         self._tokens_since += sum(lengths)
         return outputs  # type: ignore[return-value]  # the plan covers every row
 

@@ -71,7 +71,7 @@ def in_process(
     from traceserve_runtime.batching import batches
     from traceserve_runtime.engine import Engine
     from traceserve_runtime.tasks.contract import Request
-    from traceserve_runtime.texts.tokenization import Encoded
+    from traceserve_runtime.texts.rows import Encoded
 
     engine = Engine.load(folder)
     if threads:

@@ -23,7 +23,7 @@ import tables
 import texts
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.tasks.contract import Request
-from traceserve_runtime.texts.tokenization import Encoded
+from traceserve_runtime.texts.rows import Encoded
 
 TEXTS_OF_EACH_LENGTH = 256
 

@@ -22,7 +22,8 @@ from traceserve.building.config.parsing import parse_config
 from traceserve.building.gate.reference import Reference, Wanted, run_original
 from traceserve_runtime.manifest import TokenizerFacts
 from traceserve_runtime.tasks import TASKS
-from traceserve_runtime.texts.tokenization import Encoded, Segments, TextTokenizer
+from traceserve_runtime.texts.rows import Encoded, Segments
+from traceserve_runtime.texts.tokenization import TextTokenizer
 
 TASK = "sequence_classification"
 CHUNKS = 4

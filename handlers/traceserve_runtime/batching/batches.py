@@ -11,7 +11,7 @@ import numpy as np
 from traceserve_runtime.batching.plan import common_length
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runner import Arrays, Padding, Runner
-from traceserve_runtime.texts.tokenization import Row
+from traceserve_runtime.texts.rows import Row
 
 
 @dataclass

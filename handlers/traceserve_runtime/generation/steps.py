@@ -11,7 +11,7 @@ from traceserve_runtime.batching import batches
 from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runner import Arrays, Runner, State
-from traceserve_runtime.texts.tokenization import Row
+from traceserve_runtime.texts.rows import Row
 
 
 class _Feed:

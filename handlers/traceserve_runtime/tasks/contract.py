@@ -18,7 +18,8 @@ from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runner import Arrays, Runner
 from traceserve_runtime.tasks.parameters import Field, Output, Parameter
 from traceserve_runtime.texts import limits, probing
-from traceserve_runtime.texts.tokenization import LONG_INPUTS, Encoded, Row, Segments, TextTokenizer
+from traceserve_runtime.texts.rows import Encoded, Row, Segments
+from traceserve_runtime.texts.tokenization import LONG_INPUTS, TextTokenizer
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from traceserve_runtime.tasks.contract import ModelFacts, Parts, Request, Task, 
 from traceserve_runtime.tasks.embedding import POOLINGS, apply, normalized, pool
 from traceserve_runtime.tasks.parameters import Field, Output, Parameter
 from traceserve_runtime.tasks.scores import average
-from traceserve_runtime.texts.tokenization import Encoded, Row, Segments, TextTokenizer
+from traceserve_runtime.texts.rows import Encoded, Row, Segments
+from traceserve_runtime.texts.tokenization import TextTokenizer
 
 # The facts of a checkpoint that is not from sentence-transformers.
 _NONE: Dict[str, Any] = {"prompts": {}, "include_prompt": True, "layers": [], "arrays": None, "dimensions": None}

@@ -12,7 +12,7 @@ from traceserve_runtime.softmax import softmax
 from traceserve_runtime.tasks.contract import ModelFacts, Request, Task
 from traceserve_runtime.tasks.parameters import Field, Output, Parameter, strings
 from traceserve_runtime.texts import windows
-from traceserve_runtime.texts.tokenization import Row
+from traceserve_runtime.texts.rows import Row
 
 # The largest size of one run's logits, float32 of shape (batch, length, vocabulary).
 _MOST_BYTES = 1 << 28

@@ -11,7 +11,7 @@ from traceserve_runtime.runner import Arrays
 from traceserve_runtime.softmax import softmax
 from traceserve_runtime.tasks.contract import ModelFacts, Request, Task
 from traceserve_runtime.tasks.parameters import Field, Output, Parameter
-from traceserve_runtime.texts.tokenization import Row, Segments
+from traceserve_runtime.texts.rows import Row, Segments
 
 _LONGEST_WINDOW = 384  # the pipeline's default
 _LONGEST_STRIDE = 128

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Callable, Dict, Sequence
 import numpy as np
 
 from traceserve_runtime.softmax import softmax
-from traceserve_runtime.texts.tokenization import Row
+from traceserve_runtime.texts.rows import Row
 
 if TYPE_CHECKING:
     from traceserve_runtime.tasks.contract import ModelFacts

@@ -11,7 +11,7 @@ from traceserve_runtime.runner import Arrays
 from traceserve_runtime.tasks.contract import ModelFacts, Request, Task
 from traceserve_runtime.tasks.parameters import Field, Output, Parameter
 from traceserve_runtime.tasks.scores import FUNCTIONS, average, function_to_apply
-from traceserve_runtime.texts.tokenization import Row
+from traceserve_runtime.texts.rows import Row
 
 
 class SequenceClassification(Task):

@@ -10,10 +10,11 @@ from traceserve_runtime.errors import InvalidRequest, TraceserveError, Unsupport
 from traceserve_runtime.generation.scores import GenerationSettings
 from traceserve_runtime.runner import Arrays
 from traceserve_runtime.tasks.contract import ModelFacts, Parts, Request
-from traceserve_runtime.tasks.generating import PARAMETERS, Generating, first_id
+from traceserve_runtime.tasks.generating import Generating, first_id
+from traceserve_runtime.tasks.generation_parameters import PARAMETERS
 from traceserve_runtime.tasks.parameters import Field, Parameter
 from traceserve_runtime.texts.pieces import renumbered
-from traceserve_runtime.texts.tokenization import Encoded, Row, Segments
+from traceserve_runtime.texts.rows import Encoded, Row, Segments
 
 _UNSET_LENGTH = 20  # transformers' max_length, which its pipeline treats as not set by the checkpoint
 _LONGEST_TEXT = 4096  # tokens, for models without a limit on positions

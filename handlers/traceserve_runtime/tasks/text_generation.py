@@ -7,10 +7,11 @@ from typing import Any, Dict, List, Mapping, Sequence
 from traceserve_runtime.errors import InputTooLong, InvalidRequest
 from traceserve_runtime.runner import Arrays
 from traceserve_runtime.tasks.contract import ModelFacts, Request
-from traceserve_runtime.tasks.generating import PARAMETERS, Generating
+from traceserve_runtime.tasks.generating import Generating
+from traceserve_runtime.tasks.generation_parameters import PARAMETERS
 from traceserve_runtime.tasks.parameters import Field, Parameter
 from traceserve_runtime.texts import chat
-from traceserve_runtime.texts.tokenization import Row, Segments
+from traceserve_runtime.texts.rows import Row, Segments
 
 
 class TextGeneration(Generating):

@@ -10,7 +10,7 @@ from traceserve_runtime.runner import Arrays
 from traceserve_runtime.tasks.contract import ModelFacts, Request, Task, by_part
 from traceserve_runtime.tasks.parameters import Field, Output, Parameter
 from traceserve_runtime.tasks.scores import FUNCTIONS, function_to_apply
-from traceserve_runtime.texts.tokenization import Row, Segments
+from traceserve_runtime.texts.rows import Row, Segments
 
 # The activations that sentence-transformers may name.
 _ACTIVATIONS = {

@@ -12,7 +12,7 @@ from traceserve_runtime.softmax import softmax
 from traceserve_runtime.tasks.contract import ModelFacts, Request, Task
 from traceserve_runtime.tasks.parameters import Field, Output, Parameter, strings
 from traceserve_runtime.texts import windows
-from traceserve_runtime.texts.tokenization import Row, Segments
+from traceserve_runtime.texts.rows import Row, Segments
 
 # A word's label from its tokens' scores, (tokens, labels), for the strategies that work on words.
 _WORD_SCORES = {

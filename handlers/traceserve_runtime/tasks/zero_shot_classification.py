@@ -12,7 +12,7 @@ from traceserve_runtime.softmax import softmax
 from traceserve_runtime.tasks.contract import ModelFacts, Request, Task, by_part
 from traceserve_runtime.tasks.parameters import Field, Output, Parameter
 from traceserve_runtime.tasks.scores import average
-from traceserve_runtime.texts.tokenization import Row, Segments
+from traceserve_runtime.texts.rows import Row, Segments
 
 
 class ZeroShotClassification(Task):

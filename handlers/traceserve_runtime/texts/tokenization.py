@@ -7,10 +7,9 @@ and truncation are disabled: the caller does both.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, List, Optional, Sequence, Tuple, Union
 
 from tokenizers import Encoding, Tokenizer
 from tokenizers.processors import ByteLevel
@@ -21,63 +20,13 @@ from traceserve_runtime.texts import probing
 from traceserve_runtime.texts.limits import RequestLimits
 from traceserve_runtime.texts.pieces import PieceTokenizer
 from traceserve_runtime.texts.probing import Sized
+from traceserve_runtime.texts.rows import Encoded, Row, Segments
 
 LONG_INPUTS = ("window", "truncate", "reject")
 _SPACES_TO_CLEAN = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 _CHARACTERS_OF_PROSE = 4  # per token
 
 Bare = Tuple[Encoding, Optional[Encoding]]  # a text and its pair, without special tokens
-
-
-class Segments(NamedTuple):
-    """The source of a row: a text, or a text and its pair; `fields` are their names in the request.
-
-    The rest says how they are shortened: `limit` is the longest row if it is less than max_length; `cut` is the
-    segment to shorten (0 or 1; None: the longer one, or both); adjacent windows share `stride` tokens, and
-    have one size or, with `full`, are as long as possible except for the last. `special`: whether special tokens are
-    added.
-    """
-
-    text: str
-    pair: Optional[str] = None
-    fields: Tuple[str, str] = ("text", "text_pair")
-    limit: Optional[int] = None
-    cut: Optional[int] = None
-    stride: int = 0
-    full: bool = False
-    special: bool = True
-
-
-@dataclass(frozen=True)
-class Row:
-    """One sequence for the model: `encoding` holds each token's id, type id and character offsets."""
-
-    encoding: Encoding
-    length: int  # in tokens, including special ones
-    tokens: int  # of the text alone
-    first: int = 0  # how many of these are in the first segment
-    start: int = 0  # this window's offset in the shortened segment, in tokens
-    part: int = 0  # index of the request's segments
-
-    def numbered(self, part: int) -> Row:
-        """Return the row with another part number."""
-        return replace(self, part=part)
-
-    def places(self, segment: int = 0) -> List[int]:
-        """Return the positions in the row of a segment's tokens, without special ones.
-
-        The encoding's `sequence_ids` are not used: some post-processors lose them for windows of a pair.
-        """
-        own = [i for i, special in enumerate(self.encoding.special_tokens_mask) if not special]
-        return own[self.first :] if segment else own[: self.first]
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A request's rows, one or several windows, and the characters in no row."""
-
-    rows: List[Row]
-    unseen: Dict[str, Tuple[int, int]] = field(default_factory=dict)  # field -> [start, end)
 
 
 class TextTokenizer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import List, NamedTuple, Sequence
 
-from traceserve_runtime.texts.tokenization import Row
+from traceserve_runtime.texts.rows import Row
 
 
 class TokenPosition(NamedTuple):

@@ -16,7 +16,7 @@ from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.requests import parse_requests
 from traceserve_runtime.settings import Settings
 from traceserve_runtime.tasks.contract import Task
-from traceserve_runtime.texts.tokenization import Encoded
+from traceserve_runtime.texts.rows import Encoded
 
 from traceserve.archives.contents import read_manifest, read_serving, unpack
 from traceserve.archives.model_config import Serving

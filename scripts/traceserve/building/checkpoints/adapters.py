@@ -1,8 +1,8 @@
-"""peft adapters (LoRA and its kin): found, checked, joined with the base's files, and merged into its weights.
+"""peft adapters (LoRA and its kin): found, checked, and joined with the base's files.
 
 `join` makes a folder that looks like a whole checkpoint without weights: the base's configuration with the adapter's
 head, and the tokenizer of whichever has one. All readers of a checkpoint's small files read it there.
-`merge` runs when the model is loaded.
+`adapter_weights` merges the weights when the model is loaded.
 """
 
 from __future__ import annotations
@@ -12,17 +12,16 @@ import importlib.util
 import inspect
 import json
 import shutil
-import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, Collection, Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Collection, Dict, Iterator, Mapping, Optional
 
 from traceserve.archives import staging
 from traceserve.building.checkpoints import files, head_weights, heads
 from traceserve.building.checkpoints.checkpoint import Adapter, Checkpoint
 from traceserve.building.checkpoints.json_files import read_json
 from traceserve.building.config.setup_config import SetupConfig
-from traceserve.errors import ExportError, SourceError, first_line, some
+from traceserve.errors import ExportError, SourceError, some
 from traceserve.machine import user_folders
 
 FILE = "adapter_config.json"
@@ -42,9 +41,8 @@ _TASK_TYPES = {
 }
 # Keys of other peft versions that no class accepts.
 _BESIDE = ("auto_mapping", "peft_version", "peft_type")
-_PREFIX = "base_model.model."  # before the base's own names in the adapter's file
+PREFIX = "base_model.model."  # before the base's own names in the adapter's file
 _PROBES = (89, 97)  # numbers of labels that are no other size in a model
-_DIFFERENCE = 5e-4  # of the largest output, between adapter beside base and merged
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
 _TOKENIZER = (
     ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "*vocab*.*", "merges.txt", "*.model", "*.spm")
@@ -216,7 +214,7 @@ def _outputs(auto_model: str, base: Path, folder: Path, config: SetupConfig) -> 
     one, other = ({name: tuple(p.shape) for name, p in model.named_parameters()} for model in models)
     for name, shape in one.items():
         axis = next((i for i, (a, b) in enumerate(zip(shape, other.get(name, shape))) if a != b), None)
-        own = stored.get(_PREFIX + name, ())
+        own = stored.get(PREFIX + name, ())
         if axis is not None and len(own) == len(shape):
             return own[axis]
     return None
@@ -255,97 +253,3 @@ def _unread(folder: Path, joined: Path) -> Optional[str]:
     tokenizer = [path.name for path in _matching(folder, _TOKENIZER) if not (joined / path.name).is_file()]
     unread = sorted({*passed_over, *tokenizer, *files.unknown_files(folder)})
     return f"files of the adapter that are not read: {some(unread)}" if unread else None
-
-
-def adapter_options(checkpoint: Checkpoint, trust_remote_code: bool) -> Dict[str, Any]:
-    """Return from_pretrained's options for loading the adapter's base; none for a whole checkpoint.
-
-    The base's own head may differ in size from the adapter's, which replaces it.
-    """
-    if checkpoint.adapter is None:
-        return {}
-    from transformers import AutoConfig
-
-    own = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=trust_remote_code)
-    return {"config": own, "ignore_mismatched_sizes": True}
-
-
-def merge_adapter(name: str, checkpoint: Checkpoint, model: Any, missing: List[str]) -> Tuple[Any, List[str]]:
-    """Return the model merged with its adapter, in float32, and the weights that neither has.
-
-    Raises SourceError for an adapter that does not fit this base, and ExportError for one whose answers change
-    when merged.
-    """
-    adapter = checkpoint.adapter
-    if adapter is None:
-        return model, missing
-    from peft import PeftModel
-    from peft.utils import load_peft_weights
-
-    folder = str(adapter.stored.folder)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of compilers for other hardware, and of causes checked below
-            weights = load_peft_weights(folder, device="cpu")
-            _resize(model, weights)
-            adapted = PeftModel.from_pretrained(model.float().eval(), folder).eval()
-            report = adapted.load_adapter(folder, "default")
-            strange = [*report.missing_keys, *(key for key in report.unexpected_keys if not _is_copy(key, weights))]
-            if not strange:
-                before = _outputs_of(adapted)
-                model = adapted.merge_and_unload(safe_merge=True).eval()
-                difference = _difference(before, _outputs_of(model))
-    except KeyError as error:  # a module in modules_to_save
-        raise SourceError(
-            f"the adapter {name} lacks the weight {error.args[0]}, which a model of {adapter.base_name} has: save it again with "
-            f"peft, or correct base_model_name_or_path in its {FILE}"
-        ) from error
-    except Exception as error:  # peft's many kinds raise anything
-        raise SourceError(
-            f"the adapter {name} cannot be merged into {adapter.base_name}: {first_line(error)}"
-        ) from error
-    if strange:
-        raise SourceError(
-            f"the adapter {name} does not belong to {adapter.base_name}: one has weights that the other lacks "
-            f"({some(strange)}); correct base_model_name_or_path in its {FILE}"
-        )
-    if not difference <= _DIFFERENCE:
-        raise ExportError(
-            f"the adapter {name} answers differently once it is merged into its base (a difference of {difference:.2g} of the "
-            "largest output), so it cannot be exported as one model"
-        )
-    return model, [key for key in missing if _PREFIX + key not in weights]
-
-
-def _resize(model: Any, weights: Mapping[str, Any]) -> None:
-    """Resize the base's embeddings to the adapter's: tokens may have been added before training."""
-    embeddings = model.get_input_embeddings()
-    name = next((name for name, module in model.named_modules() if module is embeddings), "")
-    names = [f"{_PREFIX}{name}.{layer}weight" for layer in ("", "base_layer.", "token_adapter.base_layer.")]
-    count = next((len(weights[key]) for key in names if key in weights), len(embeddings.weight))
-    if count != len(embeddings.weight):
-        model.resize_token_embeddings(count)
-
-
-def _is_copy(key: str, weights: Mapping[str, Any]) -> bool:
-    """Return whether a weight also has its plain name, like peft's resized and trained embeddings."""
-    plain = key.replace(".modules_to_save.", ".").replace(".original_module.", ".")
-    return plain != key and plain in weights
-
-
-def _outputs_of(model: Any) -> Any:
-    """Return a model's outputs for a row of tokens from the whole vocabulary."""
-    import torch
-
-    count = len(model.get_input_embeddings().weight)
-    ids = torch.arange(16)[None] * 7919 % count
-    end = model.config.eos_token_id
-    if isinstance(end, int):  # BART's classifier reads it
-        ids[0, -1] = end
-    more = {"decoder_input_ids": ids} if getattr(model.config, "is_encoder_decoder", False) else {}
-    with torch.no_grad():
-        return model(input_ids=ids, attention_mask=torch.ones_like(ids), return_dict=True, **more)[0]
-
-
-def _difference(expected: Any, got: Any) -> float:
-    return float((got - expected).abs().max() / expected.abs().max().clamp(min=1.0))

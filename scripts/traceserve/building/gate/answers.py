@@ -10,7 +10,7 @@ from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import TraceserveError
 from traceserve_runtime.runner import Arrays
 from traceserve_runtime.tasks.contract import Answer, Request, by_part
-from traceserve_runtime.texts.tokenization import Encoded, Row, Segments
+from traceserve_runtime.texts.rows import Encoded, Row, Segments
 
 from traceserve.building.checkpoints import languages
 from traceserve.building.checkpoints.original import Original

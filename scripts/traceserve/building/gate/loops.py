@@ -7,7 +7,7 @@ from typing import Any, Callable, Dict, List
 import torch
 from traceserve_runtime.tasks.contract import Request
 from traceserve_runtime.tasks.parameters import strings
-from traceserve_runtime.texts.tokenization import Row
+from traceserve_runtime.texts.rows import Row
 
 from traceserve.building.checkpoints.original import Original
 from traceserve.building.config.loops import LOOPS

@@ -14,7 +14,8 @@ from traceserve_runtime.errors import TraceserveError
 from traceserve_runtime.generation.steps import FEEDS
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runner import Arrays
-from traceserve_runtime.texts.tokenization import Row, Segments, TextTokenizer
+from traceserve_runtime.texts.rows import Row, Segments
+from traceserve_runtime.texts.tokenization import TextTokenizer
 
 from traceserve.building.checkpoints.original import Original
 from traceserve.building.config.loops import LOOPS

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from traceserve_runtime.runner import Arrays
 from traceserve_runtime.tasks.contract import Request
-from traceserve_runtime.texts.tokenization import Row
+from traceserve_runtime.texts.rows import Row
 
 from traceserve.building.checkpoints.original import Original
 from traceserve.building.gate.loops import FORCED, generate_original

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Dict, List, Mapping
 
 from traceserve_runtime.tasks import TASKS
 
-from traceserve.building.checkpoints import adapters
+from traceserve.building.checkpoints import adapter_weights
 from traceserve.building.checkpoints.checkpoint import Checkpoint
 from traceserve.building.checkpoints.gguf import located
 from traceserve.building.config.setup_config import SetupConfig
@@ -37,13 +37,13 @@ def load(config: SetupConfig, checkpoint: Checkpoint) -> Any:
                 trust_remote_code=config.trust_remote_code,
                 output_loading_info=True,
                 **(_unpacked(in_file) if in_file else _weights(weights, transformers.__version__)),
-                **adapters.adapter_options(checkpoint, config.trust_remote_code),
+                **adapter_weights.adapter_options(checkpoint, config.trust_remote_code),
             )
     except Exception as error:  # transformers' many models raise anything
         raise SourceError(
             f"{config.model_name} cannot be loaded as {auto_model.__name__}: {first_line(error)}"
         ) from error
-    model, missing = adapters.merge_adapter(config.model_name, checkpoint, model, _untrained(report, model))
+    model, missing = adapter_weights.merge_adapter(config.model_name, checkpoint, model, _untrained(report, model))
     if missing and not config.allow_untrained_head:
         raise SourceError(
             f"{config.model_name} holds no trained weights for the task {config.task} ({some(missing)}), so its answers "
