@@ -109,7 +109,7 @@ def check_labels(config: SetupConfig, folder: Path, facts: Mapping[str, Any], au
     for name, parameter in model.named_parameters() if model is not None else ():
         shape, made = stored.get(name, ()), tuple(parameter.shape)
         if made[:1] == (count,) != shape[:1] and len(made) == len(shape) == 2 and made[1:] == shape[1:]:
-            said = f"{count} labels (id2label)" if facts.get("id2label") else f"no labels, so {count} are assumed"
+            said = f"{count} labels (id2label)" if facts.get("id2label") else f"no labels, so {count} are taken"
             raise SourceError(
                 f"{config.model_name}: its config.json names {said}, but its head has {shape[0]} outputs ({name}); "
                 "give id2label in config.json one name for each"
