@@ -13,6 +13,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, List, Mapping, Optional, Sequence, Tuple
 
 if TYPE_CHECKING:
@@ -99,14 +100,21 @@ class TransformerHandler:
     def _report(self, stats: Stats, rows: int, seconds: float, context: Any) -> None:
         """Tell TorchServe what was computed."""
         metrics = getattr(context, "metrics", None)
-        if metrics is None or not stats.micro_batches:
+        if metrics is None:
             return
         # In the name of the batch's first request: else each line would hold the ids of all.
+        for reason, failed in stats.errors.items():
+            metrics.add_counter("traceserve_errors_total", failed, 0, [SimpleNamespace(name="reason", value=reason)])
+        if not stats.micro_batches:
+            return
         for name, count in stats.counters(rows, seconds).items():
             metrics.add_counter(name, count, 0)
         # TorchServe has gauges of times, sizes and percents only: this one is from 0 to 1, as its name says.
         metrics.add_percent("traceserve_last_batch_padding_ratio", round(stats.padding_share, 3), 0)
         metrics.add_time("traceserve_last_batch_model_seconds", round(stats.model_seconds, 6), 0, "s")
+        kinds = sys.modules.get("ts.metrics.metric_type_enum")
+        if kinds is not None:  # one observation for the batch: one for each request would cost a line each
+            metrics.add_metric("traceserve_batch_seconds", round(seconds, 6), "s", 0, [], kinds.MetricTypes.HISTOGRAM)
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:

@@ -7,6 +7,7 @@ import logging
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
@@ -34,8 +35,15 @@ class Metrics:
     def __init__(self) -> None:
         self.reported: Dict[Tuple[str, str], float] = {}
 
-    def add_counter(self, name: str, value: float, idx: Optional[int] = None) -> None:
-        self._add("counter", name, value, idx)
+    def add_counter(self, name: str, value: float, idx: Optional[int] = None, dimensions: Sequence[Any] = ()) -> None:
+        labels = ",".join(f"{dimension.name}={dimension.value}" for dimension in dimensions)
+        self._add("counter", f"{name}{{{labels}}}" if labels else name, value, idx)
+
+    def add_metric(
+        self, name: str, value: float, unit: str, idx: Optional[int], dimensions: List[Any], metric_type: Any
+    ) -> None:
+        assert unit == "s" and dimensions == []
+        self._add(str(metric_type), name, value, idx)
 
     def add_percent(self, name: str, value: float, idx: Optional[int] = None) -> None:
         self._add("percent", name, value, idx)
@@ -177,7 +185,8 @@ def test_a_batch_of_bad_rows(loaded: TransformerHandler) -> None:
     bodies, context = serve(loaded, [{"body": 1}, {"body": []}, {"body": {}}])
     assert [error_of(body)[0] for body in bodies] == ["InvalidRequest"] * 3
     assert context.statuses == dict.fromkeys(range(3), (400, "Bad Request"))
-    assert context.metrics is not None and context.metrics.reported == {}
+    assert context.metrics is not None
+    assert context.metrics.reported == {("counter", "traceserve_errors_total{reason=InvalidRequest}"): 3}
 
 
 @pytest.mark.parametrize("rows", [None, []])
@@ -358,7 +367,9 @@ def test_vectors_are_a_tensor_of_numbers(checkpoint: Callable[..., Path], tmp_pa
     assert len({len(vectors) for [vectors] in told(ragged)}) == 2
 
 
-def test_metrics_are_of_what_was_computed(loaded: TransformerHandler) -> None:
+def test_metrics_are_of_what_was_computed(loaded: TransformerHandler, monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = SimpleNamespace(MetricTypes=SimpleNamespace(HISTOGRAM="histogram"))  # TorchServe's, in its worker
+    monkeypatch.setitem(sys.modules, "ts.metrics.metric_type_enum", kinds)
     _, context = serve(loaded, ["Yes.", {"body": ["No.", LONG]}, {"body": 1}])
     assert context.metrics is not None
     reported = context.metrics.reported
@@ -373,7 +384,9 @@ def test_metrics_are_of_what_was_computed(loaded: TransformerHandler) -> None:
     assert (
         handler > model >= 3 * (reported["time", "traceserve_last_batch_model_seconds"] - 1e-6) > 0
     )  # for each of 3 rows
-    assert len(reported) == 9
+    assert reported["histogram", "traceserve_batch_seconds"] == pytest.approx(handler / 3, abs=1e-6)
+    assert reported["counter", "traceserve_errors_total{reason=InvalidRequest}"] == 1
+    assert len(reported) == 11
 
 
 def test_a_worker_leaves_cores_to_others(artifact: Path, two_cores: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,7 +75,7 @@ class Service:
             results = self._results(calls, protocols, stats, send)
         except Exception as error:  # an outer edge: the host would report it in its own words
             results = [_unexpected(error, len(calls))] * len(calls)
-        return [self._reply(call, own, result) for call, own, result in zip(calls, protocols, results)]
+        return [self._reply(call, own, result, stats) for call, own, result in zip(calls, protocols, results)]
 
     def _text_of(self, ids: Sequence[int]) -> str:
         return self.engine.task.tokenizer.decode(ids, skip_special_tokens=True, raw=True)
@@ -109,7 +109,9 @@ class Service:
         for i, body in enumerate(bodies):
             if isinstance(body, Body):
                 own = [next(answers) for _ in body.requests]
-                results.append(failures.contained("it wrote this answer", partial(self._result, i, body, own, streams)))
+                results.append(
+                    failures.contained("it wrote this answer", partial(self._result, i, body, own, streams, stats))
+                )
             elif isinstance(body, Document):
                 results.append(_Answered(body))
             else:
@@ -137,7 +139,7 @@ class Service:
             return _unexpected(error, 1)
 
     def _result(
-        self, index: int, body: Body, own: Sequence[Union[Answer, TraceserveError]], streams: Streams
+        self, index: int, body: Body, own: Sequence[Union[Answer, TraceserveError]], streams: Streams, stats: Stats
     ) -> _Result:
         """Return the response to one body, from its requests' answers."""
         answers: List[Answer] = []
@@ -149,6 +151,7 @@ class Service:
             if not streams.started(index):
                 return placed
             failures.log([placed])
+            stats.count_error(placed)
             return _Answered(Document(streams.ended(index, placed), streams.content_type(index)))
         if body.requests and self.engine.task.streams(body.requests[0]):
             last = streams.rest(index, answers[0].value, answers[0])
@@ -156,15 +159,18 @@ class Service:
         document = body.protocol.reply(answers, self.served)
         return _Answered(document if isinstance(document, Document) else Document(document), answers)
 
-    def _reply(self, call: Call, protocol: Protocol, result: _Result) -> Reply:
+    def _reply(self, call: Call, protocol: Protocol, result: _Result, stats: Stats) -> Reply:
         if isinstance(result, TraceserveError):
+            stats.count_error(result)
             return self._failed(call, protocol, result)
         unseen = {i: answer.unseen for i, answer in enumerate(result.answers) if answer.unseen}
         headers = {**result.document.headers, **({TRUNCATED_HEADER: json.dumps(unseen)} if unseen else {})}
         try:
             return Reply(_encoded(result.document.value), result.document.content_type, headers=headers)
         except Exception as error:  # the edge of one request: an answer that is not JSON
-            return self._failed(call, protocol, _unexpected(error, 1))
+            unexpected = _unexpected(error, 1)
+            stats.count_error(unexpected)
+            return self._failed(call, protocol, unexpected)
 
     def _failed(self, call: Call, protocol: Protocol, error: TraceserveError) -> Reply:
         try:

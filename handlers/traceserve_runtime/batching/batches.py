@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Callable, Dict, List, Sequence, Tuple
 
 import numpy as np
@@ -24,6 +24,12 @@ class Stats:
     padded_tokens: int = 0  # computed by the model: real ones, and padding weighted by its cost
     micro_batches: int = 0
     model_seconds: float = 0.0
+    errors: Dict[str, int] = field(default_factory=dict)  # calls that failed, by the name of their error
+
+    def count_error(self, error: Exception) -> None:
+        """Count a call that failed."""
+        name = type(error).__name__
+        self.errors[name] = self.errors.get(name, 0) + 1
 
     def add(self, *lanes: Stats) -> None:
         """Add counters of parallel lanes: the time is the slowest one's."""

@@ -1,4 +1,4 @@
-"""serve, stop, status: archives on TorchServe or Ray Serve."""
+"""serve, stop: archives on TorchServe or Ray Serve."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from traceserve.commands.arguments import add_nothing, add_port, port, positive, shares
+from traceserve.commands.arguments import add_port, port, positive, shares
 from traceserve.commands.contract import Command
 from traceserve.commands.printing import ProgressBar, console
 from traceserve.serving import engines
@@ -157,46 +157,6 @@ def _stop(options: argparse.Namespace) -> int:
     return 0
 
 
-def _status(options: argparse.Namespace) -> int:
-    from rich.table import Table
-
-    from traceserve.serving import instances
-
-    running = instances.running()
-    for instance in instances.died():
-        _print_dead(instance)
-        instances.mark_seen(instance)
-    if not running:
-        console().print("no server is running")
-        return 0
-    table = Table("archive", "port", "workers", "up", "pid")
-    for instance in running:
-        alive = instances.workers_alive(instance)
-        up = time.strftime("%H:%M:%S", time.gmtime(time.time() - instance.started))
-        for name in instance.names:
-            workers = f"{alive[name]} of {instance.workers[name]}"
-            table.add_row(name, str(instance.port), workers, up, str(instance.pid))
-    console().print(table)
-    for instance in running:
-        places = (
-            f"{instance.url}/predictions/, metrics http://127.0.0.1:{instance.metrics_port}/metrics, log {instance.log}"
-        )
-        console().print(f"{instance.port}: {places}", highlight=False, soft_wrap=True)
-    return 0
-
-
-def _print_dead(instance: Instance) -> None:
-    from traceserve.serving import instances
-
-    console().print(
-        f"{', '.join(instance.names)} on port {instance.port} died{instances.last_words(instance)}\n  its log, kept until "
-        f"the next `traceserve serve` or `traceserve stop --port {instance.port}`: {instance.log}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
-
-
 def print_instance(instance: Instance, seconds: float) -> None:
     from traceserve_runtime.tasks import TASKS
 
@@ -239,13 +199,6 @@ COMMANDS = (
         "Stop a server.",
         _add_stop,
         _stop,
-        finds_servers=True,
-    ),
-    Command(
-        "status",
-        "Show the running servers.",
-        add_nothing,
-        _status,
         finds_servers=True,
     ),
 )

@@ -12,11 +12,12 @@ import contextlib
 import re
 import threading
 from dataclasses import dataclass
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from traceserve.serving import client
 
 _LINE = re.compile(r"^(\w+)\{(.*)\} (\S+)$", re.MULTILINE)
+_LABEL = re.compile(r'(\w+)="([^"]*)"')
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,19 @@ class ServerTimes:
         }
 
 
-def read_metrics(url: str, name: str) -> Dict[str, float]:
-    """Return the metrics of the model `name`, by name; raises OSError."""
+def metrics_of(url: str, name: Optional[str] = None) -> Iterator[Tuple[str, Dict[str, str], float]]:
+    """Yield each metric of the model `name`, or of all, with its labels and value; raises OSError."""
     with client.opener.open(url, timeout=5) as response:
         text = response.read().decode("utf-8")
-    label = re.compile(rf'(?:^|,)(?:model_name|ModelName)="{re.escape(name)}"')
-    return {metric: float(value) for metric, labels, value in _LINE.findall(text) if label.search(labels)}
+    for metric, listed, value in _LINE.findall(text):
+        labels = dict(_LABEL.findall(listed))
+        if name is None or name in (labels.get("model_name"), labels.get("ModelName")):
+            yield metric, labels, float(value)
+
+
+def read_metrics(url: str, name: str) -> Dict[str, float]:
+    """Return the metrics of the model `name`, by name; raises OSError."""
+    return {metric: value for metric, _, value in metrics_of(url, name)}
 
 
 class Watch:

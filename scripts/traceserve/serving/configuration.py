@@ -177,6 +177,9 @@ model_metrics:
     - {name: traceserve_micro_batches_total, unit: count, dimensions: [ModelName, Level]}
     - {name: traceserve_model_seconds_total, unit: s, dimensions: [ModelName, Level]}
     - {name: traceserve_handler_seconds_total, unit: s, dimensions: [ModelName, Level]}
+    - {name: traceserve_errors_total, unit: count, dimensions: [reason, ModelName, Level]}
+  histogram:
+    - {name: traceserve_batch_seconds, unit: s, dimensions: [ModelName, Level]}
   gauge:
     - {name: traceserve_last_batch_padding_ratio, unit: ratio, dimensions: [ModelName, Level]}
     - {name: traceserve_last_batch_model_seconds, unit: s, dimensions: [ModelName, Level]}

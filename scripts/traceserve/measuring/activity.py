@@ -1,0 +1,120 @@
+"""What a served archive does: its counters at one moment, and what they say about the time between two."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass, field
+from typing import Dict, List, Mapping, Optional
+
+from traceserve.errors import ServerError
+from traceserve.measuring.server_times import metrics_of
+from traceserve.serving import client
+from traceserve.serving.instances import Instance
+
+_BUCKET = "traceserve_batch_seconds_bucket"
+_ERRORS = "traceserve_errors_total"
+_BY_STATUS = re.compile(r"Requests(\dXX)(_total)?$")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An archive's counters since its server started. Times are in seconds."""
+
+    moment: float
+    counters: Mapping[str, float] = field(default_factory=dict)
+    errors: Mapping[str, float] = field(default_factory=dict)  # by reason
+    buckets: Mapping[float, float] = field(default_factory=dict)  # batches that took at most so many seconds
+    waiting: Optional[int] = None  # requests in the queue at this moment; None: unknown
+
+
+@dataclass(frozen=True)
+class Activity:
+    """What an archive did between two samples; None: nothing that could be measured."""
+
+    seconds: float
+    requests: int
+    latency: Optional[float]  # mean, in TorchServe, from arrival to answer
+    queue: Optional[float]  # mean, part of the latency
+    batch_p50: Optional[float]  # of a batch in the handler: its requests wait so long after the queue
+    batch_p99: Optional[float]
+    padding_share: Optional[float]  # of the model's computation, 0 to 1
+    errors: Mapping[str, int]  # by reason
+    waiting: Optional[int]
+
+    @property
+    def rate(self) -> float:
+        """Requests per second."""
+        return self.requests / self.seconds if self.seconds > 0 else 0.0
+
+
+def sample(instance: Instance, name: str) -> Sample:
+    """Read an archive's counters, and the length of its queue; raises OSError if the server does not give them."""
+    counters: Dict[str, float] = {}
+    errors: Dict[str, float] = {}
+    buckets: Dict[float, float] = {}
+    for metric, labels, value in metrics_of(f"http://127.0.0.1:{instance.metrics_port}/metrics", name):
+        if metric == _BUCKET:
+            buckets[float(labels["le"])] = value  # "+Inf" too
+        elif metric == _ERRORS:
+            errors[labels["reason"]] = value
+        else:
+            counters[metric] = value
+    return Sample(time.time(), counters, errors, buckets, _waiting(instance, name))
+
+
+def _waiting(instance: Instance, name: str) -> Optional[int]:
+    try:
+        url = f"http://127.0.0.1:{instance.management_port}"
+        [described] = client.get_document(url, f"models/{name}", instance.management_key, timeout=5)
+        return int(described["jobQueueStatus"]["pendingRequests"])
+    except (ServerError, KeyError, TypeError, ValueError):  # TorchServe before 0.9, or one that stops
+        return None
+
+
+def answers_by_status(instance: Instance) -> Dict[str, int]:
+    """How many answers a server gave since it started, by the class of their status: 2XX, 4XX, 5XX; raises OSError."""
+    found = metrics_of(f"http://127.0.0.1:{instance.metrics_port}/metrics")
+    by_status = {m[1]: int(value) for name, _, value in found for m in [_BY_STATUS.match(name)] if m}
+    return {status: by_status.get(status, 0) for status in ("2XX", "4XX", "5XX")}
+
+
+def between(first: Sample, last: Sample) -> Activity:
+    """Return what happened from one sample to a later one."""
+
+    def grown(metric: str) -> float:
+        return last.counters.get(metric, 0.0) - first.counters.get(metric, 0.0)
+
+    requests = grown("ts_inference_requests_total")
+    computed = grown("traceserve_computed_tokens_total")
+    buckets = {limit: count - first.buckets.get(limit, 0.0) for limit, count in last.buckets.items()}
+    errors = {reason: int(count - first.errors.get(reason, 0.0)) for reason, count in last.errors.items()}
+    return Activity(
+        seconds=last.moment - first.moment,
+        requests=int(requests),
+        latency=grown("ts_inference_latency_microseconds") / requests / 1e6 if requests else None,
+        queue=grown("ts_queue_latency_microseconds") / requests / 1e6 if requests else None,
+        batch_p50=quantile(buckets, 0.5),
+        batch_p99=quantile(buckets, 0.99),
+        padding_share=1 - grown("traceserve_tokens_total") / computed if computed else None,
+        errors={reason: count for reason, count in errors.items() if count},
+        waiting=last.waiting,
+    )
+
+
+def quantile(buckets: Mapping[float, float], share: float) -> Optional[float]:
+    """Return a quantile of a histogram, from its cumulative counts by upper limit; None without observations.
+
+    Interpolated linearly in its bucket, as Prometheus' histogram_quantile does; infinity beyond the last finite limit.
+    """
+    limits: List[float] = sorted(buckets)
+    if not limits or not buckets[limits[-1]]:
+        return None
+    rank = share * buckets[limits[-1]]
+    below, start = 0.0, 0.0
+    for limit in limits:
+        count = buckets[limit]
+        if count >= rank and count > below:
+            return limit if limit == float("inf") else start + (limit - start) * (rank - below) / (count - below)
+        below, start = count, limit
+    return None
