@@ -1,7 +1,8 @@
-"""What TorchServe loads: the adapter between TorchServe and the engine.
+"""TorchServe's entry point: the adapter between TorchServe and the engine.
 
-TorchServe gives a batch of rows and wants a list as long, where each row has a status of its own; what is answered is the
-service's. The handler does not inherit TorchServe's BaseHandler, whose import takes seconds and which chooses devices by
+TorchServe passes a batch of items and expects a list of equal length, in which each item has its own status; the
+service makes
+the answers. The handler does not inherit TorchServe's BaseHandler, whose import takes seconds and which chooses devices
 itself.
 """
 
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# A gRPC call's answer without it ends the worker; and one answered in pieces ends the model, unless it is a stream's,
-# which cannot be told from others: so each is one piece, the last.
+# Without it a gRPC call's answer ends the worker; and one in several pieces ends the model, unless it is a stream's,
+# which is indistinguishable: so each is a single, last piece.
 _LAST_PIECE = "ts_stream_next"
 _HTTP_HEADERS = {"host", "content-length", "content-type", "url_path", "explain"}
 _OK = 200
@@ -41,9 +42,9 @@ class TransformerHandler:
         self._reader: Optional[Reader] = None
 
     def initialize(self, context: Any) -> None:
-        """Load the archive; a RuntimeError's message is what TorchServe reports.
+        """Load the archive; TorchServe reports a RuntimeError's message.
 
-        The imports stand here because TorchServe masks an ImportError of the handler's file.
+        Imports are here because TorchServe masks an ImportError of the handler's file.
         """
         try:
             from traceserve_runtime import settings
@@ -61,17 +62,17 @@ class TransformerHandler:
             self.engine.measure_while_idle()
         except (RuntimeError, MemoryError):
             raise
-        except Exception as error:  # an outer edge: anything else kills the worker without a reason
+        except Exception as error:  # an outer edge: other exceptions kill the worker without a reason
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
         self._reader = read_at_once(sys.modules.get(_CODEC), self.engine.idle)
         logging.getLogger().addFilter(_without_traceback)
-        # What is loaded stays: without this, each full collection walks torch's 200,000 objects while requests wait.
+        # Loaded objects stay: otherwise each full collection walks torch's 200,000 objects while requests wait.
         gc.freeze()
         manifest = self.engine.manifest
         logger.info("traceserve loaded %s: %s, %s", manifest.name, manifest.task, manifest.save_mode)
 
     def handle(self, rows: Optional[Sequence[Mapping[str, Any]]], context: Any) -> List[bytes]:
-        """One response body for each row; its status and headers are set in `context`."""
+        """Return one response body per item; its status and headers are set in `context`."""
         from traceserve_runtime.batching.batches import Stats
         from traceserve_runtime.service import Call, Service
 
@@ -87,18 +88,18 @@ class TransformerHandler:
         if self._reader is not None:
             self._reader.answered()
         for i in [i for i, call in enumerate(calls) if call.headers.ended]:
-            context.request_ids.pop(i, None)  # TorchServe then tells nobody, and drops the request
+            context.request_ids.pop(i, None)  # TorchServe then silently drops the request
         return [reply.body for reply in replies]
 
     def _name_and_version(self, context: Any) -> Tuple[str, str]:
-        """The name that the model has in TorchServe, and the version that its archive was given."""
+        """Return the model's name in TorchServe, and its archive's version."""
         assert self.engine is not None
         packed = (getattr(context, "manifest", None) or {}).get("model") or {}
         name = getattr(context, "model_name", None) or packed.get("modelName") or self.engine.manifest.name
         return name, str(packed.get("modelVersion") or "1.0")
 
     def _report(self, stats: Stats, rows: int, seconds: float, context: Any) -> None:
-        """Tell TorchServe what was computed."""
+        """Report the computation to TorchServe."""
         metrics = getattr(context, "metrics", None)
         if metrics is None:
             return
@@ -109,7 +110,7 @@ class TransformerHandler:
             return
         for name, count in stats.counters(rows, seconds).items():
             metrics.add_counter(name, count, 0)
-        # TorchServe has gauges of times, sizes and percents only: this one is from 0 to 1, as its name says.
+        # TorchServe's gauges are only times, sizes and percents: this one is from 0 to 1, as named.
         metrics.add_percent("traceserve_last_batch_padding_ratio", round(stats.padding_share, 3), 0)
         metrics.add_time("traceserve_last_batch_model_seconds", round(stats.model_seconds, 6), 0, "s")
         kinds = sys.modules.get("ts.metrics.metric_type_enum")
@@ -118,9 +119,9 @@ class TransformerHandler:
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
-    """Keep TorchServe's one line about a body that it could not parse, without the traceback that it adds to each.
+    """Keep TorchServe's one line about a body that it could not parse, without its traceback.
 
-    The handler reads the body itself, and the client is told what is wrong with it.
+    The handler parses the body itself, and reports what is wrong to the client.
     """
     if record.module == "otf_message_handler":
         record.exc_info = None
@@ -128,7 +129,7 @@ def _without_traceback(record: logging.LogRecord) -> bool:
 
 
 def _device(context: Any, folder: Path) -> str:
-    """The GPU that TorchServe assigns, if there is one and the archive was made for GPUs; else the CPU."""
+    """Return the GPU that TorchServe assigns, if any and the archive is for GPUs; else the CPU."""
     from traceserve_runtime.manifest import Manifest
 
     gpu = context.system_properties.get("gpu_id")
@@ -137,11 +138,12 @@ def _device(context: Any, folder: Path) -> str:
 
 
 def _headers(context: Any, index: int) -> Headers:
-    """What TorchServe tells of a request beside its body: its headers, and a record of each part under the part's name.
+    """Return the facts that TorchServe passes beside a body: the headers, and a record of each part under the part's
+    name.
 
-    Over gRPC there are no headers. Over HTTP there always are: netty sets a length where the client sent none. A call of
-    StreamPredictions2 bears the id of a sequence; where TorchServe keeps no sequences it fails such a call at once, and
-    hands the request over none the less (GRPCJob, InferenceImpl of 0.12).
+    Over gRPC there are no headers. Over HTTP there always are: netty sets a length if the client sent none. A call of
+    StreamPredictions2 has a sequence id; if TorchServe keeps no sequences it fails such a call immediately, but
+    still passes the request on (GRPCJob, InferenceImpl of 0.12).
     """
     from traceserve_runtime.protocols.bodies import Headers
 
@@ -158,7 +160,7 @@ def _headers(context: Any, index: int) -> Headers:
         sent.get("content-encoding", ""),
         parts,
         grpc,
-        explain=told.get("explain") == "True",  # of this spelling is TorchServe's own
+        explain=told.get("explain") == "True",  # TorchServe's own has this spelling
         ended=grpc and not sequences and isinstance(told.get(sequence_id), str),
         path=sent.get("url_path", ""),
         client=sent.get("user-agent", ""),
@@ -167,7 +169,7 @@ def _headers(context: Any, index: int) -> Headers:
 
 
 def _set_response(context: Any, index: int, headers: Headers, reply: Reply) -> None:
-    """The status and headers of a row's response."""
+    """Set the status and headers of an item's response."""
     context.set_response_header(index, "content-type", reply.content_type)
     if headers.grpc:
         context.set_response_header(index, _LAST_PIECE, "false")
@@ -178,10 +180,10 @@ def _set_response(context: Any, index: int, headers: Headers, reply: Reply) -> N
 
 
 def _send_piece(context: Any, row: int, piece: bytes, headers: Mapping[str, str]) -> None:
-    """Send a piece of one row's text to its client, before the batch is answered.
+    """Send a piece of one item's text to its client, before the batch is answered.
 
-    TorchServe's own way to do this sends one to every row of the batch, those too whose answer is one JSON document;
-    here the message names this row alone.
+    TorchServe's own way sends one to every item of the batch, even to those with a JSON document as their answer;
+    here the message names only this item.
     """
     from ts.handler_utils.utils import send_intermediate_predict_response  # type: ignore[import-untyped]
 

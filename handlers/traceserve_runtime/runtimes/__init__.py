@@ -1,4 +1,4 @@
-"""One file per save mode: how it is read, and in which variants. A runner takes named arrays and gives named arrays."""
+"""The readers of the save modes, one file each, with their variants. A runner maps named arrays to named arrays."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from traceserve_runtime.runtimes.variants import Variant
 from traceserve_runtime.settings import Settings
 
 Reader = Callable[[Manifest, Path, str, Settings], Runner]  # the third is the device
-Variants = Callable[[Manifest, Path, Sequence[str]], List[Variant]]  # on these devices; first what is usual here
+Variants = Callable[[Manifest, Path, Sequence[str]], List[Variant]]  # on these devices; the default here comes first
 
 RUNTIMES: Dict[str, Reader] = {
     "torchscript": torchscript.read,

@@ -1,7 +1,7 @@
-"""The parts of a TorchScript graph that are read and rewritten here, as types.
+"""Types of the parts of a TorchScript graph that are read and rewritten here.
 
-torch gives them as classes of C++ without documentation, whose members are no more promised to stay than its private names
-are. So these types say which members are needed, and `torch_internals.rewrites` looks for each of them.
+torch's are undocumented C++ classes, whose members are as unstable as its private names.
+So these types list the needed members, and `torch_internals.rewrites` checks for each of them.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ class ValueType(Protocol):
 
 
 class Use(Protocol):
-    """One reading of a value: by which node, and as which of its inputs."""
+    """One use of a value: by which node, and as which input."""
 
     user: Node
     offset: int
 
 
 class Value(Protocol):
-    """What a node makes, or the graph is given."""
+    """An output of a node, or an input of the graph."""
 
     def debugName(self) -> str: ...
 
@@ -42,11 +42,11 @@ class Value(Protocol):
     def replaceAllUsesWith(self, value: Value) -> None: ...
 
     def toIValue(self) -> Any:
-        """The constant that it is, as Python has it; None for what is computed."""
+        """Return a constant's Python value; None for computed ones."""
 
 
 class Block(Protocol):
-    """Nodes in their order, as the body of a graph, of a branch or of a loop."""
+    """Nodes in order, such as the body of a graph, a branch or a loop."""
 
     def nodes(self) -> Iterator[Node]: ...
 
@@ -56,7 +56,7 @@ class Block(Protocol):
 
 
 class Node(Protocol):
-    """One operator: its inputs, its outputs, and of a constant its value."""
+    """One operator: its inputs and outputs, and a constant's value."""
 
     def kind(self) -> str: ...
 
@@ -90,7 +90,7 @@ class Node(Protocol):
 
 
 class Graph(Block, Protocol):
-    """What a module computes; `findAllNodes(kind, recurse)` looks into branches and loops too where it recurses."""
+    """A module's computation; `findAllNodes(kind, recurse)` searches branches and loops if it recurses."""
 
     def findAllNodes(self, kind: str, recurse: bool) -> List[Node]: ...
 
@@ -112,7 +112,7 @@ class Graph(Block, Protocol):
 
 
 class Traced(Protocol):
-    """A module that was traced or scripted, or read from a file."""
+    """A traced or scripted module, or one read from a file."""
 
     @property
     def graph(self) -> Graph: ...
@@ -137,7 +137,7 @@ class Traced(Protocol):
 
 
 def load(file: Path, device: Optional[str] = None) -> Traced:
-    """The module of a file, its weights on `device`, or where they were; raises what torch does."""
+    """Load a file's module, its weights on `device` or where they were; raises torch's errors."""
     import torch
 
     options = {} if device is None else {"map_location": device}
@@ -146,26 +146,26 @@ def load(file: Path, device: Optional[str] = None) -> Traced:
 
 
 def insert_constant(graph: Graph, value: Any, before: Node) -> Value:
-    """A number, a text, a list of them or a device, made before a node."""
+    """Make a number, a text, a list of them or a device before a node."""
     with graph.insert_point_guard(before):
         return graph.insertConstant(value)
 
 
 def insert_graph(graph: Graph, part: Graph, values: Sequence[Value], before: Node) -> Value:
-    """What another graph, which has one output, gives for these values, computed before a node."""
+    """Compute another graph, which has one output, for these values before a node."""
     with graph.insert_point_guard(before):
         [result] = graph.insertGraph(part, list(values))
     return result
 
 
 def insert_node(graph: Graph, kind: str, inputs: Sequence[Value], before: Node, outputs: int = 1) -> Node:
-    """A new operator before a node; what it gives are tensors until they are given another type."""
+    """Insert an operator before a node; its outputs are tensors until given another type."""
     made = graph.create(kind, list(inputs), outputs)
     made.insertBefore(before)
     return made
 
 
 def replace(node: Node, value: Value) -> None:
-    """Let a value be read in the place of what a node gives, and take the node out."""
+    """Replace a node's output by a value, and remove the node."""
     node.output().replaceAllUsesWith(value)
     node.destroy()

@@ -1,4 +1,4 @@
-"""The save mode onnx: graphs over one file of weights, read by ONNX Runtime; without torch."""
+"""The save mode onnx: graphs with one weights file, run by ONNX Runtime; without torch."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from traceserve_runtime.runner import Arrays, Padding, State
 from traceserve_runtime.runtimes.variants import Variant
 from traceserve_runtime.settings import Settings
 
-# `Manifest.runtime`: the file of each graph, and how ONNX Runtime optimizes it when it is read.
+# `Manifest.runtime`: each graph's file, and ONNX Runtime's optimization level when loading it.
 GRAPHS, LEVEL = "graphs", "graph_optimization_level"
-MODEL, START, STEP = "model", "start", "step"  # a graph that is run once, and those of a loop
-# What begins the names of a loop's state, as the graph `step` takes and gives it; a number follows.
+MODEL, START, STEP = "model", "start", "step"  # the graph of a single pass, and those of a loop
+# Prefixes of a loop's state in the inputs and outputs of the graph `step`; a number follows.
 PAST, PRESENT = "past_", "present_"
 LEVELS = ("ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED")
-INT8_SINCE = "1.22"  # before that, ONNX Runtime ends the process when it is given products of int8 in blocks
+INT8_SINCE = "1.22"  # older ONNX Runtimes end the process on blockwise int8 products
 
 
 class Kept(NamedTuple):
-    """A tensor of a loop's state in ONNX Runtime's own memory: from step to step nothing is copied."""
+    """A tensor of a loop's state in ONNX Runtime's own memory: nothing is copied between steps."""
 
     value: Any
 
@@ -36,7 +36,7 @@ class Kept(NamedTuple):
 
 
 class _Graph:
-    """A session, and the names of its inputs: what the model does not read is not in the graph."""
+    """A session, and its input names: inputs that the model does not read are not in the graph."""
 
     def __init__(self, session: Any) -> None:
         self._session = session
@@ -44,7 +44,7 @@ class _Graph:
         self.inputs = tuple(item.name for item in session.get_inputs())
 
     def run(self, inputs: Dict[str, Any]) -> List[Any]:
-        """Named tensors of ONNX Runtime to tensors, in order; raises RuntimeError."""
+        """Run named ONNX Runtime tensors to tensors, in order; raises RuntimeError."""
         try:
             values: List[Any] = self._session.run_with_ort_values(None, {name: inputs[name] for name in self.inputs})
         except self._errors as error:
@@ -76,10 +76,10 @@ class OnnxRunner:
         return self._outputs(results), (*grown, *state[len(grown) :])
 
     def open_lanes(self) -> Sequence[Executor]:
-        return []  # a session's threads are its own, and a second one would hold the weights again
+        return []  # a session has its own threads, and a second one would hold the weights again
 
     def share_cores(self) -> None:
-        pass  # a session's threads take pieces of an operator as they are free, and do not wait for the slowest
+        pass  # a session's threads take pieces of an operator when free, and do not wait for the slowest
 
     def _outputs(self, results: Sequence[Any]) -> Arrays:
         return {name: value.numpy() for name, value in zip(self._manifest.outputs, results)}
@@ -96,9 +96,9 @@ def _value(array: np.ndarray) -> Any:
 
 
 def read(manifest: Manifest, folder: Path, device: str, settings: Settings = Settings()) -> OnnxRunner:
-    """The model of `folder` as a runner.
+    """Return the model of `folder` as a runner.
 
-    Raises MissingPackage without ONNX Runtime or with one too old for int8, InvalidManifest for a file that is no model.
+    Raises MissingPackage without ONNX Runtime or with one too old for int8, InvalidManifest for an invalid file.
     """
     try:
         import onnxruntime
@@ -131,18 +131,18 @@ def read(manifest: Manifest, folder: Path, device: str, settings: Settings = Set
 
 
 def variants(manifest: Manifest, folder: Path, devices: Sequence[str]) -> List[Variant]:
-    """The one way in which these graphs may be run: the archive says how they are optimized."""
+    """Return the only way to run these graphs: the archive sets their optimization."""
     how = f"by ONNX Runtime, {manifest.runtime[LEVEL]}"
     return [Variant(manifest.model_file, how, "cpu", partial(read, manifest, folder, "cpu"))]
 
 
 def int8_known(version: str) -> bool:
-    """Whether this version of ONNX Runtime has what int8 needs."""
+    """Return whether this version of ONNX Runtime supports int8."""
     return tuple(map(int, version.split(".")[:2])) >= tuple(map(int, INT8_SINCE.split(".")))
 
 
 def _facts(manifest: Manifest) -> Tuple[Dict[str, str], str]:
-    """The graphs' files and the level; raises InvalidManifest."""
+    """Return the graphs' files and the level; raises InvalidManifest."""
     runtime = manifest.runtime
     graphs, level = runtime.get(GRAPHS), runtime.get(LEVEL)
     if not isinstance(graphs, dict) or not graphs or not set(map(str, graphs.values())) <= set(manifest.files):
@@ -157,17 +157,17 @@ def _options(level: str, threads: Optional[int]) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
-    # By itself it takes the machine's cores, and binds a thread to each: two workers would share the same ones.
+    # By default it takes the machine's cores, and binds a thread to each: two workers would share the same ones.
     options.intra_op_num_threads = threads or processor.cores()
-    # Waiting threads that spin keep others from the cores: 9 ms in place of 6.5 alone, 19 in place of 14 beside two busy ones.
+    # Spinning threads keep others from the cores: 9 ms instead of 6.5 alone, 19 instead of 14 beside two busy ones.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.enable_mem_pattern = False  # a plan of the memory for every shape that was seen; it gained nothing
+    options.enable_mem_pattern = False  # a memory plan per seen shape; it gained nothing
     options.log_severity_level = 3
     return options
 
 
 def _errors() -> Tuple[Any, ...]:
-    """What ONNX Runtime raises: classes of its own, without a common base."""
+    """Return ONNX Runtime's exceptions: separate classes without a common base."""
     from onnxruntime.capi import onnxruntime_pybind11_state as untyped
 
     state: Any = untyped

@@ -1,7 +1,8 @@
-"""How many cores a run takes: one less while another process holds one.
+"""Chooses the cores of a run: one fewer while another process holds one.
 
-OpenMP's threads wait for one another at the end of every operator, so that one whose core is taken keeps all of them waiting:
-beside a busy process a single text took four times as long on two cores, and as long as ever on one (docs/measurements.md).
+OpenMP's threads synchronize after every operator, so one thread without a core delays all of them:
+beside a busy process a single text took four times as long on two cores, and as long as ever on one
+(docs/measurements.md).
 """
 
 from __future__ import annotations
@@ -12,27 +13,27 @@ from typing import Any, Callable, Optional, TypeVar
 
 Result = TypeVar("Result")
 
-_COMPUTING = 0.8  # of a run's time; a thread that waits for others computes half of it, one that does not all of it
-_IN_A_ROW = 2  # runs that waited; a single one may have met anything
-# Runs until one more core is tried, at first; and where it is taken again and again, since each time costs two slow runs.
+_COMPUTING = 0.8  # of a run's time; a thread that waits for others computes half of it, another one all of it
+_IN_A_ROW = 2  # consecutive runs that waited; a single one may be chance
+# Runs before one more core is tried, initially; and if it is taken repeatedly, since each attempt costs two slow runs.
 _SOONEST, _LATEST = 20, 320
 
 
 class Team:
-    """The threads of runs that one thread asks for. Runs of other threads, as of lanes, are left alone."""
+    """The threads of one thread's runs. Runs of other threads, such as lanes, are left alone."""
 
     def __init__(self, most: int, resize: Callable[[int], None]) -> None:
         self._most = most
         self._resize = resize
         self._now = most
-        self._waited = 0  # runs in a row
+        self._waited = 0  # consecutive runs
         self._runs = 0
         self._pause = _SOONEST
         self._smaller_at = self._wider_at = 0  # by the number of runs
         self._thread = threading.get_ident()
 
     def run(self, act: Callable[..., Result], *arguments: Any) -> Result:
-        """What `act` gives for these, on as many cores as are free."""
+        """Call `act` with these arguments on as many cores as are free."""
         if threading.get_ident() != self._thread:
             return act(*arguments)
         self._runs += 1
@@ -56,7 +57,7 @@ class Team:
 
 
 def of_torch() -> Optional[Team]:
-    """Of this thread's runs of torch; None where they have one core anyway."""
+    """Make one for this thread's torch runs; None if they have one core anyway."""
     import torch
 
     threads = torch.get_num_threads()

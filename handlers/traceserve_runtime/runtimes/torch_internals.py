@@ -1,7 +1,8 @@
-"""torch's private names that a worker uses, each behind a function that says why, since when, and what happens without it.
+"""torch's private names that a worker uses, each behind a function that says why, since when, and what happens without
+it.
 
-None of them is promised to stay. They are known from torch 1.13, which AWS's Inf1 has, to 2.13, unless a function says
-otherwise. No other file of the serving side reaches into private names of torch; a test takes each of them away, and asks an
+They may change at any time. They are known from torch 1.13, Inf1's, to 2.13, unless a function says
+otherwise. No other file of the serving side uses private names of torch; a test removes each of them, and queries an
 archive again.
 """
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from traceserve_runtime.runtimes.graph import Graph, Traced, ValueType
 
-PRODUCT = "mkldnn::_linear_pointwise"  # rows and a weight that was packed; since torch 2.0
+PRODUCT = "mkldnn::_linear_pointwise"  # rows and a packed weight; since torch 2.0
 GRAPH_CLASSES = (graphs.Graph, graphs.Block, graphs.Node, graphs.Value, graphs.Use)
 
 
@@ -25,9 +26,9 @@ GRAPH_CLASSES = (graphs.Graph, graphs.Block, graphs.Node, graphs.Value, graphs.U
 
 
 def rewrites() -> bool:
-    """Whether this torch has all that is called while a graph is rewritten; to be asked before the first change.
+    """Return whether this torch has everything needed for rewriting graphs; call it before the first change.
 
-    Where it has not, a graph is run as it was saved: with the same answers, for more work.
+    Otherwise a graph runs as saved: with the same answers, for more work.
     """
     import torch
 
@@ -36,7 +37,7 @@ def rewrites() -> bool:
 
 
 def missing_members() -> List[str]:
-    """The members of torch's graphs that `runtimes.graph` lists and this torch has not."""
+    """Return the members of torch's graphs that `runtimes.graph` lists and this torch lacks."""
     import torch
 
     found = []
@@ -47,15 +48,15 @@ def missing_members() -> List[str]:
 
 
 def named_members(needed: type) -> List[str]:
-    """What a type of `runtimes.graph` lists: methods, and attributes by their annotations."""
+    """Return the members of a type of `runtimes.graph`: methods, and annotated attributes."""
     names = {*dir(needed), *getattr(needed, "__annotations__", {})}
     return sorted(name for name in names if not name.startswith("_"))
 
 
 def inline(graph: Graph) -> bool:
-    """Put the methods and functions that a graph calls in the place of the calls, as torch does before it runs a graph.
+    """Inline a graph's calls of methods and functions, as torch does before running a graph.
 
-    torch's own property `inlined_graph` gives a copy, which nobody runs. Returns False where the name is gone.
+    torch's own property `inlined_graph` returns a copy, which nobody runs. Returns False if the name is gone.
     """
     import torch
 
@@ -66,14 +67,14 @@ def inline(graph: Graph) -> bool:
 
 
 def merge_equal(graph: Graph) -> None:
-    """Compute once what a graph computes several times. Asked for by `rewrites`."""
+    """Compute repeated expressions only once. Needed by `rewrites`."""
     import torch
 
     torch._C._jit_pass_cse(graph)
 
 
 def parse(text: str) -> Graph:
-    """The graph that a text describes, in the form that torch prints. Asked for by `rewrites`."""
+    """Parse a graph in torch's printed form. Needed by `rewrites`."""
     import torch
 
     parsed: Graph = torch._C.parse_ir(text)  # type: ignore[assignment]  # torch's own types lack members
@@ -81,7 +82,8 @@ def parse(text: str) -> Graph:
 
 
 def type_named(name: str) -> ValueType:
-    """The type of this name in a graph's text, as "Tensor[]"; the classes of types have more names that could go."""
+    """Return the type with this name in a graph's text, such as "Tensor[]"; torch's type classes have more unstable
+    names."""
     return next(parse(f"graph(%value : {name}):\n  return (%value)").inputs()).type()
 
 
@@ -89,10 +91,11 @@ def type_named(name: str) -> ValueType:
 
 
 def packable() -> List[torch.dtype]:
-    """The dtypes in which a product reads a weight that was packed before: since torch 2.0, none without oneDNN.
+    """Return the dtypes whose packed weights a product can read: since torch 2.0, none without oneDNN.
 
-    The operators are written for torch's own compiler, and what they take has changed with it. So one number is packed and
-    multiplied, where a graph would only fail when it is run. Without them weights stay as they are: each product packs its own.
+    The operators are for torch's own compiler, and their arguments have changed with it. So one number is packed and
+    multiplied here, since a graph would only fail when run. Without them weights stay unchanged: each product packs its
+    own.
     """
     import torch
 
@@ -114,7 +117,7 @@ def packable() -> List[torch.dtype]:
 
 
 def reorder(weight: torch.Tensor, rows: int) -> torch.Tensor:
-    """A weight, (outputs, inputs), in the order in which oneDNN reads it for about so many rows. Asked for by `packable`."""
+    """Pack a weight, (outputs, inputs), into oneDNN's layout for about this many rows. Needed by `packable`."""
     import torch
 
     packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
@@ -122,9 +125,9 @@ def reorder(weight: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def register(module: Traced, name: str, tensor: torch.Tensor) -> None:
-    """Give a module that was read from a file one more tensor. Asked for by `packable`.
+    """Add a tensor to a module read from a file. Needed by `packable`.
 
-    What torch offers itself refuses a new name, and a graph cannot hold a packed tensor as a constant.
+    torch's public interface refuses a new name, and a graph cannot hold a packed tensor as a constant.
     """
     script: Any = module
     script._c._register_attribute(name, type_named("Tensor"), tensor)
@@ -134,9 +137,10 @@ def register(module: Traced, name: str, tensor: torch.Tensor) -> None:
 
 
 def set_profiling(wanted: bool) -> bool:
-    """Let TorchScript record shapes for two runs and then specialise the graph for them, or not; gives what it did before.
+    """Let TorchScript record shapes for two runs and then specialise the graph for them, or not; returns the former
+    setting.
 
-    Where the name is gone it goes on as it does by default: with the same answers, the first ones later.
+    Without the name it keeps its default: with the same answers, but slower first ones.
     """
     import torch
 
@@ -147,9 +151,9 @@ def set_profiling(wanted: bool) -> bool:
 
 
 def settle_compiler(shapes: int) -> None:
-    """Let torch.compile (since 2.0) work in this process, for so many shapes, and raise what it fails with.
+    """Make torch.compile (since 2.0) work in this process, for this many shapes, and raise its errors.
 
-    Where one of its settings is gone, what torch does by default is done: with the same answers, more processes, or without
+    Without one of its settings, torch's default applies: with the same answers, more processes, or without
     compiling from the ninth shape on.
     """
     try:
@@ -170,9 +174,9 @@ def settle_compiler(shapes: int) -> None:
 
 
 def load_compiled(file: str) -> Callable[..., Sequence[torch.Tensor]]:
-    """The model of a package of machine code, by AOTInductor; raises MissingPackage, since nothing else can run it.
+    """Load a package of AOTInductor's machine code; raises MissingPackage, since nothing else can run it.
 
-    torch's documentation names this function, from 2.6 on; a package runs under the torch that made it alone.
+    torch documents this function from 2.6 on; a package only runs with the torch that made it.
     """
     import torch
 

@@ -1,7 +1,7 @@
-"""The ways in which one archive's model may be run, which the gate compares one by one.
+"""The ways to run one archive's model, each compared by the gate.
 
-A reader chooses among files and rewritings by the device, the processor and the worker's settings. Each reader lists all of
-them itself, in `variants`, so that none is served which was not compared.
+A reader chooses files and rewritings by the device, the processor and the worker's settings. Each reader lists all of
+them in `variants`, so that none is served without comparison.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Variant(NamedTuple):
-    """A file, how it is run and on which device; and what reads it so."""
+    """A file, how and on which device it runs, and its reader."""
 
     file: str
     how: str

@@ -1,4 +1,4 @@
-"""The save mode torchscript: its reader, and what may be rewritten in a graph that was read."""
+"""The save mode torchscript: its reader, and rewritings of loaded graphs."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""The attention of a graph in bfloat16, computed in float32 where torch does that sooner.
+"""Computes a bfloat16 graph's attention in float32 where torch is faster at it.
 
-On x86 without AMX torch multiplies an attention's small matrices faster in float32, casts included: full batches of MiniLM take
-0.91 of the time for all of the model, a single text as long as before (`tests/benchmarks/packing.py --what attention`).
+On x86 without AMX torch multiplies an attention's small matrices faster in float32, including casts: full batches of
+MiniLM take
+0.91 of the whole model's time, a single text as long as before (`tests/benchmarks/packing.py --what attention`).
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ _FLOAT32 = """graph(%tensor : Tensor):
 _LIKE = """graph(%tensor : Tensor, %other : Tensor):
   %like : Tensor = aten::type_as(%tensor, %other)
   return (%like)"""
-# What is added to the scores. A mask of truths becomes its logarithm, 0 where there is something to see and -inf elsewhere, as
-# torch itself makes it.
+# The term added to the scores. A boolean mask becomes its logarithm, 0 for visible positions and -inf elsewhere, as
+# in torch itself.
 _ADDED = """graph(%mask : Tensor):
   %dtype : int = prim::dtype(%mask)
   %bool : int = prim::Constant[value=11]()
@@ -44,14 +45,14 @@ _ADDED = """graph(%mask : Tensor):
 
 
 def sooner_wide() -> bool:
-    """Whether attention is computed sooner in float32 on this processor."""
+    """Return whether attention is faster in float32 on this processor."""
     return processor.is_x86() and "amx_bf16" not in processor.features()
 
 
 def widen(module: Traced) -> int:
-    """Rewrite the graphs of a module on the CPU, before its first run; gives how many attentions are in float32 now.
+    """Rewrite a module's graphs on the CPU, before its first run; returns the number of attentions now in float32.
 
-    None where this torch cannot rewrite graphs.
+    None if this torch cannot rewrite graphs.
     """
     return sum(_widen(graph) for graph in devices.graphs(module)) if torch_internals.rewrites() else 0
 
@@ -63,13 +64,13 @@ def _widen(graph: Graph) -> int:
         return 0
     float32, like, to_be_added = map(torch_internals.parse, (_FLOAT32, _LIKE, _ADDED))
     outside = {node.output().debugName() for node in graph.findAllNodes(_KIND, False)}
-    masks: Dict[str, Value] = {}  # as they are added to scores; most layers read the same one
+    masks: Dict[str, Value] = {}  # as added to scores; most layers read the same one
     for node in found:
         query, key, value, mask, *others = node.inputs()
         added = masks.get(mask.debugName())
         if added is None:
             added = insert_graph(graph, to_be_added, [mask], node) if str(mask.type()) == "Tensor" else mask
-            if node.output().debugName() in outside:  # what is made in a branch is not known behind it
+            if node.output().debugName() in outside:  # a branch's values are unknown after it
                 masks[mask.debugName()] = added
         wide = [insert_graph(graph, float32, [each], node) for each in (query, key, value)]
         attended = insert_node(graph, _KIND, [*wide, added, *others], node)

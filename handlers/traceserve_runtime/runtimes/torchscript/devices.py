@@ -1,8 +1,9 @@
-"""A traced graph moved to another device.
+"""Moves a traced graph to another device.
 
-A trace holds the device that it was made on: as constants, wherever the model makes a tensor (positions, masks). Loading
-it onto another device moves its weights and not these. They stand in the graphs of the module and of its submodules, in
-the blocks of branches and loops, and in functions that were scripted; all of this is one graph once it is inlined.
+A trace contains the device that it was made on, as constants wherever the model makes a tensor (positions, masks).
+Loading
+it onto another device moves its weights but not these. They are in the graphs of the module and its submodules, in
+the blocks of branches and loops, and in scripted functions; inlining makes one graph of all.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ _METHOD, _FUNCTION = "prim::CallMethod", "prim::CallFunction"
 
 
 class Argument(NamedTuple):
-    """What an operator takes: the type as "Tensor" or "Device?", and the name."""
+    """An operator's argument: the type, such as "Tensor" or "Device?", and the name."""
 
     type: str
     name: str
 
 
 def rewrite(module: Traced, device: str) -> None:
-    """Let every graph of a module that was loaded onto `device` make its tensors there. Before its first run.
+    """Make every graph of a module loaded onto `device` create its tensors there. Before its first run.
 
-    Raises MissingPackage for a torch whose graphs cannot be rewritten.
+    Raises MissingPackage if this torch cannot rewrite graphs.
     """
     missing = torch_internals.missing_members()
     if missing:
@@ -42,10 +43,10 @@ def rewrite(module: Traced, device: str) -> None:
 
 
 def reached(module: Traced) -> List[Graph]:
-    """The graphs that a runner calls, with all that they call inlined.
+    """Return the graphs that a runner calls, with all calls inlined.
 
-    Where torch cannot inline: each of them, and those of the methods that are called. Raises MissingPackage for one that
-    calls a function there, whose graph cannot be reached.
+    If torch cannot inline: each of them, and those of called methods. Raises MissingPackage if one
+    calls a function, whose graph is then unreachable.
     """
     found: List[Graph] = []
     for entry in entries(module):
@@ -54,7 +55,7 @@ def reached(module: Traced) -> List[Graph]:
 
 
 def _of_methods(module: Traced) -> List[Graph]:
-    """The graphs of a traced module and its submodules: one for each of their calls, named forward, forward1 and so on."""
+    """Return the graphs of a traced module and its submodules: one per call, named forward, forward1 and so on."""
     found = []
     for part in module.modules():
         for number in itertools.count():
@@ -79,7 +80,7 @@ def _unmovable(why: str) -> MissingPackage:
 
 
 def constants(graph: Graph) -> Iterator[Node]:
-    """The nodes of an inlined graph that name a device: constants of this type, and texts that are made into one."""
+    """Yield the nodes of an inlined graph that name a device: constants of this type, and texts converted to one."""
     for node in graph.findAllNodes("prim::Constant", True):
         kind = str(node.output().type())
         if kind == "Device" or (kind == "str" and _makes_device(node)):
@@ -87,7 +88,7 @@ def constants(graph: Graph) -> Iterator[Node]:
 
 
 def left(graph: Graph) -> List[str]:
-    """What of one of the graphs that are `reached` depends on a device and is not among `constants`."""
+    """Return the parts of one of the `reached` graphs that depend on a device and are not among `constants`."""
     found = []
     for kind in ("aten::cpu", "aten::cuda", _FUNCTION, *([_METHOD] if torch_internals.inline(graph) else [])):
         found += [kind for _ in graph.findAllNodes(kind, True)]
@@ -102,17 +103,17 @@ def left(graph: Graph) -> List[str]:
 
 
 def entries(module: Traced) -> List[Traced]:
-    """The modules that a runner calls: this one, or each of its parts."""
+    """Return the modules that a runner calls: this one, or each of its parts."""
     return [module] if hasattr(module, "forward") else list(module.children())
 
 
 def graphs(module: Traced) -> List[Graph]:
-    """The graphs that a runner calls."""
+    """Return the graphs that a runner calls."""
     return [entry.graph for entry in entries(module)]
 
 
 def nodes(block: Block) -> Iterator[Node]:
-    """All nodes, of inner blocks too."""
+    """Yield all nodes, including those of inner blocks."""
     for node in block.nodes():
         yield node
         for inner in node.blocks():
@@ -120,7 +121,8 @@ def nodes(block: Block) -> Iterator[Node]:
 
 
 def arguments(schema: str) -> List[Argument]:
-    """What an operator takes, of its schema as torch prints it: `aten::ones(int[] size, *, Device? device=None) -> Tensor`."""
+    """Return an operator's arguments, from torch's printed schema: `aten::ones(int[] size, *, Device? device=None) ->
+    Tensor`."""
     parts, depth = [""], 0
     for character in schema[schema.index("(") + 1 :]:
         depth += (character in "([") - (character in ")]")
@@ -135,9 +137,9 @@ def arguments(schema: str) -> List[Argument]:
 
 
 def _name_device(graph: Graph, node: Node) -> None:
-    """Name a device where a tensor is made of no other one and of none by name, as scripted code does it.
+    """Name a device where a tensor is made from no other one and without a device, as in scripted code.
 
-    A scalar stays where it is: it goes with tensors of any device.
+    Scalars are left alone: they combine with tensors of any device.
     """
     import torch
 

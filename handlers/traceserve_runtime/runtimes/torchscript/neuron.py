@@ -1,8 +1,8 @@
-"""Graphs that were compiled for AWS Neuron's chips: how they are loaded, and what may be wrong with that.
+"""Loads graphs compiled for AWS Neuron's chips, and explains failures.
 
-A compiled graph holds operators of the namespace `neuron`, which the package registers that compiled it; so it is imported
-before the file is loaded. Loading starts Neuron's runtime, which takes cores for this process alone: one, where the
-environment does not say otherwise.
+A compiled graph contains operators of the namespace `neuron`, which the compiling package registers; so it is imported
+before the file is loaded. Loading starts Neuron's runtime, which takes cores for this process alone: one, unless the
+environment says otherwise.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runtimes import graph as graphs
 from traceserve_runtime.runtimes.graph import Block, Traced
 
-CORES = "NEURON_RT_NUM_CORES"  # how many cores a process takes; without it: all
-CERTAIN_CORES = "NEURON_RT_VISIBLE_CORES"  # or which
+CORES = "NEURON_RT_NUM_CORES"  # a process's number of cores; by default all
+CERTAIN_CORES = "NEURON_RT_VISIBLE_CORES"  # or which ones
 
 
 class Chip(NamedTuple):
-    """The package of torch that a kind of chip needs, the machines that have it, and how many cores one chip has."""
+    """The torch package for a kind of chip, the machines with it, and a chip's number of cores."""
 
     package: str
     machines: str
@@ -36,14 +36,14 @@ CHIPS: Dict[str, Chip] = {
 
 
 class Operators(NamedTuple):
-    """How many operators of a graph are compiled programs, and how many are torch's own, which run on the CPU."""
+    """The numbers of a graph's operators that are compiled programs, and that are torch's own, which run on the CPU."""
 
     compiled: int
     on_cpu: int
 
 
 def operators(module: Traced) -> Operators:
-    """The operators of one traced or compiled module, those of the modules that it calls included."""
+    """Count the operators of a traced or compiled module, including called modules."""
     kinds = list(_kinds(module.inlined_graph))
     return Operators(sum(kind.startswith("neuron::") for kind in kinds), sum(k.startswith("aten::") for k in kinds))
 
@@ -56,9 +56,9 @@ def _kinds(block: Block) -> Iterator[str]:
 
 
 def load(manifest: Manifest, file: Path) -> Traced:
-    """The compiled graphs of `file`, by name; each is asked for by the runtime on a core of this process.
+    """Load the compiled graphs of `file`, by name, onto a core of this process.
 
-    Raises MissingPackage without the package or a free core, InvalidManifest for a file that holds something else.
+    Raises MissingPackage without the package or a free core, InvalidManifest if the file contains something else.
     """
     chip = CHIPS[manifest.hardware]
     if not os.environ.get(CERTAIN_CORES):
@@ -80,7 +80,7 @@ def load(manifest: Manifest, file: Path) -> Traced:
 def _import(chip: Chip, manifest: Manifest) -> None:
     try:
         importlib.import_module(chip.package)
-    except (ImportError, OSError) as error:  # OSError: it was linked against another torch
+    except (ImportError, OSError) as error:  # OSError: linked against another torch
         import torch
 
         made = ", ".join(f"{name} {manifest.versions.get(name, 'unknown')}" for name in (chip.package, "torch"))
@@ -92,7 +92,7 @@ def _import(chip: Chip, manifest: Manifest) -> None:
 
 
 def _explained(error: Exception, chip: Chip, manifest: Manifest, file: Path) -> Exception:
-    """What a failed load means."""
+    """Return the explanation of a failed load."""
     import torch
 
     words = str(error)

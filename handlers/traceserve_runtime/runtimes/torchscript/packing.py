@@ -1,12 +1,14 @@
-"""The weights of a traced graph's linear layers, in the order in which oneDNN reads them.
+"""Packs the weights of a traced graph's linear layers into oneDNN's layout.
 
-A matrix product on a CPU first brings its weights into that order, at every call; with few tokens this takes as long as
-the product. Done once, when the model is read, it is done for all calls. In return a worker holds these weights for itself.
+A matrix product on a CPU first converts its weights to that layout, at every call; with few tokens this takes as long
+as
+the product. Here it is done once, when the model is loaded. In return a worker has its own copy of these weights.
 
-Layers that read the same rows, as query, key and value of an attention do, become one product: each has a price of its
-own, which with few tokens is a good part of it. What they give are then slices of one tensor, whose rows do not lie next to
-each other; `aten::view` may refuse those, so it becomes `aten::reshape`, which is the same otherwise. A GELU that alone reads
-what a layer gives is computed within its product, before anything is rounded.
+Layers that read the same rows, such as an attention's query, key and value, are fused into one product: each has a
+fixed
+cost, which matters with few tokens. Their outputs are then slices of one tensor, whose rows are not contiguous;
+`aten::view` may refuse those, so it becomes `aten::reshape`, which is otherwise the same. A GELU that is the only
+reader of a layer's output is fused into its product, before any rounding.
 """
 
 from __future__ import annotations
@@ -32,11 +34,13 @@ if TYPE_CHECKING:
     import torch
 
 Key = Tuple[int, Tuple[int, ...], bool, int]
-Packed = Dict[Tuple[Key, ...], Tuple["torch.Tensor", Optional["torch.Tensor"]]]  # weights; of several layers biases too
+Packed = Dict[
+    Tuple[Key, ...], Tuple["torch.Tensor", Optional["torch.Tensor"]]
+]  # weights; for several layers also biases
 
-_ROWS = 32  # what oneDNN is told to expect; it takes any number
-_BY_STRIDES = ("aten::as_strided", "aten::view_as", "aten::unflatten")  # need what they read to lie as it did
-_VIEW = re.compile(  # what these give may lie in the memory of what they read
+_ROWS = 32  # oneDNN's expected number; any number works
+_BY_STRIDES = ("aten::as_strided", "aten::view_as", "aten::unflatten")  # need their input's memory layout unchanged
+_VIEW = re.compile(  # their outputs may share their input's memory
     "aten::(contiguous|detach|expand|flatten|narrow|permute|reshape|select|slice|squeeze|t|to|transpose|unsqueeze|view)"
 )
 
@@ -45,23 +49,23 @@ class _Layer(NamedTuple):
     """A linear layer in a graph, and the module's own tensors that it reads."""
 
     node: Node
-    weight: torch.Tensor  # (outputs, inputs), unless turned
+    weight: torch.Tensor  # (outputs, inputs), unless transposed
     vector: Optional[torch.Tensor]  # the bias, (outputs)
     turned: bool
 
     @property
     def rows(self) -> Value:
-        """The value that is multiplied; asked anew each time, for what gave it may have been replaced."""
+        """The multiplied value; looked up each time, since its source may have been replaced."""
         return list(self.node.inputs())[1 if self.turned else 0]
 
     @property
     def bias(self) -> Value:
-        """The value that is added."""
+        """The added value."""
         return list(self.node.inputs())[0 if self.turned else 2]
 
     @property
     def key(self) -> Key:
-        """What tells it from others; equal bytes lie in one place."""
+        """The layer's identity; equal bytes share a memory address."""
         vector = 0 if self.vector is None else self.vector.data_ptr()
         return self.weight.data_ptr(), tuple(self.weight.shape), self.turned, vector
 
@@ -73,10 +77,10 @@ class _Layer(NamedTuple):
 
 
 def pack(module: Traced) -> int:
-    """Rewrite the graphs of a module on the CPU, before its first run; gives how many layers read a packed weight.
+    """Rewrite a module's graphs on the CPU, before its first run; returns the number of layers with packed weights.
 
-    A torch that cannot do it (before 2.0, or without oneDNN) leaves the graphs as they are, and so does what is no x86:
-    nobody has tried it there.
+    If torch does not support it (before 2.0, or without oneDNN), the graphs are unchanged, and so they are on other
+    processors than x86, where it is untested.
     """
     dtypes = _dtypes()
     packed: Packed = {}  # a weight that several graphs or layers read is packed once
@@ -84,21 +88,21 @@ def pack(module: Traced) -> int:
 
 
 def possible() -> bool:
-    """Whether `pack` does anything here."""
+    """Return whether `pack` does anything here."""
     return bool(_dtypes())
 
 
 def _dtypes() -> List[torch.dtype]:
-    """What oneDNN packs on this processor; it refuses bfloat16 where torch itself would emulate it."""
+    """Return the dtypes that oneDNN packs on this processor; it refuses bfloat16 where torch would emulate it."""
     return torch_internals.packable() if processor.is_x86() else []
 
 
 def _pack_entry(entry: Traced, dtypes: Sequence[torch.dtype], packed: Packed) -> int:
-    """Pack what one graph reads in these dtypes; gives the number of its layers."""
+    """Pack one graph's weights of these dtypes; returns the number of layers."""
     import torch
 
     torch_internals.inline(entry.graph)
-    torch_internals.merge_equal(entry.graph)  # else each layer reads rows that were cast for it alone
+    torch_internals.merge_equal(entry.graph)  # else each layer reads its own cast of the rows
     groups = _groups(entry, [layer for layer in layers(entry) if layer.weight.dtype in dtypes])
     for number, group in enumerate(groups):
         key = tuple(layer.key for layer in group)
@@ -115,7 +119,7 @@ def _pack_entry(entry: Traced, dtypes: Sequence[torch.dtype], packed: Packed) ->
 
 
 def layers(entry: Traced) -> Iterator[_Layer]:
-    """The layers of a graph whose weights are the module's own."""
+    """Yield a graph's layers whose weights are the module's own."""
     for kind, read in _LAYERS.items():
         for node in list(entry.graph.findAllNodes(kind, True)):
             layer = read(entry, node)
@@ -124,7 +128,7 @@ def layers(entry: Traced) -> Iterator[_Layer]:
 
 
 def _groups(entry: Traced, layers: Sequence[_Layer]) -> List[List[_Layer]]:
-    """Layers that are to be one product, in the order of the graph; most are alone."""
+    """Group layers to be fused into one product, in the graph's order; most are single."""
     graph = entry.graph
     outside = {node.output().debugName() for kind in _LAYERS for node in graph.findAllNodes(kind, False)}
     strided = any(graph.findAllNodes(kind, True) for kind in _BY_STRIDES)
@@ -140,14 +144,14 @@ def _groups(entry: Traced, layers: Sequence[_Layer]) -> List[List[_Layer]]:
 
 
 def _written(graph: Graph) -> Set[str]:
-    """What is changed in place after it was made. Of such rows one layer may read the old values, and another the new; of
-    such results a slice under another shape may be a copy, which keeps the change to itself."""
+    """Return values that are modified in place. One layer may read such rows before, another after the change; a
+    reshaped slice of such results may be a copy, which does not share the change."""
     nodes = [node for node in devices.nodes(graph) if node.kind().startswith("aten::") and node.kind().endswith("_")]
     return {memory(next(iter(node.inputs()))) for node in nodes}
 
 
 def memory(value: Value) -> str:
-    """The name of the value that first lay where this one lies."""
+    """Return the name of the value whose memory this one shares."""
     while _VIEW.fullmatch(value.node().kind()):
         value = next(iter(value.node().inputs()))
     return value.debugName()
@@ -160,7 +164,7 @@ def _linear(entry: Traced, node: Node) -> Optional[_Layer]:
 
 
 def _addmm(entry: Traced, node: Node) -> Optional[_Layer]:
-    """GPT-2 writes its linear layers this way, the weight turned; any other sum than with a vector is none."""
+    """Return GPT-2's kind of linear layer, with a transposed weight; only for a sum with a vector."""
     bias, _, weight, *factors = node.inputs()
     found, added = _parameter(entry, weight), _parameter(entry, bias)
     plain = all(factor.node().kind() == "prim::Constant" and factor.toIValue() == 1 for factor in factors)
@@ -173,7 +177,7 @@ _LAYERS = {"aten::linear": _linear, "aten::addmm": _addmm}
 
 
 def _parameter(entry: Traced, value: Value) -> Optional[torch.Tensor]:
-    """The matrix or vector of the module that a value of its graph is; None for what is computed."""
+    """Return the module's matrix or vector that a value of its graph refers to; None for computed values."""
     path: List[str] = []
     while value.node().kind() == "prim::GetAttr":
         path.insert(0, value.node().s("name"))
@@ -190,7 +194,7 @@ def _parameter(entry: Traced, value: Value) -> Optional[torch.Tensor]:
 def _replace(
     entry: Traced, group: Sequence[_Layer], name: str, weight: torch.Tensor, bias: Optional[torch.Tensor]
 ) -> None:
-    """Put a product with a packed weight, from now on an attribute of the module, in the place of a group of layers."""
+    """Replace a group of layers by a product with a packed weight, a new attribute of the module."""
     graph, first = entry.graph, group[0]
     matrix = _attribute(entry, name, weight, first.node)
     added = first.bias if bias is None else _attribute(entry, f"{name}_bias", bias, first.node)
@@ -209,7 +213,7 @@ def _replace(
 
 
 def _attribute(entry: Traced, name: str, tensor: torch.Tensor, before: Node) -> Value:
-    """A new tensor of the module, as a value of its graph."""
+    """Add a tensor to the module, and return it as a value of its graph."""
     torch_internals.register(entry, name, tensor)
     read = insert_node(entry.graph, "prim::GetAttr", [next(iter(entry.graph.inputs()))], before)
     read.s_("name", name)
@@ -217,7 +221,7 @@ def _attribute(entry: Traced, name: str, tensor: torch.Tensor, before: Node) -> 
 
 
 def _share(graph: Graph, group: Sequence[_Layer], product: Value) -> None:
-    """Let what reads one of several layers read its part of their product."""
+    """Make readers of one of several layers read its part of their product."""
     before = group[0].node
     last, *widths = (insert_constant(graph, n, before) for n in (-1, *(len(layer.matrix) for layer in group)))
     sizes = _typed(insert_node(graph, "prim::ListConstruct", widths, before), _type("int[]"))
@@ -239,15 +243,15 @@ def _typed(node: Node, type: ValueType) -> Value:
 
 
 def _gelu(layer: _Layer) -> Optional[Node]:
-    """The activation, where it alone reads what the layer gives."""
+    """Return the activation if it is the only reader of the layer's output."""
     readers = [use.user for use in layer.node.output().uses()]
     return readers[0] if [node.kind() for node in readers] == ["aten::gelu"] else None
 
 
 def _allow_slices(graph: Graph) -> None:
-    """Let rows that do not lie next to each other be read under other shapes."""
+    """Allow non-contiguous rows to be reshaped."""
     for node in list(graph.findAllNodes("aten::view", True)):
-        if node.inputsAt(1).type().kind() != "ListType":  # another dtype of the same bytes
+        if node.inputsAt(1).type().kind() != "ListType":  # reinterprets the bytes as another dtype
             continue
         made = insert_node(graph, "aten::reshape", list(node.inputs()), node)
         replace(node, _typed(made, node.output().type()))

@@ -1,4 +1,4 @@
-"""The save mode torchscript: a traced module, read by `torch.jit.load`."""
+"""The save mode torchscript: a traced module, loaded by `torch.jit.load`."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ if TYPE_CHECKING:
     import torch
 
 
-# Of `Manifest.runtime`: whether a CPU's graph computes padding in attention alone, and to a multiple of what number it fills
-# the tokens of a run up, a row that runs alone among them.
+# In `Manifest.runtime`: whether a CPU's graph computes padding only in attention, and the multiple to which it rounds
+# up
+# a run's tokens, also for a single row.
 UNPADDED, FILLED = "unpadded", "filled"
 
 
 class TorchScriptRunner:
-    """A traced model on a device, or one that is called like it; see Runner. Its state is a tuple of tensors there.
+    """A traced model on a device, or one with its interface; see Runner. Its state is a tuple of tensors there.
 
-    Runs go `side_by_side` where one of several threads that call it does not wait for the others. `own_threads`: it is code
-    for a number of threads, which would be compiled again for another one.
+    `side_by_side`: runs of several calling threads do not wait for each other. `own_threads`: the code is for
+    a fixed number of threads, and would be recompiled for another.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class TorchScriptRunner:
         lanes = [ThreadPoolExecutor(1, f"lane-{i}") for i in range(threads)]
         for lane in lanes:
             lane.submit(_take_one_core).result()
-        torch.set_num_threads(threads)  # of this thread: some of torch's libraries count for the process
+        torch.set_num_threads(threads)  # this thread's: some of torch's libraries count per process
         return lanes
 
     def share_cores(self) -> None:
@@ -90,7 +91,7 @@ class TorchScriptRunner:
             self._team = team.of_torch()
 
     def warm(self) -> None:
-        """Run the graph of each shape once: the first run of one that was compiled loads it into the chip."""
+        """Run each shape's graph once: the first run loads a compiled one into the chip."""
         shapes = self._manifest.shapes
         for batch in shapes.batches or ():
             for length in shapes.lengths or ():
@@ -115,19 +116,19 @@ class TorchScriptRunner:
 def read(
     manifest: Manifest, folder: Path, device: str, settings: Settings = Settings()
 ) -> Union[TorchScriptRunner, PaddedRunner]:
-    """The traced model of `folder` as a runner on `device` ("cpu", "cuda:0", ...).
+    """Return the traced model of `folder` as a runner on `device` ("cpu", "cuda:0", ...).
 
-    What was compiled for a chip runs there, whatever the device. Raises MissingPackage without torch, the device or what
-    the dtype needs of the processor, InvalidManifest for a file that is no TorchScript.
+    Graphs compiled for a chip run there, whatever the device. Raises MissingPackage without torch, the device or a
+    processor feature that the dtype needs, InvalidManifest if the file is not TorchScript.
     """
     return _read(manifest, folder, device, settings.threads, _reading(manifest, device, settings))
 
 
 class _Reading(NamedTuple):
-    """How the files are read, where device, processor and settings decide it; `variants` lists every one.
+    """How the files are read, depending on device, processor and settings; `variants` lists every way.
 
-    `mapped`: the graph alone, over the weights of the model's file. `plain`: that file as torch.jit.load reads it and
-    torch's own executor runs it, in Python or C++, without this runtime.
+    `mapped`: only the graph, with the weights of the model's file. `plain`: that file as loaded by torch.jit.load and
+    run by torch's own executor, in Python or C++, without this runtime.
     """
 
     mapped: bool = False
@@ -137,7 +138,7 @@ class _Reading(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As the receipt calls it."""
+        """Its name in the receipt."""
         if self.plain:
             return "by plain torch.jit.load"
         weights_are = "weights packed" if self.packed else "weights mapped" if self.mapped else "moved to its device"
@@ -145,16 +146,16 @@ class _Reading(NamedTuple):
 
 
 def _reading(manifest: Manifest, device: str, settings: Settings) -> _Reading:
-    """How this machine reads it."""
+    """Return this machine's way of reading it."""
     mapped = device == "cpu" and weights.GRAPH_FILE in manifest.files
     wide = device == "cpu" and manifest.dtype == "bfloat16" and attention.sooner_wide()
     return _Reading(mapped, mapped and settings.pack_weights, wide)
 
 
 def variants(manifest: Manifest, folder: Path, devices: Sequence[str]) -> List[Variant]:
-    """Each way in which these files may be run on these devices; first what a worker that is alone does here.
+    """Return the ways to run these files on these devices; first a single worker's default here.
 
-    Not each number of threads, nor each `length_step`: the graph is the same, and the gate pads rows to any length.
+    Not each number of threads or `length_step`: the graph is the same, and the gate pads rows to any length.
     """
     if manifest.hardware in neuron.CHIPS:
         return [Variant(manifest.model_file, "as compiled", manifest.hardware, partial(read, manifest, folder, "cpu"))]
@@ -218,7 +219,7 @@ def _read(
 
 
 class _Plain:
-    """A module, or one of its graphs, run by torch's own executor as it is by default: it profiles, then specialises."""
+    """A module, or one of its graphs, run by torch's executor with its defaults: it profiles, then specialises."""
 
     def __init__(self, module: Any) -> None:
         self._module = module
@@ -238,7 +239,7 @@ class _Plain:
 def _runner(
     module: Any, manifest: Manifest, device: str, padding: Padding = Padding()
 ) -> Union[TorchScriptRunner, PaddedRunner]:
-    """What runs these graphs: those that write have target lengths where their shapes are fixed."""
+    """Return the runner of these graphs: with fixed shapes, writers have target lengths."""
     targets = manifest.runtime.get("targets")
     if targets:
         return PaddedRunner(module, manifest, targets)
@@ -247,7 +248,7 @@ def _runner(
 
 
 def settle(dtype: str, device: str, threads: Optional[int]) -> None:
-    """Make torch ready for a model of this dtype; raises MissingPackage for what it or the machine lacks."""
+    """Prepare torch for a model of this dtype; raises MissingPackage if it or the machine lacks something."""
     try:
         import torch
     except ImportError as error:
@@ -256,14 +257,14 @@ def settle(dtype: str, device: str, threads: Optional[int]) -> None:
         raise MissingPackage(f"TorchServe asks for the device {device}, but this torch {torch.__version__} sees no GPU")
     if device == "cpu":
         processor.check_dtype(dtype)
-        # torch takes all cores that the process is bound to, where a container's quota may be a few of them.
+        # torch takes all cores of the process's affinity, even if a container's quota is lower.
         threads = threads or min(torch.get_num_threads(), processor.cores())
     if threads is not None and threads != torch.get_num_threads():
         torch.set_num_threads(threads)
 
 
 def _take_one_core() -> None:
-    """Let this thread compute alone; asking first, since torch gives a thread its defaults when it is first asked."""
+    """Restrict this thread to one core; query first, since torch resets a thread's settings on the first query."""
     import torch
 
     torch.get_num_threads()
@@ -271,10 +272,10 @@ def _take_one_core() -> None:
 
 
 def _settle_executor() -> None:
-    """Make TorchScript run the graph as it is from the first call on.
+    """Make TorchScript run the graph unchanged from the first call on.
 
-    By default it records shapes for two runs, then specialises and fuses for them, and does so again at other shapes.
-    Measured with MiniLM on a CPU: the first request takes 36 ms in place of 72, the second 6 ms in place of 30, and
+    By default it records shapes for two runs, then specialises and fuses for them, and again for other shapes.
+    Measured with MiniLM on a CPU: the first request takes 36 ms instead of 72, the second 6 ms instead of 30, and
     later ones are as fast.
     """
     torch_internals.set_profiling(False)

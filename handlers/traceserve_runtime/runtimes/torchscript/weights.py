@@ -1,9 +1,9 @@
-"""The weights of a traced model outside of its graph, mapped from the file that holds both.
+"""A traced model's weights outside of its graph, mapped from the file that contains both.
 
-`traced_model.pt` is a zip with stored (not compressed) tensors, so each weight is a stretch of bytes in it. Beside it lie
-`graph.pt`, the same module with empty weights, and `weights.json`, which tells where each weight stands. A worker loads the
-graph and maps the weights: all workers of a machine, and all graphs of a model, read the same pages of the page cache.
-Plain `torch.jit.load` needs `traced_model.pt` alone.
+`traced_model.pt` is a zip with stored (uncompressed) tensors, so each weight is a range of its bytes. Beside it are
+`graph.pt`, the same module with empty weights, and `weights.json`, with each weight's position. A worker loads the
+graph and maps the weights: all workers of a machine, and all graphs of a model, share the same pages of the page cache.
+Plain `torch.jit.load` only needs `traced_model.pt`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ WEIGHTS_FILE = "weights.json"
 
 
 class Place(NamedTuple):
-    """Where a weight stands: its first byte, what it is and its shape."""
+    """A weight's position: its first byte, dtype and shape."""
 
     offset: int
     dtype: str
@@ -32,7 +32,7 @@ class Place(NamedTuple):
 
 
 def read_places(folder: Path) -> Dict[str, Place]:
-    """The places of `folder`'s weights by name; raises InvalidManifest."""
+    """Return the positions of `folder`'s weights by name; raises InvalidManifest."""
     try:
         content = json.loads((folder / WEIGHTS_FILE).read_text(encoding="utf-8"))
         return {name: Place(int(o), str(dtype), tuple(map(int, shape))) for name, (o, dtype, shape) in content.items()}
@@ -41,15 +41,15 @@ def read_places(folder: Path) -> Dict[str, Place]:
 
 
 def write_places(folder: Path, places: Dict[str, Place]) -> None:
-    """Write `folder/weights.json`; equal places give equal bytes."""
+    """Write `folder/weights.json`; equal positions give equal bytes."""
     text = json.dumps(places, separators=(",", ":"), sort_keys=True) + "\n"
     (folder / WEIGHTS_FILE).write_text(text, encoding="utf-8")
 
 
 def assign(module: Traced, file: Path, places: Dict[str, Place]) -> mmap.mmap:
-    """Give a loaded graph its weights, mapped from `file`; raises InvalidManifest for one that has no place.
+    """Give a loaded graph its weights, mapped from `file`; raises InvalidManifest for one without a position.
 
-    The mapping, which it returns, is copy-on-write: nothing that a worker does reaches the file.
+    The returned mapping is copy-on-write: nothing that a worker does reaches the file.
     """
     try:
         with file.open("rb") as stream:
@@ -68,7 +68,7 @@ def assign(module: Traced, file: Path, places: Dict[str, Place]) -> mmap.mmap:
 
 
 def give_back(mapped: mmap.mmap) -> None:
-    """Give the system the pages back that were read; what is read again comes from the file again."""
+    """Return read pages to the system; later reads use the file again."""
     if hasattr(mapped, "madvise"):  # not on every system
         mapped.madvise(mmap.MADV_DONTNEED)
 

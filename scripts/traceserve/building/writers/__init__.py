@@ -1,4 +1,4 @@
-"""One file or folder per save mode: how it is written."""
+"""The writers of the save modes, one file or folder each."""
 
 from __future__ import annotations
 

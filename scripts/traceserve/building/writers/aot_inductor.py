@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 
 MODEL_FILE = "model.pt2"
 COMPILERS = ("g++", "clang++")
-# The number of threads is the worker's to choose; and no tables of lines, which hold this machine's paths.
+# The worker chooses the number of threads; and without line tables, which contain this machine's paths.
 _CONFIGS: Dict[str, Any] = {"cpp.dynamic_threads": True, "aot_inductor.enable_line_tables": False}
 
 
 def check(dtype: str, target: Target) -> None:
-    """Raise ExportError without a C++ compiler, or a torch that packages what it compiles."""
+    """Raise ExportError without a C++ compiler, or a torch that packages compiled models."""
     precision.check_processor(dtype)
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6) or not torch_internals.compiles_packages():
         raise ExportError(f"save_mode aot_inductor needs torch 2.6 or newer; this is {torch.__version__}")
@@ -46,7 +46,7 @@ def check(dtype: str, target: Target) -> None:
 
 
 def compiler() -> str:
-    """The C++ compiler that torch takes; raises ExportError where there is none."""
+    """Return torch's C++ compiler; raises ExportError without one."""
     wanted = os.environ.get("CXX")
     found = wanted or COMPILERS[0]
     if shutil.which(found) is None:
@@ -58,9 +58,9 @@ def compiler() -> str:
 
 
 def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, target: Target) -> Written:
-    """Write `folder/model.pt2`; see Writer. Raises ExportError with the reason of torch or the compiler."""
+    """Write `folder/model.pt2`; see Writer. Raises ExportError with torch's or the compiler's reason."""
     module, inputs = _module(original, task, shapes)
-    # Of the package and its copy without sources. Torch's writer of packages aborts the process on a full disk.
+    # For the package and its copy without sources. Torch's package writer aborts the process on a full disk.
     size = sum(tensor.numel() * tensor.element_size() for tensor in module.parameters())
     space.require_space(folder, 2 * size, f"{MODEL_FILE}, the compiled model,")
     exported: Any = torch.export
@@ -91,16 +91,17 @@ def _module(original: Original, task: Type[Task], shapes: Shapes) -> Tuple[torch
 
 
 def _sizes(shapes: Shapes, inputs: int) -> Tuple[Dict[int, Any], ...]:
-    """Which sizes of each input vary: the batch, and the length where there are several."""
+    """Return each input's variable sizes: the batch, and the length if there are several."""
     exported: Any = torch.export
     one_length = shapes.lengths is not None and len(shapes.lengths) == 1
     return tuple(dict.fromkeys((0,) if one_length else (0, 1), exported.Dim.DYNAMIC) for _ in range(inputs))
 
 
 def _repack(package: Path, file: Path) -> None:
-    """The package without its C++ sources, which grow with every build, and its random number: the same bytes each time.
+    """Copy the package without its C++ sources, which grow with every build, and its random number, for deterministic
+    bytes.
 
-    The code still holds the name of torch's cache folder: it is another one for another user, or another TMPDIR.
+    The code still contains the name of torch's cache folder, which depends on the user and TMPDIR.
     """
     with zipfile.ZipFile(package) as source, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as target:
         for name in sorted(source.namelist()):

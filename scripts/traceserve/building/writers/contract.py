@@ -1,4 +1,4 @@
-"""What a writer is, and what it tells of what it wrote."""
+"""The contract of a writer, and the description of its output."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 
 class Written(NamedTuple):
-    """What a writer made: the inputs of the graph that a loop runs, in order, none for a model that is run once; the files
-    beside the model's own; what its reader must know (`Manifest.runtime`); the versions of what it wrote with; and what of
-    the task's facts is otherwise for it."""
+    """A writer's output: the inputs of a loop's graph, in order, none for a model that runs once; the files
+    besides the model's own; the facts for its reader (`Manifest.runtime`); the versions of the packages it used; and
+    overrides
+    of the task's facts."""
 
     step_inputs: Tuple[str, ...] = ()
     files: Tuple[str, ...] = ()
@@ -36,15 +37,16 @@ def _no_note(target: Target) -> str:
 
 
 class Writer(NamedTuple):
-    """How a save mode is written; what it can do is its row in `config.save_modes`.
+    """How a save mode is written; `config.save_modes` has its capabilities.
 
-    `write(original, task, shapes, folder, target)` writes `model_file` and the files that it tells; the original is one of
-    those that `lowered(original, dtype, texts)` gives for a dtype, to be tried in turn (`texts` show what the model reads).
+    `write(original, task, shapes, folder, target)` writes `model_file` and the files that it reports; the original is
+    one of
+    those that `lowered(original, dtype, texts)` yields for a dtype, to be tried in turn (`texts` are typical inputs).
     `shapes(config, max_length)`: the shapes to try, widest first.
-    `plainer(manifest, folder, failing)`: the same artifact, changed in its folder, without what the gate refused and a worker
-    can do without; None where there is nothing of this kind in the files that are `failing`.
-    `check(dtype, target)` raises ExportError for what this machine lacks to write it, or to compare it with the original;
-    `note(target)` names what it lacks to write it as fast as elsewhere, or is empty.
+    `plainer(manifest, folder, failing)`: the same artifact, changed in its folder, without optional parts that the gate
+    refused; None if the files in `failing` have no such parts.
+    `check(dtype, target)` raises ExportError if this machine cannot write it, or compare it with the original;
+    `note(target)` names what it lacks for the usual speed, or is empty.
     """
 
     write: Callable[[Original, Type[Task], Shapes, Path, Target], Written]

@@ -1,4 +1,4 @@
-"""The save mode pretrained: a checkpoint of transformers, its configuration and its weights as safetensors."""
+"""The save mode pretrained: a transformers checkpoint, its configuration and its weights as safetensors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ EXAMPLE_BATCH, EXAMPLE_LENGTH = 2, 8
 
 
 def check(dtype: str, target: Target) -> None:
-    """The gate loads what was written as a worker does: raise ExportError where this machine cannot."""
+    """Raise ExportError if this machine cannot load the result like a worker, as the gate does."""
     import transformers
 
     precision.check_processor(dtype)
@@ -46,7 +46,7 @@ def check(dtype: str, target: Target) -> None:
 def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, target: Target) -> Written:
     """Write `folder/model.safetensors` and `folder/config.json`; see Writer.
 
-    Raises UnwritableError with the model's own reason where it cannot be run as its task runs it.
+    Raises UnwritableError with the model's own reason if its task cannot run it.
     """
     try:
         with torch.no_grad(), precision.tracing(original.dtype):
@@ -64,9 +64,9 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
 
 
 def _step_inputs(original: Original, task: Type[Task]) -> Tuple[Tuple[str, ...], Dict[str, Any]]:
-    """Of a loop the inputs of a step, and whether it reads new tokens alone, as its reader must know.
+    """Return the inputs of a loop's step, and whether it reads only new tokens, for its reader.
 
-    The model is called once, so that one that lacks an output is found here.
+    The model is called once, so that a missing output is found here.
     """
     if task.loop:
         _, step = GRAPHS[task.loop](original, EXAMPLE_BATCH, min(EXAMPLE_LENGTH, original.max_length - 2))
@@ -78,10 +78,11 @@ def _step_inputs(original: Original, task: Type[Task]) -> Tuple[Tuple[str, ...],
 
 @contextlib.contextmanager
 def _own_configs(model: Any) -> Iterator[None]:
-    """Let a model be saved without what that does to it.
+    """Save a model without side effects on it.
 
-    transformers 4.57 takes parameters of generation out of a configuration that is saved, and no version saves a
-    configuration of generation that it finds wanting; the worker reads none.
+    transformers 4.57 removes generation parameters from a saved configuration, and every version refuses to save an
+    invalid
+    generation configuration; the worker reads none.
     """
     import transformers
 

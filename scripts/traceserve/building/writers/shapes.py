@@ -14,15 +14,16 @@ from traceserve.building.writers.neuron import writer as neuron
 
 
 def one_graph(config: SetupConfig, max_length: int) -> Iterator[Shapes]:
-    """Any length; or those that the configuration names."""
+    """Yield any length; or the configured ones."""
     lengths = config.sequence_lengths
     yield Shapes() if lengths == "auto" else Shapes(_few(config, max_length))
 
 
 def with_graphs(config: SetupConfig, max_length: int) -> Iterator[Shapes]:
-    """One graph for every shape, then one for each of a few lengths, then also for each batch; of a loop, the first.
+    """Yield one graph for every shape, then one per length for a few lengths, then also per batch; for a loop, the
+    first.
 
-    Where graphs are compiled, one for each length and batch.
+    Compiled graphs: one per length and batch.
     """
     if config.hardware in FIXED_SHAPES:
         yield from neuron.shapes(config, max_length)
@@ -36,7 +37,8 @@ def with_graphs(config: SetupConfig, max_length: int) -> Iterator[Shapes]:
 
 
 def without_padding(config: SetupConfig) -> Iterator[Shapes]:
-    """Any length without padding, for models whose answers padding changes: none where shapes are asked for, or fixed."""
+    """Yield any length without padding, for models whose answers change with padding: none for configured or fixed
+    shapes."""
     open_lengths = config.sequence_lengths == "auto" and config.hardware not in FIXED_SHAPES
     if open_lengths and not TASKS[config.task].loop:
         yield Shapes(padded=False)

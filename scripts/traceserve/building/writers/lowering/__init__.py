@@ -1,1 +1,1 @@
-"""Lower precisions of a model, made before it is written."""
+"""Lower precisions of a model, made before writing it."""

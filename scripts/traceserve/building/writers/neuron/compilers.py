@@ -1,4 +1,4 @@
-"""The compilers of AWS Neuron: a module and the one shape of its inputs to a graph for the chip."""
+"""AWS Neuron's compilers: from a module and its one input shape to a graph for the chip."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from traceserve.machine import neuron_cores
 
 
 class CompileError(ExportError):
-    """What no narrower shape would mend."""
+    """A failure that narrower shapes would not fix."""
 
 
 class Settings(NamedTuple):
-    """What a compiler is told; `workdir` is this graph's own folder, where the compiler leaves what it made and said."""
+    """A compiler's settings; `workdir` is this graph's own folder for the compiler's output and logs."""
 
     arguments: Tuple[str, ...]
-    timeout: Optional[int]  # seconds for one graph
+    timeout: Optional[int]  # seconds per graph
     workdir: Path
 
 
 class Compiler(NamedTuple):
-    """How one kind of chip is compiled for; `weights` of the graphs together fit into a core's memory."""
+    """The compiler for one kind of chip; the graphs' `weights` together must fit into a core's memory."""
 
     trace: Callable[[Any, Any, Tuple[torch.Tensor, ...], Settings], torch.nn.Module]
     weights: float
-    distributions: Tuple[str, ...]  # whose versions are recorded
+    distributions: Tuple[str, ...]  # their versions are recorded
 
 
 def _neuron(package: Any, module: Any, inputs: Tuple[torch.Tensor, ...], settings: Settings) -> torch.nn.Module:
@@ -47,7 +47,7 @@ def _neuron(package: Any, module: Any, inputs: Tuple[torch.Tensor, ...], setting
 
 
 def _neuronx(package: Any, module: Any, inputs: Tuple[torch.Tensor, ...], settings: Settings) -> torch.nn.Module:
-    """Weights are part of the graph, as they are by default. Without a chip the compiler must be told of one."""
+    """Weights are part of the graph, by default. Without a chip the compiler needs a target."""
     without = {} if neuron_cores.count("neuronx") else {"cpu_backend": True}
     traced: torch.nn.Module = package.trace(
         module, inputs, compiler_workdir=str(settings.workdir), compiler_args=list(settings.arguments), **without
@@ -55,7 +55,7 @@ def _neuronx(package: Any, module: Any, inputs: Tuple[torch.Tensor, ...], settin
     return traced
 
 
-# A core of Inf1 has 2 GB of its chip's memory, one of Inf2 and Trn1 16 GB; a weight takes two bytes.
+# An Inf1 core has 2 GB of its chip's memory, one of Inf2 and Trn1 16 GB; a weight takes two bytes.
 COMPILERS: Dict[str, Compiler] = {
     "neuron": Compiler(_neuron, 1e9, ("torch-neuron", "neuron-cc")),
     "neuronx": Compiler(_neuronx, 8e9, ("torch-neuronx", "neuronx-cc", "libneuronxla")),
@@ -63,7 +63,7 @@ COMPILERS: Dict[str, Compiler] = {
 
 
 def check_compiler(hardware: str, arguments: Tuple[str, ...]) -> None:
-    """Raise ExportError where this machine cannot compile for the hardware."""
+    """Raise ExportError if this machine cannot compile for the hardware."""
     package(hardware)
     if not HARDWARE[hardware].partial and not neuron_cores.count(hardware) and not _targeted(arguments):
         raise ExportError(
@@ -73,11 +73,11 @@ def check_compiler(hardware: str, arguments: Tuple[str, ...]) -> None:
 
 
 def package(hardware: str) -> Any:
-    """The package that compiles for the hardware; raises ExportError without it."""
+    """Return the package that compiles for the hardware; raises ExportError without it."""
     name = CHIPS[hardware].package
     try:
         return importlib.import_module(name)
-    except (ImportError, OSError) as error:  # OSError: it was linked against another torch
+    except (ImportError, OSError) as error:  # OSError: linked against another torch
         import torch
 
         raise ExportError(
@@ -87,7 +87,7 @@ def package(hardware: str) -> Any:
 
 
 def versions(hardware: str) -> Dict[str, str]:
-    """The versions of what compiles; of what is not installed under its own name, none."""
+    """Return the compiling packages' versions; none for those not installed under their own name."""
     from importlib import metadata
 
     found = {CHIPS[hardware].package: str(getattr(package(hardware), "__version__", "unknown"))}
@@ -107,7 +107,7 @@ def compile_graph(
     settings: Settings,
     least_share: float,
 ) -> Tuple[torch.nn.Module, float]:
-    """The compiled graph and the share of its operators that runs on the chip; raises CompileError."""
+    """Return the compiled graph and the share of its operators on the chip; raises CompileError."""
     chip, compiler = CHIPS[hardware], COMPILERS[hardware]
     before = operators(torch.jit.trace(module, inputs, check_trace=False))  # type: ignore[no-untyped-call]
     try:
@@ -137,14 +137,14 @@ def compile_graph(
 
 
 def _share(before: Operators, after: Operators) -> Optional[float]:
-    """What of the operators is no longer torch's own; None where none is."""
+    """Return the share of operators that are no longer torch's own; None if all are."""
     if not after.compiled:
         return None
     return max(0.0, 1 - after.on_cpu / before.on_cpu) if before.on_cpu else 1.0
 
 
 def _said(workdir: Path) -> str:
-    """The last line of the compiler's logs, for an error's end."""
+    """Return the last line of the compiler's logs, as the end of an error."""
     logs = sorted(path for path in workdir.rglob("*log*") if path.is_file() and path.suffix in (".txt", ".log"))
     lines: List[str] = [line for path in logs for line in path.read_text(errors="replace").splitlines() if line.strip()]
     return f"; its log ends with: {lines[-1].strip()[:200]}" if lines else ""
@@ -155,7 +155,7 @@ def _targeted(arguments: Tuple[str, ...]) -> bool:
 
 
 def compiler_settings(options: Mapping[str, Any], workdir: Path) -> Settings:
-    """The options of a configuration as a compiler is told them."""
+    """Return a configuration's options as the compiler's settings."""
     given = options.get("compiler_args") or []
     arguments = (given,) if isinstance(given, str) else tuple(given)
     return Settings(arguments, options.get("compiler_timeout"), workdir)

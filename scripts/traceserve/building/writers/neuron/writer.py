@@ -1,4 +1,4 @@
-"""The save mode torchscript for chips whose graphs are compiled, each for one shape: all graphs in one file."""
+"""The save mode torchscript for chips with compiled graphs of one shape each: all graphs in one file."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 
 def shapes(config: SetupConfig, max_length: int) -> Iterator[Shapes]:
-    """The configured lengths and batches; where the lengths are left open a few, and fewer where these are too many."""
+    """Yield the configured lengths and batches; by default a few lengths, and fewer if these are too many."""
     batches = tuple(sorted(set(config.options.get("batch_sizes", COMPILED_BATCHES))))
     lengths = config.sequence_lengths
     if lengths == "auto":
-        few = few_lengths(max_length)[::-1][::2][::-1]  # each twice twice as long
+        few = few_lengths(max_length)[::-1][::2][::-1]  # each four times the one before
         for start in range(len(few)):
             yield Shapes(few[start:], batches, graph_per_shape=True)
     else:
@@ -38,9 +38,9 @@ def shapes(config: SetupConfig, max_length: int) -> Iterator[Shapes]:
 
 
 def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, target: Target) -> Written:
-    """Compile a graph for each shape, and write them into one file; as a rehearsal, trace the same graphs for the CPU.
+    """Compile a graph per shape, and write them into one file; as a rehearsal, trace the same graphs for the CPU.
 
-    Raises ExportError for more graphs than a core has memory for, CompileError for one that cannot be compiled.
+    Raises ExportError if a core has too little memory for the graphs, CompileError if one cannot be compiled.
     """
     graphs, lengths = _graphs(original, task, shapes, target)
     _check_memory(original, shapes, len(graphs), target)
@@ -70,14 +70,14 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
 
 
 def check(target: Target) -> None:
-    """Raise ExportError where this machine cannot compile for the hardware."""
+    """Raise ExportError if this machine cannot compile for the hardware."""
     compilers.check_compiler(target.hardware, compilers.compiler_settings(target.options, Path()).arguments)
 
 
 def _graphs(
     original: Original, task: Type[Task], shapes: Shapes, target: Target
 ) -> Tuple[Dict[str, fixed_shapes.FixedGraph], Tuple[int, ...]]:
-    """The graphs by name, and of a decoder its target lengths."""
+    """Return the graphs by name, and a decoder's target lengths."""
     if task.loop:
         lengths = fixed_shapes.targets(_most_new_tokens(original, (target.options["target_length"],)))
         return fixed_shapes.graphs(original, shapes, lengths), lengths
@@ -95,7 +95,7 @@ def _most_new_tokens(original: Original, lengths: Tuple[int, ...]) -> int:
 
 
 def _check_memory(original: Original, shapes: Shapes, count: int, target: Target) -> None:
-    """Every graph has its own copy of the weights on the chip."""
+    """Raise ExportError if they do not fit: every graph has its own copy of the weights on the chip."""
     weights = sum(parameter.numel() for parameter in original.model.parameters())
     most = int(COMPILERS[target.hardware].weights // max(1, weights))
     if count > most:

@@ -1,7 +1,8 @@
-"""A module to an ONNX graph, by torch's exporter that traces.
+"""Exports a module to an ONNX graph, with torch's tracing exporter.
 
-It records what `torch.jit.trace` records, and serves every task. The newer one (`dynamo=True`) was tried with torch 2.13:
-torch.export does not take the steps of generation, and it takes ten times as long.
+It records the same as `torch.jit.trace`, and supports every task. The newer one (`dynamo=True`) was tried with torch
+2.13:
+torch.export does not accept the steps of generation, and takes ten times as long.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ Axes = Dict[str, Dict[int, str]]
 
 
 class OnnxGraph(NamedTuple):
-    """A module to be exported: an example of its inputs, the names of inputs and outputs, and which of their sizes vary."""
+    """A module to export: example inputs, the names of inputs and outputs, and their variable sizes."""
 
     module: torch.nn.Module
     example: Tuple[torch.Tensor, ...]
@@ -40,7 +41,7 @@ class OnnxGraph(NamedTuple):
 
 
 def of_shape(original: Original, task: Type[Task], batch: int, length: int) -> OnnxGraph:
-    """A model that is run once."""
+    """Return the graph of a model that runs once."""
     outputs = tuple(output.name for output in task.outputs)
     axes: Axes = {name: {0: "batch", 1: "length"} for name in original.inputs}
     axes.update({output.name: {0: "batch", **({1: "length"} if output.per_token else {})} for output in task.outputs})
@@ -51,18 +52,18 @@ def of_shape(original: Original, task: Type[Task], batch: int, length: int) -> O
 def of_loop(
     original: Original, task: Type[Task], batch: int, length: int
 ) -> Tuple[OnnxGraph, OnnxGraph, Tuple[str, ...]]:
-    """The graphs `start` and `step` of a model that is run token by token, see `tracing.loops`; and the inputs of a step."""
+    """Return the graphs `start` and `step` of a looping model, see `tracing.loops`; and a step's inputs."""
     start, step = GRAPHS[task.loop](original, batch, min(length, original.max_length - 2))
     with torch.no_grad():
         states = start.module(*start.example)
         grown = len(step.module(*step.example)) - len(task.outputs)
     past = tuple(f"{PAST}{i}" for i in range(len(states)))
     present = tuple(f"{PRESENT}{i}" for i in range(len(states)))
-    # Keys and values are (batch, heads, length, size); tokens, and what an encoder gives, (batch, length, ...).
+    # Keys and values are (batch, heads, length, size); tokens, and an encoder's output, (batch, length, ...).
     of_state = [{0: "batch", 2 if t.ndim == 4 else 1: "past" if i < grown else "source"} for i, t in enumerate(states)]
     begin: Axes = {name: {0: "batch", 1: "length"} for name in start.inputs}
     begin.update(zip(present, of_state))
-    # Each has a length of its own: of new tokens, of all tokens, or of the source.
+    # Each has its own length: of new tokens, of all tokens, or of the source.
     axes: Axes = {name: {0: "batch", 1: f"length_of_{name}"} for name in step.inputs}
     axes.update(zip(past, of_state))
     axes.update({output.name: {0: "batch"} for output in task.outputs})
@@ -76,7 +77,8 @@ def of_loop(
 
 
 def export_graph(graph: OnnxGraph, original: Original, opset: int, scratch: Path, eager: bool) -> Any:
-    """The graph as an ONNX model in memory; `eager`: with attention as the tool for transformers knows it."""
+    """Return the graph as an ONNX model in memory; `eager`: with attention in the form known to the tool for
+    transformers."""
     from onnx import load
 
     known = inspect.signature(torch.onnx.export).parameters
@@ -84,7 +86,7 @@ def export_graph(graph: OnnxGraph, original: Original, opset: int, scratch: Path
     file = scratch / "exported.onnx"
     try:
         with warnings.catch_warnings(), traceable(original.model), torch.no_grad(), _attention(original.model, eager):
-            warnings.simplefilter("ignore")  # tracer warnings: the gate proves what they suspect
+            warnings.simplefilter("ignore")  # tracer warnings: the gate checks their suspicions
             torch.onnx.export(
                 graph.module.eval(),
                 graph.example,
@@ -104,7 +106,7 @@ def export_graph(graph: OnnxGraph, original: Original, opset: int, scratch: Path
 
 @contextlib.contextmanager
 def _attention(model: Any, eager: bool) -> Iterator[None]:
-    """Let the model compute its attention in single steps; where it knows only one way, as it does."""
+    """Make the model compute attention in single steps, if it has a choice."""
     own = getattr(model.config, "_attn_implementation", None)
     if not eager or own is None or not hasattr(model, "set_attn_implementation"):  # before transformers 4.53
         yield

@@ -1,4 +1,4 @@
-"""What is fused in a graph: by ONNX Runtime when it reads it, and before that by its tool for transformers."""
+"""Graph fusions: by ONNX Runtime when loading, and before that by its tool for transformers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any, Dict, NamedTuple, Tuple
 
 
 class Level(NamedTuple):
-    """What ONNX Runtime does when it reads the graph; whether its tool for transformers is run before, and approximates."""
+    """ONNX Runtime's optimization when loading the graph; whether its tool for transformers runs before, and
+    approximates."""
 
     session: str
     tool: bool = False
@@ -21,14 +22,14 @@ LEVELS = {
     "transformers": Level("ORT_ENABLE_EXTENDED", tool=True),
     "fast_gelu": Level("ORT_ENABLE_EXTENDED", tool=True, fast_gelu=True),
 }
-# The tool's names for the families that it has patterns of; others have those of BERT.
+# The tool's names of families with their own patterns; others use BERT's.
 _FAMILIES = {"gpt2": "gpt2", "bart": "bart", "mbart": "bart", "t5": "t5", "mt5": "t5"}
 
 
 def fuse(model: Any, source: Any, level: Level, loop: bool) -> Tuple[Any, Dict[str, int]]:
-    """The ONNX model fused for the CPU as the level says, and how many of each operator that made.
+    """Return the ONNX model fused for the CPU at this level, and the number of each fused operator.
 
-    Of a loop without attention, whose fused form keeps its state in another shape.
+    Attention is not fused in a loop, since that changes the state's shape.
     """
     if not level.tool:
         return model, {}
@@ -39,10 +40,10 @@ def fuse(model: Any, source: Any, level: Level, loop: bool) -> Tuple[Any, Dict[s
     kind = _FAMILIES.get(config.model_type, "bert")
     options = FusionOptions(kind)
     options.enable_attention = options.enable_rotary_embeddings = not loop
-    options.attention_mask_format = AttentionMaskFormat.AttentionMask  # its default counts on padding at the end
+    options.attention_mask_format = AttentionMaskFormat.AttentionMask  # its default assumes padding at the end
     options.enable_gelu_approximation = level.fast_gelu
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # it tells each pattern that it does not find
+    logging.disable(logging.WARNING)  # it logs every pattern that it does not find
     try:
         result = optimizer.optimize_model(
             model,

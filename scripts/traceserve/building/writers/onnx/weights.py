@@ -1,6 +1,7 @@
-"""Graphs and, in one file beside them, their weights: each once, whichever graphs it belongs to.
+"""Graphs and, in one file beside them, their weights: each once, even if several graphs share it.
 
-A protobuf message ends at 2 GB, and ONNX Runtime maps a file of weights: workers share its pages, and loading is three times
+A protobuf message is limited to 2 GB, and ONNX Runtime maps a file of weights: workers share its pages, and loading is
+three times
 as fast.
 """
 
@@ -15,7 +16,7 @@ _ALIGNMENT = 64
 
 
 def copy_model(model: Any) -> Any:
-    """Another one with the same content."""
+    """Return a copy."""
     import onnx
 
     other = onnx.ModelProto()
@@ -24,7 +25,8 @@ def copy_model(model: Any) -> Any:
 
 
 def write_models(models: Mapping[str, Any], folder: Path, weights_file: str) -> Tuple[str, ...]:
-    """Write each ONNX model into the file of its name, without its weights; gives all files' names. Changes the models."""
+    """Write each ONNX model into the file of its name, without weights; returns all files' names. Modifies the
+    models."""
     places: Dict[bytes, int] = {}
     with (folder / weights_file).open("wb") as stream:
         for file, model in models.items():
@@ -32,13 +34,13 @@ def write_models(models: Mapping[str, Any], folder: Path, weights_file: str) -> 
                 if len(tensor.raw_data) >= SMALLEST:
                     _move(tensor, stream, places, weights_file)
             for node in model.graph.node:
-                node.ClearField("doc_string")  # where in the source code it comes from
+                node.ClearField("doc_string")  # source locations
             (folder / file).write_bytes(model.SerializeToString(deterministic=True))
     return (*models, weights_file)
 
 
 def _tensors(graph: Any) -> Iterator[Any]:
-    """Every weight of a graph, and of the graphs within it."""
+    """Yield every weight of a graph and its subgraphs."""
     yield from graph.initializer
     for node in graph.node:
         for attribute in node.attribute:

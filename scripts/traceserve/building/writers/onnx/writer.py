@@ -1,4 +1,4 @@
-"""The save mode onnx: torch's exporter, ONNX Runtime's own fusions and int8, and weights in one file beside the graphs."""
+"""The save mode onnx: torch's exporter, ONNX Runtime's fusions and int8, and weights in one file beside the graphs."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from traceserve_runtime.tasks.contract import Task
 
 MODEL_FILE, START_FILE = "model.onnx", "start.onnx"
-WEIGHTS = ".data"  # behind the name of the graph whose weights a file holds
+WEIGHTS = ".data"  # suffix of the weights file, after the graph's name
 
 
 def check(dtype: str, target: Target) -> None:
-    """Raise ExportError where the exporter is not installed, or the gate could not run what was written."""
+    """Raise ExportError without the exporter, or if the gate could not run the result."""
     try:
         import onnx  # noqa: F401
         import onnxruntime
@@ -41,7 +41,7 @@ def check(dtype: str, target: Target) -> None:
 
 
 def lowered(original: Original, dtype: str, texts: Sequence[str]) -> Iterable[Original]:
-    """The original; for int8 one with smoothed layers, the ones to be quantized."""
+    """Return the original; for int8 one with smoothed layers to quantize."""
     if dtype != "int8":
         return precision.lowered(original, dtype, texts)
     return precision.to_int8(original, texts, layer=SmoothedLinear, measured=RoundedLinear)
@@ -86,7 +86,7 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
 
 
 def _graphs(original: Original, task: Type[Task], shapes: Shapes) -> Tuple[List[OnnxGraph], Tuple[str, ...]]:
-    """What is exported: one graph for all shapes, or those of a loop; and the inputs of a step."""
+    """Return the graphs to export: one for all shapes, or those of a loop; and a step's inputs."""
     if task.loop:
         start, step, step_inputs = export.of_loop(original, task, TRACED_BATCH, TRACED_LENGTH)
         return [step._replace(name=STEP, file=MODEL_FILE), start._replace(name=START, file=START_FILE)], step_inputs

@@ -1,4 +1,4 @@
-"""Which axes of a graph's values are as long as the batch and as its rows, seen by running it at two shapes."""
+"""Finds the axes of a graph's values that have the batch's and the rows' length, by running it at two shapes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from traceserve.building.writers.tracing import torch_internals
 
 Example = Tuple[torch.Tensor, ...]
 
-SHAPES = ((3, 11), (2, 7))  # (batch, length) of the examples: no other size of a model changes as these do
+SHAPES = ((3, 11), (2, 7))  # (batch, length) of the examples: no other size in a model changes with these
 
 
 class Dims:
-    """Which axes of a value are as long as the batch and as the rows; `others` depend on these in another way."""
+    """The axes of a value that have the batch's and the rows' length; `others` depend on them in another way."""
 
     def __init__(self, *sizes: Sequence[int]) -> None:
         self.count = len(sizes[0])
@@ -38,19 +38,19 @@ class Dims:
 
     @property
     def places(self) -> Optional[int]:
-        """The axis of the rows' places, where it is one."""
+        """The axis of the rows' positions, if there is one."""
         return self.length[0] if len(self.length) == 1 and not self.others else None
 
 
 def read(module: Traced, graph: Graph, examples: Sequence[Example]) -> Dict[str, Dims]:
-    """Of every one of `tensors(graph)`, by name; one whose axes are not as many in each example is left out."""
+    """Return them for every value of `tensors(graph)`, by name, except values whose number of axes varies."""
     sizes = zip(*(sizes_of(module, graph, example) for example in examples))
     names = [value.debugName() for value in tensors(graph)]
     return {name: Dims(*each) for name, each in zip(names, sizes) if len(set(map(len, each))) == 1}
 
 
 def sizes_of(module: Traced, graph: Graph, example: Example) -> List[torch.Size]:
-    """The shapes of `tensors(graph)` as the graph runs; the module's own goes on unrun."""
+    """Return the shapes of `tensors(graph)` as the graph runs; the module's own graph stays unrun."""
     seen = graph.copy()
     together = seen.create("prim::ListConstruct", tensors(seen), 1)
     together.output().setType(type_named("Tensor[]"))
@@ -62,7 +62,7 @@ def sizes_of(module: Traced, graph: Graph, example: Example) -> List[torch.Size]
 
 
 def tensors(graph: Graph) -> List[Value]:
-    """Every tensor that a graph reads or makes, those in branches and loops aside."""
+    """Return every tensor that a graph reads or makes, except in branches and loops."""
     values = [*graph.inputs(), *(value for node in graph.nodes() for value in node.outputs())]
     return [value for value in values if str(value.type()) == "Tensor"]
 

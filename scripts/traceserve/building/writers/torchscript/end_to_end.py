@@ -1,6 +1,6 @@
-"""Tokens of a batch end to end, as (1, tokens, features), and back: what a rewritten graph calls.
+"""Converts a batch to unpadded tokens, (1, tokens, features), and back; called by a rewritten graph.
 
-Each function is scripted and becomes a part of a graph, which plain torch runs.
+Each function is scripted and becomes part of a graph, which plain torch runs.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from traceserve_runtime.runtimes.graph import Value
 
 
 class Layout(NamedTuple):
-    """Values of the graph: whether there is padding; the rows' number and length; of each token its place among all places;
-    of each place its token, any one where there is padding; of each row its first place's token."""
+    """Values of the graph: whether there is padding; the rows' number and length; each token's position among all
+    positions;
+    each position's token, any one for padding; the token of each row's first position."""
 
     padded: Value
     batch: Value
@@ -24,12 +25,13 @@ class Layout(NamedTuple):
 
 
 def layout(mask: torch.Tensor, step: int) -> Tuple[bool, int, int, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The values of `Layout`, in its order, for a mask of (batch, length); tokens are filled up to a multiple of `step`."""
+    """Return the values of `Layout`, in order, for a mask of (batch, length); tokens are rounded up to a multiple of
+    `step`."""
     batch, length = mask.size(0), mask.size(1)
     flat = mask.reshape(-1)
     tokens = torch.nonzero(flat).reshape(-1)
     count = tokens.size(0)
-    while step > 1 and 32 * step <= count:  # of many tokens more, but at most a sixteenth
+    while step > 1 and 32 * step <= count:  # a larger step for many tokens, at most a sixteenth
         step *= 2
     more = (step - count % step) % step
     padded = count + more < flat.size(0)
@@ -58,12 +60,12 @@ def spread(packed: torch.Tensor, padded: bool, places: torch.Tensor, batch: int,
 
 
 def first_tokens(packed: torch.Tensor, firsts: torch.Tensor) -> torch.Tensor:
-    """(1, tokens, features) to (batch, 1, features), of each row's first place."""
+    """(1, tokens, features) to (batch, 1, features), of each row's first position."""
     return packed.flatten(0, 1).index_select(0, firsts).unsqueeze(1)
 
 
 def fill(rows: torch.Tensor) -> torch.Tensor:
-    """Rows of a batch, the last one repeated until their number is a multiple of 16; one row stays one."""
+    """Repeat the last row of a batch until the number of rows is a multiple of 16; a single row stays single."""
     count = rows.size(0)
     more = (16 - count % 16) % 16
     if count > 1 and more > 0:
@@ -72,5 +74,5 @@ def fill(rows: torch.Tensor) -> torch.Tensor:
 
 
 def cut(rows: torch.Tensor, batch: int) -> torch.Tensor:
-    """What was filled, with as many rows as the batch has."""
+    """Remove the filled rows, keeping the batch's."""
     return rows.narrow(0, 0, batch)

@@ -1,6 +1,6 @@
-"""What the operators of a graph do with the positions of rows: which take each one by itself, and which read the first alone.
+"""How a graph's operators treat the positions of rows: which work on each separately, and which only read the first.
 
-Rows are values of (batch, length, features); see `axes` for how they are found.
+Rows are values of (batch, length, features); `axes` finds them.
 """
 
 from __future__ import annotations
@@ -13,32 +13,32 @@ from traceserve_runtime.runtimes.torchscript import packing
 from traceserve.building.writers.torchscript import axes
 from traceserve.building.writers.torchscript.axes import Dims
 
-_OVER_FEATURES = ("aten::layer_norm", "aten::rms_norm")  # where these have one axis
-START = ("aten::linear", *_OVER_FEATURES)  # rows are packed for these, and stay packed from there
+_OVER_FEATURES = ("aten::layer_norm", "aten::rms_norm")  # if these have one axis
+START = ("aten::linear", *_OVER_FEATURES)  # rows are unpadded for these, and stay so from there
 _BY_ELEMENT = (
     "abs add clamp contiguous detach div dropout erf exp feature_dropout gelu leaky_relu mul neg pow relu rsqrt rsub "
     "sigmoid silu softplus sqrt square sub tanh to"
 )
 _BY_TOKEN = (*START, *(f"aten::{name}" for name in _BY_ELEMENT.split()))
-PREPARED = ("aten::linear", "aten::gelu")  # what oneDNN prepares for each number of rows
+PREPARED = ("aten::linear", "aten::gelu")  # oneDNN prepares these per number of rows
 RESHAPING = ("aten::view", "aten::reshape")
 _MOVING = ("aten::transpose", "aten::permute", "aten::slice")
 ATTENTION = "aten::scaled_dot_product_attention"
 
 
 class Operators:
-    """The operators of one graph, by the axes of what they read and give."""
+    """The operators of one graph, by the axes of their inputs and outputs."""
 
     def __init__(self, dims: Dict[str, Dims], mask: Value) -> None:
         self._known = dims
         self._mask = mask
-        self.wanted_first: Set[str] = set()  # values of which nobody reads more than the first place
+        self.wanted_first: Set[str] = set()  # values of which only the first position is read
 
     def dims(self, value: Value) -> Dims:
         return self._known.get(value.debugName(), axes.UNKNOWN)
 
     def changes_rows(self, node: Node) -> bool:
-        """Whether a node changes rows in place: who reads them before and who after is not looked for."""
+        """Return whether a node modifies rows in place: reads before and after are not tracked."""
         kind = node.kind()
         if not kind.startswith("aten::") or not kind.endswith("_") or kind.endswith("__"):
             return False
@@ -47,11 +47,11 @@ class Operators:
         return any(each.places is not None and each.count > 2 for each in dims)
 
     def rows(self, node: Node) -> List[int]:
-        """Which inputs of a node are rows."""
+        """Return which inputs of a node are rows."""
         return [i for i in tensors(node) if self.dims(node.inputsAt(i)).rows]
 
     def packs(self, node: Node, packed: Dict[str, Value]) -> bool:
-        """Whether a node can read its rows packed, and they are `packed` already, or are to be for it."""
+        """Return whether a node can read its rows unpadded, and they are already in `packed`, or should be for it."""
         rows = self.rows(node)
         return (
             bool(rows)
@@ -59,12 +59,12 @@ class Operators:
             and self.dims(node.output()).rows
             and all(i in rows or self.dims(node.inputsAt(i)).fixed for i in tensors(node))
             and (node.kind() in START or any(node.inputsAt(i).debugName() in packed for i in rows))
-            # What takes padding out of rows needs them with padding.
+            # Nodes that remove padding from rows need it.
             and not any(self._is_mask(node.inputsAt(i)) for i in rows)
         )
 
     def _is_mask(self, value: Value) -> bool:
-        """Whether it is the mask in another shape or dtype."""
+        """Return whether it is the mask in another shape or dtype."""
         while value.debugName() != self._mask.debugName():
             read = tensors(value.node())
             if not read:
@@ -72,10 +72,10 @@ class Operators:
             value = value.node().inputsAt(read[0])
         return True
 
-    # What is read of the rows' first places alone
+    # Values of which only the rows' first positions are read
 
     def find_wanted_first(self, nodes: Sequence[Node]) -> None:
-        """Fill `wanted_first`; `nodes` are all of the graph, in their order."""
+        """Fill `wanted_first`; `nodes` are all of the graph's, in order."""
         for node in reversed(nodes):
             for output in node.outputs():
                 uses = output.uses()
@@ -83,18 +83,18 @@ class Operators:
                     self.wanted_first.add(output.debugName())
 
     def _wants_first(self, use: Use) -> bool:
-        """Whether a use of a value needs no more than its first place."""
+        """Return whether a use of a value only needs its first position."""
         if use.offset == 0 and self.reads_first(use.user):
             return True
         return self.gives_wanted_first(use.user) and use.offset in self.along(use.user)
 
     def gives_wanted_first(self, node: Node) -> bool:
-        """Whether a node gives one value, of which nobody reads more than the first place."""
+        """Return whether a node has one output of which only the first position is read."""
         outputs = [output.debugName() for output in node.outputs()]
         return len(outputs) == 1 and outputs[0] in self.wanted_first
 
     def reads_first(self, node: Node) -> bool:
-        """Whether a node takes the first place of its first input."""
+        """Return whether a node takes the first position of its first input."""
         if node.kind() not in ("aten::select", "aten::slice"):
             return False
         places = self.dims(node.inputsAt(0)).places
@@ -104,7 +104,7 @@ class Operators:
         return bool(numbers == ([0] if node.kind() == "aten::select" else [0, 1, 1]))
 
     def along(self, node: Node) -> List[int]:
-        """The inputs of which a node needs only the places that are wanted of its one output."""
+        """Return the inputs of which a node only needs the wanted positions of its one output."""
         dims = self.dims(node.output())
         read = self.dims(node.inputsAt(0)) if node.inputsSize() else axes.UNKNOWN
         if _by_token(node):
@@ -121,10 +121,10 @@ class Operators:
             return [0] if self.dims(query).places == 2 and readable and causal.toIValue() is False else []
         return []
 
-    # What has a row for each text
+    # Values with one row per text
 
     def is_of_texts(self, node: Node) -> bool:
-        """Whether a product, or what follows one, has one row for each text, not for each place."""
+        """Return whether a product, or a following node, has one row per text, not per position."""
         if node.kind() not in PREPARED:
             return False
         read = self.dims(node.inputsAt(0))
@@ -133,12 +133,12 @@ class Operators:
 
 
 def tensors(node: Node) -> List[int]:
-    """Which inputs of a node are tensors."""
+    """Return which inputs of a node are tensors."""
     return [i for i, value in enumerate(node.inputs()) if str(value.type()) == "Tensor"]
 
 
 def _by_token(node: Node) -> bool:
-    """Whether a node takes each place of its rows by itself."""
+    """Return whether a node works on each position of its rows separately."""
     if node.kind() == "aten::mean":
         return _integers(node.inputsAt(1)) == [-1] and bool(node.inputsAt(2).toIValue())
     if node.kind() in _OVER_FEATURES:
@@ -147,7 +147,7 @@ def _by_token(node: Node) -> bool:
 
 
 def _integers(value: Value) -> List[Optional[int]]:
-    """A list that a graph holds; None for what is computed."""
+    """Return a list in a graph; None for computed elements."""
     if value.node().kind() == "prim::ListConstruct":
         return [item.toIValue() for item in value.node().inputs()]
     return list(value.toIValue() or [])

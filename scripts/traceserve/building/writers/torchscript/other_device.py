@@ -1,7 +1,7 @@
-"""The proof that a traced model runs on another device, on a machine without one.
+"""Proves that a traced model runs on another device, on a machine without one.
 
-The graphs are rewritten as a worker with a GPU does it, for torch's device "meta", which has shapes and no values. There
-they are run: a tensor that is made anywhere else cannot be combined with the others, and is told.
+The graphs are rewritten as by a worker with a GPU, for torch's device "meta", which has shapes but no values, and
+run there: a tensor made on any other device cannot be combined with the others, and is reported.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ _REASON = re.compile(r"^((?:\w+Error: )+)(.+)$", re.MULTILINE)
 
 
 def prove(file: Path, examples: Mapping[str, Sequence[torch.Tensor]]) -> bool:
-    """Whether every graph of a TorchScript file ran; False where one needs values, so that only its text was searched.
+    """Return whether every graph of a TorchScript file ran; False if one needs values, so that only its text was
+    searched.
 
-    `examples` are the inputs of each graph, by its name, or "" for a file with one. Raises ExportError with what depends on
+    `examples` are each graph's inputs, by name, or "" for a file with one. Raises ExportError naming what depends on
     a device.
     """
     module = graphs.load(file)
@@ -43,7 +44,7 @@ def prove(file: Path, examples: Mapping[str, Sequence[torch.Tensor]]) -> bool:
 
 
 def _move(module: Traced) -> None:
-    """Move the weights, and the tensors of the graphs. Not their scalars, which are read as numbers."""
+    """Move the weights, and the graphs' tensors, but not their scalars, which are read as numbers."""
     for name, tensor in module.state_dict(keep_vars=True).items():
         *path, last = name.split(".")
         setattr(functools.reduce(getattr, path, module), last, tensor.to(META))
@@ -56,7 +57,7 @@ def _move(module: Traced) -> None:
 def _run(graph: Traced, inputs: Sequence[torch.Tensor]) -> bool:
     jit: Any = torch.jit
     try:
-        with torch.inference_mode(), jit.optimized_execution(False):  # optimisations compare constants by their values
+        with torch.inference_mode(), jit.optimized_execution(False):  # optimizations compare constants by their values
             outputs = graph(*(tensor.to(META) for tensor in inputs))
     except RuntimeError as error:
         # Amid the interpreter's tracebacks: "RuntimeError: NotImplementedError: what is wrong".

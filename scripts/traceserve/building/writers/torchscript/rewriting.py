@@ -1,4 +1,4 @@
-"""The graph of `unpadding` while it is rewritten: tokens packed, first places alone, and texts filled up."""
+"""The graph of `unpadding` during rewriting: unpadded tokens, first positions only, and rounded-up texts."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _LAYERS = ("aten::linear", "aten::addmm", "aten::matmul", "aten::conv1d")
 
 
 class Rewriting:
-    """A graph while it is rewritten.
+    """A graph during rewriting.
 
-    Of a value there are up to three forms: as it was, packed, and of the rows' first places alone.
+    A value has up to three forms: the original, unpadded, and only the rows' first positions.
     """
 
     def __init__(self, graph: Graph, dims: Dict[str, Dims], mask: Value, filled: int) -> None:
@@ -28,13 +28,13 @@ class Rewriting:
         self.mask = mask
         self.step = filled
         self.operators = Operators(dims, mask)
-        self.packed: Dict[str, Value] = {}  # by the name of the value as it was
+        self.packed: Dict[str, Value] = {}  # by the original value's name
         self.firsts: Dict[str, Value] = {}
-        self.filled: Dict[str, Value] = {}  # by the name of one with a row for each text: the same with more rows
+        self.filled: Dict[str, Value] = {}  # by the name of a value with a row per text: the same with more rows
         self.layout: end_to_end.Layout
 
     def run(self, reads_first: bool) -> bool:
-        """Rewrite it; whether something is gained."""
+        """Rewrite it; return whether that gains anything."""
         if any(self.operators.changes_rows(node) for node in nodes(self.graph)):
             return False
         start = next(iter(self.graph.nodes()))
@@ -51,7 +51,7 @@ class Rewriting:
         return self._gains()
 
     def _gains(self) -> bool:
-        """Whether most layers read packed tokens, or first places: packing itself takes time."""
+        """Return whether most layers read unpadded tokens, or first positions: removing padding itself takes time."""
         layers = [node for kind in _LAYERS for node in self.graph.findAllNodes(kind, True)]
         known = [[self.dims.get(value.debugName()) for value in node.inputs()] for node in layers]
         unchanged = [node for node in known if any(dims is not None and not dims.fixed for dims in node)]
@@ -78,7 +78,7 @@ class Rewriting:
             replace(node, row)
 
     def _call(self, function: Callable[..., Any], arguments: List[Value], before: Node) -> List[Value]:
-        """What a function gives, as a part of the graph."""
+        """Return a function's outputs, as part of the graph."""
         part: Graph = torch.jit.script(function).graph
         result = insert_graph(self.graph, part, arguments, before)
         made = result.node()
@@ -88,12 +88,12 @@ class Rewriting:
         return insert_constant(self.graph, value, before)
 
     def _clone(self, node: Node, replaced: Dict[int, Value]) -> Value:
-        """The output of the same operator of other inputs, by their numbers."""
+        """Return the output of the same operator with other inputs, by index."""
         inputs = [replaced.get(i, value) for i, value in enumerate(node.inputs())]
         return insert_node(self.graph, node.kind(), inputs, node).output()
 
     def _read_sizes_of_mask(self) -> None:
-        """Or rows would be made only to be measured."""
+        """Read sizes from the mask, or rows would be made only to be measured."""
         own = {self.layout.batch.debugName(), self.layout.length.debugName()}
         for node in self.graph.findAllNodes("aten::size", False):
             value, *axis = node.inputs()
@@ -110,7 +110,7 @@ class Rewriting:
             [self.packed[name]] = self._call(end_to_end.pack, [rows, self.layout.padded, self.layout.tokens], before)
         return self.packed[name]
 
-    # What is read of the rows' first places alone
+    # Values of which only the rows' first positions are read
 
     def _first(self, value: Value, before: Node) -> Value:
         name = value.debugName()
@@ -128,7 +128,7 @@ class Rewriting:
         return insert_node(self.graph, "aten::slice", inputs, before).output()
 
     def _of_firsts(self, node: Node) -> Value:
-        """What a node gives, of the first places alone."""
+        """Return a node's output for only the first positions."""
         replaced = {i: self._first(node.inputsAt(i), node) for i in self.operators.along(node)}
         if node.kind() in RESHAPING:
             replaced[1] = self._sizes_of_firsts(node)
@@ -151,10 +151,10 @@ class Rewriting:
         together.output().setType(sizes.type())
         return together.output()
 
-    # What has a row for each text
+    # Values with one row per text
 
     def _of_texts(self, node: Node, replaced: Dict[int, Value]) -> Value:
-        """What it gives, made of so many rows that oneDNN may have met their number before."""
+        """Return its output, computed with a number of rows that oneDNN may know."""
         rows = replaced.get(0, node.inputsAt(0))
         if rows.debugName() not in self.filled:
             [full] = self._call(end_to_end.fill, [rows], node)

@@ -1,16 +1,17 @@
-"""A traced graph that computes less: nothing for padding, and of the last layer nothing that nobody reads.
+"""Rewrites a traced graph to compute less: nothing for padding, and nothing unneeded in the last layer.
 
-Texts that run together are padded to the longest. Most of a transformer takes each token by itself and needs no padding:
-there all tokens of a batch lie end to end, packed as (1, tokens, features), and attention alone sees rows, (batch, length,
-features). And of the last layer a classifier may read each row's first place alone; of the others it needs no more than the
+Texts that run together are padded to the longest. Most of a transformer works on each token separately and needs no
+padding:
+there a batch's tokens are unpadded, as (1, tokens, features), and only attention sees rows, (batch, length,
+features). And in the last layer a classifier may only read each row's first position; of the others it only needs the
 keys and values that the first one attends to.
 
-Which values are rows is seen by running the graph at two shapes. What the rewritten graph gives is compared with what it
-gave before; what is not understood stays as it is.
+Running the graph at two shapes shows which values are rows. The rewritten graph's outputs are compared with the
+original's; unknown operators are left unchanged.
 
-oneDNN prepares a product for each number of rows, which takes it half a millisecond, and keeps few of what it prepared. So
-the tokens of a run are filled up to a multiple of a number, with copies that nobody reads, unless the model is so large
-that they would take longer than the preparing; and what has a row for each text is filled up to a multiple of 16 rows.
+oneDNN prepares a product for each number of rows, which takes half a millisecond, and caches few of them. So
+a run's tokens are rounded up to a multiple, with copies that nobody reads, unless the model is so large
+that they would take longer than the preparation; values with a row per text are rounded up to a multiple of 16 rows.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ from traceserve.building.writers.torchscript.axes import Example
 from traceserve.building.writers.torchscript.rewriting import Rewriting
 from traceserve.building.writers.tracing import torch_internals
 
-_STEPS = (16, 8)  # with smaller ones there are more numbers of rows than are kept
-_MOST_FILLED = 1.5e9  # a step, times the bytes of what each token is multiplied with
+_STEPS = (16, 8)  # smaller ones give more numbers of rows than are cached
+_MOST_FILLED = 1.5e9  # a step, times the bytes multiplied per token
 _TOLERANCE = {"float32": 1e-4}  # of the largest value
-_MISTAKEN = 0.1  # in other dtypes: how precise they are is the gate's to say
+_MISTAKEN = 0.1  # in other dtypes: the gate judges their precision
 
 
 class Unpadded(NamedTuple):
-    """A module whose graph was rewritten, and to a multiple of what number it fills up the tokens of a run."""
+    """A module with a rewritten graph, and the multiple to which it rounds up a run's tokens."""
 
     module: Traced
     filled: int
@@ -45,9 +46,10 @@ class Unpadded(NamedTuple):
 def unpadded(
     file: Path, inputs: Sequence[str], examples: Sequence[Example], dtype: str, reads_first: bool
 ) -> Optional[Unpadded]:
-    """The module of `file`, which has one graph, rewritten; None where nothing is gained or it gives something else.
+    """Return the module of `file`, which has one graph, rewritten; None if that gains nothing or changes outputs.
 
-    `examples` are its inputs: two in `axes.SHAPES`, and others, all with padding. `reads_first`: whether a row's first place is
+    `examples` are its inputs: two in `axes.SHAPES`, and others, all with padding. `reads_first`: whether a row's first
+    position is
     never padding.
     """
     if "attention_mask" not in inputs or not torch_internals.unpads():
@@ -75,10 +77,11 @@ def unpadded(
 
 
 def _filled(module: Traced) -> int:
-    """As many tokens as cost little beside preparing a run.
+    """Return the number of tokens that cost little compared with preparing a run.
 
-    Measured on one core of an AVX-512 processor (tests/benchmarks/preparing.py): a run is prepared in 2 ms, and a token takes
-    2.2 ms for each gigabyte of weights, in bfloat16 and float32; half a step is filled up in the mean.
+    Measured on one core of an AVX-512 processor (tests/benchmarks/preparing.py): preparing a run takes 2 ms, and a
+    token
+    2.2 ms per gigabyte of weights, in bfloat16 and float32; rounding up adds half a step on average.
     """
     weights = [layer.weight for layer in packing.layers(module)]
     size = sum(weight.numel() * weight.element_size() for weight in weights)
@@ -86,7 +89,7 @@ def _filled(module: Traced) -> int:
 
 
 def _same(got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], mask: torch.Tensor, tolerance: float) -> bool:
-    """Whether outputs are the same, of each token or of each row; what is given for padding is no matter."""
+    """Return whether outputs are equal, per token or per row; outputs for padding do not matter."""
     for one, other in zip(got, expected):
         if one.shape != other.shape:
             return False
@@ -98,7 +101,7 @@ def _same(got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], mask: t
 
 
 def _open_tuples(graph: Graph) -> None:
-    """Read the values themselves where they are put together, as between a layer and its hooks."""
+    """Read values directly where tuples of them are made, as between a layer and its hooks."""
     for node in graph.findAllNodes("prim::TupleUnpack", False):
         made = node.inputsAt(0).node()
         if made.kind() == "prim::TupleConstruct":
@@ -108,7 +111,7 @@ def _open_tuples(graph: Graph) -> None:
 
 
 def _drop_dropout(graph: Graph) -> None:
-    """Take out what does nothing after training, each a call of its own."""
+    """Remove dropout, which has no effect after training, but costs a call each."""
     for node in graph.findAllNodes("aten::dropout", False):
         if node.inputsAt(2).toIValue() is False:
             graphs.replace(node, node.inputsAt(0))

@@ -1,4 +1,4 @@
-"""A traced model's file to a graph without weights, and where each weight stands in that file."""
+"""Turns a traced model's file into a graph without weights, and each weight's position in that file."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from traceserve_runtime.runtimes.torchscript.weights import GRAPH_FILE, WEIGHTS_
 
 from traceserve.building.writers.tracing.graphs import write_module
 
-# A local file header of a zip ends with the lengths of the name and of the extra field, which follow it.
+# A zip's local file header ends with the lengths of the name and of the extra field, which follow it.
 _HEADER_SIZE, _LENGTHS_AT = 30, 26
 
 
 def write_graph(folder: Path, model_file: str, rewritten: Optional[Traced] = None) -> Tuple[str, ...]:
-    """Write the model's graph, or what it was rewritten as, and the table of weights beside the model; gives their names."""
+    """Write the model's graph, or its rewritten one, and the table of weights beside the model; returns their names."""
     module = graphs.load(folder / model_file) if rewritten is None else rewritten
     records = _records(folder / model_file)
     places: Dict[str, Place] = {}
@@ -37,7 +37,7 @@ def write_graph(folder: Path, model_file: str, rewritten: Optional[Traced] = Non
 
 
 def _records(path: Path) -> Dict[bytes, int]:
-    """Where the content of each stored tensor of a TorchScript file starts, by its digest."""
+    """Return where the content of each stored tensor of a TorchScript file starts, by its digest."""
     found: Dict[bytes, int] = {}
     with zipfile.ZipFile(path) as archive, path.open("rb") as stream:
         for info in archive.infolist():
@@ -52,6 +52,7 @@ def _records(path: Path) -> Dict[bytes, int]:
 
 
 def _digest(tensor: torch.Tensor) -> bytes:
-    """Of a tensor's values in order. Of one that is a view with other strides no record has it: it stays in the graph."""
+    """Return a digest of a tensor's values in order. A view with other strides matches no record: it stays in the
+    graph."""
     flat = tensor.contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(flat.numpy().data).digest()

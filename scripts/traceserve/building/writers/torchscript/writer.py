@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 def check(dtype: str, target: Target) -> None:
-    """The gate runs what was written: raise ExportError where this processor cannot."""
+    """Raise ExportError if this processor cannot run the result, as the gate does."""
     if target.hardware in FIXED_SHAPES:
         neuron.check(target)
     else:
@@ -47,7 +47,7 @@ def check(dtype: str, target: Target) -> None:
 
 
 def note(target: Target) -> str:
-    """What this torch cannot do to a graph, so that it is slower than elsewhere; see Writer."""
+    """Return which rewriting this torch does not support, at the cost of speed; see Writer."""
     if target.hardware in FIXED_SHAPES or torch_internals.unpads():
         return ""
     return (
@@ -59,15 +59,15 @@ def note(target: Target) -> str:
 def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, target: Target) -> Written:
     """Trace the model and write `folder/traced_model.pt`, and beside it its graph alone; see Writer.
 
-    One graph, or one for each shape, or for a model that is run in a loop the graphs `start` and `step`; all over the
-    same weights. Or what is compiled for a chip, see `neuron.writer`. Raises ExportError with the model's own reason where it
+    One graph, or one per shape, or for a looping model the graphs `start` and `step`; all with the
+    same weights. Or a chip's compiled graphs, see `neuron.writer`. Raises ExportError with the model's own reason if it
     cannot be traced.
     """
-    # A compiler lowers the dtype by itself.
+    # A compiler lowers the dtype itself.
     dtype = "float32" if target.hardware in FIXED_SHAPES else original.dtype
     try:
         with warnings.catch_warnings(), traceable(original.model), torch.no_grad(), precision.tracing(dtype):
-            warnings.simplefilter("ignore")  # tracer warnings: the gate proves what they suspect
+            warnings.simplefilter("ignore")  # tracer warnings: the gate checks their suspicions
             if target.hardware in FIXED_SHAPES:
                 return neuron.write(original, task, shapes, folder, target)
             if task.loop:
@@ -94,7 +94,7 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
 
 
 def _unpadded(original: Original, file: Path) -> Optional[Unpadded]:
-    """What a worker on a CPU runs in the place of the traced graph; None where there is nothing."""
+    """Return the graph that a worker on a CPU runs instead of the traced one; None if there is none."""
     if original.max_length < max(length for _, length in axes.SHAPES) or original.shortest > 5:
         return None
     shapes = [*axes.SHAPES, (1, 5), (5, min(20, original.max_length))]
@@ -104,7 +104,7 @@ def _unpadded(original: Original, file: Path) -> Optional[Unpadded]:
 
 
 def plainer(manifest: Manifest, folder: Path, failing: Collection[str]) -> Optional[Manifest]:
-    """The artifact with the traced graph in the place of the rewritten one; None where there is no such; see Writer."""
+    """Return the artifact with the traced graph instead of the rewritten one; None without one; see Writer."""
     if not manifest.runtime.get(UNPADDED) or MODEL_FILE in failing:
         return None
     written = weights.write_graph(folder, MODEL_FILE)
@@ -137,7 +137,7 @@ def _loop(original: Original, task: Type[Task]) -> Tuple[torch.nn.Module, Tuple[
 
 
 def _examples(original: Original, task: Type[Task], shapes: Shapes) -> Dict[str, Tuple[torch.Tensor, ...]]:
-    """Inputs of each graph, by its name, or "" for the only one; of other shapes than it was traced with."""
+    """Return each graph's inputs, by name, or "" for the only one; with other shapes than in tracing."""
     if task.loop:
         with torch.no_grad(), precision.tracing(original.dtype):
             start, step = GRAPHS[task.loop](original, 2, min(8, original.max_length - 2))

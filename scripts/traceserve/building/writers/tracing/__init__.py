@@ -1,1 +1,1 @@
-"""What is traced: a model as one module with tensors in and out."""
+"""Tracing: a model as one module with tensors in and out."""

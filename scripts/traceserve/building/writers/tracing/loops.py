@@ -1,6 +1,7 @@
-"""Models that are run token by token: the two graphs that are traced.
+"""Models that run token by token: the two graphs to trace.
 
-The graphs `start` and `step` are the calls of `runtimes.stepping`, see `runtimes.calling` for what they take and give.
+The graphs `start` and `step` are the calls of `runtimes.stepping`; `runtimes.calling` describes their inputs and
+outputs.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from traceserve.building.writers.tracing.wrapping import Wrapped, example
 from traceserve.errors import ExportError
 
 _CHECKED = 3  # tokens
-_NEAR = 0.02  # of logits: what rounding changes in bfloat16
+_NEAR = 0.02  # of logits: bfloat16's rounding
 
 
 class LoopGraph(NamedTuple):
-    """A module to be traced, an example of its inputs, their names where the runner passes them by name, and whether a step
-    reads new tokens alone."""
+    """A module to trace, an example of its inputs, their names if the runner passes them by name, and whether a step
+    reads only new tokens."""
 
     module: torch.nn.Module
     example: Tuple[torch.Tensor, ...]
@@ -67,9 +68,9 @@ def _encoder_decoder_graphs(original: Original, batch: int, length: int) -> Tupl
 
 
 def _check(original: Original, calls: stepping.Calls, first: torch.Tensor, loop: Loop) -> None:
-    """Raise ExportError for a model that can only be given its whole text again, and writes otherwise by itself.
+    """Raise ExportError for a model that must reread its whole text, but writes differently by itself.
 
-    XLNet keeps a memory in which padding cannot be masked, XLM writes into a masked token.
+    XLNet has a memory in which padding cannot be masked, XLM writes into a masked token.
     """
     if calls.keeps_past:
         return
@@ -80,7 +81,7 @@ def _check(original: Original, calls: stepping.Calls, first: torch.Tensor, loop:
         found = original.model.generate(
             source, attention_mask=mask, **options, output_logits=True, return_dict_in_generate=True
         )
-    except (TypeError, ValueError):  # transformers before 4.39 tells no logits; then the gate alone judges
+    except (TypeError, ValueError):  # transformers before 4.39 returns no logits; then only the gate judges
         return
     state = calls.start(source, mask)
     new = first

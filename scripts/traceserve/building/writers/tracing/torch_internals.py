@@ -1,8 +1,9 @@
-"""torch's private names that the builder uses beside the worker's (`traceserve_runtime.runtimes.torch_internals`), each behind
+"""torch's private names that the builder uses besides the worker's (`traceserve_runtime.runtimes.torch_internals`),
+each behind
 a function that says why, since when, and what happens without it.
 
-They are known from torch 1.13 to 2.13, unless a function says otherwise. No other file of the builder reaches into private
-names of torch; a test takes each of them away, and builds and asks a model again.
+They are known from torch 1.13 to 2.13, unless a function says otherwise. No other file of the builder uses private
+names of torch; a test removes each of them, and builds and queries a model again.
 """
 
 from __future__ import annotations
@@ -18,29 +19,30 @@ from traceserve_runtime.runtimes.graph import Graph, Traced
 
 
 def unpads() -> bool:
-    """Whether this torch has all that is called while a graph is rewritten to compute nothing for padding.
+    """Return whether this torch has everything needed for rewriting a graph to compute nothing for padding.
 
-    Where it has not, the graph is written as it was traced: a worker gives the same answers with it, for more work.
+    Otherwise the graph is written as traced: a worker gives the same answers with it, for more work.
     """
     passes = ("_jit_pass_remove_mutation", "_jit_pass_dce", "_create_function_from_graph")
     return torch_internals.rewrites() and all(hasattr(torch._C, name) for name in passes)
 
 
 def remove_mutation(graph: Graph) -> None:
-    """Let what is changed in place be a new value, where nobody reads what was there before. Asked for by `unpads`."""
+    """Turn in-place changes into new values, where the old ones are not read. Needed by `unpads`."""
     untyped: Any = graph
     torch._C._jit_pass_remove_mutation(untyped)
 
 
 def remove_unread(graph: Graph) -> None:
-    """Take out what nobody reads. Asked for by `unpads`."""
+    """Remove unread values. Needed by `unpads`."""
     torch._C._jit_pass_dce(graph)
 
 
 def run(graph: Graph, module: Traced, inputs: Sequence[torch.Tensor]) -> List[torch.Tensor]:
-    """What a graph that belongs to no module gives, a list, with a module's weights. Asked for by `unpads`.
+    """Run a graph that belongs to no module with a module's weights, and return its outputs as a list. Needed by
+    `unpads`.
 
-    A module's own graph could not be run once more after it was rewritten.
+    A module's own graph could not be rerun after rewriting.
     """
     made: Any = graph
     script: Any = module
@@ -53,17 +55,17 @@ def run(graph: Graph, module: Traced, inputs: Sequence[torch.Tensor]) -> List[to
 
 
 def multiplies_int8() -> bool:
-    """Whether this torch multiplies int8 by int8 on a CPU, and a worker's that reads the graph: since 2.4.
+    """Return whether this torch, and a worker's that reads the graph, multiplies int8 by int8 on a CPU: since 2.4.
 
-    Without it dtype int8 is refused: the same product of larger numbers would be slower than float32, for less.
+    Without it dtype int8 is refused: the same product of larger numbers would be slower than float32, and pointless.
     """
     return hasattr(torch, "_int_mm")
 
 
 def int8_product() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """From two matrices of int8 to their product in int32, in a trace aten::_int_mm. Asked for by `multiplies_int8`.
+    """Return the product of two int8 matrices to int32, aten::_int_mm in a trace. Needed by `multiplies_int8`.
 
-    Not called here: a trace names its values after the variables of every function on the way.
+    It is not called here: a trace names its values after the variables of every function on the stack.
     """
     return torch._int_mm
 
@@ -72,7 +74,7 @@ def int8_product() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
 
 
 def compiles_packages() -> bool:
-    """Whether this torch compiles an exported model to a package of machine code: documented since 2.6.
+    """Return whether this torch compiles an exported model to a package of machine code: documented since 2.6.
 
     Without it the save mode aot_inductor is refused, before anything is downloaded.
     """
@@ -81,5 +83,5 @@ def compiles_packages() -> bool:
 
 
 def compile_package(program: Any, package: Path, settings: Mapping[str, Any]) -> None:
-    """Compile what `torch.export` gave into a package, with AOTInductor's settings. Asked for by `compiles_packages`."""
+    """Compile `torch.export`'s program into a package, with AOTInductor's settings. Needed by `compiles_packages`."""
     torch._inductor.aoti_compile_and_package(program, package_path=str(package), inductor_configs=dict(settings))
