@@ -217,7 +217,7 @@ class Manifest:
             (self.model_file not in self.files, f"files lacks the model, {self.model_file}"),
             (self.tokenizer.file not in self.files, f"files lacks the tokenizer, {self.tokenizer.file}"),
             (self.tokenizer.pieces not in (None, *self.files), f"files lacks the tokenizer's {self.tokenizer.pieces}"),
-            (not all(map(_is_inside, self.files)), "files should name files of the archive, as folder/name"),
+            (not all(map(_is_inside, self.files)), "files should name files of the archive, such as folder/name"),
         ):
             if wrong:
                 raise InvalidManifest(f"{MANIFEST_FILE}: {what}")

@@ -171,8 +171,8 @@ def _rows(reader: Any, header: List[str], task: Type[Task], part: str) -> List[A
     for cells in reader:
         if len(cells) not in (0, len(header)):
             raise InvalidRequest(
-                f"line {reader.line_num} has {len(cells)} columns, but the header {len(header)}; a text that holds the "
-                "separator of columns stands in double quotes",
+                f"line {reader.line_num} has {len(cells)} columns, but the header {len(header)}; put a text that "
+                "contains the column separator in double quotes",
                 part,
             )
         if header in (["inputs"], ["data"]):

@@ -86,7 +86,7 @@ def _check(manifest: Manifest, version: str) -> None:
     """Refuse code for another torch or processor."""
     made_by, machine, needed = (manifest.runtime.get(key) for key in (TORCH, MACHINE, INSTRUCTIONS))
     if not isinstance(made_by, str) or not isinstance(machine, str) or not isinstance(needed, list):
-        raise InvalidManifest(f"runtime should tell {TORCH}, {MACHINE} and {INSTRUCTIONS}, which this was compiled for")
+        raise InvalidManifest(f"runtime should name {TORCH}, {MACHINE} and {INSTRUCTIONS}, which this was compiled for")
     if made_by.split("+")[0] != version.split("+")[0]:
         raise MissingPackage(
             f"this archive was compiled for torch {made_by}; this is {version}: install that one, or build the archive with this"

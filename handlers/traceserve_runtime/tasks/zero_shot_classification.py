@@ -78,9 +78,7 @@ class ZeroShotClassification(Task):
     def segments(self, request: Request) -> List[Segments]:
         template = self.parameter(request, "hypothesis_template")
         if "{}" not in template:
-            raise InvalidRequest(
-                '"hypothesis_template" should hold {} where the label stands', "parameters.hypothesis_template"
-            )
+            raise InvalidRequest('"hypothesis_template" should hold {} for the label', "parameters.hypothesis_template")
         if not request.inputs["text"]:
             raise InvalidRequest("the text is empty", "text")
         hypotheses = [template.replace("{}", label) for label in self._labels(request)]

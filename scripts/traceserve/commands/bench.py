@@ -87,7 +87,7 @@ def _bench(options: argparse.Namespace) -> int:
             raise TraceserveError(f"bench: there is no folder {path.parent} for {path}")
     if options.rate and len(options.connections or ()) > 1:
         raise TraceserveError(
-            "bench: at a --rate, connections are opened as needed; give --connections one number to begin with, or none"
+            "bench: at a --rate, connections are opened as needed; give --connections one initial number, or none"
         )
     plan = bench.BenchPlan(
         connections=options.connections or (16,),
@@ -206,7 +206,7 @@ def notes(summary: Dict[str, Any], seconds: float) -> Iterator[str]:
     if summary["rate"] and over > 0.1 * seconds and 1000 * over > 3 * summary["curve_ms"][0][1]:
         yield (
             f"the last request was answered {over:.1f} s after the end: the server cannot answer {summary['rate']:g} a second, "
-            "more wait the longer this goes on, and the latencies say how long it went on"
+            "so its queue keeps growing, and the latencies depend on --seconds"
         )
     if summary["generator_cpu"] > 0.8:
         yield (

@@ -61,7 +61,7 @@ def _p99(text: str) -> Optional[float]:
     except ValueError:
         milliseconds = 0.0
     if name != "p99" or not 0 < milliseconds < float("inf"):
-        raise argparse.ArgumentTypeError("should be throughput, or p99=MS with the milliseconds, as p99=50")
+        raise argparse.ArgumentTypeError("should be throughput, or p99=MS with the milliseconds, such as p99=50")
     return milliseconds / 1000
 
 

@@ -157,8 +157,8 @@ RENAMED = {"mode": "task"}
 WITHOUT_MEANING = {
     "captum_explanation": "this version has no explanations; predictions are the same without",
     "embedding_name": "it belonged to captum_explanation",
-    "BetterTransformer": "transformers' attention is as fast by itself since torch 2",
-    "FasterTransformer": "NVIDIA has abandoned it, and transformers' attention is as fast by itself since torch 2",
+    "BetterTransformer": "transformers' own attention is as fast since torch 2",
+    "FasterTransformer": "NVIDIA has abandoned it, and transformers' own attention is as fast since torch 2",
     "model_parallel": "a model runs on one device; more workers use more devices",
 }
 

@@ -82,7 +82,7 @@ def package(hardware: str) -> Any:
 
         raise ExportError(
             f'"hardware": "{hardware}" is compiled by the package {name}, which cannot be imported beside torch '
-            f"{torch.__version__}: {error}; docs/inferentia.md tells how an environment with it is made"
+            f"{torch.__version__}: {error}; docs/inferentia.md describes such an environment"
         ) from error
 
 
@@ -114,7 +114,7 @@ def compile_graph(
         compiled: Any = compiler.trace(package(hardware), module, inputs, settings)
     except subprocess.TimeoutExpired as error:
         raise CompileError(
-            f"{chip.package} did not compile the graph {name} within {settings.timeout} s; give it more by the option "
+            f"{chip.package} did not compile the graph {name} within {settings.timeout} s; allow more with the option "
             "compiler_timeout, or compile fewer tokens at once (max_length, batch_sizes)"
         ) from error
     except RuntimeError as error:

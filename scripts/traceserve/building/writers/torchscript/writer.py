@@ -51,8 +51,8 @@ def note(target: Target) -> str:
     if target.hardware in FIXED_SHAPES or torch_internals.unpads():
         return ""
     return (
-        f"torch {torch.__version__} cannot rewrite graphs as this version of traceserve does, so the graph was written as it was "
-        "traced: it gives the same answers, and computes padding too"
+        f"torch {torch.__version__} cannot rewrite graphs as this version of traceserve does, so the graph was written as "
+        "traced: it gives the same answers, but computes padding too"
     )
 
 

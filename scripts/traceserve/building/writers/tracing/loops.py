@@ -92,8 +92,8 @@ def _check(original: Original, calls: stepping.Calls, first: torch.Tensor, loop:
         new = found.sequences[:, len(found.sequences[0]) - len(found.logits) + step][:, None]
         if not torch.allclose(logits, expected.float(), rtol=_NEAR, atol=_NEAR):
             raise ExportError(
-                f"{type(original.model).__name__} writes with something else than keys and values of what it has read, and "
-                "otherwise than when it reads all of it again, so no save_mode can write it"
+                f"{type(original.model).__name__} does not write from cached keys and values, and writes differently when it "
+                "rereads its whole text, so no save_mode can write it"
             )
 
 
