@@ -1,6 +1,6 @@
-"""The stacks that the tests run in, each in an environment of its own: `nox -s today`, `transformers4`, `inf1`; and `clients`.
+"""The tests' stacks, each in its own environment: `nox -s today`, `transformers4`, `inf1`; and `clients`.
 
-What follows `--` is pytest's. An interpreter is found on the PATH, or among those of pyenv.
+Arguments after `--` go to pytest. Interpreters are found on the PATH, or among pyenv's.
 """
 
 import os
@@ -40,7 +40,8 @@ WORKER = [
 
 
 def interpreter(version: str) -> str:
-    """A Python of this version: pyenv's shims are on the PATH for every version, and run the chosen ones only."""
+    """Return a Python of this version: pyenv has shims for every version on the PATH, but only runs the selected
+    ones."""
     root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
     installed = [path for path in root.glob(f"versions/{version}.*/bin/python") if path.is_file()]
     newest = sorted(installed, key=lambda path: [int(n) for n in re.findall(r"\d+", path.parts[-3])])
@@ -57,13 +58,13 @@ def today(session: nox.Session) -> None:
 
 @nox.session(python=interpreter("3.11"))
 def transformers4(session: nox.Session) -> None:
-    """What depends on transformers, with the 4.57 that constraints.txt gives an older Python."""
+    """Test the parts that depend on transformers with 4.57, which constraints.txt selects for older Pythons."""
     session.install("-c", str(older(Path(session.create_tmp()))), "-e", ".[test]")
     session.run("python", "-m", "pytest", *(session.posargs or DEPENDING_ON_TRANSFORMERS))
 
 
 def older(folder: Path) -> Path:
-    """Constraints of today's Python, with transformers and what belongs to it as for an older one."""
+    """Return today's constraints, with transformers and its dependencies as for an older Python."""
     changed = re.compile(r"(transformers|tokenizers|huggingface_hub)==")
     kept = []
     for line in Path("constraints.txt").read_text().splitlines():
@@ -79,7 +80,8 @@ def older(folder: Path) -> Path:
 
 @nox.session(python=interpreter("3.8"))
 def inf1(session: nox.Session) -> None:
-    """From configuration to answers over HTTP in the stack of AWS's Inf1, with doubles of what AWS alone has; and the worker."""
+    """Test from configuration to answers over HTTP in AWS's Inf1 stack, with doubles of AWS's packages; and the
+    worker."""
     session.install("--upgrade", "pip==25.0.1")
     session.install(
         "-c", "constraints-inf1.txt", "--prefer-binary", "-e", ".[serve]", "pytest", "hypothesis", "./tests/doubles"
@@ -87,7 +89,7 @@ def inf1(session: nox.Session) -> None:
     session.run("python", "-m", "pytest", "tests/inf1", *WORKER, *session.posargs)
 
 
-# Each in an environment of its own: they cannot be imported beside each other.
+# Separate environments: they conflict.
 CLIENTS = {
     "today": (
         "openai==3.57.0",
@@ -106,7 +108,7 @@ CLIENTS = {
 
 @nox.session(python=interpreter("3.11"))
 def clients(session: nox.Session) -> None:
-    """People's own clients against a real server, which runs in `.venv`: see tests/clients/run.py."""
+    """Test real clients against a real server, which runs in `.venv`: see tests/clients/run.py."""
     arguments: List[str] = []
     for name, packages in CLIENTS.items():
         folder = Path(session.create_tmp(), name).resolve()

