@@ -93,7 +93,7 @@ def artifact(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="session")
 def mar(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The archive of that artifact, tiny.mar."""
+    """That artifact's archive, tiny.mar."""
     return pack_archive(artifact, "tiny", tmp_path_factory.mktemp("store"))
 
 

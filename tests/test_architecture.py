@@ -272,8 +272,8 @@ def test_each_border_is_crossed_in_one_place() -> None:
 
 
 def test_hosts_import_no_runtime_but_an_archives_own() -> None:
-    """What is imported with a host's module would be there before the archive's own runtime."""
-    fetches = "fetching.py"  # a process of its own
+    """Imports of a host's module would be loaded before the archive's own runtime."""
+    fetches = "fetching.py"  # a separate process
     hosts = sorted((HANDLERS / "traceserve_hosts").glob("*.py"))
     for path in hosts:
         if path.name != fetches:

@@ -20,7 +20,7 @@ from traceserve.machine import environment, space
 _DESCRIPTION = """\
 A transformer checkpoint to a TorchServe deployment: traced, compared with the original, packed, served and queried.
 
-  traceserve demo                                  all of it on a small real model
+  traceserve demo                                  all steps on a small real model
   traceserve build                                 setup_config.json -> model_store/NAME.mar
   traceserve serve model_store/NAME.mar            start TorchServe on it
   traceserve predict NAME "some text"              ask it

@@ -32,7 +32,7 @@ class ServerError(TraceserveError):
 
 
 class DeployError(TraceserveError):
-    """Files for a deployment cannot be made of these archives, or not there."""
+    """Deployment files cannot be made from these archives, or not there."""
 
 
 class NoSpace(TraceserveError):

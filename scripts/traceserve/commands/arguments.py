@@ -35,7 +35,7 @@ def port(text: str) -> int:
 
 
 def shares(text: str) -> Tuple[float, ...]:
-    """Numbers above 0, separated by commas."""
+    """Parse numbers above 0, separated by commas."""
     numbers = tuple(float(part) for part in text.split(","))
     if not all(0 < number < float("inf") for number in numbers):
         raise argparse.ArgumentTypeError("should be numbers above 0, as 9,1")

@@ -11,18 +11,16 @@ from typing import List, Sequence
 from traceserve.commands.contract import Command
 from traceserve.commands.printing import console, megabytes
 
-_SHOWN = 12  # files of one folder, before they are counted only
+_SHOWN = 12  # files shown per folder; more are only counted
 
 
 def _add_deploy(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", metavar="TARGET", help="one of those below")
+    parser.add_argument("target", metavar="TARGET", help="one of the targets below")
     parser.add_argument("archives", nargs="+", type=Path, metavar="ARCHIVE", help="a .mar that `traceserve build` made")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new or empty folder for the files")
+    parser.add_argument("--engine", metavar="E", help="the server in the container [the target's first, see below]")
     parser.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="where the files go, a folder that is new or empty"
-    )
-    parser.add_argument("--engine", metavar="E", help="what serves in the container [the target's first, see below]")
-    parser.add_argument(
-        "--image", metavar="NAME:TAG", help="the image, as manifests and commands name it [NAME:VERSION of the archive]"
+        "--image", metavar="NAME:TAG", help="the image's name in manifests and commands [NAME:VERSION of the archive]"
     )
     parser.add_argument(
         "--url",
@@ -64,7 +62,7 @@ def _print(folder: Path, files: Sequence[Path]) -> None:
 
 
 def _rows(folder: Path, files: Sequence[Path]) -> List[Sequence[str]]:
-    """A row for each file; of a folder with many of them one for all."""
+    """Return a row per file; one for all of a folder with many."""
     counts = Counter(file.parts[0] for file in files)
     rows: List[Sequence[str]] = []
     for file in files:
@@ -80,8 +78,8 @@ def _rows(folder: Path, files: Sequence[Path]) -> List[Sequence[str]]:
 _TEXT = """\
 Write files that deploy archives: for a container, a cluster or a cloud.
 
-What they need to know is read from the archives: names, versions, hardware, a request that each can answer (the canary
-that health checks ask), sizes, and the workers that `traceserve tune` found best.
+Their facts come from the archives: names, versions, hardware, a request that each can answer (the canary
+of health checks), sizes, and the best number of workers by `traceserve tune`.
 
 targets:
   docker      a Dockerfile and its context: slim, not root, a read-only root, a health check that asks a prediction

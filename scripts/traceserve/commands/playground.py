@@ -1,4 +1,4 @@
-"""playground: a page for people that asks what is served."""
+"""playground: a page in the browser for querying models."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def _add_playground(parser: argparse.ArgumentParser) -> None:
         "places",
         nargs="*",
         metavar="NAME|URL",
-        help="an archive that is being served, or any served model, as http://HOST:PORT/predictions/NAME; two are asked the "
-        "same, side by side [all archives of your running servers]",
+        help="a served archive, or any served model, such as http://HOST:PORT/predictions/NAME; two get the same "
+        "requests, side by side [all archives of your running servers]",
     )
     parser.add_argument("--key", metavar="KEY", help="the server's key for predictions [that of your running server]")
     parser.add_argument(
         "--certificate",
         metavar="FILE",
-        help="the certificate that a server of a URL is known by, or its authority's (PEM)",
+        help="the certificate of a URL's server, or its authority's (PEM)",
     )
     parser.add_argument("--host", default="127.0.0.1", metavar="H", help="the address of the page [%(default)s]")
     parser.add_argument("--port", type=port, default=_PORT, metavar="P", help="the port of the page [%(default)s]")

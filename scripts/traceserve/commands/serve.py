@@ -33,21 +33,21 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--without-keys",
         action="store_true",
-        help="demand none, whatever the address: where a proxy or a network's rules decide who may ask",
+        help="require none, whatever the address: behind a proxy or network rules that decide who may ask",
     )
     add_port(parser, 8080)
     parser.add_argument(
         "--engine",
         default=engines.TORCHSERVE,
         choices=engines.NAMES,
-        help="what serves: torchserve, or ray (Ray Serve, with several versions of one name side by side) [%(default)s]",
+        help="the server: torchserve, or ray (Ray Serve, with several versions of one name side by side) [%(default)s]",
     )
     parser.add_argument(
         "--shares",
         type=shares,
         default=(),
         metavar="A,B,...",
-        help="what share of the requests to its name each archive gets, where several are versions of one name, as 9,1",
+        help="each archive's share of the requests to its name, for several versions of one name, such as 9,1",
     )
     parser.add_argument("--foreground", action="store_true", help="run until interrupted, for containers and systemd")
     parser.add_argument(

@@ -71,9 +71,9 @@ def configure_server(
 
 
 def prepare_folder(folder: Path, files: Mapping[str, Path], servings: Mapping[str, Serving]) -> Path:
-    """Make the folders of a server and unpack its archives; returns their folder.
+    """Make a server's folders and unpack its archives; returns their folder.
 
-    TorchServe itself would need three times as long to unpack them.
+    TorchServe itself would take three times as long to unpack them.
     """
     for sub in ("store", "logs", "tmp", "run"):
         (folder / sub).mkdir()

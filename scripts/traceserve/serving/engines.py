@@ -1,4 +1,4 @@
-"""The names of what serves archives; `server.ENGINES` has how each is started."""
+"""The names of the engines that serve archives; `server.ENGINES` starts them."""
 
 TORCHSERVE = "torchserve"
 RAY = "ray"

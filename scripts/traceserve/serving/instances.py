@@ -236,7 +236,7 @@ def end_started_in(folder: Path) -> None:
 
 
 def _started_in(folder: Path) -> Iterator[psutil.Process]:
-    """Yield a server's starter and its daemons: they have a path in the folder among their arguments."""
+    """Yield a server's starter and daemons: a path in the folder is among their arguments."""
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             arguments = process.cmdline()
@@ -246,7 +246,8 @@ def _started_in(folder: Path) -> Iterator[psutil.Process]:
 
 
 def _drain(process: psutil.Process) -> bool:
-    """Let the HAProxy before a cluster finish what it was asked, and say whether there was one. (TorchServe does so itself.)"""
+    """Let a cluster's HAProxy finish its running requests; return whether there was one. (TorchServe does so
+    itself.)"""
     waiting = []
     for child in process.children(recursive=True):
         with contextlib.suppress(psutil.Error):
@@ -272,7 +273,7 @@ def _end(processes: List[psutil.Process], at_once: bool) -> None:
 
 
 def sockets_folder(folder: Path) -> Path:
-    """Where the HAProxy before a cluster has its sockets: Ray adds 57 characters to their paths, which have 97 at most."""
+    """Return the folder of a cluster's HAProxy's sockets: Ray adds 57 characters to their paths, limited to 97."""
     return Path("/tmp", f"ts-{folder.name[-8:]}")
 
 

@@ -1,4 +1,4 @@
-"""What is to be started: which archives, how each is served, where, and by which engine."""
+"""The plan of a start: which archives, how each is served, where, and by which engine."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ DEFAULT_WORKERS = 1
 
 @dataclass(frozen=True)
 class Archive:
-    """One archive, and how it is served."""
+    """One archive and its serving configuration."""
 
     name: str  # it answers at /predictions/NAME
     file: Path
     manifest: Manifest
     serving: Serving
-    changed: bool  # its own model-config.yaml says something else
-    share: float = 1.0  # of the requests to its name, relative to those of other versions
+    changed: bool  # overrides its own model-config.yaml
+    share: float = 1.0  # of the requests to its name, relative to other versions
 
     @property
     def workers(self) -> int:
-        """Its processes: one, where it does not say. (TorchServe's own default is one for each core.)"""
+        """Its number of processes, by default one. (TorchServe's own default is one per core.)"""
         return self.serving.workers or DEFAULT_WORKERS
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A server that is to be started in `folder`; the archives by the folders that they get below it."""
+    """A server to start in `folder`; the archives by their folders below it."""
 
     archives: Mapping[str, Archive]
     host: str
@@ -57,12 +57,12 @@ class Plan:
 
     @property
     def changed(self) -> Dict[str, Serving]:
-        """How those archives are served that say something else themselves."""
+        """The configurations of archives that override their own."""
         return {key: archive.serving for key, archive in self.archives.items() if archive.changed}
 
     @property
     def workers(self) -> Dict[str, int]:
-        """How many processes answer for each name."""
+        """The number of processes per name."""
         found: Dict[str, int] = {}
         for archive in self.archives.values():
             found[archive.name] = found.get(archive.name, 0) + archive.workers
@@ -76,9 +76,9 @@ def planned(
     versions: bool,
     shares: Sequence[float] = (),
 ) -> Dict[str, Archive]:
-    """The archives by their folders; raises ServerError for two that would answer at one address.
+    """Return the archives by their folders; raises ServerError for two with the same address.
 
-    `versions` says that the engine tells several versions of one name apart.
+    `versions`: the engine supports several versions of one name.
     """
     if shares and len(shares) != len(files):
         raise ServerError(f"--shares has {len(shares)} numbers for {len(files)} archives; give one for each")
@@ -97,7 +97,7 @@ def planned(
 
 
 def _wanted(own: Serving, serving: Optional[Serving], workers: Optional[int]) -> Serving:
-    """How an archive is served; several workers share the cores, unless something says what each may use."""
+    """Return an archive's serving configuration; several workers share the cores unless threads are set."""
     wanted = serving or own
     wanted = wanted if workers is None else dataclasses.replace(wanted, workers=workers)
     if (wanted.workers or 1) > 1 and wanted.threads is None and "OMP_NUM_THREADS" not in os.environ:

