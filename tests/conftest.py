@@ -42,7 +42,7 @@ def nothing(what: str, done: int, total: int) -> None:
 
 
 def run_export(folder: Path, content: Dict[str, Any], **options: Any) -> Exported:
-    """Export by a configuration's content into `folder`, in float32 where it says nothing."""
+    """Export a configuration's content into `folder`, by default in float32."""
     config, notes = parse_config({"dtype": "float32", **content})
     folder.mkdir(parents=True, exist_ok=True)
     return export(LoadedConfig(config, ROOT, notes), folder.name, folder, nothing, **options)

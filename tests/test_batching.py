@@ -260,7 +260,7 @@ def test_few_times_tell_nothing(count: int) -> None:
 
 @pytest.mark.parametrize("power", [0.01, 1.0], ids=["hardly", "as-the-size-grows"])
 def test_times_that_fall_with_the_size_do_not_make_a_run_cheap(power: float) -> None:
-    """As noise has it where starting a run takes nearly all the time: then everything should run at once."""
+    """Noise causes this if starting a run takes nearly all the time: then everything should run together."""
     found = fit_costs([Timing(b, n, 1e-3 * (b * n) ** -power) for b, n in MEASURED])
     assert found is None or found.run == MOST_RUN
 

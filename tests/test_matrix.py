@@ -107,7 +107,7 @@ def lower_precisions() -> List[Any]:
 
 @pytest.fixture(scope="module")
 def fitted() -> Tuple[Path, List[str], List[str]]:
-    """The demo's classifier, its sentences, and the labels that the pipeline gives them."""
+    """The demo's classifier, its sentences, and the pipeline's labels for them."""
     source = demo.train_demo(demo.NAME).folder
     texts = [text for _, text in samples.lines(demo.DATA)]
     pipeline = transformers.pipeline("text-classification", model=str(source), device="cpu")

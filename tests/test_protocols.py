@@ -38,7 +38,7 @@ TEXT = "Où est la gare? 👍🏽"
 
 
 def read(value: Any, task: Type[Task] = SequenceClassification, most: int = 100) -> Body:
-    """What a body asks, parsed by TorchServe or not."""
+    """Return a body's requests, parsed by TorchServe or not."""
     body = parse_requests({"body": value}, JSON, task, 3, most)
     for headers in (JSON, Headers()):
         assert parse_requests({"body": json.dumps(value).encode()}, headers, task, 3, most) == body

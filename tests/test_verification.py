@@ -195,7 +195,7 @@ def test_what_the_task_asks_is_compared_and_the_users_own(
 
 
 def load_original(checkpoint: Callable[..., Path], folder: Path) -> Original:
-    """What the fixture `artifact` was made of."""
+    """Return the source of the fixture `artifact`."""
     config, _ = parse_config({"model_name": str(checkpoint("bert", **LABELS)), **CLASSIFIER, "max_length": 32})
     with loading.quiet_transformers():
         return loading.load_original(config, sources.fetch_checkpoint(config, folder), folder)

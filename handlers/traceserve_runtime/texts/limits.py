@@ -17,7 +17,7 @@ _CHARACTERS_PER_TOKEN = 8
 
 
 class RequestLimits(NamedTuple):
-    """The most of each that one HTTP request may have, and the most characters that are tokenized at once."""
+    """The limits of one HTTP request, and on the characters tokenized at once."""
 
     rows: int
     tokens: int  # in all rows, as the model reads them

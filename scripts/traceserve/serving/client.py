@@ -48,7 +48,7 @@ def predict(
 def stream(
     url: str, name: str, body: Any, key: Optional[str] = None, timeout: float = 300.0, certificate: Optional[str] = None
 ) -> Iterator[str]:
-    """POST `body`, which asks for a stream, and give the text's pieces as they come; raises NotYet or Refused."""
+    """POST `body`, which requests a stream, and yield the text's pieces; raises NotYet or Refused."""
     with post(url, name, body, key, timeout, certificate) as response:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for piece in iter(lambda: response.read1(1 << 16), b""):
