@@ -405,7 +405,7 @@ def main() -> None:
     parser.add_argument("--save-mode", default="torchscript", choices=list(WRITERS))
     parser.add_argument("--dtype", default="float32", choices=list(LIMITS))
     parser.add_argument(
-        "--own", type=int, default=0, metavar="N", help="give the gate N of the texts as the user's own, every so many"
+        "--own", type=int, default=0, metavar="N", help="give the gate N evenly spread texts as the user's own"
     )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N texts of each")
     parser.add_argument("--only", action="append", choices=sorted({case.task for case in CASES}), metavar="TASK")

@@ -33,7 +33,7 @@ def add_build_options(parser: argparse.ArgumentParser, max_length: int) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="of our setup_config.json too, as dtype=bfloat16; the value is JSON or text; may be given several times",
+        help="for our setup_config.json, such as dtype=bfloat16; the value is JSON or text; repeatable",
     )
 
 

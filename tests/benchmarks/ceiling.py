@@ -113,7 +113,7 @@ def _archive(folder: Path) -> Path:
 def main() -> None:
     parser = tables.parser(__doc__, rounds=3)
     parser.add_argument("--connections", default="16,64", metavar="N[,N...]", help="[%(default)s]")
-    parser.add_argument("--seconds", type=float, default=3.0, help="how long each is measured [%(default)g s]")
+    parser.add_argument("--seconds", type=float, default=3.0, help="seconds per measurement [%(default)g]")
     options = parser.parse_args()
     counts = [int(part) for part in options.connections.split(",")]
     subjects: Dict[str, Callable[[], Any]] = {"a server that does nothing": fixed, "TorchServe without a model": no_op}

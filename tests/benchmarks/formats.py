@@ -78,7 +78,7 @@ def parse() -> argparse.Namespace:
         "--ways",
         type=lambda text: [tuple(way.split(":", 1)) for way in text.split(",")],
         default=every,
-        help="save modes and dtypes, as torchscript:float32,onnx:int8 [all that run on a CPU]",
+        help="save modes and dtypes, such as torchscript:float32,onnx:int8 [all that run on a CPU]",
     )
     building.add_build_options(parser, 128)
     parser.add_argument("--seconds", type=float, default=4, help="of each load [%(default)s]")

@@ -46,10 +46,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="the checkpoint's folder")
     parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--max-length", type=int, default=128, help="texts are cut to so many tokens [%(default)s]")
+    parser.add_argument("--max-length", type=int, default=128, help="truncate texts to this many tokens [%(default)s]")
     parser.add_argument("--max-batch-size", type=int, default=32, help="[%(default)s]")
     parser.add_argument("--batch-timeout", type=float, default=0.01, help="seconds to wait for more [%(default)s]")
-    parser.add_argument("--workers-file", type=Path, required=True, help="the worker's process id is written to it")
+    parser.add_argument("--workers-file", type=Path, required=True, help="file for the worker's process id")
     options = parser.parse_args()
     api = PipelineAPI(max_batch_size=options.max_batch_size, batch_timeout=options.batch_timeout)
     api.options = options  # the worker is another process, which gets the object unchanged

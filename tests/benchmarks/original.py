@@ -32,8 +32,8 @@ CHUNKS = 4
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="a checkpoint of a classifier")
-    parser.add_argument("--samples", type=Path, required=True, metavar="FILE", help="as of traceserve build")
-    parser.add_argument("--every", type=int, default=1, metavar="N", help="of the samples take each Nth [%(default)s]")
+    parser.add_argument("--samples", type=Path, required=True, metavar="FILE", help="as in traceserve build")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="take only each Nth sample [%(default)s]")
     options = parser.parse_args()
     config, _ = parse_config({"model_name": str(options.model.resolve()), "task": TASK})
     with loading.quiet_transformers(), tempfile.TemporaryDirectory() as folder:

@@ -37,8 +37,8 @@ def main() -> None:
     parser.add_argument("--archive", type=Path, required=True, metavar="MAR")
     parser.add_argument("--texts", type=Path, required=True, metavar="FILE", help="a .csv with a column text, or lines")
     parser.add_argument("--what", choices=WAYS, default="weights", help="[%(default)s]")
-    parser.add_argument("--beside", type=Path, metavar="MAR", help="another archive, in place of what --what compares")
-    parser.add_argument("--threads", type=int, metavar="N", help="of each operator [one for each core]")
+    parser.add_argument("--beside", type=Path, metavar="MAR", help="another archive to compare with, instead of --what")
+    parser.add_argument("--threads", type=int, metavar="N", help="per operator [one per core]")
     options = parser.parse_args()
     os.environ.update(environment.settings())  # a worker's; torch is not imported yet
     from traceserve_runtime.tasks.contract import Request
@@ -91,7 +91,7 @@ def tokens(folder: Path, threads: Optional[int]) -> Dict[str, Engine]:
     """In padded rows, as traced, and unpadded."""
     manifest = Manifest.read(folder)
     if not manifest.runtime.get(UNPADDED):
-        raise SystemExit("the graph of this archive was not rewritten: it computes padding as it was traced")
+        raise SystemExit("the graph of this archive was not rewritten: it computes padding as traced")
     traced = Path(shutil.copytree(folder, folder.with_name("traced")))
     write_graph(traced, manifest.model_file)
     files = {name: sha256(traced / name) for name in manifest.files}

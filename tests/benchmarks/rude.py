@@ -228,16 +228,14 @@ def parse() -> argparse.Namespace:
         type=Path,
         nargs="?",
         default=Path("model_store/support-intents.mar"),
-        help='an archive, or an artifact to pack, that is asked {"text": ...} [%(default)s, of `traceserve build`]',
+        help='an archive, or an artifact to pack, for requests of {"text": ...} [%(default)s, of `traceserve build`]',
     )
     parser.add_argument("--kinds", nargs="+", choices=RUDE, metavar="KIND", help=f"some of: {'; '.join(RUDE)}")
-    parser.add_argument("--times", type=int, default=5, help="each body is sent so often [%(default)s]")
+    parser.add_argument("--times", type=int, default=5, help="number of times that each body is sent [%(default)s]")
     parser.add_argument("--connections", type=int, default=4, help="of rude clients [%(default)s]")
-    parser.add_argument("--seconds", type=float, default=5, help="of each load of a good client [%(default)s]")
+    parser.add_argument("--seconds", type=float, default=5, help="per load of a good client [%(default)s]")
     parser.add_argument("--budget", type=float, default=90, help="seconds in which measurements begin [%(default)s]")
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write every single measurement, and where it was made"
-    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every measurement and its environment")
     options = parser.parse_args()
     if not options.archive.exists():
         parser.error(f"{options.archive} does not exist; `traceserve build` in the repository's root makes the demo's")

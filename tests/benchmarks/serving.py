@@ -61,7 +61,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = tables.parser(__doc__, rounds=5)
     parser.add_argument("--texts", type=Path, required=True, metavar="CSV", help="sentences in a column `text`")
-    parser.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="the checkpoint that all serve")
+    parser.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="the checkpoint for all servers")
     parser.add_argument("--kind", choices=building.SETTINGS, default="classification", help="[%(default)s]")
     parser.add_argument(
         "--archive",
@@ -84,7 +84,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--foreign-batch", type=int, metavar="N", help="its batch size [its own, which is 1]")
     parser.add_argument("--litserve-python", type=Path, metavar="PYTHON", help="the interpreter that has litserve")
     parser.add_argument("--infinity-python", type=Path, metavar="PYTHON", help="the one that has infinity_emb")
-    parser.add_argument("--mix", nargs="+", choices=MIXES, default=MIXES, help="sentences as they are; one in ten long")
+    parser.add_argument("--mix", nargs="+", choices=MIXES, default=MIXES, help="natural sentences; one in ten long")
     parser.add_argument("--connections", nargs="+", type=int, default=[1, 16, 64], help="%(default)s")
     parser.add_argument("--seconds", type=float, default=10, help="of each load [%(default)s]")
     parser.add_argument("--warm-up", type=float, default=2, help="seconds of load before it [%(default)s]")

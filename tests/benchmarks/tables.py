@@ -29,10 +29,10 @@ def parser(description: Optional[str], rounds: int) -> argparse.ArgumentParser:
         "--rounds",
         type=int,
         default=rounds,
-        help="everything is measured so often, in turn; medians are told [%(default)s]",
+        help="number of alternating rounds; medians are reported [%(default)s]",
     )
-    made.add_argument("--json", type=Path, metavar="FILE", help="write every single measurement, and where it was made")
-    made.add_argument("--markdown", action="store_true", help="print the tables as docs/measurements.md has them")
+    made.add_argument("--json", type=Path, metavar="FILE", help="write every measurement and its environment")
+    made.add_argument("--markdown", action="store_true", help="print the tables in docs/measurements.md's format")
     return made
 
 

@@ -39,8 +39,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m gpu", description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="a folder for report.json and report.md")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with small models and few archives")
-    parser.add_argument("--seconds", type=float, default=460, help="what does not fit is left out, and listed")
-    parser.add_argument("--processes", type=int, default=12, help="archives that are built beside each other")
+    parser.add_argument("--seconds", type=float, default=460, help="leave out, and list, what does not fit")
+    parser.add_argument("--processes", type=int, default=12, help="archives built in parallel")
     options = parser.parse_args()
     rehearse = options.rehearse or not torch.cuda.is_available()
     device = "cpu" if rehearse else "cuda:0"
@@ -154,7 +154,9 @@ def _share(report: _Report, device: str, folder: Path, small: bool) -> None:
         "labels_alike": labels[0] == labels[1] == labels[2],
     }
     if labels[0] != labels[1] or labels[0] != labels[2] or any(worked.device != device for worked in two):
-        report.content["failures"].append("two workers: they answered otherwise than one, or not on the device")
+        report.content["failures"].append(
+            "two workers: their answers differed from one worker's, or were not computed on the device"
+        )
 
 
 def _speed(report: _Report, name: str, device: str, dtype: str, folder: Path, compiled: bool) -> None:
@@ -199,7 +201,7 @@ def _markdown(content: Dict[str, Any]) -> str:
     for dtype, peak in content["peak"].items():
         lines += ["", f"A product of two matrices of 8192 in {dtype}: {peak:.0f} TFLOP/s"]
     lines += [f"\nFailed: {failure}" for failure in content["failures"]]
-    lines += [f"\nLeft out, since the time was over: {name}" for name in content["left_out"]]
+    lines += [f"\nLeft out for lack of time: {name}" for name in content["left_out"]]
     parts: List[str] = [f"{name} {seconds} s" for name, seconds in content["seconds"].items()]
     return "\n".join([*lines, "", "Time: " + ", ".join(parts), ""])
 

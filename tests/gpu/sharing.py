@@ -56,7 +56,7 @@ def work(folder: str, device: str, texts: Sequence[str], batches: int) -> Worked
     for _ in range(batches):
         again = handler.handle(rows, context)
         if [json.loads(one)["label"] for one in again] != [json.loads(one)["label"] for one in answers]:
-            raise AssertionError("the same texts were answered otherwise")
+            raise AssertionError("the same texts got different answers")
     seconds = time.perf_counter() - began
     on_gpu = device.startswith("cuda")
     megabytes = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else 0.0
