@@ -103,6 +103,7 @@ CLIENTS = {
     ),
     "older": ("huggingface_hub[inference]==0.36.2", "mlserver==1.7.1", "numpy"),
     "kserve": ("kserve==0.21.0",),
+    "load": ("locust==2.47.0",),
 }
 
 

@@ -1,9 +1,9 @@
 """Real clients against a real server: builds a tiny archive of every task, serves them, and calls everything.
 
-    python tests/clients/run.py --python PYTHON [--python PYTHON ...] [--write docs/clients.md]
+    python tests/clients/run.py --python PYTHON [--python PYTHON ...] [--part PART] [--write docs/clients.md]
 
 Each PYTHON has clients installed in its environment (see `nox -s clients`). Prints a table, and exits with 1 if a
-call failed.
+call failed. With one part alone, only the rows of its clients are written anew.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Tuple
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
+import load  # noqa: E402
 import models  # noqa: E402
 from conftest import run_export  # noqa: E402
 from traceserve.archives.archive import pack_archive  # noqa: E402
@@ -86,25 +87,47 @@ def table(rows: List[Dict[str, str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def sample_bodies(instance: instances.Instance) -> Dict[str, Any]:
+    """Return the sample of each archive's task."""
+    return {name: TASKS[name].sample_body(instance.manifest(name).facts) for name in instance.names}
+
+
+def write(file: Path, rows: List[Dict[str, str]]) -> None:
+    """Put the rows between the marks of a file; those of other clients stay."""
+    before, rest = file.read_text(encoding="utf-8").split(_BEGIN)
+    old, after = rest.split(_END)
+    clients = {row["client"] for row in rows}
+    kept = [line for line in old.splitlines()[2:] if line.split("|")[1].strip() not in clients]
+    lines = table(rows).splitlines()
+    file.write_text(
+        before + _BEGIN + "\n".join([*lines[:2], *kept, *lines[2:]]) + "\n" + _END + after, encoding="utf-8"
+    )
+
+
 def main() -> int:
     """Build, serve, call."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", action="append", required=True, metavar="PYTHON")
     parser.add_argument("--write", type=Path, metavar="FILE", help="put the table between the marks of this file")
+    parser.add_argument("--part", choices=("calls", "generated", "load"), help="only these [all]")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["XDG_STATE_HOME"] = os.environ["XDG_CACHE_HOME"] = scratch
         instance = server.start(build(Path(scratch)), port=configuration.free_ports(1)[0], timeout=180)
         try:
             url = f"http://127.0.0.1:{instance.port}"
-            rows = [*call(arguments.python, url), *generate(arguments.python, url)]
+            parts: Dict[str, Callable[[], List[Dict[str, str]]]] = {
+                "calls": lambda: call(arguments.python, url),
+                "generated": lambda: generate(arguments.python, url),
+                "load": lambda: load.drive(arguments.python, url, sample_bodies(instance)),
+            }
+            rows = [row for name, part in parts.items() if arguments.part in (None, name) for row in part()]
         finally:
             instances.stop(instance)
     print(table(rows))
     if arguments.write:
-        before, rest = arguments.write.read_text(encoding="utf-8").split(_BEGIN)
-        arguments.write.write_text(before + _BEGIN + table(rows) + _END + rest.split(_END)[1], encoding="utf-8")
-    failed = [row for row in rows if row["result"] not in ("ok", "refused")]
+        write(arguments.write, rows)
+    failed = [row for row in rows if row["result"] not in ("ok", "refused") and not row["result"].startswith("skipped")]
     print(f"{len(rows)} calls, {len(failed)} failed")
     return 1 if failed or not rows else 0
 
