@@ -58,7 +58,7 @@ def test_a_user_without_a_home_folder() -> None:
         script = (
             "import os, tempfile\nfrom traceserve.machine import user_folders\n"
             f"tempfile.tempdir = {name!r}\nos.chdir({name!r})\nos.setuid(54321)\n"
-            "print(user_folders.state('servers'))\nprint(user_folders.note())"
+            "print(user_folders.state('servers'))\nprint(user_folders.state_folder_note())"
         )
         environment = {key: value for key, value in os.environ.items() if key not in ("HOME", "XDG_STATE_HOME")}
         result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
