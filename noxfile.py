@@ -1,4 +1,4 @@
-"""The tests' stacks, each in its own environment: `nox -s today`, `transformers4`, `inf1`; and `clients`.
+"""The tests' stacks, each in its own environment: `nox -s today`, `transformers4`, `inf1`; and `clients` and `hosts`.
 
 Arguments after `--` go to pytest. Interpreters are found on the PATH, or among pyenv's.
 """
@@ -119,3 +119,17 @@ def clients(session: nox.Session) -> None:
     session.run(
         str(Path(".venv", "bin", "python")), "tests/clients/run.py", *arguments, *session.posargs, external=True
     )
+
+
+# Other servers, all in one environment, with the worker's packages.
+HOSTS = ("mlflow==3.17.2", "litserve==0.2.19", "bentoml==1.4.40")
+WORKERS_PACKAGES = ("torch", "tokenizers", "numpy", "safetensors", "multipart", "rich", "platformdirs", "psutil")
+
+
+@nox.session(python=interpreter("3.11"))
+def hosts(session: nox.Session) -> None:
+    """Run LitServe, BentoML and MLflow on an archive that is built in `.venv`: see tests/hosts/run.py."""
+    session.install("-c", "constraints.txt", *HOSTS, *WORKERS_PACKAGES)
+    python = str(Path(session.virtualenv.location, "bin", "python").resolve().parent / "python")
+    command = [str(Path(".venv", "bin", "python")), "tests/hosts/run.py", "--python", python]
+    session.run(*command, *session.posargs, external=True)

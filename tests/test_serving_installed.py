@@ -94,7 +94,19 @@ def test_a_checkpoint_is_built_packed_and_answers(
     run(["traceserve", "export"])
     assert "model_store/bert.mar" in run(["traceserve", "archive", "artifacts/bert"])
     assert "'label': 'LABEL_" in run(["python", "-c", ANSWER, "model_store/bert.mar"])
-    assert {path.name for path in tmp_path.iterdir()} == {"setup_config.json", "artifacts", "model_store", "unpacked"}
+    for target in ("docker", "kubernetes"):  # templates, and the package's own code
+        run(["traceserve", "deploy", target, "model_store/bert.mar", "--output", f"deploy/{target}"])
+    image = tmp_path / "deploy/docker/app"
+    assert (image / "traceserve_hosts/web.py").is_file() and (image / "transformer_handler.py").is_file()
+    for chart in (image / "traceserve/deploying/templates/kubernetes", tmp_path / "deploy/kubernetes/chart"):
+        assert (chart / "templates/_helpers.tpl").is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "setup_config.json",
+        "artifacts",
+        "model_store",
+        "unpacked",
+        "deploy",
+    }
 
 
 def test_the_demos_configuration_is_the_repositorys() -> None:

@@ -87,6 +87,7 @@ targets:
   kserve      a ServingRuntime and its image, an InferenceService for each archive; KServe's V1 and V2 protocols
   kuberay     a RayService and its image: replicas that scale by what waits, on nodes that scale
   sagemaker   model.tar.gz and an image: GET /ping, POST /invocations, as Amazon SageMaker asks; one archive
+  mlflow      a pyfunc model: `mlflow models serve`, registries, batch jobs; one archive
 
 examples:
   traceserve deploy docker model_store/NAME.mar --output deploy/docker

