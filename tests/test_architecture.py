@@ -394,6 +394,57 @@ def test_what_can_be_is_read_without_torch() -> None:
     assert result.stdout.strip() == "[]" and len(modules) > 10
 
 
+# Names that several modules give to a class or a function: each keeps a contract, and its caller takes the module from a
+# table or runs it. Any other name is said once, so that it can be searched for.
+_WRITERS, _RUNTIMES = "scripts/traceserve/building/writers/", "handlers/traceserve_runtime/runtimes/"
+CONTRACT_VERBS: Dict[str, Sequence[str]] = {
+    "write": (_WRITERS,),  # WRITERS: see `writers.contract.Writer`
+    "check": (_WRITERS,),
+    "lowered": (_WRITERS,),
+    "note": (_WRITERS,),
+    # RUNTIMES; and the settings, which hosts read by the runtime of an archive, which may be an older one.
+    "read": (_RUNTIMES, "handlers/traceserve_runtime/settings.py"),
+    "variants": (_RUNTIMES,),
+    "load": ("scripts/traceserve/building/checkpoints/libraries/",),  # LOADERS
+    "plan": ("scripts/traceserve/deploying/targets/",),  # TARGETS
+    "main": (
+        "scripts/traceserve/cli.py",
+        "scripts/traceserve/deploying/inside/",
+        "handlers/traceserve_hosts/",
+    ),  # programs
+}
+
+
+def same_names(root: Path) -> Dict[str, List[str]]:
+    """The public classes and functions that several modules define under one name, contracts aside, and their files."""
+    found: Dict[str, List[str]] = {}
+    for path in sorted([*root.glob("handlers/**/*.py"), *root.glob("scripts/**/*.py")]):
+        file = path.relative_to(root).as_posix()
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) or node.name.startswith("_"):
+                continue
+            if not file.startswith(tuple(CONTRACT_VERBS.get(node.name, ()))):
+                found.setdefault(node.name, []).append(file)
+    return {name: files for name, files in found.items() if len(files) > 1 or name in CONTRACT_VERBS}
+
+
+def test_names_are_unique() -> None:
+    assert same_names(ROOT) == {}
+
+
+def test_a_name_that_is_given_twice_is_found(tmp_path: Path) -> None:
+    files = {
+        "handlers/traceserve_runtime/one.py": "def fit() -> None: ...\ndef _own() -> None: ...\nclass Search: ...\n",
+        "scripts/traceserve/other.py": "def fit() -> None: ...\ndef _own() -> None: ...\ndef write() -> None: ...\n",
+        "scripts/traceserve/building/writers/onnx.py": "def write() -> None: ...\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    one, other, _ = files
+    assert same_names(tmp_path) == {"fit": [one, other], "write": [other]}
+
+
 def test_the_code_runs_on_python_3_8() -> None:
     command = ["vermin", "--target=3.8-", "--no-tips", "--violations", "--eval-annotations", "--quiet"]
     paths = [str(HANDLERS), str(SCRIPTS)]

@@ -204,7 +204,7 @@ def test_a_graph_that_cannot_be_inlined_is_moved(tmp_path: Path, monkeypatch: py
     """With each graph that it calls; and it runs on another device."""
     file = written(Twice(), tmp_path)
     remove(monkeypatch, "torch._C._jit_pass_inline")
-    module = graphs.load(file)
+    module = graphs.load_module(file)
     assert len(devices.reached(module)) == 3
     devices.rewrite(module, "cpu")
     assert torch.equal(module(torch.ones(2, 5))[0], Twice()(torch.ones(2, 5))[0])
@@ -220,14 +220,14 @@ def test_functions_that_cannot_be_inlined_are_refused(tmp_path: Path, monkeypatc
     assert other_device.prove(file, {"": (torch.ones(3, 4),)})
     remove(monkeypatch, "torch._C._jit_pass_inline")
     with pytest.raises(MissingPackage, match="cannot inline what the graph calls; serve the archive on the CPU"):
-        devices.rewrite(graphs.load(file), "cuda:0")
+        devices.rewrite(graphs.load_module(file), "cuda:0")
     with pytest.raises(ExportError, match='cannot inline what the graph calls.*or take "hardware": "cpu"'):
         other_device.prove(file, {"": (torch.ones(3, 4),)})
 
 
 @pytest.mark.parametrize("member", ["torch._C.Graph.findAllNodes", "torch._C.Node.replaceInput"])
 def test_graphs_of_another_kind_are_not_moved(member: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = graphs.load(written(Twice(), tmp_path))
+    module = graphs.load_module(written(Twice(), tmp_path))
     remove(monkeypatch, member)
     with pytest.raises(MissingPackage, match=f"its graphs have no {member[9:]}; serve the archive on the CPU"):
         devices.rewrite(module, "cuda:0")

@@ -28,7 +28,7 @@ def homeless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_usual_folder_is_used_without_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "new" / "state"))
     assert user_folders.state("servers") == tmp_path / "new" / "state" / "traceserve" / "servers"
-    assert user_folders.note() is None
+    assert user_folders.state_folder_note() is None
 
 
 def test_an_unwritable_home_falls_back_to_a_private_folder(homeless: Path) -> None:
@@ -37,7 +37,7 @@ def test_an_unwritable_home_falls_back_to_a_private_folder(homeless: Path) -> No
     assert user_folders.cache("x.jsa") == homeless / "cache" / "x.jsa"
     assert (homeless / "cache").is_dir()
     assert homeless.stat().st_mode & 0o777 == 0o700
-    note = user_folders.note()
+    note = user_folders.state_folder_note()
     assert note and os.environ["HOME"] in note and str(homeless) in note and "XDG_STATE_HOME" in note
 
 

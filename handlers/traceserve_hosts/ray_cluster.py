@@ -40,7 +40,7 @@ def deploy(address: str, config: Mapping[str, Any]) -> None:
             serve.delete(name)
 
 
-def reason(error: Exception) -> str:
+def replica_failure(error: Exception) -> str:
     """Why an application does not run: what its replica raised, without Ray's own words and the traceback."""
     found = _REASON.findall(str(error))
     return found[-1] if found else str(error).strip().splitlines()[-1]
@@ -51,7 +51,7 @@ def main(arguments: List[str]) -> int:
     try:
         deploy(arguments[0], json.loads(Path(arguments[1]).read_text(encoding="utf-8")))
     except RuntimeError as error:
-        sys.stderr.write(f"{reason(error)}\n")
+        sys.stderr.write(f"{replica_failure(error)}\n")
         return 1
     return 0
 

@@ -102,7 +102,7 @@ def main(arguments: Sequence[str], model: str = MODEL, environment: Mapping[str,
         container.serve(web.loaded(model))
     except RuntimeError as error:
         return str(error)
-    web.run(container, "0.0.0.0", int(port))
+    web.serve_until_signal(container, "0.0.0.0", int(port))
     return None
 
 

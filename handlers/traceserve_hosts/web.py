@@ -45,7 +45,7 @@ def application(archive: Loaded, largest_body: int, report: Optional[Report] = N
     )
 
 
-def run(served: Asgi, host: str, port: int) -> None:
+def serve_until_signal(served: Asgi, host: str, port: int) -> None:
     """Serve until a signal comes."""
     import uvicorn
 
@@ -73,7 +73,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> Optional[str]:
         archive = loaded(options.archive, options.name)
     except RuntimeError as error:
         return str(error)
-    run(application(archive, options.largest_body << 20), options.host, options.port)
+    serve_until_signal(application(archive, options.largest_body << 20), options.host, options.port)
     return None
 
 

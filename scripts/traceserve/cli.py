@@ -73,7 +73,7 @@ def _tell_where_servers_are(command: Command) -> None:
     if command.finds_servers:
         from traceserve.machine import user_folders
 
-        note = user_folders.note()
+        note = user_folders.state_folder_note()
         if note:
             printing.console(error=True).print(f"[yellow]note:[/] {note}", highlight=False, soft_wrap=True)
 

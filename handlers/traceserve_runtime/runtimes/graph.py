@@ -136,7 +136,7 @@ class Traced(Protocol):
     def state_dict(self, *, keep_vars: bool) -> Dict[str, torch.Tensor]: ...
 
 
-def load(file: Path, device: Optional[str] = None) -> Traced:
+def load_module(file: Path, device: Optional[str] = None) -> Traced:
     """Load a file's module, its weights on `device` or where they were; raises torch's errors."""
     import torch
 
@@ -165,7 +165,7 @@ def insert_node(graph: Graph, kind: str, inputs: Sequence[Value], before: Node, 
     return made
 
 
-def replace(node: Node, value: Value) -> None:
+def replace_value(node: Node, value: Value) -> None:
     """Replace a node's output by a value, and remove the node."""
     node.output().replaceAllUsesWith(value)
     node.destroy()

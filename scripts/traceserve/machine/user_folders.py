@@ -27,7 +27,7 @@ def cache(name: str) -> Path:
     return _folder(platformdirs.user_cache_dir, "cache") / name
 
 
-def note() -> Optional[str]:
+def state_folder_note() -> Optional[str]:
     """Return a note for the user if the usual state folder is not writable; else None."""
     usual = _usual(platformdirs.user_state_dir)
     used = _folder(platformdirs.user_state_dir, "state")

@@ -70,7 +70,7 @@ class Server:
 
     def __init__(self, boards: Sequence[Sequence[Model]], host: str, port: int) -> None:
         self._host = host
-        self._application = interface.application(boards)
+        self._application = interface.playground_application(boards)
         self._socket = _listening(host, port)
         named = f"[{host}]" if ":" in host else host
         self.url = f"http://{named}:{self._socket.getsockname()[1]}"

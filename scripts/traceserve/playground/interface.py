@@ -33,7 +33,7 @@ def gradio() -> Any:
     return package
 
 
-def application(boards: Sequence[Sequence[Model]]) -> Any:
+def playground_application(boards: Sequence[Sequence[Model]]) -> Any:
     """The page as an ASGI application; a board is one model, or several that are asked the same."""
     gr = gradio()
     from fastapi import FastAPI

@@ -38,7 +38,7 @@ class Archive:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ServerPlan:
     """A server to start in `folder`; the archives by their folders below it."""
 
     archives: Mapping[str, Archive]

@@ -27,7 +27,7 @@ from traceserve.errors import ServerError
 from traceserve.machine import environment
 from traceserve.serving import configuration, instances
 from traceserve.serving.instances import Instance
-from traceserve.serving.plan import Archive, Plan
+from traceserve.serving.plan import Archive, ServerPlan
 
 # For "run/session_2026-11-26_22-22-43_885418_1234567/sockets/plasma_store", Ray's longest socket below a server's
 # folder.
@@ -47,7 +47,7 @@ exec '{program}' "$@"
 """
 
 
-def launch(plan: Plan) -> Instance:
+def launch_cluster(plan: ServerPlan) -> Instance:
     """Start a cluster in the plan's folder, and its applications; raises ServerError."""
     _check(plan)
     configuration.prepare_folder(plan.folder, plan.files, plan.changed)
@@ -61,7 +61,7 @@ def launch(plan: Plan) -> Instance:
     return instance
 
 
-def _check(plan: Plan) -> None:
+def _check(plan: ServerPlan) -> None:
     if sys.platform == "win32" or find_spec("ray") is None or find_spec("multipart") is None:
         raise ServerError(
             "--engine ray needs Ray Serve; install it on Linux or macOS, with Python 3.10 or newer, by: pip install "
@@ -83,7 +83,7 @@ def _key() -> str:
     return os.environ.get(KEY_VARIABLE) or secrets.token_urlsafe(_KEY_BYTES)
 
 
-def _variables(plan: Plan, ports: Mapping[str, int], key: Optional[str]) -> Dict[str, str]:
+def _variables(plan: ServerPlan, ports: Mapping[str, int], key: Optional[str]) -> Dict[str, str]:
     """Return the environment of all of the cluster's processes."""
     run, sockets = plan.folder / "run", instances.sockets_folder(plan.folder)
     sockets.mkdir(mode=0o700)
@@ -122,7 +122,7 @@ def _haproxy(run: Path) -> Path:
     return file
 
 
-def _start(plan: Plan, ports: Mapping[str, int], variables: Mapping[str, str]) -> psutil.Process:
+def _start(plan: ServerPlan, ports: Mapping[str, int], variables: Mapping[str, str]) -> psutil.Process:
     """Run `ray start` in the foreground in its own session: all of the cluster's processes descend from it."""
     wanted = sum(archive.workers * _cores(archive) for archive in plan.archives.values())
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
@@ -149,7 +149,7 @@ def _start(plan: Plan, ports: Mapping[str, int], variables: Mapping[str, str]) -
     return psutil.Process(started.pid)
 
 
-def _remembered(plan: Plan, process: psutil.Process, metrics_port: int, key: Optional[str]) -> Instance:
+def _remembered(plan: ServerPlan, process: psutil.Process, metrics_port: int, key: Optional[str]) -> Instance:
     instance = Instance(
         port=plan.port,
         host=plan.host,
@@ -168,7 +168,7 @@ def _remembered(plan: Plan, process: psutil.Process, metrics_port: int, key: Opt
     return instance
 
 
-def _deploy(plan: Plan, instance: Instance, address: str, variables: Mapping[str, str]) -> None:
+def _deploy(plan: ServerPlan, instance: Instance, address: str, variables: Mapping[str, str]) -> None:
     """Run the applications once the cluster is up; raises ServerError with a replica's message."""
     hosted = [
         ray_config.Hosted(
@@ -201,7 +201,7 @@ def _deploy(plan: Plan, instance: Instance, address: str, variables: Mapping[str
         raise ServerError(f"Ray Serve cannot serve {', '.join(instance.names)}: {lines[-1]}")
 
 
-def _wait_for_cluster(plan: Plan, instance: Instance, address: str) -> None:
+def _wait_for_cluster(plan: ServerPlan, instance: Instance, address: str) -> None:
     deadline = time.monotonic() + plan.timeout
     log = plan.folder / "logs" / "server.log"
     while time.monotonic() < deadline:

@@ -28,7 +28,7 @@ from traceserve.serving.engines import RAY, TORCHSERVE
 from traceserve.serving.front import FrontendOptions
 from traceserve.serving.instances import Instance
 from traceserve.serving.log import load_failure, log_tail
-from traceserve.serving.plan import Plan, planned
+from traceserve.serving.plan import ServerPlan, planned
 
 _SLACK = 0.5  # seconds an answer may take after the frontend's own limit
 
@@ -62,7 +62,7 @@ def start(
     front.check()
     _sweep()
     with staging.held(_new_folder(port, kind.longest_socket)) as folder:
-        plan = Plan(found, host, port, front, timeout, progress or (lambda text: None), engine, folder)
+        plan = ServerPlan(found, host, port, front, timeout, progress or (lambda text: None), engine, folder)
         try:
             instance = kind.launch(plan)
             for archive in found.values():
@@ -77,7 +77,7 @@ def start(
     return instance
 
 
-def _launch_torchserve(plan: Plan) -> Instance:
+def _launch_torchserve(plan: ServerPlan) -> Instance:
     """Start TorchServe in the plan's folder; raises ServerError with the reason."""
     hardware = {name: archive.manifest.hardware for name, archive in plan.archives.items()}
     needed = neuron_cores.for_workers(hardware, plan.workers)
@@ -95,17 +95,17 @@ def _launch_torchserve(plan: Plan) -> Instance:
     return instance
 
 
-class Engine(NamedTuple):
+class ServingEngine(NamedTuple):
     """How an engine serves archives."""
 
-    launch: Callable[[Plan], Instance]
+    launch: Callable[[ServerPlan], Instance]
     versions: bool  # it supports several versions of one name
     longest_socket: str  # below a server's folder
 
 
-ENGINES: Dict[str, Engine] = {
-    TORCHSERVE: Engine(_launch_torchserve, False, "tmp/.ts.sock.65535"),
-    RAY: Engine(ray_cluster.launch, True, ray_cluster.LONGEST_SOCKET),
+ENGINES: Dict[str, ServingEngine] = {
+    TORCHSERVE: ServingEngine(_launch_torchserve, False, "tmp/.ts.sock.65535"),
+    RAY: ServingEngine(ray_cluster.launch_cluster, True, ray_cluster.LONGEST_SOCKET),
 }
 
 

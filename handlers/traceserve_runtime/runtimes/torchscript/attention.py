@@ -11,7 +11,7 @@ from typing import Dict
 
 from traceserve_runtime import processor
 from traceserve_runtime.runtimes import torch_internals
-from traceserve_runtime.runtimes.graph import Graph, Traced, Value, insert_graph, insert_node, replace
+from traceserve_runtime.runtimes.graph import Graph, Traced, Value, insert_graph, insert_node, replace_value
 from traceserve_runtime.runtimes.torchscript import devices
 
 _KIND = "aten::scaled_dot_product_attention"
@@ -74,5 +74,5 @@ def _widen(graph: Graph) -> int:
                 masks[mask.debugName()] = added
         wide = [insert_graph(graph, float32, [each], node) for each in (query, key, value)]
         attended = insert_node(graph, _KIND, [*wide, added, *others], node)
-        replace(node, insert_graph(graph, like, [attended.output(), query], node))
+        replace_value(node, insert_graph(graph, like, [attended.output(), query], node))
     return len(found)

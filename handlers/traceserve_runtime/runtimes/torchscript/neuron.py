@@ -35,17 +35,19 @@ CHIPS: Dict[str, Chip] = {
 }
 
 
-class Operators(NamedTuple):
+class OperatorCounts(NamedTuple):
     """The numbers of a graph's operators that are compiled programs, and that are torch's own, which run on the CPU."""
 
     compiled: int
     on_cpu: int
 
 
-def operators(module: Traced) -> Operators:
+def operators(module: Traced) -> OperatorCounts:
     """Count the operators of a traced or compiled module, including called modules."""
     kinds = list(_kinds(module.inlined_graph))
-    return Operators(sum(kind.startswith("neuron::") for kind in kinds), sum(k.startswith("aten::") for k in kinds))
+    return OperatorCounts(
+        sum(kind.startswith("neuron::") for kind in kinds), sum(k.startswith("aten::") for k in kinds)
+    )
 
 
 def _kinds(block: Block) -> Iterator[str]:
@@ -55,7 +57,7 @@ def _kinds(block: Block) -> Iterator[str]:
             yield from _kinds(inner)
 
 
-def load(manifest: Manifest, file: Path) -> Traced:
+def load_graphs(manifest: Manifest, file: Path) -> Traced:
     """Load the compiled graphs of `file`, by name, onto a core of this process.
 
     Raises MissingPackage without the package or a free core, InvalidManifest if the file contains something else.
@@ -65,7 +67,7 @@ def load(manifest: Manifest, file: Path) -> Traced:
         os.environ.setdefault(CORES, "1")
     _import(chip, manifest)
     try:
-        module = graphs.load(file).eval()
+        module = graphs.load_module(file).eval()
     except (RuntimeError, ValueError) as error:
         raise _explained(error, chip, manifest, file) from error
     for name, graph in module.named_children():

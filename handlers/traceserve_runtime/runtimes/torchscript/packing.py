@@ -26,7 +26,7 @@ from traceserve_runtime.runtimes.graph import (
     ValueType,
     insert_constant,
     insert_node,
-    replace,
+    replace_value,
 )
 from traceserve_runtime.runtimes.torchscript import devices
 
@@ -208,8 +208,8 @@ def _replace(
         _share(graph, group, product)
         return
     if gelu is not None:
-        replace(gelu, first.node.output())
-    replace(first.node, _typed(product.node(), first.node.output().type()))
+        replace_value(gelu, first.node.output())
+    replace_value(first.node, _typed(product.node(), first.node.output().type()))
 
 
 def _attribute(entry: Traced, name: str, tensor: torch.Tensor, before: Node) -> Value:
@@ -254,4 +254,4 @@ def _allow_slices(graph: Graph) -> None:
         if node.inputsAt(1).type().kind() != "ListType":  # reinterprets the bytes as another dtype
             continue
         made = insert_node(graph, "aten::reshape", list(node.inputs()), node)
-        replace(node, _typed(made, node.output().type()))
+        replace_value(node, _typed(made, node.output().type()))

@@ -194,12 +194,12 @@ def _read(
     import torch
 
     if compiled:
-        runner = _runner(neuron.load(manifest, folder / manifest.model_file), manifest, "cpu")
+        runner = _runner(neuron.load_graphs(manifest, folder / manifest.model_file), manifest, "cpu")
         runner.warm()
         return runner
     file = weights.GRAPH_FILE if reading.mapped else manifest.model_file
     try:
-        module = graph.load(folder / file, device).eval()
+        module = graph.load_module(folder / file, device).eval()
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().split("\n", 1)[0]
         raise InvalidManifest(f"{file} cannot be loaded by torch {torch.__version__}: {reason}") from error

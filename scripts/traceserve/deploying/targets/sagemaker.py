@@ -30,7 +30,7 @@ def plan(archives: Sequence[Described], wishes: Wishes) -> Plan:
     variant = f"VariantName=all,ModelName={name},InstanceType={_INSTANCES[devices]},InitialInstanceCount=1"
     return Plan(
         (
-            Made("model.tar.gz", lambda target: pack(archive.file, target)),
+            Made("model.tar.gz", lambda target: pack_model(archive.file, target)),
             *prefixed("image", docker.common_files(archives, wishes.engine, about, end)),
         ),
         (
@@ -46,7 +46,7 @@ def plan(archives: Sequence[Described], wishes: Wishes) -> Plan:
     )
 
 
-def pack(archive: Path, target: Path) -> None:
+def pack_model(archive: Path, target: Path) -> None:
     """The files of an archive, as SageMaker unpacks them into /opt/ml/model; equal archives give equal bytes."""
     with staging.scratch() as folder:
         unpack(archive, folder / "model")

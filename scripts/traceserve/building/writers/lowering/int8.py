@@ -22,7 +22,7 @@ KEPT_SHARES = (0.0, 0.1, 0.2, 0.3, 0.4)
 _SMALLEST = 1e-5
 
 
-def check() -> None:
+def check_int8() -> None:
     """Raise ExportError where this torch does not multiply int8."""
     if not torch_internals.multiplies_int8():
         raise ExportError(f"dtype int8 needs a torch that multiplies int8, 2.4 or newer; this is {torch.__version__}")

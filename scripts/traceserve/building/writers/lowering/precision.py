@@ -111,5 +111,5 @@ PRECISIONS: Dict[str, Precision] = {
     "float32": Precision(_itself, contextlib.nullcontext),
     "bfloat16": Precision(_to_bfloat16, partial(autocast, "bfloat16")),
     "float16": Precision(_to_float16, contextlib.nullcontext),
-    "int8": Precision(to_int8, contextlib.nullcontext, int8.check),
+    "int8": Precision(to_int8, contextlib.nullcontext, int8.check_int8),
 }

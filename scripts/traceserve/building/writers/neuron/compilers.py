@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
 import torch
-from traceserve_runtime.runtimes.torchscript.neuron import CHIPS, Operators, operators
+from traceserve_runtime.runtimes.torchscript.neuron import CHIPS, OperatorCounts, operators
 
 from traceserve.building.config.hardware import HARDWARE
 from traceserve.errors import ExportError
@@ -19,7 +19,7 @@ class CompileError(ExportError):
     """A failure that narrower shapes would not fix."""
 
 
-class Settings(NamedTuple):
+class CompilerSettings(NamedTuple):
     """A compiler's settings; `workdir` is this graph's own folder for the compiler's output and logs."""
 
     arguments: Tuple[str, ...]
@@ -30,12 +30,12 @@ class Settings(NamedTuple):
 class Compiler(NamedTuple):
     """The compiler for one kind of chip; the graphs' `weights` together must fit into a core's memory."""
 
-    trace: Callable[[Any, Any, Tuple[torch.Tensor, ...], Settings], torch.nn.Module]
+    trace: Callable[[Any, Any, Tuple[torch.Tensor, ...], CompilerSettings], torch.nn.Module]
     weights: float
     distributions: Tuple[str, ...]  # their versions are recorded
 
 
-def _neuron(package: Any, module: Any, inputs: Tuple[torch.Tensor, ...], settings: Settings) -> torch.nn.Module:
+def _neuron(package: Any, module: Any, inputs: Tuple[torch.Tensor, ...], settings: CompilerSettings) -> torch.nn.Module:
     traced: torch.nn.Module = package.trace(
         module,
         inputs,
@@ -46,7 +46,9 @@ def _neuron(package: Any, module: Any, inputs: Tuple[torch.Tensor, ...], setting
     return traced
 
 
-def _neuronx(package: Any, module: Any, inputs: Tuple[torch.Tensor, ...], settings: Settings) -> torch.nn.Module:
+def _neuronx(
+    package: Any, module: Any, inputs: Tuple[torch.Tensor, ...], settings: CompilerSettings
+) -> torch.nn.Module:
     """Weights are part of the graph, by default. Without a chip the compiler needs a target."""
     without = {} if neuron_cores.count("neuronx") else {"cpu_backend": True}
     traced: torch.nn.Module = package.trace(
@@ -104,7 +106,7 @@ def compile_graph(
     name: str,
     module: Any,
     inputs: Tuple[torch.Tensor, ...],
-    settings: Settings,
+    settings: CompilerSettings,
     least_share: float,
 ) -> Tuple[torch.nn.Module, float]:
     """Return the compiled graph and the share of its operators on the chip; raises CompileError."""
@@ -136,7 +138,7 @@ def compile_graph(
     return compiled, share
 
 
-def _share(before: Operators, after: Operators) -> Optional[float]:
+def _share(before: OperatorCounts, after: OperatorCounts) -> Optional[float]:
     """Return the share of operators that are no longer torch's own; None if all are."""
     if not after.compiled:
         return None
@@ -154,8 +156,8 @@ def _targeted(arguments: Tuple[str, ...]) -> bool:
     return any(argument.startswith("--target") for argument in arguments)
 
 
-def compiler_settings(options: Mapping[str, Any], workdir: Path) -> Settings:
+def compiler_settings(options: Mapping[str, Any], workdir: Path) -> CompilerSettings:
     """Return a configuration's options as the compiler's settings."""
     given = options.get("compiler_args") or []
     arguments = (given,) if isinstance(given, str) else tuple(given)
-    return Settings(arguments, options.get("compiler_timeout"), workdir)
+    return CompilerSettings(arguments, options.get("compiler_timeout"), workdir)

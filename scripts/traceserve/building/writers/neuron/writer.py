@@ -80,7 +80,7 @@ def _graphs(
     """Return the graphs by name, and a decoder's target lengths."""
     if task.loop:
         lengths = fixed_shapes.targets(_most_new_tokens(original, (target.options["target_length"],)))
-        return fixed_shapes.graphs(original, shapes, lengths), lengths
+        return fixed_shapes.fixed_graphs(original, shapes, lengths), lengths
     module = once(original, [output.name for output in task.outputs])
     return {
         shapes.graph_name(batch, length): fixed_shapes.FixedGraph(module, example(original, batch, length))

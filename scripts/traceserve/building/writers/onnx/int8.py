@@ -68,7 +68,7 @@ def _rounded(values: torch.Tensor) -> torch.Tensor:
     return ((blocks / scales).round() * scales).reshape(padded.shape)[..., :channels]
 
 
-def layers(model: Any) -> List[SmoothedLinear]:
+def quantized_layers(model: Any) -> List[SmoothedLinear]:
     """The layers of a model that are to be quantized."""
     return [module for module in model.modules() if isinstance(module, SmoothedLinear)]
 
@@ -77,7 +77,7 @@ def quantize(model: Any, source: Any) -> None:
     """Change an ONNX model: the layers of `source`, which it was exported from, to int8; nothing where there are none."""
     from onnx import helper, numpy_helper
 
-    wanted = {_digest(layer.weight.detach().numpy()) for layer in layers(source)}
+    wanted = {_digest(layer.weight.detach().numpy()) for layer in quantized_layers(source)}
     if not wanted:
         return
     graph = model.graph

@@ -62,7 +62,7 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
             scratch = Path(name, str(number))
             scratch.mkdir()
             model = export.export_graph(graph, original, target.options["opset"], scratch, level.tool)
-            if target.options["keep_float32"] and int8.layers(original.model):
+            if target.options["keep_float32"] and int8.quantized_layers(original.model):
                 plain[graph.file] = weights.copy_model(model)
             int8.quantize(model, original.model)
             model, counts = onnx_optimization.fuse(model, original.model, level, bool(task.loop))

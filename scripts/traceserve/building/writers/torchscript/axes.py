@@ -42,7 +42,7 @@ class Dims:
         return self.length[0] if len(self.length) == 1 and not self.others else None
 
 
-def read(module: Traced, graph: Graph, examples: Sequence[Example]) -> Dict[str, Dims]:
+def read_axes(module: Traced, graph: Graph, examples: Sequence[Example]) -> Dict[str, Dims]:
     """Return them for every value of `tensors(graph)`, by name, except values whose number of axes varies."""
     sizes = zip(*(sizes_of(module, graph, example) for example in examples))
     names = [value.debugName() for value in tensors(graph)]

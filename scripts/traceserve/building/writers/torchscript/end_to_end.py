@@ -43,7 +43,7 @@ def layout(mask: torch.Tensor, step: int) -> Tuple[bool, int, int, torch.Tensor,
     return padded, batch, length, tokens, places, places.view(batch, length).select(1, 0)
 
 
-def pack(rows: torch.Tensor, padded: bool, tokens: torch.Tensor) -> torch.Tensor:
+def unpad_rows(rows: torch.Tensor, padded: bool, tokens: torch.Tensor) -> torch.Tensor:
     """(batch, length, features) to (1, tokens, features)."""
     flat = rows.flatten(0, 1)
     if padded:
@@ -64,7 +64,7 @@ def first_tokens(packed: torch.Tensor, firsts: torch.Tensor) -> torch.Tensor:
     return packed.flatten(0, 1).index_select(0, firsts).unsqueeze(1)
 
 
-def fill(rows: torch.Tensor) -> torch.Tensor:
+def fill_rows(rows: torch.Tensor) -> torch.Tensor:
     """Repeat the last row of a batch until the number of rows is a multiple of 16; a single row stays single."""
     count = rows.size(0)
     more = (16 - count % 16) % 16

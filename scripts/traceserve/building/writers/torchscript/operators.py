@@ -48,7 +48,7 @@ class Operators:
 
     def rows(self, node: Node) -> List[int]:
         """Return which inputs of a node are rows."""
-        return [i for i in tensors(node) if self.dims(node.inputsAt(i)).rows]
+        return [i for i in tensor_inputs(node) if self.dims(node.inputsAt(i)).rows]
 
     def packs(self, node: Node, packed: Dict[str, Value]) -> bool:
         """Return whether a node can read its rows unpadded, and they are already in `packed`, or should be for it."""
@@ -57,7 +57,7 @@ class Operators:
             bool(rows)
             and _by_token(node)
             and self.dims(node.output()).rows
-            and all(i in rows or self.dims(node.inputsAt(i)).fixed for i in tensors(node))
+            and all(i in rows or self.dims(node.inputsAt(i)).fixed for i in tensor_inputs(node))
             and (node.kind() in START or any(node.inputsAt(i).debugName() in packed for i in rows))
             # Nodes that remove padding from rows need it.
             and not any(self._is_mask(node.inputsAt(i)) for i in rows)
@@ -66,7 +66,7 @@ class Operators:
     def _is_mask(self, value: Value) -> bool:
         """Return whether it is the mask in another shape or dtype."""
         while value.debugName() != self._mask.debugName():
-            read = tensors(value.node())
+            read = tensor_inputs(value.node())
             if not read:
                 return False
             value = value.node().inputsAt(read[0])
@@ -108,9 +108,9 @@ class Operators:
         dims = self.dims(node.output())
         read = self.dims(node.inputsAt(0)) if node.inputsSize() else axes.UNKNOWN
         if _by_token(node):
-            alike = [i for i in tensors(node) if self.dims(node.inputsAt(i)).places == dims.places]
+            alike = [i for i in tensor_inputs(node) if self.dims(node.inputsAt(i)).places == dims.places]
             same_axes = all(self.dims(node.inputsAt(i)).count == dims.count for i in alike)
-            others = [i for i in tensors(node) if i not in alike]
+            others = [i for i in tensor_inputs(node) if i not in alike]
             return alike if same_axes and all(self.dims(node.inputsAt(i)).fixed for i in others) else []
         if node.kind() in (*RESHAPING, *_MOVING):
             return [0] if read.places is not None else []
@@ -128,11 +128,11 @@ class Operators:
         if node.kind() not in PREPARED:
             return False
         read = self.dims(node.inputsAt(0))
-        others = [self.dims(node.inputsAt(i)).fixed for i in tensors(node) if i]
+        others = [self.dims(node.inputsAt(i)).fixed for i in tensor_inputs(node) if i]
         return read.batch == [0] and read.places is None and not read.others and all(others)
 
 
-def tensors(node: Node) -> List[int]:
+def tensor_inputs(node: Node) -> List[int]:
     """Return which inputs of a node are tensors."""
     return [i for i, value in enumerate(node.inputs()) if str(value.type()) == "Tensor"]
 

@@ -30,7 +30,7 @@ def prove(file: Path, examples: Mapping[str, Sequence[torch.Tensor]]) -> bool:
     `examples` are each graph's inputs, by name, or "" for a file with one. Raises ExportError naming what depends on
     a device.
     """
-    module = graphs.load(file)
+    module = graphs.load_module(file)
     try:
         devices.rewrite(module, META)
     except MissingPackage as error:

@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import Any, Callable, Dict, List, Optional
 
 import torch
-from traceserve_runtime.runtimes.graph import Graph, Node, Value, insert_constant, insert_graph, insert_node, replace
+from traceserve_runtime.runtimes.graph import (
+    Graph,
+    Node,
+    Value,
+    insert_constant,
+    insert_graph,
+    insert_node,
+    replace_value,
+)
 from traceserve_runtime.runtimes.torchscript.devices import nodes
 
 from traceserve.building.writers.torchscript import end_to_end
@@ -71,11 +79,11 @@ class Rewriting:
             )
             self.dims[rows.debugName()] = of.dims(node.output())
             self.packed[rows.debugName()] = packed
-            replace(node, rows)
+            replace_value(node, rows)
         elif of.is_of_texts(node):
             row = self._of_texts(node, {})
             self.dims[row.debugName()] = of.dims(node.output())
-            replace(node, row)
+            replace_value(node, row)
 
     def _call(self, function: Callable[..., Any], arguments: List[Value], before: Node) -> List[Value]:
         """Return a function's outputs, as part of the graph."""
@@ -102,12 +110,14 @@ class Rewriting:
                 continue
             number %= dims.count
             if number in dims.batch or number in dims.length:
-                replace(node, self.layout.batch if number in dims.batch else self.layout.length)
+                replace_value(node, self.layout.batch if number in dims.batch else self.layout.length)
 
     def _pack(self, rows: Value, before: Node) -> Value:
         name = rows.debugName()
         if name not in self.packed:
-            [self.packed[name]] = self._call(end_to_end.pack, [rows, self.layout.padded, self.layout.tokens], before)
+            [self.packed[name]] = self._call(
+                end_to_end.unpad_rows, [rows, self.layout.padded, self.layout.tokens], before
+            )
         return self.packed[name]
 
     # Values of which only the rows' first positions are read
@@ -157,7 +167,7 @@ class Rewriting:
         """Return its output, computed with a number of rows that oneDNN may know."""
         rows = replaced.get(0, node.inputsAt(0))
         if rows.debugName() not in self.filled:
-            [full] = self._call(end_to_end.fill, [rows], node)
+            [full] = self._call(end_to_end.fill_rows, [rows], node)
             self.dims[full.debugName()] = self.operators.dims(rows)
             self.filled[rows.debugName()] = full
         made = self._clone(node, {**replaced, 0: self.filled[rows.debugName()]})

@@ -54,7 +54,7 @@ def unpadded(
     """
     if "attention_mask" not in inputs or not torch_internals.unpads():
         return None
-    module = graphs.load(file)
+    module = graphs.load_module(file)
     graph = module.graph
     inline(graph)
     torch_internals.remove_mutation(graph)
@@ -65,10 +65,10 @@ def unpadded(
     filled = _filled(module)
     with torch.no_grad():
         try:
-            dims = axes.read(module, graph, examples[: len(axes.SHAPES)])
+            dims = axes.read_axes(module, graph, examples[: len(axes.SHAPES)])
             if not Rewriting(graph, dims, list(graph.inputs())[1 + column], filled).run(reads_first):
                 return None
-            traced = graphs.load(file)
+            traced = graphs.load_module(file)
             limit = _TOLERANCE.get(dtype, _MISTAKEN)
             same = all(_same(module(*example), traced(*example), example[column], limit) for example in examples)
         except RuntimeError:
@@ -114,4 +114,4 @@ def _drop_dropout(graph: Graph) -> None:
     """Remove dropout, which has no effect after training, but costs a call each."""
     for node in graph.findAllNodes("aten::dropout", False):
         if node.inputsAt(2).toIValue() is False:
-            graphs.replace(node, node.inputsAt(0))
+            graphs.replace_value(node, node.inputsAt(0))

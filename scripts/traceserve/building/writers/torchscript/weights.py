@@ -21,7 +21,7 @@ _HEADER_SIZE, _LENGTHS_AT = 30, 26
 
 def write_graph(folder: Path, model_file: str, rewritten: Optional[Traced] = None) -> Tuple[str, ...]:
     """Write the model's graph, or its rewritten one, and the table of weights beside the model; returns their names."""
-    module = graphs.load(folder / model_file) if rewritten is None else rewritten
+    module = graphs.load_module(folder / model_file) if rewritten is None else rewritten
     records = _records(folder / model_file)
     places: Dict[str, Place] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():

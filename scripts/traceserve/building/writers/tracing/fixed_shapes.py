@@ -31,7 +31,7 @@ def targets(most: int) -> Tuple[int, ...]:
     return (SHORT_TARGET, most) if most > SHORT_TARGET else (most,)
 
 
-def graphs(original: Original, shapes: Shapes, lengths: Sequence[int]) -> Dict[str, FixedGraph]:
+def fixed_graphs(original: Original, shapes: Shapes, lengths: Sequence[int]) -> Dict[str, FixedGraph]:
     """The encoder for each shape, and the decoder for each shape and target length."""
     return dict(_graphs(original, shapes, lengths))
 
