@@ -1,4 +1,5 @@
-"""The tests' stacks, each in its own environment: `nox -s today`, `transformers4`, `inf1`; and `clients` and `hosts`.
+"""The tests' stacks, each in its own environment: `nox -s today`, `transformers4`, `inf1`; and `clients`, `hosts` and
+`playground`.
 
 Arguments after `--` go to pytest. Interpreters are found on the PATH, or among pyenv's.
 """
@@ -133,3 +134,13 @@ def hosts(session: nox.Session) -> None:
     python = str(Path(session.virtualenv.location, "bin", "python").resolve().parent / "python")
     command = [str(Path(".venv", "bin", "python")), "tests/hosts/run.py", "--python", python]
     session.run(*command, *session.posargs, external=True)
+
+
+BROWSING = ("gradio==6.31.0", "playwright==1.65.2", "axe-playwright-python==0.1.8")
+
+
+@nox.session(python=interpreter("3.11"))
+def playground(session: nox.Session) -> None:
+    """The playground's page in a headless Chromium, Playwright's own or one on the PATH."""
+    session.install("-c", "constraints.txt", "-e", ".[test,playground]", *BROWSING)
+    session.run("python", "-m", "pytest", "tests/test_playground.py", "tests/test_playground_page.py", *session.posargs)

@@ -19,6 +19,7 @@ from traceserve.serving.curl import curl
 _TRUNCATED = "X-Truncated"  # by request and field the characters [start, end) that the model never read
 _STREAMED = "text/plain"
 _BETWEEN = 0.05  # seconds between two states of a growing text: a page need not show more
+_PATIENCE = 0.2  # seconds, after which it is looked whether to stop
 _KEY = "TRACESERVE_KEY"
 
 
@@ -33,6 +34,7 @@ class Heard:
     pieces: int = 0  # of a text that is streamed: tokens, but where several make one character
     streamed: bool = False
     done: bool = False
+    stopped: bool = False  # whether the rest was not waited for
     error: Optional[str] = None
     where: Optional[str] = None  # where in the body the error is
 
@@ -74,7 +76,8 @@ def _streamed(
         first = first or now
         heard = replace(heard, value=text, seconds=now, first=first, pieces=pieces, streamed=True)
         if stopped():
-            break
+            yield replace(heard, done=True, stopped=True)
+            return
         if now - told > _BETWEEN:
             told = now
             yield heard
@@ -93,13 +96,12 @@ def _ended(text: str) -> Tuple[str, Optional[str], Optional[str]]:
         return text, None, None
 
 
-def ask_each(models: Sequence[Model], body: Mapping[str, Any]) -> Iterator[List[Heard]]:
+def ask_each(models: Sequence[Model], body: Mapping[str, Any], stop: threading.Event) -> Iterator[List[Heard]]:
     """What all models have said so far, asked at once, each time that one says more; the last time all are `done`.
 
-    Where this is closed before, no more is read of their answers.
+    Once `stop` is set, or this is closed, no more is read of their answers.
     """
     news: queue.Queue[Tuple[int, Heard]] = queue.Queue()
-    stop = threading.Event()
 
     def listen(number: int) -> None:
         for heard in ask(models[number], body, stop.is_set):
@@ -111,7 +113,13 @@ def ask_each(models: Sequence[Model], body: Mapping[str, Any]) -> Iterator[List[
     said = [Heard() for _ in models]
     try:
         while not all(heard.done for heard in said):
-            number, heard = news.get()
+            try:
+                number, heard = news.get(timeout=_PATIENCE)
+            except queue.Empty:
+                if stop.is_set():  # an answer that comes as a whole, and has not come
+                    said = [heard if heard.done else replace(heard, done=True, stopped=True) for heard in said]
+                    yield list(said)
+                continue
             said[number] = heard
             yield list(said)
     finally:
@@ -134,6 +142,8 @@ def curl_command(model: Model, body: Mapping[str, Any]) -> str:
 
 def facts(heard: Heard) -> Dict[str, str]:
     """How long it took, in words, by what it is."""
+    if heard.stopped:
+        return {"stopped": f"after {heard.pieces:,} pieces"}
     found = {"latency": _milliseconds(heard.seconds)}
     if heard.streamed and heard.pieces:
         found["first piece after"] = _milliseconds(heard.first)

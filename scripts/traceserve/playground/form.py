@@ -122,14 +122,14 @@ def _shown(value: Any) -> str:
 
 
 def _typed(kind: str, value: Any) -> Any:
-    """What stands in a control of this kind for a value of the sample."""
+    """What stands at first in a control of this kind, for a value of the sample."""
     if value is None:
-        return None if kind == NUMBER else ""
+        return ""
     if kind == LINES:
         return "\n".join(map(str, value)) if isinstance(value, list) else value
     if kind == CHAT:
         return "\n".join(f"{message['role']}: {message['content']}" for message in value)
-    return json.dumps(value) if kind in (CHOICE, OPEN) else value
+    return json.dumps(value) if kind in (CHOICE, OPEN, NUMBER) else value
 
 
 def body(form: Sequence[Control], values: Sequence[Any]) -> Dict[str, Any]:
@@ -150,7 +150,7 @@ def _read(control: Control, value: Any) -> Any:
     if control.kind == CHAT:
         return _messages(control, value or "")
     if control.kind == NUMBER:
-        return int(value) if isinstance(value, float) and value.is_integer() and control.whole else value
+        return _number(value)
     if control.kind in (CHOICE, OPEN):
         return json.loads(value) if value in dict(map(reversed, control.choices)) else _number(value)  # type: ignore[arg-type]
     return value or ""

@@ -30,6 +30,7 @@ _PATHS = {
         for name in ("info", "queue/join", "queue/data", "cancel", "reset", "startup-events", "theme.css")
     ),
 }
+_SEEN_FROM_HERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # addresses that stand for all
 _WAIT = 10.0  # seconds for the server to begin or to end
 
 
@@ -72,8 +73,8 @@ class Server:
         self._host = host
         self._application = interface.playground_application(boards)
         self._socket = _listening(host, port)
-        named = f"[{host}]" if ":" in host else host
-        self.url = f"http://{named}:{self._socket.getsockname()[1]}"
+        own = _SEEN_FROM_HERE.get(host, host)
+        self.url = f"http://{f'[{own}]' if ':' in own else own}:{port}"
 
     def __enter__(self) -> Server:
         import uvicorn
@@ -104,11 +105,19 @@ def _listening(host: str, port: int) -> socket.socket:
     try:
         [(family, *_), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         own = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        raise _not_there(host, port, error) from None
+    try:
         own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         own.bind((host, port))
         own.listen(128)
     except OSError as error:
-        raise ServerError(
-            f"the page cannot be at {host}, port {port}: {error.strerror or error}; choose another with --port"
-        ) from None
+        own.close()
+        raise _not_there(host, port, error) from None
     return own
+
+
+def _not_there(host: str, port: int, error: OSError) -> ServerError:
+    return ServerError(
+        f"the page cannot be at {host}, port {port}: {error.strerror or error}; choose another with --host or --port"
+    )

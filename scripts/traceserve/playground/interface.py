@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import threading
+import uuid
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Sequence
 
@@ -97,7 +99,9 @@ class _Board:
         self._number = number
         own = models[0].description
         self._controls = form.controls([model.description for model in models], STARTING.get(own.task, {}))
+        self._asked: Dict[str, threading.Event] = {}
         self._inputs: List[Any] = [None] * len(self._controls)
+        self._infos = [control.info + _HINTS.get(control.kind, "") for control in self._controls]
         with gr.Row(elem_classes="ts-board"):
             with gr.Column(scale=2, min_width=320):
                 self._form()
@@ -128,7 +132,7 @@ class _Board:
         control = self._controls[number]
         shown = {
             "label": control.name,
-            "info": _plain(control.info),
+            "info": self._infos[number],
             "value": control.value,
             "elem_id": self._id(control.key.replace(".", "-")),
         }
@@ -162,27 +166,41 @@ class _Board:
     def _connect(self) -> None:
         gr = self._gr
         outputs = [self._verdict, *self._panels, *self._commands, *self._inputs, self._more]
-        texts = [own for own, control in zip(self._inputs, self._controls) if control.kind in (form.TEXT, form.WORDS)]
-        asked = gr.on(
+        texts = [
+            own
+            for own, control in zip(self._inputs, self._controls)
+            if control.kind in (form.TEXT, form.WORDS, form.NUMBER)
+        ]
+        # What is asked on one open page, and can be stopped there.
+        visitor = gr.State(lambda: uuid.uuid4().hex)
+        gr.on(
             [self._ask.click, *(text.submit for text in texts)],
             self._answer,
-            inputs=self._inputs,
+            inputs=[visitor, *self._inputs],
             outputs=outputs,
             show_progress="hidden",
             concurrency_limit=_AT_ONCE,
             api_visibility="private",
             trigger_mode="always_last",
         )
-        self._stop.click(
-            lambda: '<p class="ts-facts" role="status">Stopped.</p>',
-            None,
-            self._verdict,
-            cancels=[asked],
-            api_visibility="private",
-        )
+        self._stop.click(self._end, visitor, None, api_visibility="private", concurrency_limit=_AT_ONCE)
 
-    def _answer(self, *values: Any) -> Iterator[Dict[Any, Any]]:
+    def _end(self, visitor: str) -> None:
+        """Wait no longer for what this visitor asks."""
+        asked = self._asked.get(visitor)
+        if asked is not None:
+            asked.set()
+
+    def _answer(self, visitor: str, *values: Any) -> Iterator[Dict[Any, Any]]:
         """What changes on the page while the models answer."""
+        self._asked[visitor] = stop = threading.Event()
+        try:
+            yield from self._answered(values, stop)
+        finally:
+            if self._asked.get(visitor) is stop:
+                del self._asked[visitor]
+
+    def _answered(self, values: Sequence[Any], stop: threading.Event) -> Iterator[Dict[Any, Any]]:
         try:
             body = form.body(self._controls, values)
         except FormError as error:
@@ -192,10 +210,9 @@ class _Board:
         said = [asking.Heard() for _ in self._models]
         commands = [self._gr.update(value=asking.curl_command(model, body), visible=True) for model in self._models]
         yield {**self._told(body, said), **dict(zip(self._commands, commands)), **self._at_fields(said)}
-        for said in asking.ask_each(self._models, body):
-            yield self._told(body, said)
-        if any(heard.error for heard in said):
-            yield self._at_fields(said)
+        for said in asking.ask_each(self._models, body, stop):
+            ended = all(heard.done for heard in said) and any(heard.error for heard in said)
+            yield {**self._told(body, said), **(self._at_fields(said) if ended else {})}
 
     def _told(self, body: Dict[str, Any], said: Sequence[asking.Heard]) -> Dict[Any, Any]:
         return {self._verdict: panels.verdict(said), **dict(zip(self._panels, panels.panels(self._models, body, said)))}
@@ -204,9 +221,9 @@ class _Board:
         """Errors at the inputs that they are about, and none at the others."""
         errors = {form.control_at(self._controls, heard.where): heard.error for heard in said if heard.error}
         changed: Dict[Any, Any] = {}
-        for number, (own, control) in enumerate(zip(self._inputs, self._controls)):
+        for number, own in enumerate(self._inputs):
             words = errors.get(number)
-            told = _plain(control.info) if words is None else f"⚠ {_plain(words)}"
+            told = self._infos[number] if words is None else f"⚠ {words}"
             changed[own] = self._gr.update(info=told, elem_classes=["ts-invalid"] if words else [])
         if self._hidden & set(errors):
             changed[self._more] = self._gr.update(open=True)
@@ -222,26 +239,26 @@ def _plain(text: str) -> str:
 
 
 def _some(labels: Sequence[str]) -> str:
-    return ", ".join(labels[:12]) + (f" and {len(labels) - 12} more" if len(labels) > 12 else "")
+    return ", ".join(labels[:5]) + (f" and {len(labels) - 5} more" if len(labels) > 5 else "")
 
 
 def _text(gr: Any, control: Control, shown: Dict[str, Any]) -> Any:
     several = control.kind != form.WORDS
     lines = 3 if several and (control.required or control.value) else 1
-    each = {form.LINES: ". One a line", form.CHAT: '. A message begins with "user:", "assistant:" or "system:"'}
-    shown["info"] += each.get(control.kind, "")
     return gr.Textbox(lines=lines, max_lines=12 if several else 1, placeholder=control.placeholder or None, **shown)
 
 
 def _number(gr: Any, control: Control, shown: Dict[str, Any]) -> Any:
-    # Without limits of its own: the server says what is wrong with a number.
-    return gr.Number(placeholder=control.placeholder, step=1 if control.whole else 0.05, **shown)
+    """A text: a gr.Number that is empty turns into 0 when it is unfolded, and refuses in its own words what is beyond its
+    limits."""
+    return gr.Textbox(lines=1, max_lines=1, placeholder=control.placeholder, **shown)
 
 
 def _choice(gr: Any, control: Control, shown: Dict[str, Any]) -> Any:
     return gr.Dropdown(list(control.choices), allow_custom_value=control.kind == form.OPEN, **shown)
 
 
+_HINTS = {form.LINES: ". One a line", form.CHAT: '. Here a message begins with "user:", "assistant:" or "system:"'}
 _COMPONENTS: Dict[str, Callable[[Any, Control, Dict[str, Any]], Any]] = {
     form.TEXT: _text,
     form.WORDS: _text,

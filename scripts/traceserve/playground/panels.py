@@ -34,7 +34,7 @@ def verdict(said: Sequence[Heard]) -> str:
 
 
 def _whole(heard: Heard) -> bool:
-    return heard.done and heard.error is None
+    return heard.done and not heard.stopped and heard.error is None
 
 
 def _panel(model: Model, body: Mapping[str, Any], heard: Heard, other: Any, named: bool) -> str:

@@ -155,14 +155,21 @@ def _table(caption: str, bars: Sequence[Bar], other: Optional[Sequence[Bar]]) ->
     for rank, bar in enumerate(bars):
         width = 100 * abs(bar.score) / widest
         note = f'<span class="ts-note">{escaped(bar.note)}</span>' if bar.note else ""
-        compared, differs = ("", False) if other is None else _compared(rank, bar, there)
+        drawn = f'<span class="ts-bar" aria-hidden="true"><span style="width:{width:.1f}%"></span></span>'
+        name, score = escaped(bar.name), f'<td class="ts-score">{_score(bar.score)}</td>'
+        if other is None:
+            rows.append(f'<tr><th scope="row">{name}{note}</th><td>{drawn}</td>{score}</tr>')
+            continue
+        compared, differs = _compared(
+            rank, bar, there
+        )  # two tables stand side by side, so that the bar is under its name
+        own = ' class="ts-differs"' if differs else ""
         rows.append(
-            f'<tr{" class=ts-differs" if differs else ""}><th scope="row">{escaped(bar.name)}{note}</th>'
-            f'<td class="ts-bar" aria-hidden="true"><span style="width:{width:.1f}%"></span></td>'
-            f'<td class="ts-score">{_score(bar.score)}</td>{compared}</tr>'
+            f'<tr{own}><th scope="row"><span class="ts-name">{name}</span>{note}{drawn}</th>{score}{compared}</tr>'
         )
     title = f"<caption>{escaped(caption)}</caption>" if caption else ""
-    columns = "<th></th><th></th><th>score</th>" + ("" if other is None else "<th>beside the other</th>")
+    columns = f"<th></th>{'<th></th>' if other is None else ''}<th>score</th>"
+    columns += "" if other is None else "<th>to the other</th>"
     return f'<table class="ts-bars">{title}<thead class="ts-columns"><tr>{columns}</tr></thead>{"".join(rows)}</table>'
 
 

@@ -6,7 +6,6 @@ import codecs
 import contextlib
 import http.client
 import json
-import ssl
 import urllib.error
 import urllib.request
 from functools import lru_cache
@@ -128,7 +127,7 @@ opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 @lru_cache(maxsize=8)
 def _opener_for(certificate: str, any_name: bool) -> urllib.request.OpenerDirector:
-    trusted = context(certificate) if any_name else ssl.create_default_context(cafile=certificate)
+    trusted = context(certificate, any_name)
     return urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=trusted))
 
 

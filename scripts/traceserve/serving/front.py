@@ -64,11 +64,11 @@ class FrontendOptions:
         return found
 
 
-def context(certificate: str) -> ssl.SSLContext:
-    """Make a context for our calls to a server on this machine: it trusts the server's own certificate, whatever its
-    name."""
+def context(certificate: str, any_name: bool = True) -> ssl.SSLContext:
+    """Make a context for our calls to a server: it trusts this certificate itself; of a server on this machine whatever name
+    it is for, else by `any_name=False` only for its own."""
     own = ssl.create_default_context(cafile=certificate)
-    own.check_hostname = False
+    own.check_hostname = not any_name
     own.verify_flags |= _PARTIAL_CHAIN
     return own
 
