@@ -18,7 +18,7 @@ import trustme
 from conftest import run_export
 from oracle import assert_equal
 from traceserve import cli
-from traceserve.archives.archive import archive
+from traceserve.archives.archive import pack_archive
 from traceserve.playground.shapes import STARTING
 from traceserve.serving import client, configuration, instances, server
 from traceserve.serving.front import Front
@@ -94,7 +94,7 @@ def served(
         length = 512 if name == WRITER else 64
         content = {"model_name": str(source), "task": task.name, "max_length": length, "save_mode": "pretrained"}
         run_export(folder / name, content)
-        archives.append(archive(folder / name, name, folder))
+        archives.append(pack_archive(folder / name, name, folder))
     issued = trustme.CA().issue_cert("localhost", "127.0.0.1", key_type=trustme.KeyType.RSA)
     certificate, key = folder / "certificate.pem", folder / "key.pem"
     certificate.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
