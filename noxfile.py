@@ -131,7 +131,7 @@ WORKERS_PACKAGES = ("torch", "tokenizers", "numpy", "safetensors", "multipart", 
 def hosts(session: nox.Session) -> None:
     """Run LitServe, BentoML and MLflow on an archive that is built in `.venv`: see tests/hosts/run.py."""
     session.install("-c", "constraints.txt", *HOSTS, *WORKERS_PACKAGES)
-    python = str(Path(session.virtualenv.location, "bin", "python").resolve().parent / "python")
+    python = os.path.abspath(os.path.join(session.virtualenv.location, "bin", "python"))  # a link, and not followed
     command = [str(Path(".venv", "bin", "python")), "tests/hosts/run.py", "--python", python]
     session.run(*command, *session.posargs, external=True)
 
