@@ -1,4 +1,4 @@
-"""The save mode aot_inductor: machine code, which runs where it was compiled for and nowhere else."""
+"""The save mode aot_inductor: machine code, which only runs on its target."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from traceserve_runtime.settings import Settings
 if TYPE_CHECKING:
     import torch
 
-# `Manifest.runtime`: what the code was compiled with and for.
+# `Manifest.runtime`: the compiler's version and target.
 TORCH, MACHINE, INSTRUCTIONS = "torch", "machine", "instructions"
 
 
 class AotInductorRunner:
-    """A compiled model on the CPU; see Runner. None is run in a loop."""
+    """A compiled model on the CPU; see Runner. None runs in a loop."""
 
     padding = Padding()
 
@@ -56,10 +56,10 @@ class AotInductorRunner:
 
 
 def read(manifest: Manifest, folder: Path, device: str, settings: Settings = Settings()) -> AotInductorRunner:
-    """The compiled model of `folder` as a runner.
+    """Return the compiled model of `folder` as a runner.
 
-    Raises MissingPackage without torch, another torch than the one it was compiled for, or a processor that lacks an
-    instruction of the one it was compiled on: before the code is loaded, since it would end the process.
+    Raises MissingPackage without torch, with another torch than the compiler's, or if the processor lacks a required
+    instruction: before the code is loaded, since it would end the process.
     """
     if device != "cpu":
         raise MissingPackage(f"TorchServe asks for the device {device}, but this archive was compiled for the CPU")
@@ -78,7 +78,7 @@ def read(manifest: Manifest, folder: Path, device: str, settings: Settings = Set
 
 
 def variants(manifest: Manifest, folder: Path, devices: Sequence[str]) -> List[Variant]:
-    """The one way in which this code may be run."""
+    """Return the only way to run this code."""
     return [Variant(manifest.model_file, "as compiled", "cpu", partial(read, manifest, folder, "cpu"))]
 
 
@@ -86,7 +86,7 @@ def _check(manifest: Manifest, version: str) -> None:
     """Refuse code for another torch or processor."""
     made_by, machine, needed = (manifest.runtime.get(key) for key in (TORCH, MACHINE, INSTRUCTIONS))
     if not isinstance(made_by, str) or not isinstance(machine, str) or not isinstance(needed, list):
-        raise InvalidManifest(f"runtime should tell {TORCH}, {MACHINE} and {INSTRUCTIONS}, which this was compiled for")
+        raise InvalidManifest(f"runtime should name {TORCH}, {MACHINE} and {INSTRUCTIONS}, which this was compiled for")
     if made_by.split("+")[0] != version.split("+")[0]:
         raise MissingPackage(
             f"this archive was compiled for torch {made_by}; this is {version}: install that one, or build the archive with this"

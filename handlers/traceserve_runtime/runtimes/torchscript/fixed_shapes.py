@@ -1,8 +1,8 @@
-"""An encoder and a decoder of fixed shapes: every step reads the whole text so far, padded, again.
+"""An encoder and a decoder of fixed shapes: every step rereads the whole text so far, padded.
 
-Where shapes are compiled, a past that grows has none. So the decoder keeps nothing: it reads its tokens from the first
-one, padded to one of a few target lengths, and gives the logits at the wanted position. What stands behind that position
-is no matter, since no position sees a later one.
+Compiled shapes have no room for a growing cache. So the decoder keeps nothing: it reads its tokens from the first
+one, padded to one of a few target lengths, and returns the logits at the wanted position. Later positions do
+not matter, since no position sees them.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 def encoder_name(manifest_shape: str) -> str:
-    """The name of the graph that reads sources of a shape, as Shapes.graph_name tells it."""
+    """Return the name of the graph that reads sources of a shape, from Shapes.graph_name."""
     return f"encoder_{manifest_shape}"
 
 
 def decoder_name(manifest_shape: str, target: int) -> str:
-    """The name of the graph that reads `target` tokens after sources of a shape."""
+    """Return the name of the graph that reads `target` tokens after sources of a shape."""
     return f"decoder_{manifest_shape}_target_{target}"
 
 
@@ -76,7 +76,7 @@ class PaddedRunner:
         pass  # a chip's, not the processor's
 
     def warm(self) -> None:
-        """Run every graph once: the first run of each loads it into the chip."""
+        """Run every graph once: its first run loads it into the chip."""
         shapes = self._manifest.shapes
         for batch in shapes.batches or ():
             for length in shapes.lengths or ():
@@ -90,7 +90,7 @@ class PaddedRunner:
         return self._manifest.shapes.graph_name(batch, length)
 
     def _portions(self, *tensors: torch.Tensor) -> Iterator[Tuple[Any, ...]]:
-        """The rows in portions that were compiled, filled up by repeating the last row; and how many are real."""
+        """Yield the rows in compiled portions, filled by repeating the last row, with the number of real ones."""
         shapes = self._manifest.shapes
         most = max(shapes.batches or (len(tensors[0]),))
         for start in range(0, len(tensors[0]), most):

@@ -1,6 +1,6 @@
-"""Text to text in fixed shapes: an encoder, and a decoder that reads all its tokens, padded, at every step.
+"""Text to text in fixed shapes: an encoder, and a decoder that rereads all its tokens, padded, at every step.
 
-The graphs of `loops` hand a growing past from step to step; what is compiled for one shape has room for none. These
+The graphs of `loops` pass a growing cache from step to step; compiled shapes have no room for one. These
 compute more, and need no state on the device (`traceserve_runtime.runtimes.torchscript.fixed_shapes` runs them).
 """
 
@@ -16,18 +16,18 @@ from traceserve.building.checkpoints.original import Original
 from traceserve.building.writers.tracing.wrapping import example
 
 STEP_INPUTS = ("decoder_input_ids", "attention_mask")
-SHORT_TARGET = 32  # tokens; the first ones are written with a graph of this length
+SHORT_TARGET = 32  # tokens; a graph of this length writes the first ones
 
 
 class FixedGraph(NamedTuple):
-    """A module to be traced, and an example of its inputs: the only shapes that it will be given."""
+    """A module to trace, and an example of its inputs: the only shapes that it will get."""
 
     module: torch.nn.Module
     example: Tuple[torch.Tensor, ...]
 
 
 def targets(most: int) -> Tuple[int, ...]:
-    """The lengths of what a decoder reads, for texts of up to `most` new tokens."""
+    """Return the decoder's input lengths, for texts of up to `most` new tokens."""
     return (SHORT_TARGET, most) if most > SHORT_TARGET else (most,)
 
 
@@ -55,7 +55,7 @@ def _graphs(original: Original, shapes: Shapes, lengths: Sequence[int]) -> Itera
 
 
 class _Encoder(torch.nn.Module):
-    """The source, ids and mask int64 (batch, length), to its hidden states, float32 (batch, length, size)."""
+    """Maps the source, ids and mask int64 (batch, length), to its hidden states, float32 (batch, length, size)."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -67,11 +67,12 @@ class _Encoder(torch.nn.Module):
 
 
 class _Decoder(torch.nn.Module):
-    """Hidden states, the source's mask, tokens int64 (batch, target) and a position int64 (1), to the logits after the
+    """Maps hidden states, the source's mask, tokens int64 (batch, target) and a position int64 (1) to the logits after
+    the
     token at that position, (batch, vocabulary).
 
-    The position is chosen before the model's head, which is the dearest layer where vocabularies are large; by a product
-    and a sum, which any compiler knows. The model itself does the rest, T5's scale before its head included.
+    The position is selected before the model's head, the most expensive layer with large vocabularies, by a product
+    and a sum, which any compiler supports. The model itself does the rest, including T5's scaling before its head.
     """
 
     def __init__(self, model: Any) -> None:

@@ -1,4 +1,4 @@
-"""A model to the module that is traced: fixed positional inputs, tensors out."""
+"""Turns a model into the module to trace: fixed positional inputs, tensors out."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from traceserve_runtime.runtimes.calling import Single
 
 from traceserve.building.checkpoints.original import Original
 
-_REMOTE = "transformers_modules"  # transformers' package for the code of checkpoints
+_REMOTE = "transformers_modules"  # transformers' package for checkpoints' own code
 _OURS = "traceserve.building"
-# A trace names the classes of its modules. Ours keep these names wherever their files move, so that the same checkpoint
+# A trace contains the class names of its modules. Ours keep these names even if their files move, so that the same
+# checkpoint
 # gives the same graph.
 _NAMED = {
     f"{_OURS}.writers.tracing.wrapping": "traceserve.wrapping",
@@ -29,26 +30,28 @@ class Wrapped(torch.nn.Module):
 
     def __init__(self, call: Any) -> None:
         super().__init__()
-        self.model = getattr(call, "model", None)  # an empty past needs none
+        self.model = getattr(call, "model", None)  # an empty cache needs none
         self.call = call
 
     def forward(self, *tensors: torch.Tensor) -> Tuple[torch.Tensor, ...]:
-        """What the call gives."""
+        """Return the call's result."""
         outputs: Tuple[torch.Tensor, ...] = self.call(*tensors)
         return outputs
 
 
 def once(original: Original, outputs: Sequence[str]) -> Wrapped:
-    """The module of a model that is run once, from `original.inputs` to `outputs`."""
+    """Return the module of a model that runs once, from `original.inputs` to `outputs`."""
     return Wrapped(Single(original.model, original.inputs, outputs))
 
 
 @contextlib.contextmanager
 def masks_without_vmap() -> Iterator[None]:
-    """Let transformers build attention masks by broadcasting, as its version 5 does.
+    """Make transformers build attention masks by broadcasting, like version 5.
 
-    transformers 4.53 to 4.57 build a decoder's masks with torch.vmap, where torch.jit.trace fails ("unordered_map::at"). The
-    private name of what does it, `_vmap_for_bhqkv`, is gone in version 5, which needs nothing of this. It can go with the
+    transformers 4.53 to 4.57 build a decoder's masks with torch.vmap, which torch.jit.trace cannot handle
+    ("unordered_map::at"). The
+    private name of its implementation, `_vmap_for_bhqkv`, is gone in version 5, which needs none of this. It can go
+    with the
     support of 4.57.
     """
     try:
@@ -70,7 +73,7 @@ def masks_without_vmap() -> Iterator[None]:
 
         return expanded
 
-    # With it goes what makes indexing fit for vmap, which cannot be traced either.
+    # Together with its preparation of indexing for vmap, which cannot be traced either.
     replaced = {"_vmap_for_bhqkv": broadcast, "TransformGetItemToIndex": contextlib.nullcontext}
     own = {name: getattr(masking_utils, name) for name in replaced if hasattr(masking_utils, name)}
     for name in own:
@@ -84,15 +87,16 @@ def masks_without_vmap() -> Iterator[None]:
 
 @contextlib.contextmanager
 def forward_alone() -> Iterator[None]:
-    """Let a model's own autograd functions (BLOOM's GELU, YOSO's attention) run as the plain operations of their forward pass.
+    """Run a model's own autograd functions (BLOOM's GELU, YOSO's attention) as the plain operations of their forward
+    pass.
 
-    torch.jit.trace records each as a call of Python, which cannot be written out.
+    torch.jit.trace records each as a Python call, which cannot be saved.
     """
     kind: Any = torch.autograd.Function
     own = vars(kind).get("apply")  # before torch 2.0 a base has it
 
     def apply(cls: Any, *inputs: Any, **named: Any) -> Any:
-        # A function with a context of its own, known since torch 2.0, takes none in its forward pass.
+        # A function with its own context, possible since torch 2.0, takes none in its forward pass.
         if getattr(cls, "setup_context", None) is not getattr(kind, "setup_context", None):
             return cls.forward(*inputs, **named)
         return cls.forward(_Context(), *inputs, **named)
@@ -108,14 +112,15 @@ def forward_alone() -> Iterator[None]:
 
 
 class _Context(torch.autograd.function.FunctionCtx):
-    """What a forward pass keeps for a backward one that never comes."""
+    """Holds what a forward pass keeps for a backward pass that never comes."""
 
     needs_input_grad: Tuple[bool, ...] = ()
 
 
 @contextlib.contextmanager
 def windows_by_unfold() -> Iterator[None]:
-    """Let Longformer and LED cut overlapping windows by `unfold`: a trace holds strides fast, which depend on the length."""
+    """Make Longformer and LED cut overlapping windows with `unfold`: a trace fixes strides, which depend on the
+    length."""
     own = torch.Tensor.as_strided
 
     def cut(tensor: torch.Tensor, size: Any, stride: Any, *more: Any) -> torch.Tensor:
@@ -134,24 +139,25 @@ def windows_by_unfold() -> Iterator[None]:
 
 @contextlib.contextmanager
 def traceable(model: torch.nn.Module) -> Iterator[None]:
-    """What torch's tracer needs of a model to be written out."""
+    """Prepare a model for torch's tracer, so that it can be saved."""
     with masks_without_vmap(), forward_alone(), windows_by_unfold(), positions_by_length(model), plain_names(model):
         yield
 
 
 @contextlib.contextmanager
 def positions_by_length(model: torch.nn.Module) -> Iterator[None]:
-    """Let Funnel compute its relative positions from the length: transformers lists them in Python, which a trace holds fast.
+    """Make Funnel compute its relative positions from the length: transformers lists them in Python, which a trace
+    fixes.
 
-    A list is an arithmetic series: block b's positions begin at 1 - 2**b where the first token stands apart, else at 0, and
-    are 2**b apart. So its first member, its length and its step are as good, and are known of any length.
+    A list is an arithmetic series: block b's positions begin at 1 - 2**b if the first token is separate, else at 0, and
+    are 2**b apart. So its first member, its length and its step suffice, and are known for any length.
     """
     kinds = {type(part) for part in model.modules() if type(part).__name__ == "FunnelAttentionStructure"}
     own = {kind: kind.get_position_embeds for kind in kinds}  # type: ignore[attr-defined]
 
     def encodings(structure: Any, length: Any, dtype: torch.dtype, device: torch.device) -> Any:
         config = structure.config
-        if config.attention_type == "factorized":  # which lists nothing
+        if config.attention_type == "factorized":  # it lists nothing
             return own[type(structure)](structure, length, dtype, device)
         half = config.d_model // 2
         frequencies = 1 / (10000 ** (torch.arange(0, half, dtype=torch.int64, device=device).to(dtype) / half))
@@ -187,11 +193,12 @@ def positions_by_length(model: torch.nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def plain_names(model: torch.nn.Module) -> Iterator[None]:
-    """Let the classes of a checkpoint's own code bear the names of its files alone, which go into a trace.
+    """Name the classes of a checkpoint's own code only after its files in a trace.
 
-    transformers puts a checkpoint's code into a package whose name has the folder's, and from version 5 on a hash of the code.
-    torch writes a class's module into the file, and cannot read one back whose part begins with a digit. So nothing of the
-    package is written. Our own classes are called as `_NAMED` says.
+    transformers puts a checkpoint's code into a package named after the folder, and from version 5 on a hash of the
+    code.
+    torch writes a class's module into the file, and cannot read one with a component that begins with a digit. So the
+    package is left out. Our own classes are named by `_NAMED`.
     """
     classes = {kind for module in model.modules() for kind in type(module).__mro__}
     own = {kind: kind.__module__ for kind in classes if kind.__module__.split(".")[0] == _REMOTE}
@@ -202,7 +209,7 @@ def plain_names(model: torch.nn.Module) -> Iterator[None]:
         kinds = vars(sys.modules[module]).values() if module in sys.modules else ()
         own.update({kind: module for kind in kinds if isinstance(kind, type) and kind.__module__ == module})
     named.update(_NAMED)
-    # Who looks a class's module up, as inspect does, finds it.
+    # For lookups of a class's module, such as inspect's.
     added = {named[module]: sys.modules[module] for module in own.values() if named[module] not in sys.modules}
     sys.modules.update(added)
     for kind, module in own.items():
@@ -217,11 +224,13 @@ def plain_names(model: torch.nn.Module) -> Iterator[None]:
 
 
 def example(original: Original, batch: int, length: int) -> Tuple[torch.Tensor, ...]:
-    """Inputs to trace with, int64 of shape (batch, length): whole texts, special tokens included, and padding. They are
-    longer where the model cannot read so short ones.
+    """Return tracing inputs, int64 of shape (batch, length): whole texts, including special tokens, and padding. They
+    are
+    longer if the model cannot read such short ones.
 
-    Batch and length should be above 1, and the mask hold padding: a trace at 1, or without, has been seen to be wrong
-    at other shapes. Every row has its special tokens, since some models (BART's classifier) look for them.
+    Batch and length should be above 1, and the mask contain padding: traces at 1, or without padding, were found to be
+    wrong
+    at other shapes. Every row has its special tokens, since some models (BART's classifier) search for them.
     """
     length = max(length, original.shortest)
     facts = original.tokenizer_facts
