@@ -21,7 +21,7 @@ _ANSWERING = 30  # seconds of answering, per second of the last measured run, be
 
 
 class Measuring:
-    """Runs to be measured between answers, in a small share of the time that answers take.
+    """Runs to measure between answers, in a small share of the time that answers take.
 
     Before the first answer they would take a tenth of the time to it, and a thread of their own would have its own OpenMP
     threads, which keep the worker's waiting.

@@ -1,4 +1,4 @@
-"""What is tokenized and what comes of it: segments of text, and rows for the model."""
+"""Inputs and outputs of tokenization: segments of text, and rows for the model."""
 
 from __future__ import annotations
 

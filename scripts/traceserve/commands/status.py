@@ -1,4 +1,4 @@
-"""status: which servers run, and what they do."""
+"""status: the running servers, and their activity."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _FIGURES = {  # the header in a table, and the name in a line; times are in mill
 
 
 class _Archive(NamedTuple):
-    """A served archive, and what it does; None: its server gives no figures."""
+    """A served archive and its activity; None: its server has no figures."""
 
     name: str
     port: int
@@ -47,13 +47,13 @@ def _add_status(parser: argparse.ArgumentParser) -> None:
         type=_interval,
         const=1.0,
         metavar="SECONDS",
-        help="show what each archive did in the last so many seconds [1], until Ctrl-C; one line per archive and interval "
+        help="show each archive's activity in the last seconds [1], until Ctrl-C; one line per archive and interval "
         "if the output is not a terminal",
     )
 
 
 def _interval(text: str) -> float:
-    """Seconds, at least a tenth."""
+    """Parse seconds, at least a tenth."""
     seconds = float(text)
     if not 0.1 <= seconds < float("inf"):
         raise argparse.ArgumentTypeError("should be 0.1 or more")
@@ -99,7 +99,7 @@ def _servers(running: Sequence[Instance]) -> Table:
 
 
 def _by_status(instance: Instance) -> str:
-    """Say how many answers had which status, the frontend's own refusals included."""
+    """Return the number of answers by status, including the frontend's own refusals."""
     from traceserve.measuring import activity
     from traceserve.serving import engines
 
@@ -137,7 +137,7 @@ def _since_start(running: Sequence[Instance]) -> Iterator[_Archive]:
 
 
 def _report(archives: Sequence[_Archive], title: str) -> Group:
-    """A table of figures that fits 80 columns, and below it the reasons of errors."""
+    """Return a table of figures that fits 80 columns, and the reasons of errors below."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Group
     from rich.table import Table
@@ -161,7 +161,7 @@ def _report(archives: Sequence[_Archive], title: str) -> Group:
 
 
 def _cells(activity: Optional[Activity]) -> List[str]:
-    """The figures of an archive, in the order of `_FIGURES`."""
+    """Return an archive's figures, in the order of `_FIGURES`."""
     if activity is None:
         return ["none", *[""] * (len(_FIGURES) - 1)]
     return [
@@ -209,7 +209,7 @@ def _watch(seconds: float) -> int:
 
 @contextlib.contextmanager
 def _until_interrupted() -> Iterator[threading.Event]:
-    """Give an event that Ctrl-C sets: to end here is no failure."""
+    """Return an event that Ctrl-C sets: ending here is not a failure."""
     interrupted = threading.Event()
 
     def stop(number: int, frame: Any) -> None:
@@ -223,7 +223,7 @@ def _until_interrupted() -> Iterator[threading.Event]:
 
 
 def _intervals(seconds: float, interrupted: threading.Event) -> Iterator[List[_Archive]]:
-    """Yield what each archive did in each interval."""
+    """Yield each archive's activity in each interval."""
     from traceserve.measuring import activity
     from traceserve.serving import instances
 
@@ -251,7 +251,7 @@ def _shown(archives: Sequence[_Archive], seconds: float) -> RenderableType:
 
 
 def _line(archive: _Archive) -> str:
-    """One line for a log or another program."""
+    """Return one line for a log or another program."""
     figures = ", ".join(
         f"{header} {value}" for header, value in zip(_FIGURES.values(), _cells(archive.activity)) if value
     )
@@ -274,9 +274,9 @@ def _print_dead(instance: Instance) -> None:
 COMMANDS = (
     Command(
         "status",
-        "Show the running servers, and what they do.\n\nFor each archive: requests, the mean latency in the server and its part "
-        "in the queue, how many\nrequests wait now, the quantiles of a batch's time in the handler (read from a histogram), the\n"
-        "share of padding in what the model computed, and failed requests by reason.",
+        "Show the running servers, and their activity.\n\nFor each archive: requests, the mean latency in the server and its "
+        "part in the queue, how many\nrequests wait now, the quantiles of a batch's time in the handler (read from a "
+        "histogram), the\nshare of padding in the model's computation, and failed requests by reason.",
         _add_status,
         _status,
         finds_servers=True,

@@ -1,4 +1,4 @@
-"""What a served archive does: its counters at one moment, and what they say about the time between two."""
+"""A served archive's activity: its counters at one moment, and the differences between two."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ class Sample:
     moment: float
     counters: Mapping[str, float] = field(default_factory=dict)
     errors: Mapping[str, float] = field(default_factory=dict)  # by reason
-    buckets: Mapping[float, float] = field(default_factory=dict)  # batches that took at most so many seconds
+    buckets: Mapping[float, float] = field(default_factory=dict)  # batches that took at most this many seconds
     waiting: Optional[int] = None  # requests in the queue at this moment; None: unknown
 
 
 @dataclass(frozen=True)
 class Activity:
-    """What an archive did between two samples; None: nothing that could be measured."""
+    """An archive's activity between two samples; None: not measurable."""
 
     seconds: float
     requests: int
     latency: Optional[float]  # mean, in TorchServe, from arrival to answer
     queue: Optional[float]  # mean, part of the latency
-    batch_p50: Optional[float]  # of a batch in the handler: its requests wait so long after the queue
+    batch_p50: Optional[float]  # of a batch in the handler: its requests wait this long after the queue
     batch_p99: Optional[float]
     padding_share: Optional[float]  # of the model's computation, 0 to 1
     errors: Mapping[str, int]  # by reason
@@ -73,14 +73,14 @@ def _waiting(instance: Instance, name: str) -> Optional[int]:
 
 
 def answers_by_status(instance: Instance) -> Dict[str, int]:
-    """How many answers a server gave since it started, by the class of their status: 2XX, 4XX, 5XX; raises OSError."""
+    """Return a server's number of answers since its start, by status class: 2XX, 4XX, 5XX; raises OSError."""
     found = metrics_of(f"http://127.0.0.1:{instance.metrics_port}/metrics")
     by_status = {m[1]: int(value) for name, _, value in found for m in [_BY_STATUS.match(name)] if m}
     return {status: by_status.get(status, 0) for status in ("2XX", "4XX", "5XX")}
 
 
 def between(first: Sample, last: Sample) -> Activity:
-    """Return what happened from one sample to a later one."""
+    """Return the activity from one sample to a later one."""
 
     def grown(metric: str) -> float:
         return last.counters.get(metric, 0.0) - first.counters.get(metric, 0.0)

@@ -34,7 +34,7 @@ from traceserve.serving.plan import Archive, ServerPlan
 LONGEST_SOCKET = "run/session_2026-11-26_22-22-43_885418_1234567/sockets/plasma_store"
 _OBJECT_STORE = 80 << 20  # bytes; Ray's minimum, unused here
 _KEY_BYTES = 24
-KEY_VARIABLE = "TRACESERVE_KEY"  # where its replicas find it, too
+KEY_VARIABLE = "TRACESERVE_KEY"  # its replicas read it too
 
 _HAPROXY = """#!/bin/sh
 # Ray binds statistics and metrics to all interfaces; the configuration is changed before HAProxy reads it.
@@ -79,7 +79,7 @@ def _check(plan: ServerPlan) -> None:
 
 
 def _key() -> str:
-    """The key that the user gave, so that all containers of a deployment have one; else a new one."""
+    """Return the user's key, which all containers of a deployment share, or a new one."""
     return os.environ.get(KEY_VARIABLE) or secrets.token_urlsafe(_KEY_BYTES)
 
 
