@@ -21,7 +21,7 @@ from traceserve import cli
 from traceserve.archives.archive import pack_archive
 from traceserve.playground.shapes import STARTING
 from traceserve.serving import client, configuration, instances, server
-from traceserve.serving.front import Front
+from traceserve.serving.front import FrontendOptions
 from traceserve.serving.instances import Instance
 from traceserve_runtime.tasks import TASKS
 
@@ -99,7 +99,7 @@ def served(
     certificate, key = folder / "certificate.pem", folder / "key.pem"
     certificate.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
     issued.private_key_pem.write_to_path(str(key))
-    front = Front(certificate=certificate, key=key)
+    front = FrontendOptions(certificate=certificate, key=key)
     [port] = configuration.free_ports(1)
     instance = server.start(archives, host="0.0.0.0", port=port, timeout=300, front=front)
     yield instance
