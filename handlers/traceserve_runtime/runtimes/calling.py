@@ -1,10 +1,11 @@
-"""How a model of transformers is called: tensors by position in, a tuple of tensors out.
+"""Calls of transformers models: positional tensors in, a tuple of tensors out.
 
-The builder traces these calls, and the reader of the save mode pretrained makes them. A model that is run once is called
-by `Single`. One that is run token by token has two calls. `start` makes the state that the loop begins with: a decoder's
-empty past, or an encoder's output as the keys and values that every decoder layer attends to. `step` reads new tokens and
-the state; it gives the logits of the last token and the state's first tensors, the past of self-attention, grown by these
-tokens. What of the state it does not give back stays as it is. All of the state has the batch as its first dimension.
+The builder traces these calls, and the reader of the save mode pretrained makes them. A model that runs once is called
+by `Single`. One that runs token by token has two calls. `start` makes the loop's initial state: a decoder's
+empty cache, or an encoder's output as the keys and values that every decoder layer attends to. `step` reads new tokens
+and
+the state; it returns the last token's logits and the state's first tensors, the self-attention cache extended by these
+tokens. The rest of the state is unchanged. All of the state has the batch as its first dimension.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ if TYPE_CHECKING:
     import torch
 
     Tensors = Tuple[torch.Tensor, ...]
-    # Keys and values of each layer, (batch, heads, length, size of a head).
+    # Each layer's keys and values, (batch, heads, length, head size).
     Pairs = List[Tuple[torch.Tensor, torch.Tensor]]
 
-# Classifiers that read the hidden state of each row's last end token, and find these all at once: in a batch whose rows
-# differ in their number of end tokens that fails, or takes one row's for another's.
+# Classifiers that read the hidden state of each row's last end token, and search for all of them at once: in a batch
+# whose rows
+# have different numbers of end tokens that fails, or mixes up rows.
 _READS_END_TOKENS = {
     f"{family}ForSequenceClassification"
     for family in ("Bart", "MBart", "PLBart", "Mvp", "BigBirdPegasus", "T5", "MT5", "UMT5")
@@ -28,7 +30,7 @@ _READS_END_TOKENS = {
 
 
 class Single:
-    """Calls the model by keyword, without a cache, and gives a tuple of float32 tensors in the order of `outputs`.
+    """Calls the model by keyword, without a cache, and returns a tuple of float32 tensors in the order of `outputs`.
 
     transformers 5 has no torchscript flag. Positional calls depend on each model's order of arguments, and
     `config.return_dict=False` breaks GPT-2, Llama and ModernBERT.
@@ -49,7 +51,7 @@ class Single:
 
 
 def _way(model: Any, inputs: Sequence[str], outputs: Sequence[str]) -> Callable[..., Any]:
-    """How a model is run, so that each row of a batch is answered as it is alone."""
+    """Return how to run a model so that each row of a batch is answered as if alone."""
     if type(model).__name__ in _READS_END_TOKENS:
         return _by_last_end_token
     if tuple(outputs) == ("logits",) and pad_id(model) is None and _reads_last_token(model, inputs):
@@ -58,7 +60,7 @@ def _way(model: Any, inputs: Sequence[str], outputs: Sequence[str]) -> Callable[
 
 
 def pad_id(model: Any) -> Optional[int]:
-    """The token that a model's configuration says is padding; None where it names none of its vocabulary."""
+    """Return the padding token in a model's configuration; None if it is not in its vocabulary."""
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     found = getattr(config, "pad_token_id", None)
     known = isinstance(found, int) and 0 <= found < (getattr(config, "vocab_size", None) or 0)
@@ -66,10 +68,10 @@ def pad_id(model: Any) -> Optional[int]:
 
 
 def _reads_last_token(model: Any, inputs: Sequence[str]) -> bool:
-    """Whether a model classifies one row by its last token, as those built on a decoder do; seen by running it.
+    """Return whether a model classifies a row by its last token, like those on a decoder; determined by running it.
 
-    In a batch these look for the last token that is no padding by its id. Without the id of padding they refuse a batch,
-    or take padding for text.
+    In a batch these search for the last token that is not padding, by its id. Without a padding id they refuse a batch,
+    or read padding as text.
     """
     import torch
 
@@ -86,13 +88,13 @@ def _reads_last_token(model: Any, inputs: Sequence[str]) -> bool:
         try:
             found = _by_last_token(model, columns, fixed)["logits"].float()
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
-            return False  # its layers are otherwise put together
-    # The same numbers but for their rounding; those of any other token are others.
+            return False  # its layers are arranged differently
+    # Equal up to rounding; any other token's would differ.
     return alone.shape == found.shape and torch.allclose(alone, found, rtol=1e-2, atol=1e-2)
 
 
 def _by_last_token(model: Any, columns: Dict[str, torch.Tensor], fixed: Dict[str, bool]) -> Dict[str, torch.Tensor]:
-    """The classification of each row's last token, by its mask: the backbone, then the layers behind it, in their order."""
+    """Classify each row's last token, by its mask: the backbone, then the following layers, in order."""
     import torch
 
     name = model.base_model_prefix
@@ -113,7 +115,7 @@ def _by_itself(model: Any, columns: Dict[str, torch.Tensor], fixed: Dict[str, bo
 
 
 def _by_last_end_token(model: Any, columns: Dict[str, torch.Tensor], fixed: Dict[str, bool]) -> Dict[str, torch.Tensor]:
-    """The same classification with each row's last end token found in that row alone."""
+    """Classify likewise, searching for the last end token in each row separately."""
     import torch
 
     ids = columns["input_ids"]
@@ -129,10 +131,11 @@ def _by_last_end_token(model: Any, columns: Dict[str, torch.Tensor], fixed: Dict
 
 
 def _shifted_right(model: Any, ids: torch.Tensor) -> Any:
-    """What T5's decoder reads to read `ids`: a first token, and all of them but the last.
+    """Return the input with which T5's decoder reads `ids`: a start token, and all of them but the last.
 
-    `_shift_right` is a private name of transformers' T5 and its kin (4.26 to 5.23), which the model itself calls. Where it is
-    gone the same is done here.
+    `_shift_right` is a private name of transformers' T5 and its kin (4.26 to 5.23), which the model itself calls.
+    Without
+    it the same is done here.
     """
     if hasattr(model, "_shift_right"):
         return model._shift_right(ids)
@@ -142,7 +145,8 @@ def _shifted_right(model: Any, ids: torch.Tensor) -> Any:
 
 
 class Empty:
-    """The prompt, ids and mask (batch, length), to a past of length 0 like `past`, a decoder's own after any tokens."""
+    """Maps the prompt, ids and mask (batch, length), to an empty cache like `past`, a decoder's own after any
+    tokens."""
 
     def __init__(self, past: Sequence[torch.Tensor]) -> None:
         self.shapes = [(tensor.shape[1], tensor.shape[3], tensor.dtype) for tensor in past]
@@ -157,14 +161,15 @@ class Empty:
 
 
 class DecoderStep:
-    """New tokens (batch, new), mask of all (batch, past + new), positions (batch, new) and the past, to the logits of the
-    last token, (batch, vocabulary), and the grown past."""
+    """Maps new tokens (batch, new), the mask of all (batch, past + new), positions (batch, new) and the cache to the
+    last
+    token's logits, (batch, vocabulary), and the extended cache."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
         accepted = inspect.signature(model.forward).parameters
         self.inputs = tuple(n for n in ("input_ids", "attention_mask", "position_ids") if n in accepted)
-        # Of the prompt, too, only the last token's logits are computed where the model can be told so.
+        # For the prompt, too, only the last token's logits are computed if the model supports it.
         self.fixed = {name: 1 for name in ("logits_to_keep", "num_logits_to_keep") if name in accepted}
 
     def __call__(self, *tensors: torch.Tensor) -> Tensors:
@@ -181,7 +186,8 @@ class DecoderStep:
 
 
 def read_past(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Optional[Tensors]:
-    """A decoder's past after these tokens; None where it keeps something else than keys and values between steps."""
+    """Return a decoder's cache after these tokens; None if it keeps something other than keys and values between
+    steps."""
     import torch
 
     with torch.no_grad():
@@ -195,9 +201,9 @@ def read_past(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor)
 
 
 def encoded(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """What a model's encoder gives for the source, ids and mask (batch, length): (batch, length, size).
+    """Return the encoder's output for the source, ids and mask (batch, length): (batch, length, size).
 
-    LED reads whole windows of attention, and fills the source up to them in a branch of Python that a trace does not keep.
+    LED reads whole attention windows, and pads the source to them in a Python branch that a trace does not keep.
     """
     import torch
 
@@ -213,14 +219,15 @@ def encoded(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -
 
 
 def encoder_outputs(hidden: torch.Tensor) -> Any:
-    """An encoder's output as models take it: by its number, or by its name; some look for its experts' routes, too."""
+    """Wrap an encoder's output for models: by index or by name; some also read its experts' routes."""
     from transformers.modeling_outputs import MoEModelOutput
 
     return MoEModelOutput(last_hidden_state=hidden)
 
 
 class Begin:
-    """The source, ids and mask (batch, length), to an empty past and each layer's keys and values of the source."""
+    """Maps the source, ids and mask (batch, length), to an empty cache and each layer's keys and values of the
+    source."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -229,7 +236,7 @@ class Begin:
         result = self.model(
             encoder_outputs=encoder_outputs(encoded(self.model, input_ids, attention_mask)),
             attention_mask=attention_mask,
-            decoder_input_ids=input_ids[:, :1],  # which token is no matter to the keys and values of the source
+            decoder_input_ids=input_ids[:, :1],  # any token: it does not affect the source's keys and values
             use_cache=True,
             return_dict=True,
         )
@@ -239,14 +246,15 @@ class Begin:
 
 
 class EncoderDecoderStep:
-    """New tokens (batch, new), the source's mask (batch, length), the past and the source's keys and values, to the logits
-    of the last token, (batch, vocabulary), and the grown past."""
+    """Maps new tokens (batch, new), the source's mask (batch, length), the cache and the source's keys and values to
+    the last
+    token's logits, (batch, vocabulary), and the extended cache."""
 
     inputs = ("decoder_input_ids", "attention_mask")
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        # An EncoderDecoderModel's own configuration tells none.
+        # An EncoderDecoderModel's own configuration has none.
         encoder = getattr(model.get_encoder(), "config", model.config)
         self.hidden_size = encoder.hidden_size
 
@@ -254,7 +262,7 @@ class EncoderDecoderStep:
         decoder_input_ids, attention_mask = tensors[:2]
         state = tensors[2:]
         past, source = state[: len(state) // 2], state[len(state) // 2 :]
-        # Its keys and values are known, so that only the shape of the encoder's output is read.
+        # Its keys and values are known, so only the shape of the encoder's output is read.
         hidden = attention_mask[:, :, None].expand(-1, -1, self.hidden_size).to(past[0].dtype)
         result = self.model(
             encoder_outputs=encoder_outputs(hidden),
@@ -269,7 +277,7 @@ class EncoderDecoderStep:
 
 
 def _cache(pairs: Pairs) -> Any:
-    """transformers' cache of these keys and values; before version 4.36 a tuple."""
+    """Return transformers' cache of these keys and values; before version 4.36 a tuple."""
     try:
         from transformers import cache_utils as untyped
     except ImportError:
@@ -280,7 +288,7 @@ def _cache(pairs: Pairs) -> Any:
         if not hasattr(cache_utils, "DynamicLayer"):  # before 4.54
             cache.update(keys, values, number)
             continue
-        # Not by `update`, which would put a concatenation of the whole past into the graph.
+        # Not with `update`, which would put a concatenation of the whole cache into the graph.
         layer = cache_utils.DynamicLayer()
         layer.keys, layer.values, layer.dtype, layer.device = keys, values, keys.dtype, keys.device
         layer.is_initialized = True
@@ -289,7 +297,7 @@ def _cache(pairs: Pairs) -> Any:
 
 
 def read_cache(cache: Any) -> Pairs:
-    """The keys and values of each layer, of any version's cache."""
+    """Return each layer's keys and values, from any version's cache."""
     if isinstance(cache, tuple):
         return [(layer[0], layer[1]) for layer in cache]
     if hasattr(cache, "layers"):

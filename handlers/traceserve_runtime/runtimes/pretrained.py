@@ -1,6 +1,6 @@
 """The save mode pretrained: transformers' own model, from its configuration and safetensors.
 
-This is the one reader that needs transformers. It reads the archive's folder alone, never a hub, and no code of a
+This is the only reader that needs transformers. It only reads the archive's folder, never a hub, and no code of a
 checkpoint.
 """
 
@@ -28,17 +28,17 @@ logger = logging.getLogger(__name__)
 
 Call = Callable[..., Tuple[Any, ...]]
 
-OLDEST = (4, 41)  # before, what from_pretrained takes and save_pretrained writes is another
+OLDEST = (4, 41)  # older versions differ in from_pretrained's arguments and save_pretrained's output
 OLDEST_NAMED = ".".join(map(str, OLDEST))
-PAST = "keeps_past"  # of `Manifest.runtime`: whether a step of a loop reads new tokens alone
-KEPT = "in_float32"  # of `Manifest.runtime`: the layers that bfloat16 leaves
-# Batches and lengths of 1, and a past of 0, are compiled by themselves: more shapes than torch's own limit of 8, past
-# which it would go on without being compiled.
+PAST = "keeps_past"  # in `Manifest.runtime`: whether a loop's step reads only new tokens
+KEPT = "in_float32"  # in `Manifest.runtime`: the layers left in float32
+# Batches and lengths of 1, and an empty cache, are compiled separately: more shapes than torch's own limit of 8, beyond
+# which it would continue uncompiled.
 _COMPILED_SHAPES = 64
 
 
 class _Calls:
-    """What TorchScriptRunner runs: calls of a model in place of graphs of a trace."""
+    """What TorchScriptRunner runs: calls of a model instead of a trace's graphs."""
 
     def __init__(self, calls: Dict[str, Call], computing: Callable[[], ContextManager[Any]]) -> None:
         self._calls = calls
@@ -59,10 +59,10 @@ class _Calls:
 
 
 def read(manifest: Manifest, folder: Path, device: str, settings: Settings = Settings()) -> TorchScriptRunner:
-    """The model of `folder` as a runner on `device` ("cpu", "cuda:0", ...).
+    """Return the model of `folder` as a runner on `device` ("cpu", "cuda:0", ...).
 
-    Raises MissingPackage without torch, transformers, the device or a compiler that the archive asks for, InvalidManifest
-    for files that are no checkpoint.
+    Raises MissingPackage without torch, transformers, the device or a required compiler, InvalidManifest
+    for invalid files.
     """
     settle(manifest.dtype, device, settings.threads)
     with quiet():
@@ -91,7 +91,7 @@ def read(manifest: Manifest, folder: Path, device: str, settings: Settings = Set
 
 
 def variants(manifest: Manifest, folder: Path, devices: Sequence[str]) -> List[Variant]:
-    """Each way in which this model may be run on these devices: one on each, since the archive says whether it is compiled."""
+    """Return the ways to run this model on these devices: one each, since the archive says whether it is compiled."""
     how = "compiled by torch.compile" if manifest.runtime["torch_compile"] else "by transformers"
     return [Variant(manifest.model_file, how, device, partial(read, manifest, folder, device)) for device in devices]
 
@@ -122,7 +122,7 @@ def _load(manifest: Manifest, folder: Path) -> Any:
             output_loading_info=True,
             **{"dtype" if numbers >= (4, 56) else "torch_dtype": dtype},
         )
-    except Exception as error:  # transformers raises whatever its many models do
+    except Exception as error:  # transformers' many models raise anything
         lines = str(error).strip().splitlines() or [""]
         raise InvalidManifest(
             f"{file.name} cannot be loaded by transformers {version} (it was written by {made_with}): "
@@ -137,16 +137,18 @@ def _load(manifest: Manifest, folder: Path) -> Any:
 
 
 def lower(model: Any, dtype: str, kept: Sequence[str] = ()) -> Any:
-    """The model itself, changed to compute in `dtype`; in bfloat16 only within `autocast`, and without the layers `kept`.
+    """Return the model itself, changed to compute in `dtype`; in bfloat16 only within `autocast`, and without the
+    layers `kept`.
 
-    In bfloat16 matrices are; sums, norms and what runs through the layers' residual connections stay in float32. Plain
-    `model.to(torch.bfloat16)` is as fast, and changes twice as many answers (docs/measurements.md).
+    In bfloat16, matrices are converted; sums, norms and residual connections stay in float32. Plain
+    `model.to(torch.bfloat16)` is as fast, but changes twice as many answers (docs/measurements.md).
     """
     return _LOWERED[dtype](model, kept)
 
 
 def autocast(dtype: str, device_type: str = "cpu") -> ContextManager[Any]:
-    """What surrounds every call of a lowered model. Without torch's cache, which a trace would take for its own weights."""
+    """Return the context of every call of a lowered model. Without torch's cache, which a trace would take for
+    weights."""
     if dtype != "bfloat16":
         return contextlib.nullcontext()
     return _autocast_bfloat16(device_type)
@@ -170,7 +172,7 @@ def _to_bfloat16(model: Any, kept: Sequence[str]) -> Any:
     import torch
 
     exact = {model.get_submodule(name) for name in kept}
-    # An embedding may have the same ones.
+    # An embedding may share them.
     parameters = {id(parameter) for module in exact for parameter in module.parameters()}
     for module in model.modules():
         if module in exact:
@@ -241,7 +243,7 @@ _LOOPS: Dict[str, Callable[[Any, Manifest, str], Dict[str, Call]]] = {
 
 
 def _compiled(calls: Dict[str, Call]) -> Dict[str, Call]:
-    """The calls, each compiled when it is first made."""
+    """Return the calls, each compiled when first made."""
     import torch
 
     if not hasattr(torch, "compile"):
@@ -251,7 +253,7 @@ def _compiled(calls: Dict[str, Call]) -> Dict[str, Call]:
 
 
 def _try(runner: TorchScriptRunner, manifest: Manifest) -> None:
-    """Compile: run the model once; raises MissingPackage where that cannot be."""
+    """Compile by running the model once; raises MissingPackage if that fails."""
     inputs = batches.filled(manifest, 2, 4)
     try:
         if not manifest.step_inputs:
@@ -268,10 +270,10 @@ def _try(runner: TorchScriptRunner, manifest: Manifest) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' progress bars and warnings: what matters of them is raised as an error."""
+    """Suppress transformers' progress bars and warnings: important ones are raised as errors."""
     try:
         from transformers.utils import logging as untyped
-    except ImportError:  # who needs it will say so
+    except ImportError:  # its user will report it
         yield
         return
     own: Any = untyped

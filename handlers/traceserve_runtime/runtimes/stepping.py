@@ -1,8 +1,8 @@
-"""The two calls of a model that is run token by token: over a past where it keeps one, else over all tokens again.
+"""The two calls of a model that runs token by token: with a cache if it has one, else rereading all tokens.
 
-Most models keep keys and values of what they have read, which `calling` hands from step to step. Those that keep something
-else (Mamba), or nothing (OpenAI-GPT), are given the whole text at every step: the same answers, for more work.
-Which of the two a model is run by is found by running it, and the builder writes it down for the worker.
+Most models cache keys and values of earlier tokens, which `calling` passes from step to step. Those that keep something
+else (Mamba), or nothing (OpenAI-GPT), get the whole text at every step: the same answers, for more work.
+The builder finds out by running the model, and records the result for the worker.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
     Tensors = Tuple[torch.Tensor, ...]
 
-_NEAR = 0.02  # of the largest logit: a rounding in bfloat16; a past that is not the model's own is further off
-# What models raise that are called over a past of a kind that they do not know.
+_NEAR = 0.02  # of the largest logit: bfloat16's rounding; a wrong cache differs more
+# Exceptions of models called with an unknown kind of cache.
 _UNKNOWN_PAST = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 
 class Calls(NamedTuple):
-    """`start` and `step`, see `calling`; and whether a step reads new tokens alone, over a past."""
+    """`start` and `step`, see `calling`; and whether a step reads only new tokens, with a cache."""
 
     start: Callable[..., Tensors]
     step: Any
@@ -39,14 +39,14 @@ class Calls(NamedTuple):
 
 
 class NoTokens:
-    """The prompt, ids and mask (batch, length), to the tokens that were read before it: none, (batch, 0)."""
+    """Maps the prompt, ids and mask (batch, length), to the tokens read before it: none, (batch, 0)."""
 
     def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Tensors:
         return (input_ids[:, :0],)
 
 
 class DecoderAgain:
-    """As `calling.DecoderStep`; the state is all earlier tokens, int64 of shape (batch, past)."""
+    """Like `calling.DecoderStep`; the state is all earlier tokens, int64 of shape (batch, past)."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -69,7 +69,8 @@ class DecoderAgain:
 
 
 class Read:
-    """The source, ids and mask (batch, length), to what the decoder has written: no tokens, (batch, 0); and the encoder's
+    """Maps the source, ids and mask (batch, length), to the decoder's written tokens, none, (batch, 0), and the
+    encoder's
     output, (batch, length, size)."""
 
     def __init__(self, model: Any) -> None:
@@ -80,7 +81,7 @@ class Read:
 
 
 class EncoderDecoderAgain:
-    """As `calling.EncoderDecoderStep`; the state is what `Read` makes."""
+    """Like `calling.EncoderDecoderStep`; the state is made by `Read`."""
 
     inputs = ("decoder_input_ids", "attention_mask")
 
@@ -103,7 +104,7 @@ class EncoderDecoderAgain:
 
 
 def decoder(model: Any) -> Calls:
-    """The calls of a decoder, found by reading four tokens."""
+    """Return a decoder's calls, determined by reading four tokens."""
     ids = _tokens(model)
     mask = ids.new_ones(ids.shape)
     again = Calls(NoTokens(), DecoderAgain(model), False)
@@ -130,7 +131,7 @@ def decoder(model: Any) -> Calls:
 
 
 def encoder_decoder(model: Any) -> Calls:
-    """The calls of an encoder with a decoder, found by reading four tokens and writing two."""
+    """Return the calls of an encoder with a decoder, determined by reading four tokens and writing two."""
     ids = _tokens(model)
     mask = ids.new_ones(ids.shape)
     again = Calls(Read(model), EncoderDecoderAgain(model), False)
@@ -148,7 +149,7 @@ def encoder_decoder(model: Any) -> Calls:
 
 
 def _equal_or_else(make: Callable[[], Calls], again: Calls, steps: Callable[[Calls], Tensors]) -> Calls:
-    """The calls that `make` gives, where they can be run and their steps give what reading all again does."""
+    """Return the calls of `make` if they run and their steps agree with rereading everything."""
     import torch
 
     with torch.no_grad():
@@ -165,7 +166,7 @@ def _equal_or_else(make: Callable[[], Calls], again: Calls, steps: Callable[[Cal
 
 
 def _tokens(model: Any) -> torch.Tensor:
-    """Four tokens of any model, (1, 4); none of them is likely to be padding."""
+    """Return four tokens for any model, (1, 4), which are unlikely to be padding."""
     import torch
 
     return torch.arange(3, 7, device=next(model.parameters()).device)[None]

@@ -1,10 +1,11 @@
-"""Dynamic int8: linear layers that multiply int8 by int8, each token quantized by itself, so that no answer depends on what
-else is in its batch.
+"""Dynamic int8: linear layers that multiply int8 by int8, quantized per token, so that answers do not depend on the
+rest of
+the batch.
 
-Weights are quantized symmetrically for each output channel. Tokens are quantized asymmetrically: the zero point costs one
-product with the sums of the weights. Before that, large input channels are made smaller and their weights larger by the
-factors of SmoothQuant (Xiao et al., 2022, arXiv 2211.10438, equation 4, alpha 0.5), measured on sample texts. The layers
-that still move the model's output most are left in float32: more and more of them, until the gate lets the model through.
+Weights are quantized symmetrically per output channel, tokens asymmetrically: the zero point costs one
+product with the sums of the weights. Before that, large input channels are scaled down and their weights up by
+SmoothQuant's factors (Xiao et al., 2022, arXiv 2211.10438, equation 4, alpha 0.5), measured on sample texts. The layers
+that still affect the model's output most are left in float32: more and more of them, until the model passes the gate.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Int8Linear(torch.nn.Module):
     """A linear layer over int8, from inputs (..., in) to outputs (..., out) in float32."""
 
     def __init__(self, linear: Any, largest: torch.Tensor) -> None:
-        """`largest`: of each input channel the largest absolute value that was seen, (in)."""
+        """`largest`: each input channel's largest absolute value, (in)."""
         super().__init__()
         self.weight: torch.Tensor
         self.scale: torch.Tensor
@@ -54,7 +55,7 @@ class Int8Linear(torch.nn.Module):
             self.register_buffer(name, value)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Quantize each token over its own range, multiply, and scale back."""
+        """Quantize each token by its own range, multiply, and scale back."""
         tokens = inputs.reshape(-1, inputs.shape[-1]) * self.smoothing
         least, most = torch.aminmax(tokens, dim=-1, keepdim=True)
         least = least.clamp(max=0.0)
@@ -67,7 +68,7 @@ class Int8Linear(torch.nn.Module):
 
 
 def smoothing(weight: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
-    """Of each input channel what its weights are multiplied with, and its values divided by, (in)."""
+    """Return each input channel's factor, which multiplies its weights and divides its values, (in)."""
     heaviest = weight.abs().amax(0)
     return (largest.clamp(min=_SMALLEST) / heaviest.clamp(min=_SMALLEST)).sqrt()
 
@@ -75,9 +76,10 @@ def smoothing(weight: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
 def quantized(
     model: Any, batches: Sequence[Inputs], layer: Layer = Int8Linear, measured: Layer = Int8Linear
 ) -> Iterator[Tuple[Any, Tuple[str, ...]]]:
-    """Copies of the model with more and more layers left in float32, and their names; `batches` are inputs to measure on.
+    """Yield copies of the model with more and more layers left in float32, and their names; `batches` are inputs to
+    measure on.
 
-    What replaces the others is made by `layer`; which ones are left is found by what `measured` changes in their place.
+    `layer` makes the replacements; the layers to leave are those whose replacement by `measured` changes most.
     """
     inside = set(_body(model).modules())
     layers = {name: module for name, module in linears(model).items() if module in inside}
@@ -95,6 +97,6 @@ def quantized(
 
 
 def _body(model: Any) -> Any:
-    """The model without its head, which is small and decides."""
+    """Return the model without its head, which is small and decisive."""
     body = getattr(model, model.base_model_prefix, None)
     return model if body is None else body

@@ -1,4 +1,4 @@
-"""How each dtype is made: the model that is traced for it."""
+"""Makes the model to trace for each dtype."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ from traceserve.building.writers.lowering import int8, sensitivity
 from traceserve.building.writers.lowering.sensitivity import Inputs, Layer
 from traceserve.errors import ExportError
 
-KEPT_SHARES = (0.2, 0.4)  # of the linear layers, left in float32 where bfloat16 changes too many answers without
+KEPT_SHARES = (0.2, 0.4)  # of the linear layers, left in float32 if bfloat16 changes too many answers otherwise
 
 
 class Precision(NamedTuple):
-    """How a dtype is made: what makes the model that is traced, what surrounds the tracing, and what raises ExportError where
-    this torch cannot do it."""
+    """How a dtype is made: a function for the model to trace, the context of tracing, and a check that raises
+    ExportError if
+    this torch does not support it."""
 
     lower: Callable[[Original, Sequence[str]], Iterable[Original]]
     tracing: Callable[[], ContextManager[Any]]
@@ -52,15 +53,16 @@ def check_processor(dtype: str) -> None:
 
 
 def lowered(original: Original, dtype: str, texts: Sequence[str]) -> Iterable[Original]:
-    """The original as it is traced for `dtype`, in float32 itself; or several, to be tried in turn until one passes.
+    """Yield the original as traced for `dtype` (unchanged for float32); or several, to be tried in turn until one
+    passes.
 
-    `texts` show what the model reads, where that must be measured.
+    `texts` are typical inputs, for measurements.
     """
     return PRECISIONS[dtype].lower(original, texts)
 
 
 def tracing(dtype: str) -> ContextManager[Any]:
-    """What surrounds the tracing of a model for `dtype`."""
+    """Return the context for tracing a model for `dtype`."""
     return PRECISIONS[dtype].tracing()
 
 
@@ -73,7 +75,7 @@ def _to_float16(original: Original, texts: Sequence[str]) -> Iterable[Original]:
 
 
 def _to_bfloat16(original: Original, texts: Sequence[str]) -> Iterator[Original]:
-    """The original in bfloat16; then more and more of its linear layers are left, those that move its output most."""
+    """Yield the original in bfloat16; then leave more and more linear layers, those that affect its output most."""
     yield _lowered_copy(original, "bfloat16")
     model = original.model
     layers = {} if getattr(model, "can_generate", bool)() else sensitivity.linears(model)
@@ -89,13 +91,13 @@ def _lowered_copy(original: Original, dtype: str, kept: Tuple[str, ...] = ()) ->
 
 
 def to_int8(original: Original, texts: Sequence[str], **layers: Layer) -> Iterator[Original]:
-    """The original with linear layers in int8, and more and more of them left; `layers` as of `int8.quantized`."""
+    """Yield the original with linear layers in int8, leaving more and more of them; `layers` as in `int8.quantized`."""
     for model, kept in int8.quantized(original.model, _inputs(original, texts), **layers):
         yield replace(original, model=model, dtype="int8", kept=kept)
 
 
 def _inputs(original: Original, texts: Sequence[str]) -> List[Inputs]:
-    """What the model is given of the texts: those of one length together, without padding."""
+    """Return the model's inputs for the texts: equal lengths together, without padding."""
     alike: Dict[int, List[Inputs]] = {}
     for text in texts:
         if text.strip():

@@ -1,4 +1,5 @@
-"""How far a model's output moves when one layer alone computes in another way: which layers a lower precision should leave."""
+"""Measures how much a model's output changes if one layer computes differently: a lower precision should leave such
+layers."""
 
 from __future__ import annotations
 
@@ -10,24 +11,24 @@ from traceserve_runtime.errors import reason
 
 from traceserve.errors import ExportError
 
-# A linear layer and, of each of its input channels, the largest absolute value that was seen, to what replaces it.
+# From a linear layer and each input channel's largest absolute value to its replacement.
 Layer = Callable[[Any, torch.Tensor], torch.nn.Module]
 Inputs = Dict[str, torch.Tensor]
 
 
 class Measured(NamedTuple):
-    """Of each layer, by its name: the largest absolute value of each input channel; and how far the output moves."""
+    """For each layer, by name: each input channel's largest absolute value; and the change of the output."""
 
     largest: Dict[str, torch.Tensor]
     moved: Dict[str, float]
 
     def most(self, share: float) -> Tuple[str, ...]:
-        """The names of this share of the layers: those that move the output most, the first one most of all."""
+        """Return the names of this share of the layers: those that affect the output most, in descending order."""
         return tuple(sorted(self.moved, key=lambda name: -self.moved[name])[: round(share * len(self.moved))])
 
 
 class Bfloat16Linear(torch.nn.Module):
-    """A linear layer that multiplies in bfloat16, and gives float32."""
+    """A linear layer that multiplies in bfloat16, and returns float32."""
 
     def __init__(self, linear: Any, largest: torch.Tensor) -> None:
         super().__init__()
@@ -35,26 +36,28 @@ class Bfloat16Linear(torch.nn.Module):
         self.bias = None if linear.bias is None else linear.bias.detach().bfloat16()
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Inputs (..., in) to outputs (..., out)."""
+        """Map inputs (..., in) to outputs (..., out)."""
         return torch.nn.functional.linear(inputs.bfloat16(), self.weight, self.bias).float()
 
 
 def linears(model: Any) -> Dict[str, Any]:
-    """The linear layers of a model, by name."""
+    """Return a model's linear layers, by name."""
     return {name: module for name, module in model.named_modules() if type(module) is torch.nn.Linear}
 
 
 def replace(model: Any, name: str, module: torch.nn.Module) -> None:
-    """Put a module into a model, in place of the one of this name."""
+    """Replace the module of this name in a model."""
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, module)
 
 
 def measure_layers(model: Any, layers: Dict[str, Any], batches: Sequence[Inputs], change: Layer) -> Measured:
-    """What `layers` of the model are given, and how far the output moves with `change` in the place of one of them.
+    """Return the inputs of the model's `layers`, and the change of the output if `change` replaces one of them.
 
-    Summed over the rows of all batches, the mean square of the difference of the first output, which is what a task reads.
-    Without layers that the model did not call. A model that refuses a batch is given single rows. Raises ExportError with
+    The change is the mean square of the difference of the first output, which a task reads, summed over the rows of all
+    batches.
+    Layers that the model did not call are left out. A model that refuses a batch gets single rows. Raises ExportError
+    with
     the model's own reason.
     """
     try:

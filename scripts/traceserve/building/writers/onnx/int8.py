@@ -1,7 +1,7 @@
-"""Dynamic int8 by ONNX Runtime's MatMulNBits: weights and what they are multiplied with, each in blocks of their own scale.
+"""Dynamic int8 with ONNX Runtime's MatMulNBits: weights and their inputs, in blocks with separate scales.
 
-Blocks lie along the input channels, so that each token is quantized by itself: no answer depends on what else is in its
-batch. The products are right on every processor, and fast with VNNI. `lowering.int8` chooses the layers.
+Blocks are along the input channels, so each token is quantized separately: answers do not depend on the rest of the
+batch. The products are correct on every processor, and fast with VNNI. `lowering.int8` chooses the layers.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ import torch
 from traceserve.building.writers.lowering.int8 import smoothing
 from traceserve.errors import ExportError
 
-# Input channels of one scale. Of 32, 64 and 128 the smaller ones change fewer answers, the larger ones are faster.
+# Input channels per scale. Of 32, 64 and 128 the smaller ones change fewer answers, the larger ones are faster.
 BLOCK = 64
 _LARGEST = 127
-_ZERO = 128  # of weights, which are stored without a sign
+_ZERO = 128  # for weights, which are stored unsigned
 _SMALLEST = 1e-12
-_BY_INT8 = 4  # MatMulNBits' accuracy_level that multiplies int8 by int8
+_BY_INT8 = 4  # MatMulNBits' accuracy_level for int8 by int8
 _DOMAIN = "com.microsoft"
 
 
 class SmoothedLinear(torch.nn.Module):
-    """A linear layer in float32 that `quantize` finds again: large input channels are smaller, their weights larger."""
+    """A float32 linear layer that `quantize` recognizes: large input channels are scaled down, their weights up."""
 
     def __init__(self, linear: Any, largest: torch.Tensor) -> None:
-        """`largest`: of each input channel the largest absolute value that was seen, (in)."""
+        """`largest`: each input channel's largest absolute value, (in)."""
         super().__init__()
         weight = linear.weight.detach().float()
         factors = smoothing(weight, largest)
@@ -37,30 +37,30 @@ class SmoothedLinear(torch.nn.Module):
         self.bias = linear.bias
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """The same as the layer's own, to the last digits; a MatMul in ONNX, whatever the shape of its inputs."""
+        """Equal the original layer up to rounding; a MatMul in ONNX, whatever its inputs' shape."""
         outputs = torch.matmul(self.smoothed(inputs), self.weight)
         return outputs if self.bias is None else outputs + self.bias
 
     def smoothed(self, inputs: torch.Tensor) -> torch.Tensor:
-        """What is multiplied with the weight, (..., in)."""
+        """Return the weight's factor, (..., in)."""
         return inputs * self.smoothing
 
 
 class RoundedLinear(SmoothedLinear):
-    """The same with the numbers that the quantized layer multiplies, to measure what that changes."""
+    """The same with the quantized layer's numbers, to measure the change."""
 
     def __init__(self, linear: Any, largest: torch.Tensor) -> None:
-        """`largest` as of SmoothedLinear."""
+        """`largest` as in SmoothedLinear."""
         super().__init__(linear, largest)
         self.weight = torch.nn.Parameter(_rounded(self.weight.t()).t(), requires_grad=False)
 
     def smoothed(self, inputs: torch.Tensor) -> torch.Tensor:
-        """As of SmoothedLinear, in int8's steps."""
+        """As in SmoothedLinear, rounded to int8."""
         return _rounded(super().smoothed(inputs))
 
 
 def _rounded(values: torch.Tensor) -> torch.Tensor:
-    """The values (..., channels), each block of channels rounded to int8 by its own scale."""
+    """Round values (..., channels) to int8, each block of channels by its own scale."""
     channels = values.shape[-1]
     padded = torch.nn.functional.pad(values, (0, -channels % BLOCK))
     blocks = padded.reshape(*values.shape[:-1], -1, BLOCK)
@@ -74,7 +74,8 @@ def quantized_layers(model: Any) -> List[SmoothedLinear]:
 
 
 def quantize(model: Any, source: Any) -> None:
-    """Change an ONNX model: the layers of `source`, which it was exported from, to int8; nothing where there are none."""
+    """Convert the layers of `source`, from which the ONNX model was exported, to int8 in it; nothing if there are
+    none."""
     from onnx import helper, numpy_helper
 
     wanted = {_digest(layer.weight.detach().numpy()) for layer in quantized_layers(source)}
@@ -93,7 +94,7 @@ def quantize(model: Any, source: Any) -> None:
 
 
 def _replace_products(graph: Any, found: Mapping[str, np.ndarray]) -> bool:
-    """Let products with these weights, by their names, be computed in int8; whether there is one."""
+    """Convert products with these weights, by name, to int8; return whether there is one."""
     from onnx import helper, numpy_helper
 
     made: Dict[str, List[str]] = {}
@@ -113,7 +114,7 @@ def _replace_products(graph: Any, found: Mapping[str, np.ndarray]) -> bool:
 
 
 def _blocks(weight: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
-    """A weight (in, out) as blocks (out, in / BLOCK, BLOCK) without a sign, and their scales (out, in / BLOCK)."""
+    """Return a weight (in, out) as unsigned blocks (out, in / BLOCK, BLOCK), and their scales (out, in / BLOCK)."""
     columns = np.pad(weight.T, ((0, 0), (0, -len(weight) % BLOCK)))
     blocks = columns.reshape(len(columns), -1, BLOCK)
     scales = np.maximum(np.abs(blocks).max(-1) / np.float32(_LARGEST), np.float32(_SMALLEST))
