@@ -437,7 +437,7 @@ def test_fields_of_a_task(task: Type[Task], inputs: Any, field: str, message: st
 def test_what_the_engine_finds_has_its_place_in_the_body(
     value: Any, task: Type[Task], field: Optional[str], place: Optional[str]
 ) -> None:
-    assert read(value, task).place(1, field) == (place or field)
+    assert read(value, task).field_path(1, field) == (place or field)
 
 
 @pytest.mark.parametrize("value", [{"instances": ["a"] * 10}, {"inputs": [tensor("a", *["a"] * 10)]}])
@@ -660,6 +660,6 @@ def test_no_body_raises_what_is_not_its_own_fault(value: Any, name: str, as_byte
     assert body.requests
     places: List[Tuple[int, Optional[str]]] = [(i, None) for i in range(len(body.requests))]
     places += [(i, key) for i, request in enumerate(body.requests) for key in request.inputs]
-    assert len({body.place(i, key) for i, key in places}) >= len(body.requests)
+    assert len({body.field_path(i, key) for i, key in places}) >= len(body.requests)
     document = body.protocol.document([{"score": 1.0}] * len(body.requests), MODEL)
     json.dumps(document, ensure_ascii=False).encode("utf-8")

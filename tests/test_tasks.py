@@ -536,7 +536,7 @@ def test_a_list_of_few_answers_is_not_filled_up(exported: Export) -> None:
         asked = Request(request.inputs, {**request.parameters, "max_answer_len": longest})
         [encoded] = engine.task.encode([asked])
         assert isinstance(encoded, Encoded)
-        tokens = [encoded.rows[0].encoding.offsets[place] for place in encoded.rows[0].places(1)]
+        tokens = [encoded.rows[0].encoding.offsets[place] for place in encoded.rows[0].positions(1)]
         spans = {
             (tokens[i][0], tokens[k - 1][1])
             for i in range(len(tokens))

@@ -164,7 +164,7 @@ def test_full_windows_over_one_segment_are_those_of_transformers(
     assert encoded.unseen == {}
     for row, encoding in zip(encoded.rows, expected.encodings):
         for segment in (0, 1):
-            assert row.places(segment) == [i for i, own in enumerate(encoding.sequence_ids) if own == segment]
+            assert row.positions(segment) == [i for i, own in enumerate(encoding.sequence_ids) if own == segment]
 
 
 @pytest.mark.parametrize("kind", ALL_KINDS)
@@ -206,7 +206,7 @@ def test_windows_over_one_segment_of_any_pair_are_those_of_transformers(
     typed = kind != "t5"
     assert rows_of(encoded, typed) == columns(expected.encodings, typed)
     for row, encoding in zip(encoded.rows, expected.encodings):
-        assert row.places(cut) == [i for i, sequence in enumerate(encoding.sequence_ids) if sequence == cut]
+        assert row.positions(cut) == [i for i, sequence in enumerate(encoding.sequence_ids) if sequence == cut]
 
 
 @quick
@@ -251,7 +251,7 @@ def test_the_places_of_segments_in_whole_rows(
     (expected,) = written[kind].hugging()(*pair).encodings
     assert columns([row.encoding]) == columns([expected])
     for segment in (0, 1):
-        assert row.places(segment) == [i for i, own in enumerate(expected.sequence_ids) if own == segment]
+        assert row.positions(segment) == [i for i, own in enumerate(expected.sequence_ids) if own == segment]
     assert (row.start, row.part) == (0, 0)
 
 
@@ -264,7 +264,7 @@ def test_special_tokens_that_a_text_holds_are_its_own(written: Dict[str, Written
     (row,) = encode(written[kind].open(64), text, marks).rows
     own = written[kind].own
     for segment, content in enumerate((text, marks)):
-        ids = [row.encoding.ids[place] for place in row.places(segment)]
+        ids = [row.encoding.ids[place] for place in row.positions(segment)]
         assert ids == own.encode(content, add_special_tokens=False).ids
         assert own.token_to_id(marks.split()[0].split(">")[0] + (">" if "<" in marks else "")) in ids
 
@@ -643,7 +643,7 @@ def test_the_segment_that_stays_whole_leaves_room_or_is_named(
     shortened: Any = {"fields": ("question", "context"), "cut": cut, "stride": 5}
     if fits:
         encoded = encode(tokenizer, *pair, how, **shortened)
-        assert all(len(row.places(1 - cut)) == standing and row.length <= 16 for row in encoded.rows)
+        assert all(len(row.positions(1 - cut)) == standing and row.length <= 16 for row in encoded.rows)
         assert len(encoded.rows) > 1 or how == "truncate"
         return
     error = refusal(tokenizer, *pair, how, **shortened)
@@ -732,8 +732,8 @@ def test_long_texts_are_tokenized_as_short_ones(
     assert isinstance(long, Encoded) and isinstance(again, Encoded)
     for other in (long, again):
         assert columns([row.encoding for row in other.rows]) == columns([row.encoding for row in short.rows])
-        assert [row.places(n) for row in other.rows for n in (0, 1)] == [
-            row.places(n) for row in short.rows for n in (0, 1)
+        assert [row.positions(n) for row in other.rows for n in (0, 1)] == [
+            row.positions(n) for row in short.rows for n in (0, 1)
         ]
         fields = [(row.length, row.tokens, row.first, row.start) for row in other.rows]
         assert fields == [(row.length, row.tokens, row.first, row.start) for row in short.rows]

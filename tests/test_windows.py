@@ -81,7 +81,7 @@ def test_windows_cover_every_token_of_one_of_two_texts(
     rows = encode(written[kind].open(max_length), *pair, cut=cut, stride=stride, full=full).rows
     check_cover(rows, whole, max_length, special + len(standing), stride, full, segment=cut)
     for row in rows:
-        assert [row.encoding.ids[place] for place in row.places(1 - cut)] == standing.ids
+        assert [row.encoding.ids[place] for place in row.positions(1 - cut)] == standing.ids
 
 
 def check_cover(
@@ -90,7 +90,7 @@ def check_cover(
     """As many windows as needed; each has the tokens from its start on, and `others` beside them."""
     room = max_length - others
     shared = stride if stride < room else room // 2
-    windows = [row.places(segment) for row in rows]
+    windows = [row.positions(segment) for row in rows]
     sizes = [len(places) for places in windows]
     for row, places in zip(rows, windows):
         ids = [row.encoding.ids[place] for place in places]
@@ -162,7 +162,7 @@ def test_offsets_lie_in_their_text_in_order(
     assume(isinstance(encoded, Encoded))
     for row in getattr(encoded, "rows", ()):
         for segment, content in enumerate((text, pair or "")):
-            spans = [row.encoding.offsets[place] for place in row.places(segment)]
+            spans = [row.encoding.offsets[place] for place in row.positions(segment)]
             assert all(0 <= start <= end <= len(content) for start, end in spans)
             assert spans == sorted(spans)
             assert [end for _, end in spans] == sorted(end for _, end in spans)
@@ -174,7 +174,7 @@ def test_offsets_lie_in_their_text_in_order(
 def test_offsets_say_what_a_token_of_wordpiece_says(written: Dict[str, Written], text: str, stride: int) -> None:
     rows = encode(written["bert"].open(12), text, stride=stride).rows
     for row in rows:
-        for place in row.places():
+        for place in row.positions():
             token, (start, end) = row.encoding.tokens[place], row.encoding.offsets[place]
             piece = token[2:] if token.startswith("##") and len(token) > 2 else token
             assert token == "[UNK]" or piece.lower() == text[start:end].lower()
@@ -188,7 +188,7 @@ def test_offsets_say_what_a_token_of_bytes_says(written: Dict[str, Written], kin
     assume(len(bare(written[kind], text)))
     rows = encode(written[kind].open(12), text, stride=stride).rows
     for row in rows:
-        for place in row.places():
+        for place in row.positions():
             token, (start, end) = row.encoding.tokens[place], row.encoding.offsets[place]
             says = token.replace("Ġ", " ").replace("Ċ", "\n").replace("ĉ", "\t")
             if kind in TRIMMING:
@@ -277,7 +277,7 @@ def test_a_shared_token_is_taken_from_where_it_has_more_neighbours(
         best = max(min(one.before, one.behind) for one in held)
         (taken,) = [one for one in held if one.window == place.window]
         assert min(taken.before, taken.behind) == best
-        assert rows[place.window].places()[taken.before] == place.position
+        assert rows[place.window].positions()[taken.before] == place.position
 
 
 @pytest.mark.parametrize(("stride", "windows"), [(0, [7, 7]), (2, [7, 7]), (3, [8, 7]), (4, [7, 7]), (5, [8, 7])])

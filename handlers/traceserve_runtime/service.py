@@ -147,7 +147,7 @@ class Service:
             if isinstance(answer, Answer):
                 answers.append(answer)
                 continue
-            placed = _at(answer, body.place(i, answer.field))
+            placed = _at(answer, body.field_path(i, answer.field))
             if not streams.started(index):
                 return placed
             failures.log([placed])

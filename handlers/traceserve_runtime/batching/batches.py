@@ -76,18 +76,18 @@ def pad(rows: Sequence[Row], manifest: Manifest, padding: Padding = Padding()) -
         "attention_mask": (0, lambda row: row.encoding.attention_mask),
         "token_type_ids": (facts.pad_type_id, lambda row: row.encoding.type_ids),
     }
-    places = [
+    positions = [
         slice(0, row.length) if facts.padding_side == "right" else slice(length - row.length, length) for row in rows
     ]
     arrays = {}
     for name in manifest.inputs:
         filler, values = columns[name]
         array = np.full((batch, length), filler, dtype=np.int64)
-        for i, (row, place) in enumerate(zip(rows, places)):
-            array[i, place] = values(row)
+        for i, (row, position) in enumerate(zip(rows, positions)):
+            array[i, position] = values(row)
         array[len(rows) :] = array[len(rows) - 1]
         arrays[name] = array
-    return arrays, places
+    return arrays, positions
 
 
 def filled(manifest: Manifest, batch: int, length: int) -> Arrays:
@@ -96,11 +96,11 @@ def filled(manifest: Manifest, batch: int, length: int) -> Arrays:
     return {name: np.full((batch, length), values[name], dtype=np.int64) for name in manifest.inputs}
 
 
-def unpad(outputs: Arrays, places: Sequence[slice], per_token: Sequence[str]) -> List[Arrays]:
+def unpad(outputs: Arrays, positions: Sequence[slice], per_token: Sequence[str]) -> List[Arrays]:
     """Return each row's part of the outputs; per-token outputs are cut to the row's own tokens."""
     return [
-        {name: array[i, place] if name in per_token else array[i] for name, array in outputs.items()}
-        for i, place in enumerate(places)
+        {name: array[i, position] if name in per_token else array[i] for name, array in outputs.items()}
+        for i, position in enumerate(positions)
     ]
 
 
@@ -108,7 +108,7 @@ def run_batch(
     runner: Runner, rows: Sequence[Row], manifest: Manifest, per_token: Sequence[str], stats: Stats
 ) -> List[Arrays]:
     """Pad rows, run them together, unpad the outputs; adds to `stats`."""
-    arrays, places = pad(rows, manifest, runner.padding)
+    arrays, positions = pad(rows, manifest, runner.padding)
     started = time.perf_counter()
     outputs = runner(arrays)
     stats.model_seconds += time.perf_counter() - started
@@ -117,4 +117,4 @@ def run_batch(
     tokens = sum(row.length for row in rows)
     stats.tokens += tokens
     stats.padded_tokens += tokens + round(runner.padding.cost * (arrays[manifest.inputs[0]].size - tokens))
-    return unpad(outputs, places, per_token)
+    return unpad(outputs, positions, per_token)

@@ -27,10 +27,10 @@ class CostModel:
 
     def __call__(self, batch: Number, length: int, tokens: Optional[Number] = None) -> Number:
         """Return the cost of a batch of this length with this many `tokens`; by default without padding."""
-        places = batch * length
+        positions = batch * length
         share = self.padding.cost
-        computed = places if tokens is None else share * places + (1 - share) * tokens
-        return self.run + self.token * computed + self.attention * places * length
+        computed = positions if tokens is None else share * positions + (1 - share) * tokens
+        return self.run + self.token * computed + self.attention * positions * length
 
     def scaled(self, factor: float) -> CostModel:
         """Multiply the cost."""

@@ -29,7 +29,7 @@ class Form(Interface):
         """Return the response document: parsed JSON or a Document."""
         ...
 
-    def place(self, index: int, where: str, name: Optional[str]) -> Optional[str]:
+    def field_path(self, index: int, where: str, name: Optional[str]) -> Optional[str]:
         """Return the path in the client's body of the field `name` of request `index`, which is at `where`."""
         ...
 
@@ -68,9 +68,9 @@ class Body:
         """Whether the answer may be streamed."""
         return self.frames is not None
 
-    def place(self, index: int, name: Optional[str]) -> Optional[str]:
+    def field_path(self, index: int, name: Optional[str]) -> Optional[str]:
         """Return the path in the client's body of a field of request `index`."""
-        return self.protocol.place(index, self.requests[index].where, name)
+        return self.protocol.field_path(index, self.requests[index].where, name)
 
 
 @dataclass(frozen=True)

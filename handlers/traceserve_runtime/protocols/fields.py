@@ -155,7 +155,7 @@ class Places:
     parameters: Mapping[str, str] = field(default_factory=dict)
     root: str = ""  # path of the object with the parameters
 
-    def place(self, index: int, where: str, name: Optional[str]) -> Optional[str]:
+    def field_path(self, index: int, where: str, name: Optional[str]) -> Optional[str]:
         """Return the path of the field `name` of a request at `where`; see `contract.Form`."""
         if name is None:
             return where or None

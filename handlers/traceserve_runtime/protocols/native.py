@@ -32,7 +32,7 @@ class Plain:
         """Return the response for all answers."""
         return list(answers) if self.is_list else answers[0]
 
-    def place(self, index: int, where: str, name: Optional[str]) -> Optional[str]:
+    def field_path(self, index: int, where: str, name: Optional[str]) -> Optional[str]:
         """Return the path in the client's body of the field `name` of request `index`, which is at `where`."""
         return ".".join(part for part in (where, name) if part) or None
 

@@ -72,7 +72,7 @@ class Tensors:
         own = {} if self.id is None else {"id": self.id}
         return {**named, **own, "outputs": [{"name": self.output, **_encoded(list(answers), self.infer)}]}
 
-    def place(self, index: int, where: str, name: Optional[str]) -> Optional[str]:
+    def field_path(self, index: int, where: str, name: Optional[str]) -> Optional[str]:
         name = name or ""
         end = min(i for i in (name.find("."), name.find("["), len(name)) if i >= 0)
         if name[:end] in self.columns:

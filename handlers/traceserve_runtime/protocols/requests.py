@@ -152,7 +152,7 @@ def _from_tensors(value: Mapping[str, Any], task: Type[Task], group: int, infer:
         try:
             [request], _ = _requests(fields, task, group, "", enveloped=True)
         except InvalidRequest as error:
-            raise InvalidRequest(error.message, sent.protocol.place(i, where, error.field)) from None
+            raise InvalidRequest(error.message, sent.protocol.field_path(i, where, error.field)) from None
         requests.append(Request(request.inputs, {**parameters, **request.parameters}, group, where))
     return Body(requests, sent.protocol)
 

@@ -138,7 +138,7 @@ def _text_or_pair(item: Any, served: Served, where: str) -> Mapping[str, Any]:
 class _Labels(Places):
     is_list: bool = False
 
-    def place(self, index: int, where: str, name: Any) -> Any:
+    def field_path(self, index: int, where: str, name: Any) -> Any:
         """Return the path of the text or pair."""
         return where or None
 
@@ -180,7 +180,7 @@ def ranking(
     try:
         fields = dict(checked_fields(fields, served.task, ""))
     except InvalidRequest as error:
-        raise InvalidRequest(error.message, form.place(0, "", error.field)) from None
+        raise InvalidRequest(error.message, form.field_path(0, "", error.field)) from None
     return Body([Request(fields, check_values(asked, served, foreign_names(keys)), group)], form)
 
 

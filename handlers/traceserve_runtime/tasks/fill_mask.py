@@ -59,30 +59,28 @@ class FillMask(Task):
         return [i for i, token_id in enumerate(row.encoding.ids) if token_id == self.manifest.facts["mask_id"]]
 
     def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Any:
-        places = windows.merge_windows(rows)
-        ids = np.array([rows[place.window].encoding.ids[place.position] for place in places])
+        merged = windows.merge_windows(rows)
+        ids = np.array([rows[window].encoding.ids[position] for window, position, _ in merged])
         masks = np.flatnonzero(ids == self.manifest.facts["mask_id"])
         if not len(masks):
             token = self.manifest.facts["mask_token"]
             raise InvalidRequest(f"the text has no mask token; write {token} for each word to be found", "text")
-        kept = [{place: i for i, place in enumerate(self._masked(row))} for row in rows]
+        kept = [{position: i for i, position in enumerate(self._masked(row))} for row in rows]
         answers = []
-        for place in masks:
-            window, position, _ = places[place]
+        for mask in masks:
+            window, position, _ = merged[mask]
             logits = outputs[window]["logits"][kept[window][position]]
             scores = softmax(logits)
             targets = self._targets(self.parameter(request, "targets"), len(scores))
             candidates = np.arange(len(scores)) if targets is None else targets
             # By logits: many unlikely tokens have a score of 0.
             best = candidates[np.argsort(-logits[candidates], kind="stable")[: self.parameter(request, "top_k")]]
-            answers.append(
-                [self._filled(ids, int(place), int(token), scores[token], len(masks) == 1) for token in best]
-            )
+            answers.append([self._filled(ids, int(mask), int(token), scores[token], len(masks) == 1) for token in best])
         return answers[0] if len(answers) == 1 else answers
 
-    def _filled(self, ids: np.ndarray, place: int, token: int, score: float, single: bool) -> Dict[str, Any]:
+    def _filled(self, ids: np.ndarray, position: int, token: int, score: float, single: bool) -> Dict[str, Any]:
         filled = ids.copy()
-        filled[place] = token
+        filled[position] = token
         padding = self.manifest.facts["pad_id"]
         if padding is not None:
             filled = filled[filled != padding]

@@ -91,11 +91,11 @@ class QuestionAnswering(Task):
         told_by_pipeline = set()
         null_scores = []
         for row, output in zip(rows, outputs):
-            places = row.places(int(self._question_first))
-            spans, null_score = self._spans(request, row, places, output)
+            positions = row.positions(int(self._question_first))
+            spans, null_score = self._spans(request, row, positions, output)
             null_scores.append(null_score)
             for span in spans:
-                start, end = self._characters(request, row, places, span)
+                start, end = self._characters(request, row, positions, span)
                 text = context[start:end]
                 told_by_pipeline.add(text.lower())
                 if not span.legal:
@@ -112,7 +112,7 @@ class QuestionAnswering(Task):
             return {"score": min(null_scores) if impossible else 0.0, "start": 0, "end": 0, "answer": ""}
         return listed if min(top_k, len(told_by_pipeline) + impossible) > 1 else listed[0]
 
-    def _spans(self, request: Request, row: Row, places: Sequence[int], output: Arrays) -> Tuple[List[_Span], float]:
+    def _spans(self, request: Request, row: Row, positions: Sequence[int], output: Arrays) -> Tuple[List[_Span], float]:
         """Return the best spans of one window, and its "no answer" score.
 
         If there are fewer than `top_k`, the pipeline fills its list with others of score 0, in arbitrary order. They
@@ -123,7 +123,7 @@ class QuestionAnswering(Task):
         if self.parameter(request, "align_to_words"):
             top_k = 2 * top_k + 10  # several spans may be merged
         inside = np.zeros(row.length, dtype=bool)
-        inside[list(places)] = True
+        inside[list(positions)] = True
         allowed = inside | (np.array(row.encoding.ids) == self.manifest.facts["cls_id"])
         start, end = (softmax(np.where(allowed, output[name], np.float32(-10000.0))) for name in self.manifest.outputs)
         null_score = float(start[0] * end[0])
@@ -140,15 +140,15 @@ class QuestionAnswering(Task):
                 spans.append(_Span(first, last, float(scores[flat]), legal))
         return spans, null_score
 
-    def _characters(self, request: Request, row: Row, places: Sequence[int], span: _Span) -> Tuple[int, int]:
+    def _characters(self, request: Request, row: Row, positions: Sequence[int], span: _Span) -> Tuple[int, int]:
         """Return a span's character offsets in the context, widened to words if known and requested."""
         offsets = row.encoding.offsets
         if self.parameter(request, "align_to_words"):
             words = row.encoding.word_ids
             first, last = words[span.start], words[span.end]
             if first is not None and last is not None:
-                begin = next((place for place in places if words[place] == first), None)
-                stop = next((place for place in reversed(places) if words[place] == last), None)
+                begin = next((position for position in positions if words[position] == first), None)
+                stop = next((position for position in reversed(positions) if words[position] == last), None)
                 if begin is not None and stop is not None:
                     return offsets[begin][0], offsets[stop][1]
         return offsets[span.start][0], offsets[span.end][1]

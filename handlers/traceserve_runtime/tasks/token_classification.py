@@ -85,12 +85,12 @@ class TokenClassification(Task):
         self, text: str, rows: Sequence[Row], outputs: Sequence[Arrays]
     ) -> Tuple[List[Dict[str, Any]], np.ndarray]:
         """Return each token of the text, and all their scores, (tokens, labels)."""
-        places = windows.merge_windows(rows)
-        logits = [(outputs[place.window]["logits"][place.position]) for place in places if not place.special]
+        merged = windows.merge_windows(rows)
+        logits = [outputs[window]["logits"][position] for window, position, special in merged if not special]
         scores = softmax(np.stack(logits)) if logits else np.zeros((0, len(self.manifest.labels)), np.float32)
         ids, offsets = [row.encoding.ids for row in rows], [row.encoding.offsets for row in rows]
         tokens: List[Dict[str, Any]] = []
-        for index, (window, position, special) in enumerate(places):
+        for index, (window, position, special) in enumerate(merged):
             if special:
                 continue
             token_id, (start, end) = ids[window][position], offsets[window][position]

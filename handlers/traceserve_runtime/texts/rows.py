@@ -42,7 +42,7 @@ class Row:
         """Return the row with another part number."""
         return replace(self, part=part)
 
-    def places(self, segment: int = 0) -> List[int]:
+    def positions(self, segment: int = 0) -> List[int]:
         """Return the positions in the row of a segment's tokens, without special ones.
 
         The encoding's `sequence_ids` are not used: some post-processors lose them for windows of a pair.

@@ -295,7 +295,7 @@ def _check_known(rows: Sequence[Row], segments: Segments, embeddings: int) -> No
         raise InvalidRequest(
             f"token {place + 1} of the text (characters {start:,} to {end:,}) was added to the tokenizer, but not to the "
             f"model: its number is {row.encoding.ids[place]:,}, and the model knows those below {embeddings:,}; leave it out",
-            segments.fields[place not in row.places()],
+            segments.fields[place not in row.positions()],
         )
 
 

@@ -21,17 +21,17 @@ def merge_windows(rows: Sequence[Row]) -> List[TokenPosition]:
     A token that two windows share is taken from the one with more context on both sides; the middle
     one from the earlier, since some post-processors leave a row's first token its leading space.
     """
-    places = []
+    positions = []
     begin = rows[0].start
     for number, row in enumerate(rows):
-        own = row.places()
+        own = row.positions()
         last = number == len(rows) - 1
         end = row.start + row.tokens
         stop = end if last else (end + rows[number + 1].start + 1) // 2
         if number == 0:
-            places += [TokenPosition(0, i, True) for i in range(own[0] if own else row.length)]
-        places += [TokenPosition(number, own[i - row.start], False) for i in range(begin, stop)]
+            positions += [TokenPosition(0, i, True) for i in range(own[0] if own else row.length)]
+        positions += [TokenPosition(number, own[i - row.start], False) for i in range(begin, stop)]
         if last and own:
-            places += [TokenPosition(number, i, True) for i in range(own[-1] + 1, row.length)]
+            positions += [TokenPosition(number, i, True) for i in range(own[-1] + 1, row.length)]
         begin = stop
-    return places
+    return positions
