@@ -113,7 +113,7 @@ def test_resources_are_of_what_tune_wrote(mar: Path, tmp_path: Path) -> None:
 def test_the_tables_name_what_there_is() -> None:
     assert set(packages.SAVE_MODES) <= set(SAVE_MODES)
     assert set(packages.HARDWARE) | set(packages.INDEXES) | set(resources.DEVICES) <= set(HARDWARE)
-    assert set(packages.ENGINES) - {"mlflow"} == set(engines.ENGINES) == set(resources.FRONTENDS)
+    assert set(packages.ENGINES) - {"mlflow", "kuberay"} == set(engines.ENGINES) == set(resources.FRONTENDS)
     assert set(HARDWARE) - set(resources.DEVICES) == {"cpu"}
 
 

@@ -220,6 +220,8 @@ def test_the_ray_service_fits(mar: Path, count: int, tmp_path: Path) -> None:
     for misspelt in ("rayClusterConfig", "serveConfigV2"):
         wrong = {**service, "spec": {**service["spec"], f"{misspelt}s": service["spec"][misspelt]}}
         assert misspelt in " ".join(problems(wrong))
+    needed = (folder / "image/requirements.txt").read_text()  # KubeRay asks Ray's dashboard
+    assert "ray[default,serve]==" in needed or "opencensus" in needed
     cluster = service["spec"]["rayClusterConfig"]
     groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
     for container in (group["template"]["spec"]["containers"][0] for group in groups):

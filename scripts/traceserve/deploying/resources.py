@@ -10,8 +10,8 @@ from traceserve.deploying.described import Described
 
 _MIB = 1 << 20
 # In MiB, with room: after 3,000 requests of 3 to 90 words, 32 at a time, the demo's classifier (48 MiB of files) took
-# 223 in TorchServe's JVM and 228 in its worker, or 361 behind uvicorn (proportional set sizes). Ray's share was not measured.
-FRONTENDS = {"torchserve": 350, "ray": 700, "uvicorn": 0}  # the JVM; or the raylet, the head and the proxy
+# 223 in TorchServe's JVM and 228 in its worker, or 361 behind uvicorn; Ray's own processes took 895 (proportional set sizes).
+FRONTENDS = {"torchserve": 350, "ray": 1000, "uvicorn": 0}  # the JVM; or the raylet, the head and the proxy
 WORKER = 400  # Python, torch, a tokenizer, and a batch of ordinary texts
 _COPIES = 2  # of the weights: the file, mapped and shared, and a copy as the processor reads it
 # What Kubernetes calls the devices of each kind of hardware; a worker of TorchServe has one of them.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Dict, Sequence, Tuple
+from typing import Dict, Optional, Sequence, Tuple
 
 from traceserve.deploying import engines, packages, resources, templates
 from traceserve.deploying.described import Described
@@ -47,8 +47,10 @@ def common_files(archives: Sequence[Described], engine: str, about: str, end: st
     )
 
 
-def image_files(archives: Sequence[Described], wishes: Wishes, with_archives: bool = True) -> Tuple[File, ...]:
-    """The folder that `docker build` is given."""
+def image_files(
+    archives: Sequence[Described], wishes: Wishes, with_archives: bool = True, needs: Optional[str] = None
+) -> Tuple[File, ...]:
+    """The folder that `docker build` is given; `needs` names what it installs, where that is not the engine's."""
     engine = engines.ENGINES[wishes.engine]
     command = engines.command(wishes.engine, archives, "/archives")
     names = ", ".join(each.name for each in archives)
@@ -60,7 +62,7 @@ def image_files(archives: Sequence[Described], wishes: Wishes, with_archives: bo
     )
     return (
         *common_files(
-            archives, wishes.engine, f"Serves {names} with {engine.title}; made by `traceserve deploy`.", end
+            archives, needs or wishes.engine, f"Serves {names} with {engine.title}; made by `traceserve deploy`.", end
         ),
         Text("canaries.json", json.dumps(canaries(archives), ensure_ascii=False, indent=2) + "\n"),
         *(Copy(f"archives/{each.name}.mar", each.file) for each in archives if with_archives),

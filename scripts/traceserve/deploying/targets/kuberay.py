@@ -68,7 +68,7 @@ def plan(archives: Sequence[Described], wishes: Wishes) -> Plan:
         "kubectl apply --filename service.yaml",
         f"kubectl port-forward service/{name}-serve-svc 8000",
     ]
-    files = docker.image_files(archives, wishes, with_archives=not wishes.url)
+    files = docker.image_files(archives, wishes, with_archives=not wishes.url, needs="kuberay")
     return Plan(
         (Text("service.yaml", text), *prefixed("image", files)),
         tuple(commands),
