@@ -242,6 +242,7 @@ def test_parameters_that_are_folded_away_are_not_sent_and_an_error_there_unfolds
     seed.locator("input, textarea").fill("-1")
     fold.click()
     seed.wait_for(state="hidden")
+    page.page.wait_for_timeout(500)  # a person's pace; asked at once, it once stayed folded on a busy machine
     page.ask(board)
     seed.wait_for(state="visible")
     sync_api.expect(seed).to_contain_text('"seed" should be a whole number')
