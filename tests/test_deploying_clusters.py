@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import gzip
 import hashlib
 import http.client
@@ -22,7 +23,10 @@ import yaml
 from conftest import ROOT
 from test_deploying import deployed
 from traceserve import cli
-from traceserve.serving import configuration, instances, server
+from traceserve.deploying.described import describe
+from traceserve.deploying.plan import Text, Wishes
+from traceserve.deploying.targets import kubernetes
+from traceserve.serving import configuration, instances, ray_cluster, server
 from traceserve.serving.front import FrontendOptions
 
 VERSION = "1.31"  # of Kubernetes, whose schemas are strict
@@ -309,3 +313,28 @@ def test_the_proxy_refuses_a_key_that_is_more_than_a_key(chart: Path, key: str, 
     script = pod(rendered(chart))["containers"][1]["args"][0].replace("/tmp/", f"{tmp_path}/")
     result = subprocess.run(["/bin/sh", "-c", script], env={"TRACESERVE_KEY": key}, stderr=subprocess.PIPE, text=True)
     assert result.returncode == 1 and "letters, digits" in result.stderr and not list(tmp_path.iterdir())
+
+
+def test_ray_takes_the_key_that_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All pods of a deployment have one; without it each start has another."""
+    monkeypatch.setenv("TRACESERVE_KEY", KEY)
+    assert ray_cluster._key() == KEY
+    monkeypatch.delenv("TRACESERVE_KEY")
+    assert len(ray_cluster._key()) > 24 and ray_cluster._key() != ray_cluster._key()
+
+
+@pytest.mark.parametrize(("hardware", "device"), [("gpu", "nvidia.com/gpu"), ("neuron", "aws.amazon.com/neuron")])
+def test_an_archive_for_a_device_asks_for_it(mar: Path, hardware: str, device: str, tmp_path: Path) -> None:
+    """What its manifest says is enough: no device is here."""
+    [own] = describe([mar])
+    changed = dataclasses.replace(own, manifest=dataclasses.replace(own.manifest, hardware=hardware))
+    for file in kubernetes.chart_files([changed], Wishes("torchserve")):
+        assert isinstance(file, Text)
+        (tmp_path / file.path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file.path).write_text(file.text)
+    documents = rendered(tmp_path)
+    wanted = pod(documents)["containers"][0]["resources"]
+    assert wanted["requests"][device] == wanted["limits"][device] == "1"
+    assert pod(documents)["tolerations"] == [{"key": device, "operator": "Exists"}]
+    assert "HorizontalPodAutoscaler" not in {kind for kind, _ in documents}  # cores say little of it
+    assert documents["Deployment", "demo"]["spec"]["replicas"] == 2
