@@ -18,7 +18,18 @@ from test_deploying import deployed
 from traceserve.serving import client, configuration, instances, server
 
 # Of PromQL, what is a name and no metric's.
-_WORDS = {"sum", "max", "rate", "increase", "changes", "label_replace", "by", "on", "label_values"}
+_WORDS = {
+    "sum",
+    "max",
+    "histogram_quantile",
+    "rate",
+    "increase",
+    "changes",
+    "label_replace",
+    "by",
+    "on",
+    "label_values",
+}
 
 
 @pytest.fixture(scope="module")
@@ -82,13 +93,15 @@ def labels(query: str) -> Set[str]:
 
 def test_every_metric_and_label_is_a_real_servers(page: str, files: Path) -> None:
     counted = set(re.findall(r"^# TYPE (\w+) ", page, re.MULTILINE))
+    counted |= {f"{name}_bucket" for name in re.findall(r"^# TYPE (\w+) histogram", page, re.MULTILINE)}
     known = {label for names in samples(page).values() for label in names}
     asked: Set[str] = set()
     for query in queries(files):
         assert metrics(query) and metrics(query) <= counted, query
         assert labels(query) <= known, query
-        asked |= metrics(query)
-    assert asked >= {name for name in counted if name.startswith("traceserve_")} - {"traceserve_micro_batches_total"}
+        asked |= {name[: -len("_bucket")] if name.endswith("_bucket") else name for name in metrics(query)}
+    own = {name for name in counted if name.startswith("traceserve_") and not name.endswith("_bucket")}
+    assert asked >= own - {"traceserve_micro_batches_total"}
     assert "ts_queue_latency_microseconds" in asked and "Requests5XX" in asked
 
 
@@ -101,7 +114,7 @@ def test_a_metric_that_is_not_there_is_found() -> None:
 def test_the_workers_metrics_follow_the_conventions(page: str) -> None:
     """Of Prometheus: counters end in _total, in base units; and each has a help and a type."""
     kinds = dict(re.findall(r"^# TYPE (traceserve_\w+) (\w+)$", page, re.MULTILINE))
-    assert len(kinds) == 9
+    assert len(kinds) == 11
     for name, kind in kinds.items():
         assert name.endswith("_total") == (kind == "counter"), name
         assert re.search(rf"^# HELP {name} .", page, re.MULTILINE)
