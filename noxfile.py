@@ -144,3 +144,10 @@ def playground(session: nox.Session) -> None:
     """The playground's page in a headless Chromium, Playwright's own or one on the PATH."""
     session.install("-c", "constraints.txt", "-e", ".[test,playground]", *BROWSING)
     session.run("python", "-m", "pytest", "tests/test_playground.py", "tests/test_playground_page.py", *session.posargs)
+
+
+@nox.session(python=interpreter("3.11"))
+def ray(session: nox.Session) -> None:
+    """Archives on a real Ray Serve: tests/ray_serve."""
+    session.install("-c", "constraints.txt", "-e", ".[serve,bench,ray,demo]", "ray[serve]==2.60.0", "pytest")
+    session.run("python", "-m", "pytest", "--confcutdir=tests/ray_serve", "tests/ray_serve", *session.posargs)

@@ -30,14 +30,16 @@ def deploy(address: str, config: Mapping[str, Any]) -> None:
         http_options={"host": config["http"]["host"], "port": config["http"]["port"], "request_timeout_s": None},
     )
     applications = config["applications"]
-    for each in applications:
-        module, _, function = each["import_path"].partition(":")
-        application = getattr(import_module(module), function)(each["args"])
-        serve.run(application, name=each["name"], route_prefix=each["route_prefix"])
+    serve.run_many([serve.RunTarget(_built(each), each["name"], each["route_prefix"]) for each in applications])
     known = {each["name"] for each in applications}
     for name in serve.status().applications:
         if name not in known:
             serve.delete(name)
+
+
+def _built(application: Mapping[str, Any]) -> Any:
+    module, _, function = application["import_path"].partition(":")
+    return getattr(import_module(module), function)(application["args"])
 
 
 def replica_failure(error: Exception) -> str:

@@ -46,7 +46,12 @@ def archive(args: Mapping[str, Any]) -> serve.Application:
 
 def router(args: Mapping[str, Any]) -> serve.Application:
     """The application at the root, where several archives are served."""
-    return front.options(max_ongoing_requests=args["options"]["queue"]).bind(args["models"], args["options"])
+    deployment = front.options(
+        ray_actor_options={"num_cpus": 0},  # what it does is little, and must find a place beside the replicas
+        max_ongoing_requests=args["options"]["queue"],
+        logging_config={"enable_access_log": False},
+    )
+    return deployment.bind(args["models"], args["options"])
 
 
 @serve.ingress()

@@ -16,7 +16,7 @@ import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional
+from typing import Any, Dict, List, Mapping, Optional
 
 import psutil
 from traceserve_hosts import ray_config
@@ -35,6 +35,7 @@ LONGEST_SOCKET = "run/session_2026-11-26_22-22-43_885418_1234567/sockets/plasma_
 _OBJECT_STORE = 80 << 20  # bytes; Ray's minimum, unused here
 _KEY_BYTES = 24
 KEY_VARIABLE = "TRACESERVE_KEY"  # its replicas read it too
+_STARTED: List[subprocess.Popen[bytes]] = []  # nobody waits for them here: they outlive this process
 
 _HAPROXY = """#!/bin/sh
 # Ray binds statistics and metrics to all interfaces; the configuration is changed before HAProxy reads it.
@@ -146,6 +147,7 @@ def _start(plan: ServerPlan, ports: Mapping[str, int], variables: Mapping[str, s
             stderr=log,
             start_new_session=True,
         )
+    _STARTED.append(started)
     return psutil.Process(started.pid)
 
 
@@ -193,9 +195,14 @@ def _deploy(plan: ServerPlan, instance: Instance, address: str, variables: Mappi
     _wait_for_cluster(plan, instance, address)
     plan.progress("waiting for the replicas")
     command = [sys.executable, "-m", "traceserve_hosts.ray_cluster", address, str(file)]
-    result = subprocess.run(
-        command, cwd=plan.folder / "run", env=dict(variables), capture_output=True, text=True, timeout=plan.timeout
-    )
+    try:
+        result = subprocess.run(
+            command, cwd=plan.folder / "run", env=dict(variables), capture_output=True, text=True, timeout=plan.timeout
+        )
+    except subprocess.TimeoutExpired:
+        raise ServerError(
+            f"{', '.join(instance.names)} did not answer on Ray Serve within {plan.timeout:.0f} s; --timeout gives it longer"
+        ) from None
     if result.returncode:
         lines = result.stderr.strip().splitlines() or ["no reason given"]
         raise ServerError(f"Ray Serve cannot serve {', '.join(instance.names)}: {lines[-1]}")

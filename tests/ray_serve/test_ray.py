@@ -1,0 +1,196 @@
+"""Archives on a real Ray Serve: answers, streams, versions, keys, limits, metrics; and what listens where."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import time
+import urllib.request
+from collections import Counter
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional
+
+import psutil
+import pytest
+from traceserve import cli
+from traceserve.errors import ServerError
+from traceserve.serving import configuration, instances, server
+from traceserve.serving.engines import RAY
+from traceserve.serving.front import FrontendOptions
+from traceserve.serving.instances import Instance
+from traceserve_runtime.engine import Engine
+from traceserve_runtime.tasks.contract import Answer, Request
+
+TEXTS = ["Where is my parcel?", "Please cancel my order.", "The cup is broken.", "I want to speak to a human."]
+
+
+class Reply(NamedTuple):
+    status: int
+    headers: Dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+def ask(port: int, path: str, body: Any = None, method: Optional[str] = None, **headers: str) -> Reply:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    with contextlib.closing(connection):
+        sent = None if body is None else json.dumps(body)
+        own = {"Content-Type": "application/json", **{name.replace("_", "-"): value for name, value in headers.items()}}
+        connection.request(method or ("GET" if sent is None else "POST"), path, sent, own)
+        response = connection.getresponse()
+        return Reply(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read())
+
+
+def right(engine: Engine, text: str) -> Any:
+    [answer] = engine.answer([Request({"text": text}, {})])
+    assert isinstance(answer, Answer)
+    return answer.value
+
+
+def same(answer: Any, expected: Any) -> bool:
+    return bool(answer["label"] == expected["label"] and abs(answer["score"] - expected["score"]) < 1e-4)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_every_door_gives_the_engines_answer(text: str, served: Instance, engine: Engine) -> None:
+    expected, port = right(engine, text), served.port
+    assert same(ask(port, "/predictions/intents", {"text": text}).json, expected)
+    assert same(ask(port, "/predictions/intents/1.0", {"text": text}).json, expected)
+    assert same(ask(port, "/v1/models/intents:predict", {"instances": [text]}).json["predictions"][0], expected)
+    tensor = {"name": "text", "shape": [1], "datatype": "BYTES", "data": [text]}
+    [output] = ask(port, "/v2/models/intents/infer", {"inputs": [tensor]}).json["outputs"]
+    assert same(json.loads(output["data"][0]), expected)
+    assert same(ask(port, "/predict", {"inputs": text}).json[0], expected)
+    assert ask(port, "/classify", {"input": text}).json["data"][0]["label"] == expected["label"]
+
+
+def test_what_is_wrong_is_said(served: Instance) -> None:
+    reply = ask(served.port, "/predictions/intents", {"text": 3})
+    assert reply.status == 400 and reply.json["error"]["field"] == "text"
+    assert ask(served.port, "/predictions/other", {"text": "x"}).status == 404
+    assert ask(served.port, "/health").json == {"status": "Healthy"}
+
+
+def test_commands_know_it(served: Instance, capsys: pytest.CaptureFixture[str]) -> None:
+    assert served.engine == RAY and instances.workers_alive(served) == {"intents": 2}
+    assert cli.main(["predict", "intents", TEXTS[0], "--port", str(served.port)]) == 0
+    assert json.loads(capsys.readouterr().out)["label"]
+    assert cli.main(["status"]) == 0
+    assert "2 of 2" in capsys.readouterr().out
+
+
+def test_bench_measures_it(served: Instance, tmp_path: Path) -> None:
+    samples, report = tmp_path / "samples.txt", tmp_path / "bench.json"
+    samples.write_text("\n".join(TEXTS))
+    options = ["--samples", str(samples), "--connections", "4", "--seconds", "1", "--json", str(report)]
+    assert cli.main(["bench", "intents", "--port", str(served.port), *options]) == 0
+    [result] = json.loads(report.read_text())["results"]
+    assert result["requests_per_second"] > 0 and not result["errors"]
+
+
+def test_its_metrics_have_the_names_of_torchserves_worker(served: Instance) -> None:
+    for text in TEXTS:
+        ask(served.port, "/predictions/intents", {"text": text})
+    deadline = time.monotonic() + 40
+    page = ""
+    while "ray_traceserve_requests_total" not in page and time.monotonic() < deadline:
+        time.sleep(1)
+        with urllib.request.urlopen(f"http://127.0.0.1:{served.metrics_port}/metrics", timeout=10) as response:
+            page = response.read().decode()
+    line = next(line for line in page.splitlines() if line.startswith("ray_traceserve_requests_total{"))
+    assert 'model_name="intents"' in line and 'model_version="1.0"' in line
+
+
+def listening(instance: Instance) -> Iterator[psutil.Process]:
+    """The processes of a cluster, and the addresses at which each listens."""
+    assert instance.process is not None
+    for process in [instance.process, *instance.process.children(recursive=True)]:
+        with contextlib.suppress(psutil.Error):
+            for connection in process.net_connections("inet"):
+                if connection.status == psutil.CONN_LISTEN:
+                    yield process.name(), connection.laddr
+
+
+def test_all_of_it_listens_on_the_loopback_address_alone(served: Instance) -> None:
+    found = list(listening(served))
+    assert any("haproxy" in name for name, _ in found) and len(found) > 5
+    for name, address in found:
+        assert address.ip.removeprefix("::ffff:").startswith("127."), (name, address)
+
+
+def test_nobody_joins_the_cluster_without_its_token(served: Instance) -> None:
+    config = json.loads(Path(served.folder, "run", "serve.json").read_text())
+    assert config["http"]["port"] == served.port
+    own = served.process.environ() if served.process is not None else {}
+    assert own["RAY_AUTH_MODE"] == "token" and len(own["RAY_AUTH_TOKEN"]) == 64
+
+
+def test_versions_stand_side_by_side_and_share_the_requests(archives: List[Path], engine: Engine) -> None:
+    port = configuration.free_ports(1)[0]
+    instance = server.start(archives, port=port, timeout=180, engine=RAY, shares=(3, 1, 1))
+    try:
+        for path in ("/predictions/intents/1.0", "/predictions/intents/2.0", "/predictions/other"):
+            assert same(ask(port, path, {"text": TEXTS[0]}).json, right(engine, TEXTS[0]))
+        # The version that answered says so in V2's answers.
+        tensor = {"name": "text", "shape": [1], "datatype": "BYTES", "data": [TEXTS[0]]}
+        body = {"inputs": [tensor]}
+        answered = Counter(ask(port, "/v2/models/intents/infer", body).json["model_version"] for _ in range(80))
+        assert set(answered) == {"1.0", "2.0"} and 45 <= answered["1.0"] <= 75  # 60 are its share
+        assert ask(port, "/classify", {"input": "x", "model": "other"}).json["model"] == "other"
+        assert ask(port, "/classify", {"input": "x"}).status == 404
+        assert ask(port, "/v1/models").json["models"] == ["intents", "other"]
+        assert ask(port, "/health").status == 200
+    finally:
+        instances.stop(instance)
+    assert instance.process is None and not Path(instance.folder).exists()
+    assert not instances.sockets_folder(Path(instance.folder)).exists()
+
+
+def test_beyond_the_loopback_address_a_key_is_needed(archives: List[Path]) -> None:
+    port = configuration.free_ports(1)[0]
+    front = FrontendOptions(cors_origin="https://example.org", largest_body=1)
+    instance = server.start(archives[2:], host="0.0.0.0", port=port, timeout=180, engine=RAY, front=front)
+    try:
+        body = {"text": TEXTS[0]}
+        assert instance.key is not None
+        assert ask(port, "/predictions/other", body).status == 401
+        key = {"Authorization": f"Bearer {instance.key}"}
+        assert ask(port, "/predictions/other", body, Origin="https://example.org", **key).status == 200
+        assert ask(port, "/predictions/other", {"text": "x" * (1 << 20)}, **key).status == 413
+        asked = {"Origin": "https://example.org", "Access_Control_Request_Method": "POST"}
+        preflight = ask(port, "/predictions/other", None, "OPTIONS", **asked)
+        assert preflight.status == 200 and preflight.headers["access-control-allow-origin"] == "https://example.org"
+        beyond = {address.port for _, address in listening(instance) if not address.ip.endswith("127.0.0.1")}
+        assert beyond == {port}
+    finally:
+        instances.stop(instance)
+
+
+def test_an_archive_that_cannot_be_loaded_says_why(archives: List[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    real = configuration.prepare_folder
+
+    def damaged(folder: Path, *rest: Any) -> Path:
+        store = real(folder, *rest)
+        model = next(store.glob("*/traced_model.pt"))
+        model.write_bytes(model.read_bytes()[:1000])
+        return store
+
+    monkeypatch.setattr(configuration, "prepare_folder", damaged)
+    with pytest.raises(ServerError, match="intents: .*traced_model.pt"):
+        server.start(archives[:1], port=configuration.free_ports(1)[0], timeout=180, engine=RAY)
+    assert not [each for each in instances.running() if each.engine == RAY and each.names == ("intents",)][1:]
+
+
+def test_what_ray_serve_cannot_do_is_refused(archives: List[Path], tmp_path: Path) -> None:
+    pem = tmp_path / "x.pem"
+    pem.write_text("")
+    with pytest.raises(ServerError, match="make no pair|speaks no TLS"):
+        server.start(archives[:1], port=1025, engine=RAY, front=FrontendOptions(certificate=pem, key=pem))
+    with pytest.raises(ServerError, match="both as version 1.0"):
+        server.start([archives[0], archives[0]], port=1025, engine=RAY)
+    with pytest.raises(ServerError, match="--shares has 2 numbers for 1 archives"):
+        server.start(archives[:1], port=1025, engine=RAY, shares=(1, 2))
