@@ -638,9 +638,9 @@ def test_a_tokenizer_file_that_is_not_there_is_named(artifact: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"task": "fortune_telling"}, "task 'fortune_telling', but: .*sequence_classification"),
+        ({"task": "fortune_telling"}, "task 'fortune_telling', only: .*sequence_classification"),
         ({"task": ""}, "task ''"),
-        ({"save_mode": "papyrus"}, "save mode 'papyrus', but: .*torchscript"),
+        ({"save_mode": "papyrus"}, "save mode 'papyrus', only: .*torchscript"),
     ],
 )
 def test_an_unknown_task_or_save_mode_tells_the_known_ones(

@@ -19,7 +19,7 @@ from typing import Any, List, Mapping
 import ray
 from ray import serve
 
-_REASON = re.compile(r"\b(?:\w+\.)*\w*(?:Error|Exception)\b(?:\(.*?\))?: (.+)")
+_REASON = re.compile(r"^(?:\w+\.)*[A-Z]\w+: (.+)$", re.MULTILINE)  # the last line of a traceback
 
 
 def deploy(address: str, config: Mapping[str, Any]) -> None:
@@ -43,8 +43,13 @@ def _built(application: Mapping[str, Any]) -> Any:
 
 
 def replica_failure(error: Exception) -> str:
-    """Why an application does not run: what its replica raised, without Ray's own words and the traceback."""
-    found = _REASON.findall(str(error))
+    """Return why an application does not run: what its replica raised, without Ray's own words and the traceback."""
+    said = [
+        each.message
+        for application in serve.status().applications.values()
+        for each in application.deployments.values()
+    ]
+    found = _REASON.findall("\n".join([str(error), *said]))
     return found[-1] if found else str(error).strip().splitlines()[-1]
 
 

