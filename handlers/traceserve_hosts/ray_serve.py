@@ -12,7 +12,7 @@ from typing import Any, AsyncIterator, Dict, List, Mapping, Optional, Sequence
 import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
-from ray.util.metrics import Counter
+from ray.util.metrics import Counter, Histogram
 from starlette.middleware.cors import CORSMiddleware
 
 from traceserve_hosts.asgi import Application, Asgi, Limits, Message, Scope
@@ -21,6 +21,7 @@ from traceserve_hosts.loading import load_archive
 from traceserve_hosts.routing import Router, messages
 
 KEY_VARIABLE = "TRACESERVE_KEY"  # where it is set, every request needs it
+_SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0]  # TorchServe's buckets
 _GRACE = 30.0  # seconds in which a replica that goes may finish what it was asked
 
 
@@ -156,12 +157,18 @@ class _Metrics:
     def __init__(self, name: str, version: str) -> None:
         self._tags = {"model_name": name, "model_version": version}
         self._counters: Dict[str, Counter] = {}
+        self._seconds = Histogram("traceserve_batch_seconds", boundaries=_SECONDS, tag_keys=tuple(self._tags))
+        self._errors = Counter("traceserve_errors_total", tag_keys=(*self._tags, "reason"))
 
     def report(self, stats: Any, replies: Sequence[Any], seconds: float) -> None:
         """Add what one batch was."""
+        for reason, failed in stats.errors.items():
+            self._errors.inc(failed, {**self._tags, "reason": reason})
+        if not stats.micro_batches:
+            return
+        self._seconds.observe(seconds, self._tags)
         for name, count in stats.counters(len(replies), seconds).items():
             if name not in self._counters:
                 self._counters[name] = Counter(name, tag_keys=tuple(self._tags))
-                self._counters[name].set_default_tags(self._tags)
-            if count:
-                self._counters[name].inc(count)
+            if count > 0:  # Ray refuses nothing to add
+                self._counters[name].inc(count, self._tags)

@@ -95,14 +95,18 @@ def test_bench_measures_it(served: Instance, tmp_path: Path) -> None:
 def test_its_metrics_have_the_names_of_torchserves_worker(served: Instance) -> None:
     for text in TEXTS:
         ask(served.port, "/predictions/intents", {"text": text})
+    ask(served.port, "/predictions/intents", {"text": 3})
     deadline = time.monotonic() + 40
     page = ""
-    while "ray_traceserve_requests_total" not in page and time.monotonic() < deadline:
+    while "ray_traceserve_errors_total" not in page and time.monotonic() < deadline:
         time.sleep(1)
         with urllib.request.urlopen(f"http://127.0.0.1:{served.metrics_port}/metrics", timeout=10) as response:
             page = response.read().decode()
     line = next(line for line in page.splitlines() if line.startswith("ray_traceserve_requests_total{"))
     assert 'model_name="intents"' in line and 'model_version="1.0"' in line
+    assert "ray_traceserve_batch_seconds_bucket" in page
+    line = next(line for line in page.splitlines() if line.startswith("ray_traceserve_errors_total{"))
+    assert 'reason="InvalidRequest"' in line
 
 
 def listening(instance: Instance) -> Iterator[psutil.Process]:
@@ -166,7 +170,8 @@ def test_beyond_the_loopback_address_a_key_is_needed(archives: List[Path]) -> No
         assert preflight.status == 200 and preflight.headers["access-control-allow-origin"] == "https://example.org"
         # HAProxy's, and those of the replicas and of Serve's own proxy behind it: each demands the key.
         beyond = {address.port for _, address in listening(instance) if not address.ip.endswith("127.0.0.1")}
-        assert port in beyond and all(ask(each, "/predictions/other", body).status == 401 for each in beyond)
+        assert port in beyond
+        assert {each: ask(each, "/predictions/other", body).status for each in beyond} == dict.fromkeys(beyond, 401)
     finally:
         instances.stop(instance)
 

@@ -34,6 +34,7 @@ from traceserve.serving.plan import Archive, ServerPlan
 LONGEST_SOCKET = "run/session_2026-11-26_22-22-43_885418_1234567/sockets/plasma_store"
 _OBJECT_STORE = 80 << 20  # bytes; Ray's minimum, unused here
 _KEY_BYTES = 24
+_PORTS = ("gcs", "client", "agent", "metrics", "statistics", "haproxy", "fallback")
 KEY_VARIABLE = "TRACESERVE_KEY"  # its replicas read it too
 _STARTED: List[subprocess.Popen[bytes]] = []  # nobody waits for them here: they outlive this process
 
@@ -53,7 +54,7 @@ def launch_cluster(plan: ServerPlan) -> Instance:
     """Start a cluster in the plan's folder, and its applications; raises ServerError."""
     _check(plan)
     configuration.prepare_folder(plan.folder, plan.files, plan.changed)
-    ports = dict(zip(("gcs", "client", "agent", "metrics", "statistics", "haproxy"), configuration.free_ports(6)))
+    ports = dict(zip(_PORTS, configuration.free_ports(len(_PORTS))))
     ports["metrics"] = plan.front.metrics_port or ports["metrics"]
     key = _key() if configuration.demands_keys(plan.host, plan.front) else None
     variables = _variables(plan, ports, key)
@@ -108,6 +109,8 @@ def _variables(plan: ServerPlan, ports: Mapping[str, int], key: Optional[str]) -
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(sockets / "metrics.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(run),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(run / "server-state"),
+        # Clusters would share Ray's default port, and one's requests reach another's proxy.
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports["fallback"]),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(ports["statistics"]),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports["haproxy"]),
     }
