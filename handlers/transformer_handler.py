@@ -56,10 +56,7 @@ class TransformerHandler:
             folder = Path(context.system_properties["model_dir"])
             wanted = settings.read(getattr(context, "model_yaml_config", None) or {})
             self.engine = Engine.load(folder, _device(context, folder), wanted)
-            self.engine.warm_up()
-            self.engine.open_lanes()
-            self.engine.share_cores()
-            self.engine.measure_while_idle()
+            self.engine.make_ready()
         except (RuntimeError, MemoryError):
             raise
         except Exception as error:  # an outer edge: other exceptions kill the worker without a reason

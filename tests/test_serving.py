@@ -23,6 +23,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tu
 import psutil
 import pytest
 from conftest import ROOT, run_export
+from http_reply import Reply
 from traceserve.archives.archive import pack_archive
 from traceserve.errors import ServerError
 from traceserve.serving import configuration, instances, java, server
@@ -43,18 +44,6 @@ class Served(NamedTuple):
     instance: Instance
     archive: Path
     engine: Engine
-
-
-class Reply(NamedTuple):
-    """An HTTP answer."""
-
-    status: int
-    headers: Dict[str, str]
-    body: bytes
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.body)
 
 
 def post(instance: Instance, name: str, body: bytes, content_type: Optional[str], **headers: str) -> Reply:

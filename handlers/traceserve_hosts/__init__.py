@@ -3,3 +3,5 @@
 Nothing here travels in an archive. An archive brings the runtime that it was proven with, and it is this one that answers:
 so no file imports `traceserve_runtime` before `loading.load_archive` has put the archive's folder first on the path.
 """
+
+KEY_VARIABLE = "TRACESERVE_KEY"  # where it is set, every request needs this key, as `Authorization: Bearer KEY`

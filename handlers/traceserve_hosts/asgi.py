@@ -14,11 +14,13 @@ import asyncio
 import hmac
 import io
 import json
+import os
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Awaitable, Callable, Dict, List, Mapping, NamedTuple, Optional, Set, Tuple, Union
 from urllib.parse import parse_qsl
 
+from traceserve_hosts import KEY_VARIABLE
 from traceserve_hosts.batcher import Asked, Batcher, Piece
 
 if TYPE_CHECKING:
@@ -89,7 +91,7 @@ class Limits:
                 return b"".join(parts)
 
 
-class _Asked(NamedTuple):
+class _Located(NamedTuple):
     """What is asked at a path of the application."""
 
     path: str  # behind the model's name and version
@@ -140,27 +142,27 @@ class Application:
             await replied(send, status, document)
             return
         self._limits.check(scope["method"], headers)
-        asked = self._located(path)
+        located = self._located(path)
         if self._batcher.waiting >= self._limits.queue:
             raise Refused(503, "Overloaded", "too many requests wait; try again", {"retry-after": "1"})
-        call = self._call(asked, headers, await self._limits.body(headers, receive))
+        call = self._call(located, headers, await self._limits.body(headers, receive))
         await self._replied(self._batcher.ask(call), receive, send)
 
-    def _located(self, path: str) -> _Asked:
+    def _located(self, path: str) -> _Located:
         """What stands at a path; raises Refused for another model or version."""
         served = self._service.served
         door, _, rest = path.lstrip("/").partition("/")
         if door not in ("predictions", "explanations"):
-            return _Asked(path.strip("/"))
+            return _Located(path.strip("/"))
         name, _, rest = rest.partition("/")
         if name != served.name:
             raise Refused(404, "ModelNotFound", f"no such model is served here; {served.name} is")
         version, _, rest = rest.partition("/")
         if version and version != served.version:
             raise Refused(404, "ModelVersionNotFound", f"this version is not served; version {served.version} is")
-        return _Asked(rest, door == "explanations")
+        return _Located(rest, door == "explanations")
 
-    def _call(self, asked: _Asked, headers: Mapping[str, str], body: bytes) -> Call:
+    def _call(self, located: _Located, headers: Mapping[str, str], body: bytes) -> Call:
         from traceserve_runtime.protocols.bodies import Headers
         from traceserve_runtime.service import Call
 
@@ -174,8 +176,8 @@ class Application:
                 len(body) if "body" in parts else None,  # no frontend dropped anything of a form
                 headers.get("content-encoding", ""),
                 media,
-                explain=asked.explain,
-                path=asked.path,
+                explain=located.explain,
+                path=located.path,
                 client=headers.get("user-agent", ""),
                 binary=int(binary) if binary.isdecimal() else None,
             ),
@@ -209,6 +211,11 @@ class Application:
         if watch in done:
             raise Left
         raise Refused(503, "TimedOut", f"no answer within {timeout:g} s", {"retry-after": "1"})
+
+
+def key_from_environment() -> Optional[str]:
+    """The key that this process demands."""
+    return os.environ.get(KEY_VARIABLE) or None
 
 
 async def guarded(answer: Asgi, scope: Scope, receive: Receive, send: Send) -> None:

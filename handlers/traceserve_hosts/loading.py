@@ -43,7 +43,6 @@ def load_archive(
     again = "pack the archive again with this version: traceserve archive"
     try:
         from traceserve_runtime import settings
-        from traceserve_runtime.batching.batches import Stats
         from traceserve_runtime.engine import Engine
         from traceserve_runtime.manifest import Manifest
         from traceserve_runtime.service import Service
@@ -52,16 +51,13 @@ def load_archive(
             f"the runtime in {address} cannot be imported: {error}; install what it names, or, where it names a part of "
             f"traceserve_runtime, {again}"
         ) from error
-    if not hasattr(Stats, "counters"):
+    if not hasattr(Engine, "make_ready"):
         raise RuntimeError(f"the runtime in {address} is of an earlier version, for TorchServe alone; {again}")
     manifest = Manifest.read(folder, verify=False)
     config = _serving(folder)
     device = "cuda:0" if gpu and manifest.hardware == "gpu" else "cpu"
     engine = Engine.load(folder, device, settings.read(config))
-    engine.warm_up()
-    engine.open_lanes()
-    engine.share_cores()
-    engine.measure_while_idle()
+    engine.make_ready()
     gc.freeze()  # else each full collection walks all of torch's objects while requests wait
     service = Service(engine, name or manifest.name, version or manifest.version)
     return Loaded(

@@ -6,7 +6,6 @@ method, but knows neither clients that have gone nor pieces of a stream; `batche
 
 from __future__ import annotations
 
-import os
 from typing import Any, AsyncIterator, Dict, List, Mapping, Optional, Sequence
 
 import ray
@@ -15,12 +14,11 @@ from ray.serve.handle import DeploymentHandle
 from ray.util.metrics import Counter, Histogram
 from starlette.middleware.cors import CORSMiddleware
 
-from traceserve_hosts.asgi import Application, Asgi, Limits, Message, Scope
+from traceserve_hosts.asgi import Application, Asgi, Limits, Message, Scope, key_from_environment
 from traceserve_hosts.batcher import Batcher
 from traceserve_hosts.loading import load_archive
 from traceserve_hosts.routing import Router, messages
 
-KEY_VARIABLE = "TRACESERVE_KEY"  # where it is set, every request needs it
 _SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0]  # TorchServe's buckets
 _GRACE = 30.0  # seconds in which a replica that goes may finish what it was asked
 
@@ -127,7 +125,7 @@ front: Any = serve.deployment(Front)
 
 
 def _limits(options: Mapping[str, Any], timeout: float) -> Limits:
-    return Limits(os.environ.get(KEY_VARIABLE) or None, options["largest_body"], options["queue"], timeout)
+    return Limits(key_from_environment(), options["largest_body"], options["queue"], timeout)
 
 
 def _with_cors(application: Asgi, origin: Optional[str]) -> Asgi:

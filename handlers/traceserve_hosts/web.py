@@ -13,14 +13,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional, Sequence
 
-from traceserve_hosts.asgi import Application, Asgi, Limits
+from traceserve_hosts.asgi import Application, Asgi, Limits, key_from_environment
 from traceserve_hosts.batcher import Batcher, Report
 from traceserve_hosts.loading import load_archive
 
 if TYPE_CHECKING:
     from traceserve_hosts.loading import Loaded
 
-KEY_VARIABLE = "TRACESERVE_KEY"
 DIGEST_VARIABLE = "TRACESERVE_SHA256"  # of the archive that is meant
 _GRACE = 30  # seconds in which a server that is told to end may finish what it was asked
 _DRIVER = Path("/dev/nvidiactl")  # is there where a GPU can be used
@@ -39,7 +38,7 @@ def loaded(address: str, name: Optional[str] = None) -> Loaded:
 
 def application(archive: Loaded, largest_body: int, report: Optional[Report] = None) -> Application:
     """The archive as an ASGI application; `largest_body` in bytes."""
-    limits = Limits(os.environ.get(KEY_VARIABLE) or None, largest_body, timeout=archive.timeout)
+    limits = Limits(key_from_environment(), largest_body, timeout=archive.timeout)
     return Application(
         archive.service, Batcher(archive.service, archive.batch_size, archive.batch_delay, report), limits
     )

@@ -84,6 +84,13 @@ class Engine:
         task = load_task(folder, manifest)
         return cls(folder, manifest, task, RUNTIMES[manifest.save_mode](manifest, folder, device, settings))
 
+    def make_ready(self) -> None:
+        """Prepare to answer clients in a process of its own, as every host does."""
+        self.warm_up()
+        self.open_lanes()
+        self.share_cores()
+        self.measure_while_idle()
+
     def warm_up(self) -> None:
         """Answer the task's sample, short and long, so that no client waits for the slow first calls."""
         for request in self.task.warm_up_requests():

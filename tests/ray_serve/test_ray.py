@@ -9,10 +9,11 @@ import time
 import urllib.request
 from collections import Counter
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional
+from typing import Any, Iterator, List, Optional
 
 import psutil
 import pytest
+from http_reply import Reply
 from traceserve import cli
 from traceserve.errors import ServerError
 from traceserve.serving import configuration, instances, server
@@ -23,16 +24,6 @@ from traceserve_runtime.engine import Engine
 from traceserve_runtime.tasks.contract import Answer, Request
 
 TEXTS = ["Where is my parcel?", "Please cancel my order.", "The cup is broken.", "I want to speak to a human."]
-
-
-class Reply(NamedTuple):
-    status: int
-    headers: Dict[str, str]
-    body: bytes
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.body)
 
 
 def ask(port: int, path: str, body: Any = None, method: Optional[str] = None, **headers: str) -> Reply:

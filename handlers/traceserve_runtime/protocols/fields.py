@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
-from traceserve_runtime.errors import InvalidRequest, WrongTask
+from traceserve_runtime.errors import InvalidRequest, NotFound, WrongTask
 from traceserve_runtime.protocols import bodies
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Served
@@ -121,6 +121,12 @@ def text_requests(
 ) -> List[Request]:
     """Make a request of each text and its path."""
     return [Request(checked_fields({"text": text}, served.task, path), parameters, group, path) for text, path in named]
+
+
+def check_served(name: str, served: Served) -> None:
+    """Raise NotFound for a model other than the served one."""
+    if name != served.name:
+        raise NotFound(f"the model {short(name)} is not served here; {served.name} is", "model")
 
 
 def check_reads_vectors(served: Served, what: str) -> None:

@@ -13,6 +13,7 @@ from traceserve_runtime import __version__
 from traceserve_runtime.errors import NotFound, NotOffered, TraceserveError
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Body, Document, Refusal, Served
+from traceserve_runtime.protocols.fields import check_served
 from traceserve_runtime.protocols.open_inference import OUTPUT
 from traceserve_runtime.protocols.requests import Native, in_words
 from traceserve_runtime.protocols.wording import short
@@ -81,12 +82,6 @@ class Prediction(_KServe):
         if verb != "predict":
             raise NotOffered(f"the verb {short(verb)} is not offered here; predict is")
         return self._native.read(parts, headers, served, group)
-
-
-def check_served(name: str, served: Served) -> None:
-    """Raise NotFound for a model other than the served one."""
-    if name != served.name:
-        raise NotFound(f"the model {short(name)} is not served here; {served.name} is", "model")
 
 
 def _described(served: Served) -> Dict[str, Any]:

@@ -8,7 +8,6 @@ from traceserve.deploying.described import Described
 from traceserve.errors import DeployError
 
 PORT = 8080
-KEY_VARIABLE = "TRACESERVE_KEY"  # of the engines that take a key from outside
 
 
 class EngineOptions(NamedTuple):

@@ -11,6 +11,8 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
+from traceserve_hosts import KEY_VARIABLE
+
 from traceserve.errors import ServerError
 from traceserve.playground.models import Model
 from traceserve.serving import client
@@ -20,7 +22,6 @@ _TRUNCATED = "X-Truncated"  # by request and field the characters [start, end) t
 _STREAMED = "text/plain"
 _BETWEEN = 0.05  # seconds between two states of a growing text: a page need not show more
 _PATIENCE = 0.2  # seconds, after which it is looked whether to stop
-_KEY = "TRACESERVE_KEY"
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def curl_command(model: Model, body: Mapping[str, Any]) -> str:
     if not model.key:
         return whole
     program, rest = whole.split(" ", 1)
-    return f'{program} -H "Authorization: Bearer ${_KEY}" {rest}'
+    return f'{program} -H "Authorization: Bearer ${KEY_VARIABLE}" {rest}'
 
 
 def facts(heard: Heard) -> Dict[str, str]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional
 
 import psutil
-from traceserve_hosts import ray_config
+from traceserve_hosts import KEY_VARIABLE, ray_config
 from traceserve_runtime import processor
 from traceserve_runtime.runtimes.torchscript.neuron import CHIPS
 
@@ -35,7 +35,6 @@ LONGEST_SOCKET = "run/session_2026-11-26_22-22-43_885418_1234567/sockets/plasma_
 _OBJECT_STORE = 80 << 20  # bytes; Ray's minimum, unused here
 _KEY_BYTES = 24
 _PORTS = ("gcs", "client", "agent", "metrics", "statistics", "haproxy", "fallback")
-KEY_VARIABLE = "TRACESERVE_KEY"  # its replicas read it too
 _STARTED: List[subprocess.Popen[bytes]] = []  # nobody waits for them here: they outlive this process
 
 _HAPROXY = """#!/bin/sh

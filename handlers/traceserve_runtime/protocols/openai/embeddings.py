@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Mapping, Sequence, Union
 
 import numpy as np
 
-from traceserve_runtime.errors import InvalidRequest, NotFound
+from traceserve_runtime.errors import InvalidRequest
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Body, Document, Served
 from traceserve_runtime.protocols.fields import (
@@ -17,6 +17,7 @@ from traceserve_runtime.protocols.fields import (
     Key,
     Places,
     check_reads_vectors,
+    check_served,
     check_values,
     foreign_names,
     json_body,
@@ -26,7 +27,6 @@ from traceserve_runtime.protocols.fields import (
     text_requests,
 )
 from traceserve_runtime.protocols.openai.shared import OpenAiErrors, texts_of, usage
-from traceserve_runtime.protocols.wording import short
 from traceserve_runtime.tasks.contract import Answer
 
 _EMBEDDINGS: Dict[str, Key] = {
@@ -49,9 +49,8 @@ class Models(OpenAiErrors):
 
     def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Document:
         """Ignore the body; raises NotFound for a model other than this one."""
-        wanted = headers.path.strip("/").partition("models/")[2]
-        if self._single and wanted != served.name:
-            raise NotFound(f"the model {short(wanted)} is not served here; {served.name} is", "model")
+        if self._single:
+            check_served(headers.path.strip("/").partition("models/")[2], served)
         model = {
             "id": served.name,
             "object": "model",

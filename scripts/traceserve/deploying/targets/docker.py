@@ -6,13 +6,15 @@ import json
 import sys
 from typing import Dict, Optional, Sequence, Tuple
 
+from traceserve_hosts import KEY_VARIABLE
+
 from traceserve.deploying import engines, packages, resources, templates
 from traceserve.deploying.described import Described
 from traceserve.deploying.plan import Copy, DeployTarget, File, Plan, Text, Wishes
 from traceserve.machine import environment
 
 _NOTES = {
-    True: f"without {engines.KEY_VARIABLE} in the container's environment no key is demanded; /ping and /health need none.",
+    True: f"without {KEY_VARIABLE} in the container's environment no key is demanded; /ping and /health need none.",
     False: "TorchServe makes new keys at every start and takes none from outside: `docker logs` shows them. For keys of your "
     "own, or several containers behind one address, deploy kubernetes, or a proxy that checks them.",
 }
@@ -75,7 +77,7 @@ def plan(archives: Sequence[Described], wishes: Wishes) -> Plan:
     needed = resources.needed(archives, wishes.engine)
     takes_key = engines.ENGINES[wishes.engine].takes_key
     gpus = "--gpus all " if resources.GPU in needed.devices else ""
-    key = f"--env {engines.KEY_VARIABLE} " if takes_key else ""
+    key = f"--env {KEY_VARIABLE} " if takes_key else ""
     limits = f"--memory {needed.memory * 3 // 2 + needed.disk}m --read-only --tmpfs /tmp:size={needed.disk}m"
     return Plan(
         image_files(archives, wishes),

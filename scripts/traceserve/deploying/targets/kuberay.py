@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Dict, List, Sequence
 
+from traceserve_hosts import KEY_VARIABLE
 from traceserve_hosts.ray_config import Hosted, Replicas, applications
 
-from traceserve.deploying import engines, packages, resources, templates
+from traceserve.deploying import packages, resources, templates
 from traceserve.deploying.described import Described
 from traceserve.deploying.plan import DeployTarget, Plan, Text, Wishes, prefixed
 from traceserve.deploying.targets import docker
@@ -101,7 +102,7 @@ def _container(needed: Dict[str, Any], urls: Sequence[str], secret: str) -> Dict
     return {
         "env": [
             {
-                "name": engines.KEY_VARIABLE,
+                "name": KEY_VARIABLE,
                 "valueFrom": {"secretKeyRef": {"name": secret, "key": "key"}},
             }
         ],
