@@ -1,9 +1,8 @@
 """TorchServe's entry point: the adapter between TorchServe and the engine.
 
 TorchServe passes a batch of items and expects a list of equal length, in which each item has its own status; the
-service makes
-the answers. The handler does not inherit TorchServe's BaseHandler, whose import takes seconds and which chooses devices
-itself.
+service makes the answers. The handler does not inherit TorchServe's BaseHandler, whose import takes seconds and which
+chooses devices itself.
 """
 
 from __future__ import annotations

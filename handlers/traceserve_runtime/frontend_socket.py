@@ -25,9 +25,8 @@ def read_at_once(codec: Any, idle: Callable[[], None]) -> Optional[Reader]:
     reader.
 
     `_retrieve_buffer` is a private name of `ts.protocol.otf_message_handler`, from TorchServe 0.8 to 0.12, its last
-    version.
-    If it is missing or takes other arguments, the worker reads like TorchServe, measures nothing while idle, and
-    None is returned.
+    version. If it is missing or takes other arguments, the worker reads like TorchServe, measures nothing while idle,
+    and None is returned.
     """
     own = getattr(codec, "_retrieve_buffer", None)
     try:

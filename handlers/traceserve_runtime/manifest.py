@@ -1,11 +1,9 @@
 """The interface between builder and worker: `traceserve.json`, written by one and read by the other.
 
-The document holds everything that the worker knows of the model; the worker reads only it and the files that it
-names. `Manifest.read` checks the schema, every key and type, the document's own digest, and the SHA-256 of every file,
-and
+The document holds everything that the worker knows of the model; the worker reads only it and the files that it names.
+`Manifest.read` checks the schema, every key and type, the document's own digest, and the SHA-256 of every file, and
 reports what is wrong. The digest detects edits and damage, for example of a label; it is not a signature, since an
-attacker can
-compute another one.
+attacker can compute another one.
 """
 
 from __future__ import annotations
@@ -271,8 +269,7 @@ def _load(path: Path) -> Any:
 
 def _read_object(kind: Type[T], content: Mapping[str, Any], where: str, complete: bool = True) -> T:
     """Make an instance of the dataclass `kind`, checking each key against the field's type; a key may be missing only
-    if
-    its field has a default and the document need not be `complete`."""
+    if its field has a default and the document need not be `complete`."""
     hints = get_type_hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]  # T is always a dataclass here
     for key in content:

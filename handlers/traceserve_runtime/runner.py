@@ -13,8 +13,7 @@ State = Tuple[Any, ...]  # what a runner keeps between the steps of a loop, on i
 
 class Padding(NamedTuple):
     """Padding for a runner: the `cost` of a padded position, relative to a token's, and the `multiple` to which lengths
-    are
-    best rounded up, for several rows and for a row `alone`."""
+    are best rounded up, for several rows and for a row `alone`."""
 
     cost: float = 1.0
     multiple: int = 1

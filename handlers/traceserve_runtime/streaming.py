@@ -39,8 +39,7 @@ class Streams:
 
     def tell(self, index: int, text: str, tokens: Sequence[WrittenToken] = ()) -> None:
         """Send the new part of `text`, the whole text so far; nothing if it has not grown. `tokens` are the text's
-        tokens, if
-        requested.
+        tokens, if requested.
 
         A micro-batch that failed is retried, so texts may restart: nothing is sent twice. If the new text
         differs (sampled without a seed, or by rounding), nothing more is sent.

@@ -230,8 +230,7 @@ def search_for(
     told: Optional[Told] = None,
 ) -> Search:
     """Return the search for the settings. `ends` decides whether new tokens are enough; `told` is called after each
-    token with those
-    of a single sequence, and their likelihoods if kept."""
+    token with those of a single sequence, and their likelihoods if kept."""
     if settings.num_beams > 1:
         return Beams(prompt, settings, ends)
     return Sampling(prompt, settings, ends, told)

@@ -1,8 +1,7 @@
 """Binary tensors of the Open Inference Protocol: the tensors' bytes follow the JSON, whose length is in a header.
 
 Tritonclient sends and requests them by default. A BYTES element is its length (4 bytes, little-endian), then its bytes;
-FP32 is
-little-endian too.
+FP32 is little-endian too.
 """
 
 from __future__ import annotations

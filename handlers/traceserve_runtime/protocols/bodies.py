@@ -15,11 +15,9 @@ line;
    application/octet-stream, ...), a body that begins with {, [ or " is JSON, and any other is a text.
 
 The parts `data`, `inputs` and `body` each hold a whole body, parsed by the same rules with the part's own media type; a
-part
-that comes alone is the body. A part named like a field of the task holds that field's text, or its JSON if the field is
-a list. A form whose only key has no value is a text. (`curl -d TEXT` makes such forms. TorchServe's frontend forwards
-only the
-text before an = or &; what arrives of such a form is refused. See `_is_whole`.)
+part that comes alone is the body. A part named like a field of the task holds that field's text, or its JSON if the
+field is a list. A form whose only key has no value is a text. (`curl -d TEXT` makes such forms. TorchServe's frontend
+forwards only the text before an = or &; what arrives of such a form is refused. See `_is_whole`.)
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The protocol of huggingface_hub's InferenceClient and the Inference API: `{"inputs": ..., "parameters": {...}}`.
 
 It uses our own envelope; the differences are translated here. Its clients are recognized by their user agent, or use
-the
-path /hf.
+the path /hf.
 """
 
 from __future__ import annotations

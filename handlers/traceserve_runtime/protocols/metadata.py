@@ -1,8 +1,7 @@
 """KServe's protocols besides predictions: the served model, its inputs and outputs, and its readiness.
 
 TorchServe has none of these paths but /v2/health; other hosts pass them on. After `/predictions/NAME/VERSION/` they
-exist
-on TorchServe too.
+exist on TorchServe too.
 """
 
 from __future__ import annotations

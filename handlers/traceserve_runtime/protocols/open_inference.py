@@ -1,13 +1,12 @@
 """The Open Inference Protocol (V2) of KServe and Triton.
 
-It is distinguished from our own `{"inputs": [...]}` by its inputs, which are tensors of datatype BYTES.
-Each element is a request; several tensors are the fields that they name. A single tensor of another name is the task's
-first field; if the task requires several fields, each element is the JSON text of an object with them, optionally with
-its own "parameters". A list field comes as JSON text. Paths in errors count the elements of
-`data` as if it were flat. Vectors are returned as one FP32 tensor, everything else as one BYTES tensor with each
-answer's JSON.
-Over gRPC (ModelInfer) TorchServe passes elements in base64, and converts any JSON value in an answer's elements to
-bytes, so answers are left as they are. An answer without outputs kills it, so errors are outputs too.
+It is distinguished from our own `{"inputs": [...]}` by its inputs, which are tensors of datatype BYTES. Each element is
+a request; several tensors are the fields that they name. A single tensor of another name is the task's first field; if
+the task requires several fields, each element is the JSON text of an object with them, optionally with its own
+"parameters". A list field comes as JSON text. Paths in errors count the elements of `data` as if it were flat. Vectors
+are returned as one FP32 tensor, everything else as one BYTES tensor with each answer's JSON. Over gRPC (ModelInfer)
+TorchServe passes elements in base64, and converts any JSON value in an answer's elements to bytes, so answers are left
+as they are. An answer without outputs kills it, so errors are outputs too.
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
 """OpenAPI 3.1 description of the served model, made from the task's fields and parameters and the archive's labels; and
-a page
-that shows it."""
+a page that shows it."""
 
 from __future__ import annotations
 

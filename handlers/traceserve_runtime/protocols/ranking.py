@@ -53,8 +53,7 @@ _CLASSIFY: Dict[str, Key] = {"model": IGNORED, "user": IGNORED, "input": READ}
 
 class Rerank:
     """`{"query", "documents", "top_n"}` to `{"results": [{"index", "relevance_score"}]}`, best first; or a TEI call,
-    which has
-    "texts" at the same path."""
+    which has "texts" at the same path."""
 
     _tei = tei.TeiRerank()
 

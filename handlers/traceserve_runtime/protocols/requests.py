@@ -1,8 +1,7 @@
 """Turns a client's body into requests. Input is checked here, once.
 
-A body is text or parsed JSON (see `bodies`): a string, an object, or a list of these. An object holds the task's
-fields (`{"text": ...}`), or `{"inputs": ..., "parameters": {...}}`, or `{"data": ...}`, whose value is a text, fields,
-or a
+A body is text or parsed JSON (see `bodies`): a string, an object, or a list of these. An object holds the task's fields
+(`{"text": ...}`), or `{"inputs": ..., "parameters": {...}}`, or `{"data": ...}`, whose value is a text, fields, or a
 list; or it belongs to another protocol, see `protocols`.
 """
 

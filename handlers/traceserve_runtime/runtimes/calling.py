@@ -1,9 +1,8 @@
 """Calls of transformers models: positional tensors in, a tuple of tensors out.
 
 The builder traces these calls, and the reader of the save mode pretrained makes them. A model that runs once is called
-by `Single`. One that runs token by token has two calls. `start` makes the loop's initial state: a decoder's
-empty cache, or an encoder's output as the keys and values that every decoder layer attends to. `step` reads new tokens
-and
+by `Single`. One that runs token by token has two calls. `start` makes the loop's initial state: a decoder's empty
+cache, or an encoder's output as the keys and values that every decoder layer attends to. `step` reads new tokens and
 the state; it returns the last token's logits and the state's first tensors, the self-attention cache extended by these
 tokens. The rest of the state is unchanged. All of the state has the batch as its first dimension.
 """
@@ -134,8 +133,7 @@ def _shifted_right(model: Any, ids: torch.Tensor) -> Any:
     """Return the input with which T5's decoder reads `ids`: a start token, and all of them but the last.
 
     `_shift_right` is a private name of transformers' T5 and its kin (4.26 to 5.23), which the model itself calls.
-    Without
-    it the same is done here.
+    Without it the same is done here.
     """
     if hasattr(model, "_shift_right"):
         return model._shift_right(ids)
@@ -162,8 +160,7 @@ class Empty:
 
 class DecoderStep:
     """Maps new tokens (batch, new), the mask of all (batch, past + new), positions (batch, new) and the cache to the
-    last
-    token's logits, (batch, vocabulary), and the extended cache."""
+    last token's logits, (batch, vocabulary), and the extended cache."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -247,8 +244,7 @@ class Begin:
 
 class EncoderDecoderStep:
     """Maps new tokens (batch, new), the source's mask (batch, length), the cache and the source's keys and values to
-    the last
-    token's logits, (batch, vocabulary), and the extended cache."""
+    the last token's logits, (batch, vocabulary), and the extended cache."""
 
     inputs = ("decoder_input_ids", "attention_mask")
 

@@ -70,8 +70,7 @@ class DecoderAgain:
 
 class Read:
     """Maps the source, ids and mask (batch, length), to the decoder's written tokens, none, (batch, 0), and the
-    encoder's
-    output, (batch, length, size)."""
+    encoder's output, (batch, length, size)."""
 
     def __init__(self, model: Any) -> None:
         self.model = model

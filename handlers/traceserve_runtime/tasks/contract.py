@@ -27,8 +27,7 @@ class Request:
     """One request: checked fields and parameters, by the task's names.
 
     Requests of one `group`, a client's own batch, share the limit on rows; None means no group. `where` is the
-    request's
-    path in the client's body, such as "inputs[2]".
+    request's path in the client's body, such as "inputs[2]".
     """
 
     inputs: Mapping[str, Any]
@@ -58,8 +57,7 @@ class Job(NamedTuple):
     """A row to run, its request, and the callback for that request's growing text.
 
     `emit` is called with the whole text so far, any number of times; and, if the request asks for details, with its
-    tokens, a
-    sequence of WrittenToken.
+    tokens, a sequence of WrittenToken.
     """
 
     row: Row

@@ -116,8 +116,7 @@ class QuestionAnswering(Task):
         """Return the best spans of one window, and its "no answer" score.
 
         If there are fewer than `top_k`, the pipeline fills its list with others of score 0, in arbitrary order. They
-        are not
-        answers, and not legal here; but their presence makes an answer a list.
+        are not answers, and not legal here; but their presence makes an answer a list.
         """
         top_k, longest = self.parameter(request, "top_k"), self.parameter(request, "max_answer_len")
         if self.parameter(request, "align_to_words"):

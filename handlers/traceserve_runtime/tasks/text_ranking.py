@@ -112,8 +112,7 @@ def _activation(model: ModelFacts) -> Optional[str]:
     """Return the function that a sentence-transformers cross-encoder names, or None; raises Unsupported.
 
     sentence-transformers 6 writes it into config_sentence_transformers.json, 4 into a section of config.json, and
-    earlier
-    versions into a key of its own there; the first of them wins.
+    earlier versions into a key of its own there; the first of them wins.
     """
     own = model.read_json("config_sentence_transformers.json") or {}
     section = model.config.get("sentence_transformers") or {}

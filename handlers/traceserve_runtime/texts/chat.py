@@ -18,8 +18,7 @@ def render(template: str, tokens: Mapping[str, str], messages: Sequence[Mapping[
     """Return the prompt; if the last message is the assistant's, it ends inside it, so that the model continues it.
 
     `tokens` are the special tokens by their names in templates ("bos_token"). Raises InvalidRequest for messages that
-    the
-    template refuses, MissingPackage without jinja2.
+    the template refuses, MissingPackage without jinja2.
     """
     continues = messages[-1]["role"] == "assistant"
     given = [dict(message) for message in messages]

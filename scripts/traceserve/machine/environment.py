@@ -1,15 +1,12 @@
 """Environment variables of a worker's libraries; must be set before torch is imported.
 
-OpenMP's waiting threads spin by default, and starve other processes: with another busy process on
-two cores MiniLM had a tenth of its throughput. Threads that sleep immediately wake too late for the next operator. A
-short spin
-keeps most of both. (GNU's OpenMP counts spins; others read only the first line.)
+OpenMP's waiting threads spin by default, and starve other processes: with another busy process on two cores MiniLM had
+a tenth of its throughput. Threads that sleep immediately wake too late for the next operator. A short spin keeps most
+of both. (GNU's OpenMP counts spins; others read only the first line.)
 
-oneDNN caches code and buffers for each matrix shape, 1,024 of them, and torch's own cache as many
-again. Rows of any length have many shapes: a worker in bfloat16 grew to twice its memory. With 64 it is as fast, since
-the
-builder's graph rounds token counts up to few sizes (torchscript/unpadding.py). See docs/measurements.md for the
-figures.
+oneDNN caches code and buffers for each matrix shape, 1,024 of them, and torch's own cache as many again. Rows of any
+length have many shapes: a worker in bfloat16 grew to twice its memory. With 64 it is as fast, since the builder's graph
+rounds token counts up to few sizes (torchscript/unpadding.py). See docs/measurements.md for the figures.
 """
 
 from __future__ import annotations

@@ -21,8 +21,7 @@ class NotYet(ServerError):
 
 class RequestRefused(ServerError):
     """The server answered with an error: `status` is the HTTP status, `words` only its message, and `field` the field
-    that it
-    is about, if any."""
+    that it is about, if any."""
 
     def __init__(self, message: str, status: int, words: str = "", field: Optional[str] = None) -> None:
         super().__init__(message, field)

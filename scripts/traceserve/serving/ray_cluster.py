@@ -1,9 +1,8 @@
 """Ray Serve on this machine: a private one-node cluster per port, on the loopback address, behind HAProxy.
 
 Ray's own Python proxy takes 40 ms of processor time per request, so HAProxy, which is part of `ray[serve]`, replaces
-it. HAProxy
-shows its statistics and metrics to everybody, and no setting of Ray's changes that: `_HAPROXY` starts it with a
-changed configuration.
+it. HAProxy shows its statistics and metrics to everybody, and no setting of Ray's changes that: `_HAPROXY` starts it
+with a changed configuration.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Computes a bfloat16 graph's attention in float32 where torch is faster at it.
 
 On x86 without AMX torch multiplies an attention's small matrices faster in float32, including casts: full batches of
-MiniLM take
-0.91 of the whole model's time, a single text as long as before (`tests/benchmarks/packing.py --what attention`).
+MiniLM take 0.91 of the whole model's time, a single text as long as before (`tests/benchmarks/packing.py --what
+attention`).
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Moves a traced graph to another device.
 
 A trace contains the device that it was made on, as constants wherever the model makes a tensor (positions, masks).
-Loading
-it onto another device moves its weights but not these. They are in the graphs of the module and its submodules, in
-the blocks of branches and loops, and in scripted functions; inlining makes one graph of all.
+Loading it onto another device moves its weights but not these. They are in the graphs of the module and its submodules,
+in the blocks of branches and loops, and in scripted functions; inlining makes one graph of all.
 """
 
 from __future__ import annotations

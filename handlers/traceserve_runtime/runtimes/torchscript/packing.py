@@ -1,8 +1,7 @@
 """Packs the weights of a traced graph's linear layers into oneDNN's layout.
 
 A matrix product on a CPU first converts its weights to that layout, at every call; with few tokens this takes as long
-as
-the product. Here it is done once, when the model is loaded. In return a worker has its own copy of these weights.
+as the product. Here it is done once, when the model is loaded. In return a worker has its own copy of these weights.
 
 Layers that read the same rows, such as an attention's query, key and value, are fused into one product: each has a
 fixed

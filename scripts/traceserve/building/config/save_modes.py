@@ -32,12 +32,11 @@ class Option(NamedTuple):
 class SaveMode(NamedTuple):
     """The capabilities of a save mode: `hardware` × `dtypes` × tasks, see `formats`.
 
-    `loops`: the dtypes in which it supports models that run token by token; empty if none.
-    `auto(task, hardware)`: the candidates of `"dtype": "auto"`, in order.
-    `fails_with`: the save modes that fail on every model on which this one fails: they record the same graph, or
-    run the same model.
-    `measured_against`: the save mode whose float32 artifact the gate measures beside this one's; none for itself.
-    `refuses`: invalid configuration keys, and why, with alternatives.
+    `loops`: the dtypes in which it supports models that run token by token; empty if none. `auto(task, hardware)`: the
+    candidates of `"dtype": "auto"`, in order. `fails_with`: the save modes that fail on every model on which this one
+    fails: they record the same graph, or run the same model. `measured_against`: the save mode whose float32 artifact
+    the gate measures beside this one's; none for itself. `refuses`: invalid configuration keys, and why, with
+    alternatives.
     """
 
     hardware: Tuple[str, ...]

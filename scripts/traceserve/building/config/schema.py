@@ -19,9 +19,8 @@ def json_schema() -> Dict[str, Any]:
     """Return a JSON schema of setup_config.json, including legacy keys, for editors.
 
     It accepts everything that `parse` accepts, and what no schema can check: an out-of-range number written as a
-    string, a
-    list of lengths out of order or not ending at max_length, a part of a split GGUF file, among
-    `parameters` 2.0 for 2, and values that only a writer refuses.
+    string, a list of lengths out of order or not ending at max_length, a part of a split GGUF file, among `parameters`
+    2.0 for 2, and values that only a writer refuses.
     """
     schema = SetupConfig.model_json_schema()
     schema.update({"$schema": "https://json-schema.org/draft/2020-12/schema", "title": CONFIG_FILE})

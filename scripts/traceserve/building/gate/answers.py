@@ -32,10 +32,9 @@ def compare_answers(
 ) -> None:
     """Compare the engine's answers with the decoded outputs of the original.
 
-    The last `own` samples are the user's. Unless `thorough`, these come first if few answers may change,
-    and the comparison stops once more of them have changed than of all may: a lower precision is tried several times,
-    and
-    most attempts fail.
+    The last `own` samples are the user's. Unless `thorough`, these come first if few answers may change, and the
+    comparison stops once more of them have changed than of all may: a lower precision is tried several times, and most
+    attempts fail.
     """
     encoded = engine.task.encode(samples)
     if not engine.task.loop:

@@ -32,8 +32,7 @@ class Reference:
 
     Rows of one length are computed together: without padding, a row's outputs do not depend on its neighbours. If that
     does not hold (BART's classifier, for example, counts the end tokens of all rows), each is computed alone: one row
-    per
-    batch always is, and must agree.
+    per batch always is, and must agree.
     """
 
     def __init__(self, original: Original) -> None:

@@ -16,10 +16,9 @@ if TYPE_CHECKING:
 
 
 class Written(NamedTuple):
-    """A writer's output: the inputs of a loop's graph, in order, none for a model that runs once; the files
-    besides the model's own; the facts for its reader (`Manifest.runtime`); the versions of the packages it used; and
-    overrides
-    of the task's facts."""
+    """A writer's output: the inputs of a loop's graph, in order, none for a model that runs once; the files besides the
+    model's own; the facts for its reader (`Manifest.runtime`); the versions of the packages it used; and overrides of
+    the task's facts."""
 
     step_inputs: Tuple[str, ...] = ()
     files: Tuple[str, ...] = ()
@@ -40,13 +39,11 @@ class Writer(NamedTuple):
     """How a save mode is written; `config.save_modes` has its capabilities.
 
     `write(original, task, shapes, folder, target)` writes `model_file` and the files that it reports; the original is
-    one of
-    those that `lowered(original, dtype, texts)` yields for a dtype, to be tried in turn (`texts` are typical inputs).
-    `shapes(config, max_length)`: the shapes to try, widest first.
-    `plainer(manifest, folder, failing)`: the same artifact, changed in its folder, without optional parts that the gate
-    refused; None if the files in `failing` have no such parts.
-    `check(dtype, target)` raises ExportError if this machine cannot write it, or compare it with the original;
-    `note(target)` names what it lacks for the usual speed, or is empty.
+    one of those that `lowered(original, dtype, texts)` yields for a dtype, to be tried in turn (`texts` are typical
+    inputs). `shapes(config, max_length)`: the shapes to try, widest first. `plainer(manifest, folder, failing)`: the
+    same artifact, changed in its folder, without optional parts that the gate refused; None if the files in `failing`
+    have no such parts. `check(dtype, target)` raises ExportError if this machine cannot write it, or compare it with
+    the original; `note(target)` names what it lacks for the usual speed, or is empty.
     """
 
     write: Callable[[Original, Type[Task], Shapes, Path, Target], Written]

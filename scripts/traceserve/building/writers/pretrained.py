@@ -81,8 +81,7 @@ def _own_configs(model: Any) -> Iterator[None]:
     """Save a model without side effects on it.
 
     transformers 4.57 removes generation parameters from a saved configuration, and every version refuses to save an
-    invalid
-    generation configuration; the worker reads none.
+    invalid generation configuration; the worker reads none.
     """
     import transformers
 

@@ -82,8 +82,7 @@ class CausalLM(_Curated, _GenerationMixin):  # type: ignore[misc]
         return_dict: bool = True,
     ) -> Any:
         """Tokens and positions (batch, new), mask (batch, past + new); returns the last `logits_to_keep` tokens'
-        logits, or
-        all."""
+        logits, or all."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if position_ids is None:
             position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]

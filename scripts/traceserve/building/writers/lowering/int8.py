@@ -1,6 +1,5 @@
 """Dynamic int8: linear layers that multiply int8 by int8, quantized per token, so that answers do not depend on the
-rest of
-the batch.
+rest of the batch.
 
 Weights are quantized symmetrically per output channel, tokens asymmetrically: the zero point costs one
 product with the sums of the weights. Before that, large input channels are scaled down and their weights up by

@@ -33,8 +33,7 @@ KEPT_SHARES = (0.2, 0.4)  # of the linear layers, left in float32 if bfloat16 ch
 
 class Precision(NamedTuple):
     """How a dtype is made: a function for the model to trace, the context of tracing, and a check that raises
-    ExportError if
-    this torch does not support it."""
+    ExportError if this torch does not support it."""
 
     lower: Callable[[Original, Sequence[str]], Iterable[Original]]
     tracing: Callable[[], ContextManager[Any]]

@@ -55,10 +55,8 @@ def measure_layers(model: Any, layers: Dict[str, Any], batches: Sequence[Inputs]
     """Return the inputs of the model's `layers`, and the change of the output if `change` replaces one of them.
 
     The change is the mean square of the difference of the first output, which a task reads, summed over the rows of all
-    batches.
-    Layers that the model did not call are left out. A model that refuses a batch gets single rows. Raises ExportError
-    with
-    the model's own reason.
+    batches. Layers that the model did not call are left out. A model that refuses a batch gets single rows. Raises
+    ExportError with the model's own reason.
     """
     try:
         return _measure(model, layers, batches, change)

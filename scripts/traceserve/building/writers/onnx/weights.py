@@ -1,8 +1,7 @@
 """Graphs and, in one file beside them, their weights: each once, even if several graphs share it.
 
 A protobuf message is limited to 2 GB, and ONNX Runtime maps a file of weights: workers share its pages, and loading is
-three times
-as fast.
+three times as fast.
 """
 
 from __future__ import annotations

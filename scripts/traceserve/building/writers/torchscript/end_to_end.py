@@ -13,8 +13,7 @@ from traceserve_runtime.runtimes.graph import Value
 
 class Layout(NamedTuple):
     """Values of the graph: whether there is padding; the rows' number and length; each token's position among all
-    positions;
-    each position's token, any one for padding; the token of each row's first position."""
+    positions; each position's token, any one for padding; the token of each row's first position."""
 
     padded: Value
     batch: Value

@@ -1,8 +1,7 @@
 """Rewrites a traced graph to compute less: nothing for padding, and nothing unneeded in the last layer.
 
 Texts that run together are padded to the longest. Most of a transformer works on each token separately and needs no
-padding:
-there a batch's tokens are unpadded, as (1, tokens, features), and only attention sees rows, (batch, length,
+padding: there a batch's tokens are unpadded, as (1, tokens, features), and only attention sees rows, (batch, length,
 features). And in the last layer a classifier may only read each row's first position; of the others it only needs the
 keys and values that the first one attends to.
 
@@ -49,8 +48,7 @@ def unpadded(
     """Return the module of `file`, which has one graph, rewritten; None if that gains nothing or changes outputs.
 
     `examples` are its inputs: two in `axes.SHAPES`, and others, all with padding. `reads_first`: whether a row's first
-    position is
-    never padding.
+    position is never padding.
     """
     if "attention_mask" not in inputs or not torch_internals.unpads():
         return None

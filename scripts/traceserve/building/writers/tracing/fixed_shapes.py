@@ -68,8 +68,7 @@ class _Encoder(torch.nn.Module):
 
 class _Decoder(torch.nn.Module):
     """Maps hidden states, the source's mask, tokens int64 (batch, target) and a position int64 (1) to the logits after
-    the
-    token at that position, (batch, vocabulary).
+    the token at that position, (batch, vocabulary).
 
     The position is selected before the model's head, the most expensive layer with large vocabularies, by a product
     and a sum, which any compiler supports. The model itself does the rest, including T5's scaling before its head.

@@ -1,6 +1,5 @@
 """torch's private names that the builder uses besides the worker's (`traceserve_runtime.runtimes.torch_internals`),
-each behind
-a function that says why, since when, and what happens without it.
+each behind a function that says why, since when, and what happens without it.
 
 They are known from torch 1.13 to 2.13, unless a function says otherwise. No other file of the builder uses private
 names of torch; a test removes each of them, and builds and queries a model again.

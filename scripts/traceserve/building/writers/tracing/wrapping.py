@@ -196,9 +196,8 @@ def plain_names(model: torch.nn.Module) -> Iterator[None]:
     """Name the classes of a checkpoint's own code only after its files in a trace.
 
     transformers puts a checkpoint's code into a package named after the folder, and from version 5 on a hash of the
-    code.
-    torch writes a class's module into the file, and cannot read one with a component that begins with a digit. So the
-    package is left out. Our own classes are named by `_NAMED`.
+    code. torch writes a class's module into the file, and cannot read one with a component that begins with a digit. So
+    the package is left out. Our own classes are named by `_NAMED`.
     """
     classes = {kind for module in model.modules() for kind in type(module).__mro__}
     own = {kind: kind.__module__ for kind in classes if kind.__module__.split(".")[0] == _REMOTE}
@@ -225,12 +224,10 @@ def plain_names(model: torch.nn.Module) -> Iterator[None]:
 
 def example(original: Original, batch: int, length: int) -> Tuple[torch.Tensor, ...]:
     """Return tracing inputs, int64 of shape (batch, length): whole texts, including special tokens, and padding. They
-    are
-    longer if the model cannot read such short ones.
+    are longer if the model cannot read such short ones.
 
     Batch and length should be above 1, and the mask contain padding: traces at 1, or without padding, were found to be
-    wrong
-    at other shapes. Every row has its special tokens, since some models (BART's classifier) search for them.
+    wrong at other shapes. Every row has its special tokens, since some models (BART's classifier) search for them.
     """
     length = max(length, original.shortest)
     facts = original.tokenizer_facts
