@@ -16,6 +16,7 @@ from traceserve.archives.archive import pack_archive
 from traceserve.serving import configuration, instances, server
 from traceserve.serving.engines import RAY
 from traceserve.serving.instances import Instance
+from traceserve_hosts import KEY_VARIABLE
 from traceserve_runtime.engine import Engine
 
 collect_ignore_glob = [] if importlib.util.find_spec("ray") else ["test_*.py"]
@@ -58,7 +59,9 @@ def engine(artifact: Path) -> Engine:
 
 @pytest.fixture(scope="module")
 def served(archives: List[Path]) -> Iterator[Instance]:
-    """One archive, in two replicas of one core each."""
-    instance = server.start(archives[:1], port=configuration.free_ports(1)[0], workers=2, timeout=180, engine=RAY)
+    """One archive, in two replicas of one core each, without a key: the user's is for addresses beyond the loopback."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(KEY_VARIABLE, "of the user")
+        instance = server.start(archives[:1], port=configuration.free_ports(1)[0], workers=2, timeout=180, engine=RAY)
     yield instance
     instances.stop(instance)

@@ -88,7 +88,8 @@ def _variables(plan: ServerPlan, ports: Mapping[str, int], key: Optional[str]) -
     """Return the environment of all of the cluster's processes."""
     run, sockets = plan.folder / "run", instances.sockets_folder(plan.folder)
     sockets.mkdir(mode=0o700)
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    # Without the user's key: replicas demand whatever key they find, also where this server demands none.
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_") and name != KEY_VARIABLE}
     own = {
         **environment.settings(),
         "TMPDIR": str(plan.folder / "tmp"),
