@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Dict, Tuple, Union
 
@@ -46,4 +47,5 @@ def write_module(module: Union[torch.nn.Module, Traced], file: Path) -> None:
         for tensor in module.state_dict(keep_vars=True).values()
     }
     space.require_space(file.parent, sum(size for _, size in tensors) + _GRAPH_SIZE, f"{file.name}, the traced model,")
+    gc.collect()  # the pickler also counts references from garbage: without this, two builds may differ by bytes
     torch.jit.save(module, str(file))
