@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Tuple
 
+import models
 import numpy as np
 import pytest
 import torch
@@ -190,6 +191,36 @@ def test_a_stop_string_of_a_request_ends_beams(checkpoint: Checkpoint, tmp_path:
     expected = [generated(model, tokenizer, text, num_beams=3, stop_strings=stop) for text in TEXTS]
     assert [written(value) for value in got] == expected
     assert expected != [generated(model, tokenizer, text, num_beams=3) for text in TEXTS]
+
+
+def test_stop_strings_with_a_vocabulary_that_the_originals_own_criterion_cannot_read(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """It writes each token behind "abcdef", which this tokenizer does not know."""
+    source = copy(checkpoint, tmp_path / "mine", "gpt2")
+    models.make_tokenizer("wordpiece").save_pretrained(source)
+    path = source / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    content["model"]["vocab"] = {piece.replace("f", "\u0192"): number for piece, number in vocabulary.items()}
+    path.write_text(json.dumps(content))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    with pytest.raises(ValueError, match="substring not found"):
+        transformers.StopStringCriteria(tokenizer, "e")
+
+    engine = exported(tmp_path / "whole", "gpt2", source)
+    whole = [written(value) for value in answers(engine, [Request({"text": text}) for text in TEXTS])]
+    stop = Counter(letter for letter in "".join(whole) if letter.isalpha()).most_common(1)[0][0]
+    settings = json.loads((source / "generation_config.json").read_text())
+    (source / "generation_config.json").write_text(json.dumps({**settings, "stop_strings": [stop]}))
+    engine = exported(tmp_path / "stopped", "gpt2", source)
+    stopped = [written(value) for value in answers(engine, [Request({"text": text}) for text in TEXTS])]
+    assert stopped != whole
+    for before, after in zip(whole, stopped):
+        longest = max(map(len, vocabulary))
+        at = before.find(stop)
+        assert before.startswith(after)
+        assert at < len(after) <= at + longest if at >= 0 else after == before
 
 
 def test_what_is_done_to_scores_is_what_the_original_processors_do() -> None:

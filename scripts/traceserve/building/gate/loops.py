@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Callable, Dict, List
 
 import torch
@@ -36,21 +37,46 @@ def _encoder_decoder_forced(original: Original, row: Row, steps: int) -> torch.T
 def generate_original(original: Original, loop: str, row: Row, request: Request) -> List[int]:
     """Return the ids of the original's own `generate` for one row, only new ones."""
     ids = torch.tensor([row.encoding.ids])
-    options = _generate_options(original, request)
+    options = _generate_options(original, request, row.length if LOOPS[loop].writes_behind else 1)
     tokens: List[int] = original.model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0].tolist()
     return tokens[row.length if LOOPS[loop].writes_behind else 1 :]
 
 
-def _generate_options(original: Original, request: Request) -> Dict[str, Any]:
-    """Return a request's parameters in `generate`'s format."""
+def _generate_options(original: Original, request: Request, begin: int) -> Dict[str, Any]:
+    """Return a request's parameters in `generate`'s format; what it writes begins at the position `begin`."""
     named = {**original.parameters, **request.parameters}
     own = ("return_full_text", "stream", "long_inputs", "seed", "stop", "src_lang", "tgt_lang")
     options = {key: value for key, value in named.items() if key not in own and value is not None}
     if named.get("tgt_lang") is not None:
         options["forced_bos_token_id"] = original.facts["languages"][named["tgt_lang"]]
     if named.get("stop") is not None:
-        options.update(stop_strings=strings(named["stop"]), tokenizer=original.tokenizer)
+        options["stopping_criteria"] = _stopping_criteria(original.tokenizer, strings(named["stop"]), begin)
     return options
+
+
+def _stopping_criteria(tokenizer: Any, stops: List[str], begin: int) -> Any:
+    """Return what stops `generate` after one of these strings.
+
+    transformers' own criterion writes each token behind "abcdef", and raises ValueError for a tokenizer whose
+    vocabulary lacks these letters.
+    """
+    from transformers import StoppingCriteriaList, StopStringCriteria
+
+    try:
+        return StoppingCriteriaList([StopStringCriteria(tokenizer, stops)])
+    except ValueError:
+        return StoppingCriteriaList([partial(_has_stopped, tokenizer, stops, begin)])
+
+
+def _has_stopped(
+    tokenizer: Any, stops: List[str], begin: int, ids: torch.Tensor, scores: torch.Tensor, **_: Any
+) -> torch.Tensor:
+    """Return for each row of ids whether its text has a stop string that ends behind the position `begin`."""
+    found = []
+    for row in ids:
+        before, text = (tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (row[:begin], row))
+        found.append(any(stop in text[max(0, len(before) - len(stop) + 1) :] for stop in stops))
+    return torch.tensor(found)
 
 
 # The logits, (steps + 1, vocabulary), when the original reads `steps` given tokens after one row.
