@@ -167,6 +167,7 @@ BUILDER_FLOORS: Sequence[Set[str]] = (
     {"archives"},
     {"serving", "building"},
     {"measuring", "deploying", "playground"},
+    {"checking"},
     {"commands"},
     {"cli"},
     {"__main__"},

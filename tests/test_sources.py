@@ -202,6 +202,7 @@ INFERENCE = b"""{"model_type": "bert", "architectures": ["BertForSequenceClassif
 "id2label": {"0": "contradiction", "1": "entailment"}}"""
 CARD = b"---\npipeline_tag: zero-shot-classification\n---\n# Card"
 NEEDED = {"config.json", "tokenizer.json", "vocab.txt", "1_Pooling/config.json"}
+FETCHED = {*NEEDED, "README.md"}  # the card names the licence, and perhaps the task
 
 
 class Repository(NamedTuple):
@@ -355,7 +356,7 @@ def test_hub_main_branch_and_then_offline(hub: Hub, fetch: Fetch, tmp_path: Path
     answer = fetch("org/safe")
     assert (answer["kind"], answer["revision"], answer["pickled"]) == ("hub", ONE, False)
     assert answer["files"] == expected("model.safetensors")
-    assert hub.files == sorted({*NEEDED, "model.safetensors"})
+    assert hub.files == sorted({*FETCHED, "model.safetensors"})
     assert Path(answer["folder"]).is_relative_to(tmp_path / "cache")
 
     hub.requests.clear()
@@ -381,26 +382,26 @@ def test_hub_pickle_only_where_there_is_nothing_else(hub: Hub, fetch: Fetch) -> 
     answer = fetch("org/pickled")
     assert answer["pickled"] is True
     assert answer["files"] == expected("pytorch_model.bin")
-    assert hub.files == sorted({*NEEDED, "pytorch_model.bin"})
+    assert hub.files == sorted({*FETCHED, "pytorch_model.bin"})
     assert fetch("org/pickled", offline=True) == answer
 
 
 def test_hub_code_only_where_it_is_trusted(hub: Hub, fetch: Fetch) -> None:
     answer = fetch("org/safe", trust_remote_code=True)
     assert answer["files"] == expected("model.safetensors", "modeling.py")
-    assert hub.files == sorted({*NEEDED, "model.safetensors", "modeling.py"})
+    assert hub.files == sorted({*FETCHED, "model.safetensors", "modeling.py"})
 
 
 def test_hub_a_wrong_head_before_its_weights(hub: Hub, fetch: Fetch) -> None:
     assert 'set "task": "token_classification"' in fetch("org/tagger", task="fill_mask")["error"]
-    assert hub.files == sorted(NEEDED)
+    assert hub.files == sorted(FETCHED)
     assert fetch("org/tagger", task="auto")["task"] == "token_classification"
 
 
 def test_hub_a_card_may_say_the_task(hub: Hub, fetch: Fetch) -> None:
     answer = fetch("org/inference", task="auto")
     assert answer["task"] == "zero_shot_classification" and "README.md" not in answer["files"]
-    assert hub.files == sorted({*NEEDED, "model.safetensors", "README.md"})
+    assert hub.files == sorted({*FETCHED, "model.safetensors"})
 
 
 def test_hub_without_a_checkpoint(fetch: Fetch) -> None:

@@ -215,7 +215,7 @@ class Manifest:
             (self.model_file not in self.files, f"files lacks the model, {self.model_file}"),
             (self.tokenizer.file not in self.files, f"files lacks the tokenizer, {self.tokenizer.file}"),
             (self.tokenizer.pieces not in (None, *self.files), f"files lacks the tokenizer's {self.tokenizer.pieces}"),
-            (not all(map(_is_inside, self.files)), "files should name files of the archive, such as folder/name"),
+            (not all(map(is_inside, self.files)), "files should name files of the archive, such as folder/name"),
         ):
             if wrong:
                 raise InvalidManifest(f"{MANIFEST_FILE}: {what}")
@@ -243,7 +243,7 @@ def _digest(document: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode("ascii")).hexdigest()
 
 
-def _is_inside(name: str) -> bool:
+def is_inside(name: str) -> bool:
     """Return whether a path stays below its starting folder, on every system."""
     parts = name.split("/")
     return not set(parts) & {"", ".", ".."} and not set(name) & set("\\:\0") and name != MANIFEST_FILE

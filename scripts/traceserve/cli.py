@@ -28,7 +28,9 @@ A transformer checkpoint to a TorchServe deployment: traced, compared with the o
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
-    """Run the command; returns the exit code: 0, 1 for a reported error, 2 for wrong usage, 130 if interrupted."""
+    """Run the command; returns the exit code: 0, 1 for a reported error, 2 for wrong usage, 130 if interrupted.
+
+    Commands whose 1 answers a question (see `Command.trouble`) return 2 for errors."""
     os.environ.update(environment.settings())
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
@@ -38,7 +40,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         return int(options.run(options) or 0)
     except TraceserveError as error:
         printing.print_error(_full_disk(error, options) or error)
-        return 1
+        return int(options.command.trouble)
     except _Interrupted:
         printing.console(error=True).print("interrupted; nothing was left half-made")
         return 130
@@ -49,7 +51,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         full = _full_disk(error, options)
         if full:
             printing.print_error(full)
-            return 1
+            return int(options.command.trouble)
         if os.environ.get("TRACESERVE_TRACEBACK"):
             raise
         printing.console(error=True).print(
@@ -57,7 +59,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
             "(TRACESERVE_TRACEBACK=1 shows where; please report it)",
             highlight=False,
         )
-        return 1
+        return int(options.command.trouble)
 
 
 def _full_disk(error: Exception, options: argparse.Namespace) -> Optional[NoSpace]:

@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any, Mapping, Sequence
 
 from traceserve_runtime.errors import TraceserveError
-from traceserve_runtime.manifest import HANDLER_FILE, MANIFEST_FILE, OWN_CODE, Manifest, sha256, write_document
+from traceserve_runtime.manifest import (
+    HANDLER_FILE,
+    MANIFEST_FILE,
+    OWN_CODE,
+    Manifest,
+    is_inside,
+    sha256,
+    write_document,
+)
 
 from traceserve.archives import staging
 from traceserve.archives.model_config import SERVING_FILE, Serving
@@ -25,7 +33,7 @@ _LARGEST_RATIO = 1100  # deflate's for zeros
 # zipfile's exceptions for files that are not zips, are truncated, or have a changed byte: in names, sizes, methods,
 # flags or data.
 # (RuntimeError, the base of NotImplementedError, is for an unknown method or encryption.)
-_DAMAGED = (
+DAMAGED = (
     zipfile.BadZipFile,
     zlib.error,
     struct.error,
@@ -56,8 +64,8 @@ def unpack(path: Path, folder: Path, only: Sequence[str] = ()) -> None:
             space.require_space(folder, size, f"unpacking {path.name}")
             with space.Needed(folder, size, f"unpacking {path.name}"):
                 file.extractall(folder, members)
-    except _DAMAGED as error:
-        raise _damaged(path, error) from None
+    except DAMAGED as error:
+        raise damaged(path, error) from None
     if not only:
         manifest.verify_files(folder, [name for name in manifest.files if name.endswith(".py")])
 
@@ -70,12 +78,21 @@ def _check_names(path: Path, names: Sequence[str], manifest: Manifest) -> None:
     known = {*manifest.files, MANIFEST_FILE, ARCHIVER_MANIFEST, HANDLER_FILE}
     files = [name for name in names if not name.endswith("/")]
     for name in files:
-        if name not in known and not name.startswith((OWN_CODE, _METADATA)):
+        if not is_inside(name) and name != MANIFEST_FILE:  # our own prefixes do not make it harmless
+            raise ArchiveError(
+                f"{path} holds the name {name!r}, which leads out of its folder; build the archive again"
+            )
+        if name not in known and not is_our_own(name):
             raise ArchiveError(
                 f"{path} holds the file {name}, which its {MANIFEST_FILE} does not name; build the archive again"
             )
         if files.count(name) > 1:
             raise ArchiveError(f"{path} holds the file {name} twice; build the archive again")
+
+
+def is_our_own(name: str) -> bool:
+    """Return whether a file is part of our runtime, or of an installation's metadata beside it."""
+    return name == HANDLER_FILE or name.startswith((OWN_CODE, _METADATA))
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -100,11 +117,11 @@ def _read(path: Path, name: str) -> bytes:
     try:
         with zipfile.ZipFile(path) as file:
             return file.read(name)
-    except _DAMAGED as error:
-        raise _damaged(path, error) from None
+    except DAMAGED as error:
+        raise damaged(path, error) from None
 
 
-def _damaged(path: Path, error: Exception) -> TraceserveError:
+def damaged(path: Path, error: Exception) -> TraceserveError:
     """Return the error for a file that cannot be read as an archive."""
     if isinstance(error, TraceserveError):  # already reported
         return error
@@ -124,7 +141,7 @@ def _is_whole(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as file:
             return min((info.header_offset for info in file.infolist()), default=0) == 0
-    except _DAMAGED:
+    except DAMAGED:
         return False
 
 

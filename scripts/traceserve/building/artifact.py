@@ -12,6 +12,7 @@ from traceserve_runtime.manifest import Manifest, Shapes, Source, sha256
 from traceserve_runtime.tasks import TASKS
 
 from traceserve.archives.model_config import SERVING_FILE, Serving
+from traceserve.archives.shapes_in_words import describe_shapes
 from traceserve.building.checkpoints import adapters
 from traceserve.building.checkpoints.original import Original
 from traceserve.building.config import formats, libraries
@@ -111,16 +112,3 @@ def _versions(config: SetupConfig, source: Source) -> Dict[str, str]:
 def target_of(config: SetupConfig) -> Target:
     """Return the writer's target."""
     return formats.target(config.save_mode, config.hardware, config.options)
-
-
-def describe_shapes(shapes: Shapes, max_length: int) -> str:
-    """Describe the allowed shapes."""
-    if shapes.lengths is None:
-        lengths = f"any length up to {max_length}"
-    else:
-        lengths = "length " + ", ".join(map(str, shapes.lengths))
-    batches = "any batch" if shapes.batches is None else "batch " + ", ".join(map(str, shapes.batches))
-    padding = "" if shapes.padded else ", without padding"
-    if shapes.shortest > 1:
-        padding += f", rows below {shapes.shortest} tokens padded to that"
-    return f"{lengths}, {batches}{padding}" + (", a graph for each" if shapes.graph_per_shape else "")

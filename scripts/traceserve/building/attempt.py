@@ -12,6 +12,7 @@ from traceserve_runtime.manifest import Manifest, Shapes, Source
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Request
 
+from traceserve.archives.shapes_in_words import describe_shapes
 from traceserve.building import artifact
 from traceserve.building.checkpoints.original import Original
 from traceserve.building.config import formats
@@ -226,7 +227,7 @@ def _without_padding(config: SetupConfig, findings: Findings) -> str:
 def _drift(dtype: str, shapes: Shapes, original: Original) -> str:
     return (
         f"the exported model does not answer as the original does (in {dtype}, "
-        f"at {artifact.describe_shapes(shapes, original.max_length)}), so nothing "
+        f"at {describe_shapes(shapes, original.max_length)}), so nothing "
         "was written; --allow-drift exports it anyway, and records it"
     )
 

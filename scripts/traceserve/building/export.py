@@ -12,7 +12,7 @@ from traceserve_runtime.tasks import TASKS
 
 from traceserve.building import artifact, samples
 from traceserve.building.attempt import AcceptedArtifact, Attempt, size_of
-from traceserve.building.checkpoints import loading, sources
+from traceserve.building.checkpoints import licenses, loading, sources
 from traceserve.building.config import formats
 from traceserve.building.config.parsing import LoadedConfig
 from traceserve.building.exported import Candidate, Exported
@@ -76,7 +76,11 @@ def _export(
         if chosen.folder != folder:
             for file in chosen.folder.iterdir():
                 os.replace(file, folder / file.name)
-    receipt = {**chosen.manifest.receipt, "candidates": [candidate.receipt() for candidate in tried]}
+    receipt = {
+        **chosen.manifest.receipt,
+        "candidates": [candidate.receipt() for candidate in tried],
+        "license": licenses.license_of(checkpoint),
+    }
     manifest = replace(chosen.manifest, receipt=receipt)
     manifest.write(folder)
     parameters = sum(parameter.numel() for parameter in original.model.parameters())

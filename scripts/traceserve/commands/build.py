@@ -151,7 +151,7 @@ def _archive(options: argparse.Namespace) -> int:
 def _print_exported(exported: Exported, path: Path, seconds: float) -> None:
     from rich.table import Table
 
-    from traceserve.building.artifact import describe_shapes
+    from traceserve.archives.shapes_in_words import describe_shapes
 
     manifest, findings = exported.manifest, exported.findings
     size = path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.rglob("*") if f.is_file())

@@ -14,3 +14,4 @@ class Command(NamedTuple):
     add: Callable[[argparse.ArgumentParser], None]  # adds its options
     run: Callable[[argparse.Namespace], int]  # returns the exit code
     finds_servers: bool = False  # whether it starts or finds servers
+    trouble: int = 1  # the exit code of a reported error; 2 where 1 says that something was found

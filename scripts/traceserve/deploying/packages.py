@@ -13,6 +13,7 @@ from typing import Dict, Iterator, List, Sequence, Set, Tuple
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from traceserve_runtime.manifest import Manifest
 
 from traceserve.deploying.described import Described, torch_version
 from traceserve.deploying.plan import Copy
@@ -54,13 +55,18 @@ def requirements(archives: Sequence[Described], extra: Sequence[str]) -> List[st
 
     torch has the version that the archives were built and compared with. What is not installed here has no version.
     """
-    wanted = [*_WORKER, *_COMMAND, *extra]
+    wanted = [*_COMMAND, *extra]
     for each in archives:
-        wanted += [*SAVE_MODES.get(each.manifest.save_mode, ()), *HARDWARE.get(each.manifest.hardware, ())]
+        wanted += of_worker(each.manifest)
     pins = _closure(dict.fromkeys(wanted))
     pins["torch"] = torch_version(archives[0].manifest) or pins["torch"]
     lines = [f"{name}=={version}" for name, version in pins.items() if version]
     return sorted([*lines, *(name for name, version in pins.items() if not version)])
+
+
+def of_worker(manifest: Manifest) -> List[str]:
+    """The packages that a worker of this archive imports."""
+    return [*_WORKER, *SAVE_MODES.get(manifest.save_mode, ()), *HARDWARE.get(manifest.hardware, ())]
 
 
 def ray_version() -> str:

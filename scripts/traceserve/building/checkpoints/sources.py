@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Callable, Dict, List
 
-from traceserve.building.checkpoints import adapters, demo, files, sentence_transformers, task
+from traceserve.building.checkpoints import adapters, demo, files, licenses, sentence_transformers, task
 from traceserve.building.checkpoints.checkpoint import (
     ADAPTER_PICKLE,
     CODE,
@@ -18,10 +18,9 @@ from traceserve.building.checkpoints.checkpoint import (
     Checkpoint,
 )
 from traceserve.building.checkpoints.json_files import read_json
-from traceserve.building.config.setup_config import AUTO_TASK, SetupConfig
+from traceserve.building.config.setup_config import SetupConfig
 from traceserve.errors import SourceError, some
 
-_CARD = ["README.md"]  # may name the model's task
 _PARTLY = " (the hub's cache may hold a part of it only: download it once while online, or name a folder)"
 _NOT_NEEDED = ["onnx/*", "openvino/*", "*.onnx", "*/model*.safetensors"]
 
@@ -102,8 +101,8 @@ def _from_hub(config: SetupConfig, folder: Path) -> Checkpoint:
         if config.gguf_file:
             snapshot = download([glob.escape(config.gguf_file)])
         else:
-            card = _CARD if config.task == AUTO_TASK else []
-            small = download([*SMALL_FILES, *card, *code])
+            # The card may name the model's task, and its licence.
+            small = download([*SMALL_FILES, *licenses.FILES, *code])
             if adapters.is_one(small):
                 adapters.check_adapter(small, config.model_name)
             else:

@@ -1,0 +1,129 @@
+"""Reads what lies in an archive or an artifact's folder, without unpacking, importing or unpickling any of it.
+
+Nothing in a file decides how much is read: names, numbers and sizes are checked before the first byte, documents have a
+largest size, and every other file is only hashed, in blocks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Callable, Dict, List, Mapping, Tuple
+
+from traceserve_runtime.manifest import MANIFEST_FILE, is_inside
+
+from traceserve.archives.contents import DAMAGED, damaged
+from traceserve.errors import ArchiveError
+
+LARGEST_DOCUMENT = 16 << 20  # bytes, of a JSON or YAML file that is parsed
+_MOST_FILES = 10_000
+# Archives are stored, or deflated by hand: texts may shrink much, weights hardly.
+_LARGEST_GROWTH, _ALWAYS_ALLOWED = 8, 64 << 20
+_BLOCK = 1 << 20
+
+Open = Callable[[str], IO[bytes]]
+
+
+@dataclass(frozen=True)
+class ListedFile:
+    """A file in an archive: its size in bytes, and its SHA-256."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of an archive or a folder, and the parsed manifest; `documents` holds the other requested files."""
+
+    path: Path
+    size: int  # bytes, of the archive's file, or of all files in the folder
+    manifest: Mapping[str, Any]
+    files: Tuple[ListedFile, ...]
+    documents: Mapping[str, bytes]
+
+
+def list_files(path: Path, documents: Tuple[str, ...] = ()) -> Listing:
+    """Read an archive or an artifact's folder, with the content of these documents if it has them.
+
+    Raises ArchiveError, which names the file, for a damaged archive, for a name that leads outside of it, and for one
+    that would grow to more than its size allows.
+    """
+    if path.is_dir():
+        names = {file.relative_to(path).as_posix(): file.stat().st_size for file in _files_below(path)}
+        return _listed(path, sum(names.values()), names, lambda name: (path / name).open("rb"), documents)
+    try:
+        with ExitStack() as stack:
+            archive = stack.enter_context(zipfile.ZipFile(path))
+            return _listed(path, path.stat().st_size, _members(path, archive), archive.open, documents)
+    except DAMAGED as error:
+        raise damaged(path, error) from None
+
+
+def _files_below(folder: Path) -> List[Path]:
+    if not (folder / MANIFEST_FILE).is_file():
+        raise ArchiveError(f"{folder} has no {MANIFEST_FILE}: it is no artifact; `traceserve build` makes one")
+    return [file for file in sorted(folder.rglob("*")) if file.is_file() and "__pycache__" not in file.parts]
+
+
+def _members(path: Path, archive: zipfile.ZipFile) -> Dict[str, int]:
+    """Return the size that each file declares; raises ArchiveError for a hostile list."""
+    sizes: Dict[str, int] = {}
+    for info in archive.infolist():
+        name = info.filename
+        if not is_inside(name.rstrip("/")) and name != MANIFEST_FILE:
+            raise ArchiveError(
+                f"{path} holds the name {name!r}, which leads out of its folder; do not unpack or serve it"
+            )
+        if name in sizes:
+            raise ArchiveError(f"{path} holds the file {name} twice; build the archive again")
+        if not info.is_dir():
+            sizes[name] = info.file_size
+    allowed = _LARGEST_GROWTH * path.stat().st_size + _ALWAYS_ALLOWED
+    if sum(sizes.values()) > allowed:
+        largest = max(sizes, key=lambda name: sizes[name])
+        raise ArchiveError(
+            f"{path} would grow from {path.stat().st_size:,} bytes to {sum(sizes.values()):,} (most of it {largest}), and "
+            f"{allowed:,} are allowed: it may be made to fill a disk; do not unpack or serve it"
+        )
+    return sizes
+
+
+def _listed(path: Path, size: int, sizes: Mapping[str, int], open_file: Open, documents: Tuple[str, ...]) -> Listing:
+    if len(sizes) > _MOST_FILES:
+        raise ArchiveError(f"{path} holds {len(sizes):,} files, and an archive has at most {_MOST_FILES:,}")
+    if MANIFEST_FILE not in sizes:
+        raise ArchiveError(
+            f"{path} is no archive of traceserve: it holds no {MANIFEST_FILE}; `traceserve build` makes one"
+        )
+    content = {
+        name: _small(path, name, sizes[name], open_file) for name in (MANIFEST_FILE, *documents) if name in sizes
+    }
+    try:
+        manifest = json.loads(content.pop(MANIFEST_FILE))
+    except (ValueError, RecursionError) as error:
+        raise ArchiveError(f"{path} is no archive of traceserve: {MANIFEST_FILE} is not valid JSON: {error}") from None
+    if not isinstance(manifest, dict):
+        raise ArchiveError(f"{path} is no archive of traceserve: {MANIFEST_FILE} should hold an object")
+    files = tuple(ListedFile(name, count, _hash(open_file, name)) for name, count in sorted(sizes.items()))
+    return Listing(path, size, manifest, files, content)
+
+
+def _small(path: Path, name: str, size: int, open_file: Open) -> bytes:
+    if size > LARGEST_DOCUMENT:
+        raise ArchiveError(f"{path}: {name} has {size:,} bytes, and at most {LARGEST_DOCUMENT:,} are read")
+    with open_file(name) as stream:
+        return stream.read(LARGEST_DOCUMENT)
+
+
+def _hash(open_file: Open, name: str) -> str:
+    digest = hashlib.sha256()
+    with open_file(name) as stream:
+        for block in iter(lambda: stream.read(_BLOCK), b""):
+            digest.update(block)
+    return digest.hexdigest()

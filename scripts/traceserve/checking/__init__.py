@@ -1,0 +1,1 @@
+"""Checks of archives and servers after the build: inspected, verified against a live server, compared."""
