@@ -58,6 +58,13 @@ def today(session: nox.Session) -> None:
 
 
 @nox.session(python=interpreter("3.11"))
+def site(session: nox.Session) -> None:
+    """Build the documentation's site; a broken link is an error."""
+    session.install("zensical==0.0.73")
+    session.run("zensical", "build", "--strict", "-f", ".zensical.toml")
+
+
+@nox.session(python=interpreter("3.11"))
 def transformers4(session: nox.Session) -> None:
     """Test the parts that depend on transformers with 4.57, which constraints.txt selects for older Pythons."""
     session.install("-c", str(older(Path(session.create_tmp()))), "-e", ".[test]")

@@ -384,9 +384,9 @@ def test_a_candidate_that_cannot_start_leaves_no_server(mar: Path, tmp_path: Pat
         assert instances.running() == []
 
 
-def test_the_readmes_commands_are_the_programs() -> None:
+def test_the_guides_commands_are_the_programs() -> None:
     """They need minutes and the reader's own model, so here they are only parsed."""
-    lines = re.findall(r"^traceserve (tune .+)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    lines = re.findall(r"^traceserve (tune .+)$", (ROOT / "docs" / "tune.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert [_parse(line.split()).target for line in lines] == [None, 0.05]
 
 

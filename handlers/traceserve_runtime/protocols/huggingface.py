@@ -51,7 +51,7 @@ _PARAMETERS: Dict[str, Key] = {
 
 
 class HuggingFace:
-    """Our own envelope with these clients' additions."""
+    """What huggingface_hub's InferenceClient sends: our own envelope with additions."""
 
     def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Union[Body, Document]:
         """Read a call."""

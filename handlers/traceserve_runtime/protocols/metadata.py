@@ -27,7 +27,7 @@ class _KServe:
 
 
 class ServerMetadata(_KServe):
-    """GET /v2"""
+    """The server's name and version, in the Open Inference Protocol."""
 
     def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Document:
         """Return the server's name, version and extensions."""
@@ -35,7 +35,7 @@ class ServerMetadata(_KServe):
 
 
 class State(_KServe):
-    """GET /v2/health/live and /v2/health/ready: an answer means that the worker runs, with its model loaded."""
+    """An answer means that the worker runs, with its model loaded."""
 
     def __init__(self, name: str) -> None:
         self._name = name

@@ -49,7 +49,7 @@ _STATUSES = {
 
 
 class OpenApi:
-    """Serves the description."""
+    """Describes the requests and answers of this archive in OpenAPI 3.1."""
 
     def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Document:
         """Ignore the body."""
@@ -61,7 +61,7 @@ class OpenApi:
 
 
 class Page(OpenApi):
-    """Serves the page."""
+    """Shows that description as a page for browsers."""
 
     def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Document:
         """Ignore the body."""

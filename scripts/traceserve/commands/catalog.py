@@ -31,7 +31,7 @@ def task_entries() -> List[Entry]:
 
 
 def markdown() -> str:
-    """Return the README's section on tasks."""
+    """Return the descriptions of all tasks as Markdown."""
     general = TASKS["sequence_classification"].all_parameters()[-1]
     parts = [_section(entry) for entry in task_entries()]
     return "\n\n".join(parts) + f"\n\nEvery task takes `{general.name}` too: {general.description}.\n"

@@ -26,7 +26,7 @@ def _config_schema(options: argparse.Namespace) -> int:
 
 def _add_tasks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("task", nargs="?", metavar="TASK", help="show only this one [all]")
-    parser.add_argument("--markdown", action="store_true", help="in the README's format")
+    parser.add_argument("--markdown", action="store_true", help="as Markdown")
 
 
 def _tasks(options: argparse.Namespace) -> int:

@@ -66,7 +66,7 @@ def configure_server(
     (folder / java.LOG_CONFIG).write_text(_JAVA_LOGGING.replace("FOLDER", str(folder / "logs")), encoding="utf-8")
     log_config = folder / "log4j2.xml"
     log_config.write_text(_LOG_CONFIG.replace("FOLDER", str(folder / "logs")), encoding="utf-8")
-    (folder / "metrics.yaml").write_text(_METRICS, encoding="utf-8")
+    (folder / "metrics.yaml").write_text(METRICS, encoding="utf-8")
     return (management, metrics), {"ts-config": config, "log-config": log_config, "model-store": store}
 
 
@@ -156,7 +156,7 @@ java.util.logging.SimpleFormatter.format=%1$tF %1$tT %4$s %3$s%n
 """
 
 
-_METRICS = """ts_metrics:
+METRICS = """ts_metrics:
   counter:
     - {name: Requests2XX, unit: Count, dimensions: [Level, Hostname]}
     - {name: Requests4XX, unit: Count, dimensions: [Level, Hostname]}
