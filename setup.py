@@ -18,6 +18,8 @@ PEFT = ['peft>=0.18; python_version >= "3.10"']  # the first that runs with tran
 # A worker only needs onnxruntime; a loop keeps its tensors from 1.17 on. The builder also exports with onnx.
 ONNX_WORKER = ["onnxruntime>=1.17"]
 ONNX = [*ONNX_WORKER, "onnx>=1.15"]
+# Its telemetry, on which the package depends, is never imported: `runtimes/openvino.py`.
+OPENVINO = ['openvino>=2024.6; python_version >= "3.10"']
 # Ray Serve brings HAProxy, fsspec reads archives from where clusters keep them, multipart reads forms.
 RAY = ['ray[serve]>=2.60; python_version >= "3.10"', "fsspec>=2024.2", "multipart>=1.2", "psutil>=5.8", "pyyaml>=5.1"]
 # A small server for one archive, without a JVM.
@@ -90,10 +92,11 @@ setup(
         "peft": PEFT,
         "onnx": ONNX,
         "onnx-worker": ONNX_WORKER,
+        "openvino": OPENVINO,
         "ray": RAY,
         "web": WEB,
-        "test": SERVE + DEMO + BENCH + CURATED + GGUF + PEFT + ONNX + WEB + TEST,
-        "dev": SERVE + DEMO + BENCH + CURATED + GGUF + PEFT + ONNX + WEB + TEST + DEV,
+        "test": SERVE + DEMO + BENCH + CURATED + GGUF + PEFT + ONNX + OPENVINO + WEB + TEST,
+        "dev": SERVE + DEMO + BENCH + CURATED + GGUF + PEFT + ONNX + OPENVINO + WEB + TEST + DEV,
     },
     entry_points={"console_scripts": ["traceserve=traceserve.cli:main"]},
     classifiers=[

@@ -35,6 +35,8 @@ FILES = sorted([*HANDLERS.rglob("*.py"), *SCRIPTS.rglob("*.py")])
 HEAVY = {
     "transformers",
     "onnxruntime",
+    "openvino",
+    "nncf",
     "torch_neuron",
     "torch_neuronx",
     "captum",
@@ -269,6 +271,9 @@ def test_names_of_the_tables_are_not_compared(path: Path) -> None:
 def test_each_border_is_crossed_in_one_place() -> None:
     assert {p.name for p in FILES if "ts" in roots(p)} <= {"transformer_handler.py"}
     assert {p.name for p in FILES if "model_archiver" in p.read_text()} == {"archive.py"}
+    assert {p.relative_to(ROOT).as_posix() for p in FILES if "openvino" in roots(p)} == {
+        "handlers/traceserve_runtime/runtimes/openvino.py"  # without its telemetry
+    }
     assert {p.name for p in FILES if "ray" in roots(p)} <= {"ray_serve.py", "ray_cluster.py"}
 
 

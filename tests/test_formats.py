@@ -31,10 +31,11 @@ ALL = list(itertools.product(SAVE_MODES, HARDWARE, TASKS))
     [
         ({}, ["pretrained", "aot_inductor"]),  # onnx is traced, too
         ({"task": "text_generation"}, ["pretrained"]),
-        ({"save_mode": "onnx"}, ["torchscript", "pretrained", "aot_inductor"]),
+        ({"save_mode": "onnx"}, ["torchscript", "pretrained", "openvino", "aot_inductor"]),
+        ({"save_mode": "openvino"}, ["torchscript", "pretrained", "onnx", "aot_inductor"]),
         ({"save_mode": "onnx", "dtype": "int8"}, ["torchscript"]),
         ({"save_mode": "pretrained"}, []),  # transformers itself cannot run it
-        ({"save_mode": "aot_inductor", "dtype": "float32"}, ["torchscript", "pretrained", "onnx"]),
+        ({"save_mode": "aot_inductor", "dtype": "float32"}, ["torchscript", "pretrained", "onnx", "openvino"]),
         ({"hardware": "gpu"}, ["pretrained"]),
         ({"trust_remote_code": True}, ["aot_inductor"]),
         ({"library": "curated_transformers", "task": "feature_extraction"}, []),

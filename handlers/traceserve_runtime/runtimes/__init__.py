@@ -7,7 +7,7 @@ from typing import Callable, Dict, List, Sequence
 
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runner import Runner
-from traceserve_runtime.runtimes import aot_inductor, onnx, pretrained, torchscript
+from traceserve_runtime.runtimes import aot_inductor, onnx, openvino, pretrained, torchscript
 from traceserve_runtime.runtimes.variants import Variant
 from traceserve_runtime.settings import Settings
 
@@ -18,6 +18,7 @@ RUNTIMES: Dict[str, Reader] = {
     "torchscript": torchscript.read,
     "pretrained": pretrained.read,
     "onnx": onnx.read,
+    "openvino": openvino.read,
     "aot_inductor": aot_inductor.read,
 }
 
@@ -25,5 +26,6 @@ VARIANTS: Dict[str, Variants] = {
     "torchscript": torchscript.variants,
     "pretrained": pretrained.variants,
     "onnx": onnx.variants,
+    "openvino": openvino.variants,
     "aot_inductor": aot_inductor.variants,
 }

@@ -38,7 +38,11 @@ TRIED = {
     "multipart": "2.0.1",
 }
 # What a save mode's reader needs besides, and what torch needs for a kind of hardware.
-SAVE_MODES: Dict[str, Tuple[str, ...]] = {"onnx": ("onnxruntime",), "pretrained": ("transformers",)}
+SAVE_MODES: Dict[str, Tuple[str, ...]] = {
+    "onnx": ("onnxruntime",),
+    "openvino": ("openvino",),
+    "pretrained": ("transformers",),
+}
 HARDWARE: Dict[str, Tuple[str, ...]] = {"neuron": ("torch-neuron",), "neuronx": ("torch-neuronx",)}
 # Where pip finds torch for it; empty: on the ordinary index.
 INDEXES = {

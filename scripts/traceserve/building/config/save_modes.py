@@ -127,7 +127,7 @@ SAVE_MODES: Dict[str, SaveMode] = {
         loops=("float32", "bfloat16", "float16"),
         auto=dtypes.fastest,
         options=_OF_COMPILERS,
-        fails_with=("onnx",),  # torch's exporter traces like torch.jit.trace, once for all shapes
+        fails_with=("onnx", "openvino"),  # both trace like torch.jit.trace, once for all shapes
     ),
     "pretrained": SaveMode(
         hardware=("cpu", "gpu"),
@@ -135,7 +135,7 @@ SAVE_MODES: Dict[str, SaveMode] = {
         loops=("float32", "bfloat16", "float16"),
         auto=dtypes.fastest,
         options=(_TORCH_COMPILE,),
-        fails_with=("torchscript", "onnx", "aot_inductor"),  # it runs the model unchanged
+        fails_with=("torchscript", "onnx", "openvino", "aot_inductor"),  # it runs the model unchanged
         # A worker runs no code of a checkpoint, whatever the builder may.
         refuses={
             "trust_remote_code": "save_mode pretrained carries no code of a checkpoint into the worker; take a save mode "
@@ -148,6 +148,13 @@ SAVE_MODES: Dict[str, SaveMode] = {
         loops=("float32",),
         auto=dtypes.float32_alone,  # not int8: several long attempts for a gain of a tenth to a third
         options=_OF_ONNX,
+        measured_against="torchscript",
+    ),
+    "openvino": SaveMode(
+        hardware=("cpu",),
+        dtypes=("float32", "bfloat16"),
+        loops=(),
+        auto=dtypes.fastest,
         measured_against="torchscript",
     ),
     "aot_inductor": SaveMode(

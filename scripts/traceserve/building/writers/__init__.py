@@ -8,6 +8,7 @@ from traceserve.building.writers import aot_inductor, pretrained, shapes
 from traceserve.building.writers.contract import Writer
 from traceserve.building.writers.lowering import precision
 from traceserve.building.writers.onnx import writer as onnx
+from traceserve.building.writers.openvino import writer as openvino
 from traceserve.building.writers.torchscript import writer as torchscript
 from traceserve.building.writers.tracing import graphs
 
@@ -34,6 +35,13 @@ WRITERS: Dict[str, Writer] = {
         lowered=onnx.lowered,
         shapes=shapes.one_graph,
         check=onnx.check,
+    ),
+    "openvino": Writer(
+        write=openvino.write,
+        model_file=openvino.MODEL_FILE,
+        lowered=openvino.lowered,
+        shapes=shapes.one_graph,
+        check=openvino.check,
     ),
     "aot_inductor": Writer(
         write=aot_inductor.write,

@@ -1,0 +1,218 @@
+"""The save mode openvino: every task that runs once through OpenVINO, and a worker without torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Callable, Dict, List
+
+import numpy as np
+import pytest
+from conftest import ROOT, run_export
+from test_onnx import KINDS, LABELS, WITHOUT_TORCH, values
+from traceserve import cli
+from traceserve.building.config.parsing import parse_config
+from traceserve.building.config.save_modes import Target
+from traceserve.building.gate import verification
+from traceserve.building.gate.texts import SENTENCES
+from traceserve.building.writers.openvino import writer
+from traceserve.errors import ConfigError, ExportError
+from traceserve_runtime import processor
+from traceserve_runtime.engine import Engine
+from traceserve_runtime.errors import InvalidManifest, MissingPackage
+from traceserve_runtime.manifest import Manifest
+from traceserve_runtime.runtimes import openvino
+from traceserve_runtime.settings import Settings
+from traceserve_runtime.tasks import TASKS
+
+FAMILIES = ("classification", "modernbert", "deberta", "fixed")  # tests/test_matrix.py has every task
+Maker = Callable[[str], Path]
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skip measuring, and let the gate use fewer sentences."""
+    monkeypatch.setattr(
+        "traceserve.building.attempt.measure_speeds", lambda folders, *rest: dict.fromkeys(folders, 1.0)
+    )
+    monkeypatch.setattr(verification, "CORPUS", 32)
+    monkeypatch.setattr(verification, "TEXTS", SENTENCES[1:10])
+
+
+@pytest.fixture(scope="module")
+def made(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Maker:
+    """A kind's artifact, exported once; the gate compared it with the original."""
+    known: Dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in known:
+            kind = KINDS[name]
+            source = checkpoint(kind.architecture, TASKS[kind.task].auto_model, **kind.options)
+            content = {"model_name": str(source), "task": kind.task, "max_length": 32, "save_mode": "openvino"}
+            folder = tmp_path_factory.mktemp("openvino") / "x"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(verification, "TEXTS", SENTENCES[1:10])
+                patch.setattr(
+                    "traceserve.building.attempt.measure_speeds", lambda folders, *rest: dict.fromkeys(folders, 1.0)
+                )
+                run_export(folder, {**content, **kind.config})
+            known[name] = folder
+        return known[name]
+
+    return make
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_it_answers_as_the_original(made: Maker, name: str) -> None:
+    """The gate compared outputs and answers; together and alone they are equal."""
+    engine = Engine.load(made(name))
+    receipt = engine.manifest.receipt
+    assert receipt["passed"] and not receipt["answers_changed"]
+    assert receipt["largest_difference"] < 1e-5 and receipt["answers"] > 1 and receipt["cells"] > 8
+    for one, other in zip(values(engine, True), values(engine, False)):
+        assert engine.task.same(one, other)
+
+
+def test_any_shape_and_fixed_lengths(made: Maker) -> None:
+    assert Manifest.read(made("classification")).shapes.lengths is None
+    assert Manifest.read(made("fixed")).shapes.lengths == (16, 32)
+
+
+def test_a_worker_needs_openvino_tokenizers_and_numpy(made: Maker, tmp_path: Path) -> None:
+    """And reports nothing to anybody: OpenVINO's telemetry sends at import, and marks the user's home."""
+    code = WITHOUT_TORCH.replace(
+        'print("answered")',
+        'assert "openvino" in sys.modules and sys.modules["openvino_telemetry"] is None; print("answered")',
+    )
+    command = [sys.executable, "-c", code, *(str(made(name)) for name in ("classification", "fixed"))]
+    environment = {"PYTHONPATH": str(ROOT / "handlers"), "HOME": str(tmp_path)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 0 and result.stdout == "answered\n", result.stderr
+    assert not result.stderr and not list(tmp_path.iterdir())
+
+
+def test_the_builder_reports_nothing_either(made: Maker) -> None:
+    """Conversion would too."""
+    made("classification")
+    assert "openvino.tools.ovc" in sys.modules and sys.modules["openvino_telemetry"] is None
+
+
+def test_threads_and_precision(made: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 is not lowered on a processor with bfloat16; a worker's threads are its setting's, else its cores."""
+    seen: List[Dict[str, Any]] = []
+    own = openvino._properties
+
+    def keep(dtype: str, threads: Any) -> Dict[str, Any]:
+        seen.append(own(dtype, threads))
+        return seen[-1]
+
+    monkeypatch.setattr(openvino, "_properties", keep)
+    folder = made("classification")
+    manifest = Manifest.read(folder)
+    library = openvino.library()
+    core = library.Core()
+    for threads, expected in ((1, 1), (None, processor.cores())):
+        openvino.read(manifest, folder, "cpu", Settings(threads=threads))
+        compiled = core.compile_model(core.read_model(str(folder / "model.xml")), "CPU", seen[-1])
+        assert compiled.get_property("INFERENCE_NUM_THREADS") == expected
+        assert compiled.get_property("INFERENCE_PRECISION_HINT") == library.Type.f32
+        assert not compiled.get_property("ENABLE_CPU_PINNING") and compiled.get_property("NUM_STREAMS") == 1
+
+
+def test_threads_of_one_process_take_turns(made: Maker) -> None:
+    """OpenVINO refuses a second run of a request that runs."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    engine = Engine.load(made("classification"))
+    ids = np.ones((16, 32), dtype=np.int64)
+    columns = dict.fromkeys(engine.manifest.inputs, ids)
+    expected = engine.runner(columns)["logits"]
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(engine.runner, [columns] * 64):
+            assert np.array_equal(found["logits"], expected)
+
+
+def test_outputs_are_not_overwritten(made: Maker) -> None:
+    """By the next run, whose outputs OpenVINO puts into the same memory."""
+    engine = Engine.load(made("classification"))
+    rows = [np.full((1, 8), number, dtype=np.int64) for number in (1, 2)]
+    first, second = (
+        engine.runner({"input_ids": ids, "attention_mask": rows[0], "token_type_ids": 0 * ids})["logits"]
+        for ids in rows
+    )
+    assert not np.array_equal(first, second)
+
+
+@pytest.mark.skipif(not processor.native("bfloat16"), reason="this processor has no bfloat16")
+def test_bfloat16(checkpoint: Callable[..., Path], tmp_path: Path, quick: None) -> None:
+    """Its weights take two bytes; it is not float32 under another name."""
+    source = str(checkpoint("bert", **LABELS))
+    for dtype in ("float32", "bfloat16"):
+        content = {"model_name": source, "max_length": 32, "save_mode": "openvino", "dtype": dtype}
+        run_export(tmp_path / dtype, content, allow_drift=True)
+    exact, lower = (Manifest.read(tmp_path / dtype) for dtype in ("float32", "bfloat16"))
+    assert 1e-4 < lower.receipt["largest_difference"] < 0.1 and exact.receipt["largest_difference"] < 1e-5
+    sizes = [(tmp_path / dtype / "model.bin").stat().st_size for dtype in ("float32", "bfloat16")]
+    assert 0.45 < sizes[1] / sizes[0] < 0.6
+
+
+def test_what_openvino_cannot_compute_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "supported", lambda library, dtype: False)
+    with pytest.raises(ExportError, match="does not compute in bfloat16 on this processor"):
+        writer.check("bfloat16", Target("cpu", {}))
+
+
+def test_no_texts_are_written() -> None:
+    with pytest.raises(ConfigError) as raised:
+        parse_config({"model_name": "x/y", "task": "text_generation", "save_mode": "openvino"})
+    assert raised.value.message == (
+        "save_mode openvino is for models that are run once, not for text_generation; take torchscript or pretrained or onnx"
+    )
+
+
+def test_a_missing_package_is_named(made: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = made("classification")
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(MissingPackage, match="pip install openvino$"):
+        Engine.load(folder)
+    with pytest.raises(ExportError, match=r"pip install 'traceserve\[openvino\]'"):
+        writer.check("float32", Target("cpu", {}))
+
+
+def test_another_device_is_refused(made: Maker) -> None:
+    with pytest.raises(MissingPackage, match="device cuda:0.*runs on the CPU"):
+        Engine.load(made("classification"), "cuda:0")
+
+
+def test_an_invalid_file_is_named(made: Maker) -> None:
+    folder = made("classification")
+    manifest = Manifest.read(folder)
+    from dataclasses import replace
+
+    with pytest.raises(InvalidManifest, match="tokenizer.json cannot be loaded by openvino 20"):
+        openvino.read(replace(manifest, model_file="tokenizer.json"), folder, "cpu")
+    with pytest.raises(InvalidManifest, match="does not have the inputs and outputs"):
+        openvino.read(replace(manifest, inputs=("input_ids",)), folder, "cpu")
+
+
+def test_a_model_that_cannot_be_converted(
+    checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An operator that OpenVINO does not know."""
+    import torch
+    from transformers.models.bert import modeling_bert
+
+    own = modeling_bert.BertPooler.forward
+
+    def forward(self: Any, states: Any) -> Any:
+        return own(self, torch.special.bessel_j0(states))
+
+    monkeypatch.setattr(modeling_bert.BertPooler, "forward", forward)
+    config = tmp_path / "setup_config.json"
+    source = checkpoint("bert", **LABELS)
+    config.write_text(f'{{"model_name": "{source}", "max_length": 16, "save_mode": "openvino", "dtype": "float32"}}')
+    assert cli.main(["export", "--config", str(config), "--output", str(tmp_path / "x")]) == 1
+    told = capsys.readouterr().err
+    assert "OpenVINO cannot convert BertForSequenceClassification: " in told and "bessel" in told
+    assert "try save_mode torchscript or pretrained or onnx or aot_inductor" in told
