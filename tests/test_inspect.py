@@ -228,7 +228,7 @@ def test_versions(mar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert found["built-outside"] == "it was built with torch 1.9.0, outside the tested range >=1.13"
     assert "the answers were compared with" in found["other-version"]
     installed = {"numpy": "1.19.0", "torch": "2.13.0"}
-    monkeypatch.setattr(packages_here, "_installed", installed.get)
+    monkeypatch.setattr(packages_here, "installed", installed.get)
     found = {f.code: f.message for f in inspect_archive(mar).findings}
     assert found["here-outside"] == "numpy 1.19.0 here is outside the tested range >=1.20"
     assert "needs safetensors, which is not installed here" in found["missing-package"]

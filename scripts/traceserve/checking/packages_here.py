@@ -44,21 +44,21 @@ def packages_of(manifest: Manifest) -> List[PackageHere]:
     worker = [name for name in packages.of_worker(manifest) if name != _CHATS or chats]
     built = {name: version for name, version in manifest.versions.items() if name not in _BUILT_BY}
     names = dict.fromkeys([*worker, *built])
-    ranges = _ranges()
+    ranges = tested_ranges()
     return [
-        PackageHere(name, built.get(name), _installed(name), ranges.get(canonicalize_name(name), ""), name in worker)
+        PackageHere(name, built.get(name), installed(name), ranges.get(canonicalize_name(name), ""), name in worker)
         for name in names
     ]
 
 
-def _installed(name: str) -> Optional[str]:
+def installed(name: str) -> Optional[str]:
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
 
 
-def _ranges() -> Dict[str, str]:
+def tested_ranges() -> Dict[str, str]:
     """Return the ranges of setup.py for this Python, by package; an extra's too."""
     found: Dict[str, SpecifierSet] = {}
     for each in _requirements():
@@ -68,9 +68,19 @@ def _ranges() -> Dict[str, str]:
 
 
 def _requirements() -> Iterator[Requirement]:
-    ours = metadata.distribution(_OURS)
-    extras = ["", *(ours.metadata.get_all("Provides-Extra") or ())]
-    for text in ours.requires or ():
+    for extra in ("", *extras()):
+        yield from required(extra)
+
+
+def extras() -> List[str]:
+    """Return the names of our optional sets of packages."""
+    return metadata.distribution(_OURS).metadata.get_all("Provides-Extra") or []
+
+
+def required(extra: str = "") -> Iterator[Requirement]:
+    """Yield what this Python needs for us, or besides for an extra."""
+    for text in metadata.distribution(_OURS).requires or ():
         each = Requirement(text)
-        if each.marker is None or any(each.marker.evaluate({"extra": extra}) for extra in extras):
+        usual = each.marker is None or each.marker.evaluate({"extra": ""})
+        if usual != bool(extra) and (each.marker is None or each.marker.evaluate({"extra": extra})):
             yield each

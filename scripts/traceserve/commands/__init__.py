@@ -2,11 +2,24 @@
 
 from typing import Tuple
 
-from traceserve.commands import bench, build, demo, deploy, inspect, playground, predict, serve, show, status, tune
+from traceserve.commands import (
+    bench,
+    build,
+    demo,
+    deploy,
+    doctor,
+    inspect,
+    playground,
+    predict,
+    serve,
+    show,
+    status,
+    tune,
+)
 from traceserve.commands.contract import Command
 
 COMMANDS: Tuple[Command, ...] = tuple(
     command
-    for module in (build, inspect, serve, status, predict, bench, tune, deploy, playground, demo, show)
+    for module in (build, inspect, serve, status, predict, bench, tune, deploy, playground, doctor, demo, show)
     for command in module.COMMANDS
 )
