@@ -180,7 +180,7 @@ BUILDING_FLOORS: Sequence[Set[str]] = (
     {"checkpoints"},
     {"writers", "gate", "speeds"},
     {"artifact", "exported"},
-    {"attempt"},
+    {"attempt", "proposal"},
     {"export"},
 )
 

@@ -15,6 +15,14 @@ class SourceError(TraceserveError):
     """The checkpoint cannot be found, read or trusted."""
 
 
+class AmbiguousTask(SourceError):
+    """Several tasks fit the checkpoint, and nothing in it decides; `tasks` names them."""
+
+    def __init__(self, message: str, tasks: Sequence[str]) -> None:
+        super().__init__(message, "task")
+        self.tasks = tasks
+
+
 class ExportError(TraceserveError):
     """The model cannot be exported."""
 

@@ -8,6 +8,7 @@ from traceserve.commands import (
     demo,
     deploy,
     doctor,
+    init,
     inspect,
     playground,
     predict,
@@ -20,6 +21,6 @@ from traceserve.commands.contract import Command
 
 COMMANDS: Tuple[Command, ...] = tuple(
     command
-    for module in (build, inspect, serve, status, predict, bench, tune, deploy, playground, doctor, demo, show)
+    for module in (init, build, inspect, serve, status, predict, bench, tune, deploy, playground, doctor, demo, show)
     for command in module.COMMANDS
 )

@@ -14,7 +14,7 @@ from traceserve.building.checkpoints.head_weights import by_weights, check_label
 from traceserve.building.config import libraries
 from traceserve.building.config.rules import check_together
 from traceserve.building.config.setup_config import AUTO_TASK, SetupConfig
-from traceserve.errors import SourceError
+from traceserve.errors import AmbiguousTask, SourceError
 
 # sentence-transformers' kinds of models (config_sentence_transformers.json, "model_type"), and their tasks.
 _SENTENCE_TRANSFORMERS = {"SentenceTransformer": "feature_extraction", "CrossEncoder": "text_ranking"}
@@ -193,9 +193,10 @@ def _classifiers(found: _Found, facts: Mapping[str, Any]) -> _Found:
 def _one(config: SetupConfig, found: _Found) -> _Found:
     """Return the evidence if it leaves one task; raises SourceError with the candidates."""
     if len(found.tasks) > 1:
-        raise SourceError(
+        raise AmbiguousTask(
             f"{config.model_name} can be for several tasks ({found.evidence}), and its files do not say which: set "
-            f'"task": {_quoted(found.tasks)}'
+            f'"task": {_quoted(found.tasks)}',
+            found.tasks,
         )
     return found
 

@@ -1,0 +1,104 @@
+"""init: a first configuration, from what a checkpoint says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Callable, List
+
+import pytest
+from traceserve.building.config.parsing import load_config
+from traceserve.cli import main
+
+Make = Callable[..., Path]
+
+
+def written(path: Path) -> Any:
+    load_config(path)  # it is legal
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    "architecture, auto_model, task, longest",
+    [
+        ("bert", "AutoModelForTokenClassification", "token_classification", 160),
+        ("roberta", "AutoModelForQuestionAnswering", "question_answering", 160),
+        ("gpt2", "AutoModelForCausalLM", "text_generation", 160),
+        ("t5", "AutoModelForSeq2SeqLM", "text2text_generation", 512),
+    ],
+)
+def test_the_checkpoint_says_the_task_and_its_length(
+    architecture: str,
+    auto_model: str,
+    task: str,
+    longest: int,
+    checkpoint: Make,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = checkpoint(architecture, auto_model)
+    output = tmp_path / "new" / "mine.json"
+    assert main(["init", str(source), "-o", str(output)]) == 0
+    content = written(output)
+    assert content["model_name"] == str(source) and content["task"] == task and content["save_mode"] == "torchscript"
+    assert 0 < content["max_length"] <= longest
+    assert f"traceserve build --config {output}" in capsys.readouterr().out.replace("\n", "")
+
+
+def test_a_relative_folder_stays_relative_to_the_configuration(
+    checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = checkpoint("bert", id2label={0: "red", 1: "green", 2: "blue"})
+    (tmp_path / "model").symlink_to(source)
+    (tmp_path / "configs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", "model"]) == 0
+    printed = capsys.readouterr().out
+    assert "red, green, blue" in printed and printed.endswith("next:  traceserve build\n")
+    assert main(["init", "model", "-o", "configs/a.json"]) == 0
+    config = load_config(Path("configs/a.json"))
+    assert (config.folder / config.config.model_name).resolve() == source.resolve()
+
+
+def test_an_existing_one_is_kept(checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("setup_config.json").write_text("mine")
+    source = str(checkpoint("bert", "AutoModelForTokenClassification"))
+    assert main(["init", source]) == 1 and Path("setup_config.json").read_text() == "mine"
+    assert main(["init", "nowhere", "--force"]) == 1 and Path("setup_config.json").read_text() == "mine"
+    assert main(["init", source, "--force"]) == 0 and written(Path("setup_config.json"))
+
+
+def one_output(checkpoint: Make) -> str:
+    return str(checkpoint("bert", id2label={0: "LABEL_0"}, label2id={"LABEL_0": 0}))
+
+
+class Input:
+    """A terminal, or not."""
+
+    def __init__(self, terminal: bool) -> None:
+        self.isatty = lambda: terminal
+
+
+def test_several_tasks_are_named_to_a_script(
+    checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", Input(terminal=False))
+    assert main(["init", one_output(checkpoint)]) == 1
+    told = " ".join(capsys.readouterr().err.split())
+    assert "can be for several tasks" in told and "--task sequence_classification" in told
+    assert not Path("setup_config.json").exists()
+    assert main(["init", one_output(checkpoint), "--task", "text_ranking"]) == 0
+    assert written(Path("setup_config.json"))["task"] == "text_ranking"
+    assert main(["init", "--force"]) == 1
+    assert "name a checkpoint" in capsys.readouterr().err
+
+
+def test_somebody_at_a_terminal_is_asked(checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    answers: List[str] = [one_output(checkpoint), "no_task", "text_ranking"]
+    monkeypatch.setattr("sys.stdin", Input(terminal=True))
+    monkeypatch.setattr("builtins.input", lambda *_: answers.pop(0))
+    assert main(["init"]) == 0 and answers == []
+    assert written(Path("setup_config.json"))["task"] == "text_ranking"
