@@ -56,7 +56,7 @@ def _python() -> Iterator[Check]:
 def _torch() -> Iterator[Check]:
     try:
         torch = importlib.import_module("torch")
-    except Exception as error:  # a broken installation raises anything
+    except (ImportError, OSError) as error:  # OSError for a broken library of it
         yield Check("torch", "error", first_line(error), "install it as pytorch.org says, for this Python")
         return
     cuda = torch.version.cuda
