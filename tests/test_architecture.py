@@ -352,7 +352,7 @@ def broad_excepts(path: Path) -> List[Tuple[str, int]]:
 def test_broad_excepts_stand_at_the_edges_and_around_foreign_code() -> None:
     edges = {"transformer_handler.py", "cli.py"}
     # Errors are isolated per request: here a batch is taken apart, and each of its requests gets an answer.
-    requests = {"engine.py", "failures.py", "service.py", "batcher.py"}
+    requests = {"engine.py", "failures.py", "service.py", "batcher.py", "loop.py"}
     # transformers, tokenizers, peft, a TorchServe that may be absent, a checkpoint's own chat template.
     foreign = {
         "loading.py",

@@ -536,7 +536,7 @@ def test_no_log_holds_a_text_even_of_the_unexpected(
 
     caplog.set_level(logging.DEBUG)
     assert handler.engine is not None
-    handler.engine.answer = broken  # type: ignore[method-assign]
+    handler.engine.encode = broken  # type: ignore[method-assign]
     bodies, context = serve(handler, [SECRET, "Yes."])
     assert [error_of(body) for body in bodies] == [("TraceserveError", None)] * 2
     assert context.statuses == dict.fromkeys(range(2), (500, "Internal Server Error"))

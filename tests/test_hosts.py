@@ -19,10 +19,11 @@ from traceserve_hosts import fetching, loading, ray_config
 from traceserve_hosts.asgi import Application, Limits, Message, Scope
 from traceserve_hosts.batcher import Batcher
 from traceserve_hosts.routing import Router, messages
+from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.manifest import sha256
 from traceserve_runtime.protocols.bodies import Headers
-from traceserve_runtime.service import Call, Reply, Service
+from traceserve_runtime.service import Call, Exchange, Service, Session
 from traceserve_runtime.tasks import TASKS
 
 TEXT = "The boat is small."
@@ -277,10 +278,16 @@ class Slow:
         self.asked: List[int] = []
         self._service = service
 
-    def answer(self, calls: Any, stats: Any = None, send: Any = None) -> List[Reply]:
-        self.asked.append(len(calls))
-        assert self.let.wait(30)
-        return self._service.answer(calls, stats, send)
+    def session(self, stats: Stats) -> Session:
+        own, turn = self._service.session(stats), Session.turn
+
+        def slowly() -> List[Exchange]:
+            self.asked.append(len(own.live))
+            assert self.let.wait(30)
+            return turn(own)
+
+        own.turn = slowly  # type: ignore[method-assign]
+        return own
 
 
 def test_what_waits_goes_together_and_too_many_are_refused_at_once(classifier: Service) -> None:
@@ -408,6 +415,50 @@ def test_a_stream_comes_in_pieces_and_is_the_whole_answer(services: Dict[str, Se
     )
     assert events.headers["content-type"].startswith("text/event-stream")
     assert b"".join(events.pieces).rstrip().endswith(b"data: [DONE]")
+
+
+def test_a_short_text_is_answered_while_a_long_one_is_written(services: Dict[str, Service]) -> None:
+    """It joins the running loop, in which the stream's client gets its own pieces; and all is as if asked alone."""
+    service = services["text_generation"]
+    long = {"text": "Once upon a time", "parameters": {"max_new_tokens": 45, "return_full_text": False}}
+    short = {"text": "The boat", "parameters": {"max_new_tokens": 3}}
+    expected = native(service, long)[0]["generated_text"], native(service, short)
+    hosted = Hosted(service)
+    order: List[str] = []
+
+    async def ask(name: str, body: Dict[str, Any]) -> Answer:
+        answer = await hosted.ask("/predictions/small", body)
+        order.append(name)
+        return answer
+
+    async def both() -> Tuple[Answer, Answer]:
+        streamed = {**long, "parameters": {**long["parameters"], "stream": True}}  # type: ignore[dict-item]
+        first = asyncio.ensure_future(ask("long", streamed))
+        while not hosted.batches:
+            await asyncio.sleep(0)
+        second = await ask("short", short)
+        return await first, second
+
+    first, second = run(both())
+    assert order == ["short", "long"] and max(hosted.batches) == 2
+    assert b"".join(first.pieces).decode() == expected[0] and len(first.pieces) > 10
+    assert second.json == expected[1]
+
+
+def test_a_text_is_written_no_further_when_its_client_goes(services: Dict[str, Service]) -> None:
+    service = services["text_generation"]
+    hosted = Hosted(service)
+
+    async def ask() -> int:
+        body = json.dumps({"text": "Once", "parameters": {"max_new_tokens": 55, "stream": True}}).encode()
+        asked = hosted.batcher.ask(Call({"body": body}, Headers("application/json")))
+        await asked.next()
+        asked.gone = True
+        while hosted.batcher._busy:
+            await asyncio.sleep(0.01)
+        return len(hosted.batches)
+
+    assert run(ask()) < 45
 
 
 # Several archives

@@ -251,13 +251,13 @@ def test_answers_of_a_batch_in_slices_are_the_same(engine: Engine, monkeypatch: 
     rows = sum(len(item.rows) for item in engine.task.encode(requests) if isinstance(item, Encoded))
     runs: List[int] = []
     monkeypatch.setattr(engine.task.tokenizer, "limits", engine.task.tokenizer.limits._replace(characters=100))
-    run = engine._run
+    run = engine.run
 
     def counted(jobs: Any, stats: Stats) -> Any:
         runs.append(len(jobs))
         return run(jobs, stats)
 
-    monkeypatch.setattr(engine, "_run", counted)
+    monkeypatch.setattr(engine, "run", counted)
     parted = scores(engine.answer(requests))
     assert len(runs) > 4 and sum(runs) == rows > len(texts)
     for one, two in zip(whole, parted):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import stat
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, List
 
@@ -27,9 +28,8 @@ from traceserve.machine import neuron_cores
 from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import MissingPackage
-from traceserve_runtime.generation import steps
+from traceserve_runtime.generation.loop import Member, WritingLoop
 from traceserve_runtime.generation.scores import GenerationSettings
-from traceserve_runtime.generation.search import run_searches as write
 from traceserve_runtime.generation.search import search_for
 from traceserve_runtime.manifest import Manifest, Shapes, sealed
 from traceserve_runtime.runtimes.torchscript.neuron import CHIPS, operators
@@ -199,10 +199,14 @@ def written(engine: Engine, rows: List[Any], asked: List[Any]) -> List[List[int]
     """Return the tokens that the loop writes for all rows together."""
     task: Any = engine.task
     settings: List[GenerationSettings] = [task.settings(each, row, task.prompt(row)) for row, each in zip(rows, asked)]
-    searches = [search_for(task.prompt(row), own) for row, own in zip(rows, settings)]
-    feed = steps.FEEDS[task.loop](engine.runner, rows, engine.manifest, Stats())
-    assert all(write(feed, searches))
-    return [search.tokens for search in searches]
+    members = [Member(row, partial(search_for, task.prompt(row), own)) for row, own in zip(rows, settings)]
+    loop = WritingLoop(engine.runner, engine.manifest, task.loop, Stats())
+    for member in members:
+        loop.join(member)
+    while loop.busy:
+        loop.turn()
+    assert all(member.sound and member.error is None for member in members)
+    return [member.search.tokens for member in members if member.search is not None]
 
 
 def test_every_chip_has_a_compiler() -> None:

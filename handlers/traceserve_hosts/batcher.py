@@ -1,6 +1,7 @@
 """Feeds one thread with batches: each holds what waits when the thread is free.
 
 The service's micro-batches and lanes need the whole list at once, and one thread: OpenMP keeps threads for each that calls it.
+Where texts are written token by token, calls join a running batch between its turns, and each is answered when it is done.
 """
 
 from __future__ import annotations
@@ -11,18 +12,19 @@ import logging
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Callable, Deque, List, Mapping, NamedTuple, Optional, Sequence, Union
+from typing import TYPE_CHECKING, Callable, Deque, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 if TYPE_CHECKING:
     from traceserve_runtime.batching.batches import Stats
-    from traceserve_runtime.service import Call, Reply, Service
+    from traceserve_runtime.service import Call, Exchange, Reply, SendPiece, Service, Session
 
 logger = logging.getLogger(__name__)
 
 _SECONDS_IDLE = 0.02  # without a request, until the engine is told that nobody waits
 
-# Called after each batch: what was computed, the replies, and the seconds that it took.
-Report = Callable[["Stats", Sequence["Reply"], float], None]
+# Called after each turn: what was computed, the calls that were in it, and the seconds that it took. A batch of a task that
+# does not write texts is one turn, except where memory does not hold it at once.
+Report = Callable[["Stats", Sequence[object], float], None]
 
 
 class Piece(NamedTuple):
@@ -37,7 +39,7 @@ class Asked:
 
     def __init__(self, call: Call) -> None:
         self.call = call
-        self.gone = False  # its client has left: it is not computed, if that has not begun
+        self.gone = False  # its client has left: nothing more is computed for it
         self._events: asyncio.Queue[Union[Piece, Reply]] = asyncio.Queue()
 
     async def next(self) -> Union[Piece, Reply]:
@@ -53,7 +55,7 @@ class Batcher:
     """All methods but the constructor are called in one event loop."""
 
     def __init__(self, service: Service, most: int, delay: float, report: Optional[Report] = None) -> None:
-        """At most `most` calls go together, and the first of them waits `delay` seconds at most for others."""
+        """At most `most` calls run together, and the first of them waits `delay` seconds at most for others."""
         self._service = service
         self._most = most
         self._delay = delay
@@ -86,37 +88,44 @@ class Batcher:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._full.wait(), self._delay)
             self._full = None
-        batch: List[Asked] = []
-        while self._waiting and len(batch) < self._most:
-            job = self._waiting.popleft()
-            if not job.gone:
-                batch.append(job)
+        batch = self._taken(self._most)
         if batch:
-            loop = asyncio.get_running_loop()
-            self._thread.submit(self._run, batch, loop)
+            self._thread.submit(self._run, batch, asyncio.get_running_loop())
         else:
             self._busy = False
 
+    def _taken(self, most: int) -> List[Asked]:
+        """Take the first calls that wait, without those whose clients have gone."""
+        taken: List[Asked] = []
+        while self._waiting and len(taken) < most:
+            job = self._waiting.popleft()
+            if not job.gone:
+                taken.append(job)
+        return taken
+
     def _run(self, batch: List[Asked], loop: asyncio.AbstractEventLoop) -> None:
-        """Answer a batch, in the thread."""
+        """Answer a batch and those that join it, in the thread."""
         from traceserve_runtime.batching.batches import Stats
 
-        def send(index: int, body: bytes, headers: Mapping[str, str]) -> None:
-            loop.call_soon_threadsafe(batch[index].tell, Piece(body, headers))
+        stats = Stats()
+        running = _Running(self._service.session(stats), loop)
+        running.join(batch)
+        while running.calls:
+            began = time.perf_counter()
+            calls = running.turn()
+            self._tell(stats.taken(), calls, time.perf_counter() - began)
+            if running.calls:
+                running.join(self._taken(self._most - len(running.calls)))
+        loop.call_soon_threadsafe(self._finish)
 
-        stats, began = Stats(), time.perf_counter()
-        replies = self._service.answer([job.call for job in batch], stats, send)
-        seconds = time.perf_counter() - began
-        loop.call_soon_threadsafe(self._finish, batch, replies)
+    def _tell(self, stats: Stats, calls: Sequence[object], seconds: float) -> None:
         if self._report is not None:
             try:
-                self._report(stats, replies, seconds)
+                self._report(stats, calls, seconds)
             except Exception:  # metrics are not worth an answer
                 logger.exception("traceserve: what a batch was could not be counted")
 
-    def _finish(self, batch: Sequence[Asked], replies: Sequence[Reply]) -> None:
-        for job, reply in zip(batch, replies):
-            job.tell(reply)
+    def _finish(self) -> None:
         if self._waiting:
             asyncio.ensure_future(self._collect())
         else:
@@ -127,3 +136,36 @@ class Batcher:
         """Give back memory, or measure one run, where nobody waits."""
         if not self._busy:
             self._thread.submit(self._service.engine.idle)
+
+
+class _Running:
+    """The calls that the thread answers now; what they are told, they are told in the event loop."""
+
+    def __init__(self, session: Session, loop: asyncio.AbstractEventLoop) -> None:
+        self._session = session
+        self._loop = loop
+        self.calls: List[Tuple[Asked, Exchange]] = []
+
+    def join(self, jobs: Sequence[Asked]) -> None:
+        """Add calls."""
+        if jobs:
+            self.calls += zip(jobs, self._session.join([job.call for job in jobs], [self._sender(job) for job in jobs]))
+
+    def turn(self) -> Sequence[object]:
+        """Go one step further, and deliver the replies that there are now; returns the calls that were in it."""
+        for job, exchange in self.calls:
+            if job.gone:
+                self._session.leave(exchange)
+        calls = self.calls = [each for each in self.calls if not each[0].gone]
+        self._session.turn()
+        for job, exchange in calls:
+            if exchange.reply is not None:
+                self._loop.call_soon_threadsafe(job.tell, exchange.reply)
+        self.calls = [each for each in calls if each[1].reply is None]
+        return calls
+
+    def _sender(self, job: Asked) -> SendPiece:
+        def send(body: bytes, headers: Mapping[str, str]) -> None:
+            self._loop.call_soon_threadsafe(job.tell, Piece(body, headers))
+
+        return send

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Callable, Iterator, List, Optional, Sequence, Union
+from typing import Callable, Deque, Iterator, List, Optional, Sequence, Tuple, Union
 
 from traceserve_runtime import failures, memory
 from traceserve_runtime.batching import costs, measuring
@@ -15,6 +16,7 @@ from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.batching.lanes import Batches, Lanes, schedule
 from traceserve_runtime.batching.measuring import Measuring
 from traceserve_runtime.errors import InvalidManifest, TraceserveError
+from traceserve_runtime.generation.loop import Member
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runner import Arrays, Runner
 from traceserve_runtime.runtimes import RUNTIMES
@@ -122,6 +124,10 @@ class Engine:
             self._tokens_since = 0
         self._measuring.go_on()
 
+    def read(self, tokens: int) -> None:
+        """Count tokens of requests; see `idle`."""
+        self._tokens_since += tokens
+
     def measure(self) -> None:
         """Measure the cost of a run on all cores, and on one while the others are as busy; see `lanes`.
 
@@ -148,40 +154,15 @@ class Engine:
         For a streamed request, `emit(i, unseen, text)` is called with the whole text so far whenever it may have
         grown; `unseen` as in Answer. If the request asks for details, the tokens follow, a sequence of WrittenToken.
         """
-        stats = Stats() if stats is None else stats
-        stats.requests += len(requests)
-        parts = self.task.parts(requests)
-        groups = [request.group for request in requests]
-        most = self.task.tokenizer.limits.characters
-        answers: List[Union[Answer, TraceserveError]] = []
-        for own in limits.slices(groups, [characters(part) for part in parts], most):
-            emits = [partial(emit, i) if emit is not None else None for i in range(own.start, own.stop)]
-            answers += self._answer(requests[own], parts[own], stats, emits)
-        return answers
+        work = Work(self, Stats() if stats is None else stats)
+        pending = work.join(requests, [partial(emit, i) if emit else None for i in range(len(requests))])
+        while work.busy:
+            work.turn()
+        return [each.answer() for each in pending]
 
-    def _answer(
-        self,
-        requests: Sequence[Request],
-        parts: Sequence[Parts],
-        stats: Stats,
-        emits: Sequence[Optional[Callable[..., None]]],
-    ) -> List[Union[Answer, TraceserveError]]:
-        """Run `answer` for as many requests as memory holds at once."""
-        encoded = self._limit_groups(requests, self._tokenize(requests, parts))
-        jobs = [
-            Job(row, request, partial(emit, item.unseen) if emit is not None else None)
-            for request, item, emit in zip(requests, encoded, emits)
-            if isinstance(item, Encoded)
-            for row in item.rows
-        ]
-        outputs = iter(self._run(jobs, stats))
-        answers: List[Union[Answer, TraceserveError]] = []
-        for request, item in zip(requests, encoded):
-            if isinstance(item, TraceserveError):
-                answers.append(item)
-            else:
-                answers.append(self._decode(request, item, [next(outputs) for _ in item.rows]))
-        return answers
+    def encode(self, requests: Sequence[Request], parts: Sequence[Parts]) -> List[Union[Encoded, TraceserveError]]:
+        """Return each request's rows, or its error."""
+        return self._limit_groups(requests, self._tokenize(requests, parts))
 
     def _tokenize(self, requests: Sequence[Request], parts: Sequence[Parts]) -> List[Union[Encoded, TraceserveError]]:
         """Return each request's rows, or its error; if tokenizing all fails, retry one by one."""
@@ -209,7 +190,7 @@ class Engine:
             return encoded
         return [refused.get(request.group, item) for request, item in zip(requests, encoded)]
 
-    def _run(self, jobs: List[Job], stats: Stats) -> List[Union[Arrays, TraceserveError]]:
+    def run(self, jobs: List[Job], stats: Stats) -> List[Union[Arrays, TraceserveError]]:
         """Return the outputs of each row, in order; a failed micro-batch is retried row by row."""
         outputs: List[Union[Arrays, TraceserveError, None]] = [None] * len(jobs)
 
@@ -233,7 +214,6 @@ class Engine:
         else:
             stats.add(run(planned[0]))
         self._measuring.answered(time.perf_counter() - began)
-        self._tokens_since += sum(lengths)
         return outputs  # type: ignore[return-value]  # the plan covers every row
 
     def _run_alone(self, job: Job, stats: Stats) -> Union[Arrays, TraceserveError]:
@@ -244,9 +224,10 @@ class Engine:
         except Exception as error:  # the edge of one request
             return failures.of_the_model(error)
 
-    def _decode(
+    def decode(
         self, request: Request, encoded: Encoded, outputs: Sequence[Union[Arrays, TraceserveError]]
     ) -> Union[Answer, TraceserveError]:
+        """Return a request's answer from its rows' outputs."""
         arrays: List[Arrays] = []
         for output in outputs:
             if isinstance(output, TraceserveError):
@@ -259,3 +240,104 @@ class Engine:
             return Answer(value, encoded.unseen, tokens, self.task.details(request, encoded.rows, arrays))
 
         return failures.contained("it made this answer", decode)
+
+
+class Pending:
+    """A request that is being answered."""
+
+    def __init__(self, request: Request, emit: Optional[Callable[..., None]]) -> None:
+        self.request = request
+        self.emit = emit
+        self.members: List[Member] = []  # its rows in a loop
+        self.left = False  # nobody wants its answer any more
+        self.result: Union[Answer, TraceserveError, Callable[[], Union[Answer, TraceserveError]], None] = None
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing of it has to be run any more."""
+        return self.result is not None and all(member.done for member in self.members)
+
+    def answer(self) -> Union[Answer, TraceserveError]:
+        """Return the answer, or the error, once done."""
+        assert self.result is not None
+        return self.result() if callable(self.result) else self.result
+
+
+class Work:
+    """Requests that an engine answers, in turns: others may join between two turns, and answered ones leave.
+
+    A turn of a task that writes texts is one token of each, see `generation.loop`. For all other tasks it answers
+    everything that joined, or as much as memory holds at once.
+    """
+
+    def __init__(self, engine: Engine, stats: Stats) -> None:
+        self._engine = engine
+        self._stats = stats
+        self._loop = engine.task.open_loop(engine.runner, stats)
+        self._unread: Deque[Tuple[List[Pending], Sequence[Parts]]] = deque()  # each as much as memory holds at once
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is not done."""
+        return bool(self._unread) or (self._loop is not None and self._loop.busy)
+
+    def join(self, requests: Sequence[Request], emits: Sequence[Optional[Callable[..., None]]]) -> List[Pending]:
+        """Add requests, and return them in order; see `Engine.answer` for the callbacks."""
+        self._stats.requests += len(requests)
+        task = self._engine.task
+        parts = task.parts(requests)
+        pending = [Pending(request, emit) for request, emit in zip(requests, emits)]
+        groups = [request.group for request in requests]
+        for own in limits.slices(groups, [characters(part) for part in parts], task.tokenizer.limits.characters):
+            self._unread.append((pending[own], parts[own]))
+        return pending
+
+    def leave(self, pending: Pending) -> None:
+        """Compute nothing more for a request."""
+        pending.left = True
+        for member in pending.members:
+            member.done = True
+
+    def turn(self) -> None:
+        """Go one step further with everything."""
+        if self._unread:
+            self._read(*self._unread.popleft())
+        if self._loop is not None:
+            self._loop.turn()
+
+    def _read(self, pending: Sequence[Pending], parts: Sequence[Parts]) -> None:
+        """Tokenize requests, and answer them or let their rows join the loop."""
+        parts = [part for each, part in zip(pending, parts) if not each.left]
+        pending = [each for each in pending if not each.left]
+        encoded = self._engine.encode([each.request for each in pending], parts)
+        jobs = [
+            [Job(row, each.request, partial(each.emit, item.unseen) if each.emit else None) for row in item.rows]
+            if isinstance(item, Encoded)
+            else []
+            for each, item in zip(pending, encoded)
+        ]
+        self._engine.read(sum(job.row.length for own in jobs for job in own))
+        outputs = iter(
+            self._engine.run([job for own in jobs for job in own], self._stats) if self._loop is None else ()
+        )
+        for each, item, own in zip(pending, encoded, jobs):
+            if isinstance(item, TraceserveError):
+                each.result = item
+            elif self._loop is None:
+                each.result = self._engine.decode(each.request, item, [next(outputs) for _ in own])
+            else:
+                each.members = [self._engine.task.member(job) for job in own]
+                each.result = partial(self._written, each, item)
+                for member in each.members:
+                    self._loop.join(member)
+
+    def _written(self, pending: Pending, encoded: Encoded) -> Union[Answer, TraceserveError]:
+        """Return the answer of a request whose rows left the loop."""
+        outputs = [self._output(member) for member in pending.members]
+        return self._engine.decode(pending.request, encoded, outputs)
+
+    def _output(self, member: Member) -> Union[Arrays, TraceserveError]:
+        if member.error is None:
+            return self._engine.task.written(member)
+        error = member.error
+        return error if isinstance(error, TraceserveError) else failures.of_the_model(error)

@@ -43,6 +43,11 @@ class Runner(Protocol):
         """Return the next tokens' outputs and state; `rows`, int64, selects and orders the state's rows."""
         ...
 
+    def join(self, states: Sequence[State], length: int) -> State:
+        """Return one state with a decoder's rows of all these, each with its last `length` positions, or padded before
+        them. Positions are the second dimension of a tensor with two, else the third."""
+        ...
+
     def open_lanes(self) -> Sequence[Executor]:
         """Return threads for parallel runs, on one core each; none if unsupported."""
         ...

@@ -16,13 +16,13 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from traceserve_runtime import failures
 from traceserve_runtime.batching.batches import Stats
-from traceserve_runtime.engine import Engine
+from traceserve_runtime.engine import Engine, Pending, Work
 from traceserve_runtime.errors import InvalidRequest, NotOffered, TraceserveError
 from traceserve_runtime.protocols import protocol_of
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Body, Document, Protocol, Served
 from traceserve_runtime.streaming import Streams
-from traceserve_runtime.tasks.contract import Answer, WrittenToken
+from traceserve_runtime.tasks.contract import Answer, Request, Task, WrittenToken
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,9 @@ class Reply:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
-# Sends one piece of the stream of call number `i`, with its response headers.
+# Sends one piece of a stream, with its response headers.
+SendPiece = Callable[[bytes, Mapping[str, str]], None]
+# Likewise, of call number `i`.
 Send = Callable[[int, bytes, Mapping[str, str]], None]
 _Result = Union["_Answered", TraceserveError]
 
@@ -69,57 +71,20 @@ class Service:
 
     def answer(self, calls: Sequence[Call], stats: Optional[Stats] = None, send: Optional[Send] = None) -> List[Reply]:
         """Return one reply per call, in order; adds to `stats`. Without `send`, a stream is returned whole."""
-        stats = Stats() if stats is None else stats
-        protocols = [protocol_of(call.headers) for call in calls]
-        try:
-            results = self._results(calls, protocols, stats, send)
-        except Exception as error:  # an outer edge: the host would report it in its own words
-            results = [_unexpected(error, len(calls))] * len(calls)
-        return [self._reply(call, own, result, stats) for call, own, result in zip(calls, protocols, results)]
+        session = self.session(Stats() if stats is None else stats)
+        exchanges = session.join(calls, [partial(send, i) if send else None for i in range(len(calls))])
+        while session.busy:
+            session.turn()
+        return [exchange.reply for exchange in exchanges if exchange.reply is not None]
+
+    def session(self, stats: Stats) -> Session:
+        """Return a session for calls that join one another; it adds to `stats`."""
+        return Session(self, stats)
 
     def _text_of(self, ids: Sequence[int]) -> str:
         return self.engine.task.tokenizer.decode(ids, skip_special_tokens=True, raw=True)
 
-    def _results(
-        self, calls: Sequence[Call], protocols: Sequence[Protocol], stats: Stats, send: Optional[Send]
-    ) -> List[_Result]:
-        bodies = [self._read(call, i, own) for i, (call, own) in enumerate(zip(calls, protocols))]
-        requests = [r for body in bodies if isinstance(body, Body) for r in body.requests]
-        frames = {i: body.frames for i, body in enumerate(bodies) if isinstance(body, Body) and body.frames is not None}
-        whole = {i for i, call in enumerate(calls) if call.headers.grpc or send is None}
-        unseen: Dict[int, Dict[str, str]] = {}
-
-        def tell(i: int, piece: bytes) -> None:
-            if send is not None:
-                send(i, piece, {"content-type": streams.content_type(i), **unseen.get(i, {})})
-
-        streams = Streams(tell, whole, frames)
-
-        def emit(
-            number: int, cut: Mapping[str, Tuple[int, int]], text: str, tokens: Sequence[WrittenToken] = ()
-        ) -> None:
-            i = requests[number].group
-            assert i is not None
-            if cut and not streams.started(i):
-                unseen[i] = {TRUNCATED_HEADER: json.dumps({0: cut})}
-            streams.tell(i, text, tokens)
-
-        answers = iter(self.engine.answer(requests, stats, emit))
-        results: List[_Result] = []
-        for i, body in enumerate(bodies):
-            if isinstance(body, Body):
-                own = [next(answers) for _ in body.requests]
-                results.append(
-                    failures.contained("it wrote this answer", partial(self._result, i, body, own, streams, stats))
-                )
-            elif isinstance(body, Document):
-                results.append(_Answered(body))
-            else:
-                results.append(body)
-        failures.log(results)
-        return results
-
-    def _read(self, call: Call, index: int, protocol: Protocol) -> Union[Body, Document, TraceserveError]:
+    def read(self, call: Call, index: int, protocol: Protocol) -> Union[Body, Document, TraceserveError]:
         """Return a call's requests, a document that needs no model, or an error."""
         try:
             if call.headers.ended:
@@ -138,28 +103,8 @@ class Service:
         except Exception as error:  # an outer edge: only this call fails
             return _unexpected(error, 1)
 
-    def _result(
-        self, index: int, body: Body, own: Sequence[Union[Answer, TraceserveError]], streams: Streams, stats: Stats
-    ) -> _Result:
-        """Return the response to one body, from its requests' answers."""
-        answers: List[Answer] = []
-        for i, answer in enumerate(own):
-            if isinstance(answer, Answer):
-                answers.append(answer)
-                continue
-            placed = _at(answer, body.field_path(i, answer.field))
-            if not streams.started(index):
-                return placed
-            failures.log([placed])
-            stats.count_error(placed)
-            return _Answered(Document(streams.ended(index, placed), streams.content_type(index)))
-        if body.requests and self.engine.task.streams(body.requests[0]):
-            last = streams.rest(index, answers[0].value, answers[0])
-            return _Answered(Document(last, streams.content_type(index)), answers)
-        document = body.protocol.reply(answers, self.served)
-        return _Answered(document if isinstance(document, Document) else Document(document), answers)
-
-    def _reply(self, call: Call, protocol: Protocol, result: _Result, stats: Stats) -> Reply:
+    def reply(self, call: Call, protocol: Protocol, result: _Result, stats: Stats) -> Reply:
+        """Return the response to a call."""
         if isinstance(result, TraceserveError):
             stats.count_error(result)
             return self._failed(call, protocol, result)
@@ -199,3 +144,132 @@ def _unexpected(error: Exception, calls: int) -> TraceserveError:
     where = "".join(traceback.format_tb(error.__traceback__))
     logger.error("traceserve: %s in a batch of %d\n%s", type(error).__name__, calls, where)
     return TraceserveError("an unexpected error in the worker; its log has the details")
+
+
+class Exchange:
+    """A call that is being answered; `send` sends a piece of its stream, and None means to answer it whole."""
+
+    def __init__(
+        self, call: Call, protocol: Protocol, body: Union[Body, Document, TraceserveError], send: Optional[SendPiece]
+    ) -> None:
+        self.call = call
+        self.protocol = protocol
+        self.reply: Optional[Reply] = None  # once answered
+        self.requests: Sequence[Request] = body.requests if isinstance(body, Body) else ()
+        self.pending: List[Pending] = []  # of its requests
+        self._body = body
+        self._send = send
+        self._unseen: Dict[str, str] = {}
+        frames = body.frames if isinstance(body, Body) else None
+        whole = {0} if call.headers.grpc or send is None else ()
+        self._streams = Streams(self._tell, whole, {} if frames is None else {0: frames})
+
+    def _tell(self, index: int, piece: bytes) -> None:
+        assert self._send is not None
+        self._send(piece, {"content-type": self._streams.content_type(0), **self._unseen})
+
+    def emit(self, cut: Mapping[str, Tuple[int, int]], text: str, tokens: Sequence[WrittenToken] = ()) -> None:
+        """Send what is new of a stream's text; see `Engine.answer`."""
+        if cut and not self._streams.started(0):
+            self._unseen = {TRUNCATED_HEADER: json.dumps({0: cut})}
+        self._streams.tell(0, text, tokens)
+
+    @property
+    def done(self) -> bool:
+        """Whether all its requests are."""
+        return all(pending.done for pending in self.pending)
+
+    def result(self, served: Served, task: Task, stats: Stats) -> _Result:
+        """Return the response's content, once done."""
+        body, streams = self._body, self._streams
+        if not isinstance(body, Body):
+            return _Answered(body) if isinstance(body, Document) else body
+        answers: List[Answer] = []
+        for i, pending in enumerate(self.pending):
+            answer = pending.answer()
+            if isinstance(answer, Answer):
+                answers.append(answer)
+                continue
+            placed = _at(answer, body.field_path(i, answer.field))
+            if not streams.started(0):
+                return placed
+            failures.log([placed])
+            stats.count_error(placed)
+            return _Answered(Document(streams.ended(0, placed), streams.content_type(0)))
+        if body.requests and task.streams(body.requests[0]):
+            last = streams.rest(0, answers[0].value, answers[0])
+            return _Answered(Document(last, streams.content_type(0)), answers)
+        document = body.protocol.reply(answers, served)
+        return _Answered(document if isinstance(document, Document) else Document(document), answers)
+
+
+class Session:
+    """Calls that a service answers in turns: others join between two turns, and answered ones leave; see `Work`.
+
+    Exactly one thread at a time may use it. What is computed is added to `stats`.
+    """
+
+    def __init__(self, service: Service, stats: Stats) -> None:
+        self._service = service
+        self._stats = stats
+        self._work = Work(service.engine, stats)
+        self._live: List[Exchange] = []
+
+    @property
+    def busy(self) -> bool:
+        """Whether a call is not answered."""
+        return bool(self._live)
+
+    @property
+    def live(self) -> Sequence[Exchange]:
+        """The calls that are not answered."""
+        return self._live
+
+    def join(self, calls: Sequence[Call], sends: Sequence[Optional[SendPiece]]) -> List[Exchange]:
+        """Add calls that came together; `turn` returns each when it is answered."""
+        exchanges = []
+        for i, (call, send) in enumerate(zip(calls, sends)):
+            protocol = protocol_of(call.headers)
+            exchanges.append(Exchange(call, protocol, self._service.read(call, i, protocol), send))
+        try:
+            requests = [request for each in exchanges for request in each.requests]
+            emits = [each.emit for each in exchanges for _ in each.requests]
+            pending = iter(self._work.join(requests, emits))
+        except Exception as error:  # an outer edge: the host would report it in its own words
+            self._fail(exchanges, error)
+            return exchanges
+        for each in exchanges:
+            each.pending = [next(pending) for _ in each.requests]
+        self._live += exchanges
+        return exchanges
+
+    def turn(self) -> List[Exchange]:
+        """Go one step further with all calls; return those that have their reply now."""
+        try:
+            self._work.turn()
+        except Exception as error:  # an outer edge, as above
+            failed, self._live = self._live, []
+            self._work = Work(self._service.engine, self._stats)
+            self._fail(failed, error)
+            return failed
+        done = [each for each in self._live if each.done]
+        self._live = [each for each in self._live if not each.done]
+        results = [failures.contained("it wrote this answer", partial(self._result, each)) for each in done]
+        failures.log(results)
+        for each, result in zip(done, results):
+            each.reply = self._service.reply(each.call, each.protocol, result, self._stats)
+        return done
+
+    def leave(self, exchange: Exchange) -> None:
+        """Compute nothing more for a call whose client has gone."""
+        self._live = [each for each in self._live if each is not exchange]
+        for pending in exchange.pending:
+            self._work.leave(pending)
+
+    def _result(self, exchange: Exchange) -> _Result:
+        return exchange.result(self._service.served, self._service.engine.task, self._stats)
+
+    def _fail(self, exchanges: Sequence[Exchange], error: Exception) -> None:
+        unexpected = _unexpected(error, len(exchanges))
+        for each in exchanges:
+            each.reply = self._service.reply(each.call, each.protocol, unexpected, self._stats)

@@ -29,9 +29,9 @@ from rich.console import Console
 from rich.table import Table
 from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.engine import Engine
+from traceserve_runtime.generation.loop import Member, WritingLoop
 from traceserve_runtime.generation.scores import GenerationSettings
-from traceserve_runtime.generation.search import Sampling, run_searches
-from traceserve_runtime.generation.steps import DecoderFeed
+from traceserve_runtime.generation.search import Sampling
 from traceserve_runtime.tasks.contract import Request
 
 PROMPT = (
@@ -94,9 +94,13 @@ def contenders(engine: Engine, source: Path, new_tokens: int, batch: int) -> Dic
     settings = GenerationSettings(max_new_tokens=new_tokens)
 
     def past_as_input() -> List[List[int]]:
-        searches = [Sampling(ids, settings) for _ in range(batch)]
-        run_searches(DecoderFeed(engine.runner, [row] * batch, engine.manifest, Stats()), searches)
-        return [search.tokens for search in searches]
+        loop = WritingLoop(engine.runner, engine.manifest, "decoder", Stats())
+        members = [Member(row, lambda: Sampling(ids, settings)) for _ in range(batch)]
+        for member in members:
+            loop.join(member)
+        while loop.busy:
+            loop.turn()
+        return [member.search.tokens for member in members if member.search is not None]
 
     def recomputed() -> List[List[int]]:
         whole = np.array([ids] * batch)

@@ -54,5 +54,10 @@ def test_no_more_is_written_than_was_compiled(exported: Callable[..., Path]) -> 
     assert engine.manifest.facts["most_new_tokens"] == 40 and engine.manifest.runtime["targets"] == [32, 40]
     request = Request({"text": TEXTS[0]}, {"max_new_tokens": 500, "num_beams": 1})
     [row] = engine.task.encode([request])[0].rows  # type: ignore[union-attr]
-    [output] = engine.task.predict(engine.runner, [Job(row, request)], Stats())
+    loop, member = engine.task.open_loop(engine.runner, Stats()), engine.task.member(Job(row, request))
+    assert loop is not None
+    loop.join(member)
+    while loop.busy:
+        loop.turn()
+    output = engine.task.written(member)
     assert len(output["tokens"]) <= 40

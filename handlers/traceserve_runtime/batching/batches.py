@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Callable, Dict, List, Sequence, Tuple
 
 import numpy as np
@@ -30,6 +30,12 @@ class Stats:
         """Count a call that failed."""
         name = type(error).__name__
         self.errors[name] = self.errors.get(name, 0) + 1
+
+    def taken(self) -> Stats:
+        """Return the counts so far, and begin again."""
+        own = replace(self)
+        vars(self).update(vars(Stats()))
+        return own
 
     def add(self, *lanes: Stats) -> None:
         """Add counters of parallel lanes: the time is the slowest one's."""

@@ -1,8 +1,8 @@
-"""Chooses the next tokens for several rows in one batch, each with its own settings.
+"""Chooses a row's next tokens by its own settings.
 
-A search owns one row and its continuation: one sequence (greedy or sampled), or several beams. `generate` feeds the
-model with the tokens that all searches ask for; finished ones leave the batch. Everything matches
-transformers' `generate` to the token; the arrays are numpy's, and the model is behind a feed.
+A search owns one row and its continuation: one sequence (greedy or sampled), or several beams. The loop gives it the
+logits of its rows, and feeds the model with the tokens that it asks for. Everything matches transformers' `generate` to
+the token; the arrays are numpy's.
 """
 
 from __future__ import annotations
@@ -43,20 +43,6 @@ class Likelihood(NamedTuple):
 Told = Callable[[List[int], Sequence[Likelihood]], None]
 
 
-class Feed(Protocol):
-    """The model with all searches' rows: returns the logits, (rows, vocabulary), after the prompts and after each
-    step."""
-
-    def first(self) -> np.ndarray:
-        """Return the logits after the prompts."""
-        ...
-
-    def next(self, rows: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        """Return the logits after `tokens`, each of which continues the row of the last call with the index in
-        `rows`."""
-        ...
-
-
 class Search(Protocol):
     """The search of one row."""
 
@@ -68,31 +54,6 @@ class Search(Protocol):
     def advance(self, logits: np.ndarray) -> Optional[Moves]:
         """Turn the logits of its rows, (rows, vocabulary), into its next rows; None when done."""
         ...
-
-
-def run_searches(feed: Feed, searches: Sequence[Search]) -> List[bool]:
-    """Run the searches together until all are done; return for each whether all its logits were numbers."""
-    logits = feed.first()
-    sound = [True] * len(searches)
-    live = [(i, 1) for i in range(len(searches))]
-    while live:
-        rows: List[int] = []
-        tokens: List[int] = []
-        kept = []
-        offset = 0
-        for i, width in live:
-            own = logits[offset : offset + width]
-            sound[i] = not np.isnan(own).any()
-            moves = searches[i].advance(own) if sound[i] else None
-            if moves is not None:
-                rows += [offset + row for row in moves.rows]
-                tokens += moves.tokens
-                kept.append((i, len(moves.tokens)))
-            offset += width
-        live = kept
-        if live:
-            logits = feed.next(np.array(rows, dtype=np.int64), np.array(tokens, dtype=np.int64))
-    return sound
 
 
 class Sampling:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Dict, Optional, Sequence, Type
+from typing import ClassVar, Dict, Optional, Sequence, Type
 
 import numpy as np
 
@@ -13,9 +13,15 @@ from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runner import Arrays, Runner, State
 from traceserve_runtime.texts.rows import Row
 
+# Unused positions before all rows are dropped once they are more than this share of all: dropping copies the state, as
+# a step does.
+_UNUSED = 0.125
 
-class _Feed:
-    """The parts common to both kinds: the rows read first, the loop's state, and one step."""
+
+class Feed:
+    """The model with rows that run together: the parts common to both kinds."""
+
+    joins: ClassVar[bool]  # whether rows at different positions can run together
 
     def __init__(self, runner: Runner, rows: Sequence[Row], manifest: Manifest, stats: Stats) -> None:
         self._runner = runner
@@ -27,6 +33,24 @@ class _Feed:
         stats.tokens += sum(row.length for row in rows)
         stats.padded_tokens += self._mask.size
         self._state: State = ()
+
+    @property
+    def length(self) -> int:
+        """How many positions the rows have, padding included."""
+        return int(self._mask.shape[1])
+
+    def first(self) -> np.ndarray:
+        """Return the logits, (rows, vocabulary), after the prompts."""
+        raise NotImplementedError
+
+    def next(self, rows: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """Return the logits after `tokens`, each of which continues the row of the last call with the index in
+        `rows`."""
+        raise NotImplementedError
+
+    def absorb(self, other: Feed) -> None:
+        """Add the rows of another feed of the same model behind its own, for a kind that `joins`."""
+        raise NotImplementedError
 
     def _step(self, inputs: Arrays, rows: Optional[np.ndarray] = None) -> np.ndarray:
         """Return the logits after one step, for all rows of the last one or for `rows`."""
@@ -42,8 +66,10 @@ class _Feed:
         return outputs["logits"]
 
 
-class DecoderFeed(_Feed):
+class DecoderFeed(Feed):
     """A decoder: the prompts are left-padded and read in one step; then one token per remaining row."""
+
+    joins = True
 
     def first(self) -> np.ndarray:
         self._state = self._runner.start(self._read)
@@ -51,13 +77,28 @@ class DecoderFeed(_Feed):
         return self._step({**self._read, "position_ids": positions})
 
     def next(self, rows: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        self._drop_unused(rows)
         self._mask = np.concatenate([self._mask[rows], np.ones((len(rows), 1), dtype=np.int64)], axis=1)
         positions = self._mask.sum(axis=1, keepdims=True) - 1
         return self._step({"input_ids": tokens[:, None], "attention_mask": self._mask, "position_ids": positions}, rows)
 
+    def absorb(self, other: Feed) -> None:
+        length = max(self.length, other.length)
+        self._state = self._runner.join([self._state, other._state], length)
+        self._mask = np.concatenate([_left_padded(self._mask, length), _left_padded(other._mask, length)])
 
-class EncoderDecoderFeed(_Feed):
+    def _drop_unused(self, rows: np.ndarray) -> None:
+        """Drop the positions that only longer rows, which have left, used."""
+        unused = int(self._mask[rows].any(axis=0).argmax())
+        if self._manifest.shapes.padded and unused > _UNUSED * self.length:
+            self._state = self._runner.join([self._state], self.length - unused)
+            self._mask = self._mask[:, unused:]
+
+
+class EncoderDecoderFeed(Feed):
     """An encoder and a decoder: the sources are read once; every decoder row begins with the same token."""
+
+    joins = False  # the decoder's rows have no mask
 
     def first(self) -> np.ndarray:
         self._state = self._runner.start(self._read)
@@ -69,4 +110,8 @@ class EncoderDecoderFeed(_Feed):
         return self._step({"decoder_input_ids": tokens[:, None], "attention_mask": self._mask}, rows)
 
 
-FEEDS: Dict[str, Type[Any]] = {"decoder": DecoderFeed, "encoder_decoder": EncoderDecoderFeed}
+def _left_padded(mask: np.ndarray, length: int) -> np.ndarray:
+    return np.pad(mask, ((0, 0), (length - mask.shape[1], 0)))
+
+
+FEEDS: Dict[str, Type[Feed]] = {"decoder": DecoderFeed, "encoder_decoder": EncoderDecoderFeed}

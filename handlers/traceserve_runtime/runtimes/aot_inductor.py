@@ -48,6 +48,9 @@ class AotInductorRunner:
     def step(self, inputs: Arrays, state: State, rows: Any = None) -> Tuple[Arrays, State]:
         raise NotImplementedError("no writer of aot_inductor writes a model that is run in a loop")
 
+    def join(self, states: Sequence[State], length: int) -> State:
+        raise NotImplementedError("no writer of aot_inductor writes a model that is run in a loop")
+
     def open_lanes(self) -> Sequence[Executor]:
         return []  # one run at a time
 

@@ -75,6 +75,12 @@ class OnnxRunner:
         grown = tuple(map(Kept, results[len(self._manifest.outputs) :]))
         return self._outputs(results), (*grown, *state[len(grown) :])
 
+    def join(self, states: Sequence[State], length: int) -> State:
+        return tuple(
+            Kept(_value(np.concatenate([_of_length(kept.value.numpy(), length) for kept in tensors])))
+            for tensors in zip(*states)
+        )
+
     def open_lanes(self) -> Sequence[Executor]:
         return []  # a session has its own threads, and a second one would hold the weights again
 
@@ -83,6 +89,14 @@ class OnnxRunner:
 
     def _outputs(self, results: Sequence[Any]) -> Arrays:
         return {name: value.numpy() for name, value in zip(self._manifest.outputs, results)}
+
+
+def _of_length(array: np.ndarray, length: int) -> np.ndarray:
+    """Return a state's array with its last `length` positions, or padded before them."""
+    axis = 1 if array.ndim == 2 else 2
+    missing = max(0, length - array.shape[axis])
+    padded = np.pad(array, [(missing, 0) if i == axis else (0, 0) for i in range(array.ndim)]) if missing else array
+    return padded.take(range(padded.shape[axis] - length, padded.shape[axis]), axis)
 
 
 def _values(inputs: Arrays) -> Dict[str, Any]:

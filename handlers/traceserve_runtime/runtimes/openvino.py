@@ -48,6 +48,9 @@ class OpenVinoRunner:
     def step(self, inputs: Arrays, state: State, rows: Optional[np.ndarray] = None) -> Tuple[Arrays, State]:
         raise NotImplementedError("no writer of openvino writes a model that is run in a loop")
 
+    def join(self, states: Sequence[State], length: int) -> State:
+        raise NotImplementedError("no writer of openvino writes a model that is run in a loop")
+
     def open_lanes(self) -> Sequence[Executor]:
         return []  # one stream on all cores was faster than one for each: docs/measurements.md
 

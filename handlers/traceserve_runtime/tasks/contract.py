@@ -14,6 +14,7 @@ from traceserve_runtime.batching import batches, plan
 from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.batching.costs import CostModel
 from traceserve_runtime.errors import InputTooLong, InvalidRequest, ModelFailure, TraceserveError
+from traceserve_runtime.generation.loop import Member, WritingLoop
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runner import Arrays, Runner
 from traceserve_runtime.tasks.parameters import Field, Output, Parameter
@@ -249,8 +250,20 @@ class Task:
         """Return whether the original must give the same answer."""
         return True
 
+    def open_loop(self, runner: Runner, stats: Stats) -> Optional[WritingLoop]:
+        """Return the loop of a task that writes token by token; it adds to `stats`."""
+        return None
+
+    def member(self, job: Job) -> Member:
+        """Return a row of such a task for its loop."""
+        raise NotImplementedError
+
+    def written(self, member: Member) -> Arrays:
+        """Return the outputs of a row that left the loop."""
+        raise NotImplementedError
+
     def predict(self, runner: Runner, jobs: Sequence[Job], stats: Stats) -> List[Arrays]:
-        """Run rows together in one forward pass. A task that loops overrides this."""
+        """Run rows together in one forward pass, for a task without a loop."""
         per_token = [output.name for output in self.outputs if output.per_token]
         outputs = batches.run_batch(runner, [job.row for job in jobs], self.manifest, per_token, stats)
         return [self.keep(job.row, output) for job, output in zip(jobs, outputs)]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Callable, ClassVar, Dict, List, Mapping, Optional, Sequence, Union
 
 import numpy as np
 
 from traceserve_runtime.batching.batches import Stats
-from traceserve_runtime.batching.costs import CostModel
 from traceserve_runtime.errors import InvalidRequest, TraceserveError, Unsupported
+from traceserve_runtime.generation.loop import Member, WritingLoop
 from traceserve_runtime.generation.scores import GenerationSettings
-from traceserve_runtime.generation.search import Likelihood, Search, run_searches, search_for
-from traceserve_runtime.generation.steps import FEEDS
+from traceserve_runtime.generation.search import Likelihood, Search, search_for
 from traceserve_runtime.runner import Arrays, Runner
 from traceserve_runtime.tasks.contract import Job, ModelFacts, Parts, Request, Task, WrittenToken, without_prefix
 from traceserve_runtime.tasks.parameters import Output, strings
@@ -157,17 +157,22 @@ class Generating(Task):
         """Decode new tokens."""
         raise NotImplementedError
 
-    def predict(self, runner: Runner, jobs: Sequence[Job], stats: Stats) -> List[Arrays]:
-        """Run the loop for all rows together; each output is the row's new tokens, int64 of shape (tokens)."""
-        searches = []
-        for job in jobs:
-            prompt = self.prompt(job.row)
-            settings = self.settings(job.request, job.row, prompt)
-            searches.append(search_for(prompt, settings, self._ends(job.request, prompt), self._told(job)))
-        feed = FEEDS[self.loop](runner, [job.row for job in jobs], self.manifest, stats)
-        sound = run_searches(feed, searches)
-        # NaN if the model returned it: `answer` reports it.
-        return [_written(each) if fine else {"tokens": np.array([np.nan])} for each, fine in zip(searches, sound)]
+    def open_loop(self, runner: Runner, stats: Stats) -> Optional[WritingLoop]:
+        return WritingLoop(runner, self.manifest, self.loop, stats, self.most_tokens)
+
+    def member(self, job: Job) -> Member:
+        return Member(job.row, partial(self._search, job))
+
+    def _search(self, job: Job) -> Search:
+        prompt = self.prompt(job.row)
+        settings = self.settings(job.request, job.row, prompt)
+        return search_for(prompt, settings, self._ends(job.request, prompt), self._told(job))
+
+    def written(self, member: Member) -> Arrays:
+        """Return the row's new tokens, int64 of shape (tokens), and their log-probabilities if kept."""
+        if member.search is None or not member.sound:
+            return {"tokens": np.array([np.nan])}  # what the model returned: `answer` reports it
+        return _written(member.search)
 
     def details(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Optional[Mapping[str, Any]]:
         """Return why the text ended, and its tokens, in text-generation-inference's format."""
@@ -260,12 +265,6 @@ class Generating(Task):
     def repeatable(self, request: Request) -> bool:
         """Return False for sampled tokens: the original samples others."""
         return not self._samples(request)
-
-    @property
-    def cost(self) -> CostModel:
-        """A run has as many steps as its longest text, so one run of all rows is cheaper than two, whatever the
-        padding."""
-        return CostModel(run=1e9)
 
     def warm_up_requests(self) -> List[Request]:
         """Write a few tokens."""

@@ -69,6 +69,9 @@ class PaddedRunner:
         ]
         return {self._manifest.outputs[0]: torch.cat(logits).numpy()}, (hidden, written)
 
+    def join(self, states: Sequence[State], length: int) -> State:
+        raise NotImplementedError("only a decoder's rows are joined")
+
     def open_lanes(self) -> Sequence[Executor]:
         return []
 

@@ -74,6 +74,12 @@ class TorchScriptRunner:
         grown = results[len(self._manifest.outputs) :]
         return self._outputs(results), (*grown, *state[len(grown) :])
 
+    def join(self, states: Sequence[State], length: int) -> State:
+        import torch
+
+        with torch.inference_mode():
+            return tuple(torch.cat([_of_length(tensor, length) for tensor in tensors]) for tensors in zip(*states))
+
     def open_lanes(self) -> Sequence[Executor]:
         import torch
 
@@ -261,6 +267,18 @@ def settle(dtype: str, device: str, threads: Optional[int]) -> None:
         threads = threads or min(torch.get_num_threads(), processor.cores())
     if threads is not None and threads != torch.get_num_threads():
         torch.set_num_threads(threads)
+
+
+def _of_length(tensor: torch.Tensor, length: int) -> torch.Tensor:
+    """Return a state's tensor with its last `length` positions, or padded before them."""
+    import torch
+
+    axis = 1 if tensor.ndim == 2 else 2
+    missing = length - tensor.shape[axis]
+    if missing <= 0:
+        return tensor.narrow(axis, -missing, length)
+    padded: torch.Tensor = torch.nn.functional.pad(tensor, (*[0, 0] * (tensor.ndim - 1 - axis), missing, 0))
+    return padded
 
 
 def _take_one_core() -> None:

@@ -1,0 +1,227 @@
+"""The loop that writes texts: rows join it between turns, and each leaves when its text ends.
+
+A turn gives every row in the loop its next token, and reads the prompts of some that wait. A decoder's rows run together
+whenever they joined: each is padded before its first token. Rows that the model cannot run together at different
+positions (an encoder-decoder's have no mask for what was written) stay with those that they were read with; the groups
+take turns, so none holds another for its whole length.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Callable, Deque, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+
+from traceserve_runtime import failures
+from traceserve_runtime.batching.batches import Stats
+from traceserve_runtime.batching.costs import CostModel
+from traceserve_runtime.batching.plan import MOST_ROWS, MOST_TOKENS, plan_batches
+from traceserve_runtime.errors import TraceserveError
+from traceserve_runtime.generation.search import Moves, Search
+from traceserve_runtime.generation.steps import FEEDS, Feed
+from traceserve_runtime.manifest import Manifest
+from traceserve_runtime.runner import Runner
+from traceserve_runtime.texts.rows import Row
+
+# Groups that cannot be one: with more of them each would be small, and all would be slow.
+_MOST_GROUPS = 2
+# A group that stays apart has as many steps as its longest text, so one run is cheaper than two, whatever the padding.
+_TOGETHER = CostModel(run=1e9)
+
+
+class Member:
+    """A row in the loop: it waits, is written, and is done. `begin` makes its search; again, if a step failed."""
+
+    def __init__(self, row: Row, begin: Callable[[], Search]) -> None:
+        self.row = row
+        self.search: Optional[Search] = None
+        self.sound = True  # whether all its logits were numbers
+        self.error: Optional[Exception] = None  # why it could not be written
+        self.done = False  # set it, and the row leaves the loop
+        self.alone = False  # a step with it failed, so it is written again by itself
+        self._begin = begin
+
+    def begin(self) -> None:
+        """Begin its text."""
+        self.search = self._begin()
+
+    def advance(self, logits: np.ndarray) -> Optional[Moves]:
+        """Return its next rows after the logits of the last ones, (rows, vocabulary); None when done."""
+        assert self.search is not None
+        self.sound = not np.isnan(logits).any()
+        with failures.panics():
+            moves = self.search.advance(logits) if self.sound else None
+        self.done = moves is None
+        return moves
+
+
+class _Failed(NamedTuple):
+    member: Member
+    error: Exception
+
+
+class _Group:
+    """Members whose rows run together."""
+
+    def __init__(self, feed: Feed, members: Sequence[Member]) -> None:
+        self._feed = feed
+        self._rows = 0  # of the last step
+        self._live: List[Tuple[Member, Moves]] = [(member, Moves([i], [])) for i, member in enumerate(members)]
+
+    @property
+    def members(self) -> List[Member]:
+        return [member for member, _ in self._live]
+
+    @property
+    def rows(self) -> int:
+        """How many rows the next step has."""
+        return sum(len(moves.rows) for _, moves in self._live)
+
+    @property
+    def length(self) -> int:
+        """How many positions its longest row has."""
+        return self._feed.length
+
+    def read(self) -> List[_Failed]:
+        """Read the prompts, and write the first tokens."""
+        for member in self.members:
+            member.begin()
+        return self._advance([(member, 1) for member in self.members], self._feed.first())
+
+    def step(self) -> List[_Failed]:
+        """Write the next tokens of those that have not left."""
+        self._live = [(member, moves) for member, moves in self._live if not member.done]
+        if not self._live:
+            return []
+        rows = np.array([row for _, moves in self._live for row in moves.rows], dtype=np.int64)
+        tokens = np.array([token for _, moves in self._live for token in moves.tokens], dtype=np.int64)
+        return self._advance([(member, len(moves.rows)) for member, moves in self._live], self._feed.next(rows, tokens))
+
+    def _advance(self, widths: Sequence[Tuple[Member, int]], logits: np.ndarray) -> List[_Failed]:
+        """Give each member the logits of its rows; return those that failed on them."""
+        self._live, self._rows, failed = [], 0, []
+        for member, width in widths:
+            start = self._rows
+            self._rows += width
+            try:
+                moves = member.advance(logits[start : start + width])
+            except Exception as error:  # the edge of one request
+                failed.append(_Failed(member, error))
+                continue
+            if moves is not None:
+                self._live.append((member, Moves([start + row for row in moves.rows], moves.tokens)))
+        return failed
+
+    def absorb(self, other: _Group) -> None:
+        """Add another group's rows."""
+        self._feed.absorb(other._feed)
+        self._live += [(m, Moves([self._rows + row for row in own.rows], own.tokens)) for m, own in other._live]
+        self._rows += other._rows
+
+
+class WritingLoop:
+    """The rows that a model writes; see above. `kind` is the task's, for FEEDS; counts are added to `stats`."""
+
+    def __init__(
+        self, runner: Runner, manifest: Manifest, kind: str, stats: Stats, most_tokens: int = MOST_TOKENS
+    ) -> None:
+        self._runner = runner
+        self._manifest = manifest
+        self._feed = FEEDS[kind]
+        self._stats = stats
+        self._most_tokens = most_tokens
+        shapes = manifest.shapes
+        self._together = self._feed.joins and shapes.padded and shapes.lengths is None and shapes.batches is None
+        self._waiting: Deque[Member] = deque()
+        self._groups: List[_Group] = []
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is a row to write."""
+        return bool(self._waiting or self._groups)
+
+    def join(self, member: Member) -> None:
+        """Add a row: it is read in one of the next turns, in order."""
+        self._waiting.append(member)
+
+    def turn(self) -> None:
+        """Write one token of every row, and read the prompts of some that wait."""
+        for group in list(self._groups):
+            self._try(group, group.step)
+        self._admit()
+        self._groups = [group for group in self._groups if group.members]
+
+    def _try(self, group: _Group, act: Callable[[], Sequence[_Failed]]) -> bool:
+        """Act on a group; if all of it fails, nobody knows who is to blame: each is tried again by itself."""
+        try:
+            failed, whole = act(), True
+        except Exception as error:  # the edge of one request, not known yet which
+            failed, whole = self._all_failed([group], error), False
+        for each in failed:
+            self._again(*each)
+        return whole
+
+    def _all_failed(self, groups: Sequence[_Group], error: Exception) -> List[_Failed]:
+        """Give up these groups, and return their members."""
+        self._groups = [group for group in self._groups if group not in groups]
+        return [_Failed(member, error) for group in groups for member in group.members if not member.done]
+
+    def _again(self, member: Member, error: Exception) -> None:
+        """Let a member wait again, to be written by itself; or end it, if it was by itself."""
+        if member.alone or isinstance(error, TraceserveError):
+            member.error, member.done = error, True
+        else:
+            member.alone = True
+            self._waiting.append(member)
+
+    def _admit(self) -> None:
+        """Read the prompts of those that may join now."""
+        for members in self._next_batches():
+            group = _Group(self._feed(self._runner, [m.row for m in members], self._manifest, self._stats), members)
+            if not self._try(group, group.read) or not group.members:
+                continue
+            other = None if members[0].alone else self._group_for(group)
+            if other is None:
+                self._groups.append(group)
+            else:
+                self._unite(other, group)
+
+    def _unite(self, group: _Group, other: _Group) -> None:
+        try:
+            group.absorb(other)
+        except Exception as error:  # as above; memory, for example
+            for each in self._all_failed([group, other], error):
+                self._again(*each)
+
+    def _group_for(self, other: _Group) -> Optional[_Group]:
+        """Return the group that a newly read one becomes a part of, within the limits of a run."""
+        if not self._together:
+            return None
+        for group in self._groups:
+            rows = group.rows + other.rows
+            fits = rows <= MOST_ROWS and rows * max(group.length, other.length) <= self._most_tokens
+            if fits and not group.members[0].alone:
+                return group
+        return None
+
+    def _next_batches(self) -> List[List[Member]]:
+        """Take those that are read now, in the batches in which they are read."""
+        waiting = [member for member in self._waiting if not member.done]
+        room = _MOST_GROUPS - len(self._groups)
+        alone = [member for member in waiting if member.alone][: max(0, room)]
+        others = [member for member in waiting if not member.alone]
+        batches = [[member] for member in alone]
+        room -= len(alone)
+        if others and (self._together or room > 0):
+            planned = self._planned(others)
+            batches += planned if self._together else planned[:room]
+        taken = {id(member) for batch in batches for member in batch}
+        self._waiting = deque(member for member in waiting if id(member) not in taken)
+        return batches
+
+    def _planned(self, members: Sequence[Member]) -> List[List[Member]]:
+        lengths = [member.row.length for member in members]
+        cost = CostModel() if self._together else _TOGETHER
+        planned = plan_batches(lengths, self._manifest.shapes, cost, self._most_tokens)
+        return [[members[i] for i in batch] for batch in planned]
