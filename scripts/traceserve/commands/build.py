@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from traceserve.building.exported import Exported
     from traceserve.building.gate.findings import Findings
 
-ARTIFACTS = Path("artifacts")
 STORE = Path("model_store")
 CONFIG = Path("setup_config.json")
 
@@ -90,45 +89,28 @@ def _build(options: argparse.Namespace) -> int:
 
 def make(options: argparse.Namespace, with_archive: bool) -> Path:
     """Export, and archive; both appear at the end, or neither. Returns the archive's or the artifact's path."""
-    from contextlib import ExitStack
-
-    from traceserve.archives import archive, names, staging
-    from traceserve.building.config import parsing, setup_config
-    from traceserve.errors import ArchiveError, ExportError
+    from traceserve.archives import staging
+    from traceserve.building.config import parsing, targets
 
     loaded = parsing.load_config(options.config)
     for note in loaded.notes:
         console(error=True).print(f"[yellow]note:[/] {note}", highlight=False)
-    target: Path = options.output or ARTIFACTS / setup_config.default_name(loaded.config)
-    name = names.check_name(target.resolve().name)
-    staging.check_replaceable(target, options.force, ExportError)
-    version = names.check_version(options.version) if with_archive and options.version is not None else None
-    packed = options.store / f"{name}.mar" if with_archive else None
-    if packed:
-        staging.check_replaceable(packed, options.force, ArchiveError)
-    from traceserve.building.export import export
+    store, version = (options.store, options.version) if with_archive else (None, None)
+    written = targets.build_targets(loaded, options.output, store, version, options.force)
+    from traceserve.building.packing import export_and_pack
 
     started = time.monotonic()
-    with ProgressBar() as bar, ExitStack() as stack:
-        # Staged folders are filled in reverse order: the archive must come last.
-        archive_folder = stack.enter_context(staging.staged(packed)) if packed else None
-        folder = stack.enter_context(staging.staged(target)) / target.name
-        folder.mkdir()
-        exported = export(loaded, name, folder, bar, options.samples, options.allow_drift)
-        if archive_folder:
-            bar("packing", 0, 0)
-            archive.pack_archive(folder, name, archive_folder, version)
+    with ProgressBar() as bar:
+        exported = export_and_pack(loaded, written, bar, options.samples, options.allow_drift)
     if exported.note:
         console().print(exported.note, highlight=False)
-    made = packed or target
+    made = written.archive or written.artifact
     _print_exported(exported, made, time.monotonic() - started)
     report = staging.write_beside(made, ".report.json", json.dumps(exported.report(), indent=2) + "\n")
     console().print(f"report  {report}", style="dim", highlight=False)
-    if packed:
-        console().print(f"\nserve it:  traceserve serve {shlex.quote(str(packed))}", highlight=False)
-    else:
-        console().print(f"\npack it:  traceserve archive {shlex.quote(str(target))}", highlight=False)
-    return packed or target
+    step = "serve it:  traceserve serve" if written.archive else "pack it:  traceserve archive"
+    console().print(f"\n{step} {shlex.quote(str(made))}", highlight=False)
+    return made
 
 
 def _archive(options: argparse.Namespace) -> int:

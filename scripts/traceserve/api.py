@@ -1,0 +1,161 @@
+"""The Python API, for notebooks and scripts: `traceserve.build` and `traceserve.load`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, Mapping, Optional, Sequence, Union
+
+from traceserve_runtime.engine import Engine
+from traceserve_runtime.errors import TraceserveError
+from traceserve_runtime.manifest import MANIFEST_FILE, Manifest
+from traceserve_runtime.protocols.requests import parse_value
+from traceserve_runtime.service import Service
+from traceserve_runtime.settings import Settings
+
+from traceserve.archives import contents
+from traceserve.building.config.parsing import LoadedConfig, load_config, parse_config
+from traceserve.building.config.targets import STORE, build_targets
+from traceserve.building.packing import export_and_pack
+from traceserve.building.progress import Progress
+from traceserve.errors import ConfigError
+
+Input = Union[str, Mapping[str, Any], Sequence[Union[str, Mapping[str, Any]]]]
+
+
+@dataclass(frozen=True)
+class BuiltArchive:
+    """A built archive: its path, what its worker knows of the model, and the build's report (as NAME.report.json)."""
+
+    path: Path
+    manifest: Manifest
+    report: Dict[str, Any]
+
+
+def build(
+    model_name: Optional[str] = None,
+    *,
+    config: Union[str, Path, None] = None,
+    output: Union[str, Path, None] = None,
+    store: Union[str, Path] = STORE,
+    samples: Union[str, Path, Sequence[str], None] = None,
+    allow_drift: bool = False,
+    force: bool = False,
+    version: Optional[str] = None,
+    progress: Optional[Progress] = None,
+    **keys: Any,
+) -> BuiltArchive:
+    """Build an archive, as `traceserve build` does: download, trace, compare with the original, pack.
+
+    Args:
+        model_name: The checkpoint: a hub id, a folder (relative to the working folder), ...; or give `config`.
+        config: A setup_config.json.
+        output: The artifact's folder; by default artifacts/ and the last part of model_name.
+        store: The folder of archives.
+        samples: Your own texts to compare on, or a file of them.
+        allow_drift: Keep the archive even if its answers differ from the original's.
+        force: Replace existing ones.
+        version: The archive's version; by default the configuration's, else 1.0.
+        progress: Called as `progress(what, done, total)`.
+        **keys: Further keys of setup_config.json, such as `task` and `max_length`.
+
+    Raises:
+        TraceserveError: with a sentence that says what to do; nothing is left half-made.
+    """
+    loaded = _configured(model_name, config, keys)
+    written = build_targets(loaded, Path(output) if output else None, Path(store), version, force)
+    assert written.archive is not None
+    quiet: Progress = progress or (lambda what, done, total: None)
+    with tempfile.TemporaryDirectory(prefix="traceserve-samples.") as folder:
+        file = _samples_file(samples, Path(folder))
+        exported = export_and_pack(loaded, written, quiet, file, allow_drift)
+    return BuiltArchive(written.archive, contents.read_manifest(written.archive), exported.report())
+
+
+def _configured(model_name: Optional[str], config: Union[str, Path, None], keys: Mapping[str, Any]) -> LoadedConfig:
+    if (model_name is None) == (config is None):
+        raise ConfigError("give either model_name, with other keys of setup_config.json, or config, a file")
+    if config is not None:
+        if keys:
+            raise ConfigError(f"{', '.join(keys)}: write them into {config}, or give model_name in place of config")
+        return load_config(Path(config))
+    parsed, notes = parse_config({"model_name": model_name, **keys})
+    return LoadedConfig(parsed, Path.cwd(), notes)
+
+
+def _samples_file(samples: Union[str, Path, Sequence[str], None], folder: Path) -> Optional[Path]:
+    """Return the file of the samples; texts are written into `folder`."""
+    if samples is None or isinstance(samples, (str, Path)):
+        return Path(samples) if samples else None
+    file = folder / "samples.jsonl"
+    file.write_text("".join(json.dumps(text) + "\n" for text in samples), encoding="utf-8")
+    return file
+
+
+class LoadedArchive:
+    """A loaded archive, which answers in this process as a worker does."""
+
+    def __init__(self, engine: Engine, unpacked: Optional[Path]) -> None:
+        self.engine = engine
+        self._service = Service(engine, engine.manifest.name, engine.manifest.version)
+        if unpacked is not None:
+            weakref.finalize(self, shutil.rmtree, unpacked, ignore_errors=True)
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the worker knows of the model."""
+        return self.engine.manifest
+
+    def __call__(self, inputs: Input, **parameters: Any) -> Any:
+        """Return what a server answers, as parsed JSON.
+
+        Args:
+            inputs: A text; an object of the task's fields, such as `{"question": ..., "context": ...}`; or a list of
+                either, which gives a list of answers, in order.
+            **parameters: The task's parameters, such as `top_k`.
+
+        Raises:
+            InvalidRequest, InputTooLong: what is wrong with the input, as a server's 400 and 413.
+        """
+        served = self._service.served
+        body = {"inputs": inputs, **({"parameters": parameters} if parameters else {})}
+        call = parse_value(body, served.task, 0, served.manifest.max_rows)
+        answers = []
+        for answer in self.engine.answer(call.requests):
+            if isinstance(answer, TraceserveError):
+                raise answer
+            answers.append(answer)
+        return call.protocol.reply(answers, served)
+
+
+def load(archive: Union[str, Path, BuiltArchive], device: str = "cpu") -> LoadedArchive:
+    """Load an archive (or an artifact's folder) into this process, ready to answer.
+
+    Args:
+        archive: A .mar file, a folder that `traceserve export` made, or what `build` returned.
+        device: "cpu", or a GPU's name for an archive with `"hardware": "gpu"`.
+
+    Raises:
+        TraceserveError: The archive is damaged, or needs what this machine lacks.
+    """
+    path = archive.path if isinstance(archive, BuiltArchive) else Path(archive)
+    if (path / MANIFEST_FILE).is_file():
+        return LoadedArchive(_ready(path, device), None)
+    unpacked = Path(tempfile.mkdtemp(prefix="traceserve-load."))
+    try:
+        contents.unpack(path, unpacked)
+        return LoadedArchive(_ready(unpacked, device), unpacked)
+    except BaseException:
+        shutil.rmtree(unpacked, ignore_errors=True)
+        raise
+
+
+def _ready(folder: Path, device: str) -> Engine:
+    engine = Engine.load(folder, device, Settings())
+    engine.warm_up()
+    engine.open_lanes()
+    return engine

@@ -1,0 +1,103 @@
+"""The Python API: an archive built and asked in this process answers as a server does."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Callable, Dict, List
+
+import pytest
+import traceserve
+from traceserve.errors import ConfigError, ExportError
+from traceserve_runtime.errors import InputTooLong, InvalidRequest, TraceserveError
+
+Make = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def archive(checkpoint: Make, tmp_path_factory: pytest.TempPathFactory) -> traceserve.BuiltArchive:
+    folder = tmp_path_factory.mktemp("api")
+    labels = {0: "red", 1: "green", 2: "blue"}
+    told: List[str] = []
+    made = traceserve.build(
+        str(checkpoint("bert", id2label=labels)),
+        task="text-classification",
+        max_length=32,
+        dtype="float32",
+        output=folder / "colours",
+        store=folder / "store",
+        samples=["A red flower.", "A green leaf."],
+        version="2.0",
+        progress=lambda what, done, total: told.append(what),
+    )
+    assert made.path == folder / "store" / "colours.mar" and made.path.is_file()
+    assert "packing" in told
+    return made
+
+
+def test_what_was_built(archive: traceserve.BuiltArchive) -> None:
+    assert archive.manifest.task == "sequence_classification" and archive.manifest.labels == ("red", "green", "blue")
+    assert archive.manifest.receipt["answers"] >= 2
+    assert archive.report["name"] == "colours"
+
+
+def test_it_answers_as_a_server(archive: traceserve.BuiltArchive) -> None:
+    model = traceserve.load(archive)
+    one = model("A red flower.")
+    assert set(one) == {"label", "score"}
+    assert model({"text": "A red flower."}) == one
+    assert [each["label"] for each in model(["A red flower."] * 2)] == [one["label"]] * 2
+    assert len(model("A red flower.", top_k=3)) == 3
+    from_path = traceserve.load(str(archive.path))
+    assert from_path("A red flower.") == one and from_path.manifest.version == archive.manifest.version
+
+
+def test_a_wrong_input_says_what_is_wrong(archive: traceserve.BuiltArchive) -> None:
+    model = traceserve.load(archive)
+    with pytest.raises(InvalidRequest, match='did you mean "text"') as error:
+        model({"txt": "A red flower."})
+    assert error.value.field
+    with pytest.raises(InvalidRequest, match="top_k"):
+        model("A red flower.", top_k="three")
+    with pytest.raises(InputTooLong):
+        model("red " * 100_000)
+
+
+def test_nothing_stays_of_what_was_unpacked(
+    archive: traceserve.BuiltArchive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    model = traceserve.load(archive)
+    [folder] = tmp_path.iterdir()
+    assert (folder / "traceserve.json").is_file()
+    del model
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
+    damaged = tmp_path / "damaged.mar"
+    damaged.write_bytes(archive.path.read_bytes()[:3000])
+    with pytest.raises(TraceserveError, match="damaged.mar"):
+        traceserve.load(damaged)
+    assert list(tmp_path.iterdir()) == [damaged]
+
+
+def test_a_configuration_file_or_keys(
+    archive: traceserve.BuiltArchive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    wrong: List[Dict[str, Any]] = [{}, {"model_name": "a", "config": "b"}, {"config": "b", "task": "fill_mask"}]
+    for given in wrong:
+        with pytest.raises(ConfigError):
+            traceserve.build(**given)
+    with pytest.raises(ConfigError, match="max_lenght"):
+        traceserve.build("a", max_lenght=3)
+    with pytest.raises(ExportError, match="exists"):
+        traceserve.build("nowhere", output=archive.path.parents[1] / "colours")
+
+
+def test_the_package_itself_starts_fast() -> None:
+    code = "import sys, traceserve; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    with pytest.raises(AttributeError, match="no attribute 'biuld'"):
+        traceserve.biuld  # type: ignore[attr-defined]  # noqa: B018
