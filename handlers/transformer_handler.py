@@ -14,7 +14,7 @@ import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, List, Mapping, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, List, Mapping, Optional, Sequence, Tuple
 
 if TYPE_CHECKING:
     from traceserve_runtime.batching.batches import Stats
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from traceserve_runtime.frontend_socket import Reader
     from traceserve_runtime.protocols.bodies import Headers
     from traceserve_runtime.service import Reply
+    from traceserve_runtime.worker_context import WorkerContext
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class TransformerHandler:
         self.engine: Optional[Engine] = None
         self._reader: Optional[Reader] = None
 
-    def initialize(self, context: Any) -> None:
+    def initialize(self, context: WorkerContext) -> None:
         """Load the archive; TorchServe reports a RuntimeError's message.
 
         Imports are here because TorchServe masks an ImportError of the handler's file.
@@ -67,7 +68,7 @@ class TransformerHandler:
         manifest = self.engine.manifest
         logger.info("traceserve loaded %s: %s, %s", manifest.name, manifest.task, manifest.save_mode)
 
-    def handle(self, rows: Optional[Sequence[Mapping[str, Any]]], context: Any) -> List[bytes]:
+    def handle(self, rows: Optional[Sequence[Mapping[str, object]]], context: WorkerContext) -> List[bytes]:
         """Return one response body per item; its status and headers are set in `context`."""
         from traceserve_runtime.batching.batches import Stats
         from traceserve_runtime.service import Call, Service
@@ -87,14 +88,14 @@ class TransformerHandler:
             context.request_ids.pop(i, None)  # TorchServe then silently drops the request
         return [reply.body for reply in replies]
 
-    def _name_and_version(self, context: Any) -> Tuple[str, str]:
+    def _name_and_version(self, context: WorkerContext) -> Tuple[str, str]:
         """Return the model's name in TorchServe, and its archive's version."""
         assert self.engine is not None
         packed = (getattr(context, "manifest", None) or {}).get("model") or {}
         name = getattr(context, "model_name", None) or packed.get("modelName") or self.engine.manifest.name
         return name, str(packed.get("modelVersion") or "1.0")
 
-    def _report(self, stats: Stats, rows: int, seconds: float, context: Any) -> None:
+    def _report(self, stats: Stats, rows: int, seconds: float, context: WorkerContext) -> None:
         """Report the computation to TorchServe."""
         metrics = getattr(context, "metrics", None)
         if metrics is None:
@@ -124,16 +125,16 @@ def _without_traceback(record: logging.LogRecord) -> bool:
     return True
 
 
-def _device(context: Any, folder: Path) -> str:
+def _device(context: WorkerContext, folder: Path) -> str:
     """Return the GPU that TorchServe assigns, if any and the archive is for GPUs; else the CPU."""
     from traceserve_runtime.manifest import Manifest
 
     gpu = context.system_properties.get("gpu_id")
-    assigned = gpu is not None and int(gpu) >= 0
-    return f"cuda:{int(gpu)}" if assigned and Manifest.read(folder, verify=False).hardware == "gpu" else "cpu"
+    number = -1 if gpu is None else int(gpu)
+    return f"cuda:{number}" if number >= 0 and Manifest.read(folder, verify=False).hardware == "gpu" else "cpu"
 
 
-def _headers(context: Any, index: int) -> Headers:
+def _headers(context: WorkerContext, index: int) -> Headers:
     """Return the facts that TorchServe passes beside a body: the headers, and a record of each part under the part's
     name.
 
@@ -164,7 +165,7 @@ def _headers(context: Any, index: int) -> Headers:
     )
 
 
-def _set_response(context: Any, index: int, headers: Headers, reply: Reply) -> None:
+def _set_response(context: WorkerContext, index: int, headers: Headers, reply: Reply) -> None:
     """Set the status and headers of an item's response."""
     context.set_response_header(index, "content-type", reply.content_type)
     if headers.grpc:
@@ -175,7 +176,7 @@ def _set_response(context: Any, index: int, headers: Headers, reply: Reply) -> N
         context.set_response_status(reply.status, reply.phrase, index)
 
 
-def _send_piece(context: Any, row: int, piece: bytes, headers: Mapping[str, str]) -> None:
+def _send_piece(context: WorkerContext, row: int, piece: bytes, headers: Mapping[str, str]) -> None:
     """Send a piece of one item's text to its client, before the batch is answered.
 
     TorchServe's own way sends one to every item of the batch, even to those with a JSON document as their answer;

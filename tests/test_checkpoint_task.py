@@ -296,6 +296,15 @@ def test_a_gguf_file_is_a_text_generators(tmp_path: Path) -> None:
     assert found(tmp_path, gguf_file="x.gguf") == ("text_generation", "from gguf_file: x.gguf")
 
 
+@pytest.mark.parametrize("content", [{}, {"task": "fill_mask"}])
+def test_architectures_that_are_no_list_are_refused(
+    content: Dict[str, str], checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    folder = copied(checkpoints("bert", "AutoModelForMaskedLM"), tmp_path / "x", architectures="BertForMaskedLM")
+    with pytest.raises(SourceError, match="architectures .*should be a list of names, not 'BertForMaskedLM'"):
+        found(folder, **content)
+
+
 @pytest.mark.parametrize("family", ["bert", "roberta", "gpt2"])
 @pytest.mark.parametrize("content", [{}, {"task": "sequence_classification"}])
 @pytest.mark.parametrize(

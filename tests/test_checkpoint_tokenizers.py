@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable, Dict, NamedTuple
 
@@ -14,11 +15,13 @@ import sentencepiece
 import torch
 import transformers
 from conftest import run_export
-from tokenizers import Tokenizer, processors
+from tokenizers import Tokenizer, models, processors
+from traceserve.building.checkpoints import lookups
 from traceserve.building.checkpoints.checkpoint import Checkpoint
 from traceserve.building.checkpoints.loading import load_original, quiet_transformers
 from traceserve.building.checkpoints.original import Original
 from traceserve.building.config.parsing import parse_config
+from traceserve.building.gate import outputs
 from traceserve.building.gate.texts import SENTENCES, VERY_LONG
 from traceserve.errors import ExportError
 from traceserve_runtime.engine import Engine
@@ -188,6 +191,21 @@ def with_more(source: Path, folder: Path, *tokens: str, **special: str) -> Path:
     tokenizer.add_special_tokens(special)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def test_the_gates_rows_need_no_end_token(checkpoint: Make) -> None:
+    """Of a tokenizer without one, and without an unknown token, "" has no number to compare with the model's."""
+    plain = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1})))
+    assert plain.convert_tokens_to_ids("") is None
+    rows = outputs._Rows(None, replace(original(checkpoint("bert")), tokenizer=plain, known_tokens=1))
+    assert rows._end == ""
+
+
+def test_a_special_token_without_a_number_is_named(checkpoint: Make) -> None:
+    plain = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0})))
+    assert lookups.id_of_token(plain, "a") == 0
+    with pytest.raises(ExportError, match="names the token </s>, but has no number for it"):
+        lookups.id_of_token(plain, "</s>")
 
 
 def test_a_text_with_a_token_that_the_model_lacks_is_refused_alone(checkpoint: Make, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from traceserve_runtime import json_types
 from traceserve_runtime.errors import InputTooLong, InvalidRequest, ModelFailure
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runner import Arrays
@@ -458,3 +459,13 @@ def test_the_function_of_a_classifier(labels: int, problem: Optional[str], funct
         read_json=lambda name: None,
     )
     assert function_to_apply(model) == function
+
+
+def test_answers_of_another_shape_are_not_compared() -> None:
+    """`same` reads scores of answers through these."""
+    assert json_types.json_objects([{"score": 1}]) == [{"score": 1}] and json_types.number(0.5) == 0.5
+    for value in ({"score": 1}, "text", [1], None):
+        with pytest.raises(TypeError, match="a list of objects is needed"):
+            json_types.json_objects(value)
+    with pytest.raises(TypeError, match="a number is needed, not str"):
+        json_types.number("0.5")

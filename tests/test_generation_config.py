@@ -121,6 +121,14 @@ def test_refused_by_name_before_anything_is_loaded(
     sources.fetch_checkpoint(classifier, tmp_path)  # which writes no text
 
 
+def test_settings_that_are_no_object_are_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source = copy(checkpoint, tmp_path / "mine", "gpt2")
+    (source / "generation_config.json").write_text("[]")
+    config, _ = parse_config({"model_name": str(source), "task": "text_generation"})
+    with pytest.raises(SourceError, match="generation_config.json should hold a JSON object, not a list"):
+        sources.fetch_checkpoint(config, tmp_path)
+
+
 def test_refused_in_a_config_of_before_there_was_such_a_file(checkpoint: Checkpoint, tmp_path: Path) -> None:
     source = copy(checkpoint, tmp_path / "mine", "bart")
     (source / "generation_config.json").unlink()

@@ -488,6 +488,21 @@ def test_max_length_of_a_sentence_transformer(copy: Make) -> None:
     assert embeddings(folder).max_length == 160
 
 
+@pytest.mark.parametrize(
+    "content, wrong",
+    [
+        ({"max_seq_length": "48"}, "max_seq_length should be a whole number"),
+        ([48], "should hold a JSON object, not a list"),
+    ],
+)
+def test_a_length_of_sentence_transformers_that_is_no_number_is_refused(content: Any, wrong: str, copy: Make) -> None:
+    """Of a classifier, too, whose other files of sentence-transformers nobody reads."""
+    folder = copy("bert")
+    write_json(folder / "sentence_bert_config.json", content)
+    with pytest.raises(SourceError, match=f"sentence_bert_config.json.* {wrong}"):
+        original(folder, task="sequence_classification")
+
+
 # Weights.
 
 

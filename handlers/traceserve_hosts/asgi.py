@@ -233,7 +233,7 @@ async def guarded(answer: Asgi, scope: Scope, receive: Receive, send: Send) -> N
         await send({"type": "websocket.close"})
 
 
-async def replied(send: Send, status: int, document: Any, headers: Mapping[str, str] = {}) -> None:
+async def replied(send: Send, status: int, document: object, headers: Mapping[str, str] = {}) -> None:
     """Send a document of the host's own."""
     await _send(send, status, _encoded(document), "application/json", headers)
 
@@ -249,7 +249,7 @@ def headers_of(scope: Scope) -> Dict[str, str]:
     return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
 
 
-def _parts(body: bytes, content_type: str) -> Tuple[Mapping[str, Any], Mapping[str, str]]:
+def _parts(body: bytes, content_type: str) -> Tuple[Mapping[str, object], Mapping[str, str]]:
     """A body as TorchServe hands it over: by itself, or as the parts of a form with their media types."""
     media = content_type.split(";")[0].strip().lower()
     if media == _FORM:
@@ -260,7 +260,7 @@ def _parts(body: bytes, content_type: str) -> Tuple[Mapping[str, Any], Mapping[s
     return {"body": body}, {}
 
 
-def _multipart(body: bytes, content_type: str) -> Tuple[Mapping[str, Any], Mapping[str, str]]:
+def _multipart(body: bytes, content_type: str) -> Tuple[Mapping[str, object], Mapping[str, str]]:
     from multipart import MultipartError, MultipartParser, parse_options_header
 
     boundary = parse_options_header(content_type)[1].get("boundary", "")
@@ -273,7 +273,7 @@ def _multipart(body: bytes, content_type: str) -> Tuple[Mapping[str, Any], Mappi
     return values, {part.name: part.content_type for part in parts if part.headers.get("content-type")}
 
 
-def _encoded(document: Any) -> bytes:
+def _encoded(document: object) -> bytes:
     return json.dumps(document, ensure_ascii=False).encode("utf-8")
 
 

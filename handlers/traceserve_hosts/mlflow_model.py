@@ -30,7 +30,7 @@ class ArchiveModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # mlflow h
         from traceserve_runtime.protocols.bodies import Headers
         from traceserve_runtime.service import Call
 
-        body: Any = _rows(model_input)
+        body: object = _rows(model_input)
         if params:
             body = {"inputs": body, "parameters": dict(params)}
         encoded = json.dumps(body, ensure_ascii=False).encode("utf-8")
@@ -46,7 +46,7 @@ class ArchiveModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # mlflow h
         raise MlflowException(message, error_code=INVALID_PARAMETER_VALUE)
 
 
-def _rows(given: Any) -> List[Any]:
+def _rows(given: object) -> List[object]:
     """The requests in what MLflow hands over: a table, a dictionary of columns, or a list."""
     if hasattr(given, "to_dict"):  # of pandas
         return [_present(row) for row in given.to_dict("records")]
@@ -56,21 +56,21 @@ def _rows(given: Any) -> List[Any]:
     return _listed(given)
 
 
-def _present(row: Mapping[Any, Any]) -> Any:
+def _present(row: Mapping[object, object]) -> object:
     """A row without what its table leaves empty; of a table without names its only value."""
-    found: Dict[str, Any] = {str(name): _plain(value) for name, value in row.items() if not _is_empty(value)}
+    found: Dict[str, object] = {str(name): _plain(value) for name, value in row.items() if not _is_empty(value)}
     return found["0"] if list(found) == ["0"] else found
 
 
-def _is_empty(value: Any) -> bool:
+def _is_empty(value: object) -> bool:
     return value is None or (isinstance(value, float) and value != value)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """numpy's values as Python's."""
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def _listed(values: Any) -> List[Any]:
+def _listed(values: object) -> List[object]:
     plain = _plain(values)
     return plain if isinstance(plain, list) else [plain]

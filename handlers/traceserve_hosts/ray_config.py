@@ -8,7 +8,7 @@ other paths mean, and shares out the requests to a name among its versions.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Dict, List, Mapping, Optional, Sequence
 
 MODULE = "traceserve_hosts.ray_serve"
 ROUTER = "traceserve-router"
@@ -55,7 +55,7 @@ def gpus(hardware: str) -> float:
     return 1.0 if hardware == "gpu" else 0.0
 
 
-def applications(archives: Sequence[Hosted], options: Options = Options()) -> List[Dict[str, Any]]:
+def applications(archives: Sequence[Hosted], options: Options = Options()) -> List[Dict[str, object]]:
     """The `applications` of a Serve configuration; raises ValueError for two archives of one name and version."""
     names = [hosted.application for hosted in archives]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -77,7 +77,7 @@ def _prefix(hosted: Hosted, versions: Mapping[str, Sequence[Hosted]]) -> str:
     return own if len(versions[hosted.name]) == 1 else f"{own}/{hosted.version}"
 
 
-def _application(hosted: Hosted, prefix: str, options: Options) -> Dict[str, Any]:
+def _application(hosted: Hosted, prefix: str, options: Options) -> Dict[str, object]:
     replicas = hosted.replicas
     return {
         "name": hosted.application,
@@ -94,7 +94,7 @@ def _application(hosted: Hosted, prefix: str, options: Options) -> Dict[str, Any
     }
 
 
-def _router(versions: Mapping[str, Sequence[Hosted]], options: Options) -> Dict[str, Any]:
+def _router(versions: Mapping[str, Sequence[Hosted]], options: Options) -> Dict[str, object]:
     models = {
         name: {hosted.version: {"application": hosted.application, "share": hosted.share} for hosted in each}
         for name, each in versions.items()
@@ -107,5 +107,5 @@ def _router(versions: Mapping[str, Sequence[Hosted]], options: Options) -> Dict[
     }
 
 
-def _options(options: Options) -> Dict[str, Any]:
+def _options(options: Options) -> Dict[str, object]:
     return {"queue": options.queue, "largest_body": options.largest_body, "cors_origin": options.cors_origin}

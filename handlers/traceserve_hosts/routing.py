@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from typing import Any, AsyncIterator, Callable, Dict, List, Mapping, Optional, Tuple
+from typing import AsyncIterator, Callable, Dict, List, Mapping, Optional, Tuple
 
 from traceserve_hosts.asgi import (
     Asgi,
@@ -72,7 +72,7 @@ class Router:
                     return
         await replied(send, 200, {"status": "Healthy"})
 
-    def _models(self) -> Dict[str, Any]:
+    def _models(self) -> Dict[str, object]:
         """What OpenAI's clients and KServe's read of a list of models."""
         data = [{"id": name, "object": "model", "created": 0, "owned_by": "traceserve"} for name in self._shares]
         return {"object": "list", "data": data, "models": list(self._shares)}

@@ -71,10 +71,10 @@ class Container:
         except asyncio.TimeoutError:
             return None if time.monotonic() - self._answered < _ALIVE else "no answer for a minute"
 
-    def _report(self, *told: Any) -> None:
+    def _report(self, *told: object) -> None:
         self._answered = time.monotonic()
 
-    def _parameters(self) -> Dict[str, Any]:
+    def _parameters(self) -> Dict[str, object]:
         return {
             "MaxConcurrentTransforms": self._batch_size,
             "BatchStrategy": "SINGLE_RECORD",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, Optional
+from typing import Optional
+
+from traceserve_runtime.json_types import JsonObject
 
 
 class TraceserveError(RuntimeError):
@@ -20,7 +22,7 @@ class TraceserveError(RuntimeError):
         self.message = message
         self.field = field
 
-    def to_json(self) -> Dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Return the body of an error response: `{"error": {"type", "message", "field"}}`."""
         return {"error": {"type": type(self).__name__, "message": self.message, "field": self.field}}
 

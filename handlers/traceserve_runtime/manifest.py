@@ -177,7 +177,7 @@ class Manifest:
                 )
 
     @classmethod
-    def from_json(cls, document: Any) -> Manifest:
+    def from_json(cls, document: object) -> Manifest:
         """Return the manifest in `document`, parsed JSON; raises InvalidManifest."""
         if not isinstance(document, dict):
             raise InvalidManifest(f"{MANIFEST_FILE} should hold an object, not {_kind(document)}")
@@ -225,19 +225,19 @@ class Manifest:
         write_document({"schema": SCHEMA, **dataclasses.asdict(self)}, folder)
 
 
-def write_document(document: Mapping[str, Any], folder: Path) -> None:
+def write_document(document: Mapping[str, object], folder: Path) -> None:
     """Write a whole document, with its digest, into `folder/traceserve.json`."""
     text = json.dumps(sealed(document), indent=2, ensure_ascii=False) + "\n"
     (folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
 
 
-def sealed(document: Mapping[str, Any]) -> Dict[str, Any]:
+def sealed(document: Mapping[str, object]) -> Dict[str, object]:
     """Return the document with a digest of the rest; unchanged if its schema has none."""
     content: Dict[str, Any] = json.loads(json.dumps(document))  # as it will be read
     return {**content, _DIGEST: _digest(content)} if content["schema"] > OLDEST else content
 
 
-def _digest(document: Mapping[str, Any]) -> str:
+def _digest(document: Mapping[str, object]) -> str:
     """Return the SHA-256 of the document's content, independent of its layout, without the digest itself."""
     rest = {key: value for key, value in document.items() if key != _DIGEST}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode("ascii")).hexdigest()
@@ -258,7 +258,7 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _load(path: Path) -> Any:
+def _load(path: Path) -> object:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -267,7 +267,7 @@ def _load(path: Path) -> Any:
         raise InvalidManifest(f"{path.name} is not valid JSON: {error}") from error
 
 
-def _read_object(kind: Type[T], content: Mapping[str, Any], where: str, complete: bool = True) -> T:
+def _read_object(kind: Type[T], content: Mapping[str, object], where: str, complete: bool = True) -> T:
     """Make an instance of the dataclass `kind`, checking each key against the field's type; a key may be missing only
     if its field has a default and the document need not be `complete`."""
     hints = get_type_hints(kind)
@@ -285,7 +285,7 @@ def _read_object(kind: Type[T], content: Mapping[str, Any], where: str, complete
     return kind(**{name: _read_value(hints[name], content[name], where + name, complete) for name in given})
 
 
-def _read_value(kind: Any, value: Any, where: str, complete: bool) -> Any:
+def _read_value(kind: Any, value: object, where: str, complete: bool) -> Any:
     origin: Any = getattr(kind, "__origin__", None)
     args: Tuple[Any, ...] = getattr(kind, "__args__", ())
     if kind is Any:
@@ -304,5 +304,5 @@ def _read_value(kind: Any, value: Any, where: str, complete: bool) -> Any:
     raise InvalidManifest(f"{MANIFEST_FILE}: {where} should be {wanted}, not {_kind(value)}")
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     return "null" if value is None else type(value).__name__

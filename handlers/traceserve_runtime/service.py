@@ -12,7 +12,7 @@ import logging
 import traceback
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 from traceserve_runtime import failures
 from traceserve_runtime.batching.batches import Stats
@@ -34,7 +34,7 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 class Call:
     """One request: `parts` holds its "body", or the fields of a form; `headers.path` follows the model's name."""
 
-    parts: Mapping[str, Any]
+    parts: Mapping[str, object]
     headers: Headers
 
 
@@ -126,7 +126,7 @@ class Service:
             return Reply(_encoded(error.to_json()), status=error.status, phrase=error.phrase)
 
 
-def _encoded(value: Any) -> bytes:
+def _encoded(value: object) -> bytes:
     if isinstance(value, bytes):
         return value
     return _ENCODER.encode(value).encode("utf-8", "replace")
@@ -197,7 +197,7 @@ class Exchange:
             stats.count_error(placed)
             return _Answered(Document(streams.ended(0, placed), streams.content_type(0)))
         if body.requests and task.streams(body.requests[0]):
-            last = streams.rest(0, answers[0].value, answers[0])
+            last = streams.rest(0, str(answers[0].value), answers[0])
             return _Answered(Document(last, streams.content_type(0)), answers)
         document = body.protocol.reply(answers, served)
         return _Answered(document if isinstance(document, Document) else Document(document), answers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Mapping, NamedTuple, Optional
+from typing import Mapping, NamedTuple, Optional
 
 from traceserve_runtime.errors import InvalidManifest
 
@@ -15,13 +15,15 @@ class Settings(NamedTuple):
     pack_weights: bool = True  # keep a copy of the weights in the processor's layout: torchscript/packing.py
 
 
-def read(config: Mapping[str, Any]) -> Settings:
+def read(config: Mapping[str, object]) -> Settings:
     """Return the settings in a model-config.yaml; raises InvalidManifest for invalid ones.
 
     Several workers share their weights unless the file says otherwise.
     """
     given = config.get("handler") or {}
-    for key, value in given.items() if isinstance(given, dict) else [("handler", given)]:
+    if not isinstance(given, dict):
+        given = {"handler": given}  # refused below
+    for key, value in given.items():
         if not valid(key, value):
             raise InvalidManifest(
                 f"model-config.yaml: {key} is {value!r}; under handler may stand threads and length_step, 1 or more "
@@ -32,7 +34,7 @@ def read(config: Mapping[str, Any]) -> Settings:
     return Settings(**{"pack_weights": alone, **given})
 
 
-def valid(key: str, value: Any) -> bool:
+def valid(key: str, value: object) -> bool:
     """Return whether this is a setting with a legal value."""
     if key == "pack_weights":
         return isinstance(value, bool)

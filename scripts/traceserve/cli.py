@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any, NoReturn, Optional, Sequence
+from typing import NoReturn, Optional, Sequence
 
 from traceserve_runtime.errors import TraceserveError
 
@@ -85,7 +85,7 @@ class _Interrupted(BaseException):
     libraries, Python kills itself at the end even if it was caught."""
 
 
-def _interrupt(number: int, frame: Any) -> NoReturn:
+def _interrupt(number: int, frame: object) -> NoReturn:
     raise _Interrupted
 
 

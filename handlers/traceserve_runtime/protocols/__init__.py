@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Dict, Mapping, Pattern, Tuple, Union
+from typing import Dict, Mapping, Pattern, Tuple, Union
 
 from traceserve_runtime.errors import NotFound, TraceserveError
 from traceserve_runtime.protocols import huggingface, metadata, openai, openapi, ranking, tei
@@ -50,11 +50,11 @@ _OF_MODELS: Tuple[Tuple[Pattern[str], Protocol], ...] = (
 class _Nothing:
     """A path that serves nothing."""
 
-    def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Union[Body, Document]:
+    def read(self, parts: Mapping[str, object], headers: Headers, served: Served, group: int) -> Union[Body, Document]:
         known = ", ".join(f"/{path}" for path in sorted(PROTOCOLS) if path)
         raise NotFound(f"nothing is served at /{short(headers.path)}; behind the model's version there are: {known}")
 
-    def error(self, error: TraceserveError, parts: Mapping[str, Any], headers: Headers, served: Served) -> Refusal:
+    def error(self, error: TraceserveError, parts: Mapping[str, object], headers: Headers, served: Served) -> Refusal:
         return Refusal.of(error.to_json(), error)
 
 

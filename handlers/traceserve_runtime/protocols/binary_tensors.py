@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
-from typing import Any, Dict, List, Mapping, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import numpy as np
 
@@ -20,7 +20,7 @@ CONTENT_TYPE = "application/octet-stream"
 _SIZE = "binary_data_size"
 
 
-def read_binary(body: bytes, header_length: int) -> Any:
+def read_binary(body: bytes, header_length: int) -> object:
     """Return the JSON of a body with its binary tensors' elements as "data"; raises InvalidRequest."""
     if header_length > len(body):
         raise InvalidRequest(f"{LENGTH_HEADER} is {header_length:,}, but the body has {len(body):,} bytes", "body")
@@ -33,7 +33,7 @@ def read_binary(body: bytes, header_length: int) -> Any:
         raise InvalidRequest('the JSON before the tensors should be an object with a list of "inputs"', "inputs")
     start = header_length
     for i, item in enumerate(value["inputs"]):
-        size = _size_of(item, f"inputs[{i}]")
+        size = _size_of(item, f"inputs[{i}]") if isinstance(item, dict) else None
         if size is None:
             continue
         if start + size > len(body):
@@ -45,9 +45,9 @@ def read_binary(body: bytes, header_length: int) -> Any:
     return value
 
 
-def _size_of(item: Any, where: str) -> Any:
+def _size_of(item: Dict[str, object], where: str) -> Optional[int]:
     """Pop the parameter with a tensor's size in bytes behind the JSON; None if its data is inline."""
-    parameters = item.get("parameters") if isinstance(item, dict) else None
+    parameters = item.get("parameters")
     if not isinstance(parameters, dict) or _SIZE not in parameters:
         return None
     if "data" in item:
@@ -58,7 +58,7 @@ def _size_of(item: Any, where: str) -> Any:
     return size
 
 
-def _elements(raw: bytes, datatype: Any, where: str) -> List[str]:
+def _elements(raw: bytes, datatype: object, where: str) -> List[str]:
     if datatype != "BYTES":
         return []  # whoever reads the datatype reports it
     elements: List[str] = []
@@ -79,7 +79,7 @@ def _elements(raw: bytes, datatype: Any, where: str) -> List[str]:
     return elements
 
 
-def wanted(value: Mapping[str, Any], output: Mapping[str, Any]) -> bool:
+def wanted(value: Mapping[str, object], output: Mapping[str, object]) -> bool:
     """Return whether the output is requested in binary."""
     own, all_outputs = (part.get("parameters") for part in (output, value))
     if isinstance(own, dict) and "binary_data" in own:

@@ -26,7 +26,7 @@ import csv
 import io
 import re
 from types import MappingProxyType
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple, Type, Union
+from typing import Dict, Iterator, List, Mapping, NamedTuple, Optional, Protocol, Tuple, Type, Union
 
 from traceserve_runtime.errors import InvalidRequest, UnsupportedMedia
 from traceserve_runtime.protocols import binary_tensors
@@ -49,6 +49,14 @@ _SEPARATORS = {"text/csv": ",", "application/csv": ",", "text/tab-separated-valu
 _LINES = re.compile(r"(application|text)/(x-)?(jsonlines|jsonl|ndjson|json-lines)")
 
 
+class _Lines(Protocol):
+    """A reader of CSV."""
+
+    line_num: int
+
+    def __iter__(self) -> Iterator[List[str]]: ...
+
+
 class Headers(NamedTuple):
     """The parts of a request's headers that are used, and the entry point that they indicate."""
 
@@ -69,7 +77,7 @@ class Headers(NamedTuple):
         return self.grpc and self.parts.get("body") == "application/json"
 
 
-def read_body(row: Mapping[str, Any], headers: Headers, task: Type[Task]) -> Any:
+def read_body(row: Mapping[str, object], headers: Headers, task: Type[Task]) -> object:
     """Return the text or parsed JSON of one item of TorchServe's batch; raises a TraceserveError with a 4xx status."""
     media = media_of(headers.content_type)
     if "body" in row and not media.is_form and not headers.grpc:
@@ -86,7 +94,7 @@ def read_body(row: Mapping[str, Any], headers: Headers, task: Type[Task]) -> Any
     return _form(row, media, headers, task)
 
 
-def _document(value: Any, media: Media, task: Type[Task], part: str) -> Any:
+def _document(value: object, media: Media, task: Type[Task], part: str) -> object:
     """Return the text or parsed JSON of a body, or of a part that holds one."""
     if not isinstance(value, (bytes, bytearray, str)) or (isinstance(value, str) and media.name == "application/json"):
         return value  # TorchServe parsed it
@@ -105,7 +113,7 @@ def _document(value: Any, media: Media, task: Type[Task], part: str) -> Any:
     return _guess(text, part)
 
 
-def _guess(text: str, part: str) -> Any:
+def _guess(text: str, part: str) -> object:
     """Parse JSON if it is JSON, else return the text; for a body of unknown media type."""
     if text.lstrip()[:1] not in ("{", "[", '"'):
         return text
@@ -126,7 +134,7 @@ def _without_target(text: str) -> str:
     return text[: end.start()] + "}" if end else text
 
 
-def _table(text: str, separator: str, task: Type[Task], part: str) -> Any:
+def _table(text: str, separator: str, task: Type[Task], part: str) -> object:
     """Return the requests in a CSV file whose header names fields, or only `inputs`.
 
     Several lines without a header are refused: column names could be answered as if they were text. An empty
@@ -162,10 +170,10 @@ def _wrong_header(header: List[str], known: List[str]) -> str:
     )
 
 
-def _rows(reader: Any, header: List[str], task: Type[Task], part: str) -> List[Any]:
+def _rows(reader: _Lines, header: List[str], task: Type[Task], part: str) -> List[object]:
     """Return the requests below the header."""
     required = {field.name for field in task.fields if field.required}
-    requests: List[Any] = []
+    requests: List[object] = []
     for cells in reader:
         if len(cells) not in (0, len(header)):
             raise InvalidRequest(
@@ -181,7 +189,7 @@ def _rows(reader: Any, header: List[str], task: Type[Task], part: str) -> List[A
     return requests
 
 
-def _form(row: Mapping[str, Any], media: Media, headers: Headers, task: Type[Task]) -> Any:
+def _form(row: Mapping[str, object], media: Media, headers: Headers, task: Type[Task]) -> object:
     """Return the fields of a form or a gRPC call, or the text or JSON that was sent as one."""
     if not row and not headers.content_length:
         raise InvalidRequest(f"the body is empty; {LEGAL_BODIES}")
@@ -201,7 +209,7 @@ def _form(row: Mapping[str, Any], media: Media, headers: Headers, task: Type[Tas
     if headers.grpc:
         legal = listed([*(field.name for field in task.fields), "data"])
         raise InvalidRequest(f'the input has none of the keys {legal}; send a body as input={{"data": BODY}}')
-    fields = {str(key): decode_text(value, parts[key], str(key)) for key, value in row.items()}
+    fields = {str(key): decode_text(value, parts[key], str(key)) for key, value in _unparsed(row)}
     body = "&".join(key + ("=" + value if value else "") for key, value in fields.items()).lstrip("\ufeff")
     if body.lstrip()[:1] in ("{", "[", '"'):
         return _guess(body, "body")
@@ -210,12 +218,12 @@ def _form(row: Mapping[str, Any], media: Media, headers: Headers, task: Type[Tas
     raise InvalidRequest(f"the form has none of the fields {listed(f.name for f in task.fields)}; {_NOT_A_FORM}")
 
 
-def _unparsed(row: Mapping[str, Any]) -> List[Tuple[str, Union[str, bytes, bytearray]]]:
+def _unparsed(row: Mapping[str, object]) -> List[Tuple[str, Union[str, bytes, bytearray]]]:
     """Return the parts that were not parsed yet; TorchServe parses those of multipart forms that declare JSON."""
     return [(key, value) for key, value in row.items() if isinstance(value, (bytes, bytearray, str))]
 
 
-def _known_parts(row: Mapping[str, Any], parts: Mapping[str, Media], task: Type[Task]) -> Any:
+def _known_parts(row: Mapping[str, object], parts: Mapping[str, Media], task: Type[Task]) -> object:
     """Return the body that the parts of a form make up."""
     asked = [name for name in row if name not in UNUSED_FIELDS]
     whole = [name for name in asked if name == "body" or (name in _WHOLE_BODIES and not _is_empty(row[name]))]
@@ -233,11 +241,11 @@ def _known_parts(row: Mapping[str, Any], parts: Mapping[str, Media], task: Type[
     return {**documents, **fields}
 
 
-def _is_empty(value: Any) -> bool:
+def _is_empty(value: object) -> bool:
     return isinstance(value, (bytes, bytearray, str)) and not value
 
 
-def _typed(texts: Mapping[str, str], task: Type[Task]) -> Dict[str, Any]:
+def _typed(texts: Mapping[str, str], task: Type[Task]) -> Dict[str, object]:
     """Parse as JSON the text fields that are lists, and parameters."""
     documents = {"parameters", *(field.name for field in task.fields if field.kind != "text")}
     return {name: parse_json(text, name) if name in documents else text for name, text in texts.items()}

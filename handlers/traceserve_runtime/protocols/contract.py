@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Callable, List, Mapping, NamedTuple, Optional, Sequence, Type, Union
+from typing import Callable, List, Mapping, NamedTuple, Optional, Sequence, Type, Union
 from typing import Protocol as Interface
 
 from traceserve_runtime.errors import TraceserveError
+from traceserve_runtime.json_types import Json
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.tasks.contract import Answer, Request, Task, WrittenToken
@@ -25,7 +26,7 @@ class Served(NamedTuple):
 class Form(Interface):
     """The response format for the requests of one body."""
 
-    def reply(self, answers: Sequence[Answer], served: Served) -> Any:
+    def reply(self, answers: Sequence[Answer], served: Served) -> Response:
         """Return the response document: parsed JSON or a Document."""
         ...
 
@@ -77,7 +78,7 @@ class Body:
 class Document:
     """An answer that needs no model, or one that is not JSON: then its value is bytes."""
 
-    value: Any
+    value: Union[Json, bytes]
     content_type: str = "application/json"
     headers: Mapping[str, str] = field(default_factory=dict)
 
@@ -86,23 +87,26 @@ class Document:
 class Refusal:
     """An error in a protocol's format."""
 
-    document: Any
+    document: Json
     status: int
     phrase: str
 
     @classmethod
-    def of(cls, document: Any, error: TraceserveError) -> Refusal:
+    def of(cls, document: Json, error: TraceserveError) -> Refusal:
         """Make one with the error's own status."""
         return cls(document, error.status, error.phrase)
+
+
+Response = Union[Json, Document]
 
 
 class Protocol(Interface):
     """A protocol, or one path of it."""
 
-    def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Union[Body, Document]:
+    def read(self, parts: Mapping[str, object], headers: Headers, served: Served, group: int) -> Union[Body, Document]:
         """Read a call; `group` numbers it. Raises a TraceserveError with a 4xx status that names the field."""
         ...
 
-    def error(self, error: TraceserveError, parts: Mapping[str, Any], headers: Headers, served: Served) -> Refusal:
+    def error(self, error: TraceserveError, parts: Mapping[str, object], headers: Headers, served: Served) -> Refusal:
         """Return the response to an error."""
         ...

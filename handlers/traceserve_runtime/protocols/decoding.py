@@ -8,7 +8,7 @@ import re
 import zlib
 from encodings import normalize_encoding
 from encodings.aliases import aliases
-from typing import Any, NamedTuple, Union
+from typing import NamedTuple, Union
 
 from traceserve_runtime.errors import InputTooLong, InvalidRequest, UnsupportedMedia
 from traceserve_runtime.protocols.wording import short
@@ -102,7 +102,7 @@ def codec_of(charset: str) -> str:
     raise UnsupportedMedia(f'the charset "{short(charset)}" is not supported; send UTF-8')
 
 
-def decompress(value: Any, encodings: str) -> Any:
+def decompress(value: object, encodings: str) -> object:
     """Undo a body's content encoding; raises UnsupportedMedia, InvalidRequest or InputTooLong."""
     names = [name for name in (part.strip().lower() for part in encodings.split(",")) if name not in ("", "identity")]
     if not names:

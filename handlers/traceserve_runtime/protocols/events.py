@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Sequence
+from typing import Sequence
+
+from traceserve_runtime.json_types import Json
 
 CONTENT_TYPE = "text/event-stream"
 
 
-def event(document: Any, space: str = " ") -> bytes:
+def event(document: Json, space: str = " ") -> bytes:
     """Encode one event."""
     return f"data:{space}{json.dumps(document, ensure_ascii=False, separators=(',', ':'))}\n\n".encode(
         "utf-8", "replace"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from traceserve_runtime.errors import InvalidRequest, NotFound, WrongTask
 from traceserve_runtime.protocols import bodies
@@ -22,7 +22,7 @@ class Key(NamedTuple):
     """
 
     parameter: Optional[str] = None
-    neutral: Sequence[Any] = ()
+    neutral: Sequence[object] = ()
     read: bool = False  # by the protocol itself
     why: str = "it is not supported here"
 
@@ -31,7 +31,7 @@ READ = Key(read=True)
 IGNORED = Key(read=True)  # it means nothing here
 
 
-def json_body(parts: Mapping[str, Any], headers: Headers, served: Served) -> Dict[str, Any]:
+def json_body(parts: Mapping[str, object], headers: Headers, served: Served) -> Dict[str, object]:
     """Return a call's body as an object; raises InvalidRequest if it is not one."""
     value = bodies.read_body(parts, headers, served.task)
     check_size(value, served.manifest.max_rows)
@@ -40,12 +40,12 @@ def json_body(parts: Mapping[str, Any], headers: Headers, served: Served) -> Dic
     return value
 
 
-def read_keys(value: Mapping[str, Any], keys: Mapping[str, Key], where: str = "") -> Dict[str, Any]:
+def read_keys(value: Mapping[str, object], keys: Mapping[str, Key], where: str = "") -> Dict[str, object]:
     """Return the parameters in a foreign protocol's object; raises InvalidRequest if one is unknown or unsupported.
 
     null counts as absent, as these protocols' clients expect.
     """
-    parameters: Dict[str, Any] = {}
+    parameters: Dict[str, object] = {}
     for name, item in value.items():
         if name not in keys:
             raise InvalidRequest(
@@ -60,19 +60,19 @@ def read_keys(value: Mapping[str, Any], keys: Mapping[str, Key], where: str = ""
     return parameters
 
 
-def _is_neutral(item: Any, neutral: Sequence[Any]) -> bool:
+def _is_neutral(item: object, neutral: Sequence[object]) -> bool:
     return any(
         type(item) is type(each) and item == each or _are_numbers(item, each) and item == each for each in neutral
     )
 
 
-def _are_numbers(*values: Any) -> bool:
+def _are_numbers(*values: object) -> bool:
     return all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
 
 
 def check_values(
-    parameters: Mapping[str, Any], served: Served, names: Mapping[str, str], where: str = ""
-) -> Dict[str, Any]:
+    parameters: Mapping[str, object], served: Served, names: Mapping[str, str], where: str = ""
+) -> Dict[str, object]:
     """Check our parameters' values; `names` has each one's foreign name, for errors."""
     known = {parameter.name: parameter for parameter in served.task.all_parameters()}
     for name, value in parameters.items():
@@ -89,14 +89,14 @@ def foreign_names(keys: Mapping[str, Key]) -> Dict[str, str]:
     return {key.parameter: name for name, key in keys.items() if key.parameter is not None}
 
 
-def require_key(value: Mapping[str, Any], name: str, where: str = "") -> Any:
+def require_key(value: Mapping[str, object], name: str, where: str = "") -> object:
     """Return the value of a required key."""
     if value.get(name) is None:
         raise InvalidRequest(f'"{name}" is missing', path_to(where, name))
     return value[name]
 
 
-def boolean(value: Mapping[str, Any], name: str, default: bool = False) -> bool:
+def boolean(value: Mapping[str, object], name: str, default: bool = False) -> bool:
     """Return the value of a boolean key."""
     item = value.get(name)
     if item is None:
@@ -106,7 +106,7 @@ def boolean(value: Mapping[str, Any], name: str, default: bool = False) -> bool:
     return item
 
 
-def named_texts(value: Mapping[str, Any], name: str) -> List[Tuple[Any, str]]:
+def named_texts(value: Mapping[str, object], name: str) -> List[Tuple[object, str]]:
     """Return the texts at a key that holds one text or a list, each with its path."""
     found = require_key(value, name)
     if not isinstance(found, list):
@@ -117,7 +117,7 @@ def named_texts(value: Mapping[str, Any], name: str) -> List[Tuple[Any, str]]:
 
 
 def text_requests(
-    named: Iterable[Tuple[Any, str]], parameters: Mapping[str, Any], served: Served, group: int
+    named: Iterable[Tuple[object, str]], parameters: Mapping[str, object], served: Served, group: int
 ) -> List[Request]:
     """Make a request of each text and its path."""
     return [Request(checked_fields({"text": text}, served.task, path), parameters, group, path) for text, path in named]
@@ -135,7 +135,7 @@ def check_reads_vectors(served: Served, what: str) -> None:
         raise WrongTask(f"this model's task is {served.task.name}; {what} by one of feature_extraction")
 
 
-def pooled(served: Served) -> Dict[str, Any]:
+def pooled(served: Served) -> Dict[str, object]:
     """Return the pooling that yields one vector per text, even if the model names no pooling."""
     return {"pooling": "mean"} if served.manifest.parameters.get("pooling", "none") == "none" else {}
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Tuple, Union
 
 from traceserve_runtime.errors import InvalidRequest, TraceserveError
+from traceserve_runtime.json_types import Json, JsonObject
 from traceserve_runtime.protocols import bodies, tei
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Body, Document, Refusal, Served
@@ -53,7 +54,7 @@ _PARAMETERS: Dict[str, Key] = {
 class HuggingFace:
     """What huggingface_hub's InferenceClient sends: our own envelope with additions."""
 
-    def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Union[Body, Document]:
+    def read(self, parts: Mapping[str, object], headers: Headers, served: Served, group: int) -> Union[Body, Document]:
         """Read a call."""
         value = bodies.read_body(parts, headers, served.task)
         if not isinstance(value, dict) or "inputs" not in value:
@@ -75,7 +76,7 @@ class HuggingFace:
         form = _Answers(_is_list(body), answers.get(served.task.name, _unchanged))
         return replace(body, protocol=form, frames=_Tokens() if streams else None)
 
-    def error(self, error: TraceserveError, parts: Mapping[str, Any], headers: Headers, served: Served) -> Refusal:
+    def error(self, error: TraceserveError, parts: Mapping[str, object], headers: Headers, served: Served) -> Refusal:
         """Return a string and its kind, which the clients show."""
         return Refusal.of(
             {"error": in_words(error), "error_type": "validation" if error.status < 500 else "generation"}, error
@@ -86,7 +87,7 @@ def _is_list(body: Body) -> bool:
     return isinstance(body.protocol, Plain) and body.protocol.is_list
 
 
-def _parameters(value: Mapping[str, Any]) -> Dict[str, Any]:
+def _parameters(value: Mapping[str, object]) -> Dict[str, object]:
     """Return all parameters under our own names; raises InvalidRequest for unsupported ones."""
     found = read_keys(value, _ROOT)
     if value.get("truncate") is not None:
@@ -106,7 +107,7 @@ def _parameters(value: Mapping[str, Any]) -> Dict[str, Any]:
     return {**found, **{name: item for name, item in given.items() if name not in _PARAMETERS and item is not None}}
 
 
-def _defaults(served: Served) -> Dict[str, Any]:
+def _defaults(served: Served) -> Dict[str, object]:
     """Return these clients' defaults."""
     if classifies(served) and served.manifest.labels:
         return {"top_k": None}
@@ -119,34 +120,34 @@ def _defaults(served: Served) -> Dict[str, Any]:
 class _Answers(Plain):
     """Our own answers in the shapes that these clients expect."""
 
-    change: Callable[[Any, bool], Any] = lambda value, is_list: value
+    change: Callable[[Json, bool], Json] = lambda value, is_list: value
 
-    def reply(self, answers: Sequence[Answer], served: Served) -> Any:
+    def reply(self, answers: Sequence[Answer], served: Served) -> Json:
         values = [self.change(noted(answer), self.is_list) for answer in answers]
         return values if self.is_list else values[0]
 
 
-def _unchanged(value: Any, is_list: bool) -> Any:
+def _unchanged(value: Json, is_list: bool) -> Json:
     return value
 
 
-def _in_a_list(value: Any, is_list: bool) -> Any:
+def _in_a_list(value: Json, is_list: bool) -> Json:
     """Nest a text's list of labels in another list."""
     return value if is_list else [value]
 
 
-def _label_by_label(value: Any, is_list: bool) -> Any:
+def _label_by_label(value: Any, is_list: bool) -> Json:
     return [{"label": label, "score": score} for label, score in zip(value["labels"], value["scores"])]
 
 
-def _text_of_each_kind(value: Any, is_list: bool) -> Any:
+def _text_of_each_kind(value: Any, is_list: bool) -> Json:
     """Rename the keys of translations and summaries."""
     text = value["generated_text"]
     named = {**value, "translation_text": text, "summary_text": text}
     return named if is_list else [named]
 
 
-_ANSWERS: Dict[str, Callable[[Any, bool], Any]] = {
+_ANSWERS: Dict[str, Callable[[Any, bool], Json]] = {
     "sequence_classification": _in_a_list,
     "zero_shot_classification": _label_by_label,
     "text2text_generation": _text_of_each_kind,
@@ -184,14 +185,14 @@ class _Tokens:
             held, own = self._held
             rest.insert(0, (held.id, held.logarithm, own, False))
         *before, last = rest or [(0, 0.0, "", True)]
-        said = {
+        said: JsonObject = {
             "finish_reason": details.get("finish_reason", "length"),
             "generated_tokens": details.get("generated_tokens", 0),
             "input_length": answer.tokens,
             "seed": details.get("seed"),
         }
         number, logarithm, own, special = last
-        ended = {"generated_text": self._text, "details": said}
+        ended: JsonObject = {"generated_text": self._text, "details": said}
         events = [self._event(*each) for each in before]
         return b"".join([*events, self._event(number, logarithm, own + text, special, ended)])
 
@@ -199,11 +200,9 @@ class _Tokens:
         """Return the error's event."""
         return event({"error": in_words(error), "error_type": "generation"}, "")
 
-    def _event(
-        self, token: int, logprob: float, text: str, special: bool, more: Optional[Mapping[str, Any]] = None
-    ) -> bytes:
+    def _event(self, token: int, logprob: float, text: str, special: bool, more: Optional[JsonObject] = None) -> bytes:
         self._index += 1
-        named = {"id": token, "text": text, "logprob": logprob, "special": special}
+        named: JsonObject = {"id": token, "text": text, "logprob": logprob, "special": special}
         return event(
             {"index": self._index, "token": named, "generated_text": None, "details": None, **(more or {})}, ""
         )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Sequence
+from typing import Sequence
 
+from traceserve_runtime.json_types import Json
 from traceserve_runtime.protocols.native import Plain, ServedModel
 
 
@@ -14,5 +15,5 @@ class Instances(Plain):
 
     is_list: bool = True
 
-    def document(self, answers: Sequence[Any], model: ServedModel) -> Any:
+    def document(self, answers: Sequence[Json], model: ServedModel) -> Json:
         return {"predictions": list(answers)}

@@ -6,10 +6,11 @@ exist on TorchServe too.
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Mapping, Union
+from typing import List, Mapping, Union
 
 from traceserve_runtime import __version__
 from traceserve_runtime.errors import NotFound, NotOffered, TraceserveError
+from traceserve_runtime.json_types import JsonObject
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Body, Document, Refusal, Served
 from traceserve_runtime.protocols.fields import check_served
@@ -21,7 +22,7 @@ from traceserve_runtime.protocols.wording import short
 class _KServe:
     """The error format of all of them."""
 
-    def error(self, error: TraceserveError, parts: Mapping[str, Any], headers: Headers, served: Served) -> Refusal:
+    def error(self, error: TraceserveError, parts: Mapping[str, object], headers: Headers, served: Served) -> Refusal:
         """Return a string: KServe's own clients fail on an error that is an object."""
         return Refusal.of({"error": in_words(error)}, error)
 
@@ -29,7 +30,7 @@ class _KServe:
 class ServerMetadata(_KServe):
     """The server's name and version, in the Open Inference Protocol."""
 
-    def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Document:
+    def read(self, parts: Mapping[str, object], headers: Headers, served: Served, group: int) -> Document:
         """Return the server's name, version and extensions."""
         return Document({"name": "traceserve", "version": __version__, "extensions": ["binary_tensor_data"]})
 
@@ -40,7 +41,7 @@ class State(_KServe):
     def __init__(self, name: str) -> None:
         self._name = name
 
-    def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Document:
+    def read(self, parts: Mapping[str, object], headers: Headers, served: Served, group: int) -> Document:
         """Say yes."""
         return Document({self._name: True})
 
@@ -51,7 +52,7 @@ class ModelMetadata(_KServe):
     def __init__(self) -> None:
         self._native = Native()
 
-    def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Union[Body, Document]:
+    def read(self, parts: Mapping[str, object], headers: Headers, served: Served, group: int) -> Union[Body, Document]:
         """Return a prediction at /infer, else a document; raises NotFound for another model, version or path."""
         name, _, rest = headers.path.strip("/").partition("models/")[2].partition("/")
         check_served(name, served)
@@ -74,7 +75,7 @@ class Prediction(_KServe):
     def __init__(self) -> None:
         self._native = Native()
 
-    def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Body:
+    def read(self, parts: Mapping[str, object], headers: Headers, served: Served, group: int) -> Body:
         """Return a prediction; raises NotFound for another model, and NotOffered for another verb."""
         name, _, verb = headers.path.strip("/").partition("models/")[2].rpartition(":")
         check_served(name, served)
@@ -83,13 +84,13 @@ class Prediction(_KServe):
         return self._native.read(parts, headers, served, group)
 
 
-def _described(served: Served) -> Dict[str, Any]:
+def _described(served: Served) -> JsonObject:
     """Return a model's metadata: the task's fields are its inputs, one element per request."""
-    inputs: List[Dict[str, Any]] = [
+    inputs: List[JsonObject] = [
         {"name": field.name, "datatype": "BYTES", "shape": [-1]} for field in served.task.fields if field.required
     ]
     vectors = served.task.reads_vectors and served.manifest.parameters.get("pooling", "none") != "none"
-    output = {"datatype": "FP32", "shape": [-1, -1]} if vectors else {"datatype": "BYTES", "shape": [-1]}
+    output: JsonObject = {"datatype": "FP32", "shape": [-1, -1]} if vectors else {"datatype": "BYTES", "shape": [-1]}
     return {
         "name": served.name,
         "versions": [served.version],

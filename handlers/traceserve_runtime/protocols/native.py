@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Optional, Sequence
+from typing import NamedTuple, Optional, Sequence
 
 from traceserve_runtime.errors import TraceserveError
+from traceserve_runtime.json_types import Json
 from traceserve_runtime.protocols.contract import Served
 from traceserve_runtime.tasks.contract import Answer, WrittenToken
 
@@ -24,11 +25,11 @@ class Plain:
 
     is_list: bool
 
-    def reply(self, answers: Sequence[Answer], served: Served) -> Any:
+    def reply(self, answers: Sequence[Answer], served: Served) -> Json:
         """Return the response; answers that have room include the characters that the model did not see."""
         return self.document([noted(answer) for answer in answers], ServedModel(served.name, served.version))
 
-    def document(self, answers: Sequence[Any], model: ServedModel) -> Any:
+    def document(self, answers: Sequence[Json], model: ServedModel) -> Json:
         """Return the response for all answers."""
         return list(answers) if self.is_list else answers[0]
 
@@ -59,11 +60,11 @@ class PlainText:
 PLAIN_TEXT = PlainText()
 
 
-def noted(answer: Answer) -> Any:
+def noted(answer: Answer) -> Json:
     """Return the answer's value; dictionaries with room for it include the characters that the model did not see."""
-    if not answer.unseen or isinstance(answer.value, str):
-        return answer.value
-    note = {"truncated": answer.unseen}
-    if isinstance(answer.value, dict):
-        return {**answer.value, **note}
-    return [{**item, **note} if isinstance(item, dict) else item for item in answer.value]
+    value, note = answer.value, {"truncated": answer.unseen}
+    if answer.unseen and isinstance(value, dict):
+        return {**value, **note}
+    if answer.unseen and isinstance(value, list):
+        return [{**item, **note} if isinstance(item, dict) else item for item in value]
+    return value

@@ -15,14 +15,15 @@ import base64
 import json
 import math
 from dataclasses import dataclass
-from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Type
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Type
 
 from traceserve_runtime.errors import InvalidRequest, TraceserveError
+from traceserve_runtime.json_types import Json, JsonObject
 from traceserve_runtime.protocols import binary_tensors
-from traceserve_runtime.protocols.contract import Document, Served
+from traceserve_runtime.protocols.contract import Document, Response, Served
 from traceserve_runtime.protocols.native import ServedModel, noted
 from traceserve_runtime.protocols.wording import (
-    check_string,
+    checked_string,
     kind_of,
     listed,
     nearest_name,
@@ -59,14 +60,14 @@ class Tensors:
     infer: bool = False  # through gRPC
     binary: bool = False  # the output follows the JSON
 
-    def reply(self, answers: Sequence[Answer], served: Served) -> Any:
+    def reply(self, answers: Sequence[Answer], served: Served) -> Response:
         document = self.document([noted(answer) for answer in answers], ServedModel(served.name, served.version))
         if not self.binary:
             return document
         body, headers = binary_tensors.written(document)
         return Document(body, binary_tensors.CONTENT_TYPE, headers)
 
-    def document(self, answers: Sequence[Any], model: ServedModel) -> Any:
+    def document(self, answers: Sequence[Json], model: ServedModel) -> JsonObject:
         named = {"model_name": model.name, "model_version": model.version}
         own = {} if self.id is None else {"id": self.id}
         return {**named, **own, "outputs": [{"name": self.output, **_encoded(list(answers), self.infer)}]}
@@ -85,8 +86,8 @@ class Sent(NamedTuple):
     """The contents of a V2 body: each request's fields with their path, and parameters with theirs."""
 
     protocol: Tensors
-    elements: List[Tuple[str, Mapping[str, Any]]]
-    parameters: List[Tuple[str, Any]]
+    elements: List[Tuple[str, Mapping[str, object]]]
+    parameters: List[Tuple[str, object]]
 
 
 class _Tensor(NamedTuple):
@@ -95,7 +96,7 @@ class _Tensor(NamedTuple):
     where: str
 
 
-def are_tensors(inputs: Any) -> bool:
+def are_tensors(inputs: object) -> bool:
     """Return whether the value of "inputs" is V2's."""
     return (
         isinstance(inputs, list)
@@ -104,7 +105,7 @@ def are_tensors(inputs: Any) -> bool:
     )
 
 
-def infer_error(error: TraceserveError, body: Any, model: ServedModel) -> Any:
+def infer_error(error: TraceserveError, body: object, model: ServedModel) -> Json:
     """Return an error as ModelInfer's answer to `body`: an output tensor named "error"."""
     sent = body.get("id") if isinstance(body, dict) else None
     protocol = Tensors(sent if isinstance(sent, str) else "", "error", {}, infer=True)
@@ -117,27 +118,26 @@ def read_tensors(value: Mapping[str, Any], task: Type[Task], infer: bool = False
     `infer`: it came through gRPC, with its texts in base64.
     """
     _only(value, _BODY_KEYS, "")
-    if value.get("id") is not None:
-        check_string(value["id"], "id", "id")
-    tensors = [_tensor(item, f"inputs[{i}]", infer) for i, item in enumerate(value["inputs"])]
+    id = None if value.get("id") is None else checked_string(value["id"], "id", "id")
+    inputs: Sequence[Mapping[str, object]] = value["inputs"]
+    tensors = [_tensor(item, f"inputs[{i}]", infer) for i, item in enumerate(inputs)]
     columns = _columns(tensors, task)
     output = _output(value.get("outputs"))
     places = {name: tensor.where for name, tensor in columns.items()}
     binary = binary_tensors.wanted(value, output)
-    protocol = Tensors(value.get("id"), output["name"], places, infer, binary)
+    protocol = Tensors(id, str(output["name"]), places, infer, binary)
     fields = _rows(columns, task) if columns else _objects(tensors[0], task)
     elements = [(f"{tensors[0].where}.data[{i}]", item) for i, item in enumerate(fields)]
-    parts = [("", value), ("outputs[0]", output), *((t.where, item) for t, item in zip(tensors, value["inputs"]))]
+    parts = [("", value), ("outputs[0]", output), *((t.where, item) for t, item in zip(tensors, inputs))]
     return Sent(protocol, elements, [(where, _known(part.get("parameters"), task)) for where, part in parts])
 
 
-def _tensor(item: Mapping[str, Any], where: str, infer: bool) -> _Tensor:
+def _tensor(item: Mapping[str, object], where: str, infer: bool) -> _Tensor:
     _only(item, _TENSOR_KEYS, where)
     for key in ("name", "datatype", "shape", "data"):
         if key not in item:
             raise InvalidRequest(f'"{key}" of a tensor is missing', path_to(where, key))
-    name, datatype, data = item["name"], item["datatype"], item["data"]
-    check_string(name, "name", f"{where}.name")
+    name, datatype, data = checked_string(item["name"], "name", f"{where}.name"), item["datatype"], item["data"]
     if datatype != "BYTES":
         sent = short(json.dumps(datatype))
         raise InvalidRequest(
@@ -158,9 +158,10 @@ def _tensor(item: Mapping[str, Any], where: str, infer: bool) -> _Tensor:
     for i, element in enumerate(elements):
         if not isinstance(element, str):
             raise InvalidRequest(f"an element should be a string, not {kind_of(element)}", f"{where}.data[{i}]")
+    texts = [str(element) for element in elements]
     if infer:
-        elements = [_from_base64(element, f"{where}.data[{i}]") for i, element in enumerate(elements)]
-    return _Tensor(name, elements, where)
+        texts = [_from_base64(text, f"{where}.data[{i}]") for i, text in enumerate(texts)]
+    return _Tensor(name, texts, where)
 
 
 def _from_base64(element: str, where: str) -> str:
@@ -171,15 +172,15 @@ def _from_base64(element: str, where: str) -> str:
         raise InvalidRequest(f"an element is not UTF-8 text{start}", where) from None
 
 
-def _count(shape: Any, where: str) -> int:
+def _count(shape: object, where: str) -> int:
     """Return the number of elements of a legal shape for a column of texts."""
-    numbers = isinstance(shape, list) and all(type(n) is int and 0 <= n < 1 << 64 for n in shape)
-    if not numbers or len(shape) > 2 or (len(shape) == 2 and 1 not in shape):
+    numbers = shape if isinstance(shape, list) and all(type(n) is int and 0 <= n < 1 << 64 for n in shape) else None
+    if numbers is None or len(numbers) > 2 or (len(numbers) == 2 and 1 not in numbers):
         raise InvalidRequest('"shape" should be [n], [n, 1], [1, n] or []', where)
-    return math.prod(shape)
+    return math.prod(numbers)
 
 
-def _flat(values: Iterable[Any], into: List[Any]) -> List[Any]:
+def _flat(values: Sequence[Json], into: List[Json]) -> List[Json]:
     """Flatten nested lists, row by row."""
     for value in values:
         if isinstance(value, list):
@@ -189,7 +190,7 @@ def _flat(values: Iterable[Any], into: List[Any]) -> List[Any]:
     return into
 
 
-def _only(value: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+def _only(value: Mapping[str, object], known: Sequence[str], where: str) -> None:
     for key in value:
         if key not in known:
             raise InvalidRequest(
@@ -197,7 +198,7 @@ def _only(value: Mapping[str, Any], known: Sequence[str], where: str) -> None:
             )
 
 
-def _output(outputs: Any) -> Mapping[str, Any]:
+def _output(outputs: object) -> Mapping[str, object]:
     """Return the requested output."""
     if outputs is None or outputs == []:
         return {"name": OUTPUT}
@@ -209,11 +210,11 @@ def _output(outputs: Any) -> Mapping[str, Any]:
     if not isinstance(output, dict) or "name" not in output:
         raise InvalidRequest('an output is an object like {"name": "..."}', "outputs[0]")
     _only(output, ("name", "parameters"), "outputs[0]")
-    check_string(output["name"], "name", "outputs[0].name")
+    checked_string(output["name"], "name", "outputs[0].name")
     return output
 
 
-def _known(parameters: Any, task: Type[Task]) -> Any:
+def _known(parameters: object, task: Type[Task]) -> object:
     """Drop the parameters that belong to no task."""
     if not isinstance(parameters, dict):
         return {} if parameters is None else parameters
@@ -251,7 +252,7 @@ def _columns(tensors: Sequence[_Tensor], task: Type[Task]) -> Dict[str, _Tensor]
     return columns
 
 
-def _rows(columns: Mapping[str, _Tensor], task: Type[Task]) -> List[Mapping[str, Any]]:
+def _rows(columns: Mapping[str, _Tensor], task: Type[Task]) -> List[Mapping[str, object]]:
     """Return each request's fields; each tensor holds one field."""
     kinds = {field.name: field.kind for field in task.fields}
     values = [
@@ -263,7 +264,7 @@ def _rows(columns: Mapping[str, _Tensor], task: Type[Task]) -> List[Mapping[str,
     return [dict(zip(columns, row)) for row in zip(*values)]
 
 
-def _objects(tensor: _Tensor, task: Type[Task]) -> List[Mapping[str, Any]]:
+def _objects(tensor: _Tensor, task: Type[Task]) -> List[Mapping[str, object]]:
     """Return each request's fields; each element holds all of them."""
     needed = listed(field.name for field in task.fields if field.required)
     for i, text in enumerate(tensor.elements):
@@ -273,10 +274,11 @@ def _objects(tensor: _Tensor, task: Type[Task]) -> List[Mapping[str, Any]]:
                 f"object with {needed}",
                 f"{tensor.where}.data[{i}]",
             )
-    return [parse_json(text, f"{tensor.where}.data[{i}]") for i, text in enumerate(tensor.elements)]
+    objects = (parse_json(text, f"{tensor.where}.data[{i}]") for i, text in enumerate(tensor.elements))
+    return [each for each in objects if isinstance(each, dict)]  # all of them: each begins with a brace
 
 
-def _encoded(answers: List[Any], infer: bool) -> Dict[str, Any]:
+def _encoded(answers: List[Json], infer: bool) -> JsonObject:
     """Return the answers as an output tensor."""
     shape = _shape(answers)
     if shape is not None and len(shape) > 1:
@@ -287,7 +289,7 @@ def _encoded(answers: List[Any], infer: bool) -> Dict[str, Any]:
     return {"shape": [len(texts)], "datatype": "BYTES", "data": texts}
 
 
-def _shape(value: Any) -> Optional[Tuple[int, ...]]:
+def _shape(value: object) -> Optional[Tuple[int, ...]]:
     """Return the shape of evenly nested lists of numbers; None for anything else."""
     if not isinstance(value, list) or not value:
         return None

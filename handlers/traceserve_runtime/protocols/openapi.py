@@ -3,16 +3,17 @@ a page that shows it."""
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Mapping, Sequence
+from typing import Dict, List, Mapping, Sequence
 
 from traceserve_runtime import __version__
 from traceserve_runtime.errors import TraceserveError
+from traceserve_runtime.json_types import Json, JsonObject
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Document, Refusal, Served
 from traceserve_runtime.tasks.parameters import Field, Parameter
 
-_KINDS: Dict[str, Dict[str, Any]] = {
+_KINDS: Dict[str, JsonObject] = {
     "text": {"type": "string"},
     "texts": {"type": "array", "items": {"type": "string"}},
     "messages": {
@@ -25,7 +26,7 @@ _KINDS: Dict[str, Dict[str, Any]] = {
         },
     },
 }
-_ERROR = {
+_ERROR: JsonObject = {
     "type": "object",
     "properties": {
         "error": {
@@ -51,11 +52,11 @@ _STATUSES = {
 class OpenApi:
     """Describes the requests and answers of this archive in OpenAPI 3.1."""
 
-    def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Document:
+    def read(self, parts: Mapping[str, object], headers: Headers, served: Served, group: int) -> Document:
         """Ignore the body."""
         return Document(openapi_document(served))
 
-    def error(self, error: TraceserveError, parts: Mapping[str, Any], headers: Headers, served: Served) -> Refusal:
+    def error(self, error: TraceserveError, parts: Mapping[str, object], headers: Headers, served: Served) -> Refusal:
         """Return the error in our own protocol's format."""
         return Refusal.of(error.to_json(), error)
 
@@ -63,15 +64,15 @@ class OpenApi:
 class Page(OpenApi):
     """Shows that description as a page for browsers."""
 
-    def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Document:
+    def read(self, parts: Mapping[str, object], headers: Headers, served: Served, group: int) -> Document:
         """Ignore the body."""
         return Document(_PAGE.encode("utf-8"), "text/html; charset=utf-8")
 
 
-def openapi_document(served: Served) -> Dict[str, Any]:
+def openapi_document(served: Served) -> JsonObject:
     """Return the OpenAPI document of an archive."""
     manifest, task = served.manifest, served.task
-    schemas = {
+    schemas: Dict[str, Json] = {
         "Fields": _fields(task.fields),
         "Parameters": {
             "type": "object",
@@ -98,14 +99,14 @@ def openapi_document(served: Served) -> Dict[str, Any]:
     }
 
 
-def _default(parameter: Parameter, manifest: Manifest) -> Dict[str, Any]:
+def _default(parameter: Parameter, manifest: Manifest) -> JsonObject:
     """Return a parameter's default: the archive's own or the task's, if any."""
     own = {"long_inputs": manifest.long_inputs, **manifest.parameters}
     value = own.get(parameter.name, parameter.default)
     return {} if value is None and parameter.name not in own else {"default": value}
 
 
-def _fields(fields: Sequence[Field]) -> Dict[str, Any]:
+def _fields(fields: Sequence[Field]) -> JsonObject:
     return {
         "type": "object",
         "properties": {
@@ -117,13 +118,13 @@ def _fields(fields: Sequence[Field]) -> Dict[str, Any]:
     }
 
 
-def _request(fields: Sequence[Field]) -> Dict[str, Any]:
+def _request(fields: Sequence[Field]) -> JsonObject:
     """Describe a request: a text if one is enough, fields, a list of these, or an envelope with common parameters."""
-    single: List[Dict[str, Any]] = [{"$ref": "#/components/schemas/Fields"}]
+    single: List[JsonObject] = [{"$ref": "#/components/schemas/Fields"}]
     if sum(field.required for field in fields) <= 1 and fields[0].kind == "text":
         single.append({"type": "string"})
-    several = {"type": "array", "items": {"anyOf": single}, "minItems": 1}
-    envelope = {
+    several: JsonObject = {"type": "array", "items": {"anyOf": single}, "minItems": 1}
+    envelope: JsonObject = {
         "type": "object",
         "properties": {
             "inputs": {"anyOf": [*single, several]},
@@ -135,7 +136,7 @@ def _request(fields: Sequence[Field]) -> Dict[str, Any]:
     return {"anyOf": [*single, several, envelope]}
 
 
-def _operation(sample: Mapping[str, Any]) -> Dict[str, Any]:
+def _operation(sample: JsonObject) -> JsonObject:
     error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     return {
         "operationId": "predict",
@@ -165,7 +166,7 @@ def _operation(sample: Mapping[str, Any]) -> Dict[str, Any]:
     }
 
 
-def _documents() -> Dict[str, Any]:
+def _documents() -> JsonObject:
     """Describe the paths without a body."""
     found = {
         "/openapi.json": ("openapi", "This description", "application/json"),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Dict, List, Mapping, Sequence
+from typing import Dict, List, Mapping, Sequence
 
 from traceserve_runtime.errors import InvalidRequest, TraceserveError, WrongTask
+from traceserve_runtime.json_types import Json, json_objects
 from traceserve_runtime.protocols import tei
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Body, Refusal, Served
@@ -57,12 +58,12 @@ class Rerank:
 
     _tei = tei.TeiRerank()
 
-    def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Body:
+    def read(self, parts: Mapping[str, object], headers: Headers, served: Served, group: int) -> Body:
         """Read one request."""
         value = json_body(parts, headers, served)
         if "texts" in value and "documents" not in value:
             return self._tei.read_value(value, served, group)
-        asked: Dict[str, Any] = {
+        asked: Dict[str, object] = {
             **read_keys(value, _RERANK),
             "sort": True,
             "return_documents": boolean(value, "return_documents"),
@@ -71,7 +72,7 @@ class Rerank:
         form = _Ranks({}, foreign_names(_RERANK))
         return tei.ranking({**value, "documents": documents}, "documents", asked, _RERANK, served, group, form)
 
-    def error(self, error: TraceserveError, parts: Mapping[str, Any], headers: Headers, served: Served) -> Refusal:
+    def error(self, error: TraceserveError, parts: Mapping[str, object], headers: Headers, served: Served) -> Refusal:
         """Return the error in the caller's format."""
         body = parts.get("body")
         ours = (
@@ -83,14 +84,14 @@ class Rerank:
         return Refusal.of({**document, "message": error.message, "detail": error.message}, error)
 
 
-def _list(value: Mapping[str, Any], name: str) -> List[Any]:
+def _list(value: Mapping[str, object], name: str) -> List[object]:
     found = require_key(value, name)
     if not isinstance(found, list):
         raise InvalidRequest(f'"{name}" should be a list', name)
     return found
 
 
-def _document(item: Any, where: str) -> Any:
+def _document(item: object, where: str) -> object:
     """Return a document's text, which may be wrapped in an object."""
     if isinstance(item, dict):
         read_keys(item, {"text": READ}, where)
@@ -100,7 +101,7 @@ def _document(item: Any, where: str) -> Any:
 
 @dataclass(frozen=True)
 class _Ranks(Places):
-    def reply(self, answers: Sequence[Answer], served: Served) -> Any:
+    def reply(self, answers: Sequence[Answer], served: Served) -> Json:
         """Return Jina's format with Cohere's id."""
         results = [
             {
@@ -108,7 +109,7 @@ class _Ranks(Places):
                 "relevance_score": each["score"],
                 **({"document": {"text": each["text"]}} if "text" in each else {}),
             }
-            for each in answers[0].value
+            for each in json_objects(answers[0].value)
         ]
         made = head("rerank-", "list", served)
         tokens = answers[0].tokens
@@ -124,7 +125,7 @@ class _Ranks(Places):
 class Score(OpenAiErrors):
     """Scores pairs of one or several texts with others: `{"data": [{"index", "score"}]}`, one per pair."""
 
-    def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Body:
+    def read(self, parts: Mapping[str, object], headers: Headers, served: Served, group: int) -> Body:
         """Make one request per pair."""
         if "documents" not in {field.name for field in served.task.fields}:
             raise WrongTask(f"this model's task is {served.task.name}; pairs are scored by one of text_ranking")
@@ -146,16 +147,19 @@ class Score(OpenAiErrors):
 
 @dataclass(frozen=True)
 class _Scores(Places):
-    def reply(self, answers: Sequence[Answer], served: Served) -> Any:
+    def reply(self, answers: Sequence[Answer], served: Served) -> Json:
         """Return the scores in order."""
-        data = [{"index": i, "object": "score", "score": each.value[0]["score"]} for i, each in enumerate(answers)]
+        data = [
+            {"index": i, "object": "score", "score": json_objects(each.value)[0]["score"]}
+            for i, each in enumerate(answers)
+        ]
         return {**head("score-", "list", served), "data": data, "usage": usage(answers)}
 
 
 class Classify(OpenAiErrors):
     """Classifies texts: `{"data": [{"index", "label", "probs", "num_classes"}]}`."""
 
-    def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Body:
+    def read(self, parts: Mapping[str, object], headers: Headers, served: Served, group: int) -> Body:
         """Make one request per text."""
         check_classifies(served)
         value = json_body(parts, headers, served)
@@ -166,13 +170,13 @@ class Classify(OpenAiErrors):
 
 @dataclass(frozen=True)
 class _Classes(Places):
-    def reply(self, answers: Sequence[Answer], served: Served) -> Any:
+    def reply(self, answers: Sequence[Answer], served: Served) -> Json:
         """Return each text's best label, and all scores in the model's order."""
         labels = served.manifest.labels
         data = []
         for i, answer in enumerate(answers):
-            scores = {item["label"]: item["score"] for item in answer.value}
-            best = answer.value[0]["label"]
+            ranked = json_objects(answer.value)
+            scores = {item["label"]: item["score"] for item in ranked}
             probs = [scores[label] for label in labels]
-            data.append({"index": i, "label": best, "probs": probs, "num_classes": len(labels)})
+            data.append({"index": i, "label": ranked[0]["label"], "probs": probs, "num_classes": len(labels)})
         return {**head("classify-", "list", served), "data": data, "usage": usage(answers)}

@@ -8,7 +8,7 @@ list; or it belongs to another protocol, see `protocols`.
 from __future__ import annotations
 
 import json
-from typing import Any, Dict, List, Mapping, Tuple, Type
+from typing import Dict, List, Mapping, Tuple, Type
 
 from traceserve_runtime.errors import InputTooLong, InvalidRequest, TraceserveError
 from traceserve_runtime.protocols import bodies
@@ -19,7 +19,7 @@ from traceserve_runtime.protocols.native import PLAIN_TEXT, Plain, ServedModel
 from traceserve_runtime.protocols.open_inference import are_tensors, infer_error, read_tensors
 from traceserve_runtime.protocols.wording import (
     DEEPEST,
-    check_string,
+    checked_string,
     kind_of,
     listed,
     nearest_name,
@@ -38,11 +38,11 @@ _MOST_KEYS = 256  # per object, far above the fields and parameters of any task
 class Native:
     """Our own protocol and KServe's two, which are recognized by the body."""
 
-    def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Body:
+    def read(self, parts: Mapping[str, object], headers: Headers, served: Served, group: int) -> Body:
         """Read a call."""
         return parse_requests(parts, headers, served.task, group, served.manifest.max_rows)
 
-    def error(self, error: TraceserveError, parts: Mapping[str, Any], headers: Headers, served: Served) -> Refusal:
+    def error(self, error: TraceserveError, parts: Mapping[str, object], headers: Headers, served: Served) -> Refusal:
         """Return the error in the format of its protocol: KServe's clients fail on an error that is not a string."""
         if headers.infer:
             return Refusal.of(infer_error(error, parts["body"], ServedModel(served.name, served.version)), error)
@@ -56,7 +56,7 @@ def in_words(error: TraceserveError) -> str:
     return f"{error.field}: {error.message}" if error.field else error.message
 
 
-def _is_of_kserve(body: Any, headers: Headers) -> bool:
+def _is_of_kserve(body: object, headers: Headers) -> bool:
     """Return whether an invalid body looks like one of KServe's protocols."""
     if headers.binary is not None:
         return True
@@ -72,7 +72,7 @@ def _is_of_kserve(body: Any, headers: Headers) -> bool:
     return "instances" in body or are_tensors(body.get("inputs"))
 
 
-def parse_requests(row: Mapping[str, Any], headers: Headers, task: Type[Task], group: int, most: int) -> Body:
+def parse_requests(row: Mapping[str, object], headers: Headers, task: Type[Task], group: int, most: int) -> Body:
     """Parse the requests of one item of TorchServe's batch.
 
     `row` holds `body`, or the fields of a form; `group` numbers the item, and `most` limits its requests.
@@ -81,7 +81,7 @@ def parse_requests(row: Mapping[str, Any], headers: Headers, task: Type[Task], g
     return parse_value(bodies.read_body(row, headers, task), task, group, most, headers.infer)
 
 
-def parse_value(value: Any, task: Type[Task], group: int, most: int, infer: bool = False) -> Body:
+def parse_value(value: object, task: Type[Task], group: int, most: int, infer: bool = False) -> Body:
     """`parse` for a body that is already decoded; `infer`: it came through gRPC's ModelInfer."""
     check_size(value, most)
     body = _read(value, task, group, infer)
@@ -90,7 +90,7 @@ def parse_value(value: Any, task: Type[Task], group: int, most: int, infer: bool
     return body
 
 
-def check_size(value: Any, most: int) -> None:
+def check_size(value: object, most: int) -> None:
     """Raise for a list or an object larger than any legal one, before looking at its items.
 
     Deep nesting is refused here, since it must not raise a RecursionError: in Python 3.8, code that the
@@ -102,7 +102,7 @@ def check_size(value: Any, most: int) -> None:
         depth += 1
         if depth > DEEPEST:
             raise InvalidRequest("the body is nested too deeply")
-        inner: List[Any] = []
+        inner: List[object] = []
         for item in level:
             if isinstance(item, dict):
                 if len(item) > _MOST_KEYS:
@@ -121,7 +121,7 @@ def check_size(value: Any, most: int) -> None:
         level = inner
 
 
-def _read(value: Any, task: Type[Task], group: int, infer: bool) -> Body:
+def _read(value: object, task: Type[Task], group: int, infer: bool) -> Body:
     """Read parsed JSON by its protocol; `infer`: it came through gRPC's ModelInfer."""
     if isinstance(value, dict) and "instances" in value:
         if not isinstance(value["instances"], list):
@@ -138,10 +138,10 @@ def _read(value: Any, task: Type[Task], group: int, infer: bool) -> Body:
     return body
 
 
-def _from_tensors(value: Mapping[str, Any], task: Type[Task], group: int, infer: bool) -> Body:
+def _from_tensors(value: Mapping[str, object], task: Type[Task], group: int, infer: bool) -> Body:
     """Return a V2 body's requests; the parameters of the body and of every tensor apply to each."""
     sent = read_tensors(value, task, infer)
-    parameters: Dict[str, Any] = {}
+    parameters: Dict[str, object] = {}
     for where, own in sent.parameters:
         for key, item in _parameters(own, task, where).items():
             if parameters.setdefault(key, item) != item:
@@ -157,7 +157,7 @@ def _from_tensors(value: Mapping[str, Any], task: Type[Task], group: int, infer:
 
 
 def _requests(
-    value: Any, task: Type[Task], group: int, where: str, enveloped: bool = False
+    value: object, task: Type[Task], group: int, where: str, enveloped: bool = False
 ) -> Tuple[List[Request], bool]:
     """Return the requests in parsed JSON at the path `where`, and whether it is a list."""
     if isinstance(value, list):
@@ -185,7 +185,7 @@ def _requests(
 
 
 def _enveloped(
-    value: Mapping[str, Any], envelope: str, task: Type[Task], group: int, where: str
+    value: Mapping[str, object], envelope: str, task: Type[Task], group: int, where: str
 ) -> Tuple[List[Request], bool]:
     """Return the requests of `{"inputs": ..., "parameters": {...}}` or `{"data": ...}`; the parameters apply to
     each."""
@@ -199,7 +199,7 @@ def _enveloped(
     return [Request(r.inputs, {**parameters, **r.parameters}, group, r.where) for r in inner], is_list
 
 
-def checked_fields(fields: Mapping[str, Any], task: Type[Task], where: str) -> Mapping[str, Any]:
+def checked_fields(fields: Mapping[str, object], task: Type[Task], where: str) -> Mapping[str, object]:
     known = {field.name: field for field in task.fields}
     for key, value in fields.items():
         if key in (parameter.name for parameter in task.all_parameters()):
@@ -222,10 +222,10 @@ def checked_fields(fields: Mapping[str, Any], task: Type[Task], where: str) -> M
     return fields
 
 
-def _check_kind(value: Any, kind: str, key: str, path: str) -> None:
+def _check_kind(value: object, kind: str, key: str, path: str) -> None:
     """Raise InvalidRequest if a field's value is not of its kind."""
     if kind == "text":
-        check_string(value, key, path)
+        checked_string(value, key, path)
         return
     if not isinstance(value, list):
         raise InvalidRequest(f'"{key}" should be a list, not {kind_of(value)}', path)
@@ -239,7 +239,7 @@ def _check_kind(value: Any, kind: str, key: str, path: str) -> None:
             _check_kind(text, "text", name, f"{path}[{i}].{name}")
 
 
-def _parameters(parameters: Any, task: Type[Task], where: str) -> Mapping[str, Any]:
+def _parameters(parameters: object, task: Type[Task], where: str) -> Mapping[str, object]:
     path = path_to(where, "parameters")
     if not isinstance(parameters, dict):
         raise InvalidRequest(f'"parameters" should be an object, not {kind_of(parameters)}', path)

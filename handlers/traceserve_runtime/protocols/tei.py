@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Dict, Mapping, Sequence
+from typing import Dict, Mapping, Optional, Sequence
 
 import numpy as np
 
 from traceserve_runtime import __version__
 from traceserve_runtime.errors import InputTooLong, InvalidRequest, ModelFailure, NotFound, TraceserveError, WrongTask
+from traceserve_runtime.json_types import Json, JsonObject
 from traceserve_runtime.protocols.bodies import Headers
-from traceserve_runtime.protocols.contract import Body, Document, Refusal, Served
+from traceserve_runtime.protocols.contract import Body, Document, Form, Refusal, Served
 from traceserve_runtime.protocols.fields import (
     IGNORED,
     READ,
@@ -65,7 +66,7 @@ _KINDS = (
 class Errors:
     """The error format of all of them."""
 
-    def error(self, error: TraceserveError, parts: Mapping[str, Any], headers: Headers, served: Served) -> Refusal:
+    def error(self, error: TraceserveError, parts: Mapping[str, object], headers: Headers, served: Served) -> Refusal:
         """Return the error in TEI's format, with its status codes."""
         for kind, name, status, phrase in _KINDS:
             if isinstance(error, kind):
@@ -74,7 +75,7 @@ class Errors:
         return Refusal.of({"error": in_words(error), "error_type": kind_name}, error)
 
 
-def lengths(value: Mapping[str, Any], default: bool = False) -> Dict[str, Any]:
+def lengths(value: Mapping[str, object], default: bool = False) -> Dict[str, object]:
     """Return how long texts are treated: TEI truncates them on request and refuses them otherwise."""
     return {"long_inputs": "truncate" if boolean(value, "truncate", default) else "reject"}
 
@@ -85,7 +86,7 @@ class Embed(Errors):
     def __init__(self, all_tokens: bool = False) -> None:
         self._all = all_tokens
 
-    def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Body:
+    def read(self, parts: Mapping[str, object], headers: Headers, served: Served, group: int) -> Body:
         """Make one request per text."""
         check_reads_vectors(served, "embeddings are made")
         value = json_body(parts, headers, served)
@@ -100,15 +101,16 @@ class Embed(Errors):
 class _Vectors(Places):
     all_tokens: bool = False
 
-    def reply(self, answers: Sequence[Answer], served: Served) -> Any:
+    def reply(self, answers: Sequence[Answer], served: Served) -> Json:
         """Return the vectors in order."""
-        return [answer.value[0] if self.all_tokens else answer.value for answer in answers]
+        values = (answer.value for answer in answers)
+        return [value[0] if self.all_tokens and isinstance(value, list) else value for value in values]
 
 
 class Predict(Errors):
     """Scores all labels of texts or pairs of texts, best first."""
 
-    def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Body:
+    def read(self, parts: Mapping[str, object], headers: Headers, served: Served, group: int) -> Body:
         """Make one request per text or pair."""
         check_classifies(served)
         value = json_body(parts, headers, served)
@@ -118,13 +120,14 @@ class Predict(Errors):
         if boolean(value, "raw_scores"):
             parameters["function_to_apply"] = "none"
         inputs = require_key(value, "inputs")
-        is_list = isinstance(inputs, list) and any(isinstance(item, list) for item in inputs)
-        named = [(item, f"inputs[{i}]") for i, item in enumerate(inputs)] if is_list else [(inputs, "inputs")]
+        is_list, named = False, [(inputs, "inputs")]
+        if isinstance(inputs, list) and any(isinstance(item, list) for item in inputs):
+            is_list, named = True, [(item, f"inputs[{i}]") for i, item in enumerate(inputs)]
         requests = [Request(_text_or_pair(item, served, where), parameters, group, where) for item, where in named]
         return Body(requests, _Labels({}, {}, is_list=is_list))
 
 
-def _text_or_pair(item: Any, served: Served, where: str) -> Mapping[str, Any]:
+def _text_or_pair(item: object, served: Served, where: str) -> Mapping[str, object]:
     texts = item if isinstance(item, list) else [item]
     if not 1 <= len(texts) <= 2:
         raise InvalidRequest("an input is a text, or a list of one text or two", where)
@@ -138,11 +141,11 @@ def _text_or_pair(item: Any, served: Served, where: str) -> Mapping[str, Any]:
 class _Labels(Places):
     is_list: bool = False
 
-    def field_path(self, index: int, where: str, name: Any) -> Any:
+    def field_path(self, index: int, where: str, name: Optional[str]) -> Optional[str]:
         """Return the path of the text or pair."""
         return where or None
 
-    def reply(self, answers: Sequence[Answer], served: Served) -> Any:
+    def reply(self, answers: Sequence[Answer], served: Served) -> Json:
         """Return one list of labels, or one per text."""
         return [answer.value for answer in answers] if self.is_list else answers[0].value
 
@@ -150,11 +153,11 @@ class _Labels(Places):
 class TeiRerank(Errors):
     """Ranks texts by a query, best first."""
 
-    def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Body:
+    def read(self, parts: Mapping[str, object], headers: Headers, served: Served, group: int) -> Body:
         """Read one request."""
         return self.read_value(json_body(parts, headers, served), served, group)
 
-    def read_value(self, value: Mapping[str, Any], served: Served, group: int) -> Body:
+    def read_value(self, value: Mapping[str, object], served: Served, group: int) -> Body:
         """`read` for a body that is already parsed."""
         asked = {**read_keys(value, _RERANK), **lengths(value), "sort": True}
         if boolean(value, "raw_scores"):
@@ -165,13 +168,13 @@ class TeiRerank(Errors):
 
 
 def ranking(
-    value: Mapping[str, Any],
+    value: Mapping[str, object],
     texts: str,
-    asked: Mapping[str, Any],
+    asked: Mapping[str, object],
     keys: Mapping[str, Key],
     served: Served,
     group: int,
-    form: Any,
+    form: Form,
 ) -> Body:
     """Return the body for a query and the list of `texts`."""
     if "documents" not in {field.name for field in served.task.fields}:
@@ -186,7 +189,7 @@ def ranking(
 
 @dataclass(frozen=True)
 class _Ranks(Places):
-    def reply(self, answers: Sequence[Answer], served: Served) -> Any:
+    def reply(self, answers: Sequence[Answer], served: Served) -> Json:
         """Return the ranks as the task returns them."""
         return answers[0].value
 
@@ -194,7 +197,7 @@ class _Ranks(Places):
 class Similarity(Errors):
     """Compares a sentence with others by the cosines of their vectors."""
 
-    def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Body:
+    def read(self, parts: Mapping[str, object], headers: Headers, served: Served, group: int) -> Body:
         """Make one request per sentence, the source first."""
         value = json_body(parts, headers, served)
         read_keys(value, {"inputs": READ, "parameters": READ})
@@ -205,7 +208,7 @@ class Similarity(Errors):
         return similarity(require_key(value, "inputs"), asked, served, group)
 
 
-def similarity(inputs: Any, asked: Mapping[str, Any], served: Served, group: int) -> Body:
+def similarity(inputs: object, asked: Mapping[str, object], served: Served, group: int) -> Body:
     """Return the body of `{"source_sentence", "sentences"}`."""
     check_reads_vectors(served, "sentences are compared")
     if not isinstance(inputs, dict):
@@ -224,7 +227,7 @@ def similarity(inputs: Any, asked: Mapping[str, Any], served: Served, group: int
 
 @dataclass(frozen=True)
 class _Cosines(Places):
-    def reply(self, answers: Sequence[Answer], served: Served) -> Any:
+    def reply(self, answers: Sequence[Answer], served: Served) -> Json:
         """Return one number per sentence except the source."""
         source, *others = [np.array(answer.value) for answer in answers]
         return [float(source @ other) for other in others]
@@ -233,10 +236,10 @@ class _Cosines(Places):
 class Info(Errors):
     """Describes the served model."""
 
-    def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Document:
+    def read(self, parts: Mapping[str, object], headers: Headers, served: Served, group: int) -> Document:
         """Ignore the body."""
         manifest = served.manifest
-        kinds: Dict[str, Any] = {}
+        kinds: Dict[str, JsonObject] = {}
         if served.task.reads_vectors:
             kinds["embedding"] = {"pooling": manifest.parameters.get("pooling", "none")}
         elif "documents" in {field.name for field in served.task.fields}:
@@ -261,6 +264,6 @@ class Info(Errors):
 class Health(Errors):
     """Answers while the worker is alive."""
 
-    def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Document:
+    def read(self, parts: Mapping[str, object], headers: Headers, served: Served, group: int) -> Document:
         """Ignore the body."""
         return Document({"status": "ok"})

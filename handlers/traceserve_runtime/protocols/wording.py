@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from typing import Any, Iterable, Optional
+from typing import Iterable, Optional
 
 from traceserve_runtime.errors import InvalidRequest
 
@@ -14,7 +14,7 @@ _NO_BRACKETS = re.compile(r"[^][{}]+")
 _LONGEST_NAME = 64  # in characters: comparing megabytes with the known names takes seconds
 
 
-def parse_json(text: str, what: str = "body", field: Optional[str] = None) -> Any:
+def parse_json(text: str, what: str = "body", field: Optional[str] = None) -> object:
     """Parse JSON text; raises InvalidRequest, which says `what` is wrong and names its `field`."""
     if _is_deep(text):
         raise InvalidRequest(f"{what if field else 'the ' + what} is nested too deeply", field or what)
@@ -38,8 +38,8 @@ def _is_deep(text: str) -> bool:
     return brackets.count("[") + brackets.count("{") > DEEPEST
 
 
-def check_string(text: Any, key: str, where: str) -> None:
-    """Raise InvalidRequest if the value of `key` at the path `where` is not a legal text."""
+def checked_string(text: object, key: str, where: str) -> str:
+    """Return the value of `key` at the path `where`; raises InvalidRequest if it is not a legal text."""
     if not isinstance(text, str):
         raise InvalidRequest(f'"{key}" should be a string, not {kind_of(text)}', where)
     if "\0" in text:
@@ -48,6 +48,7 @@ def check_string(text: Any, key: str, where: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise InvalidRequest(f"the text holds half a surrogate pair at character {error.start}", where) from None
+    return text
 
 
 def path_to(where: str, key: str) -> str:
@@ -73,7 +74,7 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(f'"{name}"' for name in names)
 
 
-def kind_of(value: Any) -> str:
+def kind_of(value: object) -> str:
     """Name the kind of a parsed JSON value."""
     kinds = {bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object", str: "a string"}
     return "null" if value is None else kinds.get(type(value), "binary data")

@@ -6,7 +6,7 @@ import platform
 from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Callable, List, Optional, Sequence, Tuple
 
 from traceserve_runtime import processor
 from traceserve_runtime.errors import InvalidManifest, MissingPackage
@@ -45,7 +45,7 @@ class AotInductorRunner:
     def start(self, inputs: Arrays) -> State:
         raise NotImplementedError("no writer of aot_inductor writes a model that is run in a loop")
 
-    def step(self, inputs: Arrays, state: State, rows: Any = None) -> Tuple[Arrays, State]:
+    def step(self, inputs: Arrays, state: State, rows: object = None) -> Tuple[Arrays, State]:
         raise NotImplementedError("no writer of aot_inductor writes a model that is run in a loop")
 
     def join(self, states: Sequence[State], length: int) -> State:

@@ -10,10 +10,11 @@ tokens. The rest of the state is unchanged. All of the state has the batch as it
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
     Tensors = Tuple[torch.Tensor, ...]
     # Each layer's keys and values, (batch, heads, length, head size).
@@ -35,7 +36,7 @@ class Single:
     `config.return_dict=False` breaks GPT-2, Llama and ModernBERT.
     """
 
-    def __init__(self, model: Any, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    def __init__(self, model: PreTrainedModel, inputs: Sequence[str], outputs: Sequence[str]) -> None:
         self.model = model
         self.inputs = tuple(inputs)
         self.outputs = tuple(outputs)
@@ -49,7 +50,9 @@ class Single:
         return tuple(result[name].float() for name in self.outputs)
 
 
-def _way(model: Any, inputs: Sequence[str], outputs: Sequence[str]) -> Callable[..., Any]:
+def _way(
+    model: PreTrainedModel, inputs: Sequence[str], outputs: Sequence[str]
+) -> Callable[..., Mapping[str, torch.Tensor]]:
     """Return how to run a model so that each row of a batch is answered as if alone."""
     if type(model).__name__ in _READS_END_TOKENS:
         return _by_last_end_token
@@ -58,7 +61,7 @@ def _way(model: Any, inputs: Sequence[str], outputs: Sequence[str]) -> Callable[
     return _by_itself
 
 
-def pad_id(model: Any) -> Optional[int]:
+def pad_id(model: PreTrainedModel) -> Optional[int]:
     """Return the padding token in a model's configuration; None if it is not in its vocabulary."""
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     found = getattr(config, "pad_token_id", None)
@@ -66,7 +69,7 @@ def pad_id(model: Any) -> Optional[int]:
     return found if known else None
 
 
-def _reads_last_token(model: Any, inputs: Sequence[str]) -> bool:
+def _reads_last_token(model: PreTrainedModel, inputs: Sequence[str]) -> bool:
     """Return whether a model classifies a row by its last token, like those on a decoder; determined by running it.
 
     In a batch these search for the last token that is not padding, by its id. Without a padding id they refuse a batch,
@@ -92,7 +95,9 @@ def _reads_last_token(model: Any, inputs: Sequence[str]) -> bool:
     return alone.shape == found.shape and torch.allclose(alone, found, rtol=1e-2, atol=1e-2)
 
 
-def _by_last_token(model: Any, columns: Dict[str, torch.Tensor], fixed: Dict[str, bool]) -> Dict[str, torch.Tensor]:
+def _by_last_token(
+    model: PreTrainedModel, columns: Dict[str, torch.Tensor], fixed: Dict[str, bool]
+) -> Dict[str, torch.Tensor]:
     """Classify each row's last token, by its mask: the backbone, then the following layers, in order."""
     import torch
 
@@ -109,34 +114,40 @@ def _by_last_token(model: Any, columns: Dict[str, torch.Tensor], fixed: Dict[str
     return {"logits": hidden}
 
 
-def _by_itself(model: Any, columns: Dict[str, torch.Tensor], fixed: Dict[str, bool]) -> Any:
-    return model(**columns, **fixed, return_dict=True)
+def _by_itself(
+    model: PreTrainedModel, columns: Dict[str, torch.Tensor], fixed: Dict[str, bool]
+) -> Mapping[str, torch.Tensor]:
+    outputs: Mapping[str, torch.Tensor] = model(**columns, **fixed, return_dict=True)
+    return outputs
 
 
-def _by_last_end_token(model: Any, columns: Dict[str, torch.Tensor], fixed: Dict[str, bool]) -> Dict[str, torch.Tensor]:
+def _by_last_end_token(
+    model: PreTrainedModel, columns: Dict[str, torch.Tensor], fixed: Dict[str, bool]
+) -> Dict[str, torch.Tensor]:
     """Classify likewise, searching for the last end token in each row separately."""
     import torch
 
     ids = columns["input_ids"]
     if hasattr(model, "transformer"):  # T5 and its kin
-        backbone, given = model.transformer, {"decoder_input_ids": _shifted_right(model, ids)}
+        backbone, given = model.get_submodule("transformer"), {"decoder_input_ids": _shifted_right(model, ids)}
     else:
-        backbone, given = model.model, {}
+        backbone, given = model.get_submodule("model"), {}
     hidden = backbone(**columns, **given, use_cache=False, return_dict=True).last_hidden_state
     places = torch.arange(ids.shape[1], device=ids.device)
     last = (ids.eq(model.config.eos_token_id) * places).argmax(dim=1)
     rows = torch.arange(ids.shape[0], device=ids.device)
-    return {"logits": model.classification_head(hidden[rows, last])}
+    return {"logits": model.get_submodule("classification_head")(hidden[rows, last])}
 
 
-def _shifted_right(model: Any, ids: torch.Tensor) -> Any:
+def _shifted_right(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     """Return the input with which T5's decoder reads `ids`: a start token, and all of them but the last.
 
     `_shift_right` is a private name of transformers' T5 and its kin (4.26 to 5.23), which the model itself calls.
     Without it the same is done here.
     """
-    if hasattr(model, "_shift_right"):
-        return model._shift_right(ids)
+    own: Optional[Callable[[torch.Tensor], torch.Tensor]] = getattr(model, "_shift_right", None)
+    if own is not None:
+        return own(ids)
     shifted = ids.roll(1, dims=1)
     shifted[:, 0] = model.config.decoder_start_token_id
     return shifted
@@ -162,7 +173,7 @@ class DecoderStep:
     """Maps new tokens (batch, new), the mask of all (batch, past + new), positions (batch, new) and the cache to the
     last token's logits, (batch, vocabulary), and the extended cache."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         accepted = inspect.signature(model.forward).parameters
         self.inputs = tuple(n for n in ("input_ids", "attention_mask", "position_ids") if n in accepted)
@@ -182,7 +193,7 @@ class DecoderStep:
         return (result.logits[:, -1].float(), *(tensor for pair in grown for tensor in pair))
 
 
-def read_past(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Optional[Tensors]:
+def read_past(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Optional[Tensors]:
     """Return a decoder's cache after these tokens; None if it keeps something other than keys and values between
     steps."""
     import torch
@@ -197,7 +208,7 @@ def read_past(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor)
     return past if past and all(getattr(tensor, "ndim", 0) == 4 for tensor in past) else None
 
 
-def encoded(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+def encoded(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """Return the encoder's output for the source, ids and mask (batch, length): (batch, length, size).
 
     LED reads whole attention windows, and pads the source to them in a Python branch that a trace does not keep.
@@ -215,7 +226,7 @@ def encoded(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -
     return hidden
 
 
-def encoder_outputs(hidden: torch.Tensor) -> Any:
+def encoder_outputs(hidden: torch.Tensor) -> object:
     """Wrap an encoder's output for models: by index or by name; some also read its experts' routes."""
     from transformers.modeling_outputs import MoEModelOutput
 
@@ -226,7 +237,7 @@ class Begin:
     """Maps the source, ids and mask (batch, length), to an empty cache and each layer's keys and values of the
     source."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
 
     def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Tensors:
@@ -248,7 +259,7 @@ class EncoderDecoderStep:
 
     inputs = ("decoder_input_ids", "attention_mask")
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         # An EncoderDecoderModel's own configuration has none.
         encoder = getattr(model.get_encoder(), "config", model.config)
@@ -272,7 +283,7 @@ class EncoderDecoderStep:
         return (result.logits[:, -1].float(), *(tensor for pair in grown for tensor in pair))
 
 
-def _cache(pairs: Pairs) -> Any:
+def _cache(pairs: Pairs) -> object:
     """Return transformers' cache of these keys and values; before version 4.36 a tuple."""
     try:
         from transformers import cache_utils as untyped
@@ -301,7 +312,7 @@ def read_cache(cache: Any) -> Pairs:
     return list(zip(cache.key_cache, cache.value_cache))
 
 
-def _cache_both(past: Pairs, source: Pairs) -> Any:
+def _cache_both(past: Pairs, source: Pairs) -> object:
     try:
         from transformers.cache_utils import EncoderDecoderCache
     except ImportError:

@@ -96,7 +96,7 @@ class Graph(Block, Protocol):
 
     def create(self, kind: str, inputs: List[Value], outputs: int) -> Node: ...
 
-    def insertConstant(self, value: Any) -> Value: ...
+    def insertConstant(self, value: object) -> Value: ...
 
     def insertGraph(self, graph: Graph, values: List[Value]) -> List[Value]: ...
 
@@ -141,11 +141,11 @@ def load_module(file: Path, device: Optional[str] = None) -> Traced:
     import torch
 
     options = {} if device is None else {"map_location": device}
-    module: Traced = torch.jit.load(str(file), **options)  # type: ignore[no-untyped-call]
+    module: Traced = torch.jit.load(str(file), **options)
     return module
 
 
-def insert_constant(graph: Graph, value: Any, before: Node) -> Value:
+def insert_constant(graph: Graph, value: object, before: Node) -> Value:
     """Make a number, a text, a list of them or a device before a node."""
     with graph.insert_point_guard(before):
         return graph.insertConstant(value)

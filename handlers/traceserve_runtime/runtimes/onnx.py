@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, List, NamedTuple, Optional, Protocol, Sequence, Tuple, Type
 
 import numpy as np
 
@@ -25,10 +25,28 @@ LEVELS = ("ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED")
 INT8_SINCE = "1.22"  # older ONNX Runtimes end the process on blockwise int8 products
 
 
+class _Tensor(Protocol):
+    """ONNX Runtime's own tensor; the library has no types."""
+
+    def numpy(self) -> np.ndarray: ...
+
+    def shape(self) -> Sequence[int]: ...
+
+
+class _Input(Protocol):
+    name: str
+
+
+class _Session(Protocol):
+    def get_inputs(self) -> Sequence[_Input]: ...
+
+    def run_with_ort_values(self, names: None, inputs: Dict[str, _Tensor]) -> List[_Tensor]: ...
+
+
 class Kept(NamedTuple):
     """A tensor of a loop's state in ONNX Runtime's own memory: nothing is copied between steps."""
 
-    value: Any
+    value: _Tensor
 
     @property
     def shape(self) -> Tuple[int, ...]:
@@ -38,18 +56,17 @@ class Kept(NamedTuple):
 class _Graph:
     """A session, and its input names: inputs that the model does not read are not in the graph."""
 
-    def __init__(self, session: Any) -> None:
+    def __init__(self, session: _Session) -> None:
         self._session = session
         self._errors = _errors()
         self.inputs = tuple(item.name for item in session.get_inputs())
 
-    def run(self, inputs: Dict[str, Any]) -> List[Any]:
+    def run(self, inputs: Dict[str, _Tensor]) -> List[_Tensor]:
         """Run named ONNX Runtime tensors to tensors, in order; raises RuntimeError."""
         try:
-            values: List[Any] = self._session.run_with_ort_values(None, {name: inputs[name] for name in self.inputs})
+            return self._session.run_with_ort_values(None, {name: inputs[name] for name in self.inputs})
         except self._errors as error:
             raise RuntimeError(f"ONNX Runtime: {error}") from error
-        return values
 
 
 class OnnxRunner:
@@ -87,7 +104,7 @@ class OnnxRunner:
     def share_cores(self) -> None:
         pass  # a session's threads take pieces of an operator when free, and do not wait for the slowest
 
-    def _outputs(self, results: Sequence[Any]) -> Arrays:
+    def _outputs(self, results: Sequence[_Tensor]) -> Arrays:
         return {name: value.numpy() for name, value in zip(self._manifest.outputs, results)}
 
 
@@ -99,14 +116,15 @@ def _of_length(array: np.ndarray, length: int) -> np.ndarray:
     return padded.take(range(padded.shape[axis] - length, padded.shape[axis]), axis)
 
 
-def _values(inputs: Arrays) -> Dict[str, Any]:
+def _values(inputs: Arrays) -> Dict[str, _Tensor]:
     return {name: _value(array) for name, array in inputs.items()}
 
 
-def _value(array: np.ndarray) -> Any:
+def _value(array: np.ndarray) -> _Tensor:
     import onnxruntime
 
-    return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+    value: _Tensor = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+    return value
 
 
 def read(manifest: Manifest, folder: Path, device: str, settings: Settings = Settings()) -> OnnxRunner:
@@ -166,7 +184,7 @@ def _facts(manifest: Manifest) -> Tuple[Dict[str, str], str]:
     return graphs, level
 
 
-def _options(level: str, threads: Optional[int]) -> Any:
+def _options(level: str, threads: Optional[int]) -> object:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -180,10 +198,9 @@ def _options(level: str, threads: Optional[int]) -> Any:
     return options
 
 
-def _errors() -> Tuple[Any, ...]:
+def _errors() -> Tuple[Type[Exception], ...]:
     """Return ONNX Runtime's exceptions: separate classes without a common base."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as untyped
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-    state: Any = untyped
     kinds = (value for value in vars(state).values() if isinstance(value, type) and issubclass(value, Exception))
     return (RuntimeError, ValueError, *kinds)

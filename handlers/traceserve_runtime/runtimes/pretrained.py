@@ -23,10 +23,11 @@ from traceserve_runtime.settings import Settings
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
-Call = Callable[..., Tuple[Any, ...]]
+Call = Callable[..., "Tuple[torch.Tensor, ...]"]
 
 OLDEST = (4, 41)  # older versions differ in from_pretrained's arguments and save_pretrained's output
 OLDEST_NAMED = ".".join(map(str, OLDEST))
@@ -40,7 +41,7 @@ _COMPILED_SHAPES = 64
 class _Calls:
     """What TorchScriptRunner runs: calls of a model instead of a trace's graphs."""
 
-    def __init__(self, calls: Dict[str, Call], computing: Callable[[], ContextManager[Any]]) -> None:
+    def __init__(self, calls: Dict[str, Call], computing: Callable[[], ContextManager[object]]) -> None:
         self._calls = calls
         self._computing = computing
 
@@ -75,10 +76,12 @@ def read(manifest: Manifest, folder: Path, device: str, settings: Settings = Set
                 f"{', '.join(sorted(set(kept) - names)[:3])}; the archive was made with transformers "
                 f"{manifest.versions.get('transformers', 'unknown')}"
             )
-        model = lower(model, manifest.dtype, kept).to(device).eval()
+        model = lower(model, manifest.dtype, kept).eval()
+        module: torch.nn.Module = model  # its own `to` is annotated as if it were not a method
+        module.to(device)
     import torch
 
-    def computing() -> ContextManager[Any]:
+    def computing() -> ContextManager[object]:
         return autocast(manifest.dtype, torch.device(device).type)
 
     with torch.inference_mode(), computing():
@@ -96,7 +99,7 @@ def variants(manifest: Manifest, folder: Path, devices: Sequence[str]) -> List[V
     return [Variant(manifest.model_file, how, device, partial(read, manifest, folder, device)) for device in devices]
 
 
-def _load(manifest: Manifest, folder: Path) -> Any:
+def _load(manifest: Manifest, folder: Path) -> PreTrainedModel:
     made_with = manifest.versions.get("transformers", "unknown")
     try:
         import torch
@@ -115,6 +118,7 @@ def _load(manifest: Manifest, folder: Path) -> Any:
     file = folder / manifest.model_file
     try:
         kind = getattr(transformers, manifest.runtime["auto_model"])
+        model: PreTrainedModel
         model, report = kind.from_pretrained(
             folder,
             local_files_only=True,
@@ -136,7 +140,7 @@ def _load(manifest: Manifest, folder: Path) -> Any:
     return model
 
 
-def lower(model: Any, dtype: str, kept: Sequence[str] = ()) -> Any:
+def lower(model: PreTrainedModel, dtype: str, kept: Sequence[str] = ()) -> PreTrainedModel:
     """Return the model itself, changed to compute in `dtype`; in bfloat16 only within `autocast`, and without the
     layers `kept`.
 
@@ -146,7 +150,7 @@ def lower(model: Any, dtype: str, kept: Sequence[str] = ()) -> Any:
     return _LOWERED[dtype](model, kept)
 
 
-def autocast(dtype: str, device_type: str = "cpu") -> ContextManager[Any]:
+def autocast(dtype: str, device_type: str = "cpu") -> ContextManager[object]:
     """Return the context of every call of a lowered model. Without torch's cache, which a trace would take for
     weights."""
     if dtype != "bfloat16":
@@ -164,11 +168,11 @@ def _autocast_bfloat16(device_type: str) -> Iterator[None]:
             yield
 
 
-def _itself(model: Any, kept: Sequence[str]) -> Any:
+def _itself(model: PreTrainedModel, kept: Sequence[str]) -> PreTrainedModel:
     return model
 
 
-def _to_bfloat16(model: Any, kept: Sequence[str]) -> Any:
+def _to_bfloat16(model: PreTrainedModel, kept: Sequence[str]) -> PreTrainedModel:
     import torch
 
     exact = {model.get_submodule(name) for name in kept}
@@ -198,26 +202,27 @@ def _in_float32(forward: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[to
     return computed
 
 
-def _as_float(module: Any, inputs: Any, output: Any) -> Any:
+def _as_float(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor:
     return output.float()
 
 
-def _to_float16(model: Any, kept: Sequence[str]) -> Any:
-    return model.half()
+def _to_float16(model: PreTrainedModel, kept: Sequence[str]) -> PreTrainedModel:
+    halved: PreTrainedModel = model.half()
+    return halved
 
 
-_LOWERED: Dict[str, Callable[[Any, Sequence[str]], Any]] = {
+_LOWERED: Dict[str, Callable[[PreTrainedModel, Sequence[str]], PreTrainedModel]] = {
     "float32": _itself,
     "bfloat16": _to_bfloat16,
     "float16": _to_float16,
 }
 
 
-def _once(model: Any, manifest: Manifest, device: str) -> Dict[str, Call]:
+def _once(model: PreTrainedModel, manifest: Manifest, device: str) -> Dict[str, Call]:
     return {"once": calling.Single(model, manifest.inputs, manifest.outputs)}
 
 
-def _decoder(model: Any, manifest: Manifest, device: str) -> Dict[str, Call]:
+def _decoder(model: PreTrainedModel, manifest: Manifest, device: str) -> Dict[str, Call]:
     import torch
 
     if not manifest.runtime.get(PAST, True):
@@ -229,13 +234,13 @@ def _decoder(model: Any, manifest: Manifest, device: str) -> Dict[str, Call]:
     return {"start": calling.Empty(past), "step": calling.DecoderStep(model)}
 
 
-def _encoder_decoder(model: Any, manifest: Manifest, device: str) -> Dict[str, Call]:
+def _encoder_decoder(model: PreTrainedModel, manifest: Manifest, device: str) -> Dict[str, Call]:
     if not manifest.runtime.get(PAST, True):
         return {"start": stepping.Read(model), "step": stepping.EncoderDecoderAgain(model)}
     return {"start": calling.Begin(model), "step": calling.EncoderDecoderStep(model)}
 
 
-_LOOPS: Dict[str, Callable[[Any, Manifest, str], Dict[str, Call]]] = {
+_LOOPS: Dict[str, Callable[[PreTrainedModel, Manifest, str], Dict[str, Call]]] = {
     "": _once,
     "decoder": _decoder,
     "encoder_decoder": _encoder_decoder,

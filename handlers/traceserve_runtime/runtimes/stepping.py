@@ -8,7 +8,7 @@ The builder finds out by running the model, and records the result for the worke
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Tuple
+from typing import TYPE_CHECKING, Callable, NamedTuple, Protocol, Tuple
 
 from traceserve_runtime.runtimes.calling import (
     Begin,
@@ -22,6 +22,7 @@ from traceserve_runtime.runtimes.calling import (
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
     Tensors = Tuple[torch.Tensor, ...]
 
@@ -30,11 +31,20 @@ _NEAR = 0.02  # of the largest logit: bfloat16's rounding; a wrong cache differs
 _UNKNOWN_PAST = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 
+class Step(Protocol):
+    """A call that reads new tokens and the state; `inputs` are the names of the tensors before the state's."""
+
+    @property
+    def inputs(self) -> Tuple[str, ...]: ...
+
+    def __call__(self, *tensors: torch.Tensor) -> Tensors: ...
+
+
 class Calls(NamedTuple):
     """`start` and `step`, see `calling`; and whether a step reads only new tokens, with a cache."""
 
     start: Callable[..., Tensors]
-    step: Any
+    step: Step
     keeps_past: bool
 
 
@@ -48,7 +58,7 @@ class NoTokens:
 class DecoderAgain:
     """Like `calling.DecoderStep`; the state is all earlier tokens, int64 of shape (batch, past)."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         accepted = inspect.signature(model.forward).parameters
         self.inputs = ("input_ids", "attention_mask")
@@ -72,7 +82,7 @@ class Read:
     """Maps the source, ids and mask (batch, length), to the decoder's written tokens, none, (batch, 0), and the
     encoder's output, (batch, length, size)."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
 
     def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Tensors:
@@ -84,7 +94,7 @@ class EncoderDecoderAgain:
 
     inputs = ("decoder_input_ids", "attention_mask")
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
 
     def __call__(self, *tensors: torch.Tensor) -> Tensors:
@@ -102,7 +112,7 @@ class EncoderDecoderAgain:
         return (result.logits[:, -1].float(), ids)
 
 
-def decoder(model: Any) -> Calls:
+def decoder(model: PreTrainedModel) -> Calls:
     """Return a decoder's calls, determined by reading four tokens."""
     ids = _tokens(model)
     mask = ids.new_ones(ids.shape)
@@ -129,7 +139,7 @@ def decoder(model: Any) -> Calls:
     return _equal_or_else(over_a_past, again, steps)
 
 
-def encoder_decoder(model: Any) -> Calls:
+def encoder_decoder(model: PreTrainedModel) -> Calls:
     """Return the calls of an encoder with a decoder, determined by reading four tokens and writing two."""
     ids = _tokens(model)
     mask = ids.new_ones(ids.shape)
@@ -164,7 +174,7 @@ def _equal_or_else(make: Callable[[], Calls], again: Calls, steps: Callable[[Cal
     return calls if near else again
 
 
-def _tokens(model: Any) -> torch.Tensor:
+def _tokens(model: PreTrainedModel) -> torch.Tensor:
     """Return four tokens for any model, (1, 4), which are unlikely to be padding."""
     import torch
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Any, Callable, Optional, TypeVar
+from typing import Callable, Optional, TypeVar
 
 Result = TypeVar("Result")
 
@@ -32,7 +32,7 @@ class Team:
         self._smaller_at = self._wider_at = 0  # by the number of runs
         self._thread = threading.get_ident()
 
-    def run(self, act: Callable[..., Result], *arguments: Any) -> Result:
+    def run(self, act: Callable[..., Result], *arguments: object) -> Result:
         """Call `act` with these arguments on as many cores as are free."""
         if threading.get_ident() != self._thread:
             return act(*arguments)

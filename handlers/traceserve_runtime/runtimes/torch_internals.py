@@ -99,7 +99,7 @@ def packable() -> List[torch.dtype]:
     """
     import torch
 
-    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    available: bool = torch.backends.mkldnn.is_available()
     if not available or not hasattr(torch._C.ScriptModule, "_register_attribute") or not rewrites():
         return []
     number = torch.ones(1, 1)
@@ -180,7 +180,7 @@ def load_compiled(file: str) -> Callable[..., Sequence[torch.Tensor]]:
     """
     import torch
 
-    inductor: Any = getattr(torch, "_inductor", None)
+    inductor: object = getattr(torch, "_inductor", None)
     if not hasattr(inductor, "aoti_load_package"):
         raise MissingPackage(
             f"this archive was compiled by AOTInductor, and torch {torch.__version__} cannot load it: it lacks "

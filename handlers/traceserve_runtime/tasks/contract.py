@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, ClassVar, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, ClassVar, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, TypeVar, Union
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.batching.costs import CostModel
 from traceserve_runtime.errors import InputTooLong, InvalidRequest, ModelFailure, TraceserveError
 from traceserve_runtime.generation.loop import Member, WritingLoop
+from traceserve_runtime.json_types import Json, JsonObject
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runner import Arrays, Runner
 from traceserve_runtime.tasks.parameters import Field, Output, Parameter
@@ -37,14 +38,18 @@ class Request:
     where: str = field(default="", compare=False)
 
 
+# Of a generated text, in text-generation-inference's format: see `tasks.generating`.
+Details = Mapping[str, Any]
+
+
 @dataclass(frozen=True)
 class Answer:
     """The pipeline's answer to a request, ready for JSON; `unseen` maps a field to its truncated characters."""
 
-    value: Any
+    value: Json
     unseen: Dict[str, Tuple[int, int]] = field(default_factory=dict)
     tokens: int = 0  # read by the model
-    details: Optional[Mapping[str, Any]] = None  # of a generated text: see `tasks.generating`
+    details: Optional[Details] = None
 
 
 class WrittenToken(NamedTuple):
@@ -71,17 +76,18 @@ class ModelFacts:
     """What a task may know of a model when its archive is built."""
 
     config: Mapping[str, Any]  # the model's configuration
-    generation: Mapping[str, Any]  # its generation configuration; empty for a model that does not generate
+    generation: Mapping[str, object]  # its generation configuration; empty for a model that does not generate
     tokens: Mapping[str, Tuple[str, int]]  # the special tokens that exist, as {"mask": ("[MASK]", 103)}
     labels: Tuple[str, ...]  # by class index; the configured names, if any
     chat_template: Optional[str]
-    read_json: Callable[[str], Optional[Dict[str, Any]]]  # reads a file of the checkpoint; None if missing
+    read_json: Callable[[str], Optional[Dict[str, object]]]  # reads a file of the checkpoint; None if missing
     padding_side: str = "right"  # the tokenizer's
     languages: Mapping[str, int] = field(default_factory=dict)  # the tokenizer's: code -> token id
     source_id: Optional[int] = None  # the language token that every row contains
-    embedding: Mapping[str, Any] = field(default_factory=dict)  # facts of a sentence-transformers checkpoint
+    embedding: Mapping[str, object] = field(default_factory=dict)  # facts of a sentence-transformers checkpoint
 
 
+T = TypeVar("T")
 Parts = Union[List[Segments], TraceserveError]  # a request's texts, or why there are none
 
 
@@ -124,7 +130,7 @@ class Task:
     parameters: ClassVar[Tuple[Parameter, ...]]
     labelled: ClassVar[bool] = False  # whether answers contain the model's labels
     sample: ClassVar[Dict[str, Any]]  # a request's fields
-    sample_parameters: ClassVar[Dict[str, Any]] = {}  # a request's parameters
+    sample_parameters: ClassVar[JsonObject] = {}  # a request's parameters
     merges_windows: ClassVar[bool] = True  # whether a long text can be answered from several windows
     windows_overlap: ClassVar[bool] = False  # whether adjacent windows share a quarter of max_length
     longest_default: ClassVar[int] = 512  # max_length if neither configuration nor model sets a lower one
@@ -134,19 +140,19 @@ class Task:
     reads_vectors: ClassVar[bool] = False  # whether an answer is made of token vectors, like sentence-transformers'
     scores_pairs: ClassVar[bool] = False  # whether an answer is made of pairs' scores, like its cross-encoders'
     task_specific_params: ClassVar[bool] = False  # whether the pipeline reads its own section of config.json's
-    gate_parameters: ClassVar[Dict[str, Any]] = {}  # of the gate's requests, so that `same` sees everything
+    gate_parameters: ClassVar[Dict[str, object]] = {}  # of the gate's requests, so that `same` sees everything
 
     def __init__(self, manifest: Manifest, tokenizer: TextTokenizer) -> None:
         self.manifest = manifest
         self.tokenizer = tokenizer
 
     @classmethod
-    def defaults(cls, model: ModelFacts) -> Dict[str, Any]:
+    def defaults(cls, model: ModelFacts) -> Dict[str, object]:
         """Return this model's defaults for parameters; raises Unsupported if the checkpoint cannot answer the task."""
         return {}
 
     @classmethod
-    def facts(cls, model: ModelFacts) -> Dict[str, Any]:
+    def facts(cls, model: ModelFacts) -> Dict[str, object]:
         """Return the other facts that the task needs of this model; raises Unsupported."""
         return {}
 
@@ -154,7 +160,7 @@ class Task:
         """Read the task's other files in the archive's folder, if any."""
 
     @classmethod
-    def sample_body(cls, facts: Mapping[str, Any]) -> Dict[str, Any]:
+    def sample_body(cls, facts: Mapping[str, object]) -> JsonObject:
         """Return the sample as the JSON body that a client sends to a model with these facts."""
         return {**cls.sample, **({"parameters": cls.sample_parameters} if cls.sample_parameters else {})}
 
@@ -164,7 +170,7 @@ class Task:
         return (*cls.parameters, LONG_INPUTS_PARAMETER if cls.merges_windows else WITHOUT_WINDOWS)
 
     @classmethod
-    def check(cls, inputs: Mapping[str, Any]) -> None:
+    def check(cls, inputs: Mapping[str, object]) -> None:
         """Raise InvalidRequest for fields that are valid alone but not together."""
 
     def parameter(self, request: Request, name: str) -> Any:
@@ -230,15 +236,15 @@ class Task:
         encoded = iter(self.tokenizer.encode(flat, how))
         return [part if isinstance(part, TraceserveError) else _joined([next(encoded) for _ in part]) for part in parts]
 
-    def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Any:
+    def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Json:
         """Make the answer, ready for JSON, from the outputs of a request's rows."""
         raise NotImplementedError
 
-    def details(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Optional[Mapping[str, Any]]:
+    def details(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Optional[Details]:
         """Return the details of a generated text, for protocols that report them."""
         return None
 
-    def same(self, answer: Any, other: Any) -> bool:
+    def same(self, answer: Json, other: Json) -> bool:
         """Return whether two answers to a request mean the same, apart from rounding."""
         raise NotImplementedError
 
@@ -272,7 +278,7 @@ class Task:
         """Return the part of a row's outputs that `decode` reads, if it is small."""
         return outputs
 
-    def answer(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Any:
+    def answer(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Json:
         """Run `decode`; raises ModelFailure for outputs that are not numbers."""
         if not all(np.isfinite(array).all() for row in outputs for array in row.values()):
             raise ModelFailure("the model gave a value that is not a number (NaN or infinite) for this input")
@@ -332,9 +338,9 @@ def without_prefix(
     return Encoded(encoded.rows, {**others, field: (start, end)} if end > start else others)
 
 
-def by_part(rows: Sequence[Row], values: Sequence[Any]) -> List[Tuple[List[Row], List[Any]]]:
+def by_part(rows: Sequence[Row], values: Sequence[T]) -> List[Tuple[List[Row], List[T]]]:
     """Group a request's rows, and the values that belong to them, by part."""
-    parts: List[Tuple[List[Row], List[Any]]] = []
+    parts: List[Tuple[List[Row], List[T]]] = []
     for row, value in zip(rows, values):
         while len(parts) <= row.part:
             parts.append(([], []))

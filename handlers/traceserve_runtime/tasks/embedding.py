@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, Mapping, Sequence
+from typing import Callable, Dict, Mapping, Sequence, TypedDict
 
 import numpy as np
 
@@ -44,7 +44,19 @@ def normalized(vectors: np.ndarray) -> np.ndarray:
     return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12))
 
 
-def apply(vector: np.ndarray, layers: Sequence[Mapping[str, Any]], arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+class _Named(TypedDict):
+    kind: str  # normalize, layer_norm, or dense
+    name: str  # the prefix of its arrays; empty without any
+
+
+class Layer(_Named, total=False):
+    """A layer after the pooling. Only a dense one has the other keys."""
+
+    activation: str  # of ACTIVATIONS
+    residual: bool
+
+
+def apply(vector: np.ndarray, layers: Sequence[Layer], arrays: Mapping[str, np.ndarray]) -> np.ndarray:
     """Apply the checkpoint's layers to a pooled vector; raises InvalidRequest if its size does not fit them."""
     for layer in layers:
         name = layer["name"]

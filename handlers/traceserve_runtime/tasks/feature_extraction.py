@@ -8,6 +8,7 @@ from typing import Any, Dict, List, Sequence, Union
 import numpy as np
 
 from traceserve_runtime.errors import InvalidRequest, TraceserveError
+from traceserve_runtime.json_types import Json
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runner import Arrays
 from traceserve_runtime.tasks.contract import ModelFacts, Parts, Request, Task, only_whole, without_prefix
@@ -18,7 +19,7 @@ from traceserve_runtime.texts.rows import Encoded, Row, Segments
 from traceserve_runtime.texts.tokenization import TextTokenizer
 
 # The facts of a checkpoint that is not from sentence-transformers.
-_NONE: Dict[str, Any] = {"prompts": {}, "include_prompt": True, "layers": [], "arrays": None, "dimensions": None}
+_NONE: Dict[str, object] = {"prompts": {}, "include_prompt": True, "layers": [], "arrays": None, "dimensions": None}
 
 
 class FeatureExtraction(Task):
@@ -55,7 +56,7 @@ class FeatureExtraction(Task):
         self._arrays: Dict[str, np.ndarray] = {}
 
     @classmethod
-    def defaults(cls, model: ModelFacts) -> Dict[str, Any]:
+    def defaults(cls, model: ModelFacts) -> Dict[str, object]:
         """Return no pooling, like the pipeline; or the settings in a sentence-transformers checkpoint's own files."""
         own = model.embedding
         name = own.get("prompt_name")
@@ -66,7 +67,7 @@ class FeatureExtraction(Task):
         }
 
     @classmethod
-    def facts(cls, model: ModelFacts) -> Dict[str, Any]:
+    def facts(cls, model: ModelFacts) -> Dict[str, object]:
         """Return sentence-transformers' other facts: prompts, and the layers after the pooling."""
         return {name: model.embedding[name] for name, none in _NONE.items() if model.embedding.get(name, none) != none}
 
@@ -105,7 +106,7 @@ class FeatureExtraction(Task):
             for request, item in zip(requests, encoded)
         ]
 
-    def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Any:
+    def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Json:
         pooling = self.parameter(request, "pooling")
         if pooling == "none":
             only_whole(
@@ -146,7 +147,7 @@ class FeatureExtraction(Task):
         special = row.encoding.special_tokens_mask
         return next((i for i, own in enumerate(special) if not own), 0) + len(self.tokenizer.token_ids(prompt))
 
-    def same(self, answer: Any, other: Any) -> bool:
+    def same(self, answer: Json, other: Json) -> bool:
         """Require a cosine above 0.999 for every vector."""
         one, two = (np.atleast_2d(np.squeeze(np.asarray(a, dtype=np.float64))) for a in (answer, other))
         if one.shape != two.shape:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Dict, List, Mapping, Optional, Sequence, Union
 
 import numpy as np
 
 from traceserve_runtime.errors import InvalidRequest, Unsupported
+from traceserve_runtime.json_types import Json, JsonObject, json_objects
 from traceserve_runtime.runner import Arrays
 from traceserve_runtime.softmax import softmax
 from traceserve_runtime.tasks.contract import ModelFacts, Request, Task
@@ -34,7 +35,7 @@ class FillMask(Task):
     sample = {"text": "The train to the [MASK] leaves at nine."}
 
     @classmethod
-    def facts(cls, model: ModelFacts) -> Dict[str, Any]:
+    def facts(cls, model: ModelFacts) -> Dict[str, object]:
         """Return the mask token and the padding; raises Unsupported if the tokenizer has no mask."""
         if "mask" not in model.tokens:
             raise Unsupported("this checkpoint's tokenizer has no mask token, so it cannot answer fill_mask")
@@ -43,7 +44,7 @@ class FillMask(Task):
         return {"mask_token": token, "mask_id": token_id, "pad_id": padding}
 
     @classmethod
-    def sample_body(cls, facts: Mapping[str, Any]) -> Dict[str, Any]:
+    def sample_body(cls, facts: Mapping[str, object]) -> JsonObject:
         """Use the model's own mask token."""
         return {"text": cls.sample["text"].replace("[MASK]", facts.get("mask_token", "[MASK]"))}
 
@@ -58,7 +59,7 @@ class FillMask(Task):
     def _masked(self, row: Row) -> List[int]:
         return [i for i, token_id in enumerate(row.encoding.ids) if token_id == self.manifest.facts["mask_id"]]
 
-    def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Any:
+    def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Json:
         merged = windows.merge_windows(rows)
         ids = np.array([rows[window].encoding.ids[position] for window, position, _ in merged])
         masks = np.flatnonzero(ids == self.manifest.facts["mask_id"])
@@ -78,7 +79,7 @@ class FillMask(Task):
             answers.append([self._filled(ids, int(mask), int(token), scores[token], len(masks) == 1) for token in best])
         return answers[0] if len(answers) == 1 else answers
 
-    def _filled(self, ids: np.ndarray, position: int, token: int, score: float, single: bool) -> Dict[str, Any]:
+    def _filled(self, ids: np.ndarray, position: int, token: int, score: float, single: bool) -> JsonObject:
         filled = ids.copy()
         filled[position] = token
         padding = self.manifest.facts["pad_id"]
@@ -92,7 +93,7 @@ class FillMask(Task):
             "sequence": self.tokenizer.decode(filled.tolist(), skip_special_tokens=single),
         }
 
-    def _targets(self, targets: Any, size: int) -> Optional[np.ndarray]:
+    def _targets(self, targets: Union[None, str, Sequence[str]], size: int) -> Optional[np.ndarray]:
         if targets is None:
             return None
         found = set()
@@ -104,9 +105,9 @@ class FillMask(Task):
             raise InvalidRequest('none of the "targets" has a token of this model', "parameters.targets")
         return np.array(sorted(found))
 
-    def same(self, answer: Any, other: Any) -> bool:
+    def same(self, answer: Json, other: Json) -> bool:
         """Require the same best token for each mask."""
-        best = [[ranked[0]["token"] for ranked in _ranked(value)] for value in (answer, other)]
+        best = [[json_objects(ranked)[0]["token"] for ranked in _ranked(value)] for value in (answer, other)]
         return best[0] == best[1]
 
     def from_texts(self, texts: Sequence[str]) -> List[Request]:
@@ -133,6 +134,6 @@ class FillMask(Task):
         return [Request({"text": r.inputs["text"].replace("[MASK]", mask)}, r.parameters) for r in requests]
 
 
-def _ranked(value: Any) -> List[Any]:
+def _ranked(value: Json) -> List[Json]:
     """Return the answer's lists, one per mask."""
-    return value if isinstance(value[0], list) else [value]
+    return value if isinstance(value, list) and isinstance(value[0], list) else [value]

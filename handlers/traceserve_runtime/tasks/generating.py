@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Callable, ClassVar, Dict, List, Mapping, Optional, Sequence, Union
+from typing import Callable, ClassVar, Dict, List, Optional, Sequence, Union
 
 import numpy as np
 
@@ -12,8 +12,18 @@ from traceserve_runtime.errors import InvalidRequest, TraceserveError, Unsupport
 from traceserve_runtime.generation.loop import Member, WritingLoop
 from traceserve_runtime.generation.scores import GenerationSettings
 from traceserve_runtime.generation.search import Likelihood, Search, search_for
+from traceserve_runtime.json_types import Json, JsonObject
 from traceserve_runtime.runner import Arrays, Runner
-from traceserve_runtime.tasks.contract import Job, ModelFacts, Parts, Request, Task, WrittenToken, without_prefix
+from traceserve_runtime.tasks.contract import (
+    Details,
+    Job,
+    ModelFacts,
+    Parts,
+    Request,
+    Task,
+    WrittenToken,
+    without_prefix,
+)
 from traceserve_runtime.tasks.parameters import Output, strings
 from traceserve_runtime.texts.rows import Encoded, Row
 
@@ -28,11 +38,11 @@ class Generating(Task):
 
     outputs = (Output("logits", per_token=False),)
     merges_windows = False
-    pipeline_defaults: ClassVar[Dict[str, Any]] = {}  # if the checkpoint sets nothing
+    pipeline_defaults: ClassVar[Dict[str, object]] = {}  # if the checkpoint sets nothing
     gate_parameters = {"max_new_tokens": 24, "do_sample": False}
 
     @classmethod
-    def defaults(cls, model: ModelFacts) -> Dict[str, Any]:
+    def defaults(cls, model: ModelFacts) -> Dict[str, object]:
         """Return the parameters set in the checkpoint's generation_config.json."""
         known = {parameter.name: parameter for parameter in cls.parameters}
         settings = {_PARAMETERS_OF.get(name, name): value for name, value in model.generation.items()}
@@ -47,7 +57,7 @@ class Generating(Task):
         return found
 
     @classmethod
-    def facts(cls, model: ModelFacts) -> Dict[str, Any]:
+    def facts(cls, model: ModelFacts) -> Dict[str, object]:
         """Return the rest of generation_config.json: end and suppressed tokens. Raises Unsupported."""
         settings = model.generation
         return {
@@ -174,7 +184,7 @@ class Generating(Task):
             return {"tokens": np.array([np.nan])}  # what the model returned: `answer` reports it
         return _written(member.search)
 
-    def details(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Optional[Mapping[str, Any]]:
+    def details(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Optional[Details]:
         """Return why the text ended, and its tokens, in text-generation-inference's format."""
         [output] = outputs
         ids = output["tokens"].tolist()
@@ -182,7 +192,7 @@ class Generating(Task):
         if "logarithms" not in output:
             return found
 
-        def token(number: int, logarithm: float, text: str) -> Dict[str, Any]:
+        def token(number: int, logarithm: float, text: str) -> JsonObject:
             special = bool(text) and not self.tokenizer.decode([number], skip_special_tokens=True)
             return {"id": number, "text": text, "logprob": logarithm, "special": special}
 
@@ -258,7 +268,7 @@ class Generating(Task):
         text = text.rstrip("\ufffd")
         return text.rsplit(" ", 1)[0] if self.manifest.tokenizer.clean_up and " " in text else text
 
-    def same(self, answer: Any, other: Any) -> bool:
+    def same(self, answer: Json, other: Json) -> bool:
         """Require the same text."""
         return bool(answer == other)
 
@@ -284,13 +294,13 @@ def _written(search: Search) -> Arrays:
     return arrays
 
 
-def _ids(value: Optional[Any]) -> List[int]:
+def _ids(value: object) -> List[int]:
     """Return one token id, several or none as a list."""
-    if value is None:
-        return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    return [value] if isinstance(value, int) else []
 
 
-def first_id(*values: Any) -> Optional[int]:
+def first_id(*values: object) -> Optional[int]:
     """Return the first token id that is set."""
     return next((ids[0] for ids in map(_ids, values) if ids), None)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+
+from traceserve_runtime.json_types import Json, JsonObject
 
 # For numbers without their own limit: beyond it JSON's whole numbers are not exact, and numpy's overflow.
 LARGEST_NUMBER = 2**53
@@ -42,7 +44,7 @@ class Parameter:
     nullable: bool = False
     least: float = 1
     most: Optional[float] = None
-    default: Any = None
+    default: Json = None
     numbers: bool = False  # whether a list has whole numbers
 
     @property
@@ -62,11 +64,11 @@ class Parameter:
         return text + (" or null" if self.nullable else "")
 
     @property
-    def schema(self) -> Dict[str, Any]:
+    def schema(self) -> JsonObject:
         """Return the values that `accepts` accepts, as JSON Schema."""
         most = LARGEST_NUMBER if self.most is None else self.most
-        text = {"type": "string", "minLength": 1}
-        legal: Dict[type, List[Dict[str, Any]]] = {
+        text: JsonObject = {"type": "string", "minLength": 1}
+        legal: Dict[type, List[JsonObject]] = {
             int: [{"type": "integer", "minimum": self.least, "maximum": most}],
             float: [{"type": "number", "minimum": self.least, "maximum": most}],
             bool: [{"type": "boolean"}],
@@ -80,7 +82,7 @@ class Parameter:
         options += [{"type": "null"}] if self.nullable else []
         return {"description": self.description, **(options[0] if len(options) == 1 else {"anyOf": options})}
 
-    def accepts(self, value: Any) -> bool:
+    def accepts(self, value: object) -> bool:
         """Return whether `value`, parsed JSON, is legal."""
         if value is None:
             return self.nullable
@@ -102,7 +104,7 @@ class Parameter:
         return bool(self.least <= value <= (LARGEST_NUMBER if self.most is None else self.most))
 
 
-def _is_text(value: Any) -> bool:
+def _is_text(value: object) -> bool:
     """Return whether this is a string of whole characters: a JSON escape can be half a surrogate pair."""
     if not isinstance(value, str):
         return False
@@ -113,6 +115,6 @@ def _is_text(value: Any) -> bool:
     return True
 
 
-def strings(value: Any) -> List[str]:
+def strings(value: Union[str, Sequence[str]]) -> List[str]:
     """Return a list parameter's value; one string means a list of one."""
     return [value] if isinstance(value, str) else list(value)

@@ -7,6 +7,7 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Sequence, Tuple
 import numpy as np
 
 from traceserve_runtime.errors import InvalidRequest
+from traceserve_runtime.json_types import Json, json_objects
 from traceserve_runtime.runner import Arrays
 from traceserve_runtime.softmax import softmax
 from traceserve_runtime.tasks.contract import ModelFacts, Request, Task
@@ -53,7 +54,7 @@ class QuestionAnswering(Task):
     }
 
     @classmethod
-    def facts(cls, model: ModelFacts) -> Dict[str, Any]:
+    def facts(cls, model: ModelFacts) -> Dict[str, object]:
         """Return the token that means "no answer" in some models, and the pipeline's order, by the tokenizer's
         padding."""
         return {
@@ -62,7 +63,7 @@ class QuestionAnswering(Task):
         }
 
     @classmethod
-    def check(cls, inputs: Mapping[str, Any]) -> None:
+    def check(cls, inputs: Mapping[str, object]) -> None:
         for name in ("question", "context"):
             if not inputs[name]:
                 raise InvalidRequest(f"the {name} is empty", name)
@@ -83,7 +84,7 @@ class QuestionAnswering(Task):
         cut = int(self._question_first)
         return [Segments(texts[0], texts[1], names, limit=window, cut=cut, stride=stride, full=True)]
 
-    def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Any:
+    def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Json:
         impossible = self.parameter(request, "handle_impossible_answer")
         top_k = self.parameter(request, "top_k")
         context = request.inputs["context"]
@@ -152,9 +153,10 @@ class QuestionAnswering(Task):
                     return offsets[begin][0], offsets[stop][1]
         return offsets[span.start][0], offsets[span.end][1]
 
-    def same(self, answer: Any, other: Any) -> bool:
+    def same(self, answer: Json, other: Json) -> bool:
         """Require the best answer to have the same offsets in the context."""
-        best = [[(a["start"], a["end"]) for a in _listed(value)[:1]] for value in (answer, other)]
+        listed = (json_objects(value if isinstance(value, list) else [value]) for value in (answer, other))
+        best = [[(a["start"], a["end"]) for a in each[:1]] for each in listed]
         return best[0] == best[1]
 
     def from_texts(self, texts: Sequence[str]) -> List[Request]:
@@ -165,8 +167,3 @@ class QuestionAnswering(Task):
             for i, text in enumerate(texts)
             if text.strip()
         ]
-
-
-def _listed(value: Any) -> List[Dict[str, Any]]:
-    """Return one or several answers as a list."""
-    return value if isinstance(value, list) else [value]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Dict, Sequence
+from typing import Dict, Sequence
 
 import numpy as np
 
+from traceserve_runtime.json_types import Json, json_objects, number
 from traceserve_runtime.runner import Arrays
 from traceserve_runtime.tasks.contract import ModelFacts, Request, Task
 from traceserve_runtime.tasks.parameters import Field, Output, Parameter
@@ -44,11 +45,11 @@ class SequenceClassification(Task):
     sample = {"text": "The parcel arrived, but the box was open and a cup is missing."}
 
     @classmethod
-    def defaults(cls, model: ModelFacts) -> Dict[str, Any]:
+    def defaults(cls, model: ModelFacts) -> Dict[str, object]:
         """Return the function that the pipeline applies to this model's logits."""
         return {"function_to_apply": function_to_apply(model)}
 
-    def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Any:
+    def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Json:
         function = FUNCTIONS[self.parameter(request, "function_to_apply")]
         scores = average([function(output["logits"]) for output in outputs], rows)
         # Logits order labels whose large outputs the function maps to the same score.
@@ -60,14 +61,15 @@ class SequenceClassification(Task):
             return {"label": labels[best], "score": float(scores[best])}
         return [{"label": labels[i], "score": float(scores[i])} for i in ranked[: self.parameter(request, "top_k")]]
 
-    def same(self, answer: Any, other: Any) -> bool:
+    def same(self, answer: Json, other: Json) -> bool:
         """Require the same best label; for independent labels the same ones above 0.5; for a regression, values within
         a hundredth."""
+        one, two = ([(item["label"], number(item["score"])) for item in json_objects(each)] for each in (answer, other))
         if len(self.manifest.labels) == 1:
-            return math.isclose(answer[0]["score"], other[0]["score"], rel_tol=1e-2, abs_tol=1e-3)
-        if answer[0]["label"] != other[0]["label"]:
+            return math.isclose(one[0][1], two[0][1], rel_tol=1e-2, abs_tol=1e-3)
+        if one[0][0] != two[0][0]:
             return False
         if self.manifest.parameters.get("function_to_apply") != "sigmoid":
             return True
-        accepted = [{item["label"] for item in ranked if item["score"] > 0.5} for ranked in (answer, other)]
-        return bool(accepted[0] == accepted[1])
+        accepted = [{label for label, score in ranked if score > 0.5} for ranked in (one, two)]
+        return accepted[0] == accepted[1]

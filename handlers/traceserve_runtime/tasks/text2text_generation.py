@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import replace
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
+from typing import Dict, Iterable, List, Optional, Sequence, Tuple, Union
 
 from traceserve_runtime.errors import InvalidRequest, TraceserveError, Unsupported
 from traceserve_runtime.generation.scores import GenerationSettings
+from traceserve_runtime.json_types import Json
 from traceserve_runtime.runner import Arrays
 from traceserve_runtime.tasks.contract import ModelFacts, Parts, Request
 from traceserve_runtime.tasks.generating import Generating, first_id
@@ -46,7 +47,7 @@ class Text2TextGeneration(Generating):
     sample = {"text": "The train to the coast leaves at a quarter past nine from platform four."}
 
     @classmethod
-    def facts(cls, model: ModelFacts) -> Dict[str, Any]:
+    def facts(cls, model: ModelFacts) -> Dict[str, object]:
         start = first_id(model.generation.get("decoder_start_token_id"), model.config.get("decoder_start_token_id"))
         if start is None:
             start = first_id(model.generation.get("bos_token_id"), model.config.get("bos_token_id"))
@@ -122,7 +123,7 @@ class Text2TextGeneration(Generating):
         # Like its pipeline, which does not clean up.
         return self.tokenizer.decode(tokens, skip_special_tokens=True, raw=True)
 
-    def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Any:
+    def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Json:
         told = {"details": self.details(request, rows, outputs)} if self.parameter(request, "details") else {}
         return {"generated_text": self.text(outputs[0]["tokens"].tolist()), **told}
 

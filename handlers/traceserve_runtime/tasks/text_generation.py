@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Mapping, Sequence
+from typing import Dict, List, Mapping, Sequence
 
 from traceserve_runtime.errors import InputTooLong, InvalidRequest
+from traceserve_runtime.json_types import Json
 from traceserve_runtime.runner import Arrays
 from traceserve_runtime.tasks.contract import ModelFacts, Request
 from traceserve_runtime.tasks.generating import Generating
@@ -41,11 +42,11 @@ class TextGeneration(Generating):
     sample_parameters = {"max_new_tokens": 24}
 
     @classmethod
-    def facts(cls, model: ModelFacts) -> Dict[str, Any]:
+    def facts(cls, model: ModelFacts) -> Dict[str, object]:
         return {**super().facts(model), "chat_template": model.chat_template, "tokens": chat.names(model.tokens)}
 
     @classmethod
-    def check(cls, inputs: Mapping[str, Any]) -> None:
+    def check(cls, inputs: Mapping[str, object]) -> None:
         if ("text" in inputs) == ("messages" in inputs):
             raise InvalidRequest('send either "text" or "messages"')
         if inputs.get("messages") == []:
@@ -91,19 +92,19 @@ class TextGeneration(Generating):
     def streams(self, request: Request) -> bool:
         return bool(self.parameter(request, "stream"))
 
-    def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Any:
+    def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Json:
         written = self.text(outputs[0]["tokens"].tolist())
         if self.streams(request):
             return written
         told = {"details": self.details(request, rows, outputs)} if self.parameter(request, "details") else {}
         return [{"generated_text": self._whole(request, written), **told}]
 
-    def _whole(self, request: Request, written: str) -> Any:
+    def _whole(self, request: Request, written: str) -> Json:
         """Return the generated text, after the prompt or chat if that is returned too."""
         if not self.parameter(request, "return_full_text"):
             return written
         if "text" in request.inputs:
-            return request.inputs["text"] + written
+            return str(request.inputs["text"]) + written
         *earlier, last = request.inputs["messages"]
         if last["role"] == "assistant":
             return [*earlier, {"role": last["role"], "content": last["content"] + written}]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Dict, List, Mapping, Optional, Sequence
 
 from traceserve_runtime.errors import InvalidRequest, Unsupported
+from traceserve_runtime.json_types import Json, json_objects, number
 from traceserve_runtime.runner import Arrays
 from traceserve_runtime.tasks.contract import ModelFacts, Request, Task, by_part
 from traceserve_runtime.tasks.parameters import Field, Output, Parameter
@@ -56,7 +57,7 @@ class TextRanking(Task):
     }
 
     @classmethod
-    def defaults(cls, model: ModelFacts) -> Dict[str, Any]:
+    def defaults(cls, model: ModelFacts) -> Dict[str, object]:
         """Return the function that the pipeline applies; raises Unsupported for a model with several outputs."""
         count = len(model.config["id2label"])
         if count != 1:
@@ -64,7 +65,7 @@ class TextRanking(Task):
         return {"function_to_apply": _activation(model) or function_to_apply(model)}
 
     @classmethod
-    def check(cls, inputs: Mapping[str, Any]) -> None:
+    def check(cls, inputs: Mapping[str, object]) -> None:
         if not inputs["documents"]:
             raise InvalidRequest("the list is empty: there is nothing to rank", "documents")
 
@@ -75,7 +76,7 @@ class TextRanking(Task):
             for i, document in enumerate(request.inputs["documents"])
         ]
 
-    def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Any:
+    def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Json:
         function = FUNCTIONS[self.parameter(request, "function_to_apply")]
         documents = request.inputs["documents"]
         best = [
@@ -93,10 +94,11 @@ class TextRanking(Task):
             for i in order[:top_k]
         ]
 
-    def same(self, answer: Any, other: Any) -> bool:
+    def same(self, answer: Json, other: Json) -> bool:
         """Require the same scores, to a hundredth."""
         return all(
-            math.isclose(one["score"], two["score"], rel_tol=1e-2, abs_tol=1e-3) for one, two in zip(answer, other)
+            math.isclose(number(one["score"]), number(two["score"]), rel_tol=1e-2, abs_tol=1e-3)
+            for one, two in zip(json_objects(answer), json_objects(other))
         )
 
     def from_texts(self, texts: Sequence[str]) -> List[Request]:

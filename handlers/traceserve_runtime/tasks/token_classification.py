@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Dict, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 
 from traceserve_runtime.errors import InvalidRequest
+from traceserve_runtime.json_types import Json, JsonObject, json_objects
 from traceserve_runtime.runner import Arrays
 from traceserve_runtime.softmax import softmax
 from traceserve_runtime.tasks.contract import ModelFacts, Request, Task
@@ -20,6 +21,28 @@ _WORD_SCORES = {
     "average": lambda scores: scores.mean(axis=0),
     "max": lambda scores: scores[scores.max(axis=-1).argmax()],
 }
+
+
+class _Token(NamedTuple):
+    """A token of the text with its offsets; `number` counts special tokens too, `row` is its row of the scores."""
+
+    number: int
+    word: str
+    start: int
+    end: int
+    row: int
+    continues: bool  # whether it continues the word before
+
+
+class _Entity(NamedTuple):
+    """A labelled token or word."""
+
+    label: str
+    score: float
+    number: int
+    word: str
+    start: int
+    end: int
 
 
 class TokenClassification(Task):
@@ -54,7 +77,7 @@ class TokenClassification(Task):
     sample = {"text": "Ada Lovelace wrote to Charles Babbage from London."}
 
     @classmethod
-    def facts(cls, model: ModelFacts) -> Dict[str, Any]:
+    def facts(cls, model: ModelFacts) -> Dict[str, object]:
         """Return the unknown token, which the pipeline replaces by the text itself."""
         return {"unknown_id": model.tokens["unk"][1] if "unk" in model.tokens else None}
 
@@ -68,28 +91,25 @@ class TokenClassification(Task):
             )
         return [segments._replace(stride=stride) for segments in super().segments(request)]
 
-    def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Any:
+    def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Json:
         tokens, scores = self._tokens(request.inputs["text"], rows, outputs)
         strategy = self.parameter(request, "aggregation_strategy")
         if strategy in _WORD_SCORES:
             entities = [self._word(group, scores, strategy) for group in _words(tokens)]
         else:
-            entities = [{**self._label(scores[i]), **token} for i, token in enumerate(tokens)]
+            entities = [self._entity(scores[t.row], t.number, t.word, t.start, t.end) for t in tokens]
         ignored = strings(self.parameter(request, "ignore_labels"))
         if strategy == "none":
-            keys = ("entity", "score", "index", "word", "start", "end")
-            return [{key: e[key] for key in keys} for e in entities if e["entity"] not in ignored]
+            return [_written(entity) for entity in entities if entity.label not in ignored]
         return [group for group in self._groups(entities) if group["entity_group"] not in ignored]
 
-    def _tokens(
-        self, text: str, rows: Sequence[Row], outputs: Sequence[Arrays]
-    ) -> Tuple[List[Dict[str, Any]], np.ndarray]:
+    def _tokens(self, text: str, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Tuple[List[_Token], np.ndarray]:
         """Return each token of the text, and all their scores, (tokens, labels)."""
         merged = windows.merge_windows(rows)
         logits = [outputs[window]["logits"][position] for window, position, special in merged if not special]
         scores = softmax(np.stack(logits)) if logits else np.zeros((0, len(self.manifest.labels)), np.float32)
         ids, offsets = [row.encoding.ids for row in rows], [row.encoding.offsets for row in rows]
-        tokens: List[Dict[str, Any]] = []
+        tokens: List[_Token] = []
         for index, (window, position, special) in enumerate(merged):
             if special:
                 continue
@@ -101,50 +121,51 @@ class TokenClassification(Task):
                 continues = start > 0 and " " not in text[start - 1 : start + 1]
             if token_id == self.manifest.facts["unknown_id"]:
                 word, continues = written, False
-            tokens.append(
-                {"index": index, "word": word, "start": start, "end": end, "row": len(tokens), "continues": continues}
-            )
+            tokens.append(_Token(index, word, start, end, len(tokens), continues))
         return tokens, scores
 
-    def _label(self, scores: np.ndarray) -> Dict[str, Any]:
+    def _entity(self, scores: np.ndarray, number: int, word: str, start: int, end: int) -> _Entity:
+        """Label a token or word by its scores, (labels)."""
         best = int(scores.argmax())
-        return {"entity": self.manifest.labels[best], "score": float(scores[best])}
+        return _Entity(self.manifest.labels[best], float(scores[best]), number, word, start, end)
 
-    def _word(self, tokens: List[Dict[str, Any]], scores: np.ndarray, strategy: str) -> Dict[str, Any]:
-        own = scores[tokens[0]["row"] : tokens[-1]["row"] + 1]
-        word = self.tokenizer.join([token["word"] for token in tokens])
-        label = self._label(_WORD_SCORES[strategy](own))
-        return {**label, "word": word, "start": tokens[0]["start"], "end": tokens[-1]["end"]}
+    def _word(self, tokens: Sequence[_Token], scores: np.ndarray, strategy: str) -> _Entity:
+        first, last = tokens[0], tokens[-1]
+        own = _WORD_SCORES[strategy](scores[first.row : last.row + 1])
+        word = self.tokenizer.join([token.word for token in tokens])
+        return self._entity(own, first.number, word, first.start, last.end)
 
-    def _groups(self, entities: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    def _groups(self, entities: Sequence[_Entity]) -> List[JsonObject]:
         """Join neighbours of one kind, except before a label with B-."""
-        groups: List[List[Dict[str, Any]]] = []
+        groups: List[List[_Entity]] = []
         for entity in entities:
-            begins, kind = _kind(entity["entity"])
-            if groups and not begins and kind == _kind(groups[-1][-1]["entity"])[1]:
+            begins, kind = _kind(entity.label)
+            if groups and not begins and kind == _kind(groups[-1][-1].label)[1]:
                 groups[-1].append(entity)
             else:
                 groups.append([entity])
         return [
             {
-                "entity_group": group[0]["entity"].split("-", 1)[-1],
-                "score": float(np.mean([entity["score"] for entity in group])),
-                "word": self.tokenizer.join([entity["word"] for entity in group]),
-                "start": group[0]["start"],
-                "end": group[-1]["end"],
+                "entity_group": group[0].label.split("-", 1)[-1],
+                "score": float(np.mean([entity.score for entity in group])),
+                "word": self.tokenizer.join([entity.word for entity in group]),
+                "start": group[0].start,
+                "end": group[-1].end,
             }
             for group in groups
         ]
 
-    def same(self, answer: Any, other: Any) -> bool:
+    def same(self, answer: Json, other: Json) -> bool:
         """Require the same entities at the same offsets."""
-        return [_without_score(item) for item in answer] == [_without_score(item) for item in other]
+        return [_without_score(item) for item in json_objects(answer)] == [
+            _without_score(item) for item in json_objects(other)
+        ]
 
 
-def _words(tokens: Sequence[Dict[str, Any]]) -> List[List[Dict[str, Any]]]:
-    words: List[List[Dict[str, Any]]] = []
+def _words(tokens: Sequence[_Token]) -> List[List[_Token]]:
+    words: List[List[_Token]] = []
     for token in tokens:
-        if words and token["continues"]:
+        if words and token.continues:
             words[-1].append(token)
         else:
             words.append([token])
@@ -156,5 +177,10 @@ def _kind(label: str) -> Tuple[bool, str]:
     return label.startswith("B-"), label[2:] if label.startswith(("B-", "I-")) else label
 
 
-def _without_score(item: Dict[str, Any]) -> Dict[str, Any]:
+def _written(entity: _Entity) -> JsonObject:
+    label, score, number, word, start, end = entity
+    return {"entity": label, "score": score, "index": number, "word": word, "start": start, "end": end}
+
+
+def _without_score(item: JsonObject) -> JsonObject:
     return {key: value for key, value in item.items() if key != "score"}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Sequence
+from typing import Dict, List, Sequence, Tuple
 
 import numpy as np
 
 from traceserve_runtime.errors import InputTooLong, InvalidRequest, Unsupported
+from traceserve_runtime.json_types import Json
 from traceserve_runtime.runner import Arrays
 from traceserve_runtime.softmax import softmax
 from traceserve_runtime.tasks.contract import ModelFacts, Request, Task, by_part
@@ -42,7 +43,7 @@ class ZeroShotClassification(Task):
     gate_parameters = {"candidate_labels": ["a question", "travel", "shopping"]}
 
     @classmethod
-    def facts(cls, model: ModelFacts) -> Dict[str, Any]:
+    def facts(cls, model: ModelFacts) -> Dict[str, object]:
         """Return the label for entailment; raises Unsupported without one."""
         labels = model.labels
         # The pipeline reads label2id, which may differ from id2label.
@@ -87,7 +88,7 @@ class ZeroShotClassification(Task):
             for hypothesis in hypotheses
         ]
 
-    def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Any:
+    def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Json:
         labels = self._labels(request)
         facts = self.manifest.facts
         logits = np.stack(
@@ -106,12 +107,18 @@ class ZeroShotClassification(Task):
             "scores": scores[order].tolist(),
         }
 
-    def same(self, answer: Any, other: Any) -> bool:
+    def same(self, answer: Json, other: Json) -> bool:
         """Require the same best label, except for ties."""
-        if answer["labels"][0] == other["labels"][0]:
-            return True
-        tied = answer["scores"][answer["labels"].index(other["labels"][0])]
-        return bool(answer["scores"][0] - tied < 1e-5)
+        one, two = _ranked_labels(answer), _ranked_labels(other)
+        tied = next(score for label, score in one if label == two[0][0])
+        return one[0][1] - tied < 1e-5
 
     def from_texts(self, texts: Sequence[str]) -> List[Request]:
         return [request for request in super().from_texts(texts) if request.inputs["text"]]
+
+
+def _ranked_labels(answer: Json) -> List[Tuple[str, float]]:
+    """Return an answer's labels and their scores, best first."""
+    if not isinstance(answer, dict):
+        raise TypeError(f"an object is needed, not {type(answer).__name__}")
+    return list(zip(answer["labels"], answer["scores"]))

@@ -5,9 +5,14 @@ from __future__ import annotations
 import datetime
 import json
 from functools import lru_cache
-from typing import Any, Dict, Mapping, NoReturn, Sequence
+from typing import TYPE_CHECKING, Any, Dict, List, Mapping, NoReturn, Sequence, Tuple, Union
 
 from traceserve_runtime.errors import InvalidRequest, MissingPackage
+
+if TYPE_CHECKING:
+    import jinja2
+    from jinja2 import nodes
+    from jinja2.parser import Parser
 
 _SAFE = (3, 1, 6)  # templates are the checkpoint's code, and older sandboxes have known vulnerabilities
 # Like transformers, the trailing space shows whether the template trims messages; if so, the last one is trimmed too.
@@ -45,7 +50,7 @@ def render(template: str, tokens: Mapping[str, str], messages: Sequence[Mapping[
 
 
 @lru_cache(maxsize=4)
-def _compiled(template: str) -> Any:
+def _compiled(template: str) -> jinja2.Template:
     """Compile the template in jinja2's sandbox, with the names that transformers provides."""
     try:
         import jinja2
@@ -64,14 +69,14 @@ def _compiled(template: str) -> Any:
 
         tags = {"generation"}
 
-        def parse(self, parser: Any) -> Any:
+        def parse(self, parser: Parser) -> Union[nodes.Node, List[nodes.Node]]:
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     def refuse(message: str) -> NoReturn:
         raise jinja2.TemplateError(message)
 
-    def to_json(value: Any, **options: Any) -> str:
+    def to_json(value: object, **options: Any) -> str:
         return json.dumps(value, **{"ensure_ascii": False, **options})
 
     environment = ImmutableSandboxedEnvironment(
@@ -83,6 +88,6 @@ def _compiled(template: str) -> Any:
     return environment.from_string(template)
 
 
-def names(tokens: Mapping[str, Any]) -> Dict[str, str]:
+def names(tokens: Mapping[str, Tuple[str, int]]) -> Dict[str, str]:
     """Map special tokens, as {"bos": ("<s>", 1)}, to the names that templates use."""
     return {f"{name}_token": token for name, (token, _) in tokens.items()}

@@ -13,9 +13,12 @@ import json
 import re
 from array import array
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, TypedDict
 
 from tokenizers import Encoding, Tokenizer
+
+if TYPE_CHECKING:
+    from tokenizers.processors import PostProcessor
 
 SPACE = "\u2581"  # sentencepiece's space
 UNIGRAM, BPE = "unigram", "bpe"
@@ -64,13 +67,30 @@ def _children(node: int, unit: int) -> int:
     return node ^ ((unit >> 10) << ((unit & 0x200) >> 6))
 
 
+class PiecesFacts(TypedDict):
+    """The file beside tokenizer.json: sentencepiece's model, and how its vocabulary is used."""
+
+    kind: str  # of SEGMENTATIONS
+    pieces: List[Tuple[str, float]]  # with their scores
+    user_defined: List[str]
+    charsmap: str  # base64
+    add_prefix: bool  # whether a text is prefixed with a space
+    collapse: bool  # whether spaces are trimmed and collapsed
+    language_codes: bool  # whether a text may begin with one, such as >>fr<<
+    tokens: List[str]  # split off a text before sentencepiece sees it
+    unknown_id: int
+    not_written: List[int]  # the ids of special tokens
+    beyond: str  # the text of an id beyond the vocabulary
+    as_they_are: List[str]  # pieces missing from the model: written unchanged, even a ▁ in them, except for Marian's
+
+
 class Normalizer:
     """sentencepiece's normalizer: replaces by its table, and turns the remaining spaces into ▁."""
 
-    def __init__(self, facts: Dict[str, Any]) -> None:
+    def __init__(self, facts: PiecesFacts) -> None:
         self._charsmap = Charsmap(base64.b64decode(facts["charsmap"]))
-        self._add_prefix: bool = facts["add_prefix"]  # whether a text is prefixed with a space
-        self._collapse: bool = facts["collapse"]  # whether spaces are trimmed and collapsed
+        self._add_prefix = facts["add_prefix"]
+        self._collapse = facts["collapse"]
         self._own = [piece.encode("utf-8") for piece in sorted(facts["user_defined"], key=len, reverse=True)]
 
     def normalize(self, text: str) -> Tuple[str, List[Tuple[int, int]]]:
@@ -119,7 +139,7 @@ class Normalizer:
 Segmentation = Callable[[str], List[Tuple[str, bool]]]
 
 
-def unigram(facts: Dict[str, Any]) -> Segmentation:
+def unigram(facts: PiecesFacts) -> Segmentation:
     """Return the likeliest pieces, like `Model::EncodeOptimized` of sentencepiece's unigram model.
 
     Path scores are kept in 32 bits, as there, since this decides ties.
@@ -159,7 +179,7 @@ def unigram(facts: Dict[str, Any]) -> Segmentation:
     return segment
 
 
-def bpe(facts: Dict[str, Any]) -> Segmentation:
+def bpe(facts: PiecesFacts) -> Segmentation:
     """Join neighbours, the pair with the best score first, like sentencepiece's bpe model."""
     scores: Dict[str, float] = dict(facts["pieces"])
     own = sorted(facts["user_defined"], key=len, reverse=True)
@@ -197,37 +217,37 @@ def bpe(facts: Dict[str, Any]) -> Segmentation:
     return segment
 
 
-SEGMENTATIONS: Dict[str, Callable[[Dict[str, Any]], Segmentation]] = {UNIGRAM: unigram, BPE: bpe}
+SEGMENTATIONS: Dict[str, Callable[[PiecesFacts], Segmentation]] = {UNIGRAM: unigram, BPE: bpe}
 
 
 class PieceTokenizer:
     """A substitute for the tokenizers package's Tokenizer, for single texts: a vocabulary behind sentencepiece."""
 
     def __init__(self, tokenizer: Tokenizer, path: Path) -> None:
-        facts: Dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        facts: PiecesFacts = json.loads(path.read_text(encoding="utf-8"))
         self._tokenizer = tokenizer
         self._normalizer = Normalizer(facts)
         self._segment = SEGMENTATIONS[facts["kind"]](facts)
-        self._codes: bool = facts["language_codes"]  # whether a text may begin with one, such as >>fr<<
+        self._codes = facts["language_codes"]
         self._vocabulary: Dict[str, int] = tokenizer.get_vocab()
-        self._unknown: int = facts["unknown_id"]
-        self._not_written = frozenset(facts["not_written"])  # the ids of special tokens
-        # Pieces missing from sentencepiece's model: written unchanged, even a ▁ in them, except for Marian's.
+        self._unknown = facts["unknown_id"]
+        self._not_written = frozenset(facts["not_written"])
         self._as_they_are = frozenset(facts["as_they_are"])
-        self._beyond: str = facts["beyond"]
+        self._beyond = facts["beyond"]
         tokens = sorted(facts["tokens"], key=len, reverse=True)
         self._tokens = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Any:  # whatever the Tokenizer has
         return getattr(self._tokenizer, name)
 
     @property
-    def post_processor(self) -> Any:
+    def post_processor(self) -> Optional[PostProcessor]:
         """The part that adds special tokens."""
-        return self._tokenizer.post_processor
+        own: Optional[PostProcessor] = self._tokenizer.post_processor
+        return own
 
     @post_processor.setter
-    def post_processor(self, value: Any) -> None:
+    def post_processor(self, value: Optional[PostProcessor]) -> None:
         self._tokenizer.post_processor = value
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> List[Encoding]:
@@ -281,7 +301,7 @@ class PieceTokenizer:
 
     def _encoding(self, pieces: Sequence[TextPiece]) -> Encoding:
         count = len(pieces)
-        state: Dict[str, Any] = {
+        state: Dict[str, object] = {
             "ids": [self._vocabulary.get(piece.text, self._unknown) for piece in pieces],
             "type_ids": [0] * count,
             "tokens": [piece.text for piece in pieces],
@@ -300,7 +320,7 @@ def renumbered(encoding: Encoding, ids: Sequence[int]) -> Encoding:
     return _encoding({**json.loads(encoding.__getstate__()), "ids": list(ids)})
 
 
-def _encoding(state: Dict[str, Any]) -> Encoding:
+def _encoding(state: Dict[str, object]) -> Encoding:
     """Make an Encoding from its pickled state, which is JSON; there is no other way to make or change one."""
     encoding = Encoding()
     encoding.__setstate__(json.dumps(state).encode("utf-8"))

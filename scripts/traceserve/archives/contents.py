@@ -8,7 +8,7 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Mapping, Sequence
 
 from traceserve_runtime.errors import TraceserveError
 from traceserve_runtime.manifest import (
@@ -100,7 +100,7 @@ def read_manifest(path: Path) -> Manifest:
     return Manifest.from_json(_read_document(path))
 
 
-def _read_document(path: Path) -> Any:
+def _read_document(path: Path) -> object:
     try:
         return json.loads(_read(path, MANIFEST_FILE))
     except (ValueError, RecursionError) as error:
@@ -152,6 +152,7 @@ def configure_archive(path: Path, serving: Serving) -> None:
     """
     document = _read_document(path)
     Manifest.from_json(document)  # checks that it is ours, and complete
+    assert isinstance(document, dict)
     path = path.resolve()  # not a link to it
     with staging.staged(path) as folder:
         write_document(document, folder)

@@ -46,7 +46,7 @@ class Serving:
     def to_yaml(self) -> str:
         """Return the file's text. Both timeouts are always written: any YAML makes its own defaults win over
         config.properties."""
-        content: Dict[str, Any] = {key: getattr(self, field) for field, key in _KEYS.items()}
+        content: Dict[str, object] = {key: getattr(self, field) for field, key in _KEYS.items()}
         content = {key: value for key, value in content.items() if value is not None}
         if self.workers is not None:
             content.update(dict.fromkeys(_WORKERS, self.workers))
@@ -90,19 +90,19 @@ def _read(content: Mapping[str, Any], keys: Mapping[str, str], where: str) -> Di
     return {fields[key]: read.get(key, _whole)(value, where + key) for key, value in content.items()}
 
 
-def _whole(value: Any, key: str) -> int:
+def _whole(value: object, key: str) -> int:
     if type(value) is not int or value < 1:
         raise ArchiveError(f"{SERVING_FILE}: {key} should be a whole number of 1 or more, not {value!r}")
     return value
 
 
-def _truth(value: Any, key: str) -> bool:
+def _truth(value: object, key: str) -> bool:
     if not isinstance(value, bool):
         raise ArchiveError(f"{SERVING_FILE}: {key} should be true or false, not {value!r}")
     return value
 
 
-def _mapping(content: Any, where: str) -> Dict[str, Any]:
+def _mapping(content: object, where: str) -> Dict[str, object]:
     if not isinstance(content, dict):
         raise ArchiveError(f"{SERVING_FILE}: {where}should hold keys and values, not {type(content).__name__}")
     return dict(content)

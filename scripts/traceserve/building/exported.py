@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 from dataclasses import dataclass
-from typing import Any, Dict, Optional, Tuple
+from typing import Dict, Optional, Tuple
 
 from traceserve_runtime import processor
 from traceserve_runtime.manifest import Manifest
@@ -22,7 +22,7 @@ class Candidate:
     speed: Optional[float] = None  # requests/s here, of those that passed; None if there was no choice
     size: int = 0  # of the artifact, in bytes
 
-    def receipt(self) -> Dict[str, Any]:
+    def receipt(self) -> Dict[str, object]:
         """Return the manifest's record: nothing that differs from run to run."""
         found = self.findings
         return {
@@ -45,7 +45,7 @@ class Compared:
     speed: float  # requests/s here
     size: int  # in bytes
 
-    def report(self) -> Dict[str, Any]:
+    def report(self) -> Dict[str, object]:
         """Return it in the candidates' format."""
         return {"save_mode": self.save_mode, "requests_per_second": self.speed, "bytes": self.size}
 
@@ -62,7 +62,7 @@ class Exported:
     candidates: Tuple[Candidate, ...]
     compared: Optional[Compared] = None
 
-    def report(self) -> Dict[str, Any]:
+    def report(self) -> Dict[str, object]:
         """Return the measurements; they differ from run to run, so they are stored beside the artifact, not in it."""
         return {
             "name": self.manifest.name,

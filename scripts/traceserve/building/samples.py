@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from pathlib import Path
-from typing import Any, List, Mapping, Tuple, Type
+from typing import List, Mapping, Tuple, Type
 
 from traceserve_runtime.errors import TraceserveError
 from traceserve_runtime.protocols.bodies import Headers
@@ -21,8 +21,8 @@ def read_samples(path: Path, task: Type[Task]) -> List[Request]:
     requests = []
     for number, line in lines(path):
         try:
-            body: Any = json.loads(line) if path.suffix == ".jsonl" else line
-            row: Mapping[str, Any] = {"body": body}
+            body: object = json.loads(line) if path.suffix == ".jsonl" else line
+            row: Mapping[str, object] = {"body": body}
             requests += parse_requests(row, Headers(), task, 0, len(line)).requests
         except (ValueError, TraceserveError) as error:
             raise ConfigError(f"--samples {path}, line {number}: {error}") from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Iterator, Sequence, Tuple
+from typing import TYPE_CHECKING, Iterator, Sequence, Tuple
 
 from traceserve_runtime.errors import TraceserveError
 
@@ -15,6 +15,8 @@ from traceserve.commands.printing import ProgressBar, console, figure
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from traceserve.measuring.documents import BenchDocument, Load, Summary
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
@@ -142,7 +144,7 @@ def _header(text: str) -> Tuple[str, str]:
     return name.strip(), value.strip()
 
 
-def _print_bench(document: Dict[str, Any]) -> None:
+def _print_bench(document: BenchDocument) -> None:
     """Print the medians and time breakdown of each server, and the ratios of two."""
     from rich.markup import escape
     from rich.table import Table
@@ -170,7 +172,7 @@ def _print_bench(document: Dict[str, Any]) -> None:
         screen.print(_figures_right(table), highlight=False)
 
 
-def _load(figures: Dict[str, Any]) -> str:
+def _load(figures: Load) -> str:
     """Return a measurement's load as text."""
     return str(figures["connections"]) if figures["rate"] is None else f"{figures['rate']:g}"
 
@@ -183,7 +185,7 @@ def _figures_right(table: Table) -> Table:
     return table
 
 
-def _latency_table(own: Sequence[Dict[str, Any]], load: str, several_rounds: bool) -> Table:
+def _latency_table(own: Sequence[Summary], load: str, several_rounds: bool) -> Table:
     from rich.table import Table
 
     names = [name for name in own[0]["latency_ms"] if name != "mean"]
@@ -198,7 +200,7 @@ def _latency_table(own: Sequence[Dict[str, Any]], load: str, several_rounds: boo
     return _figures_right(table)
 
 
-def notes(summary: Dict[str, Any], seconds: float) -> Iterator[str]:
+def notes(summary: Summary, seconds: float) -> Iterator[str]:
     """Yield the caveats of a measurement."""
     for reason, count in summary["errors"].items():
         yield f"{count:,} times {reason}"
@@ -215,15 +217,15 @@ def notes(summary: Dict[str, Any], seconds: float) -> Iterator[str]:
         )
 
 
-def _time_table(own: Sequence[Dict[str, Any]], load: str) -> Table:
+def _time_table(own: Sequence[Summary], load: str) -> Table:
     """Return the breakdown of a request's mean time in a traceserve server."""
     from rich.table import Table
 
     table = Table(f"mean time, at {load}:", *map(_load, own), box=None, header_style="dim")
-    for part in own[0]["server"]["time_ms"]:
-        times = [(s["server"]["time_ms"][part], sum(s["server"]["time_ms"].values())) for s in own]
+    servers = [summary["server"] for summary in own if summary["server"]]
+    for part in servers[0]["time_ms"]:
+        times = [(server["time_ms"][part], sum(server["time_ms"].values())) for server in servers]
         table.add_row(part, *(f"{figure(time)} ms {100 * time / whole:3.0f} %" for time, whole in times))
-    servers = [summary["server"] for summary in own]
     table.add_row("tokens of a request", *(figure(server["tokens"]) for server in servers))
     table.add_row("padding of a batch", *(f"{100 * server['padding_share']:.0f} %" for server in servers))
     return _figures_right(table)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Mapping, Sequence, Tuple
 
 from traceserve.commands.contract import Command
 from traceserve.commands.printing import console, megabytes
@@ -107,7 +107,7 @@ def _source(found: Inspection) -> Iterator[Tuple[str, str]]:
     yield "licence", f"{license_['name']} (by {license_['file']})" if license_ else "not seen by the build"
 
 
-def _receipt(receipt: Any) -> str:
+def _receipt(receipt: Mapping[str, Any]) -> str:
     if not receipt:
         return "none"
     answers, cells = receipt.get("answers", 0), receipt.get("cells", 0)

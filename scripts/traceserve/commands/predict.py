@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Iterator
 
 from traceserve_runtime.errors import TraceserveError
 
@@ -54,7 +54,7 @@ def _predict(options: argparse.Namespace) -> int:
     return 0
 
 
-def _bodies(options: argparse.Namespace) -> Iterator[Any]:
+def _bodies(options: argparse.Namespace) -> Iterator[object]:
     """Yield the requested bodies, with the parameters if given."""
     if options.parameters is None:
         yield from _inputs(options)
@@ -67,7 +67,7 @@ def _bodies(options: argparse.Namespace) -> Iterator[Any]:
         yield {"inputs": inputs, "parameters": parameters}
 
 
-def _inputs(options: argparse.Namespace) -> Iterator[Any]:
+def _inputs(options: argparse.Namespace) -> Iterator[object]:
     """Yield the inputs in the options; texts of a file are grouped in lists."""
     if sum((bool(options.texts), options.json is not None, options.file is not None)) != 1:
         raise TraceserveError("predict: give texts, or --json BODY, or --file FILE, or - for standard input")

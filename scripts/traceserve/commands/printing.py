@@ -23,13 +23,13 @@ class ProgressBar:
 
     def __init__(self) -> None:
         self._progress: Any = None  # made on the first call: importing rich takes a tenth of a second
-        self._task: Any = None
+        self._task: object = None
         self._what = ""
 
     def __enter__(self) -> ProgressBar:
         return self
 
-    def __exit__(self, *exception: Any) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._progress is not None:
             self._progress.stop()
 

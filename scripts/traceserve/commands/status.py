@@ -7,7 +7,7 @@ import contextlib
 import signal
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from traceserve.commands.contract import Command
 from traceserve.commands.printing import console, figure
@@ -212,7 +212,7 @@ def _until_interrupted() -> Iterator[threading.Event]:
     """Return an event that Ctrl-C sets: ending here is not a failure."""
     interrupted = threading.Event()
 
-    def stop(number: int, frame: Any) -> None:
+    def stop(number: int, frame: object) -> None:
         interrupted.set()
 
     before = signal.signal(signal.SIGINT, stop)

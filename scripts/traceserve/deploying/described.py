@@ -5,8 +5,9 @@ from __future__ import annotations
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import List, Sequence, Tuple
 
+from traceserve_runtime.json_types import JsonObject
 from traceserve_runtime.manifest import Manifest, sha256
 from traceserve_runtime.tasks import TASKS
 
@@ -27,7 +28,7 @@ class Described:
     unpacked: int  # bytes, of the model and what lies beside it
     manifest: Manifest
     serving: Serving
-    canary: Dict[str, Any]
+    canary: JsonObject
 
     @property
     def version(self) -> str:

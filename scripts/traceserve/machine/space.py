@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, List, Optional
+from typing import List, Optional
 
 from traceserve.errors import NoSpace
 
@@ -57,7 +57,7 @@ class Needed:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind: Any, error: Optional[BaseException], where: Any) -> None:
+    def __exit__(self, kind: object, error: Optional[BaseException], where: object) -> None:
         if error is not None and not isinstance(error, NoSpace) and is_full(error):
             raise told(error, [self.folder], self.needed, self.what) from error
 

@@ -13,6 +13,7 @@ from traceserve_runtime import processor
 from traceserve import __version__
 from traceserve.errors import ServerError
 from traceserve.measuring import load_generator, server_times
+from traceserve.measuring.documents import BenchDocument, Figures, Machine, Ratio, Summary
 from traceserve.measuring.page import load_name
 from traceserve.measuring.targets import Subject, check_answer
 
@@ -39,7 +40,7 @@ class BenchPlan:
 
 def measure(
     subjects: Sequence[Subject], plan: BenchPlan, samples: str, progress: Callable[[str, float], None]
-) -> Dict[str, Any]:
+) -> BenchDocument:
     """Return the document: each measurement, and the medians of its rounds for each subject and load.
 
     Subjects alternate in each round, in reverse every other round, so that drift affects all alike.
@@ -116,7 +117,7 @@ def _once(
     return result, times
 
 
-def machine() -> Dict[str, Any]:
+def machine() -> Machine:
     """Return the machine facts that figures depend on."""
     return {
         "processor": processor.name(),
@@ -133,9 +134,7 @@ def percentile_name(p: float) -> str:
     return "max" if p == 100 else f"p{p:g}"
 
 
-def _figures(
-    connections: int, result: load_generator.Result, times: Optional[server_times.ServerTimes]
-) -> Dict[str, Any]:
+def _figures(connections: int, result: load_generator.Result, times: Optional[server_times.ServerTimes]) -> Figures:
     """Return one measurement; times in milliseconds."""
     mean = float(result.latencies.mean())
     return {
@@ -169,7 +168,7 @@ def _ms(seconds: float) -> float:
 
 def _summary(
     asked: Subject, connections: int, rounds: Sequence[Tuple[load_generator.Result, Optional[server_times.ServerTimes]]]
-) -> Dict[str, Any]:
+) -> Summary:
     """Return the medians of the rounds, figure by figure; errors are summed."""
     figures = [_figures(connections, result, times) for result, times in rounds]
     errors: Dict[str, int] = {}
@@ -177,8 +176,9 @@ def _summary(
         for reason, count in one["errors"].items():
             errors[reason] = errors.get(reason, 0) + count
     throughputs = [one["throughput"] for one in figures]
+    medians: Figures = _median(figures)
     return {
-        **_median(figures),
+        **medians,
         "subject": asked.label,
         "connections": connections,
         "throughput_range": [min(throughputs), max(throughputs)],
@@ -186,7 +186,7 @@ def _summary(
     }
 
 
-def _median(values: Sequence[Any]) -> Any:
+def _median(values: Sequence[Any]) -> Any:  # numbers, or documents of any shape
     """Return, for documents of one shape, a document with the medians of their numbers."""
     first = values[0]
     if any(value is None for value in values):
@@ -200,9 +200,9 @@ def _median(values: Sequence[Any]) -> Any:
     return round(statistics.median(values), 4)
 
 
-def _ratios(summaries: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
+def _ratios(summaries: Sequence[Summary]) -> List[Ratio]:
     """Return the first subject's medians divided by the second's, for each load."""
-    ratios = []
+    ratios: List[Ratio] = []
     for one, other in zip(summaries[::2], summaries[1::2]):
         latencies = {name: round(value / other["latency_ms"][name], 3) for name, value in one["latency_ms"].items()}
         throughput = round(one["throughput"] / other["throughput"], 3)

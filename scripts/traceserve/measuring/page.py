@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import html
-from typing import TYPE_CHECKING, Any, Dict, List
+from typing import TYPE_CHECKING, Dict, List
 
 from traceserve.errors import ServerError
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure  # type: ignore[import-untyped]
+
+    from traceserve.measuring.documents import BenchDocument, Load, Summary
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>TITLE</title><style>
@@ -33,7 +35,7 @@ def require_plotly() -> None:
         raise ServerError("--html needs the package plotly; install it with: pip install 'traceserve[bench]'") from None
 
 
-def page(document: Dict[str, Any]) -> str:
+def page(document: BenchDocument) -> str:
     """Return the whole file, including plotly's JavaScript (5 MB)."""
     figures = [_latencies(document)]
     if document["plan"]["rate"] is None:
@@ -49,14 +51,14 @@ def page(document: Dict[str, Any]) -> str:
     return _PAGE.replace("TITLE", title).replace("BODY", "\n".join(body))
 
 
-def load_name(figures: Dict[str, Any]) -> str:
+def load_name(figures: Load) -> str:
     """Describe a measurement's load."""
     if figures["rate"] is not None:
         return f"{figures['rate']:g} requests/s"
     return f"{figures['connections']} connection{'' if figures['connections'] == 1 else 's'}"
 
 
-def _about(document: Dict[str, Any]) -> str:
+def _about(document: BenchDocument) -> str:
     plan, machine, samples = document["plan"], document["machine"], document["samples"]
     rounds = f", medians of {plan['rounds']} rounds in turn" if plan["rounds"] > 1 else ""
     due = "" if plan["rate"] is None else "; a latency counts from when its request was due"
@@ -69,7 +71,7 @@ def _about(document: Dict[str, Any]) -> str:
     return '<p class="note">' + "<br>".join(html.escape(line) for line in lines) + "</p>"
 
 
-def _table(document: Dict[str, Any]) -> str:
+def _table(document: BenchDocument) -> str:
     names = list(document["summary"][0]["latency_ms"])
     header = ["", "load", "requests/s", *(f"{name} ms" for name in names), "errors"]
     rows = [
@@ -87,14 +89,14 @@ def _table(document: Dict[str, Any]) -> str:
     return f"<table><tr>{cells}</tr>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
 
-def _style(document: Dict[str, Any], summary: Dict[str, Any]) -> Dict[str, Any]:
+def _style(document: BenchDocument, summary: Summary) -> Dict[str, str]:
     """Return a line style: colours mark loads, dashes mark subjects."""
     loads: List[int] = document["plan"]["connections"]
     color = _COLORS[loads.index(summary["connections"]) % len(_COLORS)]
     return {"color": color, "dash": _DASHES[document["subjects"].index(summary["subject"]) % len(_DASHES)]}
 
 
-def _latencies(document: Dict[str, Any]) -> Figure:
+def _latencies(document: BenchDocument) -> Figure:
     """Plot latency by percentile, with a logarithmic axis of the share above, so that the tail is readable."""
     import plotly.graph_objects as go
 
@@ -116,7 +118,7 @@ def _latencies(document: Dict[str, Any]) -> Figure:
     return figure
 
 
-def _over_connections(document: Dict[str, Any]) -> Figure:
+def _over_connections(document: BenchDocument) -> Figure:
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots  # type: ignore[import-untyped]
 
@@ -148,14 +150,14 @@ def _over_connections(document: Dict[str, Any]) -> Figure:
     return figure
 
 
-def _where_time_goes(document: Dict[str, Any]) -> Figure:
+def _where_time_goes(document: BenchDocument) -> Figure:
     import plotly.graph_objects as go
 
-    shown = [summary for summary in document["summary"] if summary["server"]]
-    labels = [html.escape(f"{summary['subject']}, {load_name(summary)}") for summary in shown]
+    shown = [(summary, summary["server"]["time_ms"]) for summary in document["summary"] if summary["server"]]
+    labels = [html.escape(f"{summary['subject']}, {load_name(summary)}") for summary, _ in shown]
     figure = go.Figure()
-    for part, color in zip(shown[0]["server"]["time_ms"], _COLORS):
-        times = [summary["server"]["time_ms"][part] for summary in shown]
+    for part, color in zip(shown[0][1], _COLORS):
+        times = [time_ms[part] for _, time_ms in shown]
         figure.add_bar(y=labels, x=times, name=part, orientation="h", marker_color=color)
     figure.update_xaxes(title="ms of a request, mean")
     figure.update_layout(title="Where the time of a request goes", barmode="stack", showlegend=True)

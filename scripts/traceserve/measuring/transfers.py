@@ -6,7 +6,7 @@ import errno
 import io
 import os
 import ssl
-from typing import TYPE_CHECKING, Any, Dict, List, Mapping
+from typing import TYPE_CHECKING, Dict, List, Mapping
 
 from traceserve.errors import ServerError
 
@@ -56,7 +56,7 @@ class Transfer:
         return status
 
 
-def _options(url: str, headers: Mapping[str, str], content_type: str, timeout: float) -> Dict[int, Any]:
+def _options(url: str, headers: Mapping[str, str], content_type: str, timeout: float) -> Dict[int, object]:
     """Return libcurl's options. Callbacks are C functions: a signal's exception in Python code called by libcurl would
     be lost."""
     import pycurl

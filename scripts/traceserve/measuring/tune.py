@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Callable, Dict, List, Optional, Tuple
 
 from traceserve_runtime import processor
 from traceserve_runtime.batching.costs import CostModel
@@ -107,7 +107,7 @@ class Servers:
     def __enter__(self) -> Servers:
         return self
 
-    def __exit__(self, *exception: Any) -> None:
+    def __exit__(self, *exception: object) -> None:
         for serving in list(self._running):
             self.close(serving)
 

@@ -28,7 +28,7 @@ _PATIENCE = 0.2  # seconds, after which it is looked whether to stop
 class Heard:
     """What a model has answered: JSON, or a text, which may still grow; or why it has not."""
 
-    value: Any = None
+    value: object = None
     unseen: Mapping[str, Tuple[int, int]] = field(default_factory=dict)
     seconds: float = 0.0  # since it was asked
     first: float = 0.0  # of these, until the first piece of a text came
@@ -40,7 +40,7 @@ class Heard:
     where: Optional[str] = None  # where in the body the error is
 
 
-def ask(model: Model, body: Mapping[str, Any], stopped: Callable[[], bool] = lambda: False) -> Iterator[Heard]:
+def ask(model: Model, body: Mapping[str, object], stopped: Callable[[], bool] = lambda: False) -> Iterator[Heard]:
     """The answer as it comes; the last one is `done`, whatever happens. Once `stopped`, no more is read."""
     begun = time.perf_counter()
     try:
@@ -97,7 +97,7 @@ def _ended(text: str) -> Tuple[str, Optional[str], Optional[str]]:
         return text, None, None
 
 
-def ask_each(models: Sequence[Model], body: Mapping[str, Any], stop: threading.Event) -> Iterator[List[Heard]]:
+def ask_each(models: Sequence[Model], body: Mapping[str, object], stop: threading.Event) -> Iterator[List[Heard]]:
     """What all models have said so far, asked at once, each time that one says more; the last time all are `done`.
 
     Once `stop` is set, or this is closed, no more is read of their answers.

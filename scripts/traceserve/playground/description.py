@@ -19,7 +19,7 @@ class InputField:
     @property
     def options(self) -> List[Mapping[str, Any]]:
         """The schemas of which one must hold."""
-        options: List[Mapping[str, Any]] = self.schema.get("anyOf") or [self.schema]
+        options: List[Mapping[str, object]] = self.schema.get("anyOf") or [self.schema]
         return options
 
     @property

@@ -34,7 +34,7 @@ class Control:
     key: str  # the path in the body: a field's name, or "parameters.NAME"
     kind: str
     info: str
-    value: Any  # what stands in it at first
+    value: object  # what stands in it at first
     choices: Tuple[Tuple[str, str], ...] = ()  # what is shown, and the value as JSON; the first one is "", the default
     placeholder: str = ""
     required: bool = False
@@ -51,7 +51,7 @@ class Control:
         return self.key.startswith(PARAMETERS + ".")
 
 
-def controls(descriptions: Sequence[Description], starting: Mapping[str, Any] = {}) -> List[Control]:
+def controls(descriptions: Sequence[Description], starting: Mapping[str, object] = {}) -> List[Control]:
     """The form for one model, or for several that are asked the same: fields, then the parameters that all of them have.
 
     It begins with the first model's sample, and with the parameters `starting`.
@@ -68,7 +68,7 @@ def controls(descriptions: Sequence[Description], starting: Mapping[str, Any] = 
     return found
 
 
-def _control(key: str, asked: InputField, value: Any, default: str) -> Control:
+def _control(key: str, asked: InputField, value: object, default: str) -> Control:
     kind, choices = _kind(asked)
     holds = f"default: {default}" if default else "default"
     info = ". ".join(part for part in (asked.description, _range(asked)) if part)
@@ -84,9 +84,9 @@ def _control(key: str, asked: InputField, value: Any, default: str) -> Control:
     )
 
 
-def _kind(asked: InputField) -> Tuple[str, List[Any]]:
+def _kind(asked: InputField) -> Tuple[str, List[object]]:
     """The kind of control, and the values that can be chosen."""
-    choices: List[Any] = []
+    choices: List[object] = []
     types: Dict[str, Mapping[str, Any]] = {}
     for option in asked.options:
         kind = option.get("type")
@@ -114,28 +114,28 @@ def _range(asked: InputField) -> str:
     return ""
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     """A value as a person reads it."""
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _typed(kind: str, value: Any) -> Any:
+def _typed(kind: str, value: object) -> object:
     """What stands at first in a control of this kind, for a value of the sample."""
     if value is None:
         return ""
     if kind == LINES:
         return "\n".join(map(str, value)) if isinstance(value, list) else value
-    if kind == CHAT:
+    if kind == CHAT and isinstance(value, list):
         return "\n".join(f"{message['role']}: {message['content']}" for message in value)
     return json.dumps(value) if kind in (CHOICE, OPEN, NUMBER) else value
 
 
-def body(form: Sequence[Control], values: Sequence[Any]) -> Dict[str, Any]:
+def body(form: Sequence[Control], values: Sequence[object]) -> Dict[str, object]:
     """The body that asks what is typed into the form, a value for each control; raises FormError."""
-    sent: Dict[str, Any] = {}
-    parameters: Dict[str, Any] = {}
+    sent: Dict[str, object] = {}
+    parameters: Dict[str, object] = {}
     for control, value in zip(form, values):
         if value in (None, "") and not control.required:
             continue
@@ -143,20 +143,21 @@ def body(form: Sequence[Control], values: Sequence[Any]) -> Dict[str, Any]:
     return {**sent, **({PARAMETERS: parameters} if parameters else {})}
 
 
-def _read(control: Control, value: Any) -> Any:
+def _read(control: Control, value: object) -> object:
+    text = "" if value is None else str(value)
     if control.kind == LINES:
-        lines = [line for line in (value or "").splitlines() if line.strip()]
+        lines = [line for line in text.splitlines() if line.strip()]
         return [_number(line) for line in lines] if control.whole else lines
     if control.kind == CHAT:
-        return _messages(control, value or "")
+        return _messages(control, text)
     if control.kind == NUMBER:
-        return _number(value)
+        return _number(text)
     if control.kind in (CHOICE, OPEN):
-        return json.loads(value) if value in dict(map(reversed, control.choices)) else _number(value)  # type: ignore[arg-type]
-    return value or ""
+        return json.loads(text) if text in {choice for _, choice in control.choices} else _number(text)
+    return text
 
 
-def _number(text: str) -> Any:
+def _number(text: str) -> object:
     """The number that is typed, or the text, of which the server says what is wrong with it."""
     for read in (int, float):
         try:

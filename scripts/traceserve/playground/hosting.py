@@ -12,7 +12,9 @@ from traceserve.playground import interface
 from traceserve.playground.models import Model
 
 Scope = MutableMapping[str, Any]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Send = Callable[[MutableMapping[str, object]], Awaitable[None]]
+
+Application = Callable[[Scope, object, Send], Awaitable[None]]
 
 # What a browser that shows the page may load: nothing of any other host.
 _POLICY = (
@@ -37,10 +39,10 @@ _WAIT = 10.0  # seconds for the server to begin or to end
 class Guarded:
     """An ASGI application of which only the page is there, and which tells browsers to load nothing from elsewhere."""
 
-    def __init__(self, application: Any) -> None:
+    def __init__(self, application: Application) -> None:
         self._application = application
 
-    async def __call__(self, scope: Scope, receive: Any, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: object, send: Send) -> None:
         if scope["type"] != "http":
             await self._application(scope, receive, send)
             return
@@ -89,7 +91,7 @@ class Server:
         self._thread.start()
         return self
 
-    def __exit__(self, *exception: Any) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._server.should_exit = True
         self._thread.join(_WAIT)
         self._socket.close()

@@ -191,7 +191,7 @@ class _Board:
         if asked is not None:
             asked.set()
 
-    def _answer(self, visitor: str, *values: Any) -> Iterator[Dict[Any, Any]]:
+    def _answer(self, visitor: str, *values: object) -> Iterator[Dict[object, object]]:
         """What changes on the page while the models answer."""
         self._asked[visitor] = stop = threading.Event()
         try:
@@ -200,7 +200,7 @@ class _Board:
             if self._asked.get(visitor) is stop:
                 del self._asked[visitor]
 
-    def _answered(self, values: Sequence[Any], stop: threading.Event) -> Iterator[Dict[Any, Any]]:
+    def _answered(self, values: Sequence[object], stop: threading.Event) -> Iterator[Dict[object, object]]:
         try:
             body = form.body(self._controls, values)
         except FormError as error:
@@ -214,13 +214,13 @@ class _Board:
             ended = all(heard.done for heard in said) and any(heard.error for heard in said)
             yield {**self._told(body, said), **(self._at_fields(said) if ended else {})}
 
-    def _told(self, body: Dict[str, Any], said: Sequence[asking.Heard]) -> Dict[Any, Any]:
+    def _told(self, body: Dict[str, object], said: Sequence[asking.Heard]) -> Dict[object, object]:
         return {self._verdict: panels.verdict(said), **dict(zip(self._panels, panels.panels(self._models, body, said)))}
 
-    def _at_fields(self, said: Sequence[asking.Heard]) -> Dict[Any, Any]:
+    def _at_fields(self, said: Sequence[asking.Heard]) -> Dict[object, object]:
         """Errors at the inputs that they are about, and none at the others."""
         errors = {form.control_at(self._controls, heard.where): heard.error for heard in said if heard.error}
-        changed: Dict[Any, Any] = {}
+        changed: Dict[object, object] = {}
         for number, own in enumerate(self._inputs):
             words = errors.get(number)
             told = self._infos[number] if words is None else f"⚠ {words}"

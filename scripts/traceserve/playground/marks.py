@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import html
 import re
-from typing import Any, List, NamedTuple, Sequence, Tuple
+from typing import List, NamedTuple, Sequence, Tuple
 
 # Backgrounds of marks, on which dark letters are read easily, whether the page around is light or dark.
 INK = "#16181d"
@@ -23,7 +23,7 @@ class Mark(NamedTuple):
     only_here: bool = False  # the other model does not have it
 
 
-def escaped(text: Any) -> str:
+def escaped(text: object) -> str:
     """A text in HTML."""
     return html.escape(str(text))
 

@@ -14,7 +14,7 @@ from traceserve.playground.models import Model
 _ITEM = re.compile(r"(?P<field>\w+)\[(?P<number>\d+)\]")
 
 
-def panels(models: Sequence[Model], body: Mapping[str, Any], said: Sequence[Heard]) -> List[str]:
+def panels(models: Sequence[Model], body: Mapping[str, object], said: Sequence[Heard]) -> List[str]:
     """A panel for each model, as HTML."""
     found = []
     for number, (model, heard) in enumerate(zip(models, said)):
@@ -37,7 +37,7 @@ def _whole(heard: Heard) -> bool:
     return heard.done and not heard.stopped and heard.error is None
 
 
-def _panel(model: Model, body: Mapping[str, Any], heard: Heard, other: Any, named: bool) -> str:
+def _panel(model: Model, body: Mapping[str, object], heard: Heard, other: object, named: bool) -> str:
     own = model.description
     title = f"<h3>{escaped(own.name)} <small>{escaped(own.version)}</small></h3>" if named else ""
     parts = [title, f'<p class="ts-facts" role="status">{_status(heard)}</p>']

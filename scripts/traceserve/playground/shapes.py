@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 from traceserve.playground.description import Description
 from traceserve.playground.marks import Mark, changed_words, escaped, marked
 
 # Where a form begins with other parameters than its task's sample, so that the answer shows more; by task.
-STARTING: Dict[str, Dict[str, Any]] = {
+STARTING: Dict[str, Dict[str, object]] = {
     "sequence_classification": {"top_k": 5},
     "token_classification": {"aggregation_strategy": "simple"},
     "question_answering": {"top_k": 3},
@@ -48,24 +48,24 @@ Bars = List[Tuple[str, List[Bar]]]
 class Shape(NamedTuple):
     """A shape of answers; `show` is given the answer, what was asked, and the other model's answer of the same shape."""
 
-    fits: Callable[[Any], bool]
-    show: Callable[[Any, Context, Optional[Any]], str]
-    differs: Callable[[Any, Any], str]  # how two of them differ, in a sentence; "" where they do not
+    fits: Callable[[object], bool]
+    show: Callable[[object, Context, Optional[object]], str]
+    differs: Callable[[object, object], str]  # how two of them differ, in a sentence; "" where they do not
 
 
-def shape_of(value: Any) -> Shape:
+def shape_of(value: object) -> Shape:
     """The first shape that an answer has."""
     return next(shape for shape in SHAPES if shape.fits(value))
 
 
-def show(value: Any, context: Context, other: Optional[Any] = None) -> str:
+def show(value: object, context: Context, other: Optional[object] = None) -> str:
     """An answer as HTML; beside another model's, with what differs marked."""
     shape = shape_of(value)
     alike = other is not None and shape_of(other) is shape
     return shape.show(value, context, other if alike else None)
 
 
-def difference(value: Any, other: Any) -> str:
+def difference(value: object, other: object) -> str:
     """How two models' answers differ, in a sentence."""
     if value == other:
         return "Both give the same answer."
@@ -75,14 +75,15 @@ def difference(value: Any, other: Any) -> str:
     return shape.differs(value, other) or "Both give the same answer, but for the last digits of scores."
 
 
-def _listed(value: Any) -> List[Any]:
+def _listed(value: object) -> List[Any]:
+    """An answer's objects, whose keys its shape has checked."""
     return value if isinstance(value, list) else [value]
 
 
-def _has(*keys: str) -> Callable[[Any], bool]:
+def _has(*keys: str) -> Callable[[object], bool]:
     """Whether an answer is, or begins with, an object of these keys."""
 
-    def fits(value: Any) -> bool:
+    def fits(value: object) -> bool:
         first = _listed(value)[0] if _listed(value) else None
         return isinstance(first, dict) and set(keys) <= set(first)
 
@@ -92,16 +93,18 @@ def _has(*keys: str) -> Callable[[Any], bool]:
 # Bars
 
 
-def _labels(value: Any, context: Optional[Context]) -> Bars:
+def _labels(value: object, context: Optional[Context]) -> Bars:
     return [("", [Bar(item["label"], item["score"]) for item in _listed(value)])]
 
 
-def _candidates(value: Any, context: Optional[Context]) -> Bars:
-    return [("", [Bar(*each) for each in zip(value["labels"], value["scores"])])]
+def _candidates(value: object, context: Optional[Context]) -> Bars:
+    [answer] = _listed(value)
+    return [("", [Bar(*each) for each in zip(answer["labels"], answer["scores"])])]
 
 
-def _tokens(value: Any, context: Optional[Context]) -> Bars:
-    masks = value if isinstance(value[0], list) else [value]
+def _tokens(value: object, context: Optional[Context]) -> Bars:
+    listed = _listed(value)
+    masks = listed if isinstance(listed[0], list) else [listed]
     return [
         (
             f"mask {number + 1}" if len(masks) > 1 else "",
@@ -111,30 +114,30 @@ def _tokens(value: Any, context: Optional[Context]) -> Bars:
     ]
 
 
-def _ranks(value: Any, context: Optional[Context]) -> Bars:
+def _ranks(value: object, context: Optional[Context]) -> Bars:
     documents = context.body.get("documents", []) if context else []
     return [
         (
             "",
             [
                 Bar(f"document {item['index'] + 1}", item["score"], documents[item["index"]] if documents else "")
-                for item in value
+                for item in _listed(value)
             ],
         )
     ]
 
 
-def _bars(read: Callable[[Any, Optional[Context]], Bars]) -> Dict[str, Any]:
+def _bars(read: Callable[[object, Optional[Context]], Bars]) -> Dict[str, Any]:
     """The shape of answers that are read as bars."""
 
-    def show_bars(value: Any, context: Context, other: Optional[Any]) -> str:
+    def show_bars(value: object, context: Context, other: Optional[object]) -> str:
         others = dict(read(other, None)) if other is not None else {}
         return "".join(
             _table(caption, bars, others.get(caption) if other is not None else None)
             for caption, bars in read(value, context)
         )
 
-    def differs(value: Any, other: Any) -> str:
+    def differs(value: object, other: object) -> str:
         one, two = ([bar for _, part in read(each, None) for bar in part] for each in (value, other))
         if [bar.name for bar in one[:1]] != [bar.name for bar in two[:1]]:
             return f"They differ: the first has {one[0].name}, the second {two[0].name}."
@@ -199,7 +202,7 @@ def _kind(label: str) -> str:
     return label[2:] if label[:2] in ("B-", "I-") else label
 
 
-def _spans(value: Any) -> List[Mark]:
+def _spans(value: object) -> List[Mark]:
     """Entities, or the answers to a question, as marks."""
     found = []
     for number, item in enumerate(_listed(value)):
@@ -210,7 +213,7 @@ def _spans(value: Any) -> List[Mark]:
     return found
 
 
-def _show_spans(value: Any, context: Context, other: Optional[Any]) -> str:
+def _show_spans(value: object, context: Context, other: Optional[object]) -> str:
     name = context.description.long_field
     kinds = list(dict.fromkeys(map(_kind, context.description.labels)))
     marks = _spans(value)
@@ -223,7 +226,7 @@ def _show_spans(value: Any, context: Context, other: Optional[Any]) -> str:
     return f'<p class="ts-text">{text}</p>{none}{_table("", answers, None) if answers else ""}'
 
 
-def _spans_differ(value: Any, other: Any) -> str:
+def _spans_differ(value: object, other: object) -> str:
     one, two = ({(mark.start, mark.end, mark.kind) for mark in _spans(each)} for each in (value, other))
     if one == two:
         return ""
@@ -235,39 +238,42 @@ def _spans_differ(value: Any, other: Any) -> str:
 # Texts
 
 
-def _written(value: Any) -> Any:
-    return value if isinstance(value, str) else _listed(value)[0]["generated_text"]
+def _written(value: object) -> Union[str, List[Dict[str, str]]]:
+    """A text, or a chat's messages."""
+    written: Union[str, List[Dict[str, str]]] = value if isinstance(value, str) else _listed(value)[0]["generated_text"]
+    return written
 
 
-def _show_text(value: Any, context: Context, other: Optional[Any]) -> str:
+def _show_text(value: object, context: Context, other: Optional[object]) -> str:
     written = _written(value)
     if isinstance(written, list):
         messages = "".join(f"<dt>{escaped(m['role'])}</dt><dd>{escaped(m['content'])}</dd>" for m in written)
         return f'<dl class="ts-chat">{messages}</dl>'
-    text = escaped(written) if other is None else changed_words(written, _written(other))
+    text = escaped(written) if other is None else changed_words(written, str(_written(other)))
     return f'<p class="ts-text ts-written">{text}</p>'
 
 
-def _texts_differ(value: Any, other: Any) -> str:
+def _texts_differ(value: object, other: object) -> str:
     return "" if _written(value) == _written(other) else "The texts differ; the words that only one has are underlined."
 
 
 # Vectors
 
 
-def _vectors(value: Any) -> List[List[float]]:
-    while value and isinstance(value[0], list) and value[0] and isinstance(value[0][0], list):
-        value = value[0]
-    return value if value and isinstance(value[0], list) else [value]
+def _vectors(value: object) -> List[List[float]]:
+    found = _listed(value)
+    while found and isinstance(found[0], list) and found[0] and isinstance(found[0][0], list):
+        found = found[0]
+    return found if found and isinstance(found[0], list) else [found]
 
 
-def _is_numbers(value: Any) -> bool:
+def _is_numbers(value: object) -> bool:
     while isinstance(value, list) and value:
         value = value[0]
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _show_vectors(value: Any, context: Context, other: Optional[Any]) -> str:
+def _show_vectors(value: object, context: Context, other: Optional[object]) -> str:
     vectors = _vectors(value)
     count = f"{len(vectors)} vectors of" if len(vectors) > 1 else "A vector of"
     rows = "".join(
@@ -298,7 +304,7 @@ def _stripes(vector: Sequence[float]) -> str:
     )
 
 
-def _vectors_differ(value: Any, other: Any) -> str:
+def _vectors_differ(value: object, other: object) -> str:
     one, two = _vectors(value), _vectors(other)
     if [len(v) for v in one] != [len(v) for v in two]:
         return f"The vectors have {len(one[0]):,} and {len(two[0]):,} numbers, and cannot be compared."
@@ -306,11 +312,11 @@ def _vectors_differ(value: Any, other: Any) -> str:
     return f"Cosine of the two: {least:.4f}{' at least' if len(one) > 1 else ''}."
 
 
-def _show_json(value: Any, context: Context, other: Optional[Any]) -> str:
+def _show_json(value: object, context: Context, other: Optional[object]) -> str:
     return f'<pre class="ts-json">{escaped(json.dumps(value, indent=1, ensure_ascii=False))}</pre>'
 
 
-def _is_filled(value: Any) -> bool:
+def _is_filled(value: object) -> bool:
     """What may stand at a mask, or at each of several."""
     return any(
         map(_has("token_str", "score", "sequence"), (value, value[0] if value and isinstance(value, list) else 0))

@@ -30,7 +30,12 @@ class RequestRefused(ServerError):
 
 
 def predict(
-    url: str, name: str, body: Any, key: Optional[str] = None, timeout: float = 300.0, certificate: Optional[str] = None
+    url: str,
+    name: str,
+    body: object,
+    key: Optional[str] = None,
+    timeout: float = 300.0,
+    certificate: Optional[str] = None,
 ) -> Any:
     """POST `body` as JSON to /predictions/NAME and return the parsed answer; raises NotYet or Refused.
 
@@ -44,7 +49,12 @@ def predict(
 
 
 def stream(
-    url: str, name: str, body: Any, key: Optional[str] = None, timeout: float = 300.0, certificate: Optional[str] = None
+    url: str,
+    name: str,
+    body: object,
+    key: Optional[str] = None,
+    timeout: float = 300.0,
+    certificate: Optional[str] = None,
 ) -> Iterator[str]:
     """POST `body`, which requests a stream, and yield the text's pieces; raises NotYet or Refused."""
     with post(url, name, body, key, timeout, certificate) as response:
@@ -57,7 +67,7 @@ def stream(
 def post(
     url: str,
     name: str,
-    body: Any,
+    body: object,
     key: Optional[str] = None,
     timeout: float = 300.0,
     certificate: Optional[str] = None,

@@ -15,7 +15,7 @@ import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional
+from typing import Dict, List, Mapping, Optional
 
 import psutil
 from traceserve_hosts import KEY_VARIABLE, ray_config
@@ -195,7 +195,7 @@ def _deploy(plan: ServerPlan, instance: Instance, address: str, variables: Mappi
         applications = ray_config.applications(hosted, options)
     except ValueError as error:
         raise ServerError(str(error)) from None
-    config: Dict[str, Any] = {"http": {"host": plan.host, "port": plan.port}, "applications": applications}
+    config: Dict[str, object] = {"http": {"host": plan.host, "port": plan.port}, "applications": applications}
     file = plan.folder / "run" / "serve.json"
     file.write_text(json.dumps(config, indent=2), encoding="utf-8")
     plan.progress("waiting for Ray")

@@ -14,9 +14,10 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import psutil
+from traceserve_runtime.json_types import JsonObject
 from traceserve_runtime.manifest import Manifest
 
 from traceserve.archives import staging
@@ -216,14 +217,14 @@ def _with_keys(instance: Instance, timeout: float) -> Instance:
     raise ServerError(f"TorchServe wrote no keys within {timeout:.0f} s")
 
 
-def _sample(manifest: Manifest) -> Dict[str, Any]:
+def _sample(manifest: Manifest) -> JsonObject:
     from traceserve_runtime.tasks import TASKS  # imports numpy and tokenizers while the JVM starts
 
     return TASKS[manifest.task].sample_body(manifest.facts)
 
 
 def _wait_for_answer(
-    instance: Instance, name: str, canary: Dict[str, Any], deadline: float, patience: float = float("inf")
+    instance: Instance, name: str, canary: JsonObject, deadline: float, patience: float = float("inf")
 ) -> None:
     """Ask until there is an answer. Without a worker the frontend holds a request indefinitely, so a thread
     asks, while this one watches the worker's log.

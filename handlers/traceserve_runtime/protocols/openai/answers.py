@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Dict, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import NamedTuple, Optional, Sequence, Tuple
 
 from traceserve_runtime.errors import TraceserveError
+from traceserve_runtime.json_types import Json, JsonObject
 from traceserve_runtime.protocols.contract import Served
 from traceserve_runtime.protocols.events import CONTENT_TYPE, DONE, Stops, cut_at_stop, event
 from traceserve_runtime.protocols.fields import Places
 from traceserve_runtime.protocols.openai.shared import error_document, head, usage
-from traceserve_runtime.tasks.contract import Answer, WrittenToken
+from traceserve_runtime.tasks.contract import Answer, Details, WrittenToken
 
 _REASONS = {"length": "length"}  # everything else is "stop"
 
@@ -26,7 +27,7 @@ class Choices(NamedTuple):
 def _written(answer: Answer) -> str:
     """Return the text of a text_generation or text2text_generation answer, or of a stream."""
     value = answer.value[0] if isinstance(answer.value, list) else answer.value
-    return value if isinstance(value, str) else str(value["generated_text"])
+    return str(value["generated_text"] if isinstance(value, dict) else value)
 
 
 def _reason(answer: Answer) -> str:
@@ -45,7 +46,7 @@ class WrittenTexts(Places):
     object: str = ""
     prefix: str = ""
 
-    def reply(self, answers: Sequence[Answer], served: Served) -> Any:
+    def reply(self, answers: Sequence[Answer], served: Served) -> Json:
         """Return all prompts' choices, in order; a prompt with several was read once for each."""
         read = [answers[i] for i in range(0, len(answers), self.choices.of_each)]
         return {
@@ -54,15 +55,15 @@ class WrittenTexts(Places):
             "usage": usage(read, _tokens(answers)),
         }
 
-    def _choice(self, index: int, answer: Answer) -> Dict[str, Any]:
+    def _choice(self, index: int, answer: Answer) -> JsonObject:
         text = cut_at_stop(_written(answer), self.choices.stops)
         logprobs = None if self.choices.logprobs is None else self._logprobs(answer)
         return {"index": index, **self._said(index, text), "logprobs": logprobs, "finish_reason": _reason(answer)}
 
-    def _said(self, index: int, text: str) -> Dict[str, Any]:
+    def _said(self, index: int, text: str) -> JsonObject:
         raise NotImplementedError
 
-    def _logprobs(self, answer: Answer) -> Any:
+    def _logprobs(self, answer: Answer) -> JsonObject:
         raise NotImplementedError
 
 
@@ -71,10 +72,10 @@ class CompletionTexts(WrittenTexts):
     object: str = "text_completion"
     prefix: str = "cmpl-"
 
-    def _said(self, index: int, text: str) -> Dict[str, Any]:
+    def _said(self, index: int, text: str) -> JsonObject:
         return {"text": (self.echoed[index // self.choices.of_each] if self.echoed else "") + text}
 
-    def _logprobs(self, answer: Answer) -> Any:
+    def _logprobs(self, answer: Answer) -> JsonObject:
         return completion_logprobs(answer)
 
 
@@ -83,20 +84,20 @@ class ChatTexts(WrittenTexts):
     object: str = "chat.completion"
     prefix: str = "chatcmpl-"
 
-    def _said(self, index: int, text: str) -> Dict[str, Any]:
+    def _said(self, index: int, text: str) -> JsonObject:
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
-    def _logprobs(self, answer: Answer) -> Any:
+    def _logprobs(self, answer: Answer) -> JsonObject:
         return chat_logprobs(answer)
 
 
-def _written_tokens(answer: Answer) -> Tuple[Sequence[Mapping[str, Any]], Optional[Sequence[Any]]]:
+def _written_tokens(answer: Answer) -> Tuple[Sequence[Details], Optional[Sequence[Sequence[Details]]]]:
     """Return the tokens of an answer with details, and the top tokens at each position."""
     details = answer.details or {}
     return details.get("tokens", ()), details.get("top_tokens")
 
 
-def completion_logprobs(answer: Answer) -> Dict[str, Any]:
+def completion_logprobs(answer: Answer) -> JsonObject:
     """Return per-token log-probabilities in completions' format."""
     tokens, tops = _written_tokens(answer)
     offsets, place = [], 0
@@ -111,11 +112,11 @@ def completion_logprobs(answer: Answer) -> Dict[str, Any]:
     }
 
 
-def chat_logprobs(answer: Answer) -> Dict[str, Any]:
+def chat_logprobs(answer: Answer) -> JsonObject:
     """Return per-token log-probabilities in chat completions' format."""
     tokens, tops = _written_tokens(answer)
 
-    def told(token: Mapping[str, Any]) -> Dict[str, Any]:
+    def told(token: Details) -> JsonObject:
         return {"token": token["text"], "logprob": token["logprob"], "bytes": list(token["text"].encode("utf-8"))}
 
     lists = tops or [[]] * len(tokens)
@@ -158,17 +159,17 @@ class Chunks:
         """Return the error in the usual format."""
         return event(error_document(error)) + DONE
 
-    def _chunk(self, said: Mapping[str, Any], reason: Optional[str] = None, logprobs: Any = None) -> bytes:
+    def _chunk(self, said: JsonObject, reason: Optional[str] = None, logprobs: Optional[JsonObject] = None) -> bytes:
         self._begun = True
         return event({**self._head, "choices": [{"index": 0, **said, "logprobs": logprobs, "finish_reason": reason}]})
 
-    def _delta(self, text: str) -> Dict[str, Any]:
+    def _delta(self, text: str) -> JsonObject:
         raise NotImplementedError
 
-    def _nothing(self) -> Dict[str, Any]:
+    def _nothing(self) -> JsonObject:
         raise NotImplementedError
 
-    def _logprobs(self, answer: Answer) -> Any:
+    def _logprobs(self, answer: Answer) -> JsonObject:
         raise NotImplementedError
 
 
@@ -176,13 +177,13 @@ class CompletionChunks(Chunks):
     prefix = "cmpl-"
     object = "text_completion"
 
-    def _delta(self, text: str) -> Dict[str, Any]:
+    def _delta(self, text: str) -> JsonObject:
         return {"text": text}
 
-    def _nothing(self) -> Dict[str, Any]:
+    def _nothing(self) -> JsonObject:
         return {"text": ""}
 
-    def _logprobs(self, answer: Answer) -> Any:
+    def _logprobs(self, answer: Answer) -> JsonObject:
         return completion_logprobs(answer)
 
 
@@ -190,11 +191,11 @@ class ChatChunks(Chunks):
     prefix = "chatcmpl-"
     object = "chat.completion.chunk"
 
-    def _delta(self, text: str) -> Dict[str, Any]:
+    def _delta(self, text: str) -> JsonObject:
         return {"delta": {"content": text} if self._begun else {"role": "assistant", "content": text}}
 
-    def _nothing(self) -> Dict[str, Any]:
+    def _nothing(self) -> JsonObject:
         return {"delta": {}}
 
-    def _logprobs(self, answer: Answer) -> Any:
+    def _logprobs(self, answer: Answer) -> JsonObject:
         return chat_logprobs(answer)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 from dataclasses import dataclass
-from typing import Any, Dict, List, Mapping, Sequence, Union
+from typing import Dict, Mapping, Sequence
 
 import numpy as np
 
 from traceserve_runtime.errors import InvalidRequest
+from traceserve_runtime.json_types import Json, JsonObject
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Body, Document, Served
 from traceserve_runtime.protocols.fields import (
@@ -47,11 +48,11 @@ class Models(OpenAiErrors):
     def __init__(self, single: bool = False) -> None:
         self._single = single
 
-    def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Document:
+    def read(self, parts: Mapping[str, object], headers: Headers, served: Served, group: int) -> Document:
         """Ignore the body; raises NotFound for a model other than this one."""
         if self._single:
             check_served(headers.path.strip("/").partition("models/")[2], served)
-        model = {
+        model: JsonObject = {
             "id": served.name,
             "object": "model",
             "created": 0,
@@ -66,7 +67,7 @@ class Models(OpenAiErrors):
 class Embeddings(OpenAiErrors):
     """Embeds texts with a feature extraction model."""
 
-    def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Body:
+    def read(self, parts: Mapping[str, object], headers: Headers, served: Served, group: int) -> Body:
         """Read the requests in `input`: a text, a list of texts, a list of token ids, or a list of such lists."""
         check_reads_vectors(served, "embeddings are made")
         value = json_body(parts, headers, served)
@@ -83,7 +84,7 @@ class Embeddings(OpenAiErrors):
 class _Vectors(Places):
     encode: bool = False
 
-    def reply(self, answers: Sequence[Answer], served: Served) -> Any:
+    def reply(self, answers: Sequence[Answer], served: Served) -> Json:
         """Return the vectors in order; base64 holds little-endian float32."""
         data = [
             {"object": "embedding", "index": i, "embedding": self._written(answer.value)}
@@ -91,7 +92,7 @@ class _Vectors(Places):
         ]
         return {"object": "list", "data": data, "model": served.name, "usage": usage(answers)}
 
-    def _written(self, vector: List[float]) -> Union[str, List[float]]:
+    def _written(self, vector: Json) -> Json:
         if not self.encode:
             return vector
         return base64.b64encode(np.array(vector, dtype="<f4").tobytes()).decode("ascii")

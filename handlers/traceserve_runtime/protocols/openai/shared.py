@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 import uuid
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
 from traceserve_runtime.errors import InvalidRequest, TraceserveError
+from traceserve_runtime.json_types import JsonObject
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Refusal, Served
 from traceserve_runtime.protocols.wording import kind_of
@@ -18,12 +19,12 @@ _ERRORS = {404: "not_found_error", 500: "server_error", 501: "server_error"}
 class OpenAiErrors:
     """The error format of all of them."""
 
-    def error(self, error: TraceserveError, parts: Mapping[str, Any], headers: Headers, served: Served) -> Refusal:
+    def error(self, error: TraceserveError, parts: Mapping[str, object], headers: Headers, served: Served) -> Refusal:
         """Return the error in OpenAI's format."""
         return Refusal.of(error_document(error), error)
 
 
-def error_document(error: TraceserveError) -> Dict[str, Any]:
+def error_document(error: TraceserveError) -> JsonObject:
     """Return an error as OpenAI's clients expect it."""
     kind = _ERRORS.get(error.status, "invalid_request_error")
     return {"error": {"message": error.message, "type": kind, "param": error.field, "code": type(error).__name__}}
@@ -37,7 +38,7 @@ def usage(answers: Sequence[Answer], completion: Optional[int] = None) -> Dict[s
     return {"prompt_tokens": read, "completion_tokens": completion, "total_tokens": read + completion}
 
 
-def texts_of(value: Any, name: str, served: Served) -> List[Tuple[Any, str]]:
+def texts_of(value: object, name: str, served: Served) -> List[Tuple[object, str]]:
     """Return the texts of a prompt or input, each with its path. Token ids are decoded to text."""
     if isinstance(value, str):
         return [(value, name)]
@@ -61,10 +62,10 @@ def _text_of(ids: Sequence[int], where: str, served: Served) -> str:
         raise InvalidRequest("a token id is a whole number from 0 to 4,294,967,295", where) from None
 
 
-def _are_ids(value: Any) -> bool:
+def _are_ids(value: Sequence[object]) -> bool:
     return bool(value) and all(type(item) is int for item in value)
 
 
-def head(prefix: str, kind: str, served: Served) -> Dict[str, Any]:
+def head(prefix: str, kind: str, served: Served) -> JsonObject:
     """Return the common head of a response."""
     return {"id": prefix + uuid.uuid4().hex, "object": kind, "created": int(time.time()), "model": served.name}

@@ -96,7 +96,7 @@ class _Writing(OpenAiErrors):
 
     keys: Mapping[str, Key]
 
-    def read(self, parts: Mapping[str, Any], headers: Headers, served: Served, group: int) -> Body:
+    def read(self, parts: Mapping[str, object], headers: Headers, served: Served, group: int) -> Body:
         """Make one request per choice of each prompt."""
         if not served.task.loop:
             raise WrongTask(f"this model's task is {served.task.name}; texts are written by one of text_generation")
@@ -117,9 +117,9 @@ class _Writing(OpenAiErrors):
 
     def _streamed(
         self,
-        value: Mapping[str, Any],
-        prompts: Sequence[Tuple[Mapping[str, Any], str]],
-        parameters: Mapping[str, Any],
+        value: Mapping[str, object],
+        prompts: Sequence[Tuple[Mapping[str, object], str]],
+        parameters: Mapping[str, object],
         choices: Choices,
         served: Served,
         group: int,
@@ -148,19 +148,19 @@ class _Writing(OpenAiErrors):
     def _names(self) -> Dict[str, str]:
         return {**foreign_names(self.keys), "details": "logprobs", "top_n_tokens": "top_logprobs", "num_beams": "n"}
 
-    def _parameters(self, value: Mapping[str, Any], served: Served) -> Dict[str, Any]:
+    def _parameters(self, value: Mapping[str, object], served: Served) -> Dict[str, object]:
         found = read_keys(value, self.keys)
         if "return_full_text" in {parameter.name for parameter in served.task.all_parameters()}:
             found["return_full_text"] = False
         return found
 
-    def _prompts(self, value: Mapping[str, Any], served: Served) -> List[Tuple[Mapping[str, Any], str]]:
+    def _prompts(self, value: Mapping[str, object], served: Served) -> List[Tuple[Mapping[str, object], str]]:
         raise NotImplementedError
 
-    def _logprobs(self, value: Mapping[str, Any]) -> Optional[int]:
+    def _logprobs(self, value: Mapping[str, object]) -> Optional[int]:
         raise NotImplementedError
 
-    def _form(self, value: Mapping[str, Any], choices: Choices, served: Served) -> WrittenTexts:
+    def _form(self, value: Mapping[str, object], choices: Choices, served: Served) -> WrittenTexts:
         raise NotImplementedError
 
     def _frames(self, choices: Choices, served: Served, with_usage: bool) -> Chunks:
@@ -172,17 +172,17 @@ class Completions(_Writing):
 
     keys = _COMPLETIONS
 
-    def _parameters(self, value: Mapping[str, Any], served: Served) -> Dict[str, Any]:
+    def _parameters(self, value: Mapping[str, object], served: Served) -> Dict[str, object]:
         return {"max_new_tokens": _DEFAULT_TOKENS, **super()._parameters(value, served)}
 
-    def _prompts(self, value: Mapping[str, Any], served: Served) -> List[Tuple[Mapping[str, Any], str]]:
+    def _prompts(self, value: Mapping[str, object], served: Served) -> List[Tuple[Mapping[str, object], str]]:
         best = value.get("best_of")
         if best is not None and best != _count(value):
             raise InvalidRequest('"best_of" is not supported; leave it out', "best_of")
         texts = texts_of(require_key(value, "prompt"), "prompt", served)
         return [(checked_fields({"text": text}, served.task, where), where) for text, where in texts]
 
-    def _logprobs(self, value: Mapping[str, Any]) -> Optional[int]:
+    def _logprobs(self, value: Mapping[str, object]) -> Optional[int]:
         wanted = value.get("logprobs")
         if wanted is None or wanted is False:
             return None
@@ -190,8 +190,8 @@ class Completions(_Writing):
             raise InvalidRequest(f'"logprobs" should be a whole number from 0 to {_TOP_LOGPROBS}', "logprobs")
         return wanted
 
-    def _form(self, value: Mapping[str, Any], choices: Choices, served: Served) -> WrittenTexts:
-        echoed = [t for t, _ in texts_of(value["prompt"], "prompt", served)] if boolean(value, "echo") else []
+    def _form(self, value: Mapping[str, object], choices: Choices, served: Served) -> WrittenTexts:
+        echoed = [str(t) for t, _ in texts_of(value["prompt"], "prompt", served)] if boolean(value, "echo") else []
         return CompletionTexts({"text": "prompt"}, self._names(), choices=choices, echoed=echoed)
 
     def _frames(self, choices: Choices, served: Served, with_usage: bool) -> Chunks:
@@ -203,7 +203,7 @@ class Chat(_Writing):
 
     keys = _CHAT
 
-    def _prompts(self, value: Mapping[str, Any], served: Served) -> List[Tuple[Mapping[str, Any], str]]:
+    def _prompts(self, value: Mapping[str, object], served: Served) -> List[Tuple[Mapping[str, object], str]]:
         if "messages" not in {field.name for field in served.task.fields}:
             raise WrongTask(f"this model's task is {served.task.name}; chats are continued by one of text_generation")
         messages = require_key(value, "messages")
@@ -212,7 +212,7 @@ class Chat(_Writing):
         own = [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
         return [(checked_fields({"messages": own}, served.task, ""), "")]
 
-    def _logprobs(self, value: Mapping[str, Any]) -> Optional[int]:
+    def _logprobs(self, value: Mapping[str, object]) -> Optional[int]:
         most = value.get("top_logprobs")
         if most is not None and (type(most) is not int or not 0 <= most <= _TOP_LOGPROBS):
             raise InvalidRequest(f'"top_logprobs" should be a whole number from 0 to {_TOP_LOGPROBS}', "top_logprobs")
@@ -222,14 +222,14 @@ class Chat(_Writing):
             return None
         return most or 0
 
-    def _form(self, value: Mapping[str, Any], choices: Choices, served: Served) -> WrittenTexts:
+    def _form(self, value: Mapping[str, object], choices: Choices, served: Served) -> WrittenTexts:
         return ChatTexts({}, self._names(), choices=choices)
 
     def _frames(self, choices: Choices, served: Served, with_usage: bool) -> Chunks:
         return ChatChunks(choices, served, with_usage)
 
 
-def _message(message: Any, where: str) -> Any:
+def _message(message: object, where: str) -> object:
     """Convert a message to ours, whose content is one text."""
     if not isinstance(message, dict):
         raise InvalidRequest('a message is an object like {"role": "user", "content": "..."}', where)
@@ -241,14 +241,14 @@ def _message(message: Any, where: str) -> Any:
     return {"role": _ROLES.get(role, role) if isinstance(role, str) else role, "content": content}
 
 
-def _part(part: Any, where: str) -> str:
+def _part(part: object, where: str) -> str:
     text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
     if not isinstance(text, str):
         raise InvalidRequest('this model reads text: a part is an object like {"type": "text", "text": "..."}', where)
     return text
 
 
-def _count(value: Mapping[str, Any]) -> int:
+def _count(value: Mapping[str, object]) -> int:
     count = value.get("n")
     if count is None:
         return 1
@@ -257,5 +257,5 @@ def _count(value: Mapping[str, Any]) -> int:
     return count
 
 
-def _strings(value: Any) -> List[str]:
-    return [] if value is None else [value] if isinstance(value, str) else list(value)
+def _strings(value: object) -> List[str]:
+    return value if isinstance(value, list) else [] if value is None else [str(value)]

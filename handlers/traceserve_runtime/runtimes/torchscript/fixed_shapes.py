@@ -8,7 +8,7 @@ not matter, since no position sees them.
 from __future__ import annotations
 
 from concurrent.futures import Executor
-from typing import TYPE_CHECKING, Any, Iterator, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from traceserve_runtime.runner import Arrays, Padding, State
 
 if TYPE_CHECKING:
     import torch
+
+    from traceserve_runtime.runtimes.graph import Traced
 
 
 def encoder_name(manifest_shape: str) -> str:
@@ -35,7 +37,7 @@ class PaddedRunner:
 
     padding = Padding()
 
-    def __init__(self, module: Any, manifest: Manifest, targets: Sequence[int]) -> None:
+    def __init__(self, module: Traced, manifest: Manifest, targets: Sequence[int]) -> None:
         self._module = module
         self._manifest = manifest
         self._targets = tuple(targets)
@@ -65,7 +67,7 @@ class PaddedRunner:
             self._run(decoder_name(self._shape(*of_mask.shape), target), of_hidden, of_mask, of_tokens, position)[0][
                 :some
             ]
-            for some, of_hidden, of_mask, of_tokens in self._portions(hidden, mask, tokens)
+            for some, (of_hidden, of_mask, of_tokens) in self._portions(hidden, mask, tokens)
         ]
         return {self._manifest.outputs[0]: torch.cat(logits).numpy()}, (hidden, written)
 
@@ -92,7 +94,7 @@ class PaddedRunner:
     def _shape(self, batch: int, length: int) -> str:
         return self._manifest.shapes.graph_name(batch, length)
 
-    def _portions(self, *tensors: torch.Tensor) -> Iterator[Tuple[Any, ...]]:
+    def _portions(self, *tensors: torch.Tensor) -> Iterator[Tuple[int, Sequence[torch.Tensor]]]:
         """Yield the rows in compiled portions, filled by repeating the last row, with the number of real ones."""
         shapes = self._manifest.shapes
         most = max(shapes.batches or (len(tensors[0]),))
@@ -100,7 +102,7 @@ class PaddedRunner:
             portion = [tensor[start : start + most] for tensor in tensors]
             some = len(portion[0])
             missing = shapes.batch(some) - some
-            yield (some, *(_filled_up(tensor, missing) for tensor in portion))
+            yield some, [_filled_up(tensor, missing) for tensor in portion]
 
     def _run(self, name: str, *tensors: torch.Tensor) -> List[torch.Tensor]:
         import torch

@@ -230,7 +230,7 @@ class _Plain:
     def __init__(self, module: Any) -> None:
         self._module = module
 
-    def __call__(self, *tensors: torch.Tensor) -> Any:
+    def __call__(self, *tensors: torch.Tensor) -> object:
 
         before = torch_internals.set_profiling(True)
         try:

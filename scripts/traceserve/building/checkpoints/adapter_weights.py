@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, Dict, List, Mapping, Tuple
+from typing import TYPE_CHECKING, Dict, List, Mapping, Tuple
 
 from traceserve.building.checkpoints.adapters import FILE, PREFIX
 from traceserve.building.checkpoints.checkpoint import Checkpoint
+from traceserve.building.checkpoints.lookups import embedding_weights
 from traceserve.errors import ExportError, SourceError, first_line, some
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 _DIFFERENCE = 5e-4  # of the largest output, between adapter beside base and merged
 
 
-def adapter_options(checkpoint: Checkpoint, trust_remote_code: bool) -> Dict[str, Any]:
+def adapter_options(checkpoint: Checkpoint, trust_remote_code: bool) -> Dict[str, object]:
     """Return from_pretrained's options for loading the adapter's base; none for a whole checkpoint.
 
     The base's own head may differ in size from the adapter's, which replaces it.
@@ -25,7 +30,9 @@ def adapter_options(checkpoint: Checkpoint, trust_remote_code: bool) -> Dict[str
     return {"config": own, "ignore_mismatched_sizes": True}
 
 
-def merge_adapter(name: str, checkpoint: Checkpoint, model: Any, missing: List[str]) -> Tuple[Any, List[str]]:
+def merge_adapter(
+    name: str, checkpoint: Checkpoint, model: PreTrainedModel, missing: List[str]
+) -> Tuple[PreTrainedModel, List[str]]:
     """Return the model merged with its adapter, in float32, and the weights that neither has.
 
     Raises SourceError for an adapter that does not fit this base, and ExportError for one whose answers change
@@ -43,13 +50,14 @@ def merge_adapter(name: str, checkpoint: Checkpoint, model: Any, missing: List[s
             warnings.simplefilter("ignore")  # of compilers for other hardware, and of causes checked below
             weights = load_peft_weights(folder, device="cpu")
             _resize(model, weights)
+            tokens, own = len(embedding_weights(model)), model.config
             adapted = PeftModel.from_pretrained(model.float().eval(), folder).eval()
             report = adapted.load_adapter(folder, "default")
             strange = [*report.missing_keys, *(key for key in report.unexpected_keys if not _is_copy(key, weights))]
             if not strange:
-                before = _outputs_of(adapted)
+                before = _outputs_of(adapted, tokens, own)
                 model = adapted.merge_and_unload(safe_merge=True).eval()
-                difference = _difference(before, _outputs_of(model))
+                difference = _difference(before, _outputs_of(model, tokens, own))
     except KeyError as error:  # a module in modules_to_save
         raise SourceError(
             f"the adapter {name} lacks the weight {error.args[0]}, which a model of {adapter.base_name} has: save it again with "
@@ -72,35 +80,35 @@ def merge_adapter(name: str, checkpoint: Checkpoint, model: Any, missing: List[s
     return model, [key for key in missing if PREFIX + key not in weights]
 
 
-def _resize(model: Any, weights: Mapping[str, Any]) -> None:
+def _resize(model: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> None:
     """Resize the base's embeddings to the adapter's: tokens may have been added before training."""
-    embeddings = model.get_input_embeddings()
+    embeddings, table = model.get_input_embeddings(), embedding_weights(model)
     name = next((name for name, module in model.named_modules() if module is embeddings), "")
     names = [f"{PREFIX}{name}.{layer}weight" for layer in ("", "base_layer.", "token_adapter.base_layer.")]
-    count = next((len(weights[key]) for key in names if key in weights), len(embeddings.weight))
-    if count != len(embeddings.weight):
+    count = next((len(weights[key]) for key in names if key in weights), len(table))
+    if count != len(table):
         model.resize_token_embeddings(count)
 
 
-def _is_copy(key: str, weights: Mapping[str, Any]) -> bool:
+def _is_copy(key: str, weights: Mapping[str, torch.Tensor]) -> bool:
     """Return whether a weight also has its plain name, like peft's resized and trained embeddings."""
     plain = key.replace(".modules_to_save.", ".").replace(".original_module.", ".")
     return plain != key and plain in weights
 
 
-def _outputs_of(model: Any) -> Any:
-    """Return a model's outputs for a row of tokens from the whole vocabulary."""
+def _outputs_of(model: torch.nn.Module, tokens: int, config: PreTrainedConfig) -> torch.Tensor:
+    """Return a model's outputs for a row of tokens from the whole vocabulary; `model` may have the adapter beside it."""
     import torch
 
-    count = len(model.get_input_embeddings().weight)
-    ids = torch.arange(16)[None] * 7919 % count
-    end = model.config.eos_token_id
+    ids = torch.arange(16)[None] * 7919 % tokens
+    end = config.eos_token_id
     if isinstance(end, int):  # BART's classifier reads it
         ids[0, -1] = end
-    more = {"decoder_input_ids": ids} if getattr(model.config, "is_encoder_decoder", False) else {}
+    more = {"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {}
     with torch.no_grad():
-        return model(input_ids=ids, attention_mask=torch.ones_like(ids), return_dict=True, **more)[0]
+        output: torch.Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), return_dict=True, **more)[0]
+    return output
 
 
-def _difference(expected: Any, got: Any) -> float:
+def _difference(expected: torch.Tensor, got: torch.Tensor) -> float:
     return float((got - expected).abs().max() / expected.abs().max().clamp(min=1.0))

@@ -157,14 +157,14 @@ def _base(
 
 @dataclass(frozen=True)
 class _Made:
-    content: Dict[str, Any]  # of config.json
+    content: Dict[str, object]  # of config.json
     note: Optional[str]
 
 
-def _configuration(facts: Mapping[str, Any], base: Checkpoint, folder: Path, config: SetupConfig) -> _Made:
+def _configuration(facts: Mapping[str, object], base: Checkpoint, folder: Path, config: SetupConfig) -> _Made:
     """Return the base's configuration with the adapter's architecture, and as many labels as its head has outputs."""
     content = base.read_json(_CONFIG)
-    if not isinstance(content, dict):
+    if content is None:
         raise SourceError(f"the base of {config.model_name}: {base.folder / _CONFIG} should hold a JSON object")
     architecture = _architecture(facts, content)
     content = {**content, **({"architectures": [architecture]} if architecture else {})}
@@ -185,7 +185,7 @@ def _configuration(facts: Mapping[str, Any], base: Checkpoint, folder: Path, con
     return _Made(content, None if config.index_to_name else f"{note}; set others with index_to_name")
 
 
-def _architecture(facts: Mapping[str, Any], content: Mapping[str, Any]) -> Optional[str]:
+def _architecture(facts: Mapping[str, object], content: Mapping[str, object]) -> Optional[str]:
     """Return the class that the adapter was trained with; None if only the base's configuration knows."""
     from transformers.models.auto import modeling_auto
 
@@ -197,7 +197,8 @@ def _architecture(facts: Mapping[str, Any], content: Mapping[str, Any]) -> Optio
     table = getattr(modeling_auto, heads.TABLES.get(auto_model, "MODEL_MAPPING_NAMES"))
     found = table.get(content.get("model_type"))
     if found is None:  # remote code has its own classes
-        place = (content.get("auto_map") or {}).get(auto_model)
+        places = content.get("auto_map")
+        place = places.get(auto_model) if isinstance(places, dict) else None
         return str(place).rsplit(".", 1)[-1] if place else None
     return str(found if isinstance(found, str) else found[0])
 
@@ -209,9 +210,10 @@ def _outputs(auto_model: str, base: Path, folder: Path, config: SetupConfig) -> 
     """
     stored = head_weights.weight_shapes(folder)
     models = [head_weights.empty(auto_model, config, base, labels) for labels in _PROBES]
-    if any(model is None for model in models):
+    shapes = [{name: tuple(p.shape) for name, p in model.named_parameters()} for model in models if model is not None]
+    if len(shapes) < len(models):
         return None
-    one, other = ({name: tuple(p.shape) for name, p in model.named_parameters()} for model in models)
+    one, other = shapes
     for name, shape in one.items():
         axis = next((i for i, (a, b) in enumerate(zip(shape, other.get(name, shape))) if a != b), None)
         own = stored.get(PREFIX + name, ())
@@ -220,7 +222,7 @@ def _outputs(auto_model: str, base: Path, folder: Path, config: SetupConfig) -> 
     return None
 
 
-def _write(content: Mapping[str, Any], stored: Checkpoint, base: Checkpoint, config: SetupConfig) -> Path:
+def _write(content: Mapping[str, object], stored: Checkpoint, base: Checkpoint, config: SetupConfig) -> Path:
     """Write the joined folder into the cache, named after the hash of its content."""
     tokenizer = stored if files.has_vocabulary(stored.folder) else base
     code = ("*.py",) if config.trust_remote_code else ()

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, Optional
+from typing import TYPE_CHECKING, Dict, Optional
 
 from traceserve.building.checkpoints.checkpoint import Checkpoint
 from traceserve.building.config.setup_config import SetupConfig
 from traceserve.errors import ConfigError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 _TOKENIZER_FILE, _TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 
 
-def case_options(config: SetupConfig, checkpoint: Checkpoint) -> Dict[str, Any]:
+def case_options(config: SetupConfig, checkpoint: Checkpoint) -> Dict[str, object]:
     """Return the tokenizer's options if its files do not set lower-casing, as with only a vocab.txt."""
     return {} if config.do_lower_case is None or _is_said(checkpoint) else {"do_lower_case": config.do_lower_case}
 
@@ -22,7 +25,7 @@ def _is_said(checkpoint: Checkpoint) -> bool:
     return bool(checkpoint.gguf_file) or (checkpoint.folder / _TOKENIZER_FILE).is_file() or "do_lower_case" in facts
 
 
-def check_case(config: SetupConfig, tokenizer: Any) -> Optional[str]:
+def check_case(config: SetupConfig, tokenizer: PreTrainedTokenizerBase) -> Optional[str]:
     """Return a note on do_lower_case; raises ConfigError if the tokenizer does the opposite."""
     wanted = config.do_lower_case
     if wanted is None or wanted is lowers(tokenizer):
@@ -36,17 +39,17 @@ def check_case(config: SetupConfig, tokenizer: Any) -> Optional[str]:
     )
 
 
-def lowers(tokenizer: Any) -> bool:
+def lowers(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Return whether this tokenizer ignores case."""
     return bool(tokenizer("A Word")["input_ids"] == tokenizer("a word")["input_ids"])
 
 
-def _can_lower(tokenizer: Any) -> bool:
+def _can_lower(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Return whether this kind of tokenizer has the setting: WordPiece has, byte-level ones never had."""
     return getattr(tokenizer, "is_fast", False) and '"BertNormalizer"' in tokenizer.backend_tokenizer.to_str()
 
 
-def follow_sentence_transformers(checkpoint: Checkpoint, tokenizer: Any) -> None:
+def follow_sentence_transformers(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> None:
     """Lower the case before the tokenizer's own normalizer if sentence_bert_config.json says so."""
     facts = checkpoint.read_json("sentence_bert_config.json") or {}
     if facts.get("do_lower_case") and getattr(tokenizer, "is_fast", False) and not lowers(tokenizer):

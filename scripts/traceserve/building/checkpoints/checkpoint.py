@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Optional
+from typing import Dict, Optional
 
 from traceserve_runtime.manifest import Base, Source, sha256
 
-from traceserve.building.checkpoints.json_files import read_json
+from traceserve.building.checkpoints.json_files import read_object
 from traceserve.building.config.setup_config import SetupConfig
 
 # The files of a checkpoint; a hub may hold others for other libraries.
@@ -39,17 +39,17 @@ class Checkpoint:
         """Whether its weights are only available as a pickle."""
         return not any(self.folder.glob("*.safetensors"))
 
-    def read_json(self, name: str) -> Any:
-        """Return a JSON file of the checkpoint, or None if missing."""
-        return read_json(self.folder / name) if not self.gguf_file else None
+    def read_json(self, name: str) -> Optional[Dict[str, object]]:
+        """Return the object in a JSON file of the checkpoint, or None if missing; raises SourceError."""
+        return self.read_path(self.folder / name)
 
-    def read_root_json(self, name: str) -> Any:
-        """Return a JSON file beside modules.json, or None if missing."""
+    def read_root_json(self, name: str) -> Optional[Dict[str, object]]:
+        """Return the object in a JSON file beside modules.json, or None if missing; raises SourceError."""
         return self.read_path((self.root or self.folder) / name)
 
-    def read_path(self, path: Path) -> Any:
-        """Return a JSON file, or None if missing."""
-        return read_json(path) if not self.gguf_file else None
+    def read_path(self, path: Path) -> Optional[Dict[str, object]]:
+        """Return the object in a JSON file, or None if missing; raises SourceError."""
+        return read_object(path) if not self.gguf_file else None
 
     def source(self, config: SetupConfig) -> Source:
         """Return the manifest's record: name, revision, and the SHA-256 of each file that a model may be read from."""

@@ -9,11 +9,15 @@ from __future__ import annotations
 import base64
 import json
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, NamedTuple
 
-from traceserve_runtime.texts.pieces import BPE, UNIGRAM
+from traceserve_runtime.texts.pieces import BPE, UNIGRAM, PiecesFacts
 
 from traceserve.errors import ExportError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
 
 # Kinds of pieces and models, numbered as in sentencepiece_model.proto.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
@@ -24,17 +28,17 @@ PIECES_FILE = "pieces.json"
 class PiecesLayout(NamedTuple):
     """How a transformers class uses sentencepiece's model and its vocabulary."""
 
-    model: Callable[[Any], str]  # path of the model for reading
+    model: Callable[[PreTrainedTokenizerBase], str]  # path of the model for reading
     language_codes: bool  # whether a text may begin with one, such as >>fr<<
     writes_spaces: bool  # whether ▁ becomes a space in pieces missing from the model
-    beyond: Callable[[Any], str]  # the text of an id beyond the vocabulary
+    beyond: Callable[[PreTrainedTokenizerBase], str]  # the text of an id beyond the vocabulary
 
 
 class Converted(NamedTuple):
     """A tokenizer in the worker's format."""
 
-    tokenizer: Any  # tokenizers.Tokenizer
-    pieces: Dict[str, Any]  # the facts that `traceserve_runtime.texts.pieces` needs too
+    tokenizer: Tokenizer
+    pieces: PiecesFacts
 
     def write(self, folder: Path) -> None:
         """Write the files beside tokenizer.json."""
@@ -47,12 +51,12 @@ LAYOUTS: Dict[str, PiecesLayout] = {
 }
 
 
-def converts(tokenizer: Any) -> bool:
+def converts(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Return whether this class is supported."""
     return type(tokenizer).__name__ in LAYOUTS
 
 
-def convert(tokenizer: Any) -> Converted:
+def convert(tokenizer: PreTrainedTokenizerBase) -> Converted:
     """Convert a slow tokenizer of one of LAYOUTS; raises ExportError for one that cannot be converted exactly."""
     layout = LAYOUTS[type(tokenizer).__name__]
     _check(tokenizer)
@@ -92,7 +96,7 @@ def convert(tokenizer: Any) -> Converted:
     )
 
 
-def _check(tokenizer: Any) -> None:
+def _check(tokenizer: PreTrainedTokenizerBase) -> None:
     added = tokenizer.added_tokens_decoder.values()
     if not all(isinstance(getattr(token, "lstrip", None), bool) for token in added):  # before 4.34 they are strings
         raise ExportError(
@@ -143,7 +147,7 @@ def _read(path: Path) -> Any:
     return proto
 
 
-def _vocabulary(tokenizer: Any, vocabulary: Dict[str, int]) -> Any:
+def _vocabulary(tokenizer: PreTrainedTokenizerBase, vocabulary: Dict[str, int]) -> Tokenizer:
     """Return the vocabulary, and the tokens around every text."""
     from tokenizers import Tokenizer, models, processors
 

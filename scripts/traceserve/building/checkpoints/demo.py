@@ -12,11 +12,15 @@ import csv
 import importlib.util
 import shutil
 from pathlib import Path
-from typing import Any, List, NamedTuple, Tuple
+from typing import TYPE_CHECKING, Any, List, NamedTuple, Tuple
 
 from traceserve.archives.staging import staged
 from traceserve.errors import SourceError
 from traceserve.machine import user_folders
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import BertForSequenceClassification
 
 NAME = "support-intents"
 _DATA_FOLDER = Path(__file__).with_name("demo_data")  # inside the package, so that an installed one has it too
@@ -102,7 +106,7 @@ def _encoder_folder() -> Path:
     return Path(list(spec.submodule_search_locations)[0]) / folder
 
 
-def _classifier(encoder: Path, labels: List[str]) -> Any:
+def _classifier(encoder: Path, labels: List[str]) -> BertForSequenceClassification:
     """Make a BERT classifier of the encoder's layers and the averaging one, in evaluation mode."""
     import torch
     from transformers import AutoModel, BertConfig, BertForSequenceClassification
@@ -117,11 +121,11 @@ def _classifier(encoder: Path, labels: List[str]) -> Any:
             "problem_type": "single_label_classification",
         }
     )
-    model: Any = BertForSequenceClassification(config)
+    model = BertForSequenceClassification(config)
     model.eval()
     own = {f"bert.{key}": value for key, value in base.state_dict().items() if not key.startswith("pooler.")}
     model.load_state_dict({**model.state_dict(), **own})
-    layer = model.bert.encoder.layer[-1]
+    layer: Any = model.bert.encoder.layer[-1]  # torch's types know no names of its parts
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
             parameter.fill_(1.0 if name.endswith("LayerNorm.weight") else 0.0)
@@ -131,18 +135,25 @@ def _classifier(encoder: Path, labels: List[str]) -> Any:
     return model
 
 
-def _head(model: Any, features: Any) -> Any:
+def _head(model: BertForSequenceClassification, features: torch.Tensor) -> torch.Tensor:
     """Return logits from the first token's vector: pooler and classifier. features: (n, hidden) -> (n, labels)."""
-    return model.classifier(model.bert.pooler(features.unsqueeze(1)))
+    logits: torch.Tensor = model.classifier(_pooler(model)(features.unsqueeze(1)))
+    return logits
 
 
-def _fit_head(model: Any, features: Any, targets: Any) -> None:
+def _pooler(model: BertForSequenceClassification) -> torch.nn.Module:
+    pooler = model.bert.pooler
+    assert pooler is not None  # a classifier has one
+    return pooler
+
+
+def _fit_head(model: BertForSequenceClassification, features: torch.Tensor, targets: torch.Tensor) -> None:
     import torch
 
-    parameters = [*model.bert.pooler.parameters(), *model.classifier.parameters()]
+    parameters = [*_pooler(model).parameters(), *model.classifier.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
     for _ in range(_STEPS):
         optimizer.zero_grad()
-        loss: Any = torch.nn.functional.cross_entropy(_head(model, features), targets)
+        loss = torch.nn.functional.cross_entropy(_head(model, features), targets)
         loss.backward()
         optimizer.step()

@@ -13,7 +13,7 @@ from traceserve_runtime.tasks import TASKS
 
 from traceserve.building.checkpoints import generation, sentence_transformers
 from traceserve.building.checkpoints.checkpoint import Checkpoint
-from traceserve.building.checkpoints.json_files import read_json
+from traceserve.building.checkpoints.json_files import read_json, read_object
 from traceserve.building.config.setup_config import SetupConfig
 from traceserve.errors import SourceError, some
 
@@ -151,7 +151,7 @@ def check_files(checkpoint: Checkpoint, config: SetupConfig) -> Optional[str]:
         sentence_transformers.check_cross_encoder(checkpoint)
     notes = []
     if task.loop:
-        unread = generation.unread_settings(checkpoint.read_json("config.json"), task)
+        unread = generation.unread_settings(checkpoint.read_json("config.json") or {}, task)
         if unread:
             notes.append(
                 f"config.json's task_specific_params has settings for {some(unread)}, which the task {config.task} does not "
@@ -161,7 +161,7 @@ def check_files(checkpoint: Checkpoint, config: SetupConfig) -> Optional[str]:
         if settings is not None:
             generation.check_settings(settings)
         else:
-            generation.check_legacy(checkpoint.read_json("config.json"))
+            generation.check_legacy(checkpoint.read_json("config.json") or {})
     unknown = unknown_files(folder)
     if unknown:
         notes.append(f"files of the checkpoint that are not known here, and not read: {some(unknown)}")
@@ -181,7 +181,7 @@ def has_vocabulary(folder: Path) -> bool:
 
 def _check_adapter(folder: Path, name: str) -> None:
     """Raise SourceError for an adapter instead of a base."""
-    adapter = read_json(folder / "adapter_config.json")
+    adapter = read_object(folder / "adapter_config.json")
     if adapter is None:
         return
     kind = adapter.get("peft_type") or "PEFT"

@@ -6,9 +6,13 @@ name: silently ignoring a setting gives other texts than the checkpoint's author
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, FrozenSet, List, Mapping, NamedTuple, Tuple
+from typing import TYPE_CHECKING, Callable, Dict, FrozenSet, List, Mapping, NamedTuple, Tuple, Type
 
 from traceserve.errors import SourceError
+
+if TYPE_CHECKING:
+    from traceserve_runtime.tasks.contract import Task
+    from transformers import PreTrainedModel
 
 FILE = "generation_config.json"
 # The default of transformers before 5; its text2text-generation treats it as not set.
@@ -18,15 +22,15 @@ _DEFAULT_LENGTH = 20
 class Kind(NamedTuple):
     """Values of one kind: a test, and a name for errors."""
 
-    holds: Callable[[Any], bool]
+    holds: Callable[[object], bool]
     legal: str
 
 
-def _whole(value: Any) -> bool:
+def _whole(value: object) -> bool:
     return type(value) is int and value >= 0
 
 
-def _wholes(value: Any) -> bool:
+def _wholes(value: object) -> bool:
     return isinstance(value, (list, tuple)) and all(map(_whole, value))
 
 
@@ -38,7 +42,9 @@ _WORDS = Kind(
     lambda value: isinstance(value, (list, tuple)) and all(_wholes(word) and word for word in value),
     "a list of lists of token ids",
 )
-_NUMBER = Kind(lambda value: type(value) in (int, float) and value > 0, "a number above 0")
+_NUMBER = Kind(
+    lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0, "a number above 0"
+)
 _SWITCH = Kind(lambda value: isinstance(value, bool), "true or false")
 _STRINGS = Kind(
     lambda value: isinstance(value, str) or (isinstance(value, (list, tuple)) and all(map(_is_text, value))),
@@ -47,7 +53,7 @@ _STRINGS = Kind(
 _ANY = Kind(lambda value: True, "")  # the task's parameter of this name has the legal values
 
 
-def _is_text(value: Any) -> bool:
+def _is_text(value: object) -> bool:
     return isinstance(value, str) and bool(value)
 
 
@@ -92,7 +98,7 @@ _ASKED_WITHOUT = (
     + ("compile_config", "cache_implementation", "cache_config", "prefill_chunk_size")
 )
 # Settings that are not supported, with their neutral values.
-NEUTRAL: Dict[str, Tuple[Any, ...]] = {
+NEUTRAL: Dict[str, Tuple[object, ...]] = {
     "num_return_sequences": (1,),
     "diversity_penalty": (0.0,),
     "num_beam_groups": (1,),
@@ -122,7 +128,7 @@ _REASONS = {
 }
 
 
-def check_settings(settings: Mapping[str, Any], where: str = FILE) -> None:
+def check_settings(settings: Mapping[str, object], where: str = FILE) -> None:
     """Raise SourceError for a setting that is neither followed nor without effect, or has an illegal value."""
     for key, value in settings.items():
         if value is None or key in WITHOUT_EFFECT:
@@ -146,18 +152,18 @@ def check_settings(settings: Mapping[str, Any], where: str = FILE) -> None:
             )
 
 
-def _equal(value: Any, neutral: Any) -> bool:
+def _equal(value: object, neutral: object) -> bool:
     """Return whether two numbers are equal, integer or not."""
     numbers = (int, float)
     return type(value) in numbers and type(neutral) in numbers and bool(value == neutral)
 
 
-def check_legacy(config: Mapping[str, Any]) -> None:
+def check_legacy(config: Mapping[str, object]) -> None:
     """Check a config.json, which had these settings before generation_config.json existed; raises SourceError."""
     check_settings({key: config[key] for key in (*FOLLOWED, *NEUTRAL) if key in config}, "config.json")
 
 
-def of_task(config: Mapping[str, Any], task: Any) -> Dict[str, Any]:
+def of_task(config: Mapping[str, object], task: Type[Task]) -> Dict[str, object]:
     """Return the settings that transformers 4.57's pipeline takes from config.json's task_specific_params, with the
     prefix.
 
@@ -168,7 +174,7 @@ def of_task(config: Mapping[str, Any], task: Any) -> Dict[str, Any]:
     return dict(own) if isinstance(own, Mapping) else {}
 
 
-def unread_settings(config: Mapping[str, Any], task: Any) -> List[str]:
+def unread_settings(config: Mapping[str, object], task: Type[Task]) -> List[str]:
     """Return the names under which task_specific_params has settings that this task does not read."""
     params = config.get("task_specific_params")
     read = of_task(config, task)
@@ -179,7 +185,7 @@ def unread_settings(config: Mapping[str, Any], task: Any) -> List[str]:
     ]
 
 
-def settle_generation(model: Any, task: Any) -> Dict[str, Any]:
+def settle_generation(model: PreTrainedModel, task: Type[Task]) -> Dict[str, object]:
     """Return the settings that a task reads, and set the model's own to match, so that it is asked for the same texts.
 
     Raises SourceError for those that are neither followed nor without effect.

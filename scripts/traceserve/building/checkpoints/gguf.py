@@ -6,10 +6,13 @@ import contextlib
 import io
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Iterator, Optional, Tuple
 
 from traceserve.building.checkpoints.checkpoint import Checkpoint
 from traceserve.errors import ExportError, SourceError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Tensors that are not part of any parameter.
 _SCALED_ROTARY = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
@@ -46,7 +49,7 @@ def check_gguf(checkpoint: Checkpoint) -> None:
         )
 
 
-def tokenizer_options(checkpoint: Checkpoint) -> Dict[str, Any]:
+def tokenizer_options(checkpoint: Checkpoint) -> Dict[str, object]:
     """Return the tokenizer's options besides the file: whether a text begins with a special token.
 
     transformers 4.57 ignores a "no" in the file.
@@ -60,7 +63,7 @@ def tokenizer_options(checkpoint: Checkpoint) -> Dict[str, Any]:
     return {"add_bos_token": says.contents() if says else bool(kind) and kind.contents() == "llama"}
 
 
-def check_tokenizer(checkpoint: Checkpoint, tokenizer: Any) -> None:
+def check_tokenizer(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise ExportError if a byte-level tokenizer is lossy: transformers 4.57's drop a text's leading space."""
     text = " a"
     kind = _read(checkpoint).fields.get("tokenizer.ggml.model") if checkpoint.gguf_file else None

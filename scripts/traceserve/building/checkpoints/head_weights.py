@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 from pathlib import Path
-from typing import Any, Collection, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Collection, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from traceserve.building.checkpoints.heads import (
     BASE,
@@ -21,6 +21,9 @@ from traceserve.building.checkpoints.heads import (
 from traceserve.building.config.setup_config import SetupConfig
 from traceserve.errors import SourceError, some
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 Shape = Tuple[int, ...]
 
 # Weights of pretraining heads beside a task's own, which does not need them.
@@ -28,7 +31,7 @@ _BESIDE = ("cls.seq_relationship.", "sop_classifier.", "multiple_choice_head.")
 _BUFFERS = ("position_ids", "token_type_ids", "inv_freq", ".attn.bias", "masked_bias", "final_logits_bias")
 
 
-def by_weights(config: SetupConfig, folder: Path, facts: Mapping[str, Any]) -> Optional[Head]:
+def by_weights(config: SetupConfig, folder: Path, facts: Mapping[str, object]) -> Optional[Head]:
     """Return the heads of which a checkpoint has all weights and no others; None if that is unknown.
 
     Each class that transformers has for the model type is made without memory for its weights, and its names and shapes
@@ -59,7 +62,7 @@ class _Fit(NamedTuple):
     head: List[str]  # weights of any head in the checkpoint
 
 
-def _fitting(fits: Sequence[_Fit], facts: Mapping[str, Any]) -> List[str]:
+def _fitting(fits: Sequence[_Fit], facts: Mapping[str, object]) -> List[str]:
     """Return the classes of which a checkpoint has all weights and no others."""
     fitting = [fit.auto_model for fit in fits if not fit.missing and not fit.extra and _is_fit(fit.auto_model, facts)]
     if BOTH in fitting or MASKED in fitting:  # an encoder's two heads have the same weights
@@ -68,7 +71,7 @@ def _fitting(fits: Sequence[_Fit], facts: Mapping[str, Any]) -> List[str]:
     return fitting
 
 
-def _compare(auto_model: str, model: Any, stored: Mapping[str, Shape], parts: Collection[str]) -> _Fit:
+def _compare(auto_model: str, model: PreTrainedModel, stored: Mapping[str, Shape], parts: Collection[str]) -> _Fit:
     """`parts` are the first components of the base model's weight names, which may have a prefix."""
     prefix = f"{model.base_model_prefix}."
     own = _own_weights(model, prefix)
@@ -81,7 +84,7 @@ def _compare(auto_model: str, model: Any, stored: Mapping[str, Shape], parts: Co
     return _Fit(auto_model, _missing(own, found, parts), extra, untied)
 
 
-def _own_weights(model: Any, prefix: str) -> List[Dict[str, Shape]]:
+def _own_weights(model: PreTrainedModel, prefix: str) -> List[Dict[str, Shape]]:
     """Return each weight's shape by its names: several if it is tied."""
     tied: Dict[int, Dict[str, Shape]] = {}
     # torch 1.13 has no named_parameters(remove_duplicate=False).
@@ -102,7 +105,7 @@ def _missing(own: Sequence[Dict[str, Shape]], found: Mapping[str, Shape], parts:
     return missing + sorted({_part(name) for names in own for name in names if len(names) == 1} - there)
 
 
-def check_labels(config: SetupConfig, folder: Path, facts: Mapping[str, Any], auto_model: str) -> None:
+def check_labels(config: SetupConfig, folder: Path, facts: Mapping[str, object], auto_model: str) -> None:
     """Raise SourceError if a classifier's head has another number of outputs than config.json has labels."""
     count, stored = len(label_names(facts)), weight_shapes(folder)
     model = empty(auto_model, config, folder) if stored else None
@@ -124,7 +127,7 @@ def _is_harmless(name: str) -> bool:
     return name.startswith(_BESIDE) or name.endswith(_BUFFERS)
 
 
-def _is_fit(auto_model: str, facts: Mapping[str, Any]) -> bool:
+def _is_fit(auto_model: str, facts: Mapping[str, object]) -> bool:
     """A question answerer has two outputs: the answer's start and its end."""
     return auto_model != QUESTION or len(label_names(facts)) == 2
 
@@ -137,13 +140,15 @@ def _plain(name: str, prefix: str) -> str:
     return name
 
 
-def _has(auto_model: str, facts: Mapping[str, Any]) -> bool:
+def _has(auto_model: str, facts: Mapping[str, object]) -> bool:
     from transformers.models.auto import modeling_auto
 
     return facts.get("model_type") in getattr(modeling_auto, TABLES[auto_model])
 
 
-def empty(auto_model: str, config: SetupConfig, folder: Path, labels: Optional[int] = None) -> Any:
+def empty(
+    auto_model: str, config: SetupConfig, folder: Path, labels: Optional[int] = None
+) -> Optional[PreTrainedModel]:
     """Return the auto class's model for this configuration, without weights; None if it cannot be made.
 
     `labels` overrides the configuration's number.
@@ -157,7 +162,8 @@ def empty(auto_model: str, config: SetupConfig, folder: Path, labels: Optional[i
         if labels is not None:
             own.num_labels = labels
         with _without_memory():
-            return getattr(transformers, auto_model).from_config(own, **trust)
+            model: PreTrainedModel = getattr(transformers, auto_model).from_config(own, **trust)
+            return model
     except Exception:  # transformers' many models raise anything; the loader will report it
         return None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, List, Mapping, NamedTuple, Optional, Tuple
+from typing import List, Mapping, NamedTuple, Optional, Tuple
 
 from traceserve.errors import SourceError
 
@@ -42,9 +42,9 @@ class Head(NamedTuple):
     evidence: str
 
 
-def named(facts: Mapping[str, Any]) -> Optional[Head]:
+def named(facts: Mapping[str, object]) -> Optional[Head]:
     """Return the head that config.json names; None if it names none, or an uninformative class."""
-    names = [str(name) for name in facts.get("architectures") or ()]
+    names = _architectures(facts)
     found = [auto_model for name in names for auto_model in _of_class(name, facts)]
     if found:
         return Head(tuple(dict.fromkeys(found)), describe_architectures(facts))
@@ -53,11 +53,12 @@ def named(facts: Mapping[str, Any]) -> Optional[Head]:
     return Head((), describe_architectures(facts))
 
 
-def _of_class(name: str, facts: Mapping[str, Any]) -> List[str]:
+def _of_class(name: str, facts: Mapping[str, object]) -> List[str]:
     from transformers.models.auto import modeling_auto
 
-    code = facts.get("auto_map") or {}
-    own = [key for key, place in code.items() if _class_in(place) == name and (key in TABLES or key == BASE)]
+    code = facts.get("auto_map")
+    places = code.items() if isinstance(code, dict) else ()
+    own = [key for key, place in places if _class_in(place) == name and (key in TABLES or key == BASE)]
     if own:
         return [key for key in own if key != BASE]
     for framework in _OTHER_FRAMEWORKS:
@@ -66,7 +67,15 @@ def _of_class(name: str, facts: Mapping[str, Any]) -> List[str]:
     return found or [auto_model for ending, auto_model in _ENDINGS.items() if name.endswith(ending)]
 
 
-def _class_in(place: Any) -> str:
+def _architectures(facts: Mapping[str, object]) -> List[str]:
+    """Return the classes that config.json names; raises SourceError if it does not list them."""
+    names = facts.get("architectures") or []
+    if not isinstance(names, list):
+        raise SourceError(f"architectures in the checkpoint's config.json should be a list of names, not {names!r}")
+    return [str(name) for name in names]
+
+
+def _class_in(place: object) -> str:
     """Return the class in a value of auto_map: "modeling_x.XModel", or with its code's repository before it."""
     return str(place).rsplit(".", 1)[-1]
 
@@ -78,30 +87,32 @@ def _is_silent(name: str) -> bool:
     return name.endswith(_SAYS_NOTHING) or not hasattr(transformers, name)
 
 
-def is_base(facts: Mapping[str, Any]) -> bool:
+def is_base(facts: Mapping[str, object]) -> bool:
     """Return whether config.json names only base models."""
     from transformers.models.auto import modeling_auto
 
-    names = facts.get("architectures") or ()
-    return all(str(name).endswith("Model") or name in modeling_auto.MODEL_MAPPING_NAMES.values() for name in names)
+    names = _architectures(facts)
+    return all(name.endswith("Model") or name in modeling_auto.MODEL_MAPPING_NAMES.values() for name in names)
 
 
-def describe_architectures(facts: Mapping[str, Any]) -> str:
+def describe_architectures(facts: Mapping[str, object]) -> str:
     """Describe the architectures."""
-    return f"architectures: {', '.join(map(str, facts.get('architectures') or ())) or 'none'}"
+    return f"architectures: {', '.join(_architectures(facts)) or 'none'}"
 
 
-def label_names(facts: Mapping[str, Any]) -> List[str]:
+def label_names(facts: Mapping[str, object]) -> List[str]:
     """Return the names of a classifier's outputs, in order; transformers' defaults if config.json has none.
 
     Raises SourceError for invalid names.
     """
-    given = facts.get("id2label")
+    given = facts.get("id2label") or {}
     try:
+        if not isinstance(given, dict):
+            raise TypeError
         if given:
             return [str(name) for _, name in sorted(given.items(), key=lambda item: int(item[0]))]
-        return [f"LABEL_{i}" for i in range(int(facts.get("num_labels", facts.get("_num_labels", 2))))]
-    except (ValueError, TypeError, AttributeError):
+        return [f"LABEL_{i}" for i in range(int(str(facts.get("num_labels", facts.get("_num_labels", 2)))))]
+    except (ValueError, TypeError):
         raise SourceError(
             'id2label in the checkpoint\'s config.json should be an object like {"0": "name", "1": "name"}'
         ) from None

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Dict, Optional
 
 from traceserve.errors import SourceError
 
 _MARKS = {b"\xef\xbb\xbf": "UTF-8", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path) -> object:
     """Return a checkpoint's JSON file, None if missing; raises SourceError if it is unreadable."""
     if not path.is_file():
         return None
@@ -26,3 +26,13 @@ def read_json(path: Path) -> Any:
         return json.loads(content.decode("utf-8"))
     except ValueError as error:
         raise SourceError(f"{path} is no valid JSON: {error}") from None
+
+
+def read_object(path: Path) -> Optional[Dict[str, object]]:
+    """Return the object in a checkpoint's JSON file, None if missing; raises SourceError for anything else."""
+    content = read_json(path)
+    if content is not None and not isinstance(content, dict):
+        raise SourceError(
+            f"{path} should hold a JSON object, not {'a list' if isinstance(content, list) else 'a value'}"
+        )
+    return content

@@ -5,16 +5,19 @@ from __future__ import annotations
 import ast
 import json
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import TYPE_CHECKING, Dict, List, Tuple
 
 from traceserve.building.config.setup_config import SetupConfig
 from traceserve.errors import ConfigError, some
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def labels(config: SetupConfig, model: Any, config_folder: Path) -> Tuple[str, ...]:
+
+def labels(config: SetupConfig, model: PreTrainedModel, config_folder: Path) -> Tuple[str, ...]:
     """Return the labels' names by class index, from index_to_name or the model's configuration; checked against its
     head."""
-    count = model.config.num_labels
+    count = model.config.num_labels or 0
     # The pytorch/serve example writes 0 for an unset number.
     if config.num_labels not in (None, 0, count):
         raise ConfigError(
@@ -22,7 +25,7 @@ def labels(config: SetupConfig, model: Any, config_folder: Path) -> Tuple[str, .
             "name the checkpoint that was fine-tuned for it"
         )
     if config.index_to_name is None:
-        names = {int(index): str(name) for index, name in model.config.id2label.items()}
+        names = {int(index): str(name) for index, name in (model.config.id2label or {}).items()}
         place, advice = "the checkpoint's id2label", "correct its config.json, or name the labels by index_to_name"
     else:
         names = _read(config_folder / Path(config.index_to_name).expanduser())
@@ -51,7 +54,7 @@ def _read(path: Path) -> Dict[int, str]:
         ) from None
 
 
-def _listed(value: Any) -> List[str]:
+def _listed(value: object) -> List[str]:
     """Return a list, or parse its text: Python's or JSON's, or bare names."""
     if isinstance(value, str):
         try:
@@ -59,4 +62,6 @@ def _listed(value: Any) -> List[str]:
         except (ValueError, SyntaxError):
             written = [name.strip().strip("'\"") for name in value.strip().strip("][)(").split(",")]
         value = [written] if isinstance(written, str) else written
+    if not isinstance(value, (list, tuple)):
+        raise TypeError("label_list")
     return [str(name) for name in value]

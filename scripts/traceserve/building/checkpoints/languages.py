@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import re
-from typing import Any, Dict, Iterator, Optional
+from typing import TYPE_CHECKING, Dict, Iterator, Optional
 
 from traceserve_runtime.tasks.text2text_generation import LANGUAGE_PARAMETERS, nearest_code
 
 from traceserve.building.config.setup_config import SetupConfig
 from traceserve.errors import ConfigError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 _CODE = re.compile(r"[a-z]{2,3}_[A-Za-z]{2,4}")  # en_XX, eng_Latn
 
 
-def known(tokenizer: Any) -> Dict[str, int]:
+def known(tokenizer: PreTrainedTokenizerBase) -> Dict[str, int]:
     """Map codes to token ids; empty for a tokenizer without languages."""
     if not hasattr(tokenizer, "src_lang"):
         return {}
@@ -25,13 +28,13 @@ def known(tokenizer: Any) -> Dict[str, int]:
     return {code.strip("_"): number for code, number in codes.items() if number != tokenizer.unk_token_id}
 
 
-def source_id(tokenizer: Any) -> Optional[int]:
+def source_id(tokenizer: PreTrainedTokenizerBase) -> Optional[int]:
     """Return the token for every text's language; None if there is none."""
     number = known(tokenizer).get(str(getattr(tokenizer, "src_lang", "")).strip("_"))
     return number if number in tokenizer("")["input_ids"] else None
 
 
-def set_language(config: SetupConfig, tokenizer: Any) -> None:
+def set_language(config: SetupConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Set the tokenizer to the configured language; raises ConfigError for an unknown code."""
     codes = known(tokenizer)
     for name in LANGUAGE_PARAMETERS:
@@ -52,7 +55,7 @@ def set_language(config: SetupConfig, tokenizer: Any) -> None:
 
 
 @contextlib.contextmanager
-def reading(tokenizer: Any, code: Optional[str]) -> Iterator[None]:
+def reading(tokenizer: PreTrainedTokenizerBase, code: Optional[str]) -> Iterator[None]:
     """Temporarily set the tokenizer to this language, if given."""
     if code is None:
         yield

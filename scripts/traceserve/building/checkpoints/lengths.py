@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Optional
 
 from traceserve_runtime.tasks import TASKS
 
 from traceserve.building.checkpoints.checkpoint import Checkpoint
 from traceserve.building.config.setup_config import SetupConfig
-from traceserve.errors import ConfigError
+from traceserve.errors import ConfigError, SourceError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # The configuration keys for the number of positions. A T5 has `n_positions` too, without meaning.
+_SENTENCES = "sentence_bert_config.json"
 _POSITIONS = ("max_position_embeddings", "max_encoder_position_embeddings")
 
 
-def max_length(config: SetupConfig, checkpoint: Checkpoint, model: Any, tokenizer: Any) -> int:
+def max_length(
+    config: SetupConfig, checkpoint: Checkpoint, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> int:
     """Return the longest row: the configured length, which the model must be able to read, or a default.
 
     The default is the smallest of the tokenizer's, the model's and the task's number. A configured length may exceed
@@ -24,7 +30,7 @@ def max_length(config: SetupConfig, checkpoint: Checkpoint, model: Any, tokenize
     lengths = config.sequence_lengths
     wanted = lengths[-1] if isinstance(lengths, list) else config.max_length
     if wanted is None:
-        own = (checkpoint.read_json("sentence_bert_config.json") or {}).get("max_seq_length")
+        own = _sentence_length(checkpoint)
         limits = (tokenizer.model_max_length, positions, own or TASKS[config.task].longest_default)
         return int(min(limit for limit in limits if limit is not None))
     if positions is not None and wanted > positions:
@@ -36,7 +42,15 @@ def max_length(config: SetupConfig, checkpoint: Checkpoint, model: Any, tokenize
     return int(wanted)
 
 
-def _positions(model: Any) -> Optional[int]:
+def _sentence_length(checkpoint: Checkpoint) -> Optional[int]:
+    """Return the length to which sentence-transformers cuts its texts, None if it sets none; raises SourceError."""
+    length = (checkpoint.read_json(_SENTENCES) or {}).get("max_seq_length")
+    if length is None or (type(length) is int and length > 0):
+        return length
+    raise SourceError(f"{_SENTENCES}: max_seq_length should be a whole number above 0 or null, not {length!r}")
+
+
+def _positions(model: PreTrainedModel) -> Optional[int]:
     """Return the model's number of positions, or None if they are only relative."""
     known = (getattr(model.config, key, None) for key in _POSITIONS)
     positions = next((value for value in known if isinstance(value, int) and value > 0), None)
@@ -48,14 +62,14 @@ def _positions(model: Any) -> Optional[int]:
     return positions - (model.config.pad_token_id + 1 if _numbers_from_padding(model) else 0)
 
 
-def _numbers_from_padding(model: Any) -> bool:
+def _numbers_from_padding(model: PreTrainedModel) -> bool:
     return any(
         getattr(module, "padding_idx", None) is not None and name.endswith("position_embeddings")
         for name, module in model.named_modules()
     )
 
 
-def _check_reads(name: str, model: Any, length: int, advised: int) -> None:
+def _check_reads(name: str, model: PreTrainedModel, length: int, advised: int) -> None:
     """Raise ConfigError if the model cannot read this many tokens, which no file of the checkpoint guarantees.
 
     The number of positions may be stored elsewhere, so the model is run.

@@ -8,7 +8,7 @@ import inspect
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Dict, Iterator, Tuple
+from typing import TYPE_CHECKING, Dict, Iterator, Tuple
 
 from traceserve_runtime.runtimes import pretrained
 from traceserve_runtime.tasks import TASKS
@@ -28,10 +28,14 @@ from traceserve.building.checkpoints.checkpoint import Checkpoint
 from traceserve.building.checkpoints.labels import labels as checkpoint_labels
 from traceserve.building.checkpoints.lengths import max_length
 from traceserve.building.checkpoints.libraries import LOADERS
+from traceserve.building.checkpoints.lookups import id_of_token
 from traceserve.building.checkpoints.original import ARRAYS_FILE, Original
 from traceserve.building.checkpoints.sentence_transformers import Embedding
 from traceserve.building.config.setup_config import SetupConfig
 from traceserve.errors import ExportError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # The inputs that the runtime makes, in positional order.
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -84,11 +88,11 @@ def load_original(config: SetupConfig, checkpoint: Checkpoint, config_folder: Pa
 
 
 def _model_facts(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     checkpoint: Checkpoint,
     labels: Tuple[str, ...],
-    generation: Dict[str, Any],
+    generation: Dict[str, object],
     embedding: Embedding,
 ) -> ModelFacts:
     """Return the model facts for the task."""
@@ -100,9 +104,7 @@ def _model_facts(
     return ModelFacts(
         config=model.config.to_dict(),
         generation=generation,
-        tokens={
-            name[: -len("_token")]: (token, tokenizer.convert_tokens_to_ids(token)) for name, token in special.items()
-        },
+        tokens={name[: -len("_token")]: (token, id_of_token(tokenizer, token)) for name, token in special.items()},
         labels=labels,
         chat_template=template if isinstance(template, str) else None,
         read_json=checkpoint.read_json,
@@ -113,7 +115,7 @@ def _model_facts(
     )
 
 
-def _embedding_facts(embedding: Embedding) -> Dict[str, Any]:
+def _embedding_facts(embedding: Embedding) -> Dict[str, object]:
     """Return sentence-transformers' facts for the task; its layers' weights have their own file."""
     facts = dataclasses.asdict(replace(embedding, arrays={}))
     return {**facts, "layers": list(facts["layers"]), "arrays": ARRAYS_FILE if embedding.arrays else None}

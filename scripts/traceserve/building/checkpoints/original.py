@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple
 
 from traceserve_runtime.manifest import TokenizerFacts
 from traceserve_runtime.runtimes import calling
 
 from traceserve.building.checkpoints.conversion import PIECES_FILE, Converted
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TOKENIZER_FILE = "tokenizer.json"
 ARRAYS_FILE = "layers.npz"
@@ -20,12 +23,12 @@ ARRAYS_FILE = "layers.npz"
 class Original:
     """The original model and tokenizer, from which the archive is made and with which it is compared."""
 
-    model: Any  # transformers.PreTrainedModel, or with its interface; float32, eval
-    tokenizer: Any  # transformers.PreTrainedTokenizerFast
+    model: PreTrainedModel  # float32, eval
+    tokenizer: PreTrainedTokenizerBase
     inputs: Tuple[str, ...]
     max_length: int
     labels: Tuple[str, ...]
-    parameters: Dict[str, Any]
+    parameters: Dict[str, object]
     facts: Dict[str, Any]
     padding_side: str
     truncation_side: str
@@ -103,7 +106,7 @@ class Original:
         (folder / TOKENIZER_FILE).write_text(text, encoding="utf-8")
 
 
-def _cleans_up(tokenizer: Any) -> bool:
+def _cleans_up(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Return whether `decode` removes spaces before punctuation; some tokenizers ignore their own setting."""
     ids = tokenizer("a . b", add_special_tokens=False)["input_ids"]
     return bool(tokenizer.decode(ids) != tokenizer.decode(ids, clean_up_tokenization_spaces=False))

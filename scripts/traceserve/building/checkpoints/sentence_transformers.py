@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Dict, List, Mapping, Optional, Sequence, Tuple
 
-from traceserve_runtime.tasks.embedding import ACTIVATIONS, POOLINGS, apply
+from traceserve_runtime.tasks.embedding import ACTIVATIONS, POOLINGS, Layer, apply
 
 from traceserve.building.checkpoints.checkpoint import Checkpoint
+from traceserve.building.checkpoints.json_files import read_json
 from traceserve.errors import SourceError, some
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
 
 MODULES, SETTINGS = "modules.json", "config_sentence_transformers.json"
 _PACKAGE = "sentence_transformers."
@@ -25,7 +30,7 @@ _MODES = {
 _DIMENSION = ("word_embedding_dimension", "embedding_dimension")
 _VECTOR = (None, "sentence_embedding")
 # Each file's keys with their neutral values: None allows any.
-_KNOWN: Dict[str, Dict[str, Optional[Tuple[Any, ...]]]] = {
+_KNOWN: Dict[str, Dict[str, Optional[Tuple[object, ...]]]] = {
     SETTINGS: {
         **dict.fromkeys(("__version__", "similarity_fn_name", "requirements", "prompts", "default_prompt_name")),
         "truncate_dim": None,
@@ -69,14 +74,14 @@ class Embedding:
     pooling: str = "none"
     normalize: bool = False  # at the end
     include_prompt: bool = True  # in the pooling
-    layers: Tuple[Dict[str, Any], ...] = ()  # after the pooling, in `embedding.apply`'s format
-    arrays: Dict[str, Any] = field(default_factory=dict)  # their weights, float32
+    layers: Tuple[Layer, ...] = ()  # after the pooling
+    arrays: Dict[str, np.ndarray] = field(default_factory=dict)  # their weights, float32
     prompts: Dict[str, str] = field(default_factory=dict)
     prompt_name: Optional[str] = None  # the default prompt's
     dimensions: Optional[int] = None  # how many of a vector's numbers are returned
 
 
-def folder_of(root: Path, modules: Any) -> Path:
+def folder_of(root: Path, modules: object) -> Path:
     """Return the model's folder: `root`, or the one in modules.json, such as 0_Transformer."""
     if isinstance(modules, list) and modules and isinstance(modules[0], dict):
         path = modules[0].get("path")
@@ -92,13 +97,22 @@ def _inside(root: Path, path: str) -> Path:
     return root / path
 
 
+def _modules(checkpoint: Checkpoint) -> Optional[List[Dict[str, object]]]:
+    """Return the list in modules.json, None if missing; raises SourceError for anything else."""
+    modules = None if checkpoint.gguf_file else read_json((checkpoint.root or checkpoint.folder) / MODULES)
+    if modules is None:
+        return None
+    if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
+        raise SourceError(f"{MODULES} should hold a list of modules")
+    return modules
+
+
 def check_cross_encoder(checkpoint: Checkpoint) -> None:
     """Raise SourceError for anything in a cross-encoder's files besides its model and activation."""
-    modules = checkpoint.read_root_json(MODULES)
-    kinds = [_kind(module) for module in modules] if isinstance(modules, list) else []
-    if any(kind != "Transformer" for kind in kinds):
-        types = ", ".join(str(module.get("type")) for module, kind in zip(modules, kinds) if kind != "Transformer")
-        raise SourceError(f"modules.json has {types}, and the task text_ranking runs the model alone")
+    modules = _modules(checkpoint) or []
+    others = [str(module.get("type")) for module in modules if _kind(module) != "Transformer"]
+    if others:
+        raise SourceError(f"modules.json has {', '.join(others)}, and the task text_ranking runs the model alone")
     settings = checkpoint.read_root_json(SETTINGS) or {}
     _check_keys(settings, "CrossEncoder", SETTINGS)
     prompts, name = _prompts(settings)
@@ -108,11 +122,9 @@ def check_cross_encoder(checkpoint: Checkpoint) -> None:
 
 def read_modules(checkpoint: Checkpoint) -> Embedding:
     """Read the files; raises SourceError for unknown contents."""
-    modules = checkpoint.read_root_json(MODULES)
+    modules = _modules(checkpoint)
     if modules is None:
         return Embedding()
-    if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
-        raise SourceError(f"{MODULES} should hold a list of modules")
     kinds = _kinds(modules)
     facts = _transformer(checkpoint)
     _check_keys(facts, "Transformer", "sentence_bert_config.json")
@@ -132,7 +144,7 @@ def read_modules(checkpoint: Checkpoint) -> Embedding:
     )
 
 
-def _kinds(modules: Sequence[Mapping[str, Any]]) -> List[str]:
+def _kinds(modules: Sequence[Mapping[str, object]]) -> List[str]:
     """Return the modules' kinds, in order; raises SourceError for an unknown kind or order."""
     kinds = [_kind(module) for module in modules]
     unknown = [str(module.get("type")) for module, kind in zip(modules, kinds) if kind is None]
@@ -148,12 +160,12 @@ def _kinds(modules: Sequence[Mapping[str, Any]]) -> List[str]:
     return [str(kind) for kind in kinds]
 
 
-def _behind(checkpoint: Checkpoint, modules: Sequence[Mapping[str, Any]], kinds: Sequence[str]) -> Embedding:
+def _behind(checkpoint: Checkpoint, modules: Sequence[Mapping[str, object]], kinds: Sequence[str]) -> Embedding:
     """Return the pooling and the layers after the model, including a final normalization."""
     root = checkpoint.root or checkpoint.folder
     pooling, include_prompt = "none", True
-    layers: List[Dict[str, Any]] = []
-    arrays: Dict[str, Any] = {}
+    layers: List[Layer] = []
+    arrays: Dict[str, np.ndarray] = {}
     for number, (module, kind) in enumerate(zip(modules[1:], kinds[1:]), 1):
         folder = _inside(root, str(module.get("path") or ""))
         path = folder / "config.json"
@@ -170,18 +182,16 @@ def _behind(checkpoint: Checkpoint, modules: Sequence[Mapping[str, Any]], kinds:
     return Embedding(pooling=pooling, include_prompt=include_prompt, layers=tuple(layers), arrays=arrays)
 
 
-def _kind(module: Mapping[str, Any]) -> Optional[str]:
+def _kind(module: Mapping[str, object]) -> Optional[str]:
     """Return the last part of a module's type if it is sentence-transformers' own; others may have the same name."""
     kind = str(module.get("type"))
     last = kind.rsplit(".", 1)[-1]
     return last if kind.startswith(_PACKAGE) and last in _MODULES else None
 
 
-def _transformer(checkpoint: Checkpoint) -> Dict[str, Any]:
+def _transformer(checkpoint: Checkpoint) -> Dict[str, object]:
     found = sorted(path.name for path in checkpoint.folder.glob("sentence_*_config.json"))
-    facts = checkpoint.read_json(found[0]) if found else {}
-    if not isinstance(facts, dict):
-        raise SourceError(f"{found[0]} should hold an object")
+    facts = (checkpoint.read_json(found[0]) if found else None) or {}
     modality = facts.get("modality_config")
     if modality is not None and (not isinstance(modality, dict) or modality.get("text") != _TEXT):
         raise SourceError(
@@ -190,9 +200,7 @@ def _transformer(checkpoint: Checkpoint) -> Dict[str, Any]:
     return facts
 
 
-def _check_keys(facts: Any, kind: str, where: str) -> None:
-    if not isinstance(facts, dict):
-        raise SourceError(f"{where} should hold an object")
+def _check_keys(facts: Mapping[str, object], kind: str, where: str) -> None:
     known = _KNOWN[kind]
     for key, value in facts.items():
         if key not in known:
@@ -205,7 +213,7 @@ def _check_keys(facts: Any, kind: str, where: str) -> None:
             raise SourceError(f"{where} sets {key} to {value!r}, which is not supported; supported is {legal[-1]!r}")
 
 
-def _prompts(settings: Mapping[str, Any]) -> Tuple[Dict[str, str], Optional[str]]:
+def _prompts(settings: Mapping[str, object]) -> Tuple[Dict[str, str], Optional[str]]:
     prompts = settings.get("prompts") or {}
     name = settings.get("default_prompt_name")
     if not isinstance(prompts, dict) or not all(isinstance(text, (str, type(None))) for text in prompts.values()):
@@ -216,14 +224,14 @@ def _prompts(settings: Mapping[str, Any]) -> Tuple[Dict[str, str], Optional[str]
     return known, name
 
 
-def _pooling(facts: Mapping[str, Any]) -> str:
+def _pooling(facts: Mapping[str, object]) -> str:
     """Return the poolings' names, joined by +; raises SourceError if there is none, or an unknown one."""
     named = facts.get("pooling_mode")
     if named is None:
         modes = [mode for key, mode in _MODES.items() if facts.get(key) is True]
     else:
-        modes = [named] if isinstance(named, str) else list(named)
-        modes = ["mean_sqrt_len" if mode == "mean_sqrt_len_tokens" else str(mode) for mode in modes]
+        modes = [str(mode) for mode in (named if isinstance(named, list) else [named])]
+        modes = ["mean_sqrt_len" if mode == "mean_sqrt_len_tokens" else mode for mode in modes]
     unknown = [mode for mode in modes if mode not in POOLINGS]
     if unknown or not modes:
         what = some(unknown) or "nothing that its files name"
@@ -231,7 +239,7 @@ def _pooling(facts: Mapping[str, Any]) -> str:
     return "+".join(modes)
 
 
-def _layer(kind: str, name: str, folder: Path, facts: Mapping[str, Any], arrays: Dict[str, Any]) -> Dict[str, Any]:
+def _layer(kind: str, name: str, folder: Path, facts: Mapping[str, object], arrays: Dict[str, np.ndarray]) -> Layer:
     """Read a Dense or LayerNorm module; its weights go into `arrays`, and are verified against torch."""
     tensors = _tensors(folder)
     prefix = "norm" if kind == "LayerNorm" else "linear"
@@ -249,12 +257,17 @@ def _layer(kind: str, name: str, folder: Path, facts: Mapping[str, Any], arrays:
             f"{folder.name}/config.json: activation_function is {function}, which is not supported; supported are "
             f"torch.nn's {', '.join(ACTIVATIONS)}"
         )
-    layer = {"kind": "dense", "name": name, "activation": activation, "residual": facts.get("use_residual") is True}
+    layer: Layer = {
+        "kind": "dense",
+        "name": name,
+        "activation": activation,
+        "residual": facts.get("use_residual") is True,
+    }
     _check_layer(layer, arrays, folder)
     return layer
 
 
-def _check_layer(layer: Mapping[str, Any], arrays: Mapping[str, Any], folder: Path) -> None:
+def _check_layer(layer: Layer, arrays: Mapping[str, np.ndarray], folder: Path) -> None:
     """Raise SourceError if the worker's arithmetic differs from torch's."""
     import numpy as np
     import torch
@@ -270,7 +283,7 @@ def _check_layer(layer: Mapping[str, Any], arrays: Mapping[str, Any], folder: Pa
         raise SourceError(f"{folder.name}: numpy computes this layer differently from torch")
 
 
-def _tensors(folder: Path) -> Dict[str, Any]:
+def _tensors(folder: Path) -> Dict[str, torch.Tensor]:
     if (folder / "model.safetensors").is_file():
         from safetensors.torch import load_file
 

@@ -6,14 +6,17 @@ remains: below 5 tokens with three blocks, below 9 with four. An empty text has 
 
 from __future__ import annotations
 
-from typing import Any, Sequence
+from typing import TYPE_CHECKING, Optional, Sequence
 
 from traceserve.errors import ExportError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MOST = 64  # a model that fails at this length has another problem
 
 
-def shortest(model: Any, tokenizer: Any, inputs: Sequence[str], max_length: int) -> int:
+def shortest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inputs: Sequence[str], max_length: int) -> int:
     """Return the fewest tokens from which on the model runs; 1 if it runs at any length, or at none.
 
     Usually this is one run, of an empty text. Raises ExportError if `max_length` is below.
@@ -21,8 +24,9 @@ def shortest(model: Any, tokenizer: Any, inputs: Sequence[str], max_length: int)
     least = max(1, tokenizer.num_special_tokens_to_add())
     if _failure(model, tokenizer, inputs, least) is None:
         return 1
-    failed = {length: _failure(model, tokenizer, inputs, length) for length in range(least, MOST + 1)}
-    longest = max(length for length, failure in failed.items() if failure is not None)
+    failures = ((length, _failure(model, tokenizer, inputs, length)) for length in range(least, MOST + 1))
+    failed = {length: failure for length, failure in failures if failure is not None}
+    longest = max(failed)
     if longest == MOST:
         return 1
     if longest >= max_length:
@@ -33,7 +37,9 @@ def shortest(model: Any, tokenizer: Any, inputs: Sequence[str], max_length: int)
     return longest + 1
 
 
-def _failure(model: Any, tokenizer: Any, inputs: Sequence[str], length: int) -> Any:
+def _failure(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inputs: Sequence[str], length: int
+) -> Optional[Exception]:
     """Return the model's error for a row of this many tokens; None without one."""
     import torch
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from traceserve_runtime.tasks import TASKS
 
@@ -169,7 +169,7 @@ def _sentence_transformer(config: SetupConfig, folder: Path) -> Optional[_Found]
     return _Found(("feature_extraction",), "from modules.json: sentence-transformers")
 
 
-def _classifiers(found: _Found, facts: Mapping[str, Any]) -> _Found:
+def _classifiers(found: _Found, facts: Mapping[str, object]) -> _Found:
     """Return the tasks that fit a classifier head's outputs and their names."""
     shared = {name for name in found.tasks if TASKS[name].auto_model == heads.SEQUENCE}
     if not shared:
@@ -217,7 +217,7 @@ def _tag(folder: Path) -> Optional[str]:
     return _TAGS.get(tag.group(1)) if tag else None
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path) -> object:
     """Return a JSON file, or None if missing; raises SourceError."""
     if not path.is_file():
         return None

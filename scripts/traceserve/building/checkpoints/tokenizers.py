@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Optional
 
 from traceserve_runtime.tasks import TASKS
 
 from traceserve.building.checkpoints import case, conversion, files, gguf
 from traceserve.building.checkpoints.checkpoint import Checkpoint
+from traceserve.building.checkpoints.lookups import embedding_weights
 from traceserve.building.config.setup_config import SetupConfig
 from traceserve.errors import ExportError, SourceError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _SENTENCEPIECE = ("*.model", "*.spm")
 _READERS = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # package -> module
 
 
-def load_tokenizer(config: SetupConfig, checkpoint: Checkpoint) -> Any:
+def load_tokenizer(config: SetupConfig, checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """Load the checkpoint's tokenizer; raises SourceError, ExportError if a worker could not run it."""
     from transformers import AutoTokenizer
 
@@ -78,7 +82,7 @@ def _installed(module: str) -> bool:
     return True
 
 
-def known_tokens(config: SetupConfig, model: Any, tokenizer: Any) -> Optional[int]:
+def known_tokens(config: SetupConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Optional[int]:
     """Return how many of the tokenizer's tokens have embeddings in the model; None if all do.
 
     Requests with tokens that were added after training, without resizing the embeddings, are refused; all other
@@ -106,11 +110,10 @@ def known_tokens(config: SetupConfig, model: Any, tokenizer: Any) -> Optional[in
     return count
 
 
-def _embeddings(model: Any) -> Optional[int]:
+def _embeddings(model: PreTrainedModel) -> Optional[int]:
     """Return how many tokens the model can look up, None if unknown."""
     try:
-        weight = model.get_input_embeddings().weight
+        return len(embedding_weights(model))
     except (AttributeError, NotImplementedError):  # hash embeddings; a curated model
         size = getattr(model.config, "vocab_size", None)
         return size if isinstance(size, int) else None
-    return int(weight.shape[0])

@@ -71,7 +71,7 @@ def read_config_file(path: Path) -> Content:
         raise ConfigError(f"{path}: {error.message}") from None
 
 
-def _settings(content: Any) -> Content:
+def _settings(content: object) -> Content:
     """Return the keys under `handler`, with the supported TorchServe keys; without `handler`, those at the root."""
     if not isinstance(content, dict) or _HANDLER not in content:
         return Content(content)
@@ -94,8 +94,8 @@ def _settings(content: Any) -> Content:
 
 
 def _renamed(
-    content: Mapping[str, Any], taken: Mapping[str, str], left: Mapping[str, str], notes: List[str]
-) -> Dict[str, Any]:
+    content: Mapping[str, object], taken: Mapping[str, str], left: Mapping[str, str], notes: List[str]
+) -> Dict[str, object]:
     notes.extend(f"{key} has no meaning here: {left[key]}" for key in content if key in left)
     return {taken.get(key, key): value for key, value in content.items() if key not in left}
 
@@ -103,12 +103,12 @@ def _renamed(
 class _Loader(yaml.SafeLoader):
     """YAML without duplicate keys."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Dict[Hashable, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Dict[Hashable, object]:
         _unique([(str(self.construct_object(key, deep=True)), None) for key, _ in node.value])
         return super().construct_mapping(node, deep)
 
 
-def _unique(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+def _unique(pairs: List[Tuple[str, object]]) -> Dict[str, object]:
     keys = [key for key, _ in pairs]
     for key in keys:
         if keys.count(key) > 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Type
+from typing import TYPE_CHECKING, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Type
 
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Task
@@ -117,7 +117,7 @@ def candidates(save_mode: str, hardware: str, dtype: str, task: Type[Task]) -> T
     return SAVE_MODES[save_mode].auto(task, hardware) if dtype == AUTO else (dtype,)
 
 
-def formats_document() -> Dict[str, Any]:
+def formats_document() -> Dict[str, object]:
     """Return everything as JSON."""
     return {
         "formats": [item._asdict() for item in every_format()],
@@ -136,7 +136,7 @@ def options(save_mode: str, hardware: str) -> Dict[str, Parameter]:
     return {item.parameter.name: item.parameter for item in own if hardware in (item.hardware or (hardware,))}
 
 
-def refused_option(save_mode: str, hardware: str, given: Mapping[Any, Any]) -> Optional[str]:
+def refused_option(save_mode: str, hardware: str, given: Mapping[object, object]) -> Optional[str]:
     """Return why one of these options is invalid, and what is valid; None if all are."""
     known = options(save_mode, hardware)
     for name, value in given.items():
@@ -155,7 +155,7 @@ def refused_key(save_mode: str, config: SetupConfig) -> Optional[str]:
     return next((why for key, why in SAVE_MODES[save_mode].refuses.items() if getattr(config, key)), None)
 
 
-def target(save_mode: str, hardware: str, given: Mapping[str, Any]) -> Target:
+def target(save_mode: str, hardware: str, given: Mapping[str, object]) -> Target:
     """Return the writer's target, including defaults."""
     own = options(save_mode, hardware)
     return Target(hardware, {name: given.get(name, parameter.default) for name, parameter in own.items()})

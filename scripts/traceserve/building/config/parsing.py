@@ -40,20 +40,20 @@ def load_config(path: Path) -> LoadedConfig:
     return LoadedConfig(config, folder, notes)
 
 
-def _is_the_examples(config: SetupConfig, content: Mapping[str, Any]) -> bool:
+def _is_the_examples(config: SetupConfig, content: Mapping[str, object]) -> bool:
     """Return whether a configuration is the pytorch/serve example's, whose label file has a fixed location instead of a
     key."""
     labelled = config.task in TASKS and TASKS[config.task].labelled
     return labelled and "index_to_name" not in content and bool({*RENAMED, *WITHOUT_MEANING} & set(content))
 
 
-def parse_config(content: Any) -> Tuple[SetupConfig, Tuple[str, ...]]:
+def parse_config(content: object) -> Tuple[SetupConfig, Tuple[str, ...]]:
     """Return the configuration in parsed JSON, and a note per key without meaning."""
     if not isinstance(content, dict):
         raise ConfigError("the configuration should be a JSON object")
     content = {key: value for key, value in content.items() if key != "$schema"}
     notes = tuple(f"{key} has no meaning here: {WITHOUT_MEANING[key]}" for key in content if key in WITHOUT_MEANING)
-    known: Dict[str, Any] = {}
+    known: Dict[str, object] = {}
     written = {RENAMED.get(key, key): key for key in content}
     for key, value in content.items():
         name = RENAMED.get(key, key)
@@ -75,7 +75,7 @@ def parse_config(content: Any) -> Tuple[SetupConfig, Tuple[str, ...]]:
     return config, notes
 
 
-def _unknown(key: Any) -> str:
+def _unknown(key: object) -> str:
     key = str(key)
     known = [*SetupConfig.model_fields, *RENAMED, *WITHOUT_MEANING]
     near = difflib.get_close_matches(key, known, n=1) or difflib.get_close_matches(key.lower(), known, n=1)

@@ -15,7 +15,7 @@ from traceserve.building.config.save_modes import SAVE_MODES
 from traceserve.building.config.setup_config import AUTO_TASK, CONFIG_FILE, RENAMED, WITHOUT_MEANING, SetupConfig
 
 
-def json_schema() -> Dict[str, Any]:
+def json_schema() -> Dict[str, object]:
     """Return a JSON schema of setup_config.json, including legacy keys, for editors.
 
     It accepts everything that `parse` accepts, and what no schema can check: an out-of-range number written as a
@@ -47,20 +47,20 @@ def json_schema() -> Dict[str, Any]:
     return schema
 
 
-def _is(key: str, value: str) -> Dict[str, Any]:
+def _is(key: str, value: str) -> Dict[str, object]:
     """Return the schema of a configuration with this value, under any name of the key, or by default."""
     keys = (key, *(old for old, new in RENAMED.items() if new == key))
     values = [value, *(name for name, meant in task_names.ALIASES.items() if key == "task" and meant == value)]
-    named: List[Dict[str, Any]] = [{"required": [name], "properties": {name: {"enum": values}}} for name in keys]
+    named: List[Dict[str, object]] = [{"required": [name], "properties": {name: {"enum": values}}} for name in keys]
     if value == SetupConfig.model_fields[key].default:
         named.append({"not": {"anyOf": [{"required": [name]} for name in keys]}})
     return {"anyOf": named}
 
 
-def _legal_for(task: str) -> Dict[str, Any]:
+def _legal_for(task: str) -> Dict[str, object]:
     """Return `check_together`'s rules for this task, except for options."""
     kind = TASKS[task]
-    schemas: List[Dict[str, Any]] = [{"properties": _properties_for(task), **_with_gguf(task)}]
+    schemas: List[Dict[str, object]] = [{"properties": _properties_for(task), **_with_gguf(task)}]
     if kind.loop:
         fixed = {"anyOf": [_is("hardware", name) for name in FIXED_SHAPES]}
         schemas.append({"if": {"not": fixed}, "then": {"properties": {"sequence_lengths": {"const": "auto"}}}})
@@ -72,10 +72,10 @@ def _legal_for(task: str) -> Dict[str, Any]:
     return {"allOf": schemas}
 
 
-def _properties_for(task: str) -> Dict[str, Any]:
+def _properties_for(task: str) -> Dict[str, object]:
     kind = TASKS[task]
     parameters = {parameter.name: parameter.schema for parameter in kind.parameters}
-    properties: Dict[str, Any] = {"parameters": {"properties": parameters, "additionalProperties": False}}
+    properties: Dict[str, object] = {"parameters": {"properties": parameters, "additionalProperties": False}}
     if not kind.labelled:
         properties["index_to_name"] = {"type": "null"}
     if not kind.merges_windows:
@@ -84,19 +84,19 @@ def _properties_for(task: str) -> Dict[str, Any]:
     return properties
 
 
-def _with_gguf(task: str) -> Dict[str, Any]:
+def _with_gguf(task: str) -> Dict[str, object]:
     """Return `check_library`'s rules with a GGUF file; without a library for it, none is allowed."""
     given = {"required": ["gguf_file"], "properties": {"gguf_file": {"type": "string"}}}
     reading = libraries.reading_gguf(TASKS[task])
     return {"if": given, "then": {"properties": {"library": {"enum": reading}}} if reading else False}
 
 
-def _options() -> List[Dict[str, Any]]:
+def _options() -> List[Dict[str, object]]:
     """Return `formats`'s rules for options of each save mode and hardware, as schemas."""
-    schemas: List[Dict[str, Any]] = []
+    schemas: List[Dict[str, object]] = []
     for save_mode, hardware in itertools.product(SAVE_MODES, HARDWARE):
         options = {name: item.schema for name, item in formats.options(save_mode, hardware).items()}
-        legal: Dict[str, Any] = {"options": {"properties": options, "additionalProperties": False}}
+        legal: Dict[str, object] = {"options": {"properties": options, "additionalProperties": False}}
         both = [_is("save_mode", save_mode), _is("hardware", hardware)]
         schemas.append({"if": {"allOf": both}, "then": {"properties": legal}})
     return schemas

@@ -127,7 +127,7 @@ class SetupConfig(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_confusion(cls, value: Any, info: ValidationInfo) -> Any:
+    def _no_confusion(cls, value: object, info: ValidationInfo) -> object:
         """Reject true for 1 and 1 for true, which pydantic accepts."""
         kind = cls.model_fields[str(info.field_name)].annotation
         is_switch = kind in (bool, Optional[bool])
@@ -139,13 +139,13 @@ class SetupConfig(BaseModel):
 
     @field_validator("task", mode="before")
     @classmethod
-    def _named(cls, value: Any) -> Any:
+    def _named(cls, value: object) -> object:
         """Return the task for a pipeline's name."""
         return task_names.ALIASES.get(value, value) if isinstance(value, str) else value
 
     @field_validator("sequence_lengths", mode="after")
     @classmethod
-    def _lengths(cls, value: Any) -> Any:
+    def _lengths(cls, value: object) -> object:
         if isinstance(value, list) and (not value or value != sorted(set(value)) or value[0] < 4):
             raise ValueError("should be an ascending list of lengths of 4 or more")
         return value

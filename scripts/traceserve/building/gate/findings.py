@@ -59,7 +59,7 @@ class Findings:
     tokenized_otherwise: List[int] = field(default_factory=list)  # indices of samples
     stopped: bool = False  # too many of the user's answers had changed; the rest was not compared
     failure: Optional[str] = None  # why the artifact could not run
-    compared: Dict[str, Any] = field(default_factory=dict)  # for the receipt, if not only the artifact was compared
+    compared: Dict[str, object] = field(default_factory=dict)  # for the receipt, if not only the artifact was compared
     others: List[Findings] = field(default_factory=list)
 
     @property

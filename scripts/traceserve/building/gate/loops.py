@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Callable, Dict, List
+from typing import TYPE_CHECKING, Any, Callable, Dict, List
 
 import torch
 from traceserve_runtime.tasks.contract import Request
@@ -12,6 +12,9 @@ from traceserve_runtime.texts.rows import Row
 
 from traceserve.building.checkpoints.original import Original
 from traceserve.building.config.loops import LOOPS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
 
 
 def forced_tokens(row: Row, steps: int) -> List[int]:
@@ -38,11 +41,12 @@ def generate_original(original: Original, loop: str, row: Row, request: Request)
     """Return the ids of the original's own `generate` for one row, only new ones."""
     ids = torch.tensor([row.encoding.ids])
     options = _generate_options(original, request, row.length if LOOPS[loop].writes_behind else 1)
-    tokens: List[int] = original.model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0].tolist()
+    model: Any = original.model  # its types lack `generate`, which a mixin adds
+    tokens: List[int] = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0].tolist()
     return tokens[row.length if LOOPS[loop].writes_behind else 1 :]
 
 
-def _generate_options(original: Original, request: Request, begin: int) -> Dict[str, Any]:
+def _generate_options(original: Original, request: Request, begin: int) -> Dict[str, object]:
     """Return a request's parameters in `generate`'s format; what it writes begins at the position `begin`."""
     named = {**original.parameters, **request.parameters}
     own = ("return_full_text", "stream", "long_inputs", "seed", "stop", "src_lang", "tgt_lang")
@@ -54,7 +58,7 @@ def _generate_options(original: Original, request: Request, begin: int) -> Dict[
     return options
 
 
-def _stopping_criteria(tokenizer: Any, stops: List[str], begin: int) -> Any:
+def _stopping_criteria(tokenizer: PreTrainedTokenizerBase, stops: List[str], begin: int) -> StoppingCriteriaList:
     """Return what stops `generate` after one of these strings.
 
     transformers' own criterion writes each token behind "abcdef", and raises ValueError for a tokenizer whose
@@ -69,7 +73,12 @@ def _stopping_criteria(tokenizer: Any, stops: List[str], begin: int) -> Any:
 
 
 def _has_stopped(
-    tokenizer: Any, stops: List[str], begin: int, ids: torch.Tensor, scores: torch.Tensor, **_: Any
+    tokenizer: PreTrainedTokenizerBase,
+    stops: List[str],
+    begin: int,
+    ids: torch.Tensor,
+    scores: torch.Tensor,
+    **_: object,
 ) -> torch.Tensor:
     """Return for each row of ids whether its text has a stop string that ends behind the position `begin`."""
     found = []

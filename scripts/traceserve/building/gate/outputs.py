@@ -17,6 +17,7 @@ from traceserve_runtime.runner import Arrays
 from traceserve_runtime.texts.rows import Row, Segments
 from traceserve_runtime.texts.tokenization import TextTokenizer
 
+from traceserve.building.checkpoints.lookups import id_of_token
 from traceserve.building.checkpoints.original import Original
 from traceserve.building.config.loops import LOOPS
 from traceserve.building.gate.findings import Cell, Findings
@@ -122,7 +123,7 @@ class _Rows:
         special = original.tokenizer.special_tokens_map
         self._end = str(special.get("eos_token") or special.get("sep_token") or "")
         known = original.known_tokens
-        if known is not None and original.tokenizer.convert_tokens_to_ids(self._end) >= known:
+        if known is not None and self._end and id_of_token(original.tokenizer, self._end) >= known:
             self._end = ""  # added only to the tokenizer: such texts are refused
         self._tokenizers: Dict[int, TextTokenizer] = {}
 

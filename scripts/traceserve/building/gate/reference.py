@@ -3,7 +3,7 @@ alone."""
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ SAME = 1e-5  # a tenth of the gate's limit in float32, by the same measure; seen
 class Wanted(NamedTuple):
     """A row whose outputs are wanted, their key, and the part to keep."""
 
-    key: Any
+    key: object
     row: Row
     keep: Callable[[Arrays], Arrays]
 
@@ -38,10 +38,10 @@ class Reference:
     def __init__(self, original: Original) -> None:
         self.original = original
         self.together = True  # whether rows computed together equal those computed alone
-        self._known: Dict[Any, Arrays] = {}
-        self._alone: Dict[Any, Wanted] = {}  # computed together; may be recomputed
+        self._known: Dict[object, Arrays] = {}
+        self._alone: Dict[object, Wanted] = {}  # computed together; may be recomputed
 
-    def outputs(self, key: Any, compute: Callable[[], Arrays]) -> Arrays:
+    def outputs(self, key: object, compute: Callable[[], Arrays]) -> Arrays:
         """Return the result of `compute`, cached."""
         if key not in self._known:
             self._known[key] = compute()
@@ -56,7 +56,7 @@ class Reference:
             self._compute(batch, outputs)
             done += len(batch)
 
-    def alone(self, key: Any, outputs: Sequence[str]) -> bool:
+    def alone(self, key: object, outputs: Sequence[str]) -> bool:
         """Recompute a row alone that was computed together with others; return whether it was."""
         each = self._alone.pop(key, None)
         if each is None:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 MODEL_FILE = "model.pt2"
 COMPILERS = ("g++", "clang++")
 # The worker chooses the number of threads; and without line tables, which contain this machine's paths.
-_CONFIGS: Dict[str, Any] = {"cpp.dynamic_threads": True, "aot_inductor.enable_line_tables": False}
+_CONFIGS: Dict[str, object] = {"cpp.dynamic_threads": True, "aot_inductor.enable_line_tables": False}
 
 
 def check(dtype: str, target: Target) -> None:
@@ -90,7 +90,7 @@ def _module(original: Original, task: Type[Task], shapes: Shapes) -> Tuple[torch
     return module.eval(), example(original, TRACED_BATCH, length)
 
 
-def _sizes(shapes: Shapes, inputs: int) -> Tuple[Dict[int, Any], ...]:
+def _sizes(shapes: Shapes, inputs: int) -> Tuple[Dict[int, object], ...]:
     """Return each input's variable sizes: the batch, and the length if there are several."""
     exported: Any = torch.export
     one_length = shapes.lengths is not None and len(shapes.lengths) == 1

@@ -22,7 +22,7 @@ class Written(NamedTuple):
 
     step_inputs: Tuple[str, ...] = ()
     files: Tuple[str, ...] = ()
-    runtime: Dict[str, Any] = {}
+    runtime: Dict[str, object] = {}
     versions: Dict[str, str] = {}
     facts: Dict[str, Any] = {}
 

@@ -24,6 +24,7 @@ from traceserve.errors import ExportError, UnwritableError
 if TYPE_CHECKING:
     from traceserve_runtime.manifest import Shapes
     from traceserve_runtime.tasks.contract import Task
+    from transformers import PreTrainedModel
 
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -63,7 +64,7 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
     return Written(step_inputs, (CONFIG_FILE,), {**runtime, **target.options})
 
 
-def _step_inputs(original: Original, task: Type[Task]) -> Tuple[Tuple[str, ...], Dict[str, Any]]:
+def _step_inputs(original: Original, task: Type[Task]) -> Tuple[Tuple[str, ...], Dict[str, object]]:
     """Return the inputs of a loop's step, and whether it reads only new tokens, for its reader.
 
     The model is called once, so that a missing output is found here.
@@ -77,7 +78,7 @@ def _step_inputs(original: Original, task: Type[Task]) -> Tuple[Tuple[str, ...],
 
 
 @contextlib.contextmanager
-def _own_configs(model: Any) -> Iterator[None]:
+def _own_configs(model: PreTrainedModel) -> Iterator[None]:
     """Save a model without side effects on it.
 
     transformers 4.57 removes generation parameters from a saved configuration, and every version refuses to save an

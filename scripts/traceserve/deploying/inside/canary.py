@@ -14,7 +14,7 @@ import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional, Sequence
+from typing import Dict, Mapping, Optional, Sequence
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> Optional[str]:
@@ -24,7 +24,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> Optional[str]:
     parser.add_argument("--url", default="http://127.0.0.1:8080")
     parser.add_argument("--timeout", type=float, default=20.0)
     options = parser.parse_args(arguments)
-    canaries: Dict[str, Any] = json.loads(options.file.read_text(encoding="utf-8"))
+    canaries: Dict[str, object] = json.loads(options.file.read_text(encoding="utf-8"))
     headers = {"Content-Type": "application/json", **_key(os.environ)}
     # Straight to this machine, whatever proxy the environment names.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))

@@ -17,7 +17,7 @@ _RAYLET = "http://localhost:52365/api/local_raylet_healthz"
 _PROXY = "http://localhost:8000/-/healthz"
 
 
-def serve_config(archives: Sequence[Described], wishes: Wishes) -> Dict[str, Any]:
+def serve_config(archives: Sequence[Described], wishes: Wishes) -> Dict[str, object]:
     """The Serve configuration: archives in the image, or fetched by each node and compared with their SHA-256."""
     hosted = [
         Hosted(
@@ -81,7 +81,7 @@ def plan(archives: Sequence[Described], wishes: Wishes) -> Plan:
 
 
 _HEAD = {"requests": {"cpu": "1", "memory": "2Gi"}, "limits": {"memory": "4Gi"}}
-_SECURITY: Dict[str, Any] = {
+_SECURITY: Dict[str, object] = {
     "securityContext": {
         "runAsNonRoot": True,
         "runAsUser": 10001,
@@ -90,7 +90,7 @@ _SECURITY: Dict[str, Any] = {
         "seccompProfile": {"type": "RuntimeDefault"},
     }
 }
-_VOLUMES: Dict[str, Any] = {
+_VOLUMES: Dict[str, object] = {
     "volumes": [{"name": "tmp", "emptyDir": {}}, {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "1Gi"}}]
 }
 

@@ -6,7 +6,7 @@ import json
 import re
 import secrets
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Dict, List, Sequence, Tuple
 
 from traceserve import __version__
 from traceserve.deploying import resources, templates
@@ -59,7 +59,7 @@ def chart_files(archives: Sequence[Described], wishes: Wishes) -> Tuple[File, ..
     )
 
 
-def _file(archive: Described, wishes: Wishes) -> Dict[str, Any]:
+def _file(archive: Described, wishes: Wishes) -> Dict[str, object]:
     url = f"{wishes.url.rstrip('/')}/{archive.file.name}" if wishes.url else ""
     return {
         "name": archive.name,

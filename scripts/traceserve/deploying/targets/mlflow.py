@@ -6,7 +6,7 @@ import importlib.util
 import os
 import warnings
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Sequence
 
 from traceserve_runtime.tasks import TASKS
 
@@ -64,7 +64,7 @@ def _save(archive: Described, target: Path) -> None:
         )
 
 
-def _signature(archive: Described) -> Any:
+def _signature(archive: Described) -> object:
     """The task's fields as columns; none where a field is no text or list of texts."""
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, Schema

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import string
 from pathlib import Path
-from typing import Any
+from typing import Iterable
 
 import yaml
 
@@ -29,17 +29,17 @@ def fill(file: str, /, **values: str) -> str:
     return _Template(read_template(file)).substitute(values)
 
 
-def block(value: Any, indent: int = 0) -> str:
+def block(value: object, indent: int = 0) -> str:
     """YAML for the lines under a key, indented by so many spaces, without a newline at the end."""
     text: str = yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=1000)
     return "\n".join(f"{' ' * indent}{line}" for line in text.splitlines())
 
 
-def flow(value: Any) -> str:
+def flow(value: object) -> str:
     """JSON, which is YAML on one line."""
     return json.dumps(value, ensure_ascii=False)
 
 
-def comment(lines: Any) -> str:
+def comment(lines: Iterable[str]) -> str:
     """Sentences as comments."""
     return "\n".join(f"# {line}" for line in lines)

@@ -7,13 +7,16 @@ kind of model. `config.libraries` has a row per library with what it can load.
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict
+from typing import TYPE_CHECKING, Callable, Dict
 
 from traceserve.building.checkpoints.checkpoint import Checkpoint
 from traceserve.building.checkpoints.libraries import curated_transformers, transformers
 from traceserve.building.config.setup_config import SetupConfig
 
-LOADERS: Dict[str, Callable[[SetupConfig, Checkpoint], Any]] = {
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LOADERS: Dict[str, Callable[[SetupConfig, Checkpoint], PreTrainedModel]] = {
     "transformers": transformers.load,
     "curated_transformers": curated_transformers.load,
 }

@@ -6,7 +6,7 @@ A curated model takes an `AttentionMask` instead of a tensor, and keeps keys and
 from __future__ import annotations
 
 import copy
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 from curated_transformers.layers import AttentionMask, KeyValueCache
@@ -15,6 +15,9 @@ from traceserve_runtime.runtimes.calling import read_cache
 from transformers import GenerationMixin as untyped_mixin
 from transformers import PreTrainedModel as untyped_model
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _PreTrainedModel: Any = untyped_model
 _GenerationMixin: Any = untyped_mixin
@@ -26,7 +29,7 @@ class _Curated(_PreTrainedModel):  # type: ignore[misc]
     base_model_prefix = "model"
     _supports_sdpa = True  # the configuration may request it; the curated model has its own attention
 
-    def __init__(self, model: Any, original: Any) -> None:
+    def __init__(self, model: Any, original: PreTrainedModel) -> None:
         super().__init__(copy.deepcopy(original.config))
         self.model = model
 
@@ -34,7 +37,7 @@ class _Curated(_PreTrainedModel):  # type: ignore[misc]
 class Encoder(_Curated):
     """A curated encoder."""
 
-    def __init__(self, model: Any, original: Any) -> None:
+    def __init__(self, model: Any, original: PreTrainedModel) -> None:
         super().__init__(model, original)
         embeddings = model.embeddings
         if hasattr(embeddings, "padding_id"):
@@ -47,7 +50,7 @@ class Encoder(_Curated):
         attention_mask: torch.Tensor,
         token_type_ids: Optional[torch.Tensor] = None,
         return_dict: bool = True,
-    ) -> Any:
+    ) -> object:
         """All int64 of shape (batch, length)."""
         result = self.model(input_ids, AttentionMask(attention_mask.bool()), type_ids=token_type_ids)
         return BaseModelOutput(last_hidden_state=result.last_hidden_layer_state)
@@ -57,7 +60,7 @@ class CausalLM(_Curated, _GenerationMixin):  # type: ignore[misc]
     """A curated causal language model. `generate` reruns the whole sequence for each token: the reference for the
     cache."""
 
-    def __init__(self, model: Any, original: Any, longest: int) -> None:
+    def __init__(self, model: Any, original: PreTrainedModel, longest: int) -> None:
         """`longest`: the most tokens that a row will have."""
         super().__init__(model, original)
         self.generation_config = original.generation_config
@@ -66,8 +69,8 @@ class CausalLM(_Curated, _GenerationMixin):  # type: ignore[misc]
         _share_tables(model, longest)
 
     def prepare_inputs_for_generation(
-        self, input_ids: torch.Tensor, attention_mask: Optional[torch.Tensor] = None, **unused: Any
-    ) -> Any:
+        self, input_ids: torch.Tensor, attention_mask: Optional[torch.Tensor] = None, **unused: object
+    ) -> object:
         """Return the arguments that `generate` passes to `forward`."""
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
@@ -76,11 +79,11 @@ class CausalLM(_Curated, _GenerationMixin):  # type: ignore[misc]
         input_ids: torch.Tensor,
         attention_mask: Optional[torch.Tensor] = None,
         position_ids: Optional[torch.Tensor] = None,
-        past_key_values: Any = None,
+        past_key_values: object = None,
         use_cache: bool = False,
         logits_to_keep: int = 0,
         return_dict: bool = True,
-    ) -> Any:
+    ) -> object:
         """Tokens and positions (batch, new), mask (batch, past + new); returns the last `logits_to_keep` tokens'
         logits, or all."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -106,7 +109,7 @@ class CausalLM(_Curated, _GenerationMixin):  # type: ignore[misc]
         return logits
 
 
-def _tie(model: Any, original: Any) -> None:
+def _tie(model: Any, original: PreTrainedModel) -> None:
     """Tie weights that transformers ties; the library always has two."""
     tied = original.get_output_embeddings().weight is original.get_input_embeddings().weight
     if tied and hasattr(model, "output_embeddings"):

@@ -8,7 +8,7 @@ what was trained.
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Type
+from typing import TYPE_CHECKING, Any, Dict, List, Type
 
 from traceserve_runtime.tasks import TASKS
 
@@ -18,11 +18,14 @@ from traceserve.building.config.libraries import ENCODES
 from traceserve.building.config.setup_config import SetupConfig
 from traceserve.errors import ExportError, SourceError, first_line, some
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
 # Relative to the largest output; equal computations differ by 1e-6 to 1e-5, different models by 1e-2 and more.
 _DIFFERENCE = 5e-4
 
 
-def load(config: SetupConfig, checkpoint: Checkpoint) -> Any:
+def load(config: SetupConfig, checkpoint: Checkpoint) -> PreTrainedModel:
     """Return the curated model of a checkpoint, for the task's auto-model; raises SourceError, ExportError."""
     try:
         from curated_transformers import registry
@@ -42,13 +45,13 @@ def load(config: SetupConfig, checkpoint: Checkpoint) -> Any:
     kind = _kind(kinds, original.config, config.model_name)
     model = _filled(kind, original, config.model_name)
     longest = _longest(config, original.config, model)
-    made: Any = Encoder(model, original) if encodes else CausalLM(model, original, longest)
+    made: PreTrainedModel = Encoder(model, original) if encodes else CausalLM(model, original, longest)
     made.eval()
     _check_same(made, original, longest, config.model_name)
     return made
 
 
-def _kind(kinds: List[Any], config: Any, name: str) -> Type[Any]:
+def _kind(kinds: List[Any], config: PreTrainedConfig, name: str) -> Type[Any]:
     """Return the library's class for such models."""
     facts = config.to_dict()
     for kind in kinds:
@@ -60,7 +63,7 @@ def _kind(kinds: List[Any], config: Any, name: str) -> Type[Any]:
     )
 
 
-def _filled(kind: Type[Any], original: Any, name: str) -> Any:
+def _filled(kind: Type[Any], original: PreTrainedModel, name: str) -> Any:
     """Make a model of the class, with the configuration and weights of transformers' model."""
     try:
         model = kind.from_hf_config(hf_config=_facts(original.config))
@@ -79,15 +82,15 @@ def _filled(kind: Type[Any], original: Any, name: str) -> Any:
     return model
 
 
-def _facts(config: Any) -> Dict[str, Any]:
+def _facts(config: PreTrainedConfig) -> Dict[str, object]:
     """Return the configuration under its names of transformers 4.33, when the library was written."""
-    facts: Dict[str, Any] = config.to_dict()
+    facts = config.to_dict()
     rotary = facts.get("rope_parameters") or {}  # in transformers 5
     named = {"rotary_emb_base": rotary.get("rope_theta"), "rotary_pct": rotary.get("partial_rotary_factor", 1.0)}
     return {**(named if rotary else {}), **facts, "torch_dtype": "float32"}
 
 
-def _longest(config: SetupConfig, facts: Any, model: Any) -> int:
+def _longest(config: SetupConfig, facts: PreTrainedConfig, model: Any) -> int:
     """Return the most tokens that a row can have, including generated ones."""
     wanted = config.max_length or TASKS[config.task].longest_default
     limits = [getattr(facts, name, None) for name in ("max_position_embeddings", "max_seq_len")]  # MPT has the second
@@ -97,7 +100,7 @@ def _longest(config: SetupConfig, facts: Any, model: Any) -> int:
     return min(wanted, limit - offset)
 
 
-def _check_same(model: Any, original: Any, longest: int, name: str) -> None:
+def _check_same(model: PreTrainedModel, original: PreTrainedModel, longest: int, name: str) -> None:
     """Raise ExportError unless both agree on a long row of tokens from the whole vocabulary."""
     import torch
 

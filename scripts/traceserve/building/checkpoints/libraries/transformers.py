@@ -16,8 +16,10 @@ from traceserve.errors import SourceError, first_line, some
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from transformers import PreTrainedModel
 
-def load(config: SetupConfig, checkpoint: Checkpoint) -> Any:
+
+def load(config: SetupConfig, checkpoint: Checkpoint) -> PreTrainedModel:
     """Load the task's auto-model; raises SourceError, also if the checkpoint lacks weights that the task needs."""
     import numpy as np
     import torch
@@ -49,10 +51,11 @@ def load(config: SetupConfig, checkpoint: Checkpoint) -> Any:
             f"{config.model_name} holds no trained weights for the task {config.task} ({some(missing)}), so its answers "
             'would be random; name a fine-tuned checkpoint, or set "allow_untrained_head": true for a trial'
         )
-    return model.float().eval()  # a checkpoint stored in float16 loads as float16
+    whole: PreTrainedModel = model.float().eval()
+    return whole  # a checkpoint stored in float16 loads as float16
 
 
-def _weights(checkpoint: Checkpoint, version: str) -> Dict[str, Any]:
+def _weights(checkpoint: Checkpoint, version: str) -> Dict[str, object]:
     """Return from_pretrained's options for reading safetensors, or a pickle of only weights.
 
     transformers before 4.41 has no `weights_only`, and before 4.28 no `use_safetensors`: these get loaded weights.
@@ -63,7 +66,7 @@ def _weights(checkpoint: Checkpoint, version: str) -> Dict[str, Any]:
     import torch
     from safetensors.torch import load_file
 
-    tensors: Dict[str, Any] = {}
+    tensors: Dict[str, object] = {}
     for file in sorted(checkpoint.folder.glob("pytorch_model*.bin" if checkpoint.pickled else "*.safetensors")):
         tensors.update(
             torch.load(file, map_location="cpu", weights_only=True) if checkpoint.pickled else load_file(file)
@@ -71,7 +74,7 @@ def _weights(checkpoint: Checkpoint, version: str) -> Dict[str, Any]:
     return {"state_dict": tensors}
 
 
-def _untrained(report: Mapping[str, Any], model: Any) -> List[str]:
+def _untrained(report: Mapping[str, Any], model: PreTrainedModel) -> List[str]:
     """Return the weights that the checkpoint lacks; an encoder's pooler does not matter if its output is not read."""
     mismatched = (
         key if isinstance(key, str) else key[0] for key in report.get("mismatched_keys", ())
@@ -82,12 +85,12 @@ def _untrained(report: Mapping[str, Any], model: Any) -> List[str]:
     return missing
 
 
-def _unpacked(path: Path) -> Dict[str, Any]:
+def _unpacked(path: Path) -> Dict[str, object]:
     """Return from_pretrained's options for unpacking a GGUF file: each weight as float32."""
     import torch
     import transformers
 
-    options: Dict[str, Any] = {"gguf_file": str(path), "torch_dtype": torch.float32}
+    options: Dict[str, object] = {"gguf_file": str(path), "torch_dtype": torch.float32}
     if hasattr(transformers, "GgufConfig"):  # since 5.23 weights stay in their blocks if a kernel reads them
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     return options

@@ -10,13 +10,16 @@ that still affect the model's output most are left in float32: more and more of 
 from __future__ import annotations
 
 import copy
-from typing import Any, Iterator, Sequence, Tuple
+from typing import TYPE_CHECKING, Iterator, Sequence, Tuple
 
 import torch
 
 from traceserve.building.writers.lowering.sensitivity import Inputs, Layer, linears, measure_layers, replace
 from traceserve.building.writers.tracing import torch_internals
 from traceserve.errors import ExportError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 KEPT_SHARES = (0.0, 0.1, 0.2, 0.3, 0.4)
 _SMALLEST = 1e-5
@@ -31,7 +34,7 @@ def check_int8() -> None:
 class Int8Linear(torch.nn.Module):
     """A linear layer over int8, from inputs (..., in) to outputs (..., out) in float32."""
 
-    def __init__(self, linear: Any, largest: torch.Tensor) -> None:
+    def __init__(self, linear: torch.nn.Linear, largest: torch.Tensor) -> None:
         """`largest`: each input channel's largest absolute value, (in)."""
         super().__init__()
         self.weight: torch.Tensor
@@ -73,8 +76,8 @@ def smoothing(weight: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
 
 
 def quantized(
-    model: Any, batches: Sequence[Inputs], layer: Layer = Int8Linear, measured: Layer = Int8Linear
-) -> Iterator[Tuple[Any, Tuple[str, ...]]]:
+    model: PreTrainedModel, batches: Sequence[Inputs], layer: Layer = Int8Linear, measured: Layer = Int8Linear
+) -> Iterator[Tuple[PreTrainedModel, Tuple[str, ...]]]:
     """Yield copies of the model with more and more layers left in float32, and their names; `batches` are inputs to
     measure on.
 
@@ -95,7 +98,7 @@ def quantized(
         yield made, kept
 
 
-def _body(model: Any) -> Any:
+def _body(model: PreTrainedModel) -> torch.nn.Module:
     """Return the model without its head, which is small and decisive."""
     body = getattr(model, model.base_model_prefix, None)
     return model if body is None else body

@@ -7,7 +7,6 @@ import copy
 from dataclasses import replace
 from functools import partial
 from typing import (
-    Any,
     Callable,
     ContextManager,
     Dict,
@@ -36,7 +35,7 @@ class Precision(NamedTuple):
     ExportError if this torch does not support it."""
 
     lower: Callable[[Original, Sequence[str]], Iterable[Original]]
-    tracing: Callable[[], ContextManager[Any]]
+    tracing: Callable[[], ContextManager[object]]
     check: Callable[[], None] = lambda: None
 
 
@@ -60,7 +59,7 @@ def lowered(original: Original, dtype: str, texts: Sequence[str]) -> Iterable[Or
     return PRECISIONS[dtype].lower(original, texts)
 
 
-def tracing(dtype: str) -> ContextManager[Any]:
+def tracing(dtype: str) -> ContextManager[object]:
     """Return the context for tracing a model for `dtype`."""
     return PRECISIONS[dtype].tracing()
 

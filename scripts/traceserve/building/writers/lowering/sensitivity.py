@@ -4,7 +4,7 @@ layers."""
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import Callable, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
 import torch
 from traceserve_runtime.errors import reason
@@ -12,7 +12,7 @@ from traceserve_runtime.errors import reason
 from traceserve.errors import ExportError
 
 # From a linear layer and each input channel's largest absolute value to its replacement.
-Layer = Callable[[Any, torch.Tensor], torch.nn.Module]
+Layer = Callable[[torch.nn.Linear, torch.Tensor], torch.nn.Module]
 Inputs = Dict[str, torch.Tensor]
 
 
@@ -30,7 +30,7 @@ class Measured(NamedTuple):
 class Bfloat16Linear(torch.nn.Module):
     """A linear layer that multiplies in bfloat16, and returns float32."""
 
-    def __init__(self, linear: Any, largest: torch.Tensor) -> None:
+    def __init__(self, linear: torch.nn.Linear, largest: torch.Tensor) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(linear.weight.detach().bfloat16(), requires_grad=False)
         self.bias = None if linear.bias is None else linear.bias.detach().bfloat16()
@@ -40,18 +40,20 @@ class Bfloat16Linear(torch.nn.Module):
         return torch.nn.functional.linear(inputs.bfloat16(), self.weight, self.bias).float()
 
 
-def linears(model: Any) -> Dict[str, Any]:
+def linears(model: torch.nn.Module) -> Dict[str, torch.nn.Linear]:
     """Return a model's linear layers, by name."""
     return {name: module for name, module in model.named_modules() if type(module) is torch.nn.Linear}
 
 
-def replace(model: Any, name: str, module: torch.nn.Module) -> None:
+def replace(model: torch.nn.Module, name: str, module: torch.nn.Module) -> None:
     """Replace the module of this name in a model."""
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, module)
 
 
-def measure_layers(model: Any, layers: Dict[str, Any], batches: Sequence[Inputs], change: Layer) -> Measured:
+def measure_layers(
+    model: torch.nn.Module, layers: Dict[str, torch.nn.Linear], batches: Sequence[Inputs], change: Layer
+) -> Measured:
     """Return the inputs of the model's `layers`, and the change of the output if `change` replaces one of them.
 
     The change is the mean square of the difference of the first output, which a task reads, summed over the rows of all
@@ -67,10 +69,12 @@ def measure_layers(model: Any, layers: Dict[str, Any], batches: Sequence[Inputs]
         return _measure(model, layers, single, change)
 
 
-def _measure(model: Any, layers: Dict[str, Any], batches: Sequence[Inputs], change: Layer) -> Measured:
+def _measure(
+    model: torch.nn.Module, layers: Dict[str, torch.nn.Linear], batches: Sequence[Inputs], change: Layer
+) -> Measured:
     largest: Dict[str, torch.Tensor] = {}
 
-    def record(name: str, module: Any, inputs: Any) -> None:
+    def record(name: str, module: torch.nn.Module, inputs: Tuple[torch.Tensor, ...]) -> None:
         seen = inputs[0].detach().abs().reshape(-1, inputs[0].shape[-1]).amax(0)
         largest[name] = torch.maximum(largest[name], seen) if name in largest else seen
 
@@ -95,7 +99,7 @@ def _rows(batch: Inputs) -> int:
     return len(next(iter(batch.values())))
 
 
-def _outputs(model: Any, batches: Sequence[Inputs]) -> Iterator[torch.Tensor]:
+def _outputs(model: torch.nn.Module, batches: Sequence[Inputs]) -> Iterator[torch.Tensor]:
     with torch.no_grad():
         for batch in batches:
             try:

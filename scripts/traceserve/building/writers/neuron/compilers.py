@@ -30,12 +30,14 @@ class CompilerSettings(NamedTuple):
 class Compiler(NamedTuple):
     """The compiler for one kind of chip; the graphs' `weights` together must fit into a core's memory."""
 
-    trace: Callable[[Any, Any, Tuple[torch.Tensor, ...], CompilerSettings], torch.nn.Module]
+    trace: Callable[[Any, torch.nn.Module, Tuple[torch.Tensor, ...], CompilerSettings], torch.nn.Module]
     weights: float
     distributions: Tuple[str, ...]  # their versions are recorded
 
 
-def _neuron(package: Any, module: Any, inputs: Tuple[torch.Tensor, ...], settings: CompilerSettings) -> torch.nn.Module:
+def _neuron(
+    package: Any, module: torch.nn.Module, inputs: Tuple[torch.Tensor, ...], settings: CompilerSettings
+) -> torch.nn.Module:
     traced: torch.nn.Module = package.trace(
         module,
         inputs,
@@ -47,7 +49,7 @@ def _neuron(package: Any, module: Any, inputs: Tuple[torch.Tensor, ...], setting
 
 
 def _neuronx(
-    package: Any, module: Any, inputs: Tuple[torch.Tensor, ...], settings: CompilerSettings
+    package: Any, module: torch.nn.Module, inputs: Tuple[torch.Tensor, ...], settings: CompilerSettings
 ) -> torch.nn.Module:
     """Weights are part of the graph, by default. Without a chip the compiler needs a target."""
     without = {} if neuron_cores.count("neuronx") else {"cpu_backend": True}
@@ -74,7 +76,7 @@ def check_compiler(hardware: str, arguments: Tuple[str, ...]) -> None:
         )
 
 
-def package(hardware: str) -> Any:
+def package(hardware: str) -> object:
     """Return the package that compiles for the hardware; raises ExportError without it."""
     name = CHIPS[hardware].package
     try:
@@ -104,14 +106,14 @@ def versions(hardware: str) -> Dict[str, str]:
 def compile_graph(
     hardware: str,
     name: str,
-    module: Any,
+    module: torch.nn.Module,
     inputs: Tuple[torch.Tensor, ...],
     settings: CompilerSettings,
     least_share: float,
 ) -> Tuple[torch.nn.Module, float]:
     """Return the compiled graph and the share of its operators on the chip; raises CompileError."""
     chip, compiler = CHIPS[hardware], COMPILERS[hardware]
-    before = operators(torch.jit.trace(module, inputs, check_trace=False))  # type: ignore[no-untyped-call]
+    before = operators(torch.jit.trace(module, inputs, check_trace=False))
     try:
         compiled: Any = compiler.trace(package(hardware), module, inputs, settings)
     except subprocess.TimeoutExpired as error:

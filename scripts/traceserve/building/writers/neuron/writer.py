@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Tuple, Type
+from typing import TYPE_CHECKING, Dict, Iterator, Optional, Sequence, Tuple, Type
 
 from traceserve_runtime.manifest import Shapes
 from traceserve_runtime.runtimes.torchscript.neuron import CHIPS
@@ -22,6 +22,7 @@ from traceserve.building.writers.tracing.wrapping import example, once
 from traceserve.errors import ExportError
 
 if TYPE_CHECKING:
+    import torch
     from traceserve_runtime.tasks.contract import Task
 
 
@@ -44,7 +45,7 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
     """
     graphs, lengths = _graphs(original, task, shapes, target)
     _check_memory(original, shapes, len(graphs), target)
-    made: Dict[str, Any] = {}
+    made: Dict[str, torch.nn.Module] = {}
     shares: Dict[str, float] = {}
     with staging.scratch() as scratch:
         workdir = Path(target.options["compiler_workdir"] or scratch).expanduser()
@@ -59,7 +60,7 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
             )
             shares[name] = round(share, 4)
     save(made, folder / MODEL_FILE)
-    runtime: Dict[str, Any] = {"targets": list(lengths)} if lengths else {}
+    runtime: Dict[str, object] = {"targets": list(lengths)} if lengths else {}
     step_inputs = fixed_shapes.STEP_INPUTS if lengths else ()
     facts = {"most_new_tokens": _most_new_tokens(original, lengths)} if lengths else {}
     if target.rehearsal:
@@ -107,6 +108,5 @@ def _check_memory(original: Original, shapes: Shapes, count: int, target: Target
         )
 
 
-def _listed(numbers: Any) -> str:
-    texts: List[str] = [str(number) for number in numbers or ()]
-    return ", ".join(texts)
+def _listed(numbers: Optional[Sequence[int]]) -> str:
+    return ", ".join(map(str, numbers or ()))

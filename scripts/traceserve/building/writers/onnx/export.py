@@ -23,7 +23,9 @@ from traceserve.building.writers.tracing.wrapping import example, once, traceabl
 from traceserve.errors import UnwritableError
 
 if TYPE_CHECKING:
+    import onnx
     from traceserve_runtime.tasks.contract import Task
+    from transformers import PreTrainedModel
 
 Axes = Dict[str, Dict[int, str]]
 
@@ -76,7 +78,7 @@ def of_loop(
     )
 
 
-def export_graph(graph: OnnxGraph, original: Original, opset: int, scratch: Path, eager: bool) -> Any:
+def export_graph(graph: OnnxGraph, original: Original, opset: int, scratch: Path, eager: bool) -> onnx.ModelProto:
     """Return the graph as an ONNX model in memory; `eager`: with attention in the form known to the tool for
     transformers."""
     from onnx import load
@@ -105,7 +107,7 @@ def export_graph(graph: OnnxGraph, original: Original, opset: int, scratch: Path
 
 
 @contextlib.contextmanager
-def _attention(model: Any, eager: bool) -> Iterator[None]:
+def _attention(model: PreTrainedModel, eager: bool) -> Iterator[None]:
     """Make the model compute attention in single steps, if it has a choice."""
     own = getattr(model.config, "_attn_implementation", None)
     if not eager or own is None or not hasattr(model, "set_attn_implementation"):  # before transformers 4.53

@@ -7,13 +7,16 @@ batch. The products are correct on every processor, and fast with VNNI. `lowerin
 from __future__ import annotations
 
 import hashlib
-from typing import Any, Dict, List, Mapping, Tuple
+from typing import TYPE_CHECKING, Dict, List, Mapping, Tuple
 
 import numpy as np
 import torch
 
 from traceserve.building.writers.lowering.int8 import smoothing
 from traceserve.errors import ExportError
+
+if TYPE_CHECKING:
+    import onnx
 
 # Input channels per scale. Of 32, 64 and 128 the smaller ones change fewer answers, the larger ones are faster.
 BLOCK = 64
@@ -27,7 +30,7 @@ _DOMAIN = "com.microsoft"
 class SmoothedLinear(torch.nn.Module):
     """A float32 linear layer that `quantize` recognizes: large input channels are scaled down, their weights up."""
 
-    def __init__(self, linear: Any, largest: torch.Tensor) -> None:
+    def __init__(self, linear: torch.nn.Linear, largest: torch.Tensor) -> None:
         """`largest`: each input channel's largest absolute value, (in)."""
         super().__init__()
         weight = linear.weight.detach().float()
@@ -49,7 +52,7 @@ class SmoothedLinear(torch.nn.Module):
 class RoundedLinear(SmoothedLinear):
     """The same with the quantized layer's numbers, to measure the change."""
 
-    def __init__(self, linear: Any, largest: torch.Tensor) -> None:
+    def __init__(self, linear: torch.nn.Linear, largest: torch.Tensor) -> None:
         """`largest` as in SmoothedLinear."""
         super().__init__(linear, largest)
         self.weight = torch.nn.Parameter(_rounded(self.weight.t()).t(), requires_grad=False)
@@ -68,12 +71,12 @@ def _rounded(values: torch.Tensor) -> torch.Tensor:
     return ((blocks / scales).round() * scales).reshape(padded.shape)[..., :channels]
 
 
-def quantized_layers(model: Any) -> List[SmoothedLinear]:
+def quantized_layers(model: torch.nn.Module) -> List[SmoothedLinear]:
     """The layers of a model that are to be quantized."""
     return [module for module in model.modules() if isinstance(module, SmoothedLinear)]
 
 
-def quantize(model: Any, source: Any) -> None:
+def quantize(model: onnx.ModelProto, source: torch.nn.Module) -> None:
     """Convert the layers of `source`, from which the ONNX model was exported, to int8 in it; nothing if there are
     none."""
     from onnx import helper, numpy_helper
@@ -93,7 +96,7 @@ def quantize(model: Any, source: Any) -> None:
         model.opset_import.append(helper.make_opsetid(_DOMAIN, 1))
 
 
-def _replace_products(graph: Any, found: Mapping[str, np.ndarray]) -> bool:
+def _replace_products(graph: onnx.GraphProto, found: Mapping[str, np.ndarray]) -> bool:
     """Convert products with these weights, by name, to int8; return whether there is one."""
     from onnx import helper, numpy_helper
 

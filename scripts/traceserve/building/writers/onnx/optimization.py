@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, Dict, NamedTuple, Tuple
+from typing import TYPE_CHECKING, Dict, NamedTuple, Tuple
+
+if TYPE_CHECKING:
+    import onnx
+    from transformers import PreTrainedModel
 
 
 class Level(NamedTuple):
@@ -26,7 +30,9 @@ LEVELS = {
 _FAMILIES = {"gpt2": "gpt2", "bart": "bart", "mbart": "bart", "t5": "t5", "mt5": "t5"}
 
 
-def fuse(model: Any, source: Any, level: Level, loop: bool) -> Tuple[Any, Dict[str, int]]:
+def fuse(
+    model: onnx.ModelProto, source: PreTrainedModel, level: Level, loop: bool
+) -> Tuple[onnx.ModelProto, Dict[str, int]]:
     """Return the ONNX model fused for the CPU at this level, and the number of each fused operator.
 
     Attention is not fused in a loop, since that changes the state's shape.

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any, Dict, Iterator, Mapping, Tuple
+from typing import TYPE_CHECKING, BinaryIO, Dict, Iterator, Mapping, Tuple
+
+if TYPE_CHECKING:
+    import onnx
 
 SMALLEST = 1024  # bytes of a tensor that leaves the graph; shape inference reads small ones
 _ALIGNMENT = 64
 
 
-def copy_model(model: Any) -> Any:
+def copy_model(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return a copy."""
     import onnx
 
@@ -23,7 +26,7 @@ def copy_model(model: Any) -> Any:
     return other
 
 
-def write_models(models: Mapping[str, Any], folder: Path, weights_file: str) -> Tuple[str, ...]:
+def write_models(models: Mapping[str, onnx.ModelProto], folder: Path, weights_file: str) -> Tuple[str, ...]:
     """Write each ONNX model into the file of its name, without weights; returns all files' names. Modifies the
     models."""
     places: Dict[bytes, int] = {}
@@ -38,7 +41,7 @@ def write_models(models: Mapping[str, Any], folder: Path, weights_file: str) -> 
     return (*models, weights_file)
 
 
-def _tensors(graph: Any) -> Iterator[Any]:
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
     """Yield every weight of a graph and its subgraphs."""
     yield from graph.initializer
     for node in graph.node:
@@ -47,7 +50,7 @@ def _tensors(graph: Any) -> Iterator[Any]:
                 yield from _tensors(inner)
 
 
-def _move(tensor: Any, stream: Any, places: Dict[bytes, int], weights_file: str) -> None:
+def _move(tensor: onnx.TensorProto, stream: BinaryIO, places: Dict[bytes, int], weights_file: str) -> None:
     from onnx import external_data_helper
 
     data = tensor.raw_data

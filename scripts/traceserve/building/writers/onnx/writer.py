@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Sequence, Tuple, Type
+from typing import TYPE_CHECKING, Dict, Iterable, List, Sequence, Tuple, Type
 
 from traceserve_runtime.runtimes.onnx import GRAPHS, INT8_SINCE, LEVEL, MODEL, START, STEP, int8_known
 
@@ -20,6 +20,7 @@ from traceserve.building.writers.tracing.graphs import TRACED_BATCH, TRACED_LENG
 from traceserve.errors import ExportError
 
 if TYPE_CHECKING:
+    import onnx
     from traceserve_runtime.manifest import Shapes
     from traceserve_runtime.tasks.contract import Task
 
@@ -54,8 +55,8 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
     optimization = target.options["optimization"]
     graphs, step_inputs = _graphs(original, task, shapes)
     level = onnx_optimization.LEVELS[optimization]
-    made: Dict[str, Any] = {}
-    plain: Dict[str, Any] = {}
+    made: Dict[str, onnx.ModelProto] = {}
+    plain: Dict[str, onnx.ModelProto] = {}
     fused: Dict[str, int] = {}
     with tempfile.TemporaryDirectory(prefix=".onnx.", dir=folder) as name:
         for number, graph in enumerate(graphs):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, List, Optional
+from typing import Callable, Dict, List, Optional
 
 import torch
 from traceserve_runtime.runtimes.graph import (
@@ -85,7 +85,7 @@ class Rewriting:
             self.dims[row.debugName()] = of.dims(node.output())
             replace_value(node, row)
 
-    def _call(self, function: Callable[..., Any], arguments: List[Value], before: Node) -> List[Value]:
+    def _call(self, function: Callable[..., object], arguments: List[Value], before: Node) -> List[Value]:
         """Return a function's outputs, as part of the graph."""
         part: Graph = torch.jit.script(function).graph
         result = insert_graph(self.graph, part, arguments, before)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Collection, Dict, Optional, Tuple, Type
+from typing import TYPE_CHECKING, Collection, Dict, Optional, Tuple, Type
 
 import torch
 from traceserve_runtime.errors import reason
@@ -84,7 +84,7 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
     unpadded = (
         None if task.loop or shapes.graph_per_shape or not shapes.padded else _unpadded(original, folder / MODEL_FILE)
     )
-    runtime: Dict[str, Any] = {UNPADDED: unpadded is not None}
+    runtime: Dict[str, object] = {UNPADDED: unpadded is not None}
     rewritten = None
     if unpadded is not None:
         rewritten, runtime[FILLED] = unpadded

@@ -6,7 +6,7 @@ compute more, and need no state on the device (`traceserve_runtime.runtimes.torc
 
 from __future__ import annotations
 
-from typing import Any, Dict, Iterator, NamedTuple, Sequence, Tuple
+from typing import TYPE_CHECKING, Dict, Iterator, NamedTuple, Sequence, Tuple
 
 import torch
 from traceserve_runtime.manifest import Shapes
@@ -14,6 +14,9 @@ from traceserve_runtime.runtimes.torchscript.fixed_shapes import decoder_name, e
 
 from traceserve.building.checkpoints.original import Original
 from traceserve.building.writers.tracing.wrapping import example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 STEP_INPUTS = ("decoder_input_ids", "attention_mask")
 SHORT_TARGET = 32  # tokens; a graph of this length writes the first ones
@@ -57,7 +60,7 @@ def _graphs(original: Original, shapes: Shapes, lengths: Sequence[int]) -> Itera
 class _Encoder(torch.nn.Module):
     """Maps the source, ids and mask int64 (batch, length), to its hidden states, float32 (batch, length, size)."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.encoder = model.get_encoder()
 
@@ -74,7 +77,7 @@ class _Decoder(torch.nn.Module):
     and a sum, which any compiler supports. The model itself does the rest, including T5's scaling before its head.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
 

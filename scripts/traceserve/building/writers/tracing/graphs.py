@@ -21,7 +21,7 @@ _GRAPH_SIZE = 16 << 20  # limit for a traced model's code and constants; BERT's 
 def trace(module: torch.nn.Module, inputs: Tuple[torch.Tensor, ...]) -> torch.nn.Module:
     """Trace the module with these inputs."""
     # The gate compares the trace with the original, at many shapes; torch would only check the traced one.
-    traced: torch.nn.Module = torch.jit.trace(module, inputs, check_trace=False)  # type: ignore[no-untyped-call]
+    traced: torch.nn.Module = torch.jit.trace(module, inputs, check_trace=False)
     return traced
 
 

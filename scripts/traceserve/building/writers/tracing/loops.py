@@ -6,7 +6,7 @@ outputs.
 
 from __future__ import annotations
 
-from typing import Callable, Dict, NamedTuple, Tuple
+from typing import Any, Callable, Dict, NamedTuple, Tuple
 
 import torch
 from traceserve_runtime.runtimes import stepping
@@ -77,10 +77,9 @@ def _check(original: Original, calls: stepping.Calls, first: torch.Tensor, loop:
     source = torch.arange(3, 7)[None]
     mask = torch.ones_like(source)
     options = {"do_sample": False, "num_beams": 1, "max_new_tokens": _CHECKED, "min_new_tokens": _CHECKED}
+    model: Any = original.model  # its types lack `generate`, which a mixin adds
     try:
-        found = original.model.generate(
-            source, attention_mask=mask, **options, output_logits=True, return_dict_in_generate=True
-        )
+        found = model.generate(source, attention_mask=mask, **options, output_logits=True, return_dict_in_generate=True)
     except (TypeError, ValueError):  # transformers before 4.39 returns no logits; then only the gate judges
         return
     state = calls.start(source, mask)

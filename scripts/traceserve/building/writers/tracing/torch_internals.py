@@ -77,7 +77,7 @@ def compiles_packages() -> bool:
 
     Without it the save mode aot_inductor is refused, before anything is downloaded.
     """
-    inductor: Optional[Any] = getattr(torch, "_inductor", None)
+    inductor: Optional[object] = getattr(torch, "_inductor", None)
     return hasattr(inductor, "aoti_compile_and_package")
 
 

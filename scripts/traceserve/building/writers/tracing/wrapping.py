@@ -28,7 +28,7 @@ _NAMED = {
 class Wrapped(torch.nn.Module):
     """A call of a model (`runtimes.calling`) as a module, with the model's weights as its own."""
 
-    def __init__(self, call: Any) -> None:
+    def __init__(self, call: Callable[..., Tuple[torch.Tensor, ...]]) -> None:
         super().__init__()
         self.model = getattr(call, "model", None)  # an empty cache needs none
         self.call = call
@@ -59,13 +59,13 @@ def masks_without_vmap() -> Iterator[None]:
     except ImportError:  # before 4.53
         yield
         return
-    masking_utils: Any = untyped
+    masking_utils: object = untyped
     if not hasattr(masking_utils, "_vmap_for_bhqkv"):  # version 5
         yield
         return
 
     def broadcast(mask_function: Callable[..., torch.Tensor], bh_indices: bool = True) -> Callable[..., torch.Tensor]:
-        def expanded(b: Any, h: Any, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+        def expanded(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
             if not bh_indices:
                 return mask_function(b, h, q[:, None], kv[None, :]).expand(q.shape[0], kv.shape[0])
             mask = mask_function(b[:, None, None, None], h[None, :, None, None], q[None, None, :, None], kv)
@@ -123,7 +123,7 @@ def windows_by_unfold() -> Iterator[None]:
     length."""
     own = torch.Tensor.as_strided
 
-    def cut(tensor: torch.Tensor, size: Any, stride: Any, *more: Any) -> torch.Tensor:
+    def cut(tensor: torch.Tensor, size: Sequence[int], stride: Sequence[int], *more: int) -> torch.Tensor:
         whole = tensor.flatten(1, 2) if tensor.ndim == 4 else tensor  # in windows that do not overlap
         along = len(size) == 4 and whole.ndim == 3 and not more
         if not along or (stride[0], *stride[2:]) != whole.stride() or int(size[3]) != whole.shape[2]:
@@ -155,14 +155,14 @@ def positions_by_length(model: torch.nn.Module) -> Iterator[None]:
     kinds = {type(part) for part in model.modules() if type(part).__name__ == "FunnelAttentionStructure"}
     own = {kind: kind.get_position_embeds for kind in kinds}  # type: ignore[attr-defined]
 
-    def encodings(structure: Any, length: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    def encodings(structure: Any, length: int, dtype: torch.dtype, device: torch.device) -> object:
         config = structure.config
         if config.attention_type == "factorized":  # it lists nothing
             return own[type(structure)](structure, length, dtype, device)
         half = config.d_model // 2
         frequencies = 1 / (10000 ** (torch.arange(0, half, dtype=torch.int64, device=device).to(dtype) / half))
 
-        def encoded(greatest: Any, least: Any, stride: int) -> torch.Tensor:
+        def encoded(greatest: int, least: int, stride: int) -> torch.Tensor:
             distances = torch.arange(greatest, least - 1, -stride, dtype=torch.int64, device=device).to(dtype)
             angles = distances[:, None] * frequencies[None]
             return torch.cat([torch.sin(angles), torch.cos(angles)], dim=-1)

@@ -1,0 +1,97 @@
+"""The document that `traceserve bench` writes, from its parts to the whole. Times are in milliseconds where named so."""
+
+from __future__ import annotations
+
+from typing import Dict, List, Optional, TypedDict
+
+
+class Load(TypedDict):
+    """The load of a measurement: connections that each send again once answered, or requests per second."""
+
+    connections: int
+    rate: Optional[float]
+
+
+class ServerFigures(TypedDict):
+    """A traceserve server's own figures: the means of a request's parts, tokens and padding."""
+
+    requests: int
+    time_ms: Dict[str, float]
+    tokens: float
+    padding_share: float
+
+
+class Figures(Load):
+    """One measurement, or the medians of several; latencies by percentile."""
+
+    most_connections: int
+    seconds: float
+    requests: int
+    throughput: float
+    latency_ms: Dict[str, float]
+    curve_ms: List[List[float]]  # percentile and latency
+    errors: Dict[str, int]
+    generator_cpu: float
+    server: Optional[ServerFigures]
+
+
+class Measurement(Figures):
+    """One measurement of a subject."""
+
+    subject: str
+
+
+class Summary(Figures):
+    """The medians of a subject's rounds at one load; errors are summed."""
+
+    subject: str
+    throughput_range: List[float]
+
+
+class Ratio(Load):
+    """The first subject's medians divided by the second's."""
+
+    throughput: float
+    latency: Dict[str, float]
+
+
+class Machine(TypedDict):
+    """The machine facts that figures depend on."""
+
+    processor: str
+    cores: int
+    system: str
+    python: str
+
+
+class Samples(TypedDict):
+    """The file of the samples, and how many bodies it gave."""
+
+    file: str
+    bodies: int
+
+
+class PlanFacts(TypedDict):
+    """What was asked for."""
+
+    loop: str
+    connections: List[int]
+    rate: Optional[float]
+    seconds: float
+    warm_up: float
+    rounds: int
+    seed: int
+
+
+class BenchDocument(TypedDict):
+    """The whole document."""
+
+    traceserve: str
+    date: str
+    machine: Machine
+    samples: Samples
+    plan: PlanFacts
+    subjects: List[str]
+    summary: List[Summary]
+    ratios: List[Ratio]
+    measurements: List[Measurement]
