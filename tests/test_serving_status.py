@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Iterator
 
 import pytest
+from traceserve import cli
 from traceserve.archives.archive import pack_archive
 from traceserve.measuring import activity
 from traceserve.serving import configuration, instances, server
@@ -141,3 +143,24 @@ def test_no_server(tmp_path: Path) -> None:
     finally:
         watching.kill()
         watching.communicate()
+
+
+def test_it_is_verified_through_its_own_door(
+    served: Instance, artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By its name, whose key is known; by its archive; and by its URL with a key, a wrong one, and none."""
+    archive = pack_archive(artifact, "tiny", tmp_path)
+    assert cli.main(["verify", "tiny", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["passed"] and found["asked"] == found["golden"] > 20 and found["notes"] == []
+    assert cli.main(["verify", str(archive)]) == 0
+    (tmp_path / "key").write_text(f"{served.key}\n")
+    url = [f"{served.url}/predictions/tiny", "--archive", str(archive)]
+    assert cli.main(["verify", *url, "--key-file", str(tmp_path / "key")]) == 0
+    assert cli.main(["verify", *url, "--key", "wrong"]) == 2
+    assert cli.main(["verify", *url]) == 2
+    assert "give its key: --key KEY or --key-file" in capsys.readouterr().err.replace("\n", " ")
+    (tmp_path / "newer").mkdir()
+    newer = pack_archive(artifact, "tiny", tmp_path / "newer", version="2.0")
+    assert cli.main(["verify", str(newer)]) == 1
+    assert "it does not serve version 2.0 of tiny" in capsys.readouterr().out.replace("\n", " ")

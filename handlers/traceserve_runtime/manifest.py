@@ -22,6 +22,7 @@ MANIFEST_FILE = "traceserve.json"
 SCHEMA = 4
 OLDEST = 3  # older documents had no digest; keys that later ones added have defaults
 HANDLER_FILE = "transformer_handler.py"
+SERVING_FILE = "model-config.yaml"  # TorchServe's and the worker's configuration
 OWN_CODE = "traceserve_"  # the prefix of our packages, which a hand-packed archive's manifest lacks
 _DIGEST = "digest"
 # Suffixes that Python would import from the archive's folder, which is first on the worker's path.
@@ -133,6 +134,15 @@ class Manifest:
     receipt: Dict[str, Any] = field(default_factory=dict)  # what the gate measured
     runtime: Dict[str, Any] = field(default_factory=dict)  # facts for the reader of this save mode
     version: str = "1.0"  # the archive's: in its URL, and in TorchServe's registrations
+
+    @property
+    def contents(self) -> str:
+        """The SHA-256 of its files' names and hashes, by which a server says what it runs.
+
+        Without the serving configuration: `tune` and the options of `serve` change it, and no answer.
+        """
+        files = {name: digest for name, digest in self.files.items() if name != SERVING_FILE}
+        return hashlib.sha256(json.dumps(files, sort_keys=True, separators=(",", ":")).encode("ascii")).hexdigest()
 
     @classmethod
     def read(cls, folder: Path, verify: bool = True) -> Manifest:

@@ -97,4 +97,10 @@ def _described(served: Served) -> JsonObject:
         "platform": f"traceserve_{served.manifest.save_mode}",
         "inputs": inputs,
         "outputs": [{"name": OUTPUT, **output}],
+        # V2's place for what it does not define; `traceserve verify` compares the contents.
+        "parameters": {
+            "task": served.manifest.task,
+            "dtype": served.manifest.dtype,
+            "contents": served.manifest.contents,
+        },
     }

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from typing import Any, Dict, Mapping, Optional
 
 import yaml
+from traceserve_runtime.manifest import SERVING_FILE as SERVING_FILE
 from traceserve_runtime.settings import Settings
 
 from traceserve.errors import ArchiveError
-
-SERVING_FILE = "model-config.yaml"
 
 # Keys of TorchServe, and of our handler (in `handler`), by field.
 _KEYS = {

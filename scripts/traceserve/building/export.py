@@ -14,12 +14,15 @@ from traceserve.building import artifact, samples
 from traceserve.building.attempt import AcceptedArtifact, Attempt, size_of
 from traceserve.building.checkpoints import licenses, loading, sources
 from traceserve.building.config import formats
+from traceserve.building.config.hardware import FIXED_SHAPES
 from traceserve.building.config.parsing import LoadedConfig
 from traceserve.building.exported import Candidate, Exported
+from traceserve.building.gate.golden import with_golden_set
 from traceserve.building.gate.reference import Reference
 from traceserve.building.progress import Progress
 from traceserve.building.writers import WRITERS
 from traceserve.errors import ExportError
+from traceserve.machine import neuron_cores
 
 
 def export(
@@ -29,19 +32,27 @@ def export(
     progress: Progress,
     samples_file: Optional[Path] = None,
     allow_drift: bool = False,
+    keep_samples: bool = False,
 ) -> Exported:
     """Write the artifact `name` into `folder`, an empty one; raises TraceserveError, DriftError from the gate.
 
     If the configuration leaves the dtype open, the first candidate that passes is taken, fastest first. If it leaves
     the shapes open, the widest that pass are taken. If none passes,
     `allow_drift` takes those that change the fewest answers; artifacts that cannot run are never exported.
+    `keep_samples` puts the user's samples into the golden set, and so into the archive.
     """
     with loading.quiet_transformers():
-        return _export(loaded, name, folder, progress, samples_file, allow_drift)
+        return _export(loaded, name, folder, progress, samples_file, allow_drift, keep_samples)
 
 
 def _export(
-    loaded: LoadedConfig, name: str, folder: Path, progress: Progress, samples_file: Optional[Path], allow_drift: bool
+    loaded: LoadedConfig,
+    name: str,
+    folder: Path,
+    progress: Progress,
+    samples_file: Optional[Path],
+    allow_drift: bool,
+    keep_samples: bool,
 ) -> Exported:
     config = loaded.config
     WRITERS[config.save_mode].check(config.dtype, artifact.target_of(config))
@@ -81,9 +92,14 @@ def _export(
         "candidates": [candidate.receipt() for candidate in tried],
         "license": licenses.license_of(checkpoint),
     }
-    manifest = replace(chosen.manifest, receipt=receipt)
+    progress("writing the golden set", 0, 0)
+    kept = own_samples if keep_samples else ()
+    runs_here = config.hardware not in FIXED_SHAPES or bool(neuron_cores.count(config.hardware))
+    manifest, p50 = with_golden_set(
+        folder, replace(chosen.manifest, receipt=receipt), attempt.reference, kept, runs_here
+    )
     manifest.write(folder)
     parameters = sum(parameter.numel() for parameter in original.model.parameters())
     notes = checkpoint.note, original.note, WRITERS[config.save_mode].note(artifact.target_of(config))
     note = "\n".join(note for note in notes if note) or None
-    return Exported(manifest, chosen.findings, parameters, note, checkpoint.task_found, tuple(tried), compared)
+    return Exported(manifest, chosen.findings, parameters, note, checkpoint.task_found, tuple(tried), compared, p50)

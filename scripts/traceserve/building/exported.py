@@ -61,6 +61,7 @@ class Exported:
     task_found: str  # the evidence for the task; empty if configured
     candidates: Tuple[Candidate, ...]
     compared: Optional[Compared] = None
+    golden_p50: Optional[float] = None  # milliseconds, of the golden set's requests in this process
 
     def report(self) -> Dict[str, object]:
         """Return the measurements; they differ from run to run, so they are stored beside the artifact, not in it."""
@@ -71,6 +72,7 @@ class Exported:
             "cores": processor.cores(),
             "versions": self.manifest.versions,
             "chosen": self.manifest.dtype,
+            "golden_p50_ms": self.golden_p50,
             "candidates": [
                 {**candidate.receipt(), "requests_per_second": candidate.speed, "bytes": candidate.size}
                 for candidate in self.candidates

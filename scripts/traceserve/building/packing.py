@@ -20,6 +20,7 @@ def export_and_pack(
     progress: Progress,
     samples: Optional[Path] = None,
     allow_drift: bool = False,
+    keep_samples: bool = False,
 ) -> Exported:
     """Write the artifact and its archive; raises as `export`."""
     name = written.artifact.resolve().name
@@ -28,7 +29,7 @@ def export_and_pack(
         store = stack.enter_context(staging.staged(written.archive)) if written.archive else None
         folder = stack.enter_context(staging.staged(written.artifact)) / written.artifact.name
         folder.mkdir()
-        exported = export(loaded, name, folder, progress, samples, allow_drift)
+        exported = export(loaded, name, folder, progress, samples, allow_drift, keep_samples)
         if store:
             progress("packing", 0, 0)
             archive.pack_archive(folder, name, store, written.version)

@@ -7,6 +7,7 @@ from traceserve.commands import (
     build,
     demo,
     deploy,
+    diff,
     doctor,
     init,
     inspect,
@@ -16,11 +17,28 @@ from traceserve.commands import (
     show,
     status,
     tune,
+    verify,
 )
 from traceserve.commands.contract import Command
 
 COMMANDS: Tuple[Command, ...] = tuple(
     command
-    for module in (init, build, inspect, serve, status, predict, bench, tune, deploy, playground, doctor, demo, show)
+    for module in (
+        init,
+        build,
+        inspect,
+        diff,
+        serve,
+        status,
+        predict,
+        verify,
+        bench,
+        tune,
+        deploy,
+        playground,
+        doctor,
+        demo,
+        show,
+    )
     for command in module.COMMANDS
 )

@@ -40,6 +40,12 @@ def _add_gate(parser: argparse.ArgumentParser) -> None:
         help="compare on your own texts too: one per line, or a .csv with a column text, or request bodies in a .jsonl",
     )
     parser.add_argument(
+        "--keep-samples",
+        action="store_true",
+        help="put up to 256 of your --samples, with the original's answers, into the archive, so that `traceserve verify` asks "
+        "them too; without it no text of yours is in the archive",
+    )
+    parser.add_argument(
         "--allow-drift",
         action="store_true",
         help="export even if answers differ from the original's; recorded in the manifest",
@@ -91,7 +97,12 @@ def make(options: argparse.Namespace, with_archive: bool) -> Path:
     """Export, and archive; both appear at the end, or neither. Returns the archive's or the artifact's path."""
     from traceserve.archives import staging
     from traceserve.building.config import parsing, targets
+    from traceserve.errors import ConfigError
 
+    if options.keep_samples and options.samples is None:
+        raise ConfigError(
+            "--keep-samples keeps the samples of --samples FILE, and there is none; give it, or leave both out"
+        )
     loaded = parsing.load_config(options.config)
     for note in loaded.notes:
         console(error=True).print(f"[yellow]note:[/] {note}", highlight=False)
@@ -101,7 +112,7 @@ def make(options: argparse.Namespace, with_archive: bool) -> Path:
 
     started = time.monotonic()
     with ProgressBar() as bar:
-        exported = export_and_pack(loaded, written, bar, options.samples, options.allow_drift)
+        exported = export_and_pack(loaded, written, bar, options.samples, options.allow_drift, options.keep_samples)
     if exported.note:
         console().print(exported.note, highlight=False)
     made = written.archive or written.artifact

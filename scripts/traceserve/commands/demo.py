@@ -25,7 +25,14 @@ def _demo(options: argparse.Namespace) -> int:
 
     screen = console()
     defaults = argparse.Namespace(
-        config=demo.CONFIG, output=None, store=STORE, samples=None, allow_drift=False, force=True, version=None
+        config=demo.CONFIG,
+        output=None,
+        store=STORE,
+        samples=None,
+        keep_samples=False,
+        allow_drift=False,
+        force=True,
+        version=None,
     )
     screen.rule("build: fit, trace, compare, pack", align="left")
     path = make(defaults, with_archive=True)

@@ -46,7 +46,7 @@ def subject(
     `body` (a template) and `headers` are only for a URL: our own servers' bodies and keys are known.
     """
     if "://" not in place:
-        instance = _serving(place, port)
+        instance = instances.serving_instance(place, port)
         if instance.certificate:
             raise ServerError(f"{place} uses TLS, which cannot be measured; serve it without --certificate too")
         key = {"Authorization": f"Bearer {instance.key}"} if instance.key else {}
@@ -59,26 +59,6 @@ def subject(
     label = urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
     ours = _ours(label)
     return Subject(label, load_generator.Endpoint(place, dict(headers)), traffic(file, body), *(ours or ("", None)))
-
-
-def _serving(name: str, port: Optional[int]) -> instances.Instance:
-    if port is not None:
-        found = [instances.find_instance(port)]
-        if name not in found[0].names:
-            raise ServerError(f"the server on port {port} has no {name}, but {', '.join(found[0].names)}")
-        return found[0]
-    running = instances.running()
-    found = [instance for instance in running if name in instance.names]
-    if len(found) > 1:
-        ports = ", ".join(str(instance.port) for instance in found)
-        raise ServerError(f"{name} is served on the ports {ports}; choose one with --port, or give URLs")
-    if not found:
-        others = ", ".join(sorted({other for instance in running for other in instance.names})) or "nothing"
-        raise ServerError(
-            f"no server of traceserve serves {name}, but {others}; `traceserve serve model_store/{name}.mar` starts one, "
-            "and a URL measures any other server"
-        )
-    return found[0]
 
 
 def _ours(url: str) -> Optional[Tuple[str, str]]:

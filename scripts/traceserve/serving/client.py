@@ -104,6 +104,41 @@ def get_document(
             raise ServerError(f"{url}/{path} is no JSON: {error}") from None
 
 
+def exchange(
+    url: str,
+    body: Any = None,
+    key: Optional[str] = None,
+    timeout: float = 60.0,
+    certificate: Optional[str] = None,
+    any_name: bool = True,
+) -> Tuple[int, Any]:
+    """POST `body` as JSON to any URL, or GET it if there is none; returns the status, whatever it is, and the parsed
+    answer, or its text if it is no JSON. Raises NotYet if nothing answers."""
+    data = None if body is None else json.dumps(body).encode("utf-8")
+    kind = {} if data is None else {"Content-Type": "application/json"}
+    request = urllib.request.Request(url, data=data, headers={**kind, **_authorization(key)})
+    try:
+        with (_opener_for(certificate, any_name) if certificate else opener).open(request, timeout=timeout) as response:
+            return response.status, _parsed(response.read())
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, _parsed(error.read())
+    except (OSError, http.client.HTTPException) as error:
+        raise NotYet(f"{url} does not answer: {getattr(error, 'reason', error)}") from None
+
+
+def _parsed(content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        return content.decode("utf-8", "replace")
+
+
+def error_words(answer: Any) -> str:
+    """Return the message of a parsed error answer."""
+    return _message(json.dumps(answer).encode() if not isinstance(answer, str) else answer.encode())[0]
+
+
 def _authorization(key: Optional[str]) -> Dict[str, str]:
     return {"Authorization": f"Bearer {key}"} if key else {}
 

@@ -180,6 +180,27 @@ def find_instance(port: Optional[int]) -> Instance:
     raise ServerError(f"no server of traceserve is running on port {port}, but on {ports}")
 
 
+def serving_instance(name: str, port: Optional[int] = None) -> Instance:
+    """Return the server of an archive, on this port if given; raises ServerError."""
+    if port is not None:
+        found = [find_instance(port)]
+        if name not in found[0].names:
+            raise ServerError(f"the server on port {port} has no {name}, but {', '.join(found[0].names)}")
+        return found[0]
+    servers = running()
+    found = [instance for instance in servers if name in instance.names]
+    if len(found) > 1:
+        ports = ", ".join(str(instance.port) for instance in found)
+        raise ServerError(f"{name} is served on the ports {ports}; choose one with --port, or give URLs")
+    if not found:
+        others = ", ".join(sorted({other for instance in servers for other in instance.names})) or "nothing"
+        raise ServerError(
+            f"no server of traceserve serves {name}, but {others}; `traceserve serve model_store/{name}.mar` starts one, "
+            "and a URL stands for any other server"
+        )
+    return found[0]
+
+
 def workers_alive(instance: Instance) -> Dict[str, int]:
     """Return the number of running worker processes per archive."""
     alive = dict.fromkeys(instance.names, 0)

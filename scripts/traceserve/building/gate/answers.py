@@ -8,8 +8,9 @@ from typing import Iterator, Sequence, Tuple, Union
 
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import TraceserveError
+from traceserve_runtime.json_types import Json
 from traceserve_runtime.runner import Arrays
-from traceserve_runtime.tasks.contract import Answer, Request, by_part
+from traceserve_runtime.tasks.contract import Answer, Request, Task, by_part
 from traceserve_runtime.texts.rows import Encoded, Row, Segments
 
 from traceserve.building.checkpoints import languages
@@ -117,22 +118,27 @@ def _changed(
     engine: Engine, reference: Reference, sample: Request, encoded: Encoded, answer: Union[Answer, TraceserveError]
 ) -> bool:
     """Return whether an answer differs from the decoded outputs of the original."""
-    outputs = [_expected(engine, reference, row, sample) for row in encoded.rows]
     try:
-        expected = engine.task.answer(sample, encoded.rows, outputs)
+        expected = expected_answer(engine.task, reference, sample, encoded)
     except TraceserveError as error:
         return type(answer) is not type(error)
     return isinstance(answer, TraceserveError) or not engine.task.same(answer.value, expected)
 
 
-def _expected(engine: Engine, reference: Reference, row: Row, sample: Request) -> Arrays:
+def expected_answer(task: Task, reference: Reference, sample: Request, encoded: Encoded) -> Json:
+    """Return the original's answer: its outputs for each row, decoded by the task; raises TraceserveError."""
+    outputs = [_expected(task, reference, row, sample) for row in encoded.rows]
+    return task.answer(sample, encoded.rows, outputs)
+
+
+def _expected(task: Task, reference: Reference, row: Row, sample: Request) -> Arrays:
     """Return the original's outputs for a row, as far as its task reads them."""
-    task, original = engine.task, reference.original
+    original = reference.original
     tokens = _tokens(row)
     if task.loop:
         asked = json.dumps(sample.parameters, sort_keys=True)
         return reference.outputs((asked, tokens), partial(run_text, original, task.loop, row, sample))
-    whole = partial(run_original, original, row, engine.manifest.outputs)
+    whole = partial(run_original, original, row, task.manifest.outputs)
     return reference.outputs(tokens, lambda: task.keep(row, whole()))
 
 

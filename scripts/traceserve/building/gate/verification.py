@@ -13,12 +13,12 @@ from typing import Sequence
 
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.runtimes import VARIANTS
-from traceserve_runtime.tasks.contract import Request
+from traceserve_runtime.tasks.contract import Request, Task
 
 from traceserve.building.gate import devices
 from traceserve.building.gate.answers import compare_answers
 from traceserve.building.gate.corpus import sentences
-from traceserve.building.gate.findings import LIMITS, Findings
+from traceserve.building.gate.findings import LIMITS, Findings, Limit
 from traceserve.building.gate.outputs import compare_outputs
 from traceserve.building.gate.reference import Reference
 from traceserve.building.gate.texts import TEXTS
@@ -47,9 +47,7 @@ def verify(
     usual = Engine.load(folder)
     manifest, task = usual.manifest, usual.task
     limit = LIMITS[manifest.dtype]
-    more = sentences(CORPUS) if limit.changed and not task.loop else ()
-    built_in = task.from_texts((*TEXTS, *more))
-    gate = _Gate(reference, built_in, own_samples, progress, thorough)
+    gate = _Gate(reference, built_in_samples(task, limit), own_samples, progress, thorough)
     first, *others = VARIANTS[manifest.save_mode](manifest, folder, devices.at_hand(manifest.hardware))
     findings = gate.compare(usual, Findings(limit, first.file, first.how, first.device))
     del usual  # each has its own weights
@@ -64,6 +62,12 @@ def verify(
             found = gate.compare(engine, Findings(limit, variant.file, variant.how, variant.device))
         findings.others.append(found)
     return findings
+
+
+def built_in_samples(task: Task, limit: Limit) -> Sequence[Request]:
+    """Return the built-in samples: more of them where few answers may change."""
+    more = sentences(CORPUS) if limit.changed and not task.loop else ()
+    return task.from_texts((*TEXTS, *more))
 
 
 def _spread(samples: Sequence[Request], most: int) -> Sequence[Request]:

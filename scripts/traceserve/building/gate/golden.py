@@ -1,0 +1,153 @@
+"""The golden set: requests with the original's answers, in the archive, by which a server is verified later.
+
+It holds built-in samples; the user's own only if the build was asked to keep them. Only requests whose answer is
+determined (no sampling, no streams), and that the artifact itself answered as the original did.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+
+from traceserve_runtime.engine import Engine, load_task
+from traceserve_runtime.errors import InvalidManifest, TraceserveError
+from traceserve_runtime.manifest import Manifest, sha256
+from traceserve_runtime.tasks.contract import Answer, Request, Task
+from traceserve_runtime.texts.rows import Encoded
+
+from traceserve.building.gate.answers import expected_answer
+from traceserve.building.gate.drift import score_difference
+from traceserve.building.gate.findings import LIMITS
+from traceserve.building.gate.reference import Reference
+from traceserve.building.gate.verification import built_in_samples
+
+GOLDEN_FILE = "golden.json"
+RECEIPT = "golden"  # its key in the receipt
+FORMAT = 1
+MOST, MOST_WRITTEN, MOST_OWN = 64, 8, 256  # built-in samples, those of a task that writes text, and the user's own
+MOST_BYTES = 1 << 20  # of the file; what does not fit is left out
+_LONGEST = 2000  # characters of a built-in sample: a verification should be quick
+_DIGITS = 7
+
+
+@dataclass(frozen=True)
+class GoldenSample:
+    """A request and the original's answer; `own`: it is the user's."""
+
+    inputs: Dict[str, Any]
+    parameters: Dict[str, Any]
+    answer: Any
+    own: bool = False
+
+
+@dataclass(frozen=True)
+class GoldenSet:
+    """`largest_difference` is that of the artifact's own scores from the original's, at the build; None if it could not
+    run there."""
+
+    samples: Tuple[GoldenSample, ...]
+    largest_difference: Optional[float] = None
+
+    def to_json(self) -> str:
+        """Return the file's text."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, ensure_ascii=False, separators=(",", ":")) + "\n"
+
+
+def read_golden(folder: Path) -> Optional[GoldenSet]:
+    """Return the golden set of an unpacked archive; None without one. Raises InvalidManifest for an unknown format."""
+    path = folder / GOLDEN_FILE
+    if not path.is_file():
+        return None
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        samples = tuple(GoldenSample(**sample) for sample in document["samples"])
+        if document["format"] != FORMAT:
+            raise ValueError(f"format {document['format']}")
+        return GoldenSet(samples, document["largest_difference"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise InvalidManifest(
+            f"{GOLDEN_FILE} cannot be read ({error}); it should have format {FORMAT}: build the archive again"
+        ) from None
+
+
+def with_golden_set(
+    folder: Path, manifest: Manifest, reference: Reference, own: Sequence[Request], runs_here: bool
+) -> Tuple[Manifest, Optional[float]]:
+    """Write the golden set into an artifact that passed; returns the manifest that names it, and the p50 in milliseconds
+    of its requests in this process (None if the artifact does not run here)."""
+    task = load_task(folder, manifest)
+    samples = _within_limits(task, _answered(task, reference, own))
+    golden, p50 = GoldenSet(tuple(samples)), None
+    if runs_here and samples:
+        golden, p50 = _compared(folder, task, samples)
+    if not golden.samples:
+        return manifest, None
+    path = folder / GOLDEN_FILE
+    path.write_text(golden.to_json(), encoding="utf-8")
+    told = {
+        "samples": len(golden.samples),
+        "own_samples": sum(s.own for s in golden.samples),
+        "bytes": path.stat().st_size,
+    }
+    files = dict(sorted({**manifest.files, GOLDEN_FILE: sha256(path)}.items()))
+    return replace(manifest, files=files, receipt={**manifest.receipt, RECEIPT: told}), p50
+
+
+def _answered(task: Task, reference: Reference, own: Sequence[Request]) -> Iterator[GoldenSample]:
+    """Yield samples with the original's answers, the user's first; without those that it refuses, or samples."""
+    built_in = built_in_samples(task, LIMITS[task.manifest.dtype])
+    short = [request for request in built_in if len(json.dumps(dict(request.inputs))) <= _LONGEST]
+    for requests, is_own in ((own[:MOST_OWN], True), (short[: 2 * MOST], False)):
+        for request, encoded in zip(requests, task.encode(requests)):
+            if not isinstance(encoded, Encoded) or not task.repeatable(request) or task.streams(request):
+                continue
+            try:
+                answer = expected_answer(task, reference, request, encoded)
+            except TraceserveError:
+                continue
+            yield GoldenSample(dict(request.inputs), dict(request.parameters), _rounded(answer), is_own)
+
+
+def _within_limits(task: Task, samples: Iterable[GoldenSample]) -> List[GoldenSample]:
+    """Return as many samples as may be kept, by number and by bytes."""
+    left = {True: MOST_OWN, False: MOST_WRITTEN if task.loop else MOST}
+    room = MOST_BYTES - 100
+    chosen: List[GoldenSample] = []
+    for sample in samples:
+        size = len(json.dumps(asdict(sample), ensure_ascii=False).encode()) + 1
+        if left[sample.own] and size <= room:
+            left[sample.own] -= 1
+            room -= size
+            chosen.append(sample)
+        if not left[False]:  # the built-in ones come last
+            break
+    return chosen
+
+
+def _compared(folder: Path, task: Task, samples: Sequence[GoldenSample]) -> Tuple[GoldenSet, Optional[float]]:
+    """Return the samples that the artifact answers as the original does, one at a time as a client asks, and the p50."""
+    engine = Engine.load(folder)
+    engine.warm_up()
+    kept: List[GoldenSample] = []
+    seconds, differences = [], [0.0]
+    for sample in samples:
+        started = time.perf_counter()
+        [answer] = engine.answer([Request(sample.inputs, sample.parameters)])
+        seconds.append(time.perf_counter() - started)
+        if isinstance(answer, Answer) and task.same(answer.value, sample.answer):
+            kept.append(sample)
+            differences.append(score_difference(answer.value, sample.answer))
+    return GoldenSet(tuple(kept), max(differences)), 1000 * statistics.median(seconds)
+
+
+def _rounded(value: Any) -> Any:
+    """Return an answer with as many digits as float32 has, since vectors are long."""
+    if isinstance(value, float):
+        return float(f"{value:.{_DIGITS}g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,87 @@
+"""Answers a file of requests with one archive, in a process of its own: `python -m traceserve.checking.answering ASKED ANSWERED`.
+
+So two archives neither share memory nor warm each other's caches, and libraries are those of a worker.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+
+import psutil
+from traceserve_runtime.engine import Engine
+from traceserve_runtime.tasks.contract import Answer, Request
+
+from traceserve.errors import ExportError
+
+_AT_ONCE = 32
+_TIMED = 64  # requests that are asked alone, for the latency
+
+
+class Told(NamedTuple):
+    """One request's answer; without one, the error's kind."""
+
+    value: Any
+    error: Optional[str]
+
+
+class Answered(NamedTuple):
+    """All answers, in order, and what they took."""
+
+    answers: Sequence[Told]
+    p50_ms: float  # of a request asked alone
+    seconds: float  # for all, 32 at a time
+    memory_mib: float  # of the process at its end
+
+
+def ask_in_a_process(folder: Path, requests: Sequence[Request], threads: int, scratch: Path) -> Answered:
+    """Run an unpacked archive in a fresh process with this many threads; raises ExportError if it cannot run here."""
+    asked, answered = scratch / "asked.json", scratch / "answered.json"
+    asked.write_text(
+        json.dumps({"folder": str(folder), "requests": [[dict(r.inputs), dict(r.parameters)] for r in requests]}),
+        encoding="utf-8",
+    )
+    variables = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")}
+    command = [sys.executable, "-m", "traceserve.checking.answering", str(asked), str(answered)]
+    result = subprocess.run(
+        command, env={**os.environ, **variables}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if result.returncode:
+        lines = [line for line in result.stdout.splitlines() if line.strip()]
+        raise ExportError(f"{folder.name} cannot be run here: {lines[-1] if lines else 'it ended without a message'}")
+    document = json.loads(answered.read_text(encoding="utf-8"))
+    return Answered([Told(*each) for each in document.pop("answers")], **document)
+
+
+def _answer_all(asked: Path) -> Dict[str, Any]:
+    document = json.loads(asked.read_text(encoding="utf-8"))
+    requests = [Request(inputs, parameters) for inputs, parameters in document["requests"]]
+    engine = Engine.load(Path(document["folder"]))
+    engine.warm_up()
+    alone: List[float] = []
+    for request in requests[:_TIMED]:
+        started = time.perf_counter()
+        engine.answer([request])
+        alone.append(time.perf_counter() - started)
+    answers: List[List[Any]] = []
+    started = time.perf_counter()
+    for start in range(0, len(requests), _AT_ONCE):
+        for answer in engine.answer(requests[start : start + _AT_ONCE]):
+            failed = not isinstance(answer, Answer)
+            answers.append([None, type(answer).__name__] if failed else [answer.value, None])  # type: ignore[union-attr]
+    return {
+        "answers": answers,
+        "p50_ms": 1000 * statistics.median(alone),
+        "seconds": time.perf_counter() - started,
+        "memory_mib": psutil.Process().memory_info().rss / (1 << 20),
+    }
+
+
+if __name__ == "__main__":
+    Path(sys.argv[2]).write_text(json.dumps(_answer_all(Path(sys.argv[1]))), encoding="utf-8")

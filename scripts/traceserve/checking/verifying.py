@@ -1,0 +1,220 @@
+"""Replays a golden set against a live server, and compares its answers by the gate's own rules."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+from traceserve_runtime.tasks.contract import Task
+
+from traceserve.building.gate.drift import score_difference
+from traceserve.building.gate.findings import LIMITS, Findings
+from traceserve.building.gate.golden import GoldenSample
+from traceserve.checking.dialects import NATIVE, SpokenAt, metadata_url, places
+from traceserve.checking.proof import Proof, proof_of
+from traceserve.errors import ServerError
+from traceserve.serving import client
+from traceserve.serving.instances import Instance
+
+SECONDS = 8.0  # after which no more samples are asked, so that all ends within ten
+_NOT_ALLOWED = (401, 403)
+_WRONG_KEY = "InvalidKeyException"  # TorchServe's, with status 400
+# What reading an answer of another form raises; and a task's comparison of one.
+_OTHER_FORM = (LookupError, TypeError, ValueError, AttributeError)
+
+
+@dataclass(frozen=True)
+class Door:
+    """A server's address. `ours`: it is one of this machine's, whose version and contents must be the archive's."""
+
+    label: str
+    url: str
+    key: Optional[str] = None
+    certificate: Optional[str] = None
+    ours: bool = False
+
+    @classmethod
+    def of(cls, instance: Instance, name: str) -> Door:
+        """Return the door of a server of this machine."""
+        url = f"{instance.url}/predictions/{name}"
+        return cls(f"{name} on port {instance.port}", url, instance.key, instance.certificate, True)
+
+    def ask(self, url: str, body: Any = None, timeout: float = 60.0) -> Tuple[int, Any]:
+        """POST, or GET without a body; raises ServerError where nothing answers, or the key is refused."""
+        status, answer = client.exchange(url, body, self.key, timeout, self.certificate, any_name=self.ours)
+        if status in _NOT_ALLOWED or (isinstance(answer, dict) and answer.get("type") == _WRONG_KEY):
+            raise ServerError(
+                f"{url} answers {status}: {client.error_words(answer)}; give its key: --key KEY or --key-file"
+            )
+        return status, answer
+
+
+@dataclass(frozen=True)
+class VerifiedSample:
+    """One sample's outcome; `difference` of its scores is None where the answer changed or failed."""
+
+    number: int  # in the golden set, from 1
+    own: bool
+    same: bool
+    difference: Optional[float]
+    expected: Any
+    answer: Any
+    error: str
+    milliseconds: float
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The outcome of a replay; `problems` are what fails it, `notes` what could not be compared."""
+
+    door: Door
+    place: SpokenAt
+    of: int  # samples in the golden set
+    samples: Tuple[VerifiedSample, ...]
+    limit: float  # of a score's difference
+    problems: Tuple[str, ...]
+    notes: Tuple[str, ...]
+    build_p50: Optional[float]
+
+    @property
+    def passed(self) -> bool:
+        """Whether the server answers as the original does, from the archive that was proven."""
+        return not self.problems
+
+    @property
+    def different(self) -> List[VerifiedSample]:
+        """The samples that were answered otherwise, or with a score over the limit."""
+        return [each for each in self.samples if not each.same or (each.difference or 0.0) > self.limit]
+
+    @property
+    def largest_difference(self) -> float:
+        """The largest of all scores that could be compared."""
+        return max((each.difference for each in self.samples if each.difference is not None), default=0.0)
+
+    @property
+    def p50(self) -> float:
+        """The median of a request, in milliseconds, one at a time."""
+        return statistics.median(each.milliseconds for each in self.samples)
+
+    def document(self, with_texts: bool) -> Dict[str, Any]:
+        """Return it as JSON; the answers to the user's own samples only `with_texts`."""
+        hidden = {"expected": None, "answer": None}
+        return {
+            "server": self.door.label,
+            "url": self.place.url,
+            "protocol": self.place.dialect.name,
+            "passed": self.passed,
+            "asked": len(self.samples),
+            "golden": self.of,
+            "changed": sum(not each.same for each in self.samples),
+            "largest_difference": self.largest_difference,
+            "limit": self.limit,
+            "p50_ms": self.p50,
+            "build_p50_ms": self.build_p50,
+            "problems": list(self.problems),
+            "notes": list(self.notes),
+            "different": [{**asdict(e), **(hidden if e.own and not with_texts else {})} for e in self.different],
+        }
+
+
+def verify_server(door: Door, archive: Path, seconds: float = SECONDS) -> Verification:
+    """Replay the golden set of `archive`; raises ServerError if the server could not be asked, ArchiveError without a set."""
+    deadline = time.monotonic() + seconds
+    with proof_of(archive) as proof:
+        place = _place(door, proof)
+        problems, notes = _identity(door, place, proof)
+        samples: List[VerifiedSample] = []
+        for number, sample in enumerate(proof.golden.samples, 1):
+            if samples and time.monotonic() > deadline:
+                notes.append(
+                    f"the last {len(proof.golden.samples) - len(samples)} samples were not asked: --seconds was over"
+                )
+                break
+            samples.append(_verified(door, place, proof.task, number, sample))
+        limit = max(LIMITS[proof.manifest.dtype].difference, proof.golden.largest_difference or 0.0)
+        problems += _differences(samples, proof, limit)
+        return Verification(
+            door, place, len(proof.golden.samples), tuple(samples), limit, tuple(problems), tuple(notes), proof.p50
+        )
+
+
+def _place(door: Door, proof: Proof) -> SpokenAt:
+    """Return where the server answers the first sample in the task's form; this request warms it up, too."""
+    sample = proof.golden.samples[0]
+    tried: List[str] = []
+    candidates = [SpokenAt(NATIVE, door.url)] if door.ours else places(door.url, proof.manifest)
+    for place in candidates:
+        status, answer = door.ask(place.url, place.dialect.write(sample, proof.task))
+        try:
+            if status == 200:
+                proof.task.same(place.answer(answer, sample, proof.task), sample.answer)
+                return place
+            tried.append(f"{place.dialect.name} at {place.url}: {status}, {client.error_words(answer)[:120]}")
+        except _OTHER_FORM:
+            tried.append(f"{place.dialect.name} at {place.url}: not the form of an answer to {proof.manifest.task}")
+    raise ServerError(f"{door.label} answers in no protocol that is known here:\n  " + "\n  ".join(tried))
+
+
+def _identity(door: Door, place: SpokenAt, proof: Proof) -> Tuple[List[str], List[str]]:
+    """Return what is wrong with the server's version and contents, and what it does not say."""
+    manifest = proof.manifest
+    status, told = door.ask(metadata_url(place.url, manifest))
+    if status == 200 and isinstance(told, dict) and isinstance(told.get("versions"), list):
+        problems = []
+        if manifest.version not in told["versions"]:
+            versions = ", ".join(map(str, told["versions"]))
+            problems.append(f"it serves version {versions}, and the golden set is that of version {manifest.version}")
+        contents = dict(told.get("parameters") or {}).get("contents")
+        if contents is None:
+            return problems, ["the server does not say which archive it runs: its hash was not compared"]
+        if contents != manifest.contents:
+            problems.append(
+                f"it runs another archive than the golden set's: its contents are {str(contents)[:12]}…, not "
+                f"{manifest.contents[:12]}…"
+            )
+        return problems, []
+    if door.ours:
+        return [f"it does not serve version {manifest.version} of {manifest.name}, the golden set's ({status})"], []
+    return [], ["the server describes no model as V2 does: version and hash were not compared"]
+
+
+def _verified(door: Door, place: SpokenAt, task: Task, number: int, sample: GoldenSample) -> VerifiedSample:
+    body = place.dialect.write(sample, task)
+    started = time.perf_counter()
+    status, answer = door.ask(place.url, body)
+    milliseconds = 1000 * (time.perf_counter() - started)
+
+    def outcome(same: bool, difference: Optional[float], answer: Any, error: str = "") -> VerifiedSample:
+        return VerifiedSample(number, sample.own, same, difference, sample.answer, answer, error, milliseconds)
+
+    if status != 200:
+        return outcome(False, None, None, f"{status}: {client.error_words(answer)[:200]}")
+    try:
+        value = place.answer(answer, sample, task)
+        same = task.same(value, sample.answer)
+    except _OTHER_FORM:
+        return outcome(False, None, answer, "the answer has another form")
+    return outcome(same, score_difference(value, sample.answer) if same else None, value)
+
+
+def _differences(samples: List[VerifiedSample], proof: Proof, limit: float) -> List[str]:
+    """Return what the gate's rule for the dtype says of the answers."""
+    problems = []
+    changed = [each.number for each in samples if not each.same]
+    judged = Findings(
+        LIMITS[proof.manifest.dtype],
+        answers=len(samples),
+        own_answers=sum(each.own for each in samples),
+        changed=changed,
+        own_changed=sum(each.own and not each.same for each in samples),
+    )
+    if judged.too_many_changed:
+        problems.append(f"{len(changed)} of {len(samples)} answers differ from the original's ({proof.manifest.dtype})")
+    over = [each for each in samples if each.difference is not None and not each.difference <= limit]
+    if over:
+        largest = max(each.difference or 0.0 for each in over)
+        problems.append(f"the scores of {len(over)} answers are off by up to {largest:.1e} (limit {limit:.1e})")
+    return problems

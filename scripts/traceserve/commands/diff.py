@@ -1,0 +1,127 @@
+"""diff: two archives, what they say and how they answer."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Sequence
+
+from traceserve_runtime.errors import TraceserveError
+
+from traceserve.commands.arguments import positive
+from traceserve.commands.contract import Command
+from traceserve.commands.printing import ProgressBar, console, figure, megabytes
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from traceserve.checking.comparing import ArchiveComparison, FieldChange
+
+_SHOWN, _LONGEST = 10, 48
+
+
+def _add_diff(parser: argparse.ArgumentParser) -> None:
+    for name, text in (("one", "A"), ("other", "B")):
+        parser.add_argument(name, type=Path, metavar=text, help="a .mar file, or an artifact's folder")
+    parser.add_argument(
+        "--samples",
+        type=Path,
+        metavar="FILE",
+        help="ask your own texts instead of built-in ones: one per line, or a .csv with a column text, or request bodies in a "
+        ".jsonl; they stay on this machine, and the page of --html quotes those whose answer changed",
+    )
+    parser.add_argument("--threads", type=positive, metavar="N", help="of each engine [this machine's cores]")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with all of it; it works offline")
+    parser.add_argument("--json", action="store_true", help="print JSON, with the requests whose answer changed")
+
+
+def _diff(options: argparse.Namespace) -> int:
+    from traceserve.building import samples
+    from traceserve.checking.comparing import compare_archives
+    from traceserve.checking.comparison_page import comparison_page
+
+    if options.html and not options.html.resolve().parent.is_dir():
+        raise TraceserveError(f"diff: there is no folder {options.html.parent} for {options.html}")
+    if options.samples:  # before anything runs
+        samples.lines(options.samples)
+    with ProgressBar() as bar:
+        found = compare_archives(options.one, options.other, options.samples, options.threads, bar)
+    if options.json:
+        print(json.dumps(found.document(), indent=2, ensure_ascii=False))
+    else:
+        _print_comparison(found)
+    if options.html:
+        options.html.write_text(comparison_page(found), encoding="utf-8")
+    return int(not found.equal)
+
+
+def _print_comparison(found: ArchiveComparison) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    screen = console()
+    table = Table("", "A", "B", box=None, header_style="dim")
+    for column in table.columns[1:]:
+        column.overflow = "fold"
+    one, other = found.sides
+    for label, values in (
+        ("archive", [one.path, other.path]),
+        ("size", [megabytes(side.size) for side in found.sides]),
+        ("p50 of one request", [f"{figure(side.p50_ms)} ms" for side in found.sides]),
+        ("requests/s, 32 at a time", [figure(side.requests_per_second) for side in found.sides]),
+        ("memory", [f"{side.memory_mib:,.0f} MiB" for side in found.sides]),
+    ):
+        table.add_row(label, *map(Text, values))
+    for title, changes in (("labels", found.labels), ("tokenizer", found.tokenizer), ("manifest", found.fields)):
+        _add_changes(table, title, changes)
+    screen.print(table, highlight=False)
+    if found.moves:
+        moves = Table("from", "to", "answers", box=None, header_style="dim")
+        for before, after, count in found.moves[:_SHOWN]:
+            moves.add_row(Text(before), Text(after), f"{count:,}")
+        screen.print(moves, highlight=False)
+    if found.changed:
+        examples = Table("#", "A", "B", box=None, header_style="dim")
+        for each in found.changed[:_SHOWN]:
+            examples.add_row(str(each.number), Text(_shortened(each.one)), Text(_shortened(each.other)))
+        screen.print(examples, highlight=False)
+    colour, verdict = ("green", "equal") if found.equal else ("red", "different")
+    screen.print(
+        f"[{colour}]{verdict}:[/] {len(found.changed):,} of {found.asked:,} answers changed; scores drift by "
+        f"{found.drift_mean:.1e} on average, {found.drift_max:.1e} at most (limit {found.limit:.1e})",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _add_changes(table: Table, title: str, changes: Sequence[FieldChange]) -> None:
+    from rich.text import Text
+
+    for each in changes[:_SHOWN]:
+        table.add_row(Text(f"{title}: {each.what}"), Text(_shortened(each.one)), Text(_shortened(each.other)))
+    if len(changes) > _SHOWN:
+        table.add_row(f"{title}: {len(changes) - _SHOWN} more", "", "")
+
+
+def _shortened(answer: object) -> str:
+    value = answer[0] if isinstance(answer, list) and answer else answer
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+
+
+COMMANDS = (
+    Command(
+        "diff",
+        "Compare two archives: what they say of themselves, and how they answer.\n\nBoth are asked the same requests, each in a "
+        "process of its own with the same threads: answers that changed, what moved\nto what, drift of scores, latency and "
+        "memory; and labels, tokenizers (by content) and manifests are compared.\nDifferent are: labels, tokenizers, an "
+        "answer, or a score beyond the limit of the gate for the wider dtype of the two.\nOther differences of the manifests are "
+        "shown, and do not count.\n\n  traceserve diff model_store/OLD.mar model_store/NEW.mar\n"
+        "  traceserve diff OLD.mar NEW.mar --samples texts.txt --html diff.html\n\n"
+        "exit code: 0 equal; 1 different; 2 trouble, as of two archives of different tasks",
+        _add_diff,
+        _diff,
+        trouble=2,
+    ),
+)

@@ -1,0 +1,156 @@
+"""verify: ask a live server the golden set of its archive."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Optional, Tuple
+
+from traceserve_runtime.errors import TraceserveError
+
+from traceserve.commands.arguments import add_port
+from traceserve.commands.contract import Command
+from traceserve.commands.printing import console, figure
+
+if TYPE_CHECKING:
+    from traceserve.checking.verifying import Door, Verification
+
+_SHOWN, _LONGEST = 12, 60  # rows, and characters of an answer
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "place",
+        metavar="NAME|URL|ARCHIVE",
+        help="a served archive's name; any server's URL, with --archive; or the .mar whose server on this machine is verified",
+    )
+    parser.add_argument(
+        "--archive",
+        type=Path,
+        metavar="FILE",
+        help="the .mar whose golden set is asked [the one that the server unpacked, for NAME]",
+    )
+    parser.add_argument("--key", metavar="KEY", help="the server's key for predictions [known for NAME]")
+    parser.add_argument(
+        "--key-file", type=Path, metavar="FILE", help="a file with that key, which ps and history do not show"
+    )
+    parser.add_argument(
+        "--certificate", type=Path, metavar="FILE", help="the certificate to trust, for https:// and a URL"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=8.0, metavar="S", help="ask no more samples after this time [%(default)g s]"
+    )
+    parser.add_argument(
+        "--texts", action="store_true", help="show the answers to your own samples too, which quote them"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_port(parser)
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from traceserve.checking.verifying import verify_server
+
+    door, archive = _door(options)
+    found = verify_server(door, archive, options.seconds)
+    if options.json:
+        print(json.dumps(found.document(options.texts), indent=2, ensure_ascii=False))
+    else:
+        _print_verification(found, options.texts)
+    return int(not found.passed)
+
+
+def _door(options: argparse.Namespace) -> Tuple[Door, Path]:
+    """Return the server and the archive with the golden set; raises TraceserveError."""
+    from traceserve.checking.verifying import Door
+    from traceserve.serving import instances
+
+    if "://" in options.place:
+        if options.archive is None:
+            raise TraceserveError("verify: a URL needs --archive FILE.mar, which brings the golden set")
+        certificate = str(options.certificate) if options.certificate else None
+        return Door(options.place, options.place, _key(options), certificate), options.archive
+    archive: Optional[Path] = options.archive
+    name = options.place
+    if name.endswith(".mar"):
+        archive, name = archive or Path(name), Path(name).stem
+    instance = instances.serving_instance(name, options.port)
+    return Door.of(instance, name), archive or Path(instance.folder, "store", name)
+
+
+def _key(options: argparse.Namespace) -> Optional[str]:
+    if options.key_file is None:
+        return options.key or None
+    if options.key is not None:
+        raise TraceserveError("verify: give --key or --key-file, not both")
+    try:
+        key = options.key_file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise TraceserveError(f"verify: --key-file {options.key_file} cannot be read: {error}") from None
+    if not key or len(key.split()) > 1:
+        raise TraceserveError(f"verify: --key-file {options.key_file} should hold one key, and nothing else")
+    return str(key)
+
+
+def _print_verification(found: Verification, with_texts: bool) -> None:
+    from rich.markup import escape
+
+    screen = console()
+    asked = f"{len(found.samples)} of {found.of}" if len(found.samples) < found.of else str(found.of)
+    build = f" (the build, in its process: {figure(found.build_p50)} ms)" if found.build_p50 is not None else ""
+    screen.print(
+        f"{escape(found.door.label)}: {asked} samples asked ({found.place.dialect.name}), p50 {figure(found.p50)} ms{build}, "
+        f"largest difference of a score {found.largest_difference:.1e} (limit {found.limit:.1e})",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if found.different:
+        _print_different(found, with_texts)
+    for note in found.notes:
+        screen.print(f"[cyan]note:[/] {escape(note)}", highlight=False, soft_wrap=True)
+    for problem in found.problems:
+        screen.print(f"[red]different:[/] {escape(problem)}", highlight=False, soft_wrap=True)
+    if found.passed:
+        screen.print("[green]verified:[/] it answers as the original does", highlight=False)
+
+
+def _print_different(found: Verification, with_texts: bool) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("sample", "the original", "the server", "difference", box=None, header_style="dim")
+    for each in found.different[:_SHOWN]:
+        hidden = each.own and not with_texts
+        name = f"#{each.number}" + (" (yours)" if each.own else "")
+        told = each.error or ("(--texts shows it)" if hidden else _shortened(each.answer))
+        expected = "" if hidden else _shortened(each.expected)
+        difference = f"{each.difference:.1e}" if each.difference is not None else "changed"
+        table.add_row(name, Text(expected), Text(told), difference)
+    console().print(table, highlight=False)
+    if len(found.different) > _SHOWN:
+        console().print(f"and {len(found.different) - _SHOWN} more; --json has all", highlight=False)
+
+
+def _shortened(answer: object) -> str:
+    text = json.dumps(answer[0] if isinstance(answer, list) and answer else answer, ensure_ascii=False)
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+
+
+COMMANDS = (
+    Command(
+        "verify",
+        "Ask a live server its archive's golden set.\n\nAn archive carries samples with the original model's answers (built-in "
+        "texts; your own only if you built it with\n--samples FILE --keep-samples). They are asked through the server's own "
+        "door, one at a time, within ten seconds, and\njudged by the rule of the gate: no answer may change in float32, few in a "
+        "lower precision, scores within the limit.\nThe server's version and hash must be the archive's, too. Run it after "
+        "each rollout, and after each update of a library.\n\n"
+        "  traceserve verify NAME\n  traceserve verify model_store/NAME.mar\n"
+        "  traceserve verify https://models.example.org/predictions/NAME --archive NAME.mar --key-file key.txt\n\n"
+        "A URL may speak our own protocol, V2 (.../v2/models/NAME) or Hugging Face's: the first in which it answers is "
+        "taken.\n\nexit code: 0 verified; 1 something differs; 2 the server could not be asked, or the archive has no golden set",
+        _add_verify,
+        _verify,
+        finds_servers=True,
+        trouble=2,
+    ),
+)

@@ -1,0 +1,174 @@
+"""`traceserve diff`: two archives, what they say of themselves and how they answer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any, Callable, List, Optional, Tuple
+
+import pytest
+from conftest import run_export
+from traceserve import cli
+from traceserve.archives.contents import unpack
+from traceserve.checking import comparing
+from traceserve.checking.answering import Told
+from traceserve.checking.comparing import AnswerChange, ArchiveComparison, FieldChange, Side
+from traceserve.checking.comparison_page import comparison_page
+from traceserve_runtime.engine import load_task
+from traceserve_runtime.manifest import Manifest
+from traceserve_runtime.tasks.contract import Request
+
+LABELS = {"id2label": {0: "red", 1: "green", 2: "blue"}, "label2id": {"red": 0, "green": 1, "blue": 2}}
+MARKER = "<script>alert(1)</script> & more"
+
+
+@pytest.fixture(scope="module")
+def other(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another model of the same labels."""
+    folder = tmp_path_factory.mktemp("other") / "other"
+    run_export(folder, {"model_name": str(checkpoint("distilbert", **LABELS)), "max_length": 24})
+    return folder
+
+
+def test_an_archive_equals_itself(mar: Path, artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Packed or not."""
+    assert cli.main(["diff", str(mar), str(artifact), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["equal"] and found["asked"] > 60 and found["changed"] == found["labels"] == found["tokenizer"] == []
+    assert found["drift_max"] < 1e-5 and found["limit"] == 1e-4
+    for side in found["sides"]:
+        assert side["p50_ms"] > 0 and side["requests_per_second"] > 0 and 50 < side["memory_mib"] < 2000
+
+
+def test_another_model(mar: Path, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On the user's own texts, of which the page quotes those whose answer changed."""
+    texts = [MARKER, *(f"the train number {i} leaves from platform {i % 7}" for i in range(60))]
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    page = tmp_path / "diff.html"
+    arguments = ["diff", str(mar), str(other), "--samples", str(tmp_path / "texts.txt"), "--html", str(page)]
+    assert cli.main([*arguments, "--threads", "1"]) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "different:" in said and "of 61 answers changed" in said and "max_length" in said
+    assert all(text not in said for text in texts)  # the table quotes none
+    html = page.read_text(encoding="utf-8")
+    assert "<script" not in html and "train number" in html and "http" not in html.split("</style>")[1]
+
+
+def test_swapped_labels_move_every_answer(mar: Path, tmp_path: Path) -> None:
+    unpack(mar, tmp_path / "swapped")
+    replace(Manifest.read(tmp_path / "swapped"), labels=("green", "red", "blue")).write(tmp_path / "swapped")
+    found = comparing.compare_archives(mar, tmp_path / "swapped", None, 1, lambda what, done, total: None)
+    assert not found.equal and found.labels == (FieldChange("order, from position 0", "red", "green"),)
+    assert {move[:2] for move in found.moves} <= {("red", "green"), ("green", "red")} and found.changed
+    assert sum(count for _, _, count in found.moves) == len(found.changed)
+    for each in found.changed:
+        assert {each.one[0]["label"], each.other[0]["label"]} == {"red", "green"}
+
+
+def test_trouble_is_2(mar: Path, artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(artifact, tmp_path / "tagger")
+    replace(Manifest.read(artifact), task="token_classification").write(tmp_path / "tagger")
+    for arguments, words in (
+        ([mar, tmp_path / "tagger"], "they cannot be asked the same"),
+        ([mar, tmp_path / "missing.mar"], "does not exist"),
+        ([mar, mar, "--samples", tmp_path / "none.txt"], "cannot be read"),
+        ([mar, mar, "--html", tmp_path / "none" / "x.html"], "there is no folder"),
+    ):
+        assert cli.main(["diff", *map(str, arguments)]) == 2
+        assert words in capsys.readouterr().err.replace("\n", " ")
+
+
+def changed_tokenizer(artifact: Path, folder: Path, edit: Callable[[Any], None]) -> List[FieldChange]:
+    """Compare an artifact's tokenizer with an edited one."""
+    shutil.copytree(artifact, folder)
+    document = json.loads((folder / "tokenizer.json").read_text())
+    edit(document)
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    manifests = [Manifest.read(artifact), Manifest.read(folder, verify=False)]
+    return list(comparing._tokenizers([artifact, folder], manifests))
+
+
+def test_tokenizers_are_compared_by_content(artifact: Path, tmp_path: Path) -> None:
+    """Not by the file's layout, which json.dumps changes."""
+    assert changed_tokenizer(artifact, tmp_path / "same", lambda document: None) == []
+
+    def lower(document: Any) -> None:
+        document["normalizer"]["lowercase"] = False
+
+    [found] = changed_tokenizer(artifact, tmp_path / "cased", lower)
+    assert found.what == "normalizer" and '"lowercase": true' in found.one and '"lowercase": false' in found.other
+
+    def exchange(document: Any) -> None:
+        vocab = document["model"]["vocab"]
+        vocab["t"], vocab["e"] = vocab["e"], vocab["t"]
+
+    [found] = changed_tokenizer(artifact, tmp_path / "exchanged", exchange)
+    assert found.what == "tokens only in one" and found.one.count("=") == 2
+
+
+ENTITIES = [
+    {"entity": "PER", "score": 0.9, "word": "Ada", "start": 0, "end": 3},
+    {"entity": "LOC", "score": 0.9, "word": "London", "start": 9, "end": 15},
+]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "moves"),
+    [
+        ([{"label": "a", "score": 1.0}], [{"label": "b", "score": 1.0}], (("a", "b", 1),)),
+        (ENTITIES, ENTITIES[:1], (("LOC 9–15", "nothing", 1),)),
+        (ENTITIES[1:], [{**ENTITIES[1], "start": 10}], (("LOC 9–15", "LOC 10–15", 1),)),
+        ({"labels": ["x", "y"], "scores": [1.0, 0.0]}, {"labels": ["y", "x"], "scores": [1.0, 0.0]}, (("x", "y", 1),)),
+        ([{"generated_text": "x"}], [{"generated_text": "y"}], ()),
+        ("InputTooLong", [{"label": "a", "score": 1.0}], (("InputTooLong", "a", 1),)),
+    ],
+)
+def test_moves(one: Any, other: Any, moves: Tuple[Any, ...]) -> None:
+    assert comparing._moves([AnswerChange(1, {}, one, other)]) == moves
+
+
+def test_answers_are_compared_by_the_task(artifact: Path) -> None:
+    task = load_task(artifact, Manifest.read(artifact))
+    requests = [Request({"text": str(i)}) for i in range(4)]
+
+    def told(*scores: float) -> Told:
+        return Told([{"label": "red", "score": scores[0]}, {"label": "blue", "score": scores[1]}], None)
+
+    one = [told(0.6, 0.4), told(0.6, 0.4), Told(None, "InputTooLong"), Told(None, "InputTooLong")]
+    other = [told(0.5, 0.5), Told([{"label": "blue", "score": 0.6}], None), Told(None, "InputTooLong"), told(0.6, 0.4)]
+    changed, drift = comparing._compared(task, requests, one, other)
+    assert [each.number for each in changed] == [2, 4] and drift == [pytest.approx(0.1)]
+
+
+class Tags(HTMLParser):
+    """Checks that tags are closed, and collects links."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: List[str] = []
+        self.links: List[Tuple[str, Optional[str]]] = []
+
+    def handle_starttag(self, tag: str, attributes: List[Tuple[str, Optional[str]]]) -> None:
+        self.links += [item for item in attributes if item[0] in ("src", "href", "onclick", "onerror")]
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_escapes_every_text() -> None:
+    evil = MARKER + "\" onerror='x'"
+    side = Side(evil, 1, 1.0, 1.0, 1.0)
+    change = FieldChange(evil, evil, evil)
+    found = ArchiveComparison(
+        (side, side), evil, 1, True, (change,), (change,), (change,), 1,
+        (AnswerChange(1, {evil: evil}, [{"label": evil}], evil),), ((evil, evil, 1),), 0.0, 0.0, 1e-4,
+    )  # fmt: skip
+    html = comparison_page(found)
+    tags = Tags()
+    tags.feed(html)
+    assert tags.open == [] and tags.links == [] and "<script" not in html and html.count("&lt;script&gt;") >= 14
