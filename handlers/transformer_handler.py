@@ -14,15 +14,16 @@ import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, List, Mapping, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, List, Mapping, Optional, Sequence, Tuple, cast
 
 if TYPE_CHECKING:
     from traceserve_runtime.batching.batches import Stats
     from traceserve_runtime.engine import Engine
     from traceserve_runtime.frontend_socket import Reader
     from traceserve_runtime.protocols.bodies import Headers
-    from traceserve_runtime.service import Reply
-    from traceserve_runtime.worker_context import WorkerContext
+    from traceserve_runtime.rounds import Rounds
+    from traceserve_runtime.service import Reply, Service
+    from traceserve_runtime.worker_context import JoiningContext, WorkerContext
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class TransformerHandler:
     def __init__(self) -> None:
         self.engine: Optional[Engine] = None
         self._reader: Optional[Reader] = None
+        self._rounds: Optional[Rounds] = None
 
     def initialize(self, context: WorkerContext) -> None:
         """Load the archive; TorchServe reports a RuntimeError's message.
@@ -71,22 +73,57 @@ class TransformerHandler:
     def handle(self, rows: Optional[Sequence[Mapping[str, object]]], context: WorkerContext) -> List[bytes]:
         """Return one response body per item; its status and headers are set in `context`."""
         from traceserve_runtime.batching.batches import Stats
-        from traceserve_runtime.service import Call, Service
+        from traceserve_runtime.service import Call
 
-        assert self.engine is not None
+        if (getattr(context, "model_yaml_config", None) or {}).get("continuousBatching"):
+            return self._go_on(rows or [], cast("JoiningContext", context))
         started = time.perf_counter()
         stats = Stats()
         calls = [Call(row, _headers(context, i)) for i, row in enumerate(rows or [])]
-        service = Service(self.engine, *self._name_and_version(context))
-        replies = service.answer(calls, stats, partial(_send_piece, context))
+        replies = self._service(context).answer(calls, stats, partial(_send_piece, context))
         for i, (call, reply) in enumerate(zip(calls, replies)):
             _set_response(context, i, call.headers, reply)
-        self._report(stats, len(replies), time.perf_counter() - started, context)
+        seconds = time.perf_counter() - started
+        self._report(stats, stats.counters(len(replies), seconds) if stats.micro_batches else {}, seconds, context)
         if self._reader is not None:
             self._reader.answered()
         for i in [i for i, call in enumerate(calls) if call.headers.ended]:
             context.request_ids.pop(i, None)  # TorchServe then silently drops the request
         return [reply.body for reply in replies]
+
+    def _go_on(self, rows: Sequence[Mapping[str, object]], context: JoiningContext) -> List[bytes]:
+        """Go on with all unanswered items for a moment, as TorchServe passes them with continuousBatching.
+
+        An item without its id in `request_ids` gets nothing, and is passed again. (Seen with TorchServe 0.12.)
+        """
+        from traceserve_runtime.rounds import Rounds
+        from traceserve_runtime.service import Call
+
+        started = time.perf_counter()
+        if self._rounds is None:
+            self._rounds = Rounds(self._service(context))
+        ids = [context.get_request_id(i) for i in range(len(rows))]
+        parts = self._rounds.go_on(ids, lambda i: Call(rows[i], _headers(context, i)))
+        seconds = time.perf_counter() - started
+        answered = any(part is not None and part.last is not False for part in parts)
+        stats, counters = self._rounds.counted(len(rows), seconds, answered)
+        self._report(stats, counters, seconds, context)
+        context.stopping_criteria = {}
+        for i, part in enumerate(parts):
+            if part is None:
+                del context.request_ids[i]
+            else:
+                _set_response(context, i, part.call.headers, part.reply)
+                context.stopping_criteria[i] = partial(_is_last, part.last)
+        if self._reader is not None:
+            self._reader.answered()
+        return [b"" if part is None else part.reply.body for part in parts]
+
+    def _service(self, context: WorkerContext) -> Service:
+        from traceserve_runtime.service import Service
+
+        assert self.engine is not None
+        return Service(self.engine, *self._name_and_version(context))
 
     def _name_and_version(self, context: WorkerContext) -> Tuple[str, str]:
         """Return the model's name in TorchServe, and its archive's version."""
@@ -95,7 +132,7 @@ class TransformerHandler:
         name = getattr(context, "model_name", None) or packed.get("modelName") or self.engine.manifest.name
         return name, str(packed.get("modelVersion") or "1.0")
 
-    def _report(self, stats: Stats, rows: int, seconds: float, context: WorkerContext) -> None:
+    def _report(self, stats: Stats, counters: Mapping[str, float], seconds: float, context: WorkerContext) -> None:
         """Report the computation to TorchServe."""
         metrics = getattr(context, "metrics", None)
         if metrics is None:
@@ -103,9 +140,9 @@ class TransformerHandler:
         # In the name of the batch's first request: else each line would hold the ids of all.
         for reason, failed in stats.errors.items():
             metrics.add_counter("traceserve_errors_total", failed, 0, [SimpleNamespace(name="reason", value=reason)])
-        if not stats.micro_batches:
+        if not counters:
             return
-        for name, count in stats.counters(rows, seconds).items():
+        for name, count in counters.items():
             metrics.add_counter(name, count, 0)
         # TorchServe's gauges are only times, sizes and percents: this one is from 0 to 1, as named.
         metrics.add_percent("traceserve_last_batch_padding_ratio", round(stats.padding_share, 3), 0)
@@ -113,6 +150,11 @@ class TransformerHandler:
         kinds = sys.modules.get("ts.metrics.metric_type_enum")
         if kinds is not None:  # one observation for the batch: one for each request would cost a line each
             metrics.add_metric("traceserve_batch_seconds", round(seconds, 6), "s", 0, [], kinds.MetricTypes.HISTOGRAM)
+
+
+def _is_last(last: Optional[bool], body: bytes) -> Optional[bool]:
+    """Return whether a body ends its stream; None for a whole answer. TorchServe asks."""
+    return last
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:

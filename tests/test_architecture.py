@@ -98,6 +98,7 @@ RUNTIME_FLOORS: Sequence[Set[str]] = (
     {"engine", "protocols"},
     {"streaming"},
     {"service"},
+    {"rounds"},
 )
 
 

@@ -51,6 +51,7 @@ KEYS: Dict[str, Tuple[Any, List[Tuple[Any, Any]]]] = {
     "max_batch_delay": (1, [(2, 2), (10_000, 10_000), ("50", 50)]),
     "version": ("1.0", [("1.0", "1.0"), ("2026-11-26", "2026-11-26"), ("v2_b", "v2_b")]),
     "response_timeout": (300, [(1, 1), ("900", 900)]),
+    "continuous_batching": (False, [(True, True), ("true", True), ("false", False)]),
     "client_timeout": (None, [(1, 1), ("30000", 30_000), (None, None)]),
 }
 LAST_TASKS = "{!r} or {!r}".format(*list(TASKS)[-2:])
@@ -372,6 +373,15 @@ def test_there_are_tasks_of_each_kind() -> None:
 def test_a_text_that_grows_has_no_fixed_lengths(task: str, lengths: Any) -> None:
     with pytest.raises(ConfigError, match=f"sequence_lengths has no meaning for {task}, whose texts grow"):
         config_of(task=task, sequence_lengths=lengths)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_only_texts_that_grow_join_others(task: str) -> None:
+    if TASKS[task].loop:
+        assert config_of(task=task, continuous_batching=True).continuous_batching
+    else:
+        with pytest.raises(ConfigError, match=f"continuous_batching has no meaning for {task}"):
+            config_of(task=task, continuous_batching=True)
 
 
 EVERY_PARAMETER = [(task, parameter) for task in TASKS.values() for parameter in task.parameters]

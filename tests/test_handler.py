@@ -657,6 +657,14 @@ def test_settings_that_cannot_be_meant_are_told(handler: Any, said: str, artifac
         TransformerHandler().initialize(context)
 
 
+def test_a_second_worker_cannot_join_texts(artifact: Path) -> None:
+    assert read({"continuousBatching": True, "maxWorkers": 1}) == Settings()
+    context = Context(artifact)
+    context.model_yaml_config = {"continuousBatching": True, "maxWorkers": 2}  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match="continuousBatching with 2 workers"):
+        TransformerHandler().initialize(context)
+
+
 def test_the_settings_reach_the_engine(artifact: Path) -> None:
     context = Context(artifact)
     context.model_yaml_config = {"handler": {"length_step": 16}}  # type: ignore[attr-defined]

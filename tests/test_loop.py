@@ -148,6 +148,21 @@ def test_who_leaves_is_written_no_further(architecture: str, engine_of: Make) ->
     assert stats.micro_batches <= 30 + 1
 
 
+@pytest.mark.parametrize("architecture", ["llama", "t5"])
+def test_others_join_when_all_have_left(architecture: str, engine_of: Make) -> None:
+    engine = engine_of(architecture, "torchscript")
+    request = Request({"text": TEXTS[0]}, {"max_new_tokens": 30, "num_beams": 1})
+    alone = value_of(engine.answer([request])[0])
+    work = Work(engine, Stats())
+    [goes] = work.join([Request({"text": TEXTS[1]}, {"max_new_tokens": 90, "num_beams": 1})], [None])
+    work.turn()
+    work.leave(goes)
+    [stays] = work.join([request], [None])
+    while work.busy:
+        work.turn()
+    assert value_of(stays.answer()) == alone
+
+
 def test_room_that_only_a_long_prompt_needed_is_given_back(engine_of: Make) -> None:
     engine, lengths = engine_of("llama", "torchscript"), []
     own = engine.runner

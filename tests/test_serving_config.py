@@ -44,6 +44,7 @@ servings = st.builds(
     threads=maybe,
     length_step=maybe,
     pack_weights=st.none() | st.booleans(),
+    continuous_batching=st.none() | st.booleans(),
 )
 
 

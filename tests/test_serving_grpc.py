@@ -43,6 +43,10 @@ def served(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
         "colours": (checkpoint("bert", id2label={0: "red", 1: "green"}, label2id={"red": 0, "green": 1}), {}),
         "vectors": (checkpoint("bert", "AutoModel"), {"task": "feature_extraction"}),
         "stories": (checkpoint("llama", "AutoModelForCausalLM"), {"task": "text_generation"}),
+        "joined": (
+            checkpoint("llama", "AutoModelForCausalLM"),
+            {"task": "text_generation", "continuous_batching": True},
+        ),
     }
     archives = []
     for name, (source, content) in sources.items():
@@ -78,7 +82,7 @@ def worker_pids(instance: Instance) -> List[int]:
 def the_workers_live_on(served: Served) -> Iterator[None]:
     """After each test every model answers, with the same worker."""
     before = worker_pids(served.instance)
-    assert len(before) == 3
+    assert len(before) == 4
     yield
     for name in served.engines:
         assert predict(served.instance.url, name, {"text": "still there?"}, timeout=30)
@@ -143,51 +147,59 @@ def test_errors(parts: Dict[str, bytes], field: Any, served: Served) -> None:
         assert field is None or error["field"] == field
 
 
+# Answered by batches, and by texts that join a running one.
+EITHER = pytest.mark.parametrize("model", ["stories", "joined"])
+
+
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_story(stream: bool, served: Served) -> None:
+@EITHER
+def test_a_story(model: str, stream: bool, served: Served) -> None:
     """A stream arrives whole, as plain text."""
     body = {**STORY, "parameters": {**STORY["parameters"], "stream": stream}}  # type: ignore[dict-item]
-    expected = served.expected("stories", {"text": STORY["text"]}, STORY["parameters"])  # type: ignore[arg-type]
-    answer = both(served, "stories", {"data": as_json(body)})
+    expected = served.expected(model, {"text": STORY["text"]}, STORY["parameters"])  # type: ignore[arg-type]
+    answer = both(served, model, {"data": as_json(body)})
     assert (answer.decode() == expected[0]["generated_text"]) if stream else (json.loads(answer) == expected)
 
 
-def test_streams_of_both_doors_in_one_batch(served: Served) -> None:
+@EITHER
+def test_streams_of_both_doors_in_one_batch(model: str, served: Served) -> None:
     """Over HTTP in pieces, over gRPC whole, together with errors."""
     body = {**STORY, "parameters": {**STORY["parameters"], "stream": True}}  # type: ignore[dict-item]
-    expected = served.expected("stories", {"text": STORY["text"]}, STORY["parameters"])[0]["generated_text"]  # type: ignore[arg-type]
+    expected = served.expected(model, {"text": STORY["text"]}, STORY["parameters"])[0]["generated_text"]  # type: ignore[arg-type]
     calls: List[Callable[[], Any]] = [
-        lambda: served.client.predictions("stories", {"data": as_json(body)}).decode(),
-        lambda: b"".join(served.client.stream_predictions("stories", {"data": as_json(body)})).decode(),
-        lambda: predict_text(served, body),
-        lambda: json.loads(served.client.predictions("stories", {"data": b"\xff"}))["error"]["type"],
+        lambda: served.client.predictions(model, {"data": as_json(body)}).decode(),
+        lambda: b"".join(served.client.stream_predictions(model, {"data": as_json(body)})).decode(),
+        lambda: predict_text(served, model, body),
+        lambda: json.loads(served.client.predictions(model, {"data": b"\xff"}))["error"]["type"],
     ]
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda call: call(), calls * 4))
     assert answers == [expected, expected, expected, "InvalidRequest"] * 4
 
 
-def predict_text(served: Served, body: Any) -> str:
+def predict_text(served: Served, model: str, body: Any) -> str:
     import urllib.request
 
     request = urllib.request.Request(
-        f"{served.instance.url}/predictions/stories", as_json(body), {"Content-Type": "application/json"}
+        f"{served.instance.url}/predictions/{model}", as_json(body), {"Content-Type": "application/json"}
     )
     with urllib.request.urlopen(request, timeout=60) as response:
         return str(response.read().decode())
 
 
-def test_calls_that_end_before_their_answer(served: Served) -> None:
+@EITHER
+def test_calls_that_end_before_their_answer(model: str, served: Served) -> None:
     body = {"data": as_json({"text": "a", "parameters": {"max_new_tokens": 40, "stream": True}})}
     for call in (served.client.predictions, served.client.stream_predictions):
         with pytest.raises(grpc.RpcError) as error:
-            call("stories", body, timeout=0.01)
+            call(model, body, timeout=0.01)
         assert error.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED  # type: ignore[attr-defined]
 
 
-def test_a_call_of_sequences_fails_alone(served: Served) -> None:
+@pytest.mark.parametrize("name", ["stories", "joined"])
+def test_a_call_of_sequences_fails_alone(name: str, served: Served) -> None:
     """TorchServe keeps no sequences here: it fails the call immediately, and would fail on an answer too."""
-    for model, body in (("stories", as_json(STORY)), ("colours", b"a"), ("stories", b"\xff")):
+    for model, body in ((name, as_json(STORY)), ("colours", b"a"), (name, b"\xff")):
         with pytest.raises(grpc.RpcError):
             served.client.stream_predictions_2(model, {"data": body}, "one")
     time.sleep(0.5)  # anything that ends the worker comes after the call

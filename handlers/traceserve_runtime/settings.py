@@ -30,6 +30,10 @@ def read(config: Mapping[str, object]) -> Settings:
                 "each, and pack_weights, true or false"
             )
     workers = config.get("maxWorkers")
+    if config.get("continuousBatching") and isinstance(workers, int) and workers > 1:
+        raise InvalidManifest(
+            f"model-config.yaml: continuousBatching with {workers} workers, the second of which TorchServe lets hang; have one"
+        )
     alone = not isinstance(workers, int) or workers <= 1
     return Settings(**{"pack_weights": alone, **given})
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, Mapping, Optional, Protocol
+from typing import Any, Callable, Dict, Mapping, Optional, Protocol
 
 
 class WorkerContext(Protocol):
@@ -28,3 +28,9 @@ class WorkerContext(Protocol):
     def set_response_header(self, idx: int, key: str, value: str) -> object: ...
 
     def set_response_status(self, code: int, phrase: str, idx: int) -> object: ...
+
+
+class JoiningContext(WorkerContext, Protocol):
+    """The same with continuousBatching: TorchServe asks of each body whether it ends its stream; None for no stream."""
+
+    stopping_criteria: Dict[int, Callable[[bytes], Optional[bool]]]

@@ -149,8 +149,8 @@ class WritingLoop:
         """Write one token of every row, and read the prompts of some that wait."""
         for group in list(self._groups):
             self._try(group, group.step)
-        self._admit()
         self._groups = [group for group in self._groups if group.members]
+        self._admit()
 
     def _try(self, group: _Group, act: Callable[[], Sequence[_Failed]]) -> bool:
         """Act on a group; if all of it fails, nobody knows who is to blame: each is tried again by itself."""

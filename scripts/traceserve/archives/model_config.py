@@ -21,6 +21,7 @@ _KEYS = {
     "response_timeout": "responseTimeout",
     "startup_timeout": "startupTimeout",
     "client_timeout": "clientTimeoutInMills",
+    "continuous_batching": "continuousBatching",
 }
 _HANDLER_KEYS = {field: field for field in Settings._fields}
 _HANDLER = "handler"
@@ -37,6 +38,7 @@ class Serving:
     response_timeout: int  # in seconds
     startup_timeout: int = 300  # in seconds
     client_timeout: Optional[int] = None  # in milliseconds; TorchServe silently drops older requests
+    continuous_batching: Optional[bool] = None  # texts join and leave a running batch; with one worker only
     workers: Optional[int] = None  # processes
     threads: Optional[int] = None  # per worker, within one operator
     length_step: Optional[int] = None  # pad rows up to a multiple of it
@@ -85,7 +87,7 @@ def _read(content: Mapping[str, Any], keys: Mapping[str, str], where: str) -> Di
             near = difflib.get_close_matches(str(key), fields, 1)
             hint = f"did you mean {near[0]}" if near else f"known are {', '.join(fields)}"
             raise ArchiveError(f"{SERVING_FILE}: {where}{key} is not known here; {hint}")
-    read = {"pack_weights": _truth}
+    read = {"pack_weights": _truth, "continuousBatching": _truth}
     return {fields[key]: read.get(key, _whole)(value, where + key) for key, value in content.items()}
 
 

@@ -87,7 +87,11 @@ def write_artifact(
 def _serving(config: SetupConfig) -> str:
     """Return model-config.yaml, which TorchServe reads from the archive; `traceserve tune` adds its results."""
     serving = Serving(
-        config.batch_size, config.max_batch_delay, config.response_timeout, client_timeout=config.client_timeout
+        config.batch_size,
+        config.max_batch_delay,
+        config.response_timeout,
+        client_timeout=config.client_timeout,
+        continuous_batching=config.continuous_batching or None,
     )
     return serving.to_yaml()
 

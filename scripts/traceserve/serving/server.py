@@ -80,6 +80,12 @@ def start(
 
 def _launch_torchserve(plan: ServerPlan) -> Instance:
     """Start TorchServe in the plan's folder; raises ServerError with the reason."""
+    for archive in plan.archives.values():
+        if archive.serving.continuous_batching and archive.workers > 1:
+            raise ServerError(
+                f"{archive.name} has continuous_batching, with which TorchServe's second worker hangs, and {archive.workers} "
+                "workers; start one, or build the archive without it"
+            )
     hardware = {name: archive.manifest.hardware for name, archive in plan.archives.items()}
     needed = neuron_cores.for_workers(hardware, plan.workers)
     needed_by_java = java.find_java()

@@ -18,6 +18,7 @@ _TAKEN = {
     "maxBatchDelay": "max_batch_delay",
     "responseTimeout": "response_timeout",
     "clientTimeoutInMills": "client_timeout",
+    "continuousBatching": "continuous_batching",
 }
 _WORKERS = "`traceserve serve --workers` says how many there are"
 _ONE_DEVICE = "a model runs on one device; more workers use more devices"

@@ -125,6 +125,12 @@ class SetupConfig(BaseModel):
         "computed, and **no answer is sent, not even an error**, even to a waiting client. `null`: never",
     )
 
+    continuous_batching: bool = Field(
+        False,
+        description="Whether texts join and leave TorchServe's running batch between tokens, for tasks that write text: short "
+        "texts no longer wait for long ones. With one worker only; see Generation. (Hosts of our own always do so)",
+    )
+
     @field_validator("*", mode="before")
     @classmethod
     def _no_confusion(cls, value: object, info: ValidationInfo) -> object:

@@ -1,0 +1,146 @@
+"""Generation on a real TorchServe with continuousBatching: texts join and leave, and each client gets its own."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import threading
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple
+
+import pytest
+from conftest import run_export
+from traceserve.archives.archive import pack_archive
+from traceserve.errors import ServerError
+from traceserve.serving import configuration, instances, server
+from traceserve.serving.instances import Instance
+from traceserve_runtime.engine import Engine
+from traceserve_runtime.tasks import TASKS
+from traceserve_runtime.tasks.contract import Request
+
+ARCHITECTURES = {"text_generation": "llama", "text2text_generation": "t5"}
+TEXT = "The train to the coast"
+
+
+class Written(NamedTuple):
+    status: int
+    headers: Dict[str, str]
+    pieces: List[bytes]
+    seconds: float
+
+    @property
+    def json(self) -> Any:
+        return json.loads(b"".join(self.pieces))
+
+
+class Served(NamedTuple):
+    instance: Instance
+    engines: Dict[str, Engine]
+    archives: Dict[str, Path]
+
+    def ask(self, name: str, body: Any) -> Written:
+        began = time.perf_counter()
+        connection = http.client.HTTPConnection("127.0.0.1", self.instance.port, timeout=60)
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        connection.request("POST", f"/predictions/{name}", content, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        pieces = list(iter(lambda: response.read1(65536), b""))
+        connection.close()
+        return Written(response.status, dict(response.getheaders()), pieces, time.perf_counter() - began)
+
+    def alone(self, name: str, body: Dict[str, Any]) -> Any:
+        [answer] = self.engines[name].answer([Request({"text": body["text"]}, body.get("parameters", {}))])
+        return getattr(answer, "value", answer)
+
+    def metric(self, name: str) -> float:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.instance.metrics_port}/metrics", timeout=10) as response:
+            lines = response.read().decode().splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + "{"))
+
+
+@pytest.fixture(scope="module")
+def served(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder, archives = tmp_path_factory.mktemp("continuous"), {}
+    for name, architecture in ARCHITECTURES.items():
+        source = checkpoint(architecture, TASKS[name].auto_model)
+        own = {"model_name": str(source), "task": name, "max_length": 128, "continuous_batching": True}
+        run_export(folder / name, own)
+        archives[name] = pack_archive(folder / name, name, folder)
+    instance = server.start(list(archives.values()), port=configuration.free_ports(1)[0], timeout=180)
+    yield Served(instance, {name: Engine.load(folder / name) for name in archives}, archives)
+    instances.stop(instance)
+
+
+def bodies(name: str) -> List[Dict[str, Any]]:
+    """Requests of every kind."""
+    kinds: List[Dict[str, Any]] = [
+        {"max_new_tokens": 5, "num_beams": 1},
+        {"max_new_tokens": 60, "num_beams": 1},
+        {"max_new_tokens": 12, "num_beams": 3},
+        {"max_new_tokens": 20, "seed": 7, "temperature": 0.7},
+        {"max_new_tokens": 30, "num_beams": 1, "stop": ["e"]},
+    ]
+    if name == "text_generation":
+        kinds += [{"max_new_tokens": most, "stream": True} for most in (3, 20, 60)]
+    return [{"text": f"{TEXT} number {i}", "parameters": kinds[i % len(kinds)]} for i in range(24)]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_each_client_gets_its_own_text(name: str, served: Served) -> None:
+    """Streams, whole answers, several in one request, bad ones, all at once; counted once each."""
+    asked = bodies(name)
+    expected = [served.alone(name, body) for body in asked]
+    before = served.metric("traceserve_requests_total")
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(lambda body: served.ask(name, body), asked))
+        several = served.ask(name, [{"text": body["text"], "parameters": {"max_new_tokens": 4}} for body in asked[:5]])
+        bad = served.ask(name, {"text": TEXT, "parameters": {"max_new_tokens": "many"}})
+    for body, answer, wanted in zip(asked, answers, expected):
+        assert answer.status == 200
+        if body["parameters"].get("stream"):
+            assert b"".join(answer.pieces).decode() == wanted and answer.headers["content-type"].startswith(
+                "text/plain"
+            )
+        else:
+            assert answer.json == wanted
+    assert len(several.json) == 5
+    assert bad.status == 400 and bad.json["error"]["field"] == "parameters.max_new_tokens"
+    assert sum(len(answer.pieces) > 1 for answer in answers) >= (3 if name == "text_generation" else 0)
+    time.sleep(0.5)
+    assert served.metric("traceserve_requests_total") - before == len(asked) + 5
+
+
+def test_a_short_text_does_not_wait_for_a_long_one(served: Served) -> None:
+    ended: List[str] = []
+
+    def ask(name: str, most: int) -> None:
+        assert served.ask("text_generation", {"text": TEXT, "parameters": {"max_new_tokens": most}}).status == 200
+        ended.append(name)
+
+    long = threading.Thread(target=ask, args=("long", 120))
+    long.start()
+    time.sleep(0.02)
+    ask("short", 1)
+    long.join()
+    assert ended == ["short", "long"]
+
+
+def test_a_client_that_goes_holds_nobody(served: Served) -> None:
+    """In the midst of a stream; the others are answered, and the worker goes on."""
+    for _ in range(3):
+        connection = http.client.HTTPConnection("127.0.0.1", served.instance.port, timeout=60)
+        body = json.dumps({"text": TEXT, "parameters": {"max_new_tokens": 110, "stream": True}})
+        connection.request("POST", "/predictions/text_generation", body, {"Content-Type": "application/json"})
+        connection.getresponse().read1(1)
+        connection.close()
+    answer = served.ask("text_generation", bodies("text_generation")[0])
+    assert answer.status == 200 and answer.json == served.alone("text_generation", bodies("text_generation")[0])
+
+
+def test_a_second_worker_is_refused(served: Served) -> None:
+    archive = served.archives["text_generation"]
+    with pytest.raises(ServerError, match="second worker hangs"):
+        server.start([archive], port=configuration.free_ports(1)[0], workers=2)
