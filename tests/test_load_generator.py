@@ -21,7 +21,8 @@ import pytest
 import trustme
 from traceserve.errors import ServerError
 from traceserve.measuring import transfers
-from traceserve.measuring.load_generator import Endpoint, Result, send_load
+from traceserve.measuring.answers import Consistency, same_answer
+from traceserve.measuring.load_generator import WRONG, Endpoint, Result, send_load
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
 Answer = Callable[[int, bytes], Awaitable[Optional[bytes]]]  # a request's number and body; None: drop the connection
@@ -427,3 +428,59 @@ def test_libcurl_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pycurl", None)
     with pytest.raises(ServerError, match=r"pip install 'traceserve\[bench\]'"):
         transfers.require_libcurl()
+
+
+def every_second(failure: Optional[bytes]) -> Answer:
+    """Fail requests with odd numbers; with one connection, the next one is the first one's retry."""
+
+    async def answer(number: int, body: bytes) -> Optional[bytes]:
+        return failure if number % 2 else OK
+
+    return answer
+
+
+@pytest.mark.parametrize("failure", [b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n", None])
+def test_a_failed_request_is_sent_again_after_a_second(failure: Optional[bytes]) -> None:
+    with serving(every_second(failure)) as server:
+        result = short(server, connections=1, seconds=1.5, retries=1)
+        assert not result.errors and result.retried == result.requests == 2 == len(result.failures)
+        assert server.bodies == [b"{}"] * len(server.bodies) and min(result.latencies) >= 1.0
+        assert all(failed + 1.0 <= moment for failed, moment in zip(result.failures, result.moments))
+        without = short(server, connections=1)
+        assert without.failed == len(without.failures) > 10 and not without.retried
+
+
+def test_what_fails_again_is_an_error_and_what_cannot_succeed_is_not_sent_again() -> None:
+    with serving(always(None)) as server:
+        result = short(server, connections=1, retries=1)
+        assert (
+            result.errors == {"connection closed without an answer": 1} and len(server.bodies) == 3
+        )  # 1 after the end
+        assert len(result.failures) == 2 and not result.retried
+    with serving(always(b"HTTP/1.1 400 No\r\nContent-Length: 0\r\n\r\n")) as server:
+        result = short(server, connections=1, retries=1, seconds=0.2)
+        assert result.errors == {"HTTP 400": result.failed} and result.failed > 10 and not result.failures
+
+
+def test_an_answer_that_differs_from_the_first_one_is_an_error() -> None:
+    async def answer(number: int, body: bytes) -> bytes:
+        content = b'{"score": 0.5%03d}' % (0 if number % 4 else 100)
+        return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(content), content)
+
+    with serving(answer) as server:
+        result = short(server, connections=1, seconds=0.3, check=Consistency())
+    assert result.failed == result.errors[WRONG] == pytest.approx((result.requests + result.failed) / 4, abs=1)
+
+
+def test_equal_answers_differ_by_rounding_only() -> None:
+    one = b'{"label": "a", "score": 0.25, "n": [1, 2]}'
+    assert same_answer(one, b'{"score": 0.25001, "label": "a", "n": [1, 2]}')
+    for other in (
+        b'{"label": "b", "score": 0.25, "n": [1, 2]}',
+        b'{"label": "a", "score": 0.26, "n": [1, 2]}',
+        b'{"label": "a", "score": 0.25, "n": [1]}',
+        b'{"label": "a", "score": 0.25, "n": [1, 3]}',
+        b'{"label": "a", "score": 0.25}',
+        b"no JSON",
+    ):
+        assert not same_answer(one, other)

@@ -71,6 +71,20 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         help="for URLs: a header; repeatable",
     )
     parser.add_argument(
+        "--retries",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="send a request that got no answer, or 429, 502, 503 or 504, again up to N times, each after a second, as "
+        "clients do; those that succeed then are reported, and not counted as errors [%(default)s]",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="count an answer as an error that differs from the first one to the same request, numbers by more than "
+        "rounding; not for tasks that draw at random",
+    )
+    parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="for the order and the open loop's times [%(default)s]"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
@@ -98,6 +112,8 @@ def _bench(options: argparse.Namespace) -> int:
         warm_up=options.warm_up,
         rounds=options.rounds or (3 if options.compare else 1),
         seed=options.seed,
+        retries=options.retries,
+        check=options.check,
     )
     headers = dict(options.header)
     measured = [targets.subject(options.place, options.samples, options.port, options.body, headers)]
@@ -134,6 +150,14 @@ def _quantity(text: str) -> float:
     number = _duration(text)
     if not number:
         raise argparse.ArgumentTypeError("should be more than 0")
+    return number
+
+
+def _count(text: str) -> int:
+    """Parse a whole number, 0 or more."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError("should be 0 or more")
     return number
 
 
@@ -204,6 +228,8 @@ def notes(summary: Summary, seconds: float) -> Iterator[str]:
     """Yield the caveats of a measurement."""
     for reason, count in summary["errors"].items():
         yield f"{count:,} times {reason}"
+    if summary["retried"]:
+        yield f"{summary['retried']:,} requests were answered only when they were sent again"
     over = summary["seconds"] - seconds
     if summary["rate"] and over > 0.1 * seconds and 1000 * over > 3 * summary["curve_ms"][0][1]:
         yield (

@@ -13,6 +13,7 @@ from traceserve_runtime import processor
 from traceserve import __version__
 from traceserve.errors import ServerError
 from traceserve.measuring import load_generator, server_times
+from traceserve.measuring.answers import Consistency
 from traceserve.measuring.documents import BenchDocument, Figures, Machine, Ratio, Summary
 from traceserve.measuring.page import load_name
 from traceserve.measuring.targets import Subject, check_answer
@@ -33,6 +34,8 @@ class BenchPlan:
     warm_up: float = 2.0
     rounds: int = 1
     seed: int = 0
+    retries: int = 0  # for each failed request, as clients do
+    check: bool = False  # compare the answers to each request
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -77,6 +80,8 @@ def measure(
             "warm_up": plan.warm_up,
             "rounds": plan.rounds,
             "seed": plan.seed,
+            "retries": plan.retries,
+            "check": plan.check,
         },
         "subjects": [asked.label for asked in subjects],
         "summary": summaries,
@@ -100,6 +105,8 @@ def _once(
             plan.warm_up,
             seed,
             progress,
+            retries=plan.retries,
+            check=Consistency() if plan.check else None,
         )
 
     if asked.metrics is None:
@@ -150,6 +157,7 @@ def _figures(connections: int, result: load_generator.Result, times: Optional[se
         },
         "curve_ms": [[p, _ms(result.percentile(p))] for p in _CURVE if (100 - p) / 100 * result.requests >= 1],
         "errors": result.errors,
+        "retried": result.retried,
         "generator_cpu": round(result.cpu, 3),
         "server": None
         if times is None
@@ -169,7 +177,7 @@ def _ms(seconds: float) -> float:
 def _summary(
     asked: Subject, connections: int, rounds: Sequence[Tuple[load_generator.Result, Optional[server_times.ServerTimes]]]
 ) -> Summary:
-    """Return the medians of the rounds, figure by figure; errors are summed."""
+    """Return the medians of the rounds, figure by figure; errors and retried requests are summed."""
     figures = [_figures(connections, result, times) for result, times in rounds]
     errors: Dict[str, int] = {}
     for one in figures:
@@ -183,6 +191,7 @@ def _summary(
         "connections": connections,
         "throughput_range": [min(throughputs), max(throughputs)],
         "errors": errors,
+        "retried": sum(one["retried"] for one in figures),
     }
 
 

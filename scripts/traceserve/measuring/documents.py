@@ -31,6 +31,7 @@ class Figures(Load):
     latency_ms: Dict[str, float]
     curve_ms: List[List[float]]  # percentile and latency
     errors: Dict[str, int]
+    retried: int  # requests that were answered when they were sent again
     generator_cpu: float
     server: Optional[ServerFigures]
 
@@ -42,7 +43,7 @@ class Measurement(Figures):
 
 
 class Summary(Figures):
-    """The medians of a subject's rounds at one load; errors are summed."""
+    """The medians of a subject's rounds at one load; errors and retried requests are summed."""
 
     subject: str
     throughput_range: List[float]
@@ -81,6 +82,8 @@ class PlanFacts(TypedDict):
     warm_up: float
     rounds: int
     seed: int
+    retries: int
+    check: bool
 
 
 class BenchDocument(TypedDict):

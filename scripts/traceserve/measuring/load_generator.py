@@ -22,17 +22,21 @@ from typing import TYPE_CHECKING, Callable, Deque, Dict, List, Mapping, Optional
 import numpy as np
 
 from traceserve.errors import ServerError
-from traceserve.measuring.transfers import Transfer, failure_reason, never_connected, require_libcurl
+from traceserve.measuring.transfers import Transfer, failure_reason, never_connected, require_libcurl, retriable
 
 if TYPE_CHECKING:
     import pycurl
     from numpy.typing import NDArray
+
+WRONG = "a wrong answer"
+Check = Callable[[bytes, bytes], bool]  # whether a request's body was given the right answer
 
 # An open loop opens connections as needed, up to this many (or the requested number, if larger). Beyond it requests
 # wait, and the wait is part of their latency.
 MOST_CONNECTIONS = 512
 _FILES = 1000  # most connections: select(2), which waits for libcurl's sockets, knows 1,024 files
 _RETRY = 0.05  # seconds before retrying a refused connection
+_PAUSE = 1.0  # seconds before a request is sent again
 _TICK = 0.05  # seconds between checks of the clock
 
 
@@ -54,6 +58,9 @@ class Result:
     latencies: NDArray[np.float64]  # of each 2xx answer, in order of completion
     errors: Dict[str, int]  # number of failures, by reason
     cpu: float = 0.0  # processor seconds of the load generator per second of the span
+    retried: int = 0  # answered requests that had failed at first
+    moments: Sequence[float] = ()  # when each request of `latencies` was answered, in seconds since the span's start
+    failures: Sequence[float] = ()  # when an attempt failed that could be retried, whether it was or not
 
     @property
     def requests(self) -> int:
@@ -93,13 +100,17 @@ def send_load(
     seed: int = 0,
     progress: Optional[Callable[[float], None]] = None,
     timeout: float = 60.0,
+    retries: int = 0,
+    check: Optional[Check] = None,
 ) -> Result:
     """POST `bodies`, in a shuffled order that repeats, and measure.
 
     Without `rate`, each connection sends its next request once its last one is answered (closed loop). With it,
     requests are due at the times of a Poisson process, regardless of earlier answers, and their latency counts
-    from then (open loop). `progress` receives the elapsed share of the time, 0 to 1. Raises ServerError
-    if no connection can be made at the start; later failures are counted.
+    from then (open loop). `progress` receives the elapsed share of the time, 0 to 1. A request that got no answer, or a
+    status that asks to try again, is sent again up to `retries` times, each after a second; its latency includes that.
+    An answer that `check` refuses is an error. Raises ServerError if no connection can be made at the start; later
+    failures are counted.
     """
     require_libcurl()
     if not bodies:
@@ -110,7 +121,7 @@ def send_load(
         )
     shuffled = list(bodies)
     random.Random(seed).shuffle(shuffled)
-    load = _Load(target, shuffled, content_type, connections, rate, seconds, warm_up, seed, timeout)
+    load = _Load(target, shuffled, content_type, connections, rate, seconds, warm_up, seed, timeout, retries, check)
     collects = gc.isenabled()
     gc.disable()  # its pauses would be measured
     try:
@@ -135,19 +146,25 @@ class _Load:
         warm_up: float,
         seed: int,
         timeout: float,
+        retries: int,
+        check: Optional[Check],
     ) -> None:
         import pycurl
 
         self.target, self.content_type, self.timeout = target, content_type, timeout
+        self.retries, self.check = retries, check
         self.bodies = itertools.cycle(bodies)
         self.connections, self.rate, self.seconds, self.warm_up = connections, rate, seconds, warm_up
         self.limit = connections if rate is None else max(connections, MOST_CONNECTIONS)
         self.gaps = random.Random(seed + 1)
         self.latencies = array("d")
+        self.moments, self.failures = array("d"), array("d")
+        self.retried = 0
         self.errors: Counter[str] = Counter()
         self.due: Deque[float] = deque()  # due times of the requests that wait for a connection
         self.idle: List[Transfer] = []
         self.resting: Deque[Tuple[float, Transfer]] = deque()  # until when, for those whose connection was refused
+        self.again: Deque[Tuple[float, Transfer]] = deque()  # when each is to send its request again
         self.active: Dict[pycurl.Curl, Transfer] = {}
         self.transfers: List[Transfer] = []
         self.reached = False
@@ -210,7 +227,17 @@ class _Load:
         # whatever the server can do: the time of the last answer shows that.
         seconds = self.seconds if self.rate is None else max(self.end, self.last) - self.start
         cpu = (self.cpu[1] - self.cpu[0]) / self.seconds
-        return Result(len(self.transfers), self.rate, seconds, latencies, dict(self.errors.most_common()), cpu)
+        return Result(
+            len(self.transfers),
+            self.rate,
+            seconds,
+            latencies,
+            dict(self.errors.most_common()),
+            cpu,
+            self.retried,
+            self.moments,
+            self.failures,
+        )
 
     @property
     def _no_answer(self) -> str:
@@ -226,7 +253,8 @@ class _Load:
     # --- requests ---
 
     def _another(self) -> Transfer:
-        transfer = Transfer(self.target.url, self.target.headers, self.content_type, self.timeout)
+        kept = self.check is not None
+        transfer = Transfer(self.target.url, self.target.headers, self.content_type, self.timeout, kept)
         self.transfers.append(transfer)
         return transfer
 
@@ -255,6 +283,9 @@ class _Load:
 
     def _send(self, transfer: Transfer) -> None:
         transfer.prepare(self.due.popleft(), next(self.bodies))
+        self._start(transfer)
+
+    def _start(self, transfer: Transfer) -> None:
         self.active[transfer.handle] = transfer
         self.prepared = True
         self.multi.add_handle(transfer.handle)
@@ -262,6 +293,10 @@ class _Load:
     def _wake(self) -> None:
         while self.resting and self.resting[0][0] <= time.perf_counter():
             self._release(self.resting.popleft()[1])
+        while self.again and self.again[0][0] <= time.perf_counter():
+            transfer = self.again.popleft()[1]
+            transfer.repeat()
+            self._start(transfer)
 
     def _collect(self) -> None:
         """Count the answers, and send what is due next."""
@@ -269,7 +304,10 @@ class _Load:
         for handle in answered:
             transfer = self._take(handle)
             self.reached = True
-            self._answered(transfer.due, transfer.status)
+            status = transfer.status
+            if retriable(status) and self._retry(transfer):
+                continue
+            self._answered(transfer, status)
             self._release(transfer)
         for handle, code, message in failed:
             self._fail(self._take(handle), code, message)
@@ -278,14 +316,33 @@ class _Load:
         self.multi.remove_handle(handle)
         return self.active.pop(handle)
 
-    def _answered(self, due: float, status: int) -> None:
-        if self.start <= due < self.end:
-            self.pending -= 1
-            if 200 <= status < 300:
-                self.last = time.perf_counter()
-                self.latencies.append(self.last - due)
-            else:
-                self.errors[f"HTTP {status}"] += 1
+    def _counts(self, transfer: Transfer) -> bool:
+        """Return whether its request was due in the measured span."""
+        return self.start <= transfer.due < self.end
+
+    def _retry(self, transfer: Transfer) -> bool:
+        """Plan to send a failed request again, if it may be; count the failed attempt."""
+        now = time.perf_counter()
+        if self._counts(transfer):
+            self.failures.append(now - self.start)
+        if transfer.attempts > self.retries:
+            return False
+        self.again.append((now + _PAUSE, transfer))
+        return True
+
+    def _answered(self, transfer: Transfer, status: int) -> None:
+        if not self._counts(transfer):
+            return
+        self.pending -= 1
+        if not 200 <= status < 300:
+            self.errors[f"HTTP {status}"] += 1
+        elif self.check is not None and not self.check(transfer.body, transfer.answer):
+            self.errors[WRONG] += 1
+        else:
+            self.last = time.perf_counter()
+            self.latencies.append(self.last - transfer.due)
+            self.moments.append(self.last - self.start)
+            self.retried += transfer.attempts > 1
 
     def _fail(self, transfer: Transfer, code: int, message: str) -> None:
         import pycurl
@@ -295,7 +352,9 @@ class _Load:
         if never_connected(code) and not self.reached:
             raise ServerError(f"{self.target.url} cannot be reached: {why}")
         self.reached = True
-        if self.start <= transfer.due < self.end:
+        if not timed_out and self._retry(transfer):
+            return
+        if self._counts(transfer):
             self.pending -= 1
             self.errors[why] += 1
         if never_connected(code):

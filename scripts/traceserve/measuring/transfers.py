@@ -27,10 +27,17 @@ def require_libcurl() -> None:
 class Transfer:
     """A client with at most one request in flight; libcurl keeps its connection open between them."""
 
-    def __init__(self, url: str, headers: Mapping[str, str], content_type: str, timeout: float) -> None:
+    def __init__(
+        self, url: str, headers: Mapping[str, str], content_type: str, timeout: float, kept: bool = False
+    ) -> None:
+        """`kept`: the answers' bodies are kept; otherwise they are read and dropped."""
         import pycurl
 
         self.due = 0.0  # due time of the request in flight
+        self.body = b""
+        self.attempts = 0  # to send this request
+        self._kept = kept
+        self._answer = io.BytesIO()
         self.handle = pycurl.Curl()
         for option, value in _options(url, headers, content_type, timeout).items():
             self.handle.setopt(option, value)
@@ -41,11 +48,25 @@ class Transfer:
         A body that cannot be read twice is not sent twice: otherwise libcurl would retry a request whose connection
         ends without an answer, and the failure would not be counted.
         """
+        self.due, self.body, self.attempts = due, body, 0
+        self.repeat()
+
+    def repeat(self) -> None:
+        """Prepare the same request again."""
         import pycurl
 
-        self.due = due
+        self.attempts += 1
+        body = self.body
+        if self._kept:
+            self._answer = io.BytesIO()
+            self.handle.setopt(pycurl.WRITEFUNCTION, self._answer.write)
         self.handle.setopt(pycurl.READFUNCTION, io.BytesIO(body).read)
         self.handle.setopt(pycurl.POSTFIELDSIZE, len(body))
+
+    @property
+    def answer(self) -> bytes:
+        """The last answer's body, if it is kept."""
+        return self._answer.getvalue()
 
     @property
     def status(self) -> int:
@@ -85,6 +106,11 @@ def _lines(headers: Mapping[str, str], content_type: str) -> List[bytes]:
     given = {name: value for name, value in (("Content-Type", content_type),) if name.lower() not in names}
     lines = [f"{name}: {value}" if value else f"{name};" for name, value in {**given, **headers}.items()]
     return [line.encode("latin-1") for line in [*lines, "Expect:"]]
+
+
+def retriable(status: int) -> bool:
+    """Return whether a status asks clients to try again; the usual client libraries do at these."""
+    return status in (429, 502, 503, 504)
 
 
 def never_connected(code: int) -> bool:
