@@ -19,7 +19,9 @@ PEFT = ['peft>=0.18; python_version >= "3.10"']  # the first that runs with tran
 ONNX_WORKER = ["onnxruntime>=1.17"]
 ONNX = [*ONNX_WORKER, "onnx>=1.15"]
 # Its telemetry, on which the package depends, is never imported: `runtimes/openvino.py`.
-OPENVINO = ['openvino>=2024.6; python_version >= "3.10"']
+# A worker only needs openvino; the builder quantizes with nncf.
+OPENVINO_WORKER = ['openvino>=2024.6; python_version >= "3.10"']
+OPENVINO = [*OPENVINO_WORKER, 'nncf>=2.14; python_version >= "3.10"']
 # Ray Serve brings HAProxy, fsspec reads archives from where clusters keep them, multipart reads forms.
 RAY = ['ray[serve]>=2.60; python_version >= "3.10"', "fsspec>=2024.2", "multipart>=1.2", "psutil>=5.8", "pyyaml>=5.1"]
 # A small server for one archive, without a JVM.
@@ -93,6 +95,7 @@ setup(
         "onnx": ONNX,
         "onnx-worker": ONNX_WORKER,
         "openvino": OPENVINO,
+        "openvino-worker": OPENVINO_WORKER,
         "ray": RAY,
         "web": WEB,
         "test": SERVE + DEMO + BENCH + CURATED + GGUF + PEFT + ONNX + OPENVINO + WEB + TEST,

@@ -248,7 +248,7 @@ def test_texts_of_one_length_are_measured_together(refuses: bool) -> None:
 def test_a_model_is_measured_on_few_batches(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     """No padding: equal lengths form one batch."""
     original = load(checkpoint, tmp_path)
-    batches = precision._inputs(original, ["a b", "c", "", "b a", "x", "a b c d"])
+    batches = precision.inputs_of(original, ["a b", "c", "", "b a", "x", "a b c d"])
     assert sorted(tuple(batch["input_ids"].shape) for batch in batches) == [(1, 6), (2, 3), (2, 4)]
     for batch in batches:
         assert set(batch) == set(original.inputs) and bool(batch["attention_mask"].all())

@@ -5,23 +5,29 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Set
 
 import numpy as np
 import pytest
 from conftest import ROOT, run_export
 from test_onnx import KINDS, LABELS, WITHOUT_TORCH, values
 from traceserve import cli
+from traceserve.building import attempt
+from traceserve.building.checkpoints import loading, sources
 from traceserve.building.config.parsing import parse_config
 from traceserve.building.config.save_modes import Target
 from traceserve.building.gate import verification
+from traceserve.building.gate.findings import LIMITS, DriftError
 from traceserve.building.gate.texts import SENTENCES
-from traceserve.building.writers.openvino import writer
+from traceserve.building.writers.lowering import precision
+from traceserve.building.writers.lowering.int8 import KEPT_SHARES, ladder
+from traceserve.building.writers.lowering.sensitivity import linears
+from traceserve.building.writers.openvino import int8, writer
 from traceserve.errors import ConfigError, ExportError
 from traceserve_runtime import processor
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import InvalidManifest, MissingPackage
-from traceserve_runtime.manifest import Manifest
+from traceserve_runtime.manifest import Manifest, Shapes
 from traceserve_runtime.runtimes import openvino
 from traceserve_runtime.settings import Settings
 from traceserve_runtime.tasks import TASKS
@@ -216,3 +222,104 @@ def test_a_model_that_cannot_be_converted(
     told = capsys.readouterr().err
     assert "OpenVINO cannot convert BertForSequenceClassification: " in told and "bessel" in told
     assert "try save_mode torchscript or pretrained or onnx or aot_inductor" in told
+
+
+# int8
+
+
+@pytest.fixture(scope="module")
+def original(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    config, _ = parse_config({"model_name": str(checkpoint("bert", **LABELS)), "task": "sequence_classification"})
+    folder = tmp_path_factory.mktemp("original")
+    with loading.quiet_transformers():
+        return loading.load_original(config, sources.fetch_checkpoint(config, folder), folder)
+
+
+def in_int8(model: Any) -> Set[str]:
+    """Return the linear layers of an OpenVINO model whose weights are int8."""
+
+    def constant(node: Any) -> Any:
+        return node if node.get_type_name() == "Constant" else constant(node.input_value(0).get_node())
+
+    products = [node for node in model.get_ordered_ops() if node.get_type_name() == "MatMul"]
+    int8_products = [
+        node.get_friendly_name()
+        for node in products
+        if "FakeQuantize" in node.input_value(0).get_node().get_type_name()
+        and constant(node.input_value(1).get_node()).get_element_type().get_type_name() == "i8"
+    ]
+    return {name[len("__module.model.") :].split("/")[0] for name in int8_products}
+
+
+def test_more_and_more_layers_are_left_by_the_common_ladder(original: Any) -> None:
+    inside = {name for name in linears(original.model) if name.startswith("bert.")}
+    steps = list(int8.to_calibrate(original, SENTENCES[1:10]))
+    assert [len(step.kept) for step in steps] == [round(share * len(inside)) for share in KEPT_SHARES]
+    for step in (steps[0], steps[-1]):
+        assert step.model is original.model and step.dtype == "int8"
+        model = writer.converted(openvino.library(), original, TASKS["sequence_classification"], Shapes())
+        assert in_int8(int8.quantize(model, step)) == inside - {*step.kept}  # and never the head
+
+
+def test_a_step_without_layers_left_measures_none(original: Any) -> None:
+    """Which takes longer than quantizing."""
+    measured: List[str] = []
+
+    def layer(linear: Any, largest: Any) -> Any:
+        measured.append("")
+        return linear
+
+    steps = ladder(original.model, precision.inputs_of(original, SENTENCES[1:4]), layer)
+    assert next(steps)[1] == () and not measured
+    assert next(steps)[1] and measured
+
+
+def test_a_graph_that_does_not_name_its_layers_is_refused(original: Any) -> None:
+    model = writer.converted(openvino.library(), original, TASKS["sequence_classification"], Shapes())
+    for node in model.get_ordered_ops():
+        node.set_friendly_name(node.get_friendly_name().replace("__module", "other"))
+    [first, *_] = int8.to_calibrate(original, SENTENCES[1:4])
+    with pytest.raises(ExportError, match="does not name its linear layers"):
+        int8.quantize(model, first)
+
+
+def test_the_closest_of_all_steps_is_reported(
+    checkpoint: Callable[..., Path], tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have the same model: only the layers that they leave differ."""
+    found: List[Any] = []
+    own = attempt.verify
+
+    def verify(*arguments: Any) -> Any:
+        found.append(own(*arguments))
+        found[-1].changed = [0] * (9 - len(found))  # fewer with each step
+        return found[-1]
+
+    monkeypatch.setattr(attempt, "verify", verify)
+    content = {"model_name": str(checkpoint("bert", **LABELS)), "max_length": 32, "save_mode": "openvino"}
+    with pytest.raises(DriftError) as raised:
+        run_export(tmp_path / "x", {**content, "dtype": "int8"})
+    assert len(found) == len(KEPT_SHARES) and raised.value.findings is found[-1]
+
+
+def test_int8_answers(
+    checkpoint: Callable[..., Path], tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quarter of float32's size; refused by a processor on which its sums overflow."""
+    content = {"model_name": str(checkpoint("bert", **LABELS)), "max_length": 32, "save_mode": "openvino"}
+    run_export(tmp_path / "x", {**content, "dtype": "int8"}, allow_drift=True)
+    manifest = Manifest.read(tmp_path / "x")
+    assert manifest.dtype == "int8" and {"openvino", "nncf"} <= set(manifest.versions)
+    assert 1e-5 < manifest.receipt["largest_difference"] < LIMITS["int8"].difference
+    assert len(values(Engine.load(tmp_path / "x"), True)) > 1
+    monkeypatch.setattr(processor, "features", lambda: frozenset({"avx2"}))
+    with pytest.raises(
+        MissingPackage, match='int8 needs a processor with one of .*build the archive with "dtype": "float32"'
+    ):
+        Engine.load(tmp_path / "x")
+
+
+def test_a_missing_nncf_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nncf", None)
+    with pytest.raises(ExportError, match=r"pip install 'traceserve\[openvino\]'.*nncf"):
+        writer.check("int8", Target("cpu", {}))

@@ -109,7 +109,7 @@ class Attempt:
             return self._finish(self._write(lowered, shapes, folder), findings, lowered, folder)
         if drifted:
             # The widest shapes of each model tried; of these the closest.
-            widest = {id(item[1].model): item for item in reversed(drifted)}.values()
+            widest = {(id(item[1].model), item[1].kept): item for item in reversed(drifted)}.values()
             findings, _, shapes = min(widest, key=lambda item: item[0].share_changed)
             # A model that cannot even run in all shapes may run in another save mode.
             advice = formats.advice(config) if findings.failure else _without_padding(config, findings)
@@ -160,7 +160,8 @@ class Attempt:
         for shapes in candidate_shapes(self.config, lowered.max_length):
             for side in sides:
                 yield replace(lowered, padding_side=side), replace(shapes, shortest=lowered.shortest)
-        if any(findings.padding_changes for findings, tried, _ in drifted if tried.model is lowered.model):
+        own = [item[0] for item in drifted if item[1].model is lowered.model and item[1].kept == lowered.kept]
+        if any(findings.padding_changes for findings in own):
             for shapes in without_padding(self.config):
                 yield lowered, replace(shapes, shortest=lowered.shortest)
 

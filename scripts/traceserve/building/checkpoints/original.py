@@ -38,6 +38,7 @@ class Original:
     case_note: Optional[str] = None  # on do_lower_case
     arrays: Dict[str, Any] = field(default_factory=dict)  # for the task's own computations, float32
     kept: Tuple[str, ...] = ()  # the layers kept in float32
+    calibration: Tuple[Dict[str, Any], ...] = ()  # inputs, for a writer whose library quantizes by itself
     shortest: int = 1  # the shortest row that the model can read; others are padded to it
     per_token: Tuple[str, ...] = ()  # the outputs with a value per token
 

@@ -152,7 +152,7 @@ SAVE_MODES: Dict[str, SaveMode] = {
     ),
     "openvino": SaveMode(
         hardware=("cpu",),
-        dtypes=("float32", "bfloat16"),
+        dtypes=("float32", "bfloat16", "int8"),
         loops=(),
         auto=dtypes.fastest,
         measured_against="torchscript",

@@ -1,16 +1,17 @@
-"""Dynamic int8: linear layers that multiply int8 by int8, quantized per token, so that answers do not depend on the
-rest of the batch.
+"""int8: the layers to quantize, and dynamic linear layers that multiply int8 by int8, quantized per token, so that
+answers do not depend on the rest of the batch.
 
 Weights are quantized symmetrically per output channel, tokens asymmetrically: the zero point costs one
 product with the sums of the weights. Before that, large input channels are scaled down and their weights up by
 SmoothQuant's factors (Xiao et al., 2022, arXiv 2211.10438, equation 4, alpha 0.5), measured on sample texts. The layers
-that still affect the model's output most are left in float32: more and more of them, until the model passes the gate.
+that still affect the model's output most are left in float32: more and more of them, until the model passes the gate;
+`ladder` is the search of every save mode.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Iterator, Sequence, Tuple
+from typing import TYPE_CHECKING, Dict, Iterator, Sequence, Tuple
 
 import torch
 
@@ -69,28 +70,45 @@ class Int8Linear(torch.nn.Module):
         return outputs.reshape(*inputs.shape[:-1], outputs.shape[-1])
 
 
-def smoothing(weight: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+def smoothing(weight: torch.Tensor, largest: torch.Tensor, alpha: float = 0.5) -> torch.Tensor:
     """Return each input channel's factor, which multiplies its weights and divides its values, (in)."""
-    heaviest = weight.abs().amax(0)
-    return (largest.clamp(min=_SMALLEST) / heaviest.clamp(min=_SMALLEST)).sqrt()
+    heaviest = weight.abs().amax(0).clamp(min=_SMALLEST)
+    return largest.clamp(min=_SMALLEST) ** alpha / heaviest ** (1 - alpha)
+
+
+def body_layers(model: PreTrainedModel) -> Dict[str, torch.nn.Linear]:
+    """Return the linear layers that may be quantized, by name: all but the head's; raises ExportError for none."""
+    inside = set(_body(model).modules())
+    layers = {name: module for name, module in linears(model).items() if module in inside}
+    if not layers:
+        raise ExportError(f"{type(model).__name__} has no torch.nn.Linear that could be quantized to int8")
+    return layers
+
+
+def ladder(
+    model: PreTrainedModel, batches: Sequence[Inputs], measured: Layer
+) -> Iterator[Tuple[Dict[str, torch.Tensor], Tuple[str, ...]]]:
+    """Yield the layers to quantize, by name, with each input channel's largest absolute value, and the names of more
+    and more layers left in float32: those whose replacement by `measured` changes the output most.
+
+    `batches` are inputs to measure on. The first step leaves none, and so measures none.
+    """
+    found = measure_layers(model, body_layers(model), batches, measured)
+    for share in KEPT_SHARES:
+        kept = found.most(share)
+        yield {name: largest for name, largest in found.largest.items() if name not in kept}, kept
 
 
 def quantized(
     model: PreTrainedModel, batches: Sequence[Inputs], layer: Layer = Int8Linear, measured: Layer = Int8Linear
 ) -> Iterator[Tuple[PreTrainedModel, Tuple[str, ...]]]:
-    """Yield copies of the model with more and more layers left in float32, and their names; `batches` are inputs to
-    measure on.
-
-    `layer` makes the replacements; the layers to leave are those whose replacement by `measured` changes most.
-    """
-    inside = set(_body(model).modules())
-    layers = {name: module for name, module in linears(model).items() if module in inside}
-    if not layers:
-        raise ExportError(f"{type(model).__name__} has no torch.nn.Linear that could be quantized to int8")
-    found = measure_layers(model, layers, batches, measured)
-    replacements = {name: layer(layers[name], largest).eval() for name, largest in found.largest.items()}
-    for share in KEPT_SHARES:
-        kept = found.most(share)
+    """Yield copies of the model for each step of the ladder, with replacements made by `layer`, and the names of the
+    layers left in float32."""
+    linear = body_layers(model)
+    replacements: Dict[str, torch.nn.Module] = {}
+    for layers, kept in ladder(model, batches, measured):
+        if not replacements:
+            replacements = {name: layer(linear[name], largest).eval() for name, largest in layers.items()}
         made = copy.deepcopy(model)
         for name, replacement in replacements.items():
             if name not in kept:

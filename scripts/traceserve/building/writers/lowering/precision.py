@@ -79,7 +79,7 @@ def _to_bfloat16(original: Original, texts: Sequence[str]) -> Iterator[Original]
     layers = {} if getattr(model, "can_generate", bool)() else sensitivity.linears(model)
     if not layers:
         return
-    found = sensitivity.measure_layers(model, layers, _inputs(original, texts), sensitivity.Bfloat16Linear)
+    found = sensitivity.measure_layers(model, layers, inputs_of(original, texts), sensitivity.Bfloat16Linear)
     for share in KEPT_SHARES:
         yield _lowered_copy(original, "bfloat16", found.most(share))
 
@@ -90,11 +90,11 @@ def _lowered_copy(original: Original, dtype: str, kept: Tuple[str, ...] = ()) ->
 
 def to_int8(original: Original, texts: Sequence[str], **layers: Layer) -> Iterator[Original]:
     """Yield the original with linear layers in int8, leaving more and more of them; `layers` as in `int8.quantized`."""
-    for model, kept in int8.quantized(original.model, _inputs(original, texts), **layers):
+    for model, kept in int8.quantized(original.model, inputs_of(original, texts), **layers):
         yield replace(original, model=model, dtype="int8", kept=kept)
 
 
-def _inputs(original: Original, texts: Sequence[str]) -> List[Inputs]:
+def inputs_of(original: Original, texts: Sequence[str]) -> List[Inputs]:
     """Return the model's inputs for the texts: equal lengths together, without padding."""
     alike: Dict[int, List[Inputs]] = {}
     for text in texts:

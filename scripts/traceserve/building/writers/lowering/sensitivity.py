@@ -4,7 +4,7 @@ layers."""
 from __future__ import annotations
 
 from functools import partial
-from typing import Callable, Dict, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from traceserve_runtime.errors import reason
@@ -16,15 +16,25 @@ Layer = Callable[[torch.nn.Linear, torch.Tensor], torch.nn.Module]
 Inputs = Dict[str, torch.Tensor]
 
 
-class Measured(NamedTuple):
-    """For each layer, by name: each input channel's largest absolute value; and the change of the output."""
+class Measured:
+    """For each layer, by name: each input channel's largest absolute value, `largest`; and the change of the output,
+    `moved`, measured when it is first read: a replacement of one layer after the other takes long."""
 
-    largest: Dict[str, torch.Tensor]
-    moved: Dict[str, float]
+    def __init__(self, largest: Dict[str, torch.Tensor], measure: Callable[[], Dict[str, float]]) -> None:
+        self.largest = largest
+        self._measure = measure
+        self._moved: Optional[Dict[str, float]] = None
+
+    @property
+    def moved(self) -> Dict[str, float]:
+        if self._moved is None:
+            self._moved = self._measure()
+        return self._moved
 
     def most(self, share: float) -> Tuple[str, ...]:
         """Return the names of this share of the layers: those that affect the output most, in descending order."""
-        return tuple(sorted(self.moved, key=lambda name: -self.moved[name])[: round(share * len(self.moved))])
+        count = round(share * len(self.largest))
+        return tuple(sorted(self.moved, key=lambda name: -self.moved[name])[:count]) if count else ()
 
 
 class Bfloat16Linear(torch.nn.Module):
@@ -84,15 +94,20 @@ def _measure(
     finally:
         for hook in hooks:
             hook.remove()
-    moved = {}
-    for name, module in ((name, layers[name]) for name in layers if name in largest):
-        replace(model, name, change(module, largest[name]).eval())
-        try:
-            differences: List[torch.Tensor] = [got - one for got, one in zip(_outputs(model, batches), exact)]
-        finally:
-            replace(model, name, module)
-        moved[name] = sum(float(one.square().mean()) * _rows(batch) for one, batch in zip(differences, batches))
-    return Measured(largest, moved)
+    called = {name: module for name, module in layers.items() if name in largest}
+
+    def measure() -> Dict[str, float]:
+        moved = {}
+        for name, module in called.items():
+            replace(model, name, change(module, largest[name]).eval())
+            try:
+                differences: List[torch.Tensor] = [got - one for got, one in zip(_outputs(model, batches), exact)]
+            finally:
+                replace(model, name, module)
+            moved[name] = sum(float(one.square().mean()) * _rows(batch) for one, batch in zip(differences, batches))
+        return moved
+
+    return Measured(largest, measure)
 
 
 def _rows(batch: Inputs) -> int:

@@ -15,6 +15,7 @@ from traceserve.building.checkpoints.original import Original
 from traceserve.building.config.dtypes import AUTO
 from traceserve.building.config.save_modes import Target
 from traceserve.building.writers.contract import Written
+from traceserve.building.writers.openvino import int8
 from traceserve.building.writers.tracing.graphs import TRACED_BATCH, TRACED_LENGTH, trace
 from traceserve.building.writers.tracing.wrapping import example, once, traceable
 from traceserve.errors import ExportError, UnwritableError
@@ -32,6 +33,8 @@ def check(dtype: str, target: Target) -> None:
     """Raise ExportError without the packages, or if the gate could not run the result here."""
     try:
         openvino = library()
+        if dtype == int8.DTYPE:
+            int8.quantizer()
     except ImportError as error:
         raise ExportError(
             f"save_mode openvino needs more packages: pip install 'traceserve[openvino]' ({error})"
@@ -44,19 +47,26 @@ def check(dtype: str, target: Target) -> None:
 
 
 def lowered(original: Original, dtype: str, texts: Sequence[str]) -> Iterable[Original]:
-    """Return the original: OpenVINO lowers its precision itself, for bfloat16 when it loads the model."""
+    """Return the original: OpenVINO lowers its precision itself, for bfloat16 when it loads the model; for int8 several
+    times, with more and more layers to leave."""
+    if dtype == int8.DTYPE:
+        return int8.to_calibrate(original, texts)
     return [replace(original, dtype=dtype)]
 
 
 def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, target: Target) -> Written:
     """Write the graph and its weights; see Writer. Raises ExportError with the model's own reason."""
     openvino = library()
-    model = _converted(openvino, original, task, shapes)
+    model = converted(openvino, original, task, shapes)
+    versions = {"openvino": openvino.__version__.partition("-")[0]}
+    if original.dtype == int8.DTYPE:
+        model = int8.quantize(model, original)
+        versions["nncf"] = int8.quantizer().__version__
     openvino.save_model(model, str(folder / MODEL_FILE), compress_to_fp16=original.dtype in _HALVED)
-    return Written(files=(WEIGHTS_FILE,), versions={"openvino": openvino.__version__.partition("-")[0]})
+    return Written(files=(WEIGHTS_FILE,), versions=versions)
 
 
-def _converted(openvino: Any, original: Original, task: Type[Task], shapes: Shapes) -> Any:
+def converted(openvino: Any, original: Original, task: Type[Task], shapes: Shapes) -> Any:
     """Trace the model, and return the trace as OpenVINO's: any batch and length, with the manifest's names."""
     length = max(shapes.lengths) if shapes.lengths else min(TRACED_LENGTH, original.max_length)
     outputs = tuple(output.name for output in task.outputs)

@@ -1,0 +1,109 @@
+"""Static int8 by NNCF: weights and their inputs, by ranges seen on sample texts; `lowering.int8` chooses the layers.
+
+A range belongs to a tensor, not to a batch, so answers do not depend on the rest of the batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import re
+from dataclasses import replace
+from typing import Any, Iterator, List, Sequence
+
+import torch
+from traceserve_runtime.runtimes.openvino import library
+
+from traceserve.building.checkpoints.original import Original
+from traceserve.building.writers.lowering import precision
+from traceserve.building.writers.lowering.int8 import body_layers, ladder, smoothing
+from traceserve.errors import ExportError
+
+DTYPE = "int8"
+_ALPHA = 0.95  # NNCF's: the share of the inputs' range that is moved into the weights
+_LARGEST = 127
+_SMALLEST = 1e-12
+
+
+class StaticLinear(torch.nn.Module):
+    """A linear layer with the numbers of NNCF's: smoothed, its weights rounded per output, its inputs per tensor; to
+    measure the change."""
+
+    def __init__(self, linear: Any, largest: torch.Tensor) -> None:
+        """`largest`: each input channel's largest absolute value, (in)."""
+        super().__init__()
+        weight = linear.weight.detach().float()
+        self.factors = smoothing(weight, largest, _ALPHA)
+        weight = weight * self.factors
+        self.weight = _rounded(weight, weight.abs().amax(1, keepdim=True))
+        self.range = (largest / self.factors).amax()
+        self.bias = linear.bias
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Map inputs (..., in) to outputs (..., out)."""
+        return torch.nn.functional.linear(_rounded(inputs / self.factors, self.range), self.weight, self.bias)
+
+
+def _rounded(values: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    scale = (largest / _LARGEST).clamp(min=_SMALLEST)
+    return (values / scale).round().clamp(-_LARGEST, _LARGEST) * scale
+
+
+def to_calibrate(original: Original, texts: Sequence[str]) -> Iterator[Original]:
+    """Yield the original with its inputs for these texts, and more and more layers to leave in float32."""
+    batches = precision.inputs_of(original, texts)
+    for _, kept in ladder(original.model, batches, StaticLinear):
+        yield replace(original, dtype=DTYPE, kept=kept, calibration=tuple(batches))
+
+
+def quantize(model: Any, original: Original) -> Any:
+    """Return an OpenVINO model, converted from the original, in int8; its layers to leave and its head stay as they
+    are."""
+    nncf = quantizer()
+    rows = _single_rows(original)
+    with contextlib.redirect_stdout(io.StringIO()):  # progress bars
+        return nncf.quantize(
+            model,
+            nncf.Dataset(rows),
+            subset_size=len(rows),
+            model_type=nncf.ModelType.TRANSFORMER,
+            ignored_scope=nncf.IgnoredScope(names=_left(model, original)),
+            # The fix makes weights smaller, against sums that overflow without VNNI: such processors are refused.
+            advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.DISABLE),
+        )
+
+
+def quantizer() -> Any:
+    """Import and return NNCF, without telemetry and progress bars; raises ImportError."""
+    library()  # makes the telemetry unimportable
+    import nncf
+
+    nncf.set_log_level(logging.ERROR)
+    return nncf
+
+
+def _single_rows(original: Original) -> List[Any]:
+    """Return each calibration row by itself: NNCF averages ranges over what it is given at once."""
+    return [
+        {name: tensor[row : row + 1].numpy() for name, tensor in batch.items()}
+        for batch in original.calibration
+        for row in range(len(batch[original.inputs[0]]))
+    ]
+
+
+def _left(model: Any, original: Original) -> List[str]:
+    """Return the names of the products to leave, those of attention included; raises ExportError if the graph does not
+    tell its layers apart."""
+    layers = set(body_layers(original.model))
+    products = [node.get_friendly_name() for node in model.get_ordered_ops() if node.get_type_name() == "MatMul"]
+    owners = {name: _layer_of(name) for name in products}
+    if not {*original.kept} <= {*owners.values()} or not layers & {*owners.values()}:
+        raise ExportError(f"OpenVINO's graph of {type(original.model).__name__} does not name its linear layers")
+    return [name for name, layer in owners.items() if layer not in layers or layer in original.kept]
+
+
+def _layer_of(product: str) -> str:
+    """Return the name of the linear layer to which this product belongs: the traced module's is in its own."""
+    found = re.match(r"__module\.model\.(.+)/aten::linear/", product)
+    return found.group(1) if found else ""
