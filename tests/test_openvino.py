@@ -14,6 +14,7 @@ from test_onnx import KINDS, LABELS, WITHOUT_TORCH, values
 from traceserve import cli
 from traceserve.building import attempt
 from traceserve.building.checkpoints import loading, sources
+from traceserve.building.config import formats
 from traceserve.building.config.parsing import parse_config
 from traceserve.building.config.save_modes import Target
 from traceserve.building.gate import verification
@@ -258,7 +259,7 @@ def test_more_and_more_layers_are_left_by_the_common_ladder(original: Any) -> No
     for step in (steps[0], steps[-1]):
         assert step.model is original.model and step.dtype == "int8"
         model = writer.converted(openvino.library(), original, TASKS["sequence_classification"], Shapes())
-        assert in_int8(int8.quantize(model, step)) == inside - {*step.kept}  # and never the head
+        assert in_int8(int8.quantize_statically(model, step)) == inside - {*step.kept}  # and never the head
 
 
 def test_a_step_without_layers_left_measures_none(original: Any) -> None:
@@ -280,7 +281,7 @@ def test_a_graph_that_does_not_name_its_layers_is_refused(original: Any) -> None
         node.set_friendly_name(node.get_friendly_name().replace("__module", "other"))
     [first, *_] = int8.to_calibrate(original, SENTENCES[1:4])
     with pytest.raises(ExportError, match="does not name its linear layers"):
-        int8.quantize(model, first)
+        int8.quantize_statically(model, first)
 
 
 def test_the_closest_of_all_steps_is_reported(
@@ -317,6 +318,23 @@ def test_int8_answers(
         MissingPackage, match='int8 needs a processor with one of .*build the archive with "dtype": "float32"'
     ):
         Engine.load(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    "features, installed, expected",
+    [
+        ({"avx512_bf16", "avx512_vnni"}, True, ("bfloat16", "float32")),
+        ({"avx512_vnni"}, True, ("int8", "float32")),
+        ({"avx512_vnni"}, False, ("float32",)),
+        ({"avx2"}, True, ("float32",)),
+    ],
+)
+def test_auto_follows_processor_and_packages(
+    features: Set[str], installed: bool, expected: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processor, "features", lambda: frozenset(features))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if installed else None)
+    assert formats.candidates("openvino", "cpu", "auto", TASKS["fill_mask"]) == expected
 
 
 def test_a_missing_nncf_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

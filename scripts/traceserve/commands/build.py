@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, List, Tuple
 
+from traceserve.commands.compare import compare_formats
 from traceserve.commands.contract import Command
 from traceserve.commands.printing import ProgressBar, console, megabytes, print_findings
 
@@ -81,6 +82,12 @@ def _add_archive(parser: argparse.ArgumentParser) -> None:
 def _add_build(parser: argparse.ArgumentParser) -> None:
     _add_export(parser)
     _add_store(parser)
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="write nothing: build every save mode and dtype that works here into temporary folders, and print their figures",
+    )
+    parser.add_argument("--json", action="store_true", help="with --compare: print JSON")
 
 
 def _export(options: argparse.Namespace) -> int:
@@ -89,6 +96,12 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _build(options: argparse.Namespace) -> int:
+    if options.compare:
+        return compare_formats(options)
+    if options.json:
+        from traceserve.errors import ConfigError
+
+        raise ConfigError("--json is for --compare; a build's figures are in NAME.report.json beside the archive")
     make(options, with_archive=True)
     return 0
 

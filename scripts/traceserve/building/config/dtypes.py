@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Dict, NamedTuple, Tuple, Type
 
 from traceserve_runtime import processor
@@ -42,6 +43,14 @@ def fastest(task: Type[Task], hardware: str) -> Tuple[str, ...]:
         return ("bfloat16",)
     lower = hardware in DTYPES["bfloat16"].where_native and processor.native("bfloat16") and not task.loop
     return ("bfloat16", "float32") if lower else ("float32",)
+
+
+def fastest_in_openvino(task: Type[Task], hardware: str) -> Tuple[str, ...]:
+    """Return the same for OpenVINO, whose int8 is twice as fast as float32: it is tried where bfloat16 is not native,
+    int8 is, and NNCF is installed."""
+    tried = fastest(task, hardware)
+    quantizes = processor.native("int8") and importlib.util.find_spec("nncf") is not None
+    return ("int8", *tried) if len(tried) == 1 and quantizes else tried
 
 
 def float32_alone(task: Type[Task], hardware: str) -> Tuple[str, ...]:

@@ -154,7 +154,7 @@ SAVE_MODES: Dict[str, SaveMode] = {
         hardware=("cpu",),
         dtypes=("float32", "bfloat16", "int8"),
         loops=(),
-        auto=dtypes.fastest,
+        auto=dtypes.fastest_in_openvino,
         measured_against="torchscript",
     ),
     "aot_inductor": SaveMode(

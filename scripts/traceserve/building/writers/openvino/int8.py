@@ -57,7 +57,7 @@ def to_calibrate(original: Original, texts: Sequence[str]) -> Iterator[Original]
         yield replace(original, dtype=DTYPE, kept=kept, calibration=tuple(batches))
 
 
-def quantize(model: Any, original: Original) -> Any:
+def quantize_statically(model: Any, original: Original) -> Any:
     """Return an OpenVINO model, converted from the original, in int8; its layers to leave and its head stay as they
     are."""
     nncf = quantizer()

@@ -60,7 +60,7 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
     model = converted(openvino, original, task, shapes)
     versions = {"openvino": openvino.__version__.partition("-")[0]}
     if original.dtype == int8.DTYPE:
-        model = int8.quantize(model, original)
+        model = int8.quantize_statically(model, original)
         versions["nncf"] = int8.quantizer().__version__
     openvino.save_model(model, str(folder / MODEL_FILE), compress_to_fp16=original.dtype in _HALVED)
     return Written(files=(WEIGHTS_FILE,), versions=versions)

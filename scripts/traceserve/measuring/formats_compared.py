@@ -1,0 +1,108 @@
+"""Builds a checkpoint in every save mode and dtype that work here, through the gate, and measures each.
+
+Each build gets a temporary folder, and its figures come from a process of its own (`engine_figures`) with the same
+threads and requests.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Iterator, NamedTuple, Optional, Sequence, Tuple
+
+from traceserve_runtime import processor
+from traceserve_runtime.engine import load_task
+from traceserve_runtime.tasks import TASKS
+from traceserve_runtime.tasks.contract import Request
+
+from traceserve.building import samples
+from traceserve.building.attempt import size_of
+from traceserve.building.checkpoints import sources
+from traceserve.building.config import formats
+from traceserve.building.config.dtypes import DTYPES
+from traceserve.building.config.libraries import LIBRARIES
+from traceserve.building.config.parsing import LoadedConfig
+from traceserve.building.config.save_modes import SAVE_MODES
+from traceserve.building.config.setup_config import SetupConfig
+from traceserve.building.export import export
+from traceserve.building.gate.corpus import sentences
+from traceserve.building.progress import Progress
+from traceserve.errors import ConfigError, ExportError, first_line
+from traceserve.measuring import engine_figures
+from traceserve.measuring.engine_figures import Figures
+
+_MOST = 256  # requests per round
+
+
+class ComparedFormat(NamedTuple):
+    """A save mode and dtype: its figures, or why it was refused; `bytes` of the artifact, answers changed of `answers`."""
+
+    save_mode: str
+    dtype: str
+    refused: str = ""
+    bytes: int = 0
+    changed: int = 0
+    answers: int = 0
+    figures: Optional[Figures] = None
+
+
+def possible_formats(config: SetupConfig) -> Sequence[Tuple[str, str]]:
+    """Return the save modes and dtypes that are legal for this configuration, whose task is known."""
+    written = LIBRARIES[config.library].save_modes
+    return [
+        (save_mode, dtype)
+        for save_mode in SAVE_MODES
+        for dtype in DTYPES
+        if formats.refusal(save_mode, config.hardware, dtype, TASKS[config.task]) is None
+        and formats.refused_key(save_mode, config) is None
+        and (written is None or save_mode in written)
+    ]
+
+
+def compared_formats(
+    loaded: LoadedConfig, progress: Progress, samples_file: Optional[Path] = None
+) -> Iterator[ComparedFormat]:
+    """Yield each save mode and dtype, once it is built and measured; raises TraceserveError for an invalid checkpoint.
+
+    Tasks that write text are refused: their figures depend on what is written.
+    """
+    config = loaded.config
+    progress("fetching the checkpoint", 0, 0)
+    config = config.model_copy(update={"task": sources.fetch_checkpoint(config, loaded.folder).task})
+    task = TASKS[config.task]
+    if task.loop:
+        raise ConfigError(
+            f"--compare measures tasks that are run once, not {config.task}; use `traceserve bench` for it"
+        )
+    own = samples.read_samples(samples_file, task) if samples_file else []
+    for save_mode, dtype in possible_formats(config):
+        options = config.options if save_mode == config.save_mode else {}
+        one = config.model_copy(update={"save_mode": save_mode, "dtype": dtype, "options": options})
+        with tempfile.TemporaryDirectory(prefix="traceserve-compare-") as scratch:
+            folder = Path(scratch, "compared")
+            folder.mkdir()
+            try:
+                made = export(loaded._replace(config=one), folder.name, folder, progress, samples_file)
+            except ExportError as error:
+                yield ComparedFormat(save_mode, dtype, error.message)
+                continue
+            progress(f"measuring {save_mode} in {dtype}", 0, 0)
+            asked = own or load_task(folder, made.manifest).from_texts(sentences(_MOST))
+            found = made.findings
+            changed = (found.own_changed, found.own_answers) if own else (len(found.changed), found.answers)
+            yield ComparedFormat(save_mode, dtype, "", size_of(folder), *changed, _measured(folder, asked))
+
+
+def _measured(folder: Path, requests: Sequence[Request]) -> Figures:
+    """Return an artifact's figures, from a new process."""
+    asked = requests[:: max(1, len(requests) // _MOST)][:_MOST]
+    file = folder.parent / "requests.json"
+    file.write_text(json.dumps([[dict(one.inputs), dict(one.parameters)] for one in asked]), encoding="utf-8")
+    command = [sys.executable, "-m", engine_figures.__name__, str(folder), str(file), str(processor.cores())]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise ExportError(f"measuring {folder.name} failed: {first_line(RuntimeError(result.stderr))}")
+    return Figures(**json.loads(result.stdout.strip().splitlines()[-1]))

@@ -1,0 +1,100 @@
+"""`traceserve build --compare`: every save mode and dtype, built, measured, and nothing left over."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Callable, Dict
+
+import pytest
+from traceserve import cli
+from traceserve.building.config import formats
+from traceserve.building.config.dtypes import DTYPES
+from traceserve.building.config.parsing import parse_config
+from traceserve.building.config.save_modes import SAVE_MODES
+from traceserve.building.gate import verification
+from traceserve.building.gate.texts import SENTENCES
+from traceserve.commands import compare
+from traceserve.measuring import formats_compared
+from traceserve.measuring.engine_figures import Figures
+from traceserve.measuring.formats_compared import ComparedFormat, possible_formats
+from traceserve_runtime.tasks import TASKS
+
+LABELS = {"id2label": {0: "red", 1: "green"}, "label2id": {"red": 0, "green": 1}}
+
+
+def configured(folder: Path, content: Dict[str, Any]) -> None:
+    (folder / "setup_config.json").write_text(json.dumps({"max_length": 32, **content}))
+
+
+def test_each_is_built_and_measured_and_nothing_stays(
+    checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(verification, "TEXTS", SENTENCES[1:6])  # the gate has its own tests
+    tried = [("torchscript", "float32"), ("openvino", "float32"), ("openvino", "int8")]
+    monkeypatch.setattr(formats_compared, "possible_formats", lambda config: tried)
+    monkeypatch.setattr(formats_compared, "_MOST", 64)
+    monkeypatch.setattr(
+        "traceserve.building.attempt.measure_speeds", lambda folders, *rest: dict.fromkeys(folders, 1.0)
+    )
+    monkeypatch.setitem(sys.modules, "nncf", None)
+    configured(tmp_path, {"model_name": str(checkpoint("bert", **LABELS))})
+    assert cli.main(["build", "--compare", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["formats"]
+    assert [(row["save_mode"], row["dtype"]) for row in rows] == tried
+    for row in rows[:2]:
+        assert row["bytes"] > 10_000 and row["changed"] == 0 and row["answers"] == 5
+        figures = row["figures"]
+        assert 0 < figures["p50_ms"] < 1000 * figures["load_seconds"] and figures["per_second"] > 1
+        assert 20e6 < figures["memory"] < 2e9
+    assert rows[1]["figures"]["memory"] < rows[0]["figures"]["memory"]  # that process has no torch
+    assert rows[2]["figures"] is None and "pip install 'traceserve[openvino]'" in rows[2]["refused"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["scratch", "setup_config.json"]
+    assert not list((tmp_path / "scratch").glob("*compare*"))
+
+
+def test_what_is_compared_is_what_is_legal() -> None:
+    config, _ = parse_config({"model_name": "x/y", "task": "sequence_classification"})
+    legal = [
+        (save_mode, dtype)
+        for save_mode in SAVE_MODES
+        for dtype in DTYPES
+        if dtype in formats.dtypes(save_mode, "cpu", TASKS["sequence_classification"])
+    ]
+    assert possible_formats(config) == legal and len(legal) > 8
+    content = {"model_name": "x/y", "task": "feature_extraction", "library": "curated_transformers"}
+    assert {mode for mode, _ in possible_formats(parse_config(content)[0])} == {"torchscript"}
+
+
+def test_written_texts_are_not_compared(
+    checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    configured(tmp_path, {"model_name": str(checkpoint("llama", "AutoModelForCausalLM"))})
+    assert cli.main(["build", "--compare"]) == 1
+    assert "--compare measures tasks that are run once, not text_generation" in capsys.readouterr().err
+
+
+def test_json_is_for_comparing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["build", "--json"]) == 1
+    assert "--json is for --compare" in capsys.readouterr().err
+
+
+def test_the_best_are_marked(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    rows = [
+        ComparedFormat("torchscript", "float32", "", 90_000_000, 0, 34, Figures(1.5, 300_000_000, 4.0, 250.0)),
+        ComparedFormat("openvino", "int8", "", 30_000_000, 2, 340, Figures(0.5, 200_000_000, 5.0, 700.0)),
+        ComparedFormat("onnx", "int8", "needs [more] packages"),
+    ]
+    compare._print_rows(rows)
+    shown = capsys.readouterr().out
+    first, second = (next(line for line in shown.splitlines() if name in line) for name in ("torchscript", "openvino"))
+    assert first.count("*") == 1 and "4 *" in first and "0 of 34" in first
+    assert second.count("*") == 4 and "700 *" in second and "0.5 *" in second and "2 of 340" in second
+    assert "onnx in int8: needs [more] packages" in shown
