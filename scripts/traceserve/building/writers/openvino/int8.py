@@ -68,9 +68,14 @@ def quantize_statically(model: Any, original: Original) -> Any:
             nncf.Dataset(rows),
             subset_size=len(rows),
             model_type=nncf.ModelType.TRANSFORMER,
-            ignored_scope=nncf.IgnoredScope(names=_left(model, original)),
-            # The fix makes weights smaller, against sums that overflow without VNNI: such processors are refused.
-            advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.DISABLE),
+            # Embeddings too, as in the other save modes; by type, of which a graph may have none.
+            ignored_scope=nncf.IgnoredScope(names=_left(model, original), types=["Gather"], validate=False),
+            advanced_parameters=nncf.AdvancedQuantizationParameters(
+                # The fix makes weights smaller, against sums that overflow without VNNI: such processors are refused.
+                overflow_fix=nncf.OverflowFix.DISABLE,
+                # By default ranges are averaged over the texts, and clip some of them: more answers change.
+                activations_range_estimator_params=nncf.quantization.range_estimator.RangeEstimatorParametersSet.MINMAX,
+            ),
         )
 
 
@@ -84,7 +89,7 @@ def quantizer() -> Any:
 
 
 def _single_rows(original: Original) -> List[Any]:
-    """Return each calibration row by itself: NNCF averages ranges over what it is given at once."""
+    """Return each calibration row by itself: NNCF's statistics are of what it is given at once."""
     return [
         {name: tensor[row : row + 1].numpy() for name, tensor in batch.items()}
         for batch in original.calibration
