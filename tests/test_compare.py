@@ -18,7 +18,7 @@ from traceserve.building.gate import verification
 from traceserve.building.gate.texts import SENTENCES
 from traceserve.commands import compare
 from traceserve.measuring import formats_compared
-from traceserve.measuring.engine_figures import Figures
+from traceserve.measuring.engine_figures import EngineFigures
 from traceserve.measuring.formats_compared import ComparedFormat, possible_formats
 from traceserve_runtime.tasks import TASKS
 
@@ -88,8 +88,8 @@ def test_json_is_for_comparing(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_the_best_are_marked(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
     rows = [
-        ComparedFormat("torchscript", "float32", "", 90_000_000, 0, 34, Figures(1.5, 300_000_000, 4.0, 250.0)),
-        ComparedFormat("openvino", "int8", "", 30_000_000, 2, 340, Figures(0.5, 200_000_000, 5.0, 700.0)),
+        ComparedFormat("torchscript", "float32", "", 90_000_000, 0, 34, EngineFigures(1.5, 300_000_000, 4.0, 250.0)),
+        ComparedFormat("openvino", "int8", "", 30_000_000, 2, 340, EngineFigures(0.5, 200_000_000, 5.0, 700.0)),
         ComparedFormat("onnx", "int8", "needs [more] packages"),
     ]
     compare._print_rows(rows)

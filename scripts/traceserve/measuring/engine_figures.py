@@ -18,7 +18,7 @@ _ROUNDS = 3
 _ALONE = 64  # requests asked one by one
 
 
-class Figures(NamedTuple):
+class EngineFigures(NamedTuple):
     """Seconds until the engine answers, its process's memory in bytes (its share of what it shares), the median
     milliseconds of one request, and requests per second, 32 at once."""
 
@@ -28,7 +28,7 @@ class Figures(NamedTuple):
     per_second: float
 
 
-def measure_engine(folder: Path, requests: List[Request], threads: int) -> Figures:
+def measure_engine(folder: Path, requests: List[Request], threads: int) -> EngineFigures:
     """Load the artifact and measure it."""
     started = time.perf_counter()
     engine = Engine.load(folder, settings=Settings(threads=threads))
@@ -46,7 +46,7 @@ def measure_engine(folder: Path, requests: List[Request], threads: int) -> Figur
         began = time.perf_counter()
         engine.answer([request])
         alone.append(time.perf_counter() - began)
-    return Figures(loaded, _memory(), 1000 * statistics.median(alone), len(requests) / statistics.median(rounds))
+    return EngineFigures(loaded, _memory(), 1000 * statistics.median(alone), len(requests) / statistics.median(rounds))
 
 
 def _memory() -> int:

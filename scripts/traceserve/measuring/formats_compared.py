@@ -32,7 +32,7 @@ from traceserve.building.gate.corpus import sentences
 from traceserve.building.progress import Progress
 from traceserve.errors import ConfigError, ExportError, first_line
 from traceserve.measuring import engine_figures
-from traceserve.measuring.engine_figures import Figures
+from traceserve.measuring.engine_figures import EngineFigures
 
 _MOST = 256  # requests per round
 
@@ -46,7 +46,7 @@ class ComparedFormat(NamedTuple):
     bytes: int = 0
     changed: int = 0
     answers: int = 0
-    figures: Optional[Figures] = None
+    figures: Optional[EngineFigures] = None
 
 
 def possible_formats(config: SetupConfig) -> Sequence[Tuple[str, str]]:
@@ -96,7 +96,7 @@ def compared_formats(
             yield ComparedFormat(save_mode, dtype, "", size_of(folder), *changed, _measured(folder, asked))
 
 
-def _measured(folder: Path, requests: Sequence[Request]) -> Figures:
+def _measured(folder: Path, requests: Sequence[Request]) -> EngineFigures:
     """Return an artifact's figures, from a new process."""
     asked = requests[:: max(1, len(requests) // _MOST)][:_MOST]
     file = folder.parent / "requests.json"
@@ -105,4 +105,4 @@ def _measured(folder: Path, requests: Sequence[Request]) -> Figures:
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise ExportError(f"measuring {folder.name} failed: {first_line(RuntimeError(result.stderr))}")
-    return Figures(**json.loads(result.stdout.strip().splitlines()[-1]))
+    return EngineFigures(**json.loads(result.stdout.strip().splitlines()[-1]))
