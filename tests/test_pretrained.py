@@ -90,7 +90,8 @@ def test_every_task_passes_the_gate(task: str, made: Make) -> None:
     receipt = manifest.receipt
     assert receipt["passed"] and receipt["answers"] > 0 and receipt["answers_changed"] == 0
     assert receipt["largest_difference"] < 1e-4
-    assert set(manifest.files) == {"model.safetensors", "config.json", "tokenizer.json", "model-config.yaml"}
+    shared = {"tokenizer.json", "golden.json", "model-config.yaml"}
+    assert set(manifest.files) == {"model.safetensors", "config.json", *shared}
     assert manifest.runtime == {
         "auto_model": TASKS[task].auto_model,
         "loop": TASKS[task].loop,

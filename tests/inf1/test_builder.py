@@ -29,7 +29,8 @@ def test_what_is_built(build: Build, tmp_path: Path) -> None:
     assert manifest.runtime == {"compiler": {"arguments": ["-O2"], "shares": dict.fromkeys(graphs, 1.0)}}
     assert manifest.versions["torch_neuron"] == "1.13.1.0+double"
     assert sorted(os.listdir(tmp_path / "work")) == sorted(graphs)
-    assert sorted(manifest.files) == ["model-config.yaml", "tokenizer.json", "traced_model.pt"]  # no mapped weights
+    shared = ["golden.json", "model-config.yaml", "tokenizer.json"]
+    assert sorted(manifest.files) == [*shared, "traced_model.pt"]  # no mapped weights
 
 
 def test_it_is_compared_before_and_after_compiling(build: Build) -> None:
