@@ -33,7 +33,7 @@ ALL = list(itertools.product(SAVE_MODES, HARDWARE, TASKS))
         ({"task": "text_generation"}, ["pretrained"]),
         ({"save_mode": "onnx"}, ["torchscript", "pretrained", "openvino", "aot_inductor"]),
         ({"save_mode": "openvino"}, ["torchscript", "pretrained", "onnx", "aot_inductor"]),
-        ({"save_mode": "onnx", "dtype": "int8"}, ["torchscript"]),
+        ({"save_mode": "onnx", "dtype": "int8"}, ["torchscript", "openvino"]),
         ({"save_mode": "pretrained"}, []),  # transformers itself cannot run it
         ({"save_mode": "aot_inductor", "dtype": "float32"}, ["torchscript", "pretrained", "onnx", "openvino"]),
         ({"hardware": "gpu"}, ["pretrained"]),
