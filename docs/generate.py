@@ -34,9 +34,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a page differs")
     check = parser.parse_args().check
-    stale = [name for name, make in PAGES.items() if not _is_current(FOLDER / name, make())]
+    pages = {name: make() for name, make in PAGES.items()}
+    stale = [name for name, text in pages.items() if not _is_current(FOLDER / name, text)]
     for name in [] if check else stale:
-        (FOLDER / name).write_text(PAGES[name](), encoding="utf-8")
+        (FOLDER / name).write_text(pages[name], encoding="utf-8")
     if stale:
         print(f"{'differ from the code' if check else 'written'}: {', '.join(stale)}")
     return int(check and bool(stale))

@@ -18,8 +18,9 @@ from traceserve_runtime.service import Service
 from traceserve_runtime.settings import Settings
 
 from traceserve.archives import contents
+from traceserve.archives.names import STORE
 from traceserve.building.config.parsing import LoadedConfig, load_config, parse_config
-from traceserve.building.config.targets import STORE, build_targets
+from traceserve.building.config.targets import build_targets
 from traceserve.building.packing import export_and_pack
 from traceserve.building.progress import Progress
 from traceserve.errors import ConfigError

@@ -56,3 +56,8 @@ def first_line(error: Exception) -> str:
 def some(names: Sequence[str]) -> str:
     """List the first three names, and the number of others."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def shortened(text: str, longest: int) -> str:
+    """Cut a text to this many characters, the last of which then shows it."""
+    return text if len(text) <= longest else text[: longest - 1] + "…"

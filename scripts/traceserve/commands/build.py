@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, List, Tuple
 
+from traceserve.archives.names import STORE
 from traceserve.commands.compare import compare_formats
 from traceserve.commands.contract import Command
 from traceserve.commands.printing import ProgressBar, console, megabytes, print_findings
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from traceserve.building.exported import Exported
     from traceserve.building.gate.findings import Findings
 
-STORE = Path("model_store")
 CONFIG = Path("setup_config.json")
 
 

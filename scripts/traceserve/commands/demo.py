@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import time
 
+from traceserve.archives.names import STORE
 from traceserve.commands.arguments import add_port
-from traceserve.commands.build import STORE, make
+from traceserve.commands.build import make
 from traceserve.commands.contract import Command
 from traceserve.commands.printing import ProgressBar, console
 from traceserve.commands.serve import print_instance

@@ -12,6 +12,7 @@ from traceserve_runtime.errors import TraceserveError
 from traceserve.commands.arguments import positive
 from traceserve.commands.contract import Command
 from traceserve.commands.printing import ProgressBar, console, figure, megabytes
+from traceserve.errors import shortened
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -107,7 +108,7 @@ def _add_changes(table: Table, title: str, changes: Sequence[FieldChange]) -> No
 def _shortened(answer: object) -> str:
     value = answer[0] if isinstance(answer, list) and answer else answer
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+    return shortened(text, _LONGEST)
 
 
 COMMANDS = (

@@ -12,6 +12,7 @@ from traceserve_runtime.errors import TraceserveError
 from traceserve.commands.arguments import add_port
 from traceserve.commands.contract import Command
 from traceserve.commands.printing import console, figure
+from traceserve.errors import shortened
 
 if TYPE_CHECKING:
     from traceserve.checking.verifying import Door, Verification
@@ -133,7 +134,7 @@ def _print_different(found: Verification, with_texts: bool) -> None:
 
 def _shortened(answer: object) -> str:
     text = json.dumps(answer[0] if isinstance(answer, list) and answer else answer, ensure_ascii=False)
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+    return shortened(text, _LONGEST)
 
 
 COMMANDS = (

@@ -9,6 +9,7 @@ from typing import Dict, Optional
 import yaml
 
 from traceserve.building.checkpoints.checkpoint import Checkpoint
+from traceserve.errors import shortened
 
 FILES = ["README.md", "LICENSE*", "LICENCE*", "COPYING*"]  # in a checkpoint's folder
 _FRONT_MATTER = re.compile(r"---\s*\n(.*?)\n---", re.DOTALL)
@@ -63,4 +64,4 @@ def _text(path: Path) -> str:
 
 def _short(text: str) -> str:
     text = " ".join(text.split())
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+    return shortened(text, _LONGEST)

@@ -11,7 +11,6 @@ from traceserve.building.config.parsing import LoadedConfig
 from traceserve.errors import ArchiveError, ExportError
 
 ARTIFACTS = Path("artifacts")
-STORE = Path("model_store")
 
 
 class Targets(NamedTuple):
