@@ -14,13 +14,14 @@ import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, Awaitable, Callable, Dict, Iterator, List, Optional
 
 import numpy as np
 import pytest
 import trustme
 from traceserve.errors import ServerError
-from traceserve.measuring import transfers
+from traceserve.measuring import load_generator, transfers
 from traceserve.measuring.answers import Consistency, same_answer
 from traceserve.measuring.load_generator import WRONG, Endpoint, Result, send_load
 
@@ -422,6 +423,31 @@ def test_a_signal_ends_it(rate: Optional[float]) -> None:
                 assert time.monotonic() - started < 2
     finally:
         signal.signal(signal.SIGALRM, previous)
+
+
+@pytest.mark.parametrize("strike", range(8))
+@pytest.mark.parametrize("method", [load_generator._Load._take, load_generator._Load._start])
+def test_a_signal_between_two_lines_ends_it(method: Callable[..., Any], strike: int) -> None:
+    """What libcurl works on and what we have written down of it may differ then."""
+    lines = 0
+
+    def trace(frame: FrameType, event: str, arg: object) -> Any:
+        nonlocal lines
+        if frame.f_code is not method.__code__:
+            return None
+        lines += event == "line"
+        if lines > strike:
+            raise Stopped
+        return trace
+
+    previous = sys.gettrace()
+    try:
+        with serving(at_once) as server:
+            sys.settrace(trace)
+            with pytest.raises(Stopped):
+                short(server)
+    finally:
+        sys.settrace(previous)
 
 
 def test_libcurl_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

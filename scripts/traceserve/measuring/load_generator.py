@@ -244,10 +244,9 @@ class _Load:
         return f"no answer in {self.timeout:g} s"
 
     def close(self) -> None:
-        for handle in self.active:
-            self.multi.remove_handle(handle)
+        """Close the connections. A signal may strike anywhere, so `active` need not be what libcurl has at work."""
         for transfer in self.transfers:
-            transfer.handle.close()
+            transfer.handle.close()  # takes it out of libcurl's work, too
         self.multi.close()
 
     # --- requests ---
