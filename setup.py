@@ -82,6 +82,7 @@ setup(
         "rich>=13",
         "platformdirs>=3",
         "packaging>=20.9",
+        "argcomplete>=3.1",
         "torch-model-archiver>=0.12",
     ],
     extras_require={

@@ -13,6 +13,7 @@ from traceserve_runtime.errors import TraceserveError
 
 from traceserve import __version__
 from traceserve.commands import COMMANDS, printing
+from traceserve.commands.completion import CompletingParser
 from traceserve.commands.contract import Command
 from traceserve.errors import NoSpace
 from traceserve.machine import environment, space
@@ -90,7 +91,7 @@ def _interrupt(number: int, frame: object) -> NoReturn:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CompletingParser(
         prog="traceserve", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"traceserve {__version__}")
@@ -105,6 +106,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         )
         command.add(parser_of_it)
         parser_of_it.set_defaults(run=command.run, command=command)
+    parser.complete()
     if arguments and arguments[0] in parsers:  # options may stand between texts too
         return parsers[arguments[0]].parse_intermixed_args(arguments[1:])
     return parser.parse_args(arguments)

@@ -5,6 +5,7 @@ from typing import Tuple
 from traceserve.commands import (
     bench,
     build,
+    completion,
     demo,
     deploy,
     diff,
@@ -39,6 +40,7 @@ COMMANDS: Tuple[Command, ...] = tuple(
         doctor,
         demo,
         show,
+        completion,
     )
     for command in module.COMMANDS
 )
