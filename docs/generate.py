@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Callable, Dict, Iterable, Iterator, List, Sequence, Tuple, Type
+from typing import Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Type
 
 import yaml
 from traceserve import api
@@ -179,9 +179,19 @@ def errors() -> str:
             _table(("type", "status", "meaning"), [(f"`{k.__name__}`", str(k.status), _first_line(k)) for k in served])
         ),
         "## Printed by a command, which exits with 1",
-        "\n".join(_table(("type", "meaning"), [(f"`{k.__name__}`", _first_line(k)) for k in _kinds(builder_errors)])),
+        "\n".join(
+            _table(
+                ("type", "meaning", "more"),
+                [(f"`{k.__name__}`", _first_line(k), _link(k.page)) for k in _kinds(builder_errors)],
+            )
+        ),
     ]
     return _page(parts)
+
+
+def _link(page: Optional[str]) -> str:
+    """Return a link from a page of the reference."""
+    return f"[{page}](../{page})" if page else ""
 
 
 def _kinds(module: ModuleType) -> Iterator[Type[TraceserveError]]:

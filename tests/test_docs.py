@@ -21,8 +21,11 @@ import pytest
 import transformers
 from conftest import ROOT
 from traceserve import cli
+from traceserve import errors as builder_errors
 from traceserve.building.config.parsing import parse_config
 from traceserve.commands import catalog
+from traceserve_runtime import errors as runtime_errors
+from traceserve_runtime.errors import TraceserveError
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.requests import parse_requests
 from traceserve_runtime.tasks import TASKS
@@ -115,6 +118,15 @@ def test_its_configurations_and_commands_are_legal(page: Path) -> None:
         command = re.split(r" +(?:#|\||&&|>) ", line)[0]
         if not re.search(r"\[|\.\.\.", command):  # a synopsis
             cli._parse(shlex.split(command))
+
+
+def test_errors_name_a_page_that_says_more() -> None:
+    kinds = [*vars(builder_errors).values(), *vars(runtime_errors).values()]
+    named = {kind.page for kind in kinds if isinstance(kind, type) and issubclass(kind, TraceserveError)}
+    assert "refused-build.md" in named and all((DOCS / page).is_file() for page in named - {None})
+    command = [sys.executable, "-m", "traceserve", "inspect", "no.mar"]
+    told = subprocess.run(command, stderr=subprocess.PIPE, text=True).stderr
+    assert re.fullmatch(r"error: .*no\.mar.* \(docs/checking\.md\)\n", told)
 
 
 def test_every_sample_of_a_task_is_legal() -> None:

@@ -16,6 +16,7 @@ class TraceserveError(RuntimeError):
 
     status = 500
     phrase = "Internal Server Error"  # ASCII: other characters corrupt TorchServe's frame for the whole batch
+    page: Optional[str] = None  # in docs/, that says more to whoever runs a command
 
     def __init__(self, message: str, field: Optional[str] = None) -> None:
         super().__init__(message)
@@ -76,13 +77,19 @@ class ModelFailure(TraceserveError):
 class Unsupported(TraceserveError):
     """This checkpoint cannot answer the task; raised by the builder, before anything is written."""
 
+    page = "refused-build.md"
+
 
 class InvalidManifest(TraceserveError):
     """The archive's `traceserve.json`, or a file in it, is invalid."""
 
+    page = "checking.md"
+
 
 class MissingPackage(TraceserveError):
     """The worker lacks a package, a device or a processor feature that this archive needs."""
+
+    page = "save-modes.md"
 
 
 def reason(error: Exception) -> str:

@@ -10,9 +10,13 @@ from traceserve_runtime.errors import TraceserveError
 class ConfigError(TraceserveError):
     """setup_config.json, or a combination in it, is invalid."""
 
+    page = "reference/setup-config.md"
+
 
 class SourceError(TraceserveError):
     """The checkpoint cannot be found, read or trusted."""
+
+    page = "checkpoints.md"
 
 
 class AmbiguousTask(SourceError):
@@ -26,6 +30,8 @@ class AmbiguousTask(SourceError):
 class ExportError(TraceserveError):
     """The model cannot be exported."""
 
+    page = "refused-build.md"
+
 
 class UnwritableError(ExportError):
     """The model cannot be written in this save mode, but perhaps in another."""
@@ -34,13 +40,19 @@ class UnwritableError(ExportError):
 class ArchiveError(TraceserveError):
     """The archive cannot be made, or is not ours."""
 
+    page = "checking.md"
+
 
 class ServerError(TraceserveError):
     """TorchServe did not start or does not answer."""
 
+    page = "serve.md"
+
 
 class DeployError(TraceserveError):
     """Deployment files cannot be made from these archives, or not there."""
+
+    page = "deploying.md"
 
 
 class NoSpace(TraceserveError):

@@ -101,4 +101,5 @@ def print_error(error: TraceserveError) -> None:
     findings = getattr(error, "findings", None)
     if findings is not None:
         print_findings(findings)
-    console(error=True).print(f"[red]error:[/] {escape(error.message)}", highlight=False, soft_wrap=True)
+    more = f" [dim](docs/{error.page})[/]" if error.page else ""
+    console(error=True).print(f"[red]error:[/] {escape(error.message)}{more}", highlight=False, soft_wrap=True)
