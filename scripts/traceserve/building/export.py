@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import List, Optional
+from typing import Iterator, List, Optional
 
 from traceserve_runtime.tasks import TASKS
 
@@ -41,8 +43,21 @@ def export(
     `allow_drift` takes those that change the fewest answers; artifacts that cannot run are never exported.
     `keep_samples` puts the user's samples into the golden set, and so into the archive.
     """
-    with loading.quiet_transformers():
+    with loading.quiet_transformers(), _frozen_objects():
         return _export(loaded, name, folder, progress, samples_file, allow_drift, keep_samples)
+
+
+@contextlib.contextmanager
+def _frozen_objects() -> Iterator[None]:
+    """Let garbage collections look at new objects alone: each trace is saved after one, and libraries have a million."""
+    mine = not gc.get_freeze_count()
+    if mine:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if mine:
+            gc.unfreeze()
 
 
 def _export(

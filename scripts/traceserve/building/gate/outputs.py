@@ -126,9 +126,15 @@ class _Rows:
         if known is not None and self._end and id_of_token(original.tokenizer, self._end) >= known:
             self._end = ""  # added only to the tokenizer: such texts are refused
         self._tokenizers: Dict[int, TextTokenizer] = {}
+        self._made: Dict[Tuple[int, int], Row] = {}
 
     def get(self, length: int, index: int) -> Row:
         """Return row number `index`, 0 to the largest batch, of `length` tokens."""
+        if (length, index) not in self._made:
+            self._made[length, index] = self._make(length, index)
+        return self._made[length, index]
+
+    def _make(self, length: int, index: int) -> Row:
         manifest = self._engine.manifest
         if length not in self._tokenizers:
             tokenizer = TextTokenizer(self._engine.folder, manifest.tokenizer, length, max_rows=1_000_000)
