@@ -95,6 +95,7 @@ RUNTIME_FLOORS: Sequence[Set[str]] = (
     {"batching"},
     {"generation", "runtimes"},
     {"tasks"},
+    {"pending"},
     {"engine", "protocols"},
     {"streaming"},
     {"service"},

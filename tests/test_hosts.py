@@ -9,8 +9,9 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
-from typing import Any, AsyncIterator, Awaitable, Callable, Dict, List, NamedTuple, Tuple
+from typing import Any, AsyncIterator, Awaitable, Callable, Dict, List, NamedTuple, Sequence, Tuple
 
 import pytest
 from conftest import run_export
@@ -19,6 +20,7 @@ from traceserve_hosts import fetching, loading, ray_config
 from traceserve_hosts.asgi import Application, Limits, Message, Scope
 from traceserve_hosts.batcher import Batcher
 from traceserve_hosts.routing import Router, messages
+from traceserve_runtime import service as core
 from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.manifest import sha256
@@ -46,8 +48,13 @@ class Hosted:
     def __init__(self, service: Service, limits: Limits = Limits(), most: int = 8, delay: float = 0.0) -> None:
         self.service = service
         self.batches: List[int] = []
-        self.batcher = Batcher(service, most, delay, lambda stats, replies, seconds: self.batches.append(len(replies)))
+        self.rows: List[int] = []
+        self.batcher = Batcher(service, most, delay, self._report)
         self.application = Application(service, self.batcher, limits)
+
+    def _report(self, stats: Stats, calls: Sequence[object], seconds: float) -> None:
+        self.batches.append(len(calls))
+        self.rows.append(stats.rows)
 
     async def ask(self, path: str, body: Any = None, method: str = "", **headers: str) -> Answer:
         raw = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
@@ -459,6 +466,106 @@ def test_a_text_is_written_no_further_when_its_client_goes(services: Dict[str, S
         return len(hosted.batches)
 
     assert run(ask()) < 45
+
+
+# Rows that run once
+
+
+def many(count: int, text: str = "Yes.") -> List[str]:
+    return [text] * count
+
+
+@pytest.fixture
+def one_row_per_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core, "TURN_SECONDS", 0.0)
+
+
+@pytest.mark.usefixtures("one_row_per_turn")
+def test_a_short_request_is_answered_while_long_ones_run(classifier: Service) -> None:
+    """More long ones than one batch holds; each gets its own answer."""
+    hosted = Hosted(classifier, most=3)
+    order: List[str] = []
+
+    async def ask(name: str, body: Any) -> Any:
+        answer = await hosted.ask("/predictions/small", body)
+        order.append(name)
+        assert answer.status == 200, answer
+        return answer.json
+
+    async def all_of_them() -> List[Any]:
+        long = [asyncio.ensure_future(ask("long", many(60))) for _ in range(5)]
+        while len(hosted.batches) < 4:
+            await asyncio.sleep(0)
+        short = asyncio.ensure_future(ask("short", {"text": TEXT}))
+        return [await each for each in [short, *long]]
+
+    short, *long = run(all_of_them())
+    assert order == ["short"] + ["long"] * 5
+    assert short == native(classifier, {"text": TEXT}) and long == [native(classifier, many(60))] * 5
+    assert sum(hosted.rows) == 5 * 60 + 1
+
+
+@pytest.mark.usefixtures("one_row_per_turn")
+def test_rows_are_run_no_further_when_their_client_goes_or_has_waited_too_long(classifier: Service) -> None:
+    hosted = Hosted(classifier, Limits(timeout=0.2))
+    gone = asyncio.Event()
+    slowly = classifier.engine.run
+
+    async def leave() -> None:
+        received: List[Message] = [{"type": "http.request", "body": json.dumps(many(200)).encode()}]
+
+        async def receive() -> Message:
+            if received:
+                return received.pop()
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Message) -> None:
+            raise AssertionError("it is answered")
+
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/predictions/small", "headers": headers}
+        await hosted.application(scope, receive, send)
+
+    async def ask() -> Answer:
+        leaving = asyncio.ensure_future(leave())
+        while len(hosted.rows) < 3:
+            await asyncio.sleep(0.001)
+        gone.set()
+        await leaving
+        late = await hosted.ask("/predictions/small", many(200))
+        while hosted.batcher._busy:
+            await asyncio.sleep(0.001)
+        return late
+
+    def run_slowly(jobs: Any, stats: Stats) -> Any:
+        time.sleep(0.005)
+        return slowly(jobs, stats)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classifier.engine, "run", run_slowly)
+        late = run(ask())
+    assert late.status == 503 and "within 0.2 s" in late.json["error"]["message"]
+    assert 3 <= sum(hosted.rows) < 150  # of 400
+
+
+@pytest.mark.usefixtures("one_row_per_turn")
+def test_calls_that_joined_and_wait_for_their_turn_count_in_the_queue(classifier: Service) -> None:
+    hosted = Hosted(classifier, Limits(queue=4), most=2)
+
+    async def ask() -> List[Answer]:
+        asking = [asyncio.ensure_future(hosted.ask("/predictions/small", many(40)))]
+        while not hosted.batches:
+            await asyncio.sleep(0)
+        for _ in range(3):  # no more than join in a turn
+            asking += [asyncio.ensure_future(hosted.ask("/predictions/small", many(40))) for _ in range(2)]
+            before = len(hosted.batches)
+            while len(hosted.batches) < before + 2:
+                await asyncio.sleep(0)
+        asking.append(asyncio.ensure_future(hosted.ask("/predictions/small", many(40))))
+        return list(await asyncio.gather(*asking))
+
+    assert [answer.status for answer in run(ask())] == [200] * 6 + [503] * 2
 
 
 # Several archives

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -219,29 +220,19 @@ def test_the_tokens_of_a_group_are_limited(engine: Engine) -> None:
     assert "2,080 tokens" in str(answers[-1]) and "may have 2,048" in str(answers[-1])
 
 
-@given(
-    st.lists(st.tuples(st.sampled_from([0, 0, 0, 1]), st.integers(0, 60)), max_size=30),
-    st.integers(1, 100),
-    st.booleans(),
-)
-def test_slices_hold_whole_groups_and_little_more_than_they_may(
-    texts: List[Tuple[int, int]], most: int, grouped: bool
+@given(st.lists(st.sampled_from([0, 0, 0, 1]), max_size=30), st.booleans())
+def test_neighbours_of_one_group_stay_together(new: List[int], grouped: bool) -> None:
+    groups: List[Optional[int]] = list(accumulate(new)) if grouped else [None] * len(new)
+    found = limits.groups_of(groups)
+    assert [i for own in found for i in range(len(groups))[own]] == list(range(len(groups)))
+    assert all(len(set(groups[own])) == 1 and (grouped or own.stop - own.start == 1) for own in found)
+    assert len(found) == (len(set(groups)) if grouped else len(groups))
+
+
+def test_answers_of_a_batch_that_memory_does_not_hold_at_once_are_the_same(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    groups: List[Optional[int]] = []
-    for new, _ in texts:
-        groups.append(None if not grouped else (groups[-1] or 0) + new if groups else 0)
-    sizes = [size for _, size in texts]
-    cut = limits.slices(groups, sizes, most)
-    assert [i for own in cut for i in range(len(texts))[own]] == list(range(len(texts)))
-    for own in cut:
-        last = groups[own.stop - 1]
-        before = [i for i in range(own.start, own.stop - 1) if not grouped or groups[i] != last]
-        assert sum(sizes[i] for i in before) <= most
-        assert not grouped or own.start == 0 or groups[own.start] != groups[own.start - 1]
-
-
-def test_answers_of_a_batch_in_slices_are_the_same(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = ["Yes.", "No, thank you!", "The train leaves at nine. " * 3, "", "a b c"] * 4
+    texts = ["Yes.", "No, thank you!", "The train leaves at nine. " * 3, "", "a b c"] * 5
     requests = [Request({"text": text}, {"top_k": None}, i) for i, text in enumerate(texts)]
 
     def scores(answers: Sequence[Any]) -> List[Dict[str, float]]:

@@ -1,7 +1,8 @@
 """Feeds one thread with batches: each holds what waits when the thread is free.
 
 The service's micro-batches and lanes need the whole list at once, and one thread: OpenMP keeps threads for each that calls it.
-Where texts are written token by token, calls join a running batch between its turns, and each is answered when it is done.
+Calls join a running batch between its turns, and each is answered when it is done: a turn is one token of each text that is
+written, or else the rows that take about a tenth of a second, shared fairly by all clients.
 """
 
 from __future__ import annotations
@@ -22,8 +23,7 @@ logger = logging.getLogger(__name__)
 
 _SECONDS_IDLE = 0.02  # without a request, until the engine is told that nobody waits
 
-# Called after each turn: what was computed, the calls that were in it, and the seconds that it took. A batch of a task that
-# does not write texts is one turn, except where memory does not hold it at once.
+# Called after each turn: what was computed, the calls that were in it, and the seconds that it took.
 Report = Callable[["Stats", Sequence[object], float], None]
 
 
@@ -62,13 +62,14 @@ class Batcher:
         self._report = report
         self._thread = ThreadPoolExecutor(1, "traceserve")
         self._waiting: Deque[Asked] = deque()
+        self._running = 0  # calls that joined and are not answered
         self._busy = False  # a batch runs, or the next one is being collected
         self._full: Optional[asyncio.Event] = None  # a whole batch waits
 
     @property
     def waiting(self) -> int:
-        """Calls that no batch holds yet."""
-        return len(self._waiting)
+        """Calls beyond the one batch that is answered."""
+        return len(self._waiting) + max(0, self._running - self._most)
 
     def ask(self, call: Call) -> Asked:
         """Queue a call."""
@@ -114,9 +115,15 @@ class Batcher:
             began = time.perf_counter()
             calls = running.turn()
             self._tell(stats.taken(), calls, time.perf_counter() - began)
+            self._running = len(running.calls)
             if running.calls:
-                running.join(self._taken(self._most - len(running.calls)))
+                running.join(self._taken(self._room()))
         loop.call_soon_threadsafe(self._finish)
+
+    def _room(self) -> int:
+        """How many calls may join now. Each text that is written lengthens every turn; rows that run once do not, and calls
+        that wait behind long ones would wait for their end."""
+        return self._most - self._running if self._service.engine.task.loop else self._most
 
     def _tell(self, stats: Stats, calls: Sequence[object], seconds: float) -> None:
         if self._report is not None:

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Callable, Deque, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Callable, Iterator, List, Optional, Sequence, Union
 
 from traceserve_runtime import failures, memory
 from traceserve_runtime.batching import costs, measuring
 from traceserve_runtime.batching.batches import Stats
-from traceserve_runtime.batching.lanes import Batches, Lanes, schedule
+from traceserve_runtime.batching.costs import Pace
+from traceserve_runtime.batching.lanes import Batches, Lanes, least_cost, schedule
 from traceserve_runtime.batching.measuring import Measuring
 from traceserve_runtime.errors import InvalidManifest, TraceserveError
-from traceserve_runtime.generation.loop import Member
+from traceserve_runtime.generation.loop import Member, WritingLoop
 from traceserve_runtime.manifest import Manifest
+from traceserve_runtime.pending import Arrival, Backlog, Pending, Result, Unrun
 from traceserve_runtime.runner import Arrays, Runner
 from traceserve_runtime.runtimes import RUNTIMES
 from traceserve_runtime.settings import Settings
 from traceserve_runtime.tasks import TASKS
-from traceserve_runtime.tasks.contract import Answer, Job, Parts, Request, Task, characters
+from traceserve_runtime.tasks.contract import Answer, Job, Parts, Request, Task
 from traceserve_runtime.texts import limits
 from traceserve_runtime.texts.rows import Encoded
 from traceserve_runtime.texts.tokenization import TextTokenizer
@@ -54,6 +56,7 @@ class Engine:
         self.runner = runner
         self.cost = replace(task.cost, padding=runner.padding)  # of a run on this machine, once measured
         self.lanes: Optional[Lanes] = None  # if it can run micro-batches in parallel
+        self.pace = Pace()
         self._measuring = Measuring(iter(()))
         self._tokens_since = 0  # since memory was released
 
@@ -89,6 +92,7 @@ class Engine:
     def make_ready(self) -> None:
         """Prepare to answer clients in a process of its own, as every host does."""
         self.warm_up()
+        self.pace = Pace()  # the first runs are slow
         self.open_lanes()
         self.share_cores()
         self.measure_while_idle()
@@ -213,7 +217,9 @@ class Engine:
             stats.add(*lanes.run(run, planned))
         else:
             stats.add(run(planned[0]))
-        self._measuring.answered(time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        self.pace.ran(least_cost(lengths, self.manifest.shapes, self.cost), seconds)
+        self._measuring.answered(seconds)
         return outputs  # type: ignore[return-value]  # the plan covers every row
 
     def _run_alone(self, job: Job, stats: Stats) -> Union[Arrays, TraceserveError]:
@@ -242,96 +248,104 @@ class Engine:
         return failures.contained("it made this answer", decode)
 
 
-class Pending:
-    """A request that is being answered."""
-
-    def __init__(self, request: Request, emit: Optional[Callable[..., None]]) -> None:
-        self.request = request
-        self.emit = emit
-        self.members: List[Member] = []  # its rows in a loop
-        self.left = False  # nobody wants its answer any more
-        self.result: Union[Answer, TraceserveError, Callable[[], Union[Answer, TraceserveError]], None] = None
-
-    @property
-    def done(self) -> bool:
-        """Whether nothing of it has to be run any more."""
-        return self.result is not None and all(member.done for member in self.members)
-
-    def answer(self) -> Union[Answer, TraceserveError]:
-        """Return the answer, or the error, once done."""
-        assert self.result is not None
-        return self.result() if callable(self.result) else self.result
-
-
 class Work:
     """Requests that an engine answers, in turns: others may join between two turns, and answered ones leave.
 
-    A turn of a task that writes texts is one token of each, see `generation.loop`. For all other tasks it answers
-    everything that joined, or as much as memory holds at once.
+    A turn of a task that writes texts is one token of each, see `generation.loop`. For all other tasks it runs as many rows
+    as `seconds` are expected to suffice for, and at least one, of all clients in turn. By default it runs all that memory
+    holds at once, which is the fastest where nobody joins. Each group's number is its own among all that join.
     """
 
-    def __init__(self, engine: Engine, stats: Stats) -> None:
+    def __init__(self, engine: Engine, stats: Stats, seconds: float = math.inf) -> None:
         self._engine = engine
         self._stats = stats
+        self._seconds = seconds
         self._loop = engine.task.open_loop(engine.runner, stats)
-        self._unread: Deque[Tuple[List[Pending], Sequence[Parts]]] = deque()  # each as much as memory holds at once
+        self._backlog = Backlog(engine.task.tokenizer.limits.characters)
+        self._some_left = False
 
     @property
     def busy(self) -> bool:
         """Whether a request is not done."""
-        return bool(self._unread) or (self._loop is not None and self._loop.busy)
+        return bool(self._backlog) or (self._loop is not None and self._loop.busy)
 
     def join(self, requests: Sequence[Request], emits: Sequence[Optional[Callable[..., None]]]) -> List[Pending]:
         """Add requests, and return them in order; see `Engine.answer` for the callbacks."""
         self._stats.requests += len(requests)
-        task = self._engine.task
-        parts = task.parts(requests)
+        parts = self._engine.task.parts(requests)
         pending = [Pending(request, emit) for request, emit in zip(requests, emits)]
-        groups = [request.group for request in requests]
-        for own in limits.slices(groups, [characters(part) for part in parts], task.tokenizer.limits.characters):
-            self._unread.append((pending[own], parts[own]))
+        for own in limits.groups_of([request.group for request in requests]):
+            self._backlog.join(Arrival(pending[own], parts[own]))
         return pending
 
     def leave(self, pending: Pending) -> None:
         """Compute nothing more for a request."""
-        pending.left = True
+        pending.left = self._some_left = True
         for member in pending.members:
             member.done = True
 
     def turn(self) -> None:
         """Go one step further with everything."""
-        if self._unread:
-            self._read(*self._unread.popleft())
+        if self._some_left:
+            self._some_left = False
+            self._backlog.forget()
+        began = time.perf_counter()
+        self._read(self._backlog.unread())
         if self._loop is not None:
             self._loop.turn()
+        else:
+            self._run(self._seconds - (time.perf_counter() - began))
 
-    def _read(self, pending: Sequence[Pending], parts: Sequence[Parts]) -> None:
-        """Tokenize requests, and answer them or let their rows join the loop."""
-        parts = [part for each, part in zip(pending, parts) if not each.left]
-        pending = [each for each in pending if not each.left]
-        encoded = self._engine.encode([each.request for each in pending], parts)
-        jobs = [
-            [Job(row, each.request, partial(each.emit, item.unseen) if each.emit else None) for row in item.rows]
-            if isinstance(item, Encoded)
-            else []
-            for each, item in zip(pending, encoded)
+    def _read(self, arrivals: Sequence[Arrival]) -> None:
+        """Tokenize requests; their rows join the loop, or wait to be run."""
+        wanted = [
+            [(pending, part) for pending, part in zip(own.pending, own.parts) if not pending.left] for own in arrivals
         ]
-        self._engine.read(sum(job.row.length for own in jobs for job in own))
-        outputs = iter(
-            self._engine.run([job for own in jobs for job in own], self._stats) if self._loop is None else ()
-        )
-        for each, item, own in zip(pending, encoded, jobs):
-            if isinstance(item, TraceserveError):
-                each.result = item
-            elif self._loop is None:
-                each.result = self._engine.decode(each.request, item, [next(outputs) for _ in own])
-            else:
-                each.members = [self._engine.task.member(job) for job in own]
-                each.result = partial(self._written, each, item)
-                for member in each.members:
-                    self._loop.join(member)
+        flat = [each for own in wanted for each in own]
+        encoded = iter(self._engine.encode([pending.request for pending, _ in flat], [part for _, part in flat]))
+        for own, each in zip(arrivals, wanted):
+            tokenized = []
+            for pending, _ in each:
+                item = next(encoded)
+                if isinstance(item, TraceserveError):
+                    pending.result = item
+                    continue
+                self._engine.read(sum(row.length for row in item.rows))
+                emit = partial(pending.emit, item.unseen) if pending.emit else None
+                jobs = [Job(row, pending.request, emit) for row in item.rows]
+                if self._loop is None:
+                    tokenized.append((Unrun(pending, item), jobs))
+                    self._answer(tokenized[-1][0])  # if it has no rows
+                else:
+                    self._write(self._loop, pending, item, jobs)
+            self._backlog.add(own, tokenized)
 
-    def _written(self, pending: Pending, encoded: Encoded) -> Union[Answer, TraceserveError]:
+    def _run(self, seconds: float) -> None:
+        """Run rows for about this long, and answer the requests that they complete."""
+        shapes, cost = self._engine.manifest.shapes, self._engine.cost
+        rows = self._backlog.rows(
+            self._engine.pace.cost_within(seconds),
+            lambda length: cost(1, shapes.length(length), length) - cost.run,
+        )
+        if not rows:
+            return
+        for row, output in zip(rows, self._engine.run([row.job for row in rows], self._stats)):
+            row.unrun.keep(row.position, output)
+            self._answer(row.unrun)
+        self._backlog.ran(rows)
+
+    def _answer(self, unrun: Unrun) -> None:
+        outputs = unrun.outputs()
+        if outputs is not None:
+            unrun.pending.result = self._engine.decode(unrun.pending.request, unrun.encoded, outputs)
+
+    def _write(self, loop: WritingLoop, pending: Pending, encoded: Encoded, jobs: Sequence[Job]) -> None:
+        pending.members = [self._engine.task.member(job) for job in jobs]
+        pending.result = partial(self._written, pending, encoded)
+        for member in pending.members:
+            loop.join(member)
+
+    def _written(self, pending: Pending, encoded: Encoded) -> Result:
         """Return the answer of a request whose rows left the loop."""
         outputs = [self._output(member) for member in pending.members]
         return self._engine.decode(pending.request, encoded, outputs)

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import traceback
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from typing import Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 from traceserve_runtime import failures
 from traceserve_runtime.batching.batches import Stats
-from traceserve_runtime.engine import Engine, Pending, Work
+from traceserve_runtime.engine import Engine, Work
 from traceserve_runtime.errors import InvalidRequest, NotOffered, TraceserveError
+from traceserve_runtime.pending import Pending
 from traceserve_runtime.protocols import protocol_of
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Body, Document, Protocol, Served
@@ -27,6 +30,7 @@ from traceserve_runtime.tasks.contract import Answer, Request, Task, WrittenToke
 logger = logging.getLogger(__name__)
 
 TRUNCATED_HEADER = "X-Truncated"
+TURN_SECONDS = 0.1  # after which calls that have come meanwhile join those that are being answered; see `Work`
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
@@ -71,15 +75,15 @@ class Service:
 
     def answer(self, calls: Sequence[Call], stats: Optional[Stats] = None, send: Optional[Send] = None) -> List[Reply]:
         """Return one reply per call, in order; adds to `stats`. Without `send`, a stream is returned whole."""
-        session = self.session(Stats() if stats is None else stats)
+        session = Session(self, Stats() if stats is None else stats, math.inf)
         exchanges = session.join(calls, [partial(send, i) if send else None for i in range(len(calls))])
         while session.busy:
             session.turn()
         return [exchange.reply for exchange in exchanges if exchange.reply is not None]
 
     def session(self, stats: Stats) -> Session:
-        """Return a session for calls that join one another; it adds to `stats`."""
-        return Session(self, stats)
+        """Return a session for calls that join one another between its turns, which are short; it adds to `stats`."""
+        return Session(self, stats, TURN_SECONDS)
 
     def _text_of(self, ids: Sequence[int]) -> str:
         return self.engine.task.tokenizer.decode(ids, skip_special_tokens=True, raw=True)
@@ -206,14 +210,19 @@ class Exchange:
 class Session:
     """Calls that a service answers in turns: others join between two turns, and answered ones leave; see `Work`.
 
-    Exactly one thread at a time may use it. What is computed is added to `stats`.
+    Exactly one thread at a time may use it. What is computed is added to `stats`. A turn takes about `seconds`.
     """
 
-    def __init__(self, service: Service, stats: Stats) -> None:
+    def __init__(self, service: Service, stats: Stats, seconds: float) -> None:
         self._service = service
         self._stats = stats
-        self._work = Work(service.engine, stats)
+        self._seconds = seconds
+        self._work = self._opened()
         self._live: List[Exchange] = []
+        self._calls = count()
+
+    def _opened(self) -> Work:
+        return Work(self._service.engine, self._stats, self._seconds)
 
     @property
     def busy(self) -> bool:
@@ -228,9 +237,9 @@ class Session:
     def join(self, calls: Sequence[Call], sends: Sequence[Optional[SendPiece]]) -> List[Exchange]:
         """Add calls that came together; `turn` returns each when it is answered."""
         exchanges = []
-        for i, (call, send) in enumerate(zip(calls, sends)):
+        for call, send in zip(calls, sends):
             protocol = protocol_of(call.headers)
-            exchanges.append(Exchange(call, protocol, self._service.read(call, i, protocol), send))
+            exchanges.append(Exchange(call, protocol, self._service.read(call, next(self._calls), protocol), send))
         try:
             requests = [request for each in exchanges for request in each.requests]
             emits = [each.emit for each in exchanges for _ in each.requests]
@@ -249,7 +258,7 @@ class Session:
             self._work.turn()
         except Exception as error:  # an outer edge, as above
             failed, self._live = self._live, []
-            self._work = Work(self._service.engine, self._stats)
+            self._work = self._opened()
             self._fail(failed, error)
             return failed
         done = [each for each in self._live if each.done]

@@ -82,3 +82,24 @@ def fit_costs(timings: Sequence[Timing], padding: Padding = Padding()) -> Option
 def seconds_per_cost(timings: Sequence[Timing], cost: CostModel) -> float:
     """Return the seconds per unit of `cost`, the median over these runs."""
     return float(np.median([timing.seconds / cost(timing.batch, timing.length) for timing in timings]))
+
+
+_FADING = 0.7  # of the past at each run: a few runs outweigh those of a busier minute before
+_GUESS = 10_000.0  # cost per second before anything was measured: a small encoder on two cores
+
+
+class Pace:
+    """The speed of the last runs, by which work is cut into pieces that take about as long as wanted."""
+
+    def __init__(self) -> None:
+        self._cost = 0.0
+        self._seconds = 0.0
+
+    def ran(self, cost: float, seconds: float) -> None:
+        """Learn from a run."""
+        self._cost = _FADING * self._cost + cost
+        self._seconds = _FADING * self._seconds + seconds
+
+    def cost_within(self, seconds: float) -> float:
+        """Return the cost of runs that take about this long."""
+        return seconds * (self._cost / self._seconds if self._seconds else _GUESS)

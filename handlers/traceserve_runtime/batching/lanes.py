@@ -45,7 +45,7 @@ def schedule(
     rows = _Rows(lengths, shapes, lanes.cost, most_tokens)
     cuts = (rows.cut(len(lanes.threads) * each) for each in _MICRO_BATCHES_OF_A_LANE)
     spread, soonest = min((_spread(batches, lengths, shapes, lanes) for batches in cuts), key=lambda each: each[1])
-    if len(spread) > 1 and _least(lengths, shapes, cost) >= soonest:
+    if len(spread) > 1 and least_cost(lengths, shapes, cost) >= soonest:
         return spread
     together = plan_batches(lengths, shapes, cost, most_tokens)
     return spread if len(spread) > 1 and soonest <= sum(_costs(together, lengths, shapes, cost)) else [together]
@@ -138,6 +138,6 @@ def _alone(lengths: Sequence[int], shapes: Shapes, cost: CostModel) -> List[floa
     return [cost(1, shapes.length(length), length) for length in lengths]
 
 
-def _least(lengths: Sequence[int], shapes: Shapes, cost: CostModel) -> float:
-    """Return the cost of all rows in one run without padding."""
+def least_cost(lengths: Sequence[int], shapes: Shapes, cost: CostModel) -> float:
+    """Return the cost of all rows in one run, with no more padding than each needs by itself."""
     return cost.run + sum(each - cost.run for each in _alone(lengths, shapes, cost))

@@ -91,17 +91,7 @@ def refused_groups(
     return {group: error for group, error in judged.items() if error is not None}
 
 
-def slices(groups: Sequence[Optional[int]], characters: Sequence[int], most: int) -> List[slice]:
-    """Slice neighbours with at most this many characters together, without dividing a group: each slice is tokenized,
-    run and freed.
-
-    A whole batch of the longest requests would take a gigabyte before its first row runs.
-    """
-    cuts, total = [0], 0
-    for i, (group, count) in enumerate(zip(groups, characters)):
-        begins = i > 0 and (group is None or group != groups[i - 1])
-        if begins and total + count > most:
-            cuts.append(i)
-            total = 0
-        total += count
-    return [slice(start, end) for start, end in zip(cuts, [*cuts[1:], len(groups)])] if characters else []
+def groups_of(groups: Sequence[Optional[int]]) -> List[slice]:
+    """Return the slices of neighbours that are of one group; those without a group are by themselves."""
+    cuts = [i for i, group in enumerate(groups) if i == 0 or group is None or group != groups[i - 1]]
+    return [slice(start, end) for start, end in zip(cuts, [*cuts[1:], len(groups)])]
