@@ -325,7 +325,7 @@ def test_the_command_finds_and_writes_what_is_better(mar: Path) -> None:
     before = sha256(mar)
     users = server.start([mar], port=configuration.free_ports(1)[0], timeout=90)
     try:
-        options = ("--connections", "4", "--budget", "60")
+        options = ("--connections", "4", "--budget", "120", "--html", "tune.html")
         tuned = run(*options, cwd=mar.parent)
         assert tuned.returncode == 0, tuned.stderr
         print(tuned.stdout)  # shown if anything below fails
@@ -341,6 +341,8 @@ def test_the_command_finds_and_writes_what_is_better(mar: Path) -> None:
     assert "as it was" in tuned.stdout and "fixed (32)" in tuned.stdout and "left out: 1 samples" in tuned.stdout
     assert f"written into tiny.mar: {tune.describe_serving(found)}" in tuned.stdout
     assert "serve it:  traceserve serve tiny.mar" in tuned.stdout
+    page = (mar.parent / "tune.html").read_text()
+    assert tune.describe_serving(found) in page and "What padding costs" in page and 'src="http' not in page
     with zipfile.ZipFile(mar) as file:
         file.extractall(mar.parent / "unpacked")
     Manifest.read(mar.parent / "unpacked")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Optional, Tuple
+
+from traceserve_runtime.errors import TraceserveError
 
 
 def add_port(parser: argparse.ArgumentParser, default: Optional[int] = None) -> None:
@@ -16,6 +19,13 @@ def add_port(parser: argparse.ArgumentParser, default: Optional[int] = None) -> 
 
 def add_nothing(parser: argparse.ArgumentParser) -> None:
     """Add nothing, for a command without options."""
+
+
+def require_folders(*files: Optional[Path]) -> None:
+    """Raise TraceserveError unless the folders of these files exist: before hours are measured."""
+    for path in filter(None, files):
+        if not path.resolve().parent.is_dir():
+            raise TraceserveError(f"there is no folder {path.parent} for {path}")
 
 
 def positive(text: str) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Iterator, Sequence, Tuple
 
 from traceserve_runtime.errors import TraceserveError
 
-from traceserve.commands.arguments import add_port, positive
+from traceserve.commands.arguments import add_port, positive, require_folders
 from traceserve.commands.contract import Command
 from traceserve.commands.printing import ProgressBar, console, figure
 
@@ -98,9 +98,7 @@ def _bench(options: argparse.Namespace) -> int:
     transfers.require_libcurl()
     if options.html:
         page.require_plotly()
-    for path in (options.json, options.html):
-        if path and not path.resolve().parent.is_dir():
-            raise TraceserveError(f"bench: there is no folder {path.parent} for {path}")
+    require_folders(options.json, options.html)
     if options.rate and len(options.connections or ()) > 1:
         raise TraceserveError(
             "bench: at a --rate, connections are opened as needed; give --connections one initial number, or none"

@@ -7,9 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Sequence
 
-from traceserve_runtime.errors import TraceserveError
-
-from traceserve.commands.arguments import positive
+from traceserve.commands.arguments import positive, require_folders
 from traceserve.commands.contract import Command
 from traceserve.commands.printing import ProgressBar, console, figure, megabytes
 from traceserve.errors import shortened
@@ -42,8 +40,7 @@ def _diff(options: argparse.Namespace) -> int:
     from traceserve.checking.comparing import compare_archives
     from traceserve.checking.comparison_page import comparison_page
 
-    if options.html and not options.html.resolve().parent.is_dir():
-        raise TraceserveError(f"diff: there is no folder {options.html.parent} for {options.html}")
+    require_folders(options.html)
     if options.samples:  # before anything runs
         samples.lines(options.samples)
     with ProgressBar() as bar:

@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
-from traceserve.commands.arguments import positive
+from traceserve.commands.arguments import positive, require_folders
 from traceserve.commands.contract import Command
 from traceserve.commands.printing import ProgressBar, console, figure
 
@@ -48,6 +48,7 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="time limit in seconds; then the best so far is taken [%(default)s]",
     )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with plots; it works offline")
     parser.add_argument("--dry-run", action="store_true", help="measure and report, but leave the archive unchanged")
 
 
@@ -68,13 +69,20 @@ def _p99(text: str) -> Optional[float]:
 def _tune(options: argparse.Namespace) -> int:
     from traceserve.archives import contents
     from traceserve.errors import ServerError
-    from traceserve.measuring import tune
+    from traceserve.measuring import page, tune
     from traceserve.measuring.search import Goal
 
+    if options.html:
+        page.require_plotly()
+        require_folders(options.html)
     goal = Goal(options.connections, options.target)
     with ProgressBar() as bar:
         tuned = tune.tune(options.archive, options.samples, goal, options.budget, bar)
     _print_tuned(tuned)
+    if options.html:
+        from traceserve.measuring.tuning_page import tuning_page
+
+        options.html.write_text(tuning_page(tuned, options.archive.name), encoding="utf-8")
     if tuned.chosen is None:
         raise ServerError(tune.missed(tuned.best, goal, options.archive))
     write = tuned.chosen != tuned.own and not options.dry_run

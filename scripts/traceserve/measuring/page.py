@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from typing import TYPE_CHECKING, Dict, List
+from typing import TYPE_CHECKING, Dict, Iterable, List, Sequence
 
 from traceserve.errors import ServerError
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from traceserve.measuring.documents import BenchDocument, Load, Summary
 
-_PAGE = """<!DOCTYPE html>
+_DOCUMENT = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>TITLE</title><style>
 body {font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222}
 table {border-collapse: collapse} th, td {padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #ddd}
@@ -22,7 +22,7 @@ th:first-child, td:first-child {text-align: left} .note {color: #666}
 BODY
 </body></html>
 """
-_COLORS = ("#1f77b4", "#d95f02", "#2ca02c", "#9467bd", "#8c564b", "#17becf", "#e377c2", "#7f7f7f")
+COLORS = ("#1f77b4", "#d95f02", "#2ca02c", "#9467bd", "#8c564b", "#17becf", "#e377c2", "#7f7f7f")
 _DASHES = ("solid", "dash")  # by subject
 _TAIL = (0, 50, 90, 99, 99.9, 99.99)
 
@@ -42,13 +42,18 @@ def page(document: BenchDocument) -> str:
         figures.append(_over_connections(document))
     if any(summary["server"] for summary in document["summary"]):
         figures.append(_where_time_goes(document))
-    body = [_about(document), _table(document)]
+    title = "traceserve bench: " + html.escape(" and ".join(document["subjects"]))
+    return html_document(title, [_about(document), _table(document)], figures)
+
+
+def html_document(title: str, parts: List[str], figures: Sequence[Figure]) -> str:
+    """Return a file with these parts and then the figures; all of it is HTML."""
+    body = list(parts)
     for number, figure in enumerate(figures):
         figure.update_layout(template="plotly_white", height=520, margin={"t": 60})
         options = {"full_html": False, "include_plotlyjs": number == 0, "config": {"displaylogo": False}}
         body.append(str(figure.to_html(**options)))
-    title = "traceserve bench: " + html.escape(" and ".join(document["subjects"]))
-    return _PAGE.replace("TITLE", title).replace("BODY", "\n".join(body))
+    return _DOCUMENT.replace("TITLE", title).replace("BODY", "\n".join(body))
 
 
 def load_name(figures: Load) -> str:
@@ -84,6 +89,11 @@ def _table(document: BenchDocument) -> str:
         ]
         for summary in document["summary"]
     ]
+    return html_table(header, rows)
+
+
+def html_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table of texts."""
     cells = "".join(f"<th>{html.escape(name)}</th>" for name in header)
     lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
     return f"<table><tr>{cells}</tr>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
@@ -92,7 +102,7 @@ def _table(document: BenchDocument) -> str:
 def _style(document: BenchDocument, summary: Summary) -> Dict[str, str]:
     """Return a line style: colours mark loads, dashes mark subjects."""
     loads: List[int] = document["plan"]["connections"]
-    color = _COLORS[loads.index(summary["connections"]) % len(_COLORS)]
+    color = COLORS[loads.index(summary["connections"]) % len(COLORS)]
     return {"color": color, "dash": _DASHES[document["subjects"].index(summary["subject"]) % len(_DASHES)]}
 
 
@@ -128,7 +138,7 @@ def _over_connections(document: BenchDocument) -> Figure:
         connections = [summary["connections"] for summary in own]
         throughput = [summary["throughput"] for summary in own]
         lowest, highest = zip(*(summary["throughput_range"] for summary in own))
-        color = _COLORS[number % len(_COLORS)]
+        color = COLORS[number % len(COLORS)]
         spread = {
             "type": "data",
             "symmetric": False,
@@ -156,7 +166,7 @@ def _where_time_goes(document: BenchDocument) -> Figure:
     shown = [(summary, summary["server"]["time_ms"]) for summary in document["summary"] if summary["server"]]
     labels = [html.escape(f"{summary['subject']}, {load_name(summary)}") for summary, _ in shown]
     figure = go.Figure()
-    for part, color in zip(shown[0][1], _COLORS):
+    for part, color in zip(shown[0][1], COLORS):
         times = [time_ms[part] for _, time_ms in shown]
         figure.add_bar(y=labels, x=times, name=part, orientation="h", marker_color=color)
     figure.update_xaxes(title="ms of a request, mean")
