@@ -6,6 +6,7 @@ import gc
 import json
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -186,8 +187,13 @@ def test_reading_checks_the_code_too(packed: Path, tmp_path: Path) -> None:
         Manifest.read(tmp_path)
 
 
+def _caught(status: str) -> int:
+    """Return the signals that a process of Linux handles, as bits."""
+    return int(status.partition("SigCgt:")[2].split()[0], 16)
+
+
 def interrupted_build(tmp_path: Path, seconds: float, signal_number: int) -> Dict[str, Any]:
-    """Start a build, send it a signal, and return its leftovers."""
+    """Start a build, send it a signal so long after it began to listen to them, and return its leftovers."""
     process = subprocess.Popen(
         [sys.executable, "-m", "traceserve", "build", "--force", "--output", "artifacts/x"],
         cwd=tmp_path,
@@ -195,6 +201,9 @@ def interrupted_build(tmp_path: Path, seconds: float, signal_number: int) -> Dic
         stderr=subprocess.STDOUT,
         text=True,
     )
+    status = Path(f"/proc/{process.pid}/status")
+    while status.is_file() and process.poll() is None and not _caught(status.read_text()) >> (signal.SIGTERM - 1) & 1:
+        time.sleep(0.02)
     time.sleep(seconds)
     process.send_signal(signal_number)
     output, _ = process.communicate(timeout=120)
@@ -205,8 +214,6 @@ def interrupted_build(tmp_path: Path, seconds: float, signal_number: int) -> Dic
 
 
 def test_an_interrupted_or_failed_build_leaves_what_was_there(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    import signal
-
     labels = {"id2label": {0: "a", 1: "b"}, "label2id": {"a": 0, "b": 1}}
     config = {"model_name": str(checkpoint("bert", **labels)), "max_length": 32}
     (tmp_path / "setup_config.json").write_text(json.dumps(config))
@@ -217,7 +224,7 @@ def test_an_interrupted_or_failed_build_leaves_what_was_there(checkpoint: Callab
     names = {
         p.relative_to(tmp_path).as_posix() for f in ("artifacts", "model_store") for p in (tmp_path / f).rglob("*")
     }
-    for seconds, number in ((1.5, signal.SIGINT), (3.0, signal.SIGTERM)):
+    for seconds, number in ((0.5, signal.SIGINT), (2.5, signal.SIGTERM)):
         left = interrupted_build(tmp_path, seconds, number)
         if left["code"]:  # it may have finished before the signal
             assert left["code"] == 130, left["output"]
