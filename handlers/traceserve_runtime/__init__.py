@@ -5,4 +5,4 @@ builder's package, and never touches the network. Its interface to the builder i
 `manifest.py` describes.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

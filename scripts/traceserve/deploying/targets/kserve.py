@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import List, Sequence
 
+from traceserve import __version__
 from traceserve.deploying import resources, templates
 from traceserve.deploying.described import Described
 from traceserve.deploying.plan import DeployTarget, File, Plan, Text, Wishes, prefixed
@@ -20,7 +21,7 @@ def plan(archives: Sequence[Described], wishes: Wishes) -> Plan:
             "or pvc://CLAIM/archives"
         )
     url = wishes.url.rstrip("/")
-    image = wishes.image or "traceserve:0.1.0"
+    image = wishes.image or f"traceserve:{__version__}"
     own: List[File] = [
         Text(f"{plain_name(each.name)}.yaml", _service(each, f"{url}/{each.file.name}", wishes.engine))
         for each in archives
