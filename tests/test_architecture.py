@@ -173,6 +173,7 @@ BUILDER_FLOORS: Sequence[Set[str]] = (
     {"serving", "building"},
     {"measuring", "deploying", "playground"},
     {"checking"},
+    {"rollout"},
     {"commands", "api"},
     {"cli"},
     {"__main__"},

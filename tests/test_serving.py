@@ -9,6 +9,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,7 @@ from conftest import ROOT, run_export
 from http_reply import Reply
 from traceserve.archives.archive import pack_archive
 from traceserve.errors import ServerError
-from traceserve.serving import configuration, instances, java, server
+from traceserve.serving import configuration, instances, java, management, server
 from traceserve.serving.client import NotYet, RequestRefused, predict
 from traceserve.serving.instances import Instance
 from traceserve_runtime.engine import Engine
@@ -395,14 +396,22 @@ def test_metrics(served: Served) -> None:
     assert 0 < found["traceserve_model_seconds_total"] < found["traceserve_handler_seconds_total"] < 60
 
 
-def test_the_management_of_models_is_closed(served: Served) -> None:
-    base = f"http://127.0.0.1:{served.instance.management_port}"
-    for method, path in (
-        ("POST", "/models?url=file:///etc/passwd"),
-        ("POST", "/models?url=http://127.0.0.1/a.mar"),
-        ("DELETE", "/models/quick"),
-    ):
-        assert send(urllib.request.Request(base + path, method=method)).status == 405
+def test_the_management_of_models_is_closed_to_others(served: Served) -> None:
+    """It is on a Unix socket in a folder that this user alone may enter; over gRPC nobody can connect to it."""
+    folder = Path(served.instance.folder)
+    path = served.instance.management_socket
+    assert path == str(folder / "management.sock") and served.instance.management_port == 0
+    assert folder.stat().st_mode & 0o077 == 0
+    if os.geteuid() == 0:  # somebody else does not even see it
+        assert subprocess.run(["test", "-S", path]).returncode == 0
+        assert subprocess.run(["test", "-S", path], user=65534, group=65534).returncode == 1
+    with pytest.raises(RequestRefused):  # outside of the store
+        management.ask(served.instance, "POST", "/models?url=file:///etc/passwd")
+    properties = dict(line.split("=", 1) for line in (folder / "config.properties").read_text().splitlines())
+    grpc_port = int(properties["grpc_management_port"])
+    for address in ("127.0.0.1", "::1", properties["grpc_management_address"]):
+        with pytest.raises(OSError):
+            socket.create_connection((address, grpc_port), timeout=2)
     assert send(urllib.request.Request(served.instance.url + "/models", method="GET")).status in (404, 405)
 
 

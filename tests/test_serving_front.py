@@ -15,7 +15,8 @@ import trustme
 from traceserve import cli
 from traceserve.archives.archive import pack_archive
 from traceserve.errors import ServerError
-from traceserve.serving import configuration, instances, server
+from traceserve.serving import configuration, instances, management, server
+from traceserve.serving.client import RequestRefused
 from traceserve.serving.front import FrontendOptions
 from traceserve.serving.instances import Instance
 
@@ -108,8 +109,12 @@ def test_a_key_that_torchserve_cannot_read_is_refused(tmp_path: Path) -> None:
         FrontendOptions(certificate=certificate, key=key).check()
 
 
-def test_keys_and_the_metrics_place_are_chosen(artifact: Path, tmp_path: Path) -> None:
-    """For a container, before which a proxy or a network's rules decide who may ask."""
+def test_keys_and_the_metrics_place_are_chosen(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a container, before which a proxy or a network's rules decide who may ask.
+
+    And on a system whose management API cannot be kept to one user: there it registers and removes nothing.
+    """
+    monkeypatch.setattr(management, "is_private", lambda folder: False)
     packed = pack_archive(artifact, "tiny", tmp_path)
     port, metrics = configuration.free_ports(2)
     front = FrontendOptions(keys=False, metrics_port=metrics)
@@ -127,6 +132,11 @@ def test_keys_and_the_metrics_place_are_chosen(artifact: Path, tmp_path: Path) -
         connection.close()
         properties = Path(instance.folder, "config.properties").read_text()
         assert f"metrics_address=http://0.0.0.0:{metrics}\n" in properties
-        assert "management_address=http://127.0.0.1:" in properties
+        assert "management_address=http://127.0.0.1:" in properties and instance.management_socket is None
+        for method, path in (("POST", "/models?url=file:///etc/passwd"), ("DELETE", "/models/tiny")):
+            with pytest.raises(RequestRefused) as refused:
+                management.ask(instance, method, path)
+            assert refused.value.status == 405
+        assert management.default(instance, "tiny").version == "1.0"
     finally:
         instances.stop(instance)

@@ -22,7 +22,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
 
 import psutil
 from traceserve.measuring import load_generator
-from traceserve.serving import configuration, instances, java
+from traceserve.serving import configuration, instances, java, management
 
 SENTENCE = "I still have not received my new card, I ordered over a week ago."
 TRACESERVE = (sys.executable, "-m", "traceserve")
@@ -69,7 +69,7 @@ def ours(archive: Path, workers: Optional[int] = None, body: Body = text_field) 
     try:
         url = f"http://127.0.0.1:{port}/predictions/{archive.stem}"
         instance = instances.find_instance(port)
-        pids = _torchserve_workers(instance.management_port, archive.stem)
+        pids = _torchserve_workers(lambda: management.ask(instance, "GET", f"/models/{archive.stem}"))
         yield Server(url, body, "application/json", seconds, pids, [instance.pid])
     finally:
         _run([*TRACESERVE, "stop", "--port", str(port)])
@@ -104,7 +104,7 @@ def foreign(archive: Path, batch_size: Optional[int] = None, batch_delay: int = 
             _first_answer(url, SENTENCE.encode(), "text/plain")
             seconds = time.monotonic() - started
             pid = int((folder / "tmp" / ".model_server.pid").read_text())
-            pids = _torchserve_workers(ports[1], archive.stem)
+            pids = _torchserve_workers(lambda: _described(ports[1], archive.stem))
             yield Server(url, str.encode, "text/plain", seconds, pids, [pid])
         finally:
             run([*torch_serve, "--stop", "--foreground"])
@@ -207,16 +207,20 @@ def _others(pid: int, workers: Sequence[int]) -> List[int]:
     return [each for each in family if each not in workers]
 
 
-def _torchserve_workers(management: int, name: str) -> List[int]:
+def _described(port: int, name: str) -> Any:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/models/{name}", timeout=10) as response:
+        return json.load(response)
+
+
+def _torchserve_workers(describe: Callable[[], Any]) -> List[int]:
     """Return the workers of an archive once each has loaded it; the first answer may come earlier."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        with urllib.request.urlopen(f"http://127.0.0.1:{management}/models/{name}", timeout=10) as response:
-            workers = json.load(response)[0]["workers"]
+        workers = describe()[0]["workers"]
         if all(worker["status"] == "READY" for worker in workers):
             return [worker["pid"] for worker in workers]
         time.sleep(0.1)
-    raise TimeoutError(f"the workers of {name} are not ready: {workers}")
+    raise TimeoutError(f"the workers are not ready: {workers}")
 
 
 def _first_answer(

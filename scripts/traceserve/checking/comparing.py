@@ -120,7 +120,7 @@ def compare_archives(
             tuple(_tokenizers(folders, manifests)),
             len(requests),
             tuple(changed),
-            _moves(changed),
+            moves_of(changed),
             sum(drift) / max(1, len(drift)),
             max(drift, default=0.0),
             max(LIMITS[manifest.dtype].difference for manifest in manifests),
@@ -162,14 +162,14 @@ def _compared(
             if first.error != second.error:
                 values = [told.error or told.value for told in (first, second)]
                 changed.append(AnswerChange(number, dict(request.inputs), *values))
-        elif _same(task, first.value, second.value):
+        elif same_meaning(task, first.value, second.value):
             drift.append(score_difference(second.value, first.value))
         else:
             changed.append(AnswerChange(number, dict(request.inputs), first.value, second.value))
     return changed, drift
 
 
-def _same(task: Task, one: Any, other: Any) -> bool:
+def same_meaning(task: Task, one: Any, other: Any) -> bool:
     """Return whether the answers mean the same; other labels may not even be comparable."""
     try:
         return task.same(one, other)
@@ -244,7 +244,7 @@ def _some(words: Set[str]) -> str:
     return ", ".join(shown) + (f" and {len(words) - len(shown):,} more" if len(words) > len(shown) else "")
 
 
-def _moves(changed: Sequence[AnswerChange]) -> Tuple[Tuple[str, str, int], ...]:
+def moves_of(changed: Sequence[AnswerChange]) -> Tuple[Tuple[str, str, int], ...]:
     """Count what moved to what: labels, and entities or spans that only one side finds."""
     counted: Counter[Tuple[str, str]] = Counter()
     for each in changed:

@@ -18,6 +18,7 @@ from traceserve.commands import (
     show,
     status,
     tune,
+    update,
     verify,
 )
 from traceserve.commands.contract import Command
@@ -30,6 +31,7 @@ COMMANDS: Tuple[Command, ...] = tuple(
         inspect,
         diff,
         serve,
+        update,
         status,
         predict,
         verify,

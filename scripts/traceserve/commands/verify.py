@@ -76,7 +76,7 @@ def _door(options: argparse.Namespace) -> Tuple[Door, Path]:
     if name.endswith(".mar"):
         archive, name = archive or Path(name), Path(name).stem
     instance = instances.serving_instance(name, options.port)
-    return Door.of(instance, name), archive or Path(instance.folder, "store", name)
+    return Door.of(instance, name), archive or instance.unpacked(name)
 
 
 def _key(options: argparse.Namespace) -> Optional[str]:

@@ -9,7 +9,7 @@ from typing import Dict, List, Mapping, Optional
 
 from traceserve.errors import ServerError
 from traceserve.measuring.server_times import metrics_of
-from traceserve.serving import client
+from traceserve.serving import management
 from traceserve.serving.instances import Instance
 
 _BUCKET = "traceserve_batch_seconds_bucket"
@@ -59,15 +59,13 @@ def sample(instance: Instance, name: str) -> Sample:
         elif metric == _ERRORS:
             errors[labels["reason"]] = value
         else:
-            counters[metric] = value
+            counters[metric] = counters.get(metric, 0.0) + value  # of all versions, named in the path or not
     return Sample(time.time(), counters, errors, buckets, _waiting(instance, name))
 
 
 def _waiting(instance: Instance, name: str) -> Optional[int]:
     try:
-        url = f"http://127.0.0.1:{instance.management_port}"
-        [described] = client.get_document(url, f"models/{name}", instance.management_key, timeout=5)
-        return int(described["jobQueueStatus"]["pendingRequests"])
+        return management.default(instance, name).waiting
     except (ServerError, KeyError, TypeError, ValueError):  # TorchServe before 0.9, or one that stops
         return None
 

@@ -57,8 +57,11 @@ def metrics_of(url: str, name: Optional[str] = None) -> Iterator[Tuple[str, Dict
 
 
 def read_metrics(url: str, name: str) -> Dict[str, float]:
-    """Return the metrics of the model `name`, by name; raises OSError."""
-    return {metric: value for metric, _, value in metrics_of(url, name)}
+    """Return the metrics of the model `name`, by name, summed over all else; raises OSError."""
+    found: Dict[str, float] = {}
+    for metric, _, value in metrics_of(url, name):
+        found[metric] = found.get(metric, 0.0) + value
+    return found
 
 
 class Watch:

@@ -119,15 +119,16 @@ def exchange(
     request = urllib.request.Request(url, data=data, headers={**kind, **_authorization(key)})
     try:
         with (_opener_for(certificate, any_name) if certificate else opener).open(request, timeout=timeout) as response:
-            return response.status, _parsed(response.read())
+            return response.status, parsed(response.read())
     except urllib.error.HTTPError as error:
         with error:
-            return error.code, _parsed(error.read())
+            return error.code, parsed(error.read())
     except (OSError, http.client.HTTPException) as error:
         raise NotYet(f"{url} does not answer: {getattr(error, 'reason', error)}") from None
 
 
-def _parsed(content: bytes) -> Any:
+def parsed(content: bytes) -> Any:
+    """Return the JSON in an answer, or its text if it is none."""
     try:
         return json.loads(content)
     except (ValueError, RecursionError):

@@ -12,7 +12,7 @@ from typing import Dict, List, Mapping, Tuple
 from traceserve.archives.contents import configure_unpacked, unpack
 from traceserve.archives.model_config import Serving
 from traceserve.errors import ServerError
-from traceserve.serving import java
+from traceserve.serving import java, management
 from traceserve.serving.front import FrontendOptions
 
 DEFAULT_WORKERS = 1  # for an archive that sets none; TorchServe's default is one per core
@@ -27,29 +27,33 @@ def configure_server(
     host: str,
     port: int,
     front: FrontendOptions = FrontendOptions(),
+    private: bool = False,
 ) -> Tuple[Tuple[int, int], Dict[str, Path]]:
     """Write all of TorchServe's files; returns its management and metrics ports, and the files by option.
+
+    `private`: this user alone reaches the management API, see `management`, so that it may register and remove models;
+    its port is 0.
 
     `servings` override archives' own serving configurations. Their model-config.yaml files are changed,
     since these win over config.properties.
     """
-    management, free, grpc_inference, grpc_management = free_ports(4)
+    port_of_it, free, grpc_inference, grpc_management = free_ports(4)
     metrics = front.metrics_port or free
     store = prepare_folder(folder, files, servings)
     shown_host = f"[{host}]" if ":" in host else host
     properties = {
         "inference_address": f"{front.scheme}://{shown_host}:{port}",
-        "management_address": f"http://127.0.0.1:{management}",
+        "management_address": f"unix:{folder / management.SOCKET}" if private else f"http://127.0.0.1:{port_of_it}",
         "metrics_address": f"http://{shown_host if front.metrics_port else '127.0.0.1'}:{metrics}",
         "grpc_inference_address": "127.0.0.1",
-        "grpc_management_address": "127.0.0.1",
+        "grpc_management_address": management.NOBODY if private else "127.0.0.1",
         "grpc_inference_port": grpc_inference,
         "grpc_management_port": grpc_management,
         "model_store": store,
         "load_models": ",".join(f"{name}={name}" for name in files),
         "default_workers_per_model": DEFAULT_WORKERS,
         "allowed_urls": re.escape(f"file://{store}/") + ".*",
-        "enable_model_api": "false",
+        "enable_model_api": str(private).lower(),
         "disable_token_authorization": str(not demands_keys(host, front)).lower(),
         "token_expiration_min": _KEY_MINUTES,
         "install_py_dep_per_model": "false",
@@ -67,7 +71,11 @@ def configure_server(
     log_config = folder / "log4j2.xml"
     log_config.write_text(_LOG_CONFIG.replace("FOLDER", str(folder / "logs")), encoding="utf-8")
     (folder / "metrics.yaml").write_text(METRICS, encoding="utf-8")
-    return (management, metrics), {"ts-config": config, "log-config": log_config, "model-store": store}
+    return (0 if private else port_of_it, metrics), {
+        "ts-config": config,
+        "log-config": log_config,
+        "model-store": store,
+    }
 
 
 def prepare_folder(folder: Path, files: Mapping[str, Path], servings: Mapping[str, Serving]) -> Path:
@@ -133,6 +141,8 @@ _LOG_CONFIG = """<?xml version="1.0" encoding="UTF-8"?>
     <Logger name="org.pytorch.serve.http.HttpRequestHandler" level="error" additivity="false">
       <AppenderRef ref="requests"/>
     </Logger>
+    <!-- It warns of each connection to the management API's Unix socket, which has no TCP options. -->
+    <Logger name="io.netty.bootstrap.ServerBootstrap" level="error"/>
     <Logger name="MODEL_LOG" level="info"/>
     <Logger name="ACCESS_LOG" level="off"/>
     <Logger name="TS_METRICS" level="off"/>

@@ -61,6 +61,8 @@ class Instance:
     seen: bool = False  # its failure was shown to somebody
     certificate: Optional[str] = None  # the file of its certificate, if it uses TLS
     engine: str = TORCHSERVE
+    management_socket: Optional[str] = None  # TorchServe's, if this user alone reaches it; then it has no port
+    folders: Dict[str, str] = dataclasses.field(default_factory=dict)  # by name, if it is not the name: after an update
 
     @property
     def url(self) -> str:
@@ -80,7 +82,11 @@ class Instance:
 
     def manifest(self, name: str) -> Manifest:
         """Return the manifest of one of its archives."""
-        return Manifest.read(Path(self.folder, "store", name), verify=False)
+        return Manifest.read(self.unpacked(name), verify=False)
+
+    def unpacked(self, name: str) -> Path:
+        """Return the folder of one of its archives."""
+        return Path(self.folder, "store", self.folders.get(name, name))
 
     @property
     def log(self) -> Path:
@@ -205,6 +211,7 @@ def workers_alive(instance: Instance) -> Dict[str, int]:
     """Return the number of running worker processes per archive."""
     alive = dict.fromkeys(instance.names, 0)
     process = instance.process
+    names = {instance.unpacked(name).resolve(): name for name in instance.names}
     with contextlib.suppress(psutil.Error):
         for child in process.children(recursive=True) if process is not None else ():
             with contextlib.suppress(psutil.Error, KeyError):  # it may have ended
@@ -213,7 +220,7 @@ def workers_alive(instance: Instance) -> Dict[str, int]:
                 if replica:
                     alive[replica.group(1).rpartition("-")[0]] += 1  # its application is NAME-VERSION
                 elif "model_service_worker" in command:
-                    alive[Path(child.cwd()).resolve().name] += 1  # a worker works in its archive's folder
+                    alive[names[Path(child.cwd()).resolve()]] += 1  # a worker works in its archive's folder
     return alive
 
 

@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Optional
 
 
-def load_failure(log: Path) -> Optional[str]:
-    """Return in one line why a worker could not load its archive, from the log; None if none failed."""
-    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+def load_failure(log: Path, start: int = 0) -> Optional[str]:
+    """Return in one line why a worker could not load its archive, from the log after `start` bytes; None if none
+    failed."""
+    content = log.read_bytes() if log.is_file() else b""
+    text = (content[start:] if len(content) >= start else content).decode(
+        "utf-8", "replace"
+    )  # it may have been rotated
     match = re.search(r"(?:Failed to load model \S+|Load model \S+ cpu OOM), exception (.+)", text)
     if match:
         return match.group(1).strip()

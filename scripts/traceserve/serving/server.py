@@ -24,12 +24,12 @@ from traceserve.archives import staging
 from traceserve.archives.model_config import Serving
 from traceserve.errors import ServerError
 from traceserve.machine import environment, neuron_cores
-from traceserve.serving import client, configuration, instances, java, ray_cluster
+from traceserve.serving import client, configuration, instances, java, management, ray_cluster
 from traceserve.serving.engines import RAY, TORCHSERVE
 from traceserve.serving.front import FrontendOptions
 from traceserve.serving.instances import Instance
 from traceserve.serving.log import load_failure, log_tail
-from traceserve.serving.plan import ServerPlan, planned
+from traceserve.serving.plan import Archive, ServerPlan, planned
 
 _SLACK = 0.5  # seconds an answer may take after the frontend's own limit
 
@@ -69,9 +69,7 @@ def start(
             for archive in found.values():
                 plan.progress(f"waiting for {archive.name} to answer")
                 patience = (archive.serving.client_timeout or float("inf")) / 1000 + _SLACK
-                _wait_for_answer(
-                    instance, archive.name, _sample(archive.manifest), time.monotonic() + timeout, patience
-                )
+                _wait_for_answer(instance, archive.name, canary(archive.manifest), time.monotonic() + timeout, patience)
         except BaseException:  # interrupts too: nobody else knows of the started process
             instances.end_started_in(folder)
             raise
@@ -81,18 +79,20 @@ def start(
 def _launch_torchserve(plan: ServerPlan) -> Instance:
     """Start TorchServe in the plan's folder; raises ServerError with the reason."""
     for archive in plan.archives.values():
-        if archive.serving.continuous_batching and archive.workers > 1:
-            raise ServerError(
-                f"{archive.name} has continuous_batching, with which TorchServe's second worker hangs, and {archive.workers} "
-                "workers; start one, or build the archive without it"
-            )
+        check_for_torchserve(archive)
     hardware = {name: archive.manifest.hardware for name, archive in plan.archives.items()}
     needed = neuron_cores.for_workers(hardware, plan.workers)
     needed_by_java = java.find_java()
     folder, front = plan.folder, plan.front
-    ports, settings = configuration.configure_server(folder, plan.files, plan.changed, plan.host, plan.port, front)
+    private = management.is_private(folder)
+    ports, settings = configuration.configure_server(
+        folder, plan.files, plan.changed, plan.host, plan.port, front, private
+    )
     pid = launch(folder, settings, {**needed_by_java, **needed})
     instance = _remembered(folder, plan.host, plan.port, ports, pid, plan.workers)
+    if private:
+        instance = dataclasses.replace(instance, management_socket=str(folder / management.SOCKET))
+        instances.remember(instance)
     if front.certificate is not None:
         instance = dataclasses.replace(instance, certificate=str(front.certificate.resolve()))
         instances.remember(instance)
@@ -100,6 +100,15 @@ def _launch_torchserve(plan: ServerPlan) -> Instance:
         instance = _with_keys(instance, plan.timeout)
         instances.remember(instance)
     return instance
+
+
+def check_for_torchserve(archive: Archive) -> None:
+    """Raise ServerError for what TorchServe cannot serve."""
+    if archive.serving.continuous_batching and archive.workers > 1:
+        raise ServerError(
+            f"{archive.name} has continuous_batching, with which TorchServe's second worker hangs, and {archive.workers} "
+            "workers; start one, or build the archive without it"
+        )
 
 
 class ServingEngine(NamedTuple):
@@ -223,14 +232,15 @@ def _with_keys(instance: Instance, timeout: float) -> Instance:
     raise ServerError(f"TorchServe wrote no keys within {timeout:.0f} s")
 
 
-def _sample(manifest: Manifest) -> JsonObject:
+def canary(manifest: Manifest) -> JsonObject:
+    """Return the body of a request that every archive of this task answers."""
     from traceserve_runtime.tasks import TASKS  # imports numpy and tokenizers while the JVM starts
 
     return TASKS[manifest.task].sample_body(manifest.facts)
 
 
 def _wait_for_answer(
-    instance: Instance, name: str, canary: JsonObject, deadline: float, patience: float = float("inf")
+    instance: Instance, name: str, body: JsonObject, deadline: float, patience: float = float("inf")
 ) -> None:
     """Ask until there is an answer. Without a worker the frontend holds a request indefinitely, so a thread
     asks, while this one watches the worker's log.
@@ -241,7 +251,7 @@ def _wait_for_answer(
     def ask(outcome: List[Optional[Exception]]) -> None:
         try:
             left = max(1.0, deadline - time.monotonic())
-            client.predict(instance.url, name, canary, instance.key, left, instance.certificate)
+            client.predict(instance.url, name, body, instance.key, left, instance.certificate)
             outcome.append(None)
         except Exception as error:  # reported by the waiting thread
             outcome.append(error)

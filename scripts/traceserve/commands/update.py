@@ -1,0 +1,130 @@
+"""update: a new version beside the served one, under load."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Dict
+
+from traceserve.commands.arguments import add_port, positive
+from traceserve.commands.contract import Command
+from traceserve.commands.printing import console
+
+if TYPE_CHECKING:
+    from traceserve.rollout.replaying import Replay
+    from traceserve.rollout.updating import Updated
+
+_SHOWN = 10
+
+
+def _add_update(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "archive", type=Path, metavar="ARCHIVE", help="the new .mar, named as the served one, with another version"
+    )
+    parser.add_argument(
+        "--allow-changes",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="promote it although up to N answers differ from the running version's [%(default)s]",
+    )
+    parser.add_argument(
+        "--samples",
+        type=Path,
+        metavar="FILE",
+        help="ask both versions these texts too, one per line, or a .csv with a column text, or request bodies in a .jsonl",
+    )
+    parser.add_argument(
+        "--workers",
+        type=positive,
+        metavar="N",
+        help="its processes [the value that `traceserve tune` wrote into it, else as many as run now]",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=positive,
+        default=300,
+        metavar="S",
+        help="give up if its workers are not ready, or the old version has requests, after this time [%(default)s s]",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON at the end, without any text of a request")
+    add_port(parser)
+
+
+def _count(text: str) -> int:
+    """Parse a whole number of 0 or more."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError("should be 0 or more")
+    return number
+
+
+def _update(options: argparse.Namespace) -> int:
+    from traceserve.building import samples
+    from traceserve.rollout.updating import Refused, UpdateOptions, update_server
+
+    if options.samples:  # before anything starts
+        samples.lines(options.samples)
+    wanted = UpdateOptions(options.workers, options.allow_changes, options.samples, options.timeout)
+    screen = console(error=options.json)
+    try:
+        found = update_server(
+            options.archive,
+            options.port,
+            wanted,
+            lambda text: screen.print(text, highlight=False, markup=False, soft_wrap=True),
+        )
+    except Refused as error:
+        if error.replay is not None:
+            _print_moved(error.replay)
+        raise
+    if options.json:
+        print(json.dumps(_document(found), indent=2))
+    else:
+        screen.print(
+            f"[green]updated:[/] {found.name} {found.old} to {found.new} in {found.seconds:.1f} s", highlight=False
+        )
+    return 0
+
+
+def _document(found: Updated) -> Dict[str, Any]:
+    return {
+        "name": found.name,
+        "url": found.instance.url,
+        "old": found.old,
+        "new": found.new,
+        "seconds": found.seconds,
+        "verified": len(found.verification.samples),
+        "compared": found.replay.asked,
+        "changed": len(found.replay.moved),
+        "largest_difference": found.replay.drift,
+        "kept": found.kept,
+    }
+
+
+def _print_moved(replay: Replay) -> None:
+    """Show what moved to what; never a text, nor an answer that is one."""
+    from traceserve.checking.comparing import moves_of
+
+    screen = console(error=True)
+    for one, other, count in moves_of(replay.moved)[:_SHOWN]:
+        screen.print(f"  {one} → {other}: {count}", highlight=False, markup=False)
+
+
+COMMANDS = (
+    Command(
+        "update",
+        "Put a new version in place of a served one, under load.\n\nThe archive is registered on the running TorchServe beside "
+        "the old version, warmed up, verified by its golden set at its\nown address, and asked the same as the old version: "
+        "the golden sets of both, and --samples. Only if its answers hold\n(or up to --allow-changes differ) does it get the "
+        "requests. Then the old version answers those that it has, and is\nremoved. No request fails; if anything else does, or "
+        "on Ctrl-C, the new version is removed and the old one stays.\n\n"
+        "  traceserve build --version 2.0 --store model_store/new\n  traceserve update model_store/new/NAME.mar\n\n"
+        "For that time both versions are in memory. An old version that requests name in their path "
+        "(/predictions/NAME/1.0) is kept.\n\nexit code: 0 updated; 1 the old version answers as before",
+        _add_update,
+        _update,
+        finds_servers=True,
+    ),
+)

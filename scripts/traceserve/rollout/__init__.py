@@ -1,0 +1,1 @@
+"""Replaces a served archive by another one, under load."""

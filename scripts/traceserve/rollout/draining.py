@@ -1,0 +1,74 @@
+"""When a version that gets no more requests has answered those that it had.
+
+TorchServe says how many requests wait in a version's queue, not how many its workers are at. A queue is emptied in its
+order, so where there is one worker, an own request that is answered follows all that came before it. Among several
+workers it may overtake a batch: there we wait for twice as long as the longest batch so far took. With continuous
+batching a text may overtake longer ones, so we wait for the version's response timeout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import Dict
+
+from traceserve_runtime.json_types import JsonObject
+
+from traceserve.errors import ServerError
+from traceserve.measuring import activity
+from traceserve.measuring.server_times import metrics_of
+from traceserve.serving import client, management
+from traceserve.serving.instances import Instance
+
+_LEAST = 1.0  # seconds; a request may still be on its way from the frontend into the queue
+_PAUSE = 0.1
+_REQUESTS = "ts_inference_requests_total"
+
+
+def drain(instance: Instance, name: str, version: str, canary: JsonObject, timeout: float) -> int:
+    """Wait until a version has answered all its requests, and return how many named it in their path meanwhile.
+
+    Raises ServerError if it has not within `timeout` seconds.
+    """
+    started, own = time.monotonic(), 0
+    before = _naming(instance, name, version)
+    described = management.registered(instance, name)[version]
+    quiet = _quiet(instance, name, described)
+    if quiet > timeout:
+        raise ServerError(
+            f"{name} {version} may be at work for another {quiet:.0f} s, and --timeout is {timeout:.0f} s"
+        )
+    while True:
+        if described.ready:  # one that never loaded answers nothing
+            left = max(1.0, started + timeout - time.monotonic())
+            client.predict(instance.url, f"{name}/{version}", canary, instance.key, left, instance.certificate)
+            own += 1
+        described = management.registered(instance, name)[version]
+        passed = time.monotonic() - started
+        if described.waiting == 0 and passed >= quiet:
+            return max(0, _naming(instance, name, version) - before - own)
+        if passed > timeout:
+            raise ServerError(f"{name} {version} still had requests after {timeout:.0f} s")
+        time.sleep(_PAUSE)
+
+
+def _quiet(instance: Instance, name: str, described: management.Registered) -> float:
+    """Return the seconds after which no batch of a version can run any more."""
+    if described.continuous:
+        return float(described.response_timeout)
+    if described.workers < 2:
+        return _LEAST
+    longest = None
+    with contextlib.suppress(OSError):
+        longest = activity.quantile(activity.sample(instance, name).buckets, 1.0)
+    return min(float(described.response_timeout), max(_LEAST, 2 * (longest or 0.0)))
+
+
+def _naming(instance: Instance, name: str, version: str) -> int:
+    """Return how many requests have named a version in their path."""
+    counted: Dict[str, float] = {}
+    with contextlib.suppress(OSError):
+        for metric, labels, value in metrics_of(f"http://127.0.0.1:{instance.metrics_port}/metrics", name):
+            if metric == _REQUESTS:
+                counted[labels["model_version"]] = value
+    return int(counted.get(version, 0.0))

@@ -1,0 +1,313 @@
+"""A new version beside the running one: registered, verified, compared, promoted, and the old one drained and removed.
+
+Until the switch, and wherever something fails or is interrupted, clients keep getting the old version.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, Dict, Iterator, Optional
+
+from traceserve_runtime.errors import TraceserveError
+from traceserve_runtime.manifest import Manifest
+
+from traceserve.archives.contents import configure_unpacked, unpack
+from traceserve.checking.proof import Proof, proof_of
+from traceserve.checking.verifying import Door, Verification, verify_server
+from traceserve.errors import ArchiveError, ServerError
+from traceserve.rollout.draining import drain
+from traceserve.rollout.replaying import Replay, replay, requests_of
+from traceserve.serving import client, instances, management, server
+from traceserve.serving.engines import TORCHSERVE
+from traceserve.serving.instances import Instance
+from traceserve.serving.log import load_failure
+from traceserve.serving.plan import Archive, planned
+
+if sys.platform != "win32":
+    import fcntl
+
+_POLL = 0.05  # seconds
+_LOCK = "update.lock"  # in the server's folder
+
+Report = Callable[[str], None]
+
+
+class Refused(ServerError):
+    """The new version does not answer as it should; `replay` has the answers that moved, if they are why."""
+
+    def __init__(self, message: str, found: Optional[Replay] = None) -> None:
+        super().__init__(message)
+        self.replay = found
+
+
+@dataclass(frozen=True)
+class UpdateOptions:
+    """`workers`: None for the archive's own, else for as many as the running version has."""
+
+    workers: Optional[int] = None
+    allowed_changes: int = 0
+    samples: Optional[Path] = None
+    timeout: float = 300.0  # seconds, for the start of the workers, and for the drain
+
+
+@dataclass(frozen=True)
+class Updated:
+    """`kept` are earlier versions that still run, since so many requests named them in their path."""
+
+    instance: Instance
+    name: str
+    old: str
+    new: str
+    seconds: float
+    verification: Verification
+    replay: Replay
+    kept: Dict[str, int]
+
+
+def update_server(
+    file: Path, port: Optional[int], options: UpdateOptions, report: Report = lambda text: None
+) -> Updated:
+    """Replace the served archive of this name by `file`; raises TraceserveError, after which the old one still answers."""
+    [archive] = planned([file], None, None, False).values()
+    instance = instances.serving_instance(archive.name, port)
+    _check_server(instance)
+    with _alone(instance), proof_of(file) as proof:
+        running = management.default(instance, archive.name)
+        archive = _with_workers(archive, file, options.workers or archive.serving.workers or running.workers)
+        _check_archive(archive, instance, running)
+        return _Update(archive, instance, running, proof, options, report).run()
+
+
+def _check_server(instance: Instance) -> None:
+    if instance.engine != TORCHSERVE:
+        raise ServerError(
+            f"the server on port {instance.port} is Ray Serve, which `traceserve update` does not know; serve both versions "
+            "with --shares (docs/upgrade.md)"
+        )
+    if instance.management_socket is None:
+        raise ServerError(
+            f"the server on port {instance.port} takes no new versions: an older traceserve started it, or this system cannot "
+            "keep TorchServe's API for it to you alone (only Linux can); stop it and serve the new archive"
+        )
+
+
+def _with_workers(archive: Archive, file: Path, workers: int) -> Archive:
+    [found] = planned([file], None, workers, False).values()
+    return found
+
+
+def _check_archive(archive: Archive, instance: Instance, running: management.Registered) -> None:
+    """Raise ServerError for an archive that cannot take the running one's place."""
+    manifest, before = archive.manifest, Manifest.read(Path(instance.folder, "store", running.folder), verify=False)
+    if manifest.version == running.version:
+        raise ServerError(
+            f"{archive.name} is already served as version {running.version}, and each version exists once; build the new one "
+            'under another: `traceserve build --version V`, or "version" in setup_config.json'
+        )
+    if manifest.task != before.task:
+        raise ServerError(
+            f"{archive.file} is a {manifest.task}, and {archive.name} is served as a {before.task}: its clients would get other "
+            "answers; give the archive another name, and serve it"
+        )
+    if manifest.hardware != before.hardware:
+        raise ServerError(
+            f"{archive.file} is for {manifest.hardware}, and the server was started for {before.hardware}; start another one "
+            "for it on another --port"
+        )
+    server.check_for_torchserve(archive)
+
+
+@contextlib.contextmanager
+def _alone(instance: Instance) -> Iterator[None]:
+    """Hold the server's lock; raises ServerError if another update does. The system releases it with this process."""
+    lock = os.open(Path(instance.folder, _LOCK), os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        if sys.platform != "win32":
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ServerError(
+                    f"another `traceserve update` of the server on port {instance.port} is running"
+                ) from None
+        yield
+    finally:
+        os.close(lock)
+
+
+class _Update:
+    """One update, and what has to be taken back if it fails."""
+
+    def __init__(
+        self,
+        archive: Archive,
+        instance: Instance,
+        running: management.Registered,
+        proof: Proof,
+        options: UpdateOptions,
+        report: Report,
+    ) -> None:
+        self._archive, self._instance, self._running, self._proof = archive, instance, running, proof
+        self._options, self._report = options, report
+        self._name, self._version = archive.name, archive.manifest.version
+        self._key = f"{self._name}@{self._version}"  # no name holds an @
+        self._folder = Path(instance.folder, "store", self._key)
+        self._canary = server.canary(archive.manifest)
+        self._registered = self._promoted = False
+
+    def run(self) -> Updated:
+        """Update; raises TraceserveError, or passes on an interrupt, once all is as it was."""
+        started = time.monotonic()
+        try:
+            self._register()
+            verification = self._verify()
+            compared = self._compare()
+            self._promote()
+            named = self._drain(self._running.version)
+        except TraceserveError as error:
+            self._take_back()
+            error.message = f"{error.message}; {self._name} {self._running.version} answers as before"
+            error.args = (error.message,)
+            raise
+        except BaseException:  # an interrupt
+            self._take_back()
+            raise
+        kept = self._settle(named)
+        return Updated(
+            self._instance,
+            self._name,
+            self._running.version,
+            self._version,
+            time.monotonic() - started,
+            verification,
+            compared,
+            kept,
+        )
+
+    def _register(self) -> None:
+        """Start the new version's workers beside the old ones, and wait for them; raises TraceserveError."""
+        started, log = time.monotonic(), self._instance.log
+        if self._version in management.registered(self._instance, self._name):  # of an update that was killed
+            self._remove(self._version, self._drain(self._version))
+        shutil.rmtree(self._folder, ignore_errors=True)
+        unpack(self._archive.file, self._folder)
+        Manifest.read(self._folder)  # compares all files
+        configure_unpacked(self._folder, self._archive.serving)
+        start = log.stat().st_size if log.is_file() else 0
+        self._registered = True
+        management.register(self._instance, self._name, self._key, self._archive.workers)
+        while self._described().ready < self._archive.workers:
+            reason = load_failure(log, start)
+            if reason:
+                raise ServerError(f"the worker of {self._name} {self._version} cannot load the archive: {reason}")
+            if time.monotonic() - started > self._options.timeout:
+                raise ServerError(
+                    f"the workers of {self._name} {self._version} were not ready within {self._options.timeout:.0f} s"
+                )
+            time.sleep(_POLL)
+        count = "1 worker" if self._archive.workers == 1 else f"{self._archive.workers} workers"
+        self._report(
+            f"registered {self._version} beside {self._running.version}: {count} ready after {time.monotonic() - started:.1f} s"
+        )
+
+    def _described(self) -> management.Registered:
+        return management.registered(self._instance, self._name)[self._version]
+
+    def _verify(self) -> Verification:
+        """Ask the new version its sample and its golden set at its own address; raises ServerError."""
+        self._ask_canary(f"{self._name}/{self._version}")
+        found = verify_server(self._door(self._version), self._archive.file)
+        if not found.passed:
+            raise Refused(f"{self._name} {self._version} is not what was built: {'; '.join(found.problems)}")
+        self._report(
+            f"verified {self._version}: {len(found.samples)} samples answered as by the original, p50 {found.p50:.1f} ms"
+        )
+        return found
+
+    def _ask_canary(self, path: str) -> None:
+        try:
+            client.predict(self._instance.url, path, self._canary, self._instance.key, 60.0, self._instance.certificate)
+        except ServerError as error:
+            raise ServerError(f"{path} does not answer its own sample: {error.message}") from None
+
+    def _door(self, version: str) -> Door:
+        door = Door.of(self._instance, self._name)
+        return dataclasses.replace(door, label=f"{self._name} {version}", url=f"{door.url}/{version}")
+
+    def _compare(self) -> Replay:
+        """Ask both versions the same; raises ServerError if more answers moved than may."""
+        proofs = [self._proof]
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(ArchiveError):  # the old one has no golden set
+                proofs.append(stack.enter_context(proof_of(Path(self._instance.folder, "store", self._running.folder))))
+            requests = requests_of(proofs, self._options.samples)
+        found = replay(self._door(self._running.version), self._door(self._version), self._proof.task, requests)
+        allowed = self._options.allowed_changes
+        if len(found.moved) > allowed:
+            raise Refused(
+                f"{self._name} {self._version} answers {len(found.moved)} of {found.asked} requests otherwise than "
+                f"{self._running.version}, and {allowed} may be (--allow-changes)",
+                found,
+            )
+        moved = f"{len(found.moved)} answers changed ({allowed} allowed)" if allowed else "no answer changed"
+        self._report(
+            f"compared with {self._running.version}: {found.asked} requests, {moved}, scores by up to {found.drift:.1e}"
+        )
+        return found
+
+    def _promote(self) -> None:
+        """Let the new version answer all requests that name none."""
+        self._promoted = True
+        management.set_default(self._instance, self._name, self._version)
+        self._ask_canary(self._name)
+        self._report(f"promoted: {self._instance.url}/predictions/{self._name} is answered by {self._version}")
+
+    def _drain(self, version: str) -> int:
+        return drain(self._instance, self._name, version, self._canary, self._options.timeout)
+
+    def _settle(self, named: int) -> Dict[str, int]:
+        """Remember the new version, and remove the earlier ones that no request names; returns the others."""
+        name = self._name
+        self._instance = dataclasses.replace(
+            self._instance,
+            folders={**self._instance.folders, name: self._key},
+            workers={**self._instance.workers, name: self._archive.workers},
+        )
+        instances.remember(self._instance)
+        counts = {self._running.version: named}
+        for version in management.registered(self._instance, name):
+            if version not in (
+                self._version,
+                self._running.version,
+            ):  # kept by an earlier update, or one that was killed
+                counts[version] = self._drain(version)
+        for version, count in counts.items():
+            self._remove(version, count)
+        return {version: count for version, count in counts.items() if count}
+
+    def _remove(self, version: str, named: int) -> None:
+        """Remove a version that has been drained, unless requests named it meanwhile."""
+        if named:
+            self._report(f"kept {version}: {named} requests named it in their path; the next update looks again")
+            return
+        folder = management.registered(self._instance, self._name)[version].folder
+        management.unregister(self._instance, self._name, version)
+        shutil.rmtree(Path(self._instance.folder, "store", folder), ignore_errors=True)
+        self._report(f"removed {version}, which had answered all its requests")
+
+    def _take_back(self) -> None:
+        """Give the requests back to the old version, and remove the new one; what fails here was lost with the server."""
+        with contextlib.suppress(ServerError):
+            if self._promoted:
+                management.set_default(self._instance, self._name, self._running.version)
+                self._drain(self._version)
+        with contextlib.suppress(ServerError):
+            if self._registered:
+                management.unregister(self._instance, self._name, self._version)
+        shutil.rmtree(self._folder, ignore_errors=True)

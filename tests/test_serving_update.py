@@ -1,0 +1,211 @@
+"""`traceserve update` on the real TorchServe, under load."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Callable, Iterator, List
+
+import pytest
+from conftest import run_export
+from traceserve import cli
+from traceserve.archives.archive import pack_archive
+from traceserve.errors import ServerError
+from traceserve.measuring import activity
+from traceserve.measuring.answers import Consistency
+from traceserve.measuring.load_generator import Endpoint, Result, send_load
+from traceserve.rollout import updating
+from traceserve.rollout.draining import drain
+from traceserve.rollout.updating import UpdateOptions, update_server
+from traceserve.serving import client, configuration, engines, instances, management, server
+from traceserve.serving.instances import Instance
+from traceserve_runtime.manifest import HANDLER_FILE, Manifest, sha256
+
+BODIES = [json.dumps({"text": f"Parcel number {number} is late."}).encode() for number in range(40)]
+SWAPPED = {"id2label": {0: "green", 1: "red", 2: "blue"}, "label2id": {"green": 0, "red": 1, "blue": 2}}
+
+
+@pytest.fixture(scope="module")
+def archives(artifact: Path, checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One model as versions 1.0 and 2.0, and one with other labels as version 3.0: V/tiny.mar."""
+    folder = tmp_path_factory.mktemp("update")
+    run_export(folder / "swapped", {"model_name": str(checkpoint("bert", **SWAPPED)), "max_length": 32})
+    for version, source in (("1.0", artifact), ("2.0", artifact), ("3.0", folder / "swapped")):
+        (folder / version).mkdir()
+        pack_archive(source, "tiny", folder / version, version=version)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def port(archives: Path) -> Iterator[int]:
+    """The port of a server that starts with version 1.0."""
+    found = configuration.free_ports(1)[0]
+    server.start([archives / "1.0" / "tiny.mar"], port=found, timeout=180)
+    yield found
+    instances.stop(instances.find_instance(found))
+
+
+@contextlib.contextmanager
+def load(instance: Instance) -> Iterator[List[Result]]:
+    """Eight connections ask all the time; an answer that differs from the first one to the same text is an error."""
+    results: List[Result] = []
+    ended, same = threading.Event(), Consistency()
+
+    def send() -> None:
+        target = Endpoint(f"{instance.url}/predictions/tiny")
+        while not ended.is_set():
+            results.append(send_load(target, BODIES, connections=8, seconds=0.5, warm_up=0, check=same))
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    try:
+        yield results
+    finally:
+        ended.set()
+        thread.join()
+
+
+def the_only_version(port: int) -> str:
+    """The version that a server has registered, serves, remembers, and whose files it has; fails if these differ."""
+    instance = instances.find_instance(port)
+    [version] = management.registered(instance, "tiny")
+    assert management.default(instance, "tiny").version == version == instance.manifest("tiny").version
+    assert [folder.name for folder in Path(instance.folder, "store").iterdir()] == [instance.unpacked("tiny").name]
+    assert instances.workers_alive(instance) == {"tiny": 1}
+    assert cli.main(["verify", "tiny", "--port", str(port)]) == 0
+    return version
+
+
+def test_no_request_fails_and_changed_answers_are_refused(
+    archives: Path, port: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with load(instances.find_instance(port)) as results:
+        assert cli.main(["update", str(archives / "2.0" / "tiny.mar"), "--json"]) == 0
+        document = json.loads(capsys.readouterr().out)
+        assert (document["old"], document["new"], document["changed"], document["kept"]) == ("1.0", "2.0", 0, {})
+        assert document["verified"] == document["compared"] > 20
+        assert the_only_version(port) == "2.0"
+        capsys.readouterr()
+        assert cli.main(["update", str(archives / "3.0" / "tiny.mar")]) == 1
+        said = capsys.readouterr()
+        assert "verified 3.0" in said.out and "promoted" not in said.out
+        assert "green → red" in said.err and "(--allow-changes); tiny 2.0 answers as before" in said.err
+        assert the_only_version(port) == "2.0"
+    assert sum(result.requests for result in results) > 100
+    assert {reason for result in results for reason in result.errors} == set()
+
+
+def test_changed_answers_may_be_allowed(archives: Path, port: int) -> None:
+    """And back again, where a request that names the old version keeps it until none does."""
+    before = the_only_version(port)
+    updated = update_server(archives / "3.0" / "tiny.mar", port, UpdateOptions(allowed_changes=40))
+    assert (updated.old, updated.new) == (before, "3.0") and 0 < len(updated.replay.moved) <= 40
+    assert the_only_version(port) == "3.0"
+
+
+def test_requests_that_name_a_version_are_seen(port: int) -> None:
+    """While a version is drained; all requests are counted, whatever they name."""
+    instance = instances.find_instance(port)
+    version = the_only_version(port)
+    canary = server.canary(instance.manifest("tiny"))
+    assert drain(instance, "tiny", version, canary, 30) == 0
+    before = activity.sample(instance, "tiny").counters["ts_inference_requests_total"]
+    ended = threading.Event()
+
+    def ask() -> None:
+        while not ended.wait(0.05):
+            client.predict(instance.url, f"tiny/{version}", "hello")
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    named = drain(instance, "tiny", version, canary, 30)
+    ended.set()
+    thread.join()
+    assert named > 2
+    client.predict(instance.url, "tiny", "hello")
+    grown = activity.sample(instance, "tiny").counters["ts_inference_requests_total"] - before
+    assert grown > named + 1
+
+
+def repacked(source: Path, target: Path, name: str, content: bytes, named: bool) -> Path:
+    """A copy of an archive with another file's content; its manifest names the content's hash, if `named`."""
+    target.parent.mkdir()
+    folder = target.parent / "unpacked"
+    shutil.unpack_archive(str(source), str(folder), "zip")
+    (folder / name).write_bytes(content)
+    if named:
+        manifest = Manifest.read(folder, verify=False)
+        dataclasses.replace(manifest, files={**manifest.files, name: sha256(folder / name)}).write(folder)
+    return Path(shutil.make_archive(str(target.with_suffix("")), "zip", folder)).rename(target)
+
+
+@pytest.mark.parametrize(
+    "name, named, reason",
+    [
+        ("traced_model.pt", False, "traced_model.pt is not the one that was verified"),
+        (HANDLER_FILE, True, "cannot load the archive: .*broken on purpose"),
+    ],
+)
+def test_what_cannot_run_is_taken_back(
+    name: str, named: bool, reason: str, archives: Path, port: int, tmp_path: Path
+) -> None:
+    """Another file than the manifest names, found before TorchServe knows of it; and a worker that cannot load."""
+    version = the_only_version(port)
+    other = archives / ("1.0" if version != "1.0" else "2.0") / "tiny.mar"
+    content = b"import traceserve_runtime\nraise RuntimeError('broken on purpose')\n"
+    broken = repacked(other, tmp_path / "broken" / "tiny.mar", name, content, named)
+    with pytest.raises(RuntimeError, match=f"{reason}.*; tiny {version} answers as before"):
+        update_server(broken, port, UpdateOptions())
+    assert the_only_version(port) == version
+
+
+def test_an_interrupt_takes_it_back(archives: Path, port: int) -> None:
+    version = the_only_version(port)
+    other = archives / ("1.0" if version != "1.0" else "2.0") / "tiny.mar"
+    command = [sys.executable, "-m", "traceserve", "update", str(other), "--allow-changes", "99", "--port", str(port)]
+    updating_it = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert updating_it.stdout is not None
+    assert updating_it.stdout.readline().startswith("registered")
+    updating_it.send_signal(signal.SIGINT)
+    _, said = updating_it.communicate(timeout=60)
+    assert updating_it.returncode == 130 and "interrupted" in said
+    assert the_only_version(port) == version
+
+
+def test_what_is_refused_before_anything_starts(
+    archives: Path, port: int, mar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = the_only_version(port)
+    served = archives / version / "tiny.mar"
+    with pytest.raises(ServerError, match=f"already served as version {version}.*build --version V"):
+        update_server(served, port, UpdateOptions())
+    (tmp_path / "other.mar").write_bytes(served.read_bytes())
+    with pytest.raises(ServerError, match="has no other"):
+        update_server(tmp_path / "other.mar", port, UpdateOptions())
+    cut = tmp_path / "tiny.mar"
+    cut.write_bytes(served.read_bytes()[:-3000])
+    with pytest.raises(RuntimeError, match="was not copied whole"):
+        update_server(cut, port, UpdateOptions())
+    instance = instances.find_instance(port)
+    with updating._alone(instance), pytest.raises(ServerError, match="another `traceserve update`"):
+        update_server(served, port, UpdateOptions())
+    for changes, reason in (({"management_socket": None}, "takes no new versions"), ({"engine": engines.RAY}, "Ray")):
+        other = dataclasses.replace(instance, **changes)  # type: ignore[arg-type]
+        monkeypatch.setattr(instances, "serving_instance", lambda name, port, other=other: other)
+        with pytest.raises(ServerError, match=reason):
+            update_server(served, port, UpdateOptions())
+
+
+def test_only_a_closed_folder_and_an_address_without_callers_are_private(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    assert management.is_private(tmp_path) == (sys.platform == "linux")
+    tmp_path.chmod(0o750)
+    assert not management.is_private(tmp_path)
+    assert not management._is_unreachable("127.0.0.1")
