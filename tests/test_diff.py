@@ -127,7 +127,7 @@ ENTITIES = [
     ],
 )
 def test_moves(one: Any, other: Any, moves: Tuple[Any, ...]) -> None:
-    assert comparing._moves([AnswerChange(1, {}, one, other)]) == moves
+    assert comparing.moves_of([AnswerChange(1, {}, one, other)]) == moves
 
 
 def test_answers_are_compared_by_the_task(artifact: Path) -> None:

@@ -406,7 +406,7 @@ def test_the_management_of_models_is_closed_to_others(served: Served) -> None:
         assert subprocess.run(["test", "-S", path]).returncode == 0
         assert subprocess.run(["test", "-S", path], user=65534, group=65534).returncode == 1
     with pytest.raises(RequestRefused):  # outside of the store
-        management.ask(served.instance, "POST", "/models?url=file:///etc/passwd")
+        management.call(served.instance, "POST", "/models?url=file:///etc/passwd")
     properties = dict(line.split("=", 1) for line in (folder / "config.properties").read_text().splitlines())
     grpc_port = int(properties["grpc_management_port"])
     for address in ("127.0.0.1", "::1", properties["grpc_management_address"]):

@@ -135,7 +135,7 @@ def test_keys_and_the_metrics_place_are_chosen(artifact: Path, tmp_path: Path, m
         assert "management_address=http://127.0.0.1:" in properties and instance.management_socket is None
         for method, path in (("POST", "/models?url=file:///etc/passwd"), ("DELETE", "/models/tiny")):
             with pytest.raises(RequestRefused) as refused:
-                management.ask(instance, method, path)
+                management.call(instance, method, path)
             assert refused.value.status == 405
         assert management.default(instance, "tiny").version == "1.0"
     finally:

@@ -69,7 +69,7 @@ def ours(archive: Path, workers: Optional[int] = None, body: Body = text_field) 
     try:
         url = f"http://127.0.0.1:{port}/predictions/{archive.stem}"
         instance = instances.find_instance(port)
-        pids = _torchserve_workers(lambda: management.ask(instance, "GET", f"/models/{archive.stem}"))
+        pids = _torchserve_workers(lambda: management.call(instance, "GET", f"/models/{archive.stem}"))
         yield Server(url, body, "application/json", seconds, pids, [instance.pid])
     finally:
         _run([*TRACESERVE, "stop", "--port", str(port)])

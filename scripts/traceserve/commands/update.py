@@ -62,7 +62,7 @@ def _count(text: str) -> int:
 
 def _update(options: argparse.Namespace) -> int:
     from traceserve.building import samples
-    from traceserve.rollout.updating import Refused, UpdateOptions, update_server
+    from traceserve.rollout.updating import UpdateOptions, UpdateRefused, update_server
 
     if options.samples:  # before anything starts
         samples.lines(options.samples)
@@ -75,7 +75,7 @@ def _update(options: argparse.Namespace) -> int:
             wanted,
             lambda text: screen.print(text, highlight=False, markup=False, soft_wrap=True),
         )
-    except Refused as error:
+    except UpdateRefused as error:
         if error.replay is not None:
             _print_moved(error.replay)
         raise

@@ -39,7 +39,7 @@ _LOCK = "update.lock"  # in the server's folder
 Report = Callable[[str], None]
 
 
-class Refused(ServerError):
+class UpdateRefused(ServerError):
     """The new version does not answer as it should; `replay` has the answers that moved, if they are why."""
 
     def __init__(self, message: str, found: Optional[Replay] = None) -> None:
@@ -201,7 +201,7 @@ class _Update:
         configure_unpacked(self._folder, self._archive.serving)
         start = log.stat().st_size if log.is_file() else 0
         self._registered = True
-        management.register(self._instance, self._name, self._key, self._archive.workers)
+        management.register_version(self._instance, self._name, self._key, self._archive.workers)
         while self._described().ready < self._archive.workers:
             reason = load_failure(log, start)
             if reason:
@@ -224,7 +224,7 @@ class _Update:
         self._ask_canary(f"{self._name}/{self._version}")
         found = verify_server(self._door(self._version), self._archive.file)
         if not found.passed:
-            raise Refused(f"{self._name} {self._version} is not what was built: {'; '.join(found.problems)}")
+            raise UpdateRefused(f"{self._name} {self._version} is not what was built: {'; '.join(found.problems)}")
         self._report(
             f"verified {self._version}: {len(found.samples)} samples answered as by the original, p50 {found.p50:.1f} ms"
         )
@@ -250,7 +250,7 @@ class _Update:
         found = replay(self._door(self._running.version), self._door(self._version), self._proof.task, requests)
         allowed = self._options.allowed_changes
         if len(found.moved) > allowed:
-            raise Refused(
+            raise UpdateRefused(
                 f"{self._name} {self._version} answers {len(found.moved)} of {found.asked} requests otherwise than "
                 f"{self._running.version}, and {allowed} may be (--allow-changes)",
                 found,

@@ -78,7 +78,7 @@ class _SocketConnection(http.client.HTTPConnection):
         self.sock.connect(self._path)
 
 
-def ask(instance: Instance, method: str, path: str, timeout: float = 30.0) -> Any:
+def call(instance: Instance, method: str, path: str, timeout: float = 30.0) -> Any:
     """Send a request without a body to the API, and return the parsed answer; raises NotYet or RequestRefused."""
     connection: http.client.HTTPConnection = (
         _SocketConnection(instance.management_socket, timeout)
@@ -103,12 +103,12 @@ def ask(instance: Instance, method: str, path: str, timeout: float = 30.0) -> An
 
 def registered(instance: Instance, name: str) -> Dict[str, Registered]:
     """Return the versions of a model; raises ServerError."""
-    return {each.version: each for each in map(_registered, ask(instance, "GET", f"/models/{name}/all"))}
+    return {each.version: each for each in map(_registered, call(instance, "GET", f"/models/{name}/all"))}
 
 
 def default(instance: Instance, name: str) -> Registered:
     """Return the version that answers where a request names none; raises ServerError."""
-    [described] = ask(instance, "GET", f"/models/{name}")
+    [described] = call(instance, "GET", f"/models/{name}")
     return _registered(described)
 
 
@@ -125,21 +125,21 @@ def _registered(described: Dict[str, Any]) -> Registered:
     )
 
 
-def register(instance: Instance, name: str, folder: str, workers: int) -> None:
+def register_version(instance: Instance, name: str, folder: str, workers: int) -> None:
     """Register the version in this folder of the store, and start its workers.
 
     It does not wait for them: meanwhile TorchServe would leave requests on some connections unread.
     """
     values = {"url": folder, "model_name": name, "initial_workers": workers, "synchronous": "false"}
     query = urllib.parse.urlencode(values)
-    ask(instance, "POST", f"/models?{query}", _SECONDS_TO_REMOVE)
+    call(instance, "POST", f"/models?{query}", _SECONDS_TO_REMOVE)
 
 
 def set_default(instance: Instance, name: str, version: str) -> None:
     """Let this version answer where a request names none."""
-    ask(instance, "PUT", f"/models/{name}/{version}/set-default")
+    call(instance, "PUT", f"/models/{name}/{version}/set-default")
 
 
 def unregister(instance: Instance, name: str, version: str) -> None:
     """Remove a version and end its workers, whatever they do."""
-    ask(instance, "DELETE", f"/models/{name}/{version}", _SECONDS_TO_REMOVE)
+    call(instance, "DELETE", f"/models/{name}/{version}", _SECONDS_TO_REMOVE)
