@@ -14,6 +14,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple
 import pytest
 from conftest import run_export
 from traceserve.archives.archive import pack_archive
+from traceserve.building.gate.texts import VERY_LONG
 from traceserve.errors import ServerError
 from traceserve.serving import configuration, instances, server
 from traceserve.serving.instances import Instance
@@ -22,6 +23,8 @@ from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Request
 
 ARCHITECTURES = {"text_generation": "llama", "text2text_generation": "t5"}
+CLASSIFIER = "sequence_classification"
+LONG = [VERY_LONG[:400]] * 200  # most of a second
 TEXT = "The train to the coast"
 
 
@@ -64,9 +67,11 @@ class Served(NamedTuple):
 @pytest.fixture(scope="module")
 def served(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder, archives = tmp_path_factory.mktemp("continuous"), {}
-    for name, architecture in ARCHITECTURES.items():
-        source = checkpoint(architecture, TASKS[name].auto_model)
+    wide = {"hidden_size": 128, "num_hidden_layers": 4, "intermediate_size": 512}
+    for name, architecture in {**ARCHITECTURES, CLASSIFIER: "bert"}.items():
+        source = checkpoint(architecture, TASKS[name].auto_model, **(wide if name == CLASSIFIER else {}))
         own = {"model_name": str(source), "task": name, "max_length": 128, "continuous_batching": True}
+        own["max_rows"] = 1024
         run_export(folder / name, own)
         archives[name] = pack_archive(folder / name, name, folder)
     instance = server.start(list(archives.values()), port=configuration.free_ports(1)[0], timeout=180)
@@ -153,6 +158,64 @@ def test_a_client_that_goes_holds_nobody(served: Served) -> None:
         connection.close()
     answer = served.ask("text_generation", bodies("text_generation")[0])
     assert answer.status == 200 and answer.json == served.alone("text_generation", bodies("text_generation")[0])
+
+
+def test_each_client_gets_its_own_labels(served: Served) -> None:
+    """Short ones, long ones, lists and bad ones, all at once; each is counted once."""
+    text = "Where is my parcel number"
+    asked: List[Any] = [{"text": f"{text} {i}", "parameters": {"top_k": None}} for i in range(20)]
+    asked += [[f"{text} {i}"] * (i + 2) for i in range(4)] + [{"text": VERY_LONG[:6000]}, {"text": 3}]
+    [[label, *_]] = [served.alone(CLASSIFIER, asked[0])]
+    assert set(label) == {"label", "score"}
+    before = served.metric("traceserve_requests_total")
+    with ThreadPoolExecutor(13) as pool:
+        answers = list(pool.map(lambda body: served.ask(CLASSIFIER, body), asked))
+    assert [answer.status for answer in answers] == [200] * 25 + [400]
+    for body, answer in zip(asked, answers[:25]):
+        for one, found in zip(*([body], [answer.json]) if isinstance(body, dict) else (body, answer.json)):
+            wanted = served.alone(CLASSIFIER, one if isinstance(one, dict) else {"text": one})
+            assert scores(found) == pytest.approx(scores(wanted), abs=1e-4)
+    time.sleep(0.5)
+    assert served.metric("traceserve_requests_total") - before == 21 + 2 + 3 + 4 + 5
+
+
+def scores(answer: Any) -> Dict[str, float]:
+    return {each["label"]: each["score"] for each in (answer if isinstance(answer, list) else [answer])}
+
+
+def test_a_short_request_does_not_wait_for_long_ones(served: Served) -> None:
+    """By batches it would be answered with the second one, or after it."""
+    ended: List[str] = []
+
+    def ask(name: str, body: Any) -> None:
+        assert served.ask(CLASSIFIER, body).status == 200
+        ended.append(name)
+
+    def order() -> List[str]:
+        ended.clear()
+        with ThreadPoolExecutor(2) as pool:
+            long = [pool.submit(ask, "long", LONG) for _ in range(2)]
+            time.sleep(0.3)
+            ask("short", {"text": TEXT})
+            for each in long:
+                each.result()
+        return list(ended)
+
+    assert any(order() == ["short", "long", "long"] for _ in range(10))
+
+
+def test_a_client_that_hangs_up_is_computed_no_further(served: Served) -> None:
+    """Of ten lists whose clients have gone most rows are never run."""
+    before = served.metric("traceserve_windows_total")
+    for _ in range(10):
+        connection = http.client.HTTPConnection("127.0.0.1", served.instance.port, timeout=60)
+        connection.request("POST", f"/predictions/{CLASSIFIER}", json.dumps(LONG), {"Content-Type": "application/json"})
+        connection.close()
+    assert served.ask(CLASSIFIER, {"text": TEXT}).status == 200
+    time.sleep(1)
+    assert served.ask(CLASSIFIER, {"text": TEXT}).status == 200
+    time.sleep(1)
+    assert served.metric("traceserve_windows_total") - before < 10 * len(LONG) / 2
 
 
 def test_a_second_worker_is_refused(served: Served) -> None:

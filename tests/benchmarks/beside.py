@@ -4,8 +4,9 @@
 
 Each way is a name, a host (`torchserve` or `web`, which is uvicorn) and an archive for requests of {"text": ...}. All servers
 run at once, and only one is asked at a time. In each round each way answers short texts at each number of --connections, and
-at one connection by themselves, beside a client that sends a text of --words words again and again, and beside one that sends
-a list of --rows short texts. (The archive's `max_rows` must allow them.) Medians of the rounds; ratios to the first way.
+at one connection by themselves, beside --others clients that send a text of --words words again and again, and beside as many
+that send a list of --rows short texts. (The archive's `max_rows` must allow them.) Medians of the rounds, and ratios to the
+first way.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def main() -> None:
             ask(url, SHORT, 4, 3.0)
         for _ in range(options.rounds):
             for name, url in urls.items():
-                found[name].append(measured(url, long, options.connections, options.seconds))
+                found[name].append(measured(url, long, options.connections, options.others, options.seconds))
                 print(name, json.dumps(found[name][-1]), flush=True)
     first, *_ = medians = {
         name: {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
@@ -67,17 +68,17 @@ def main() -> None:
     )
 
 
-def measured(url: str, long: Dict[str, bytes], connections: List[int], seconds: float) -> Dict[str, float]:
+def measured(url: str, long: Dict[str, bytes], connections: List[int], others: int, seconds: float) -> Dict[str, float]:
     found = {f"requests/s: {each}": ask(url, SHORT, each, seconds).throughput for each in connections}
     alone = ask(url, SHORT, 1, seconds)
     found["alone, p50 in ms"] = 1000 * alone.percentile(50)
     for name, body in long.items():
-        good, others = rude.beside(url, [body], 1, seconds)
-        if others["statuses"] or not others["answered"]:
-            raise SystemExit(f"{url}: {name} were answered with {others}")
+        good, told = rude.beside(url, [body], others, seconds)
+        if told["statuses"] or not told["answered"]:
+            raise SystemExit(f"{url}: {name} were answered with {told}")
         found[f"beside {name}, p50 in ms"] = 1000 * good.percentile(50)
         found[f"beside {name}, p99 in ms"] = 1000 * good.percentile(99)
-        found[f"{name}, answered a second"] = others["answered"] / seconds
+        found[f"{name}, answered a second"] = told["answered"] / seconds
     return found
 
 
@@ -125,6 +126,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--words", type=int, default=6_000, help="of the long text [%(default)s]")
     parser.add_argument("--rows", type=int, default=256, help="of the list [%(default)s]")
     parser.add_argument("--connections", type=int, nargs="*", default=[16, 64])
+    parser.add_argument("--others", type=int, default=1, help="clients that send long ones [%(default)s]")
     parser.add_argument("--seconds", type=float, default=5.0, help="per measurement [%(default)s]")
     parser.add_argument("--rounds", type=int, default=3)
     return parser.parse_args()

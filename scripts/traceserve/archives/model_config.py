@@ -38,7 +38,7 @@ class Serving:
     response_timeout: int  # in seconds
     startup_timeout: int = 300  # in seconds
     client_timeout: Optional[int] = None  # in milliseconds; TorchServe silently drops older requests
-    continuous_batching: Optional[bool] = None  # texts join and leave a running batch; with one worker only
+    continuous_batching: Optional[bool] = None  # requests join and leave a running batch; with one worker only
     workers: Optional[int] = None  # processes
     threads: Optional[int] = None  # per worker, within one operator
     length_step: Optional[int] = None  # pad rows up to a multiple of it

@@ -46,8 +46,6 @@ def check_together(config: SetupConfig) -> None:
         raise ConfigError(f"sequence_lengths has no meaning for {config.task}, whose texts grow token by token")
     if config.long_inputs == "window" and not task.merges_windows:
         raise ConfigError(f"long_inputs is window, but {config.task} cannot merge windows; use truncate or reject")
-    if config.continuous_batching and not task.loop:
-        raise ConfigError(f"continuous_batching has no meaning for {config.task}, which writes no text; remove it")
     known = {parameter.name: parameter for parameter in task.parameters}
     for name, value in config.parameters.items():
         if name not in known:

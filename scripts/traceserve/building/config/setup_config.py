@@ -127,8 +127,9 @@ class SetupConfig(BaseModel):
 
     continuous_batching: bool = Field(
         False,
-        description="Whether texts join and leave TorchServe's running batch between tokens, for tasks that write text: short "
-        "texts no longer wait for long ones. With one worker only; see Generation. (Hosts of our own always do so)",
+        description="Whether requests join and leave TorchServe's running batch, between the tokens of texts that are written, "
+        "or between parts of a tenth of a second: short requests no longer wait for long ones. With one worker only; see "
+        "Requests that join others. (Hosts of our own always do so)",
     )
 
     @field_validator("*", mode="before")
