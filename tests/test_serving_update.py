@@ -17,6 +17,7 @@ import pytest
 from conftest import run_export
 from traceserve import cli
 from traceserve.archives.archive import pack_archive
+from traceserve.archives.contents import unpack
 from traceserve.errors import ServerError
 from traceserve.measuring import activity
 from traceserve.measuring.answers import Consistency
@@ -103,8 +104,11 @@ def test_no_request_fails_and_changed_answers_are_refused(
 
 
 def test_changed_answers_may_be_allowed(archives: Path, port: int) -> None:
-    """And back again, where a request that names the old version keeps it until none does."""
+    """Also where an update that was killed has left the new version beside the old one."""
     before = the_only_version(port)
+    instance = instances.find_instance(port)
+    unpack(archives / "3.0" / "tiny.mar", Path(instance.folder, "store", "tiny@3.0"))
+    management.register_version(instance, "tiny", "tiny@3.0", 1)
     updated = update_server(archives / "3.0" / "tiny.mar", port, UpdateOptions(allowed_changes=40))
     assert (updated.old, updated.new) == (before, "3.0") and 0 < len(updated.replay.moved) <= 40
     assert the_only_version(port) == "3.0"
@@ -184,8 +188,11 @@ def test_what_is_refused_before_anything_starts(
 ) -> None:
     version = the_only_version(port)
     served = archives / version / "tiny.mar"
+    before = instances.find_instance(port)
+    instances.remember(dataclasses.replace(before, folders={}))  # an update was killed after the switch
     with pytest.raises(ServerError, match=f"already served as version {version}.*build --version V"):
         update_server(served, port, UpdateOptions())
+    assert instances.find_instance(port).unpacked("tiny") == before.unpacked("tiny")
     (tmp_path / "other.mar").write_bytes(served.read_bytes())
     with pytest.raises(ServerError, match="has no other"):
         update_server(tmp_path / "other.mar", port, UpdateOptions())

@@ -1,9 +1,10 @@
 """When a version that gets no more requests has answered those that it had.
 
 TorchServe says how many requests wait in a version's queue, not how many its workers are at. A queue is emptied in its
-order, so where there is one worker, an own request that is answered follows all that came before it. Among several
-workers it may overtake a batch: there we wait for twice as long as the longest batch so far took. With continuous
-batching a text may overtake longer ones, so we wait for the version's response timeout.
+order, so where there is one worker, an own request that is answered follows all that came before it; it is sent a second
+after the switch, by when every request has found its queue. Among several workers it may overtake a batch: there we
+wait for twice as long as the longest batch so far took. With continuous batching a text may overtake longer ones, so we
+wait for the version's response timeout.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from traceserve.measuring.server_times import metrics_of
 from traceserve.serving import client, management
 from traceserve.serving.instances import Instance
 
-_LEAST = 1.0  # seconds; a request may still be on its way from the frontend into the queue
+_LEAST = 1.0  # seconds in which a request that the frontend was at during the switch has got into its queue
 _PAUSE = 0.1
 _REQUESTS = "ts_inference_requests_total"
 
@@ -38,14 +39,18 @@ def drain(instance: Instance, name: str, version: str, canary: JsonObject, timeo
         raise ServerError(
             f"{name} {version} may be at work for another {quiet:.0f} s, and --timeout is {timeout:.0f} s"
         )
+    proven = False
     while True:
         if described.ready:  # one that never loaded answers nothing
-            left = max(1.0, started + timeout - time.monotonic())
-            client.predict(instance.url, f"{name}/{version}", canary, instance.key, left, instance.certificate)
-            own += 1
+            sent = time.monotonic() - started
+            with contextlib.suppress(client.NotYet):  # its queue is full
+                own += 1
+                left = max(1.0, timeout - sent)
+                client.predict(instance.url, f"{name}/{version}", canary, instance.key, left, instance.certificate)
+                proven = sent >= _LEAST
         described = management.registered(instance, name)[version]
         passed = time.monotonic() - started
-        if described.waiting == 0 and passed >= quiet:
+        if described.waiting == 0 and passed >= quiet and (proven or not described.ready):
             return max(0, _naming(instance, name, version) - before - own)
         if passed > timeout:
             raise ServerError(f"{name} {version} still had requests after {timeout:.0f} s")

@@ -80,6 +80,7 @@ def update_server(
     _check_server(instance)
     with _alone(instance), proof_of(file) as proof:
         running = management.default(instance, archive.name)
+        instance = _corrected(instance, archive.name, running)
         archive = _with_workers(archive, file, options.workers or archive.serving.workers or running.workers)
         _check_archive(archive, instance, running)
         return _Update(archive, instance, running, proof, options, report).run()
@@ -96,6 +97,22 @@ def _check_server(instance: Instance) -> None:
             f"the server on port {instance.port} takes no new versions: an older traceserve started it, or this system cannot "
             "keep TorchServe's API for it to you alone (only Linux can); stop it and serve the new archive"
         )
+
+
+def _corrected(instance: Instance, name: str, running: management.Registered) -> Instance:
+    """Remember the version that runs, if an update was killed after the switch."""
+    if instance.unpacked(name).name == running.folder:
+        return instance
+    found = _after(instance, name, running.folder, running.workers)
+    instances.remember(found)
+    return found
+
+
+def _after(instance: Instance, name: str, folder: str, workers: int) -> Instance:
+    """Return the server with another version's folder and workers."""
+    return dataclasses.replace(
+        instance, folders={**instance.folders, name: folder}, workers={**instance.workers, name: workers}
+    )
 
 
 def _with_workers(archive: Archive, file: Path, workers: int) -> Archive:
@@ -274,11 +291,7 @@ class _Update:
     def _settle(self, named: int) -> Dict[str, int]:
         """Remember the new version, and remove the earlier ones that no request names; returns the others."""
         name = self._name
-        self._instance = dataclasses.replace(
-            self._instance,
-            folders={**self._instance.folders, name: self._key},
-            workers={**self._instance.workers, name: self._archive.workers},
-        )
+        self._instance = _after(self._instance, name, self._key, self._archive.workers)
         instances.remember(self._instance)
         counts = {self._running.version: named}
         for version in management.registered(self._instance, name):
