@@ -115,7 +115,7 @@ class TransformerHandler:
             else:
                 _set_response(context, i, part.call.headers, part.reply)
                 context.stopping_criteria[i] = partial(_is_last, part.last)
-        if self._reader is not None:
+        if self._reader is not None and not self._rounds.busy:
             self._reader.answered()
         return [b"" if part is None else part.reply.body for part in parts]
 

@@ -9,6 +9,7 @@ import statistics
 import time
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
@@ -26,6 +27,7 @@ from traceserve_runtime.runner import Arrays
 from traceserve_runtime.service import Call, Service
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Answer, Job, Request
+from transformer_handler import TransformerHandler
 
 ENTAILMENT = {0: "contradiction", 1: "neutral", 2: "entailment"}
 OPTIONS: Dict[str, Dict[str, Any]] = {
@@ -302,6 +304,44 @@ def test_rounds_answer_a_short_call_before_a_long_one(engine: Engine) -> None:
     assert [name for name, _ in found] == ["short", "long"]
     assert all(answer == rounded(expected[name]) for name, answer in found)
     assert going._stats.rows - rows < 50  # that of the one who went were not run
+
+
+class Round:
+    """TorchServe's context of one round, as far as the handler uses it."""
+
+    metrics = None
+    model_yaml_config = {"continuousBatching": True}
+
+    def __init__(self, ids: Sequence[str]) -> None:
+        self.request_ids = dict(enumerate(ids))
+        self.stopping_criteria: Dict[int, Any] = {}
+
+    def get_request_id(self, index: int) -> str:
+        return self.request_ids[index]
+
+    def get_all_request_header(self, index: int) -> Dict[str, str]:
+        return {"Content-Type": "application/json"}
+
+    def set_response_header(self, index: int, key: str, value: str) -> None:
+        pass
+
+
+@pytest.mark.usefixtures("rows_one_by_one")
+def test_nobody_waits_only_after_the_last_answer(engine: Engine) -> None:
+    """A message that says so lets the worker measure runs and give back memory, which clients must not wait for."""
+    handler, told = TransformerHandler(), []
+    handler.engine = engine
+    handler._reader = SimpleNamespace(answered=lambda: told.append(handler._rounds))  # type: ignore[assignment]
+    rows = {"long": {"body": {"text": LONG}}, "short": {"body": {"text": "Yes."}}}
+    waiting, answered = ["long", "short"], []
+    while waiting:
+        context: Any = Round(waiting)
+        handler.handle([rows[each] for each in waiting], context)
+        now = [context.request_ids[i] for i in context.request_ids]
+        answered += now
+        waiting = [each for each in waiting if each not in now]
+        assert bool(told) == (not waiting)
+    assert answered == ["short", "long"]
 
 
 def test_an_error_in_one_turn_fails_its_own_request(engine: Engine) -> None:

@@ -74,6 +74,11 @@ class Rounds:
         self._known: Dict[str, _Known] = {}
         self._counted: Dict[str, float] = {}
 
+    @property
+    def busy(self) -> bool:
+        """Whether a call waits for its answer."""
+        return self._session.busy
+
     def go_on(self, ids: Sequence[str], call_of: Callable[[int], Call]) -> List[Optional[Part]]:
         """Go on with the calls of these ids; return what each is told now, or None. `call_of` is asked for new ones."""
         began = time.perf_counter()
