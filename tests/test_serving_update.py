@@ -201,6 +201,14 @@ def test_what_is_refused_before_anything_starts(
     with pytest.raises(RuntimeError, match="was not copied whole"):
         update_server(cut, port, UpdateOptions())
     instance = instances.find_instance(port)
+    running = dataclasses.replace(management.default(instance, "tiny"), continuous=True)
+    other_version = archives / ("1.0" if version != "1.0" else "2.0") / "tiny.mar"
+    with monkeypatch.context() as patch:
+        patch.setattr(management, "default", lambda *arguments: running)
+        with pytest.raises(
+            ServerError, match=rf"response_timeout of {running.response_timeout} s; --timeout .* not 20"
+        ):
+            update_server(other_version, port, UpdateOptions(timeout=20))
     with updating._alone(instance), pytest.raises(ServerError, match="another `traceserve update`"):
         update_server(served, port, UpdateOptions())
     for changes, reason in (({"management_socket": None}, "takes no new versions"), ({"engine": engines.RAY}, "Ray")):

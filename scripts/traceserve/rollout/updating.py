@@ -34,6 +34,7 @@ if sys.platform != "win32":
     import fcntl
 
 _POLL = 0.05  # seconds
+_HOWEVER_LONG = 24 * 3600.0  # seconds
 _LOCK = "update.lock"  # in the server's folder
 
 Report = Callable[[str], None]
@@ -83,6 +84,7 @@ def update_server(
         instance = _corrected(instance, archive.name, running)
         archive = _with_workers(archive, file, options.workers or archive.serving.workers or running.workers)
         _check_archive(archive, instance, running)
+        _check_patience(archive.name, running, options.timeout)
         return _Update(archive, instance, running, proof, options, report).run()
 
 
@@ -139,6 +141,15 @@ def _check_archive(archive: Archive, instance: Instance, running: management.Reg
             "for it on another --port"
         )
     server.check_for_torchserve(archive)
+
+
+def _check_patience(name: str, running: management.Registered, timeout: float) -> None:
+    """Raise ServerError if the running version cannot be drained in time: after the switch it would be too late."""
+    if running.continuous and running.response_timeout > timeout:
+        raise ServerError(
+            f"{name} {running.version} has continuous_batching, so it is known to have answered all only after its "
+            f"response_timeout of {running.response_timeout} s; --timeout should be at least that, not {timeout:.0f}"
+        )
 
 
 @contextlib.contextmanager
@@ -319,7 +330,7 @@ class _Update:
         with contextlib.suppress(ServerError):
             if self._promoted:
                 management.set_default(self._instance, self._name, self._running.version)
-                self._drain(self._version)
+                drain(self._instance, self._name, self._version, self._canary, _HOWEVER_LONG)
         with contextlib.suppress(ServerError):
             if self._registered:
                 management.unregister(self._instance, self._name, self._version)
