@@ -19,7 +19,8 @@ from traceserve.building.config.parsing import parse_config
 from traceserve.building.config.save_modes import Target
 from traceserve.building.gate import verification
 from traceserve.building.gate.findings import LIMITS, DriftError
-from traceserve.building.gate.texts import SENTENCES
+from traceserve.building.gate.texts import SENTENCES, calibration
+from traceserve.building.writers import WRITERS
 from traceserve.building.writers.lowering import int8 as lowering
 from traceserve.building.writers.lowering import precision
 from traceserve.building.writers.lowering.int8 import KEPT_SHARES, ladder
@@ -33,6 +34,7 @@ from traceserve_runtime.manifest import Manifest, Shapes
 from traceserve_runtime.runtimes import openvino
 from traceserve_runtime.settings import Settings
 from traceserve_runtime.tasks import TASKS
+from traceserve_runtime.tasks.contract import Request
 
 FAMILIES = ("classification", "modernbert", "deberta", "fixed")  # tests/test_matrix.py has every task
 Maker = Callable[[str], Path]
@@ -261,6 +263,34 @@ def test_more_and_more_layers_are_left_by_the_common_ladder(original: Any) -> No
         assert step.model is original.model and step.dtype == "int8"
         model = writer.converted(openvino.library(), original, TASKS["sequence_classification"], Shapes())
         assert in_int8(int8.quantize_statically(model, step)) == inside - {*step.kept}  # and never the head
+
+
+def test_only_linear_layers_are_quantized(original: Any) -> None:
+    """Attention is computed in float32: its queries and keys are not rounded, as NNCF would."""
+    model = writer.converted(openvino.library(), original, TASKS["sequence_classification"], Shapes())
+    assert "ScaledDotProductAttention" in {node.get_type_name() for node in model.get_ordered_ops()}
+    [first, *_] = int8.to_calibrate(original, SENTENCES[1:10])
+    model = int8.quantize_statically(model, first)
+    rounded = [node for node in model.get_ordered_ops() if node.get_type_name() == "FakeQuantize"]
+    readers = {port.get_node().get_type_name() for node in rounded for port in node.output(0).get_target_inputs()}
+    assert rounded and readers == {"MatMul"}
+
+
+def test_ranges_come_from_more_texts_than_the_measured_change(original: Any) -> None:
+    """Channels that are large in few texts only would be clipped; the change is measured on a spread of them."""
+    texts = calibration([Request({"text": f"number {i}"}) for i in range(1000)], WRITERS["openvino"].most_texts)
+    measured: List[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        own = int8.ladder
+
+        def ladder(model: Any, batches: Any, layer: Any) -> Any:
+            measured.append(sum(len(batch["input_ids"]) for batch in batches))
+            return own(model, batches, layer)
+
+        patch.setattr(int8, "ladder", ladder)
+        [first, *_] = int8.to_calibrate(original, texts)
+    seen = sum(len(batch["input_ids"]) for batch in first.calibration)
+    assert 200 < seen <= 256 and 32 <= measured[0] <= 64
 
 
 def test_a_step_without_layers_left_measures_none(original: Any) -> None:

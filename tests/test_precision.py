@@ -702,16 +702,15 @@ def test_the_corpus_is_of_different_sentences() -> None:
 
 def test_what_a_model_reads_is_shown_by_the_users_own_texts() -> None:
     own = [Request({"text": f"text {i}", "text_pair": f"pair {i}"}) for i in range(1000)]
-    shown = calibration(own)
-    assert len(shown) == len(calibration([])) == 64
+    shown = calibration(own, 64)
+    assert len(shown) == len(calibration([], 64)) == 64 and len(calibration([], 256)) == 256
     assert len([text for text in shown if text.startswith(("text", "pair"))]) > 30
-    assert set(calibration([])) < {*SENTENCES, *sentences(64)}
+    assert set(calibration([], 64)) < {*SENTENCES, *sentences(64)}
 
 
 def test_the_users_own_texts_are_shown_from_the_first_to_the_last() -> None:
-    numbers = [
-        int(text[5:]) for text in calibration([Request({"text": f"text {i}"}) for i in range(1000)]) if "text " in text
-    ]
+    own = [Request({"text": f"text {i}"}) for i in range(1000)]
+    numbers = [int(text[5:]) for text in calibration(own, 64) if "text " in text]
     assert min(numbers) < 50 and max(numbers) > 900
 
 

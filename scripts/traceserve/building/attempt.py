@@ -86,7 +86,7 @@ class Attempt:
         refused: List[ExportError] = []
         drifted: List[Tuple[Findings, Original, Shapes]] = []
         config = self.config
-        texts = calibration(self.own_samples)
+        texts = calibration(self.own_samples, WRITERS[config.save_mode].most_texts)
         for lowered in _lowered(config, original, dtype, texts):
             for padded, shapes in self._ways(lowered, drifted):
                 try:

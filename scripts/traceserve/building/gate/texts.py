@@ -43,11 +43,11 @@ _PARAGRAPH = (
 )
 VERY_LONG = _PARAGRAPH * 12
 TEXTS = (*SENTENCES, _PARAGRAPH, VERY_LONG)
-_CALIBRATION = 64
 
 
-def calibration(own: Sequence[Request]) -> List[str]:
-    """Return typical texts for the model: the user's own if any, else built-in ones of everyday length."""
+def calibration(own: Sequence[Request], most: int) -> List[str]:
+    """Return at most this many typical texts for the model: the user's own if any, else built-in ones of everyday
+    length."""
     texts = [value for request in own for value in request.inputs.values() if isinstance(value, str)]
-    room = _CALIBRATION - len(SENTENCES)
+    room = most - len(SENTENCES)
     return [*SENTENCES, *(texts[:: -(-len(texts) // room)] if texts else sentences(room))]

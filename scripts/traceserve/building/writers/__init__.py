@@ -42,6 +42,7 @@ WRITERS: Dict[str, Writer] = {
         lowered=openvino.lowered,
         shapes=shapes.one_graph,
         check=openvino.check,
+        most_texts=openvino.MOST_TEXTS,
     ),
     "aot_inductor": Writer(
         write=aot_inductor.write,

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 MODEL_FILE = "model.xml"
 WEIGHTS_FILE = "model.bin"  # OpenVINO looks for it beside the graph, under the same name
+MOST_TEXTS = int8.TEXTS
 _HALVED = ("bfloat16",)  # dtypes whose weights are stored in two bytes
 
 
