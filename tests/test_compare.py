@@ -6,10 +6,12 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Callable, Dict
+from typing import Any, Callable, Dict, List
 
 import pytest
 from traceserve import cli
+from traceserve.building import artifact, attempt
+from traceserve.building.checkpoints import loading
 from traceserve.building.config import formats
 from traceserve.building.config.dtypes import DTYPES
 from traceserve.building.config.parsing import parse_config
@@ -29,6 +31,19 @@ def configured(folder: Path, content: Dict[str, Any]) -> None:
     (folder / "setup_config.json").write_text(json.dumps({"max_length": 32, **content}))
 
 
+def counted(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> List[str]:
+    """Return a list that grows with each call."""
+    calls: List[str] = []
+    own = getattr(module, name)
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        calls.append(name)
+        return own(*arguments, **named)
+
+    monkeypatch.setattr(module, name, call)
+    return calls
+
+
 def test_each_is_built_and_measured_and_nothing_stays(
     checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -39,9 +54,9 @@ def test_each_is_built_and_measured_and_nothing_stays(
     tried = [("torchscript", "float32"), ("openvino", "float32"), ("openvino", "int8")]
     monkeypatch.setattr(formats_compared, "possible_formats", lambda config: tried)
     monkeypatch.setattr(formats_compared, "_MOST", 64)
-    monkeypatch.setattr(
-        "traceserve.building.attempt.measure_speeds", lambda folders, *rest: dict.fromkeys(folders, 1.0)
-    )
+    loaded = counted(monkeypatch, loading, "load_original")
+    raced = counted(monkeypatch, attempt, "measure_speeds")
+    written = counted(monkeypatch, artifact, "write_artifact")
     monkeypatch.setitem(sys.modules, "nncf", None)
     configured(tmp_path, {"model_name": str(checkpoint("bert", **LABELS))})
     assert cli.main(["build", "--compare", "--json"]) == 0
@@ -54,6 +69,8 @@ def test_each_is_built_and_measured_and_nothing_stays(
         assert 20e6 < figures["memory"] < 2e9
     assert rows[1]["figures"]["memory"] < rows[0]["figures"]["memory"]  # that process has no torch
     assert rows[2]["figures"] is None and "pip install 'traceserve[openvino]'" in rows[2]["refused"]
+    # One original for all, and no artifact beside them to race with: each is measured in its own process.
+    assert (len(loaded), len(raced), len(written)) == (1, 0, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["scratch", "setup_config.json"]
     assert not list((tmp_path / "scratch").glob("*compare*"))
 

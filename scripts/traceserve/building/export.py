@@ -6,7 +6,7 @@ import contextlib
 import gc
 import os
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Iterator, List, Optional
 
@@ -15,9 +15,11 @@ from traceserve_runtime.tasks import TASKS
 from traceserve.building import artifact, samples
 from traceserve.building.attempt import AcceptedArtifact, Attempt, size_of
 from traceserve.building.checkpoints import licenses, loading, sources
-from traceserve.building.config import formats
+from traceserve.building.config import choosing, formats
+from traceserve.building.config.dtypes import AUTO
 from traceserve.building.config.hardware import FIXED_SHAPES
 from traceserve.building.config.parsing import LoadedConfig
+from traceserve.building.config.setup_config import SetupConfig
 from traceserve.building.exported import Candidate, Exported
 from traceserve.building.gate.golden import with_golden_set
 from traceserve.building.gate.reference import Reference
@@ -25,6 +27,14 @@ from traceserve.building.progress import Progress
 from traceserve.building.writers import WRITERS
 from traceserve.errors import ExportError
 from traceserve.machine import neuron_cores
+
+
+@dataclass
+class Shared:
+    """The original with its outputs, for several exports of one configuration that differ in save mode and dtype; the
+    first of them fills it."""
+
+    reference: Optional[Reference] = None
 
 
 def export(
@@ -35,16 +45,18 @@ def export(
     samples_file: Optional[Path] = None,
     allow_drift: bool = False,
     keep_samples: bool = False,
+    shared: Optional[Shared] = None,
 ) -> Exported:
     """Write the artifact `name` into `folder`, an empty one; raises TraceserveError, DriftError from the gate.
 
     If the configuration leaves the dtype open, the first candidate that passes is taken, fastest first. If it leaves
     the shapes open, the widest that pass are taken. If none passes,
     `allow_drift` takes those that change the fewest answers; artifacts that cannot run are never exported.
-    `keep_samples` puts the user's samples into the golden set, and so into the archive.
+    `keep_samples` puts the user's samples into the golden set, and so into the archive. With `shared`, nothing is
+    measured, and the original is taken from it.
     """
     with loading.quiet_transformers(), _frozen_objects():
-        return _export(loaded, name, folder, progress, samples_file, allow_drift, keep_samples)
+        return _export(loaded, name, folder, progress, samples_file, allow_drift, keep_samples, shared)
 
 
 @contextlib.contextmanager
@@ -68,19 +80,27 @@ def _export(
     samples_file: Optional[Path],
     allow_drift: bool,
     keep_samples: bool,
+    shared: Optional[Shared],
 ) -> Exported:
     config = loaded.config
-    WRITERS[config.save_mode].check(config.dtype, artifact.target_of(config))
+    config = _settled(config)
     if samples_file:  # before anything is downloaded
         samples.lines(samples_file)
     progress("fetching the checkpoint", 0, 0)
     checkpoint = sources.fetch_checkpoint(config, loaded.folder)
     config = config.model_copy(update={"task": checkpoint.task})
+    if config.save_mode == AUTO:
+        config = _settled(config)
     task = TASKS[config.task]
     own_samples = samples.read_samples(samples_file, task) if samples_file else []
-    progress("loading the original", 0, 0)
-    original = loading.load_original(config, checkpoint, loaded.folder)
-    attempt = Attempt(config, checkpoint.source(config), Reference(original), name, own_samples, progress)
+    reference = shared.reference if shared else None
+    if reference is None:
+        progress("loading the original", 0, 0)
+        reference = Reference(loading.load_original(config, checkpoint, loaded.folder))
+    if shared:
+        shared.reference = reference
+    original = reference.original
+    attempt = Attempt(config, checkpoint.source(config), reference, name, own_samples, progress)
     dtypes = formats.candidates(config.save_mode, config.hardware, config.dtype, task)
     with tempfile.TemporaryDirectory(prefix=".candidates.", dir=folder.parent) as scratch:
         made: List[AcceptedArtifact] = []
@@ -97,7 +117,7 @@ def _export(
                 tried.append(Candidate(dtype, getattr(error, "findings", None), error.message))
             else:
                 tried.append(Candidate(dtype, made[-1].findings, size=size_of(place)))
-        tried, compared = attempt.race(made, tried, Path(scratch))
+        tried, compared = (tried, None) if shared else attempt.race(made, tried, Path(scratch))
         chosen = made[0]
         if chosen.folder != folder:
             for file in chosen.folder.iterdir():
@@ -107,6 +127,9 @@ def _export(
         "candidates": [candidate.receipt() for candidate in tried],
         "license": licenses.license_of(checkpoint),
     }
+    why_chosen = ""
+    if loaded.config.save_mode == AUTO:
+        receipt["save_mode_because"] = why_chosen = choosing.choose(config).reason
     progress("writing the golden set", 0, 0)
     kept = own_samples if keep_samples else ()
     runs_here = config.hardware not in FIXED_SHAPES or bool(neuron_cores.count(config.hardware))
@@ -117,4 +140,15 @@ def _export(
     parameters = sum(parameter.numel() for parameter in original.model.parameters())
     notes = checkpoint.note, original.note, WRITERS[config.save_mode].note(artifact.target_of(config))
     note = "\n".join(note for note in notes if note) or None
-    return Exported(manifest, chosen.findings, parameters, note, checkpoint.task_found, tuple(tried), compared, p50)
+    found = checkpoint.task_found
+    return Exported(manifest, chosen.findings, parameters, note, found, tuple(tried), compared, p50, why_chosen)
+
+
+def _settled(config: SetupConfig) -> SetupConfig:
+    """Return the configuration with the save mode that `auto` takes, if the task is known; raises ExportError if this
+    machine cannot write it."""
+    if config.task in TASKS:
+        config = choosing.settled(config)
+    if config.save_mode != AUTO:
+        WRITERS[config.save_mode].check(config.dtype, artifact.target_of(config))
+    return config

@@ -62,6 +62,7 @@ class Exported:
     candidates: Tuple[Candidate, ...]
     compared: Optional[Compared] = None
     golden_p50: Optional[float] = None  # milliseconds, of the golden set's requests in this process
+    save_mode_because: str = ""  # why `auto` took the save mode; empty if configured
 
     def report(self) -> Dict[str, object]:
         """Return the measurements; they differ from run to run, so they are stored beside the artifact, not in it."""
@@ -78,4 +79,5 @@ class Exported:
                 for candidate in self.candidates
             ],
             "compared_with": self.compared.report() if self.compared else None,
+            **({"save_mode_because": self.save_mode_because} if self.save_mode_because else {}),
         }

@@ -168,6 +168,7 @@ def _print_exported(exported: Exported, path: Path, seconds: float) -> None:
         ("size", megabytes(size)),
         ("task", f"{manifest.task} ({exported.task_found})" if exported.task_found else manifest.task),
         ("parameters", f"{exported.parameters:,}"),
+        *_save_mode(exported),
         ("dtype", _dtype(manifest)),
         ("shapes", describe_shapes(manifest.shapes, manifest.max_length)),
         *_padding(manifest),
@@ -205,6 +206,12 @@ def _padding(manifest: Manifest) -> List[Tuple[str, str]]:
     refused = [f"{row['largest_difference']:.1e} in {row['variant']}" for row in manifest.receipt.get(REFUSED, ())]
     why = f": the rewritten graph was refused (largest difference {'; '.join(refused)})" if refused else ""
     return [("padding", "computed as tokens are" + why)]
+
+
+def _save_mode(exported: Exported) -> List[Tuple[str, str]]:
+    """Return the save mode that `auto` took, and why."""
+    because = exported.save_mode_because
+    return [("save mode", f"{exported.manifest.save_mode} ({because})")] if because else []
 
 
 def _dtype(manifest: Manifest) -> str:

@@ -21,13 +21,13 @@ from traceserve_runtime.tasks.contract import Request
 from traceserve.building import samples
 from traceserve.building.attempt import size_of
 from traceserve.building.checkpoints import sources
-from traceserve.building.config import formats
+from traceserve.building.config import choosing, formats
 from traceserve.building.config.dtypes import DTYPES
 from traceserve.building.config.libraries import LIBRARIES
 from traceserve.building.config.parsing import LoadedConfig
 from traceserve.building.config.save_modes import SAVE_MODES
 from traceserve.building.config.setup_config import SetupConfig
-from traceserve.building.export import export
+from traceserve.building.export import Shared, export
 from traceserve.building.gate.corpus import sentences
 from traceserve.building.progress import Progress
 from traceserve.errors import ConfigError, ExportError, first_line
@@ -71,13 +71,14 @@ def compared_formats(
     """
     config = loaded.config
     progress("fetching the checkpoint", 0, 0)
-    config = config.model_copy(update={"task": sources.fetch_checkpoint(config, loaded.folder).task})
+    config = choosing.settled(config.model_copy(update={"task": sources.fetch_checkpoint(config, loaded.folder).task}))
     task = TASKS[config.task]
     if task.loop:
         raise ConfigError(
             f"--compare measures tasks that are run once, not {config.task}; use `traceserve bench` for it"
         )
     own = samples.read_samples(samples_file, task) if samples_file else []
+    shared = Shared()
     for save_mode, dtype in possible_formats(config):
         options = config.options if save_mode == config.save_mode else {}
         one = config.model_copy(update={"save_mode": save_mode, "dtype": dtype, "options": options})
@@ -85,7 +86,8 @@ def compared_formats(
             folder = Path(scratch, "compared")
             folder.mkdir()
             try:
-                made = export(loaded._replace(config=one), folder.name, folder, progress, samples_file)
+                loaded_one = loaded._replace(config=one)
+                made = export(loaded_one, folder.name, folder, progress, samples_file, shared=shared)
             except ExportError as error:
                 yield ComparedFormat(save_mode, dtype, error.message)
                 continue

@@ -33,9 +33,9 @@ class Format(NamedTuple):
 
 def refusal(save_mode: str, hardware: str, dtype: str, task: Type[Task]) -> Optional[str]:
     """Return why this cannot work, and what can; None if it can."""
-    reason = _never(save_mode, hardware, (task.name,))
+    reason = impossible(save_mode, hardware, (task.name,))
     if reason is not None:
-        others = [name for name in SAVE_MODES if _never(name, hardware, (task.name,)) is None]
+        others = [name for name in SAVE_MODES if impossible(name, hardware, (task.name,)) is None]
         return f"save_mode {save_mode} {reason}" + (f"; take {' or '.join(others)}" if others else "")
     legal = dtypes(save_mode, hardware, task)
     if dtype in legal:
@@ -64,8 +64,8 @@ def advice(config: SetupConfig) -> str:
     return f"; try save_mode {' or '.join(names)}" if names else ""
 
 
-def _never(save_mode: str, hardware: str, tasks: Sequence[str]) -> Optional[str]:
-    """Return why this cannot work in any dtype, for similar tasks."""
+def impossible(save_mode: str, hardware: str, tasks: Sequence[str]) -> Optional[str]:
+    """Return why a save mode cannot work in any dtype, for similar tasks; None if it can."""
     kind = SAVE_MODES[save_mode]
     if hardware not in kind.hardware:
         return f"runs on {', '.join(kind.hardware)}, not on {hardware}"
@@ -94,7 +94,7 @@ def every_format() -> Iterator[Format]:
 
 
 def _refused(save_mode: str, hardware: str, tasks: Sequence[str]) -> Dict[str, str]:
-    reason = _never(save_mode, hardware, tasks)
+    reason = impossible(save_mode, hardware, tasks)
     if reason is not None:
         return {"": f"it {reason}"}
     legal = dtypes(save_mode, hardware, TASKS[tasks[0]])
@@ -105,7 +105,7 @@ def dtypes(save_mode: str, hardware: str, task: Type[Task]) -> List[str]:
     """Return the legal dtypes for this task and hardware; empty if the combination is invalid."""
     kind = SAVE_MODES[save_mode]
     known = kind.loops if task.loop else kind.dtypes
-    if _never(save_mode, hardware, (task.name,)) is not None:
+    if impossible(save_mode, hardware, (task.name,)) is not None:
         return []
     fitting = [name for name in known if hardware in DTYPES[name].hardware]
     return [AUTO, *fitting] if fitting else []

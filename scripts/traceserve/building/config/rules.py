@@ -6,7 +6,7 @@ import json
 
 from traceserve_runtime.tasks import TASKS
 
-from traceserve.building.config import formats, libraries
+from traceserve.building.config import choosing, formats, libraries
 from traceserve.building.config.hardware import FIXED_SHAPES
 from traceserve.building.config.setup_config import SetupConfig
 from traceserve.errors import ConfigError
@@ -27,6 +27,7 @@ def check_any_task(config: SetupConfig) -> None:
 
 def check_together(config: SetupConfig) -> None:
     """Refuse invalid combinations; before anything is downloaded, if the task is configured."""
+    config = choosing.settled(config)
     task = TASKS[config.task]
     refusals = (
         formats.refusal(config.save_mode, config.hardware, config.dtype, task),
