@@ -6,7 +6,7 @@ Each way is a name, a host (`torchserve` or `web`, which is uvicorn) and an arch
 run at once, and only one is asked at a time. In each round each way answers short texts at each number of --connections, and
 at one connection by themselves, beside --others clients that send a text of --words words again and again, and beside as many
 that send a list of --rows short texts. (The archive's `max_rows` must allow them.) Medians of the rounds, and ratios to the
-first way.
+first way. (Clients that take turns end together, so the long ones answered a second come in steps of --others.)
 """
 
 from __future__ import annotations
