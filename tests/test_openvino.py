@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -222,7 +223,10 @@ def test_a_model_that_cannot_be_converted(
     config = tmp_path / "setup_config.json"
     source = checkpoint("bert", **LABELS)
     config.write_text(f'{{"model_name": "{source}", "max_length": 16, "save_mode": "openvino", "dtype": "float32"}}')
+    root = logging.getLogger()
+    before = root.level, list(root.filters)
     assert cli.main(["export", "--config", str(config), "--output", str(tmp_path / "x")]) == 1
+    assert (root.level, root.filters) == before
     told = capsys.readouterr().err
     assert "OpenVINO cannot convert BertForSequenceClassification: " in told and "bessel" in told
     assert "try save_mode torchscript or pretrained or onnx or aot_inductor" in told

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterable, Sequence, Type
+from typing import TYPE_CHECKING, Any, Iterable, Iterator, Sequence, Type
 
 import torch
 from traceserve_runtime.errors import reason
@@ -55,6 +57,18 @@ def lowered(original: Original, dtype: str, texts: Sequence[str]) -> Iterable[Or
     return [replace(original, dtype=dtype)]
 
 
+@contextlib.contextmanager
+def _same_root_logger() -> Iterator[None]:
+    """Give the root logger back as it was: OpenVINO leaves it at ERROR, with a filter of its own, if it fails."""
+    root = logging.getLogger()
+    level, filters, handlers = root.level, list(root.filters), list(root.handlers)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.filters[:], root.handlers[:] = filters, handlers
+
+
 def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, target: Target) -> Written:
     """Write the graph and its weights; see Writer. Raises ExportError with the model's own reason."""
     openvino = library()
@@ -82,7 +96,8 @@ def converted(openvino: Any, original: Original, task: Type[Task], shapes: Shape
         raise UnwritableError(f"torch.jit.trace cannot trace {kind}: {reason(error)}") from error
     failures = openvino.frontend
     try:
-        model = openvino.convert_model(traced, example_input=inputs)
+        with _same_root_logger():
+            model = openvino.convert_model(traced, example_input=inputs)
     except (RuntimeError, failures.OpConversionFailure, failures.OpValidationFailure, failures.GeneralFailure) as error:
         last = (
             str(error).strip().rsplit("\n", 1)[-1].lstrip("- ")
