@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -60,7 +61,9 @@ def build(workshop: Workshop) -> None:
     console = Console(record=True, width=100, file=open(os.devnull, "w"))  # noqa: SIM115
     console.print("[bold]$[/] traceserve build")
     console.print(Text.from_ansi(workshop.printed.rstrip()), highlight=False)
-    console.save_svg(str(FOLDER / "build.svg"), title="traceserve build")
+    drawn = console.export_svg(title="traceserve build")
+    # Fonts of another host, which a picture in a page may not load.
+    (FOLDER / "build.svg").write_text(re.sub(r"@font-face \{.*?\}\n", "", drawn, flags=re.DOTALL), encoding="utf-8")
 
 
 def bench(workshop: Workshop) -> None:
