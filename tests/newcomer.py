@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Dict, List
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -132,7 +133,7 @@ def _to_her_own(newcomer: Newcomer, checkpoint: str, text: str) -> int:
 def _print(steps: List[Step], first: int, own: int) -> None:
     table = Table("step", "seconds", "words printed", "its last line")
     for step in steps:
-        table.add_row(step.command, f"{step.seconds:.1f}", str(step.words), step.last[:60])
+        table.add_row(escape(step.command), f"{step.seconds:.1f}", str(step.words), escape(step.last[:60]))
     console = Console(width=160)
     console.print(table)
     demo = next(i for i, step in enumerate(steps) if step.command.endswith("demo"))

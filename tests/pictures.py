@@ -31,7 +31,7 @@ from rich.text import Text
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "docs" / "pictures"
 NAME, CONFIG = "support-intents", "setup_config.json"
-SAMPLES = "artifacts/demo/intents.csv"
+SAMPLES = str(ROOT / "artifacts" / "demo" / "intents.csv")
 LENGTHS = (8, 16, 32, 64, 96, 128)
 ROUNDS = 5
 TEXTS = 32
@@ -148,6 +148,11 @@ def request(workshop: Workshop) -> None:
         spying = subprocess.Popen([*record, "--output", str(FOLDER / "request.svg")], stdout=subprocess.DEVNULL)
         workshop.run("bench", NAME, "--samples", SAMPLES, "--connections", "16", "--seconds", "12")
         assert spying.wait(60) == 0
+        drawn = FOLDER / "request.svg"
+        titled = re.sub(
+            r"py-spy record .*?(?=</text>)", "a worker under 16 connections", drawn.read_text(encoding="utf-8")
+        )
+        drawn.write_text(titled, encoding="utf-8")
     finally:
         workshop.run("stop")
 
