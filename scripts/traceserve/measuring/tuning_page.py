@@ -45,7 +45,7 @@ def _candidates(tuned: Tuned) -> Figure:
     compared = [trial for trial in tuned.trials if trial.relative is not None]
     kinds = {
         "measured": [trial for trial in compared if trial.serving not in (tuned.chosen, tuned.own)],
-        "as it was": [trial for trial in compared if trial.serving == tuned.own],
+        "as it was": [trial for trial in compared if trial.serving == tuned.own != tuned.chosen],
         "chosen": [trial for trial in compared if trial.serving == tuned.chosen],
     }
     for (name, trials), color in zip(kinds.items(), (COLORS[7], COLORS[0], COLORS[1])):
