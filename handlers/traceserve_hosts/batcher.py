@@ -99,9 +99,11 @@ class Batcher:
         """Take the first calls that wait, without those whose clients have gone."""
         taken: List[Asked] = []
         while self._waiting and len(taken) < most:
-            job = self._waiting.popleft()
+            job = self._waiting[0]
             if not job.gone:
+                self._running += 1  # first: another thread asks how many wait, and a call should never be in neither
                 taken.append(job)
+            self._waiting.popleft()
         return taken
 
     def _run(self, batch: List[Asked], loop: asyncio.AbstractEventLoop) -> None:
