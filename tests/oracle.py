@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Sequence
 
 import numpy as np
+import pytest
 from traceserve.building.gate.texts import SENTENCES
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.tasks.contract import Answer, Request
@@ -21,6 +22,15 @@ def names(*labels: str) -> Dict[str, Any]:
 
 
 COLORS = names("red", "green", "blue")
+
+
+def rounded(value: Any, absolute: float) -> Any:
+    """Return an answer whose numbers leave out what padding changes of their last digits."""
+    if isinstance(value, float):
+        return pytest.approx(value, abs=absolute)
+    if isinstance(value, dict):
+        return {key: rounded(item, absolute) for key, item in value.items()}
+    return [rounded(item, absolute) for item in value] if isinstance(value, list) else value
 
 
 # Each task's requests, and the equivalent pipeline calls.

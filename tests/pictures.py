@@ -12,6 +12,7 @@ The demo's archive is built for them. The pages are seen by a headless Chromium,
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import re
 import shutil
@@ -58,7 +59,7 @@ class Workshop:
 
 
 def build(workshop: Workshop) -> None:
-    console = Console(record=True, width=100, file=open(os.devnull, "w"))  # noqa: SIM115
+    console = Console(record=True, width=100, file=io.StringIO())
     console.print("[bold]$[/] traceserve build")
     console.print(Text.from_ansi(workshop.printed.rstrip()), highlight=False)
     drawn = console.export_svg(title="traceserve build")

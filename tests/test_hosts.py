@@ -316,35 +316,36 @@ def test_what_waits_goes_together_and_too_many_are_refused_at_once(classifier: S
     assert slow.asked == [1, 4, 1]
 
 
+async def leave(hosted: Hosted, body: bytes, gone: asyncio.Event) -> List[Message]:
+    """A request whose client closes the connection; returns what it was sent."""
+    sent: List[Message] = []
+    received: List[Message] = [{"type": "http.request", "body": body}]
+
+    async def receive() -> Message:
+        if received:
+            return received.pop()
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/predictions/small", "headers": headers}
+    await hosted.application(scope, receive, send)
+    return sent
+
+
 def test_nothing_is_computed_for_a_client_that_has_gone(classifier: Service) -> None:
     slow = Slow(classifier)
     hosted = Hosted(slow)  # type: ignore[arg-type]
     gone = asyncio.Event()
 
-    async def leave() -> List[Message]:
-        """A request whose client closes the connection."""
-        sent: List[Message] = []
-        received: List[Message] = [{"type": "http.request", "body": b'"x"'}]
-
-        async def receive() -> Message:
-            if received:
-                return received.pop()
-            await gone.wait()
-            return {"type": "http.disconnect"}
-
-        async def send(message: Message) -> None:
-            sent.append(message)
-
-        headers = [(b"content-type", b"application/json")]
-        scope = {"type": "http", "method": "POST", "path": "/predictions/small", "headers": headers}
-        await hosted.application(scope, receive, send)
-        return sent
-
     async def ask() -> Tuple[List[Message], Answer]:
         first = asyncio.ensure_future(hosted.ask("/predictions/small", {"text": TEXT}))
         while not slow.asked:
             await asyncio.sleep(0.01)
-        leaving = [asyncio.ensure_future(leave()) for _ in range(3)]
+        leaving = [asyncio.ensure_future(leave(hosted, b'"x"', gone)) for _ in range(3)]
         staying = asyncio.ensure_future(hosted.ask("/predictions/small", {"text": TEXT}))
         await asyncio.sleep(0.1)
         gone.set()
@@ -511,28 +512,12 @@ def test_rows_are_run_no_further_when_their_client_goes_or_has_waited_too_long(c
     gone = asyncio.Event()
     slowly = classifier.engine.run
 
-    async def leave() -> None:
-        received: List[Message] = [{"type": "http.request", "body": json.dumps(many(200)).encode()}]
-
-        async def receive() -> Message:
-            if received:
-                return received.pop()
-            await gone.wait()
-            return {"type": "http.disconnect"}
-
-        async def send(message: Message) -> None:
-            raise AssertionError("it is answered")
-
-        headers = [(b"content-type", b"application/json")]
-        scope = {"type": "http", "method": "POST", "path": "/predictions/small", "headers": headers}
-        await hosted.application(scope, receive, send)
-
     async def ask() -> Answer:
-        leaving = asyncio.ensure_future(leave())
+        leaving = asyncio.ensure_future(leave(hosted, json.dumps(many(200)).encode(), gone))
         while len(hosted.rows) < 3:
             await asyncio.sleep(0.001)
         gone.set()
-        await leaving
+        assert await leaving == []
         late = await hosted.ask("/predictions/small", many(200))
         while hosted.batcher._busy:
             await asyncio.sleep(0.001)

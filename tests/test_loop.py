@@ -10,6 +10,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import numpy as np
 import pytest
 from conftest import run_export
+from oracle import rounded
 from traceserve.building.gate.texts import SENTENCES, VERY_LONG
 from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.engine import Engine, Pending, Work
@@ -65,15 +66,6 @@ def requests_for(seed: int, count: int) -> List[Request]:
     return [Request({"text": chosen.choice(TEXTS)}, {**limits, **chosen.choice(KINDS)}) for _ in range(count)]
 
 
-def rounded(value: Any) -> Any:
-    """Return an answer whose log-probabilities leave out what padding changes of their last digits."""
-    if isinstance(value, float):
-        return pytest.approx(value, abs=1e-4)
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    return [rounded(item) for item in value] if isinstance(value, list) else value
-
-
 def joined(engine: Engine, requests: Sequence[Request], seed: int) -> Tuple[List[Pending], Stats]:
     """Answer requests that join at random turns, a few at a time."""
     chosen, stats = random.Random(seed), Stats()
@@ -102,7 +94,7 @@ def test_each_is_answered_as_alone_whatever_joins_when(architecture: str, save_m
         random.Random(seed).shuffle(order)
         pending, stats = joined(engine, [requests[i] for i in order], seed)
         assert all(each.done for each in pending) and stats.requests == len(requests)
-        assert [value_of(each.answer()) for each in pending] == [rounded(alone[i]) for i in order]
+        assert [value_of(each.answer()) for each in pending] == [rounded(alone[i], 1e-4) for i in order]
 
 
 def test_a_decoders_texts_share_steps_whenever_they_joined(engine_of: Make) -> None:
@@ -221,5 +213,5 @@ def test_a_failed_step_changes_no_answer(architecture: str, engine_of: Make) -> 
     pending, _ = joined(other, [*requests[:5], Request({"text": "zzzz"}, {"num_beams": 1}), *requests[5:]], 1)
     results = [each.answer() for each in pending]
     refused = results.pop(5)
-    assert failed and [value_of(each) for each in results] == [rounded(value) for value in alone]
+    assert failed and [value_of(each) for each in results] == [rounded(value, 1e-4) for value in alone]
     assert isinstance(refused, TraceserveError) and "not enough memory" in refused.message

@@ -15,6 +15,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import numpy as np
 import pytest
 from conftest import Called, run_export
+from oracle import rounded
 from traceserve.building.gate.texts import SENTENCES, VERY_LONG
 from traceserve_runtime import rounds, service
 from traceserve_runtime.batching.batches import Stats
@@ -87,15 +88,6 @@ def value_of(result: Any) -> Any:
     return result.value if isinstance(result, Answer) else (type(result), result.message)
 
 
-def rounded(value: Any) -> Any:
-    """Return an answer whose numbers leave out what padding changes of their last digits."""
-    if isinstance(value, float):
-        return pytest.approx(value, abs=1e-5)
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    return [rounded(item) for item in value] if isinstance(value, list) else value
-
-
 def finish(work: Work, most: int = 10_000) -> int:
     """Return the number of turns until everything is answered."""
     turns = 0
@@ -127,7 +119,7 @@ def test_each_is_answered_as_alone_whatever_joins_when(task: str, engine_of: Mak
                 found.update({i: [next(pending) for _ in sent[i]] for i in some})
             work.turn()
         for i, expected in enumerate(alone):
-            assert [value_of(each.answer()) for each in found[i]] == [rounded(each) for each in expected]
+            assert [value_of(each.answer()) for each in found[i]] == [rounded(each, 1e-5) for each in expected]
 
 
 def texts(count: int, group: int, text: str = "Yes.") -> List[Request]:
@@ -302,7 +294,7 @@ def test_rounds_answer_a_short_call_before_a_long_one(engine: Engine) -> None:
         found += go_on(*ids).items()
         ids = [each for each in ids if each not in dict(found)]
     assert [name for name, _ in found] == ["short", "long"]
-    assert all(answer == rounded(expected[name]) for name, answer in found)
+    assert all(answer == rounded(expected[name], 1e-5) for name, answer in found)
     assert going._stats.rows - rows < 50  # that of the one who went were not run
 
 

@@ -14,7 +14,7 @@ from traceserve_runtime import failures, memory
 from traceserve_runtime.batching import costs, measuring
 from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.batching.costs import Pace
-from traceserve_runtime.batching.lanes import Batches, Lanes, least_cost, schedule
+from traceserve_runtime.batching.lanes import Batches, Lanes, least_cost, row_cost, schedule
 from traceserve_runtime.batching.measuring import Measuring
 from traceserve_runtime.errors import InvalidManifest, TraceserveError
 from traceserve_runtime.generation.loop import Member, WritingLoop
@@ -323,10 +323,7 @@ class Work:
     def _run(self, seconds: float) -> None:
         """Run rows for about this long, and answer the requests that they complete."""
         shapes, cost = self._engine.manifest.shapes, self._engine.cost
-        rows = self._backlog.rows(
-            self._engine.pace.cost_within(seconds),
-            lambda length: cost(1, shapes.length(length), length) - cost.run,
-        )
+        rows = self._backlog.rows(self._engine.pace.cost_within(seconds), lambda length: row_cost(length, shapes, cost))
         if not rows:
             return
         for row, output in zip(rows, self._engine.run([row.job for row in rows], self._stats)):

@@ -69,7 +69,7 @@ class _Rows:
             if self._lengths[i] == self._lengths[i + 1]:
                 self._alike[i] += self._alike[i + 1]
         self._tokens_before = [0, *accumulate(self._lengths)]
-        self._one_by_one = sum(_alone(lengths, shapes, cost))
+        self._one_by_one = sum(cost(1, shapes.length(length), length) for length in lengths)
 
     def cut(self, count: int) -> Batches:
         """Divide into about this many contiguous micro-batches, minimizing the most expensive one.
@@ -133,11 +133,11 @@ def _costs(batches: Batches, lengths: Sequence[int], shapes: Shapes, cost: CostM
     return costs
 
 
-def _alone(lengths: Sequence[int], shapes: Shapes, cost: CostModel) -> List[float]:
-    """Return the cost of each row alone."""
-    return [cost(1, shapes.length(length), length) for length in lengths]
+def row_cost(length: int, shapes: Shapes, cost: CostModel) -> float:
+    """Return what a row adds to a run's cost, with no more padding than it needs by itself."""
+    return cost(1, shapes.length(length), length) - cost.run
 
 
 def least_cost(lengths: Sequence[int], shapes: Shapes, cost: CostModel) -> float:
     """Return the cost of all rows in one run, with no more padding than each needs by itself."""
-    return cost.run + sum(each - cost.run for each in _alone(lengths, shapes, cost))
+    return cost.run + sum(row_cost(length, shapes, cost) for length in lengths)

@@ -82,7 +82,8 @@ def update_server(
     with _alone(instance), proof_of(file) as proof:
         running = management.default(instance, archive.name)
         instance = _corrected(instance, archive.name, running)
-        archive = _with_workers(archive, file, options.workers or archive.serving.workers or running.workers)
+        workers = options.workers or archive.serving.workers or running.workers
+        [archive] = planned([file], None, workers, False).values()
         _check_archive(archive, instance, running)
         _check_patience(archive.name, running, options.timeout)
         return _Update(archive, instance, running, proof, options, report).run()
@@ -115,11 +116,6 @@ def _after(instance: Instance, name: str, folder: str, workers: int) -> Instance
     return dataclasses.replace(
         instance, folders={**instance.folders, name: folder}, workers={**instance.workers, name: workers}
     )
-
-
-def _with_workers(archive: Archive, file: Path, workers: int) -> Archive:
-    [found] = planned([file], None, workers, False).values()
-    return found
 
 
 def _check_archive(archive: Archive, instance: Instance, running: management.Registered) -> None:

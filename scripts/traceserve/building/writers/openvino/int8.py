@@ -96,7 +96,7 @@ def quantizer() -> Any:
     library()  # makes the telemetry unimportable
     import nncf
 
-    nncf.set_log_level(logging.ERROR)
+    logging.getLogger("nncf").setLevel(logging.ERROR)  # nncf.set_log_level also changes handlers, which may be others'
     return nncf
 
 
