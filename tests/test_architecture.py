@@ -182,7 +182,7 @@ BUILDER_FLOORS: Sequence[Set[str]] = (
 BUILDING_FLOORS: Sequence[Set[str]] = (
     {"config", "progress", "samples"},
     {"checkpoints"},
-    {"writers", "gate", "speeds"},
+    {"writers", "gate", "speeds", "products"},
     {"artifact", "exported"},
     {"attempt", "proposal"},
     {"export"},

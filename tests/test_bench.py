@@ -92,16 +92,24 @@ def test_the_command_on_a_real_server(served: Instance, samples: Path, tmp_path:
         assert latency["p50"] <= latency["p90"] <= latency["p99"] <= latency["p99.9"] <= latency["max"]
         assert sum(parts.values()) == pytest.approx(latency["mean"], rel=0.2) and min(parts.values()) >= 0
         assert parts["model"] > 0.05 and 5 < one["server"]["tokens"] < 32
+    peak = document["peaks"]["quick"]
+    assert document["peaks"] == {"quick": peak, url: peak} and peak["dtype"] == "float32"
+    for one in document["summary"]:
+        achieved = one["server"]["operations"] * one["throughput"]
+        assert 0 < achieved < peak["operations_per_second"]
     for row in (
         r"quick\n",
         re.escape(url),
         r" 1 +[\d,.]+ +\d+ %( +[\d,.]+){6} +0 *\n",
         r"queue( +\S+ ms +\d+ %){2}",
+        r"share of the peak( +\d+ %){2}",
+        r"peak: products of matrices in float32 reach [\d,]+ GFLOP/s here",
     ):
         assert re.search(row, printed), printed
     assert f"quick / {url}" in printed
     content = page.read_text(encoding="utf-8")
     assert url in content and "Latency distribution" in content and "Where the time of a request goes" in content
+    assert "share of the peak" in content and "products of matrices in float32" in content
 
 
 def test_what_the_servers_counters_mean(served: Instance, samples: Path) -> None:

@@ -68,7 +68,7 @@ def in_process(
 ) -> Dict[str, float]:
     """Return the model's and the engine's texts/s for each batch size, after a warm-up round."""
     import torch
-    from traceserve_runtime.batching import batches
+    from traceserve_runtime.batching.batches import pad
     from traceserve_runtime.engine import Engine
     from traceserve_runtime.tasks.contract import Request
     from traceserve_runtime.texts.rows import Encoded
@@ -86,7 +86,7 @@ def in_process(
     for size in batches:
         cuts, unsorted = ([way[start : start + size] for start in range(0, len(way), size)] for way in (order, arrived))
         padding = engine.runner.padding
-        padded = [batches.pad([encoded[i].rows[0] for i in cut], engine.manifest, padding)[0] for cut in cuts]
+        padded = [pad([encoded[i].rows[0] for i in cut], engine.manifest, padding)[0] for cut in cuts]
         for arrays in padded[:: max(1, len(padded) // 20)]:
             engine.runner(arrays)
         started = time.perf_counter()

@@ -12,7 +12,7 @@ import litserve
 import transformers
 
 
-class PipelineAPI(litserve.LitAPI):
+class PipelineAPI(litserve.LitAPI):  # type: ignore[misc]
     """Answers `{"text": ...}` with the best label and its score."""
 
     options: argparse.Namespace

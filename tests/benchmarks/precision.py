@@ -35,7 +35,8 @@ from traceserve_runtime.tasks.contract import Answer, Request
 
 def plain_bfloat16(original: Original, texts: Sequence[str]) -> Iterable[Original]:
     """Do the usual thing."""
-    return [replace(original, model=copy.deepcopy(original.model).to(torch.bfloat16), dtype="bfloat16")]
+    model: Any = copy.deepcopy(original.model)
+    return [replace(original, model=model.to(torch.bfloat16), dtype="bfloat16")]
 
 
 def naive_int8(original: Original, texts: Sequence[str]) -> Iterable[Original]:
@@ -70,9 +71,9 @@ def accuracy(folder: Path, requests: Sequence[Request], labels: Optional[List[st
     if labels is None:
         return None
     engine = Engine.load(folder)
-    answers = engine.answer(requests)
-    got = [answer.value[0]["label"] for answer in answers if isinstance(answer, Answer)]
-    return sum(one == other for one, other in zip(got, labels)) / len(labels)
+    values: List[Any] = [answer.value for answer in engine.answer(requests) if isinstance(answer, Answer)]
+    got = [value[0]["label"] for value in values]
+    return sum(bool(one == other) for one, other in zip(got, labels)) / len(labels)
 
 
 def main() -> None:

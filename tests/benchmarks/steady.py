@@ -232,7 +232,7 @@ def compared(rounds: List[Dict[str, List[float]]]) -> List[tables.Row]:
 
 def beside(rounds: List[Dict[str, Dict[str, List[float]]]]) -> List[tables.Row]:
     """Return medians over the rounds."""
-    found = []
+    found: List[tables.Row] = []
     for connections in rounds[0]:
         for i, name in enumerate(("requests/s", "p50 in ms", "p99 in ms")):
             scale = 1000 if i else 1

@@ -36,7 +36,7 @@ def main(arguments: Optional[List[str]] = None) -> None:
     options = parser.parse_args(arguments)
     bodies = [json.dumps({"text": text}).encode() for _, text in samples.lines(options.samples)]
     if options.without_drain:
-        updating.drain = lambda *arguments: 0  # type: ignore[assignment]
+        updating.drain = lambda *arguments: 0  # type: ignore[attr-defined]
     port = configuration.free_ports(1)[0]
     name = options.archives[0].stem
     instance = server.start([options.archives[0]], port=port, workers=options.workers)

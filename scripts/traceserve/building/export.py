@@ -23,6 +23,8 @@ from traceserve.building.config.setup_config import SetupConfig
 from traceserve.building.exported import Candidate, Exported
 from traceserve.building.gate.golden import with_golden_set
 from traceserve.building.gate.reference import Reference
+from traceserve.building.products import RECEIPT as PRODUCTS
+from traceserve.building.products import count_products
 from traceserve.building.progress import Progress
 from traceserve.building.writers import WRITERS
 from traceserve.errors import ExportError
@@ -127,6 +129,9 @@ def _export(
         "candidates": [candidate.receipt() for candidate in tried],
         "license": licenses.license_of(checkpoint),
     }
+    counted = count_products(original, config.task)
+    if counted is not None:
+        receipt[PRODUCTS] = counted
     why_chosen = ""
     if loaded.config.save_mode == AUTO:
         receipt["save_mode_because"] = why_chosen = choosing.choose(config).reason

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Iterator, Sequence, Tuple
+from typing import TYPE_CHECKING, Iterator, Optional, Sequence, Tuple
 
 from traceserve_runtime.errors import TraceserveError
 
@@ -16,7 +16,7 @@ from traceserve.commands.printing import ProgressBar, console, figure
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from traceserve.measuring.documents import BenchDocument, Load, Summary
+    from traceserve.measuring.documents import BenchDocument, Load, Peak, Summary
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
@@ -120,7 +120,11 @@ def _bench(options: argparse.Namespace) -> int:
         measured.append(targets.subject(options.compare, options.samples, options.port, body, headers))
     with ProgressBar() as bar:
         document = bench.measure(
-            measured, plan, options.samples.name, lambda what, share: bar(what, int(1000 * share), 1000)
+            measured,
+            plan,
+            options.samples.name,
+            lambda what, share: bar(what, int(1000 * share), 1000),
+            _measure_peak if any(asked.arithmetic for asked in measured) else None,
         )
     _print_bench(document)
     if options.json:
@@ -128,6 +132,12 @@ def _bench(options: argparse.Namespace) -> int:
     if options.html:
         options.html.write_text(page.page(document), encoding="utf-8")
     return 0
+
+
+def _measure_peak(dtype: str, hardware: str) -> Optional[float]:
+    from traceserve.measuring.peak import measure_peak  # imports torch, once nothing is measured any more
+
+    return measure_peak(dtype, hardware)
 
 
 def _numbers(text: str) -> Tuple[int, ...]:
@@ -183,7 +193,10 @@ def _print_bench(document: BenchDocument) -> None:
             for note in notes(summary, document["plan"]["seconds"]):
                 screen.print(f"[yellow]note:[/] {load_name(summary)}: {escape(note)}", highlight=False)
         if all(summary["server"] for summary in own):
-            screen.print(_time_table(own, load), highlight=False)
+            peak = document["peaks"].get(subject)
+            screen.print(_time_table(own, load, peak), highlight=False)
+            if peak is not None:
+                screen.print(_peak_note(peak), style="dim", highlight=False)
     if document["ratios"]:
         screen.print("\n[bold]{} / {}[/]".format(*map(escape, document["subjects"])), highlight=False)
         table = Table(load, "requests/s", *document["ratios"][0]["latency"], box=None, header_style="dim")
@@ -241,9 +254,17 @@ def notes(summary: Summary, seconds: float) -> Iterator[str]:
         )
 
 
-def _time_table(own: Sequence[Summary], load: str) -> Table:
+def _peak_note(peak: Peak) -> str:
+    return (
+        f"peak: products of matrices in {peak['dtype']} reach {peak['operations_per_second'] / 1e9:,.0f} GFLOP/s here"
+    )
+
+
+def _time_table(own: Sequence[Summary], load: str, peak: Optional[Peak]) -> Table:
     """Return the breakdown of a request's mean time in a traceserve server."""
     from rich.table import Table
+
+    from traceserve.measuring.page import peak_share
 
     table = Table(f"mean time, at {load}:", *map(_load, own), box=None, header_style="dim")
     servers = [summary["server"] for summary in own if summary["server"]]
@@ -252,6 +273,8 @@ def _time_table(own: Sequence[Summary], load: str) -> Table:
         table.add_row(part, *(f"{figure(time)} ms {100 * time / whole:3.0f} %" for time, whole in times))
     table.add_row("tokens of a request", *(figure(server["tokens"]) for server in servers))
     table.add_row("padding of a batch", *(f"{100 * server['padding_share']:.0f} %" for server in servers))
+    if peak is not None:
+        table.add_row("share of the peak", *(peak_share(summary, peak) for summary in own))
     return _figures_right(table)
 
 

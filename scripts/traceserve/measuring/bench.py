@@ -14,7 +14,7 @@ from traceserve import __version__
 from traceserve.errors import ServerError
 from traceserve.measuring import load_generator, server_times
 from traceserve.measuring.answers import Consistency
-from traceserve.measuring.documents import BenchDocument, Figures, Machine, Ratio, Summary
+from traceserve.measuring.documents import BenchDocument, Figures, Machine, Peak, Ratio, Summary
 from traceserve.measuring.page import load_name
 from traceserve.measuring.targets import Subject, check_answer
 
@@ -42,11 +42,16 @@ class BenchPlan:
 
 
 def measure(
-    subjects: Sequence[Subject], plan: BenchPlan, samples: str, progress: Callable[[str, float], None]
+    subjects: Sequence[Subject],
+    plan: BenchPlan,
+    samples: str,
+    progress: Callable[[str, float], None],
+    peak_of: Optional[Callable[[str, str], Optional[float]]] = None,
 ) -> BenchDocument:
     """Return the document: each measurement, and the medians of its rounds for each subject and load.
 
-    Subjects alternate in each round, in reverse every other round, so that drift affects all alike.
+    Subjects alternate in each round, in reverse every other round, so that drift affects all alike. `peak_of` measures this
+    machine's peak in a dtype, on a kind of hardware (`peak.measure_peak`, which needs torch).
     """
     for asked in subjects:
         check_answer(asked)
@@ -84,9 +89,10 @@ def measure(
             "check": plan.check,
         },
         "subjects": [asked.label for asked in subjects],
+        "peaks": _peaks(subjects, peak_of, progress) if peak_of else {},
         "summary": summaries,
         "ratios": _ratios(summaries) if len(subjects) > 1 else [],
-        "measurements": [{"subject": a.label, **_figures(c, r, t)} for a, c, r, t in measured],
+        "measurements": [{"subject": a.label, **_figures(a, c, r, t)} for a, c, r, t in measured],
     }
 
 
@@ -124,6 +130,27 @@ def _once(
     return result, times
 
 
+def _peaks(
+    subjects: Sequence[Subject],
+    peak_of: Callable[[str, str], Optional[float]],
+    progress: Callable[[str, float], None],
+) -> Dict[str, Peak]:
+    """Measure what this machine can compute in the dtype of each archive that tells its model's arithmetic, once for each
+    dtype; no load is sent meanwhile."""
+    told = {asked.label: asked.arithmetic for asked in subjects if asked.arithmetic is not None}
+    kinds = dict.fromkeys((arithmetic.dtype, arithmetic.hardware) for arithmetic in told.values())
+    measured = {}
+    for number, kind in enumerate(kinds):
+        progress("products of matrices", number / len(kinds))
+        measured[kind] = peak_of(*kind)
+    peaks = {label: (each.dtype, measured[each.dtype, each.hardware]) for label, each in told.items()}
+    return {
+        label: {"dtype": dtype, "operations_per_second": round(peak)}
+        for label, (dtype, peak) in peaks.items()
+        if peak is not None
+    }
+
+
 def machine() -> Machine:
     """Return the machine facts that figures depend on."""
     return {
@@ -141,7 +168,9 @@ def percentile_name(p: float) -> str:
     return "max" if p == 100 else f"p{p:g}"
 
 
-def _figures(connections: int, result: load_generator.Result, times: Optional[server_times.ServerTimes]) -> Figures:
+def _figures(
+    asked: Subject, connections: int, result: load_generator.Result, times: Optional[server_times.ServerTimes]
+) -> Figures:
     """Return one measurement; times in milliseconds."""
     mean = float(result.latencies.mean())
     return {
@@ -166,6 +195,7 @@ def _figures(connections: int, result: load_generator.Result, times: Optional[se
             "time_ms": {part: _ms(seconds) for part, seconds in times.shares(mean).items()},
             "tokens": round(times.tokens, 1),
             "padding_share": round(times.padding_share, 3),
+            "operations": None if asked.arithmetic is None else asked.arithmetic.of_a_request(times.tokens, times.rows),
         },
     }
 
@@ -178,7 +208,7 @@ def _summary(
     asked: Subject, connections: int, rounds: Sequence[Tuple[load_generator.Result, Optional[server_times.ServerTimes]]]
 ) -> Summary:
     """Return the medians of the rounds, figure by figure; errors and retried requests are summed."""
-    figures = [_figures(connections, result, times) for result, times in rounds]
+    figures = [_figures(asked, connections, result, times) for result, times in rounds]
     errors: Dict[str, int] = {}
     for one in figures:
         for reason, count in one["errors"].items():

@@ -13,12 +13,13 @@ class Load(TypedDict):
 
 
 class ServerFigures(TypedDict):
-    """A traceserve server's own figures: the means of a request's parts, tokens and padding."""
+    """A traceserve server's own figures: the means of a request's parts, tokens and padding; and its products, if known."""
 
     requests: int
     time_ms: Dict[str, float]
     tokens: float
     padding_share: float
+    operations: Optional[float]  # of a request's products
 
 
 class Figures(Load):
@@ -86,6 +87,13 @@ class PlanFacts(TypedDict):
     check: bool
 
 
+class Peak(TypedDict):
+    """What this machine can compute at most: products of matrices of the archive's dtype, measured."""
+
+    dtype: str
+    operations_per_second: float
+
+
 class BenchDocument(TypedDict):
     """The whole document."""
 
@@ -95,6 +103,7 @@ class BenchDocument(TypedDict):
     samples: Samples
     plan: PlanFacts
     subjects: List[str]
+    peaks: Dict[str, Peak]  # by subject, of those whose arithmetic is known
     summary: List[Summary]
     ratios: List[Ratio]
     measurements: List[Measurement]

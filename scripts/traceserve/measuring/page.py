@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import html
-from typing import TYPE_CHECKING, Dict, Iterable, List, Sequence
+from typing import TYPE_CHECKING, Dict, Iterable, List, Optional, Sequence
 
 from traceserve.errors import ServerError
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure  # type: ignore[import-untyped]
 
-    from traceserve.measuring.documents import BenchDocument, Load, Summary
+    from traceserve.measuring.documents import BenchDocument, Load, Peak, Summary
 
 _DOCUMENT = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>TITLE</title><style>
@@ -63,22 +63,40 @@ def load_name(figures: Load) -> str:
     return f"{figures['connections']} connection{'' if figures['connections'] == 1 else 's'}"
 
 
+def peak_share(summary: Summary, peak: Optional[Peak]) -> str:
+    """Return the share of the machine's peak that the served products take, in percent; empty if unknown."""
+    operations = summary["server"] and summary["server"]["operations"]
+    if peak is None or not operations:
+        return ""
+    return f"{100 * summary['throughput'] * operations / peak['operations_per_second']:.0f} %"
+
+
 def _about(document: BenchDocument) -> str:
     plan, machine, samples = document["plan"], document["machine"], document["samples"]
     rounds = f", medians of {plan['rounds']} rounds in turn" if plan["rounds"] > 1 else ""
     due = "" if plan["rate"] is None else "; a latency counts from when its request was due"
+    peaks = {peak["dtype"]: peak["operations_per_second"] / 1e9 for peak in document["peaks"].values()}
     lines = (
         f"{document['date']}, traceserve {document['traceserve']}",
         f"{machine['processor']}, {machine['cores']} cores, {machine['system']}, which sent the load",
         f"{plan['loop']} loop, {plan['seconds']:g} s after {plan['warm_up']:g} s of warm-up{rounds}{due}",
         f"{samples['bodies']:,} bodies from {samples['file']}",
+        *(f"peak: products of matrices in {dtype} reach {peak:,.0f} GFLOP/s there" for dtype, peak in peaks.items()),
     )
     return '<p class="note">' + "<br>".join(html.escape(line) for line in lines) + "</p>"
 
 
 def _table(document: BenchDocument) -> str:
     names = list(document["summary"][0]["latency_ms"])
-    header = ["", "load", "requests/s", *(f"{name} ms" for name in names), "errors"]
+    peaks = document["peaks"]
+    header = [
+        "",
+        "load",
+        "requests/s",
+        *(f"{name} ms" for name in names),
+        "errors",
+        *["share of the peak"][: len(peaks)],
+    ]
     rows = [
         [
             summary["subject"],
@@ -86,6 +104,7 @@ def _table(document: BenchDocument) -> str:
             f"{summary['throughput']:,.1f}",
             *(f"{summary['latency_ms'][name]:,.2f}" for name in names),
             ", ".join(f"{count} × {reason}" for reason, count in summary["errors"].items()) or "0",
+            *[peak_share(summary, peaks.get(summary["subject"]))][: len(peaks)],
         ]
         for summary in document["summary"]
     ]

@@ -30,6 +30,7 @@ class ServerTimes:
     handler: float
     model: float
     tokens: float  # per request
+    rows: float  # per request
     padding_share: float  # of the model's computation, 0 to 1
 
     def shares(self, latency: float) -> Dict[str, float]:
@@ -101,12 +102,14 @@ class Watch:
         requests = grown("ts_inference_requests_total")
         if requests <= 0:
             return None
+        answered = max(1.0, grown("traceserve_requests_total"))
         return ServerTimes(
             requests=int(requests),
             latency=grown("ts_inference_latency_microseconds") / requests / 1e6,
             queue=grown("ts_queue_latency_microseconds") / requests / 1e6,
             handler=grown("traceserve_handler_seconds_total") / requests,
             model=grown("traceserve_model_seconds_total") / requests,
-            tokens=grown("traceserve_tokens_total") / max(1.0, grown("traceserve_requests_total")),
+            tokens=grown("traceserve_tokens_total") / answered,
+            rows=grown("traceserve_windows_total") / answered,
             padding_share=1 - grown("traceserve_tokens_total") / max(1.0, grown("traceserve_computed_tokens_total")),
         )

@@ -13,6 +13,7 @@ from typing import Mapping, Optional, Tuple
 from traceserve.building import samples
 from traceserve.errors import ConfigError, ServerError
 from traceserve.measuring import load_generator
+from traceserve.measuring.arithmetic import Arithmetic, arithmetic_of
 from traceserve.serving import client, instances
 
 JSON, TEXT = "application/json", "text/plain; charset=utf-8"
@@ -28,13 +29,14 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Subject:
-    """A measured server; with `metrics` if it is ours."""
+    """A measured server; with `metrics` if it is ours, and the arithmetic of its model if its archive tells it."""
 
     label: str
     target: load_generator.Endpoint
     traffic: Traffic
     name: str = ""
     metrics: Optional[str] = None
+    arithmetic: Optional[Arithmetic] = None
 
 
 def subject(
@@ -51,23 +53,29 @@ def subject(
             raise ServerError(f"{place} uses TLS, which cannot be measured; serve it without --certificate too")
         key = {"Authorization": f"Bearer {instance.key}"} if instance.key else {}
         target = load_generator.Endpoint(f"{instance.url}/predictions/{urllib.parse.quote(place)}", key)
-        metrics = f"http://127.0.0.1:{instance.metrics_port}/metrics"
-        return Subject(place, target, traffic(file), place, metrics)
+        return Subject(place, target, traffic(file), *_told_by(instance, place))
     parts = urllib.parse.urlsplit(place)
     if parts.scheme not in ("http", "https") or not parts.hostname or not place.isascii() or " " in place:
         raise ServerError(f"{place} is no URL to measure; it should look like http://127.0.0.1:8000/classify")
     label = urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
-    ours = _ours(label)
-    return Subject(label, load_generator.Endpoint(place, dict(headers)), traffic(file, body), *(ours or ("", None)))
+    return Subject(label, load_generator.Endpoint(place, dict(headers)), traffic(file, body), *_ours(label))
 
 
-def _ours(url: str) -> Optional[Tuple[str, str]]:
-    """Return the model's name and its metrics' URL, if a URL belongs to our server."""
+_Ours = Tuple[str, Optional[str], Optional[Arithmetic]]
+
+
+def _told_by(instance: instances.Instance, name: str) -> _Ours:
+    """Return the name of one of our archives, its metrics' URL, and the arithmetic of its model."""
+    return name, f"http://127.0.0.1:{instance.metrics_port}/metrics", arithmetic_of(instance.manifest(name))
+
+
+def _ours(url: str) -> _Ours:
+    """Return the same if a URL belongs to our server."""
     for instance in instances.running():
         for name in instance.names:
             if url == f"{instance.url}/predictions/{urllib.parse.quote(name)}":
-                return name, f"http://127.0.0.1:{instance.metrics_port}/metrics"
-    return None
+                return _told_by(instance, name)
+    return "", None, None
 
 
 def traffic(path: Path, body: Optional[str] = None) -> Traffic:

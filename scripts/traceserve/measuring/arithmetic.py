@@ -1,0 +1,34 @@
+"""The arithmetic of a served model, as its build counted it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Mapping, Optional
+
+from traceserve_runtime.manifest import Manifest
+
+from traceserve.building.products import RECEIPT
+
+DEVICES = {"cpu": "cpu", "gpu": "cuda"}  # torch's names, by hardware; the peak of other chips is not measured
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """The arithmetic of an archive's model: floating-point operations, of which a multiplication and an addition are two."""
+
+    dtype: str
+    hardware: str
+    token: int  # per token
+    pair: int  # per pair of tokens of a row
+
+    def of_a_request(self, tokens: float, rows: float) -> float:
+        """Return the operations of a mean request: its tokens in so many rows, special tokens included."""
+        return tokens * (self.token + self.pair * tokens / max(1.0, rows))
+
+
+def arithmetic_of(manifest: Manifest) -> Optional[Arithmetic]:
+    """Return what the build counted; None for an archive that does not say, or runs on another chip."""
+    counted = manifest.receipt.get(RECEIPT)
+    if not isinstance(counted, Mapping) or manifest.hardware not in DEVICES:
+        return None
+    return Arithmetic(manifest.dtype, manifest.hardware, int(counted["token"]), int(counted["pair"]))

@@ -1,0 +1,60 @@
+"""The peak of this machine: the floating-point operations per second of its products of matrices, measured."""
+
+from __future__ import annotations
+
+import time
+from typing import Callable, List, Optional
+
+import torch
+from traceserve_runtime import processor
+
+from traceserve.building.writers.tracing import torch_internals
+from traceserve.measuring.arithmetic import DEVICES
+
+_SIZES = (512, 1024, 2048)  # of square matrices; caches decide which is fastest
+_SECONDS = 0.4  # for each size
+_LARGEST = 127  # of int8
+
+
+def measure_peak(dtype: str, hardware: str) -> Optional[float]:
+    """Return this machine's operations per second in products of a dtype, on all of its cores or one GPU; None where torch
+    has no such products. The fastest of several sizes and runs counts: others were disturbed.
+    """
+    device = DEVICES[hardware]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(processor.cores())
+    try:
+        return max(_fastest(_product(dtype, device, size), 2 * size**3) for size in _SIZES)
+    except (RuntimeError, AttributeError, AssertionError):  # no such product, or no GPU
+        return None
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _product(dtype: str, device: str, size: int) -> Callable[[], object]:
+    kind: torch.dtype = getattr(torch, dtype)
+    if kind.is_floating_point:
+        one, other = (torch.rand(size, size, device=device).to(kind) for _ in range(2))
+        return lambda: torch.mm(one, other)
+    whole = [torch.randint(-_LARGEST, _LARGEST, (size, size), dtype=kind, device=device) for _ in range(2)]
+    multiply = torch_internals.int8_product()
+    return lambda: multiply(*whole)
+
+
+def _fastest(run: Callable[[], object], operations: int) -> float:
+    run()
+    seconds: List[float] = []
+    end = time.perf_counter() + _SECONDS
+    while time.perf_counter() < end:
+        _finish()
+        started = time.perf_counter()
+        run()
+        _finish()
+        seconds.append(time.perf_counter() - started)
+    return operations / min(seconds)
+
+
+def _finish() -> None:
+    """Wait for a GPU, which only promises its results."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
