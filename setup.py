@@ -26,6 +26,8 @@ OPENVINO = [*OPENVINO_WORKER, 'nncf>=2.14; python_version >= "3.10"']
 RAY = ['ray[serve]>=2.60; python_version >= "3.10"', "fsspec>=2024.2", "multipart>=1.2", "psutil>=5.8", "pyyaml>=5.1"]
 # A small server for one archive, without a JVM.
 WEB = ["uvicorn>=0.30", "httptools>=0.5", "multipart>=1.2", "pyyaml>=5.1", "fsspec>=2024.2"]
+# A signature of an archive, made and checked offline. It imports OpenSSL undeclared.
+SIGN = ['model-signing>=1.1; python_version >= "3.10"', 'pyOpenSSL>=24; python_version >= "3.10"']
 TEST = [
     "pytest>=7",
     "pytest-xdist>=3",
@@ -99,8 +101,9 @@ setup(
         "openvino-worker": OPENVINO_WORKER,
         "ray": RAY,
         "web": WEB,
-        "test": SERVE + DEMO + BENCH + CURATED + GGUF + PEFT + ONNX + OPENVINO + WEB + TEST,
-        "dev": SERVE + DEMO + BENCH + CURATED + GGUF + PEFT + ONNX + OPENVINO + WEB + TEST + DEV,
+        "sign": SIGN,
+        "test": SERVE + DEMO + BENCH + CURATED + GGUF + PEFT + ONNX + OPENVINO + WEB + SIGN + TEST,
+        "dev": SERVE + DEMO + BENCH + CURATED + GGUF + PEFT + ONNX + OPENVINO + WEB + SIGN + TEST + DEV,
     },
     entry_points={"console_scripts": ["traceserve=traceserve.cli:main"]},
     classifiers=[

@@ -1,6 +1,8 @@
 """Archives from anywhere, checked by their hash, each unpacked once on a machine.
 
 python -m traceserve_hosts.fetching ADDRESS [SHA256]
+
+With --signed, a public key or certificates come on standard input, and the archive needs its signature, ADDRESS.sig.
 """
 
 from __future__ import annotations
@@ -11,8 +13,9 @@ import shutil
 import sys
 from pathlib import Path
 from typing import Iterator, List, Optional
+from urllib.parse import urlsplit, urlunsplit
 
-from traceserve.archives import staging
+from traceserve.archives import signing, staging
 from traceserve.archives.contents import unpack
 from traceserve.errors import ArchiveError
 from traceserve.machine import user_folders
@@ -23,19 +26,44 @@ if sys.platform != "win32":
     import fcntl
 
 
-def fetch_archive(address: str, expected: Optional[str] = None) -> Path:
+SIGNED = "--signed"
+
+
+def fetch_archive(address: str, expected: Optional[str] = None, trusted: Optional[str] = None) -> Path:
     """The folder into which the archive at `address` was unpacked, now or before; raises ArchiveError.
+
+    With `trusted`, the text of a PEM file, the archive's signature is checked on a private copy, which is what is unpacked.
 
     The folder is named by the archive's SHA-256 and stands in the user's cache, so that the replicas of a machine share it, and
     the pages of its weights. Whoever comes second finds it finished: it appears whole.
     """
     cache = user_folders.cache("archives")
+    if trusted is not None:
+        with staging.scratch() as scratch:
+            return _unpacked(_signed_copy(address, scratch, trusted), cache, expected, address)
     if expected is not None and (cache / expected).is_dir():
         return cache / expected
     if "://" not in address:
         return _unpacked(Path(address), cache, expected, address)
     with staging.scratch() as scratch:
-        return _unpacked(_downloaded(address, scratch), cache, expected, address)
+        return _unpacked(_downloaded(address, scratch / "archive.mar"), cache, expected, address)
+
+
+def _signed_copy(address: str, scratch: Path, trusted: str) -> Path:
+    """A private copy of the archive, of whom the signer is known."""
+    pem = scratch / "trusted.pem"
+    pem.write_text(trusted, encoding="utf-8")
+    check = signing.signature_check(pem)
+    if "://" not in address:
+        given = Path(address)
+        return signing.copy_verified(given, signing.signature_file(given), scratch / given.name, check)
+    parts = urlsplit(address)
+    (scratch / "fetched").mkdir()
+    archive = scratch / "fetched" / Path(parts.path).name
+    _downloaded(address, archive)
+    signature = urlunsplit(parts._replace(path=parts.path + signing.SUFFIX))
+    _downloaded(signature, signing.signature_file(archive), "signature")
+    return signing.copy_verified(archive, signing.signature_file(archive), scratch / archive.name, check)
 
 
 def _unpacked(archive: Path, cache: Path, expected: Optional[str], address: str) -> Path:
@@ -64,27 +92,29 @@ def _alone(file: Path) -> Iterator[None]:
         yield
 
 
-def _downloaded(address: str, folder: Path) -> Path:
+def _downloaded(address: str, target: Path, what: str = "archive") -> Path:
     try:
         import fsspec
     except ImportError:
         raise ArchiveError(f"{address} is fetched by fsspec; install it with: pip install 'traceserve[ray]'") from None
     try:
-        with fsspec.open(address, "rb") as source, (folder / "archive.mar").open("wb") as sink:
+        with fsspec.open(address, "rb") as source, target.open("wb") as sink:
             shutil.copyfileobj(source, sink, 1 << 20)
     except FileNotFoundError:
-        raise ArchiveError(f"there is no archive at {address}") from None
+        raise ArchiveError(f"there is no {what} at {address}") from None
     except (ImportError, ValueError) as error:  # the package of this kind of storage, or the kind is not known
         raise ArchiveError(f"{address} cannot be fetched here: {error}") from None
     except OSError as error:
         raise ArchiveError(f"{address} could not be fetched: {error}") from None
-    return folder / "archive.mar"
+    return target
 
 
 def main(arguments: List[str]) -> int:
     """Fetch, and write where it is: `{"folder": ...}`."""
+    trusted = sys.stdin.read() if SIGNED in arguments else None
+    arguments = [argument for argument in arguments if argument != SIGNED]
     try:
-        folder = fetch_archive(arguments[0], arguments[1] if len(arguments) > 1 else None)
+        folder = fetch_archive(arguments[0], arguments[1] if len(arguments) > 1 else None, trusted)
     except TraceserveError as error:
         sys.stderr.write(f"{error}\n")
         return 1

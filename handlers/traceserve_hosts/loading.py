@@ -28,13 +28,19 @@ def load_archive(
     name: Optional[str] = None,
     version: Optional[str] = None,
     gpu: bool = False,
+    trusted: Optional[str] = None,
 ) -> Loaded:
     """The archive at an address, unpacked and ready to answer; raises RuntimeError with the reason.
 
     An address is a path, a folder that `unpacked` made, or a URL that fsspec opens (http, s3, gs, ...). `name` and `version`
     are the archive's own where they are not given. The process can load one archive: its runtime is imported here.
+    `trusted` is the text of a PEM file, a public key or certificates: the archive has to be signed by it, and a name and
+    version that are given have to be its own.
     """
-    folder = Path(address) if Path(address, "traceserve.json").is_file() else unpacked(address, sha256)
+    whole = Path(address, "traceserve.json").is_file()
+    if whole and trusted is not None:
+        raise RuntimeError(f"{address} is an unpacked archive, and only a packed one (.mar) is signed")
+    folder = Path(address) if whole else unpacked(address, sha256, trusted)
     own = str(folder.resolve())
     present = sys.modules.get("traceserve_runtime")
     if present is not None and not str(present.__file__).startswith(own):
@@ -54,6 +60,11 @@ def load_archive(
     if not hasattr(Engine, "make_ready"):
         raise RuntimeError(f"the runtime in {address} is of an earlier version, for TorchServe alone; {again}")
     manifest = Manifest.read(folder, verify=False)
+    own_name = (manifest.name, manifest.version)
+    if trusted is not None and (name or own_name[0], version or own_name[1]) != own_name:
+        raise RuntimeError(
+            f"the archive at {address} is {' '.join(own_name)}, and a signed one is not served as {name} {version or ''}"
+        )
     config = _serving(folder)
     device = "cuda:0" if gpu and manifest.hardware == "gpu" else "cpu"
     engine = Engine.load(folder, device, settings.read(config))
@@ -73,13 +84,14 @@ def _serving(folder: Path) -> Dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def unpacked(address: str, sha256: Optional[str] = None) -> Path:
+def unpacked(address: str, sha256: Optional[str] = None, trusted: Optional[str] = None) -> Path:
     """The folder of an archive on this machine; raises RuntimeError.
 
     A process of its own fetches it: the builder's code, which unpacks archives, imports another runtime than the archive's.
     """
     command = [sys.executable, "-m", "traceserve_hosts.fetching", address, *([sha256] if sha256 else [])]
-    result = subprocess.run(command, capture_output=True, text=True)
+    command += ["--signed"] if trusted is not None else []
+    result = subprocess.run(command, input=trusted or "", capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError((result.stderr.strip().splitlines() or [f"{address} could not be fetched"])[-1])
     return Path(json.loads(result.stdout)["folder"])

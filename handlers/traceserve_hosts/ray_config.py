@@ -34,6 +34,9 @@ class Hosted:
     sha256: Optional[str] = None  # of the archive; what is fetched is compared
     replicas: Replicas = Replicas()
     share: float = 1.0  # of the requests to /predictions/NAME, relative to its other versions
+    trusted: Optional[str] = (
+        None  # text of a PEM file: the key that must have signed it, or certificates of an authority
+    )
 
     @property
     def application(self) -> str:
@@ -86,6 +89,7 @@ def _application(hosted: Hosted, prefix: str, options: Options) -> Dict[str, obj
         "args": {
             "archive": hosted.address,
             "sha256": hosted.sha256,
+            **({"trusted": hosted.trusted} if hosted.trusted is not None else {}),
             "name": hosted.name,
             "version": hosted.version,
             "replicas": {"least": replicas.least, "most": replicas.most, "cpus": replicas.cpus, "gpus": replicas.gpus},

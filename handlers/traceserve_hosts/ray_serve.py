@@ -39,7 +39,13 @@ def archive(args: Mapping[str, Any]) -> serve.Application:
         **own,
     )
     return deployment.bind(
-        args["archive"], args["sha256"], args["name"], args["version"], replicas["gpus"] > 0, options
+        args["archive"],
+        args["sha256"],
+        args["name"],
+        args["version"],
+        replicas["gpus"] > 0,
+        options,
+        args.get("trusted"),
     )
 
 
@@ -58,10 +64,17 @@ class Replica:
     """One process with one archive."""
 
     def __init__(
-        self, address: str, sha256: Optional[str], name: str, version: str, gpu: bool, options: Mapping[str, Any]
+        self,
+        address: str,
+        sha256: Optional[str],
+        name: str,
+        version: str,
+        gpu: bool,
+        options: Mapping[str, Any],
+        trusted: Optional[str] = None,
     ) -> None:
         _stay_on_loopback()
-        loaded = load_archive(address, sha256, name, version, gpu)
+        loaded = load_archive(address, sha256, name, version, gpu, trusted)
         self._metrics = _Metrics(name, version)
         self._application = Application(
             loaded.service,

@@ -1,6 +1,6 @@
 """uvicorn as a host: one archive, one process, no JVM; the server of small containers.
 
-    python -m traceserve_hosts.web ARCHIVE [--host H] [--port P]
+    python -m traceserve_hosts.web ARCHIVE [--host H] [--port P] [--require-signature PUBLIC_KEY]
 
 Where TRACESERVE_KEY is set every request but /ping and /health needs it, as `Authorization: Bearer KEY`.
 """
@@ -21,19 +21,27 @@ if TYPE_CHECKING:
     from traceserve_hosts.loading import Loaded
 
 DIGEST_VARIABLE = "TRACESERVE_SHA256"  # of the archive that is meant
+SIGNER_VARIABLE = (
+    "TRACESERVE_REQUIRE_SIGNATURE"  # the file of the public key, or of certificates, that must have signed it
+)
 _GRACE = 30  # seconds in which a server that is told to end may finish what it was asked
 _DRIVER = Path("/dev/nvidiactl")  # is there where a GPU can be used
 
 
-def loaded(address: str, name: Optional[str] = None) -> Loaded:
+def loaded(address: str, name: Optional[str] = None, trusted: Optional[str] = None) -> Loaded:
     """The archive at an address, on a GPU where it is for one and there is one; raises RuntimeError.
 
-    A folder may hold an archive as a file, as those into which KServe fetches.
+    A folder may hold an archive as a file, as those into which KServe fetches. `trusted` is the file of a public key.
     """
+    trusted = trusted or os.environ.get(SIGNER_VARIABLE) or None
+    try:
+        pem = Path(trusted).read_text(encoding="utf-8") if trusted else None
+    except (OSError, ValueError) as error:
+        raise RuntimeError(f"the public key {trusted} cannot be read: {error}") from None
     packed = sorted(Path(address).glob("*.mar")) if Path(address).is_dir() else []
     if len(packed) == 1:
         address = str(packed[0])
-    return load_archive(address, os.environ.get(DIGEST_VARIABLE) or None, name, gpu=_DRIVER.exists())
+    return load_archive(address, os.environ.get(DIGEST_VARIABLE) or None, name, gpu=_DRIVER.exists(), trusted=pem)
 
 
 def application(archive: Loaded, largest_body: int, report: Optional[Report] = None) -> Application:
@@ -67,9 +75,12 @@ def main(arguments: Optional[Sequence[str]] = None) -> Optional[str]:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8080)
     parser.add_argument("--largest-body", type=int, default=64, metavar="MIB")
+    parser.add_argument(
+        "--require-signature", metavar="PUBLIC_KEY", help="or certificates: the archive has to be signed by it"
+    )
     options = parser.parse_args(arguments)
     try:
-        archive = loaded(options.archive, options.name)
+        archive = loaded(options.archive, options.name, options.require_signature)
     except RuntimeError as error:
         return str(error)
     serve_until_signal(application(archive, options.largest_body << 20), options.host, options.port)

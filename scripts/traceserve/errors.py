@@ -43,6 +43,12 @@ class ArchiveError(TraceserveError):
     page = "checking.md"
 
 
+class SignatureError(ArchiveError):
+    """An archive is not signed by whom it should be, or cannot be."""
+
+    page = "signatures.md"
+
+
 class ServerError(TraceserveError):
     """TorchServe did not start or does not answer."""
 

@@ -15,6 +15,7 @@ from traceserve_runtime.manifest import MANIFEST_FILE, SCHEMA, Manifest, sealed
 from traceserve_runtime.runtimes import aot_inductor
 from traceserve_runtime.tasks import TASKS
 
+from traceserve.archives import signing
 from traceserve.archives.contents import ARCHIVER_MANIFEST, is_our_own
 from traceserve.archives.listing import Listing, list_files
 from traceserve.archives.model_config import SERVING_FILE, Serving
@@ -49,6 +50,8 @@ class Inspection:
     needed: Optional[resources.Resources]  # by one worker under TorchServe; None without a serving configuration
     features: Tuple[str, ...]  # of the processor, any one of which is native to the dtype; or all, of compiled code
     findings: Tuple[InspectionFinding, ...]
+    signature: Optional[str] = None  # the name of the file beside it
+    signer: Optional[str] = None  # the file of the key by which it was checked
 
     @property
     def passed(self) -> bool:
@@ -81,6 +84,7 @@ class Inspection:
                 **{k: v for k, v in manifest["source"].items() if k != "files"},
                 "license": receipt.get("license"),
             },
+            "signature": {"file": self.signature, "checked_by": self.signer},
             "built_by": {name: manifest["versions"].get(name) for name in ("traceserve", "python")},
             "packages": [asdict(package) for package in self.packages],
             "receipt": receipt or None,
@@ -96,8 +100,21 @@ class Inspection:
         }
 
 
-def inspect_archive(path: Path) -> Inspection:
-    """Inspect an archive or an artifact's folder; raises ArchiveError or InvalidManifest for one that cannot be read."""
+def inspect_archive(path: Path, trusted: Optional[Path] = None) -> Inspection:
+    """Inspect an archive or an artifact's folder; raises ArchiveError or InvalidManifest for one that cannot be read, and
+    SignatureError for one that is not signed by `trusted`, a public key or certificates."""
+    with signing.verified([path], trusted) as [file]:
+        found = _inspected(file)
+    beside = signing.signature_file(path)
+    return replace(
+        found,
+        listing=replace(found.listing, path=path),
+        signature=beside.name if path.is_file() and beside.is_file() else None,
+        signer=str(trusted) if trusted else None,
+    )
+
+
+def _inspected(path: Path) -> Inspection:
     listing = list_files(path, (SERVING_FILE,))
     document = dict(listing.manifest)
     manifest = Manifest.from_json(_resealed(document))

@@ -17,6 +17,17 @@ def add_port(parser: argparse.ArgumentParser, default: Optional[int] = None) -> 
     )
 
 
+def add_signature(parser: argparse.ArgumentParser, text: str = "") -> None:
+    """Add `--require-signature`; `text` says more."""
+    parser.add_argument(
+        "--require-signature",
+        type=Path,
+        metavar="PUBLIC_KEY",
+        help="refuse an archive unless NAME.mar.sig beside it is its signature by this key (PEM; certificates of an authority "
+        f"too), which `traceserve sign` writes{text}",
+    )
+
+
 def add_nothing(parser: argparse.ArgumentParser) -> None:
     """Add nothing, for a command without options."""
 

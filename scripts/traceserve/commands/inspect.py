@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Mapping, Sequence, Tuple
 
+from traceserve.commands.arguments import add_signature
 from traceserve.commands.contract import Command
 from traceserve.commands.printing import console, megabytes
 
@@ -24,13 +25,14 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strict", action="store_true", help="exit 1 if there is an error or a warning; notes alone do not count"
     )
+    add_signature(parser)
     parser.add_argument("--json", action="store_true", help="print all of it as JSON, with every file's SHA-256")
 
 
 def _inspect(options: argparse.Namespace) -> int:
     from traceserve.checking.inspection import inspect_archive
 
-    found = inspect_archive(options.archive)
+    found = inspect_archive(options.archive, options.require_signature)
     if options.json:
         print(json.dumps(found.document(), indent=2, ensure_ascii=False))
     else:
@@ -83,6 +85,7 @@ def _facts(found: Inspection) -> Iterator[Tuple[str, str]]:
     yield from _source(found)
     yield "built by", ", ".join(f"{name} {manifest.versions.get(name, '?')}" for name in ("traceserve", "python"))
     yield "receipt", _receipt(receipt)
+    yield "signature", _signature(found)
     needed = found.needed
     if needed is not None:
         yield (
@@ -105,6 +108,15 @@ def _source(found: Inspection) -> Iterator[Tuple[str, str]]:
             + (f" at {source.base.revision}" if source.base.revision else ""),
         )
     yield "licence", f"{license_['name']} (by {license_['file']})" if license_ else "not seen by the build"
+
+
+def _signature(found: Inspection) -> str:
+    if found.signature is None:
+        return "none beside it"
+    checked = (
+        f"made with the key of {found.signer}" if found.signer else "not checked: --require-signature PUBLIC_KEY does"
+    )
+    return f"{found.signature} beside it, {checked}"
 
 
 def _receipt(receipt: Mapping[str, Any]) -> str:

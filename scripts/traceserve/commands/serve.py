@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from traceserve.commands.arguments import add_port, port, positive, shares
+from traceserve.commands.arguments import add_port, add_signature, port, positive, shares
 from traceserve.commands.contract import Command
 from traceserve.commands.printing import ProgressBar, console
 from traceserve.serving import engines
@@ -49,6 +49,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         metavar="A,B,...",
         help="each archive's share of the requests to its name, for several versions of one name, such as 9,1",
     )
+    add_signature(parser, "; later updates need one too")
     parser.add_argument("--foreground", action="store_true", help="run until interrupted, for containers and systemd")
     parser.add_argument(
         "--timeout",
@@ -118,6 +119,7 @@ def _serve(options: argparse.Namespace) -> int:
             front=front,
             engine=options.engine,
             shares=options.shares,
+            trusted=options.require_signature,
         )
     print_instance(instance, time.monotonic() - started)
     if options.foreground:

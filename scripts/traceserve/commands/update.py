@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict
 
-from traceserve.commands.arguments import add_port, positive
+from traceserve.commands.arguments import add_port, add_signature, positive
 from traceserve.commands.contract import Command
 from traceserve.commands.printing import console
 
@@ -48,6 +48,7 @@ def _add_update(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="give up if its workers are not ready, or the old version has requests, after this time [%(default)s s]",
     )
+    add_signature(parser, " [the key that the server was started with, if any]")
     parser.add_argument("--json", action="store_true", help="print JSON at the end, without any text of a request")
     add_port(parser)
 
@@ -66,7 +67,9 @@ def _update(options: argparse.Namespace) -> int:
 
     if options.samples:  # before anything starts
         samples.lines(options.samples)
-    wanted = UpdateOptions(options.workers, options.allow_changes, options.samples, options.timeout)
+    wanted = UpdateOptions(
+        options.workers, options.allow_changes, options.samples, options.timeout, options.require_signature
+    )
     screen = console(error=options.json)
     try:
         found = update_server(

@@ -18,7 +18,9 @@ from typing import Callable, Dict, Iterator, Optional
 from traceserve_runtime.errors import TraceserveError
 from traceserve_runtime.manifest import Manifest
 
+from traceserve.archives import signing
 from traceserve.archives.contents import configure_unpacked, unpack
+from traceserve.archives.names import check_name
 from traceserve.checking.proof import Proof, proof_of
 from traceserve.checking.verifying import Door, Verification, verify_server
 from traceserve.errors import ArchiveError, ServerError
@@ -56,6 +58,7 @@ class UpdateOptions:
     allowed_changes: int = 0
     samples: Optional[Path] = None
     timeout: float = 300.0  # seconds, for the start of the workers, and for the drain
+    trusted: Optional[Path] = None  # a public key or certificates; None: what the server was started with, if anything
 
 
 @dataclass(frozen=True)
@@ -76,14 +79,15 @@ def update_server(
     file: Path, port: Optional[int], options: UpdateOptions, report: Report = lambda text: None
 ) -> Updated:
     """Replace the served archive of this name by `file`; raises TraceserveError, after which the old one still answers."""
-    [archive] = planned([file], None, None, False).values()
-    instance = instances.serving_instance(archive.name, port)
+    instance = instances.serving_instance(check_name(file.stem), port)
     _check_server(instance)
-    with _alone(instance), proof_of(file) as proof:
+    trusted = options.trusted or (Path(instance.trusted) if instance.trusted else None)
+    with _alone(instance), signing.verified([file], trusted) as [file], proof_of(file) as proof:
+        [archive] = planned([file], None, None, False).values()
         running = management.default(instance, archive.name)
         instance = _corrected(instance, archive.name, running)
         workers = options.workers or archive.serving.workers or running.workers
-        [archive] = planned([file], None, workers, False).values()
+        archive = planned([file], None, workers, False)[archive.name]
         _check_archive(archive, instance, running)
         _check_patience(archive.name, running, options.timeout)
         return _Update(archive, instance, running, proof, options, report).run()

@@ -63,6 +63,7 @@ class Instance:
     engine: str = TORCHSERVE
     management_socket: Optional[str] = None  # TorchServe's, if this user alone reaches it; then it has no port
     folders: Dict[str, str] = dataclasses.field(default_factory=dict)  # by name, if it is not the name: after an update
+    trusted: Optional[str] = None  # the file by which signatures are checked, if they are demanded
 
     @property
     def url(self) -> str:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,13 +15,13 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import psutil
 from traceserve_runtime.json_types import JsonObject
 from traceserve_runtime.manifest import Manifest
 
-from traceserve.archives import staging
+from traceserve.archives import signing, staging
 from traceserve.archives.model_config import Serving
 from traceserve.errors import ServerError
 from traceserve.machine import environment, neuron_cores
@@ -49,21 +50,43 @@ def start(
     front: FrontendOptions = FrontendOptions(),
     engine: str = TORCHSERVE,
     shares: Sequence[float] = (),
+    trusted: Optional[Path] = None,
 ) -> Instance:
     """Start an engine on archives and wait until each has answered a request; raises ServerError with the reason.
 
     `serving` and `workers` override the archives' own configurations. `shares` divide the requests to one name among
-    its versions, if the engine supports several.
+    its versions, if the engine supports several. With `trusted`, a public key or certificates, only archives that are
+    signed by it are served; SignatureError is raised for others.
     """
     kind = ENGINES[engine]
-    found = planned(archives, serving, workers, kind.versions, shares)
+    with signing.verified(archives, trusted) as files:
+        found = planned(files, serving, workers, kind.versions, shares)
+        instance = _started(found, host, port, timeout, progress or (lambda text: None), front, engine)
+    if trusted is not None:  # for updates, whatever becomes of the file
+        own = Path(instance.folder, "run", "trusted.pem")
+        shutil.copyfile(trusted, own)
+        instance = dataclasses.replace(instance, trusted=str(own))
+        instances.remember(instance)
+    return instance
+
+
+def _started(
+    found: Mapping[str, Archive],
+    host: str,
+    port: int,
+    timeout: float,
+    progress: Callable[[str], None],
+    front: FrontendOptions,
+    engine: str,
+) -> Instance:
+    kind = ENGINES[engine]
     _check_port(host, port)
     if front.metrics_port:
         _check_port(host, front.metrics_port, "--metrics-port")
     front.check()
     _sweep()
     with staging.held(_new_folder(port, kind.longest_socket)) as folder:
-        plan = ServerPlan(found, host, port, front, timeout, progress or (lambda text: None), engine, folder)
+        plan = ServerPlan(found, host, port, front, timeout, progress, engine, folder)
         try:
             instance = kind.launch(plan)
             for archive in found.values():
