@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Dict, Optional
 
 import pytest
-from traceserve.measuring.activity import Activity, Sample, between, quantile
+from traceserve.measuring.activity import Activity, Sample, between, quantile, ray_sample
 
 INF = float("inf")
 
@@ -63,3 +63,24 @@ def test_activity_is_what_grew() -> None:
 def test_nothing_was_asked() -> None:
     quiet = between(Sample(1.0), Sample(2.0, waiting=0))
     assert quiet == Activity(1.0, 0, None, None, None, None, None, {}, 0) and quiet.rate == 0
+
+
+def test_on_ray_serve_the_replicas_are_summed() -> None:
+    def replicas(requests: float, computed: float) -> Sample:
+        found = []
+        for pid in ("1", "2"):
+            labels = {"model_name": "intents", "pid": pid}
+            found += [
+                ("ray_traceserve_requests_total", labels, requests),
+                ("ray_traceserve_tokens_total", labels, 10 * requests),
+                ("ray_traceserve_computed_tokens_total", labels, computed),
+                ("ray_traceserve_errors_total", {**labels, "reason": "InvalidRequest"}, requests / 10),
+                ("ray_traceserve_batch_seconds_bucket", {**labels, "le": "0.01"}, requests),
+                ("ray_traceserve_batch_seconds_bucket", {**labels, "le": "+Inf"}, requests),
+            ]
+        return ray_sample(found)
+
+    found = between(replicas(10, 100), replicas(30, 350))
+    assert (found.requests, found.errors, found.padding_share) == (40, {"InvalidRequest": 4}, pytest.approx(0.2))
+    assert found.batch_p50 == pytest.approx(0.005)
+    assert found.latency is found.queue is found.waiting is None

@@ -117,14 +117,12 @@ def _by_status(instance: Instance) -> str:
 
 def _samples(running: Sequence[Instance]) -> Iterator[Tuple[Instance, str, Optional[Sample]]]:
     from traceserve.measuring import activity
-    from traceserve.serving import engines
 
     for instance in running:
         for name in instance.names:
             found = None
-            if instance.engine == engines.TORCHSERVE:  # Ray Serve has metrics of its own
-                with contextlib.suppress(OSError, ValueError):  # as while it starts or stops
-                    found = activity.sample(instance, name)
+            with contextlib.suppress(OSError, ValueError):  # as while it starts or stops
+                found = activity.sample(instance, name)
             yield instance, name, found
 
 

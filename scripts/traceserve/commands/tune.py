@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Optional
 from traceserve.commands.arguments import positive, require_folders
 from traceserve.commands.contract import Command
 from traceserve.commands.printing import ProgressBar, console, figure
+from traceserve.serving import engines
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -49,6 +50,12 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
         help="time limit in seconds; then the best so far is taken [%(default)s]",
     )
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with plots; it works offline")
+    parser.add_argument(
+        "--engine",
+        default=engines.TORCHSERVE,
+        choices=engines.NAMES,
+        help="the server that the archive is tuned for; workers are replicas on ray [%(default)s]",
+    )
     parser.add_argument("--dry-run", action="store_true", help="measure and report, but leave the archive unchanged")
 
 
@@ -77,7 +84,7 @@ def _tune(options: argparse.Namespace) -> int:
         require_folders(options.html)
     goal = Goal(options.connections, options.target)
     with ProgressBar() as bar:
-        tuned = tune.tune(options.archive, options.samples, goal, options.budget, bar)
+        tuned = tune.tune(options.archive, options.samples, goal, options.budget, bar, options.engine)
     _print_tuned(tuned)
     if options.html:
         from traceserve.measuring.tuning_page import tuning_page
@@ -96,7 +103,8 @@ def _tune(options: argparse.Namespace) -> int:
     else:
         said = f"nothing better was found; {place} stays as it is: {tune.describe_serving(tuned.chosen)}"
     screen.print(f"\n{said}", highlight=False, soft_wrap=True)
-    screen.print(f"serve it:  traceserve serve {place}", highlight=False, soft_wrap=True)
+    engine = "" if options.engine == engines.TORCHSERVE else f" --engine {options.engine}"
+    screen.print(f"serve it:  traceserve serve {place}{engine}", highlight=False, soft_wrap=True)
     return 0
 
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import re
 import time
+from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import Dict, List, Mapping, Optional
+from typing import Dict, Iterable, List, Mapping, Optional, Tuple
 
 from traceserve.errors import ServerError
 from traceserve.measuring.server_times import metrics_of
 from traceserve.serving import management
+from traceserve.serving.engines import RAY
 from traceserve.serving.instances import Instance
 
 _BUCKET = "traceserve_batch_seconds_bucket"
 _ERRORS = "traceserve_errors_total"
+_REQUESTS = "ts_inference_requests_total"
+_LATENCY, _QUEUE = "ts_inference_latency_microseconds", "ts_queue_latency_microseconds"
+_OF_RAY = "ray_"
 _BY_STATUS = re.compile(r"Requests(\dXX)(_total)?$")
 
 
@@ -50,6 +55,8 @@ class Activity:
 
 def sample(instance: Instance, name: str) -> Sample:
     """Read an archive's counters, and the length of its queue; raises OSError if the server does not give them."""
+    if instance.engine == RAY:
+        return ray_sample(metrics_of(f"http://127.0.0.1:{instance.metrics_port}/metrics", name))
     counters: Dict[str, float] = {}
     errors: Dict[str, float] = {}
     buckets: Dict[float, float] = {}
@@ -61,6 +68,26 @@ def sample(instance: Instance, name: str) -> Sample:
         else:
             counters[metric] = counters.get(metric, 0.0) + value  # of all versions, named in the path or not
     return Sample(time.time(), counters, errors, buckets, _waiting(instance, name))
+
+
+def ray_sample(metrics: Iterable[Tuple[str, Mapping[str, str], float]]) -> Sample:
+    """Return an archive's counters on Ray Serve, summed over its replicas: those of TorchServe's worker behind `ray_`.
+
+    Ray has no counters of an archive's queue, and none of its latency that grow with these.
+    """
+    counters: Dict[str, float] = defaultdict(float)
+    errors: Dict[str, float] = defaultdict(float)
+    buckets: Dict[float, float] = defaultdict(float)
+    for metric, labels, value in metrics:
+        own = metric[len(_OF_RAY) :] if metric.startswith(_OF_RAY) else metric
+        if own == _BUCKET:
+            buckets[float(labels["le"])] += value
+        elif own == _ERRORS:
+            errors[labels["reason"]] += value
+        else:
+            counters[own] += value
+    counters[_REQUESTS] = counters["traceserve_requests_total"]
+    return Sample(time.time(), counters, errors, buckets)
 
 
 def _waiting(instance: Instance, name: str) -> Optional[int]:
@@ -83,15 +110,15 @@ def between(first: Sample, last: Sample) -> Activity:
     def grown(metric: str) -> float:
         return last.counters.get(metric, 0.0) - first.counters.get(metric, 0.0)
 
-    requests = grown("ts_inference_requests_total")
+    requests = grown(_REQUESTS)
     computed = grown("traceserve_computed_tokens_total")
     buckets = {limit: count - first.buckets.get(limit, 0.0) for limit, count in last.buckets.items()}
     errors = {reason: int(count - first.errors.get(reason, 0.0)) for reason, count in last.errors.items()}
     return Activity(
         seconds=last.moment - first.moment,
         requests=int(requests),
-        latency=grown("ts_inference_latency_microseconds") / requests / 1e6 if requests else None,
-        queue=grown("ts_queue_latency_microseconds") / requests / 1e6 if requests else None,
+        latency=grown(_LATENCY) / requests / 1e6 if requests and _LATENCY in last.counters else None,
+        queue=grown(_QUEUE) / requests / 1e6 if requests and _QUEUE in last.counters else None,
         batch_p50=quantile(buckets, 0.5),
         batch_p99=quantile(buckets, 0.99),
         padding_share=1 - grown("traceserve_tokens_total") / computed if computed else None,

@@ -29,6 +29,7 @@ from traceserve.measuring.load_generator import Endpoint, Result
 from traceserve.measuring.padding import Waste, wastes
 from traceserve.measuring.search import Goal, KnobSearch, Trial
 from traceserve.serving import configuration, instances, server
+from traceserve.serving.engines import TORCHSERVE
 from traceserve.serving.instances import Instance
 
 _SHORTEST, _LONGEST = 0.5, 2.5  # seconds per measurement, if the budget allows
@@ -60,7 +61,9 @@ class Tuned:
     in_time: bool  # whether everything was tried
 
 
-def tune(archive: Path, samples_file: Path, goal: Goal, budget: float, progress: Progress) -> Tuned:
+def tune(
+    archive: Path, samples_file: Path, goal: Goal, budget: float, progress: Progress, engine: str = TORCHSERVE
+) -> Tuned:
     """Measure candidates for `budget` seconds; the archive itself is unchanged. Raises TraceserveError."""
     transfers.require_libcurl()
     manifest, own = read_manifest(archive), read_serving(archive)
@@ -74,7 +77,7 @@ def tune(archive: Path, samples_file: Path, goal: Goal, budget: float, progress:
     any_length = manifest.shapes.lengths is None and manifest.shapes.padded and not task.loop
     plain = replace(own, workers=None, threads=None)  # the archive's may be another machine's, and not even start here
     turned = knobs(processor.cores(), goal.connections, manifest.max_length if any_length else 1)
-    with Servers(archive, texts, budget, tell) as servers:
+    with Servers(archive, texts, budget, tell, engine) as servers:
         search = KnobSearch(servers, goal, turned, budget - (time.monotonic() - started))
         best = search.run([own] if plain == own else [own, plain])
     if best.failure:
@@ -95,10 +98,12 @@ def tune(archive: Path, samples_file: Path, goal: Goal, budget: float, progress:
 
 
 class Servers:
-    """TorchServe on one archive, an instance per candidate in a race; all are stopped at the end."""
+    """An engine on one archive, an instance per candidate in a race; all are stopped at the end."""
 
-    def __init__(self, archive: Path, texts: Texts, budget: float, tell: Callable[[str], None]) -> None:
-        self.archive, self.texts, self.budget, self.tell = archive, texts, budget, tell
+    def __init__(
+        self, archive: Path, texts: Texts, budget: float, tell: Callable[[str], None], engine: str = TORCHSERVE
+    ) -> None:
+        self.archive, self.texts, self.budget, self.tell, self.engine = archive, texts, budget, tell, engine
         self.seconds = min(_LONGEST, max(_SHORTEST, budget / 120))
         self.timeout = 300.0  # for a server's start
         self._running: Dict[Serving, Instance] = {}
@@ -135,7 +140,9 @@ class Servers:
         self.tell(f"starting {what}")
         started = time.monotonic()
         port = configuration.free_ports(1)[0]
-        self._running[serving] = server.start([self.archive], port=port, timeout=self.timeout, serving=serving)
+        self._running[serving] = server.start(
+            [self.archive], port=port, timeout=self.timeout, serving=serving, engine=self.engine
+        )
         if not self._measured:  # none of the others may take much longer
             self.timeout = max(30.0, 10 * (time.monotonic() - started))
 
