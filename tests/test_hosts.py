@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import http.server
 import json
@@ -660,7 +661,8 @@ def test_the_router_is_healthy_where_all_are(several: Several) -> None:
 def test_one_archive_is_its_own_ingress_at_the_root() -> None:
     [application] = ray_config.applications([ray_config.Hosted("/a/small.mar", "small", sha256="0" * 64)])
     assert application["route_prefix"] == "/" and application["args"]["archive"] == "/a/small.mar"
-    assert application["args"]["replicas"] == {"least": 1, "most": 1, "cpus": 1.0, "gpus": 0.0}
+    assert application["name"] == "small"  # the next version takes its place
+    assert application["args"]["replicas"] == dataclasses.asdict(ray_config.Replicas())
     json.dumps(application)
 
 
@@ -674,12 +676,14 @@ def test_several_archives_have_a_router() -> None:
     assert {each["name"]: each["route_prefix"] for each in found} == {
         "colours-1.0": "/predictions/colours/1.0",
         "colours-2.0": "/predictions/colours/2.0",
-        "vectors-1.0": "/predictions/vectors",
+        "vectors": "/predictions/vectors",
         ray_config.ROUTER: "/",
     }
     assert found[-1]["args"]["models"]["colours"]["1.0"] == {"application": "colours-1.0", "share": 9}
     with pytest.raises(ValueError, match=r"vectors-1\.0 is given twice"):
         ray_config.applications([hosted[2], hosted[2]])
+    with pytest.raises(ValueError, match=r"colours-1\.0 is given twice"):
+        ray_config.applications([*hosted, ray_config.Hosted("d", "colours-1.0")])
     with pytest.raises(ValueError, match="no archive"):
         ray_config.applications([])
 

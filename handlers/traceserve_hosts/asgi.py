@@ -105,15 +105,17 @@ class Application:
         self._service = service
         self._batcher = batcher
         self._limits = limits
-        self._health: Tuple[float, Optional[str]] = (-_SECONDS_OF_HEALTH, None)  # when, and what was wrong
+        self._health: Tuple[float, Optional[str]] = (-float("inf"), None)  # when, and what was wrong
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request; websockets are closed."""
         await guarded(self._answer, scope, receive, send)
 
-    async def unhealthy(self) -> Optional[str]:
-        """Why the model does not answer its own sample; None where it does. Asked often, it is computed once a second."""
-        if time.monotonic() - self._health[0] >= _SECONDS_OF_HEALTH:
+    async def unhealthy(self, holds: float = _SECONDS_OF_HEALTH) -> Optional[str]:
+        """Why the model does not answer its own sample; None where it does. An answer holds for so many seconds, a failure
+        for one at most."""
+        holds = holds if self._health[1] is None else min(holds, _SECONDS_OF_HEALTH)
+        if time.monotonic() - self._health[0] >= holds:
             self._health = (time.monotonic(), await self._try_canary())
         return self._health[1]
 

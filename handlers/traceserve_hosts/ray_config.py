@@ -7,7 +7,7 @@ other paths mean, and shares out the requests to a name among its versions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Dict, List, Mapping, Optional, Sequence
 
 MODULE = "traceserve_hosts.ray_serve"
@@ -22,6 +22,11 @@ class Replicas:
     most: int = 1  # more than `least`: by the number of requests that wait
     cpus: float = 1.0
     gpus: float = 0.0  # of one: 0.5 lets two share it
+    ongoing: float = 32.0  # requests that a replica has at a time, beyond which there are to be more replicas
+    surge: int = (
+        20  # percent, rounded up: replicas of a new version that start before any of the old one ends; 0 where the
+    )
+    # machines have no room for one more, then old ones end first
 
 
 @dataclass(frozen=True)
@@ -39,8 +44,8 @@ class Hosted:
     )
 
     @property
-    def application(self) -> str:
-        """The name of its Serve application."""
+    def key(self) -> str:
+        """What it is among the archives of a configuration."""
         return f"{self.name}-{self.version}"
 
 
@@ -60,19 +65,26 @@ def gpus(hardware: str) -> float:
 
 def applications(archives: Sequence[Hosted], options: Options = Options()) -> List[Dict[str, object]]:
     """The `applications` of a Serve configuration; raises ValueError for two archives of one name and version."""
-    names = [hosted.application for hosted in archives]
-    twice = next((name for name in names if names.count(name) > 1), None)
+    versions: Dict[str, List[Hosted]] = {}
+    for hosted in archives:
+        versions.setdefault(hosted.name, []).append(hosted)
+    keys = [hosted.key for hosted in archives]
+    names = [_name(hosted, versions) for hosted in archives]
+    twice = next((name for found in (keys, names) for name in found if found.count(name) > 1), None)
     if twice is not None or not archives:
         raise ValueError(
             f"{twice} is given twice; give one of them another version" if twice else "no archive is given"
         )
     if len(archives) == 1:
-        return [_application(archives[0], "/", options)]
-    versions: Dict[str, List[Hosted]] = {}
-    for hosted in archives:
-        versions.setdefault(hosted.name, []).append(hosted)
-    found = [_application(hosted, _prefix(hosted, versions), options) for hosted in archives]
+        return [_application(archives[0], names[0], "/", options)]
+    found = [_application(hosted, name, _prefix(hosted, versions), options) for hosted, name in zip(archives, names)]
     return [*found, _router(versions, options)]
+
+
+def _name(hosted: Hosted, versions: Mapping[str, Sequence[Hosted]]) -> str:
+    """The name of its Serve application: without the version where there is one, so that the next one takes its place,
+    replica by replica."""
+    return hosted.name if len(versions[hosted.name]) == 1 else hosted.key
 
 
 def _prefix(hosted: Hosted, versions: Mapping[str, Sequence[Hosted]]) -> str:
@@ -80,10 +92,10 @@ def _prefix(hosted: Hosted, versions: Mapping[str, Sequence[Hosted]]) -> str:
     return own if len(versions[hosted.name]) == 1 else f"{own}/{hosted.version}"
 
 
-def _application(hosted: Hosted, prefix: str, options: Options) -> Dict[str, object]:
+def _application(hosted: Hosted, name: str, prefix: str, options: Options) -> Dict[str, object]:
     replicas = hosted.replicas
     return {
-        "name": hosted.application,
+        "name": name,
         "route_prefix": prefix,
         "import_path": f"{MODULE}:archive",
         "args": {
@@ -92,7 +104,7 @@ def _application(hosted: Hosted, prefix: str, options: Options) -> Dict[str, obj
             **({"trusted": hosted.trusted} if hosted.trusted is not None else {}),
             "name": hosted.name,
             "version": hosted.version,
-            "replicas": {"least": replicas.least, "most": replicas.most, "cpus": replicas.cpus, "gpus": replicas.gpus},
+            "replicas": asdict(replicas),
             "options": _options(options),
         },
     }
@@ -100,7 +112,7 @@ def _application(hosted: Hosted, prefix: str, options: Options) -> Dict[str, obj
 
 def _router(versions: Mapping[str, Sequence[Hosted]], options: Options) -> Dict[str, object]:
     models = {
-        name: {hosted.version: {"application": hosted.application, "share": hosted.share} for hosted in each}
+        name: {hosted.version: {"application": _name(hosted, versions), "share": hosted.share} for hosted in each}
         for name, each in versions.items()
     }
     return {

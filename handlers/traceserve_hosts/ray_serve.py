@@ -17,25 +17,40 @@ from starlette.middleware.cors import CORSMiddleware
 from traceserve_hosts.asgi import Application, Asgi, Limits, Message, Scope, key_from_environment
 from traceserve_hosts.batcher import Batcher
 from traceserve_hosts.loading import load_archive
+from traceserve_hosts.ray_config import Replicas
 from traceserve_hosts.routing import Router, messages
 
 _SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0]  # TorchServe's buckets
+ARCHIVE = "archive"  # the deployment of every application, so that a new version updates the old one's replicas
+_HEALTH_PERIOD = 2.0  # seconds after which Ray notices that a replica's process has ended
+_CANARY_HOLDS = 10.0  # seconds: asking the model each time would take processor time from requests
+_SECONDS_BEFORE_MORE, _SECONDS_BEFORE_FEWER = 5.0, 60.0  # that the number of requests calls for them
 _GRACE = 30.0  # seconds in which a replica that goes may finish what it was asked
 
 
 def archive(args: Mapping[str, Any]) -> serve.Application:
     """The application of one archive; `args` as `ray_config` makes them."""
-    replicas, options = args["replicas"], args["options"]
-    own: Dict[str, Any] = {"num_replicas": replicas["least"]}
-    if replicas["most"] > replicas["least"]:
-        own = {"autoscaling_config": {"min_replicas": replicas["least"], "max_replicas": replicas["most"]}}
+    replicas, options = Replicas(**args["replicas"]), args["options"]
+    own: Dict[str, Any] = {"num_replicas": replicas.least}
+    if replicas.most > replicas.least:
+        own = {
+            "autoscaling_config": {
+                "min_replicas": replicas.least,
+                "max_replicas": replicas.most,
+                "target_ongoing_requests": replicas.ongoing,
+                "upscale_delay_s": _SECONDS_BEFORE_MORE,
+                "downscale_delay_s": _SECONDS_BEFORE_FEWER,
+            }
+        }
     deployment = replica.options(
-        name=f"{args['name']}-{args['version']}",
-        ray_actor_options={"num_cpus": replicas["cpus"], "num_gpus": replicas["gpus"]},
+        name=ARCHIVE,
+        ray_actor_options={"num_cpus": replicas.cpus, "num_gpus": replicas.gpus},
         max_ongoing_requests=options["queue"] + 256,  # the replica itself says when too many wait
         logging_config={"enable_access_log": False},
+        health_check_period_s=_HEALTH_PERIOD,
         health_check_timeout_s=60.0,
         graceful_shutdown_timeout_s=_GRACE,
+        max_surge_percent=replicas.surge,
         **own,
     )
     return deployment.bind(
@@ -43,7 +58,7 @@ def archive(args: Mapping[str, Any]) -> serve.Application:
         args["sha256"],
         args["name"],
         args["version"],
-        replicas["gpus"] > 0,
+        replicas.gpus > 0,
         options,
         args.get("trusted"),
     )
@@ -87,8 +102,8 @@ class Replica:
         return _with_cors(self._application, self._origin)
 
     async def check_health(self) -> None:
-        """Ray asks this every ten seconds, and replaces a replica that fails three times."""
-        problem = await self._application.unhealthy()
+        """Ray asks this every two seconds, and replaces a replica that fails three times."""
+        problem = await self._application.unhealthy(_CANARY_HOLDS)
         if problem is not None:
             raise RuntimeError(problem)
 

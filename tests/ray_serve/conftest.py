@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 from pathlib import Path
-from typing import Iterator, List
+from typing import Dict, Iterator, List
 
 import pytest
 
@@ -18,6 +19,11 @@ from traceserve.serving.engines import RAY
 from traceserve.serving.instances import Instance
 from traceserve_hosts import KEY_VARIABLE
 from traceserve_runtime.engine import Engine
+from traceserve_runtime.tasks.contract import Answer, Request
+
+TEXTS = ["Where is my parcel?", "Please cancel my order.", "The cup is broken.", "I want to speak to a human."] + [
+    f"I have waited {days} days for my parcel, and nobody answers." for days in range(20)
+]
 
 collect_ignore_glob = [] if importlib.util.find_spec("ray") else ["test_*.py"]
 
@@ -65,3 +71,14 @@ def served(archives: List[Path]) -> Iterator[Instance]:
         instance = server.start(archives[:1], port=configuration.free_ports(1)[0], workers=2, timeout=180, engine=RAY)
     yield instance
     instances.stop(instance)
+
+
+@pytest.fixture(scope="session")
+def expected(engine: Engine) -> Dict[bytes, bytes]:
+    """The right answers, by the requests' bodies."""
+    found = {}
+    for text in TEXTS:
+        [answer] = engine.answer([Request({"text": text}, {})])
+        assert isinstance(answer, Answer)
+        found[json.dumps({"text": text}).encode()] = json.dumps(answer.value).encode()
+    return found

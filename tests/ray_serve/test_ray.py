@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
 import time
 import urllib.request
 from collections import Counter
 from pathlib import Path
-from typing import Any, Iterator, List, Optional
+from typing import Any, Iterator, List
 
 import psutil
 import pytest
-from http_reply import Reply
 from traceserve import cli
 from traceserve.errors import ServerError
+from traceserve.measuring import activity
 from traceserve.serving import configuration, instances, server
 from traceserve.serving.engines import RAY
 from traceserve.serving.front import FrontendOptions
@@ -23,17 +22,9 @@ from traceserve.serving.instances import Instance
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.tasks.contract import Answer, Request
 
+from ray_serve.cluster import ask
+
 TEXTS = ["Where is my parcel?", "Please cancel my order.", "The cup is broken.", "I want to speak to a human."]
-
-
-def ask(port: int, path: str, body: Any = None, method: Optional[str] = None, **headers: str) -> Reply:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    with contextlib.closing(connection):
-        sent = None if body is None else json.dumps(body)
-        own = {"Content-Type": "application/json", **{name.replace("_", "-"): value for name, value in headers.items()}}
-        connection.request(method or ("GET" if sent is None else "POST"), path, sent, own)
-        response = connection.getresponse()
-        return Reply(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read())
 
 
 def right(engine: Engine, text: str) -> Any:
@@ -81,6 +72,34 @@ def test_bench_measures_it(served: Instance, tmp_path: Path) -> None:
     assert cli.main(["bench", "intents", "--port", str(served.port), *options]) == 0
     measured = json.loads(report.read_text())["measurements"]
     assert measured and all(one["throughput"] > 0 and not one["errors"] for one in measured)
+
+
+def test_status_has_its_figures(served: Instance) -> None:
+    def requests() -> int:
+        return activity.between(activity.Sample(0.0), activity.sample(served, "intents")).requests
+
+    for text in TEXTS:
+        ask(served.port, "/predictions/intents", {"text": text})
+    deadline = time.monotonic() + 40
+    before = requests()
+    for _ in range(10):
+        ask(served.port, "/predictions/intents", {"text": TEXTS[0]})
+    while requests() < before + 10 and time.monotonic() < deadline:
+        time.sleep(0.5)
+    found = activity.between(activity.Sample(served.started), activity.sample(served, "intents"))
+    assert found.requests >= before + 10 and found.batch_p50 is not None and found.padding_share is not None
+
+
+def test_tune_measures_it(archives: List[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    samples = tmp_path / "samples.txt"
+    samples.write_text("\n".join(TEXTS))
+    arguments = [str(archives[0]), "--samples", str(samples), "--connections", "4", "--budget", "1", "--dry-run"]
+    assert cli.main(["tune", *arguments, "--engine", RAY]) == 0
+    printed = capsys.readouterr().out
+    assert "as it was" in printed and printed.rstrip().endswith(f"{archives[0]} --engine ray")
+    assert not [instance for instance in instances.running() if instance.port != 0 and instance.names == ("intents",)][
+        1:
+    ]
 
 
 def test_its_metrics_have_the_names_of_torchserves_worker(served: Instance) -> None:

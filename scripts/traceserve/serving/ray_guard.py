@@ -1,0 +1,105 @@
+"""Runs a Ray cluster, and answers in its HAProxy's stead while that is gone.
+
+    python -m traceserve.serving.ray_guard RUN HAPROXY COMMAND...
+
+Ray starts an ended HAProxy again, but needs up to ten seconds, in which connections would be refused. RUN is the folder in which
+the program that starts HAProxy leaves `haproxy.pid` and `last.cfg`; HAPROXY is the real program; COMMAND starts the
+cluster. All of the cluster's processes descend from this one. It ends with the cluster, whose exit status it returns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Optional, Sequence
+
+import psutil
+
+PID, LAST, STAND_IN, STAND_IN_PID = "haproxy.pid", "last.cfg", "stand-in.cfg", "stand-in.pid"
+_POLL = 0.05  # seconds
+# The sockets of HAProxy that Ray asks whether it runs, and its statistics: Ray must miss the one that it started.
+_OF_THE_REAL_ONE = re.compile(r"^ *(stats socket .*|stats timeout .*|bind 127\.0\.0\.1:\d+)\n", re.MULTILINE)
+
+
+class Guard:
+    """A running cluster, and its HAProxy's stand-in, if there is one."""
+
+    def __init__(self, run: Path, haproxy: str, command: Sequence[str]) -> None:
+        self._run, self._haproxy = run, haproxy
+        self._cluster = subprocess.Popen(list(command))
+        self._missed: Optional[int] = None  # the process that the stand-in stands for
+        self._stand_in: Optional[subprocess.Popen[bytes]] = None
+        self._stopping = False
+
+    def watch(self) -> int:
+        """Return the cluster's exit status once it has ended."""
+        signal.signal(signal.SIGTERM, self._end)
+        signal.signal(signal.SIGUSR1, self._stop)
+        try:
+            while self._cluster.poll() is None:
+                with contextlib.suppress(OSError):  # as while a file is written; the cluster must not end for it
+                    self._look()
+                time.sleep(_POLL)
+        finally:
+            if self._stand_in is not None:
+                self._stand_in.kill()
+        return self._cluster.returncode
+
+    def _look(self) -> None:
+        if self._stand_in is not None and self._stand_in.poll() is not None:
+            self._stand_in = None
+            (self._run / STAND_IN_PID).unlink(missing_ok=True)
+        pid = _pid(self._run / PID)
+        if pid is None or pid == self._missed or self._stopping or _runs(pid):
+            return
+        self._missed = pid  # only once: a configuration that HAProxy refuses ends the stand-in too
+        text = (self._run / LAST).read_text(encoding="utf-8")
+        (self._run / STAND_IN).write_text(stand_in(text), encoding="utf-8")
+        if self._stand_in is None:
+            command = [self._haproxy, "-db", "-f", str(self._run / STAND_IN)]
+            self._stand_in = subprocess.Popen(command)
+            # The next HAProxy ends the stand-in once it listens itself.
+            (self._run / STAND_IN_PID).write_text(str(self._stand_in.pid), encoding="ascii")
+
+    def _end(self, number: int, frame: Optional[FrameType]) -> None:
+        self._stopping = True
+        self._cluster.terminate()
+
+    def _stop(self, number: int, frame: Optional[FrameType]) -> None:
+        self._stopping = True
+
+
+def stand_in(text: str) -> str:
+    """Return a HAProxy's configuration without its sockets for Ray."""
+    shared, listen, statistics = text.partition("\nlisten stats")
+    del statistics  # its last section
+    head, door, rest = shared.partition("\nfrontend http_frontend")
+    return _OF_THE_REAL_ONE.sub("", head) + door + rest + ("\n" if listen else "")
+
+
+def _pid(file: Path) -> Optional[int]:
+    with contextlib.suppress(FileNotFoundError, ValueError):  # not there yet, or being written
+        return int(file.read_text(encoding="ascii"))
+    return None
+
+
+def _runs(pid: int) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return bool(psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD))
+    return False
+
+
+def guard(arguments: Sequence[str]) -> int:
+    """Run the command of these arguments, and return its exit status."""
+    run, haproxy, *command = arguments
+    return Guard(Path(run), haproxy, command).watch()
+
+
+if __name__ == "__main__":
+    sys.exit(guard(sys.argv[1:]))
