@@ -17,10 +17,10 @@ from traceserve_runtime.engine import Engine
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Request
 
-# A family, its save modes, and whether a step reads only new tokens.
+# A family, its save modes (openvino: one that no other test writes with it), and whether a step reads only new tokens.
 WRITTEN: Dict[str, Tuple[str, List[str], bool]] = {
     "bloom": ("text_generation", ["torchscript", "pretrained", "onnx"], True),
-    "openai-gpt": ("text_generation", ["torchscript", "pretrained", "onnx"], False),
+    "openai-gpt": ("text_generation", ["torchscript", "pretrained", "onnx", "openvino"], False),
     "mamba": ("text_generation", ["pretrained"], False),
     "led": ("text2text_generation", ["torchscript", "pretrained"], True),
     "blenderbot": ("text2text_generation", ["torchscript", "pretrained"], True),

@@ -96,7 +96,7 @@ def test_a_mode_without_loops_is_refused_for_them(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ConfigError) as raised:
         parse_config({**content, "task": "text_generation"})
     assert raised.value.message == (
-        "save_mode pretrained is for models that are run once, not for text_generation; take torchscript or onnx"
+        "save_mode pretrained is for models that are run once, not for text_generation; take torchscript or onnx or openvino"
     )
     assert parse_config({**content, "task": "fill_mask"})
     rows = [item for item in formats.every_format() if (item.save_mode, item.hardware) == ("pretrained", "cpu")]

@@ -27,7 +27,7 @@ from traceserve.building.writers.lowering import precision
 from traceserve.building.writers.lowering.int8 import KEPT_SHARES, ladder
 from traceserve.building.writers.lowering.sensitivity import linears
 from traceserve.building.writers.openvino import int8, writer
-from traceserve.errors import ConfigError, ExportError
+from traceserve.errors import ExportError
 from traceserve_runtime import processor
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import InvalidManifest, MissingPackage
@@ -114,8 +114,8 @@ def test_threads_and_precision(made: Maker, monkeypatch: pytest.MonkeyPatch) -> 
     seen: List[Dict[str, Any]] = []
     own = openvino._properties
 
-    def keep(dtype: str, threads: Any) -> Dict[str, Any]:
-        seen.append(own(dtype, threads))
+    def keep(dtype: str, threads: Any, loops: bool) -> Dict[str, Any]:
+        seen.append(own(dtype, threads, loops))
         return seen[-1]
 
     monkeypatch.setattr(openvino, "_properties", keep)
@@ -172,14 +172,6 @@ def test_what_openvino_cannot_compute_is_not_built(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(writer, "supported", lambda library, dtype: False)
     with pytest.raises(ExportError, match="does not compute in bfloat16 on this processor"):
         writer.check("bfloat16", Target("cpu", {}))
-
-
-def test_no_texts_are_written() -> None:
-    with pytest.raises(ConfigError) as raised:
-        parse_config({"model_name": "x/y", "task": "text_generation", "save_mode": "openvino"})
-    assert raised.value.message == (
-        "save_mode openvino is for models that are run once, not for text_generation; take torchscript or pretrained or onnx"
-    )
 
 
 def test_a_missing_package_is_named(made: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

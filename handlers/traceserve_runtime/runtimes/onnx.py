@@ -13,6 +13,7 @@ from traceserve_runtime import processor
 from traceserve_runtime.errors import InvalidManifest, MissingPackage
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runner import Arrays, Padding, State
+from traceserve_runtime.runtimes.positions import joined_rows
 from traceserve_runtime.runtimes.variants import Variant
 from traceserve_runtime.settings import Settings
 
@@ -94,8 +95,7 @@ class OnnxRunner:
 
     def join(self, states: Sequence[State], length: int) -> State:
         return tuple(
-            Kept(_value(np.concatenate([_of_length(kept.value.numpy(), length) for kept in tensors])))
-            for tensors in zip(*states)
+            Kept(_value(joined_rows([kept.value.numpy() for kept in tensors], length))) for tensors in zip(*states)
         )
 
     def open_lanes(self) -> Sequence[Executor]:
@@ -106,14 +106,6 @@ class OnnxRunner:
 
     def _outputs(self, results: Sequence[_Tensor]) -> Arrays:
         return {name: value.numpy() for name, value in zip(self._manifest.outputs, results)}
-
-
-def _of_length(array: np.ndarray, length: int) -> np.ndarray:
-    """Return a state's array with its last `length` positions, or padded before them."""
-    axis = 1 if array.ndim == 2 else 2
-    missing = max(0, length - array.shape[axis])
-    padded = np.pad(array, [(missing, 0) if i == axis else (0, 0) for i in range(array.ndim)]) if missing else array
-    return padded.take(range(padded.shape[axis] - length, padded.shape[axis]), axis)
 
 
 def _values(inputs: Arrays) -> Dict[str, _Tensor]:

@@ -78,6 +78,7 @@ def load_original(config: SetupConfig, checkpoint: Checkpoint, config_folder: Pa
         facts=task.facts(facts),
         padding_side=task.padding_side or "right",
         truncation_side=task.truncation_side or tokenizer.truncation_side,
+        loop=task.loop,
         converted=conversion.convert(tokenizer) if conversion.converts(tokenizer) else None,
         known_tokens=tokenizers.known_tokens(config, model, tokenizer),
         case_note=case_note,

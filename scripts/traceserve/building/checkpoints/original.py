@@ -32,6 +32,7 @@ class Original:
     facts: Dict[str, Any]
     padding_side: str
     truncation_side: str
+    loop: str = ""  # how its task runs it token by token, see `config.loops`; empty if it runs once
     dtype: str = "float32"  # the traced model's; others have another model, see `writers.lowering`
     converted: Optional[Converted] = None  # the tokenizer, if transformers' runs only in Python
     known_tokens: Optional[int] = None  # of the tokenizer's, if the model lacks some

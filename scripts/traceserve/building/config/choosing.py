@@ -53,6 +53,8 @@ def _why_usual(config: SetupConfig) -> Optional[str]:
         return f"{IN_INT8} is not for models of library {config.library}"
     if config.dtype not in (AUTO, "int8"):
         return f"{IN_INT8} is faster in int8, not in {config.dtype}"
+    if config.dtype == AUTO and TASKS[config.task].loop:
+        return f"{config.task} stays in float32, unless it is asked for another dtype"
     if not processor.is_x86():
         return f"{IN_INT8}'s int8 was measured on x86 alone"
     if not processor.native("int8"):

@@ -47,9 +47,9 @@ def fastest(task: Type[Task], hardware: str) -> Tuple[str, ...]:
 
 def fastest_in_openvino(task: Type[Task], hardware: str) -> Tuple[str, ...]:
     """Return the same for OpenVINO, whose int8 is twice as fast as float32: it is tried where bfloat16 is not native,
-    int8 is, and NNCF is installed."""
+    int8 is, and NNCF is installed. Not for generated texts, as above."""
     tried = fastest(task, hardware)
-    quantizes = processor.native("int8") and importlib.util.find_spec("nncf") is not None
+    quantizes = not task.loop and processor.native("int8") and importlib.util.find_spec("nncf") is not None
     return ("int8", *tried) if len(tried) == 1 and quantizes else tried
 
 

@@ -153,7 +153,7 @@ SAVE_MODES: Dict[str, SaveMode] = {
     "openvino": SaveMode(
         hardware=("cpu",),
         dtypes=("float32", "bfloat16", "int8"),
-        loops=(),
+        loops=("float32", "bfloat16", "int8"),
         auto=dtypes.fastest_in_openvino,
         measured_against="torchscript",
     ),

@@ -11,7 +11,7 @@ that still affect the model's output most are left in float32: more and more of 
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Dict, Iterator, Sequence, Tuple
+from typing import TYPE_CHECKING, Dict, Iterator, Optional, Sequence, Tuple
 
 import torch
 
@@ -86,14 +86,18 @@ def body_layers(model: PreTrainedModel) -> Dict[str, torch.nn.Linear]:
 
 
 def ladder(
-    model: PreTrainedModel, batches: Sequence[Inputs], measured: Layer
+    model: PreTrainedModel,
+    batches: Sequence[Inputs],
+    measured: Layer,
+    layers: Optional[Dict[str, torch.nn.Linear]] = None,
 ) -> Iterator[Tuple[Dict[str, torch.Tensor], Tuple[str, ...]]]:
     """Yield the layers to quantize, by name, with each input channel's largest absolute value, and the names of more
     and more layers left in float32: those whose replacement by `measured` changes the output most.
 
-    `batches` are inputs to measure on. The first step leaves none, and so measures none.
+    `batches` are inputs to measure on; `layers`, by name, are the body's linear ones unless given. The first step leaves
+    none, and so measures none.
     """
-    found = measure_layers(model, body_layers(model), batches, measured)
+    found = measure_layers(model, body_layers(model) if layers is None else layers, batches, measured)
     for share in KEPT_SHARES:
         kept = found.most(share)
         yield {name: largest for name, largest in found.largest.items() if name not in kept}, kept

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterable, Iterator, Sequence, Type
+from typing import TYPE_CHECKING, Any, Dict, Iterable, Sequence, Tuple, Type
 
-import torch
-from traceserve_runtime.errors import reason
 from traceserve_runtime.runtimes.openvino import library, supported
+from traceserve_runtime.runtimes.openvino_steps import START
 
 from traceserve.building.checkpoints.original import Original
 from traceserve.building.config.dtypes import AUTO
 from traceserve.building.config.save_modes import Target
 from traceserve.building.writers.contract import Written
-from traceserve.building.writers.openvino import int8
-from traceserve.building.writers.tracing.graphs import TRACED_BATCH, TRACED_LENGTH, trace
-from traceserve.building.writers.tracing.wrapping import example, once, traceable
-from traceserve.errors import ExportError, UnwritableError
+from traceserve.building.writers.openvino import int8, int8_weights
+from traceserve.building.writers.openvino.conversion import convert_traced
+from traceserve.building.writers.openvino.loops import loop_models
+from traceserve.building.writers.tracing.graphs import TRACED_BATCH, TRACED_LENGTH
+from traceserve.building.writers.tracing.wrapping import example, once
+from traceserve.errors import ExportError
 
 if TYPE_CHECKING:
     from traceserve_runtime.manifest import Shapes
     from traceserve_runtime.tasks.contract import Task
 
 MODEL_FILE = "model.xml"
-WEIGHTS_FILE = "model.bin"  # OpenVINO looks for it beside the graph, under the same name
+START_FILE = "start.xml"
 MOST_TEXTS = int8.TEXTS
 _HALVED = ("bfloat16",)  # dtypes whose weights are stored in two bytes
 
@@ -53,59 +51,42 @@ def lowered(original: Original, dtype: str, texts: Sequence[str]) -> Iterable[Or
     """Return the original: OpenVINO lowers its precision itself, for bfloat16 when it loads the model; for int8 several
     times, with more and more layers to leave."""
     if dtype == int8.DTYPE:
-        return int8.to_calibrate(original, texts)
+        return int8_weights.to_round(original, texts) if original.loop else int8.to_calibrate(original, texts)
     return [replace(original, dtype=dtype)]
 
 
-@contextlib.contextmanager
-def _same_root_logger() -> Iterator[None]:
-    """Give the root logger back as it was: OpenVINO leaves it at ERROR, with a filter of its own, if it fails."""
-    root = logging.getLogger()
-    level, filters, handlers = root.level, list(root.filters), list(root.handlers)
-    try:
-        yield
-    finally:
-        root.setLevel(level)
-        root.filters[:], root.handlers[:] = filters, handlers
-
-
 def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, target: Target) -> Written:
-    """Write the graph and its weights; see Writer. Raises ExportError with the model's own reason."""
+    """Write the graphs and their weights; see Writer. Raises ExportError with the model's own reason."""
     openvino = library()
-    model = converted(openvino, original, task, shapes)
     versions = {"openvino": openvino.__version__.partition("-")[0]}
     if original.dtype == int8.DTYPE:
-        model = int8.quantize_statically(model, original)
         versions["nncf"] = int8.quantizer().__version__
-    openvino.save_model(model, str(folder / MODEL_FILE), compress_to_fp16=original.dtype in _HALVED)
-    return Written(files=(WEIGHTS_FILE,), versions=versions)
+    if not task.loop:
+        model = converted(openvino, original, task, shapes)
+        if original.dtype == int8.DTYPE:
+            model = int8.quantize_statically(model, original)
+        return Written(files=_saved(openvino, original, model, folder, MODEL_FILE)[1:], versions=versions)
+    models = loop_models(openvino, original, [output.name for output in task.outputs])
+    graphs = {MODEL_FILE: models.step, **({START_FILE: models.start} if models.start is not None else {})}
+    files: Tuple[str, ...] = ()
+    for file, model in graphs.items():
+        if original.dtype == int8.DTYPE:
+            model = int8_weights.round_weights(model, original)
+        files += _saved(openvino, original, model, folder, file)
+    runtime: Dict[str, object] = {START: START_FILE} if START_FILE in graphs else {}
+    return Written(models.inputs, files[1:], runtime, versions)
+
+
+def _saved(openvino: Any, original: Original, model: Any, folder: Path, file: str) -> Tuple[str, str]:
+    """Write a model into a file and, beside it, its weights; returns both names."""
+    openvino.save_model(model, str(folder / file), compress_to_fp16=original.dtype in _HALVED)
+    return file, str(Path(file).with_suffix(".bin"))  # OpenVINO looks for it beside the graph, under the same name
 
 
 def converted(openvino: Any, original: Original, task: Type[Task], shapes: Shapes) -> Any:
-    """Trace the model, and return the trace as OpenVINO's: any batch and length, with the manifest's names."""
+    """Trace a model that runs once, and return the trace as OpenVINO's: any batch and length, with the manifest's
+    names."""
     length = max(shapes.lengths) if shapes.lengths else min(TRACED_LENGTH, original.max_length)
     outputs = tuple(output.name for output in task.outputs)
-    inputs = example(original, TRACED_BATCH, length)
-    module = once(original, outputs).eval()
-    kind = type(original.model).__name__
-    try:
-        with warnings.catch_warnings(), traceable(original.model), torch.no_grad():
-            warnings.simplefilter("ignore")  # tracer warnings: the gate checks their suspicions
-            traced = trace(module, inputs)
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
-        raise UnwritableError(f"torch.jit.trace cannot trace {kind}: {reason(error)}") from error
-    failures = openvino.frontend
-    try:
-        with _same_root_logger():
-            model = openvino.convert_model(traced, example_input=inputs)
-    except (RuntimeError, failures.OpConversionFailure, failures.OpValidationFailure, failures.GeneralFailure) as error:
-        last = (
-            str(error).strip().rsplit("\n", 1)[-1].lstrip("- ")
-        )  # a report, of which the first lines name its own files
-        raise UnwritableError(f"OpenVINO cannot convert {kind}: {last}") from error
-    for ports, names in ((model.inputs, original.inputs), (model.outputs, outputs)):
-        if len(ports) != len(names):
-            raise UnwritableError(f"OpenVINO converted {kind} to a graph with {len(ports)} of {', '.join(names)}")
-        for port, name in zip(ports, names):
-            port.get_tensor().set_names({name})
-    return model
+    module = once(original, outputs)
+    return convert_traced(openvino, original, module, example(original, TRACED_BATCH, length), original.inputs, outputs)
