@@ -14,7 +14,7 @@ import zipfile
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Callable, Dict
+from typing import Any, Callable, Dict, Optional
 
 import pytest
 from conftest import ROOT, run_export
@@ -316,6 +316,26 @@ def rezipped(packed: Path, target: Path, **changed: bytes) -> Path:
             sink.writestr(name, content)
         sink.writestr("MAR-INF/", "")  # like `zip -r`
     return target
+
+
+@pytest.mark.parametrize(
+    "changed, words",
+    [
+        ({"modelVersion": "2.0"}, "has the modelVersion '2.0', and its traceserve.json '1.0'"),
+        ({"handler": "traceserve_runtime/softmax.py"}, "has the handler"),
+        ({"configFile": "tokenizer.json"}, "has the configFile"),
+        (None, "its MAR-INF/MANIFEST.json cannot be read"),
+    ],
+)
+def test_another_manifest_of_torchserves_is_refused(
+    changed: Optional[Dict[str, str]], words: str, packed: Path, tmp_path: Path
+) -> None:
+    """As of another archive; TorchServe would run that handler, and answer under that version."""
+    document = json.loads(zipfile.ZipFile(packed).read("MAR-INF/MANIFEST.json"))
+    content = b"[]" if changed is None else json.dumps({**document, "model": {**document["model"], **changed}}).encode()
+    other = rezipped(packed, tmp_path / "x.mar", **{"MAR-INF/MANIFEST.json": content})
+    with pytest.raises(ArchiveError, match=words):
+        unpack(other, tmp_path / "out")
 
 
 def test_an_edited_label_is_neither_packed_nor_served(artifact: Path, packed: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from traceserve import cli
 from traceserve.deploying.described import describe
 from traceserve.deploying.plan import Text, Wishes
 from traceserve.deploying.targets import kubernetes
-from traceserve.serving import configuration, instances, ray_cluster, server
+from traceserve.serving import configuration, instances, keys, server
 from traceserve.serving.front import FrontendOptions
 
 VERSION = "1.31"  # of Kubernetes, whose schemas are strict
@@ -318,9 +318,9 @@ def test_the_proxy_refuses_a_key_that_is_more_than_a_key(chart: Path, key: str, 
 def test_ray_takes_the_key_that_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     """All pods of a deployment have one; without it each start has another."""
     monkeypatch.setenv("TRACESERVE_KEY", KEY)
-    assert ray_cluster._key() == KEY
+    assert keys.user_key() == KEY
     monkeypatch.delenv("TRACESERVE_KEY")
-    assert len(ray_cluster._key()) > 24 and ray_cluster._key() != ray_cluster._key()
+    assert len(keys.user_key()) > 24 and keys.user_key() != keys.user_key()
 
 
 @pytest.mark.parametrize(("hardware", "device"), [("gpu", "nvidia.com/gpu"), ("neuron", "aws.amazon.com/neuron")])

@@ -17,7 +17,8 @@ from typing import Any, AsyncIterator, Awaitable, Callable, Dict, List, NamedTup
 import pytest
 from conftest import run_export
 from traceserve.archives.archive import pack_archive
-from traceserve_hosts import fetching, loading, ray_config
+from traceserve.serving.keys import write_key
+from traceserve_hosts import fetching, loading, ray_config, web
 from traceserve_hosts.asgi import Application, Limits, Message, Scope
 from traceserve_hosts.batcher import Batcher
 from traceserve_hosts.routing import Router, messages
@@ -269,6 +270,50 @@ def test_a_key_is_needed_where_one_is_set(classifier: Service) -> None:
     without, wrong, right, health = run(ask())
     assert [without.status, wrong.status, right.status, health.status] == [401, 401, 200, 200]
     assert without.headers["www-authenticate"] == "Bearer"
+
+
+def test_a_key_in_a_file_is_rotated_and_fails_closed(classifier: Service, tmp_path: Path) -> None:
+    """Each request is compared with what the file holds then; without it nobody is let in."""
+    file = tmp_path / "key"
+    hosted = Hosted(classifier, Limits(key=file))
+
+    def status(key: str) -> int:
+        return run(hosted.ask("/predictions/small", {"text": TEXT}, authorization=f"Bearer {key}")).status
+
+    write_key(file, "first")
+    assert file.stat().st_mode & 0o077 == 0
+    assert [status("first"), status("second"), status("")] == [200, 401, 401]
+    write_key(file, "second")
+    assert [status("first"), status("second")] == [401, 200]
+    for content in ("", " \n"):
+        file.write_text(content)
+        assert [status(""), status("second")] == [503, 503]
+    file.unlink()
+    assert [status(""), status("None")] == [503, 503]
+
+
+@pytest.mark.parametrize(
+    "variables, options, words",
+    [
+        ({}, ["--host", "0.0.0.0"], "at 0.0.0.0 others can ask too, so a key is needed"),
+        ({}, ["--host", "some.name"], "others can ask too"),
+        ({"TRACESERVE_KEY": "secret"}, ["--host", "0.0.0.0"], "there is no archive"),
+        ({"TRACESERVE_KEY_FILE": "/a/file"}, ["--host", "::"], "there is no archive"),
+        ({}, ["--host", "0.0.0.0", "--without-keys"], "there is no archive"),
+        ({}, ["--host", "::1"], "there is no archive"),
+        ({}, ["--certificate", "x.pem"], "given together"),
+        ({}, ["--certificate", "x.pem", "--key", "y.pem"], "make no pair"),
+    ],
+)
+def test_beyond_the_loopback_address_a_key_has_to_be_set(
+    variables: Dict[str, str], options: List[str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it may serve, it goes on to the archive, which is not there."""
+    for name in ("TRACESERVE_KEY", "TRACESERVE_KEY_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert words in (web.main(["nowhere.mar", *options]) or "")
 
 
 def test_another_method_is_refused(classifier: Service) -> None:

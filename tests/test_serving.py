@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import json
 import os
 import random
@@ -19,12 +20,15 @@ import urllib.error
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple, Union
 
+import grpc
 import psutil
 import pytest
+import torchserve_grpc
 from conftest import ROOT, run_export
 from http_reply import Reply
+from traceserve import cli
 from traceserve.archives.archive import pack_archive
 from traceserve.errors import ServerError
 from traceserve.serving import configuration, instances, java, management, server
@@ -435,19 +439,69 @@ def test_a_taken_port_is_told(served: Served, tiny: Path) -> None:
         server.start([tiny.with_suffix(".mar")], port=served.instance.port)
 
 
-def test_keys_are_demanded_beyond_the_loopback(tiny: Path) -> None:
+def test_keys_are_demanded_beyond_the_loopback(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On every port that others reach; in files of this user; and new ones take their place while the server runs."""
     instance = server.start([tiny.with_suffix(".mar")], host="0.0.0.0", port=configuration.free_ports(1)[0], timeout=90)
+    port = str(instance.port)
+
+    def asked(key: Optional[str]) -> Reply:
+        return post(instance, "tiny", b"hello", "text/plain", **({"Authorization": f"Bearer {key}"} if key else {}))
+
     try:
-        assert instance.key and instance.management_key
-        assert post(instance, "tiny", b"hello", "text/plain").status == 400
-        wrong = post(instance, "tiny", b"hello", "text/plain", Authorization="Bearer wrong")
-        assert wrong.status == 400 and "label" not in wrong.json
-        right = post(instance, "tiny", b"hello", "text/plain", Authorization=f"Bearer {instance.key}")
-        assert right.status == 200
+        first = instance.key
+        assert first and instance.management_key
+        refusals = [asked(key) for key in (None, "wrong", instance.management_key, first[:-1], first.swapcase())]
+        assert {(each.status, json.dumps(each.json)) for each in refusals} == {(400, json.dumps(refusals[0].json))}
+        assert "label" not in refusals[0].json and asked(first).status == 200
+        with pytest.raises(RequestRefused):
+            management.call(replace(instance, management_key=None), "GET", "/models")
+        properties = dict(
+            line.split("=", 1) for line in Path(instance.folder, "config.properties").read_text().splitlines()
+        )
+        for key, door in (("", pytest.raises(grpc.RpcError)), (first, contextlib.nullcontext())):
+            caller = torchserve_grpc.Client(int(properties["grpc_inference_port"]), key)
+            with door:
+                assert caller.predictions("tiny", {"data": b"hello"})
+            caller.close()
+        assert beyond_loopback(instance) == {instance.port}
         state = Path(os.environ["XDG_STATE_HOME"], "traceserve", "servers", f"{Path(instance.folder).name}.json")
-        assert state.stat().st_mode & 0o077 == 0
+        for file in (state, Path(instance.folder, "run", "key_file.json")):
+            assert file.stat().st_mode & 0o077 == 0
+
+        assert cli.main(["keys", "--port", port]) == 0 and f"inference   {first}" in capsys.readouterr().out
+        assert cli.main(["keys", "--rotate", "--json", "--port", port]) == 0
+        second = json.loads(capsys.readouterr().out)["inference"]
+        assert second != first and asked(first).status == 400 and asked(second).status == 200
+        assert cli.main(["predict", "tiny", "hello", "--port", port]) == 0  # it knows the new one
+        file = tmp_path / "key.txt"
+        assert cli.main(["keys", "--write", str(file), "--port", port]) == 0
+        assert file.read_text() == f"{second}\n" and file.stat().st_mode & 0o077 == 0
+        assert cli.main(["keys", "--rotate", "--key-file", str(file), "--port", port]) == 1
+        assert "takes none" in capsys.readouterr().err
     finally:
         instances.stop(instance)
+
+
+def beyond_loopback(instance: Instance) -> Set[int]:
+    """The ports of a server's processes to which other machines may connect."""
+    process = instance.process
+    assert process is not None
+    found = [
+        connection
+        for each in (process, *process.children(recursive=True))
+        for connection in each.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert len(found) > 3
+    return {each.laddr.port for each in found if not each.laddr.ip.rpartition(":")[2].startswith("127.")}
+
+
+def test_a_server_on_the_loopback_address_has_no_keys_to_show(
+    served: Served, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert beyond_loopback(served.instance) == set()
+    assert cli.main(["keys", "--port", str(served.instance.port)]) == 1
+    assert "demands no key" in capsys.readouterr().err
 
 
 def repack(mar: Path, target: Path, change: Callable[[Path], None]) -> Path:

@@ -75,6 +75,9 @@ RIGHT = BUILT.to_yaml()
     "text, words",
     [
         ("a: [", "not valid YAML"),
+        ("\3", "not valid YAML: unacceptable character #x0003"),
+        ("batchSize: 2026-99-99", "not valid YAML: month must be in"),
+        ("[" * 5000, "not valid YAML"),
         ("", "should hold keys and values"),
         ("- 1", "should hold keys and values, not list"),
         (RIGHT + "handler: fast\n", "handler: should hold keys and values, not str"),
@@ -94,6 +97,7 @@ def test_what_is_wrong_is_told(text: str, words: str) -> None:
     with pytest.raises(ArchiveError) as error:
         Serving.from_yaml(text)
     assert words in error.value.message and SERVING_FILE in error.value.message
+    assert "\n" not in error.value.message and len(error.value.message) < 300
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,12 @@ import json
 import re
 import socket
 import time
+import urllib.request
 from pathlib import Path
 from typing import Dict, Iterator, List, NamedTuple, Tuple
 
 import grpc
+import psutil
 import pytest
 from conftest import ROOT
 from torchserve_grpc import Client
@@ -161,6 +163,36 @@ WIRE = [
     b"POST /predictions/NAME HTTP/1.1\r\nContent-Length: 99000000\r\n\r\n" + MARKER,
     b"GET /ping HTTP/1.1\r\nAuthorization: Bearer " + MARKER + b"\r\n\r\n",
 ]
+
+
+def test_no_text_stays_whatever_fails(instance: Instance) -> None:
+    """A worker that is killed at work, clients that go, half bodies, wrong keys: in no file and no metric; nor a key."""
+    folder, key = Path(instance.folder), instance.key or ""
+    words = b" ".join([MARKER] * 2)
+    long = raw("POST /predictions/NAME", "application/json", json.dumps([words.decode()] * 20).encode(), key)
+    for request in (long[:-100], long[: len(long) // 2], raw("POST /predictions/NAME", "text/plain", words, "wrong")):
+        with socket.create_connection(("127.0.0.1", instance.port), 5) as connection:
+            connection.sendall(request)
+            time.sleep(0.05)
+    [worker] = [
+        child for child in psutil.Process(instance.pid).children(True) if "model_service_worker" in str(child.cmdline())
+    ]
+    worker.suspend()  # so that all of them are at work
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        killed = [pool.submit(send, instance, long) for _ in range(8)]
+        time.sleep(0.5)
+        worker.kill()
+        statuses = {answer.result()[0] for answer in killed}
+    assert statuses - {200} and statuses <= {0, 200, 500, 503, 507}, statuses  # who waited is answered by the next
+    deadline = time.monotonic() + 60
+    while send(instance, raw("POST /predictions/NAME", "text/plain", b"well", key))[0] != 200:
+        assert time.monotonic() < deadline
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert [path for path in files if MARKER in path.read_bytes()] == []
+    assert {path.name for path in files if key.encode() in path.read_bytes()} == {"key_file.json"}
+    with urllib.request.urlopen(f"http://127.0.0.1:{instance.metrics_port}/metrics") as metrics:
+        found = metrics.read()
+    assert b"traceserve_requests_total" in found and MARKER not in found and key.encode() not in found
 
 
 def test_no_text_of_a_malformed_request_stays(instance: Instance) -> None:

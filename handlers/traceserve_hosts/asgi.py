@@ -11,16 +11,18 @@ What TorchServe's frontend does before a request reaches the worker is done here
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import io
 import json
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Awaitable, Callable, Dict, List, Mapping, NamedTuple, Optional, Set, Tuple, Union
 from urllib.parse import parse_qsl
 
-from traceserve_hosts import KEY_VARIABLE
+from traceserve_hosts import KEY_FILE_VARIABLE, KEY_VARIABLE
 from traceserve_hosts.batcher import Asked, Batcher, Piece
 
 if TYPE_CHECKING:
@@ -56,7 +58,9 @@ class Left(Exception):
 class Limits:
     """What the application takes, and from whom."""
 
-    key: Optional[str] = None  # demanded of every request but of /ping and /health, as `Authorization: Bearer KEY`
+    key: Union[str, Path, None] = (
+        None  # or its file; demanded of all but /ping and /health: `Authorization: Bearer KEY`
+    )
     largest_body: int = 64 << 20  # bytes
     queue: int = 1000  # calls that may wait; more are answered with 503
     timeout: float = 120.0  # seconds until an answer, or its first piece
@@ -64,7 +68,7 @@ class Limits:
     def check(self, method: str, headers: Mapping[str, str]) -> None:
         """Raise Refused for a request without the key, or of another method."""
         given = headers.get("authorization", "").encode("utf-8")
-        if self.key is not None and not hmac.compare_digest(given, f"Bearer {self.key}".encode()):
+        if self.key is not None and not hmac.compare_digest(given, f"Bearer {_demanded(self.key)}".encode()):
             message = "a key is needed: send the header Authorization: Bearer KEY"
             raise Refused(401, "Unauthorized", message, {"www-authenticate": "Bearer"})
         if method not in _METHODS:
@@ -89,6 +93,17 @@ class Limits:
                 raise too_large
             if not message.get("more_body", False):
                 return b"".join(parts)
+
+
+def _demanded(key: Union[str, Path]) -> str:
+    """The key; from a file anew for each request, which takes some microseconds. Raises Refused where there is none."""
+    if isinstance(key, str):
+        return key
+    with contextlib.suppress(OSError, ValueError):
+        found = key.read_text(encoding="utf-8").strip()
+        if found:
+            return found
+    raise Refused(503, "Unavailable", "the key of this server cannot be read")
 
 
 class _Located(NamedTuple):
@@ -215,9 +230,10 @@ class Application:
         raise Refused(503, "TimedOut", f"no answer within {timeout:g} s", {"retry-after": "1"})
 
 
-def key_from_environment() -> Optional[str]:
-    """The key that this process demands."""
-    return os.environ.get(KEY_VARIABLE) or None
+def key_from_environment() -> Union[str, Path, None]:
+    """The key that this process demands, or the file that holds it."""
+    file = os.environ.get(KEY_FILE_VARIABLE)
+    return Path(file) if file else os.environ.get(KEY_VARIABLE) or None
 
 
 async def guarded(answer: Asgi, scope: Scope, receive: Receive, send: Send) -> None:

@@ -2,17 +2,21 @@
 
     python -m traceserve_hosts.web ARCHIVE [--host H] [--port P] [--require-signature PUBLIC_KEY]
 
-Where TRACESERVE_KEY is set every request but /ping and /health needs it, as `Authorization: Bearer KEY`.
+Where TRACESERVE_KEY is set, or a file with a key in TRACESERVE_KEY_FILE, every request but /ping and /health needs it, as
+`Authorization: Bearer KEY`. Beyond the loopback address one has to be set, or --without-keys given.
 """
 
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import os
+import ssl
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional, Sequence
 
+from traceserve_hosts import KEY_FILE_VARIABLE, KEY_VARIABLE
 from traceserve_hosts.asgi import Application, Asgi, Limits, key_from_environment
 from traceserve_hosts.batcher import Batcher, Report
 from traceserve_hosts.loading import load_archive
@@ -52,7 +56,9 @@ def application(archive: Loaded, largest_body: int, report: Optional[Report] = N
     )
 
 
-def serve_until_signal(served: Asgi, host: str, port: int) -> None:
+def serve_until_signal(
+    served: Asgi, host: str, port: int, certificate: Optional[str] = None, private_key: Optional[str] = None
+) -> None:
     """Serve until a signal comes."""
     import uvicorn
 
@@ -64,6 +70,8 @@ def serve_until_signal(served: Asgi, host: str, port: int) -> None:
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=_GRACE,
+        ssl_certfile=certificate,
+        ssl_keyfile=private_key,
     )
 
 
@@ -78,13 +86,44 @@ def main(arguments: Optional[Sequence[str]] = None) -> Optional[str]:
     parser.add_argument(
         "--require-signature", metavar="PUBLIC_KEY", help="or certificates: the archive has to be signed by it"
     )
+    parser.add_argument("--certificate", metavar="FILE", help="use TLS, with this certificate and its chain (PEM)")
+    parser.add_argument("--key", metavar="FILE", help="its private key (PEM)")
+    parser.add_argument("--without-keys", action="store_true", help="need none beyond the loopback address either")
     options = parser.parse_args(arguments)
+    refused = _refusal(options)
+    if refused is not None:
+        return refused
     try:
         archive = loaded(options.archive, options.name, options.require_signature)
     except RuntimeError as error:
         return str(error)
-    serve_until_signal(application(archive, options.largest_body << 20), options.host, options.port)
+    served = application(archive, options.largest_body << 20)
+    serve_until_signal(served, options.host, options.port, options.certificate, options.key)
     return None
+
+
+def _refusal(options: argparse.Namespace) -> Optional[str]:
+    """Why it must not, or cannot, serve like this; None where it may."""
+    if (options.certificate is None) != (options.key is None):
+        return "--certificate and --key are given together, or not at all"
+    if options.certificate is not None:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(options.certificate, options.key, password="")
+        except (ssl.SSLError, OSError) as error:
+            return f"--certificate {options.certificate} and --key {options.key} make no pair: {error}"
+    if options.without_keys or key_from_environment() is not None or _is_loopback(options.host):
+        return None
+    return (
+        f"at {options.host} others can ask too, so a key is needed: set {KEY_VARIABLE} or {KEY_FILE_VARIABLE}, or, where a proxy "
+        "or a network's rules decide who may ask, give --without-keys"
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name, of any address
+        return False
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import pytest
 from traceserve import cli
 from traceserve.errors import ServerError
 from traceserve.measuring import activity
-from traceserve.serving import configuration, instances, server
+from traceserve.serving import configuration, instances, keys, server
 from traceserve.serving.engines import RAY
 from traceserve.serving.front import FrontendOptions
 from traceserve.serving.instances import Instance
@@ -182,6 +182,14 @@ def test_beyond_the_loopback_address_a_key_is_needed(archives: List[Path]) -> No
         beyond = {address.port for _, address in listening(instance) if not address.ip.endswith("127.0.0.1")}
         assert port in beyond
         assert {each: ask(each, "/predictions/other", body).status for each in beyond} == dict.fromkeys(beyond, 401)
+        file = keys.ray_key_file(Path(instance.folder))
+        assert file.stat().st_mode & 0o077 == 0
+        rotated = keys.rotate_keys(instance)
+        assert rotated.key != instance.key and instances.find_instance(port).key == rotated.key
+        assert {each: ask(each, "/predictions/other", body, **key).status for each in beyond} == dict.fromkeys(
+            beyond, 401
+        )
+        assert ask(port, "/predictions/other", body, Authorization=f"Bearer {rotated.key}").status == 200
     finally:
         instances.stop(instance)
 

@@ -12,7 +12,7 @@ import yaml
 from traceserve_runtime.manifest import SERVING_FILE as SERVING_FILE
 from traceserve_runtime.settings import Settings
 
-from traceserve.errors import ArchiveError
+from traceserve.errors import ArchiveError, shortened
 
 # Keys of TorchServe, and of our handler (in `handler`), by field.
 _KEYS = {
@@ -24,6 +24,7 @@ _KEYS = {
     "continuous_batching": "continuousBatching",
 }
 _HANDLER_KEYS = {field: field for field in Settings._fields}
+_LONGEST = 200  # characters of the parser's words
 _HANDLER = "handler"
 _WORKERS = ("minWorkers", "maxWorkers")  # TorchServe ignores one without the other
 
@@ -63,8 +64,9 @@ class Serving:
         """Parse a file's text; raises ArchiveError for anything that `to_yaml` does not write."""
         try:
             content = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ArchiveError(f"{SERVING_FILE} is not valid YAML: {error}") from None
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2026-99-99
+            told = shortened(" ".join(str(error).split()), _LONGEST)  # in one line
+            raise ArchiveError(f"{SERVING_FILE} is not valid YAML: {told}") from None
         content = _mapping(content, "")
         handler = _mapping(content.pop(_HANDLER, {}), f"{_HANDLER}: ")
         workers = [content.pop(key, None) for key in _WORKERS]

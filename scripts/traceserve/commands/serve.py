@@ -197,17 +197,16 @@ def print_instance(instance: Instance, seconds: float) -> None:
     screen.print(f"answering after {seconds:.1f} s at {instance.url}", highlight=False)
     for name in instance.names:
         manifest = instance.manifest(name)
-        key = ("-H", f"Authorization: Bearer {instance.key}") if instance.key else ()
+        # Output that goes elsewhere is a log, and a key in it would be kept with it.
+        key = ("-H", f"Authorization: Bearer {instance.key if screen.is_terminal else 'KEY'}") if instance.key else ()
         key = (*key, "--insecure") if instance.certificate else key  # the certificate does not name this machine
         body = TASKS[manifest.task].sample_body(manifest.facts)
         command = curl(f"{instance.url}/predictions/{name}", body, *key)
         screen.print(f"\n  {command}", highlight=False, markup=False, soft_wrap=True)
-    if instance.key:
-        screen.print(
-            f"\nkeys, valid as long as this server runs:\n  inference   {instance.key}\n  management  {instance.management_key}",
-            highlight=False,
-        )
     port = "" if instance.port == 8080 else f" --port {instance.port}"
+    if instance.key:
+        shown = f"{instance.key}    all keys, and new ones" if screen.is_terminal else "shown"
+        screen.print(f"\nkey: {shown} by `traceserve keys{port}`", highlight=False, markup=False, soft_wrap=True)
     screen.print(
         f"\nmetrics: http://127.0.0.1:{instance.metrics_port}/metrics    log: {instance.log}",
         highlight=False,

@@ -84,13 +84,9 @@ def _key(options: argparse.Namespace) -> Optional[str]:
         return options.key or None
     if options.key is not None:
         raise TraceserveError("verify: give --key or --key-file, not both")
-    try:
-        key = options.key_file.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise TraceserveError(f"verify: --key-file {options.key_file} cannot be read: {error}") from None
-    if not key or len(key.split()) > 1:
-        raise TraceserveError(f"verify: --key-file {options.key_file} should hold one key, and nothing else")
-    return str(key)
+    from traceserve.serving.keys import key_in
+
+    return key_in(options.key_file)
 
 
 def _print_verification(found: Verification, with_texts: bool) -> None:

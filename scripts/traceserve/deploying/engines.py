@@ -25,7 +25,9 @@ _COMMAND = ("python", "-m", "traceserve")
 ENGINES: Dict[str, EngineOptions] = {
     "torchserve": EngineOptions("TorchServe", _COMMAND, ("serve",), ("--foreground",), False),
     "ray": EngineOptions("Ray Serve", _COMMAND, ("serve",), ("--engine", "ray", "--foreground"), True),
-    "uvicorn": EngineOptions("uvicorn", ("python", "-m", "traceserve_hosts.web"), (), (), True, single=True),
+    "uvicorn": EngineOptions(
+        "uvicorn", ("python", "-m", "traceserve_hosts.web"), (), ("--without-keys",), True, single=True
+    ),
 }
 
 

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Dict, List, Mapping, Optional
 
 import psutil
-from traceserve_hosts import KEY_VARIABLE, ray_config
+from traceserve_hosts import KEY_FILE_VARIABLE, KEY_VARIABLE, ray_config
 from traceserve_runtime import processor
 from traceserve_runtime.runtimes.torchscript.neuron import CHIPS
 
 from traceserve.errors import ServerError
 from traceserve.machine import environment
-from traceserve.serving import configuration, instances, ray_guard
+from traceserve.serving import configuration, instances, keys, ray_guard
 from traceserve.serving.instances import Instance
 from traceserve.serving.plan import Archive, Scaling, ServerPlan
 
@@ -32,7 +32,6 @@ from traceserve.serving.plan import Archive, Scaling, ServerPlan
 # folder.
 LONGEST_SOCKET = "run/session_2026-11-26_22-22-43_885418_1234567/sockets/plasma_store"
 _OBJECT_STORE = 80 << 20  # bytes; Ray's minimum, unused here
-_KEY_BYTES = 24
 _RETRIES = 2  # of a request: one that ends each replica that it meets ends no more than three
 _PORTS = ("gcs", "client", "agent", "metrics", "statistics", "haproxy", "fallback")
 _STARTED: List[subprocess.Popen[bytes]] = []  # nobody waits for them here: they outlive this process
@@ -73,7 +72,7 @@ def launch_cluster(plan: ServerPlan) -> Instance:
     configuration.prepare_folder(plan.folder, plan.files, plan.changed)
     ports = dict(zip(_PORTS, configuration.free_ports(len(_PORTS))))
     ports["metrics"] = plan.front.metrics_port or ports["metrics"]
-    key = _key() if configuration.demands_keys(plan.host, plan.front) else None
+    key = keys.user_key() if configuration.demands_keys(plan.host, plan.front) else None
     variables = _variables(plan, ports, key)
     process = _start(plan, ports, variables)
     instance = _remembered(plan, process, ports["metrics"], key)
@@ -105,17 +104,15 @@ def _check(plan: ServerPlan) -> None:
             )
 
 
-def _key() -> str:
-    """Return the user's key, which all containers of a deployment share, or a new one."""
-    return os.environ.get(KEY_VARIABLE) or secrets.token_urlsafe(_KEY_BYTES)
-
-
 def _variables(plan: ServerPlan, ports: Mapping[str, int], key: Optional[str]) -> Dict[str, str]:
     """Return the environment of all of the cluster's processes."""
     run, sockets = plan.folder / "run", instances.sockets_folder(plan.folder)
     sockets.mkdir(mode=0o700)
     # Without the user's key: replicas demand whatever key they find, also where this server demands none.
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_") and name != KEY_VARIABLE}
+    own_keys = (KEY_VARIABLE, KEY_FILE_VARIABLE)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_") and name not in own_keys}
+    if key:
+        keys.write_key(keys.ray_key_file(plan.folder), key)  # a file, since another key may take its place
     own = {
         **environment.settings(),
         "TMPDIR": str(plan.folder / "tmp"),
@@ -149,7 +146,7 @@ def _variables(plan: ServerPlan, ports: Mapping[str, int], key: Optional[str]) -
         "RAY_SERVE_HAPROXY_STATS_PORT": str(ports["statistics"]),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports["haproxy"]),
     }
-    return {**kept, **own, **({KEY_VARIABLE: key} if key else {})}
+    return {**kept, **own, **({KEY_FILE_VARIABLE: str(keys.ray_key_file(plan.folder))} if key else {})}
 
 
 def _haproxy(run: Path, ports: Mapping[str, int]) -> Path:

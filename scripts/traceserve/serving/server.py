@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import re
 import shutil
@@ -25,7 +24,7 @@ from traceserve.archives import signing, staging
 from traceserve.archives.model_config import Serving
 from traceserve.errors import ServerError
 from traceserve.machine import environment, neuron_cores
-from traceserve.serving import client, configuration, instances, java, management, ray_cluster
+from traceserve.serving import client, configuration, instances, java, keys, management, ray_cluster
 from traceserve.serving.engines import RAY, TORCHSERVE
 from traceserve.serving.front import FrontendOptions
 from traceserve.serving.instances import Instance
@@ -251,13 +250,12 @@ def launch(folder: Path, settings: Dict[str, Path], needed: Dict[str, str]) -> i
 
 def _with_keys(instance: Instance, timeout: float) -> Instance:
     """Wait for the keys that TorchServe writes into its working directory once it listens."""
-    file = Path(instance.folder, "run", "key_file.json")
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         _check_alive(instance, None)
         with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
-            keys = json.loads(file.read_text())
-            return dataclasses.replace(instance, key=keys["inference"]["key"], management_key=keys["management"]["key"])
+            found = keys.torchserve_keys(Path(instance.folder))
+            return dataclasses.replace(instance, key=found["inference"], management_key=found["management"])
         time.sleep(0.05)
     raise ServerError(f"TorchServe wrote no keys within {timeout:.0f} s")
 

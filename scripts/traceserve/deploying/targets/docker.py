@@ -15,8 +15,8 @@ from traceserve.machine import environment
 
 _NOTES = {
     True: f"without {KEY_VARIABLE} in the container's environment no key is demanded; /ping and /health need none.",
-    False: "TorchServe makes new keys at every start and takes none from outside: `docker logs` shows them. For keys of your "
-    "own, or several containers behind one address, deploy kubernetes, or a proxy that checks them.",
+    False: "TorchServe makes new keys at every start and takes none from outside: `docker exec CONTAINER python -m traceserve "
+    "keys` shows them. For own keys, or several containers behind one address, deploy kubernetes, or a proxy that checks them.",
 }
 
 
