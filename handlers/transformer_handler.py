@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import sys
 import time
 from functools import partial
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from traceserve_runtime.batching.batches import Stats
     from traceserve_runtime.engine import Engine
     from traceserve_runtime.frontend_socket import Reader
+    from traceserve_runtime.mirror import Mirror
     from traceserve_runtime.protocols.bodies import Headers
     from traceserve_runtime.rounds import Rounds
     from traceserve_runtime.service import Reply, Service
@@ -42,6 +44,7 @@ class TransformerHandler:
         self.engine: Optional[Engine] = None
         self._reader: Optional[Reader] = None
         self._rounds: Optional[Rounds] = None
+        self._mirror: Optional[Mirror] = None
 
     def initialize(self, context: WorkerContext) -> None:
         """Load the archive; TorchServe reports a RuntimeError's message.
@@ -52,6 +55,7 @@ class TransformerHandler:
             from traceserve_runtime import settings
             from traceserve_runtime.engine import Engine
             from traceserve_runtime.frontend_socket import read_at_once
+            from traceserve_runtime.mirror import VARIABLE, Mirror
         except ImportError as error:
             raise RuntimeError(f"the worker's Python lacks a package that this archive needs: {error}") from error
         try:
@@ -63,6 +67,7 @@ class TransformerHandler:
             raise
         except Exception as error:  # an outer edge: other exceptions kill the worker without a reason
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
+        self._mirror = Mirror(os.environ.get(VARIABLE))
         self._reader = read_at_once(sys.modules.get(_CODEC), self.engine.idle)
         logging.getLogger().addFilter(_without_traceback)
         # Loaded objects stay: otherwise each full collection walks torch's 200,000 objects while requests wait.
@@ -123,7 +128,7 @@ class TransformerHandler:
         from traceserve_runtime.service import Service
 
         assert self.engine is not None
-        return Service(self.engine, *self._name_and_version(context))
+        return Service(self.engine, *self._name_and_version(context), self._mirror)
 
     def _name_and_version(self, context: WorkerContext) -> Tuple[str, str]:
         """Return the model's name in TorchServe, and its archive's version."""

@@ -96,7 +96,7 @@ RUNTIME_FLOORS: Sequence[Set[str]] = (
     {"generation", "runtimes"},
     {"tasks"},
     {"pending"},
-    {"engine", "protocols"},
+    {"engine", "protocols", "mirror"},
     {"streaming"},
     {"service"},
     {"rounds"},

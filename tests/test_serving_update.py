@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -101,6 +102,32 @@ def test_no_request_fails_and_changed_answers_are_refused(
         assert the_only_version(port) == "2.0"
     assert sum(result.requests for result in results) > 100
     assert {reason for result in results for reason in result.errors} == set()
+
+
+def shadow_update(archive: Path, share: str, *more: str) -> int:
+    return cli.main(["update", str(archive), "--json", "--shadow", share, "--shadow-seconds", "2", *more])
+
+
+def test_live_requests_are_asked_of_both(archives: Path, port: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """A version whose answers to them differ is refused; one whose answers hold is promoted, and no client notices."""
+    instance = instances.find_instance(port)
+    before = the_only_version(port)
+    with load(instance) as results:
+        capsys.readouterr()
+        assert shadow_update(archives / "3.0" / "tiny.mar", "1", "--allow-changes", "20") == 1
+        said = capsys.readouterr().err
+        assert re.search(rf"3.0 answers \d+ of \d+ live requests otherwise than {before}", said), said
+        assert the_only_version(port) == before
+        capsys.readouterr()
+        other = {"1.0": "2.0", "2.0": "1.0"}[before]
+        assert shadow_update(archives / other / "tiny.mar", "0.5") == 0
+        told = json.loads(capsys.readouterr().out)["shadowed"]
+        assert told["shown"] > told["compared"] > len(BODIES) // 2 and told["changed"] == 0
+        assert told["compared"] <= len(BODIES) and told["largest_difference"] < 1e-6
+    assert {reason for result in results for reason in result.errors} == set()
+    assert not {path.name for path in Path(instance.folder).iterdir()} & {"mirror.json", "mirror.sock"}
+    for path in Path(instance.folder).rglob("*"):
+        assert not path.is_file() or b"is late." not in path.read_bytes(), path
 
 
 def test_changed_answers_may_be_allowed(archives: Path, port: int) -> None:

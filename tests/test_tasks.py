@@ -153,10 +153,10 @@ def test_neighbours_and_padding_change_no_answer(task: str, architecture: str, e
 
 @pytest.mark.parametrize("task", LONG_REQUESTS)
 def test_the_gate_knows_two_answers_apart(task: str, exported: Export) -> None:
-    """Whatever parameters a user's samples have, besides the gate's own."""
+    """Whatever parameters a user's samples have, besides the gate's own; and those of clients, without these."""
     engine, _ = exported(task, "bert")
     requests = [Request(r.inputs, {**engine.task.gate_parameters, **r.parameters}) for r in pool(task, engine)]
-    told = answers(engine, requests)
+    told = [*answers(engine, requests), *answers(engine, pool(task, engine))]
     assert all(engine.task.same(value, value) for value in told)
     parameters = LONG_REQUESTS[task](engine).parameters
     asked = [Request(r.inputs, {**parameters, **r.parameters}) for r in engine.task.from_texts(TEXTS)]

@@ -20,6 +20,7 @@ from traceserve_runtime import failures
 from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.engine import Engine, Work
 from traceserve_runtime.errors import InvalidRequest, NotOffered, TraceserveError
+from traceserve_runtime.mirror import Mirror
 from traceserve_runtime.pending import Pending
 from traceserve_runtime.protocols import protocol_of
 from traceserve_runtime.protocols.bodies import Headers
@@ -67,10 +68,11 @@ class _Answered:
 
 
 class Service:
-    """An engine, and the served name and version."""
+    """An engine, and the served name and version; a mirror shows what was answered."""
 
-    def __init__(self, engine: Engine, name: str, version: str = "1.0") -> None:
+    def __init__(self, engine: Engine, name: str, version: str = "1.0", mirror: Optional[Mirror] = None) -> None:
         self.engine = engine
+        self.mirror = mirror
         self.served = Served(name, version, engine.manifest, type(engine.task), self._text_of)
 
     def answer(self, calls: Sequence[Call], stats: Optional[Stats] = None, send: Optional[Send] = None) -> List[Reply]:
@@ -120,6 +122,11 @@ class Service:
             unexpected = _unexpected(error, 1)
             stats.count_error(unexpected)
             return self._failed(call, protocol, unexpected)
+
+    def show(self, exchange: Exchange, result: _Result) -> None:
+        """Show a call's requests and answers in the mirror."""
+        if self.mirror is not None and isinstance(result, _Answered):
+            self.mirror.show((self.served.name, self.served.version), exchange.requests, result.answers)
 
     def _failed(self, call: Call, protocol: Protocol, error: TraceserveError) -> Reply:
         try:
@@ -267,6 +274,7 @@ class Session:
         failures.log(results)
         for each, result in zip(done, results):
             each.reply = self._service.reply(each.call, each.protocol, result, self._stats)
+            self._service.show(each, result)
         return done
 
     def leave(self, exchange: Exchange) -> None:

@@ -64,7 +64,8 @@ class SequenceClassification(Task):
     def same(self, answer: Json, other: Json) -> bool:
         """Require the same best label; for independent labels the same ones above 0.5; for a regression, values within
         a hundredth."""
-        one, two = ([(item["label"], number(item["score"])) for item in json_objects(each)] for each in (answer, other))
+        listed = (json_objects(each if isinstance(each, list) else [each]) for each in (answer, other))
+        one, two = ([(item["label"], number(item["score"])) for item in each] for each in listed)
         if len(self.manifest.labels) == 1:
             return math.isclose(one[0][1], two[0][1], rel_tol=1e-2, abs_tol=1e-3)
         if one[0][0] != two[0][0]:

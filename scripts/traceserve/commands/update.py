@@ -36,6 +36,14 @@ def _add_update(parser: argparse.ArgumentParser) -> None:
         help="ask both versions these texts too, one per line, or a .csv with a column text, or request bodies in a .jsonl",
     )
     parser.add_argument(
+        "--shadow",
+        type=_share,
+        metavar="SHARE",
+        help="then compare on live requests too: ask the new version this share of those that the running one answers, such as "
+        "0.1; clients get the running version's answers, and no text is written anywhere",
+    )
+    parser.add_argument("--shadow-seconds", type=positive, default=30, metavar="S", help="for how long [%(default)s s]")
+    parser.add_argument(
         "--workers",
         type=positive,
         metavar="N",
@@ -61,14 +69,28 @@ def _count(text: str) -> int:
     return number
 
 
+def _share(text: str) -> float:
+    """Parse a number above 0, up to 1."""
+    number = float(text)
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError("should be above 0, and at most 1 for all")
+    return number
+
+
 def _update(options: argparse.Namespace) -> int:
     from traceserve.building import samples
+    from traceserve.rollout.shadowing import ShadowOptions
     from traceserve.rollout.updating import UpdateOptions, UpdateRefused, update_server
 
     if options.samples:  # before anything starts
         samples.lines(options.samples)
     wanted = UpdateOptions(
-        options.workers, options.allow_changes, options.samples, options.timeout, options.require_signature
+        workers=options.workers,
+        allowed_changes=options.allow_changes,
+        samples=options.samples,
+        shadow=ShadowOptions(options.shadow, options.shadow_seconds) if options.shadow else None,
+        timeout=options.timeout,
+        trusted=options.require_signature,
     )
     screen = console(error=options.json)
     try:
@@ -92,6 +114,7 @@ def _update(options: argparse.Namespace) -> int:
 
 
 def _document(found: Updated) -> Dict[str, Any]:
+    shadowed = found.shadowed
     return {
         "name": found.name,
         "url": found.instance.url,
@@ -102,6 +125,14 @@ def _document(found: Updated) -> Dict[str, Any]:
         "compared": found.replay.asked,
         "changed": len(found.replay.moved),
         "largest_difference": found.replay.drift,
+        "shadowed": None
+        if shadowed is None
+        else {
+            "shown": shadowed.shown,
+            "compared": shadowed.compared,
+            "changed": len(shadowed.moved),
+            "largest_difference": shadowed.drift,
+        },
         "kept": found.kept,
     }
 
@@ -120,9 +151,9 @@ COMMANDS = (
         "update",
         "Put a new version in place of a served one, under load.\n\nThe archive is registered on the running TorchServe beside "
         "the old version, warmed up, verified by its golden set at its\nown address, and asked the same as the old version: "
-        "the golden sets of both, and --samples. Only if its answers hold\n(or up to --allow-changes differ) does it get the "
-        "requests. Then the old version answers those that it has, and is\nremoved. No request fails; if anything else does, or "
-        "on Ctrl-C, the new version is removed and the old one stays.\n\n"
+        "the golden sets of both, --samples, and with --shadow a share of the live\nrequests. Only if its answers hold (or up to "
+        "--allow-changes differ) does it get the requests. Then the old version\nanswers those that it has, and is removed. No "
+        "request fails; if anything else does, or on Ctrl-C, the new version is\nremoved and the old one stays.\n\n"
         "  traceserve build --version 2.0 --store model_store/new\n  traceserve update model_store/new/NAME.mar\n\n"
         "For that time both versions are in memory. An old version that requests name in their path "
         "(/predictions/NAME/1.0) is kept.\n\nexit code: 0 updated; 1 the old version answers as before",

@@ -57,7 +57,7 @@ def replay(old: Door, new: Door, task: Task, requests: Sequence[GoldenSample]) -
     moved: List[AnswerChange] = []
     drift = 0.0
     for number, request in enumerate(requests, 1):
-        (before, failed_before), (after, failed_after) = _asked(old, task, request), _asked(new, task, request)
+        (before, failed_before), (after, failed_after) = asked(old, task, request), asked(new, task, request)
         if failed_before or failed_after:
             same = failed_before == failed_after
         else:
@@ -68,7 +68,7 @@ def replay(old: Door, new: Door, task: Task, requests: Sequence[GoldenSample]) -
     return Replay(len(requests), tuple(moved), drift)
 
 
-def _asked(door: Door, task: Task, request: GoldenSample) -> Tuple[Any, bool]:
+def asked(door: Door, task: Task, request: GoldenSample) -> Tuple[Any, bool]:
     """Return the answer, and whether it is a refusal."""
     status, answer = door.ask(door.url, NATIVE.write(request, task))
     if status != 200:

@@ -24,10 +24,11 @@ from traceserve.archives.names import check_name
 from traceserve.checking.proof import Proof, proof_of
 from traceserve.checking.verifying import Door, Verification, verify_server
 from traceserve.errors import ArchiveError, ServerError
+from traceserve.rollout.conditions import check_archive, check_patience, check_server
 from traceserve.rollout.draining import drain
 from traceserve.rollout.replaying import Replay, replay, requests_of
+from traceserve.rollout.shadowing import Shadowed, ShadowOptions, shadow
 from traceserve.serving import client, instances, management, server
-from traceserve.serving.engines import TORCHSERVE
 from traceserve.serving.instances import Instance
 from traceserve.serving.log import load_failure
 from traceserve.serving.plan import Archive, planned
@@ -57,6 +58,7 @@ class UpdateOptions:
     workers: Optional[int] = None
     allowed_changes: int = 0
     samples: Optional[Path] = None
+    shadow: Optional[ShadowOptions] = None
     timeout: float = 300.0  # seconds, for the start of the workers, and for the drain
     trusted: Optional[Path] = None  # a public key or certificates; None: what the server was started with, if anything
 
@@ -72,6 +74,7 @@ class Updated:
     seconds: float
     verification: Verification
     replay: Replay
+    shadowed: Optional[Shadowed]
     kept: Dict[str, int]
 
 
@@ -80,7 +83,7 @@ def update_server(
 ) -> Updated:
     """Replace the served archive of this name by `file`; raises TraceserveError, after which the old one still answers."""
     instance = instances.serving_instance(check_name(file.stem), port)
-    _check_server(instance)
+    check_server(instance)
     trusted = options.trusted or (Path(instance.trusted) if instance.trusted else None)
     with _alone(instance), signing.verified([file], trusted) as [file], proof_of(file) as proof:
         [archive] = planned([file], None, None, False).values()
@@ -88,22 +91,9 @@ def update_server(
         instance = _corrected(instance, archive.name, running)
         workers = options.workers or archive.serving.workers or running.workers
         archive = planned([file], None, workers, False)[archive.name]
-        _check_archive(archive, instance, running)
-        _check_patience(archive.name, running, options.timeout)
+        check_archive(archive, instance, running)
+        check_patience(archive.name, running, options.timeout)
         return _Update(archive, instance, running, proof, options, report).run()
-
-
-def _check_server(instance: Instance) -> None:
-    if instance.engine != TORCHSERVE:
-        raise ServerError(
-            f"the server on port {instance.port} is Ray Serve, which `traceserve update` does not know; serve both versions "
-            "with --shares (docs/upgrade.md)"
-        )
-    if instance.management_socket is None:
-        raise ServerError(
-            f"the server on port {instance.port} takes no new versions: an older traceserve started it, or this system cannot "
-            "keep TorchServe's API for it to you alone (only Linux can); stop it and serve the new archive"
-        )
 
 
 def _corrected(instance: Instance, name: str, running: management.Registered) -> Instance:
@@ -120,36 +110,6 @@ def _after(instance: Instance, name: str, folder: str, workers: int) -> Instance
     return dataclasses.replace(
         instance, folders={**instance.folders, name: folder}, workers={**instance.workers, name: workers}
     )
-
-
-def _check_archive(archive: Archive, instance: Instance, running: management.Registered) -> None:
-    """Raise ServerError for an archive that cannot take the running one's place."""
-    manifest, before = archive.manifest, Manifest.read(Path(instance.folder, "store", running.folder), verify=False)
-    if manifest.version == running.version:
-        raise ServerError(
-            f"{archive.name} is already served as version {running.version}, and each version exists once; build the new one "
-            'under another: `traceserve build --version V`, or "version" in setup_config.json'
-        )
-    if manifest.task != before.task:
-        raise ServerError(
-            f"{archive.file} is a {manifest.task}, and {archive.name} is served as a {before.task}: its clients would get other "
-            "answers; give the archive another name, and serve it"
-        )
-    if manifest.hardware != before.hardware:
-        raise ServerError(
-            f"{archive.file} is for {manifest.hardware}, and the server was started for {before.hardware}; start another one "
-            "for it on another --port"
-        )
-    server.check_for_torchserve(archive)
-
-
-def _check_patience(name: str, running: management.Registered, timeout: float) -> None:
-    """Raise ServerError if the running version cannot be drained in time: after the switch it would be too late."""
-    if running.continuous and running.response_timeout > timeout:
-        raise ServerError(
-            f"{name} {running.version} has continuous_batching, so it is known to have answered all only after its "
-            f"response_timeout of {running.response_timeout} s; --timeout should be at least that, not {timeout:.0f}"
-        )
 
 
 @contextlib.contextmanager
@@ -196,6 +156,7 @@ class _Update:
             self._register()
             verification = self._verify()
             compared = self._compare()
+            shadowed = self._shadow(self._options.shadow, compared) if self._options.shadow else None
             self._promote()
             named = self._drain(self._running.version)
         except TraceserveError as error:
@@ -215,6 +176,7 @@ class _Update:
             time.monotonic() - started,
             verification,
             compared,
+            shadowed,
             kept,
         )
 
@@ -287,6 +249,33 @@ class _Update:
         self._report(
             f"compared with {self._running.version}: {found.asked} requests, {moved}, scores by up to {found.drift:.1e}"
         )
+        return found
+
+    def _shadow(self, options: ShadowOptions, compared: Replay) -> Shadowed:
+        """Ask the new version a share of the live requests too; raises ServerError if more answers moved than may."""
+        old, new = self._running.version, self._version
+        self._report(f"shadowing: {options.share:.0%} of the requests to {old} for {options.seconds:.0f} s")
+        served = self._name, old
+        found = shadow(self._instance, self._door(old), self._door(new), self._proof.task, served, options)
+        moved, allowed = len(compared.moved) + len(found.moved), self._options.allowed_changes
+        if moved > allowed:
+            raise UpdateRefused(
+                f"{self._name} {new} answers {len(found.moved)} of {found.compared} live requests otherwise than {old}; with "
+                f"those before {moved} answers changed, and {allowed} may (--allow-changes)",
+                Replay(found.compared, found.moved, found.drift),
+            )
+        if not found.compared:
+            none = (
+                f"none of {found.shown} requests has an answer to compare"
+                if found.shown
+                else f"{old} answered no request"
+            )
+            self._report(f"shadowed nothing: {none}")
+        else:
+            self._report(
+                f"shadowed: {found.compared} different requests of {found.shown}, {len(found.moved)} answers changed, scores by "
+                f"up to {found.drift:.1e}"
+            )
         return found
 
     def _promote(self) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import psutil
+from traceserve_runtime import mirror
 from traceserve_runtime.json_types import JsonObject
 from traceserve_runtime.manifest import Manifest
 
@@ -36,6 +37,7 @@ _SLACK = 0.5  # seconds an answer may take after the frontend's own limit
 _LONGEST_SOCKET_PATH = 103  # bytes, on macOS; Linux has 107
 _FOLDER = re.compile(r"traceserve-\d+-[a-z0-9_]{8}")  # the names by _new_folder
 DEFAULT_PORT = 8080
+MIRROR_FILE = "mirror.json"  # in a server's folder, while its answered requests are shown; see `mirror`
 
 
 def start(
@@ -224,6 +226,7 @@ def launch(folder: Path, settings: Dict[str, Path], needed: Dict[str, str]) -> i
         "TEMP": str(folder / "tmp"),
         "LOG_LOCATION": str(folder / "logs"),
         "METRICS_LOCATION": str(folder / "logs"),
+        mirror.VARIABLE: str(folder / MIRROR_FILE),
         **environment.settings(),
     }
     with (folder / "logs" / "start.log").open("wb") as log:
