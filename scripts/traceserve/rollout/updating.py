@@ -265,11 +265,9 @@ class _Update:
                 Replay(found.compared, found.moved, found.drift),
             )
         if not found.compared:
-            none = (
-                f"none of {found.shown} requests has an answer to compare"
-                if found.shown
-                else f"{old} answered no request"
-            )
+            none = f"{old} answered no request, or its server or archive is older than --shadow"
+            if found.shown:
+                none = f"none of {found.shown} requests has an answer to compare"
             self._report(f"shadowed nothing: {none}")
         else:
             self._report(
