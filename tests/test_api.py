@@ -29,6 +29,7 @@ def archive(checkpoint: Make, tmp_path_factory: pytest.TempPathFactory) -> trace
         output=folder / "colours",
         store=folder / "store",
         samples=["A red flower.", "A green leaf."],
+        keep_samples=True,
         version="2.0",
         progress=lambda what, done, total: told.append(what),
     )
@@ -40,6 +41,7 @@ def archive(checkpoint: Make, tmp_path_factory: pytest.TempPathFactory) -> trace
 def test_what_was_built(archive: traceserve.BuiltArchive) -> None:
     assert archive.manifest.task == "sequence_classification" and archive.manifest.labels == ("red", "green", "blue")
     assert archive.manifest.receipt["answers"] >= 2
+    assert archive.manifest.receipt["golden"]["own_samples"] == 2
     assert archive.report["name"] == "colours"
 
 
@@ -63,6 +65,12 @@ def test_a_wrong_input_says_what_is_wrong(archive: traceserve.BuiltArchive) -> N
         model("A red flower.", top_k="three")
     with pytest.raises(InputTooLong):
         model("red " * 100_000)
+
+
+def test_only_given_samples_can_be_kept(checkpoint: Make, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there are none"):
+        traceserve.build(str(checkpoint("bert")), store=tmp_path, output=tmp_path / "x", keep_samples=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_stays_of_what_was_unpacked(

@@ -81,6 +81,7 @@ def test_the_command_shows_the_totals(served: Instance) -> None:
         COMMAND, capture_output=True, text=True, timeout=60, check=True, env={**os.environ, "COLUMNS": "80"}
     )
     assert str(served.port) in shown.stdout and "1 of 1" in shown.stdout
+    assert re.search(r"tiny\W+1\.0\W", shown.stdout), shown.stdout
     [row] = re.findall(r"^ tiny\S* +(\d+) +[\d.]+ .*?(\d+) *$", shown.stdout, re.MULTILINE)
     assert int(row[0]) >= 2 and int(row[1]) >= 1
     assert re.search(rf"tiny:{served.port} failed: .*\d InvalidRequest", shown.stdout)

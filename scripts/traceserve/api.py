@@ -44,6 +44,7 @@ def build(
     output: Union[str, Path, None] = None,
     store: Union[str, Path] = STORE,
     samples: Union[str, Path, Sequence[str], None] = None,
+    keep_samples: bool = False,
     allow_drift: bool = False,
     force: bool = False,
     version: Optional[str] = None,
@@ -58,6 +59,7 @@ def build(
         output: The artifact's folder; by default artifacts/ and the last part of model_name.
         store: The folder of archives.
         samples: Your own texts to compare on, or a file of them.
+        keep_samples: Keep your samples in the archive, with the original's answers, so that `traceserve verify` asks them too.
         allow_drift: Keep the archive even if its answers differ from the original's.
         force: Replace existing ones.
         version: The archive's version; by default the configuration's, else 1.0.
@@ -67,13 +69,15 @@ def build(
     Raises:
         TraceserveError: with a sentence that says what to do; nothing is left half-made.
     """
+    if keep_samples and samples is None:
+        raise ConfigError("keep_samples keeps the samples, and there are none; give samples too, or leave it out")
     loaded = _configured(model_name, config, keys)
     written = build_targets(loaded, Path(output) if output else None, Path(store), version, force)
     assert written.archive is not None
     quiet: Progress = progress or (lambda what, done, total: None)
     with tempfile.TemporaryDirectory(prefix="traceserve-samples.") as folder:
         file = _samples_file(samples, Path(folder))
-        exported = export_and_pack(loaded, written, quiet, file, allow_drift)
+        exported = export_and_pack(loaded, written, quiet, file, allow_drift, keep_samples)
     return BuiltArchive(written.archive, contents.read_manifest(written.archive), exported.report())
 
 

@@ -88,14 +88,23 @@ def _servers(running: Sequence[Instance]) -> Table:
 
     from traceserve.serving import instances
 
-    table = Table("archive", "port", "workers", "up", "pid")
+    table = Table("archive", "version", "port", "workers", "up", "pid")
     for instance in running:
         alive = instances.workers_alive(instance)
         up = time.strftime("%H:%M:%S", time.gmtime(time.time() - instance.started))
         for name in instance.names:
             workers = f"{alive[name]} of {instance.workers[name]}"
-            table.add_row(name, str(instance.port), workers, up, str(instance.pid))
+            table.add_row(name, _version(instance, name), str(instance.port), workers, up, str(instance.pid))
     return table
+
+
+def _version(instance: Instance, name: str) -> str:
+    """Return the version that answers those who name none; empty if several share them, as on Ray."""
+    from traceserve_runtime.errors import TraceserveError
+
+    with contextlib.suppress(TraceserveError, OSError):
+        return instance.manifest(name).version
+    return ""
 
 
 def _by_status(instance: Instance) -> str:
