@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Sequence, Tuple
 
 import pytest
+import yaml
 from conftest import run_export
 from test_deploying import bare_python, deployed, parsed, refused
 from traceserve.archives.archive import pack_archive
@@ -186,7 +187,10 @@ def kserve(mar: Path, python: Path, tmp_path_factory: pytest.TempPathFactory) ->
     models, home, port = folder / "mnt-models", tmp_path_factory.mktemp("home"), free_ports(1)[0]
     models.mkdir()
     (models / "tiny.mar").write_bytes(mar.read_bytes())
-    words = [str(models), "--name=served", "--host=0.0.0.0", f"--port={port}"]
+    [runtime] = yaml.safe_load_all((folder / "runtime.yaml").read_text())
+    own = {"/mnt/models": str(models), "--name={{.Name}}": "--name=served", "--port=8080": f"--port={port}"}
+    words = [own.get(word, word) for word in runtime["spec"]["containers"][0]["args"]]
+    assert set(own) <= set(runtime["spec"]["containers"][0]["args"])
     digest = json.loads((folder / "traceserve-deploy.json").read_text())["archives"][0]["sha256"]
     with started(folder / "image", python, home, words, port, "/health", TRACESERVE_SHA256=digest) as running:
         yield running
