@@ -445,6 +445,7 @@ def nested(opening: str, closing: str, depth: int = 100_000) -> bytes:
 @pytest.mark.parametrize(
     "body",
     [nested("[", "]"), nested('{"data":', "}"), nested('{"text":', "}"), nested('{"text": "a", "parameters":', "}")],
+    ids=["lists", "data", "text", "parameters"],
 )
 def test_deeply_nested_bytes_are_refused(body: bytes, content_type: str) -> None:
     if content_type == "" and body[:1] == b"[":
