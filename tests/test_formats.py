@@ -19,6 +19,7 @@ from traceserve.building.config.parsing import parse_config
 from traceserve.building.config.save_modes import SAVE_MODES
 from traceserve.building.config.schema import json_schema
 from traceserve.errors import ConfigError
+from traceserve_runtime.engine import NO_GRADIENTS
 from traceserve_runtime.runtimes.torchscript.reader import FILLED, UNPADDED
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.parameters import Parameter
@@ -183,4 +184,4 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_what_a_reader_must_know_is_in_the_manifest(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     content = {"model_name": str(checkpoint("bert")), "max_length": 32, "allow_untrained_head": True}
-    assert run_export(tmp_path / "x", content).manifest.runtime == {UNPADDED: True, FILLED: 16}
+    assert run_export(tmp_path / "x", content).manifest.runtime == {UNPADDED: True, FILLED: 16, NO_GRADIENTS: ""}

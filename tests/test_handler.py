@@ -677,15 +677,18 @@ def test_the_settings_reach_the_engine(artifact: Path) -> None:
 
 
 @pytest.mark.parametrize("row", [{"body": {"text": "a"}}, {"data": b"a"}, {"text": b"a"}, {"body": b""}])
-def test_a_door_for_explanations_is_not_offered(loaded: TransformerHandler, row: Any) -> None:
+def test_a_door_for_explanations(loaded: TransformerHandler, row: Any) -> None:
     """TorchServe marks it with its own header, in this spelling; a client's own differs, or is overwritten."""
     (explained, other, another), context = serve_rows(
         loaded,
         [row, {"body": "a"}, {"body": "a"}],
-        [{**HTTP, "explain": "True"}, {**HTTP, "explain": "False", "Explain": "True"}],
+        [{**HTTP, "explain": "True", "content-length": "6"}, {**HTTP, "explain": "False", "Explain": "True"}],
     )
-    assert context.statuses == {0: (501, "Not Implemented")} and error_of(explained) == ("NotOffered", None)
-    assert "not explained" in explained["error"]["message"] and is_answer(other) and is_answer(another)
+    assert is_answer(other) and is_answer(another)
+    if row == {"body": b""}:
+        assert context.statuses == {0: (400, "Bad Request")} and error_of(explained) == ("InvalidRequest", None)
+    else:
+        assert not context.statuses and is_answer(explained["answer"]) and explained["words"][0]["word"] == "a"
 
 
 HTTP = {"Host": "localhost", "content-length": "1"}

@@ -144,6 +144,45 @@ def test_every_path_gives_the_native_answer(
 
 
 @pytest.mark.parametrize(
+    "path, body, found",
+    [
+        ("/explanations/small", {"text": TEXT}, lambda answer: answer),
+        ("/explanations/small/1.0", TEXT, lambda answer: answer),
+        ("/v1/models/small:explain", {"instances": [TEXT]}, lambda answer: answer["explanations"][0]),
+        ("/v2/models/small/explain", TENSOR, lambda answer: json.loads(answer["outputs"][0]["data"][0])),
+    ],
+)
+def test_every_door_explains(path: str, body: Any, found: Callable[[Any], Any], classifier: Service) -> None:
+    hosted = Hosted(classifier)
+    answer = run(hosted.ask(path, body))
+    assert answer.status == 200, answer
+    explained = found(answer.json)
+    assert explained["answer"] == native(classifier, {"text": TEXT}) and explained["method"] == "integrated_gradients"
+    assert "".join(word["word"] for word in explained["words"]) == TEXT.replace(" ", "")
+
+
+def test_predictions_are_answered_beside_an_explanation(classifier: Service) -> None:
+    """They join between its runs, and a prediction that comes while it rests wakes the thread."""
+
+    async def both() -> Tuple[Answer, List[float]]:
+        hosted = Hosted(classifier)
+        explaining = asyncio.ensure_future(hosted.ask("/explanations/small", {"text": " ".join([TEXT] * 60)}))
+        took = []
+        await asyncio.sleep(0.01)
+        for _ in range(20):
+            began = time.perf_counter()
+            assert (await hosted.ask("/predictions/small", {"text": TEXT})).status == 200
+            took.append(time.perf_counter() - began)
+        beside = not explaining.done()
+        assert beside
+        return await explaining, took
+
+    explained, took = run(both())
+    assert explained.status == 200 and explained.json["windows"]["of"] > 3
+    assert sorted(took)[10] < 0.2
+
+
+@pytest.mark.parametrize(
     "path, found",
     [
         ("/v2", {"name": "traceserve"}),
@@ -171,10 +210,8 @@ def test_documents(path: str, found: Dict[str, Any], classifier: Service) -> Non
         ("/predictions/small/2.0", 404, "version 1.0 is"),
         ("/v2/models/other/infer", 404, "the model other is not served here"),
         ("/v2/models/small/versions/3/ready", 404, "version 3 is not served"),
-        ("/v2/models/small/nothing", 404, "/infer and /ready"),
-        ("/v1/models/small:explain", 501, "the verb explain is not offered"),
-        ("/v2/models/small/explain", 501, "not explained"),
-        ("/explanations/small", 501, "not explained"),
+        ("/v2/models/small/nothing", 404, "/infer, /explain and /ready"),
+        ("/v1/models/small:regress", 501, "the verb regress is not offered"),
         ("/nothing", 404, "nothing is served at /nothing"),
     ],
 )

@@ -173,6 +173,34 @@ def test_every_form_of_a_text(body: bytes, content_type: str, served: Served) ->
     assert reply.headers["content-type"] == "application/json"
 
 
+@pytest.mark.parametrize(
+    "path, body, found",
+    [
+        ("explanations/quick", "one boat", lambda answer: answer),
+        ("explanations/quick/1.0", {"text": "one boat"}, lambda answer: answer),
+        ("v1/models/quick:explain", {"instances": ["one boat"]}, lambda answer: answer["explanations"][0]),
+        (
+            "v2/models/quick/explain",
+            {"inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": ["one boat"]}]},
+            lambda answer: json.loads(answer["outputs"][0]["data"][0]),
+        ),
+    ],
+)
+def test_the_frontends_doors_for_explanations(path: str, body: Any, found: Any, served: Served) -> None:
+    request = urllib.request.Request(
+        f"{served.instance.url}/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    reply = send(request)
+    assert reply.status == 200, reply.body
+    explained = found(reply.json)
+    assert explained["method"] == "integrated_gradients" and explained["completeness_error"] < 0.1
+    assert [(word["word"], word["start"], word["end"]) for word in explained["words"]] == [
+        ("one", 0, 3),
+        ("boat", 4, 8),
+    ]
+    assert explained["answer"]["label"] == expected(served, {"text": "one boat"})["label"]
+
+
 def test_a_list_is_answered_with_a_list(served: Served) -> None:
     body = [
         "one",
@@ -569,13 +597,15 @@ def test_the_command_from_configuration_to_prediction(checkpoint: Callable[..., 
         "mode": "sequence_classification",
         "max_length": "32",
         "do_lower_case": True,
-        "captum_explanation": False,
+        "captum_explanation": True,
+        "embedding_name": "bert",
+        "FasterTransformer": False,
     }
     (tmp_path / "setup_config.json").write_text(json.dumps(config))
     port = str(configuration.free_ports(1)[0])
     built = run("build", "--output", "artifacts/colours", cwd=tmp_path)
     assert built.returncode == 0, built.stderr
-    assert "captum_explanation has no meaning here" in built.stderr and "answers changed" in built.stdout
+    assert "FasterTransformer has no meaning here" in built.stderr and "answers changed" in built.stdout
     again = run("build", "--output", "artifacts/colours", cwd=tmp_path)
     assert again.returncode == 1 and "--force" in again.stderr
     served = run("serve", "model_store/colours.mar", "--port", port, "--workers", "2", cwd=tmp_path)
@@ -599,6 +629,10 @@ def test_the_command_from_configuration_to_prediction(checkpoint: Callable[..., 
             asked = run("predict", "colours", "--port", port, *arguments, cwd=tmp_path, stdin=stdin)
             assert asked.returncode == 0, asked.stderr
             assert len([json.loads(line) for line in asked.stdout.splitlines()]) == count
+        explained = run("explain", "colours", "--port", port, "one boat is small", "--json", cwd=tmp_path)
+        assert explained.returncode == 0, explained.stderr
+        own = json.loads(explained.stdout)
+        assert own["method"] == "integrated_gradients" and [w["word"] for w in own["words"]][-1] == "small"
         refused = run("predict", "colours", "--port", port, "--json", '{"txt": "one"}', cwd=tmp_path)
         assert refused.returncode == 1 and "did you mean" in refused.stderr and not refused.stdout
         assert "has no other" in run("predict", "other", "--port", port, "x", cwd=tmp_path).stderr

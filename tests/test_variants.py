@@ -59,7 +59,7 @@ def test_every_save_mode_lists_its_variants() -> None:
 def test_every_setting_has_its_variants(artifact: Path) -> None:
     """A new setting is either listed, or declared here as not affecting the graph and its shapes."""
     manifest = Manifest.read(artifact)
-    assert set(Settings._fields) == {"pack_weights", "threads", "length_step"}
+    assert set(Settings._fields) == {"pack_weights", "threads", "length_step", "explain_seconds"}
     for settings in (Settings(), Settings(pack_weights=False), Settings(threads=1), Settings(length_step=8)):
         assert _reading(manifest, "cpu", settings) in _readings(manifest, "cpu")
 

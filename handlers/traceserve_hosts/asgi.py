@@ -1,7 +1,7 @@
 """The service as an ASGI application: what a Python web server needs to answer as TorchServe does, and at the root paths too.
 
     /predictions/NAME[/VERSION[/PATH]]   as TorchServe has it; PATH is that of a protocol
-    /explanations/NAME[/VERSION]         not offered yet
+    /explanations/NAME[/VERSION]         the same requests, whose answers are explained
     /ping, /health                       whether the model answers: 503 with the reason where it does not
     /PATH                                any path of a protocol: /v1/embeddings, /v2/models/NAME/infer, /rerank, /docs, ...
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import threading
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_LONGEST_REST = 0.05  # seconds; calls that come end it
 _SECONDS_IDLE = 0.02  # without a request, until the engine is told that nobody waits
 
 # Called after each turn: what was computed, the calls that were in it, and the seconds that it took.
@@ -65,6 +67,7 @@ class Batcher:
         self._running = 0  # calls that joined and are not answered
         self._busy = False  # a batch runs, or the next one is being collected
         self._full: Optional[asyncio.Event] = None  # a whole batch waits
+        self._come = threading.Event()  # a call came while others are answered
 
     @property
     def waiting(self) -> int:
@@ -75,6 +78,7 @@ class Batcher:
         """Queue a call."""
         job = Asked(call)
         self._waiting.append(job)
+        self._come.set()
         if not self._busy:
             self._busy = True
             asyncio.ensure_future(self._collect())
@@ -119,7 +123,11 @@ class Batcher:
             self._tell(stats.taken(), calls, time.perf_counter() - began)
             self._running = len(running.calls)
             if running.calls:
+                self._come.clear()
                 running.join(self._taken(self._room()))
+                if running.rest:  # only explanations wait, for predictions
+                    self._come.wait(min(running.rest, _LONGEST_REST))
+                    running.join(self._taken(self._room()))
         loop.call_soon_threadsafe(self._finish)
 
     def _room(self) -> int:
@@ -159,6 +167,12 @@ class _Running:
         """Add calls."""
         if jobs:
             self.calls += zip(jobs, self._session.join([job.call for job in jobs], [self._sender(job) for job in jobs]))
+
+    @property
+    def rest(self) -> float:
+        """For how many seconds a turn would do nothing, unless others join; archives of earlier versions do not say."""
+        rest: float = getattr(self._session, "rest", 0.0)
+        return rest
 
     def turn(self) -> Sequence[object]:
         """Go one step further, and deliver the replies that there are now; returns the calls that were in it."""

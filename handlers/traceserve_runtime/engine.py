@@ -17,11 +17,14 @@ from traceserve_runtime.batching.costs import Pace
 from traceserve_runtime.batching.lanes import Batches, Lanes, least_cost, row_cost, schedule
 from traceserve_runtime.batching.measuring import Measuring
 from traceserve_runtime.errors import InvalidManifest, TraceserveError
+from traceserve_runtime.explaining.pacing import Pacing
+from traceserve_runtime.explaining.targets import Differentiable
+from traceserve_runtime.explanations import Explainer, Explanations
 from traceserve_runtime.generation.loop import Member, WritingLoop
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.pending import Arrival, Backlog, Pending, Result, Unrun
 from traceserve_runtime.runner import Arrays, Runner
-from traceserve_runtime.runtimes import RUNTIMES
+from traceserve_runtime.runtimes import GRADIENTS, RUNTIMES
 from traceserve_runtime.settings import Settings
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Answer, Job, Parts, Request, Task
@@ -29,6 +32,8 @@ from traceserve_runtime.texts import limits
 from traceserve_runtime.texts.rows import Encoded
 from traceserve_runtime.texts.tokenization import TextTokenizer
 
+# In `Manifest.runtime`: why the archive has no gradients; empty if it has. Older archives do not say.
+NO_GRADIENTS = "no_gradients"
 _MANY_TOKENS = 4096  # read since memory was released: enough to spend a millisecond on it
 _OF_ONE_CORE = 0.9  # a token's cost there, relative to all cores' times their number: a guess until measured
 
@@ -59,6 +64,10 @@ class Engine:
         self.pace = Pace()
         self._measuring = Measuring(iter(()))
         self._tokens_since = 0  # since memory was released
+        self.pacing = Pacing()  # of explanations, beside predictions
+        self.explain_seconds = Settings().explain_seconds
+        self._device = "cpu"
+        self._explainer: Optional[Explainer] = None
 
     @classmethod
     def load(cls, folder: Path, device: str = "cpu", settings: Settings = Settings()) -> Engine:
@@ -87,7 +96,9 @@ class Engine:
             if value not in table:
                 raise InvalidManifest(f"this runtime does not support the {what} {value!r}, only: {', '.join(table)}")
         task = load_task(folder, manifest)
-        return cls(folder, manifest, task, RUNTIMES[manifest.save_mode](manifest, folder, device, settings))
+        engine = cls(folder, manifest, task, RUNTIMES[manifest.save_mode](manifest, folder, device, settings))
+        engine.explain_seconds, engine._device = settings.explain_seconds, device
+        return engine
 
     def make_ready(self) -> None:
         """Prepare to answer clients in a process of its own, as every host does."""
@@ -194,6 +205,15 @@ class Engine:
             return encoded
         return [refused.get(request.group, item) for request, item in zip(requests, encoded)]
 
+    def explainer(self) -> Explainer:
+        """Return what explanations need; the first call loads the model's gradients."""
+        if self._explainer is None:
+            gradients: Union[Differentiable, str] = str(self.manifest.runtime.get(NO_GRADIENTS, "the archive has none"))
+            if self.manifest.save_mode in GRADIENTS and self.manifest.runtime.get(NO_GRADIENTS) == "":
+                gradients = GRADIENTS[self.manifest.save_mode](self.manifest, self.folder, self._device)
+            self._explainer = Explainer(self.manifest, self.task, self.runner, gradients)
+        return self._explainer
+
     def run(self, jobs: List[Job], stats: Stats) -> List[Union[Arrays, TraceserveError]]:
         """Return the outputs of each row, in order; a failed micro-batch is retried row by row."""
         outputs: List[Union[Arrays, TraceserveError, None]] = [None] * len(jobs)
@@ -262,12 +282,21 @@ class Work:
         self._seconds = seconds
         self._loop = engine.task.open_loop(engine.runner, stats)
         self._backlog = Backlog(engine.task.tokenizer.limits.characters)
+        self._explanations = Explanations(
+            engine.explainer, engine.pacing, engine.explain_seconds, polite=not math.isinf(seconds)
+        )
         self._some_left = False
 
     @property
     def busy(self) -> bool:
         """Whether a request is not done."""
-        return bool(self._backlog) or (self._loop is not None and self._loop.busy)
+        return bool(self._backlog or self._explanations) or (self._loop is not None and self._loop.busy)
+
+    @property
+    def rest(self) -> float:
+        """For how many seconds a turn would do nothing, unless others join: only explanations wait, for predictions."""
+        resting = bool(self._explanations) and not self._backlog and self._loop is None
+        return self._explanations.wait() if resting else 0.0
 
     def join(self, requests: Sequence[Request], emits: Sequence[Optional[Callable[..., None]]]) -> List[Pending]:
         """Add requests, and return them in order; see `Engine.answer` for the callbacks."""
@@ -294,7 +323,9 @@ class Work:
         if self._loop is not None:
             self._loop.turn()
         else:
-            self._run(self._seconds - (time.perf_counter() - began))
+            ran = self._run(self._seconds - (time.perf_counter() - began))
+            if not ran and self._explanations:
+                self._explanations.turn()
 
     def _read(self, arrivals: Sequence[Arrival]) -> None:
         """Tokenize requests; their rows join the loop, or wait to be run."""
@@ -320,21 +351,31 @@ class Work:
                     self._write(self._loop, pending, item, jobs)
             self._backlog.add(own, tokenized)
 
-    def _run(self, seconds: float) -> None:
-        """Run rows for about this long, and answer the requests that they complete."""
+    def _run(self, seconds: float) -> bool:
+        """Run rows for about this long, and answer the requests that they complete; return whether there were any."""
         shapes, cost = self._engine.manifest.shapes, self._engine.cost
         rows = self._backlog.rows(self._engine.pace.cost_within(seconds), lambda length: row_cost(length, shapes, cost))
         if not rows:
-            return
+            return False
         for row, output in zip(rows, self._engine.run([row.job for row in rows], self._stats)):
             row.unrun.keep(row.position, output)
             self._answer(row.unrun)
         self._backlog.ran(rows)
+        if not all(row.job.request.explain for row in rows):
+            self._engine.pacing.predicted(time.perf_counter())
+        return True
 
     def _answer(self, unrun: Unrun) -> None:
         outputs = unrun.outputs()
-        if outputs is not None:
-            unrun.pending.result = self._engine.decode(unrun.pending.request, unrun.encoded, outputs)
+        if outputs is None:
+            return
+        pending = unrun.pending
+        result = self._engine.decode(pending.request, unrun.encoded, outputs)
+        if pending.request.explain and isinstance(result, Answer):
+            arrays = [output for output in outputs if not isinstance(output, TraceserveError)]
+            self._explanations.begin(pending, result, unrun.encoded, arrays, time.perf_counter())
+        else:
+            pending.result = result
 
     def _write(self, loop: WritingLoop, pending: Pending, encoded: Encoded, jobs: Sequence[Job]) -> None:
         pending.members = [self._engine.task.member(job) for job in jobs]

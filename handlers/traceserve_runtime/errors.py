@@ -70,6 +70,13 @@ class NotOffered(TraceserveError):
     phrase = "Not Implemented"
 
 
+class OutOfTime(TraceserveError):
+    """The answer was not ready within its own time budget."""
+
+    status = 503
+    phrase = "Service Unavailable"
+
+
 class ModelFailure(TraceserveError):
     """The model failed on a valid request, or returned NaN or infinity."""
 

@@ -14,6 +14,7 @@ from traceserve_runtime.service import Call, Exchange, Reply, Service
 
 # A round has as many turns as fit, since passing all calls again takes a millisecond or two; it ends with any answer.
 _SECONDS = 0.02
+_REST = 0.002  # where only explanations wait, for predictions, which come with the next round
 
 
 class Part(NamedTuple):
@@ -86,6 +87,9 @@ class Rounds:
         self._join({each: call_of(i) for i, each in enumerate(ids) if each not in self._known})
         while self._session.busy:
             if self._session.turn() or time.perf_counter() - began >= _SECONDS:
+                break
+            if self._session.rest:
+                time.sleep(min(self._session.rest, _REST))
                 break
         if all(known.call.headers.ended for known in self._known.values()):
             time.sleep(_SECONDS)  # a call that the host has ended gets no answer, and is passed again

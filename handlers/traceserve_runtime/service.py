@@ -95,8 +95,6 @@ class Service:
         try:
             if call.headers.ended:
                 raise NotOffered("StreamPredictions2 needs TorchServe's sequence batching")
-            if call.headers.explain:
-                raise NotOffered("answers are not explained here; ask for a prediction at /predictions/NAME")
             body = protocol.read(call.parts, call.headers, self.served, index)
             if isinstance(body, Body) and not body.streamable and any(map(self.engine.task.streams, body.requests)):
                 raise InvalidRequest(
@@ -235,6 +233,11 @@ class Session:
     def busy(self) -> bool:
         """Whether a call is not answered."""
         return bool(self._live)
+
+    @property
+    def rest(self) -> float:
+        """For how many seconds a turn would do nothing, unless others join; see `Work`."""
+        return self._work.rest
 
     @property
     def live(self) -> Sequence[Exchange]:

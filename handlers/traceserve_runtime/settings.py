@@ -13,6 +13,7 @@ class Settings(NamedTuple):
     threads: Optional[int] = None  # per operator; None: the library's default
     length_step: Optional[int] = None  # pad rows to a multiple of it, if the model accepts any length
     pack_weights: bool = True  # keep a copy of the weights in the processor's layout: torchscript/packing.py
+    explain_seconds: int = 30  # that an explanation may take, unless its request says otherwise
 
 
 def read(config: Mapping[str, object]) -> Settings:
@@ -27,7 +28,7 @@ def read(config: Mapping[str, object]) -> Settings:
         if not valid(key, value):
             raise InvalidManifest(
                 f"model-config.yaml: {key} is {value!r}; under handler may stand threads and length_step, 1 or more "
-                "each, and pack_weights, true or false"
+                "each, pack_weights, true or false, and explain_seconds, 1 or more"
             )
     workers = config.get("maxWorkers")
     if config.get("continuousBatching") and isinstance(workers, int) and workers > 1:

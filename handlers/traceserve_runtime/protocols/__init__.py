@@ -6,7 +6,7 @@ import re
 from typing import Dict, Mapping, Pattern, Tuple, Union
 
 from traceserve_runtime.errors import NotFound, TraceserveError
-from traceserve_runtime.protocols import huggingface, metadata, openai, openapi, ranking, tei
+from traceserve_runtime.protocols import explaining, huggingface, metadata, openai, openapi, ranking, tei
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Body, Document, Protocol, Refusal, Served
 from traceserve_runtime.protocols.requests import Native
@@ -59,10 +59,13 @@ class _Nothing:
 
 
 _NOTHING = _Nothing()
+_EXPLANATIONS = explaining.ExplanationsPath()
 
 
 def protocol_of(headers: Headers) -> Protocol:
     """Return the protocol of a call."""
+    if headers.explain:
+        return _EXPLANATIONS
     path = headers.path.strip("/")
     for begins, protocol in _OF_MODELS:
         if begins.match(path):

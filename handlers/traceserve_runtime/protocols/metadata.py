@@ -6,13 +6,14 @@ exist on TorchServe too.
 
 from __future__ import annotations
 
-from typing import List, Mapping, Union
+from typing import Dict, List, Mapping, Union
 
 from traceserve_runtime import __version__
 from traceserve_runtime.errors import NotFound, NotOffered, TraceserveError
 from traceserve_runtime.json_types import JsonObject
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Body, Document, Refusal, Served
+from traceserve_runtime.protocols.explaining import ExplainedBodies
 from traceserve_runtime.protocols.fields import check_served
 from traceserve_runtime.protocols.open_inference import OUTPUT
 from traceserve_runtime.protocols.requests import Native, in_words
@@ -51,9 +52,10 @@ class ModelMetadata(_KServe):
 
     def __init__(self) -> None:
         self._native = Native()
+        self._explanations = ExplainedBodies()
 
     def read(self, parts: Mapping[str, object], headers: Headers, served: Served, group: int) -> Union[Body, Document]:
-        """Return a prediction at /infer, else a document; raises NotFound for another model, version or path."""
+        """Return a prediction, an explanation, or a document; raises NotFound for another model, version or path."""
         name, _, rest = headers.path.strip("/").partition("models/")[2].partition("/")
         check_served(name, served)
         if rest.startswith("versions/"):
@@ -63,25 +65,27 @@ class ModelMetadata(_KServe):
         if rest == "infer":
             return self._native.read(parts, headers, served, group)
         if rest == "explain":
-            raise NotOffered("answers are not explained here; ask for a prediction at /infer")
+            return self._explanations.read(parts, headers, served, group)
         if rest not in ("", "ready"):
-            raise NotFound(f"nothing is served at /{short(headers.path)}; behind the model there are /infer and /ready")
+            raise NotFound(
+                f"nothing is served at /{short(headers.path)}; behind the model there are /infer, /explain and /ready"
+            )
         return Document({"name": served.name, "ready": True} if rest else _described(served))
 
 
 class Prediction(_KServe):
-    """POST /v1/models/NAME:predict"""
+    """POST /v1/models/NAME:predict and :explain"""
 
     def __init__(self) -> None:
-        self._native = Native()
+        self._verbs: Dict[str, Union[Native, ExplainedBodies]] = {"predict": Native(), "explain": ExplainedBodies()}
 
     def read(self, parts: Mapping[str, object], headers: Headers, served: Served, group: int) -> Body:
-        """Return a prediction; raises NotFound for another model, and NotOffered for another verb."""
+        """Return what is asked; raises NotFound for another model, and NotOffered for another verb."""
         name, _, verb = headers.path.strip("/").partition("models/")[2].rpartition(":")
         check_served(name, served)
-        if verb != "predict":
-            raise NotOffered(f"the verb {short(verb)} is not offered here; predict is")
-        return self._native.read(parts, headers, served, group)
+        if verb not in self._verbs:
+            raise NotOffered(f"the verb {short(verb)} is not offered here; {' and '.join(self._verbs)} are")
+        return self._verbs[verb].read(parts, headers, served, group)
 
 
 def _described(served: Served) -> JsonObject:

@@ -5,14 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Callable, Dict, List, Sequence
 
+from traceserve_runtime.explaining.targets import Differentiable
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runner import Runner
 from traceserve_runtime.runtimes import aot_inductor, onnx, openvino, pretrained, torchscript
+from traceserve_runtime.runtimes.torchscript import gradients
 from traceserve_runtime.runtimes.variants import Variant
 from traceserve_runtime.settings import Settings
 
 Reader = Callable[[Manifest, Path, str, Settings], Runner]  # the third is the device
 Variants = Callable[[Manifest, Path, Sequence[str]], List[Variant]]  # on these devices; the default here comes first
+
+Gradients = Callable[[Manifest, Path, str], Differentiable]  # likewise; after the model itself was read
 
 RUNTIMES: Dict[str, Reader] = {
     "torchscript": torchscript.read,
@@ -29,3 +33,6 @@ VARIANTS: Dict[str, Variants] = {
     "openvino": openvino.variants,
     "aot_inductor": aot_inductor.variants,
 }
+
+# Those whose archives may have the model's gradients, for explanations.
+GRADIENTS: Dict[str, Gradients] = {"torchscript": gradients.read_gradients}

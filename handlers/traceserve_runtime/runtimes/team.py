@@ -32,6 +32,11 @@ class Team:
         self._smaller_at = self._wider_at = 0  # by the number of runs
         self._thread = threading.get_ident()
 
+    @property
+    def now(self) -> int:
+        """On how many cores the next run begins."""
+        return self._now
+
     def run(self, act: Callable[..., Result], *arguments: object) -> Result:
         """Call `act` with these arguments on as many cores as are free."""
         if threading.get_ident() != self._thread:

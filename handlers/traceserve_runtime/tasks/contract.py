@@ -14,6 +14,7 @@ from traceserve_runtime.batching import batches, plan
 from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.batching.costs import CostModel
 from traceserve_runtime.errors import InputTooLong, InvalidRequest, ModelFailure, TraceserveError
+from traceserve_runtime.explaining.targets import ExplanationTarget
 from traceserve_runtime.generation.loop import Member, WritingLoop
 from traceserve_runtime.json_types import Json, JsonObject
 from traceserve_runtime.manifest import Manifest
@@ -29,13 +30,14 @@ class Request:
     """One request: checked fields and parameters, by the task's names.
 
     Requests of one `group`, a client's own batch, share the limit on rows; None means no group. `where` is the
-    request's path in the client's body, such as "inputs[2]".
+    request's path in the client's body, such as "inputs[2]". `explain`: it asks for an explanation of its answer.
     """
 
     inputs: Mapping[str, Any]
     parameters: Mapping[str, Any] = field(default_factory=dict)
     group: Optional[int] = None
     where: str = field(default="", compare=False)
+    explain: bool = False
 
 
 # Of a generated text, in text-generation-inference's format: see `tasks.generating`.
@@ -140,6 +142,8 @@ class Task:
     reads_vectors: ClassVar[bool] = False  # whether an answer is made of token vectors, like sentence-transformers'
     scores_pairs: ClassVar[bool] = False  # whether an answer is made of pairs' scores, like its cross-encoders'
     task_specific_params: ClassVar[bool] = False  # whether the pipeline reads its own section of config.json's
+    # Parameters that choose what of an answer is explained; None if the task's answers cannot be explained.
+    explains: ClassVar[Optional[Tuple[Parameter, ...]]] = None
     gate_parameters: ClassVar[Dict[str, object]] = {}  # of the gate's requests, so that `same` sees everything
 
     def __init__(self, manifest: Manifest, tokenizer: TextTokenizer) -> None:
@@ -238,6 +242,13 @@ class Task:
 
     def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Json:
         """Make the answer, ready for JSON, from the outputs of a request's rows."""
+        raise NotImplementedError
+
+    def target(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> ExplanationTarget:
+        """Return what is explained of a request's answer: what its parameters choose, or the answer's own.
+
+        Raises InvalidRequest for a target that does not exist.
+        """
         raise NotImplementedError
 
     def details(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Optional[Details]:

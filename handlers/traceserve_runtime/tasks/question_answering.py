@@ -7,10 +7,12 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Sequence, Tuple
 import numpy as np
 
 from traceserve_runtime.errors import InvalidRequest
-from traceserve_runtime.json_types import Json, json_objects
+from traceserve_runtime.explaining.targets import Aim, ExplanationTarget, OutputCell
+from traceserve_runtime.json_types import Json, JsonObject, json_objects, number
 from traceserve_runtime.runner import Arrays
 from traceserve_runtime.softmax import softmax
 from traceserve_runtime.tasks.contract import ModelFacts, Request, Task
+from traceserve_runtime.tasks.explained import END, START
 from traceserve_runtime.tasks.parameters import Field, Output, Parameter
 from traceserve_runtime.texts.rows import Row, Segments
 
@@ -48,6 +50,7 @@ class QuestionAnswering(Task):
         Parameter("handle_impossible_answer", bool, "whether an empty answer (none found) is allowed", default=False),
         Parameter("align_to_words", bool, "widen an answer to whole words", default=True),
     )
+    explains = (START, END)
     sample = {
         "question": "When does the train leave?",
         "context": "The train to the coast leaves at a quarter past nine from platform four.",
@@ -152,6 +155,38 @@ class QuestionAnswering(Task):
                 if begin is not None and stop is not None:
                     return offsets[begin][0], offsets[stop][1]
         return offsets[span.start][0], offsets[span.end][1]
+
+    def target(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> ExplanationTarget:
+        """Return the sum of the start's and the end's logits of the best answer, or of the characters of the context that
+        the request names; of several windows, in the one that is surest."""
+        context = request.inputs["context"]
+        if "start" in request.parameters:
+            start = int(request.parameters["start"])
+            end = int(request.parameters.get("end", start + 1))
+        else:
+            answer = self.decode(request, rows, outputs)
+            best = json_objects(answer if isinstance(answer, list) else [answer])[0]
+            start, end = int(number(best["start"])), int(number(best["end"]))
+        name: JsonObject = {"answer": context[start:end], "start": start, "end": end}
+        if start == end:  # no answer: the first token stands for it
+            places = [(i, 0, 0) for i in range(len(rows))]
+        else:
+            found = [(i, self._tokens_at(row, start, end)) for i, row in enumerate(rows)]
+            most = max(len(tokens) for _, tokens in found)
+            places = [(i, tokens[0], tokens[-1]) for i, tokens in found if tokens and len(tokens) == most]
+        if not places:
+            raise InvalidRequest(
+                f"no window of the context has the characters {start:,} to {end:,}", "parameters.start"
+            )
+        first, last = self.manifest.outputs
+        row, begin, stop = max(places, key=lambda p: float(outputs[p[0]][first][p[1]] + outputs[p[0]][last][p[2]]))
+        cells = (OutputCell(first, (begin,)), OutputCell(last, (stop,)))
+        return ExplanationTarget(name, (Aim(row, cells),), "start logit + end logit")
+
+    def _tokens_at(self, row: Row, start: int, end: int) -> List[int]:
+        """Return the positions in a row of the tokens at these characters of the context."""
+        offsets, own = row.encoding.offsets, row.positions(int(self._question_first))
+        return [position for position in own if offsets[position][0] < end and offsets[position][1] > start]
 
     def same(self, answer: Json, other: Json) -> bool:
         """Require the best answer to have the same offsets in the context."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Callable, Dict, Sequence
+from typing import TYPE_CHECKING, Callable, Dict, List, Sequence
 
 import numpy as np
 
@@ -43,3 +43,11 @@ def average(values: Sequence[np.ndarray], rows: Sequence[Row]) -> np.ndarray:
         return values[0]
     weights = np.array([row.tokens for row in rows], dtype=np.float32)
     return np.average(np.stack(values), axis=0, weights=weights)
+
+
+def window_shares(rows: Sequence[Row]) -> List[float]:
+    """Return each window's weight in that average; together they are 1."""
+    if len(rows) == 1:
+        return [1.0]
+    whole = sum(row.tokens for row in rows)
+    return [row.tokens / whole for row in rows]

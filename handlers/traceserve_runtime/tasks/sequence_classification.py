@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Dict, Sequence
+from typing import Dict, Sequence, Tuple
 
 import numpy as np
 
+from traceserve_runtime.explaining.targets import Aim, ExplanationTarget, OutputCell
 from traceserve_runtime.json_types import Json, json_objects, number
 from traceserve_runtime.runner import Arrays
 from traceserve_runtime.tasks.contract import ModelFacts, Request, Task
+from traceserve_runtime.tasks.explained import LABEL, label_index
 from traceserve_runtime.tasks.parameters import Field, Output, Parameter
-from traceserve_runtime.tasks.scores import FUNCTIONS, average, function_to_apply
+from traceserve_runtime.tasks.scores import FUNCTIONS, average, function_to_apply, window_shares
 from traceserve_runtime.texts.rows import Row
 
 
@@ -41,6 +43,7 @@ class SequenceClassification(Task):
         ),
     )
     labelled = True
+    explains = (LABEL,)
     gate_parameters = {"top_k": None}
     sample = {"text": "The parcel arrived, but the box was open and a cup is missing."}
 
@@ -49,17 +52,33 @@ class SequenceClassification(Task):
         """Return the function that the pipeline applies to this model's logits."""
         return {"function_to_apply": function_to_apply(model)}
 
-    def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Json:
+    def _ranked(
+        self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]
+    ) -> Tuple[np.ndarray, np.ndarray]:
+        """Return all labels' scores, and their numbers, best first."""
         function = FUNCTIONS[self.parameter(request, "function_to_apply")]
         scores = average([function(output["logits"]) for output in outputs], rows)
         # Logits order labels whose large outputs the function maps to the same score.
         logits = average([output["logits"] for output in outputs], rows)
-        ranked = np.lexsort((-logits, -scores))
+        return scores, np.lexsort((-logits, -scores))
+
+    def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Json:
+        scores, ranked = self._ranked(request, rows, outputs)
         labels = self.manifest.labels
         if not {"top_k"} & {*request.parameters, *self.manifest.parameters}:
             best = int(ranked[0])
             return {"label": labels[best], "score": float(scores[best])}
         return [{"label": labels[i], "score": float(scores[i])} for i in ranked[: self.parameter(request, "top_k")]]
+
+    def target(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> ExplanationTarget:
+        """Return a label's logit: the best label's unless the request names one; of several windows, the average."""
+        label = request.parameters.get("label")
+        labels = self.manifest.labels
+        best = int(self._ranked(request, rows, outputs)[1][0])
+        chosen = best if label is None else label_index(label, labels)
+        cells = (OutputCell("logits", (chosen,)),)
+        aims = tuple(Aim(i, cells, share) for i, share in enumerate(window_shares(rows)))
+        return ExplanationTarget({"label": labels[chosen]}, aims)
 
     def same(self, answer: Json, other: Json) -> bool:
         """Require the same best label; for independent labels the same ones above 0.5; for a regression, values within

@@ -6,9 +6,11 @@ import math
 from typing import Dict, List, Mapping, Optional, Sequence
 
 from traceserve_runtime.errors import InvalidRequest, Unsupported
+from traceserve_runtime.explaining.targets import Aim, ExplanationTarget, OutputCell
 from traceserve_runtime.json_types import Json, json_objects, number
 from traceserve_runtime.runner import Arrays
 from traceserve_runtime.tasks.contract import ModelFacts, Request, Task, by_part
+from traceserve_runtime.tasks.explained import DOCUMENT
 from traceserve_runtime.tasks.parameters import Field, Output, Parameter
 from traceserve_runtime.tasks.scores import FUNCTIONS, function_to_apply
 from traceserve_runtime.texts.rows import Row, Segments
@@ -48,6 +50,7 @@ class TextRanking(Task):
             ("sigmoid", "none"),
         ),
     )
+    explains = (DOCUMENT,)
     sample = {
         "query": "When does the train to the coast leave?",
         "documents": [
@@ -93,6 +96,17 @@ class TextRanking(Task):
             {"index": i, "score": float(function(best[i])[0]), **({"text": documents[i]} if told else {})}
             for i in order[:top_k]
         ]
+
+    def target(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> ExplanationTarget:
+        """Return the score, before any function, of the best document, or of the one that the request names."""
+        scores = [float(output["logits"][0]) for output in outputs]
+        chosen = request.parameters.get("document")
+        count = len(request.inputs["documents"])
+        if chosen is not None and chosen >= count:
+            raise InvalidRequest(f"there are {count:,} documents, numbered from 0", "parameters.document")
+        candidates = [i for i, row in enumerate(rows) if chosen in (None, row.part)]
+        best = max(candidates, key=scores.__getitem__)
+        return ExplanationTarget({"document": rows[best].part}, (Aim(best, (OutputCell("logits", (0,)),)),))
 
     def same(self, answer: Json, other: Json) -> bool:
         """Require the same scores, to a hundredth."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Dict, List, NamedTuple, Sequence, Tuple
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
 from traceserve_runtime.errors import InvalidRequest
+from traceserve_runtime.explaining.targets import Aim, ExplanationTarget, OutputCell
 from traceserve_runtime.json_types import Json, JsonObject, json_objects
 from traceserve_runtime.runner import Arrays
 from traceserve_runtime.softmax import softmax
 from traceserve_runtime.tasks.contract import ModelFacts, Request, Task
+from traceserve_runtime.tasks.explained import END, LABEL, START, label_index
 from traceserve_runtime.tasks.parameters import Field, Output, Parameter, strings
 from traceserve_runtime.texts import windows
 from traceserve_runtime.texts.rows import Row, Segments
@@ -72,6 +74,7 @@ class TokenClassification(Task):
         ),
     )
     labelled = True
+    explains = (LABEL, START, END)
     gate_parameters = {"ignore_labels": ["\0"]}  # leave nothing out
     windows_overlap = True
     sample = {"text": "Ada Lovelace wrote to Charles Babbage from London."}
@@ -123,6 +126,53 @@ class TokenClassification(Task):
                 word, continues = written, False
             tokens.append(_Token(index, word, start, end, len(tokens), continues))
         return tokens, scores
+
+    def target(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> ExplanationTarget:
+        """Return the labels' average logit of the tokens at the characters that the request names, or of the token that
+        is an entity most surely; each token's own label unless the request names one."""
+        text = request.inputs["text"]
+        tokens, scores = self._tokens(text, rows, outputs)
+        if not tokens:
+            raise InvalidRequest("the text has no tokens to explain", "text")
+        places = [(window, position) for window, position, special in windows.merge_windows(rows) if not special]
+        label = request.parameters.get("label")
+        given = None if label is None else label_index(label, self.manifest.labels)
+        chosen = self._chosen(request, tokens, scores, given)
+        labels = [int(scores[token.row].argmax()) if given is None else given for token in chosen]
+        if given is None and "start" not in request.parameters:  # where all tokens are ignored, the nearest entity
+            labels = [int(np.where(self._ignored(request), -1.0, scores[token.row]).argmax()) for token in chosen]
+        cells: Dict[int, List[OutputCell]] = {}
+        for token, number in zip(chosen, labels):
+            window, position = places[token.row]
+            cells.setdefault(window, []).append(OutputCell("logits", (position, number)))
+        start, end = chosen[0].start, chosen[-1].end
+        name: JsonObject = {
+            "label": self.manifest.labels[labels[0]],
+            "word": text[start:end],
+            "start": start,
+            "end": end,
+        }
+        return ExplanationTarget(name, tuple(Aim(row, tuple(own), 1 / len(chosen)) for row, own in cells.items()))
+
+    def _ignored(self, request: Request) -> np.ndarray:
+        """Return which labels are ignored, unless that would be all of them."""
+        names = strings(self.parameter(request, "ignore_labels"))
+        found = np.array([label in names for label in self.manifest.labels])
+        return found if not found.all() else ~found
+
+    def _chosen(
+        self, request: Request, tokens: Sequence[_Token], scores: np.ndarray, label: Optional[int]
+    ) -> List[_Token]:
+        """Return the tokens to explain."""
+        start = request.parameters.get("start")
+        if start is None:
+            sure = np.where(self._ignored(request), -1.0, scores).max(axis=1) if label is None else scores[:, label]
+            return [tokens[int(sure.argmax())]]
+        end = request.parameters.get("end", start + 1)
+        found = [token for token in tokens if token.start < end and token.end > start]
+        if not found:
+            raise InvalidRequest(f"no token is at the characters {start:,} to {end:,}", "parameters.start")
+        return found
 
     def _entity(self, scores: np.ndarray, number: int, word: str, start: int, end: int) -> _Entity:
         """Label a token or word by its scores, (labels)."""

@@ -44,6 +44,7 @@ class Serving:
     threads: Optional[int] = None  # per worker, within one operator
     length_step: Optional[int] = None  # pad rows up to a multiple of it
     pack_weights: Optional[bool] = None  # each worker has its own copy, in the processor's layout
+    explain_seconds: Optional[int] = None  # that an explanation may take
 
     def to_yaml(self) -> str:
         """Return the file's text. Both timeouts are always written: any YAML makes its own defaults win over

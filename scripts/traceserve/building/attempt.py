@@ -13,7 +13,7 @@ from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Request
 
 from traceserve.archives.shapes_in_words import describe_shapes
-from traceserve.building import artifact
+from traceserve.building import artifact, explaining
 from traceserve.building.checkpoints.original import Original
 from traceserve.building.config import formats
 from traceserve.building.config.dtypes import DTYPES
@@ -209,6 +209,8 @@ class Attempt:
     def _finish(self, manifest: Manifest, findings: Findings, lowered: Original, folder: Path) -> AcceptedArtifact:
         receipt = {**findings.receipt(), "drift_allowed": not findings.passed, "in_float32": list(lowered.kept)}
         manifest = replace(manifest, receipt=receipt)
+        if lowered.dtype == manifest.dtype and self.config.hardware not in FIXED_SHAPES:
+            manifest = explaining.with_gradients(self.config, manifest, lowered, folder)
         manifest.write(folder)
         return AcceptedArtifact(folder, manifest, findings)
 

@@ -12,7 +12,7 @@ from typing import Iterator, List, Optional
 
 from traceserve_runtime.tasks import TASKS
 
-from traceserve.building import artifact, samples
+from traceserve.building import artifact, explaining, samples
 from traceserve.building.attempt import AcceptedArtifact, Attempt, size_of
 from traceserve.building.checkpoints import licenses, loading, sources
 from traceserve.building.config import choosing, formats
@@ -102,6 +102,7 @@ def _export(
     if shared:
         shared.reference = reference
     original = reference.original
+    explaining.check_embedding_name(config, original)
     attempt = Attempt(config, checkpoint.source(config), reference, name, own_samples, progress)
     dtypes = formats.candidates(config.save_mode, config.hardware, config.dtype, task)
     with tempfile.TemporaryDirectory(prefix=".candidates.", dir=folder.parent) as scratch:
@@ -144,7 +145,7 @@ def _export(
     manifest.write(folder)
     parameters = sum(parameter.numel() for parameter in original.model.parameters())
     notes = checkpoint.note, original.note, WRITERS[config.save_mode].note(artifact.target_of(config))
-    note = "\n".join(note for note in notes if note) or None
+    note = "\n".join(note for note in (*notes, explaining.note_on_gradients(config, manifest)) if note) or None
     found = checkpoint.task_found
     return Exported(manifest, chosen.findings, parameters, note, found, tuple(tried), compared, p50, why_chosen)
 

@@ -36,12 +36,14 @@ def predict(
     key: Optional[str] = None,
     timeout: float = 300.0,
     certificate: Optional[str] = None,
+    door: str = "predictions",
 ) -> Any:
-    """POST `body` as JSON to /predictions/NAME and return the parsed answer; raises NotYet or Refused.
+    """POST `body` as JSON to /predictions/NAME, or through another door, and return the parsed answer; raises NotYet or
+    Refused.
 
     `certificate` is the file of the server's certificate, if it uses TLS.
     """
-    with post(url, name, body, key, timeout, certificate) as response:
+    with post(url, name, body, key, timeout, certificate, door=door) as response:
         try:
             return json.loads(response.read())
         except ValueError as error:
@@ -72,14 +74,15 @@ def post(
     timeout: float = 300.0,
     certificate: Optional[str] = None,
     any_name: bool = True,
+    door: str = "predictions",
 ) -> Iterator[http.client.HTTPResponse]:
-    """POST `body` as JSON to /predictions/NAME, and return the unread response; raises NotYet or Refused.
+    """POST `body` as JSON to /predictions/NAME, or another door, and return the unread response; raises NotYet or Refused.
 
     A certificate is accepted for any name, since servers on this machine are reached by address, or only for the names
     in it.
     """
     request = urllib.request.Request(
-        f"{url}/predictions/{name}",
+        f"{url}/{door}/{name}",
         data=json.dumps(body).encode("utf-8"),
         headers={"Content-Type": "application/json", **_authorization(key)},
     )

@@ -31,19 +31,19 @@ class Place(NamedTuple):
     shape: Tuple[int, ...]
 
 
-def read_places(folder: Path) -> Dict[str, Place]:
+def read_places(folder: Path, file: str = WEIGHTS_FILE) -> Dict[str, Place]:
     """Return the positions of `folder`'s weights by name; raises InvalidManifest."""
     try:
-        content = json.loads((folder / WEIGHTS_FILE).read_text(encoding="utf-8"))
+        content = json.loads((folder / file).read_text(encoding="utf-8"))
         return {name: Place(int(o), str(dtype), tuple(map(int, shape))) for name, (o, dtype, shape) in content.items()}
     except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise InvalidManifest(f"{WEIGHTS_FILE} cannot be read: {error}") from error
+        raise InvalidManifest(f"{file} cannot be read: {error}") from error
 
 
-def write_places(folder: Path, places: Dict[str, Place]) -> None:
+def write_places(folder: Path, places: Dict[str, Place], file: str = WEIGHTS_FILE) -> None:
     """Write `folder/weights.json`; equal positions give equal bytes."""
     text = json.dumps(places, separators=(",", ":"), sort_keys=True) + "\n"
-    (folder / WEIGHTS_FILE).write_text(text, encoding="utf-8")
+    (folder / file).write_text(text, encoding="utf-8")
 
 
 def assign(module: Traced, file: Path, places: Dict[str, Place]) -> mmap.mmap:

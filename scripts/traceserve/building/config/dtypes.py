@@ -17,13 +17,14 @@ class Dtype(NamedTuple):
     hardware: Tuple[str, ...]
     by_compiler: Tuple[str, ...] = ()  # hardware whose compiler converts a float32 model
     where_native: Tuple[str, ...] = ()  # hardware on which `auto` tries it, if the processor has it natively
+    differentiable: bool = True  # whether a model that computes in it has gradients
 
 
 DTYPES: Dict[str, Dtype] = {
     "float32": Dtype(("cpu", "gpu")),
     "bfloat16": Dtype(("cpu", "gpu", "neuron", "neuronx"), by_compiler=("neuron", "neuronx"), where_native=("cpu",)),
     "float16": Dtype(("gpu",)),
-    "int8": Dtype(("cpu",)),
+    "int8": Dtype(("cpu",), differentiable=False),
 }
 
 

@@ -12,7 +12,7 @@ from traceserve_runtime.tasks import TASKS
 
 from traceserve.building.config import config_files, task_names
 from traceserve.building.config.rules import check_any_task, check_together
-from traceserve.building.config.setup_config import AUTO_TASK, RENAMED, WITHOUT_MEANING, SetupConfig
+from traceserve.building.config.setup_config import AUTO_TASK, OF_EXPLANATIONS, RENAMED, WITHOUT_MEANING, SetupConfig
 from traceserve.errors import ConfigError
 
 
@@ -44,7 +44,11 @@ def _is_the_examples(config: SetupConfig, content: Mapping[str, object]) -> bool
     """Return whether a configuration is the pytorch/serve example's, whose label file has a fixed location instead of a
     key."""
     labelled = config.task in TASKS and TASKS[config.task].labelled
-    return labelled and "index_to_name" not in content and bool({*RENAMED, *WITHOUT_MEANING} & set(content))
+    return (
+        labelled
+        and "index_to_name" not in content
+        and bool({*RENAMED, *WITHOUT_MEANING, *OF_EXPLANATIONS} & set(content))
+    )
 
 
 def parse_config(content: object) -> Tuple[SetupConfig, Tuple[str, ...]]:

@@ -134,6 +134,18 @@ class SetupConfig(BaseModel):
         "Requests that join others. (Hosts of our own always do so)",
     )
 
+    captum_explanation: Optional[bool] = Field(
+        None,
+        description="Whether the archive has the model's gradients, by which answers are explained, as captum's "
+        "LayerIntegratedGradients does; they take some 100 KiB. `null`: where the task, save mode and dtype have them; without "
+        "them, answers are explained by hiding words",
+    )
+    embedding_name: Optional[str] = Field(
+        None,
+        description="The model's word embeddings, or a part of it that holds them, as in the pytorch/serve example; only "
+        "checked: the model itself says which they are",
+    )
+
     @field_validator("*", mode="before")
     @classmethod
     def _no_confusion(cls, value: object, info: ValidationInfo) -> object:
@@ -160,12 +172,12 @@ class SetupConfig(BaseModel):
         return value
 
 
+# Keys that mean in the pytorch/serve example what they mean here.
+OF_EXPLANATIONS = ("captum_explanation", "embedding_name")
 # Keys of the pytorch/serve example with another name here.
 RENAMED = {"mode": "task"}
 # Keys of the pytorch/serve example without meaning here, and why.
 WITHOUT_MEANING = {
-    "captum_explanation": "this version has no explanations; predictions are the same without",
-    "embedding_name": "it belonged to captum_explanation",
     "BetterTransformer": "transformers' own attention is as fast since torch 2",
     "FasterTransformer": "NVIDIA has abandoned it, and transformers' own attention is as fast since torch 2",
     "model_parallel": "a model runs on one device; more workers use more devices",

@@ -9,6 +9,7 @@ from traceserve.building.writers.contract import Writer
 from traceserve.building.writers.lowering import precision
 from traceserve.building.writers.onnx import writer as onnx
 from traceserve.building.writers.openvino import writer as openvino
+from traceserve.building.writers.torchscript import gradients
 from traceserve.building.writers.torchscript import writer as torchscript
 from traceserve.building.writers.tracing import graphs
 
@@ -21,6 +22,7 @@ WRITERS: Dict[str, Writer] = {
         check=torchscript.check,
         plainer=torchscript.plainer,
         note=torchscript.note,
+        gradients=gradients.write_gradients,
     ),
     "pretrained": Writer(
         write=pretrained.write,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Callable, Collection, Dict, Iterable, Nam
 from traceserve.building.checkpoints.original import Original
 from traceserve.building.config.save_modes import Target
 from traceserve.building.config.setup_config import SetupConfig
+from traceserve.errors import ExportError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,6 +36,14 @@ def _no_note(target: Target) -> str:
     return ""
 
 
+class NoGradients(ExportError):
+    """The archive has no gradients of the model, and so explains by occlusion; the message says why."""
+
+
+def _no_gradients(original: Original, manifest: Manifest, folder: Path) -> Tuple[str, ...]:
+    raise NoGradients(f"save mode {manifest.save_mode} has none")
+
+
 class Writer(NamedTuple):
     """How a save mode is written; `config.save_modes` has its capabilities.
 
@@ -44,6 +53,8 @@ class Writer(NamedTuple):
     folder, failing)`: the same artifact, changed in its folder, without optional parts that the gate refused; None if
     the files in `failing` have no such parts. `check(dtype, target)` raises ExportError if this machine cannot write
     it, or compare it with the original; `note(target)` names what it lacks for the usual speed, or is empty.
+    `gradients(original, manifest, folder)` writes beside the model what explanations need, and returns the files' names;
+    raises NoGradients.
     """
 
     write: Callable[[Original, Type[Task], Shapes, Path, Target], Written]
@@ -53,4 +64,5 @@ class Writer(NamedTuple):
     check: Callable[[str, Target], None]
     plainer: Callable[[Manifest, Path, Collection[str]], Optional[Manifest]] = _no_plainer
     note: Callable[[Target], str] = _no_note
+    gradients: Callable[[Original, Manifest, Path], Tuple[str, ...]] = _no_gradients
     most_texts: int = 64

@@ -20,6 +20,7 @@ _OURS = "traceserve.building"
 _NAMED = {
     f"{_OURS}.writers.tracing.wrapping": "traceserve.wrapping",
     f"{_OURS}.writers.tracing.fixed_shapes": "traceserve.fixed_shapes",
+    f"{_OURS}.writers.torchscript.gradients": "traceserve.gradients",
     f"{_OURS}.writers.lowering.int8": "traceserve.quantization",
     f"{_OURS}.checkpoints.libraries.curated_models": "traceserve.libraries.curated_models",
 }

@@ -1,0 +1,55 @@
+"""ExplainedBodies: bodies as for predictions, with more parameters; what is answered explains each request's answer.
+
+TorchServe marks what comes by `/explanations/NAME`, `/v1/models/NAME:explain` and `/v2/models/NAME/explain`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import List, Mapping, Sequence
+
+from traceserve_runtime.errors import NotFound, TraceserveError
+from traceserve_runtime.json_types import Json
+from traceserve_runtime.protocols.bodies import Headers
+from traceserve_runtime.protocols.contract import Body, Refusal, Served
+from traceserve_runtime.protocols.kserve import Instances
+from traceserve_runtime.protocols.native import ServedModel
+from traceserve_runtime.protocols.requests import Native
+from traceserve_runtime.protocols.wording import short
+from traceserve_runtime.tasks.explained import explained
+
+
+@dataclass(frozen=True)
+class ExplainedInstances(Instances):
+    """KServe V1's: the predictions beside their explanations."""
+
+    def document(self, answers: Sequence[Json], model: ServedModel) -> Json:
+        predictions: List[Json] = [each["answer"] for each in answers if isinstance(each, dict)]
+        return {"predictions": predictions, "explanations": list(answers)}
+
+
+class ExplainedBodies:
+    """Our own protocol and KServe's two, which are recognized by the body."""
+
+    def __init__(self) -> None:
+        self._native = Native()
+
+    def read(self, parts: Mapping[str, object], headers: Headers, served: Served, group: int) -> Body:
+        """Read a call; raises NotOffered if the model's task has no explanations."""
+        body = self._native.read(parts, headers, served._replace(task=explained(served.task)), group)
+        form = ExplainedInstances() if isinstance(body.protocol, Instances) else body.protocol
+        return Body([replace(request, explain=True) for request in body.requests], form)
+
+    def error(self, error: TraceserveError, parts: Mapping[str, object], headers: Headers, served: Served) -> Refusal:
+        """Return the error in the format of its protocol."""
+        return self._native.error(error, parts, headers, served)
+
+
+class ExplanationsPath(ExplainedBodies):
+    """What comes by a path for explanations."""
+
+    def read(self, parts: Mapping[str, object], headers: Headers, served: Served, group: int) -> Body:
+        """Read a call; raises NotFound for a path behind the model's own."""
+        if headers.path.strip("/"):
+            raise NotFound(f"nothing is explained at /{short(headers.path)}; ask at /explanations/NAME itself")
+        return super().read(parts, headers, served, group)
