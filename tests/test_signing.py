@@ -16,6 +16,7 @@ import pytest
 if sys.version_info < (3, 10):
     pytest.skip("model-signing needs Python 3.10", allow_module_level=True)
 
+import traceserve
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives import serialization as pem
@@ -289,6 +290,14 @@ def test_a_host_serves_a_signed_archive_under_its_own_name(signed: Path, keys: T
         command = [sys.executable, "-c", HOSTED, str(signed), str(keys[0].public), name]
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == code and words in result.stderr, result.stderr
+
+
+def test_a_program_loads_only_what_is_signed(signed: Path, artifact: Path, keys: Tuple[Pair, Pair]) -> None:
+    ours, other = (pair.public for pair in keys)
+    assert traceserve.load(signed, require_signature=ours)("Yes.")["label"]
+    for archive, key, words in ((signed, other, "was not made with"), (artifact, ours, "is a folder")):
+        with pytest.raises(SignatureError, match=words):
+            traceserve.load(archive, require_signature=key)
 
 
 def test_a_cluster_knows_the_key_and_not_only_its_file(keys: Tuple[Pair, Pair]) -> None:

@@ -17,13 +17,13 @@ from traceserve_runtime.protocols.requests import parse_value
 from traceserve_runtime.service import Service
 from traceserve_runtime.settings import Settings
 
-from traceserve.archives import contents
+from traceserve.archives import contents, signing
 from traceserve.archives.names import STORE
 from traceserve.building.config.parsing import LoadedConfig, load_config, parse_config
 from traceserve.building.config.targets import build_targets
 from traceserve.building.packing import export_and_pack
 from traceserve.building.progress import Progress
-from traceserve.errors import ConfigError
+from traceserve.errors import ConfigError, SignatureError
 
 Input = Union[str, Mapping[str, Any], Sequence[Union[str, Mapping[str, Any]]]]
 
@@ -137,22 +137,32 @@ class LoadedArchive:
         return call.protocol.reply(answers, served)
 
 
-def load(archive: Union[str, Path, BuiltArchive], device: str = "cpu") -> LoadedArchive:
+def load(
+    archive: Union[str, Path, BuiltArchive],
+    device: str = "cpu",
+    require_signature: Union[str, Path, None] = None,
+) -> LoadedArchive:
     """Load an archive (or an artifact's folder) into this process, ready to answer.
 
     Args:
         archive: A .mar file, a folder that `traceserve export` made, or what `build` returned.
         device: "cpu", or a GPU's name for an archive with `"hardware": "gpu"`.
+        require_signature: A PEM file, a public key or certificates: only an archive that is signed by it is loaded, as by
+            `traceserve serve --require-signature`.
 
     Raises:
-        TraceserveError: The archive is damaged, or needs what this machine lacks.
+        TraceserveError: The archive is damaged, or not signed as required, or needs what this machine lacks.
     """
     path = archive.path if isinstance(archive, BuiltArchive) else Path(archive)
+    trusted = Path(require_signature) if require_signature is not None else None
     if (path / MANIFEST_FILE).is_file():
+        if trusted is not None:
+            raise SignatureError(f"{path} is a folder, and only an archive (.mar) is signed")
         return LoadedArchive(_ready(path, device), None)
     unpacked = Path(tempfile.mkdtemp(prefix="traceserve-load."))
     try:
-        contents.unpack(path, unpacked)
+        with signing.verified([path], trusted) as [checked]:
+            contents.unpack(checked, unpacked)
         return LoadedArchive(_ready(unpacked, device), unpacked)
     except BaseException:
         shutil.rmtree(unpacked, ignore_errors=True)
