@@ -99,22 +99,23 @@ def read(
     processor.check_dtype(manifest.dtype)
     loops = bool(manifest.step_inputs)
     properties = _properties(manifest.dtype, settings.threads, loops)
-    compiled = _compiled(openvino, folder / manifest.model_file, properties)
+    weights = (folder / manifest.model_file).with_suffix(".bin")  # of all graphs
+    compiled = _compiled(openvino, folder / manifest.model_file, weights, properties)
     _check_ports(manifest, compiled, loops)
     if not loops:
         return OpenVinoRunner(compiled, manifest)
     start = manifest.runtime.get(START)
     if start is not None and start not in manifest.files:
         raise InvalidManifest(f"runtime.{START} should name a file of the archive")
-    first = None if start is None else _compiled(openvino, folder / str(start), properties)
+    first = None if start is None else _compiled(openvino, folder / str(start), weights, properties)
     return SteppingRunner(compiled, first, manifest, openvino.Tensor)
 
 
-def _compiled(openvino: Any, file: Path, properties: Dict[str, Any]) -> Any:
+def _compiled(openvino: Any, file: Path, weights: Path, properties: Dict[str, Any]) -> Any:
     """Return the model of a file for this processor; raises InvalidManifest."""
     core = openvino.Core()
     try:
-        return core.compile_model(core.read_model(str(file)), "CPU", properties)
+        return core.compile_model(core.read_model(str(file), str(weights)), "CPU", properties)
     except RuntimeError as error:
         reason = str(error).strip().rsplit("\n", 1)[-1]
         raise InvalidManifest(f"{file.name} cannot be loaded by openvino {openvino.__version__}: {reason}") from error

@@ -16,6 +16,7 @@ from traceserve.building.writers.contract import Written
 from traceserve.building.writers.openvino import int8, int8_weights
 from traceserve.building.writers.openvino.conversion import convert_traced
 from traceserve.building.writers.openvino.loops import loop_models
+from traceserve.building.writers.openvino.weights import save_models
 from traceserve.building.writers.tracing.graphs import TRACED_BATCH, TRACED_LENGTH
 from traceserve.building.writers.tracing.wrapping import example, once
 from traceserve.errors import ExportError
@@ -61,26 +62,24 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
     versions = {"openvino": openvino.__version__.partition("-")[0]}
     if original.dtype == int8.DTYPE:
         versions["nncf"] = int8.quantizer().__version__
+    graphs, step_inputs = _graphs(openvino, original, task, shapes)
+    files = save_models(openvino, graphs, folder, original.dtype in _HALVED)
+    runtime: Dict[str, object] = {START: START_FILE} if START_FILE in graphs else {}
+    return Written(step_inputs, files[1:], runtime, versions)
+
+
+def _graphs(
+    openvino: Any, original: Original, task: Type[Task], shapes: Shapes
+) -> Tuple[Dict[str, Any], Tuple[str, ...]]:
+    """Return OpenVINO's models by file: one for all shapes, or those of a loop; and a step's inputs."""
     if not task.loop:
         model = converted(openvino, original, task, shapes)
-        if original.dtype == int8.DTYPE:
-            model = int8.quantize_statically(model, original)
-        return Written(files=_saved(openvino, original, model, folder, MODEL_FILE)[1:], versions=versions)
+        return {MODEL_FILE: int8.quantize_statically(model, original) if original.dtype == int8.DTYPE else model}, ()
     models = loop_models(openvino, original, [output.name for output in task.outputs])
-    graphs = {MODEL_FILE: models.step, **({START_FILE: models.start} if models.start is not None else {})}
-    files: Tuple[str, ...] = ()
-    for file, model in graphs.items():
-        if original.dtype == int8.DTYPE:
-            model = int8_weights.round_weights(model, original)
-        files += _saved(openvino, original, model, folder, file)
-    runtime: Dict[str, object] = {START: START_FILE} if START_FILE in graphs else {}
-    return Written(models.inputs, files[1:], runtime, versions)
-
-
-def _saved(openvino: Any, original: Original, model: Any, folder: Path, file: str) -> Tuple[str, str]:
-    """Write a model into a file and, beside it, its weights; returns both names."""
-    openvino.save_model(model, str(folder / file), compress_to_fp16=original.dtype in _HALVED)
-    return file, str(Path(file).with_suffix(".bin"))  # OpenVINO looks for it beside the graph, under the same name
+    graphs = {MODEL_FILE: models.step, **({} if models.start is None else {START_FILE: models.start})}
+    if original.dtype == int8.DTYPE:
+        graphs = {file: int8_weights.round_weights(model, original) for file, model in graphs.items()}
+    return graphs, models.inputs
 
 
 def converted(openvino: Any, original: Original, task: Type[Task], shapes: Shapes) -> Any:
