@@ -122,8 +122,9 @@ class Service:
             return self._failed(call, protocol, unexpected)
 
     def show(self, exchange: Exchange, result: _Result) -> None:
-        """Show a call's requests and answers in the mirror."""
-        if self.mirror is not None and isinstance(result, _Answered):
+        """Show a call's requests and answers in the mirror; predictions alone, since these are compared."""
+        explains = any(request.explain for request in exchange.requests)
+        if self.mirror is not None and isinstance(result, _Answered) and not explains:
             self.mirror.show((self.served.name, self.served.version), exchange.requests, result.answers)
 
     def _failed(self, call: Call, protocol: Protocol, error: TraceserveError) -> Reply:

@@ -10,7 +10,8 @@ from traceserve.building.checkpoints.original import Original
 
 RECEIPT = "products"  # its key in the receipt
 _LENGTHS = (32, 64)  # counted, unless the model reads less
-_REFUSED = (ImportError, RuntimeError, ValueError, IndexError, TypeError)  # ImportError: torch before 2.3 cannot count
+# ImportError: torch before 2.3 cannot count; AssertionError: nor can it where a layer's argument is a weight (DeBERTa).
+_REFUSED = (ImportError, RuntimeError, ValueError, IndexError, TypeError, AssertionError)
 
 
 def count_products(original: Original, task: str) -> Optional[Dict[str, int]]:
