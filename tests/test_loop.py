@@ -31,7 +31,7 @@ MODES = [
     *((architecture, "torchscript") for architecture in TASK if architecture != "mamba"),
     ("mamba", "pretrained"),
     *((architecture, mode) for architecture in ("llama", "t5") for mode in ("onnx", "pretrained")),
-    *((architecture, "openvino") for architecture in ("llama", "bloom", "t5", "marian")),
+    *((architecture, "openvino") for architecture in ("llama", "bloom", "t5")),
 ]
 TEXTS = [*(text for text in SENTENCES if text), VERY_LONG[:60], VERY_LONG[:250]]
 KINDS: List[Dict[str, Any]] = [
