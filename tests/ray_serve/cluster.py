@@ -48,9 +48,9 @@ class Cluster:
         [port] = [part.partition("=")[2] for part in self.head.cmdline() if part.startswith("--port=")]
         return f"127.0.0.1:{port}"
 
-    def deploy(self, archive: Path, version: str, replicas: int) -> None:
+    def deploy(self, archive: Path, version: str, replicas: int, cores: float = 1.0) -> None:
         """Roll out an archive, as `python -m traceserve_hosts.ray_cluster` does for everybody."""
-        own = ray_config.Replicas(replicas, replicas, 1.0)
+        own = ray_config.Replicas(replicas, replicas, cores)
         hosted = ray_config.Hosted(str(archive), self.instance.names[0], version, replicas=own)
         config = {
             "http": {"host": "127.0.0.1", "port": self.instance.port},

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
+import subprocess
+import sys
 import time
 import urllib.request
 from collections import Counter
@@ -88,6 +91,33 @@ def test_status_has_its_figures(served: Instance) -> None:
         time.sleep(0.5)
     found = activity.between(activity.Sample(served.started), activity.sample(served, "intents"))
     assert found.requests >= before + 10 and found.batch_p50 is not None and found.padding_share is not None
+
+
+def test_status_watches_it(served: Instance) -> None:
+    """As a terminal's user sees it, one line per interval."""
+    command = [sys.executable, "-m", "traceserve", "status", "--watch", "2"]
+    watch = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert watch.stdout is not None
+    deadline = time.monotonic() + 30
+    try:
+        for line in watch.stdout:
+            for text in TEXTS:
+                ask(served.port, "/predictions/intents", {"text": text})
+            counted = re.search(rf" intents:{served.port} requests ([0-9,]+),", line)
+            if counted and int(counted.group(1).replace(",", "")) > 0:
+                break
+            assert time.monotonic() < deadline, line
+    finally:
+        watch.kill()
+        watch.communicate()
+
+
+def test_verify_proves_it(served: Instance, archives: List[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["verify", "intents", "--port", str(served.port)]) == 0
+    assert "intents" in capsys.readouterr().out
+    assert cli.main(["verify", str(archives[0]), "--port", str(served.port)]) == 0
+    url = f"{served.url}/predictions/intents"
+    assert cli.main(["verify", url, "--archive", str(archives[0])]) == 0
 
 
 def test_tune_measures_it(archives: List[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -108,12 +108,12 @@ def between(first: Sample, last: Sample) -> Activity:
     """Return the activity from one sample to a later one."""
 
     def grown(metric: str) -> float:
-        return last.counters.get(metric, 0.0) - first.counters.get(metric, 0.0)
+        return max(0.0, last.counters.get(metric, 0.0) - first.counters.get(metric, 0.0))
 
     requests = grown(_REQUESTS)
     computed = grown("traceserve_computed_tokens_total")
-    buckets = {limit: count - first.buckets.get(limit, 0.0) for limit, count in last.buckets.items()}
-    errors = {reason: int(count - first.errors.get(reason, 0.0)) for reason, count in last.errors.items()}
+    buckets = {limit: max(0.0, count - first.buckets.get(limit, 0.0)) for limit, count in last.buckets.items()}
+    errors = {reason: max(0, int(count - first.errors.get(reason, 0.0))) for reason, count in last.errors.items()}
     return Activity(
         seconds=last.moment - first.moment,
         requests=int(requests),

@@ -22,7 +22,7 @@ from typing import Optional, Sequence
 import psutil
 
 PID, LAST, STAND_IN, STAND_IN_PID = "haproxy.pid", "last.cfg", "stand-in.cfg", "stand-in.pid"
-_POLL = 0.05  # seconds
+_POLL = 0.1  # seconds
 # The sockets of HAProxy that Ray asks whether it runs, and its statistics: Ray must miss the one that it started.
 _OF_THE_REAL_ONE = re.compile(r"^ *(stats socket .*|stats timeout .*|bind 127\.0\.0\.1:\d+)\n", re.MULTILINE)
 
@@ -33,6 +33,7 @@ class Guard:
     def __init__(self, run: Path, haproxy: str, command: Sequence[str]) -> None:
         self._run, self._haproxy = run, haproxy
         self._cluster = subprocess.Popen(list(command))
+        self._watched: Optional[psutil.Process] = None
         self._missed: Optional[int] = None  # the process that the stand-in stands for
         self._stand_in: Optional[subprocess.Popen[bytes]] = None
         self._stopping = False
@@ -56,7 +57,7 @@ class Guard:
             self._stand_in = None
             (self._run / STAND_IN_PID).unlink(missing_ok=True)
         pid = _pid(self._run / PID)
-        if pid is None or pid == self._missed or self._stopping or _runs(pid):
+        if pid is None or pid == self._missed or self._stopping or self._runs(pid):
             return
         self._missed = pid  # only once: a configuration that HAProxy refuses ends the stand-in too
         text = (self._run / LAST).read_text(encoding="utf-8")
@@ -66,6 +67,13 @@ class Guard:
             self._stand_in = subprocess.Popen(command)
             # The next HAProxy ends the stand-in once it listens itself.
             (self._run / STAND_IN_PID).write_text(str(self._stand_in.pid), encoding="ascii")
+
+    def _runs(self, pid: int) -> bool:
+        with contextlib.suppress(psutil.Error):
+            if self._watched is None or self._watched.pid != pid:
+                self._watched = psutil.Process(pid)
+            return bool(self._watched.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD))
+        return False
 
     def _end(self, number: int, frame: Optional[FrameType]) -> None:
         self._stopping = True
@@ -87,12 +95,6 @@ def _pid(file: Path) -> Optional[int]:
     with contextlib.suppress(FileNotFoundError, ValueError):  # not there yet, or being written
         return int(file.read_text(encoding="ascii"))
     return None
-
-
-def _runs(pid: int) -> bool:
-    with contextlib.suppress(psutil.Error):
-        return bool(psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD))
-    return False
 
 
 def guard(arguments: Sequence[str]) -> int:
