@@ -334,6 +334,16 @@ def test_lists_and_kserves_forms(make: Callable[..., Made]) -> None:
     assert predicted[0].status == 400  # they are no parameters of predictions
 
 
+def test_the_examples_target_is_the_label_of_that_number(make: Callable[..., Made]) -> None:
+    engine = Engine.load(make("classification").folder)
+    for number, label in enumerate(("red", "green", "blue")):
+        assert explain(engine, {"text": TEXT, "target": number})["target"] == {"label": label}
+    assert explain(engine, {"text": TEXT, "target": 0, "parameters": {"label": "blue"}})["target"] == {"label": "blue"}
+    assert explain(engine, {"text": TEXT, "target": 3}, 400)["error"]["field"] == "target"
+    tokens = Engine.load(make("tokens").folder)
+    assert explain(tokens, {"text": TEXT, "target": 1})["target"] == explain(tokens, TEXT)["target"]
+
+
 def test_predictions_go_first(make: Callable[..., Made]) -> None:
     """In a session others join between two runs, and the explanation waits."""
     engine = Engine.load(make("classification").folder)

@@ -195,6 +195,7 @@ def main() -> int:
         folder = Path(scratch, NAME)
         config = {"model_name": options.model, "task": options.task, "dtype": options.dtype}
         run_export(folder, {**config, "continuous_batching": True})
+        Path(scratch, "store").mkdir()
         archive = pack_archive(folder, NAME, Path(scratch, "store"))
         own = cost(folder, texts)
         screen.print(

@@ -40,11 +40,15 @@ class Pacing:
         return max(0.0, min(self._next, self._predicted + _QUIET) - now)
 
     def rows(self, length: int, polite: bool = True) -> int:
-        """Return how many rows of this length the run that begins now may have."""
+        """Return how many rows of this length the run that begins now may have; all that memory holds, if nobody can
+        come meanwhile."""
         each = self._seconds / self._tokens if self._tokens else _GUESS
-        rows = max(1, min(int(_SECONDS / (each * length)), MOST_TOKENS // length))
-        self._granted = (1 if polite and self.beside_predictions(time.perf_counter()) else rows) * length
-        return self._granted // length
+        rows = max(1, MOST_TOKENS // length)
+        if polite:
+            beside = self.beside_predictions(time.perf_counter())
+            rows = 1 if beside else max(1, min(rows, int(_SECONDS / (each * length))))
+        self._granted = rows * length
+        return rows
 
     def ran(self, began: float, ended: float) -> None:
         """Learn from a run."""
