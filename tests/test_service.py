@@ -482,6 +482,17 @@ def test_the_description_is_valid_and_the_sample_fits_it(services: Dict[str, Ser
     assert service.answer([asked(example)])[0].status == 200
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({**body, "unknown": 1}, schema)
+    explaining = found["paths"].get(f"/explanations/{name}/1.0")
+    assert (explaining is not None) is (service.engine.task.explains is not None)
+    if explaining is not None:
+        schema = {**found["components"]["schemas"]["ExplanationRequest"], "components": found["components"]}
+        body = {**body, "parameters": {"steps": 8, "method": "occlusion"}}
+        jsonschema.validate(body, schema)
+        [reply] = service.answer([Call({"body": json.dumps(body).encode()}, Headers("application/json", explain=True))])
+        assert reply.status == 200, reply.body
+        answer = {**found["components"]["schemas"]["Explanation"], "components": found["components"]}
+        jsonschema.validate(json.loads(reply.body), answer)
+        assert set(json.loads(reply.body)) <= set(answer["properties"])
 
 
 def test_the_description_names_the_task_and_what_holds_by_default(services: Dict[str, Service]) -> None:

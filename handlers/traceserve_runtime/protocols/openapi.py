@@ -7,10 +7,12 @@ from typing import Dict, List, Mapping, Sequence
 
 from traceserve_runtime import __version__
 from traceserve_runtime.errors import TraceserveError
+from traceserve_runtime.explaining.answers import METHODS
 from traceserve_runtime.json_types import Json, JsonObject
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Document, Refusal, Served
+from traceserve_runtime.tasks.explained import explained
 from traceserve_runtime.tasks.parameters import Field, Parameter
 
 _KINDS: Dict[str, JsonObject] = {
@@ -40,6 +42,35 @@ _ERROR: JsonObject = {
         }
     },
     "required": ["error"],
+}
+_EXPLANATION: JsonObject = {
+    "description": "An explanation, or a list of them",
+    "type": ["object", "array"],
+    "properties": {
+        "method": {"type": "string", "enum": list(METHODS)},
+        "answer": {"$ref": "#/components/schemas/Answer"},
+        "target": {"type": "object", "description": "what is explained"},
+        "quantity": {"type": "string"},
+        "value": {"type": "number", "description": "of that quantity, for the text"},
+        "baseline_value": {"type": "number", "description": "for the text without its words"},
+        "words": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "properties": {
+                    "word": {"type": "string"},
+                    "field": {"type": "string"},
+                    "start": {"type": "integer"},
+                    "end": {"type": "integer"},
+                    "attribution": {"type": "number"},
+                },
+            },
+        },
+        "completeness_error": {"type": "number", "description": "a share of the attributions' sizes"},
+        "steps": {"type": "integer"},
+        "because": {"type": "string", "description": "why there are no gradients"},
+        "windows": {"type": "object", "description": "how many windows the text has, and which are explained"},
+    },
 }
 _STATUSES = {
     "400": "the body cannot be understood",
@@ -74,15 +105,19 @@ def openapi_document(served: Served) -> JsonObject:
     manifest, task = served.manifest, served.task
     schemas: Dict[str, Json] = {
         "Fields": _fields(task.fields),
-        "Parameters": {
-            "type": "object",
-            "properties": {own.name: {**own.schema, **_default(own, manifest)} for own in task.all_parameters()},
-            "additionalProperties": False,
-        },
+        "Parameters": _parameters(task.all_parameters(), manifest),
         "Request": _request(task.fields),
         "Answer": {"description": (task.__doc__ or "").strip()},
         "Error": _ERROR,
     }
+    explaining: Dict[str, Json] = {}
+    if task.explains is not None:
+        more = explained(task)
+        schemas["ExplanationParameters"] = _parameters(more.all_parameters(), manifest)
+        schemas["ExplanationFields"] = _fields(task.fields, "Explanation")
+        schemas["ExplanationRequest"] = _request(task.fields, "Explanation")
+        schemas["Explanation"] = _EXPLANATION
+        explaining[f"/explanations/{served.name}/{served.version}"] = _explanations(task.sample_body(manifest.facts))
     if manifest.labels:
         schemas["Label"] = {"type": "string", "enum": list(manifest.labels)}
     return {
@@ -94,8 +129,20 @@ def openapi_document(served: Served) -> JsonObject:
             "description": f"Texts of up to {manifest.max_length:,} tokens; {manifest.dtype}; traceserve {__version__}.",
         },
         "servers": [{"url": f"/predictions/{served.name}/{served.version}"}],
-        "paths": {"/": {"post": {"tags": [task.name], **_operation(task.sample_body(manifest.facts))}}, **_documents()},
+        "paths": {
+            "/": {"post": {"tags": [task.name], **_operation(task.sample_body(manifest.facts))}},
+            **explaining,
+            **_documents(),
+        },
         "components": {"schemas": schemas},
+    }
+
+
+def _parameters(parameters: Sequence[Parameter], manifest: Manifest) -> JsonObject:
+    return {
+        "type": "object",
+        "properties": {own.name: {**own.schema, **_default(own, manifest)} for own in parameters},
+        "additionalProperties": False,
     }
 
 
@@ -106,21 +153,21 @@ def _default(parameter: Parameter, manifest: Manifest) -> JsonObject:
     return {} if value is None and parameter.name not in own else {"default": value}
 
 
-def _fields(fields: Sequence[Field]) -> JsonObject:
+def _fields(fields: Sequence[Field], kind: str = "") -> JsonObject:
     return {
         "type": "object",
         "properties": {
             **{field.name: {**_KINDS[field.kind], "description": field.description} for field in fields},
-            "parameters": {"$ref": "#/components/schemas/Parameters"},
+            "parameters": {"$ref": f"#/components/schemas/{kind}Parameters"},
         },
         "required": [field.name for field in fields if field.required],
         "additionalProperties": False,
     }
 
 
-def _request(fields: Sequence[Field]) -> JsonObject:
+def _request(fields: Sequence[Field], kind: str = "") -> JsonObject:
     """Describe a request: a text if one is enough, fields, a list of these, or an envelope with common parameters."""
-    single: List[JsonObject] = [{"$ref": "#/components/schemas/Fields"}]
+    single: List[JsonObject] = [{"$ref": f"#/components/schemas/{kind}Fields"}]
     if sum(field.required for field in fields) <= 1 and fields[0].kind == "text":
         single.append({"type": "string"})
     several: JsonObject = {"type": "array", "items": {"anyOf": single}, "minItems": 1}
@@ -128,7 +175,7 @@ def _request(fields: Sequence[Field]) -> JsonObject:
         "type": "object",
         "properties": {
             "inputs": {"anyOf": [*single, several]},
-            "parameters": {"$ref": "#/components/schemas/Parameters"},
+            "parameters": {"$ref": f"#/components/schemas/{kind}Parameters"},
         },
         "required": ["inputs"],
         "additionalProperties": False,
@@ -162,6 +209,30 @@ def _operation(sample: JsonObject) -> JsonObject:
                 },
             },
             **{status: {"description": said, "content": error} for status, said in _STATUSES.items()},
+        },
+    }
+
+
+def _explanations(sample: JsonObject) -> JsonObject:
+    """Describe the path for explanations, which is not below that of predictions."""
+    error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    statuses = {**_STATUSES, "503": "it was out of its time"}
+    body: JsonObject = {
+        "schema": {"$ref": "#/components/schemas/ExplanationRequest"},
+        "example": dict(sample),
+    }
+    said = "the explanation, or a list of explanations in the order of the requests"
+    content: JsonObject = {"application/json": {"schema": {"$ref": "#/components/schemas/Explanation"}}}
+    return {
+        "servers": [{"url": "/"}],
+        "post": {
+            "operationId": "explain",
+            "summary": "Ask what each word added to the answer",
+            "requestBody": {"required": True, "content": {"application/json": body}},
+            "responses": {
+                "200": {"description": said, "content": content},
+                **{status: {"description": why, "content": error} for status, why in statuses.items()},
+            },
         },
     }
 
