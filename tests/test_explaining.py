@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Sequence
@@ -289,6 +290,19 @@ def test_an_answer_that_the_graphs_do_not_give_is_not_explained_by_them(make: Ca
     model.embed = lambda ids: -embed(ids)
     found = explain(engine, TEXT)
     assert found["method"] == "occlusion" and "does not give the served answer" in found["because"]
+
+
+def test_gradients_that_cannot_be_read_fail_their_own_request(make: Callable[..., Made], tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(make("classification").folder, folder)
+    engine = Engine.load(folder)
+    (folder / GRADIENTS_FILE).write_bytes(b"not a graph")
+    body = json.dumps({"text": TEXT}).encode()
+    explained, predicted = Service(engine, "small").answer(
+        [Call({"body": body}, Headers("application/json", explain=explain)) for explain in (True, False)]
+    )
+    assert explained.status == 500 and GRADIENTS_FILE in explained.body.decode()
+    assert predicted.status == 200
 
 
 def test_embedding_name_is_checked_against_the_model(checkpoint: Callable[..., Path], tmp_path: Path) -> None:

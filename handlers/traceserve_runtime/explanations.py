@@ -78,8 +78,11 @@ class Explanations:
         self._waiting = deque(each for each in self._waiting if not each[0].left and each[0].result is None)
         if not self._waiting or self.wait() > 0:
             return
-        explainer = self._explainer()
         pending, steps, deadline = self._waiting.popleft()
+        explainer = failures.contained("it loaded the model's gradients", self._explainer)
+        if isinstance(explainer, TraceserveError):
+            pending.result = explainer
+            return
         began = time.perf_counter()
         pending.result = steps.go_on(explainer, self._room)
         self._pacing.ran(began, time.perf_counter())
