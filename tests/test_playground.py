@@ -21,11 +21,13 @@ from traceserve.playground.description import Description, InputField
 from traceserve.playground.marks import Mark
 from traceserve.playground.models import Model
 from traceserve.playground.shapes import STARTING, Context
+from traceserve_runtime.engine import Engine
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Served
 from traceserve_runtime.protocols.openapi import openapi_document
 from traceserve_runtime.protocols.requests import parse_requests
+from traceserve_runtime.service import Call, Service
 from traceserve_runtime.tasks import TASKS
 
 NASTY = "<img src=x onerror='alert(1)'> & `"
@@ -392,3 +394,71 @@ def test_gradio_has_one_door() -> None:
         path.name for path in files if re.search(r"^\s*(import|from) gradio", path.read_text("utf-8"), re.MULTILINE)
     ]
     assert door == ["interface.py"]
+
+
+# Explanations
+
+
+def explained(text: str, *amounts: float, label: str = "red") -> Dict[str, Any]:
+    """An explanation of a text's words."""
+    words = [
+        {"word": found[0], "field": "text", "start": found.start(), "end": found.end(), "attribution": amount}
+        for found, amount in zip(re.finditer(r"\S+", text), amounts)
+    ]
+    return {
+        "method": "integrated_gradients",
+        "answer": {"label": label, "score": 0.9},
+        "target": {"label": label},
+        "quantity": "logit",
+        "value": 3.0,
+        "baseline_value": 1.0,
+        "words": words,
+        "completeness_error": 0.001,
+        "steps": 24,
+    }
+
+
+def test_an_explanation_is_a_heat_map_and_a_table() -> None:
+    text = f"good {NASTY.split()[0]} bad the"
+    context = Context(CONTEXT.description, {"text": text})
+    shown = shapes.show(explained(text, 2.0, -0.5, -1.0, 0.0), context)
+    assert "<img" not in shown and text in text_of(shown)
+    assert "Explains label red: logit 3.000, without the words 1.000; integrated gradients, 24 steps" in text_of(shown)
+    colours = re.findall(r"background:#(\w\w)(\w\w)(\w\w)[^>]*>([^<]*)<", shown)
+    assert [html.unescape(word) for *_, word in colours] == text.split()[:3]  # what adds nothing has no background
+    assert [green > red for red, green, *_ in colours] == [True, False, False]
+    assert re.findall(r"<td>(adds|takes)</td>", shown)[:3] == ["adds", "takes", "takes"]
+    assert "+2.000" in shown and "-1.000" in shown and "No gradients" not in shown
+    assert "No gradients: it is int8" in shapes.show({**explained("a", 1.0), "because": "it is int8"}, context)
+
+
+def test_words_of_other_fields_stand_in_their_own_texts() -> None:
+    value = explained("a train", 1.0, 2.0)
+    value["words"] = [{**word, "field": "documents[1]"} for word in value["words"]]
+    shown = shapes.show(value, Context(CONTEXT.description, {"query": "x", "documents": ["no", "a train"]}))
+    assert text_of(re.findall(r'<p class="ts-text">.*?</p>', shown)[0]) == "a train"
+
+
+def test_how_explanations_differ() -> None:
+    one = explained("good bad", 2.0, 1.0)
+    assert shapes.difference(one, explained("good bad", 1.9, 1.0)).startswith("Both give the same answer, but")
+    assert shapes.difference(one, explained("good bad", 1.0, 2.0)) == (
+        'The strongest word is another one: "good", "bad".'
+    )
+    other = explained("good bad", 2.0, 1.0, label="blue")
+    assert shapes.difference(one, other) == "The first explains label red, the second label blue."
+    assert shapes.difference(one, [{"label": "red", "score": 1.0}]) == "The answers are of different kinds."
+
+
+def test_what_an_archive_explains_is_shown(artifact: Path) -> None:
+    service = Service(Engine.load(artifact), "some name")
+    body = {"text": "A red flower, and a green leaf."}
+    [reply] = service.answer([Call({"body": json.dumps(body).encode()}, Headers("application/json", explain=True))])
+    value = json.loads(reply.body)
+    shown = shapes.show(value, Context(of("sequence_classification", artifact), body))
+    assert "ts-heat" in shown and body["text"] in text_of(shown)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_which_tasks_can_be_explained(task: str, artifact: Path) -> None:
+    assert of(task, artifact).explains == (TASKS[task].explains is not None)

@@ -22,6 +22,7 @@ _TRUNCATED = "X-Truncated"  # by request and field the characters [start, end) t
 _STREAMED = "text/plain"
 _BETWEEN = 0.05  # seconds between two states of a growing text: a page need not show more
 _PATIENCE = 0.2  # seconds, after which it is looked whether to stop
+PREDICTIONS, EXPLANATIONS = "predictions", "explanations"  # what comes before a model's name in a path
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,13 @@ class Heard:
     where: Optional[str] = None  # where in the body the error is
 
 
-def ask(model: Model, body: Mapping[str, object], stopped: Callable[[], bool] = lambda: False) -> Iterator[Heard]:
+def ask(
+    model: Model, body: Mapping[str, object], stopped: Callable[[], bool] = lambda: False, door: str = PREDICTIONS
+) -> Iterator[Heard]:
     """The answer as it comes; the last one is `done`, whatever happens. Once `stopped`, no more is read."""
     begun = time.perf_counter()
     try:
-        options = {"certificate": model.certificate, "any_name": model.any_name}
+        options = {"certificate": model.certificate, "any_name": model.any_name, "door": door}
         with client.post(model.url, model.path, dict(body), model.key, **options) as response:  # type: ignore[arg-type]
             unseen = json.loads(response.headers.get(_TRUNCATED) or "{}").get("0", {})
             heard = Heard(unseen={name: (start, end) for name, (start, end) in unseen.items()})
@@ -97,7 +100,9 @@ def _ended(text: str) -> Tuple[str, Optional[str], Optional[str]]:
         return text, None, None
 
 
-def ask_each(models: Sequence[Model], body: Mapping[str, object], stop: threading.Event) -> Iterator[List[Heard]]:
+def ask_each(
+    models: Sequence[Model], body: Mapping[str, object], stop: threading.Event, door: str = PREDICTIONS
+) -> Iterator[List[Heard]]:
     """What all models have said so far, asked at once, each time that one says more; the last time all are `done`.
 
     Once `stop` is set, or this is closed, no more is read of their answers.
@@ -105,7 +110,7 @@ def ask_each(models: Sequence[Model], body: Mapping[str, object], stop: threadin
     news: queue.Queue[Tuple[int, Heard]] = queue.Queue()
 
     def listen(number: int) -> None:
-        for heard in ask(models[number], body, stop.is_set):
+        for heard in ask(models[number], body, stop.is_set, door):
             news.put((number, heard))
 
     threads = [threading.Thread(target=listen, args=(number,), daemon=True) for number in range(len(models))]
@@ -127,14 +132,14 @@ def ask_each(models: Sequence[Model], body: Mapping[str, object], stop: threadin
         stop.set()
 
 
-def curl_command(model: Model, body: Mapping[str, Any]) -> str:
+def curl_command(model: Model, body: Mapping[str, Any], door: str = PREDICTIONS) -> str:
     """The request as a curl command; a key is named in it, not shown."""
     options: List[str] = []
     if model.certificate:  # ours may be for another name than the machine's
         options += ["--insecure"] if model.any_name else ["--cacert", model.certificate]
     if dict(body.get("parameters") or {}).get("stream") is True:
         options.append("--no-buffer")
-    whole = curl(f"{model.url}/predictions/{model.path}", body, *options)
+    whole = curl(f"{model.url}/{door}/{model.path}", body, *options)
     if not model.key:
         return whole
     program, rest = whole.split(" ", 1)

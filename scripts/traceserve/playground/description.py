@@ -45,6 +45,7 @@ class Description:
     parameters: Tuple[InputField, ...]
     labels: Tuple[str, ...] = ()
     sample: Mapping[str, Any] = field(default_factory=dict)  # a body
+    explains: bool = False  # whether its answers can be explained
 
     @property
     def long_field(self) -> str:
@@ -74,6 +75,7 @@ def read_description(document: Mapping[str, Any], where: str) -> Description:
             parameters=tuple(InputField(name, schema) for name, schema in parameters.items()),
             labels=tuple(schemas.get("Label", {}).get("enum", ())),
             sample=operation["requestBody"]["content"]["application/json"]["example"],
+            explains="Explanation" in schemas,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ServerError(

@@ -121,6 +121,9 @@ class _Board:
             self._add(number)
         with gr.Row():
             self._ask = gr.Button("Ask", variant="primary", elem_id=self._id("ask"))
+            # What each word added to the answer.
+            explains = all(model.description.explains for model in self._models)
+            self._explain = gr.Button("Explain", visible=explains, elem_id=self._id("explain"))
             self._stop = gr.Button("Stop", elem_id=self._id("stop"))
         more = [n for n in range(len(self._controls)) if n not in first]
         with gr.Accordion(f"{len(more)} more parameters", open=False, elem_id=self._id("more")) as self._more:
@@ -173,16 +176,16 @@ class _Board:
         ]
         # What is asked on one open page, and can be stopped there.
         visitor = gr.State(lambda: uuid.uuid4().hex)
-        gr.on(
-            [self._ask.click, *(text.submit for text in texts)],
-            self._answer,
-            inputs=[visitor, *self._inputs],
-            outputs=outputs,
-            show_progress="hidden",
-            concurrency_limit=_AT_ONCE,
-            api_visibility="private",
-            trigger_mode="always_last",
-        )
+        common = {
+            "inputs": [visitor, *self._inputs],
+            "outputs": outputs,
+            "show_progress": "hidden",
+            "concurrency_limit": _AT_ONCE,
+            "api_visibility": "private",
+            "trigger_mode": "always_last",
+        }
+        gr.on([self._ask.click, *(text.submit for text in texts)], self._answer, **common)
+        self._explain.click(self._explanation, **common)
         self._stop.click(self._end, visitor, None, api_visibility="private", concurrency_limit=_AT_ONCE)
 
     def _end(self, visitor: str) -> None:
@@ -193,14 +196,21 @@ class _Board:
 
     def _answer(self, visitor: str, *values: object) -> Iterator[Dict[object, object]]:
         """What changes on the page while the models answer."""
+        yield from self._told_by(visitor, values, asking.PREDICTIONS)
+
+    def _explanation(self, visitor: str, *values: object) -> Iterator[Dict[object, object]]:
+        """What changes on the page while the models explain their answers."""
+        yield from self._told_by(visitor, values, asking.EXPLANATIONS)
+
+    def _told_by(self, visitor: str, values: Sequence[object], door: str) -> Iterator[Dict[object, object]]:
         self._asked[visitor] = stop = threading.Event()
         try:
-            yield from self._answered(values, stop)
+            yield from self._answered(values, stop, door)
         finally:
             if self._asked.get(visitor) is stop:
                 del self._asked[visitor]
 
-    def _answered(self, values: Sequence[object], stop: threading.Event) -> Iterator[Dict[object, object]]:
+    def _answered(self, values: Sequence[object], stop: threading.Event, door: str) -> Iterator[Dict[object, object]]:
         try:
             body = form.body(self._controls, values)
         except FormError as error:
@@ -208,9 +218,11 @@ class _Board:
             yield {**self._told({}, said), **self._at_fields(said)}
             return
         said = [asking.Heard() for _ in self._models]
-        commands = [self._gr.update(value=asking.curl_command(model, body), visible=True) for model in self._models]
+        commands = [
+            self._gr.update(value=asking.curl_command(model, body, door), visible=True) for model in self._models
+        ]
         yield {**self._told(body, said), **dict(zip(self._commands, commands)), **self._at_fields(said)}
-        for said in asking.ask_each(self._models, body, stop):
+        for said in asking.ask_each(self._models, body, stop, door):
             ended = all(heard.done for heard in said) and any(heard.error for heard in said)
             yield {**self._told(body, said), **(self._at_fields(said) if ended else {})}
 

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
+from traceserve.playground import heat
 from traceserve.playground.description import Description
 from traceserve.playground.marks import Mark, changed_words, escaped, marked
 
@@ -316,6 +317,14 @@ def _show_json(value: object, context: Context, other: Optional[object]) -> str:
     return f'<pre class="ts-json">{escaped(json.dumps(value, indent=1, ensure_ascii=False))}</pre>'
 
 
+def _show_heat(value: object, context: Context, other: Optional[object]) -> str:
+    return "".join(heat.heat_map(explanation, context.body) for explanation in _listed(value))
+
+
+def _heat_differs(value: object, other: object) -> str:
+    return heat.explanations_differ(_listed(value)[0], _listed(other)[0])
+
+
 def _is_filled(value: object) -> bool:
     """What may stand at a mask, or at each of several."""
     return any(
@@ -324,6 +333,7 @@ def _is_filled(value: object) -> bool:
 
 
 SHAPES: Tuple[Shape, ...] = (
+    Shape(_has(*heat.KEYS), _show_heat, _heat_differs),
     Shape(_has("label", "score"), **_bars(_labels)),
     Shape(lambda value: isinstance(value, dict) and {"labels", "scores"} <= set(value), **_bars(_candidates)),
     Shape(_is_filled, **_bars(_tokens)),
