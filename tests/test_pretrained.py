@@ -98,6 +98,7 @@ def test_every_task_passes_the_gate(task: str, made: Make) -> None:
         "in_float32": [],
         **({"keeps_past": True} if TASKS[task].loop else {}),
         "torch_compile": False,
+        **({"no_gradients": "save mode pretrained has none"} if TASKS[task].explains is not None else {}),
     }
     assert bool(manifest.step_inputs) is bool(TASKS[task].loop)
 
