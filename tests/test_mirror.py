@@ -92,6 +92,19 @@ def test_nobody_waits_for_a_listener(listener: socket.socket, tmp_path: Path) ->
     assert time.monotonic() - started < 5
 
 
+def test_a_worker_without_descriptors_answers(
+    listener: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(*arguments: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    ask_for(tmp_path, 1.0)
+    mirror = Mirror(str(tmp_path / "mirror.json"))
+    monkeypatch.setattr(socket, "socket", none_left)
+    mirror.show(SERVED, REQUESTS[:1], ANSWERS[:1])
+    assert shown(listener) == []
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"share": 1}', '{"share": "all", "socket": ""}'])
 def test_a_damaged_document_asks_for_nothing(listener: socket.socket, tmp_path: Path, content: str) -> None:
     (tmp_path / "mirror.json").write_text(content)

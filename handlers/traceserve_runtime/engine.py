@@ -210,7 +210,11 @@ class Engine:
         if self._explainer is None:
             gradients: Union[Differentiable, str] = str(self.manifest.runtime.get(NO_GRADIENTS, "the archive has none"))
             if self.manifest.save_mode in GRADIENTS and self.manifest.runtime.get(NO_GRADIENTS) == "":
-                gradients = GRADIENTS[self.manifest.save_mode](self.manifest, self.folder, self._device)
+                try:
+                    gradients = GRADIENTS[self.manifest.save_mode](self.manifest, self.folder, self._device)
+                except Exception as error:  # the edge of this explanation; the next one does not try again
+                    lines = str(error).strip().splitlines() or [type(error).__name__]
+                    gradients = f"the graph for them cannot be loaded: {lines[0]}"
             self._explainer = Explainer(self.manifest, self.task, self.runner, gradients)
         return self._explainer
 
@@ -323,9 +327,8 @@ class Work:
         if self._loop is not None:
             self._loop.turn()
         else:
-            ran = self._run(self._seconds - (time.perf_counter() - began))
-            if not ran and self._explanations:
-                self._explanations.turn()
+            self._run(self._seconds - (time.perf_counter() - began))
+            self._explanations.turn()
 
     def _read(self, arrivals: Sequence[Arrival]) -> None:
         """Tokenize requests; their rows join the loop, or wait to be run."""
@@ -351,19 +354,18 @@ class Work:
                     self._write(self._loop, pending, item, jobs)
             self._backlog.add(own, tokenized)
 
-    def _run(self, seconds: float) -> bool:
-        """Run rows for about this long, and answer the requests that they complete; return whether there were any."""
+    def _run(self, seconds: float) -> None:
+        """Run rows for about this long, and answer the requests that they complete."""
         shapes, cost = self._engine.manifest.shapes, self._engine.cost
         rows = self._backlog.rows(self._engine.pace.cost_within(seconds), lambda length: row_cost(length, shapes, cost))
         if not rows:
-            return False
+            return
         for row, output in zip(rows, self._engine.run([row.job for row in rows], self._stats)):
             row.unrun.keep(row.position, output)
             self._answer(row.unrun)
         self._backlog.ran(rows)
         if not all(row.job.request.explain for row in rows):
             self._engine.pacing.predicted(time.perf_counter())
-        return True
 
     def _answer(self, unrun: Unrun) -> None:
         outputs = unrun.outputs()
@@ -373,7 +375,7 @@ class Work:
         result = self._engine.decode(pending.request, unrun.encoded, outputs)
         if pending.request.explain and isinstance(result, Answer):
             arrays = [output for output in outputs if not isinstance(output, TraceserveError)]
-            self._explanations.begin(pending, result, unrun.encoded, arrays, time.perf_counter())
+            self._explanations.begin(pending, result, unrun.encoded, arrays)
         else:
             pending.result = result
 

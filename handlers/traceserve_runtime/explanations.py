@@ -13,7 +13,7 @@ from traceserve_runtime.errors import InvalidRequest, OutOfTime, TraceserveError
 from traceserve_runtime.explaining import integrated_gradients, occlusion
 from traceserve_runtime.explaining.answers import GRADIENTS, OCCLUSION, RowExplanation, explanation
 from traceserve_runtime.explaining.integrated_gradients import STEPS
-from traceserve_runtime.explaining.pacing import Pacing
+from traceserve_runtime.explaining.pacing import MOST_TOKENS, Pacing
 from traceserve_runtime.explaining.targets import Aim, Differentiable, scalars
 from traceserve_runtime.explaining.words import Word, words_of
 from traceserve_runtime.json_types import Json
@@ -25,9 +25,12 @@ from traceserve_runtime.texts.rows import Encoded, Row
 
 logger = logging.getLogger(__name__)
 
-Room = Callable[[int], int]  # how many rows of a length the next run may have
+Room = Callable[[int, int], int]  # how many rows of a length the next run may have, of those that are wanted
 _Text = Tuple[Aim, Row, Sequence[Word]]  # a row that is explained
 
+_MOST_CALLS = (
+    4  # whose explanations are under way, beside predictions: each holds its texts' tokens, and a place in the queue
+)
 _ALIKE = {"float32": 1e-3}  # how far the two graphs' numbers may differ, relative to those above 1
 _NEARLY_ALIKE = 0.1  # in lower precisions, where they differ with the number of rows too
 
@@ -41,53 +44,74 @@ class Explainer(NamedTuple):
     gradients: Union[Differentiable, str]
 
 
+class _Explained(NamedTuple):
+    """A request that is being explained, until `deadline`."""
+
+    pending: Pending
+    steps: _Steps
+    deadline: float
+
+
 class Explanations:
-    """Explanations in progress; they take turns."""
+    """Explanations in progress. Calls take turns, and a call's requests come one after the other."""
 
     def __init__(self, explainer: Callable[[], Explainer], pacing: Pacing, seconds: float, polite: bool) -> None:
         """`explainer` is asked at the first explanation, since it loads the model's gradients; `seconds` is the most
-        that one may take by default. `polite`: predictions may join between two runs, and go first."""
+        that one may take. `polite`: predictions may join between two runs, and go first."""
         self._explainer = explainer
         self._pacing = pacing
         self._room = partial(pacing.rows, polite=polite)
         self._polite = polite
         self._seconds = seconds
-        self._waiting: Deque[Tuple[Pending, _Steps, float]] = deque()
+        self._calls: Deque[Deque[_Explained]] = deque()
 
     def __bool__(self) -> bool:
-        return bool(self._waiting)
+        return bool(self._calls)
 
-    def begin(
-        self, pending: Pending, answer: Answer, encoded: Encoded, outputs: Sequence[Arrays], began: float
-    ) -> None:
+    def begin(self, pending: Pending, answer: Answer, encoded: Encoded, outputs: Sequence[Arrays]) -> None:
         """Let a request whose prediction is there wait for its explanation."""
         steps = _Steps(pending.request, answer, encoded, outputs)
-        limit = float(pending.request.parameters.get("seconds", self._seconds))
-        self._waiting.append((pending, steps, began + limit))
+        limit = min(self._seconds, float(pending.request.parameters.get("seconds", self._seconds)))
+        explained = _Explained(pending, steps, pending.joined + limit)
+        group = pending.request.group
+        own = next((call for call in self._calls if group is not None and call[0].pending.request.group == group), None)
+        if own is not None:
+            own.append(explained)
+        elif self._polite and len(self._calls) >= _MOST_CALLS:
+            pending.result = OutOfTime(
+                f"explanations of {_MOST_CALLS} calls are under way, and predictions go first; ask again later"
+            )
+        else:
+            self._calls.append(deque([explained]))
 
     def wait(self) -> float:
         """Return for how many seconds predictions come first."""
         return self._pacing.wait(time.perf_counter()) if self._polite else 0.0
 
     def turn(self) -> None:
-        """Make one run for the first that waits, and drop those that nobody wants or that are out of time."""
-        now = time.perf_counter()
-        for pending, steps, deadline in list(self._waiting):
-            if not pending.left and now >= deadline:
-                pending.result = steps.out_of_time()
-        self._waiting = deque(each for each in self._waiting if not each[0].left and each[0].result is None)
-        if not self._waiting or self.wait() > 0:
+        """Drop those that nobody wants or that are out of time, and make one run for the next call, if it may now."""
+        self._drop(time.perf_counter())
+        if not self._calls or self.wait() > 0:
             return
-        pending, steps, deadline = self._waiting.popleft()
-        explainer = failures.contained("it loaded the model's gradients", self._explainer)
-        if isinstance(explainer, TraceserveError):
-            pending.result = explainer
-            return
+        call = self._calls.popleft()
+        explained = call[0]
         began = time.perf_counter()
-        pending.result = steps.go_on(explainer, self._room)
+        explained.pending.result = explained.steps.go_on(self._explainer(), self._room)
         self._pacing.ran(began, time.perf_counter())
-        if pending.result is None:
-            self._waiting.append((pending, steps, deadline))
+        if explained.pending.result is not None:
+            call.popleft()
+        if call:
+            self._calls.append(call)
+
+    def _drop(self, now: float) -> None:
+        for explained in (each for call in self._calls for each in call):
+            if not explained.pending.left and now >= explained.deadline:
+                explained.pending.result = explained.steps.out_of_time()
+        calls = (
+            deque(each for each in call if not each.pending.left and each.pending.result is None)
+            for call in self._calls
+        )
+        self._calls = deque(call for call in calls if call)
 
 
 class _Steps:
@@ -142,12 +166,14 @@ def _explain(
     why_not = _without_gradients(explainer, request, texts)
     if not why_not:
         for text in texts:
+            if parts:
+                yield
             served = float(
                 scalars({name: array[None] for name, array in outputs[text[0].row].items()}, text[0].cells)[0]
             )
             part = yield from _by_gradients(explainer, room, text, steps, served)
             if part is None:
-                why_not = "the graph with gradients does not give the served answer for this text"
+                why_not = "the graph with gradients does not give the served answer for this text, or no number"
                 break
             parts.append(part)
     wanted = request.parameters.get("method")
@@ -156,6 +182,7 @@ def _explain(
     if why_not:
         parts = []
         for text in texts:
+            yield
             part = yield from _by_occlusion(explainer, room, text, steps)
             parts.append(part)
     method = OCCLUSION if why_not else GRADIENTS
@@ -174,6 +201,8 @@ def _without_gradients(explainer: Explainer, request: Request, texts: Sequence[_
     shortest = explainer.manifest.shapes.shortest
     if any(row.length < shortest for _, row, _ in texts):
         return f"the text is shorter than the {shortest} tokens that the model reads"
+    if any(row.length > MOST_TOKENS for _, row, _ in texts):
+        return f"the text has more than the {MOST_TOKENS:,} tokens whose gradients are computed at a time"
     return ""
 
 

@@ -32,7 +32,7 @@ class Mirror:
         """Show a share of a call's requests, and their answers by this name and version."""
         if self._path is None or not self._asked_for(self._path):
             return
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
             sender.setblocking(False)
             for request, answer in zip(requests, answers):
                 if self._random.random() < self._share:

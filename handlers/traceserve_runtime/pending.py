@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Callable, Iterable, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 from traceserve_runtime.batching.sharing import FairQueue, Unread
@@ -20,6 +21,7 @@ class Pending:
 
     def __init__(self, request: Request, emit: Optional[Callable[..., None]]) -> None:
         self.request = request
+        self.joined = time.perf_counter()
         self.emit = emit
         self.members: List[Member] = []  # its rows in a loop
         self.left = False  # nobody wants its answer any more

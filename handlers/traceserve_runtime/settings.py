@@ -13,7 +13,7 @@ class Settings(NamedTuple):
     threads: Optional[int] = None  # per operator; None: the library's default
     length_step: Optional[int] = None  # pad rows to a multiple of it, if the model accepts any length
     pack_weights: bool = True  # keep a copy of the weights in the processor's layout: torchscript/packing.py
-    explain_seconds: int = 30  # that an explanation may take, unless its request says otherwise
+    explain_seconds: int = 30  # that an explanation may take at most
 
 
 def read(config: Mapping[str, object]) -> Settings:
@@ -36,7 +36,11 @@ def read(config: Mapping[str, object]) -> Settings:
             f"model-config.yaml: continuousBatching with {workers} workers, the second of which TorchServe lets hang; have one"
         )
     alone = not isinstance(workers, int) or workers <= 1
-    return Settings(**{"pack_weights": alone, **given})
+    settings = Settings(**{"pack_weights": alone, **given})
+    patience = config.get("responseTimeout")  # after which TorchServe ends the worker, with all that it answers
+    if isinstance(patience, int) and patience > 0:
+        settings = settings._replace(explain_seconds=min(settings.explain_seconds, max(1, patience // 2)))
+    return settings
 
 
 def valid(key: str, value: object) -> bool:

@@ -8,6 +8,7 @@ token is the padding token, and special tokens stay.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Callable, Generator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
@@ -46,6 +47,7 @@ def repeated(inputs: Arrays, count: int) -> Arrays:
     return {name: np.repeat(array, count, axis=0) for name, array in inputs.items()}
 
 
+@lru_cache(maxsize=8)
 def rule(steps: int) -> Tuple[np.ndarray, np.ndarray]:
     """Return the positions on the path, 0 to 1, and their weights."""
     positions, weights = np.polynomial.legendre.leggauss(steps)
@@ -58,17 +60,17 @@ def attribute(
     cells: Sequence[OutputCell],
     manifest: Manifest,
     steps: int,
-    room: Callable[[int], int],
+    room: Callable[[int, int], int],
     accepts: Callable[[float], bool] = lambda value: True,
 ) -> Generator[None, None, Optional[Attributed]]:
-    """Attribute in runs of at most `room(length)` rows of this length; yields after each run, and returns the result, or
-    None if the explained number is not accepted."""
+    """Attribute in runs of at most `room(length, wanted)` rows of this length; yields between two runs, and returns the
+    result, or None if the explained number is not accepted, or a number is none."""
     inputs = columns(row, manifest, row.encoding.ids)
     without = columns(row, manifest, baseline_ids(row, manifest.tokenizer.pad_id))
     ends = model.embed(np.concatenate([inputs["input_ids"], without["input_ids"]]))
     outputs = model.outputs(ends, repeated(inputs, 2))
     value, baseline = (float(each) for each in scalars(outputs, cells))
-    if not accepts(value):
+    if not (accepts(value) and math.isfinite(baseline)):
         return None
     yield
     difference = ends[:1] - ends[1:]
@@ -76,12 +78,15 @@ def attribute(
     total = np.zeros(ends.shape[1:], dtype=np.float64)
     done = 0
     while done < steps:
-        part = slice(done, min(done + room(row.length), steps))
+        part = slice(done, done + room(row.length, steps - done))
         points = ends[1:] + positions[part, None, None] * difference
         gradients = model.gradients(points, repeated(inputs, len(points)), cells)
         total += np.tensordot(weights[part], gradients, axes=1)
         done = part.stop
-        yield
+        if done < steps:
+            yield
+    if not np.isfinite(total).all():
+        return None
     return Attributed((total * difference[0]).sum(axis=-1), value, baseline)
 
 

@@ -13,6 +13,7 @@ from typing import Any, Callable, Generator, List, NamedTuple, Sequence, Tuple
 import numpy as np
 
 from traceserve_runtime.batching.batches import Stats, run_batch
+from traceserve_runtime.errors import ModelFailure
 from traceserve_runtime.explaining.targets import OutputCell, scalars
 from traceserve_runtime.explaining.words import Word
 from traceserve_runtime.manifest import Manifest
@@ -56,7 +57,10 @@ def _joined(group: Sequence[Word]) -> Word:
     if first is last:
         return first
     positions = tuple(position for word in group for position in word.positions)
-    return Word(first.field, first.start, last.end, " ".join(word.text for word in group), positions)
+    text = first.text
+    for before, word in zip(group, group[1:]):
+        text += ("" if word.start == before.end else " ") + word.text
+    return Word(first.field, first.start, last.end, text, positions)
 
 
 def occlude(
@@ -67,22 +71,25 @@ def occlude(
     manifest: Manifest,
     hiding: int,
     per_token: Sequence[str],
-    room: Callable[[int], int],
+    room: Callable[[int, int], int],
 ) -> Generator[None, None, Tuple[List[float], float, float]]:
-    """Hide each word, in runs of at most `room(length)` rows; yields after each run, and returns each word's effect, and
-    the number on the text and without any word."""
+    """Hide each word, in runs of at most `room(length, wanted)` rows; yields between two runs, and returns each word's
+    effect, and the number on the text and without any word. Raises ModelFailure for a number that is none."""
     every = [position for word in words for position in word.positions]
     rows = [row, *(_hidden(row, positions, hiding) for positions in (every, *(word.positions for word in words)))]
     values: List[float] = []
     while len(values) < len(rows):
-        count = max(1, room(row.length))
+        count = room(row.length, len(rows) - len(values))
         if manifest.shapes.batches is not None:
             count = min(count, max(manifest.shapes.batches))
         part = rows[len(values) : len(values) + count]
         for outputs in run_batch(runner, part, manifest, per_token, Stats()):
             batch = {name: array[None] for name, array in outputs.items()}
             values.append(float(scalars(batch, cells)[0]))
-        yield
+        if len(values) < len(rows):
+            yield
+    if not np.isfinite(values).all():
+        raise ModelFailure("the model gives no number where words are hidden, so this answer cannot be explained")
     return [values[0] - value for value in values[2:]], values[0], values[1]
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import time
 
 _SHARE = 0.008  # of the time, beside predictions: fewer of them than one in a hundred meet a run
-_QUIET = 1.0  # seconds without a prediction, after which explanations take all the time
+_QUIET = 0.2  # seconds without a prediction, after which explanations take all the time
 _SECONDS = 0.03  # of a run without predictions; a prediction that comes then waits for its end
 _GUESS = 5e-5  # seconds per token and step before anything was measured
 _FADING = 0.7  # of the past at each run
-MOST_TOKENS = 4096  # in one run, for memory: its gradients need everything that the model computed
+MOST_TOKENS = 1024  # in one run, for memory: its gradients need everything that the model computed
 
 
 class Pacing:
@@ -39,11 +39,11 @@ class Pacing:
             return 0.0
         return max(0.0, min(self._next, self._predicted + _QUIET) - now)
 
-    def rows(self, length: int, polite: bool = True) -> int:
-        """Return how many rows of this length the run that begins now may have; all that memory holds, if nobody can
-        come meanwhile."""
+    def rows(self, length: int, wanted: int, polite: bool = True) -> int:
+        """Return how many of the wanted rows of this length the run that begins now may have; as many as memory holds, if
+        nobody can come meanwhile."""
         each = self._seconds / self._tokens if self._tokens else _GUESS
-        rows = max(1, MOST_TOKENS // length)
+        rows = max(1, min(wanted, MOST_TOKENS // length))
         if polite:
             beside = self.beside_predictions(time.perf_counter())
             rows = 1 if beside else max(1, min(rows, int(_SECONDS / (each * length))))

@@ -31,19 +31,27 @@ def words_of(row: Row, segments: Segments) -> List[Word]:
 
 
 def _of_segment(row: Row, text: str, field: str, positions: Sequence[int]) -> List[Word]:
-    words: List[Word] = []
     groups: List[Tuple[Optional[int], List[int], int, int]] = []  # the tokenizer's word, its tokens, characters
     ids, offsets = row.encoding.word_ids, row.encoding.offsets
+    held: List[int] = []  # tokens without characters of their own, such as a space: they belong to the next token
     for position in positions:
         start, end = _stripped(text, *offsets[position])
+        if start == end:
+            held.append(position)
+            continue
+        if groups:  # or to the one before, of the same word
+            behind = [p for p in held if ids[p] is not None and ids[p] == groups[-1][0] and ids[p] != ids[position]]
+            groups[-1][1].extend(behind)
+            held = [p for p in held if p not in behind]
+        own, held = [*held, position], []
         if groups and (_continues(text, groups[-1], ids[position], start, end) or start < groups[-1][3]):
-            word, own, first, last = groups[-1]
-            groups[-1] = (word, [*own, position], min(first, start), max(last, end))
+            word, before, first, last = groups[-1]
+            groups[-1] = (word, [*before, *own], min(first, start), max(last, end))
         else:
-            groups.append((ids[position], [position], start, end))
-    for _, own, start, end in groups:
-        words.append(Word(field, start, end, text[start:end], tuple(own)))
-    return words
+            groups.append((ids[position], own, start, end))
+    if groups:
+        groups[-1][1].extend(held)
+    return [Word(field, start, end, text[start:end], tuple(own)) for _, own, start, end in groups]
 
 
 def _continues(
@@ -51,8 +59,6 @@ def _continues(
 ) -> bool:
     """Return whether a token belongs to the word before it."""
     own, _, first, last = group
-    if start == end:  # a token without characters of its own, such as a space
-        return True
     if own is None or word is None:
         joined = start == last and not text[start - 1 : start + 1].count(" ")
     else:

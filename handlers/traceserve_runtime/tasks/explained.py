@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Sequence, Tuple, Type
+from typing import Optional, Sequence, Tuple, Type
 
 from traceserve_runtime.errors import InvalidRequest, NotOffered
 from traceserve_runtime.explaining.answers import METHODS
 from traceserve_runtime.explaining.integrated_gradients import MOST_STEPS, STEPS
-from traceserve_runtime.tasks.contract import Task
+from traceserve_runtime.tasks.contract import Request, Task
 from traceserve_runtime.tasks.parameters import Parameter
 
 LABEL = Parameter("label", str, "the label to explain; by default the answer's own")
@@ -35,8 +35,8 @@ PARAMETERS: Tuple[Parameter, ...] = (
     Parameter(
         "seconds",
         float,
-        "the most time that the explanation may take, waiting for predictions included; by default the server's "
-        "explain_seconds",
+        "the most time that the explanation may take, waiting for predictions included; the server's explain_seconds "
+        "are the default and the most",
         least=0.01,
         most=3600,
     ),
@@ -49,6 +49,21 @@ def label_index(label: str, labels: Sequence[str]) -> int:
         shown = ", ".join(labels[:8]) + (f" and {len(labels) - 8} more" if len(labels) > 8 else "")
         raise InvalidRequest(f"there is no such label; there are {shown}", "parameters.label")
     return list(labels).index(label)
+
+
+def asked_characters(request: Request) -> Optional[Tuple[int, int]]:
+    """Return the characters [start, end) to explain, if the request names some; raises InvalidRequest."""
+    start, end = (request.parameters.get(name) for name in (START.name, END.name))
+    if start is None:
+        if end is not None:
+            raise InvalidRequest(
+                "end is the character behind what begins at start, and there is no start", "parameters.end"
+            )
+        return None
+    end = start + 1 if end is None else end
+    if end <= start:
+        raise InvalidRequest(f"end should be above start, {start:,}, and not {end:,}", "parameters.end")
+    return start, end
 
 
 def explained(task: Type[Task]) -> Type[Task]:

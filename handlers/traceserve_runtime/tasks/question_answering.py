@@ -12,7 +12,7 @@ from traceserve_runtime.json_types import Json, JsonObject, json_objects, number
 from traceserve_runtime.runner import Arrays
 from traceserve_runtime.softmax import softmax
 from traceserve_runtime.tasks.contract import ModelFacts, Request, Task
-from traceserve_runtime.tasks.explained import END, START
+from traceserve_runtime.tasks.explained import END, START, asked_characters
 from traceserve_runtime.tasks.parameters import Field, Output, Parameter
 from traceserve_runtime.texts.rows import Row, Segments
 
@@ -160,9 +160,9 @@ class QuestionAnswering(Task):
         """Return the sum of the start's and the end's logits of the best answer, or of the characters of the context that
         the request names; of several windows, in the one that is surest."""
         context = request.inputs["context"]
-        if "start" in request.parameters:
-            start = int(request.parameters["start"])
-            end = int(request.parameters.get("end", start + 1))
+        asked = asked_characters(request)
+        if asked is not None:
+            start, end = asked
         else:
             answer = self.decode(request, rows, outputs)
             best = json_objects(answer if isinstance(answer, list) else [answer])[0]

@@ -12,7 +12,7 @@ from traceserve_runtime.json_types import Json, JsonObject, json_objects
 from traceserve_runtime.runner import Arrays
 from traceserve_runtime.softmax import softmax
 from traceserve_runtime.tasks.contract import ModelFacts, Request, Task
-from traceserve_runtime.tasks.explained import END, LABEL, START, label_index
+from traceserve_runtime.tasks.explained import END, LABEL, START, asked_characters, label_index
 from traceserve_runtime.tasks.parameters import Field, Output, Parameter, strings
 from traceserve_runtime.texts import windows
 from traceserve_runtime.texts.rows import Row, Segments
@@ -129,7 +129,7 @@ class TokenClassification(Task):
 
     def target(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> ExplanationTarget:
         """Return the labels' average logit of the tokens at the characters that the request names, or of the token that
-        is an entity most surely; each token's own label unless the request names one."""
+        is an entity most surely; of their own label unless the request names one."""
         text = request.inputs["text"]
         tokens, scores = self._tokens(text, rows, outputs)
         if not tokens:
@@ -138,21 +138,22 @@ class TokenClassification(Task):
         label = request.parameters.get("label")
         given = None if label is None else label_index(label, self.manifest.labels)
         chosen = self._chosen(request, tokens, scores, given)
-        labels = [int(scores[token.row].argmax()) if given is None else given for token in chosen]
-        if given is None and "start" not in request.parameters:  # where all tokens are ignored, the nearest entity
-            labels = [int(np.where(self._ignored(request), -1.0, scores[token.row]).argmax()) for token in chosen]
+        own = np.sum([scores[token.row] for token in chosen], axis=0)
+        if request.parameters.get(START.name) is None:  # where all tokens are ignored, the nearest entity
+            own = np.where(self._ignored(request), -1.0, own)
+        best = int(own.argmax()) if given is None else given
         cells: Dict[int, List[OutputCell]] = {}
-        for token, number in zip(chosen, labels):
+        for token in chosen:
             window, position = places[token.row]
-            cells.setdefault(window, []).append(OutputCell("logits", (position, number)))
+            cells.setdefault(window, []).append(OutputCell("logits", (position, best)))
         start, end = chosen[0].start, chosen[-1].end
         name: JsonObject = {
-            "label": self.manifest.labels[labels[0]],
+            "label": self.manifest.labels[best],
             "word": text[start:end],
             "start": start,
             "end": end,
         }
-        return ExplanationTarget(name, tuple(Aim(row, tuple(own), 1 / len(chosen)) for row, own in cells.items()))
+        return ExplanationTarget(name, tuple(Aim(row, tuple(each), 1 / len(chosen)) for row, each in cells.items()))
 
     def _ignored(self, request: Request) -> np.ndarray:
         """Return which labels are ignored, unless that would be all of them."""
@@ -164,11 +165,11 @@ class TokenClassification(Task):
         self, request: Request, tokens: Sequence[_Token], scores: np.ndarray, label: Optional[int]
     ) -> List[_Token]:
         """Return the tokens to explain."""
-        start = request.parameters.get("start")
-        if start is None:
+        asked = asked_characters(request)
+        if asked is None:
             sure = np.where(self._ignored(request), -1.0, scores).max(axis=1) if label is None else scores[:, label]
             return [tokens[int(sure.argmax())]]
-        end = request.parameters.get("end", start + 1)
+        start, end = asked
         found = [token for token in tokens if token.start < end and token.end > start]
         if not found:
             raise InvalidRequest(f"no token is at the characters {start:,} to {end:,}", "parameters.start")

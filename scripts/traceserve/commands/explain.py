@@ -49,10 +49,10 @@ def _explain(options: argparse.Namespace) -> int:
     listed: List[Any] = answer if isinstance(answer, list) else [answer]
     asked = body["inputs"] if isinstance(body, dict) and "inputs" in body else body
     requests = asked if isinstance(asked, list) else [asked]
-    if options.html:
+    if options.html and all(isinstance(each, dict) and "words" in each for each in listed):
         options.html.write_text(_page(requests, listed), encoding="utf-8")
     for request, each in zip(requests, listed):
-        if options.json:
+        if options.json or not (isinstance(each, dict) and "words" in each):  # the form of another protocol
             print(json.dumps(each, ensure_ascii=False), flush=True)
         else:
             _print(request, each)
@@ -89,6 +89,7 @@ def _ask(options: argparse.Namespace, body: object) -> object:
 def _print(request: object, found: Mapping[str, Any]) -> None:
     """Print the text with coloured words, and a table of the strongest ones."""
     from rich.table import Table
+    from rich.text import Text
 
     screen = console()
     for field, text in _fields(request, found).items():
@@ -99,7 +100,7 @@ def _print(request: object, found: Mapping[str, Any]) -> None:
     for word in words[:_ROWS]:
         amount = word["attribution"]
         length = round(_BAR * abs(amount) / largest) if largest else 0
-        table.add_row(word["word"], f"{amount:+.3f}", ("+" if amount > 0 else "-") * length)
+        table.add_row(Text(word["word"]), f"{amount:+.3f}", ("+" if amount > 0 else "-") * length)
     screen.print(table)
     target = ", ".join(f"{key} {value}" for key, value in found["target"].items())
     screen.print(
@@ -107,10 +108,11 @@ def _print(request: object, found: Mapping[str, Any]) -> None:
         f"{found['method'].replace('_', ' ')}, {found['steps']} steps, completeness error "
         f"{100 * found['completeness_error']:.2g} %",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
     if "because" in found:
-        screen.print(f"no gradients: {found['because']}", highlight=False, soft_wrap=True)
+        screen.print(f"no gradients: {found['because']}", highlight=False, markup=False, soft_wrap=True)
     if len(words) > _ROWS:
         screen.print(f"the other {figure(len(words) - _ROWS)} words are in --json", highlight=False)
 
@@ -169,9 +171,10 @@ def _page(requests: Sequence[object], listed: Sequence[Mapping[str, Any]]) -> st
             marked, done = "", 0
             for start, end, colour, strength in sorted(_spans(field, found["words"])):
                 shade = f"rgba({colour[0]},{colour[1]},{colour[2]},{strength:.2f})"
+                start = max(start, done)  # windows may have a part of the same word
                 marked += escape(text[done:start])
                 marked += f'<span style="background:{shade}">{escape(text[start:end])}</span>'
-                done = end
+                done = max(end, done)
             parts.append(f"<p>{marked}{escape(text[done:])}</p>")
     head = '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>Explanations</title>'
     style = "<style>body{font:18px/1.8 system-ui;max-width:60rem;margin:2rem auto}span{border-radius:3px}</style>"

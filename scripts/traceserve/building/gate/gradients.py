@@ -25,7 +25,10 @@ def differs(folder: Path) -> Optional[str]:
     """Return why the explaining graphs of an artifact cannot explain it; None if they give its outputs."""
     engine = Engine.load(folder)
     manifest, task = engine.manifest, engine.task
-    model = GRADIENTS[manifest.save_mode](manifest, folder, "cpu")
+    try:
+        model = GRADIENTS[manifest.save_mode](manifest, folder, "cpu")
+    except (RuntimeError, ValueError, OSError) as error:
+        return f"its graph from the embeddings cannot be read: {error}"
     encoded = task.encode(task.from_texts(TEXTS))
     rows = {row.length: row for each in encoded if not isinstance(each, TraceserveError) for row in each.rows}
     fitting = sorted(n for n in rows if manifest.shapes.shortest <= n <= _LONGEST)
