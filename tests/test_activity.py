@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Dict, Optional
+from dataclasses import replace
+from typing import Dict, List, Mapping, Optional, Tuple
 
 import pytest
-from traceserve.measuring.activity import Activity, Sample, between, quantile, ray_sample
+from traceserve.measuring.activity import Activity, Sample, between, quantile, series_of
 
 INF = float("inf")
 
@@ -26,9 +27,19 @@ def test_quantiles_are_interpolated(buckets: Dict[float, float], share: float, v
     assert quantile(buckets, share) == (value if value is None else pytest.approx(value))
 
 
+Metric = Tuple[str, Mapping[str, str], float]
+
+
+def of_torchserve(counters: Mapping[str, float], errors: Mapping[str, float], buckets: Mapping[str, float]) -> Sample:
+    labels = {"ModelName": "intents", "Level": "Model"}
+    found: List[Metric] = [(metric, {"model_name": "intents"}, value) for metric, value in counters.items()]
+    found += [("traceserve_errors_total", {**labels, "reason": reason}, value) for reason, value in errors.items()]
+    found += [("traceserve_batch_seconds_bucket", {**labels, "le": limit}, value) for limit, value in buckets.items()]
+    return Sample(100.0, series_of(found))
+
+
 def test_activity_is_what_grew() -> None:
-    first = Sample(
-        100.0,
+    first = of_torchserve(
         {
             "ts_inference_requests_total": 10.0,
             "ts_inference_latency_microseconds": 1e6,
@@ -37,10 +48,9 @@ def test_activity_is_what_grew() -> None:
             "traceserve_computed_tokens_total": 1000.0,
         },
         {"InvalidRequest": 3.0},
-        {0.01: 5.0, 0.02: 5.0, INF: 5.0},
+        {"0.01": 5.0, "0.02": 5.0, "+Inf": 5.0},
     )
-    last = Sample(
-        102.0,
+    last = of_torchserve(
         {
             "ts_inference_requests_total": 30.0,
             "ts_inference_latency_microseconds": 2e6,
@@ -49,10 +59,9 @@ def test_activity_is_what_grew() -> None:
             "traceserve_computed_tokens_total": 1400.0,
         },
         {"InvalidRequest": 3.0, "InputTooLong": 2.0},
-        {0.01: 5.0, 0.02: 15.0, INF: 15.0},
-        waiting=4,
+        {"0.01": 5.0, "0.02": 15.0, "+Inf": 15.0},
     )
-    found = between(first, last)
+    found = between(first, replace(last, moment=102.0, waiting=4))
     assert (found.seconds, found.requests, found.errors, found.waiting) == (2.0, 20, {"InputTooLong": 2}, 4)
     means = (found.latency, found.queue, found.padding_share)
     assert means == (pytest.approx(0.05), pytest.approx(0.01), pytest.approx(0.25))
@@ -65,29 +74,48 @@ def test_nothing_was_asked() -> None:
     assert quiet == Activity(1.0, 0, None, None, None, None, None, {}, 0) and quiet.rate == 0
 
 
-def test_on_ray_serve_the_replicas_are_summed() -> None:
-    def replicas(requests: float, computed: float) -> Sample:
-        found = []
-        for pid in ("1", "2"):
-            labels = {"model_name": "intents", "pid": pid}
-            found += [
-                ("ray_traceserve_requests_total", labels, requests),
-                ("ray_traceserve_tokens_total", labels, 10 * requests),
-                ("ray_traceserve_computed_tokens_total", labels, computed),
-                ("ray_traceserve_errors_total", {**labels, "reason": "InvalidRequest"}, requests / 10),
-                ("ray_traceserve_batch_seconds_bucket", {**labels, "le": "0.01"}, requests),
-                ("ray_traceserve_batch_seconds_bucket", {**labels, "le": "+Inf"}, requests),
-            ]
-        return ray_sample(found)
+def of_ray(replicas: Mapping[str, Tuple[float, float]], limit: str = "0.01") -> Sample:
+    """Each replica's requests, and the tokens that it computed; every batch took at most `limit` seconds."""
+    found: List[Metric] = []
+    for worker, (requests, computed) in replicas.items():
+        labels = {"model_name": "intents", "WorkerId": worker}
+        found += [
+            ("ray_traceserve_requests_total", labels, requests),
+            ("ray_traceserve_tokens_total", labels, 10 * requests),
+            ("ray_traceserve_computed_tokens_total", labels, computed),
+            ("ray_traceserve_errors_total", {**labels, "reason": "InvalidRequest"}, requests / 10),
+            ("ray_traceserve_batch_seconds_bucket", {**labels, "le": "0.01"}, requests if limit == "0.01" else 0.0),
+            ("ray_traceserve_batch_seconds_bucket", {**labels, "le": "0.02"}, requests),
+            ("ray_traceserve_batch_seconds_bucket", {**labels, "le": "+Inf"}, requests),
+        ]
+    return Sample(1.0, series_of(found))
 
-    found = between(replicas(10, 100), replicas(30, 350))
+
+def test_on_ray_serve_the_replicas_are_summed() -> None:
+    found = between(of_ray({"a": (10, 100), "b": (10, 100)}), of_ray({"a": (30, 350), "b": (30, 350)}))
     assert (found.requests, found.errors, found.padding_share) == (40, {"InvalidRequest": 4}, pytest.approx(0.2))
     assert found.batch_p50 == pytest.approx(0.005)
     assert found.latency is found.queue is found.waiting is None
 
 
-def test_counters_of_an_ended_replica_make_nothing_negative() -> None:
-    before = Sample(1.0, {"ts_inference_requests_total": 9.0}, {"Timeout": 3.0}, {0.1: 9.0, INF: 9.0})
-    after = Sample(2.0, {"ts_inference_requests_total": 4.0}, {"Timeout": 1.0}, {0.1: 4.0, INF: 4.0})
-    found = between(before, after)
-    assert (found.requests, found.errors, found.batch_p50) == (0, {}, None)
+def test_replicas_come_and_go_meanwhile() -> None:
+    """One answered 20 and stays, one is new and answered 10, and one that had answered 1,000 has gone."""
+    found = between(of_ray({"a": (10, 100), "gone": (1000, 1e6)}), of_ray({"a": (30, 350), "new": (10, 125)}))
+    assert (found.requests, found.errors, found.padding_share) == (30, {"InvalidRequest": 3}, pytest.approx(0.2))
+    assert found.batch_p50 == pytest.approx(0.005)
+
+
+def test_the_batches_of_a_new_replica_are_counted_beside_those_of_a_gone_one() -> None:
+    found = between(of_ray({"gone": (1000, 1e6)}), of_ray({"new": (10, 125)}, limit="0.02"))
+    assert (found.requests, found.errors, found.padding_share) == (10, {"InvalidRequest": 1}, pytest.approx(0.2))
+    assert (found.batch_p50, found.batch_p99) == (pytest.approx(0.015), pytest.approx(0.0199))
+
+
+def test_counters_that_started_anew_make_nothing_negative() -> None:
+    found = between(of_ray({"a": (1000, 1e6)}), of_ray({"a": (40, 500)}))
+    assert (found.requests, found.errors, found.padding_share) == (40, {"InvalidRequest": 4}, pytest.approx(0.2))
+
+
+def test_of_a_gone_archive_nothing_is_left() -> None:
+    found = between(of_ray({"gone": (1000, 1e6)}), of_ray({}))
+    assert (found.requests, found.errors, found.batch_p50, found.padding_share) == (0, {}, None, None)

@@ -17,6 +17,7 @@ from traceserve import cli
 from traceserve.archives import staging
 from traceserve.archives.archive import pack_archive
 from traceserve.serving import configuration, instances, server
+from traceserve.serving.engines import RAY
 from traceserve.serving.instances import Instance
 
 LOG = "2026-11-26 ERROR java.lang.OutOfMemoryError: Java heap space\n2026-11-26 INFO one more line\n"
@@ -136,6 +137,28 @@ def test_a_server_without_its_folder_is_forgotten(processes: Any) -> None:
     subprocess.run(["rm", "-r", instance.folder], check=True)
     assert instances.died() == []
     assert list((Path(os.environ["XDG_STATE_HOME"]) / "traceserve" / "servers").iterdir()) == []
+
+
+@pytest.mark.parametrize("end", ["stop", "status"])
+def test_what_outlived_the_first_process_of_a_cluster_is_ended(processes: Any, end: str) -> None:
+    """It would answer on the port for ever, and nobody would know of it. Other clusters' and programs stay."""
+    instance, other = remembered(processes, engine=RAY), remembered(processes, port=18001, engine=RAY)
+    sleep = ["-S", "-c", "import time; time.sleep(600)"]
+
+    def started(program: str, folder: str) -> subprocess.Popen[bytes]:
+        processes.append(subprocess.Popen([program, *sleep, f"{folder}/run/x"], executable=sys.executable))
+        return processes[-1]
+
+    left = [started(program, instance.folder) for program in ("raylet", "/bin/gcs_server", "haproxy")]
+    others = [started("raylet", other.folder), started("editor", instance.folder)]
+    kill(instance)
+    if end == "stop":
+        instances.stop(instance)
+    else:
+        assert instances.died() == [instance]
+    for process in left:
+        process.wait(5)
+    assert [process.poll() for process in others] == [None] * 2 and instances.running() == [other]
 
 
 def launched() -> List[str]:

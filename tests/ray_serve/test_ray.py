@@ -212,6 +212,8 @@ def test_beyond_the_loopback_address_a_key_is_needed(archives: List[Path]) -> No
         beyond = {address.port for _, address in listening(instance) if not address.ip.endswith("127.0.0.1")}
         assert port in beyond
         assert {each: ask(each, "/predictions/other", body).status for each in beyond} == dict.fromkeys(beyond, 401)
+        # Replicas and Serve's own proxy name the archive at their ports: docs/SECURITY.md says so. HAProxy does not.
+        assert ask(port, "/-/routes").status == 404
         file = keys.ray_key_file(Path(instance.folder))
         assert file.stat().st_mode & 0o077 == 0
         rotated = keys.rotate_keys(instance)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Dict, Iterable, List, Mapping, Optional, Tuple
 
@@ -19,18 +18,44 @@ _ERRORS = "traceserve_errors_total"
 _REQUESTS = "ts_inference_requests_total"
 _LATENCY, _QUEUE = "ts_inference_latency_microseconds", "ts_queue_latency_microseconds"
 _OF_RAY = "ray_"
+_REQUESTS_OF_RAY = "ray_traceserve_requests_total"
 _BY_STATUS = re.compile(r"Requests(\dXX)(_total)?$")
+
+
+Series = Tuple[str, Tuple[Tuple[str, str], ...]]  # a metric's name, and all its labels, by name
 
 
 @dataclass(frozen=True)
 class Sample:
-    """An archive's counters since its server started. Times are in seconds."""
+    """An archive's counters, each since its process started. Times are in seconds."""
 
     moment: float
-    counters: Mapping[str, float] = field(default_factory=dict)
-    errors: Mapping[str, float] = field(default_factory=dict)  # by reason
-    buckets: Mapping[float, float] = field(default_factory=dict)  # batches that took at most this many seconds
+    series: Mapping[Series, float] = field(default_factory=dict)
     waiting: Optional[int] = None  # requests in the queue at this moment; None: unknown
+
+    @property
+    def counters(self) -> Dict[str, float]:
+        """The sums of each metric: over versions, named in the path or not, and over replicas."""
+        return self._sums("")
+
+    @property
+    def errors(self) -> Dict[str, float]:
+        """Failed requests by reason."""
+        return self._sums("reason", _ERRORS)
+
+    @property
+    def buckets(self) -> Dict[float, float]:
+        """The numbers of batches that took at most so many seconds."""
+        return {float(limit): count for limit, count in self._sums("le", _BUCKET).items()}  # "+Inf" too
+
+    def _sums(self, label: str, only: str = "") -> Dict[str, float]:
+        """Sum the series of the metric `only` by a label; of all metrics by their names, if none is given."""
+        found: Dict[str, float] = {}
+        for (metric, labels), value in self.series.items():
+            if only in ("", metric):
+                key = dict(labels)[label] if label else metric
+                found[key] = found.get(key, 0.0) + value
+        return found
 
 
 @dataclass(frozen=True)
@@ -55,39 +80,24 @@ class Activity:
 
 def sample(instance: Instance, name: str) -> Sample:
     """Read an archive's counters, and the length of its queue; raises OSError if the server does not give them."""
-    if instance.engine == RAY:
-        return ray_sample(metrics_of(f"http://127.0.0.1:{instance.metrics_port}/metrics", name))
-    counters: Dict[str, float] = {}
-    errors: Dict[str, float] = {}
-    buckets: Dict[float, float] = {}
-    for metric, labels, value in metrics_of(f"http://127.0.0.1:{instance.metrics_port}/metrics", name):
-        if metric == _BUCKET:
-            buckets[float(labels["le"])] = value  # "+Inf" too
-        elif metric == _ERRORS:
-            errors[labels["reason"]] = value
-        else:
-            counters[metric] = counters.get(metric, 0.0) + value  # of all versions, named in the path or not
-    return Sample(time.time(), counters, errors, buckets, _waiting(instance, name))
+    series = series_of(metrics_of(f"http://127.0.0.1:{instance.metrics_port}/metrics", name))
+    return Sample(time.time(), series, None if instance.engine == RAY else _waiting(instance, name))
 
 
-def ray_sample(metrics: Iterable[Tuple[str, Mapping[str, str], float]]) -> Sample:
-    """Return an archive's counters on Ray Serve, summed over its replicas: those of TorchServe's worker behind `ray_`.
+def series_of(metrics: Iterable[Tuple[str, Mapping[str, str], float]]) -> Dict[Series, float]:
+    """Return an archive's counters, by TorchServe's names.
 
-    Ray has no counters of an archive's queue, and none of its latency that grow with these.
+    On Ray Serve each replica has its own, those of TorchServe's worker behind `ray_`. Ray has no counters of an
+    archive's queue, and none of its latency that grow with these.
     """
-    counters: Dict[str, float] = defaultdict(float)
-    errors: Dict[str, float] = defaultdict(float)
-    buckets: Dict[float, float] = defaultdict(float)
+    found: Dict[Series, float] = {}
     for metric, labels, value in metrics:
         own = metric[len(_OF_RAY) :] if metric.startswith(_OF_RAY) else metric
-        if own == _BUCKET:
-            buckets[float(labels["le"])] += value
-        elif own == _ERRORS:
-            errors[labels["reason"]] += value
-        else:
-            counters[own] += value
-    counters[_REQUESTS] = counters["traceserve_requests_total"]
-    return Sample(time.time(), counters, errors, buckets)
+        each = tuple(sorted(labels.items()))
+        found[own, each] = value
+        if metric == _REQUESTS_OF_RAY:
+            found[_REQUESTS, each] = value
+    return found
 
 
 def _waiting(instance: Instance, name: str) -> Optional[int]:
@@ -105,26 +115,32 @@ def answers_by_status(instance: Instance) -> Dict[str, int]:
 
 
 def between(first: Sample, last: Sample) -> Activity:
-    """Return the activity from one sample to a later one."""
+    """Return the activity from one sample to a later one.
 
-    def grown(metric: str) -> float:
-        return max(0.0, last.counters.get(metric, 0.0) - first.counters.get(metric, 0.0))
-
-    requests = grown(_REQUESTS)
-    computed = grown("traceserve_computed_tokens_total")
-    buckets = {limit: max(0.0, count - first.buckets.get(limit, 0.0)) for limit, count in last.buckets.items()}
-    errors = {reason: max(0, int(count - first.errors.get(reason, 0.0))) for reason, count in last.errors.items()}
+    Replicas come and go meanwhile, so each series is compared with itself: what is new grew from 0, what has gone is
+    left out, and what is less than it was started anew.
+    """
+    growth = {each: value - _before(first, each, value) for each, value in last.series.items()}
+    grown = Sample(last.moment, growth)
+    counters = grown.counters
+    requests = counters.get(_REQUESTS, 0.0)
+    computed = counters.get("traceserve_computed_tokens_total", 0.0)
     return Activity(
         seconds=last.moment - first.moment,
         requests=int(requests),
-        latency=grown(_LATENCY) / requests / 1e6 if requests and _LATENCY in last.counters else None,
-        queue=grown(_QUEUE) / requests / 1e6 if requests and _QUEUE in last.counters else None,
-        batch_p50=quantile(buckets, 0.5),
-        batch_p99=quantile(buckets, 0.99),
-        padding_share=1 - grown("traceserve_tokens_total") / computed if computed else None,
-        errors={reason: count for reason, count in errors.items() if count},
+        latency=counters[_LATENCY] / requests / 1e6 if requests and _LATENCY in counters else None,
+        queue=counters[_QUEUE] / requests / 1e6 if requests and _QUEUE in counters else None,
+        batch_p50=quantile(grown.buckets, 0.5),
+        batch_p99=quantile(grown.buckets, 0.99),
+        padding_share=1 - counters.get("traceserve_tokens_total", 0.0) / computed if computed else None,
+        errors={reason: int(count) for reason, count in grown.errors.items() if count >= 1},
         waiting=last.waiting,
     )
+
+
+def _before(first: Sample, series: Series, value: float) -> float:
+    before = first.series.get(series, 0.0)
+    return before if before <= value else 0.0
 
 
 def quantile(buckets: Mapping[float, float], share: float) -> Optional[float]:

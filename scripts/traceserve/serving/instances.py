@@ -22,7 +22,7 @@ from traceserve_runtime.manifest import Manifest
 from traceserve.errors import ServerError
 from traceserve.machine import user_folders
 from traceserve.serving import java
-from traceserve.serving.engines import TORCHSERVE
+from traceserve.serving.engines import RAY, TORCHSERVE
 
 _KEPT = 5  # folders of dead servers kept until their failure was shown; older ones go
 # Programs of our servers: the JVM and its starter, Ray's daemons and their starter.
@@ -37,6 +37,7 @@ _SERVERS = (
 _SECONDS_TO_FINISH = 15
 _GUARD = "traceserve.serving.ray_guard"  # the first process of a cluster
 _DRAINED = "haproxy"  # finishes running requests on SIGUSR1
+_CONTROLLER = "ray::ServeController"  # kills and replaces a HAProxy that does not answer for some seconds
 _REPLICA = re.compile(r"ray::ServeReplica:([^:]+)")
 # Words of a JVM or operating system for a process's end.
 _REASON = re.compile(r"\b\w*(Error|Exception)\b|[Oo]ut of memory|Killed|SIG[A-Z]+|fatal|No space left")
@@ -118,10 +119,11 @@ def running() -> List[Instance]:
 
 
 def died() -> List[Instance]:
-    """Return the servers that died and whose logs still exist; the latest first."""
+    """Return the servers that died and whose logs still exist, the latest first; nothing of them runs any more."""
     dead = [instance for instance in _remembered() if instance.process is None]
     found: List[Instance] = []
     for instance in sorted(dead, key=lambda instance: -instance.started):
+        _end_orphans(instance)
         if len(found) < _KEPT and instance.log.is_file():
             _keep_only(instance)
             found.append(instance)
@@ -251,6 +253,7 @@ def stop(instance: Instance, at_once: bool = False) -> None:
     if process is not None:
         drained = not at_once and _drain(process)
         _end([process], at_once or drained)
+    _end_orphans(instance)
     with contextlib.suppress(OSError):  # the next server starts without it
         java.keep_class_archive(Path(instance.folder))
     _remove(instance)
@@ -266,6 +269,12 @@ def end_started_in(folder: Path) -> None:
     shutil.rmtree(sockets_folder(folder), ignore_errors=True)
 
 
+def _end_orphans(instance: Instance) -> None:
+    """Immediately end what outlived a cluster's first process, as where that was killed: it would hold the port."""
+    if instance.engine == RAY:
+        _end(list(_started_in(Path(instance.folder))), at_once=True)
+
+
 def _started_in(folder: Path) -> Iterator[psutil.Process]:
     """Yield a server's starter and daemons: a path in the folder is among their arguments."""
     for process in psutil.process_iter():
@@ -279,17 +288,32 @@ def _started_in(folder: Path) -> Iterator[psutil.Process]:
 def _drain(process: psutil.Process) -> bool:
     """Let a cluster's HAProxy finish its running requests; return whether there was one. (TorchServe does so
     itself.)"""
-    waiting = []
+    proxies = []
     with contextlib.suppress(psutil.Error):
-        if _GUARD in process.cmdline():
-            process.send_signal(signal.SIGUSR1)  # its HAProxy needs no stand-in from now on
-    for child in process.children(recursive=True):
+        if _GUARD not in process.cmdline():
+            return False
+        process.send_signal(signal.SIGUSR1)  # its HAProxy needs no stand-in from now on
+        children = process.children(recursive=True)
+        proxies = [child for child in children if _is_proxy(child)]
+        for controller in (child for child in children if proxies and _is_controller(child)):
+            controller.suspend()
+    for proxy in proxies:
         with contextlib.suppress(psutil.Error):
-            if child.name() == _DRAINED:
-                child.send_signal(signal.SIGUSR1)
-                waiting.append(child)
-    psutil.wait_procs(waiting, timeout=_SECONDS_TO_FINISH)
-    return bool(waiting)
+            proxy.send_signal(signal.SIGUSR1)
+    psutil.wait_procs(proxies, timeout=_SECONDS_TO_FINISH)
+    return bool(proxies)
+
+
+def _is_proxy(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return bool(process.name() == _DRAINED)
+    return False
+
+
+def _is_controller(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return " ".join(process.cmdline()).startswith(_CONTROLLER)
+    return False
 
 
 def _end(processes: List[psutil.Process], at_once: bool) -> None:

@@ -38,26 +38,26 @@ _PORTS = ("gcs", "client", "agent", "metrics", "statistics", "haproxy", "fallbac
 _STARTED: List[subprocess.Popen[bytes]] = []  # nobody waits for them here: they outlive this process
 
 _HAPROXY = """#!/bin/sh
-# Ray binds statistics and metrics to all interfaces, and has 500 for what can be tried again; the configuration is
-# changed before HAProxy reads it.
-others=
+# Ray binds statistics and metrics to all interfaces, has 500 for what can be tried again, and names the applications
+# to everybody; the configuration is changed before HAProxy reads it.
+keep() {  # whole: the guard reads it at any time
+  cp "$1" '{run}/{last}.new' && mv '{run}/{last}.new' '{run}/{last}'
+}
 for argument in "$@"; do
   case "$argument" in
     *.cfg) sed -i.original -e 's/ bind [*]*:{statistics}$/ bind 127.0.0.1:{statistics}/' \\
                            -e 's/ bind [*]*:{metrics}$/ bind 127.0.0.1:{metrics}/' \\
-                           -e 's#\\( errorfile 50[234]\\) .*#\\1 {unavailable}#' "$argument"
+                           -e 's#\\( errorfile 50[234]\\) .*#\\1 {unavailable}#' \\
+                           -e 's/\\( http-request return status\\) .* if routes$/\\1 404 if routes/' "$argument"
            # Ray starts one in the place of another that ended without knowing any replica, and tells it of them then.
            case " $* " in
-             *" -sf "*) cp "$argument" '{run}/{last}' ;;
-             *) grep -q '^ *use_backend' "$argument" || [ ! -f '{run}/{last}' ] || cp '{run}/{last}' "$argument"
-                cp "$argument" '{run}/{last}'
-                # One whose actor ended would go on with the replicas that it knew.
-                before=$(cat '{run}/{pid}' 2>/dev/null) && ps -p "$before" -o comm= | grep -q haproxy && others="$before" ;;
-           esac ;;
+             *" -sf "*) ;;
+             *) grep -q '^ *use_backend' "$argument" || [ ! -f '{run}/{last}' ] || cp '{run}/{last}' "$argument" ;;
+           esac
+           keep "$argument" ;;
   esac
 done
-[ -s '{run}/{stand_in}' ] && others="$others $(cat '{run}/{stand_in}')"
-[ -n "$others" ] && set -- "$@" -sf $others
+[ -s '{run}/{stand_in}' ] && set -- "$@" -sf $(cat '{run}/{stand_in}')
 echo $$ > '{run}/{pid}'
 exec '{program}' "$@"
 """
@@ -121,6 +121,8 @@ def _variables(plan: ServerPlan, ports: Mapping[str, int], key: Optional[str]) -
         # Without the token every user of this machine could run code in the cluster.
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        # The end of HAProxy's actor ends its HAProxy, which would go on with the replicas that it knew.
+        "RAY_process_group_cleanup_enabled": "1",
         # For `traceserve status --watch`; by default every ten seconds.
         "RAY_metrics_report_interval_ms": "2000",
         # Despite its name: with 0, Ray only listens on the loopback address, on every system.

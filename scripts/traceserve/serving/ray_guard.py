@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Optional, Sequence
+from typing import List, Optional, Sequence
 
 import psutil
 
@@ -28,14 +28,14 @@ _OF_THE_REAL_ONE = re.compile(r"^ *(stats socket .*|stats timeout .*|bind 127\.0
 
 
 class Guard:
-    """A running cluster, and its HAProxy's stand-in, if there is one."""
+    """A running cluster, and the stand-ins of its HAProxy: the latest, and earlier ones that finish their requests."""
 
     def __init__(self, run: Path, haproxy: str, command: Sequence[str]) -> None:
         self._run, self._haproxy = run, haproxy
         self._cluster = subprocess.Popen(list(command))
         self._watched: Optional[psutil.Process] = None
         self._missed: Optional[int] = None  # the process that the stand-in stands for
-        self._stand_in: Optional[subprocess.Popen[bytes]] = None
+        self._stand_ins: List[subprocess.Popen[bytes]] = []
         self._stopping = False
 
     def watch(self) -> int:
@@ -48,25 +48,42 @@ class Guard:
                     self._look()
                 time.sleep(_POLL)
         finally:
-            if self._stand_in is not None:
-                self._stand_in.kill()
+            for each in self._stand_ins:
+                each.kill()
         return self._cluster.returncode
 
     def _look(self) -> None:
-        if self._stand_in is not None and self._stand_in.poll() is not None:
-            self._stand_in = None
-            (self._run / STAND_IN_PID).unlink(missing_ok=True)
+        running = [each for each in self._stand_ins if each.poll() is None]
+        if running != self._stand_ins:
+            self._note(running)
         pid = _pid(self._run / PID)
-        if pid is None or pid == self._missed or self._stopping or self._runs(pid):
+        # Whether it stops is asked last: HAProxy may have ended for that very reason.
+        if pid is None or pid == self._missed or self._runs(pid) or self._stopping:
             return
-        self._missed = pid  # only once: a configuration that HAProxy refuses ends the stand-in too
         text = (self._run / LAST).read_text(encoding="utf-8")
         (self._run / STAND_IN).write_text(stand_in(text), encoding="utf-8")
-        if self._stand_in is None:
-            command = [self._haproxy, "-db", "-f", str(self._run / STAND_IN)]
-            self._stand_in = subprocess.Popen(command)
-            # The next HAProxy ends the stand-in once it listens itself.
-            (self._run / STAND_IN_PID).write_text(str(self._stand_in.pid), encoding="ascii")
+        command = [self._haproxy, "-db", "-f", str(self._run / STAND_IN)]
+        if running:  # the HAProxy that has just ended may have told them to end
+            command += ["-sf", *(str(each.pid) for each in running)]
+        started = subprocess.Popen(command)
+        try:
+            self._note([*running, started])
+        except OSError:  # no later HAProxy would end it
+            started.kill()
+            started.wait()
+            raise
+        self._missed = pid  # only once: a configuration that HAProxy refuses ends the stand-in too
+
+    def _note(self, running: List[subprocess.Popen[bytes]]) -> None:
+        """Write down the running stand-ins: the next HAProxy ends them once it listens itself."""
+        file = self._run / STAND_IN_PID
+        if running:
+            new = file.with_suffix(".new")
+            new.write_text(" ".join(str(each.pid) for each in running), encoding="ascii")
+            new.replace(file)
+        else:
+            file.unlink(missing_ok=True)
+        self._stand_ins = running
 
     def _runs(self, pid: int) -> bool:
         with contextlib.suppress(psutil.Error):
