@@ -403,6 +403,19 @@ class Stopped(BaseException):
     """The command's exception for a signal."""
 
 
+@pytest.mark.parametrize("rate", [None, 100.0])
+def test_another_thread_ends_it(rate: Optional[float]) -> None:
+    """What is due until then is counted, and what was under way then is waited for."""
+    ended = threading.Event()
+    timer = threading.Timer(0.5, ended.set)
+    with serving(after(0.2)) as server:
+        timer.start()
+        result = short(server, seconds=60.0, rate=rate, ended=ended)
+    assert result.seconds == pytest.approx(0.5 if rate is None else 0.7, abs=0.2)
+    assert result.requests == pytest.approx(6 if rate is None else 50, abs=2 if rate is None else 25)
+    assert result.requests == len(result.moments) and not result.errors
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no timer of signals")
 @pytest.mark.parametrize("rate", [None, 2000.0])
 def test_a_signal_ends_it(rate: Optional[float]) -> None:

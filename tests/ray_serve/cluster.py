@@ -98,29 +98,44 @@ class Cluster:
 
 
 class Load:
-    """A load that runs until it is ended; its client sends a failed request once more, after a second."""
+    """A load that runs until it is ended, or for `most` seconds; its client sends a failed request once more, after a
+    second. As a context it ends with its block, also where that fails."""
 
-    def __init__(self, cluster: Cluster, expected: Dict[bytes, bytes], seconds: float, connections: int = 8) -> None:
+    def __init__(self, cluster: Cluster, expected: Dict[bytes, bytes], most: float, connections: int = 8) -> None:
         self.result: Optional[Result] = None
         self.began = time.monotonic()
+        self._ended = threading.Event()
 
         def run() -> None:
             self.result = send_load(
                 Endpoint(f"{cluster.instance.url}/predictions/{cluster.instance.names[0]}"),
                 list(expected),
                 connections=connections,
-                seconds=seconds,
+                seconds=most,
                 warm_up=0.0,
                 timeout=30.0,
                 retries=1,
                 check=lambda body, answer: same_answer(expected[body], answer),
+                ended=self._ended,
             )
 
         self._thread = threading.Thread(target=run)
         self._thread.start()
 
+    def __enter__(self) -> Load:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    @property
+    def runs(self) -> bool:
+        return self._thread.is_alive()
+
     def counts(self) -> Dict[str, object]:
-        """Wait for its end, and count."""
+        """End it, and count."""
+        self._ended.set()
         self._thread.join()
         assert self.result is not None
         wrong = self.result.errors.get(WRONG, 0)

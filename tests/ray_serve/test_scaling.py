@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Dict, List
 
@@ -26,9 +27,10 @@ def test_replicas_come_and_go_with_the_load(archives: List[Path], expected: Dict
     try:
         cluster = Cluster(instance)
         assert len(cluster.up()) == 1
-        load = Load(cluster, expected, 45.0, connections=16)
-        seconds = wait_until(lambda: len(cluster.up()) == 2, 60)
-        found = load.counts()
+        with Load(cluster, expected, 120.0, connections=16) as load:
+            seconds = wait_until(lambda: len(cluster.up()) == 2, 90)
+            time.sleep(10)  # both answer
+            found = load.counts()
         print(f"\nscaled up: {found}, after {seconds:.1f} s")
         assert found["failed at first"] == found["failed"] == found["wrong"] == 0 < found["requests"]
         wait_until(lambda: len(cluster.up()) == 1, 180)

@@ -12,6 +12,7 @@ import gc
 import itertools
 import math
 import random
+import threading
 import time
 from array import array
 from collections import Counter, deque
@@ -102,6 +103,7 @@ def send_load(
     timeout: float = 60.0,
     retries: int = 0,
     check: Optional[Check] = None,
+    ended: Optional[threading.Event] = None,
 ) -> Result:
     """POST `bodies`, in a shuffled order that repeats, and measure.
 
@@ -109,7 +111,8 @@ def send_load(
     requests are due at the times of a Poisson process, regardless of earlier answers, and their latency counts
     from then (open loop). `progress` receives the elapsed share of the time, 0 to 1. A request that got no answer, or a
     status that asks to try again, is sent again up to `retries` times, each after a second; its latency includes that.
-    An answer that `check` refuses is an error. Raises ServerError if no connection can be made at the start; later
+    An answer that `check` refuses is an error. The span ends before `seconds` have passed where `ended` is set. Raises
+    ServerError if no connection can be made at the start; later
     failures are counted.
     """
     require_libcurl()
@@ -122,6 +125,7 @@ def send_load(
     shuffled = list(bodies)
     random.Random(seed).shuffle(shuffled)
     load = _Load(target, shuffled, content_type, connections, rate, seconds, warm_up, seed, timeout, retries, check)
+    load.ended = ended
     collects = gc.isenabled()
     gc.disable()  # its pauses would be measured
     try:
@@ -169,6 +173,7 @@ class _Load:
         self.transfers: List[Transfer] = []
         self.reached = False
         self.prepared = False  # whether libcurl has not seen a request
+        self.ended: Optional[threading.Event] = None  # set where the span is to end at once
         self.pending = 0  # counted requests without an answer
         self.next_due = self.start = self.end = self.last = float("inf")
         self.cpu: List[float] = []  # processor seconds at the span's start and end
@@ -192,6 +197,8 @@ class _Load:
             self._wake()
             self._arrive()
             now = time.perf_counter()
+            if self.ended is not None and self.ended.is_set() and self.start < now < self.end:
+                self.end, self.seconds = now, now - self.start
             self._measure_cpu(now)
             if now >= tick:
                 tick = now + _TICK
