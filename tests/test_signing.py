@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple, Tuple
+from typing import List, NamedTuple, Tuple
 
 import pytest
 
@@ -28,6 +28,7 @@ from traceserve.archives.contents import configure_archive, read_manifest, read_
 from traceserve.errors import SignatureError
 from traceserve.rollout.updating import UpdateOptions, update_server
 from traceserve.serving import client, configuration, instances, server
+from traceserve.serving.instances import Instance
 from traceserve_hosts import fetching, ray_config, web
 from traceserve_hosts.loading import load_archive
 from traceserve_runtime.manifest import sha256
@@ -309,16 +310,31 @@ def test_a_cluster_knows_the_key_and_not_only_its_file(keys: Tuple[Pair, Pair]) 
 
 
 def test_a_server_that_demands_signatures_takes_no_other_update(
-    signed: Path, artifact: Path, tmp_path: Path, keys: Tuple[Pair, Pair]
+    signed: Path, artifact: Path, tmp_path: Path, keys: Tuple[Pair, Pair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever becomes of the key's file; over the real TorchServe."""
+    """Whatever becomes of the key's file, from the first moment on; over the real TorchServe."""
     key = Path(shutil.copy(keys[0].public, tmp_path / "key.pem"))
+    (tmp_path / "new").mkdir()
+    newer = pack_archive(artifact, "tiny", tmp_path / "new", version="2.0")
     port = configuration.free_ports(1)[0]
-    instance = server.start([signed], port=port, timeout=180, trusted=key)
-    try:
+    told: List[str] = []
+    remembered, remember = [], instances.remember
+
+    def noting(instance: Instance) -> None:
+        remembered.append(instance.trusted)
+        remember(instance)
+
+    def while_it_starts(step: str) -> None:
+        """The key's file becomes another one, and somebody updates."""
         shutil.copy(keys[1].public, key)
-        (tmp_path / "new").mkdir()
-        newer = pack_archive(artifact, "tiny", tmp_path / "new", version="2.0")
+        with pytest.raises(SignatureError, match="is not signed"):
+            update_server(newer, port, UpdateOptions())
+        told.append(step)
+
+    monkeypatch.setattr(instances, "remember", noting)
+    instance = server.start([signed], port=port, timeout=180, trusted=key, progress=while_it_starts)
+    try:
+        assert told == ["waiting for tiny to answer"] and set(remembered) == {instance.trusted} != {None}
         with pytest.raises(SignatureError, match="is not signed"):
             update_server(newer, port, UpdateOptions())
         signing.sign_archive(newer, keys[1].private)
@@ -330,3 +346,38 @@ def test_a_server_that_demands_signatures_takes_no_other_update(
     finally:
         instances.stop(instances.find_instance(port))
     assert read_manifest(signed).version == "1.0" and not os.path.exists(instance.folder)
+
+
+def test_a_key_is_read_once(signed: Path, tmp_path: Path, keys: Tuple[Pair, Pair]) -> None:
+    """Whoever may write its file cannot exchange it between the check and what is remembered."""
+    file = Path(shutil.copy(keys[0].public, tmp_path / "key.pem"))
+    pem = signing.read_trusted(file)
+    shutil.copy(keys[1].public, file)
+    with signing.verified([signed], pem):
+        pass
+    assert pem.content == keys[0].public.read_bytes()
+    assert f"was not made with the key of {file}" in refusal(signed, file)
+    with pytest.raises(SignatureError, match="has more than 1,048,576 bytes"):
+        file.write_bytes(keys[0].public.read_bytes() + bytes(1 << 20))
+        signing.read_trusted(file)
+
+
+def test_only_an_archive_is_signed(artifact: Path, keys: Tuple[Pair, Pair], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", str(artifact), "--require-signature", str(keys[0].public)]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "is a folder, and only an archive (.mar) is signed" in said and "does not exist" not in said
+
+
+@pytest.mark.parametrize("trouble", [MemoryError(), OSError(5, "Input/output error")])
+def test_a_machines_trouble_is_no_bad_signature(
+    trouble: Exception, signed: Path, keys: Tuple[Pair, Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from model_signing import hashing
+
+    def failing(*arguments: object, **options: object) -> None:
+        raise trouble
+
+    monkeypatch.setattr(hashing.Config, "hash", failing)
+    message = refusal(signed, keys[0].public)
+    assert f"{signed}: its signature cannot be checked on this machine: {type(trouble).__name__}" in message
+    assert "damaged" not in message

@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple, Union
 
 from traceserve.archives import staging
 from traceserve.archives.contents import read_manifest
@@ -38,7 +39,7 @@ def sign_archive(archive: Path, key: Path, certificate: Optional[Path] = None, c
     manifest = read_manifest(archive)  # it is ours, and not damaged
     if archive.stem != manifest.name:
         raise SignatureError(_of_another_name(archive, manifest.name))
-    if "PRIVATE KEY" not in _pem(key):
+    if b"PRIVATE KEY" not in _pem(key):
         raise SignatureError(
             f"{key} is no private key (PEM); make one: openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 -out {key}"
         )
@@ -62,12 +63,31 @@ def sign_archive(archive: Path, key: Path, certificate: Optional[Path] = None, c
     return target
 
 
+@dataclass(frozen=True)
+class Trusted:
+    """A public key or certificates (PEM) as they were read once, whatever becomes of their file."""
+
+    file: Path
+    content: bytes
+
+
+def read_trusted(file: Path) -> Trusted:
+    """Read a PEM file by which signatures are checked; raises SignatureError."""
+    content = _pem(file)
+    if b"PRIVATE KEY" in content:
+        raise SignatureError(
+            f"{file} is a private key, which only signs; the public one is made from it by: openssl pkey -in {file} "
+            "-pubout -out public.pem"
+        )
+    return Trusted(file, content)
+
+
 @contextlib.contextmanager
-def verified(archives: Sequence[Path], trusted: Optional[Path]) -> Iterator[List[Path]]:
+def verified(archives: Sequence[Path], trusted: Union[Path, Trusted, None]) -> Iterator[List[Path]]:
     """Yield private copies of archives whose signatures were checked; raises SignatureError.
 
-    `trusted` is a PEM file: the signer's public key, or certificates of authorities. Without it, the archives
-    themselves are yielded, unchecked.
+    `trusted` is a PEM file, or what was read from one: the signer's public key, or certificates of authorities. Without
+    it, the archives themselves are yielded, unchecked.
     """
     if trusted is None:
         yield list(archives)
@@ -87,6 +107,10 @@ Check = Callable[[Path, Path], None]
 
 def copy_verified(archive: Path, signature: Path, copy: Path, check: Check) -> Path:
     """Copy an archive into a private folder, check the copy, and return it; raises SignatureError, NoSpace."""
+    if archive.is_dir():
+        raise SignatureError(
+            f"{archive} is a folder, and only an archive (.mar) is signed; `traceserve build` makes one"
+        )
     if not archive.is_file():
         raise SignatureError(f"{archive} does not exist; `traceserve build` makes it")
     if not signature.is_file():
@@ -112,30 +136,34 @@ def copy_verified(archive: Path, signature: Path, copy: Path, check: Check) -> P
     return copy
 
 
-def signature_check(trusted: Path) -> Check:
+def signature_check(trusted: Union[Path, Trusted]) -> Check:
     """Return what checks an archive's signature against a PEM file; raises SignatureError for one that is none."""
     _, verifying = _model_signing()
-    text = _pem(trusted)
-    if "PRIVATE KEY" in text:
-        raise SignatureError(
-            f"{trusted} is a private key, which only signs; the public one is made from it by: openssl pkey -in {trusted} "
-            "-pubout -out public.pem"
-        )
-    try:
-        if "BEGIN CERTIFICATE" in text:
-            config = verifying.Config().use_certificate_verifier(certificate_chain=[trusted])
-            signer = "a certificate of"
-        else:
-            config = verifying.Config().use_elliptic_key_verifier(public_key=trusted)
-            signer = "the key of"
-    except _NO_KEY as error:
-        raise SignatureError(
-            f"{trusted} is no public key of an elliptic curve and no certificate (PEM): {first_line(error)}"
-        ) from None
+    if isinstance(trusted, Path):
+        trusted = read_trusted(trusted)
+    file = trusted.file
+    with staging.scratch() as scratch:
+        own = scratch / "trusted.pem"  # model-signing takes no bytes, and reads it now
+        own.write_bytes(trusted.content)
+        try:
+            if b"BEGIN CERTIFICATE" in trusted.content:
+                config = verifying.Config().use_certificate_verifier(certificate_chain=[own])
+                signer = "a certificate of"
+            else:
+                config = verifying.Config().use_elliptic_key_verifier(public_key=own)
+                signer = "the key of"
+        except _NO_KEY as error:
+            raise SignatureError(
+                f"{file} is no public key of an elliptic curve and no certificate (PEM): {first_line(error)}"
+            ) from None
 
     def check(archive: Path, signature: Path) -> None:
         try:
             config.verify(archive, signature)
+        except (OSError, MemoryError) as error:
+            if isinstance(error, OSError) and space.is_full(error):
+                raise
+            raise SignatureError(f"its signature cannot be checked on this machine: {first_line(error)}") from None
         except Exception as error:  # a signature is a stranger's document, and its parsers raise whatever they like
             if str(error).startswith(_STALE):
                 raise SignatureError(
@@ -143,7 +171,7 @@ def signature_check(trusted: Path) -> Check:
                     "yours, sign it again"
                 ) from None
             raise SignatureError(
-                f"{signature.name} is damaged, or was not made with {signer} {trusted}; take the archive and its signature "
+                f"{signature.name} is damaged, or was not made with {signer} {file}; take the archive and its signature "
                 "from whoever signed it"
             ) from None
 
@@ -155,15 +183,17 @@ def _of_another_name(archive: Path, name: str) -> str:
     return f"{archive} is the archive {name}, and a signed one keeps its name; call it {name}.mar"
 
 
-def _pem(file: Path) -> str:
+def _pem(file: Path) -> bytes:
     try:
         with file.open("rb") as stream:
-            text = stream.read(_LARGEST).decode("ascii", "replace")
+            content = stream.read(_LARGEST + 1)
     except OSError as error:
         raise SignatureError(f"{file} cannot be read: {error.strerror}") from None
-    if "-----BEGIN " not in text:
+    if b"-----BEGIN " not in content:
         raise SignatureError(f"{file} is no PEM file, which begins with -----BEGIN")
-    return text
+    if len(content) > _LARGEST:
+        raise SignatureError(f"{file} has more than {_LARGEST:,} bytes: it is no file of keys or certificates")
+    return content
 
 
 def _model_signing() -> Tuple[Any, Any]:

@@ -61,6 +61,7 @@ class ServerPlan:
     engine: str
     folder: Path = Path()
     scaling: Scaling = Scaling()
+    trusted: Optional[str] = None  # the server's own copy of what signatures are checked by, if they are demanded
 
     @property
     def files(self) -> Dict[str, Path]:

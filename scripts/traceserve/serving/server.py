@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import psutil
 from traceserve_runtime import mirror
@@ -65,41 +64,37 @@ def start(
         raise ServerError(
             f"{engine} keeps the number of workers; --most-workers, --ongoing and --gpus are for --engine {RAY}"
         )
-    with signing.verified(archives, trusted) as files:
+    pem = None if trusted is None else signing.read_trusted(trusted)
+    with signing.verified(archives, pem) as files:
         found = planned(files, serving, workers, kind.versions, shares)
-        instance = _started(found, host, port, timeout, progress or (lambda text: None), front, engine, scaling)
-    if trusted is not None:  # for updates, whatever becomes of the file
-        own = Path(instance.folder, "run", "trusted.pem")
-        shutil.copyfile(trusted, own)
-        instance = dataclasses.replace(instance, trusted=str(own))
-        instances.remember(instance)
-    return instance
+        plan = ServerPlan(found, host, port, front, timeout, progress or (lambda text: None), engine, scaling=scaling)
+        return _started(plan, pem)
 
 
-def _started(
-    found: Mapping[str, Archive],
-    host: str,
-    port: int,
-    timeout: float,
-    progress: Callable[[str], None],
-    front: FrontendOptions,
-    engine: str,
-    scaling: Scaling,
-) -> Instance:
-    kind = ENGINES[engine]
-    _check_port(host, port)
-    if front.metrics_port:
-        _check_port(host, front.metrics_port, "--metrics-port")
-    front.check()
+def _started(plan: ServerPlan, trusted: Optional[signing.Trusted]) -> Instance:
+    kind = ENGINES[plan.engine]
+    _check_port(plan.host, plan.port)
+    if plan.front.metrics_port:
+        _check_port(plan.host, plan.front.metrics_port, "--metrics-port")
+    plan.front.check()
     _sweep()
-    with staging.held(_new_folder(port, kind.longest_socket)) as folder:
-        plan = ServerPlan(found, host, port, front, timeout, progress, engine, folder, scaling)
+    with staging.held(_new_folder(plan.port, kind.longest_socket)) as folder:
+        plan = dataclasses.replace(plan, folder=folder)
         try:
+            if trusted is not None:  # for updates from the first moment on, whatever becomes of the user's file
+                own = folder / "trusted.pem"
+                own.write_bytes(trusted.content)
+                plan = dataclasses.replace(plan, trusted=str(own))
             instance = kind.launch(plan)
-            for archive in found.values():
+            if instance.trusted != plan.trusted:  # a cluster, which takes no updates
+                instance = dataclasses.replace(instance, trusted=plan.trusted)
+                instances.remember(instance)
+            for archive in plan.archives.values():
                 plan.progress(f"waiting for {archive.name} to answer")
                 patience = (archive.serving.client_timeout or float("inf")) / 1000 + _SLACK
-                _wait_for_answer(instance, archive.name, canary(archive.manifest), time.monotonic() + timeout, patience)
+                _wait_for_answer(
+                    instance, archive.name, canary(archive.manifest), time.monotonic() + plan.timeout, patience
+                )
         except BaseException:  # interrupts too: nobody else knows of the started process
             instances.end_started_in(folder)
             raise
@@ -119,7 +114,7 @@ def _launch_torchserve(plan: ServerPlan) -> Instance:
         folder, plan.files, plan.changed, plan.host, plan.port, front, private
     )
     pid = launch(folder, settings, {**needed_by_java, **needed})
-    instance = _remembered(folder, plan.host, plan.port, ports, pid, plan.workers)
+    instance = _remembered(plan, ports, pid)
     if private:
         instance = dataclasses.replace(instance, management_socket=str(folder / management.SOCKET))
         instances.remember(instance)
@@ -156,18 +151,26 @@ ENGINES: Dict[str, ServingEngine] = {
 }
 
 
-def _remembered(
-    folder: Path, host: str, port: int, ports: Tuple[int, int], pid: int, workers: Dict[str, int]
-) -> Instance:
+def _remembered(plan: ServerPlan, ports: Tuple[int, int], pid: int) -> Instance:
     """Record the just launched TorchServe as running; raises ServerError if it has ended."""
     try:
         started = psutil.Process(pid).create_time()
     except psutil.NoSuchProcess:
-        raise ServerError(f"TorchServe ended as soon as it was started{log_tail(folder)}") from None
+        raise ServerError(f"TorchServe ended as soon as it was started{log_tail(plan.folder)}") from None
     management_port, metrics_port = ports
-    names = tuple(workers)
     instance = Instance(
-        port, host, management_port, metrics_port, pid, started, names, workers, str(folder), None, None
+        plan.port,
+        plan.host,
+        management_port,
+        metrics_port,
+        pid,
+        started,
+        tuple(plan.workers),
+        plan.workers,
+        str(plan.folder),
+        None,
+        None,
+        trusted=plan.trusted,
     )
     instances.remember(instance)
     return instance
