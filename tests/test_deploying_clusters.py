@@ -26,6 +26,7 @@ from traceserve import cli
 from traceserve.deploying.described import describe
 from traceserve.deploying.plan import Text, Wishes
 from traceserve.deploying.targets import kubernetes
+from traceserve.errors import ServerError
 from traceserve.serving import configuration, instances, keys, server
 from traceserve.serving.front import FrontendOptions
 
@@ -319,6 +320,11 @@ def test_ray_takes_the_key_that_it_is_given(monkeypatch: pytest.MonkeyPatch) -> 
     """All pods of a deployment have one; without it each start has another."""
     monkeypatch.setenv("TRACESERVE_KEY", KEY)
     assert keys.user_key() == KEY
+    monkeypatch.setenv("TRACESERVE_KEY", f"{KEY}\n")  # of a file
+    assert keys.user_key() == KEY
+    monkeypatch.setenv("TRACESERVE_KEY", "\n")
+    with pytest.raises(ServerError, match="TRACESERVE_KEY is blank"):
+        keys.user_key()
     monkeypatch.delenv("TRACESERVE_KEY")
     assert len(keys.user_key()) > 24 and keys.user_key() != keys.user_key()
 

@@ -19,7 +19,7 @@ from conftest import run_export
 from traceserve.archives.archive import pack_archive
 from traceserve.serving.keys import write_key
 from traceserve_hosts import fetching, loading, ray_config, web
-from traceserve_hosts.asgi import Application, Limits, Message, Scope
+from traceserve_hosts.asgi import Application, Limits, Message, Scope, key_from_environment
 from traceserve_hosts.batcher import Batcher
 from traceserve_hosts.routing import Router, messages
 from traceserve_runtime import service as core
@@ -329,12 +329,22 @@ def test_a_key_in_a_file_is_rotated_and_fails_closed(classifier: Service, tmp_pa
     assert [status(""), status("None")] == [503, 503]
 
 
+def test_a_key_may_end_with_its_files_line_break(classifier: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a Kubernetes secret that was made of a file; no header can hold it."""
+    monkeypatch.setenv("TRACESERVE_KEY", "secret\n")
+    hosted = Hosted(classifier, Limits(key=key_from_environment()))
+    reply = run(hosted.ask("/predictions/small", {"text": TEXT}, authorization="Bearer secret"))
+    assert reply.status == 200
+
+
 @pytest.mark.parametrize(
     "variables, options, words",
     [
         ({}, ["--host", "0.0.0.0"], "at 0.0.0.0 others can ask too, so a key is needed"),
         ({}, ["--host", "some.name"], "others can ask too"),
         ({"TRACESERVE_KEY": "secret"}, ["--host", "0.0.0.0"], "there is no archive"),
+        ({"TRACESERVE_KEY": " \n"}, ["--host", "0.0.0.0"], "TRACESERVE_KEY is blank"),
+        ({"TRACESERVE_KEY": "\n"}, ["--without-keys"], "TRACESERVE_KEY is blank"),
         ({"TRACESERVE_KEY_FILE": "/a/file"}, ["--host", "::"], "there is no archive"),
         ({}, ["--host", "0.0.0.0", "--without-keys"], "there is no archive"),
         ({}, ["--host", "::1"], "there is no archive"),

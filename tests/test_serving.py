@@ -467,17 +467,23 @@ def test_a_taken_port_is_told(served: Served, tiny: Path) -> None:
         server.start([tiny.with_suffix(".mar")], port=served.instance.port)
 
 
-def test_keys_are_demanded_beyond_the_loopback(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_keys_are_demanded_beyond_the_loopback(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On every port that others reach; in files of this user; and new ones take their place while the server runs."""
-    instance = server.start([tiny.with_suffix(".mar")], host="0.0.0.0", port=configuration.free_ports(1)[0], timeout=90)
-    port = str(instance.port)
+    port = str(configuration.free_ports(1)[0])
+    with monkeypatch.context() as patch:
+        patch.setenv("FORCE_COLOR", "1")  # what is printed is a log all the same
+        command = ["serve", str(tiny.with_suffix(".mar")), "--host", "0.0.0.0", "--port", port, "--timeout", "90"]
+        assert cli.main(command) == 0
+    shown, instance = capsys.readouterr().out, instances.find_instance(int(port))
 
     def asked(key: Optional[str]) -> Reply:
         return post(instance, "tiny", b"hello", "text/plain", **({"Authorization": f"Bearer {key}"} if key else {}))
 
     try:
         first = instance.key
-        assert first and instance.management_key
+        assert first and instance.management_key and first not in shown and "Bearer KEY" in shown
         refusals = [asked(key) for key in (None, "wrong", instance.management_key, first[:-1], first.swapcase())]
         assert {(each.status, json.dumps(each.json)) for each in refusals} == {(400, json.dumps(refusals[0].json))}
         assert "label" not in refusals[0].json and asked(first).status == 200

@@ -28,6 +28,7 @@ from traceserve.rollout.draining import drain
 from traceserve.rollout.updating import UpdateOptions, update_server
 from traceserve.serving import client, configuration, engines, instances, management, server
 from traceserve.serving.instances import Instance
+from traceserve.serving.update_lock import alone
 from traceserve_runtime.manifest import HANDLER_FILE, Manifest, sha256
 
 BODIES = [json.dumps({"text": f"Parcel number {number} is late."}).encode() for number in range(40)]
@@ -210,6 +211,30 @@ def test_an_interrupt_takes_it_back(archives: Path, port: int) -> None:
     assert the_only_version(port) == version
 
 
+def test_a_version_that_may_still_answer_keeps_its_files(
+    archives: Path, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TorchServe's API refuses the update from the switch on, as it does with keys that are no longer valid."""
+    before, instance = the_only_version(port), instances.find_instance(port)
+    new = "1.0" if before != "1.0" else "2.0"
+    promote = updating._Update._promote
+
+    def cut_off(self: updating._Update) -> None:
+        promote(self)
+        self._instance = dataclasses.replace(self._instance, management_socket=f"{instance.folder}/gone")
+        raise ServerError("cut off")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(updating._Update, "_promote", cut_off)
+        with pytest.raises(ServerError, match=f"cut off; nor could {new} be taken back: it may answer"):
+            update_server(archives / new / "tiny.mar", port, UpdateOptions(allowed_changes=99))
+    assert management.default(instance, "tiny").version == new
+    assert Manifest.read(Path(instance.folder, "store", f"tiny@{new}")).version == new  # compares all files
+    # The next update finds both.
+    assert update_server(archives / before / "tiny.mar", port, UpdateOptions(allowed_changes=99)).old == new
+    assert the_only_version(port) == before
+
+
 def test_what_is_refused_before_anything_starts(
     archives: Path, port: int, mar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,7 +261,7 @@ def test_what_is_refused_before_anything_starts(
             ServerError, match=rf"response_timeout of {running.response_timeout} s; --timeout .* not 20"
         ):
             update_server(other_version, port, UpdateOptions(timeout=20))
-    with updating._alone(instance), pytest.raises(ServerError, match="another `traceserve update`"):
+    with alone(instance), pytest.raises(ServerError, match="another `traceserve update`"):
         update_server(served, port, UpdateOptions())
     for changes, reason in (({"management_socket": None}, "takes no new versions"), ({"engine": engines.RAY}, "Ray")):
         other = dataclasses.replace(instance, **changes)  # type: ignore[arg-type]

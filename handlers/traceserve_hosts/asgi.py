@@ -231,9 +231,16 @@ class Application:
 
 
 def key_from_environment() -> Union[str, Path, None]:
-    """The key that this process demands, or the file that holds it."""
-    file = os.environ.get(KEY_FILE_VARIABLE)
-    return Path(file) if file else os.environ.get(KEY_VARIABLE) or None
+    """The key that this process demands, or the file that holds it; raises RuntimeError for a blank one.
+
+    A secret that was made of a file often ends with its line break, which no header can hold.
+    """
+    file, given = os.environ.get(KEY_FILE_VARIABLE), os.environ.get(KEY_VARIABLE)
+    if file:
+        return Path(file)
+    if given and not given.strip():
+        raise RuntimeError(f"{KEY_VARIABLE} is blank: set it to a key, or leave it out where none is to be demanded")
+    return given.strip() if given else None
 
 
 async def guarded(answer: Asgi, scope: Scope, receive: Receive, send: Send) -> None:

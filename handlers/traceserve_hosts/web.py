@@ -90,14 +90,14 @@ def main(arguments: Optional[Sequence[str]] = None) -> Optional[str]:
     parser.add_argument("--key", metavar="FILE", help="its private key (PEM)")
     parser.add_argument("--without-keys", action="store_true", help="need none beyond the loopback address either")
     options = parser.parse_args(arguments)
-    refused = _refusal(options)
-    if refused is not None:
-        return refused
     try:
+        refused = _refusal(options)
+        if refused is not None:
+            return refused
         archive = loaded(options.archive, options.name, options.require_signature)
+        served = application(archive, options.largest_body << 20)
     except RuntimeError as error:
         return str(error)
-    served = application(archive, options.largest_body << 20)
     serve_until_signal(served, options.host, options.port, options.certificate, options.key)
     return None
 
@@ -111,7 +111,8 @@ def _refusal(options: argparse.Namespace) -> Optional[str]:
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(options.certificate, options.key, password="")
         except (ssl.SSLError, OSError) as error:
             return f"--certificate {options.certificate} and --key {options.key} make no pair: {error}"
-    if options.without_keys or key_from_environment() is not None or _is_loopback(options.host):
+    key = key_from_environment()
+    if options.without_keys or key is not None or _is_loopback(options.host):
         return None
     return (
         f"at {options.host} others can ask too, so a key is needed: set {KEY_VARIABLE} or {KEY_FILE_VARIABLE}, or, where a proxy "

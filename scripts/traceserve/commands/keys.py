@@ -38,6 +38,8 @@ def _keys(options: argparse.Namespace) -> int:
     if options.key_file and not options.rotate:
         raise ServerError("keys: --key-file needs --rotate")
     require_folders(options.write)
+    if options.write:
+        keys.check_key_target(options.write)
     instance = instances.find_instance(options.port)
     wanted = keys.key_in(options.key_file) if options.key_file else None
     found = keys.rotate_keys(instance, wanted) if options.rotate else keys.current(instance)
@@ -65,7 +67,7 @@ COMMANDS = (
         "Show the keys that a server demands, or make new ones.\n\nA server beyond the loopback address answers nobody without "
         "its key. Keys are random, lie in files that only their\nuser may read (mode 0600), and are valid until they are "
         "rotated or the server stops. After --rotate the old ones are\nrefused at once, without a restart; the commands of "
-        "this user know the new ones.\n\n"
+        "this user know the new ones. TorchServe's third key, which makes the others, stays until the server stops.\n\n"
         "  traceserve keys\n  traceserve keys --rotate --port 8080\n"
         "  traceserve keys --write key.txt\n  "
         "traceserve verify https://HOST/predictions/NAME --archive NAME.mar --key-file key.txt",

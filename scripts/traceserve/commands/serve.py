@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -150,7 +151,8 @@ def _serve(options: argparse.Namespace) -> int:
             trusted=options.require_signature,
             scaling=Scaling(options.most_workers, options.ongoing, options.gpus),
         )
-    print_instance(instance, time.monotonic() - started)
+    # Output that goes elsewhere is a log, and a key in it would be kept with it; so is a container's, even with a terminal.
+    print_instance(instance, time.monotonic() - started, sys.stdout.isatty() and not options.foreground)
     if options.foreground:
         try:
             instances.wait(instance)
@@ -188,7 +190,8 @@ def _stop(options: argparse.Namespace) -> int:
     return 0
 
 
-def print_instance(instance: Instance, seconds: float) -> None:
+def print_instance(instance: Instance, seconds: float, show_key: bool = False) -> None:
+    """Print where a server answers, and an example; its key only if asked to."""
     from traceserve_runtime.tasks import TASKS
 
     from traceserve.serving.curl import curl
@@ -197,15 +200,14 @@ def print_instance(instance: Instance, seconds: float) -> None:
     screen.print(f"answering after {seconds:.1f} s at {instance.url}", highlight=False)
     for name in instance.names:
         manifest = instance.manifest(name)
-        # Output that goes elsewhere is a log, and a key in it would be kept with it.
-        key = ("-H", f"Authorization: Bearer {instance.key if screen.is_terminal else 'KEY'}") if instance.key else ()
+        key = ("-H", f"Authorization: Bearer {instance.key if show_key else 'KEY'}") if instance.key else ()
         key = (*key, "--insecure") if instance.certificate else key  # the certificate does not name this machine
         body = TASKS[manifest.task].sample_body(manifest.facts)
         command = curl(f"{instance.url}/predictions/{name}", body, *key)
         screen.print(f"\n  {command}", highlight=False, markup=False, soft_wrap=True)
     port = "" if instance.port == 8080 else f" --port {instance.port}"
     if instance.key:
-        shown = f"{instance.key}    all keys, and new ones" if screen.is_terminal else "shown"
+        shown = f"{instance.key}    all keys, and new ones" if show_key else "shown"
         screen.print(f"\nkey: {shown} by `traceserve keys{port}`", highlight=False, markup=False, soft_wrap=True)
     screen.print(
         f"\nmetrics: http://127.0.0.1:{instance.metrics_port}/metrics    log: {instance.log}",

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import shutil
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Dict, Iterator, Optional
+from typing import Callable, Dict, Optional
 
 from traceserve_runtime.errors import TraceserveError
 from traceserve_runtime.manifest import Manifest
@@ -32,13 +30,10 @@ from traceserve.serving import client, instances, management, server
 from traceserve.serving.instances import Instance
 from traceserve.serving.log import load_failure
 from traceserve.serving.plan import Archive, planned
-
-if sys.platform != "win32":
-    import fcntl
+from traceserve.serving.update_lock import alone
 
 _POLL = 0.05  # seconds
 _HOWEVER_LONG = 24 * 3600.0  # seconds
-_LOCK = "update.lock"  # in the server's folder
 
 Report = Callable[[str], None]
 
@@ -84,8 +79,11 @@ def update_server(
     """Replace the served archive of this name by `file`; raises TraceserveError, after which the old one still answers."""
     instance = instances.serving_instance(check_name(file.stem), port)
     check_server(instance)
-    trusted = options.trusted or (Path(instance.trusted) if instance.trusted else None)
-    with _alone(instance), signing.verified([file], trusted) as [file], proof_of(file) as proof:
+    with contextlib.ExitStack() as stack:
+        instance = stack.enter_context(alone(instance))
+        trusted = options.trusted or (Path(instance.trusted) if instance.trusted else None)
+        [file] = stack.enter_context(signing.verified([file], trusted))
+        proof = stack.enter_context(proof_of(file))
         [archive] = planned([file], None, None, False).values()
         running = management.default(instance, archive.name)
         instance = _corrected(instance, archive.name, running)
@@ -110,23 +108,6 @@ def _after(instance: Instance, name: str, folder: str, workers: int) -> Instance
     return dataclasses.replace(
         instance, folders={**instance.folders, name: folder}, workers={**instance.workers, name: workers}
     )
-
-
-@contextlib.contextmanager
-def _alone(instance: Instance) -> Iterator[None]:
-    """Hold the server's lock; raises ServerError if another update does. The system releases it with this process."""
-    lock = os.open(Path(instance.folder, _LOCK), os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        if sys.platform != "win32":
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ServerError(
-                    f"another `traceserve update` of the server on port {instance.port} is running"
-                ) from None
-        yield
-    finally:
-        os.close(lock)
 
 
 class _Update:
@@ -160,8 +141,13 @@ class _Update:
             self._promote()
             named = self._drain(self._running.version)
         except TraceserveError as error:
-            self._take_back()
-            error.message = f"{error.message}; {self._name} {self._running.version} answers as before"
+            how = f"{self._name} {self._running.version} answers as before"
+            if not self._take_back():
+                how = (
+                    f"nor could {self._version} be taken back: it may answer, and the next update looks again (`traceserve "
+                    "status` says whether the server runs)"
+                )
+            error.message = f"{error.message}; {how}"
             error.args = (error.message,)
             raise
         except BaseException:  # an interrupt
@@ -312,13 +298,20 @@ class _Update:
         shutil.rmtree(Path(self._instance.folder, "store", folder), ignore_errors=True)
         self._report(f"removed {version}, which had answered all its requests")
 
-    def _take_back(self) -> None:
-        """Give the requests back to the old version, and remove the new one; what fails here was lost with the server."""
+    def _take_back(self) -> bool:
+        """Give the requests back to the old version, and remove the new one; returns whether that was done.
+
+        What may still answer keeps its files: a worker that is started again reads them.
+        """
         with contextlib.suppress(ServerError):
             if self._promoted:
                 management.set_default(self._instance, self._name, self._running.version)
                 drain(self._instance, self._name, self._version, self._canary, _HOWEVER_LONG)
+        removed = not self._registered
         with contextlib.suppress(ServerError):
-            if self._registered:
+            if self._registered and self._version in management.registered(self._instance, self._name):
                 management.unregister(self._instance, self._name, self._version)
-        shutil.rmtree(self._folder, ignore_errors=True)
+            removed = True
+        if removed:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        return removed

@@ -21,6 +21,7 @@ from traceserve_runtime.manifest import Manifest
 
 from traceserve.errors import ServerError
 from traceserve.machine import user_folders
+from traceserve.machine.private_files import write_private
 from traceserve.serving import java
 from traceserve.serving.engines import RAY, TORCHSERVE
 
@@ -100,17 +101,7 @@ class Instance:
 def remember(instance: Instance) -> None:
     """Write the state file, readable only by the user since it has the keys. Its name identifies this start, not just
     the port."""
-    path = _state_file(instance)
-    new = path.with_suffix(".new")
-    try:
-        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            json.dump(dataclasses.asdict(instance), stream)
-        os.replace(new, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            new.unlink()
-        raise
+    write_private(_state_file(instance), json.dumps(dataclasses.asdict(instance)))
 
 
 def running() -> List[Instance]:
@@ -130,6 +121,14 @@ def died() -> List[Instance]:
         else:
             _remove(instance)
     return found
+
+
+def as_remembered(instance: Instance) -> Instance:
+    """Return the same server as its state file has it now; raises ServerError if it has ended."""
+    for each in running():
+        if each.folder == instance.folder:
+            return each
+    raise ServerError(f"the server on port {instance.port} has ended; `traceserve status` says why")
 
 
 def mark_seen(instance: Instance) -> None:

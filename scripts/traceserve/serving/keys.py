@@ -11,15 +11,18 @@ import dataclasses
 import json
 import os
 import secrets
+import stat
 from pathlib import Path
 from typing import Any, Dict, Optional
 
 from traceserve_hosts import KEY_VARIABLE
 
 from traceserve.errors import ServerError
+from traceserve.machine.private_files import write_private
 from traceserve.serving import instances, management
 from traceserve.serving.engines import RAY
 from traceserve.serving.instances import Instance
+from traceserve.serving.update_lock import alone
 
 _KEY_BYTES = 24
 _KINDS = ("inference", "management")
@@ -37,19 +40,28 @@ def ray_key_file(folder: Path) -> Path:
 
 
 def user_key() -> str:
-    """Return the user's key, which all containers of a deployment share, or a new one."""
-    return os.environ.get(KEY_VARIABLE) or secrets.token_urlsafe(_KEY_BYTES)
+    """Return the user's key, which all containers of a deployment share, or a new one; raises ServerError for a blank one.
+
+    A secret that was made of a file often ends with its line break, which no header can hold.
+    """
+    given = os.environ.get(KEY_VARIABLE, "")
+    if given and not given.strip():
+        raise ServerError(f"{KEY_VARIABLE} is blank: set it to a key, or leave it out for a random one")
+    return given.strip() or secrets.token_urlsafe(_KEY_BYTES)
 
 
 def write_key(file: Path, key: str) -> None:
     """Write a key into a file that this user alone may read, in place of an earlier one's; whole at any moment."""
-    new = file.with_name(f".{file.name}.new")
+    write_private(file, key + "\n")
+
+
+def check_key_target(file: Path) -> None:
+    """Raise ServerError for a path in whose place no file with a key may be put, such as a device, a link or a folder."""
     with contextlib.suppress(FileNotFoundError):
-        new.unlink()
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-        stream.write(key + "\n")
-    os.replace(new, file)
+        if not stat.S_ISREG(file.lstat().st_mode):
+            raise ServerError(
+                f"--write {file} exists and is no regular file, which the key's file would replace; name another"
+            )
 
 
 def key_in(file: Path) -> str:
@@ -77,6 +89,8 @@ def current(instance: Instance) -> Instance:
         else:
             found = torchserve_keys(folder)
             key, management_key = found["inference"], found["management"]
+        if not key:
+            raise ValueError("there is an empty one")
     except (OSError, ValueError, KeyError) as error:
         raise ServerError(
             f"the keys of the server on port {instance.port} cannot be read in {folder}: {error}"
@@ -85,8 +99,15 @@ def current(instance: Instance) -> Instance:
 
 
 def rotate_keys(instance: Instance, key: Optional[str] = None) -> Instance:
-    """Give a server new keys, from now on in place of the old ones; raises ServerError. A Ray cluster takes the user's."""
-    instance = current(instance)
+    """Give a server new keys, from now on in place of the old ones; raises ServerError. A Ray cluster takes the user's.
+
+    Not while an update runs, which goes on with the keys that it began with.
+    """
+    with alone(instance) as found:
+        return _rotated(current(found), key)
+
+
+def _rotated(instance: Instance, key: Optional[str]) -> Instance:
     folder = Path(instance.folder)
     if instance.engine == RAY:
         write_key(ray_key_file(folder), key or secrets.token_urlsafe(_KEY_BYTES))
