@@ -17,7 +17,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import List, Sequence, Set
+from typing import Iterable, List, Sequence, Set
 
 from traceserve.archives.contents import unpack
 from traceserve_runtime.errors import TraceserveError
@@ -27,6 +27,15 @@ from campaigns.aims import TRACESERVE, Aim, main_of, none_of, tiny_config
 
 SIGNALS = (signal.SIGINT, signal.SIGKILL)
 _LONGEST = 600  # seconds of a build
+_STARTING = "Fatal Python error: init"  # Python was interrupted while it imported `site`
+LEGAL = {
+    "SIGINT: 130": "interrupted",
+    "SIGINT: 0": "it was done",
+    "SIGINT: -2": "before Python listened",
+    "SIGINT: 1, as Python started": "likewise",
+    "SIGKILL: -9": "killed",
+    "SIGKILL: 0": "it was done",
+}
 
 
 class Place:
@@ -81,13 +90,19 @@ class Place:
         return found
 
 
-def interrupt(place: Place, number: signal.Signals, seconds: float) -> int:
-    """Start a build, send it a signal after so long, and return its exit status."""
+def interrupt(place: Place, number: signal.Signals, seconds: float) -> str:
+    """Start a build, send it a signal after so long, and return the signal with the exit status."""
     process = place.start()
     time.sleep(seconds)
     process.send_signal(number)
-    process.communicate(timeout=_LONGEST)
-    return process.returncode
+    output, _ = process.communicate(timeout=_LONGEST)
+    return ended(number, process.returncode, output)
+
+
+def ended(number: signal.Signals, status: int, output: str) -> str:
+    """How a build ended after a signal; a status of 1 is that of a failure, unless Python says that it was starting."""
+    starting = ", as Python started" if status == 1 and _STARTING in output else ""
+    return f"{number.name}: {status}{starting}"
 
 
 def campaign(options: argparse.Namespace, folder: Path) -> Sequence[Aim]:
@@ -100,8 +115,7 @@ def campaign(options: argparse.Namespace, folder: Path) -> Sequence[Aim]:
     for moment in range(options.moments):
         number = SIGNALS[moment % len(SIGNALS)]
         before = place.names()
-        status = interrupt(place, number, noise.uniform(0, seconds))
-        seen[f"{number.name}: {status}"] += 1
+        seen[interrupt(place, number, noise.uniform(0, seconds))] += 1
         changed += sha256(place.archive) != good
         broken += place.problems(folder / f"unpacked-{moment}")
         foreign = {name for name in place.names() - usual if not is_private(name)}
@@ -118,9 +132,9 @@ def campaign(options: argparse.Namespace, folder: Path) -> Sequence[Aim]:
         none_of("SIGINT that left anything", int(left), options.moments),
         Aim(
             "exit statuses",
-            "130, -9, or 0 if it was done",
+            "; ".join(f"{status}: {why}" for status, why in LEGAL.items()),
             ", ".join(f"{k} {n} times" for k, n in seen.items()) or "-",
-            _legal(seen),
+            legal(seen),
         ),
         Aim("left after the next build", "nothing", ", ".join(remains) or "nothing", not remains),
         Aim("a build takes", "-", f"{seconds:.1f} s, {after:.1f} s at the end", True),
@@ -128,9 +142,9 @@ def campaign(options: argparse.Namespace, folder: Path) -> Sequence[Aim]:
     ]
 
 
-def _legal(seen: Counter[str]) -> bool:
-    """Whether each build ended as it should; a SIGINT before Python listens ends it as any process."""
-    return set(seen) <= {"SIGINT: 130", "SIGINT: 0", "SIGINT: -2", "SIGKILL: -9", "SIGKILL: 0", "SIGINT: 1"}
+def legal(seen: Iterable[str]) -> bool:
+    """Whether each build ended as it should."""
+    return set(seen) <= set(LEGAL)
 
 
 def pair_of_which_one_is_killed(place: Place, seconds: float, folder: Path) -> Sequence[Aim]:

@@ -93,8 +93,14 @@ def aims_of(windows: Sequence[Window], same_worker: bool) -> Sequence[Aim]:
     memory, p99 = windows[-1].memory / 1e6, windows[-1].p99 * 1000
     return [
         none_of("failed, or with another answer than the first", sum(window.failed for window in windows), requests),
-        Aim("growth of the worker's memory", "2 %", f"{growth:+.1%} ({memory:.0f} MB at the end)", growth < 0.02),
-        Aim("drift of p99", "10 %", f"{drift:+.1%} ({p99:.0f} ms at the end)", drift < 0.10),
+        Aim(
+            "growth of the worker's memory",
+            "2 %",
+            f"{growth:+.1%} ({memory:.0f} MB at the end)",
+            growth < 0.02,
+            of_machine=True,
+        ),
+        Aim("drift of p99", "10 %", f"{drift:+.1%} ({p99:.0f} ms at the end)", drift < 0.10, of_machine=True),
         Aim("the same worker", "yes", "yes" if same_worker else "no", same_worker),
     ]
 
