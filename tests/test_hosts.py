@@ -314,19 +314,23 @@ def test_a_key_in_a_file_is_rotated_and_fails_closed(classifier: Service, tmp_pa
     file = tmp_path / "key"
     hosted = Hosted(classifier, Limits(key=file))
 
-    def status(key: str) -> int:
-        return run(hosted.ask("/predictions/small", {"text": TEXT}, authorization=f"Bearer {key}")).status
+    async def statuses(*keys: str) -> List[int]:
+        asked = [{"authorization": f"Bearer {key}"} for key in keys]
+        return [(await hosted.ask("/predictions/small", {"text": TEXT}, **headers)).status for headers in asked]
 
-    write_key(file, "first")
-    assert file.stat().st_mode & 0o077 == 0
-    assert [status("first"), status("second"), status("")] == [200, 401, 401]
-    write_key(file, "second")
-    assert [status("first"), status("second")] == [401, 200]
-    for content in ("", " \n"):
-        file.write_text(content)
-        assert [status(""), status("second")] == [503, 503]
-    file.unlink()
-    assert [status(""), status("None")] == [503, 503]
+    async def rotate() -> None:
+        write_key(file, "first")
+        assert file.stat().st_mode & 0o077 == 0
+        assert await statuses("first", "second", "") == [200, 401, 401]
+        write_key(file, "second")
+        assert await statuses("first", "second") == [401, 200]
+        for content in ("", " \n"):
+            file.write_text(content)
+            assert await statuses("", "second") == [503, 503]
+        file.unlink()
+        assert await statuses("", "None") == [503, 503]
+
+    run(rotate())  # one event loop, as a server has
 
 
 def test_a_key_may_end_with_its_files_line_break(classifier: Service, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -735,16 +739,18 @@ def test_versions_share_the_requests_to_their_name(several: Several) -> None:
 
 
 def test_the_router_is_healthy_where_all_are(several: Several) -> None:
-    assert run(several.ask("/health")).json == {"status": "Healthy"}
-    assert set(several.asked) == {("colours", "1.0"), ("colours", "2.0"), ("vectors", "1.0")}
-
     async def dead(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 503, "headers": []})
         await send({"type": "http.response.body", "body": b"{}"})
 
-    several.applications["vectors", "1.0"] = dead
-    assert run(several.ask("/health")).status == 503
-    assert run(several.ask("/v1/models")).json["models"] == ["colours", "vectors"]
+    async def ask() -> None:
+        assert (await several.ask("/health")).json == {"status": "Healthy"}
+        assert set(several.asked) == {("colours", "1.0"), ("colours", "2.0"), ("vectors", "1.0")}
+        several.applications["vectors", "1.0"] = dead
+        assert (await several.ask("/health")).status == 503
+        assert (await several.ask("/v1/models")).json["models"] == ["colours", "vectors"]
+
+    run(ask())  # one event loop, as a server has
 
 
 # Ray's configuration
