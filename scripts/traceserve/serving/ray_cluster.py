@@ -48,7 +48,7 @@ for argument in "$@"; do
     *.cfg) sed -i.original -e 's/ bind [*]*:{statistics}$/ bind 127.0.0.1:{statistics}/' \\
                            -e 's/ bind [*]*:{metrics}$/ bind 127.0.0.1:{metrics}/' \\
                            -e 's#\\( errorfile 50[234]\\) .*#\\1 {unavailable}#' \\
-                           -e 's/\\( http-request return status\\) .* if routes$/\\1 404 if routes/' "$argument"
+                           -e 's/\\( http-request return status\\) .* if routes$/\\1 404 if routes/' "$argument" || exit 1
            # Ray starts one in the place of another that ended without knowing any replica, and tells it of them then.
            case " $* " in
              *" -sf "*) ;;
