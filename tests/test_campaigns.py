@@ -8,8 +8,9 @@ import sys
 import tempfile
 from pathlib import Path
 from signal import Signals
-from typing import Any, Sequence
+from typing import Any, NamedTuple, Sequence, cast
 
+import psutil
 import pytest
 from campaigns import aims, builds, damaged, full_disk, hostile, killed, slow, soak
 from campaigns.aims import Aim
@@ -83,6 +84,31 @@ def test_a_soak_compares_its_end_with_its_beginning() -> None:
 
 def test_two_builds_of_one_name_of_which_one_is_killed(tmp_path: Path) -> None:
     assert missed(builds.pair_of_which_one_is_killed(builds.Place(tmp_path), 2.0, tmp_path)) == []
+
+
+class Child(NamedTuple):
+    """A process, which may have ended after it was listed."""
+
+    pid: int
+    ended: bool
+
+    def cmdline(self) -> Sequence[str]:
+        if self.ended:
+            raise psutil.NoSuchProcess(self.pid)
+        return ["python", "model_service_worker.py"]
+
+    def children(self, recursive: bool) -> Sequence[Child]:
+        return [Child(1, True), Child(2, False), Child(3, True)]
+
+
+class Served(NamedTuple):
+    """A server's record with its process."""
+
+    process: Child
+
+
+def test_a_child_that_has_ended_is_no_worker_and_hides_none() -> None:
+    assert aims.worker_pids(cast(Any, Served(Child(0, False)))) == [2]
 
 
 def test_a_signatures_time_depends_on_the_size() -> None:
