@@ -314,11 +314,11 @@ def test_a_key_in_a_file_is_rotated_and_fails_closed(classifier: Service, tmp_pa
     file = tmp_path / "key"
     hosted = Hosted(classifier, Limits(key=file))
 
-    async def statuses(*keys: str) -> List[int]:
-        asked = [{"authorization": f"Bearer {key}"} for key in keys]
-        return [(await hosted.ask("/predictions/small", {"text": TEXT}, **headers)).status for headers in asked]
+    async def statuses(*given: str) -> List[int]:
+        path, body = "/predictions/small", {"text": TEXT}
+        return [(await hosted.ask(path, body, authorization=f"Bearer {key}")).status for key in given]
 
-    async def rotate() -> None:
+    async def ask() -> None:  # in one event loop, as the batcher needs it
         write_key(file, "first")
         assert file.stat().st_mode & 0o077 == 0
         assert await statuses("first", "second", "") == [200, 401, 401]
@@ -330,7 +330,7 @@ def test_a_key_in_a_file_is_rotated_and_fails_closed(classifier: Service, tmp_pa
         file.unlink()
         assert await statuses("", "None") == [503, 503]
 
-    run(rotate())  # one event loop, as a server has
+    run(ask())
 
 
 def test_a_key_may_end_with_its_files_line_break(classifier: Service, monkeypatch: pytest.MonkeyPatch) -> None:
