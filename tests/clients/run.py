@@ -68,16 +68,30 @@ def generate(pythons: List[str], url: str) -> List[Dict[str, str]]:
     Rules beyond the schema (a question must not be empty) are no failures, nor that TorchServe accepts any method.
     """
     rows = []
-    excluded = "unsupported_method,positive_data_acceptance"
     for program in (Path(python).with_name("schemathesis") for python in pythons):
         for name in TASKS if program.is_file() else ():
             base = f"{url}/predictions/{name}/1.0"
-            command = [str(program), "run", f"{base}/openapi.json", "--url", base, "--max-examples", "25", "--no-color"]
-            done = subprocess.run([*command, "--exclude-checks", excluded], stdout=subprocess.PIPE, text=True)
-            [counted] = re.findall(r"([\d,]+) generated", done.stdout) or ["0"]
-            row = {"client": "schemathesis", "archive": name, "call": f"{counted} generated requests"}
-            rows.append({**row, "result": "ok" if done.returncode == 0 else f"failed:\n{done.stdout}"})
+            # A URL on the command line holds for all paths; that of explanations is not below the others'.
+            rows.append(_generated(program, name, base, "generated requests", "--exclude-path-regex", _EXPLANATIONS))
+            if TASKS[name].explains is not None:
+                what = "generated requests for explanations"
+                rows.append(_generated(program, name, url, what, "--include-path-regex", _EXPLANATIONS))
     return rows
+
+
+_EXPLANATIONS = "^/explanations/"
+
+
+def _generated(program: Path, name: str, base: str, what: str, *paths: str) -> Dict[str, str]:
+    described = base if base.endswith("/1.0") else f"{base}/predictions/{name}/1.0"
+    settings = ["--config-file", str(Path(__file__).with_name("explanations.toml"))] if base != described else []
+    command = [str(program), *settings, "run", f"{described}/openapi.json", "--url", base]
+    command += ["--max-examples", "25", "--no-color", *paths]
+    excluded = ["--exclude-checks", "unsupported_method,positive_data_acceptance"]
+    done = subprocess.run([*command, *excluded], stdout=subprocess.PIPE, text=True)
+    [counted] = re.findall(r"([\d,]+) generated", done.stdout) or ["0"]
+    row = {"client": "schemathesis", "archive": name, "call": f"{counted} {what}"}
+    return {**row, "result": "ok" if done.returncode == 0 else f"failed:\n{done.stdout}"}
 
 
 def table(rows: List[Dict[str, str]]) -> str:
