@@ -22,7 +22,7 @@ from traceserve.building.writers import aot_inductor
 from traceserve.errors import ConfigError, ExportError
 from traceserve_runtime import processor
 from traceserve_runtime.batching.batches import filled
-from traceserve_runtime.engine import Engine
+from traceserve_runtime.engine import NO_GRADIENTS, Engine
 from traceserve_runtime.errors import InvalidManifest, MissingPackage
 from traceserve_runtime.manifest import Manifest, Shapes, sha256
 from traceserve_runtime.runtimes import aot_inductor as reader
@@ -72,6 +72,7 @@ def test_it_tells_what_it_was_compiled_for(compiled: Path) -> None:
         TORCH: torch.__version__,
         MACHINE: platform.machine(),
         INSTRUCTIONS: sorted(processor.instructions()),
+        NO_GRADIENTS: "save mode aot_inductor has none",
     }
     assert {path.name for path in compiled.iterdir()} == {"traceserve.json", *Manifest.read(compiled).files}
 
