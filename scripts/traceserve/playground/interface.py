@@ -221,10 +221,12 @@ class _Board:
         commands = [
             self._gr.update(value=asking.curl_command(model, body, door), visible=True) for model in self._models
         ]
-        yield {**self._told(body, said), **dict(zip(self._commands, commands)), **self._at_fields(said)}
+        shown = dict(zip(self._commands, commands))
+        yield {**self._told(body, said), **shown, **self._at_fields(said)}
         for said in asking.ask_each(self._models, body, stop, door):
             ended = all(heard.done for heard in said) and any(heard.error for heard in said)
-            yield {**self._told(body, said), **(self._at_fields(said) if ended else {})}
+            # The command again: a page that gets two states at once shows the last one alone.
+            yield {**self._told(body, said), **shown, **(self._at_fields(said) if ended else {})}
 
     def _told(self, body: Dict[str, object], said: Sequence[asking.Heard]) -> Dict[object, object]:
         return {self._verdict: panels.verdict(said), **dict(zip(self._panels, panels.panels(self._models, body, said)))}
