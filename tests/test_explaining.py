@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable, Dict, List, NamedTuple, Sequence
@@ -248,11 +249,19 @@ def test_a_model_that_looks_embeddings_up_twice_is_explained_by_occlusion(
     assert explain(Engine.load(tmp_path / "bart"), TEXT)["because"] == why
 
 
+def tensors_of(file: Path) -> int:
+    """The bytes of a module's tensors."""
+    with zipfile.ZipFile(file) as archive:
+        folders = ("data", "constants")
+        return sum(each.file_size for each in archive.infolist() if Path(each.filename).parts[1] in folders)
+
+
 def test_the_graphs_have_no_weights_of_their_own(make: Callable[..., Made]) -> None:
     folder = make("classification").folder
-    model, small = ((folder / file).stat().st_size for file in ("traced_model.pt", GRADIENTS_FILE))
+    # By the tensors, and not by the file: names in a graph grow with what the process traced before.
+    model, small = (tensors_of(folder / file) for file in ("traced_model.pt", GRADIENTS_FILE))
     places = json.loads((folder / PLACES_FILE).read_text())
-    assert small < 120_000 < model and any("word_embeddings" in name for name in places)
+    assert small < 1_000 < 100_000 < model and any("word_embeddings" in name for name in places)
     engine = Engine.load(folder)
     assert engine._explainer is None  # loaded when it is first asked for
     explain(engine, TEXT)

@@ -58,9 +58,8 @@ class Left(Exception):
 class Limits:
     """What the application takes, and from whom."""
 
-    key: Union[str, Path, None] = (
-        None  # or its file; demanded of all but /ping and /health: `Authorization: Bearer KEY`
-    )
+    # Or its file; demanded of all requests but /ping and /health, as `Authorization: Bearer KEY`.
+    key: Union[str, Path, None] = None
     largest_body: int = 64 << 20  # bytes
     queue: int = 1000  # calls that may wait; more are answered with 503
     timeout: float = 120.0  # seconds until an answer, or its first piece

@@ -22,11 +22,10 @@ from traceserve.machine import user_folders
 from traceserve_runtime.errors import TraceserveError
 from traceserve_runtime.manifest import sha256
 
+from traceserve_hosts import SIGNED
+
 if sys.platform != "win32":
     import fcntl
-
-
-SIGNED = "--signed"
 
 
 def fetch_archive(address: str, expected: Optional[str] = None, trusted: Optional[str] = None) -> Path:

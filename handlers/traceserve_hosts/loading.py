@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, NamedTuple, Optional
 
+from traceserve_hosts import SIGNED
+
 if TYPE_CHECKING:
     from traceserve_runtime.service import Service
 
@@ -90,7 +92,7 @@ def unpacked(address: str, sha256: Optional[str] = None, trusted: Optional[str] 
     A process of its own fetches it: the builder's code, which unpacks archives, imports another runtime than the archive's.
     """
     command = [sys.executable, "-m", "traceserve_hosts.fetching", address, *([sha256] if sha256 else [])]
-    command += ["--signed"] if trusted is not None else []
+    command += [SIGNED] if trusted is not None else []
     result = subprocess.run(command, input=trusted or "", capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError((result.stderr.strip().splitlines() or [f"{address} could not be fetched"])[-1])

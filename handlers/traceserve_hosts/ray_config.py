@@ -23,10 +23,9 @@ class Replicas:
     cpus: float = 1.0
     gpus: float = 0.0  # of one: 0.5 lets two share it
     ongoing: float = 32.0  # requests that a replica has at a time, beyond which there are to be more replicas
-    surge: int = (
-        20  # percent, rounded up: replicas of a new version that start before any of the old one ends; 0 where the
-    )
-    # machines have no room for one more, then old ones end first
+    # Percent, rounded up: replicas of a new version that start before any of the old one ends. 0 where the machines have
+    # no room for one more: then old ones end first.
+    surge: int = 20
 
 
 @dataclass(frozen=True)
@@ -39,9 +38,8 @@ class Hosted:
     sha256: Optional[str] = None  # of the archive; what is fetched is compared
     replicas: Replicas = Replicas()
     share: float = 1.0  # of the requests to /predictions/NAME, relative to its other versions
-    trusted: Optional[str] = (
-        None  # text of a PEM file: the key that must have signed it, or certificates of an authority
-    )
+    # The text of a PEM file: the key that must have signed it, or certificates of an authority.
+    trusted: Optional[str] = None
 
     @property
     def key(self) -> str:

@@ -9,7 +9,6 @@ Where TRACESERVE_KEY is set, or a file with a key in TRACESERVE_KEY_FILE, every 
 from __future__ import annotations
 
 import argparse
-import ipaddress
 import os
 import ssl
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Optional, Sequence
 
 from traceserve_hosts import KEY_FILE_VARIABLE, KEY_VARIABLE
+from traceserve_hosts.addresses import is_only_local
 from traceserve_hosts.asgi import Application, Asgi, Limits, key_from_environment
 from traceserve_hosts.batcher import Batcher, Report
 from traceserve_hosts.loading import load_archive
@@ -25,9 +25,8 @@ if TYPE_CHECKING:
     from traceserve_hosts.loading import Loaded
 
 DIGEST_VARIABLE = "TRACESERVE_SHA256"  # of the archive that is meant
-SIGNER_VARIABLE = (
-    "TRACESERVE_REQUIRE_SIGNATURE"  # the file of the public key, or of certificates, that must have signed it
-)
+# The file of the public key, or of certificates, that must have signed it.
+SIGNER_VARIABLE = "TRACESERVE_REQUIRE_SIGNATURE"
 _GRACE = 30  # seconds in which a server that is told to end may finish what it was asked
 _DRIVER = Path("/dev/nvidiactl")  # is there where a GPU can be used
 
@@ -112,19 +111,12 @@ def _refusal(options: argparse.Namespace) -> Optional[str]:
         except (ssl.SSLError, OSError) as error:
             return f"--certificate {options.certificate} and --key {options.key} make no pair: {error}"
     key = key_from_environment()
-    if options.without_keys or key is not None or _is_loopback(options.host):
+    if options.without_keys or key is not None or is_only_local(options.host):
         return None
     return (
         f"at {options.host} others can ask too, so a key is needed: set {KEY_VARIABLE} or {KEY_FILE_VARIABLE}, or, where a proxy "
         "or a network's rules decide who may ask, give --without-keys"
     )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name, of any address
-        return False
 
 
 if __name__ == "__main__":

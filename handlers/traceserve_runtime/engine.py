@@ -16,7 +16,7 @@ from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.batching.costs import Pace
 from traceserve_runtime.batching.lanes import Batches, Lanes, least_cost, row_cost, schedule
 from traceserve_runtime.batching.measuring import Measuring
-from traceserve_runtime.errors import InvalidManifest, TraceserveError
+from traceserve_runtime.errors import InvalidManifest, TraceserveError, reason
 from traceserve_runtime.explaining.pacing import Pacing
 from traceserve_runtime.explaining.targets import Differentiable
 from traceserve_runtime.explanations import Explainer, Explanations
@@ -54,7 +54,15 @@ def load_task(folder: Path, manifest: Manifest) -> Task:
 class Engine:
     """A loaded archive."""
 
-    def __init__(self, folder: Path, manifest: Manifest, task: Task, runner: Runner) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        task: Task,
+        runner: Runner,
+        device: str = "cpu",
+        settings: Settings = Settings(),
+    ) -> None:
         self.folder = folder
         self.manifest = manifest
         self.task = task
@@ -65,8 +73,8 @@ class Engine:
         self._measuring = Measuring(iter(()))
         self._tokens_since = 0  # since memory was released
         self.pacing = Pacing()  # of explanations, beside predictions
-        self.explain_seconds = Settings().explain_seconds
-        self._device = "cpu"
+        self.explain_seconds = settings.explain_seconds
+        self._device = device
         self._explainer: Optional[Explainer] = None
 
     @classmethod
@@ -96,9 +104,8 @@ class Engine:
             if value not in table:
                 raise InvalidManifest(f"this runtime does not support the {what} {value!r}, only: {', '.join(table)}")
         task = load_task(folder, manifest)
-        engine = cls(folder, manifest, task, RUNTIMES[manifest.save_mode](manifest, folder, device, settings))
-        engine.explain_seconds, engine._device = settings.explain_seconds, device
-        return engine
+        runner = RUNTIMES[manifest.save_mode](manifest, folder, device, settings)
+        return cls(folder, manifest, task, runner, device, settings)
 
     def make_ready(self) -> None:
         """Prepare to answer clients in a process of its own, as every host does."""
@@ -213,8 +220,7 @@ class Engine:
                 try:
                     gradients = GRADIENTS[self.manifest.save_mode](self.manifest, self.folder, self._device)
                 except Exception as error:  # the edge of this explanation; the next one does not try again
-                    lines = str(error).strip().splitlines() or [type(error).__name__]
-                    gradients = f"the graph for them cannot be loaded: {lines[0]}"
+                    gradients = f"the graph for them cannot be loaded: {reason(error)}"
             self._explainer = Explainer(self.manifest, self.task, self.runner, gradients)
         return self._explainer
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import deque
 from functools import partial
@@ -23,20 +22,17 @@ from traceserve_runtime.runner import Arrays, Runner
 from traceserve_runtime.tasks.contract import Answer, Request, Task
 from traceserve_runtime.texts.rows import Encoded, Row
 
-logger = logging.getLogger(__name__)
-
 Room = Callable[[int, int], int]  # how many rows of a length the next run may have, of those that are wanted
 _Text = Tuple[Aim, Row, Sequence[Word]]  # a row that is explained
 
-_MOST_CALLS = (
-    4  # whose explanations are under way, beside predictions: each holds its texts' tokens, and a place in the queue
-)
+# Calls whose explanations are under way, beside predictions: each holds its texts' tokens, and a place in the queue.
+_MOST_CALLS = 4
 _ALIKE = {"float32": 1e-3}  # how far the two graphs' numbers may differ, relative to those above 1
 _NEARLY_ALIKE = 0.1  # in lower precisions, where they differ with the number of rows too
 
 
 class Explainer(NamedTuple):
-    """What an explanation needs of an engine; `gradients` is None, with the reason, for a model without them."""
+    """What an explanation needs of an engine; `gradients` is the reason for a model that has none."""
 
     manifest: Manifest
     task: Task
@@ -90,7 +86,8 @@ class Explanations:
 
     def turn(self) -> None:
         """Drop those that nobody wants or that are out of time, and make one run for the next call, if it may now."""
-        self._drop(time.perf_counter())
+        if self._calls:
+            self._drop(time.perf_counter())
         if not self._calls or self.wait() > 0:
             return
         call = self._calls.popleft()

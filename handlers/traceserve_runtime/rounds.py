@@ -88,8 +88,9 @@ class Rounds:
         while self._session.busy:
             if self._session.turn() or time.perf_counter() - began >= _SECONDS:
                 break
-            if self._session.rest:
-                time.sleep(min(self._session.rest, _REST))
+            rest = self._session.rest
+            if rest:
+                time.sleep(min(rest, _REST))
                 break
         if all(known.call.headers.ended for known in self._known.values()):
             time.sleep(_SECONDS)  # a call that the host has ended gets no answer, and is passed again

@@ -123,8 +123,9 @@ class Service:
 
     def show(self, exchange: Exchange, result: _Result) -> None:
         """Show a call's requests and answers in the mirror; predictions alone, since these are compared."""
-        explains = any(request.explain for request in exchange.requests)
-        if self.mirror is not None and isinstance(result, _Answered) and not explains:
+        if self.mirror is None or not isinstance(result, _Answered):
+            return
+        if not any(request.explain for request in exchange.requests):
             self.mirror.show((self.served.name, self.served.version), exchange.requests, result.answers)
 
     def _failed(self, call: Call, protocol: Protocol, error: TraceserveError) -> Reply:

@@ -184,7 +184,6 @@ def _request(fields: Sequence[Field], kind: str = "") -> JsonObject:
 
 
 def _operation(sample: JsonObject) -> JsonObject:
-    error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     return {
         "operationId": "predict",
         "summary": "Ask the model",
@@ -208,15 +207,19 @@ def _operation(sample: JsonObject) -> JsonObject:
                     "text/plain": {"schema": {"type": "string"}},
                 },
             },
-            **{status: {"description": said, "content": error} for status, said in _STATUSES.items()},
+            **_refusals(_STATUSES),
         },
     }
 
 
+def _refusals(statuses: Mapping[str, str]) -> JsonObject:
+    """Describe what is answered instead, by status."""
+    error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    return {status: {"description": said, "content": error} for status, said in statuses.items()}
+
+
 def _explanations(sample: JsonObject) -> JsonObject:
     """Describe the path for explanations, which is not below that of predictions."""
-    error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
-    statuses = {**_STATUSES, "503": "it was out of its time"}
     body: JsonObject = {
         "schema": {"$ref": "#/components/schemas/ExplanationRequest"},
         "example": dict(sample),
@@ -231,7 +234,7 @@ def _explanations(sample: JsonObject) -> JsonObject:
             "requestBody": {"required": True, "content": {"application/json": body}},
             "responses": {
                 "200": {"description": said, "content": content},
-                **{status: {"description": why, "content": error} for status, why in statuses.items()},
+                **_refusals({**_STATUSES, "503": "it was out of its time"}),
             },
         },
     }

@@ -9,6 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ContextManager, Dict, Iterator, List, Optional, Protocol, Sequence, Tuple
 
+from traceserve_runtime.errors import InvalidManifest, reason
+
 if TYPE_CHECKING:
     import torch
 
@@ -143,6 +145,16 @@ def load_module(file: Path, device: Optional[str] = None) -> Traced:
     options = {} if device is None else {"map_location": device}
     module: Traced = torch.jit.load(str(file), **options)
     return module
+
+
+def read_module(file: Path, device: str) -> Traced:
+    """Load an archive's module on a device, to be run; raises InvalidManifest with the reason."""
+    import torch
+
+    try:
+        return load_module(file, device).eval()
+    except (RuntimeError, ValueError) as error:
+        raise InvalidManifest(f"{file.name} cannot be loaded by torch {torch.__version__}: {reason(error)}") from error
 
 
 def insert_constant(graph: Graph, value: object, before: Node) -> Value:

@@ -47,6 +47,14 @@ def positive(text: str) -> int:
     return number
 
 
+def zero_or_more(text: str) -> int:
+    """Parse a whole number of 0 or more."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError("should be 0 or more")
+    return number
+
+
 def port(text: str) -> int:
     """Parse a TCP port."""
     number = int(text)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Iterator, Optional, Sequence, Tuple
 
 from traceserve_runtime.errors import TraceserveError
 
-from traceserve.commands.arguments import add_port, positive, require_folders
+from traceserve.commands.arguments import add_port, positive, require_folders, zero_or_more
 from traceserve.commands.contract import Command
 from traceserve.commands.printing import ProgressBar, console, figure
 
@@ -72,7 +72,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--retries",
-        type=_count,
+        type=zero_or_more,
         default=0,
         metavar="N",
         help="send a request that got no answer, or 429, 502, 503 or 504, again up to N times, each after a second, as "
@@ -158,14 +158,6 @@ def _quantity(text: str) -> float:
     number = _duration(text)
     if not number:
         raise argparse.ArgumentTypeError("should be more than 0")
-    return number
-
-
-def _count(text: str) -> int:
-    """Parse a whole number, 0 or more."""
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError("should be 0 or more")
     return number
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Iterator, List, Mapping, Sequence, Tuple
 
 from traceserve_runtime.errors import TraceserveError
 
 from traceserve.commands.arguments import add_port
 from traceserve.commands.contract import Command
 from traceserve.commands.printing import console, figure
+from traceserve.serving.attributions import Heat, heats, is_explanation, strongest, target_in_words, text_at
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -49,10 +50,10 @@ def _explain(options: argparse.Namespace) -> int:
     listed: List[Any] = answer if isinstance(answer, list) else [answer]
     asked = body["inputs"] if isinstance(body, dict) and "inputs" in body else body
     requests = asked if isinstance(asked, list) else [asked]
-    if options.html and all(isinstance(each, dict) and "words" in each for each in listed):
+    if options.html and all(map(is_explanation, listed)):
         options.html.write_text(_page(requests, listed), encoding="utf-8")
     for request, each in zip(requests, listed):
-        if options.json or not (isinstance(each, dict) and "words" in each):  # the form of another protocol
+        if options.json or not is_explanation(each):  # the form of another protocol
             print(json.dumps(each, ensure_ascii=False), flush=True)
         else:
             _print(request, each)
@@ -74,12 +75,9 @@ def _body(options: argparse.Namespace) -> object:
 
 
 def _ask(options: argparse.Namespace, body: object) -> object:
-    from traceserve.errors import ServerError
     from traceserve.serving import client, instances
 
-    instance = instances.find_instance(options.port)
-    if options.place not in instance.names:
-        raise ServerError(f"the server on port {instance.port} has no {options.place}, but {', '.join(instance.names)}")
+    instance = instances.serving_instance(options.place, options.port)
     answer: object = client.predict(
         instance.url, options.place, body, instance.key, certificate=instance.certificate, door="explanations"
     )
@@ -92,9 +90,9 @@ def _print(request: object, found: Mapping[str, Any]) -> None:
     from rich.text import Text
 
     screen = console()
-    for field, text in _fields(request, found).items():
-        screen.print(_coloured(text, field, found["words"]), soft_wrap=True)
-    words = sorted(found["words"], key=lambda word: -abs(word["attribution"]))
+    for text, own in _texts(request, found):
+        screen.print(_coloured(text, own), soft_wrap=True)
+    words = strongest(found["words"])
     largest = abs(words[0]["attribution"]) if words else 0.0
     table = Table("word", "attribution", "")
     for word in words[:_ROWS]:
@@ -102,7 +100,7 @@ def _print(request: object, found: Mapping[str, Any]) -> None:
         length = round(_BAR * abs(amount) / largest) if largest else 0
         table.add_row(Text(word["word"]), f"{amount:+.3f}", ("+" if amount > 0 else "-") * length)
     screen.print(table)
-    target = ", ".join(f"{key} {value}" for key, value in found["target"].items())
+    target = target_in_words(found)
     screen.print(
         f"explains {target}: {found['quantity']} {found['value']:.3f}, without the words {found['baseline_value']:.3f}; "
         f"{found['method'].replace('_', ' ')}, {found['steps']} steps, completeness error "
@@ -117,46 +115,27 @@ def _print(request: object, found: Mapping[str, Any]) -> None:
         screen.print(f"the other {figure(len(words) - _ROWS)} words are in --json", highlight=False)
 
 
-def _fields(request: object, found: Mapping[str, Any]) -> Dict[str, str]:
-    """Return the explained texts by field."""
-    named = sorted({word["field"] for word in found["words"]})
-    if isinstance(request, str):
-        return dict.fromkeys(named, request)
-    inputs: Any = request
-    texts: Dict[str, str] = {}
-    for name in named:
-        key, _, number = name.partition("[")
-        value = inputs.get(key) if isinstance(inputs, dict) else None
-        if number and isinstance(value, list):
-            value = value[int(number.rstrip("]"))]
-        if isinstance(value, str):
-            texts[name] = value
-    return texts
+def _texts(request: object, found: Mapping[str, Any]) -> Iterator[Tuple[str, List[Heat]]]:
+    """Yield the explained texts, and what their words added."""
+    for field, own in sorted(heats(found["words"]).items()):
+        text = text_at(request, field)
+        if text is not None:
+            yield text, own
 
 
-def _coloured(text: str, field: str, words: Sequence[Mapping[str, Any]]) -> Text:
+def _coloured(text: str, own: Sequence[Heat]) -> Text:
     from rich.text import Text
 
     shown = Text(text)
-    for start, end, colour, strength in _spans(field, words):
-        red, green, blue = (round(strength * part + (1 - strength) * 40) for part in colour)
-        shown.stylize(f"white on rgb({red},{green},{blue})", start, end)
+    for heat in own:
+        strength = abs(heat.share)
+        red, green, blue = (round(strength * part + (1 - strength) * 40) for part in _colour(heat))
+        shown.stylize(f"white on rgb({red},{green},{blue})", heat.start, heat.end)
     return shown
 
 
-def _spans(field: str, words: Sequence[Mapping[str, Any]]) -> List[Any]:
-    """Return each word's characters, its colour, and how strong it is, 0 to 1."""
-    largest = max((abs(word["attribution"]) for word in words), default=0.0) or 1.0
-    return [
-        (
-            word["start"],
-            word["end"],
-            _FOR if word["attribution"] > 0 else _AGAINST,
-            abs(word["attribution"]) / largest,
-        )
-        for word in words
-        if word["field"] == field
-    ]
+def _colour(heat: Heat) -> Tuple[int, int, int]:
+    return _FOR if heat.share > 0 else _AGAINST
 
 
 def _page(requests: Sequence[object], listed: Sequence[Mapping[str, Any]]) -> str:
@@ -165,16 +144,16 @@ def _page(requests: Sequence[object], listed: Sequence[Mapping[str, Any]]) -> st
 
     parts = []
     for request, found in zip(requests, listed):
-        target = ", ".join(f"{key} {value}" for key, value in found["target"].items())
-        parts.append(f"<h2>{escape(target)}</h2>")
-        for field, text in _fields(request, found).items():
+        parts.append(f"<h2>{escape(target_in_words(found))}</h2>")
+        for text, own in _texts(request, found):
             marked, done = "", 0
-            for start, end, colour, strength in sorted(_spans(field, found["words"])):
-                shade = f"rgba({colour[0]},{colour[1]},{colour[2]},{strength:.2f})"
-                start = max(start, done)  # windows may have a part of the same word
+            for heat in own:
+                red, green, blue = _colour(heat)
+                shade = f"rgba({red},{green},{blue},{abs(heat.share):.2f})"
+                start = max(heat.start, done)  # windows may have a part of the same word
                 marked += escape(text[done:start])
-                marked += f'<span style="background:{shade}">{escape(text[start:end])}</span>'
-                done = max(end, done)
+                marked += f'<span style="background:{shade}">{escape(text[start : heat.end])}</span>'
+                done = max(heat.end, done)
             parts.append(f"<p>{marked}{escape(text[done:])}</p>")
     head = '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>Explanations</title>'
     style = "<style>body{font:18px/1.8 system-ui;max-width:60rem;margin:2rem auto}span{border-radius:3px}</style>"

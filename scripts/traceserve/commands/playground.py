@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import List
 
+from traceserve_hosts.addresses import is_only_local
 from traceserve_runtime.errors import TraceserveError
 
 from traceserve.commands.arguments import port
@@ -49,7 +50,7 @@ def _playground(options: argparse.Namespace) -> int:
         for error in failed:
             _warn(f"left out: {error.message}")
     screen = console()
-    if not hosting.is_only_local(options.host):
+    if not is_only_local(options.host):
         _warn(
             f"at {options.host} everybody who reaches this machine can ask these models through the page, without a key and "
             "without encryption"

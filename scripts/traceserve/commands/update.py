@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict
 
-from traceserve.commands.arguments import add_port, add_signature, positive
+from traceserve.commands.arguments import add_port, add_signature, positive, zero_or_more
 from traceserve.commands.contract import Command
 from traceserve.commands.printing import console
 
@@ -24,7 +24,7 @@ def _add_update(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--allow-changes",
-        type=_count,
+        type=zero_or_more,
         default=0,
         metavar="N",
         help="promote it although up to N answers differ from the running version's [%(default)s]",
@@ -59,14 +59,6 @@ def _add_update(parser: argparse.ArgumentParser) -> None:
     add_signature(parser, " [the key that the server was started with, if any]")
     parser.add_argument("--json", action="store_true", help="print JSON at the end, without any text of a request")
     add_port(parser)
-
-
-def _count(text: str) -> int:
-    """Parse a whole number of 0 or more."""
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError("should be 0 or more")
-    return number
 
 
 def _share(text: str) -> float:

@@ -122,7 +122,7 @@ def between(first: Sample, last: Sample) -> Activity:
     """
     growth = {each: value - _before(first, each, value) for each, value in last.series.items()}
     grown = Sample(last.moment, growth)
-    counters = grown.counters
+    counters, buckets = grown.counters, grown.buckets
     requests = counters.get(_REQUESTS, 0.0)
     computed = counters.get("traceserve_computed_tokens_total", 0.0)
     return Activity(
@@ -130,8 +130,8 @@ def between(first: Sample, last: Sample) -> Activity:
         requests=int(requests),
         latency=counters[_LATENCY] / requests / 1e6 if requests and _LATENCY in counters else None,
         queue=counters[_QUEUE] / requests / 1e6 if requests and _QUEUE in counters else None,
-        batch_p50=quantile(grown.buckets, 0.5),
-        batch_p99=quantile(grown.buckets, 0.99),
+        batch_p50=quantile(buckets, 0.5),
+        batch_p99=quantile(buckets, 0.99),
         padding_share=1 - counters.get("traceserve_tokens_total", 0.0) / computed if computed else None,
         errors={reason: int(count) for reason, count in grown.errors.items() if count >= 1},
         waiting=last.waiting,

@@ -124,8 +124,9 @@ def send_load(
         )
     shuffled = list(bodies)
     random.Random(seed).shuffle(shuffled)
-    load = _Load(target, shuffled, content_type, connections, rate, seconds, warm_up, seed, timeout, retries, check)
-    load.ended = ended
+    load = _Load(
+        target, shuffled, content_type, connections, rate, seconds, warm_up, seed, timeout, retries, check, ended
+    )
     collects = gc.isenabled()
     gc.disable()  # its pauses would be measured
     try:
@@ -152,11 +153,12 @@ class _Load:
         timeout: float,
         retries: int,
         check: Optional[Check],
+        ended: Optional[threading.Event],
     ) -> None:
         import pycurl
 
         self.target, self.content_type, self.timeout = target, content_type, timeout
-        self.retries, self.check = retries, check
+        self.retries, self.check, self.ended = retries, check, ended
         self.bodies = itertools.cycle(bodies)
         self.connections, self.rate, self.seconds, self.warm_up = connections, rate, seconds, warm_up
         self.limit = connections if rate is None else max(connections, MOST_CONNECTIONS)
@@ -173,7 +175,6 @@ class _Load:
         self.transfers: List[Transfer] = []
         self.reached = False
         self.prepared = False  # whether libcurl has not seen a request
-        self.ended: Optional[threading.Event] = None  # set where the span is to end at once
         self.pending = 0  # counted requests without an answer
         self.next_due = self.start = self.end = self.last = float("inf")
         self.cpu: List[float] = []  # processor seconds at the span's start and end

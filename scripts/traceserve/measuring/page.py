@@ -95,7 +95,7 @@ def _table(document: BenchDocument) -> str:
         "requests/s",
         *(f"{name} ms" for name in names),
         "errors",
-        *["share of the peak"][: len(peaks)],
+        *(["share of the peak"] if peaks else ()),
     ]
     rows = [
         [
@@ -104,7 +104,7 @@ def _table(document: BenchDocument) -> str:
             f"{summary['throughput']:,.1f}",
             *(f"{summary['latency_ms'][name]:,.2f}" for name in names),
             ", ".join(f"{count} × {reason}" for reason, count in summary["errors"].items()) or "0",
-            *[peak_share(summary, peaks.get(summary["subject"]))][: len(peaks)],
+            *([peak_share(summary, peaks.get(summary["subject"]))] if peaks else ()),
         ]
         for summary in document["summary"]
     ]

@@ -3,62 +3,38 @@ table, since colour alone tells nothing to some."""
 
 from __future__ import annotations
 
-from typing import Any, List, Mapping, NamedTuple, Sequence, Tuple
+from typing import Any, Mapping, Sequence, Tuple
 
 from traceserve.playground.marks import INK, escaped
+from traceserve.serving.attributions import Heat, Words, heats, strongest, target_in_words, text_at
 
-KEYS = ("words", "target", "completeness_error")  # by which an explanation is known
 _ADDS, _TAKES = (94, 201, 128), (245, 139, 125)  # on white, of which dark letters are read easily
 _STRONGEST = 8  # words in the table
 _FAINT = 0.02  # of the strongest; weaker ones have no background
 
 
-class Heat(NamedTuple):
-    """Characters [start, end) of a text, and what they added: -1 to 1 of the strongest."""
-
-    start: int
-    end: int
-    share: float
-    added: float
-
-
 def heat_map(explanation: Mapping[str, Any], body: Mapping[str, Any]) -> str:
     """An explanation of the answer to this body, as HTML."""
-    words: List[Mapping[str, Any]] = explanation["words"]
-    largest = max((abs(word["attribution"]) for word in words), default=0.0) or 1.0
+    words: Words = explanation["words"]
     parts = [f'<p class="ts-facts">{escaped(_told(explanation))}</p>']
-    for field in dict.fromkeys(word["field"] for word in words):
-        heats = [
-            Heat(word["start"], word["end"], word["attribution"] / largest, word["attribution"])
-            for word in words
-            if word["field"] == field
-        ]
-        parts.append(f'<p class="ts-text">{_coloured(_text(body, field), heats)}</p>')
+    for field, own in heats(words).items():
+        parts.append(f'<p class="ts-text">{_coloured(text_at(body, field) or "", own)}</p>')
     return "".join([*parts, _table(words)])
 
 
 def explanations_differ(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     """How two explanations differ, in a sentence; "" where they do not."""
     if one["target"] != other["target"]:
-        return f"The first explains {_target(one)}, the second {_target(other)}."
+        return f"The first explains {target_in_words(one)}, the second {target_in_words(other)}."
     first, second = (strongest(each["words"])[:1] for each in (one, other))
     if [word["word"] for word in first] != [word["word"] for word in second]:
         return "The strongest word is another one: " + ", ".join(f'"{w["word"]}"' for w in [*first, *second]) + "."
     return ""
 
 
-def strongest(words: Sequence[Mapping[str, Any]]) -> List[Mapping[str, Any]]:
-    """The words, those first that added or took most."""
-    return sorted(words, key=lambda word: -abs(word["attribution"]))
-
-
-def _target(explanation: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in explanation["target"].items())
-
-
 def _told(explanation: Mapping[str, Any]) -> str:
     told = (
-        f"Explains {_target(explanation)}: {explanation['quantity']} {explanation['value']:.3f}, without the words "
+        f"Explains {target_in_words(explanation)}: {explanation['quantity']} {explanation['value']:.3f}, without the words "
         f"{explanation['baseline_value']:.3f}; {explanation['method'].replace('_', ' ')}, {explanation['steps']} steps, "
         f"completeness error {explanation['completeness_error']:.2%}."
     )
@@ -66,16 +42,9 @@ def _told(explanation: Mapping[str, Any]) -> str:
     return f"{told} No gradients: {because}." if because else told
 
 
-def _text(body: Mapping[str, Any], field: str) -> str:
-    """A field's text, or that of one of its items, such as "documents[2]"."""
-    name, item, number = field.partition("[")
-    value = body.get(name, "")
-    return str(value[int(number.rstrip("]"))] if item else value)
-
-
-def _coloured(text: str, heats: Sequence[Heat]) -> str:
+def _coloured(text: str, own: Sequence[Heat]) -> str:
     parts, done = [], 0
-    for heat in sorted(heats):
+    for heat in own:
         if heat.start < done or abs(heat.share) < _FAINT:
             continue
         word = escaped(text[heat.start : heat.end])
@@ -94,7 +63,7 @@ def _background(share: float) -> str:
     return f"#{red:02x}{green:02x}{blue:02x}"
 
 
-def _table(words: Sequence[Mapping[str, Any]]) -> str:
+def _table(words: Words) -> str:
     rows = "".join(
         f'<tr><th scope="row">{escaped(word["word"])}</th><td>{"adds" if word["attribution"] > 0 else "takes"}</td>'
         f'<td class="ts-score">{word["attribution"]:+.3f}</td></tr>'

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 import threading
 from typing import Any, Awaitable, Callable, Dict, List, MutableMapping, Sequence
+
+from traceserve_hosts.addresses import is_only_local
 
 from traceserve.errors import ServerError
 from traceserve.playground import interface
@@ -58,14 +59,6 @@ class Guarded:
             await send(message)
 
         await self._application(scope, receive, send_guarded)
-
-
-def is_only_local(host: str) -> bool:
-    """Whether only this machine reaches what listens there."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 class Server:

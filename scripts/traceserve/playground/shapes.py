@@ -13,6 +13,7 @@ from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Seq
 from traceserve.playground import heat
 from traceserve.playground.description import Description
 from traceserve.playground.marks import Mark, changed_words, escaped, marked
+from traceserve.serving import attributions
 
 # Where a form begins with other parameters than its task's sample, so that the answer shows more; by task.
 STARTING: Dict[str, Dict[str, object]] = {
@@ -333,7 +334,7 @@ def _is_filled(value: object) -> bool:
 
 
 SHAPES: Tuple[Shape, ...] = (
-    Shape(_has(*heat.KEYS), _show_heat, _heat_differs),
+    Shape(_has(*attributions.KEYS), _show_heat, _heat_differs),
     Shape(_has("label", "score"), **_bars(_labels)),
     Shape(lambda value: isinstance(value, dict) and {"labels", "scores"} <= set(value), **_bars(_candidates)),
     Shape(_is_filled, **_bars(_tokens)),

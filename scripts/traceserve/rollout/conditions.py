@@ -14,6 +14,7 @@ from traceserve.serving.plan import Archive
 
 
 def check_server(instance: Instance) -> None:
+    """Raise ServerError for a server that takes no new versions."""
     if instance.engine != TORCHSERVE:
         raise ServerError(
             f"the server on port {instance.port} is Ray Serve, which `traceserve update` does not know; serve both versions "

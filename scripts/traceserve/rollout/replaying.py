@@ -38,7 +38,7 @@ def requests_of(proofs: Sequence[Proof], samples_file: Optional[Path]) -> List[G
     found: Dict[str, GoldenSample] = {}
     for proof in proofs:
         for sample in proof.golden.samples:
-            found.setdefault(json.dumps([sample.inputs, sample.parameters], sort_keys=True), sample)
+            found.setdefault(what_is_asked(sample), sample)
     if samples_file is not None:
         task = proofs[0].task
         own = [r for r in samples.read_samples(samples_file, type(task)) if task.repeatable(r) and not task.streams(r)]
@@ -48,8 +48,13 @@ def requests_of(proofs: Sequence[Proof], samples_file: Optional[Path]) -> List[G
             )
         for request in own:
             sample = GoldenSample(dict(request.inputs), dict(request.parameters), None, own=True)
-            found[json.dumps([sample.inputs, sample.parameters], sort_keys=True)] = sample
+            found[what_is_asked(sample)] = sample
     return list(found.values())
+
+
+def what_is_asked(sample: GoldenSample) -> str:
+    """Return a text that two samples have in common only if they ask the same."""
+    return json.dumps([sample.inputs, sample.parameters], sort_keys=True)
 
 
 def replay(old: Door, new: Door, task: Task, requests: Sequence[GoldenSample]) -> Replay:

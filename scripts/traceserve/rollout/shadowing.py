@@ -21,7 +21,8 @@ from traceserve.building.gate.drift import score_difference
 from traceserve.building.gate.golden import GoldenSample
 from traceserve.checking.comparing import AnswerChange, same_meaning
 from traceserve.checking.verifying import Door
-from traceserve.rollout.replaying import asked
+from traceserve.machine.private_files import write_private
+from traceserve.rollout.replaying import asked, what_is_asked
 from traceserve.serving.instances import Instance
 from traceserve.serving.server import MIRROR_FILE
 
@@ -54,20 +55,16 @@ def _listening(instance: Instance, share: float) -> Iterator[socket.socket]:
     """Ask the server's workers for a share of their requests, until the end of the block."""
     document, path = Path(instance.folder, MIRROR_FILE), Path(instance.folder, _SOCKET)
     for left in (document, path):  # by an update that was killed
-        with contextlib.suppress(FileNotFoundError):
-            left.unlink()
+        left.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
         listener.bind(str(path))
         listener.settimeout(_POLL)
-        new = document.with_suffix(".new")
-        new.write_text(json.dumps({"share": share, "socket": str(path)}), encoding="utf-8")
-        new.replace(document)
+        write_private(document, json.dumps({"share": share, "socket": str(path)}))
         try:
             yield listener
         finally:
             for made in (document, path):
-                with contextlib.suppress(FileNotFoundError):  # the server has ended
-                    made.unlink()
+                made.unlink(missing_ok=True)  # the server may have ended
 
 
 def shadow(
@@ -89,7 +86,7 @@ def shadow(
                 continue
             shown += 1
             request = Request(sample.inputs, sample.parameters)
-            key = hashlib.sha256(json.dumps([sample.inputs, sample.parameters], sort_keys=True).encode()).digest()
+            key = hashlib.sha256(what_is_asked(sample).encode()).digest()
             if key in known or task.streams(request) or not task.repeatable(request):
                 continue
             known.add(key)

@@ -42,9 +42,8 @@ class Scaling:
     """How many processes an archive may get, and what each takes, where the engine decides that itself."""
 
     most: Optional[int] = None  # processes; None: as many as at the start
-    ongoing: Optional[float] = (
-        None  # requests per process beyond which there are to be more; None: twice the batch size
-    )
+    # Requests per process beyond which there are to be more; None: twice the batch size.
+    ongoing: Optional[float] = None
     gpus: Optional[float] = None  # per process; None: the processes of an archive for GPUs share one
 
 

@@ -244,6 +244,7 @@ def _remembered(plan: ServerPlan, process: psutil.Process, metrics_port: int, ke
         key=key,
         management_key=None,
         engine=plan.engine,
+        trusted=plan.trusted,
     )
     instances.remember(instance)
     return instance

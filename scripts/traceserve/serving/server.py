@@ -86,9 +86,6 @@ def _started(plan: ServerPlan, trusted: Optional[signing.Trusted]) -> Instance:
                 own.write_bytes(trusted.content)
                 plan = dataclasses.replace(plan, trusted=str(own))
             instance = kind.launch(plan)
-            if instance.trusted != plan.trusted:  # a cluster, which takes no updates
-                instance = dataclasses.replace(instance, trusted=plan.trusted)
-                instances.remember(instance)
             for archive in plan.archives.values():
                 plan.progress(f"waiting for {archive.name} to answer")
                 patience = (archive.serving.client_timeout or float("inf")) / 1000 + _SLACK

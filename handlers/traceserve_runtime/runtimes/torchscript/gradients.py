@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Callable, List, Sequence, TypeVar
 
 import numpy as np
 
-from traceserve_runtime.errors import InvalidManifest
 from traceserve_runtime.explaining.targets import OutputCell
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runner import Arrays
@@ -91,13 +90,7 @@ class GradientGraphs:
 
 def read_gradients(manifest: Manifest, folder: Path, device: str) -> GradientGraphs:
     """Return the graphs of `folder` on `device`, where the model's own was read before; raises InvalidManifest."""
-    import torch
-
-    try:
-        module: Any = graph.load_module(folder / GRADIENTS_FILE, "cpu").eval()
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().split("\n", 1)[0]
-        raise InvalidManifest(f"{GRADIENTS_FILE} cannot be loaded by torch {torch.__version__}: {reason}") from error
+    module: Any = graph.read_module(folder / GRADIENTS_FILE, "cpu")
     weights.assign(module, folder / manifest.model_file, weights.read_places(folder, PLACES_FILE))
     for parameter in module.parameters():
         parameter.requires_grad_(False)  # only the embeddings' gradients are wanted

@@ -11,7 +11,7 @@ import numpy as np
 
 from traceserve_runtime import processor
 from traceserve_runtime.batching.batches import filled
-from traceserve_runtime.errors import InvalidManifest, MissingPackage
+from traceserve_runtime.errors import MissingPackage
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runner import IN_ATTENTION, Arrays, Padding, State
 from traceserve_runtime.runtimes import graph, team, torch_internals
@@ -197,18 +197,12 @@ def _read(
     else:
         settle(manifest.dtype, device, threads)
     _settle_executor()
-    import torch
 
     if compiled:
         runner = _runner(neuron.load_graphs(manifest, folder / manifest.model_file), manifest, "cpu")
         runner.warm()
         return runner
-    file = weights.GRAPH_FILE if reading.mapped else manifest.model_file
-    try:
-        module = graph.load_module(folder / file, device).eval()
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().split("\n", 1)[0]
-        raise InvalidManifest(f"{file} cannot be loaded by torch {torch.__version__}: {reason}") from error
+    module = graph.read_module(folder / (weights.GRAPH_FILE if reading.mapped else manifest.model_file), device)
     if reading.plain:
         return _runner(_Plain(module), manifest, device)
     if device != "cpu":
