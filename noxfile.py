@@ -156,5 +156,5 @@ def playground(session: nox.Session) -> None:
 @nox.session(python=interpreter("3.11"))
 def ray(session: nox.Session) -> None:
     """Archives on a real Ray Serve: tests/ray_serve."""
-    session.install("-c", "constraints.txt", "-e", ".[serve,bench,ray,demo]", "ray[serve]==2.60.0", "pytest")
+    session.install("-c", "constraints.txt", "-e", ".[serve,bench,ray,demo]", "ray[serve]==2.60.0", "pytest", "trustme")
     session.run("python", "-m", "pytest", "--confcutdir=tests/ray_serve", "tests/ray_serve", *session.posargs)

@@ -413,6 +413,7 @@ def test_what_can_be_is_read_without_torch() -> None:
 # Names that several modules give to a class or a function: each keeps a contract, and its caller takes the module from a
 # table or runs it. Any other name is said once, so that it can be searched for.
 _WRITERS, _RUNTIMES = "scripts/traceserve/building/writers/", "handlers/traceserve_runtime/runtimes/"
+_ENGINES = "scripts/traceserve/rollout/engines/on_"
 CONTRACT_VERBS: Dict[str, Sequence[str]] = {
     "write": (_WRITERS,),  # WRITERS: see `writers.contract.Writer`
     "check": (_WRITERS,),
@@ -425,6 +426,17 @@ CONTRACT_VERBS: Dict[str, Sequence[str]] = {
         "scripts/traceserve/building/checkpoints/libraries/",
         "scripts/traceserve/api.py",
     ),  # LOADERS; the public name
+    # ENGINES of a rollout: see `rollout.engines.contract.RolloutEngine`
+    "check_running_server": (_ENGINES,),
+    "check_update": (_ENGINES,),
+    "begin_update": (_ENGINES,),
+    "versions_of": (_ENGINES,),
+    "running_version": (_ENGINES,),
+    "start_beside": (_ENGINES,),
+    "path_of_running": (_ENGINES,),
+    "switch_to": (_ENGINES,),
+    "drain_version": (_ENGINES,),
+    "remove_version": (_ENGINES,),
     "plan": ("scripts/traceserve/deploying/targets/",),  # TARGETS
     "main": (
         "scripts/traceserve/cli.py",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -72,10 +73,19 @@ def load_archive(
     engine = Engine.load(folder, device, settings.read(config))
     engine.make_ready()
     gc.freeze()  # else each full collection walks all of torch's objects while requests wait
-    service = Service(engine, name or manifest.name, version or manifest.version)
+    service = Service(engine, name or manifest.name, version or manifest.version, **_mirror())
     return Loaded(
         service, config.get("batchSize", 1), config.get("maxBatchDelay", 0) / 1000, config.get("responseTimeout", 120)
     )
+
+
+def _mirror() -> Dict[str, Any]:
+    """Where this process shows what it answered while a new version is compared, if it was told so."""
+    try:
+        from traceserve_runtime.mirror import VARIABLE, Mirror
+    except ImportError:  # the archive is older
+        return {}
+    return {"mirror": Mirror(os.environ[VARIABLE])} if VARIABLE in os.environ else {}
 
 
 def _serving(folder: Path) -> Dict[str, Any]:

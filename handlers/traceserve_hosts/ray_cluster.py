@@ -4,21 +4,25 @@ CONFIG is a JSON file: the address on which Serve answers and its applications, 
 
     {"http": {"host": "127.0.0.1", "port": 8000}, "everywhere": false, "applications": [...]}
 
-Applications that run already are updated, replica by replica; those that the file does not name are removed at the end.
+Applications that run already are updated, replica by replica; those that the file does not name are removed at the end,
+unless it has `"others": "stay"`. Those that it lists as `"removed"` end at first, so that there is room.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
-from typing import Any, List, Mapping
+from typing import Any, List, Mapping, Sequence
 
 import ray
 from ray import serve
 
+_POLL = 0.2  # seconds
 _REASON = re.compile(r"^(?:\w+\.)*[A-Z]\w+: (.+)$", re.MULTILINE)  # the last line of a traceback
 
 
@@ -29,12 +33,36 @@ def deploy(address: str, config: Mapping[str, Any]) -> None:
         proxy_location="EveryNode" if config.get("everywhere") else "HeadOnly",
         http_options={"host": config["http"]["host"], "port": config["http"]["port"], "request_timeout_s": None},
     )
-    applications = config["applications"]
-    serve.run_many([serve.RunTarget(_built(each), each["name"], each["route_prefix"]) for each in applications])
+    removed, applications = config.get("removed", []), config["applications"]
+    if config.get("others") == "stay" and not removed:
+        _check_gpus(applications)
+    for name in removed:
+        _delete(name)
+    if applications:
+        serve.run_many([serve.RunTarget(_built(each), each["name"], each["route_prefix"]) for each in applications])
     known = {each["name"] for each in applications}
     for name in serve.status().applications:
-        if name not in known:
-            serve.delete(name)
+        if name not in known and config.get("others") != "stay":
+            _delete(name)
+
+
+def _delete(name: str) -> None:
+    """End an application, and return once its replicas have finished what they were asked."""
+    with contextlib.suppress(TimeoutError):  # Ray waits for a minute
+        serve.delete(name)
+    while name in serve.status().applications:
+        time.sleep(_POLL)
+
+
+def _check_gpus(applications: Sequence[Mapping[str, Any]]) -> None:
+    """Raise RuntimeError where an application's replica would wait for a GPU that the running ones have."""
+    needed = max((each["args"]["replicas"]["gpus"] for each in applications), default=0.0)
+    free = ray.available_resources().get("GPU", 0.0)
+    if needed > free + 1e-6:
+        raise RuntimeError(
+            f"a replica takes {needed:g} of a GPU, and {free:g} are free; a share that leaves room for one replica more, such "
+            "as `traceserve serve --gpus 0.25`, lets a new version start beside the running one"
+        )
 
 
 def _built(application: Mapping[str, Any]) -> Any:

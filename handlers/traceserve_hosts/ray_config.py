@@ -8,10 +8,13 @@ other paths mean, and shares out the requests to a name among its versions.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Dict, List, Mapping, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 MODULE = "traceserve_hosts.ray_serve"
 ROUTER = "traceserve-router"
+NAMING = (
+    "traceserve_requests_naming_version_total"  # the metric of requests whose path has the version; Ray adds `ray_`
+)
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,34 @@ def applications(archives: Sequence[Hosted], options: Options = Options()) -> Li
         return [_application(archives[0], names[0], "/", options)]
     found = [_application(hosted, name, _prefix(hosted, versions), options) for hosted, name in zip(archives, names)]
     return [*found, _router(versions, options)]
+
+
+def beside(archive: Mapping[str, Any], cpus: float) -> Dict[str, Any]:
+    """The application of another version of a served name, in one replica at its own path, beside what runs.
+
+    `archive` has the arguments of an application that `applications` made.
+    """
+    name, version = archive["name"], archive["version"]
+    replicas = {**archive["replicas"], "least": 1, "most": 1, "cpus": cpus}
+    return {
+        "name": f"{name}-{version}",
+        "route_prefix": f"/predictions/{name}/{version}",
+        "import_path": f"{MODULE}:archive",
+        "args": {**archive, "replicas": replicas},
+    }
+
+
+def replacing(running: Sequence[Mapping[str, Any]], archive: Mapping[str, Any]) -> List[Dict[str, Any]]:
+    """Those of the running applications that change where this archive takes the place of the one of its name: that one's,
+    and the router."""
+    name, found = archive["name"], []
+    for each in running:
+        if each["name"] == name:
+            found.append({**each, "args": {**archive}})
+        elif each["name"] == ROUTER:
+            served = {archive["version"]: {"application": name, "share": 1.0}}
+            found.append({**each, "args": {**each["args"], "models": {**each["args"]["models"], name: served}}})
+    return found
 
 
 def _name(hosted: Hosted, versions: Mapping[str, Sequence[Hosted]]) -> str:

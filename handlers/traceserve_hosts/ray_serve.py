@@ -14,10 +14,20 @@ from ray.serve.handle import DeploymentHandle
 from ray.util.metrics import Counter, Histogram
 from starlette.middleware.cors import CORSMiddleware
 
-from traceserve_hosts.asgi import Application, Asgi, Limits, Message, Scope, key_from_environment
+from traceserve_hosts.asgi import (
+    Application,
+    Asgi,
+    Limits,
+    Message,
+    Receive,
+    Scope,
+    Send,
+    key_from_environment,
+    path_of,
+)
 from traceserve_hosts.batcher import Batcher
 from traceserve_hosts.loading import load_archive
-from traceserve_hosts.ray_config import Replicas
+from traceserve_hosts.ray_config import NAMING, Replicas
 from traceserve_hosts.routing import Router, messages
 
 _SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0]  # TorchServe's buckets
@@ -25,7 +35,7 @@ ARCHIVE = "archive"  # the deployment of every application, so that a new versio
 _HEALTH_PERIOD = 2.0  # seconds after which Ray notices that a replica's process has ended
 _CANARY_HOLDS = 10.0  # seconds: asking the model each time would take processor time from requests
 _SECONDS_BEFORE_MORE, _SECONDS_BEFORE_FEWER = 5.0, 60.0  # that the number of requests calls for them
-_GRACE = 30.0  # seconds in which a replica that goes may finish what it was asked
+_GRACE = 120.0  # seconds in which a replica that goes may finish what it was asked
 
 
 def archive(args: Mapping[str, Any]) -> serve.Application:
@@ -69,6 +79,7 @@ def router(args: Mapping[str, Any]) -> serve.Application:
     deployment = front.options(
         ray_actor_options={"num_cpus": 0},  # what it does is little, and must find a place beside the replicas
         max_ongoing_requests=args["options"]["queue"],
+        max_surge_percent=100,  # the next one starts before this one ends, for which nobody else answers
         logging_config={"enable_access_log": False},
     )
     return deployment.bind(args["models"], args["options"])
@@ -96,10 +107,11 @@ class Replica:
             Batcher(loaded.service, loaded.batch_size, loaded.batch_delay, self._metrics.report),
             _limits(options, loaded.timeout),
         )
+        self._counted = _Counted(self._application, f"/predictions/{name}/{version}/", self._metrics)
         self._origin = options["cors_origin"]
 
     def __serve_build_asgi_app__(self) -> Asgi:
-        return _with_cors(self._application, self._origin)
+        return _with_cors(self._counted, self._origin)
 
     async def check_health(self) -> None:
         """Ray asks this every two seconds, and replaces a replica that fails three times."""
@@ -148,6 +160,21 @@ class Front:
                 yield message
 
 
+class _Counted:
+    """An application, whose requests that name the version in their path are counted: an update looks whether there are
+    any."""
+
+    def __init__(self, application: Asgi, path: str, metrics: _Metrics) -> None:
+        self._application = application
+        self._path = path
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and f"{path_of(scope)}/".startswith(self._path):
+            self._metrics.count_naming()
+        await self._application(scope, receive, send)
+
+
 replica: Any = serve.deployment(Replica)
 front: Any = serve.deployment(Front)
 
@@ -185,6 +212,11 @@ class _Metrics:
         self._counters: Dict[str, Counter] = {}
         self._seconds = Histogram("traceserve_batch_seconds", boundaries=_SECONDS, tag_keys=tuple(self._tags))
         self._errors = Counter("traceserve_errors_total", tag_keys=(*self._tags, "reason"))
+        self._naming = Counter(NAMING, tag_keys=tuple(self._tags))
+
+    def count_naming(self) -> None:
+        """Add a request that names the version in its path."""
+        self._naming.inc(1, self._tags)
 
     def report(self, stats: Any, replies: Sequence[Any], seconds: float) -> None:
         """Add what one batch was."""

@@ -18,7 +18,7 @@ from typing import List, Optional
 from traceserve.building import samples
 from traceserve.measuring.answers import Consistency
 from traceserve.measuring.load_generator import Endpoint, Result, send_load
-from traceserve.rollout import updating
+from traceserve.rollout import draining
 from traceserve.rollout.updating import UpdateOptions, update_server
 from traceserve.serving import configuration, instances, server
 
@@ -36,7 +36,7 @@ def main(arguments: Optional[List[str]] = None) -> None:
     options = parser.parse_args(arguments)
     bodies = [json.dumps({"text": text}).encode() for _, text in samples.lines(options.samples)]
     if options.without_drain:
-        updating.drain = lambda *arguments: 0  # type: ignore[attr-defined]
+        draining.drain = lambda *arguments: 0
     port = configuration.free_ports(1)[0]
     name = options.archives[0].stem
     instance = server.start([options.archives[0]], port=port, workers=options.workers)

@@ -208,19 +208,14 @@ def test_beyond_the_loopback_address_a_key_is_needed(archives: List[Path]) -> No
         asked = {"Origin": "https://example.org", "Access_Control_Request_Method": "POST"}
         preflight = ask(port, "/predictions/other", None, "OPTIONS", **asked)
         assert preflight.status == 200 and preflight.headers["access-control-allow-origin"] == "https://example.org"
-        # HAProxy's, and those of the replicas and of Serve's own proxy behind it: each demands the key.
         beyond = {address.port for _, address in listening(instance) if not address.ip.endswith("127.0.0.1")}
-        assert port in beyond
-        assert {each: ask(each, "/predictions/other", body).status for each in beyond} == dict.fromkeys(beyond, 401)
-        # Replicas and Serve's own proxy name the archive at their ports: docs/SECURITY.md says so. HAProxy does not.
+        assert beyond == {port}  # HAProxy's; the replicas and Serve's own proxy stay behind it
         assert ask(port, "/-/routes").status == 404
         file = keys.ray_key_file(Path(instance.folder))
         assert file.stat().st_mode & 0o077 == 0
         rotated = keys.rotate_keys(instance)
         assert rotated.key != instance.key and instances.find_instance(port).key == rotated.key
-        assert {each: ask(each, "/predictions/other", body, **key).status for each in beyond} == dict.fromkeys(
-            beyond, 401
-        )
+        assert ask(port, "/predictions/other", body, **key).status == 401
         assert ask(port, "/predictions/other", body, Authorization=f"Bearer {rotated.key}").status == 200
     finally:
         instances.stop(instance)
@@ -244,7 +239,7 @@ def test_an_archive_that_cannot_be_loaded_says_why(archives: List[Path], monkeyp
 def test_what_ray_serve_cannot_do_is_refused(archives: List[Path], tmp_path: Path) -> None:
     pem = tmp_path / "x.pem"
     pem.write_text("")
-    with pytest.raises(ServerError, match="make no pair|speaks no TLS"):
+    with pytest.raises(ServerError, match="make no pair"):
         server.start(archives[:1], port=1025, engine=RAY, front=FrontendOptions(certificate=pem, key=pem))
     with pytest.raises(ServerError, match="both as version 1.0"):
         server.start([archives[0], archives[0]], port=1025, engine=RAY)

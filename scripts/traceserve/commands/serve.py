@@ -90,7 +90,9 @@ def _add_front(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--certificate", type=Path, metavar="FILE", help="use TLS, with this certificate and its chain (PEM)"
     )
-    parser.add_argument("--key", type=Path, metavar="FILE", help="its private key (PEM, RSA, without a password)")
+    parser.add_argument(
+        "--key", type=Path, metavar="FILE", help="its private key (PEM, without a password; for torchserve RSA)"
+    )
     parser.add_argument(
         "--queue",
         type=positive,

@@ -141,9 +141,9 @@ def _print_moved(replay: Replay) -> None:
 COMMANDS = (
     Command(
         "update",
-        "Put a new version in place of a served one, under load.\n\nThe archive is registered on the running TorchServe beside "
-        "the old version, warmed up, verified by its golden set at its\nown address, and asked the same as the old version: "
-        "the golden sets of both, --samples, and with --shadow a share of the live\nrequests. Only if its answers hold (or up to "
+        "Put a new version in place of a served one, under load.\n\nThe archive is started on the running server beside the old "
+        "version, warmed up, verified by its golden set at its own\naddress, and asked the same as the old version: the golden "
+        "sets of both, --samples, and with --shadow a share of the live\nrequests. Only if its answers hold (or up to "
         "--allow-changes differ) does it get the requests. Then the old version\nanswers those that it has, and is removed. No "
         "request fails; if anything else does, or on Ctrl-C, the new version is\nremoved and the old one stays.\n\n"
         "  traceserve build --version 2.0 --store model_store/new\n  traceserve update model_store/new/NAME.mar\n\n"

@@ -23,8 +23,8 @@ from traceserve.checking.comparing import AnswerChange, same_meaning
 from traceserve.checking.verifying import Door
 from traceserve.machine.private_files import write_private
 from traceserve.rollout.replaying import asked, what_is_asked
+from traceserve.serving.configuration import MIRROR_FILE
 from traceserve.serving.instances import Instance
-from traceserve.serving.server import MIRROR_FILE
 
 _SOCKET = "mirror.sock"  # in the server's folder
 _LONGEST = 1 << 20  # bytes of a datagram

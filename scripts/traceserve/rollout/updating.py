@@ -22,17 +22,16 @@ from traceserve.archives.names import check_name
 from traceserve.checking.proof import Proof, proof_of
 from traceserve.checking.verifying import Door, Verification, verify_server
 from traceserve.errors import ArchiveError, ServerError
-from traceserve.rollout.conditions import check_archive, check_patience, check_server
-from traceserve.rollout.draining import drain
+from traceserve.rollout.conditions import check_archive
+from traceserve.rollout.engines import ENGINES
 from traceserve.rollout.replaying import Replay, replay, requests_of
 from traceserve.rollout.shadowing import Shadowed, ShadowOptions, shadow
-from traceserve.serving import client, instances, management, server
+from traceserve.serving import client, instances, server
 from traceserve.serving.instances import Instance
-from traceserve.serving.log import load_failure
+from traceserve.serving.management import Registered
 from traceserve.serving.plan import Archive, planned
 from traceserve.serving.update_lock import alone
 
-_POLL = 0.05  # seconds
 _HOWEVER_LONG = 24 * 3600.0  # seconds
 
 Report = Callable[[str], None]
@@ -78,23 +77,24 @@ def update_server(
 ) -> Updated:
     """Replace the served archive of this name by `file`; raises TraceserveError, after which the old one still answers."""
     instance = instances.serving_instance(check_name(file.stem), port)
-    check_server(instance)
+    engine = ENGINES[instance.engine]
+    engine.check_running_server(instance)
     with contextlib.ExitStack() as stack:
         instance = stack.enter_context(alone(instance))
         trusted = options.trusted or (Path(instance.trusted) if instance.trusted else None)
         [file] = stack.enter_context(signing.verified([file], trusted))
         proof = stack.enter_context(proof_of(file))
         [archive] = planned([file], None, None, False).values()
-        running = management.default(instance, archive.name)
+        running = engine.running_version(instance, archive.name)
         instance = _corrected(instance, archive.name, running)
         workers = options.workers or archive.serving.workers or running.workers
         archive = planned([file], None, workers, False)[archive.name]
         check_archive(archive, instance, running)
-        check_patience(archive.name, running, options.timeout)
+        engine.check_update(archive, running, options.timeout)
         return _Update(archive, instance, running, proof, options, report).run()
 
 
-def _corrected(instance: Instance, name: str, running: management.Registered) -> Instance:
+def _corrected(instance: Instance, name: str, running: Registered) -> Instance:
     """Remember the version that runs, if an update was killed after the switch."""
     if instance.unpacked(name).name == running.folder:
         return instance
@@ -117,18 +117,18 @@ class _Update:
         self,
         archive: Archive,
         instance: Instance,
-        running: management.Registered,
+        running: Registered,
         proof: Proof,
         options: UpdateOptions,
         report: Report,
     ) -> None:
         self._archive, self._instance, self._running, self._proof = archive, instance, running, proof
-        self._options, self._report = options, report
+        self._options, self._report, self._engine = options, report, ENGINES[instance.engine]
         self._name, self._version = archive.name, archive.manifest.version
         self._key = f"{self._name}@{self._version}"  # no name holds an @
         self._folder = Path(instance.folder, "store", self._key)
         self._canary = server.canary(archive.manifest)
-        self._registered = self._promoted = False
+        self._unpacked = self._registered = self._promoted = False
 
     def run(self) -> Updated:
         """Update; raises TraceserveError, or passes on an interrupt, once all is as it was."""
@@ -168,37 +168,32 @@ class _Update:
 
     def _register(self) -> None:
         """Start the new version's workers beside the old ones, and wait for them; raises TraceserveError."""
-        started, log = time.monotonic(), self._instance.log
-        if self._version in management.registered(self._instance, self._name):  # of an update that was killed
-            self._remove(self._version, self._drain(self._version))
+        started = time.monotonic()
+        self._engine.begin_update(self._instance, self._name)
+        if self._version in self._engine.versions_of(self._instance, self._name):  # of an earlier update
+            named = self._drain(self._version)
+            if named:
+                raise ServerError(
+                    f"{self._name} {self._version} still runs, for {named} requests that named it in their path; build the new "
+                    "archive under another version"
+                )
+            self._remove(self._version, 0)
+        self._unpacked = True
         shutil.rmtree(self._folder, ignore_errors=True)
         unpack(self._archive.file, self._folder)
         Manifest.read(self._folder)  # compares all files
         configure_unpacked(self._folder, self._archive.serving)
-        start = log.stat().st_size if log.is_file() else 0
         self._registered = True
-        management.register_version(self._instance, self._name, self._key, self._archive.workers)
-        while self._described().ready < self._archive.workers:
-            reason = load_failure(log, start)
-            if reason:
-                raise ServerError(f"the worker of {self._name} {self._version} cannot load the archive: {reason}")
-            if time.monotonic() - started > self._options.timeout:
-                raise ServerError(
-                    f"the workers of {self._name} {self._version} were not ready within {self._options.timeout:.0f} s"
-                )
-            time.sleep(_POLL)
-        count = "1 worker" if self._archive.workers == 1 else f"{self._archive.workers} workers"
+        workers = self._engine.start_beside(self._instance, self._archive, self._key, self._options.timeout)
+        count = "1 worker" if workers == 1 else f"{workers} workers"
         self._report(
             f"registered {self._version} beside {self._running.version}: {count} ready after {time.monotonic() - started:.1f} s"
         )
 
-    def _described(self) -> management.Registered:
-        return management.registered(self._instance, self._name)[self._version]
-
     def _verify(self) -> Verification:
         """Ask the new version its sample and its golden set at its own address; raises ServerError."""
         self._ask_canary(f"{self._name}/{self._version}")
-        found = verify_server(self._door(self._version), self._archive.file)
+        found = verify_server(self._new(), self._archive.file)
         if not found.passed:
             raise UpdateRefused(f"{self._name} {self._version} is not what was built: {'; '.join(found.problems)}")
         self._report(
@@ -212,9 +207,16 @@ class _Update:
         except ServerError as error:
             raise ServerError(f"{path} does not answer its own sample: {error.message}") from None
 
-    def _door(self, version: str) -> Door:
-        door = Door.of(self._instance, self._name)
-        return dataclasses.replace(door, label=f"{self._name} {version}", url=f"{door.url}/{version}")
+    def _new(self) -> Door:
+        return self._door(self._version, f"{self._name}/{self._version}")
+
+    def _old(self) -> Door:
+        version = self._running.version
+        return self._door(version, self._engine.path_of_running(self._name, version))
+
+    def _door(self, version: str, path: str) -> Door:
+        door = Door.of(self._instance, path)
+        return dataclasses.replace(door, label=f"{self._name} {version}")
 
     def _compare(self) -> Replay:
         """Ask both versions the same; raises ServerError if more answers moved than may."""
@@ -223,7 +225,7 @@ class _Update:
             with contextlib.suppress(ArchiveError):  # the old one has no golden set
                 proofs.append(stack.enter_context(proof_of(Path(self._instance.folder, "store", self._running.folder))))
             requests = requests_of(proofs, self._options.samples)
-        found = replay(self._door(self._running.version), self._door(self._version), self._proof.task, requests)
+        found = replay(self._old(), self._new(), self._proof.task, requests)
         allowed = self._options.allowed_changes
         if len(found.moved) > allowed:
             raise UpdateRefused(
@@ -242,7 +244,7 @@ class _Update:
         old, new = self._running.version, self._version
         self._report(f"shadowing: {options.share:.0%} of the requests to {old} for {options.seconds:.0f} s")
         served = self._name, old
-        found = shadow(self._instance, self._door(old), self._door(new), self._proof.task, served, options)
+        found = shadow(self._instance, self._old(), self._new(), self._proof.task, served, options)
         moved, allowed = len(compared.moved) + len(found.moved), self._options.allowed_changes
         if moved > allowed:
             raise UpdateRefused(
@@ -265,12 +267,12 @@ class _Update:
     def _promote(self) -> None:
         """Let the new version answer all requests that name none."""
         self._promoted = True
-        management.set_default(self._instance, self._name, self._version)
+        self._engine.switch_to(self._instance, self._name, self._version, self._options.timeout)
         self._ask_canary(self._name)
         self._report(f"promoted: {self._instance.url}/predictions/{self._name} is answered by {self._version}")
 
     def _drain(self, version: str) -> int:
-        return drain(self._instance, self._name, version, self._canary, self._options.timeout)
+        return self._engine.drain_version(self._instance, self._name, version, self._canary, self._options.timeout)
 
     def _settle(self, named: int) -> Dict[str, int]:
         """Remember the new version, and remove the earlier ones that no request names; returns the others."""
@@ -278,7 +280,7 @@ class _Update:
         self._instance = _after(self._instance, name, self._key, self._archive.workers)
         instances.remember(self._instance)
         counts = {self._running.version: named}
-        for version in management.registered(self._instance, name):
+        for version in self._engine.versions_of(self._instance, name):
             if version not in (
                 self._version,
                 self._running.version,
@@ -293,8 +295,8 @@ class _Update:
         if named:
             self._report(f"kept {version}: {named} requests named it in their path; the next update looks again")
             return
-        folder = management.registered(self._instance, self._name)[version].folder
-        management.unregister(self._instance, self._name, version)
+        folder = self._engine.versions_of(self._instance, self._name)[version].folder
+        self._engine.remove_version(self._instance, self._name, version)
         shutil.rmtree(Path(self._instance.folder, "store", folder), ignore_errors=True)
         self._report(f"removed {version}, which had answered all its requests")
 
@@ -305,13 +307,13 @@ class _Update:
         """
         with contextlib.suppress(ServerError):
             if self._promoted:
-                management.set_default(self._instance, self._name, self._running.version)
-                drain(self._instance, self._name, self._version, self._canary, _HOWEVER_LONG)
+                self._engine.switch_to(self._instance, self._name, self._running.version, self._options.timeout)
+                self._engine.drain_version(self._instance, self._name, self._version, self._canary, _HOWEVER_LONG)
         removed = not self._registered
         with contextlib.suppress(ServerError):
-            if self._registered and self._version in management.registered(self._instance, self._name):
-                management.unregister(self._instance, self._name, self._version)
+            if self._registered and self._version in self._engine.versions_of(self._instance, self._name):
+                self._engine.remove_version(self._instance, self._name, self._version)
             removed = True
-        if removed:
+        if removed and self._unpacked:
             shutil.rmtree(self._folder, ignore_errors=True)
         return removed

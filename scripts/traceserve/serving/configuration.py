@@ -16,6 +16,7 @@ from traceserve.serving import java, management
 from traceserve.serving.front import FrontendOptions
 
 DEFAULT_WORKERS = 1  # for an archive that sets none; TorchServe's default is one per core
+MIRROR_FILE = "mirror.json"  # in a server's folder, while its answered requests are shown; see `mirror`
 # A server's keys stay valid while it runs: TorchServe's default of one hour would lock everybody out at night.
 _KEY_MINUTES = 10 * 365 * 24 * 60
 

@@ -1,4 +1,4 @@
-"""Options of TorchServe's frontend: CORS, TLS, keys, and limits."""
+"""Options of a server's front: CORS, TLS, keys, and limits."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class FrontendOptions:
 
     cors_origin: Optional[str] = None  # allowed origin of browser requests, "*": any
     certificate: Optional[Path] = None  # PEM, with its chain
-    key: Optional[Path] = None  # PEM, RSA, without a password
+    key: Optional[Path] = None  # PEM, without a password; for TorchServe RSA
     queue: int = 1000  # queued requests per model; any more are answered with 503
     largest_body: int = _LARGEST_BODY  # MiB, per request or answer
     keys: bool = True  # beyond the loopback address; without them something before it decides who may ask
     metrics_port: Optional[int] = None  # at the host's address; None: a free loopback port
 
-    def check(self) -> None:
-        """Raise ServerError for values that TorchServe would fail on or ignore."""
+    def check(self, only_rsa: bool = True) -> None:
+        """Raise ServerError for values that the engine would fail on or ignore; `only_rsa`: it reads no other private keys."""
         if (self.certificate is None) != (self.key is None):
             raise ServerError("--certificate and --key are given together, or not at all")
         if self.certificate is None or self.key is None:
@@ -33,8 +33,10 @@ class FrontendOptions:
         for option, file in (("--certificate", self.certificate), ("--key", self.key)):
             if not file.is_file():
                 raise ServerError(f"{option} {file} is no file")
-        if "EC PRIVATE KEY" in self.key.read_text(encoding="utf-8", errors="replace"):
-            raise ServerError(f"--key {self.key} is of an elliptic curve, and TorchServe reads RSA alone")
+        if only_rsa and "EC PRIVATE KEY" in self.key.read_text(encoding="utf-8", errors="replace"):
+            raise ServerError(
+                f"--key {self.key} is of an elliptic curve, and TorchServe reads RSA alone: --engine ray reads both"
+            )
         try:
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.certificate, self.key, password="")
         except (ssl.SSLError, OSError) as error:

@@ -2,7 +2,8 @@
 
 Ray's own Python proxy takes 40 ms of processor time per request, so HAProxy, which is part of `ray[serve]`, replaces
 it. HAProxy shows its statistics and metrics to everybody, and no setting of Ray's changes that: `_HAPROXY` starts it
-with a changed configuration.
+with a changed configuration. It also is the only one that listens beyond the loopback address, and that speaks TLS: for all
+of Ray, Serve's address is the loopback's.
 """
 
 from __future__ import annotations
@@ -20,32 +21,35 @@ from typing import Dict, List, Mapping, Optional
 
 import psutil
 from traceserve_hosts import KEY_FILE_VARIABLE, KEY_VARIABLE, ray_config
-from traceserve_runtime import processor
+from traceserve_runtime import mirror, processor
 from traceserve_runtime.runtimes.torchscript.neuron import CHIPS
 
 from traceserve.errors import ServerError
 from traceserve.machine import environment
-from traceserve.serving import configuration, instances, keys, ray_guard
+from traceserve.machine.private_files import write_private
+from traceserve.serving import configuration, instances, keys, ray_applications, ray_guard
 from traceserve.serving.instances import Instance
 from traceserve.serving.plan import Archive, Scaling, ServerPlan
 
 # For "run/session_2026-11-26_22-22-43_885418_1234567/sockets/plasma_store", Ray's longest socket below a server's
 # folder.
 LONGEST_SOCKET = "run/session_2026-11-26_22-22-43_885418_1234567/sockets/plasma_store"
+_LOOPBACK = "127.0.0.1"
 _OBJECT_STORE = 80 << 20  # bytes; Ray's minimum, unused here
 _RETRIES = 2  # of a request: one that ends each replica that it meets ends no more than three
 _PORTS = ("gcs", "client", "agent", "metrics", "statistics", "haproxy", "fallback")
 _STARTED: List[subprocess.Popen[bytes]] = []  # nobody waits for them here: they outlive this process
 
 _HAPROXY = """#!/bin/sh
-# Ray binds statistics and metrics to all interfaces, has 500 for what can be tried again, and names the applications
-# to everybody; the configuration is changed before HAProxy reads it.
+# Ray knows the loopback address alone, but binds statistics and metrics to all interfaces, has 500 for what can be tried
+# again, and names the applications to everybody; the configuration is changed before HAProxy reads it.
 keep() {  # whole: the guard reads it at any time
   cp "$1" '{run}/{last}.new' && mv '{run}/{last}.new' '{run}/{last}'
 }
 for argument in "$@"; do
   case "$argument" in
-    *.cfg) sed -i.original -e 's/ bind [*]*:{statistics}$/ bind 127.0.0.1:{statistics}/' \\
+    *.cfg) sed -i.original -e 's#^\\( *bind\\) {loopback}:{port}$#\\1 {door}#' \\
+                           -e 's/ bind [*]*:{statistics}$/ bind 127.0.0.1:{statistics}/' \\
                            -e 's/ bind [*]*:{metrics}$/ bind 127.0.0.1:{metrics}/' \\
                            -e 's#\\( errorfile 50[234]\\) .*#\\1 {unavailable}#' \\
                            -e 's/\\( http-request return status\\) .* if routes$/\\1 404 if routes/' "$argument" || exit 1
@@ -87,10 +91,6 @@ def _check(plan: ServerPlan) -> None:
             "--engine ray needs Ray Serve; install it on Linux or macOS, with Python 3.10 or newer, by: pip install "
             "'traceserve[ray]'"
         )
-    if plan.front.certificate is not None:
-        raise ServerError(
-            "Ray Serve speaks no TLS: put a proxy before it, and leave --certificate and --key out; TorchServe takes both"
-        )
     most, gpus = plan.scaling.most, plan.scaling.gpus
     for name, archive in plan.archives.items():
         if most is not None and most < archive.workers:
@@ -117,6 +117,7 @@ def _variables(plan: ServerPlan, ports: Mapping[str, int], key: Optional[str]) -
     own = {
         **environment.settings(),
         "TMPDIR": str(plan.folder / "tmp"),
+        mirror.VARIABLE: str(plan.folder / configuration.MIRROR_FILE),
         "RAY_USAGE_STATS_ENABLED": "0",
         # Without the token every user of this machine could run code in the cluster.
         "RAY_AUTH_MODE": "token",
@@ -133,7 +134,7 @@ def _variables(plan: ServerPlan, ports: Mapping[str, int], key: Optional[str]) -
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.3",  # its default of 0.1 takes 3 % of a core, also where nobody asks
         "RAY_SERVE_USE_GRPC_BY_DEFAULT": "0",  # it listens on all interfaces
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(_haproxy(run, ports)),
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(_haproxy(plan, ports)),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(run / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(sockets / "admin.sock"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(sockets / "metrics.sock"),
@@ -155,14 +156,18 @@ def _variables(plan: ServerPlan, ports: Mapping[str, int], key: Optional[str]) -
     return {**kept, **own, **({KEY_FILE_VARIABLE: str(keys.ray_key_file(plan.folder))} if key else {})}
 
 
-def _haproxy(run: Path, ports: Mapping[str, int]) -> Path:
-    """Write a program that starts `ray[serve]`'s HAProxy with all but Serve's own port on the loopback address, and
-    with 503 for requests that no replica answered."""
+def _haproxy(plan: ServerPlan, ports: Mapping[str, int]) -> Path:
+    """Write a program that starts `ray[serve]`'s HAProxy with Serve's port at the plan's host, all else on the loopback
+    address, and with 503 for requests that no replica answered."""
+    run = plan.folder / "run"
     file = run / "haproxy"
     unavailable = run / "unavailable.http"
     unavailable.write_bytes(_response(503, "Service Unavailable", _UNAVAILABLE))
     known = {
         "program": _real_haproxy(),
+        "loopback": _LOOPBACK.replace(".", "[.]"),
+        "port": plan.port,
+        "door": _door(plan),
         "statistics": ports["statistics"],
         "metrics": ports["haproxy"],
         "unavailable": unavailable,
@@ -177,6 +182,17 @@ def _haproxy(run: Path, ports: Mapping[str, int]) -> Path:
     file.write_text(text, encoding="utf-8")
     file.chmod(0o700)
     return file
+
+
+def _door(plan: ServerPlan) -> str:
+    """Return where HAProxy listens, in its own words: with TLS, if there is a certificate."""
+    address = f"[{plan.host}]:{plan.port}" if ":" in plan.host else f"{plan.host}:{plan.port}"
+    if plan.front.certificate is None or plan.front.key is None:
+        return address
+    both = plan.folder / "run" / "tls.pem"
+    parts = [part.read_text(encoding="utf-8") for part in (plan.front.certificate, plan.front.key)]
+    write_private(both, "\n".join(parts))
+    return f"{address} ssl crt {both} ssl-min-ver TLSv1.2"
 
 
 def _real_haproxy() -> str:
@@ -244,6 +260,7 @@ def _remembered(plan: ServerPlan, process: psutil.Process, metrics_port: int, ke
         key=key,
         management_key=None,
         engine=plan.engine,
+        certificate=None if plan.front.certificate is None else str(plan.front.certificate.resolve()),
         trusted=plan.trusted,
     )
     instances.remember(instance)
@@ -268,24 +285,11 @@ def _deploy(plan: ServerPlan, instance: Instance, address: str, variables: Mappi
         applications = ray_config.applications(hosted, options)
     except ValueError as error:
         raise ServerError(str(error)) from None
-    config: Dict[str, object] = {"http": {"host": plan.host, "port": plan.port}, "applications": applications}
-    file = plan.folder / "run" / "serve.json"
-    file.write_text(json.dumps(config, indent=2), encoding="utf-8")
+    config: Dict[str, object] = {"http": {"host": _LOOPBACK, "port": plan.port}, "applications": applications}
     plan.progress("waiting for Ray")
     _wait_for_cluster(plan, instance, address)
     plan.progress("waiting for the replicas")
-    command = [sys.executable, "-m", "traceserve_hosts.ray_cluster", address, str(file)]
-    try:
-        result = subprocess.run(
-            command, cwd=plan.folder / "run", env=dict(variables), capture_output=True, text=True, timeout=plan.timeout
-        )
-    except subprocess.TimeoutExpired:
-        raise ServerError(
-            f"{', '.join(instance.names)} did not answer on Ray Serve within {plan.timeout:.0f} s; --timeout gives it longer"
-        ) from None
-    if result.returncode:
-        lines = result.stderr.strip().splitlines() or ["no reason given"]
-        raise ServerError(f"Ray Serve cannot serve {', '.join(instance.names)}: {lines[-1]}")
+    ray_applications.run_applications(plan.folder, config, address, variables, plan.timeout, ", ".join(instance.names))
 
 
 def _wait_for_cluster(plan: ServerPlan, instance: Instance, address: str) -> None:
@@ -302,7 +306,12 @@ def _wait_for_cluster(plan: ServerPlan, instance: Instance, address: str) -> Non
 
 def _cores(archive: Archive, scaling: Scaling) -> int:
     """Return the cores per replica of an archive, which is also OpenMP's number of threads."""
-    return max(1, processor.cores() // (scaling.most or archive.workers))
+    return cores_of_each(scaling.most or archive.workers)
+
+
+def cores_of_each(most: int) -> int:
+    """Return the cores per replica where there are at most so many."""
+    return max(1, processor.cores() // most)
 
 
 def _replicas(archive: Archive, scaling: Scaling) -> ray_config.Replicas:

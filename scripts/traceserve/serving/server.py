@@ -36,7 +36,6 @@ _SLACK = 0.5  # seconds an answer may take after the frontend's own limit
 _LONGEST_SOCKET_PATH = 103  # bytes, on macOS; Linux has 107
 _FOLDER = re.compile(r"traceserve-\d+-[a-z0-9_]{8}")  # the names by _new_folder
 DEFAULT_PORT = 8080
-MIRROR_FILE = "mirror.json"  # in a server's folder, while its answered requests are shown; see `mirror`
 
 
 def start(
@@ -76,7 +75,7 @@ def _started(plan: ServerPlan, trusted: Optional[signing.Trusted]) -> Instance:
     _check_port(plan.host, plan.port)
     if plan.front.metrics_port:
         _check_port(plan.host, plan.front.metrics_port, "--metrics-port")
-    plan.front.check()
+    plan.front.check(kind.only_rsa)
     _sweep()
     with staging.held(_new_folder(plan.port, kind.longest_socket)) as folder:
         plan = dataclasses.replace(plan, folder=folder)
@@ -140,11 +139,12 @@ class ServingEngine(NamedTuple):
     versions: bool  # it supports several versions of one name
     longest_socket: str  # below a server's folder
     scales: bool  # it changes the number of processes as requests wait
+    only_rsa: bool  # its TLS reads no other private keys
 
 
 ENGINES: Dict[str, ServingEngine] = {
-    TORCHSERVE: ServingEngine(_launch_torchserve, False, "tmp/.ts.sock.65535", False),
-    RAY: ServingEngine(ray_cluster.launch_cluster, True, ray_cluster.LONGEST_SOCKET, True),
+    TORCHSERVE: ServingEngine(_launch_torchserve, False, "tmp/.ts.sock.65535", False, True),
+    RAY: ServingEngine(ray_cluster.launch_cluster, True, ray_cluster.LONGEST_SOCKET, True, False),
 }
 
 
@@ -226,7 +226,7 @@ def launch(folder: Path, settings: Dict[str, Path], needed: Dict[str, str]) -> i
         "TEMP": str(folder / "tmp"),
         "LOG_LOCATION": str(folder / "logs"),
         "METRICS_LOCATION": str(folder / "logs"),
-        mirror.VARIABLE: str(folder / MIRROR_FILE),
+        mirror.VARIABLE: str(folder / configuration.MIRROR_FILE),
         **environment.settings(),
     }
     with (folder / "logs" / "start.log").open("wb") as log:

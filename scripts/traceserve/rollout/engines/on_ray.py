@@ -1,0 +1,217 @@
+"""Versions side by side on Ray Serve.
+
+A new version first is an application of its own, in one replica at /predictions/NAME/VERSION. The switch is Ray's rolling
+update: a replica of the new version starts, and one of the old version finishes what it was asked and ends, until none is
+left. Ray cannot let two applications change their addresses without a moment at which one of them has none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Dict, List, Mapping
+
+from traceserve_hosts import ray_config
+from traceserve_runtime.json_types import JsonObject
+
+from traceserve.errors import ServerError
+from traceserve.machine.private_files import write_private
+from traceserve.measuring.server_times import metrics_of
+from traceserve.serving import client, ray_applications, ray_cluster, server
+from traceserve.serving.instances import Instance
+from traceserve.serving.management import Registered
+from traceserve.serving.plan import Archive
+
+_FILE = "versions.json"  # below run/: `_Known`, by name
+_POLL = 0.2  # seconds
+_COUNTED = 5.0  # seconds after which Ray's metrics have what replicas have counted; it collects them every two
+_NAMING = f"ray_{ray_config.NAMING}"
+
+_SECONDS_TO_REMOVE = 300.0  # more than twice what a replica may take to finish what it was asked
+_Archive = Mapping[str, Any]  # an application's arguments
+
+
+@dataclass(frozen=True)
+class _Known:
+    """The versions of a name, each by its own one."""
+
+    versions: Mapping[str, _Archive] = field(default_factory=dict)  # that run, or may run
+    # Requests whose path had the version when the update began: of those versions that ran then.
+    named_before: Mapping[str, int] = field(default_factory=dict)
+    # That stay for requests with the version in their path: how many there were in the update that left it, then 0.
+    staying: Mapping[str, int] = field(default_factory=dict)
+
+
+def check_running_server(instance: Instance) -> None:
+    """Refuse none: Ray is changed by its token, which the server's user alone has."""
+
+
+def check_update(archive: Archive, running: Registered, timeout: float) -> None:
+    """Refuse none: the running archive is for the same hardware."""
+
+
+def begin_update(instance: Instance, name: str) -> None:
+    """Note how many requests have named each version until now."""
+    known, counted = _known(instance, name), _naming(instance, name)
+    before = {each: counted.get(each, 0) for each in known.versions}
+    _remember(instance, name, replace(known, named_before=before, staying=dict.fromkeys(known.staying, 0)))
+
+
+def versions_of(instance: Instance, name: str) -> Dict[str, Registered]:
+    """Return the versions of an archive that run, or may run; raises ServerError."""
+    return {version: _registered(archive) for version, archive in _known(instance, name).versions.items()}
+
+
+def running_version(instance: Instance, name: str) -> Registered:
+    """Return the version that answers where a request names none; raises ServerError.
+
+    The server is asked: an update may have been killed while Ray went on.
+    """
+    status, told = client.exchange(
+        f"{instance.url}/v2/models/{name}", None, instance.key, 30.0, instance.certificate, any_name=True
+    )
+    versions = _known(instance, name).versions
+    said = [version for version in told.get("versions", []) if version in versions] if isinstance(told, dict) else []
+    if status != 200 or not said:
+        raise ServerError(f"{name} does not say its version ({status}: {client.error_words(told)})")
+    return _registered(versions[said[0]])
+
+
+def start_beside(instance: Instance, archive: Archive, folder: str, timeout: float) -> int:
+    """Start one replica of a version at its own path, and wait until it answers there; raises ServerError."""
+    name, version = archive.name, archive.manifest.version
+    running = _running(instance, name)
+    most = max(archive.workers, running["replicas"]["most"] if _scales(running) else 0)
+    cores = ray_cluster.cores_of_each(most)
+    new = {
+        **running,
+        "archive": str(Path(instance.folder, "store", folder)),
+        "version": version,
+        # One more than there are fits: this replica ends before the first of those that replace the running ones starts.
+        "replicas": {**running["replicas"], "least": archive.workers, "most": most, "cpus": cores, "surge": 20},
+    }
+    known = _known(instance, name)
+    _remember(instance, name, replace(known, versions={**known.versions, version: new}))
+    deadline = time.monotonic() + timeout
+    change = {"applications": [ray_config.beside(new, cores)]}
+    ray_applications.change_applications(instance, change, timeout, f"{name} {version}")
+    canary = server.canary(archive.manifest)
+    while True:  # HAProxy hears of it a little later
+        try:
+            client.predict(instance.url, f"{name}/{version}", canary, instance.key, 60.0, instance.certificate)
+            return 1
+        except client.NotYet:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(_POLL)
+
+
+def path_of_running(name: str, version: str) -> str:
+    """Return the path behind /predictions/ at which the running version answers until the switch: without a version, by
+    which clients that name one are counted."""
+    return name
+
+
+def switch_to(instance: Instance, name: str, version: str, timeout: float) -> None:
+    """Let this version answer all requests that name none, replica by replica; raises ServerError.
+
+    Requests that named the running version since the update began would find none: a replica of it stays for them.
+    """
+    known, before = _known(instance, name), running_version(instance, name).version
+    removed = [_beside(name, version)]
+    named = _named(instance, name, before, known) if before != version else 0
+    if named:
+        staying = ray_config.beside(known.versions[before], 0)  # what there is room for is left for the new version
+        ray_applications.change_applications(instance, {"applications": [staying]}, timeout, f"{name} {before}")
+        _remember(instance, name, replace(known, staying={**known.staying, before: named}))
+    config = ray_applications.applications_of(instance)
+    changed = ray_config.replacing(config["applications"], known.versions[version])
+    ray_applications.change_applications(
+        instance, {"applications": changed, "removed": removed}, timeout, f"{name} {version}"
+    )
+    by_name = {each["name"]: each for each in changed}
+    config["applications"] = [by_name.get(each["name"], each) for each in config["applications"]]
+    ray_applications.remember_applications(Path(instance.folder), config)
+
+
+def drain_version(instance: Instance, name: str, version: str, canary: JsonObject, timeout: float) -> int:
+    """Return how many requests named a version in their path since the update began, if it stayed for such: replicas answer
+    all that they were asked before they end."""
+    known = _known(instance, name)
+    if version not in known.staying:
+        return 0
+    return known.staying[version] or _named(instance, name, version, known)
+
+
+def remove_version(instance: Instance, name: str, version: str) -> None:
+    """End a version at its own path, if it runs; raises ServerError."""
+    ray_applications.change_applications(
+        instance, {"applications": [], "removed": [_beside(name, version)]}, _SECONDS_TO_REMOVE, f"{name} {version}"
+    )
+    known = _known(instance, name)
+    parts = [{v: each for v, each in part.items() if v != version} for part in dataclasses.astuple(known)]
+    _remember(instance, name, _Known(*parts))
+
+
+def _beside(name: str, version: str) -> str:
+    return f"{name}-{version}"
+
+
+def _registered(archive: _Archive) -> Registered:
+    workers = archive["replicas"]["least"]
+    return Registered(archive["version"], Path(archive["archive"]).name, workers, workers, 0, 0, False)
+
+
+def _scales(archive: _Archive) -> bool:
+    return bool(archive["replicas"]["most"] > archive["replicas"]["least"])
+
+
+def _running(instance: Instance, name: str) -> _Archive:
+    """Return the arguments of the application that answers where a request names no version."""
+    found: List[_Archive] = [
+        each["args"] for each in ray_applications.applications_of(instance)["applications"] if each["name"] == name
+    ]
+    if not found:
+        raise ServerError(
+            f"{name} is served in several versions on port {instance.port}, each with a share of the requests (--shares); a new "
+            "one cannot take the place of one of them under load: stop the server, and serve the archives that it should have"
+        )
+    return found[0]
+
+
+def _known(instance: Instance, name: str) -> _Known:
+    running = _running(instance, name)
+    found: Dict[str, Any] = {}
+    with contextlib.suppress(FileNotFoundError):
+        found = json.loads(Path(instance.folder, "run", _FILE).read_text(encoding="utf-8")).get(name, {})
+    known = _Known(**found)
+    return replace(known, versions={running["version"]: running, **known.versions})
+
+
+def _remember(instance: Instance, name: str, known: _Known) -> None:
+    file = Path(instance.folder, "run", _FILE)
+    others = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    write_private(file, json.dumps({**others, name: dataclasses.asdict(known)}, indent=2))
+
+
+def _named(instance: Instance, name: str, version: str, known: _Known) -> int:
+    """Return how many requests have named a version in their path since the update began."""
+    if version not in known.named_before:
+        return 0
+    time.sleep(_COUNTED)
+    return max(0, _naming(instance, name).get(version, 0) - known.named_before[version])
+
+
+def _naming(instance: Instance, name: str) -> Dict[str, int]:
+    """Return how many requests have named each version, as far as the running replicas have counted."""
+    counted: Dict[str, int] = {}
+    with contextlib.suppress(OSError):
+        for metric, labels, value in metrics_of(f"http://127.0.0.1:{instance.metrics_port}/metrics", name):
+            if metric == _NAMING:
+                version = labels["model_version"]
+                counted[version] = counted.get(version, 0) + int(value)
+    return counted

@@ -1,0 +1,62 @@
+"""The applications of a Ray cluster of ours: which there are, and changes by the host's own program."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Dict, Mapping
+
+from traceserve.errors import ServerError
+from traceserve.machine.private_files import write_private
+from traceserve.serving.instances import Instance
+
+_FILE = "serve.json"  # below a server's run/: all of its applications
+_CHANGE = "change.json"  # the latest change
+_PORT = "--port="  # of `ray start`: the cluster's own
+
+
+def run_applications(
+    folder: Path, config: Mapping[str, Any], address: str, variables: Mapping[str, str], timeout: float, what: str
+) -> None:
+    """Run all applications of a new cluster, and remember them; raises ServerError with a replica's message."""
+    remember_applications(folder, config)
+    _run(folder / "run" / _FILE, address, variables, timeout, what)
+
+
+def change_applications(instance: Instance, config: Mapping[str, Any], timeout: float, what: str) -> None:
+    """Run and remove applications of a running cluster, and leave the others; raises ServerError."""
+    process = instance.process
+    if process is None:
+        raise ServerError(f"the server on port {instance.port} has ended; `traceserve status` says why")
+    [port] = [part[len(_PORT) :] for part in process.cmdline() if part.startswith(_PORT)]
+    file = Path(instance.folder, "run", _CHANGE)
+    write_private(file, json.dumps({**config, "http": applications_of(instance)["http"], "others": "stay"}, indent=2))
+    _run(file, f"127.0.0.1:{port}", process.environ(), timeout, what)
+
+
+def applications_of(instance: Instance) -> Dict[str, Any]:
+    """Return the configuration of all applications, without versions that are beside them for an update."""
+    found: Dict[str, Any] = json.loads(Path(instance.folder, "run", _FILE).read_text(encoding="utf-8"))
+    return found
+
+
+def remember_applications(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write down the configuration of all applications of the server in this folder."""
+    write_private(folder / "run" / _FILE, json.dumps(config, indent=2))
+
+
+def _run(file: Path, address: str, variables: Mapping[str, str], timeout: float, what: str) -> None:
+    command = [sys.executable, "-m", "traceserve_hosts.ray_cluster", address, str(file)]
+    try:
+        result = subprocess.run(
+            command, cwd=file.parent, env=dict(variables), capture_output=True, text=True, timeout=timeout
+        )
+    except subprocess.TimeoutExpired:
+        raise ServerError(
+            f"{what} did not answer on Ray Serve within {timeout:.0f} s; --timeout gives it longer"
+        ) from None
+    if result.returncode:
+        lines = result.stderr.strip().splitlines() or ["no reason given"]
+        raise ServerError(f"Ray Serve cannot serve {what}: {lines[-1]}")
