@@ -21,7 +21,7 @@ from traceserve.building.checkpoints import loading, sources
 from traceserve.building.config import formats
 from traceserve.building.config.parsing import parse_config
 from traceserve.building.gate import verification
-from traceserve.building.gate.findings import LIMITS, DriftError
+from traceserve.building.gate.findings import LIMITS, DriftError, TokenCounts
 from traceserve.building.gate.texts import SENTENCES
 from traceserve.building.writers.lowering import int8 as lowering
 from traceserve.building.writers.lowering.int8 import KEPT_SHARES
@@ -230,7 +230,7 @@ def test_more_and_more_layers_are_left(architecture: str, checkpoint: Made, tmp_
         assert (embeddings in found) is ("lm_head" not in step.kept)
 
 
-def test_what_changes_too_many_texts_is_refused(
+def test_what_changes_too_many_tokens_is_refused(
     checkpoint: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried: List[Any] = []
@@ -238,7 +238,7 @@ def test_what_changes_too_many_texts_is_refused(
 
     def verify(*arguments: Any) -> Any:
         tried.append(own(*arguments))
-        tried[-1].changed = [0] * 4
+        tried[-1].along = TokenCounts(texts=4, tokens=100, changed=2)
         return tried[-1]
 
     monkeypatch.setattr(attempt, "verify", verify)

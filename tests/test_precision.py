@@ -270,12 +270,12 @@ def loop(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.parametrize("architecture", LOOPS)
 def test_written_texts_in_bfloat16(loop: Maker, architecture: str) -> None:
-    """Some greedy texts of a random model change: each token is a near tie."""
+    """Some tokens of a random model change: many are near ties, and more than the gate's 15 in 1,000 are no longer."""
     folder, exported = loop(architecture)
     manifest, found = exported.manifest, exported.findings
     assert manifest.dtype == "bfloat16" and found.cells and not found.failed and found.failure is None
     assert manifest.receipt["drift_allowed"] is not manifest.receipt["passed"]
-    assert len(found.changed) < found.answers
+    assert found.along is not None and 0 <= found.along.changed < 0.2 * found.along.tokens and not found.astray
     engine = Engine.load(folder)
     key = next(iter(engine.task.from_texts(["Yes."])[0].inputs))
     answers = engine.answer([Request({key: text}) for text in SENTENCES[1:3]])

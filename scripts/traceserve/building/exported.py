@@ -34,6 +34,7 @@ class Candidate:
             "own_answers_changed": found.own_changed if found else 0,
             "largest_difference": found.largest_difference if found else None,
             "refused": self.refused,
+            **({"along_texts": found.row["along_texts"]} if found and found.along is not None else {}),
         }
 
 

@@ -184,9 +184,18 @@ def _fields(one: Manifest, other: Manifest) -> Iterator[FieldChange]:
         values = [json.dumps(document[key]) if key in document else "" for document in documents]
         if values[0] != values[1] and key.split(".")[0] not in _APART and not key.startswith("source.files"):
             yield FieldChange(key, *values)
+    along = [_along(manifest) for manifest in (one, other)]
+    if any(along):
+        yield FieldChange("tokens changed along the original's texts", along[0], along[1])
     weights = [manifest.files[manifest.model_file][:12] for manifest in (one, other)]
     if weights[0] != weights[1]:
         yield FieldChange("model file's SHA-256", *weights)
+
+
+def _along(manifest: Manifest) -> str:
+    """Return how a lower precision's texts were judged at the build, since a changed text does not tell how near it is."""
+    told = manifest.receipt.get("along_texts")
+    return f"{told['tokens_changed']} of {told['tokens']}, {told['near_ties']} near ties" if told else ""
 
 
 def _flat(value: Mapping[str, Any], before: str = "") -> Dict[str, Any]:

@@ -180,11 +180,14 @@ def _of_the_receipt(manifest: Manifest) -> Iterator[InspectionFinding]:
             "it has no receipt: its answers were never compared with the original's; build it again",
         )
     elif not receipt.get("passed"):
+        along = receipt.get("along_texts")
+        changed = (
+            f"{along['tokens_changed']} of {along['tokens']} tokens of the original's texts"
+            if along
+            else f"{receipt.get('answers_changed', '?')} of {receipt.get('answers', '?')} answers"
+        )
         yield InspectionFinding(
-            WARNING,
-            "drift",
-            f"--allow-drift exported it although the gate did not pass: {receipt.get('answers_changed', '?')} of "
-            f"{receipt.get('answers', '?')} answers changed",
+            WARNING, "drift", f"--allow-drift exported it although the gate did not pass: {changed} changed"
         )
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from traceserve_runtime.manifest import Manifest
 
     from traceserve.building.exported import Exported
-    from traceserve.building.gate.findings import Findings
+    from traceserve.building.gate.findings import Findings, TokenCounts
 
 CONFIG = Path("setup_config.json")
 
@@ -173,7 +173,7 @@ def _print_exported(exported: Exported, path: Path, seconds: float) -> None:
         ("shapes", describe_shapes(manifest.shapes, manifest.max_length)),
         *_padding(manifest),
         ("largest difference", f"{findings.largest_difference:.1e} (limit {findings.limit.difference:.0e})"),
-        ("answers changed", _changed(findings)),
+        *_judged(findings),
         *_compiled(exported),
         ("seconds", f"{seconds:.1f}"),
     ):
@@ -232,9 +232,28 @@ def _compiled(exported: Exported) -> List[Tuple[str, str]]:
     return [("compiled", f"{min(shares.values()):.1%} of each graph or more"), ("compared", compared)]
 
 
+def _judged(findings: Findings) -> List[Tuple[str, str]]:
+    """Return what changed: answers; or tokens along the original's texts, with the texts that changed therefore."""
+    counts = findings.judged
+    if counts is None:
+        return [("answers changed", _changed(findings))]
+    from traceserve.building.gate.findings import MOST_DRIFT
+
+    drift = f"{counts.mean_drift:+.4f} (limit {MOST_DRIFT:.2f})"
+    return [
+        ("tokens changed", f"{_changed(findings)}, and {counts.near_ties} near ties"),
+        ("log-probability lost", f"{drift} per token"),
+        ("texts changed", f"{len(findings.changed)} of {findings.answers}"),
+    ]
+
+
 def _changed(findings: Findings) -> str:
-    """Return how many answers changed, out of how many: the user's own if these decide."""
+    """Return how many answers, or tokens of texts, changed, out of how many: the user's own if these decide."""
     limit = findings.limit
+    if findings.judged is not None:
+        whose = " of your samples" if findings.own_decide else ""
+        most = limit.changed if findings.own_decide else limit.changed_elsewhere
+        return f"{_tokens(findings.judged)}{whose} (limit {most:.1%})"
     if findings.own_decide:
         return f"{findings.own_changed} of {findings.own_answers} of your samples (limit {limit.changed:.1%})"
     allowed = f" (limit {limit.changed_elsewhere:.1%})" if limit.changed_elsewhere else ""
@@ -248,9 +267,13 @@ def _print_variants(findings: Findings) -> None:
     table = Table("compared", "device", "cells", "largest difference", "answers changed")
     for found in findings.every:
         row = found.row
-        changed = f"{row['answers_changed']} of {row['answers']}"
+        changed = f"{row['answers_changed']} of {row['answers']}" if found.along is None else _tokens(found.along)
         table.add_row(row["variant"], row["device"], str(row["cells"]), f"{row['largest_difference']:.1e}", changed)
     console().print(table, highlight=False)
+
+
+def _tokens(counts: TokenCounts) -> str:
+    return f"{counts.changed} of {counts.tokens} tokens"
 
 
 def _print_candidates(exported: Exported) -> None:
@@ -277,8 +300,9 @@ def _print_candidates(exported: Exported) -> None:
     console().print(table, highlight=False)
     chosen = next(item for item in exported.candidates if item.dtype == exported.manifest.dtype)
     if chosen.findings and chosen.findings.limit.changed and not chosen.findings.own_decide:
+        enough = "334 or more tokens to write" if chosen.findings.along is not None else "334 or more of your own"
         console().print(
-            "judged on built-in texts; --samples FILE with 334 or more of your own judges on these, more strictly",
+            f"judged on built-in texts; --samples FILE with {enough} judges on these, more strictly",
             highlight=False,
         )
 

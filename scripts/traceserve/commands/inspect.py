@@ -124,14 +124,21 @@ def _receipt(receipt: Mapping[str, Any]) -> str:
         return "none"
     answers, cells = receipt.get("answers", 0), receipt.get("cells", 0)
     passed = "passed" if receipt.get("passed") else "did not pass"
-    own = (
-        f", {receipt['own_answers_changed']} of {receipt['own_answers']} of your own"
-        if receipt.get("own_answers")
-        else ""
-    )
+    what, judged = "answers", ""
+    if receipt.get("own_answers"):
+        judged = f", {receipt['own_answers_changed']} of {receipt['own_answers']} of your own"
+    if "along_texts" in receipt:
+        what, along = "texts", receipt["along_texts"]
+        own = (
+            f" ({along['own']['tokens_changed']} of {along['own']['tokens']} along your own)" if "own" in along else ""
+        )
+        judged += (
+            f"; along the original's texts {along['tokens_changed']} of {along['tokens']} tokens{own} and "
+            f"{along['near_ties']} near ties, log-probability lost {along['mean_drift']:+.4f} per token"
+        )
     limit = receipt.get("limits", {}).get("difference", float("nan"))
     return (
-        f"{passed}: {receipt.get('answers_changed', 0)} of {answers} answers changed{own}; largest difference "
+        f"{passed}: {receipt.get('answers_changed', 0)} of {answers} {what} changed{judged}; largest difference "
         f"{receipt.get('largest_difference', float('nan')):.1e} of {limit:.0e} in {cells} shapes; "
         f"{len(receipt.get('variants', ()))} way(s) of running it"
     )

@@ -86,13 +86,37 @@ def _print_variant(findings: Findings) -> None:
         screen.print(table)
         if len(findings.failed) > 20:
             screen.print(f"and {len(findings.failed) - 20} more of {len(findings.cells)} cells")
+    if findings.judged is not None:
+        _print_tokens(findings, where)
     for what, samples in (
-        ("answered otherwise", findings.changed),
+        ("answered otherwise", findings.changed if findings.judged is None else ()),
+        ("not what the choices along them give", findings.astray),
         ("tokenized otherwise", findings.tokenized_otherwise),
     ):
         if samples:
             shown = ", ".join(f"#{number + 1}" for number in samples[:10])
             screen.print(f"{len(samples)} of {findings.answers} samples are {what}{where}: {shown}", highlight=False)
+
+
+def _print_tokens(findings: Findings, where: str) -> None:
+    """Print what is over the limits for texts in a lower precision."""
+    from traceserve.building.gate.findings import MOST_DRIFT
+
+    counts, limit = findings.judged, findings.limit
+    assert counts is not None
+    allowed = limit.changed if findings.own_decide else limit.changed_elsewhere
+    if findings.too_many_changed:
+        console(error=True).print(
+            f"{counts.changed} of {counts.tokens} tokens of the original's texts would be others, near ties not counted"
+            f"{where}: {counts.share_changed:.2%}, limit {allowed:.1%}",
+            highlight=False,
+        )
+    if findings.drifts:
+        console(error=True).print(
+            f"the logarithms of their probabilities fall by {counts.mean_drift:+.4f} on average{where}, limit "
+            f"{MOST_DRIFT:.2f}",
+            highlight=False,
+        )
 
 
 def print_error(error: TraceserveError) -> None:

@@ -108,24 +108,31 @@ def _print_verification(found: Verification, with_texts: bool) -> None:
     for problem in found.problems:
         screen.print(f"[red]different:[/] {escape(problem)}", highlight=False, soft_wrap=True)
     if found.passed:
-        screen.print("[green]verified:[/] it answers as the original does", highlight=False)
+        screen.print(f"[green]verified:[/] it answers as {_expected_of(found)} does", highlight=False)
 
 
 def _print_different(found: Verification, with_texts: bool) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("sample", "the original", "the server", "difference", box=None, header_style="dim")
+    others = ["the original"] if found.by_own_texts else []
+    table = Table("sample", _expected_of(found), *others, "the server", "difference", box=None, header_style="dim")
     for each in found.different[:_SHOWN]:
         hidden = each.own and not with_texts
         name = f"#{each.number}" + (" (yours)" if each.own else "")
         told = each.error or ("(--texts shows it)" if hidden else _shortened(each.answer))
         expected = "" if hidden else _shortened(each.expected)
         difference = f"{each.difference:.1e}" if each.difference is not None else "changed"
-        table.add_row(name, Text(expected), Text(told), difference)
+        original = each.expected if each.original is None else each.original
+        beside = [Text("" if hidden else _shortened(original))] if others else []
+        table.add_row(name, Text(expected), *beside, Text(told), difference)
     console().print(table, highlight=False)
     if len(found.different) > _SHOWN:
         console().print(f"and {len(found.different) - _SHOWN} more; --json has all", highlight=False)
+
+
+def _expected_of(found: Verification) -> str:
+    return "the archive at its build" if found.by_own_texts else "the original"
 
 
 def _shortened(answer: object) -> str:
@@ -139,7 +146,8 @@ COMMANDS = (
         "Ask a live server its archive's golden set.\n\nAn archive carries samples with the original model's answers (built-in "
         "texts; your own only if you built it with\n--samples FILE --keep-samples). They are asked through the server's own "
         "door, one at a time, within ten seconds, and\njudged by the rule of the gate: no answer may change in float32, few in a "
-        "lower precision, scores within the limit.\nThe server's version and hash must be the archive's, too. Run it after "
+        "lower precision, scores within the limit. Texts in a lower\nprecision must be those that the archive wrote at its "
+        "build, up to its first near tie.\nThe server's version and hash must be the archive's, too. Run it after "
         "each rollout, and after each update of a library.\n\n"
         "  traceserve verify NAME\n  traceserve verify model_store/NAME.mar\n"
         "  traceserve verify https://models.example.org/predictions/NAME --archive NAME.mar --key-file key.txt\n\n"

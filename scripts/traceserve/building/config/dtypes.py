@@ -37,8 +37,7 @@ def fastest(task: Type[Task], hardware: str) -> Tuple[str, ...]:
     """Return which of float32 and bfloat16 are worth trying on this processor, in order.
 
     bfloat16 if the processor has it natively. Not int8: with enough layers left out to keep the answers,
-    it was no faster than float32 (docs/measurements.md). Not for generated texts, which change with the first
-    near tie.
+    it was no faster than float32 (docs/measurements.md). Not for generated texts, some of which change.
     """
     if "bfloat16" in own_dtypes(hardware):
         return ("bfloat16",)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
-from typing import Iterator, Sequence, Tuple, Union
+from typing import Iterator, List, Optional, Sequence, Tuple, Union
 
-from traceserve_runtime.engine import Engine
+from traceserve_runtime.batching.batches import Stats
+from traceserve_runtime.engine import Engine, Work
 from traceserve_runtime.errors import TraceserveError
 from traceserve_runtime.json_types import Json
 from traceserve_runtime.runner import Arrays
@@ -15,8 +15,9 @@ from traceserve_runtime.texts.rows import Encoded, Row, Segments
 
 from traceserve.building.checkpoints import languages
 from traceserve.building.checkpoints.original import Original
+from traceserve.building.gate.along import Written, compare_along
 from traceserve.building.gate.findings import Findings
-from traceserve.building.gate.reference import Reference, Wanted, run_original, run_text
+from traceserve.building.gate.reference import Reference, Wanted, run_original, tokens_of
 from traceserve.building.progress import Progress
 
 _AT_ONCE = 512  # the user's samples per batch, before checking whether enough have failed
@@ -35,28 +36,50 @@ def compare_answers(
 
     The last `own` samples are the user's. Unless `thorough`, these come first if few answers may change, and the
     comparison stops once more of them have changed than of all may: a lower precision is tried several times, and most
-    attempts fail.
+    attempts fail. Texts in a lower precision are judged along the original's, see `along`.
     """
     encoded = engine.task.encode(samples)
+    along: Optional[List[Written]] = [] if engine.task.loop and findings.limit.changed else None
     if not engine.task.loop:
         reference.prepare(
             _wanted(engine, samples, encoded), engine.manifest.outputs, partial(progress, "running the original")
         )
-    done, most = 0, 0.0 if thorough else findings.limit.changed * own
+    done, most = 0, 0.0 if thorough or along is not None else findings.limit.changed * own
     for part in _parts(len(samples), own, stops_early=most >= 1):
         progress(f"answering with {findings.variant}", done, len(samples))
-        answers = engine.answer(samples[part])
-        for i, answer in zip(range(part.start, part.stop), answers):
+        answers = _answers(engine, samples[part])
+        for i, (answer, tokens) in zip(range(part.start, part.stop), answers):
             item = encoded[i]
             # The model's own settings may refuse a sample.
             if isinstance(item, Encoded) and engine.task.repeatable(samples[i]):
-                _compare(engine, reference, i, samples[i], item, answer, i >= len(samples) - own, findings)
+                is_own = i >= len(samples) - own
+                _compare(engine, reference, i, samples[i], item, answer, is_own, findings)
+                if along is not None and isinstance(answer, TraceserveError):
+                    findings.astray += [i] if i in findings.changed else []  # the original refuses it too, otherwise
+                elif along is not None:
+                    along.append(Written(i, samples[i], item.rows[0], tokens, is_own))
         done += part.stop - part.start
         if 1 <= most < findings.own_changed:
             findings.stopped = True
             break
     findings.changed.sort()
+    if along:
+        progress(f"going along the original's texts with {findings.variant}", 0, 0)
+        compare_along(engine, reference, along, findings)
     progress(f"comparing answers of {findings.variant}", len(samples), len(samples))
+
+
+def _answers(
+    engine: Engine, samples: Sequence[Request]
+) -> Iterator[Tuple[Union[Answer, TraceserveError], Sequence[int]]]:
+    """Yield the engine's answers, and the tokens of each that is written."""
+    work = Work(engine, Stats())
+    pending = work.join(samples, [None] * len(samples))
+    while work.busy:
+        work.turn()
+    for each in pending:
+        search = each.members[0].search if each.members else None
+        yield each.answer(), search.tokens if search is not None else ()
 
 
 def _parts(count: int, own: int, stops_early: bool) -> Iterator[slice]:
@@ -100,17 +123,13 @@ def _wanted(
     for sample, item in zip(samples, encoded):
         if isinstance(item, Encoded) and engine.task.repeatable(sample):
             for row in item.rows:
-                yield Wanted(_tokens(row), row, partial(engine.task.keep, row))
-
-
-def _tokens(row: Row) -> Tuple[Tuple[int, ...], Tuple[int, ...]]:
-    return tuple(row.encoding.ids), tuple(row.encoding.type_ids)
+                yield Wanted(tokens_of(row), row, partial(engine.task.keep, row))
 
 
 def _again_alone(reference: Reference, encoded: Encoded, outputs: Sequence[str]) -> bool:
     """Rerun the original on each row of a request alone, if it was not: a near tie may have been decided
     differently."""
-    computed = [reference.alone(_tokens(row), outputs) for row in encoded.rows]  # all of them
+    computed = [reference.alone(tokens_of(row), outputs) for row in encoded.rows]  # all of them
     return any(computed)
 
 
@@ -134,12 +153,10 @@ def expected_answer(task: Task, reference: Reference, sample: Request, encoded: 
 def _expected(task: Task, reference: Reference, row: Row, sample: Request) -> Arrays:
     """Return the original's outputs for a row, as far as its task reads them."""
     original = reference.original
-    tokens = _tokens(row)
     if task.loop:
-        asked = json.dumps(sample.parameters, sort_keys=True)
-        return reference.outputs((asked, tokens), partial(run_text, original, task.loop, row, sample))
+        return reference.text(task.loop, row, sample)
     whole = partial(run_original, original, row, task.manifest.outputs)
-    return reference.outputs(tokens, lambda: task.keep(row, whole()))
+    return reference.outputs(tokens_of(row), lambda: task.keep(row, whole()))
 
 
 def _tokenized_alike(original: Original, sample: Request, encoded: Encoded, engine: Engine) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Dict, List, NamedTuple, Optional, Set
 
 import numpy as np
@@ -32,6 +32,49 @@ LIMITS = {
 }
 
 
+# Of a text in a lower precision, see `gate.along`. Two tokens are a near tie if the original prefers the better one by
+# no more than this in its logits, so that their probabilities differ by a tenth: what bfloat16 may move an output by.
+NEAR_TIE = 0.1
+# The largest mean change of the logarithm of the probability of the original's tokens: 2 % of its perplexity. Published:
+# 0.1 to 0.4 % for 6 to 8 bits, 1.2 to 3.6 % for 4 (docs/gate.md).
+MOST_DRIFT = 0.02
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """The choices along the original's own texts: `tokens` of them, of which `changed` are others than the original's and no
+    near ties; `drift` is the sum of what the logarithms of their probabilities fell by."""
+
+    texts: int = 0
+    tokens: int = 0
+    changed: int = 0
+    near_ties: int = 0
+    drift: float = 0.0
+
+    def __add__(self, other: TokenCounts) -> TokenCounts:
+        return TokenCounts(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
+
+    @property
+    def mean_drift(self) -> float:
+        """By how much a token's logarithm fell on average."""
+        return self.drift / max(1, self.tokens)
+
+    @property
+    def share_changed(self) -> float:
+        """Of the tokens, 0 to 1."""
+        return self.changed / max(1, self.tokens)
+
+    def receipt(self) -> Dict[str, Any]:
+        """The manifest's record."""
+        return {
+            "texts": self.texts,
+            "tokens": self.tokens,
+            "tokens_changed": self.changed,
+            "near_ties": self.near_ties,
+            "mean_drift": round(self.mean_drift, 6),
+        }
+
+
 @dataclass(frozen=True)
 class Cell:
     """One cell of the grid, and the largest difference found there, relative as in Limit."""
@@ -58,6 +101,9 @@ class Findings:
     own_changed: int = 0
     tokenized_otherwise: List[int] = field(default_factory=list)  # indices of samples
     stopped: bool = False  # too many of the user's answers had changed; the rest was not compared
+    along: Optional[TokenCounts] = None  # of texts in a lower precision, which decide instead of `changed`
+    own_along: Optional[TokenCounts] = None  # of the user's own samples alone
+    astray: List[int] = field(default_factory=list)  # indices of samples whose text its own choices do not give
     failure: Optional[str] = None  # why the artifact could not run
     compared: Dict[str, object] = field(default_factory=dict)  # for the receipt, if not only the artifact was compared
     others: List[Findings] = field(default_factory=list)
@@ -85,7 +131,8 @@ class Findings:
     @property
     def alike(self) -> bool:
         """Whether this variant does."""
-        return not (self.failure or self.failed or self.tokenized_otherwise or self.too_many_changed)
+        wrong = self.failure or self.failed or self.tokenized_otherwise or self.astray
+        return not (wrong or self.too_many_changed or self.drifts)
 
     @property
     def failing_files(self) -> Set[str]:
@@ -105,21 +152,38 @@ class Findings:
 
     @property
     def own_decide(self) -> bool:
-        """Whether the user's own samples suffice to judge whether too many answers change."""
-        return self.limit.changed * self.own_answers >= 1
+        """Whether the user's own samples suffice to judge whether too many answers change, or tokens of texts."""
+        own = self.own_answers if self.along is None else (self.own_along or TokenCounts()).tokens
+        return self.limit.changed * own >= 1
+
+    @property
+    def judged(self) -> Optional[TokenCounts]:
+        """The tokens that decide: along the user's own texts if these suffice, else along all; None if whole answers
+        do."""
+        return self.own_along if self.own_decide and self.along is not None else self.along
+
+    @property
+    def drifts(self) -> bool:
+        """Whether the original's texts have become likelier or less likely than the limit allows; NaN counts."""
+        return self.judged is not None and not abs(self.judged.mean_drift) <= MOST_DRIFT
 
     @property
     def too_many_changed(self) -> bool:
         """Whether more answers changed than the limit allows."""
         if self.stopped:
             return True
+        if self.judged is not None:
+            limit = self.limit.changed if self.own_decide else self.limit.changed_elsewhere
+            return self.judged.share_changed > limit
         if self.own_decide:
             return self.own_changed > self.limit.changed * self.own_answers
         return len(self.changed) > self.limit.changed_elsewhere * self.answers
 
     @property
     def share_changed(self) -> float:
-        """Of the compared answers, 0 to 1."""
+        """Of the compared answers, or tokens, 0 to 1."""
+        if self.along is not None:
+            return self.along.share_changed
         return len(self.changed) / max(1, self.answers)
 
     @property
@@ -138,7 +202,15 @@ class Findings:
             "largest_difference": float(np.max([cell.difference for cell in self.cells], initial=0.0)),
             "answers": self.answers,
             "answers_changed": len(self.changed),
+            **self._along_texts(),
         }
+
+    def _along_texts(self) -> Dict[str, Any]:
+        """Return the record of a lower precision's texts; nothing for others."""
+        if self.along is None:
+            return {}
+        own = {} if self.own_along is None else {"own": self.own_along.receipt()}
+        return {"along_texts": {**self.along.receipt(), **own}}
 
     def receipt(self) -> Dict[str, Any]:
         """The manifest's record."""
@@ -154,8 +226,15 @@ class Findings:
             "own_answers": self.own_answers,
             "own_answers_changed": self.own_changed,
             "variants": [found.row for found in self.every],
+            **self._receipt_of_texts(),
             **self.compared,
         }
+
+    def _receipt_of_texts(self) -> Dict[str, Any]:
+        if self.along is None:
+            return {}
+        limits = {"near_tie": NEAR_TIE, "mean_drift": MOST_DRIFT}
+        return {"along_texts": {**self._along_texts()["along_texts"], "limits": limits}}
 
 
 class DriftError(ExportError):

@@ -21,7 +21,7 @@ from traceserve_runtime.texts.rows import Encoded
 
 from traceserve.building.gate.answers import expected_answer
 from traceserve.building.gate.drift import score_difference
-from traceserve.building.gate.findings import LIMITS
+from traceserve.building.gate.findings import LIMITS, NEAR_TIE
 from traceserve.building.gate.reference import Reference
 from traceserve.building.gate.verification import built_in_samples
 
@@ -32,16 +32,31 @@ MOST, MOST_WRITTEN, MOST_OWN = 64, 8, 256  # built-in samples, those of a task t
 MOST_BYTES = 1 << 20  # of the file; what does not fit is left out
 _LONGEST = 2000  # characters of a built-in sample: a verification should be quick
 _DIGITS = 7
+_SHORTEST = 4  # tokens of a text in a lower precision
 
 
 @dataclass(frozen=True)
 class GoldenSample:
-    """A request and the original's answer; `own`: it is the user's."""
+    """A request and the original's answer; `own`: it is the user's.
+
+    A text in a lower precision may differ from the original's after a near tie: then `written` is the artifact's own, as it
+    wrote it at the build, and as its servers should.
+    """
 
     inputs: Dict[str, Any]
     parameters: Dict[str, Any]
     answer: Any
     own: bool = False
+    written: Any = None
+
+    @property
+    def expected(self) -> Any:
+        """The answer that a server should give."""
+        return self.answer if self.written is None else self.written
+
+    def document(self) -> Dict[str, Any]:
+        """Return it for the file."""
+        return {key: value for key, value in asdict(self).items() if key != "written" or value is not None}
 
 
 @dataclass(frozen=True)
@@ -54,7 +69,8 @@ class GoldenSet:
 
     def to_json(self) -> str:
         """Return the file's text."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, ensure_ascii=False, separators=(",", ":")) + "\n"
+        told = {"samples": [each.document() for each in self.samples], "largest_difference": self.largest_difference}
+        return json.dumps({"format": FORMAT, **told}, ensure_ascii=False, separators=(",", ":")) + "\n"
 
 
 def read_golden(folder: Path) -> Optional[GoldenSet]:
@@ -80,10 +96,11 @@ def with_golden_set(
     """Write the golden set into an artifact that passed; returns the manifest that names it, and the p50 in milliseconds
     of its requests in this process (None if the artifact does not run here)."""
     task = load_task(folder, manifest)
-    samples = _within_limits(task, _answered(task, reference, own))
+    along = bool(task.loop and LIMITS[manifest.dtype].changed)
+    samples = _within_limits(task, _answered(task, reference, own), MOST if along and runs_here else MOST_WRITTEN)
     golden, p50 = GoldenSet(tuple(samples)), None
     if runs_here and samples:
-        golden, p50 = _compared(folder, task, samples)
+        golden, p50 = _with_own_texts(folder, task, samples, reference) if along else _compared(folder, task, samples)
     if not golden.samples:
         return manifest, None
     path = folder / GOLDEN_FILE
@@ -112,13 +129,13 @@ def _answered(task: Task, reference: Reference, own: Sequence[Request]) -> Itera
             yield GoldenSample(dict(request.inputs), dict(request.parameters), _rounded(answer), is_own)
 
 
-def _within_limits(task: Task, samples: Iterable[GoldenSample]) -> List[GoldenSample]:
+def _within_limits(task: Task, samples: Iterable[GoldenSample], most_written: int = MOST_WRITTEN) -> List[GoldenSample]:
     """Return as many samples as may be kept, by number and by bytes."""
-    left = {True: MOST_OWN, False: MOST_WRITTEN if task.loop else MOST}
+    left = {True: MOST_OWN, False: most_written if task.loop else MOST}
     room = MOST_BYTES - 100
     chosen: List[GoldenSample] = []
     for sample in samples:
-        size = len(json.dumps(asdict(sample), ensure_ascii=False).encode()) + 1
+        size = len(json.dumps(sample.document(), ensure_ascii=False).encode()) + 1
         if left[sample.own] and size <= room:
             left[sample.own] -= 1
             room -= size
@@ -142,6 +159,48 @@ def _compared(folder: Path, task: Task, samples: Sequence[GoldenSample]) -> Tupl
             kept.append(sample)
             differences.append(score_difference(answer.value, sample.answer))
     return GoldenSet(tuple(kept), max(differences)), 1000 * statistics.median(seconds)
+
+
+def _with_own_texts(
+    folder: Path, task: Task, samples: Sequence[GoldenSample], reference: Reference
+) -> Tuple[GoldenSet, Optional[float]]:
+    """Return greedy samples with the artifact's own texts beside the original's, asked one at a time, and the p50.
+
+    They end before the artifact's first near tie, which another processor may decide otherwise. Of the built-in ones the
+    longest texts are kept.
+    """
+    engine = Engine.load(folder)
+    engine.warm_up()
+    found: List[Tuple[int, GoldenSample]] = []
+    seconds: List[float] = []
+    for sample in samples:
+        request = Request(sample.inputs, sample.parameters)
+        length = _clear_length(engine, request)
+        request = Request(sample.inputs, {**sample.parameters, "max_new_tokens": length})
+        if length < _SHORTEST or _clear_length(engine, request) < length:
+            continue
+        started = time.perf_counter()
+        [answer] = engine.answer([request])
+        seconds.append(time.perf_counter() - started)
+        [encoded] = task.encode([request])
+        if isinstance(answer, Answer) and isinstance(encoded, Encoded):
+            original = _rounded(expected_answer(task, reference, request, encoded))
+            written = None if task.same(answer.value, original) else answer.value
+            told = GoldenSample(dict(request.inputs), dict(request.parameters), original, sample.own, written)
+            found.append((length, told))
+    longest = sorted((each for each in found if not each[1].own), key=lambda each: -each[0])[:MOST_WRITTEN]
+    kept = [sample for _, sample in found if sample.own] + [sample for _, sample in longest]
+    return GoldenSet(tuple(kept), 0.0), 1000 * statistics.median(seconds) if seconds else None
+
+
+def _clear_length(engine: Engine, request: Request) -> int:
+    """Return how many tokens the artifact writes before its first near tie; 0 for beams, which have no single text."""
+    if engine.task.parameter(request, "num_beams") != 1:
+        return 0
+    [answer] = engine.answer([Request(request.inputs, {**request.parameters, "details": True, "top_n_tokens": 2})])
+    tops = (answer.details or {}).get("top_tokens", ()) if isinstance(answer, Answer) else ()
+    leads = (top[0]["logprob"] - top[1]["logprob"] for top in tops)
+    return next((position for position, lead in enumerate(leads) if lead <= NEAR_TIE), len(tops))
 
 
 def _rounded(value: Any) -> Any:

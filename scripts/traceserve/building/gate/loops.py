@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, Callable, Dict, List
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Sequence
 
 import torch
 from traceserve_runtime.tasks.contract import Request
@@ -22,15 +22,15 @@ def forced_tokens(row: Row, steps: int) -> List[int]:
     return (row.encoding.ids * steps)[:steps]
 
 
-def _decoder_forced(original: Original, row: Row, steps: int) -> torch.Tensor:
-    ids = torch.tensor([[*row.encoding.ids, *forced_tokens(row, steps)]])
+def _decoder_forced(original: Original, row: Row, tokens: Sequence[int]) -> torch.Tensor:
+    ids = torch.tensor([[*row.encoding.ids, *tokens]])
     logits: torch.Tensor = original.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
     return logits[row.length - 1 :]
 
 
-def _encoder_decoder_forced(original: Original, row: Row, steps: int) -> torch.Tensor:
+def _encoder_decoder_forced(original: Original, row: Row, tokens: Sequence[int]) -> torch.Tensor:
     ids = torch.tensor([row.encoding.ids])
-    begin = torch.tensor([[original.facts["start_id"], *forced_tokens(row, steps)]])
+    begin = torch.tensor([[original.facts["start_id"], *tokens]])
     logits: torch.Tensor = original.model(
         input_ids=ids, attention_mask=torch.ones_like(ids), decoder_input_ids=begin, use_cache=False
     ).logits[0]
@@ -88,8 +88,8 @@ def _has_stopped(
     return torch.tensor(found)
 
 
-# The logits, (steps + 1, vocabulary), when the original reads `steps` given tokens after one row.
-FORCED: Dict[str, Callable[[Original, Row, int], torch.Tensor]] = {
+# The logits, (tokens + 1, vocabulary), when the original reads these tokens after one row.
+FORCED: Dict[str, Callable[[Original, Row, Sequence[int]], torch.Tensor]] = {
     "decoder": _decoder_forced,
     "encoder_decoder": _encoder_decoder_forced,
 }

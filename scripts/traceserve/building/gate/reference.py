@@ -3,6 +3,8 @@ alone."""
 
 from __future__ import annotations
 
+import json
+from functools import partial
 from typing import Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
@@ -12,7 +14,7 @@ from traceserve_runtime.tasks.contract import Request
 from traceserve_runtime.texts.rows import Row
 
 from traceserve.building.checkpoints.original import Original
-from traceserve.building.gate.loops import FORCED, generate_original
+from traceserve.building.gate.loops import FORCED, forced_tokens, generate_original
 
 FORCED_STEPS = 3  # of a loop, per cell of the gate's grid
 MOST_ROWS, MOST_TOKENS = 128, 2048  # of the original, at a time
@@ -46,6 +48,14 @@ class Reference:
         if key not in self._known:
             self._known[key] = compute()
         return self._known[key]
+
+    def text(self, loop: str, row: Row, request: Request) -> Arrays:
+        """Return the tokens of the original's own text, cached."""
+        return self.outputs(self.key_of_text(row, request), partial(run_text, self.original, loop, row, request))
+
+    def key_of_text(self, row: Row, request: Request) -> Tuple[object, ...]:
+        """Return the key of a text that a request asks for."""
+        return json.dumps(request.parameters, sort_keys=True), tokens_of(row)
 
     def prepare(self, wanted: Iterable[Wanted], outputs: Sequence[str], tell: Callable[[int, int], None]) -> None:
         """Compute what is missing; `tell` receives the number of finished rows, and of all."""
@@ -92,6 +102,11 @@ class Reference:
         """Recompute alone what was computed together."""
         for key in list(self._alone):
             self.alone(key, outputs)
+
+
+def tokens_of(row: Row) -> Tuple[Tuple[int, ...], Tuple[int, ...]]:
+    """Return a row's content, by which its outputs are known."""
+    return tuple(row.encoding.ids), tuple(row.encoding.type_ids)
 
 
 def _batches(wanted: Sequence[Wanted]) -> Iterator[Sequence[Wanted]]:
@@ -164,7 +179,7 @@ def _lengthened(
 def run_forced(original: Original, loop: str, row: Row) -> Arrays:
     """Return the logits, (FORCED_STEPS + 1, vocabulary), when a loop reads given tokens after one row."""
     with torch.no_grad():
-        return {"logits": FORCED[loop](original, row, FORCED_STEPS).float().numpy()}
+        return {"logits": FORCED[loop](original, row, forced_tokens(row, FORCED_STEPS)).float().numpy()}
 
 
 def run_text(original: Original, loop: str, row: Row, request: Request) -> Arrays:
