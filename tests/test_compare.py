@@ -16,7 +16,7 @@ from traceserve.building.config import formats
 from traceserve.building.config.dtypes import DTYPES
 from traceserve.building.config.parsing import parse_config
 from traceserve.building.config.save_modes import SAVE_MODES
-from traceserve.building.gate import verification
+from traceserve.building.gate import findings, verification
 from traceserve.building.gate.texts import SENTENCES
 from traceserve.commands import compare
 from traceserve.measuring import formats_compared
@@ -88,13 +88,42 @@ def test_what_is_compared_is_what_is_legal() -> None:
     assert {mode for mode, _ in possible_formats(parse_config(content)[0])} == {"torchscript"}
 
 
-def test_written_texts_are_not_compared(
-    checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("architecture", "auto_model"), [("llama", "CausalLM"), ("t5", "Seq2SeqLM")])
+def test_texts_are_written_and_measured(
+    architecture: str,
+    auto_model: str,
+    checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """As many tokens in each save mode and dtype, for one client and for 16."""
     monkeypatch.chdir(tmp_path)
-    configured(tmp_path, {"model_name": str(checkpoint("llama", "AutoModelForCausalLM"))})
-    assert cli.main(["build", "--compare"]) == 1
-    assert "--compare measures tasks that are run once, not text_generation" in capsys.readouterr().err
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(verification, "TEXTS", SENTENCES[1:6])
+    monkeypatch.setattr(findings, "MOST_DRIFT", 1.0)  # a random model's tokens are near ties, and some change
+    monkeypatch.setitem(findings.LIMITS, "bfloat16", findings.LIMITS["bfloat16"]._replace(changed_elsewhere=0.5))
+    tried = [("torchscript", "float32"), ("torchscript", "bfloat16")]
+    monkeypatch.setattr(formats_compared, "possible_formats", lambda config: tried)
+    shown: List[ComparedFormat] = []
+    monkeypatch.setattr(compare, "_print_rows", lambda rows, show=compare._print_rows: (shown.extend(rows), show(rows)))
+    configured(tmp_path, {"model_name": str(checkpoint(architecture, f"AutoModelFor{auto_model}")), "max_length": 64})
+    assert cli.main(["build", "--compare"]) == 0
+    exact, lower = shown
+    assert (exact.changed, exact.answers, exact.counted) == (0, 5, "texts")
+    assert lower.counted == "tokens" and 5 * 4 < lower.answers <= 5 * 24
+    for row in shown:
+        assert row.figures is not None and row.figures.writing is not None
+        writing = row.figures.writing
+        assert 0 < writing.first_token_ms < row.figures.p50_ms
+        assert 0 < writing.tokens_per_second < writing.tokens_per_second_together
+        assert writing.tokens_per_second_together == pytest.approx(32 * row.figures.per_second)
+        # A text is its first token and the 31 others.
+        rest = (row.figures.p50_ms - writing.first_token_ms) / 1000
+        assert writing.tokens_per_second == pytest.approx(31 / rest, rel=0.5)
+    said = capsys.readouterr().out
+    assert "tokens/s, 1" in said and "first token, ms" in said and "0 of 5 texts" in said
+    assert f"{lower.changed} of {lower.answers} tokens" in said and "requests/s" not in said
 
 
 def test_json_is_for_comparing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

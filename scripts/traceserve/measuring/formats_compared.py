@@ -29,16 +29,18 @@ from traceserve.building.config.save_modes import SAVE_MODES
 from traceserve.building.config.setup_config import SetupConfig
 from traceserve.building.export import Shared, export
 from traceserve.building.gate.corpus import sentences
+from traceserve.building.gate.findings import Findings
 from traceserve.building.progress import Progress
-from traceserve.errors import ConfigError, ExportError, first_line
+from traceserve.errors import ExportError, first_line
 from traceserve.measuring import engine_figures
 from traceserve.measuring.engine_figures import EngineFigures
 
-_MOST = 256  # requests per round
+_MOST, _MOST_WRITTEN = 256, 16  # requests per round, and of a task that writes text
 
 
 class ComparedFormat(NamedTuple):
-    """A save mode and dtype: its figures, or why it was refused; `bytes` of the artifact, answers changed of `answers`."""
+    """A save mode and dtype: its figures, or why it was refused; `bytes` of the artifact, answers changed of `answers`, or
+    what the gate counted instead, by its name."""
 
     save_mode: str
     dtype: str
@@ -47,6 +49,7 @@ class ComparedFormat(NamedTuple):
     changed: int = 0
     answers: int = 0
     figures: Optional[EngineFigures] = None
+    counted: str = "answers"  # or "tokens" along the original's texts in a lower precision, or whole "texts"
 
 
 def possible_formats(config: SetupConfig) -> Sequence[Tuple[str, str]]:
@@ -65,18 +68,11 @@ def possible_formats(config: SetupConfig) -> Sequence[Tuple[str, str]]:
 def compared_formats(
     loaded: LoadedConfig, progress: Progress, samples_file: Optional[Path] = None
 ) -> Iterator[ComparedFormat]:
-    """Yield each save mode and dtype, once it is built and measured; raises TraceserveError for an invalid checkpoint.
-
-    Tasks that write text are refused: their figures depend on what is written.
-    """
+    """Yield each save mode and dtype, once it is built and measured; raises TraceserveError for an invalid checkpoint."""
     config = loaded.config
     progress("fetching the checkpoint", 0, 0)
     config = choosing.settled(config.model_copy(update={"task": sources.fetch_checkpoint(config, loaded.folder).task}))
     task = TASKS[config.task]
-    if task.loop:
-        raise ConfigError(
-            f"--compare measures tasks that are run once, not {config.task}; use `traceserve bench` for it"
-        )
     own = samples.read_samples(samples_file, task) if samples_file else []
     shared = Shared()
     for save_mode, dtype in possible_formats(config):
@@ -92,10 +88,17 @@ def compared_formats(
                 yield ComparedFormat(save_mode, dtype, error.message)
                 continue
             progress(f"measuring {save_mode} in {dtype}", 0, 0)
-            asked = own or load_task(folder, made.manifest).from_texts(sentences(_MOST))
-            found = made.findings
-            changed = (found.own_changed, found.own_answers) if own else (len(found.changed), found.answers)
-            yield ComparedFormat(save_mode, dtype, "", size_of(folder), *changed, _measured(folder, asked))
+            asked = own or load_task(folder, made.manifest).from_texts(sentences(_MOST_WRITTEN if task.loop else _MOST))
+            changed, counted = _changed(made.findings, bool(own), bool(task.loop))
+            yield ComparedFormat(save_mode, dtype, "", size_of(folder), *changed, _measured(folder, asked), counted)
+
+
+def _changed(found: Findings, own: bool, writes: bool) -> Tuple[Tuple[int, int], str]:
+    """Return how many answers changed and of how many, the user's if there are some; or what the gate counts of texts."""
+    if found.judged is not None:
+        return (found.judged.changed, found.judged.tokens), "tokens"
+    counts = (found.own_changed, found.own_answers) if own else (len(found.changed), found.answers)
+    return counts, "texts" if writes else "answers"
 
 
 def _measured(folder: Path, requests: Sequence[Request]) -> EngineFigures:
@@ -107,4 +110,4 @@ def _measured(folder: Path, requests: Sequence[Request]) -> EngineFigures:
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise ExportError(f"measuring {folder.name} failed: {first_line(RuntimeError(result.stderr))}")
-    return EngineFigures(**json.loads(result.stdout.strip().splitlines()[-1]))
+    return EngineFigures.from_json(json.loads(result.stdout.strip().splitlines()[-1]))
