@@ -107,7 +107,7 @@ def test_texts_are_written_and_measured(
     monkeypatch.setattr(formats_compared, "possible_formats", lambda config: tried)
     shown: List[ComparedFormat] = []
     monkeypatch.setattr(compare, "_print_rows", lambda rows, show=compare._print_rows: (shown.extend(rows), show(rows)))
-    configured(tmp_path, {"model_name": str(checkpoint(architecture, f"AutoModelFor{auto_model}")), "max_length": 64})
+    configured(tmp_path, {"model_name": str(checkpoint(architecture, f"AutoModelFor{auto_model}")), "max_length": 128})
     assert cli.main(["build", "--compare"]) == 0
     exact, lower = shown
     assert (exact.changed, exact.answers, exact.counted) == (0, 5, "texts")
