@@ -32,7 +32,7 @@ from traceserve.building.gate.reference import Reference
 _BEST = 16  # of the original's tokens at a position: a choice that is not among them is no near tie
 
 
-class Written(NamedTuple):
+class OwnText(NamedTuple):
     """A sample, its row, and the tokens that the archive wrote by itself."""
 
     number: int
@@ -80,7 +80,7 @@ class Along:
         return len(tokens) == len(self._given) == len(self.choices)
 
 
-def compare_along(engine: Engine, reference: Reference, written: Sequence[Written], findings: Findings) -> None:
+def compare_along(engine: Engine, reference: Reference, written: Sequence[OwnText], findings: Findings) -> None:
     """Let the archive read the original's text of each sample, and record how its choices differ."""
     task = engine.task
     assert isinstance(task, Generating)

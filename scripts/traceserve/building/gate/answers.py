@@ -15,7 +15,7 @@ from traceserve_runtime.texts.rows import Encoded, Row, Segments
 
 from traceserve.building.checkpoints import languages
 from traceserve.building.checkpoints.original import Original
-from traceserve.building.gate.along import Written, compare_along
+from traceserve.building.gate.along import OwnText, compare_along
 from traceserve.building.gate.findings import Findings
 from traceserve.building.gate.reference import Reference, Wanted, run_original, tokens_of
 from traceserve.building.progress import Progress
@@ -39,7 +39,7 @@ def compare_answers(
     attempts fail. Texts in a lower precision are judged along the original's, see `along`.
     """
     encoded = engine.task.encode(samples)
-    along: Optional[List[Written]] = [] if engine.task.loop and findings.limit.changed else None
+    along: Optional[List[OwnText]] = [] if engine.task.loop and findings.limit.changed else None
     if not engine.task.loop:
         reference.prepare(
             _wanted(engine, samples, encoded), engine.manifest.outputs, partial(progress, "running the original")
@@ -57,7 +57,7 @@ def compare_answers(
                 if along is not None and isinstance(answer, TraceserveError):
                     findings.astray += [i] if i in findings.changed else []  # the original refuses it too, otherwise
                 elif along is not None:
-                    along.append(Written(i, samples[i], item.rows[0], tokens, is_own))
+                    along.append(OwnText(i, samples[i], item.rows[0], tokens, is_own))
         done += part.stop - part.start
         if 1 <= most < findings.own_changed:
             findings.stopped = True
