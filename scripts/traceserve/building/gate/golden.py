@@ -22,7 +22,7 @@ from traceserve_runtime.texts.rows import Encoded
 from traceserve.building.gate.answers import expected_answer
 from traceserve.building.gate.drift import score_difference
 from traceserve.building.gate.findings import LIMITS, NEAR_TIE
-from traceserve.building.gate.reference import Reference
+from traceserve.building.gate.reference import Reference, tokens_of
 from traceserve.building.gate.verification import built_in_samples
 
 GOLDEN_FILE = "golden.json"
@@ -97,7 +97,9 @@ def with_golden_set(
     of its requests in this process (None if the artifact does not run here)."""
     task = load_task(folder, manifest)
     along = bool(task.loop and LIMITS[manifest.dtype].changed)
-    samples = _within_limits(task, _answered(task, reference, own), MOST if along and runs_here else MOST_WRITTEN)
+    samples = _within_limits(
+        task, _answered(task, reference, own), 2 * MOST_WRITTEN if along and runs_here else MOST_WRITTEN
+    )
     golden, p50 = GoldenSet(tuple(samples)), None
     if runs_here and samples:
         golden, p50 = _with_own_texts(folder, task, samples, reference) if along else _compared(folder, task, samples)
@@ -174,10 +176,10 @@ def _with_own_texts(
     found: List[Tuple[int, GoldenSample]] = []
     seconds: List[float] = []
     for sample in samples:
-        request = Request(sample.inputs, sample.parameters)
-        length = _clear_length(engine, request)
+        whole = Request(sample.inputs, sample.parameters)
+        length = _clear_length(engine, whole)
         request = Request(sample.inputs, {**sample.parameters, "max_new_tokens": length})
-        if length < _SHORTEST or _clear_length(engine, request) < length:
+        if length < _SHORTEST or not _read_alike(task, whole, request):
             continue
         started = time.perf_counter()
         [answer] = engine.answer([request])
@@ -191,6 +193,12 @@ def _with_own_texts(
     longest = sorted((each for each in found if not each[1].own), key=lambda each: -each[0])[:MOST_WRITTEN]
     kept = [sample for _, sample in found if sample.own] + [sample for _, sample in longest]
     return GoldenSet(tuple(kept), 0.0), 1000 * statistics.median(seconds) if seconds else None
+
+
+def _read_alike(task: Task, one: Request, other: Request) -> bool:
+    """Return whether the model reads the same for both: a long prompt is cut by how much is to be written."""
+    rows = [[tokens_of(row) for row in item.rows] for item in task.encode([one, other]) if isinstance(item, Encoded)]
+    return len(rows) == 2 and rows[0] == rows[1]
 
 
 def _clear_length(engine: Engine, request: Request) -> int:
