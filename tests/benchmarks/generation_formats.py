@@ -16,15 +16,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Dict, List, Tuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import models
 import pytest
 import tables
-import torch
-import transformers
+import text_models
 from conftest import run_export
 from traceserve.building.attempt import size_of
 from traceserve.building.export import Shared
@@ -39,16 +37,6 @@ from traceserve_runtime.settings import Settings
 from traceserve_runtime.tasks.contract import Request
 
 PROMPT = "Once upon a time there was a little boat that nobody wanted to sail. It lay in the harbour all winter."
-SMOLLM2: Dict[str, Any] = {
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "intermediate_size": 1536,
-    "max_position_embeddings": 2048,
-    "tie_word_embeddings": True,
-}
 WAYS = "torchscript:float32,torchscript:bfloat16,openvino:float32,openvino:bfloat16,openvino:int8"
 
 Way = Tuple[str, str]
@@ -58,7 +46,7 @@ def main() -> None:
     options = parse()
     seconds: Dict[str, Dict[str, List[float]]] = {}
     with tempfile.TemporaryDirectory(prefix="generation-") as name:
-        source = options.model or random_llama(Path(name, "llama"))
+        source = options.model or text_models.random_llama(Path(name, "llama"))
         shared = Shared()
         folders = {way: built(Path(name, "-".join(way)), source, way, shared) for way in options.ways}
         shared.reference = None
@@ -98,17 +86,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=128, help="per row [%(default)s]")
     parser.add_argument("--threads", type=int, default=processor.cores(), help="of every way [%(default)s]")
     return parser.parse_args()
-
-
-def random_llama(folder: Path) -> Path:
-    """Make a checkpoint with transformers' initial weights, which are as large as trained ones."""
-    tokenizer = models.make_tokenizer("gpt")
-    torch.manual_seed(0)
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMOLLM2, **ids))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def built(folder: Path, source: Path, way: Way, shared: Shared) -> Path:

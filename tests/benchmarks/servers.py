@@ -119,7 +119,7 @@ def litserve(python: Path, model: Path, max_length: int = 128, max_batch_size: i
         command = [str(python), str(Path(__file__).with_name("litserve_pipeline.py")), "--model", str(model.resolve())]
         command += ["--port", str(port), "--max-length", str(max_length), "--max-batch-size", str(max_batch_size)]
         url = f"http://127.0.0.1:{port}/predict"
-        with _process([*command, "--workers-file", str(workers_file)], url, text_field, Path(name)) as (pid, seconds):
+        with process([*command, "--workers-file", str(workers_file)], url, text_field, Path(name)) as (pid, seconds):
             workers = [int(line) for line in workers_file.read_text().split()]
             yield Server(url, text_field, "application/json", seconds, workers, _others(pid, workers))
 
@@ -139,7 +139,7 @@ def infinity(python: Path, model: Path, kind: str = "classification", max_length
         command += ["--log-level", "warning"]
         path = {"classification": "classify", "embeddings": "embeddings"}[kind]
         url = f"http://127.0.0.1:{port}/{path}"
-        with _process(command, url, body, Path(name)) as (pid, seconds):
+        with process(command, url, body, Path(name)) as (pid, seconds):
             yield Server(url, body, "application/json", seconds, [pid], _others(pid, [pid]))
 
 
@@ -169,23 +169,23 @@ def _run(command: Sequence[str], **settings: Any) -> None:
 
 
 @contextlib.contextmanager
-def _process(command: Sequence[str], url: str, body: Body, folder: Path) -> Iterator[Any]:
+def process(command: Sequence[str], url: str, body: Body, folder: Path, timeout: float = 180) -> Iterator[Any]:
     """Run a server in the foreground; return its process id and the seconds to its first answer."""
     log = folder / "log.txt"
     environment = {**os.environ, "DO_NOT_TRACK": "1"}  # otherwise infinity reports its use
     started = time.monotonic()
     with log.open("wb") as stream:
-        process = psutil.Popen(command, stdout=stream, stderr=stream, cwd=folder, env=environment)
+        running = psutil.Popen(command, stdout=stream, stderr=stream, cwd=folder, env=environment)
 
     def check() -> None:
-        if process.poll() is not None:
+        if running.poll() is not None:
             raise RuntimeError(f"{' '.join(command)} ended: {log.read_text(errors='replace')[-3000:]}")
 
     try:
-        _first_answer(url, body(SENTENCE), "application/json", check)
-        yield process.pid, time.monotonic() - started
+        _first_answer(url, body(SENTENCE), "application/json", check, timeout)
+        yield running.pid, time.monotonic() - started
     finally:
-        _end(process.pid)
+        _end(running.pid)
 
 
 def _end(pid: int) -> None:
