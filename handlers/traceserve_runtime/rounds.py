@@ -68,12 +68,15 @@ class _Known:
 class Rounds:
     """A session of a service that goes on in rounds.
 
-    The session's turns are in a thread of their own, which goes on while the host writes answers, reads, and passes the calls
-    again. A round waits for the first answer there. All methods are called in one thread, the host's.
+    Where rows run once, the turns are in a thread of their own, which goes on while the host writes answers, reads, and passes
+    the calls again; a round waits for the first answer there. A loop that writes texts is in Python for much of a step, and
+    would only take turns with the host: its turns are in the rounds. All methods are called in one thread, the host's.
     """
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, ahead: Optional[bool] = None) -> None:
+        """`ahead`: whether turns are in a thread; by default as above."""
         self._service = service
+        self._ahead = not service.engine.task.loop if ahead is None else ahead
         self._thread = ThreadPoolExecutor(1, "traceserve")
         self._counted: Dict[str, float] = {}
         self._begin()
@@ -82,6 +85,7 @@ class Rounds:
         self._computing = Stats()
         self._session = self._service.session(self._computing)
         self._known: Dict[str, _Known] = {}
+        self._live: List[_Known] = []  # joined, and without a reply
         self._turns: Optional[Future[None]] = None
         # The lock of all that follows, and of what `_Known` keeps; the end of each turn is told.
         self._changed = threading.Condition()
@@ -104,17 +108,23 @@ class Rounds:
         with self._changed:
             self._leaving += gone
             self._joining += [known for known in new.values() if not known.call.headers.ended]
-            if (self._leaving or self._joining) and not self._active:
+            if self._ahead and not self._active and (self._leaving or self._joining):
                 self._active = True
                 self._turns = self._thread.submit(self._take_turns)
             self._changed.notify_all()
-            while not any(known.reply for known in self._known.values()) and time.perf_counter() < until:
-                # A call that the host has ended gets no answer, and is passed again.
+        if not self._ahead:
+            self._take_turns(until)
+        with self._changed:
+            # A call that the host has ended gets no answer, and is passed again.
+            while not self._some_answered() and time.perf_counter() < until:
                 self._changed.wait(until - time.perf_counter())
             parts = [self._known[each].part() for each in ids]
         self._raise_what_ended_it()
         self._known = {each: known for each, known in self._known.items() if known.reply is None}
         return parts
+
+    def _some_answered(self) -> bool:
+        return any(known.reply for known in self._known.values())
 
     def _raise_what_ended_it(self) -> None:
         """Raise the error of the thread, if any, and begin again without the calls: the host fails all that it passed."""
@@ -123,29 +133,34 @@ class Rounds:
             self._begin()
             raise error
 
-    def _take_turns(self) -> None:
-        """Answer all calls, and those that join, in the thread."""
+    def _take_turns(self, until: Optional[float] = None) -> None:
+        """Answer all calls, and those that join; or go on until then, or the first answer."""
+        while self._turn():
+            if until is not None and (self._some_answered() or time.perf_counter() >= until):
+                return
+
+    def _turn(self) -> bool:
+        """Go one step further with all calls; return whether there were any."""
         session = self._session
-        calls: List[_Known] = []
-        while True:
-            with self._changed:
-                leaving, self._leaving = self._leaving, []
-                joining, self._joining = [known for known in self._joining if known not in leaving], []
-                if not (joining or leaving or session.busy):
-                    self._active = False
-                    return
-            self._leave(leaving)
-            self._join(joining)
-            calls = [known for known in [*calls, *joining] if known not in leaving]
-            session.turn()
-            with self._changed:
-                self._stats.add(self._computing.taken())
-                for known in calls:
-                    known.reply = known.exchange.reply if known.exchange else None
-                calls = [known for known in calls if known.reply is None]
-                self._changed.notify_all()
-                if session.rest and not self._joining:
-                    self._changed.wait(min(session.rest, _SECONDS))
+        with self._changed:
+            leaving, self._leaving = self._leaving, []
+            joining, self._joining = [known for known in self._joining if known not in leaving], []
+            if not (joining or leaving or session.busy):
+                self._active = False
+                return False
+        self._leave(leaving)
+        self._join(joining)
+        self._live = [known for known in [*self._live, *joining] if known not in leaving]
+        session.turn()
+        with self._changed:
+            self._stats.add(self._computing.taken())
+            for known in self._live:
+                known.reply = known.exchange.reply if known.exchange else None
+            self._live = [known for known in self._live if known.reply is None]
+            self._changed.notify_all()
+            if session.rest and not self._joining:
+                self._changed.wait(min(session.rest, _SECONDS))
+        return True
 
     def _leave(self, leaving: Sequence[_Known]) -> None:
         for known in leaving:
