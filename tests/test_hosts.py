@@ -786,6 +786,24 @@ def test_several_archives_have_a_router() -> None:
         ray_config.applications([])
 
 
+def test_a_new_version_on_ray_is_beside_the_old_one_and_then_in_its_place() -> None:
+    """As data: one replica at its own path; then the name's application with its arguments, and a router that knows it."""
+    hosted = [ray_config.Hosted("/old", "colours", "1.0"), ray_config.Hosted("/c", "vectors")]
+    running = ray_config.applications(hosted)
+    replicas = dataclasses.asdict(ray_config.Replicas(least=3, most=4, cpus=2, surge=50))
+    new = {**running[0]["args"], "archive": "/new", "version": "2.0", "replicas": replicas}  # type: ignore[dict-item]
+    beside = ray_config.beside(new, 1)
+    assert (beside["name"], beside["route_prefix"]) == ("colours-2.0", "/predictions/colours/2.0")
+    assert beside["args"] == {**new, "replicas": {**replicas, "least": 1, "most": 1, "cpus": 1}}
+    application, router = ray_config.replacing(running, new)
+    assert application == {**running[0], "args": new}
+    assert router["name"] == ray_config.ROUTER and router["args"]["models"] == {
+        "colours": {"2.0": {"application": "colours", "share": 1.0}},
+        "vectors": {"1.0": {"application": "vectors", "share": 1.0}},
+    }
+    assert ray_config.replacing(ray_config.applications(hosted[:1]), new)[0]["route_prefix"] == "/"
+
+
 # Archives from anywhere
 
 

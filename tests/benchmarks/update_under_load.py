@@ -1,6 +1,6 @@
 """`traceserve update` under load: requests that fail, or are answered wrongly, while two archives take each other's place.
 
-    python tests/benchmarks/update_under_load.py OLD.mar NEW.mar --samples texts.txt [--workers 2] [--without-drain]
+    python tests/benchmarks/update_under_load.py OLD.mar NEW.mar --samples texts.txt [--engine ray] [--without-drain]
 
 In each round the second archive takes the first one's place, and the first one its again. Both give the same answers; an
 answer that differs from the first one to the same request is an error. `--without-drain` shows what the drain is for.
@@ -20,7 +20,7 @@ from traceserve.measuring.answers import Consistency
 from traceserve.measuring.load_generator import Endpoint, Result, send_load
 from traceserve.rollout import draining
 from traceserve.rollout.updating import UpdateOptions, update_server
-from traceserve.serving import configuration, instances, server
+from traceserve.serving import configuration, engines, instances, server
 
 _SPAN = 2.0  # seconds; the load is sent in spans, so that it ends soon after the updates
 
@@ -32,14 +32,15 @@ def main(arguments: Optional[List[str]] = None) -> None:
     parser.add_argument("--workers", type=int)
     parser.add_argument("--connections", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--without-drain", action="store_true")
+    parser.add_argument("--without-drain", action="store_true", help="TorchServe alone")
+    parser.add_argument("--engine", default=engines.TORCHSERVE, choices=engines.NAMES)
     options = parser.parse_args(arguments)
     bodies = [json.dumps({"text": text}).encode() for _, text in samples.lines(options.samples)]
     if options.without_drain:
         draining.drain = lambda *arguments: 0
     port = configuration.free_ports(1)[0]
     name = options.archives[0].stem
-    instance = server.start([options.archives[0]], port=port, workers=options.workers)
+    instance = server.start([options.archives[0]], port=port, workers=options.workers, engine=options.engine)
     try:
         for number in range(1, options.rounds + 1):
             results: List[Result] = []

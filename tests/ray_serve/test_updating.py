@@ -107,7 +107,8 @@ def test_live_requests_are_asked_of_both(
 ) -> None:
     """A version whose answers to them differ is refused, and nothing of the texts stays in the server's folders."""
     instance, before = instances.find_instance(port), the_only_version(port)
-    options = ["--json", "--shadow", "1", "--shadow-seconds", "4", "--allow-changes", "50"]
+    allowed = 33  # all of the golden set's, so that one live request is one too many
+    options = ["--json", "--shadow", "1", "--shadow-seconds", "4", "--allow-changes", str(allowed)]
     with Load(Cluster(instance), expected, LONGEST) as load:
         capsys.readouterr()
         assert cli.main(["update", str(swapped), *options]) == 1
@@ -136,6 +137,15 @@ def test_what_cannot_run_is_taken_back(archives: List[Path], port: int, tmp_path
     with pytest.raises(ServerError, match=f"broken on purpose.*; intents {version} answers as before"):
         update_server(broken, port, UpdateOptions())
     assert the_only_version(port) == version and Cluster(instances.find_instance(port)).replicas() == replicas
+
+
+def test_more_workers_than_find_room_are_refused(archives: List[Path], port: int) -> None:
+    version = the_only_version(port)
+    with pytest.raises(
+        ServerError, match=rf"50 workers of intents need 50 cores .*; intents {version} answers as before"
+    ):
+        update_server(another(archives, version), port, UpdateOptions(workers=50))
+    assert the_only_version(port) == version
 
 
 def test_what_fails_after_the_switch_is_rolled_back(

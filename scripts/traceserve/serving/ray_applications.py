@@ -8,13 +8,15 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, Mapping
 
+import psutil
+
 from traceserve.errors import ServerError
 from traceserve.machine.private_files import write_private
 from traceserve.serving.instances import Instance
 
 _FILE = "serve.json"  # below a server's run/: all of its applications
 _CHANGE = "change.json"  # the latest change
-_PORT = "--port="  # of `ray start`: the cluster's own
+_PORT, _CORES = "--port=", "--num-cpus="  # of `ray start`: the cluster's own
 
 
 def run_applications(
@@ -27,13 +29,16 @@ def run_applications(
 
 def change_applications(instance: Instance, config: Mapping[str, Any], timeout: float, what: str) -> None:
     """Run and remove applications of a running cluster, and leave the others; raises ServerError."""
-    process = instance.process
-    if process is None:
-        raise ServerError(f"the server on port {instance.port} has ended; `traceserve status` says why")
-    [port] = [part[len(_PORT) :] for part in process.cmdline() if part.startswith(_PORT)]
+    process = _process(instance)
+    port = _started_with(process, _PORT)
     file = Path(instance.folder, "run", _CHANGE)
     write_private(file, json.dumps({**config, "http": applications_of(instance)["http"], "others": "stay"}, indent=2))
     _run(file, f"127.0.0.1:{port}", process.environ(), timeout, what)
+
+
+def cores_of_cluster(instance: Instance) -> int:
+    """Return for how many cores a cluster was started: no more are given to replicas, whatever the machine has."""
+    return int(_started_with(_process(instance), _CORES))
 
 
 def applications_of(instance: Instance) -> Dict[str, Any]:
@@ -45,6 +50,19 @@ def applications_of(instance: Instance) -> Dict[str, Any]:
 def remember_applications(folder: Path, config: Mapping[str, Any]) -> None:
     """Write down the configuration of all applications of the server in this folder."""
     write_private(folder / "run" / _FILE, json.dumps(config, indent=2))
+
+
+def _process(instance: Instance) -> psutil.Process:
+    process = instance.process
+    if process is None:
+        raise ServerError(f"the server on port {instance.port} has ended; `traceserve status` says why")
+    return process
+
+
+def _started_with(process: psutil.Process, option: str) -> str:
+    """Return the value of an option of `ray start`, which the cluster's first process runs."""
+    [value] = [part[len(option) :] for part in process.cmdline() if part.startswith(option)]
+    return value
 
 
 def _run(file: Path, address: str, variables: Mapping[str, str], timeout: float, what: str) -> None:

@@ -94,6 +94,7 @@ def start_beside(instance: Instance, archive: Archive, folder: str, timeout: flo
         # One more than there are fits: this replica ends before the first of those that replace the running ones starts.
         "replicas": {**running["replicas"], "least": archive.workers, "most": most, "cpus": cores, "surge": 20},
     }
+    _check_room(instance, new)
     known = _known(instance, name)
     _remember(instance, name, replace(known, versions={**known.versions, version: new}))
     deadline = time.monotonic() + timeout
@@ -108,6 +109,19 @@ def start_beside(instance: Instance, archive: Archive, folder: str, timeout: flo
             if time.monotonic() > deadline:
                 raise
         time.sleep(_POLL)
+
+
+def _check_room(instance: Instance, new: _Archive) -> None:
+    """Raise ServerError for more replicas than would find cores: they would be waited for in vain."""
+    running = [each["args"] for each in ray_applications.applications_of(instance)["applications"]]
+    wanted = [new, *(each for each in running if "replicas" in each and each["name"] != new["name"])]
+    needed = sum(each["replicas"]["least"] * each["replicas"]["cpus"] for each in wanted)
+    room = ray_applications.cores_of_cluster(instance)
+    if needed > room:
+        raise ServerError(
+            f"{new['replicas']['least']} workers of {new['name']} need {needed:g} cores with all else that is served, and the "
+            f"server was started with room for {room}; give fewer --workers, or start it again with more"
+        )
 
 
 def path_of_running(name: str, version: str) -> str:
