@@ -183,6 +183,20 @@ def test_an_interrupt_takes_it_back(archives: List[Path], port: int) -> None:
     assert the_only_version(port) == version
 
 
+def test_what_a_killed_update_left_is_in_nobodys_way(archives: List[Path], swapped: Path, port: int) -> None:
+    """There is room for one replica more, and the next update needs it for another version."""
+    version = the_only_version(port)
+    command = [sys.executable, "-m", "traceserve", "update", str(swapped), "--allow-changes", "99", "--port", str(port)]
+    updating_it = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert updating_it.stdout is not None and updating_it.stdout.readline().startswith("registered")
+    updating_it.kill()
+    updating_it.communicate(timeout=60)
+    assert set(on_ray.versions_of(instances.find_instance(port), NAME)) == {version, "3.0"}
+    other = another(archives, version)
+    assert update_server(other, port, UpdateOptions(timeout=120)).kept == {}
+    assert the_only_version(port) == ("1.0" if version != "1.0" else "2.0")
+
+
 @contextlib.contextmanager
 def naming(port: int, version: str) -> Iterator[Counter[int]]:
     """A client that names a version in its path all the time; the statuses of its answers."""

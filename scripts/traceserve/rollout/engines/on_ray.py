@@ -55,8 +55,14 @@ def check_update(archive: Archive, running: Registered, timeout: float) -> None:
 
 
 def begin_update(instance: Instance, name: str) -> None:
-    """Note how many requests have named each version until now."""
+    """Note how many requests have named each version until now, and end what an update that was killed has left: there is
+    no room for it beside another one."""
     known, counted = _known(instance, name), _naming(instance, name)
+    staying = {*known.staying, running_version(instance, name).version}
+    left = [_beside(name, version) for version in known.versions if version not in staying]
+    if left:
+        change: Dict[str, Any] = {"applications": [], "removed": left}
+        ray_applications.change_applications(instance, change, _SECONDS_TO_REMOVE, name)
     before = {each: counted.get(each, 0) for each in known.versions}
     _remember(instance, name, replace(known, named_before=before, staying=dict.fromkeys(known.staying, 0)))
 
