@@ -123,7 +123,7 @@ def built(model: Path, folder: Path, options: argparse.Namespace) -> Path:
 @contextlib.contextmanager
 def torchserve(archive: Path) -> Iterator[Way]:
     with servers.ours(archive, workers=1) as server:
-        yield Way(f"{server.url}/v1/completions", archive.stem, {})
+        yield Way(f"{server.url}/1.0/v1/completions", archive.stem, {})
 
 
 @contextlib.contextmanager
@@ -193,8 +193,7 @@ def ask(way: Way, until: float, chosen: random.Random) -> List[Asked]:
         streamed = bool(len(asked) % 2)
         sent = body(way, chosen.choice(PROMPTS), tokens, streamed)
         began = time.perf_counter()
-        connection.request("POST", url.path, sent, {"Content-Type": "application/json"})
-        response = connection.getresponse()
+        response = answered(connection, url.path, sent)
         first = response.read1(1)
         first_at = time.perf_counter()
         rest = first + response.read()
@@ -207,6 +206,19 @@ def ask(way: Way, until: float, chosen: random.Random) -> List[Asked]:
         asked.append(Asked(tokens, streamed, first_at - began, time.perf_counter() - began))
     connection.close()
     return asked
+
+
+def answered(connection: http.client.HTTPConnection, path: str, sent: bytes) -> http.client.HTTPResponse:
+    """Return a response; a server may have closed the connection after the last one, as llama.cpp's does after some."""
+    for again in (False, True):
+        connection.request("POST", path, sent, {"Content-Type": "application/json"})
+        try:
+            return connection.getresponse()
+        except http.client.RemoteDisconnected:
+            connection.close()
+            if again:
+                raise
+    raise AssertionError
 
 
 def rows(found: Mapping[str, List[Dict[str, float]]]) -> List[tables.Row]:
