@@ -276,7 +276,7 @@ def test_calls_that_join_later_have_limits_of_their_own(engine: Engine) -> None:
 
 @pytest.mark.usefixtures("rows_one_by_one")
 def test_rounds_answer_a_short_call_before_a_long_one(engine: Engine) -> None:
-    going = Rounds(Service(engine, "turns"), ahead=False)
+    going = Rounds(Service(engine, "turns"))
     bodies: Dict[str, Any] = {"long": {"text": LONG}, "short": {"text": "Yes."}, "gone": ["Yes."] * 50}
     expected = {
         name: json.loads(Service(engine, "turns").answer([call(body)])[0].body) for name, body in bodies.items()
@@ -296,67 +296,6 @@ def test_rounds_answer_a_short_call_before_a_long_one(engine: Engine) -> None:
     assert [name for name, _ in found] == ["short", "long"]
     assert all(answer == rounded(expected[name], 1e-5) for name, answer in found)
     assert going._stats.rows - rows < 50  # that of the one who went were not run
-
-
-def test_the_thread_goes_on_between_two_rounds(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rounds, "_SECONDS", 0.0)
-    going = Rounds(Service(engine, "turns"))
-    parts = going.go_on(["long"], lambda _: call({"text": LONG}))
-    until = time.monotonic() + 30
-    while going._active and time.monotonic() < until:
-        time.sleep(0.001)
-    if parts == [None]:  # as a rule: it has many rows, and the round no time
-        parts = going.go_on(["long"], lambda _: call({"text": LONG}))
-    assert parts[0] is not None and parts[0].reply.status == 200
-    assert not going.busy
-
-
-def test_rounds_ahead_answer_each_call_as_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever joins when; some clients leave, and some send what is refused."""
-    monkeypatch.setattr(service, "TURN_SECONDS", 0.001)
-    monkeypatch.setattr(rounds, "_SECONDS", 0.002)
-    chosen = random.Random(5)
-    texts = ["Yes.", "No, thank you very much.", "zzz " * 20, LONG]
-    bodies: List[Any] = [*({"text": text} for text in texts), ["Yes."] * 20, {"text": 1}]
-    expected = [json.loads(Service(engine, "turns").answer([call(body)])[0].body) for body in bodies]
-    for _ in range(5):
-        found = asked_in_rounds(Rounds(Service(engine, "turns")), bodies, chosen)
-        assert len(found) > 20
-        for kind, answer in found:
-            assert answer == rounded(expected[kind], 1e-5)
-
-
-def asked_in_rounds(going: Rounds, bodies: Sequence[Any], chosen: random.Random) -> List[Tuple[int, Any]]:
-    """Send 40 calls, and let some leave; return the others' answers with the numbers of their bodies."""
-    kinds: Dict[str, int] = {}
-    waiting: List[str] = []
-    found: List[Tuple[int, Any]] = []
-    while len(kinds) < 40 or waiting:
-        new = [f"{len(kinds) + i}" for i in range(min(chosen.randrange(4), 40 - len(kinds)))]
-        kinds.update({each: chosen.randrange(len(bodies)) for each in new})
-        waiting += new
-        if waiting and not chosen.randrange(8):
-            waiting.remove(chosen.choice(waiting))
-        asked = [bodies[kinds[each]] for each in waiting]
-        parts = going.go_on(waiting, lambda i, asked=asked: call(asked[i]))  # type: ignore[misc]
-        found += [(kinds[each], json.loads(part.reply.body)) for each, part in zip(waiting, parts) if part is not None]
-        waiting = [each for each, part in zip(waiting, parts) if part is None]
-    assert not going.busy
-    return found
-
-
-def test_an_error_in_the_thread_fails_the_calls_of_then_and_no_later_ones(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    going = Rounds(Service(engine, "turns"))
-    with monkeypatch.context() as patch:
-        patch.setattr(service.Session, "turn", lambda _: [][0])
-        with pytest.raises(IndexError):
-            going.go_on(["one", "two"], lambda _: call({"text": "Yes."}))
-    parts: List[Any] = [None]
-    while parts == [None]:
-        parts = going.go_on(["three"], lambda _: call({"text": "Yes."}))
-    assert parts[0].reply.status == 200
 
 
 class Round:
@@ -384,7 +323,6 @@ def test_nobody_waits_only_after_the_last_answer(engine: Engine) -> None:
     """A message that says so lets the worker measure runs and give back memory, which clients must not wait for."""
     handler, told = TransformerHandler(), []
     handler.engine = engine
-    handler._rounds = Rounds(Service(engine, "turns"), ahead=False)
     handler._reader = SimpleNamespace(answered=lambda: told.append(handler._rounds))  # type: ignore[assignment]
     rows = {"long": {"body": {"text": LONG}}, "short": {"body": {"text": "Yes."}}}
     waiting, answered = ["long", "short"], []

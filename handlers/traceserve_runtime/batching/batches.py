@@ -40,9 +40,6 @@ class Stats:
     def add(self, *lanes: Stats) -> None:
         """Add counters of parallel lanes: the time is the slowest one's."""
         for lane in lanes:
-            self.requests += lane.requests
-            for name, count in lane.errors.items():
-                self.errors[name] = self.errors.get(name, 0) + count
             self.rows += lane.rows
             self.tokens += lane.tokens
             self.padded_tokens += lane.padded_tokens
