@@ -88,8 +88,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--without-uvicorn", action="store_true")
     parser.add_argument("--clients", type=int, default=16, help="[%(default)s]")
     parser.add_argument("--seconds", type=float, default=20.0, help="of asking each, per round [%(default)s]")
-    parser.add_argument("--threads", type=int, default=processor.cores(), help="of every model [%(default)s]")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.threads = processor.cores()  # as many as our servers take
+    return options
 
 
 def starters(options: argparse.Namespace, folder: Path) -> Dict[str, Start]:
@@ -182,7 +183,7 @@ def measured(way: Way, clients: int, seconds: float, seed: int) -> Dict[str, flo
         "first token p50, ms": 1000 * statistics.median(one.first for one in asked if one.streamed),
         f"p50 of {SHORT} tokens or fewer, ms": 1000
         * statistics.median(one.whole for one in asked if one.tokens <= SHORT),
-        "p99, ms": 1000 * statistics.quantiles([one.whole for one in asked], n=100)[98],
+        "p99, ms": 1000 * statistics.quantiles([one.whole for one in asked], n=100, method="inclusive")[98],
     }
 
 
