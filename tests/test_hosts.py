@@ -729,6 +729,16 @@ def test_the_router_says_what_there_is(path: str, body: Any, words: str, several
     assert answer.status == 404 and words in answer.json["error"]["message"]
 
 
+@pytest.mark.parametrize("path, status", [("/explanations/colours", 200), ("/explanations/colours/1.0", 404)])
+def test_a_replica_of_the_next_version_answers_where_none_is_named(
+    path: str, status: int, services: Dict[str, Service]
+) -> None:
+    """While replicas are replaced, the router only knows the version before."""
+    service = Service(services["sequence_classification"].engine, "colours", "2.0")
+    rolling = Several({"colours": {"1.0": 1}}, {("colours", "1.0"): Application(service, Batcher(service, 8, 0.0))})
+    assert run(rolling.ask(path, {"text": TEXT})).status == status
+
+
 def test_versions_share_the_requests_to_their_name(several: Several) -> None:
     async def ask() -> None:
         await asyncio.gather(*(several.ask("/predictions/colours", {"text": TEXT}) for _ in range(200)))

@@ -89,7 +89,10 @@ def test_a_server_of_another_machine_is_not_judged(processes: Any) -> None:
 def test_the_log_of_a_dead_server_is_kept_until_somebody_has_seen_it(
     processes: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """And of its run/ all but the TLS key."""
     instance = remembered(processes)
+    for name in ("tls.pem", "serve.json"):
+        Path(instance.folder, "run", name).write_text("private")
     kill(instance)
     assert instances.running() == [] and instance.log.is_file()
     assert cli.main(["predict", "tiny", "hello"]) == 1
@@ -101,6 +104,7 @@ def test_the_log_of_a_dead_server_is_kept_until_somebody_has_seen_it(
     assert "tiny on port 18000 died" in shown and "OutOfMemoryError: Java heap space" in shown
     assert str(instance.log) in shown
     assert instance.log.read_text() == LOG and not Path(instance.folder, "store").exists()
+    assert [path.name for path in Path(instance.folder, "run").iterdir()] == ["serve.json"]
     instances.sweep()
     assert not Path(instance.folder).exists() and instances.died() == []
 

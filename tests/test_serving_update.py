@@ -226,7 +226,7 @@ def test_a_version_that_may_still_answer_keeps_its_files(
 
     with monkeypatch.context() as patch:
         patch.setattr(updating._Update, "_promote", cut_off)
-        with pytest.raises(ServerError, match=f"cut off; nor could {new} be taken back: it may answer"):
+        with pytest.raises(ServerError, match=f"cut off; nor could {before} be restored: tiny is left to {new}"):
             update_server(archives / new / "tiny.mar", port, UpdateOptions(allowed_changes=99))
     assert management.default(instance, "tiny").version == new
     assert Manifest.read(Path(instance.folder, "store", f"tiny@{new}")).version == new  # compares all files

@@ -23,6 +23,7 @@ import ray
 from ray import serve
 
 _POLL = 0.2  # seconds
+_SECONDS_TO_END = 300.0  # more than twice what a replica may take to finish what it was asked
 _REASON = re.compile(r"^(?:\w+\.)*[A-Z]\w+: (.+)$", re.MULTILINE)  # the last line of a traceback
 
 
@@ -35,7 +36,8 @@ def deploy(address: str, config: Mapping[str, Any]) -> None:
     )
     removed, applications = config.get("removed", []), config["applications"]
     if config.get("others") == "stay" and not removed:
-        _check_gpus(applications)
+        running = serve.status().applications
+        _check_gpus([each for each in applications if each["name"] not in running])
     for name in removed:
         _delete(name)
     if applications:
@@ -47,15 +49,18 @@ def deploy(address: str, config: Mapping[str, Any]) -> None:
 
 
 def _delete(name: str) -> None:
-    """End an application, and return once its replicas have finished what they were asked."""
+    """End an application, and return once its replicas have finished what they were asked; raises RuntimeError."""
+    deadline = time.monotonic() + _SECONDS_TO_END
     with contextlib.suppress(TimeoutError):  # Ray waits for a minute
         serve.delete(name)
     while name in serve.status().applications:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"the application {name} did not end within {_SECONDS_TO_END:.0f} s")
         time.sleep(_POLL)
 
 
 def _check_gpus(applications: Sequence[Mapping[str, Any]]) -> None:
-    """Raise RuntimeError where an application's replica would wait for a GPU that the running ones have."""
+    """Raise RuntimeError where a new application's replica would wait for a GPU that the running ones have."""
     needed = max((each["args"]["replicas"]["gpus"] for each in applications), default=0.0)
     free = ray.available_resources().get("GPU", 0.0)
     if needed > free + 1e-6:

@@ -79,6 +79,7 @@ def router(args: Mapping[str, Any]) -> serve.Application:
     deployment = front.options(
         ray_actor_options={"num_cpus": 0},  # what it does is little, and must find a place beside the replicas
         max_ongoing_requests=args["options"]["queue"],
+        graceful_shutdown_timeout_s=_GRACE,
         max_surge_percent=100,  # the next one starts before this one ends, for which nobody else answers
         logging_config={"enable_access_log": False},
     )

@@ -89,8 +89,9 @@ class Router:
         if version and version not in self._shares[name]:
             known = ", ".join(self._shares[name])
             raise Refused(404, "ModelVersionNotFound", f"this version is not served; of {name} there are {known}")
-        chosen = version or self._chosen(name)
-        return name, chosen, f"/{door}/{name}/{chosen}/{rest}".rstrip("/")
+        # Without the version where a client gave none: while replicas are replaced, some already have the next one.
+        own = f"/{door}/{name}/{version}/{rest}" if version else f"/{door}/{name}"
+        return name, version or self._chosen(name), own.rstrip("/")
 
     def _named(self, path: str, body: bytes) -> str:
         """The model that a path or a body names."""

@@ -33,6 +33,7 @@ from traceserve.serving.plan import Archive, planned
 from traceserve.serving.update_lock import alone
 
 _HOWEVER_LONG = 24 * 3600.0  # seconds
+_SECONDS_TO_SWITCH_BACK = 600.0  # at least: nothing else lets clients have the old version again
 
 Report = Callable[[str], None]
 
@@ -141,17 +142,11 @@ class _Update:
             self._promote()
             named = self._drain(self._running.version)
         except TraceserveError as error:
-            how = f"{self._name} {self._running.version} answers as before"
-            if not self._take_back():
-                how = (
-                    f"nor could {self._version} be taken back: it may answer, and the next update looks again (`traceserve "
-                    "status` says whether the server runs)"
-                )
-            error.message = f"{error.message}; {how}"
+            error.message = f"{error.message}; {self._take_back()}"
             error.args = (error.message,)
             raise
         except BaseException:  # an interrupt
-            self._take_back()
+            self._report(self._take_back())
             raise
         kept = self._settle(named)
         return Updated(
@@ -300,15 +295,37 @@ class _Update:
         shutil.rmtree(Path(self._instance.folder, "store", folder), ignore_errors=True)
         self._report(f"removed {version}, which had answered all its requests")
 
-    def _take_back(self) -> bool:
-        """Give the requests back to the old version, and remove the new one; returns whether that was done.
+    def _take_back(self) -> str:
+        """Give the requests back to the old version, and remove the new one; returns what answers then, as the end of a
+        sentence.
 
         What may still answer keeps its files: a worker that is started again reads them.
         """
+        name, old, new = self._name, self._running.version, self._version
+        if self._promoted and not self._switch_back():
+            return (
+                f"nor could {old} be restored: {name} is left to {new}, which may answer or not (`traceserve status`). If it "
+                f"answers, `traceserve update` with the archive of {old}; else `traceserve stop --port {self._instance.port}` "
+                "and `traceserve serve` that archive"
+            )
+        if not self._remove_new():
+            return (
+                f"nor could {new} be removed: it may answer, and the next update looks again (`traceserve status` says "
+                "whether the server runs)"
+            )
+        return f"{name} {old} answers as before"
+
+    def _switch_back(self) -> bool:
+        """Give the requests back to the old version; returns whether that was done."""
+        back, timeout = False, max(self._options.timeout, _SECONDS_TO_SWITCH_BACK)
         with contextlib.suppress(ServerError):
-            if self._promoted:
-                self._engine.switch_to(self._instance, self._name, self._running.version, self._options.timeout)
-                self._engine.drain_version(self._instance, self._name, self._version, self._canary, _HOWEVER_LONG)
+            self._engine.switch_to(self._instance, self._name, self._running.version, timeout)
+            back = True
+            self._engine.drain_version(self._instance, self._name, self._version, self._canary, _HOWEVER_LONG)
+        return back
+
+    def _remove_new(self) -> bool:
+        """Remove the new version; returns whether that was done."""
         removed = not self._registered
         with contextlib.suppress(ServerError):
             if self._registered and self._version in self._engine.versions_of(self._instance, self._name):

@@ -43,6 +43,7 @@ _REPLICA = re.compile(r"ray::ServeReplica:([^:]+)")
 # Words of a JVM or operating system for a process's end.
 _REASON = re.compile(r"\b\w*(Error|Exception)\b|[Oo]ut of memory|Killed|SIG[A-Z]+|fatal|No space left")
 _READABLE = ("logs", "run")  # kept of a dead server
+CERTIFICATE_AND_KEY = "run/tls.pem"  # in a cluster's folder, for its HAProxy
 
 
 @dataclass(frozen=True)
@@ -343,10 +344,11 @@ def _remove(instance: Instance) -> None:
 
 
 def _keep_only(instance: Instance) -> None:
-    """Keep only a dead server's readable files: its archives and temporary files are large."""
+    """Keep only a dead server's readable files: its archives and temporary files are large, and its TLS key is secret."""
     for path in Path(instance.folder).iterdir():
         if path.is_dir() and path.name not in _READABLE:
             shutil.rmtree(path, ignore_errors=True)
+    Path(instance.folder, CERTIFICATE_AND_KEY).unlink(missing_ok=True)
 
 
 def _unspecified(host: str) -> bool:

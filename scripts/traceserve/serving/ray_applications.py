@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict, Mapping
+from typing import Any, Dict, Iterator, Mapping
 
 import psutil
 
 from traceserve.errors import ServerError
 from traceserve.machine.private_files import write_private
 from traceserve.serving.instances import Instance
+from traceserve.serving.update_lock import locks_held
 
 _FILE = "serve.json"  # below a server's run/: all of its applications
 _CHANGE = "change.json"  # the latest change
@@ -29,22 +31,24 @@ def run_applications(
 
 def change_applications(instance: Instance, config: Mapping[str, Any], timeout: float, what: str) -> None:
     """Run and remove applications of a running cluster, and leave the others; raises ServerError."""
-    process = _process(instance)
-    port = _started_with(process, _PORT)
+    with _process(instance) as process:
+        port, variables = _started_with(process, _PORT), process.environ()
     file = Path(instance.folder, "run", _CHANGE)
     write_private(file, json.dumps({**config, "http": applications_of(instance)["http"], "others": "stay"}, indent=2))
-    _run(file, f"127.0.0.1:{port}", process.environ(), timeout, what)
+    _run(file, f"127.0.0.1:{port}", variables, timeout, what)
 
 
 def cores_of_cluster(instance: Instance) -> int:
     """Return for how many cores a cluster was started: no more are given to replicas, whatever the machine has."""
-    return int(_started_with(_process(instance), _CORES))
+    with _process(instance) as process:
+        return int(_started_with(process, _CORES))
 
 
 def applications_of(instance: Instance) -> Dict[str, Any]:
     """Return the configuration of all applications, without versions that are beside them for an update."""
-    found: Dict[str, Any] = json.loads(Path(instance.folder, "run", _FILE).read_text(encoding="utf-8"))
-    return found
+    with _process(instance):
+        found: Dict[str, Any] = json.loads(Path(instance.folder, "run", _FILE).read_text(encoding="utf-8"))
+        return found
 
 
 def remember_applications(folder: Path, config: Mapping[str, Any]) -> None:
@@ -52,11 +56,16 @@ def remember_applications(folder: Path, config: Mapping[str, Any]) -> None:
     write_private(folder / "run" / _FILE, json.dumps(config, indent=2))
 
 
-def _process(instance: Instance) -> psutil.Process:
-    process = instance.process
-    if process is None:
-        raise ServerError(f"the server on port {instance.port} has ended; `traceserve status` says why")
-    return process
+@contextlib.contextmanager
+def _process(instance: Instance) -> Iterator[psutil.Process]:
+    """Yield a cluster's first process; raises ServerError if it has ended, or ends while it and its files are read."""
+    try:
+        process = instance.process
+        if process is None:
+            raise psutil.NoSuchProcess(instance.pid)
+        yield process
+    except (OSError, psutil.Error, ValueError):
+        raise ServerError(f"the server on port {instance.port} has ended; `traceserve status` says why") from None
 
 
 def _started_with(process: psutil.Process, option: str) -> str:
@@ -69,7 +78,13 @@ def _run(file: Path, address: str, variables: Mapping[str, str], timeout: float,
     command = [sys.executable, "-m", "traceserve_hosts.ray_cluster", address, str(file)]
     try:
         result = subprocess.run(
-            command, cwd=file.parent, env=dict(variables), capture_output=True, text=True, timeout=timeout
+            command,
+            cwd=file.parent,
+            env=dict(variables),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            pass_fds=locks_held(),  # it may go on where this process is killed: nobody else changes the server meanwhile
         )
     except subprocess.TimeoutExpired:
         raise ServerError(

@@ -189,7 +189,7 @@ def _door(plan: ServerPlan) -> str:
     address = f"[{plan.host}]:{plan.port}" if ":" in plan.host else f"{plan.host}:{plan.port}"
     if plan.front.certificate is None or plan.front.key is None:
         return address
-    both = plan.folder / "run" / "tls.pem"
+    both = plan.folder / instances.CERTIFICATE_AND_KEY
     parts = [part.read_text(encoding="utf-8") for part in (plan.front.certificate, plan.front.key)]
     write_private(both, "\n".join(parts))
     return f"{address} ssl crt {both} ssl-min-ver TLSv1.2"

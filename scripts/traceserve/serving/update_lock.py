@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 from pathlib import Path
-from typing import Iterator
+from typing import Iterator, Set, Tuple
 
 from traceserve.errors import ServerError
 from traceserve.serving import instances
@@ -16,13 +16,20 @@ if sys.platform != "win32":
     import fcntl
 
 _FILE = "update.lock"  # in the server's folder
+_HELD: Set[int] = set()
+
+
+def locks_held() -> Tuple[int, ...]:
+    """Return the descriptors of the locks that this process holds: a child that gets them (`pass_fds`) holds them too, also
+    where this process is killed and the child goes on."""
+    return tuple(_HELD)
 
 
 @contextlib.contextmanager
 def alone(instance: Instance) -> Iterator[Instance]:
     """Hold the server's lock, and yield the server as it is remembered then; raises ServerError if another process has it.
 
-    The system releases it with this process.
+    The system releases it with this process, and with the children that got it.
     """
     lock = os.open(Path(instance.folder, _FILE), os.O_RDWR | os.O_CREAT, 0o600)
     try:
@@ -34,6 +41,8 @@ def alone(instance: Instance) -> Iterator[Instance]:
                     f"the server on port {instance.port} is being changed: another `traceserve update`, or `traceserve keys "
                     "--rotate`, is running; wait until it has ended"
                 ) from None
+            _HELD.add(lock)
         yield instances.as_remembered(instance)
     finally:
+        _HELD.discard(lock)
         os.close(lock)

@@ -13,7 +13,7 @@ import json
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Dict, List, Mapping
+from typing import Any, Dict, Iterable, List, Mapping, Sequence
 
 from traceserve_hosts import ray_config
 from traceserve_runtime.json_types import JsonObject
@@ -31,7 +31,8 @@ _POLL = 0.2  # seconds
 _COUNTED = 5.0  # seconds after which Ray's metrics have what replicas have counted; it collects them every two
 _NAMING = f"ray_{ray_config.NAMING}"
 
-_SECONDS_TO_REMOVE = 300.0  # more than twice what a replica may take to finish what it was asked
+_SECONDS_TO_REMOVE = 360.0  # more than the host's program waits, which says what did not end
+_SURGE = 20  # percent: one replica starts before one of those that it replaces ends
 _Archive = Mapping[str, Any]  # an application's arguments
 
 
@@ -58,6 +59,7 @@ def begin_update(instance: Instance, name: str) -> None:
     """Note how many requests have named each version until now, and end what an update that was killed has left: there is
     no room for it beside another one."""
     known, counted = _known(instance, name), _naming(instance, name)
+    _check_names(instance, name, known.versions)
     staying = {*known.staying, running_version(instance, name).version}
     left = [_beside(name, version) for version in known.versions if version not in staying]
     if left:
@@ -98,10 +100,11 @@ def start_beside(instance: Instance, archive: Archive, folder: str, timeout: flo
         "archive": str(Path(instance.folder, "store", folder)),
         "version": version,
         # One more than there are fits: this replica ends before the first of those that replace the running ones starts.
-        "replicas": {**running["replicas"], "least": archive.workers, "most": most, "cpus": cores, "surge": 20},
+        "replicas": {**running["replicas"], "least": archive.workers, "most": most, "cpus": cores, "surge": _SURGE},
     }
-    _check_room(instance, new)
     known = _known(instance, name)
+    _check_names(instance, name, [*known.versions, version])
+    _check_room(instance, new)
     _remember(instance, name, replace(known, versions={**known.versions, version: new}))
     deadline = time.monotonic() + timeout
     change = {"applications": [ray_config.beside(new, cores)]}
@@ -117,17 +120,46 @@ def start_beside(instance: Instance, archive: Archive, folder: str, timeout: flo
         time.sleep(_POLL)
 
 
+def _check_names(instance: Instance, name: str, versions: Iterable[str]) -> None:
+    """Raise ServerError where a version's own application would take another archive's name: that one would be replaced,
+    and removed at the end."""
+    taken = {each["name"] for each in ray_applications.applications_of(instance)["applications"]}
+    for other, known in _remembered(instance).items():
+        if other != name:
+            taken |= {_beside(other, version) for version in known["versions"]}
+    for version in versions:
+        if _beside(name, version) in taken:
+            raise ServerError(
+                f"on Ray Serve {name} {version} would get the name {_beside(name, version)}, which another archive that is "
+                "served has; build the new one under another --version, or serve the other one under another name"
+            )
+
+
 def _check_room(instance: Instance, new: _Archive) -> None:
-    """Raise ServerError for more replicas than would find cores: they would be waited for in vain."""
+    """Raise ServerError where a replica would find no cores: it would be waited for in vain.
+
+    Room for one more is needed twice: beside those that run, and beside the new ones, for the version after them.
+    """
     running = [each["args"] for each in ray_applications.applications_of(instance)["applications"]]
-    wanted = [new, *(each for each in running if "replicas" in each and each["name"] != new["name"])]
-    needed = sum(each["replicas"]["least"] * each["replicas"]["cpus"] for each in wanted)
-    room = ray_applications.cores_of_cluster(instance)
-    if needed > room:
+    running = [each for each in running if "replicas" in each]  # the router takes no core
+    used = _cores(running)
+    needed = _cores([new, *(each for each in running if each["name"] != new["name"])])
+    one, room = new["replicas"]["cpus"], ray_applications.cores_of_cluster(instance)
+    started = f"the server was started with room for {room}"
+    if used + one > room:
         raise ServerError(
-            f"{new['replicas']['least']} workers of {new['name']} need {needed:g} cores with all else that is served, and the "
-            f"server was started with room for {room}; give fewer --workers, or start it again with more"
+            f"a worker of {new['name']} {new['version']} takes {one:g} cores beside the {used:g} of all that runs, and "
+            f"{started}: give as many --workers as run, or stop it and serve the new archive"
         )
+    if needed + one > room:
+        raise ServerError(
+            f"{new['replicas']['most']} workers of {new['name']} need {needed:g} cores with all else that is served, and the "
+            f"next version's first worker {one:g} more; {started}: give fewer --workers, or start it again with more"
+        )
+
+
+def _cores(archives: Iterable[_Archive]) -> float:
+    return float(sum(each["replicas"]["most"] * each["replicas"]["cpus"] for each in archives))
 
 
 def path_of_running(name: str, version: str) -> str:
@@ -139,20 +171,42 @@ def path_of_running(name: str, version: str) -> str:
 def switch_to(instance: Instance, name: str, version: str, timeout: float) -> None:
     """Let this version answer all requests that name none, replica by replica; raises ServerError.
 
-    Requests that named the running version since the update began would find none: a replica of it stays for them.
+    Requests that named the running version since the update began would find none: a replica of it stays for them. Where
+    this version itself ran then, it is switched back to, and nobody is asked: what is to be replaced may not answer.
     """
-    known, before = _known(instance, name), running_version(instance, name).version
-    removed = [_beside(name, version)]
-    named = _named(instance, name, before, known) if before != version else 0
+    known = _known(instance, name)
+    if version in known.named_before:
+        _switch_back(instance, name, version, known, timeout)
+        return
+    before = running_version(instance, name).version
+    named = _named(instance, name, before, known)
     if named:
         staying = ray_config.beside(known.versions[before], 0)  # what there is room for is left for the new version
         ray_applications.change_applications(instance, {"applications": [staying]}, timeout, f"{name} {before}")
         _remember(instance, name, replace(known, staying={**known.staying, before: named}))
+    _replace(instance, known.versions[version], [_beside(name, version)], timeout)
+
+
+def _switch_back(instance: Instance, name: str, version: str, known: _Known, timeout: float) -> None:
+    """Let a version answer again as before the update; its replica at its own path, if one stayed, ends after that."""
+    archive = known.versions[version]
+    # A server starts GPUs' replicas without a surge, but there is room for one since the one that was verified has ended.
+    _replace(instance, {**archive, "replicas": {**archive["replicas"], "surge": _SURGE}}, [], timeout)
+    if version not in known.staying:
+        return
+    with contextlib.suppress(ServerError):  # it takes no core, and the next update looks again
+        change: Dict[str, Any] = {"applications": [], "removed": [_beside(name, version)]}
+        ray_applications.change_applications(instance, change, _SECONDS_TO_REMOVE, f"{name} {version}")
+        staying = {other: count for other, count in known.staying.items() if other != version}
+        _remember(instance, name, replace(known, staying=staying))
+
+
+def _replace(instance: Instance, archive: _Archive, removed: Sequence[str], timeout: float) -> None:
+    """Put an archive in the place of the one of its name, replica by replica; raises ServerError."""
     config = ray_applications.applications_of(instance)
-    changed = ray_config.replacing(config["applications"], known.versions[version])
-    ray_applications.change_applications(
-        instance, {"applications": changed, "removed": removed}, timeout, f"{name} {version}"
-    )
+    changed = ray_config.replacing(config["applications"], archive)
+    change = {"applications": changed, "removed": [*removed]}
+    ray_applications.change_applications(instance, change, timeout, f"{archive['name']} {archive['version']}")
     by_name = {each["name"]: each for each in changed}
     config["applications"] = [by_name.get(each["name"], each) for each in config["applications"]]
     ray_applications.remember_applications(Path(instance.folder), config)
@@ -205,16 +259,20 @@ def _running(instance: Instance, name: str) -> _Archive:
 
 def _known(instance: Instance, name: str) -> _Known:
     running = _running(instance, name)
-    found: Dict[str, Any] = {}
-    with contextlib.suppress(FileNotFoundError):
-        found = json.loads(Path(instance.folder, "run", _FILE).read_text(encoding="utf-8")).get(name, {})
-    known = _Known(**found)
+    known = _Known(**_remembered(instance).get(name, {}))
     return replace(known, versions={running["version"]: running, **known.versions})
 
 
+def _remembered(instance: Instance) -> Dict[str, Dict[str, Any]]:
+    """Return what is remembered of all names."""
+    found: Dict[str, Dict[str, Any]] = {}
+    with contextlib.suppress(FileNotFoundError):
+        found = json.loads(Path(instance.folder, "run", _FILE).read_text(encoding="utf-8"))
+    return found
+
+
 def _remember(instance: Instance, name: str, known: _Known) -> None:
-    file = Path(instance.folder, "run", _FILE)
-    others = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    others, file = _remembered(instance), Path(instance.folder, "run", _FILE)
     write_private(file, json.dumps({**others, name: dataclasses.asdict(known)}, indent=2))
 
 
