@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Tuple
 
 import numpy as np
 import pytest
@@ -25,8 +25,8 @@ from traceserve.building import attempt
 from traceserve.building.checkpoints import loading, sources
 from traceserve.building.config.parsing import parse_config
 from traceserve.building.gate import along, verification
-from traceserve.building.gate.along import Along
-from traceserve.building.gate.answers import compare_answers
+from traceserve.building.gate.along import Along, GivenText, read_along
+from traceserve.building.gate.answers import compare_answers, written_answers
 from traceserve.building.gate.corpus import sentences
 from traceserve.building.gate.findings import LIMITS, MOST_DRIFT, NEAR_TIE, DriftError, Findings, TokenCounts
 from traceserve.building.gate.golden import GOLDEN_FILE, read_golden
@@ -37,6 +37,8 @@ from traceserve.building.writers.openvino.int8 import quantizer
 from traceserve_runtime import processor
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.generation.scores import GenerationSettings
+from traceserve_runtime.generation.search import Beams, largest
+from traceserve_runtime.generation.steps import FEEDS
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.tasks.contract import Request
 
@@ -177,9 +179,11 @@ def test_the_users_texts_decide(trained: Trained, tmp_path: Path) -> None:
 # Counting
 
 
-def searched(choices: List[int], leads: List[float], given: List[int]) -> Along:
+def searched(choices: List[int], given: List[int], near: Tuple[int, ...] = ()) -> Along:
+    """A search that made these choices; the last of them is nearly tied with some others."""
     search = Along([1], GenerationSettings(max_new_tokens=9), given)
-    search.choices, search.leads, search.logarithms = choices, leads, [-1.0] * len(choices)
+    search.choices, search.logarithms = choices, [-1.0] * len(choices)
+    search.rivals = [[choice] for choice in choices[:-1]] + [[choices[-1], *near]]
     return search
 
 
@@ -194,9 +198,9 @@ def test_a_near_tie_of_the_original_is_no_change(gap: float, changed: int, near_
         "scores": np.array([[0.0, -0.01, -gap], [0.0, -3.0, -4.0]]),
         "logarithms": np.array([-1.5, -1.25]),
     }
-    counts = along._counted(text, searched([9, 7], [1.0, 1.0], [7, 7]))
+    counts = along._counted(text, searched([9, 7], [7, 7]))
     assert counts == TokenCounts(1, 2, changed, near_ties, -0.75)
-    assert along._counted(text, searched([5, 7], [1.0, 1.0], [7, 7])).changed == 1  # among none of its best
+    assert along._counted(text, searched([5, 7], [7, 7])).changed == 1  # among none of its best
 
 
 def test_a_forced_token_is_no_choice() -> None:
@@ -206,7 +210,64 @@ def test_a_forced_token_is_no_choice() -> None:
         "scores": np.array([[0.0, -np.inf]]),
         "logarithms": np.array([-9.0]),
     }
-    assert along._counted(text, searched([7], [np.inf], [7])) == TokenCounts(texts=1)
+    assert along._counted(text, searched([7], [7])) == TokenCounts(texts=1)
+
+
+@pytest.mark.parametrize(
+    ("scores", "choice", "changed", "near_ties"),
+    [
+        ([3.0, 0.0, -1.0], 8, 1, 0),  # its own best is another token, and the archive takes that
+        ([3.0, 0.0, -1.0], 7, 1, 0),
+        ([np.inf, np.nan, np.nan], 8, 1, 0),  # it forbids what it wrote
+        ([np.inf, np.nan, np.nan], 7, 1, 0),
+        ([0.05, 0.0, -1.0], 8, 0, 1),  # reading all at once rounds otherwise
+        ([0.05, 0.0, -1.0], 7, 0, 0),
+    ],
+)
+def test_settings_that_do_not_give_the_originals_text_are_changes(
+    scores: List[float], choice: int, changed: int, near_ties: int
+) -> None:
+    text = {
+        "tokens": np.array([7]),
+        "ids": np.array([[8, 7, 9]]),
+        "scores": np.array([scores]),
+        "logarithms": np.array([-1.0]),
+    }
+    assert along._counted(text, searched([choice], [7])) == TokenCounts(1, 1, changed, near_ties, 0.0)
+
+
+def test_whole_texts_decide_if_no_token_can_be_judged() -> None:
+    found = Findings(LIMITS["int8"], answers=4, changed=[1, 2], along=TokenCounts(texts=4))
+    assert found.judged is None and found.too_many_changed and not found.passed and found.share_changed == 0.5
+    assert replace(found, changed=[]).passed
+    own = replace(found, own_answers=400, own_changed=2, own_along=TokenCounts(texts=400))
+    assert own.own_decide and own.too_many_changed and not replace(own, own_changed=1).too_many_changed
+
+
+def read(logits: List[float], step: float = 0.0, **settings: Any) -> Along:
+    search = Along([1], GenerationSettings(max_new_tokens=9, **settings), [0], step)
+    assert search.advance(np.array([logits], dtype=np.float32)) is None
+    return search
+
+
+def test_near_ties_are_those_of_the_settings() -> None:
+    assert read([5.0, 4.95, 4.92, 4.8]).rivals == [[0, 1, 2]]
+    assert read([5.0, 4.95, 4.0], bad_words_ids=((1,),)).rivals == [[0]]
+    assert read([4.0, 5.2, 0.0]).rivals == [[1]]
+    assert read([4.0, 5.2, 0.0], repetition_penalty=1.3).rivals == [[0, 1]]  # the prompt has 1
+    assert read([0.0, 9.0, 9.0], forced_bos_id=0).rivals == [[0]]
+
+
+def test_two_steps_of_bfloat16_are_a_near_tie() -> None:
+    assert read([20.0, 19.75, 19.0]).rivals == [[0]]
+    assert read([20.0, 19.75, 19.0], along.STEPS["bfloat16"]).rivals == [[0, 1]]
+    assert read([2.0, 1.85, 1.0], along.STEPS["bfloat16"]).rivals == [[0]]
+
+
+def test_a_small_vocabulary_is_read_whole() -> None:
+    assert largest(np.array([1.0, 3.0, 2.0]), 16).tolist() == [1, 2, 0]
+    values = np.random.default_rng(0).random(5000)
+    assert largest(values, 16).tolist() == np.argsort(-values, kind="stable")[:16].tolist()
 
 
 @pytest.mark.parametrize(
@@ -219,11 +280,12 @@ def test_a_forced_token_is_no_choice() -> None:
         ([7, 5, 6], False),
         ([4, 5], False),  # it ended too early
         ([4, 5, 8], True),  # a near tie of its own, which another batch decides otherwise
+        ([4, 5, 3], False),  # no part of it
     ],
 )
 def test_what_is_written_is_what_was_chosen(wrote: List[int], agrees: bool) -> None:
     given, choices = ([4, 5, 6], [4, 9, 6]) if wrote[1:2] == [9] else ([4, 5, 6], [4, 5, 6])
-    assert searched(choices, [2.0, 2.0, 0.02], given).agrees(wrote) is agrees
+    assert searched(choices, given, near=(8,)).agrees(wrote) is agrees
 
 
 def test_a_loop_that_writes_something_else_is_refused(
@@ -246,6 +308,72 @@ def test_a_loop_that_writes_something_else_is_refused(
     assert found().alike and found().astray == []
     monkeypatch.setattr("traceserve_runtime.generation.search.Sampling.tokens", property(lambda self: [5] * 24))
     assert found().astray == [0, 1, 2, 3] and not found().alike
+
+
+# Reading
+
+
+@pytest.fixture(scope="module")
+def exact(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Tuple[Engine, Reference, Path]:
+    """An artifact that is the original itself, and this."""
+    folder = tmp_path_factory.mktemp("exact")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attempt, "measure_speeds", lambda folders, *rest: dict.fromkeys(folders, 1.0))
+        run_export(folder / "x", content(trained, "t5", save_mode="pretrained"))
+    checked, _ = parse_config(content(trained, "t5"))
+    with loading.quiet_transformers():
+        reference = Reference(loading.load_original(checked, sources.fetch_checkpoint(checked, folder), folder))
+    return Engine.load(folder / "x"), reference, folder / "x"
+
+
+def asked(count: int, **parameters: Any) -> List[Request]:
+    return [
+        Request({"text": text[:20]}, {"max_new_tokens": 8, "num_beams": 1, **parameters}) for text in sentences(count)
+    ]
+
+
+def test_a_row_whose_step_failed_is_read_again(
+    exact: Tuple[Engine, Reference, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, reference, _ = exact
+    feed = FEEDS[engine.task.loop]
+    step, failed = feed.next, []
+
+    def once(self: Any, rows: Any, tokens: Any) -> Any:
+        if len(rows) > 1 and not failed and given:
+            failed.append(len(rows))
+            raise RuntimeError("no memory")
+        return step(self, rows, tokens)
+
+    given = list(written_answers(engine, asked(4)))
+    monkeypatch.setattr(feed, "next", once)
+    task: Any = engine.task
+    rows = [item.rows[0] for item in task.encode(asked(4))]  # type: ignore[union-attr]
+    texts = [
+        GivenText(row, task.settings(request, row, task.prompt(row)), tokens)
+        for row, request, (_, tokens, _) in zip(rows, asked(4), given)
+    ]
+    searches = read_along(engine, texts)
+    assert failed
+    for search, (_, tokens, _) in zip(searches, given):
+        assert search is not None and search.choices == list(tokens) and search.agrees(tokens)
+
+
+def test_beams_claim_what_their_text_has(
+    exact: Tuple[Engine, Reference, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, reference, _ = exact
+
+    def found() -> Findings:
+        findings = Findings(LIMITS["int8"])
+        compare_answers(engine, reference, asked(3, num_beams=3, length_penalty=0.7), 0, findings, nothing)
+        return findings
+
+    assert found().alike and found().astray == []
+    summed = Beams.logarithm.fget
+    assert summed is not None
+    monkeypatch.setattr(Beams, "logarithm", property(lambda self: summed(self) + 1.0))
+    assert found().astray == [0, 1, 2] and not found().alike
 
 
 # Verifying a server

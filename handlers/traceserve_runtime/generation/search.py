@@ -36,7 +36,7 @@ class Likelihood(NamedTuple):
     def of(cls, logits: np.ndarray, token: int, alternatives: int) -> Likelihood:
         """Make one from the logits, (vocabulary). A probability of zero becomes a very small one."""
         logarithms = np.maximum(log_softmax(logits), _LEAST_LOGARITHM)
-        ids = _largest(logarithms, alternatives) if alternatives else np.zeros(0, dtype=np.int64)
+        ids = largest(logarithms, alternatives) if alternatives else np.zeros(0, dtype=np.int64)
         return cls(float(logarithms[token]), ids, logarithms[ids])
 
 
@@ -129,6 +129,14 @@ class Beams:
         best = self._finished[0]
         return best.tokens if best.complete else self._running[0]
 
+    @property
+    def logarithm(self) -> float:
+        """The sum of its logarithms of probabilities, after restrictions and penalties."""
+        best = self._finished[0]
+        if not best.complete:
+            return float(self._scores[0])
+        return float(best.score) * float(len(best.tokens) ** self._settings.length_penalty)
+
     def advance(self, logits: np.ndarray) -> Optional[Moves]:
         settings = self._settings
         beams = settings.num_beams
@@ -140,14 +148,14 @@ class Beams:
             ]
         )
         keep = max(2, 1 + len(settings.eos_ids)) * beams
-        best = _largest(scores.ravel(), keep)
+        best = largest(scores.ravel(), keep)
         rows, tokens = np.divmod(best, scores.shape[1])
         scores = scores.ravel()[best]
         sequences = [[*self._running[row], int(token)] for row, token in zip(rows, tokens)]
         ends = np.isin(tokens, settings.eos_ids) | (length >= settings.max_new_tokens)
         if self._ends is not None:
             ends = ends | np.array([self._ends(sequence) for sequence in sequences])
-        going = _largest(scores + np.where(ends, _BAD, np.float32(0)), beams)
+        going = largest(scores + np.where(ends, _BAD, np.float32(0)), beams)
         self._finish(sequences, scores, ends)
         self._running = [sequences[i] for i in going]
         self._scores = (scores + np.where(ends, _BAD, np.float32(0)))[going]
@@ -170,7 +178,7 @@ class Beams:
         candidates = self._finished + [
             _Finished(score, tokens, bool(end)) for score, tokens, end in zip(weighted, sequences, ended)
         ]
-        best = _largest(np.array([item.score for item in candidates], dtype=np.float32), settings.num_beams)
+        best = largest(np.array([item.score for item in candidates], dtype=np.float32), settings.num_beams)
         self._finished = [candidates[i] for i in best]
 
     def _judge(self, length: int) -> None:
@@ -197,7 +205,7 @@ def search_for(
     return Sampling(prompt, settings, ends, told)
 
 
-def _largest(values: np.ndarray, count: int) -> np.ndarray:
+def largest(values: np.ndarray, count: int) -> np.ndarray:
     """Return the indices of the largest values, largest first."""
     if count < len(values):
         some = np.argpartition(-values, count - 1)[:count]

@@ -8,6 +8,7 @@ from typing import Iterator, List, Optional, Sequence, Tuple, Union
 from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.engine import Engine, Work
 from traceserve_runtime.errors import TraceserveError
+from traceserve_runtime.generation.search import Beams
 from traceserve_runtime.json_types import Json
 from traceserve_runtime.runner import Arrays
 from traceserve_runtime.tasks.contract import Answer, Request, Task, by_part
@@ -47,8 +48,8 @@ def compare_answers(
     done, most = 0, 0.0 if thorough or along is not None else findings.limit.changed * own
     for part in _parts(len(samples), own, stops_early=most >= 1):
         progress(f"answering with {findings.variant}", done, len(samples))
-        answers = _answers(engine, samples[part])
-        for i, (answer, tokens) in zip(range(part.start, part.stop), answers):
+        answers = written_answers(engine, samples[part])
+        for i, (answer, tokens, claimed) in zip(range(part.start, part.stop), answers):
             item = encoded[i]
             # The model's own settings may refuse a sample.
             if isinstance(item, Encoded) and engine.task.repeatable(samples[i]):
@@ -57,7 +58,7 @@ def compare_answers(
                 if along is not None and isinstance(answer, TraceserveError):
                     findings.astray += [i] if i in findings.changed else []  # the original refuses it too, otherwise
                 elif along is not None:
-                    along.append(OwnText(i, samples[i], item.rows[0], tokens, is_own))
+                    along.append(OwnText(i, samples[i], item.rows[0], tokens, is_own, claimed))
         done += part.stop - part.start
         if 1 <= most < findings.own_changed:
             findings.stopped = True
@@ -69,17 +70,18 @@ def compare_answers(
     progress(f"comparing answers of {findings.variant}", len(samples), len(samples))
 
 
-def _answers(
+def written_answers(
     engine: Engine, samples: Sequence[Request]
-) -> Iterator[Tuple[Union[Answer, TraceserveError], Sequence[int]]]:
-    """Yield the engine's answers, and the tokens of each that is written."""
+) -> Iterator[Tuple[Union[Answer, TraceserveError], Sequence[int], Optional[float]]]:
+    """Yield the engine's answers, the tokens of each that is written, and the sum of logarithms of those of beams."""
     work = Work(engine, Stats())
     pending = work.join(samples, [None] * len(samples))
     while work.busy:
         work.turn()
     for each in pending:
         search = each.members[0].search if each.members else None
-        yield each.answer(), search.tokens if search is not None else ()
+        claimed = search.logarithm if isinstance(search, Beams) else None
+        yield each.answer(), search.tokens if search is not None else (), claimed
 
 
 def _parts(count: int, own: int, stops_early: bool) -> Iterator[slice]:

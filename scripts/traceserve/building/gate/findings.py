@@ -33,8 +33,10 @@ LIMITS = {
 
 
 # Of a text in a lower precision, see `gate.along`. Two tokens are a near tie if the original prefers the better one by
-# no more than this in its logits, so that their probabilities differ by a tenth: what bfloat16 may move an output by.
+# no more than this in its logits, so that their probabilities differ by a tenth.
 NEAR_TIE = 0.1
+# Of an archive's own logits two steps of their dtype are a near tie too: bfloat16 has 8 bits, so at 16 a step is 0.125.
+STEPS = {"bfloat16": 1 / 64}
 # The largest mean change of the logarithm of the probability of the original's tokens: 2 % of its perplexity. Published:
 # 0.1 to 0.4 % for 6 to 8 bits, 1.2 to 3.6 % for 4 (docs/gate.md).
 MOST_DRIFT = 0.02
@@ -153,14 +155,21 @@ class Findings:
     @property
     def own_decide(self) -> bool:
         """Whether the user's own samples suffice to judge whether too many answers change, or tokens of texts."""
-        own = self.own_answers if self.along is None else (self.own_along or TokenCounts()).tokens
+        own = (self.own_along or TokenCounts()).tokens if self._by_token else self.own_answers
         return self.limit.changed * own >= 1
+
+    @property
+    def _by_token(self) -> bool:
+        """Whether tokens decide: texts may have none that could be judged."""
+        return self.along is not None and self.along.tokens > 0
 
     @property
     def judged(self) -> Optional[TokenCounts]:
         """The tokens that decide: along the user's own texts if these suffice, else along all; None if whole answers
         do."""
-        return self.own_along if self.own_decide and self.along is not None else self.along
+        if not self._by_token:
+            return None
+        return self.own_along if self.own_decide else self.along
 
     @property
     def drifts(self) -> bool:
@@ -182,7 +191,7 @@ class Findings:
     @property
     def share_changed(self) -> float:
         """Of the compared answers, or tokens, 0 to 1."""
-        if self.along is not None:
+        if self.along is not None and self._by_token:
             return self.along.share_changed
         return len(self.changed) / max(1, self.answers)
 

@@ -57,8 +57,8 @@ def verify(
     for variant in others:
         engine = Engine(folder, manifest, task, variant.read())
         found = some.compare(engine, Findings(limit, variant.file, variant.how, variant.device))
-        if limit.changed and found.too_many_changed and len(some.own) < len(own_samples):
-            # A share of few samples varies by chance: a rejection needs all of them.
+        if limit.changed and (found.too_many_changed or found.drifts) and len(some.own) < len(own_samples):
+            # A share or a mean of few samples varies by chance: a rejection needs all of them.
             found = gate.compare(engine, Findings(limit, variant.file, variant.how, variant.device))
         findings.others.append(found)
     return findings
