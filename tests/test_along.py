@@ -29,11 +29,15 @@ from traceserve.building.gate.along import Along, GivenText, read_along
 from traceserve.building.gate.answers import compare_answers, written_answers
 from traceserve.building.gate.corpus import sentences
 from traceserve.building.gate.findings import LIMITS, MOST_DRIFT, NEAR_TIE, DriftError, Findings, TokenCounts
-from traceserve.building.gate.golden import GOLDEN_FILE, read_golden
+from traceserve.building.gate.golden import GOLDEN_FILE, GoldenSample, GoldenSet, _with_own_texts, read_golden
 from traceserve.building.gate.reference import Reference
 from traceserve.building.writers.lowering import int8 as lowering
 from traceserve.building.writers.openvino import int8_weights
 from traceserve.building.writers.openvino.int8 import quantizer
+from traceserve.checking.proof import Proof
+from traceserve.checking.verifying import VerifiedSample, _by_own_texts, _differences
+from traceserve.errors import ExportError
+from traceserve.measuring import engine_figures
 from traceserve_runtime import processor
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.generation.scores import GenerationSettings
@@ -376,6 +380,19 @@ def test_beams_claim_what_their_text_has(
     assert found().astray == [0, 1, 2] and not found().alike
 
 
+def test_a_short_text_that_ends_by_itself_is_kept_without_details(exact: Tuple[Engine, Reference, Path]) -> None:
+    engine, reference, folder = exact
+    samples = [
+        GoldenSample({"text": text[:20]}, {"num_beams": 1, "stop": " ", "details": True, "top_n_tokens": 2}, None)
+        for text in sentences(8)
+    ]
+    found, _ = _with_own_texts(folder, engine.task, samples, reference)
+    assert len(found.samples) > 2
+    for sample in found.samples:
+        assert sample.parameters == {"num_beams": 1, "stop": " ", "details": False, "top_n_tokens": 0}
+        assert sample.written is None and list(sample.answer[0]) == ["generated_text"]
+
+
 # Verifying a server
 
 
@@ -417,3 +434,35 @@ def test_the_originals_text_stands_beside_it(trained: Trained, tmp_path: Path, m
     document = json.loads((tmp_path / "x" / GOLDEN_FILE).read_text())
     assert ["written" in each for each in document["samples"]] == [each in others for each in found.samples]
     assert GOLDEN_FILE in Manifest.read(tmp_path / "x").files
+
+
+def test_an_archive_that_never_ran_is_verified_by_the_original(exact: Tuple[Engine, Reference, Path]) -> None:
+    engine, _, _ = exact
+    manifest = replace(engine.manifest, dtype="bfloat16")
+    changed = VerifiedSample(1, False, False, None, "a", "b", "", 1.0)
+    ran, never = (Proof(manifest, engine.task, GoldenSet((), difference), None) for difference in (0.0, None))
+    assert _by_own_texts(ran) and not _by_own_texts(never)
+    assert "what the archive wrote at its build" in _differences([changed], ran, 0.1)[0]
+    [said] = _differences([changed], never, 0.1)
+    assert said.startswith("1 of 1 answers differ from the original's (bfloat16); the archive did not run at its build")
+
+
+# Measuring
+
+
+def test_texts_that_fail_are_not_measured(
+    exact: Tuple[Engine, Reference, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, _, _ = exact
+    [item] = engine.task.encode(asked(1))
+    rows = item.rows  # type: ignore[union-attr]
+    assert engine_figures._write(engine, rows).tokens == 32
+    with pytest.raises(ExportError, match="none of the first samples leaves room for two new tokens"):
+        engine_figures._writing_figures(engine, [], 0.0)
+
+    def fails(self: Any, *_: Any) -> Any:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(FEEDS[engine.task.loop], "next", fails)
+    with pytest.raises(ExportError, match=r"a text ended after 1 of 32 tokens \(no memory\)"):
+        engine_figures._write(engine, rows)

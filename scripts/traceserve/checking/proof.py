@@ -44,8 +44,9 @@ def proof_of(path: Path) -> Iterator[Proof]:
 def _read(path: Path, folder: Path, manifest: Manifest, p50: Optional[float]) -> Proof:
     if GOLDEN_FILE not in manifest.files:
         raise ArchiveError(
-            f"{path} carries no golden set: an older traceserve built it, so there is nothing to verify a server by; build and "
-            "pack it again"
+            f"{path} carries no golden set, so there is nothing to verify a server by: an older traceserve built it (build and "
+            "pack it again), or none of its answers was kept (in a lower precision, texts with beams or with near ties at their "
+            "beginning; build it with --samples FILE --keep-samples, or in float32)"
         )
     manifest.verify_files(folder, [GOLDEN_FILE])
     golden = read_golden(folder)

@@ -155,8 +155,9 @@ def verify_server(door: Door, archive: Path, seconds: float = SECONDS) -> Verifi
 
 def _by_own_texts(proof: Proof) -> bool:
     """Return whether a lower precision writes texts: the gate judged it along the original's, which a server does not show.
-    So it has to write what the archive wrote."""
-    return bool(proof.task.loop and LIMITS[proof.manifest.dtype].changed)
+    So it has to write what the archive wrote; if it ran at its build."""
+    ran = proof.golden.largest_difference is not None
+    return bool(proof.task.loop and LIMITS[proof.manifest.dtype].changed and ran)
 
 
 def _place(door: Door, proof: Proof) -> SpokenAt:
@@ -236,7 +237,11 @@ def _differences(samples: List[VerifiedSample], proof: Proof, limit: float) -> L
         own_changed=sum(each.own and not each.same for each in samples),
     )
     if judged.too_many_changed:
-        problems.append(f"{len(changed)} of {len(samples)} answers differ from the original's ({proof.manifest.dtype})")
+        ran = proof.golden.largest_difference is not None
+        unknown = "" if ran else "; the archive did not run at its build, so its own answers are not known"
+        problems.append(
+            f"{len(changed)} of {len(samples)} answers differ from the original's ({proof.manifest.dtype}){unknown}"
+        )
     over = [each for each in samples if each.difference is not None and not each.difference <= limit]
     if over:
         largest = max(each.difference or 0.0 for each in over)

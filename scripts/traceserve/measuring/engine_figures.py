@@ -24,6 +24,8 @@ from traceserve_runtime.tasks.contract import Request
 from traceserve_runtime.tasks.generating import Generating
 from traceserve_runtime.texts.rows import Encoded, Row
 
+from traceserve.errors import ExportError
+
 _AT_ONCE = 32  # requests per call, like TorchServe's batch_size
 _ROUNDS = 3
 _ALONE = 64  # requests asked one by one
@@ -95,6 +97,11 @@ class _Text(NamedTuple):
 def _writing_figures(engine: Engine, requests: Sequence[Request], loaded: float) -> EngineFigures:
     encoded = engine.task.encode(requests)
     asked = [item.rows[0] for item in encoded if isinstance(item, Encoded)]
+    if not any(_length(engine, row) > 1 for row in asked[:_TEXTS_ALONE]):
+        raise ExportError(
+            "none of the first samples leaves room for two new tokens, so writing cannot be measured; give shorter ones "
+            "(--samples FILE)"
+        )
     together = [asked[i % len(asked)] for i in range(_TOGETHER)]
     _write(engine, together)  # the first run of a shape is slow
     alone, rounds = [], []
@@ -121,16 +128,32 @@ def _write(engine: Engine, asked: Sequence[Row]) -> _Text:
     assert isinstance(task, Generating)
     loop = task.open_loop(engine.runner, Stats())
     assert loop is not None
-    lengths = []
-    for row in asked:
-        lengths.append(min(_NEW_TOKENS, task.room(row)))
-        loop.join(Member(row, partial(Sampling, task.prompt(row), GenerationSettings(max_new_tokens=lengths[-1]))))
+    lengths = [_length(engine, row) for row in asked]
+    members = [
+        Member(row, partial(Sampling, task.prompt(row), GenerationSettings(max_new_tokens=length)))
+        for row, length in zip(asked, lengths)
+    ]
+    for member in members:
+        loop.join(member)
     started = time.perf_counter()
     loop.turn()
     first = time.perf_counter() - started
     while loop.busy:
         loop.turn()
-    return _Text(first, time.perf_counter() - started, sum(lengths))
+    whole = time.perf_counter() - started
+    for member, length in zip(members, lengths):
+        written = len(member.search.tokens) if member.search is not None else 0
+        if member.error is not None or not member.sound or written != length:
+            why = member.error or ("no error" if member.sound else "its outputs are not numbers")
+            raise ExportError(f"a text ended after {written} of {length} tokens ({why}), so writing cannot be measured")
+    return _Text(first, whole, sum(lengths))
+
+
+def _length(engine: Engine, row: Row) -> int:
+    """Return how many tokens are written behind a row."""
+    task = engine.task
+    assert isinstance(task, Generating)
+    return min(_NEW_TOKENS, task.room(row))
 
 
 def _memory() -> int:

@@ -17,11 +17,13 @@ from traceserve_runtime.engine import Engine, load_task
 from traceserve_runtime.errors import InvalidManifest, TraceserveError
 from traceserve_runtime.manifest import Manifest, sha256
 from traceserve_runtime.tasks.contract import Answer, Request, Task
+from traceserve_runtime.tasks.generating import Generating
 from traceserve_runtime.texts.rows import Encoded
 
-from traceserve.building.gate.answers import expected_answer
+from traceserve.building.gate.along import GivenText, read_along
+from traceserve.building.gate.answers import expected_answer, written_answers
 from traceserve.building.gate.drift import score_difference
-from traceserve.building.gate.findings import LIMITS, NEAR_TIE
+from traceserve.building.gate.findings import LIMITS
 from traceserve.building.gate.reference import Reference, tokens_of
 from traceserve.building.gate.verification import built_in_samples
 
@@ -32,7 +34,8 @@ MOST, MOST_WRITTEN, MOST_OWN = 64, 8, 256  # built-in samples, those of a task t
 MOST_BYTES = 1 << 20  # of the file; what does not fit is left out
 _LONGEST = 2000  # characters of a built-in sample: a verification should be quick
 _DIGITS = 7
-_SHORTEST = 4  # tokens of a text in a lower precision
+_SHORTEST = 4  # tokens of a text in a lower precision that was cut before a near tie
+_WITHOUT_DETAILS = {"details": False, "top_n_tokens": 0}  # probabilities: no other processor has them to the last digit
 
 
 @dataclass(frozen=True)
@@ -176,10 +179,12 @@ def _with_own_texts(
     found: List[Tuple[int, GoldenSample]] = []
     seconds: List[float] = []
     for sample in samples:
-        whole = Request(sample.inputs, sample.parameters)
-        length = _clear_length(engine, whole)
-        request = Request(sample.inputs, {**sample.parameters, "max_new_tokens": length})
-        if length < _SHORTEST or not _read_alike(task, whole, request):
+        plain = {name: off for name, off in _WITHOUT_DETAILS.items() if name in sample.parameters}
+        whole = Request(sample.inputs, {**sample.parameters, **plain})
+        length, tokens = _clear_length(engine, whole)
+        cut = length < tokens
+        request = Request(sample.inputs, {**whole.parameters, "max_new_tokens": length}) if cut else whole
+        if not length or cut and (length < _SHORTEST or not _read_alike(task, whole, request)):
             continue
         started = time.perf_counter()
         [answer] = engine.answer([request])
@@ -201,14 +206,27 @@ def _read_alike(task: Task, one: Request, other: Request) -> bool:
     return len(rows) == 2 and rows[0] == rows[1]
 
 
-def _clear_length(engine: Engine, request: Request) -> int:
-    """Return how many tokens the artifact writes before its first near tie; 0 for beams, which have no single text."""
-    if engine.task.parameter(request, "num_beams") != 1:
-        return 0
-    [answer] = engine.answer([Request(request.inputs, {**request.parameters, "details": True, "top_n_tokens": 2})])
-    tops = (answer.details or {}).get("top_tokens", ()) if isinstance(answer, Answer) else ()
-    leads = (top[0]["logprob"] - top[1]["logprob"] for top in tops)
-    return next((position for position, lead in enumerate(leads) if lead <= NEAR_TIE), len(tops))
+def _clear_length(engine: Engine, request: Request) -> Tuple[int, int]:
+    """Return how many tokens the artifact writes before its first near tie, and how many in all; none for beams, which
+    have no single text."""
+    task = engine.task
+    [encoded] = task.encode([request])
+    if (
+        not isinstance(task, Generating)
+        or not isinstance(encoded, Encoded)
+        or task.parameter(request, "num_beams") != 1
+    ):
+        return 0, 0
+    [row] = encoded.rows
+    [(answer, tokens, _)] = written_answers(engine, [request])
+    if not isinstance(answer, Answer) or not tokens:
+        return 0, 0
+    [search] = read_along(engine, [GivenText(row, task.settings(request, row, task.prompt(row)), tokens)])
+    if search is None or not search.agrees(tokens):
+        return 0, 0
+    # What the settings force has no rival.
+    near = (position for position, rivals in enumerate(search.rivals) if len(rivals) > 1)
+    return next(near, len(tokens)), len(tokens)
 
 
 def _rounded(value: Any) -> Any:

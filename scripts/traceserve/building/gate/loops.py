@@ -49,7 +49,17 @@ def generate_original(original: Original, loop: str, row: Row, request: Request)
 def _generate_options(original: Original, request: Request, begin: int) -> Dict[str, object]:
     """Return a request's parameters in `generate`'s format; what it writes begins at the position `begin`."""
     named = {**original.parameters, **request.parameters}
-    own = ("return_full_text", "stream", "long_inputs", "seed", "stop", "src_lang", "tgt_lang")
+    own = (
+        "return_full_text",
+        "stream",
+        "long_inputs",
+        "seed",
+        "stop",
+        "src_lang",
+        "tgt_lang",
+        "details",
+        "top_n_tokens",
+    )
     options = {key: value for key, value in named.items() if key not in own and value is not None}
     if named.get("tgt_lang") is not None:
         options["forced_bos_token_id"] = original.facts["languages"][named["tgt_lang"]]
