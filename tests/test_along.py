@@ -390,7 +390,7 @@ def test_a_short_text_that_ends_by_itself_is_kept_without_details(exact: Tuple[E
     assert len(found.samples) > 2
     for sample in found.samples:
         assert sample.parameters == {"num_beams": 1, "stop": " ", "details": False, "top_n_tokens": 0}
-        assert sample.written is None and list(sample.answer[0]) == ["generated_text"]
+        assert sample.written is None and list(sample.answer) == ["generated_text"]
 
 
 # Verifying a server
