@@ -383,13 +383,23 @@ def test_beams_claim_what_their_text_has(
 def test_a_short_text_that_ends_by_itself_is_kept_without_details(exact: Tuple[Engine, Reference, Path]) -> None:
     engine, reference, folder = exact
     samples = [
-        GoldenSample({"text": text[:20]}, {"num_beams": 1, "stop": " ", "details": True, "top_n_tokens": 2}, None)
+        GoldenSample(
+            {"text": text[:20]},
+            {"num_beams": 1, "max_new_tokens": 12, "stop": " ", "details": True, "top_n_tokens": 2},
+            None,
+        )
         for text in sentences(8)
     ]
     found, _ = _with_own_texts(folder, engine.task, samples, reference)
     assert len(found.samples) > 2
     for sample in found.samples:
-        assert sample.parameters == {"num_beams": 1, "stop": " ", "details": False, "top_n_tokens": 0}
+        assert sample.parameters == {
+            "num_beams": 1,
+            "max_new_tokens": 12,
+            "stop": " ",
+            "details": False,
+            "top_n_tokens": 0,
+        }
         assert sample.written is None and list(sample.answer) == ["generated_text"]
 
 
