@@ -171,6 +171,28 @@ def test_what_fails_after_the_switch_is_rolled_back(
     assert found["failed at first"] == found["failed"] == found["wrong"] == 0
 
 
+def test_a_new_version_that_is_down_is_rolled_back(
+    archives: List[Path], port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its replicas end right after the switch, and cannot start again: nothing answers that could be asked its version."""
+    version = the_only_version(port)
+    real, other = on_ray.switch_to, another(archives, version)
+    new = "1.0" if version != "1.0" else "2.0"
+
+    def downed(instance: Instance, name: str, to: str, timeout: float) -> None:
+        real(instance, name, to, timeout)
+        if to == new:
+            shutil.rmtree(Path(instance.folder, "store", f"{NAME}@{new}"))
+            for replica in Cluster(instance).replicas():
+                replica.kill()
+            wait_until(lambda: ask(port, f"/v2/models/{NAME}").status != 200, 30)
+
+    monkeypatch.setattr(on_ray, "switch_to", downed)
+    with pytest.raises(ServerError, match=f"does not answer its own sample.*; intents {version} answers as before"):
+        update_server(other, port, UpdateOptions())
+    assert the_only_version(port) == version
+
+
 def test_an_interrupt_takes_it_back(archives: List[Path], port: int) -> None:
     version = the_only_version(port)
     command = [sys.executable, "-m", "traceserve", "update", str(another(archives, version)), "--port", str(port)]
