@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, List, Optional
 
 import pytest
 import torch
@@ -23,73 +23,11 @@ from traceserve_runtime.tasks.contract import Answer, Request
 
 gguf = pytest.importorskip("gguf", reason="pip install 'traceserve[gguf]'")
 pytest.importorskip("accelerate", reason="pip install 'traceserve[gguf]'")
+write_gguf = pytest.importorskip("gguf_files").write_gguf  # it imports gguf
 
 NEW = int(transformers.__version__.split(".")[0]) >= 5
 QUANTIZED = gguf.GGMLQuantizationType.Q8_0
 TEXTS = [text for text in SENTENCES if text][:12]
-NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "model.layers": "blk",
-}
-
-
-def write_gguf(path: Path, source: Path, quantization: Any = None, scaled: str = "", begins: bool = False) -> Path:
-    """Write a Llama's folder as a GGUF file, in the layout of llama.cpp's converter; `scaled` adds scaled positions."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(source)
-    config, document = model.config, json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
-    writer.add_vocab_size(config.vocab_size)
-    vocabulary: Dict[str, int] = document["model"]["vocab"]
-    tokens = sorted(vocabulary, key=lambda token: vocabulary[token])
-    special = {token["content"] for token in document["added_tokens"]}
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if token in special else 1 for token in tokens])
-    writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in document["model"]["merges"]])
-    writer.add_eos_token_id(vocabulary["<end>"])
-    writer.add_bos_token_id(vocabulary["<end>"])
-    writer.add_pad_token_id(vocabulary["<pad>"])
-    writer.add_add_bos_token(begins)
-    if scaled == "metadata":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-    if scaled == "tensor":
-        writer.add_tensor("rope_freqs.weight", torch.ones(4).numpy())
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for name, weight in model.state_dict().items():
-        for count in (count for part, count in heads.items() if part in name):
-            weight = weight.view(count, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
-        data = weight.contiguous().numpy()
-        for theirs, ours in NAMES.items():
-            name = name.replace(theirs, ours)
-        if quantization is None or data.ndim == 1:
-            writer.add_tensor(name, data)
-        else:
-            writer.add_tensor(name, gguf.quantize(data, quantization), raw_dtype=quantization)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 @pytest.fixture(scope="module")

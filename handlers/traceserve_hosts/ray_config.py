@@ -12,9 +12,8 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 MODULE = "traceserve_hosts.ray_serve"
 ROUTER = "traceserve-router"
-NAMING = (
-    "traceserve_requests_naming_version_total"  # the metric of requests whose path has the version; Ray adds `ray_`
-)
+# The metric of requests whose path has the version; Ray adds `ray_`.
+NAMING = "traceserve_requests_naming_version_total"
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Hosted:
     @property
     def key(self) -> str:
         """What it is among the archives of a configuration."""
-        return f"{self.name}-{self.version}"
+        return versioned(self.name, self.version)
 
 
 @dataclass(frozen=True)
@@ -82,6 +81,11 @@ def applications(archives: Sequence[Hosted], options: Options = Options()) -> Li
     return [*found, _router(versions, options)]
 
 
+def versioned(name: str, version: str) -> str:
+    """The name of the application of one of several versions."""
+    return f"{name}-{version}"
+
+
 def beside(archive: Mapping[str, Any], cpus: float) -> Dict[str, Any]:
     """The application of another version of a served name, in one replica at its own path, beside what runs.
 
@@ -90,7 +94,7 @@ def beside(archive: Mapping[str, Any], cpus: float) -> Dict[str, Any]:
     name, version = archive["name"], archive["version"]
     replicas = {**archive["replicas"], "least": 1, "most": 1, "cpus": cpus}
     return {
-        "name": f"{name}-{version}",
+        "name": versioned(name, version),
         "route_prefix": f"/predictions/{name}/{version}",
         "import_path": f"{MODULE}:archive",
         "args": {**archive, "replicas": replicas},

@@ -61,7 +61,7 @@ def begin_update(instance: Instance, name: str) -> None:
     known, counted = _known(instance, name), _naming(instance, name)
     _check_names(instance, name, known.versions)
     staying = {*known.staying, running_version(instance, name).version}
-    left = [_beside(name, version) for version in known.versions if version not in staying]
+    left = [ray_config.versioned(name, version) for version in known.versions if version not in staying]
     if left:
         change: Dict[str, Any] = {"applications": [], "removed": left}
         ray_applications.change_applications(instance, change, _SECONDS_TO_REMOVE, name)
@@ -126,12 +126,13 @@ def _check_names(instance: Instance, name: str, versions: Iterable[str]) -> None
     taken = {each["name"] for each in ray_applications.applications_of(instance)["applications"]}
     for other, known in _remembered(instance).items():
         if other != name:
-            taken |= {_beside(other, version) for version in known["versions"]}
+            taken |= {ray_config.versioned(other, version) for version in known["versions"]}
     for version in versions:
-        if _beside(name, version) in taken:
+        own = ray_config.versioned(name, version)
+        if own in taken:
             raise ServerError(
-                f"on Ray Serve {name} {version} would get the name {_beside(name, version)}, which another archive that is "
-                "served has; build the new one under another --version, or serve the other one under another name"
+                f"on Ray Serve {name} {version} would get the name {own}, which another archive that is served has; build the "
+                "new one under another --version, or serve the other one under another name"
             )
 
 
@@ -184,7 +185,7 @@ def switch_to(instance: Instance, name: str, version: str, timeout: float) -> No
         staying = ray_config.beside(known.versions[before], 0)  # what there is room for is left for the new version
         ray_applications.change_applications(instance, {"applications": [staying]}, timeout, f"{name} {before}")
         _remember(instance, name, replace(known, staying={**known.staying, before: named}))
-    _replace(instance, known.versions[version], [_beside(name, version)], timeout)
+    _replace(instance, known.versions[version], [ray_config.versioned(name, version)], timeout)
 
 
 def _switch_back(instance: Instance, name: str, version: str, known: _Known, timeout: float) -> None:
@@ -195,7 +196,7 @@ def _switch_back(instance: Instance, name: str, version: str, known: _Known, tim
     if version not in known.staying:
         return
     with contextlib.suppress(ServerError):  # it takes no core, and the next update looks again
-        change: Dict[str, Any] = {"applications": [], "removed": [_beside(name, version)]}
+        change: Dict[str, Any] = {"applications": [], "removed": [ray_config.versioned(name, version)]}
         ray_applications.change_applications(instance, change, _SECONDS_TO_REMOVE, f"{name} {version}")
         staying = {other: count for other, count in known.staying.items() if other != version}
         _remember(instance, name, replace(known, staying=staying))
@@ -224,15 +225,14 @@ def drain_version(instance: Instance, name: str, version: str, canary: JsonObjec
 def remove_version(instance: Instance, name: str, version: str) -> None:
     """End a version at its own path, if it runs; raises ServerError."""
     ray_applications.change_applications(
-        instance, {"applications": [], "removed": [_beside(name, version)]}, _SECONDS_TO_REMOVE, f"{name} {version}"
+        instance,
+        {"applications": [], "removed": [ray_config.versioned(name, version)]},
+        _SECONDS_TO_REMOVE,
+        f"{name} {version}",
     )
     known = _known(instance, name)
     parts = [{v: each for v, each in part.items() if v != version} for part in dataclasses.astuple(known)]
     _remember(instance, name, _Known(*parts))
-
-
-def _beside(name: str, version: str) -> str:
-    return f"{name}-{version}"
 
 
 def _registered(archive: _Archive) -> Registered:
