@@ -94,7 +94,7 @@ def inf1(session: nox.Session) -> None:
     session.install(
         "-c", "constraints-inf1.txt", "--prefer-binary", "-e", ".[serve]", "pytest", "hypothesis", "./tests/doubles"
     )
-    session.run("python", "-m", "pytest", "tests/inf1", *WORKER, *session.posargs)
+    session.run("python", "-m", "pytest", "tests/inf1", *WORKER, *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
 # Separate environments: they conflict.

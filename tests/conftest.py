@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator
+from typing import Any, Callable, Dict, Iterator, List, Set, Tuple
 
 import pytest
 
@@ -20,6 +20,7 @@ from traceserve.archives.archive import pack_archive
 from traceserve.building.config.parsing import LoadedConfig, parse_config
 from traceserve.building.export import export
 from traceserve.building.exported import Exported
+from traceserve_runtime import processor
 from traceserve_runtime.runner import Arrays, Padding
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,6 +36,43 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     reports = [report for report in every if getattr(report, "when", "") == "call"]
     for line in [line for report in reports for key, line in report.user_properties if key == SUMMARY]:
         terminalreporter.write_line(line)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add --each-choice."""
+    parser.addoption(
+        "--each-choice",
+        action="store_true",
+        help="of the tests marked `combinations`, run as many that each parameter's every value is run once",
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """End the run where a process of it ends: pytest-xdist would replace it, and with `--dist loadfile` never end."""
+    if getattr(config.option, "maxworkerrestart", "") is None:
+        config.option.maxworkerrestart = "0"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: List[pytest.Item]) -> None:
+    """With --each-choice, leave out combinations whose every value is in an earlier one."""
+    if not config.getoption("--each-choice"):
+        return
+    seen: Set[Tuple[str, str, str]] = set()
+    chosen: Dict[bool, List[pytest.Item]] = {True: [], False: []}
+    for item in items:
+        callspec = getattr(item, "callspec", None) if item.get_closest_marker("combinations") else None
+        test = item.nodeid.partition("[")[0]
+        values = {(test, name, repr(value)) for name, value in callspec.params.items()} if callspec else set()
+        chosen[not values or not values <= seen].append(item)
+        seen |= values
+    items[:] = chosen[True]
+    config.hook.pytest_deselected(items=chosen[False])
+
+
+def needs_native(dtype: str) -> pytest.MarkDecorator:
+    """Return the mark of a test that needs a processor which computes in a dtype: others emulate or refuse it."""
+    return pytest.mark.skipif(not processor.native(dtype), reason=f"{dtype} is not native to this processor")
 
 
 def nothing(what: str, done: int, total: int) -> None:

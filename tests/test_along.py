@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import nothing, run_export
+from conftest import needs_native, nothing, run_export
 from models import make_tokenizer
 from test_verify import serving, verified
 from traceserve import cli
@@ -38,7 +38,6 @@ from traceserve.checking.proof import Proof
 from traceserve.checking.verifying import VerifiedSample, _by_own_texts, _differences
 from traceserve.errors import ExportError
 from traceserve.measuring import engine_figures
-from traceserve_runtime import processor
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.generation.scores import GenerationSettings
 from traceserve_runtime.generation.search import Beams, largest
@@ -117,7 +116,7 @@ def content(trained: Trained, kind: str, **more: Any) -> Dict[str, Any]:
             "llama",
             "openvino",
             "bfloat16",
-            marks=pytest.mark.skipif(not processor.native("bfloat16"), reason="this processor has no bfloat16"),
+            marks=needs_native("bfloat16"),
         ),
     ],
 )
@@ -135,17 +134,21 @@ def test_a_good_lower_precision_passes(kind: str, save_mode: str, dtype: str, tr
 def four_bits(model: Any, original: Any) -> Any:
     """Round all weights naively, to four bits with one range per output."""
     nncf = quantizer()
-    return nncf.compress_weights(
-        model, mode=nncf.CompressWeightsMode.INT4_ASYM, group_size=-1, ratio=1, all_layers=True
-    )
+    return nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT4_SYM, group_size=-1, ratio=1, all_layers=True)
+
+
+def damage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Build "int8" with four bits, by any difference of outputs: the texts decide."""
+    monkeypatch.setattr(int8_weights, "round_weights", four_bits)
+    monkeypatch.setattr(lowering, "KEPT_SHARES", (0.0,))
+    monkeypatch.setitem(LIMITS, "int8", LIMITS["int8"]._replace(difference=10.0))
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_a_damaged_one_is_refused(
     kind: str, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(int8_weights, "round_weights", four_bits)
-    monkeypatch.setattr(lowering, "KEPT_SHARES", (0.0,))
+    damage(monkeypatch)
     (tmp_path / "c.json").write_text(json.dumps(content(trained, kind, dtype="int8")))
     assert cli.main(["export", "--config", str(tmp_path / "c.json"), "--output", str(tmp_path / "x")]) == 1
     said = " ".join(capsys.readouterr().err.split())
@@ -424,8 +427,7 @@ def test_a_server_writes_what_the_archive_wrote(
         assert right.passed and right.by_own_texts and right.document(True)["expected"] == "the archive's own texts"
         assert cli.main(["verify", url, "--archive", str(archive)]) == 0
         assert "verified: it answers as the archive at its build does" in capsys.readouterr().out
-    monkeypatch.setattr(int8_weights, "round_weights", four_bits)
-    monkeypatch.setattr(lowering, "KEPT_SHARES", (0.0,))
+    damage(monkeypatch)
     run_export(tmp_path / "other" / "x", config, allow_drift=True)
     with serving(tmp_path / "other" / "x") as url:
         wrong = verified(url, archive)
@@ -434,8 +436,7 @@ def test_a_server_writes_what_the_archive_wrote(
 
 
 def test_the_originals_text_stands_beside_it(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int8_weights, "round_weights", four_bits)
-    monkeypatch.setattr(lowering, "KEPT_SHARES", (0.0,))
+    damage(monkeypatch)
     run_export(tmp_path / "x", content(trained, "llama", dtype="int8"), allow_drift=True)
     found = read_golden(tmp_path / "x")
     assert found is not None

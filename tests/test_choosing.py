@@ -70,7 +70,7 @@ def test_the_processor_and_the_packages_decide(
     "content, expected, why",
     [
         ({"task": "text_generation"}, "torchscript", "text_generation stays in float32, unless"),
-        ({"task": "text_generation", "dtype": "int8"}, "openvino", "this processor has avx512_vnni"),
+        ({"task": "text_generation", "dtype": "int8"}, "openvino", "only its loops have int8 weights"),
         ({"hardware": "gpu"}, "torchscript", "openvino runs on cpu, not on gpu"),
         ({"hardware": "neuron"}, "torchscript", "openvino runs on cpu, not on neuron"),
         ({"dtype": "float32"}, "torchscript", "openvino is faster in int8, not in float32"),
@@ -92,12 +92,18 @@ def test_int8_asked_for_on_a_processor_with_bfloat16(machine: Callable[..., None
     assert choice == ("openvino", "openvino and nncf are installed, and this processor has avx512_vnni")
 
 
+def test_int8_weights_need_no_processor_of_their_own(machine: Callable[..., None]) -> None:
+    machine({"avx2"})
+    assert choosing.choose(config("text_generation", dtype="int8")).save_mode == "openvino"
+    assert choosing.choose(config(dtype="int8")) == ("torchscript", "this processor has neither VNNI nor AMX")
+
+
 def test_the_default_is_not_auto() -> None:
     assert parse_config({"model_name": "x/y"})[0].save_mode == "torchscript"
 
 
 def test_what_the_real_save_mode_refuses_is_refused_at_once(machine: Callable[..., None]) -> None:
-    machine({"avx2"})
+    machine({"avx2"}, set())
     with pytest.raises(ConfigError, match='dtype is "int8": it is for models that are run once'):
         config("text_generation", dtype="int8")
     machine(VNNI)

@@ -57,6 +57,7 @@ def original(source: Path, task: str) -> Tuple[Any, Any]:
     "architecture, save_mode",
     [(name, mode) for name, (_, modes, _) in WRITTEN.items() for mode in modes if not (V4 and name == "switch")],
 )
+@pytest.mark.combinations
 def test_equals_generate(architecture: str, save_mode: str, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     """Texts of many lengths in one batch, including whole windows and one token more."""
     task = WRITTEN[architecture][0]
@@ -138,6 +139,7 @@ def test_every_family_of_the_table_is_tried() -> None:
 
 @pytest.mark.parametrize("save_mode", ["torchscript", "pretrained"])
 @pytest.mark.parametrize("architecture", ["reformer", "nystromformer", "yoso"])
+@pytest.mark.combinations
 def test_an_encoder_equals_the_pipeline(
     architecture: str, save_mode: str, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:

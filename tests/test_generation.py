@@ -70,6 +70,7 @@ def original(made: Made, text: str, **options: Any) -> str:
     ],
     ids=str,
 )
+@pytest.mark.combinations
 def test_equals_generate(architecture: str, options: Dict[str, Any], made: Callable[[str], Made]) -> None:
     """All texts in one batch, prompts of many lengths, against the original on each alone."""
     engine, _, _ = made(architecture)

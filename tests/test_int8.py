@@ -10,7 +10,7 @@ from typing import Any, Callable, Dict, Iterator, List, Set, Tuple
 import pytest
 import torch
 import transformers
-from conftest import run_export
+from conftest import needs_native, run_export
 from traceserve.building.checkpoints import loading, sources
 from traceserve.building.config.parsing import parse_config
 from traceserve.building.gate.findings import LIMITS, DriftError
@@ -19,13 +19,12 @@ from traceserve.building.writers.lowering import int8, precision
 from traceserve.building.writers.lowering.int8 import KEPT_SHARES, Int8Linear, quantized
 from traceserve.building.writers.lowering.sensitivity import linears, measure_layers
 from traceserve.errors import ExportError
-from traceserve_runtime import processor
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.tasks.contract import Answer, Request
 
 if not hasattr(torch, "_int_mm"):
     pytest.skip("this torch does not multiply int8", allow_module_level=True)
-native = pytest.mark.skipif(not processor.native("int8"), reason="this processor does not multiply int8 by itself")
+native = needs_native("int8")
 
 LABELS = {"id2label": {0: "red", 1: "green", 2: "blue"}, "label2id": {"red": 0, "green": 1, "blue": 2}}
 
@@ -260,11 +259,13 @@ def test_a_model_that_reads_no_text_by_itself_is_told(checkpoint: Callable[..., 
         measure_layers(model, linears(model), [{"input_ids": torch.ones(1, 3, dtype=torch.long)}], Int8Linear)
 
 
+@native
 def test_a_model_without_linear_layers_is_told(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="GPT2ForSequenceClassification has no torch.nn.Linear"):
         run_export(tmp_path / "x", content(checkpoint, "gpt2"))
 
 
+@native
 def test_a_torch_that_cannot_is_told(
     checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

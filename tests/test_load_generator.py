@@ -425,16 +425,20 @@ def test_a_signal_ends_it(rate: Optional[float]) -> None:
         raise Stopped
 
     previous = signal.signal(signal.SIGALRM, stop)
+    timers: List[threading.Timer] = []
     try:
         with serving(at_once) as server:
             for delay in np.linspace(0.02, 0.05, 8):
-                timer = threading.Timer(0.1 + delay, os.kill, (os.getpid(), signal.SIGALRM))
+                timers.append(threading.Timer(0.1 + delay, os.kill, (os.getpid(), signal.SIGALRM)))
                 started = time.monotonic()
-                timer.start()
+                timers[-1].start()
                 with pytest.raises(Stopped):
                     short(server, rate=rate, connections=16, seconds=5.0)
                 assert time.monotonic() - started < 2
     finally:
+        for timer in timers:  # without a handler, the signal would end this process
+            timer.cancel()
+            timer.join()
         signal.signal(signal.SIGALRM, previous)
 
 

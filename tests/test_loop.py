@@ -88,6 +88,7 @@ def value_of(result: Any) -> Any:
 
 
 @pytest.mark.parametrize("architecture, save_mode", MODES)
+@pytest.mark.combinations
 def test_each_is_answered_as_alone_whatever_joins_when(architecture: str, save_mode: str, engine_of: Make) -> None:
     engine = engine_of(architecture, save_mode)
     requests = requests_for(len(architecture), 24)

@@ -13,7 +13,7 @@ from typing import Any, Callable, List, Tuple
 
 import pytest
 import transformers
-from conftest import SUMMARY, run_export
+from conftest import SUMMARY, needs_native, run_export
 from oracle import ANSWERS, ASKED, CASES, TEXTS, answers, assert_equal, generated, written
 from traceserve.building import samples
 from traceserve.building.checkpoints import demo
@@ -63,6 +63,7 @@ def original(checkpoint: Callable[..., Path]) -> Callable[[str], Tuple[Path, Any
 
 
 @pytest.mark.parametrize("save_mode, task, lengths", combinations())
+@pytest.mark.combinations
 def test_equals_the_pipeline(
     save_mode: str,
     task: str,
@@ -104,7 +105,7 @@ def lower_precisions() -> List[Any]:
     kind = TASKS["sequence_classification"]
     found = [(mode, dtype) for mode in WRITERS for dtype in LIMITS if dtype not in ("float32", "int8")]
     found = [(mode, dtype) for mode, dtype in found if formats.refusal(mode, "cpu", dtype, kind) is None]
-    return [pytest.param(*each, id="-".join(each)) for each in found]
+    return [pytest.param(mode, dtype, id=f"{mode}-{dtype}", marks=needs_native(dtype)) for mode, dtype in found]
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from typing import Any, Callable, Dict, List, Set
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_export
+from conftest import ROOT, needs_native, run_export
 from test_onnx import KINDS, LABELS, WITHOUT_TORCH, values
 from traceserve import cli
 from traceserve.building import attempt
@@ -155,7 +155,7 @@ def test_outputs_are_not_overwritten(made: Maker) -> None:
     assert not np.array_equal(first, second)
 
 
-@pytest.mark.skipif(not processor.native("bfloat16"), reason="this processor has no bfloat16")
+@needs_native("bfloat16")
 def test_bfloat16(checkpoint: Callable[..., Path], tmp_path: Path, quick: None) -> None:
     """Its weights take two bytes; it is not float32 under another name."""
     source = str(checkpoint("bert", **LABELS))
@@ -311,6 +311,7 @@ def test_a_graph_that_does_not_name_its_layers_is_refused(original: Any) -> None
         int8.quantize_statically(model, first)
 
 
+@needs_native("int8")
 def test_the_closest_of_all_steps_is_reported(
     checkpoint: Callable[..., Path], tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -331,6 +332,16 @@ def test_the_closest_of_all_steps_is_reported(
     assert len(found) == 2 and raised.value.findings is found[-1]
 
 
+def test_int8_is_refused_before_it_is_calibrated(
+    checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processor, "features", lambda: frozenset({"avx2"}))
+    content = {"model_name": str(checkpoint("bert", **LABELS)), "save_mode": "openvino", "dtype": "int8"}
+    with pytest.raises(ExportError, match="int8 needs a processor with one of .*this one has none"):
+        run_export(tmp_path / "x", content)
+
+
+@needs_native("int8")
 def test_int8_answers(
     checkpoint: Callable[..., Path], tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Callable, Dict, List, Set
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_export
+from conftest import ROOT, needs_native, run_export
 from safetensors.numpy import load_file
 from test_onnx import WITHOUT_TORCH
 from traceserve.building import attempt
@@ -166,7 +166,29 @@ def test_an_invalid_archive_is_named(folders: Callable[[str], Path]) -> None:
 # Lower precisions
 
 
-@pytest.mark.skipif(not processor.native("bfloat16"), reason="this processor has no bfloat16")
+def test_inputs_are_rounded_where_the_gate_saw_it(
+    checkpoint: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not on a processor that does not multiply int8, nor of an archive that was built on one."""
+    asked: List[int] = []
+    compiled = openvino._compiled
+
+    def keep(library: Any, file: Path, weights: Path, properties: Dict[str, Any]) -> Any:
+        asked.append(properties["DYNAMIC_QUANTIZATION_GROUP_SIZE"])
+        return compiled(library, file, weights, {**properties, "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0})
+
+    monkeypatch.setattr(openvino, "_compiled", keep)
+    for built in ("avx2", "avx512_vnni"):
+        monkeypatch.setattr(processor, "features", lambda built=built: frozenset({built}))
+        run_export(tmp_path / built, content(checkpoint, "llama", dtype="int8"), allow_drift=True)
+        for served in ("avx2", "avx512_vnni"):
+            monkeypatch.setattr(processor, "features", lambda served=served: frozenset({served}))
+            asked.clear()
+            Engine.load(tmp_path / built)
+            assert asked == [32 if built == served == "avx512_vnni" else 0], (built, served)
+
+
+@needs_native("bfloat16")
 def test_bfloat16(checkpoint: Made, tmp_path: Path) -> None:
     """Keys and values of groups that join are bfloat16 too."""
     exported = run_export(tmp_path / "x", content(checkpoint, "llama", dtype="bfloat16"), allow_drift=True)

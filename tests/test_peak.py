@@ -8,6 +8,7 @@ from typing import Callable
 
 import pytest
 import torch
+from conftest import needs_native
 from test_loading import original
 from traceserve.building.products import count_products
 from traceserve.measuring.arithmetic import Arithmetic, arithmetic_of
@@ -53,7 +54,7 @@ def test_the_arithmetic_of_a_request() -> None:
     assert arithmetic.of_a_request(60, 2) == 2 * arithmetic.of_a_request(30, 1)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", pytest.param("int8", marks=needs_native("int8"))])
 def test_the_peak_is_that_of_a_large_product(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("traceserve.measuring.peak._SECONDS", 0.02)
     threads = torch.get_num_threads()

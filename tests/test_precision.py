@@ -6,13 +6,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Set, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Set, Tuple
 
 import models
 import numpy as np
 import pytest
 import torch
-from conftest import nothing, run_export
+from conftest import needs_native, nothing, run_export
 from traceserve import cli
 from traceserve.building import speeds
 from traceserve.building.checkpoints import loading, sources
@@ -50,6 +50,13 @@ LOOPS = {
 }
 # For a score, 0 to 1: bfloat16 has 8 significant bits, and a tiny random model's logits are some tenths apart.
 CLOSE = 0.05
+
+
+def of_native(names: Iterable[str]) -> List[Any]:
+    """Return these architectures, all but the first one for a processor with bfloat16: others emulate it, slowly."""
+    first, *others = names
+    return [first, *(pytest.param(name, marks=needs_native("bfloat16")) for name in others)]
+
 
 Maker = Callable[..., Tuple[Path, Exported]]
 
@@ -100,7 +107,7 @@ def scores(engine: Engine) -> np.ndarray:
 # bfloat16
 
 
-@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize("architecture", of_native(FAMILIES))
 def test_bfloat16_of_every_family_passes_the_gate(made: Maker, architecture: str) -> None:
     folder, exported = made(architecture, "bfloat16")
     manifest = Manifest.read(folder)
@@ -113,7 +120,7 @@ def test_bfloat16_of_every_family_passes_the_gate(made: Maker, architecture: str
     assert receipt["answers_changed"] <= 0.015 * receipt["answers"]
 
 
-@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize("architecture", of_native(FAMILIES))
 def test_matrices_are_bfloat16_and_all_else_float32(made: Maker, architecture: str) -> None:
     """Except for the layers that the gate left in float32."""
     folder, _ = made(architecture, "bfloat16")
@@ -131,7 +138,7 @@ def test_matrices_are_bfloat16_and_all_else_float32(made: Maker, architecture: s
     assert any("Norm" in name for name in same)
 
 
-@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize("architecture", of_native(FAMILIES))
 def test_answers_in_bfloat16_are_those_of_float32(made: Maker, architecture: str) -> None:
     lower, exact = (Engine.load(made(architecture, dtype)[0]) for dtype in ("bfloat16", "float32"))
     outputs = lower.runner({name: np.ones((2, 7), dtype=np.int64) for name in lower.manifest.inputs})
@@ -268,7 +275,7 @@ def loop(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
     return make
 
 
-@pytest.mark.parametrize("architecture", LOOPS)
+@pytest.mark.parametrize("architecture", of_native(LOOPS))
 def test_written_texts_in_bfloat16(loop: Maker, architecture: str) -> None:
     """Some tokens of a random model change: many are near ties, and more than the gate's 15 in 1,000 are no longer."""
     folder, exported = loop(architecture)

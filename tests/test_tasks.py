@@ -104,6 +104,7 @@ def test_every_task_without_a_loop_is_compared() -> None:
 
 
 @pytest.mark.parametrize("task, architecture", supported(*CASES))
+@pytest.mark.combinations
 def test_equals_the_pipeline(task: str, architecture: str, exported: Export) -> None:
     engine, pipeline = exported(task, architecture)
     requests = CASES[task].requests(engine)
@@ -119,6 +120,7 @@ def test_the_answers_in_the_data_are_of_every_architecture() -> None:
 
 
 @pytest.mark.parametrize("task, architecture", supported("question_answering"))
+@pytest.mark.combinations
 def test_question_answering_equals_the_pipeline_of_transformers_4(
     task: str, architecture: str, exported: Export
 ) -> None:
@@ -137,6 +139,7 @@ def pool(task: str, engine: Engine) -> List[Request]:
 
 
 @pytest.mark.parametrize("task, architecture", supported(*LONG_REQUESTS))
+@pytest.mark.combinations
 def test_neighbours_and_padding_change_no_answer(task: str, architecture: str, exported: Export) -> None:
     engine, _ = exported(task, architecture)
     requests = pool(task, engine)

@@ -104,6 +104,7 @@ def traced(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.mark.parametrize(("architecture", "auto_model"), CASES)
+@pytest.mark.combinations
 def test_the_outputs_are_the_same(traced: Callable[..., Traced], architecture: str, auto_model: str) -> None:
     made = traced(architecture, auto_model)
     for lengths, padding in (([7], 0), ([7], 9), ([9, 9, 9], 0), ([4, 17, 9, 30], 2), ([64, 3], 0), ([3] * 20, 1)):

@@ -14,7 +14,7 @@ import models
 import numpy as np
 import pytest
 import torch
-from conftest import run_export
+from conftest import needs_native, run_export
 from traceserve.building import attempt
 from traceserve.building.gate import verification
 from traceserve.building.gate.texts import SENTENCES
@@ -118,7 +118,7 @@ def test_mapped_weights_give_the_same(
     got, expected = outputs(mapped), outputs(loaded)
     assert len(got) == len(expected) >= 2
     # The separate graph may compute less than the whole model, in another order.
-    limit = 1e-6 if Manifest.read(folder).runtime[reader.UNPADDED] else 0.0
+    limit = 5e-6 if Manifest.read(folder).runtime[reader.UNPADDED] else 0.0
     for one, other in zip(got, expected):
         assert one.dtype == other.dtype and np.allclose(one, other, rtol=0, atol=limit)
     assert any(np.ptp(array) > 0 for array in got if array.size)
@@ -394,7 +394,7 @@ def test_a_layer_without_a_bias_and_one_called_twice(tmp_path: Path) -> None:
     assert one is other and one.is_mkldnn
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_native("bfloat16"))])
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 def test_a_gelu_is_part_of_the_product(approximate: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = torch.nn.Sequential(
@@ -439,7 +439,7 @@ class Attention(torch.nn.Module):
         return total + self.shaped(other).sum()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_native("bfloat16"))])
 def test_layers_that_read_the_same_rows_are_one_product(dtype: torch.dtype, tmp_path: Path) -> None:
     model = Attention(lambda rows: rows.view(-1)).to(dtype)
     inputs = [torch.rand(3, 5, 6).to(dtype), torch.rand(2, 7, 6).to(dtype)]

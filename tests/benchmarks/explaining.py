@@ -1,7 +1,7 @@
 """The cost of explanations, their completeness error, and what predictions wait beside them.
 
-    python tests/benchmarks/explaining.py --model FOLDER --texts FILE [--task TASK] [--dtype DTYPE] [--count 50] [--clients 4]
-        [--seconds 15] [--rounds 3] [--engines web,torchserve] [--json FILE]
+    python tests/benchmarks/explaining.py --model FOLDER --texts FILE [--task TASK] [--dtype DTYPE] [--steps 24] [--count 50]
+        [--clients 4] [--seconds 15] [--rounds 3] [--engines web,torchserve] [--json FILE]
 
 `--texts` has one text a line. First, in this process, each text is predicted and explained in turn: medians of the ratios.
 Then the archive is served by a host of our own (`web`), and by TorchServe with `continuous_batching`. Clients ask predictions
@@ -33,6 +33,7 @@ from rich.table import Table
 from traceserve.archives.archive import pack_archive
 from traceserve.serving import configuration, instances, server
 from traceserve_runtime.engine import Engine
+from traceserve_runtime.explaining.integrated_gradients import STEPS
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.service import Call, Service
 
@@ -61,7 +62,7 @@ class Waits(NamedTuple):
     out_of_time: int
 
 
-def cost(folder: Path, texts: Sequence[str]) -> Cost:
+def cost(folder: Path, texts: Sequence[str], steps: int) -> Cost:
     """Predict and explain each text alone, three times in turn; the best of each."""
     engine = Engine.load(folder)
     engine.make_ready()
@@ -70,7 +71,7 @@ def cost(folder: Path, texts: Sequence[str]) -> Cost:
 
     def ask(text: str, explain: bool) -> Any:
         began = time.perf_counter()
-        body = json.dumps({"text": text}).encode()
+        body = json.dumps({"text": text, **({"parameters": {"steps": steps}} if explain else {})}).encode()
         [reply] = service.answer([Call({"body": body}, Headers("application/json", explain=explain))])
         assert reply.status == 200, reply.body
         return time.perf_counter() - began, json.loads(reply.body)
@@ -182,6 +183,7 @@ def main() -> int:
     parser.add_argument("--texts", type=Path, required=True)
     parser.add_argument("--task", default="sequence_classification")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of the explanations in this process")
     parser.add_argument("--count", type=int, default=50)
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=15.0)
@@ -197,7 +199,7 @@ def main() -> int:
         run_export(folder, {**config, "continuous_batching": True})
         Path(scratch, "store").mkdir()
         archive = pack_archive(folder, NAME, Path(scratch, "store"))
-        own = cost(folder, texts)
+        own = cost(folder, texts, options.steps)
         screen.print(
             f"a prediction {own.prediction_ms:.1f} ms, an explanation {own.explanation_ms:.1f} ms: {own.predictions:.1f} "
             f"predictions (95 of 100 below {own.most:.1f}); completeness error {100 * own.error:.2g} % (95 of 100 below "

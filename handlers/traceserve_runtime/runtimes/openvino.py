@@ -23,7 +23,11 @@ _TELEMETRY = "openvino_telemetry"
 # OpenVINO's name for what is not quantized. Without it, the plugin takes bfloat16 wherever the processor has it. In an
 # int8 model the rest stays in float32, so that every processor computes the same.
 _PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}
-_GROUP = 32  # numbers in a block; OpenVINO's default
+# In `Manifest.runtime`: whether a step's int8 layers may round their inputs too, as they did where the answers were compared.
+ROUNDED = "rounded_inputs"
+# Each block of numbers by its own range, 32 as OpenVINO's default: a step of 16 rows takes two thirds of the time. A model
+# that runs once has its own ranges.
+_ROUNDING = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 32}
 _CAPABILITIES = {"float32": "FP32", "bfloat16": "BF16", "int8": "INT8"}
 
 
@@ -96,9 +100,12 @@ def read(
         raise MissingPackage(
             f"TorchServe asks for the device {device}, but an archive of save mode openvino runs on the CPU"
         )
-    processor.check_dtype(manifest.dtype)
     loops = bool(manifest.step_inputs)
+    if not only_weights(manifest):
+        processor.check_dtype(manifest.dtype)
     properties = _properties(manifest.dtype, settings.threads, loops)
+    if only_weights(manifest) and manifest.runtime.get(ROUNDED, True) and processor.native(manifest.dtype):
+        properties.update(_ROUNDING)
     weights = (folder / manifest.model_file).with_suffix(".bin")  # of all graphs
     compiled = _compiled(openvino, folder / manifest.model_file, weights, properties)
     _check_ports(manifest, compiled, loops)
@@ -109,6 +116,11 @@ def read(
         raise InvalidManifest(f"runtime.{START} should name a file of the archive")
     first = None if start is None else _compiled(openvino, folder / str(start), weights, properties)
     return SteppingRunner(compiled, first, manifest, openvino.Tensor)
+
+
+def only_weights(manifest: Manifest) -> bool:
+    """Return whether only weights are int8, which any processor multiplies in float32: those of a loop's steps."""
+    return manifest.dtype == "int8" and bool(manifest.step_inputs)
 
 
 def _compiled(openvino: Any, file: Path, weights: Path, properties: Dict[str, Any]) -> Any:
@@ -145,10 +157,7 @@ def _properties(dtype: str, threads: Optional[int], loops: bool) -> Dict[str, An
         "INFERENCE_NUM_THREADS": threads or processor.cores(),
         "NUM_STREAMS": 1,
         "ENABLE_CPU_PINNING": False,  # by default it binds threads to cores: two workers would share the same ones
-        # By default it may quantize the inputs of layers with int8 weights, each block of numbers by its own range. A
-        # model that runs once has its own ranges. In a loop it is worth it: a step of 16 rows takes two thirds of the
-        # time.
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": _GROUP if loops and dtype == "int8" else 0,
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # by default it may round the inputs of layers with int8 weights
     }
     if loops:  # by default keys and values are rounded to 8 bits
         properties["KV_CACHE_PRECISION"] = _PRECISIONS[dtype]

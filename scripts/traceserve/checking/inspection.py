@@ -12,7 +12,7 @@ from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
 
 from traceserve_runtime import __version__, processor
 from traceserve_runtime.manifest import MANIFEST_FILE, SCHEMA, Manifest, sealed
-from traceserve_runtime.runtimes import aot_inductor
+from traceserve_runtime.runtimes import aot_inductor, openvino
 from traceserve_runtime.tasks import TASKS
 
 from traceserve.archives import signing
@@ -245,7 +245,8 @@ def _release(version: str) -> str:
 
 def _of_this_machine(manifest: Manifest) -> Iterator[InspectionFinding]:
     dtype = manifest.dtype
-    if manifest.hardware not in resources.DEVICES and not processor.native(dtype):
+    emulated = not processor.native(dtype) and not openvino.only_weights(manifest)
+    if manifest.hardware not in resources.DEVICES and emulated:
         wanted = f"{dtype} is native to processors with one of {', '.join(sorted(processor.NATIVE[dtype]))}; this one has none"
         if dtype in processor.ONLY_NATIVE:
             yield InspectionFinding(ERROR, "processor", f"{wanted}, and would answer wrong")

@@ -34,8 +34,11 @@ def choose(config: SetupConfig) -> Choice:
     reason = _why_usual(config)
     if reason is not None:
         return Choice(USUAL, reason)
+    installed = f"{' and '.join(_PACKAGES)} are installed"
+    if TASKS[config.task].loop:
+        return Choice(IN_INT8, f"{installed}, and only its loops have int8 weights")
     lacking = "" if config.dtype == "int8" else " and no bfloat16"
-    return Choice(IN_INT8, f"{' and '.join(_PACKAGES)} are installed, and this processor has {_names('int8')}{lacking}")
+    return Choice(IN_INT8, f"{installed}, and this processor has {_names('int8')}{lacking}")
 
 
 def settled(config: SetupConfig) -> SetupConfig:
@@ -57,7 +60,7 @@ def _why_usual(config: SetupConfig) -> Optional[str]:
         return f"{config.task} stays in float32, unless it is asked for another dtype"
     if not processor.is_x86():
         return f"{IN_INT8}'s int8 was measured on x86 alone"
-    if not processor.native("int8"):
+    if not processor.native("int8") and not TASKS[config.task].loop:
         return "this processor has neither VNNI nor AMX"
     if config.dtype == AUTO and "bfloat16" in formats.candidates(USUAL, config.hardware, AUTO, TASKS[config.task]):
         return f"this processor has {_names('bfloat16')}"

@@ -6,13 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterable, Sequence, Tuple, Type
 
-from traceserve_runtime.runtimes.openvino import library, supported
+from traceserve_runtime import processor
+from traceserve_runtime.runtimes.openvino import ROUNDED, library, supported
 from traceserve_runtime.runtimes.openvino_steps import START
 
 from traceserve.building.checkpoints.original import Original
 from traceserve.building.config.dtypes import AUTO
 from traceserve.building.config.save_modes import Target
 from traceserve.building.writers.contract import Written
+from traceserve.building.writers.lowering.precision import check_processor
 from traceserve.building.writers.openvino import int8, int8_weights
 from traceserve.building.writers.openvino.conversion import convert_traced
 from traceserve.building.writers.openvino.loops import loop_models
@@ -52,6 +54,8 @@ def lowered(original: Original, dtype: str, texts: Sequence[str]) -> Iterable[Or
     """Return the original: OpenVINO lowers its precision itself, for bfloat16 when it loads the model; for int8 several
     times, with more and more layers to leave."""
     if dtype == int8.DTYPE:
+        if not original.loop:  # whose weights alone are rounded
+            check_processor(dtype)
         return int8_weights.to_round(original, texts) if original.loop else int8.to_calibrate(original, texts)
     return [replace(original, dtype=dtype)]
 
@@ -65,6 +69,8 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
     graphs, step_inputs = _graphs(openvino, original, task, shapes)
     files = save_models(openvino, graphs, folder, original.dtype in _HALVED)
     runtime: Dict[str, object] = {START: START_FILE} if START_FILE in graphs else {}
+    if original.dtype == int8.DTYPE and task.loop:
+        runtime[ROUNDED] = processor.native(original.dtype)  # the gate sees what this processor computes
     return Written(step_inputs, files[1:], runtime, versions)
 
 
