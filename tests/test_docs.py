@@ -80,7 +80,7 @@ def test_the_tasks_are_listed_by_the_command() -> None:
     ).stdout
     for entry in catalog.task_entries():
         assert entry.name in shown and entry.example in shown and f"| `{entry.name}` |" in README
-        for name, *_ in (*entry.fields, *entry.parameters):
+        for name, *_ in (*entry.fields, *entry.parameters, *entry.explained_by):
             assert name in shown
 
 

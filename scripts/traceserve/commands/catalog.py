@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import List, NamedTuple, Type
+from typing import List, NamedTuple, Sequence, Type
 
-from traceserve_runtime.tasks import TASKS
+from traceserve_runtime.tasks import TASKS, explained
 from traceserve_runtime.tasks.contract import Task
 from traceserve_runtime.tasks.parameters import Parameter
 
@@ -22,6 +22,7 @@ class Entry(NamedTuple):
     model: str  # the transformers class that loads its checkpoints
     fields: List[List[str]]  # name, kind, description
     parameters: List[List[str]]  # name, legal values, default, description
+    explained_by: List[List[str]]  # likewise, of an explanation; none where answers are not explained
     example: str  # a curl command
 
 
@@ -47,9 +48,14 @@ def _entry(task: Type[Task]) -> Entry:
             [field.name, kinds[field.kind] + ("" if field.required else ", optional"), field.description]
             for field in task.fields
         ],
-        parameters=[[p.name, p.legal, _default(p), p.description] for p in task.parameters],
+        parameters=_rows(task.parameters),
+        explained_by=[] if task.explains is None else _rows((*task.explains, *explained.PARAMETERS)),
         example=curl(f"http://127.0.0.1:8080/predictions/{NAME}", task.sample_body({})),
     )
+
+
+def _rows(parameters: Sequence[Parameter]) -> List[List[str]]:
+    return [[p.name, p.legal, _default(p), p.description] for p in parameters]
 
 
 def _default(parameter: Parameter) -> str:
@@ -60,7 +66,8 @@ def _section(entry: Entry) -> str:
     lines = [f"### {entry.name}", "", f"{entry.answer} Checkpoints: `{entry.model}`.", ""]
     lines += ["| field | | |", "|---|---|---|"]
     lines += [f"| `{name}` | {what} | {text} |" for name, what, text in entry.fields]
-    if entry.parameters:
-        lines += ["", "| parameter | | default | |", "|---|---|---|---|"]
-        lines += [f"| `{name}` | {legal} | `{default}` | {text} |" for name, legal, default, text in entry.parameters]
+    for title, parameters in (("parameter", entry.parameters), ("of an explanation", entry.explained_by)):
+        if parameters:
+            lines += ["", f"| {title} | | default | |", "|---|---|---|---|"]
+            lines += [f"| `{name}` | {legal} | `{default}` | {text} |" for name, legal, default, text in parameters]
     return "\n".join([*lines, "", "```", entry.example, "```"])

@@ -75,6 +75,10 @@ def _print_tasks(entries: Sequence[Entry]) -> None:
             table.add_row(f"  [cyan]{name}[/]", what, "", text)
         for name, legal, default, text in entry.parameters:
             table.add_row(f"  [green]{name}[/]", escape(legal), escape(default), escape(text))
+        if entry.explained_by:
+            table.add_row("  [dim]of an explanation:[/]")
+        for name, legal, default, text in entry.explained_by:
+            table.add_row(f"  [green]{name}[/]", escape(legal), escape(default), escape(text))
         screen.print(table, highlight=False)
         screen.print(f"\n  {entry.example}\n", highlight=False, markup=False, soft_wrap=True)
 
