@@ -7,12 +7,11 @@ from typing import Any, Callable, List, Tuple
 
 import pytest
 import torch
-from conftest import run_export
+from conftest import needs_native, run_export
 from traceserve.building.gate.findings import DriftError
 from traceserve.building.writers.torchscript import weights, writer
 from traceserve.building.writers.torchscript.unpadding import Unpadded
 from traceserve.commands.printing import print_findings
-from traceserve_runtime import processor
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runtimes import RUNTIMES, VARIANTS
@@ -78,7 +77,8 @@ def test_the_receipt_lists_each_of_them(checkpoint: Callable[..., Path], tmp_pat
         assert 0 < row["largest_difference"] < 1e-5 and row["answers_changed"] == 0
 
 
-@pytest.mark.skipif(not processor.native("bfloat16") or not packing.possible(), reason="no bfloat16 here")
+@needs_native("bfloat16")
+@pytest.mark.skipif(not packing.possible(), reason="nothing is packed on this processor")
 def test_in_bfloat16_attention_of_either_kind_is_compared(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     run_export(tmp_path / "x", content(checkpoint, dtype="bfloat16"))
     rows = Manifest.read(tmp_path / "x").receipt["variants"]

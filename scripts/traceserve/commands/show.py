@@ -73,12 +73,11 @@ def _print_tasks(entries: Sequence[Entry]) -> None:
             table.add_column(header)
         for name, what, text in entry.fields:
             table.add_row(f"  [cyan]{name}[/]", what, "", text)
-        for name, legal, default, text in entry.parameters:
-            table.add_row(f"  [green]{name}[/]", escape(legal), escape(default), escape(text))
-        if entry.explained_by:
-            table.add_row("  [dim]of an explanation:[/]")
-        for name, legal, default, text in entry.explained_by:
-            table.add_row(f"  [green]{name}[/]", escape(legal), escape(default), escape(text))
+        for title, parameters in (("", entry.parameters), ("of an explanation:", entry.explained_by)):
+            if title and parameters:
+                table.add_row(f"  [dim]{title}[/]")
+            for name, legal, default, text in parameters:
+                table.add_row(f"  [green]{name}[/]", escape(legal), escape(default), escape(text))
         screen.print(table, highlight=False)
         screen.print(f"\n  {entry.example}\n", highlight=False, markup=False, soft_wrap=True)
 

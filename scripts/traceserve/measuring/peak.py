@@ -26,8 +26,9 @@ def measure_peak(dtype: str, hardware: str) -> Optional[float]:
     try:
         found: List[float] = []
         for size in _SIZES:
-            found.append(_fastest(_product(dtype, device, size), 2 * size**3))
-            if 2 * size**3 / found[-1] > _SECONDS:  # as where torch emulates the dtype
+            operations = 2 * size**3
+            found.append(_fastest(_product(dtype, device, size), operations))
+            if operations / found[-1] > _SECONDS:  # as where torch emulates the dtype
                 break
         return max(found)
     except (RuntimeError, AttributeError, AssertionError):  # no such product, or no GPU

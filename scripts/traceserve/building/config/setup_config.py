@@ -51,7 +51,7 @@ class SetupConfig(BaseModel):
     save_mode: Literal[(dtypes.AUTO, *SAVE_MODES)] = Field(  # type: ignore[valid-type]  # likewise
         "torchscript",
         description="How the model is stored. `auto`: `openvino` where its int8 is the fastest (an x86 processor with VNNI and "
-        "without bfloat16, and its packages installed), else `torchscript`; by a rule, not by measuring",
+        "without bfloat16, or int8 texts; its packages installed), else `torchscript`; by a rule, not by measuring",
     )
     dtype: Literal[(dtypes.AUTO, *dtypes.DTYPES)] = Field(  # type: ignore[valid-type]  # likewise
         dtypes.AUTO,
