@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
@@ -14,8 +16,9 @@ from oracle import rounded
 from traceserve.building import attempt
 from traceserve.building.gate.texts import SENTENCES, VERY_LONG
 from traceserve_runtime.batching.batches import Stats
-from traceserve_runtime.engine import Engine, Pending, Work
+from traceserve_runtime.engine import Engine, Pending, Work, load_task
 from traceserve_runtime.errors import TraceserveError
+from traceserve_runtime.generation.steps import IN_PARTS, LEAST_PART, DecoderFeed
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Answer, Request
 
@@ -70,10 +73,12 @@ def requests_for(seed: int, count: int) -> List[Request]:
     return [Request({"text": chosen.choice(TEXTS)}, {**limits, **chosen.choice(KINDS)}) for _ in range(count)]
 
 
-def joined(engine: Engine, requests: Sequence[Request], seed: int) -> Tuple[List[Pending], Stats]:
+def joined(
+    engine: Engine, requests: Sequence[Request], seed: int, seconds: float = math.inf
+) -> Tuple[List[Pending], Stats]:
     """Answer requests that join at random turns, a few at a time."""
     chosen, stats = random.Random(seed), Stats()
-    work, waiting, pending = Work(engine, stats), list(requests), []
+    work, waiting, pending = Work(engine, stats, seconds), list(requests), []
     while waiting or work.busy:
         if waiting and chosen.random() < 0.4:
             some = [waiting.pop(0) for _ in range(min(len(waiting), chosen.randint(1, 4)))]
@@ -95,9 +100,9 @@ def test_each_is_answered_as_alone_whatever_joins_when(architecture: str, save_m
     alone = [value_of(engine.answer([request])[0]) for request in requests]
     assert len(set(map(str, alone))) > 12
     order = list(range(len(requests)))
-    for seed in range(3):
+    for seed, seconds in enumerate((math.inf, math.inf, 0.0, 0.0, 0.003)):
         random.Random(seed).shuffle(order)
-        pending, stats = joined(engine, [requests[i] for i in order], seed)
+        pending, stats = joined(engine, [requests[i] for i in order], seed, seconds)
         assert all(each.done for each in pending) and stats.requests == len(requests)
         assert [value_of(each.answer()) for each in pending] == [rounded(alone[i], 1e-4) for i in order]
 
@@ -160,28 +165,40 @@ def test_others_join_when_all_have_left(architecture: str, engine_of: Make) -> N
     assert value_of(stays.answer()) == alone
 
 
+class Watched:
+    """A runner that notes the rows and positions of each step: those it reads, and all that it attends to."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._own = engine.runner
+        self.read: List[Tuple[int, int]] = []
+        self.attended: List[Tuple[int, int]] = []
+
+    def step(self, inputs: Any, state: Any, rows: Optional[np.ndarray] = None) -> Any:
+        self.read.append(inputs["input_ids"].shape)
+        self.attended.append(inputs["attention_mask"].shape)
+        return self._own.step(inputs, state, rows)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own, name)
+
+
+def watching(engine: Engine) -> Tuple[Engine, Watched]:
+    """Return an engine of the same archive whose steps are noted."""
+    watched: Any = Watched(engine)
+    return Engine(engine.folder, engine.manifest, engine.task, watched), watched
+
+
 def test_room_that_only_a_long_prompt_needed_is_given_back(engine_of: Make) -> None:
-    engine, lengths = engine_of("llama", "torchscript"), []
-    own = engine.runner
-
-    class Watched:
-        def step(self, inputs: Any, state: Any, rows: Optional[np.ndarray] = None) -> Any:
-            lengths.append(inputs["attention_mask"].shape)
-            return own.step(inputs, state, rows)
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(own, name)
-
-    watched: Any = Watched()
+    engine = engine_of("llama", "torchscript")
     requests = [
         Request({"text": VERY_LONG[:250]}, {"max_new_tokens": 3}),
         Request({"text": "Yes."}, {"max_new_tokens": 20}),
     ]
     alone = [value_of(engine.answer([request])[0]) for request in requests]
-    watching = Engine(engine.folder, engine.manifest, engine.task, watched)
-    assert list(map(value_of, watching.answer(requests))) == alone
-    together = [length for rows, length in lengths if rows == 2]
-    assert max(together) > 50 and lengths[-1][1] < 40
+    watched_engine, watched = watching(engine)
+    assert list(map(value_of, watched_engine.answer(requests))) == alone
+    together = [length for rows, length in watched.attended if rows == 2]
+    assert max(together) > 50 and watched.attended[-1][1] < 40
 
 
 @pytest.mark.parametrize("architecture", ["llama", "t5"])
@@ -220,3 +237,172 @@ def test_a_failed_step_changes_no_answer(architecture: str, engine_of: Make) -> 
     refused = results.pop(5)
     assert failed and [value_of(each) for each in results] == [rounded(value, 1e-4) for value in alone]
     assert isinstance(refused, TraceserveError) and "not enough memory" in refused.message
+
+
+# Prompts that are read in parts
+
+LONG = Request({"text": VERY_LONG}, {"long_inputs": "truncate", "max_new_tokens": 4, "num_beams": 1})
+SHORT = Request({"text": "Yes."}, {"max_new_tokens": 60, "min_new_tokens": 60, "num_beams": 1})
+
+
+def finish(work: Work) -> int:
+    turns = 0
+    while work.busy:
+        work.turn()
+        turns += 1
+    return turns
+
+
+def turns_until(work: Work, *pending: Pending) -> int:
+    turns = 0
+    while not all(each.done for each in pending):
+        work.turn()
+        turns += 1
+    return turns
+
+
+@pytest.mark.parametrize("architecture, save_mode", MODES)
+def test_the_build_finds_out_whether_prompts_can_be_read_so(architecture: str, save_mode: str, engine_of: Make) -> None:
+    manifest = engine_of(architecture, save_mode).manifest
+    possible = TASK[architecture] == "text_generation" and architecture != "mamba"
+    assert manifest.runtime.get(IN_PARTS) == (True if possible else None)
+    assert manifest.receipt.get(IN_PARTS, {}).get("passed") == (True if possible else None)
+    if possible:
+        assert 0 < manifest.receipt[IN_PARTS]["largest_difference"] < 1e-4
+
+
+def test_nobodys_tokens_wait_for_a_long_prompt(engine_of: Make) -> None:
+    engine = engine_of("llama", "torchscript")
+    alone = [value_of(each) for each in engine.answer([LONG, SHORT])]
+    parts, watched = watching(engine)
+    work = Work(parts, Stats(), 0.0)
+    [short] = work.join([SHORT], [None])
+    work.turn()
+    [long] = work.join([LONG], [None])
+    assert turns_until(work, long) > 3 and not short.done  # a token of the short one in each turn
+    finish(work)
+    assert [value_of(long.answer()), value_of(short.answer())] == alone
+    read = [rows * positions for rows, positions in watched.read if positions > 1]
+    assert max(read) < 64 and sum(read) < 140  # a turn reads for as long as it writes; nothing twice
+
+
+def test_short_prompts_are_read_beside_a_long_one_which_goes_on(engine_of: Make) -> None:
+    engine = engine_of("llama", "torchscript")
+    work = Work(engine, Stats(), 0.0)
+    [long] = work.join([LONG], [None])
+    work.turn()
+    quick = Request({"text": "Yes."}, {"max_new_tokens": 1, "num_beams": 1})
+    alone = value_of(engine.answer([quick])[0])
+    for _ in range(3):
+        [short] = work.join([quick], [None])
+        assert turns_until(work, short) == 1 and value_of(short.answer()) == alone
+    assert turns_until(work, long) < 128 / LEAST_PART + 4
+
+
+def test_long_prompts_are_read_one_after_another(engine_of: Make) -> None:
+    engine = engine_of("llama", "torchscript")
+    expected = value_of(engine.answer([LONG])[0])
+    work = Work(engine, Stats(), 0.0)
+    pending = work.join([LONG] * 3, [None] * 3)
+    done: List[int] = []
+    while work.busy:
+        work.turn()
+        done += [i for i, each in enumerate(pending) if each.done and i not in done]
+    assert done == [0, 1, 2] and [value_of(each.answer()) for each in pending] == [expected] * 3
+
+
+def test_who_leaves_while_it_is_read_is_read_no_further(engine_of: Make) -> None:
+    engine = engine_of("llama", "torchscript")
+    parts, watched = watching(engine)
+    work = Work(parts, Stats(), 0.0)
+    goes, stays = work.join([LONG, LONG], [None, None])
+    for _ in range(3):
+        work.turn()
+    work.leave(goes)
+    finish(work)
+    assert value_of(stays.answer()) == value_of(engine.answer([LONG])[0])
+    assert sum(rows * positions for rows, positions in watched.read) < 3 * LEAST_PART + 128 + 4
+
+
+def test_a_part_that_fails_changes_no_answer(engine_of: Make) -> None:
+    engine = engine_of("llama", "torchscript")
+    alone = [value_of(each) for each in engine.answer([LONG, SHORT])]
+    own, failed = engine.runner, []
+
+    class Failing:
+        """Fails once in the middle of a prompt."""
+
+        def step(self, inputs: Any, state: Any, rows: Optional[np.ndarray] = None) -> Any:
+            read, attended = inputs["input_ids"].shape[1], inputs["attention_mask"].shape[1]
+            if not failed and 1 < read < attended and attended > 60:
+                failed.append(attended)
+                raise RuntimeError("not enough memory")
+            return own.step(inputs, state, rows)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(own, name)
+
+    failing: Any = Failing()
+    work = Work(Engine(engine.folder, engine.manifest, engine.task, failing), Stats(), 0.0)
+    pending = work.join([LONG, SHORT], [None, None])
+    finish(work)
+    assert failed and [value_of(each.answer()) for each in pending] == alone
+
+
+def test_an_archive_that_does_not_say_so_reads_prompts_whole(engine_of: Make) -> None:
+    """As one of an earlier version: whole prompts still take turns."""
+    engine = engine_of("llama", "torchscript")
+    runtime = {name: value for name, value in engine.manifest.runtime.items() if name != IN_PARTS}
+    older = replace(engine.manifest, runtime=runtime)
+    parts, watched = watching(engine)
+    work = Work(Engine(engine.folder, older, load_task(engine.folder, older), parts.runner), Stats(), 0.0)
+    pending = work.join([LONG, LONG], [None, None])
+    work.turn()
+    work.turn()
+    finish(work)
+    assert value_of(pending[0].answer()) == value_of(pending[1].answer())
+    assert [shape for shape in watched.read if shape[1] > 1] == [watched.read[0]] * 2
+
+
+def test_parts_get_longer_where_the_model_is_fast_and_nobody_writes(engine_of: Make) -> None:
+    parts, watched = watching(engine_of("llama", "torchscript"))
+    work = Work(parts, Stats(), 0.05)  # this model reads thousands of positions in that time
+    for _ in range(5):
+        [long] = work.join([LONG], [None])
+        finish(work)
+    assert watched.read[-4] == (1, watched.attended[-4][1]) and watched.attended[-4][1] > 100
+
+
+def test_a_model_that_reads_parts_otherwise_reads_prompts_whole(
+    checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here its positions begin again with each part."""
+    read = DecoderFeed.read
+
+    def begins_again(self: DecoderFeed, rows: np.ndarray, most: float) -> Optional[np.ndarray]:
+        runner = self._runner
+        if math.isinf(most) or isinstance(runner, Lost):
+            return read(self, rows, most)
+        self._runner = Lost(runner)  # type: ignore[assignment]
+        return read(self, rows, most)
+
+    class Lost:
+        def __init__(self, own: Any) -> None:
+            self._own = own
+
+        def step(self, inputs: Any, state: Any, rows: Optional[np.ndarray] = None) -> Any:
+            positions = inputs["position_ids"]
+            if positions.shape[1] > 1:
+                inputs = {**inputs, "position_ids": positions - positions[:, :1]}
+            return self._own.step(inputs, state, rows)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._own, name)
+
+    monkeypatch.setattr(DecoderFeed, "read", begins_again)
+    source = checkpoint("llama", "AutoModelForCausalLM")
+    own = {"model_name": str(source), "task": "text_generation", "max_length": 128, "dtype": "float32"}
+    run_export(tmp_path / "model", own)
+    manifest = Engine.load(tmp_path / "model").manifest
+    assert manifest.runtime[IN_PARTS] is False and manifest.receipt["passed"]
+    assert manifest.receipt[IN_PARTS]["largest_difference"] > 1e-3

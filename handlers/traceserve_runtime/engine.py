@@ -110,7 +110,8 @@ class Engine:
     def make_ready(self) -> None:
         """Prepare to answer clients in a process of its own, as every host does."""
         self.warm_up()
-        self.pace = Pace()  # the first runs are slow
+        if not self.task.loop:  # whose first parts of prompts are better too short than too long
+            self.pace = Pace()  # the first runs are slow
         self.open_lanes()
         self.share_cores()
         self.measure_while_idle()
@@ -281,16 +282,17 @@ class Engine:
 class Work:
     """Requests that an engine answers, in turns: others may join between two turns, and answered ones leave.
 
-    A turn of a task that writes texts is one token of each, see `generation.loop`. For all other tasks it runs as many rows
-    as `seconds` are expected to suffice for, and at least one, of all clients in turn. By default it runs all that memory
-    holds at once, which is the fastest where nobody joins. Each group's number is its own among all that join.
+    A turn of a task that writes texts is one token of each, and the prompts that can be read in `seconds`, see
+    `generation.loop`. For all other tasks it runs as many rows as `seconds` are expected to suffice for, and at least one,
+    of all clients in turn. By default it runs all that memory holds at once, which is the fastest where nobody joins. Each
+    group's number is its own among all that join.
     """
 
     def __init__(self, engine: Engine, stats: Stats, seconds: float = math.inf) -> None:
         self._engine = engine
         self._stats = stats
         self._seconds = seconds
-        self._loop = engine.task.open_loop(engine.runner, stats)
+        self._loop = engine.task.open_loop(engine.runner, stats, engine.pace, seconds)
         self._backlog = Backlog(engine.task.tokenizer.limits.characters)
         self._explanations = Explanations(
             engine.explainer, engine.pacing, engine.explain_seconds, polite=not math.isinf(seconds)

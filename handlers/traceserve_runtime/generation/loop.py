@@ -1,31 +1,37 @@
 """The loop that writes texts: rows join it between turns, and each leaves when its text ends.
 
-A turn gives every row in the loop its next token, and reads the prompts of some that wait. A decoder's rows run together
-whenever they joined: each is padded before its first token. Rows that the model cannot run together at different
-positions (an encoder-decoder's have no mask for what was written) stay with those that they were read with; the groups
-take turns, so none holds another for its whole length.
+A turn gives every row in the loop its next token, and reads the prompts of some that wait, for about as long as it may
+take: a long one in parts, so that nobody else's tokens wait for it. A decoder's rows run together whenever they joined:
+each is padded before its first token. Rows that the model cannot run together at different positions (an
+encoder-decoder's have no mask for what was written) stay with those that they were read with; the groups take turns, so
+none holds another for its whole length.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from collections import deque
+from functools import partial
 from typing import Callable, Deque, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
 from traceserve_runtime import failures
 from traceserve_runtime.batching.batches import Stats
-from traceserve_runtime.batching.costs import CostModel
+from traceserve_runtime.batching.costs import CostModel, Pace
 from traceserve_runtime.batching.plan import MOST_ROWS, MOST_TOKENS, plan_batches
 from traceserve_runtime.errors import TraceserveError
 from traceserve_runtime.generation.search import Moves, Search
-from traceserve_runtime.generation.steps import FEEDS, Feed
+from traceserve_runtime.generation.steps import FEEDS, IN_PARTS, LEAST_PART, Feed
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runner import Runner
 from traceserve_runtime.texts.rows import Row
 
 # Groups that cannot be one: with more of them each would be small, and all would be slow.
 _MOST_GROUPS = 2
+# Parts of a prompt take so much longer where nobody's tokens wait: a run reads all weights, so long parts are faster.
+_UNDISTURBED = 5
 # A group that stays apart has as many steps as its longest text, so one run is cheaper than two, whatever the padding.
 _TOGETHER = CostModel(run=1e9)
 
@@ -67,6 +73,7 @@ class _Group:
     def __init__(self, feed: Feed, members: Sequence[Member]) -> None:
         self._feed = feed
         self._rows = 0  # of the last step
+        self.reading = True
         self._live: List[Tuple[Member, Moves]] = [(member, Moves([i], [])) for i, member in enumerate(members)]
 
     @property
@@ -83,11 +90,23 @@ class _Group:
         """How many positions its longest row has."""
         return self._feed.length
 
-    def read(self) -> List[_Failed]:
-        """Read the prompts, and write the first tokens."""
+    @property
+    def part(self) -> int:
+        """How many positions of its prompts the last call of `read` has read."""
+        return self._feed.part
+
+    def read(self, most: float) -> List[_Failed]:
+        """Continue reading the prompts of those that have not left, about `most` positions; after the last one, write the
+        first tokens."""
+        rows = [i for i, member in enumerate(self.members) if not member.done]
+        self._live = [self._live[i] for i in rows]
+        logits = self._feed.read(np.array(rows), most) if rows else None
+        if logits is None:
+            return []
+        self.reading = False
         for member in self.members:
             member.begin()
-        return self._advance([(member, 1) for member in self.members], self._feed.first())
+        return self._advance([(member, 1) for member in self.members], logits)
 
     def step(self) -> List[_Failed]:
         """Write the next tokens of those that have not left."""
@@ -121,25 +140,39 @@ class _Group:
 
 
 class WritingLoop:
-    """The rows that a model writes; see above. `kind` is the task's, for FEEDS; counts are added to `stats`."""
+    """The rows that a model writes; see above. `kind` is the task's, for FEEDS; counts are added to `stats`.
+
+    A turn reads prompts for about `seconds` by the `pace` of the last ones, in positions: by default all that wait. It reads
+    longer where its tokens took longer to write, and where there are none.
+    """
 
     def __init__(
-        self, runner: Runner, manifest: Manifest, kind: str, stats: Stats, most_tokens: int = MOST_TOKENS
+        self,
+        runner: Runner,
+        manifest: Manifest,
+        kind: str,
+        stats: Stats,
+        most_tokens: int = MOST_TOKENS,
+        pace: Optional[Pace] = None,
+        seconds: float = math.inf,
     ) -> None:
         self._runner = runner
         self._manifest = manifest
         self._feed = FEEDS[kind]
         self._stats = stats
         self._most_tokens = most_tokens
-        shapes = manifest.shapes
-        self._together = self._feed.joins and shapes.padded and shapes.lengths is None and shapes.batches is None
+        self._together = self._feed.together(manifest.shapes)
+        self._in_parts = self._together and bool(manifest.runtime.get(IN_PARTS))
+        self._pace = Pace() if pace is None else pace
+        self._seconds = seconds
         self._waiting: Deque[Member] = deque()
+        self._partly_read: Optional[_Group] = None
         self._groups: List[_Group] = []
 
     @property
     def busy(self) -> bool:
         """Whether there is a row to write."""
-        return bool(self._waiting or self._groups)
+        return bool(self._waiting or self._groups or self._partly_read)
 
     def join(self, member: Member) -> None:
         """Add a row: it is read in one of the next turns, in order."""
@@ -147,10 +180,12 @@ class WritingLoop:
 
     def turn(self) -> None:
         """Write one token of every row, and read the prompts of some that wait."""
+        began = time.perf_counter()
         for group in list(self._groups):
             self._try(group, group.step)
         self._groups = [group for group in self._groups if group.members]
-        self._admit()
+        seconds = self._seconds if self._groups else _UNDISTURBED * self._seconds
+        self._admit(max(seconds, time.perf_counter() - began))
 
     def _try(self, group: _Group, act: Callable[[], Sequence[_Failed]]) -> bool:
         """Act on a group; if all of it fails, nobody knows who is to blame: each is tried again by itself."""
@@ -175,17 +210,35 @@ class WritingLoop:
             member.alone = True
             self._waiting.append(member)
 
-    def _admit(self) -> None:
-        """Read the prompts of those that may join now."""
-        for members in self._next_batches():
+    def _admit(self, seconds: float) -> None:
+        """Read prompts for about so long: those that may join now, and the next part of one that is partly read."""
+        most = max(LEAST_PART, self._pace.cost_within(seconds))
+        left = most
+        for members in self._next_batches(most):
             group = _Group(self._feed(self._runner, [m.row for m in members], self._manifest, self._stats), members)
-            if not self._try(group, group.read) or not group.members:
-                continue
-            other = None if members[0].alone else self._group_for(group)
-            if other is None:
-                self._groups.append(group)
+            if self._in_parts and self._partly_read is None and group.rows * group.length > most:
+                self._partly_read = group
             else:
-                self._unite(other, group)
+                self._read(group, math.inf)
+                left -= group.part
+        if self._partly_read is not None:
+            group, self._partly_read = self._partly_read, None
+            self._read(group, max(left, most / 2))
+
+    def _read(self, group: _Group, most: float) -> None:
+        """Read more of a group's prompts; once they are read, it joins the others."""
+        began = time.perf_counter()
+        if not self._try(group, partial(group.read, most)) or not group.members:
+            return
+        self._pace.ran(group.part, time.perf_counter() - began)
+        if group.reading:
+            self._partly_read = group
+            return
+        other = None if group.members[0].alone else self._group_for(group)
+        if other is None:
+            self._groups.append(group)
+        else:
+            self._unite(other, group)
 
     def _unite(self, group: _Group, other: _Group) -> None:
         try:
@@ -205,8 +258,8 @@ class WritingLoop:
                 return group
         return None
 
-    def _next_batches(self) -> List[List[Member]]:
-        """Take those that are read now, in the batches in which they are read."""
+    def _next_batches(self, most: float) -> List[List[Member]]:
+        """Take those that are read now, in the batches in which they are read, of about `most` positions in all."""
         waiting = [member for member in self._waiting if not member.done]
         room = _MOST_GROUPS - len(self._groups)
         alone = [member for member in waiting if member.alone][: max(0, room)]
@@ -214,14 +267,34 @@ class WritingLoop:
         batches = [[member] for member in alone]
         room -= len(alone)
         if others and (self._together or room > 0):
-            planned = self._planned(others)
-            batches += planned if self._together else planned[:room]
+            batches += (
+                self._in_order(self._planned(others, most), most) if self._together else self._planned(others)[:room]
+            )
         taken = {id(member) for batch in batches for member in batch}
         self._waiting = deque(member for member in waiting if id(member) not in taken)
         return batches
 
-    def _planned(self, members: Sequence[Member]) -> List[List[Member]]:
+    def _in_order(self, planned: Sequence[List[Member]], most: float) -> List[List[Member]]:
+        """Return the batches to read in this turn, in the order of arrival: within `most` positions, and one prompt that is
+        longer. Half of the positions are left to one that is partly read."""
+        order = {id(member): i for i, member in enumerate(self._waiting)}
+        chosen: List[List[Member]] = []
+        long = self._partly_read is not None
+        left = most / 2 if long else most
+        for batch in sorted(planned, key=lambda batch: min(order[id(member)] for member in batch)):
+            positions = len(batch) * max(member.row.length for member in batch)
+            if positions > most and self._in_parts:
+                chosen += [] if long else [batch]
+                long = True
+            elif positions <= left or not chosen:
+                chosen.append(batch)
+                left -= positions
+            else:
+                break
+        return chosen
+
+    def _planned(self, members: Sequence[Member], most: float = math.inf) -> List[List[Member]]:
         lengths = [member.row.length for member in members]
         cost = CostModel() if self._together else _TOGETHER
-        planned = plan_batches(lengths, self._manifest.shapes, cost, self._most_tokens)
+        planned = plan_batches(lengths, self._manifest.shapes, cost, int(min(most, self._most_tokens)))
         return [[members[i] for i in batch] for batch in planned]

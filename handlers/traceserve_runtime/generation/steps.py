@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import ClassVar, Dict, Optional, Sequence, Type
 
@@ -9,13 +10,16 @@ import numpy as np
 
 from traceserve_runtime.batching import batches
 from traceserve_runtime.batching.batches import Stats
-from traceserve_runtime.manifest import Manifest
+from traceserve_runtime.manifest import Manifest, Shapes
 from traceserve_runtime.runner import Arrays, Runner, State
 from traceserve_runtime.texts.rows import Row
 
 # Unused positions before all rows are dropped once they are more than this share of all: dropping copies the state, as
 # a step does.
 _UNUSED = 0.125
+# In `Manifest.runtime`: whether the gate found that prompts may be read in parts. Older archives do not say.
+IN_PARTS = "prompts_in_parts"
+LEAST_PART = 16  # positions: fewer take as long, since a run reads all weights
 
 
 class Feed:
@@ -26,21 +30,28 @@ class Feed:
     def __init__(self, runner: Runner, rows: Sequence[Row], manifest: Manifest, stats: Stats) -> None:
         self._runner = runner
         self._manifest = manifest
-        self._read, _ = batches.pad(rows, manifest)
-        self._mask = self._read["attention_mask"]
+        self._prompts, _ = batches.pad(rows, manifest)
+        self._mask = self._prompts["attention_mask"]
         self._stats = stats
+        self.part = 0  # how many positions, padding included, the last call of `read` has read
         stats.rows += len(rows)
         stats.tokens += sum(row.length for row in rows)
         stats.padded_tokens += self._mask.size
         self._state: State = ()
+
+    @classmethod
+    def together(cls, shapes: Shapes) -> bool:
+        """Return whether all rows of a model with these shapes can run together, at any positions."""
+        return cls.joins and shapes.padded and shapes.lengths is None and shapes.batches is None
 
     @property
     def length(self) -> int:
         """How many positions the rows have, padding included."""
         return int(self._mask.shape[1])
 
-    def first(self) -> np.ndarray:
-        """Return the logits, (rows, vocabulary), after the prompts."""
+    def read(self, rows: np.ndarray, most: float) -> Optional[np.ndarray]:
+        """Continue reading the prompts of `rows`, indices into the rows of the last call, and drop the others: about `most`
+        positions, or all if the kind cannot stop in between. Return the logits, (rows, vocabulary), after the last part."""
         raise NotImplementedError
 
     def next(self, rows: np.ndarray, tokens: np.ndarray) -> np.ndarray:
@@ -52,13 +63,16 @@ class Feed:
         """Add the rows of another feed of the same model behind its own, for a kind that `joins`."""
         raise NotImplementedError
 
+    def _write(self, inputs: Arrays, rows: np.ndarray) -> np.ndarray:
+        """Return the logits after a token of each of `rows`."""
+        self._stats.tokens += len(rows)
+        self._stats.padded_tokens += len(rows)
+        return self._step(inputs, rows)
+
     def _step(self, inputs: Arrays, rows: Optional[np.ndarray] = None) -> np.ndarray:
         """Return the logits after one step, for all rows of the last one or for `rows`."""
-        if rows is not None:
-            self._stats.tokens += len(rows)
-            self._stats.padded_tokens += len(rows)
-            if np.array_equal(rows, np.arange(self._state[0].shape[0])):
-                rows = None  # all of them, in order: nothing is copied
+        if rows is not None and np.array_equal(rows, np.arange(self._state[0].shape[0])):
+            rows = None  # all of them, in order: nothing is copied
         started = time.perf_counter()
         outputs, self._state = self._runner.step(inputs, self._state, rows)
         self._stats.model_seconds += time.perf_counter() - started
@@ -67,20 +81,37 @@ class Feed:
 
 
 class DecoderFeed(Feed):
-    """A decoder: the prompts are left-padded and read in one step; then one token per remaining row."""
+    """A decoder: the prompts are left-padded and read in one step or several; then one token per remaining row."""
 
     joins = True
+    _done = 0  # positions of the prompts that were read
 
-    def first(self) -> np.ndarray:
-        self._state = self._runner.start(self._read)
+    def read(self, rows: np.ndarray, most: float) -> Optional[np.ndarray]:
+        if not self._done:
+            self._state = self._runner.start(self._prompts)
+        self._mask = self._mask[rows]
+        self._prompts = {name: array[rows] for name, array in self._prompts.items()}
+        begin, self._done = self._done, self._done + self._part(most)
         positions = np.maximum(self._mask.cumsum(axis=1) - 1, 0)
-        return self._step({**self._read, "position_ids": positions})
+        new = {**self._prompts, "position_ids": positions}
+        inputs = {name: array[:, begin : self._done] for name, array in new.items()}
+        self.part = inputs["input_ids"].size
+        logits = self._step({**inputs, "attention_mask": self._mask[:, : self._done]}, rows)
+        return logits if self._done == self.length else None
+
+    def _part(self, most: float) -> int:
+        """Return how many more positions of each row to read: all, or a power of two, of which there are few."""
+        each = most / len(self._mask)
+        left = self.length - self._done
+        return left if left <= each else min(left, max(LEAST_PART, 1 << int(math.log2(max(1.0, each)))))
 
     def next(self, rows: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         self._drop_unused(rows)
         self._mask = np.concatenate([self._mask[rows], np.ones((len(rows), 1), dtype=np.int64)], axis=1)
         positions = self._mask.sum(axis=1, keepdims=True) - 1
-        return self._step({"input_ids": tokens[:, None], "attention_mask": self._mask, "position_ids": positions}, rows)
+        return self._write(
+            {"input_ids": tokens[:, None], "attention_mask": self._mask, "position_ids": positions}, rows
+        )
 
     def absorb(self, other: Feed) -> None:
         length = max(self.length, other.length)
@@ -100,14 +131,16 @@ class EncoderDecoderFeed(Feed):
 
     joins = False  # the decoder's rows have no mask
 
-    def first(self) -> np.ndarray:
-        self._state = self._runner.start(self._read)
-        begin = np.full((len(self._mask), 1), self._manifest.facts["start_id"], dtype=np.int64)
-        return self._step({"decoder_input_ids": begin, "attention_mask": self._mask})
+    def read(self, rows: np.ndarray, most: float) -> Optional[np.ndarray]:
+        self._state = self._runner.start(self._prompts)
+        self.part = self._mask.size
+        self._mask = self._mask[rows]
+        begin = np.full((len(rows), 1), self._manifest.facts["start_id"], dtype=np.int64)
+        return self._step({"decoder_input_ids": begin, "attention_mask": self._mask}, rows)
 
     def next(self, rows: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         self._mask = self._mask[rows]
-        return self._step({"decoder_input_ids": tokens[:, None], "attention_mask": self._mask}, rows)
+        return self._write({"decoder_input_ids": tokens[:, None], "attention_mask": self._mask}, rows)
 
 
 def _left_padded(mask: np.ndarray, length: int) -> np.ndarray:

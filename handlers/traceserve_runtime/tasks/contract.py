@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from traceserve_runtime import failures
 from traceserve_runtime.batching import batches, plan
 from traceserve_runtime.batching.batches import Stats
-from traceserve_runtime.batching.costs import CostModel
+from traceserve_runtime.batching.costs import CostModel, Pace
 from traceserve_runtime.errors import InputTooLong, InvalidRequest, ModelFailure, TraceserveError
 from traceserve_runtime.explaining.targets import ExplanationTarget
 from traceserve_runtime.generation.loop import Member, WritingLoop
@@ -267,8 +268,10 @@ class Task:
         """Return whether the original must give the same answer."""
         return True
 
-    def open_loop(self, runner: Runner, stats: Stats) -> Optional[WritingLoop]:
-        """Return the loop of a task that writes token by token; it adds to `stats`."""
+    def open_loop(
+        self, runner: Runner, stats: Stats, pace: Optional[Pace] = None, seconds: float = math.inf
+    ) -> Optional[WritingLoop]:
+        """Return the loop of a task that writes token by token; it adds to `stats`. See it for the others."""
         return None
 
     def member(self, job: Job) -> Member:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Callable, ClassVar, Dict, List, Optional, Sequence, Union
 
 import numpy as np
 
 from traceserve_runtime.batching.batches import Stats
+from traceserve_runtime.batching.costs import Pace
 from traceserve_runtime.errors import InvalidRequest, TraceserveError, Unsupported
 from traceserve_runtime.generation.loop import Member, WritingLoop
 from traceserve_runtime.generation.scores import GenerationSettings
@@ -167,8 +169,10 @@ class Generating(Task):
         """Decode new tokens."""
         raise NotImplementedError
 
-    def open_loop(self, runner: Runner, stats: Stats) -> Optional[WritingLoop]:
-        return WritingLoop(runner, self.manifest, self.loop, stats, self.most_tokens)
+    def open_loop(
+        self, runner: Runner, stats: Stats, pace: Optional[Pace] = None, seconds: float = math.inf
+    ) -> Optional[WritingLoop]:
+        return WritingLoop(runner, self.manifest, self.loop, stats, self.most_tokens, pace, seconds)
 
     def member(self, job: Job) -> Member:
         return Member(job.row, partial(self._search, job))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from traceserve_runtime.engine import load_task
+from traceserve_runtime.generation.steps import IN_PARTS
 from traceserve_runtime.manifest import Manifest, Shapes, Source
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Request
@@ -208,7 +209,8 @@ class Attempt:
 
     def _finish(self, manifest: Manifest, findings: Findings, lowered: Original, folder: Path) -> AcceptedArtifact:
         receipt = {**findings.receipt(), "drift_allowed": not findings.passed, "in_float32": list(lowered.kept)}
-        manifest = replace(manifest, receipt=receipt)
+        runtime = {**manifest.runtime, **({IN_PARTS: findings.prompts_in_parts} if findings.in_parts else {})}
+        manifest = replace(manifest, receipt=receipt, runtime=runtime)
         if lowered.dtype == manifest.dtype and self.config.hardware not in FIXED_SHAPES:
             manifest = explaining.with_gradients(self.config, manifest, lowered, folder)
         manifest.write(folder)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any, Dict, List, NamedTuple, Optional, Set
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set
 
 import numpy as np
+from traceserve_runtime.generation.steps import IN_PARTS
 
 from traceserve.errors import ExportError
 
@@ -97,6 +98,7 @@ class Findings:
     how: str = ""  # it was run
     device: str = "cpu"
     cells: List[Cell] = field(default_factory=list)
+    in_parts: List[Cell] = field(default_factory=list)  # with prompts that are read so; they decide nothing else
     answers: int = 0
     own_answers: int = 0  # to the user's own samples
     changed: List[int] = field(default_factory=list)  # indices of samples, the user's own last
@@ -123,7 +125,13 @@ class Findings:
     @property
     def failed(self) -> List[Cell]:
         """The cells over the limit; NaN is over it too."""
-        return [cell for cell in self.cells if not cell.difference <= self.limit.difference]
+        return _over(self.cells, self.limit)
+
+    @property
+    def prompts_in_parts(self) -> bool:
+        """Whether prompts may be read in parts, in every variant."""
+        cells = [cell for found in self.every for cell in found.in_parts]
+        return all(found.in_parts for found in self.every) and not _over(cells, self.limit)
 
     @property
     def passed(self) -> bool:
@@ -236,14 +244,28 @@ class Findings:
             "own_answers_changed": self.own_changed,
             "variants": [found.row for found in self.every],
             **self._receipt_of_texts(),
+            **self._receipt_of_parts(),
             **self.compared,
         }
+
+    def _receipt_of_parts(self) -> Dict[str, Any]:
+        """Return the record of prompts that were read in parts; nothing for models that write none."""
+        cells = [cell.difference for found in self.every for cell in found.in_parts]
+        if not cells:
+            return {}
+        largest = float(np.max(cells))  # infinite, or NaN, if it could not be run so
+        known = largest if np.isfinite(largest) else None
+        return {IN_PARTS: {"passed": self.prompts_in_parts, "largest_difference": known}}
 
     def _receipt_of_texts(self) -> Dict[str, Any]:
         if self.along is None:
             return {}
         limits = {"near_tie": NEAR_TIE, "mean_drift": MOST_DRIFT}
         return {"along_texts": {**self._along_texts()["along_texts"], "limits": limits}}
+
+
+def _over(cells: Sequence[Cell], limit: Limit) -> List[Cell]:
+    return [cell for cell in cells if not cell.difference <= limit.difference]
 
 
 class DriftError(ExportError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 from typing import Dict, Iterator, List, Sequence, Tuple
@@ -21,22 +22,36 @@ from traceserve.building.checkpoints.lookups import id_of_token
 from traceserve.building.checkpoints.original import Original
 from traceserve.building.config.loops import LOOPS
 from traceserve.building.gate.findings import Cell, Findings
-from traceserve.building.gate.loops import forced_tokens
+from traceserve.building.gate.loops import forced_tokens, reads_only_new_tokens
 from traceserve.building.gate.reference import FORCED_STEPS, Reference, Wanted, run_forced, run_original
 from traceserve.building.gate.texts import TEXTS
 from traceserve.building.progress import Progress
 
 BATCHES = (1, 2, 5)
 _MOST_TOKENS = 1024  # per cell, except with two rows
+_PARTS = 3  # or a few more, in which prompts are read
 
 
-def _read_forced(engine: Engine, rows: Sequence[Row], manifest: Manifest) -> List[Arrays]:
-    """Return the logits, (FORCED_STEPS + 1, vocabulary), when a loop reads given tokens after its rows."""
+def _read_forced(engine: Engine, rows: Sequence[Row], manifest: Manifest, part: float = math.inf) -> List[Arrays]:
+    """Return the logits, (FORCED_STEPS + 1, vocabulary), when a loop reads given tokens after its rows, and these in parts
+    of about so many positions."""
     feed = FEEDS[engine.task.loop](engine.runner, rows, manifest, Stats())
     forced = np.array([forced_tokens(row, FORCED_STEPS) for row in rows])
     same_rows = np.arange(len(rows))
-    logits = [feed.first(), *(feed.next(same_rows, forced[:, step]) for step in range(FORCED_STEPS))]
+    first = feed.read(same_rows, part)
+    while first is None:
+        first = feed.read(same_rows, part)
+    logits = [first, *(feed.next(same_rows, forced[:, step]) for step in range(FORCED_STEPS))]
     return [{"logits": np.stack([step[i] for step in logits])} for i in range(len(rows))]
+
+
+def _difference_in_parts(engine: Engine, rows: Sequence[Row], expected: Sequence[Arrays]) -> float:
+    """Return the largest difference of the logits when a loop reads these rows in parts; infinite if it cannot."""
+    try:
+        got = _read_forced(engine, rows, engine.manifest, sum(row.length for row in rows) / _PARTS)
+    except RuntimeError:
+        return math.inf
+    return float(np.max([_difference(one["logits"], other["logits"]) for one, other in zip(got, expected)]))
 
 
 def compare_outputs(engine: Engine, reference: Reference, findings: Findings, progress: Progress) -> None:
@@ -47,6 +62,7 @@ def compare_outputs(engine: Engine, reference: Reference, findings: Findings, pr
     loop = engine.task.loop
     grid = list(_grid(manifest))
     most = _longest_row(engine)
+    in_parts = bool(loop) and FEEDS[loop].together(manifest.shapes) and reads_only_new_tokens(original)
     if not loop:
         numbers = [(min(n, most), i) for cell in grid for i, n in enumerate(_row_lengths(manifest, *cell))]
         wanted = (Wanted(("row", *number), rows.get(*number), dict) for number in dict.fromkeys(numbers))
@@ -73,6 +89,9 @@ def compare_outputs(engine: Engine, reference: Reference, findings: Findings, pr
         for output in manifest.outputs:
             differences = [_difference(one[output], expected[key][output]) for one, key in zip(got, keys)]
             findings.cells.append(Cell(batch, length, padded, output, float(np.max(differences))))
+        if in_parts and length == grid[-1][1]:
+            difference = _difference_in_parts(engine, [rows.get(*key) for key in keys], [expected[key] for key in keys])
+            findings.in_parts.append(Cell(batch, length, padded, "logits", difference))
     progress(f"comparing outputs of {findings.variant}", len(grid), len(grid))
 
 
