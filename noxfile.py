@@ -96,7 +96,9 @@ def inf1(session: nox.Session) -> None:
     if with_pip:
         session.install("--upgrade", "pip==25.0.1")
     binaries = ["--prefer-binary"] if with_pip else []
-    session.install("-c", "constraints-inf1.txt", *binaries, "-e", ".[serve]", "pytest", "hypothesis", "./tests/doubles")
+    session.install(
+        "-c", "constraints-inf1.txt", *binaries, "-e", ".[serve]", "pytest", "hypothesis", "./tests/doubles"
+    )
     session.run("python", "-m", "pytest", "tests/inf1", *WORKER, *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 

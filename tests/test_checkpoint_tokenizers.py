@@ -197,7 +197,8 @@ def test_the_gates_rows_need_no_end_token(checkpoint: Make) -> None:
     """Of a tokenizer without one, and without an unknown token, "" has no number to compare with the model's."""
     plain = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1})))
     assert plain.convert_tokens_to_ids("") is None
-    rows = outputs._Rows(None, replace(original(checkpoint("bert")), tokenizer=plain, known_tokens=1))
+    changed = replace(original(checkpoint("bert")), tokenizer=plain, known_tokens=1)
+    rows = outputs.GridRows(Path(), None, changed)  # which it would read from there
     assert rows._end == ""
 
 

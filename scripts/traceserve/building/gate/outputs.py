@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Dict, Iterator, List, Sequence, Tuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import TraceserveError
 from traceserve_runtime.generation.steps import FEEDS
-from traceserve_runtime.manifest import Manifest
+from traceserve_runtime.manifest import Manifest, TokenizerFacts
 from traceserve_runtime.runner import Arrays
 from traceserve_runtime.texts.rows import Row, Segments
 from traceserve_runtime.texts.tokenization import TextTokenizer
@@ -54,9 +55,10 @@ def _difference_in_parts(engine: Engine, rows: Sequence[Row], expected: Sequence
     return float(np.max([_difference(one["logits"], other["logits"]) for one, other in zip(got, expected)]))
 
 
-def compare_outputs(engine: Engine, reference: Reference, findings: Findings, progress: Progress) -> None:
+def compare_outputs(
+    engine: Engine, reference: Reference, rows: GridRows, findings: Findings, progress: Progress
+) -> None:
     manifest, original = engine.manifest, reference.original
-    rows = _Rows(engine, original)
     expected: Dict[Tuple[int, int], Arrays] = {}
     per_token = [output.name for output in engine.task.outputs if output.per_token]
     loop = engine.task.loop
@@ -129,15 +131,16 @@ def _row_lengths(manifest: Manifest, batch: int, length: int, padded: bool) -> L
     return [length] * whole + [shorter[i % 3] for i in range(batch - whole)]
 
 
-class _Rows:
+class GridRows:
     """Rows of an exact length, each from another position in the concatenated built-in texts.
 
     Every other one has end tokens in its text, as a client may write them. BART's classifier, for example, counts them,
-    and mixes up rows in a batch with different counts.
+    and mixes up rows in a batch with different counts. All variants of an artifact share them.
     """
 
-    def __init__(self, engine: Engine, original: Original) -> None:
-        self._engine = engine
+    def __init__(self, folder: Path, facts: TokenizerFacts, original: Original) -> None:
+        self._folder = folder
+        self._facts = facts
         self._texts = list(TEXTS)
         special = original.tokenizer.special_tokens_map
         self._end = str(special.get("eos_token") or special.get("sep_token") or "")
@@ -154,13 +157,11 @@ class _Rows:
         return self._made[length, index]
 
     def _make(self, length: int, index: int) -> Row:
-        manifest = self._engine.manifest
         if length not in self._tokenizers:
-            tokenizer = TextTokenizer(self._engine.folder, manifest.tokenizer, length, max_rows=1_000_000)
-            self._tokenizers[length] = tokenizer
+            self._tokenizers[length] = TextTokenizer(self._folder, self._facts, length, max_rows=1_000_000)
         start = index * len(self._texts) // max(BATCHES)
         text = " ".join(self._texts[start:] + self._texts[:start])[: 16 * length]
-        text = " ".join([text] * (length // max(1, len(text.split())) + 2))
+        text = " ".join([text] * (length // max(1, len(text.split())) + 1))
         if index % 2:
             text = f"{self._end} {text.split(' ', 1)[0]} {self._end} {text}"
         encoded = self._tokenizers[length].encode([Segments(text)], ["truncate"])[0]

@@ -19,7 +19,7 @@ from traceserve.building.gate import devices
 from traceserve.building.gate.answers import compare_answers
 from traceserve.building.gate.corpus import sentences
 from traceserve.building.gate.findings import LIMITS, Findings, Limit
-from traceserve.building.gate.outputs import compare_outputs
+from traceserve.building.gate.outputs import GridRows, compare_outputs
 from traceserve.building.gate.reference import Reference
 from traceserve.building.gate.texts import TEXTS
 from traceserve.building.progress import Progress
@@ -47,7 +47,8 @@ def verify(
     usual = Engine.load(folder)
     manifest, task = usual.manifest, usual.task
     limit = LIMITS[manifest.dtype]
-    gate = _Gate(reference, built_in_samples(task, limit), own_samples, progress, thorough)
+    rows = GridRows(folder, manifest.tokenizer, reference.original)
+    gate = _Gate(reference, built_in_samples(task, limit), own_samples, rows, progress, thorough)
     first, *others = VARIANTS[manifest.save_mode](manifest, folder, devices.at_hand(manifest.hardware))
     findings = gate.compare(usual, Findings(limit, first.file, first.how, first.device))
     del usual  # each has its own weights
@@ -82,6 +83,7 @@ class _Gate:
     reference: Reference
     built_in: Sequence[Request]
     own: Sequence[Request]
+    rows: GridRows
     progress: Progress
     thorough: bool = False
 
@@ -90,7 +92,7 @@ class _Gate:
         try:
             # Before any comparison, so that the executor's late optimizations are compared too.
             engine.warm_up()
-            compare_outputs(engine, self.reference, findings, self.progress)
+            compare_outputs(engine, self.reference, self.rows, findings, self.progress)
             samples = [*self.built_in, *self.own]
             compare_answers(engine, self.reference, samples, len(self.own), findings, self.progress, self.thorough)
         except RuntimeError as error:
