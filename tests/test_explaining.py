@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import run_export
+from conftest import needs_native, run_export
 from traceserve import cli
 from traceserve.archives.archive import pack_archive
 from traceserve.building import explaining
@@ -236,13 +236,35 @@ def test_without_gradients_words_are_hidden(name: str, make: Callable[..., Made]
         assert one["attribution"] == pytest.approx(other["attribution"], abs=1e-3)
 
 
+@pytest.mark.parametrize(
+    "name, dtype",
+    [
+        *((name, "float32") for name in ("classification", "decoder", "answers")),
+        pytest.param("classification", "bfloat16", marks=needs_native("bfloat16")),
+    ],
+)
+def test_a_pretrained_model_has_gradients_of_its_own(name: str, dtype: str, make: Callable[..., Made]) -> None:
+    made, other_mode = make(name, save_mode="pretrained", dtype=dtype), make(name, dtype=dtype)
+    assert Manifest.read(made.folder).runtime[NO_GRADIENTS] == ""
+    engine, traced = Engine.load(made.folder), Engine.load(other_mode.folder)
+    found, expected = explain(engine, made.kind.inputs), explain(traced, made.kind.inputs)
+    assert found["method"] == "integrated_gradients" and len(found["words"]) > 8
+    for one, other in zip(found["words"], expected["words"]):
+        assert one["attribution"] == pytest.approx(other["attribution"], abs=1e-4)
+    model: Any = engine.runner
+    assert not any(parameter.grad is not None for parameter in model.calls.model.parameters())
+    assert not any(part._forward_hooks for part in model.calls.model.modules())
+    before = [engine.answer([Request(made.kind.inputs)])[0] for _ in range(2)]
+    explain(engine, made.kind.inputs)
+    assert [engine.answer([Request(made.kind.inputs)])[0]] == before[:1]
+
+
+@pytest.mark.parametrize("save_mode", ["torchscript", "pretrained"])
 def test_a_model_that_looks_embeddings_up_twice_is_explained_by_occlusion(
-    checkpoint: Callable[..., Path], tmp_path: Path
+    save_mode: str, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    exported = run_export(
-        tmp_path / "bart",
-        {"model_name": str(checkpoint("bart", **LABELS)), "captum_explanation": True, "max_length": 32},
-    )
+    own = {"model_name": str(checkpoint("bart", **LABELS)), "captum_explanation": True, "max_length": 32}
+    exported = run_export(tmp_path / "bart", {**own, "save_mode": save_mode})
     why = exported.manifest.runtime[NO_GRADIENTS]
     assert "looks its word embeddings up 2 times" in why and exported.note is not None and why in exported.note
     assert not (tmp_path / "bart" / GRADIENTS_FILE).exists()

@@ -219,7 +219,9 @@ class Engine:
             gradients: Union[Differentiable, str] = str(self.manifest.runtime.get(NO_GRADIENTS, "the archive has none"))
             if self.manifest.save_mode in GRADIENTS and self.manifest.runtime.get(NO_GRADIENTS) == "":
                 try:
-                    gradients = GRADIENTS[self.manifest.save_mode](self.manifest, self.folder, self._device)
+                    gradients = GRADIENTS[self.manifest.save_mode](
+                        self.manifest, self.folder, self._device, self.runner
+                    )
                 except Exception as error:  # the edge of this explanation; the next one does not try again
                     gradients = f"the graph for them cannot be loaded: {reason(error)}"
             self._explainer = Explainer(self.manifest, self.task, self.runner, gradients)

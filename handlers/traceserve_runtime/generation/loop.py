@@ -30,8 +30,9 @@ from traceserve_runtime.texts.rows import Row
 
 # Groups that cannot be one: with more of them each would be small, and all would be slow.
 _MOST_GROUPS = 2
-# Parts of a prompt take so much longer where nobody's tokens wait: a run reads all weights, so long parts are faster.
-_UNDISTURBED = 5
+# The time to read prompts, in a turn's: others' tokens wait for it. A run reads all weights, so longer parts are faster, and
+# where nobody's tokens wait they are twice as long (docs/measurements.md).
+_READING, _READING_ALONE = 2.5, 5
 # A group that stays apart has as many steps as its longest text, so one run is cheaper than two, whatever the padding.
 _TOGETHER = CostModel(run=1e9)
 
@@ -142,8 +143,8 @@ class _Group:
 class WritingLoop:
     """The rows that a model writes; see above. `kind` is the task's, for FEEDS; counts are added to `stats`.
 
-    A turn reads prompts for about `seconds` by the `pace` of the last ones, in positions: by default all that wait. It reads
-    longer where its tokens took longer to write, and where there are none.
+    A turn reads prompts for a few times `seconds`, or for as long as its tokens took, by the `pace` of the last ones, in
+    positions; by default all that wait.
     """
 
     def __init__(
@@ -184,7 +185,7 @@ class WritingLoop:
         for group in list(self._groups):
             self._try(group, group.step)
         self._groups = [group for group in self._groups if group.members]
-        seconds = self._seconds if self._groups else _UNDISTURBED * self._seconds
+        seconds = self._seconds * (_READING if self._groups else _READING_ALONE)
         self._admit(max(seconds, time.perf_counter() - began))
 
     def _try(self, group: _Group, act: Callable[[], Sequence[_Failed]]) -> bool:

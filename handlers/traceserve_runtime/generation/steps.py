@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from typing import ClassVar, Dict, Optional, Sequence, Type
 
@@ -100,10 +99,10 @@ class DecoderFeed(Feed):
         return logits if self._done == self.length else None
 
     def _part(self, most: float) -> int:
-        """Return how many more positions of each row to read: all, or a power of two, of which there are few."""
+        """Return how many more positions of each row to read: all, or a multiple of the shortest part."""
         each = most / len(self._mask)
         left = self.length - self._done
-        return left if left <= each else min(left, max(LEAST_PART, 1 << int(math.log2(max(1.0, each)))))
+        return left if left <= each else min(left, LEAST_PART * max(1, round(each / LEAST_PART)))
 
     def next(self, rows: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         self._drop_unused(rows)

@@ -16,7 +16,8 @@ from traceserve_runtime.settings import Settings
 Reader = Callable[[Manifest, Path, str, Settings], Runner]  # the third is the device
 Variants = Callable[[Manifest, Path, Sequence[str]], List[Variant]]  # on these devices; the default here comes first
 
-Gradients = Callable[[Manifest, Path, str], Differentiable]  # likewise; after the model itself was read
+# Likewise; the last is the model's own runner, which has its weights.
+Gradients = Callable[[Manifest, Path, str, Runner], Differentiable]
 
 RUNTIMES: Dict[str, Reader] = {
     "torchscript": torchscript.read,
@@ -35,4 +36,4 @@ VARIANTS: Dict[str, Variants] = {
 }
 
 # Those whose archives may have the model's gradients, for explanations.
-GRADIENTS: Dict[str, Gradients] = {"torchscript": gradients.read_gradients}
+GRADIENTS: Dict[str, Gradients] = {"torchscript": gradients.read_gradients, "pretrained": pretrained.gradients_of}

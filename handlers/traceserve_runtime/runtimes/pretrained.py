@@ -16,7 +16,10 @@ from typing import TYPE_CHECKING, Any, Callable, ContextManager, Dict, Iterator,
 from traceserve_runtime.batching import batches
 from traceserve_runtime.errors import InvalidManifest, MissingPackage, reason
 from traceserve_runtime.manifest import Manifest
+from traceserve_runtime.runner import Runner
 from traceserve_runtime.runtimes import calling, stepping, torch_internals
+from traceserve_runtime.runtimes.from_embeddings import FromEmbeddings, LookUp, word_embeddings
+from traceserve_runtime.runtimes.torchscript.gradients import GradientGraphs
 from traceserve_runtime.runtimes.torchscript.reader import TorchScriptRunner, settle
 from traceserve_runtime.runtimes.variants import Variant
 from traceserve_runtime.settings import Settings
@@ -41,9 +44,12 @@ _COMPILED_SHAPES = 64
 class _Calls:
     """What TorchScriptRunner runs: calls of a model instead of a trace's graphs."""
 
-    def __init__(self, calls: Dict[str, Call], computing: Callable[[], ContextManager[object]]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, calls: Dict[str, Call], computing: Callable[[], ContextManager[object]]
+    ) -> None:
+        self.model = model
+        self.computing = computing
         self._calls = calls
-        self._computing = computing
 
     def __call__(self, *tensors: torch.Tensor) -> Tuple[torch.Tensor, ...]:
         return self._run("once", tensors)
@@ -55,11 +61,19 @@ class _Calls:
         return self._run("step", tensors)
 
     def _run(self, name: str, tensors: Tuple[torch.Tensor, ...]) -> Tuple[torch.Tensor, ...]:
-        with self._computing():
+        with self.computing():
             return self._calls[name](*tensors)
 
 
-def read(manifest: Manifest, folder: Path, device: str, settings: Settings = Settings()) -> TorchScriptRunner:
+class PretrainedRunner(TorchScriptRunner):
+    """A runner of a model's calls."""
+
+    def __init__(self, calls: _Calls, manifest: Manifest, device: str, own_threads: bool = False) -> None:
+        super().__init__(calls, manifest, device, own_threads=own_threads)
+        self.calls = calls
+
+
+def read(manifest: Manifest, folder: Path, device: str, settings: Settings = Settings()) -> PretrainedRunner:
     """Return the model of `folder` as a runner on `device` ("cpu", "cuda:0", ...).
 
     Raises MissingPackage without torch, transformers, the device or a required compiler, InvalidManifest
@@ -87,10 +101,36 @@ def read(manifest: Manifest, folder: Path, device: str, settings: Settings = Set
     with torch.inference_mode(), computing():
         calls = _LOOPS[manifest.runtime["loop"]](model, manifest, device)
     if not manifest.runtime["torch_compile"]:
-        return TorchScriptRunner(_Calls(calls, computing), manifest, device)
-    runner = TorchScriptRunner(_Calls(_compiled(calls), computing), manifest, device, own_threads=True)
+        return PretrainedRunner(_Calls(model, calls, computing), manifest, device)
+    runner = PretrainedRunner(_Calls(model, _compiled(calls), computing), manifest, device, own_threads=True)
     _try(runner, manifest)
     return runner
+
+
+class _FromEmbeddings:
+    """The calls `embed` and `outputs` of a model, whatever it is compiled to; see `from_embeddings`."""
+
+    def __init__(self, calls: _Calls, manifest: Manifest) -> None:
+        embeddings = word_embeddings(calls.model)
+        self._computing = calls.computing
+        self._look_up = LookUp(embeddings)
+        self._outputs = FromEmbeddings(calling.Single(calls.model, manifest.inputs, manifest.outputs), embeddings)
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        with self._computing():
+            return self._look_up(ids)
+
+    def outputs(self, *tensors: torch.Tensor) -> Tuple[torch.Tensor, ...]:
+        with self._computing():
+            return self._outputs(*tensors)
+
+
+def gradients_of(manifest: Manifest, folder: Path, device: str, runner: Runner) -> GradientGraphs:
+    """Return the gradients of the runner's own model; raises NotDifferentiable."""
+    assert isinstance(runner, PretrainedRunner)
+    for parameter in runner.calls.model.parameters():
+        parameter.requires_grad_(False)  # only the embeddings' gradients are wanted
+    return GradientGraphs(_FromEmbeddings(runner.calls, manifest), manifest, device)
 
 
 def variants(manifest: Manifest, folder: Path, devices: Sequence[str]) -> List[Variant]:
@@ -257,7 +297,7 @@ def _compiled(calls: Dict[str, Call]) -> Dict[str, Call]:
     return {name: torch.compile(call.__call__, dynamic=True) for name, call in calls.items()}  # type: ignore[operator]
 
 
-def _try(runner: TorchScriptRunner, manifest: Manifest) -> None:
+def _try(runner: PretrainedRunner, manifest: Manifest) -> None:
     """Compile by running the model once; raises MissingPackage if that fails."""
     inputs = batches.filled(manifest, 2, 4)
     try:

@@ -1,4 +1,4 @@
-"""The explaining graphs of a traced model: from token ids to word embeddings, and from these to the outputs.
+"""The explaining graphs of a traced model, see `runtimes.from_embeddings`.
 
 They have no weights of their own: `gradients.pt` is read like `graph.pt`, and its weights are mapped from the model's
 file, so that they share its pages of the page cache.
@@ -7,13 +7,13 @@ file, so that they share its pages of the page cache.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, List, Sequence, TypeVar
+from typing import TYPE_CHECKING, Any, Callable, Sequence, TypeVar
 
 import numpy as np
 
 from traceserve_runtime.explaining.targets import OutputCell
 from traceserve_runtime.manifest import Manifest
-from traceserve_runtime.runner import Arrays
+from traceserve_runtime.runner import Arrays, Runner
 from traceserve_runtime.runtimes import graph, team
 from traceserve_runtime.runtimes.torchscript import devices, weights
 
@@ -27,7 +27,7 @@ PLACES_FILE = "gradients.json"
 
 
 class GradientGraphs:
-    """The graphs `embed` and `outputs` on a device; see explaining.targets.Differentiable."""
+    """The graphs, or calls, `embed` and `outputs` on a device; see explaining.targets.Differentiable."""
 
     def __init__(self, module: Any, manifest: Manifest, device: str) -> None:
         self._module = module
@@ -80,16 +80,17 @@ class GradientGraphs:
         finally:
             torch.set_num_threads(before)
 
-    def _run(self, embeddings: torch.Tensor, inputs: Arrays) -> List[torch.Tensor]:
+    def _run(self, embeddings: torch.Tensor, inputs: Arrays) -> Sequence[torch.Tensor]:
         import torch
 
         others = [torch.from_numpy(inputs[name]).to(self._device) for name in self._manifest.inputs]
-        results: List[torch.Tensor] = self._module.outputs(embeddings, *others)
+        results: Sequence[torch.Tensor] = self._module.outputs(embeddings, *others)
         return results
 
 
-def read_gradients(manifest: Manifest, folder: Path, device: str) -> GradientGraphs:
-    """Return the graphs of `folder` on `device`, where the model's own was read before; raises InvalidManifest."""
+def read_gradients(manifest: Manifest, folder: Path, device: str, runner: Runner) -> GradientGraphs:
+    """Return the graphs of `folder` on `device`, where the model's own, the runner's, was read before; raises
+    InvalidManifest."""
     module: Any = graph.read_module(folder / GRADIENTS_FILE, "cpu")
     weights.assign(module, folder / manifest.model_file, weights.read_places(folder, PLACES_FILE))
     for parameter in module.parameters():

@@ -12,12 +12,24 @@ from traceserve_runtime.explaining.integrated_gradients import columns, repeated
 from traceserve_runtime.explaining.targets import Differentiable, OutputCell
 from traceserve_runtime.runner import Arrays
 from traceserve_runtime.runtimes import GRADIENTS
+from traceserve_runtime.runtimes.from_embeddings import NotDifferentiable
 
 from traceserve.building.gate.findings import LIMITS
 from traceserve.building.gate.texts import TEXTS
 
 _ROWS = 3  # that run together, as an explanation's steps do
 _LENGTHS = 5  # compared, from the shortest of the built-in texts to the longest
+# Exceptions of models that cannot be run backwards in inference (Reformer's).
+_OF_MODELS = (
+    AssertionError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 _LONGEST = 128  # tokens: a full row's gradients would take seconds
 
 
@@ -26,7 +38,9 @@ def differs(folder: Path) -> Optional[str]:
     engine = Engine.load(folder)
     manifest, task = engine.manifest, engine.task
     try:
-        model = GRADIENTS[manifest.save_mode](manifest, folder, "cpu")
+        model = GRADIENTS[manifest.save_mode](manifest, folder, "cpu", engine.runner)
+    except NotDifferentiable as error:
+        return str(error)
     except (RuntimeError, ValueError, OSError) as error:
         return f"its graph from the embeddings cannot be read: {error}"
     encoded = task.encode(task.from_texts(TEXTS))
@@ -39,14 +53,16 @@ def differs(folder: Path) -> Optional[str]:
         try:
             served, own = engine.runner(inputs), model.outputs(model.embed(inputs["input_ids"]), inputs)
             finite = _has_gradients(model, inputs, own)
-        except RuntimeError as error:
+        except NotDifferentiable as error:
+            return str(error)
+        except _OF_MODELS as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
-            return f"its graph from the embeddings fails: {lines[-1]}"
+            return f"running it from the embeddings fails: {lines[-1]}"
         for name in manifest.outputs:
             largest = max(1.0, float(np.abs(served[name]).max()))
             difference = float(np.abs(served[name] - own[name]).max()) / largest
             if not difference <= limit:
-                return f"its graph from the embeddings gives other outputs: {name} by {difference:.1e}"
+                return f"run from the embeddings it gives other outputs: {name} by {difference:.1e}"
         if not finite:
             return "its gradients are 0 or not numbers"
     return None

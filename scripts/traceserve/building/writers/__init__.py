@@ -30,6 +30,7 @@ WRITERS: Dict[str, Writer] = {
         lowered=precision.lowered,
         shapes=shapes.one_graph,
         check=pretrained.check,
+        gradients=pretrained.gradients,
     ),
     "onnx": Writer(
         write=onnx.write,

@@ -14,15 +14,16 @@ from traceserve_runtime.errors import reason
 from traceserve_runtime.runtimes.pretrained import KEPT, OLDEST, OLDEST_NAMED, PAST
 
 from traceserve.building.checkpoints.original import Original
+from traceserve.building.config.dtypes import DTYPES
 from traceserve.building.config.save_modes import Target
-from traceserve.building.writers.contract import Written
+from traceserve.building.writers.contract import NoGradients, Written
 from traceserve.building.writers.lowering import precision
 from traceserve.building.writers.tracing.loops import GRAPHS
 from traceserve.building.writers.tracing.wrapping import example, once
 from traceserve.errors import ExportError, UnwritableError
 
 if TYPE_CHECKING:
-    from traceserve_runtime.manifest import Shapes
+    from traceserve_runtime.manifest import Manifest, Shapes
     from traceserve_runtime.tasks.contract import Task
     from transformers import PreTrainedModel
 
@@ -62,6 +63,13 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
             os.replace(Path(scratch, name), folder / name)
     runtime = {"auto_model": task.auto_model, "loop": task.loop, KEPT: list(original.kept), **facts}
     return Written(step_inputs, (CONFIG_FILE,), {**runtime, **target.options})
+
+
+def gradients(original: Original, manifest: Manifest, folder: Path) -> Tuple[str, ...]:
+    """Write nothing: the model itself has gradients, and the gate looks at them; see Writer."""
+    if not DTYPES[manifest.dtype].differentiable:
+        raise NoGradients(f"{manifest.dtype} has no gradients")
+    return ()
 
 
 def _step_inputs(original: Original, task: Type[Task]) -> Tuple[Tuple[str, ...], Dict[str, object]]:

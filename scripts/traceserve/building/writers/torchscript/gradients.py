@@ -1,21 +1,17 @@
-"""Traces the explaining graphs: from token ids to word embeddings, and from these to the outputs.
-
-The second reads the same inputs as the model, since some models take positions from token ids; a hook puts the given
-embeddings into the place of its own. So it works for every model that looks its embeddings up once, whether its
-`forward` takes `inputs_embeds` or not.
-"""
+"""Traces the explaining graphs: the calls of `runtimes.from_embeddings`."""
 
 from __future__ import annotations
 
 import contextlib
 import warnings
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any, Dict, Iterator, Tuple
 
 import torch
 from traceserve_runtime.errors import reason
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runtimes.calling import Single
+from traceserve_runtime.runtimes.from_embeddings import FromEmbeddings, LookUp, NotDifferentiable, word_embeddings
 from traceserve_runtime.runtimes.torchscript.gradients import GRADIENTS_FILE, PLACES_FILE
 from traceserve_runtime.runtimes.torchscript.weights import Place, read_places, write_places
 
@@ -24,71 +20,10 @@ from traceserve.building.config.dtypes import DTYPES
 from traceserve.building.writers.contract import NoGradients
 from traceserve.building.writers.lowering import precision
 from traceserve.building.writers.tracing.graphs import TRACED_BATCH, TRACED_LENGTH, together, trace, write_module
-from traceserve.building.writers.tracing.wrapping import example, traceable
+from traceserve.building.writers.tracing.wrapping import Wrapped, example, traceable
 from traceserve.errors import NoSpace
 
 _EMBED, _OUTPUTS = "embed", "outputs"
-
-
-class LookUp(torch.nn.Module):
-    """Token ids to word embeddings, float32 of shape (batch, length, size)."""
-
-    def __init__(self, embeddings: torch.nn.Module) -> None:
-        super().__init__()
-        self.embeddings = embeddings
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Look them up."""
-        found: torch.Tensor = self.embeddings(ids)
-        return found.float()
-
-
-class FromEmbeddings(torch.nn.Module):
-    """Word embeddings and the model's inputs to its outputs."""
-
-    def __init__(self, call: Single, embeddings: torch.nn.Module) -> None:
-        super().__init__()
-        self.model = call.model
-        self.call = call
-        weight = getattr(embeddings, "weight", None)
-        # An encoder and a decoder may have modules of their own for the same embeddings.
-        alike = [part for part in call.model.modules() if part is embeddings or is_look_up(part, weight)]
-        self._looking_up: Tuple[torch.nn.Module, ...] = tuple(alike)  # not a second time among the parts
-
-    def forward(self, embeddings: torch.Tensor, *tensors: torch.Tensor) -> Tuple[torch.Tensor, ...]:
-        """Return the call's result for these embeddings; raises NoGradients if the model does not look them up once."""
-        replaced: List[object] = []
-
-        def replace(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor:
-            replaced.append(None)
-            return embeddings.to(output.dtype)
-
-        hooks = [part.register_forward_hook(replace) for part in self._looking_up]
-        try:
-            outputs: Tuple[torch.Tensor, ...] = self.call(*tensors)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if len(replaced) != 1:
-            name = type(self.model).__name__
-            raise NoGradients(f"{name} looks its word embeddings up {len(replaced)} times, and gradients need one")
-        return outputs
-
-
-def is_look_up(part: torch.nn.Module, weight: object) -> bool:
-    """Return whether a module looks up rows of this weight."""
-    return isinstance(part, torch.nn.Embedding) and part.weight is weight
-
-
-def word_embeddings(model: torch.nn.Module) -> torch.nn.Module:
-    """Return the model's word embeddings; raises NoGradients if it does not say which they are."""
-    try:
-        found: object = model.get_input_embeddings()  # type: ignore[operator]  # transformers models have it
-    except (AttributeError, NotImplementedError, TypeError):
-        found = None
-    if not isinstance(found, torch.nn.Module):
-        raise NoGradients(f"{type(model).__name__} does not say which module has its word embeddings")
-    return found
 
 
 def write_gradients(original: Original, manifest: Manifest, folder: Path) -> Tuple[str, ...]:
@@ -98,23 +33,25 @@ def write_gradients(original: Original, manifest: Manifest, folder: Path) -> Tup
     if manifest.shapes.graph_per_shape:
         raise NoGradients("a model with one graph for each shape has none")
     model: Any = original.model
-    embeddings = word_embeddings(model)
     try:
+        embeddings = word_embeddings(model)
         with warnings.catch_warnings(), traceable(model), torch.no_grad(), precision.tracing(original.dtype):
             warnings.simplefilter("ignore")
             inputs = example(original, TRACED_BATCH, min(TRACED_LENGTH, original.max_length))
             ids = inputs[original.inputs.index("input_ids")]
-            look_up = LookUp(embeddings).eval()
-            call = Single(model, original.inputs, manifest.outputs)
+            look_up = LookUp(embeddings)
+            outputs = FromEmbeddings(Single(model, original.inputs, manifest.outputs), embeddings)
             module = together(
                 {
-                    _EMBED: trace(look_up, (ids,)),
-                    _OUTPUTS: trace(FromEmbeddings(call, embeddings).eval(), (look_up(ids), *inputs)),
+                    _EMBED: trace(Wrapped(look_up).eval(), (ids,)),
+                    _OUTPUTS: trace(Wrapped(outputs).eval(), (look_up(ids), *inputs)),
                 }
             )
             _write_without_weights(module, folder)
-    except (NoGradients, NoSpace):
+    except NoSpace:
         raise
+    except NotDifferentiable as error:
+        raise NoGradients(str(error)) from error
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError) as error:
         raise NoGradients(f"torch.jit.trace cannot trace it from its embeddings: {reason(error)}") from error
     return (GRADIENTS_FILE, PLACES_FILE)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
 from traceserve_runtime.runtimes.calling import Single
 
 from traceserve.building.checkpoints.original import Original
+
+Result = Union[torch.Tensor, Tuple[torch.Tensor, ...]]
 
 _REMOTE = "transformers_modules"  # transformers' package for checkpoints' own code
 _OURS = "traceserve.building"
@@ -20,7 +22,6 @@ _OURS = "traceserve.building"
 _NAMED = {
     f"{_OURS}.writers.tracing.wrapping": "traceserve.wrapping",
     f"{_OURS}.writers.tracing.fixed_shapes": "traceserve.fixed_shapes",
-    f"{_OURS}.writers.torchscript.gradients": "traceserve.gradients",
     f"{_OURS}.writers.lowering.int8": "traceserve.quantization",
     f"{_OURS}.checkpoints.libraries.curated_models": "traceserve.libraries.curated_models",
 }
@@ -29,14 +30,14 @@ _NAMED = {
 class Wrapped(torch.nn.Module):
     """A call of a model (`runtimes.calling`) as a module, with the model's weights as its own."""
 
-    def __init__(self, call: Callable[..., Tuple[torch.Tensor, ...]]) -> None:
+    def __init__(self, call: Callable[..., Result]) -> None:
         super().__init__()
         self.model = getattr(call, "model", None)  # an empty cache needs none
         self.call = call
 
-    def forward(self, *tensors: torch.Tensor) -> Tuple[torch.Tensor, ...]:
+    def forward(self, *tensors: torch.Tensor) -> Result:
         """Return the call's result."""
-        outputs: Tuple[torch.Tensor, ...] = self.call(*tensors)
+        outputs: Result = self.call(*tensors)
         return outputs
 
 
