@@ -20,6 +20,8 @@ from traceserve.archives.archive import pack_archive
 from traceserve.building.config.parsing import LoadedConfig, parse_config
 from traceserve.building.export import export
 from traceserve.building.exported import Exported
+from traceserve.building.gate import verification
+from traceserve.building.gate.texts import SENTENCES
 from traceserve_runtime import processor
 from traceserve_runtime.runner import Arrays, Padding
 
@@ -84,6 +86,12 @@ def run_export(folder: Path, content: Dict[str, Any], **options: Any) -> Exporte
     config, notes = parse_config({"dtype": "float32", **content})
     folder.mkdir(parents=True, exist_ok=True)
     return export(LoadedConfig(config, ROOT, notes), folder.name, folder, nothing, **options)
+
+
+@pytest.fixture
+def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the gate compare few texts, for tests of something else."""
+    monkeypatch.setattr(verification, "TEXTS", SENTENCES[1:6])
 
 
 class Called:

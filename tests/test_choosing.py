@@ -13,7 +13,6 @@ from traceserve.building.config import choosing
 from traceserve.building.config.parsing import parse_config
 from traceserve.building.config.setup_config import SetupConfig
 from traceserve.building.gate import verification
-from traceserve.building.gate.texts import SENTENCES
 from traceserve.errors import ConfigError
 from traceserve_runtime import processor
 
@@ -111,6 +110,7 @@ def test_what_the_real_save_mode_refuses_is_refused_at_once(machine: Callable[..
         config(options={"opset": 17})
 
 
+@pytest.mark.usefixtures("few_texts")
 def test_it_is_settled_when_the_checkpoint_says_its_task(
     checkpoint: Callable[..., Path],
     tmp_path: Path,
@@ -119,7 +119,6 @@ def test_it_is_settled_when_the_checkpoint_says_its_task(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The manifest has the real one; the receipt, the report and the printed table say why."""
-    monkeypatch.setattr(verification, "TEXTS", SENTENCES[1:6])  # the gate has its own tests
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     machine({"avx2"})
@@ -135,13 +134,13 @@ def test_it_is_settled_when_the_checkpoint_says_its_task(
     assert "save_mode_because" not in json.loads((tmp_path / "y" / "traceserve.json").read_text())["receipt"]
 
 
+@pytest.mark.usefixtures("few_texts")
 def test_openvino_is_built(
     checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: Callable[..., None]
 ) -> None:
     """With the dtypes of its own `auto`, int8 first."""
     if not processor.native("int8"):
         pytest.skip("this processor has no int8")
-    monkeypatch.setattr(verification, "TEXTS", SENTENCES[1:6])
     monkeypatch.setattr(verification, "CORPUS", 16)
     monkeypatch.setattr(
         "traceserve.building.attempt.measure_speeds", lambda folders, *rest: dict.fromkeys(folders, 1.0)

@@ -30,6 +30,7 @@ from traceserve.building.writers.openvino.loops import LoopModels, loop_models
 from traceserve_runtime import processor
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import InvalidManifest
+from traceserve_runtime.generation.steps import IN_PARTS
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runtimes import openvino
 from traceserve_runtime.runtimes.positions import joined_rows
@@ -78,7 +79,7 @@ def test_a_worker_that_writes_needs_no_torch(folders: Callable[[str], Path], tmp
 def test_keys_and_values_stay_in_the_graph(folders: Callable[[str], Path]) -> None:
     """A decoder is one graph, so its weights are there once; only a source's keys and values are handed in."""
     manifest = Manifest.read(folders("llama"))
-    assert manifest.runtime == {} and {"model.xml", "model.bin"} <= set(manifest.files)
+    assert manifest.runtime == {IN_PARTS: True} and {"model.xml", "model.bin"} <= set(manifest.files)
     core = openvino.library().Core()
     step = core.read_model(str(folders("llama") / "model.xml"))
     assert {port.get_any_name() for port in step.inputs} == {*manifest.step_inputs, "beam_idx"}
