@@ -51,7 +51,7 @@ def main() -> None:
     found: Dict[str, List[Dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)
-        ways = archives(options.model or text_models.random_llama(folder / "model"), folder, options)
+        ways = archives(options.model or text_models.random_llama(folder / "model", options.layers), folder, options)
         prompt = prompt_of(folder / "text", options.prompt)
         urls = {way: stack.enter_context(beside.started(beside.Way(way, options.host, ways[way]))) for way in ways}
         for url in urls.values():
@@ -163,6 +163,7 @@ def post(url: str, body: bytes) -> Tuple[http.client.HTTPConnection, http.client
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="the folder of a decoder [random, 135 million weights]")
+    parser.add_argument("--layers", type=int, default=30, help="of the random one [%(default)s]")
     parser.add_argument("--host", choices=("web", "torchserve"), default="web")
     parser.add_argument("--save-mode", default="torchscript")
     parser.add_argument("--dtype", default="float32")

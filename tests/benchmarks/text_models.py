@@ -29,14 +29,20 @@ GGUF_TYPES: Dict[str, Any] = {
 }
 
 
-def random_llama(folder: Path) -> Path:
-    """Make a checkpoint of 135 million weights, as wide and deep as SmolLM2, with transformers' initial values.
+def random_llama(folder: Path, layers: int = SMOLLM2["num_hidden_layers"]) -> Path:
+    """Make a checkpoint of 135 million weights, as wide and deep as SmolLM2, with transformers' initial values; or one of
+    fewer layers.
 
     They are as large as trained ones. Every token has a text of its own, so that servers can show each at once.
     """
     tokenizer = _tokenizer("gpt", SMOLLM2["vocab_size"])
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    return _saved(folder, transformers.LlamaForCausalLM, transformers.LlamaConfig(**SMOLLM2, **ids), tokenizer)
+    return _saved(
+        folder,
+        transformers.LlamaForCausalLM,
+        transformers.LlamaConfig(**{**SMOLLM2, "num_hidden_layers": layers}, **ids),
+        tokenizer,
+    )
 
 
 def random_marian(folder: Path) -> Path:

@@ -33,6 +33,7 @@ _MOST_GROUPS = 2
 # The time to read prompts, in a turn's: others' tokens wait for it. A run reads all weights, so longer parts are faster, and
 # where nobody's tokens wait they are twice as long (docs/measurements.md).
 _READING, _READING_ALONE = 2.5, 5
+_RUN = CostModel().run  # of a run, in positions, beside those it reads
 # A group that stays apart has as many steps as its longest text, so one run is cheaper than two, whatever the padding.
 _TOGETHER = CostModel(run=1e9)
 
@@ -213,7 +214,7 @@ class WritingLoop:
 
     def _admit(self, seconds: float) -> None:
         """Read prompts for about so long: those that may join now, and the next part of one that is partly read."""
-        most = max(LEAST_PART, self._pace.cost_within(seconds))
+        most = max(LEAST_PART, self._pace.cost_within(seconds) - _RUN)
         left = most
         for members in self._next_batches(most):
             group = _Group(self._feed(self._runner, [m.row for m in members], self._manifest, self._stats), members)
@@ -231,7 +232,7 @@ class WritingLoop:
         began = time.perf_counter()
         if not self._try(group, partial(group.read, most)) or not group.members:
             return
-        self._pace.ran(group.part, time.perf_counter() - began)
+        self._pace.ran(_RUN + group.part, time.perf_counter() - began)
         if group.reading:
             self._partly_read = group
             return
