@@ -23,6 +23,7 @@ from traceserve.building.exported import Exported
 from traceserve.building.gate import verification
 from traceserve.building.gate.texts import SENTENCES
 from traceserve_runtime import processor
+from traceserve_runtime.engine import Work
 from traceserve_runtime.runner import Arrays, Padding
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,6 +93,16 @@ def run_export(folder: Path, content: Dict[str, Any], **options: Any) -> Exporte
 def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the gate compare few texts, for tests of something else."""
     monkeypatch.setattr(verification, "TEXTS", SENTENCES[1:6])
+
+
+def finish(work: Work, most: int = 10_000) -> int:
+    """Return the number of turns until everything is answered."""
+    turns = 0
+    while work.busy:
+        work.turn()
+        turns += 1
+        assert turns < most
+    return turns
 
 
 class Called:

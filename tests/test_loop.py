@@ -11,7 +11,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import pytest
-from conftest import run_export
+from conftest import finish, run_export
 from oracle import rounded
 from traceserve.building import attempt
 from traceserve.building.gate.texts import SENTENCES, VERY_LONG
@@ -114,8 +114,7 @@ def test_a_decoders_texts_share_steps_whenever_they_joined(engine_of: Make) -> N
     for text in TEXTS[:16]:
         work.join([Request({"text": text}, {"max_new_tokens": 40})], [None])
         work.turn()
-    while work.busy:
-        work.turn()
+    finish(work)
     assert stats.rows == 16 and stats.micro_batches < 16 + 40 + 16  # each is read by itself
 
 
@@ -144,8 +143,7 @@ def test_who_leaves_is_written_no_further(architecture: str, engine_of: Make) ->
     for _ in range(5):
         work.turn()
     work.leave(goes)
-    while work.busy:
-        work.turn()
+    finish(work)
     assert value_of(stays.answer()) == alone
     assert stats.micro_batches <= 30 + 1
 
@@ -160,8 +158,7 @@ def test_others_join_when_all_have_left(architecture: str, engine_of: Make) -> N
     work.turn()
     work.leave(goes)
     [stays] = work.join([request], [None])
-    while work.busy:
-        work.turn()
+    finish(work)
     assert value_of(stays.answer()) == alone
 
 
@@ -243,14 +240,6 @@ def test_a_failed_step_changes_no_answer(architecture: str, engine_of: Make) -> 
 
 LONG = Request({"text": VERY_LONG}, {"long_inputs": "truncate", "max_new_tokens": 4, "num_beams": 1})
 SHORT = Request({"text": "Yes."}, {"max_new_tokens": 60, "min_new_tokens": 60, "num_beams": 1})
-
-
-def finish(work: Work) -> int:
-    turns = 0
-    while work.busy:
-        work.turn()
-        turns += 1
-    return turns
 
 
 def turns_until(work: Work, *pending: Pending) -> int:

@@ -14,7 +14,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import pytest
-from conftest import Called, run_export
+from conftest import Called, finish, run_export
 from oracle import rounded
 from traceserve.building.gate.texts import SENTENCES, VERY_LONG
 from traceserve_runtime import rounds, service
@@ -86,16 +86,6 @@ def request_for(task: str, chosen: random.Random, group: Optional[int]) -> Reque
 
 def value_of(result: Any) -> Any:
     return result.value if isinstance(result, Answer) else (type(result), result.message)
-
-
-def finish(work: Work, most: int = 10_000) -> int:
-    """Return the number of turns until everything is answered."""
-    turns = 0
-    while work.busy:
-        work.turn()
-        turns += 1
-        assert turns < most
-    return turns
 
 
 @pytest.mark.parametrize("task", OPTIONS)

@@ -16,7 +16,6 @@ import contextlib
 import json
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -54,18 +53,7 @@ def main() -> None:
             for name, url in urls.items():
                 found[name].append(measured(url, long, options.connections, options.others, options.seconds))
                 print(name, json.dumps(found[name][-1]), flush=True)
-    first, *_ = medians = {
-        name: {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
-        for name, rounds in found.items()
-    }
-    tables.show(
-        [
-            {"measured": key}
-            | {name: f"{own[key]:.4g} ({own[key] / medians[first][key]:.2f})" for name, own in medians.items()}
-            for key in medians[first]
-        ],
-        True,
-    )
+    tables.show_medians(found)
 
 
 def measured(url: str, long: Dict[str, bytes], connections: List[int], others: int, seconds: float) -> Dict[str, float]:

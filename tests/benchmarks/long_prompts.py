@@ -60,15 +60,7 @@ def main() -> None:
             for way, url in urls.items():
                 found.setdefault(way, []).append(measured(url, prompt, options, options.seconds, options.pause))
                 print(way, json.dumps(found[way][-1]), flush=True)
-    medians = {way: {key: statistics.median(one[key] for one in own) for key in own[0]} for way, own in found.items()}
-    first, *_ = medians.values()
-    tables.show(
-        [
-            {"measured": key} | {way: f"{own[key]:.4g} ({own[key] / first[key]:.2f})" for way, own in medians.items()}
-            for key in first
-        ],
-        True,
-    )
+    tables.show_medians(found)
 
 
 def archives(model: Path, folder: Path, options: argparse.Namespace) -> Dict[str, Path]:

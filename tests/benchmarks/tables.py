@@ -53,6 +53,19 @@ def show(rows: Sequence[Row], markdown: bool, caption: str = "") -> None:
     Console(width=None if sys.stdout.isatty() else 240).print(table)
 
 
+def show_medians(found: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
+    """Print the medians of each way's rounds, and their ratios to the first way's, in docs/measurements.md's format."""
+    medians = {way: {key: median(one[key] for one in own) for key in own[0]} for way, own in found.items()}
+    first, *_ = medians.values()
+    show(
+        [
+            {"measured": key} | {way: f"{own[key]:.4g} ({own[key] / first[key]:.2f})" for way, own in medians.items()}
+            for key in first
+        ],
+        True,
+    )
+
+
 def save(path: Optional[Path], measurements: Any) -> None:
     """Write the measurements, the command and the machine to a JSON file, if requested."""
     if path is None:

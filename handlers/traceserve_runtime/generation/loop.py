@@ -33,7 +33,7 @@ _MOST_GROUPS = 2
 # The time to read prompts, in a turn's: others' tokens wait for it. A run reads all weights, so longer parts are faster, and
 # where nobody's tokens wait they are twice as long (docs/measurements.md).
 _READING, _READING_ALONE = 2.5, 5
-_RUN = CostModel().run  # of a run, in positions, beside those it reads
+_RUN = CostModel().run  # a run's own cost, in positions, beside those it reads
 # A group that stays apart has as many steps as its longest text, so one run is cheaper than two, whatever the padding.
 _TOGETHER = CostModel(run=1e9)
 

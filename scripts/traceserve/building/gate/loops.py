@@ -6,7 +6,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Sequence
 
 import torch
-from traceserve_runtime.runtimes import stepping
 from traceserve_runtime.tasks.contract import Request
 from traceserve_runtime.tasks.parameters import strings
 from traceserve_runtime.texts.rows import Row
@@ -21,12 +20,6 @@ if TYPE_CHECKING:
 def forced_tokens(row: Row, steps: int) -> List[int]:
     """Return tokens to force on a model, whatever it would write."""
     return (row.encoding.ids * steps)[:steps]
-
-
-def reads_only_new_tokens(original: Original) -> bool:
-    """Return whether a step of a decoder reads new tokens alone, with a cache: if it rereads its whole text, a prompt in
-    parts would be read again and again."""
-    return stepping.decoder(original.model).keeps_past
 
 
 def _decoder_forced(original: Original, row: Row, tokens: Sequence[int]) -> torch.Tensor:

@@ -23,7 +23,7 @@ from traceserve.building.checkpoints.lookups import id_of_token
 from traceserve.building.checkpoints.original import Original
 from traceserve.building.config.loops import LOOPS
 from traceserve.building.gate.findings import Cell, Findings
-from traceserve.building.gate.loops import forced_tokens, reads_only_new_tokens
+from traceserve.building.gate.loops import forced_tokens
 from traceserve.building.gate.reference import FORCED_STEPS, Reference, Wanted, run_forced, run_original
 from traceserve.building.gate.texts import TEXTS
 from traceserve.building.progress import Progress
@@ -39,7 +39,7 @@ def _read_forced(engine: Engine, rows: Sequence[Row], manifest: Manifest, part: 
     feed = FEEDS[engine.task.loop](engine.runner, rows, manifest, Stats())
     forced = np.array([forced_tokens(row, FORCED_STEPS) for row in rows])
     same_rows = np.arange(len(rows))
-    first = feed.read(same_rows, part)
+    first = None
     while first is None:
         first = feed.read(same_rows, part)
     logits = [first, *(feed.next(same_rows, forced[:, step]) for step in range(FORCED_STEPS))]
@@ -64,7 +64,7 @@ def compare_outputs(
     loop = engine.task.loop
     grid = list(_grid(manifest))
     most = _longest_row(engine)
-    in_parts = bool(loop) and FEEDS[loop].together(manifest.shapes) and reads_only_new_tokens(original)
+    in_parts = bool(loop) and FEEDS[loop].together(manifest.shapes) and reference.reads_only_new_tokens
     if not loop:
         numbers = [(min(n, most), i) for cell in grid for i, n in enumerate(_row_lengths(manifest, *cell))]
         wanted = (Wanted(("row", *number), rows.get(*number), dict) for number in dict.fromkeys(numbers))

@@ -4,12 +4,13 @@ alone."""
 from __future__ import annotations
 
 import json
-from functools import partial
+from functools import cached_property, partial
 from typing import Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 from traceserve_runtime.runner import Arrays
+from traceserve_runtime.runtimes import stepping
 from traceserve_runtime.tasks.contract import Request
 from traceserve_runtime.texts.rows import Row
 
@@ -42,6 +43,12 @@ class Reference:
         self.together = True  # whether rows computed together equal those computed alone
         self._known: Dict[object, Arrays] = {}
         self._alone: Dict[object, Wanted] = {}  # computed together; may be recomputed
+
+    @cached_property
+    def reads_only_new_tokens(self) -> bool:
+        """Whether a step of a decoder reads new tokens alone, with a cache: if it rereads its whole text, a prompt in parts
+        would be read again and again."""
+        return stepping.decoder(self.original.model).keeps_past
 
     def outputs(self, key: object, compute: Callable[[], Arrays]) -> Arrays:
         """Return the result of `compute`, cached."""
