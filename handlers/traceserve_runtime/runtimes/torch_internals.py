@@ -87,6 +87,27 @@ def type_named(name: str) -> ValueType:
     return next(parse(f"graph(%value : {name}):\n  return (%value)").inputs()).type()
 
 
+# Attention
+
+
+def attends_in_groups() -> bool:
+    """Return whether attention on this CPU reads the keys and values of a group of queries where they are.
+
+    Before, torch repeats them first, like a graph that was traced so; and such a graph stays as it is where a name is
+    gone.
+    """
+    import torch
+
+    if not rewrites() or not hasattr(torch, "_fused_sdp_choice"):
+        return False
+    queries, keys, seen = torch.ones(1, 2, 1, 1), torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    try:
+        kernel = torch._fused_sdp_choice(queries, keys, keys, seen, 0.0, False, scale=None, enable_gqa=True)
+    except (RuntimeError, TypeError):
+        return False
+    return bool(kernel)  # 0 is the one that repeats
+
+
 # Packed weights
 
 

@@ -15,8 +15,17 @@ from traceserve_runtime.errors import MissingPackage
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runner import IN_ATTENTION, Arrays, Padding, State
 from traceserve_runtime.runtimes import graph, team, torch_internals
-from traceserve_runtime.runtimes.torchscript import attention, devices, neuron, packing, weights
+from traceserve_runtime.runtimes.torchscript import (
+    attention,
+    devices,
+    grouped_queries,
+    growing,
+    neuron,
+    packing,
+    weights,
+)
 from traceserve_runtime.runtimes.torchscript.fixed_shapes import PaddedRunner
+from traceserve_runtime.runtimes.torchscript.states import Copied, InPlace, States
 from traceserve_runtime.runtimes.variants import Variant
 from traceserve_runtime.settings import Settings
 
@@ -34,7 +43,7 @@ class TorchScriptRunner:
     """A traced model on a device, or one with its interface; see Runner. Its state is a tuple of tensors there.
 
     `side_by_side`: runs of several calling threads do not wait for each other. `own_threads`: the code is for
-    a fixed number of threads, and would be recompiled for another.
+    a fixed number of threads, and would be recompiled for another. `states`: how a loop's are kept.
     """
 
     def __init__(
@@ -45,8 +54,10 @@ class TorchScriptRunner:
         side_by_side: bool = False,
         padding: Padding = Padding(),
         own_threads: bool = False,
+        states: States = Copied(),
     ) -> None:
         self.padding = padding
+        self._states = states
         self._module = module
         self._manifest = manifest
         self._device = device
@@ -66,19 +77,18 @@ class TorchScriptRunner:
     def step(self, inputs: Arrays, state: State, rows: Optional[np.ndarray] = None) -> Tuple[Arrays, State]:
         import torch
 
-        if rows is not None:
-            chosen = torch.from_numpy(rows).to(self._device)
-            with torch.inference_mode():
-                state = tuple(tensor.index_select(0, chosen) for tensor in state)
-        results = self._run(self._module.step, [*self._tensors(inputs, self._manifest.step_inputs), *state])
-        grown = results[len(self._manifest.outputs) :]
-        return self._outputs(results), (*grown, *state[len(grown) :])
+        chosen = None if rows is None else torch.from_numpy(rows).to(self._device)
+        new = self._tensors(inputs, self._manifest.step_inputs)
+        with torch.inference_mode():
+            state = self._states.before(state, new[0].shape[1], chosen)
+        results = self._run(self._module.step, [*new, *state])
+        return self._outputs(results), self._states.after(state, results[len(self._manifest.outputs) :])
 
     def join(self, states: Sequence[State], length: int) -> State:
         import torch
 
         with torch.inference_mode():
-            return tuple(torch.cat([_of_length(tensor, length) for tensor in tensors]) for tensors in zip(*states))
+            return self._states.join(states, length)
 
     def open_lanes(self) -> Sequence[Executor]:
         import torch
@@ -207,6 +217,8 @@ def _read(
         return _runner(_Plain(module), manifest, device)
     if device != "cpu":
         devices.rewrite(module, device)
+    else:
+        grouped_queries.group(module)
     if reading.wide_attention:
         attention.widen(module)
     if reading.mapped:
@@ -215,7 +227,8 @@ def _read(
             weights.give_back(pages)
     unpadded = reading.mapped and manifest.runtime.get(UNPADDED)
     padding = IN_ATTENTION._replace(alone=manifest.runtime.get(FILLED, 1)) if unpadded else Padding()
-    return _runner(module, manifest, device, padding)
+    kept = growing.write_behind(module, manifest) if device == "cpu" else None
+    return _runner(module, manifest, device, padding, InPlace(kept) if kept else Copied())
 
 
 class _Plain:
@@ -237,14 +250,14 @@ class _Plain:
 
 
 def _runner(
-    module: Any, manifest: Manifest, device: str, padding: Padding = Padding()
+    module: Any, manifest: Manifest, device: str, padding: Padding = Padding(), states: States = Copied()
 ) -> Union[TorchScriptRunner, PaddedRunner]:
     """Return the runner of these graphs: with fixed shapes, writers have target lengths."""
     targets = manifest.runtime.get("targets")
     if targets:
         return PaddedRunner(module, manifest, targets)
     side_by_side = device == "cpu" and manifest.hardware not in neuron.CHIPS
-    return TorchScriptRunner(module, manifest, device, side_by_side, padding)
+    return TorchScriptRunner(module, manifest, device, side_by_side, padding, states=states)
 
 
 def settle(dtype: str, device: str, threads: Optional[int]) -> None:
@@ -261,18 +274,6 @@ def settle(dtype: str, device: str, threads: Optional[int]) -> None:
         threads = threads or min(torch.get_num_threads(), processor.cores())
     if threads is not None and threads != torch.get_num_threads():
         torch.set_num_threads(threads)
-
-
-def _of_length(tensor: torch.Tensor, length: int) -> torch.Tensor:
-    """Return a state's tensor with its last `length` positions, or padded before them."""
-    import torch
-
-    axis = 1 if tensor.ndim == 2 else 2
-    missing = length - tensor.shape[axis]
-    if missing <= 0:
-        return tensor.narrow(axis, -missing, length)
-    padded: torch.Tensor = torch.nn.functional.pad(tensor, (*[0, 0] * (tensor.ndim - 1 - axis), missing, 0))
-    return padded
 
 
 def _take_one_core() -> None:

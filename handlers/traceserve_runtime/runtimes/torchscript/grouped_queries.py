@@ -1,0 +1,137 @@
+"""Lets groups of queries attend to their common keys and values, in place of a copy of them for each query.
+
+Models with fewer keys and values than queries (Llama, Qwen, Mistral, Gemma) repeat them before attention, and so does
+their trace: in a step of 16 rows these copies take longer than anything but the products with weights. torch's
+attention on a CPU reads a group's keys and values where they are, with results equal bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional, Sequence
+
+from traceserve_runtime.runtimes import torch_internals
+from traceserve_runtime.runtimes.graph import Graph, Node, Traced, Value, insert_constant, insert_node, replace_value
+from traceserve_runtime.runtimes.torchscript import devices
+
+_ATTENTION = "aten::scaled_dot_product_attention"
+_REPEATED_AXIS = 2  # of (batch, heads, times, length, size), which `expand` makes, and `reshape` merges with the heads
+_END = 2**63 - 1  # of a slice without one
+_MERGING = ("aten::reshape", "aten::view")
+_SEEN_THROUGH = ("aten::slice", "aten::unsqueeze")
+
+
+class _Repeated(NamedTuple):
+    """Keys or values, (batch, heads, length, size), of which each head is repeated several times, and then cast."""
+
+    own: Value
+    times: int
+    copies: Value
+    casts: Sequence[Node]
+
+
+def group(module: Traced) -> int:
+    """Rewrite a module's graphs on the CPU, before its first run; returns the number of attentions with groups.
+
+    None if this torch's attention would make the copies itself, or cannot rewrite graphs.
+    """
+    if not torch_internals.attends_in_groups():
+        return 0
+    return sum(_group(graph) for graph in devices.graphs(module))
+
+
+def _group(graph: Graph) -> int:
+    torch_internals.inline(graph)
+    torch_internals.merge_equal(graph)
+    return sum(_share(graph, node) for node in graph.findAllNodes(_ATTENTION, True))
+
+
+def _share(graph: Graph, node: Node) -> bool:
+    """Replace an attention to repeated keys and values by one with groups of queries."""
+    names = [argument.name for argument in devices.arguments(node.schema())]
+    _, key, value, *_ = inputs = list(node.inputs())
+    keys, values = _repeated(key), _repeated(value)
+    if "enable_gqa" not in names or keys is None or values is None or keys.times != values.times:
+        return False
+    inputs[1:3] = (_cast_alike(graph, each, node) for each in (keys, values))
+    inputs[names.index("enable_gqa")] = insert_constant(graph, True, node)
+    made = insert_node(graph, _ATTENTION, inputs, node)
+    replace_value(node, made.output())
+    for each in (keys, values):
+        _measure_instead(each.copies, each.own)
+    for read in {each.debugName(): each for each in (key, value)}.values():  # equal ones are merged
+        _remove_unread(read)
+    return True
+
+
+def _cast_alike(graph: Graph, repeated: _Repeated, before: Node) -> Value:
+    """Return a repetition's own value with the casts of the repetition."""
+    value = repeated.own
+    for cast in reversed(repeated.casts):
+        value = insert_node(graph, cast.kind(), [value, *list(cast.inputs())[1:]], before).output()
+    return value
+
+
+def _repeated(value: Value) -> Optional[_Repeated]:
+    """Return of what a value is a repetition; None if it is none."""
+    casts = []
+    while value.node().kind() == "aten::to":
+        casts.append(value.node())
+        value = value.node().inputsAt(0)
+    merged = value.node()
+    if merged.kind() not in _MERGING or merged.inputsAt(0).node().kind() != "aten::expand":
+        return None
+    expanded = merged.inputsAt(0).node()
+    sizes, expanded_sizes = _items(merged.inputsAt(1)), _items(expanded.inputsAt(1))
+    if len(sizes) != 4 or len(expanded_sizes) != 5:
+        return None
+    batch, _, times, length, size = expanded_sizes
+    if not all(_equal(one, other) for one, other in zip((sizes[0], *sizes[2:]), (batch, length, size))):
+        return None
+    own = _before_unsqueeze(expanded.inputsAt(0))
+    count = times.toIValue()
+    return _Repeated(own, count, value, casts) if own is not None and isinstance(count, int) and count > 1 else None
+
+
+def _before_unsqueeze(value: Value) -> Optional[Value]:
+    """Return the value that gets an axis of repetitions, seen through slices of everything."""
+    added = 0
+    while value.node().kind() in _SEEN_THROUGH:
+        own, *numbers = value.node().inputs()
+        if value.node().kind() == "aten::unsqueeze":
+            added += numbers[0].toIValue() == _REPEATED_AXIS
+            if not added:
+                return None
+        elif [numbers[1].toIValue() or 0, _END if numbers[2].toIValue() is None else numbers[2].toIValue()] != [
+            0,
+            _END,
+        ]:
+            return None
+        value = own
+    return value if added == 1 else None
+
+
+def _items(sizes: Value) -> Sequence[Value]:
+    return list(sizes.node().inputs()) if sizes.node().kind() == "prim::ListConstruct" else []
+
+
+def _equal(one: Value, other: Value) -> bool:
+    """Return whether two numbers of one graph are the same; equal expressions of it are merged before."""
+    return one.debugName() == other.debugName()
+
+
+def _measure_instead(copied: Value, own: Value) -> None:
+    """Read the sizes that a repetition has in common with its original from this one."""
+    for use in copied.uses():
+        measured = use.user.kind() == "aten::size" and use.user.inputsSize() == 2
+        if measured and use.user.inputsAt(1).toIValue() in (0, 2, 3, -1, -2, -4):
+            use.user.replaceInput(0, own)
+
+
+def _remove_unread(value: Value) -> None:
+    """Remove the operators that make a value, as far as nobody else reads what they make."""
+    node = value.node()
+    made_here = node.kind() in ("aten::to", *_MERGING, "aten::expand", *_SEEN_THROUGH)
+    if made_here and not any(output.uses() for output in node.outputs()):
+        read = node.inputsAt(0)
+        node.destroy()
+        _remove_unread(read)

@@ -1,0 +1,127 @@
+"""A step of text generation in process, as traced and without its copies, in turn.
+
+    python tests/benchmarks/steps.py [--model FOLDER | --layers N] [--dtype float32] [--rows 1,16] [--past 150,400]
+
+The traced step copies all keys and values of earlier tokens to put a token's behind them, and repeats them where queries share
+some; a worker's does neither. Both read a prompt of `--past` random tokens in each row, and then step. Without --model it is a
+Llama with random weights, as wide and deep as SmolLM2. Medians of all steps, and of the rounds' ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Dict, List, Tuple
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import tables
+import text_models
+from conftest import run_export
+from traceserve.building.gate import outputs, verification
+from traceserve.building.gate.texts import SENTENCES
+from traceserve_runtime import processor
+from traceserve_runtime.engine import Engine
+from traceserve_runtime.runtimes.torchscript import grouped_queries, growing
+
+WAYS = ("as traced", "without copies")
+STEPS = 10  # of each, before it is the other's turn
+
+
+def main() -> None:
+    options = parse()
+    taken: Dict[Tuple[int, int], List[Dict[str, float]]] = {}
+    with tempfile.TemporaryDirectory(prefix="steps-") as name, tables.progress() as bar:
+        runners = loaded(built(options, Path(name)))
+        task = bar.add_task("", total=options.rounds * len(options.rows) * len(options.past))
+        for rows in options.rows:
+            for past in options.past:
+                loops = {way: Loop(runner, rows, past) for way, runner in runners.items()}
+                for _ in range(options.rounds):
+                    bar.update(task, description=f"{rows} rows of {past} tokens")
+                    taken.setdefault((rows, past), []).append({way: loops[way].seconds() for way in WAYS})
+                    bar.advance(task)
+                same(loops)
+    caption = f"{options.dtype}, {processor.cores()} threads, {processor.name()}"
+    table = [line(rows, past, found) for (rows, past), found in taken.items()]
+    tables.save(options.json, table)
+    tables.show(table, options.markdown, caption)
+
+
+def parse() -> argparse.Namespace:
+    def numbers(text: str) -> List[int]:
+        return [int(each) for each in text.split(",")]
+
+    parser = tables.parser(__doc__, rounds=9)
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="a decoder; without it a random Llama")
+    parser.add_argument("--layers", type=int, default=text_models.SMOLLM2["num_hidden_layers"], help="[%(default)s]")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="[%(default)s]")
+    parser.add_argument("--rows", type=numbers, default="1,16", help="[%(default)s]")
+    parser.add_argument("--past", type=numbers, default="150,400", help="tokens of each row [%(default)s]")
+    return parser.parse_args()
+
+
+def built(options: argparse.Namespace, folder: Path) -> Path:
+    """Build through a shortened gate: random weights have no clear answers."""
+    model = options.model.resolve() if options.model else text_models.random_llama(folder / "llama", options.layers)
+    content = {"model_name": str(model), "task": "text_generation", "max_length": max(options.past) + 200}
+    with mock.patch.object(verification, "TEXTS", SENTENCES[1:3]), mock.patch.object(outputs, "BATCHES", (2,)):
+        run_export(folder / "text", {**content, "dtype": options.dtype}, allow_drift=options.dtype != "float32")
+    return folder / "text"
+
+
+def loaded(artifact: Path) -> Dict[str, Any]:
+    with mock.patch.object(growing, "write_behind", return_value=None):
+        with mock.patch.object(grouped_queries, "group", return_value=0):
+            before = Engine.load(artifact).runner
+    return dict(zip(WAYS, (before, Engine.load(artifact).runner)))
+
+
+class Loop:
+    """Rows of random tokens, which one runner continues."""
+
+    def __init__(self, runner: Any, rows: int, past: int) -> None:
+        self.runner = runner
+        self.random = np.random.default_rng(0)
+        ids = self.random.integers(3, 250, (rows, past))
+        self.mask = np.ones_like(ids)
+        self.state = runner.start({"input_ids": ids, "attention_mask": self.mask})
+        self._step(ids)
+        self._next()  # the first has no room yet
+
+    def seconds(self) -> float:
+        began = time.perf_counter()
+        for _ in range(STEPS):
+            self._next()
+        return (time.perf_counter() - began) / STEPS
+
+    def _next(self) -> None:
+        self.mask = np.concatenate([self.mask, np.ones_like(self.mask[:, :1])], axis=1)
+        self._step(self.random.integers(3, 250, (len(self.mask), 1)))
+
+    def _step(self, ids: np.ndarray) -> None:
+        positions = self.mask.cumsum(axis=1)[:, -ids.shape[1] :] - 1
+        inputs = {"input_ids": ids, "attention_mask": self.mask, "position_ids": positions}
+        outputs, self.state = self.runner.step(inputs, self.state)
+        self.logits = outputs["logits"]
+
+
+def same(loops: Dict[str, Loop]) -> None:
+    first, second = (loops[way].logits for way in WAYS)
+    if not np.allclose(first, second, atol=1e-4 * max(1.0, float(np.abs(first).max()))):
+        raise SystemExit(f"the logits differ by {np.abs(first - second).max():g}")
+
+
+def line(rows: int, past: int, found: List[Dict[str, float]]) -> tables.Row:
+    figures = {f"{way}, ms": tables.figure(1e3 * tables.median([each[way] for each in found])) for way in WAYS}
+    ratio = tables.median([each[WAYS[1]] / each[WAYS[0]] for each in found])
+    return {"rows": f"{rows}", "tokens in each": f"{past}", **figures, "ratio": f"{ratio:.2f}"}
+
+
+if __name__ == "__main__":
+    main()
