@@ -1,10 +1,11 @@
 """Generation by TorchServe with and without `continuous_batching`, in turn: what clients wait, and what a step computes.
 
-    python tests/benchmarks/continuous.py --model FOLDER [--clients 16] [--seconds 20] [--rounds 3]
+    python tests/benchmarks/continuous.py [--model FOLDER] [--clients 16] [--seconds 20] [--rounds 3]
 
 Both archives are of the same checkpoint, each on a server of its own; only one is asked at a time. Every client sends one
 request after another: a prompt, and between 8 and 200 new tokens (as likely each time twice as many as half as many), every
 other one streamed. Each round asks the same requests of both. Medians of the rounds are reported; ratios to the second line.
+Without --model it is a Llama with 135 million random weights, as wide and deep as SmolLM2.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any, Dict, List, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from conftest import run_export
+import text_models
 from rich.console import Console
 from rich.table import Table
 from traceserve.archives.archive import pack_archive
@@ -33,6 +34,7 @@ from traceserve.serving import configuration, instances, server
 from traceserve.serving.instances import Instance
 
 LEAST, MOST, SHORT = 8, 200, 40  # new tokens
+LONGEST = 512  # tokens of a text and its prompt
 WAYS = {"joined": True, "by batches": False}
 
 
@@ -62,7 +64,7 @@ COLUMNS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="the folder of a decoder")
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="a decoder; without it a random Llama")
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=20.0, help="of asking each, per round")
     parser.add_argument("--rounds", type=int, default=3)
@@ -70,8 +72,9 @@ def main() -> None:
     running: Dict[str, Instance] = {}
     with tempfile.TemporaryDirectory() as folder:
         try:
+            model = options.model or text_models.random_llama(Path(folder, "llama"))
             for way, joins in WAYS.items():
-                running[way] = started(options.model, Path(folder, way.replace(" ", "-")), joins)
+                running[way] = started(model, Path(folder, way.replace(" ", "-")), joins)
             found: Dict[str, List[Measured]] = {way: [] for way in WAYS}
             for number in range(options.rounds):
                 for way, instance in running.items():
@@ -85,8 +88,8 @@ def main() -> None:
 
 def started(model: Path, folder: Path, joins: bool) -> Instance:
     own: Dict[str, Any] = {"model_name": str(model.resolve()), "task": "text_generation", "continuous_batching": joins}
-    run_export(folder / "text", own)
-    return server.start([pack_archive(folder / "text", "text", folder)], port=configuration.free_ports(1)[0])
+    archive = pack_archive(text_models.built(folder / "text", {**own, "max_length": LONGEST}), "text", folder)
+    return server.start([archive], port=configuration.free_ports(1)[0])
 
 
 def measured(instance: Instance, clients: int, seconds: float, seed: int) -> Measured:

@@ -20,13 +20,10 @@ from typing import Dict, List, Tuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import pytest
 import tables
 import text_models
-from conftest import run_export
 from traceserve.building.attempt import size_of
 from traceserve.building.export import Shared
-from traceserve.building.gate.texts import SENTENCES
 from traceserve_runtime import processor
 from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.engine import Engine
@@ -92,12 +89,7 @@ def built(folder: Path, source: Path, way: Way, shared: Shared) -> Path:
     """Export the checkpoint in this save mode and dtype."""
     print(f"building {' '.join(way)}", file=sys.stderr)
     content = {"model_name": str(source.resolve()), "task": "text_generation", "save_mode": way[0], "dtype": way[1]}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("traceserve.building.gate.verification.TEXTS", SENTENCES[1:3])
-        patch.setattr("traceserve.building.gate.outputs.BATCHES", (2,))
-        patch.setattr("traceserve.building.writers.lowering.int8.KEPT_SHARES", (0.0,))
-        run_export(folder, {**content, "max_length": 256}, allow_drift=True, shared=shared)
-    return folder
+    return text_models.built(folder, {**content, "max_length": 256}, shared=shared)
 
 
 def written(engine: Engine, rows: int, new_tokens: int) -> Tuple[float, float]:

@@ -22,10 +22,8 @@ from typing import Any, Callable, Dict, Iterator, List, Sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import pytest
 import tables
 import text_models
-from conftest import run_export
 from traceserve.building.gate.texts import SENTENCES
 from traceserve_runtime import processor
 from traceserve_runtime.batching.batches import Stats
@@ -78,14 +76,8 @@ def parse() -> argparse.Namespace:
 
 
 def ours(model: Path, folder: Path, task: str, options: argparse.Namespace) -> Write:
-    """Build through a shortened gate, since random weights have no clear answers, and load."""
     own = {"model_name": str(model), "task": task, "max_length": 256}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("traceserve.building.gate.verification.TEXTS", SENTENCES[1:3])
-        patch.setattr("traceserve.building.gate.outputs.BATCHES", (2,))
-        patch.setattr("traceserve.building.writers.lowering.int8.KEPT_SHARES", (0.0,))
-        how = {"save_mode": SAVE_MODES[options.dtype], "dtype": options.dtype}
-        run_export(folder, {**own, **how}, allow_drift=options.dtype != "float32")
+    text_models.built(folder, {**own, "save_mode": SAVE_MODES[options.dtype], "dtype": options.dtype})
     engine = Engine.load(folder, settings=Settings(options.threads))
 
     def write(texts: Sequence[str], tokens: int) -> float:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, Optional
 
 import gguf
 import gguf_files
 import models
+import pytest
 import torch
 import transformers
+from conftest import run_export
+from traceserve.building.gate.texts import SENTENCES
 
 SMOLLM2: Dict[str, Any] = {
     "vocab_size": 49152,
@@ -46,8 +49,8 @@ def random_llama(folder: Path, layers: int = SMOLLM2["num_hidden_layers"]) -> Pa
 
 
 def random_marian(folder: Path) -> Path:
-    """Make an encoder-decoder with random weights, as wide and deep as the opus-mt models."""
-    tokenizer = _tokenizer("t5", 32001)
+    """Make an encoder-decoder with random weights, as wide and deep as the opus-mt models, padding last as in theirs."""
+    tokenizer = _tokenizer("t5", 32001, last="<pad>")
     config = transformers.MarianConfig(
         vocab_size=32001,
         d_model=512,
@@ -78,12 +81,16 @@ def random_t5(folder: Path) -> Path:
 FAMILIES = {"llama": random_llama, "marian": random_marian, "t5": random_t5}
 
 
-def _tokenizer(kind: str, size: int) -> Any:
+def _tokenizer(kind: str, size: int, last: Optional[str] = None) -> Any:
     tokenizer = models.make_tokenizer(kind)
     # In the vocabulary without a merge that leads to them: written, but never read.
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     words = content["model"]["vocab"]
     words.update({f"Ġw{i}": i for i in range(len(words), size)})
+    if last:
+        words[f"Ġw{size - 1}"], words[last] = words[last], size - 1
+        for added in content["added_tokens"]:
+            added["id"] = words[added["content"]]
     tokenizer._tokenizer = tokenizer.backend_tokenizer.from_str(json.dumps(content))
     return tokenizer
 
@@ -93,6 +100,16 @@ def _saved(folder: Path, kind: Any, config: Any, tokenizer: Any) -> Path:
     kind(config).save_pretrained(folder)
     tokenizer.model_max_length = 2048
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def built(folder: Path, content: Dict[str, Any], **options: Any) -> Path:
+    """Export a configuration's content through a shortened gate: random weights have no clear answers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("traceserve.building.gate.verification.TEXTS", SENTENCES[1:3])
+        patch.setattr("traceserve.building.gate.outputs.BATCHES", (2,))
+        patch.setattr("traceserve.building.writers.lowering.int8.KEPT_SHARES", (0.0,))
+        run_export(folder, content, allow_drift=content.get("dtype", "float32") != "float32", **options)
     return folder
 
 

@@ -31,18 +31,15 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import pytest
 import servers
 import tables
 import text_models
-from conftest import run_export
-from continuous import LEAST, MOST, SHORT, Asked
+from continuous import LEAST, LONGEST, MOST, SHORT, Asked
 from traceserve.archives.archive import pack_archive
 from traceserve.building.gate.texts import SENTENCES
 from traceserve.serving import configuration
 from traceserve_runtime import processor
 
-LONGEST = 512  # tokens of a text and its prompt
 DEFAULT_MODE = {"float32": "torchscript", "bfloat16": "torchscript", "int8": "openvino"}
 PROMPTS = tuple(sentence for sentence in SENTENCES if 5 < len(sentence) < 100)
 
@@ -112,15 +109,9 @@ def starters(options: argparse.Namespace, folder: Path) -> Dict[str, Start]:
 
 
 def built(model: Path, folder: Path, options: argparse.Namespace) -> Path:
-    """Build an archive through a shortened gate: random weights have no clear answers."""
     own = {"model_name": str(model), "task": "text_generation", "max_length": LONGEST, "continuous_batching": True}
     how = {"save_mode": options.save_mode or DEFAULT_MODE[options.dtype], "dtype": options.dtype}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("traceserve.building.gate.verification.TEXTS", SENTENCES[1:3])
-        patch.setattr("traceserve.building.gate.outputs.BATCHES", (2,))
-        patch.setattr("traceserve.building.writers.lowering.int8.KEPT_SHARES", (0.0,))
-        run_export(folder / "text", {**own, **how}, allow_drift=options.dtype != "float32")
-    return pack_archive(folder / "text", "text", folder)
+    return pack_archive(text_models.built(folder / "text", {**own, **how}), "text", folder)
 
 
 @contextlib.contextmanager
