@@ -6,6 +6,8 @@ Each family is a checkpoint with random weights: a Llama of 135 million weights 
 large as the opus-mt models, and a T5 as large as t5-small. Both write the same number of greedy tokens after the same texts,
 one text at a time and 16 at once, on as many threads. Medians of the rounds are reported; our time includes tokenizing and
 decoding. CTranslate2 has no server, so this compares what a server could do at most; text_servers.py compares servers.
+
+Its environment: `pip install ctranslate2 torch transformers sentencepiece`, with our versions of torch and transformers.
 """
 
 from __future__ import annotations
