@@ -38,6 +38,13 @@ def tiled(rows: torch.Tensor) -> torch.Tensor:
     return rows[:, None].expand(batch, GROUPS, heads, length, size).reshape(batch, heads * GROUPS, length, size)
 
 
+def without_last(rows: torch.Tensor) -> torch.Tensor:
+    """Repeat all positions but the last, by a computed bound."""
+    batch, heads, length, size = rows[:, :, :-1].shape
+    kept = rows[:, :, None, : rows.shape[2] - 1]
+    return kept.expand(batch, heads, GROUPS, length, size).reshape(batch, heads * GROUPS, length, size)
+
+
 def shortened(rows: torch.Tensor) -> torch.Tensor:
     """Repeat only a part of each head's size."""
     batch, heads, length, size = rows[:, :, :, 1:].shape
@@ -103,6 +110,15 @@ def test_anything_else_stays(keys: Any, values: Any, tmp_path: Path) -> None:
 def test_other_parts_of_the_rows_stay(tmp_path: Path) -> None:
     module = traced(Attention(shortened, shortened), (torch.randn(2, 6, 3, 7), *inputs(2, 3, 5)[1:]), tmp_path)
     assert grouped_queries.group(module) == 0
+
+
+def test_other_positions_stay(tmp_path: Path) -> None:
+    own = Attention(without_last, without_last)
+    queries, rows, _ = inputs(2, 3, 5)
+    example = queries, rows, torch.ones(2, 1, 3, 4, dtype=torch.bool)
+    module = traced(own, example, tmp_path)
+    assert grouped_queries.group(module) == 0
+    assert torch.equal(module(*example), own(*example))
 
 
 def test_repeated_positions_stay(tmp_path: Path) -> None:

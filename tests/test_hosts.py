@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import http.server
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -18,7 +19,7 @@ import pytest
 from conftest import run_export
 from traceserve.archives.archive import pack_archive
 from traceserve.serving.keys import write_key
-from traceserve_hosts import fetching, loading, ray_config, web
+from traceserve_hosts import fetching, libraries, loading, ray_config, web
 from traceserve_hosts.asgi import Application, Limits, Message, Scope, key_from_environment
 from traceserve_hosts.batcher import Batcher
 from traceserve_hosts.routing import Router, messages
@@ -867,23 +868,26 @@ def test_a_process_of_its_own_fetches(packed: Path, monkeypatch: pytest.MonkeyPa
 
 
 SERVED = """
-import asyncio, json, sys
+import asyncio, json, os, sys
 from traceserve_hosts.loading import load_archive
 loaded = load_archive(sys.argv[1], name="other", version="3")
 import traceserve_runtime
 from traceserve_runtime.service import Call
 from traceserve_runtime.protocols.bodies import Headers
 [reply] = loaded.service.answer([Call({"body": b"The boat is small."}, Headers("text/plain"))])
-print(json.dumps([traceserve_runtime.__file__, loaded.batch_size, loaded.service.served[:2], json.loads(reply.body)]))
+spins = [os.environ["OMP_WAIT_POLICY"], os.environ["GOMP_SPINCOUNT"]]
+print(json.dumps([traceserve_runtime.__file__, loaded.batch_size, loaded.service.served[:2], json.loads(reply.body), spins]))
 """
 
 
 def test_an_archive_answers_with_its_own_code(packed: Path, classifier: Service) -> None:
-    result = subprocess.run([sys.executable, "-c", SERVED, str(packed)], capture_output=True, text=True)
+    own = {**{name: each for name, each in os.environ.items() if name not in libraries.DEFAULTS}, "GOMP_SPINCOUNT": "3"}
+    result = subprocess.run([sys.executable, "-c", SERVED, str(packed)], capture_output=True, text=True, env=own)
     assert result.returncode == 0, result.stderr
-    file, batch_size, served, answer = json.loads(result.stdout.splitlines()[-1])
+    file, batch_size, served, answer, spins = json.loads(result.stdout.splitlines()[-1])
     assert Path(file).parents[1] == fetching.fetch_archive(str(packed))
     assert batch_size > 1 and served == ["other", "3"]
+    assert spins == ["PASSIVE", "3"]  # unless the user has set it
     assert answer["label"] == native(classifier, {"text": TEXT})["label"]
 
 

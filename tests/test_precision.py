@@ -34,6 +34,7 @@ from traceserve_runtime.batching import costs, measuring
 from traceserve_runtime.batching.costs import CostModel
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.manifest import Manifest
+from traceserve_runtime.runtimes.torchscript import attention
 from traceserve_runtime.runtimes.torchscript.reader import TorchScriptRunner
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Answer, Request
@@ -289,11 +290,12 @@ def test_written_texts_in_bfloat16(loop: Maker, architecture: str) -> None:
     assert all(isinstance(answer, Answer) and answer.value for answer in answers)
 
 
-@pytest.mark.parametrize(
-    "architecture",
-    ["gpt2", "t5", "bart"],  # not llama: it rotates its keys in float32, and transformers keeps the values in it too
-)
-def test_the_state_between_steps_is_bfloat16(loop: Maker, architecture: str) -> None:
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "t5", "bart"])
+def test_the_state_between_steps_is_as_attention_reads_it(
+    loop: Maker, architecture: str, wide: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "sooner_wide", lambda: wide)
     folder, _ = loop(architecture)
     engine = Engine.load(folder)
     columns = {name: np.ones((2, 5), dtype=np.int64) for name in ("input_ids", "attention_mask", "decoder_input_ids")}
@@ -302,7 +304,9 @@ def test_the_state_between_steps_is_bfloat16(loop: Maker, architecture: str) -> 
     for step in range(2):
         outputs, state = engine.runner.step({name: columns[name] for name in engine.manifest.step_inputs}, state)
         assert outputs["logits"].dtype == np.float32
-        assert {tensor.dtype for tensor in state} == {torch.bfloat16}, f"step {step}"
+        written, read = state[:4], state[4:]  # keys and values of two layers; those of an encoder's output
+        assert {tensor.dtype for tensor in written} == {torch.float32 if wide else torch.bfloat16}, f"step {step}"
+        assert {tensor.dtype for tensor in read} <= {torch.bfloat16}
         columns["attention_mask"] = (
             np.ones((2, 10), dtype=np.int64)
             if LOOPS[architecture][0] == "text_generation"

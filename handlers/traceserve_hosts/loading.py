@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, NamedTuple, Optional
 
-from traceserve_hosts import SIGNED
+from traceserve_hosts import SIGNED, libraries
 
 if TYPE_CHECKING:
     from traceserve_runtime.service import Service
@@ -49,6 +49,7 @@ def load_archive(
     if present is not None and not str(present.__file__).startswith(own):
         raise RuntimeError(f"another traceserve_runtime was imported before that of {address}: {present.__file__}")
     sys.path.insert(0, own)
+    libraries.settle()
     again = "pack the archive again with this version: traceserve archive"
     try:
         from traceserve_runtime import settings

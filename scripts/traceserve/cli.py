@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn, Optional, Sequence
 
+from traceserve_hosts import libraries
 from traceserve_runtime.errors import TraceserveError
 
 from traceserve import __version__
@@ -16,7 +17,7 @@ from traceserve.commands import COMMANDS, printing
 from traceserve.commands.completion import CompletingParser
 from traceserve.commands.contract import Command
 from traceserve.errors import NoSpace
-from traceserve.machine import environment, space
+from traceserve.machine import space
 
 _DESCRIPTION = """\
 A transformer checkpoint to a TorchServe deployment: traced, compared with the original, packed, served and queried.
@@ -32,7 +33,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Run the command; returns the exit code: 0, 1 for a reported error, 2 for wrong usage, 130 if interrupted.
 
     Commands whose 1 answers a question (see `Command.trouble`) return 2 for errors."""
-    os.environ.update(environment.settings())
+    libraries.settle()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     options = _parse(sys.argv[1:] if arguments is None else arguments)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, Callable, TypeVar
 
-from traceserve.machine import environment
+from traceserve_hosts import libraries
 
 Result = TypeVar("Result")
 
@@ -20,4 +19,4 @@ def run(function: Callable[..., Result], *arguments: Any) -> Result:
 
 
 def _settle() -> None:
-    os.environ.update(environment.settings())  # torch is not imported yet
+    libraries.settle()  # torch is not imported yet

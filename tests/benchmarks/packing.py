@@ -8,7 +8,6 @@ python tests/benchmarks/packing.py --archive NAME.mar --texts FILE --beside OTHE
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import tempfile
@@ -22,7 +21,7 @@ import building
 import tables
 import texts as sentences
 from traceserve.building.writers.torchscript.weights import write_graph
-from traceserve.machine import environment
+from traceserve_hosts import libraries
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.manifest import Manifest, sha256
 from traceserve_runtime.runtimes.torchscript.reader import UNPADDED
@@ -40,7 +39,7 @@ def main() -> None:
     parser.add_argument("--beside", type=Path, metavar="MAR", help="another archive to compare with, instead of --what")
     parser.add_argument("--threads", type=int, metavar="N", help="per operator [one per core]")
     options = parser.parse_args()
-    os.environ.update(environment.settings())  # a worker's; torch is not imported yet
+    libraries.settle()  # a worker's; torch is not imported yet
     from traceserve_runtime.tasks.contract import Request
 
     asked = [Request({"text": text}, {"long_inputs": "truncate"}) for text in sentences.read(options.texts)]

@@ -10,13 +10,12 @@ the median of four more. "GB" are the weights multiplied per token; "ms a token"
 
 from __future__ import annotations
 
-import os
 import time
 from statistics import median
 from typing import Any, List, Tuple
 
 import tables
-from traceserve.machine import environment
+from traceserve_hosts import libraries
 
 SIZES = ((384, 6), (768, 12), (1024, 24))  # (width, layers) of MiniLM, and of BERT base and large
 FEW, MANY = 128, 320  # rows
@@ -27,7 +26,7 @@ def main() -> None:
     parser = tables.parser(__doc__, rounds=5)
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="[%(default)s]")
     options = parser.parse_args()
-    os.environ.update(environment.settings())  # before torch is imported
+    libraries.settle()  # before torch is imported
     import torch
 
     torch.set_num_threads(options.threads)

@@ -1,4 +1,4 @@
-"""The cost of the libraries' settings (`scripts/traceserve/machine/environment.py`): throughput and memory in process,
+"""The cost of the libraries' settings (`handlers/traceserve_hosts/libraries.py`): throughput and memory in process,
 alone and
 beside a busy loop on one core.
 
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Dict, List
 
 import tables
-from traceserve.machine.environment import DEFAULTS
+from traceserve_hosts.libraries import DEFAULTS
 
 SETTINGS: Dict[str, Dict[str, str]] = {
     "ours": DEFAULTS,

@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import Dict, List, Mapping, Optional
 
 import psutil
-from traceserve_hosts import KEY_FILE_VARIABLE, KEY_VARIABLE, ray_config
+from traceserve_hosts import KEY_FILE_VARIABLE, KEY_VARIABLE, libraries, ray_config
 from traceserve_runtime import mirror, processor
 from traceserve_runtime.runtimes.torchscript.neuron import CHIPS
 
 from traceserve.errors import ServerError
-from traceserve.machine import environment
 from traceserve.machine.private_files import write_private
 from traceserve.serving import configuration, instances, keys, ray_applications, ray_guard
 from traceserve.serving.instances import Instance
@@ -115,7 +114,7 @@ def _variables(plan: ServerPlan, ports: Mapping[str, int], key: Optional[str]) -
     if key:
         keys.write_key(keys.ray_key_file(plan.folder), key)  # a file, since another key may take its place
     own = {
-        **environment.settings(),
+        **libraries.settings(),
         "TMPDIR": str(plan.folder / "tmp"),
         mirror.VARIABLE: str(plan.folder / configuration.MIRROR_FILE),
         "RAY_USAGE_STATS_ENABLED": "0",

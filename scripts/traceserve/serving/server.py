@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import psutil
+from traceserve_hosts import libraries
 from traceserve_runtime import mirror
 from traceserve_runtime.json_types import JsonObject
 from traceserve_runtime.manifest import Manifest
@@ -23,7 +24,7 @@ from traceserve_runtime.manifest import Manifest
 from traceserve.archives import signing, staging
 from traceserve.archives.model_config import Serving
 from traceserve.errors import ServerError
-from traceserve.machine import environment, neuron_cores
+from traceserve.machine import neuron_cores
 from traceserve.serving import client, configuration, instances, java, keys, management, ray_cluster
 from traceserve.serving.engines import RAY, TORCHSERVE
 from traceserve.serving.front import FrontendOptions
@@ -227,7 +228,7 @@ def launch(folder: Path, settings: Dict[str, Path], needed: Dict[str, str]) -> i
         "LOG_LOCATION": str(folder / "logs"),
         "METRICS_LOCATION": str(folder / "logs"),
         mirror.VARIABLE: str(folder / configuration.MIRROR_FILE),
-        **environment.settings(),
+        **libraries.settings(),
     }
     with (folder / "logs" / "start.log").open("wb") as log:
         result = subprocess.run(

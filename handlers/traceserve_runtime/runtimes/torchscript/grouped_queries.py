@@ -17,11 +17,12 @@ _ATTENTION = "aten::scaled_dot_product_attention"
 _REPEATED_AXIS = 2  # of (batch, heads, times, length, size), which `expand` makes, and `reshape` merges with the heads
 _END = 2**63 - 1  # of a slice without one
 _MERGING = ("aten::reshape", "aten::view")
-_SEEN_THROUGH = ("aten::slice", "aten::unsqueeze")
+_REMOVED = ("aten::to", *_MERGING, "aten::expand", "aten::slice", "aten::unsqueeze")
 
 
 class _Repeated(NamedTuple):
-    """Keys or values, (batch, heads, length, size), of which each head is repeated several times, and then cast."""
+    """`copies` of keys or values, (batch, heads, length, size), of which each head is repeated several `times`, and their
+    casts, the last one first."""
 
     own: Value
     times: int
@@ -94,20 +95,23 @@ def _repeated(value: Value) -> Optional[_Repeated]:
 
 def _before_unsqueeze(value: Value) -> Optional[Value]:
     """Return the value that gets an axis of repetitions, seen through slices of everything."""
-    added = 0
-    while value.node().kind() in _SEEN_THROUGH:
-        own, *numbers = value.node().inputs()
-        if value.node().kind() == "aten::unsqueeze":
-            added += numbers[0].toIValue() == _REPEATED_AXIS
-            if not added:
-                return None
-        elif [numbers[1].toIValue() or 0, _END if numbers[2].toIValue() is None else numbers[2].toIValue()] != [
-            0,
-            _END,
-        ]:
-            return None
-        value = own
-    return value if added == 1 else None
+    added = False
+    while True:
+        node = value.node()
+        if node.kind() == "aten::unsqueeze" and not added and node.inputsAt(1).toIValue() == _REPEATED_AXIS:
+            added = True
+        elif node.kind() != "aten::slice" or not _is_whole(node):
+            return value if added else None
+        value = node.inputsAt(0)
+
+
+def _is_whole(slice: Node) -> bool:
+    """Return whether a slice has every position."""
+    bounds = list(slice.inputs())[2:]
+    if any(bound.node().kind() != "prim::Constant" for bound in bounds):
+        return False
+    start, end, step = (bound.toIValue() for bound in bounds)
+    return not start and end in (None, _END) and step == 1
 
 
 def _items(sizes: Value) -> Sequence[Value]:
@@ -130,8 +134,7 @@ def _measure_instead(copied: Value, own: Value) -> None:
 def _remove_unread(value: Value) -> None:
     """Remove the operators that make a value, as far as nobody else reads what they make."""
     node = value.node()
-    made_here = node.kind() in ("aten::to", *_MERGING, "aten::expand", *_SEEN_THROUGH)
-    if made_here and not any(output.uses() for output in node.outputs()):
+    if node.kind() in _REMOVED and not any(output.uses() for output in node.outputs()):
         read = node.inputsAt(0)
         node.destroy()
         _remove_unread(read)

@@ -137,8 +137,8 @@ class SetupConfig(BaseModel):
     captum_explanation: Optional[bool] = Field(
         None,
         description="Whether the archive has the model's gradients, by which answers are explained, as captum's "
-        "LayerIntegratedGradients does; they take some 230 KiB. `null`: where the task, save mode and dtype have them; without "
-        "them, answers are explained by hiding words",
+        "LayerIntegratedGradients does; in `torchscript` they take some 230 KiB. `null`: where the task, save mode and dtype "
+        "have them; without them, answers are explained by hiding words",
     )
     embedding_name: Optional[str] = Field(
         None,

@@ -6,12 +6,11 @@ import json
 import sys
 from typing import Dict, Optional, Sequence, Tuple
 
-from traceserve_hosts import KEY_VARIABLE
+from traceserve_hosts import KEY_VARIABLE, libraries
 
 from traceserve.deploying import engines, packages, resources, templates
 from traceserve.deploying.described import Described
 from traceserve.deploying.plan import Copy, DeployTarget, File, Plan, Text, Wishes
-from traceserve.machine import environment
 
 _NOTES = {
     True: f"without {KEY_VARIABLE} in the container's environment no key is demanded; /ping and /health need none.",
@@ -37,7 +36,7 @@ def common_files(archives: Sequence[Described], engine: str, about: str, end: st
         about=about,
         python=f"{sys.version_info.major}.{sys.version_info.minor}",
         index=packages.INDEXES.get(archives[0].manifest.hardware, ""),
-        environment="".join(f" \\\n    {key}={value}" for key, value in environment.DEFAULTS.items()),
+        environment="".join(f" \\\n    {key}={value}" for key, value in libraries.DEFAULTS.items()),
         end=end.rstrip("\n"),
     )
     lines = packages.requirements(archives, packages.ENGINES[engine])

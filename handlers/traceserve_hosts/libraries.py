@@ -1,0 +1,32 @@
+"""Environment variables of a model's libraries; they count if set before torch is imported.
+
+OpenMP's waiting threads spin by default, and starve other processes and threads: with another busy process on two cores
+MiniLM had a tenth of its throughput. Threads that sleep immediately wake too late for the next operator. A short spin
+keeps most of both. (GNU's OpenMP counts spins; others read only the first line.)
+
+oneDNN caches code and buffers for each matrix shape, 1,024 of them, and torch's own cache as many again. Rows of any
+length have many shapes: a worker in bfloat16 grew to twice its memory. With 64 it is as fast, since the builder's graph
+rounds token counts up to few sizes. See docs/measurements.md for the figures.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Dict
+
+DEFAULTS = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "GOMP_SPINCOUNT": "2000",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
+    "LRU_CACHE_CAPACITY": "16",
+}
+
+
+def settings() -> Dict[str, str]:
+    """Return the variables for a process, except those that the user has set."""
+    return {variable: os.environ.get(variable, value) for variable, value in DEFAULTS.items()}
+
+
+def settle() -> None:
+    """Set them in this process."""
+    os.environ.update(settings())
