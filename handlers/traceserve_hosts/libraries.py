@@ -27,6 +27,6 @@ def settings() -> Dict[str, str]:
     return {variable: os.environ.get(variable, value) for variable, value in DEFAULTS.items()}
 
 
-def settle() -> None:
+def set_defaults() -> None:
     """Set them in this process."""
     os.environ.update(settings())

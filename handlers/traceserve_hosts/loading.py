@@ -49,7 +49,7 @@ def load_archive(
     if present is not None and not str(present.__file__).startswith(own):
         raise RuntimeError(f"another traceserve_runtime was imported before that of {address}: {present.__file__}")
     sys.path.insert(0, own)
-    libraries.settle()
+    libraries.set_defaults()
     again = "pack the archive again with this version: traceserve archive"
     try:
         from traceserve_runtime import settings

@@ -33,7 +33,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Run the command; returns the exit code: 0, 1 for a reported error, 2 for wrong usage, 130 if interrupted.
 
     Commands whose 1 answers a question (see `Command.trouble`) return 2 for errors."""
-    libraries.settle()
+    libraries.set_defaults()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     options = _parse(sys.argv[1:] if arguments is None else arguments)

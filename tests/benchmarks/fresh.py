@@ -19,4 +19,4 @@ def run(function: Callable[..., Result], *arguments: Any) -> Result:
 
 
 def _settle() -> None:
-    libraries.settle()  # torch is not imported yet
+    libraries.set_defaults()  # torch is not imported yet

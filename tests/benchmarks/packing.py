@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--beside", type=Path, metavar="MAR", help="another archive to compare with, instead of --what")
     parser.add_argument("--threads", type=int, metavar="N", help="per operator [one per core]")
     options = parser.parse_args()
-    libraries.settle()  # a worker's; torch is not imported yet
+    libraries.set_defaults()  # a worker's; torch is not imported yet
     from traceserve_runtime.tasks.contract import Request
 
     asked = [Request({"text": text}, {"long_inputs": "truncate"}) for text in sentences.read(options.texts)]

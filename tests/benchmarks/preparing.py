@@ -26,7 +26,7 @@ def main() -> None:
     parser = tables.parser(__doc__, rounds=5)
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="[%(default)s]")
     options = parser.parse_args()
-    libraries.settle()  # before torch is imported
+    libraries.set_defaults()  # before torch is imported
     import torch
 
     torch.set_num_threads(options.threads)
