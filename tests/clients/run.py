@@ -86,7 +86,8 @@ def _generated(program: Path, name: str, base: str, what: str, *paths: str) -> D
     described = base if base.endswith("/1.0") else f"{base}/predictions/{name}/1.0"
     settings = ["--config-file", str(Path(__file__).with_name("explanations.toml"))] if base != described else []
     command = [str(program), *settings, "run", f"{described}/openapi.json", "--url", base]
-    command += ["--max-examples", "25", "--no-color", *paths]
+    # Some ask for thousands of tokens, which take more than its ten seconds on a busy machine.
+    command += ["--max-examples", "25", "--request-timeout", "60", "--no-color", *paths]
     excluded = ["--exclude-checks", "unsupported_method,positive_data_acceptance"]
     done = subprocess.run([*command, *excluded], stdout=subprocess.PIPE, text=True)
     [counted] = re.findall(r"([\d,]+) generated", done.stdout) or ["0"]
