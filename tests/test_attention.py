@@ -7,7 +7,7 @@ from typing import Any, Callable, Dict, Optional
 
 import pytest
 import torch
-from conftest import run_export
+from conftest import reread, run_export
 from torch.nn.functional import scaled_dot_product_attention
 from traceserve_runtime import processor
 from traceserve_runtime.engine import Engine
@@ -70,12 +70,6 @@ class Branch(torch.nn.Module):
 def error(got: torch.Tensor, exact: torch.Tensor) -> float:
     """Return the mean difference, relative to the mean value."""
     return float((got - exact).square().mean().sqrt() / exact.square().mean().sqrt())
-
-
-def reread(module: Any, folder: Path) -> Any:
-    """Write and read it like a worker."""
-    module.save(folder / "m.pt")
-    return torch.jit.load(folder / "m.pt")  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.parametrize(("mask", "causal"), [*((mask, False) for mask in MASKS), ("no mask", True)])

@@ -7,10 +7,12 @@ from typing import Any, Callable, Dict
 
 import pytest
 import torch
-from conftest import run_export
+from conftest import reread, run_export
 from torch.nn.functional import scaled_dot_product_attention
+from traceserve.building.writers.tracing import graphs
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.runtimes import torch_internals
+from traceserve_runtime.runtimes.graph import ATTENTION
 from traceserve_runtime.runtimes.torchscript import grouped_queries
 
 GROUPS, HEADS = 3, 2
@@ -72,9 +74,7 @@ class Attention(torch.nn.Module):
 
 
 def traced(module: torch.nn.Module, example: Any, folder: Path) -> Any:
-    made: Any = torch.jit.trace(module, example)  # type: ignore[no-untyped-call]
-    made.save(folder / "m.pt")
-    return torch.jit.load(folder / "m.pt")  # type: ignore[no-untyped-call]
+    return reread(graphs.trace(module, example), folder)
 
 
 def inputs(batch: int, new: int, length: int, groups: int = GROUPS) -> Any:
@@ -160,6 +160,6 @@ def test_a_worker_has_it(checkpoint: Callable[..., Path], tmp_path: Path, dtype:
     content: Dict[str, Any] = {"model_name": str(source), "task": "text_generation", "max_length": 48, "dtype": dtype}
     run_export(tmp_path / "x", content, allow_drift=True)
     runner: Any = Engine.load(tmp_path / "x").runner
-    attentions = runner._module.step.graph.findAllNodes("aten::scaled_dot_product_attention", True)
+    attentions = runner._module.step.graph.findAllNodes(ATTENTION, True)
     assert len(attentions) == 2
     assert all(list(node.inputs())[-1].toIValue() is True for node in attentions)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable, Iterator, List, Optional, Tuple
 
 import numpy as np
 import pytest
 import torch
-from conftest import run_export
+from conftest import reread, run_export
 from traceserve.building.gate import verification
 from traceserve.building.gate.texts import SENTENCES
+from traceserve.building.writers.tracing import graphs
 from traceserve_runtime.manifest import Manifest
+from traceserve_runtime.runtimes.graph import ATTENTION
 from traceserve_runtime.runtimes.torchscript import attention, growing, reader, states
 from traceserve_runtime.runtimes.torchscript.states import Copied, InPlace
 from traceserve_runtime.tasks import TASKS
@@ -24,7 +27,7 @@ TASK = {
     "t5": "text2text_generation",
     "bart": "text2text_generation",
 }
-CAST, ATTENTION = "aten::to(", "aten::scaled_dot_product_attention"
+CAST = "aten::to("
 Runners = Tuple[Any, Any]  # in place, and with copies
 
 
@@ -125,11 +128,11 @@ def test_a_step_copies_nothing_while_there_is_room(
 ) -> None:
     monkeypatch.setattr(states, "_ROOM", 8)
     loop = Loop(runners_of("llama")[0], 2, 5, 0)
-    places = []
+    pointers = []
     for _ in range(20):
         loop.step()
-        places.append([tensor.data_ptr() for tensor in loop.state])
-    changes = [i for i in range(1, 20) if places[i] != places[i - 1]]
+        pointers.append([tensor.data_ptr() for tensor in loop.state])
+    changes = [i for i in range(1, 20) if pointers[i] != pointers[i - 1]]
     assert len(changes) == 2 and changes[1] - changes[0] == 9  # with one new position, and room for eight more
     loop = Loop(runners_of("llama")[1], 2, 5, 0)
     before = [tensor.data_ptr() for tensor in loop.state]
@@ -176,19 +179,17 @@ class Step(torch.nn.Module):
         (lambda past, new: past * 2, False),
     ],
 )
-def test_only_a_cache_that_grows(made: Any, grows: bool) -> None:
+def test_only_a_cache_that_grows(made: Any, grows: bool, tmp_path: Path) -> None:
     new, past = torch.randn(2, 3, 1, 4), torch.randn(2, 3, 5, 4)
-    module = torch.nn.Module()
-    traced: Any = torch.jit.trace(Step(made), (new, past))  # type: ignore[no-untyped-call]
-    module.step = traced
-    manifest: Any = type("Names", (), {"step_inputs": ("new",), "outputs": ("logits",)})
-    kept = growing.write_behind(module, manifest)  # type: ignore[arg-type]
+    module = reread(graphs.together({"step": graphs.trace(Step(made), (new, past))}), tmp_path)
+    manifest: Any = SimpleNamespace(step_inputs=("new",), outputs=("logits",))
+    kept = growing.write_behind(module, manifest)
     assert kept == ((None,) if grows else None)
     if kept is None:
-        assert torch.equal(traced(new, past)[1], made(past, new))
+        assert torch.equal(module.step(new, past)[1], made(past, new))
         return
     [roomy] = InPlace(kept).before((past,), 1, None)
-    assert torch.equal(traced(new, roomy)[1], made(past, new))
+    assert torch.equal(module.step(new, roomy)[1], made(past, new))
 
 
 def test_what_is_behind_joined_rows_is_never_read() -> None:

@@ -51,15 +51,12 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    def numbers(text: str) -> List[int]:
-        return [int(each) for each in text.split(",")]
-
     parser = tables.parser(__doc__, rounds=9)
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="a decoder; without it a random Llama")
     parser.add_argument("--layers", type=int, default=text_models.SMOLLM2["num_hidden_layers"], help="[%(default)s]")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="[%(default)s]")
-    parser.add_argument("--rows", type=numbers, default="1,16", help="[%(default)s]")
-    parser.add_argument("--past", type=numbers, default="150,400", help="tokens of each row [%(default)s]")
+    parser.add_argument("--rows", type=tables.numbers, default="1,16", help="[%(default)s]")
+    parser.add_argument("--past", type=tables.numbers, default="150,400", help="tokens of each row [%(default)s]")
     return parser.parse_args()
 
 
@@ -70,9 +67,10 @@ def built(options: argparse.Namespace, folder: Path) -> Path:
 
 
 def loaded(artifact: Path) -> Dict[str, Any]:
-    with mock.patch.object(growing, "write_behind", return_value=None):
-        with mock.patch.object(grouped_queries, "group", return_value=0):
-            before = Engine.load(artifact).runner
+    copying = mock.patch.object(growing, "write_behind", return_value=None)
+    repeating = mock.patch.object(grouped_queries, "group", return_value=0)
+    with copying, repeating:
+        before = Engine.load(artifact).runner
     return dict(zip(WAYS, (before, Engine.load(artifact).runner)))
 
 

@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict, Iterable, Mapping, Optional, Sequence
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -119,6 +119,11 @@ def median(values: Iterable[float]) -> float:
     """Return the median; NaN for nothing."""
     found = list(values)
     return statistics.median(found) if found else float("nan")
+
+
+def numbers(text: str) -> List[int]:
+    """Parse an option's whole numbers, separated by commas."""
+    return [int(each) for each in text.split(",")]
 
 
 def figure(value: float, unit: str = "") -> str:

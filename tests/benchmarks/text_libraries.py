@@ -69,9 +69,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--families", type=lambda text: text.split(","), default="llama,marian,t5", help="[%(default)s]"
     )
-    parser.add_argument(
-        "--rows", type=lambda text: [int(each) for each in text.split(",")], default="1,16", help="[%(default)s]"
-    )
+    parser.add_argument("--rows", type=tables.numbers, default="1,16", help="[%(default)s]")
     parser.add_argument("--new-tokens", type=int, default=64, help="per text [%(default)s]")
     parser.add_argument("--threads", type=int, default=processor.cores(), help="of both [%(default)s]")
     return parser.parse_args()

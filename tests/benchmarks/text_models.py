@@ -109,7 +109,8 @@ def built(folder: Path, content: Dict[str, Any], **options: Any) -> Path:
         patch.setattr("traceserve.building.gate.verification.TEXTS", SENTENCES[1:3])
         patch.setattr("traceserve.building.gate.outputs.BATCHES", (2,))
         patch.setattr("traceserve.building.writers.lowering.int8.KEPT_SHARES", (0.0,))
-        run_export(folder, content, allow_drift=content.get("dtype", "float32") != "float32", **options)
+        lowered = content.get("dtype", "float32") != "float32"
+        run_export(folder, content, **{"allow_drift": lowered, **options})
     return folder
 
 

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     import torch
 
 
+ATTENTION = "aten::scaled_dot_product_attention"
+
+
 class ValueType(Protocol):
     """The type of a value; as text "Tensor", "int[]" or the like."""
 
@@ -181,3 +184,13 @@ def replace_value(node: Node, value: Value) -> None:
     """Replace a node's output by a value, and remove the node."""
     node.output().replaceAllUsesWith(value)
     node.destroy()
+
+
+def open_tuples(graph: Graph) -> None:
+    """Read values directly where tuples of them are made, as between a layer and its hooks."""
+    for node in graph.findAllNodes("prim::TupleUnpack", False):
+        made = node.inputsAt(0).node()
+        if made.kind() == "prim::TupleConstruct":
+            for output, value in zip(list(node.outputs()), list(made.inputs())):
+                output.replaceAllUsesWith(value)
+            node.destroy()

@@ -93,8 +93,8 @@ def type_named(name: str) -> ValueType:
 def attends_in_groups() -> bool:
     """Return whether attention on this CPU reads the keys and values of a group of queries where they are.
 
-    Before, torch repeats them first, like a graph that was traced so; and such a graph stays as it is where a name is
-    gone.
+    torch 2.13 does, and its own choice of a kernel is asked. Where an earlier one repeats them first, or the name is gone,
+    a graph that was traced so stays as it is.
     """
     import torch
 

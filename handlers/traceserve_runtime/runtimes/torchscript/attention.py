@@ -11,10 +11,9 @@ from typing import Dict
 
 from traceserve_runtime import processor
 from traceserve_runtime.runtimes import torch_internals
-from traceserve_runtime.runtimes.graph import Graph, Traced, Value, insert_graph, insert_node, replace_value
+from traceserve_runtime.runtimes.graph import ATTENTION, Graph, Traced, Value, insert_graph, insert_node, replace_value
 from traceserve_runtime.runtimes.torchscript import devices
 
-_KIND = "aten::scaled_dot_product_attention"
 _MASK, _MASK_TYPES = 3, ("NoneType", "Tensor")
 _FLOAT32 = """graph(%tensor : Tensor):
   %dtype : int = prim::Constant[value=6]()
@@ -59,11 +58,11 @@ def widen(module: Traced) -> int:
 
 def _widen(graph: Graph) -> int:
     torch_internals.inline(graph)
-    found = [node for node in graph.findAllNodes(_KIND, True) if str(node.inputsAt(_MASK).type()) in _MASK_TYPES]
+    found = [node for node in graph.findAllNodes(ATTENTION, True) if str(node.inputsAt(_MASK).type()) in _MASK_TYPES]
     if not found:
         return 0
     float32, like, to_be_added = map(torch_internals.parse, (_FLOAT32, _LIKE, _ADDED))
-    outside = {node.output().debugName() for node in graph.findAllNodes(_KIND, False)}
+    outside = {node.output().debugName() for node in graph.findAllNodes(ATTENTION, False)}
     masks: Dict[str, Value] = {}  # as added to scores; most layers read the same one
     for node in found:
         query, key, value, mask, *others = node.inputs()
@@ -73,6 +72,6 @@ def _widen(graph: Graph) -> int:
             if node.output().debugName() in outside:  # a branch's values are unknown after it
                 masks[mask.debugName()] = added
         wide = [insert_graph(graph, float32, [each], node) for each in (query, key, value)]
-        attended = insert_node(graph, _KIND, [*wide, added, *others], node)
+        attended = insert_node(graph, ATTENTION, [*wide, added, *others], node)
         replace_value(node, insert_graph(graph, like, [attended.output(), query], node))
     return len(found)

@@ -7,13 +7,21 @@ attention on a CPU reads a group's keys and values where they are, with results 
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional, Sequence
+from typing import List, NamedTuple, Optional, Sequence
 
 from traceserve_runtime.runtimes import torch_internals
-from traceserve_runtime.runtimes.graph import Graph, Node, Traced, Value, insert_constant, insert_node, replace_value
+from traceserve_runtime.runtimes.graph import (
+    ATTENTION,
+    Graph,
+    Node,
+    Traced,
+    Value,
+    insert_constant,
+    insert_node,
+    replace_value,
+)
 from traceserve_runtime.runtimes.torchscript import devices
 
-_ATTENTION = "aten::scaled_dot_product_attention"
 _REPEATED_AXIS = 2  # of (batch, heads, times, length, size), which `expand` makes, and `reshape` merges with the heads
 _END = 2**63 - 1  # of a slice without one
 _MERGING = ("aten::reshape", "aten::view")
@@ -43,7 +51,7 @@ def group(module: Traced) -> int:
 def _group(graph: Graph) -> int:
     torch_internals.inline(graph)
     torch_internals.merge_equal(graph)
-    return sum(_share(graph, node) for node in graph.findAllNodes(_ATTENTION, True))
+    return sum(_share(graph, node) for node in graph.findAllNodes(ATTENTION, True))
 
 
 def _share(graph: Graph, node: Node) -> bool:
@@ -55,7 +63,7 @@ def _share(graph: Graph, node: Node) -> bool:
         return False
     inputs[1:3] = (_cast_alike(graph, each, node) for each in (keys, values))
     inputs[names.index("enable_gqa")] = insert_constant(graph, True, node)
-    made = insert_node(graph, _ATTENTION, inputs, node)
+    made = insert_node(graph, ATTENTION, inputs, node)
     replace_value(node, made.output())
     for each in (keys, values):
         _measure_instead(each.copies, each.own)
@@ -85,8 +93,9 @@ def _repeated(value: Value) -> Optional[_Repeated]:
     sizes, expanded_sizes = _items(merged.inputsAt(1)), _items(expanded.inputsAt(1))
     if len(sizes) != 4 or len(expanded_sizes) != 5:
         return None
-    batch, _, times, length, size = expanded_sizes
-    if not all(_equal(one, other) for one, other in zip((sizes[0], *sizes[2:]), (batch, length, size))):
+    times = expanded_sizes.pop(2)
+    # Equal expressions are merged before, and have one name.
+    if any(sizes[axis].debugName() != expanded_sizes[axis].debugName() for axis in (0, 2, 3)):
         return None
     own = _before_unsqueeze(expanded.inputsAt(0))
     count = times.toIValue()
@@ -105,22 +114,17 @@ def _before_unsqueeze(value: Value) -> Optional[Value]:
         value = node.inputsAt(0)
 
 
-def _is_whole(slice: Node) -> bool:
+def _is_whole(node: Node) -> bool:
     """Return whether a slice has every position."""
-    bounds = list(slice.inputs())[2:]
+    bounds = list(node.inputs())[2:]
     if any(bound.node().kind() != "prim::Constant" for bound in bounds):
         return False
     start, end, step = (bound.toIValue() for bound in bounds)
     return not start and end in (None, _END) and step == 1
 
 
-def _items(sizes: Value) -> Sequence[Value]:
+def _items(sizes: Value) -> List[Value]:
     return list(sizes.node().inputs()) if sizes.node().kind() == "prim::ListConstruct" else []
-
-
-def _equal(one: Value, other: Value) -> bool:
-    """Return whether two numbers of one graph are the same; equal expressions of it are merged before."""
-    return one.debugName() == other.debugName()
 
 
 def _measure_instead(copied: Value, own: Value) -> None:

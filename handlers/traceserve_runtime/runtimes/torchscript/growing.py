@@ -20,6 +20,7 @@ from traceserve_runtime.runtimes.graph import (
     insert_constant,
     insert_graph,
     insert_node,
+    open_tuples,
     replace_value,
 )
 
@@ -48,8 +49,8 @@ _WRITTEN_BEHIND = """graph(%past : Tensor, %new : Tensor):
   %sizes : int[] = prim::ListConstruct(%batch, %heads, %length, %size)
   %strides : int[] = aten::stride(%past)
   %whole : Tensor = aten::as_strided(%past, %sizes, %strides, %none)
-  %place : Tensor = aten::narrow(%whole, %axis, %used, %more)
-  %written : Tensor = aten::copy_(%place, %new, %no)
+  %behind : Tensor = aten::narrow(%whole, %axis, %used, %more)
+  %written : Tensor = aten::copy_(%behind, %new, %no)
   return (%whole)"""
 
 
@@ -65,6 +66,7 @@ def write_behind(module: Traced, manifest: Manifest) -> Optional[Kept]:
         return None
     graph = step.graph
     torch_internals.inline(graph)
+    open_tuples(graph)
     results = _results(graph)[len(manifest.outputs) :]
     past = list(graph.inputs())[1 + len(manifest.step_inputs) :][: len(results)]
     pairs = [(own, result, _added(own, result)) for own, result in zip(past, results)]
@@ -81,7 +83,7 @@ def _write(graph: Graph, written: Graph, past: Value, result: Value, new: Value)
 
     node, casts = result.node(), list(_casts(result))
     dtype = getattr(torch, _DTYPES[casts[-1].inputsAt(1).toIValue()]) if casts else None
-    for cast in casts:  # their constants may be made after this place
+    for cast in casts:  # their constants may be made after this node
         options = [insert_constant(graph, value.toIValue(), node) for value in list(cast.inputs())[1:]]
         new = insert_node(graph, cast.kind(), [new, *options], node).output()
     whole = insert_graph(graph, written, [past, new], node)
@@ -92,20 +94,11 @@ def _write(graph: Graph, written: Graph, past: Value, result: Value, new: Value)
 
 
 def _results(graph: Graph) -> List[Value]:
-    """Return a graph's results, where they are computed: of the tuple that it returns, or each by itself."""
+    """Return a graph's results: of the tuple that it returns, or each by itself."""
     returned = list(graph.outputs())
     if len(returned) == 1 and returned[0].node().kind() == "prim::TupleConstruct":
-        returned = list(returned[0].node().inputs())
-    return [_outside_tuples(value) for value in returned]
-
-
-def _outside_tuples(value: Value) -> Value:
-    """Return the value that was put into a tuple, and taken out of it, as between a module and the one that calls it."""
-    node = value.node()
-    if node.kind() != "prim::TupleUnpack" or node.inputsAt(0).node().kind() != "prim::TupleConstruct":
-        return value
-    taken = [output.debugName() for output in node.outputs()].index(value.debugName())
-    return _outside_tuples(node.inputsAt(0).node().inputsAt(taken))
+        return list(returned[0].node().inputs())
+    return returned
 
 
 def _added(past: Value, result: Value) -> Optional[Value]:
@@ -120,21 +113,11 @@ def _added(past: Value, result: Value) -> Optional[Value]:
 def _casts(value: Value) -> Iterator[Node]:
     """Yield the casts, one after another, through which alone a value's content is read."""
     while True:
-        readers = [reader for reader in _readers(value) if reader.kind() != "aten::size"]
+        users = [use.user for use in value.uses()]
+        readers = [user for user in users if user.kind() not in ("aten::size", "prim::TupleConstruct")]
         if len(readers) != 1 or readers[0].kind() != "aten::to" or readers[0].inputsSize() != 5:
             return
         if readers[0].inputsAt(1).toIValue() not in _DTYPES:
             return
         yield readers[0]
         value = readers[0].output()
-
-
-def _readers(value: Value) -> Iterator[Node]:
-    """Yield the operators that read a value, also those that take it out of a tuple."""
-    for use in value.uses():
-        if use.user.kind() != "prim::TupleConstruct":
-            yield use.user
-            continue
-        for taken in use.user.output().uses():
-            if taken.user.kind() == "prim::TupleUnpack":
-                yield from _readers(list(taken.user.outputs())[use.offset])

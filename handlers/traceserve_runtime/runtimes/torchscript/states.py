@@ -49,13 +49,13 @@ class Copied:
 
 
 class _Roomy(Tuple[Any, ...]):
-    """A state whose cache is the used positions of tensors with this many `places`."""
+    """A state whose cache is the used positions of tensors that have `capacity` of them."""
 
-    places: int
+    capacity: int
 
-    def __new__(cls, tensors: Iterable[torch.Tensor], places: int) -> _Roomy:
+    def __new__(cls, tensors: Iterable[torch.Tensor], capacity: int) -> _Roomy:
         made = super().__new__(cls, tensors)
-        made.places = places
+        made.capacity = capacity
         return made
 
 
@@ -73,43 +73,36 @@ class InPlace:
 
         cache, others = state[: len(self._kept)], state[len(self._kept) :]
         length = max(tensor.shape[AXIS] for tensor in cache)
-        if rows is None and isinstance(state, _Roomy) and length + new <= state.places:
+        if rows is None and isinstance(state, _Roomy) and length + new <= state.capacity:
             return state
-        places = length + new + _ROOM
+        capacity = length + new + _ROOM
         made = []
         for tensor, dtype in zip(cache, self._kept):
-            whole = _empty(tensor, dtype, len(tensor) if rows is None else len(rows), places)
-            used = whole.narrow(AXIS, 0, tensor.shape[AXIS])
-            if rows is not None and tensor.dtype == used.dtype:
-                torch.index_select(tensor, 0, rows, out=used)
-            else:
-                used.copy_(tensor if rows is None else tensor.index_select(0, rows))
-            made.append(used)
+            tensor = tensor.to(dtype or tensor.dtype)
+            used = _used(tensor, len(tensor) if rows is None else len(rows), tensor.shape[AXIS], capacity)
+            made.append(used.copy_(tensor) if rows is None else torch.index_select(tensor, 0, rows, out=used))
         if rows is not None:
             others = tuple(tensor.index_select(0, rows) for tensor in others)
-        return _Roomy((*made, *others), places)
+        return _Roomy((*made, *others), capacity)
 
     def after(self, state: State, cache: Sequence[torch.Tensor]) -> State:
         assert isinstance(state, _Roomy)
-        return _Roomy((*cache, *state[len(cache) :]), state.places)
+        return _Roomy((*cache, *state[len(cache) :]), state.capacity)
 
     def join(self, states: Sequence[State], length: int) -> State:
-        places = length + _ROOM
+        import torch
+
+        capacity = length + _ROOM
         made = []
         for tensors in zip(*states):
-            whole = _empty(tensors[0], None, sum(map(len, tensors)), places).narrow(AXIS, 0, length)
-            row = 0
-            for tensor in tensors:
-                rows, missing = whole[row : row + len(tensor)], max(0, length - tensor.shape[AXIS])
-                rows[:, :, :missing] = 0  # whatever was there would be multiplied, if by zero
-                rows[:, :, missing:] = tensor[:, :, tensor.shape[AXIS] - length + missing :]
-                row += len(tensor)
-            made.append(whole)
-        return _Roomy(made, places)
+            used = _used(tensors[0], sum(map(len, tensors)), length, capacity)
+            made.append(torch.cat([_of_length(tensor, length) for tensor in tensors], out=used))
+        return _Roomy(made, capacity)
 
 
-def _empty(like: torch.Tensor, dtype: Optional[torch.dtype], rows: int, places: int) -> torch.Tensor:
-    return like.new_empty((rows, like.shape[1], places, like.shape[3]), dtype=dtype or like.dtype)
+def _used(like: torch.Tensor, rows: int, length: int, capacity: int) -> torch.Tensor:
+    """Return the first `length` positions of a new tensor that has `capacity` of them, for so many rows."""
+    return like.new_empty((rows, like.shape[1], capacity, like.shape[3])).narrow(AXIS, 0, length)
 
 
 def _of_length(tensor: torch.Tensor, length: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Dict, List, Optional, Sequence, Set
 
-from traceserve_runtime.runtimes.graph import Node, Use, Value
+from traceserve_runtime.runtimes.graph import ATTENTION, Node, Use, Value
 from traceserve_runtime.runtimes.torchscript import packing
 
 from traceserve.building.writers.torchscript import axes
@@ -23,7 +23,6 @@ _BY_TOKEN = (*START, *(f"aten::{name}" for name in _BY_ELEMENT.split()))
 PREPARED = ("aten::linear", "aten::gelu")  # oneDNN prepares these per number of rows
 RESHAPING = ("aten::view", "aten::reshape")
 _MOVING = ("aten::transpose", "aten::permute", "aten::slice")
-ATTENTION = "aten::scaled_dot_product_attention"
 
 
 class Operators:

@@ -6,6 +6,7 @@ from typing import Callable, Dict, List, Optional
 
 import torch
 from traceserve_runtime.runtimes.graph import (
+    ATTENTION,
     Graph,
     Node,
     Value,
@@ -18,7 +19,7 @@ from traceserve_runtime.runtimes.torchscript.devices import nodes
 
 from traceserve.building.writers.torchscript import end_to_end
 from traceserve.building.writers.torchscript.axes import Dims
-from traceserve.building.writers.torchscript.operators import ATTENTION, PREPARED, RESHAPING, Operators
+from traceserve.building.writers.torchscript.operators import PREPARED, RESHAPING, Operators
 from traceserve.building.writers.tracing import torch_internals
 
 _LAYERS = ("aten::linear", "aten::addmm", "aten::matmul", "aten::conv1d")

@@ -56,7 +56,7 @@ def unpadded(
     graph = module.graph
     inline(graph)
     torch_internals.remove_mutation(graph)
-    _open_tuples(graph)
+    graphs.open_tuples(graph)
     _drop_dropout(graph)
     merge_equal(graph)
     column = inputs.index("attention_mask")
@@ -96,16 +96,6 @@ def _same(got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], mask: t
         if not float((one - other).abs().max()) <= tolerance * max(1.0, float(other.abs().max())):
             return False
     return True
-
-
-def _open_tuples(graph: Graph) -> None:
-    """Read values directly where tuples of them are made, as between a layer and its hooks."""
-    for node in graph.findAllNodes("prim::TupleUnpack", False):
-        made = node.inputsAt(0).node()
-        if made.kind() == "prim::TupleConstruct":
-            for output, value in zip(list(node.outputs()), list(made.inputs())):
-                output.replaceAllUsesWith(value)
-            node.destroy()
 
 
 def _drop_dropout(graph: Graph) -> None:
