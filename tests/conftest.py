@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Set, Tuple
@@ -159,6 +160,13 @@ def artifact(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathF
 def mar(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """That artifact's archive, tiny.mar."""
     return pack_archive(artifact, "tiny", tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(autouse=True)
+def garbage_is_collected() -> Iterator[None]:
+    """Undo what a handler, or a build that was broken off, has frozen: later builds would collect all objects for each file."""
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture()

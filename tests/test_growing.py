@@ -51,10 +51,11 @@ def runners_of(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPat
     return make
 
 
-@pytest.fixture(autouse=True)
-def little_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let caches be full every few steps."""
-    monkeypatch.setattr(states, "_ROOM", 3)
+@pytest.fixture(autouse=True, params=[3, 40])
+def room(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Let caches be full every few steps, or never."""
+    monkeypatch.setattr(states, "_ROOM", request.param)
+    return int(request.param)
 
 
 class Loop:
@@ -107,7 +108,16 @@ def written(runner: Any, seed: int) -> Iterator[np.ndarray]:
         for rows in (None, [4, 0, 2], None, None, None, None, None):
             one.step(rows)
         one.shorten(12)
-        for rows in (None, None, [1, 2], None, None, None):
+        for rows in (None, None, [2, 1], None):
+            one.step(rows)
+        three = Loop(runner, 1, 3, seed + 2)
+        three.step()
+        one.absorb(three)  # in the room of one that has left
+        for rows in (None, [2, 1], None, [1], None):
+            one.step(rows)
+        long = Loop(runner, 1, 17, seed + 3)
+        one.absorb(long)
+        for rows in (None, None, [1, 0], None):
             one.step(rows)
     yield from one.found
     yield from two.found
@@ -121,6 +131,28 @@ def test_every_step_is_equal(architecture: str, runners_of: Callable[..., Runner
     assert len(pairs) > 20
     for got, expected in pairs:
         np.testing.assert_allclose(got, expected, atol=1e-6)  # products of other memory layouts round differently
+
+
+def begin_of(loop: Loop) -> List[int]:
+    return [tensor.untyped_storage().data_ptr() for tensor in loop.state]
+
+
+def test_rows_leave_and_join_among_the_others(
+    runners_of: Callable[..., Runners], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(states, "_ROOM", 40)
+    runner = runners_of("llama")[0]
+    loop = Loop(runner, 4, 9, 0)
+    kept = begin_of(loop)
+    loop.step([0, 3, 2])  # the last takes the position of one that has left
+    loop.absorb(Loop(runner, 1, 4, 1))
+    loop.shorten(8)  # the longest has left
+    loop.step([3, 1, 2])
+    loop.absorb(Loop(runner, 1, 10, 2))  # longer, as the longest was
+    loop.step()
+    assert begin_of(loop) == kept
+    loop.step([3, 2, 1, 0])  # all move
+    assert begin_of(loop) != kept
 
 
 def test_a_step_copies_nothing_while_there_is_room(

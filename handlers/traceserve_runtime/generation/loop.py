@@ -112,7 +112,7 @@ class _Group:
 
     def step(self) -> List[_Failed]:
         """Write the next tokens of those that have not left."""
-        self._live = [(member, moves) for member, moves in self._live if not member.done]
+        self._live = _settled([(member, moves) for member, moves in self._live if not member.done])
         if not self._live:
             return []
         rows = np.array([row for _, moves in self._live for row in moves.rows], dtype=np.int64)
@@ -139,6 +139,18 @@ class _Group:
         self._feed.absorb(other._feed)
         self._live += [(m, Moves([self._rows + row for row in own.rows], own.tokens)) for m, own in other._live]
         self._rows += other._rows
+
+
+def _settled(live: Sequence[Tuple[Member, Moves]]) -> List[Tuple[Member, Moves]]:
+    """Return members in an order in which few rows change their positions: the last take those of others that have left.
+
+    Members with several rows, as of beams, keep their order.
+    """
+    if any(len(moves.rows) != 1 for _, moves in live):
+        return list(live)
+    staying = {moves.rows[0]: (member, moves) for member, moves in live if moves.rows[0] < len(live)}
+    moving = iter([(member, moves) for member, moves in live if moves.rows[0] >= len(live)])
+    return [staying.get(i) or next(moving) for i in range(len(live))]
 
 
 class WritingLoop:

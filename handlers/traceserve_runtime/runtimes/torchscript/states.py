@@ -49,18 +49,25 @@ class Copied:
 
 
 class _Roomy(Tuple[Any, ...]):
-    """A state whose cache is the used positions of tensors that have `capacity` of them."""
+    """A state whose cache is a part of `rooms`: of their first rows, the positions that begin at `first`."""
 
-    capacity: int
+    rooms: Tuple[torch.Tensor, ...]
+    first: int
 
-    def __new__(cls, tensors: Iterable[torch.Tensor], capacity: int) -> _Roomy:
+    def __new__(cls, tensors: Iterable[torch.Tensor], rooms: Iterable[torch.Tensor], first: int) -> _Roomy:
         made = super().__new__(cls, tensors)
-        made.capacity = capacity
+        made.rooms, made.first = tuple(rooms), first
         return made
+
+    @property
+    def last(self) -> int:
+        """Where the used positions end."""
+        return self.first + int(self[0].shape[AXIS])
 
 
 class InPlace:
-    """States whose cache, `kept` in these dtypes, has room behind it. It is copied when that is full, or when rows change.
+    """States whose cache, `kept` in these dtypes, has room behind it. It is copied when that is full, or when many rows
+    move; a few rows that leave, move or join are written among the others.
 
     Each is continued once: a second step from it would write over the first one's positions.
     """
@@ -71,38 +78,81 @@ class InPlace:
     def before(self, state: State, new: int, rows: Optional[torch.Tensor]) -> State:
         import torch
 
+        if isinstance(state, _Roomy) and state.last + new <= state.rooms[0].shape[AXIS]:
+            moved = None if rows is None else _moved(rows, len(state[0]))
+            if rows is None:
+                return state
+            if moved is not None:
+                return self._settled(state, rows, moved)
         cache, others = state[: len(self._kept)], state[len(self._kept) :]
-        length = max(tensor.shape[AXIS] for tensor in cache)
-        if rows is None and isinstance(state, _Roomy) and length + new <= state.capacity:
-            return state
-        capacity = length + new + _ROOM
-        made = []
+        capacity = max(tensor.shape[AXIS] for tensor in cache) + new + _ROOM
+        rooms, made = [], []
         for tensor, dtype in zip(cache, self._kept):
             tensor = tensor.to(dtype or tensor.dtype)
-            used = _used(tensor, len(tensor) if rows is None else len(rows), tensor.shape[AXIS], capacity)
+            rooms.append(_room(tensor, len(tensor) if rows is None else len(rows), capacity))
+            used = rooms[-1].narrow(AXIS, 0, tensor.shape[AXIS])
             made.append(used.copy_(tensor) if rows is None else torch.index_select(tensor, 0, rows, out=used))
         if rows is not None:
             others = tuple(tensor.index_select(0, rows) for tensor in others)
-        return _Roomy((*made, *others), capacity)
+        return _Roomy((*made, *others), rooms, 0)
+
+    def _settled(self, state: _Roomy, rows: torch.Tensor, moved: torch.Tensor) -> State:
+        """Return `rows` of a state, of which those at `moved` change their positions."""
+        cache, others = state[: len(self._kept)], state[len(self._kept) :]
+        if len(moved):
+            sources = rows[moved]
+            for tensor in cache:
+                tensor.index_copy_(0, moved, tensor.index_select(0, sources))
+            others = tuple(tensor.index_select(0, rows) for tensor in others)
+        tensors = (tensor.narrow(0, 0, len(rows)) for tensor in (*cache, *others))
+        return _Roomy(tensors, state.rooms, state.first)
 
     def after(self, state: State, cache: Sequence[torch.Tensor]) -> State:
         assert isinstance(state, _Roomy)
-        return _Roomy((*cache, *state[len(cache) :]), state.capacity)
+        return _Roomy((*cache, *state[len(cache) :]), state.rooms, state.first)
 
     def join(self, states: Sequence[State], length: int) -> State:
-        import torch
 
-        capacity = length + _ROOM
-        made = []
-        for tensors in zip(*states):
-            used = _used(tensors[0], sum(map(len, tensors)), length, capacity)
-            made.append(torch.cat([_of_length(tensor, length) for tensor in tensors], out=used))
-        return _Roomy(made, capacity)
+        rows = sum(len(state[0]) for state in states)
+        state = states[0]
+        if isinstance(state, _Roomy) and rows <= len(state.rooms[0]) and length <= state.last:
+            first = state.last - length
+            for room, *tensors in zip(state.rooms, *states):
+                room[: len(tensors[0]), :, first : state.first] = 0
+                _write_rows(room[len(tensors[0]) :, :, first : state.last], tensors[1:])
+            rooms = state.rooms
+        else:
+            first = 0
+            rooms = tuple(_room(tensor, rows, length + _ROOM) for tensor in state)
+            for room, *tensors in zip(rooms, *states):
+                _write_rows(room[:, :, :length], tensors)
+        return _Roomy((room[:rows, :, first : first + length] for room in rooms), rooms, first)
 
 
-def _used(like: torch.Tensor, rows: int, length: int, capacity: int) -> torch.Tensor:
-    """Return the first `length` positions of a new tensor that has `capacity` of them, for so many rows."""
-    return like.new_empty((rows, like.shape[1], capacity, like.shape[3])).narrow(AXIS, 0, length)
+def _moved(rows: torch.Tensor, held: int) -> Optional[torch.Tensor]:
+    """Return which of `rows` is not yet where it is to be, among so many; None if a copy of all is sooner made."""
+    import torch
+
+    if len(rows) > held:
+        return None
+    moved = (rows != torch.arange(len(rows))).nonzero().flatten()
+    return moved if 2 * len(moved) <= len(rows) else None
+
+
+def _room(like: torch.Tensor, rows: int, capacity: int) -> torch.Tensor:
+    """Return a new tensor for so many rows and positions."""
+    return like.new_empty((rows, like.shape[1], capacity, like.shape[3]))
+
+
+def _write_rows(room: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
+    """Write rows, one tensor's behind another's: each with its last positions, or padded before them."""
+    begin, length = 0, room.shape[AXIS]
+    for tensor in tensors:
+        target = room[begin : begin + len(tensor)]
+        begin += len(tensor)
+        missing = max(0, length - tensor.shape[AXIS])
+        target[:, :, :missing] = 0
+        target[:, :, missing:] = tensor[:, :, -length:]
 
 
 def _of_length(tensor: torch.Tensor, length: int) -> torch.Tensor:
