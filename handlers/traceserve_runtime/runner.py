@@ -45,7 +45,7 @@ class Runner(Protocol):
 
     def join(self, states: Sequence[State], length: int) -> State:
         """Return one state with a decoder's rows of all these, each with its last `length` positions, or padded before
-        them. Positions are the second dimension of a tensor with two, else the third."""
+        them. Positions are the second dimension of a tensor with two, else the third. No other step begins from these."""
         ...
 
     def open_lanes(self) -> Sequence[Executor]:

@@ -13,8 +13,7 @@ from traceserve_runtime.manifest import Manifest, Shapes
 from traceserve_runtime.runner import Arrays, Runner, State
 from traceserve_runtime.texts.rows import Row
 
-# Unused positions before all rows are dropped once they are more than this share of all: dropping copies the state, as
-# a step does.
+# Unused positions before all rows are dropped once they are more than this share of all: dropping may copy the state.
 _UNUSED = 0.125
 # In `Manifest.runtime`: whether the gate found that prompts may be read in parts. Older archives do not say.
 IN_PARTS = "prompts_in_parts"
