@@ -164,7 +164,7 @@ def mar(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def garbage_is_collected() -> Iterator[None]:
-    """Undo what a handler, or a build that was broken off, has frozen: later builds would collect all objects for each file."""
+    """Undo what a handler has frozen: later builds would freeze nothing, and collect all newer objects for each file."""
     yield
     gc.unfreeze()
 

@@ -51,11 +51,16 @@ def runners_of(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPat
     return make
 
 
-@pytest.fixture(autouse=True, params=[3, 40])
-def room(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+@pytest.fixture(autouse=True)
+def little_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let caches be full every few steps."""
+    monkeypatch.setattr(states, "_ROOM", 3)
+
+
+@pytest.fixture(params=[3, 40])
+def rooms(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let caches be full every few steps, or never."""
     monkeypatch.setattr(states, "_ROOM", request.param)
-    return int(request.param)
 
 
 class Loop:
@@ -123,6 +128,7 @@ def written(runner: Any, seed: int) -> Iterator[np.ndarray]:
     yield from two.found
 
 
+@pytest.mark.usefixtures("rooms")
 @pytest.mark.parametrize("architecture", TASK)
 def test_every_step_is_equal(architecture: str, runners_of: Callable[..., Runners]) -> None:
     in_place, copying = runners_of(architecture)
@@ -172,6 +178,7 @@ def test_a_step_copies_nothing_while_there_is_room(
     assert before != [tensor.data_ptr() for tensor in loop.state]
 
 
+@pytest.mark.usefixtures("rooms")
 @pytest.mark.parametrize("wide", [False, True])
 def test_bfloat16_is_kept_as_attention_reads_it(
     runners_of: Callable[..., Runners], wide: bool, monkeypatch: pytest.MonkeyPatch

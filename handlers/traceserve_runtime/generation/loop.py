@@ -142,7 +142,7 @@ class _Group:
 
 
 def _settled(live: Sequence[Tuple[Member, Moves]]) -> List[Tuple[Member, Moves]]:
-    """Return members in an order in which few rows change their positions: the last take those of others that have left.
+    """Return members in an order in which few rows move: the last ones come where others have left.
 
     Members with several rows, as of beams, keep their order.
     """

@@ -60,7 +60,7 @@ class _Roomy(Tuple[Any, ...]):
         return made
 
     @property
-    def last(self) -> int:
+    def end(self) -> int:
         """Where the used positions end."""
         return self.first + int(self[0].shape[AXIS])
 
@@ -78,10 +78,10 @@ class InPlace:
     def before(self, state: State, new: int, rows: Optional[torch.Tensor]) -> State:
         import torch
 
-        if isinstance(state, _Roomy) and state.last + new <= state.rooms[0].shape[AXIS]:
-            moved = None if rows is None else _moved(rows, len(state[0]))
+        if isinstance(state, _Roomy) and state.end + new <= state.rooms[0].shape[AXIS]:
             if rows is None:
                 return state
+            moved = _moved(rows, len(state[0]))
             if moved is not None:
                 return self._settled(state, rows, moved)
         cache, others = state[: len(self._kept)], state[len(self._kept) :]
@@ -97,7 +97,7 @@ class InPlace:
         return _Roomy((*made, *others), rooms, 0)
 
     def _settled(self, state: _Roomy, rows: torch.Tensor, moved: torch.Tensor) -> State:
-        """Return `rows` of a state, of which those at `moved` change their positions."""
+        """Return `rows` of a state, of which those at `moved` are not in order yet."""
         cache, others = state[: len(self._kept)], state[len(self._kept) :]
         if len(moved):
             sources = rows[moved]
@@ -112,14 +112,13 @@ class InPlace:
         return _Roomy((*cache, *state[len(cache) :]), state.rooms, state.first)
 
     def join(self, states: Sequence[State], length: int) -> State:
-
         rows = sum(len(state[0]) for state in states)
         state = states[0]
-        if isinstance(state, _Roomy) and rows <= len(state.rooms[0]) and length <= state.last:
-            first = state.last - length
+        if isinstance(state, _Roomy) and rows <= len(state.rooms[0]) and length <= state.end:
+            first = state.end - length
             for room, *tensors in zip(state.rooms, *states):
                 room[: len(tensors[0]), :, first : state.first] = 0
-                _write_rows(room[len(tensors[0]) :, :, first : state.last], tensors[1:])
+                _write_rows(room[len(tensors[0]) :, :, first : state.end], tensors[1:])
             rooms = state.rooms
         else:
             first = 0
@@ -146,13 +145,10 @@ def _room(like: torch.Tensor, rows: int, capacity: int) -> torch.Tensor:
 
 def _write_rows(room: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
     """Write rows, one tensor's behind another's: each with its last positions, or padded before them."""
-    begin, length = 0, room.shape[AXIS]
+    begin = 0
     for tensor in tensors:
-        target = room[begin : begin + len(tensor)]
+        room[begin : begin + len(tensor)] = _of_length(tensor, room.shape[AXIS])
         begin += len(tensor)
-        missing = max(0, length - tensor.shape[AXIS])
-        target[:, :, :missing] = 0
-        target[:, :, missing:] = tensor[:, :, -length:]
 
 
 def _of_length(tensor: torch.Tensor, length: int) -> torch.Tensor:
