@@ -4,11 +4,10 @@
         [--limit N] [--only TASK] [--json FILE]
 
 Each model is exported in a save mode and dtype (torchscript, float32). The engine answers in micro-batches, the
-pipeline
-one text at a time, without padding. Everything in an answer except numbers must be equal: labels, words, offsets,
-order; no number may differ by more than 1e-4. Exit code 1 otherwise. For a lower precision it reports how many
-answers changed, by the gate's own rule; 3 in 1,000 per line are allowed. (It is exported whatever the gate
-says. With --own it gets enough texts to leave as many layers in float32 as needed.)
+pipeline one text at a time, without padding. Everything in an answer except numbers must be equal: labels, words,
+offsets, order; no number may differ by more than 1e-4. Exit code 1 otherwise. For a lower precision it reports how many
+answers changed, by the gate's own rule; 3 in 1,000 per line are allowed. (It is exported whatever the gate says. With
+--own it gets enough texts to leave as many layers in float32 as needed.)
 
 Ties are counted separately: rankings that differ only in the order of scores that are equal up to float32's
 rounding; and generated texts where two tokens are so close that rounding decides, which depends on the batch: the

@@ -95,7 +95,7 @@ def lengths(workshop: Workshop) -> None:
     unpack(workshop.folder / workshop.archive, unpacked)
     engine = Engine.load(unpacked)
     engine.warm_up()
-    engine.measure()
+    engine.scheduler.measure()
     checkpoint = str(train_demo(NAME).folder)
     pipeline = transformers.pipeline("text-classification", model=checkpoint, device="cpu")
     most = {"padding": "max_length", "truncation": True, "max_length": engine.manifest.max_length}

@@ -162,7 +162,7 @@ def test_a_file_that_is_no_package(compiled: Path, tmp_path: Path) -> None:
 def test_what_waits_for_cores_runs_on_fewer(compiled: Path, two_cores: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(team, "_COMPUTING", float("inf"))  # each run has waited
     engine = Engine.load(compiled)
-    engine.share_cores()
+    engine.runner.share_cores()
     inputs = filled(engine.manifest, 2, 9)
     first, *others = (engine.runner(inputs)["logits"] for _ in range(4))
     assert torch.get_num_threads() == 1

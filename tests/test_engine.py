@@ -562,13 +562,14 @@ def test_warming_up_and_measuring_ask_the_model(poisoned: Tuple[Engine, int]) ->
         shapes.append(inputs["input_ids"].shape)
         return own(inputs)
 
-    engine.runner = Through(own, recording)
+    recorded: Any = Through(own, recording)
+    engine = Engine(engine.folder, engine.manifest, engine.task, recorded)
     engine.warm_up()
-    engine.measure()
+    engine.scheduler.measure()
     asked = len(engine.task.warm_up_requests())
     assert [batch for batch, _ in shapes[:asked]] == [1] * asked
     assert max(length for _, length in shapes) == engine.manifest.max_length
-    assert max(batch for batch, _ in shapes) > 1 and engine.cost != CostModel()
+    assert max(batch for batch, _ in shapes) > 1 and engine.scheduler.cost != CostModel()
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
@@ -746,7 +747,7 @@ def test_whatever_a_run_costs_the_answers_are_the_same(
     engine: Engine, alone: Dict[str, List[Dict[str, Any]]], cost: CostModel
 ) -> None:
     other = like(engine)
-    other.cost = cost
+    other.scheduler.cost = cost
     for text, answer in zip(TEXTS, other.answer([ask(text) for text in TEXTS])):
         assert_same(value_of(answer), alone[text])
 
@@ -756,7 +757,7 @@ def test_the_cost_decides_what_runs_together(engine: Engine) -> None:
     runs = []
     for cost in (CostModel(run=0.0, attention=0.1), CostModel(run=2000.0, attention=0.0)):
         other, stats = like(engine), Stats()
-        other.cost = cost
+        other.scheduler.cost = cost
         other.answer([ask(text) for text in TEXTS], stats)
         runs.append(stats.micro_batches)
     assert runs[0] > 3 * runs[1]
@@ -812,5 +813,5 @@ def test_a_slow_model_is_timed_three_times_only(engine: Engine) -> None:
 def test_what_cannot_be_fitted_leaves_the_tasks_own_cost(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     other = like(engine)
     monkeypatch.setattr(costs, "fit_costs", lambda timings, padding: None)
-    other.measure()
-    assert other.cost == CostModel(padding=IN_ATTENTION._replace(alone=16))
+    other.scheduler.measure()
+    assert other.scheduler.cost == CostModel(padding=IN_ATTENTION._replace(alone=16))

@@ -30,8 +30,7 @@ WRITTEN: Dict[str, Tuple[str, List[str], bool]] = {
     "switch": ("text2text_generation", ["pretrained"], True),
 }
 # Before transformers 5 Switch cannot run on only an encoder's output (it is refused), and Mamba's own beam search does
-# not
-# reorder its state.
+# not reorder its state.
 NEWER = {"switch", "mamba"}
 V4 = transformers.__version__.startswith("4.")
 OPTIONS: List[Dict[str, Any]] = [{"num_beams": 1}, {"num_beams": 3, "no_repeat_ngram_size": 2}]

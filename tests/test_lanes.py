@@ -140,9 +140,10 @@ def test_what_is_computed_side_by_side_takes_as_long_as_the_longest() -> None:
 def engine(artifact: Path, two_cores: None) -> Engine:
     engine = Engine.load(artifact)
     engine.warm_up()
-    engine.measure()
-    assert engine.lanes is not None and len(engine.lanes.threads) == 2
-    engine.lanes = Lanes(engine.lanes.threads, engine.cost)  # as fast as all cores: always worth it
+    scheduler = engine.scheduler
+    scheduler.measure()
+    assert scheduler.lanes is not None and len(scheduler.lanes.threads) == 2
+    scheduler.lanes = Lanes(scheduler.lanes.threads, scheduler.cost)  # as fast as all cores: always worth it
     return engine
 
 
@@ -214,11 +215,11 @@ def test_a_row_that_fails_fails_alone(engine: Engine) -> None:
 def test_one_thread_has_no_lanes(artifact: Path, two_cores: None) -> None:
     torch.set_num_threads(1)
     engine = Engine.load(artifact)
-    engine.measure()
-    assert engine.lanes is None
+    engine.scheduler.measure()
+    assert engine.scheduler.lanes is None
 
 
 def test_without_measuring_nothing_runs_side_by_side(artifact: Path, two_cores: None) -> None:
     engine = Engine.load(artifact)
     engine.warm_up()
-    assert engine.lanes is None and engine.cost == CostModel(padding=engine.runner.padding)
+    assert engine.scheduler.lanes is None and engine.scheduler.cost == CostModel(padding=engine.runner.padding)

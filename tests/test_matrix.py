@@ -1,8 +1,7 @@
 """Every save mode × every task that it can write × any and fixed lengths: in float32 the answers equal the pipeline's.
 
 A lower precision changes few answers of a real model; the run's summary reports how many. tests/equality.py counts them
-on
-more models and texts, and for int8.
+on more models and texts, and for int8.
 """
 
 from __future__ import annotations

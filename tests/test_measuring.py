@@ -13,7 +13,7 @@ from traceserve_runtime.batching.costs import CostModel
 from traceserve_runtime.batching.lanes import Lanes
 from traceserve_runtime.batching.measuring import Measuring
 from traceserve_runtime.engine import Engine
-from traceserve_runtime.runner import IN_ATTENTION, Arrays, Padding
+from traceserve_runtime.runner import IN_ATTENTION, Arrays
 from traceserve_runtime.tasks.contract import Answer, Request
 
 REQUEST = Request({"text": "Where is my parcel?"})
@@ -38,18 +38,18 @@ def ask(engine: Engine, count: int = 1) -> float:
 def test_costs_are_learned_and_the_answers_stay(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("traceserve_runtime.batching.measuring._ANSWERING", 0)
     alone = ask(engine)
-    engine.open_lanes()
-    guessed = engine.lanes
-    engine.measure_while_idle()
+    scheduler = engine.scheduler
+    scheduler.make_ready()
+    guessed = scheduler.lanes
     ended = time.monotonic() + 60
-    while engine.lanes is guessed and time.monotonic() < ended:
+    while scheduler.lanes is guessed and time.monotonic() < ended:
         assert ask(engine, 5) == pytest.approx(alone, abs=1e-5)
         engine.idle()
-    assert engine.lanes is not None and engine.lanes != guessed and engine.cost != GUESSED
+    assert scheduler.lanes is not None and scheduler.lanes != guessed and scheduler.cost != GUESSED
 
 
 def test_it_takes_a_small_part_of_the_time_and_none_of_the_first_answer(engine: Engine) -> None:
-    engine.measure_while_idle()
+    engine.scheduler.make_ready()
     measured = 0
 
     def runs() -> Iterator[float]:
@@ -58,7 +58,7 @@ def test_it_takes_a_small_part_of_the_time_and_none_of_the_first_answer(engine: 
             measured += 1
             yield 0.001
 
-    engine._measuring = Measuring(runs())
+    engine.scheduler._measuring = Measuring(runs())
     ask(engine)
     engine.idle()
     assert not measured
@@ -74,40 +74,37 @@ def test_it_takes_a_small_part_of_the_time_and_none_of_the_first_answer(engine: 
 
 def test_a_full_batch_runs_side_by_side_before_anything_is_measured(engine: Engine) -> None:
     alone = ask(engine, 16)
-    engine.open_lanes()
+    engine.scheduler.open_lanes()
     stats = Stats()
     engine.answer([REQUEST] * 16, stats)
-    assert stats.micro_batches > 1 and engine.cost == GUESSED
+    assert stats.micro_batches > 1 and engine.scheduler.cost == GUESSED
     assert ask(engine, 16) == pytest.approx(alone, abs=1e-5)
 
 
-def test_what_cannot_be_measured_is_guessed(
-    engine: Engine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ask(engine)
-    engine.open_lanes()
-    guessed = engine.lanes
-    engine.measure_while_idle()
-    runner: Any = engine.runner
+def test_what_cannot_be_measured_is_guessed(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    own = engine.runner
 
     class Broken:
         """Fails on measured runs: no request has their shapes."""
 
-        padding = Padding()
-
         def __call__(self, inputs: Arrays) -> Arrays:
             if len({*inputs["input_ids"].ravel()}) == 1:
                 raise RuntimeError("not enough memory")
-            answered: Arrays = runner(inputs)
-            return answered
+            return own(inputs)
 
-    engine.runner = Broken()  # type: ignore[assignment]  # is run once only
+        def __getattr__(self, name: str) -> Any:
+            return getattr(own, name)
+
+    broken: Any = Broken()
+    engine = Engine(engine.folder, engine.manifest, engine.task, broken)
+    engine.scheduler.make_ready()
+    guessed = engine.scheduler.lanes
     with caplog.at_level(logging.WARNING):
         ended = time.monotonic() + 60
         while not caplog.text and time.monotonic() < ended:
             ask(engine)
             engine.idle()
-    assert isinstance(guessed, Lanes) and engine.lanes is guessed and engine.cost == GUESSED
+    assert isinstance(guessed, Lanes) and engine.scheduler.lanes is guessed and engine.scheduler.cost == GUESSED
     assert "could not be measured, and is guessed: not enough memory" in caplog.text
     ask(engine, 5)
     assert caplog.text.count("guessed") == 1

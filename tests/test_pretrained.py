@@ -278,7 +278,7 @@ def test_a_compiled_model_answers_alike_at_any_shape(
     engine = Engine.load(small)
     assert list((tmp_path / "compiled").rglob("*.so"))
     counted = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    engine.share_cores()
+    engine.runner.share_cores()
     for batch, length in ((2, 9), (7, 30), (64, 48), (3, 3)):
         inputs = batches.filled(manifest, batch, length)
         inputs["input_ids"][:, 1:] = np.arange(length - 1) + 5

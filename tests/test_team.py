@@ -142,7 +142,7 @@ def test_a_model_runs_on_fewer_cores_once_it_shares_them(artifact: Path, two_cor
     for _ in range(2):
         engine.answer([Request({"text": "Yes."})])
     assert seen == [2, 2, 2]  # an engine alone does not change its process
-    engine.share_cores()
+    engine.runner.share_cores()
     for _ in range(3):
         [answer] = engine.answer([Request({"text": "Yes."})])
     assert seen[3:] == [2, 2, 1]

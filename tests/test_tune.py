@@ -308,7 +308,7 @@ def test_the_lengths_are_the_engines(mar: Path, tmp_path: Path) -> None:
     ]
     engine.answer(requests, stats)
     assert stats.tokens == sum(map(sum, texts.lengths)) and stats.rows == sum(map(len, texts.lengths)) > len(requests)
-    [*_, dynamic] = wastes(texts.lengths, manifest.max_length, len(requests), None, engine.cost)
+    [*_, dynamic] = wastes(texts.lengths, manifest.max_length, len(requests), None, engine.scheduler.cost)
     assert dynamic.tokens == pytest.approx(stats.padding_share, abs=stats.micro_batches / stats.padded_tokens)
 
 

@@ -299,13 +299,13 @@ def test_a_worker_knows_what_padding_costs(
     engine = Engine.load(folder)
     assert Manifest.read(folder).runtime[UNPADDED] is expected
     assert engine.runner.padding == (IN_ATTENTION._replace(alone=16) if expected else Padding())
-    assert engine.cost.padding == engine.runner.padding
+    assert engine.scheduler.cost.padding == engine.runner.padding
 
 
 def test_its_lengths_are_such_as_attention_is_quick_with(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     """None exceeds the model's maximum, and a single one is hardly longer than needed."""
     engine = Engine.load(exported(checkpoint("bert", CLASSES), tmp_path / "x", dtype="float32"))
-    engine.cost = replace(engine.cost, run=1e6)  # all rows in one
+    engine.scheduler.cost = replace(engine.scheduler.cost, run=1e6)  # all rows in one
     seen: List[Tuple[int, ...]] = []
     own = engine.runner
 

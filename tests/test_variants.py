@@ -157,7 +157,7 @@ def test_a_rewritten_graph_that_fails_is_left_out(
     refused: List[Any] = manifest.receipt["rewritten_graph_refused"]
     assert refused and all(row["largest_difference"] > 0.1 for row in refused)
     engine = Engine.load(tmp_path / "x")
-    assert engine.cost.padding.cost == 1
+    assert engine.scheduler.cost.padding.cost == 1
     from traceserve.commands.build import _print_exported
 
     _print_exported(exported, tmp_path / "x", 1.0)

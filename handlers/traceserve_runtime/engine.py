@@ -8,14 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Callable, Iterator, List, Optional, Sequence, Union
+from typing import Callable, List, Optional, Sequence, Union
 
 from traceserve_runtime import failures, memory
-from traceserve_runtime.batching import costs, measuring
 from traceserve_runtime.batching.batches import Stats
-from traceserve_runtime.batching.costs import Pace
-from traceserve_runtime.batching.lanes import Batches, Lanes, least_cost, row_cost, schedule
-from traceserve_runtime.batching.measuring import Measuring
+from traceserve_runtime.batching.lanes import Batches
+from traceserve_runtime.batching.scheduler import Scheduler
 from traceserve_runtime.errors import InvalidManifest, TraceserveError, reason
 from traceserve_runtime.explaining.pacing import Pacing
 from traceserve_runtime.explaining.targets import Differentiable
@@ -35,7 +33,6 @@ from traceserve_runtime.texts.tokenization import TextTokenizer
 # In `Manifest.runtime`: why the archive has no gradients; empty if it has. Older archives do not say.
 NO_GRADIENTS = "no_gradients"
 _MANY_TOKENS = 4096  # read since memory was released: enough to spend a millisecond on it
-_OF_ONE_CORE = 0.9  # a token's cost there, relative to all cores' times their number: a guess until measured
 
 Emit = Callable[..., None]  # see `Engine.answer`
 
@@ -67,10 +64,7 @@ class Engine:
         self.manifest = manifest
         self.task = task
         self.runner = runner
-        self.cost = replace(task.cost, padding=runner.padding)  # of a run on this machine, once measured
-        self.lanes: Optional[Lanes] = None  # if it can run micro-batches in parallel
-        self.pace = Pace()
-        self._measuring = Measuring(iter(()))
+        self.scheduler = Scheduler(runner, manifest, task.cost, task.most_tokens, loops=bool(task.loop))
         self._tokens_since = 0  # since memory was released
         self.pacing = Pacing()  # of explanations, beside predictions
         self.explain_seconds = settings.explain_seconds
@@ -110,11 +104,8 @@ class Engine:
     def make_ready(self) -> None:
         """Prepare to answer clients in a process of its own, as every host does."""
         self.warm_up()
-        if not self.task.loop:  # whose first parts of prompts are better too short than too long
-            self.pace = Pace()  # the first runs are slow
-        self.open_lanes()
-        self.share_cores()
-        self.measure_while_idle()
+        self.scheduler.make_ready()
+        self.runner.share_cores()
 
     def warm_up(self) -> None:
         """Answer the task's sample, short and long, so that no client waits for the slow first calls."""
@@ -123,51 +114,16 @@ class Engine:
             if isinstance(answer, TraceserveError):
                 raise answer
 
-    def open_lanes(self) -> None:
-        """Run micro-batches in parallel from now on, if the runner can; with guessed costs until `measure`."""
-        if self.lanes is None and not self.task.loop:
-            threads = self.runner.open_lanes()
-            if threads:
-                longer = _OF_ONE_CORE * len(threads)
-                cost = replace(self.cost, token=longer * self.cost.token, attention=longer * self.cost.attention)
-                self.lanes = Lanes(threads, cost)
-
-    def share_cores(self) -> None:
-        """Yield cores to other processes from now on, if the runner can."""
-        self.runner.share_cores()
-
-    def measure_while_idle(self) -> None:
-        """Run `measure` from now on, one run per call of `idle`."""
-        self._measuring = Measuring(self._measure())
-
     def idle(self) -> None:
         """Call this when nobody waits for an answer: it releases memory, and may measure one run."""
         if self._tokens_since > _MANY_TOKENS:
             memory.release_unused_memory()
             self._tokens_since = 0
-        self._measuring.go_on()
+        self.scheduler.idle()
 
     def read(self, tokens: int) -> None:
         """Count tokens of requests; see `idle`."""
         self._tokens_since += tokens
-
-    def measure(self) -> None:
-        """Measure the cost of a run on all cores, and on one while the others are as busy; see `lanes`.
-
-        From then on the grouping of rows, and so the last digits of answers, depends on this machine.
-        """
-        for _ in self._measure():
-            pass
-
-    def _measure(self) -> Iterator[float]:
-        """Run `measure`; yields the seconds of each run."""
-        if self.task.loop:
-            return
-        timings = yield from measuring.time_runs(self.runner, self.manifest)
-        self.cost = costs.fit_costs(timings, self.cost.padding) or self.cost
-        self.open_lanes()
-        if self.lanes is not None:
-            self.lanes = yield from measuring.measure_lanes(self.runner, self.manifest, self.lanes, timings, self.cost)
 
     def answer(
         self, requests: Sequence[Request], stats: Optional[Stats] = None, emit: Optional[Emit] = None
@@ -243,16 +199,7 @@ class Engine:
                     outputs[i] = result
             return own
 
-        lengths, lanes = [job.row.length for job in jobs], self.lanes
-        planned = schedule(lengths, self.manifest.shapes, self.cost, lanes, self.task.most_tokens)
-        began = time.perf_counter()
-        if lanes is not None and len(planned) > 1:
-            stats.add(*lanes.run(run, planned))
-        else:
-            stats.add(run(planned[0]))
-        seconds = time.perf_counter() - began
-        self.pace.ran(least_cost(lengths, self.manifest.shapes, self.cost), seconds)
-        self._measuring.answered(seconds)
+        stats.add(*self.scheduler.run([job.row.length for job in jobs], run))
         return outputs  # type: ignore[return-value]  # the plan covers every row
 
     def _run_alone(self, job: Job, stats: Stats) -> Union[Arrays, TraceserveError]:
@@ -294,7 +241,7 @@ class Work:
         self._engine = engine
         self._stats = stats
         self._seconds = seconds
-        self._loop = engine.task.open_loop(engine.runner, stats, engine.pace, seconds)
+        self._loop = engine.task.open_loop(engine.runner, stats, engine.scheduler.pace, seconds)
         self._backlog = Backlog(engine.task.tokenizer.limits.characters)
         self._explanations = Explanations(
             engine.explainer, engine.pacing, engine.explain_seconds, polite=not math.isinf(seconds)
@@ -366,8 +313,8 @@ class Work:
 
     def _run(self, seconds: float) -> None:
         """Run rows for about this long, and answer the requests that they complete."""
-        shapes, cost = self._engine.manifest.shapes, self._engine.cost
-        rows = self._backlog.rows(self._engine.pace.cost_within(seconds), lambda length: row_cost(length, shapes, cost))
+        scheduler = self._engine.scheduler
+        rows = self._backlog.rows(scheduler.pace.cost_within(seconds), scheduler.row_cost)
         if not rows:
             return
         for row, output in zip(rows, self._engine.run([row.job for row in rows], self._stats)):

@@ -20,9 +20,8 @@ class Padding(NamedTuple):
     alone: int = 1
 
 
-# For padding that only attention computes. With MiniLM in float32 and bfloat16 on one core, a position's attention
-# takes 0.09 and
-# 0.11 of its linear layers' time; torch's attention works in blocks of 16, so 12 positions take longer than 16.
+# For padding that only attention computes. With MiniLM in float32 and bfloat16 on one core, a position's attention takes 0.09
+# and 0.11 of its linear layers' time; torch's attention works in blocks of 16, so 12 positions take longer than 16.
 IN_ATTENTION = Padding(cost=0.1, multiple=16)
 
 

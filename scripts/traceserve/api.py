@@ -172,5 +172,5 @@ def load(
 def _ready(folder: Path, device: str) -> Engine:
     engine = Engine.load(folder, device, Settings())
     engine.warm_up()
-    engine.open_lanes()
+    engine.scheduler.open_lanes()
     return engine

@@ -3,10 +3,9 @@
     python tests/benchmarks/ceiling_in_process.py --model FOLDER --texts FILE.csv
 
 In process every text is answered, sorted by length and divided into full batches: by the model alone (tokenized and
-padded
-before), and by the engine (including tokenization and decoding), which also gets batches in a random order, as they
-arrive. It runs in its own process with --threads threads and a worker's library settings, while no server
-runs. Then `traceserve serve` with one worker gets the same texts, in a random order, over many connections. Alternating
+padded before), and by the engine (including tokenization and decoding), which also gets batches in a random order, as
+they arrive. It runs in its own process with --threads threads and a worker's library settings, while no server runs.
+Then `traceserve serve` with one worker gets the same texts, in a random order, over many connections. Alternating
 rounds, medians.
 """
 
@@ -77,7 +76,7 @@ def in_process(
     if threads:
         torch.set_num_threads(threads)
     engine.warm_up()
-    engine.measure()
+    engine.scheduler.measure()
     requests = [Request({"text": text}, {"long_inputs": "truncate"}) for text in sentences]
     encoded = {i: each for i, each in enumerate(engine.task.encode(requests)) if isinstance(each, Encoded)}
     order = sorted(encoded, key=lambda i: encoded[i].rows[0].length)

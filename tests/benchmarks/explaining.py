@@ -66,7 +66,7 @@ def cost(folder: Path, texts: Sequence[str], steps: int) -> Cost:
     """Predict and explain each text alone, three times in turn; the best of each."""
     engine = Engine.load(folder)
     engine.make_ready()
-    engine.measure()
+    engine.scheduler.measure()
     service = Service(engine, NAME)
 
     def ask(text: str, explain: bool) -> Any:

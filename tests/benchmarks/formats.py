@@ -2,10 +2,9 @@
 
     python tests/benchmarks/formats.py --model FOLDER --texts FILE.csv [--ways torchscript:float32,onnx:int8,...]
 
-Each archive is built by `traceserve build --samples`, so its own gate counts the changed answers; refused ones
-are reported as refused. Then every archive is served, alternating, in rounds: medians. `loaded` is the time in which a
-process
-reads the archive and warms up, without TorchServe; `start` is from `traceserve serve` to the first answer.
+Each archive is built by `traceserve build --samples`, so its own gate counts the changed answers; refused ones are
+reported as refused. Then every archive is served, alternating, in rounds: medians. `loaded` is the time in which a
+process reads the archive and warms up, without TorchServe; `start` is from `traceserve serve` to the first answer.
 """
 
 from __future__ import annotations

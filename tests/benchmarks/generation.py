@@ -3,9 +3,8 @@
     python tests/benchmarks/generation.py [--model FOLDER] [--new-tokens 200] [--rounds 5] [--batch 1]
 
 All three write the same tokens (checked), alternating, on the same threads; medians are reported. `recomputed` runs the
-same
-graph on the whole text at every step, as a trace without a cache has to. Without --model a Llama with 24
-million random weights is made, for which the graph's size matters more than the loop's.
+same graph on the whole text at every step, as a trace without a cache has to. Without --model a Llama with 24 million
+random weights is made, for which the graph's size matters more than the loop's.
 """
 
 from __future__ import annotations

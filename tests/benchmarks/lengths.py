@@ -4,8 +4,8 @@
 
 The first table sends texts of one length at a time, in words (sentences, joined and cut), and counts their tokens with
 the archive's own tokenizer, including special ones: throughput times tokens per request should stay constant. The
-second
-starts a server for each number of workers and loads it over each number of connections. All loads are closed loops.
+second starts a server for each number of workers and loads it over each number of connections. All loads are closed
+loops.
 """
 
 from __future__ import annotations

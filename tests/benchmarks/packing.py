@@ -57,7 +57,7 @@ def main() -> None:
             engines["this archive"] = Engine.load(own, settings=settings)
         for engine in engines.values():
             engine.warm_up()
-            engine.measure()
+            engine.scheduler.measure()
         task = bar.add_task("", total=options.rounds * len(SIZES))
         for _ in range(options.rounds):
             for size in SIZES:

@@ -4,8 +4,7 @@ python tests/benchmarks/precision.py --model FOLDER --task TASK --texts FILE.csv
 
 Every dtype is exported by its own configuration, whether it passes the gate or not, and compared with the original in
 float32 on all texts. `plain bfloat16` is `model.to(torch.bfloat16)`, and `naive int8` torch's own dynamic quantization
-of
-every linear layer: traceserve does neither.
+of every linear layer: traceserve does neither.
 """
 
 from __future__ import annotations

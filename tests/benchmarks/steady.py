@@ -113,10 +113,7 @@ def engine(
     from traceserve_runtime.tasks.contract import Request
 
     own = Engine.load(folder)
-    own.warm_up()
-    own.open_lanes()
-    own.share_cores()
-    own.measure_while_idle()
+    own.make_ready()
     wanted = of_many_lengths(sentences, random_state, options)
 
     def answered(asked: Sequence[str]) -> float:

@@ -45,8 +45,8 @@ def ask(artifact: Path, texts: List[str], seconds: float) -> Dict[str, Any]:
 
     engine = Engine.load(artifact)
     engine.warm_up()
-    engine.share_cores()
-    engine.measure()
+    engine.runner.share_cores()
+    engine.scheduler.measure()
     requests = [Request({"text": text}) for text in texts]
     found: Dict[str, Any] = {}
     for count in AT_ONCE:

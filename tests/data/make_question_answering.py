@@ -6,8 +6,7 @@ It needs this project and transformers 4.57, in their own environment:
     python tests/data/make_question_answering.py
 
 The models are those of tests/models.py, whose weights are the same under every version; rerun this if that file or the
-sentences
-of traceserve.building.samples change. Left out, and counted at the end, are
+sentences of traceserve.building.samples change. Left out, and counted at the end, are
 - requests that the pipeline cannot answer: a window without room for the requested overlap;
 - answers of score 0: with fewer candidates than `top_k` the pipeline fills the list with arbitrary positions,
   some with the end before the start, or too long. Ours are never such;

@@ -72,7 +72,7 @@ def measure(
     source, artifact = prepared(name, folder, dtype, small)
     engine = Engine.load(artifact, device)
     engine.warm_up()
-    engine.measure()
+    engine.scheduler.measure()
     words = checkpoints.vocabulary(name, small)
     writes = engine.task.loop
     if not writes:

@@ -61,8 +61,8 @@ class _Rows:
         self._cost = cost
         self._most_tokens = most_tokens
         self._padded = [shapes.length(n) for n in self._lengths]
-        of_places = {n: cost(1, n, 0) - cost.run for n in set(self._padded)}
-        self._of_places = [of_places[n] for n in self._padded]  # the cost of a row's positions
+        of_positions = {n: cost(1, n, 0) - cost.run for n in set(self._padded)}
+        self._of_positions = [of_positions[n] for n in self._padded]  # the cost of a row's positions
         self._of_token = cost(0, 0, 1) - cost.run
         self._alike = [1] * len(self._lengths)  # how many rows from each one on have its length
         for i in range(len(self._lengths) - 2, -1, -1):
@@ -102,13 +102,13 @@ class _Rows:
         most_rows = min(MOST_ROWS, self._most_tokens // length, len(self._lengths) - start)
         if not self._shapes.padded:
             most_rows = min(most_rows, self._alike[start])
-        of_places, of_token, before = self._of_places[start], self._of_token, self._tokens_before
+        of_positions, of_token, before = self._of_positions[start], self._of_token, self._tokens_before
         rows, left = 0, limit - self._cost.run
         while rows < most_rows:  # this many more, if they had the next one's length
-            more = min(int(left / (of_places + of_token * self._lengths[start + rows])), most_rows - rows)
+            more = min(int(left / (of_positions + of_token * self._lengths[start + rows])), most_rows - rows)
             if more < 1:
                 break
-            left -= more * of_places + of_token * (before[start + rows + more] - before[start + rows])
+            left -= more * of_positions + of_token * (before[start + rows + more] - before[start + rows])
             rows += more
         return max(1, rows)
 

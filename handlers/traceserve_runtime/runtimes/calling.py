@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     Pairs = List[Tuple[torch.Tensor, torch.Tensor]]
 
 # Classifiers that read the hidden state of each row's last end token, and search for all of them at once: in a batch
-# whose rows
-# have different numbers of end tokens that fails, or mixes up rows.
+# whose rows have different numbers of end tokens that fails, or mixes up rows.
 _READS_END_TOKENS = {
     f"{family}ForSequenceClassification"
     for family in ("Bart", "MBart", "PLBart", "Mvp", "BigBirdPegasus", "T5", "MT5", "UMT5")

@@ -31,8 +31,7 @@ _METADATA = "traceserve.egg-info/"  # written beside the handler by an editable 
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest date in a zip
 _LARGEST_RATIO = 1100  # deflate's for zeros
 # zipfile's exceptions for files that are not zips, are truncated, or have a changed byte: in names, sizes, methods,
-# flags or data.
-# (RuntimeError, the base of NotImplementedError, is for an unknown method or encryption.)
+# flags or data. (RuntimeError, the base of NotImplementedError, is for an unknown method or encryption.)
 DAMAGED = (
     zipfile.BadZipFile,
     zlib.error,

@@ -23,7 +23,7 @@ def measure_speeds(folders: Mapping[str, Path], requests: Sequence[Request], pro
     seconds: Dict[str, List[float]] = {name: [] for name in engines}
     for engine in engines.values():
         engine.warm_up()
-        engine.measure()
+        engine.scheduler.measure()
     asked = requests[:MOST]
     for step in range(ROUNDS):
         for name, engine in engines.items():

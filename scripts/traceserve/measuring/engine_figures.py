@@ -72,7 +72,7 @@ def measure_engine(folder: Path, requests: List[Request], threads: int) -> Engin
     if engine.task.loop:
         return _writing_figures(engine, requests, loaded)
     engine.make_ready()
-    engine.measure()
+    engine.scheduler.measure()
     rounds, alone = [], []
     for _ in range(_ROUNDS):
         began = time.perf_counter()

@@ -231,8 +231,7 @@ class _Load:
             self.errors[self._no_answer] += self.pending
         latencies = np.array(self.latencies, dtype=np.float64)
         # A closed loop sends as many requests in the span as are answered in it. In an open loop the requested number
-        # is due,
-        # whatever the server can do: the time of the last answer shows that.
+        # is due, whatever the server can do: the time of the last answer shows that.
         seconds = self.seconds if self.rate is None else max(self.end, self.last) - self.start
         cpu = (self.cpu[1] - self.cpu[0]) / self.seconds
         return Result(

@@ -210,8 +210,8 @@ def _cost(archive: Path, serving: Serving) -> CostModel:
         unpack(archive, folder)
         engine = Engine.load(folder, settings=Settings(serving.threads, serving.length_step))
         engine.warm_up()
-        engine.measure()
-        return engine.cost
+        engine.scheduler.measure()
+        return engine.scheduler.cost
 
 
 def _lengths(task: Task, body: bytes, content_type: str) -> List[int]:

@@ -1,10 +1,9 @@
 """The parts common to both doubles: a TorchScript operator in the namespace `neuron`, a compiler, and cores owned by
 processes.
 
-A double keeps the contract that the tested code relies on, and fails in the same ways as the real thing:
-TorchScript itself reports an unknown operator, shapes or dtypes that were not compiled are refused, a core belongs to
-one
-process. It computes on the CPU. It cannot show what AWS's compiler accepts, a chip's speed, or its memory.
+A double keeps the contract that the tested code relies on, and fails in the same ways as the real thing: TorchScript
+itself reports an unknown operator, shapes or dtypes that were not compiled are refused, a core belongs to one process.
+It computes on the CPU. It cannot show what AWS's compiler accepts, a chip's speed, or its memory.
 
 Environment variables, each read when needed:
 

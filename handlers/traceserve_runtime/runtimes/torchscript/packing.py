@@ -4,8 +4,7 @@ A matrix product on a CPU first converts its weights to that layout, at every ca
 as the product. Here it is done once, when the model is loaded. In return a worker has its own copy of these weights.
 
 Layers that read the same rows, such as an attention's query, key and value, are fused into one product: each has a
-fixed
-cost, which matters with few tokens. Their outputs are then slices of one tensor, whose rows are not contiguous;
+fixed cost, which matters with few tokens. Their outputs are then slices of one tensor, whose rows are not contiguous;
 `aten::view` may refuse those, so it becomes `aten::reshape`, which is otherwise the same. A GELU that is the only
 reader of a layer's output is fused into its product, before any rounding.
 """

@@ -34,8 +34,7 @@ if TYPE_CHECKING:
 
 
 # In `Manifest.runtime`: whether a CPU's graph computes padding only in attention, and the multiple to which it rounds
-# up
-# a run's tokens, also for a single row.
+# up a run's tokens, also for a single row.
 UNPADDED, FILLED = "unpadded", "filled"
 
 

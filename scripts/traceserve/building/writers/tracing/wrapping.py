@@ -17,8 +17,7 @@ Result = Union[torch.Tensor, Tuple[torch.Tensor, ...]]
 _REMOTE = "transformers_modules"  # transformers' package for checkpoints' own code
 _OURS = "traceserve.building"
 # A trace contains the class names of its modules. Ours keep these names even if their files move, so that the same
-# checkpoint
-# gives the same graph.
+# checkpoint gives the same graph.
 _NAMED = {
     f"{_OURS}.writers.tracing.wrapping": "traceserve.wrapping",
     f"{_OURS}.writers.tracing.fixed_shapes": "traceserve.fixed_shapes",
