@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ import models
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import needs_native, run_export
 from traceserve.building import attempt
 from traceserve.building.gate import verification
@@ -22,9 +24,11 @@ from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import InvalidManifest
 from traceserve_runtime.manifest import Manifest, Shapes, sha256
 from traceserve_runtime.runner import Padding
+from traceserve_runtime.runtimes import torch_internals
 from traceserve_runtime.runtimes.torchscript import devices, packing, reader
 from traceserve_runtime.runtimes.torchscript.weights import GRAPH_FILE, WEIGHTS_FILE, assign, read_places
 from traceserve_runtime.settings import Settings
+from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Answer, Request
 
 MODEL_FILE = "traced_model.pt"
@@ -272,6 +276,8 @@ def test_an_artifact_of_a_graph_elsewhere_than_the_cpu_is_loaded_plainly(
 
 
 LAYER, PACKED = "= aten::linear(", "= mkldnn::_linear_pointwise("
+HALF = "= quantized::linear_dynamic_fp16("
+needs_halves = pytest.mark.skipif(not torch_internals.packs_halves(), reason="no weights in float16 here")
 
 
 def graphs_of(engine: Engine) -> str:
@@ -305,12 +311,18 @@ def reread(model: torch.nn.Module, inputs: torch.Tensor, folder: Path) -> Any:
 
 
 def packed_alike(
-    model: torch.nn.Module, inputs: Sequence[torch.Tensor], folder: Path, layers: int, products: int, rtol: float = 1e-5
+    model: torch.nn.Module,
+    inputs: Sequence[torch.Tensor],
+    folder: Path,
+    layers: int,
+    products: int,
+    rtol: float = 1e-5,
+    product: str = PACKED,
 ) -> Any:
     """Return the model with this many packed layers in this many products, after comparing it with the original."""
     module = reread(model, inputs[0], folder)
     expected = [model(each) for each in inputs]
-    assert packing.pack(module) == layers and str(module.graph).count(PACKED) == products
+    assert packing.pack(module) == layers and str(module.graph).count(product) == products
     with torch.inference_mode():  # like the runner
         for given, before in zip(inputs, expected):
             assert torch.allclose(module(given), before, rtol=rtol, atol=1e-6)
@@ -467,6 +479,60 @@ def test_what_changes_in_place_keeps_its_layers_apart(tmp_path: Path) -> None:
             return torch.cat([before, after, one, other, third])
 
     packed_alike(Changing(), [torch.rand(5, 6)], tmp_path, layers=5, products=4)
+
+
+@needs_halves
+@pytest.mark.parametrize("saved", [torch.float16, torch.bfloat16])
+def test_weights_of_half_precision_are_kept_in_it(saved: torch.dtype, tmp_path: Path) -> None:
+    """With and without a bias, of one layer and of several, with a GELU; also for a single vector, and for no rows."""
+    model = Attention(lambda rows: rows.view(-1)).to(saved).float()
+    inputs = [torch.rand(3, 5, 6), torch.rand(2, 7, 6), torch.rand(1, 1, 6)]
+    packed_alike(model, inputs, tmp_path, layers=5, products=3, product=HALF)
+    active = torch.nn.Sequential(torch.nn.Linear(6, 12), torch.nn.GELU(), torch.nn.Linear(12, 6)).to(saved).float()
+    inputs = [torch.randn(5, 6), torch.randn(6), torch.randn(0, 6)]
+    module = packed_alike(active, inputs, tmp_path, layers=2, products=2, product=HALF)
+    assert str(module.graph).count("aten::gelu(") == 1
+
+
+@needs_halves
+@pytest.mark.parametrize("architecture", ["bert", "llama", "t5"])
+def test_a_checkpoint_of_half_precision_is_packed_in_it(
+    architecture: str, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """All its layers, and the gate, which compares with the original in float32, lets it through."""
+    task = {"bert": "sequence_classification", "llama": "text_generation", "t5": "text2text_generation"}[architecture]
+    whole = checkpoint(architecture, TASKS[task].auto_model)
+    half = shutil.copytree(whole, tmp_path / "half")
+    kind = getattr(transformers, TASKS[task].auto_model)
+    kind.from_pretrained(whole).to(torch.bfloat16).save_pretrained(half)
+    run_export(tmp_path / "x", {"model_name": str(half), "task": task, "max_length": 48, "dtype": "float32"})
+    graphs = graphs_of(Engine.load(tmp_path / "x"))
+    assert graphs.count(HALF) > 4 and LAYER not in graphs and PACKED not in graphs
+
+
+@needs_halves
+def test_the_product_of_halves_is_float32s() -> None:
+    """Only the order of sums differs: rows and sums are not rounded to float16."""
+    weight, rows = torch.randn(64, 512).half().float(), torch.randn(16, 512)
+    product = torch.ops.quantized.linear_dynamic_fp16(rows, torch_internals.pack_half(weight, None))
+    exact = rows.double() @ weight.double().t()
+    error, own = ((each.double() - exact).norm() for each in (product, rows @ weight.t()))
+    assert error < 4 * own and (rows.half().double() @ weight.double().t() - exact).norm() > 100 * own
+
+
+@pytest.mark.parametrize(
+    "change, half",
+    [
+        (lambda weight: weight, True),
+        (lambda weight: weight * (1 + 2**-12), False),  # one bit more than float16 has
+        (lambda weight: weight.clamp(-1e-7, 1e-7), False),  # below its smallest number
+        (lambda weight: weight * 2.0**17, False),  # above its largest one
+        (lambda weight: torch.where(weight == weight.max(), 2.0**-30, weight), True),  # a single one below
+        (lambda weight: weight * math.nan, False),
+    ],
+)
+def test_weights_are_halves_if_rounding_is_below_float32s(change: Callable[..., torch.Tensor], half: bool) -> None:
+    assert packing.is_half(change(torch.randn(64, 64).bfloat16().float())) is half
 
 
 def test_equal_weights_with_other_biases_stay_apart(tmp_path: Path) -> None:

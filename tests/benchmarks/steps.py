@@ -1,15 +1,17 @@
-"""A step of text generation in process, as traced and without its copies, in turn.
+"""A step of text generation in process, as traced, without its copies, and with weights in float16, in turn.
 
     python tests/benchmarks/steps.py [--model FOLDER | --layers N] [--dtype float32] [--rows 1,16] [--past 150,400]
 
 The traced step copies all keys and values of earlier tokens to put a token's behind them, and repeats them where queries share
-some; a worker's does neither. Both read a prompt of `--past` random tokens in each row, and then step. Without --model it is a
-Llama with random weights, as wide and deep as SmolLM2. Medians of all steps, and of the rounds' ratios.
+some; a worker's does neither. It also keeps float32 weights in float16 where they are the same there. All read a prompt of
+`--past` random tokens in each row, and then step. Without --model it is a Llama with random weights, as wide and deep as
+SmolLM2. Medians of all steps, and of the rounds' ratios to the way before.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import tempfile
 import time
@@ -24,9 +26,9 @@ import tables
 import text_models
 from traceserve_runtime import processor
 from traceserve_runtime.engine import Engine
-from traceserve_runtime.runtimes.torchscript import grouped_queries, growing
+from traceserve_runtime.runtimes.torchscript import grouped_queries, growing, packing
 
-WAYS = ("as traced", "without copies")
+WAYS = ("as traced", "without copies", "in float16")
 STEPS = 10  # of each, before it is the other's turn
 
 
@@ -69,9 +71,14 @@ def built(options: argparse.Namespace, folder: Path) -> Path:
 def loaded(artifact: Path) -> Dict[str, Any]:
     copying = mock.patch.object(growing, "write_behind", return_value=None)
     repeating = mock.patch.object(grouped_queries, "group", return_value=0)
-    with copying, repeating:
-        before = Engine.load(artifact).runner
-    return dict(zip(WAYS, (before, Engine.load(artifact).runner)))
+    whole = mock.patch.object(packing, "is_half", return_value=False)
+    runners = []
+    for changed in ((copying, repeating, whole), (whole,), ()):
+        with contextlib.ExitStack() as stack:
+            for each in changed:
+                stack.enter_context(each)
+            runners.append(Engine.load(artifact).runner)
+    return dict(zip(WAYS, runners))
 
 
 class Loop:
@@ -104,15 +111,19 @@ class Loop:
 
 
 def same(loops: Dict[str, Loop]) -> None:
-    first, second = (loops[way].logits for way in WAYS)
-    if not np.allclose(first, second, atol=1e-4 * max(1.0, float(np.abs(first).max()))):
-        raise SystemExit(f"the logits differ by {np.abs(first - second).max():g}")
+    first, *others = (loops[way].logits for way in WAYS)
+    for other in others:
+        if not np.allclose(first, other, atol=1e-4 * max(1.0, float(np.abs(first).max()))):
+            raise SystemExit(f"the logits differ by {np.abs(first - other).max():g}")
 
 
 def line(rows: int, past: int, found: List[Dict[str, float]]) -> tables.Row:
-    figures = {f"{way}, ms": tables.figure(1e3 * tables.median([each[way] for each in found])) for way in WAYS}
-    ratio = tables.median([each[WAYS[1]] / each[WAYS[0]] for each in found])
-    return {"rows": f"{rows}", "tokens in each": f"{past}", **figures, "ratio": f"{ratio:.2f}"}
+    cells = {"rows": f"{rows}", "tokens in each": f"{past}"}
+    for before, way in zip((None, *WAYS), WAYS):
+        cells[f"{way}, ms"] = tables.figure(1e3 * tables.median([each[way] for each in found]))
+        if before:
+            cells[f"{way}, ratio"] = f"{tables.median([each[way] / each[before] for each in found]):.2f}"
+    return cells
 
 
 if __name__ == "__main__":

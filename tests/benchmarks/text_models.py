@@ -36,7 +36,8 @@ def random_llama(folder: Path, layers: int = SMOLLM2["num_hidden_layers"]) -> Pa
     """Make a checkpoint of 135 million weights, as wide and deep as SmolLM2, with transformers' initial values; or one of
     fewer layers.
 
-    They are as large as trained ones. Every token has a text of its own, so that servers can show each at once.
+    They are as large as trained ones, and saved in bfloat16, as SmolLM2's are. Every token has a text of its own, so that
+    servers can show each at once.
     """
     tokenizer = _tokenizer("gpt", SMOLLM2["vocab_size"])
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
@@ -45,6 +46,7 @@ def random_llama(folder: Path, layers: int = SMOLLM2["num_hidden_layers"]) -> Pa
         transformers.LlamaForCausalLM,
         transformers.LlamaConfig(**{**SMOLLM2, "num_hidden_layers": layers}, **ids),
         tokenizer,
+        torch.bfloat16,
     )
 
 
@@ -95,9 +97,9 @@ def _tokenizer(kind: str, size: int, last: Optional[str] = None) -> Any:
     return tokenizer
 
 
-def _saved(folder: Path, kind: Any, config: Any, tokenizer: Any) -> Path:
+def _saved(folder: Path, kind: Any, config: Any, tokenizer: Any, dtype: torch.dtype = torch.float32) -> Path:
     torch.manual_seed(0)
-    kind(config).save_pretrained(folder)
+    kind(config).to(dtype).save_pretrained(folder)
     tokenizer.model_max_length = 2048
     tokenizer.save_pretrained(folder)
     return folder

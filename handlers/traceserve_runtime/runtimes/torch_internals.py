@@ -8,7 +8,7 @@ archive again.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Callable, List, Sequence
+from typing import TYPE_CHECKING, Any, Callable, List, Optional, Sequence
 
 from traceserve_runtime.errors import MissingPackage
 from traceserve_runtime.runtimes import graph as graphs
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from traceserve_runtime.runtimes.graph import Graph, Traced, ValueType
 
 PRODUCT = "mkldnn::_linear_pointwise"  # rows and a packed weight; since torch 2.0
+HALF = (
+    "__torch__.torch.classes.quantized.LinearPackedParamsBase"  # the type of a weight packed in float16, with its bias
+)
+HALF_PRODUCT = "quantized::linear_dynamic_fp16"  # float32 rows, and such a weight; since torch 1.4
 GRAPH_CLASSES = (graphs.Graph, graphs.Block, graphs.Node, graphs.Value, graphs.Use)
 
 
@@ -145,13 +149,35 @@ def reorder(weight: torch.Tensor, rows: int) -> torch.Tensor:
     return packed
 
 
-def register(module: Traced, name: str, tensor: torch.Tensor) -> None:
-    """Add a tensor to a module read from a file. Needed by `packable`.
+def packs_halves() -> bool:
+    """Return whether HALF_PRODUCT can be used: FBGEMM, which is for x86. One number is multiplied, as for `packable`."""
+    import torch
+
+    if not rewrites():
+        return False
+    number = torch.ones(1, 1)
+    try:
+        product = torch.ops.quantized.linear_dynamic_fp16(number, pack_half(number + 1, number[0]))
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    return bool(product.tolist() == [[3.0]])
+
+
+def pack_half(weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.ScriptObject:
+    """Pack a weight, (outputs, inputs), rounded to float16, with its bias. Needed by `packs_halves`."""
+    import torch
+
+    packed: torch.ScriptObject = torch.ops.quantized.linear_prepack_fp16(weight, bias)
+    return packed
+
+
+def register(module: Traced, name: str, value: object, type: ValueType) -> None:
+    """Add a packed weight to a module read from a file. Needed by `packable`.
 
     torch's public interface refuses a new name, and a graph cannot hold a packed tensor as a constant.
     """
     script: Any = module
-    script._c._register_attribute(name, type_named("Tensor"), tensor)
+    script._c._register_attribute(name, type, value)
 
 
 # Running

@@ -1,4 +1,4 @@
-"""Packs the weights of a traced graph's linear layers into oneDNN's layout.
+"""Packs the weights of a traced graph's linear layers into oneDNN's layout, or FBGEMM's.
 
 A matrix product on a CPU first converts its weights to that layout, at every call; with few tokens this takes as long
 as the product. Here it is done once, when the model is loaded. In return a worker has its own copy of these weights.
@@ -7,6 +7,10 @@ Layers that read the same rows, such as an attention's query, key and value, are
 fixed cost, which matters with few tokens. Their outputs are then slices of one tensor, whose rows are not contiguous;
 `aten::view` may refuse those, so it becomes `aten::reshape`, which is otherwise the same. A GELU that is the only
 reader of a layer's output is fused into its product, before any rounding.
+
+With few tokens a product takes as long as its weights take to be read from memory. Many checkpoints were trained and saved
+in half precision: in float16 their weights are the same, and half as large. So they are packed in FBGEMM's layout for it,
+while rows and sums stay in float32.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from traceserve_runtime.runtimes.graph import (
     ValueType,
     insert_constant,
     insert_node,
+    open_tuples,
     replace_value,
 )
 from traceserve_runtime.runtimes.torchscript import devices
@@ -32,14 +37,25 @@ if TYPE_CHECKING:
     import torch
 
 Key = Tuple[int, Tuple[int, ...], bool, int]
-Packed = Dict[
-    Tuple[Key, ...], Tuple["torch.Tensor", Optional["torch.Tensor"]]
-]  # weights; for several layers also biases
 
+
+class _Packed(NamedTuple):
+    """The packed weight of one or more layers, in float16 with its bias, or else with the bias of several."""
+
+    weight: object
+    bias: Optional[torch.Tensor]
+    half: bool
+
+
+_ROUNDING = 2.0**-24  # float32's own, relative
 _ROWS = 32  # oneDNN's expected number; any number works
 _BY_STRIDES = ("aten::as_strided", "aten::view_as", "aten::unflatten")  # need their input's memory layout unchanged
 _VIEW = re.compile(  # their outputs may share their input's memory
     "aten::(contiguous|detach|expand|flatten|narrow|permute|reshape|select|slice|squeeze|t|to|transpose|unsqueeze|view)"
+)
+_KEEPS_DIMENSIONS = re.compile(
+    "aten::(add|addmm|contiguous|div|dropout|expand|gelu|layer_norm|linear|mul|relu|rms_norm|scaled_dot_product_attention|"
+    "silu|slice|sub|tanh|to|transpose|type_as)_?"
 )
 
 
@@ -81,8 +97,11 @@ def pack(module: Traced) -> int:
     processors than x86, where it is untested.
     """
     dtypes = _dtypes()
-    packed: Packed = {}  # a weight that several graphs or layers read is packed once
-    return sum(_pack_entry(entry, dtypes, packed) for entry in devices.entries(module)) if dtypes else 0
+    if not dtypes:
+        return 0
+    halves = torch_internals.packs_halves()
+    packed: Dict[Tuple[Key, ...], _Packed] = {}  # a weight that several graphs or layers read is packed once
+    return sum(_pack_entry(entry, dtypes, packed, halves) for entry in devices.entries(module))
 
 
 def possible() -> bool:
@@ -95,25 +114,46 @@ def _dtypes() -> List[torch.dtype]:
     return torch_internals.packable() if processor.is_x86() else []
 
 
-def _pack_entry(entry: Traced, dtypes: Sequence[torch.dtype], packed: Packed) -> int:
+def _pack_entry(
+    entry: Traced, dtypes: Sequence[torch.dtype], packed: Dict[Tuple[Key, ...], _Packed], halves: bool
+) -> int:
     """Pack one graph's weights of these dtypes; returns the number of layers."""
-    import torch
-
     torch_internals.inline(entry.graph)
     torch_internals.merge_equal(entry.graph)  # else each layer reads its own cast of the rows
+    open_tuples(entry.graph)
     groups = _groups(entry, [layer for layer in layers(entry) if layer.weight.dtype in dtypes])
+    matrices = _matrices(entry.graph)
+    of_vectors = [group[0].rows.debugName() not in matrices for group in groups]
     for number, group in enumerate(groups):
         key = tuple(layer.key for layer in group)
         if key not in packed:
-            matrices = [layer.matrix for layer in group]
-            weight = torch.cat(matrices) if len(group) > 1 else matrices[0].contiguous()
-            biases = [layer.vector.detach() for layer in group if layer.vector is not None]
-            bias = torch.cat(biases) if len(group) > 1 and biases else None
-            packed[key] = torch_internals.reorder(weight, _ROWS), bias
-        _replace(entry, group, f"packed_{number}", *packed[key])
+            packed[key] = _pack_group(group, halves)
+        _replace(entry, group, f"packed_{number}", packed[key], of_vectors[number])
     if any(len(group) > 1 for group in groups):
         _allow_slices(entry.graph)
     return sum(map(len, groups))
+
+
+def _pack_group(group: Sequence[_Layer], halves: bool) -> _Packed:
+    import torch
+
+    matrices = [layer.matrix for layer in group]
+    weight = torch.cat(matrices) if len(group) > 1 else matrices[0].contiguous()
+    biases = [layer.vector.detach() for layer in group if layer.vector is not None]
+    bias = torch.cat(biases) if len(group) > 1 and biases else None
+    if halves and len(biases) in (0, len(group)) and is_half(weight):
+        return _Packed(
+            torch_internals.pack_half(weight, bias if len(group) > 1 or not biases else biases[0]), None, True
+        )
+    return _Packed(torch_internals.reorder(weight, _ROWS), bias, False)
+
+
+def is_half(weight: torch.Tensor) -> bool:
+    """Return whether a matrix is the same in float16, but for less than float32's own rounding: in bfloat16 numbers may be
+    smaller than float16's smallest."""
+    import torch
+
+    return weight.dtype == torch.float32 and bool((weight.half().float() - weight).norm() <= _ROUNDING * weight.norm())
 
 
 def layers(entry: Traced) -> Iterator[_Layer]:
@@ -189,19 +229,23 @@ def _parameter(entry: Traced, value: Value) -> Optional[torch.Tensor]:
     return tensor
 
 
-def _replace(
-    entry: Traced, group: Sequence[_Layer], name: str, weight: torch.Tensor, bias: Optional[torch.Tensor]
-) -> None:
-    """Replace a group of layers by a product with a packed weight, a new attribute of the module."""
+def _replace(entry: Traced, group: Sequence[_Layer], name: str, packed: _Packed, of_vectors: bool) -> None:
+    """Replace a group of layers by a product with a packed weight, a new attribute of the module. One that may be
+    `of_vectors`, which a product with float16 refuses, gets one dimension more there."""
     graph, first = entry.graph, group[0]
-    matrix = _attribute(entry, name, weight, first.node)
-    added = first.bias if bias is None else _attribute(entry, f"{name}_bias", bias, first.node)
-    gelu = _gelu(first) if len(group) == 1 else None
-    applied = ("none", "") if gelu is None else ("gelu", gelu.inputsAt(1).toIValue())
-    activation, algorithm = (insert_constant(graph, value, first.node) for value in applied)
-    none_of_them = _typed(insert_node(graph, "prim::ListConstruct", [], first.node), _type("Scalar?[]"))
-    inputs = [first.rows, matrix, added, activation, none_of_them, algorithm]
-    product = insert_node(graph, torch_internals.PRODUCT, inputs, first.node).output()
+    gelu, tensor = None, _type("Tensor")
+    if packed.half:
+        matrix = _attribute(entry, name, packed.weight, _type(torch_internals.HALF), first.node)
+        product = _half_product(graph, first, matrix, of_vectors)
+    else:
+        matrix = _attribute(entry, name, packed.weight, tensor, first.node)
+        bias = first.bias if packed.bias is None else _attribute(entry, f"{name}_bias", packed.bias, tensor, first.node)
+        gelu = _gelu(first) if len(group) == 1 else None
+        applied = ("none", "") if gelu is None else ("gelu", gelu.inputsAt(1).toIValue())
+        activation, algorithm = (insert_constant(graph, value, first.node) for value in applied)
+        none_of_them = _typed(insert_node(graph, "prim::ListConstruct", [], first.node), _type("Scalar?[]"))
+        inputs = [first.rows, matrix, bias, activation, none_of_them, algorithm]
+        product = insert_node(graph, torch_internals.PRODUCT, inputs, first.node).output()
     if len(group) > 1:
         _share(graph, group, product)
         return
@@ -210,12 +254,40 @@ def _replace(
     replace_value(first.node, _typed(product.node(), first.node.output().type()))
 
 
-def _attribute(entry: Traced, name: str, tensor: torch.Tensor, before: Node) -> Value:
-    """Add a tensor to the module, and return it as a value of its graph."""
-    torch_internals.register(entry, name, tensor)
+def _half_product(graph: Graph, layer: _Layer, matrix: Value, of_vectors: bool) -> Value:
+    def insert(kind: str, *inputs: Value) -> Value:
+        return insert_node(graph, kind, inputs, layer.node).output()
+
+    if not of_vectors:
+        return insert(torch_internals.HALF_PRODUCT, layer.rows, matrix)
+    first = insert_constant(graph, 0, layer.node)
+    rows = insert("aten::unsqueeze", layer.rows, first)
+    return insert("aten::squeeze", insert(torch_internals.HALF_PRODUCT, rows, matrix), first)
+
+
+def _matrices(graph: Graph) -> Set[str]:
+    """Return values that certainly have two dimensions or more: what was embedded, and what keeps its dimensions."""
+    found: Set[str] = set()
+    for node in devices.nodes(graph):
+        inputs = list(node.inputs())
+        if node.kind() in ("aten::view", "aten::reshape"):
+            sizes = inputs[1].node()
+            has = sizes.kind() == "prim::ListConstruct" and len(list(sizes.inputs())) > 1
+        elif _KEEPS_DIMENSIONS.fullmatch(node.kind()):
+            has = any(value.debugName() in found for value in inputs)
+        else:
+            has = node.kind() in ("aten::embedding", "aten::unsqueeze")
+        if has:
+            found.update(value.debugName() for value in node.outputs())
+    return found
+
+
+def _attribute(entry: Traced, name: str, packed: object, type: ValueType, before: Node) -> Value:
+    """Add a packed weight or a bias to the module, and return it as a value of its graph."""
+    torch_internals.register(entry, name, packed, type)
     read = insert_node(entry.graph, "prim::GetAttr", [next(iter(entry.graph.inputs()))], before)
     read.s_("name", name)
-    return read.output()
+    return _typed(read, type)
 
 
 def _share(graph: Graph, group: Sequence[_Layer], product: Value) -> None:
