@@ -74,6 +74,26 @@ def test_what_others_hold_is_left_to_them(machine: Machine, held: int) -> None:
     assert max(later) == free + 1
 
 
+@pytest.mark.parametrize(
+    "cores, computed, wanted", [(2, 0.65, 2), (2, 0.55, 1), (4, 0.77, 4), (4, 0.72, 3), (16, 0.85, 16), (16, 0.75, 15)]
+)
+def test_one_core_fewer_is_taken_where_that_is_faster(
+    cores: int, computed: float, wanted: int, machine: Machine
+) -> None:
+    """Not beside what holds a core now and then, as a frontend and clients do: one of two cores is half of them."""
+    own = Team(cores, machine.resize)
+
+    def wait() -> None:
+        machine.now += 1
+        machine.computed += computed
+
+    for _ in range(10):
+        own.run(wait)
+        if own.now < cores:
+            break
+    assert own.now == wanted
+
+
 def test_cores_that_are_free_again_are_taken_again(machine: Machine) -> None:
     own = Team(4, machine.resize)
     machine.held = 2

@@ -13,7 +13,9 @@ from typing import Callable, Optional, TypeVar
 
 Result = TypeVar("Result")
 
-_COMPUTING = 0.8  # of a run's time; a thread that waits for others computes half of it, another one all of it
+# What a thread computes of a run's time: half of it beside a process that holds a core, whatever the number of cores, and all
+# of it alone. One core fewer is faster below the share of the cores that this leaves.
+_LEAST_COMPUTING, _MOST_COMPUTING = 0.6, 0.8
 _IN_A_ROW = 2  # consecutive runs that waited; a single one may be chance
 # Runs before one more core is tried, initially; and if it is taken repeatedly, since each attempt costs two slow runs.
 _SOONEST, _LATEST = 20, 320
@@ -47,7 +49,8 @@ class Team:
         began, own = time.perf_counter(), time.thread_time()
         result = act(*arguments)
         computed, took = time.thread_time() - own, time.perf_counter() - began
-        self._waited = self._waited + 1 if computed < _COMPUTING * took else 0
+        enough = min(max(_LEAST_COMPUTING, 1 - 1 / self._now), _MOST_COMPUTING)
+        self._waited = self._waited + 1 if computed < enough * took else 0
         if self._waited >= _IN_A_ROW and self._now > 1:
             again = self._runs - self._smaller_at < 2 * self._pause
             self._pause = min(2 * self._pause, _LATEST) if again else _SOONEST
