@@ -160,7 +160,7 @@ def test_a_file_that_is_no_package(compiled: Path, tmp_path: Path) -> None:
 
 
 def test_what_waits_for_cores_runs_on_fewer(compiled: Path, two_cores: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(team, "_COMPUTING", float("inf"))  # each run has waited
+    monkeypatch.setattr(team, "enough", lambda cores: float("inf"))  # each run has waited
     engine = Engine.load(compiled)
     engine.runner.share_cores()
     inputs = filled(engine.manifest, 2, 9)

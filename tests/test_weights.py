@@ -511,6 +511,19 @@ def test_a_checkpoint_of_half_precision_is_packed_in_it(
 
 
 @needs_halves
+def test_a_computed_bias_is_added_to_a_product_of_halves(tmp_path: Path) -> None:
+    class Shifted(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(6, 6).half().float()
+
+        def forward(self, rows: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.linear(rows, self.layer.weight, self.layer.bias + rows.mean())
+
+    packed_alike(Shifted(), [torch.rand(5, 6)], tmp_path, layers=1, products=1)
+
+
+@needs_halves
 def test_the_product_of_halves_is_float32s() -> None:
     """Only the order of sums differs: rows and sums are not rounded to float16."""
     weight, rows = torch.randn(64, 512).half().float(), torch.randn(16, 512)

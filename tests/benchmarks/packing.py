@@ -1,8 +1,8 @@
-"""The duration of one text and of batches, in process and alternating: packed weights against shared ones; unpadded
-tokens, with padding only in attention, against the graph as traced; bfloat16's attention in float32 against
-the traced one; or two archives.
+"""The duration of one text and of batches, in process and alternating: packed weights against shared ones; weights of a
+checkpoint in half precision, packed in float16 against float32; unpadded tokens, with padding only in attention, against the
+graph as traced; bfloat16's attention in float32 against the traced one; or two archives.
 
-python tests/benchmarks/packing.py --archive NAME.mar --texts FILE [--what weights | tokens | attention] [--rounds 3]
+python tests/benchmarks/packing.py --archive NAME.mar --texts FILE [--what weights | halves | tokens | attention]
 python tests/benchmarks/packing.py --archive NAME.mar --texts FILE --beside OTHER.mar
 """
 
@@ -86,6 +86,13 @@ def weights(folder: Path, threads: Optional[int]) -> Dict[str, Engine]:
     }
 
 
+def halves(folder: Path, threads: Optional[int]) -> Dict[str, Engine]:
+    """Packed in float32, and in float16."""
+    with mock.patch("traceserve_runtime.runtimes.torchscript.packing.is_half", return_value=False):
+        engines = {"in float32": Engine.load(folder, settings=Settings(threads))}
+    return {**engines, "in float16": Engine.load(folder, settings=Settings(threads))}
+
+
 def tokens(folder: Path, threads: Optional[int]) -> Dict[str, Engine]:
     """In padded rows, as traced, and unpadded."""
     manifest = Manifest.read(folder)
@@ -106,7 +113,7 @@ def attention(folder: Path, threads: Optional[int]) -> Dict[str, Engine]:
     return {**engines, "in float32": Engine.load(folder, settings=Settings(threads))}
 
 
-WAYS = {"weights": weights, "tokens": tokens, "attention": attention}
+WAYS = {"weights": weights, "halves": halves, "tokens": tokens, "attention": attention}
 
 
 if __name__ == "__main__":

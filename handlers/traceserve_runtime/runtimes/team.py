@@ -13,9 +13,6 @@ from typing import Callable, Optional, TypeVar
 
 Result = TypeVar("Result")
 
-# What a thread computes of a run's time: half of it beside a process that holds a core, whatever the number of cores, and all
-# of it alone. One core fewer is faster below the share of the cores that this leaves.
-_LEAST_COMPUTING, _MOST_COMPUTING = 0.6, 0.8
 _IN_A_ROW = 2  # consecutive runs that waited; a single one may be chance
 # Runs before one more core is tried, initially; and if it is taken repeatedly, since each attempt costs two slow runs.
 _SOONEST, _LATEST = 20, 320
@@ -49,8 +46,7 @@ class Team:
         began, own = time.perf_counter(), time.thread_time()
         result = act(*arguments)
         computed, took = time.thread_time() - own, time.perf_counter() - began
-        enough = min(max(_LEAST_COMPUTING, 1 - 1 / self._now), _MOST_COMPUTING)
-        self._waited = self._waited + 1 if computed < enough * took else 0
+        self._waited = self._waited + 1 if computed < enough(self._now) * took else 0
         if self._waited >= _IN_A_ROW and self._now > 1:
             again = self._runs - self._smaller_at < 2 * self._pause
             self._pause = min(2 * self._pause, _LATEST) if again else _SOONEST
@@ -64,9 +60,26 @@ class Team:
         self._resize(cores)
 
 
+def enough(cores: int) -> float:
+    """Return the share of a run's time that a thread computes, below which one core fewer is faster.
+
+    Alone it computes all of it, and half beside a process that holds a core, whatever the number of cores: it waits for the
+    thread there. One of n cores fewer computes 1 - 1 / n as much.
+    """
+    return min(max(0.6, 1 - 1 / cores), 0.8)
+
+
 def of_torch() -> Optional[Team]:
     """Make one for this thread's torch runs; None if they have one core anyway."""
     import torch
 
     threads = torch.get_num_threads()
     return Team(threads, torch.set_num_threads) if threads > 1 else None
+
+
+def take_one_core() -> None:
+    """Restrict torch to one core in this thread; query first, since torch resets a thread's settings on the first query."""
+    import torch
+
+    torch.get_num_threads()
+    torch.set_num_threads(1)

@@ -16,10 +16,12 @@ while rows and sums stay in float32.
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from traceserve_runtime import processor
-from traceserve_runtime.runtimes import torch_internals
+from traceserve_runtime.runtimes import team, torch_internals
 from traceserve_runtime.runtimes.graph import (
     Graph,
     Node,
@@ -48,6 +50,7 @@ class _Packed(NamedTuple):
 
 
 _ROUNDING = 2.0**-24  # float32's own, relative
+_CHECKED = 1024  # outputs at a time, so that checking large weights takes no memory, and others are soon left
 _ROWS = 32  # oneDNN's expected number; any number works
 _BY_STRIDES = ("aten::as_strided", "aten::view_as", "aten::unflatten")  # need their input's memory layout unchanged
 _VIEW = re.compile(  # their outputs may share their input's memory
@@ -76,6 +79,11 @@ class _Layer(NamedTuple):
     def bias(self) -> Value:
         """The added value."""
         return list(self.node.inputs())[0 if self.turned else 2]
+
+    @property
+    def bias_known(self) -> bool:
+        """Whether it adds the module's own vector, or nothing."""
+        return self.vector is not None or str(self.bias.type()) == "NoneType"
 
     @property
     def key(self) -> Key:
@@ -124,28 +132,38 @@ def _pack_entry(
     groups = _groups(entry, [layer for layer in layers(entry) if layer.weight.dtype in dtypes])
     matrices = _matrices(entry.graph)
     of_vectors = [group[0].rows.debugName() not in matrices for group in groups]
-    for number, group in enumerate(groups):
-        key = tuple(layer.key for layer in group)
-        if key not in packed:
-            packed[key] = _pack_group(group, halves)
+    keys = [tuple(layer.key for layer in group) for group in groups]
+    new = {key: group for key, group in zip(keys, groups) if key not in packed}
+    packed.update(zip(new, _packed_groups(list(new.values()), halves)))
+    for number, (key, group) in enumerate(zip(keys, groups)):
         _replace(entry, group, f"packed_{number}", packed[key], of_vectors[number])
     if any(len(group) > 1 for group in groups):
         _allow_slices(entry.graph)
     return sum(map(len, groups))
 
 
+def _packed_groups(groups: Sequence[Sequence[_Layer]], halves: bool) -> List[_Packed]:
+    """Pack groups in parallel: FBGEMM packs a weight on one core."""
+    import torch
+
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads, "packing", team.take_one_core) as pool:
+        packed = list(pool.map(partial(_pack_group, halves=halves), groups))
+    torch.set_num_threads(threads)  # this thread's: some of torch's libraries count per process
+    return packed
+
+
 def _pack_group(group: Sequence[_Layer], halves: bool) -> _Packed:
     import torch
 
-    matrices = [layer.matrix for layer in group]
-    weight = torch.cat(matrices) if len(group) > 1 else matrices[0].contiguous()
-    biases = [layer.vector.detach() for layer in group if layer.vector is not None]
-    bias = torch.cat(biases) if len(group) > 1 and biases else None
-    if halves and len(biases) in (0, len(group)) and is_half(weight):
-        return _Packed(
-            torch_internals.pack_half(weight, bias if len(group) > 1 or not biases else biases[0]), None, True
-        )
-    return _Packed(torch_internals.reorder(weight, _ROWS), bias, False)
+    weights = [layer.matrix for layer in group]
+    vectors = [layer.vector.detach() for layer in group if layer.vector is not None]
+    half = halves and all(layer.bias_known and is_half(layer.matrix) for layer in group)
+    weight = torch.cat(weights) if len(group) > 1 else weights[0].contiguous()
+    bias = torch.cat(vectors) if vectors else None
+    if half:
+        return _Packed(torch_internals.pack_half(weight, bias), None, True)
+    return _Packed(torch_internals.reorder(weight, _ROWS), bias if len(group) > 1 else None, False)
 
 
 def is_half(weight: torch.Tensor) -> bool:
@@ -153,7 +171,9 @@ def is_half(weight: torch.Tensor) -> bool:
     smaller than float16's smallest."""
     import torch
 
-    return weight.dtype == torch.float32 and bool((weight.half().float() - weight).norm() <= _ROUNDING * weight.norm())
+    return weight.dtype == torch.float32 and all(
+        bool((part.half().float() - part).norm() <= _ROUNDING * part.norm()) for part in weight.split(_CHECKED)
+    )
 
 
 def layers(entry: Traced) -> Iterator[_Layer]:
@@ -174,9 +194,8 @@ def _groups(entry: Traced, layers: Sequence[_Layer]) -> List[List[_Layer]]:
     groups: Dict[object, List[_Layer]] = {}
     for layer in layers:
         name = layer.node.output().debugName()
-        known = layer.vector is not None or str(layer.bias.type()) == "NoneType"
         kind = layer.weight.dtype, layer.vector.dtype if layer.vector is not None else None
-        together = known and name in outside and not strided and not {memory(layer.rows), name} & written
+        together = layer.bias_known and name in outside and not strided and not {memory(layer.rows), name} & written
         groups.setdefault((layer.rows.debugName(), layer.turned, kind) if together else name, []).append(layer)
     return list(groups.values())
 

@@ -97,7 +97,7 @@ class TorchScriptRunner:
             return []
         lanes = [ThreadPoolExecutor(1, f"lane-{i}") for i in range(threads)]
         for lane in lanes:
-            lane.submit(_take_one_core).result()
+            lane.submit(team.take_one_core).result()
         torch.set_num_threads(threads)  # this thread's: some of torch's libraries count per process
         return lanes
 
@@ -273,14 +273,6 @@ def settle(dtype: str, device: str, threads: Optional[int]) -> None:
         threads = threads or min(torch.get_num_threads(), processor.cores())
     if threads is not None and threads != torch.get_num_threads():
         torch.set_num_threads(threads)
-
-
-def _take_one_core() -> None:
-    """Restrict this thread to one core; query first, since torch resets a thread's settings on the first query."""
-    import torch
-
-    torch.get_num_threads()
-    torch.set_num_threads(1)
 
 
 def _settle_executor() -> None:
