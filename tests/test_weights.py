@@ -277,7 +277,9 @@ def test_an_artifact_of_a_graph_elsewhere_than_the_cpu_is_loaded_plainly(
 
 LAYER, PACKED = "= aten::linear(", "= mkldnn::_linear_pointwise("
 HALF = "= quantized::linear_dynamic_fp16("
-needs_halves = pytest.mark.skipif(not torch_internals.packs_halves(), reason="no weights in float16 here")
+needs_halves = pytest.mark.skipif(
+    not (packing.possible() and torch_internals.packs_halves()), reason="no weights are packed in float16 here"
+)
 
 
 def graphs_of(engine: Engine) -> str:
@@ -508,6 +510,18 @@ def test_a_checkpoint_of_half_precision_is_packed_in_it(
     run_export(tmp_path / "x", {"model_name": str(half), "task": task, "max_length": 48, "dtype": "float32"})
     graphs = graphs_of(Engine.load(tmp_path / "x"))
     assert graphs.count(HALF) > 4 and LAYER not in graphs and PACKED not in graphs
+
+
+@pytest.mark.skipif(not packing.possible(), reason="nothing is packed here")
+@pytest.mark.parametrize("missing", ["the type", "the operators"])
+def test_without_its_names_halves_are_packed_in_float32(
+    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if missing == "the type":
+        monkeypatch.setattr(torch_internals, "HALF", "__torch__.torch.classes.quantized.Gone")
+    else:
+        monkeypatch.setattr(torch.ops, "quantized", None)
+    packed_alike(torch.nn.Linear(6, 6).half().float(), [torch.rand(5, 6)], tmp_path, layers=1, products=1)
 
 
 @needs_halves

@@ -2,7 +2,7 @@
 checkpoint in half precision, packed in float16 against float32; unpadded tokens, with padding only in attention, against the
 graph as traced; bfloat16's attention in float32 against the traced one; or two archives.
 
-python tests/benchmarks/packing.py --archive NAME.mar --texts FILE [--what weights | halves | tokens | attention]
+python tests/benchmarks/packing.py --archive NAME.mar --texts FILE [--what weights | halves | tokens | attention] [--rounds 3]
 python tests/benchmarks/packing.py --archive NAME.mar --texts FILE --beside OTHER.mar
 """
 

@@ -3,13 +3,13 @@
 The frontend hands over one body, or the named parts of a form, a file upload or a gRPC call (`input={"data": ...}`).
 Bytes are
 
-   1. decompressed by `Content-Encoding` (gzip or deflate; others are refused by name), 2. decoded by their byte-order
-   mark (UTF-8, UTF-16, UTF-32), else by the declared charset, else as UTF-8 (JSON that is valid UTF-8 is read as UTF-8
-   whatever is declared, as in TorchServe itself), 3. parsed by their media type: any name with "json" in it is JSON;
-   jsonlines and ndjson are a list, one JSON value per line; text/csv and text/tab-separated-values are a list, one
-   request per line below a header of field names (a single line that is not a header is a text); any other text/* is a
-   text, even if it looks like JSON; with an unknown type (none, application/octet-stream, ...), a body that begins with
-   {, [ or " is JSON, and any other is a text.
+1. decompressed by `Content-Encoding` (gzip or deflate; others are refused by name),
+2. decoded by their byte-order mark (UTF-8, UTF-16, UTF-32), else by the declared charset, else as UTF-8 (JSON that is
+   valid UTF-8 is read as UTF-8 whatever is declared, as in TorchServe itself),
+3. parsed by their media type: any name with "json" in it is JSON; jsonlines and ndjson are a list, one JSON value per
+   line; text/csv and text/tab-separated-values are a list, one request per line below a header of field names (a single
+   line that is not a header is a text); any other text/* is a text, even if it looks like JSON; with an unknown type
+   (none, application/octet-stream, ...), a body that begins with {, [ or " is JSON, and any other is a text.
 
 The parts `data`, `inputs` and `body` each hold a whole body, parsed by the same rules with the part's own media type; a
 part that comes alone is the body. A part named like a field of the task holds that field's text, or its JSON if the

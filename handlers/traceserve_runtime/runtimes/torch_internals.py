@@ -19,10 +19,9 @@ if TYPE_CHECKING:
     from traceserve_runtime.runtimes.graph import Graph, Traced, ValueType
 
 PRODUCT = "mkldnn::_linear_pointwise"  # rows and a packed weight; since torch 2.0
-HALF = (
-    "__torch__.torch.classes.quantized.LinearPackedParamsBase"  # the type of a weight packed in float16, with its bias
-)
-HALF_PRODUCT = "quantized::linear_dynamic_fp16"  # float32 rows, and such a weight; since torch 1.4
+# Rows in float32, and a weight packed in float16 with its bias, of the type HALF; since torch 1.4.
+HALF_PRODUCT = "quantized::linear_dynamic_fp16"
+HALF = "__torch__.torch.classes.quantized.LinearPackedParamsBase"
 GRAPH_CLASSES = (graphs.Graph, graphs.Block, graphs.Node, graphs.Value, graphs.Use)
 
 
@@ -150,13 +149,17 @@ def reorder(weight: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def packs_halves() -> bool:
-    """Return whether HALF_PRODUCT can be used: FBGEMM, which is for x86. One number is multiplied, as for `packable`."""
+    """Return whether HALF_PRODUCT can be used: FBGEMM, which is for x86. One number is multiplied, as for `packable`.
+
+    Without it, or the name of its weights' type, they are packed in float32.
+    """
     import torch
 
     if not rewrites():
         return False
     number = torch.ones(1, 1)
     try:
+        type_named(HALF)
         product = torch.ops.quantized.linear_dynamic_fp16(number, pack_half(number + 1, number[0]))
     except (AttributeError, RuntimeError, TypeError):
         return False

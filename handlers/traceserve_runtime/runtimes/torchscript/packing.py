@@ -130,13 +130,13 @@ def _pack_entry(
     torch_internals.merge_equal(entry.graph)  # else each layer reads its own cast of the rows
     open_tuples(entry.graph)
     groups = _groups(entry, [layer for layer in layers(entry) if layer.weight.dtype in dtypes])
-    matrices = _matrices(entry.graph)
-    of_vectors = [group[0].rows.debugName() not in matrices for group in groups]
     keys = [tuple(layer.key for layer in group) for group in groups]
     new = {key: group for key, group in zip(keys, groups) if key not in packed}
     packed.update(zip(new, _packed_groups(list(new.values()), halves)))
-    for number, (key, group) in enumerate(zip(keys, groups)):
-        _replace(entry, group, f"packed_{number}", packed[key], of_vectors[number])
+    matrices = _matrices(entry.graph) if any(packed[key].half for key in keys) else set()
+    of_vectors = [group[0].rows.debugName() not in matrices for group in groups]  # before their rows are replaced
+    for number, (group, key, vectors) in enumerate(zip(groups, keys, of_vectors)):
+        _replace(entry, group, f"packed_{number}", packed[key], vectors)
     if any(len(group) > 1 for group in groups):
         _allow_slices(entry.graph)
     return sum(map(len, groups))
