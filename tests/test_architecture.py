@@ -20,7 +20,7 @@ from traceserve.building.config.save_modes import OPTIMIZATIONS, SAVE_MODES
 from traceserve.building.config.setup_config import SetupConfig
 from traceserve.building.gate.loops import FORCED
 from traceserve.building.writers import WRITERS
-from traceserve.building.writers.lowering.precision import PRECISIONS
+from traceserve.building.writers.lowering.precision import PRECISIONS, ROUNDED
 from traceserve.building.writers.neuron.compilers import COMPILERS
 from traceserve.building.writers.onnx.optimization import LEVELS
 from traceserve.building.writers.tracing.loops import GRAPHS
@@ -398,7 +398,9 @@ def test_what_can_be_is_what_is_done() -> None:
         assert set(kind.fails_with) | ({kind.measured_against} - {None}) <= set(SAVE_MODES)
         assert all(set(option.hardware) <= set(kind.hardware) for option in kind.options)
         assert set(kind.refuses) <= set(SetupConfig.model_fields)
+    assert {name for name, dtype in DTYPES.items() if dtype.of_weights} == set(ROUNDED)
     for dtype in DTYPES.values():
+        assert not set(dtype.of_weights) & set(dtype.hardware) and set(dtype.of_weights) <= set(HARDWARE)
         assert set(dtype.by_compiler) | set(dtype.where_native) <= set(dtype.hardware) <= set(HARDWARE)
     assert all(set(library.save_modes or ()) <= set(SAVE_MODES) for library in LIBRARIES.values())
 

@@ -189,7 +189,7 @@ def test_auto_is_float32_on_a_gpu(made: Make) -> None:
     assert [item["dtype"] for item in Manifest.read(made("bert", dtype="auto")).receipt["candidates"]] == ["float32"]
 
 
-@pytest.mark.parametrize("dtype, hardware", [("int8", "gpu"), ("float16", "cpu")])
+@pytest.mark.parametrize("dtype, hardware", [("int8", "gpu"), ("float16", "neuron")])
 def test_dtypes_of_other_hardware_are_refused(dtype: str, hardware: str) -> None:
     with pytest.raises(ConfigError, match=f"not on {hardware}"):
         parse_config({"model_name": "x", "dtype": dtype, "hardware": hardware})

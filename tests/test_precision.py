@@ -152,7 +152,7 @@ def test_answers_in_bfloat16_are_those_of_float32(made: Maker, architecture: str
 def test_what_runs_beside_the_layers_is_float32(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     """An embedding's rows are read in bfloat16, and added in float32."""
     original = load(checkpoint, tmp_path)
-    lowered, *_ = precision.lowered(original, "bfloat16", SENTENCES)
+    lowered, *_ = precision.lowered(original, "bfloat16", SENTENCES, "cpu")
     ids = torch.arange(6)[None]
     with torch.no_grad():
         words = lowered.model.get_input_embeddings()
@@ -173,7 +173,7 @@ def test_the_layers_that_matter_most_can_stay_in_float32(
     with loading.quiet_transformers():
         original = loading.load_original(parsed, sources.fetch_checkpoint(parsed, tmp_path), tmp_path)
     before = {name: tensor.clone() for name, tensor in original.model.state_dict().items()}
-    tried = list(precision.lowered(original, "bfloat16", SENTENCES[:6]))
+    tried = list(precision.lowered(original, "bfloat16", SENTENCES[:6], "cpu"))
     layers = {n for n, module in original.model.named_modules() if isinstance(module, torch.nn.Linear)}
     assert [len(item.kept) for item in tried] == [0, *(round(share * len(layers)) for share in precision.KEPT_SHARES)]
     batches = [original.tokenizer(text, return_tensors="pt") for text in SENTENCES[1:6]]
@@ -239,13 +239,14 @@ def test_the_original_stays_as_it_was(checkpoint: Callable[..., Path], tmp_path:
     original = load(checkpoint, tmp_path)
     before = {name: value.clone() for name, value in original.model.state_dict().items()}
     for dtype in ("bfloat16", "float16", "int8"):
-        lowered = list(precision.lowered(original, dtype, SENTENCES[1:3]))
-        assert lowered and all(item.dtype == dtype and item.model is not original.model for item in lowered)
+        for hardware in ("cpu", "gpu"):
+            lowered = list(precision.lowered(original, dtype, SENTENCES[1:3], hardware))
+            assert lowered and all(item.dtype == dtype and item.model is not original.model for item in lowered)
     after = original.model.state_dict()
     assert list(after) == list(before) and original.dtype == "float32"
     assert all(after[name].dtype == value.dtype and torch.equal(after[name], value) for name, value in before.items())
     assert not any(module._forward_hooks for module in original.model.modules())
-    assert list(precision.lowered(original, "float32", SENTENCES)) == [original]
+    assert list(precision.lowered(original, "float32", SENTENCES, "cpu")) == [original]
 
 
 def load(checkpoint: Callable[..., Path], folder: Path) -> Any:
@@ -429,7 +430,7 @@ def test_a_build_shows_what_it_chose_from(builds: List[Built]) -> None:
 def test_auto_takes_float32_where_the_processor_has_nothing_else(
     checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    claim(monkeypatch, tmp_path, "avx2", "avx512_vnni")
+    claim(monkeypatch, tmp_path, "avx2", "avx512f", "avx512_vnni")
     exported = run_export(tmp_path / "x", content(checkpoint, dtype="auto"))
     assert exported.manifest.dtype == "float32"
     assert [item["dtype"] for item in exported.manifest.receipt["candidates"]] == ["float32"]
@@ -439,11 +440,21 @@ def test_auto_takes_float32_where_the_processor_has_nothing_else(
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
 def test_what_auto_tries(task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only float32 for generated texts: they change at the first near tie."""
-    claim(monkeypatch, tmp_path, "avx512_bf16", "amx_int8")
-    assert dtypes.fastest(task, "cpu") == (("float32",) if task.loop else ("bfloat16", "float32"))
-    claim(monkeypatch, tmp_path, "amx_int8")
-    assert dtypes.fastest(task, "cpu") == ("float32",)
+    """Only float32 for generated texts: they change at the first near tie. Weights in float16 where that is faster."""
+
+    def tried(save_mode: str, *features: str) -> Tuple[str, ...]:
+        claim(monkeypatch, tmp_path, *features)
+        return formats.candidates(save_mode, "cpu", dtypes.AUTO, task)
+
+    x86 = processor.is_x86()
+    for save_mode in ("torchscript", "pretrained"):
+        lower = ("float32",) if task.loop else ("bfloat16", "float32")
+        assert tried(save_mode, "avx2", "avx512_bf16", "amx_int8") == lower
+        assert tried(save_mode, "avx2", "avx512f", "amx_int8") == ("float32",)
+        packed = save_mode == "torchscript" and x86 and not task.loop
+        assert tried(save_mode, "avx2") == (("float16", "float32") if packed else ("float32",))
+        assert formats.candidates(save_mode, "gpu", dtypes.AUTO, task) == ("float32",)
+    assert tried("torchscript") == ("float32",)
 
 
 @pytest.mark.parametrize(
@@ -545,10 +556,18 @@ def test_speeds_are_of_every_artifact(made: Maker) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"dtype": "float16"}, 'dtype is "float16": it runs on gpu, not on cpu; take auto, float32, bfloat16, int8'),
+        (
+            {"dtype": "float16", "save_mode": "pretrained"},
+            'dtype is "float16": it is for save_mode torchscript on cpu; take auto, float32, bfloat16',
+        ),
+        (
+            {"dtype": "float16", "hardware": "neuron"},
+            'dtype is "float16": it runs on gpu, not on neuron; take auto, bfloat16',
+        ),
         (
             {"dtype": "int8", "task": "text_generation"},
-            'dtype is "int8": it is for models that are run once, not for text_generation; take auto, float32, bfloat16',
+            'dtype is "int8": it is for models that are run once, not for text_generation; take auto, float32, bfloat16, '
+            "float16",
         ),
     ],
 )

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import needs_native, run_export
+from conftest import graphs_of, needs_native, packs_halves, run_export
 from traceserve.building import attempt
 from traceserve.building.gate import verification
 from traceserve.building.gate.texts import SENTENCES
@@ -277,15 +277,7 @@ def test_an_artifact_of_a_graph_elsewhere_than_the_cpu_is_loaded_plainly(
 
 LAYER, PACKED = "= aten::linear(", "= mkldnn::_linear_pointwise("
 HALF = "= quantized::linear_dynamic_fp16("
-needs_halves = pytest.mark.skipif(
-    not (packing.possible() and torch_internals.packs_halves()), reason="no weights are packed in float16 here"
-)
-
-
-def graphs_of(engine: Engine) -> str:
-    """Return a runner's graphs as text."""
-    runner: Any = engine.runner
-    return "\n".join(str(entry.inlined_graph) for entry in devices.entries(runner._module))
+needs_halves = pytest.mark.skipif(not packs_halves(), reason="no weights are packed in float16 here")
 
 
 @pytest.mark.parametrize("architecture", ALL)

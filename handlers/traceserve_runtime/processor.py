@@ -50,6 +50,12 @@ def native(dtype: str) -> bool:
     return dtype not in NATIVE or bool(NATIVE[dtype] & features())
 
 
+def halves_are_faster() -> bool:
+    """Return whether products with weights in float16 are faster than float32's, for few rows and many, as measured with
+    AVX2 (docs/measurements.md); it was not measured with AVX-512."""
+    return is_x86() and "avx2" in features() and "avx512f" not in features()
+
+
 def check_dtype(dtype: str) -> None:
     """Raise MissingPackage for a dtype that gives wrong results on this processor; warn if it is only slow."""
     if dtype in ONLY_NATIVE and not native(dtype):

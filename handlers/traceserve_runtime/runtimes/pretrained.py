@@ -224,12 +224,19 @@ def _to_bfloat16(model: PreTrainedModel, kept: Sequence[str]) -> PreTrainedModel
             continue
         if isinstance(module, torch.nn.Embedding):
             module.register_forward_hook(_as_float)
-        elif not isinstance(module, torch.nn.Linear) and type(module).__name__ != "Conv1D":  # GPT-2's
+        elif not is_linear(module):
             continue
         for parameter in module.parameters(recurse=False):
             if id(parameter) not in parameters:
                 parameter.data = parameter.data.to(torch.bfloat16)
     return model
+
+
+def is_linear(module: torch.nn.Module) -> bool:
+    """Return whether a module is a linear layer, of torch or GPT-2's."""
+    import torch
+
+    return isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def _in_float32(forward: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -54,7 +54,7 @@ def _lowered(config: SetupConfig, original: Original, dtype: str, texts: Sequenc
     """Yield the models to write in this dtype, in turn; unchanged if the hardware's compiler converts it."""
     if config.hardware in DTYPES[dtype].by_compiler:
         return [replace(original, dtype=dtype)]
-    return WRITERS[config.save_mode].lowered(original, dtype, texts)
+    return WRITERS[config.save_mode].lowered(original, dtype, texts, config.hardware)
 
 
 def size_of(folder: Path) -> int:

@@ -7,6 +7,7 @@ from typing import Mapping, Optional
 
 from traceserve_runtime.manifest import Manifest
 
+from traceserve.building.config.dtypes import multiplied
 from traceserve.building.products import RECEIPT
 
 DEVICES = {"cpu": "cpu", "gpu": "cuda"}  # torch's names, by hardware; the peak of other chips is not measured
@@ -31,4 +32,5 @@ def arithmetic_of(manifest: Manifest) -> Optional[Arithmetic]:
     counted = manifest.receipt.get(RECEIPT)
     if not isinstance(counted, Mapping) or manifest.hardware not in DEVICES:
         return None
-    return Arithmetic(manifest.dtype, manifest.hardware, int(counted["token"]), int(counted["pair"]))
+    dtype = multiplied(manifest.dtype, manifest.hardware)
+    return Arithmetic(dtype, manifest.hardware, int(counted["token"]), int(counted["pair"]))

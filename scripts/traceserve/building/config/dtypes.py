@@ -15,6 +15,7 @@ class Dtype(NamedTuple):
     """The hardware for a dtype."""
 
     hardware: Tuple[str, ...]
+    of_weights: Tuple[str, ...] = ()  # hardware on which only weights have it, in save modes that read them so
     by_compiler: Tuple[str, ...] = ()  # hardware whose compiler converts a float32 model
     where_native: Tuple[str, ...] = ()  # hardware on which `auto` tries it, if the processor has it natively
     differentiable: bool = True  # whether a model that computes in it has gradients
@@ -23,7 +24,7 @@ class Dtype(NamedTuple):
 DTYPES: Dict[str, Dtype] = {
     "float32": Dtype(("cpu", "gpu")),
     "bfloat16": Dtype(("cpu", "gpu", "neuron", "neuronx"), by_compiler=("neuron", "neuronx"), where_native=("cpu",)),
-    "float16": Dtype(("gpu",)),
+    "float16": Dtype(("gpu",), of_weights=("cpu",)),
     "int8": Dtype(("cpu",), differentiable=False),
 }
 
@@ -31,6 +32,11 @@ DTYPES: Dict[str, Dtype] = {
 def own_dtypes(hardware: str) -> Tuple[str, ...]:
     """Return the dtypes in which this hardware computes any model: its compiler converts to them."""
     return tuple(name for name, item in DTYPES.items() if hardware in item.by_compiler)
+
+
+def multiplied(dtype: str, hardware: str) -> str:
+    """Return the dtype in which this hardware multiplies: float32 where only weights have another."""
+    return "float32" if hardware in DTYPES[dtype].of_weights else dtype
 
 
 def fastest(task: Type[Task], hardware: str) -> Tuple[str, ...]:
@@ -43,6 +49,14 @@ def fastest(task: Type[Task], hardware: str) -> Tuple[str, ...]:
         return ("bfloat16",)
     lower = hardware in DTYPES["bfloat16"].where_native and processor.native("bfloat16") and not task.loop
     return ("bfloat16", "float32") if lower else ("float32",)
+
+
+def fastest_in_torchscript(task: Type[Task], hardware: str) -> Tuple[str, ...]:
+    """Return the same for TorchScript's graphs: weights in float16 where bfloat16 is not native and they are faster. Not for
+    generated texts, as above: most of their checkpoints have such weights already."""
+    tried = fastest(task, hardware)
+    halves = not task.loop and hardware in DTYPES["float16"].of_weights and processor.halves_are_faster()
+    return ("float16", *tried) if len(tried) == 1 and halves else tried
 
 
 def fastest_in_openvino(task: Type[Task], hardware: str) -> Tuple[str, ...]:

@@ -76,11 +76,20 @@ def impossible(save_mode: str, hardware: str, tasks: Sequence[str]) -> Optional[
 
 def _not_so(save_mode: str, hardware: str, dtype: str, tasks: Sequence[str]) -> str:
     """Return why this cannot work in this dtype, for similar tasks."""
-    if hardware not in DTYPES[dtype].hardware:
+    if not _has(save_mode, hardware, dtype):
+        modes = [name for name in SAVE_MODES if _has(name, hardware, dtype)]
+        if modes:
+            return f"it is for save_mode {' or '.join(modes)} on {hardware}"
         return f"it runs on {', '.join(DTYPES[dtype].hardware)}, not on {hardware}"
     if dtype not in SAVE_MODES[save_mode].dtypes:
         return f"save_mode {save_mode} has none"
     return f"it is for models that are run once, not for {', '.join(tasks)}"
+
+
+def _has(save_mode: str, hardware: str, dtype: str) -> bool:
+    """Return whether the hardware computes in this dtype, or the save mode has its weights in it there."""
+    kind = DTYPES[dtype]
+    return hardware in kind.hardware or hardware in kind.of_weights and SAVE_MODES[save_mode].reads_weights
 
 
 def every_format() -> Iterator[Format]:
@@ -107,7 +116,7 @@ def dtypes(save_mode: str, hardware: str, task: Type[Task]) -> List[str]:
     known = kind.loops if task.loop else kind.dtypes
     if impossible(save_mode, hardware, (task.name,)) is not None:
         return []
-    fitting = [name for name in known if hardware in DTYPES[name].hardware]
+    fitting = [name for name in known if _has(save_mode, hardware, name)]
     return [AUTO, *fitting] if fitting else []
 
 

@@ -33,10 +33,10 @@ class SaveMode(NamedTuple):
     """The capabilities of a save mode: `hardware` × `dtypes` × tasks, see `formats`.
 
     `loops`: the dtypes in which it supports models that run token by token; empty if none. `auto(task, hardware)`: the
-    candidates of `"dtype": "auto"`, in order. `fails_with`: the save modes that fail on every model on which this one
-    fails: they record the same graph, or run the same model. `measured_against`: the save mode whose float32 artifact
-    the gate measures beside this one's; none for itself. `refuses`: invalid configuration keys, and why, with
-    alternatives.
+    candidates of `"dtype": "auto"`, in order. `reads_weights`: whether it has the dtypes that only weights have on some
+    hardware. `fails_with`: the save modes that fail on every model on which this one fails: they record the same graph, or
+    run the same model. `measured_against`: the save mode whose float32 artifact the gate measures beside this one's; none
+    for itself. `refuses`: invalid configuration keys, and why, with alternatives.
     """
 
     hardware: Tuple[str, ...]
@@ -44,6 +44,7 @@ class SaveMode(NamedTuple):
     loops: Tuple[str, ...]
     auto: Callable[[Type[Task], str], Tuple[str, ...]]
     options: Tuple[Option, ...] = ()
+    reads_weights: bool = False
     fails_with: Tuple[str, ...] = ()
     measured_against: Optional[str] = None
     refuses: Mapping[str, str] = {}
@@ -125,8 +126,9 @@ SAVE_MODES: Dict[str, SaveMode] = {
         hardware=("cpu", "gpu", *FIXED_SHAPES),
         dtypes=("float32", "bfloat16", "float16", "int8"),
         loops=("float32", "bfloat16", "float16"),
-        auto=dtypes.fastest,
+        auto=dtypes.fastest_in_torchscript,
         options=_OF_COMPILERS,
+        reads_weights=True,
         fails_with=("onnx", "openvino"),  # both trace like torch.jit.trace, once for all shapes
     ),
     "pretrained": SaveMode(

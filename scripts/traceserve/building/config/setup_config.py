@@ -55,8 +55,7 @@ class SetupConfig(BaseModel):
     )
     dtype: Literal[(dtypes.AUTO, *dtypes.DTYPES)] = Field(  # type: ignore[valid-type]  # likewise
         dtypes.AUTO,
-        description="The model's dtype. `auto`: the fastest that this processor supports natively and that passes the "
-        "gate",
+        description="The model's dtype. `auto`: the fastest on this processor that passes the gate, by a rule",
     )
     hardware: Literal[tuple(HARDWARE)] = Field(  # type: ignore[valid-type]  # likewise
         "cpu", description="The hardware that runs the archive; one for `gpu` runs on a CPU too"

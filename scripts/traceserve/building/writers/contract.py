@@ -48,8 +48,8 @@ class Writer(NamedTuple):
     """How a save mode is written; `config.save_modes` has its capabilities.
 
     `write(original, task, shapes, folder, target)` writes `model_file` and the files that it reports; the original is
-    one of those that `lowered(original, dtype, texts)` yields for a dtype, to be tried in turn (`texts` are at most
-    `most_texts` typical inputs). `shapes(config, max_length)`: the shapes to try, widest first. `plainer(manifest,
+    one of those that `lowered(original, dtype, texts, hardware)` yields for a dtype, to be tried in turn (`texts` are
+    at most `most_texts` typical inputs). `shapes(config, max_length)`: the shapes to try, widest first. `plainer(manifest,
     folder, failing)`: the same artifact, changed in its folder, without optional parts that the gate refused; None if
     the files in `failing` have no such parts. `check(dtype, target)` raises ExportError if this machine cannot write
     it, or compare it with the original; `note(target)` names what it lacks for the usual speed, or is empty.
@@ -59,7 +59,7 @@ class Writer(NamedTuple):
 
     write: Callable[[Original, Type[Task], Shapes, Path, Target], Written]
     model_file: str
-    lowered: Callable[[Original, str, Sequence[str]], Iterable[Original]]
+    lowered: Callable[[Original, str, Sequence[str], str], Iterable[Original]]
     shapes: Callable[[SetupConfig, int], Iterable[Shapes]]
     check: Callable[[str, Target], None]
     plainer: Callable[[Manifest, Path, Collection[str]], Optional[Manifest]] = _no_plainer

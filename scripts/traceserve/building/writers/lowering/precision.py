@@ -20,14 +20,16 @@ from typing import (
 
 import torch
 from traceserve_runtime import processor
-from traceserve_runtime.runtimes.pretrained import autocast, lower
+from traceserve_runtime.runtimes.pretrained import autocast, is_linear, lower
 
 from traceserve.building.checkpoints.original import Original
+from traceserve.building.config.dtypes import DTYPES
 from traceserve.building.writers.lowering import int8, sensitivity
 from traceserve.building.writers.lowering.sensitivity import Inputs, Layer
 from traceserve.errors import ExportError
 
-KEPT_SHARES = (0.2, 0.4)  # of the linear layers, left in float32 if bfloat16 changes too many answers otherwise
+KEPT_SHARES = (0.2, 0.4)  # of the linear layers, left in float32 if half precision changes too many answers otherwise
+_ROUNDING = 2.0**-11  # float16's own, relative; weights beyond its range lose more
 
 
 class Precision(NamedTuple):
@@ -50,13 +52,14 @@ def check_processor(dtype: str) -> None:
         PRECISIONS[dtype].check()
 
 
-def lowered(original: Original, dtype: str, texts: Sequence[str]) -> Iterable[Original]:
-    """Yield the original as traced for `dtype` (unchanged for float32); or several, to be tried in turn until one
-    passes.
+def lowered(original: Original, dtype: str, texts: Sequence[str], hardware: str) -> Iterable[Original]:
+    """Yield the original as traced for `dtype` on this hardware (unchanged for float32); or several, to be tried in turn
+    until one passes.
 
     `texts` are typical inputs, for measurements.
     """
-    return PRECISIONS[dtype].lower(original, texts)
+    lower = ROUNDED[dtype] if hardware in DTYPES[dtype].of_weights else PRECISIONS[dtype].lower
+    return lower(original, texts)
 
 
 def tracing(dtype: str) -> ContextManager[object]:
@@ -74,14 +77,50 @@ def _to_float16(original: Original, texts: Sequence[str]) -> Iterable[Original]:
 
 def _to_bfloat16(original: Original, texts: Sequence[str]) -> Iterator[Original]:
     """Yield the original in bfloat16; then leave more and more linear layers, those that affect its output most."""
-    yield _lowered_copy(original, "bfloat16")
+    for kept in _kept(original, texts, sensitivity.Bfloat16Linear):
+        yield _lowered_copy(original, "bfloat16", kept)
+
+
+def _round_to_float16(original: Original, texts: Sequence[str]) -> Iterator[Original]:
+    """Yield the original with its linear layers' weights rounded to float16's numbers, still stored in float32: a worker
+    packs such weights in float16. Layers are left as above, and so are those beyond float16's range."""
+    for kept in _kept(original, texts, _rounded):
+        model = copy.deepcopy(original.model)
+        refused = tuple(_round_weights(model, kept))
+        yield replace(original, model=model, dtype="float16", kept=(*kept, *refused))
+
+
+def _kept(original: Original, texts: Sequence[str], change: Layer) -> Iterator[Tuple[str, ...]]:
+    """Yield the names of the linear layers to leave: none, and then more and more, those whose `change` affects the
+    original's output most."""
+    yield ()
     model = original.model
     layers = {} if getattr(model, "can_generate", bool)() else sensitivity.linears(model)
     if not layers:
         return
-    found = sensitivity.measure_layers(model, layers, inputs_of(original, texts), sensitivity.Bfloat16Linear)
+    found = sensitivity.measure_layers(model, layers, inputs_of(original, texts), change)
     for share in KEPT_SHARES:
-        yield _lowered_copy(original, "bfloat16", found.most(share))
+        yield found.most(share)
+
+
+def _round_weights(model: torch.nn.Module, kept: Sequence[str]) -> Iterator[str]:
+    """Round the weights of a model's linear layers, but for those `kept`; yields the names of those that float16 cannot
+    have."""
+    left = {id(model.get_submodule(name).weight) for name in kept}  # an embedding or another layer may share one
+    for name, module in model.named_modules():
+        if is_linear(module) and id(module.weight) not in left:
+            weight = module.weight.data
+            rounded = weight.half().float()
+            if (rounded - weight).norm() <= _ROUNDING * weight.norm():
+                module.weight.data = rounded
+            else:
+                yield name
+
+
+def _rounded(linear: torch.nn.Linear, largest: torch.Tensor) -> torch.nn.Module:
+    changed = copy.deepcopy(linear)
+    changed.weight.data = changed.weight.data.half().float()
+    return changed
 
 
 def _lowered_copy(original: Original, dtype: str, kept: Tuple[str, ...] = ()) -> Original:
@@ -113,3 +152,5 @@ PRECISIONS: Dict[str, Precision] = {
     "float16": Precision(_to_float16, contextlib.nullcontext),
     "int8": Precision(to_int8, contextlib.nullcontext, int8.check_int8),
 }
+# Of the dtypes that only weights have on some hardware.
+ROUNDED: Dict[str, Callable[[Original, Sequence[str]], Iterable[Original]]] = {"float16": _round_to_float16}

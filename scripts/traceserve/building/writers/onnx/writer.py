@@ -41,10 +41,10 @@ def check(dtype: str, target: Target) -> None:
         )
 
 
-def lowered(original: Original, dtype: str, texts: Sequence[str]) -> Iterable[Original]:
+def lowered(original: Original, dtype: str, texts: Sequence[str], hardware: str) -> Iterable[Original]:
     """Return the original; for int8 one with smoothed layers to quantize."""
     if dtype != "int8":
-        return precision.lowered(original, dtype, texts)
+        return precision.lowered(original, dtype, texts, hardware)
     return precision.to_int8(original, texts, layer=SmoothedLinear, measured=RoundedLinear)
 
 

@@ -50,7 +50,7 @@ def check(dtype: str, target: Target) -> None:
         )
 
 
-def lowered(original: Original, dtype: str, texts: Sequence[str]) -> Iterable[Original]:
+def lowered(original: Original, dtype: str, texts: Sequence[str], hardware: str) -> Iterable[Original]:
     """Return the original: OpenVINO lowers its precision itself, for bfloat16 when it loads the model; for int8 several
     times, with more and more layers to leave."""
     if dtype == int8.DTYPE:
