@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any, Callable, Dict, Set
 
 import pytest
 import torch
+import transformers
 from conftest import graphs_of, packs_halves, run_export
 from traceserve.building.checkpoints import loading, sources
 from traceserve.building.checkpoints.original import Original
@@ -174,12 +176,29 @@ def test_its_products_are_float32s(checkpoint: Callable[..., Path], tmp_path: Pa
     assert told is not None and told.dtype == "float32" and told.token > 0
 
 
-def test_auto_takes_it_where_it_is_faster(
-    checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the processor be one on which `auto` tries it."""
     monkeypatch.setattr(processor, "native", lambda dtype: dtype not in processor.NATIVE)
     monkeypatch.setattr(processor, "halves_are_faster", lambda: True)
+
+
+def test_auto_takes_it_where_it_is_faster(checkpoint: Callable[..., Path], tmp_path: Path, faster: None) -> None:
     exported = run_export(tmp_path / "x", configured(checkpoint, dtype="auto"))
     assert exported.manifest.dtype == "float16"
     assert [item["dtype"] for item in exported.manifest.receipt["candidates"]] == ["float16", "float32"]
     assert all(candidate.speed for candidate in exported.candidates)
+
+
+def test_auto_leaves_weights_that_are_so_already(checkpoint: Callable[..., Path], tmp_path: Path, faster: None) -> None:
+    """They are packed in float16 in a float32 archive too, whose gate is strict."""
+    content = configured(checkpoint, dtype="auto")
+    half = shutil.copytree(content["model_name"], tmp_path / "half")
+    kind = getattr(transformers, TASKS["sequence_classification"].auto_model)
+    kind.from_pretrained(half).half().save_pretrained(half)
+    exported = run_export(tmp_path / "x", {**content, "model_name": str(half)})
+    assert exported.manifest.dtype == "float32"
+    assert [item["dtype"] for item in exported.manifest.receipt["candidates"]] == ["float32"]
+    assert (
+        run_export(tmp_path / "y", {**content, "model_name": str(half), "dtype": "float16"}).manifest.dtype == "float16"
+    )

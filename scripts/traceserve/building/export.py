@@ -27,6 +27,7 @@ from traceserve.building.products import RECEIPT as PRODUCTS
 from traceserve.building.products import count_products
 from traceserve.building.progress import Progress
 from traceserve.building.writers import WRITERS
+from traceserve.building.writers.lowering import precision
 from traceserve.errors import ExportError
 from traceserve.machine import neuron_cores
 
@@ -105,6 +106,8 @@ def _export(
     explaining.check_embedding_name(config, original)
     attempt = Attempt(config, checkpoint.source(config), reference, name, own_samples, progress)
     dtypes = formats.candidates(config.save_mode, config.hardware, config.dtype, task)
+    if len(dtypes) > 1:
+        dtypes = tuple(dtype for dtype in dtypes if precision.changes(original, dtype, config.hardware))
     with tempfile.TemporaryDirectory(prefix=".candidates.", dir=folder.parent) as scratch:
         made: List[AcceptedArtifact] = []
         tried: List[Candidate] = []

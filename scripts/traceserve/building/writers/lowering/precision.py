@@ -21,6 +21,7 @@ from typing import (
 import torch
 from traceserve_runtime import processor
 from traceserve_runtime.runtimes.pretrained import autocast, is_linear, lower
+from traceserve_runtime.runtimes.torchscript import packing
 
 from traceserve.building.checkpoints.original import Original
 from traceserve.building.config.dtypes import DTYPES
@@ -60,6 +61,14 @@ def lowered(original: Original, dtype: str, texts: Sequence[str], hardware: str)
     """
     lower = ROUNDED[dtype] if hardware in DTYPES[dtype].of_weights else PRECISIONS[dtype].lower
     return lower(original, texts)
+
+
+def changes(original: Original, dtype: str, hardware: str) -> bool:
+    """Return whether a dtype that only weights have on this hardware changes any: a worker packs those that it does not
+    change as it packs these. Other dtypes always do."""
+    if hardware not in DTYPES[dtype].of_weights:
+        return True
+    return not all(packing.is_half(weight.data) for _, weight in _weights(original.model))
 
 
 def tracing(dtype: str) -> ContextManager[object]:
@@ -107,14 +116,20 @@ def _round_weights(model: torch.nn.Module, kept: Sequence[str]) -> Iterator[str]
     """Round the weights of a model's linear layers, but for those `kept`; yields the names of those that float16 cannot
     have."""
     left = {id(model.get_submodule(name).weight) for name in kept}  # an embedding or another layer may share one
-    for name, module in model.named_modules():
-        if is_linear(module) and id(module.weight) not in left:
-            weight = module.weight.data
-            rounded = weight.half().float()
+    for name, weight in _weights(model):
+        if id(weight) not in left:
+            rounded = weight.data.half().float()
             if (rounded - weight).norm() <= _ROUNDING * weight.norm():
-                module.weight.data = rounded
+                weight.data = rounded
             else:
                 yield name
+
+
+def _weights(model: torch.nn.Module) -> Iterator[Tuple[str, torch.nn.Parameter]]:
+    """Yield the weights of a model's linear layers, with the layers' names."""
+    for name, module in model.named_modules():
+        if is_linear(module):
+            yield name, module.get_parameter("weight")
 
 
 def _rounded(linear: torch.nn.Linear, largest: torch.Tensor) -> torch.nn.Module:
