@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -368,25 +369,20 @@ def builds(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
 def test_auto_tries_what_the_processor_does_and_takes_the_first_that_passes(builds: List[Built]) -> None:
     manifest = builds[0].manifest
     assert manifest.dtype == "bfloat16" and manifest.receipt["passed"]
-    first, second = manifest.receipt["candidates"]
+    [only] = manifest.receipt["candidates"]
     keys = "dtype passed answers answers_changed own_answers own_answers_changed largest_difference refused"
-    assert set(first) == set(second) == set(keys.split())
-    assert (first["dtype"], second["dtype"]) == ("bfloat16", "float32")
-    assert first["passed"] and second["passed"] and first["refused"] == second["refused"] == ""
-    assert first["answers"] > 512 > second["answers"] > 25
-    assert first["answers_changed"] == manifest.receipt["answers_changed"] and second["answers_changed"] == 0
-    assert first["largest_difference"] > 1e-3 > second["largest_difference"] > 0
+    assert set(only) == set(keys.split())
+    assert only["dtype"] == "bfloat16" and only["passed"] and only["refused"] == ""
+    assert only["answers"] > 512 and only["answers_changed"] == manifest.receipt["answers_changed"]
+    assert only["largest_difference"] > 1e-3
 
 
 def test_auto_builds_the_same_bytes_each_time(builds: List[Built]) -> None:
-    """Although it measures speeds, which differ."""
     one, other = builds
     assert {path.name for path in one.artifact.iterdir()} == {path.name for path in other.artifact.iterdir()}
     for path in [*one.artifact.iterdir(), one.store / "x.mar"]:
         again = (other.store if path.suffix == ".mar" else other.artifact) / path.name
         assert path.read_bytes() == again.read_bytes(), path.name
-    measured = [item["requests_per_second"] for built in builds for item in built.report["candidates"]]
-    assert len(set(measured)) == 4
 
 
 def test_auto_leaves_nothing_but_what_the_manifest_names(builds: List[Built]) -> None:
@@ -400,13 +396,11 @@ def test_the_report_beside_the_archive_tells_what_was_measured(builds: List[Buil
     built = builds[0]
     report = built.report
     assert report["chosen"] == "bfloat16" and report["name"] == "x"
-    lower, exact = report["candidates"]
-    assert (lower["dtype"], exact["dtype"]) == ("bfloat16", "float32")
-    assert lower["requests_per_second"] > 0 and exact["requests_per_second"] > 0
+    [lower] = report["candidates"]
+    assert lower["dtype"] == "bfloat16" and lower["requests_per_second"] is None
     files = set(built.manifest.files) - {GOLDEN_FILE}  # written after the candidates were compared
     named = sum((built.artifact / name).stat().st_size for name in files)
     assert named < lower["bytes"] < named + 20_000  # including its manifest
-    assert lower["bytes"] < exact["bytes"]
     told = json.loads((built.artifact / "traceserve.json").read_text())
     del told["receipt"]["golden"]  # the same in each build
     assert not {"requests_per_second", "date", "bytes", "threads"} & set(walk(told))
@@ -421,9 +415,9 @@ def walk(document: Any) -> Iterator[str]:
         yield from walk(value)
 
 
-def test_a_build_shows_what_it_chose_from(builds: List[Built]) -> None:
+def test_a_build_shows_what_it_took(builds: List[Built]) -> None:
     said = " ".join(builds[0].said.replace("\n", " ").split())
-    for shown in ("requests/s", "taken", "passed", "--samples FILE with 334 or more of your own", "x.report.json"):
+    for shown in ("bfloat16", "--samples FILE with 334 or more of your own", "x.report.json"):
         assert shown in said, said
 
 
@@ -434,8 +428,6 @@ def test_auto_takes_float32_where_the_processor_has_nothing_else(
     exported = run_export(tmp_path / "x", content(checkpoint, dtype="auto"))
     assert exported.manifest.dtype == "float32"
     assert [item["dtype"] for item in exported.manifest.receipt["candidates"]] == ["float32"]
-    [only] = exported.candidates
-    assert only.speed is None  # there was no choice
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
@@ -476,7 +468,7 @@ def test_a_bfloat16_that_fails_falls_back_and_says_why(
     tried: List[Tuple[str, Any]] = []
     monkeypatch.setitem(WRITERS, "torchscript", failing((), tried))
     config = content(checkpoint, dtype="auto", sequence_lengths="fixed")
-    exported = run_export(tmp_path / "x", config)
+    run_export(tmp_path / "x", config)
     # Narrower shapes are not tried if answers change.
     lowered = 1 + len(precision.KEPT_SHARES)
     assert [dtype for dtype, _ in tried] == ["bfloat16"] * lowered * (1 if wrong == "answers" else 3) + ["float32"]
@@ -491,7 +483,6 @@ def test_a_bfloat16_that_fails_falls_back_and_says_why(
     assert {path.name for path in (tmp_path / "x").iterdir()} == {"traceserve.json", *manifest.files}
     traced: Any = torch.jit.load(tmp_path / "x" / "traced_model.pt")  # type: ignore[no-untyped-call]
     assert {parameter.dtype for parameter in traced.parameters()} == {torch.float32}
-    assert [item.speed for item in exported.candidates] == [None, None]
     assert Engine.load(tmp_path / "x").answer([Request({"text": "hello"})])
 
 
@@ -508,12 +499,21 @@ def failing(dtypes: Tuple[str, ...], tried: List[Tuple[str, Any]]) -> Any:
 
 
 def test_a_dtype_that_cannot_be_written_is_passed_over(
-    checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """And a build shows both."""
     claim(monkeypatch, tmp_path, "bf16")
     tried: List[Tuple[str, Any]] = []
     monkeypatch.setitem(WRITERS, "torchscript", failing(("bfloat16",), tried))
-    manifest = run_export(tmp_path / "x", content(checkpoint, dtype="auto")).manifest
+    monkeypatch.chdir(tmp_path)
+    Path("setup_config.json").write_text(json.dumps(content(checkpoint, dtype="auto")))
+    assert cli.main(["export", "--output", "x"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"bfloat16 .* refused", said) and re.search(r"float32 .* taken", said), said
+    manifest = Manifest.read(tmp_path / "x")
     assert manifest.dtype == "float32"
     lower, exact = manifest.receipt["candidates"]
     assert (lower["passed"], lower["answers"], lower["largest_difference"]) == (False, 0, None)

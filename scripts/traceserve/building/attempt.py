@@ -21,7 +21,7 @@ from traceserve.building.config.dtypes import DTYPES
 from traceserve.building.config.hardware import FIXED_SHAPES
 from traceserve.building.config.save_modes import SAVE_MODES
 from traceserve.building.config.setup_config import SetupConfig
-from traceserve.building.exported import Candidate, Compared
+from traceserve.building.exported import Compared
 from traceserve.building.gate.corpus import sentences
 from traceserve.building.gate.findings import DriftError, Findings
 from traceserve.building.gate.reference import Reference
@@ -117,36 +117,22 @@ class Attempt:
             raise DriftError(_drift(dtype, shapes, original) + advice, findings)
         raise refused[0]
 
-    def race(
-        self, made: Sequence[AcceptedArtifact], tried: List[Candidate], scratch: Path
-    ) -> Tuple[List[Candidate], Optional[Compared]]:
-        """Return the candidates, with speeds if there is something to compare; and the artifact they were compared
-        with."""
-        other = self._other(made[0].manifest.shapes, scratch)
-        folders = {item.manifest.dtype: item.folder for item in made}
-        if len(made) < 2 and other is None:
-            return tried, None
-        requests = _speed_requests(made[0], self.own_samples)
-        speeds = measure_speeds({**folders, **({"": other} if other else {})}, requests, self.progress)
-        compared = None
-        if other is not None:
-            compared = Compared(Manifest.read(other, verify=False).save_mode, speeds.pop(""), size_of(other))
-        return [replace(candidate, speed=speeds.get(candidate.dtype)) for candidate in tried], compared
-
-    def _other(self, shapes: Shapes, scratch: Path) -> Optional[Path]:
-        """Return the float32 artifact that this save mode is measured against, unverified; None if it cannot be
-        written."""
+    def compared(self, made: AcceptedArtifact, scratch: Path) -> Optional[Compared]:
+        """Return the speeds of an artifact and of the float32 one that its save mode is measured against, which is not
+        verified; None if there is none, or it cannot be written."""
         save_mode = SAVE_MODES[self.config.save_mode].measured_against
         if save_mode is None:
             return None
         config = self.config.model_copy(update={"save_mode": save_mode, "options": {}})
-        folder = scratch / "compared"
-        folder.mkdir()
+        other = scratch / "compared"
+        other.mkdir()
         try:
-            replace(self, config=config)._write(self.reference.original, shapes, folder)
+            replace(self, config=config)._write(self.reference.original, made.manifest.shapes, other)
         except ExportError:
             return None
-        return folder
+        folders = {"": made.folder, save_mode: other}
+        speeds = measure_speeds(folders, _speed_requests(made, self.own_samples), self.progress)
+        return Compared(save_mode, speeds[save_mode], size_of(other), speeds[""])
 
     def _ways(
         self, lowered: Original, drifted: Sequence[Tuple[Findings, Original, Shapes]]

@@ -13,7 +13,7 @@ from typing import Iterator, List, Optional
 from traceserve_runtime.tasks import TASKS
 
 from traceserve.building import artifact, explaining, samples
-from traceserve.building.attempt import AcceptedArtifact, Attempt, size_of
+from traceserve.building.attempt import Attempt, size_of
 from traceserve.building.checkpoints import licenses, loading, sources
 from traceserve.building.config import choosing, formats
 from traceserve.building.config.dtypes import AUTO
@@ -109,22 +109,21 @@ def _export(
     if len(dtypes) > 1:
         dtypes = tuple(dtype for dtype in dtypes if precision.changes(original, dtype, config.hardware))
     with tempfile.TemporaryDirectory(prefix=".candidates.", dir=folder.parent) as scratch:
-        made: List[AcceptedArtifact] = []
         tried: List[Candidate] = []
         for dtype in dtypes:
             place = Path(scratch, dtype) if len(dtypes) > 1 else folder
             place.mkdir(exist_ok=True)
             try:
                 last = allow_drift and dtype == dtypes[-1]
-                made.append(replace(attempt, allow_drift=last).make(dtype, place))
+                chosen = replace(attempt, allow_drift=last).make(dtype, place)
             except ExportError as error:
-                if dtype == dtypes[-1] and not made:
+                if dtype == dtypes[-1]:
                     raise
                 tried.append(Candidate(dtype, getattr(error, "findings", None), error.message))
             else:
-                tried.append(Candidate(dtype, made[-1].findings, size=size_of(place)))
-        tried, compared = (tried, None) if shared else attempt.race(made, tried, Path(scratch))
-        chosen = made[0]
+                tried.append(Candidate(dtype, chosen.findings, size=size_of(place)))
+                break
+        compared = None if shared else attempt.compared(chosen, Path(scratch))
         if chosen.folder != folder:
             for file in chosen.folder.iterdir():
                 os.replace(file, folder / file.name)

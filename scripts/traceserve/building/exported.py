@@ -19,7 +19,6 @@ class Candidate:
     dtype: str
     findings: Optional[Findings]
     refused: str = ""
-    speed: Optional[float] = None  # requests/s here, of those that passed; None if there was no choice
     size: int = 0  # of the artifact, in bytes
 
     def receipt(self) -> Dict[str, object]:
@@ -40,11 +39,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Compared:
-    """The float32 artifact of another save mode, whose speed is compared with the candidates'."""
+    """The float32 artifact of another save mode, whose speed is compared with the one that was taken."""
 
     save_mode: str
     speed: float  # requests/s here
     size: int  # in bytes
+    own_speed: float  # of the one that was taken, requests/s here
 
     def report(self) -> Dict[str, object]:
         """Return it in the candidates' format."""
@@ -65,6 +65,11 @@ class Exported:
     golden_p50: Optional[float] = None  # milliseconds, of the golden set's requests in this process
     save_mode_because: str = ""  # why `auto` took the save mode; empty if configured
 
+    def speed_of(self, candidate: Candidate) -> Optional[float]:
+        """Return the requests/s here of the one that was taken, if it was compared with another save mode."""
+        taken = candidate.dtype == self.manifest.dtype
+        return self.compared.own_speed if self.compared and taken else None
+
     def report(self) -> Dict[str, object]:
         """Return the measurements; they differ from run to run, so they are stored beside the artifact, not in it."""
         return {
@@ -76,7 +81,7 @@ class Exported:
             "chosen": self.manifest.dtype,
             "golden_p50_ms": self.golden_p50,
             "candidates": [
-                {**candidate.receipt(), "requests_per_second": candidate.speed, "bytes": candidate.size}
+                {**candidate.receipt(), "requests_per_second": self.speed_of(candidate), "bytes": candidate.size}
                 for candidate in self.candidates
             ],
             "compared_with": self.compared.report() if self.compared else None,

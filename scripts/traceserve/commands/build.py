@@ -182,6 +182,12 @@ def _print_exported(exported: Exported, path: Path, seconds: float) -> None:
     _print_variants(findings)
     if len(exported.candidates) > 1 or exported.compared:
         _print_candidates(exported)
+    if findings.limit.changed and not findings.own_decide:
+        enough = "334 or more tokens to write" if findings.along is not None else "334 or more of your own"
+        console().print(
+            f"judged on built-in texts; --samples FILE with {enough} judges on these, more strictly",
+            highlight=False,
+        )
     if not findings.passed:
         console(error=True).print("[yellow]warning:[/] the gate did not pass; --allow-drift exported it anyway")
         print_findings(findings)
@@ -277,34 +283,26 @@ def _tokens(counts: TokenCounts) -> str:
 
 
 def _print_candidates(exported: Exported) -> None:
-    """Print the candidates, and why one was chosen."""
+    """Print the candidates that were tried, and the speed of the one that was taken beside another save mode's."""
     from rich.table import Table
 
     compared = exported.compared
-    times = ["ratio"] if compared else []  # ratios of the speeds
-    table = Table("dtype", "answers changed", "largest difference", "requests/s here", *times, "size", "")
+    speeds = ["requests/s here", "ratio"] if compared else []
+    table = Table("dtype", "answers changed", "largest difference", *speeds, "size", "")
     for candidate in exported.candidates:
-        found, speed = candidate.findings, candidate.speed
+        found, speed = candidate.findings, exported.speed_of(candidate)
         taken = candidate.dtype == exported.manifest.dtype
         table.add_row(
             candidate.dtype,
             _changed(found) if found else "",
             f"{found.largest_difference:.1e}" if found else "",
-            f"{speed:,.0f}" if speed else "",
-            *([f"{speed / compared.speed:.2f}" if speed else ""] if compared else []),
+            *([f"{speed:,.0f}", f"{speed / compared.speed:.2f}"] if compared and speed else [""] * len(speeds)),
             megabytes(candidate.size) if candidate.size else "",
-            "taken" if taken else "refused" if candidate.refused else "passed",
+            "taken" if taken else "refused",
         )
     if compared:
         table.add_row("float32", "", "", f"{compared.speed:,.0f}", "1.00", megabytes(compared.size), compared.save_mode)
     console().print(table, highlight=False)
-    chosen = next(item for item in exported.candidates if item.dtype == exported.manifest.dtype)
-    if chosen.findings and chosen.findings.limit.changed and not chosen.findings.own_decide:
-        enough = "334 or more tokens to write" if chosen.findings.along is not None else "334 or more of your own"
-        console().print(
-            f"judged on built-in texts; --samples FILE with {enough} judges on these, more strictly",
-            highlight=False,
-        )
 
 
 COMMANDS = (
