@@ -75,9 +75,9 @@ def _repetition(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int]
 
 def _ngrams(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: GenerationSettings) -> None:
     size = settings.no_repeat_ngram_size
-    whole = [*prompt, *tokens]
-    if not 0 < size <= len(whole) + 1:
+    if not 0 < size <= len(prompt) + len(tokens) + 1:
         return
+    whole = [*prompt, *tokens]
     last = tuple(whole[len(whole) - size + 1 :])
     for i in range(len(whole) - size + 1):
         if tuple(whole[i : i + size - 1]) == last:
@@ -88,9 +88,9 @@ def _source_ngrams(
     scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: GenerationSettings
 ) -> None:
     size = settings.source_ngram_size
-    whole = [*prompt, *tokens]
-    if not 0 < size <= len(whole) + 1:
+    if not 0 < size <= len(prompt) + len(tokens) + 1:
         return
+    whole = [*prompt, *tokens]
     last = tuple(whole[len(whole) - size + 1 :])
     for i in range(len(settings.source) - size + 1):
         if settings.source[i : i + size - 1] == last:
@@ -98,6 +98,8 @@ def _source_ngrams(
 
 
 def _bad_words(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: GenerationSettings) -> None:
+    if not settings.bad_words_ids:
+        return
     whole = [*prompt, *tokens]
     for word in settings.bad_words_ids:
         if len(word) == 1 or whole[len(whole) - len(word) + 1 :] == list(word[:-1]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Callable, ClassVar, Dict, List, Optional, Sequence, Union
+from typing import Callable, ClassVar, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -28,6 +28,7 @@ from traceserve_runtime.tasks.contract import (
 )
 from traceserve_runtime.tasks.parameters import Output, strings
 from traceserve_runtime.texts.rows import Encoded, Row
+from traceserve_runtime.texts.written_text import WrittenText
 
 # Settings of transformers with another name here.
 _PARAMETERS_OF = {"stop_strings": "stop"}
@@ -180,7 +181,11 @@ class Generating(Task):
     def _search(self, job: Job) -> Search:
         prompt = self.prompt(job.row)
         settings = self.settings(job.request, job.row, prompt)
-        return search_for(prompt, settings, self._ends(job.request, prompt), self._told(job))
+        # Beams are several sequences, of which any may come next.
+        text_of: Callable[[List[int]], str] = self.text
+        if settings.num_beams == 1:
+            text_of = WrittenText(self.text, self.tokenizer.decodes_locally).of
+        return search_for(prompt, settings, self._ends(job.request, prompt, text_of), self._told(job, text_of))
 
     def written(self, member: Member) -> Arrays:
         """Return the row's new tokens, int64 of shape (tokens), and their log-probabilities if kept."""
@@ -200,39 +205,41 @@ class Generating(Task):
             special = bool(text) and not self.tokenizer.decode([number], skip_special_tokens=True)
             return {"id": number, "text": text, "logprob": logarithm, "special": special}
 
-        texts = self._texts(ids)
+        top_ids = output["top_ids"].tolist() if "top_ids" in output else [[] for _ in ids]
+        texts, top_texts = self._texts(ids, top_ids)
         tokens = [token(*each) for each in zip(ids, output["logarithms"].tolist(), texts)]
         found.update(seed=self.parameter(request, "seed"), prefill=[], tokens=tokens)
         if "top_ids" in output:
             found["top_tokens"] = [
-                [
-                    token(i, value, self._added([*ids[:place], i], "".join(texts[:place]), True))
-                    for i, value in zip(*top)
-                ]
-                for place, top in enumerate(zip(output["top_ids"].tolist(), output["top_logarithms"].tolist()))
+                [token(*each) for each in zip(*top)]
+                for top in zip(top_ids, output["top_logarithms"].tolist(), top_texts)
             ]
         return found
 
     def _finish_reason(self, request: Request, row: Row, ids: Sequence[int]) -> str:
         if ids and ids[-1] in self.manifest.facts["eos_ids"]:
             return "eos_token"
-        ends = self._ends(request, self.prompt(row))
+        ends = self._ends(request, self.prompt(row), self.text)
         return "stop_sequence" if ends is not None and ends(list(ids)) else "length"
 
-    def _texts(self, ids: Sequence[int]) -> List[str]:
-        """Return the text that each token adds; special ones as written."""
-        texts, before = [], ""
-        for count in range(1, len(ids) + 1):
-            texts.append(self._added(ids[:count], before, count == len(ids)))
+    def _texts(self, ids: List[int], others: Sequence[Sequence[int]]) -> Tuple[List[str], List[List[str]]]:
+        """Return the text that each token adds, without partial characters, special ones as written; and the text that each
+        of `others`, tokens at the same positions, would add."""
+        decode = partial(self.tokenizer.decode, skip_special_tokens=False, raw=True)
+        written = WrittenText(decode, self.tokenizer.decodes_locally)
+        texts: List[str] = []
+        of_others: List[List[str]] = []
+        before = ""
+        for i, instead in enumerate(others):
+            of_others.append([written.possible([*ids[:i], other])[len(before) :] for other in instead])
+            after = written.of(ids[: i + 1])
+            texts.append((after if i + 1 == len(ids) else after.rstrip("\ufffd"))[len(before) :])
             before += texts[-1]
-        return texts
+        return texts, of_others
 
-    def _added(self, ids: Sequence[int], before: str, last: bool) -> str:
-        """Return the text that the last of these tokens adds to those before it, without partial characters."""
-        after = self.tokenizer.decode(ids, skip_special_tokens=False, raw=True)
-        return (after if last else after.rstrip("\ufffd"))[len(before) :]
-
-    def _ends(self, request: Request, prompt: Sequence[int]) -> Optional[Callable[[List[int]], bool]]:
+    def _ends(
+        self, request: Request, prompt: Sequence[int], text_of: Callable[[List[int]], str]
+    ) -> Optional[Callable[[List[int]], bool]]:
         """Return a test for stop strings in new tokens, which may begin in the prompt; None without stop strings."""
         stops = self.parameter(request, "stop")
         if stops is None:
@@ -241,12 +248,14 @@ class Generating(Task):
         before = self.text_before(prompt)
 
         def ends(tokens: List[int]) -> bool:
-            text = self.text(tokens)
+            text = text_of(tokens)
             return any(stop in (before + text)[max(0, len(before) - len(stop) + 1) :] for stop in wanted)
 
         return ends
 
-    def _told(self, job: Job) -> Optional[Callable[[List[int], Sequence[Likelihood]], None]]:
+    def _told(
+        self, job: Job, text_of: Callable[[List[int]], str]
+    ) -> Optional[Callable[[List[int], Sequence[Likelihood]], None]]:
         """Return the callback that streams a row's growing text; None if nobody asked for it."""
         emit = job.emit
         if emit is None or not self.streams(job.request):
@@ -254,7 +263,7 @@ class Generating(Task):
         send = emit
 
         def tell(tokens: List[int], likelihoods: Sequence[Likelihood]) -> None:
-            text = self._settled(self.text(tokens))
+            text = self._settled(text_of(tokens))
             if likelihoods:
                 send(text, [WrittenToken(token, each.taken) for token, each in zip(tokens, likelihoods)])
             else:

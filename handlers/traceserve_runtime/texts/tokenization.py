@@ -6,10 +6,11 @@ and truncation are disabled: the caller does both.
 
 from __future__ import annotations
 
+import json
 import math
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, List, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Any, Callable, List, Optional, Sequence, Tuple, Union
 
 from tokenizers import Encoding, Tokenizer
 from tokenizers.processors import ByteLevel
@@ -22,9 +23,18 @@ from traceserve_runtime.texts.pieces import PieceTokenizer
 from traceserve_runtime.texts.probing import Sized
 from traceserve_runtime.texts.rows import Encoded, Row, Segments
 
+if TYPE_CHECKING:
+    from tokenizers.decoders import Decoder
+
 LONG_INPUTS = ("window", "truncate", "reject")
 _SPACES_TO_CLEAN = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 _CHARACTERS_OF_PROSE = 4  # per token
+_LOCAL_DECODERS = (
+    ("ByteLevel",),
+    ("Metaspace",),
+    ("Replace", "ByteFallback", "Fuse"),
+    ("Replace", "ByteFallback", "Fuse", "Strip"),
+)
 
 Bare = Tuple[Encoding, Optional[Encoding]]  # a text and its pair, without special tokens
 
@@ -45,6 +55,8 @@ class TextTokenizer:
         self._tokenizer.no_padding()
         self._side = facts.truncation_side
         self._clean_up = facts.clean_up
+        # Whether a token's text depends on the tokens beside it alone; False where that is not known.
+        self.decodes_locally = not facts.clean_up and _names_of(self._tokenizer.decoder) in _LOCAL_DECODERS
         self._embeddings = facts.embeddings
         self._max_length = max_length
         self._max_rows = max_rows
@@ -317,3 +329,13 @@ def clean_up(text: str) -> str:
     for written in _SPACES_TO_CLEAN:
         text = text.replace(written, written.strip())
     return text
+
+
+def _names_of(decoder: Optional[Decoder]) -> Tuple[str, ...]:
+    """Return the names of the parts of a decoder, in order; none if this version of tokenizers does not tell them."""
+    try:
+        told: Any = decoder.__getstate__()
+        state = json.loads(told)
+    except (AttributeError, TypeError, ValueError):
+        return ()
+    return tuple(part["type"] for part in state.get("decoders", [state]))

@@ -1,0 +1,55 @@
+"""The text of tokens that are written one after another: only the last ones are decoded each time."""
+
+from __future__ import annotations
+
+from typing import Callable, List, Sequence
+
+_AGAIN = 8  # tokens before the new ones that are decoded with them: some are spelled by those beside them
+_MOST = 24  # tokens that are decoded at a time, unless a character is incomplete for longer
+_BYTES = 4  # the most of a character: each may be a token
+_INCOMPLETE = "\ufffd"  # decoders write it for bytes that are no character yet
+
+
+class WrittenText:
+    """The text of one growing sequence of tokens, equal to `decode` of all of them.
+
+    Decoding all for every token takes as long as the text is: half a millisecond for 2,000 tokens. `locally`: whether a
+    token's text depends on its neighbours alone (`TextTokenizer.decodes_locally`); others are decoded whole.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], locally: bool) -> None:
+        self._decode = decode
+        self._locally = locally
+        self._begin = 0  # of the tokens that are decoded again
+        self._before = ""  # their text, when all before them was complete
+        self._complete = ""  # the text at that time
+        self._length, self._text = 0, ""  # the last call's
+
+    def of(self, tokens: List[int]) -> str:
+        """Return the text of these tokens, of which the last call's are the first."""
+        if len(tokens) != self._length:
+            self._length, self._text = len(tokens), self._read(tokens)
+        return self._text
+
+    def possible(self, tokens: List[int]) -> str:
+        """Return the text of these tokens, of which the last one may not be one of the next call's."""
+        recent = self._decode(tokens[self._begin :])
+        if not recent.startswith(self._before) and _INCOMPLETE not in recent:  # not so local after all
+            self._locally, self._begin, self._before, self._complete = False, 0, "", ""
+            return self._decode(tokens)
+        return self._complete + recent[len(self._before) :]
+
+    def _read(self, tokens: List[int]) -> str:
+        text = self.possible(tokens)
+        if self._locally and len(tokens) - self._begin > _MOST and not text.endswith(_INCOMPLETE):
+            self._forget(tokens, text)
+        return text
+
+    def _forget(self, tokens: List[int], text: str) -> None:
+        """Decode the earlier tokens no more, if the last ones have the same text without them."""
+        for begin in range(len(tokens) - _AGAIN, len(tokens) - _AGAIN - _BYTES, -1):
+            before = self._decode(tokens[begin:])
+            # The space before a first word is left out, so there has to be a word.
+            if before.strip() and _INCOMPLETE not in before and text.endswith(before):
+                self._begin, self._before, self._complete = begin, before, text
+                return
