@@ -13,8 +13,8 @@ _INCOMPLETE = "\ufffd"  # decoders write it for bytes that are no character yet
 class WrittenText:
     """The text of one growing sequence of tokens, equal to `decode` of all of them.
 
-    Decoding all for every token takes as long as the text is: half a millisecond for 2,000 tokens. `locally`: whether a
-    token's text depends on its neighbours alone (`TextTokenizer.decodes_locally`); others are decoded whole.
+    Decoding all of them for every token would take longer, the longer the text is. `locally`: whether a token's text
+    depends on its neighbours alone (`TextTokenizer.decodes_locally`); other texts are decoded whole.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], locally: bool) -> None:
