@@ -82,9 +82,10 @@ def needs_native(dtype: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(not processor.native(dtype), reason=f"{dtype} is not native to this processor")
 
 
-def packs_halves() -> bool:
-    """Return whether a worker packs weights in float16 here."""
-    return packing.possible() and torch_internals.packs_halves()
+def needs_halves() -> pytest.MarkDecorator:
+    """Return the mark of a test that needs a worker which packs weights in float16 here."""
+    packed = packing.possible() and torch_internals.packs_halves()
+    return pytest.mark.skipif(not packed, reason="no weights are packed in float16 here")
 
 
 def graphs_of(engine: Engine) -> str:

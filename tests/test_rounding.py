@@ -9,7 +9,7 @@ from typing import Any, Callable, Dict, Set
 import pytest
 import torch
 import transformers
-from conftest import graphs_of, packs_halves, run_export
+from conftest import graphs_of, needs_halves, run_export
 from traceserve.building.checkpoints import loading, sources
 from traceserve.building.checkpoints.original import Original
 from traceserve.building.config.parsing import parse_config
@@ -102,7 +102,7 @@ def test_weights_beyond_the_range_of_float16_are_left(
         assert torch.equal(item.model.get_submodule(name).weight, before)
 
 
-@pytest.mark.skipif(not packs_halves(), reason="no weights are packed in float16 here")
+@needs_halves()
 @pytest.mark.parametrize("architecture", list(TASK_OF))
 def test_what_is_served_reads_weights_in_float16(
     architecture: str, checkpoint: Callable[..., Path], tmp_path: Path

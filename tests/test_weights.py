@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import graphs_of, needs_native, packs_halves, run_export
+from conftest import graphs_of, needs_halves, needs_native, run_export
 from traceserve.building import attempt
 from traceserve.building.gate import verification
 from traceserve.building.gate.texts import SENTENCES
@@ -277,7 +277,6 @@ def test_an_artifact_of_a_graph_elsewhere_than_the_cpu_is_loaded_plainly(
 
 LAYER, PACKED = "= aten::linear(", "= mkldnn::_linear_pointwise("
 HALF = "= quantized::linear_dynamic_fp16("
-needs_halves = pytest.mark.skipif(not packs_halves(), reason="no weights are packed in float16 here")
 
 
 @pytest.mark.parametrize("architecture", ALL)
@@ -475,7 +474,7 @@ def test_what_changes_in_place_keeps_its_layers_apart(tmp_path: Path) -> None:
     packed_alike(Changing(), [torch.rand(5, 6)], tmp_path, layers=5, products=4)
 
 
-@needs_halves
+@needs_halves()
 @pytest.mark.parametrize("saved", [torch.float16, torch.bfloat16])
 def test_weights_of_half_precision_are_kept_in_it(saved: torch.dtype, tmp_path: Path) -> None:
     """With and without a bias, of one layer and of several, with a GELU; also for a single vector, and for no rows."""
@@ -488,7 +487,7 @@ def test_weights_of_half_precision_are_kept_in_it(saved: torch.dtype, tmp_path: 
     assert str(module.graph).count("aten::gelu(") == 1
 
 
-@needs_halves
+@needs_halves()
 @pytest.mark.parametrize("architecture", ["bert", "llama", "t5"])
 def test_a_checkpoint_of_half_precision_is_packed_in_it(
     architecture: str, checkpoint: Callable[..., Path], tmp_path: Path
@@ -516,7 +515,7 @@ def test_without_its_names_halves_are_packed_in_float32(
     packed_alike(torch.nn.Linear(6, 6).half().float(), [torch.rand(5, 6)], tmp_path, layers=1, products=1)
 
 
-@needs_halves
+@needs_halves()
 def test_a_computed_bias_is_added_to_a_product_of_halves(tmp_path: Path) -> None:
     class Shifted(torch.nn.Module):
         def __init__(self) -> None:
@@ -529,7 +528,7 @@ def test_a_computed_bias_is_added_to_a_product_of_halves(tmp_path: Path) -> None
     packed_alike(Shifted(), [torch.rand(5, 6)], tmp_path, layers=1, products=1)
 
 
-@needs_halves
+@needs_halves()
 def test_the_product_of_halves_is_float32s() -> None:
     """Only the order of sums differs: rows and sums are not rounded to float16."""
     weight, rows = torch.randn(64, 512).half().float(), torch.randn(16, 512)
