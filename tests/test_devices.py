@@ -50,7 +50,6 @@ def made(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
             task = MODELS[architecture]
             source = checkpoint(architecture, TASKS[task].auto_model)
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(verification, "TEXTS", SENTENCES[1:6])
                 patch.setattr(verification, "CORPUS", 0)
                 run_export(known[key], {"model_name": str(source), "task": task, **GPU, **content})
         return known[key]

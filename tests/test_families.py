@@ -11,7 +11,6 @@ import pytest
 import transformers
 from conftest import run_export
 from oracle import COLORS, TEXTS, answers, assert_equal, generated, written
-from traceserve.building.gate import verification
 from traceserve.errors import ExportError
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.tasks import TASKS
@@ -34,12 +33,6 @@ WRITTEN: Dict[str, Tuple[str, List[str], bool]] = {
 NEWER = {"switch", "mamba"}
 V4 = transformers.__version__.startswith("4.")
 OPTIONS: List[Dict[str, Any]] = [{"num_beams": 1}, {"num_beams": 3, "no_repeat_ngram_size": 2}]
-
-
-@pytest.fixture(autouse=True)
-def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shrink the gate, which has its own tests."""
-    monkeypatch.setattr(verification, "TEXTS", verification.TEXTS[:4])
 
 
 def content(source: Path, task: str, save_mode: str) -> Dict[str, Any]:

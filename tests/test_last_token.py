@@ -10,7 +10,6 @@ import torch
 import transformers
 from conftest import run_export
 from oracle import COLORS, TEXTS, answers, assert_equal
-from traceserve.building.gate import verification
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.runtimes import calling
 from traceserve_runtime.tasks.contract import Request
@@ -18,12 +17,6 @@ from traceserve_runtime.tasks.contract import Request
 END = 1  # "<end>", which begins and ends texts; "<pad>" is 0
 # Texts that contain padding and end tokens, also at their end.
 ASKED = [*TEXTS[:8], "a <end> b", "hello <end>", "<end> x <end><end>", "<end>", "x <pad> y", "yo <pad>"]
-
-
-@pytest.fixture(autouse=True)
-def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shrink the gate, which has its own tests."""
-    monkeypatch.setattr(verification, "TEXTS", verification.TEXTS[:4])
 
 
 @pytest.mark.parametrize("save_mode", ["torchscript", "pretrained", "onnx"])

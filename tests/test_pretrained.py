@@ -56,7 +56,6 @@ def made(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
             source = checkpoint(FAMILIES[task], TASKS[task].auto_model, **LABELS.get(task, {}))
             config = {"model_name": str(source), "task": task, "save_mode": "pretrained", "max_length": 48, **content}
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(verification, "TEXTS", SENTENCES[1:6])
                 patch.setattr(verification, "CORPUS", 0)
                 run_export(known[key], config)
         return known[key]

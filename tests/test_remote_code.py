@@ -18,7 +18,6 @@ import torch
 import transformers
 from conftest import run_export
 from oracle import COLORS, answers, assert_equal
-from traceserve.building.gate import verification
 from traceserve.building.writers.tracing.wrapping import plain_names
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.tasks.contract import Request
@@ -89,12 +88,6 @@ def folders(root: Path, checkpoint: Path, first: Callable[[str], bool]) -> Path:
             return folder
         shutil.rmtree(folder)
     raise AssertionError
-
-
-@pytest.fixture(autouse=True)
-def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shrink the gate, which has its own tests."""
-    monkeypatch.setattr(verification, "TEXTS", verification.TEXTS[:4])
 
 
 @pytest.mark.parametrize("first", [str.isdigit, str.isalpha], ids=["digit", "letter"])

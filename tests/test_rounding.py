@@ -25,6 +25,7 @@ from traceserve_runtime.engine import Engine
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runtimes import torch_internals
 from traceserve_runtime.runtimes.pretrained import is_linear
+from traceserve_runtime.runtimes.torchscript.reader import FILLED, UNPADDED
 from traceserve_runtime.settings import Settings
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Answer, Request
@@ -118,6 +119,8 @@ def test_what_is_served_reads_weights_in_float16(
         "by plain torch.jit.load",
     ]
     assert 0 < receipt["largest_difference"] < 0.02
+    # FBGEMM prepares no products: no tokens are added that nobody reads.
+    assert manifest.runtime.get(FILLED) == (1 if manifest.runtime[UNPADDED] else None)
     engine = Engine.load(tmp_path / "x")
     graphs = graphs_of(engine)
     assert graphs.count(torch_internals.HALF_PRODUCT) > 4 and torch_internals.PRODUCT not in graphs

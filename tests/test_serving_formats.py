@@ -11,7 +11,6 @@ from conftest import run_export
 from oracle import assert_equal
 from traceserve.archives.archive import pack_archive
 from traceserve.building.config import formats
-from traceserve.building.gate import verification
 from traceserve.building.gate.texts import SENTENCES
 from traceserve.building.writers import WRITERS, aot_inductor
 from traceserve.serving import client, configuration, instances, server
@@ -43,7 +42,6 @@ def served(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     }
     archives: List[Path] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verification, "TEXTS", verification.TEXTS[:4])  # the gate has its own tests
         patch.setitem(aot_inductor._CONFIGS, "aot_inductor.compile_wrapper_opt_level", "O0")  # half the time
         for name, (save_mode, task) in TASK_OF.items():
             content = {"model_name": str(sources[task]), "task": task, "save_mode": save_mode, "max_length": 64}

@@ -14,7 +14,6 @@ from conftest import run_export
 from oracle import CASES, TEXTS, answers, assert_equal
 from traceserve.building import attempt
 from traceserve.building.checkpoints.short_rows import shortest
-from traceserve.building.gate import verification
 from traceserve.errors import ExportError
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import InvalidManifest
@@ -28,9 +27,7 @@ FUNNEL = Shapes(padded=False, shortest=5)
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shrink the gate, which has its own tests; graphs for a few lengths are not tried, since padding changes
-    Funnel."""
-    monkeypatch.setattr(verification, "TEXTS", verification.TEXTS[:4])
+    """Graphs for a few lengths are not tried, since padding changes Funnel."""
     monkeypatch.setattr(attempt, "candidate_shapes", lambda config, most: [Shapes()])
 
 

@@ -16,8 +16,6 @@ from hypothesis import strategies as st
 from traceserve.building.checkpoints import loading, sources
 from traceserve.building.checkpoints.original import Original
 from traceserve.building.config import parsing
-from traceserve.building.gate import verification
-from traceserve.building.gate.texts import SENTENCES
 from traceserve.building.writers.torchscript import axes, unpadding, writer
 from traceserve.building.writers.tracing.wrapping import masks_without_vmap
 from traceserve_runtime.batching.batches import Stats
@@ -277,9 +275,7 @@ def test_without_a_mask_nothing_is_padding(tmp_path: Path) -> None:
 
 def exported(model: Path, folder: Path, **more: Any) -> Path:
     content = {"model_name": str(model), "task": "sequence_classification", "max_length": 24, "long_inputs": "truncate"}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verification, "TEXTS", SENTENCES[1:6])  # the gate has its own tests
-        run_export(folder, {**content, **more})
+    run_export(folder, {**content, **more})
     return folder
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Set, Tuple
 
+import conftest
 import pytest
 import torch
-from conftest import Called, nothing, run_export
+from conftest import Called, nothing
 from traceserve.building.attempt import candidate_shapes
 from traceserve.building.checkpoints import loading, sources
 from traceserve.building.checkpoints.original import Original
@@ -26,6 +28,8 @@ from traceserve_runtime.engine import Engine
 from traceserve_runtime.manifest import Manifest, Shapes, sha256
 from traceserve_runtime.tasks.contract import Answer, Request
 from traceserve_runtime.texts.rows import Encoded
+
+run_export = partial(conftest.run_export, all_texts=True)  # what the gate compares is tested here
 
 CLASSIFIER = {"task": "sequence_classification"}
 LABELS = {"id2label": {0: "red", 1: "green", 2: "blue"}, "label2id": {"red": 0, "green": 1, "blue": 2}}

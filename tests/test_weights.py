@@ -18,8 +18,6 @@ import torch
 import transformers
 from conftest import graphs_of, needs_halves, needs_native, run_export
 from traceserve.building import attempt
-from traceserve.building.gate import verification
-from traceserve.building.gate.texts import SENTENCES
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import InvalidManifest
 from traceserve_runtime.manifest import Manifest, Shapes, sha256
@@ -58,7 +56,6 @@ def made(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
             config.update({"parameters": {"max_new_tokens": 3}} if loops else {"long_inputs": "truncate"})
             known[architecture] = tmp_path_factory.mktemp("weights") / "x"
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(verification, "TEXTS", SENTENCES[1:6])  # the gate has its own tests
                 if architecture in models.UNEVEN:  # the gate's eventual result
                     shapes = Shapes((8, 24), (4,), graph_per_shape=True)
                     patch.setattr(attempt, "candidate_shapes", lambda config, most: [shapes])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import traceback
-from contextlib import contextmanager
-from typing import Callable, Dict, Iterator, List, Sequence, Tuple, TypeVar, Union
+from types import TracebackType
+from typing import Callable, Dict, List, Optional, Sequence, Tuple, Type, TypeVar, Union
 
 from traceserve_runtime.errors import ModelFailure, TraceserveError
 
@@ -25,19 +25,21 @@ def contained(doing: str, act: Callable[[], Result]) -> Union[Result, Traceserve
         return unexpected(error, doing)
 
 
-@contextmanager
-def panics() -> Iterator[None]:
+class panics:
     """Turn a panic of tokenizers into a RuntimeError, without its message, which may contain a text.
 
     pyo3, which connects Rust and Python, derives its PanicException from BaseException, and no module exports it. Such
-    a panic would end the worker.
+    a panic would end the worker. (A class: a generator takes longer, for every token.)
     """
-    try:
-        yield
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":
-            raise
-        raise RuntimeError("the package tokenizers panicked").with_traceback(error.__traceback__) from None
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: Optional[Type[BaseException]], error: Optional[BaseException], traceback: Optional[TracebackType]
+    ) -> None:
+        if kind is not None and kind.__name__ == "PanicException":
+            raise RuntimeError("the package tokenizers panicked").with_traceback(traceback) from None
 
 
 def unexpected(error: Exception, doing: str) -> TraceserveError:

@@ -274,7 +274,9 @@ class Session:
             self._fail(failed, error)
             return failed
         done = [each for each in self._live if each.done]
-        self._live = [each for each in self._live if not each.done]
+        if not done:
+            return []
+        self._live = [each for each in self._live if each not in done]
         results = [failures.contained("it wrote this answer", partial(self._result, each)) for each in done]
         failures.log(results)
         for each, result in zip(done, results):

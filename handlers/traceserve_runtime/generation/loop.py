@@ -54,10 +54,11 @@ class Member:
         """Begin its text."""
         self.search = self._begin()
 
-    def advance(self, logits: np.ndarray) -> Optional[Moves]:
-        """Return its next rows after the logits of the last ones, (rows, vocabulary); None when done."""
+    def advance(self, logits: np.ndarray, sound: bool) -> Optional[Moves]:
+        """Return its next rows after the logits of the last ones, (rows, vocabulary), which are numbers if `sound`; None
+        when done."""
         assert self.search is not None
-        self.sound = not np.isnan(logits).any()
+        self.sound = sound
         with failures.panics():
             moves = self.search.advance(logits) if self.sound else None
         self.done = moves is None
@@ -122,11 +123,12 @@ class _Group:
     def _advance(self, widths: Sequence[Tuple[Member, int]], logits: np.ndarray) -> List[_Failed]:
         """Give each member the logits of its rows; return those that failed on them."""
         self._live, self._rows, failed = [], 0, []
+        numbers = (~np.isnan(logits.max(axis=1))).tolist()  # of all rows at once: NaN is their maximum
         for member, width in widths:
             start = self._rows
             self._rows += width
             try:
-                moves = member.advance(logits[start : start + width])
+                moves = member.advance(logits[start : self._rows], all(numbers[start : self._rows]))
             except Exception as error:  # the edge of one request
                 failed.append(_Failed(member, error))
                 continue

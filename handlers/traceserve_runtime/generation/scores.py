@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional, Sequence, Tuple, Union
+from functools import cached_property
+from typing import Callable, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
 from traceserve_runtime.softmax import log_softmax, softmax
 
 NEVER = np.float32(-np.inf)
+# Changes a row's scores, (vocabulary), in place, by its prompt and its tokens so far.
+Change = Callable[[np.ndarray, Sequence[int], Sequence[int], "GenerationSettings"], None]
 
 
 @dataclass(frozen=True)
@@ -43,31 +46,42 @@ class GenerationSettings:
     source_penalty: float = 1.0  # above 1 they become likelier
     alternatives: Optional[int] = None  # keep log-probabilities, with this many top tokens; None: none
 
+    @cached_property
+    def changes(self) -> Sequence[Change]:
+        """The restrictions and penalties that these settings ask for, in transformers' order."""
+        wanted = {
+            _source_repetition: self.source_penalty != 1.0,
+            _repetition: self.repetition_penalty != 1.0,
+            _ngrams: self.no_repeat_ngram_size > 0,
+            _source_ngrams: self.source_ngram_size > 0,
+            _bad_words: bool(self.bad_words_ids),
+            _minimum: bool(self.eos_ids) and max(self.min_new_tokens, self.min_length) > 0,
+            _forced: self.forced_bos_id is not None or bool(self.forced_eos_ids),
+            _suppressed: bool(self.suppress_ids or self.begin_suppress_ids),
+        }
+        return [change for change, asked in wanted.items() if asked]
+
 
 def processed(
     scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: GenerationSettings
 ) -> np.ndarray:
-    """Return the next token's scores, (vocabulary), after restrictions and penalties."""
-    changes = (_source_repetition, _repetition, _ngrams, _source_ngrams, _bad_words, _minimum, _forced, _suppressed)
-    scores = scores.copy()
-    for change in changes:
-        change(scores, prompt, tokens, settings)
+    """Return the next token's scores, (vocabulary), after restrictions and penalties; `scores` itself without any."""
+    if settings.changes:
+        scores = scores.copy()
+        for change in settings.changes:
+            change(scores, prompt, tokens, settings)
     return log_softmax(scores) if settings.renormalize else scores
 
 
 def _source_repetition(
     scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: GenerationSettings
 ) -> None:
-    if settings.source_penalty == 1.0:
-        return
     seen = np.unique(settings.source)
     penalty = np.float32(1 / settings.source_penalty)
     scores[seen] = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
 
 
 def _repetition(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: GenerationSettings) -> None:
-    if settings.repetition_penalty == 1.0:
-        return
     seen = np.unique([*prompt, *tokens])
     penalty = np.float32(settings.repetition_penalty)
     scores[seen] = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
@@ -75,7 +89,7 @@ def _repetition(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int]
 
 def _ngrams(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: GenerationSettings) -> None:
     size = settings.no_repeat_ngram_size
-    if not 0 < size <= len(prompt) + len(tokens) + 1:
+    if size > len(prompt) + len(tokens) + 1:
         return
     whole = [*prompt, *tokens]
     last = tuple(whole[len(whole) - size + 1 :])
@@ -88,7 +102,7 @@ def _source_ngrams(
     scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: GenerationSettings
 ) -> None:
     size = settings.source_ngram_size
-    if not 0 < size <= len(prompt) + len(tokens) + 1:
+    if size > len(prompt) + len(tokens) + 1:
         return
     whole = [*prompt, *tokens]
     last = tuple(whole[len(whole) - size + 1 :])
@@ -98,8 +112,6 @@ def _source_ngrams(
 
 
 def _bad_words(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: GenerationSettings) -> None:
-    if not settings.bad_words_ids:
-        return
     whole = [*prompt, *tokens]
     for word in settings.bad_words_ids:
         if len(word) == 1 or whole[len(whole) - len(word) + 1 :] == list(word[:-1]):

@@ -158,12 +158,17 @@ def _pack_group(group: Sequence[_Layer], halves: bool) -> _Packed:
 
     weights = [layer.matrix for layer in group]
     vectors = [layer.vector.detach() for layer in group if layer.vector is not None]
-    half = halves and all(layer.bias_known and is_half(layer.matrix) for layer in group)
+    half = halves and all(map(in_half, group))
     weight = torch.cat(weights) if len(group) > 1 else weights[0].contiguous()
     bias = torch.cat(vectors) if vectors else None
     if half:
         return _Packed(torch_internals.pack_half(weight, bias), None, True)
     return _Packed(torch_internals.reorder(weight, _ROWS), bias if len(group) > 1 else None, False)
+
+
+def in_half(layer: _Layer) -> bool:
+    """Return whether a layer is packed in float16, where torch does that."""
+    return layer.bias_known and is_half(layer.matrix)
 
 
 def is_half(weight: torch.Tensor) -> bool:

@@ -9,8 +9,9 @@ Running the graph at two shapes shows which values are rows. The rewritten graph
 original's; unknown operators are left unchanged.
 
 oneDNN prepares a product for each number of rows, which takes half a millisecond, and caches few of them. So
-a run's tokens are rounded up to a multiple, with copies that nobody reads, unless the model is so large
-that they would take longer than the preparation; values with a row per text are rounded up to a multiple of 16 rows.
+a run's tokens are rounded up to a multiple, with copies that nobody reads, unless they would take longer than the
+preparation: where the model is large, or oneDNN multiplies few of its weights. Values with a row per text are rounded up to
+a multiple of 16 rows.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import NamedTuple, Optional, Sequence
 
 import torch
 from traceserve_runtime.runtimes import graph as graphs
+from traceserve_runtime.runtimes import torch_internals as runtime_internals
 from traceserve_runtime.runtimes.graph import Graph, Traced
 from traceserve_runtime.runtimes.torch_internals import inline, merge_equal
 from traceserve_runtime.runtimes.torchscript import packing
@@ -77,13 +79,15 @@ def unpadded(
 def _filled(module: Traced) -> int:
     """Return the number of tokens that cost little compared with preparing a run.
 
-    Measured on one core of an AVX-512 processor (tests/benchmarks/preparing.py): preparing a run takes 2 ms, and a
-    token
-    2.2 ms per gigabyte of weights, in bfloat16 and float32; rounding up adds half a step on average.
+    Measured on one core of an AVX-512 processor (tests/benchmarks/preparing.py): preparing a run takes 2 ms, and a token
+    2.2 ms per gigabyte of weights, in bfloat16 and float32; rounding up adds half a step on average. FBGEMM, which
+    multiplies weights of half precision, prepares nothing.
     """
-    weights = [layer.weight for layer in packing.layers(module)]
-    size = sum(weight.numel() * weight.element_size() for weight in weights)
-    return next((step for step in _STEPS if step * size <= _MOST_FILLED), 1)
+    layers = list(packing.layers(module))
+    size = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
+    halves = sum(map(packing.in_half, layers)) if runtime_internals.packs_halves() else 0
+    most = _MOST_FILLED * (1 - halves / max(1, len(layers)))
+    return next((step for step in _STEPS if step * size <= most), 1)
 
 
 def _same(got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], mask: torch.Tensor, tolerance: float) -> bool:
