@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, List
 
@@ -169,3 +170,14 @@ def test_a_model_runs_on_fewer_cores_once_it_shares_them(artifact: Path, two_cor
     assert isinstance(answer, Answer) and isinstance(alone, Answer)
     assert answer.value["label"] == alone.value["label"]
     assert answer.value["score"] == pytest.approx(alone.value["score"], abs=1e-6)
+
+
+@pytest.mark.usefixtures("two_cores")
+def test_a_threads_own_number_is_kept_whatever_others_take() -> None:
+    with pytest.raises(ValueError, match="nothing"), team.threads_kept() as threads:
+        assert threads == 2
+        with ThreadPoolExecutor(1, initializer=team.take_one_core) as other:
+            assert other.submit(torch.get_num_threads).result() == 1
+        torch.set_num_threads(1)
+        raise ValueError("nothing")
+    assert torch.get_num_threads() == 2

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Callable, Optional, TypeVar
+from contextlib import contextmanager
+from typing import Callable, Iterator, Optional, TypeVar
 
 Result = TypeVar("Result")
 
@@ -83,3 +84,16 @@ def take_one_core() -> None:
 
     torch.get_num_threads()
     torch.set_num_threads(1)
+
+
+@contextmanager
+def threads_kept() -> Iterator[int]:
+    """Restore this thread's number of torch's threads, which is given: some of torch's libraries count per process, so
+    `take_one_core` in another thread changes it too."""
+    import torch
+
+    threads = torch.get_num_threads()
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)

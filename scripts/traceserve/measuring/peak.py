@@ -7,6 +7,7 @@ from typing import Callable, List, Optional
 
 import torch
 from traceserve_runtime import processor
+from traceserve_runtime.runtimes.team import threads_kept
 
 from traceserve.building.writers.tracing import torch_internals
 from traceserve.measuring.arithmetic import DEVICES
@@ -21,20 +22,18 @@ def measure_peak(dtype: str, hardware: str) -> Optional[float]:
     has no such products. The fastest of several sizes and runs counts: others were disturbed.
     """
     device = DEVICES[hardware]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(processor.cores())
-    try:
-        found: List[float] = []
-        for size in _SIZES:
-            operations = 2 * size**3
-            found.append(_fastest(_product(dtype, device, size), operations))
-            if operations / found[-1] > _SECONDS:  # as where torch emulates the dtype
-                break
-        return max(found)
-    except (RuntimeError, AttributeError, AssertionError):  # no such product, or no GPU
-        return None
-    finally:
-        torch.set_num_threads(threads)
+    with threads_kept():
+        torch.set_num_threads(processor.cores())
+        try:
+            found: List[float] = []
+            for size in _SIZES:
+                operations = 2 * size**3
+                found.append(_fastest(_product(dtype, device, size), operations))
+                if operations / found[-1] > _SECONDS:  # as where torch emulates the dtype
+                    break
+            return max(found)
+        except (RuntimeError, AttributeError, AssertionError):  # no such product, or no GPU
+            return None
 
 
 def _product(dtype: str, device: str, size: int) -> Callable[[], object]:

@@ -73,12 +73,9 @@ class GradientGraphs:
 
         if self._team is None:
             return act(*arguments)
-        before = torch.get_num_threads()
-        torch.set_num_threads(self._team.now)
-        try:
+        with team.threads_kept():
+            torch.set_num_threads(self._team.now)
             return self._team.run(act, *arguments)
-        finally:
-            torch.set_num_threads(before)
 
     def _run(self, embeddings: torch.Tensor, inputs: Arrays) -> Sequence[torch.Tensor]:
         import torch

@@ -144,13 +144,8 @@ def _pack_entry(
 
 def _packed_groups(groups: Sequence[Sequence[_Layer]], halves: bool) -> List[_Packed]:
     """Pack groups in parallel: FBGEMM packs a weight on one core."""
-    import torch
-
-    threads = torch.get_num_threads()
-    with ThreadPoolExecutor(threads, "packing", team.take_one_core) as pool:
-        packed = list(pool.map(partial(_pack_group, halves=halves), groups))
-    torch.set_num_threads(threads)  # this thread's: some of torch's libraries count per process
-    return packed
+    with team.threads_kept() as threads, ThreadPoolExecutor(threads, "packing", team.take_one_core) as pool:
+        return list(pool.map(partial(_pack_group, halves=halves), groups))
 
 
 def _pack_group(group: Sequence[_Layer], halves: bool) -> _Packed:

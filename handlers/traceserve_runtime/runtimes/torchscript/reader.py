@@ -90,15 +90,12 @@ class TorchScriptRunner:
             return self._states.join(states, length)
 
     def open_lanes(self) -> Sequence[Executor]:
-        import torch
-
-        threads = torch.get_num_threads()
-        if not self._side_by_side or threads < 2:
+        if not self._side_by_side:
             return []
-        lanes = [ThreadPoolExecutor(1, f"lane-{i}") for i in range(threads)]
-        for lane in lanes:
-            lane.submit(team.take_one_core).result()
-        torch.set_num_threads(threads)  # this thread's: some of torch's libraries count per process
+        with team.threads_kept() as threads:
+            lanes = [ThreadPoolExecutor(1, f"lane-{i}") for i in range(threads)] if threads > 1 else []
+            for lane in lanes:
+                lane.submit(team.take_one_core).result()
         return lanes
 
     def share_cores(self) -> None:

@@ -14,6 +14,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, List, NamedTuple, Tuple
 
+from traceserve_runtime.runtimes.team import threads_kept
+
 from traceserve.archives.staging import staged
 from traceserve.errors import SourceError
 from traceserve.machine import user_folders
@@ -60,10 +62,9 @@ def train_demo(name: str) -> Fitted:
     encoder = _encoder_folder()
     labels = list(dict.fromkeys(row.label for row in rows))
     tokenizer = AutoTokenizer.from_pretrained(encoder, local_files_only=True)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # one order of sums on all machines, for equal weights
-    torch.manual_seed(0)
-    try:
+    with threads_kept():
+        torch.set_num_threads(1)  # one order of sums on all machines, for equal weights
+        torch.manual_seed(0)
         model = _classifier(encoder, labels)
         inputs = tokenizer([row.text for row in rows], padding=True, return_tensors="pt")
         with torch.no_grad():
@@ -73,8 +74,6 @@ def train_demo(name: str) -> Fitted:
         _fit_head(model, features[training], targets[training])
         with torch.no_grad():
             right = _head(model, features[~training]).argmax(-1) == targets[~training]
-    finally:
-        torch.set_num_threads(threads)
     target = user_folders.cache(f"demo-{name}")
     with staged(target) as stage:
         model.save_pretrained(stage / target.name)

@@ -95,7 +95,7 @@ def _round_to_float16(original: Original, texts: Sequence[str]) -> Iterator[Orig
     packs such weights in float16. Layers are left as above, and so are those beyond float16's range."""
     for kept in _kept(original, texts, _rounded):
         model = copy.deepcopy(original.model)
-        refused = tuple(_round_weights(model, kept))
+        refused = _round_weights(model, kept)
         yield replace(original, model=model, dtype="float16", kept=(*kept, *refused))
 
 
@@ -112,9 +112,10 @@ def _kept(original: Original, texts: Sequence[str], change: Layer) -> Iterator[T
         yield found.most(share)
 
 
-def _round_weights(model: torch.nn.Module, kept: Sequence[str]) -> Iterator[str]:
-    """Round the weights of a model's linear layers, but for those `kept`; yields the names of those that float16 cannot
+def _round_weights(model: torch.nn.Module, kept: Sequence[str]) -> List[str]:
+    """Round the weights of a model's linear layers, but for those `kept`; return the names of those that float16 cannot
     have."""
+    refused = []
     left = {id(model.get_submodule(name).weight) for name in kept}  # an embedding or another layer may share one
     for name, weight in _weights(model):
         if id(weight) not in left:
@@ -122,7 +123,8 @@ def _round_weights(model: torch.nn.Module, kept: Sequence[str]) -> Iterator[str]
             if (rounded - weight).norm() <= _ROUNDING * weight.norm():
                 weight.data = rounded
             else:
-                yield name
+                refused.append(name)
+    return refused
 
 
 def _weights(model: torch.nn.Module) -> Iterator[Tuple[str, torch.nn.Parameter]]:
