@@ -242,7 +242,32 @@ def test_a_text_with_a_token_that_the_model_lacks_is_refused_alone(checkpoint: M
 
 
 def test_a_tokenizer_with_as_many_tokens_as_embeddings_costs_no_check(artifact: Path) -> None:
-    assert Engine.load(artifact).manifest.tokenizer.embeddings is None
+    facts = Engine.load(artifact).manifest.tokenizer
+    assert facts.embeddings is None and facts.types is None
+
+
+@pytest.mark.parametrize("architecture", ["yoso", "bert"])
+def test_a_pair_whose_token_type_the_model_lacks_is_refused_alone(
+    architecture: str, checkpoint: Make, tmp_path: Path
+) -> None:
+    """On such a pair transformers' own model fails, too."""
+    source = checkpoint(architecture, type_vocab_size=1)
+    exported = run_export(tmp_path / "x", {"model_name": str(source), "max_length": 64}, all_texts=True)
+    assert exported.manifest.tokenizer.types == 1 and exported.manifest.receipt["answers"] > 20
+    assert exported.note is not None and "a pair of texts is refused (400)" in exported.note
+    inputs = {"text": SENTENCES[3], "text_pair": SENTENCES[1]}
+    engine = Engine.load(tmp_path / "x")
+    single, pair, other = engine.answer([Request({"text": SENTENCES[3]}), Request(inputs), Request({"text": "Yes."})])
+    assert isinstance(single, Answer) and isinstance(other, Answer)
+    assert isinstance(pair, InvalidRequest) and pair.status == 400 and pair.field == "text_pair"
+    made = original(source)
+    with pytest.raises(IndexError, match="index out of range"):
+        made.model(**made.tokenizer(*inputs.values(), return_tensors="pt"))
+
+
+@pytest.mark.parametrize("architecture", ["roberta", "distilbert", "deberta-v2"])
+def test_models_without_token_types_read_pairs(architecture: str, checkpoint: Make) -> None:
+    assert original(checkpoint(architecture)).known_types is None
 
 
 def test_padding_that_the_model_lacks_is_another_token(checkpoint: Make, tmp_path: Path) -> None:

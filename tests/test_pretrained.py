@@ -148,7 +148,7 @@ def test_what_cannot_be_traced_is_served(
     with pytest.raises(ExportError, match=advised):
         run_export(tmp_path / "traced", content)
     manifest = run_export(tmp_path / "x", {**content, "save_mode": "pretrained"}).manifest
-    assert manifest.receipt["passed"] and manifest.receipt["answers"] > 20
+    assert manifest.receipt["passed"] and manifest.receipt["answers"] > 4
     assert "If you want to train `ReformerModel`" in manifest.runtime["no_gradients"]
 
 

@@ -82,6 +82,7 @@ class TokenizerFacts:
     clean_up: bool = False  # whether decoding removes spaces before punctuation
     pieces: Optional[str] = None  # the file of a preceding sentencepiece model; see `pieces`
     embeddings: Optional[int] = None  # the number of (first) tokens that the model knows, if not all
+    types: Optional[int] = None  # the number of token types that the model knows, if a pair of texts has more
 
 
 @dataclass(frozen=True)

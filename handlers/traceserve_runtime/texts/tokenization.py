@@ -58,6 +58,7 @@ class TextTokenizer:
         # Whether a token's text depends on the tokens beside it alone; False where that is not known.
         self.decodes_locally = not facts.clean_up and _names_of(self._tokenizer.decoder) in _LOCAL_DECODERS
         self._embeddings = facts.embeddings
+        self._types = facts.types
         self._max_length = max_length
         self._max_rows = max_rows
         self.limits = RequestLimits.of(max_length, max_rows)
@@ -88,6 +89,8 @@ class TextTokenizer:
             encoded = act(segments)
             if self._embeddings is not None:
                 _check_known(encoded.rows, segments, self._embeddings)
+            if self._types is not None:
+                _check_types(encoded.rows, segments, self._types)
             return encoded
         except TraceserveError as error:
             return error.with_traceback(None)  # its frames hold the refused text's tokens
@@ -308,6 +311,16 @@ def _check_known(rows: Sequence[Row], segments: Segments, embeddings: int) -> No
             f"token {place + 1} of the text (characters {start:,} to {end:,}) was added to the tokenizer, but not to the "
             f"model: its number is {row.encoding.ids[place]:,}, and the model knows those below {embeddings:,}; leave it out",
             segments.fields[place not in row.positions()],
+        )
+
+
+def _check_types(rows: Sequence[Row], segments: Segments, types: int) -> None:
+    """Refuse a pair of texts if the model has no token type for the second one, which would end its run."""
+    if any(max(row.encoding.type_ids) >= types for row in rows):
+        raise InvalidRequest(
+            "this model reads single texts: its tokenizer marks a second one with a token type that the model does not "
+            "know; leave the second text out",
+            segments.fields[1],
         )
 
 

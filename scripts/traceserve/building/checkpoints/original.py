@@ -36,6 +36,7 @@ class Original:
     dtype: str = "float32"  # the traced model's; others have another model, see `writers.lowering`
     converted: Optional[Converted] = None  # the tokenizer, if transformers' runs only in Python
     known_tokens: Optional[int] = None  # of the tokenizer's, if the model lacks some
+    known_types: Optional[int] = None  # of tokens, if the tokenizer gives a pair of texts more
     case_note: Optional[str] = None  # on do_lower_case
     arrays: Dict[str, Any] = field(default_factory=dict)  # for the task's own computations, float32
     kept: Tuple[str, ...] = ()  # the layers kept in float32
@@ -60,12 +61,14 @@ class Original:
             clean_up=_cleans_up(tokenizer),
             pieces=None if self.converted is None else PIECES_FILE,
             embeddings=self.known_tokens,
+            types=self.known_types,
         )
 
     @property
     def note(self) -> Optional[str]:
         """Notes for the user."""
-        notes = [self._short_note, self.case_note if self.known_tokens is None else self._tokens_note]
+        case_note = self.case_note if self.known_tokens is None else self._tokens_note
+        notes = [self._short_note, case_note, self._types_note]
         return "\n".join(note for note in notes if note) or None
 
     @property
@@ -86,6 +89,12 @@ class Original:
             f"the tokenizer has {more:,} added token{'s' * (more > 1)} that the model has no embedding for: a text with one "
             "is refused (400)"
         )
+
+    @property
+    def _types_note(self) -> Optional[str]:
+        if self.known_types is None:
+            return None
+        return "the model knows no token type of a second text: a pair of texts is refused (400)"
 
     def write_arrays(self, folder: Path) -> Tuple[str, ...]:
         """Write the arrays for the task's own computations; returns the files' names."""

@@ -110,6 +110,16 @@ def known_tokens(config: SetupConfig, model: PreTrainedModel, tokenizer: PreTrai
     return count
 
 
+def known_types(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Optional[int]:
+    """Return how many token types the model has, if the tokenizer gives a pair of texts more; else None.
+
+    transformers fails on such pairs (YOSO with BERT's tokenizer, for example): they are refused.
+    """
+    count = getattr(model.config, "type_vocab_size", None)
+    types = tokenizer("a", "b").get("token_type_ids") or [0]
+    return count if isinstance(count, int) and 0 < count <= max(types) else None
+
+
 def _embeddings(model: PreTrainedModel) -> Optional[int]:
     """Return how many tokens the model can look up, None if unknown."""
     try:
