@@ -26,7 +26,6 @@ from traceserve.building.gate.texts import SENTENCES, TEXTS
 from traceserve_runtime import processor
 from traceserve_runtime.engine import Engine, Work
 from traceserve_runtime.runner import Arrays, Padding
-from traceserve_runtime.runtimes import torch_internals
 from traceserve_runtime.runtimes.graph import load_module
 from traceserve_runtime.runtimes.torchscript import devices, packing
 
@@ -85,8 +84,7 @@ def needs_native(dtype: str) -> pytest.MarkDecorator:
 
 def needs_halves() -> pytest.MarkDecorator:
     """Return the mark of a test that needs a worker which packs weights in float16 here."""
-    packed = packing.possible() and torch_internals.packs_halves()
-    return pytest.mark.skipif(not packed, reason="no weights are packed in float16 here")
+    return pytest.mark.skipif(not packing.packs_in_half(), reason="no weights are packed in float16 here")
 
 
 def graphs_of(engine: Engine) -> str:

@@ -134,7 +134,6 @@ def test_it_is_settled_when_the_checkpoint_says_its_task(
     assert "save_mode_because" not in json.loads((tmp_path / "y" / "traceserve.json").read_text())["receipt"]
 
 
-@pytest.mark.usefixtures("few_texts")
 def test_openvino_is_built(
     checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: Callable[..., None]
 ) -> None:

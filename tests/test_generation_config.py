@@ -161,7 +161,6 @@ FOLLOWED: List[Tuple[str, Callable[[List[int]], Dict[str, Any]]]] = [
 
 
 @pytest.mark.parametrize("number", range(len(FOLLOWED)))
-@pytest.mark.usefixtures("few_texts")
 def test_followed_as_by_generate(number: int, checkpoint: Checkpoint, tmp_path: Path) -> None:
     """The export's gate compares too; this asks the original directly, and checks that the settings matter."""
     architecture, chosen = FOLLOWED[number]

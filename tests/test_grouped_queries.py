@@ -154,7 +154,6 @@ def test_where_torch_makes_the_copies_itself_nothing_changes(tmp_path: Path, mon
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.usefixtures("few_texts")
 def test_a_worker_has_it(checkpoint: Callable[..., Path], tmp_path: Path, dtype: str) -> None:
     source = checkpoint("llama", "AutoModelForCausalLM")
     content: Dict[str, Any] = {"model_name": str(source), "task": "text_generation", "max_length": 48, "dtype": dtype}

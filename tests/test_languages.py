@@ -107,7 +107,6 @@ def translated(loaded: Original, text: str, source: str, target: str, **options:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.usefixtures("few_texts")
 def test_languages_by_default_and_by_request(name: str, translator: Callable[[str], Path], tmp_path: Path) -> None:
     folder, (usual, other, third) = translator(name), FAMILIES[name].codes
     config = {

@@ -246,7 +246,6 @@ def opus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("save_mode", ["torchscript", "pretrained", "onnx"])
-@pytest.mark.usefixtures("few_texts")
 def test_a_translator_answers_as_transformers(save_mode: str, opus: Path, tmp_path: Path) -> None:
     config = {"model_name": str(opus), "task": "text2text_generation", "max_length": 96, "save_mode": save_mode}
     exported = run_export(tmp_path / "x", config)

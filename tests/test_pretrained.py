@@ -147,8 +147,8 @@ def test_what_cannot_be_traced_is_served(
     advised = "cannot trace ReformerForSequenceClassification: .*; try save_mode pretrained or aot_inductor$"
     with pytest.raises(ExportError, match=advised):
         run_export(tmp_path / "traced", content)
-    manifest = run_export(tmp_path / "x", {**content, "save_mode": "pretrained"}).manifest
-    assert manifest.receipt["passed"] and manifest.receipt["answers"] > 4
+    manifest = run_export(tmp_path / "x", {**content, "save_mode": "pretrained"}, all_texts=True).manifest
+    assert manifest.receipt["passed"] and manifest.receipt["answers"] > 20
     assert "If you want to train `ReformerModel`" in manifest.runtime["no_gradients"]
 
 

@@ -17,23 +17,23 @@ _SECONDS = 0.4  # for each size
 _LARGEST = 127  # of int8
 
 
+@threads_kept()
 def measure_peak(dtype: str, hardware: str) -> Optional[float]:
     """Return this machine's operations per second in products of a dtype, on all of its cores or one GPU; None where torch
     has no such products. The fastest of several sizes and runs counts: others were disturbed.
     """
     device = DEVICES[hardware]
-    with threads_kept():
-        torch.set_num_threads(processor.cores())
-        try:
-            found: List[float] = []
-            for size in _SIZES:
-                operations = 2 * size**3
-                found.append(_fastest(_product(dtype, device, size), operations))
-                if operations / found[-1] > _SECONDS:  # as where torch emulates the dtype
-                    break
-            return max(found)
-        except (RuntimeError, AttributeError, AssertionError):  # no such product, or no GPU
-            return None
+    torch.set_num_threads(processor.cores())
+    try:
+        found: List[float] = []
+        for size in _SIZES:
+            operations = 2 * size**3
+            found.append(_fastest(_product(dtype, device, size), operations))
+            if operations / found[-1] > _SECONDS:  # as where torch emulates the dtype
+                break
+        return max(found)
+    except (RuntimeError, AttributeError, AssertionError):  # no such product, or no GPU
+        return None
 
 
 def _product(dtype: str, device: str, size: int) -> Callable[[], object]:

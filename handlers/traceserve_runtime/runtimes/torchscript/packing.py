@@ -117,6 +117,11 @@ def possible() -> bool:
     return bool(_dtypes())
 
 
+def packs_in_half() -> bool:
+    """Return whether `pack` packs weights of half precision in float16 here."""
+    return possible() and torch_internals.packs_halves()
+
+
 def _dtypes() -> List[torch.dtype]:
     """Return the dtypes that oneDNN packs on this processor; it refuses bfloat16 where torch would emulate it."""
     return torch_internals.packable() if processor.is_x86() else []

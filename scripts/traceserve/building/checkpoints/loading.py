@@ -81,7 +81,7 @@ def load_original(config: SetupConfig, checkpoint: Checkpoint, config_folder: Pa
         loop=task.loop,
         converted=conversion.convert(tokenizer) if conversion.converts(tokenizer) else None,
         known_tokens=tokenizers.known_tokens(config, model, tokenizer),
-        known_types=tokenizers.known_types(model, tokenizer) if INPUTS[2] in inputs else None,
+        known_types=tokenizers.known_types(model, tokenizer, inputs),
         case_note=case_note,
         arrays=embedding.arrays,
         shortest=shortest,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING, Optional, Sequence
 
 from traceserve_runtime.tasks import TASKS
 
@@ -110,14 +110,16 @@ def known_tokens(config: SetupConfig, model: PreTrainedModel, tokenizer: PreTrai
     return count
 
 
-def known_types(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Optional[int]:
-    """Return how many token types the model has, if the tokenizer gives a pair of texts more; else None.
+def known_types(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inputs: Sequence[str]) -> Optional[int]:
+    """Return how many token types the model has, if they are one of its inputs and the tokenizer gives a pair of texts more;
+    else None.
 
     transformers fails on such pairs (YOSO with BERT's tokenizer, for example): they are refused.
     """
     count = getattr(model.config, "type_vocab_size", None)
-    types = tokenizer("a", "b").get("token_type_ids") or [0]
-    return count if isinstance(count, int) and 0 < count <= max(types) else None
+    if "token_type_ids" not in inputs or not isinstance(count, int):
+        return None
+    return count if 0 < count <= max(tokenizer("a", "b")["token_type_ids"]) else None
 
 
 def _embeddings(model: PreTrainedModel) -> Optional[int]:

@@ -21,7 +21,6 @@ from typing import NamedTuple, Optional, Sequence
 
 import torch
 from traceserve_runtime.runtimes import graph as graphs
-from traceserve_runtime.runtimes import torch_internals as runtime_internals
 from traceserve_runtime.runtimes.graph import Graph, Traced
 from traceserve_runtime.runtimes.torch_internals import inline, merge_equal
 from traceserve_runtime.runtimes.torchscript import packing
@@ -85,7 +84,7 @@ def _filled(module: Traced) -> int:
     """
     layers = list(packing.layers(module))
     size = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
-    halves = sum(map(packing.in_half, layers)) if runtime_internals.packs_halves() else 0
+    halves = sum(map(packing.in_half, layers)) if packing.packs_in_half() else 0
     most = _MOST_FILLED * (1 - halves / max(1, len(layers)))
     return next((step for step in _STEPS if step * size <= most), 1)
 
