@@ -82,12 +82,13 @@ def _argument(action: argparse.Action) -> str:
 
 def _value(action: argparse.Action) -> str:
     if action.metavar:
-        return action.metavar if isinstance(action.metavar, str) else " ".join(action.metavar)
+        shown = action.metavar if isinstance(action.metavar, str) else " ".join(action.metavar)
+        return f"[{shown}]" if action.nargs == "?" and action.option_strings else shown
     return "{" + ",".join(map(str, action.choices)) + "}" if action.choices else action.dest.upper()
 
 
 def _help(action: argparse.Action) -> str:
-    return (action.help or "").replace("%%", "%") % {"default": action.default}
+    return (action.help or "") % {"default": action.default}
 
 
 def _prose(text: str) -> str:
@@ -162,7 +163,8 @@ def protocols() -> str:
         "On TorchServe they follow `/predictions/NAME/VERSION`. Other hosts (Ray Serve, uvicorn) have them at the root, "
         "too. [Clients](../clients.md) has what was tried with which client.",
         "\n".join(_table(("path", "answers"), rows)),
-        "`/v2/models/NAME`, `/v1/models/NAME` and their `:predict`, `/infer`, `/ready` are read likewise.",
+        "`/v2/models/NAME`, `/v1/models/NAME` and their `:predict`, `:explain`, `/infer`, `/explain`, `/ready` are read "
+        "likewise.",
     ]
     return _page(parts)
 

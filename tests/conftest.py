@@ -97,10 +97,13 @@ def nothing(what: str, done: int, total: int) -> None:
     """Ignore progress."""
 
 
-def run_export(folder: Path, content: Dict[str, Any], all_texts: bool = False, **options: Any) -> Exported:
+def run_export(
+    folder: Path, content: Dict[str, Any], all_texts: bool = False, gradients: bool = False, **options: Any
+) -> Exported:
     """Export a configuration's content into `folder`, by default in float32. The gate, which has tests of its own, compares
-    few texts, unless the test has chosen others."""
-    config, notes = parse_config({"dtype": "float32", **content})
+    few texts, unless the test has chosen others; and graphs of gradients, which have theirs, are a third of a tiny build."""
+    usual = {"dtype": "float32", **({} if gradients else {"captum_explanation": False})}
+    config, notes = parse_config({**usual, **content})
     folder.mkdir(parents=True, exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         if verification.TEXTS is TEXTS and not all_texts:
@@ -169,7 +172,8 @@ def artifact(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathF
     """The artifact of a tiny BERT classifier with three labels, max_length 32."""
     folder = tmp_path_factory.mktemp("artifacts") / "tiny"
     labels = {"id2label": {0: "red", 1: "green", 2: "blue"}, "label2id": {"red": 0, "green": 1, "blue": 2}}
-    run_export(folder, {"model_name": str(checkpoint("bert", **labels)), "max_length": 32}, all_texts=True)
+    content = {"model_name": str(checkpoint("bert", **labels)), "max_length": 32}
+    run_export(folder, content, all_texts=True, gradients=True)
     return folder
 
 

@@ -53,6 +53,8 @@ KEYS: Dict[str, Tuple[Any, List[Tuple[Any, Any]]]] = {
     "response_timeout": (300, [(1, 1), ("900", 900)]),
     "continuous_batching": (False, [(True, True), ("true", True), ("false", False)]),
     "client_timeout": (None, [(1, 1), ("30000", 30_000), (None, None)]),
+    "pack_weights": (None, [(True, True), ("false", False), (None, None)]),
+    "explain_seconds": (None, [(1, 1), ("60", 60), (None, None)]),
     "captum_explanation": (None, [(True, True), ("false", False), (None, None)]),
     "embedding_name": (None, [("bert", "bert"), (None, None)]),
 }
@@ -125,6 +127,8 @@ BAD: List[Tuple[str, Any, str]] = [
     ("response_timeout", 0, "greater than or equal to 1"),
     ("response_timeout", "5s", "integer"),
     ("client_timeout", 0, "greater than or equal to 1"),
+    ("explain_seconds", 0, "greater than or equal to 1"),
+    ("pack_weights", 2, "boolean"),
     ("client_timeout", 100_000_000, "less than or equal to 86400000"),
 ]
 

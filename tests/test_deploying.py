@@ -103,6 +103,7 @@ def test_resources_are_of_what_tune_wrote(mar: Path, tmp_path: Path) -> None:
     configure_archive(tuned, read_serving(tuned).__class__(64, 1, 300, workers=3, threads=2))
     after = resources.needed(described.describe([tuned]), "torchserve")
     assert after.cpu == 7 and after.memory >= before.memory + 2 * resources.WORKER - 64
+    assert resources.needed(described.describe([tuned]), "uvicorn").cpu == 3  # it is one process
     assert not before.devices and before.requests() == {
         "cpu": "2",
         "memory": f"{before.memory}Mi",
@@ -182,6 +183,9 @@ def test_a_canary_finds_the_key_and_tells_a_failure_without_the_text(
     assert "/predictions/tiny gave no answer" in told and "401" in told and "zanzibar" not in told
     (tmp_path / "traceserve/servers").mkdir(parents=True)
     (tmp_path / "traceserve/servers/x.json").write_text('{"key": "secret"}')
+    for name in ("a", "y"):  # of servers that died
+        (tmp_path / f"traceserve/servers/{name}.json").write_text('{"key": "older"}')
+        os.utime(tmp_path / f"traceserve/servers/{name}.json", (1, 1))
     Answers.asked = []
     assert canary.main(ask) is None
     assert Answers.asked == [("/predictions/tiny", {"text": "zanzibar"})]

@@ -27,7 +27,7 @@ from test_deploying import deployed
 from traceserve import cli
 from traceserve.deploying.described import describe
 from traceserve.deploying.plan import Text, Wishes
-from traceserve.deploying.targets import kubernetes
+from traceserve.deploying.targets import kserve, kubernetes, sagemaker
 from traceserve.errors import ServerError
 from traceserve.serving import configuration, instances, keys, server
 from traceserve.serving.front import FrontendOptions
@@ -227,7 +227,7 @@ def only(file: Path) -> Dict[str, Any]:
 
 def test_the_kserve_files_fit(mar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = deployed("kserve", [mar], tmp_path / "out", "--url", "s3://bucket/models")
-    runtime, service = only(folder / "runtime.yaml"), only(folder / "tiny.yaml")
+    runtime, service = only(folder / "serving_runtime.yaml"), only(folder / "tiny.yaml")
     assert not problems(runtime) and not problems(service)
     model = service["spec"]["predictor"]["model"]
     assert model["storageUri"] == "s3://bucket/models/tiny.mar"
@@ -239,6 +239,30 @@ def test_the_kserve_files_fit(mar: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "storageURI" in " ".join(problems(misspelt))
     assert cli.main(["deploy", "kserve", str(mar), "--output", str(tmp_path / "none")]) == 1
     assert "--url" in capsys.readouterr().err
+
+
+def test_inference_services_have_names_of_their_own(
+    mar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The image has the packages of all, whose archives come later."""
+    one, other = (Path(shutil.copy(mar, tmp_path / f"{name}.mar")) for name in ("3D_bert", "runtime"))
+    own = describe([one, other])
+    onnx = dataclasses.replace(own[1], manifest=dataclasses.replace(own[1].manifest, save_mode="onnx"))
+    files = kserve.plan([own[0], onnx], Wishes("uvicorn", url="s3://bucket")).files
+    assert {"serving_runtime.yaml", "m-3d-bert.yaml", "runtime.yaml"} <= {file.path for file in files}
+    [needed] = [file.text for file in files if isinstance(file, Text) and file.path == "image/requirements.txt"]
+    assert "onnxruntime" in needed
+    clash = str(shutil.copy(mar, tmp_path / "3d-bert.mar"))
+    arguments = ["deploy", "kserve", str(one), clash, "--url", "s3://bucket", "--output", str(tmp_path / "out")]
+    assert cli.main(arguments) == 1
+    assert "both be the InferenceService m-3d-bert" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_name_is_as_short_as_kuberay_needs_it() -> None:
+    assert kubernetes.plain_name("bert-large-uncased-whole-word-masking-finetuned-squad") == (
+        "bert-large-uncased-whole-word-masking-finetuned"
+    )
+    assert kubernetes.plain_name("123") == "m-123" and kubernetes.plain_name("A_b.") == "a-b"
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -374,3 +398,12 @@ def test_an_archive_for_a_device_asks_for_it(mar: Path, hardware: str, device: s
     assert pod(documents)["tolerations"] == [{"key": device, "operator": "Exists"}]
     assert "HorizontalPodAutoscaler" not in {kind for kind, _ in documents}  # cores say little of it
     assert documents["Deployment", "demo"]["spec"]["replicas"] == 2
+
+
+@pytest.mark.parametrize(
+    ("hardware", "instance"), [("cpu", "c7i"), ("gpu", "g5"), ("neuron", "inf1"), ("neuronx", "inf2")]
+)
+def test_amazons_instances_have_the_chip(mar: Path, hardware: str, instance: str) -> None:
+    [own] = describe([mar])
+    changed = dataclasses.replace(own, manifest=dataclasses.replace(own.manifest, hardware=hardware))
+    assert f"InstanceType=ml.{instance}." in " ".join(sagemaker.plan([changed], Wishes("uvicorn")).commands)

@@ -187,7 +187,7 @@ def kserve(mar: Path, python: Path, tmp_path_factory: pytest.TempPathFactory) ->
     models, home, port = folder / "mnt-models", tmp_path_factory.mktemp("home"), free_ports(1)[0]
     models.mkdir()
     (models / "tiny.mar").write_bytes(mar.read_bytes())
-    [runtime] = yaml.safe_load_all((folder / "runtime.yaml").read_text())
+    [runtime] = yaml.safe_load_all((folder / "serving_runtime.yaml").read_text())
     own = {"/mnt/models": str(models), "--name={{.Name}}": "--name=served", "--port=8080": f"--port={port}"}
     words = [own.get(word, word) for word in runtime["spec"]["containers"][0]["args"]]
     assert set(own) <= set(runtime["spec"]["containers"][0]["args"])

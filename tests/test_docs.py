@@ -60,6 +60,7 @@ def test_the_reference_is_the_codes() -> None:
         [sys.executable, str(DOCS / "generate.py"), "--check"], stdout=subprocess.PIPE, text=True, cwd=ROOT
     )
     assert result.returncode == 0, f"{result.stdout}run: python docs/generate.py"
+    assert "{'" not in (DOCS / "reference" / "commands.md").read_text(encoding="utf-8")  # as of a lone % in a help text
 
 
 def test_a_page_that_differs_from_the_code_is_noticed(tmp_path: Path) -> None:

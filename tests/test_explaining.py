@@ -81,7 +81,9 @@ def make(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
             kind = KINDS[name]
             original = checkpoint(kind.architecture, TASKS[kind.task].auto_model, **kind.options)
             folder = tmp_path_factory.mktemp("explained") / "model"
-            run_export(folder, {"model_name": str(original), "task": kind.task, "max_length": 64, **config})
+            run_export(
+                folder, {"model_name": str(original), "task": kind.task, "max_length": 64, **config}, gradients=True
+            )
             made[key] = Made(folder, original, kind)
         return made[key]
 
@@ -264,7 +266,7 @@ def test_a_model_that_looks_embeddings_up_twice_is_explained_by_occlusion(
     save_mode: str, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     own = {"model_name": str(checkpoint("bart", **LABELS)), "captum_explanation": True, "max_length": 32}
-    exported = run_export(tmp_path / "bart", {**own, "save_mode": save_mode})
+    exported = run_export(tmp_path / "bart", {**own, "save_mode": save_mode}, gradients=True)
     why = exported.manifest.runtime[NO_GRADIENTS]
     assert "looks its word embeddings up 2 times" in why and exported.note is not None and why in exported.note
     assert not (tmp_path / "bart" / GRADIENTS_FILE).exists()
@@ -301,7 +303,9 @@ def test_graphs_that_give_other_outputs_are_refused(
 ) -> None:
     """Whatever the reason: here the graphs are those of another checkpoint."""
     other = tmp_path / "other"
-    exported = run_export(other, {"model_name": str(checkpoint("bert", hidden_act="relu", **LABELS)), "max_length": 32})
+    exported = run_export(
+        other, {"model_name": str(checkpoint("bert", hidden_act="relu", **LABELS)), "max_length": 32}, gradients=True
+    )
     assert exported.manifest.runtime[NO_GRADIENTS] == ""
     write = WRITERS["torchscript"].gradients
 
@@ -311,7 +315,9 @@ def test_graphs_that_give_other_outputs_are_refused(
         return files
 
     monkeypatch.setitem(WRITERS, "torchscript", WRITERS["torchscript"]._replace(gradients=writing))  # type: ignore[arg-type]
-    exported = run_export(tmp_path / "x", {"model_name": str(checkpoint("bert", **LABELS)), "max_length": 32})
+    exported = run_export(
+        tmp_path / "x", {"model_name": str(checkpoint("bert", **LABELS)), "max_length": 32}, gradients=True
+    )
     assert "gives other outputs: logits" in exported.manifest.runtime[NO_GRADIENTS]
     assert not (tmp_path / "x" / GRADIENTS_FILE).exists() and not (tmp_path / "x" / PLACES_FILE).exists()
     assert gate.differs(other) is None

@@ -88,7 +88,7 @@ def folders(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
     }
     for name, (architecture, options) in own.items():
         source = checkpoint(architecture, TASKS[name].auto_model, **options)
-        run_export(folder / name, {"model_name": str(source), "task": name, "max_length": 64})
+        run_export(folder / name, {"model_name": str(source), "task": name, "max_length": 64}, gradients=True)
     return {name: folder / name for name in own}
 
 

@@ -76,6 +76,29 @@ def test_stopping_a_server_leaves_the_next_one_on_its_port_alone(processes: Any)
     assert instances.running() == [] and new.process is None and not Path(new.folder).exists()
 
 
+def test_a_clock_that_is_set_makes_no_other_process_of_a_server(processes: Any) -> None:
+    """psutil's start of a process moves with the clock; the kernel's ticks do not."""
+    old = remembered(processes)  # as one that was started before there were ticks
+    assert old.ticks is None and old.process is not None
+    told = dataclasses.replace(old, ticks=instances.ticks_of(old.pid), started=old.started + 3600)
+    assert told.ticks and told.process is not None
+    instances.remember(told)
+    assert instances.running() == [told] and instances.died() == []
+    assert Path(old.folder, "store", "weights").is_file()
+    assert dataclasses.replace(told, ticks=told.ticks + 1).process is None  # a later process with its pid
+    kill(told)
+    processes[0].wait()
+    assert instances.ticks_of(old.pid) is None and instances.running() == []
+
+
+@pytest.mark.parametrize(
+    ("host", "shown"), [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("::", "127.0.0.1"), ("::1", "[::1]")]
+)
+def test_urls_reach_the_address_that_it_listens_on(host: str, shown: str) -> None:
+    started = Instance(8080, host, 0, 8082, 1, 0.0, (), {}, "", None, None, metrics_host=host)
+    assert started.url == f"http://{shown}:8080" and started.metrics_url == f"http://{shown}:8082/metrics"
+
+
 def test_a_server_of_another_machine_is_not_judged(processes: Any) -> None:
     """For example, of another container that shares the home folder: its process is not visible here."""
     other = remembered(processes, machine="another one")

@@ -94,7 +94,7 @@ def served(
         source = checkpoint(architecture, task.auto_model, **options)
         length = 512 if name == WRITER else 64
         content = {"model_name": str(source), "task": task.name, "max_length": length, "save_mode": "pretrained"}
-        run_export(folder / name, content)
+        run_export(folder / name, content, gradients=True)
         archives.append(pack_archive(folder / name, name, folder))
     issued = trustme.CA().issue_cert("localhost", "127.0.0.1", key_type=trustme.KeyType.RSA)
     certificate, key = folder / "certificate.pem", folder / "key.pem"

@@ -57,7 +57,7 @@ def made(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
             config = {"model_name": str(source), "task": task, "save_mode": "pretrained", "max_length": 48, **content}
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(verification, "CORPUS", 0)
-                run_export(known[key], config)
+                run_export(known[key], config, gradients=True)
         return known[key]
 
     return make
@@ -147,7 +147,9 @@ def test_what_cannot_be_traced_is_served(
     advised = "cannot trace ReformerForSequenceClassification: .*; try save_mode pretrained or aot_inductor$"
     with pytest.raises(ExportError, match=advised):
         run_export(tmp_path / "traced", content)
-    manifest = run_export(tmp_path / "x", {**content, "save_mode": "pretrained"}, all_texts=True).manifest
+    manifest = run_export(
+        tmp_path / "x", {**content, "save_mode": "pretrained"}, all_texts=True, gradients=True
+    ).manifest
     assert manifest.receipt["passed"] and manifest.receipt["answers"] > 20
     assert "If you want to train `ReformerModel`" in manifest.runtime["no_gradients"]
 

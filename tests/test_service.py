@@ -42,7 +42,7 @@ def services(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathF
     for name, (architecture, options) in own.items():
         source = checkpoint(architecture, TASKS[name].auto_model, **options)
         content = {"model_name": str(source), "task": name, "max_length": 64}
-        run_export(folder / name, content)
+        run_export(folder / name, content, gradients=True)
         engine = Engine.load(folder / name)
         if name == "text_generation":
             engine.manifest.facts["chat_template"] = LLAMA

@@ -93,7 +93,7 @@ def served(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     run_export(folder, {**content, "batch_size": BATCH, "max_batch_delay": int(1000 * DELAY)})
     batched = pack_archive(folder, "batched", folder.parent)
     quick = tmp_path_factory.mktemp("served") / "quick"
-    run_export(quick, content)
+    run_export(quick, content, gradients=True)
     instance = server.start(
         [batched, pack_archive(quick, "quick", quick.parent)], port=configuration.free_ports(1)[0], timeout=90
     )

@@ -6,6 +6,7 @@ import http.client
 import json
 import socket
 import ssl
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Iterator, Tuple
@@ -15,10 +16,13 @@ import trustme
 from traceserve import cli
 from traceserve.archives.archive import pack_archive
 from traceserve.errors import ServerError
+from traceserve.measuring import activity
 from traceserve.serving import configuration, instances, management, server
 from traceserve.serving.client import RequestRefused
 from traceserve.serving.front import FrontendOptions
 from traceserve.serving.instances import Instance
+
+HOST = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
 
 
 def pair(folder: Path, kind: trustme.KeyType = trustme.KeyType.RSA) -> Tuple[Path, Path]:
@@ -32,11 +36,14 @@ def pair(folder: Path, kind: trustme.KeyType = trustme.KeyType.RSA) -> Tuple[Pat
 
 @pytest.fixture(scope="module")
 def served(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
-    folder = tmp_path_factory.mktemp("front")
+    """At an address of its own, with its metrics; Java reads its files' names in Latin-1."""
+    folder = tmp_path_factory.mktemp("front") / "jörg 日本 𝄞"
+    folder.mkdir()
     certificate, key = pair(folder)
-    front = FrontendOptions("https://example.org", certificate, key, queue=2, largest_body=1)
+    port, metrics = configuration.free_ports(2)
+    front = FrontendOptions("https://example.org", certificate, key, queue=2, largest_body=1, metrics_port=metrics)
     packed = pack_archive(artifact, "tiny", folder)
-    instance = server.start([packed], port=configuration.free_ports(1)[0], timeout=180, front=front)
+    instance = server.start([packed], HOST, port, timeout=180, front=front)
     yield instance
     instances.stop(instance)
 
@@ -44,7 +51,7 @@ def served(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 def ask(served: Instance, method: str, body: Any = None, **headers: str) -> Tuple[int, Any, bytes]:
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    connection = http.client.HTTPSConnection("127.0.0.1", served.port, timeout=60, context=context)
+    connection = http.client.HTTPSConnection(HOST, served.port, timeout=60, context=context)
     try:
         sent = {"Content-Type": "application/json", **headers}
         connection.request(method, "/predictions/tiny", None if body is None else json.dumps(body), sent)
@@ -59,6 +66,12 @@ def test_it_speaks_tls_and_our_own_commands_do(served: Instance, capsys: pytest.
     assert ask(served, "POST", "Yes.")[0] == 200
     assert cli.main(["predict", "tiny", "--port", str(served.port), "Yes."]) == 0
     assert "label" in json.loads(capsys.readouterr().out)
+
+
+def test_its_metrics_are_read_where_they_are(served: Instance) -> None:
+    before = activity.sample(served, "tiny").counters["ts_inference_requests_total"]
+    assert ask(served, "POST", "Yes.")[0] == 200
+    assert activity.sample(served, "tiny").counters["ts_inference_requests_total"] == before + 1
 
 
 def test_pages_of_the_origin_may_ask(served: Instance) -> None:

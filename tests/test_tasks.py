@@ -77,7 +77,7 @@ def exported(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathF
         if key not in made:
             source = checkpoint(architecture, TASKS[task].auto_model, **options)
             folder = tmp_path_factory.mktemp("exported") / architecture
-            run_export(folder, {"model_name": str(source), "task": task, "max_length": max_length})
+            run_export(folder, {"model_name": str(source), "task": task, "max_length": max_length}, gradients=True)
             kind = TASKS[task].pipeline
             known = kind in transformers.pipelines.PIPELINE_REGISTRY.get_supported_tasks()
             pipeline = transformers.pipeline(kind, model=str(source), device="cpu") if known else None

@@ -18,8 +18,8 @@ from traceserve_runtime.manifest import Shapes
 Batches = List[List[int]]
 Result = TypeVar("Result")
 
-_MICRO_BATCHES_OF_A_LANE = (1, 2, 3)  # more reduce padding and spread better, but each is a run
-_BISECTIONS = 10  # to a thousandth of all costs
+_MOST_OF_A_LANE = 3  # micro-batches: more reduce padding and spread better, but each is a run
+_PRECISION = 0.001  # of all costs
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,13 @@ def schedule(
     if lanes is None or len(lengths) < 2:
         return [plan_batches(lengths, shapes, cost, most_tokens)]
     rows = _Rows(lengths, shapes, lanes.cost, most_tokens)
-    cuts = (rows.cut(len(lanes.threads) * each) for each in _MICRO_BATCHES_OF_A_LANE)
-    spread, soonest = min((_spread(batches, lengths, shapes, lanes) for batches in cuts), key=lambda each: each[1])
+    spread, soonest = _spread(rows.cut(len(lanes.threads)), lengths, shapes, lanes)
+    for each in range(2, _MOST_OF_A_LANE + 1):
+        if soonest <= rows.least(each, len(lanes.threads)):
+            break
+        other, seconds = _spread(rows.cut(len(lanes.threads) * each), lengths, shapes, lanes)
+        if seconds < soonest:
+            spread, soonest = other, seconds
     if len(spread) > 1 and least_cost(lengths, shapes, cost) >= soonest:
         return spread
     together = plan_batches(lengths, shapes, cost, most_tokens)
@@ -69,21 +74,35 @@ class _Rows:
             if self._lengths[i] == self._lengths[i + 1]:
                 self._alike[i] += self._alike[i + 1]
         self._tokens_before = [0, *accumulate(self._lengths)]
-        self._one_by_one = sum(cost(1, shapes.length(length), length) for length in lengths)
+        self._positions = (
+            sum(self._of_positions) + self._of_token * self._tokens_before[-1]
+        )  # the cost of all, without runs
+        self._one_by_one = self._positions + cost.run * len(lengths)
+
+    def least(self, each: int, lanes: int) -> float:
+        """Return the cost below which no division is, with so many micro-batches in each lane."""
+        return self._cost.run * each + self._positions / lanes
 
     def cut(self, count: int) -> Batches:
         """Divide into about this many contiguous micro-batches, minimizing the most expensive one.
 
-        Bisects its cost: the longest rows within the limit form one micro-batch, then the next ones.
+        The longest rows within a limit form one micro-batch, then the next ones. The limit grows from the cost of equal
+        shares, below which none can be, in steps that double; the last step is bisected.
         """
-        least, most = 0.0, self._one_by_one
-        for _ in range(_BISECTIONS):
-            middle = (least + most) / 2
-            if len(self._batches_within(middle)) <= count:
-                most = middle
+        step = _PRECISION * self._one_by_one
+        failing = limit = self.least(1, count) * (1 + 1e-9)  # which rounding might exceed
+        batches = self._batches_within(limit)
+        while len(batches) > count and limit < self._one_by_one:
+            failing, limit, step = limit, limit + step, 2 * step
+            batches = self._batches_within(limit)
+        while limit - failing > _PRECISION * self._one_by_one:
+            middle = (failing + limit) / 2
+            within = self._batches_within(middle)
+            if len(within) <= count:
+                limit, batches = middle, within
             else:
-                least = middle
-        return self._batches_within(most)
+                failing = middle
+        return batches
 
     def _batches_within(self, limit: float) -> Batches:
         batches, start = [], 0

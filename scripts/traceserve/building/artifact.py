@@ -92,6 +92,8 @@ def _serving(config: SetupConfig) -> str:
         config.response_timeout,
         client_timeout=config.client_timeout,
         continuous_batching=config.continuous_batching or None,
+        pack_weights=config.pack_weights,
+        explain_seconds=config.explain_seconds,
     )
     return serving.to_yaml()
 

@@ -9,9 +9,11 @@ from typing import Optional, Tuple
 from traceserve_runtime.errors import TraceserveError
 
 
-def add_port(parser: argparse.ArgumentParser, default: Optional[int] = None) -> None:
-    """Add `--port`; without a default it means the only running server."""
-    text = f"[{default}]" if default else "[of the only server]"
+def add_port(
+    parser: argparse.ArgumentParser, default: Optional[int] = None, text: str = "[of the only server]"
+) -> None:
+    """Add `--port`; `text` says what it is without a default."""
+    text = f"[{default}]" if default else text
     parser.add_argument(
         "--port", type=port, default=default, metavar="P", help=f"the port of the REST interface {text}"
     )

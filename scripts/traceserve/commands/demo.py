@@ -14,7 +14,7 @@ from traceserve.commands.serve import print_instance
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
-    add_port(parser)
+    add_port(parser, text="[a free one]")
     parser.add_argument("--keep", action="store_true", help="leave the server running at the end")
 
 

@@ -15,10 +15,15 @@ _SHOWN = 12  # files shown per folder; more are only counted
 
 
 def _add_deploy(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", metavar="TARGET", help="one of the targets below")
+    parser.add_argument("target", metavar="TARGET", help="one of the targets above")
     parser.add_argument("archives", nargs="+", type=Path, metavar="ARCHIVE", help="a .mar that `traceserve build` made")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new or empty folder for the files")
-    parser.add_argument("--engine", metavar="E", help="the server in the container [the target's first, see below]")
+    parser.add_argument(
+        "--engine",
+        metavar="E",
+        help="the server in the container: torchserve, ray or uvicorn for docker, torchserve or ray for "
+        "kubernetes, and the only one of each other target [the first]",
+    )
     parser.add_argument(
         "--image", metavar="NAME:TAG", help="the image's name in manifests and commands [NAME:VERSION of the archive]"
     )

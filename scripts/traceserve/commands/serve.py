@@ -212,7 +212,7 @@ def print_instance(instance: Instance, seconds: float, show_key: bool = False) -
         shown = f"{instance.key}    all keys, and new ones" if show_key else "shown"
         screen.print(f"\nkey: {shown} by `traceserve keys{port}`", highlight=False, markup=False, soft_wrap=True)
     screen.print(
-        f"\nmetrics: http://127.0.0.1:{instance.metrics_port}/metrics    log: {instance.log}",
+        f"\nmetrics: {instance.metrics_url}    log: {instance.log}",
         highlight=False,
         soft_wrap=True,
     )

@@ -76,9 +76,7 @@ def _status(options: argparse.Namespace) -> int:
     screen.print(_servers(running))
     screen.print(_report([*_since_start(running)], "since the start"))
     for instance in running:
-        places = (
-            f"{instance.url}/predictions/, metrics http://127.0.0.1:{instance.metrics_port}/metrics, log {instance.log}"
-        )
+        places = f"{instance.url}/predictions/, metrics {instance.metrics_url}, log {instance.log}"
         screen.print(f"{instance.port}: {_by_status(instance)}{places}", highlight=False, soft_wrap=True)
     return 0
 

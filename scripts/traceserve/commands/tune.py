@@ -32,7 +32,7 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
         "--target",
         type=_p99,
         metavar="T",
-        help="throughput: the most requests per second with all connections; or p99=MS: the most of which 99 % are "
+        help="throughput: the most requests per second with all connections; or p99=MS: the most of which 99 %% are "
         "answered within MS milliseconds, with as many connections as that allows [throughput]",
     )
     parser.add_argument(

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Dict, Sequence, Tuple
 
+from traceserve.deploying import engines
 from traceserve.deploying.described import Described
 
 _MIB = 1 << 20
@@ -50,14 +51,15 @@ def needed(archives: Sequence[Described], engine: str) -> Resources:
     """What these archives need together, in one pod."""
     memory, cores = float(FRONTENDS[engine]), 0
     reasons = [f"memory: {FRONTENDS[engine]} MiB for {engine} itself"]
+    workers = {each.name: 1 if engines.ENGINES[engine].single else each.workers for each in archives}
     for each in archives:
-        model = each.unpacked / _MIB
-        copies = 1 + (_COPIES - 1) * (each.workers if each.serving.pack_weights or each.workers == 1 else 1)
-        memory += each.workers * WORKER + copies * model
+        count, model = workers[each.name], each.unpacked / _MIB
+        copies = 1 + (_COPIES - 1) * (count if each.serving.pack_weights or count == 1 else 1)
+        memory += count * WORKER + copies * model
         threads = each.serving.threads or 1
-        cores += each.workers * threads
+        cores += count * threads
         reasons.append(
-            f"memory of {each.name}: {each.workers} x {WORKER} MiB for the worker, and {copies} x {model:.0f} MiB, the size of "
+            f"memory of {each.name}: {count} x {WORKER} MiB for the worker, and {copies} x {model:.0f} MiB, the size of "
             "its files; no archive holds a measurement of memory, so look at the first pod under load and correct this"
         )
         tuned = each.serving.workers is not None or each.serving.threads is not None
@@ -66,12 +68,12 @@ def needed(archives: Sequence[Described], engine: str) -> Resources:
             if tuned
             else "not tuned: `traceserve tune` writes what fits into the archive"
         )
-        reasons.append(f"cores of {each.name}: {each.workers} worker(s) of {threads} thread(s), {by}")
+        reasons.append(f"cores of {each.name}: {count} worker(s) of {threads} thread(s), {by}")
     devices: Dict[str, int] = {}
     for each in archives:
         device = DEVICES.get(each.manifest.hardware)
         if device is not None:
-            devices[device] = devices.get(device, 0) + each.workers
+            devices[device] = devices.get(device, 0) + workers[each.name]
     disk = sum(each.size + each.unpacked for each in archives) / _MIB + 256
     reasons.append("ephemeral storage: the archives, packed and unpacked, and 256 MiB for logs and the JVM's classes")
     # One core more for what hands the requests over.

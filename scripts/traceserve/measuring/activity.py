@@ -80,7 +80,7 @@ class Activity:
 
 def sample(instance: Instance, name: str) -> Sample:
     """Read an archive's counters, and the length of its queue; raises OSError if the server does not give them."""
-    series = series_of(metrics_of(f"http://127.0.0.1:{instance.metrics_port}/metrics", name))
+    series = series_of(metrics_of(instance.metrics_url, name))
     return Sample(time.time(), series, None if instance.engine == RAY else _waiting(instance, name))
 
 
@@ -109,7 +109,7 @@ def _waiting(instance: Instance, name: str) -> Optional[int]:
 
 def answers_by_status(instance: Instance) -> Dict[str, int]:
     """Return a server's number of answers since its start, by status class: 2XX, 4XX, 5XX; raises OSError."""
-    found = metrics_of(f"http://127.0.0.1:{instance.metrics_port}/metrics")
+    found = metrics_of(instance.metrics_url)
     by_status = {m[1]: int(value) for name, _, value in found for m in [_BY_STATUS.match(name)] if m}
     return {status: by_status.get(status, 0) for status in ("2XX", "4XX", "5XX")}
 

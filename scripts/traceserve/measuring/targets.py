@@ -66,7 +66,7 @@ _Ours = Tuple[str, Optional[str], Optional[Arithmetic]]
 
 def _told_by(instance: instances.Instance, name: str) -> _Ours:
     """Return the name of one of our archives, its metrics' URL, and the arithmetic of its model."""
-    return name, f"http://127.0.0.1:{instance.metrics_port}/metrics", arithmetic_of(instance.manifest(name))
+    return name, instance.metrics_url, arithmetic_of(instance.manifest(name))
 
 
 def _ours(url: str) -> _Ours:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from typing import Dict
 
 from traceserve_runtime.json_types import JsonObject
 
@@ -59,17 +58,20 @@ def _quiet(instance: Instance, name: str, described: management.Registered) -> f
         return float(described.response_timeout)
     if described.workers < 2:
         return _LEAST
-    longest = None
-    with contextlib.suppress(OSError):
+    try:
         longest = activity.quantile(activity.sample(instance, name).buckets, 1.0)
+    except OSError:
+        return float(described.response_timeout)
     return min(float(described.response_timeout), max(_LEAST, 2 * (longest or 0.0)))
 
 
 def _naming(instance: Instance, name: str, version: str) -> int:
-    """Return how many requests have named a version in their path."""
-    counted: Dict[str, float] = {}
-    with contextlib.suppress(OSError):
-        for metric, labels, value in metrics_of(f"http://127.0.0.1:{instance.metrics_port}/metrics", name):
-            if metric == _REQUESTS:
-                counted[labels["model_version"]] = value
+    """Return how many requests have named a version in their path; raises ServerError if its metrics do not say."""
+    try:
+        told = list(metrics_of(instance.metrics_url, name))
+    except OSError as error:
+        raise ServerError(
+            f"whether requests name {name} {version} is unknown: {instance.metrics_url}: {error}"
+        ) from None
+    counted = {labels["model_version"]: value for metric, labels, value in told if metric == _REQUESTS}
     return int(counted.get(version, 0.0))

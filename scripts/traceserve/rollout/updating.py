@@ -270,20 +270,26 @@ class _Update:
         return self._engine.drain_version(self._instance, self._name, version, self._canary, self._options.timeout)
 
     def _settle(self, named: int) -> Dict[str, int]:
-        """Remember the new version, and remove the earlier ones that no request names; returns the others."""
+        """Remember the new version, and remove the earlier ones that no request names; returns the others.
+
+        One that cannot be removed is left to the next update: the new version answers.
+        """
         name = self._name
         self._instance = _after(self._instance, name, self._key, self._archive.workers)
         instances.remember(self._instance)
-        counts = {self._running.version: named}
-        for version in self._engine.versions_of(self._instance, name):
-            if version not in (
-                self._version,
-                self._running.version,
-            ):  # kept by an earlier update, or one that was killed
-                counts[version] = self._drain(version)
-        for version, count in counts.items():
-            self._remove(version, count)
-        return {version: count for version, count in counts.items() if count}
+        kept: Dict[str, int] = {}
+        # The others were kept by an earlier update, or by one that was killed.
+        versions = dict.fromkeys([self._running.version, *self._engine.versions_of(self._instance, name)])
+        for version in [each for each in versions if each != self._version]:
+            try:
+                count = named if version == self._running.version else self._drain(version)
+                self._remove(version, count)
+            except ServerError as error:
+                self._report(f"kept {version}: {error.message}; the next update looks again")
+                count = 0
+            if count:
+                kept[version] = count
+        return kept
 
     def _remove(self, version: str, named: int) -> None:
         """Remove a version that has been drained, unless requests named it meanwhile."""

@@ -66,8 +66,7 @@ def configure_server(
         "vmargs": " ".join(java.jvm_options(folder)),
     }
     config = folder / "config.properties"
-    lines = (f"{key}={value}\n".replace("\\", "\\\\") for key, value in properties.items())
-    config.write_text("".join(lines), encoding="utf-8")
+    config.write_text("".join(_property(key, value) for key, value in properties.items()), encoding="ascii")
     (folder / java.LOG_CONFIG).write_text(_JAVA_LOGGING.replace("FOLDER", str(folder / "logs")), encoding="utf-8")
     log_config = folder / "log4j2.xml"
     log_config.write_text(_LOG_CONFIG.replace("FOLDER", str(folder / "logs")), encoding="utf-8")
@@ -77,6 +76,13 @@ def configure_server(
         "log-config": log_config,
         "model-store": store,
     }
+
+
+def _property(key: str, value: object) -> str:
+    """Return a line as Java reads it: in Latin-1, with any other character as UTF-16 in escapes."""
+    units = str(value).replace("\\", "\\\\").encode("utf-16-be")
+    numbers = [units[i] << 8 | units[i + 1] for i in range(0, len(units), 2)]
+    return f"{key}=" + "".join(chr(n) if n < 128 else f"\\u{n:04x}" for n in numbers) + "\n"
 
 
 def prepare_folder(folder: Path, files: Mapping[str, Path], servings: Mapping[str, Serving]) -> Path:

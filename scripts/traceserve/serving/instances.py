@@ -55,7 +55,7 @@ class Instance:
     management_port: int
     metrics_port: int
     pid: int
-    started: float  # start of the process, to distinguish it from a later one with the same pid
+    started: float  # start of the process, in seconds since 1970
     names: Tuple[str, ...]
     workers: Dict[str, int]  # by name
     folder: str
@@ -68,22 +68,33 @@ class Instance:
     management_socket: Optional[str] = None  # TorchServe's, if this user alone reaches it; then it has no port
     folders: Dict[str, str] = dataclasses.field(default_factory=dict)  # by name, if it is not the name: after an update
     trusted: Optional[str] = None  # the file by which signatures are checked, if they are demanded
+    ticks: Optional[int] = None  # start of the process on the clock that nobody sets, see `ticks_of`
+    metrics_host: str = "127.0.0.1"
 
     @property
     def url(self) -> str:
         """Its URL from this machine."""
-        host = "127.0.0.1" if _unspecified(self.host) else self.host
-        scheme = "https" if self.certificate else "http"
-        return f"{scheme}://[{host}]:{self.port}" if ":" in host else f"{scheme}://{host}:{self.port}"
+        return f"{'https' if self.certificate else 'http'}://{_in_url(self.host)}:{self.port}"
+
+    @property
+    def metrics_url(self) -> str:
+        """Its metrics' URL from this machine."""
+        return f"http://{_in_url(self.metrics_host)}:{self.metrics_port}/metrics"
 
     @property
     def process(self) -> Optional[psutil.Process]:
         """The running process, or None."""
         with contextlib.suppress(psutil.Error):
             process = psutil.Process(self.pid)
-            if abs(process.create_time() - self.started) < 1 and process.status() != psutil.STATUS_ZOMBIE:
+            if self._is(process) and process.status() != psutil.STATUS_ZOMBIE:
                 return process
         return None
+
+    def _is(self, process: psutil.Process) -> bool:
+        """Return whether this is its process, not a later one with the same pid."""
+        if self.ticks is not None:
+            return ticks_of(process.pid) == self.ticks
+        return bool(abs(process.create_time() - self.started) < 1)
 
     def manifest(self, name: str) -> Manifest:
         """Return the manifest of one of its archives."""
@@ -97,6 +108,19 @@ class Instance:
     def log(self) -> Path:
         """The log of the workers and of TorchServe itself."""
         return Path(self.folder, "logs", "server.log")
+
+
+def ticks_of(pid: int) -> Optional[int]:
+    """Return when a process started, in the kernel's ticks since the machine did; None if it has ended, or where the system
+    does not tell.
+
+    psutil's `create_time` moves whenever the machine's clock is set, and with it a server would seem to be another process.
+    """
+    try:
+        told = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    return int(told.rpartition(")")[2].split()[19])
 
 
 def remember(instance: Instance) -> None:
@@ -351,8 +375,11 @@ def _keep_only(instance: Instance) -> None:
     Path(instance.folder, CERTIFICATE_AND_KEY).unlink(missing_ok=True)
 
 
-def _unspecified(host: str) -> bool:
-    return host != "localhost" and ipaddress.ip_address(host).is_unspecified
+def _in_url(host: str) -> str:
+    """Return how this machine reaches an address that a server listens on."""
+    if host != "localhost" and ipaddress.ip_address(host).is_unspecified:
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host
 
 
 def _state_folder() -> Path:

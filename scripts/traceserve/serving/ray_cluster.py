@@ -253,6 +253,7 @@ def _remembered(plan: ServerPlan, process: psutil.Process, metrics_port: int, ke
         metrics_port=metrics_port,
         pid=process.pid,
         started=process.create_time(),
+        ticks=instances.ticks_of(process.pid),
         names=tuple(plan.workers),
         workers=plan.workers,
         folder=str(plan.folder),

@@ -169,6 +169,8 @@ def _remembered(plan: ServerPlan, ports: Tuple[int, int], pid: int) -> Instance:
         None,
         None,
         trusted=plan.trusted,
+        ticks=instances.ticks_of(pid),
+        metrics_host=plan.host if plan.front.metrics_port else "127.0.0.1",
     )
     instances.remember(instance)
     return instance

@@ -80,7 +80,7 @@ def _not_so(save_mode: str, hardware: str, dtype: str, tasks: Sequence[str]) -> 
         modes = [name for name in SAVE_MODES if _has(name, hardware, dtype)]
         if modes:
             return f"it is for save_mode {' or '.join(modes)} on {hardware}"
-        return f"it runs on {', '.join(DTYPES[dtype].hardware)}, not on {hardware}"
+        return f"it runs on {', '.join((*DTYPES[dtype].of_weights, *DTYPES[dtype].hardware))}, not on {hardware}"
     if dtype not in SAVE_MODES[save_mode].dtypes:
         return f"save_mode {save_mode} has none"
     return f"it is for models that are run once, not for {', '.join(tasks)}"

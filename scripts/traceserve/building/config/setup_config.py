@@ -50,8 +50,8 @@ class SetupConfig(BaseModel):
     )
     save_mode: Literal[(dtypes.AUTO, *SAVE_MODES)] = Field(  # type: ignore[valid-type]  # likewise
         "torchscript",
-        description="How the model is stored. `auto`: `openvino` where its int8 is the fastest (an x86 processor with VNNI and "
-        "without bfloat16, or int8 texts; its packages installed), else `torchscript`; by a rule, not by measuring",
+        description="How the model is stored. `auto`: `openvino` in int8 on x86 (if that is asked for, or on a processor with "
+        "VNNI or AMX and without bfloat16; its packages installed), else `torchscript`; by a rule, not by measuring",
     )
     dtype: Literal[(dtypes.AUTO, *dtypes.DTYPES)] = Field(  # type: ignore[valid-type]  # likewise
         dtypes.AUTO,
@@ -133,6 +133,17 @@ class SetupConfig(BaseModel):
         "Requests that join others. (Hosts of our own always do so)",
     )
 
+    pack_weights: Optional[bool] = Field(
+        None,
+        description="Whether a worker keeps its own copy of the linear layers' weights, as its processor reads them, which is "
+        "faster; in `torchscript` on a CPU. `null`: if it is the only worker",
+    )
+    explain_seconds: Optional[int] = Field(
+        None,
+        ge=1,
+        le=86_400,
+        description="The most seconds that an explanation may take, half of `response_timeout` at most. `null`: 30",
+    )
     captum_explanation: Optional[bool] = Field(
         None,
         description="Whether the archive has the model's gradients, by which answers are explained, as captum's "

@@ -39,12 +39,14 @@ def main(arguments: Optional[Sequence[str]] = None) -> Optional[str]:
 
 
 def _key(environment: Mapping[str, str]) -> Dict[str, str]:
-    """The key that the server was given, or, of TorchServe's own, the one that `traceserve serve` keeps in this container."""
+    """The key that the server was given, or, of TorchServe's own, the one that `traceserve serve` keeps in this container: the
+    latest, since a server that died may have left its own."""
     given = environment.get("TRACESERVE_KEY")
     if given:
         return {"Authorization": f"Bearer {given}"}
     state = environment.get("XDG_STATE_HOME") or str(Path(environment.get("HOME", "/tmp"), ".local", "state"))
-    for file in Path(state, "traceserve", "servers").glob("*.json"):
+    files = Path(state, "traceserve", "servers").glob("*.json")
+    for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
         try:
             key = json.loads(file.read_text(encoding="utf-8")).get("key")
         except (OSError, ValueError):

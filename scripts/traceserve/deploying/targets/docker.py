@@ -13,9 +13,12 @@ from traceserve.deploying.described import Described
 from traceserve.deploying.plan import Copy, DeployTarget, File, Plan, Text, Wishes
 
 _NOTES = {
-    True: f"without {KEY_VARIABLE} in the container's environment no key is demanded; /ping and /health need none.",
-    False: "TorchServe makes new keys at every start and takes none from outside: `docker exec CONTAINER python -m traceserve "
-    "keys` shows them. For own keys, or several containers behind one address, deploy kubernetes, or a proxy that checks them.",
+    "uvicorn": f"without {KEY_VARIABLE} in the container's environment no key is demanded; /ping and /health need none.",
+    "ray": f"without {KEY_VARIABLE} in the container's environment a key is made at every start: `docker exec CONTAINER python "
+    "-m traceserve keys` shows it.",
+    "torchserve": "TorchServe makes new keys at every start and takes none from outside: `docker exec CONTAINER python -m "
+    "traceserve keys` shows them. For own keys, or several containers behind one address, deploy kubernetes, or a proxy that "
+    "checks them.",
 }
 
 
@@ -53,7 +56,8 @@ def image_files(
 ) -> Tuple[File, ...]:
     """The folder that `docker build` is given; `needs` names what it installs, where that is not the engine's."""
     engine = engines.ENGINES[wishes.engine]
-    command = engines.command(wishes.engine, archives, "/archives")
+    shared = engine.single and not with_archives  # by containers that each get one archive
+    command = engines.command(wishes.engine, archives[:1] if shared else archives, "/archives")
     names = ", ".join(each.name for each in archives)
     end = templates.fill(
         "docker/end",
@@ -74,17 +78,16 @@ def plan(archives: Sequence[Described], wishes: Wishes) -> Plan:
     """The folder for `docker build`."""
     image = image_name(archives, wishes)
     needed = resources.needed(archives, wishes.engine)
-    takes_key = engines.ENGINES[wishes.engine].takes_key
     gpus = "--gpus all " if resources.GPU in needed.devices else ""
-    key = f"--env {KEY_VARIABLE} " if takes_key else ""
-    limits = f"--memory {needed.memory * 3 // 2 + needed.disk}m --read-only --tmpfs /tmp:size={needed.disk}m"
+    key = f"--env {KEY_VARIABLE} " if engines.ENGINES[wishes.engine].takes_key else ""
+    limits = f"--memory {needed.memory * 3 // 2 + needed.disk}m --read-only --tmpfs /tmp:exec,size={needed.disk}m"
     return Plan(
         image_files(archives, wishes),
         (
             f"docker build --tag {image} .",
             f"docker run --rm --init {gpus}{limits} {key}--publish 8080:{engines.PORT} {image}",
         ),
-        (_NOTES[takes_key],),
+        (_NOTES[wishes.engine],),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import List, Sequence
+from typing import Dict, List, Sequence
 
 from traceserve import __version__
 from traceserve.deploying import resources, templates
@@ -11,6 +11,8 @@ from traceserve.deploying.plan import DeployTarget, File, Plan, Text, Wishes, pr
 from traceserve.deploying.targets import docker
 from traceserve.deploying.targets.kubernetes import plain_name
 from traceserve.errors import DeployError
+
+_RUNTIME = "serving_runtime.yaml"  # no InferenceService's name has an underscore
 
 
 def plan(archives: Sequence[Described], wishes: Wishes) -> Plan:
@@ -22,31 +24,45 @@ def plan(archives: Sequence[Described], wishes: Wishes) -> Plan:
         )
     url = wishes.url.rstrip("/")
     image = wishes.image or f"traceserve:{__version__}"
+    names = _names(archives)
     own: List[File] = [
-        Text(f"{plain_name(each.name)}.yaml", _service(each, f"{url}/{each.file.name}", wishes.engine))
-        for each in archives
+        Text(f"{name}.yaml", _service(name, each, f"{url}/{each.file.name}", wishes.engine))
+        for name, each in zip(names, archives)
     ]
     return Plan(
         (
-            Text("runtime.yaml", templates.fill("kserve/runtime.yaml", image=templates.flow(image))),
+            Text(_RUNTIME, templates.fill("kserve/runtime.yaml", image=templates.flow(image))),
             *own,
-            *prefixed("image", docker.image_files(archives[:1], wishes, with_archives=False)),
+            *prefixed("image", docker.image_files(archives, wishes, with_archives=False)),
         ),
         (
             f"docker build --tag {image} image && docker push {image}",
             *(f"# put {each.file} at {url}/{each.file.name}" for each in archives),
-            "kubectl apply --filename runtime.yaml",
+            f"kubectl apply --filename {_RUNTIME}",
             *(f"kubectl apply --filename {each.path}" for each in own),
         ),
         ("who may ask is decided by KServe's gateway: the container demands no key.",),
     )
 
 
-def _service(archive: Described, url: str, engine: str) -> str:
+def _names(archives: Sequence[Described]) -> List[str]:
+    """The InferenceServices' names; raises DeployError if two are equal."""
+    by_name: Dict[str, str] = {}
+    for each in archives:
+        other = by_name.setdefault(plain_name(each.name), each.name)
+        if other != each.name:
+            raise DeployError(
+                f"{other} and {each.name} would both be the InferenceService {plain_name(each.name)}; deploy them into two "
+                "namespaces, or build one under another name"
+            )
+    return list(by_name)
+
+
+def _service(name: str, archive: Described, url: str, engine: str) -> str:
     needed = resources.needed([archive], engine)
     return templates.fill(
         "kserve/service.yaml",
-        name=plain_name(archive.name),
+        name=name,
         url=templates.flow(url),
         digest=templates.flow(archive.sha256),
         reasons="\n".join(f"      # {reason}" for reason in needed.reasons),

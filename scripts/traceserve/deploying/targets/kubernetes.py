@@ -15,12 +15,14 @@ from traceserve.deploying.plan import DeployTarget, File, Plan, Text, Wishes, pr
 from traceserve.deploying.targets import docker
 
 _STATIC = "kubernetes/templates"
+_LONGEST_NAME = 47  # of a RayService
 _MONITORING = ("monitoring/alerts.yaml", "monitoring/dashboard.json")
 
 
 def plain_name(name: str) -> str:
-    """An archive's name as Kubernetes allows names."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:50].strip("-")
+    """An archive's name as Kubernetes allows names: a letter first, and as short as KubeRay needs it."""
+    plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return (plain if plain[0].isalpha() else f"m-{plain}")[:_LONGEST_NAME].strip("-")
 
 
 def chart_files(archives: Sequence[Described], wishes: Wishes) -> Tuple[File, ...]:

@@ -9,14 +9,14 @@ from typing import Sequence
 
 from traceserve.archives import staging
 from traceserve.archives.contents import unpack
-from traceserve.deploying import engines, resources, templates
+from traceserve.deploying import engines, templates
 from traceserve.deploying.described import Described
 from traceserve.deploying.plan import DeployTarget, Made, Plan, Wishes, prefixed
 from traceserve.deploying.targets import docker
 from traceserve.deploying.targets.kubernetes import plain_name
 
-# A small instance of each kind: by the device that an archive needs.
-_INSTANCES = {(): "ml.c7i.xlarge", ("nvidia.com/gpu",): "ml.g5.xlarge", ("aws.amazon.com/neuron",): "ml.inf2.xlarge"}
+# A small instance for each hardware.
+_INSTANCES = {"cpu": "ml.c7i.xlarge", "gpu": "ml.g5.xlarge", "neuron": "ml.inf1.xlarge", "neuronx": "ml.inf2.xlarge"}
 
 
 def plan(archives: Sequence[Described], wishes: Wishes) -> Plan:
@@ -26,8 +26,8 @@ def plan(archives: Sequence[Described], wishes: Wishes) -> Plan:
     end = templates.read_template("sagemaker/end")
     about = f"SageMaker's container for {archive.name}; made by `traceserve deploy sagemaker`."
     place = f"{wishes.url.rstrip('/')}/model.tar.gz" if wishes.url else f"s3://BUCKET/{name}/model.tar.gz"
-    devices = tuple(resources.needed(archives, wishes.engine).devices)
-    variant = f"VariantName=all,ModelName={name},InstanceType={_INSTANCES[devices]},InitialInstanceCount=1"
+    instance = _INSTANCES[archive.manifest.hardware]
+    variant = f"VariantName=all,ModelName={name},InstanceType={instance},InitialInstanceCount=1"
     return Plan(
         (
             Made("model.tar.gz", lambda target: pack_model(archive.file, target)),

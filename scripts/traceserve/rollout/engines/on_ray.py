@@ -288,7 +288,7 @@ def _naming(instance: Instance, name: str) -> Dict[str, int]:
     """Return how many requests have named each version, as far as the running replicas have counted."""
     counted: Dict[str, int] = {}
     with contextlib.suppress(OSError):
-        for metric, labels, value in metrics_of(f"http://127.0.0.1:{instance.metrics_port}/metrics", name):
+        for metric, labels, value in metrics_of(instance.metrics_url, name):
             if metric == _NAMING:
                 version = labels["model_version"]
                 counted[version] = counted.get(version, 0) + int(value)
