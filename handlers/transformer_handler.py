@@ -189,18 +189,17 @@ def _headers(context: WorkerContext, index: int) -> Headers:
     StreamPredictions2 has a sequence id; if TorchServe keeps no sequences it fails such a call immediately, but
     still passes the request on (GRPCJob, InferenceImpl of 0.12).
     """
-    from traceserve_runtime.protocols.bodies import Headers
+    from traceserve_runtime.protocols.bodies import Headers, length_in
 
     told = context.get_all_request_header(index) or {}
     sent = {name.lower(): value for name, value in told.items() if isinstance(value, str)}
     parts = {name: record.get("content-type") or "" for name, record in told.items() if isinstance(record, dict)}
-    length, tensors = sent.get("content-length", ""), sent.get("inference-header-content-length", "")
     grpc = not _HTTP_HEADERS & set(sent)
     sequences = (getattr(context, "model_yaml_config", None) or {}).get("sequenceBatching")
     sequence_id = getattr(context, "header_key_sequence_id", "ts_request_sequence_id")
     return Headers(
         sent.get("content-type", ""),
-        int(length) if length.isdecimal() else None,
+        length_in(sent.get("content-length", "")),
         sent.get("content-encoding", ""),
         parts,
         grpc,
@@ -208,7 +207,7 @@ def _headers(context: WorkerContext, index: int) -> Headers:
         ended=grpc and not sequences and isinstance(told.get(sequence_id), str),
         path=sent.get("url_path", ""),
         client=sent.get("user-agent", ""),
-        binary=int(tensors) if tensors.isdecimal() else None,
+        binary=length_in(sent.get("inference-header-content-length", ""), sys.maxsize),
     )
 
 

@@ -313,6 +313,32 @@ def test_json_lines_are_a_list(media: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "media, head, line, most",
+    [
+        ("application/jsonlines", "", '"a"\n', 4096),
+        ("application/jsonlines", "", "\n \n" + '"a"\n', 4096),
+        ("text/csv", "inputs\n", "a\n", 4096),
+        ("text/csv", "text\n", '"a\n\n\n"\n', 4096),
+    ],
+)
+def test_lines_are_parsed_only_as_far_as_any_list_may_be_long(media: str, head: str, line: str, most: int) -> None:
+    """Blank lines and those within a cell are not counted."""
+    error = refusal({"body": head + line * most}, Headers(media))
+    assert type(error) is InputTooLong and "4,096 texts; one request may have 10" in error.message
+    began = time.process_time()
+    error = refusal({"body": head + line * (1 << 16)}, Headers(media))
+    assert type(error) is InputTooLong and "more than 4,096 lines; one request may have 10" in error.message
+    error = refusal({"body": head + line * most + "\n" * (16 << 20)}, Headers(media))
+    assert type(error) is InputTooLong and "line breaks; one request may have 524,288" in error.message
+    assert time.process_time() - began < 0.5
+
+
+def test_as_many_lines_are_parsed_as_the_model_has_rows() -> None:
+    lines = '"a"\n' * 5000
+    assert len(parse_requests({"body": lines}, Headers("text/jsonl"), SequenceClassification, 0, 5000).requests) == 5000
+
+
+@pytest.mark.parametrize(
     "media", ["text/json", "text/x-json; charset=utf-8", "application/ld+json", "application/x-json"]
 )
 def test_every_json_is_json(media: str) -> None:

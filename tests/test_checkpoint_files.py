@@ -57,6 +57,18 @@ def test_the_output_folder_of_a_trainer(checkpoint: Make, tmp_path: Path) -> Non
     assert fetch("saved", tmp_path).folder.name == "saved"
 
 
+def test_a_models_folder_in_the_hubs_cache(checkpoint: Make, tmp_path: Path) -> None:
+    copied(checkpoint, tmp_path / "models--org--m" / "snapshots" / "abc", "bert")
+    (tmp_path / "models--org--m" / "snapshots" / "abd").mkdir()
+    with pytest.raises(SourceError) as raised:
+        fetch("models--org--m/", tmp_path)
+    assert raised.value.message == (
+        "models--org--m/ is a model's folder in the hub's cache; name the snapshot in it, as "
+        '"models--org--m/snapshots/abc"'
+    )
+    assert fetch("models--org--m/snapshots/abc", tmp_path).folder.name == "abc"
+
+
 @pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json", "vocab.txt"])
 def test_a_pointer_of_git_lfs(file: str, checkpoint: Make, tmp_path: Path) -> None:
     folder = copied(checkpoint, tmp_path / "mine", "bert")

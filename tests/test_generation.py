@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Tuple
@@ -17,14 +18,16 @@ from conftest import run_export
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import answers, generated, written
+from tokenizers import decoders
 from traceserve.building.gate.texts import SENTENCES, VERY_LONG
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import InvalidRequest, TraceserveError
 from traceserve_runtime.generation.scores import GenerationSettings, probabilities, processed
 from traceserve_runtime.generation.search import Sampling
 from traceserve_runtime.tasks import TASKS
-from traceserve_runtime.tasks.contract import Answer, Request
+from traceserve_runtime.tasks.contract import Answer, ModelFacts, Request
 from traceserve_runtime.texts import chat
+from traceserve_runtime.texts.rows import Encoded
 
 DECODERS = ("gpt2", "llama")
 ENCODER_DECODERS = ("t5", "marian", "bart")
@@ -142,6 +145,66 @@ def test_stop_strings(stop: Any, made: Callable[[str], Made]) -> None:
     assert [written(value) for value in answers(engine, requests)] == expected
 
 
+@pytest.fixture(scope="module")
+def stripping(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A decoder that leaves out the space before a first word, as sentencepiece's do, and writes <pad> soon after
+    the first text."""
+    folder = tmp_path_factory.mktemp("stripping")
+    source = checkpoint("llama", "AutoModelForCausalLM")
+    model = transformers.AutoModelForCausalLM.from_pretrained(source).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    inputs = tokenizer(TEXTS[0], return_tensors="pt", return_token_type_ids=False)
+    third = model.generate(**inputs, do_sample=False, max_new_tokens=3)[0, -1]
+    model.config.tie_word_embeddings = False
+    weight = model.lm_head.weight.detach().clone()
+    weight[tokenizer.pad_token_id] = 2 * weight[third]
+    model.lm_head.weight = torch.nn.Parameter(weight)
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("Ġ", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    model.save_pretrained(folder / "source")
+    tokenizer.save_pretrained(folder / "source")
+    run_export(
+        folder / "x",
+        {"model_name": str(folder / "source"), "task": "text_generation", "dtype": "float32", "max_length": 128},
+    )
+    return Engine.load(folder / "x"), model, tokenizer
+
+
+def new_tokens(made: Made, text: str, **options: Any) -> List[int]:
+    _, model, tokenizer = made
+    inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+    ids = model.generate(**inputs, do_sample=False, tokenizer=tokenizer, **options)[0]
+    found: List[int] = ids[inputs["input_ids"].shape[1] :].tolist()
+    return found
+
+
+def details_of(engine: Engine, text: str, **parameters: Any) -> Dict[str, Any]:
+    [answer] = answers(engine, [Request({"text": text}, {"details": True, **parameters})])
+    found: Dict[str, Any] = answer[0]["details"]
+    return found
+
+
+def test_a_stop_string_may_be_a_special_token(stripping: Made) -> None:
+    expected = new_tokens(stripping, TEXTS[0], max_new_tokens=10, stop_strings=["<pad>"])
+    assert expected[-1] == stripping[2].pad_token_id and len(expected) < 10
+    details = details_of(stripping[0], TEXTS[0], max_new_tokens=10, stop=["<pad>"])
+    assert [token["id"] for token in details["tokens"]] == expected and details["finish_reason"] == "stop_sequence"
+
+
+def test_a_stop_string_may_begin_with_the_space_before_the_first_word(stripping: Made) -> None:
+    engine, _, tokenizer = stripping
+    found = 0
+    for text in TEXTS:
+        first = tokenizer.convert_ids_to_tokens(new_tokens(stripping, text, max_new_tokens=1))[0]
+        if first.startswith("Ġ") and len(first) > 1:
+            found += 1
+            stop = first.replace("Ġ", " ")
+            assert len(new_tokens(stripping, text, max_new_tokens=10, stop_strings=[stop])) == 1
+            assert details_of(engine, text, max_new_tokens=10, stop=[text[-3:] + stop])["generated_tokens"] == 1
+    assert found
+
+
 def test_a_seed_draws_the_same_again(made: Callable[[str], Made]) -> None:
     engine, _, _ = made("gpt2")
     request = Request({"text": "The train"}, {"seed": 5, "max_new_tokens": 30})
@@ -168,6 +231,8 @@ def hugging_face(scores: np.ndarray, ids: List[int], options: Dict[str, Any]) ->
         processors.append(transformers.TopPLogitsWarper(options["top_p"]))
     if options.get("min_p"):
         processors.append(transformers.MinPLogitsWarper(options["min_p"]))
+    if options.get("typical_p"):
+        processors.append(transformers.TypicalLogitsWarper(options["typical_p"]))
     left = processors(torch.tensor([ids]), torch.from_numpy(scores[None].copy()))
     return np.asarray(left.softmax(-1)[0].numpy())
 
@@ -182,6 +247,7 @@ def hugging_face(scores: np.ndarray, ids: List[int], options: Dict[str, Any]) ->
             "top_k": st.integers(1, 40),
             "top_p": st.floats(0.05, 0.99),
             "min_p": st.floats(0.01, 0.9),
+            "typical_p": st.floats(0.05, 0.95),
             "repetition_penalty": st.floats(0.5, 2),
             "no_repeat_ngram_size": st.integers(1, 4),
         },
@@ -194,6 +260,52 @@ def test_probabilities_are_those_of_the_original_processors(seed: int, options: 
     chosen = GenerationSettings(max_new_tokens=50, do_sample=True, **options)
     got = probabilities(processed(scores, ids[:8], ids[8:], chosen), chosen)
     np.testing.assert_allclose(got, hugging_face(scores, ids, options), rtol=1e-4, atol=1e-6)
+
+
+def test_a_temperature_near_zero_takes_the_best(made: Callable[[str], Made]) -> None:
+    engine, _, _ = made("gpt2")
+    for temperature in (1e-46, 1e-38, 1e-7, 1e-5):
+        request = Request({"text": "The train"}, {"temperature": temperature, "seed": 1, "max_new_tokens": 12})
+        assert written(answers(engine, [request])[0]) == original(made("gpt2"), "The train", max_new_tokens=12)
+
+
+@pytest.mark.parametrize(("tokens", "best"), [([], 13), ([3], 13), ([3, 3], 2)])
+def test_the_forced_last_token_wins_over_the_forced_first(tokens: List[int], best: int) -> None:
+    chosen = GenerationSettings(max_new_tokens=len(tokens) % 2 + 1, forced_bos_id=9, forced_eos_ids=(13,))
+    scores = np.eye(20, dtype=np.float32)[2]
+    assert processed(scores, [0], tokens, chosen).argmax() == best
+
+
+def test_what_transformers_reads_otherwise_than_it_stands() -> None:
+    """Words that are the end, which may not be forbidden; and the names of a decoder's positions."""
+
+    def facts(config: Dict[str, Any], **generation: Any) -> Dict[str, Any]:
+        model = ModelFacts({"decoder_start_token_id": 0, **config}, generation, {}, (), None, lambda name: None)
+        return TASKS["text2text_generation"].facts(model)
+
+    assert facts({}, eos_token_id=[2, 3], bad_words_ids=[[2], [2, 4], [5], [3]])["bad_words_ids"] == [[2, 4], [5]]
+    assert facts({"max_position_embeddings": 64})["most_new_tokens"] == 64
+    assert (
+        facts({"max_encoder_position_embeddings": 99, "max_decoder_position_embeddings": 50})["most_new_tokens"] == 50
+    )
+    decoder = {"model_type": "roberta", "max_position_embeddings": 514, "pad_token_id": 1}
+    assert facts({"decoder": decoder})["most_new_tokens"] == 512
+    assert facts({"decoder": {**decoder, "model_type": "bert"}})["most_new_tokens"] == 514
+    assert facts({"d_model": 32})["most_new_tokens"] == 4096
+
+
+def test_the_least_of_new_tokens_takes_the_place_of_the_least_length(made: Callable[[str], Made]) -> None:
+    """Also where the configuration asks for it."""
+    engine, model, tokenizer = made("bart")
+    manifest = engine.manifest
+    facts = {**manifest.facts, "min_length": 30}
+    asked = replace(manifest, facts=facts, parameters={**manifest.parameters, "min_new_tokens": 2, "num_beams": 1})
+    task = TASKS["text2text_generation"](asked, engine.task.tokenizer)
+    for text in TEXTS[:3]:
+        [encoded] = task.tokenize([Request({"text": text})], task.parts([Request({"text": text})]))
+        assert isinstance(encoded, Encoded)
+        chosen = task.settings(Request({"text": text}), encoded.rows[0], [0])
+        assert chosen.min_length == 0 and chosen.min_new_tokens == 2
 
 
 def test_draws_follow_the_probabilities() -> None:
@@ -291,6 +403,10 @@ TEMPLATES = {
         "{{ raise_exception('Roles must alternate: user, assistant, user') }}{% endif %}"
         "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{{ eos_token }}{% endgeneration %}"
         "{% else %}USER: {{ m['content'] | tojson }}\n{% endif %}{% endfor %}"
+    ),
+    "asking": (
+        "{% if tools is not none or documents is not none %}[TOOLS]{% endif %}{% for m in messages %}{{ m['role'] }}: "
+        "{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
     ),
 }
 CHATS = [

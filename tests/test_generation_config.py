@@ -86,6 +86,7 @@ REFUSED: List[Tuple[Dict[str, Any], str]] = [
     ({"typical_p": 0.9}, "sets typical_p to 0.9, which is not supported; remove it there, or set it to 1.0"),
     ({"penalty_alpha": 0.6, "top_k": 4}, "sets penalty_alpha to 0.6"),
     ({"num_beam_groups": 2, "diversity_penalty": 0.5, "num_beams": 4}, "sets num_beam_groups to 2"),
+    ({"num_beams": 4, "do_sample": True}, "sets num_beams to 4 and do_sample to true, but beam search does not sample"),
     ({"guidance_scale": 1.5}, "sets guidance_scale to 1.5"),
     ({"sequence_bias": [[[5], 2.0]]}, "sets sequence_bias"),
     ({"exponential_decay_length_penalty": [3, 1.1]}, "sets exponential_decay_length_penalty"),
@@ -119,6 +120,33 @@ def test_refused_by_name_before_anything_is_loaded(
         sources.fetch_checkpoint(config, tmp_path)
     classifier, _ = parse_config({"model_name": str(source), "task": "feature_extraction"})
     sources.fetch_checkpoint(classifier, tmp_path)  # which writes no text
+
+
+@pytest.mark.parametrize("parameters", [{"num_beams": 1}, {"do_sample": False}], ids=["samples", "beams"])
+def test_beams_or_sampling_of_both_are_chosen_in_parameters(
+    parameters: Dict[str, Any], checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    source = copy(checkpoint, tmp_path / "mine", "gpt2", num_beams=3, do_sample=True, stop_strings=["."])
+    run_export(
+        tmp_path / "out",
+        {"model_name": str(source), "task": "text_generation", "max_length": 128, "parameters": parameters},
+    )
+    engine = Engine.load(tmp_path / "out")
+    chosen = {"num_beams": 3, "do_sample": True, **parameters}
+    assert {key: engine.manifest.parameters[key] for key in chosen} == chosen
+    model = transformers.AutoModelForCausalLM.from_pretrained(source).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    if "do_sample" in parameters:
+        got = answers(engine, [Request({"text": text}, {"max_new_tokens": 20}) for text in TEXTS])
+        own = {"num_beams": 3, "stop_strings": ["."]}
+        assert [written(value) for value in got] == [generated(model, tokenizer, text, **own) for text in TEXTS]
+
+
+def test_parameters_that_add_sampling_to_beams_are_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source = copy(checkpoint, tmp_path / "mine", "gpt2", num_beams=3)
+    config, _ = parse_config({"model_name": str(source), "task": "text_generation", "parameters": {"do_sample": True}})
+    with pytest.raises(SourceError, match="generation_config.json with parameters sets num_beams to 3 and do_sample"):
+        sources.fetch_checkpoint(config, tmp_path)
 
 
 def test_settings_that_are_no_object_are_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:

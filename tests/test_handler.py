@@ -437,6 +437,16 @@ def test_a_form_that_was_cut_is_refused_by_its_length(loaded: TransformerHandler
     assert is_answer(json.loads(whole))
 
 
+def test_a_header_of_an_absurd_length_fails_only_its_own_request(loaded: TransformerHandler) -> None:
+    digits = "9" * 5000  # int() raises beyond 4,300
+    tensors = {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": digits}
+    (refused, other, ignored), context = serve(
+        loaded, [b"{}", "Yes.", b"No."], [tensors, JSON, {"Content-Type": "text/plain", "Content-Length": digits}]
+    )
+    assert "but the body has 2 bytes" in refused["error"] and context.statuses == {0: (400, "Bad Request")}
+    assert is_answer(other) and is_answer(ignored)
+
+
 # Requests with which one client could have failed others' requests.
 @pytest.mark.parametrize(
     "row",

@@ -293,6 +293,15 @@ def test_a_body_that_is_too_large_is_not_read(classifier: Service) -> None:
     assert run(ask(False))[0]["status"] == 413 and len(received) == 2
 
 
+def test_headers_of_an_absurd_length_are_refused_or_ignored(classifier: Service) -> None:
+    digits = "9" * 5000  # int() raises beyond 4,300
+    asking = Hosted(classifier).ask("/predictions/small", {"text": TEXT}, content_length=digits)
+    assert run(asking).status == 200
+    asking = Hosted(classifier).ask("/predictions/small", {"text": TEXT}, inference_header_content_length=digits)
+    answer = run(asking)
+    assert answer.status == 400 and "but the body has" in answer.json["error"]
+
+
 def test_a_key_is_needed_where_one_is_set(classifier: Service) -> None:
     hosted = Hosted(classifier, Limits(key="secret"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any, Callable, Dict, NamedTuple, Tuple
 
@@ -164,6 +165,12 @@ def test_a_tokenizer_without_languages_says_so(checkpoint: Callable[..., Path], 
     run_export(tmp_path / "x", config)
     [error] = Engine.load(tmp_path / "x").answer([Request({"text": "The train"}, {"src_lang": "en"})])
     assert isinstance(error, InvalidRequest) and "has no languages; leave src_lang out" in error.message
+
+
+def test_a_long_code_is_compared_by_its_beginning() -> None:
+    began = time.process_time()
+    assert nearest_code("fra_Latn" * 100_000, NLLB_CODES) == "fra_Latn"
+    assert time.process_time() - began < 0.5
 
 
 @pytest.mark.parametrize(

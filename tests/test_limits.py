@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import tracemalloc
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -104,6 +105,7 @@ def others(checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Dict[st
             {"id2label": {0: "contradiction", 1: "entailment"}, "label2id": {"contradiction": 0, "entailment": 1}},
             "AutoModelForSequenceClassification",
         ),
+        ("feature_extraction", {}, "AutoModel"),
     ):
         folder = tmp_path_factory.mktemp("limits") / task
         run_export(folder, {"model_name": str(checkpoint("bert", auto, **labels)), "max_length": 32, "task": task})
@@ -131,6 +133,36 @@ def test_so_is_what_one_request_makes_many_rows_of(others: Dict[str, Engine], ta
         assert answer["error"]["type"] == "InputTooLong"
         taken.append(seconds)
     assert min(taken) < 0.1
+
+
+@pytest.mark.parametrize(
+    "task, inputs, parameters, field",
+    [
+        (
+            "zero_shot_classification",
+            {"text": "a"},
+            {"candidate_labels": ["a" * 20_000], "hypothesis_template": "{}" * 20_000},
+            "parameters.hypothesis_template",
+        ),
+        (
+            "zero_shot_classification",
+            {"text": "a"},
+            {"candidate_labels": ["a" * 100] * 200, "hypothesis_template": "{}" * 1000},
+            "parameters.hypothesis_template",
+        ),
+        ("feature_extraction", {"text": "a"}, {"prompt": "a" * 60_000}, "parameters.prompt"),
+    ],
+)
+def test_texts_that_are_too_long_are_not_made(
+    others: Dict[str, Engine], task: str, inputs: Any, parameters: Any, field: str
+) -> None:
+    tracemalloc.start()
+    answers = others[task].answer([Request(inputs, parameters, 0)] * 50)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    for error in answers:
+        assert isinstance(error, InputTooLong) and error.field == field and "characters" in error.message
+    assert peak < 1 << 20
 
 
 def test_an_object_of_more_keys_than_any_request_has_is_counted_only(engine: Engine) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
@@ -503,6 +504,24 @@ def test_a_length_of_sentence_transformers_that_is_no_number_is_refused(content:
         original(folder, task="sequence_classification")
 
 
+@pytest.mark.parametrize(
+    "advised, length", [(-1, 160), (0, 160), ("128", 128), ("long", 160), (None, 160), (48.0, 48), (True, 160)]
+)
+def test_a_tokenizers_length_that_is_no_number_above_0_is_ignored(advised: Any, length: int, copy: Make) -> None:
+    folder = copy("bert")
+    change_json(folder / "tokenizer_config.json", model_max_length=advised)
+    assert original(folder).max_length == length
+    assert original(folder, max_length=160).max_length == 160
+
+
+def test_positions_without_a_padding_token_in_config_json(copy: Make) -> None:
+    """MPNet counts them from its own padding's id, which config.json need not name."""
+    folder = copy("mpnet")
+    change_json(folder / "config.json", pad_token_id=None)
+    change_json(folder / "tokenizer_config.json", **UNBOUNDED)
+    assert original(folder).max_length == 158
+
+
 # Weights.
 
 
@@ -518,12 +537,71 @@ def test_a_float16_checkpoint_is_loaded_as_float32(copy: Make) -> None:
     assert not model.training
 
 
+def test_float32_weights_are_not_rounded_to_the_dtype_in_config_json(copy: Make) -> None:
+    folder = copy("bert")
+    weights = load_file(folder / "model.safetensors")
+    change_json(folder / "config.json", dtype="bfloat16", torch_dtype="bfloat16")
+    assert torch.equal(original(folder).model.state_dict()["classifier.weight"], weights["classifier.weight"])
+
+
 def test_a_pickled_checkpoint_gives_the_same_weights(copy: Make) -> None:
     folder = copy("bert")
     expected = original(folder).model.state_dict()
     state = original(pickled(folder)).model.state_dict()
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+def layer_2(weights: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    """Return a third layer, like the second."""
+    return {name.replace("layer.1.", "layer.2."): w.clone() for name, w in weights.items() if "layer.1." in name}
+
+
+NOTED: List[Tuple[str, str, str, Callable[[Dict[str, torch.Tensor]], Dict[str, torch.Tensor]]]] = [
+    ("bert", "AutoModelForSequenceClassification", "sequence_classification", layer_2),
+    ("bert", "AutoModelForMaskedLM", "feature_extraction", layer_2),
+    ("bert", "AutoModel", "feature_extraction", layer_2),
+    ("bert", "AutoModelForTokenClassification", "token_classification", lambda w: {"crf.layer.2.x": torch.zeros(2)}),
+]
+
+
+@pytest.mark.parametrize("architecture, made, task, more", NOTED, ids=lambda value: value if type(value) is str else "")
+def test_weights_that_the_model_does_not_read_are_noted(
+    architecture: str, made: str, task: str, more: Callable[..., Any], copy: Make
+) -> None:
+    folder = copy(architecture, made)
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, **more(weights)}, folder / "model.safetensors", {"format": "pt"})
+    assert re.search(r"that Bert\w+ does not read: .*layer\.2\.", original(folder, task=task).note or "")
+
+
+UNREAD: List[Tuple[str, str, str, Dict[str, str]]] = [  # and further weights, each a copy of another
+    ("bert", "AutoModelForPreTraining", "fill_mask", {}),
+    ("bert", "AutoModelForPreTraining", "feature_extraction", {}),
+    ("bert", "AutoModel", "feature_extraction", {"embeddings.position_ids": "embeddings.LayerNorm.bias"}),
+    ("bert", "AutoModelForTokenClassification", "token_classification", {"bert.pooler.dense.bias": "classifier.bias"}),
+    ("roberta", "AutoModelForMaskedLM", "fill_mask", {"lm_head.decoder.bias": "lm_head.bias"}),
+    ("gpt2", "AutoModelForCausalLM", "text_generation", {"transformer.h.0.attn.bias": "transformer.ln_f.bias"}),
+    (
+        "t5",
+        "AutoModelForSeq2SeqLM",
+        "text2text_generation",
+        {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight": "decoder.final_layer_norm.weight"},
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    "architecture, made, task, more", UNREAD, ids=lambda value: value if type(value) is str else ""
+)
+def test_other_heads_and_buffers_are_not_noted(
+    architecture: str, made: str, task: str, more: Dict[str, str], copy: Make
+) -> None:
+    folder = copy(architecture, made)
+    weights = load_file(folder / "model.safetensors")
+    copies = {name: weights[other].clone() for name, other in more.items()}
+    save_file({**weights, **copies}, folder / "model.safetensors", {"format": "pt"})
+    assert "does not read" not in (original(folder, task=task).note or "")
 
 
 class Evil:

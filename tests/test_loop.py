@@ -201,6 +201,24 @@ def watching(engine: Engine) -> Tuple[Engine, Watched]:
     return Engine(engine.folder, engine.manifest, engine.task, watched), watched
 
 
+def test_no_step_has_more_positions_than_the_model(engine_of: Make) -> None:
+    """Where one text takes another's room to the end, and is not long enough for it itself."""
+    engine = engine_of("llama", "torchscript")
+    words = VERY_LONG.split()
+
+    def filling(least: int) -> Request:
+        """Return a request whose prompt has at least so many tokens, and whose text takes all others."""
+        texts = (" ".join(words[:count]) for count in range(len(words)))
+        text, tokens = next((t, n) for t in texts for n in [len(engine.task.tokenizer.token_ids(t))] if n >= least)
+        return Request({"text": text}, {"max_new_tokens": engine.manifest.max_length - tokens})
+
+    requests = [filling(112), filling(103), filling(103)]
+    alone = [value_of(engine.answer([request])[0]) for request in requests]
+    watched_engine, watched = watching(engine)
+    assert list(map(value_of, watched_engine.answer(requests))) == alone
+    assert max(length for _, length in watched.attended) == engine.manifest.max_length
+
+
 def test_room_that_only_a_long_prompt_needed_is_given_back(engine_of: Make) -> None:
     engine = engine_of("llama", "torchscript")
     requests = [

@@ -189,6 +189,20 @@ def test_texts_are_put_into_lower_case_first(checkpoint: Make, tmp_path: Path) -
     assert np.abs(expected - SentenceTransformer(str(source), device="cpu").encode(TEXTS)).max() > 0.01
 
 
+def test_settings_under_the_name_of_another_model_are_followed(checkpoint: Make, tmp_path: Path) -> None:
+    """sentence-transformers reads the first of several names, whatever the model is."""
+    from sentence_transformers import SentenceTransformer
+
+    source = encoder(checkpoint("roberta", "AutoModel"), tmp_path / "mine", [pooling("mean_tokens")])
+    write(source / "sentence_albert_config.json", {"max_seq_length": 99})
+    write(source / "sentence_roberta_config.json", {"max_seq_length": 8, "do_lower_case": True})
+    write(source / "sentence_bert_config.json", {})
+    engine = exported(tmp_path / "out", source, max_length=None)
+    assert engine.manifest.max_length == 8
+    expected = SentenceTransformer(str(source), device="cpu").encode(TEXTS)
+    assert_equal(vectors(engine, long_inputs="truncate"), expected)
+
+
 def test_prompts_of_requests(checkpoint: Make, tmp_path: Path) -> None:
     settings = {"prompts": PROMPTS, "default_prompt_name": "query"}
     modules = [pooling("mean_tokens"), dense(32, 8)]
@@ -228,6 +242,7 @@ REFUSED: List[Tuple[str, Any, str]] = [
     ("config_sentence_transformers.json", {"scale": 3}, "has the key scale, which is not known here"),
     ("sentence_bert_config.json", {"max_seq_length": 9, "pad": 1}, "sentence_bert_config.json has the key pad"),
     ("sentence_bert_config.json", {"model_args": {"rope": 2}}, "sets model_args to"),
+    ("sentence_xlnet_config.json", {"pad": 1}, "sentence_xlnet_config.json has the key pad"),
     (
         "sentence_bert_config.json",
         {"modality_config": {"text": {"method": "get_text_features"}}},

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import json
+import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Tuple
 
@@ -22,6 +23,7 @@ from traceserve_runtime.tasks import TASKS
 
 LLAMA = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
 TEXT, OTHER = "The boat is small.", "Bread is baked every morning."
+PAIR = {"source_sentence": TEXT, "sentences": [OTHER]}
 PROMPT = "Once upon a time"
 CHAT = [{"role": "user", "content": "Tell me about the sea."}]
 HUB = "unknown/None; hf_hub/2.4.0; python/3.11"
@@ -229,12 +231,23 @@ def test_hugging_faces_client_is_known_by_its_name(services: Dict[str, Service])
         ({"inputs": TEXT, "parameters": {"generate_parameters": "none"}}, 400),
         ({"inputs": TEXT, "parameters": 3}, 400),
         ({"inputs": {"source_sentence": TEXT, "sentences": [TEXT] * 10_000}}, 413),
+        ({"inputs": PAIR, "parameters": {"pooling": "none"}}, 400),
     ],
 )
 def test_what_hugging_faces_client_may_not_send_is_refused(
     services: Dict[str, Service], body: Any, status: int
 ) -> None:
     assert isinstance(ask(services["feature_extraction"], "hf", body, status)["error"], str)
+
+
+@pytest.mark.parametrize(
+    "name, value", [("pooling", "none"), ("pooling", "sum"), ("dimensions", 0), ("dimensions", 999)]
+)
+def test_errors_of_similarities_name_their_parameters(services: Dict[str, Service], name: str, value: Any) -> None:
+    body = {"inputs": PAIR, "parameters": {name: value}}
+    assert ask(services["feature_extraction"], "hf", body, 400)["error"].startswith(f"parameters.{name}: ")
+    error = ask(services["feature_extraction"], "similarity", {"inputs": PAIR, "parameters": {"prompt_name": "x"}}, 422)
+    assert error["error"].startswith("parameters.prompt_name: ")
 
 
 def test_a_stream_of_hugging_face_has_its_tokens(services: Dict[str, Service]) -> None:
@@ -305,6 +318,7 @@ def test_a_damaged_binary_body_is_refused_with_a_string(services: Dict[str, Serv
         ("v1/completions", {"prompt": PROMPT, "temperature": -1}, "temperature"),
         ("v1/completions", {"prompt": PROMPT, "n": 0}, "n"),
         ("v1/completions", {"prompt": PROMPT, "logprobs": 99}, "logprobs"),
+        ("v1/completions", {"prompt": PROMPT, "logprobs": 0, "echo": True}, "echo"),
         ("v1/completions", {"prompt": PROMPT, "n": 2, "stream": True}, "n"),
         ("v1/completions", {"prompt": PROMPT, "max_tokens": 5000}, "max_tokens"),
         ("v1/completions", {"prompt": PROMPT, "logit_bias": {"5": 1}}, "logit_bias"),
@@ -324,6 +338,23 @@ def test_a_damaged_binary_body_is_refused_with_a_string(services: Dict[str, Serv
 def test_errors_of_openai_name_its_own_keys(services: Dict[str, Service], path: str, body: Any, field: Any) -> None:
     error = ask(services["text_generation"], path, body, 400 if body.get("max_tokens") != 5000 else 413)["error"]
     assert set(error) == {"message", "type", "param", "code"} and error["param"] == field, error
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("v1/completions", {"prompt": ["a"] * 4096, "n": 128}, "n"),
+        ("v1/completions", {"prompt": ["a"] * 129, "n": 2}, "n"),
+        ("v1/completions", {"prompt": ["a"] * 257}, "prompt"),
+    ],
+)
+def test_choices_are_counted_before_they_are_requests(
+    services: Dict[str, Service], path: str, body: Any, field: str
+) -> None:
+    began = time.process_time()
+    error = ask(services["text_generation"], path, body, 413)["error"]
+    assert time.process_time() - began < 0.5
+    assert error["param"] == field and "one request may have 256; send several" in error["message"]
 
 
 @pytest.mark.parametrize(

@@ -462,6 +462,21 @@ def test_two_servers_side_by_side(served: Served, tiny: Path) -> None:
     assert predict(served.instance.url, "quick", "hello")["label"] in ("red", "green", "blue")
 
 
+def test_what_is_being_answered_is_answered_before_it_ends(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    content = {"model_name": str(checkpoint("llama", "AutoModelForCausalLM")), "task": "text_generation"}
+    run_export(tmp_path / "x", {**content, "max_length": 128, "max_rows": 512})
+    packed = pack_archive(tmp_path / "x", "writer", tmp_path)
+    instance = server.start([packed], port=configuration.free_ports(1)[0], timeout=90)
+    body = json.dumps({"inputs": ["a b"] * 512, "parameters": {"max_new_tokens": 120}}).encode()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(post, instance, "writer", body, "application/json")
+        time.sleep(0.7)
+        assert not asked.done()
+        instances.stop(instance)
+        reply = asked.result()
+    assert reply.status == 200 and len(reply.json) == 512
+
+
 def test_a_taken_port_is_told(served: Served, tiny: Path) -> None:
     with pytest.raises(ServerError, match=f"port {served.instance.port} .*--port"):
         server.start([tiny.with_suffix(".mar")], port=served.instance.port)

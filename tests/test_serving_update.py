@@ -235,6 +235,26 @@ def test_a_version_that_may_still_answer_keeps_its_files(
     assert the_only_version(port) == before
 
 
+def test_a_version_that_cannot_be_removed_is_left_to_the_next_update(
+    archives: Path, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new one answers already, so nothing is taken back."""
+    before, instance = the_only_version(port), instances.find_instance(port)
+    new = "1.0" if before != "1.0" else "2.0"
+    said: List[str] = []
+
+    def refused(self: updating._Update, version: str, named: int) -> None:
+        raise ServerError("no answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(updating._Update, "_remove", refused)
+        found = update_server(archives / new / "tiny.mar", port, UpdateOptions(allowed_changes=99), said.append)
+    assert found.new == new and found.kept == {} and management.default(instance, "tiny").version == new
+    assert said[-1] == f"kept {before}: no answer; the next update looks again"
+    assert update_server(archives / before / "tiny.mar", port, UpdateOptions(allowed_changes=99)).old == new
+    assert the_only_version(port) == before
+
+
 def test_what_is_refused_before_anything_starts(
     archives: Path, port: int, mar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

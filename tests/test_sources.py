@@ -233,6 +233,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Answer)
         self.requests: List[str] = []
         self.down = False
+        self.breaks = False  # in the middle of the weights
 
     @property
     def files(self) -> List[str]:
@@ -286,7 +287,9 @@ class Answer(BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(content)
+            breaks = self.server.breaks and self.path.endswith(".safetensors")
+            self.wfile.write(content[: len(content) // 2] if breaks else content)
+            self.close_connection |= breaks
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -435,6 +438,15 @@ def test_hub_offline_with_a_part_of_the_checkpoint(fetch: Fetch) -> None:
     folder = Path(fetch("org/safe")["folder"])
     (folder / "model.safetensors").unlink()
     assert "download it once while online, or name a folder" in fetch("org/safe", offline=True)["error"]
+
+
+def test_hub_a_connection_that_breaks(hub: Hub, fetch: Fetch) -> None:
+    hub.breaks = True
+    error = fetch("org/safe")["error"]
+    assert error.startswith("org/safe could not be downloaded (")
+    assert error.endswith("; run it again: it goes on where it stopped")
+    hub.breaks = False
+    assert fetch("org/safe")["files"] == expected("model.safetensors")
 
 
 def test_a_folder_goes_before_the_hub(hub: Hub, fetch: Fetch, tmp_path: Path) -> None:

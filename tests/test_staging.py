@@ -9,12 +9,17 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Dict, Iterator
+from typing import Any, Dict, Iterator
 
 import pytest
+from conftest import nothing
 from traceserve.archives import staging
 from traceserve.archives.staging import LOCK_FILE, check_replaceable, held, scratch, staged
+from traceserve.building import packing
+from traceserve.building.config.parsing import LoadedConfig, parse_config
+from traceserve.building.config.targets import Targets, build_targets
 from traceserve.errors import ArchiveError, ExportError
+from traceserve_runtime.errors import TraceserveError
 
 STAY_INSIDE = """
 import sys
@@ -321,3 +326,97 @@ def test_check_free_allows_a_free_place_and_force(target: Path) -> None:
     put(target, "old", as_folder=False)
     check_replaceable(target, True, ExportError)
     assert target.read_text() == "old"
+
+
+def put_file(path: Path, content: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+
+
+def targets(folder: Path, model_name: str = "org/thing", force: bool = False, **places: Path) -> Targets:
+    """The targets of a build with its configuration in `folder`."""
+    config, notes = parse_config({"model_name": model_name})
+    loaded = LoadedConfig(config, folder, notes)
+    return build_targets(loaded, places.get("output"), places.get("store", Path("model_store")), None, force)
+
+
+@pytest.mark.parametrize("force", [False, True], ids=["", "force"])
+def test_a_folder_of_the_users_is_never_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: bool) -> None:
+    monkeypatch.chdir(tmp_path)
+    for file in ("artifacts/mine/config.json", "notes/thesis.txt", "artifacts/ours/inner/config.json"):
+        put_file(Path(file), "years of work")
+    put_file(Path("artifacts/ours/traceserve.json"), "{}")
+    for options, words in (
+        ({"model_name": "artifacts/mine"}, "artifacts/mine holds the checkpoint, which would be replaced"),
+        ({"output": Path("notes")}, "notes is no artifact of traceserve (it has no traceserve.json)"),
+        ({"model_name": "artifacts/ours"}, "artifacts/ours holds the checkpoint"),
+        (
+            {"model_name": "artifacts/ours/inner", "output": Path("artifacts/ours")},
+            "artifacts/ours holds the checkpoint",
+        ),
+    ):
+        with pytest.raises(ExportError) as caught:
+            targets(tmp_path, force=force, **options)  # type: ignore[arg-type]
+        assert words in caught.value.message and "--output artifacts/NAME" in caught.value.message
+        assert "--force" not in caught.value.message
+    with pytest.raises(ExportError, match="ours holds the configuration"):
+        targets(tmp_path / "artifacts" / "ours", output=Path("artifacts/ours"), force=force)
+
+
+def test_an_artifact_and_an_empty_folder_are_replaced_by_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    put_file(Path("artifacts/thing/traceserve.json"), "{}")
+    Path("empty").mkdir()
+    for output in (Path("artifacts/thing"), Path("empty")):
+        assert targets(tmp_path, output=output, force=True).artifact == output
+        with pytest.raises(ExportError, match="exists already; --force replaces it"):
+            targets(tmp_path, output=output)
+
+
+@pytest.mark.parametrize("force", [False, True], ids=["", "force"])
+@pytest.mark.parametrize(
+    "places, words",
+    [
+        ({"store": "file"}, "--store file: .*/file is a file, not a folder"),
+        ({"store": "file/store"}, "--store file/store: .*/file is a file"),
+        ({"output": "file/x"}, "--output file/x: .*/file is a file"),
+        ({"output": "file"}, "file is a file, but an artifact is a folder"),
+        ({"output": "."}, "--output . does not end in the artifact's name"),
+        ({"output": ".."}, "--output .. does not end in the artifact's name"),
+        ({"output": "x/.."}, "--output x/.. does not end in the artifact's name"),
+        ({"store": "folders"}, "folders/thing.mar is a folder, not an archive"),
+        (
+            {"model_name": "models/my mödel"},
+            "'my mödel' cannot name an archive: .* model_name, .* --output artifacts/NAME",
+        ),
+        ({"model_name": "/"}, "'' cannot name an archive: .* --output artifacts/NAME"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_refused_at_once(
+    places: Dict[str, str], words: str, force: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    Path("folders/thing.mar").mkdir(parents=True)
+    model_name = places.get("model_name", "org/thing")
+    with pytest.raises(TraceserveError, match=words):
+        targets(
+            tmp_path, model_name, force, **{key: Path(place) for key, place in places.items() if key != "model_name"}
+        )
+
+
+def test_of_two_builds_of_one_name_the_later_one_replaces_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config, notes = parse_config({"model_name": "org/thing"})
+    store = Path("model_store")
+
+    def other_finishes(*given: Any) -> None:
+        put_file(Path("artifacts/thing/traceserve.json"), "other")
+
+    monkeypatch.setattr(packing, "export", other_finishes)
+    monkeypatch.setattr(packing.archive, "pack_archive", lambda *given: None)
+    with pytest.raises(ExportError, match="artifacts/thing exists already; --force replaces it"):
+        packing.export_and_pack(LoadedConfig(config, tmp_path, notes), targets(tmp_path, store=store), nothing)
+    assert seen(tmp_path) == {"artifacts/thing/traceserve.json": "other", "model_store": ""}

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from oracle import ANSWERS, ASKED, CASES, COLORS, STRATEGIES, TEXTS, answers, ask_with_parameters, assert_equal, names
 from traceserve.building.gate.texts import SENTENCES, VERY_LONG
 from traceserve_runtime.engine import Engine
-from traceserve_runtime.errors import InvalidRequest, TraceserveError, Unsupported
+from traceserve_runtime.errors import InputTooLong, InvalidRequest, TraceserveError, Unsupported
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.requests import parse_requests
 from traceserve_runtime.tasks import TASKS
@@ -230,6 +230,38 @@ def without_token(folder: Path, source: Path, name: str) -> Path:
             content.pop(f"{name}_token", None)
             (folder / file).write_text(json.dumps(content), encoding="utf-8")
     return folder
+
+
+def test_targets_are_read_once_for_all_masks_and_texts(exported: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, _ = exported("fill_mask", "bert")
+    read: List[str] = []
+    token_id = engine.task.tokenizer.token_id
+    monkeypatch.setattr(engine.task.tokenizer, "token_id", lambda target: read.append(target) or token_id(target))
+    targets = ["the", "train", "unheard-of"]
+    requests = [Request({"text": f"{text} [MASK] [MASK]"}, {"targets": targets}, 0) for text in ("a", "b", "c")]
+    assert all(len(ranked) == 3 for each in answers(engine, requests) for ranked in each)
+    assert read == targets
+
+
+@pytest.mark.parametrize(
+    "masks, parameters, field, words",
+    [
+        (1, {"targets": ["the", "x" * 257]}, "parameters.targets", "a target has 257 characters; it may have 256"),
+        (40, {"top_k": 26}, "parameters.top_k", "has 40 masks, and top_k is 26; one text may have 1,000 tokens"),
+    ],
+)
+def test_fill_mask_that_is_too_much(
+    masks: int, parameters: Dict[str, Any], field: str, words: str, exported: Export
+) -> None:
+    """Each token is returned with the whole text, so that a short request could have an answer that fills memory."""
+    engine, _ = exported("fill_mask", "bert")
+    error = refusal(engine, {"text": "[MASK] " * masks}, **parameters)
+    assert isinstance(error, InputTooLong) and error.field == field and words in error.message
+    legal = {"top_k": 25} if masks > 1 else {"targets": ["the", "x" * 256]}
+    assert answer(engine, {"text": "[MASK] " * masks}, **legal)
+    with pytest.raises(InvalidRequest, match='"top_k" should be a whole number from 1 to 1,000'):
+        body = {"text": "[MASK]", "parameters": {"top_k": 1001}}
+        parse_requests({"body": body}, Headers("application/json"), TASKS["fill_mask"], 0, 10)
 
 
 def test_fill_mask_without_a_padding_token(checkpoint: Callable[..., Path], tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import hmac
 import io
 import json
 import os
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,10 +76,11 @@ class Limits:
 
     async def body(self, headers: Mapping[str, str], receive: Receive) -> bytes:
         """The whole body; raises Refused for a larger one, Left where the client goes before its end."""
+        from traceserve_runtime.protocols.bodies import length_in
+
         most = self.largest_body
         too_large = Refused(413, "InputTooLong", f"the body is larger than {most:,} bytes, which is the limit here")
-        length = headers.get("content-length", "")
-        if length.isdecimal() and int(length) > most:
+        if (length_in(headers.get("content-length", "")) or 0) > most:
             raise too_large
         parts: List[bytes] = []
         size = 0
@@ -179,12 +181,11 @@ class Application:
         return _Located(rest, door == "explanations")
 
     def _call(self, located: _Located, headers: Mapping[str, str], body: bytes) -> Call:
-        from traceserve_runtime.protocols.bodies import Headers
+        from traceserve_runtime.protocols.bodies import Headers, length_in
         from traceserve_runtime.service import Call
 
         content_type = headers.get("content-type", "")
         parts, media = _parts(body, content_type)
-        binary = headers.get("inference-header-content-length", "")
         return Call(
             parts,
             Headers(
@@ -195,7 +196,7 @@ class Application:
                 explain=located.explain,
                 path=located.path,
                 client=headers.get("user-agent", ""),
-                binary=int(binary) if binary.isdecimal() else None,
+                binary=length_in(headers.get("inference-header-content-length", ""), sys.maxsize),
             ),
         )
 

@@ -127,8 +127,8 @@ def _forced(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], se
     forced: Sequence[int] = ()
     if settings.forced_bos_id is not None and len(prompt) + len(tokens) == 1:
         forced = (settings.forced_bos_id,)
-    elif len(tokens) == settings.max_new_tokens - 1:
-        forced = settings.forced_eos_ids
+    if len(tokens) == settings.max_new_tokens - 1:
+        forced = settings.forced_eos_ids or forced
     if forced:
         scores[:] = NEVER
         scores[list(forced)] = 0
@@ -141,7 +141,7 @@ def _suppressed(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int]
 
 
 def probabilities(scores: np.ndarray, settings: GenerationSettings) -> np.ndarray:
-    """Return each token's probability, (vocabulary), by temperature, then top_k, top_p and min_p."""
+    """Return each token's probability, (vocabulary), by temperature, then top_k, top_p, min_p and typical_p."""
     scores = scores / np.float32(settings.temperature)
     if 0 < settings.top_k < len(scores):
         threshold = np.partition(scores, -settings.top_k)[-settings.top_k]
@@ -151,11 +151,11 @@ def probabilities(scores: np.ndarray, settings: GenerationSettings) -> np.ndarra
         dropped = np.cumsum(softmax(scores[order])) <= np.float32(1 - settings.top_p)
         dropped[-1] = False
         scores[order[dropped]] = NEVER
-    if settings.typical_p < 1.0:
-        scores[_untypical(scores, settings.typical_p)] = NEVER
     if settings.min_p > 0.0:
         likely = softmax(scores)
         scores[likely < np.float32(settings.min_p) * likely.max()] = NEVER
+    if settings.typical_p < 1.0:
+        scores[_untypical(scores, settings.typical_p)] = NEVER
     return softmax(scores)
 
 
@@ -166,7 +166,8 @@ def _untypical(scores: np.ndarray, mass: float) -> np.ndarray:
     """
     logarithms = log_softmax(scores)
     likely = np.exp(logarithms)
-    entropy = -np.nansum(np.where(likely > 0, logarithms * likely, 0))
+    possible = likely > 0
+    entropy = -(logarithms[possible] * likely[possible]).sum()
     order = np.argsort(np.abs(-logarithms - entropy), kind="stable")
     last = min(int((np.cumsum(likely[order]) < np.float32(mass)).sum()), len(order) - 1)
     return np.asarray(order[last + 1 :])

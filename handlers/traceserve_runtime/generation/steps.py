@@ -117,9 +117,11 @@ class DecoderFeed(Feed):
         self._mask = np.concatenate([_left_padded(self._mask, length), _left_padded(other._mask, length)])
 
     def _drop_unused(self, rows: np.ndarray) -> None:
-        """Drop the positions that only longer rows, which have left, used."""
+        """Drop the positions that only longer rows, which have left, used: once they are many, or where the next token would
+        be beyond the model's last position."""
         unused = int(self._mask[rows].any(axis=0).argmax())
-        if self._manifest.shapes.padded and unused > _UNUSED * self.length:
+        enough = 0 if self.length >= self._manifest.max_length else _UNUSED * self.length
+        if self._manifest.shapes.padded and unused > enough:
             self._state = self._runner.join([self._state], self.length - unused)
             self._mask = self._mask[:, unused:]
 

@@ -22,10 +22,11 @@ from __future__ import annotations
 import csv
 import io
 import re
+from itertools import islice
 from types import MappingProxyType
-from typing import Dict, Iterator, List, Mapping, NamedTuple, Optional, Protocol, Tuple, Type, Union
+from typing import Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Protocol, Tuple, Type, Union
 
-from traceserve_runtime.errors import InvalidRequest, UnsupportedMedia
+from traceserve_runtime.errors import InputTooLong, InvalidRequest, UnsupportedMedia
 from traceserve_runtime.protocols import binary_tensors
 from traceserve_runtime.protocols.decoding import Media, codec_of, decode_text, decompress, media_of
 from traceserve_runtime.protocols.wording import listed, nearest_name, parse_json, short
@@ -44,6 +45,10 @@ _NOT_A_FORM = (
 _WHOLE_BODIES = ("data", "inputs", "body")  # parts that hold a whole body
 _SEPARATORS = {"text/csv": ",", "application/csv": ",", "text/tab-separated-values": "\t"}
 _LINES = re.compile(r"(application|text)/(x-)?(jsonlines|jsonl|ndjson|json-lines)")
+# Of a list of something other than texts, such as a chat's messages; a list of texts has at most max_rows.
+MOST_ITEMS = 4096
+_MOST_BREAKS = 1 << 19  # of lines, blank ones and those within a cell included: a fifth of a second
+_MOST_DIGITS = 18  # of a length in bytes; beyond 4,300 digits int() raises
 
 
 class _Lines(Protocol):
@@ -74,8 +79,18 @@ class Headers(NamedTuple):
         return self.grpc and self.parts.get("body") == "application/json"
 
 
-def read_body(row: Mapping[str, object], headers: Headers, task: Type[Task]) -> object:
-    """Return the text or parsed JSON of one item of TorchServe's batch; raises a TraceserveError with a 4xx status."""
+def length_in(header: str, absurd: Optional[int] = None) -> Optional[int]:
+    """Return the length in a header, None if there is none, `absurd` if it has more digits than any length has."""
+    if not header.isdecimal():
+        return None
+    return int(header) if len(header) <= _MOST_DIGITS else absurd
+
+
+def read_body(row: Mapping[str, object], headers: Headers, task: Type[Task], most: int) -> object:
+    """Return the text or parsed JSON of one item of TorchServe's batch; raises a TraceserveError with a 4xx status.
+
+    `most` limits the texts; JSON lines and CSV are parsed only as far as any list may be long.
+    """
     media = media_of(headers.content_type)
     if "body" in row and not media.is_form and not headers.grpc:
         own = media_of(headers.parts.get("body", ""))
@@ -85,29 +100,47 @@ def read_body(row: Mapping[str, object], headers: Headers, task: Type[Task]) -> 
             value = decompress(value, headers.content_encoding)
         if headers.binary is not None and isinstance(value, (bytes, bytearray)):
             return binary_tensors.read_binary(bytes(value), headers.binary)
-        return _document(value, media, task, "body")
+        return _document(value, media, task, "body", most)
     if headers.content_encoding.strip().lower() not in ("", "identity"):
         raise UnsupportedMedia(f"compressed forms are not supported; {_NOT_A_FORM}")
-    return _form(row, media, headers, task)
+    return _form(row, media, headers, task, most)
 
 
-def _document(value: object, media: Media, task: Type[Task], part: str) -> object:
+def _document(value: object, media: Media, task: Type[Task], part: str, most: int) -> object:
     """Return the text or parsed JSON of a body, or of a part that holds one."""
     if not isinstance(value, (bytes, bytearray, str)) or (isinstance(value, str) and media.name == "application/json"):
         return value  # TorchServe parsed it
     text = decode_text(value, media, part)
     if not text:
         raise InvalidRequest(f"the body is empty; {LEGAL_BODIES}")
+    if _LINES.fullmatch(media.name) or media.name in _SEPARATORS:
+        breaks = text.count("\n") + text.count("\r")
+        if breaks > _MOST_BREAKS:
+            raise InputTooLong(
+                f"the body has {breaks:,} line breaks; one request may have {_MOST_BREAKS:,}; send several"
+            )
     if _LINES.fullmatch(media.name):
-        lines = ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
-        return [parse_json(line, f"line {number} of the {part}", part) for number, line in lines]
+        lines = ((number, line) for number, line in enumerate(io.StringIO(text, newline="\n"), 1) if line.strip())
+        values = (parse_json(line.rstrip("\n"), f"line {number} of the {part}", part) for number, line in lines)
+        return _limited(values, most)
     if media.is_json:
         return parse_json(text, part)
     if media.name in _SEPARATORS:
-        return _table(text, _SEPARATORS[media.name], task, part)
+        return _table(text, _SEPARATORS[media.name], task, part, most)
     if media.name.startswith("text/") or (isinstance(value, str) and not media.name):
         return text
     return _guess(text, part)
+
+
+def _limited(lines: Iterable[object], most: int) -> List[object]:
+    """Return what is parsed of lines; raises InputTooLong, without parsing the rest, if no list may be as long."""
+    most_items = max(MOST_ITEMS, most)
+    parsed = list(islice(lines, most_items + 1))
+    if len(parsed) > most_items:
+        raise InputTooLong(
+            f"the body has more than {most_items:,} lines; one request may have {most:,} texts; send several"
+        )
+    return parsed
 
 
 def _guess(text: str, part: str) -> object:
@@ -131,7 +164,7 @@ def _without_target(text: str) -> str:
     return text[: end.start()] + "}" if end else text
 
 
-def _table(text: str, separator: str, task: Type[Task], part: str) -> object:
+def _table(text: str, separator: str, task: Type[Task], part: str, most: int) -> object:
     """Return the requests in a CSV file whose header names fields, or only `inputs`.
 
     Several lines without a header are refused: column names could be answered as if they were text. An empty
@@ -143,7 +176,7 @@ def _table(text: str, separator: str, task: Type[Task], part: str) -> object:
         header = [cell.strip() for cell in next((cells for cells in reader if cells), [])]
         problem = _wrong_header(header, [*(field.name for field in task.fields), "parameters"])
         if not problem:
-            return _rows(reader, header, task, part)
+            return _limited(_rows(reader, header, task, part), most)
     except csv.Error as error:
         problem = f"line {reader.line_num} is not valid CSV: {error}"
     if len(text.strip("\r\n").splitlines()) <= 1:
@@ -167,10 +200,9 @@ def _wrong_header(header: List[str], known: List[str]) -> str:
     )
 
 
-def _rows(reader: _Lines, header: List[str], task: Type[Task], part: str) -> List[object]:
-    """Return the requests below the header."""
+def _rows(reader: _Lines, header: List[str], task: Type[Task], part: str) -> Iterator[object]:
+    """Iterate over the requests below the header."""
     required = {field.name for field in task.fields if field.required}
-    requests: List[object] = []
     for cells in reader:
         if len(cells) not in (0, len(header)):
             raise InvalidRequest(
@@ -179,14 +211,13 @@ def _rows(reader: _Lines, header: List[str], task: Type[Task], part: str) -> Lis
                 part,
             )
         if header in (["inputs"], ["data"]):
-            requests += cells
+            yield from cells
         elif cells:
             sent = {name: cell for name, cell in zip(header, cells) if cell or name in required}
-            requests.append(_typed(sent, task))
-    return requests
+            yield _typed(sent, task)
 
 
-def _form(row: Mapping[str, object], media: Media, headers: Headers, task: Type[Task]) -> object:
+def _form(row: Mapping[str, object], media: Media, headers: Headers, task: Type[Task], most: int) -> object:
     """Return the fields of a form or a gRPC call, or the text or JSON that was sent as one."""
     if not row and not headers.content_length:
         raise InvalidRequest(f"the body is empty; {LEGAL_BODIES}")
@@ -202,7 +233,7 @@ def _form(row: Mapping[str, object], media: Media, headers: Headers, task: Type[
     }
     known = {*_WHOLE_BODIES, "parameters", *UNUSED_FIELDS, *(field.name for field in task.fields)}
     if known & set(parts) or len(dict(_unparsed(row))) < len(row):
-        return _known_parts(row, parts, task)
+        return _known_parts(row, parts, task, most)
     if headers.grpc:
         legal = listed([*(field.name for field in task.fields), "data"])
         raise InvalidRequest(f'the input has none of the keys {legal}; send a body as input={{"data": BODY}}')
@@ -220,18 +251,20 @@ def _unparsed(row: Mapping[str, object]) -> List[Tuple[str, Union[str, bytes, by
     return [(key, value) for key, value in row.items() if isinstance(value, (bytes, bytearray, str))]
 
 
-def _known_parts(row: Mapping[str, object], parts: Mapping[str, Media], task: Type[Task]) -> object:
+def _known_parts(row: Mapping[str, object], parts: Mapping[str, Media], task: Type[Task], most: int) -> object:
     """Return the body that the parts of a form make up."""
     asked = [name for name in row if name not in UNUSED_FIELDS]
     whole = [name for name in asked if name == "body" or (name in _WHOLE_BODIES and not _is_empty(row[name]))]
-    documents = {name: _document(row[name], parts[name], task, name) for name in whole}
+    documents = {name: _document(row[name], parts[name], task, name, most) for name in whole}
     if list(documents) == asked and len(asked) == 1 and not isinstance(documents[asked[0]], str):
         return documents[asked[0]]
     others = {name: row[name] for name in row if name not in documents}
     texts = {
         name: decode_text(value, parts[name], name) for name, value in _unparsed(others) if not parts[name].is_json
     }
-    parsed = {name: _document(value, parts[name], task, name) for name, value in others.items() if name not in texts}
+    parsed = {
+        name: _document(value, parts[name], task, name, most) for name, value in others.items() if name not in texts
+    }
     fields = {**_typed(texts, task), **parsed}
     if "body" in documents:  # beside other parts it means `data`
         documents = {"data" if name == "body" else name: value for name, value in documents.items()}

@@ -39,7 +39,7 @@ class ExplainedBodies:
     def read(self, parts: Mapping[str, object], headers: Headers, served: Served, group: int) -> Body:
         """Read a call; raises NotOffered if the model's task has no explanations."""
         task = explained(served.task)
-        value = bodies.read_body(parts, headers, task)
+        value = bodies.read_body(parts, headers, task, served.manifest.max_rows)
         body = parse_value(value, task, group, served.manifest.max_rows, headers.infer)
         form = ExplainedInstances() if isinstance(body.protocol, Instances) else body.protocol
         chosen = _label_of_target(value, served)

@@ -33,7 +33,7 @@ IGNORED = Key(read=True)  # it means nothing here
 
 def json_body(parts: Mapping[str, object], headers: Headers, served: Served) -> Dict[str, object]:
     """Return a call's body as an object; raises InvalidRequest if it is not one."""
-    value = bodies.read_body(parts, headers, served.task)
+    value = bodies.read_body(parts, headers, served.task, served.manifest.max_rows)
     check_size(value, served.manifest.max_rows)
     if not isinstance(value, dict):
         raise InvalidRequest(f"the body should be a JSON object, not {kind_of(value)}")

@@ -56,7 +56,7 @@ class HuggingFace:
 
     def read(self, parts: Mapping[str, object], headers: Headers, served: Served, group: int) -> Union[Body, Document]:
         """Read a call."""
-        value = bodies.read_body(parts, headers, served.task)
+        value = bodies.read_body(parts, headers, served.task, served.manifest.max_rows)
         if not isinstance(value, dict) or "inputs" not in value:
             return parse_value(value, served.task, group, served.manifest.max_rows)
         parameters = _parameters(value)

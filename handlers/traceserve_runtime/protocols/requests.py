@@ -12,7 +12,7 @@ from typing import Dict, List, Mapping, Tuple, Type
 
 from traceserve_runtime.errors import InputTooLong, InvalidRequest, TraceserveError
 from traceserve_runtime.protocols import bodies
-from traceserve_runtime.protocols.bodies import LEGAL_BODIES, UNUSED_FIELDS, Headers
+from traceserve_runtime.protocols.bodies import LEGAL_BODIES, MOST_ITEMS, UNUSED_FIELDS, Headers
 from traceserve_runtime.protocols.contract import Body, Refusal, Served
 from traceserve_runtime.protocols.kserve import Instances
 from traceserve_runtime.protocols.native import PLAIN_TEXT, Plain, ServedModel
@@ -29,8 +29,6 @@ from traceserve_runtime.protocols.wording import (
 )
 from traceserve_runtime.tasks.contract import Request, Task
 
-# For a list of something other than texts, such as a chat's messages; a list of texts has at most max_rows.
-_MOST_ITEMS = 4096
 _LISTS = 8  # per body
 _MOST_KEYS = 256  # per object, far above the fields and parameters of any task
 
@@ -78,7 +76,7 @@ def parse_requests(row: Mapping[str, object], headers: Headers, task: Type[Task]
     `row` holds `body`, or the fields of a form; `group` numbers the item, and `most` limits its requests.
     Raises InvalidRequest or InputTooLong, which name the field.
     """
-    return parse_value(bodies.read_body(row, headers, task), task, group, most, headers.infer)
+    return parse_value(bodies.read_body(row, headers, task, most), task, group, most, headers.infer)
 
 
 def parse_value(value: object, task: Type[Task], group: int, most: int, infer: bool = False) -> Body:
@@ -96,7 +94,7 @@ def check_size(value: object, most: int) -> None:
     Deep nesting is refused here, since it must not raise a RecursionError: in Python 3.8, code that the
     garbage collector runs while one propagates can end the process ("Cannot recover from stack overflow").
     """
-    most_items, items = max(_MOST_ITEMS, most), 0
+    most_items, items = max(MOST_ITEMS, most), 0
     level, depth = [value], 0
     while level:
         depth += 1

@@ -221,8 +221,12 @@ def similarity(inputs: object, asked: Mapping[str, object], served: Served, grou
         raise InvalidRequest('"sentences" should be a list of texts, one at least', "inputs.sentences")
     source = require_key(inputs, "source_sentence", "inputs")
     named = [(source, "inputs.source_sentence"), *((s, f"inputs.sentences[{i}]") for i, s in enumerate(sentences))]
-    parameters = check_values({**pooled(served), **asked, "normalize": True}, served, {})
-    return Body(text_requests(named, parameters, served, group), _Cosines())
+    if asked.get("pooling") == "none":
+        raise InvalidRequest(
+            '"pooling" is none, but sentences are compared by one vector each; leave it out', "parameters.pooling"
+        )
+    parameters = check_values({**pooled(served), **asked, "normalize": True}, served, {}, "parameters")
+    return Body(text_requests(named, parameters, served, group), _Cosines(root="parameters"))
 
 
 @dataclass(frozen=True)

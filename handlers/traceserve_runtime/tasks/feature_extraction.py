@@ -7,7 +7,7 @@ from typing import Any, Dict, List, Sequence, Union
 
 import numpy as np
 
-from traceserve_runtime.errors import InvalidRequest, TraceserveError
+from traceserve_runtime.errors import InputTooLong, InvalidRequest, TraceserveError
 from traceserve_runtime.json_types import Json
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runner import Arrays
@@ -15,6 +15,7 @@ from traceserve_runtime.tasks.contract import ModelFacts, Parts, Request, Task, 
 from traceserve_runtime.tasks.embedding import POOLINGS, apply, normalized, pool
 from traceserve_runtime.tasks.parameters import Field, Output, Parameter
 from traceserve_runtime.tasks.scores import average
+from traceserve_runtime.texts.limits import most_of_a_row
 from traceserve_runtime.texts.rows import Encoded, Row, Segments
 from traceserve_runtime.texts.tokenization import TextTokenizer
 
@@ -97,6 +98,11 @@ class FeatureExtraction(Task):
 
     def segments(self, request: Request) -> List[Segments]:
         prompt = self.prompt(request)
+        most = most_of_a_row(self.manifest.max_length)
+        if "prompt" in request.parameters and len(prompt) > most:
+            raise InputTooLong(
+                f"the prompt has {len(prompt):,} characters; it may have {most:,}; shorten it", "parameters.prompt"
+            )
         return [part._replace(text=prompt + part.text) for part in super().segments(request)]
 
     def tokenize(self, requests: Sequence[Request], parts: Sequence[Parts]) -> List[Union[Encoded, TraceserveError]]:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Dict, List, Mapping, Optional, Sequence, Union
+from functools import lru_cache
+from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
-from traceserve_runtime.errors import InvalidRequest, Unsupported
+from traceserve_runtime.errors import InputTooLong, InvalidRequest, Unsupported
 from traceserve_runtime.json_types import Json, JsonObject, json_objects
+from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runner import Arrays
 from traceserve_runtime.softmax import softmax
 from traceserve_runtime.tasks.contract import ModelFacts, Request, Task
 from traceserve_runtime.tasks.parameters import Field, Output, Parameter, strings
 from traceserve_runtime.texts import windows
-from traceserve_runtime.texts.rows import Row
+from traceserve_runtime.texts.rows import Row, Segments
+from traceserve_runtime.texts.tokenization import TextTokenizer
 
 # The largest size of one run's logits, float32 of shape (batch, length, vocabulary).
 _MOST_BYTES = 1 << 28
+_MOST_CANDIDATES = 1000  # of all masks of a text; each is returned with the whole text
+_LONGEST_TARGET = 256  # in characters; only its first token counts
+_SETS_OF_TARGETS = 8  # kept: the texts of one request share theirs
 
 
 class FillMask(Task):
@@ -28,11 +34,15 @@ class FillMask(Task):
     fields = (Field("text", True, "the text, with the model's mask token in it"),)
     outputs = (Output("logits", per_token=True),)
     parameters = (
-        Parameter("top_k", int, "how many tokens to return for each mask", default=5),
+        Parameter("top_k", int, "how many tokens to return for each mask", most=_MOST_CANDIDATES, default=5),
         Parameter("targets", list, "choose only among these words; of a word with several tokens, the first counts"),
     )
     windows_overlap = True
     sample = {"text": "The train to the [MASK] leaves at nine."}
+
+    def __init__(self, manifest: Manifest, tokenizer: TextTokenizer) -> None:
+        super().__init__(manifest, tokenizer)
+        self._first_ids = lru_cache(_SETS_OF_TARGETS)(self._read_targets)
 
     @classmethod
     def facts(cls, model: ModelFacts) -> Dict[str, object]:
@@ -59,6 +69,14 @@ class FillMask(Task):
     def _masked(self, row: Row) -> List[int]:
         return [i for i, token_id in enumerate(row.encoding.ids) if token_id == self.manifest.facts["mask_id"]]
 
+    def segments(self, request: Request) -> List[Segments]:
+        longest = max(map(len, self._targets(request) or ()), default=0)
+        if longest > _LONGEST_TARGET:
+            raise InputTooLong(
+                f"a target has {longest:,} characters; it may have {_LONGEST_TARGET:,}", "parameters.targets"
+            )
+        return super().segments(request)
+
     def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Json:
         merged = windows.merge_windows(rows)
         ids = np.array([rows[window].encoding.ids[position] for window, position, _ in merged])
@@ -66,16 +84,22 @@ class FillMask(Task):
         if not len(masks):
             token = self.manifest.facts["mask_token"]
             raise InvalidRequest(f"the text has no mask token; write {token} for each word to be found", "text")
+        top_k = self.parameter(request, "top_k")
+        candidates = self._candidates(request, outputs[0]["logits"].shape[-1])
+        if len(masks) * min(top_k, len(candidates)) > _MOST_CANDIDATES:
+            raise InputTooLong(
+                f"the text has {len(masks):,} masks, and top_k is {top_k:,}; one text may have {_MOST_CANDIDATES:,} tokens "
+                "for all of its masks; lower top_k, or split the text",
+                "parameters.top_k",
+            )
         kept = [{position: i for i, position in enumerate(self._masked(row))} for row in rows]
         answers = []
         for mask in masks:
             window, position, _ = merged[mask]
             logits = outputs[window]["logits"][kept[window][position]]
             scores = softmax(logits)
-            targets = self._targets(self.parameter(request, "targets"), len(scores))
-            candidates = np.arange(len(scores)) if targets is None else targets
             # By logits: many unlikely tokens have a score of 0.
-            best = candidates[np.argsort(-logits[candidates], kind="stable")[: self.parameter(request, "top_k")]]
+            best = candidates[np.argsort(-logits[candidates], kind="stable")[:top_k]]
             answers.append([self._filled(ids, int(mask), int(token), scores[token], len(masks) == 1) for token in best])
         return answers[0] if len(answers) == 1 else answers
 
@@ -93,17 +117,27 @@ class FillMask(Task):
             "sequence": self.tokenizer.decode(filled.tolist(), skip_special_tokens=single),
         }
 
-    def _targets(self, targets: Union[None, str, Sequence[str]], size: int) -> Optional[np.ndarray]:
+    def _targets(self, request: Request) -> Optional[Tuple[str, ...]]:
+        targets = self.parameter(request, "targets")
+        return None if targets is None else tuple(strings(targets))
+
+    def _candidates(self, request: Request, size: int) -> np.ndarray:
+        """Return the ids of the tokens to choose among; `size` is the number that the model knows."""
+        targets = self._targets(request)
         if targets is None:
-            return None
-        found = set()
-        for target in strings(targets):
-            token_id = self.tokenizer.token_id(target)
-            found |= {token_id} if token_id is not None else set(self.tokenizer.token_ids(target)[:1])
-        found = {token_id for token_id in found if token_id < size}
+            return np.arange(size)
+        found = [token_id for token_id in self._first_ids(targets) if token_id < size]
         if not found:
             raise InvalidRequest('none of the "targets" has a token of this model', "parameters.targets")
-        return np.array(sorted(found))
+        return np.array(found)
+
+    def _read_targets(self, targets: Tuple[str, ...]) -> List[int]:
+        """Return the ids of the targets' first tokens, in order."""
+        found = set()
+        for target in targets:
+            token_id = self.tokenizer.token_id(target)
+            found |= {token_id} if token_id is not None else set(self.tokenizer.token_ids(target)[:1])
+        return sorted(found)
 
     def same(self, answer: Json, other: Json) -> bool:
         """Require the same best token for each mask."""

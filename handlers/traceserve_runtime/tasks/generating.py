@@ -34,6 +34,7 @@ from traceserve_runtime.texts.written_text import WrittenText
 _PARAMETERS_OF = {"stop_strings": "stop"}
 # Parameters that imply sampling.
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed")
+_COLD = 1e-6  # a temperature below it leaves only the best token, and scores divided by it would be infinite
 
 
 class Generating(Task):
@@ -63,9 +64,10 @@ class Generating(Task):
     def facts(cls, model: ModelFacts) -> Dict[str, object]:
         """Return the rest of generation_config.json: end and suppressed tokens. Raises Unsupported."""
         settings = model.generation
+        ends = _ids(settings.get("eos_token_id"))
         return {
-            "eos_ids": _ids(settings.get("eos_token_id")),
-            "bad_words_ids": settings.get("bad_words_ids") or [],
+            "eos_ids": ends,
+            "bad_words_ids": _words(settings.get("bad_words_ids"), ends),
             "forced_bos_id": settings.get("forced_bos_token_id"),
             "forced_eos_ids": _ids(settings.get("forced_eos_token_id")),
             "suppress_ids": settings.get("suppress_tokens") or [],
@@ -112,7 +114,7 @@ class Generating(Task):
             )
 
     def _samples(self, request: Request) -> bool:
-        if self.parameter(request, "temperature") == 0:
+        if self.parameter(request, "temperature") < _COLD:
             return False
         if "do_sample" in request.parameters:
             return bool(request.parameters["do_sample"])
@@ -133,7 +135,8 @@ class Generating(Task):
         if most is None:
             whole = facts["max_length"]
             most = 256 if whole is None else max(1, whole + self.counted_prefix - len(prompt))
-        least = facts["min_length"]
+        asked = {**self.manifest.parameters, **request.parameters}
+        least = 0 if "min_new_tokens" in asked else facts["min_length"]
         take = {
             name: self.parameter(request, name)
             for name in (*_SAMPLING, "repetition_penalty", "no_repeat_ngram_size", "min_new_tokens", "length_penalty")
@@ -143,7 +146,7 @@ class Generating(Task):
             max_new_tokens=min(most, self.room(row)),
             do_sample=samples,
             num_beams=1 if samples else self.parameter(request, "num_beams"),
-            min_length=0 if "min_new_tokens" in request.parameters or not least else least + self.counted_prefix,
+            min_length=least + self.counted_prefix if least else 0,
             eos_ids=tuple(facts["eos_ids"]),
             bad_words_ids=tuple(tuple(word) for word in facts["bad_words_ids"]),
             forced_bos_id=facts["forced_bos_id"],
@@ -181,11 +184,12 @@ class Generating(Task):
     def _search(self, job: Job) -> Search:
         prompt = self.prompt(job.row)
         settings = self.settings(job.request, job.row, prompt)
-        # Beams are several sequences, of which any may come next.
-        text_of: Callable[[List[int]], str] = self.text
-        if settings.num_beams == 1:
-            text_of = WrittenText(self.text, self.tokenizer.decodes_locally).of
-        return search_for(prompt, settings, self._ends(job.request, prompt, text_of), self._told(job, text_of))
+
+        def reader() -> Callable[[List[int]], str]:
+            # Beams are several sequences, of which any may come next.
+            return WrittenText(self.text, self.tokenizer.decodes_locally).of if settings.num_beams == 1 else self.text
+
+        return search_for(prompt, settings, self._ends(job.request, prompt, reader()), self._told(job, reader()))
 
     def written(self, member: Member) -> Arrays:
         """Return the row's new tokens, int64 of shape (tokens), and their log-probabilities if kept."""
@@ -240,16 +244,23 @@ class Generating(Task):
     def _ends(
         self, request: Request, prompt: Sequence[int], text_of: Callable[[List[int]], str]
     ) -> Optional[Callable[[List[int]], bool]]:
-        """Return a test for stop strings in new tokens, which may begin in the prompt; None without stop strings."""
+        """Return a test for stop strings in new tokens, which may begin in the prompt, or be a special token, which no text
+        has; None without stop strings."""
         stops = self.parameter(request, "stop")
         if stops is None:
             return None
         wanted = strings(stops)
-        before = self.text_before(prompt)
+        ids = [self.tokenizer.token_id(stop) for stop in wanted]
+        special = {number for number in ids if number is not None and not self.text([number])}
+        # Together: a decoder leaves out the space before a first word.
+        tail = self.tail(prompt)
+        before = len(self.text(tail))
 
         def ends(tokens: List[int]) -> bool:
-            text = text_of(tokens)
-            return any(stop in (before + text)[max(0, len(before) - len(stop) + 1) :] for stop in wanted)
+            if special.intersection(tokens[-1:]):
+                return True
+            text = text_of([*tail, *tokens])
+            return any(stop in text[max(0, before - len(stop) + 1) :] for stop in wanted)
 
         return ends
 
@@ -271,9 +282,9 @@ class Generating(Task):
 
         return tell
 
-    def text_before(self, prompt: Sequence[int]) -> str:
+    def tail(self, prompt: Sequence[int]) -> List[int]:
         """Return the end of the prompt, in which a stop string may begin."""
-        return ""
+        return []
 
     def _settled(self, text: str) -> str:
         """Return the part of a growing text that more tokens cannot change: no partial characters, no removable
@@ -312,6 +323,12 @@ def _ids(value: object) -> List[int]:
     if isinstance(value, (list, tuple)):
         return list(value)
     return [value] if isinstance(value, int) else []
+
+
+def _words(value: object, ends: Sequence[int]) -> List[Json]:
+    """Return the words that must not be written: without the end by itself, which transformers leaves out."""
+    words: List[Json] = list(value) if isinstance(value, (list, tuple)) else []
+    return [word for word in words if word not in [[end] for end in ends]]
 
 
 def first_id(*values: object) -> Optional[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import replace
-from typing import Dict, Iterable, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
 
 from traceserve_runtime.errors import InvalidRequest, TraceserveError, Unsupported
 from traceserve_runtime.generation.scores import GenerationSettings
@@ -19,6 +19,7 @@ from traceserve_runtime.texts.rows import Encoded, Row, Segments
 
 _UNSET_LENGTH = 20  # transformers' max_length, which its pipeline treats as not set by the checkpoint
 _LONGEST_TEXT = 4096  # tokens, for models without a limit on positions
+_LONGEST_CODE = 64  # in characters: comparing a long one with the known codes takes minutes
 
 
 _LANGUAGES = (
@@ -29,7 +30,18 @@ _LANGUAGES = (
     ),
     Parameter("tgt_lang", str, "the output's language, likewise"),
 )
+_POSITIONS = ("max_decoder_position_embeddings", "max_target_positions", "max_position_embeddings")
+_FROM_PADDING = ("roberta", "xlm-roberta", "camembert")  # as decoders: they count positions from pad_token_id + 1
 LANGUAGE_PARAMETERS = tuple(parameter.name for parameter in _LANGUAGES)
+
+
+def _positions(config: Mapping[str, Any]) -> Optional[int]:
+    """Return how many positions the decoder has, by whichever name its family has for them; None if they are relative."""
+    own = config["decoder"] if isinstance(config.get("decoder"), dict) else config
+    found: Optional[int] = next((own[name] for name in _POSITIONS if isinstance(own.get(name), int)), None)
+    if found is None or own.get("model_type") not in _FROM_PADDING:
+        return found
+    return found - int(own["pad_token_id"]) - 1
 
 
 class Text2TextGeneration(Generating):
@@ -53,7 +65,7 @@ class Text2TextGeneration(Generating):
             start = first_id(model.generation.get("bos_token_id"), model.config.get("bos_token_id"))
         if start is None:
             raise Unsupported("the checkpoint names no token that its decoder begins with (decoder_start_token_id)")
-        most = model.config.get("max_position_embeddings") or _LONGEST_TEXT
+        most = _positions(model.config) or _LONGEST_TEXT
         facts = super().facts(model)
         if facts["max_length"] == _UNSET_LENGTH:
             facts["max_length"] = None
@@ -142,7 +154,7 @@ class Text2TextGeneration(Generating):
 
 def nearest_code(code: str, codes: Iterable[str]) -> str:
     """Return the likeliest known code: the most similar of those that begin alike."""
-    letters = code.lower()
+    letters = code[:_LONGEST_CODE].lower()
 
     def likeness(known: str) -> Tuple[bool, float]:
         return known.lower()[:2] == letters[:2], difflib.SequenceMatcher(None, letters, known.lower()).ratio()

@@ -86,8 +86,8 @@ class TextGeneration(Generating):
     def text(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
-    def text_before(self, prompt: Sequence[int]) -> str:
-        return self.text(prompt[-16:])
+    def tail(self, prompt: Sequence[int]) -> List[int]:
+        return list(prompt[-16:])
 
     def streams(self, request: Request) -> bool:
         return bool(self.parameter(request, "stream"))

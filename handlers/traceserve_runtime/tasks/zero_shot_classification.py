@@ -82,11 +82,24 @@ class ZeroShotClassification(Task):
             raise InvalidRequest('"hypothesis_template" should hold {} for the label', "parameters.hypothesis_template")
         if not request.inputs["text"]:
             raise InvalidRequest("the text is empty", "text")
-        hypotheses = [template.replace("{}", label) for label in self._labels(request)]
+        labels = self._labels(request)
+        self._check_characters(template, labels)
         return [
-            Segments(request.inputs["text"], hypothesis, ("text", "candidate_labels"), cut=0)
-            for hypothesis in hypotheses
+            Segments(request.inputs["text"], template.replace("{}", label), ("text", "candidate_labels"), cut=0)
+            for label in labels
         ]
+
+    def _check_characters(self, template: str, labels: Sequence[str]) -> None:
+        """Raise InputTooLong if the labels in the template are too long, before these texts are made."""
+        most = self.tokenizer.limits.characters
+        count = template.count("{}")
+        characters = sum(len(template) + count * (len(label) - len("{}")) for label in labels)
+        if characters > most:
+            raise InputTooLong(
+                f"the labels in the template have {characters:,} characters together; one request may have {most:,}; "
+                "shorten them",
+                "parameters.hypothesis_template",
+            )
 
     def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Json:
         labels = self._labels(request)

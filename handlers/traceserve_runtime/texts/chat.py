@@ -30,7 +30,9 @@ def render(template: str, tokens: Mapping[str, str], messages: Sequence[Mapping[
     if continues:
         given[-1]["content"] += _END
     try:
-        text = str(_compiled(template).render(messages=given, add_generation_prompt=not continues, **tokens))
+        # transformers passes all four, and templates ask whether one is none.
+        known = {"messages": given, "tools": None, "documents": None, "add_generation_prompt": not continues}
+        text = str(_compiled(template).render(**{**known, **tokens}))
     except MissingPackage:
         raise
     except Exception as error:  # a template is the checkpoint's code, and may fail in any way

@@ -72,6 +72,11 @@ class RequestLimits(NamedTuple):
         )
 
 
+def most_of_a_row(max_length: int) -> int:
+    """Return the most characters that a row is expected to hold, for a text that is repeated in all rows."""
+    return max_length * _CHARACTERS_PER_TOKEN
+
+
 Judge = Callable[[int, int], Optional[InputTooLong]]
 
 

@@ -33,4 +33,5 @@ def export_and_pack(
         if store:
             progress("packing", 0, 0)
             archive.pack_archive(folder, name, store, written.version)
+        written.check()  # another build may have written them since
     return exported

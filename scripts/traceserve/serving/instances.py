@@ -36,6 +36,10 @@ _SERVERS = (
     "haproxy",
 )
 _SECONDS_TO_FINISH = 15
+# TorchServe's workers may go on for so long before it is told to end, and are at rest if they take less than this share of a
+# core for a while.
+_SECONDS_TO_REST, _RESTING, _WHILE = 40.0, 0.2, 0.3
+_WORKER = "model_service_worker"
 _GUARD = "traceserve.serving.ray_guard"  # the first process of a cluster
 _DRAINED = "haproxy"  # finishes running requests on SIGUSR1
 _CONTROLLER = "ray::ServeController"  # kills and replaces a HAProxy that does not answer for some seconds
@@ -248,7 +252,7 @@ def workers_alive(instance: Instance) -> Dict[str, int]:
                 if replica:
                     application = replica.group(1)  # NAME, or NAME-VERSION where a name has several
                     alive[application if application in alive else application.rpartition("-")[0]] += 1
-                elif "model_service_worker" in command:
+                elif _WORKER in command:
                     alive[names[Path(child.cwd()).resolve()]] += 1  # a worker works in its archive's folder
     return alive
 
@@ -273,14 +277,19 @@ def last_words(instance: Instance) -> str:
 
 def stop(instance: Instance, at_once: bool = False) -> None:
     """Stop a server and its workers, and remove its files; it finishes running requests unless `at_once`."""
-    process = instance.process
-    if process is not None:
-        drained = not at_once and _drain(process)
-        _end([process], at_once or drained)
-    _end_orphans(instance)
-    with contextlib.suppress(OSError):  # the next server starts without it
-        java.keep_class_archive(Path(instance.folder))
-    _remove(instance)
+    process, drained = instance.process, at_once
+    try:
+        if process is not None and not at_once:
+            drained = _drain(process)
+            if not drained:
+                _rest(process)
+    finally:  # an interrupt only ends the waiting
+        if process is not None:
+            _end([process], drained)
+        _end_orphans(instance)
+        with contextlib.suppress(OSError):  # the next server starts without it
+            java.keep_class_archive(Path(instance.folder))
+        _remove(instance)
 
 
 def end_started_in(folder: Path) -> None:
@@ -310,8 +319,7 @@ def _started_in(folder: Path) -> Iterator[psutil.Process]:
 
 
 def _drain(process: psutil.Process) -> bool:
-    """Let a cluster's HAProxy finish its running requests; return whether there was one. (TorchServe does so
-    itself.)"""
+    """Let a cluster's HAProxy finish its running requests; return whether there was one."""
     proxies = []
     with contextlib.suppress(psutil.Error):
         if _GUARD not in process.cmdline():
@@ -326,6 +334,22 @@ def _drain(process: psutil.Process) -> bool:
             proxy.send_signal(signal.SIGUSR1)
     psutil.wait_procs(proxies, timeout=_SECONDS_TO_FINISH)
     return bool(proxies)
+
+
+def _rest(process: psutil.Process) -> None:
+    """Wait until TorchServe's workers have nothing to do.
+
+    It drops what they are at once it is told to end (seen with 0.12), and says of no request that it is being answered.
+    """
+    deadline = time.monotonic() + _SECONDS_TO_REST
+    with contextlib.suppress(psutil.Error):
+        workers = [child for child in process.children(recursive=True) if _WORKER in " ".join(child.cmdline())]
+        for worker in workers:
+            worker.cpu_percent()  # from here on
+        while time.monotonic() < deadline:
+            time.sleep(_WHILE)
+            if all(worker.cpu_percent() < 100 * _RESTING for worker in workers):
+                break
 
 
 def _is_proxy(process: psutil.Process) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
-from traceserve_runtime.errors import InvalidRequest, WrongTask
+from traceserve_runtime.errors import InputTooLong, InvalidRequest, WrongTask
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Body, Served
 from traceserve_runtime.protocols.fields import (
@@ -108,6 +108,10 @@ class _Writing(OpenAiErrors):
             parameters = {**parameters, "details": True, "top_n_tokens": choices.logprobs}
         if boolean(value, "stream"):
             return self._streamed(value, prompts, parameters, choices, served, group)
+        count, most = len(prompts) * choices.of_each, served.manifest.max_rows
+        if count > most:
+            message = f"the request asks for {count:,} texts; one request may have {most:,}; send several"
+            raise InputTooLong(message, "prompt" if choices.of_each == 1 else "n")
         requests = [
             Request(fields, self._of_choice(parameters, i), group, where)
             for fields, where in prompts
@@ -188,6 +192,8 @@ class Completions(_Writing):
             return None
         if type(wanted) is not int or not 0 <= wanted <= _TOP_LOGPROBS:
             raise InvalidRequest(f'"logprobs" should be a whole number from 0 to {_TOP_LOGPROBS}', "logprobs")
+        if boolean(value, "echo"):
+            raise InvalidRequest('"echo" is not supported with "logprobs"', "echo")
         return wanted
 
     def _form(self, value: Mapping[str, object], choices: Choices, served: Served) -> WrittenTexts:

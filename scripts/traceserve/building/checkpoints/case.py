@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Dict, Optional
 
+from traceserve.building.checkpoints import sentence_transformers
 from traceserve.building.checkpoints.checkpoint import Checkpoint
 from traceserve.building.config.setup_config import SetupConfig
 from traceserve.errors import ConfigError
@@ -50,8 +51,8 @@ def _can_lower(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def follow_sentence_transformers(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Lower the case before the tokenizer's own normalizer if sentence_bert_config.json says so."""
-    facts = checkpoint.read_json("sentence_bert_config.json") or {}
+    """Lower the case before the tokenizer's own normalizer if sentence-transformers' settings say so."""
+    facts = sentence_transformers.transformer_settings(checkpoint).facts
     if facts.get("do_lower_case") and getattr(tokenizer, "is_fast", False) and not lowers(tokenizer):
         from tokenizers import normalizers
 

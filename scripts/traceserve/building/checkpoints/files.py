@@ -23,7 +23,8 @@ READ = (
     ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
     + ("added_tokens.json", "*vocab*.*", "merges.txt", "*.model", "*.spm", "*.tiktoken", "*.bpe", "bpe.codes")
     + ("chat_template.json", "*.jinja", "*.index.json", "*.safetensors", "pytorch_model*.bin", "*.gguf")
-    + ("modules.json", "sentence_*_config.json", "config_sentence_transformers.json", "emoji*.json", "normalizer.json")
+    + ("modules.json", "config_sentence_transformers.json", *sentence_transformers.TRANSFORMER_SETTINGS)
+    + ("emoji*.json", "normalizer.json")
     + ("special_tokens.txt", "*.py", "adapter_*", "index_to_name.json", "setup_config.json")
 )
 HARMLESS = (
@@ -100,6 +101,13 @@ def check_kind(folder: Path, name: str) -> None:
             f"{name} is the output folder of a Trainer, with {some(sorted(path.name for path in saved))}; name one of them, "
             f'as "{name.rstrip("/")}/{newest.name}", the newest{_best(newest)}'
         )
+    snapshots = [path.parent for path in folder.glob("snapshots/*/config.json")]
+    if snapshots:
+        newest = max(snapshots, key=lambda path: path.stat().st_mtime)
+        raise SourceError(
+            f"{name} is a model's folder in the hub's cache; name the snapshot in it, as "
+            f'"{name.rstrip("/")}/snapshots/{newest.name}"'
+        )
 
 
 def _best(newest: Path) -> str:
@@ -159,9 +167,9 @@ def check_files(checkpoint: Checkpoint, config: SetupConfig) -> Optional[str]:
             )
         settings = checkpoint.read_json(generation.FILE)
         if settings is not None:
-            generation.check_settings(settings)
+            generation.check_settings(settings, parameters=config.parameters)
         else:
-            generation.check_legacy(checkpoint.read_json("config.json") or {})
+            generation.check_legacy(checkpoint.read_json("config.json") or {}, config.parameters)
     unknown = unknown_files(folder)
     if unknown:
         notes.append(f"files of the checkpoint that are not known here, and not read: {some(unknown)}")

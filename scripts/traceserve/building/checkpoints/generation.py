@@ -6,6 +6,7 @@ name: silently ignoring a setting gives other texts than the checkpoint's author
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Callable, Dict, FrozenSet, List, Mapping, NamedTuple, Tuple, Type
 
 from traceserve.errors import SourceError
@@ -128,8 +129,13 @@ _REASONS = {
 }
 
 
-def check_settings(settings: Mapping[str, object], where: str = FILE) -> None:
-    """Raise SourceError for a setting that is neither followed nor without effect, or has an illegal value."""
+def check_settings(
+    settings: Mapping[str, object], where: str = FILE, parameters: Mapping[str, object] = MappingProxyType({})
+) -> None:
+    """Raise SourceError for a setting that is neither followed nor without effect, or has an illegal value.
+
+    setup_config.json's `parameters` replace settings.
+    """
     for key, value in settings.items():
         if value is None or key in WITHOUT_EFFECT:
             continue
@@ -150,6 +156,19 @@ def check_settings(settings: Mapping[str, object], where: str = FILE) -> None:
                 f"{where} sets {key} to {value!r}, which is not supported{reason}; remove it there{legal} if the texts may "
                 "be written without it"
             )
+    _check_beams(settings, where, parameters)
+
+
+def _check_beams(settings: Mapping[str, object], where: str, parameters: Mapping[str, object]) -> None:
+    """Raise SourceError for beam search that samples, as `generate` does; a request for both is refused too."""
+    merged = {**settings, **parameters}
+    beams = merged.get("num_beams")
+    if merged.get("do_sample") is True and type(beams) is int and beams > 1:
+        places = {"parameters" if key in parameters else where for key in ("num_beams", "do_sample")}
+        raise SourceError(
+            f"{' with '.join(sorted(places))} sets num_beams to {beams} and do_sample to true, but beam search does not "
+            'sample here; set "num_beams": 1 or "do_sample": false in parameters of setup_config.json'
+        )
 
 
 def _equal(value: object, neutral: object) -> bool:
@@ -158,9 +177,9 @@ def _equal(value: object, neutral: object) -> bool:
     return type(value) in numbers and type(neutral) in numbers and bool(value == neutral)
 
 
-def check_legacy(config: Mapping[str, object]) -> None:
+def check_legacy(config: Mapping[str, object], parameters: Mapping[str, object]) -> None:
     """Check a config.json, which had these settings before generation_config.json existed; raises SourceError."""
-    check_settings({key: config[key] for key in (*FOLLOWED, *NEUTRAL) if key in config}, "config.json")
+    check_settings({key: config[key] for key in (*FOLLOWED, *NEUTRAL) if key in config}, "config.json", parameters)
 
 
 def of_task(config: Mapping[str, object], task: Type[Task]) -> Dict[str, object]:
@@ -185,7 +204,7 @@ def unread_settings(config: Mapping[str, object], task: Type[Task]) -> List[str]
     ]
 
 
-def settle_generation(model: PreTrainedModel, task: Type[Task]) -> Dict[str, object]:
+def settle_generation(model: PreTrainedModel, task: Type[Task], parameters: Mapping[str, object]) -> Dict[str, object]:
     """Return the settings that a task reads, and set the model's own to match, so that it is asked for the same texts.
 
     Raises SourceError for those that are neither followed nor without effect.
@@ -195,8 +214,8 @@ def settle_generation(model: PreTrainedModel, task: Type[Task]) -> Dict[str, obj
         return {}
     own = {key: value for key, value in of_task(model.config.to_dict(), task).items() if key != "prefix"}
     where = "config.json (or generation_config.json)" if getattr(generation, "_from_model_config", False) else FILE
-    check_settings(own, "config.json's task_specific_params")
-    check_settings(generation.to_diff_dict(), where)
+    check_settings(own, "config.json's task_specific_params", parameters)
+    check_settings(generation.to_diff_dict(), where, {**own, **parameters})
     generation.update(**own)
     neutral = type(generation)()
     for key in _ASKED_WITHOUT:

@@ -5,7 +5,19 @@ from __future__ import annotations
 import contextlib
 import pickle
 from pathlib import Path
-from typing import TYPE_CHECKING, Collection, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import (
+    TYPE_CHECKING,
+    Collection,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
 from traceserve.building.checkpoints.heads import (
     BASE,
@@ -38,19 +50,22 @@ def by_weights(config: SetupConfig, folder: Path, facts: Mapping[str, object]) -
     are compared with the files'. A model without a head whose output layer is its embeddings can also be loaded to
     write.
     """
-    stored = weight_shapes(folder)
-    classes = [auto_model for auto_model in TABLES if stored and _has(auto_model, facts)]
-    base = empty(BASE, config, folder) if classes else None
-    if base is None:
+    fits = _fits(TABLES, config, folder, facts)
+    if fits is None:
         return None
-    parts = {_part(name) for name, _ in base.named_parameters()}
-    models = {auto_model: empty(auto_model, config, folder) for auto_model in classes}
-    fits = [_compare(auto_model, model, stored, parts) for auto_model, model in models.items() if model is not None]
     fitting = _fitting(fits, facts)
     head = min((fit.head for fit in fits), key=len)
     if not head:
         return Head((BASE, *fitting), f"{describe_architectures(facts)}, and weights without a head")
     return Head(tuple(fitting), f"{describe_architectures(facts)}, and a head of {some(head)}")
+
+
+def checked_head(head: Head, config: SetupConfig, folder: Path, facts: Mapping[str, object]) -> Head:
+    """Return the head of a class known by its ending only, without auto classes if its weights have more layers than
+    transformers' own class for the ending."""
+    fits = _fits(head.auto_models, config, folder, facts) if head.by_ending else None
+    extra = [name for fit in fits or () for name in fit.extra]
+    return Head((), f"{head.evidence}, and a head of {some(extra)}") if extra else head
 
 
 class _Fit(NamedTuple):
@@ -60,6 +75,20 @@ class _Fit(NamedTuple):
     missing: List[str]  # weights of its head, and whole parts, that the checkpoint lacks
     extra: List[str]  # weights of a head that the class lacks
     head: List[str]  # weights of any head in the checkpoint
+
+
+def _fits(
+    auto_models: Collection[str], config: SetupConfig, folder: Path, facts: Mapping[str, object]
+) -> Optional[List[_Fit]]:
+    """Compare transformers' classes for the model type with a checkpoint's weights; None if that is impossible."""
+    stored = weight_shapes(folder)
+    classes = [auto_model for auto_model in auto_models if stored and _has(auto_model, facts)]
+    base = empty(BASE, config, folder) if classes else None
+    if base is None:
+        return None
+    parts = {_part(name) for name, _ in base.named_parameters()}
+    models = {auto_model: empty(auto_model, config, folder) for auto_model in classes}
+    return [_compare(auto_model, model, stored, parts) for auto_model, model in models.items() if model is not None]
 
 
 def _fitting(fits: Sequence[_Fit], facts: Mapping[str, object]) -> List[str]:
@@ -121,6 +150,21 @@ def check_labels(config: SetupConfig, folder: Path, facts: Mapping[str, object],
 
 def _part(name: str) -> str:
     return name.partition(".")[0]
+
+
+def changing_answers(unread: Iterable[str], model: PreTrainedModel, with_head: bool) -> List[str]:
+    """Return those of a checkpoint's weights that `model` does not read that may have changed answers in training.
+
+    Poolers, other pretraining heads and buffers have not; nor has any head for a model without one.
+    """
+    prefix = f"{model.base_model_prefix}."
+    parts = {name for name, _ in model.named_children()}
+    names = {name: _plain(name, prefix) for name in unread}
+    return sorted(
+        name
+        for name, plain in names.items()
+        if _part(plain) != "pooler" and not _is_harmless(plain) and (with_head or _part(plain) in parts)
+    )
 
 
 def _is_harmless(name: str) -> bool:

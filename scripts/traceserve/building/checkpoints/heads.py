@@ -40,20 +40,24 @@ class Head(NamedTuple):
 
     auto_models: Tuple[str, ...]
     evidence: str
+    by_ending: bool = False  # only: the class is unknown, and may have more layers than transformers' own
 
 
 def named(facts: Mapping[str, object]) -> Optional[Head]:
     """Return the head that config.json names; None if it names none, or an uninformative class."""
     names = _architectures(facts)
-    found = [auto_model for name in names for auto_model in _of_class(name, facts)]
-    if found:
-        return Head(tuple(dict.fromkeys(found)), describe_architectures(facts))
+    classes = {name: _of_class(name, facts) for name in names}
+    known = [auto_model for found in classes.values() for auto_model in found or ()]
+    ended = [auto_model for name, found in classes.items() if found is None for auto_model in _by_ending(name)]
+    if known or ended:
+        return Head(tuple(dict.fromkeys(known + ended)), describe_architectures(facts), by_ending=not known)
     if all(_is_silent(name) for name in names):
         return None
     return Head((), describe_architectures(facts))
 
 
-def _of_class(name: str, facts: Mapping[str, object]) -> List[str]:
+def _of_class(name: str, facts: Mapping[str, object]) -> Optional[List[str]]:
+    """Return the auto classes of a class of transformers or of the checkpoint's own code; None for any other."""
     from transformers.models.auto import modeling_auto
 
     code = facts.get("auto_map")
@@ -64,7 +68,11 @@ def _of_class(name: str, facts: Mapping[str, object]) -> List[str]:
     for framework in _OTHER_FRAMEWORKS:
         name = name[len(framework) :] if name.startswith(framework) else name
     found = [auto_model for auto_model, table in TABLES.items() if name in getattr(modeling_auto, table).values()]
-    return found or [auto_model for ending, auto_model in _ENDINGS.items() if name.endswith(ending)]
+    return found or None
+
+
+def _by_ending(name: str) -> List[str]:
+    return [auto_model for ending, auto_model in _ENDINGS.items() if name.endswith(ending)]
 
 
 def _architectures(facts: Mapping[str, object]) -> List[str]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Optional
 
 from traceserve_runtime.tasks import TASKS
 
+from traceserve.building.checkpoints import sentence_transformers
 from traceserve.building.checkpoints.checkpoint import Checkpoint
 from traceserve.building.config.setup_config import SetupConfig
 from traceserve.errors import ConfigError, SourceError
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # The configuration keys for the number of positions. A T5 has `n_positions` too, without meaning.
-_SENTENCES = "sentence_bert_config.json"
 _POSITIONS = ("max_position_embeddings", "max_encoder_position_embeddings")
 
 
@@ -44,10 +44,11 @@ def max_length(
 
 def _sentence_length(checkpoint: Checkpoint) -> Optional[int]:
     """Return the length to which sentence-transformers cuts its texts, None if it sets none; raises SourceError."""
-    length = (checkpoint.read_json(_SENTENCES) or {}).get("max_seq_length")
+    file, facts = sentence_transformers.transformer_settings(checkpoint)
+    length = facts.get("max_seq_length")
     if length is None or (type(length) is int and length > 0):
         return length
-    raise SourceError(f"{_SENTENCES}: max_seq_length should be a whole number above 0 or null, not {length!r}")
+    raise SourceError(f"{file}: max_seq_length should be a whole number above 0 or null, not {length!r}")
 
 
 def _positions(model: PreTrainedModel) -> Optional[int]:
@@ -58,15 +59,14 @@ def _positions(model: PreTrainedModel) -> Optional[int]:
         positions is None or getattr(model.config, "position_biased_input", True) is False
     ):  # DeBERTa's, if only relative
         return None
-    # RoBERTa and its kin count positions from pad_token_id + 1.
-    return positions - (model.config.pad_token_id + 1 if _numbers_from_padding(model) else 0)
+    return positions - _first_position(model)
 
 
-def _numbers_from_padding(model: PreTrainedModel) -> bool:
-    return any(
-        getattr(module, "padding_idx", None) is not None and name.endswith("position_embeddings")
-        for name, module in model.named_modules()
-    )
+def _first_position(model: PreTrainedModel) -> int:
+    """Return the position of a row's first token: RoBERTa and its kin count from their padding's id + 1."""
+    tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
+    indices = (getattr(table, "padding_idx", None) for table in tables)
+    return next((int(index) + 1 for index in indices if index is not None), 0)
 
 
 def _check_reads(name: str, model: PreTrainedModel, length: int, advised: int) -> None:

@@ -51,7 +51,7 @@ def load_original(config: SetupConfig, checkpoint: Checkpoint, config_folder: Pa
     gguf.check_gguf(checkpoint)
     tokenizer = tokenizers.load_tokenizer(config, checkpoint)
     languages.set_language(config, tokenizer)
-    model = LOADERS[config.library](config, checkpoint)
+    model, weights_note = LOADERS[config.library](config, checkpoint)
     accepted = inspect.signature(model.forward).parameters
     inputs = tuple(name for name in INPUTS if name in accepted and name in tokenizer.model_input_names)
     if "attention_mask" in accepted and "attention_mask" not in inputs:
@@ -67,7 +67,8 @@ def load_original(config: SetupConfig, checkpoint: Checkpoint, config_folder: Pa
     most = max_length(config, checkpoint, model, tokenizer)
     shortest = 1 if task.loop else short_rows.shortest(model, tokenizer, inputs, most)
     embedding = sentence_transformers.read_modules(checkpoint) if task.reads_vectors else Embedding()
-    facts = _model_facts(model, tokenizer, checkpoint, labels, generation.settle_generation(model, task), embedding)
+    settings = generation.settle_generation(model, task, config.parameters)
+    facts = _model_facts(model, tokenizer, checkpoint, labels, settings, embedding)
     return Original(
         model=model,
         tokenizer=tokenizer,
@@ -83,6 +84,7 @@ def load_original(config: SetupConfig, checkpoint: Checkpoint, config_folder: Pa
         known_tokens=tokenizers.known_tokens(config, model, tokenizer),
         known_types=tokenizers.known_types(model, tokenizer, inputs),
         case_note=case_note,
+        weights_note=weights_note,
         arrays=embedding.arrays,
         shortest=shortest,
         per_token=tuple(output.name for output in task.outputs if output.per_token),

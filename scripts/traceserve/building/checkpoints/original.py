@@ -38,6 +38,7 @@ class Original:
     known_tokens: Optional[int] = None  # of the tokenizer's, if the model lacks some
     known_types: Optional[int] = None  # of tokens, if the tokenizer gives a pair of texts more
     case_note: Optional[str] = None  # on do_lower_case
+    weights_note: Optional[str] = None  # on weights that the model does not read
     arrays: Dict[str, Any] = field(default_factory=dict)  # for the task's own computations, float32
     kept: Tuple[str, ...] = ()  # the layers kept in float32
     calibration: Tuple[Dict[str, Any], ...] = ()  # inputs, for a writer whose library quantizes by itself
@@ -68,7 +69,7 @@ class Original:
     def note(self) -> Optional[str]:
         """Notes for the user."""
         case_note = self.case_note if self.known_tokens is None else self._tokens_note
-        notes = [self._short_note, case_note, self._types_note]
+        notes = [self._short_note, case_note, self._types_note, self.weights_note]
         return "\n".join(note for note in notes if note) or None
 
     @property

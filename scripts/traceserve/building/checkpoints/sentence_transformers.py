@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from traceserve_runtime.tasks.embedding import ACTIVATIONS, POOLINGS, Layer, apply
 
@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     import torch
 
 MODULES, SETTINGS = "modules.json", "config_sentence_transformers.json"
+# The Transformer module's settings: the package reads the first of these files, the others if it is missing or empty.
+TRANSFORMER_SETTINGS = tuple(
+    f"sentence_{kind}_config.json"
+    for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
 _PACKAGE = "sentence_transformers."
 # In the order of concatenation; the keys are those before version 6.
 _MODES = {
@@ -97,6 +102,19 @@ def _inside(root: Path, path: str) -> Path:
     return root / path
 
 
+class TransformerSettings(NamedTuple):
+    """The Transformer module's settings, and their file."""
+
+    file: str
+    facts: Dict[str, object]
+
+
+def transformer_settings(checkpoint: Checkpoint) -> TransformerSettings:
+    """Return the first settings that sentence-transformers finds, empty if there are none; raises SourceError."""
+    found = (TransformerSettings(name, checkpoint.read_json(name) or {}) for name in TRANSFORMER_SETTINGS)
+    return next((settings for settings in found if settings.facts), TransformerSettings(TRANSFORMER_SETTINGS[0], {}))
+
+
 def _modules(checkpoint: Checkpoint) -> Optional[List[Dict[str, object]]]:
     """Return the list in modules.json, None if missing; raises SourceError for anything else."""
     modules = None if checkpoint.gguf_file else read_json((checkpoint.root or checkpoint.folder) / MODULES)
@@ -126,8 +144,7 @@ def read_modules(checkpoint: Checkpoint) -> Embedding:
     if modules is None:
         return Embedding()
     kinds = _kinds(modules)
-    facts = _transformer(checkpoint)
-    _check_keys(facts, "Transformer", "sentence_bert_config.json")
+    _check_transformer(checkpoint)
     settings = checkpoint.read_root_json(SETTINGS) or {}
     _check_keys(settings, SETTINGS, SETTINGS)
     prompts, prompt_name = _prompts(settings)
@@ -189,15 +206,12 @@ def _kind(module: Mapping[str, object]) -> Optional[str]:
     return last if kind.startswith(_PACKAGE) and last in _MODULES else None
 
 
-def _transformer(checkpoint: Checkpoint) -> Dict[str, object]:
-    found = sorted(path.name for path in checkpoint.folder.glob("sentence_*_config.json"))
-    facts = (checkpoint.read_json(found[0]) if found else None) or {}
+def _check_transformer(checkpoint: Checkpoint) -> None:
+    file, facts = transformer_settings(checkpoint)
     modality = facts.get("modality_config")
     if modality is not None and (not isinstance(modality, dict) or modality.get("text") != _TEXT):
-        raise SourceError(
-            f"{found[0]} reads a text otherwise than by {_TEXT} (modality_config), which is not supported"
-        )
-    return facts
+        raise SourceError(f"{file} reads a text otherwise than by {_TEXT} (modality_config), which is not supported")
+    _check_keys(facts, "Transformer", file)
 
 
 def _check_keys(facts: Mapping[str, object], kind: str, where: str) -> None:

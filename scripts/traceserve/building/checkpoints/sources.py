@@ -6,7 +6,7 @@ import glob
 import importlib.util
 from dataclasses import replace
 from pathlib import Path
-from typing import Callable, Dict, List
+from typing import Any, Callable, Dict, List
 
 from traceserve.building.checkpoints import adapters, demo, files, licenses, sentence_transformers, task
 from traceserve.building.checkpoints.checkpoint import (
@@ -18,8 +18,8 @@ from traceserve.building.checkpoints.checkpoint import (
     Checkpoint,
 )
 from traceserve.building.checkpoints.json_files import read_json
-from traceserve.building.config.setup_config import SetupConfig
-from traceserve.errors import SourceError, some
+from traceserve.building.config.setup_config import SetupConfig, checkpoint_folder
+from traceserve.errors import SourceError, first_line, some
 
 _PARTLY = " (the hub's cache may hold a part of it only: download it once while online, or name a folder)"
 _NOT_NEEDED = ["onnx/*", "openvino/*", "*.onnx", "*/model*.safetensors"]
@@ -37,7 +37,7 @@ def _located(config: SetupConfig, config_folder: Path) -> Checkpoint:
         _check_no_revision(config, scheme)
         checkpoint = SCHEMES[scheme](rest)
     else:
-        folder = config_folder / Path(config.model_name).expanduser()
+        folder = checkpoint_folder(config, config_folder)
         checkpoint = Checkpoint(folder.resolve(), "folder") if folder.is_dir() else _from_hub(config, folder)
     if checkpoint.kind != "hub":
         _check_no_revision(config, checkpoint.kind)
@@ -82,6 +82,7 @@ def _from_hub(config: SetupConfig, folder: Path) -> Checkpoint:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
+        HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
@@ -95,6 +96,7 @@ def _from_hub(config: SetupConfig, folder: Path) -> Checkpoint:
             )
         )
 
+    http_errors: Any = HfHubHTTPError.__bases__  # one is the base of the HTTP library's: httpx2, httpx or requests
     code = CODE if config.trust_remote_code else []
     what = f"{config.model_name}" + (f" at revision {config.revision}" if config.revision else "")
     try:
@@ -129,8 +131,10 @@ def _from_hub(config: SetupConfig, folder: Path) -> Checkpoint:
             f"{what} is not a folder ({folder} does not exist), not in the hub's cache, and the hub cannot be reached "
             "(or HF_HUB_OFFLINE is set): download it once while online, or name a folder"
         ) from error
-    except OSError as error:
-        raise SourceError(f"{what} could not be downloaded: {error}") from error
+    except (OSError, *http_errors) as error:
+        raise SourceError(
+            f"{what} could not be downloaded ({first_line(error)}); run it again: it goes on where it stopped"
+        ) from error
     return Checkpoint(snapshot, "hub", snapshot.name)
 
 

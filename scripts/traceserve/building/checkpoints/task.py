@@ -10,7 +10,7 @@ from typing import Mapping, NamedTuple, Optional, Sequence, Tuple
 from traceserve_runtime.tasks import TASKS
 
 from traceserve.building.checkpoints import heads
-from traceserve.building.checkpoints.head_weights import by_weights, check_labels
+from traceserve.building.checkpoints.head_weights import by_weights, check_labels, checked_head
 from traceserve.building.config import libraries
 from traceserve.building.config.rules import check_together
 from traceserve.building.config.setup_config import AUTO_TASK, SetupConfig
@@ -101,10 +101,10 @@ def _check(config: SetupConfig, folder: Path, with_weights: bool) -> None:
     if not isinstance(facts, dict):
         return  # the loader reports missing weights
     named = heads.named(facts)
-    if named is None:
-        if not with_weights:
-            return
-        named = by_weights(config, folder, facts)
+    if with_weights:
+        named = by_weights(config, folder, facts) if named is None else checked_head(named, config, folder, facts)
+    elif named is None:
+        return
     if named is None or task.auto_model in named.auto_models:
         return
     fitting = [name for name, kind in TASKS.items() if kind.auto_model in named.auto_models]
@@ -131,10 +131,10 @@ def _search(config: SetupConfig, folder: Path, with_weights: bool) -> Optional[_
     if not isinstance(facts, dict):
         raise SourceError(f"{config.model_name}: {folder / 'config.json'} should hold a JSON object")
     named = heads.named(facts)
-    if named is None:
-        if not with_weights:
-            return None
-        named = by_weights(config, folder, facts)
+    if with_weights:
+        named = by_weights(config, folder, facts) if named is None else checked_head(named, config, folder, facts)
+    elif named is None:
+        return None
     if named is None:
         known = facts.get("architectures") and heads.is_base(facts)
         named = heads.Head((heads.BASE,) if known else tuple(heads.TABLES), heads.describe_architectures(facts))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional, Sequence
 
@@ -50,7 +51,15 @@ def load_tokenizer(config: SetupConfig, checkpoint: Checkpoint) -> PreTrainedTok
         raise SourceError(
             f"{config.model_name}: {checkpoint.folder} has no tokenizer ({', '.join(files.VOCABULARIES)})"
         )
+    tokenizer.model_max_length = _longest(tokenizer.model_max_length)
     return tokenizer
+
+
+def _longest(length: object) -> float:
+    """Return tokenizer_config.json's model_max_length as a number; infinite if it is none above 0, as -1."""
+    if isinstance(length, str) and length.isdecimal():
+        length = int(length)
+    return length if isinstance(length, (int, float)) and length is not True and length > 0 else math.inf
 
 
 def _check_readers(config: SetupConfig, checkpoint: Checkpoint) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any, Dict, List, Optional, Union
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
@@ -194,6 +196,12 @@ WITHOUT_MEANING = {
 }
 
 
-def default_name(config: SetupConfig) -> str:
-    """Return the artifact's default name: the last part of `model_name`."""
-    return config.model_name.replace("\\", "/").rstrip("/").replace(":", "/").rsplit("/", 1)[-1]
+def default_name(config: SetupConfig, folder: Path) -> str:
+    """Return the artifact's default name: the last part of `model_name`, or of the folder that it resolves to."""
+    name = config.model_name.replace("\\", "/").rstrip("/").replace(":", "/").rsplit("/", 1)[-1]
+    return checkpoint_folder(config, folder).resolve().name if name in ("", ".", "..", "~") else name
+
+
+def checkpoint_folder(config: SetupConfig, folder: Path) -> Path:
+    """Return the folder that `model_name` names, relative to the configuration's `folder`; it may not exist."""
+    return folder / os.path.expanduser(config.model_name)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, Type
+
+from traceserve_runtime.errors import TraceserveError
+from traceserve_runtime.manifest import MANIFEST_FILE
 
 from traceserve.archives import names, staging
 from traceserve.building.config import setup_config
@@ -11,15 +15,27 @@ from traceserve.building.config.parsing import LoadedConfig
 from traceserve.errors import ArchiveError, ExportError
 
 ARTIFACTS = Path("artifacts")
+_ELSEWHERE = "choose another folder, as --output artifacts/NAME"
 
 
 class Targets(NamedTuple):
-    """The artifact's folder, its archive's path (None: only export), and the archive's version (None: the
-    configuration's)."""
+    """The artifact's folder, its archive's path (None: only export), the archive's version (None: the configuration's),
+    and whether existing ones may be replaced."""
 
     artifact: Path
     archive: Optional[Path]
     version: Optional[str]
+    force: bool = False
+
+    def check(self) -> None:
+        """Raise ExportError, ArchiveError if a target exists and may not be replaced: without `force` none may, and
+        other folders than artifacts never."""
+        _check_artifact(self.artifact)
+        staging.check_replaceable(self.artifact, self.force, ExportError)
+        if self.archive is not None:
+            if self.archive.is_dir():
+                raise ArchiveError(f"{self.archive} is a folder, not an archive; choose another --store")
+            staging.check_replaceable(self.archive, self.force, ArchiveError)
 
 
 def build_targets(
@@ -27,14 +43,48 @@ def build_targets(
 ) -> Targets:
     """Return what will be written; `output` is the artifact's folder, `store` the archive's (None: only export).
 
-    Raises ExportError, ArchiveError for a name that is illegal or, unless `force`, taken.
+    Raises ExportError, ArchiveError for a name or a place that is illegal or, unless `force`, taken.
     """
-    artifact = output or ARTIFACTS / setup_config.default_name(loaded.config)
+    artifact = _default_artifact(loaded) if output is None else output
+    if artifact.name in ("", ".."):
+        raise ExportError(f"--output {artifact} does not end in the artifact's name; {_ELSEWHERE}")
     name = names.check_name(artifact.resolve().name)
-    staging.check_replaceable(artifact, force, ExportError)
-    if store is None:
-        return Targets(artifact, None, None)
-    packed = store / f"{name}.mar"
-    checked = names.check_version(version) if version is not None else None
-    staging.check_replaceable(packed, force, ArchiveError)
-    return Targets(artifact, packed, checked)
+    _check_parents(artifact, f"--output {artifact}", ExportError)
+    checkpoint = setup_config.checkpoint_folder(loaded.config, loaded.folder)
+    for what, folder in (("checkpoint", checkpoint), ("configuration", loaded.folder)):
+        if folder.is_dir() and artifact.resolve() in (folder.resolve(), *folder.resolve().parents):
+            raise ExportError(f"{artifact} holds the {what}, which would be replaced; {_ELSEWHERE}")
+    targets = Targets(artifact, None, None, force)
+    if store is not None:
+        packed = store / f"{name}.mar"
+        _check_parents(packed, f"--store {store}", ArchiveError)
+        targets = targets._replace(
+            archive=packed, version=names.check_version(version) if version is not None else None
+        )
+    targets.check()
+    return targets
+
+
+def _default_artifact(loaded: LoadedConfig) -> Path:
+    name = setup_config.default_name(loaded.config, loaded.folder)
+    try:
+        return ARTIFACTS / names.check_name(name)
+    except ArchiveError as error:
+        raise ArchiveError(f"{error.message}; it comes from model_name, so {_ELSEWHERE}") from None
+
+
+def _check_artifact(folder: Path) -> None:
+    """Raise ExportError if there is a file, or a folder that may be somebody's data: with files, but not exported."""
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise ExportError(f"{folder} is a file, but an artifact is a folder; {_ELSEWHERE}")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST_FILE).is_file():
+        raise ExportError(
+            f"{folder} is no artifact of traceserve (it has no {MANIFEST_FILE}), so it is not replaced; {_ELSEWHERE}"
+        )
+
+
+def _check_parents(path: Path, option: str, error: Type[TraceserveError]) -> None:
+    """Raise `error` if a folder above `path` is a file."""
+    there = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    if not there.is_dir():
+        raise error(f"{option}: {there} is a file, not a folder; choose another folder")

@@ -8,7 +8,7 @@ what was trained.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Dict, List, Type
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple, Type
 
 from traceserve_runtime.tasks import TASKS
 
@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 _DIFFERENCE = 5e-4
 
 
-def load(config: SetupConfig, checkpoint: Checkpoint) -> PreTrainedModel:
-    """Return the curated model of a checkpoint, for the task's auto-model; raises SourceError, ExportError."""
+def load(config: SetupConfig, checkpoint: Checkpoint) -> Tuple[PreTrainedModel, Optional[str]]:
+    """Return the curated model of a checkpoint, for the task's auto-model, and a note on weights that transformers' does
+    not read; raises SourceError, ExportError."""
     try:
         from curated_transformers import registry
         from curated_transformers.models.electra import ELECTRAEncoder
@@ -41,14 +42,14 @@ def load(config: SetupConfig, checkpoint: Checkpoint) -> PreTrainedModel:
     kinds = list((registry.encoders if encodes else registry.causal_lms).get_entry_points().values())
     if encodes:
         kinds.append(ELECTRAEncoder)  # the library has it, but does not register it
-    original = transformers.load(config, checkpoint)
+    original, note = transformers.load(config, checkpoint)
     kind = _kind(kinds, original.config, config.model_name)
     model = _filled(kind, original, config.model_name)
     longest = _longest(config, original.config, model)
     made: PreTrainedModel = Encoder(model, original) if encodes else CausalLM(model, original, longest)
     made.eval()
     _check_same(made, original, longest, config.model_name)
-    return made
+    return made, note
 
 
 def _kind(kinds: List[Any], config: PreTrainedConfig, name: str) -> Type[Any]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING, Any, Dict, List, Mapping
+from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Tuple
 
 from traceserve_runtime.tasks import TASKS
 
-from traceserve.building.checkpoints import adapter_weights
+from traceserve.building.checkpoints import adapter_weights, head_weights, heads
 from traceserve.building.checkpoints.checkpoint import Checkpoint
 from traceserve.building.checkpoints.gguf import located
 from traceserve.building.config.setup_config import SetupConfig
@@ -19,8 +19,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def load(config: SetupConfig, checkpoint: Checkpoint) -> PreTrainedModel:
-    """Load the task's auto-model; raises SourceError, also if the checkpoint lacks weights that the task needs."""
+def load(config: SetupConfig, checkpoint: Checkpoint) -> Tuple[PreTrainedModel, Optional[str]]:
+    """Load the task's auto-model; raises SourceError, also if the checkpoint lacks weights that the task needs.
+
+    Also returns a note on weights that the model does not read.
+    """
     import numpy as np
     import torch
     import transformers
@@ -38,6 +41,7 @@ def load(config: SetupConfig, checkpoint: Checkpoint) -> PreTrainedModel:
                 local_files_only=True,
                 trust_remote_code=config.trust_remote_code,
                 output_loading_info=True,
+                torch_dtype=torch.float32,  # config.json's, the default since version 5, may round the weights
                 **(_unpacked(in_file) if in_file else _weights(weights, transformers.__version__)),
                 **adapter_weights.adapter_options(checkpoint, config.trust_remote_code),
             )
@@ -51,8 +55,20 @@ def load(config: SetupConfig, checkpoint: Checkpoint) -> PreTrainedModel:
             f"{config.model_name} holds no trained weights for the task {config.task} ({some(missing)}), so its answers "
             'would be random; name a fine-tuned checkpoint, or set "allow_untrained_head": true for a trial'
         )
-    whole: PreTrainedModel = model.float().eval()
-    return whole  # a checkpoint stored in float16 loads as float16
+    whole: PreTrainedModel = model.float().eval()  # modules of remote code may have a dtype of their own
+    return whole, _note(report, model, config) if checkpoint.adapter is None else None
+
+
+def _note(report: Mapping[str, Any], model: PreTrainedModel, config: SetupConfig) -> Optional[str]:
+    """Name weights that transformers leaves out without an error, such as layers beyond num_hidden_layers."""
+    with_head = TASKS[config.task].auto_model != heads.BASE
+    unread = head_weights.changing_answers(report.get("unexpected_keys", ()), model, with_head)
+    if not unread:
+        return None
+    return (
+        f"weights of the checkpoint that {type(model).__name__} does not read: {some(unread)}; if they were trained, answers "
+        "are not those of the training's model"
+    )
 
 
 def _weights(checkpoint: Checkpoint, version: str) -> Dict[str, object]:
@@ -86,11 +102,10 @@ def _untrained(report: Mapping[str, Any], model: PreTrainedModel) -> List[str]:
 
 
 def _unpacked(path: Path) -> Dict[str, object]:
-    """Return from_pretrained's options for unpacking a GGUF file: each weight as float32."""
-    import torch
+    """Return from_pretrained's options for unpacking a GGUF file."""
     import transformers
 
-    options: Dict[str, object] = {"gguf_file": str(path), "torch_dtype": torch.float32}
+    options: Dict[str, object] = {"gguf_file": str(path)}
     if hasattr(transformers, "GgufConfig"):  # since 5.23 weights stay in their blocks if a kernel reads them
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     return options
