@@ -44,7 +44,7 @@ def compiled(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathF
     folder = tmp_path_factory.mktemp("compiled") / "x"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("traceserve.building.attempt.measure_speeds", lambda folders, *rest: dict.fromkeys(folders, 1.0))
-        run_export(folder, content(checkpoint))
+        run_export(folder, content(checkpoint), gradients=True)
     return folder
 
 

@@ -304,3 +304,12 @@ def test_the_page_needs_nothing_else_and_shows_what_was_measured(samples: Path) 
 def test_medians_are_taken_figure_by_figure() -> None:
     rounds = [{"a": {"b": 1.0}, "c": [[0, 5.0], [50, 9.0]], "d": None}, {"a": {"b": 5.0}, "c": [[0, 7.0]], "d": None}]
     assert bench._median([*rounds, rounds[1]]) == {"a": {"b": 5.0}, "c": [[0, 7.0]], "d": None}
+
+
+def test_one_url_asked_twice_has_two_labels(samples: Path) -> None:
+    with serving(at_once) as asked:
+        two = [subject(asked.url, samples), subject(f"{asked.url}?top_k=1", samples)]
+        document = measure(two, BenchPlan((1,), None, 0.1, 0.0), samples.name, quietly)
+    label = two[0].label
+    assert document["subjects"] == [label, f"{label} (2)"] and document["ratios"]
+    assert [summary["subject"] for summary in document["summary"]] == document["subjects"]

@@ -6,6 +6,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable, Dict, List
 
 import pytest
@@ -14,7 +15,7 @@ from traceserve.building import artifact, attempt
 from traceserve.building.checkpoints import loading
 from traceserve.building.config import formats
 from traceserve.building.config.dtypes import DTYPES
-from traceserve.building.config.parsing import parse_config
+from traceserve.building.config.parsing import LoadedConfig, parse_config
 from traceserve.building.config.save_modes import SAVE_MODES
 from traceserve.building.gate import findings, verification
 from traceserve.building.gate.texts import SENTENCES
@@ -144,3 +145,32 @@ def test_the_best_are_marked(capsys: pytest.CaptureFixture[str], monkeypatch: py
     assert first.count("*") == 1 and "4 *" in first and "0 of 34" in first
     assert second.count("*") == 4 and "700 *" in second and "0.5 *" in second and "2 of 340" in second
     assert "onnx in int8: needs [more] packages" in shown
+
+
+def test_what_cannot_be_measured_is_told_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def export(loaded: LoadedConfig, name: str, folder: Path, *others: Any, **named: Any) -> Any:
+        if loaded.config.dtype == "float32":
+            (folder / "whole").touch()
+        return SimpleNamespace(findings=findings.Findings(findings.LIMITS["float32"]))
+
+    child = tmp_path / "child.py"
+    child.write_text(
+        "import json, pathlib, sys\n"
+        "if not (pathlib.Path(sys.argv[1]) / 'whole').exists():\n"
+        "    raise ValueError('it has no model')\n"
+        "print(json.dumps({'load_seconds': 1.0, 'memory': 1, 'p50_ms': 1.0, 'per_second': 1.0, 'writing': None}))\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(formats_compared.engine_figures, "__name__", "child")
+    monkeypatch.setattr(formats_compared, "export", export)
+    monkeypatch.setattr(
+        formats_compared.sources, "fetch_checkpoint", lambda *_: SimpleNamespace(task="sequence_classification")
+    )
+    tried = [("torchscript", "bfloat16"), ("torchscript", "float32")]
+    monkeypatch.setattr(formats_compared, "possible_formats", lambda config: tried)
+    (tmp_path / "own.txt").write_text("one\ntwo\n")
+    config = parse_config({"model_name": "x/y", "task": "sequence_classification"})[0]
+    loaded = LoadedConfig(config, tmp_path, ())
+    first, second = formats_compared.compared_formats(loaded, lambda *_: None, tmp_path / "own.txt")
+    assert first.refused == "it cannot be measured: ValueError: it has no model" and first.figures is None
+    assert second.figures is not None and not second.refused

@@ -146,6 +146,9 @@ def test_what_is_wrong_with_a_body_is_told(container: Container) -> None:
 def test_other_protocols_are_chosen_by_a_header(container: Container) -> None:
     path = {"X_Amzn_SageMaker_Custom_Attributes": "trace=1,path=v1/classify"}
     assert container.answer("/invocations", {"input": ["Yes."]}, **path)["data"][0]["label"] in ("red", "green", "blue")
+    path = {"X_Amzn_SageMaker_Custom_Attributes": "path=v1/models/tiny:predict"}
+    [label] = container.answer("/invocations", {"instances": ["Yes."]}, **path)["predictions"]
+    assert label["label"] in ("red", "green", "blue")
 
 
 def test_batch_transform_is_told_what_it_may_send(container: Container) -> None:

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable, List, Optional, Tuple
 
 import pytest
 from conftest import run_export
 from traceserve import cli
 from traceserve.archives.contents import unpack
-from traceserve.checking import comparing
+from traceserve.checking import answering, comparing
 from traceserve.checking.answering import Told
 from traceserve.checking.comparing import AnswerChange, ArchiveComparison, FieldChange, Side
 from traceserve.checking.comparison_page import comparison_page
+from traceserve.errors import ArchiveError
 from traceserve_runtime.engine import load_task
 from traceserve_runtime.manifest import Manifest
-from traceserve_runtime.tasks.contract import Request
+from traceserve_runtime.tasks.contract import Answer, Request
 
 LABELS = {"id2label": {0: "red", 1: "green", 2: "blue"}, "label2id": {"red": 0, "green": 1, "blue": 2}}
 MARKER = "<script>alert(1)</script> & more"
@@ -172,3 +175,64 @@ def test_the_page_escapes_every_text() -> None:
     tags = Tags()
     tags.feed(html)
     assert tags.open == [] and tags.links == [] and "<script" not in html and html.count("&lt;script&gt;") >= 14
+
+
+def test_merges_added_tokens_and_the_models_settings_are_compared(artifact: Path, tmp_path: Path) -> None:
+    def added(document: Any) -> None:
+        document["added_tokens"][0]["lstrip"] = True
+
+    def prefix(document: Any) -> None:
+        document["model"]["continuing_subword_prefix"] = "@@"
+
+    for number, (edit, what) in enumerate(((added, "added tokens"), (prefix, "model's continuing_subword_prefix"))):
+        assert [found.what for found in changed_tokenizer(artifact, tmp_path / str(number), edit)] == [what]
+
+    def facts(**model: Any) -> Any:
+        (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model}))
+        manifest = replace(manifest_here, tokenizer=replace(manifest_here.tokenizer, file="tokenizer.json"))
+        return comparing._tokenizer_facts(tmp_path, manifest), comparing._vocabulary(tmp_path, manifest)
+
+    manifest_here = Manifest.read(artifact)
+    assert facts(merges=["a b", "c d"]) == facts(merges=[["a", "b"], ["c", "d"]], ignore_merges=False)
+    assert facts(merges=["a b", "c d"]) != facts(merges=["c d", "a b"])
+    assert facts(vocab=[["a", -1.0]]) != facts(vocab=[["a", -2.0]])
+    assert facts(unk_id=0) != facts(unk_id=None)
+
+
+def test_what_both_refuse_is_not_equal(artifact: Path) -> None:
+    answered, refused = Told([{"label": "red", "score": 1.0}], None), Told(None, "InputTooLong")
+    assert comparing._refused_by_both([answered, refused, refused], [answered, refused, answered]) == 1
+    for other in ([refused, refused], [answered, refused]):
+        with pytest.raises(ArchiveError, match="none of the 2 requests was answered by both.*InputTooLong.*--samples"):
+            comparing._refused_by_both([refused, refused], other)
+
+
+def test_refused_requests_are_counted(mar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    too_long = json.dumps({"inputs": "word " * 99, "parameters": {"long_inputs": "reject"}})
+    samples = tmp_path / "own.jsonl"
+    samples.write_text(too_long)
+    assert cli.main(["diff", str(mar), str(mar), "--samples", str(samples)]) == 2
+    assert "none of the 1 requests was answered by both" in " ".join(capsys.readouterr().err.split())
+    samples.write_text(too_long + '\n"short"\n')
+    assert cli.main(["diff", str(mar), str(mar), "--samples", str(samples)]) == 0
+    assert "0 of 2 answers changed (1 refused by both)" in " ".join(capsys.readouterr().out.split())
+
+
+class Refusing:
+    """An engine that takes its time to refuse all but one request."""
+
+    def warm_up(self) -> None:
+        pass
+
+    def answer(self, requests: List[Request]) -> List[Any]:
+        time.sleep(0.02 * sum(request.inputs["text"] != "good" for request in requests))
+        return [Answer("yes") if request.inputs["text"] == "good" else ValueError() for request in requests]
+
+
+def test_refused_requests_are_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answering, "_TIMED", 2)
+    monkeypatch.setattr(answering, "Engine", SimpleNamespace(load=lambda folder: Refusing()))
+    texts = ["bad", "bad", "bad", "good"]
+    document = {"folder": "x", "requests": [[{"text": text}, {}] for text in texts]}
+    (tmp_path / "asked.json").write_text(json.dumps(document))
+    assert answering._answer_all(tmp_path / "asked.json")["p50_ms"] < 10

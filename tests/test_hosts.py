@@ -293,6 +293,21 @@ def test_a_body_that_is_too_large_is_not_read(classifier: Service) -> None:
     assert run(ask(False))[0]["status"] == 413 and len(received) == 2
 
 
+@pytest.mark.parametrize("body", [b"a&" * 600_000, b"text=" + b"%41" * 400_000, b"&".join([b"a=b"] * 1200)])
+def test_a_form_that_would_hold_the_event_loop_is_not_decoded(body: bytes, classifier: Service) -> None:
+    asking = Hosted(classifier).ask("/predictions/small", body, content_type="application/x-www-form-urlencoded")
+    answer = run(asking)
+    assert (
+        answer.status == 413 and "a form may have 1,048,576 bytes and 1,000 fields" in answer.json["error"]["message"]
+    )
+
+
+def test_no_part_of_a_form_is_a_file(classifier: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.TemporaryFile", None)
+    body = multipart(("text", "", b"The boat. " * 20_000))
+    assert run(Hosted(classifier).ask("/predictions/small", body, content_type=FORM)).status == 413  # by the engine
+
+
 def test_headers_of_an_absurd_length_are_refused_or_ignored(classifier: Service) -> None:
     digits = "9" * 5000  # int() raises beyond 4,300
     asking = Hosted(classifier).ask("/predictions/small", {"text": TEXT}, content_length=digits)
@@ -421,6 +436,58 @@ def test_what_waits_goes_together_and_too_many_are_refused_at_once(classifier: S
     assert [answer.status for answer in answers] == [200] * 6 + [503] * 2
     assert answers[-1].headers["retry-after"] == "1"
     assert slow.asked == [1, 4, 1]
+
+
+def test_bodies_that_come_later_count_in_the_queue(classifier: Service) -> None:
+    """All headers were there before any body."""
+    slow = Slow(classifier)
+    hosted = Hosted(slow, Limits(queue=3), most=1)  # type: ignore[arg-type]
+
+    async def ask() -> List[int]:
+        bodies = asyncio.Event()
+
+        async def one() -> int:
+            sent: List[Message] = []
+
+            received: List[Message] = [{"type": "http.request", "body": json.dumps({"text": TEXT}).encode()}]
+
+            async def receive() -> Message:
+                await (bodies if received else asyncio.Event()).wait()
+                return received.pop()
+
+            async def send(message: Message) -> None:
+                sent.append(message)
+
+            headers = [(b"content-type", b"application/json")]
+            scope = {"type": "http", "method": "POST", "path": "/predictions/small", "headers": headers}
+            await hosted.application(scope, receive, send)
+            return int(sent[0]["status"])
+
+        asking = [asyncio.ensure_future(one()) for _ in range(12)]
+        await asyncio.sleep(0.1)
+        bodies.set()
+        await asyncio.sleep(0.2)
+        slow.let.set()
+        return list(await asyncio.gather(*asking))
+
+    statuses = run(ask())
+    assert set(statuses) == {200, 503} and statuses.count(200) <= 5
+
+
+def test_all_who_ask_for_its_health_wait_for_one_canary(classifier: Service) -> None:
+    slow = Slow(classifier)
+    hosted = Hosted(slow)  # type: ignore[arg-type]
+
+    async def ask() -> None:
+        with pytest.raises(asyncio.TimeoutError):  # who gives up leaves it to the others
+            await asyncio.wait_for(hosted.application.unhealthy(), 0.1)
+        asking = [asyncio.ensure_future(hosted.ask("/health")) for _ in range(30)]
+        await asyncio.sleep(0.1)
+        slow.let.set()
+        assert {answer.status for answer in await asyncio.gather(*asking)} == {200}
+
+    run(ask())
+    assert slow.asked == [1]
 
 
 async def leave(hosted: Hosted, body: bytes, gone: asyncio.Event) -> List[Message]:
@@ -765,9 +832,13 @@ def test_the_router_is_healthy_where_all_are(several: Several) -> None:
 
     async def ask() -> None:
         assert (await several.ask("/health")).json == {"status": "Healthy"}
+        assert (await several.ask("/v2/health/ready")).status == 200
         assert set(several.asked) == {("colours", "1.0"), ("colours", "2.0"), ("vectors", "1.0")}
         several.applications["vectors", "1.0"] = dead
         assert (await several.ask("/health")).status == 503
+        assert (await several.ask("/v2/health/ready")).status == 503
+        assert (await several.ask("/v2/health/live")).json == {"live": True}
+        assert (await several.ask("/v2")).json["name"] == "traceserve"
         assert (await several.ask("/v1/models")).json["models"] == ["colours", "vectors"]
 
     run(ask())  # one event loop, as a server has

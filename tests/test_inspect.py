@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
 import subprocess
@@ -279,3 +280,34 @@ def test_the_build_records_the_licence(checkpoint: Callable[..., Path], tmp_path
     found = inspect_archive(archive)
     assert found.document()["source"]["license"] == {"name": "mit", "file": "README.md"}
     assert "no-license" not in [finding.code for finding in found.findings]
+
+
+def test_no_text_of_an_archive_controls_the_terminal(
+    mar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def hostile(document: Any) -> Any:
+        versions = {**document["versions"], "torch": "2.\x1b[2J"}
+        return sealed({**document, "labels": ["\x1b]0;x\x07", "\x9b1m", "\u202egreen"], "versions": versions})
+
+    archive = rewritten(mar, tmp_path / "x.mar", hostile, **{"\x1b[31m.txt": b""})
+    assert cli.main(["inspect", str(archive)]) == 0
+    page = capsys.readouterr().out
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", page)
+    assert "?]0;x?, ?1m, ?green" in page and "2.?[2J" in page and "?[31m.txt is not named" in page.replace("\n", " ")
+
+
+def test_another_manifest_of_torchserves_is_found(mar: Path, tmp_path: Path) -> None:
+    """Such an archive is refused when it is unpacked."""
+    with zipfile.ZipFile(mar) as file:
+        document = json.loads(file.read("MAR-INF/MANIFEST.json"))
+    document["model"]["handler"] = "other.py"
+    for content in (json.dumps(document).encode(), b"[]"):
+        archive = rewritten(mar, tmp_path / "x.mar", **{"MAR-INF/MANIFEST.json": content})
+        assert "torchserve-manifest" in codes(archive)
+        with pytest.raises(ArchiveError):
+            unpack(archive, tmp_path / "out")
+
+
+def test_the_folder_one_is_in(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(artifact)
+    assert cli.main(["inspect", "."]) == 0

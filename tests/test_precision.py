@@ -566,7 +566,7 @@ def test_speeds_are_of_every_artifact(made: Maker) -> None:
         ),
         (
             {"dtype": "float16", "hardware": "neuron"},
-            'dtype is "float16": it runs on gpu, not on neuron; take auto, bfloat16',
+            'dtype is "float16": it runs on cpu, gpu, not on neuron; take auto, bfloat16',
         ),
         (
             {"dtype": "int8", "task": "text_generation"},

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import sys
 from pathlib import Path
 from typing import Any, Callable, Iterator, List, Tuple, Type
 
 import pytest
+from traceserve import cli
 from traceserve.building.gate.texts import SENTENCES, TEXTS, VERY_LONG
-from traceserve.building.samples import read_samples
+from traceserve.building.samples import lines, read_samples
+from traceserve.commands import predict
 from traceserve.errors import ConfigError
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.protocols.bodies import Headers
@@ -265,3 +269,20 @@ def test_windows_line_ends(tmp_path: Path) -> None:
     path = tmp_path / "own.txt"
     path.write_bytes(b"one\r\ntwo\r\n")
     assert [request.inputs["text"] for request in read_samples(path, SequenceClassification)] == ["one", "two"]
+
+
+def test_a_long_cell_of_a_table(tmp_path: Path) -> None:
+    """Python's csv takes 131,072 characters unless it is told otherwise."""
+    write(tmp_path / "own.csv", "text", "a" * 131_073)
+    assert [len(text) for _, text in lines(tmp_path / "own.csv")] == [131_073]
+
+
+@pytest.mark.parametrize("options", [["--file", "own.txt"], ["-"]])
+def test_predict_asks_one_text_for_each_line(
+    options: List[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = "\ufeffone\u2028two\x85\x0cthree\r\n\r\nfour\n"
+    monkeypatch.chdir(tmp_path)
+    Path("own.txt").write_bytes(content.encode())
+    monkeypatch.setattr(sys, "stdin", io.StringIO(content))
+    assert list(predict._bodies(cli._parse(["predict", "tiny", *options]))) == [["one\u2028two\x85\x0cthree", "four"]]

@@ -69,6 +69,8 @@ def test_the_keys_that_torchserve_and_the_handler_read() -> None:
 
 
 RIGHT = BUILT.to_yaml()
+# Lists of ten times the last one: few characters, and 10 ** 12 numbers.
+NESTED = "".join(f"- &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 13))
 
 
 @pytest.mark.parametrize(
@@ -88,6 +90,8 @@ RIGHT = BUILT.to_yaml()
         (RIGHT.replace("64", "many"), "batchSize should be a whole number of 1 or more, not 'many'"),
         (RIGHT.replace("64", "true"), "not True"),
         (RIGHT.replace("Delay: 1", "Delay: 0"), "maxBatchDelay should be a whole number of 1 or more, not 0"),
+        (RIGHT.replace("64", f"\n- &a0 [1]\n{NESTED}"), "aliases (*name) are not allowed"),
+        (RIGHT.replace("64", str([1] * 999)), "batchSize should be a whole number of 1 or more, not [1, 1, 1"),
         (RIGHT + "minWorkers: 2\n", "minWorkers and maxWorkers should be given both"),
         (RIGHT + "minWorkers: 1\nmaxWorkers: 4\n", "and be equal"),
         (RIGHT.replace("batchSize: 64\n", ""), "lacks the key batchSize"),

@@ -269,6 +269,13 @@ def test_special_tokens_that_a_text_holds_are_its_own(written: Dict[str, Written
         assert own.token_to_id(marks.split()[0].split(">")[0] + (">" if "<" in marks else "")) in ids
 
 
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_what_is_cut_of_two_texts_is_not_kept(kind: str, written: Any) -> None:
+    """The tokenizers package joins each piece that was cut off the first with each of the second."""
+    encoded = encode(written[kind].open(24), "a " * 300, "b " * 300, "truncate")
+    assert len(encoded.rows[0].encoding) == 24 and encoded.rows[0].encoding.overflowing == []
+
+
 @pytest.mark.parametrize("kind", ALL_KINDS)
 @pytest.mark.parametrize("how", ["window", "truncate"])
 @pytest.mark.parametrize("cut", [None, 0, 1])

@@ -10,7 +10,7 @@ import time
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, cast
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ from traceserve_runtime import rounds, service
 from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.engine import Engine, Work
 from traceserve_runtime.errors import InvalidRequest, TraceserveError
-from traceserve_runtime.pending import Pending
+from traceserve_runtime.pending import Pending, Unrun
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.rounds import Rounds
 from traceserve_runtime.runner import Arrays
@@ -345,3 +345,14 @@ def test_an_error_in_one_turn_fails_its_own_request(engine: Engine) -> None:
     assert all(isinstance(each.answer(), Answer) for each in good)
     assert "broken" in str(bad.answer()) and not isinstance(bad.answer(), InvalidRequest)
     assert isinstance(refused.answer(), TraceserveError)
+
+
+def test_a_row_that_waits_for_others_keeps_its_own_outputs_alone() -> None:
+    """Others' rows ran with it, and are in the same array."""
+    together = np.zeros((64, 1000), dtype=np.float32)
+    unrun = Unrun(cast(Any, None), cast(Any, SimpleNamespace(rows=[1, 2])))
+    unrun.keep(0, {"x": together[3]})
+    unrun.keep(1, {"x": together[4]})
+    outputs = unrun.outputs()
+    assert outputs is not None
+    assert [isinstance(each, dict) and each["x"].base is None for each in outputs] == [True, False]

@@ -22,9 +22,10 @@ from traceserve.archives.contents import unpack
 from traceserve.building.gate import golden
 from traceserve.building.gate.drift import score_difference
 from traceserve.building.gate.golden import GOLDEN_FILE, GoldenSample, read_golden
+from traceserve.checking import verifying
 from traceserve.checking.dialects import DIALECTS
 from traceserve.checking.proof import proof_of
-from traceserve.checking.verifying import Door, Verification, verify_server
+from traceserve.checking.verifying import Door, Verification, VerifiedSample, verify_server
 from traceserve.errors import ArchiveError
 from traceserve_hosts.asgi import Application, Limits
 from traceserve_hosts.batcher import Batcher
@@ -363,3 +364,19 @@ def test_vectors_of_v2() -> None:
     answer["outputs"][0]["shape"] = [1, 7]
     with pytest.raises(ValueError, match="does not fill"):
         read(answer, sample, None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_sample_without_an_answer_is_no_near_tie(dtype: str, mar: Path) -> None:
+    def sample(number: int, same: bool, error: str = "") -> VerifiedSample:
+        return VerifiedSample(number, False, same, 0.0 if same else None, [], None, error, 1.0)
+
+    with proof_of(mar) as proof:
+        proof = proof._replace(manifest=replace(proof.manifest, dtype=dtype))
+        good = [sample(number, True) for number in range(1000)]
+        assert verifying._differences(good, proof, 1e-4) == []
+        failed = [sample(1000, False, "500: broken"), sample(1001, False, "500: broken")]
+        problems = verifying._differences([*good, *failed], proof, 1e-4)
+        assert problems == ["2 of 1002 samples were not answered: 500: broken"]
+        changed = [sample(1002, False)]
+        assert len(verifying._differences([*changed, *failed], proof, 1e-4)) == 2

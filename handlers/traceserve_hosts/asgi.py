@@ -39,6 +39,8 @@ _METHODS = ("GET", "POST", "HEAD")
 _SECONDS_OF_HEALTH = 1.0  # that a canary's answer holds
 _FORM = "application/x-www-form-urlencoded"
 _MULTIPART = "multipart/form-data"
+# A form is decoded in the event loop: for a tenth of a second at most.
+_LARGEST_FORM, _MOST_FIELDS = 1 << 20, 1000
 
 
 class Refused(Exception):
@@ -122,6 +124,7 @@ class Application:
         self._batcher = batcher
         self._limits = limits
         self._health: Tuple[float, Optional[str]] = (-float("inf"), None)  # when, and what was wrong
+        self._canary: Optional[asyncio.Future[None]] = None  # on its way, for all who ask meanwhile
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request; websockets are closed."""
@@ -132,8 +135,14 @@ class Application:
         for one at most."""
         holds = holds if self._health[1] is None else min(holds, _SECONDS_OF_HEALTH)
         if time.monotonic() - self._health[0] >= holds:
-            self._health = (time.monotonic(), await self._try_canary())
+            if self._canary is None or self._canary.done():
+                self._canary = asyncio.ensure_future(self._ask_health())
+            await asyncio.shield(self._canary)  # who asks may give up
         return self._health[1]
+
+    async def _ask_health(self) -> None:
+        problem = await self._try_canary()
+        self._health = (time.monotonic(), problem)
 
     async def _try_canary(self) -> Optional[str]:
         from traceserve_runtime.protocols.bodies import Headers
@@ -161,10 +170,15 @@ class Application:
             return
         self._limits.check(scope["method"], headers)
         located = self._located(path)
+        self._check_queue()
+        call = self._call(located, headers, await self._limits.body(headers, receive))
+        self._check_queue()  # others have come while the body did
+        await self._replied(self._batcher.ask(call), receive, send)
+
+    def _check_queue(self) -> None:
+        """Raise Refused where too many calls wait."""
         if self._batcher.waiting >= self._limits.queue:
             raise Refused(503, "Overloaded", "too many requests wait; try again", {"retry-after": "1"})
-        call = self._call(located, headers, await self._limits.body(headers, receive))
-        await self._replied(self._batcher.ask(call), receive, send)
 
     def _located(self, path: str) -> _Located:
         """What stands at a path; raises Refused for another model or version."""
@@ -278,6 +292,10 @@ def _parts(body: bytes, content_type: str) -> Tuple[Mapping[str, object], Mappin
     """A body as TorchServe hands it over: by itself, or as the parts of a form with their media types."""
     media = content_type.split(";")[0].strip().lower()
     if media == _FORM:
+        if len(body) > _LARGEST_FORM or body.count(b"&") > _MOST_FIELDS:
+            raise Refused(
+                413, "InputTooLong", f"a form may have {_LARGEST_FORM:,} bytes and {_MOST_FIELDS:,} fields; send JSON"
+            )
         pairs = parse_qsl(body.decode("utf-8", "surrogateescape"), keep_blank_values=True, errors="surrogateescape")
         return {name: value.encode("utf-8", "surrogateescape") for name, value in pairs}, {}
     if media == _MULTIPART:
@@ -290,7 +308,9 @@ def _multipart(body: bytes, content_type: str) -> Tuple[Mapping[str, object], Ma
 
     boundary = parse_options_header(content_type)[1].get("boundary", "")
     try:
-        parts = list(MultipartParser(io.BytesIO(body), boundary, strict=True, memory_limit=len(body) + 1))
+        most = len(body) + 1  # none of it becomes a temporary file
+        parser = MultipartParser(io.BytesIO(body), boundary, strict=True, memory_limit=most, spool_limit=most)
+        parts = list(parser)
     except MultipartError as error:
         raise Refused(400, "InvalidRequest", f"the form cannot be read: {error}") from None
     values = {part.name: part.raw for part in parts}

@@ -6,6 +6,7 @@ A row of the input is a request: its columns are the task's fields, or a list is
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Dict, List, Mapping
 
 import mlflow
@@ -21,8 +22,9 @@ class ArchiveModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # mlflow h
     """One archive."""
 
     def load_context(self, context: Any) -> None:
-        """Load the archive; MLflow calls it once."""
-        self._service = load_archive(context.artifacts[ARTIFACT]).service
+        """Load the archive; MLflow calls it once. A service is for one thread, and MLflow's server answers in many."""
+        self._thread = ThreadPoolExecutor(1, "traceserve")
+        self._service = self._thread.submit(load_archive, context.artifacts[ARTIFACT]).result().service
 
     # Without types: MLflow reads them as a schema of the rows, and takes few.
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
@@ -35,7 +37,7 @@ class ArchiveModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # mlflow h
             body = {"inputs": body, "parameters": dict(params)}
         encoded = json.dumps(body, ensure_ascii=False).encode("utf-8")
         call = Call({"body": encoded}, Headers("application/json", len(encoded)))
-        [reply] = self._service.answer([call])
+        [reply] = self._thread.submit(self._service.answer, [call]).result()
         content = json.loads(reply.body)
         if reply.status == _OK:
             return list(content)

@@ -31,6 +31,7 @@ from traceserve_hosts.asgi import (
 Ask = Callable[[str, str, Scope, bytes], AsyncIterator[Message]]
 _PASSED = ("type", "method", "path", "query_string", "headers")  # of a scope; the rest is of this process alone
 _BEHIND = ("v1/models/", "v2/models/", "models/")  # a model's name
+_OF_SERVERS = ("v2", "v2/health/live")  # every archive gives the same answer
 
 
 class Router:
@@ -51,6 +52,9 @@ class Router:
             await self._answer_health(send)
             return
         self._limits.check(scope["method"], headers)
+        if path.strip("/") == "v2/health/ready":
+            await self._answer_health(send)
+            return
         if path.strip("/") in ("v1/models", "models"):
             await replied(send, 200, self._models())
             return
@@ -100,7 +104,7 @@ class Router:
                 name = path[len(begin) :].partition("/")[0].partition(":")[0]
                 self._check(name)
                 return name
-        if len(self._shares) == 1:
+        if len(self._shares) == 1 or path.strip("/") in _OF_SERVERS:
             return next(iter(self._shares))
         named = _model(body)
         if named is None:

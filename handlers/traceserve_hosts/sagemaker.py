@@ -24,7 +24,7 @@ from traceserve_hosts import web
 from traceserve_hosts.asgi import Application, Receive, Refused, Scope, Send, guarded, headers_of, path_of, replied
 
 MODEL = "/opt/ml/model"
-_PATH = re.compile(r"(?:^|[,;\s])path=([\w./-]+)")  # of a protocol, within the custom attributes
+_PATH = re.compile(r"(?:^|[,;\s])path=([\w./:-]+)")  # of a protocol, within the custom attributes
 _SECONDS_OF_PING = 1.5  # SageMaker waits two
 _ALIVE = 60.0  # seconds since the last answer, within which a server that is busy is healthy
 _LARGEST = 1024  # MB, of an asynchronous endpoint's body

@@ -59,12 +59,22 @@ class Unrun:
 
     def keep(self, position: int, output: Union[Arrays, TraceserveError]) -> None:
         """Keep a row's outputs."""
-        self._outputs[position] = output
         self._missing -= 1
+        if self._missing and not isinstance(output, TraceserveError):
+            output = _by_themselves(output)
+        self._outputs[position] = output
 
     def outputs(self) -> Optional[Outputs]:
         """Return all rows' outputs, once they are there."""
         return None if self._missing else [output for output in self._outputs if output is not None]
+
+
+def _by_themselves(arrays: Arrays) -> Arrays:
+    """Copy what is a small part of a larger array: it would keep the outputs of all rows that ran with it."""
+    return {
+        name: array if array.base is None or array.base.nbytes <= 2 * array.nbytes else array.copy()
+        for name, array in arrays.items()
+    }
 
 
 class Waiting(NamedTuple):

@@ -320,6 +320,11 @@ def renumbered(encoding: Encoding, ids: Sequence[int]) -> Encoding:
     return _encoding({**json.loads(encoding.__getstate__()), "ids": list(ids)})
 
 
+def without_overflow(encoding: Encoding) -> Encoding:
+    """Return a truncated encoding without what was cut off, which `post_process` would join with all of a second one's."""
+    return _encoding({**json.loads(encoding.__getstate__()), "overflowing": []})
+
+
 def _encoding(state: Dict[str, object]) -> Encoding:
     """Make an Encoding from its pickled state, which is JSON; there is no other way to make or change one."""
     encoding = Encoding()

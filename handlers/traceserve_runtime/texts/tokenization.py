@@ -19,7 +19,7 @@ from traceserve_runtime.errors import InputTooLong, InvalidManifest, InvalidRequ
 from traceserve_runtime.manifest import TokenizerFacts
 from traceserve_runtime.texts import probing
 from traceserve_runtime.texts.limits import RequestLimits
-from traceserve_runtime.texts.pieces import PieceTokenizer
+from traceserve_runtime.texts.pieces import PieceTokenizer, without_overflow
 from traceserve_runtime.texts.probing import Sized
 from traceserve_runtime.texts.rows import Encoded, Row, Segments
 
@@ -241,7 +241,8 @@ class TextTokenizer:
         if segments.cut is not None and kept[segments.cut] < 1:
             raise self._no_room(segments, first, second, room)
         unseen = {}
-        for name, text, encoding, keep in zip(segments.fields, segments[:2], (first, second), kept):
+        cut: List[Optional[Encoding]] = [first, second]
+        for i, (name, text, encoding, keep) in enumerate(zip(segments.fields, segments[:2], (first, second), kept)):
             if text is None or encoding is None or keep >= len(encoding):
                 continue
             offsets = encoding.offsets
@@ -250,7 +251,8 @@ class TextTokenizer:
             else:
                 unseen[name] = (0, offsets[len(encoding) - keep - 1][1])
             encoding.truncate(keep, direction=self._side)
-        return Encoded([self._row(segments, first, second)], unseen)
+            cut[i] = encoding if second is None else without_overflow(encoding)
+        return Encoded([self._row(segments, cut[0], cut[1])], unseen)
 
     def _window(self, segments: Segments, first: Encoding, second: Optional[Encoding], room: int) -> Encoded:
         """Make windows over one segment, by default the longer; the other is in each window."""

@@ -67,30 +67,32 @@ def unpack(path: Path, folder: Path, only: Sequence[str] = ()) -> None:
         raise damaged(path, error) from None
     if not only:
         manifest.verify_files(folder, [name for name in manifest.files if name.endswith(".py")])
-        _check_torchserves_manifest(path, folder, manifest)
+        other = folder / ARCHIVER_MANIFEST
+        wrong = wrong_in_torchserves_manifest(other.read_bytes() if other.is_file() else b"", manifest)
+        if wrong:
+            raise ArchiveError(f"{path} {wrong}")
 
 
-def _check_torchserves_manifest(path: Path, folder: Path, manifest: Manifest) -> None:
-    """Raise ArchiveError unless TorchServe's own manifest, which ours does not hash, says what ours says.
+def wrong_in_torchserves_manifest(content: bytes, manifest: Manifest) -> str:
+    """Return why an archive is refused if TorchServe's own manifest, which ours does not hash, does not say what ours says.
 
     Its version is in the URL, and its handler is what TorchServe runs. One that was packed by hand may differ.
     """
     if HANDLER_FILE not in manifest.files:
-        return
+        return ""
     wanted = {"handler": HANDLER_FILE, "modelVersion": manifest.version, "configFile": SERVING_FILE}
     try:
-        document = json.loads((folder / ARCHIVER_MANIFEST).read_text(encoding="utf-8"))
+        document = json.loads(content.decode("utf-8"))
         found = {key: document["model"][key] for key in wanted}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise ArchiveError(
-            f"{path} is damaged: its {ARCHIVER_MANIFEST} cannot be read; build it, or copy it, again"
-        ) from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return f"is damaged: its {ARCHIVER_MANIFEST} cannot be read; build it, or copy it, again"
     for key, value in wanted.items():
         if found[key] != value:
-            raise ArchiveError(
-                f"{path} is not what was packed: its {ARCHIVER_MANIFEST} has the {key} {found[key]!r}, and its {MANIFEST_FILE} "
+            return (
+                f"is not what was packed: its {ARCHIVER_MANIFEST} has the {key} {found[key]!r}, and its {MANIFEST_FILE} "
                 f"{value!r}; build the archive again"
             )
+    return ""
 
 
 def _check_names(path: Path, names: Sequence[str], manifest: Manifest) -> None:

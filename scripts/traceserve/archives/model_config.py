@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import reprlib
 from dataclasses import dataclass
 from typing import Any, Dict, Mapping, Optional
 
@@ -64,6 +65,8 @@ class Serving:
     def from_yaml(cls, text: str) -> Serving:
         """Parse a file's text; raises ArchiveError for anything that `to_yaml` does not write."""
         try:
+            if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):  # few could make a list endless
+                raise ArchiveError(f"{SERVING_FILE}: aliases (*name) are not allowed; write their values")
             content = yaml.safe_load(text)
         except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2026-99-99
             told = shortened(" ".join(str(error).split()), _LONGEST)  # in one line
@@ -96,14 +99,19 @@ def _read(content: Mapping[str, Any], keys: Mapping[str, str], where: str) -> Di
 
 def _whole(value: object, key: str) -> int:
     if type(value) is not int or value < 1:
-        raise ArchiveError(f"{SERVING_FILE}: {key} should be a whole number of 1 or more, not {value!r}")
+        raise ArchiveError(f"{SERVING_FILE}: {key} should be a whole number of 1 or more, not {_quoted(value)}")
     return value
 
 
 def _truth(value: object, key: str) -> bool:
     if not isinstance(value, bool):
-        raise ArchiveError(f"{SERVING_FILE}: {key} should be true or false, not {value!r}")
+        raise ArchiveError(f"{SERVING_FILE}: {key} should be true or false, not {_quoted(value)}")
     return value
+
+
+def _quoted(value: object) -> str:
+    """Quote the beginning of a value, which may be megabytes."""
+    return shortened(reprlib.repr(value), _LONGEST)
 
 
 def _mapping(content: object, where: str) -> Dict[str, object]:

@@ -36,6 +36,7 @@ def lines(path: Path) -> List[Tuple[int, str]]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--samples {path} cannot be read: {error}") from None
     if path.suffix == ".csv":
+        csv.field_size_limit(max(csv.field_size_limit(), len(content)))  # a long text is no error
         rows = csv.DictReader(io.StringIO(content, newline=""))
         columns = rows.fieldnames or ()
         if "text" not in columns:

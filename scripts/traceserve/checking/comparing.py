@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -22,10 +23,11 @@ from traceserve.building.gate.findings import LIMITS
 from traceserve.building.gate.texts import TEXTS
 from traceserve.building.progress import Progress
 from traceserve.checking.answering import Answered, Told, ask_in_a_process
-from traceserve.errors import ArchiveError
+from traceserve.errors import ArchiveError, some
 
 _SENTENCES = 64  # besides the gate's texts, if there are no samples of the user's
 _WRITTEN = 12  # requests to a task that writes text
+_LISTED = ("type", "vocab", "merges")  # of a tokenizer's model, compared by themselves
 # What of a manifest is compared by itself, or says nothing of the model.
 _APART = ("files", "receipt", "labels", "tokenizer", "name", "runtime")
 
@@ -77,6 +79,7 @@ class ArchiveComparison:
     drift_mean: float
     drift_max: float
     limit: float
+    refused: int = 0  # requests that both refused, which compare nothing
 
     @property
     def equal(self) -> bool:
@@ -91,7 +94,8 @@ class ArchiveComparison:
 def compare_archives(
     one: Path, other: Path, samples_file: Optional[Path], threads: Optional[int], progress: Progress
 ) -> ArchiveComparison:
-    """Compare two archives or artifacts, each run in a process of its own; raises ArchiveError for two of different tasks."""
+    """Compare two archives or artifacts, each run in a process of its own; raises ArchiveError for two of different tasks,
+    and if no request was answered by both."""
     with staging.scratch() as scratch:
         folders = [_unpacked(path, scratch / side / path.stem) for side, path in (("a", one), ("b", other))]
         manifests = [Manifest.read(folder) for folder in folders]
@@ -106,9 +110,8 @@ def compare_archives(
         for number, folder in enumerate(folders):
             progress(f"asking {(one, other)[number].name}", number, 2)
             answered.append(ask_in_a_process(folder, requests, count, scratch))
-        sides = [
-            _side(path, folder, each, len(requests)) for path, folder, each in zip((one, other), folders, answered)
-        ]
+        refused = _refused_by_both(answered[0].answers, answered[1].answers)
+        sides = [_side(path, folder, each) for path, folder, each in zip((one, other), folders, answered)]
         changed, drift = _compared(task, requests, answered[0].answers, answered[1].answers)
         return ArchiveComparison(
             (sides[0], sides[1]),
@@ -124,6 +127,7 @@ def compare_archives(
             sum(drift) / max(1, len(drift)),
             max(drift, default=0.0),
             max(LIMITS[manifest.dtype].difference for manifest in manifests),
+            refused,
         )
 
 
@@ -147,8 +151,20 @@ def _requests(task: Task, samples_file: Optional[Path]) -> Sequence[Request]:
     return found
 
 
-def _side(path: Path, folder: Path, answered: Answered, count: int) -> Side:
+def _refused_by_both(one: Sequence[Told], other: Sequence[Told]) -> int:
+    """Return how many requests neither answered; raises ArchiveError if none was answered by both."""
+    if all(first.error or second.error for first, second in zip(one, other)):
+        errors = "; ".join(some(sorted({told.error for told in side if told.error})) or "none" for side in (one, other))
+        raise ArchiveError(
+            f"none of the {len(one)} requests was answered by both archives, so there is nothing to compare (their "
+            f"errors: {errors}); ask others with --samples FILE"
+        )
+    return sum(bool(first.error and second.error) for first, second in zip(one, other))
+
+
+def _side(path: Path, folder: Path, answered: Answered) -> Side:
     size = path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+    count = sum(not told.error for told in answered.answers)
     return Side(str(path), size, answered.p50_ms, count / answered.seconds, answered.memory_mib)
 
 
@@ -234,17 +250,31 @@ def _tokenizer_facts(folder: Path, manifest: Manifest) -> Dict[str, str]:
     counts = {
         "kind": model.get("type"),
         "vocabulary": len(model.get("vocab") or ()),
-        "merges": len(model.get("merges") or ()),
-        "added tokens": len(document.get("added_tokens") or ()),
+        "merges": _counted([m.split(" ") if isinstance(m, str) else m for m in model.get("merges") or ()]),
+        "added tokens": _counted(document.get("added_tokens") or ()),
     }
-    return {name: json.dumps(value, ensure_ascii=False) for name, value in {**counts, **parts, **facts}.items()}
+    # An older version of tokenizers leaves out what a newer one writes as null, false or "".
+    rest = {
+        f"model's {key}": value for key, value in model.items() if key not in _LISTED and (value or type(value) is int)
+    }
+    found = {**counts, **rest, **parts, **facts}
+    return {name: json.dumps(value, ensure_ascii=False) for name, value in found.items()}
+
+
+def _counted(items: Sequence[Any]) -> str:
+    """Return the number of items, and the beginning of a hash of them in this order."""
+    return f"{len(items)}, SHA-256 {hashlib.sha256(json.dumps(items).encode()).hexdigest()[:12]}"
 
 
 def _vocabulary(folder: Path, manifest: Manifest) -> Set[str]:
-    """Return each token with its id, so that an exchange counts too."""
+    """Return each token with its id, so that an exchange counts too, and with its score if it has one."""
     model = json.loads((folder / manifest.tokenizer.file).read_text(encoding="utf-8")).get("model") or {}
     vocab = model.get("vocab") or {}
-    pairs = vocab.items() if isinstance(vocab, dict) else ((item[0], i) for i, item in enumerate(vocab))
+    pairs = (
+        vocab.items()
+        if isinstance(vocab, dict)
+        else ((item[0], f"{i}, score {item[1]}") for i, item in enumerate(vocab))
+    )
     return {f"{token}={number}" for token, number in pairs}
 
 

@@ -16,7 +16,7 @@ from traceserve_runtime.runtimes import aot_inductor, openvino
 from traceserve_runtime.tasks import TASKS
 
 from traceserve.archives import signing
-from traceserve.archives.contents import ARCHIVER_MANIFEST, is_our_own
+from traceserve.archives.contents import ARCHIVER_MANIFEST, is_our_own, wrong_in_torchserves_manifest
 from traceserve.archives.listing import Listing, list_files
 from traceserve.archives.model_config import SERVING_FILE, Serving
 from traceserve.checking.packages_here import PackageHere, packages_of
@@ -105,23 +105,24 @@ def inspect_archive(path: Path, trusted: Optional[Path] = None) -> Inspection:
     SignatureError for one that is not signed by `trusted`, a public key or certificates."""
     with signing.verified([path], trusted) as [file]:
         found = _inspected(file)
-    beside = signing.signature_file(path)
+    beside = signing.signature_file(path) if path.is_file() else None  # a folder such as "." has no name
     return replace(
         found,
         listing=replace(found.listing, path=path),
-        signature=beside.name if path.is_file() and beside.is_file() else None,
+        signature=beside.name if beside is not None and beside.is_file() else None,
         signer=str(trusted) if trusted else None,
     )
 
 
 def _inspected(path: Path) -> Inspection:
-    listing = list_files(path, (SERVING_FILE,))
+    listing = list_files(path, (SERVING_FILE, ARCHIVER_MANIFEST))
     document = dict(listing.manifest)
     manifest = Manifest.from_json(_resealed(document))
     packages = tuple(packages_of(manifest))
     found = [
         *_of_the_digest(document),
         *_of_the_files(listing, manifest),
+        *_of_torchserves_manifest(listing, manifest),
         *_of_the_receipt(manifest),
         *_of_the_source(manifest),
         *_of_the_packages(packages, manifest),
@@ -169,6 +170,12 @@ def _of_the_files(listing: Listing, manifest: Manifest) -> Iterator[InspectionFi
             yield InspectionFinding(
                 ERROR, "unknown-file", f"{name} is not named in {MANIFEST_FILE}; remove it, or build the archive again"
             )
+
+
+def _of_torchserves_manifest(listing: Listing, manifest: Manifest) -> Iterator[InspectionFinding]:
+    wrong = wrong_in_torchserves_manifest(listing.documents.get(ARCHIVER_MANIFEST, b""), manifest)
+    if wrong:
+        yield InspectionFinding(ERROR, "torchserve-manifest", f"it {wrong}")
 
 
 def _of_the_receipt(manifest: Manifest) -> Iterator[InspectionFinding]:

@@ -15,7 +15,7 @@ from traceserve.building.gate.findings import LIMITS, Findings
 from traceserve.building.gate.golden import GoldenSample
 from traceserve.checking.dialects import NATIVE, SpokenAt, metadata_url, places
 from traceserve.checking.proof import Proof, proof_of
-from traceserve.errors import ServerError
+from traceserve.errors import ServerError, some
 from traceserve.serving import client
 from traceserve.serving.instances import Instance
 
@@ -223,12 +223,17 @@ def _verified(door: Door, place: SpokenAt, task: Task, number: int, sample: Gold
 
 
 def _differences(samples: List[VerifiedSample], proof: Proof, limit: float) -> List[str]:
-    """Return what the gate's rule for the dtype says of the answers."""
+    """Return which samples were not answered, and what the gate's rule for the dtype says of the answers to the others."""
     problems = []
+    failed = [each for each in samples if each.error]
+    if failed:
+        reasons = some(list(dict.fromkeys(each.error for each in failed)))
+        problems.append(f"{len(failed)} of {len(samples)} samples were not answered: {reasons}")
+    samples = [each for each in samples if not each.error]
     changed = [each.number for each in samples if not each.same]
     if _by_own_texts(proof):
         wrote = f"what the archive wrote at its build ({proof.manifest.dtype})"
-        return [f"{len(changed)} of {len(samples)} texts differ from {wrote}"] if changed else []
+        return [*problems, f"{len(changed)} of {len(samples)} texts differ from {wrote}"] if changed else problems
     judged = Findings(
         LIMITS[proof.manifest.dtype],
         answers=len(samples),

@@ -85,8 +85,9 @@ def _print_comparison(found: ArchiveComparison) -> None:
             examples.add_row(str(each.number), Text(_shortened(each.one)), Text(_shortened(each.other)))
         screen.print(examples, highlight=False)
     colour, verdict = ("green", "equal") if found.equal else ("red", "different")
+    refused = f" ({found.refused:,} refused by both)" if found.refused else ""
     screen.print(
-        f"[{colour}]{verdict}:[/] {len(found.changed):,} of {found.asked:,} answers changed; scores drift by "
+        f"[{colour}]{verdict}:[/] {len(found.changed):,} of {found.asked:,} answers changed{refused}; scores drift by "
         f"{found.drift_mean:.1e} on average, {found.drift_max:.1e} at most (limit {found.limit:.1e})",
         highlight=False,
         soft_wrap=True,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Mapping, Sequence, 
 
 from traceserve.commands.arguments import add_signature
 from traceserve.commands.contract import Command
-from traceserve.commands.printing import console, megabytes
+from traceserve.commands.printing import console, megabytes, printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -47,13 +47,15 @@ def _print_inspection(found: Inspection) -> None:
     screen = console()
     table = _grid()
     for label, value in _facts(found):
-        table.add_row(label, Text(value))
+        table.add_row(label, Text(printable(value)))
     screen.print(table, highlight=False)
     screen.print(_package_table(found), highlight=False)
     screen.print(_file_table(found), highlight=False)
     for finding in found.findings:
         colour = _COLOURS[finding.severity]
-        screen.print(f"[{colour}]{finding.severity}:[/] {escape(finding.message)}", highlight=False, soft_wrap=True)
+        screen.print(
+            f"[{colour}]{finding.severity}:[/] {escape(printable(finding.message))}", highlight=False, soft_wrap=True
+        )
     if not found.findings:
         screen.print("[green]nothing is wrong with it[/]", highlight=False)
 
@@ -151,12 +153,13 @@ def _shortened(names: Sequence[str]) -> str:
 
 def _package_table(found: Inspection) -> Table:
     from rich.table import Table
+    from rich.text import Text
 
     table = Table("package", "built with", "here", "tested", "", box=None, header_style="dim")
     for each in found.packages:
         table.add_row(
             each.name,
-            each.built or "-",
+            Text(printable(each.built or "-")),
             each.here or "missing",
             each.tested or "any",
             "" if each.worker else "build only",
@@ -180,7 +183,7 @@ def _file_table(found: Inspection) -> Table:
     rows += [(f"{name}/ ({len(sizes)} files)", sum(sizes)) for name, sizes in folders.items()]
     rows.sort(key=lambda row: -row[1])
     for name, size in rows[:_FILES]:
-        table.add_row(Text(name), _size(size))
+        table.add_row(Text(printable(name)), _size(size))
     if len(rows) > _FILES:
         table.add_row(f"{len(rows) - _FILES} more", _size(sum(size for _, size in rows[_FILES:])))
     return table

@@ -76,8 +76,10 @@ def _inputs(options: argparse.Namespace) -> Iterator[object]:
             yield json.loads(options.json if options.json is not None else options.file.read_text(encoding="utf-8-sig"))
             return
         if options.file or options.texts == ["-"]:
-            texts = (options.file.read_text(encoding="utf-8-sig") if options.file else sys.stdin.read()).splitlines()
-            texts = [text for text in texts if text.strip()]
+            content = options.file.read_text(encoding="utf-8") if options.file else sys.stdin.read()
+            content = content.lstrip("\ufeff")  # a byte order mark is no part of the first text
+            # not splitlines: a text may contain U+2028
+            texts = [line.rstrip("\r") for line in content.split("\n") if line.strip()]
             yield from (texts[i : i + 32] for i in range(0, len(texts), 32))
         elif len(options.texts) == 1:
             yield options.texts[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from traceserve_runtime.errors import TraceserveError
@@ -10,6 +11,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from traceserve.building.gate.findings import Findings
+
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # not tabs and line ends
 
 
 def console(error: bool = False) -> Console:
@@ -55,6 +58,11 @@ def figure(value: float) -> str:
 
 def megabytes(size: int) -> str:
     return f"{size / 1e6:.1f} MB"
+
+
+def printable(text: str) -> str:
+    """Replace characters by which a stranger's text could control the terminal, or show in another order."""
+    return _CONTROLS.sub("?", text)
 
 
 def print_findings(findings: Findings) -> None:
@@ -126,4 +134,6 @@ def print_error(error: TraceserveError) -> None:
     if findings is not None:
         print_findings(findings)
     more = f" [dim](docs/{error.page})[/]" if error.page else ""
-    console(error=True).print(f"[red]error:[/] {escape(error.message)}{more}", highlight=False, soft_wrap=True)
+    console(error=True).print(
+        f"[red]error:[/] {escape(printable(error.message))}{more}", highlight=False, soft_wrap=True
+    )

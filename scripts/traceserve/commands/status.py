@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import signal
 import threading
 import time
@@ -89,11 +90,16 @@ def _servers(running: Sequence[Instance]) -> Table:
     table = Table("archive", "version", "port", "workers", "up", "pid")
     for instance in running:
         alive = instances.workers_alive(instance)
-        up = time.strftime("%H:%M:%S", time.gmtime(time.time() - instance.started))
+        up = _duration_since(instance.started)
         for name in instance.names:
             workers = f"{alive[name]} of {instance.workers[name]}"
             table.add_row(name, _version(instance, name), str(instance.port), workers, up, str(instance.pid))
     return table
+
+
+def _duration_since(started: float) -> str:
+    """Return the time since a Unix time, as 3:04:05 or "2 days, 3:04:05"."""
+    return str(datetime.timedelta(seconds=int(time.time() - started)))
 
 
 def _version(instance: Instance, name: str) -> str:

@@ -16,7 +16,7 @@ from traceserve.measuring import load_generator, server_times
 from traceserve.measuring.answers import Consistency
 from traceserve.measuring.documents import BenchDocument, Figures, Machine, Peak, Ratio, Summary
 from traceserve.measuring.page import load_name
-from traceserve.measuring.targets import Subject, check_answer
+from traceserve.measuring.targets import Subject, check_answer, with_distinct_labels
 
 PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9, 100.0)
 _CURVE = tuple(
@@ -53,6 +53,7 @@ def measure(
     Subjects alternate in each round, in reverse every other round, so that drift affects all alike. `peak_of` measures this
     machine's peak in a dtype, on a kind of hardware (`peak.measure_peak`, which needs torch).
     """
+    subjects = with_distinct_labels(subjects)
     for asked in subjects:
         check_answer(asked)
     measured: List[Tuple[Subject, int, load_generator.Result, Optional[server_times.ServerTimes]]] = []

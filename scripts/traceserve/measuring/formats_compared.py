@@ -31,7 +31,7 @@ from traceserve.building.export import Shared, export
 from traceserve.building.gate.corpus import sentences
 from traceserve.building.gate.findings import Findings
 from traceserve.building.progress import Progress
-from traceserve.errors import ExportError, first_line
+from traceserve.errors import ExportError
 from traceserve.measuring import engine_figures
 from traceserve.measuring.engine_figures import EngineFigures
 
@@ -39,8 +39,8 @@ _MOST, _MOST_WRITTEN = 256, 16  # requests per round, and of a task that writes 
 
 
 class ComparedFormat(NamedTuple):
-    """A save mode and dtype: its figures, or why it was refused; `bytes` of the artifact, answers changed of `answers`, or
-    what the gate counted instead, by its name."""
+    """A save mode and dtype: its figures, or why it was refused or cannot be measured; `bytes` of the artifact, answers
+    changed of `answers`, or what the gate counted instead, by its name."""
 
     save_mode: str
     dtype: str
@@ -84,13 +84,14 @@ def compared_formats(
             try:
                 loaded_one = loaded._replace(config=one)
                 made = export(loaded_one, folder.name, folder, progress, samples_file, shared=shared)
+                progress(f"measuring {save_mode} in {dtype}", 0, 0)
+                most = _MOST_WRITTEN if task.loop else _MOST
+                figures = _measured(folder, own or load_task(folder, made.manifest).from_texts(sentences(most)))
             except ExportError as error:
                 yield ComparedFormat(save_mode, dtype, error.message)
                 continue
-            progress(f"measuring {save_mode} in {dtype}", 0, 0)
-            asked = own or load_task(folder, made.manifest).from_texts(sentences(_MOST_WRITTEN if task.loop else _MOST))
             changed, counted = _changed(made.findings, bool(own), bool(task.loop))
-            yield ComparedFormat(save_mode, dtype, "", size_of(folder), *changed, _measured(folder, asked), counted)
+            yield ComparedFormat(save_mode, dtype, "", size_of(folder), *changed, figures, counted)
 
 
 def _changed(found: Findings, own: bool, writes: bool) -> Tuple[Tuple[int, int], str]:
@@ -109,5 +110,6 @@ def _measured(folder: Path, requests: Sequence[Request]) -> EngineFigures:
     command = [sys.executable, "-m", engine_figures.__name__, str(folder), str(file), str(processor.cores())]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
-        raise ExportError(f"measuring {folder.name} failed: {first_line(RuntimeError(result.stderr))}")
+        lines = [line for line in result.stderr.splitlines() if line.strip()]
+        raise ExportError(f"it cannot be measured: {lines[-1] if lines else 'it ended without a message'}")
     return EngineFigures.from_json(json.loads(result.stdout.strip().splitlines()[-1]))

@@ -6,9 +6,9 @@ import json
 import urllib.error
 import urllib.parse
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Mapping, Optional, Tuple
+from typing import List, Mapping, Optional, Sequence, Tuple
 
 from traceserve.building import samples
 from traceserve.errors import ConfigError, ServerError
@@ -59,6 +59,16 @@ def subject(
         raise ServerError(f"{place} is no URL to measure; it should look like http://127.0.0.1:8000/classify")
     label = urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
     return Subject(label, load_generator.Endpoint(place, dict(headers)), traffic(file, body), *_ours(label))
+
+
+def with_distinct_labels(subjects: Sequence[Subject]) -> List[Subject]:
+    """Return the subjects with a number behind each repeated label, as of one URL that is asked twice."""
+    labels = [asked.label for asked in subjects]
+    counts = [labels[:i].count(label) + 1 for i, label in enumerate(labels)]
+    return [
+        replace(asked, label=f"{asked.label} ({count})") if count > 1 else asked
+        for asked, count in zip(subjects, counts)
+    ]
 
 
 _Ours = Tuple[str, Optional[str], Optional[Arithmetic]]
