@@ -71,6 +71,12 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
+def last_line(output: str) -> str:
+    """Return the last line of another program's output: after a traceback, the error."""
+    lines = [line for line in output.splitlines() if line.strip()]
+    return lines[-1] if lines else "it ended without a message"
+
+
 def some(names: Sequence[str]) -> str:
     """List the first three names, and the number of others."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -47,9 +47,9 @@ def schedule(
     for each in range(2, _MOST_OF_A_LANE + 1):
         if soonest <= rows.least(each, len(lanes.threads)):
             break
-        other, seconds = _spread(rows.cut(len(lanes.threads) * each), lengths, shapes, lanes)
-        if seconds < soonest:
-            spread, soonest = other, seconds
+        other, ends = _spread(rows.cut(len(lanes.threads) * each), lengths, shapes, lanes)
+        if ends < soonest:
+            spread, soonest = other, ends
     if len(spread) > 1 and least_cost(lengths, shapes, cost) >= soonest:
         return spread
     together = plan_batches(lengths, shapes, cost, most_tokens)
@@ -74,9 +74,8 @@ class _Rows:
             if self._lengths[i] == self._lengths[i + 1]:
                 self._alike[i] += self._alike[i + 1]
         self._tokens_before = [0, *accumulate(self._lengths)]
-        self._positions = (
-            sum(self._of_positions) + self._of_token * self._tokens_before[-1]
-        )  # the cost of all, without runs
+        # The cost of all rows, without the runs' own.
+        self._positions = sum(self._of_positions) + self._of_token * self._tokens_before[-1]
         self._one_by_one = self._positions + cost.run * len(lengths)
 
     def least(self, each: int, lanes: int) -> float:

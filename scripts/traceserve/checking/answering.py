@@ -18,7 +18,7 @@ import psutil
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.tasks.contract import Answer, Request
 
-from traceserve.errors import ExportError
+from traceserve.errors import ExportError, last_line
 
 _AT_ONCE = 32
 _TIMED = 64  # requests that are asked alone, for the latency
@@ -53,8 +53,7 @@ def ask_in_a_process(folder: Path, requests: Sequence[Request], threads: int, sc
         command, env={**os.environ, **variables}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     if result.returncode:
-        lines = [line for line in result.stdout.splitlines() if line.strip()]
-        raise ExportError(f"{folder.name} cannot be run here: {lines[-1] if lines else 'it ended without a message'}")
+        raise ExportError(f"{folder.name} cannot be run here: {last_line(result.stdout)}")
     document = json.loads(answered.read_text(encoding="utf-8"))
     return Answered([Told(*each) for each in document.pop("answers")], **document)
 

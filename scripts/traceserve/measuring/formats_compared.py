@@ -31,7 +31,7 @@ from traceserve.building.export import Shared, export
 from traceserve.building.gate.corpus import sentences
 from traceserve.building.gate.findings import Findings
 from traceserve.building.progress import Progress
-from traceserve.errors import ExportError
+from traceserve.errors import ExportError, last_line
 from traceserve.measuring import engine_figures
 from traceserve.measuring.engine_figures import EngineFigures
 
@@ -110,6 +110,5 @@ def _measured(folder: Path, requests: Sequence[Request]) -> EngineFigures:
     command = [sys.executable, "-m", engine_figures.__name__, str(folder), str(file), str(processor.cores())]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
-        lines = [line for line in result.stderr.splitlines() if line.strip()]
-        raise ExportError(f"it cannot be measured: {lines[-1] if lines else 'it ended without a message'}")
+        raise ExportError(f"it cannot be measured: {last_line(result.stderr)}")
     return EngineFigures.from_json(json.loads(result.stdout.strip().splitlines()[-1]))

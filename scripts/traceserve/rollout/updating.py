@@ -284,12 +284,10 @@ class _Update:
             try:
                 count = named if version == self._running.version else self._drain(version)
                 self._remove(version, count)
+                kept[version] = count
             except ServerError as error:
                 self._report(f"kept {version}: {error.message}; the next update looks again")
-                count = 0
-            if count:
-                kept[version] = count
-        return kept
+        return {version: count for version, count in kept.items() if count}
 
     def _remove(self, version: str, named: int) -> None:
         """Remove a version that has been drained, unless requests named it meanwhile."""
