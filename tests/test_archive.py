@@ -389,6 +389,9 @@ def test_a_file_that_the_manifest_does_not_name_is_not_served(packed: Path, tmp_
         file.writestr("tokenizer.json", "{}")
     with pytest.raises(ArchiveError, match="holds the file tokenizer.json twice"):
         unpack(mar, tmp_path / "out3")
+    mar = rezipped(packed, tmp_path / "x.mar", **{f"traceserve_runtime/{i}.py": b"" for i in range(10_000)})
+    with pytest.raises(ArchiveError, match=r"x.mar holds 10,\d+ files, and an archive has at most 10,000"):
+        unpack(mar, tmp_path / "out4")  # each name would be looked for among all
     unpack(rezipped(packed, tmp_path / "x.mar"), tmp_path / "whole")
     Manifest.read(tmp_path / "whole")
 

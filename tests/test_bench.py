@@ -14,7 +14,10 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 import pytest
 from conftest import run_export
 from test_load_generator import OK, after, always, at_once, serving
+from test_samples import piped
+from traceserve import cli
 from traceserve.archives.archive import pack_archive
+from traceserve.building.samples import OwnSamples
 from traceserve.commands.bench import notes
 from traceserve.errors import ConfigError, ServerError
 from traceserve.measuring import bench, targets
@@ -30,10 +33,10 @@ DELAY = 0.2  # of the archive "patient": TorchServe's wait for a batch to fill
 
 
 @pytest.fixture(scope="module")
-def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def samples(tmp_path_factory: pytest.TempPathFactory) -> OwnSamples:
     path = tmp_path_factory.mktemp("samples") / "texts.txt"
     path.write_text("\n".join(TEXTS) + "\n\n", encoding="utf-8")
-    return path
+    return OwnSamples.read(path)
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +65,11 @@ def quietly(what: str, share: float) -> None:
 # --- a real server ----------------------------------------------------------------------------------------------------
 
 
-def test_the_command_on_a_real_server(served: Instance, samples: Path, tmp_path: Path) -> None:
+def test_the_command_on_a_real_server(served: Instance, samples: OwnSamples, tmp_path: Path) -> None:
     page, figures = tmp_path / "bench.html", tmp_path / "bench.json"
     url = f"{served.url}/predictions/quick"
     code, printed, errors = run_command(
-        *("quick", "--samples", str(samples), "--connections", "1,4", "--seconds", "1", "--warm-up", "0.3"),
+        *("quick", "--samples", str(samples.path), "--connections", "1,4", "--seconds", "1", "--warm-up", "0.3"),
         *(
             "--compare",
             url,
@@ -112,10 +115,10 @@ def test_the_command_on_a_real_server(served: Instance, samples: Path, tmp_path:
     assert "share of the peak" in content and "products of matrices in float32" in content
 
 
-def test_what_the_servers_counters_mean(served: Instance, samples: Path) -> None:
+def test_what_the_servers_counters_mean(served: Instance, samples: OwnSamples) -> None:
     """The queue's time holds the delay in which a batch may fill, and the handler's time the model's."""
     plan = BenchPlan(connections=(2,), seconds=2.0, warm_up=0.5)
-    document = measure([subject("patient", samples)], plan, samples.name, quietly)
+    document = measure([subject("patient", samples)], plan, samples.path.name, quietly)
     [one] = document["summary"]
     parts = one["server"]["time_ms"]
     assert 950 * DELAY < parts["queue"] < one["latency_ms"]["mean"] and one["latency_ms"]["p50"] > 950 * DELAY
@@ -124,10 +127,10 @@ def test_what_the_servers_counters_mean(served: Instance, samples: Path) -> None
     assert one["server"]["requests"] == pytest.approx(one["requests"], abs=4)
 
 
-def test_an_open_loop_on_a_real_server(served: Instance, samples: Path) -> None:
+def test_an_open_loop_on_a_real_server(served: Instance, samples: OwnSamples) -> None:
     """Whatever the delay of the batches, requests come at their rate."""
     plan = BenchPlan(connections=(1,), rate=40.0, seconds=2.0, warm_up=0.5)
-    document = measure([subject("patient", samples)], plan, samples.name, quietly)
+    document = measure([subject("patient", samples)], plan, samples.path.name, quietly)
     [one] = document["summary"]
     assert one["requests"] == pytest.approx(80, abs=36) and one["most_connections"] > 2
     latency, where = plots(report.page(document))  # none over connections
@@ -135,7 +138,7 @@ def test_an_open_loop_on_a_real_server(served: Instance, samples: Path) -> None:
     assert [trace["name"] for trace in where["data"]] == list(one["server"]["time_ms"])
 
 
-def test_names_and_urls_of_our_servers(served: Instance, samples: Path) -> None:
+def test_names_and_urls_of_our_servers(served: Instance, samples: OwnSamples) -> None:
     by_name, by_url = subject("quick", samples), subject(f"{served.url}/predictions/quick", samples)
     assert by_name.target.url == by_url.target.url and by_name.metrics == by_url.metrics is not None
     assert subject("quick", samples, served.port).target == by_name.target
@@ -155,11 +158,11 @@ def test_a_sample_that_the_server_refuses(served: Instance, tmp_path: Path) -> N
 # --- other servers ----------------------------------------------------------------------------------------------------
 
 
-def test_two_servers_in_turn(samples: Path) -> None:
+def test_two_servers_in_turn(samples: OwnSamples) -> None:
     with serving(after(0.02)) as fast, serving(after(0.06)) as slow:
         asked = [subject(fast.url, samples), subject(slow.url, samples)]
         document = measure(
-            asked, BenchPlan(connections=(2,), seconds=0.4, warm_up=0.1, rounds=3), samples.name, quietly
+            asked, BenchPlan(connections=(2,), seconds=0.4, warm_up=0.1, rounds=3), samples.path.name, quietly
         )
     [ratio] = document["ratios"]
     assert ratio["throughput"] == pytest.approx(3, rel=0.3)
@@ -171,7 +174,7 @@ def test_two_servers_in_turn(samples: Path) -> None:
     assert "Where the time" not in page and len(plots(page)) == 2
 
 
-def test_what_is_sent(samples: Path) -> None:
+def test_what_is_sent(samples: OwnSamples) -> None:
     with serving(at_once) as asked:
         targets.check_answer(subject(asked.url, samples, body='{"input": ["{text}"]}', headers={"X-Key": "7"}))
         targets.check_answer(subject(asked.url, samples))
@@ -180,16 +183,16 @@ def test_what_is_sent(samples: Path) -> None:
         assert "content-type: text/plain; charset=utf-8\r\n" in asked.heads[1].lower()
 
 
-def test_every_kind_of_samples(tmp_path: Path, samples: Path) -> None:
+def test_every_kind_of_samples(tmp_path: Path, samples: OwnSamples) -> None:
     assert [body.decode() for body in traffic(samples).bodies] == TEXTS
     wrapped = traffic(samples, '{"a": ["{text}"], "b": "{text}!"}')
     assert [json.loads(body) for body in wrapped.bodies] == [{"a": [text], "b": f"{text}!"} for text in TEXTS]
     table = tmp_path / "texts.csv"
     table.write_text('label,text\r\n1,"one, two\nthree"\r\n2,\r\n3,four\r\n', encoding="utf-8", newline="")
-    assert traffic(table).bodies == (b"one, two\nthree", b"four")
+    assert traffic(OwnSamples.read(table)).bodies == (b"one, two\nthree", b"four")
     bodies = tmp_path / "bodies.jsonl"
     bodies.write_text('{"text": "a"}\n\n["b"]\n')
-    assert traffic(bodies) == targets.Traffic((b'{"text": "a"}', b'["b"]'), "application/json")
+    assert traffic(OwnSamples.read(bodies)) == targets.Traffic((b'{"text": "a"}', b'["b"]'), "application/json")
 
 
 @pytest.mark.parametrize(
@@ -210,10 +213,10 @@ def test_samples_that_cannot_be_sent(
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(ConfigError, match=re.escape(words)):
-        traffic(tmp_path / name, body)
+        traffic(OwnSamples.read(tmp_path / name), body)
 
 
-def test_what_is_wrong_is_told_at_once(samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_wrong_is_told_at_once(samples: OwnSamples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     port = configuration.free_ports(1)[0]
     for arguments, words in (
         (["quick", "--port", str(port)], "server"),
@@ -225,7 +228,7 @@ def test_what_is_wrong_is_told_at_once(samples: Path, tmp_path: Path, monkeypatc
         (["http://x/", "--header", "a b"], "should look like"),
     ):
         started = time.monotonic()
-        code, _, errors = run_command(*arguments, "--samples", str(samples))
+        code, _, errors = run_command(*arguments, "--samples", str(samples.path))
         assert code in (1, 2) and words in " ".join(errors.split()), errors
         assert time.monotonic() - started < 10
     monkeypatch.setitem(sys.modules, "plotly", None)
@@ -233,17 +236,19 @@ def test_what_is_wrong_is_told_at_once(samples: Path, tmp_path: Path, monkeypatc
         report.require_plotly()
 
 
-def test_errors_are_told(samples: Path, tmp_path: Path) -> None:
+def test_errors_are_told(samples: OwnSamples, tmp_path: Path) -> None:
     async def answer(number: int, body: bytes) -> bytes:
         await asyncio.sleep(0.01)
         return BUSY if number % 3 == 0 else OK
 
     with serving(answer) as busy:
-        code, printed, errors = run_command(busy.url, "--samples", str(samples), "--seconds", "0.5", "--warm-up", "0")
+        code, printed, errors = run_command(
+            busy.url, "--samples", str(samples.path), "--seconds", "0.5", "--warm-up", "0"
+        )
     assert code == 0, errors
     assert re.search(r"note: 16 connections: \d+ times HTTP 503", printed)
     with serving(always(OK.replace(b"200 OK", b"500 Broken"))) as broken:
-        code, _, errors = run_command(broken.url, "--samples", str(samples))
+        code, _, errors = run_command(broken.url, "--samples", str(samples.path))
     assert code == 1 and "answers 500 to the first sample" in errors
 
     async def once(number: int, body: bytes) -> Optional[bytes]:
@@ -255,7 +260,7 @@ def test_errors_are_told(samples: Path, tmp_path: Path) -> None:
         measure([subject(gone.url, samples)], BenchPlan(seconds=0.2, warm_up=0.0), "texts.txt", quietly)
 
 
-def test_what_makes_figures_less_than_they_seem_is_told(samples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_makes_figures_less_than_they_seem_is_told(samples: OwnSamples, monkeypatch: pytest.MonkeyPatch) -> None:
     """An open loop beyond the server's capacity; but not one whose answers are merely slow."""
     monkeypatch.setattr("traceserve.measuring.load_generator.MOST_CONNECTIONS", 1)
     told = {}
@@ -283,7 +288,7 @@ def plots(page: str) -> List[Dict[str, Any]]:
     return found
 
 
-def test_the_page_needs_nothing_else_and_shows_what_was_measured(samples: Path) -> None:
+def test_the_page_needs_nothing_else_and_shows_what_was_measured(samples: OwnSamples) -> None:
     with serving(after(0.005)) as asked:
         document = measure([subject(asked.url, samples)], BenchPlan((1, 2), None, 0.3, 0.0), "<texts>.txt", quietly)
     page = report.page(document)
@@ -306,10 +311,21 @@ def test_medians_are_taken_figure_by_figure() -> None:
     assert bench._median([*rounds, rounds[1]]) == {"a": {"b": 5.0}, "c": [[0, 7.0]], "d": None}
 
 
-def test_one_url_asked_twice_has_two_labels(samples: Path) -> None:
+def test_both_servers_get_the_samples_of_a_pipe(tmp_path: Path) -> None:
+    found = tmp_path / "found.json"
+    options = ["--connections", "1", "--seconds", "0.1", "--warm-up", "0", "--rounds", "1", "--json", str(found)]
+    with serving(at_once) as asked, piped("one", "two") as path:
+        arguments = ["bench", asked.url, "--compare", f"{asked.url}?top_k=1", "--samples", str(path), *options]
+        assert cli.main(arguments) == 0
+        assert {*asked.bodies} == {b"one", b"two"}
+    document = json.loads(found.read_text())
+    assert document["samples"]["bodies"] == 2 and all(summary["requests"] for summary in document["summary"])
+
+
+def test_one_url_asked_twice_has_two_labels(samples: OwnSamples) -> None:
     with serving(at_once) as asked:
         two = [subject(asked.url, samples), subject(f"{asked.url}?top_k=1", samples)]
-        document = measure(two, BenchPlan((1,), None, 0.1, 0.0), samples.name, quietly)
+        document = measure(two, BenchPlan((1,), None, 0.1, 0.0), samples.path.name, quietly)
     label = two[0].label
     assert document["subjects"] == [label, f"{label} (2)"] and document["ratios"]
     assert [summary["subject"] for summary in document["summary"]] == document["subjects"]

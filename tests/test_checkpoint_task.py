@@ -273,13 +273,26 @@ def test_files_decide_between_tasks_that_share_a_head(name: str, checkpoints: Ch
     source = checkpoints("bert", "AutoModelForSequenceClassification", num_labels=outputs)
     folder = copied(source, tmp_path / "x", **facts)
     for file, text in files.items():
-        (folder / file).write_text(text, encoding="utf-8-sig")  # as by some editors
+        mark = "\ufeff" if file == "README.md" else ""  # as by some editors; JSON with one is refused
+        (folder / file).write_text(mark + text, encoding="utf-8")
     if isinstance(expected, str):
         assert found(folder)[0] == expected
     else:
         assert refusal(folder).endswith('set "task": ' + " or ".join(f'"{candidate}"' for candidate in expected))
         for candidate in expected:
             assert found(folder, task=candidate)[0] == candidate
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [("\ufeff[]", "begins with a byte-order mark of UTF-8"), ("[" * 200_000, "is no valid JSON")]
+)
+@pytest.mark.parametrize("file", ["config.json", "config_sentence_transformers.json", "modules.json"])
+def test_json_that_is_refused_elsewhere_is_refused_here(
+    file: str, content: str, words: str, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    folder = copied(checkpoints("bert", "AutoModelForMaskedLM"), tmp_path / "x")
+    (folder / file).write_text(content, encoding="utf-8")
+    assert f"{file} {words}" in refusal(folder)
 
 
 def test_a_sparse_encoder_is_refused_by_name(checkpoints: Checkpoints, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any, Callable, Dict, List
 
 import pytest
+from test_samples import piped
 from traceserve import cli
 from traceserve.building import artifact, attempt
 from traceserve.building.checkpoints import loading
@@ -148,9 +149,14 @@ def test_the_best_are_marked(capsys: pytest.CaptureFixture[str], monkeypatch: py
 
 
 def test_what_cannot_be_measured_is_told_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is asked the samples, which may come from a pipe."""
+    asked: List[List[str]] = []
+
     def export(loaded: LoadedConfig, name: str, folder: Path, *others: Any, **named: Any) -> Any:
         if loaded.config.dtype == "float32":
             (folder / "whole").touch()
+        requests = named["shared"].samples.requests(TASKS["sequence_classification"])
+        asked.append([request.inputs["text"] for request in requests])
         return SimpleNamespace(findings=findings.Findings(findings.LIMITS["float32"]))
 
     child = tmp_path / "child.py"
@@ -168,9 +174,10 @@ def test_what_cannot_be_measured_is_told_and_the_others_go_on(tmp_path: Path, mo
     )
     tried = [("torchscript", "bfloat16"), ("torchscript", "float32")]
     monkeypatch.setattr(formats_compared, "possible_formats", lambda config: tried)
-    (tmp_path / "own.txt").write_text("one\ntwo\n")
     config = parse_config({"model_name": "x/y", "task": "sequence_classification"})[0]
     loaded = LoadedConfig(config, tmp_path, ())
-    first, second = formats_compared.compared_formats(loaded, lambda *_: None, tmp_path / "own.txt")
+    with piped("one", "two") as path:
+        first, second = formats_compared.compared_formats(loaded, lambda *_: None, path)
+    assert asked == [["one", "two"]] * 2
     assert first.refused == "it cannot be measured: ValueError: it has no model" and first.figures is None
     assert second.figures is not None and not second.refused

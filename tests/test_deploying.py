@@ -113,9 +113,13 @@ def test_resources_are_of_what_tune_wrote(mar: Path, tmp_path: Path) -> None:
 
 def test_the_tables_name_what_there_is() -> None:
     assert set(packages.SAVE_MODES) <= set(SAVE_MODES)
-    assert set(packages.HARDWARE) | set(packages.INDEXES) | set(resources.DEVICES) <= set(HARDWARE)
-    assert set(packages.ENGINES) - {"mlflow", "kuberay"} == set(engines.ENGINES) == set(resources.FRONTENDS)
-    assert set(HARDWARE) - set(resources.DEVICES) == {"cpu"}
+    assert set(packages.HARDWARE) | set(packages.INDEXES) | set(resources.KUBERNETES_RESOURCES) <= set(HARDWARE)
+    assert (
+        set(packages.ENGINE_PACKAGES) - {"mlflow", "kuberay"}
+        == set(engines.CONTAINER_ENGINES)
+        == set(resources.FRONTENDS)
+    )
+    assert set(HARDWARE) - set(resources.KUBERNETES_RESOURCES) == {"cpu"}
 
 
 def test_a_template_lacks_no_value() -> None:
@@ -170,7 +174,7 @@ def test_an_archive_is_fetched_whole_and_the_right_one_or_not_at_all(http_server
     assert fetch.main([f"{http_server}/a.mar", str(target), "--sha256", right]) is None
     assert target.read_bytes() == content
     (tmp_path / "source.mar").write_bytes(content)  # what fsspec reads
-    assert fetch.main([f"file://{tmp_path}/source.mar", str(tmp_path / "b.mar"), "--sha256", right]) is None
+    assert fetch.main([f"file://{tmp_path}/source.mar", str(tmp_path / "b.mar"), "--sha256", right.upper()]) is None
 
 
 def test_a_canary_finds_the_key_and_tells_a_failure_without_the_text(

@@ -13,6 +13,7 @@ from typing import Any, Callable, List, Optional, Tuple
 
 import pytest
 from conftest import run_export
+from test_samples import piped
 from traceserve import cli
 from traceserve.archives.contents import unpack
 from traceserve.checking import answering, comparing
@@ -47,12 +48,12 @@ def test_an_archive_equals_itself(mar: Path, artifact: Path, capsys: pytest.Capt
 
 
 def test_another_model(mar: Path, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """On the user's own texts, of which the page quotes those whose answer changed."""
+    """On the user's own texts, which may come from a pipe; the page quotes those whose answer changed."""
     texts = [MARKER, *(f"the train number {i} leaves from platform {i % 7}" for i in range(60))]
-    (tmp_path / "texts.txt").write_text("\n".join(texts))
     page = tmp_path / "diff.html"
-    arguments = ["diff", str(mar), str(other), "--samples", str(tmp_path / "texts.txt"), "--html", str(page)]
-    assert cli.main([*arguments, "--threads", "1"]) == 1
+    with piped(*texts) as path:
+        arguments = ["diff", str(mar), str(other), "--samples", str(path), "--html", str(page), "--threads", "1"]
+        assert cli.main(arguments) == 1
     said = " ".join(capsys.readouterr().out.split())
     assert "different:" in said and "of 61 answers changed" in said and "max_length" in said
     assert all(text not in said for text in texts)  # the table quotes none

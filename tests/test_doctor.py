@@ -79,7 +79,7 @@ def test_a_taken_port_and_an_offline_hub(monkeypatch: pytest.MonkeyPatch) -> Non
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        monkeypatch.setattr(machine_here, "_PORT", taken.getsockname()[1])
+        monkeypatch.setattr(machine_here, "DEFAULT_PORT", taken.getsockname()[1])
         assert checks()["port"].state == "note"
     assert checks()["port"].state == "ok" and "hub" not in checks()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

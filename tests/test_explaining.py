@@ -442,6 +442,27 @@ def test_runs_beside_predictions_are_short_and_rare() -> None:
     assert pacing.rows(512, 512, polite=False) == 2  # for memory
 
 
+def test_loading_the_gradients_is_no_time_of_a_run(make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside predictions the next run would wait for more than a hundred times of it."""
+    engine = Engine.load(make("classification").folder)
+    load, ran, runs = engine.explainer, engine.pacing.ran, []
+
+    def load_slowly() -> Any:
+        if not runs:
+            time.sleep(0.5)
+        return load()
+
+    def remember(began: float, ended: float) -> None:
+        runs.append(ended - began)
+        ran(began, ended)
+
+    load()
+    monkeypatch.setattr(engine, "explainer", load_slowly)
+    monkeypatch.setattr(engine.pacing, "ran", remember)
+    explain(engine, TEXT)
+    assert runs and max(runs) < 0.4
+
+
 def test_a_time_budget_is_kept(make: Callable[..., Made]) -> None:
     engine = Engine.load(make("classification").folder)
     error = explain(engine, {"text": " ".join([TEXT] * 30), "parameters": {"seconds": 0.01, "steps": 512}}, 503)[

@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Tuple
 
+import jinja2
 import models
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from oracle import answers, generated, written
 from tokenizers import decoders
 from traceserve.building.gate.texts import SENTENCES, VERY_LONG
 from traceserve_runtime.engine import Engine
-from traceserve_runtime.errors import InvalidRequest, TraceserveError
+from traceserve_runtime.errors import InvalidRequest, MissingPackage, TraceserveError
 from traceserve_runtime.generation.scores import GenerationSettings, probabilities, processed
 from traceserve_runtime.generation.search import Sampling
 from traceserve_runtime.tasks import TASKS
@@ -437,6 +438,17 @@ def test_chats_are_rendered_as_by_transformers(template: str, messages: List[Dic
 def test_what_a_template_refuses_is_told() -> None:
     with pytest.raises(InvalidRequest, match="Roles must alternate"):
         chat.render(TEMPLATES["strict"], {"eos_token": "</s>"}, [{"role": "system", "content": "x"}])
+
+
+@pytest.mark.parametrize(("version", "enough"), [("3.2.0rc1", True), ("3.1.6.dev0", True), ("3.1.5", False)])
+def test_jinja2_may_be_a_prerelease(version: str, enough: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jinja2, "__version__", version)
+    template = f"{{# {version} #}}{{{{ messages[0].content }}}}"  # one that was not compiled before
+    if enough:
+        assert chat.render(template, {}, CHATS[0]) == CHATS[0][0]["content"]
+        return
+    with pytest.raises(MissingPackage, match=f"jinja2 3.1.6 or newer, .* this is {version}"):
+        chat.render(template, {}, CHATS[0])
 
 
 def test_a_template_is_kept_in_its_sandbox() -> None:

@@ -83,11 +83,11 @@ def test_the_defaults_of_any_version_are_no_settings() -> None:
 
 REFUSED: List[Tuple[Dict[str, Any], str]] = [
     ({"num_return_sequences": 2}, r"sets num_return_sequences to 2, .*an answer is one text.*set it to 1"),
-    ({"typical_p": 0.9}, "sets typical_p to 0.9, which is not supported; remove it there, or set it to 1.0"),
+    ({"epsilon_cutoff": 0.1}, "sets epsilon_cutoff to 0.1, which is not supported; remove it there if"),
     ({"penalty_alpha": 0.6, "top_k": 4}, "sets penalty_alpha to 0.6"),
     ({"num_beam_groups": 2, "diversity_penalty": 0.5, "num_beams": 4}, "sets num_beam_groups to 2"),
     ({"num_beams": 4, "do_sample": True}, "sets num_beams to 4 and do_sample to true, but beam search does not sample"),
-    ({"guidance_scale": 1.5}, "sets guidance_scale to 1.5"),
+    ({"guidance_scale": 1.5}, "sets guidance_scale to 1.5, which is not supported; remove it there, or set it to 1.0"),
     ({"sequence_bias": [[[5], 2.0]]}, "sets sequence_bias"),
     ({"exponential_decay_length_penalty": [3, 1.1]}, "sets exponential_decay_length_penalty"),
     ({"force_words_ids": [[5]]}, "sets force_words_ids"),
@@ -120,6 +120,13 @@ def test_refused_by_name_before_anything_is_loaded(
         sources.fetch_checkpoint(config, tmp_path)
     classifier, _ = parse_config({"model_name": str(source), "task": "feature_extraction"})
     sources.fetch_checkpoint(classifier, tmp_path)  # which writes no text
+
+
+def test_settings_of_sampling_are_defaults_of_its_parameters(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    settings = {"do_sample": True, "typical_p": 0.5, "min_p": 0.1, "top_p": 0.9, "temperature": 0.7}
+    source = copy(checkpoint, tmp_path / "mine", "gpt2", **settings)
+    engine = exported(tmp_path / "out", "gpt2", source)
+    assert {key: engine.manifest.parameters[key] for key in settings} == settings
 
 
 @pytest.mark.parametrize("parameters", [{"num_beams": 1}, {"do_sample": False}], ids=["samples", "beams"])

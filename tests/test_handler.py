@@ -550,7 +550,7 @@ def test_no_log_holds_a_text_even_of_the_unexpected(
     bodies, context = serve(handler, [SECRET, "Yes."])
     assert [error_of(body) for body in bodies] == [("TraceserveError", None)] * 2
     assert context.statuses == dict.fromkeys(range(2), (500, "Internal Server Error"))
-    assert "ValueError in a batch of 2" in caplog.text and "in broken" in caplog.text
+    assert "ValueError in 2 of 2 requests" in caplog.text and "in broken" in caplog.text
     for told in (
         caplog.text,
         json.dumps(bodies),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
+import gzip
 import http.server
 import json
 import os
@@ -12,17 +13,19 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from pathlib import Path
-from typing import Any, AsyncIterator, Awaitable, Callable, Dict, List, NamedTuple, Sequence, Tuple
+from types import SimpleNamespace
+from typing import Any, AsyncIterator, Awaitable, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import pytest
 from conftest import run_export
 from traceserve.archives.archive import pack_archive
 from traceserve.serving.keys import write_key
-from traceserve_hosts import fetching, libraries, loading, ray_config, web
+from traceserve_hosts import asgi, fetching, libraries, loading, ray_config, reason_in, sagemaker, web
 from traceserve_hosts.asgi import Application, Limits, Message, Scope, key_from_environment
 from traceserve_hosts.batcher import Batcher
-from traceserve_hosts.routing import Router, messages
+from traceserve_hosts.routing import Router, may_stream, messages
 from traceserve_runtime import service as core
 from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.engine import Engine
@@ -490,6 +493,79 @@ def test_all_who_ask_for_its_health_wait_for_one_canary(classifier: Service) -> 
     assert slow.asked == [1]
 
 
+class Paced(Slow):
+    """A service whose turns end when it is let, or after their time, and may fail."""
+
+    def __init__(self, service: Service, seconds: float, fails: bool = False) -> None:
+        super().__init__(service)
+        self._seconds, self._fails = seconds, fails
+
+    def session(self, stats: Stats) -> Session:
+        own, turn = self._service.session(stats), Session.turn
+
+        def paced() -> List[Exchange]:
+            self.let.wait(self._seconds)
+            return turn(own)
+
+        def fail() -> None:
+            raise ValueError("no model")
+
+        own.turn = paced  # type: ignore[method-assign]
+        if self._fails:
+            own._work.turn = fail  # type: ignore[method-assign]
+        return own
+
+
+@pytest.mark.parametrize(
+    "seconds, fails, timeout, problem",
+    [
+        (0.1, False, 60.0, ""),
+        (0.1, False, 0.2, ""),  # the queue is longer than an answer may take
+        (0.1, True, 60.0, "nothing was computed"),
+        (60.0, False, 60.0, "nothing was computed"),
+    ],
+    ids=["busy", "late", "failing", "stuck"],
+)
+def test_a_process_is_broken_where_its_queue_stands_still(
+    seconds: float,
+    fails: bool,
+    timeout: float,
+    problem: str,
+    classifier: Service,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A canary waits behind the queue, so it is late on each of these."""
+    monkeypatch.setattr(asgi, "_LONGEST_STANDSTILL", 1.5)
+    monkeypatch.setattr(sagemaker, "_SECONDS_OF_PING", 0.1)
+    paced = Paced(classifier, seconds, fails)
+    hosted = Hosted(paced, Limits(timeout=timeout), most=1)  # type: ignore[arg-type]
+    container = sagemaker.Container(1)
+    container._application = hosted.application
+
+    async def ask() -> Tuple[List[Optional[str]], Answer]:
+        for _ in range(40):
+            hosted.batcher.ask(Call({"body": b'"x"'}, Headers("application/json")))
+        found = [await hosted.application.broken(0.3)]
+        await asyncio.sleep(1.3)
+        found.append(await hosted.application.broken(0.3))
+        ping = await collected(messages(container, {"type": "http", "path": "/ping", "headers": []}, b""))
+        assert hosted.batcher.waiting > 5, "the canary waited behind others"
+        paced.let.set()
+        while hosted.batcher._busy:
+            await asyncio.sleep(0.01)
+        return found, ping
+
+    found, ping = run(ask())
+    assert found[0] is None, "it had just begun"
+    assert (found[1] or "").partition(" for ")[0] == problem
+    assert ping.status == (503 if problem else 200)
+
+
+def test_a_failing_model_without_a_queue_is_broken_at_once(classifier: Service) -> None:
+    hosted = Hosted(Paced(classifier, 0.0, fails=True))  # type: ignore[arg-type]
+    assert run(hosted.application.broken(5.0)) == "its sample was answered with 500"
+
+
 async def leave(hosted: Hosted, body: bytes, gone: asyncio.Event) -> List[Message]:
     """A request whose client closes the connection; returns what it was sent."""
     sent: List[Message] = []
@@ -743,14 +819,15 @@ class Several:
         async for message in messages(self.applications[name, version], scope, body):
             yield message
 
-    async def ask(self, path: str, body: Any = None) -> Answer:
+    async def ask(self, path: str, body: Any = None, encoding: str = "") -> Answer:
         scope = {
             "type": "http",
             "method": "GET" if body is None else "POST",
             "path": path,
-            "headers": [(b"content-type", b"application/json")],
+            "headers": [(b"content-type", b"application/json"), (b"content-encoding", encoding.encode())],
         }
-        return await collected(messages(self.router, scope, b"" if body is None else json.dumps(body).encode()))
+        raw = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
+        return await collected(messages(self.router, scope, raw))
 
 
 @pytest.fixture
@@ -804,6 +881,60 @@ def test_the_router_finds_the_archive(path: str, body: Any, meant: Tuple[str, st
 def test_the_router_says_what_there_is(path: str, body: Any, words: str, several: Several) -> None:
     answer = run(several.ask(path, body))
     assert answer.status == 404 and words in answer.json["error"]["message"]
+
+
+EMBED = json.dumps({"input": TEXT, "model": "vectors"})
+
+
+@pytest.mark.parametrize(
+    "body, encoding",
+    [
+        (gzip.compress(EMBED.encode()), "gzip"),
+        (zlib.compress(EMBED.encode()), "deflate"),
+        (EMBED.encode("utf-16"), ""),
+        (EMBED.encode("utf-8-sig"), "identity"),
+    ],
+)
+def test_the_router_reads_bodies_as_archives_do(body: bytes, encoding: str, several: Several) -> None:
+    answer = run(several.ask("/v1/embeddings", body, encoding))
+    assert answer.status == 200, answer
+    assert several.asked == [("vectors", "1.0")]
+
+
+@pytest.mark.parametrize(
+    "body, encoding, status, words",
+    [
+        (b"x", "br", 415, "send gzip, deflate, or a plain body"),
+        (b"plain", "gzip", 400, "the body is not gzip"),
+        (gzip.compress(b" " * (17 << 20)), "gzip", 413, "when it is decompressed"),
+        (gzip.compress(b"{"), "gzip", 404, "name one"),
+    ],
+)
+def test_the_router_refuses_what_it_cannot_read(
+    body: bytes, encoding: str, status: int, words: str, several: Several
+) -> None:
+    answer = run(several.ask("/v1/embeddings", body, encoding))
+    assert answer.status == status and words in answer.json["error"]["message"], answer
+    assert not several.asked
+
+
+STREAM = json.dumps({"prompt": TEXT, "stream": True}).encode()
+
+
+@pytest.mark.parametrize(
+    "body, encoding, found",
+    [
+        (STREAM, "", True),
+        (STREAM, "identity", True),
+        (gzip.compress(STREAM), "gzip", True),
+        (STREAM.decode().encode("utf-16"), "", True),
+        (b"text=x&parameters=%7B%22stream%22%3A+true%7D", "", True),
+        (b'{"text": "A stream."}', "", False),
+        (b'{"text": "A stream."}', "identity", False),
+    ],
+)
+def test_an_answer_that_may_stream_is_passed_on_in_pieces(body: bytes, encoding: str, found: bool) -> None:
+    assert may_stream({"headers": [(b"Content-Encoding", encoding.encode())]}, body) is found
 
 
 @pytest.mark.parametrize("path, status", [("/explanations/colours", 200), ("/explanations/colours/1.0", 404)])
@@ -919,6 +1050,7 @@ def test_another_archive_than_was_meant_is_refused(packed: Path) -> None:
         fetching.fetch_archive(str(packed), "0" * 64)
     with pytest.raises(RuntimeError, match="there is no archive at"):
         fetching.fetch_archive(str(packed.with_name("other.mar")))
+    assert fetching.fetch_archive(str(packed), sha256(packed).upper()).name == sha256(packed)
 
 
 def test_an_archive_comes_from_any_storage_that_fsspec_opens(packed: Path) -> None:
@@ -939,6 +1071,28 @@ def test_an_archive_comes_by_http(packed: Path) -> None:
         with pytest.raises(RuntimeError, match="there is no archive at"):
             fetching.fetch_archive(f"{address}/other.mar")
         server.shutdown()
+
+
+@pytest.mark.parametrize("status", [403, 500])
+def test_a_server_that_refuses_an_archive_is_named(status: int) -> None:
+    pytest.importorskip("aiohttp")
+
+    class Refusing(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(status)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(RuntimeError, match=f"small.mar could not be fetched: {status}, message="):
+            fetching.fetch_archive(f"http://127.0.0.1:{server.server_address[1]}/small.mar")
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    "said, reason", [("", "none"), (" \n\n", "none"), ("Traceback\n  a line\n\nValueError: so \n", "ValueError: so")]
+)
+def test_the_last_line_is_the_reason(said: str, reason: str) -> None:
+    assert reason_in(said, "none") == reason
 
 
 def test_a_process_of_its_own_fetches(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -974,3 +1128,14 @@ def test_an_archive_answers_with_its_own_code(packed: Path, classifier: Service)
 def test_another_runtime_must_not_be_there(packed: Path) -> None:
     with pytest.raises(RuntimeError, match="another traceserve_runtime was imported"):
         loading.load_archive(str(packed))
+
+
+def test_a_runtime_of_a_folder_with_a_longer_name_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    own = tmp_path / "model1"
+    own.mkdir()
+    (own / "traceserve.json").touch()
+    present = SimpleNamespace(__file__=f"{own}0/traceserve_runtime/__init__.py")
+    monkeypatch.setitem(sys.modules, "traceserve_runtime", present)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="another traceserve_runtime was imported"):
+        loading.load_archive(str(own))

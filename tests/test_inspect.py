@@ -262,6 +262,7 @@ CARD = "---\nlicense: other\nlicense_name: Own Licence 2\nlicense_link: https://
             {"name": "MIT License", "file": "LICENSE.txt"},
         ),
         ({"README.md": "---\n[broken: yaml\n---\n"}, None),
+        ({"README.md": "---\ndate: 2026-13-32\nlicense: mit\n---\n"}, None),
         ({"README.md": "---\nlicense: [mit]\n---\n", "LICENSE": ""}, None),
     ],
 )
@@ -294,6 +295,11 @@ def test_no_text_of_an_archive_controls_the_terminal(
     page = capsys.readouterr().out
     assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", page)
     assert "?]0;x?, ?1m, ?green" in page and "2.?[2J" in page and "?[31m.txt is not named" in page.replace("\n", " ")
+    assert cli.main(["inspect", str(archive), "--json"]) == 0
+    page = capsys.readouterr().out
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", page)
+    assert json.loads(page)["labels"] == ["\x1b]0;x\x07", "\x9b1m", "\u202egreen"]
+    assert '"\\u009b1m"' in page and '"\\u202egreen"' in page
 
 
 def test_another_manifest_of_torchserves_is_found(mar: Path, tmp_path: Path) -> None:

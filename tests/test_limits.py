@@ -165,6 +165,26 @@ def test_texts_that_are_too_long_are_not_made(
     assert peak < 1 << 20
 
 
+def test_neither_are_those_of_a_list_beyond_its_limit(others: Dict[str, Engine]) -> None:
+    """Each has room alone; together they took as many times the limit as there are."""
+    task = others["zero_shot_classification"].task
+    most = task.tokenizer.limits.characters
+    labels = ["a" * 100] * 10
+    template = "{}" * (most // 1000 - 1)
+    listed = [
+        Request({"text": "a"}, {"candidate_labels": labels, "hypothesis_template": template}, i) for i in (0, 1, 1)
+    ]
+    alone, *_ = task.parts(listed)
+    assert isinstance(alone, list) and len(alone) == 10
+    tracemalloc.start()
+    parts = task.parts(listed[1:] * 100)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4 * most
+    for error in parts:
+        assert isinstance(error, InputTooLong) and f"more than the {most:,} characters" in error.message
+
+
 def test_an_object_of_more_keys_than_any_request_has_is_counted_only(engine: Engine) -> None:
     for name in ("many keys", "many parameters"):
         answer, _ = serve(engine, HUGE[name])

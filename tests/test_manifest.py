@@ -147,6 +147,12 @@ def test_a_folder_without_manifest_is_told_so(tmp_path: Path) -> None:
         Manifest.read(tmp_path)
 
 
+def test_a_folder_in_its_place_is_told_so(tmp_path: Path) -> None:
+    (tmp_path / MANIFEST_FILE).mkdir()
+    with pytest.raises(InvalidManifest, match=f"{MANIFEST_FILE} cannot be read"):
+        Manifest.read(tmp_path)
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b'{"schema": 1,}', b"not json", b"\xff\xfe{}"])
 def test_what_is_not_json_is_told_so(tmp_path: Path, content: bytes) -> None:
     (tmp_path / MANIFEST_FILE).write_bytes(content)

@@ -14,12 +14,12 @@ import pytest
 import transformers
 from conftest import SUMMARY, needs_native, run_export
 from oracle import ANSWERS, ASKED, CASES, TEXTS, answers, assert_equal, generated, written
-from traceserve.building import samples
 from traceserve.building.checkpoints import demo
 from traceserve.building.config import formats
 from traceserve.building.config.save_modes import SAVE_MODES
 from traceserve.building.gate import verification
 from traceserve.building.gate.findings import LIMITS
+from traceserve.building.samples import OwnSamples
 from traceserve.building.writers import WRITERS, aot_inductor
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.tasks import TASKS
@@ -111,7 +111,7 @@ def lower_precisions() -> List[Any]:
 def fitted() -> Tuple[Path, List[str], List[str]]:
     """The demo's classifier, its sentences, and the pipeline's labels for them."""
     source = demo.train_demo(demo.NAME).folder
-    texts = [text for _, text in samples.lines(demo.DATA)]
+    texts = [text for _, text in OwnSamples.read(demo.DATA).lines]
     pipeline = transformers.pipeline("text-classification", model=str(source), device="cpu")
     return source, texts, [answer["label"] for answer in pipeline(texts)]
 

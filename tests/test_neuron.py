@@ -122,7 +122,7 @@ def test_a_tool_without_a_driver_tells_of_none(words: str, tool: Callable[[str, 
 def test_without_the_tool_devices_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(neuron_cores, "TOOLS", tmp_path)
-    monkeypatch.setattr(neuron_cores, "DEVICES", tmp_path)
+    monkeypatch.setattr(neuron_cores, "DEVICE_FOLDER", tmp_path)
     assert neuron_cores.count("neuron") == 0
     for name in ("neuron0", "neuron1", "neuron_monitor"):
         (tmp_path / name).touch()

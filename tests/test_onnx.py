@@ -413,7 +413,7 @@ def test_int8_is_right_on_every_processor(
 
 
 @pytest.mark.parametrize(
-    ("version", "known"), [("1.21.1", False), ("1.9.0", False), ("1.22.0", True), ("2.0.0rc1", True)]
+    ("version", "known"), [("1.21.1", False), ("1.9.0", False), ("1.22.0", True), ("1.22rc1", True), ("2.0.0rc1", True)]
 )
 def test_int8_needs_what_knows_its_products(
     int8: Path, version: str, known: bool, monkeypatch: pytest.MonkeyPatch

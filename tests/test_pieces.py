@@ -175,6 +175,7 @@ def test_tokens_have_the_same_text(kind: str, training: str, both: Callable[[str
         ids = [chance.choice(numbers) for _ in range(chance.randrange(12))]
         expected = found.slow.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert found.converted.decode(ids) == expected, found.slow.convert_ids_to_tokens(ids)
+        assert found.converted.decode_batch([ids]) == [expected]
 
 
 def test_what_is_cut_is_told_in_characters_of_the_text(both: Callable[[str, str], Both]) -> None:

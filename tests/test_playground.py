@@ -106,6 +106,11 @@ def test_what_is_empty_is_not_sent_unless_it_must_be(artifact: Path) -> None:
     assert typed("sequence_classification", artifact) == {"text": ""}
     assert typed("text_ranking", artifact, query="q") == {"query": "q", "documents": []}
     assert typed("text_ranking", artifact, query="q", documents="a\n\nb\n")["documents"] == ["a", "b"]
+    lines = "one\fpage\u2028still one\r\ntwo"  # as copied from a PDF
+    assert typed("text_ranking", artifact, query="q", documents=lines)["documents"] == [
+        "one\fpage\u2028still one",
+        "two",
+    ]
     assert typed("text_generation", artifact) == {}
 
 
@@ -235,6 +240,13 @@ def test_an_answer_is_shown_and_whatever_it_holds_is_text(kind: str) -> None:
 def test_each_kind_of_answer_has_a_shape_of_its_own() -> None:
     fallback = shapes.SHAPES[-1]
     assert [kind for kind, (answer, _) in ANSWERS.items() if shapes.shape_of(answer) is fallback] == ["something else"]
+
+
+def test_ranks_are_said_in_english() -> None:
+    one = [{"label": "x", "score": 0.5}]
+    for rank, word in ((2, "2nd"), (3, "3rd"), (11, "11th"), (13, "13th"), (21, "21st"), (22, "22nd"), (113, "113th")):
+        two = [*({"label": str(i), "score": 0.9} for i in range(rank - 1)), {"label": "x", "score": 0.5}]
+        assert f"(there {word})" in shapes.show(one, CONTEXT, two)
 
 
 def test_differences_are_said_and_marked() -> None:

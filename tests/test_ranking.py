@@ -52,6 +52,44 @@ def test_documents(function: str, artifact: Path) -> None:
     assert [item["index"] for item in unsorted] == list(range(6))
 
 
+def score_list(*scores: float) -> List[Dict[str, float]]:
+    return [{"index": i, "score": score} for i, score in enumerate(scores)]
+
+
+@pytest.mark.parametrize(
+    ("scores", "others", "same"),
+    [
+        ([0.9, 0.1], [0.94, 0.06], True),  # as int8 moves them
+        ([0.9, 0.1], [0.8, 0.1], False),
+        ([3e-6, 2e-6, 1e-6], [3.1e-6, 1.9e-6, 1.1e-6], True),
+        ([3e-6, 2e-6, 1e-6], [2e-6, 3e-6, 1e-6], False),  # another order, though all are near 0
+        ([3e-6, 2e-6, 1e-6], [2e-6, 2e-6, 2e-6], False),
+        ([3e-6, 2.9e-6, 1e-6], [2.9e-6, 3e-6, 1e-6], True),  # a near tie
+        ([0.99999, 0.9999], [0.9999, 0.99999], False),
+        ([1.0, 1.0, 0.5], [1.0, 1.0, 0.5], True),
+        ([-11.2, -11.4, 8.0], [-11.3, -11.31, 8.0], True),  # no sigmoids
+        ([-11.2, -11.4, 8.0], [-11.3, -11.29, 8.0], False),
+        ([-11.2, 0.5, 8.0], [-11.7, 0.69, 8.3], True),
+        ([-11.2, 0.5, 8.0], [-11.2, 0.8, 8.0], False),
+        ([0.9, 0.1], [0.9], False),
+    ],
+)
+def test_what_counts_as_the_same_ranking(scores: List[float], others: List[float], same: bool, artifact: Path) -> None:
+    manifest = Manifest.read(artifact)
+    task = TextRanking(manifest, TextTokenizer(artifact, manifest.tokenizer, manifest.max_length, manifest.max_rows))
+    assert task.same(score_list(*scores), score_list(*others)) is same
+    assert task.same(score_list(*others), score_list(*scores)) is same
+
+
+def test_an_exchange_of_near_ties_in_the_last_position_is_no_change(artifact: Path) -> None:
+    manifest = Manifest.read(artifact)
+    task = TextRanking(manifest, TextTokenizer(artifact, manifest.tokenizer, manifest.max_length, manifest.max_rows))
+    first = {"index": 0, "score": 0.9}
+    near, other, far = ({"index": 1, "score": 0.5}, {"index": 2, "score": 0.501}, {"index": 2, "score": 0.6})
+    assert task.same([first, near], [first, other])
+    assert not task.same([first, near], [first, far])
+
+
 def test_equal_documents_stay_in_their_order(artifact: Path) -> None:
     request = Request({"query": "a", "documents": list("bcd")}, {"sort": True})
     answer = decode(TextRanking, artifact, request, [[1.0], [2.0], [1.0]], {})

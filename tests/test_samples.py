@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any, Callable, Iterator, List, Tuple, Type
 
 import pytest
+from conftest import run_export
 from traceserve import cli
 from traceserve.building.gate.texts import SENTENCES, TEXTS, VERY_LONG
-from traceserve.building.samples import lines, read_samples
+from traceserve.building.samples import OwnSamples
+from traceserve.checking.proof import proof_of
 from traceserve.commands import predict
 from traceserve.errors import ConfigError
+from traceserve.rollout import updating
+from traceserve.rollout.replaying import requests_of
+from traceserve.rollout.updating import UpdateOptions, UpdateRefused
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.requests import parse_requests
@@ -141,8 +148,24 @@ def test_each_text_is_a_context_asked_about_in_few_words(made: Make) -> None:
 
 def test_short_texts_are_queries_and_long_ones_documents_too(made: Make) -> None:
     requests = asked_by(made, TextRanking)
-    assert all(len(request.inputs["query"]) < 200 and len(request.inputs["documents"]) == 2 for request in requests)
+    assert all(len(request.inputs["query"]) < 200 and len(request.inputs["documents"]) == 3 for request in requests)
     assert VERY_LONG in {document for request in requests for document in request.inputs["documents"]}
+
+
+def read_samples(path: Path, task: Type[Task]) -> List[Request]:
+    return OwnSamples.read(path).requests(task)
+
+
+@contextlib.contextmanager
+def piped(*lines: str) -> Iterator[Path]:
+    """A pipe that holds these lines, by the name that a shell gives to `<(command)`."""
+    reading, writing = os.pipe()
+    try:
+        with open(writing, "w", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in lines)
+        yield Path(f"/dev/fd/{reading}")
+    finally:
+        os.close(reading)
 
 
 def needs_an_object(task: Type[Task]) -> bool:
@@ -274,7 +297,27 @@ def test_windows_line_ends(tmp_path: Path) -> None:
 def test_a_long_cell_of_a_table(tmp_path: Path) -> None:
     """Python's csv takes 131,072 characters unless it is told otherwise."""
     write(tmp_path / "own.csv", "text", "a" * 131_073)
-    assert [len(text) for _, text in lines(tmp_path / "own.csv")] == [131_073]
+    assert [len(text) for _, text in OwnSamples.read(tmp_path / "own.csv").lines] == [131_073]
+
+
+def test_an_update_asks_the_samples_of_a_pipe(mar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: List[Any] = []
+
+    def update(archive: Path, port: Any, options: UpdateOptions, report: Any) -> Any:
+        with proof_of(archive) as proof:
+            asked.extend(sample.inputs["text"] for sample in requests_of([proof], options.samples) if sample.own)
+        raise UpdateRefused("enough")
+
+    monkeypatch.setattr(updating, "update_server", update)
+    with piped("one", "two") as path:
+        assert cli.main(["update", str(mar), "--samples", str(path)]) == 1
+    assert asked == ["one", "two"]
+
+
+def test_a_build_compares_on_the_samples_of_a_pipe(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    with piped("one", "two") as path:
+        made = run_export(tmp_path / "x", {"model_name": str(checkpoint("bert")), "max_length": 16}, samples_file=path)
+    assert made.manifest.receipt["own_answers"] == 2
 
 
 @pytest.mark.parametrize("options", [["--file", "own.txt"], ["-"]])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Tuple
@@ -546,3 +547,18 @@ def test_the_page_and_the_facts(services: Dict[str, Service]) -> None:
     assert page.content_type.startswith("text/html") and b"openapi.json" in page.body
     assert ask(service, "health", {}) == {"status": "ok"}
     assert ask(service, "info", {})["model_type"]["classifier"]["id2label"] == {"0": "red", "1": "green", "2": "blue"}
+
+
+def test_a_request_that_breaks_its_protocol_is_logged_once(
+    services: Dict[str, Service], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With the sentence and the log of every other unexpected error."""
+
+    def broken(*given: Any) -> None:
+        raise ValueError(TEXT)
+
+    caplog.set_level(logging.ERROR)
+    monkeypatch.setattr("traceserve_runtime.protocols.requests.parse_value", broken)
+    error = ask(services["feature_extraction"], "", {"text": TEXT}, 500)["error"]
+    assert error["message"] == "an unexpected error in the worker while it read this request; its log has the details"
+    assert caplog.text.count("traceserve: ValueError in 1 of 1 requests") == 1 and TEXT not in caplog.text

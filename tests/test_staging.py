@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Dict, Iterator
+from typing import Any, Dict, Iterator, List
 
 import pytest
 from conftest import nothing
-from traceserve.archives import staging
+from traceserve import cli
+from traceserve.archives import archive, staging
 from traceserve.archives.staging import LOCK_FILE, check_replaceable, held, scratch, staged
 from traceserve.building import packing
 from traceserve.building.config.parsing import LoadedConfig, parse_config
@@ -403,6 +405,33 @@ def test_a_place_that_cannot_be_written_is_refused_at_once(
         targets(
             tmp_path, model_name, force, **{key: Path(place) for key, place in places.items() if key != "model_name"}
         )
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]], ids=["", "force"])
+@pytest.mark.parametrize(
+    "store, words",
+    [
+        ("file", "--store file: .*/file is a file, not a folder"),
+        ("file/store", "--store file/store: .*/file is a file, not a folder"),
+        ("folders", "folders/thing.mar is a folder, not an archive"),
+    ],
+)
+def test_archive_refuses_the_same_places(
+    store: str,
+    words: str,
+    force: List[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for file in ("file", "folders/thing.mar/thesis.txt", "artifacts/thing/traceserve.json"):
+        put_file(Path(file), "years of work")
+    before = seen(tmp_path)
+    monkeypatch.setattr(archive, "pack_archive", lambda *given: pytest.fail("it began"))
+    assert cli.main(["archive", "artifacts/thing", "--store", store, *force]) == 1
+    assert re.search(words, capsys.readouterr().err)
+    assert seen(tmp_path) == before
 
 
 def test_of_two_builds_of_one_name_the_later_one_replaces_nothing(

@@ -9,13 +9,13 @@ import pytest
 from conftest import run_export
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import ModelFailure
-from traceserve_runtime.streaming import Streams
+from traceserve_runtime.streaming import Stream
 from transformer_handler import TransformerHandler
 
 
-def told() -> Tuple[Streams, List[bytes]]:
+def told() -> Tuple[Stream, List[bytes]]:
     pieces: List[bytes] = []
-    return Streams(lambda row, piece: pieces.append(piece)), pieces
+    return Stream(pieces.append), pieces
 
 
 def error_in(end: bytes) -> Dict[str, Any]:
@@ -28,30 +28,29 @@ def error_in(end: bytes) -> Dict[str, Any]:
 
 
 def test_a_text_that_begins_anew_and_is_the_same_is_told_once() -> None:
-    streams, pieces = told()
+    one, pieces = told()
     for text in ("One", "One, two", "", "One", "One, two", "One, two, three"):
-        streams.tell(0, text)
-    assert b"".join(pieces) + streams.rest(0, "One, two, three, four") == b"One, two, three, four"
+        one.tell(text)
+    assert b"".join(pieces) + one.rest("One, two, three, four") == b"One, two, three, four"
 
 
 @pytest.mark.parametrize("anew", ["Six", "Six, seven, eight, nine", "One, six, seven, eight"])
 def test_a_text_that_begins_anew_and_is_another_ends_with_an_error(anew: str) -> None:
-    """Even if only the whole text, or a longer part of it, shows that; and another row continues."""
-    streams, pieces = told()
-    streams.tell(0, "One, two")
-    streams.tell(1, "Un")
-    del pieces[1:]
+    """Even if only the whole text, or a longer part of it, shows that; and another call's continues."""
+    (one, pieces), (other, _) = told(), told()
+    one.tell("One, two")
+    other.tell("Un")
     for text in (anew[:2], anew, f"{anew}, ten"):
-        streams.tell(0, text)
+        one.tell(text)
     assert pieces == [b"One, two"]
-    assert error_in(streams.rest(0, f"{anew}, ten"))["type"] == "ModelFailure"
-    assert streams.rest(1, "Un, deux") == b", deux"
+    assert error_in(one.rest(f"{anew}, ten"))["type"] == "ModelFailure"
+    assert other.rest("Un, deux") == b", deux"
 
 
 def test_nothing_told_is_nothing_to_take_back() -> None:
-    streams, pieces = told()
-    streams.tell(0, "")
-    assert not streams.started(0) and not pieces and streams.rest(0, "One") == b"One"
+    one, pieces = told()
+    one.tell("")
+    assert not one.started and not pieces and one.rest("One") == b"One"
 
 
 class Context:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional
@@ -262,6 +264,22 @@ def test_fill_mask_that_is_too_much(
     with pytest.raises(InvalidRequest, match='"top_k" should be a whole number from 1 to 1,000'):
         body = {"text": "[MASK]", "parameters": {"top_k": 1001}}
         parse_requests({"body": body}, Headers("application/json"), TASKS["fill_mask"], 0, 10)
+
+
+def test_the_answers_of_one_request_are_counted_before_they_are_made(exported: Export) -> None:
+    """A list of texts with many tokens each would take long, and fill memory."""
+    engine, _ = exported("fill_mask", "bert")
+    text = "[MASK] " + "a" * 200
+    many, few = ([Request({"text": text}, {"top_k": top_k}, 0)] * 250 for top_k in (1000, 100))
+    began = time.process_time()
+    for error in engine.answer(many):
+        assert isinstance(error, InputTooLong) and error.field == "parameters.top_k"
+        assert re.search("would have 91,750 tokens.* may have about 72,", error.message)
+    assert time.process_time() - began < 1
+    for legal in (few, many[:190], [replace(request, group=None) for request in many]):
+        assert not any(isinstance(part, InputTooLong) for part in engine.task.parts(legal))
+    targets = [Request(each.inputs, {**each.parameters, "targets": ["the", "nine"]}, 0) for each in many]
+    assert not any(isinstance(part, InputTooLong) for part in engine.task.parts(targets))
 
 
 def test_fill_mask_without_a_padding_token(checkpoint: Callable[..., Path], tmp_path: Path) -> None:

@@ -325,7 +325,7 @@ def test_the_command_finds_and_writes_what_is_better(mar: Path) -> None:
     before = sha256(mar)
     users = server.start([mar], port=configuration.free_ports(1)[0], timeout=90)
     try:
-        options = ("--connections", "4", "--budget", "120", "--html", "tune.html")
+        options = ("--connections", "4", "--budget", "60", "--html", "tune.html")
         tuned = run(*options, cwd=mar.parent)
         assert tuned.returncode == 0, tuned.stderr
         print(tuned.stdout)  # shown if anything below fails

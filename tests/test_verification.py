@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -9,8 +11,10 @@ from pathlib import Path
 from typing import Any, Callable, Set, Tuple
 
 import conftest
+import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import Called, nothing
 from traceserve.building.attempt import candidate_shapes
 from traceserve.building.checkpoints import loading, sources
@@ -18,11 +22,13 @@ from traceserve.building.checkpoints.original import Original
 from traceserve.building.config.parsing import parse_config
 from traceserve.building.gate import verification
 from traceserve.building.gate.findings import LIMITS, Cell, DriftError, Findings
+from traceserve.building.gate.outputs import GridRows, unexplained_variance
 from traceserve.building.gate.reference import Reference
 from traceserve.building.gate.texts import TEXTS, VERY_LONG
 from traceserve.building.writers import WRITERS
 from traceserve.building.writers.contract import Writer, Written
 from traceserve.building.writers.torchscript import writer
+from traceserve.commands import printing
 from traceserve.errors import ExportError
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.manifest import Manifest, Shapes, sha256
@@ -139,6 +145,93 @@ def test_a_spoiled_model_is_caught(
     findings = error.value.findings
     assert not findings.passed and (findings.failed or findings.failure)
     assert len(findings.changed) > 10 if amount > 1 else True
+
+
+def changed_for_the_writer(change: Callable[[Any], None]) -> Writer:
+    """A writer that writes a model after `change`, which the original does not see."""
+
+    def write(original: Any, *arguments: Any) -> Written:
+        model = copy.deepcopy(original.model)
+        with torch.no_grad():
+            change(model)
+        return writer.write(replace(original, model=model), *arguments)
+
+    return WRITERS["torchscript"]._replace(write=write)
+
+
+@pytest.fixture(scope="session")
+def sceptic(checkpoint: Callable[..., Path]) -> Path:
+    """A cross-encoder whose scores are all near 0."""
+    folder = checkpoint("bert", num_labels=1)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    with torch.no_grad():
+        model.classifier.weight *= 0.1
+        model.classifier.bias -= 12
+    model.save_pretrained(folder)
+    return folder
+
+
+RANKER = {"task": "text_ranking", "max_length": 32, "sequence_lengths": "fixed"}
+
+
+def test_lost_token_types_of_pairs_are_caught(sceptic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores near 0 cannot show it."""
+
+    def lose(model: Any) -> None:
+        types = model.bert.embeddings.token_type_embeddings.weight
+        types[1] = types[0]
+
+    monkeypatch.setitem(WRITERS, "torchscript", changed_for_the_writer(lose))
+    with pytest.raises(DriftError) as error:
+        run_export(tmp_path / "x", {"model_name": str(sceptic), **RANKER})
+    assert {cell.output for cell in error.value.findings.failed} == {"logits"}
+
+
+def test_an_output_that_tells_no_texts_apart_is_caught(
+    sceptic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A constant is within a lower precision's difference of all scores."""
+    content = {"model_name": str(sceptic), **RANKER, "dtype": "float16"}
+    run_export(tmp_path / "right", content)
+    for row in Manifest.read(tmp_path / "right").receipt["variants"]:
+        assert 0 < row["unexplained_variance"]["logits"] < 0.2
+
+    def forget(model: Any) -> None:
+        model.classifier.weight[:] = 0
+
+    monkeypatch.setitem(WRITERS, "torchscript", changed_for_the_writer(forget))
+    with pytest.raises(DriftError) as error:
+        run_export(tmp_path / "x", content)
+    findings = error.value.findings
+    assert not findings.failed and not findings.too_many_changed
+    assert findings.indistinct == {"logits": pytest.approx(1, abs=0.01)}
+    printing.print_findings(findings)
+    assert "logits hardly tells texts apart" in capsys.readouterr().err
+
+
+def test_the_variance_that_is_lost() -> None:
+    expected = [np.array([value, 1.0], np.float32) for value in (-12.1, -12.0, -11.9)]
+    shifted = [each + 0.3 for each in expected]
+    assert unexplained_variance(list(zip(shifted, expected))) == pytest.approx(0, abs=1e-6)
+    assert unexplained_variance([(expected[1], each) for each in expected]) == pytest.approx(1)
+    assert unexplained_variance([(shifted[0], expected[0])] * 3) == 0  # nothing varies
+    assert unexplained_variance([(each[:1], each) for each in expected]) == math.inf
+    wrong = [(np.array([math.nan, 1.0]), each) for each in expected]
+    found = Findings(LIMITS["int8"], answers=1, unexplained={"logits": unexplained_variance(wrong)})
+    assert list(found.indistinct) == ["logits"] and not found.passed
+    assert not replace(found, limit=LIMITS["float32"]).indistinct  # its other limits see more
+
+
+def test_rows_of_pairs(artifact: Path, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """Every other one, where there is room for one; of exact length."""
+    manifest = Manifest.read(artifact)
+    original = load_original(checkpoint, tmp_path)
+    rows = GridRows(artifact, manifest.tokenizer, original, pairs=True)
+    for length in (3, 6, 32):
+        made = [rows.get(length, i) for i in range(5)]
+        assert [row.length for row in made] == [length] * 5
+        types = [set(row.encoding.type_ids) for row in made]
+        assert types == ([{0}] * 5 if length == 3 else [{0, 1}, {0}, {0, 1}, {0}, {0, 1}])
 
 
 def test_allowed_drift_is_recorded(

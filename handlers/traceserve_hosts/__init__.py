@@ -8,3 +8,8 @@ KEY_VARIABLE = "TRACESERVE_KEY"  # where it is set, every request needs this key
 # Or the key is in this file, which is read for each request: it may be rotated.
 KEY_FILE_VARIABLE = "TRACESERVE_KEY_FILE"
 SIGNED = "--signed"  # to `fetching`: the archive needs a signature
+
+
+def reason_in(said: str, otherwise: str) -> str:
+    """The last line of an error or a program's output: the reason, also after a traceback; `otherwise` where there is none."""
+    return next((line.strip() for line in reversed(said.splitlines()) if line.strip()), otherwise)

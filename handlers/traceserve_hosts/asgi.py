@@ -37,6 +37,7 @@ Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _METHODS = ("GET", "POST", "HEAD")
 _SECONDS_OF_HEALTH = 1.0  # that a canary's answer holds
+_LONGEST_STANDSTILL = 60.0  # seconds
 _FORM = "application/x-www-form-urlencoded"
 _MULTIPART = "multipart/form-data"
 # A form is decoded in the event loop: for a tenth of a second at most.
@@ -116,6 +117,14 @@ class _Located(NamedTuple):
     explain: bool = False
 
 
+class _Health(NamedTuple):
+    """What a canary found."""
+
+    when: float = -float("inf")
+    problem: Optional[str] = None
+    late: bool = False  # it got no answer, which may be the queue's fault
+
+
 class Application:
     """One archive as an ASGI application."""
 
@@ -123,7 +132,7 @@ class Application:
         self._service = service
         self._batcher = batcher
         self._limits = limits
-        self._health: Tuple[float, Optional[str]] = (-float("inf"), None)  # when, and what was wrong
+        self._health = _Health()
         self._canary: Optional[asyncio.Future[None]] = None  # on its way, for all who ask meanwhile
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -133,18 +142,30 @@ class Application:
     async def unhealthy(self, holds: float = _SECONDS_OF_HEALTH) -> Optional[str]:
         """Why the model does not answer its own sample; None where it does. An answer holds for so many seconds, a failure
         for one at most."""
-        holds = holds if self._health[1] is None else min(holds, _SECONDS_OF_HEALTH)
-        if time.monotonic() - self._health[0] >= holds:
+        holds = holds if self._health.problem is None else min(holds, _SECONDS_OF_HEALTH)
+        if time.monotonic() - self._health.when >= holds:
             if self._canary is None or self._canary.done():
                 self._canary = asyncio.ensure_future(self._ask_health())
             await asyncio.shield(self._canary)  # who asks may give up
-        return self._health[1]
+        return self._health.problem
+
+    async def broken(self, seconds: float, holds: float = _SECONDS_OF_HEALTH) -> Optional[str]:
+        """Why this process should be replaced; None where it should not.
+
+        As `unhealthy`, within so many seconds. But a canary waits behind the queue: where it is late, a process is broken only if
+        nothing was computed for a minute.
+        """
+        with contextlib.suppress(asyncio.TimeoutError):
+            problem = await asyncio.wait_for(self.unhealthy(holds), seconds)
+            if not self._health.late:
+                return problem
+        standstill = self._batcher.standstill
+        return f"nothing was computed for {standstill:.0f} s" if standstill > _LONGEST_STANDSTILL else None
 
     async def _ask_health(self) -> None:
-        problem = await self._try_canary()
-        self._health = (time.monotonic(), problem)
+        self._health = await self._try_canary()
 
-    async def _try_canary(self) -> Optional[str]:
+    async def _try_canary(self) -> _Health:
         from traceserve_runtime.protocols.bodies import Headers
         from traceserve_runtime.service import Call
 
@@ -155,9 +176,10 @@ class Application:
             reply = await asyncio.wait_for(asked.next(), self._limits.timeout)
         except asyncio.TimeoutError:
             asked.gone = True
-            return f"its sample was not answered within {self._limits.timeout:g} s"
+            problem = f"its sample was not answered within {self._limits.timeout:g} s"
+            return _Health(time.monotonic(), problem, late=True)
         status = getattr(reply, "status", 200)
-        return None if status == 200 else f"its sample was answered with {status}"
+        return _Health(time.monotonic(), None if status == 200 else f"its sample was answered with {status}")
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         path, headers = path_of(scope), headers_of(scope)

@@ -66,6 +66,7 @@ class Batcher:
         self._waiting: Deque[Asked] = deque()
         self._running = 0  # calls that joined and are not answered
         self._busy = False  # a batch runs, or the next one is being collected
+        self._moved = time.monotonic()
         self._full: Optional[asyncio.Event] = None  # a whole batch waits
         self._come = threading.Event()  # a call came while others are answered
 
@@ -74,6 +75,11 @@ class Batcher:
         """Calls beyond the one batch that is answered."""
         return len(self._waiting) + max(0, self._running - self._most)
 
+    @property
+    def standstill(self) -> float:
+        """For how many seconds no turn went well, while calls waited."""
+        return time.monotonic() - self._moved if self._busy else 0.0
+
     def ask(self, call: Call) -> Asked:
         """Queue a call."""
         job = Asked(call)
@@ -81,6 +87,7 @@ class Batcher:
         self._come.set()
         if not self._busy:
             self._busy = True
+            self._moved = time.monotonic()
             asyncio.ensure_future(self._collect())
         elif self._full is not None and len(self._waiting) >= self._most:
             self._full.set()
@@ -120,7 +127,10 @@ class Batcher:
         while running.calls:
             began = time.perf_counter()
             calls = running.turn()
-            self._tell(stats.taken(), calls, time.perf_counter() - began)
+            computed = stats.taken()
+            if computed.micro_batches or not computed.errors:  # explanations count no micro-batches
+                self._moved = time.monotonic()
+            self._tell(computed, calls, time.perf_counter() - began)
             self._running = len(running.calls)
             if running.calls:
                 self._come.clear()

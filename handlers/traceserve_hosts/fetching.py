@@ -19,7 +19,7 @@ from traceserve.archives import signing, staging
 from traceserve.archives.contents import unpack
 from traceserve.errors import ArchiveError
 from traceserve.machine import user_folders
-from traceserve_runtime.errors import TraceserveError
+from traceserve_runtime.errors import TraceserveError, reason
 from traceserve_runtime.manifest import sha256
 
 from traceserve_hosts import SIGNED
@@ -37,6 +37,7 @@ def fetch_archive(address: str, expected: Optional[str] = None, trusted: Optiona
     the pages of its weights. Whoever comes second finds it finished: it appears whole.
     """
     cache = user_folders.cache("archives")
+    expected = None if expected is None else expected.lower()
     if trusted is not None:
         with staging.scratch() as scratch:
             return _unpacked(_signed_copy(address, scratch, trusted), cache, expected, address)
@@ -103,8 +104,8 @@ def _downloaded(address: str, target: Path, what: str = "archive") -> Path:
         raise ArchiveError(f"there is no {what} at {address}") from None
     except (ImportError, ValueError) as error:  # the package of this kind of storage, or the kind is not known
         raise ArchiveError(f"{address} cannot be fetched here: {error}") from None
-    except OSError as error:
-        raise ArchiveError(f"{address} could not be fetched: {error}") from None
+    except Exception as error:  # each storage's package has its own, as aiohttp's ClientResponseError for 403
+        raise ArchiveError(f"{address} could not be fetched: {reason(error)}") from None
     return target
 
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, NamedTuple, Optional
 
-from traceserve_hosts import SIGNED, libraries
+from traceserve_hosts import SIGNED, libraries, reason_in
 
 if TYPE_CHECKING:
     from traceserve_runtime.service import Service
@@ -46,7 +46,7 @@ def load_archive(
     folder = Path(address) if whole else unpacked(address, sha256, trusted)
     own = str(folder.resolve())
     present = sys.modules.get("traceserve_runtime")
-    if present is not None and not str(present.__file__).startswith(own):
+    if present is not None and Path(own) not in Path(str(present.__file__)).parents:
         raise RuntimeError(f"another traceserve_runtime was imported before that of {address}: {present.__file__}")
     sys.path.insert(0, own)
     libraries.set_defaults()
@@ -106,5 +106,5 @@ def unpacked(address: str, sha256: Optional[str] = None, trusted: Optional[str] 
     command += [SIGNED] if trusted is not None else []
     result = subprocess.run(command, input=trusted or "", capture_output=True, text=True)
     if result.returncode:
-        raise RuntimeError((result.stderr.strip().splitlines() or [f"{address} could not be fetched"])[-1])
+        raise RuntimeError(reason_in(result.stderr, f"{address} could not be fetched"))
     return Path(json.loads(result.stdout)["folder"])

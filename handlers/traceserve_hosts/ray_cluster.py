@@ -22,6 +22,8 @@ from typing import Any, List, Mapping, Sequence
 import ray
 from ray import serve
 
+from traceserve_hosts import reason_in
+
 _POLL = 0.2  # seconds
 _SECONDS_TO_END = 300.0  # more than twice what a replica may take to finish what it was asked
 _REASON = re.compile(r"^(?:\w+\.)*[A-Z]\w+: (.+)$", re.MULTILINE)  # the last line of a traceback
@@ -83,7 +85,7 @@ def replica_failure(error: Exception) -> str:
         for each in application.deployments.values()
     ]
     found = _REASON.findall("\n".join([str(error), *said]))
-    return found[-1] if found else str(error).strip().splitlines()[-1]
+    return found[-1] if found else reason_in(str(error), type(error).__name__)
 
 
 def main(arguments: List[str]) -> int:

@@ -28,12 +28,13 @@ from traceserve_hosts.asgi import (
 from traceserve_hosts.batcher import Batcher
 from traceserve_hosts.loading import load_archive
 from traceserve_hosts.ray_config import NAMING, Replicas
-from traceserve_hosts.routing import Router, messages
+from traceserve_hosts.routing import Router, may_stream, messages
 
 _SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0]  # TorchServe's buckets
 ARCHIVE = "archive"  # the deployment of every application, so that a new version updates the old one's replicas
 _HEALTH_PERIOD = 2.0  # seconds after which Ray notices that a replica's process has ended
 _CANARY_HOLDS = 10.0  # seconds: asking the model each time would take processor time from requests
+_SECONDS_OF_CANARY = 20.0  # a third of Ray's own timeout; later the queue's progress decides
 _SECONDS_BEFORE_MORE, _SECONDS_BEFORE_FEWER = 5.0, 60.0  # that the number of requests calls for them
 _GRACE = 120.0  # seconds in which a replica that goes may finish what it was asked
 
@@ -58,7 +59,7 @@ def archive(args: Mapping[str, Any]) -> serve.Application:
         max_ongoing_requests=options["queue"] + 256,  # the replica itself says when too many wait
         logging_config={"enable_access_log": False},
         health_check_period_s=_HEALTH_PERIOD,
-        health_check_timeout_s=60.0,
+        health_check_timeout_s=3 * _SECONDS_OF_CANARY,
         graceful_shutdown_timeout_s=_GRACE,
         max_surge_percent=replicas.surge,
         **own,
@@ -116,7 +117,7 @@ class Replica:
 
     async def check_health(self) -> None:
         """Ray asks this every two seconds, and replaces a replica that fails three times."""
-        problem = await self._application.unhealthy(_CANARY_HOLDS)
+        problem = await self._application.broken(_SECONDS_OF_CANARY, _CANARY_HOLDS)
         if problem is not None:
             raise RuntimeError(problem)
 
@@ -153,7 +154,7 @@ class Front:
         handle = self._handles.get(application)
         if handle is None:
             handle = self._handles[application] = serve.get_app_handle(application)
-        if b'"stream"' in body:
+        if may_stream(scope, body):
             async for message in handle.options(stream=True).answering.remote(scope, body):
                 yield message
         else:

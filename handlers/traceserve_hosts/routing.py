@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 from typing import AsyncIterator, Callable, Dict, List, Mapping, Optional, Tuple
 
@@ -32,6 +31,7 @@ Ask = Callable[[str, str, Scope, bytes], AsyncIterator[Message]]
 _PASSED = ("type", "method", "path", "query_string", "headers")  # of a scope; the rest is of this process alone
 _BEHIND = ("v1/models/", "v2/models/", "models/")  # a model's name
 _OF_SERVERS = ("v2", "v2/health/live")  # every archive gives the same answer
+_STREAM = (b'"stream"', b"%22stream%22")  # in JSON; in a form's JSON
 
 
 class Router:
@@ -59,7 +59,7 @@ class Router:
             await replied(send, 200, self._models())
             return
         body = await self._limits.body(headers, receive)
-        name, version, path = self._located(path, body)
+        name, version, path = self._located(path, headers, body)
         asked = {key: scope[key] for key in _PASSED if key in scope}
         async for message in self._ask(name, version, {**asked, "path": path}, body):
             await send(message)
@@ -81,11 +81,11 @@ class Router:
         data = [{"id": name, "object": "model", "created": 0, "owned_by": "traceserve"} for name in self._shares]
         return {"object": "list", "data": data, "models": list(self._shares)}
 
-    def _located(self, path: str, body: bytes) -> Tuple[str, str, str]:
+    def _located(self, path: str, headers: Mapping[str, str], body: bytes) -> Tuple[str, str, str]:
         """The name and the version that are meant, and the path as this version's own application has it; raises Refused."""
         door, _, rest = path.lstrip("/").partition("/")
         if door not in ("predictions", "explanations"):
-            name = self._named(path.lstrip("/"), body)
+            name = self._named(path.lstrip("/"), headers, body)
             return name, self._chosen(name), path
         name, _, rest = rest.partition("/")
         self._check(name)
@@ -97,8 +97,8 @@ class Router:
         own = f"/{door}/{name}/{version}/{rest}" if version else f"/{door}/{name}"
         return name, version or self._chosen(name), own.rstrip("/")
 
-    def _named(self, path: str, body: bytes) -> str:
-        """The model that a path or a body names."""
+    def _named(self, path: str, headers: Mapping[str, str], body: bytes) -> str:
+        """The model that a path or a body names; raises Refused."""
         for begin in _BEHIND:
             if path.startswith(begin):
                 name = path[len(begin) :].partition("/")[0].partition(":")[0]
@@ -106,7 +106,7 @@ class Router:
                 return name
         if len(self._shares) == 1 or path.strip("/") in _OF_SERVERS:
             return next(iter(self._shares))
-        named = _model(body)
+        named = _model(headers, body)
         if named is None:
             known = ", ".join(f"/predictions/{each}" for each in self._shares)
             raise Refused(404, "ModelNotFound", f'several models are served; name one as "model", or ask at {known}')
@@ -123,11 +123,27 @@ class Router:
         return chosen
 
 
-def _model(body: bytes) -> Optional[str]:
-    """What the JSON object in a body calls its model."""
+def may_stream(scope: Scope, body: bytes) -> bool:
+    """Whether the answer may come in pieces; also where the body cannot be searched: it is compressed, or UTF-16 or UTF-32."""
+    encoding = headers_of(scope).get("content-encoding", "").strip().lower()
+    return encoding not in ("", "identity") or b"\0" in body or any(word in body for word in _STREAM)
+
+
+def _model(headers: Mapping[str, str], body: bytes) -> Optional[str]:
+    """What the JSON object in a body, which is decoded as the archives do, calls its model; raises Refused for one that
+    cannot be decompressed."""
+    from traceserve_runtime.errors import TraceserveError
+    from traceserve_runtime.protocols.decoding import decode_text, decompress, media_of
+    from traceserve_runtime.protocols.wording import parse_json
+
     try:
-        value = json.loads(body)
-    except (ValueError, RecursionError):
+        plain = decompress(body, headers.get("content-encoding", ""))
+    except TraceserveError as error:
+        raise Refused(error.status, type(error).__name__, error.message) from None
+    assert isinstance(plain, bytes)
+    try:
+        value = parse_json(decode_text(plain, media_of(headers.get("content-type", "")), "body"))
+    except TraceserveError:
         return None
     name = value.get("model") if isinstance(value, dict) else None
     return name if isinstance(name, str) else None

@@ -13,11 +13,9 @@ gets a stream in pieces. All other protocols stand behind /invocations by the he
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
 import sys
-import time
 from typing import Any, Dict, Mapping, Optional, Sequence
 
 from traceserve_hosts import web
@@ -26,7 +24,6 @@ from traceserve_hosts.asgi import Application, Receive, Refused, Scope, Send, gu
 MODEL = "/opt/ml/model"
 _PATH = re.compile(r"(?:^|[,;\s])path=([\w./:-]+)")  # of a protocol, within the custom attributes
 _SECONDS_OF_PING = 1.5  # SageMaker waits two
-_ALIVE = 60.0  # seconds since the last answer, within which a server that is busy is healthy
 _LARGEST = 1024  # MB, of an asynchronous endpoint's body
 
 
@@ -37,12 +34,11 @@ class Container:
         self._megabytes = megabytes
         self._application: Optional[Application] = None
         self._batch_size = 1
-        self._answered = time.monotonic()
 
     def serve(self, archive: Any) -> None:
         """Answer by this archive."""
         self._batch_size = archive.batch_size
-        self._application = web.application(archive, self._megabytes << 20, self._report)
+        self._application = web.application(archive, self._megabytes << 20)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -52,7 +48,7 @@ class Container:
         assert self._application is not None
         path = path_of(scope)
         if path == "/ping":
-            problem = await self._problem()
+            problem = await self._application.broken(_SECONDS_OF_PING)
             await replied(send, 503 if problem else 200, {"status": problem or "Healthy"})
         elif path == "/execution-parameters":
             await replied(send, 200, self._parameters())
@@ -62,17 +58,6 @@ class Container:
             raise Refused(
                 404, "NotFound", "SageMaker asks /ping and /invocations; other paths go into a header, see the docs"
             )
-
-    async def _problem(self) -> Optional[str]:
-        """What is wrong. Behind a long queue a canary is late: who has just answered others is healthy."""
-        assert self._application is not None
-        try:
-            return await asyncio.wait_for(self._application.unhealthy(), _SECONDS_OF_PING)
-        except asyncio.TimeoutError:
-            return None if time.monotonic() - self._answered < _ALIVE else "no answer for a minute"
-
-    def _report(self, *told: object) -> None:
-        self._answered = time.monotonic()
 
     def _parameters(self) -> Dict[str, object]:
         return {

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Optional, Sequence
 from traceserve_hosts import KEY_FILE_VARIABLE, KEY_VARIABLE
 from traceserve_hosts.addresses import is_only_local
 from traceserve_hosts.asgi import Application, Asgi, Limits, key_from_environment
-from traceserve_hosts.batcher import Batcher, Report
+from traceserve_hosts.batcher import Batcher
 from traceserve_hosts.loading import load_archive
 
 if TYPE_CHECKING:
@@ -47,12 +47,10 @@ def loaded(address: str, name: Optional[str] = None, trusted: Optional[str] = No
     return load_archive(address, os.environ.get(DIGEST_VARIABLE) or None, name, gpu=_DRIVER.exists(), trusted=pem)
 
 
-def application(archive: Loaded, largest_body: int, report: Optional[Report] = None) -> Application:
+def application(archive: Loaded, largest_body: int) -> Application:
     """The archive as an ASGI application; `largest_body` in bytes."""
     limits = Limits(key_from_environment(), largest_body, timeout=archive.timeout)
-    return Application(
-        archive.service, Batcher(archive.service, archive.batch_size, archive.batch_delay, report), limits
-    )
+    return Application(archive.service, Batcher(archive.service, archive.batch_size, archive.batch_delay), limits)
 
 
 def serve_until_signal(

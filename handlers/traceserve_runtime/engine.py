@@ -223,7 +223,8 @@ class Engine:
         def decode() -> Answer:
             value = self.task.answer(request, encoded.rows, arrays)
             tokens = sum(row.length for row in encoded.rows)
-            return Answer(value, encoded.unseen, tokens, self.task.details(request, encoded.rows, arrays))
+            answer = Answer(value, encoded.unseen, tokens, self.task.details(request, encoded.rows, arrays))
+            return replace(answer, continuation=self.task.continuation(request, encoded.rows, arrays, answer))
 
         return failures.contained("it made this answer", decode)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import List, Optional
 
 from traceserve_runtime.json_types import JsonObject
 
@@ -101,4 +101,13 @@ class MissingPackage(TraceserveError):
 
 def reason(error: Exception) -> str:
     """Return the first line of another library's error, or its kind if it has no message."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return _lines(error)[0]
+
+
+def last_reason(error: Exception) -> str:
+    """Return the last line of another library's error, or its kind if it has no message."""
+    return _lines(error)[-1]
+
+
+def _lines(error: Exception) -> List[str]:
+    return [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]

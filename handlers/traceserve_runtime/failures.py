@@ -7,7 +7,7 @@ import traceback
 from types import TracebackType
 from typing import Callable, Dict, List, Optional, Sequence, Tuple, Type, TypeVar, Union
 
-from traceserve_runtime.errors import ModelFailure, TraceserveError
+from traceserve_runtime.errors import ModelFailure, TraceserveError, last_reason
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +52,7 @@ def unexpected(error: Exception, doing: str) -> TraceserveError:
 def of_the_model(error: Exception) -> ModelFailure:
     """Return the error for a request on which the model failed: the last line of the message, since the first is
     torch's."""
-    failure = ModelFailure(
-        f"the model failed on this input: {(str(error).strip() or type(error).__name__).splitlines()[-1]}"
-    )
+    failure = ModelFailure(f"the model failed on this input: {last_reason(error)}")
     failure.__cause__ = error
     return failure
 

@@ -274,6 +274,8 @@ def _load(path: Path) -> object:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InvalidManifest(f"{path.name} is missing: this folder was not made by `traceserve export`") from None
+    except OSError as error:
+        raise InvalidManifest(f"{path.name} cannot be read: {error}") from error
     except (ValueError, RecursionError) as error:
         raise InvalidManifest(f"{path.name} is not valid JSON: {error}") from error
 

@@ -8,9 +8,7 @@ validation, the shape of errors, the note on truncated texts and the pieces of a
 from __future__ import annotations
 
 import json
-import logging
 import math
-import traceback
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -25,10 +23,8 @@ from traceserve_runtime.pending import Pending
 from traceserve_runtime.protocols import protocol_of
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Body, Document, Protocol, Served
-from traceserve_runtime.streaming import Streams
+from traceserve_runtime.streaming import Stream
 from traceserve_runtime.tasks.contract import Answer, Request, Task, WrittenToken
-
-logger = logging.getLogger(__name__)
 
 TRUNCATED_HEADER = "X-Truncated"
 TURN_SECONDS = 0.1  # after which calls that have come meanwhile join those that are being answered; see `Work`
@@ -105,7 +101,7 @@ class Service:
         except TraceserveError as error:
             return error
         except Exception as error:  # an outer edge: only this call fails
-            return _unexpected(error, 1)
+            return failures.unexpected(error, "it read this request")
 
     def reply(self, call: Call, protocol: Protocol, result: _Result, stats: Stats) -> Reply:
         """Return the response to a call."""
@@ -117,7 +113,8 @@ class Service:
         try:
             return Reply(_encoded(result.document.value), result.document.content_type, headers=headers)
         except Exception as error:  # the edge of one request: an answer that is not JSON
-            unexpected = _unexpected(error, 1)
+            unexpected = failures.unexpected(error, "it wrote this answer")
+            failures.log([unexpected])
             stats.count_error(unexpected)
             return self._failed(call, protocol, unexpected)
 
@@ -133,7 +130,7 @@ class Service:
             refusal = protocol.error(error, call.parts, call.headers, self.served)
             return Reply(_encoded(refusal.document), status=refusal.status, phrase=refusal.phrase)
         except Exception as another:  # the edge of one request: not even its error fits its own format
-            _unexpected(another, 1)
+            failures.log([failures.unexpected(another, "it wrote this error")])
             return Reply(_encoded(error.to_json()), status=error.status, phrase=error.phrase)
 
 
@@ -148,13 +145,6 @@ def _at(error: TraceserveError, place: Optional[str]) -> TraceserveError:
     placed = type(error)(error.message, place)
     placed.__cause__ = error.__cause__
     return placed
-
-
-def _unexpected(error: Exception, calls: int) -> TraceserveError:
-    """Return a server error; it is logged without its message, which may contain a client's text."""
-    where = "".join(traceback.format_tb(error.__traceback__))
-    logger.error("traceserve: %s in a batch of %d\n%s", type(error).__name__, calls, where)
-    return TraceserveError("an unexpected error in the worker; its log has the details")
 
 
 class Exchange:
@@ -172,18 +162,18 @@ class Exchange:
         self._send = send
         self._unseen: Dict[str, str] = {}
         frames = body.frames if isinstance(body, Body) else None
-        whole = {0} if call.headers.grpc or send is None else ()
-        self._streams = Streams(self._tell, whole, {} if frames is None else {0: frames})
+        whole = call.headers.grpc or send is None
+        self._stream = Stream(None if whole else self._tell, frames)
 
-    def _tell(self, index: int, piece: bytes) -> None:
+    def _tell(self, piece: bytes) -> None:
         assert self._send is not None
-        self._send(piece, {"content-type": self._streams.content_type(0), **self._unseen})
+        self._send(piece, {"content-type": self._stream.content_type, **self._unseen})
 
     def emit(self, cut: Mapping[str, Tuple[int, int]], text: str, tokens: Sequence[WrittenToken] = ()) -> None:
         """Send what is new of a stream's text; see `Engine.answer`."""
-        if cut and not self._streams.started(0):
+        if cut and not self._stream.started:
             self._unseen = {TRUNCATED_HEADER: json.dumps({0: cut})}
-        self._streams.tell(0, text, tokens)
+        self._stream.tell(text, tokens)
 
     @property
     def done(self) -> bool:
@@ -192,7 +182,7 @@ class Exchange:
 
     def result(self, served: Served, task: Task, stats: Stats) -> _Result:
         """Return the response's content, once done."""
-        body, streams = self._body, self._streams
+        body, stream = self._body, self._stream
         if not isinstance(body, Body):
             return _Answered(body) if isinstance(body, Document) else body
         answers: List[Answer] = []
@@ -202,14 +192,15 @@ class Exchange:
                 answers.append(answer)
                 continue
             placed = _at(answer, body.field_path(i, answer.field))
-            if not streams.started(0):
+            if not stream.started:
                 return placed
             failures.log([placed])
             stats.count_error(placed)
-            return _Answered(Document(streams.ended(0, placed), streams.content_type(0)))
+            return _Answered(Document(stream.ended(placed), stream.content_type))
         if body.requests and task.streams(body.requests[0]):
-            last = streams.rest(0, str(answers[0].value), answers[0])
-            return _Answered(Document(last, streams.content_type(0)), answers)
+            answer = answers[0].continued
+            last = stream.rest(str(answer.value), answer)
+            return _Answered(Document(last, stream.content_type), answers)
         document = body.protocol.reply(answers, served)
         return _Answered(document if isinstance(document, Document) else Document(document), answers)
 
@@ -294,6 +285,7 @@ class Session:
         return exchange.result(self._service.served, self._service.engine.task, self._stats)
 
     def _fail(self, exchanges: Sequence[Exchange], error: Exception) -> None:
-        unexpected = _unexpected(error, len(exchanges))
+        unexpected = failures.unexpected(error, "it answered this request")
+        failures.log([unexpected] * len(exchanges))
         for each in exchanges:
             each.reply = self._service.reply(each.call, each.protocol, unexpected, self._stats)

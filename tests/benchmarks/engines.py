@@ -17,6 +17,7 @@ from typing import Dict, Iterator, List, Tuple
 
 import psutil
 import tables
+from traceserve.building.samples import OwnSamples
 from traceserve.measuring.load_generator import Endpoint, Result, send_load
 from traceserve.measuring.targets import traffic
 from traceserve.serving import configuration, instances, server
@@ -34,7 +35,7 @@ _KINDS = (  # a process's command line, and what it is
 
 def main() -> None:
     options = parsed()
-    bodies = traffic(options.texts)
+    bodies = traffic(OwnSamples.read(options.texts))
     rounds: List[Dict[str, Dict[str, float]]] = []
     with served(options.archive, TORCHSERVE) as one, served(options.archive, RAY) as other:
         both = {TORCHSERVE: one, RAY: other}

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import List
 
 import numpy as np
-from traceserve.building import samples
 from traceserve.building.checkpoints import loading, sources
 from traceserve.building.config.parsing import parse_config
 from traceserve.building.gate.reference import Reference, Wanted, run_original
+from traceserve.building.samples import OwnSamples
 from traceserve_runtime.manifest import TokenizerFacts
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.texts.rows import Encoded, Segments
@@ -41,7 +41,7 @@ def main() -> None:
         original.write_tokenizer(Path(folder))
         facts: TokenizerFacts = original.tokenizer_facts
         tokenizer = TextTokenizer(Path(folder), facts, original.max_length, max_rows=1)
-        asked = samples.read_samples(options.samples, TASKS[TASK])[:: options.every]
+        asked = OwnSamples.read(options.samples).requests(TASKS[TASK])[:: options.every]
         encoded = tokenizer.encode([Segments(request.inputs["text"]) for request in asked], ["truncate"] * len(asked))
     rows = list({tuple(e.rows[0].encoding.ids): e.rows[0] for e in encoded if isinstance(e, Encoded)}.values())
     reference = Reference(original)

@@ -20,11 +20,11 @@ from typing import Any, Dict, Iterable, List, Optional, Sequence
 
 import tables
 import torch
-from traceserve.building import samples
 from traceserve.building.checkpoints.original import Original
 from traceserve.building.config import parsing
 from traceserve.building.export import export
 from traceserve.building.exported import Exported
+from traceserve.building.samples import OwnSamples
 from traceserve.building.speeds import measure_speeds
 from traceserve.building.writers.lowering import precision
 from traceserve_runtime.engine import Engine
@@ -93,7 +93,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         texts = Path(name, "texts.jsonl")
         texts.write_text("".join(json.dumps({"text": line["text"]}) + "\n" for line in lines))
-        requests = samples.read_samples(texts, TASKS[options.task])
+        requests = OwnSamples.read(texts).requests(TASKS[options.task])
         made = {way: export_as(way, content, Path(name, way), texts) for way in options.dtypes.split(",")}
         speeds = measure_speeds({way: Path(name, way) for way in made}, requests, lambda *_: None)
         rows, found = [], []

@@ -46,7 +46,12 @@ class Server:
         """Send the texts in a closed loop."""
         bodies = [self.body(text) for text in texts]
         return load_generator.send_load(
-            load_generator.Endpoint(self.url), bodies, self.content_type, connections, None, seconds, warm_up
+            load_generator.Endpoint(self.url),
+            bodies,
+            self.content_type,
+            connections,
+            seconds=seconds,
+            warm_up=warm_up,
         )
 
 

@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 from typing import List, Optional
 
-from traceserve.building import samples
+from traceserve.building.samples import OwnSamples
 from traceserve.measuring.answers import Consistency
 from traceserve.measuring.load_generator import Endpoint, Result, send_load
 from traceserve.rollout import draining
@@ -35,7 +35,7 @@ def main(arguments: Optional[List[str]] = None) -> None:
     parser.add_argument("--without-drain", action="store_true", help="TorchServe alone")
     parser.add_argument("--engine", default=engines.TORCHSERVE, choices=engines.NAMES)
     options = parser.parse_args(arguments)
-    bodies = [json.dumps({"text": text}).encode() for _, text in samples.lines(options.samples)]
+    bodies = [json.dumps({"text": text}).encode() for _, text in OwnSamples.read(options.samples).lines]
     if options.without_drain:
         draining.drain = lambda *arguments: 0
     port = configuration.free_ports(1)[0]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import gzip
 import json
 import re
 import subprocess
@@ -11,7 +13,8 @@ import time
 import urllib.request
 from collections import Counter
 from pathlib import Path
-from typing import Any, Iterator, List
+from types import SimpleNamespace
+from typing import Any, AsyncIterator, Iterator, List
 
 import psutil
 import pytest
@@ -22,7 +25,11 @@ from traceserve.serving import configuration, instances, keys, server
 from traceserve.serving.engines import RAY
 from traceserve.serving.front import FrontendOptions
 from traceserve.serving.instances import Instance
+from traceserve_hosts import ray_serve
+from traceserve_hosts.asgi import Application
+from traceserve_hosts.batcher import Asked, Batcher
 from traceserve_runtime.engine import Engine
+from traceserve_runtime.service import Service
 from traceserve_runtime.tasks.contract import Answer, Request
 
 from ray_serve.cluster import ask
@@ -58,6 +65,50 @@ def test_what_is_wrong_is_said(served: Instance) -> None:
     assert reply.status == 400 and reply.json["error"]["field"] == "text"
     assert ask(served.port, "/predictions/other", {"text": "x"}).status == 404
     assert ask(served.port, "/health").json == {"status": "Healthy"}
+
+
+def test_a_busy_replica_is_healthy_and_a_stuck_one_is_not(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Ray asks it: the canary is late, behind a queue that goes on or does not."""
+    monkeypatch.setattr(ray_serve, "_SECONDS_OF_CANARY", 0.1)
+    service = Service(engine, "intents")
+    batcher = Batcher(service, 1, 0.0)
+    replica: Any = SimpleNamespace(_application=Application(service, batcher))
+
+    async def ask(standstill: float) -> None:
+        monkeypatch.setattr(Batcher, "standstill", standstill)
+        await asyncio.wait_for(ray_serve.Replica.check_health(replica), 10)
+
+    batcher.ask = lambda call: Asked(call)  # type: ignore[method-assign]
+    asyncio.run(ask(5.0))
+    with pytest.raises(RuntimeError, match="nothing was computed for 61 s"):
+        asyncio.run(ask(61.0))
+
+
+def test_the_router_passes_on_in_pieces_what_it_cannot_search() -> None:
+    """A compressed request for a stream."""
+    streamed: List[bool] = []
+
+    async def answering(scope: Any, body: bytes) -> AsyncIterator[Any]:
+        streamed.append(True)
+        yield {"type": "http.response.start"}
+
+    async def answered(scope: Any, body: bytes) -> List[Any]:
+        streamed.append(False)
+        return [{"type": "http.response.start"}]
+
+    handle = SimpleNamespace(answering=SimpleNamespace(remote=answering), answered=SimpleNamespace(remote=answered))
+    handle.options = lambda stream: handle
+    front: Any = SimpleNamespace(_applications={("stories", "1.0"): "stories"}, _handles={"stories": handle})
+
+    async def ask(body: bytes, encoding: bytes) -> None:
+        scope = {"type": "http", "headers": [(b"content-encoding", encoding)]}
+        assert [_ async for _ in ray_serve.Front._messages(front, "stories", "1.0", scope, body)]
+
+    body = b'{"prompt": "x", "stream": true}'
+    asyncio.run(ask(gzip.compress(body), b"gzip"))
+    asyncio.run(ask(body, b"identity"))
+    asyncio.run(ask(b'{"prompt": "x"}', b""))
+    assert streamed == [True, True, False]
 
 
 def test_commands_know_it(served: Instance, capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,7 +69,7 @@ def decode_text(value: Union[str, bytes, bytearray], media: Media, part: str, ma
         return _decoded(value[len(mark) :], named, part)
     if media.is_json:  # UTF-8 if valid; if undeclared, its null bytes tell
         try:
-            return value.decode(codec and "utf-8" or json.detect_encoding(bytes(value[:4])))
+            return value.decode("utf-8" if codec else json.detect_encoding(bytes(value[:4])))
         except UnicodeDecodeError:
             if not codec:
                 return _decoded(value, "utf-8", part)

@@ -74,7 +74,8 @@ class HuggingFace:
         body = parse_value({"inputs": inputs, "parameters": parameters}, served.task, group, served.manifest.max_rows)
         answers = _OLD_ANSWERS if _OLD_CLIENT in headers.client else _ANSWERS
         form = _Answers(_is_list(body), answers.get(served.task.name, _unchanged))
-        return replace(body, protocol=form, frames=_Tokens() if streams else None)
+        requests = [replace(request, continues=True) for request in body.requests]
+        return replace(body, requests=requests, protocol=form, frames=_Tokens() if streams else None)
 
     def error(self, error: TraceserveError, parts: Mapping[str, object], headers: Headers, served: Served) -> Refusal:
         """Return a string and its kind, which the clients show."""
@@ -118,12 +119,12 @@ def _defaults(served: Served) -> Dict[str, object]:
 
 @dataclass(frozen=True)
 class _Answers(Plain):
-    """Our own answers in the shapes that these clients expect."""
+    """Our own answers in the shapes that these clients expect, with texts as text-generation-inference returns them."""
 
     change: Callable[[Json, bool], Json] = lambda value, is_list: value
 
     def reply(self, answers: Sequence[Answer], served: Served) -> Json:
-        values = [self.change(noted(answer), self.is_list) for answer in answers]
+        values = [self.change(noted(answer.continued), self.is_list) for answer in answers]
         return values if self.is_list else values[0]
 
 

@@ -80,7 +80,7 @@ def parse_requests(row: Mapping[str, object], headers: Headers, task: Type[Task]
 
 
 def parse_value(value: object, task: Type[Task], group: int, most: int, infer: bool = False) -> Body:
-    """`parse` for a body that is already decoded; `infer`: it came through gRPC's ModelInfer."""
+    """`parse_requests` for a body that is already decoded; `infer`: it came through gRPC's ModelInfer."""
     check_size(value, most)
     body = _read(value, task, group, infer)
     if len(body.requests) > most:

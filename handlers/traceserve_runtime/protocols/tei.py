@@ -81,7 +81,7 @@ def lengths(value: Mapping[str, object], default: bool = False) -> Dict[str, obj
 
 
 class Embed(Errors):
-    """Embeds texts, normalized by default; `all` returns the vectors of each token."""
+    """Embeds texts, normalized by default; `all_tokens` returns the vectors of each token."""
 
     def __init__(self, all_tokens: bool = False) -> None:
         self._all = all_tokens

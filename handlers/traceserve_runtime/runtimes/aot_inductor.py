@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Callable, List, Optional, Sequence, Tuple
 
 from traceserve_runtime import processor
-from traceserve_runtime.errors import InvalidManifest, MissingPackage
+from traceserve_runtime.errors import InvalidManifest, MissingPackage, reason
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runner import Arrays, Padding, State
 from traceserve_runtime.runtimes import team, torch_internals
@@ -73,9 +73,8 @@ def read(manifest: Manifest, folder: Path, device: str, settings: Settings = Set
     try:
         model = torch_internals.load_compiled(str(folder / manifest.model_file))
     except (RuntimeError, ValueError, OSError) as error:
-        reason = str(error).strip().split("\n", 1)[0]
         raise InvalidManifest(
-            f"{manifest.model_file} cannot be loaded by torch {torch.__version__}: {reason}"
+            f"{manifest.model_file} cannot be loaded by torch {torch.__version__}: {reason(error)}"
         ) from error
     return AotInductorRunner(model, manifest)
 

@@ -10,12 +10,13 @@ from typing import Dict, List, NamedTuple, Optional, Protocol, Sequence, Tuple, 
 import numpy as np
 
 from traceserve_runtime import processor
-from traceserve_runtime.errors import InvalidManifest, MissingPackage
+from traceserve_runtime.errors import InvalidManifest, MissingPackage, reason
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runner import Arrays, Padding, State
 from traceserve_runtime.runtimes.positions import joined_rows
 from traceserve_runtime.runtimes.variants import Variant
 from traceserve_runtime.settings import Settings
+from traceserve_runtime.versions import release_of
 
 # `Manifest.runtime`: each graph's file, and ONNX Runtime's optimization level when loading it.
 GRAPHS, LEVEL = "graphs", "graph_optimization_level"
@@ -146,9 +147,8 @@ def read(manifest: Manifest, folder: Path, device: str, settings: Settings = Set
                 str(folder / file), _options(level, settings.threads), providers=["CPUExecutionProvider"]
             )
         except _errors() as error:
-            reason = str(error).strip().split("\n", 1)[0]
             raise InvalidManifest(
-                f"{file} cannot be loaded by onnxruntime {onnxruntime.__version__}: {reason}"
+                f"{file} cannot be loaded by onnxruntime {onnxruntime.__version__}: {reason(error)}"
             ) from error
         graphs[name] = _Graph(session)
     return OnnxRunner(graphs, manifest)
@@ -162,7 +162,7 @@ def variants(manifest: Manifest, folder: Path, devices: Sequence[str]) -> List[V
 
 def int8_known(version: str) -> bool:
     """Return whether this version of ONNX Runtime supports int8."""
-    return tuple(map(int, version.split(".")[:2])) >= tuple(map(int, INT8_SINCE.split(".")))
+    return release_of(version) >= release_of(INT8_SINCE)
 
 
 def _facts(manifest: Manifest) -> Tuple[Dict[str, str], str]:

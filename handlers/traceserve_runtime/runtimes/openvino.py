@@ -12,7 +12,7 @@ from typing import Any, Dict, FrozenSet, List, Optional, Sequence, Tuple, Union
 import numpy as np
 
 from traceserve_runtime import processor
-from traceserve_runtime.errors import InvalidManifest, MissingPackage
+from traceserve_runtime.errors import InvalidManifest, MissingPackage, last_reason
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runner import Arrays, Padding, State
 from traceserve_runtime.runtimes.openvino_steps import PAST, PRESENT, ROWS, START, SteppingRunner
@@ -115,7 +115,7 @@ def read(
     if start is not None and start not in manifest.files:
         raise InvalidManifest(f"runtime.{START} should name a file of the archive")
     first = None if start is None else _compiled(openvino, folder / str(start), weights, properties)
-    return SteppingRunner(compiled, first, manifest, openvino.Tensor)
+    return SteppingRunner(compiled, first, openvino.Tensor)
 
 
 def only_weights(manifest: Manifest) -> bool:
@@ -129,8 +129,9 @@ def _compiled(openvino: Any, file: Path, weights: Path, properties: Dict[str, An
     try:
         return core.compile_model(core.read_model(str(file), str(weights)), "CPU", properties)
     except RuntimeError as error:
-        reason = str(error).strip().rsplit("\n", 1)[-1]
-        raise InvalidManifest(f"{file.name} cannot be loaded by openvino {openvino.__version__}: {reason}") from error
+        raise InvalidManifest(
+            f"{file.name} cannot be loaded by openvino {openvino.__version__}: {last_reason(error)}"
+        ) from error
 
 
 def _check_ports(manifest: Manifest, compiled: Any, loops: bool) -> None:

@@ -13,7 +13,6 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
-from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runner import Arrays, Padding, State
 from traceserve_runtime.runtimes.positions import joined_rows
 
@@ -53,13 +52,10 @@ class SteppingRunner:
 
     padding = Padding()
 
-    def __init__(
-        self, step: Any, start: Optional[Any], manifest: Manifest, tensor: Callable[[np.ndarray], Any]
-    ) -> None:
+    def __init__(self, step: Any, start: Optional[Any], tensor: Callable[[np.ndarray], Any]) -> None:
         self._step = step
         self._start = start
         self._tensor = tensor
-        self._manifest = manifest
         self._inputs = _names(step.inputs)
         self._outputs = _names(step.outputs)
         self._one_at_a_time = threading.Lock()

@@ -23,6 +23,7 @@ from traceserve_runtime.runtimes.torchscript.gradients import GradientGraphs
 from traceserve_runtime.runtimes.torchscript.reader import TorchScriptRunner, settle
 from traceserve_runtime.runtimes.variants import Variant
 from traceserve_runtime.settings import Settings
+from traceserve_runtime.versions import release_of
 
 if TYPE_CHECKING:
     import torch
@@ -152,8 +153,8 @@ def _load(manifest: Manifest, folder: Path) -> PreTrainedModel:
     if version.split(".")[0] != made_with.split(".")[0]:
         logger.warning("transformers is %s here, and was %s where the answers were compared", version, made_with)
     dtype = torch.float16 if manifest.dtype == "float16" else torch.float32
-    numbers = tuple(int(part) for part in version.split(".")[:2])
-    if numbers < OLDEST:
+    release = release_of(version)
+    if release < OLDEST:
         raise MissingPackage(f"this archive needs transformers {OLDEST_NAMED} or newer, this is {version}")
     file = folder / manifest.model_file
     try:
@@ -164,13 +165,12 @@ def _load(manifest: Manifest, folder: Path) -> PreTrainedModel:
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
-            **{"dtype" if numbers >= (4, 56) else "torch_dtype": dtype},
+            **{"dtype" if release >= (4, 56) else "torch_dtype": dtype},
         )
     except Exception as error:  # transformers' many models raise anything
-        lines = str(error).strip().splitlines() or [""]
         raise InvalidManifest(
             f"{file.name} cannot be loaded by transformers {version} (it was written by {made_with}): "
-            f"{type(error).__name__}: {lines[0]}"
+            f"{type(error).__name__}: {reason(error)}"
         ) from error
     missing = [*report.get("missing_keys", ()), *map(str, report.get("mismatched_keys", ()))]
     if missing:

@@ -32,6 +32,7 @@ class Request:
 
     Requests of one `group`, a client's own batch, share the limit on rows; None means no group. `where` is the
     request's path in the client's body, such as "inputs[2]". `explain`: it asks for an explanation of its answer.
+    `continues`: it asks for a text as it continues the prompt's, see `Answer.continuation`.
     """
 
     inputs: Mapping[str, Any]
@@ -39,6 +40,7 @@ class Request:
     group: Optional[int] = None
     where: str = field(default="", compare=False)
     explain: bool = False
+    continues: bool = False
 
 
 # Of a generated text, in text-generation-inference's format: see `tasks.generating`.
@@ -47,12 +49,22 @@ Details = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Answer:
-    """The pipeline's answer to a request, ready for JSON; `unseen` maps a field to its truncated characters."""
+    """The pipeline's answer to a request, ready for JSON; `unseen` maps a field to its truncated characters.
+
+    `continuation`: the same with a text as it continues the prompt's, as OpenAI's and text-generation-inference's are: the
+    pipeline leaves out the space before a first word. None where the request does not ask for it or it is the same.
+    """
 
     value: Json
     unseen: Dict[str, Tuple[int, int]] = field(default_factory=dict)
     tokens: int = 0  # read by the model
     details: Optional[Details] = None
+    continuation: Optional[Answer] = None
+
+    @property
+    def continued(self) -> Answer:
+        """The answer with a text as it continues the prompt's."""
+        return self.continuation or self
 
 
 class WrittenToken(NamedTuple):
@@ -101,7 +113,7 @@ def characters(parts: Parts) -> int:
     return sum(len(part.text) + (len(part.pair) if part.pair else 0) for part in parts)
 
 
-def _without(
+def without_refused(
     refused: Mapping[Optional[int], InputTooLong], requests: Sequence[Request], parts: List[Parts]
 ) -> List[Parts]:
     """Replace the parts of refused groups by their errors."""
@@ -206,17 +218,18 @@ class Task:
         return self.tokenize(requests, self.parts(requests))
 
     def parts(self, requests: Sequence[Request]) -> List[Parts]:
-        """Return each request's segments, or why there are none: those of a group with too many are only counted."""
-        parts: List[Parts] = [
-            failures.contained("it read this request", partial(self.segments, request)) for request in requests
-        ]
-        measured = (
-            (request.group, len(part), characters(part))
-            for request, part in zip(requests, parts)
-            if not isinstance(part, TraceserveError)
-        )
-        parts = _without(limits.refused_groups(measured, self.tokenizer.limits.of_texts), requests, parts)
-        return _without(self._probed(requests, parts), requests, parts)
+        """Return each request's segments, or why there are none: those of a group with too many characters are not made."""
+        sums = limits.GroupSums()
+        parts: List[Parts] = []
+        for request in requests:
+            part: Parts = []
+            if sums.size(request.group) <= self.tokenizer.limits.characters:
+                part = failures.contained("it read this request", partial(self.segments, request))
+            if not isinstance(part, TraceserveError):
+                sums.add(request.group, len(part), characters(part))
+            parts.append(part)
+        parts = without_refused(sums.refused(self.tokenizer.limits.of_texts), requests, parts)
+        return without_refused(self._probed(requests, parts), requests, parts)
 
     def _probed(self, requests: Sequence[Request], parts: Sequence[Parts]) -> Dict[Optional[int], InputTooLong]:
         """Return the groups whose texts' beginnings already show more tokens than one HTTP request may have."""
@@ -254,6 +267,12 @@ class Task:
 
     def details(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Optional[Details]:
         """Return the details of a generated text, for protocols that report them."""
+        return None
+
+    def continuation(
+        self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays], answer: Answer
+    ) -> Optional[Answer]:
+        """Return the answer with its text as it continues the prompt's; see `Answer`."""
         return None
 
     def same(self, answer: Json, other: Json) -> bool:

@@ -7,20 +7,25 @@ from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
-from traceserve_runtime.errors import InputTooLong, InvalidRequest, Unsupported
+from traceserve_runtime.errors import InputTooLong, InvalidRequest, TraceserveError, Unsupported
 from traceserve_runtime.json_types import Json, JsonObject, json_objects
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runner import Arrays
 from traceserve_runtime.softmax import softmax
-from traceserve_runtime.tasks.contract import ModelFacts, Request, Task
+from traceserve_runtime.tasks.contract import ModelFacts, Parts, Request, Task, without_refused
 from traceserve_runtime.tasks.parameters import Field, Output, Parameter, strings
-from traceserve_runtime.texts import windows
+from traceserve_runtime.texts import limits, windows
+from traceserve_runtime.texts.filled_texts import FilledTexts
 from traceserve_runtime.texts.rows import Row, Segments
 from traceserve_runtime.texts.tokenization import TextTokenizer
 
 # The largest size of one run's logits, float32 of shape (batch, length, vocabulary).
 _MOST_BYTES = 1 << 28
 _MOST_CANDIDATES = 1000  # of all masks of a text; each is returned with the whole text
+# In characters, of the texts that one HTTP request is answered with, one for each token. The longest request has room for as
+# many tokens of each mask.
+_MOST_RETURNED, _LEAST_TOKENS = 1 << 25, 8
+_BESIDE = 256  # characters for the rest of a token's answer; to find a token takes as long as some of a text
 _LONGEST_TARGET = 256  # in characters; only its first token counts
 _SETS_OF_TARGETS = 8  # kept: the texts of one request share theirs
 
@@ -69,6 +74,34 @@ class FillMask(Task):
     def _masked(self, row: Row) -> List[int]:
         return [i for i, token_id in enumerate(row.encoding.ids) if token_id == self.manifest.facts["mask_id"]]
 
+    def parts(self, requests: Sequence[Request]) -> List[Parts]:
+        parts = super().parts(requests)
+        sums = limits.GroupSums()
+        for request, part in zip(requests, parts):
+            if not isinstance(part, TraceserveError):
+                sums.add(request.group, *self._returned(request))
+        return without_refused(sums.refused(self._check_returned), requests, parts)
+
+    def _returned(self, request: Request) -> Tuple[int, int]:
+        """Return how many texts a request is answered with, and their characters, as far as is known before it is read."""
+        text, targets = request.inputs["text"], self._targets(request)
+        whole = self.long_inputs(request) != "truncate"
+        length = len(text) if whole else min(len(text), limits.most_of_a_row(self.manifest.max_length))
+        masks = text.count(self.manifest.facts["mask_token"])
+        known = self.tokenizer.vocabulary_size if targets is None else len(targets)
+        count = min(masks * min(self.parameter(request, "top_k"), known), _MOST_CANDIDATES)
+        return count, count * (length + _BESIDE)
+
+    def _check_returned(self, count: int, characters: int) -> Optional[InputTooLong]:
+        most = max(_MOST_RETURNED, _LEAST_TOKENS * self.tokenizer.limits.characters)
+        if characters <= most:
+            return None
+        return InputTooLong(
+            f"the answer would have {count:,} tokens, each with its whole text; one request may have about "
+            f"{count * most // characters:,} with texts of this length; lower top_k, or send fewer texts",
+            "parameters.top_k",
+        )
+
     def segments(self, request: Request) -> List[Segments]:
         longest = max(map(len, self._targets(request) or ()), default=0)
         if longest > _LONGEST_TARGET:
@@ -93,6 +126,10 @@ class FillMask(Task):
                 "parameters.top_k",
             )
         kept = [{position: i for i, position in enumerate(self._masked(row))} for row in rows]
+        single = len(masks) == 1
+        # With several masks the pipeline shows the others, and so all special tokens. It leaves padding out.
+        padding = self.manifest.facts["pad_id"]
+        texts = FilledTexts(self.tokenizer, ids[ids != padding].tolist(), skip_special_tokens=single)
         answers = []
         for mask in masks:
             window, position, _ = merged[mask]
@@ -100,22 +137,15 @@ class FillMask(Task):
             scores = softmax(logits)
             # By logits: many unlikely tokens have a score of 0.
             best = candidates[np.argsort(-logits[candidates], kind="stable")[:top_k]]
-            answers.append([self._filled(ids, int(mask), int(token), scores[token], len(masks) == 1) for token in best])
-        return answers[0] if len(answers) == 1 else answers
+            place = int(np.count_nonzero(ids[:mask] != padding))
+            filled = texts.at(place, [None if token == padding else token for token in best.tolist()])
+            answers.append(self._ranked(best, scores[best], filled))
+        return answers[0] if single else answers
 
-    def _filled(self, ids: np.ndarray, position: int, token: int, score: float, single: bool) -> JsonObject:
-        filled = ids.copy()
-        filled[position] = token
-        padding = self.manifest.facts["pad_id"]
-        if padding is not None:
-            filled = filled[filled != padding]
-        return {
-            "score": float(score),
-            "token": token,
-            "token_str": self.tokenizer.decode([token], skip_special_tokens=False),
-            # With several masks the pipeline shows the others, and so all special tokens.
-            "sequence": self.tokenizer.decode(filled.tolist(), skip_special_tokens=single),
-        }
+    def _ranked(self, best: np.ndarray, scores: np.ndarray, filled: Sequence[str]) -> Json:
+        words = self.tokenizer.decode_each(best[:, None].tolist(), skip_special_tokens=False)
+        found = zip(scores.tolist(), best.tolist(), map(self.tokenizer.cleaned, words), filled)
+        return [dict(zip(("score", "token", "token_str", "sequence"), each)) for each in found]
 
     def _targets(self, request: Request) -> Optional[Tuple[str, ...]]:
         targets = self.parameter(request, "targets")

@@ -27,6 +27,7 @@ from traceserve_runtime.tasks.contract import (
     without_prefix,
 )
 from traceserve_runtime.tasks.parameters import Output, strings
+from traceserve_runtime.texts.continuation import Continuation
 from traceserve_runtime.texts.rows import Encoded, Row
 from traceserve_runtime.texts.written_text import WrittenText
 
@@ -185,11 +186,16 @@ class Generating(Task):
         prompt = self.prompt(job.row)
         settings = self.settings(job.request, job.row, prompt)
 
-        def reader() -> Callable[[List[int]], str]:
-            # Beams are several sequences, of which any may come next.
-            return WrittenText(self.text, self.tokenizer.decodes_locally).of if settings.num_beams == 1 else self.text
+        # Beams are several sequences, of which any may come next.
+        one = settings.num_beams == 1
+        alone = WrittenText(self.text, self.tokenizer.decodes_locally).of if one else self.text
+        continuation = Continuation(self.text, self.tail(prompt))
 
-        return search_for(prompt, settings, self._ends(job.request, prompt, reader()), self._told(job, reader()))
+        def continued(tokens: List[int]) -> str:
+            return continuation.of(tokens, alone(tokens))
+
+        told = self._told(job, continued if self.continues(job.request) else alone)
+        return search_for(prompt, settings, self._ends(job.request, prompt, continued), told)
 
     def written(self, member: Member) -> Arrays:
         """Return the row's new tokens, int64 of shape (tokens), and their log-probabilities if kept."""
@@ -223,7 +229,9 @@ class Generating(Task):
     def _finish_reason(self, request: Request, row: Row, ids: Sequence[int]) -> str:
         if ids and ids[-1] in self.manifest.facts["eos_ids"]:
             return "eos_token"
-        ends = self._ends(request, self.prompt(row), self.text)
+        prompt = self.prompt(row)
+        continuation = Continuation(self.text, self.tail(prompt))
+        ends = self._ends(request, prompt, lambda tokens: continuation.of(tokens, self.text(tokens)))
         return "stop_sequence" if ends is not None and ends(list(ids)) else "length"
 
     def _texts(self, ids: List[int], others: Sequence[Sequence[int]]) -> Tuple[List[str], List[List[str]]]:
@@ -244,23 +252,21 @@ class Generating(Task):
     def _ends(
         self, request: Request, prompt: Sequence[int], text_of: Callable[[List[int]], str]
     ) -> Optional[Callable[[List[int]], bool]]:
-        """Return a test for stop strings in new tokens, which may begin in the prompt, or be a special token, which no text
-        has; None without stop strings."""
+        """Return a test for stop strings in new tokens, whose text continues the prompt's. They may begin in the prompt, or
+        be a special token, which no text has. None without stop strings."""
         stops = self.parameter(request, "stop")
         if stops is None:
             return None
         wanted = strings(stops)
         ids = [self.tokenizer.token_id(stop) for stop in wanted]
         special = {number for number in ids if number is not None and not self.text([number])}
-        # Together: a decoder leaves out the space before a first word.
-        tail = self.tail(prompt)
-        before = len(self.text(tail))
+        tail = self.text(self.tail(prompt))
 
         def ends(tokens: List[int]) -> bool:
             if special.intersection(tokens[-1:]):
                 return True
-            text = text_of([*tail, *tokens])
-            return any(stop in text[max(0, before - len(stop) + 1) :] for stop in wanted)
+            text = tail + text_of(tokens)
+            return any(stop in text[max(0, len(tail) - len(stop) + 1) :] for stop in wanted)
 
         return ends
 
@@ -283,8 +289,12 @@ class Generating(Task):
         return tell
 
     def tail(self, prompt: Sequence[int]) -> List[int]:
-        """Return the end of the prompt, in which a stop string may begin."""
+        """Return the end of the prompt, which new tokens continue and in which a stop string may begin."""
         return []
+
+    def continues(self, request: Request) -> bool:
+        """Return whether the request's text is returned as it continues its prompt's."""
+        return False
 
     def _settled(self, text: str) -> str:
         """Return the part of a growing text that more tokens cannot change: no partial characters, no removable

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Dict, List, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Dict, List, Mapping, Optional, Sequence
 
 from traceserve_runtime.errors import InputTooLong, InvalidRequest
 from traceserve_runtime.json_types import Json
 from traceserve_runtime.runner import Arrays
-from traceserve_runtime.tasks.contract import ModelFacts, Request
+from traceserve_runtime.tasks.contract import Answer, Details, ModelFacts, Request
 from traceserve_runtime.tasks.generating import Generating
 from traceserve_runtime.tasks.generation_parameters import PARAMETERS
 from traceserve_runtime.tasks.parameters import Field, Parameter
 from traceserve_runtime.texts import chat
+from traceserve_runtime.texts.continuation import Continuation
 from traceserve_runtime.texts.rows import Row, Segments
+from traceserve_runtime.texts.written_text import text_as_sent
 
 
 class TextGeneration(Generating):
@@ -93,11 +97,47 @@ class TextGeneration(Generating):
         return bool(self.parameter(request, "stream"))
 
     def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Json:
-        written = self.text(outputs[0]["tokens"].tolist())
+        ids = outputs[0]["tokens"].tolist()
         if self.streams(request):
-            return written
-        told = {"details": self.details(request, rows, outputs)} if self.parameter(request, "details") else {}
+            return text_as_sent(self.text, ids)
+        details = self.details(request, rows, outputs) if self.parameter(request, "details") else None
+        return self._value(request, self.text(ids), details)
+
+    def _value(self, request: Request, written: str, details: Optional[Details]) -> Json:
+        told = {"details": details} if self.parameter(request, "details") else {}
         return [{"generated_text": self._whole(request, written), **told}]
+
+    def continues(self, request: Request) -> bool:
+        # A chat's new message follows no word.
+        return request.continues and ("text" in request.inputs or request.inputs["messages"][-1]["role"] == "assistant")
+
+    def continuation(
+        self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays], answer: Answer
+    ) -> Optional[Answer]:
+        if not self.continues(request):
+            return None
+        tail = self.tail(self.prompt(rows[0]))
+        continuation = Continuation(self.text, tail)
+        if not continuation.before:
+            return None
+        ids = outputs[0]["tokens"].tolist()
+        written = continuation.of(ids, text_as_sent(self.text, ids))
+        details = self._continued(answer.details or {}, tail)
+        value = written if self.streams(request) else self._value(request, written, details)
+        return replace(answer, value=value, details=details)
+
+    def _continued(self, details: Details, tail: Sequence[int]) -> Details:
+        """Return details in which the first token's text, and those of the others at its position, continue the prompt's."""
+        tokens, tops = details.get("tokens"), details.get("top_tokens")
+        if not tokens:
+            return details
+        continuation = Continuation(partial(self.tokenizer.decode, skip_special_tokens=False, raw=True), tail)
+
+        def continued(token: Details) -> Details:
+            return {**token, "text": continuation.of([token["id"]], token["text"])}
+
+        found = {**details, "tokens": [continued(tokens[0]), *tokens[1:]]}
+        return {**found, "top_tokens": [list(map(continued, tops[0])), *tops[1:]]} if tops else found
 
     def _whole(self, request: Request, written: str) -> Json:
         """Return the generated text, after the prompt or chat if that is returned too."""

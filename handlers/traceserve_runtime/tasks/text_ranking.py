@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from typing import Dict, List, Mapping, Optional, Sequence
+
+import numpy as np
 
 from traceserve_runtime.errors import InvalidRequest, Unsupported
 from traceserve_runtime.explaining.targets import Aim, ExplanationTarget, OutputCell
@@ -20,6 +21,8 @@ _ACTIVATIONS = {
     **dict.fromkeys(("torch.nn.modules.activation.Sigmoid", "torch.nn.Sigmoid", "torch.sigmoid"), "sigmoid"),
     **dict.fromkeys(("torch.nn.modules.linear.Identity", "torch.nn.Identity"), "none"),
 }
+_WITHIN = 0.05  # the scores of an unchanged answer
+_CLEARLY = 0.1  # by which a better document's logit is the larger: no near tie, as the gate calls two tokens' choice
 _SECTION = ("activation_fn", "version")  # the keys that sentence-transformers writes into config.json
 
 
@@ -109,19 +112,50 @@ class TextRanking(Task):
         return ExplanationTarget({"document": rows[best].part}, (Aim(best, (OutputCell("logits", (0,)),)),))
 
     def same(self, answer: Json, other: Json) -> bool:
-        """Require the same scores, to a hundredth."""
-        return all(
-            math.isclose(number(one["score"]), number(two["score"]), rel_tol=1e-2, abs_tol=1e-3)
-            for one, two in zip(json_objects(answer), json_objects(other))
+        """Require the same order of documents that differ clearly, and scores within a twentieth."""
+        one, two = (
+            {number(item["index"]): number(item["score"]) for item in json_objects(each)} for each in (answer, other)
         )
+        if len(one) != len(two):
+            return False
+        ranked = sorted({*one, *two})
+        # With `top_k` a document may be in one answer alone: in the other it is no better than the last.
+        scores = np.array([[each.get(i, min(each.values())) for i in ranked] for each in (one, two)])
+        if (np.abs(scores[0] - scores[1]) > _moved(scores)).any():
+            return False
+        logits = _logits(scores)
+        ahead = logits[:, :, None] - logits[:, None]  # of answer, document, other document
+        return not ((ahead[0] > _CLEARLY) & (ahead[1] <= 0) | (ahead[1] > _CLEARLY) & (ahead[0] <= 0)).any()
 
     def from_texts(self, texts: Sequence[str]) -> List[Request]:
-        """Use each text as a query for the next two."""
+        """Use each text as a query for itself and the next two."""
         return [
-            Request({"query": text, "documents": [texts[(i + k) % len(texts)] for k in (1, 2)]})
+            Request({"query": text, "documents": [texts[(i + k) % len(texts)] for k in range(3)]})
             for i, text in enumerate(texts)
             if len(text) < 200
         ]
+
+
+def _are_sigmoids(scores: np.ndarray) -> bool:
+    return bool(scores.min() >= 0 and scores.max() <= 1)
+
+
+def _moved(scores: np.ndarray) -> np.ndarray:
+    """Return by how much a score may differ: a model's outputs by more than their sigmoids, whose slope is a quarter at
+    most."""
+    return (
+        np.full(len(scores[0]), _WITHIN)
+        if _are_sigmoids(scores)
+        else _WITHIN * np.maximum(4, np.abs(scores).max(axis=0))
+    )
+
+
+def _logits(scores: np.ndarray) -> np.ndarray:
+    """Return the model's outputs of which these are sigmoids; other scores as they are."""
+    if not _are_sigmoids(scores):
+        return scores
+    within = np.clip(scores, 1e-38, 1 - 1e-7)
+    return np.asarray(np.log(within / (1 - within)))
 
 
 def _activation(model: ModelFacts) -> Optional[str]:

@@ -7,7 +7,8 @@ import json
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Dict, List, Mapping, NoReturn, Sequence, Tuple, Union
 
-from traceserve_runtime.errors import InvalidRequest, MissingPackage
+from traceserve_runtime.errors import InvalidRequest, MissingPackage, reason
+from traceserve_runtime.versions import release_of
 
 if TYPE_CHECKING:
     import jinja2
@@ -36,10 +37,8 @@ def render(template: str, tokens: Mapping[str, str], messages: Sequence[Mapping[
     except MissingPackage:
         raise
     except Exception as error:  # a template is the checkpoint's code, and may fail in any way
-        reason = str(error).strip().splitlines()
         raise InvalidRequest(
-            f"the model's chat template refuses these messages: {reason[0] if reason else type(error).__name__}",
-            "messages",
+            f"the model's chat template refuses these messages: {reason(error)}", "messages"
         ) from error
     if not continues:
         return text
@@ -61,7 +60,7 @@ def _compiled(template: str) -> jinja2.Template:
     except ImportError as error:
         raise MissingPackage(f"chat messages need jinja2, which cannot be imported: {error}") from error
 
-    if tuple(int(part) for part in jinja2.__version__.split(".")[:3]) < _SAFE:
+    if release_of(jinja2.__version__) < _SAFE:
         raise MissingPackage(
             f"chat messages need jinja2 {'.'.join(map(str, _SAFE))} or newer, whose sandbox holds; this is {jinja2.__version__}"
         )

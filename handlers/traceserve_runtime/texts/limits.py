@@ -38,17 +38,20 @@ class RequestLimits(NamedTuple):
         )
 
     def of_texts(self, count: int, characters: int) -> Optional[InputTooLong]:
-        """Return why the texts of one request are not tokenized, or None."""
+        """Return why the texts of one request are not tokenized, or None. Of several, `characters` may count the first ones."""
         if count > self.rows:
             return InputTooLong(
                 f"the request has {count:,} texts, each of one row or more; one request may have {self.rows:,} rows; "
                 "send several"
             )
         if characters > self.characters:
-            whose = "the text has" if count == 1 else "the texts together have"
-            return InputTooLong(
-                f"{whose} {characters:,} characters; one request may have {self.characters:,}; send several"
-            )
+            if count == 1:
+                message = f"the text has {characters:,} characters; one request may have {self.characters:,}"
+            else:
+                message = (
+                    f"the texts together have more than the {self.characters:,} characters that one request may have"
+                )
+            return InputTooLong(f"{message}; send several")
         return None
 
     def of_rows(self, rows: int, tokens: int) -> Optional[InputTooLong]:
@@ -87,13 +90,32 @@ def refused_groups(
 
     Texts without a group share no limit.
     """
-    sums: Dict[int, Tuple[int, int]] = {}
-    for group, count, size in measured:
+    sums = GroupSums()
+    for each in measured:
+        sums.add(*each)
+    return sums.refused(judge)
+
+
+class GroupSums:
+    """The counts and sizes of each group's texts; texts without a group share no limit, and are not counted."""
+
+    def __init__(self) -> None:
+        self._sums: Dict[int, Tuple[int, int]] = {}
+
+    def add(self, group: Optional[int], count: int, size: int) -> None:
+        """Count a text, or several."""
         if group is not None:
-            counts, sizes = sums.get(group, (0, 0))
-            sums[group] = counts + count, sizes + size
-    judged = {group: judge(*own) for group, own in sums.items()}
-    return {group: error for group, error in judged.items() if error is not None}
+            counts, sizes = self._sums.get(group, (0, 0))
+            self._sums[group] = counts + count, sizes + size
+
+    def size(self, group: Optional[int]) -> int:
+        """Return the size of the group's texts so far."""
+        return 0 if group is None else self._sums.get(group, (0, 0))[1]
+
+    def refused(self, judge: Judge) -> Dict[Optional[int], InputTooLong]:
+        """Return the refused groups, each with the reason."""
+        judged = {group: judge(*own) for group, own in self._sums.items()}
+        return {group: error for group, error in judged.items() if error is not None}
 
 
 def groups_of(groups: Sequence[Optional[int]]) -> List[slice]:

@@ -272,6 +272,10 @@ class PieceTokenizer:
                 part += token if token in self._as_they_are else token.replace(SPACE, " ")
         return (written + self._normalizer.begun(part)).strip()
 
+    def decode_batch(self, sequences: Sequence[Sequence[int]], skip_special_tokens: bool = True) -> List[str]:
+        """Decode each."""
+        return [self.decode(ids, skip_special_tokens) for ids in sequences]
+
     def pieces(self, text: str) -> List[TextPiece]:
         """Return a text's special tokens, and the pieces between them."""
         found: List[TextPiece] = []

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 LONG_INPUTS = ("window", "truncate", "reject")
 _SPACES_TO_CLEAN = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 _CHARACTERS_OF_PROSE = 4  # per token
+_LOCAL_FOR_ANY_TOKENS = (("ByteLevel",), ("Metaspace",), ("WordPiece",))
 _LOCAL_DECODERS = (
     ("ByteLevel",),
     ("Metaspace",),
@@ -56,7 +57,10 @@ class TextTokenizer:
         self._side = facts.truncation_side
         self._clean_up = facts.clean_up
         # Whether a token's text depends on the tokens beside it alone; False where that is not known.
-        self.decodes_locally = not facts.clean_up and _names_of(self._tokenizer.decoder) in _LOCAL_DECODERS
+        decoder = _names_of(self._tokenizer.decoder)
+        self.decodes_locally = not facts.clean_up and decoder in _LOCAL_DECODERS
+        # The same before the clean-up, and for any tokens: not of bytes that spoil those beside them.
+        self.decodes_words_locally = decoder in _LOCAL_FOR_ANY_TOKENS
         self._embeddings = facts.embeddings
         self._types = facts.types
         self._max_length = max_length
@@ -130,7 +134,16 @@ class TextTokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool, raw: bool = False) -> str:
         """Decode token ids like transformers' `decode`; `raw` skips the clean-up."""
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
-        return clean_up(text) if self._clean_up and not raw else text
+        return text if raw else self.cleaned(text)
+
+    def decode_each(self, sequences: Sequence[Sequence[int]], skip_special_tokens: bool) -> List[str]:
+        """Decode many sequences, without the clean-up."""
+        texts: List[str] = self._tokenizer.decode_batch(list(map(list, sequences)), skip_special_tokens)
+        return texts
+
+    def cleaned(self, text: str) -> str:
+        """Return a decoded text cleaned up, if transformers' tokenizer does that."""
+        return clean_up(text) if self._clean_up else text
 
     def join(self, tokens: Sequence[str]) -> str:
         """Join tokens like transformers' `convert_tokens_to_string`."""

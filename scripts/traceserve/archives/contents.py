@@ -8,7 +8,7 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Mapping, Sequence
+from typing import Mapping, Sequence, Set
 
 from traceserve_runtime.errors import TraceserveError
 from traceserve_runtime.manifest import (
@@ -32,6 +32,7 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest date in a zip
 _LARGEST_RATIO = 1100  # deflate's for zeros
 # zipfile's exceptions for files that are not zips, are truncated, or have a changed byte: in names, sizes, methods,
 # flags or data. (RuntimeError, the base of NotImplementedError, is for an unknown method or encryption.)
+_MOST_FILES = 10_000
 DAMAGED = (
     zipfile.BadZipFile,
     zlib.error,
@@ -102,6 +103,8 @@ def _check_names(path: Path, names: Sequence[str], manifest: Manifest) -> None:
     """
     known = {*manifest.files, MANIFEST_FILE, ARCHIVER_MANIFEST, HANDLER_FILE}
     files = [name for name in names if not name.endswith("/")]
+    check_count(path, len(files))
+    seen: Set[str] = set()
     for name in files:
         if not is_inside(name) and name != MANIFEST_FILE:  # our own prefixes do not make it harmless
             raise ArchiveError(
@@ -111,8 +114,15 @@ def _check_names(path: Path, names: Sequence[str], manifest: Manifest) -> None:
             raise ArchiveError(
                 f"{path} holds the file {name}, which its {MANIFEST_FILE} does not name; build the archive again"
             )
-        if files.count(name) > 1:
+        if name in seen:
             raise ArchiveError(f"{path} holds the file {name} twice; build the archive again")
+        seen.add(name)
+
+
+def check_count(path: Path, files: int) -> None:
+    """Raise ArchiveError for an archive of more files than any of ours has."""
+    if files > _MOST_FILES:
+        raise ArchiveError(f"{path} holds {files:,} files, and an archive has at most {_MOST_FILES:,}")
 
 
 def is_our_own(name: str) -> bool:

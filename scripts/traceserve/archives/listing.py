@@ -16,11 +16,10 @@ from typing import IO, Any, Callable, Dict, List, Mapping, Tuple
 
 from traceserve_runtime.manifest import MANIFEST_FILE, is_inside
 
-from traceserve.archives.contents import DAMAGED, damaged
+from traceserve.archives.contents import DAMAGED, check_count, damaged
 from traceserve.errors import ArchiveError
 
 LARGEST_DOCUMENT = 16 << 20  # bytes, of a JSON or YAML file that is parsed
-_MOST_FILES = 10_000
 # Archives are stored, or deflated by hand: texts may shrink much, weights hardly.
 _LARGEST_GROWTH, _ALWAYS_ALLOWED = 8, 64 << 20
 _BLOCK = 1 << 20
@@ -95,8 +94,7 @@ def _members(path: Path, archive: zipfile.ZipFile) -> Dict[str, int]:
 
 
 def _listed(path: Path, size: int, sizes: Mapping[str, int], open_file: Open, documents: Tuple[str, ...]) -> Listing:
-    if len(sizes) > _MOST_FILES:
-        raise ArchiveError(f"{path} holds {len(sizes):,} files, and an archive has at most {_MOST_FILES:,}")
+    check_count(path, len(sizes))
     if MANIFEST_FILE not in sizes:
         raise ArchiveError(
             f"{path} is no archive of traceserve: it holds no {MANIFEST_FILE}; `traceserve build` makes one"

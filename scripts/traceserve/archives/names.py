@@ -21,7 +21,7 @@ def check_name(name: str) -> str:
 
 def check_version(version: str) -> str:
     """Return `version` if it is safe in a URL; raises ArchiveError. TorchServe neither parses nor sorts versions."""
-    if not re.fullmatch(VERSION, version) or version.endswith("\n"):
+    if not re.fullmatch(VERSION, version):
         raise ArchiveError(
             f"{version!r} cannot be an archive's version: letters, digits, _ . and - only, a letter or digit first, at most "
             "64; as 1.0, 2.1 or 2026-11-26"

@@ -45,6 +45,8 @@ def write_artifact(
         with space.Needed(folder, parameters, f"the model in {config.save_mode}"):
             written = writer.write(original, task, shapes, folder, target)
     except KeyError as error:
+        if error.args[0] not in outputs:
+            raise
         raise ExportError(
             f"{type(original.model).__name__} gives no {error.args[0]}, which {config.task} reads"
         ) from error

@@ -12,7 +12,7 @@ from typing import Iterator, List, Optional
 
 from traceserve_runtime.tasks import TASKS
 
-from traceserve.building import artifact, explaining, samples
+from traceserve.building import artifact, explaining
 from traceserve.building.attempt import Attempt, size_of
 from traceserve.building.checkpoints import licenses, loading, sources
 from traceserve.building.config import choosing, formats
@@ -26,6 +26,7 @@ from traceserve.building.gate.reference import Reference
 from traceserve.building.products import RECEIPT as PRODUCTS
 from traceserve.building.products import count_products
 from traceserve.building.progress import Progress
+from traceserve.building.samples import OwnSamples
 from traceserve.building.writers import WRITERS
 from traceserve.building.writers.lowering import precision
 from traceserve.errors import ExportError
@@ -34,9 +35,10 @@ from traceserve.machine import neuron_cores
 
 @dataclass
 class Shared:
-    """The original with its outputs, for several exports of one configuration that differ in save mode and dtype; the
-    first of them fills it."""
+    """What several exports of one configuration have in common, which differ in save mode and dtype: the user's samples, and the
+    original with its outputs, which the first of them adds."""
 
+    samples: Optional[OwnSamples] = None
     reference: Optional[Reference] = None
 
 
@@ -87,15 +89,16 @@ def _export(
 ) -> Exported:
     config = loaded.config
     config = _settled(config)
+    samples = shared.samples if shared else None
     if samples_file:  # before anything is downloaded
-        samples.lines(samples_file)
+        samples = OwnSamples.read(samples_file)
     progress("fetching the checkpoint", 0, 0)
     checkpoint = sources.fetch_checkpoint(config, loaded.folder)
     config = config.model_copy(update={"task": checkpoint.task})
     if config.save_mode == AUTO:
         config = _settled(config)
     task = TASKS[config.task]
-    own_samples = samples.read_samples(samples_file, task) if samples_file else []
+    own_samples = samples.requests(task) if samples else []
     reference = shared.reference if shared else None
     if reference is None:
         progress("loading the original", 0, 0)

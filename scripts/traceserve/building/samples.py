@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import List, Mapping, Tuple, Type
 
@@ -16,21 +17,40 @@ from traceserve_runtime.tasks.contract import Request, Task
 from traceserve.errors import ConfigError
 
 
-def read_samples(path: Path, task: Type[Task]) -> List[Request]:
-    """Return the requests in the user's samples, see `lines`; in a .jsonl file each line is a request body."""
-    requests = []
-    for number, line in lines(path):
-        try:
-            body: object = json.loads(line) if path.suffix == ".jsonl" else line
-            row: Mapping[str, object] = {"body": body}
-            requests += parse_requests(row, Headers(), task, 0, len(line)).requests
-        except (ValueError, TraceserveError) as error:
-            raise ConfigError(f"--samples {path}, line {number}: {error}") from None
-    return [Request(r.inputs, {**task.gate_parameters, **r.parameters}) for r in requests]
+@dataclass(frozen=True)
+class OwnSamples:
+    """What a file of samples holds. It is read once: it may be a pipe.
+
+    `lines`: the numbered non-blank ones, or the cells of a .csv file's column `text`.
+    """
+
+    path: Path
+    lines: Tuple[Tuple[int, str], ...]
+
+    @classmethod
+    def read(cls, path: Path) -> OwnSamples:
+        """Read a file; raises ConfigError if it has no text."""
+        return cls(path, tuple(_lines(path)))
+
+    @property
+    def whole(self) -> bool:
+        """Whether each line is a request body, as in a .jsonl file."""
+        return self.path.suffix == ".jsonl"
+
+    def requests(self, task: Type[Task]) -> List[Request]:
+        """Return the requests in all lines; raises ConfigError for one that is none."""
+        requests = []
+        for number, line in self.lines:
+            try:
+                body: object = json.loads(line) if self.whole else line
+                row: Mapping[str, object] = {"body": body}
+                requests += parse_requests(row, Headers(), task, 0, len(line)).requests
+            except (ValueError, TraceserveError) as error:
+                raise ConfigError(f"--samples {self.path}, line {number}: {error}") from None
+        return [Request(r.inputs, {**task.gate_parameters, **r.parameters}) for r in requests]
 
 
-def lines(path: Path) -> List[Tuple[int, str]]:
-    """Return the numbered non-blank lines of a file of samples, or the cells of a .csv file's column `text`."""
+def _lines(path: Path) -> List[Tuple[int, str]]:
     try:
         content = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

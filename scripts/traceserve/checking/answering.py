@@ -19,8 +19,8 @@ from traceserve_runtime.engine import Engine
 from traceserve_runtime.tasks.contract import Answer, Request
 
 from traceserve.errors import ExportError, last_line
+from traceserve.measuring.engine_figures import AT_ONCE
 
-_AT_ONCE = 32
 _TIMED = 64  # requests that are asked alone, for the latency
 
 
@@ -73,8 +73,8 @@ def _answer_all(asked: Path) -> Dict[str, Any]:
             break
     answers: List[List[Any]] = []
     started = time.perf_counter()
-    for start in range(0, len(requests), _AT_ONCE):
-        for answer in engine.answer(requests[start : start + _AT_ONCE]):
+    for start in range(0, len(requests), AT_ONCE):
+        for answer in engine.answer(requests[start : start + AT_ONCE]):
             failed = not isinstance(answer, Answer)
             answers.append([None, type(answer).__name__] if failed else [answer.value, None])  # type: ignore[union-attr]
     return {

@@ -16,12 +16,12 @@ from traceserve_runtime.tasks.contract import Request, Task
 
 from traceserve.archives import staging
 from traceserve.archives.contents import unpack
-from traceserve.building import samples
 from traceserve.building.gate.corpus import sentences
 from traceserve.building.gate.drift import score_difference
 from traceserve.building.gate.findings import LIMITS
 from traceserve.building.gate.texts import TEXTS
 from traceserve.building.progress import Progress
+from traceserve.building.samples import OwnSamples
 from traceserve.checking.answering import Answered, Told, ask_in_a_process
 from traceserve.errors import ArchiveError, some
 
@@ -92,7 +92,7 @@ class ArchiveComparison:
 
 
 def compare_archives(
-    one: Path, other: Path, samples_file: Optional[Path], threads: Optional[int], progress: Progress
+    one: Path, other: Path, samples: Optional[OwnSamples], threads: Optional[int], progress: Progress
 ) -> ArchiveComparison:
     """Compare two archives or artifacts, each run in a process of its own; raises ArchiveError for two of different tasks,
     and if no request was answered by both."""
@@ -104,7 +104,7 @@ def compare_archives(
                 f"{one} is a {manifests[0].task}, and {other} a {manifests[1].task}: they cannot be asked the same"
             )
         task = load_task(folders[0], manifests[0])
-        requests = _requests(task, samples_file)
+        requests = _requests(task, samples)
         count = threads or processor.cores()
         answered: List[Answered] = []
         for number, folder in enumerate(folders):
@@ -117,7 +117,7 @@ def compare_archives(
             (sides[0], sides[1]),
             manifests[0].task,
             count,
-            samples_file is not None,
+            samples is not None,
             tuple(_fields(*manifests)),
             tuple(_labels(*manifests)),
             tuple(_tokenizers(folders, manifests)),
@@ -139,10 +139,10 @@ def _unpacked(path: Path, folder: Path) -> Path:
     return folder
 
 
-def _requests(task: Task, samples_file: Optional[Path]) -> Sequence[Request]:
+def _requests(task: Task, samples: Optional[OwnSamples]) -> Sequence[Request]:
     """Return the user's requests, or built-in ones; only those with one right answer."""
-    if samples_file is not None:
-        found: Sequence[Request] = samples.read_samples(samples_file, type(task))
+    if samples is not None:
+        found: Sequence[Request] = samples.requests(type(task))
     else:
         found = task.from_texts((*TEXTS, *sentences(_SENTENCES)))[: _WRITTEN if task.loop else None]
     found = [request for request in found if task.repeatable(request) and not task.streams(request)]

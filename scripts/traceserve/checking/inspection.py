@@ -253,7 +253,7 @@ def _release(version: str) -> str:
 def _of_this_machine(manifest: Manifest) -> Iterator[InspectionFinding]:
     dtype = manifest.dtype
     emulated = not processor.native(dtype) and not openvino.only_weights(manifest)
-    if manifest.hardware not in resources.DEVICES and emulated:
+    if manifest.hardware not in resources.KUBERNETES_RESOURCES and emulated:
         wanted = f"{dtype} is native to processors with one of {', '.join(sorted(processor.NATIVE[dtype]))}; this one has none"
         if dtype in processor.ONLY_NATIVE:
             yield InspectionFinding(ERROR, "processor", f"{wanted}, and would answer wrong")

@@ -18,11 +18,11 @@ from traceserve.checking import packages_here
 from traceserve.errors import ServerError, first_line, some
 from traceserve.machine import user_folders
 from traceserve.serving import java
+from traceserve.serving.front import DEFAULT_PORT
 
 _ELSEWHERE = ("dev", "test", "demo", "serve")  # extras that only collect others, or have a check of their own
 _GB = 1 << 30
 _LITTLE_MEMORY, _LITTLE_SPACE = 2 * _GB, 5 * _GB
-_PORT = 8080  # of `traceserve serve`
 
 
 @dataclass(frozen=True)
@@ -170,11 +170,11 @@ def _network() -> Iterator[Check]:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", _PORT))
-            yield Check("port", "ok", f"{_PORT} is free")
+            probe.bind(("127.0.0.1", DEFAULT_PORT))
+            yield Check("port", "ok", f"{DEFAULT_PORT} is free")
         except OSError:
             advice = "`traceserve status` shows whether it is yours; `traceserve serve --port P` takes another"
-            yield Check("port", "note", f"{_PORT} is taken", advice)
+            yield Check("port", "note", f"{DEFAULT_PORT} is taken", advice)
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
         yield Check(
             "hub", "note", "HF_HUB_OFFLINE is set", "only checkpoints in folders and in the hub's cache are found"

@@ -93,6 +93,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench(options: argparse.Namespace) -> int:
+    from traceserve.building.samples import OwnSamples
     from traceserve.measuring import bench, page, targets, transfers
 
     transfers.require_libcurl()
@@ -114,10 +115,11 @@ def _bench(options: argparse.Namespace) -> int:
         check=options.check,
     )
     headers = dict(options.header)
-    measured = [targets.subject(options.place, options.samples, options.port, options.body, headers)]
+    samples = OwnSamples.read(options.samples)
+    measured = [targets.subject(options.place, samples, options.port, options.body, headers)]
     if options.compare:
         body = options.body if options.compare_body is None else options.compare_body
-        measured.append(targets.subject(options.compare, options.samples, options.port, body, headers))
+        measured.append(targets.subject(options.compare, samples, options.port, body, headers))
     with ProgressBar() as bar:
         document = bench.measure(
             measured,

@@ -138,16 +138,14 @@ def make(options: argparse.Namespace, with_archive: bool) -> Path:
 
 
 def _archive(options: argparse.Namespace) -> int:
-    from traceserve.archives import archive, names, staging
-    from traceserve.errors import ArchiveError
+    from traceserve.archives import archive, staging
+    from traceserve.building.config import targets
 
-    name = names.check_name(options.artifact.resolve().name)
-    target = options.store / f"{name}.mar"
-    staging.check_replaceable(target, options.force, ArchiveError)
+    target = targets.archive_target(options.artifact, options.store, options.force)
     started = time.monotonic()
     with ProgressBar() as bar, staging.staged(target) as folder:
         bar("packing", 0, 0)
-        archive.pack_archive(options.artifact, name, folder, options.version)
+        archive.pack_archive(options.artifact, target.stem, folder, options.version)
     size = target.stat().st_size
     console().print(f"{target}: {megabytes(size)} in {time.monotonic() - started:.1f} s", highlight=False)
     console().print(f"\nserve it:  traceserve serve {shlex.quote(str(target))}", highlight=False)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Sequence
 
 from traceserve.commands.arguments import positive, require_folders
 from traceserve.commands.contract import Command
-from traceserve.commands.printing import ProgressBar, console, figure, megabytes
+from traceserve.commands.printing import ProgressBar, console, figure, megabytes, printable_json
 from traceserve.errors import shortened
 
 if TYPE_CHECKING:
@@ -36,17 +36,16 @@ def _add_diff(parser: argparse.ArgumentParser) -> None:
 
 
 def _diff(options: argparse.Namespace) -> int:
-    from traceserve.building import samples
+    from traceserve.building.samples import OwnSamples
     from traceserve.checking.comparing import compare_archives
     from traceserve.checking.comparison_page import comparison_page
 
     require_folders(options.html)
-    if options.samples:  # before anything runs
-        samples.lines(options.samples)
+    samples = OwnSamples.read(options.samples) if options.samples else None
     with ProgressBar() as bar:
-        found = compare_archives(options.one, options.other, options.samples, options.threads, bar)
+        found = compare_archives(options.one, options.other, samples, options.threads, bar)
     if options.json:
-        print(json.dumps(found.document(), indent=2, ensure_ascii=False))
+        print(printable_json(found.document(), indent=2))
     else:
         _print_comparison(found)
     if options.html:

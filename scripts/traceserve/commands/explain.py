@@ -11,7 +11,7 @@ from traceserve_runtime.errors import TraceserveError
 
 from traceserve.commands.arguments import add_port
 from traceserve.commands.contract import Command
-from traceserve.commands.printing import console, figure
+from traceserve.commands.printing import console, figure, printable_json
 from traceserve.serving.attributions import Heat, heats, is_explanation, strongest, target_in_words, text_at
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def _explain(options: argparse.Namespace) -> int:
         options.html.write_text(_page(requests, listed), encoding="utf-8")
     for request, each in zip(requests, listed):
         if options.json or not is_explanation(each):  # the form of another protocol
-            print(json.dumps(each, ensure_ascii=False), flush=True)
+            print(printable_json(each), flush=True)
         else:
             _print(request, each)
     return 0

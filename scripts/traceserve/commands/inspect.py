@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Mapping, Sequence, Tuple
 
 from traceserve.commands.arguments import add_signature
 from traceserve.commands.contract import Command
-from traceserve.commands.printing import console, megabytes, printable
+from traceserve.commands.printing import console, megabytes, printable, printable_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -34,7 +33,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
     found = inspect_archive(options.archive, options.require_signature)
     if options.json:
-        print(json.dumps(found.document(), indent=2, ensure_ascii=False))
+        print(printable_json(found.document(), indent=2))
     else:
         _print_inspection(found)
     return int(options.strict and not found.passed)

@@ -12,6 +12,7 @@ from traceserve_runtime.errors import TraceserveError
 
 from traceserve.commands.arguments import add_port
 from traceserve.commands.contract import Command
+from traceserve.commands.printing import printable_json
 
 
 def _add_predict(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +51,7 @@ def _predict(options: argparse.Namespace) -> int:
         answer = client.predict(instance.url, options.name, body, instance.key, certificate=instance.certificate)
         asked = body["inputs"] if isinstance(body, dict) and "inputs" in body else body
         for item in answer if isinstance(asked, list) else [answer]:
-            print(json.dumps(item, ensure_ascii=False), flush=True)
+            print(printable_json(item), flush=True)
     return 0
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Optional
 
 from traceserve_runtime.errors import TraceserveError
 
@@ -65,6 +66,12 @@ def printable(text: str) -> str:
     return _CONTROLS.sub("?", text)
 
 
+def printable_json(document: object, indent: Optional[int] = None) -> str:
+    """Return JSON in which the same characters are escaped."""
+    text = json.dumps(document, indent=indent, ensure_ascii=False)
+    return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
 def print_findings(findings: Findings) -> None:
     """Print each failed variant's failing cells, and the samples whose answers changed."""
     for found in findings.every:
@@ -74,6 +81,8 @@ def print_findings(findings: Findings) -> None:
 
 def _print_variant(findings: Findings) -> None:
     from rich.table import Table
+
+    from traceserve.building.gate.findings import MOST_UNEXPLAINED
 
     screen = console(error=True)
     where = f" ({findings.variant}, on {findings.device})" if findings.variant else ""
@@ -94,6 +103,12 @@ def _print_variant(findings: Findings) -> None:
         screen.print(table)
         if len(findings.failed) > 20:
             screen.print(f"and {len(findings.failed) - 20} more of {len(findings.cells)} cells")
+    for output, share in findings.indistinct.items():
+        screen.print(
+            f"{output} hardly tells texts apart{where}: of its variance over them {share:.0%} is not the original's, limit "
+            f"{MOST_UNEXPLAINED:.0%}",
+            highlight=False,
+        )
     if findings.judged is not None:
         _print_tokens(findings, where)
     for what, samples in (

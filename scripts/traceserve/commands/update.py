@@ -70,16 +70,14 @@ def _share(text: str) -> float:
 
 
 def _update(options: argparse.Namespace) -> int:
-    from traceserve.building import samples
+    from traceserve.building.samples import OwnSamples
     from traceserve.rollout.shadowing import ShadowOptions
     from traceserve.rollout.updating import UpdateOptions, UpdateRefused, update_server
 
-    if options.samples:  # before anything starts
-        samples.lines(options.samples)
     wanted = UpdateOptions(
         workers=options.workers,
         allowed_changes=options.allow_changes,
-        samples=options.samples,
+        samples=OwnSamples.read(options.samples) if options.samples else None,
         shadow=ShadowOptions(options.shadow, options.shadow_seconds) if options.shadow else None,
         timeout=options.timeout,
         trusted=options.require_signature,

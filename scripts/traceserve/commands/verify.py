@@ -11,7 +11,7 @@ from traceserve_runtime.errors import TraceserveError
 
 from traceserve.commands.arguments import add_port
 from traceserve.commands.contract import Command
-from traceserve.commands.printing import console, figure
+from traceserve.commands.printing import console, figure, printable_json
 from traceserve.errors import shortened
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def _verify(options: argparse.Namespace) -> int:
     door, archive = _door(options)
     found = verify_server(door, archive, options.seconds)
     if options.json:
-        print(json.dumps(found.document(options.texts), indent=2, ensure_ascii=False))
+        print(printable_json(found.document(options.texts), indent=2))
     else:
         _print_verification(found, options.texts)
     return int(not found.passed)

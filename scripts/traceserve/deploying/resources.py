@@ -17,7 +17,7 @@ WORKER = 400  # Python, torch, a tokenizer, and a batch of ordinary texts
 _COPIES = 2  # of the weights: the file, mapped and shared, and a copy as the processor reads it
 # What Kubernetes calls the devices of each kind of hardware; a worker of TorchServe has one of them.
 GPU = "nvidia.com/gpu"
-DEVICES = {"gpu": GPU, "neuron": "aws.amazon.com/neuron", "neuronx": "aws.amazon.com/neuron"}
+KUBERNETES_RESOURCES = {"gpu": GPU, "neuron": "aws.amazon.com/neuron", "neuronx": "aws.amazon.com/neuron"}
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def needed(archives: Sequence[Described], engine: str) -> Resources:
     """What these archives need together, in one pod."""
     memory, cores = float(FRONTENDS[engine]), 0
     reasons = [f"memory: {FRONTENDS[engine]} MiB for {engine} itself"]
-    workers = {each.name: 1 if engines.ENGINES[engine].single else each.workers for each in archives}
+    workers = {each.name: 1 if engines.CONTAINER_ENGINES[engine].single else each.workers for each in archives}
     for each in archives:
         count, model = workers[each.name], each.unpacked / _MIB
         copies = 1 + (_COPIES - 1) * (count if each.serving.pack_weights or count == 1 else 1)
@@ -71,7 +71,7 @@ def needed(archives: Sequence[Described], engine: str) -> Resources:
         reasons.append(f"cores of {each.name}: {count} worker(s) of {threads} thread(s), {by}")
     devices: Dict[str, int] = {}
     for each in archives:
-        device = DEVICES.get(each.manifest.hardware)
+        device = KUBERNETES_RESOURCES.get(each.manifest.hardware)
         if device is not None:
             devices[device] = devices.get(device, 0) + workers[each.name]
     disk = sum(each.size + each.unpacked for each in archives) / _MIB + 256

@@ -15,7 +15,7 @@ from traceserve.errors import ServerError
 
 TOOL = "neuron-ls"
 TOOLS = Path("/opt/aws/neuron/bin")  # the location in AWS's images, not always on the PATH
-DEVICES = Path("/dev")
+DEVICE_FOLDER = Path("/dev")
 
 
 def count(hardware: str) -> int:
@@ -27,7 +27,7 @@ def count(hardware: str) -> int:
         )
         return sum(int(device["nc_count"]) for device in json.loads(result.stdout))
     except (OSError, subprocess.SubprocessError):  # the driver may be installed without its tools
-        return CHIPS[hardware].cores * len(list(DEVICES.glob("neuron[0-9]*")))
+        return CHIPS[hardware].cores * len(list(DEVICE_FOLDER.glob("neuron[0-9]*")))
     except (ValueError, TypeError, KeyError):  # it prints nothing without a driver
         return 0
 
@@ -46,7 +46,7 @@ def for_workers(hardware: Mapping[str, str], workers: Mapping[str, int]) -> Dict
     if not there:
         raise ServerError(
             f"{names} runs on {CHIPS[kind].machines}, but this machine has no NeuronCore: {TOOL} lists none, "
-            f"and there is no {DEVICES}/neuron0; serve it on such a machine, with its driver loaded"
+            f"and there is no {DEVICE_FOLDER}/neuron0; serve it on such a machine, with its driver loaded"
         )
     if wanted > there:
         raise ServerError(

@@ -10,7 +10,7 @@ from traceserve_runtime.manifest import Manifest
 from traceserve.building.config.dtypes import multiplied
 from traceserve.building.products import RECEIPT
 
-DEVICES = {"cpu": "cpu", "gpu": "cuda"}  # torch's names, by hardware; the peak of other chips is not measured
+TORCH_DEVICES = {"cpu": "cpu", "gpu": "cuda"}  # torch's names, by hardware; the peak of other chips is not measured
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Arithmetic:
 def arithmetic_of(manifest: Manifest) -> Optional[Arithmetic]:
     """Return what the build counted; None for an archive that does not say, or runs on another chip."""
     counted = manifest.receipt.get(RECEIPT)
-    if not isinstance(counted, Mapping) or manifest.hardware not in DEVICES:
+    if not isinstance(counted, Mapping) or manifest.hardware not in TORCH_DEVICES:
         return None
     dtype = multiplied(manifest.dtype, manifest.hardware)
     return Arithmetic(dtype, manifest.hardware, int(counted["token"]), int(counted["pair"]))

@@ -26,7 +26,7 @@ from traceserve_runtime.texts.rows import Encoded, Row
 
 from traceserve.errors import ExportError
 
-_AT_ONCE = 32  # requests per call, like TorchServe's batch_size
+AT_ONCE = 32  # requests per call, like TorchServe's batch_size
 _ROUNDS = 3
 _ALONE = 64  # requests asked one by one
 _NEW_TOKENS = 32  # of each text, fewer where a row has less room
@@ -76,8 +76,8 @@ def measure_engine(folder: Path, requests: List[Request], threads: int) -> Engin
     rounds, alone = [], []
     for _ in range(_ROUNDS):
         began = time.perf_counter()
-        for start in range(0, len(requests), _AT_ONCE):
-            engine.answer(requests[start : start + _AT_ONCE])
+        for start in range(0, len(requests), AT_ONCE):
+            engine.answer(requests[start : start + AT_ONCE])
         rounds.append(time.perf_counter() - began)
     for request in requests[:_ALONE]:
         began = time.perf_counter()

@@ -18,7 +18,6 @@ from traceserve_runtime.engine import load_task
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Request
 
-from traceserve.building import samples
 from traceserve.building.attempt import size_of
 from traceserve.building.checkpoints import sources
 from traceserve.building.config import choosing, formats
@@ -31,6 +30,7 @@ from traceserve.building.export import Shared, export
 from traceserve.building.gate.corpus import sentences
 from traceserve.building.gate.findings import Findings
 from traceserve.building.progress import Progress
+from traceserve.building.samples import OwnSamples
 from traceserve.errors import ExportError, last_line
 from traceserve.measuring import engine_figures
 from traceserve.measuring.engine_figures import EngineFigures
@@ -70,11 +70,11 @@ def compared_formats(
 ) -> Iterator[ComparedFormat]:
     """Yield each save mode and dtype, once it is built and measured; raises TraceserveError for an invalid checkpoint."""
     config = loaded.config
+    shared = Shared(OwnSamples.read(samples_file) if samples_file else None)  # before anything is downloaded
     progress("fetching the checkpoint", 0, 0)
     config = choosing.settled(config.model_copy(update={"task": sources.fetch_checkpoint(config, loaded.folder).task}))
     task = TASKS[config.task]
-    own = samples.read_samples(samples_file, task) if samples_file else []
-    shared = Shared()
+    own = shared.samples.requests(task) if shared.samples else []
     for save_mode, dtype in possible_formats(config):
         options = config.options if save_mode == config.save_mode else {}
         one = config.model_copy(update={"save_mode": save_mode, "dtype": dtype, "options": options})
@@ -83,7 +83,7 @@ def compared_formats(
             folder.mkdir()
             try:
                 loaded_one = loaded._replace(config=one)
-                made = export(loaded_one, folder.name, folder, progress, samples_file, shared=shared)
+                made = export(loaded_one, folder.name, folder, progress, shared=shared)
                 progress(f"measuring {save_mode} in {dtype}", 0, 0)
                 most = _MOST_WRITTEN if task.loop else _MOST
                 figures = _measured(folder, own or load_task(folder, made.manifest).from_texts(sentences(most)))

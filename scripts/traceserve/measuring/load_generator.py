@@ -95,6 +95,7 @@ def send_load(
     bodies: Sequence[bytes],
     content_type: str = "application/json",
     connections: int = 16,
+    *,
     rate: Optional[float] = None,
     seconds: float = 10.0,
     warm_up: float = 2.0,
@@ -124,9 +125,19 @@ def send_load(
         )
     shuffled = list(bodies)
     random.Random(seed).shuffle(shuffled)
-    load = _Load(
-        target, shuffled, content_type, connections, rate, seconds, warm_up, seed, timeout, retries, check, ended
+    options = _Options(
+        content_type=content_type,
+        connections=connections,
+        rate=rate,
+        seconds=seconds,
+        warm_up=warm_up,
+        seed=seed,
+        timeout=timeout,
+        retries=retries,
+        check=check,
+        ended=ended,
     )
+    load = _Load(target, shuffled, options)
     collects = gc.isenabled()
     gc.disable()  # its pauses would be measured
     try:
@@ -137,32 +148,33 @@ def send_load(
         load.close()
 
 
+@dataclass(frozen=True)
+class _Options:
+    """The options of `send_load`; times in seconds."""
+
+    content_type: str
+    connections: int
+    rate: Optional[float]
+    seconds: float
+    warm_up: float
+    seed: int
+    timeout: float
+    retries: int
+    check: Optional[Check]
+    ended: Optional[threading.Event]
+
+
 class _Load:
     """The state of one run: requests due, in flight, and answered."""
 
-    def __init__(
-        self,
-        target: Endpoint,
-        bodies: Sequence[bytes],
-        content_type: str,
-        connections: int,
-        rate: Optional[float],
-        seconds: float,
-        warm_up: float,
-        seed: int,
-        timeout: float,
-        retries: int,
-        check: Optional[Check],
-        ended: Optional[threading.Event],
-    ) -> None:
+    def __init__(self, target: Endpoint, bodies: Sequence[bytes], options: _Options) -> None:
         import pycurl
 
-        self.target, self.content_type, self.timeout = target, content_type, timeout
-        self.retries, self.check, self.ended = retries, check, ended
+        self.target, self.options = target, options
         self.bodies = itertools.cycle(bodies)
-        self.connections, self.rate, self.seconds, self.warm_up = connections, rate, seconds, warm_up
-        self.limit = connections if rate is None else max(connections, MOST_CONNECTIONS)
-        self.gaps = random.Random(seed + 1)
+        self.seconds = options.seconds  # shorter where the span ends early
+        self.limit = options.connections if options.rate is None else max(options.connections, MOST_CONNECTIONS)
+        self.gaps = random.Random(options.seed + 1)
         self.latencies = array("d")
         self.moments, self.failures = array("d"), array("d")
         self.retried = 0
@@ -183,10 +195,10 @@ class _Load:
 
     def run(self, progress: Optional[Callable[[float], None]]) -> Result:
         begun = time.perf_counter()
-        self.start = begun + self.warm_up
+        self.start = begun + self.options.warm_up
         self.end = self.last = self.start + self.seconds
-        if self.rate is None:
-            for _ in range(self.connections):
+        if self.options.rate is None:
+            for _ in range(self.options.connections):
                 self._release(self._another())
         else:
             self.next_due = begun
@@ -198,14 +210,14 @@ class _Load:
             self._wake()
             self._arrive()
             now = time.perf_counter()
-            if self.ended is not None and self.ended.is_set() and self.start < now < self.end:
+            if self.options.ended is not None and self.options.ended.is_set() and self.start < now < self.end:
                 self.end, self.seconds = now, now - self.start
             self._measure_cpu(now)
             if now >= tick:
                 tick = now + _TICK
                 if progress:
-                    progress(min(1.0, (now - begun) / (self.warm_up + self.seconds)))
-                if now >= self.end + _TICK and (not self.pending or now >= self.end + self.timeout):
+                    progress(min(1.0, (now - begun) / (self.options.warm_up + self.seconds)))
+                if now >= self.end + _TICK and (not self.pending or now >= self.end + self.options.timeout):
                     return self._result()
             if not self.prepared:
                 self._wait(min(tick, self.next_due) - time.perf_counter())
@@ -232,11 +244,11 @@ class _Load:
         latencies = np.array(self.latencies, dtype=np.float64)
         # A closed loop sends as many requests in the span as are answered in it. In an open loop the requested number
         # is due, whatever the server can do: the time of the last answer shows that.
-        seconds = self.seconds if self.rate is None else max(self.end, self.last) - self.start
+        seconds = self.seconds if self.options.rate is None else max(self.end, self.last) - self.start
         cpu = (self.cpu[1] - self.cpu[0]) / self.seconds
         return Result(
             len(self.transfers),
-            self.rate,
+            self.options.rate,
             seconds,
             latencies,
             dict(self.errors.most_common()),
@@ -248,7 +260,7 @@ class _Load:
 
     @property
     def _no_answer(self) -> str:
-        return f"no answer in {self.timeout:g} s"
+        return f"no answer in {self.options.timeout:g} s"
 
     def close(self) -> None:
         """Close the connections. A signal may strike anywhere, so `active` need not be what libcurl has at work."""
@@ -259,8 +271,8 @@ class _Load:
     # --- requests ---
 
     def _another(self) -> Transfer:
-        kept = self.check is not None
-        transfer = Transfer(self.target.url, self.target.headers, self.content_type, self.timeout, kept)
+        kept = self.options.check is not None
+        transfer = Transfer(self.target.url, self.target.headers, self.options.content_type, self.options.timeout, kept)
         self.transfers.append(transfer)
         return transfer
 
@@ -270,8 +282,8 @@ class _Load:
             self._admit(self.next_due)
             if self.idle or len(self.transfers) < self.limit:
                 self._send(self.idle.pop() if self.idle else self._another())
-            assert self.rate is not None
-            self.next_due += self.gaps.expovariate(self.rate)
+            assert self.options.rate is not None
+            self.next_due += self.gaps.expovariate(self.options.rate)
 
     def _admit(self, due: float) -> None:
         self.due.append(due)
@@ -280,7 +292,7 @@ class _Load:
 
     def _release(self, transfer: Transfer) -> None:
         """Record that it can take a request."""
-        if self.rate is None:
+        if self.options.rate is None:
             self._admit(time.perf_counter())
         if self.due:
             self._send(transfer)
@@ -331,7 +343,7 @@ class _Load:
         now = time.perf_counter()
         if self._counts(transfer):
             self.failures.append(now - self.start)
-        if transfer.attempts > self.retries:
+        if transfer.attempts > self.options.retries:
             return False
         self.again.append((now + _PAUSE, transfer))
         return True
@@ -342,7 +354,7 @@ class _Load:
         self.pending -= 1
         if not 200 <= status < 300:
             self.errors[f"HTTP {status}"] += 1
-        elif self.check is not None and not self.check(transfer.body, transfer.answer):
+        elif self.options.check is not None and not self.options.check(transfer.body, transfer.answer):
             self.errors[WRONG] += 1
         else:
             self.last = time.perf_counter()

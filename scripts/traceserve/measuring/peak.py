@@ -10,7 +10,7 @@ from traceserve_runtime import processor
 from traceserve_runtime.runtimes.team import threads_kept
 
 from traceserve.building.writers.tracing import torch_internals
-from traceserve.measuring.arithmetic import DEVICES
+from traceserve.measuring.arithmetic import TORCH_DEVICES
 
 _SIZES = (512, 1024, 2048)  # of square matrices; caches decide which is fastest
 _SECONDS = 0.4  # for each size
@@ -22,7 +22,7 @@ def measure_peak(dtype: str, hardware: str) -> Optional[float]:
     """Return this machine's operations per second in products of a dtype, on all of its cores or one GPU; None where torch
     has no such products. The fastest of several sizes and runs counts: others were disturbed.
     """
-    device = DEVICES[hardware]
+    device = TORCH_DEVICES[hardware]
     torch.set_num_threads(processor.cores())
     try:
         found: List[float] = []

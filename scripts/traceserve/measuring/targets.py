@@ -7,10 +7,9 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import List, Mapping, Optional, Sequence, Tuple
 
-from traceserve.building import samples
+from traceserve.building.samples import OwnSamples
 from traceserve.errors import ConfigError, ServerError
 from traceserve.measuring import load_generator
 from traceserve.measuring.arithmetic import Arithmetic, arithmetic_of
@@ -40,9 +39,13 @@ class Subject:
 
 
 def subject(
-    place: str, file: Path, port: Optional[int] = None, body: Optional[str] = None, headers: Mapping[str, str] = {}
+    place: str,
+    samples: OwnSamples,
+    port: Optional[int] = None,
+    body: Optional[str] = None,
+    headers: Mapping[str, str] = {},
 ) -> Subject:
-    """Return the subject for NAME, an archive served by us, or a URL, with a file's samples; raises ServerError,
+    """Return the subject for NAME, an archive served by us, or a URL, with these samples; raises ServerError,
     ConfigError.
 
     `body` (a template) and `headers` are only for a URL: our own servers' bodies and keys are known.
@@ -53,12 +56,12 @@ def subject(
             raise ServerError(f"{place} uses TLS, which cannot be measured; serve it without --certificate too")
         key = {"Authorization": f"Bearer {instance.key}"} if instance.key else {}
         target = load_generator.Endpoint(f"{instance.url}/predictions/{urllib.parse.quote(place)}", key)
-        return Subject(place, target, traffic(file), *_told_by(instance, place))
+        return Subject(place, target, traffic(samples), *_told_by(instance, place))
     parts = urllib.parse.urlsplit(place)
     if parts.scheme not in ("http", "https") or not parts.hostname or not place.isascii() or " " in place:
         raise ServerError(f"{place} is no URL to measure; it should look like http://127.0.0.1:8000/classify")
     label = urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
-    return Subject(label, load_generator.Endpoint(place, dict(headers)), traffic(file, body), *_ours(label))
+    return Subject(label, load_generator.Endpoint(place, dict(headers)), traffic(samples, body), *_ours(label))
 
 
 def with_distinct_labels(subjects: Sequence[Subject]) -> List[Subject]:
@@ -88,24 +91,23 @@ def _ours(url: str) -> _Ours:
     return "", None, None
 
 
-def traffic(path: Path, body: Optional[str] = None) -> Traffic:
-    """Return the bodies in a file of samples: texts, inserted in `body` if given, or the lines of a .jsonl unchanged.
+def traffic(samples: OwnSamples, body: Optional[str] = None) -> Traffic:
+    """Return the bodies that samples are: texts, inserted in `body` if given, or the lines of a .jsonl unchanged.
 
     Raises ConfigError for anything else.
     """
-    lines = samples.lines(path)
-    if path.suffix == ".jsonl":
+    if samples.whole:
         if body is not None:
-            raise ConfigError(f"--body is for texts: {path} holds whole bodies, which are sent as they are")
-        for number, line in lines:
-            _check_json(line, f"--samples {path}, line {number}")
-    texts = [line for _, line in lines]
+            raise ConfigError(f"--body is for texts: {samples.path} holds whole bodies, which are sent as they are")
+        for number, line in samples.lines:
+            _check_json(line, f"--samples {samples.path}, line {number}")
+    texts = [line for _, line in samples.lines]
     if body is not None:
         if "{text}" not in body:
             raise ConfigError(f"--body {body} has no {{text}}, the placeholder of the text")
         texts = [body.replace("{text}", json.dumps(text, ensure_ascii=False)[1:-1]) for text in texts]
         _check_json(texts[0], '--body, with a text in it, as in \'{"input": ["{text}"]}\'')
-    whole = body is not None or path.suffix == ".jsonl"
+    whole = body is not None or samples.whole
     return Traffic(tuple(text.encode("utf-8") for text in texts), JSON if whole else TEXT)
 
 

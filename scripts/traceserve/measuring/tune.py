@@ -22,6 +22,7 @@ from traceserve.archives.contents import read_manifest, read_serving, unpack
 from traceserve.archives.model_config import Serving
 from traceserve.archives.staging import scratch
 from traceserve.building.progress import Progress
+from traceserve.building.samples import OwnSamples
 from traceserve.errors import ConfigError, ServerError
 from traceserve.measuring import load_generator, targets, transfers
 from traceserve.measuring.candidates import knobs
@@ -187,7 +188,7 @@ def missed(best: Trial, goal: Goal, archive: Path) -> str:
 
 def _read(archive: Path, manifest: Manifest, file: Path) -> Tuple[Task, Texts]:
     """Read the samples, tokenized like the archive; raises ConfigError if it answers none."""
-    traffic = targets.traffic(file)
+    traffic = targets.traffic(OwnSamples.read(file))
     with scratch() as folder:
         unpack(archive, folder, [manifest.tokenizer.file])
         task = load_task(folder, manifest)

@@ -146,7 +146,7 @@ def body(form: Sequence[Control], values: Sequence[object]) -> Dict[str, object]
 def _read(control: Control, value: object) -> object:
     text = "" if value is None else str(value)
     if control.kind == LINES:
-        lines = [line for line in text.splitlines() if line.strip()]
+        lines = [line for line in _lines(text) if line.strip()]
         return [_number(line) for line in lines] if control.whole else lines
     if control.kind == CHAT:
         return _messages(control, text)
@@ -155,6 +155,11 @@ def _read(control: Control, value: object) -> object:
     if control.kind in (CHOICE, OPEN):
         return json.loads(text) if text in {choice for _, choice in control.choices} else _number(text)
     return text
+
+
+def _lines(text: str) -> List[str]:
+    """A field's lines; not splitlines, since a text may hold a form feed or U+2028."""
+    return text.replace("\r\n", "\n").split("\n")
 
 
 def _number(text: str) -> object:
@@ -170,7 +175,7 @@ def _number(text: str) -> object:
 def _messages(control: Control, text: str) -> List[Dict[str, str]]:
     """A message begins with its role; the lines that do not are the message's before."""
     messages: List[Dict[str, str]] = []
-    for line in text.splitlines():
+    for line in _lines(text):
         begins = _ROLE.fullmatch(line)
         if begins:
             messages.append({"role": begins[1], "content": begins[2]})

@@ -189,7 +189,8 @@ def _compared(rank: int, bar: Bar, there: Mapping[str, Tuple[int, float]]) -> Tu
 
 
 def _ordinal(number: int) -> str:
-    return f"{number}{ {1: 'st', 2: 'nd', 3: 'rd'}.get(number, 'th') if number not in (11, 12, 13) else 'th' }"
+    last = 0 if number % 100 in (11, 12, 13) else number % 10
+    return f"{number}{ {1: 'st', 2: 'nd', 3: 'rd'}.get(last, 'th') }"
 
 
 def _score(score: float) -> str:

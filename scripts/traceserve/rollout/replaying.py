@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from traceserve_runtime.tasks.contract import Task
 
-from traceserve.building import samples
 from traceserve.building.gate.drift import score_difference
 from traceserve.building.gate.golden import GoldenSample
+from traceserve.building.samples import OwnSamples
 from traceserve.checking.comparing import AnswerChange, same_meaning
 from traceserve.checking.dialects import NATIVE, SpokenAt
 from traceserve.checking.proof import Proof
@@ -33,18 +32,18 @@ class Replay:
     drift: float
 
 
-def requests_of(proofs: Sequence[Proof], samples_file: Optional[Path]) -> List[GoldenSample]:
-    """Return the requests in all golden sets and in the user's file, each once; raises ConfigError."""
+def requests_of(proofs: Sequence[Proof], samples: Optional[OwnSamples]) -> List[GoldenSample]:
+    """Return the requests in all golden sets and in the user's samples, each once; raises ConfigError."""
     found: Dict[str, GoldenSample] = {}
     for proof in proofs:
         for sample in proof.golden.samples:
             found.setdefault(what_is_asked(sample), sample)
-    if samples_file is not None:
+    if samples is not None:
         task = proofs[0].task
-        own = [r for r in samples.read_samples(samples_file, type(task)) if task.repeatable(r) and not task.streams(r)]
+        own = [r for r in samples.requests(type(task)) if task.repeatable(r) and not task.streams(r)]
         if not own:
             raise ConfigError(
-                f"--samples {samples_file} asks only for sampled or streamed text, which has no answer to compare"
+                f"--samples {samples.path} asks only for sampled or streamed text, which has no answer to compare"
             )
         for request in own:
             sample = GoldenSample(dict(request.inputs), dict(request.parameters), None, own=True)

@@ -19,6 +19,7 @@ from traceserve_runtime.manifest import Manifest
 from traceserve.archives import signing
 from traceserve.archives.contents import configure_unpacked, unpack
 from traceserve.archives.names import check_name
+from traceserve.building.samples import OwnSamples
 from traceserve.checking.proof import Proof, proof_of
 from traceserve.checking.verifying import Door, Verification, verify_server
 from traceserve.errors import ArchiveError, ServerError
@@ -52,7 +53,7 @@ class UpdateOptions:
 
     workers: Optional[int] = None
     allowed_changes: int = 0
-    samples: Optional[Path] = None
+    samples: Optional[OwnSamples] = None
     shadow: Optional[ShadowOptions] = None
     timeout: float = 300.0  # seconds, for the start of the workers, and for the drain
     trusted: Optional[Path] = None  # a public key or certificates; None: what the server was started with, if anything

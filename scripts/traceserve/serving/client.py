@@ -9,7 +9,7 @@ import json
 import urllib.error
 import urllib.request
 from functools import lru_cache
-from typing import Any, Dict, Iterator, Optional, Tuple
+from typing import Any, Dict, Iterator, Optional, Tuple, cast
 
 from traceserve.errors import ServerError
 from traceserve.serving.front import context
@@ -38,16 +38,13 @@ def predict(
     certificate: Optional[str] = None,
     door: str = "predictions",
 ) -> Any:
-    """POST `body` as JSON to /predictions/NAME, or through another door, and return the parsed answer; raises NotYet or
-    Refused.
+    """POST `body` as JSON to /predictions/NAME, or through another door, and return the parsed answer; raises NotYet,
+    RequestRefused, or ServerError if it is not JSON.
 
     `certificate` is the file of the server's certificate, if it uses TLS.
     """
     with post(url, name, body, key, timeout, certificate, door=door) as response:
-        try:
-            return json.loads(response.read())
-        except ValueError as error:
-            raise ServerError(f"{url} gave no JSON: {error}") from None
+        return _document(response, url)
 
 
 def stream(
@@ -58,7 +55,7 @@ def stream(
     timeout: float = 300.0,
     certificate: Optional[str] = None,
 ) -> Iterator[str]:
-    """POST `body`, which requests a stream, and yield the text's pieces; raises NotYet or Refused."""
+    """POST `body`, which requests a stream, and yield the text's pieces; raises NotYet or RequestRefused."""
     with post(url, name, body, key, timeout, certificate) as response:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for piece in iter(lambda: response.read1(1 << 16), b""):
@@ -76,7 +73,8 @@ def post(
     any_name: bool = True,
     door: str = "predictions",
 ) -> Iterator[http.client.HTTPResponse]:
-    """POST `body` as JSON to /predictions/NAME, or another door, and return the unread response; raises NotYet or Refused.
+    """POST `body` as JSON to /predictions/NAME, or another door, and return the unread response; raises NotYet or
+    RequestRefused.
 
     A certificate is accepted for any name, since servers on this machine are reached by address, or only for the names
     in it.
@@ -98,13 +96,10 @@ def get_document(
     certificate: Optional[str] = None,
     any_name: bool = True,
 ) -> Any:
-    """GET a JSON document from the server; raises NotYet or Refused, or ServerError if it is not JSON."""
+    """GET a JSON document from the server; raises NotYet, RequestRefused, or ServerError if it is not JSON."""
     request = urllib.request.Request(f"{url}/{path}", headers=_authorization(key))
     with _opened(request, f"{url} has no {path}", url, timeout, certificate, any_name) as response:
-        try:
-            return json.loads(response.read())
-        except ValueError as error:
-            raise ServerError(f"{url}/{path} is no JSON: {error}") from None
+        return _document(response, f"{url}/{path}")
 
 
 def exchange(
@@ -120,14 +115,8 @@ def exchange(
     data = None if body is None else json.dumps(body).encode("utf-8")
     kind = {} if data is None else {"Content-Type": "application/json"}
     request = urllib.request.Request(url, data=data, headers={**kind, **_authorization(key)})
-    try:
-        with (_opener_for(certificate, any_name) if certificate else opener).open(request, timeout=timeout) as response:
-            return response.status, parsed(response.read())
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, parsed(error.read())
-    except (OSError, http.client.HTTPException) as error:
-        raise NotYet(f"{url} does not answer: {getattr(error, 'reason', error)}") from None
+    with _open(request, url, timeout, certificate, any_name) as response:
+        return response.status, parsed(response.read())
 
 
 def parsed(content: bytes) -> Any:
@@ -140,7 +129,7 @@ def parsed(content: bytes) -> Any:
 
 def error_words(answer: Any) -> str:
     """Return the message of a parsed error answer."""
-    return _message(json.dumps(answer).encode() if not isinstance(answer, str) else answer.encode())[0]
+    return _message(answer)[0]
 
 
 def _authorization(key: Optional[str]) -> Dict[str, str]:
@@ -156,17 +145,46 @@ def _opened(
     certificate: Optional[str],
     any_name: bool,
 ) -> Iterator[http.client.HTTPResponse]:
-    """Return the response, with its errors as ours; `missing` says what a 404 or 503 means."""
-    try:
-        with (_opener_for(certificate, any_name) if certificate else opener).open(request, timeout=timeout) as response:
+    """Return a 2xx response; raises RequestRefused for others, or NotYet, where `missing` says what a 404 or 503 means."""
+    with _open(request, url, timeout, certificate, any_name) as response:
+        if 200 <= response.status < 300:
             yield response
-    except urllib.error.HTTPError as error:
-        words, field = _message(error.read())
-        if error.code in (404, 503):
-            raise NotYet(f"{missing}: {words}") from None
-        raise RequestRefused(words + (f" (at {field})" if field else ""), error.code, words, field) from None
+            return
+        words, field = _message(parsed(response.read()))
+        if response.status in (404, 503):
+            raise NotYet(f"{missing}: {words}")
+        raise RequestRefused(words + (f" (at {field})" if field else ""), response.status, words, field)
+
+
+@contextlib.contextmanager
+def _open(
+    request: urllib.request.Request, url: str, timeout: float, certificate: Optional[str], any_name: bool
+) -> Iterator[http.client.HTTPResponse]:
+    """Return the response, whatever its status; raises NotYet if there is none, or if its connection breaks."""
+    try:
+        with _response(request, timeout, certificate, any_name) as response:
+            yield response
     except (OSError, http.client.HTTPException) as error:
-        raise NotYet(f"{url} does not answer: {error}") from None
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        raise NotYet(f"{url} does not answer: {reason}") from None
+
+
+def _response(
+    request: urllib.request.Request, timeout: float, certificate: Optional[str], any_name: bool
+) -> http.client.HTTPResponse:
+    try:
+        found = (_opener_for(certificate, any_name) if certificate else opener).open(request, timeout=timeout)
+    except urllib.error.HTTPError as error:
+        found = error  # a response, too
+    return cast(http.client.HTTPResponse, found)
+
+
+def _document(response: http.client.HTTPResponse, source: str) -> Any:
+    """Return the JSON in a response; raises ServerError."""
+    try:
+        return json.loads(response.read())
+    except (ValueError, RecursionError) as error:
+        raise ServerError(f"{source} gave no JSON: {error}") from None
 
 
 # Traceserve's servers are contacted directly, regardless of proxy settings.
@@ -179,15 +197,12 @@ def _opener_for(certificate: str, any_name: bool) -> urllib.request.OpenerDirect
     return urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=trusted))
 
 
-def _message(body: bytes) -> Tuple[str, Optional[str]]:
-    """Return the message of an error response, ours or the frontend's, and its field."""
-    try:
-        content = json.loads(body)
-    except ValueError:
-        return body.decode("utf-8", "replace").strip() or "no reason given", None
-    error = content.get("error") if isinstance(content, dict) else None
+def _message(answer: Any) -> Tuple[str, Optional[str]]:
+    """Return the message of a parsed error answer, ours, the frontend's or another server's, and its field."""
+    error = answer.get("error") if isinstance(answer, dict) else None
+    if isinstance(error, dict):
+        return str(error.get("message", error)), error.get("field")
     if isinstance(error, str):
         return error, None
-    if isinstance(error, dict):
-        return str(error["message"]), error.get("field")
-    return str(content.get("message", content)) if isinstance(content, dict) else str(content), None
+    words = answer.get("message", answer) if isinstance(answer, dict) else answer
+    return str(words).strip() or "no reason given", None

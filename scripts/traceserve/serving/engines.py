@@ -1,4 +1,4 @@
-"""The names of the engines that serve archives; `server.ENGINES` starts them."""
+"""The names of the engines that serve archives; `server.SERVING_ENGINES` starts them."""
 
 TORCHSERVE = "torchserve"
 RAY = "ray"

@@ -10,7 +10,6 @@ import os
 import platform
 import re
 import shutil
-import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,27 +21,10 @@ from traceserve_runtime.manifest import Manifest
 from traceserve.errors import ServerError
 from traceserve.machine import user_folders
 from traceserve.machine.private_files import write_private
-from traceserve.serving import java
+from traceserve.serving import java, stopping
 from traceserve.serving.engines import RAY, TORCHSERVE
 
 _KEPT = 5  # folders of dead servers kept until their failure was shown; older ones go
-# Programs of our servers: the JVM and its starter, Ray's daemons and their starter.
-_SERVERS = (
-    "org.pytorch.serve.ModelServer",
-    "ts.model_server",
-    "ray.scripts.scripts",
-    "gcs_server",
-    "raylet",
-    "haproxy",
-)
-_SECONDS_TO_FINISH = 15
-# TorchServe's workers may go on for so long before it is told to end, and are at rest if they take less than this share of a
-# core for a while.
-_SECONDS_TO_REST, _RESTING, _WHILE = 40.0, 0.2, 0.3
-_WORKER = "model_service_worker"
-_GUARD = "traceserve.serving.ray_guard"  # the first process of a cluster
-_DRAINED = "haproxy"  # finishes running requests on SIGUSR1
-_CONTROLLER = "ray::ServeController"  # kills and replaces a HAProxy that does not answer for some seconds
 _REPLICA = re.compile(r"ray::ServeReplica:([^:]+)")
 # Words of a JVM or operating system for a process's end.
 _REASON = re.compile(r"\b\w*(Error|Exception)\b|[Oo]ut of memory|Killed|SIG[A-Z]+|fatal|No space left")
@@ -252,7 +234,7 @@ def workers_alive(instance: Instance) -> Dict[str, int]:
                 if replica:
                     application = replica.group(1)  # NAME, or NAME-VERSION where a name has several
                     alive[application if application in alive else application.rpartition("-")[0]] += 1
-                elif _WORKER in command:
+                elif stopping.WORKER in command:
                     alive[names[Path(child.cwd()).resolve()]] += 1  # a worker works in its archive's folder
     return alive
 
@@ -277,15 +259,11 @@ def last_words(instance: Instance) -> str:
 
 def stop(instance: Instance, at_once: bool = False) -> None:
     """Stop a server and its workers, and remove its files; it finishes running requests unless `at_once`."""
-    process, drained = instance.process, at_once
+    process = instance.process
     try:
-        if process is not None and not at_once:
-            drained = _drain(process)
-            if not drained:
-                _rest(process)
-    finally:  # an interrupt only ends the waiting
         if process is not None:
-            _end([process], drained)
+            stopping.end_server(process, at_once)
+    finally:  # an interrupt only ends the waiting
         _end_orphans(instance)
         with contextlib.suppress(OSError):  # the next server starts without it
             java.keep_class_archive(Path(instance.folder))
@@ -295,7 +273,7 @@ def stop(instance: Instance, at_once: bool = False) -> None:
 def end_started_in(folder: Path) -> None:
     """Immediately end every TorchServe started on this folder, recorded or not, and remove the folder."""
     for _ in range(2):  # a starter may just be starting its JVM
-        _end(list(_started_in(folder)), at_once=True)
+        stopping.end_all_in(folder)
     with contextlib.suppress(FileNotFoundError):
         (_state_folder() / f"{folder.name}.json").unlink()
     shutil.rmtree(folder, ignore_errors=True)
@@ -305,77 +283,7 @@ def end_started_in(folder: Path) -> None:
 def _end_orphans(instance: Instance) -> None:
     """Immediately end what outlived a cluster's first process, as where that was killed: it would hold the port."""
     if instance.engine == RAY:
-        _end(list(_started_in(Path(instance.folder))), at_once=True)
-
-
-def _started_in(folder: Path) -> Iterator[psutil.Process]:
-    """Yield a server's starter and daemons: a path in the folder is among their arguments."""
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            arguments = process.cmdline()
-            names = {Path(argument).name for argument in arguments[:1]} | set(arguments)
-            if not names.isdisjoint(_SERVERS) and any(f"{folder}{os.sep}" in argument for argument in arguments):
-                yield process
-
-
-def _drain(process: psutil.Process) -> bool:
-    """Let a cluster's HAProxy finish its running requests; return whether there was one."""
-    proxies = []
-    with contextlib.suppress(psutil.Error):
-        if _GUARD not in process.cmdline():
-            return False
-        process.send_signal(signal.SIGUSR1)  # its HAProxy needs no stand-in from now on
-        children = process.children(recursive=True)
-        proxies = [child for child in children if _is_proxy(child)]
-        for controller in (child for child in children if proxies and _is_controller(child)):
-            controller.suspend()
-    for proxy in proxies:
-        with contextlib.suppress(psutil.Error):
-            proxy.send_signal(signal.SIGUSR1)
-    psutil.wait_procs(proxies, timeout=_SECONDS_TO_FINISH)
-    return bool(proxies)
-
-
-def _rest(process: psutil.Process) -> None:
-    """Wait until TorchServe's workers have nothing to do.
-
-    It drops what they are at once it is told to end (seen with 0.12), and says of no request that it is being answered.
-    """
-    deadline = time.monotonic() + _SECONDS_TO_REST
-    with contextlib.suppress(psutil.Error):
-        workers = [child for child in process.children(recursive=True) if _WORKER in " ".join(child.cmdline())]
-        for worker in workers:
-            worker.cpu_percent()  # from here on
-        while time.monotonic() < deadline:
-            time.sleep(_WHILE)
-            if all(worker.cpu_percent() < 100 * _RESTING for worker in workers):
-                break
-
-
-def _is_proxy(process: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.Error):
-        return bool(process.name() == _DRAINED)
-    return False
-
-
-def _is_controller(process: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.Error):
-        return " ".join(process.cmdline()).startswith(_CONTROLLER)
-    return False
-
-
-def _end(processes: List[psutil.Process], at_once: bool) -> None:
-    family = []
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            family += [process, *process.children(recursive=True)]
-            if not at_once:
-                process.terminate()
-    _, alive = psutil.wait_procs(family, timeout=0 if at_once else _SECONDS_TO_FINISH)
-    for survivor in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            survivor.kill()
-    psutil.wait_procs(alive, timeout=5)
+        stopping.end_all_in(Path(instance.folder))
 
 
 def sockets_folder(folder: Path) -> Path:

@@ -15,9 +15,8 @@ from traceserve.archives.contents import read_manifest, read_serving
 from traceserve.archives.model_config import Serving
 from traceserve.archives.names import check_name
 from traceserve.errors import ServerError
+from traceserve.serving.configuration import DEFAULT_WORKERS
 from traceserve.serving.front import FrontendOptions
-
-DEFAULT_WORKERS = 1
 
 
 @dataclass(frozen=True)

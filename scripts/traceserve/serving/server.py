@@ -27,7 +27,7 @@ from traceserve.errors import ServerError
 from traceserve.machine import neuron_cores
 from traceserve.serving import client, configuration, instances, java, keys, management, ray_cluster
 from traceserve.serving.engines import RAY, TORCHSERVE
-from traceserve.serving.front import FrontendOptions
+from traceserve.serving.front import DEFAULT_PORT, FrontendOptions
 from traceserve.serving.instances import Instance
 from traceserve.serving.log import load_failure, log_tail
 from traceserve.serving.plan import Archive, Scaling, ServerPlan, planned
@@ -36,7 +36,6 @@ _SLACK = 0.5  # seconds an answer may take after the frontend's own limit
 
 _LONGEST_SOCKET_PATH = 103  # bytes, on macOS; Linux has 107
 _FOLDER = re.compile(r"traceserve-\d+-[a-z0-9_]{8}")  # the names by _new_folder
-DEFAULT_PORT = 8080
 
 
 def start(
@@ -59,7 +58,7 @@ def start(
     its versions, if the engine supports several. With `trusted`, a public key or certificates, only archives that are
     signed by it are served; SignatureError is raised for others.
     """
-    kind = ENGINES[engine]
+    kind = SERVING_ENGINES[engine]
     if scaling != Scaling() and not kind.scales:
         raise ServerError(
             f"{engine} keeps the number of workers; --most-workers, --ongoing and --gpus are for --engine {RAY}"
@@ -72,7 +71,7 @@ def start(
 
 
 def _started(plan: ServerPlan, trusted: Optional[signing.Trusted]) -> Instance:
-    kind = ENGINES[plan.engine]
+    kind = SERVING_ENGINES[plan.engine]
     _check_port(plan.host, plan.port)
     if plan.front.metrics_port:
         _check_port(plan.host, plan.front.metrics_port, "--metrics-port")
@@ -143,7 +142,7 @@ class ServingEngine(NamedTuple):
     only_rsa: bool  # its TLS reads no other private keys
 
 
-ENGINES: Dict[str, ServingEngine] = {
+SERVING_ENGINES: Dict[str, ServingEngine] = {
     TORCHSERVE: ServingEngine(_launch_torchserve, False, "tmp/.ts.sock.65535", False, True),
     RAY: ServingEngine(ray_cluster.launch_cluster, True, ray_cluster.LONGEST_SOCKET, True, False),
 }

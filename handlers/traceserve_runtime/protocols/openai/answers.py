@@ -51,7 +51,7 @@ class WrittenTexts(Places):
         read = [answers[i] for i in range(0, len(answers), self.choices.of_each)]
         return {
             **head(self.prefix, self.object, served),
-            "choices": [self._choice(i, answer) for i, answer in enumerate(answers)],
+            "choices": [self._choice(i, answer.continued) for i, answer in enumerate(answers)],
             "usage": usage(read, _tokens(answers)),
         }
 

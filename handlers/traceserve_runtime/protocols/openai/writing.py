@@ -113,7 +113,7 @@ class _Writing(OpenAiErrors):
             message = f"the request asks for {count:,} texts; one request may have {most:,}; send several"
             raise InputTooLong(message, "prompt" if choices.of_each == 1 else "n")
         requests = [
-            Request(fields, self._of_choice(parameters, i), group, where)
+            Request(fields, self._of_choice(parameters, i), group, where, continues=True)
             for fields, where in prompts
             for i in range(choices.of_each)
         ]
@@ -139,7 +139,7 @@ class _Writing(OpenAiErrors):
             raise InvalidRequest(f'"stream_options" should be an object, not {kind_of(options)}', "stream_options")
         read_keys(options, {"include_usage": READ, "include_obfuscation": IGNORED}, "stream_options")
         [(fields, where)] = prompts
-        request = Request(fields, {**parameters, "stream": True}, group, where)
+        request = Request(fields, {**parameters, "stream": True}, group, where, continues=True)
         frames = self._frames(choices, served, boolean(options, "include_usage"))
         return Body([request], self._form(value, choices, served), frames)
 

@@ -51,7 +51,7 @@ def sooner_wide() -> bool:
 def widen(module: Traced) -> int:
     """Rewrite a module's graphs on the CPU, before its first run; returns the number of attentions now in float32.
 
-    None if this torch cannot rewrite graphs.
+    0 if this torch cannot rewrite graphs.
     """
     return sum(_widen(graph) for graph in devices.graphs(module)) if torch_internals.rewrites() else 0
 

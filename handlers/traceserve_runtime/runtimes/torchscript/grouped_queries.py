@@ -41,7 +41,7 @@ class _Repeated(NamedTuple):
 def group(module: Traced) -> int:
     """Rewrite a module's graphs on the CPU, before its first run; returns the number of attentions with groups.
 
-    None if this torch's attention would make the copies itself, or cannot rewrite graphs.
+    0 if this torch's attention would make the copies itself, or cannot rewrite graphs.
     """
     if not torch_internals.attends_in_groups():
         return 0

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Dict, Iterator, NamedTuple
 
-from traceserve_runtime.errors import InvalidManifest, MissingPackage
+from traceserve_runtime.errors import InvalidManifest, MissingPackage, reason
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runtimes import graph as graphs
 from traceserve_runtime.runtimes.graph import Block, Traced
@@ -103,12 +103,11 @@ def _explained(error: Exception, chip: Chip, manifest: Manifest, file: Path) -> 
         return MissingPackage(
             f"no NeuronCore for this worker ({asked}): this machine is no {chip.machines}, or its driver is not loaded, or "
             "other processes have all cores (each belongs to one process; `neuron-ls` shows whose they are): "
-            f"{words.strip().splitlines()[0]}"
+            f"{reason(error)}"
         )
     if "Unknown builtin op" in words or "neuron::" in words:
         return InvalidManifest(
             f"{file.name} holds an operator that this {chip.package} does not know; it was made with {chip.package} "
-            f"{manifest.versions.get(chip.package, 'unknown')}: {words.strip().splitlines()[0]}"
+            f"{manifest.versions.get(chip.package, 'unknown')}: {reason(error)}"
         )
-    first = (words.strip() or type(error).__name__).split("\n", 1)[0]
-    return InvalidManifest(f"{file.name} cannot be loaded by torch {torch.__version__}: {first}")
+    return InvalidManifest(f"{file.name} cannot be loaded by torch {torch.__version__}: {reason(error)}")

@@ -6,6 +6,7 @@ import warnings
 from typing import TYPE_CHECKING, Dict, List, Mapping, Tuple
 
 from traceserve.building.checkpoints.adapters import FILE, PREFIX
+from traceserve.building.checkpoints.agreement import LARGEST_DIFFERENCE, relative_difference, token_row
 from traceserve.building.checkpoints.checkpoint import Checkpoint
 from traceserve.building.checkpoints.lookups import embedding_weights
 from traceserve.errors import ExportError, SourceError, first_line, some
@@ -13,8 +14,6 @@ from traceserve.errors import ExportError, SourceError, first_line, some
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
-
-_DIFFERENCE = 5e-4  # of the largest output, between adapter beside base and merged
 
 
 def adapter_options(checkpoint: Checkpoint, trust_remote_code: bool) -> Dict[str, object]:
@@ -57,7 +56,7 @@ def merge_adapter(
             if not strange:
                 before = _outputs_of(adapted, tokens, own)
                 model = adapted.merge_and_unload(safe_merge=True).eval()
-                difference = _difference(before, _outputs_of(model, tokens, own))
+                difference = relative_difference(before, _outputs_of(model, tokens, own))
     except KeyError as error:  # a module in modules_to_save
         raise SourceError(
             f"the adapter {name} lacks the weight {error.args[0]}, which a model of {adapter.base_name} has: save it again with "
@@ -72,7 +71,7 @@ def merge_adapter(
             f"the adapter {name} does not belong to {adapter.base_name}: one has weights that the other lacks "
             f"({some(strange)}); correct base_model_name_or_path in its {FILE}"
         )
-    if not difference <= _DIFFERENCE:
+    if not difference <= LARGEST_DIFFERENCE:
         raise ExportError(
             f"the adapter {name} answers differently once it is merged into its base (a difference of {difference:.2g} of the "
             "largest output), so it cannot be exported as one model"
@@ -100,7 +99,7 @@ def _outputs_of(model: torch.nn.Module, tokens: int, config: PreTrainedConfig) -
     """Return a model's outputs for a row of tokens from the whole vocabulary; `model` may have the adapter beside it."""
     import torch
 
-    ids = torch.arange(16)[None] * 7919 % tokens
+    ids = token_row(16, tokens)
     end = config.eos_token_id
     if isinstance(end, int):  # BART's classifier reads it
         ids[0, -1] = end
@@ -108,7 +107,3 @@ def _outputs_of(model: torch.nn.Module, tokens: int, config: PreTrainedConfig) -
     with torch.no_grad():
         output: torch.Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), return_dict=True, **more)[0]
     return output
-
-
-def _difference(expected: torch.Tensor, got: torch.Tensor) -> float:
-    return float((got - expected).abs().max() / expected.abs().max().clamp(min=1.0))

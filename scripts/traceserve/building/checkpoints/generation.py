@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FILE = "generation_config.json"
-# The default of transformers before 5; its text2text-generation treats it as not set.
-_DEFAULT_LENGTH = 20
 
 
 class Kind(NamedTuple):
@@ -61,7 +59,7 @@ def _is_text(value: object) -> bool:
 # Settings that are followed: defaults of a request's parameters, and the loop's for every request.
 FOLLOWED: Dict[str, Kind] = {
     **dict.fromkeys(
-        ("max_new_tokens", "min_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p")
+        ("max_new_tokens", "min_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p")
         + ("repetition_penalty", "no_repeat_ngram_size", "num_beams", "length_penalty", "early_stopping"),
         _ANY,
     ),
@@ -104,7 +102,6 @@ NEUTRAL: Dict[str, Tuple[object, ...]] = {
     "diversity_penalty": (0.0,),
     "num_beam_groups": (1,),
     "penalty_alpha": (0.0,),
-    "typical_p": (1.0,),
     "epsilon_cutoff": (0.0,),
     "eta_cutoff": (0.0,),
     "top_h": (),

@@ -15,7 +15,10 @@ def read_json(path: Path) -> object:
     """Return a checkpoint's JSON file, None if missing; raises SourceError if it is unreadable."""
     if not path.is_file():
         return None
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error}") from None
     for mark, name in _MARKS.items():
         if content.startswith(mark):
             raise SourceError(
@@ -24,7 +27,7 @@ def read_json(path: Path) -> object:
             )
     try:
         return json.loads(content.decode("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SourceError(f"{path} is no valid JSON: {error}") from None
 
 

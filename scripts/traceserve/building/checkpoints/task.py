@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Mapping, NamedTuple, Optional, Sequence, Tuple
@@ -11,6 +10,8 @@ from traceserve_runtime.tasks import TASKS
 
 from traceserve.building.checkpoints import heads
 from traceserve.building.checkpoints.head_weights import by_weights, check_labels, checked_head
+from traceserve.building.checkpoints.json_files import read_json
+from traceserve.building.checkpoints.model_card import front_matter
 from traceserve.building.config import libraries
 from traceserve.building.config.rules import check_together
 from traceserve.building.config.setup_config import AUTO_TASK, SetupConfig
@@ -73,7 +74,7 @@ def resolve(config: SetupConfig, folder: Path) -> Resolved:
 
 def _check_labels(config: SetupConfig, folder: Path) -> None:
     task = TASKS[config.task]
-    facts = _read_json(folder / "config.json") if task.labelled and not config.allow_untrained_head else None
+    facts = read_json(folder / "config.json") if task.labelled and not config.allow_untrained_head else None
     if isinstance(facts, dict):
         check_labels(config, folder, facts, task.auto_model)
 
@@ -97,7 +98,7 @@ def _check(config: SetupConfig, folder: Path, with_weights: bool) -> None:
     # Any model has features to extract, like the pipeline; and a trial may have a random head.
     if config.gguf_file or config.allow_untrained_head or task.auto_model == heads.BASE:
         return
-    facts = _read_json(folder / "config.json")
+    facts = read_json(folder / "config.json")
     if not isinstance(facts, dict):
         return  # the loader reports missing weights
     named = heads.named(facts)
@@ -127,7 +128,7 @@ def _search(config: SetupConfig, folder: Path, with_weights: bool) -> Optional[_
     found = _sentence_transformer(config, folder)
     if found is not None:
         return found
-    facts = _read_json(folder / "config.json")
+    facts = read_json(folder / "config.json")
     if not isinstance(facts, dict):
         raise SourceError(f"{config.model_name}: {folder / 'config.json'} should hold a JSON object")
     named = heads.named(facts)
@@ -154,7 +155,7 @@ def _search(config: SetupConfig, folder: Path, with_weights: bool) -> Optional[_
 
 def _sentence_transformer(config: SetupConfig, folder: Path) -> Optional[_Found]:
     """Return the task of a folder written by sentence-transformers; None for others."""
-    facts = _read_json(folder / "config_sentence_transformers.json")
+    facts = read_json(folder / "config_sentence_transformers.json")
     kind = facts.get("model_type") if isinstance(facts, dict) else None
     if kind is not None and kind not in _SENTENCE_TRANSFORMERS:
         raise SourceError(
@@ -163,7 +164,7 @@ def _sentence_transformer(config: SetupConfig, folder: Path) -> Optional[_Found]
         )
     if kind is not None:
         return _Found((_SENTENCE_TRANSFORMERS[kind],), f"from config_sentence_transformers.json: {kind}")
-    modules = _read_json(folder / "modules.json")
+    modules = read_json(folder / "modules.json")
     if modules is None:
         return None
     return _Found(("feature_extraction",), "from modules.json: sentence-transformers")
@@ -207,21 +208,5 @@ def _quoted(names: Sequence[str]) -> str:
 
 def _tag(folder: Path) -> Optional[str]:
     """Return the task in the model card's front matter; None without one."""
-    path = folder / "README.md"
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError):
-        return None
-    front = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
-    tag = re.search(r"^pipeline_tag:\s*[\"']?([\w-]+)", front.group(1), re.MULTILINE) if front else None
-    return _TAGS.get(tag.group(1)) if tag else None
-
-
-def _read_json(path: Path) -> object:
-    """Return a JSON file, or None if missing; raises SourceError."""
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{path} cannot be read as JSON: {error}") from None
+    tag = front_matter(folder).get("pipeline_tag")
+    return _TAGS.get(tag) if isinstance(tag, str) else None

@@ -33,9 +33,7 @@ class Targets(NamedTuple):
         _check_artifact(self.artifact)
         staging.check_replaceable(self.artifact, self.force, ExportError)
         if self.archive is not None:
-            if self.archive.is_dir():
-                raise ArchiveError(f"{self.archive} is a folder, not an archive; choose another --store")
-            staging.check_replaceable(self.archive, self.force, ArchiveError)
+            _check_archive(self.archive, self.force)
 
 
 def build_targets(
@@ -56,13 +54,27 @@ def build_targets(
             raise ExportError(f"{artifact} holds the {what}, which would be replaced; {_ELSEWHERE}")
     targets = Targets(artifact, None, None, force)
     if store is not None:
-        packed = store / f"{name}.mar"
-        _check_parents(packed, f"--store {store}", ArchiveError)
         targets = targets._replace(
-            archive=packed, version=names.check_version(version) if version is not None else None
+            archive=_archive_in(store, name), version=names.check_version(version) if version is not None else None
         )
     targets.check()
     return targets
+
+
+def archive_target(artifact: Path, store: Path, force: bool) -> Path:
+    """Return the path of an artifact's archive in the folder `store`.
+
+    Raises ArchiveError for a name or a place that is illegal or, unless `force`, taken.
+    """
+    target = _archive_in(store, names.check_name(artifact.resolve().name))
+    _check_archive(target, force)
+    return target
+
+
+def _archive_in(store: Path, name: str) -> Path:
+    target = store / f"{name}.mar"
+    _check_parents(target, f"--store {store}", ArchiveError)
+    return target
 
 
 def _default_artifact(loaded: LoadedConfig) -> Path:
@@ -81,6 +93,13 @@ def _check_artifact(folder: Path) -> None:
         raise ExportError(
             f"{folder} is no artifact of traceserve (it has no {MANIFEST_FILE}), so it is not replaced; {_ELSEWHERE}"
         )
+
+
+def _check_archive(path: Path, force: bool) -> None:
+    """Raise ArchiveError if there is a folder or, unless `force`, an archive."""
+    if path.is_dir():
+        raise ArchiveError(f"{path} is a folder, not an archive; choose another --store")
+    staging.check_replaceable(path, force, ArchiveError)
 
 
 def _check_parents(path: Path, option: str, error: Type[TraceserveError]) -> None:

@@ -41,6 +41,8 @@ STEPS = {"bfloat16": 1 / 64}
 # The largest mean change of the logarithm of the probability of the original's tokens: 2 % of its perplexity. Published:
 # 0.1 to 0.4 % for 6 to 8 bits, 1.2 to 3.6 % for 4 (docs/gate.md).
 MOST_DRIFT = 0.02
+# Of what distinguishes texts in an output that each has one of, in a lower precision: see `outputs.unexplained_variance`.
+MOST_UNEXPLAINED = 0.5
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ class Findings:
     how: str = ""  # it was run
     device: str = "cpu"
     cells: List[Cell] = field(default_factory=list)
+    unexplained: Dict[str, float] = field(default_factory=dict)  # by output: the share of its variance that is lost
     in_parts: List[Cell] = field(default_factory=list)  # with prompts that are read so; they decide nothing else
     answers: int = 0
     own_answers: int = 0  # to the user's own samples
@@ -142,7 +145,7 @@ class Findings:
     def alike(self) -> bool:
         """Whether this variant does."""
         wrong = self.failure or self.failed or self.tokenized_otherwise or self.astray
-        return not (wrong or self.too_many_changed or self.drifts)
+        return not (wrong or self.too_many_changed or self.drifts or self.indistinct)
 
     @property
     def failing_files(self) -> Set[str]:
@@ -185,6 +188,15 @@ class Findings:
         return self.judged is not None and not abs(self.judged.mean_drift) <= MOST_DRIFT
 
     @property
+    def indistinct(self) -> Dict[str, float]:
+        """The outputs, in a lower precision, that keep too little of what distinguishes texts; NaN counts."""
+        return {
+            output: share
+            for output, share in self.unexplained.items()
+            if self.limit.changed and not share <= MOST_UNEXPLAINED
+        }
+
+    @property
     def too_many_changed(self) -> bool:
         """Whether more answers changed than the limit allows."""
         if self.stopped:
@@ -219,6 +231,7 @@ class Findings:
             "largest_difference": float(np.max([cell.difference for cell in self.cells], initial=0.0)),
             "answers": self.answers,
             "answers_changed": len(self.changed),
+            **({"unexplained_variance": self.unexplained} if self.limit.changed and self.unexplained else {}),
             **self._along_texts(),
         }
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Dict, Iterator, List, Sequence, Tuple
+from typing import Dict, Iterator, List, Sequence, Tuple, Union
 
 import numpy as np
 from traceserve_runtime.batching import batches
@@ -16,7 +16,7 @@ from traceserve_runtime.errors import TraceserveError
 from traceserve_runtime.generation.steps import FEEDS
 from traceserve_runtime.manifest import Manifest, TokenizerFacts
 from traceserve_runtime.runner import Arrays
-from traceserve_runtime.texts.rows import Row, Segments
+from traceserve_runtime.texts.rows import Encoded, Row, Segments
 from traceserve_runtime.texts.tokenization import TextTokenizer
 
 from traceserve.building.checkpoints.lookups import id_of_token
@@ -30,6 +30,7 @@ from traceserve.building.progress import Progress
 
 BATCHES = (1, 2, 5)
 _MOST_TOKENS = 1024  # per cell, except with two rows
+_CONSTANT = 1e-5  # outputs that vary by less, relative as in Limit, are the same for all texts
 _PARTS = 3  # or a few more, in which prompts are read
 
 
@@ -65,7 +66,9 @@ def compare_outputs(
     grid = list(_grid(manifest))
     most = _longest_row(engine)
     in_parts = bool(loop) and FEEDS[loop].together(manifest.shapes) and reference.reads_only_new_tokens
+    of_texts: Dict[str, List[Tuple[np.ndarray, np.ndarray]]] = {}
     if not loop:
+        of_texts = {output: [] for output in manifest.outputs if output not in per_token}
         numbers = [(min(n, most), i) for cell in grid for i, n in enumerate(_row_lengths(manifest, *cell))]
         wanted = (Wanted(("row", *number), rows.get(*number), dict) for number in dict.fromkeys(numbers))
         reference.prepare(wanted, manifest.outputs, partial(progress, "running the original"))
@@ -91,9 +94,12 @@ def compare_outputs(
         for output in manifest.outputs:
             differences = [_difference(one[output], expected[key][output]) for one, key in zip(got, keys)]
             findings.cells.append(Cell(batch, length, padded, output, float(np.max(differences))))
+            if output in of_texts:
+                of_texts[output] += [(one[output], expected[key][output]) for one, key in zip(got, keys)]
         if in_parts and length == grid[-1][1]:
             difference = _difference_in_parts(engine, [rows.get(*key) for key in keys], [expected[key] for key in keys])
             findings.in_parts.append(Cell(batch, length, padded, "logits", difference))
+    findings.unexplained = {output: unexplained_variance(results) for output, results in of_texts.items()}
     progress(f"comparing outputs of {findings.variant}", len(grid), len(grid))
 
 
@@ -135,12 +141,14 @@ class GridRows:
     """Rows of an exact length, each from another position in the concatenated built-in texts.
 
     Every other one has end tokens in its text, as a client may write them. BART's classifier, for example, counts them,
-    and mixes up rows in a batch with different counts. All variants of an artifact share them.
+    and mixes up rows in a batch with different counts. With `pairs` the others are pairs of texts, where the model reads
+    any. All variants of an artifact share them.
     """
 
-    def __init__(self, folder: Path, facts: TokenizerFacts, original: Original) -> None:
+    def __init__(self, folder: Path, facts: TokenizerFacts, original: Original, pairs: bool = False) -> None:
         self._folder = folder
         self._facts = facts
+        self._pairs = pairs
         self._texts = list(TEXTS)
         special = original.tokenizer.special_tokens_map
         self._end = str(special.get("eos_token") or special.get("sep_token") or "")
@@ -159,15 +167,43 @@ class GridRows:
     def _make(self, length: int, index: int) -> Row:
         if length not in self._tokenizers:
             self._tokenizers[length] = TextTokenizer(self._folder, self._facts, length, max_rows=1_000_000)
-        start = index * len(self._texts) // max(BATCHES)
-        text = " ".join(self._texts[start:] + self._texts[:start])[: 16 * length]
-        text = " ".join([text] * (length // max(1, len(text.split())) + 1))
+        text = self._text(length, index)
         if index % 2:
             text = f"{self._end} {text.split(' ', 1)[0]} {self._end} {text}"
-        encoded = self._tokenizers[length].encode([Segments(text)], ["truncate"])[0]
+        elif self._pairs:
+            pair = self._encoded(length, Segments(text, self._text(length, index + 1)))
+            if isinstance(pair, Encoded):  # and long enough for one
+                return pair.rows[0]
+        encoded = self._encoded(length, Segments(text))
         if isinstance(encoded, TraceserveError):
             raise encoded
         return encoded.rows[0]
+
+    def _text(self, length: int, index: int) -> str:
+        start = index * len(self._texts) // max(BATCHES)
+        text = " ".join(self._texts[start:] + self._texts[:start])[: 16 * length]
+        return " ".join([text] * (length // max(1, len(text.split())) + 1))
+
+    def _encoded(self, length: int, segments: Segments) -> Union[Encoded, TraceserveError]:
+        return self._tokenizers[length].encode([segments], ["truncate"])[0]
+
+
+def unexplained_variance(results: Sequence[Tuple[np.ndarray, np.ndarray]]) -> float:
+    """Return the variance of an output's differences from the original's over that of the original's, 0 where that is the
+    same for all texts; `results` are an output and the original's, (columns,) each, per text.
+
+    A small difference says little where the original's own outputs for all texts lie within it, as those of a
+    cross-encoder for what does not match: a constant is near them too.
+    """
+    if any(got.shape != expected.shape for got, expected in results):
+        return math.inf
+    got, expected = (np.array(arrays, dtype=np.float64) for arrays in zip(*results))
+    varying = expected - expected.mean(axis=0)
+    if np.abs(varying).max() <= _CONSTANT * max(1.0, float(np.abs(expected).max())):
+        return 0.0
+    apart = got - expected
+    apart -= apart.mean(axis=0)
+    return float(np.square(apart).sum() / np.square(varying).sum())
 
 
 def _difference(got: np.ndarray, expected: np.ndarray) -> float:

@@ -48,6 +48,9 @@ TEXTS = (*SENTENCES, _PARAGRAPH, VERY_LONG)
 def calibration(own: Sequence[Request], most: int) -> List[str]:
     """Return at most this many typical texts for the model: the user's own if any, else built-in ones of everyday
     length."""
-    texts = [value for request in own for value in request.inputs.values() if isinstance(value, str)]
+    values = [value for request in own for value in request.inputs.values()]
+    texts = [
+        text for value in values for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)
+    ]
     room = most - len(SENTENCES)
     return [*SENTENCES, *(texts[:: -(-len(texts) // room)] if texts else sentences(room))]

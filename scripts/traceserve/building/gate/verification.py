@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Sequence
 
 from traceserve_runtime.engine import Engine
+from traceserve_runtime.errors import TraceserveError
 from traceserve_runtime.runtimes import VARIANTS
 from traceserve_runtime.tasks.contract import Request, Task
 
@@ -24,7 +25,9 @@ from traceserve.building.gate.reference import Reference
 from traceserve.building.gate.texts import TEXTS
 from traceserve.building.progress import Progress
 
-CORPUS = 512  # sentences for a lower precision, besides the samples
+CORPUS = (
+    512  # sentences for a lower precision, besides the samples; a quarter of them for each variant except the default
+)
 # The user's samples for each variant except the default: in float32, where no answer may change, and in a lower
 # precision, where some may, enough to judge (see Limit).
 OWN_OF_OTHERS, OWN_OF_OTHERS_LOWER = 64, 512
@@ -47,27 +50,35 @@ def verify(
     usual = Engine.load(folder)
     manifest, task = usual.manifest, usual.task
     limit = LIMITS[manifest.dtype]
-    rows = GridRows(folder, manifest.tokenizer, reference.original)
-    gate = _Gate(reference, built_in_samples(task, limit), own_samples, rows, progress, thorough)
+    built_in = built_in_samples(task, limit)
+    parts = [each for each in task.parts(built_in) if not isinstance(each, TraceserveError)]
+    pairs = any(segments.pair for each in parts for segments in each)
+    rows = GridRows(folder, manifest.tokenizer, reference.original, pairs)
+    gate = _Gate(reference, built_in, own_samples, rows, progress, thorough)
     first, *others = VARIANTS[manifest.save_mode](manifest, folder, devices.at_hand(manifest.hardware))
     findings = gate.compare(usual, Findings(limit, first.file, first.how, first.device))
     del usual  # each has its own weights
     if not findings.passed or only_usual:
         return findings
-    some = replace(gate, own=_spread(own_samples, OWN_OF_OTHERS_LOWER if limit.changed else OWN_OF_OTHERS))
+    some = replace(
+        gate,
+        built_in=built_in_samples(task, limit, of_others=True),
+        own=_spread(own_samples, OWN_OF_OTHERS_LOWER if limit.changed else OWN_OF_OTHERS),
+    )
     for variant in others:
         engine = Engine(folder, manifest, task, variant.read())
         found = some.compare(engine, Findings(limit, variant.file, variant.how, variant.device))
-        if limit.changed and (found.too_many_changed or found.drifts) and len(some.own) < len(own_samples):
+        if limit.changed and (found.too_many_changed or found.drifts) and some.samples < gate.samples:
             # A share or a mean of few samples varies by chance: a rejection needs all of them.
             found = gate.compare(engine, Findings(limit, variant.file, variant.how, variant.device))
         findings.others.append(found)
     return findings
 
 
-def built_in_samples(task: Task, limit: Limit) -> Sequence[Request]:
-    """Return the built-in samples: more of them where few answers may change."""
-    more = sentences(CORPUS) if limit.changed and not task.loop else ()
+def built_in_samples(task: Task, limit: Limit, of_others: bool = False) -> Sequence[Request]:
+    """Return the built-in samples, fewer `of_others` than the default variant: more of them where few answers may
+    change."""
+    more = sentences(CORPUS // 4 if of_others else CORPUS) if limit.changed and not task.loop else ()
     return task.from_texts((*TEXTS, *more))
 
 
@@ -86,6 +97,11 @@ class _Gate:
     rows: GridRows
     progress: Progress
     thorough: bool = False
+
+    @property
+    def samples(self) -> int:
+        """How many are answered."""
+        return len(self.built_in) + len(self.own)
 
     def compare(self, engine: Engine, findings: Findings) -> Findings:
         """Fill in the findings of a variant."""

@@ -16,6 +16,7 @@ import torch
 from traceserve_runtime import processor
 from traceserve_runtime.errors import reason
 from traceserve_runtime.runtimes.aot_inductor import INSTRUCTIONS, MACHINE, TORCH
+from traceserve_runtime.versions import release_of
 
 from traceserve.building.checkpoints.original import Original
 from traceserve.building.config.save_modes import Target
@@ -40,7 +41,7 @@ _CONFIGS: Dict[str, object] = {"cpp.dynamic_threads": True, "aot_inductor.enable
 def check(dtype: str, target: Target) -> None:
     """Raise ExportError without a C++ compiler, or a torch that packages compiled models."""
     precision.check_processor(dtype)
-    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6) or not torch_internals.compiles_packages():
+    if release_of(torch.__version__) < (2, 6) or not torch_internals.compiles_packages():
         raise ExportError(f"save_mode aot_inductor needs torch 2.6 or newer; this is {torch.__version__}")
     compiler()
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Dict, Iterator, Tuple, Type
 import torch
 from traceserve_runtime.errors import reason
 from traceserve_runtime.runtimes.pretrained import KEPT, OLDEST, OLDEST_NAMED, PAST
+from traceserve_runtime.versions import release_of
 
 from traceserve.building.checkpoints.original import Original
 from traceserve.building.config.dtypes import DTYPES
@@ -37,7 +38,7 @@ def check(dtype: str, target: Target) -> None:
     import transformers
 
     precision.check_processor(dtype)
-    if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < OLDEST:
+    if release_of(transformers.__version__) < OLDEST:
         raise ExportError(
             f"save_mode pretrained needs transformers {OLDEST_NAMED} or newer, this is {transformers.__version__}"
         )

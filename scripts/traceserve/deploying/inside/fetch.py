@@ -29,7 +29,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> Optional[str]:
     partial = options.target.with_name(f".{options.target.name}.{os.getpid()}")
     try:
         found = _copy(options.url, partial)
-        if found != options.sha256:
+        if found != options.sha256.lower():
             raise ValueError(f"its SHA-256 is {found}, and should be {options.sha256}")
         os.replace(partial, options.target)
     except (OSError, ValueError, ImportError, http.client.HTTPException) as error:

@@ -42,7 +42,7 @@ def common_files(archives: Sequence[Described], engine: str, about: str, end: st
         environment="".join(f" \\\n    {key}={value}" for key, value in libraries.DEFAULTS.items()),
         end=end.rstrip("\n"),
     )
-    lines = packages.requirements(archives, packages.ENGINES[engine])
+    lines = packages.requirements(archives, packages.ENGINE_PACKAGES[engine])
     return (
         Text("Dockerfile", dockerfile),
         Text(".dockerignore", templates.read_template("docker/dockerignore")),
@@ -55,7 +55,7 @@ def image_files(
     archives: Sequence[Described], wishes: Wishes, with_archives: bool = True, needs: Optional[str] = None
 ) -> Tuple[File, ...]:
     """The folder that `docker build` is given; `needs` names what it installs, where that is not the engine's."""
-    engine = engines.ENGINES[wishes.engine]
+    engine = engines.CONTAINER_ENGINES[wishes.engine]
     shared = engine.single and not with_archives  # by containers that each get one archive
     command = engines.command(wishes.engine, archives[:1] if shared else archives, "/archives")
     names = ", ".join(each.name for each in archives)
@@ -79,7 +79,7 @@ def plan(archives: Sequence[Described], wishes: Wishes) -> Plan:
     image = image_name(archives, wishes)
     needed = resources.needed(archives, wishes.engine)
     gpus = "--gpus all " if resources.GPU in needed.devices else ""
-    key = f"--env {KEY_VARIABLE} " if engines.ENGINES[wishes.engine].takes_key else ""
+    key = f"--env {KEY_VARIABLE} " if engines.CONTAINER_ENGINES[wishes.engine].takes_key else ""
     limits = f"--memory {needed.memory * 3 // 2 + needed.disk}m --read-only --tmpfs /tmp:exec,size={needed.disk}m"
     return Plan(
         image_files(archives, wishes),

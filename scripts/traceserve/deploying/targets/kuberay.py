@@ -37,7 +37,7 @@ def serve_config(archives: Sequence[Described], wishes: Wishes) -> Dict[str, obj
 
 
 def _gpus(archive: Described) -> float:
-    return 1.0 if resources.DEVICES.get(archive.manifest.hardware) == resources.GPU else 0.0
+    return 1.0 if resources.KUBERNETES_RESOURCES.get(archive.manifest.hardware) == resources.GPU else 0.0
 
 
 def plan(archives: Sequence[Described], wishes: Wishes) -> Plan:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple, Type
 
 from traceserve_runtime.tasks import TASKS
 
+from traceserve.building.checkpoints.agreement import LARGEST_DIFFERENCE, relative_difference, token_row
 from traceserve.building.checkpoints.checkpoint import Checkpoint
 from traceserve.building.checkpoints.libraries import transformers
 from traceserve.building.config.libraries import ENCODES
@@ -20,9 +21,6 @@ from traceserve.errors import ExportError, SourceError, first_line, some
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-# Relative to the largest output; equal computations differ by 1e-6 to 1e-5, different models by 1e-2 and more.
-_DIFFERENCE = 5e-4
 
 
 def load(config: SetupConfig, checkpoint: Checkpoint) -> Tuple[PreTrainedModel, Optional[str]]:
@@ -105,12 +103,12 @@ def _check_same(model: PreTrainedModel, original: PreTrainedModel, longest: int,
     """Raise ExportError unless both agree on a long row of tokens from the whole vocabulary."""
     import torch
 
-    ids = torch.arange(longest)[None] * 7919 % original.config.vocab_size
+    ids = token_row(longest, original.config.vocab_size)
     columns = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with torch.no_grad():
         expected, got = original(**columns)[0], model(**columns)[0]
-    difference = float((got - expected).abs().max() / expected.abs().max().clamp(min=1.0))
-    if not difference <= _DIFFERENCE:
+    difference = relative_difference(expected, got)
+    if not difference <= LARGEST_DIFFERENCE:
         raise ExportError(
             f"curated_transformers computes something else from {name} than transformers (a difference of "
             f"{difference:.2g} of its largest output): it ignores parts of this configuration, such as the base and scaling "

@@ -6,6 +6,7 @@ import random
 from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Tuple
 
 from traceserve_runtime.tasks import TASKS
+from traceserve_runtime.versions import release_of
 
 from traceserve.building.checkpoints import adapter_weights, head_weights, heads
 from traceserve.building.checkpoints.checkpoint import Checkpoint
@@ -77,7 +78,7 @@ def _weights(checkpoint: Checkpoint, version: str) -> Dict[str, object]:
     transformers before 4.41 has no `weights_only`, and before 4.28 no `use_safetensors`: these get loaded weights.
     This can go with the support of the Inf1 stack (4.26).
     """
-    if tuple(int(part) for part in version.split(".")[:2]) >= (4, 41):
+    if release_of(version) >= (4, 41):
         return {"weights_only": True} if checkpoint.pickled else {"use_safetensors": True}
     import torch
     from safetensors.torch import load_file
