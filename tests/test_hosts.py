@@ -1073,19 +1073,28 @@ def test_an_archive_comes_by_http(packed: Path) -> None:
         server.shutdown()
 
 
+@pytest.mark.parametrize("head", [True, False], ids=["head", "no head"])
 @pytest.mark.parametrize("status", [403, 500])
-def test_a_server_that_refuses_an_archive_is_named(status: int) -> None:
+def test_why_a_server_does_not_give_an_archive_is_said(status: int, head: bool) -> None:
+    """Also where only the archive itself is refused, and not what is asked about it before."""
     pytest.importorskip("aiohttp")
 
     class Refusing(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_error(status)
 
+        def do_HEAD(self) -> None:
+            self.send_response(200 if head else status)
+            self.send_header("content-length", "1000")
+            self.end_headers()
+
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         with pytest.raises(RuntimeError, match=f"small.mar could not be fetched: {status}, message="):
             fetching.fetch_archive(f"http://127.0.0.1:{server.server_address[1]}/small.mar")
         server.shutdown()
+    with pytest.raises(RuntimeError, match="small.mar could not be fetched: Cannot connect to host"):
+        fetching.fetch_archive("http://127.0.0.1:1/small.mar")
 
 
 @pytest.mark.parametrize(

@@ -100,13 +100,24 @@ def _downloaded(address: str, target: Path, what: str = "archive") -> Path:
     try:
         with fsspec.open(address, "rb") as source, target.open("wb") as sink:
             shutil.copyfileobj(source, sink, 1 << 20)
-    except FileNotFoundError:
-        raise ArchiveError(f"there is no {what} at {address}") from None
-    except (ImportError, ValueError) as error:  # the package of this kind of storage, or the kind is not known
-        raise ArchiveError(f"{address} cannot be fetched here: {error}") from None
-    except Exception as error:  # each storage's package has its own, as aiohttp's ClientResponseError for 403
-        raise ArchiveError(f"{address} could not be fetched: {reason(error)}") from None
+    except Exception as error:  # each storage's package has its own
+        raise _explained(error, address, what) from None
     return target
+
+
+def _explained(error: Exception, address: str, what: str) -> ArchiveError:
+    """The explanation of a failed download.
+
+    Of http, fsspec says that the file is not there for most errors, such as 403 or no connection: the cause is what happened.
+    """
+    if isinstance(error, FileNotFoundError) and address.startswith(("http://", "https://")):
+        cause = error.__cause__
+        error = cause if isinstance(cause, Exception) and getattr(cause, "status", None) != 404 else error
+    if isinstance(error, FileNotFoundError):
+        return ArchiveError(f"there is no {what} at {address}")
+    if isinstance(error, (ImportError, ValueError)):  # the package of this kind of storage, or the kind is not known
+        return ArchiveError(f"{address} cannot be fetched here: {error}")
+    return ArchiveError(f"{address} could not be fetched: {reason(error)}")
 
 
 def main(arguments: List[str]) -> int:
