@@ -224,6 +224,8 @@ class Engine:
             value = self.task.answer(request, encoded.rows, arrays)
             tokens = sum(row.length for row in encoded.rows)
             answer = Answer(value, encoded.unseen, tokens, self.task.details(request, encoded.rows, arrays))
+            if not request.continues:
+                return answer
             return replace(answer, continuation=self.task.continuation(request, encoded.rows, arrays, answer))
 
         return failures.contained("it made this answer", decode)

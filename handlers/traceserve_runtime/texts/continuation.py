@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Callable, Dict, NamedTuple, Optional, Sequence, Tuple
 
 _LEAST = 4  # of the prompt's tokens that are decoded with the new ones
@@ -28,9 +29,24 @@ class Continuation:
 
     def __init__(self, decode: Decode, prompt: Sequence[int]) -> None:
         self._decode = decode
-        self._context = _context(decode, prompt)
+        self._prompt = prompt
         self._known: Dict[Tuple[int, ...], Optional[_Beginning]] = {}
-        self.before = decode(self._context)  # the end of the prompt's text; empty if it has none
+
+    @cached_property
+    def _context(self) -> Sequence[int]:
+        """The last tokens of the prompt, a few that have a text and begin with a whole character; none if it has no such.
+        Most texts need none of it, so it is found when it is asked for."""
+        for count in range(min(_LEAST, len(self._prompt)), len(self._prompt) + 1):
+            context = self._prompt[len(self._prompt) - count :]
+            text = self._decode(context)
+            if text and _INCOMPLETE not in text:
+                return context
+        return ()
+
+    @cached_property
+    def before(self) -> str:
+        """The end of the prompt's text; empty if it has none."""
+        return self._decode(self._context)
 
     def of(self, tokens: Sequence[int], alone: str) -> str:
         """Return what the tokens add; `alone` is their text by itself."""
@@ -47,14 +63,3 @@ class Continuation:
             text = whole[len(self.before) :] if whole.startswith(self.before) and _INCOMPLETE not in whole else ""
             self._known[tokens] = _Beginning(text, self._decode(tokens)) if text else None
         return self._known[tokens]
-
-
-def _context(decode: Decode, prompt: Sequence[int]) -> Sequence[int]:
-    """Return the last tokens of the prompt, a few that have a text and begin with a whole character; none if it has no
-    such."""
-    for count in range(min(_LEAST, len(prompt)), len(prompt) + 1):
-        context = prompt[len(prompt) - count :]
-        text = decode(context)
-        if text and _INCOMPLETE not in text:
-            return context
-    return ()

@@ -30,9 +30,9 @@ ARCHIVER_MANIFEST = "MAR-INF/MANIFEST.json"
 _METADATA = "traceserve.egg-info/"  # written beside the handler by an editable installation; never imported
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest date in a zip
 _LARGEST_RATIO = 1100  # deflate's for zeros
+_MOST_FILES = 10_000
 # zipfile's exceptions for files that are not zips, are truncated, or have a changed byte: in names, sizes, methods,
 # flags or data. (RuntimeError, the base of NotImplementedError, is for an unknown method or encryption.)
-_MOST_FILES = 10_000
 DAMAGED = (
     zipfile.BadZipFile,
     zlib.error,

@@ -7,7 +7,7 @@ from typing import Optional
 
 import numpy as np
 from traceserve_runtime.engine import Engine
-from traceserve_runtime.errors import TraceserveError
+from traceserve_runtime.errors import TraceserveError, last_reason
 from traceserve_runtime.explaining.integrated_gradients import columns, repeated
 from traceserve_runtime.explaining.targets import Differentiable, OutputCell
 from traceserve_runtime.runner import Arrays
@@ -56,8 +56,7 @@ def differs(folder: Path) -> Optional[str]:
         except NotDifferentiable as error:
             return str(error)
         except _OF_MODELS as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            return f"running it from the embeddings fails: {lines[-1]}"
+            return f"running it from the embeddings fails: {last_reason(error)}"
         for name in manifest.outputs:
             largest = max(1.0, float(np.abs(served[name]).max()))
             difference = float(np.abs(served[name] - own[name]).max()) / largest

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Sequence
 
 from traceserve_runtime.engine import Engine
-from traceserve_runtime.errors import TraceserveError
+from traceserve_runtime.errors import TraceserveError, last_reason
 from traceserve_runtime.runtimes import VARIANTS
 from traceserve_runtime.tasks.contract import Request, Task
 
@@ -112,6 +112,5 @@ class _Gate:
             samples = [*self.built_in, *self.own]
             compare_answers(engine, self.reference, samples, len(self.own), findings, self.progress, self.thorough)
         except RuntimeError as error:
-            lines = [line for line in str(error).strip().splitlines() if line.strip()]
-            findings.failure = lines[-1] if lines else type(error).__name__
+            findings.failure = last_reason(error)
         return findings
