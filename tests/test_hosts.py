@@ -539,8 +539,7 @@ def test_a_process_is_broken_where_its_queue_stands_still(
     monkeypatch.setattr(sagemaker, "_SECONDS_OF_PING", 0.1)
     paced = Paced(classifier, seconds, fails)
     hosted = Hosted(paced, Limits(timeout=timeout), most=1)  # type: ignore[arg-type]
-    container = sagemaker.Container(1)
-    container._application = hosted.application
+    container = sagemaker.Container(hosted.application, batch_size=1, megabytes=1)
 
     async def ask() -> Tuple[List[Optional[str]], Answer]:
         for _ in range(40):

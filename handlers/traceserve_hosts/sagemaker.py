@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from typing import Any, Dict, Mapping, Optional, Sequence
+from typing import Dict, Mapping, Optional, Sequence
 
 from traceserve_hosts import web
 from traceserve_hosts.asgi import Application, Receive, Refused, Scope, Send, guarded, headers_of, path_of, replied
@@ -28,24 +28,18 @@ _LARGEST = 1024  # MB, of an asynchronous endpoint's body
 
 
 class Container:
-    """An ASGI application that answers as SageMaker asks."""
+    """An ASGI application that answers as SageMaker asks, by an archive's own."""
 
-    def __init__(self, megabytes: int) -> None:
+    def __init__(self, application: Application, batch_size: int, megabytes: int) -> None:
+        self._application = application
+        self._batch_size = batch_size
         self._megabytes = megabytes
-        self._application: Optional[Application] = None
-        self._batch_size = 1
-
-    def serve(self, archive: Any) -> None:
-        """Answer by this archive."""
-        self._batch_size = archive.batch_size
-        self._application = web.application(archive, self._megabytes << 20)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         await guarded(self._answer, scope, receive, send)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        assert self._application is not None
         path = path_of(scope)
         if path == "/ping":
             problem = await self._application.broken(_SECONDS_OF_PING)
@@ -82,12 +76,12 @@ def main(arguments: Sequence[str], model: str = MODEL, environment: Mapping[str,
     for name, value in (("SAGEMAKER_BIND_TO_PORT", port), ("SAGEMAKER_MAX_PAYLOAD_IN_MB", megabytes)):
         if not value.isdecimal() or int(value) < 1:
             return f"{name} should be a whole number of 1 or more, not {value!r}"
-    container = Container(int(megabytes))
     try:
-        container.serve(web.loaded(model))
+        archive = web.loaded(model)
+        application = web.application(archive, int(megabytes) << 20)
     except RuntimeError as error:
         return str(error)
-    web.serve_until_signal(container, "0.0.0.0", int(port))
+    web.serve_until_signal(Container(application, archive.batch_size, int(megabytes)), "0.0.0.0", int(port))
     return None
 
 
