@@ -162,7 +162,9 @@ class Bench:
 
 
 def search(bench: Bench, goal: Goal = Goal(64), seconds: float = 600, cores: int = 2) -> KnobSearch:
-    found = KnobSearch(bench, goal, knobs(cores, goal.connections, 128), seconds, clock=lambda: bench.now)
+    found = KnobSearch(
+        bench, goal, knobs(cores, goal.connections, 128, OWN.batch_size), seconds, clock=lambda: bench.now
+    )
     found.run([OWN])
     return found
 
@@ -204,6 +206,14 @@ def test_the_time_is_kept() -> None:
     assert [trial.serving for trial in search(Bench(two_workers), seconds=1).trials.values()] == [OWN]
 
 
+def test_batches_that_never_fill_are_mended_first() -> None:
+    """Whatever else is tried, all would wait for the delay, and little time might be spent on that."""
+    bench = Bench(lambda serving: 500.0, latency=lambda serving: 0.002 + 0.06 * (serving.batch_size > 4))
+    found = search(bench, Goal(4), seconds=40)
+    assert found.best.serving.batch_size == 4 and not found.in_time
+    assert [trial.serving.batch_size for trial in found.trials.values()][:2] == [32, 4]
+
+
 def test_what_fails_is_a_row_with_its_reason_and_never_chosen() -> None:
     fails = {"start": lambda s: s.workers == 2, "answer": lambda s: s.batch_size == 16}
     bench = Bench(two_workers, fails=fails)
@@ -220,12 +230,12 @@ def test_what_fails_is_a_row_with_its_reason_and_never_chosen() -> None:
 def test_an_own_configuration_that_does_not_start_is_replaced() -> None:
     own = replace(OWN, workers=64, threads=1)
     bench = Bench(two_workers, fails={"start": lambda s: s.workers == 64})
-    found = KnobSearch(bench, Goal(64), knobs(2, 64, 128), 300, clock=lambda: bench.now)
+    found = KnobSearch(bench, Goal(64), knobs(2, 64, 128, OWN.batch_size), 300, clock=lambda: bench.now)
     best = found.run([own, OWN])
     assert found.trials[own].failure and best.serving.workers == 2
     bench = Bench(two_workers, fails={"start": lambda s: True})
     with pytest.raises(ServerError, match="no memory"):
-        KnobSearch(bench, Goal(64), knobs(2, 64, 128), 300, clock=lambda: bench.now).run([own, OWN])
+        KnobSearch(bench, Goal(64), knobs(2, 64, 128, OWN.batch_size), 300, clock=lambda: bench.now).run([own, OWN])
 
 
 def test_the_most_within_a_p99() -> None:
@@ -252,10 +262,11 @@ def test_a_p99_that_nothing_reaches() -> None:
     assert "p99 of 1 ms or less" in message and "40.0 ms, with 1 connection (2 workers" in message
 
 
+@pytest.mark.parametrize("batch_size", [16, 32])  # that 24 connections fill, and never do
 @pytest.mark.parametrize("cores", [1, 2, 6, 96])
-def test_candidates_fit_the_machine(cores: int) -> None:
+def test_candidates_fit_the_machine(cores: int, batch_size: int) -> None:
     tried: List[Serving] = [OWN]
-    for knob in knobs(cores, connections=24, longest_step=32):
+    for knob in knobs(cores, connections=24, longest_step=32, batch_size=batch_size):
         tried += [serving for ladder in knob(tried[-1]) for serving in ladder]
     layouts = {(s.workers or 1, s.threads or 1) for s in tried}
     assert all(workers * threads <= max(cores + 1, 1.5 * cores) for workers, threads in layouts)

@@ -15,13 +15,14 @@ BATCH_DELAYS = (1, 2, 5, 10, 20, 50)
 LENGTH_STEPS = (1, 8, 16, 32, 64)
 
 
-def knobs(cores: int, connections: int, longest_step: int) -> List[Knob]:
-    """Return the knobs of a machine with this many cores, for this many concurrent requests and this longest row."""
+def knobs(cores: int, connections: int, longest_step: int, batch_size: int) -> List[Knob]:
+    """Return the knobs of a machine with this many cores, for this many concurrent requests, this longest row and
+    this batch size before."""
     sizes = [n for n in BATCH_SIZES if n < connections]
     sizes += [n for n in BATCH_SIZES if n >= connections][:1]  # a larger one is never filled
     steps = [n for n in LENGTH_STEPS if n <= longest_step]
 
-    def batch_size(serving: Serving) -> List[List[Serving]]:
+    def sizing(serving: Serving) -> List[List[Serving]]:
         return _both_ways(serving.batch_size, sizes, lambda n: replace(serving, batch_size=n))
 
     def batch_delay(serving: Serving) -> List[List[Serving]]:
@@ -32,7 +33,12 @@ def knobs(cores: int, connections: int, longest_step: int) -> List[Knob]:
             serving.length_step or 1, steps, lambda n: replace(serving, length_step=None if n == 1 else n)
         )
 
-    return [lambda s: _splits(s, cores), batch_size, batch_delay, length_step, lambda s: _neighbours(s, cores)]
+    def layouts(serving: Serving) -> List[List[Serving]]:
+        return _splits(serving, cores)
+
+    # Batches that never fill wait for their delay, whoever computes them.
+    first = [sizing, layouts] if batch_size > connections else [layouts, sizing]
+    return [*first, batch_delay, length_step, lambda serving: _neighbours(serving, cores)]
 
 
 def _both_ways(now: int, values: Sequence[int], make: Callable[[int], Serving]) -> List[List[Serving]]:

@@ -77,7 +77,7 @@ def tune(
     task, texts = _read(archive, manifest, samples_file)
     any_length = manifest.shapes.lengths is None and manifest.shapes.padded and not task.loop
     plain = replace(own, workers=None, threads=None)  # the archive's may be another machine's, and not even start here
-    turned = knobs(processor.cores(), goal.connections, manifest.max_length if any_length else 1)
+    turned = knobs(processor.cores(), goal.connections, manifest.max_length if any_length else 1, own.batch_size)
     with Servers(archive, texts, budget, tell, engine) as servers:
         search = KnobSearch(servers, goal, turned, budget - (time.monotonic() - started))
         best = search.run([own] if plain == own else [own, plain])
