@@ -40,8 +40,9 @@ from traceserve.errors import ExportError
 from traceserve.measuring import engine_figures
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.generation.scores import GenerationSettings
-from traceserve_runtime.generation.search import Beams, largest
+from traceserve_runtime.generation.search import Beams
 from traceserve_runtime.generation.steps import FEEDS
+from traceserve_runtime.largest import largest
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.tasks.contract import Request
 
@@ -275,6 +276,13 @@ def test_a_small_vocabulary_is_read_whole() -> None:
     assert largest(np.array([1.0, 3.0, 2.0]), 16).tolist() == [1, 2, 0]
     values = np.random.default_rng(0).random(5000)
     assert largest(values, 16).tolist() == np.argsort(-values, kind="stable")[:16].tolist()
+
+
+def test_of_equal_values_the_first_are_chosen() -> None:
+    values = np.random.default_rng(0).integers(0, 9, 5000).astype(np.float32)
+    values[::7] = -np.inf
+    for count in (1, 500, 4999, 5000):
+        assert largest(values, count).tolist() == np.argsort(-values, kind="stable")[:count].tolist()
 
 
 @pytest.mark.parametrize(

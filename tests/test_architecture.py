@@ -87,7 +87,7 @@ def test_the_runtime_begins_with_three_packages(path: Path) -> None:
 
 # Each floor of the serving side imports from those below it and from its own folder; none from its own floor.
 RUNTIME_FLOORS: Sequence[Set[str]] = (
-    {"json_types", "memory", "softmax", "frontend_socket", "worker_context", "versions"},
+    {"json_types", "largest", "memory", "softmax", "frontend_socket", "worker_context", "versions"},
     {"errors"},
     {"processor", "settings"},
     {"failures", "manifest", "runner"},

@@ -656,6 +656,44 @@ def test_metrics_that_fail_cost_no_answer(classifier: Service, caplog: pytest.Lo
     assert "could not be counted" in caplog.text
 
 
+def test_a_batch_that_no_session_answers_is_answered_and_the_next_one_runs(
+    classifier: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    hosted = Hosted(classifier)
+
+    def fail(*joined: Any) -> None:
+        raise ValueError("secret")
+
+    monkeypatch.setattr(Session, "join", fail)
+    answer = run(hosted.ask("/predictions/small", {"text": TEXT}))
+    assert answer.status == 500 and "unexpected error" in answer.json["error"]["message"]
+    assert "secret" not in str(answer.json) and "a batch could not be answered" in caplog.text
+    monkeypatch.undo()
+    assert run(hosted.ask("/predictions/small", {"text": TEXT})).status == 200
+
+
+def test_an_idle_engine_that_fails_says_so(
+    classifier: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tried = threading.Event()
+
+    def fail() -> None:
+        tried.set()
+        raise ValueError("no memory")
+
+    monkeypatch.setattr(classifier.engine, "idle", fail)
+
+    async def ask() -> List[bool]:
+        hosted = Hosted(classifier)
+        await hosted.ask("/predictions/small", {"text": TEXT})
+        waited = await asyncio.get_running_loop().run_in_executor(None, tried.wait, 5)
+        hosted.batcher._thread.shutdown()
+        return [waited]
+
+    assert run(ask()) == [True]
+    assert "no memory" in caplog.text
+
+
 # Streams
 
 

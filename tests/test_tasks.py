@@ -204,6 +204,25 @@ def test_problem_types(options: Dict[str, Any], exported: Export) -> None:
 
 
 @pytest.mark.parametrize(
+    "options, score, other, same",
+    [
+        ({}, 0.9, 0.94, True),  # as int8 moves it
+        ({}, 0.9, 0.84, False),
+        ({}, 0.51, 0.49, False),  # no longer above 0.5
+        ({"problem_type": "regression"}, 4.2, 4.23, True),
+        ({"problem_type": "regression"}, 0.9, 0.94, False),
+    ],
+)
+def test_what_counts_as_the_same_score(
+    options: Dict[str, Any], score: float, other: float, same: bool, exported: Export
+) -> None:
+    engine, _ = exported("sequence_classification", "bert", num_labels=1, **options)
+    one, two = ({"label": "LABEL_0", "score": each} for each in (score, other))
+    assert engine.task.same(one, two) is same
+    assert engine.task.same([two], [one]) is same
+
+
+@pytest.mark.parametrize(
     "options",
     [
         names("Entailment", "neutral", "contradiction"),

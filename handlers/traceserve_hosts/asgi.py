@@ -257,11 +257,13 @@ class Application:
         """The next event of a call; raises Left where the client goes first, Refused where it takes too long."""
         event = asyncio.ensure_future(asked.next())
         both: Set[asyncio.Future[Any]] = {event, watch}
-        done, _ = await asyncio.wait(both, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        if event in done:
-            return event.result()
-        event.cancel()
-        if watch in done:
+        try:
+            await asyncio.wait(both, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            if event.done():
+                return event.result()
+        finally:
+            event.cancel()  # also where this task is cancelled: a server ends
+        if watch.done():
             raise Left
         raise Refused(503, "TimedOut", f"no answer within {timeout:g} s", {"retry-after": "1"})
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import threading
 import time
@@ -64,7 +65,7 @@ class Batcher:
         self._report = report
         self._thread = ThreadPoolExecutor(1, "traceserve")
         self._waiting: Deque[Asked] = deque()
-        self._running = 0  # calls that joined and are not answered
+        self._joined: List[Asked] = []  # and are not answered
         self._busy = False  # a batch runs, or the next one is being collected
         self._moved = time.monotonic()
         self._full: Optional[asyncio.Event] = None  # a whole batch waits
@@ -73,7 +74,7 @@ class Batcher:
     @property
     def waiting(self) -> int:
         """Calls beyond the one batch that is answered."""
-        return len(self._waiting) + max(0, self._running - self._most)
+        return len(self._waiting) + max(0, len(self._joined) - self._most)
 
     @property
     def standstill(self) -> float:
@@ -112,13 +113,27 @@ class Batcher:
         while self._waiting and len(taken) < most:
             job = self._waiting[0]
             if not job.gone:
-                self._running += 1  # first: another thread asks how many wait, and a call should never be in neither
+                self._joined.append(
+                    job
+                )  # first: another thread asks how many wait, and a call should never be in neither
                 taken.append(job)
             self._waiting.popleft()
         return taken
 
     def _run(self, batch: List[Asked], loop: asyncio.AbstractEventLoop) -> None:
         """Answer a batch and those that join it, in the thread."""
+        try:
+            self._answer(batch, loop)
+        except Exception as error:  # an outer edge: sessions answer their own failures
+            if loop.is_closed():  # the server has ended
+                return
+            logger.exception("traceserve: a batch could not be answered")
+            for job in self._joined:
+                loop.call_soon_threadsafe(job.tell, _failed(error))
+        self._joined = []
+        loop.call_soon_threadsafe(self._finish)
+
+    def _answer(self, batch: List[Asked], loop: asyncio.AbstractEventLoop) -> None:
         from traceserve_runtime.batching.batches import Stats
 
         stats = Stats()
@@ -131,19 +146,18 @@ class Batcher:
             if computed.micro_batches or not computed.errors:  # explanations count no micro-batches
                 self._moved = time.monotonic()
             self._tell(computed, calls, time.perf_counter() - began)
-            self._running = len(running.calls)
+            self._joined = [job for job, _ in running.calls]
             if running.calls:
                 self._come.clear()
                 running.join(self._taken(self._room()))
                 if running.rest:  # only explanations wait, for predictions
                     self._come.wait(min(running.rest, _LONGEST_REST))
                     running.join(self._taken(self._room()))
-        loop.call_soon_threadsafe(self._finish)
 
     def _room(self) -> int:
         """How many calls may join now. Each text that is written lengthens every turn; rows that run once do not, and calls
         that wait behind long ones would wait for their end."""
-        return self._most - self._running if self._service.engine.task.loop else self._most
+        return self._most - len(self._joined) if self._service.engine.task.loop else self._most
 
     def _tell(self, stats: Stats, calls: Sequence[object], seconds: float) -> None:
         if self._report is not None:
@@ -162,7 +176,22 @@ class Batcher:
     def _rest(self) -> None:
         """Give back memory, or measure one run, where nobody waits."""
         if not self._busy:
-            self._thread.submit(self._service.engine.idle)
+            self._thread.submit(self._idle)
+
+    def _idle(self) -> None:
+        try:
+            self._service.engine.idle()
+        except Exception:  # nobody waits for this
+            logger.exception("traceserve: an idle engine failed")
+
+
+def _failed(error: Exception) -> Reply:
+    """The reply to a call that no session could answer."""
+    from traceserve_runtime import failures
+    from traceserve_runtime.service import Reply
+
+    failure = failures.unexpected(error, "it answered this request")
+    return Reply(json.dumps(failure.to_json()).encode(), status=failure.status, phrase=failure.phrase)
 
 
 class _Running:

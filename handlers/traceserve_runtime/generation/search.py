@@ -12,6 +12,7 @@ from typing import Callable, List, NamedTuple, Optional, Protocol, Sequence
 import numpy as np
 
 from traceserve_runtime.generation.scores import GenerationSettings, probabilities, processed
+from traceserve_runtime.largest import largest
 from traceserve_runtime.softmax import log_softmax
 
 _LEAST_LOGARITHM = np.float32(-9999)  # JSON has no infinity
@@ -203,11 +204,3 @@ def search_for(
     if settings.num_beams > 1:
         return Beams(prompt, settings, ends)
     return Sampling(prompt, settings, ends, told)
-
-
-def largest(values: np.ndarray, count: int) -> np.ndarray:
-    """Return the indices of the largest values, largest first."""
-    if count < len(values):
-        some = np.argpartition(-values, count - 1)[:count]
-        return some[np.argsort(-values[some], kind="stable")]
-    return np.argsort(-values, kind="stable")

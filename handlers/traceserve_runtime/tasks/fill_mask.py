@@ -9,6 +9,7 @@ import numpy as np
 
 from traceserve_runtime.errors import InputTooLong, InvalidRequest, TraceserveError, Unsupported
 from traceserve_runtime.json_types import Json, JsonObject, json_objects
+from traceserve_runtime.largest import largest
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runner import Arrays
 from traceserve_runtime.softmax import softmax
@@ -136,7 +137,7 @@ class FillMask(Task):
             logits = outputs[window]["logits"][kept[window][position]]
             scores = softmax(logits)
             # By logits: many unlikely tokens have a score of 0.
-            best = candidates[np.argsort(-logits[candidates], kind="stable")[:top_k]]
+            best = candidates[largest(logits[candidates], top_k)]
             place = int(np.count_nonzero(ids[:mask] != padding))
             filled = texts.at(place, [None if token == padding else token for token in best.tolist()])
             answers.append(self._ranked(best, scores[best], filled))

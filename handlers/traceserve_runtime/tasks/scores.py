@@ -24,6 +24,8 @@ def unchanged(logits: np.ndarray) -> np.ndarray:
     return logits
 
 
+MOST_MOVED = 0.05  # a sigmoid of an unchanged answer
+
 FUNCTIONS: Dict[str, Callable[[np.ndarray], np.ndarray]] = {"softmax": softmax, "sigmoid": sigmoid, "none": unchanged}
 
 

@@ -13,7 +13,7 @@ from traceserve_runtime.runner import Arrays
 from traceserve_runtime.tasks.contract import ModelFacts, Request, Task
 from traceserve_runtime.tasks.explained import LABEL, label_index
 from traceserve_runtime.tasks.parameters import Field, Output, Parameter
-from traceserve_runtime.tasks.scores import FUNCTIONS, average, function_to_apply, window_shares
+from traceserve_runtime.tasks.scores import FUNCTIONS, MOST_MOVED, average, function_to_apply, window_shares
 from traceserve_runtime.texts.rows import Row
 
 
@@ -81,15 +81,20 @@ class SequenceClassification(Task):
         return ExplanationTarget({"label": labels[chosen]}, aims)
 
     def same(self, answer: Json, other: Json) -> bool:
-        """Require the same best label; for independent labels the same ones above 0.5; for a regression, values within
-        a hundredth."""
+        """Require the same best label; for independent labels the same ones above 0.5, and a single one's score within a
+        twentieth; for a regression, values within a hundredth."""
         listed = (json_objects(each if isinstance(each, list) else [each]) for each in (answer, other))
         one, two = ([(item["label"], number(item["score"])) for item in each] for each in listed)
+        independent = self.manifest.parameters.get("function_to_apply") == "sigmoid"
         if len(self.manifest.labels) == 1:
-            return math.isclose(one[0][1], two[0][1], rel_tol=1e-2, abs_tol=1e-3)
+            score, moved = one[0][1], two[0][1]
+            if not independent:
+                return math.isclose(score, moved, rel_tol=1e-2, abs_tol=1e-3)
+            if abs(score - moved) > MOST_MOVED:
+                return False
         if one[0][0] != two[0][0]:
             return False
-        if self.manifest.parameters.get("function_to_apply") != "sigmoid":
+        if not independent:
             return True
         accepted = [{label for label, score in ranked if score > 0.5} for ranked in (one, two)]
         return accepted[0] == accepted[1]

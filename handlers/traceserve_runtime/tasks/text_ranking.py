@@ -13,7 +13,7 @@ from traceserve_runtime.runner import Arrays
 from traceserve_runtime.tasks.contract import ModelFacts, Request, Task, by_part
 from traceserve_runtime.tasks.explained import DOCUMENT
 from traceserve_runtime.tasks.parameters import Field, Output, Parameter
-from traceserve_runtime.tasks.scores import FUNCTIONS, function_to_apply
+from traceserve_runtime.tasks.scores import FUNCTIONS, MOST_MOVED, function_to_apply
 from traceserve_runtime.texts.rows import Row, Segments
 
 # The activations that sentence-transformers may name.
@@ -21,7 +21,6 @@ _ACTIVATIONS = {
     **dict.fromkeys(("torch.nn.modules.activation.Sigmoid", "torch.nn.Sigmoid", "torch.sigmoid"), "sigmoid"),
     **dict.fromkeys(("torch.nn.modules.linear.Identity", "torch.nn.Identity"), "none"),
 }
-_WITHIN = 0.05  # the scores of an unchanged answer
 _CLEARLY = 0.1  # by which a better document's logit is the larger: no near tie, as the gate calls two tokens' choice
 _SECTION = ("activation_fn", "version")  # the keys that sentence-transformers writes into config.json
 
@@ -144,9 +143,9 @@ def _moved(scores: np.ndarray) -> np.ndarray:
     """Return by how much a score may differ: a model's outputs by more than their sigmoids, whose slope is a quarter at
     most."""
     return (
-        np.full(len(scores[0]), _WITHIN)
+        np.full(len(scores[0]), MOST_MOVED)
         if _are_sigmoids(scores)
-        else _WITHIN * np.maximum(4, np.abs(scores).max(axis=0))
+        else MOST_MOVED * np.maximum(4, np.abs(scores).max(axis=0))
     )
 
 

@@ -17,7 +17,8 @@ from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.generation.loop import Member
 from traceserve_runtime.generation.scores import GenerationSettings, processed
-from traceserve_runtime.generation.search import Moves, largest
+from traceserve_runtime.generation.search import Moves
+from traceserve_runtime.largest import largest
 from traceserve_runtime.runner import Arrays
 from traceserve_runtime.softmax import log_softmax
 from traceserve_runtime.tasks.contract import Request
