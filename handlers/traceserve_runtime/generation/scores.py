@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Callable, Optional, Sequence, Tuple, Union
+from typing import Callable, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
+from traceserve_runtime.largest import largest
 from traceserve_runtime.softmax import log_softmax, softmax
 
 NEVER = np.float32(-np.inf)
+_LEAST = np.finfo(np.float32).min
+_FEW = 256  # tokens that are looked at first; in most texts these have nearly all of the probability
 # Changes a row's scores, (vocabulary), in place, by its prompt and its tokens so far.
 Change = Callable[[np.ndarray, Sequence[int], Sequence[int], "GenerationSettings"], None]
 
@@ -140,34 +143,52 @@ def _suppressed(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int]
         scores[list(settings.begin_suppress_ids)] = NEVER
 
 
-def probabilities(scores: np.ndarray, settings: GenerationSettings) -> np.ndarray:
-    """Return each token's probability, (vocabulary), by temperature, then top_k, top_p, min_p and typical_p."""
+class Drawable(NamedTuple):
+    """The tokens that may be drawn, ascending, and their probabilities; both (tokens)."""
+
+    ids: np.ndarray
+    probabilities: np.ndarray
+
+
+def drawable(scores: np.ndarray, settings: GenerationSettings) -> Drawable:
+    """Return what may be drawn, by temperature, then top_k, top_p, min_p and typical_p; `scores` is (vocabulary).
+
+    Each leaves fewer for the next, and none sorts a whole vocabulary, which may take longer than the model.
+    """
     scores = scores / np.float32(settings.temperature)
+    least = _LEAST
     if 0 < settings.top_k < len(scores):
-        threshold = np.partition(scores, -settings.top_k)[-settings.top_k]
-        scores = np.where(scores < threshold, NEVER, scores)
+        least = max(least, np.partition(scores, -settings.top_k)[-settings.top_k])
+    ids = np.flatnonzero(scores >= least)
+    scores = scores[ids]
     if settings.top_p < 1.0:
-        order = np.argsort(scores, kind="stable")  # ascending
-        dropped = np.cumsum(softmax(scores[order])) <= np.float32(1 - settings.top_p)
-        dropped[-1] = False
-        scores[order[dropped]] = NEVER
+        kept = _fewest(scores, softmax(scores), settings.top_p)
+        ids, scores = ids[kept], scores[kept]
     if settings.min_p > 0.0:
         likely = softmax(scores)
-        scores[likely < np.float32(settings.min_p) * likely.max()] = NEVER
+        kept = np.flatnonzero(likely >= np.float32(settings.min_p) * likely.max())
+        ids, scores = ids[kept], scores[kept]
     if settings.typical_p < 1.0:
-        scores[_untypical(scores, settings.typical_p)] = NEVER
-    return softmax(scores)
+        kept = _typical(scores, settings.typical_p)
+        ids, scores = ids[kept], scores[kept]
+    return Drawable(ids, softmax(scores))
 
 
-def _untypical(scores: np.ndarray, mass: float) -> np.ndarray:
-    """Return the tokens that typical sampling excludes (Meister et al., "Locally Typical Sampling", 2022).
-
-    It keeps those whose log-probability is nearest to its expectation, up to a total probability of `mass`.
-    """
+def _typical(scores: np.ndarray, mass: float) -> np.ndarray:
+    """Return the tokens that typical sampling keeps (Meister et al., "Locally Typical Sampling", 2022): those whose
+    log-probability is nearest to its expectation, up to a total probability of `mass`."""
     logarithms = log_softmax(scores)
     likely = np.exp(logarithms)
-    possible = likely > 0
-    entropy = -(logarithms[possible] * likely[possible]).sum()
-    order = np.argsort(np.abs(-logarithms - entropy), kind="stable")
-    last = min(int((np.cumsum(likely[order]) < np.float32(mass)).sum()), len(order) - 1)
-    return np.asarray(order[last + 1 :])
+    entropy = -(logarithms * likely).sum()
+    return _fewest(-np.abs(-logarithms - entropy), likely, mass)
+
+
+def _fewest(keys: np.ndarray, likely: np.ndarray, mass: float) -> np.ndarray:
+    """Return the fewest tokens with the largest keys whose probability is `mass` together, ascending."""
+    count = _FEW
+    while True:
+        order = largest(keys, count)
+        cumulated = np.cumsum(likely[order], dtype=np.float64)
+        if count >= len(keys) or cumulated[-1] >= mass:
+            return np.sort(order[: int((cumulated < mass).sum()) + 1])
+        count *= 8

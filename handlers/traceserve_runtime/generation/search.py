@@ -11,7 +11,7 @@ from typing import Callable, List, NamedTuple, Optional, Protocol, Sequence
 
 import numpy as np
 
-from traceserve_runtime.generation.scores import GenerationSettings, probabilities, processed
+from traceserve_runtime.generation.scores import GenerationSettings, drawable, processed
 from traceserve_runtime.largest import largest
 from traceserve_runtime.softmax import log_softmax
 
@@ -84,9 +84,10 @@ class Sampling:
         settings = self._settings
         scores = processed(logits[0], self._prompt, self._tokens, settings)
         if settings.do_sample:
-            cumulated = np.cumsum(probabilities(scores, settings), dtype=np.float64)
+            ids, probabilities = drawable(scores, settings)
+            cumulated = np.cumsum(probabilities, dtype=np.float64)
             drawn = self._random.random() * cumulated[-1]
-            token = min(int(np.searchsorted(cumulated, drawn, side="right")), len(cumulated) - 1)
+            token = int(ids[min(int(np.searchsorted(cumulated, drawn, side="right")), len(ids) - 1)])
         else:
             token = int(scores.argmax())
         if settings.alternatives is not None:
