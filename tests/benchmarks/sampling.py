@@ -1,5 +1,5 @@
-"""The duration of drawing one token, in process and alternating, on one thread: ours, and transformers' own processors and torch's
-`multinomial`.
+"""The duration of drawing one token, in process and alternating, on one thread: ours beside transformers' own processors and
+torch's `multinomial`.
 
 The logits are normally distributed with a deviation of 3; `kept` are the tokens that may be drawn of them.
 
