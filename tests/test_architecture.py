@@ -430,7 +430,7 @@ CONTRACT_VERBS: Dict[str, Sequence[str]] = {
         "scripts/traceserve/building/checkpoints/libraries/",
         "scripts/traceserve/api.py",
     ),  # LOADERS; the public name
-    # ENGINES of a rollout: see `rollout.engines.contract.RolloutEngine`
+    # ROLLOUT_ENGINES: see `rollout.engines.contract.RolloutEngine`
     "check_running_server": (_ENGINES,),
     "check_update": (_ENGINES,),
     "begin_update": (_ENGINES,),

@@ -83,7 +83,8 @@ def _transformers(scores: np.ndarray, asked: Dict[str, Any]) -> Callable[[], obj
         "typical_p": transformers.TypicalLogitsWarper,
     }
     processors = transformers.LogitsProcessorList([made[name](value) for name, value in asked.items()])
-    logits, ids = torch.from_numpy(scores)[None], torch.zeros(1, 1, dtype=torch.long)
+    logits = torch.from_numpy(scores)[None]
+    ids: Any = torch.zeros(1, 1, dtype=torch.long)
     return lambda: torch.multinomial(processors(ids, logits).softmax(-1), 1)
 
 

@@ -41,7 +41,7 @@ class Likelihood(NamedTuple):
         return cls(float(logarithms[token]), ids, logarithms[ids])
 
 
-Told = Callable[[List[int], Sequence[Likelihood]], None]
+OnToken = Callable[[List[int], Sequence[Likelihood]], None]
 
 
 class Search(Protocol):
@@ -65,13 +65,13 @@ class Sampling:
         prompt: Sequence[int],
         settings: GenerationSettings,
         ends: Optional[Callable[[List[int]], bool]] = None,
-        told: Optional[Told] = None,
+        on_token: Optional[OnToken] = None,
     ) -> None:
         self._tokens: List[int] = []
         self._prompt = list(prompt)
         self._settings = settings
         self._ends = ends
-        self._told = told
+        self._on_token = on_token
         self._random = np.random.default_rng(settings.seed)
         self.likelihoods: List[Likelihood] = []  # of each token, if kept
 
@@ -93,8 +93,8 @@ class Sampling:
         if settings.alternatives is not None:
             self.likelihoods.append(Likelihood.of(logits[0], token, settings.alternatives))
         self._tokens.append(token)
-        if self._told is not None:
-            self._told(self._tokens, self.likelihoods)
+        if self._on_token is not None:
+            self._on_token(self._tokens, self.likelihoods)
         stopped = self._ends is not None and self._ends(self._tokens)
         if stopped or token in settings.eos_ids or len(self._tokens) >= settings.max_new_tokens:
             return None
@@ -198,10 +198,10 @@ def search_for(
     prompt: Sequence[int],
     settings: GenerationSettings,
     ends: Optional[Callable[[List[int]], bool]] = None,
-    told: Optional[Told] = None,
+    on_token: Optional[OnToken] = None,
 ) -> Search:
-    """Return the search for the settings. `ends` decides whether new tokens are enough; `told` is called after each
+    """Return the search for the settings. `ends` decides whether new tokens are enough; `on_token` is called after each
     token with those of a single sequence, and their likelihoods if kept."""
     if settings.num_beams > 1:
         return Beams(prompt, settings, ends)
-    return Sampling(prompt, settings, ends, told)
+    return Sampling(prompt, settings, ends, on_token)

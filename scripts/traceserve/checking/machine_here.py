@@ -18,7 +18,7 @@ from traceserve.checking import packages_here
 from traceserve.errors import ServerError, first_line, some
 from traceserve.machine import user_folders
 from traceserve.serving import java
-from traceserve.serving.front import DEFAULT_PORT
+from traceserve.serving.engines import DEFAULT_PORT
 
 _ELSEWHERE = ("dev", "test", "demo", "serve")  # extras that only collect others, or have a check of their own
 _GB = 1 << 30

@@ -36,7 +36,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="require none, whatever the address: behind a proxy or network rules that decide who may ask",
     )
-    add_port(parser, 8080)
+    add_port(parser, engines.DEFAULT_PORT)
     parser.add_argument(
         "--engine",
         default=engines.TORCHSERVE,
@@ -207,7 +207,7 @@ def print_instance(instance: Instance, seconds: float, show_key: bool = False) -
         body = TASKS[manifest.task].sample_body(manifest.facts)
         command = curl(f"{instance.url}/predictions/{name}", body, *key)
         screen.print(f"\n  {command}", highlight=False, markup=False, soft_wrap=True)
-    port = "" if instance.port == 8080 else f" --port {instance.port}"
+    port = "" if instance.port == engines.DEFAULT_PORT else f" --port {instance.port}"
     if instance.key:
         shown = f"{instance.key}    all keys, and new ones" if show_key else "shown"
         screen.print(f"\nkey: {shown} by `traceserve keys{port}`", highlight=False, markup=False, soft_wrap=True)

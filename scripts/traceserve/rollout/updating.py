@@ -24,7 +24,7 @@ from traceserve.checking.proof import Proof, proof_of
 from traceserve.checking.verifying import Door, Verification, verify_server
 from traceserve.errors import ArchiveError, ServerError
 from traceserve.rollout.conditions import check_archive
-from traceserve.rollout.engines import ENGINES
+from traceserve.rollout.engines import ROLLOUT_ENGINES
 from traceserve.rollout.replaying import Replay, replay, requests_of
 from traceserve.rollout.shadowing import Shadowed, ShadowOptions, shadow
 from traceserve.serving import client, instances, server
@@ -79,7 +79,7 @@ def update_server(
 ) -> Updated:
     """Replace the served archive of this name by `file`; raises TraceserveError, after which the old one still answers."""
     instance = instances.serving_instance(check_name(file.stem), port)
-    engine = ENGINES[instance.engine]
+    engine = ROLLOUT_ENGINES[instance.engine]
     engine.check_running_server(instance)
     with contextlib.ExitStack() as stack:
         instance = stack.enter_context(alone(instance))
@@ -125,7 +125,7 @@ class _Update:
         report: Report,
     ) -> None:
         self._archive, self._instance, self._running, self._proof = archive, instance, running, proof
-        self._options, self._report, self._engine = options, report, ENGINES[instance.engine]
+        self._options, self._report, self._engine = options, report, ROLLOUT_ENGINES[instance.engine]
         self._name, self._version = archive.name, archive.manifest.version
         self._key = f"{self._name}@{self._version}"  # no name holds an @
         self._folder = Path(instance.folder, "store", self._key)

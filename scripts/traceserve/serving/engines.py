@@ -1,5 +1,6 @@
-"""The names of the engines that serve archives; `server.SERVING_ENGINES` starts them."""
+"""The names of the engines that serve archives, and their port; `server.SERVING_ENGINES` starts them."""
 
 TORCHSERVE = "torchserve"
 RAY = "ray"
 NAMES = (TORCHSERVE, RAY)
+DEFAULT_PORT = 8080

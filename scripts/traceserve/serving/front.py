@@ -9,7 +9,6 @@ from typing import Dict, Optional, Union
 
 from traceserve.errors import ServerError
 
-DEFAULT_PORT = 8080
 _LARGEST_BODY = 64  # MiB; a batch of token embeddings is larger than TorchServe's default of 6.5 MB
 
 

@@ -26,8 +26,8 @@ from traceserve.archives.model_config import Serving
 from traceserve.errors import ServerError
 from traceserve.machine import neuron_cores
 from traceserve.serving import client, configuration, instances, java, keys, management, ray_cluster
-from traceserve.serving.engines import RAY, TORCHSERVE
-from traceserve.serving.front import DEFAULT_PORT, FrontendOptions
+from traceserve.serving.engines import DEFAULT_PORT, RAY, TORCHSERVE
+from traceserve.serving.front import FrontendOptions
 from traceserve.serving.instances import Instance
 from traceserve.serving.log import load_failure, log_tail
 from traceserve.serving.plan import Archive, Scaling, ServerPlan, planned

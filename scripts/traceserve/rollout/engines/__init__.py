@@ -8,4 +8,4 @@ from traceserve.rollout.engines import on_ray, on_torchserve
 from traceserve.rollout.engines.contract import RolloutEngine
 from traceserve.serving.engines import RAY, TORCHSERVE
 
-ENGINES: Dict[str, RolloutEngine] = {TORCHSERVE: on_torchserve, RAY: on_ray}
+ROLLOUT_ENGINES: Dict[str, RolloutEngine] = {TORCHSERVE: on_torchserve, RAY: on_ray}

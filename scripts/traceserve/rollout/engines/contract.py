@@ -1,4 +1,4 @@
-"""What an update needs of the engine that serves; `ENGINES` has a module for each."""
+"""What an update needs of the engine that serves; `ROLLOUT_ENGINES` has a module for each."""
 
 from __future__ import annotations
 
