@@ -8,13 +8,14 @@ import os
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Iterator, List, Optional
+from typing import Iterator, List, Optional, Tuple
 
 from traceserve_runtime.tasks import TASKS
 
 from traceserve.building import artifact, explaining
-from traceserve.building.attempt import Attempt, size_of
+from traceserve.building.attempt import AcceptedArtifact, Attempt, size_of
 from traceserve.building.checkpoints import licenses, loading, sources
+from traceserve.building.checkpoints.checkpoint import Checkpoint
 from traceserve.building.config import choosing, formats
 from traceserve.building.config.dtypes import AUTO
 from traceserve.building.config.hardware import FIXED_SHAPES
@@ -87,45 +88,21 @@ def _export(
     keep_samples: bool,
     shared: Optional[Shared],
 ) -> Exported:
-    config = loaded.config
-    config = _settled(config)
     samples = shared.samples if shared else None
     if samples_file:  # before anything is downloaded
         samples = OwnSamples.read(samples_file)
-    progress("fetching the checkpoint", 0, 0)
-    checkpoint = sources.fetch_checkpoint(config, loaded.folder)
-    config = config.model_copy(update={"task": checkpoint.task})
-    if config.save_mode == AUTO:
-        config = _settled(config)
-    task = TASKS[config.task]
-    own_samples = samples.requests(task) if samples else []
+    config, checkpoint = _fetched(loaded, progress)
+    own_samples = samples.requests(TASKS[config.task]) if samples else []
     reference = shared.reference if shared else None
     if reference is None:
         progress("loading the original", 0, 0)
         reference = Reference(loading.load_original(config, checkpoint, loaded.folder))
     if shared:
         shared.reference = reference
-    original = reference.original
-    explaining.check_embedding_name(config, original)
+    explaining.check_embedding_name(config, reference.original)
     attempt = Attempt(config, checkpoint.source(config), reference, name, own_samples, progress)
-    dtypes = formats.candidates(config.save_mode, config.hardware, config.dtype, task)
-    if len(dtypes) > 1:
-        dtypes = tuple(dtype for dtype in dtypes if precision.changes(original, dtype, config.hardware))
     with tempfile.TemporaryDirectory(prefix=".candidates.", dir=folder.parent) as scratch:
-        tried: List[Candidate] = []
-        for dtype in dtypes:
-            place = Path(scratch, dtype) if len(dtypes) > 1 else folder
-            place.mkdir(exist_ok=True)
-            try:
-                last = allow_drift and dtype == dtypes[-1]
-                chosen = replace(attempt, allow_drift=last).make(dtype, place)
-            except ExportError as error:
-                if dtype == dtypes[-1]:
-                    raise
-                tried.append(Candidate(dtype, getattr(error, "findings", None), error.message))
-            else:
-                tried.append(Candidate(dtype, chosen.findings, size=size_of(place)))
-                break
+        chosen, tried = _first_that_passes(attempt, folder, Path(scratch), allow_drift)
         compared = None if shared else attempt.compared(chosen, Path(scratch))
         if chosen.folder != folder:
             for file in chosen.folder.iterdir():
@@ -135,6 +112,7 @@ def _export(
         "candidates": [candidate.receipt() for candidate in tried],
         "license": licenses.license_of(checkpoint),
     }
+    original = reference.original
     counted = count_products(original, config.task)
     if counted is not None:
         receipt[PRODUCTS] = counted
@@ -144,15 +122,47 @@ def _export(
     progress("writing the golden set", 0, 0)
     kept = own_samples if keep_samples else ()
     runs_here = config.hardware not in FIXED_SHAPES or bool(neuron_cores.count(config.hardware))
-    manifest, p50 = with_golden_set(
-        folder, replace(chosen.manifest, receipt=receipt), attempt.reference, kept, runs_here
-    )
+    manifest, p50 = with_golden_set(folder, replace(chosen.manifest, receipt=receipt), reference, kept, runs_here)
     manifest.write(folder)
     parameters = sum(parameter.numel() for parameter in original.model.parameters())
     notes = checkpoint.note, original.note, WRITERS[config.save_mode].note(artifact.target_of(config))
     note = "\n".join(note for note in (*notes, explaining.note_on_gradients(config, manifest)) if note) or None
     found = checkpoint.task_found
     return Exported(manifest, chosen.findings, parameters, note, found, tuple(tried), compared, p50, why_chosen)
+
+
+def _fetched(loaded: LoadedConfig, progress: Progress) -> Tuple[SetupConfig, Checkpoint]:
+    """Return the configuration with its task and save mode, which it may leave to the checkpoint, and that."""
+    config = _settled(loaded.config)
+    progress("fetching the checkpoint", 0, 0)
+    checkpoint = sources.fetch_checkpoint(config, loaded.folder)
+    config = config.model_copy(update={"task": checkpoint.task})
+    return (_settled(config) if config.save_mode == AUTO else config), checkpoint
+
+
+def _first_that_passes(
+    attempt: Attempt, folder: Path, scratch: Path, allow_drift: bool
+) -> Tuple[AcceptedArtifact, List[Candidate]]:
+    """Return the artifact of the first dtype that passes, in `folder` if there is one to try, and what became of each."""
+    config, original = attempt.config, attempt.reference.original
+    dtypes = formats.candidates(config.save_mode, config.hardware, config.dtype, TASKS[config.task])
+    if len(dtypes) > 1:
+        dtypes = tuple(dtype for dtype in dtypes if precision.changes(original, dtype, config.hardware))
+    tried: List[Candidate] = []
+    for dtype in dtypes:
+        last = dtype == dtypes[-1]
+        place = scratch / dtype if len(dtypes) > 1 else folder
+        place.mkdir(exist_ok=True)
+        try:
+            chosen = replace(attempt, allow_drift=allow_drift and last).make(dtype, place)
+        except ExportError as error:
+            if last:
+                raise
+            tried.append(Candidate(dtype, getattr(error, "findings", None), error.message))
+        else:
+            tried.append(Candidate(dtype, chosen.findings, size=size_of(place)))
+            break
+    return chosen, tried
 
 
 def _settled(config: SetupConfig) -> SetupConfig:
