@@ -22,6 +22,7 @@ ASKED = [*TEXTS[:8], "a <end> b", "hello <end>", "<end> x <end><end>", "<end>", 
 @pytest.mark.parametrize("save_mode", ["torchscript", "pretrained", "onnx"])
 @pytest.mark.parametrize("pad_token_id", [None, END, -1])
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+@pytest.mark.combinations
 def test_equals_the_pipeline(
     architecture: str,
     pad_token_id: Any,
