@@ -22,7 +22,7 @@ from traceserve.archives import staging
 from traceserve.archives.contents import ARCHIVER_MANIFEST, copy_archive
 from traceserve.archives.model_config import SERVING_FILE
 from traceserve.archives.names import check_name, check_version
-from traceserve.errors import ArchiveError
+from traceserve.errors import ArchiveError, last_line
 from traceserve.machine import space
 
 RUNTIME = "traceserve_runtime"
@@ -102,8 +102,7 @@ def _pack(stage: Path, manifest: Manifest, scratch: Path) -> Path:
         command, env={**os.environ, "TMPDIR": str(temp)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     if result.returncode:
-        lines = result.stdout.strip().splitlines() or ["no reason given"]
-        raise ArchiveError(f"torch-model-archiver failed: {lines[-1]}")
+        raise ArchiveError(f"torch-model-archiver failed: {last_line(result.stdout)}")
     return out / f"{manifest.name}.mar"
 
 

@@ -11,7 +11,7 @@ from typing import Any, Dict, Iterator, Mapping
 
 import psutil
 
-from traceserve.errors import ServerError
+from traceserve.errors import ServerError, last_line
 from traceserve.machine.private_files import write_private
 from traceserve.serving.instances import Instance
 from traceserve.serving.update_lock import locks_held
@@ -91,5 +91,4 @@ def _run(file: Path, address: str, variables: Mapping[str, str], timeout: float,
             f"{what} did not answer on Ray Serve within {timeout:.0f} s; --timeout gives it longer"
         ) from None
     if result.returncode:
-        lines = result.stderr.strip().splitlines() or ["no reason given"]
-        raise ServerError(f"Ray Serve cannot serve {what}: {lines[-1]}")
+        raise ServerError(f"Ray Serve cannot serve {what}: {last_line(result.stderr)}")

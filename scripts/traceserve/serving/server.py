@@ -23,7 +23,7 @@ from traceserve_runtime.manifest import Manifest
 
 from traceserve.archives import signing, staging
 from traceserve.archives.model_config import Serving
-from traceserve.errors import ServerError
+from traceserve.errors import ServerError, last_line
 from traceserve.machine import neuron_cores
 from traceserve.serving import client, configuration, instances, java, keys, management, ray_cluster
 from traceserve.serving.engines import DEFAULT_PORT, RAY, TORCHSERVE
@@ -243,13 +243,9 @@ def launch(folder: Path, settings: Dict[str, Path], needed: Dict[str, str]) -> i
         )
     pid_file = folder / "tmp" / ".model_server.pid"
     if result.returncode or not pid_file.is_file():
-        lines = (folder / "logs" / "start.log").read_text(errors="replace").strip().splitlines()
-        hint = (
-            "; install it with: pip install 'traceserve[serve]'"
-            if any("No module named" in line for line in lines)
-            else ""
-        )
-        raise ServerError(f"torchserve did not start: {lines[-1] if lines else 'no reason given'}{hint}")
+        said = (folder / "logs" / "start.log").read_text(errors="replace")
+        hint = "; install it with: pip install 'traceserve[serve]'" if "No module named" in said else ""
+        raise ServerError(f"torchserve did not start: {last_line(said)}{hint}")
     return int(pid_file.read_text())
 
 
