@@ -83,6 +83,44 @@ def test_equals_generate(architecture: str, options: Dict[str, Any], made: Calla
     assert [written(value) for value in answers(engine, requests)] == expected
 
 
+@pytest.mark.parametrize("architecture, beams", [("gpt2", 1), ("bart", 3)])
+@pytest.mark.parametrize("presence, frequency", [(2.0, 0.0), (0.0, 0.7), (-1.0, 0.3)])
+@pytest.mark.combinations
+def test_penalties_of_openai(
+    architecture: str, beams: int, presence: float, frequency: float, made: Callable[[str], Made]
+) -> None:
+    """As its documentation has them, for the tokens that were written; transformers has none."""
+
+    def penalized(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        rows = []
+        for row, own in zip(ids.tolist(), scores.tolist()):
+            new = row[begin:]
+            rows.append(
+                [mu - new.count(j) * frequency - float(new.count(j) > 0) * presence for j, mu in enumerate(own)]
+            )
+        return torch.tensor(rows)
+
+    engine, _, tokenizer = made(architecture)
+    asked = {"num_beams": beams, "max_new_tokens": 20, "presence_penalty": presence, "frequency_penalty": frequency}
+    got = [written(value) for value in answers(engine, [Request({"text": text}, asked) for text in TEXTS])]
+    plain = [original(made(architecture), text, num_beams=beams) for text in TEXTS]
+    expected = []
+    for text in TEXTS:
+        begin = len(tokenizer(text)["input_ids"]) if TASK[architecture] == "text_generation" else 1
+        expected.append(original(made(architecture), text, num_beams=beams, logits_processor=[penalized]))
+    assert got == expected != plain
+
+
+def test_the_gate_knows_the_penalties_that_transformers_lacks(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    parameters = {"presence_penalty": 1.5, "frequency_penalty": 0.5, "max_new_tokens": 20}
+    lines = [json.dumps({"text": text, "parameters": parameters}) for text in TEXTS[:3]]
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines))
+    source = checkpoint("gpt2", "AutoModelForCausalLM")
+    content = {"model_name": str(source), "task": "text_generation", "max_length": 128}
+    receipt = run_export(tmp_path / "x", content, samples_file=tmp_path / "mine.jsonl").manifest.receipt
+    assert (receipt["own_answers"], receipt["own_answers_changed"]) == (3, 0)
+
+
 @pytest.mark.parametrize("architecture", TASK)
 def test_texts_that_end_leave_the_batch(architecture: str, made: Callable[[str], Made]) -> None:
     """With an early end: a token that some of the texts are known to contain."""

@@ -317,9 +317,14 @@ def open_ai(native: Native) -> Iterator[Call]:
         lambda: complete(stop=[written()[4:7]]).choices[0].text,
         lambda: written()[: written().index(written()[4:7])],
     )
+    penalties = {"presence_penalty": 0.5, "frequency_penalty": 1.5}
     yield Call(
-        name, "completions(frequency_penalty)", lambda: complete(frequency_penalty=0.5), refused="frequency_penalty"
+        name,
+        "completions(presence_penalty, frequency_penalty)",
+        lambda: complete(**penalties).choices[0].text,
+        lambda: written(**penalties),
     )
+    yield Call(name, "completions(logit_bias)", lambda: complete(logit_bias={"5": 10}), refused="logit_bias")
     yield Call(name, "completions(best_of)", lambda: complete(best_of=3), refused="best_of")
 
     def chat(**options: Any) -> Any:

@@ -34,6 +34,8 @@ class GenerationSettings:
     typical_p: float = 1.0
     seed: Optional[int] = None
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     no_repeat_ngram_size: int = 0
     num_beams: int = 1
     length_penalty: float = 1.0
@@ -51,7 +53,7 @@ class GenerationSettings:
 
     @cached_property
     def changes(self) -> Sequence[Change]:
-        """The restrictions and penalties that these settings ask for, in transformers' order."""
+        """The restrictions and penalties that these settings ask for, in transformers' order, and then those that it lacks."""
         wanted = {
             _source_repetition: self.source_penalty != 1.0,
             _repetition: self.repetition_penalty != 1.0,
@@ -61,6 +63,7 @@ class GenerationSettings:
             _minimum: bool(self.eos_ids) and max(self.min_new_tokens, self.min_length) > 0,
             _forced: self.forced_bos_id is not None or bool(self.forced_eos_ids),
             _suppressed: bool(self.suppress_ids or self.begin_suppress_ids),
+            _written: self.presence_penalty != 0.0 or self.frequency_penalty != 0.0,
         }
         return [change for change, asked in wanted.items() if asked]
 
@@ -141,6 +144,13 @@ def _suppressed(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int]
     scores[list(settings.suppress_ids)] = NEVER
     if len(tokens) == (1 if settings.forced_bos_id is not None and len(prompt) == 1 else 0):
         scores[list(settings.begin_suppress_ids)] = NEVER
+
+
+def _written(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: GenerationSettings) -> None:
+    if tokens:
+        seen, times = np.unique(tokens, return_counts=True)
+        penalties = settings.presence_penalty + settings.frequency_penalty * times
+        scores[seen] -= penalties.astype(np.float32)
 
 
 class Drawable(NamedTuple):

@@ -141,7 +141,7 @@ class Generating(Task):
         take = {
             name: self.parameter(request, name)
             for name in (*_SAMPLING, "repetition_penalty", "no_repeat_ngram_size", "min_new_tokens", "length_penalty")
-            + ("early_stopping",)
+            + ("early_stopping", "presence_penalty", "frequency_penalty")
         }
         return GenerationSettings(
             max_new_tokens=min(most, self.room(row)),

@@ -57,6 +57,22 @@ PARAMETERS = (
         most=100,
         default=1.0,
     ),
+    Parameter(
+        "presence_penalty",
+        float,
+        "taken from the score of each token that was written before; below 0 these become likelier",
+        least=-2,
+        most=2,
+        default=0.0,
+    ),
+    Parameter(
+        "frequency_penalty",
+        float,
+        "the same, times how often it was written",
+        least=-2,
+        most=2,
+        default=0.0,
+    ),
     Parameter("no_repeat_ngram_size", int, "no sequence of this many tokens is repeated; 0: off", least=0, default=0),
     Parameter("num_beams", int, "how many beams are searched", most=64, default=1),
     Parameter(

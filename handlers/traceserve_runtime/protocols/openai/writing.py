@@ -49,8 +49,8 @@ _WRITING: Dict[str, Key] = {
     "top_p": Key("top_p"),
     "seed": Key("seed"),
     "stop": Key("stop", neutral=([],)),
-    "presence_penalty": Key(neutral=(0,), why="presence penalties are not supported; use repetition_penalty"),
-    "frequency_penalty": Key(neutral=(0,), why="frequency penalties are not supported; use repetition_penalty"),
+    "presence_penalty": Key("presence_penalty"),
+    "frequency_penalty": Key("frequency_penalty"),
     "logit_bias": Key(neutral=({},)),
     # Additions of OpenAI-compatible servers.
     "top_k": Key("top_k"),

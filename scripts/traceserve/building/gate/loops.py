@@ -16,6 +16,8 @@ from traceserve.building.config.loops import LOOPS
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
 
+PENALTIES = ("presence_penalty", "frequency_penalty")  # which transformers lacks
+
 
 def forced_tokens(row: Row, steps: int) -> List[int]:
     """Return tokens to force on a model, whatever it would write."""
@@ -59,13 +61,25 @@ def _generate_options(original: Original, request: Request, begin: int) -> Dict[
         "tgt_lang",
         "details",
         "top_n_tokens",
+        *PENALTIES,
     )
     options = {key: value for key, value in named.items() if key not in own and value is not None}
     if named.get("tgt_lang") is not None:
         options["forced_bos_token_id"] = original.facts["languages"][named["tgt_lang"]]
     if named.get("stop") is not None:
         options["stopping_criteria"] = _stopping_criteria(original.tokenizer, strings(named["stop"]), begin)
+    presence, frequency = (float(named.get(name) or 0.0) for name in PENALTIES)
+    if presence or frequency:
+        options["logits_processor"] = [partial(_penalized, presence, frequency, begin)]
     return options
+
+
+def _penalized(presence: float, frequency: float, begin: int, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """Return the scores less OpenAI's penalties for what was written, from the position `begin` on."""
+    times = torch.zeros_like(scores).scatter_add_(
+        1, ids[:, begin:], torch.ones_like(ids[:, begin:], dtype=scores.dtype)
+    )
+    return scores - presence * (times > 0) - frequency * times
 
 
 def _stopping_criteria(tokenizer: PreTrainedTokenizerBase, stops: List[str], begin: int) -> StoppingCriteriaList:
