@@ -27,6 +27,7 @@ from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.requests import parse_requests
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Answer, Request
+from traceserve_runtime.tasks.question_answering import _best
 from traceserve_runtime.texts.rows import Encoded
 
 # The pipeline warns about every byte-level tokenizer; the answers are compared anyway.
@@ -132,6 +133,21 @@ def test_question_answering_equals_the_pipeline_of_transformers_4(
     for number, spans in listed.items():
         expected = [dict(zip(("score", "start", "end", "answer"), span)) for span in spans]
         assert_equal(got[number], expected if len(expected) > 1 else expected[0], absolute=1e-7)
+
+
+@settings(quick, max_examples=60)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.integers(1, 12), st.integers(1, 400), st.booleans())
+def test_the_best_spans_are_those_of_all(seed: int, length: int, longest: int, top_k: int, sure: bool) -> None:
+    """Whether only legal ones are looked at, or fewer than were asked for are possible."""
+    rng = np.random.default_rng(seed)
+    start, end = (rng.random(length, np.float32) * (rng.random(length) < (0.3 if sure else 1)) for _ in "ab")
+    every = {(i, j): float(start[i] * end[j]) for i in range(length) for j in range(i, min(length, i + longest))}
+    got = _best(start, end, longest, top_k)
+    assert len(got) == min(top_k, length**2)
+    assert [score for _, _, score in got] == sorted((score for _, _, score in got), reverse=True)
+    possible = {span: score for span, score in every.items() if score > 0}
+    assert [score for *_, score in got if score > 0] == sorted(possible.values(), reverse=True)[:top_k]
+    assert all(possible[(first, last)] == score for first, last, score in got if score > 0)
 
 
 def pool(task: str, engine: Engine) -> List[Request]:

@@ -9,6 +9,7 @@ import numpy as np
 from traceserve_runtime.errors import InvalidRequest
 from traceserve_runtime.explaining.targets import Aim, ExplanationTarget, OutputCell
 from traceserve_runtime.json_types import Json, JsonObject, json_objects, number
+from traceserve_runtime.largest import largest
 from traceserve_runtime.runner import Arrays
 from traceserve_runtime.softmax import softmax
 from traceserve_runtime.tasks.contract import ModelFacts, Request, Task
@@ -131,16 +132,11 @@ class QuestionAnswering(Task):
         start, end = (softmax(np.where(allowed, output[name], np.float32(-10000.0))) for name in self.manifest.outputs)
         null_score = float(start[0] * end[0])
         start[0] = end[0] = 0
-        scores = np.tril(np.triu(np.outer(start, end)), longest - 1).ravel()
-        best = np.argpartition(-scores, top_k)[:top_k] if top_k < len(scores) else np.arange(len(scores))
-        if top_k == 1:
-            best = np.array([np.argmax(scores)])
         spans = []
-        for flat in best[np.argsort(-scores[best], kind="stable")]:
-            first, last = divmod(int(flat), row.length)
+        for first, last, score in _best(start, end, longest, top_k):
             if allowed[first] and allowed[last]:
                 legal = bool(inside[first] and inside[last]) and first <= last < first + longest
-                spans.append(_Span(first, last, float(scores[flat]), legal))
+                spans.append(_Span(first, last, score, legal))
         return spans, null_score
 
     def _characters(self, request: Request, row: Row, positions: Sequence[int], span: _Span) -> Tuple[int, int]:
@@ -202,3 +198,21 @@ class QuestionAnswering(Task):
             for i, text in enumerate(texts)
             if text.strip()
         ]
+
+
+def _best(start: np.ndarray, end: np.ndarray, longest: int, top_k: int) -> List[Tuple[int, int, float]]:
+    """Return the first and the last token of the best spans, at most `longest` tokens long, and their scores, best first;
+    `start` and `end` are probabilities, (length)."""
+    longest = min(longest, len(start))
+    ends = np.concatenate((end, np.zeros(longest - 1, end.dtype)))
+    scores = (start[:, None] * np.lib.stride_tricks.sliding_window_view(ends, longest)).ravel()
+    if top_k <= np.count_nonzero(scores):
+        best = largest(scores, top_k)
+        firsts, further = np.divmod(best, longest)
+        lasts = firsts + further
+    else:  # others of score 0 too, such as the pipeline takes
+        scores = np.tril(np.triu(np.outer(start, end)), longest - 1).ravel()
+        best = np.argpartition(-scores, top_k)[:top_k] if top_k < len(scores) else np.arange(len(scores))
+        best = best[np.argsort(-scores[best], kind="stable")]
+        firsts, lasts = np.divmod(best, len(start))
+    return list(zip(firsts.tolist(), lasts.tolist(), scores[best].tolist()))
