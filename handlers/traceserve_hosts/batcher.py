@@ -113,9 +113,8 @@ class Batcher:
         while self._waiting and len(taken) < most:
             job = self._waiting[0]
             if not job.gone:
-                self._joined.append(
-                    job
-                )  # first: another thread asks how many wait, and a call should never be in neither
+                # First: another thread asks how many wait, and a call should never be in neither.
+                self._joined.append(job)
                 taken.append(job)
             self._waiting.popleft()
         return taken
