@@ -20,8 +20,16 @@ DEPENDING_ON_TRANSFORMERS = [
     *("-n", "logical", "--dist", "loadfile"),
     # Encoders that are computed as BERT or RoBERTa are; `nox -s today` has them.
     *("-k", "not (distilbert or xlm-roberta or electra or albert or mpnet)"),
-    # Of torch alone, and slow.
-    *("--deselect", "tests/test_pretrained.py::test_a_compiled_model_answers_alike_at_any_shape"),
+    # The same with any transformers, and slow.
+    *(
+        f"--deselect=tests/test_{name}"
+        for name in (
+            "pretrained.py::test_a_compiled_model_answers_alike_at_any_shape",
+            "unpadding.py::test_a_worker_knows_what_padding_costs",
+            "curated.py::test_writes_as_transformers_does",
+            "curated.py::test_vectors_as_by_transformers",
+        )
+    ),
     *(
         f"tests/test_{name}.py"
         for name in (
@@ -38,6 +46,7 @@ DEPENDING_ON_TRANSFORMERS = [
     ),
 ]
 WORKER = [
+    "--deselect=tests/test_engine.py::test_steps_change_no_written_text",  # tests/inf1 has its own texts
     *(
         f"tests/test_{name}.py"
         for name in ("batching", "engine", "handler", "lanes", "manifest", "measuring", "processor")
