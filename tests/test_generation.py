@@ -354,6 +354,12 @@ def test_the_least_of_new_tokens_takes_the_place_of_the_least_length(made: Calla
         assert chosen.min_length == 0 and chosen.min_new_tokens == 2
 
 
+def test_something_is_drawn_where_every_token_is_forbidden() -> None:
+    asked = GenerationSettings(max_new_tokens=2, do_sample=True, no_repeat_ngram_size=1, top_k=3, top_p=0.9, seed=0)
+    search = Sampling(range(8), asked)
+    assert search.advance(np.zeros((1, 8), dtype=np.float32)) is not None and search.tokens == [7]
+
+
 def test_draws_follow_the_probabilities() -> None:
     """A chi-squared test with 20,000 draws, against the original processors' distribution."""
     rng = np.random.default_rng(1)

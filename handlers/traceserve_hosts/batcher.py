@@ -126,9 +126,10 @@ class Batcher:
         except Exception as error:  # an outer edge: sessions answer their own failures
             if loop.is_closed():  # the server has ended
                 return
-            logger.exception("traceserve: a batch could not be answered")
+            logger.error("traceserve: a batch could not be answered")
+            reply = _failed(error, len(self._joined))
             for job in self._joined:
-                loop.call_soon_threadsafe(job.tell, _failed(error))
+                loop.call_soon_threadsafe(job.tell, reply)
         self._joined = []
         loop.call_soon_threadsafe(self._finish)
 
@@ -184,12 +185,13 @@ class Batcher:
             logger.exception("traceserve: an idle engine failed")
 
 
-def _failed(error: Exception) -> Reply:
-    """The reply to a call that no session could answer."""
+def _failed(error: Exception, calls: int) -> Reply:
+    """The reply to calls that no session could answer; logs why, without the message, which may contain a text."""
     from traceserve_runtime import failures
     from traceserve_runtime.service import Reply
 
     failure = failures.unexpected(error, "it answered this request")
+    failures.log([failure] * calls)
     return Reply(json.dumps(failure.to_json()).encode(), status=failure.status, phrase=failure.phrase)
 
 

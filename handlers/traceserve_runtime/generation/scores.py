@@ -170,6 +170,9 @@ def drawable(scores: np.ndarray, settings: GenerationSettings) -> Drawable:
     if 0 < settings.top_k < len(scores):
         least = max(least, np.partition(scores, -settings.top_k)[-settings.top_k])
     ids = np.flatnonzero(scores >= least)
+    if not len(ids):  # the settings forbid every token, as no_repeat_ngram_size 1 does in the end
+        ids = np.array([len(scores) - 1])
+        return Drawable(ids, np.ones(1, dtype=np.float32))
     scores = scores[ids]
     if settings.top_p < 1.0:
         kept = _fewest(scores, softmax(scores), settings.top_p)

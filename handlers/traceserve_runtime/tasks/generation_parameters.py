@@ -60,7 +60,7 @@ PARAMETERS = (
     Parameter(
         "presence_penalty",
         float,
-        "taken from the score of each token that was written before; below 0 these become likelier",
+        "taken from the score of each token that was written before; below 0 they become likelier",
         least=-2,
         most=2,
         default=0.0,
@@ -68,7 +68,7 @@ PARAMETERS = (
     Parameter(
         "frequency_penalty",
         float,
-        "the same, times how often it was written",
+        "taken from the score of each token as often as it was written before; below 0 they become likelier",
         least=-2,
         most=2,
         default=0.0,

@@ -16,7 +16,7 @@ from traceserve.building.config.loops import LOOPS
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
 
-PENALTIES = ("presence_penalty", "frequency_penalty")  # which transformers lacks
+_PENALTIES = ("presence_penalty", "frequency_penalty")  # which transformers lacks
 
 
 def forced_tokens(row: Row, steps: int) -> List[int]:
@@ -61,14 +61,14 @@ def _generate_options(original: Original, request: Request, begin: int) -> Dict[
         "tgt_lang",
         "details",
         "top_n_tokens",
-        *PENALTIES,
+        *_PENALTIES,
     )
     options = {key: value for key, value in named.items() if key not in own and value is not None}
     if named.get("tgt_lang") is not None:
         options["forced_bos_token_id"] = original.facts["languages"][named["tgt_lang"]]
     if named.get("stop") is not None:
         options["stopping_criteria"] = _stopping_criteria(original.tokenizer, strings(named["stop"]), begin)
-    presence, frequency = (float(named.get(name) or 0.0) for name in PENALTIES)
+    presence, frequency = (float(named.get(name) or 0.0) for name in _PENALTIES)
     if presence or frequency:
         options["logits_processor"] = [partial(_penalized, presence, frequency, begin)]
     return options
