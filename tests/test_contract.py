@@ -41,6 +41,7 @@ TEXT = Parameter("text", str, "")
 KIND = Parameter("kind", str, "", ("cls", "mean"))
 WORDS = Parameter("words", list, "")
 STOPPING = Parameter("stopping", bool, "", ("never",))
+BIASES = Parameter("biases", dict, "", least=-100, most=100)
 OPTIONAL = [replace(one, nullable=True) for one in (COUNT, SHARE, SWITCH, TEXT, KIND, WORDS)]
 
 LEGAL: List[Tuple[Parameter, str]] = [
@@ -53,6 +54,7 @@ LEGAL: List[Tuple[Parameter, str]] = [
     (KIND, 'one of "cls", "mean"'),
     (WORDS, "a string or a list of strings"),
     (STOPPING, 'true or false or "never"'),
+    (BIASES, "an object with tokens' numbers as keys and numbers from -100 to 100"),
     (replace(FACTOR, least=0.01, most=2.5), "a number from 0.01 to 2.5"),
     (replace(COUNT, nullable=True), "a whole number of 1 or more or null"),
     (replace(KIND, nullable=True), 'one of "cls", "mean" or null'),
@@ -68,6 +70,7 @@ ACCEPTED: List[Tuple[Parameter, Sequence[Any]]] = [
     (KIND, ("cls", "mean")),
     (WORDS, ("x", ["x"], ["x", "y"], "größe", ["\0"])),
     (STOPPING, (True, False, "never")),
+    (BIASES, ({}, {"0": 1}, {"50256": -100, "7": 0.5, "999999999": 100})),
     *((parameter, (None,)) for parameter in OPTIONAL),
 ]
 
@@ -82,6 +85,8 @@ REFUSED: List[Tuple[Parameter, Sequence[Any]]] = [
     (WORDS, ("", [], [""], ["x", ""], ["x", 1], ["x", None], [["x"]], {}, {"x": 1}, 0, True, None)),
     (WORDS, (HALF_A_PAIR, ["x", HALF_A_PAIR])),
     (STOPPING, ("always", "", 0, 1, None, ["never"])),
+    (BIASES, (None, [], "5", 5, {"": 1}, {"x": 1}, {"-1": 1}, {"05": 1}, {"1.0": 1}, {"1\n": 1}, {"\u0661": 1})),
+    (BIASES, ({"1": "2"}, {"1": True}, {"1": None}, {"1": 101}, {"1": NAN}, {"1": -INFINITY}, {"1000000000": 1})),
     (OPTIONAL[0], (0, "null", "")),
     (OPTIONAL[-1], ([None], "")),
 ]
@@ -111,7 +116,7 @@ def test_numbers_that_json_does_not_have_are_refused() -> None:
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just(HALF_A_PAIR),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3) | st.just("7"), inner, max_size=3),
     max_leaves=5,
 )
 
@@ -133,6 +138,8 @@ def test_what_is_accepted_can_be_computed_with(value: Any) -> None:
                 continue
             if isinstance(value, (list, str)):
                 assert all(text.encode("utf-8").decode("utf-8") == text for text in strings(value))
+            elif isinstance(value, dict):
+                assert all(int(np.int64(token)) >= 0 and np.isfinite(np.float32(n)) for token, n in value.items())
             else:
                 assert math.isfinite(np.float64(value)) and int(np.int64(value)) == int(value)
 

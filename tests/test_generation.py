@@ -111,8 +111,28 @@ def test_penalties_of_openai(
     assert got == expected != plain
 
 
-def test_the_gate_knows_the_penalties_that_transformers_lacks(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    parameters = {"presence_penalty": 1.5, "frequency_penalty": 0.5, "max_new_tokens": 20}
+@pytest.mark.parametrize("architecture, beams", [("gpt2", 1), ("bart", 3)])
+def test_logit_bias(architecture: str, beams: int, made: Callable[[str], Made]) -> None:
+    """As transformers' `sequence_bias` of single tokens, each row by its own."""
+    engine, _, tokenizer = made(architecture)
+    plain = [original(made(architecture), text, num_beams=beams) for text in TEXTS]
+    first = [tokenizer(text, add_special_tokens=False)["input_ids"][:2] for text in plain]
+    biases = [{ids[0]: -100, ids[1]: 1.5, 7: 2} for ids in first]
+    asked = [
+        {"num_beams": beams, "max_new_tokens": 20, "logit_bias": {str(k): v for k, v in b.items()}} for b in biases
+    ]
+    requests = [Request({"text": text}, one) for text, one in zip(TEXTS, asked)]
+    got = [written(value) for value in answers(engine, requests)]
+    assert got != plain and got == [
+        original(made(architecture), text, num_beams=beams, sequence_bias=[[[k], float(v)] for k, v in own.items()])
+        for text, own in zip(TEXTS, biases)
+    ]
+
+
+def test_the_gate_knows_what_transformers_lacks_or_names_otherwise(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    parameters = {"presence_penalty": 1.5, "frequency_penalty": 0.5, "logit_bias": {"9": -100}, "max_new_tokens": 20}
     lines = [json.dumps({"text": text, "parameters": parameters}) for text in TEXTS[:3]]
     (tmp_path / "mine.jsonl").write_text("\n".join(lines))
     source = checkpoint("gpt2", "AutoModelForCausalLM")

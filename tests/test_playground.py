@@ -93,6 +93,8 @@ def typed(task: str, artifact: Path, **values: Any) -> Dict[str, Any]:
         ("text_generation", "seed", "7.5", 7.5),
         ("text_generation", "seed", "0", 0),
         ("text_generation", "seed", "x", "x"),
+        ("text_generation", "logit_bias", "50: -100\n\n7:2.5", {"50": -100, "7": 2.5}),
+        ("text_generation", "logit_bias", "50: much", {"50": "much"}),
         ("text_generation", "stop", "one, two\n\nthree", ["one, two", "three"]),
     ],
 )
@@ -112,6 +114,12 @@ def test_what_is_empty_is_not_sent_unless_it_must_be(artifact: Path) -> None:
         "two",
     ]
     assert typed("text_generation", artifact) == {}
+
+
+def test_a_line_of_numbers_says_what_it_is(artifact: Path) -> None:
+    with pytest.raises(form.FormError, match="what is added") as error:
+        typed("text_generation", artifact, logit_bias="50")
+    assert error.value.field == "parameters.logit_bias"
 
 
 def test_a_chat_is_typed_line_by_line(artifact: Path) -> None:

@@ -324,7 +324,13 @@ def open_ai(native: Native) -> Iterator[Call]:
         lambda: complete(**penalties).choices[0].text,
         lambda: written(**penalties),
     )
-    yield Call(name, "completions(logit_bias)", lambda: complete(logit_bias={"5": 10}), refused="logit_bias")
+    bias = {"5": 2.5, "17": -100}
+    yield Call(
+        name,
+        "completions(logit_bias)",
+        lambda: complete(logit_bias=bias).choices[0].text,
+        lambda: written(logit_bias=bias),
+    )
     yield Call(name, "completions(best_of)", lambda: complete(best_of=3), refused="best_of")
 
     def chat(**options: Any) -> Any:

@@ -33,6 +33,7 @@ class GenerationSettings:
     min_p: float = 0.0
     typical_p: float = 1.0
     seed: Optional[int] = None
+    bias: Tuple[Tuple[int, float], ...] = ()  # tokens, and what is added to their scores
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -55,6 +56,7 @@ class GenerationSettings:
     def changes(self) -> Sequence[Change]:
         """The restrictions and penalties that these settings ask for, in transformers' order, and then those that it lacks."""
         wanted = {
+            _biased: bool(self.bias),
             _source_repetition: self.source_penalty != 1.0,
             _repetition: self.repetition_penalty != 1.0,
             _ngrams: self.no_repeat_ngram_size > 0,
@@ -67,6 +69,12 @@ class GenerationSettings:
         }
         return [change for change, asked in wanted.items() if asked]
 
+    @cached_property
+    def biases(self) -> Tuple[np.ndarray, np.ndarray]:
+        """`bias` as arrays: the tokens, and what is added; both (tokens)."""
+        tokens, added = zip(*self.bias)
+        return np.array(tokens, dtype=np.int64), np.array(added, dtype=np.float32)
+
 
 def processed(
     scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: GenerationSettings
@@ -77,6 +85,11 @@ def processed(
         for change in settings.changes:
             change(scores, prompt, tokens, settings)
     return log_softmax(scores) if settings.renormalize else scores
+
+
+def _biased(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: GenerationSettings) -> None:
+    biased, added = settings.biases
+    scores[biased] += added
 
 
 def _source_repetition(

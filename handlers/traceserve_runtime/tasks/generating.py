@@ -104,6 +104,12 @@ class Generating(Task):
                 "beam search does not sample; send either num_beams or do_sample, temperature, top_k, top_p, min_p, seed",
                 "parameters.num_beams",
             )
+        most = self.tokenizer.vocabulary_size
+        unknown = next((token for token in self.parameter(request, "logit_bias") or {} if int(token) >= most), None)
+        if unknown is not None:
+            raise InvalidRequest(
+                f"this model has no token {unknown}: its {most:,} tokens begin at 0", "parameters.logit_bias"
+            )
         if (
             self.parameter(request, "details")
             and not self._samples(request)
@@ -149,6 +155,7 @@ class Generating(Task):
             num_beams=1 if samples else self.parameter(request, "num_beams"),
             min_length=least + self.counted_prefix if least else 0,
             eos_ids=tuple(facts["eos_ids"]),
+            bias=tuple((int(token), added) for token, added in (self.parameter(request, "logit_bias") or {}).items()),
             bad_words_ids=tuple(tuple(word) for word in facts["bad_words_ids"]),
             forced_bos_id=facts["forced_bos_id"],
             forced_eos_ids=tuple(facts["forced_eos_ids"]),

@@ -73,6 +73,13 @@ PARAMETERS = (
         most=2,
         default=0.0,
     ),
+    Parameter(
+        "logit_bias",
+        dict,
+        "added to the scores of these tokens: -100 all but forbids one, 100 forces it",
+        least=-100,
+        most=100,
+    ),
     Parameter("no_repeat_ngram_size", int, "no sequence of this many tokens is repeated; 0: off", least=0, default=0),
     Parameter("num_beams", int, "how many beams are searched", most=64, default=1),
     Parameter(

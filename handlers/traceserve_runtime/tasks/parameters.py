@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
@@ -9,6 +10,7 @@ from traceserve_runtime.json_types import Json, JsonObject
 
 # For numbers without their own limit: beyond it JSON's whole numbers are not exact, and numpy's overflow.
 LARGEST_NUMBER = 2**53
+_TOKEN = r"(0|[1-9][0-9]{0,8})"  # its number, as a key
 
 
 class Field(NamedTuple):
@@ -30,7 +32,7 @@ class Output(NamedTuple):
 @dataclass(frozen=True)
 class Parameter:
     """A parameter of a request: one of `choices`, or of `type`, where list means a string or a list of strings, or with
-    `numbers` a list of whole numbers.
+    `numbers` a list of whole numbers, and dict a number for each of some tokens.
 
     If there are choices and `type` is not str, both are legal.
 
@@ -52,6 +54,7 @@ class Parameter:
         """The legal values in words."""
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
         words[list] = "a string or a list of strings"
+        words[dict] = f"an object with tokens' numbers as keys and numbers from {self.least:g} to {self.most or 0:g}"
         if self.numbers:
             words[list] = f"a list of whole numbers of {self.least:,} or more"
         text = words[self.type]
@@ -74,6 +77,13 @@ class Parameter:
             bool: [{"type": "boolean"}],
             str: [] if self.choices else [{"type": "string"}],
             list: [text, {"type": "array", "items": text, "minItems": 1}],
+            dict: [
+                {
+                    "type": "object",
+                    "propertyNames": {"pattern": f"^{_TOKEN}$"},
+                    "additionalProperties": {"type": "number", "minimum": self.least, "maximum": most},
+                }
+            ],
         }
         if self.numbers:
             legal[list] = [{"type": "array", "items": {"type": "integer", "minimum": self.least}, "minItems": 1}]
@@ -95,13 +105,21 @@ class Parameter:
                 )
             texts = value if isinstance(value, list) else [value]
             return bool(texts) and all(text and _is_text(text) for text in texts)
+        if self.type is dict:
+            return isinstance(value, dict) and all(
+                re.fullmatch(_TOKEN, token) and type(number) in (int, float) and self._holds(number)
+                for token, number in value.items()
+            )
         # Not isinstance: true is not a number.
         if type(value) is not self.type and not (self.type is float and type(value) is int):
             return False
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             return self.type is not str or _is_text(value)
+        return self._holds(value)
+
+    def _holds(self, number: float) -> bool:
         # Python's JSON reads NaN and Infinity, which are not legal.
-        return bool(self.least <= value <= (LARGEST_NUMBER if self.most is None else self.most))
+        return bool(self.least <= number <= (LARGEST_NUMBER if self.most is None else self.most))
 
 
 def _is_text(value: object) -> bool:

@@ -13,6 +13,7 @@ from traceserve.playground.description import Description, InputField
 TEXT = "text"  # one text of any length
 WORDS = "words"  # a text of one line
 LINES = "lines"  # a list, an item a line
+PAIRS = "pairs"  # an object of numbers, a key and its number a line
 CHAT = "chat"  # messages, each of which begins with its role
 NUMBER = "number"
 CHOICE = "choice"  # one of a few values
@@ -98,6 +99,8 @@ def _kind(asked: InputField) -> Tuple[str, List[object]]:
             types[str(kind)] = option
     if "array" in types:
         return (CHAT if types["array"]["items"].get("type") == "object" else LINES), []
+    if "object" in types:
+        return PAIRS, []
     if "string" in types:
         return WORDS, []
     if types:
@@ -127,6 +130,8 @@ def _typed(kind: str, value: object) -> object:
         return ""
     if kind == LINES:
         return "\n".join(map(str, value)) if isinstance(value, list) else value
+    if kind == PAIRS and isinstance(value, dict):
+        return "\n".join(f"{key}: {number}" for key, number in value.items())
     if kind == CHAT and isinstance(value, list):
         return "\n".join(f"{message['role']}: {message['content']}" for message in value)
     return json.dumps(value) if kind in (CHOICE, OPEN, NUMBER) else value
@@ -148,6 +153,8 @@ def _read(control: Control, value: object) -> object:
     if control.kind == LINES:
         lines = [line for line in _lines(text) if line.strip()]
         return [_number(line) for line in lines] if control.whole else lines
+    if control.kind == PAIRS:
+        return _pairs(control, text)
     if control.kind == CHAT:
         return _messages(control, text)
     if control.kind == NUMBER:
@@ -170,6 +177,16 @@ def _number(text: str) -> object:
         except ValueError:
             continue
     return text
+
+
+def _pairs(control: Control, text: str) -> Dict[str, object]:
+    pairs: Dict[str, object] = {}
+    for line in filter(str.strip, _lines(text)):
+        key, colon, number = line.rpartition(":")
+        if not colon:
+            raise FormError('a line should be a token\'s number and what is added, as "50: -100"', control.key)
+        pairs[key.strip()] = _number(number.strip())
+    return pairs
 
 
 def _messages(control: Control, text: str) -> List[Dict[str, str]]:

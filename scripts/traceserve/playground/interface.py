@@ -272,11 +272,16 @@ def _choice(gr: Any, control: Control, shown: Dict[str, Any]) -> Any:
     return gr.Dropdown(list(control.choices), allow_custom_value=control.kind == form.OPEN, **shown)
 
 
-_HINTS = {form.LINES: ". One a line", form.CHAT: '. Here a message begins with "user:", "assistant:" or "system:"'}
+_HINTS = {
+    form.LINES: ". One a line",
+    form.PAIRS: '. One a line, as "50: -100"',
+    form.CHAT: '. Here a message begins with "user:", "assistant:" or "system:"',
+}
 _COMPONENTS: Dict[str, Callable[[Any, Control, Dict[str, Any]], Any]] = {
     form.TEXT: _text,
     form.WORDS: _text,
     form.LINES: _text,
+    form.PAIRS: _text,
     form.CHAT: _text,
     form.NUMBER: _number,
     form.CHOICE: _choice,

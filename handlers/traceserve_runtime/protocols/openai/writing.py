@@ -51,7 +51,7 @@ _WRITING: Dict[str, Key] = {
     "stop": Key("stop", neutral=([],)),
     "presence_penalty": Key("presence_penalty"),
     "frequency_penalty": Key("frequency_penalty"),
-    "logit_bias": Key(neutral=({},)),
+    "logit_bias": Key("logit_bias"),
     # Additions of OpenAI-compatible servers.
     "top_k": Key("top_k"),
     "min_p": Key("min_p"),

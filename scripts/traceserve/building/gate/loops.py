@@ -61,6 +61,7 @@ def _generate_options(original: Original, request: Request, begin: int) -> Dict[
         "tgt_lang",
         "details",
         "top_n_tokens",
+        "logit_bias",
         *_PENALTIES,
     )
     options = {key: value for key, value in named.items() if key not in own and value is not None}
@@ -68,6 +69,8 @@ def _generate_options(original: Original, request: Request, begin: int) -> Dict[
         options["forced_bos_token_id"] = original.facts["languages"][named["tgt_lang"]]
     if named.get("stop") is not None:
         options["stopping_criteria"] = _stopping_criteria(original.tokenizer, strings(named["stop"]), begin)
+    if named.get("logit_bias"):
+        options["sequence_bias"] = [[[int(token)], float(added)] for token, added in named["logit_bias"].items()]
     presence, frequency = (float(named.get(name) or 0.0) for name in _PENALTIES)
     if presence or frequency:
         options["logits_processor"] = [partial(_penalized, presence, frequency, begin)]
