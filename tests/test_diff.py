@@ -20,6 +20,7 @@ from traceserve.checking import answering, comparing
 from traceserve.checking.answering import Told
 from traceserve.checking.comparing import AnswerChange, ArchiveComparison, FieldChange, Side
 from traceserve.checking.comparison_page import comparison_page
+from traceserve.commands.printing import answer_in_brief
 from traceserve.errors import ArchiveError
 from traceserve_runtime.engine import load_task
 from traceserve_runtime.manifest import Manifest
@@ -70,6 +71,22 @@ def test_swapped_labels_move_every_answer(mar: Path, tmp_path: Path) -> None:
     assert sum(count for _, _, count in found.moves) == len(found.changed)
     for each in found.changed:
         assert {each.one[0]["label"], each.other[0]["label"]} == {"red", "green"}
+
+
+@pytest.mark.parametrize(
+    "answer, shown",
+    [
+        ("joy", "joy"),
+        ([{"label": "joy"}, {"label": "fear"}], '{"label": "joy"}'),
+        ({"text": "größe"}, '{"text": "größe"}'),
+        ([], "[]"),
+        ("a\x1b[31mred\u202e", "a?[31mred?"),  # a stranger's text does not control the terminal
+        ({"a\x9b": "b\u2066"}, '{"a\\u009b": "b\\u2066"}'),
+        ("x" * 30, "x" * 23 + "…"),
+    ],
+)
+def test_an_answer_in_brief(answer: Any, shown: str) -> None:
+    assert answer_in_brief(answer, 24) == shown
 
 
 def test_trouble_is_2(mar: Path, artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -163,14 +163,24 @@ def test_others_join_when_all_have_left(architecture: str, engine_of: Make) -> N
     assert value_of(stays.answer()) == alone
 
 
-class Watched:
+class Around:
+    """A runner that does as another one, but for what its subclasses do."""
+
+    def __init__(self, own: Any) -> None:
+        self._own = own
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own, name)
+
+
+class Watched(Around):
     """A runner that notes the rows and positions of each step: those it reads, and all that it attends to.
 
     By its clock a run takes a millisecond, and each position that it reads a tenth of one.
     """
 
     def __init__(self, engine: Engine) -> None:
-        self._own = engine.runner
+        super().__init__(engine.runner)
         self._clock = 0.0
         self.read: List[Tuple[int, int]] = []
         self.attended: List[Tuple[int, int]] = []
@@ -190,9 +200,6 @@ class Watched:
 
     def _ran(self, positions: int) -> None:
         self._clock += 1e-3 + 1e-4 * positions
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._own, name)
 
 
 def watching(engine: Engine) -> Tuple[Engine, Watched]:
@@ -241,27 +248,25 @@ def test_a_failed_step_changes_no_answer(architecture: str, engine_of: Make) -> 
     alone = [value_of(engine.answer([request])[0]) for request in requests]
     [encoded] = engine.task.encode([Request({"text": "zzzz"})])
     assert not isinstance(encoded, TraceserveError)
-    poison, own, failed = encoded.rows[0].encoding.ids[0], engine.runner, []
+    poison = encoded.rows[0].encoding.ids[0]
+    failed: List[int] = []
 
-    class Failing:
+    class Failing(Around):
         """Fails to read a prompt that begins with the token, and once at a step of several rows."""
 
         def start(self, inputs: Any) -> Any:
             first = inputs["attention_mask"].argmax(axis=1)
             if (inputs["input_ids"][np.arange(len(first)), first] == poison).any():
                 raise RuntimeError("not enough memory")
-            return own.start(inputs)
+            return self._own.start(inputs)
 
         def step(self, inputs: Any, state: Any, rows: Optional[np.ndarray] = None) -> Any:
             if not failed and rows is not None and len(rows) > 2:
                 failed.append(len(rows))
                 raise RuntimeError("not enough memory")
-            return own.step(inputs, state, rows)
+            return self._own.step(inputs, state, rows)
 
-        def __getattr__(self, name: str) -> Any:
-            return getattr(own, name)
-
-    failing: Any = Failing()
+    failing: Any = Failing(engine.runner)
     other = Engine(engine.folder, engine.manifest, engine.task, failing)
     pending, _ = joined(other, [*requests[:5], Request({"text": "zzzz"}, {"num_beams": 1}), *requests[5:]], 1)
     results = [each.answer() for each in pending]
@@ -351,9 +356,9 @@ def test_who_leaves_while_it_is_read_is_read_no_further(engine_of: Make) -> None
 def test_a_part_that_fails_changes_no_answer(engine_of: Make) -> None:
     engine = engine_of("llama", "torchscript")
     alone = [value_of(each) for each in engine.answer([LONG, SHORT])]
-    own, failed = engine.runner, []
+    failed: List[int] = []
 
-    class Failing:
+    class Failing(Around):
         """Fails once in the middle of a prompt."""
 
         def step(self, inputs: Any, state: Any, rows: Optional[np.ndarray] = None) -> Any:
@@ -361,12 +366,9 @@ def test_a_part_that_fails_changes_no_answer(engine_of: Make) -> None:
             if not failed and 1 < read < attended and attended > 60:
                 failed.append(attended)
                 raise RuntimeError("not enough memory")
-            return own.step(inputs, state, rows)
+            return self._own.step(inputs, state, rows)
 
-        def __getattr__(self, name: str) -> Any:
-            return getattr(own, name)
-
-    failing: Any = Failing()
+    failing: Any = Failing(engine.runner)
     work = Work(Engine(engine.folder, engine.manifest, engine.task, failing), Stats(), 0.0)
     pending = work.join([LONG, SHORT], [None, None])
     finish(work)
@@ -410,18 +412,12 @@ def test_a_model_that_reads_parts_otherwise_reads_prompts_whole(
         self._runner = Lost(runner)  # type: ignore[assignment]
         return read(self, rows, most)
 
-    class Lost:
-        def __init__(self, own: Any) -> None:
-            self._own = own
-
+    class Lost(Around):
         def step(self, inputs: Any, state: Any, rows: Optional[np.ndarray] = None) -> Any:
             positions = inputs["position_ids"]
             if positions.shape[1] > 1:
                 inputs = {**inputs, "position_ids": positions - positions[:, :1]}
             return self._own.step(inputs, state, rows)
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self._own, name)
 
     monkeypatch.setattr(DecoderFeed, "read", begins_again)
     source = checkpoint("llama", "AutoModelForCausalLM")

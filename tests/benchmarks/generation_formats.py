@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tables
 import text_models
-from traceserve.building.attempt import size_of
 from traceserve.building.export import Shared
+from traceserve.machine import space
 from traceserve_runtime import processor
 from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.engine import Engine
@@ -58,7 +58,7 @@ def main() -> None:
                         found["first"].append(first)
                         found["step"].append(each)
             tables.save(options.json, seconds)
-        sizes = {way: size_of(folder) for way, folder in folders.items()}
+        sizes = {way: space.size([folder]) for way, folder in folders.items()}
     for rows in options.rows:
         base = median_of(seconds, options.ways[0], rows, "step")
         shown = [row(way, rows, seconds, sizes[way], base) for way in options.ways]

@@ -33,7 +33,7 @@ from traceserve.building.writers import WRITERS
 from traceserve.building.writers.neuron.compilers import CompileError
 from traceserve.building.writers.shapes import without_padding
 from traceserve.errors import ExportError
-from traceserve.machine import neuron_cores
+from traceserve.machine import neuron_cores, space
 
 _WRITTEN_TEXTS = 16  # for measuring the speed of generation
 PADDING_CHANGES = "padding_changes_outputs_by"  # in the receipt, if rows are therefore never padded
@@ -55,10 +55,6 @@ def _lowered(config: SetupConfig, original: Original, dtype: str, texts: Sequenc
     if config.hardware in DTYPES[dtype].by_compiler:
         return [replace(original, dtype=dtype)]
     return WRITERS[config.save_mode].lowered(original, dtype, texts, config.hardware)
-
-
-def size_of(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _speed_requests(made: AcceptedArtifact, own_samples: Sequence[Request]) -> Sequence[Request]:
@@ -132,7 +128,7 @@ class Attempt:
             return None
         folders = {"": made.folder, save_mode: other}
         speeds = measure_speeds(folders, _speed_requests(made, self.own_samples), self.progress)
-        return Compared(save_mode, speeds[save_mode], size_of(other), speeds[""])
+        return Compared(save_mode, speeds[save_mode], space.size([other]), speeds[""])
 
     def _ways(
         self, lowered: Original, drifted: Sequence[Tuple[Findings, Original, Shapes]]

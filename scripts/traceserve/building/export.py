@@ -13,7 +13,7 @@ from typing import Iterator, List, Optional, Tuple
 from traceserve_runtime.tasks import TASKS
 
 from traceserve.building import artifact, explaining
-from traceserve.building.attempt import AcceptedArtifact, Attempt, size_of
+from traceserve.building.attempt import AcceptedArtifact, Attempt
 from traceserve.building.checkpoints import licenses, loading, sources
 from traceserve.building.checkpoints.checkpoint import Checkpoint
 from traceserve.building.config import choosing, formats
@@ -31,7 +31,7 @@ from traceserve.building.samples import OwnSamples
 from traceserve.building.writers import WRITERS
 from traceserve.building.writers.lowering import precision
 from traceserve.errors import ExportError
-from traceserve.machine import neuron_cores
+from traceserve.machine import neuron_cores, space
 
 
 @dataclass
@@ -160,7 +160,7 @@ def _first_that_passes(
                 raise
             tried.append(Candidate(dtype, getattr(error, "findings", None), error.message))
         else:
-            tried.append(Candidate(dtype, chosen.findings, size=size_of(place)))
+            tried.append(Candidate(dtype, chosen.findings, size=space.size([place])))
             break
     return chosen, tried
 

@@ -24,6 +24,7 @@ from traceserve.building.progress import Progress
 from traceserve.building.samples import OwnSamples
 from traceserve.checking.answering import Answered, Told, ask_in_a_process
 from traceserve.errors import ArchiveError, some
+from traceserve.machine import space
 
 _SENTENCES = 64  # besides the gate's texts, if there are no samples of the user's
 _WRITTEN = 12  # requests to a task that writes text
@@ -111,7 +112,7 @@ def compare_archives(
             progress(f"asking {(one, other)[number].name}", number, 2)
             answered.append(ask_in_a_process(folder, requests, count, scratch))
         refused = _refused_by_both(answered[0].answers, answered[1].answers)
-        sides = [_side(path, folder, each) for path, folder, each in zip((one, other), folders, answered)]
+        sides = [_side(path, each) for path, each in zip((one, other), answered)]
         changed, drift = _compared(task, requests, answered[0].answers, answered[1].answers)
         return ArchiveComparison(
             (sides[0], sides[1]),
@@ -162,10 +163,9 @@ def _refused_by_both(one: Sequence[Told], other: Sequence[Told]) -> int:
     return sum(bool(first.error and second.error) for first, second in zip(one, other))
 
 
-def _side(path: Path, folder: Path, answered: Answered) -> Side:
-    size = path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+def _side(path: Path, answered: Answered) -> Side:
     count = sum(not told.error for told in answered.answers)
-    return Side(str(path), size, answered.p50_ms, count / answered.seconds, answered.memory_mib)
+    return Side(str(path), space.size([path]), answered.p50_ms, count / answered.seconds, answered.memory_mib)
 
 
 def _compared(

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Sequence
+from typing import TYPE_CHECKING, List, Sequence, Union
 
 from traceserve.commands.arguments import positive, require_folders
 from traceserve.commands.contract import Command
-from traceserve.commands.printing import ProgressBar, console, figure, megabytes, printable_json
-from traceserve.errors import shortened
+from traceserve.commands.printing import (
+    ProgressBar,
+    answer_in_brief,
+    console,
+    figure,
+    megabytes,
+    printable,
+    printable_json,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
-    from traceserve.checking.comparing import ArchiveComparison, FieldChange
+    from traceserve.checking.comparing import AnswerChange, ArchiveComparison, FieldChange
 
 _SHOWN, _LONGEST = 10, 48
 
@@ -76,12 +83,12 @@ def _print_comparison(found: ArchiveComparison) -> None:
     if found.moves:
         moves = Table("from", "to", "answers", box=None, header_style="dim")
         for before, after, count in found.moves[:_SHOWN]:
-            moves.add_row(Text(before), Text(after), f"{count:,}")
+            moves.add_row(Text(printable(before)), Text(printable(after)), f"{count:,}")
         screen.print(moves, highlight=False)
     if found.changed:
         examples = Table("#", "A", "B", box=None, header_style="dim")
         for each in found.changed[:_SHOWN]:
-            examples.add_row(str(each.number), Text(_shortened(each.one)), Text(_shortened(each.other)))
+            examples.add_row(str(each.number), *_side_by_side(each))
         screen.print(examples, highlight=False)
     colour, verdict = ("green", "equal") if found.equal else ("red", "different")
     refused = f" ({found.refused:,} refused by both)" if found.refused else ""
@@ -97,15 +104,15 @@ def _add_changes(table: Table, title: str, changes: Sequence[FieldChange]) -> No
     from rich.text import Text
 
     for each in changes[:_SHOWN]:
-        table.add_row(Text(f"{title}: {each.what}"), Text(_shortened(each.one)), Text(_shortened(each.other)))
+        table.add_row(Text(printable(f"{title}: {each.what}")), *_side_by_side(each))
     if len(changes) > _SHOWN:
         table.add_row(f"{title}: {len(changes) - _SHOWN} more", "", "")
 
 
-def _shortened(answer: object) -> str:
-    value = answer[0] if isinstance(answer, list) and answer else answer
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return shortened(text, _LONGEST)
+def _side_by_side(change: Union[AnswerChange, FieldChange]) -> List[Text]:
+    from rich.text import Text
+
+    return [Text(answer_in_brief(each, _LONGEST)) for each in (change.one, change.other)]
 
 
 COMMANDS = (

@@ -11,7 +11,7 @@ from traceserve_runtime.errors import TraceserveError
 
 from traceserve.commands.arguments import add_port
 from traceserve.commands.contract import Command
-from traceserve.commands.printing import console, figure, printable_json
+from traceserve.commands.printing import console, figure, printable, printable_json
 from traceserve.serving.attributions import Heat, heats, is_explanation, strongest, target_in_words, text_at
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def _print(request: object, found: Mapping[str, Any]) -> None:
     for word in words[:_ROWS]:
         amount = word["attribution"]
         length = round(_BAR * abs(amount) / largest) if largest else 0
-        table.add_row(Text(word["word"]), f"{amount:+.3f}", ("+" if amount > 0 else "-") * length)
+        table.add_row(Text(printable(word["word"])), f"{amount:+.3f}", ("+" if amount > 0 else "-") * length)
     screen.print(table)
     target = target_in_words(found)
     screen.print(
@@ -126,7 +126,7 @@ def _texts(request: object, found: Mapping[str, Any]) -> Iterator[Tuple[str, Lis
 def _coloured(text: str, own: Sequence[Heat]) -> Text:
     from rich.text import Text
 
-    shown = Text(text)
+    shown = Text(printable(text))
     for heat in own:
         strength = abs(heat.share)
         red, green, blue = (round(strength * part + (1 - strength) * 40) for part in _colour(heat))

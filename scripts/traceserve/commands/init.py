@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from traceserve.commands.contract import Command
-from traceserve.commands.printing import console
+from traceserve.commands.printing import console, printable, printable_json
 from traceserve.errors import AmbiguousTask, ConfigError, some
 
 if TYPE_CHECKING:
@@ -79,12 +79,12 @@ def _print_proposal(found: Proposal, output: Path) -> None:
     table.add_column(overflow="fold")
     evidence = f" ({found.evidence})" if found.evidence else ""
     table.add_row("written", Text(str(output)))
-    table.add_row("task", Text(f"{found.keys['task']}{evidence}"))
+    table.add_row("task", Text(printable(f"{found.keys['task']}{evidence}")))
     if "max_length" in found.keys:
         table.add_row("max_length", Text(f"{found.keys['max_length']} tokens"))
     if found.labels:
-        table.add_row(f"{len(found.labels)} labels", Text(some(found.labels)))
-    table.add_row("a request", Text(json.dumps(found.sample, ensure_ascii=False)))
+        table.add_row(f"{len(found.labels)} labels", Text(printable(some(found.labels))))
+    table.add_row("a request", Text(printable_json(found.sample)))
     screen = console()
     screen.print(table, highlight=False)
     if found.notes:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Optional
 
 from traceserve_runtime.errors import TraceserveError
 
+from traceserve.errors import shortened
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -70,6 +72,12 @@ def printable_json(document: object, indent: Optional[int] = None) -> str:
     """Return JSON in which the same characters are escaped."""
     text = json.dumps(document, indent=indent, ensure_ascii=False)
     return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def answer_in_brief(answer: object, longest: int) -> str:
+    """Return an answer, or the first of several, in at most so many characters that are safe to print."""
+    first = answer[0] if isinstance(answer, list) and answer else answer
+    return shortened(printable(first) if isinstance(first, str) else printable_json(first), longest)
 
 
 def print_findings(findings: Findings) -> None:

@@ -11,7 +11,7 @@ import time
 from typing import TYPE_CHECKING, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from traceserve.commands.contract import Command
-from traceserve.commands.printing import console, figure
+from traceserve.commands.printing import console, figure, printable
 
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
@@ -164,7 +164,7 @@ def _report(archives: Sequence[_Archive], title: str) -> Group:
     for archive in archives:
         table.add_row(f"{archive.name}:{archive.port}", *_cells(archive.activity))
     reasons = [
-        Text(f"{archive.name}:{archive.port} failed: {_reasons(archive.activity)}")
+        Text(printable(f"{archive.name}:{archive.port} failed: {_reasons(archive.activity)}"))
         for archive in archives
         if archive.activity is not None and archive.activity.errors
     ]

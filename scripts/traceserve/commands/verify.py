@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional, Tuple
 
@@ -11,8 +10,7 @@ from traceserve_runtime.errors import TraceserveError
 
 from traceserve.commands.arguments import add_port
 from traceserve.commands.contract import Command
-from traceserve.commands.printing import console, figure, printable_json
-from traceserve.errors import shortened
+from traceserve.commands.printing import answer_in_brief, console, figure, printable, printable_json
 
 if TYPE_CHECKING:
     from traceserve.checking.verifying import Door, Verification
@@ -120,11 +118,13 @@ def _print_different(found: Verification, with_texts: bool) -> None:
     for each in found.different[:_SHOWN]:
         hidden = each.own and not with_texts
         name = f"#{each.number}" + (" (yours)" if each.own else "")
-        told = each.error or ("(--texts shows it)" if hidden else _shortened(each.answer))
-        expected = "" if hidden else _shortened(each.expected)
+        told = printable(each.error or "") or (
+            "(--texts shows it)" if hidden else answer_in_brief(each.answer, _LONGEST)
+        )
+        expected = "" if hidden else answer_in_brief(each.expected, _LONGEST)
         difference = f"{each.difference:.1e}" if each.difference is not None else "changed"
         original = each.expected if each.original is None else each.original
-        beside = [Text("" if hidden else _shortened(original))] if others else []
+        beside = [Text("" if hidden else answer_in_brief(original, _LONGEST))] if others else []
         table.add_row(name, Text(expected), *beside, Text(told), difference)
     console().print(table, highlight=False)
     if len(found.different) > _SHOWN:
@@ -133,11 +133,6 @@ def _print_different(found: Verification, with_texts: bool) -> None:
 
 def _expected_of(found: Verification) -> str:
     return "the archive at its build" if found.by_own_texts else "the original"
-
-
-def _shortened(answer: object) -> str:
-    text = json.dumps(answer[0] if isinstance(answer, list) and answer else answer, ensure_ascii=False)
-    return shortened(text, _LONGEST)
 
 
 COMMANDS = (

@@ -18,7 +18,6 @@ from traceserve_runtime.engine import load_task
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Request
 
-from traceserve.building.attempt import size_of
 from traceserve.building.checkpoints import sources
 from traceserve.building.config import choosing, formats
 from traceserve.building.config.dtypes import DTYPES
@@ -32,6 +31,7 @@ from traceserve.building.gate.findings import Findings
 from traceserve.building.progress import Progress
 from traceserve.building.samples import OwnSamples
 from traceserve.errors import ExportError, last_line
+from traceserve.machine import space
 from traceserve.measuring import engine_figures
 from traceserve.measuring.engine_figures import EngineFigures
 
@@ -91,7 +91,7 @@ def compared_formats(
                 yield ComparedFormat(save_mode, dtype, error.message)
                 continue
             changed, counted = _changed(made.findings, bool(own), bool(task.loop))
-            yield ComparedFormat(save_mode, dtype, "", size_of(folder), *changed, figures, counted)
+            yield ComparedFormat(save_mode, dtype, "", space.size([folder]), *changed, figures, counted)
 
 
 def _changed(found: Findings, own: bool, writes: bool) -> Tuple[Tuple[int, int], str]:
