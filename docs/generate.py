@@ -180,7 +180,7 @@ def errors() -> str:
         "\n".join(
             _table(("type", "status", "meaning"), [(f"`{k.__name__}`", str(k.status), _first_line(k)) for k in served])
         ),
-        "## Printed by a command, which exits with 1",
+        "## Printed by a command, which exits with 1 (`inspect`, `diff`, `verify`: 2)",
         "\n".join(
             _table(
                 ("type", "meaning", "more"),

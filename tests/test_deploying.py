@@ -193,6 +193,17 @@ def test_a_canary_finds_the_key_and_tells_a_failure_without_the_text(
     Answers.asked = []
     assert canary.main(ask) is None
     assert Answers.asked == [("/predictions/tiny", {"text": "zanzibar"})]
+    monkeypatch.setenv("TRACESERVE_KEY", "older")  # which was rotated since
+    assert canary.main(ask) is None
+    monkeypatch.setenv("TRACESERVE_KEY_FILE", str(tmp_path / "key"))  # uvicorn's
+    assert "401" in str(canary.main(ask))
+    (tmp_path / "key").write_text("secret\n")
+    assert canary.main(ask) is None
+    monkeypatch.delenv("TRACESERVE_KEY_FILE")
+    shutil.rmtree(tmp_path / "traceserve")
+    assert "401" in str(canary.main(ask))
+    monkeypatch.setenv("TRACESERVE_KEY", "secret")
+    assert canary.main(ask) is None
 
 
 # --- docker ---

@@ -180,6 +180,10 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     assert "A save mode is how the model is stored" in shown
     [example] = [line for line in shown.splitlines() if line.strip().startswith("{")]
     assert parse_config(json.loads(example))
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    sentences = " ".join(capsys.readouterr().out.split())
+    assert "Write a setup_config.json from what a checkpoint says export Download" in sentences
 
 
 def test_what_a_reader_must_know_is_in_the_manifest(checkpoint: Callable[..., Path], tmp_path: Path) -> None:

@@ -213,6 +213,8 @@ def test_a_processor_without_the_dtype(mar: Path, tmp_path: Path, monkeypatch: p
         other = rewritten(mar, tmp_path / f"{dtype}.mar", lambda d, dtype=dtype: sealed({**d, "dtype": dtype}))  # type: ignore[misc]
         severities[dtype] = {f.code: f.severity for f in inspect_archive(other).findings}.get("processor")
     assert severities == {"bfloat16": "warning", "int8": "error"}
+    onnx = rewritten(mar, tmp_path / "onnx.mar", lambda d: sealed({**d, "dtype": "int8", "save_mode": "onnx"}))
+    assert [f.severity for f in inspect_archive(onnx).findings if f.code == "processor"] == ["warning"]
     compiled = {"torch": "2.13.0", "machine": os.uname().machine, "instructions": ["avx512f", "fma"]}
     other = rewritten(mar, tmp_path / "aot.mar", lambda d: sealed({**d, "runtime": compiled}))
     [finding] = [finding for finding in inspect_archive(other).findings if finding.code == "processor"]

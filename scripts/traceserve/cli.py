@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from traceserve.commands.contract import Command
 from traceserve.errors import NoSpace
 from traceserve.machine import space
 
+_FIRST_SENTENCE = re.compile(r"\.(?=\s|$)|\n")  # ends at it; not within setup_config.json
 _DESCRIPTION = """\
 A transformer checkpoint to a TorchServe deployment: traced, compared with the original, packed, served and queried.
 
@@ -101,7 +103,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     for command in COMMANDS:
         parsers[command.name] = parser_of_it = commands.add_parser(
             command.name,
-            help=command.text.split(".")[0].split("\n")[0],
+            help=_FIRST_SENTENCE.split(command.text)[0],
             description=command.text,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )

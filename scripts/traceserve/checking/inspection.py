@@ -28,6 +28,7 @@ from traceserve.serving.engines import TORCHSERVE
 ERROR, WARNING, NOTE = "error", "warning", "note"
 FORMAT = 1  # of the JSON document; keys are only added under one number
 _DIGEST = "digest"
+_RIGHT_EVERYWHERE = ("onnx",)  # whose int8 is only slow on a processor that lacks it
 _CODE = (".py", ".pyc", ".so", ".pyd")
 
 
@@ -255,7 +256,7 @@ def _of_this_machine(manifest: Manifest) -> Iterator[InspectionFinding]:
     emulated = not processor.native(dtype) and not openvino.only_weights(manifest)
     if manifest.hardware not in resources.KUBERNETES_RESOURCES and emulated:
         wanted = f"{dtype} is native to processors with one of {', '.join(sorted(processor.NATIVE[dtype]))}; this one has none"
-        if dtype in processor.ONLY_NATIVE:
+        if dtype in processor.ONLY_NATIVE and manifest.save_mode not in _RIGHT_EVERYWHERE:
             yield InspectionFinding(ERROR, "processor", f"{wanted}, and would answer wrong")
         else:
             yield InspectionFinding(WARNING, "processor", f"{wanted}, so answers are right, but slow")

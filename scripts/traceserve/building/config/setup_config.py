@@ -155,7 +155,7 @@ class SetupConfig(BaseModel):
     embedding_name: Optional[str] = Field(
         None,
         description="The model's word embeddings, or a part of it that holds them, as in the pytorch/serve example; only "
-        "checked: the model itself says which they are",
+        "checked, with captum_explanation: the model itself says which they are",
     )
 
     @field_validator("*", mode="before")

@@ -39,21 +39,31 @@ def main(arguments: Optional[Sequence[str]] = None) -> Optional[str]:
 
 
 def _key(environment: Mapping[str, str]) -> Dict[str, str]:
-    """The key that the server was given, or, of TorchServe's own, the one that `traceserve serve` keeps in this container: the
-    latest, since a server that died may have left its own."""
-    given = environment.get("TRACESERVE_KEY")
-    if given:
-        return {"Authorization": f"Bearer {given}"}
+    """The key that the server demands now: the one in the file that it was given, the latest that `traceserve serve` keeps in
+    this container (a server that died may have left its own), or the one of the environment, which may have been replaced."""
+    file = environment.get("TRACESERVE_KEY_FILE")
+    key = _in_file(file) if file else _kept(environment) or environment.get("TRACESERVE_KEY", "").strip()
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def _in_file(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return ""
+
+
+def _kept(environment: Mapping[str, str]) -> str:
     state = environment.get("XDG_STATE_HOME") or str(Path(environment.get("HOME", "/tmp"), ".local", "state"))
     files = Path(state, "traceserve", "servers").glob("*.json")
     for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
         try:
-            key = json.loads(file.read_text(encoding="utf-8")).get("key")
+            key: Optional[str] = json.loads(file.read_text(encoding="utf-8")).get("key")
         except (OSError, ValueError):
             continue
         if key:
-            return {"Authorization": f"Bearer {key}"}
-    return {}
+            return key
+    return ""
 
 
 if __name__ == "__main__":
