@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from dataclasses import replace
@@ -21,9 +23,12 @@ from conftest import ROOT, run_export
 from traceserve.archives.archive import pack_archive
 from traceserve.archives.contents import configure_archive, read_manifest, read_serving, unpack
 from traceserve.archives.names import check_name
+from traceserve.checking.answering import ask_in_a_process
 from traceserve.errors import ArchiveError
+from traceserve_hosts import loading
 from traceserve_runtime.errors import InvalidManifest
 from traceserve_runtime.manifest import OLDEST, SCHEMA, Manifest, sha256
+from traceserve_runtime.tasks.contract import Request
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +39,28 @@ def packed(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_same_artifact_gives_the_same_bytes(artifact: Path, packed: Path, tmp_path: Path) -> None:
     time.sleep(2.1)  # dates in a zip count by two seconds
     assert sha256(pack_archive(artifact, "tiny", tmp_path)) == sha256(packed)
+
+
+def test_nothing_of_the_working_directory_is_imported(
+    artifact: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a checkpoint's files, or a clone of the archiver; and the temporary folder may have a comma in its name."""
+    for module in ("model_archiver/model_packaging", "traceserve/checking/answering", "traceserve_hosts/fetching"):
+        file = tmp_path / f"{module}.py"
+        file.parent.mkdir(parents=True)
+        file.write_text("raise SystemExit('code of the working directory ran')\n")
+        (file.parents[0] / "__init__.py").touch()
+    (tmp_path / "a,b").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "a,b"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    again = pack_archive(artifact, "tiny", tmp_path)
+    assert again.read_bytes() == packed.read_bytes()
+    assert loading.unpacked(again.name, sha256(again)).name == sha256(again)
+    (tmp_path / "scratch").mkdir()
+    requests = [Request({"text": "The boat is small."})]
+    answered = ask_in_a_process(Path(os.path.relpath(artifact)), requests, 1, tmp_path / "scratch")
+    assert not answered.answers[0].error
 
 
 def test_two_builds_give_the_same_bytes(checkpoint: Callable[..., Path], tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from traceserve.errors import ExportError
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import InvalidRequest, TraceserveError
 from traceserve_runtime.tasks.contract import Answer, Request
+from traceserve_runtime.texts.tokenization import TextTokenizer
 
 Make = Callable[..., Path]
 
@@ -239,6 +240,58 @@ def test_a_text_with_a_token_that_the_model_lacks_is_refused_alone(checkpoint: M
         )
         assert f"(characters {start} to {end})" in error.message
         assert "quokka" not in error.message and "zyzzyva" not in error.message
+
+
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("architecture", ["bert", "roberta", "gpt2"])
+def test_special_tokens_in_a_text_are_read_as_the_checkpoint_says(
+    architecture: str, split: bool, checkpoint: Make, tmp_path: Path
+) -> None:
+    """With `split_special_tokens` no client can end a text, or mask a part of it: tokenizer.json does not say so."""
+    folder = Path(shutil.copytree(checkpoint(architecture), tmp_path / "copy"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "split_special_tokens": split}))
+    exported = run_export(tmp_path / "x", {"model_name": str(folder), "max_length": 64})
+    facts = exported.manifest.tokenizer
+    own, tokenizer = TextTokenizer(tmp_path / "x", facts, 64, 4), original(folder).tokenizer
+    assert facts.splits_special is split
+    for token in tokenizer.all_special_tokens:
+        for text in (f"is {token} late", f"{token}{token}", f"I{token}"):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            assert own.token_ids(text) == ids
+            if token != tokenizer.unk_token:
+                assert (tokenizer.convert_tokens_to_ids(token) in ids) is not split
+
+
+@pytest.mark.skipif(
+    int(transformers.__version__.split(".")[0]) < 5, reason="older versions read its vocabulary elsewhere"
+)
+def test_a_place_to_fill_is_refused_where_the_original_would_fill_it(tmp_path: Path) -> None:
+    pieces = ["<unk>", "<s>", "</s>", "▁<PRE>", "▁<MID>", "▁<SUF>", "▁<EOT>", *"▁abcdefghijklmnopqrstuvwxyz():\n_."]
+    tokenizer = transformers.CodeLlamaTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[])
+    tokenizer.save_pretrained(tmp_path / "code")
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **sizes)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "code")
+    exported = run_export(
+        tmp_path / "x", {"model_name": str(tmp_path / "code"), "task": "text_generation", "max_length": 64}
+    )
+    assert exported.note is not None and "a text with <FILL_ME> is refused (400)" in exported.note
+    texts = ["def f(a):", "def f(a):<FILL_ME> return b"]
+    written, refused = Engine.load(tmp_path / "x").answer([Request({"text": t}, {"max_new_tokens": 2}) for t in texts])
+    assert isinstance(written, Answer)
+    assert isinstance(refused, InvalidRequest) and refused.field == "text"
+    assert refused.message == "<FILL_ME> is not filled here; leave it out"
+
+
+@pytest.mark.skipif(int(transformers.__version__.split(".")[0]) < 5, reason="older versions have no such setting")
+def test_a_template_of_responses_is_told(checkpoint: Make, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(checkpoint("gpt2", "AutoModelForCausalLM"), tmp_path / "copy"))
+    assert original(folder, task="text_generation").note is None
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    template = {"defaults": {"role": "assistant"}, "fields": {"content": {"close": "<end>"}}}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "response_template": template}))
+    assert "response_template is not used" in str(original(folder, task="text_generation").note)
 
 
 def test_a_tokenizer_with_as_many_tokens_as_embeddings_costs_no_check(artifact: Path) -> None:

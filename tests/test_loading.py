@@ -497,11 +497,19 @@ def test_max_length_of_a_sentence_transformer(copy: Make) -> None:
     ],
 )
 def test_a_length_of_sentence_transformers_that_is_no_number_is_refused(content: Any, wrong: str, copy: Make) -> None:
-    """Of a classifier, too, whose other files of sentence-transformers nobody reads."""
-    folder = copy("bert")
+    folder = copy("bert", "AutoModel")
     write_json(folder / "sentence_bert_config.json", content)
     with pytest.raises(SourceError, match=f"sentence_bert_config.json.* {wrong}"):
-        original(folder, task="sequence_classification")
+        original(folder, task="feature_extraction")
+
+
+def test_settings_of_sentence_transformers_mean_nothing_to_a_classifier(copy: Make) -> None:
+    """Its pipeline does not know the file, which a model that was trained from an encoder may still have beside it."""
+    folder = copy("roberta")
+    write_json(folder / "sentence_roberta_config.json", {"max_seq_length": 16, "do_lower_case": True})
+    found = original(folder)
+    assert found.max_length == 150
+    assert found.tokenizer("A WORD")["input_ids"] != found.tokenizer("a word")["input_ids"]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, NamedTuple, Optional
 
@@ -100,11 +101,14 @@ def _serving(folder: Path) -> Dict[str, Any]:
 def unpacked(address: str, sha256: Optional[str] = None, trusted: Optional[str] = None) -> Path:
     """The folder of an archive on this machine; raises RuntimeError.
 
-    A process of its own fetches it: the builder's code, which unpacks archives, imports another runtime than the archive's.
+    A process of its own fetches it: the builder's code, which unpacks archives, imports another runtime than the archive's. It
+    runs in an empty folder, since Python imports from there first.
     """
+    address = address if "://" in address else os.path.abspath(address)
     command = [sys.executable, "-m", "traceserve_hosts.fetching", address, *([sha256] if sha256 else [])]
     command += [SIGNED] if trusted is not None else []
-    result = subprocess.run(command, input=trusted or "", capture_output=True, text=True)
+    with tempfile.TemporaryDirectory(prefix="traceserve-") as empty:
+        result = subprocess.run(command, cwd=empty, input=trusted or "", capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(reason_in(result.stderr, f"{address} could not be fetched"))
     return Path(json.loads(result.stdout)["folder"])

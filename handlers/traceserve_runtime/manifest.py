@@ -83,6 +83,8 @@ class TokenizerFacts:
     pieces: Optional[str] = None  # the file of a preceding sentencepiece model; see `pieces`
     embeddings: Optional[int] = None  # the number of (first) tokens that the model knows, if not all
     types: Optional[int] = None  # the number of token types that the model knows, if a pair of texts has more
+    splits_special: bool = False  # whether a special token in a text is read as text
+    infilling: Optional[str] = None  # what marks a place to fill: the original reads such a text otherwise, so it is refused
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,9 @@ class TextTokenizer:
             raise InvalidManifest(f"{facts.file} cannot be read by the tokenizers package: {error}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        if facts.splits_special:
+            _split_special(self._tokenizer)
+        self._infilling = facts.infilling
         self._side = facts.truncation_side
         self._clean_up = facts.clean_up
         # Whether a token's text depends on the tokens beside it alone; False where that is not known.
@@ -73,7 +76,7 @@ class TextTokenizer:
         """Return an Encoded, or the error, for each request; `long_inputs` says how each is shortened."""
         # Like transformers, an empty pair counts as none.
         requests = [request if request.pair else request._replace(pair=None, cut=None) for request in requests]
-        answers: List[Union[Encoded, TraceserveError, None]] = [self._refuse_huge(request) for request in requests]
+        answers: List[Union[Encoded, TraceserveError, None]] = [self._refuse(request) for request in requests]
         accepted = [i for i, answer in enumerate(answers) if answer is None]
         # Those to be shortened are tokenized once, without special tokens; most of the others are whole rows already.
         long = {i for i in accepted if self._is_long(requests[i])}
@@ -196,11 +199,15 @@ class TextTokenizer:
     def _special(self, segments: Segments) -> int:
         return self._special_tokens[segments.pair is not None] if segments.special else 0
 
-    def _refuse_huge(self, segments: Segments) -> Optional[InputTooLong]:
-        refusals = (
-            self.limits.of_text(text, name) for name, text in zip(segments.fields, segments[:2]) if text is not None
-        )
-        return next((refusal for refusal in refusals if refusal is not None), None)
+    def _refuse(self, segments: Segments) -> Optional[TraceserveError]:
+        """Return why segments are not tokenized: they are too long, or have a place to fill."""
+        texts = [(name, text) for name, text in zip(segments.fields, segments[:2]) if text is not None]
+        refusals = (self.limits.of_text(text, name) for name, text in texts)
+        huge = next((refusal for refusal in refusals if refusal is not None), None)
+        if huge is not None or self._infilling is None:
+            return huge
+        named = next((name for name, text in texts if self._infilling in text), None)
+        return None if named is None else InvalidRequest(f"{self._infilling} is not filled here; leave it out", named)
 
     def _check_shortened(self, segments: Segments, length: int, how: str) -> None:
         """Raise InputTooLong if segments of this length must not be shortened."""
@@ -350,6 +357,16 @@ def longest_first(first: int, second: int, room: int) -> Tuple[int, int]:
     if shorter + longer > room:
         shorter, longer = room // 2, room - room // 2
     return (longer, shorter) if first > second else (shorter, longer)
+
+
+def _split_special(tokenizer: Tokenizer) -> None:
+    """Let special tokens in a text be read as text; raises InvalidManifest where the tokenizers package cannot."""
+    if not hasattr(tokenizer, "encode_special_tokens"):
+        raise InvalidManifest(
+            "this archive's tokenizer reads special tokens as text (split_special_tokens), which this version of "
+            "the tokenizers package cannot; install a newer one"
+        )
+    tokenizer.encode_special_tokens = True
 
 
 def clean_up(text: str) -> str:

@@ -82,24 +82,29 @@ def _stage(artifact: Path, manifest: Manifest, stage: Path) -> Dict[str, str]:
 
 
 def _pack(stage: Path, manifest: Manifest, scratch: Path) -> Path:
-    """Run torch-model-archiver. It deletes `<temp dir>/<name>` and builds there, so it gets its own temp dir."""
+    """Run torch-model-archiver. It deletes `<temp dir>/<name>` and builds there, so it gets its own temp dir.
+
+    Python imports from its working directory first, and the user's may hold anything, such as a checkpoint's files: it is
+    `scratch`. The paths begin there, since the archiver reads a comma in one as the end of it.
+    """
     temp, out = scratch / "temp", scratch / "out"
     temp.mkdir()
     out.mkdir()
     options = {
         "model-name": manifest.name,
         "version": manifest.version,
-        "serialized-file": stage / manifest.model_file,
-        "handler": stage / HANDLER_FILE,
-        "extra-files": stage,
-        "config-file": stage / SERVING_FILE,
+        "serialized-file": Path(stage.name, manifest.model_file),
+        "handler": Path(stage.name, HANDLER_FILE),
+        "extra-files": stage.name,
+        "config-file": Path(stage.name, SERVING_FILE),
         "archive-format": "zip-store",
-        "export-path": out,
+        "export-path": out.name,
     }
     command = [sys.executable, "-m", "model_archiver.model_packaging"]
     command += [f"--{key}={value}" for key, value in options.items()]
+    variables = {**os.environ, "TMPDIR": str(temp)}
     result = subprocess.run(
-        command, env={**os.environ, "TMPDIR": str(temp)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=scratch, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     if result.returncode:
         raise ArchiveError(f"torch-model-archiver failed: {last_line(result.stdout)}")

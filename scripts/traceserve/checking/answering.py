@@ -44,13 +44,20 @@ def ask_in_a_process(folder: Path, requests: Sequence[Request], threads: int, sc
     """Run an unpacked archive in a fresh process with this many threads; raises ExportError if it cannot run here."""
     asked, answered = scratch / "asked.json", scratch / "answered.json"
     asked.write_text(
-        json.dumps({"folder": str(folder), "requests": [[dict(r.inputs), dict(r.parameters)] for r in requests]}),
+        json.dumps(
+            {"folder": str(folder.resolve()), "requests": [[dict(r.inputs), dict(r.parameters)] for r in requests]}
+        ),
         encoding="utf-8",
     )
     variables = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")}
     command = [sys.executable, "-m", "traceserve.checking.answering", str(asked), str(answered)]
-    result = subprocess.run(
-        command, env={**os.environ, **variables}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    result = subprocess.run(  # not where the user is: Python imports from there first
+        command,
+        cwd=scratch,
+        env={**os.environ, **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     if result.returncode:
         raise ExportError(f"{folder.name} cannot be run here: {last_line(result.stdout)}")

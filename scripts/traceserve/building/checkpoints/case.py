@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Dict, Optional
+from typing import TYPE_CHECKING, Dict, Optional, Type
 
 from traceserve.building.checkpoints import sentence_transformers
 from traceserve.building.checkpoints.checkpoint import Checkpoint
@@ -10,6 +10,7 @@ from traceserve.building.config.setup_config import SetupConfig
 from traceserve.errors import ConfigError
 
 if TYPE_CHECKING:
+    from traceserve_runtime.tasks.contract import Task
     from transformers import PreTrainedTokenizerBase
 
 _TOKENIZER_FILE, _TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -50,9 +51,9 @@ def _can_lower(tokenizer: PreTrainedTokenizerBase) -> bool:
     return getattr(tokenizer, "is_fast", False) and '"BertNormalizer"' in tokenizer.backend_tokenizer.to_str()
 
 
-def follow_sentence_transformers(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> None:
+def follow_sentence_transformers(task: Type[Task], checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> None:
     """Lower the case before the tokenizer's own normalizer if sentence-transformers' settings say so."""
-    facts = sentence_transformers.transformer_settings(checkpoint).facts
+    facts = sentence_transformers.settings_for(task, checkpoint).facts
     if facts.get("do_lower_case") and getattr(tokenizer, "is_fast", False) and not lowers(tokenizer):
         from tokenizers import normalizers
 

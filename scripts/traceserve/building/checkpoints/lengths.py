@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING, Optional, Type
 
 from traceserve_runtime.tasks import TASKS
 
@@ -12,6 +12,7 @@ from traceserve.building.config.setup_config import SetupConfig
 from traceserve.errors import ConfigError, SourceError
 
 if TYPE_CHECKING:
+    from traceserve_runtime.tasks.contract import Task
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # The configuration keys for the number of positions. A T5 has `n_positions` too, without meaning.
@@ -30,8 +31,9 @@ def max_length(
     lengths = config.sequence_lengths
     wanted = lengths[-1] if isinstance(lengths, list) else config.max_length
     if wanted is None:
-        own = _sentence_length(checkpoint)
-        limits = (tokenizer.model_max_length, positions, own or TASKS[config.task].longest_default)
+        task = TASKS[config.task]
+        own = _sentence_length(task, checkpoint)
+        limits = (tokenizer.model_max_length, positions, own or task.longest_default)
         return int(min(limit for limit in limits if limit is not None))
     if positions is not None and wanted > positions:
         raise ConfigError(
@@ -42,9 +44,9 @@ def max_length(
     return int(wanted)
 
 
-def _sentence_length(checkpoint: Checkpoint) -> Optional[int]:
+def _sentence_length(task: Type[Task], checkpoint: Checkpoint) -> Optional[int]:
     """Return the length to which sentence-transformers cuts its texts, None if it sets none; raises SourceError."""
-    file, facts = sentence_transformers.transformer_settings(checkpoint)
+    file, facts = sentence_transformers.settings_for(task, checkpoint)
     length = facts.get("max_seq_length")
     if length is None or (type(length) is int and length > 0):
         return length

@@ -62,7 +62,7 @@ def load_original(config: SetupConfig, checkpoint: Checkpoint, config_folder: Pa
     if task.loop:
         inputs = INPUTS[:2]
     case_note = case.check_case(config, tokenizer)
-    case.follow_sentence_transformers(checkpoint, tokenizer)
+    case.follow_sentence_transformers(task, checkpoint, tokenizer)
     labels = checkpoint_labels(config, model, config_folder) if task.labelled else ()
     most = max_length(config, checkpoint, model, tokenizer)
     shortest = 1 if task.loop else short_rows.shortest(model, tokenizer, inputs, most)

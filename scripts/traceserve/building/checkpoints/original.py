@@ -63,14 +63,16 @@ class Original:
             pieces=None if self.converted is None else PIECES_FILE,
             embeddings=self.known_tokens,
             types=self.known_types,
+            splits_special=self.converted is None and splits_special(tokenizer),
+            infilling=infilling(tokenizer),
         )
 
     @property
     def note(self) -> Optional[str]:
         """Notes for the user."""
         case_note = self.case_note if self.known_tokens is None else self._tokens_note
-        notes = [self._short_note, case_note, self._types_note, self.weights_note]
-        return "\n".join(note for note in notes if note) or None
+        notes = [self._short_note, case_note, self._types_note, self._infilling_note, self._response_note]
+        return "\n".join(note for note in (*notes, self.weights_note) if note) or None
 
     @property
     def _short_note(self) -> Optional[str]:
@@ -97,6 +99,17 @@ class Original:
             return None
         return "the model knows no token type of a second text: a pair of texts is refused (400)"
 
+    @property
+    def _infilling_note(self) -> Optional[str]:
+        token = infilling(self.tokenizer)
+        return None if token is None else f"a text with {token} is refused (400): places are not filled here"
+
+    @property
+    def _response_note(self) -> Optional[str]:
+        if not self.loop or not getattr(self.tokenizer, "response_template", None):
+            return None
+        return "the tokenizer's response_template is not used: answers are texts without special tokens, whole"
+
     def write_arrays(self, folder: Path) -> Tuple[str, ...]:
         """Write the arrays for the task's own computations; returns the files' names."""
         if not self.arrays:
@@ -116,6 +129,19 @@ class Original:
         document.update(truncation=None, padding=None)
         text = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
         (folder / TOKENIZER_FILE).write_text(text, encoding="utf-8")
+
+
+def splits_special(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether the tokenizer reads special tokens in a text as text; tokenizer.json does not say so, and older versions
+    of fast tokenizers cannot."""
+    can = hasattr(tokenizer.backend_tokenizer, "encode_special_tokens")
+    return can and bool(getattr(tokenizer, "split_special_tokens", False))
+
+
+def infilling(tokenizer: PreTrainedTokenizerBase) -> Optional[str]:
+    """Return what marks a place to fill, of a tokenizer that takes texts apart there by itself, as CodeLlama's."""
+    token = getattr(tokenizer, "fill_token", None)
+    return token if isinstance(token, str) and token else None
 
 
 def _cleans_up(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Type
 
 from traceserve_runtime.tasks.embedding import ACTIVATIONS, POOLINGS, Layer, apply
 
@@ -15,6 +15,7 @@ from traceserve.errors import SourceError, some
 if TYPE_CHECKING:
     import numpy as np
     import torch
+    from traceserve_runtime.tasks.contract import Task
 
 MODULES, SETTINGS = "modules.json", "config_sentence_transformers.json"
 # The Transformer module's settings: the package reads the first of these files, the others if it is missing or empty.
@@ -107,6 +108,13 @@ class TransformerSettings(NamedTuple):
 
     file: str
     facts: Dict[str, object]
+
+
+def settings_for(task: Type[Task], checkpoint: Checkpoint) -> TransformerSettings:
+    """Return how sentence-transformers reads texts for this task; empty for one that it does not have, whose pipeline does
+    not know its files. Raises SourceError."""
+    its_own = task.reads_vectors or task.scores_pairs
+    return transformer_settings(checkpoint) if its_own else TransformerSettings(TRANSFORMER_SETTINGS[0], {})
 
 
 def transformer_settings(checkpoint: Checkpoint) -> TransformerSettings:
