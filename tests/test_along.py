@@ -110,9 +110,9 @@ def content(trained: Trained, kind: str, **more: Any) -> Dict[str, Any]:
     ("kind", "save_mode", "dtype"),
     [
         ("llama", "openvino", "int8"),
-        ("t5", "openvino", "int8"),
         ("llama", "torchscript", "bfloat16"),
         ("t5", "pretrained", "bfloat16"),
+        ("t5", "openvino", "int8"),
         pytest.param(
             "llama",
             "openvino",
@@ -121,6 +121,7 @@ def content(trained: Trained, kind: str, **more: Any) -> Dict[str, Any]:
         ),
     ],
 )
+@pytest.mark.combinations
 def test_a_good_lower_precision_passes(kind: str, save_mode: str, dtype: str, trained: Trained, tmp_path: Path) -> None:
     config = content(trained, kind, save_mode=save_mode, dtype=dtype)
     receipt = run_export(tmp_path / "x", config).manifest.receipt
