@@ -348,3 +348,103 @@ def test_without_peft(checkpoint: Make, tmp_path: Path) -> None:
     said = " ".join(ran.stderr.split())
     assert "mine is a LORA adapter of ../base, and to merge the two peft must be installed" in said
     assert "pip install 'traceserve[peft]'" in said and "Traceback" not in said
+
+
+SETTINGS = "tokenizer_config.json"
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}<end>{% endfor %}"
+
+
+@pytest.fixture
+def writer(checkpoint: Make, tmp_path: Path) -> Path:
+    """An adapter of a text generator, beside which the base's tokenizer was saved, but for its vocabulary."""
+    base = base_of(checkpoint, tmp_path, "llama", "AutoModelForCausalLM")
+    options = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj"]}
+    adapt(tmp_path / "mine", base, "AutoModelForCausalLM", tokenizer=True, **options)
+    (tmp_path / "mine" / "tokenizer.json").unlink()
+    return tmp_path / "mine"
+
+
+def token(content: str) -> Dict[str, Any]:
+    """Return a special token as transformers 4 writes it."""
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    return {"content": content, **flags}
+
+
+def of_transformers_4(tokenizer: Any, **keys: Any) -> Dict[str, Any]:
+    """Return what transformers 4 writes into tokenizer_config.json."""
+    return {
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "added_tokens_decoder": {str(i): token(tokenizer.convert_ids_to_tokens(i)) for i in tokenizer.all_special_ids},
+        "clean_up_tokenization_spaces": False,
+        "extra_special_tokens": {},
+        "model_max_length": 1000000000000000019884624838656,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **tokenizer.special_tokens_map,
+        **keys,
+    }
+
+
+def test_tokenizer_files_that_say_what_the_base_does(writer: Path) -> None:
+    edit(writer / SETTINGS, name_or_path="org/base", model_max_length=64)  # changes no answer
+    assert "not read" not in str(fetch(writer).note)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(writer.parent / "base")
+    (writer / SETTINGS).write_text(json.dumps(of_transformers_4(tokenizer)))
+    special = {name: token(text) for name, text in tokenizer.special_tokens_map.items()}
+    (writer / "special_tokens_map.json").write_text(json.dumps(special))
+    assert "not read" not in str(fetch(writer).note)
+    assert original(writer).tokenizer.special_tokens_map == tokenizer.special_tokens_map
+
+
+@pytest.mark.parametrize(
+    "name, keys, differing",
+    [
+        (SETTINGS, {"chat_template": TEMPLATE}, "the chat template"),
+        (SETTINGS, {"chat_template": [{"name": "default", "template": TEMPLATE}]}, "the chat template"),
+        (SETTINGS, {"pad_token": "<end>"}, "pad_token"),
+        (SETTINGS, {"add_eos_token": True}, "add_eos_token"),
+        (SETTINGS, {"additional_special_tokens": ["<user>"]}, "special tokens"),
+        (SETTINGS, {"added_tokens_decoder": {"9999": token("<user>")}}, "added tokens"),
+        ("special_tokens_map.json", {"eos_token": token("<stop>")}, "eos_token"),
+        ("added_tokens.json", {"<user>": 9999}, "added tokens"),
+    ],
+)
+def test_tokenizer_files_without_a_vocabulary_that_say_something_else(
+    name: str, keys: Dict[str, Any], differing: str, writer: Path
+) -> None:
+    known = json.loads((writer / name).read_text()) if (writer / name).is_file() else {}
+    (writer / name).write_text(json.dumps({**known, **keys}))
+    with pytest.raises(SourceError) as raised:
+        fetch(writer)
+    assert raised.value.message.startswith("mine: the adapter's tokenizer_config.json") and name in raised.value.message
+    assert f"and its base's tokenizer differ in {differing}, but the base's is taken" in raised.value.message
+    assert raised.value.message.endswith("tokenizer.save_pretrained, or remove these files if the base's is right")
+
+
+def test_a_chat_template_needs_its_vocabulary(writer: Path) -> None:
+    """Alone it is refused, unless it is the base's; with the whole tokenizer the adapter's is taken."""
+    base = writer.parent / "base"
+    (writer / "chat_template.jinja").write_text(TEMPLATE + "\n")
+    with pytest.raises(SourceError, match="differ in the chat template"):
+        fetch(writer)
+    edit(base / SETTINGS, chat_template=TEMPLATE)
+    assert "not read" not in str(fetch(writer).note)
+    edit(base / SETTINGS, chat_template="another")
+    shutil.copyfile(base / "tokenizer.json", writer / "tokenizer.json")
+    assert "not read" not in str(fetch(writer).note)
+    assert original(writer).tokenizer.chat_template.rstrip() == TEMPLATE
+
+
+def test_a_classifier_reads_no_chat_template(checkpoint: Make, tmp_path: Path) -> None:
+    base = base_of(checkpoint, tmp_path, "bert", "AutoModel")
+    adapt(tmp_path / "mine", base, "AutoModelForSequenceClassification", task_type="SEQ_CLS")
+    (tmp_path / "mine" / "chat_template.jinja").write_text(TEMPLATE)
+    assert "not read" not in str(fetch(tmp_path / "mine").note)
+
+
+def test_a_base_in_a_home_of_nobody(checkpoint: Make, tmp_path: Path) -> None:
+    base = base_of(checkpoint, tmp_path, "bert", "AutoModel")
+    adapt(tmp_path / "mine", base, "AutoModelForSequenceClassification", task_type="SEQ_CLS")
+    edit(tmp_path / "mine" / "adapter_config.json", base_model_name_or_path="~nobody-here/base")
+    with pytest.raises(SourceError, match="its base cannot be had: ~nobody-here/base is neither a folder"):
+        fetch(tmp_path / "mine")

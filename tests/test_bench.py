@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import subprocess
 import sys
@@ -312,14 +313,20 @@ def test_medians_are_taken_figure_by_figure() -> None:
 
 
 def test_both_servers_get_the_samples_of_a_pipe(tmp_path: Path) -> None:
-    found = tmp_path / "found.json"
-    options = ["--connections", "1", "--seconds", "0.1", "--warm-up", "0", "--rounds", "1", "--json", str(found)]
+    found, page = tmp_path / "found.json", tmp_path / "found.html"
+    for written in (found, page):
+        written.write_text("earlier")
+        os.link(written, tmp_path / f"earlier {written.name}")
+    options = ["--connections", "1", "--seconds", "0.1", "--warm-up", "0", "--rounds", "1"]
+    options += ["--json", str(found), "--html", str(page)]
     with serving(at_once) as asked, piped("one", "two") as path:
         arguments = ["bench", asked.url, "--compare", f"{asked.url}?top_k=1", "--samples", str(path), *options]
         assert cli.main(arguments) == 0
         assert {*asked.bodies} == {b"one", b"two"}
     document = json.loads(found.read_text())
     assert document["samples"]["bodies"] == 2 and all(summary["requests"] for summary in document["summary"])
+    assert "<html" in page.read_text(encoding="utf-8")
+    assert {each.read_text() for each in tmp_path.glob("earlier *")} == {"earlier"}  # replaced, not overwritten
 
 
 def test_one_url_asked_twice_has_two_labels(samples: OwnSamples) -> None:

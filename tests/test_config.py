@@ -402,6 +402,7 @@ def accepted_by(parameter: Parameter) -> List[Any]:
         bool: [True, False],
         str: [] if parameter.choices else ["", "This is {}."],
         list: ["one", ["one"], ["one", "two"]],
+        dict: [{}, {"5": parameter.least}, {"5": parameter.most, "70": 0.5}],
     }
     return [*of_type[parameter.type], *parameter.choices, *([None] if parameter.nullable else [])]
 
@@ -414,9 +415,11 @@ def refused_by(parameter: Parameter) -> List[Any]:
         float: [True, below, above, "0.5", [0.5]],
         bool: [0, 1, "true", "yes"],
         str: [5, ["none"], True, *(["", "None", "no such"] if parameter.choices else [])],
-        list: ["", [], [""], ["one", 2], {"one": 1}, 5],
+        list: ["", [], [""], ["one", 2], {"one": 1}, {}, 5],
+        dict: ["5", 5, [5], {"five": 1}, {"5": above}, {"5": True}],
     }
-    return [*of_type[parameter.type], {}, *([] if parameter.nullable else [None])]
+    more = [] if parameter.type in (list, dict) else [{}]
+    return [*of_type[parameter.type], *more, *([] if parameter.nullable else [None])]
 
 
 @every_parameter

@@ -178,3 +178,38 @@ def test_labels_that_are_not_the_heads_are_refused_with_what_to_do(
     with pytest.raises(ConfigError, match='has 3, 0 to 2; correct it, or set "index_to_name": null'):
         original(checkpoint("bert", **COLORS), index_to_name=str(path))
     assert original(checkpoint("bert", **COLORS), num_labels="0").labels == ("red", "green", "blue")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"00": "red", "1": "green", "2": "blue"}',
+        '{"0": "red", "1 ": "green", "2": "blue"}',
+        '{"0": "red", "+1": "green", "2": "blue"}',
+        '{"0": null, "1": "green", "2": "blue"}',
+        '{"0": 1, "1": 2, "2": 3}',
+        '{"0": ["n01440764", "tench"], "1": ["n01443537", "goldfish"], "2": ["n01484850", "great_white_shark"]}',
+        '{"label_list": ["red", null, "blue"]}',
+        "{\"label_list\": \"[['red', 'crimson'], 'green', 'blue']\"}",
+    ],
+)
+def test_labels_that_are_no_texts_by_number(text: str, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    path = write(tmp_path / "names.json", text)
+    with pytest.raises(ConfigError, match='index_to_name: .*names.json should hold a JSON object like {"0": "name"'):
+        original(checkpoint("bert", **COLORS), index_to_name=str(path))
+
+
+def test_labels_that_look_like_numbers(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    path = write(tmp_path / "names.json", {"label_list": "[1.50, 1e3, True]"})
+    assert original(checkpoint("bert", **COLORS), index_to_name=str(path)).labels == ("1.50", "1e3", "True")
+
+
+def test_a_label_given_twice(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    path = write(tmp_path / "names.json", '{"0": "red", "1": "green", "1": "lime", "2": "blue"}')
+    with pytest.raises(ConfigError, match="^index_to_name: .*names.json: the key 1 is given twice$"):
+        original(checkpoint("bert", **COLORS), index_to_name=str(path))
+
+
+def test_labels_in_a_home_of_nobody(checkpoint: Callable[..., Path]) -> None:
+    with pytest.raises(ConfigError, match="^index_to_name: .*~nobody-here/names.json cannot be read: No such file"):
+        original(checkpoint("bert", **COLORS), index_to_name="~nobody-here/names.json")

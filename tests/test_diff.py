@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from dataclasses import replace
@@ -52,12 +53,15 @@ def test_another_model(mar: Path, other: Path, tmp_path: Path, capsys: pytest.Ca
     """On the user's own texts, which may come from a pipe; the page quotes those whose answer changed."""
     texts = [MARKER, *(f"the train number {i} leaves from platform {i % 7}" for i in range(60))]
     page = tmp_path / "diff.html"
+    page.write_text("earlier")
+    os.link(page, tmp_path / "earlier.html")
     with piped(*texts) as path:
         arguments = ["diff", str(mar), str(other), "--samples", str(path), "--html", str(page), "--threads", "1"]
         assert cli.main(arguments) == 1
     said = " ".join(capsys.readouterr().out.split())
     assert "different:" in said and "of 61 answers changed" in said and "max_length" in said
     assert all(text not in said for text in texts)  # the table quotes none
+    assert (tmp_path / "earlier.html").read_text() == "earlier"  # replaced, not overwritten
     html = page.read_text(encoding="utf-8")
     assert "<script" not in html and "train number" in html and "http" not in html.split("</style>")[1]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 import zipfile
@@ -581,10 +582,13 @@ def test_the_command_explains_an_archive(
 ) -> None:
     archive = pack_archive(make("classification").folder, "small", tmp_path)
     page = tmp_path / "page.html"
+    page.write_text("earlier")
+    os.link(page, tmp_path / "earlier.html")
     assert cli.main(["explain", str(archive), TEXT, "--html", str(page)]) == 0
     printed = capsys.readouterr().out
     assert TEXT in printed and "completeness error" in printed and "harbour" in printed
     assert page.read_text().count("<span") > 8
+    assert (tmp_path / "earlier.html").read_text() == "earlier"  # replaced, not overwritten
     assert cli.main(["explain", str(archive), TEXT, CONTEXT, "--json", "--parameters", '{"label": "red"}']) == 0
     lines: List[Any] = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["target"] for line in lines] == [{"label": "red"}] * 2

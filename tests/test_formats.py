@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any, Callable, Dict, List
 
@@ -15,7 +16,7 @@ from traceserve.building.checkpoints import sources
 from traceserve.building.config import formats
 from traceserve.building.config.dtypes import AUTO, DTYPES
 from traceserve.building.config.hardware import HARDWARE
-from traceserve.building.config.parsing import parse_config
+from traceserve.building.config.parsing import load_config, parse_config
 from traceserve.building.config.save_modes import SAVE_MODES
 from traceserve.building.config.schema import json_schema
 from traceserve.errors import ConfigError
@@ -102,6 +103,26 @@ def test_a_mode_without_loops_is_refused_for_them(monkeypatch: pytest.MonkeyPatc
     assert parse_config({**content, "task": "fill_mask"})
     rows = [item for item in formats.every_format() if (item.save_mode, item.hardware) == ("pretrained", "cpu")]
     assert [bool(item.dtypes) for item in rows] == [True, False]
+
+
+@pytest.mark.parametrize(
+    "value, written",
+    [
+        ("2026-01-31", '"2026-01-31"'),
+        ("{2026-01-31: 1}", "{datetime.date(2026, 1, 31): 1}"),
+        ("!!binary aGk=", "\"b'hi'\""),
+        ("&a [*a]", "[[...]]"),
+    ],
+)
+def test_what_only_yaml_has_is_refused_in_a_sentence(value: str, written: str, tmp_path: Path) -> None:
+    for keys, refused in (
+        ("save_mode: pretrained\noptions: {torch_compile: VALUE}", "options: torch_compile should be true or false"),
+        ("task: sequence_classification\nparameters: {top_k: VALUE}", "parameters: top_k should be a whole number"),
+    ):
+        path = tmp_path / "config.yaml"
+        path.write_text(f"model_name: x\n{keys.replace('VALUE', value)}\n")
+        with pytest.raises(ConfigError, match=f"{refused}.*, not {re.escape(written)}$"):
+            load_config(path)
 
 
 def test_every_option_is_legal_where_it_belongs_and_nowhere_else(validator: Any) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any, Callable, List
 
 import pytest
+from test_space import run
 from traceserve.building.config.parsing import load_config
 from traceserve.cli import main
 
@@ -67,6 +69,27 @@ def test_an_existing_one_is_kept(checkpoint: Make, tmp_path: Path, monkeypatch: 
     assert main(["init", source]) == 1 and Path("setup_config.json").read_text() == "mine"
     assert main(["init", "nowhere", "--force"]) == 1 and Path("setup_config.json").read_text() == "mine"
     assert main(["init", source, "--force"]) == 0 and written(Path("setup_config.json"))
+
+
+def test_on_a_full_disk_the_earlier_one_stays(
+    checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("setup_config.json").write_text("mine")
+    source = checkpoint("bert", "AutoModelForTokenClassification")
+    # Python does not notice that a file of bytecode was cut.
+    result = run("init", source, "--force", limit=16, PYTHONDONTWRITEBYTECODE="1")
+    assert result.returncode == 1 and "no space left on the disk of" in result.stderr
+    assert Path("setup_config.json").read_text() == "mine" and os.listdir() == ["setup_config.json"]
+
+
+def test_a_home_of_nobody_is_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", "~nobody-here/model"]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "unexpected" not in said and "~nobody-here/model is neither a folder" in said
 
 
 def one_output(checkpoint: Make) -> str:

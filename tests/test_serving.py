@@ -811,6 +811,71 @@ def test_the_jvm_starts_from_the_classes_of_an_earlier_one(
         instances.stop(instance, at_once=True)
 
 
+KEEP = """
+import sys
+from pathlib import Path
+from traceserve.serving import java
+
+print("ready", flush=True)
+sys.stdin.readline()
+java.keep_class_archive(Path(sys.argv[1]))
+"""
+
+
+def test_of_servers_that_end_at_once_one_keeps_its_classes_whole(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    name = java._class_archive().name
+    with contextlib.ExitStack() as stack:
+        ending = []
+        for number in range(1, 5):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            (folder / name).write_bytes(bytes([number]) * (number * 10_000_000))
+            command = [sys.executable, "-c", KEEP, str(folder)]
+            started = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            ending.append(stack.enter_context(started))
+        for process in ending:
+            assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        for process in ending:
+            assert process.stdin is not None
+            process.stdin.close()
+        assert [process.wait() for process in ending] == [0] * 4
+    [kept] = (tmp_path / "cache" / "traceserve").iterdir()
+    content = kept.read_bytes()
+    assert content[0] in range(1, 5) and content == bytes([content[0]]) * (content[0] * 10_000_000)
+
+
+def test_classes_on_a_full_disk_leave_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A limit on the size of files acts like a full disk."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    name = java._class_archive().name
+    (tmp_path / name).write_bytes(bytes(1000))
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))" + KEEP
+    command = [sys.executable, "-B", "-c", limited, str(tmp_path)]  # -B: Python does not notice that bytecode was cut
+    failed = subprocess.run(command, input="\n", capture_output=True, text=True)
+    assert "File too large" in failed.stderr and list((tmp_path / "cache" / "traceserve").iterdir()) == []
+
+
+def test_after_an_update_of_java_its_classes_are_kept_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In its place, as by apt: the JVM would ignore the earlier one's, and the next servers start slowly for ever."""
+    home = tmp_path / "jre"
+    for file in ("bin/java", "lib/modules"):
+        (home / file).parent.mkdir(parents=True)
+        (home / file).write_text("#!/bin/sh\n")
+        (home / file).chmod(0o755)
+    (home / "release").write_text('JAVA_VERSION="17.0.1"\n')
+    monkeypatch.setenv("JAVA_HOME", str(home))
+    first = java._class_archive()
+    assert java._class_archive() == first
+    (home / "lib" / "modules").write_text("#!/bin/sh\n# 17.0.2")
+    second = java._class_archive()
+    assert second != first
+    os.utime(home / "lib" / "modules", (0, 0))
+    assert java._class_archive() not in (first, second)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc/nohome cannot be made on Linux, by root either")
 def test_every_command_without_a_home_folder(tiny: Path) -> None:
     """As in a container whose user cannot write its home: served, found, queried and stopped, by separate commands."""

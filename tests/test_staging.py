@@ -330,6 +330,74 @@ def test_check_free_allows_a_free_place_and_force(target: Path) -> None:
     assert target.read_text() == "old"
 
 
+@pytest.mark.parametrize("as_folder", [False, True], ids=["file", "folder"])
+def test_of_a_link_the_target_is_replaced(target: Path, as_folder: bool, tmp_path: Path) -> None:
+    """The new one is made on the target's disk, which may be another; the link stays."""
+    real = tmp_path / "disk" / "real"
+    put(real, "old", as_folder)
+    target.parent.mkdir()
+    target.symlink_to(real)
+    with pytest.raises(ArchiveError, match="thing exists already; --force replaces it"):
+        check_replaceable(target, False, ArchiveError)
+    check_replaceable(target, True, ArchiveError)
+    with staged(target) as folder:
+        assert folder.parent == real.parent
+        put(folder / target.name, "new", as_folder)
+    assert target.is_symlink() and list(target.parent.iterdir()) == [target]
+    assert seen(real.parent) == {"real/inner" if as_folder else "real": "new"}
+
+
+@pytest.mark.parametrize("force", [False, True], ids=["", "force"])
+def test_a_link_to_nothing_is_refused(target: Path, force: bool, tmp_path: Path) -> None:
+    target.parent.mkdir()
+    target.symlink_to(tmp_path / "unmounted" / "thing")
+    words = "thing is a link to .*/unmounted/thing, which does not exist; remove the link, or write elsewhere"
+    with pytest.raises(ArchiveError, match=words):
+        check_replaceable(target, force, ArchiveError)
+    with pytest.raises(TraceserveError, match=words):
+        with staged(target):
+            pytest.fail("it began")
+    assert target.is_symlink() and os.listdir(tmp_path) == ["store"] and os.listdir(target.parent) == ["thing"]
+
+
+def test_an_archive_that_is_a_link_to_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    put_file(Path("artifacts/thing/traceserve.json"), "{}")
+    Path("model_store").mkdir()
+    Path("model_store/thing.mar").symlink_to("gone.mar")
+    for force in ([], ["--force"]):
+        assert cli.main(["archive", "artifacts/thing", *force]) == 1
+        assert "thing.mar is a link to gone.mar, which does not exist" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_text_is_written_whole_or_not_at_all(target: Path) -> None:
+    """A limit on the size of files acts like a full disk."""
+    put(target, "old", as_folder=False)
+    target.chmod(0o640)
+    code = (
+        "import resource, sys; from pathlib import Path; from traceserve.archives.staging import write_whole\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (8, 8))\n"
+        "write_whole(Path(sys.argv[1]), 'longer than this')"
+    )
+    failed = subprocess.run([sys.executable, "-B", "-c", code, str(target)], capture_output=True, text=True)
+    assert "File too large" in failed.stderr and seen(target.parent) == {"thing": "old"}
+    staging.write_whole(target, "new")
+    assert seen(target.parent) == {"thing": "new"} and target.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_text_into_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        staging.write_whole(tmp_path / "pipe", "read at once")
+        assert os.read(reader, 100) == b"read at once"
+    finally:
+        os.close(reader)
+    assert (tmp_path / "pipe").is_fifo() and os.listdir(tmp_path) == ["pipe"]
+
+
 def put_file(path: Path, content: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content)

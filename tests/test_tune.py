@@ -360,9 +360,14 @@ def test_the_command_finds_and_writes_what_is_better(mar: Path) -> None:
 
 
 def test_a_p99_out_of_reach_changes_nothing(mar: Path) -> None:
-    before = sha256(mar)
-    tuned = run("--target", "p99=0.01", "--connections", "2", "--budget", "5", cwd=mar.parent)
+    before, page = sha256(mar), mar.parent / "tune.html"
+    page.write_text("earlier")
+    os.link(page, mar.parent / "earlier.html")
+    options = ("--connections", "2", "--budget", "5", "--html", page.name)
+    tuned = run("--target", "p99=0.01", *options, cwd=mar.parent)
     assert tuned.returncode == 1 and sha256(mar) == before
+    assert "What padding costs" in page.read_text(encoding="utf-8")
+    assert (mar.parent / "earlier.html").read_text() == "earlier"  # replaced, not overwritten
     assert re.search(r"p99 of 0.01 ms or less; the best was \d+\.\d ms, with 1 connection", tuned.stderr)
     assert "chosen" not in tuned.stdout
 

@@ -33,7 +33,10 @@ _own: Set[Path] = set()  # on NFS a process does not see its own locks
 
 
 def check_replaceable(target: Path, force: bool, error: Type[TraceserveError]) -> None:
-    """Raise `error` if `target` exists and may not be replaced."""
+    """Raise `error` if `target` exists and may not be replaced: a link to nothing never, of another its target by force."""
+    dangling = _dangling(target)
+    if dangling is not None:
+        raise error(dangling)
     if target.exists() and not force:
         raise error(f"{target} exists already; --force replaces it, --output or --store writes elsewhere")
 
@@ -42,16 +45,21 @@ def check_replaceable(target: Path, force: bool, error: Type[TraceserveError]) -
 def staged(target: Path) -> Iterator[Path]:
     """Yield a private folder beside `target`; the result made in it under the target's name replaces it at the end.
 
+    Of a link its target is replaced, and the folder is beside that, on its disk; a link to nothing raises TraceserveError.
     If the block raises or is interrupted, the folder is removed and an earlier target remains. The next
     process removes the remains of a killed one.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(target)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.{os.getpid()}.", dir=target.parent))
+    dangling = _dangling(target)
+    if dangling is not None:
+        raise TraceserveError(dangling)
+    place = target.resolve() if target.is_symlink() else target
+    place.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(place)
+    folder = Path(tempfile.mkdtemp(prefix=f".{place.name}.{os.getpid()}.", dir=place.parent))
     try:
         with held(folder):
             yield folder
-            _replace(folder / target.name, target, folder / "replaced")
+            _replace(folder / target.name, place, folder / "replaced")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -108,14 +116,30 @@ def abandoned(parent: Path, pattern: Pattern[str], old: float = math.inf) -> Ite
 def write_beside(target: Path, suffix: str, text: str) -> Path:
     """Atomically write `text` into the file beside `target` with its name and this suffix; returns the file."""
     path = target.with_name(target.name[: -len(".mar")] + suffix if target.suffix == ".mar" else target.name + suffix)
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        new.write_text(text, encoding="utf-8")
-        os.replace(new, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            new.unlink()
+    write_whole(path, text)
     return path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Atomically write a text file, with an earlier one's permissions; if that fails, the earlier one remains.
+
+    What is no file, such as /dev/stdout or a pipe, is written to.
+    """
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+        return
+    with staged(path) as folder:
+        new = folder / path.name
+        new.write_text(text, encoding="utf-8")
+        if path.exists():
+            shutil.copymode(path, new)
+
+
+def _dangling(target: Path) -> Optional[str]:
+    """Return why `target` is not replaced, if it is a link to nothing: that may only be out of reach; else None."""
+    if not target.is_symlink() or target.exists():
+        return None
+    return f"{target} is a link to {os.readlink(target)}, which does not exist; remove the link, or write elsewhere"
 
 
 def _replace(made: Path, target: Path, replaced: Path) -> None:

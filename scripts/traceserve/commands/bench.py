@@ -93,6 +93,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench(options: argparse.Namespace) -> int:
+    from traceserve.archives import staging
     from traceserve.building.samples import OwnSamples
     from traceserve.measuring import bench, page, targets, transfers
 
@@ -130,9 +131,9 @@ def _bench(options: argparse.Namespace) -> int:
         )
     _print_bench(document)
     if options.json:
-        options.json.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        staging.write_whole(options.json, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
     if options.html:
-        options.html.write_text(page.page(document), encoding="utf-8")
+        staging.write_whole(options.html, page.page(document))
     return 0
 
 

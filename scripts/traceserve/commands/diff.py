@@ -43,6 +43,7 @@ def _add_diff(parser: argparse.ArgumentParser) -> None:
 
 
 def _diff(options: argparse.Namespace) -> int:
+    from traceserve.archives import staging
     from traceserve.building.samples import OwnSamples
     from traceserve.checking.comparing import compare_archives
     from traceserve.checking.comparison_page import comparison_page
@@ -56,7 +57,7 @@ def _diff(options: argparse.Namespace) -> int:
     else:
         _print_comparison(found)
     if options.html:
-        options.html.write_text(comparison_page(found), encoding="utf-8")
+        staging.write_whole(options.html, comparison_page(found))
     return int(not found.equal)
 
 

@@ -51,7 +51,9 @@ def _explain(options: argparse.Namespace) -> int:
     asked = body["inputs"] if isinstance(body, dict) and "inputs" in body else body
     requests = asked if isinstance(asked, list) else [asked]
     if options.html and all(map(is_explanation, listed)):
-        options.html.write_text(_page(requests, listed), encoding="utf-8")
+        from traceserve.archives import staging
+
+        staging.write_whole(options.html, _page(requests, listed))
     for request, each in zip(requests, listed):
         if options.json or not is_explanation(each):  # the form of another protocol
             print(printable_json(each), flush=True)

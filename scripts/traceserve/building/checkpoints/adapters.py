@@ -11,13 +11,14 @@ import hashlib
 import importlib.util
 import inspect
 import json
+import os
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Callable, Collection, Dict, Iterator, Mapping, Optional
 
 from traceserve.archives import staging
-from traceserve.building.checkpoints import files, head_weights, heads
+from traceserve.building.checkpoints import adapter_tokenizers, files, head_weights, heads
 from traceserve.building.checkpoints.checkpoint import Adapter, Checkpoint
 from traceserve.building.checkpoints.json_files import read_json
 from traceserve.building.config.setup_config import SetupConfig
@@ -124,6 +125,9 @@ def join(stored: Checkpoint, config: SetupConfig, locate: Callable[[SetupConfig,
         files.check_pickle(folder / weights[0], name)
     base_name = facts["base_model_name_or_path"]
     base = _base(facts, folder, config, locate)
+    if not files.has_vocabulary(folder):
+        chats = _TASK_TYPES.get(str(facts.get("task_type")), heads.CAUSAL) == heads.CAUSAL
+        adapter_tokenizers.check_unread(stored, base, config, chats)
     made = _configuration(facts, base, folder, config)
     joined = _write(made.content, stored, base, config)
     unread = _unread(folder, joined)
@@ -143,7 +147,7 @@ def _base(
 ) -> Checkpoint:
     """Return the base, from a folder (absolute, or relative to the adapter's) or the hub."""
     name = facts["base_model_name_or_path"]
-    revision = None if (folder / Path(name).expanduser()).is_dir() else facts.get("revision")
+    revision = None if (folder / os.path.expanduser(name)).is_dir() else facts.get("revision")
     # The adapter decides the head and the task.
     own = {"model_name": name, "revision": revision, "task": "feature_extraction", "allow_untrained_head": True}
     try:
@@ -252,6 +256,14 @@ def _matching(folder: Path, patterns: Collection[str]) -> Iterator[Path]:
 def _unread(folder: Path, joined: Path) -> Optional[str]:
     """Name the adapter's unread files: peft too takes the configuration from the base."""
     passed_over = [name for name in (_CONFIG, _GENERATION) if (folder / name).is_file()]
-    tokenizer = [path.name for path in _matching(folder, _TOKENIZER) if not (joined / path.name).is_file()]
+    tokenizer = [
+        path.name
+        for path in _matching(folder, _TOKENIZER)
+        if path.name not in adapter_tokenizers.FILES and not _same(path, joined / path.name)
+    ]
     unread = sorted({*passed_over, *tokenizer, *files.unknown_files(folder)})
     return f"files of the adapter that are not read: {some(unread)}" if unread else None
+
+
+def _same(path: Path, other: Path) -> bool:
+    return other.is_file() and path.read_bytes() == other.read_bytes()

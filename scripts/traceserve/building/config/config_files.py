@@ -61,7 +61,7 @@ def read_config_file(path: Path) -> Content:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() in _YAML:
             return _settings(yaml.load(text, _Loader))
-        return Content(json.loads(text, object_pairs_hook=_unique))
+        return Content(json.loads(text, object_pairs_hook=unique_keys))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; name a configuration with --config FILE") from None
     except UnicodeDecodeError as error:
@@ -105,11 +105,12 @@ class _Loader(yaml.SafeLoader):
     """YAML without duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Dict[Hashable, object]:
-        _unique([(str(self.construct_object(key, deep=True)), None) for key, _ in node.value])
+        unique_keys([(str(self.construct_object(key, deep=True)), None) for key, _ in node.value])
         return super().construct_mapping(node, deep)
 
 
-def _unique(pairs: List[Tuple[str, object]]) -> Dict[str, object]:
+def unique_keys(pairs: List[Tuple[str, object]]) -> Dict[str, object]:
+    """Return an object of these keys and values; raises ConfigError for a key that is given twice."""
     keys = [key for key, _ in pairs]
     for key in keys:
         if keys.count(key) > 1:

@@ -155,8 +155,16 @@ def refused_option(save_mode: str, hardware: str, given: Mapping[object, object]
             listed = ", ".join(known) or "none"
             return f"options: save_mode {save_mode} on {hardware} has no option {name}, but {listed}{belongs}"
         if not known[name].accepts(value):
-            return f"options: {name} should be {known[name].legal}, not {json.dumps(value)}"
+            return f"options: {name} should be {known[name].legal}, not {as_written(value)}"
     return None
+
+
+def as_written(value: object) -> str:
+    """Return a configured value as JSON; as Python writes it if YAML has more than JSON there, such as a date as a key."""
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str)
+    except (TypeError, ValueError):
+        return repr(value)
 
 
 def refused_key(save_mode: str, config: SetupConfig) -> Optional[str]:

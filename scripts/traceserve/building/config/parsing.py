@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from pathlib import Path
 from typing import Any, Dict, Mapping, NamedTuple, Tuple
 
@@ -11,6 +10,7 @@ from pydantic import ValidationError
 from traceserve_runtime.tasks import TASKS
 
 from traceserve.building.config import config_files, task_names
+from traceserve.building.config.formats import as_written
 from traceserve.building.config.rules import check_any_task, check_together
 from traceserve.building.config.setup_config import AUTO_TASK, OF_EXPLANATIONS, RENAMED, WITHOUT_MEANING, SetupConfig
 from traceserve.errors import ConfigError
@@ -99,4 +99,4 @@ def _sentence(error: Mapping[str, Any], written: Mapping[str, str]) -> str:
         message = error["msg"].replace("Value error, ", "")
     more = task_names.near_task(error["input"]) if RENAMED.get(key, key) == "task" else None
     message += f"; {more}" if more else ""
-    return f"{key} is {json.dumps(error['input'], ensure_ascii=False, default=str)}: {message[0].lower() + message[1:]}"
+    return f"{key} is {as_written(error['input'])}: {message[0].lower() + message[1:]}"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 from traceserve_runtime.tasks import TASKS
 
 from traceserve.building.config import choosing, formats, libraries
@@ -52,6 +50,6 @@ def check_together(config: SetupConfig) -> None:
         if name not in known:
             raise ConfigError(f"parameters: {config.task} has no parameter {name}, but {', '.join(known) or 'none'}")
         if not known[name].accepts(value):
-            raise ConfigError(f"parameters: {name} should be {known[name].legal}, not {json.dumps(value)}")
+            raise ConfigError(f"parameters: {name} should be {known[name].legal}, not {formats.as_written(value)}")
     if config.index_to_name is not None and not task.labelled:
         raise ConfigError(f"index_to_name has no meaning for the task {config.task}, which has no labels")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Dict, Iterator, Optional, Sequence, Tuple, Type
 
@@ -48,7 +49,7 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
     made: Dict[str, torch.nn.Module] = {}
     shares: Dict[str, float] = {}
     with staging.scratch() as scratch:
-        workdir = Path(target.options["compiler_workdir"] or scratch).expanduser()
+        workdir = Path(os.path.expanduser(target.options["compiler_workdir"] or scratch))
         for name, graph in graphs.items():
             if target.rehearsal:
                 made[name] = trace(graph.module, graph.example)
