@@ -280,12 +280,12 @@ def test_an_archive_of_schema_1_is_refused(copy: Path, document: Document) -> No
         Manifest.read(copy)
     assert raised.value.message == (
         f"traceserve.json has schema 1 (made by traceserve 0.0.9), but this runtime, traceserve {__version__}, reads "
-        "schema 3 to schema 4; build and pack with the same version"
+        "schema 3 to schema 5; build and pack with the same version"
     )
 
 
 def test_what_is_written_has_the_schema_that_is_read(document: Document) -> None:
-    assert document["schema"] == SCHEMA == 4
+    assert document["schema"] == SCHEMA == 5
 
 
 def strip_schema(document: Document) -> None:
@@ -405,6 +405,14 @@ def test_a_document_of_before_the_digest_is_read(document: Document, copy: Path)
     assert refusal({**old, "digest": "0" * 64}).startswith(f"{MANIFEST_FILE} has the key digest")
     del old["labels"]
     assert refusal(old) == f"{MANIFEST_FILE} lacks the key labels"
+
+
+def test_a_document_of_schema_4_may_lack_later_keys(document: Document) -> None:
+    old = {**document, "schema": 4}
+    old["tokenizer"] = {k: v for k, v in old["tokenizer"].items() if k not in ("splits_special", "infilling")}
+    assert Manifest.from_json(sealed(old)) == Manifest.from_json(document)
+    assert "was changed after the gate compared the model" in refusal({**sealed(old), "max_rows": 7})
+    assert refusal(sealed({**old, "schema": SCHEMA})) == f"{MANIFEST_FILE} lacks the key tokenizer.splits_special"
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import random
 import shutil
+import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Tuple
 
@@ -18,6 +20,8 @@ from conftest import run_export
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from oracle import answers, generated
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from traceserve.building.checkpoints import conversion
 from traceserve.building.checkpoints.checkpoint import Checkpoint
 from traceserve.building.checkpoints.loading import load_original, quiet_transformers
@@ -110,6 +114,42 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Both]
 def assert_alike(both: Both, text: str) -> None:
     with quiet_transformers():
         assert both.converted.encode(text).ids == both.slow(text)["input_ids"], text
+
+
+def segmented(letters: str, folder: Path) -> PieceTokenizer:
+    """A tokenizer that knows these letters."""
+    tokenizer = Tokenizer(WordLevel({"<unk>": 0, **{letter: i + 1 for i, letter in enumerate(letters)}}, "<unk>"))
+    facts = {
+        "kind": "unigram",
+        "pieces": [[letter, -1.0] for letter in letters],
+        "charsmap": base64.b64encode(bytes(4)).decode(),
+        **dict.fromkeys(("user_defined", "tokens", "not_written", "as_they_are"), []),
+        **dict.fromkeys(("add_prefix", "collapse", "language_codes"), False),
+        "unknown_id": 0,
+        "beyond": "",
+    }
+    (folder / "pieces.json").write_text(json.dumps(facts))
+    return PieceTokenizer(tokenizer, folder / "pieces.json")
+
+
+@pytest.mark.parametrize(
+    "text, parts",
+    [("☃☄", ["☃☄"]), ("a☃☄b☄", ["a", "☃☄", "b", "☄"]), ("☃ab☄☃☄a", ["☃", "a", "b", "☄☃☄", "a"]), ("", [])],
+)
+def test_unknown_neighbours_form_one_piece(text: str, parts: List[str], tmp_path: Path) -> None:
+    found = segmented("ab", tmp_path).pieces(text)
+    assert [piece.text for piece in found] == parts == [text[piece.start : piece.end] for piece in found]
+
+
+def test_many_unknown_letters_take_no_more_time_than_known_ones(tmp_path: Path) -> None:
+    """They are one token, so no limit on tokens refuses them."""
+    tokenizer = segmented("ab", tmp_path)
+    tokenizer._normalizer.normalize = lambda text: (text, [(i, i + 1) for i in range(len(text))])  # type: ignore[method-assign]
+    tokenizer._segment = lambda text: [(letter, False) for letter in text]
+    began = time.process_time()
+    [piece] = tokenizer.pieces("☃" * 400_000)
+    assert time.process_time() - began < 2  # it was 6
+    assert (piece.start, piece.end) == (0, 400_000)
 
 
 KINDS = pytest.mark.parametrize("kind", [MARIAN, M2M100])

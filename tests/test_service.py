@@ -4,6 +4,7 @@ lost."""
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import logging
 import time
@@ -15,8 +16,11 @@ import pytest
 from conftest import run_export
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from traceserve_runtime.engine import Engine
-from traceserve_runtime.protocols import PROTOCOLS, binary_tensors
+from traceserve_runtime.protocols import PROTOCOLS, binary_tensors, tei
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.events import Stops, cut_at_stop
 from traceserve_runtime.service import Call, Reply, Service
@@ -174,6 +178,38 @@ def test_token_ids_are_read_as_the_text_that_they_say(services: Dict[str, Servic
     )
 
 
+@pytest.mark.parametrize(
+    ("path", "key", "ids", "field"),
+    [
+        ("v1/embeddings", "input", [999_999], "input[0]"),
+        ("v1/embeddings", "input", [[5, 6], [5, 7, 999_999, 8, 2**70]], "input[1][2]"),
+        ("v1/embeddings", "input", [[5], [-1]], "input[1][0]"),
+        ("v1/completions", "prompt", [5, 6, 2**32], "prompt[2]"),
+    ],
+)
+def test_token_ids_of_another_tokenizer_are_refused(
+    services: Dict[str, Service], path: str, key: str, ids: Any, field: str
+) -> None:
+    service = services["text_generation" if key == "prompt" else "feature_extraction"]
+    error = ask(service, path, {key: ids}, 400)["error"]
+    assert error["param"] == field and "send the text instead" in error["message"]
+
+
+def test_a_token_that_the_model_lacks_is_refused(services: Dict[str, Service], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was added to the tokenizer alone, or none."""
+    service = services["feature_extraction"]
+    tokenizer = service.engine.task.tokenizer
+    last = tokenizer.vocabulary_size
+    own = Tokenizer.from_str(tokenizer._tokenizer.to_str())
+    own.add_tokens([AddedToken("zyzzyva", normalized=False)])
+    monkeypatch.setattr(tokenizer, "_tokenizer", own)
+    assert service.served.text_of([5, last]).endswith("zyzzyva")
+    assert ask(service, "v1/embeddings", {"input": [5, last + 1]}, 400)["error"]["param"] == "input[1]"
+    monkeypatch.setattr(tokenizer, "_embeddings", last)
+    assert ask(service, "v1/embeddings", {"input": [[5], [last]]}, 400)["error"]["param"] == "input[1][0]"
+    assert ask(service, "v1/embeddings", {"input": [[5], [last - 1]]})["data"]
+
+
 def test_labels_of_tei_and_vllm_are_ours(services: Dict[str, Service]) -> None:
     service = services["sequence_classification"]
     wanted = ask(service, "", {"inputs": TEXT, "parameters": {"top_k": None}})
@@ -203,6 +239,50 @@ def test_rankings_are_ours(services: Dict[str, Service], path: str) -> None:
         [w["score"] for w in sorted(wanted, key=lambda w: int(w["index"]))],
         rtol=1e-5,
     )
+
+
+def sigmoids(values: Any) -> Any:
+    return 1 / (1 + np.exp(-np.array(values)))
+
+
+RAW: Any = pytest.mark.parametrize("raw", [{}, {"raw_scores": False}, {"raw_scores": True}])
+
+
+@RAW
+@pytest.mark.parametrize("own", ["none", "sigmoid"])
+def test_teis_ranks_are_scored_as_tei_does(
+    services: Dict[str, Service], own: str, raw: Dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the model's own function, which that of cross-encoder/ms-marco-* is: none."""
+    service = services["text_ranking"]
+    body = {"query": "A boat?", "documents": [TEXT, OTHER], "parameters": {"function_to_apply": "none", "sort": True}}
+    logits = [each["score"] for each in ask(service, "", body)]
+    monkeypatch.setitem(service.engine.manifest.parameters, "function_to_apply", own)  # type: ignore[arg-type]
+    found = [each["score"] for each in ask(service, "rerank", {"query": "A boat?", "texts": [TEXT, OTHER], **raw})]
+    np.testing.assert_allclose(found, logits if raw.get("raw_scores") else sigmoids(logits), rtol=1e-5)
+
+
+@RAW
+@pytest.mark.parametrize("own", ["none", "softmax", "sigmoid"])
+def test_teis_labels_are_scored_as_tei_does(
+    services: Dict[str, Service], own: str, raw: Dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of which independent labels keep their sigmoids."""
+    service = services["sequence_classification"]
+    parameters = {"function_to_apply": "none", "top_k": None}
+    logits = np.array([each["score"] for each in ask(service, "", {"text": TEXT, "parameters": parameters})])
+    monkeypatch.setitem(service.engine.manifest.parameters, "function_to_apply", own)  # type: ignore[arg-type]
+    found = [each["score"] for each in ask(service, "predict", {"inputs": TEXT, **raw})]
+    expected = np.exp(logits) / np.exp(logits).sum() if own != "sigmoid" else sigmoids(logits)
+    np.testing.assert_allclose(found, logits if raw.get("raw_scores") else expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("own", ["none", "softmax", "sigmoid"])
+def test_the_score_of_a_single_label_is_its_sigmoid(services: Dict[str, Service], own: str) -> None:
+    served = services["sequence_classification"].served
+    one = dataclasses.replace(served.manifest, labels=("red",), parameters={"function_to_apply": own})
+    [request] = tei.Predict().read({"body": {"inputs": TEXT}}, Headers(), served._replace(manifest=one), 0).requests
+    assert request.parameters["function_to_apply"] == "sigmoid"
 
 
 def test_similarities_are_cosines(services: Dict[str, Service]) -> None:
@@ -262,6 +342,49 @@ def test_a_stream_of_hugging_face_has_its_tokens(services: Dict[str, Service]) -
     assert [e["token"]["logprob"] for e in found] == [token["logprob"] for token in wanted["details"]["tokens"]]
     assert "".join(e["token"]["text"] for e in found) == wanted["generated_text"] == found[-1]["generated_text"]
     assert found[-1]["details"]["finish_reason"] == "length" and all(e["details"] is None for e in found[:-1])
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_list_is_not_streamed_to_hugging_faces_client(services: Dict[str, Service], streamed: bool) -> None:
+    pieces: List[bytes] = []
+    call = asked({"inputs": [PROMPT, TEXT], "stream": True}, client=HUB)
+    send = (lambda i, piece, headers: pieces.append(piece)) if streamed else None
+    [reply] = services["text_generation"].answer([call], send=send)
+    assert reply.status == 400 and reply.content_type == "application/json" and not pieces
+    assert "send its request alone, not in a list" in json.loads(reply.body)["error"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("v1/completions", {"prompt": PROMPT, "stop": ["ab"]}),
+        ("v1/chat/completions", {"messages": CHAT, "stop": ["ab"]}),
+        ("hf", {"inputs": PROMPT}),  # the first token is held: it may be the last
+    ],
+)
+def test_a_stream_that_fails_before_its_first_piece_has_the_errors_status(
+    services: Dict[str, Service], path: str, body: Dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = services["text_generation"]
+    step = service.engine.runner.step
+    [first] = service.engine.task.tokenizer.token_ids("a")
+    written: List[int] = []
+
+    def fail(*inputs: Any) -> Any:
+        outputs, state = step(*inputs)
+        logits = np.full_like(outputs["logits"], np.nan if written else -5.0)
+        logits[:, first] = np.nan if written else 5.0
+        written.append(first)
+        return {**outputs, "logits": logits}, state
+
+    monkeypatch.setattr(service.engine.runner, "step", fail)
+    pieces: List[bytes] = []
+    [reply] = service.answer(
+        [asked({**body, "stream": True}, path)], send=lambda i, piece, headers: pieces.append(piece)
+    )
+    assert len(written) > 1 and not pieces
+    assert reply.status == 500 and reply.content_type == "application/json"
+    assert "not a number" in str(json.loads(reply.body)["error"])
 
 
 # Binary tensors
@@ -563,3 +686,48 @@ def test_a_request_that_breaks_its_protocol_is_logged_once(
     error = ask(services["feature_extraction"], "", {"text": TEXT}, 500)["error"]
     assert error["message"] == "an unexpected error in the worker while it read this request; its log has the details"
     assert caplog.text.count("traceserve: ValueError in 1 of 1 requests") == 1 and TEXT not in caplog.text
+
+
+def panic(*given: Any, **named: Any) -> None:
+    """What the tokenizers package does, for some texts, in place of an exception."""
+    tokenizer = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.encode("a a a a").truncate(2, stride=3)
+
+
+def test_a_panic_while_a_request_is_read_is_its_own(
+    services: Dict[str, Service], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = services["text_generation"]
+    monkeypatch.setattr(service.engine.task.tokenizer, "decode", panic)
+    first, failed, last = service.answer(
+        [asked({}, "v1/models"), asked({"prompt": [5]}, "v1/completions"), asked({}, "health")]
+    )
+    assert (first.status, failed.status, last.status) == (200, 500, 200)
+    assert "while it read this request" in json.loads(failed.body)["error"]["message"]
+    assert "RuntimeError in 1 of 3 requests" in caplog.text
+
+
+def broken(*given: Any, **named: Any) -> None:
+    raise ValueError(TEXT)
+
+
+@pytest.mark.parametrize("fails", [broken, panic])
+def test_a_text_that_cannot_be_probed_is_its_owners(
+    services: Dict[str, Service], fails: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error proves nothing, so the text is tokenized."""
+    service = services["sequence_classification"]
+    tokenizer = service.engine.task.tokenizer
+    count = tokenizer._count
+    probed: List[str] = []
+
+    def probe(texts: List[str]) -> Any:
+        probed.extend(text[:4] for text in texts)
+        return fails() if texts[0].startswith("hard") else count(texts)
+
+    monkeypatch.setattr(tokenizer, "_count", probe)
+    most = tokenizer.limits.tokens
+    bodies = [TEXT, "hard " * most, "easy " * most]
+    statuses = [reply.status for reply in service.answer([asked({"text": text}) for text in bodies])]
+    assert statuses == [200, 413, 413] and {*probed} == {"hard", "easy"}

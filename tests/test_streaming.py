@@ -9,7 +9,9 @@ import pytest
 from conftest import run_export
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import ModelFailure
+from traceserve_runtime.protocols import huggingface
 from traceserve_runtime.streaming import Stream
+from traceserve_runtime.tasks.contract import Answer, WrittenToken
 from transformer_handler import TransformerHandler
 
 
@@ -51,6 +53,54 @@ def test_nothing_told_is_nothing_to_take_back() -> None:
     one, pieces = told()
     one.tell("")
     assert not one.started and not pieces and one.rest("One") == b"One"
+
+
+def token(number: int) -> WrittenToken:
+    return WrittenToken(number, -0.5)
+
+
+def events(sent: bytes) -> List[Dict[str, Any]]:
+    return [json.loads(each[len(b"data:") :]) for each in sent.split(b"\n\n") if each]
+
+
+def held() -> Tuple[Stream, List[bytes]]:
+    """A stream whose format holds the first token back."""
+    pieces: List[bytes] = []
+    return Stream(pieces.append, huggingface._Tokens()), pieces
+
+
+def test_what_is_held_back_is_not_sent() -> None:
+    one, pieces = held()
+    one.tell("One", [token(1)])
+    assert not one.started and not pieces
+    one.tell("One, two", [token(1), token(2)])
+    assert one.started and [each["token"]["text"] for each in events(b"".join(pieces))] == ["One"]
+
+
+@pytest.mark.parametrize("grows", [False, True])
+def test_another_text_begins_anew_while_nothing_was_sent(grows: bool) -> None:
+    one, pieces = held()
+    one.tell("One", [token(1)])
+    if grows:
+        one.tell("Six", [token(6)])
+        assert not pieces
+        one.tell("Six, seven", [token(6), token(7)])
+        assert one.started
+    tokens = [{"id": number, "logprob": -0.5, "special": False} for number in (6, 7)]
+    last = one.rest("Six, seven", Answer("Six, seven", details={"tokens": tokens}))
+    found = events(b"".join([*pieces, last]))
+    assert [each["token"]["id"] for each in found] == [6, 7]
+    assert "".join(each["token"]["text"] for each in found) == "Six, seven" == found[-1]["generated_text"]
+
+
+def test_a_retry_that_is_the_same_text_sends_what_was_held_once() -> None:
+    one, pieces = held()
+    for text, numbers in (("One", [1]), ("", []), ("One", [1]), ("One, two", [1, 2]), ("One, two, three", [1, 2, 3])):
+        one.tell(text, [token(number) for number in numbers])
+    assert [(each["token"]["id"], each["token"]["text"]) for each in events(b"".join(pieces))] == [
+        (1, "One"),
+        (2, ", two"),
+    ]
 
 
 class Context:

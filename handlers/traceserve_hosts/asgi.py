@@ -175,7 +175,7 @@ class Application:
         try:
             reply = await asyncio.wait_for(asked.next(), self._limits.timeout)
         except asyncio.TimeoutError:
-            asked.gone = True
+            self._batcher.leave(asked)
             problem = f"its sample was not answered within {self._limits.timeout:g} s"
             return _Health(time.monotonic(), problem, late=True)
         status = getattr(reply, "status", 200)
@@ -250,7 +250,7 @@ class Application:
             else:
                 await _send(send, event.status, event.body, event.content_type, event.headers)
         finally:
-            asked.gone = True
+            self._batcher.leave(asked)
             watch.cancel()
 
     async def _next(self, asked: Asked, watch: asyncio.Future[None], timeout: Optional[float]) -> Union[Piece, Reply]:

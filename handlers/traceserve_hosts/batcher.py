@@ -13,9 +13,9 @@ import json
 import logging
 import threading
 import time
-from collections import deque
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Callable, Deque, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Callable, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 if TYPE_CHECKING:
     from traceserve_runtime.batching.batches import Stats
@@ -64,8 +64,9 @@ class Batcher:
         self._delay = delay
         self._report = report
         self._thread = ThreadPoolExecutor(1, "traceserve")
-        self._waiting: Deque[Asked] = deque()
+        self._waiting: OrderedDict[Asked, None] = OrderedDict()  # the first one first
         self._joined: List[Asked] = []  # and are not answered
+        self._moving = threading.Lock()  # a call is always in one of them, whichever thread asks
         self._busy = False  # a batch runs, or the next one is being collected
         self._moved = time.monotonic()
         self._full: Optional[asyncio.Event] = None  # a whole batch waits
@@ -74,7 +75,8 @@ class Batcher:
     @property
     def waiting(self) -> int:
         """Calls beyond the one batch that is answered."""
-        return len(self._waiting) + max(0, len(self._joined) - self._most)
+        with self._moving:
+            return len(self._waiting) + max(0, len(self._joined) - self._most)
 
     @property
     def standstill(self) -> float:
@@ -84,7 +86,8 @@ class Batcher:
     def ask(self, call: Call) -> Asked:
         """Queue a call."""
         job = Asked(call)
-        self._waiting.append(job)
+        with self._moving:
+            self._waiting[job] = None
         self._come.set()
         if not self._busy:
             self._busy = True
@@ -93,6 +96,12 @@ class Batcher:
         elif self._full is not None and len(self._waiting) >= self._most:
             self._full.set()
         return job
+
+    def leave(self, job: Asked) -> None:
+        """Forget a call whose client has gone, or was answered: it waits no longer, and nothing more is computed for it."""
+        job.gone = True
+        with self._moving:
+            self._waiting.pop(job, None)
 
     async def _collect(self) -> None:
         """Wait for others, then hand over a batch."""
@@ -108,30 +117,37 @@ class Batcher:
             self._busy = False
 
     def _taken(self, most: int) -> List[Asked]:
-        """Take the first calls that wait, without those whose clients have gone."""
+        """Take the first calls that wait."""
         taken: List[Asked] = []
-        while self._waiting and len(taken) < most:
-            job = self._waiting[0]
-            if not job.gone:
-                # First: another thread asks how many wait, and a call should never be in neither.
-                self._joined.append(job)
-                taken.append(job)
-            self._waiting.popleft()
+        with self._moving:
+            while self._waiting and len(taken) < most:
+                taken.append(self._waiting.popitem(last=False)[0])
+            self._joined += taken
         return taken
 
     def _run(self, batch: List[Asked], loop: asyncio.AbstractEventLoop) -> None:
         """Answer a batch and those that join it, in the thread."""
         try:
             self._answer(batch, loop)
-        except Exception as error:  # an outer edge: sessions answer their own failures
-            if loop.is_closed():  # the server has ended
-                return
-            logger.error("traceserve: a batch could not be answered")
-            reply = _failed(error, len(self._joined))
-            for job in self._joined:
-                loop.call_soon_threadsafe(job.tell, reply)
-        self._joined = []
-        loop.call_soon_threadsafe(self._finish)
+        except BaseException as error:  # an outer edge: sessions answer their own failures; a panic is no Exception
+            if not loop.is_closed():
+                self._fail(error, loop)
+        finally:
+            self._joined = []
+            if not loop.is_closed():  # else the server has ended
+                loop.call_soon_threadsafe(self._finish)
+
+    def _fail(self, error: BaseException, loop: asyncio.AbstractEventLoop) -> None:
+        """Answer calls that no session could answer; log why, without the message, which may contain a text."""
+        from traceserve_runtime import failures
+        from traceserve_runtime.service import Reply
+
+        failure = failures.unexpected(error, "it answered this request")
+        reply = Reply(json.dumps(failure.to_json()).encode(), status=failure.status, phrase=failure.phrase)
+        for job in self._joined:
+            loop.call_soon_threadsafe(job.tell, reply)
+        logger.error("traceserve: a batch could not be answered")
+        failures.log([failure] * len(self._joined))
 
     def _answer(self, batch: List[Asked], loop: asyncio.AbstractEventLoop) -> None:
         from traceserve_runtime.batching.batches import Stats
@@ -183,16 +199,6 @@ class Batcher:
             self._service.engine.idle()
         except Exception:  # nobody waits for this
             logger.exception("traceserve: an idle engine failed")
-
-
-def _failed(error: Exception, calls: int) -> Reply:
-    """The reply to calls that no session could answer; logs why, without the message, which may contain a text."""
-    from traceserve_runtime import failures
-    from traceserve_runtime.service import Reply
-
-    failure = failures.unexpected(error, "it answered this request")
-    failures.log([failure] * calls)
-    return Reply(json.dumps(failure.to_json()).encode(), status=failure.status, phrase=failure.phrase)
 
 
 class _Running:

@@ -42,7 +42,7 @@ class panics:
             raise RuntimeError("the package tokenizers panicked").with_traceback(traceback) from None
 
 
-def unexpected(error: Exception, doing: str) -> TraceserveError:
+def unexpected(error: BaseException, doing: str) -> TraceserveError:
     """Return the error for a request on which the worker failed; its message contains nothing of the request."""
     failure = TraceserveError(f"an unexpected error in the worker while {doing}; its log has the details")
     failure.__cause__ = error

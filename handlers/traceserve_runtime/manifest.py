@@ -19,8 +19,9 @@ from traceserve_runtime import __version__
 from traceserve_runtime.errors import InvalidManifest
 
 MANIFEST_FILE = "traceserve.json"
-SCHEMA = 4
-OLDEST = 3  # older documents had no digest; keys that later ones added have defaults
+SCHEMA = 5
+OLDEST = 3  # keys that later ones added have defaults
+_SEALED = 4  # the first with a digest
 HANDLER_FILE = "transformer_handler.py"
 SERVING_FILE = "model-config.yaml"  # TorchServe's and the worker's configuration
 OWN_CODE = "traceserve_"  # the prefix of our packages, which a hand-packed archive's manifest lacks
@@ -84,7 +85,7 @@ class TokenizerFacts:
     embeddings: Optional[int] = None  # the number of (first) tokens that the model knows, if not all
     types: Optional[int] = None  # the number of token types that the model knows, if a pair of texts has more
     splits_special: bool = False  # whether a special token in a text is read as text
-    infilling: Optional[str] = None  # what marks a place to fill: the original reads such a text otherwise, so it is refused
+    infilling: Optional[str] = None  # marks a place to fill, which the original reads otherwise: refused
 
 
 @dataclass(frozen=True)
@@ -203,10 +204,10 @@ class Manifest:
                 f"{MANIFEST_FILE} has schema {schema!r} (made by traceserve {maker}), but this runtime, traceserve "
                 f"{__version__}, reads schema {OLDEST} to schema {SCHEMA}; build and pack with the same version"
             )
-        digest = content.pop(_DIGEST, None) if schema > OLDEST else None
-        manifest = _read_object(cls, content, "", complete=schema > OLDEST)
+        digest = content.pop(_DIGEST, None) if schema >= _SEALED else None
+        manifest = _read_object(cls, content, "", complete=schema == SCHEMA)
         manifest._check()
-        if schema > OLDEST and digest != _digest(document):
+        if schema >= _SEALED and digest != _digest(document):
             raise InvalidManifest(
                 f"{MANIFEST_FILE} is not the one that was verified: it was changed after the gate compared the model (its "
                 "digest differs); build the archive again"
@@ -247,7 +248,7 @@ def write_document(document: Mapping[str, object], folder: Path) -> None:
 def sealed(document: Mapping[str, object]) -> Dict[str, object]:
     """Return the document with a digest of the rest; unchanged if its schema has none."""
     content: Dict[str, Any] = json.loads(json.dumps(document))  # as it will be read
-    return {**content, _DIGEST: _digest(content)} if content["schema"] > OLDEST else content
+    return {**content, _DIGEST: _digest(content)} if content["schema"] >= _SEALED else content
 
 
 def _digest(document: Mapping[str, object]) -> str:

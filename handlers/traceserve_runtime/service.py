@@ -84,14 +84,25 @@ class Service:
         return Session(self, stats, TURN_SECONDS)
 
     def _text_of(self, ids: Sequence[int]) -> str:
-        return self.engine.task.tokenizer.decode(ids, skip_special_tokens=True, raw=True)
+        """Return the text of token ids; raises InvalidRequest with the first unknown one's place among them."""
+        tokenizer = self.engine.task.tokenizer
+        unknown = {number for number in set(ids) if not tokenizer.has_token(number)}
+        place = next((i for i, number in enumerate(ids) if number in unknown), None)
+        if place is not None:
+            raise InvalidRequest(
+                "this model has no such token; send the text instead of another tokenizer's ids "
+                "(LangChain: check_embedding_ctx_length=False)",
+                f"[{place}]",
+            )
+        return tokenizer.decode(ids, skip_special_tokens=True, raw=True)
 
     def read(self, call: Call, index: int, protocol: Protocol) -> Union[Body, Document, TraceserveError]:
         """Return a call's requests, a document that needs no model, or an error."""
         try:
             if call.headers.ended:
                 raise NotOffered("StreamPredictions2 needs TorchServe's sequence batching")
-            body = protocol.read(call.parts, call.headers, self.served, index)
+            with failures.panics():  # token ids are decoded here
+                body = protocol.read(call.parts, call.headers, self.served, index)
             if isinstance(body, Body) and not body.streamable and any(map(self.engine.task.streams, body.requests)):
                 raise InvalidRequest(
                     "a stream is plain text: send its request alone, not in a list and not in KServe's protocols",

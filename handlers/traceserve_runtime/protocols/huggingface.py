@@ -75,7 +75,9 @@ class HuggingFace:
         answers = _OLD_ANSWERS if _OLD_CLIENT in headers.client else _ANSWERS
         form = _Answers(_is_list(body), answers.get(served.task.name, _unchanged))
         requests = [replace(request, continues=True) for request in body.requests]
-        return replace(body, requests=requests, protocol=form, frames=_Tokens() if streams else None)
+        return replace(
+            body, requests=requests, protocol=form, frames=_Tokens() if streams and body.streamable else None
+        )
 
     def error(self, error: TraceserveError, parts: Mapping[str, object], headers: Headers, served: Served) -> Refusal:
         """Return a string and its kind, which the clients show."""

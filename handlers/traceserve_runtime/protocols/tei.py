@@ -117,14 +117,25 @@ class Predict(Errors):
         parameters = check_values(
             {**read_keys(value, _PREDICT), **lengths(value), "top_k": None}, served, foreign_names(_PREDICT)
         )
-        if boolean(value, "raw_scores"):
-            parameters["function_to_apply"] = "none"
+        parameters["function_to_apply"] = _function(value, served)
         inputs = require_key(value, "inputs")
         is_list, named = False, [(inputs, "inputs")]
         if isinstance(inputs, list) and any(isinstance(item, list) for item in inputs):
             is_list, named = True, [(item, f"inputs[{i}]") for i, item in enumerate(inputs)]
         requests = [Request(_text_or_pair(item, served, where), parameters, group, where) for item, where in named]
         return Body(requests, _Labels({}, {}, is_list=is_list))
+
+
+def _function(value: Mapping[str, object], served: Served) -> str:
+    """Return how outputs become scores: unless raw ones are requested, TEI applies the sigmoid to one output and the softmax
+    to several, whatever the model's own function (core/src/infer.rs).
+
+    It does not know of independent labels, whose sigmoids are kept here.
+    """
+    if boolean(value, "raw_scores"):
+        return "none"
+    independent = served.manifest.parameters.get("function_to_apply") == "sigmoid"
+    return "sigmoid" if independent or len(served.manifest.labels) < 2 else "softmax"
 
 
 def _text_or_pair(item: object, served: Served, where: str) -> Mapping[str, object]:
@@ -159,9 +170,8 @@ class TeiRerank(Errors):
 
     def read_value(self, value: Mapping[str, object], served: Served, group: int) -> Body:
         """`read` for a body that is already parsed."""
-        asked = {**read_keys(value, _RERANK), **lengths(value), "sort": True}
-        if boolean(value, "raw_scores"):
-            asked["function_to_apply"] = "none"
+        function = _function(value, served)
+        asked = {**read_keys(value, _RERANK), **lengths(value), "sort": True, "function_to_apply": function}
         return ranking(
             value, "texts", asked, _RERANK, served, group, _Ranks({"documents": "texts"}, foreign_names(_RERANK))
         )

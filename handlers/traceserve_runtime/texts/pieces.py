@@ -293,14 +293,20 @@ class PieceTokenizer:
             found.append(TextPiece(text[:end], offset, offset + end))
             text, offset = text[end:], offset + end
         normalized, spans = self._normalizer.normalize(text)
-        place, before_known = 0, True
+
+        def add(start: int, end: int) -> None:
+            if start < end:
+                found.append(TextPiece(normalized[start:end], offset + spans[start][0], offset + spans[end - 1][1]))
+
+        place = unknown = 0  # unknown neighbours, which form one piece, begin at `unknown`
         for piece, known in self._segment(normalized):
             end = place + len(piece)
-            start, stop = offset + spans[place][0], offset + spans[end - 1][1]
-            if not known and not before_known:  # unknown neighbours form one piece
-                piece, start = found[-1].text + piece, found.pop().start
-            found.append(TextPiece(piece, start, stop))
-            place, before_known = end, known
+            if known:
+                add(unknown, place)
+                add(place, end)
+                unknown = end
+            place = end
+        add(unknown, place)
         return found
 
     def _encoding(self, pieces: Sequence[TextPiece]) -> Encoding:

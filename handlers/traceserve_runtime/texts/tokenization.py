@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 LONG_INPUTS = ("window", "truncate", "reject")
 _SPACES_TO_CLEAN = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
+_TOKEN_IDS = 2**32  # that the tokenizers package takes
 _CHARACTERS_OF_PROSE = 4  # per token
 _LOCAL_FOR_ANY_TOKENS = (("ByteLevel",), ("Metaspace",), ("WordPiece",))
 _LOCAL_DECODERS = (
@@ -129,6 +130,12 @@ class TextTokenizer:
         """Return the id of one token, None if it is not in the vocabulary."""
         known: Optional[int] = self._tokenizer.token_to_id(token)
         return known
+
+    def has_token(self, token_id: int) -> bool:
+        """Return whether the tokenizer and the model have a token; decoding leaves out others."""
+        if self._embeddings is not None and token_id >= self._embeddings:
+            return False
+        return 0 <= token_id < _TOKEN_IDS and self._tokenizer.id_to_token(token_id) is not None
 
     def token(self, token_id: int) -> str:
         """Return the token with this id."""

@@ -58,8 +58,8 @@ def texts_of(value: object, name: str, served: Served) -> List[Tuple[object, str
 def _text_of(ids: Sequence[int], where: str, served: Served) -> str:
     try:
         return served.text_of(ids)
-    except OverflowError:
-        raise InvalidRequest("a token id is a whole number from 0 to 4,294,967,295", where) from None
+    except InvalidRequest as error:
+        raise InvalidRequest(error.message, f"{where}{error.field}") from None
 
 
 def _are_ids(value: Sequence[object]) -> bool:
