@@ -86,7 +86,10 @@ REFUSED: List[Tuple[Parameter, Sequence[Any]]] = [
     (WORDS, (HALF_A_PAIR, ["x", HALF_A_PAIR])),
     (STOPPING, ("always", "", 0, 1, None, ["never"])),
     (BIASES, (None, [], "5", 5, {"": 1}, {"x": 1}, {"-1": 1}, {"05": 1}, {"1.0": 1}, {"1\n": 1}, {"\u0661": 1})),
-    (BIASES, ({"1": "2"}, {"1": True}, {"1": None}, {"1": 101}, {"1": NAN}, {"1": -INFINITY}, {"1000000000": 1})),
+    (
+        BIASES,
+        ({"1": "2"}, {"1": True}, {"1": None}, {"1": 101}, {"1": NAN}, {"1": -INFINITY}, {"1000000000": 1}, {5: 1.0}),
+    ),
     (OPTIONAL[0], (0, "null", "")),
     (OPTIONAL[-1], ([None], "")),
 ]

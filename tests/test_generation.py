@@ -19,16 +19,21 @@ from conftest import run_export
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import answers, generated, written
+from test_written_text import KINDS, read
+from test_written_text import TEXTS as WRITTEN
 from tokenizers import decoders
 from traceserve.building.gate.texts import SENTENCES, VERY_LONG
 from traceserve_runtime.engine import Engine
-from traceserve_runtime.errors import InvalidRequest, MissingPackage, TraceserveError
+from traceserve_runtime.errors import InvalidRequest, MissingPackage, TraceserveError, Unsupported
 from traceserve_runtime.generation.scores import GenerationSettings, drawable, processed
 from traceserve_runtime.generation.search import Sampling
+from traceserve_runtime.protocols.events import Stops
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Answer, ModelFacts, Request
+from traceserve_runtime.tasks.parameters import Parameter
 from traceserve_runtime.texts import chat
 from traceserve_runtime.texts.rows import Encoded
+from traceserve_runtime.texts.written_text import NEIGHBOURS, WORDS, added_texts
 
 DECODERS = ("gpt2", "llama")
 ENCODER_DECODERS = ("t5", "marian", "bart")
@@ -262,6 +267,203 @@ def test_a_stop_string_may_begin_with_the_space_before_the_first_word(stripping:
             assert len(new_tokens(stripping, text, max_new_tokens=10, stop_strings=[stop])) == 1
             assert details_of(engine, text, max_new_tokens=10, stop=[text[-3:] + stop])["generated_tokens"] == 1
     assert found
+
+
+@pytest.mark.parametrize("kind", ["text", "chat"])
+def test_a_stop_string_of_openai_begins_in_what_is_written(kind: str, made: Callable[[str], Made]) -> None:
+    """As with vLLM; with transformers it may begin in the prompt."""
+    engine, _, _ = made("llama")
+    if kind == "chat":
+        facts = {**engine.manifest.facts, "chat_template": "{{ messages[0].content }}"}
+        manifest = replace(engine.manifest, facts=facts)
+        task = TASKS["text_generation"](manifest, engine.task.tokenizer)
+        engine = Engine(engine.folder, manifest, task, engine.runner)
+    found = 0
+    for text in TEXTS:
+        fields = {"text": text} if kind == "text" else {"messages": [{"role": "user", "content": text}]}
+        whole = continued(engine, fields)
+        first = whole["generated_text"][:1]
+        stop = text[-2:] + first
+        if whole["details"]["finish_reason"] != "length" or first == "\ufffd" or stop in whole["generated_text"]:
+            continue
+        found += 1
+        assert continued(engine, fields, stop=stop) == whole
+        native = continued(engine, fields, continues=False, stop=stop)["details"]
+        assert native["finish_reason"] == "stop_sequence" and native["generated_tokens"] < 12
+        ended = continued(engine, fields, stop=first)["details"]
+        assert ended["finish_reason"] == "stop_sequence" and ended["generated_tokens"] < 12
+    assert found > 3
+
+
+def continued(engine: Engine, fields: Dict[str, Any], continues: bool = True, **parameters: Any) -> Dict[str, Any]:
+    asked = {"max_new_tokens": 12, "return_full_text": False, "details": True, **parameters}
+    [result] = engine.answer([Request(fields, asked, continues=continues)])
+    assert isinstance(result, Answer)
+    value: Any = result.continued.value
+    found: Dict[str, Any] = value[0]
+    return found
+
+
+STOP = next(parameter for parameter in TASKS["text_generation"].parameters if parameter.name == "stop")
+
+
+def test_stop_strings_are_few_and_short() -> None:
+    """Each is looked for after every token of every text."""
+    for value in ("x" * 256, ["x"], ["x" * 256] * 16):
+        assert STOP.accepts(value)
+    for value in ("x" * 257, ["x"] * 17, ["x", "y" * 257], [], ""):
+        assert not STOP.accepts(value)
+    assert STOP.legal == "a string or a list of strings, at most 16 of at most 256 characters each"
+    text = {"type": "string", "minLength": 1, "maxLength": 256}
+    array = {"type": "array", "items": text, "minItems": 1, "maxItems": 16}
+    assert STOP.schema["anyOf"] == [text, array]
+    model = ModelFacts({}, {"stop_strings": ["x"] * 17}, {}, (), None, lambda name: None)
+    with pytest.raises(Unsupported, match="generation_config.json says stop_strings = .* at most 16 of at most 256"):
+        TASKS["text_generation"].defaults(model)
+
+
+@pytest.mark.parametrize(
+    ("most", "longest", "limits"),
+    [(None, None, ""), (3, None, ", at most 3"), (None, 9, ", at most 9 characters each")],
+)
+def test_a_list_has_the_limits_that_it_names(most: Any, longest: Any, limits: str) -> None:
+    parameter = Parameter("words", list, "", most=most, longest=longest)
+    assert parameter.legal == f"a string or a list of strings{limits}"
+    assert parameter.accepts(["x"] * 4) is (most is None) and parameter.accepts("x" * 10) is (longest is None)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.text("ab", min_size=1, max_size=4), max_size=8),
+    st.lists(st.text("ab", min_size=1, max_size=5), max_size=3),
+)
+def test_what_may_begin_a_stop_string_is_held_back(pieces: List[str], stops: List[str]) -> None:
+    """And nothing else."""
+    until, whole, sent = Stops(stops), "", ""
+    for piece in pieces:
+        whole, sent = whole + piece, sent + until.feed(piece)
+        cuts = [whole.find(stop) for stop in stops if stop in whole]
+        if cuts:
+            assert until.found and sent == whole[: min(cuts)]
+            return
+        begun = [n for stop in stops for n in range(len(stop)) if whole.endswith(stop[:n])]
+        assert sent == whole[: len(whole) - max(begun, default=0)]
+    assert sent + until.rest() == whole
+
+
+def test_beginnings_of_long_stop_strings_are_found_at_once() -> None:
+    """By their first letter: not by trying each length."""
+
+    class Piece(str):
+        compared = 0
+
+        def endswith(self, *arguments: Any) -> bool:
+            Piece.compared += 1
+            return super().endswith(*arguments)
+
+    for stop in ("x" * 256, "ab" * 128):
+        assert Stops([stop])._begun(Piece("y" * 5000 + stop[:100]), stop) == 100
+    assert not Piece.compared
+
+
+# Log-probabilities
+
+
+def naively_added(decode: Callable[[List[int]], str], ids: List[int], others: List[List[int]]) -> Any:
+    """As `added_texts`, from whole texts."""
+    texts, of_others, before = [], [], ""
+    for i, instead in enumerate(others):
+        of_others.append([decode([*ids[:i], other])[len(before) :] for other in instead])
+        after = decode(ids[: i + 1])
+        texts.append((after if i + 1 == len(ids) else after.rstrip("\ufffd"))[len(before) :])
+        before += texts[-1]
+    return texts, of_others
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("clean_up", [False, True])
+def test_the_text_of_each_token_is_what_it_adds_to_the_whole(kind: str, clean_up: bool, tmp_path: Path) -> None:
+    """And so is that of each other one at its position."""
+    tokenizer = read(KINDS[kind](), tmp_path, clean_up)
+    words = tokenizer.decodes_words_locally
+    assert words == (kind != "llama")
+
+    def decode(ids: Any) -> str:
+        return tokenizer.decode(ids, False, raw=True)
+
+    valid = [i for i in range(tokenizer.vocabulary_size) if not tokenizer.token(i).startswith("<0x")]
+    chosen = random.Random(4)
+    for text in WRITTEN:
+        ids = tokenizer.token_ids(text)[:90]
+        for _ in range(len(ids) // 20):
+            ids.insert(chosen.randrange(len(ids)), 1)  # special tokens, and bytes that are no character
+        others = [chosen.sample(valid, 4) for _ in ids]
+        near = WORDS if words else NEIGHBOURS
+        got = added_texts(decode, words or tokenizer.decodes_locally, ids, others, near)
+        expected = naively_added(decode, ids, others)
+        if kind != "llama":
+            assert got == expected
+        for some, same in zip([got[0], *got[1]], [expected[0], *expected[1]]):
+            assert all(
+                one == other or "\ufffd" in other for one, other in zip(some, same)
+            )  # bytes spoil those before them
+
+
+@pytest.mark.parametrize("clean_up", [False, True])
+def test_log_probabilities_take_little_time(
+    clean_up: bool, made: Callable[[str], Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are made while everybody else waits: once, and from few tokens each, however long the text is."""
+    engine, _, _ = made("llama")
+    tokenizer = engine.task.tokenizer
+    asked = {"max_new_tokens": 100, "min_new_tokens": 100, "details": True, "top_n_tokens": 20, "seed": 1}
+    [expected] = answers(engine, [Request({"text": "The train"}, asked)])
+    decoded: List[int] = []
+
+    class Counting:
+        """The tokenizer, of which the decoded tokens are counted."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tokenizer, name)
+
+        decodes_locally = not clean_up
+
+        def decode(self, ids: Any, *arguments: Any, **options: Any) -> str:
+            decoded.append(len(ids))
+            return tokenizer.decode(ids, *arguments, **options)
+
+        def decode_each(self, sequences: Any, *arguments: Any, **options: Any) -> List[str]:
+            decoded.extend(map(len, sequences))
+            return tokenizer.decode_each(sequences, *arguments, **options)
+
+    counting: Any = Counting()
+    monkeypatch.setattr(engine.task, "tokenizer", counting)
+    assert answers(engine, [Request({"text": "The train"}, asked)]) == [expected]
+    written_alone = 100 * 100 if clean_up else 100 * 24  # while it is written, for `stream` and `stop`
+    assert sum(decoded) - written_alone < 100 * 21 * 8
+
+
+def test_log_probabilities_of_one_http_request_are_limited(
+    made: Callable[[str], Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model of 128 tokens writes no more, whatever is asked for."""
+    engine, _, _ = made("llama")
+
+    def refused(count: int, group: Any = 7, **asked: Any) -> List[Any]:
+        request = Request({"text": "a"}, {"details": True, "max_new_tokens": 127, **asked}, group)
+        return [part for part in engine.task.parts([request] * count) if isinstance(part, TraceserveError)]
+
+    assert refused(24, top_n_tokens=20) == refused(250) == refused(250, group=None, top_n_tokens=20) == []
+    assert refused(250, details=False, top_n_tokens=20) == []
+    errors = refused(25, top_n_tokens=20)
+    assert len(errors) == 25 and errors[0].status == 413 and errors[0].field == "parameters.top_n_tokens"
+    assert "may have 66,675 log-probabilities; one request may have about 65,536" in errors[0].message
+    assert refused(25, top_n_tokens=20, max_new_tokens=10) == []
+    # Texts that have to be decoded whole take longer.
+    monkeypatch.setattr(engine.task.tokenizer, "decodes_locally", False)
+    assert refused(24, top_n_tokens=20) == []
+    monkeypatch.setattr(engine.task.tokenizer, "decodes_words_locally", False)
+    assert "about 32,768" in refused(24, top_n_tokens=20)[0].message
 
 
 def test_a_seed_draws_the_same_again(made: Callable[[str], Made]) -> None:
@@ -562,7 +764,21 @@ def test_answers_are_the_pipelines(architecture: str, made: Callable[[str], Made
             assert value == pipeline([text], max_new_tokens=9, do_sample=False, return_full_text=full)[0]
 
 
-def test_numbers_that_are_none_fail_their_request_alone(made: Callable[[str], Made]) -> None:
+@pytest.mark.parametrize(
+    ("value", "tokens", "legal"),
+    [
+        (np.nan, slice(None), False),
+        (np.nan, slice(7, 8), False),
+        (np.inf, slice(7, 8), False),
+        (-np.inf, slice(None), False),
+        (-np.inf, slice(7, 8), True),
+    ],
+)
+@pytest.mark.parametrize("sampled", [{}, {"seed": 1}])
+def test_numbers_that_are_none_fail_their_request_alone(
+    sampled: Dict[str, Any], value: float, tokens: slice, legal: bool, made: Callable[[str], Made]
+) -> None:
+    """A token may be impossible; but not all of them, and none can be certain."""
     engine, _, _ = made("gpt2")
     own = engine.runner
 
@@ -575,16 +791,17 @@ def test_numbers_that_are_none_fail_their_request_alone(made: Callable[[str], Ma
         def step(self, inputs: Any, state: Any, rows: Any = None) -> Any:
             outputs, state = own.step(inputs, state, rows)
             if len(outputs["logits"]) == 3:
-                outputs["logits"][1] = np.nan
+                outputs["logits"][1, tokens] = value
             return outputs, state
 
     engine.runner = Broken()  # type: ignore[assignment]
     try:
-        results = engine.answer([Request({"text": text}, {"max_new_tokens": 5}) for text in ("one", "two", "six")])
+        parameters = {"max_new_tokens": 5, **sampled}
+        results = engine.answer([Request({"text": text}, parameters) for text in ("one", "two", "six")])
     finally:
         engine.runner = own
-    assert [isinstance(result, Answer) for result in results].count(True) == 2
-    assert [type(result).__name__ for result in results].count("ModelFailure") == 1
+    assert [isinstance(result, Answer) for result in results].count(True) == 2 + legal
+    assert [type(result).__name__ for result in results].count("ModelFailure") == 1 - legal
 
 
 ORACLE = json.loads(Path(__file__).with_name("data").joinpath("text2text_generation.json").read_text(encoding="utf-8"))

@@ -17,7 +17,7 @@ from traceserve.building import attempt
 from traceserve.building.gate.texts import SENTENCES, VERY_LONG
 from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.engine import Engine, Pending, Work, load_task
-from traceserve_runtime.errors import TraceserveError
+from traceserve_runtime.errors import ModelFailure, TraceserveError
 from traceserve_runtime.generation import loop
 from traceserve_runtime.generation.steps import IN_PARTS, LEAST_PART, DecoderFeed
 from traceserve_runtime.tasks import TASKS
@@ -273,6 +273,110 @@ def test_a_failed_step_changes_no_answer(architecture: str, engine_of: Make) -> 
     refused = results.pop(5)
     assert failed and [value_of(each) for each in results] == [rounded(value, 1e-4) for value in alone]
     assert isinstance(refused, TraceserveError) and "not enough memory" in refused.message
+
+
+@pytest.mark.parametrize("architecture", ["llama", "t5"])
+@pytest.mark.parametrize("kind", ["PanicException", "ValueError"])
+def test_a_text_that_cannot_begin_fails_alone(
+    kind: str, architecture: str, engine_of: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the tokenizer cannot decode its prompt; pyo3's panics are no Exception."""
+    engine = engine_of(architecture, "torchscript")
+    error = type(kind, (BaseException if kind == "PanicException" else Exception,), {})
+    requests = [Request({"text": text}, {"max_new_tokens": 6, "num_beams": 1}) for text in TEXTS[:5]]
+    alone = [value_of(engine.answer([request])[0]) for request in requests]
+    begin, begun = engine.task.settings, []  # type: ignore[attr-defined]
+
+    def settings(request: Request, *rest: Any) -> Any:
+        begun.append(request.inputs["text"])
+        if request.inputs["text"] == TEXTS[2]:
+            raise error
+        return begin(request, *rest)
+
+    monkeypatch.setattr(engine.task, "settings", settings)
+    results = engine.answer(requests)
+    refused = results.pop(2)
+    assert isinstance(refused, ModelFailure) and [value_of(each) for each in results] == [*alone[:2], *alone[3:]]
+    # Nobody else's text was begun again.
+    assert sorted(begun) == sorted([*TEXTS[:5], TEXTS[2]])
+
+
+# Rows that wait
+
+
+class Stepping(Around):
+    """A runner that notes how many rows each step has."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine.runner)
+        self.rows: List[int] = []
+
+    def step(self, inputs: Any, state: Any, rows: Optional[np.ndarray] = None) -> Any:
+        outputs, state = self._own.step(inputs, state, rows)
+        self.rows.append(len(outputs["logits"]))
+        return outputs, state
+
+
+def stepping(engine: Engine) -> Tuple[Engine, Stepping]:
+    """Return an engine of the same archive whose rows are noted."""
+    noted: Any = Stepping(engine)
+    return Engine(engine.folder, engine.manifest, engine.task, noted), noted
+
+
+@pytest.mark.parametrize("architecture", ["llama", "t5"])
+@pytest.mark.parametrize("beams", [1, 5, 64])
+def test_no_more_rows_are_written_than_gain_from_it(beams: int, architecture: str, engine_of: Make) -> None:
+    """Each beam is one; those that wait have the same texts in the end."""
+    own = engine_of(architecture, "torchscript")
+    count = (1200 if architecture == "t5" else 300) // beams + 3
+    asked = {"max_new_tokens": 3, "min_new_tokens": 3, "num_beams": beams, "long_inputs": "truncate"}
+    requests = [Request({"text": TEXTS[i % len(TEXTS)]}, asked) for i in range(count)]
+    most = loop.MOST_ROWS * (4 if architecture == "t5" else 1)  # whose usual four beams have room
+    alone = [value_of(own.answer([request])[0]) for request in requests[: len(TEXTS)]]
+    engine, noted = stepping(own)
+    work = Work(engine, Stats())
+    pending = work.join(requests, [None] * count)
+    while work.busy:
+        noted.rows.clear()
+        work.turn()
+        # Those in the loop have a step each, and those that join one more.
+        assert max(noted.rows) <= most and sum(noted.rows) <= 4 * most
+    expected = [rounded(alone[i % len(alone)], 1e-4) for i in range(count)]
+    assert [value_of(each.answer()) for each in pending] == expected
+
+
+def test_a_text_with_many_beams_is_not_overtaken_for_ever(engine_of: Make) -> None:
+    """There is always room for those that come later, as others end; but it waits only for those before it."""
+    work = Work(engine_of("llama", "torchscript"), Stats())
+    asked = {"max_new_tokens": 8, "min_new_tokens": 8, "num_beams": 1}
+    small = [Request({"text": text[:20]}, asked) for text in TEXTS[:8]] * 2
+    for _ in range(9):
+        work.join(small, [None] * len(small))
+        work.turn()
+    wide = Request({"text": TEXTS[0]}, {"max_new_tokens": 4, "min_new_tokens": 4, "num_beams": 64})
+    [pending] = work.join([wide], [None])
+    turns = 0
+    while not pending.done and turns < 40:
+        work.join(small, [None] * len(small))
+        work.turn()
+        turns += 1
+    assert pending.done and turns < 20
+
+
+@pytest.mark.parametrize("architecture", ["llama", "t5"])
+def test_one_with_more_beams_than_there_is_room_for_is_written_by_itself(
+    architecture: str, engine_of: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = engine_of(architecture, "torchscript")
+    many = Request({"text": TEXTS[0]}, {"max_new_tokens": 6, "num_beams": 9})
+    requests = [Request({"text": text}, {"max_new_tokens": 6, "num_beams": 1}) for text in TEXTS[1:6]]
+    requests.insert(2, many)
+    alone = [value_of(own.answer([request])[0]) for request in requests]
+    monkeypatch.setattr(loop, "MOST_ROWS", 2)
+    monkeypatch.setattr(loop, "_BEAMS", 1)
+    engine, noted = stepping(own)
+    assert list(map(value_of, engine.answer(requests))) == alone
+    assert set(noted.rows) <= {1, 2, 9}
 
 
 # Prompts that are read in parts

@@ -5,6 +5,8 @@ take: a long one in parts, so that nobody else's tokens wait for it. A decoder's
 each is padded before its first token. Rows that the model cannot run together at different positions (an
 encoder-decoder's have no mask for what was written) stay with those that they were read with; the groups take turns, so
 none holds another for its whole length.
+
+More rows gain nothing, and each has its memory: beyond a number of them the others wait, in the order of arrival.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ from traceserve_runtime.texts.rows import Row
 
 # Groups that cannot be one: with more of them each would be small, and all would be slow.
 _MOST_GROUPS = 2
+_BEAMS = 4  # for which such a group has room, for each row: as many as text2text_generation has by default
+_MOST_ALONE = 1  # rows that are written by themselves at a time
 # The time to read prompts, in a turn's: others' tokens wait for it. A run reads all weights, so longer parts are faster, and
 # where nobody's tokens wait they are twice as long (docs/measurements.md).
 _READING, _READING_ALONE = 2.5, 5
@@ -39,12 +43,14 @@ _TOGETHER = CostModel(run=1e9)
 
 
 class Member:
-    """A row in the loop: it waits, is written, and is done. `begin` makes its search; again, if a step failed."""
+    """A row in the loop: it waits, is written, and is done. `begin` makes its search, which has so many `beams`; again, if a
+    step failed."""
 
-    def __init__(self, row: Row, begin: Callable[[], Search]) -> None:
+    def __init__(self, row: Row, begin: Callable[[], Search], beams: int = 1) -> None:
         self.row = row
+        self.beams = beams
         self.search: Optional[Search] = None
-        self.sound = True  # whether all its logits were numbers
+        self.sound = True  # whether all its logits had a likeliest token
         self.error: Optional[Exception] = None  # why it could not be written
         self.done = False  # set it, and the row leaves the loop
         self.alone = False  # a step with it failed, so it is written again by itself
@@ -52,11 +58,12 @@ class Member:
 
     def begin(self) -> None:
         """Begin its text."""
-        self.search = self._begin()
+        with failures.panics():
+            self.search = self._begin()
 
     def advance(self, logits: np.ndarray, sound: bool) -> Optional[Moves]:
-        """Return its next rows after the logits of the last ones, (rows, vocabulary), which are numbers if `sound`; None
-        when done."""
+        """Return its next rows after the logits of the last ones, (rows, vocabulary), which can be chosen from if `sound`;
+        None when done."""
         assert self.search is not None
         self.sound = sound
         with failures.panics():
@@ -89,6 +96,11 @@ class _Group:
         return sum(len(moves.rows) for _, moves in self._live)
 
     @property
+    def most_rows(self) -> int:
+        """How many rows it has once all its texts have begun."""
+        return sum(max(member.beams, len(moves.rows)) for member, moves in self._live)
+
+    @property
     def length(self) -> int:
         """How many positions its longest row has."""
         return self._feed.length
@@ -107,9 +119,7 @@ class _Group:
         if logits is None:
             return []
         self.reading = False
-        for member in self.members:
-            member.begin()
-        return self._advance([(member, 1) for member in self.members], logits)
+        return self._advance([(member, 1) for member in self.members], logits, begin=True)
 
     def step(self) -> List[_Failed]:
         """Write the next tokens of those that have not left."""
@@ -120,15 +130,18 @@ class _Group:
         tokens = np.array([token for _, moves in self._live for token in moves.tokens], dtype=np.int64)
         return self._advance([(member, len(moves.rows)) for member, moves in self._live], self._feed.next(rows, tokens))
 
-    def _advance(self, widths: Sequence[Tuple[Member, int]], logits: np.ndarray) -> List[_Failed]:
-        """Give each member the logits of its rows; return those that failed on them."""
+    def _advance(self, widths: Sequence[Tuple[Member, int]], logits: np.ndarray, begin: bool = False) -> List[_Failed]:
+        """Give each member the logits of its rows, and let it `begin` before the first ones; return those that failed."""
         self._live, self._rows, failed = [], 0, []
-        numbers = (~np.isnan(logits.max(axis=1))).tolist()  # of all rows at once: NaN is their maximum
+        # Of all rows at once. The maximum is NaN if there is one, and -inf if no token is possible.
+        sound = np.isfinite(logits.max(axis=1)).tolist()
         for member, width in widths:
             start = self._rows
             self._rows += width
             try:
-                moves = member.advance(logits[start : self._rows], all(numbers[start : self._rows]))
+                if begin:
+                    member.begin()
+                moves = member.advance(logits[start : self._rows], all(sound[start : self._rows]))
             except Exception as error:  # the edge of one request
                 failed.append(_Failed(member, error))
                 continue
@@ -178,6 +191,7 @@ class WritingLoop:
         self._stats = stats
         self._most_tokens = most_tokens
         self._together = self._feed.together(manifest.shapes)
+        self._most_rows = max((MOST_ROWS, *(manifest.shapes.batches or ()))) * (1 if self._together else _BEAMS)
         self._in_parts = self._together and bool(manifest.runtime.get(IN_PARTS))
         self._pace = Pace() if pace is None else pace
         self._seconds = seconds
@@ -269,35 +283,53 @@ class WritingLoop:
             return None
         for group in self._groups:
             rows = group.rows + other.rows
-            fits = rows <= MOST_ROWS and rows * max(group.length, other.length) <= self._most_tokens
+            fits = rows <= self._most_rows and rows * max(group.length, other.length) <= self._most_tokens
             if fits and not group.members[0].alone:
                 return group
         return None
 
     def _next_batches(self, most: float) -> List[List[Member]]:
         """Take those that are read now, in the batches in which they are read, of about `most` positions in all."""
-        waiting = [member for member in self._waiting if not member.done]
         room = _MOST_GROUPS - len(self._groups)
-        alone = [member for member in waiting if member.alone][: max(0, room)]
-        others = [member for member in waiting if not member.alone]
-        batches = [[member] for member in alone]
-        room -= len(alone)
-        if others and (self._together or room > 0):
-            batches += (
-                self._in_order(self._planned(others, most), most) if self._together else self._planned(others)[:room]
-            )
+        waiting = [member for member in self._waiting if not member.done]
+        admitted = self._admitted(waiting) if self._together or room > 0 else []
+        batches = [[member] for member in admitted if member.alone]
+        others = [member for member in admitted if not member.alone]
+        if others:
+            batches += self._planned(others, most if self._together else math.inf)
+        order = {id(member): i for i, member in enumerate(admitted)}
+        batches.sort(key=lambda batch: min(order[id(member)] for member in batch))
+        batches = self._within(batches, most) if self._together else batches[:room]
         taken = {id(member) for batch in batches for member in batch}
         self._waiting = deque(member for member in waiting if id(member) not in taken)
         return batches
 
-    def _in_order(self, planned: Sequence[List[Member]], most: float) -> List[List[Member]]:
-        """Return the batches to read in this turn, in the order of arrival: within `most` positions, and one prompt that is
-        longer. Half of the positions are left to one that is partly read."""
-        order = {id(member): i for i, member in enumerate(self._waiting)}
+    def _admitted(self, waiting: Sequence[Member]) -> List[Member]:
+        """Return those that the loop has room for, up to the first that has to wait: whoever comes later waits too.
+
+        One with more beams than there ever is room for is written while there is nobody else.
+        """
+        groups = [*self._groups, *([self._partly_read] if self._partly_read is not None else [])]
+        rows = sum(group.most_rows for group in groups)
+        alone = sum(group.members[0].alone for group in groups if group.members)
+        admitted: List[Member] = []
+        for member in waiting:
+            if member.alone and alone >= _MOST_ALONE:
+                continue  # others may go ahead: it is the next one of its kind
+            rows += member.beams
+            if rows > _MOST_GROUPS * self._most_rows and rows > member.beams:
+                break
+            alone += member.alone
+            admitted.append(member)
+        return admitted
+
+    def _within(self, batches: Sequence[List[Member]], most: float) -> List[List[Member]]:
+        """Return the batches to read in this turn: the first ones within `most` positions, and one prompt that is longer.
+        Half of the positions are left to one that is partly read."""
         chosen: List[List[Member]] = []
         long = self._partly_read is not None
         left = most / 2 if long else most
-        for batch in sorted(planned, key=lambda batch: min(order[id(member)] for member in batch)):
+        for batch in batches:
             positions = len(batch) * max(member.row.length for member in batch)
             if positions > most and self._in_parts:
                 chosen += [] if long else [batch]
@@ -313,4 +345,16 @@ class WritingLoop:
         lengths = [member.row.length for member in members]
         cost = CostModel() if self._together else _TOGETHER
         planned = plan_batches(lengths, self._manifest.shapes, cost, int(min(most, self._most_tokens)))
-        return [[members[i] for i in batch] for batch in planned]
+        return [part for batch in planned for part in self._parted([members[i] for i in batch])]
+
+    def _parted(self, batch: Sequence[Member]) -> List[List[Member]]:
+        """Return the parts of a batch whose beams can run together."""
+        parts: List[List[Member]] = []
+        rows = self._most_rows
+        for member in batch:
+            rows += member.beams
+            if rows > self._most_rows:
+                parts.append([])
+                rows = member.beams
+            parts[-1].append(member)
+        return parts

@@ -49,7 +49,10 @@ class Stops:
     @staticmethod
     def _begun(text: str, stop: str) -> int:
         """Return how many of the last characters may begin the stop string."""
-        return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+        start = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+        while start >= 0 and not stop.startswith(text[start:]):
+            start = text.find(stop[0], start + 1)
+        return len(text) - start if start >= 0 else 0
 
 
 def cut_at_stop(text: str, stops: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ from traceserve_runtime.generation.loop import Member, WritingLoop
 from traceserve_runtime.generation.scores import GenerationSettings
 from traceserve_runtime.generation.search import Likelihood, Search, search_for
 from traceserve_runtime.json_types import Json, JsonObject
+from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runner import Arrays, Runner
 from traceserve_runtime.tasks.contract import (
     Details,
@@ -25,10 +26,14 @@ from traceserve_runtime.tasks.contract import (
     Task,
     WrittenToken,
     without_prefix,
+    without_refused,
 )
 from traceserve_runtime.tasks.parameters import Output, strings
+from traceserve_runtime.tasks.token_details import check_time, time_of, token_details
+from traceserve_runtime.texts import limits
 from traceserve_runtime.texts.continuation import Continuation
 from traceserve_runtime.texts.rows import Encoded, Row
+from traceserve_runtime.texts.tokenization import TextTokenizer
 from traceserve_runtime.texts.written_text import WrittenText
 
 # Settings of transformers with another name here.
@@ -45,6 +50,11 @@ class Generating(Task):
     merges_windows = False
     pipeline_defaults: ClassVar[Dict[str, object]] = {}  # if the checkpoint sets nothing
     gate_parameters = {"max_new_tokens": 24, "do_sample": False}
+
+    def __init__(self, manifest: Manifest, tokenizer: TextTokenizer) -> None:
+        super().__init__(manifest, tokenizer)
+        # Of the outputs of the last answer, until the engine asks for them.
+        self._details: Tuple[Arrays, JsonObject] = {}, {}
 
     @classmethod
     def defaults(cls, model: ModelFacts) -> Dict[str, object]:
@@ -93,6 +103,20 @@ class Generating(Task):
             raise Unsupported(f"config.json says prefix = {prefix!r}, but it should be a string; remove it, or fix it")
         return prefix or ""
 
+    def parts(self, requests: Sequence[Request]) -> List[Parts]:
+        parts = super().parts(requests)
+        sums = limits.GroupSums()
+        for request, part in zip(requests, parts):
+            if not isinstance(part, TraceserveError) and self.parameter(request, "details"):
+                sums.add(request.group, *self._reported(request))
+        return without_refused(sums.refused(check_time), requests, parts)
+
+    def _reported(self, request: Request) -> Tuple[int, int]:
+        """Return how many log-probabilities a request may be answered with, and how many take as long to make."""
+        length = min(self._most_new_tokens(request) or self.manifest.facts["max_length"], self.longest_text)
+        count = length * (1 + self.parameter(request, "top_n_tokens"))
+        return count, time_of(self.tokenizer, length, count)
+
     def tokenize(self, requests: Sequence[Request], parts: Sequence[Parts]) -> List[Union[Encoded, TraceserveError]]:
         written = len(self.manifest.facts["prefix"])
         return [without_prefix(item, "text", written) for item in super().tokenize(requests, parts)]
@@ -110,11 +134,7 @@ class Generating(Task):
             raise InvalidRequest(
                 f"this model has no token {unknown}: its {most:,} tokens begin at 0", "parameters.logit_bias"
             )
-        if (
-            self.parameter(request, "details")
-            and not self._samples(request)
-            and self.parameter(request, "num_beams") > 1
-        ):
+        if self.parameter(request, "details") and self._beams(request) > 1:
             raise InvalidRequest(
                 'details are not available with beam search; send "num_beams": 1 too',
                 "parameters.details",
@@ -134,14 +154,21 @@ class Generating(Task):
         """The prefix's tokens, which limits on the whole sequence's length do not count."""
         return 0
 
+    def _most_new_tokens(self, request: Request) -> Optional[int]:
+        """Return the most tokens to write, without their room; None if the checkpoint limits them with the prompt's."""
+        most: Optional[int] = self.parameter(request, "max_new_tokens")
+        return most if most is not None or self.manifest.facts["max_length"] is not None else 256
+
+    def _beams(self, request: Request) -> int:
+        beams: int = 1 if self._samples(request) else self.parameter(request, "num_beams")
+        return beams
+
     def settings(self, request: Request, row: Row, prompt: Sequence[int]) -> GenerationSettings:
         """Return the settings that continue this request's row after its prompt's tokens."""
         facts = self.manifest.facts
-        samples = self._samples(request)
-        most = self.parameter(request, "max_new_tokens")
+        most = self._most_new_tokens(request)
         if most is None:
-            whole = facts["max_length"]
-            most = 256 if whole is None else max(1, whole + self.counted_prefix - len(prompt))
+            most = max(1, facts["max_length"] + self.counted_prefix - len(prompt))
         asked = {**self.manifest.parameters, **request.parameters}
         least = 0 if "min_new_tokens" in asked else facts["min_length"]
         take = {
@@ -151,8 +178,8 @@ class Generating(Task):
         }
         return GenerationSettings(
             max_new_tokens=min(most, self.room(row)),
-            do_sample=samples,
-            num_beams=1 if samples else self.parameter(request, "num_beams"),
+            do_sample=self._samples(request),
+            num_beams=self._beams(request),
             min_length=least + self.counted_prefix if least else 0,
             eos_ids=tuple(facts["eos_ids"]),
             bias=tuple((int(token), added) for token, added in (self.parameter(request, "logit_bias") or {}).items()),
@@ -173,6 +200,11 @@ class Generating(Task):
         """Return the tokens that a row's text continues, as penalties count them."""
         raise NotImplementedError
 
+    @property
+    def longest_text(self) -> int:
+        """The most tokens of any text."""
+        raise NotImplementedError
+
     def room(self, row: Row) -> int:
         """Return how many tokens can be written."""
         raise NotImplementedError
@@ -187,7 +219,7 @@ class Generating(Task):
         return WritingLoop(runner, self.manifest, self.loop, stats, self.most_tokens, pace, seconds)
 
     def member(self, job: Job) -> Member:
-        return Member(job.row, partial(self._search, job))
+        return Member(job.row, partial(self._search, job), self._beams(job.request))
 
     def _search(self, job: Job) -> Search:
         prompt = self.prompt(job.row)
@@ -212,26 +244,26 @@ class Generating(Task):
 
     def details(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Optional[Details]:
         """Return why the text ended, and its tokens, in text-generation-inference's format."""
-        [output] = outputs
+        (output, found), self._details = self._details, ({}, {})
+        return found if output is outputs[0] else self._made_details(request, rows[0], outputs[0])
+
+    def answered_details(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> JsonObject:
+        """Return the same for the answer itself, and keep it: the engine asks for it next."""
+        found = self._made_details(request, rows[0], outputs[0])
+        self._details = outputs[0], found
+        return found
+
+    def _made_details(self, request: Request, row: Row, output: Arrays) -> JsonObject:
         ids = output["tokens"].tolist()
-        found = {"finish_reason": self._finish_reason(request, rows[0], ids), "generated_tokens": len(ids)}
+        found: JsonObject = {"finish_reason": self._finish_reason(request, row, ids), "generated_tokens": len(ids)}
         if "logarithms" not in output:
             return found
-
-        def token(number: int, logarithm: float, text: str) -> JsonObject:
-            special = bool(text) and not self.tokenizer.decode([number], skip_special_tokens=True)
-            return {"id": number, "text": text, "logprob": logarithm, "special": special}
-
-        top_ids = output["top_ids"].tolist() if "top_ids" in output else [[] for _ in ids]
-        texts, top_texts = self._texts(ids, top_ids)
-        tokens = [token(*each) for each in zip(ids, output["logarithms"].tolist(), texts)]
-        found.update(seed=self.parameter(request, "seed"), prefill=[], tokens=tokens)
-        if "top_ids" in output:
-            found["top_tokens"] = [
-                [token(*each) for each in zip(*top)]
-                for top in zip(top_ids, output["top_logarithms"].tolist(), top_texts)
-            ]
-        return found
+        return {
+            **found,
+            "seed": self.parameter(request, "seed"),
+            "prefill": [],
+            **token_details(self.tokenizer, output),
+        }
 
     def _finish_reason(self, request: Request, row: Row, ids: Sequence[int]) -> str:
         if ids and ids[-1] in self.manifest.facts["eos_ids"]:
@@ -241,39 +273,31 @@ class Generating(Task):
         ends = self._ends(request, prompt, lambda tokens: continuation.of(tokens, self.text(tokens)))
         return "stop_sequence" if ends is not None and ends(list(ids)) else "length"
 
-    def _texts(self, ids: List[int], others: Sequence[Sequence[int]]) -> Tuple[List[str], List[List[str]]]:
-        """Return the text that each token adds, without partial characters, special ones as written; and the text that each
-        of `others`, tokens at the same positions, would add."""
-        decode = partial(self.tokenizer.decode, skip_special_tokens=False, raw=True)
-        written = WrittenText(decode, self.tokenizer.decodes_locally)
-        texts: List[str] = []
-        of_others: List[List[str]] = []
-        before = ""
-        for i, instead in enumerate(others):
-            of_others.append([written.possible([*ids[:i], other])[len(before) :] for other in instead])
-            after = written.of(ids[: i + 1])
-            texts.append((after if i + 1 == len(ids) else after.rstrip("\ufffd"))[len(before) :])
-            before += texts[-1]
-        return texts, of_others
-
     def _ends(
         self, request: Request, prompt: Sequence[int], text_of: Callable[[List[int]], str]
     ) -> Optional[Callable[[List[int]], bool]]:
-        """Return a test for stop strings in new tokens, whose text continues the prompt's. They may begin in the prompt, or
-        be a special token, which no text has. None without stop strings."""
+        """Return a test for stop strings in new tokens, whose text continues the prompt's. They may begin in the prompt, as
+        with transformers, unless only what is written counts, as with OpenAI; or be a special token, which no text has. None
+        without stop strings."""
         stops = self.parameter(request, "stop")
         if stops is None:
             return None
         wanted = strings(stops)
         ids = [self.tokenizer.token_id(stop) for stop in wanted]
         special = {number for number in ids if number is not None and not self.text([number])}
-        tail = self.text(self.tail(prompt))
+        tail = "" if request.continues else self.text(self.tail(prompt))
+        searched = tail  # a text without any of them
 
         def ends(tokens: List[int]) -> bool:
+            nonlocal searched
             if special.intersection(tokens[-1:]):
                 return True
             text = tail + text_of(tokens)
-            return any(stop in text[max(0, len(tail) - len(stop) + 1) :] for stop in wanted)
+            new = max(len(tail), len(searched)) if text.startswith(searched) else len(tail)
+            if any(text.find(stop, max(0, new - len(stop) + 1)) >= 0 for stop in wanted):
+                return True
+            searched = text.rstrip("\ufffd")
+            return False
 
         return ends
 

@@ -97,7 +97,8 @@ PARAMETERS = (
         ("never",),
         default=False,
     ),
-    Parameter("stop", list, "stop after one of these strings, which is part of the answer"),
+    # Each is looked for after each token of each text.
+    Parameter("stop", list, "stop after one of these strings, which is part of the answer", most=16, longest=256),
     Parameter(
         "details",
         bool,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 from traceserve_runtime.json_types import Json, JsonObject
 
@@ -36,7 +37,8 @@ class Parameter:
 
     If there are choices and `type` is not str, both are legal.
 
-    Numbers lie between `least` and `most`. `default` applies if neither request nor model sets a value.
+    Numbers lie between `least` and `most`. A list of strings has at most `most`, each of at most `longest` characters.
+    `default` applies if neither request nor model sets a value.
     """
 
     name: str
@@ -48,12 +50,17 @@ class Parameter:
     most: Optional[float] = None
     default: Json = None
     numbers: bool = False  # whether a list has whole numbers
+    longest: Optional[int] = None
 
     @property
     def legal(self) -> str:
         """The legal values in words."""
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
         words[list] = "a string or a list of strings"
+        if self.most is not None:
+            words[list] += f", at most {self.most:,}"
+        if self.longest is not None:
+            words[list] += f"{',' if self.most is None else ' of'} at most {self.longest:,} characters each"
         words[dict] = f"an object with tokens' numbers as keys and numbers from {self.least:g} to {self.most or 0:g}"
         if self.numbers:
             words[list] = f"a list of whole numbers of {self.least:,} or more"
@@ -70,13 +77,15 @@ class Parameter:
     def schema(self) -> JsonObject:
         """Return the values that `accepts` accepts, as JSON Schema."""
         most = LARGEST_NUMBER if self.most is None else self.most
-        text: JsonObject = {"type": "string", "minLength": 1}
+        longest: JsonObject = {} if self.longest is None else {"maxLength": self.longest}
+        text: JsonObject = {"type": "string", "minLength": 1, **longest}
+        count: JsonObject = {} if self.most is None else {"maxItems": self.most}
         legal: Dict[type, List[JsonObject]] = {
             int: [{"type": "integer", "minimum": self.least, "maximum": most}],
             float: [{"type": "number", "minimum": self.least, "maximum": most}],
             bool: [{"type": "boolean"}],
             str: [] if self.choices else [{"type": "string"}],
-            list: [text, {"type": "array", "items": text, "minItems": 1}],
+            list: [text, {"type": "array", "items": text, "minItems": 1, **count}],
             dict: [
                 {
                     "type": "object",
@@ -103,11 +112,15 @@ class Parameter:
                 return (
                     isinstance(value, list) and bool(value) and all(type(n) is int and n >= self.least for n in value)
                 )
-            texts = value if isinstance(value, list) else [value]
-            return bool(texts) and all(text and _is_text(text) for text in texts)
+            texts: List[Any] = value if isinstance(value, list) else [value]
+            fits = 0 < len(texts) <= (math.inf if self.most is None else self.most)
+            return fits and all(text and _is_text(text) and self._is_short(text) for text in texts)
         if self.type is dict:
             return isinstance(value, dict) and all(
-                re.fullmatch(_TOKEN, token) and type(number) in (int, float) and self._holds(number)
+                isinstance(token, str)
+                and re.fullmatch(_TOKEN, token)
+                and type(number) in (int, float)
+                and self._holds(number)
                 for token, number in value.items()
             )
         # Not isinstance: true is not a number.
@@ -116,6 +129,9 @@ class Parameter:
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             return self.type is not str or _is_text(value)
         return self._holds(value)
+
+    def _is_short(self, text: str) -> bool:
+        return self.longest is None or len(text) <= self.longest
 
     def _holds(self, number: float) -> bool:
         # Python's JSON reads NaN and Infinity, which are not legal.

@@ -127,16 +127,21 @@ class Text2TextGeneration(Generating):
     def prompt(self, row: Row) -> List[int]:
         return [self.manifest.facts["start_id"]]
 
-    def room(self, row: Row) -> int:
+    @property
+    def longest_text(self) -> int:
         most: int = self.manifest.facts["most_new_tokens"]
         return most
+
+    def room(self, row: Row) -> int:
+        return self.longest_text
 
     def text(self, tokens: Sequence[int]) -> str:
         # Like its pipeline, which does not clean up.
         return self.tokenizer.decode(tokens, skip_special_tokens=True, raw=True)
 
     def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Json:
-        told = {"details": self.details(request, rows, outputs)} if self.parameter(request, "details") else {}
+        details = self.answered_details(request, rows, outputs) if self.parameter(request, "details") else None
+        told = {} if details is None else {"details": details}
         return {"generated_text": self.text(outputs[0]["tokens"].tolist()), **told}
 
     def from_texts(self, texts: Sequence[str]) -> List[Request]:

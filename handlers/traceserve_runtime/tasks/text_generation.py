@@ -84,6 +84,10 @@ class TextGeneration(Generating):
     def prompt(self, row: Row) -> List[int]:
         return list(row.encoding.ids)
 
+    @property
+    def longest_text(self) -> int:
+        return self.manifest.max_length
+
     def room(self, row: Row) -> int:
         return self.manifest.max_length - row.length
 
@@ -100,7 +104,7 @@ class TextGeneration(Generating):
         ids = outputs[0]["tokens"].tolist()
         if self.streams(request):
             return text_as_sent(self.text, ids)
-        details = self.details(request, rows, outputs) if self.parameter(request, "details") else None
+        details = self.answered_details(request, rows, outputs) if self.parameter(request, "details") else None
         return self._value(request, self.text(ids), details)
 
     def _value(self, request: Request, written: str, details: Optional[Details]) -> Json:

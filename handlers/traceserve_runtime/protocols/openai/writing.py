@@ -176,6 +176,9 @@ class Completions(_Writing):
 
     keys = _COMPLETIONS
 
+    def _names(self) -> Dict[str, str]:
+        return {**super()._names(), "top_n_tokens": "logprobs"}
+
     def _parameters(self, value: Mapping[str, object], served: Served) -> Dict[str, object]:
         return {"max_new_tokens": _DEFAULT_TOKENS, **super()._parameters(value, served)}
 
