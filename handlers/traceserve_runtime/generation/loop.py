@@ -290,6 +290,8 @@ class WritingLoop:
 
     def _next_batches(self, most: float) -> List[List[Member]]:
         """Take those that are read now, in the batches in which they are read, of about `most` positions in all."""
+        if not self._waiting:
+            return []
         room = _MOST_GROUPS - len(self._groups)
         waiting = [member for member in self._waiting if not member.done]
         admitted = self._admitted(waiting) if self._together or room > 0 else []
