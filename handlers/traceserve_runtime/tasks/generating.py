@@ -128,12 +128,10 @@ class Generating(Task):
                 "beam search does not sample; send either num_beams or do_sample, temperature, top_k, top_p, min_p, seed",
                 "parameters.num_beams",
             )
-        most = self.tokenizer.vocabulary_size
-        unknown = next((token for token in self.parameter(request, "logit_bias") or {} if int(token) >= most), None)
+        biased = self.parameter(request, "logit_bias") or {}
+        unknown = next((token for token in biased if not self.tokenizer.has_token(int(token))), None)
         if unknown is not None:
-            raise InvalidRequest(
-                f"this model has no token {unknown}: its {most:,} tokens begin at 0", "parameters.logit_bias"
-            )
+            raise InvalidRequest(f"this model has no token {unknown}", "parameters.logit_bias")
         if self.parameter(request, "details") and self._beams(request) > 1:
             raise InvalidRequest(
                 'details are not available with beam search; send "num_beams": 1 too',
