@@ -387,6 +387,36 @@ def test_a_text_is_written_whole_or_not_at_all(target: Path) -> None:
     assert seen(target.parent) == {"thing": "new"} and target.stat().st_mode & 0o777 == 0o640
 
 
+WRITE = """
+import sys
+from pathlib import Path
+from traceserve.archives.staging import write_whole
+
+write_whole(Path(sys.argv[1]), "new")
+"""
+
+
+def test_a_file_that_is_mounted_by_itself(tmp_path: Path) -> None:
+    """As containers mount one: its name cannot be given to another file."""
+    inside, outside = tmp_path / "inside" / "setup_config.json", tmp_path / "outside.json"
+    for path in (inside, outside):
+        put_file(path, "something longer")
+    apart = [
+        "unshare",
+        "--mount",
+        "sh",
+        "-ec",
+        'mount --bind "$1" "$2" && shift 2 && "$@"',
+        "sh",
+        str(outside),
+        str(inside),
+    ]
+    if subprocess.run([*apart, "true"], stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("this user may not mount")
+    subprocess.run([*apart, sys.executable, "-c", WRITE, str(inside)], check=True)
+    assert outside.read_text() == "new" and seen(inside.parent) == {"setup_config.json": "something longer"}
+
+
 def test_a_text_into_a_pipe(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)

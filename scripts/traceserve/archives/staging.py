@@ -9,6 +9,7 @@ machines should not build into one folder at the same time.
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
 import re
@@ -123,7 +124,7 @@ def write_beside(target: Path, suffix: str, text: str) -> Path:
 def write_whole(path: Path, text: str) -> None:
     """Atomically write a text file, with an earlier one's permissions; if that fails, the earlier one remains.
 
-    What is no file, such as /dev/stdout or a pipe, is written to.
+    What is no file, such as /dev/stdout or a pipe, is written to, and so is a file that is mounted by itself.
     """
     if path.exists() and not path.is_file():
         path.write_text(text, encoding="utf-8")
@@ -144,7 +145,12 @@ def _dangling(target: Path) -> Optional[str]:
 
 def _replace(made: Path, target: Path, replaced: Path) -> None:
     if not target.is_dir():
-        os.replace(made, target)
+        try:
+            os.replace(made, target)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            shutil.copyfile(made, target)  # mounted by itself into a container: nothing takes its place
         return
     os.rename(target, replaced)  # a folder cannot be renamed over another
     try:
