@@ -448,6 +448,33 @@ def test_layers_that_read_the_same_rows_are_one_product(dtype: torch.dtype, tmp_
     packed_alike(model, inputs, tmp_path, layers=5, products=3, rtol=1e-2 if dtype is torch.bfloat16 else 1e-5)
 
 
+class Normed(torch.nn.Module):
+    """Its cast, as in a Llama's norms, returns the same tensor, which the trace returns beside the result, in a tuple."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs.to(torch.float32).double() * 2
+
+
+def test_rows_that_each_layer_casts_for_itself_are_cast_once(tmp_path: Path) -> None:
+    class Casting(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = Normed()
+            self.layers = torch.nn.ModuleList([torch.nn.Linear(6, 6) for _ in range(3)])
+
+        def forward(self, inputs: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+            inputs = inputs * 2
+            rows = self.norm(inputs)
+            return sum((layer(rows.float()) for layer in self.layers), inputs), inputs
+
+    model, inputs = Casting(), torch.rand(5, 6)
+    module = reread(model, inputs, tmp_path)
+    assert packing.pack(module) == 3 and str(module.graph).count(PACKED) == 1
+    with torch.inference_mode():
+        for got, expected in zip(module(inputs), model(inputs)):
+            assert torch.allclose(got, expected, atol=1e-6)
+
+
 def test_what_depends_on_how_rows_lie_keeps_its_layers_apart(tmp_path: Path) -> None:
     model = Attention(lambda rows: rows.as_strided((3, 4), (20, 1)))
     packed_alike(model, [torch.rand(3, 5, 6)], tmp_path, layers=5, products=5)

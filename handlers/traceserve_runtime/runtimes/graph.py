@@ -6,6 +6,7 @@ So these types list the needed members, and `torch_internals.rewrites` checks fo
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ContextManager, Dict, Iterator, List, Optional, Protocol, Sequence, Tuple
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 
 ATTENTION = "aten::scaled_dot_product_attention"
+_IN_PLACE = re.compile(r"aten::(\w*[^_]_|__i\w+__)")
 
 
 class ValueType(Protocol):
@@ -186,11 +188,19 @@ def replace_value(node: Node, value: Value) -> None:
     node.destroy()
 
 
+def works_in_place(node: Node) -> bool:
+    """Return whether a node changes its first input, as its operator's name tells."""
+    return _IN_PLACE.fullmatch(node.kind()) is not None
+
+
 def open_tuples(graph: Graph) -> None:
-    """Read values directly where tuples of them are made, as between a layer and its hooks."""
+    """Read values directly where tuples of them are made, as between a layer and its hooks; tuples that nobody reads are
+    removed, since what is in one is not merged by `torch_internals.merge_equal`."""
     for node in graph.findAllNodes("prim::TupleUnpack", False):
         made = node.inputsAt(0).node()
         if made.kind() == "prim::TupleConstruct":
             for output, value in zip(list(node.outputs()), list(made.inputs())):
                 output.replaceAllUsesWith(value)
             node.destroy()
+            if not made.output().uses():
+                made.destroy()

@@ -32,6 +32,7 @@ from traceserve_runtime.runtimes.graph import (
     insert_node,
     open_tuples,
     replace_value,
+    works_in_place,
 )
 from traceserve_runtime.runtimes.torchscript import devices
 
@@ -132,8 +133,8 @@ def _pack_entry(
 ) -> int:
     """Pack one graph's weights of these dtypes; returns the number of layers."""
     torch_internals.inline(entry.graph)
-    torch_internals.merge_equal(entry.graph)  # else each layer reads its own cast of the rows
     open_tuples(entry.graph)
+    torch_internals.merge_equal(entry.graph)  # else each layer reads its own cast of the rows
     groups = _groups(entry, [layer for layer in layers(entry) if layer.weight.dtype in dtypes])
     keys = [tuple(layer.key for layer in group) for group in groups]
     new = {key: group for key, group in zip(keys, groups) if key not in packed}
@@ -208,7 +209,7 @@ def _groups(entry: Traced, layers: Sequence[_Layer]) -> List[List[_Layer]]:
 def _written(graph: Graph) -> Set[str]:
     """Return values that are modified in place. One layer may read such rows before, another after the change; a
     reshaped slice of such results may be a copy, which does not share the change."""
-    nodes = [node for node in devices.nodes(graph) if node.kind().startswith("aten::") and node.kind().endswith("_")]
+    nodes = [node for node in devices.nodes(graph) if works_in_place(node)]
     return {memory(next(iter(node.inputs()))) for node in nodes}
 
 

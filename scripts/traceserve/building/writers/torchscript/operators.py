@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Dict, List, Optional, Sequence, Set
 
-from traceserve_runtime.runtimes.graph import ATTENTION, Node, Use, Value
+from traceserve_runtime.runtimes.graph import ATTENTION, Node, Use, Value, works_in_place
 from traceserve_runtime.runtimes.torchscript import packing
 
 from traceserve.building.writers.torchscript import axes
@@ -38,8 +38,7 @@ class Operators:
 
     def changes_rows(self, node: Node) -> bool:
         """Return whether a node modifies rows in place: reads before and after are not tracked."""
-        kind = node.kind()
-        if not kind.startswith("aten::") or not kind.endswith("_") or kind.endswith("__"):
+        if not works_in_place(node):
             return False
         changed = node.inputsAt(0).debugName(), packing.memory(node.inputsAt(0))
         dims = [self._known.get(name, axes.UNKNOWN) for name in changed]
