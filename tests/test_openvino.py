@@ -274,7 +274,8 @@ def test_only_linear_layers_are_quantized(original: Any) -> None:
 
 def test_ranges_come_from_more_texts_than_the_measured_change(original: Any) -> None:
     """Channels that are large in few texts only would be clipped; the change is measured on a spread of them."""
-    texts = calibration([Request({"text": f"number {i}"}) for i in range(1000)], WRITERS["openvino"].most_texts)
+    kind = TASKS["sequence_classification"]
+    texts = calibration(kind, [Request({"text": f"number {i}"}) for i in range(1000)], WRITERS["openvino"].most_texts)
     measured: List[int] = []
     with pytest.MonkeyPatch.context() as patch:
         own = int8.ladder

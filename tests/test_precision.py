@@ -37,6 +37,7 @@ from traceserve_runtime.batching import costs, measuring
 from traceserve_runtime.batching.costs import CostModel
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.manifest import Manifest
+from traceserve_runtime.runtimes.pretrained import is_linear
 from traceserve_runtime.runtimes.torchscript import attention
 from traceserve_runtime.runtimes.torchscript.reader import TorchScriptRunner
 from traceserve_runtime.tasks import TASKS
@@ -218,13 +219,16 @@ def test_layers_are_left_until_the_gate_passes(
     folder = tmp_path / "x"
     exported = run_export(folder, {**content(checkpoint), "dtype": "bfloat16", "save_mode": save_mode})
     kept = exported.manifest.receipt["in_float32"]
-    assert len(seen) == 2 and 0 < seen[1] < seen[0] and kept
+    assert len(seen) == 2 and kept
     assert Manifest.read(folder).receipt["in_float32"] == kept
-    model = Engine.load(folder).runner
+    model: Any = Engine.load(folder).runner
     if save_mode == "pretrained":
         assert Manifest.read(folder).runtime["in_float32"] == kept
+        layers = [(path, module) for path, module in model.calls.model.named_modules() if is_linear(module)]
+        assert {path for path, module in layers if module.weight.dtype == torch.float32} == set(kept)
+        assert {module.weight.dtype for path, module in layers if path not in kept} == {torch.bfloat16}
         return
-    assert isinstance(model, TorchScriptRunner)
+    assert isinstance(model, TorchScriptRunner) and 0 < seen[1] < seen[0]
     traced: Any = torch.jit.load(folder / "traced_model.pt")  # type: ignore[no-untyped-call]
     exact = {
         path
@@ -735,16 +739,58 @@ def test_the_corpus_is_of_different_sentences() -> None:
 
 
 def test_what_a_model_reads_is_shown_by_the_users_own_texts() -> None:
+    kind = TASKS["sequence_classification"]
     own = [Request({"text": f"text {i}", "text_pair": f"pair {i}"}) for i in range(1000)]
-    shown = calibration(own, 64)
-    assert len(shown) == len(calibration([], 64)) == 64 and len(calibration([], 256)) == 256
-    assert len([text for text in shown if text.startswith(("text", "pair"))]) > 30
-    assert set(calibration([], 64)) < {*SENTENCES, *sentences(64)}
+    shown = calibration(kind, own, 64)
+    assert len(shown) == len(calibration(kind, [], 64)) == 64 and len(calibration(kind, [], 256)) == 256
+    pairs = [text for text in shown if isinstance(text, tuple)]
+    assert len(pairs) > 30 and {(one[:5], other[:5]) for one, other in pairs} == {("text ", "pair ")}
+    one = Request({"text": "a text"})
+    assert set(calibration(kind, [one], 64)) == {*SENTENCES, "a text"}
+    assert set(calibration(TASKS["token_classification"], [], 64)) < {*SENTENCES, *sentences(64)}
+
+
+@pytest.mark.parametrize(
+    "task, inputs, parameters, expected",
+    [
+        ("question_answering", {"context": "C", "question": "Q"}, {}, [("Q", "C")]),
+        ("text_ranking", {"query": "Q", "documents": ["A", "B"]}, {}, [("Q", "A"), ("Q", "B")]),
+        (
+            "zero_shot_classification",
+            {"text": "T"},
+            {"candidate_labels": "a, b"},
+            [("T", "This example is a."), ("T", "This example is b.")],
+        ),
+        (
+            "zero_shot_classification",
+            {"text": "T"},
+            {"candidate_labels": ["a"], "hypothesis_template": "Of {}."},
+            [("T", "Of a.")],
+        ),
+        ("text_generation", {"messages": [{"role": "user", "content": "hello"}]}, {}, []),
+    ],
+)
+def test_what_a_model_reads_in_pairs_is_shown_in_pairs(
+    task: str, inputs: Dict[str, Any], parameters: Dict[str, Any], expected: List[Any]
+) -> None:
+    shown = calibration(TASKS[task], [Request(inputs, parameters)], 64)
+    if expected:
+        assert shown[-len(expected) :] == expected and all(isinstance(text, tuple) for text in shown)
+    built_in = calibration(TASKS[task], [], 64)
+    assert len(built_in) == 64 and {type(text) for text in built_in} == {tuple if expected else str}
+
+
+def test_some_of_a_classifiers_texts_are_pairs_where_they_fix_ranges() -> None:
+    kind = TASKS["sequence_classification"]
+    built_in = calibration(kind, [], 256, all_kinds=True)
+    assert len(built_in) == 256 and 40 < sum(isinstance(text, tuple) for text in built_in) < 64
+    assert all(isinstance(text, str) for text in calibration(kind, [], 256))
 
 
 def test_the_users_own_texts_are_shown_from_the_first_to_the_last() -> None:
     own = [Request({"text": f"text {i}"}) for i in range(1000)]
-    numbers = [int(text[5:]) for text in calibration(own, 64) if "text " in text]
+    shown = calibration(TASKS["sequence_classification"], own, 64)
+    numbers = [int(text[5:]) for text in shown if isinstance(text, str) and "text " in text]
     assert min(numbers) < 50 and max(numbers) > 900
 
 

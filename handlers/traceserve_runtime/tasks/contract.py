@@ -103,6 +103,7 @@ class ModelFacts:
 
 
 T = TypeVar("T")
+TextOrPair = Union[str, Tuple[str, str]]
 Parts = Union[List[Segments], TraceserveError]  # a request's texts, or why there are none
 
 
@@ -185,6 +186,15 @@ class Task:
     def all_parameters(cls) -> Tuple[Parameter, ...]:
         """Return the task's own parameters and those of every task."""
         return (*cls.parameters, LONG_INPUTS_PARAMETER if cls.merges_windows else WITHOUT_WINDOWS)
+
+    @classmethod
+    def texts_of(cls, request: Request) -> List[TextOrPair]:
+        """Return the texts, or pairs of texts, that a model typically reads for a request; none of a chat. A builder shows
+        them to it, before there is an artifact and so a task: see `segments` for what a worker reads."""
+        values = [request.inputs.get(field.name) for field in cls.fields]
+        texts = [value for value in values if isinstance(value, str)]
+        texts += [text for value in values if isinstance(value, list) for text in value if isinstance(text, str)]
+        return [(texts[0], other) for other in texts[1:]] or [*texts]
 
     @classmethod
     def check(cls, inputs: Mapping[str, object]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Dict, List, Sequence, Tuple
+from typing import Any, Dict, List, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -10,10 +10,12 @@ from traceserve_runtime.errors import InputTooLong, InvalidRequest, Unsupported
 from traceserve_runtime.json_types import Json
 from traceserve_runtime.runner import Arrays
 from traceserve_runtime.softmax import softmax
-from traceserve_runtime.tasks.contract import ModelFacts, Request, Task, by_part
+from traceserve_runtime.tasks.contract import ModelFacts, Request, Task, TextOrPair, by_part
 from traceserve_runtime.tasks.parameters import Field, Output, Parameter
 from traceserve_runtime.tasks.scores import average
 from traceserve_runtime.texts.rows import Row, Segments
+
+_TEMPLATE = "This example is {}."
 
 
 class ZeroShotClassification(Task):
@@ -33,7 +35,7 @@ class ZeroShotClassification(Task):
             "hypothesis_template",
             str,
             "the sentence to judge, with {} for the label",
-            default="This example is {}.",
+            default=_TEMPLATE,
         ),
         Parameter("multi_label", bool, "judge each label separately, since several may apply", default=False),
     )
@@ -57,6 +59,12 @@ class ZeroShotClassification(Task):
         # Like the pipeline: the first label is the contradiction, or the last if the first is the entailment.
         return {"entailment": entailment[0], "contradiction": len(labels) - 1 if entailment[0] == 0 else 0}
 
+    @classmethod
+    def texts_of(cls, request: Request) -> List[TextOrPair]:
+        labels: Any = request.parameters.get("candidate_labels") or cls.gate_parameters["candidate_labels"]
+        template = request.parameters.get("hypothesis_template", _TEMPLATE)
+        return [(request.inputs["text"], template.replace("{}", label)) for label in _each(labels)]
+
     def _labels(self, request: Request) -> List[str]:
         value = self.parameter(request, "candidate_labels")
         if value is None:
@@ -64,8 +72,7 @@ class ZeroShotClassification(Task):
                 '"candidate_labels" is missing: send "parameters": {"candidate_labels": ["...", "..."]}',
                 "parameters.candidate_labels",
             )
-        # Like the pipeline: only comma-separated labels are stripped, and dropped if blank.
-        labels = [label.strip() for label in value.split(",") if label.strip()] if isinstance(value, str) else value
+        labels = _each(value)
         if not labels:
             raise InvalidRequest('"candidate_labels" holds no label', "parameters.candidate_labels")
         most = self.manifest.max_rows
@@ -128,6 +135,11 @@ class ZeroShotClassification(Task):
 
     def from_texts(self, texts: Sequence[str]) -> List[Request]:
         return [request for request in super().from_texts(texts) if request.inputs["text"]]
+
+
+def _each(labels: Union[str, List[str]]) -> List[str]:
+    """Return the labels, like the pipeline: only comma-separated ones are stripped, and dropped if blank."""
+    return [label.strip() for label in labels.split(",") if label.strip()] if isinstance(labels, str) else labels
 
 
 def _ranked_labels(answer: Json) -> List[Tuple[str, float]]:

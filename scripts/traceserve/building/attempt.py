@@ -11,7 +11,7 @@ from traceserve_runtime.engine import load_task
 from traceserve_runtime.generation.steps import IN_PARTS
 from traceserve_runtime.manifest import Manifest, Shapes, Source
 from traceserve_runtime.tasks import TASKS
-from traceserve_runtime.tasks.contract import Request
+from traceserve_runtime.tasks.contract import Request, TextOrPair
 
 from traceserve.archives.shapes_in_words import describe_shapes
 from traceserve.building import artifact, explaining
@@ -50,7 +50,7 @@ class AcceptedArtifact(NamedTuple):
     findings: Findings
 
 
-def _lowered(config: SetupConfig, original: Original, dtype: str, texts: Sequence[str]) -> Iterable[Original]:
+def _lowered(config: SetupConfig, original: Original, dtype: str, texts: Sequence[TextOrPair]) -> Iterable[Original]:
     """Yield the models to write in this dtype, in turn; unchanged if the hardware's compiler converts it."""
     if config.hardware in DTYPES[dtype].by_compiler:
         return [replace(original, dtype=dtype)]
@@ -83,7 +83,8 @@ class Attempt:
         refused: List[ExportError] = []
         drifted: List[Tuple[Findings, Original, Shapes]] = []
         config = self.config
-        texts = calibration(self.own_samples, WRITERS[config.save_mode].most_texts)
+        writer = WRITERS[config.save_mode]
+        texts = calibration(TASKS[config.task], self.own_samples, writer.most_texts, writer.fixes_ranges)
         for lowered in _lowered(config, original, dtype, texts):
             for padded, shapes in self._ways(lowered, drifted):
                 try:

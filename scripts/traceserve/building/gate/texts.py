@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import List, Sequence
+from typing import Dict, List, Sequence, Type
 
-from traceserve_runtime.tasks.contract import Request
+from traceserve_runtime.tasks.contract import Request, Task, TextOrPair
 
 from traceserve.building.gate.corpus import sentences
 
@@ -45,12 +45,28 @@ VERY_LONG = _PARAGRAPH * 12
 TEXTS = (*SENTENCES, _PARAGRAPH, VERY_LONG)
 
 
-def calibration(own: Sequence[Request], most: int) -> List[str]:
-    """Return at most this many typical texts for the model: the user's own if any, else built-in ones of everyday
-    length."""
-    values = [value for request in own for value in request.inputs.values()]
-    texts = [
-        text for value in values for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)
-    ]
+_PAIRS = 5  # one text in so many is in a pair: about as in the gate
+
+
+def calibration(kind: Type[Task], own: Sequence[Request], most: int, all_kinds: bool = False) -> List[TextOrPair]:
+    """Return at most this many typical texts for the model, or pairs of a task that reads pairs: the user's own if any, else
+    built-in ones of everyday length. With `all_kinds` some of these are pairs also where a second text is optional."""
+    texts = [text for request in own for text in kind.texts_of(request)]
     room = most - len(SENTENCES)
-    return [*SENTENCES, *(texts[:: -(-len(texts) // room)] if texts else sentences(room))]
+    if texts:
+        return [*_built_in(kind, SENTENCES), *texts[:: -(-len(texts) // room)]]
+    return _built_in(kind, [*SENTENCES, *sentences(room)], all_kinds)
+
+
+def _built_in(kind: Type[Task], texts: Sequence[str], all_kinds: bool = False) -> List[TextOrPair]:
+    """Return each text as a request of the task shows it to a model."""
+    first, *others = [field for field in kind.fields if field.kind != "messages"]
+    shown = []
+    for i, text in enumerate(texts):
+        inputs: Dict[str, object] = {first.name: text}
+        for field in others:
+            if field.required or (all_kinds and i % _PAIRS == _PAIRS - 1):
+                inputs[field.name] = [texts[i - 1]] if field.kind == "texts" else texts[i - 1]
+        found = kind.texts_of(Request(inputs, kind.gate_parameters))
+        shown.append(found[i % len(found)])
+    return shown

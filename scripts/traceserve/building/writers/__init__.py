@@ -46,6 +46,7 @@ WRITERS: Dict[str, Writer] = {
         shapes=shapes.one_graph,
         check=openvino.check,
         most_texts=openvino.MOST_TEXTS,
+        fixes_ranges=True,
     ),
     "aot_inductor": Writer(
         write=aot_inductor.write,

@@ -22,6 +22,7 @@ import torch
 from traceserve_runtime import processor
 from traceserve_runtime.runtimes.pretrained import autocast, is_linear, lower
 from traceserve_runtime.runtimes.torchscript import packing
+from traceserve_runtime.tasks.contract import TextOrPair
 
 from traceserve.building.checkpoints.original import Original
 from traceserve.building.config.dtypes import DTYPES
@@ -37,7 +38,7 @@ class Precision(NamedTuple):
     """How a dtype is made: a function for the model to trace, the context of tracing, and a check that raises
     ExportError if this torch does not support it."""
 
-    lower: Callable[[Original, Sequence[str]], Iterable[Original]]
+    lower: Callable[[Original, Sequence[TextOrPair]], Iterable[Original]]
     tracing: Callable[[], ContextManager[object]]
     check: Callable[[], None] = lambda: None
 
@@ -53,7 +54,7 @@ def check_processor(dtype: str) -> None:
         PRECISIONS[dtype].check()
 
 
-def lowered(original: Original, dtype: str, texts: Sequence[str], hardware: str) -> Iterable[Original]:
+def lowered(original: Original, dtype: str, texts: Sequence[TextOrPair], hardware: str) -> Iterable[Original]:
     """Yield the original as traced for `dtype` on this hardware (unchanged for float32); or several, to be tried in turn
     until one passes.
 
@@ -76,21 +77,21 @@ def tracing(dtype: str) -> ContextManager[object]:
     return PRECISIONS[dtype].tracing()
 
 
-def _itself(original: Original, texts: Sequence[str]) -> Iterable[Original]:
+def _itself(original: Original, texts: Sequence[TextOrPair]) -> Iterable[Original]:
     return [original]
 
 
-def _to_float16(original: Original, texts: Sequence[str]) -> Iterable[Original]:
+def _to_float16(original: Original, texts: Sequence[TextOrPair]) -> Iterable[Original]:
     return [_lowered_copy(original, "float16")]
 
 
-def _to_bfloat16(original: Original, texts: Sequence[str]) -> Iterator[Original]:
+def _to_bfloat16(original: Original, texts: Sequence[TextOrPair]) -> Iterator[Original]:
     """Yield the original in bfloat16; then leave more and more linear layers, those that affect its output most."""
     for kept in _kept(original, texts, sensitivity.Bfloat16Linear):
         yield _lowered_copy(original, "bfloat16", kept)
 
 
-def _round_to_float16(original: Original, texts: Sequence[str]) -> Iterator[Original]:
+def _round_to_float16(original: Original, texts: Sequence[TextOrPair]) -> Iterator[Original]:
     """Yield the original with its linear layers' weights rounded to float16's numbers, still stored in float32: a worker
     packs such weights in float16. Layers are left as above, and so are those beyond float16's range."""
     for kept in _kept(original, texts, _rounded):
@@ -99,7 +100,7 @@ def _round_to_float16(original: Original, texts: Sequence[str]) -> Iterator[Orig
         yield replace(original, model=model, dtype="float16", kept=(*kept, *refused))
 
 
-def _kept(original: Original, texts: Sequence[str], change: Layer) -> Iterator[Tuple[str, ...]]:
+def _kept(original: Original, texts: Sequence[TextOrPair], change: Layer) -> Iterator[Tuple[str, ...]]:
     """Yield the names of the linear layers to leave: none, and then more and more, those whose `change` affects the
     original's output most."""
     yield ()
@@ -144,18 +145,19 @@ def _lowered_copy(original: Original, dtype: str, kept: Tuple[str, ...] = ()) ->
     return replace(original, model=lower(copy.deepcopy(original.model), dtype, kept), dtype=dtype, kept=kept)
 
 
-def to_int8(original: Original, texts: Sequence[str], **layers: Layer) -> Iterator[Original]:
+def to_int8(original: Original, texts: Sequence[TextOrPair], **layers: Layer) -> Iterator[Original]:
     """Yield the original with linear layers in int8, leaving more and more of them; `layers` as in `int8.quantized`."""
     for model, kept in int8.quantized(original.model, inputs_of(original, texts), **layers):
         yield replace(original, model=model, dtype="int8", kept=kept)
 
 
-def inputs_of(original: Original, texts: Sequence[str]) -> List[Inputs]:
-    """Return the model's inputs for the texts: equal lengths together, without padding."""
+def inputs_of(original: Original, texts: Sequence[TextOrPair]) -> List[Inputs]:
+    """Return the model's inputs for texts and pairs: equal lengths together, without padding."""
     alike: Dict[int, List[Inputs]] = {}
     for text in texts:
-        if text.strip():
-            read = original.tokenizer(text, truncation=True, max_length=original.max_length, return_tensors="pt")
+        parts = (text,) if isinstance(text, str) else text
+        if "".join(parts).strip():
+            read = original.tokenizer(*parts, truncation=True, max_length=original.max_length, return_tensors="pt")
             alike.setdefault(read["input_ids"].shape[1], []).append(read)
     return [
         {name: torch.cat([read[name] for read in group]) for name in original.inputs if name in group[0]}
@@ -170,4 +172,4 @@ PRECISIONS: Dict[str, Precision] = {
     "int8": Precision(to_int8, contextlib.nullcontext, int8.check_int8),
 }
 # Of the dtypes that only weights have on some hardware.
-ROUNDED: Dict[str, Callable[[Original, Sequence[str]], Iterable[Original]]] = {"float16": _round_to_float16}
+ROUNDED: Dict[str, Callable[[Original, Sequence[TextOrPair]], Iterable[Original]]] = {"float16": _round_to_float16}

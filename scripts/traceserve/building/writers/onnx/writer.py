@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Dict, Iterable, List, Sequence, Tuple, Type
 
 from traceserve_runtime.runtimes.onnx import GRAPHS, INT8_SINCE, LEVEL, MODEL, START, STEP, int8_known
+from traceserve_runtime.tasks.contract import TextOrPair
 
 from traceserve.building.checkpoints.original import Original
 from traceserve.building.config.save_modes import ONNX_FLOAT32_FILE, Target
@@ -41,7 +42,7 @@ def check(dtype: str, target: Target) -> None:
         )
 
 
-def lowered(original: Original, dtype: str, texts: Sequence[str], hardware: str) -> Iterable[Original]:
+def lowered(original: Original, dtype: str, texts: Sequence[TextOrPair], hardware: str) -> Iterable[Original]:
     """Return the original; for int8 one with smoothed layers to quantize."""
     if dtype != "int8":
         return precision.lowered(original, dtype, texts, hardware)

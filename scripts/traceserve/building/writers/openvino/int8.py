@@ -14,6 +14,7 @@ from typing import Any, Iterator, List, Sequence
 
 import torch
 from traceserve_runtime.runtimes.openvino import library
+from traceserve_runtime.tasks.contract import TextOrPair
 
 from traceserve.building.checkpoints.original import Original
 from traceserve.building.writers.lowering import precision
@@ -58,7 +59,7 @@ def _rounded(values: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
     return (values / scale).round().clamp(-_LARGEST, _LARGEST) * scale
 
 
-def to_calibrate(original: Original, texts: Sequence[str]) -> Iterator[Original]:
+def to_calibrate(original: Original, texts: Sequence[TextOrPair]) -> Iterator[Original]:
     """Yield the original with its inputs for these texts, and more and more layers to leave in float32."""
     calibration = tuple(precision.inputs_of(original, texts))
     for _, kept in ladder(

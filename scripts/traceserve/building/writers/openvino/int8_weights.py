@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any, Dict, Iterator, List, Sequence
 
 import torch
+from traceserve_runtime.tasks.contract import TextOrPair
 
 from traceserve.building.checkpoints.original import Original
 from traceserve.building.writers.lowering import precision
@@ -44,7 +45,7 @@ class RoundedWeights(torch.nn.Module):
         return torch.nn.functional.linear(inputs, self.weight, self.bias)
 
 
-def to_round(original: Original, texts: Sequence[str]) -> Iterator[Original]:
+def to_round(original: Original, texts: Sequence[TextOrPair]) -> Iterator[Original]:
     """Yield the original with more and more layers to leave in float32."""
     batches = [_with_written(original, batch) for batch in precision.inputs_of(original, texts[:_MEASURED])]
     for _, kept in ladder(original.model, batches, RoundedWeights, _layers(original.model)):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Dict, Iterable, Sequence, Tuple, Type
 from traceserve_runtime import processor
 from traceserve_runtime.runtimes.openvino import ROUNDED, library, supported
 from traceserve_runtime.runtimes.openvino_steps import START
+from traceserve_runtime.tasks.contract import TextOrPair
 
 from traceserve.building.checkpoints.original import Original
 from traceserve.building.config.dtypes import AUTO
@@ -50,7 +51,7 @@ def check(dtype: str, target: Target) -> None:
         )
 
 
-def lowered(original: Original, dtype: str, texts: Sequence[str], hardware: str) -> Iterable[Original]:
+def lowered(original: Original, dtype: str, texts: Sequence[TextOrPair], hardware: str) -> Iterable[Original]:
     """Return the original: OpenVINO lowers its precision itself, for bfloat16 when it loads the model; for int8 several
     times, with more and more layers to leave."""
     if dtype == int8.DTYPE:
