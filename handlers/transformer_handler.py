@@ -8,6 +8,7 @@ chooses devices itself.
 from __future__ import annotations
 
 import gc
+import importlib
 import logging
 import os
 import sys
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 _LAST_PIECE = "ts_stream_next"
 _HTTP_HEADERS = {"host", "content-length", "content-type", "url_path", "explain"}
 _OK = 200
+_OF_REQUESTS = ("traceserve_runtime.service", "traceserve_runtime.rounds")  # what only `handle` uses
 _CODEC = "ts.protocol.otf_message_handler"  # of TorchServe's worker, which has imported it
 
 
@@ -49,22 +51,24 @@ class TransformerHandler:
     def initialize(self, context: WorkerContext) -> None:
         """Load the archive; TorchServe reports a RuntimeError's message.
 
-        Imports are here because TorchServe masks an ImportError of the handler's file.
+        Imports are here because TorchServe masks an ImportError of the handler's file, and all are: none fails a request.
         """
         try:
             from traceserve_runtime import settings
             from traceserve_runtime.engine import Engine
             from traceserve_runtime.frontend_socket import read_at_once
             from traceserve_runtime.mirror import VARIABLE, Mirror
-        except ImportError as error:
-            raise RuntimeError(f"the worker's Python lacks a package that this archive needs: {error}") from error
-        try:
+
             folder = Path(context.system_properties["model_dir"])
             wanted = settings.read(getattr(context, "model_yaml_config", None) or {})
             self.engine = Engine.load(folder, _device(context, folder), wanted)
             self.engine.make_ready()
+            for name in _OF_REQUESTS:
+                importlib.import_module(name)
         except (RuntimeError, MemoryError):
             raise
+        except ImportError as error:
+            raise RuntimeError(f"the worker's Python lacks a package that this archive needs: {error}") from error
         except Exception as error:  # an outer edge: other exceptions kill the worker without a reason
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
         self._mirror = Mirror(os.environ.get(VARIABLE))

@@ -91,6 +91,56 @@ FURTHER = {
     "mpt": Architecture("MptConfig", "gpt", {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 160}),
 }
 # Families with their own way of writing; those with another kind of cache, or none, reread everything.
+# Since transformers 5 their layers' states have a common cache: chunks of 16 positions, and of 64 (Qwen3.5).
+RECURRENT = {
+    "qwen3.5": Architecture(
+        "Qwen3_5TextConfig",
+        "gpt",
+        {
+            **SIZE,
+            "num_hidden_layers": 4,  # the last one attends
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        },
+    ),
+    "lfm2": Architecture(
+        "Lfm2Config",
+        "gpt",
+        {**SIZE, "num_key_value_heads": 2, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    ),
+    "falcon-h1": Architecture(  # each layer has keys, values and states
+        "FalconH1Config",
+        "gpt",
+        {
+            **SIZE,
+            "num_key_value_heads": 2,
+            "mamba_d_ssm": 64,
+            "mamba_n_heads": 8,
+            "mamba_d_head": 8,
+            "mamba_n_groups": 2,
+            "mamba_d_state": 8,
+            "mamba_chunk_size": 16,
+        },
+    ),
+    "mamba2": Architecture(  # no layer has keys and values
+        "Mamba2Config",
+        "gpt",
+        {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_heads": 8,
+            "head_dim": 8,
+            "n_groups": 2,
+            "state_size": 8,
+            "chunk_size": 16,
+        },
+    ),
+}
+
 WRITING = {
     "bloom": Architecture("BloomConfig", "gpt", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "openai-gpt": Architecture("OpenAIGPTConfig", "gpt", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 160}),
@@ -127,6 +177,7 @@ WRITING = {
         },
     ),
     # Two models of different sizes; only the decoder refers to the other one.
+    **RECURRENT,
     "encoder-decoder": Architecture(
         "EncoderDecoderConfig",
         "bert",

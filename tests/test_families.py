@@ -16,11 +16,15 @@ from traceserve_runtime.engine import Engine
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Request
 
+V4 = transformers.__version__.startswith("4.")
+RECURRENT = [] if V4 else list(models.RECURRENT)
+
 # A family, its save modes (openvino: one that no other test writes with it), and whether a step reads only new tokens.
 WRITTEN: Dict[str, Tuple[str, List[str], bool]] = {
     "bloom": ("text_generation", ["torchscript", "pretrained", "onnx"], True),
     "openai-gpt": ("text_generation", ["torchscript", "pretrained", "onnx", "openvino"], False),
-    "mamba": ("text_generation", ["pretrained"], False),
+    "mamba": ("text_generation", [*(["torchscript"] if RECURRENT else []), "pretrained"], False),
+    **{name: ("text_generation", ["torchscript", "pretrained"], True) for name in RECURRENT},
     "led": ("text2text_generation", ["torchscript", "pretrained"], True),
     "blenderbot": ("text2text_generation", ["torchscript", "pretrained"], True),
     "blenderbot-small": ("text2text_generation", ["torchscript", "pretrained", "onnx"], True),
@@ -31,7 +35,6 @@ WRITTEN: Dict[str, Tuple[str, List[str], bool]] = {
 # Before transformers 5 Switch cannot run on only an encoder's output (it is refused), and Mamba's own beam search does
 # not reorder its state.
 NEWER = {"switch", "mamba"}
-V4 = transformers.__version__.startswith("4.")
 OPTIONS: List[Dict[str, Any]] = [{"num_beams": 1}, {"num_beams": 3, "no_repeat_ngram_size": 2}]
 
 
@@ -84,7 +87,7 @@ def test_what_keeps_no_keys_and_values_reads_all_again(
 def test_a_refusal_names_the_save_mode_that_writes_it(
     architecture: str, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Experts depend on the tokens, and a recurrence on the text's length: a trace keeps neither."""
+    """Experts depend on the tokens, and a recurrence on the text's length (before transformers 5): a trace keeps neither."""
     task, modes, _ = WRITTEN[architecture]
     with pytest.raises(ExportError, match=f"; try save_mode {' or '.join(modes)}$"):
         run_export(tmp_path / "x", content(checkpoint(architecture, TASKS[task].auto_model), task, "torchscript"))
@@ -129,7 +132,7 @@ def test_a_trace_leaves_what_it_changed(checkpoint: Callable[..., Path], tmp_pat
 
 
 def test_every_family_of_the_table_is_tried() -> None:
-    assert set(models.WRITING) == {*WRITTEN, "xlnet"} - {"mamba"}
+    assert set(models.WRITING) == {*WRITTEN, *models.RECURRENT, "xlnet"} - {"mamba"}
 
 
 @pytest.mark.parametrize("save_mode", ["torchscript", "pretrained"])

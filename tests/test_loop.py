@@ -11,6 +11,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import pytest
+import transformers
 from conftest import finish, run_export
 from oracle import rounded
 from traceserve.building import attempt
@@ -23,17 +24,20 @@ from traceserve_runtime.generation.steps import IN_PARTS, LEAST_PART, DecoderFee
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Answer, Request
 
+V4 = transformers.__version__.startswith("4.")
 TASK = {
     "gpt2": "text_generation",
     "llama": "text_generation",
     "bloom": "text_generation",
     "mamba": "text_generation",  # rereads everything at each step
+    **{name: "text_generation" for name in ("qwen3.5", "falcon-h1", "mamba2") if not V4},  # with states of a fixed size
     "t5": "text2text_generation",
     "marian": "text2text_generation",
 }
 MODES = [
     *((architecture, "torchscript") for architecture in TASK if architecture != "mamba"),
     ("mamba", "pretrained"),
+    *((architecture, "pretrained") for architecture in ("qwen3.5", "mamba2") if architecture in TASK),
     *((architecture, mode) for architecture in ("llama", "t5") for mode in ("onnx", "pretrained")),
     *((architecture, "openvino") for architecture in ("llama", "bloom", "t5")),
 ]

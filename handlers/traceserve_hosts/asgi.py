@@ -3,6 +3,7 @@
     /predictions/NAME[/VERSION[/PATH]]   as TorchServe has it; PATH is that of a protocol
     /explanations/NAME[/VERSION]         the same requests, whose answers are explained
     /ping, /health                       whether the model answers: 503 with the reason where it does not
+    /live, /v2/health/live               whether the process works, however long its queue is: 503 where it should be replaced
     /PATH                                any path of a protocol: /v1/embeddings, /v2/models/NAME/infer, /rerank, /docs, ...
 
 What TorchServe's frontend does before a request reaches the worker is done here: paths, forms, keys, limits.
@@ -20,7 +21,21 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Awaitable, Callable, Dict, List, Mapping, NamedTuple, Optional, Set, Tuple, Union
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Awaitable,
+    Callable,
+    Dict,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+    Union,
+)
 from urllib.parse import parse_qsl
 
 from traceserve_hosts import KEY_FILE_VARIABLE, KEY_VARIABLE
@@ -35,11 +50,14 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+LIVENESS = ("/live", "/v2/health/live")
 _METHODS = ("GET", "POST", "HEAD")
+_SECONDS_OF_LIVENESS = 1.5  # that a canary has; later the queue's progress decides
 _SECONDS_OF_HEALTH = 1.0  # that a canary's answer holds
 _LONGEST_STANDSTILL = 60.0  # seconds
 _FORM = "application/x-www-form-urlencoded"
 _MULTIPART = "multipart/form-data"
+_FORMS = (_FORM, _MULTIPART)
 # A form is decoded in the event loop: for a tenth of a second at most.
 _LARGEST_FORM, _MOST_FIELDS = 1 << 20, 1000
 
@@ -47,10 +65,12 @@ _LARGEST_FORM, _MOST_FIELDS = 1 << 20, 1000
 class Refused(Exception):
     """A host's own refusal, before anything reaches a service."""
 
-    def __init__(self, status: int, kind: str, message: str, headers: Mapping[str, str] = {}) -> None:
+    def __init__(
+        self, status: int, kind: str, message: str, headers: Mapping[str, str] = {}, field: Optional[str] = None
+    ) -> None:
         super().__init__(message)
         self.status = status
-        self.document = {"error": {"type": kind, "message": message, "field": None}}
+        self.document = {"error": {"type": kind, "message": message, "field": field}}
         self.headers = headers
 
 
@@ -62,7 +82,7 @@ class Left(Exception):
 class Limits:
     """What the application takes, and from whom."""
 
-    # Or its file; demanded of all requests but /ping and /health, as `Authorization: Bearer KEY`.
+    # Or its file; demanded of all requests but those about health, as `Authorization: Bearer KEY`.
     key: Union[str, Path, None] = None
     largest_body: int = 64 << 20  # bytes
     queue: int = 1000  # calls that may wait; more are answered with 503
@@ -70,8 +90,7 @@ class Limits:
 
     def check(self, method: str, headers: Mapping[str, str]) -> None:
         """Raise Refused for a request without the key, or of another method."""
-        given = headers.get("authorization", "").encode("utf-8")
-        if self.key is not None and not hmac.compare_digest(given, f"Bearer {_demanded(self.key)}".encode()):
+        if self.key is not None and not _is_given(_demanded(self.key), headers.get("authorization", "")):
             message = "a key is needed: send the header Authorization: Bearer KEY"
             raise Refused(401, "Unauthorized", message, {"www-authenticate": "Bearer"})
         if method not in _METHODS:
@@ -108,6 +127,16 @@ def _demanded(key: Union[str, Path]) -> str:
         if found:
             return found
     raise Refused(503, "Unavailable", "the key of this server cannot be read")
+
+
+def _is_given(key: str, header: str) -> bool:
+    """Whether a header holds the key, in UTF-8 or, as Python's own clients send it, in Latin-1; in constant time.
+
+    `header` was decoded as Latin-1. A key of the environment that is not UTF-8 is there as its bytes.
+    """
+    demanded = f"Bearer {key}".encode("utf-8", "surrogateescape")
+    in_utf_8 = hmac.compare_digest(header.encode("latin-1", "replace"), demanded)
+    return in_utf_8 | hmac.compare_digest(header.encode("utf-8"), demanded)
 
 
 class _Located(NamedTuple):
@@ -190,6 +219,9 @@ class Application:
             )
             await replied(send, status, document)
             return
+        if path in LIVENESS:
+            await replied_live(send, await self.broken(_SECONDS_OF_LIVENESS))
+            return
         self._limits.check(scope["method"], headers)
         located = self._located(path)
         self._check_queue()
@@ -226,7 +258,7 @@ class Application:
             parts,
             Headers(
                 content_type,
-                len(body) if "body" in parts else None,  # no frontend dropped anything of a form
+                None if _media_type(content_type) in _FORMS else len(body),  # no frontend dropped anything of a form
                 headers.get("content-encoding", ""),
                 media,
                 explain=located.explain,
@@ -301,6 +333,14 @@ async def replied(send: Send, status: int, document: object, headers: Mapping[st
     await _send(send, status, _encoded(document), "application/json", headers)
 
 
+async def replied_live(send: Send, problem: Optional[str]) -> None:
+    """Say whether a process works; `problem` is why it should be replaced."""
+    if problem is None:
+        await replied(send, 200, {"live": True})
+    else:
+        await replied(send, 503, {"live": False, "reason": problem})
+
+
 def path_of(scope: Scope) -> str:
     """The whole path, whether the server leaves out what it is mounted under or not."""
     root: str = scope.get("root_path", "")
@@ -312,15 +352,20 @@ def headers_of(scope: Scope) -> Dict[str, str]:
     return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
 
 
+def _media_type(content_type: str) -> str:
+    return content_type.split(";")[0].strip().lower()
+
+
 def _parts(body: bytes, content_type: str) -> Tuple[Mapping[str, object], Mapping[str, str]]:
     """A body as TorchServe hands it over: by itself, or as the parts of a form with their media types."""
-    media = content_type.split(";")[0].strip().lower()
+    media = _media_type(content_type)
     if media == _FORM:
         if len(body) > _LARGEST_FORM or body.count(b"&") > _MOST_FIELDS:
             raise Refused(
                 413, "InputTooLong", f"a form may have {_LARGEST_FORM:,} bytes and {_MOST_FIELDS:,} fields; send JSON"
             )
         pairs = parse_qsl(body.decode("utf-8", "surrogateescape"), keep_blank_values=True, errors="surrogateescape")
+        _check_once([name for name, _ in pairs])
         return {name: value.encode("utf-8", "surrogateescape") for name, value in pairs}, {}
     if media == _MULTIPART:
         return _multipart(body, content_type)
@@ -337,9 +382,23 @@ def _multipart(body: bytes, content_type: str) -> Tuple[Mapping[str, object], Ma
         parts = list(parser)
     except MultipartError as error:
         raise Refused(400, "InvalidRequest", f"the form cannot be read: {error}") from None
+    _check_once([part.name for part in parts])
     values = {part.name: part.raw for part in parts}
-    # A part without a media type of its own is text.
-    return values, {part.name: part.content_type for part in parts if part.headers.get("content-type")}
+    # With its charset; a part without a media type of its own is text.
+    media = {part.name: part.headers.get("content-type") for part in parts}
+    return values, {name: own for name, own in media.items() if own}
+
+
+def _check_once(names: Sequence[str]) -> None:
+    """Raise Refused for a form's field that was sent twice: which one is meant?"""
+    found: Set[str] = set()
+    for name in names:
+        if name in found:
+            shown = "".join(c if c.isprintable() else "?" for c in name[:40])
+            raise Refused(
+                400, "InvalidRequest", f'the field "{shown}" was sent twice; send a list as JSON', field=shown
+            )
+        found.add(name)
 
 
 def _encoded(document: object) -> bytes:

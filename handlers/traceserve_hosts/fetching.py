@@ -27,6 +27,8 @@ from traceserve_hosts import SIGNED
 if sys.platform != "win32":
     import fcntl
 
+_SIZES = ".sizes.json"  # in an unpacked folder: of its other files, by name
+
 
 def fetch_archive(address: str, expected: Optional[str] = None, trusted: Optional[str] = None) -> Path:
     """The folder into which the archive at `address` was unpacked, now or before; raises ArchiveError.
@@ -34,7 +36,8 @@ def fetch_archive(address: str, expected: Optional[str] = None, trusted: Optiona
     With `trusted`, the text of a PEM file, the archive's signature is checked on a private copy, which is what is unpacked.
 
     The folder is named by the archive's SHA-256 and stands in the user's cache, so that the replicas of a machine share it, and
-    the pages of its weights. Whoever comes second finds it finished: it appears whole.
+    the pages of its weights. Whoever comes second finds it finished: it appears whole. One that has lost a file since, as
+    temporary folders do by age, is unpacked again.
     """
     cache = user_folders.cache("archives")
     expected = None if expected is None else expected.lower()
@@ -42,7 +45,9 @@ def fetch_archive(address: str, expected: Optional[str] = None, trusted: Optiona
         with staging.scratch() as scratch:
             return _unpacked(_signed_copy(address, scratch, trusted), cache, expected, address)
     if expected is not None and (cache / expected).is_dir():
-        return cache / expected
+        with _alone(cache, expected):
+            if _is_whole(cache / expected):
+                return cache / expected
     if "://" not in address:
         return _unpacked(Path(address), cache, expected, address)
     with staging.scratch() as scratch:
@@ -75,18 +80,35 @@ def _unpacked(archive: Path, cache: Path, expected: Optional[str], address: str)
             f"the archive at {address} has the SHA-256 {found}, not {expected}: it is another one, or damaged"
         )
     target = cache / found
-    with _alone(cache / f".{found}.lock"):
-        if not target.is_dir():
+    with _alone(cache, found):
+        if not _is_whole(target):
             with staging.staged(target) as folder:
                 unpack(archive, folder / target.name)
+                _note_sizes(folder / target.name)
     return target
 
 
+def _note_sizes(folder: Path) -> None:
+    """Write down the sizes of all files, for `_is_whole`."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+    (folder / _SIZES).write_text(json.dumps(sizes), encoding="utf-8")
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether all files are there, in their sizes. (Whoever loads them compares their hashes.)"""
+    try:
+        sizes = json.loads((folder / _SIZES).read_text(encoding="utf-8"))
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
+
+
 @contextlib.contextmanager
-def _alone(file: Path) -> Iterator[None]:
+def _alone(cache: Path, digest: str) -> Iterator[None]:
     """Wait for whoever unpacks the same archive."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w") as lock:
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / f".{digest}.lock").open("w") as lock:
         if sys.platform != "win32":
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield

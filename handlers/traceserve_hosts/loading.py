@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, Dict, Iterator, NamedTuple, Optional
 
 from traceserve_hosts import SIGNED, libraries, reason_in
 
@@ -64,21 +65,36 @@ def load_archive(
         ) from error
     if not hasattr(Engine, "make_ready"):
         raise RuntimeError(f"the runtime in {address} is of an earlier version, for TorchServe alone; {again}")
-    manifest = Manifest.read(folder, verify=False)
-    own_name = (manifest.name, manifest.version)
-    if trusted is not None and (name or own_name[0], version or own_name[1]) != own_name:
-        raise RuntimeError(
-            f"the archive at {address} is {' '.join(own_name)}, and a signed one is not served as {name} {version or ''}"
-        )
-    config = _serving(folder)
-    device = "cuda:0" if gpu and manifest.hardware == "gpu" else "cpu"
-    engine = Engine.load(folder, device, settings.read(config))
+    with contextlib.nullcontext() if whole else _naming_cache(folder):
+        manifest = Manifest.read(folder, verify=False)
+        own_name = (manifest.name, manifest.version)
+        if trusted is not None and (name or own_name[0], version or own_name[1]) != own_name:
+            raise RuntimeError(
+                f"the archive at {address} is {' '.join(own_name)}, and a signed one is not served as {name} {version or ''}"
+            )
+        config = _serving(folder)
+        device = "cuda:0" if gpu and manifest.hardware == "gpu" else "cpu"
+        engine = Engine.load(folder, device, settings.read(config))
     engine.make_ready()
     gc.freeze()  # else each full collection walks all of torch's objects while requests wait
     service = Service(engine, name or manifest.name, version or manifest.version, **_mirror())
     return Loaded(
         service, config.get("batchSize", 1), config.get("maxBatchDelay", 0) / 1000, config.get("responseTimeout", 120)
     )
+
+
+@contextlib.contextmanager
+def _naming_cache(folder: Path) -> Iterator[None]:
+    """Name the folder into which an archive was unpacked where its files are wrong: the archive itself may be right."""
+    from traceserve_runtime.errors import InvalidManifest
+
+    try:
+        yield
+    except InvalidManifest as error:
+        raise InvalidManifest(
+            f"{error} (the archive was unpacked into {folder}; if a file was changed there, remove that folder, and the next "
+            "start unpacks the archive again)"
+        ) from error
 
 
 def _mirror() -> Dict[str, Any]:
@@ -93,8 +109,13 @@ def _mirror() -> Dict[str, Any]:
 def _serving(folder: Path) -> Dict[str, Any]:
     """The archive's model-config.yaml, which TorchServe reads for its workers."""
     import yaml
+    from traceserve_runtime.errors import InvalidManifest
 
-    content = yaml.safe_load((folder / "model-config.yaml").read_text(encoding="utf-8"))
+    file = folder / "model-config.yaml"
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InvalidManifest(f"{file} cannot be read: {' '.join(str(error).split())}") from error
     return content if isinstance(content, dict) else {}
 
 

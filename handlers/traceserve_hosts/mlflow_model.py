@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Dict, List, Mapping
+from typing import Any
 
 import mlflow
 from mlflow.exceptions import INVALID_PARAMETER_VALUE, MlflowException
 
 from traceserve_hosts.loading import load_archive
+from traceserve_hosts.tables import rows_of
 
 ARTIFACT = "archive"  # the name of the archive's folder among the model's artifacts
 _OK, _SERVER_ERROR = 200, 500
@@ -32,7 +33,10 @@ class ArchiveModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # mlflow h
         from traceserve_runtime.protocols.bodies import Headers
         from traceserve_runtime.service import Call
 
-        body: object = _rows(model_input)
+        try:
+            body: object = rows_of(model_input)
+        except ValueError as refusal:
+            raise MlflowException(str(refusal), error_code=INVALID_PARAMETER_VALUE) from None
         if params:
             body = {"inputs": body, "parameters": dict(params)}
         encoded = json.dumps(body, ensure_ascii=False).encode("utf-8")
@@ -46,33 +50,3 @@ class ArchiveModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # mlflow h
         if reply.status >= _SERVER_ERROR:
             raise MlflowException(message)
         raise MlflowException(message, error_code=INVALID_PARAMETER_VALUE)
-
-
-def _rows(given: object) -> List[object]:
-    """The requests in what MLflow hands over: a table, a dictionary of columns, or a list."""
-    if hasattr(given, "to_dict"):  # of pandas
-        return [_present(row) for row in given.to_dict("records")]
-    if isinstance(given, Mapping):
-        columns = {name: _listed(values) for name, values in given.items()}
-        return [_present(dict(zip(columns, row))) for row in zip(*columns.values())]
-    return _listed(given)
-
-
-def _present(row: Mapping[object, object]) -> object:
-    """A row without what its table leaves empty; of a table without names its only value."""
-    found: Dict[str, object] = {str(name): _plain(value) for name, value in row.items() if not _is_empty(value)}
-    return found["0"] if list(found) == ["0"] else found
-
-
-def _is_empty(value: object) -> bool:
-    return value is None or (isinstance(value, float) and value != value)
-
-
-def _plain(value: object) -> object:
-    """numpy's values as Python's."""
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _listed(values: object) -> List[object]:
-    plain = _plain(values)
-    return plain if isinstance(plain, list) else [plain]

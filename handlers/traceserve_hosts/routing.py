@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import random
-from typing import AsyncIterator, Callable, Dict, List, Mapping, Optional, Tuple
+from typing import TYPE_CHECKING, AsyncIterator, Callable, Dict, List, Mapping, Optional, Tuple
 
 from traceserve_hosts.asgi import (
+    LIVENESS,
     Asgi,
     Limits,
     Message,
@@ -24,13 +25,17 @@ from traceserve_hosts.asgi import (
     headers_of,
     path_of,
     replied,
+    replied_live,
 )
+
+if TYPE_CHECKING:
+    from traceserve_runtime.errors import TraceserveError
 
 # The messages of the answer that a name's version gives to a request with this body.
 Ask = Callable[[str, str, Scope, bytes], AsyncIterator[Message]]
 _PASSED = ("type", "method", "path", "query_string", "headers")  # of a scope; the rest is of this process alone
 _BEHIND = ("v1/models/", "v2/models/", "models/")  # a model's name
-_OF_SERVERS = ("v2", "v2/health/live")  # every archive gives the same answer
+_OF_SERVERS = ("v2",)  # every archive gives the same answer
 _STREAM = (b'"stream"', b"%22stream%22")  # in JSON; in a form's JSON
 
 
@@ -50,6 +55,9 @@ class Router:
         path, headers = path_of(scope), headers_of(scope)
         if path in ("/ping", "/health"):
             await self._answer_health(send)
+            return
+        if path in LIVENESS:  # of this process; Ray asks each replica for its own
+            await replied_live(send, None)
             return
         self._limits.check(scope["method"], headers)
         if path.strip("/") == "v2/health/ready":
@@ -131,22 +139,28 @@ def may_stream(scope: Scope, body: bytes) -> bool:
 
 def _model(headers: Mapping[str, str], body: bytes) -> Optional[str]:
     """What the JSON object in a body, which is decoded as the archives do, calls its model; raises Refused for one that
-    cannot be decompressed."""
-    from traceserve_runtime.errors import TraceserveError
+    cannot be decompressed, or is larger than any legal one: it would hold the event loop."""
+    from traceserve_runtime.errors import InputTooLong, TraceserveError
     from traceserve_runtime.protocols.decoding import decode_text, decompress, media_of
     from traceserve_runtime.protocols.wording import parse_json
 
     try:
         plain = decompress(body, headers.get("content-encoding", ""))
     except TraceserveError as error:
-        raise Refused(error.status, type(error).__name__, error.message) from None
+        raise _refused(error) from None
     assert isinstance(plain, bytes)
     try:
         value = parse_json(decode_text(plain, media_of(headers.get("content-type", "")), "body"))
+    except InputTooLong as error:
+        raise _refused(error) from None
     except TraceserveError:
         return None
     name = value.get("model") if isinstance(value, dict) else None
     return name if isinstance(name, str) else None
+
+
+def _refused(error: TraceserveError) -> Refused:
+    return Refused(error.status, type(error).__name__, error.message)
 
 
 async def messages(application: Asgi, scope: Scope, body: bytes) -> AsyncIterator[Message]:

@@ -2,7 +2,7 @@
 
     python -m traceserve_hosts.web ARCHIVE [--host H] [--port P] [--require-signature PUBLIC_KEY]
 
-Where TRACESERVE_KEY is set, or a file with a key in TRACESERVE_KEY_FILE, every request but /ping and /health needs it, as
+Where TRACESERVE_KEY is set, or a file with a key in TRACESERVE_KEY_FILE, every request but those about health needs it, as
 `Authorization: Bearer KEY`. Beyond the loopback address one has to be set, or --without-keys given.
 """
 

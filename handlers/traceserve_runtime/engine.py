@@ -14,10 +14,11 @@ from traceserve_runtime import failures, memory
 from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.batching.lanes import Batches
 from traceserve_runtime.batching.scheduler import Scheduler
-from traceserve_runtime.errors import InvalidManifest, TraceserveError, reason
+from traceserve_runtime.errors import InvalidManifest, ModelFailure, TraceserveError, reason
+from traceserve_runtime.explaining.methods import Explainer
 from traceserve_runtime.explaining.pacing import Pacing
 from traceserve_runtime.explaining.targets import Differentiable
-from traceserve_runtime.explanations import Explainer, Explanations
+from traceserve_runtime.explanations import Explanations
 from traceserve_runtime.generation.loop import Member, WritingLoop
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.pending import Arrival, Backlog, Pending, Result, Unrun
@@ -170,18 +171,27 @@ class Engine:
         return [refused.get(request.group, item) for request, item in zip(requests, encoded)]
 
     def explainer(self) -> Explainer:
-        """Return what explanations need; the first call loads the model's gradients."""
+        """Return what explanations need; the first call loads the model's gradients, and if that fails the next."""
         if self._explainer is None:
-            gradients: Union[Differentiable, str] = str(self.manifest.runtime.get(NO_GRADIENTS, "the archive has none"))
-            if self.manifest.save_mode in GRADIENTS and self.manifest.runtime.get(NO_GRADIENTS) == "":
-                try:
-                    gradients = GRADIENTS[self.manifest.save_mode](
-                        self.manifest, self.folder, self._device, self.runner
-                    )
-                except Exception as error:  # the edge of this explanation; the next one does not try again
-                    gradients = f"the graph for them cannot be loaded: {reason(error)}"
-            self._explainer = Explainer(self.manifest, self.task, self.runner, gradients)
+            per_token = [output.name for output in self.task.outputs if output.per_token]
+            gradients = self._gradients()
+            explainer = Explainer(self.manifest, self.runner, self.task.tokenizer, per_token, gradients)
+            if isinstance(gradients, TraceserveError):
+                return explainer
+            self._explainer = explainer
         return self._explainer
+
+    def _gradients(self) -> Union[Differentiable, str, TraceserveError]:
+        """Return the model's gradients, why it has none, or the failure to load them."""
+        why_not = str(self.manifest.runtime.get(NO_GRADIENTS, "the archive has none"))
+        if why_not or self.manifest.save_mode not in GRADIENTS:
+            return why_not or "the archive has none"
+        try:
+            return GRADIENTS[self.manifest.save_mode](self.manifest, self.folder, self._device, self.runner)
+        except Exception as error:  # the edge of this explanation
+            failure = ModelFailure(f"the graph of the gradients cannot be loaded: {reason(error)}")
+            failure.__cause__ = error
+            return failure
 
     def run(self, jobs: List[Job], stats: Stats) -> List[Union[Arrays, TraceserveError]]:
         """Return the outputs of each row, in order; a failed micro-batch is retried row by row."""
@@ -247,7 +257,7 @@ class Work:
         self._loop = engine.task.open_loop(engine.runner, stats, engine.scheduler.pace, seconds)
         self._backlog = Backlog(engine.task.tokenizer.limits.characters)
         self._explanations = Explanations(
-            engine.explainer, engine.pacing, engine.explain_seconds, polite=not math.isinf(seconds)
+            engine.task, engine.explainer, engine.pacing, engine.explain_seconds, polite=not math.isinf(seconds)
         )
         self._some_left = False
 

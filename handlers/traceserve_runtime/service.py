@@ -27,6 +27,7 @@ from traceserve_runtime.streaming import Stream
 from traceserve_runtime.tasks.contract import Answer, Request, Task, WrittenToken
 
 TRUNCATED_HEADER = "X-Truncated"
+_LONGEST_HEADER = 4096  # characters: common clients and proxies take 8 KiB of headers
 TURN_SECONDS = 0.1  # after which calls that have come meanwhile join those that are being answered; see `Work`
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
@@ -120,7 +121,7 @@ class Service:
             stats.count_error(result)
             return self._failed(call, protocol, result)
         unseen = {i: answer.unseen for i, answer in enumerate(result.answers) if answer.unseen}
-        headers = {**result.document.headers, **({TRUNCATED_HEADER: json.dumps(unseen)} if unseen else {})}
+        headers = {**result.document.headers, **_truncated(unseen)}
         try:
             return Reply(_encoded(result.document.value), result.document.content_type, headers=headers)
         except Exception as error:  # the edge of one request: an answer that is not JSON
@@ -143,6 +144,14 @@ class Service:
         except Exception as another:  # the edge of one request: not even its error fits its own format
             failures.log([failures.unexpected(another, "it wrote this error")])
             return Reply(_encoded(error.to_json()), status=error.status, phrase=error.phrase)
+
+
+def _truncated(unseen: Mapping[int, Mapping[str, Tuple[int, int]]]) -> Dict[str, str]:
+    """Return the header with the characters of each request that the model did not see, or, for many, how many were cut."""
+    if not unseen:
+        return {}
+    told = json.dumps(unseen)
+    return {TRUNCATED_HEADER: told if len(told) <= _LONGEST_HEADER else json.dumps({"requests": len(unseen)})}
 
 
 def _encoded(value: object) -> bytes:
@@ -183,7 +192,7 @@ class Exchange:
     def emit(self, cut: Mapping[str, Tuple[int, int]], text: str, tokens: Sequence[WrittenToken] = ()) -> None:
         """Send what is new of a stream's text; see `Engine.answer`."""
         if cut and not self._stream.started:
-            self._unseen = {TRUNCATED_HEADER: json.dumps({0: cut})}
+            self._unseen = _truncated({0: cut})
         self._stream.tell(text, tokens)
 
     @property

@@ -1,10 +1,11 @@
 """Tokens per second of text generation: with a cache, recomputed at every step, and by transformers.
 
-    python tests/benchmarks/generation.py [--model FOLDER] [--new-tokens 200] [--rounds 5] [--batch 1]
+    python tests/benchmarks/generation.py [--model FOLDER | --family qwen3.5] [--new-tokens 200] [--rounds 5] [--batch 1]
 
 All three write the same tokens (checked), alternating, on the same threads; medians are reported. `recomputed` runs the
 same graph on the whole text at every step, as a trace without a cache has to. Without --model a Llama with 24 million
-random weights is made, for which the graph's size matters more than the loop's.
+random weights is made, for which the graph's size matters more than the loop's; with --family a larger model whose layers
+have states of a fixed size.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import models
 import numpy as np
+import text_models
 import torch
 import transformers
-from conftest import run_export
 from rich.console import Console
 from rich.table import Table
 from traceserve_runtime.batching.batches import Stats
@@ -50,14 +51,15 @@ LLAMA = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="the folder of a decoder; without it a random Llama")
+    parser.add_argument("--family", choices=text_models.RECURRENT, help="a random model of this family")
     parser.add_argument("--new-tokens", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=1, help="how many prompts at once")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        source = options.model or random_llama(Path(folder, "llama"))
-        run_export(Path(folder, "exported"), {"model_name": str(Path(source).resolve()), "task": "text_generation"})
-        engine = Engine.load(Path(folder, "exported"))
+        source = options.model or made(Path(folder, "made"), options.family)
+        content = {"model_name": str(Path(source).resolve()), "task": "text_generation", "max_length": 2 * options.new_tokens}
+        engine = Engine.load(text_models.built(Path(folder, "exported"), content))
         ways = contenders(engine, source, options.new_tokens, options.batch)
         seconds: Dict[str, List[float]] = {name: [] for name in ways}
         written = {name: way() for name, way in ways.items()}  # a warm-up round
@@ -77,8 +79,10 @@ def main() -> None:
     Console().print(table)
 
 
-def random_llama(folder: Path) -> Path:
+def made(folder: Path, family: Optional[str]) -> Path:
     """Make a checkpoint of random weights, as wide and deep as a small model in practical use."""
+    if family is not None:
+        return text_models.random_recurrent(folder, family)
     models.make(folder, "llama", "AutoModelForCausalLM", **LLAMA)
     length = LLAMA["max_position_embeddings"]
     transformers.AutoTokenizer.from_pretrained(folder, model_max_length=length).save_pretrained(folder)

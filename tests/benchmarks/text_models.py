@@ -25,6 +25,33 @@ SMOLLM2: Dict[str, Any] = {
     "max_position_embeddings": 2048,
     "tie_word_embeddings": True,
 }
+# As wide and deep as Qwen3.5-0.8B and LFM2-350M, with fewer words.
+RECURRENT: Dict[str, Dict[str, Any]] = {
+    "qwen3.5": {
+        "vocab_size": 49152,
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,  # every fourth one attends
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+        "intermediate_size": 3584,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 16,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+    },
+    "lfm2": {
+        "vocab_size": 49152,
+        "hidden_size": 1024,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "intermediate_size": 4608,
+        "block_auto_adjust_ff_dim": False,
+        "full_attn_idxs": [2, 5, 8, 10, 12, 14],
+        "max_position_embeddings": 2048,
+    },
+}
 GGUF_TYPES: Dict[str, Any] = {
     "float32": None,
     "bfloat16": gguf.GGMLQuantizationType.BF16,
@@ -48,6 +75,16 @@ def random_llama(folder: Path, layers: int = SMOLLM2["num_hidden_layers"]) -> Pa
         tokenizer,
         torch.bfloat16,
     )
+
+
+def random_recurrent(folder: Path, family: str) -> Path:
+    """Make a checkpoint of a family whose layers have states of a fixed size, with transformers' initial values."""
+    sizes = RECURRENT[family]
+    tokenizer = _tokenizer("gpt", sizes["vocab_size"])
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = getattr(transformers, models.RECURRENT[family].config)(**sizes, **ids, pad_token_id=tokenizer.pad_token_id)
+    model = type(transformers.AutoModelForCausalLM.from_config(config))
+    return _saved(folder, model, config, tokenizer, torch.bfloat16)
 
 
 def random_marian(folder: Path) -> Path:

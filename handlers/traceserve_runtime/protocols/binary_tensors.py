@@ -13,22 +13,23 @@ from typing import Any, Dict, List, Mapping, Optional, Tuple
 import numpy as np
 
 from traceserve_runtime.errors import InvalidRequest
-from traceserve_runtime.protocols.wording import kind_of, parse_json
+from traceserve_runtime.protocols.wording import JsonBudget, kind_of, parse_json
 
 LENGTH_HEADER = "Inference-Header-Content-Length"
 CONTENT_TYPE = "application/octet-stream"
 _SIZE = "binary_data_size"
 
 
-def read_binary(body: bytes, header_length: int) -> object:
-    """Return the JSON of a body with its binary tensors' elements as "data"; raises InvalidRequest."""
+def read_binary(body: bytes, header_length: int, most: int = 0) -> object:
+    """Return the JSON of a body with its binary tensors' elements as "data"; raises InvalidRequest, or InputTooLong where
+    it has more values than `most` requests need."""
     if header_length > len(body):
         raise InvalidRequest(f"{LENGTH_HEADER} is {header_length:,}, but the body has {len(body):,} bytes", "body")
     try:
         text = body[:header_length].decode("utf-8")
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"the JSON before the tensors is not UTF-8 text at byte {error.start}", "body") from None
-    value = parse_json(text, "body")
+    value = parse_json(text, "body", budget=JsonBudget(most))
     if not isinstance(value, dict) or not isinstance(value.get("inputs"), list):
         raise InvalidRequest('the JSON before the tensors should be an object with a list of "inputs"', "inputs")
     start = header_length

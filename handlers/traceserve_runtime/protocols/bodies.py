@@ -29,7 +29,7 @@ from typing import Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional
 from traceserve_runtime.errors import InputTooLong, InvalidRequest, UnsupportedMedia
 from traceserve_runtime.protocols import binary_tensors
 from traceserve_runtime.protocols.decoding import Media, codec_of, decode_text, decompress, media_of
-from traceserve_runtime.protocols.wording import listed, nearest_name, parse_json, short
+from traceserve_runtime.protocols.wording import MOST_ITEMS, JsonBudget, listed, nearest_name, parse_json, short
 from traceserve_runtime.tasks.contract import Task
 
 # `target` names the class that the pytorch/serve example explains; its clients send it with every request.
@@ -45,8 +45,6 @@ _NOT_A_FORM = (
 _WHOLE_BODIES = ("data", "inputs", "body")  # parts that hold a whole body
 _SEPARATORS = {"text/csv": ",", "application/csv": ",", "text/tab-separated-values": "\t"}
 _LINES = re.compile(r"(application|text)/(x-)?(jsonlines|jsonl|ndjson|json-lines)")
-# Of a list of something other than texts, such as a chat's messages; a list of texts has at most max_rows.
-MOST_ITEMS = 4096
 _MOST_BREAKS = 1 << 19  # of lines, blank ones and those within a cell included: a fifth of a second
 _MOST_DIGITS = 18  # of a length in bytes; beyond 4,300 digits int() raises
 
@@ -99,15 +97,15 @@ def read_body(row: Mapping[str, object], headers: Headers, task: Type[Task], mos
         if headers.content_encoding:
             value = decompress(value, headers.content_encoding)
         if headers.binary is not None and isinstance(value, (bytes, bytearray)):
-            return binary_tensors.read_binary(bytes(value), headers.binary)
-        return _document(value, media, task, "body", most)
+            return binary_tensors.read_binary(bytes(value), headers.binary, most)
+        return _document(value, media, task, "body", most, JsonBudget(most))
     if headers.content_encoding.strip().lower() not in ("", "identity"):
         raise UnsupportedMedia(f"compressed forms are not supported; {_NOT_A_FORM}")
     return _form(row, media, headers, task, most)
 
 
-def _document(value: object, media: Media, task: Type[Task], part: str, most: int) -> object:
-    """Return the text or parsed JSON of a body, or of a part that holds one."""
+def _document(value: object, media: Media, task: Type[Task], part: str, most: int, budget: JsonBudget) -> object:
+    """Return the text or parsed JSON of a body, or of a part that holds one; what is parsed is counted in `budget`."""
     if not isinstance(value, (bytes, bytearray, str)) or (isinstance(value, str) and media.name == "application/json"):
         return value  # TorchServe parsed it
     text = decode_text(value, media, part)
@@ -121,15 +119,15 @@ def _document(value: object, media: Media, task: Type[Task], part: str, most: in
             )
     if _LINES.fullmatch(media.name):
         lines = ((number, line) for number, line in enumerate(io.StringIO(text, newline="\n"), 1) if line.strip())
-        values = (parse_json(line.rstrip("\n"), f"line {number} of the {part}", part) for number, line in lines)
+        values = (parse_json(line.rstrip("\n"), f"line {number} of the {part}", part, budget) for number, line in lines)
         return _limited(values, most)
     if media.is_json:
-        return parse_json(text, part)
+        return parse_json(text, part, budget=budget)
     if media.name in _SEPARATORS:
-        return _table(text, _SEPARATORS[media.name], task, part, most)
+        return _table(text, _SEPARATORS[media.name], task, part, most, budget)
     if media.name.startswith("text/") or (isinstance(value, str) and not media.name):
         return text
-    return _guess(text, part)
+    return _guess(text, part, budget)
 
 
 def _limited(lines: Iterable[object], most: int) -> List[object]:
@@ -143,12 +141,12 @@ def _limited(lines: Iterable[object], most: int) -> List[object]:
     return parsed
 
 
-def _guess(text: str, part: str) -> object:
+def _guess(text: str, part: str, budget: JsonBudget) -> object:
     """Parse JSON if it is JSON, else return the text; for a body of unknown media type."""
     if text.lstrip()[:1] not in ("{", "[", '"'):
         return text
     try:
-        return parse_json(_without_target(text), part)
+        return parse_json(_without_target(text), part, budget=budget)
     except InvalidRequest:
         if text.lstrip()[0] == "{":
             raise
@@ -164,7 +162,7 @@ def _without_target(text: str) -> str:
     return text[: end.start()] + "}" if end else text
 
 
-def _table(text: str, separator: str, task: Type[Task], part: str, most: int) -> object:
+def _table(text: str, separator: str, task: Type[Task], part: str, most: int, budget: JsonBudget) -> object:
     """Return the requests in a CSV file whose header names fields, or only `inputs`.
 
     Several lines without a header are refused: column names could be answered as if they were text. An empty
@@ -176,7 +174,7 @@ def _table(text: str, separator: str, task: Type[Task], part: str, most: int) ->
         header = [cell.strip() for cell in next((cells for cells in reader if cells), [])]
         problem = _wrong_header(header, [*(field.name for field in task.fields), "parameters"])
         if not problem:
-            return _limited(_rows(reader, header, task, part), most)
+            return _limited(_rows(reader, header, task, part, budget), most)
     except csv.Error as error:
         problem = f"line {reader.line_num} is not valid CSV: {error}"
     if len(text.strip("\r\n").splitlines()) <= 1:
@@ -200,7 +198,7 @@ def _wrong_header(header: List[str], known: List[str]) -> str:
     )
 
 
-def _rows(reader: _Lines, header: List[str], task: Type[Task], part: str) -> Iterator[object]:
+def _rows(reader: _Lines, header: List[str], task: Type[Task], part: str, budget: JsonBudget) -> Iterator[object]:
     """Iterate over the requests below the header."""
     required = {field.name for field in task.fields if field.required}
     for cells in reader:
@@ -214,7 +212,7 @@ def _rows(reader: _Lines, header: List[str], task: Type[Task], part: str) -> Ite
             yield from cells
         elif cells:
             sent = {name: cell for name, cell in zip(header, cells) if cell or name in required}
-            yield _typed(sent, task)
+            yield _typed(sent, task, budget)
 
 
 def _form(row: Mapping[str, object], media: Media, headers: Headers, task: Type[Task], most: int) -> object:
@@ -228,9 +226,10 @@ def _form(row: Mapping[str, object], media: Media, headers: Headers, task: Type[
         texts = {str(key): decode_text(value, Media("", ""), str(key), marks=False) for key, value in _unparsed(row)}
         if not _is_whole(texts, headers.content_length):
             raise InvalidRequest(f"the body was sent as a form, but only a part arrived; {_NOT_A_FORM}")
-    parts = {
-        str(key): Media(media_of(headers.parts.get(key, "")).name, "" if url_encoded else media.charset) for key in row
-    }
+    parts = {}
+    for key in row:
+        own = media_of(headers.parts.get(key, ""))
+        parts[str(key)] = Media(own.name, "" if url_encoded else own.charset or media.charset)
     known = {*_WHOLE_BODIES, "parameters", *UNUSED_FIELDS, *(field.name for field in task.fields)}
     if known & set(parts) or len(dict(_unparsed(row))) < len(row):
         return _known_parts(row, parts, task, most)
@@ -240,7 +239,7 @@ def _form(row: Mapping[str, object], media: Media, headers: Headers, task: Type[
     fields = {str(key): decode_text(value, parts[key], str(key)) for key, value in _unparsed(row)}
     body = "&".join(key + ("=" + value if value else "") for key, value in fields.items()).lstrip("\ufeff")
     if body.lstrip()[:1] in ("{", "[", '"'):
-        return _guess(body, "body")
+        return _guess(body, "body", JsonBudget(most))
     if len(fields) == 1 and not next(iter(fields.values())):
         return body
     raise InvalidRequest(f"the form has none of the fields {listed(f.name for f in task.fields)}; {_NOT_A_FORM}")
@@ -255,7 +254,8 @@ def _known_parts(row: Mapping[str, object], parts: Mapping[str, Media], task: Ty
     """Return the body that the parts of a form make up."""
     asked = [name for name in row if name not in UNUSED_FIELDS]
     whole = [name for name in asked if name == "body" or (name in _WHOLE_BODIES and not _is_empty(row[name]))]
-    documents = {name: _document(row[name], parts[name], task, name, most) for name in whole}
+    budget = JsonBudget(most)
+    documents = {name: _document(row[name], parts[name], task, name, most, budget) for name in whole}
     if list(documents) == asked and len(asked) == 1 and not isinstance(documents[asked[0]], str):
         return documents[asked[0]]
     others = {name: row[name] for name in row if name not in documents}
@@ -263,9 +263,11 @@ def _known_parts(row: Mapping[str, object], parts: Mapping[str, Media], task: Ty
         name: decode_text(value, parts[name], name) for name, value in _unparsed(others) if not parts[name].is_json
     }
     parsed = {
-        name: _document(value, parts[name], task, name, most) for name, value in others.items() if name not in texts
+        name: _document(value, parts[name], task, name, most, budget)
+        for name, value in others.items()
+        if name not in texts
     }
-    fields = {**_typed(texts, task), **parsed}
+    fields = {**_typed(texts, task, budget), **parsed}
     if "body" in documents:  # beside other parts it means `data`
         documents = {"data" if name == "body" else name: value for name, value in documents.items()}
     return {**documents, **fields}
@@ -275,10 +277,10 @@ def _is_empty(value: object) -> bool:
     return isinstance(value, (bytes, bytearray, str)) and not value
 
 
-def _typed(texts: Mapping[str, str], task: Type[Task]) -> Dict[str, object]:
+def _typed(texts: Mapping[str, str], task: Type[Task], budget: JsonBudget) -> Dict[str, object]:
     """Parse as JSON the text fields that are lists, and parameters."""
     documents = {"parameters", *(field.name for field in task.fields if field.kind != "text")}
-    return {name: parse_json(text, name) if name in documents else text for name, text in texts.items()}
+    return {name: parse_json(text, name, budget=budget) if name in documents else text for name, text in texts.items()}
 
 
 def _is_whole(fields: Mapping[str, str], content_length: Optional[int]) -> bool:

@@ -87,7 +87,8 @@ class HuggingFace:
 
 
 def _is_list(body: Body) -> bool:
-    return isinstance(body.protocol, Plain) and body.protocol.is_list
+    """Return whether a list is answered, as for the elements of the Open Inference Protocol's tensors."""
+    return not isinstance(body.protocol, Plain) or body.protocol.is_list
 
 
 def _parameters(value: Mapping[str, object]) -> Dict[str, object]:

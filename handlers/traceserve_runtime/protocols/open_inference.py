@@ -23,6 +23,7 @@ from traceserve_runtime.protocols import binary_tensors
 from traceserve_runtime.protocols.contract import Document, Response, Served
 from traceserve_runtime.protocols.native import ServedModel, noted
 from traceserve_runtime.protocols.wording import (
+    JsonBudget,
     checked_string,
     kind_of,
     listed,
@@ -255,12 +256,8 @@ def _columns(tensors: Sequence[_Tensor], task: Type[Task]) -> Dict[str, _Tensor]
 def _rows(columns: Mapping[str, _Tensor], task: Type[Task]) -> List[Mapping[str, object]]:
     """Return each request's fields; each tensor holds one field."""
     kinds = {field.name: field.kind for field in task.fields}
-    values = [
-        tensor.elements
-        if kinds[name] == "text"
-        else [parse_json(text, f"{tensor.where}.data[{i}]") for i, text in enumerate(tensor.elements)]
-        for name, tensor in columns.items()
-    ]
+    budget = JsonBudget(max(len(tensor.elements) for tensor in columns.values()))
+    values = [tensor.elements if kinds[name] == "text" else _parsed(tensor, budget) for name, tensor in columns.items()]
     return [dict(zip(columns, row)) for row in zip(*values)]
 
 
@@ -274,8 +271,12 @@ def _objects(tensor: _Tensor, task: Type[Task]) -> List[Mapping[str, object]]:
                 f"object with {needed}",
                 f"{tensor.where}.data[{i}]",
             )
-    objects = (parse_json(text, f"{tensor.where}.data[{i}]") for i, text in enumerate(tensor.elements))
+    objects = _parsed(tensor, JsonBudget(len(tensor.elements)))
     return [each for each in objects if isinstance(each, dict)]  # all of them: each begins with a brace
+
+
+def _parsed(tensor: _Tensor, budget: JsonBudget) -> List[object]:
+    return [parse_json(text, f"{tensor.where}.data[{i}]", budget=budget) for i, text in enumerate(tensor.elements)]
 
 
 def _encoded(answers: List[Json], infer: bool) -> JsonObject:

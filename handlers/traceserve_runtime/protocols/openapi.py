@@ -198,7 +198,8 @@ def _operation(sample: JsonObject) -> JsonObject:
                 "description": "the answer, or a list of answers in the order of the requests",
                 "headers": {
                     "X-Truncated": {
-                        "description": "by request and field, the characters [start, end) that the model did not read",
+                        "description": "by request and field, the characters [start, end) that the model did not read; "
+                        'beyond 4,096 bytes {"requests": N}, of how many requests',
                         "schema": {"type": "string"},
                     }
                 },

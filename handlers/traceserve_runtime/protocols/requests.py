@@ -12,13 +12,16 @@ from typing import Dict, List, Mapping, Tuple, Type
 
 from traceserve_runtime.errors import InputTooLong, InvalidRequest, TraceserveError
 from traceserve_runtime.protocols import bodies
-from traceserve_runtime.protocols.bodies import LEGAL_BODIES, MOST_ITEMS, UNUSED_FIELDS, Headers
+from traceserve_runtime.protocols.bodies import LEGAL_BODIES, UNUSED_FIELDS, Headers
 from traceserve_runtime.protocols.contract import Body, Refusal, Served
 from traceserve_runtime.protocols.kserve import Instances
 from traceserve_runtime.protocols.native import PLAIN_TEXT, Plain, ServedModel
 from traceserve_runtime.protocols.open_inference import are_tensors, infer_error, read_tensors
 from traceserve_runtime.protocols.wording import (
     DEEPEST,
+    MOST_ITEMS,
+    MOST_KEYS,
+    MOST_LISTS,
     checked_string,
     kind_of,
     listed,
@@ -28,9 +31,6 @@ from traceserve_runtime.protocols.wording import (
     short,
 )
 from traceserve_runtime.tasks.contract import Request, Task
-
-_LISTS = 8  # per body
-_MOST_KEYS = 256  # per object, far above the fields and parameters of any task
 
 
 class Native:
@@ -63,6 +63,8 @@ def _is_of_kserve(body: object, headers: Headers) -> bool:
             return False
         try:
             body = parse_json(bytes(body).decode("utf-8"))
+        except InputTooLong:
+            return True  # in JSON such a name between its quotes is a key, or a whole text
         except (ValueError, TraceserveError):
             return False
     if not isinstance(body, dict):
@@ -103,7 +105,7 @@ def check_size(value: object, most: int) -> None:
         inner: List[object] = []
         for item in level:
             if isinstance(item, dict):
-                if len(item) > _MOST_KEYS:
+                if len(item) > MOST_KEYS:
                     key = next(iter(item))
                     raise InvalidRequest(
                         f'an object of {len(item):,} keys, as "{short(key)}", is no request; {LEGAL_BODIES}'
@@ -111,7 +113,7 @@ def check_size(value: object, most: int) -> None:
                 inner += item.values()
             elif isinstance(item, list):
                 items += len(item) - 1
-                if len(item) > most_items or items > _LISTS * most_items:
+                if len(item) > most_items or items > MOST_LISTS * most_items:
                     raise InputTooLong(
                         f"the body has lists of {items:,} items or more; one request may have {most:,} texts; send several"
                     )

@@ -5,31 +5,89 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from typing import Iterable, Optional
+from typing import Iterable, Iterator, Optional
 
-from traceserve_runtime.errors import InvalidRequest
+from traceserve_runtime.errors import InputTooLong, InvalidRequest
 
 DEEPEST = 64  # levels of nesting: tensors have few dimensions, and a chat a few levels
+# Of a list of something other than texts, such as a chat's messages; a list of texts has at most max_rows.
+MOST_ITEMS = 4096
+MOST_LISTS = 8  # per body, each of so many items
+MOST_KEYS = 256  # per object, far above the fields and parameters of any task
+_BEGINNING = 1 << 17  # characters; what is nested too deeply is so near its beginning
+_PART = 1 << 16  # characters
 _NO_BRACKETS = re.compile(r"[^][{}]+")
 _LONGEST_NAME = 64  # in characters: comparing megabytes with the known names takes seconds
 
 
-def parse_json(text: str, what: str = "body", field: Optional[str] = None) -> object:
-    """Parse JSON text; raises InvalidRequest, which says `what` is wrong and names its `field`."""
-    if _is_deep(text):
-        raise InvalidRequest(f"{what if field else 'the ' + what} is nested too deeply", field or what)
+class JsonBudget:
+    """Counts the values in the JSON texts of one body, before they are parsed: a few bytes each become a hundred in memory.
+
+    The limits follow from those of a parsed body (`requests.check_size`), and are at least as large: every list or object is
+    an item of a list, or one of a request's own few fields and parameters.
+    """
+
+    def __init__(self, most: int = 0) -> None:
+        """`most` limits the requests of the body."""
+        items = max(MOST_ITEMS, most)
+        self._most_containers = 2 * MOST_LISTS * items
+        self._most_commas = MOST_KEYS * items
+        self._containers = self._commas = 0
+
+    def spend(self, text: str, what: str, field: Optional[str] = None) -> None:
+        """Add a JSON text; raises InputTooLong where all of them together are beyond any legal body."""
+        plain = _without_escapes(text)
+        most_quotes = 4 * (self._most_commas + self._most_containers)  # a key and a value each
+        self._check(plain.count('"'), most_quotes, "quotation marks", what, field)
+        for outside in _outside_strings(plain):
+            self._containers += outside.count("[") + outside.count("{")
+            self._commas += outside.count(",")
+        self._check(self._containers, self._most_containers, "lists and objects", what, field)
+        self._check(self._commas, self._most_commas, "commas", what, field)
+
+    def _check(self, count: int, most: int, kind: str, what: str, field: Optional[str]) -> None:
+        if count > most:
+            raise InputTooLong(f"{what} has {count:,} {kind}; one request may have {most:,}; send several", field)
+
+
+def _without_escapes(text: str) -> str:
+    """Return JSON whose quotation marks all begin or end a string."""
+    return text.replace("\\\\", "").replace('\\"', "")
+
+
+def _outside_strings(plain: str) -> Iterator[str]:
+    """Iterate over what stands outside the strings of JSON, as far as it is valid; part by part, which takes little memory."""
+    inside = 0
+    for start in range(0, len(plain), _PART):
+        pieces = plain[start : start + _PART].split('"')
+        yield "".join(pieces[inside::2])
+        inside ^= (len(pieces) - 1) % 2
+
+
+def parse_json(
+    text: str, what: str = "body", field: Optional[str] = None, budget: Optional[JsonBudget] = None
+) -> object:
+    """Parse JSON text; raises InvalidRequest, which says `what` is wrong and names its `field`, or InputTooLong.
+
+    Texts of one body share a `budget`.
+    """
+    named = what if field else f"the {what}"
+    if _is_deep(text[:_BEGINNING]):
+        raise InvalidRequest(f"{named} is nested too deeply", field or what)
+    (budget or JsonBudget()).spend(text, named, field or what)
+    if len(text) > _BEGINNING and _is_deep(text):
+        raise InvalidRequest(f"{named} is nested too deeply", field or what)
     try:
         return json.loads(text)
     except ValueError as error:
-        raise InvalidRequest(f"{what if field else 'the ' + what} is not valid JSON: {error}", field or what) from None
+        raise InvalidRequest(f"{named} is not valid JSON: {error}", field or what) from None
 
 
 def _is_deep(text: str) -> bool:
     """Return whether JSON is nested deeper than DEEPEST (certain from twice that depth on), in linear time."""
     if text.count("[") + text.count("{") <= DEEPEST:
         return False
-    outside = "".join(text.replace("\\\\", "").replace('\\"', "").split('"')[::2])
-    brackets = _NO_BRACKETS.sub("", outside)
+    brackets = _NO_BRACKETS.sub("", "".join(_outside_strings(_without_escapes(text))))
     for _ in range(DEEPEST):
         rest = brackets.replace("[]", "").replace("{}", "")  # the innermost ones
         if len(rest) == len(brackets):

@@ -4,21 +4,22 @@ The builder traces these calls, and the reader of the save mode pretrained makes
 by `Single`. One that runs token by token has two calls. `start` makes the loop's initial state: a decoder's empty
 cache, or an encoder's output as the keys and values that every decoder layer attends to. `step` reads new tokens and
 the state; it returns the last token's logits and the state's first tensors, the self-attention cache extended by these
-tokens. The rest of the state is unchanged. All of the state has the batch as its first dimension.
+tokens. The rest of the state is unchanged; a decoder has none. All of the state has the batch as its first dimension.
 """
 
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, Mapping, Optional, Sequence, Tuple
+
+from traceserve_runtime.runtimes import caches
+from traceserve_runtime.runtimes.caches import LayerStates, Past
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
     Tensors = Tuple[torch.Tensor, ...]
-    # Each layer's keys and values, (batch, heads, length, head size).
-    Pairs = List[Tuple[torch.Tensor, torch.Tensor]]
 
 # Classifiers that read the hidden state of each row's last end token, and search for all of them at once: in a batch
 # whose rows have different numbers of end tokens that fails, or mixes up rows.
@@ -156,55 +157,77 @@ class Empty:
     """Maps the prompt, ids and mask (batch, length), to an empty cache like `past`, a decoder's own after any
     tokens."""
 
-    def __init__(self, past: Sequence[torch.Tensor]) -> None:
-        self.shapes = [(tensor.shape[1], tensor.shape[3], tensor.dtype) for tensor in past]
+    def __init__(self, past: Past) -> None:
+        growing = [((tensor.shape[1], 0, tensor.shape[3]), tensor.dtype) for tensor in past.growing]
+        self.shapes = [*growing, *((tuple(tensor.shape[1:]), tensor.dtype) for tensor in past.fixed)]
 
     def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Tensors:
         import torch
 
         return tuple(
-            torch.zeros(input_ids.shape[0], heads, 0, size, device=input_ids.device, dtype=dtype)
-            for heads, size, dtype in self.shapes
+            torch.zeros(input_ids.shape[0], *shape, device=input_ids.device, dtype=dtype)
+            for shape, dtype in self.shapes
         )
 
 
 class DecoderStep:
     """Maps new tokens (batch, new), the mask of all (batch, past + new), positions (batch, new) and the cache to the
-    last token's logits, (batch, vocabulary), and the extended cache."""
+    last token's logits, (batch, vocabulary), and the extended cache; `layers` as of `Past`."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, layers: Sequence[LayerStates] = ()) -> None:
         self.model = model
+        self.layers = tuple(layers)
         accepted = inspect.signature(model.forward).parameters
         self.inputs = tuple(n for n in ("input_ids", "attention_mask", "position_ids") if n in accepted)
         # For the prompt, too, only the last token's logits are computed if the model supports it.
         self.fixed = {name: 1 for name in ("logits_to_keep", "num_logits_to_keep") if name in accepted}
 
     def __call__(self, *tensors: torch.Tensor) -> Tensors:
-        columns, past = tensors[: len(self.inputs)], tensors[len(self.inputs) :]
-        result = self.model(
-            **dict(zip(self.inputs, columns)),
-            past_key_values=_cache(list(zip(past[::2], past[1::2]))),
-            use_cache=True,
-            return_dict=True,
-            **self.fixed,
-        )
-        grown = read_cache(result.past_key_values)
-        return (result.logits[:, -1].float(), *(tensor for pair in grown for tensor in pair))
+        columns, past = dict(zip(self.inputs, tensors)), tensors[len(self.inputs) :]
+        if self.layers:
+            growing = 2 * sum(layer.attends for layer in self.layers)
+            cache: Any = caches.own_cache(self.model)
+            caches.fill_cache(cache, Past(past[:growing], past[growing:], self.layers))
+        else:
+            cache = caches.cache_of(list(zip(past[::2], past[1::2])))
+        name = _cache_name(self.model)
+        result = self.model(**columns, **{name: cache}, use_cache=True, return_dict=True, **self.fixed)
+        grown = getattr(result, name)
+        tensors = caches.read_own_cache(grown).tensors if self.layers else _flat(caches.read_cache(grown))
+        return (result.logits[:, -1].float(), *tensors)
 
 
-def read_past(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Optional[Tensors]:
-    """Return a decoder's cache after these tokens; None if it keeps something other than keys and values between
-    steps."""
+def read_past(
+    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, with_fixed: bool = False
+) -> Optional[Past]:
+    """Return a decoder's cache after these tokens; None if it keeps something other than keys and values between steps,
+    or than these and tensors of a fixed size, if `with_fixed`."""
     import torch
 
+    own: Any = caches.own_cache(model) if with_fixed else None
+    cache = own if own is not None else caches.empty_cache()
+    columns = {"input_ids": input_ids, "attention_mask": attention_mask}
+    name = _cache_name(model)
     with torch.no_grad():
-        result = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=True)
+        result = model(**columns, **{name: cache}, use_cache=True)
+    grown = getattr(result, name, None)
+    if own is not None:
+        past = caches.read_own_cache(grown)
+        return past if past.layers and past.fixed else None
     try:
-        pairs = read_cache(getattr(result, "past_key_values", None))
+        tensors = _flat(caches.read_cache(grown))
     except (AttributeError, TypeError, ValueError):
         return None
-    past = tuple(tensor for pair in pairs for tensor in pair)
-    return past if past and all(getattr(tensor, "ndim", 0) == 4 for tensor in past) else None
+    return Past(tensors) if tensors and all(getattr(tensor, "ndim", 0) == 4 for tensor in tensors) else None
+
+
+def _cache_name(model: PreTrainedModel) -> str:
+    """Return how a model names its cache, in its arguments and outputs: Mamba differs."""
+    return "cache_params" if "cache_params" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def _flat(pairs: caches.Pairs) -> Tensors:
+    return tuple(tensor for pair in pairs for tensor in pair)
 
 
 def encoded(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -247,9 +270,9 @@ class Begin:
             use_cache=True,
             return_dict=True,
         )
-        grown, source = _read_both(result.past_key_values)
+        grown, source = caches.read_both(result.past_key_values)
         empty = [tensor[:, :, :0] for pair in grown for tensor in pair]
-        return (*empty, *(tensor for pair in source for tensor in pair))
+        return (*empty, *_flat(source))
 
 
 class EncoderDecoderStep:
@@ -274,52 +297,11 @@ class EncoderDecoderStep:
             encoder_outputs=encoder_outputs(hidden),
             attention_mask=attention_mask,
             decoder_input_ids=decoder_input_ids,
-            past_key_values=_cache_both(list(zip(past[::2], past[1::2])), list(zip(source[::2], source[1::2]))),
+            past_key_values=caches.cache_of_both(
+                list(zip(past[::2], past[1::2])), list(zip(source[::2], source[1::2]))
+            ),
             use_cache=True,
             return_dict=True,
         )
-        grown, _ = _read_both(result.past_key_values)
-        return (result.logits[:, -1].float(), *(tensor for pair in grown for tensor in pair))
-
-
-def _cache(pairs: Pairs) -> object:
-    """Return transformers' cache of these keys and values; before version 4.36 a tuple."""
-    try:
-        from transformers import cache_utils as untyped
-    except ImportError:
-        return tuple(pairs)
-    cache_utils: Any = untyped
-    cache = cache_utils.DynamicCache()
-    for number, (keys, values) in enumerate(pairs):
-        if not hasattr(cache_utils, "DynamicLayer"):  # before 4.54
-            cache.update(keys, values, number)
-            continue
-        # Not with `update`, which would put a concatenation of the whole cache into the graph.
-        layer = cache_utils.DynamicLayer()
-        layer.keys, layer.values, layer.dtype, layer.device = keys, values, keys.dtype, keys.device
-        layer.is_initialized = True
-        cache.layers.append(layer)
-    return cache
-
-
-def read_cache(cache: Any) -> Pairs:
-    """Return each layer's keys and values, from any version's cache."""
-    if isinstance(cache, tuple):
-        return [(layer[0], layer[1]) for layer in cache]
-    if hasattr(cache, "layers"):
-        return [(layer.keys, layer.values) for layer in cache.layers]
-    return list(zip(cache.key_cache, cache.value_cache))
-
-
-def _cache_both(past: Pairs, source: Pairs) -> object:
-    try:
-        from transformers.cache_utils import EncoderDecoderCache
-    except ImportError:
-        return tuple((*one, *two) for one, two in zip(past, source))
-    return EncoderDecoderCache(_cache(past), _cache(source))
-
-
-def _read_both(cache: Any) -> Tuple[Pairs, Pairs]:
-    if isinstance(cache, tuple):
-        return read_cache(cache), [(layer[2], layer[3]) for layer in cache]
-    return read_cache(cache.self_attention_cache), read_cache(cache.cross_attention_cache)
+        grown, _ = caches.read_both(result.past_key_values)
+        return (result.logits[:, -1].float(), *_flat(grown))

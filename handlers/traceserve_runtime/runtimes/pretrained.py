@@ -18,9 +18,11 @@ from traceserve_runtime.errors import InvalidManifest, MissingPackage, reason
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runner import Runner
 from traceserve_runtime.runtimes import calling, stepping, torch_internals
+from traceserve_runtime.runtimes.caches import FIXED_STATES
 from traceserve_runtime.runtimes.from_embeddings import FromEmbeddings, LookUp, word_embeddings
 from traceserve_runtime.runtimes.torchscript.gradients import GradientGraphs
 from traceserve_runtime.runtimes.torchscript.reader import TorchScriptRunner, settle
+from traceserve_runtime.runtimes.torchscript.states import Copied
 from traceserve_runtime.runtimes.variants import Variant
 from traceserve_runtime.settings import Settings
 from traceserve_runtime.versions import release_of
@@ -70,7 +72,8 @@ class PretrainedRunner(TorchScriptRunner):
     """A runner of a model's calls."""
 
     def __init__(self, calls: _Calls, manifest: Manifest, device: str, own_threads: bool = False) -> None:
-        super().__init__(calls, manifest, device, own_threads=own_threads)
+        states = Copied(manifest.runtime.get(FIXED_STATES, 0))
+        super().__init__(calls, manifest, device, own_threads=own_threads, states=states)
         self.calls = calls
 
 
@@ -275,10 +278,13 @@ def _decoder(model: PreTrainedModel, manifest: Manifest, device: str) -> Dict[st
     if not manifest.runtime.get(PAST, True):
         return {"start": stepping.NoTokens(), "step": stepping.DecoderAgain(model)}
     ids = torch.full((1, 2), manifest.tokenizer.pad_id, device=device)
-    past = calling.read_past(model, ids, torch.ones_like(ids))
-    if past is None:
-        raise InvalidManifest(f"{type(model).__name__} of this transformers keeps no keys and values between steps")
-    return {"start": calling.Empty(past), "step": calling.DecoderStep(model)}
+    fixed = manifest.runtime.get(FIXED_STATES, 0)
+    past = calling.read_past(model, ids, torch.ones_like(ids), bool(fixed))
+    if past is None or len(past.fixed) != fixed:
+        raise InvalidManifest(
+            f"{type(model).__name__} of this transformers keeps something else between steps than where the archive was built"
+        )
+    return {"start": calling.Empty(past), "step": calling.DecoderStep(model, past.layers)}
 
 
 def _encoder_decoder(model: PreTrainedModel, manifest: Manifest, device: str) -> Dict[str, Call]:

@@ -1,7 +1,8 @@
 """The two calls of a model that runs token by token: with a cache if it has one, else rereading all tokens.
 
-Most models cache keys and values of earlier tokens, which `calling` passes from step to step. Those that keep something
-else (Mamba), or nothing (OpenAI-GPT), get the whole text at every step: the same answers, for more work.
+Most models cache keys and values of earlier tokens, which `calling` passes from step to step, and some states of a fixed
+size (Qwen3.5, LFM2). Those that keep something else (RWKV), or nothing (OpenAI-GPT), get the whole text at every step:
+the same answers, for more work.
 The builder finds out by running the model, and records the result for the worker.
 """
 
@@ -41,11 +42,13 @@ class Step(Protocol):
 
 
 class Calls(NamedTuple):
-    """`start` and `step`, see `calling`; and whether a step reads only new tokens, with a cache."""
+    """`start` and `step`, see `calling`; whether a step reads only new tokens, with a cache; and how many of the state's
+    last tensors have a fixed size, which each step replaces."""
 
     start: Callable[..., Tensors]
     step: Step
     keeps_past: bool
+    fixed: int = 0
 
 
 class NoTokens:
@@ -112,20 +115,20 @@ class EncoderDecoderAgain:
         return (result.logits[:, -1].float(), ids)
 
 
-def decoder(model: PreTrainedModel) -> Calls:
-    """Return a decoder's calls, determined by reading four tokens."""
+def decoder(model: PreTrainedModel, with_fixed: bool = False) -> Calls:
+    """Return a decoder's calls, determined by reading four tokens; `with_fixed`: also with states of a fixed size."""
     ids = _tokens(model)
     mask = ids.new_ones(ids.shape)
     again = Calls(NoTokens(), DecoderAgain(model), False)
 
     def over_a_past() -> Calls:
-        past = read_past(model, ids[:, :2], mask[:, :2])
-        return Calls(Empty(past), DecoderStep(model), True) if past else again
+        past = read_past(model, ids[:, :2], mask[:, :2], with_fixed)
+        return Calls(Empty(past), DecoderStep(model, past.layers), True, len(past.fixed)) if past else again
 
     def steps(calls: Calls) -> Tensors:
         logits = []
-        state = calls.start(ids[:, :3], mask[:, :3])
-        for new in (slice(0, 3), slice(3, 4)):
+        state = calls.start(ids[:, :2], mask[:, :2])
+        for new in (slice(0, 2), slice(2, 4)):  # a prompt, too, may be read in parts
             named = {"input_ids": ids, "attention_mask": mask, "position_ids": mask.cumsum(1) - 1}
             columns = [
                 named[name][:, : new.stop] if name == "attention_mask" else named[name][:, new]

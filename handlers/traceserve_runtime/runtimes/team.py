@@ -17,10 +17,14 @@ Result = TypeVar("Result")
 _IN_A_ROW = 2  # consecutive runs that waited; a single one may be chance
 # Runs before one more core is tried, initially; and if it is taken repeatedly, since each attempt costs two slow runs.
 _SOONEST, _LATEST = 20, 320
+_this_thread = threading.local()  # `one_core` is set in threads that compute on one
 
 
 class Team:
-    """The threads of one thread's runs. Runs of other threads, such as lanes, are left alone."""
+    """The threads of one thread's runs. Runs of other threads, such as lanes, are left alone.
+
+    It is the first thread that runs and has not taken one core: most hosts load in one thread and answer in another.
+    """
 
     def __init__(self, most: int, resize: Callable[[int], None]) -> None:
         self._most = most
@@ -30,7 +34,7 @@ class Team:
         self._runs = 0
         self._pause = _SOONEST
         self._smaller_at = self._wider_at = 0  # by the number of runs
-        self._thread = threading.get_ident()
+        self._thread: Optional[int] = None
 
     @property
     def now(self) -> int:
@@ -39,7 +43,7 @@ class Team:
 
     def run(self, act: Callable[..., Result], *arguments: object) -> Result:
         """Call `act` with these arguments on as many cores as are free."""
-        if threading.get_ident() != self._thread:
+        if not self._is_own_thread():
             return act(*arguments)
         self._runs += 1
         if self._now < self._most and self._runs >= self._wider_at:
@@ -54,6 +58,11 @@ class Team:
             self._smaller_at = self._runs
             self._take(self._now - 1)
         return result
+
+    def _is_own_thread(self) -> bool:
+        if self._thread is None and not getattr(_this_thread, "one_core", False):
+            self._thread = threading.get_ident()
+        return self._thread == threading.get_ident()
 
     def _take(self, cores: int) -> None:
         self._now, self._waited = cores, 0
@@ -71,7 +80,7 @@ def enough(cores: int) -> float:
 
 
 def of_torch() -> Optional[Team]:
-    """Make one for this thread's torch runs; None if they have one core anyway."""
+    """Make one for torch's runs; None if they have one core anyway."""
     import torch
 
     threads = torch.get_num_threads()
@@ -84,6 +93,7 @@ def take_one_core() -> None:
 
     torch.get_num_threads()
     torch.set_num_threads(1)
+    _this_thread.one_core = True
 
 
 @contextmanager

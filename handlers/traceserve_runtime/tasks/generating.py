@@ -28,6 +28,7 @@ from traceserve_runtime.tasks.contract import (
     without_prefix,
     without_refused,
 )
+from traceserve_runtime.tasks.generation_parameters import SAMPLING
 from traceserve_runtime.tasks.parameters import Output, strings
 from traceserve_runtime.tasks.token_details import check_time, time_of, token_details
 from traceserve_runtime.texts import limits
@@ -38,8 +39,6 @@ from traceserve_runtime.texts.written_text import WrittenText
 
 # Settings of transformers with another name here.
 _PARAMETERS_OF = {"stop_strings": "stop"}
-# Parameters that imply sampling.
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed")
 _COLD = 1e-6  # a temperature below it leaves only the best token, and scores divided by it would be infinite
 
 
@@ -125,7 +124,7 @@ class Generating(Task):
         """Raise InvalidRequest for parameters that contradict each other."""
         if self._samples(request) and request.parameters.get("num_beams", 1) > 1:
             raise InvalidRequest(
-                "beam search does not sample; send either num_beams or do_sample, temperature, top_k, top_p, min_p, seed",
+                f"beam search does not sample; send either num_beams or do_sample, {', '.join(SAMPLING)}",
                 "parameters.num_beams",
             )
         biased = self.parameter(request, "logit_bias") or {}
@@ -143,7 +142,7 @@ class Generating(Task):
             return False
         if "do_sample" in request.parameters:
             return bool(request.parameters["do_sample"])
-        if any(name in request.parameters for name in _SAMPLING):
+        if any(name in request.parameters for name in SAMPLING):
             return True
         return bool(self.parameter(request, "do_sample")) and "num_beams" not in request.parameters
 
@@ -171,7 +170,7 @@ class Generating(Task):
         least = 0 if "min_new_tokens" in asked else facts["min_length"]
         take = {
             name: self.parameter(request, name)
-            for name in (*_SAMPLING, "repetition_penalty", "no_repeat_ngram_size", "min_new_tokens", "length_penalty")
+            for name in (*SAMPLING, "repetition_penalty", "no_repeat_ngram_size", "min_new_tokens", "length_penalty")
             + ("early_stopping", "presence_penalty", "frequency_penalty")
         }
         return GenerationSettings(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from traceserve_runtime.tasks.parameters import Parameter
 
+# A request with one of them, and without do_sample, samples.
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed")
 MAX_NEW_TOKENS = Parameter("max_new_tokens", int, "the most tokens to write; by default 256, or as many as fit")
 PARAMETERS = (
     MAX_NEW_TOKENS,
@@ -11,8 +13,8 @@ PARAMETERS = (
     Parameter(
         "do_sample",
         bool,
-        "sample each token by its probability instead of taking the best; implied by temperature, top_k, top_p, min_p "
-        "or seed",
+        "sample each token by its probability instead of taking the best; implied by "
+        f"{', '.join(SAMPLING[:-1])} or {SAMPLING[-1]}",
         default=False,
     ),
     Parameter(

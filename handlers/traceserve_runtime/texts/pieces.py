@@ -234,6 +234,8 @@ class PieceTokenizer:
         self._not_written = frozenset(facts["not_written"])
         self._as_they_are = frozenset(facts["as_they_are"])
         self._beyond = facts["beyond"]
+        self._special = frozenset(facts["tokens"])  # of those that are not written
+        self._behind_special = " " if self._codes else ""  # Marian's
         tokens = sorted(facts["tokens"], key=len, reverse=True)
         self._tokens = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
 
@@ -260,12 +262,17 @@ class PieceTokenizer:
         return self._tokenizer.post_process(encoding, None, add_special_tokens)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Decode pieces. (No text-writing task asks for special tokens.)"""
+        """Decode pieces like transformers' `decode`; special tokens stand between texts that are decoded apart.
+
+        (transformers keeps one more space behind a special token where Marian's model for writing lacks the next piece.)
+        """
         written, part = "", ""
         for number in ids:
-            if number in self._not_written:
-                continue
             token = self._tokenizer.id_to_token(number)
+            if number in self._not_written:
+                if not skip_special_tokens and token in self._special:  # others are sentencepiece's own, without a text
+                    written, part = written + self._normalizer.begun(part) + token + self._behind_special, ""
+                continue
             if token is None:  # the model has more tokens than the vocabulary
                 written, part = written + self._normalizer.begun(part) + self._beyond, ""
             else:

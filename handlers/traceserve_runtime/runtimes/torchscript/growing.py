@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Iterator, List, Optional, Sequence, Tuple
 
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runtimes import torch_internals
+from traceserve_runtime.runtimes.caches import FIXED_STATES
 from traceserve_runtime.runtimes.graph import (
     Graph,
     Node,
@@ -59,9 +60,9 @@ _WRITTEN_BEHIND = """graph(%past : Tensor, %new : Tensor):
 def write_behind(module: Traced, manifest: Manifest) -> Optional[Kept]:
     """Rewrite a loop's step on the CPU, before its first run; returns how its cache is to be kept, with room.
 
-    None, and no change, for a model that runs once, if a grown tensor is anything else than its input with new positions
-    behind, or this torch cannot rewrite graphs. Packing comes first: it leaves layers alone if a graph reads memory by its
-    strides.
+    States of a fixed size stay as they are. None, and no change, for a model that runs once, if a grown tensor is anything
+    else than its input with new positions behind, or this torch cannot rewrite graphs. Packing comes first: it leaves
+    layers alone if a graph reads memory by its strides.
     """
     step: Optional[Traced] = getattr(module, "step", None)
     if step is None or not torch_internals.rewrites():
@@ -70,6 +71,7 @@ def write_behind(module: Traced, manifest: Manifest) -> Optional[Kept]:
     torch_internals.inline(graph)
     open_tuples(graph)
     results = _results(graph)[len(manifest.outputs) :]
+    results = results[: len(results) - manifest.runtime.get(FIXED_STATES, 0)]
     past = list(graph.inputs())[1 + len(manifest.step_inputs) :][: len(results)]
     pairs = [(own, result, _added(own, result)) for own, result in zip(past, results)]
     distinct = len({result.debugName() for result in results}) == len(results)

@@ -15,6 +15,7 @@ from traceserve_runtime.errors import MissingPackage
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runner import IN_ATTENTION, Arrays, Padding, State
 from traceserve_runtime.runtimes import graph, team, torch_internals
+from traceserve_runtime.runtimes.caches import FIXED_STATES
 from traceserve_runtime.runtimes.torchscript import (
     attention,
     devices,
@@ -210,7 +211,7 @@ def _read(
         return runner
     module = graph.read_module(folder / (weights.GRAPH_FILE if reading.mapped else manifest.model_file), device)
     if reading.plain:
-        return _runner(_Plain(module), manifest, device)
+        return _runner(_Plain(module), manifest, device, states=_copied(manifest))
     if device != "cpu":
         devices.rewrite(module, device)
     else:
@@ -224,7 +225,11 @@ def _read(
     unpadded = reading.mapped and manifest.runtime.get(UNPADDED)
     padding = IN_ATTENTION._replace(alone=manifest.runtime.get(FILLED, 1)) if unpadded else Padding()
     kept = growing.write_behind(module, manifest) if device == "cpu" else None
-    return _runner(module, manifest, device, padding, InPlace(kept) if kept else Copied())
+    return _runner(module, manifest, device, padding, InPlace(kept) if kept else _copied(manifest))
+
+
+def _copied(manifest: Manifest) -> Copied:
+    return Copied(manifest.runtime.get(FIXED_STATES, 0))
 
 
 class _Plain:

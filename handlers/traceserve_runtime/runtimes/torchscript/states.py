@@ -34,7 +34,10 @@ class States(Protocol):
 
 
 class Copied:
-    """States whose cache is made anew by each step."""
+    """States whose cache is made anew by each step; the last `fixed` tensors of a decoder's do not grow."""
+
+    def __init__(self, fixed: int = 0) -> None:
+        self._fixed = fixed
 
     def before(self, state: State, new: int, rows: Optional[torch.Tensor]) -> State:
         return state if rows is None else tuple(tensor.index_select(0, rows) for tensor in state)
@@ -45,7 +48,11 @@ class Copied:
     def join(self, states: Sequence[State], length: int) -> State:
         import torch
 
-        return tuple(torch.cat([_of_length(tensor, length) for tensor in tensors]) for tensors in zip(*states))
+        growing = len(states[0]) - self._fixed
+        return tuple(
+            torch.cat([_of_length(tensor, length) if i < growing else tensor for tensor in tensors])
+            for i, tensors in enumerate(zip(*states))
+        )
 
 
 class _Roomy(Tuple[Any, ...]):
@@ -67,7 +74,7 @@ class _Roomy(Tuple[Any, ...]):
 
 class InPlace:
     """States whose cache, `kept` in these dtypes, has room behind it. It is copied when that is full, or when many rows
-    move; a few rows that leave, move or join are written among the others.
+    move; a few rows that leave, move or join are written among the others. A decoder's further tensors do not grow.
 
     Each is continued once: a second step from it would write over the first one's positions.
     """
@@ -112,20 +119,24 @@ class InPlace:
         return _Roomy((*cache, *state[len(cache) :]), state.rooms, state.first)
 
     def join(self, states: Sequence[State], length: int) -> State:
+        import torch
+
         rows = sum(len(state[0]) for state in states)
         state = states[0]
+        caches = [each[: len(self._kept)] for each in states]
+        others = tuple(torch.cat(tensors) for tensors in zip(*(each[len(self._kept) :] for each in states)))
         if isinstance(state, _Roomy) and rows <= len(state.rooms[0]) and length <= state.end:
             first = state.end - length
-            for room, *tensors in zip(state.rooms, *states):
+            for room, *tensors in zip(state.rooms, *caches):
                 room[: len(tensors[0]), :, first : state.first] = 0
                 _write_rows(room[len(tensors[0]) :, :, first : state.end], tensors[1:])
             rooms = state.rooms
         else:
             first = 0
-            rooms = tuple(_room(tensor, rows, length + _ROOM) for tensor in state)
-            for room, *tensors in zip(rooms, *states):
+            rooms = tuple(_room(tensor, rows, length + _ROOM) for tensor in caches[0])
+            for room, *tensors in zip(rooms, *caches):
                 _write_rows(room[:, :, :length], tensors)
-        return _Roomy((room[:rows, :, first : first + length] for room in rooms), rooms, first)
+        return _Roomy((*(room[:rows, :, first : first + length] for room in rooms), *others), rooms, first)
 
 
 def _moved(rows: torch.Tensor, held: int) -> Optional[torch.Tensor]:

@@ -16,6 +16,7 @@ from traceserve_runtime.errors import TraceserveError
 from traceserve_runtime.generation.steps import FEEDS
 from traceserve_runtime.manifest import Manifest, TokenizerFacts
 from traceserve_runtime.runner import Arrays
+from traceserve_runtime.runtimes.caches import FIXED_STATES
 from traceserve_runtime.texts.rows import Encoded, Row, Segments
 from traceserve_runtime.texts.tokenization import TextTokenizer
 
@@ -65,7 +66,8 @@ def compare_outputs(
     loop = engine.task.loop
     grid = list(_grid(manifest))
     most = _longest_row(engine)
-    in_parts = bool(loop) and FEEDS[loop].together(manifest.shapes) and reference.reads_only_new_tokens
+    keeps_past = FIXED_STATES in manifest.runtime or reference.reads_only_new_tokens
+    in_parts = bool(loop) and FEEDS[loop].together(manifest.shapes) and keeps_past
     of_texts: Dict[str, List[Tuple[np.ndarray, np.ndarray]]] = {}
     if not loop:
         of_texts = {output: [] for output in manifest.outputs if output not in per_token}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Dict, Iterator, Tuple, Type
 
 import torch
 from traceserve_runtime.errors import reason
+from traceserve_runtime.runtimes.caches import FIXED_STATES
 from traceserve_runtime.runtimes.pretrained import KEPT, OLDEST, OLDEST_NAMED, PAST
 from traceserve_runtime.versions import release_of
 
@@ -53,7 +54,7 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
     """
     try:
         with torch.no_grad(), precision.tracing(original.dtype):
-            step_inputs, facts = _step_inputs(original, task)
+            step_inputs, facts = _step_inputs(original, task, not target.options["torch_compile"])
     except ExportError:
         raise
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, AssertionError) as error:
@@ -73,14 +74,16 @@ def gradients(original: Original, manifest: Manifest, folder: Path) -> Tuple[str
     return ()
 
 
-def _step_inputs(original: Original, task: Type[Task]) -> Tuple[Tuple[str, ...], Dict[str, object]]:
-    """Return the inputs of a loop's step, and whether it reads only new tokens, for its reader.
+def _step_inputs(original: Original, task: Type[Task], with_fixed: bool) -> Tuple[Tuple[str, ...], Dict[str, object]]:
+    """Return the inputs of a loop's step, and what its reader has to know: whether it reads only new tokens, and states of a
+    fixed size, if `with_fixed`.
 
     The model is called once, so that a missing output is found here.
     """
     if task.loop:
-        _, step = GRAPHS[task.loop](original, EXAMPLE_BATCH, min(EXAMPLE_LENGTH, original.max_length - 2))
-        return step.inputs, {PAST: step.keeps_past}
+        length = min(EXAMPLE_LENGTH, original.max_length - 2)
+        _, step = GRAPHS[task.loop](original, EXAMPLE_BATCH, length, with_fixed)
+        return step.inputs, {PAST: step.keeps_past, **({FIXED_STATES: step.fixed} if step.fixed else {})}
     module = once(original, [output.name for output in task.outputs])
     module(*example(original, EXAMPLE_BATCH, min(EXAMPLE_LENGTH, original.max_length)))
     return (), {}

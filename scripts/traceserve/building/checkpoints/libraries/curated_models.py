@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Optional
 import torch
 from curated_transformers.layers import AttentionMask, KeyValueCache
 from curated_transformers.layers.embeddings import QueryKeyRotaryEmbeddings
-from traceserve_runtime.runtimes.calling import read_cache
+from traceserve_runtime.runtimes.caches import read_cache
 from transformers import GenerationMixin as untyped_mixin
 from transformers import PreTrainedModel as untyped_model
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast

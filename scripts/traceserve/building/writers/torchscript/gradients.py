@@ -20,6 +20,7 @@ from traceserve.building.config.dtypes import DTYPES
 from traceserve.building.writers.contract import NoGradients
 from traceserve.building.writers.lowering import precision
 from traceserve.building.writers.tracing.graphs import TRACED_BATCH, TRACED_LENGTH, together, trace, write_module
+from traceserve.building.writers.tracing.recurrences import recurrences_of_any_length
 from traceserve.building.writers.tracing.wrapping import Wrapped, example, traceable
 from traceserve.errors import NoSpace
 
@@ -41,12 +42,13 @@ def write_gradients(original: Original, manifest: Manifest, folder: Path) -> Tup
             ids = inputs[original.inputs.index("input_ids")]
             look_up = LookUp(embeddings)
             outputs = FromEmbeddings(Single(model, original.inputs, manifest.outputs), embeddings)
-            module = together(
-                {
-                    _EMBED: trace(Wrapped(look_up).eval(), (ids,)),
-                    _OUTPUTS: trace(Wrapped(outputs).eval(), (look_up(ids), *inputs)),
-                }
-            )
+            with recurrences_of_any_length(model):
+                module = together(
+                    {
+                        _EMBED: trace(Wrapped(look_up).eval(), (ids,)),
+                        _OUTPUTS: trace(Wrapped(outputs).eval(), (look_up(ids), *inputs)),
+                    }
+                )
             _write_without_weights(module, folder)
     except NoSpace:
         raise

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Collection, Dict, Optional, Tuple, Type
 import torch
 from traceserve_runtime.errors import reason
 from traceserve_runtime.manifest import sha256
+from traceserve_runtime.runtimes.caches import FIXED_STATES
 from traceserve_runtime.runtimes.torchscript.reader import FILLED, UNPADDED
 
 from traceserve.building.checkpoints.original import Original
@@ -29,7 +30,8 @@ from traceserve.building.writers.tracing.graphs import (
     trace,
     write_module,
 )
-from traceserve.building.writers.tracing.loops import GRAPHS
+from traceserve.building.writers.tracing.loops import GRAPHS, LoopGraph
+from traceserve.building.writers.tracing.recurrences import recurrences_of_any_length
 from traceserve.building.writers.tracing.wrapping import example, once, traceable
 from traceserve.errors import ExportError, NoSpace, UnwritableError
 
@@ -70,10 +72,8 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
             warnings.simplefilter("ignore")  # tracer warnings: the gate checks their suspicions
             if target.hardware in FIXED_SHAPES:
                 return neuron.write(original, task, shapes, folder, target)
-            if task.loop:
-                saved, step_inputs = _loop(original, task)
-            else:
-                saved, step_inputs = _single(original, task, shapes), ()
+            with recurrences_of_any_length(original.model):
+                saved, step = _loop(original, task) if task.loop else (_single(original, task, shapes), None)
             write_module(saved, folder / MODEL_FILE)
     except (ExportError, NoSpace):
         raise
@@ -85,12 +85,14 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
         None if task.loop or shapes.graph_per_shape or not shapes.padded else _unpadded(original, folder / MODEL_FILE)
     )
     runtime: Dict[str, object] = {UNPADDED: unpadded is not None}
+    if step is not None and step.fixed:
+        runtime[FIXED_STATES] = step.fixed
     rewritten = None
     if unpadded is not None:
         rewritten, runtime[FILLED] = unpadded
     if HARDWARE[target.hardware].beside_cpu:
         runtime["ran_on_meta"] = other_device.prove(folder / MODEL_FILE, _examples(original, task, shapes))
-    return Written(step_inputs, weights.write_graph(folder, MODEL_FILE, rewritten), runtime)
+    return Written(step.inputs if step is not None else (), weights.write_graph(folder, MODEL_FILE, rewritten), runtime)
 
 
 def _unpadded(original: Original, file: Path) -> Optional[Unpadded]:
@@ -129,18 +131,16 @@ def _single(original: Original, task: Type[Task], shapes: Shapes) -> torch.nn.Mo
     )
 
 
-def _loop(original: Original, task: Type[Task]) -> Tuple[torch.nn.Module, Tuple[str, ...]]:
-    start, step = GRAPHS[task.loop](original, TRACED_BATCH, min(TRACED_LENGTH, original.max_length - 2))
-    return together(
-        {"start": trace(start.module, start.example), "step": trace(step.module, step.example)}
-    ), step.inputs
+def _loop(original: Original, task: Type[Task]) -> Tuple[torch.nn.Module, LoopGraph]:
+    start, step = GRAPHS[task.loop](original, TRACED_BATCH, min(TRACED_LENGTH, original.max_length - 2), True)
+    return together({"start": trace(start.module, start.example), "step": trace(step.module, step.example)}), step
 
 
 def _examples(original: Original, task: Type[Task], shapes: Shapes) -> Dict[str, Tuple[torch.Tensor, ...]]:
     """Return each graph's inputs, by name, or "" for the only one; with other shapes than in tracing."""
     if task.loop:
         with torch.no_grad(), precision.tracing(original.dtype):
-            start, step = GRAPHS[task.loop](original, 2, min(8, original.max_length - 2))
+            start, step = GRAPHS[task.loop](original, 2, min(8, original.max_length - 2), True)
         return {"start": start.example, "step": step.example}
     if not shapes.graph_per_shape:
         return {"": example(original, 2, max(shapes.lengths) if shapes.lengths else min(8, original.max_length))}

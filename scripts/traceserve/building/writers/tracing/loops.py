@@ -22,18 +22,21 @@ _NEAR = 0.02  # of logits: bfloat16's rounding
 
 
 class LoopGraph(NamedTuple):
-    """A module to trace, an example of its inputs, their names if the runner passes them by name, and whether a step
-    reads only new tokens."""
+    """A module to trace, an example of its inputs, their names if the runner passes them by name, whether a step
+    reads only new tokens, and how many of the state's last tensors have a fixed size."""
 
     module: torch.nn.Module
     example: Tuple[torch.Tensor, ...]
     inputs: Tuple[str, ...]
     keeps_past: bool
+    fixed: int = 0
 
 
-def _decoder_graphs(original: Original, batch: int, length: int) -> Tuple[LoopGraph, LoopGraph]:
+def _decoder_graphs(
+    original: Original, batch: int, length: int, with_fixed: bool = False
+) -> Tuple[LoopGraph, LoopGraph]:
     ids, mask = _example(original, batch, length)
-    calls = stepping.decoder(original.model)
+    calls = stepping.decoder(original.model, with_fixed)
     _check(original, calls, torch.arange(3, 7)[None], LOOPS["decoder"])
     whole = torch.cat([mask, torch.ones_like(mask)], dim=1)
     columns = {
@@ -41,14 +44,17 @@ def _decoder_graphs(original: Original, batch: int, length: int) -> Tuple[LoopGr
         "attention_mask": whole,
         "position_ids": (whole.cumsum(1) - 1).clamp(min=0)[:, length:],
     }
-    states = (read_past(original.model, ids, mask) or ()) if calls.keeps_past else (ids,)
+    past = read_past(original.model, ids, mask, with_fixed) if calls.keeps_past else None
+    states = (ids,) if past is None else past.tensors
     step = calls.step
     start = LoopGraph(Wrapped(calls.start), (ids, mask), ("input_ids", "attention_mask"), calls.keeps_past)
     inputs = (*(columns[name] for name in step.inputs), *states)
-    return start, LoopGraph(Wrapped(step), inputs, step.inputs, calls.keeps_past)
+    return start, LoopGraph(Wrapped(step), inputs, step.inputs, calls.keeps_past, calls.fixed)
 
 
-def _encoder_decoder_graphs(original: Original, batch: int, length: int) -> Tuple[LoopGraph, LoopGraph]:
+def _encoder_decoder_graphs(
+    original: Original, batch: int, length: int, with_fixed: bool = False
+) -> Tuple[LoopGraph, LoopGraph]:
     ids, mask = _example(original, batch, length)
     calls = stepping.encoder_decoder(original.model)
     _check(original, calls, torch.tensor([[original.facts["start_id"]]]), LOOPS["encoder_decoder"])
@@ -101,8 +107,9 @@ def _example(original: Original, batch: int, length: int) -> Tuple[torch.Tensor,
     return columns["input_ids"], columns["attention_mask"]
 
 
-# From the original, a batch and a length to the graphs of start and step.
-GRAPHS: Dict[str, Callable[[Original, int, int], Tuple[LoopGraph, LoopGraph]]] = {
+# From the original, a batch and a length to the graphs of start and step; and whether its save mode keeps states of a
+# fixed size, as only decoders have them. Without, such a model rereads its whole text for each token.
+GRAPHS: Dict[str, Callable[..., Tuple[LoopGraph, LoopGraph]]] = {
     "decoder": _decoder_graphs,
     "encoder_decoder": _encoder_decoder_graphs,
 }
