@@ -239,6 +239,18 @@ def test_text_that_is_not_of_its_charset() -> None:
     assert "not UTF-8 text at byte 3" in error.message and "charset=iso-8859-1" in error.message
 
 
+def test_a_part_has_its_own_charset_or_the_forms() -> None:
+    row = {"text": "駅はどこですか".encode("iso-2022-jp"), "text_pair": TEXT.encode("iso-8859-1")}
+    parts = {"text": "text/plain; charset=ISO-2022-JP"}
+    body = read(row, Headers(f"{MULTIPART}; charset=iso-8859-1", parts=parts))
+    assert body.requests[0].inputs == {"text": "駅はどこですか", "text_pair": TEXT}
+    for name in ("data", "body", "inputs"):
+        parts = {name: 'text/plain; charset="iso-2022-jp"'}
+        assert texts(read({name: row["text"]}, Headers(MULTIPART, parts=parts))) == ["駅はどこですか"]
+    error = refusal(row, Headers(MULTIPART, parts={"text": "text/plain; charset=klingon"}))
+    assert type(error) is UnsupportedMedia and '"klingon"' in error.message
+
+
 def test_a_form_of_another_charset_is_refused_by_its_name() -> None:
     error = refusal({"text": b"a"}, Headers("application/x-www-form-urlencoded; charset=Shift_JIS", 6))
     assert error.status == 415 and '"shift_jis"' in error.message

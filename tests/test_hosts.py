@@ -10,6 +10,7 @@ import gzip
 import http.server
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -31,6 +32,7 @@ from traceserve_hosts.routing import Router, may_stream, messages
 from traceserve_runtime import service as core
 from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.engine import Engine
+from traceserve_runtime.errors import InvalidManifest
 from traceserve_runtime.manifest import sha256
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.service import Call, Exchange, Service, Session
@@ -192,6 +194,7 @@ def test_predictions_are_answered_beside_an_explanation(classifier: Service) -> 
     "path, found",
     [
         ("/v2", {"name": "traceserve"}),
+        ("/live", {"live": True}),
         ("/v2/health/live", {"live": True}),
         ("/v2/health/ready", {"ready": True}),
         ("/v2/models/small", {"name": "small", "versions": ["1.0"], "platform": "traceserve_torchscript"}),
@@ -251,6 +254,10 @@ FORM = "multipart/form-data; boundary=x"
         (multipart(("data", "", TEXT.encode())), FORM),
         (multipart(("data", "Content-Type: application/json\r\n", json.dumps({"text": TEXT}).encode())), FORM),
         (b'"The boat is small."', "application/json"),
+        (b"body=%54he boat is sm%61ll.", "application/x-www-form-urlencoded"),
+        (multipart(("body", "", TEXT.encode())), FORM),
+        (multipart(("text", "Content-Type: text/plain; charset=cp037\r\n", TEXT.encode("cp037"))), FORM),
+        (multipart(("data", 'Content-Type: text/plain; charset="cp037"\r\n', TEXT.encode("cp037"))), FORM),
     ],
 )
 def test_bodies_are_read_as_behind_torchserve(body: bytes, content_type: str, classifier: Service) -> None:
@@ -271,6 +278,32 @@ def test_bodies_are_read_as_behind_torchserve(body: bytes, content_type: str, cl
 def test_malformed_bodies_are_refused(body: bytes, content_type: str, words: str, classifier: Service) -> None:
     answer = run(Hosted(classifier).ask("/predictions/small", body, content_type=content_type))
     assert 400 <= answer.status < 500 and words in answer.json["error"]["message"], answer
+
+
+@pytest.mark.parametrize(
+    "body, content_type",
+    [
+        (b"text=one&top=1&text=two", "application/x-www-form-urlencoded"),
+        (multipart(("text", "", b"one"), ("text", "", b"two")), FORM),
+    ],
+)
+def test_a_field_that_is_sent_twice_is_refused(body: bytes, content_type: str, classifier: Service) -> None:
+    answer = run(Hosted(classifier).ask("/predictions/small", body, content_type=content_type))
+    assert answer.status == 400 and answer.json["error"]["field"] == "text"
+    assert 'the field "text" was sent twice' in answer.json["error"]["message"]
+
+
+def test_the_name_of_such_a_field_is_told_short_and_plain(classifier: Service) -> None:
+    body = b"%ff%00" + b"x" * 99 + b"=1&%ff%00" + b"x" * 99 + b"=2"
+    asking = Hosted(classifier).ask("/predictions/small", body, content_type="application/x-www-form-urlencoded")
+    answer = run(asking)
+    assert answer.status == 400 and answer.json["error"]["field"] == "??" + "x" * 38
+
+
+def test_a_part_of_an_unknown_charset_is_refused(classifier: Service) -> None:
+    body = multipart(("text", "Content-Type: text/plain; charset=klingon\r\n", TEXT.encode()))
+    answer = run(Hosted(classifier).ask("/predictions/small", body, content_type=FORM))
+    assert answer.status == 415 and '"klingon"' in answer.json["error"]["message"]
 
 
 # Limits
@@ -369,6 +402,29 @@ def test_a_key_may_end_with_its_files_line_break(classifier: Service, monkeypatc
     hosted = Hosted(classifier, Limits(key=key_from_environment()))
     reply = run(hosted.ask("/predictions/small", {"text": TEXT}, authorization="Bearer secret"))
     assert reply.status == 200
+
+
+@pytest.mark.parametrize(
+    "key, given, status",
+    [
+        ("schlüssel".encode(), "schlüssel".encode(), 200),
+        ("schlüssel".encode(), "schlüssel".encode("latin-1"), 200),  # as Python's http.client sends it
+        ("ключ".encode(), "ключ".encode(), 200),
+        (b"k\xff", b"k\xff", 200),
+        (b"k\xff", b"k?", 401),
+        (b"k\xff", "k\udcff".encode("utf-8", "surrogatepass"), 401),
+        ("schlüssel".encode(), b"schlussel", 401),
+    ],
+)
+def test_a_key_need_not_be_ascii(
+    key: bytes, given: bytes, status: int, classifier: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor UTF-8, where it comes from the environment."""
+    monkeypatch.setitem(os.environb, b"TRACESERVE_KEY", key)
+    hosted = Hosted(classifier, Limits(key=key_from_environment()))
+    headers = [(b"authorization", b"Bearer " + given), (b"content-type", b"text/plain")]
+    scope = {"type": "http", "method": "POST", "path": "/predictions/small", "headers": headers}
+    assert run(collected(messages(hosted.application, scope, TEXT.encode()))).status == status
 
 
 @pytest.mark.parametrize(
@@ -495,6 +551,28 @@ def test_all_who_ask_for_its_health_wait_for_one_canary(classifier: Service) -> 
     assert slow.asked == [1]
 
 
+@pytest.mark.parametrize("path", ["/live", "/v2/health/live"])
+def test_liveness_does_not_wait_in_the_queue(path: str, classifier: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kubernetes restarts a server whose liveness is late, so that all that waits is lost."""
+    monkeypatch.setattr(asgi, "_SECONDS_OF_LIVENESS", 0.1)
+    slow = Slow(classifier)
+    hosted = Hosted(slow, Limits(key="secret", queue=4), most=1)  # type: ignore[arg-type]
+
+    async def ask() -> None:
+        waiting = [hosted.batcher.ask(Call({"body": b'"x"'}, Headers("application/json"))) for _ in range(6)]
+        health = asyncio.ensure_future(hosted.ask("/health"))
+        alive = await asyncio.wait_for(hosted.ask(path), 5)
+        assert (alive.status, alive.json) == (200, {"live": True})
+        assert not health.done()
+        monkeypatch.setattr(asgi, "_LONGEST_STANDSTILL", 0.05)
+        dead = await asyncio.wait_for(hosted.ask(path), 5)
+        assert dead.status == 503 and dead.json["live"] is False and "nothing was computed" in dead.json["reason"]
+        slow.let.set()
+        assert (await health).status == 200 and [(await job.next()).status for job in waiting] == [200] * 6  # type: ignore[union-attr]
+
+    run(ask())
+
+
 class Paced(Slow):
     """A service whose turns end when it is let, or after their time, and may fail."""
 
@@ -565,6 +643,7 @@ def test_a_process_is_broken_where_its_queue_stands_still(
 def test_a_failing_model_without_a_queue_is_broken_at_once(classifier: Service) -> None:
     hosted = Hosted(Paced(classifier, 0.0, fails=True))  # type: ignore[arg-type]
     assert run(hosted.application.broken(5.0)) == "its sample was answered with 500"
+    assert run(Hosted(Paced(classifier, 0.0, fails=True)).ask("/live")).status == 503  # type: ignore[arg-type]
 
 
 async def leave(hosted: Hosted, body: bytes, gone: asyncio.Event) -> List[Message]:
@@ -992,8 +1071,14 @@ def test_the_router_reads_bodies_as_archives_do(body: bytes, encoding: str, seve
         (b"plain", "gzip", 400, "the body is not gzip"),
         (gzip.compress(b" " * (17 << 20), mtime=0), "gzip", 413, "when it is decompressed"),
         (gzip.compress(b"{", mtime=0), "gzip", 404, "name one"),
+        (
+            b'{"model": "vectors", "input": [' + b"[]," * (1 << 20) + b"[]]}",
+            "",
+            413,
+            "lists and objects; one request may have",
+        ),
     ],
-    ids=["unknown", "not gzip", "too long", "not JSON"],
+    ids=["unknown", "not gzip", "too long", "not JSON", "too many values"],
 )
 def test_the_router_refuses_what_it_cannot_read(
     body: bytes, encoding: str, status: int, words: str, several: Several
@@ -1053,7 +1138,9 @@ def test_the_router_is_healthy_where_all_are(several: Several) -> None:
         several.applications["vectors", "1.0"] = dead
         assert (await several.ask("/health")).status == 503
         assert (await several.ask("/v2/health/ready")).status == 503
-        assert (await several.ask("/v2/health/live")).json == {"live": True}
+        for path in ("/live", "/v2/health/live"):  # of the router itself: its replicas are asked by themselves
+            several.asked.clear()
+            assert (await several.ask(path)).json == {"live": True} and not several.asked
         assert (await several.ask("/v2")).json["name"] == "traceserve"
         assert (await several.ask("/v1/models")).json["models"] == ["colours", "vectors"]
 
@@ -1180,6 +1267,50 @@ def test_why_a_server_does_not_give_an_archive_is_said(status: int, head: bool) 
         server.shutdown()
     with pytest.raises(RuntimeError, match="small.mar could not be fetched: Cannot connect to host"):
         fetching.fetch_archive("http://127.0.0.1:1/small.mar")
+
+
+LOST: Dict[str, Callable[[Path], object]] = {
+    "traced_model.pt": Path.unlink,
+    "model-config.yaml": Path.unlink,
+    "traceserve_runtime/engine.py": lambda file: file.write_bytes(file.read_bytes()[:100]),
+    "traceserve.json": Path.unlink,
+}
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("name", LOST)
+def test_an_unpacked_archive_that_lost_a_file_is_unpacked_again(name: str, known: bool, packed: Path) -> None:
+    """As in a temporary folder that is cleaned by age."""
+    folder = fetching.fetch_archive(str(packed))
+    whole = (folder / name).read_bytes()
+    LOST[name](folder / name)
+    assert fetching.fetch_archive(str(packed), folder.name if known else None) == folder
+    assert (folder / name).read_bytes() == whole
+    before = folder.stat().st_ino
+    assert fetching.fetch_archive(str(packed)).stat().st_ino == before  # and now it is whole
+
+
+def test_an_error_in_an_unpacked_archive_names_its_folder(packed: Path) -> None:
+    folder = fetching.fetch_archive(str(packed))
+    model = folder / "traced_model.pt"
+    whole = model.read_bytes()
+    model.write_bytes(bytes(len(whole)))
+    try:
+        result = subprocess.run([sys.executable, "-c", SERVED, str(packed)], capture_output=True, text=True)
+    finally:
+        model.write_bytes(whole)
+    assert result.returncode == 1
+    assert "traced_model.pt is not the one that was verified" in result.stderr
+    assert f"(the archive was unpacked into {folder}; if a file was changed there, remove that folder" in result.stderr
+
+
+@pytest.mark.parametrize("content", [None, b"a: [", b"\xff"])
+def test_a_serving_configuration_that_cannot_be_read_names_its_folder(content: Optional[bytes], tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "model-config.yaml").write_bytes(content)
+    with pytest.raises(InvalidManifest, match=re.escape(f"{tmp_path / 'model-config.yaml'} cannot be read: ")) as found:
+        loading._serving(tmp_path)
+    assert "\n" not in str(found.value)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from typing import Any, Dict, List, Mapping, Optional
 from urllib.parse import quote, quote_plus, urlencode
 
@@ -14,6 +15,7 @@ from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Body
 from traceserve_runtime.protocols.native import Plain
 from traceserve_runtime.protocols.requests import parse_requests
+from traceserve_runtime.protocols.wording import JsonBudget, parse_json
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Request
 from traceserve_runtime.tasks.feature_extraction import FeatureExtraction
@@ -502,6 +504,80 @@ def test_what_is_sent_as_json_and_is_none_is_refused(body: bytes) -> None:
 def test_surrogates_escaped_in_json() -> None:
     assert read({"body": b'"\\ud83d\\ude0d"'}, JSON).requests == asked([{"text": "😍"}])
     assert "half a surrogate pair at character 1" in refusal({"body": b'"a\\ud83d"'}, JSON).message
+
+
+def listing(unit: str, count: int) -> bytes:
+    return ("[" + ",".join([unit] * count) + "]").encode()
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        (listing("[]", 1 << 20), "lists and objects"),
+        (listing("{}", 1 << 20), "lists and objects"),
+        (listing("[" * 50 + "]" * 50, 1 << 15), "lists and objects"),
+        (listing('{"":' * 20 + "1" + "}" * 20, 1 << 15), "lists and objects"),
+        (b'{"inputs": ' + listing("[]", 1 << 20) + b"}", "lists and objects"),
+        (b'{"instances": ' + listing("[]", 1 << 20) + b"}", "lists and objects"),
+        (listing("1", 1 << 21), "commas"),
+        (b'{"a"' + b':1,"a"' * (1 << 21) + b":1}", "commas"),
+        (listing('""', 1 << 21), "commas"),
+        (b'["' + b'"' * (5 << 20) + b"]", "quotation marks"),
+    ],
+    ids=["lists", "objects", "deep lists", "deep objects", "inputs", "instances", "numbers", "keys", "texts", "quotes"],
+)
+def test_json_of_more_values_than_any_request_has_is_not_parsed(body: bytes, kind: str) -> None:
+    """A list of two bytes takes some 70 in memory, and 60 MB of them ten seconds."""
+    tracemalloc.start()
+    error = refusal({"body": body}, JSON)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert type(error) is InputTooLong and f"{kind}; one request may have" in error.message
+    assert peak < 5 * len(body) + (1 << 20)
+
+
+MARKS = ',[{"\\' * (1 << 18)
+
+
+def test_marks_within_a_text_are_no_values() -> None:
+    for text in (MARKS, MARKS + '"'):
+        for body in (as_json({"text": text}), as_json([text, {"text": "a"}]), as_json(text)):
+            assert read({"body": body}, JSON).requests[0].inputs["text"] == text
+    assert "not valid JSON" in refusal({"body": as_json({"text": MARKS})[:-2]}, JSON).message
+
+
+@pytest.mark.parametrize("most", [10, 4096, 20_000])
+def test_no_legal_request_has_too_many_values(most: int) -> None:
+    """As many as there may be, each with more lists and keys than a task has."""
+    own = {"text": "a, b", "parameters": {**{f"list{i}": [{}, []] for i in range(3)}, **dict.fromkeys("abcdefgh", 1)}}
+    text = json.dumps([own] * most)
+    parse_json(text, budget=JsonBudget(most))
+    lines, budget = [json.dumps(own)] * most, JsonBudget(most)
+    for line in lines:
+        parse_json(line, budget=budget)
+    items = max(4096, most)
+    parse_json(
+        json.dumps([[1] * items] * 8 + [{str(i): i for i in range(256)}] * (items // 2)), budget=JsonBudget(most)
+    )
+
+
+def test_what_a_body_of_many_json_texts_holds_is_counted_together() -> None:
+    few = json.dumps([[]] * 20_000)
+    lines = "\n".join([few] * 5)
+    error = refusal({"body": lines.encode()}, "application/jsonlines")
+    assert type(error) is InputTooLong and "line 4 of the body has 80,004 lists and objects" in error.message
+    cell = few.replace('"', '""')
+    table = "query,documents\n" + f'a,"{cell}"\n' * 5
+    tensors = [
+        {"name": name, "shape": [5], "datatype": "BYTES", "data": [text] * 5}
+        for name, text in (("query", "a"), ("documents", few))
+    ]
+    for body, media in ((table.encode(), "text/csv"), (as_json({"inputs": tensors}), JSON)):
+        with pytest.raises(InputTooLong, match="has 80,004 lists and objects"):
+            parse_requests({"body": body}, Headers(media), TextRanking, 0, 10)
+    form = {"parameters": few.encode(), "data": few.encode(), "documents": few.encode(), "body": few.encode()}
+    with pytest.raises(InputTooLong, match="has 80,004 lists and objects"):
+        parse_requests(form, Headers("multipart/form-data; boundary=x"), TextRanking, 0, 10)
 
 
 @pytest.mark.parametrize("value", [["a"] * 10, {"inputs": ["a"] * 10}, {"data": ["a"] * 10}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -10,9 +11,12 @@ from typing import Any, List
 
 import pytest
 import torch
+from traceserve_hosts.batcher import Batcher
 from traceserve_runtime.engine import Engine
+from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.runtimes import team
 from traceserve_runtime.runtimes.team import Team
+from traceserve_runtime.service import Call, Reply, Service
 from traceserve_runtime.tasks.contract import Answer, Request
 
 
@@ -117,12 +121,25 @@ def test_one_run_that_waited_changes_nothing_and_two_not_for_long(machine: Machi
 
 def test_runs_of_other_threads_are_left_alone(machine: Machine) -> None:
     own = Team(4, machine.resize)
+    assert runs(own, machine, 1) == [4]
     machine.held = 4
     thread = threading.Thread(target=runs, args=(own, machine, 50))
     thread.start()
     thread.join()
-    assert machine.took == [4] * 50
+    assert machine.took == [4] * 51
     assert runs(own, machine, 3) == [4, 4, 3]
+
+
+@pytest.mark.usefixtures("two_cores")
+def test_it_is_the_first_threads_that_runs_but_no_lanes(machine: Machine) -> None:
+    """Also if another thread made it, as that of a host that loads in one thread and answers in another."""
+    own = Team(4, machine.resize)
+    machine.held = 3
+    with team.threads_kept(), ThreadPoolExecutor(1, initializer=team.take_one_core) as lane:
+        assert lane.submit(runs, own, machine, 10).result() == [4] * 10
+        with ThreadPoolExecutor(1) as thread:
+            assert thread.submit(runs, own, machine, 7).result() == [4, 4, 3, 3, 2, 2, 1]
+        assert lane.submit(runs, own, machine, 1).result() == runs(own, machine, 1) == [1]
 
 
 def test_by_this_machines_clocks_a_run_that_sleeps_has_waited() -> None:
@@ -144,32 +161,52 @@ def _fail() -> None:
     raise RuntimeError("poison")
 
 
+class WaitingGraph:
+    """A runner's graph, after a wait; `seen` has torch's number of threads in each run."""
+
+    def __init__(self, engine: Engine) -> None:
+        runner: Any = engine.runner
+        self._graph = runner._module
+        self.seen: List[int] = []
+        runner._module = self
+
+    def __call__(self, *tensors: torch.Tensor) -> Any:
+        self.seen.append(torch.get_num_threads())
+        time.sleep(0.05)
+        return self._graph(*tensors)
+
+
 def test_a_model_runs_on_fewer_cores_once_it_shares_them(artifact: Path, two_cores: None) -> None:
     engine = Engine.load(artifact)
-    runner: Any = engine.runner
-    seen: List[int] = []
-    graph = runner._module
-
-    class Waiting:
-        """The graph, after a wait."""
-
-        def __call__(self, *tensors: torch.Tensor) -> Any:
-            seen.append(torch.get_num_threads())
-            time.sleep(0.05)
-            return graph(*tensors)
-
-    runner._module = Waiting()
+    graph = WaitingGraph(engine)
     [alone] = engine.answer([Request({"text": "Yes."})])
     for _ in range(2):
         engine.answer([Request({"text": "Yes."})])
-    assert seen == [2, 2, 2]  # an engine alone does not change its process
+    assert graph.seen == [2, 2, 2]  # an engine alone does not change its process
     engine.runner.share_cores()
     for _ in range(3):
         [answer] = engine.answer([Request({"text": "Yes."})])
-    assert seen[3:] == [2, 2, 1]
+    assert graph.seen[3:] == [2, 2, 1]
     assert isinstance(answer, Answer) and isinstance(alone, Answer)
     assert answer.value["label"] == alone.value["label"]
     assert answer.value["score"] == pytest.approx(alone.value["score"], abs=1e-6)
+
+
+@pytest.mark.usefixtures("two_cores")
+def test_a_host_that_answers_in_another_thread_shares_its_cores(artifact: Path) -> None:
+    """As those on uvicorn, Ray and SageMaker: they load in the main thread."""
+    engine = Engine.load(artifact)
+    engine.make_ready()
+    graph = WaitingGraph(engine)
+    batcher = Batcher(Service(engine, "small", "1.0"), 8, 0.0)
+
+    async def ask() -> List[int]:
+        call = Call({"body": b"Yes."}, Headers("text/plain"))
+        replies = [await batcher.ask(call).next() for _ in range(3)]
+        return [reply.status for reply in replies if isinstance(reply, Reply)]
+
+    assert asyncio.run(ask()) == [200] * 3
+    assert graph.seen == [2, 2, 1]
 
 
 @pytest.mark.usefixtures("two_cores")
