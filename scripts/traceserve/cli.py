@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import signal
@@ -36,18 +37,22 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
 
     Commands whose 1 answers a question (see `Command.trouble`) return 2 for errors."""
     libraries.set_defaults()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
-    options = _parse(sys.argv[1:] if arguments is None else arguments)
+    _end_by_signals()
+    try:
+        return _run(_parse(sys.argv[1:] if arguments is None else arguments))
+    except _Interrupted:
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            printing.print_line("interrupted; nothing was left half-made", error=True)
+        return 130
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
         _tell_where_servers_are(options.command)
         return int(options.run(options) or 0)
     except TraceserveError as error:
         printing.print_error(_full_disk(error, options) or error)
         return int(options.command.trouble)
-    except _Interrupted:
-        printing.console(error=True).print("interrupted; nothing was left half-made")
-        return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -58,11 +63,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
             return int(options.command.trouble)
         if os.environ.get("TRACESERVE_TRACEBACK"):
             raise
-        printing.console(error=True).print(
-            f"[red]error:[/] unexpected {type(error).__name__}: {error}\n"
-            "(TRACESERVE_TRACEBACK=1 shows where; please report it)",
-            highlight=False,
-        )
+        told = f"unexpected {type(error).__name__}: {error}\n(TRACESERVE_TRACEBACK=1 shows where; please report it)"
+        printing.print_note(told, "error", error=True)
         return int(options.command.trouble)
 
 
@@ -81,7 +83,18 @@ def _tell_where_servers_are(command: Command) -> None:
 
         note = user_folders.state_folder_note()
         if note:
-            printing.console(error=True).print(f"[yellow]note:[/] {note}", highlight=False, soft_wrap=True)
+            printing.print_note(note, error=True)
+
+
+_HANG_UP: Optional[int] = getattr(signal, "SIGHUP", None)  # the end of the terminal; not on Windows
+
+
+def _end_by_signals() -> None:
+    """Let Ctrl-C, SIGTERM and the end of the terminal end the command as an error would: what it started is stopped."""
+    for number in (signal.SIGINT, signal.SIGTERM, _HANG_UP):
+        # `nohup` starts a command with SIGHUP ignored.
+        if number is not None and not (number == _HANG_UP and signal.getsignal(number) is signal.SIG_IGN):
+            signal.signal(number, _interrupt)
 
 
 class _Interrupted(BaseException):
@@ -90,6 +103,8 @@ class _Interrupted(BaseException):
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:
+    if number == _HANG_UP:  # the shell and the system may both send it; the second would end the stopping of servers
+        signal.signal(number, signal.SIG_IGN)
     raise _Interrupted
 
 

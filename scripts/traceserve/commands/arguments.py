@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
+import tempfile
 from pathlib import Path
-from typing import Optional, Tuple
+from typing import Any, Optional, Tuple
 
 from traceserve_runtime.errors import TraceserveError
+
+from traceserve.archives import staging
+from traceserve.errors import ArchiveError
 
 
 def add_port(
@@ -34,11 +39,58 @@ def add_nothing(parser: argparse.ArgumentParser) -> None:
     """Add nothing, for a command without options."""
 
 
-def require_folders(*files: Optional[Path]) -> None:
-    """Raise TraceserveError unless the folders of these files exist: before hours are measured."""
+def require_archive(path: Path) -> None:
+    """Raise ArchiveError for an archive that does not exist, before a server of its name is looked for."""
+    if not path.exists():
+        raise ArchiveError(f"{path} does not exist; `traceserve build` makes it")
+
+
+def require_no_folder(path: Path) -> None:
+    """Raise TraceserveError for a folder where a file will be written."""
+    if path.is_dir():
+        raise TraceserveError(f"{path} is a folder; name a file, in it or elsewhere")
+
+
+def require_writable(*files: Optional[Path]) -> None:
+    """Raise TraceserveError unless these files can be written at the end: before hours are measured."""
     for path in filter(None, files):
-        if not path.resolve().parent.is_dir():
+        require_no_folder(path)
+        staging.check_replaceable(path, True, TraceserveError)
+        folder = path.resolve().parent
+        if not folder.is_dir():
             raise TraceserveError(f"there is no folder {path.parent} for {path}")
+        if path.exists() and not path.is_file():
+            continue  # such as /dev/stdout, beside which nothing is written
+        try:
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise TraceserveError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def add_request(parser: argparse.ArgumentParser, what: str, *also: str) -> None:
+    """Add `--body`, also by other names, and `--parameters`; `what` says more of these."""
+    parser.add_argument("--body", *also, dest="body", metavar="JSON", help="a request body as JSON, instead of texts")
+    parser.add_argument("--parameters", metavar="JSON", help=what)
+
+
+def given_inputs(options: argparse.Namespace) -> Any:  # noqa: ANN401 - any JSON
+    """Return what `--body` or the texts ask, a single text alone; raises TraceserveError for what is no JSON."""
+    if options.body is not None:
+        return _parsed(options, "body")
+    return options.texts[0] if len(options.texts) == 1 else options.texts
+
+
+def with_parameters(options: argparse.Namespace, inputs: object) -> object:
+    """Return the body of a request with `--parameters`, if they were given; raises TraceserveError for what is no JSON."""
+    return inputs if options.parameters is None else {"inputs": inputs, "parameters": _parsed(options, "parameters")}
+
+
+def _parsed(options: argparse.Namespace, option: str) -> Any:  # noqa: ANN401 - any JSON
+    try:
+        return json.loads(getattr(options, option))
+    except (ValueError, RecursionError) as error:
+        raise TraceserveError(f"{options.command.name}: --{option} should be JSON: {error}") from None
 
 
 def positive(text: str) -> int:

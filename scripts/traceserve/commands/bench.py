@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Iterator, Optional, Sequence, Tuple
 
 from traceserve_runtime.errors import TraceserveError
 
-from traceserve.commands.arguments import add_port, positive, require_folders, zero_or_more
+from traceserve.commands.arguments import add_port, positive, require_writable, zero_or_more
 from traceserve.commands.contract import Command
-from traceserve.commands.printing import ProgressBar, console, figure
+from traceserve.commands.printing import ProgressBar, console, figure, print_line, print_note
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -100,7 +100,7 @@ def _bench(options: argparse.Namespace) -> int:
     transfers.require_libcurl()
     if options.html:
         page.require_plotly()
-    require_folders(options.json, options.html)
+    require_writable(options.json, options.html)
     if options.rate and len(options.connections or ()) > 1:
         raise TraceserveError(
             "bench: at a --rate, connections are opened as needed; give --connections one initial number, or none"
@@ -173,7 +173,6 @@ def _header(text: str) -> Tuple[str, str]:
 
 def _print_bench(document: BenchDocument) -> None:
     """Print the medians and time breakdown of each server, and the ratios of two."""
-    from rich.markup import escape
     from rich.table import Table
 
     from traceserve.measuring.page import load_name
@@ -182,18 +181,18 @@ def _print_bench(document: BenchDocument) -> None:
     load = "connections" if document["plan"]["rate"] is None else "sent a second"
     for subject in document["subjects"]:
         own = [summary for summary in document["summary"] if summary["subject"] == subject]
-        screen.print(f"\n[bold]{escape(subject)}[/]", highlight=False)
+        print_line(f"\n{subject}", style="bold")
         screen.print(_latency_table(own, load, document["plan"]["rounds"] > 1), highlight=False)
         for summary in own:
             for note in notes(summary, document["plan"]["seconds"]):
-                screen.print(f"[yellow]note:[/] {load_name(summary)}: {escape(note)}", highlight=False)
+                print_note(f"{load_name(summary)}: {note}")
         if all(summary["server"] for summary in own):
             peak = document["peaks"].get(subject)
             screen.print(_time_table(own, load, peak), highlight=False)
             if peak is not None:
-                screen.print(_peak_note(peak), style="dim", highlight=False)
+                print_line(_peak_note(peak), style="dim")
     if document["ratios"]:
-        screen.print("\n[bold]{} / {}[/]".format(*map(escape, document["subjects"])), highlight=False)
+        print_line("\n{} / {}".format(*document["subjects"]), style="bold")
         table = Table(load, "requests/s", *document["ratios"][0]["latency"], box=None, header_style="dim")
         for ratio in document["ratios"]:
             table.add_row(

@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, List, Tuple
 from traceserve.archives.names import STORE
 from traceserve.commands.compare import compare_formats
 from traceserve.commands.contract import Command
-from traceserve.commands.printing import ProgressBar, console, megabytes, print_findings
+from traceserve.commands.printing import (
+    ProgressBar,
+    console,
+    megabytes,
+    print_findings,
+    print_line,
+    print_note,
+    printable,
+)
 
 if TYPE_CHECKING:
     from traceserve_runtime.manifest import Manifest
@@ -21,6 +29,7 @@ if TYPE_CHECKING:
     from traceserve.building.gate.findings import Findings, TokenCounts
 
 CONFIG = Path("setup_config.json")
+_NOT_COMPARED = ("output", "store", "version", "force", "keep_samples", "allow_drift")  # options of a build alone
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -96,11 +105,15 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _build(options: argparse.Namespace) -> int:
+    from traceserve.errors import ConfigError
+
     if options.compare:
+        given = [name for name in _NOT_COMPARED if getattr(options, name) not in (None, False, STORE)]
+        if given:
+            named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise ConfigError(f"--compare writes nothing, and takes no {named}, which a build without it does")
         return compare_formats(options)
     if options.json:
-        from traceserve.errors import ConfigError
-
         raise ConfigError("--json is for --compare; a build's figures are in NAME.report.json beside the archive")
     make(options, with_archive=True)
     return 0
@@ -118,7 +131,7 @@ def make(options: argparse.Namespace, with_archive: bool) -> Path:
         )
     loaded = parsing.load_config(options.config)
     for note in loaded.notes:
-        console(error=True).print(f"[yellow]note:[/] {note}", highlight=False)
+        print_note(note, error=True)
     store, version = (options.store, options.version) if with_archive else (None, None)
     written = targets.build_targets(loaded, options.output, store, version, options.force)
     from traceserve.building.packing import export_and_pack
@@ -127,13 +140,13 @@ def make(options: argparse.Namespace, with_archive: bool) -> Path:
     with ProgressBar() as bar:
         exported = export_and_pack(loaded, written, bar, options.samples, options.allow_drift, options.keep_samples)
     if exported.note:
-        console().print(exported.note, highlight=False)
+        print_line(exported.note)
     made = written.archive or written.artifact
     _print_exported(exported, made, time.monotonic() - started)
     report = staging.write_beside(made, ".report.json", json.dumps(exported.report(), indent=2) + "\n")
-    console().print(f"report  {report}", style="dim", highlight=False)
+    print_line(f"report  {report}", style="dim")
     step = "serve it:  traceserve serve" if written.archive else "pack it:  traceserve archive"
-    console().print(f"\n{step} {shlex.quote(str(made))}", highlight=False)
+    print_line(f"\n{step} {shlex.quote(str(made))}")
     return made
 
 
@@ -147,8 +160,8 @@ def _archive(options: argparse.Namespace) -> int:
         bar("packing", 0, 0)
         archive.pack_archive(options.artifact, target.stem, folder, options.version)
     size = target.stat().st_size
-    console().print(f"{target}: {megabytes(size)} in {time.monotonic() - started:.1f} s", highlight=False)
-    console().print(f"\nserve it:  traceserve serve {shlex.quote(str(target))}", highlight=False)
+    print_line(f"{target}: {megabytes(size)} in {time.monotonic() - started:.1f} s")
+    print_line(f"\nserve it:  traceserve serve {shlex.quote(str(target))}")
     return 0
 
 
@@ -161,6 +174,7 @@ def _print_exported(exported: Exported, path: Path, seconds: float) -> None:
     size = path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="dim")
+    table.add_column(overflow="fold")
     for label, value in (
         ("file", str(path)),
         ("size", megabytes(size)),
@@ -175,19 +189,16 @@ def _print_exported(exported: Exported, path: Path, seconds: float) -> None:
         *_compiled(exported),
         ("seconds", f"{seconds:.1f}"),
     ):
-        table.add_row(label, value)
+        table.add_row(label, printable(value))
     console().print(table, highlight=False)
     _print_variants(findings)
     if len(exported.candidates) > 1 or exported.compared:
         _print_candidates(exported)
     if findings.limit.changed and not findings.own_decide:
         enough = "334 or more tokens to write" if findings.along is not None else "334 or more of your own"
-        console().print(
-            f"judged on built-in texts; --samples FILE with {enough} judges on these, more strictly",
-            highlight=False,
-        )
+        print_line(f"judged on built-in texts; --samples FILE with {enough} judges on these, more strictly")
     if not findings.passed:
-        console(error=True).print("[yellow]warning:[/] the gate did not pass; --allow-drift exported it anyway")
+        print_note("the gate did not pass; --allow-drift exported it anyway", "warning", error=True)
         print_findings(findings)
 
 
@@ -306,9 +317,9 @@ def _print_candidates(exported: Exported) -> None:
 COMMANDS = (
     Command(
         "export",
-        "Download, trace and compare a model.\n\nWrites artifacts/NAME/: traced_model.pt, "
-        "tokenizer.json, traceserve.json. The traced model is compared with the original on\nreal sentences; if it does not "
-        "answer as the original does, nothing is written and the exit code is 1.",
+        "Download, export and compare a model.\n\nWrites artifacts/NAME/: tokenizer.json, traceserve.json, and the model as "
+        "its save mode stores it (torchscript:\ntraced_model.pt). It is compared with the original on real sentences; if it "
+        "does not answer as the original does, nothing\nis written and the exit code is 1.",
         _add_export,
         _export,
     ),

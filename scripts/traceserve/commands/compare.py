@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, NamedTuple
 
-from traceserve.commands.printing import ProgressBar, console, figure, megabytes
+from traceserve.commands.printing import ProgressBar, console, figure, megabytes, print_line
 
 if TYPE_CHECKING:
     from traceserve.measuring.engine_figures import EngineFigures, WritingFigures
@@ -28,7 +28,7 @@ def compare_formats(options: argparse.Namespace) -> int:
         print(json.dumps(document, indent=2))
     else:
         _print_rows(rows)
-        console().print(f"{processor.name()}, {processor.cores()} threads, each in a process of its own", style="dim")
+        print_line(f"{processor.name()}, {processor.cores()} threads, each in a process of its own", style="dim")
     return 0 if any(row.figures for row in rows) else 1
 
 
@@ -70,6 +70,7 @@ def _writing(found: EngineFigures) -> WritingFigures:
 def _print_rows(rows: List[ComparedFormat]) -> None:
     """Print a row for each, with the best of each column marked; refused ones with the reason."""
     from rich.table import Table
+    from rich.text import Text
 
     measured = [(row, row.figures) for row in rows if row.figures]
     writes = any(found.writing for _, found in measured)
@@ -81,12 +82,12 @@ def _print_rows(rows: List[ComparedFormat]) -> None:
     best = [column.best(each) for column, each in zip(columns, zip(*values))]
     for (row, _), own in zip(measured, values):
         shown = [column.show(value) for column, value in zip(columns, own)]
-        marked = [f"[bold green]{text} *[/]" if value == top else text for text, value, top in zip(shown, own, best)]
+        marked = [
+            Text(f"{text} *", "bold green") if value == top else text for text, value, top in zip(shown, own, best)
+        ]
         counted = f" {row.counted}" if writes else ""
         table.add_row(row.save_mode, row.dtype, *marked, f"{row.changed} of {row.answers:,}{counted}")
     console().print(table, highlight=False)
     for row in rows:
         if row.refused:
-            console().print(
-                f"{row.save_mode} in {row.dtype}: {row.refused}", highlight=False, markup=False, soft_wrap=True
-            )
+            print_line(f"{row.save_mode} in {row.dtype}: {row.refused}")

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import time
+from typing import TYPE_CHECKING
 
 from traceserve.archives.names import STORE
 from traceserve.commands.arguments import add_port
 from traceserve.commands.build import make
 from traceserve.commands.contract import Command
-from traceserve.commands.printing import ProgressBar, console
+from traceserve.commands.printing import ProgressBar, console, print_line, printable
 from traceserve.commands.serve import print_instance
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_HEADING = 80  # characters
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
@@ -35,37 +42,39 @@ def _demo(options: argparse.Namespace) -> int:
         force=True,
         version=None,
     )
-    screen.rule("build: fit, trace, compare, pack", align="left")
+    _print_heading(screen, "build: fit, trace, compare, pack")
     path = make(defaults, with_archive=True)
-    screen.rule("serve: TorchServe", align="left")
+    _print_heading(screen, "serve: TorchServe")
     port = options.port or configuration.free_ports(1)[0]
     started = time.monotonic()
     with ProgressBar() as bar:
         instance = server.start([path], port=port, progress=lambda text: bar(text, 0, 0))
     try:
         print_instance(instance, time.monotonic() - started)
-        screen.rule("predict: sentences that the model has not seen", align="left")
+        _print_heading(screen, "predict: sentences that the model has not seen")
         held_out = demo.held_out()
         answers = [client.predict(instance.url, path.stem, {"text": text}) for text, _ in held_out]
         table = Table("text", "answer", "score", "expected")
         for (text, label), answer in list(zip(held_out, answers))[::6]:
-            table.add_row(text, answer["label"], f"{answer['score']:.2f}", label)
+            table.add_row(text, printable(answer["label"]), f"{answer['score']:.2f}", label)
         screen.print(table)
         right = sum(answer["label"] == label for answer, (_, label) in zip(answers, held_out))
-        screen.print(
-            f"held-out accuracy over HTTP: {right / len(held_out):.3f} ({right} of {len(held_out)})", highlight=False
-        )
+        print_line(f"held-out accuracy over HTTP: {right / len(held_out):.3f} ({right} of {len(held_out)})")
     except BaseException:
         instances.stop(instance)
         raise
     if options.keep:
-        screen.print(
-            f'\nthe server keeps running: traceserve predict {path.stem} "Where is my order?"', highlight=False
-        )
+        print_line(f'\nthe server keeps running: traceserve predict {path.stem} "Where is my order?"')
     else:
         instances.stop(instance)
-        screen.print(f"\nthe server was stopped; again: traceserve serve {path}", highlight=False)
+        print_line(f"\nthe server was stopped; again: traceserve serve {shlex.quote(str(path))}")
     return 0
+
+
+def _print_heading(screen: Console, text: str) -> None:
+    from rich.rule import Rule
+
+    screen.print(Rule(text, align="left"), width=min(screen.width, _HEADING))
 
 
 COMMANDS = (

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import List, Sequence
 
 from traceserve.commands.contract import Command
-from traceserve.commands.printing import console, megabytes
+from traceserve.commands.printing import console, megabytes, print_line, print_note
 
 _SHOWN = 12  # files shown per folder; more are only counted
 
@@ -47,12 +47,12 @@ def _deploy(options: argparse.Namespace) -> int:
     plan = TARGETS[options.target].plan(archives, Wishes(engine, options.image, options.url))
     files = writing.write_plan(options.target, archives, plan, options.output)
     _print(options.output, files)
-    screen = console()
     for note in plan.notes:
-        screen.print(f"\n[yellow]note:[/] {note}", highlight=False)
-    screen.print("\nnext:", highlight=False)
+        print_line("")
+        print_note(note)
+    print_line("\nnext:")
     for command in (f"cd {shlex.quote(str(options.output))}", *plan.commands):
-        screen.print(f"  {command}", highlight=False, markup=False, soft_wrap=True)
+        print_line(f"  {command}")
     return 0
 
 

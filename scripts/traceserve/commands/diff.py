@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, List, Sequence, Union
 
-from traceserve.commands.arguments import positive, require_folders
+from traceserve.commands.arguments import positive, require_writable
 from traceserve.commands.contract import Command
 from traceserve.commands.printing import (
     ProgressBar,
@@ -14,6 +14,7 @@ from traceserve.commands.printing import (
     console,
     figure,
     megabytes,
+    print_note,
     printable,
     printable_json,
 )
@@ -48,7 +49,7 @@ def _diff(options: argparse.Namespace) -> int:
     from traceserve.checking.comparing import compare_archives
     from traceserve.checking.comparison_page import comparison_page
 
-    require_folders(options.html)
+    require_writable(options.html)
     samples = OwnSamples.read(options.samples) if options.samples else None
     with ProgressBar() as bar:
         found = compare_archives(options.one, options.other, samples, options.threads, bar)
@@ -91,13 +92,11 @@ def _print_comparison(found: ArchiveComparison) -> None:
         for each in found.changed[:_SHOWN]:
             examples.add_row(str(each.number), *_side_by_side(each))
         screen.print(examples, highlight=False)
-    colour, verdict = ("green", "equal") if found.equal else ("red", "different")
     refused = f" ({found.refused:,} refused by both)" if found.refused else ""
-    screen.print(
-        f"[{colour}]{verdict}:[/] {len(found.changed):,} of {found.asked:,} answers changed{refused}; scores drift by "
-        f"{found.drift_mean:.1e} on average, {found.drift_max:.1e} at most (limit {found.limit:.1e})",
-        highlight=False,
-        soft_wrap=True,
+    print_note(
+        f"{len(found.changed):,} of {found.asked:,} answers changed{refused}; scores drift by {found.drift_mean:.1e} on "
+        f"average, {found.drift_max:.1e} at most (limit {found.limit:.1e})",
+        "equal" if found.equal else "different",
     )
 
 

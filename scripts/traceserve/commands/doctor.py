@@ -7,7 +7,7 @@ import json
 from typing import TYPE_CHECKING, Sequence
 
 from traceserve.commands.contract import Command
-from traceserve.commands.printing import console
+from traceserve.commands.printing import console, print_line
 
 if TYPE_CHECKING:
     from traceserve.checking.machine_here import Check
@@ -41,10 +41,9 @@ def _print_checks(checks: Sequence[Check]) -> None:
         table.add_row(
             Text(check.state, _COLOURS[check.state]), Text(check.name), Text(check.found), Text(check.advice, "dim")
         )
-    screen = console()
-    screen.print(table)
+    console().print(table)
     if not any(check.state == "error" for check in checks):
-        screen.print("\nthis machine can build and serve: traceserve demo", highlight=False)
+        print_line("\nthis machine can build and serve: traceserve demo")
 
 
 COMMANDS = (

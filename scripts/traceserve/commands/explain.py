@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterator, List, Mapping, Sequence, Tuple
 
 from traceserve_runtime.errors import TraceserveError
 
-from traceserve.commands.arguments import add_port
+from traceserve.commands.arguments import add_port, add_request, given_inputs, require_writable, with_parameters
 from traceserve.commands.contract import Command
-from traceserve.commands.printing import console, figure, printable, printable_json
+from traceserve.commands.printing import console, figure, print_line, printable, printable_json
 from traceserve.serving.attributions import Heat, heats, is_explanation, strongest, target_in_words, text_at
 
 if TYPE_CHECKING:
@@ -27,19 +26,17 @@ def _add_explain(parser: argparse.ArgumentParser) -> None:
         "place", metavar="NAME|ARCHIVE", help="a served archive's name, or a .mar, which is loaded here"
     )
     parser.add_argument("texts", nargs="*", metavar="TEXT", help="texts whose answers are explained")
-    parser.add_argument("--body", metavar="JSON", help="a request body as JSON, instead of texts")
-    parser.add_argument(
-        "--parameters",
-        metavar="JSON",
-        help='the explanation\'s parameters, such as \'{"label": "refund", "steps": 50}\'',
-    )
+    add_request(parser, 'the explanation\'s parameters, such as \'{"label": "refund", "steps": 50}\'')
     parser.add_argument("--json", action="store_true", help="print JSON, one line for each text")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page with the coloured texts")
-    add_port(parser)
+    add_port(parser, text="[of the only server of NAME]")
 
 
 def _explain(options: argparse.Namespace) -> int:
-    body = _body(options)
+    if bool(options.texts) == (options.body is not None):
+        raise TraceserveError("explain: give texts, or --body JSON")
+    require_writable(options.html)
+    body = with_parameters(options, given_inputs(options))
     archive = Path(options.place)
     if archive.suffix == ".mar":
         from traceserve.checking.explaining import explain_archive
@@ -50,9 +47,14 @@ def _explain(options: argparse.Namespace) -> int:
     listed: List[Any] = answer if isinstance(answer, list) else [answer]
     asked = body["inputs"] if isinstance(body, dict) and "inputs" in body else body
     requests = asked if isinstance(asked, list) else [asked]
-    if options.html and all(map(is_explanation, listed)):
+    if options.html:
         from traceserve.archives import staging
 
+        if not all(map(is_explanation, listed)):
+            raise TraceserveError(
+                "explain: --html shows explanations of our own protocol, and this body is answered in another one; "
+                "without --html the answer is printed as JSON"
+            )
         staging.write_whole(options.html, _page(requests, listed))
     for request, each in zip(requests, listed):
         if options.json or not is_explanation(each):  # the form of another protocol
@@ -60,20 +62,6 @@ def _explain(options: argparse.Namespace) -> int:
         else:
             _print(request, each)
     return 0
-
-
-def _body(options: argparse.Namespace) -> object:
-    """Return what is asked; raises TraceserveError for options that do not go together, or are no JSON."""
-    if bool(options.texts) == (options.body is not None):
-        raise TraceserveError("explain: give texts, or --body JSON")
-    try:
-        inputs = json.loads(options.body) if options.body is not None else options.texts
-        parameters = None if options.parameters is None else json.loads(options.parameters)
-    except ValueError as error:
-        raise TraceserveError(f"explain: --body and --parameters should be JSON: {error}") from None
-    if options.body is None and len(inputs) == 1:
-        inputs = inputs[0]
-    return inputs if parameters is None else {"inputs": inputs, "parameters": parameters}
 
 
 def _ask(options: argparse.Namespace, body: object) -> object:
@@ -103,18 +91,15 @@ def _print(request: object, found: Mapping[str, Any]) -> None:
         table.add_row(Text(printable(word["word"])), f"{amount:+.3f}", ("+" if amount > 0 else "-") * length)
     screen.print(table)
     target = target_in_words(found)
-    screen.print(
+    print_line(
         f"explains {target}: {found['quantity']} {found['value']:.3f}, without the words {found['baseline_value']:.3f}; "
         f"{found['method'].replace('_', ' ')}, {found['steps']} steps, completeness error "
-        f"{100 * found['completeness_error']:.2g} %",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
+        f"{100 * found['completeness_error']:.2g} %"
     )
     if "because" in found:
-        screen.print(f"no gradients: {found['because']}", highlight=False, markup=False, soft_wrap=True)
+        print_line(f"no gradients: {found['because']}")
     if len(words) > _ROWS:
-        screen.print(f"the other {figure(len(words) - _ROWS)} words are in --json", highlight=False)
+        print_line(f"the other {figure(len(words) - _ROWS)} words are in --json")
 
 
 def _texts(request: object, found: Mapping[str, Any]) -> Iterator[Tuple[str, List[Heat]]]:

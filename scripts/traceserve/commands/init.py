@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Optional, Sequence
 
+from traceserve.commands.arguments import require_no_folder
 from traceserve.commands.contract import Command
-from traceserve.commands.printing import console, printable, printable_json
+from traceserve.commands.printing import console, print_line, printable, printable_json
 from traceserve.errors import AmbiguousTask, ConfigError, some
 
 if TYPE_CHECKING:
@@ -36,13 +39,18 @@ def _init(options: argparse.Namespace) -> int:
     from traceserve.archives import staging
 
     output: Path = options.output
+    require_no_folder(output)
     if output.exists() and not options.force:
         raise ConfigError(f"{output} exists; --force replaces it, --output names another one")
     named = options.checkpoint or _asked()
     folder = output.resolve().parent
     if Path(named).is_dir() and not Path(named).is_absolute() and not named.startswith("~"):
-        named = os.path.relpath(Path(named).resolve(), folder)  # paths are relative to the configuration
-    found = _proposal(named, folder, options.task)
+        place = Path(named).resolve()
+        found = _proposal(str(place), folder, options.task)
+        # Paths are relative to the configuration, whose folder does not exist yet.
+        found = dataclasses.replace(found, keys={**found.keys, "model_name": os.path.relpath(place, folder)})
+    else:
+        found = _proposal(named, folder, options.task)
     folder.mkdir(parents=True, exist_ok=True)
     staging.write_whole(output, json.dumps(found.keys, indent=2, ensure_ascii=False) + "\n")
     _print_proposal(found, output)
@@ -52,9 +60,21 @@ def _init(options: argparse.Namespace) -> int:
 def _asked() -> str:
     if not sys.stdin.isatty():
         raise ConfigError("name a checkpoint: traceserve init CHECKPOINT, a hub id or a folder")
+    return _answer_to("checkpoint (a hub id or a folder)")
+
+
+def _answer_to(question: str, choices: Optional[Sequence[str]] = None) -> str:
+    """Ask until there is an answer; raises ConfigError if the input ends (Ctrl-D)."""
     from rich.prompt import Prompt
 
-    return Prompt.ask("checkpoint (a hub id or a folder)", console=console())
+    try:
+        while True:
+            answer = Prompt.ask(question, choices=None if choices is None else list(choices)).strip()
+            if answer:
+                return answer
+    except EOFError:
+        print_line("")  # the question's line has no end
+        raise ConfigError(f"no answer to: {question}; nothing was written") from None
 
 
 def _proposal(named: str, folder: Path, task: str) -> Proposal:
@@ -66,10 +86,7 @@ def _proposal(named: str, folder: Path, task: str) -> Proposal:
     except AmbiguousTask as error:
         if not sys.stdin.isatty():
             raise ConfigError(f"{error.message}, or here: --task {error.tasks[0]}") from None
-        from rich.prompt import Prompt
-
-        chosen = Prompt.ask("several tasks fit; which", choices=list(error.tasks), console=console())
-        return propose(named, folder, chosen)
+        return propose(named, folder, _answer_to("several tasks fit; which", error.tasks))
 
 
 def _print_proposal(found: Proposal, output: Path) -> None:
@@ -87,12 +104,11 @@ def _print_proposal(found: Proposal, output: Path) -> None:
     if found.labels:
         table.add_row(f"{len(found.labels)} labels", Text(printable(some(found.labels))))
     table.add_row("a request", Text(printable_json(found.sample)))
-    screen = console()
-    screen.print(table, highlight=False)
+    console().print(table, highlight=False)
     if found.notes:
-        screen.print(found.notes, highlight=False, markup=False)
-    config = "" if output == Path("setup_config.json") else f" --config {output}"
-    screen.print(f"\nnext:  traceserve build{config}", highlight=False, markup=False)
+        print_line(found.notes)
+    config = "" if output == Path("setup_config.json") else f" --config {shlex.quote(str(output))}"
+    print_line(f"\nnext:  traceserve build{config}")
 
 
 COMMANDS = (

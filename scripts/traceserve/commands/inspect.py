@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Mapping, Sequence, 
 
 from traceserve.commands.arguments import add_signature
 from traceserve.commands.contract import Command
-from traceserve.commands.printing import console, megabytes, printable, printable_json
+from traceserve.commands.printing import console, megabytes, print_line, print_note, printable, printable_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from traceserve.checking.inspection import Inspection
 
 _LABELS, _FILES = 8, 12  # shown; --json has all
-_COLOURS = {"error": "red", "warning": "yellow", "note": "cyan"}
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +39,6 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _print_inspection(found: Inspection) -> None:
-    from rich.markup import escape
     from rich.text import Text
 
     screen = console()
@@ -51,12 +49,9 @@ def _print_inspection(found: Inspection) -> None:
     screen.print(_package_table(found), highlight=False)
     screen.print(_file_table(found), highlight=False)
     for finding in found.findings:
-        colour = _COLOURS[finding.severity]
-        screen.print(
-            f"[{colour}]{finding.severity}:[/] {escape(printable(finding.message))}", highlight=False, soft_wrap=True
-        )
+        print_note(finding.message, finding.severity)
     if not found.findings:
-        screen.print("[green]nothing is wrong with it[/]", highlight=False)
+        print_line("nothing is wrong with it", style="green")
 
 
 def _grid() -> Table:

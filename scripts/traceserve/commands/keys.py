@@ -6,9 +6,11 @@ import argparse
 import json
 from pathlib import Path
 
-from traceserve.commands.arguments import add_port, require_folders
+from traceserve.commands.arguments import add_port, require_writable
 from traceserve.commands.contract import Command
-from traceserve.commands.printing import console
+from traceserve.commands.printing import print_line
+
+_LONGEST = 1024  # bytes of a file that --write replaces
 
 
 def _add_keys(parser: argparse.ArgumentParser) -> None:
@@ -37,15 +39,16 @@ def _keys(options: argparse.Namespace) -> int:
 
     if options.key_file and not options.rotate:
         raise ServerError("keys: --key-file needs --rotate")
-    require_folders(options.write)
     if options.write:
         keys.check_key_target(options.write)
+        _check_replaced(options.write)
+    require_writable(options.write)
     instance = instances.find_instance(options.port)
     wanted = keys.key_in(options.key_file) if options.key_file else None
     found = keys.rotate_keys(instance, wanted) if options.rotate else keys.current(instance)
     if options.write:
         keys.write_key(options.write, str(found.key))
-        console().print(f"the key of port {found.port} is in {options.write}", highlight=False, markup=False)
+        print_line(f"the key of port {found.port} is in {options.write}")
     elif options.json:
         print(json.dumps({"port": found.port, "inference": found.key, "management": found.management_key}, indent=2))
     else:
@@ -53,12 +56,24 @@ def _keys(options: argparse.Namespace) -> int:
     return 0
 
 
+def _check_replaced(file: Path) -> None:
+    """Raise ServerError for an existing file that holds more than a key: it would be lost."""
+    from traceserve.errors import ServerError
+
+    if file.is_file():
+        with file.open("rb") as stream:
+            content = stream.read(_LONGEST + 1)
+        if len(content) > _LONGEST or len(content.split()) > 1:
+            raise ServerError(
+                f"--write {file} exists and holds more than a key, which would be lost; name another file"
+            )
+
+
 def _print_keys(inference: object, management: object) -> None:
-    screen = console()
-    screen.print(f"inference   {inference}", highlight=False, markup=False)
+    print_line(f"inference   {inference}")
     if management:
-        screen.print(f"management  {management}", highlight=False, markup=False)
-    screen.print(f"\n  -H 'Authorization: Bearer {inference}'", highlight=False, markup=False, soft_wrap=True)
+        print_line(f"management  {management}")
+    print_line(f"\n  -H 'Authorization: Bearer {inference}'")
 
 
 COMMANDS = (

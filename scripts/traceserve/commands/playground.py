@@ -10,7 +10,7 @@ from traceserve_runtime.errors import TraceserveError
 
 from traceserve.commands.arguments import port
 from traceserve.commands.contract import Command
-from traceserve.commands.printing import console
+from traceserve.commands.printing import print_line, print_note
 
 _PORT = 7860
 
@@ -48,22 +48,19 @@ def _playground(options: argparse.Namespace) -> int:
         found, failed = models.every()
         boards = [[model] for model in found]
         for error in failed:
-            _warn(f"left out: {error.message}")
-    screen = console()
+            print_note(f"left out: {error.message}", "warning", error=True)
     if not is_only_local(options.host):
-        _warn(
+        print_note(
             f"at {options.host} everybody who reaches this machine can ask these models through the page, without a key and "
-            "without encryption"
+            "without encryption",
+            "warning",
+            error=True,
         )
     with hosting.Server(boards, options.host, options.port) as server:
         names = ", ".join(model.description.name for board in boards for model in board)
-        screen.print(f"{names}: {server.url}\nend it with Ctrl-C", highlight=False, soft_wrap=True)
+        print_line(f"{names}: {server.url}\nend it with Ctrl-C")
         server.wait()
     return 0
-
-
-def _warn(text: str) -> None:
-    console(error=True).print(f"[yellow]warning:[/] {text}", highlight=False, soft_wrap=True)
 
 
 COMMANDS = (

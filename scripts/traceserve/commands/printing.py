@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any, Optional, Sequence, Tuple
 
 from traceserve_runtime.errors import TraceserveError
 
@@ -16,12 +16,47 @@ if TYPE_CHECKING:
     from traceserve.building.gate.findings import Findings
 
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # not tabs and line ends
+_WIDE = 100_000  # characters, of what is no terminal
+_COLOURS = {  # of words that begin a line
+    "note": "cyan",
+    "warning": "yellow",
+    "left out": "yellow",
+    "error": "red",
+    "different": "red",
+    "equal": "green",
+    "verified": "green",
+    "updated": "green",
+}
 
 
 def console(error: bool = False) -> Console:
+    """Return the terminal; a pipe or a file is wide enough for whole lines, so that tables break no name and no path.
+
+    What is printed stays as it is: read as markup or as names of emoji, paths and messages would change.
+    """
     from rich.console import Console
 
-    return Console(stderr=error)
+    screen = Console(stderr=error, markup=False, emoji=False)
+    if not screen.is_terminal:
+        screen.width = _WIDE
+    return screen
+
+
+def print_line(text: str, style: str = "", error: bool = False) -> None:
+    """Print one or more lines that are not broken at the terminal's width, so that paths and commands can be copied."""
+    _print_whole(((printable(text), style),), error)
+
+
+def print_note(text: str, word: str = "note", error: bool = False, more: str = "") -> None:
+    """Print such a line after a word of `_COLOURS` and a colon; `more` ends it, dimmed."""
+    _print_whole(((f"{word}:", _COLOURS[word]), (f" {printable(text)}", ""), (more, "dim")), error)
+
+
+def _print_whole(parts: Sequence[Tuple[str, str]], error: bool) -> None:
+    """Print parts of a line, each with its style."""
+    from rich.text import Text
+
+    console(error).print(Text.assemble(*parts), highlight=False, soft_wrap=True)
 
 
 class ProgressBar:
@@ -43,7 +78,8 @@ class ProgressBar:
         if self._progress is None:
             from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-            columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+            name = TextColumn("{task.description}", markup=False)
+            columns = (SpinnerColumn(), name, BarColumn(), TimeElapsedColumn())
             screen = console(error=True)
             self._progress = Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal)
             self._progress.start()
@@ -92,10 +128,9 @@ def _print_variant(findings: Findings) -> None:
 
     from traceserve.building.gate.findings import MOST_UNEXPLAINED
 
-    screen = console(error=True)
     where = f" ({findings.variant}, on {findings.device})" if findings.variant else ""
     if findings.failure:
-        screen.print(f"the exported model failed{where}: {findings.failure}", highlight=False)
+        print_line(f"the exported model failed{where}: {findings.failure}", error=True)
     if findings.failed:
         table = Table("batch", "length", "padded", "output", "difference", "limit", title=f"outputs that differ{where}")
         for cell in findings.failed[:20]:
@@ -108,14 +143,14 @@ def _print_variant(findings: Findings) -> None:
                 findings.limit.difference,
             )
             table.add_row(*map(str, row))
-        screen.print(table)
+        console(error=True).print(table)
         if len(findings.failed) > 20:
-            screen.print(f"and {len(findings.failed) - 20} more of {len(findings.cells)} cells")
+            print_line(f"and {len(findings.failed) - 20} more of {len(findings.cells)} cells", error=True)
     for output, share in findings.indistinct.items():
-        screen.print(
+        print_line(
             f"{output} hardly tells texts apart{where}: of its variance over them {share:.0%} is not the original's, limit "
             f"{MOST_UNEXPLAINED:.0%}",
-            highlight=False,
+            error=True,
         )
     if findings.judged is not None:
         _print_tokens(findings, where)
@@ -126,7 +161,7 @@ def _print_variant(findings: Findings) -> None:
     ):
         if samples:
             shown = ", ".join(f"#{number + 1}" for number in samples[:10])
-            screen.print(f"{len(samples)} of {findings.answers} samples are {what}{where}: {shown}", highlight=False)
+            print_line(f"{len(samples)} of {findings.answers} samples are {what}{where}: {shown}", error=True)
 
 
 def _print_tokens(findings: Findings, where: str) -> None:
@@ -137,26 +172,21 @@ def _print_tokens(findings: Findings, where: str) -> None:
     assert counts is not None
     allowed = limit.changed if findings.own_decide else limit.changed_elsewhere
     if findings.too_many_changed:
-        console(error=True).print(
+        print_line(
             f"{counts.changed} of {counts.tokens} tokens of the original's texts would be others, near ties not counted"
             f"{where}: {counts.share_changed:.2%}, limit {allowed:.1%}",
-            highlight=False,
+            error=True,
         )
     if findings.drifts:
-        console(error=True).print(
+        print_line(
             f"the logarithms of their probabilities fall by {counts.mean_drift:+.4f} on average{where}, limit "
             f"{MOST_DRIFT:.2f}",
-            highlight=False,
+            error=True,
         )
 
 
 def print_error(error: TraceserveError) -> None:
-    from rich.markup import escape
-
     findings = getattr(error, "findings", None)
     if findings is not None:
         print_findings(findings)
-    more = f" [dim](docs/{error.page})[/]" if error.page else ""
-    console(error=True).print(
-        f"[red]error:[/] {escape(printable(error.message))}{more}", highlight=False, soft_wrap=True
-    )
+    print_note(error.message, "error", error=True, more=f" (docs/{error.page})" if error.page else "")

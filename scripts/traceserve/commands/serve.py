@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from traceserve.commands.arguments import add_port, add_signature, port, positive, shares
 from traceserve.commands.contract import Command
-from traceserve.commands.printing import ProgressBar, console
+from traceserve.commands.printing import ProgressBar, print_line
 from traceserve.serving import engines
 
 if TYPE_CHECKING:
@@ -183,12 +183,10 @@ def _stop(options: argparse.Namespace) -> int:
         chosen = [instances.find_instance(options.port)]
     for instance in chosen:
         instances.stop(instance)
-        console().print(f"stopped {', '.join(instance.names)} on port {instance.port}", highlight=False)
+        print_line(f"stopped {', '.join(instance.names)} on port {instance.port}")
     for instance in dead:
         instances.stop(instance)
-        console().print(
-            f"{', '.join(instance.names)} on port {instance.port} had died; its log is removed", highlight=False
-        )
+        print_line(f"{', '.join(instance.names)} on port {instance.port} had died; its log is removed")
     return 0
 
 
@@ -198,25 +196,20 @@ def print_instance(instance: Instance, seconds: float, show_key: bool = False) -
 
     from traceserve.serving.curl import curl
 
-    screen = console()
-    screen.print(f"answering after {seconds:.1f} s at {instance.url}", highlight=False)
+    print_line(f"answering after {seconds:.1f} s at {instance.url}")
     for name in instance.names:
         manifest = instance.manifest(name)
         key = ("-H", f"Authorization: Bearer {instance.key if show_key else 'KEY'}") if instance.key else ()
         key = (*key, "--insecure") if instance.certificate else key  # the certificate does not name this machine
         body = TASKS[manifest.task].sample_body(manifest.facts)
         command = curl(f"{instance.url}/predictions/{name}", body, *key)
-        screen.print(f"\n  {command}", highlight=False, markup=False, soft_wrap=True)
+        print_line(f"\n  {command}")
     port = "" if instance.port == engines.DEFAULT_PORT else f" --port {instance.port}"
     if instance.key:
         shown = f"{instance.key}    all keys, and new ones" if show_key else "shown"
-        screen.print(f"\nkey: {shown} by `traceserve keys{port}`", highlight=False, markup=False, soft_wrap=True)
-    screen.print(
-        f"\nmetrics: {instance.metrics_url}    log: {instance.log}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    screen.print(f"stop it: traceserve stop{port}", highlight=False)
+        print_line(f"\nkey: {shown} by `traceserve keys{port}`")
+    print_line(f"\nmetrics: {instance.metrics_url}    log: {instance.log}")
+    print_line(f"stop it: traceserve stop{port}")
 
 
 COMMANDS = (

@@ -10,7 +10,7 @@ from traceserve_runtime.errors import TraceserveError
 
 from traceserve.commands.arguments import add_nothing
 from traceserve.commands.contract import Command
-from traceserve.commands.printing import console
+from traceserve.commands.printing import console, print_line
 
 if TYPE_CHECKING:
     from traceserve.building.config.formats import Format
@@ -60,26 +60,26 @@ def _formats(options: argparse.Namespace) -> int:
 
 def _print_tasks(entries: Sequence[Entry]) -> None:
     """Print each task with its fields and parameters, and a command to copy."""
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     screen = console()
     for entry in entries:
-        screen.print(f"[bold]{entry.name}[/]  [dim]{entry.model}[/]", highlight=False)
-        screen.print(f"  {entry.answer}", highlight=False, markup=False)
+        screen.print(Text.assemble((entry.name, "bold"), "  ", (entry.model, "dim")), highlight=False)
+        screen.print(f"  {entry.answer}", highlight=False)
         table = Table(box=None, pad_edge=False, padding=(0, 1))
         table.add_column(no_wrap=True)
         for header in ("", "default", ""):
-            table.add_column(header)
+            table.add_column(header, overflow="fold")
         for name, what, text in entry.fields:
-            table.add_row(f"  [cyan]{name}[/]", what, "", text)
+            table.add_row(Text(f"  {name}", "cyan"), what, "", text)
         for title, parameters in (("", entry.parameters), ("of an explanation:", entry.explained_by)):
             if title and parameters:
-                table.add_row(f"  [dim]{title}[/]")
+                table.add_row(Text(f"  {title}", "dim"))
             for name, legal, default, text in parameters:
-                table.add_row(f"  [green]{name}[/]", escape(legal), escape(default), escape(text))
+                table.add_row(Text(f"  {name}", "green"), legal, default, text)
         screen.print(table, highlight=False)
-        screen.print(f"\n  {entry.example}\n", highlight=False, markup=False, soft_wrap=True)
+        print_line(f"\n  {entry.example}\n")
 
 
 def _print_formats(formats: Sequence[Format]) -> None:
@@ -87,15 +87,15 @@ def _print_formats(formats: Sequence[Format]) -> None:
 
     from traceserve.building.config.formats import options
 
-    table = Table("save mode", "hardware")
-    for name in ("tasks", "dtype", "why not others"):
-        table.add_column(name, overflow="fold")  # a narrow terminal wraps long names instead of dropping them
+    table = Table("save mode", "hardware", "tasks", "dtype", "why not others")
     every = {task for item in formats for task in item.tasks}
     for item in formats:
         tasks = "all" if set(item.tasks) == every else ", ".join(item.tasks)
         reasons = [f"{dtype}: {reason}" if dtype else reason for dtype, reason in item.refused.items()]
         table.add_row(item.save_mode, item.hardware, tasks, ", ".join(item.dtypes) or "-", "\n".join(reasons))
     own = Table("save mode", "hardware", "option", "", "default", "", title="options", title_justify="left")
+    for column in (*table.columns, *own.columns):
+        column.overflow = "fold"  # a narrow terminal wraps long names instead of dropping them
     for save_mode, hardware in dict.fromkeys((item.save_mode, item.hardware) for item in formats if item.dtypes):
         for option in options(save_mode, hardware).values():
             default = "-" if option.default is None else json.dumps(option.default)

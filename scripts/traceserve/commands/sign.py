@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 from traceserve_runtime.errors import TraceserveError
 
 from traceserve.commands.contract import Command
-from traceserve.commands.printing import console
+from traceserve.commands.printing import print_line
 
 
 def _add_sign(parser: argparse.ArgumentParser) -> None:
@@ -43,15 +44,12 @@ def _sign(options: argparse.Namespace) -> int:
 
     if options.chain and not options.certificate:
         raise TraceserveError("sign: --chain needs --certificate, which it begins with")
-    screen = console()
     for archive in options.archives:
         signature = sign_archive(archive, options.key, options.certificate, options.chain)
-        screen.print(f"signed {archive}: {signature}", highlight=False, markup=False, soft_wrap=True)
+        print_line(f"signed {archive}: {signature}")
     wanted = "AUTHORITY.pem" if options.certificate else "public.pem"
-    files = " ".join(map(str, options.archives))
-    screen.print(
-        f"\n  traceserve serve {files} --require-signature {wanted}", highlight=False, markup=False, soft_wrap=True
-    )
+    files = " ".join(shlex.quote(str(archive)) for archive in options.archives)
+    print_line(f"\n  traceserve serve {files} --require-signature {wanted}")
     return 0
 
 

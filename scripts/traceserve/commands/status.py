@@ -11,7 +11,7 @@ import time
 from typing import TYPE_CHECKING, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from traceserve.commands.contract import Command
-from traceserve.commands.printing import console, figure, printable
+from traceserve.commands.printing import console, figure, print_line, printable
 
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
@@ -71,14 +71,14 @@ def _status(options: argparse.Namespace) -> int:
         _print_dead(instance)
         instances.mark_seen(instance)
     if not running:
-        console().print("no server is running")
+        print_line("no server is running")
         return 0
     screen = console()
     screen.print(_servers(running))
     screen.print(_report([*_since_start(running)], "since the start"))
     for instance in running:
         places = f"{instance.url}/predictions/, metrics {instance.metrics_url}, log {instance.log}"
-        screen.print(f"{instance.port}: {_by_status(instance)}{places}", highlight=False, soft_wrap=True)
+        print_line(f"{instance.port}: {_by_status(instance)}{places}")
     return 0
 
 
@@ -273,12 +273,9 @@ def _line(archive: _Archive) -> str:
 def _print_dead(instance: Instance) -> None:
     from traceserve.serving import instances
 
-    console().print(
+    print_line(
         f"{', '.join(instance.names)} on port {instance.port} died{instances.last_words(instance)}\n  its log, kept until "
-        f"the next `traceserve serve` or `traceserve stop --port {instance.port}`: {instance.log}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
+        f"the next `traceserve serve` or `traceserve stop --port {instance.port}`: {instance.log}"
     )
 
 

@@ -7,9 +7,9 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
-from traceserve.commands.arguments import positive, require_folders
+from traceserve.commands.arguments import positive, require_writable
 from traceserve.commands.contract import Command
-from traceserve.commands.printing import ProgressBar, console, figure
+from traceserve.commands.printing import ProgressBar, console, figure, print_line, print_note
 from traceserve.serving import engines
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def _tune(options: argparse.Namespace) -> int:
 
     if options.html:
         page.require_plotly()
-        require_folders(options.html)
+    require_writable(options.html, None if options.dry_run else options.archive)
     goal = Goal(options.connections, options.target)
     with ProgressBar() as bar:
         tuned = tune.tune(options.archive, options.samples, goal, options.budget, bar, options.engine)
@@ -95,22 +95,21 @@ def _tune(options: argparse.Namespace) -> int:
     write = tuned.chosen != tuned.own and not options.dry_run
     if write:
         contents.configure_archive(options.archive, tuned.chosen)
-    place, screen = shlex.quote(str(options.archive)), console()
+    place = shlex.quote(str(options.archive))
     if write:
         said = f"written into {place}: {tune.describe_serving(tuned.chosen)}"
     elif tuned.chosen != tuned.own:
         said = f"not written into {place}, as --dry-run says: {tune.describe_serving(tuned.chosen)}"
     else:
         said = f"nothing better was found; {place} stays as it is: {tune.describe_serving(tuned.chosen)}"
-    screen.print(f"\n{said}", highlight=False, soft_wrap=True)
+    print_line(f"\n{said}")
     engine = "" if options.engine == engines.TORCHSERVE else f" --engine {options.engine}"
-    screen.print(f"serve it:  traceserve serve {place}{engine}", highlight=False, soft_wrap=True)
+    print_line(f"serve it:  traceserve serve {place}{engine}")
     return 0
 
 
 def _print_tuned(tuned: Tuned) -> None:
     """Print the measurements, the chosen row marked, and the waste by padding."""
-    from rich.markup import escape
     from rich.table import Table
 
     from traceserve.measuring.tune import describe_serving
@@ -140,21 +139,17 @@ def _print_tuned(tuned: Tuned) -> None:
     screen = console()
     screen.print(table, highlight=False)
     for number, trial in enumerate(failed, 1):
-        screen.print(f"({number}) {describe_serving(trial.serving)}: {escape(str(trial.failure))}", highlight=False)
+        print_line(f"({number}) {describe_serving(trial.serving)}: {trial.failure}")
     ended = "until nothing helped any more" if tuned.in_time else "until the time was up"
-    screen.print(
+    print_line(
         f"\nmeasured for {tuned.seconds:.0f} s, {ended}. delay, p50, p99: in ms; rate: requests/s compared with "
-        "the archive as it was, measured in turn",
-        highlight=False,
+        "the archive as it was, measured in turn"
     )
     refused = tuned.texts.refused
     if refused:
-        screen.print(
-            f"[yellow]left out:[/] {len(refused)} samples that the archive refuses, number {refused[0][0]} for example: "
-            f"{escape(refused[0][1])}",
-            highlight=False,
-        )
-    screen.print()
+        example = f"number {refused[0][0]} for example: {refused[0][1]}"
+        print_note(f"{len(refused)} samples that the archive refuses, {example}", "left out")
+    print_line("")
     screen.print(_waste_table(tuned), highlight=False)
 
 

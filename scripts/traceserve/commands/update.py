@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict
 
-from traceserve.commands.arguments import add_port, add_signature, positive, zero_or_more
+from traceserve.commands.arguments import add_port, add_signature, positive, require_archive, zero_or_more
 from traceserve.commands.contract import Command
-from traceserve.commands.printing import console
+from traceserve.commands.printing import print_line, print_note
 
 if TYPE_CHECKING:
     from traceserve.rollout.replaying import Replay
@@ -70,6 +70,7 @@ def _share(text: str) -> float:
 
 
 def _update(options: argparse.Namespace) -> int:
+    require_archive(options.archive)
     from traceserve.building.samples import OwnSamples
     from traceserve.rollout.shadowing import ShadowOptions
     from traceserve.rollout.updating import UpdateOptions, UpdateRefused, update_server
@@ -82,13 +83,12 @@ def _update(options: argparse.Namespace) -> int:
         timeout=options.timeout,
         trusted=options.require_signature,
     )
-    screen = console(error=options.json)
     try:
         found = update_server(
             options.archive,
             options.port,
             wanted,
-            lambda text: screen.print(text, highlight=False, markup=False, soft_wrap=True),
+            lambda text: print_line(text, error=options.json),
         )
     except UpdateRefused as error:
         if error.replay is not None:
@@ -97,9 +97,7 @@ def _update(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(_document(found), indent=2))
     else:
-        screen.print(
-            f"[green]updated:[/] {found.name} {found.old} to {found.new} in {found.seconds:.1f} s", highlight=False
-        )
+        print_note(f"{found.name} {found.old} to {found.new} in {found.seconds:.1f} s", "updated")
     return 0
 
 
@@ -131,9 +129,8 @@ def _print_moved(replay: Replay) -> None:
     """Show what moved to what; never a text, nor an answer that is one."""
     from traceserve.checking.comparing import moves_of
 
-    screen = console(error=True)
     for one, other, count in moves_of(replay.moved)[:_SHOWN]:
-        screen.print(f"  {one} → {other}: {count}", highlight=False, markup=False)
+        print_line(f"  {one} → {other}: {count}", error=True)
 
 
 COMMANDS = (

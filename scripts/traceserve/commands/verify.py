@@ -8,9 +8,17 @@ from typing import TYPE_CHECKING, Optional, Tuple
 
 from traceserve_runtime.errors import TraceserveError
 
-from traceserve.commands.arguments import add_port
+from traceserve.commands.arguments import add_port, require_archive
 from traceserve.commands.contract import Command
-from traceserve.commands.printing import answer_in_brief, console, figure, printable, printable_json
+from traceserve.commands.printing import (
+    answer_in_brief,
+    console,
+    figure,
+    print_line,
+    print_note,
+    printable,
+    printable_json,
+)
 
 if TYPE_CHECKING:
     from traceserve.checking.verifying import Door, Verification
@@ -73,6 +81,7 @@ def _door(options: argparse.Namespace) -> Tuple[Door, Path]:
     name = options.place
     if name.endswith(".mar"):
         archive, name = archive or Path(name), Path(name).stem
+        require_archive(archive)
     instance = instances.serving_instance(name, options.port)
     return Door.of(instance, name), archive or instance.unpacked(name)
 
@@ -88,25 +97,20 @@ def _key(options: argparse.Namespace) -> Optional[str]:
 
 
 def _print_verification(found: Verification, with_texts: bool) -> None:
-    from rich.markup import escape
-
-    screen = console()
     asked = f"{len(found.samples)} of {found.of}" if len(found.samples) < found.of else str(found.of)
     build = f" (the build, in its process: {figure(found.build_p50)} ms)" if found.build_p50 is not None else ""
-    screen.print(
-        f"{escape(found.door.label)}: {asked} samples asked ({found.place.dialect.name}), p50 {figure(found.p50)} ms{build}, "
-        f"largest difference of a score {found.largest_difference:.1e} (limit {found.limit:.1e})",
-        highlight=False,
-        soft_wrap=True,
+    print_line(
+        f"{found.door.label}: {asked} samples asked ({found.place.dialect.name}), p50 {figure(found.p50)} ms{build}, "
+        f"largest difference of a score {found.largest_difference:.1e} (limit {found.limit:.1e})"
     )
     if found.different:
         _print_different(found, with_texts)
     for note in found.notes:
-        screen.print(f"[cyan]note:[/] {escape(note)}", highlight=False, soft_wrap=True)
+        print_note(note)
     for problem in found.problems:
-        screen.print(f"[red]different:[/] {escape(problem)}", highlight=False, soft_wrap=True)
+        print_note(problem, "different")
     if found.passed:
-        screen.print(f"[green]verified:[/] it answers as {_expected_of(found)} does", highlight=False)
+        print_note(f"it answers as {_expected_of(found)} does", "verified")
 
 
 def _print_different(found: Verification, with_texts: bool) -> None:
@@ -128,7 +132,7 @@ def _print_different(found: Verification, with_texts: bool) -> None:
         table.add_row(name, Text(expected), *beside, Text(told), difference)
     console().print(table, highlight=False)
     if len(found.different) > _SHOWN:
-        console().print(f"and {len(found.different) - _SHOWN} more; --json has all", highlight=False)
+        print_line(f"and {len(found.different) - _SHOWN} more; --json has all")
 
 
 def _expected_of(found: Verification) -> str:

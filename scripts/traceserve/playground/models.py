@@ -44,10 +44,12 @@ def find_model(place: str, key: Optional[str] = None, certificate: Optional[str]
     if serving:
         urls = ", ".join(f"{instance.url}/predictions/{place}" for instance in serving)
         raise ServerError(f"{place} is served {len(serving)} times; name one by its URL: {urls}")
-    others = ", ".join(sorted({other for instance in running for other in instance.names})) or "nothing"
+    otherwise = ", and any other server is named by its URL, like http://127.0.0.1:8080/predictions/NAME"
+    if not running:
+        raise instances.none_running(place, otherwise)
+    others = ", ".join(sorted({other for instance in running for other in instance.names}))
     raise ServerError(
-        f"no server of traceserve serves {place}, but {others}; `traceserve serve model_store/{place}.mar` starts one, and "
-        "any other server is named by its URL, like http://127.0.0.1:8080/predictions/NAME"
+        f"no server of traceserve serves {place}, but {others}; `traceserve serve model_store/{place}.mar` starts one{otherwise}"
     )
 
 
@@ -55,7 +57,7 @@ def every() -> Tuple[List[Model], List[ServerError]]:
     """All archives of all running servers of this user, and why some are left out; raises ServerError where there is none."""
     running = instances.running()
     if not running:
-        raise ServerError("no server is running; `traceserve serve model_store/NAME.mar` starts one")
+        raise instances.none_running()
     found: List[Model] = []
     failed: List[ServerError] = []
     for instance, name in [(one, name) for one in running for name in one.names]:

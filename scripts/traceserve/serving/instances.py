@@ -188,9 +188,7 @@ def find_instance(port: Optional[int]) -> Instance:
     """Return the server on `port`, or the only one; raises ServerError."""
     servers = running()
     if not servers:
-        dead = ", ".join(str(instance.port) for instance in died())
-        told = f" (one on port {dead} died; `traceserve status` says why)" if dead else ""
-        raise ServerError(f"no server is running{told}; `traceserve serve model_store/NAME.mar` starts one")
+        raise none_running()
     ports = ", ".join(str(instance.port) for instance in servers)
     if port is None and len(servers) > 1:
         raise ServerError(f"several servers are running, on the ports {ports}; choose one with --port")
@@ -198,6 +196,13 @@ def find_instance(port: Optional[int]) -> Instance:
         if port in (None, instance.port):
             return instance
     raise ServerError(f"no server of traceserve is running on port {port}, but on {ports}")
+
+
+def none_running(name: str = "NAME", otherwise: str = "") -> ServerError:
+    """Return the error of a command that needs a server, of an archive if named, while none is running."""
+    dead = ", ".join(str(instance.port) for instance in died())
+    told = f" (one on port {dead} died; `traceserve status` says why)" if dead else ""
+    return ServerError(f"no server is running{told}; `traceserve serve model_store/{name}.mar` starts one{otherwise}")
 
 
 def serving_instance(name: str, port: Optional[int] = None) -> Instance:
@@ -212,11 +217,14 @@ def serving_instance(name: str, port: Optional[int] = None) -> Instance:
     if len(found) > 1:
         ports = ", ".join(str(instance.port) for instance in found)
         raise ServerError(f"{name} is served on the ports {ports}; choose one with --port, or give URLs")
+    otherwise = ", and a URL stands for any other server"
+    if not servers:
+        raise none_running(name, otherwise)
     if not found:
-        others = ", ".join(sorted({other for instance in servers for other in instance.names})) or "nothing"
+        others = ", ".join(sorted({other for instance in servers for other in instance.names}))
         raise ServerError(
-            f"no server of traceserve serves {name}, but {others}; `traceserve serve model_store/{name}.mar` starts one, "
-            "and a URL stands for any other server"
+            f"no server of traceserve serves {name}, but {others}; `traceserve serve model_store/{name}.mar` starts one"
+            + otherwise
         )
     return found[0]
 

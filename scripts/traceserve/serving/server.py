@@ -35,6 +35,7 @@ from traceserve.serving.plan import Archive, Scaling, ServerPlan, planned
 _SLACK = 0.5  # seconds an answer may take after the frontend's own limit
 
 _LONGEST_SOCKET_PATH = 103  # bytes, on macOS; Linux has 107
+_WARNING = re.compile(r"^\S+ +(?:WARN|ERROR) .*$", re.MULTILINE)
 _FOLDER = re.compile(r"traceserve-\d+-[a-z0-9_]{8}")  # the names by _new_folder
 
 
@@ -88,9 +89,7 @@ def _started(plan: ServerPlan, trusted: Optional[signing.Trusted]) -> Instance:
             for archive in plan.archives.values():
                 plan.progress(f"waiting for {archive.name} to answer")
                 patience = (archive.serving.client_timeout or float("inf")) / 1000 + _SLACK
-                _wait_for_answer(
-                    instance, archive.name, canary(archive.manifest), time.monotonic() + plan.timeout, patience
-                )
+                _wait_for_answer(instance, archive.name, canary(archive.manifest), plan.timeout, patience)
         except BaseException:  # interrupts too: nobody else knows of the started process
             instances.end_started_in(folder)
             raise
@@ -269,13 +268,14 @@ def canary(manifest: Manifest) -> JsonObject:
 
 
 def _wait_for_answer(
-    instance: Instance, name: str, body: JsonObject, deadline: float, patience: float = float("inf")
+    instance: Instance, name: str, body: JsonObject, timeout: float, patience: float = float("inf")
 ) -> None:
-    """Ask until there is an answer. Without a worker the frontend holds a request indefinitely, so a thread
-    asks, while this one watches the worker's log.
+    """Ask until there is an answer, for `timeout` seconds. Without a worker the frontend holds a request indefinitely, so
+    a thread asks, while this one watches the worker's log.
 
     A request is retried after `patience` seconds, when the frontend has silently dropped it.
     """
+    deadline = time.monotonic() + timeout
 
     def ask(outcome: List[Optional[Exception]]) -> None:
         try:
@@ -298,7 +298,15 @@ def _wait_for_answer(
         if outcome and not isinstance(outcome[0], client.NotYet):
             raise ServerError(f"{name} does not answer its own sample: {outcome[0]}")
         time.sleep(0.02)
-    raise ServerError(f"{name} gave no answer in time{log_tail(Path(instance.folder))}")
+    raise ServerError(
+        f"{name} gave no answer within {timeout:g} s; --timeout S waits longer{_last_warning(instance.log)}"
+    )
+
+
+def _last_warning(log: Path) -> str:
+    """Return a log's last line at level WARN or ERROR, as the end of an error; empty if there is none."""
+    found = _WARNING.findall(log.read_text(encoding="utf-8", errors="replace")) if log.is_file() else []
+    return f"; its log's last warning: {found[-1].rstrip()}" if found else ""
 
 
 def _check_alive(instance: Instance, name: Optional[str]) -> None:

@@ -1,0 +1,100 @@
+"""Output of the commands: paths, messages and commands to copy are printed as they are."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+from pathlib import Path
+from typing import Callable, NoReturn
+
+import pytest
+from rich.table import Table
+from traceserve import cli
+from traceserve.commands import printing
+from traceserve.commands.arguments import add_nothing
+from traceserve.commands.contract import Command
+
+NAMES = ["store [red]x", "q[/v]", ":smile: [bold]", "a folder with a name that is longer than the narrow terminal"]
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal of 40 columns, without colours."""
+    for name, value in (("FORCE_COLOR", "1"), ("NO_COLOR", "1"), ("COLUMNS", "40"), ("TERM", "xterm")):
+        monkeypatch.setenv(name, value)
+
+
+def plain(text: str) -> str:
+    """Return what a terminal shows, without its codes."""
+    return re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", text)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_archives_path_can_be_copied(
+    name: str,
+    narrow: None,
+    artifact: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["archive", "--store", name, str(artifact)]) == 0
+    first, _, last = plain(capsys.readouterr().out).splitlines()
+    assert first.startswith(f"{name}/tiny.mar: ")
+    assert Path(shlex.split(last.partition("traceserve serve ")[2])[0]).is_file()
+
+
+def test_a_builds_paths_can_be_copied(
+    narrow: None,
+    few_texts: None,
+    checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = tmp_path / "[a] configuration.json"
+    assert cli.main(["init", str(checkpoint("bert")), "-o", config.name, "--task", "sequence_classification"]) == 0
+    command = shlex.split(plain(capsys.readouterr().out).splitlines()[-1].partition("traceserve ")[2])
+    assert command == ["build", "--config", config.name]
+    assert cli.main([*command, "--output", f"artifacts/{'long' * 10}", "--store", NAMES[0]]) == 0
+    report, _, last = plain(capsys.readouterr().out).splitlines()[-3:]
+    assert Path(report.partition("report  ")[2]).is_file()
+    assert Path(shlex.split(last.partition("traceserve serve ")[2])[0]).is_file()
+
+
+def test_an_unexpected_error_is_printed_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(options: argparse.Namespace) -> NoReturn:
+        raise KeyError("[INST] and [/INST]")
+
+    monkeypatch.setattr(cli, "COMMANDS", (Command("fail", "Fail.", add_nothing, fail),))
+    assert cli.main(["fail"]) == 1
+    assert "error: unexpected KeyError: '[INST] and [/INST]'" in capsys.readouterr().err
+
+
+def test_a_configurations_notes_are_printed_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "setup_config.json"
+    config.write_text('{"model_name": "no/such", "task": "sequence_classification", "FasterTransformer": true}')
+    assert cli.main(["build", "--config", str(config)]) == 1
+    assert "note: FasterTransformer" in capsys.readouterr().err
+    printing.print_note("the template has [/INST] and :smile:", error=True)
+    printing.print_line("at [red]\x1b[2J", error=True)
+    assert capsys.readouterr().err == "note: the template has [/INST] and :smile:\nat [red]?[2J\n"
+
+
+def test_cells_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    table = Table("[a]", "b")
+    table.add_row("[red]x[/y]", ":smile:")
+    printing.console().print(table)
+    shown = capsys.readouterr().out
+    assert "[a]" in shown and "[red]x[/y]" in shown and ":smile:" in shown
+
+
+def test_a_step_of_a_progress_bar_is_printed_as_it_is(narrow: None, capsys: pytest.CaptureFixture[str]) -> None:
+    with printing.ProgressBar() as bar:
+        bar("x[/y]", 0, 0)
+    assert "x[/y]" in plain(capsys.readouterr().err)
