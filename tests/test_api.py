@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import gc
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Callable, Dict, List
 
 import pytest
 import traceserve
 from traceserve.errors import ConfigError, ExportError
-from traceserve_runtime.errors import InputTooLong, InvalidRequest, TraceserveError
+from traceserve_runtime.errors import InputTooLong, InvalidRequest, MissingPackage, TraceserveError
 
 Make = Callable[..., Path]
 
@@ -88,6 +90,58 @@ def test_nothing_stays_of_what_was_unpacked(
     with pytest.raises(TraceserveError, match="damaged.mar"):
         traceserve.load(damaged)
     assert list(tmp_path.iterdir()) == [damaged]
+
+
+LOADED = """
+import sys, tempfile, traceserve
+
+tempfile.tempdir = sys.argv[2]
+model = traceserve.load(sys.argv[1])
+print("loaded", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_killed_process_leaves_nothing_for_ever(archive: traceserve.BuiltArchive, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LOADED, str(archive.path), str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "loaded\n"
+        [left] = tmp_path.iterdir()
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        assert done.stdout == "loaded\n" and list(tmp_path.iterdir()) == [left]  # in use
+        process.kill()
+    assert (left / "traceserve.json").is_file()
+    subprocess.run(command, stdin=subprocess.DEVNULL, check=True, capture_output=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_errors_speak_of_arguments(archive: traceserve.BuiltArchive, checkpoint: Make, tmp_path: Path) -> None:
+    name = str(checkpoint("bert"))
+    with pytest.raises(ConfigError) as empty:
+        traceserve.build(name, output=tmp_path / "x", store=tmp_path, samples=[])
+    assert empty.value.message == str(empty.value) == "samples holds no text"
+    bodies: List[Any] = ["A red flower.", {"txt": "A green leaf."}]
+    with pytest.raises(ConfigError, match=r"^samples\[1\]: ") as wrong:
+        traceserve.build(name, task="feature_extraction", output=tmp_path / "x", store=tmp_path, samples=bodies)
+    with pytest.raises(ExportError, match="exists already; force=True replaces it, output or store writes") as taken:
+        traceserve.build(name, output=archive.path.parents[1] / "colours")
+    with pytest.raises(MissingPackage, match="the caller asks for the device meta") as device:
+        traceserve.load(archive, device="meta")
+    for raised in (empty, wrong, taken, device):
+        assert not set(re.findall(r"--\w+|TorchServe|samples.jsonl", raised.value.message))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_any_sequence_and_mapping_is_an_input(archive: traceserve.BuiltArchive) -> None:
+    model = traceserve.load(archive)
+    expected = model(["A red flower.", {"text": "A green leaf."}])
+    assert model(("A red flower.", MappingProxyType({"text": "A green leaf."}))) == expected
+
+
+def test_labels_are_read_before_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="^index_to_name: .*typo.json cannot be read: No such file"):
+        traceserve.build("org/nothing", task="sequence_classification", index_to_name="typo.json")
 
 
 def test_a_configuration_file_or_keys(

@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -61,6 +62,25 @@ def test_nothing_of_the_working_directory_is_imported(
     requests = [Request({"text": "The boat is small."})]
     answered = ask_in_a_process(Path(os.path.relpath(artifact)), requests, 1, tmp_path / "scratch")
     assert not answered.answers[0].error
+
+
+def test_an_artifact_in_place_of_an_archive(artifact: Path, tmp_path: Path) -> None:
+    """And the other way round."""
+    with pytest.raises(
+        ArchiveError, match=f"^{artifact} is an artifact, .*: `traceserve archive {artifact}` packs it$"
+    ):
+        unpack(artifact, tmp_path / "x")
+    with pytest.raises(ArchiveError, match=f"^{tmp_path} is a folder, not an archive"):
+        read_manifest(tmp_path)
+    (tmp_path / "x.mar").write_text("")
+    for place, told in (
+        ("nosuch", "is no folder of an artifact"),
+        ("x.mar", "is no folder"),
+        (".", "is no artifact: it has"),
+    ):
+        path = tmp_path / place
+        with pytest.raises(ArchiveError, match=f"^{re.escape(str(path))} {told}.*; `traceserve export` makes one"):
+            pack_archive(path, "x", tmp_path)
 
 
 def test_two_builds_give_the_same_bytes(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
@@ -216,6 +236,28 @@ def test_reading_checks_the_code_too(packed: Path, tmp_path: Path) -> None:
 def _caught(status: str) -> int:
     """Return the signals that a process of Linux handles, as bits."""
     return int(status.partition("SigCgt:")[2].split()[0], 16)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("ignored", [False, True])
+def test_the_end_of_the_terminal_ends_a_command_without_nohup(ignored: bool) -> None:
+    process = subprocess.Popen(
+        [*(["nohup"] if ignored else []), sys.executable, "-m", "traceserve", "predict", "tiny", "-"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    status = Path(f"/proc/{process.pid}/status")
+    while not _caught(status.read_text()) >> (signal.SIGTERM - 1) & 1:
+        time.sleep(0.02)
+    time.sleep(0.1)  # SIGHUP is next
+    process.send_signal(signal.SIGHUP)
+    if ignored:
+        time.sleep(0.5)
+        assert process.poll() is None
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == (1 if ignored else 130)
+    assert (b"no server" if ignored else b"interrupted") in errors
 
 
 def interrupted_build(tmp_path: Path, seconds: float, signal_number: int) -> Dict[str, Any]:

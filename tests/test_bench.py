@@ -224,6 +224,8 @@ def test_what_is_wrong_is_told_at_once(samples: OwnSamples, tmp_path: Path, monk
         (["ftp://x/y"], "no URL to measure"),
         ([f"http://127.0.0.1:{port}/x"], "cannot be reached"),
         (["http://x/", "--html", str(tmp_path / "no" / "a.html")], "there is no folder"),
+        (["http://x/", "--html", str(tmp_path)], "is a folder"),
+        (["http://x/", "--json", str(tmp_path)], "is a folder"),
         (["http://x/", "--rate", "10", "--connections", "1,2"], "opened as needed"),
         (["http://x/", "--rate", "0"], "more than 0"),
         (["http://x/", "--header", "a b"], "should look like"),

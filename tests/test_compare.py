@@ -128,6 +128,22 @@ def test_texts_are_written_and_measured(
     assert f"{lower.changed} of {lower.answers} tokens" in said and "requests/s" not in said
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(["--version", "2.0"], ["--allow-drift"], ["--samples", "x", "--keep-samples"], ["--force"]),
+        *(["--store", "elsewhere"], ["--output", "artifacts/x"]),
+    ],
+)
+def test_what_comparing_does_not_heed_is_refused(
+    options: List[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["build", "--compare", *options]) == 1
+    [named] = [option for option in options if option.startswith("--") and option != "--samples"]
+    assert f"--compare writes nothing, and takes no {named}," in capsys.readouterr().err
+
+
 def test_json_is_for_comparing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["build", "--json"]) == 1
     assert "--json is for --compare" in capsys.readouterr().err

@@ -450,6 +450,20 @@ def test_an_unknown_option_is_refused() -> None:
         config_of(options={"nothing": 1})
 
 
+@pytest.mark.parametrize("key", ["model_name", "gguf_file", "index_to_name"])
+@pytest.mark.parametrize("path", ["x" * 255, "é" * 128, "a/" * 3000 + "b", "org/" + "x" * 256])
+def test_a_path_is_no_longer_than_file_systems_have(key: str, path: str) -> None:
+    task = "sequence_classification" if key == "index_to_name" else "text_generation"
+    content = {"model_name": "x", "task": task, key: path + ".gguf" if key == "gguf_file" else path}
+    if path == "x" * 255 and key != "gguf_file":
+        assert getattr(parse_config(content)[0], key) == path
+        return
+    with pytest.raises(
+        ConfigError, match=f"^{key} cannot be a path: it has a name of .*; a name has at most 255, a path"
+    ):
+        parse_config(content)
+
+
 def test_a_config_cannot_be_changed() -> None:
     with pytest.raises(ValueError):
         config_of().max_length = 5

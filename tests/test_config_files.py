@@ -83,6 +83,7 @@ handler:
   num_labels: 2
   max_length: 150
 """
+    write(tmp_path / "index_to_name.json", {"0": "a", "1": "b"})
     loaded = load_config(write(tmp_path / "model-config.yaml", text))
     assert (loaded.config.index_to_name, loaded.config.batch_size) == ("index_to_name.json", 2)
     assert [note.split(" ")[0] for note in loaded.notes] == ["model_so_path", "tokenizer_path"]
@@ -115,6 +116,34 @@ def test_a_byte_order_mark_is_no_part_of_a_configuration(tmp_path: Path) -> None
     assert load_config(path).config.model_name == "x"
     path.write_text('{"model_name": "x"}', encoding="utf-16")
     assert "save it as UTF-8" in refusal(path)
+
+
+@pytest.mark.parametrize("name", ["setup_config.json", "mine.yaml"])
+def test_a_configuration_that_is_nested_too_deep(name: str, tmp_path: Path) -> None:
+    assert "it is nested too deep" in refusal(write(tmp_path / name, "[" * 100_000))
+
+
+@pytest.mark.parametrize("depth", [100, 500, 900, 990])
+def test_a_value_that_is_nested_deep(depth: int, tmp_path: Path) -> None:
+    text = f'{{"model_name": "x", "max_length": {"[" * depth}{"]" * depth}}}'
+    refusal(write(tmp_path / "setup_config.json", text))
+
+
+def test_a_comment_in_json(tmp_path: Path) -> None:
+    told = refusal(write(tmp_path / "setup_config.json", '{"model_name": "x", // mine\n"max_length": 32}'))
+    assert told.endswith("; JSON has no comments, and no comma before } or ]")
+
+
+@pytest.mark.parametrize("text", [None, "", "[]", '{"0": 1}'])
+def test_labels_are_read_with_the_configuration(text: Any, tmp_path: Path) -> None:
+    content = {"model_name": "org/nothing", "task": "sequence_classification", "index_to_name": "names.json"}
+    path = write(tmp_path / "setup_config.json", content)
+    if text is not None:
+        write(tmp_path / "names.json", text)
+    with pytest.raises(ConfigError, match=f"^index_to_name: {tmp_path / 'names.json'} (cannot be read|should hold)"):
+        load_config(path)
+    write(tmp_path / "names.json", {"0": "a"})
+    assert load_config(path).config.index_to_name == "names.json"
 
 
 LABELS = ["Seq_classification_artifacts/index_to_name.json", "Token_classification_artifacts/index_to_name.json"]

@@ -167,6 +167,8 @@ def test_the_pod_serves_what_the_archive_says(chart: Path) -> None:
     assert {"--host=0.0.0.0", "--without-keys", "--metrics-port=8082"} <= set(open_pod["args"])
     [ray] = pod(rendered(chart, VALUES["ray"]))["containers"]
     assert ray["env"][0]["valueFrom"]["secretKeyRef"] == {"name": "tiny-keys", "key": "key"}
+    assert ray["livenessProbe"]["httpGet"] == {"path": "/live", "port": "http"}  # a long queue is no reason to restart
+    assert "exec" not in ray["livenessProbe"] and "exec" in ray["readinessProbe"]
 
 
 def test_archives_are_fetched_before_the_server_starts(mar: Path, tmp_path: Path) -> None:
@@ -234,6 +236,11 @@ def test_the_kserve_files_fit(mar: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert model["runtime"] == runtime["metadata"]["name"]
     assert model["modelFormat"]["name"] == runtime["spec"]["supportedModelFormats"][0]["name"]
     assert model["env"] == [{"name": "TRACESERVE_SHA256", "value": hashlib.sha256(mar.read_bytes()).hexdigest()}]
+    [container] = runtime["spec"]["containers"]
+    paths = {
+        probe: container[probe]["httpGet"]["path"] for probe in ("startupProbe", "readinessProbe", "livenessProbe")
+    }
+    assert paths == {"startupProbe": "/health", "readinessProbe": "/health", "livenessProbe": "/live"}
     misspelt = copy.deepcopy(service)
     misspelt["spec"]["predictor"]["model"]["storageURI"] = model["storageUri"]
     assert "storageURI" in " ".join(problems(misspelt))

@@ -210,7 +210,7 @@ def test_kserves_second_protocol(kserve: Container) -> None:
     tensor = {"name": "text", "shape": [1], "datatype": "BYTES", "data": ["Yes."]}
     answer = kserve.answer("/v2/models/served/infer", {"inputs": [tensor]})
     assert answer["model_name"] == "served" and answer["outputs"][0]["datatype"] == "BYTES"
-    for path in ("/v2", "/v2/health/live", "/v2/health/ready", "/v2/models/served", "/v2/models/served/ready"):
+    for path in ("/live", "/v2", "/v2/health/live", "/v2/health/ready", "/v2/models/served", "/v2/models/served/ready"):
         assert kserve.ask("GET", path)[0] == 200, path
     assert kserve.ask("GET", "/v2/models/other")[0] == 404
 

@@ -93,6 +93,16 @@ def test_an_answer_in_brief(answer: Any, shown: str) -> None:
     assert answer_in_brief(answer, 24) == shown
 
 
+def test_a_page_that_cannot_be_written_is_refused_first(
+    mar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(comparing, "compare_archives", lambda *_: pytest.fail("it was compared"))
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "x")
+    for path, words in ((tmp_path, "is a folder"), (tmp_path / "link", "is a link to")):
+        assert cli.main(["diff", str(mar), str(mar), "--html", str(path)]) == 2
+        assert words in capsys.readouterr().err
+
+
 def test_trouble_is_2(mar: Path, artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(artifact, tmp_path / "tagger")
     replace(Manifest.read(artifact), task="token_classification").write(tmp_path / "tagger")

@@ -29,6 +29,17 @@ def test_a_machine_that_runs_the_tests_can_do_all(capsys: pytest.CaptureFixture[
     assert found["packages"]["state"] == "ok" and found["processor"]["found"].count("cores") == 1
 
 
+@pytest.mark.parametrize("columns", ["", "60"])
+def test_paths_are_whole_where_the_output_is_no_terminal(
+    columns: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = tmp_path / "a-folder-with-a-name-longer-than-a-column" / "another-one"
+    monkeypatch.setenv("XDG_STATE_HOME", str(state))
+    monkeypatch.setenv("COLUMNS", columns)
+    assert main(["doctor"]) == 0
+    assert str(state) in capsys.readouterr().out
+
+
 def test_every_extra_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
     found = checks()
     named = [name[len("extra ") :] for name in found if name.startswith("extra ")]

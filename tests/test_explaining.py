@@ -336,7 +336,6 @@ def test_an_answer_that_the_graphs_do_not_give_is_not_explained_by_them(make: Ca
 
 
 def test_without_readable_gradients_words_are_hidden(make: Callable[..., Made], tmp_path: Path) -> None:
-    """The file is tried once, not by each request."""
     folder = tmp_path / "damaged"
     shutil.copytree(make("classification").folder, folder)
     engine = Engine.load(folder)
@@ -348,8 +347,25 @@ def test_without_readable_gradients_words_are_hidden(make: Callable[..., Made], 
     found = json.loads(explained.body)
     assert found["method"] == "occlusion" and f"{GRADIENTS_FILE} cannot be loaded" in found["because"]
     assert predicted.status == 200
-    (folder / GRADIENTS_FILE).unlink()
-    assert explain(engine, TEXT)["because"] == found["because"]
+
+
+def test_gradients_that_could_not_be_loaded_are_tried_again(
+    make: Callable[..., Made], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is the server's failure, not the request's, and may pass: a file is restored, or memory is free again."""
+    folder = tmp_path / "copy"
+    shutil.copytree(make("classification").folder, folder)
+    engine = Engine.load(folder)
+    (folder / GRADIENTS_FILE).rename(folder / "away")
+    by_gradients = {"text": TEXT, "parameters": {"method": "integrated_gradients"}}
+    error = explain(engine, by_gradients, 500)["error"]
+    assert error["type"] == "ModelFailure" and "the gradients cannot be loaded" in error["message"]
+    assert "traceserve: " in caplog.text and "read_gradients" in caplog.text and TEXT not in caplog.text
+    assert explain(engine, {"text": TEXT})["method"] == "occlusion"
+    (folder / "away").rename(folder / GRADIENTS_FILE)
+    for body in ({"text": TEXT}, by_gradients):
+        found = explain(engine, body)
+        assert found["method"] == "integrated_gradients" and "because" not in found
 
 
 def test_embedding_name_is_checked_against_the_model(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
@@ -596,3 +612,12 @@ def test_the_command_explains_an_archive(
     assert cli.main(["explain", str(archive), TEXT, "--parameters", '{"label": "grey"}']) == 1
     assert "no such label" in capsys.readouterr().err
     assert cli.main(["explain", str(archive)]) == 1
+    capsys.readouterr()
+    for body, file, words in (
+        (json.dumps({"instances": [TEXT]}), tmp_path / "other.html", "--html shows explanations of our own protocol"),
+        (json.dumps(TEXT), tmp_path, f"{tmp_path} is a folder"),
+        (json.dumps(TEXT), tmp_path / "none" / "page.html", "there is no folder"),
+    ):
+        assert cli.main(["explain", str(archive), "--body", body, "--html", str(file)]) == 1
+        said = capsys.readouterr()
+        assert words in said.err and not said.out and not (tmp_path / "other.html").exists()

@@ -172,8 +172,10 @@ def test_nothing_is_fetched_for_what_cannot_work(
 # The command.
 
 
-def test_the_table_shows_all(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
+@pytest.mark.parametrize("columns", ["", "60"])
+def test_the_table_shows_all(columns: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the output is no terminal, whole names at any width."""
+    monkeypatch.setenv("COLUMNS", columns)
     assert cli.main(["formats"]) == 0
     shown = capsys.readouterr().out
     for name in (*SAVE_MODES, *HARDWARE, *TASKS, *DTYPES):
@@ -181,6 +183,16 @@ def test_the_table_shows_all(capsys: pytest.CaptureFixture[str], monkeypatch: py
     assert "it is for models that are run once" in shown
     for option in (option for kind in SAVE_MODES.values() for option in kind.options):
         assert option.parameter.name in shown and option.parameter.legal in shown
+
+
+def test_a_narrow_terminal_loses_no_letter(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "60")
+    for command in ("formats", "tasks"):
+        assert cli.main([command]) == 0
+        shown = capsys.readouterr().out
+        assert max(len(line) for line in re.sub(r"\x1b\[[\d;]*m", "", shown).splitlines() if "curl" not in line) <= 60
+        assert "…" not in shown
 
 
 def test_the_json_holds_all(capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,6 +30,7 @@ from traceserve_runtime.generation.search import Sampling
 from traceserve_runtime.protocols.events import Stops
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Answer, ModelFacts, Request
+from traceserve_runtime.tasks.generation_parameters import PARAMETERS, SAMPLING
 from traceserve_runtime.tasks.parameters import Parameter
 from traceserve_runtime.texts import chat
 from traceserve_runtime.texts.rows import Encoded
@@ -637,6 +638,11 @@ def test_parameters_that_contradict_each_other(made: Callable[[str], Made]) -> N
     engine, _, _ = made("gpt2")
     [result] = engine.answer([Request({"text": "a"}, {"num_beams": 3, "temperature": 0.5})])
     assert isinstance(result, InvalidRequest) and result.field == "parameters.num_beams"
+    [sampling] = [parameter for parameter in PARAMETERS if parameter.name == "do_sample"]
+    for name in SAMPLING:
+        assert name in result.message and name in sampling.description
+        [refused] = engine.answer([Request({"text": "a"}, {"num_beams": 2, name: 1})])
+        assert isinstance(refused, InvalidRequest) and refused.field == "parameters.num_beams"
     [cold] = answers(engine, [Request({"text": "a"}, {"temperature": 0, "max_new_tokens": 9})])
     assert written(cold) == original(made("gpt2"), "a", max_new_tokens=9)
     [fine] = engine.answer([Request({"text": "a"}, {"num_beams": 3, "temperature": 0.5, "do_sample": False})])

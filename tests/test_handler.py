@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Seque
 import numpy as np
 import pytest
 import torch
-from conftest import Called, run_export
+from conftest import ROOT, Called, run_export
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import InvalidManifest
 from traceserve_runtime.runner import Arrays, Runner
@@ -609,10 +610,41 @@ def test_an_archive_for_the_cpu_runs_there_although_torchserve_assigns_a_gpu(art
     assert handler.engine is not None
 
 
-def test_a_missing_package_is_a_runtime_error(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "traceserve_runtime.engine", None)
+@pytest.mark.parametrize("part", ["engine", "service", "rounds"])
+def test_a_missing_package_is_a_runtime_error(part: str, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the error of each request to a worker that seems healthy."""
+    monkeypatch.setitem(sys.modules, f"traceserve_runtime.{part}", None)
     with pytest.raises(RuntimeError, match="lacks a package"):
         TransformerHandler().initialize(Context(artifact))
+
+
+FIRST_REQUEST = """
+import sys
+from types import SimpleNamespace
+from transformer_handler import TransformerHandler
+context = SimpleNamespace(
+    system_properties={"model_dir": sys.argv[1]},
+    model_yaml_config={"continuousBatching": sys.argv[2] == "joining"},
+    request_ids={0: "a"},
+    get_request_id=lambda row: "a",
+    get_all_request_header=lambda row: {"content-type": "application/json", "host": "here"},
+    set_response_header=lambda *header: None,
+)
+handler = TransformerHandler()
+handler.initialize(context)
+before = set(sys.modules)
+[body] = handler.handle([{"body": b'{"text": "Yes."}'}], context)
+assert b'"label"' in body, body
+print(*set(sys.modules) - before)
+"""
+
+
+@pytest.mark.parametrize("way", ["joining", "batch"])
+def test_the_first_request_imports_nothing(way: str, artifact: Path) -> None:
+    command = [sys.executable, "-c", FIRST_REQUEST, str(artifact), way]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "handlers")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == []
 
 
 # model-config.yaml, as passed by TorchServe

@@ -62,6 +62,26 @@ def test_a_relative_folder_stays_relative_to_the_configuration(
     assert (config.folder / config.config.model_name).resolve() == source.resolve()
 
 
+def test_the_configurations_folder_may_be_new(
+    checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").symlink_to(checkpoint("bert"))
+    monkeypatch.chdir(tmp_path)
+    output = Path("new/deep/x.json")
+    assert main(["init", "model", "-o", str(output), "--task", "sequence_classification"]) == 0
+    config = load_config(output)
+    assert not Path(config.config.model_name).is_absolute()
+    assert (config.folder / config.config.model_name).resolve() == (tmp_path / "model").resolve()
+
+
+@pytest.mark.parametrize("options", [[], ["--force"]])
+def test_a_folder_is_no_configuration(
+    options: List[str], checkpoint: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["init", str(checkpoint("bert")), "-o", str(tmp_path), *options]) == 1
+    assert f"error: {tmp_path} is a folder; name a file" in capsys.readouterr().err and not os.listdir(tmp_path)
+
+
 def test_an_existing_one_is_kept(checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("setup_config.json").write_text("mine")
@@ -123,5 +143,29 @@ def test_somebody_at_a_terminal_is_asked(checkpoint: Make, tmp_path: Path, monke
     answers: List[str] = [one_output(checkpoint), "no_task", "text_ranking"]
     monkeypatch.setattr("sys.stdin", Input(terminal=True))
     monkeypatch.setattr("builtins.input", lambda *_: answers.pop(0))
+    assert main(["init"]) == 0 and answers == []
+    assert written(Path("setup_config.json"))["task"] == "text_ranking"
+
+
+def test_an_empty_answer_is_asked_again_and_ctrl_d_ends(
+    checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At both questions."""
+    monkeypatch.chdir(tmp_path)
+    answers: List[str] = []
+
+    def read(*_: object) -> str:
+        if not answers:
+            raise EOFError
+        return answers.pop(0)
+
+    monkeypatch.setattr("sys.stdin", Input(terminal=True))
+    monkeypatch.setattr("builtins.input", read)
+    for given, question in (([], "checkpoint"), (["", " ", one_output(checkpoint), ""], "several tasks fit")):
+        answers[:] = given
+        assert main(["init"]) == 1 and answers == []
+        [line] = [line for line in capsys.readouterr().err.splitlines() if line]
+        assert line.startswith(f"error: no answer to: {question}") and not os.listdir(tmp_path)
+    answers[:] = ["", one_output(checkpoint), "text_ranking"]
     assert main(["init"]) == 0 and answers == []
     assert written(Path("setup_config.json"))["task"] == "text_ranking"

@@ -16,6 +16,7 @@ import pytest
 from traceserve import cli
 from traceserve.archives import staging
 from traceserve.archives.archive import pack_archive
+from traceserve.errors import ServerError
 from traceserve.serving import configuration, instances, server
 from traceserve.serving.engines import RAY
 from traceserve.serving.instances import Instance
@@ -97,6 +98,20 @@ def test_a_clock_that_is_set_makes_no_other_process_of_a_server(processes: Any) 
 def test_urls_reach_the_address_that_it_listens_on(host: str, shown: str) -> None:
     started = Instance(8080, host, 0, 8082, 1, 0.0, (), {}, "", None, None, metrics_host=host)
     assert started.url == f"http://{shown}:8080" and started.metrics_url == f"http://{shown}:8082/metrics"
+
+
+def test_of_a_server_that_does_not_answer_in_time_a_warning_is_quoted(processes: Any) -> None:
+    """And no other line of its log."""
+    instance = remembered(processes, configuration.free_ports(1)[0])
+    with pytest.raises(ServerError) as caught:
+        server._wait_for_answer(instance, "tiny", {}, 0.3)
+    assert caught.value.message == (
+        "tiny gave no answer within 0.3 s; `traceserve serve --timeout S` waits longer; its log's last warning: 2026-11-26 ERROR "
+        "java.lang.OutOfMemoryError: Java heap space"
+    )
+    instance.log.write_text(LOG.splitlines()[1])
+    with pytest.raises(ServerError, match="within 0.3 s; `traceserve serve --timeout S` waits longer$"):
+        server._wait_for_answer(instance, "tiny", {}, 0.3)
 
 
 def test_a_server_of_another_machine_is_not_judged(processes: Any) -> None:

@@ -97,7 +97,12 @@ def test_a_key_replaces_regular_files_alone(
         assert "exists and is no regular file" in " ".join(capsys.readouterr().err.split())
     assert stat.S_ISFIFO((tmp_path / "fifo").stat().st_mode) and (tmp_path / "link").is_symlink()
     assert keys.current(server).key == "first"
-    (tmp_path / "file").write_text("old")
+    for content in ("my notes\n", "one\ntwo\n", "x" * 5000):
+        (tmp_path / "file").write_text(content)
+        assert cli.main(["keys", "--rotate", "--write", str(tmp_path / "file")]) == 1
+        assert "exists and holds more than a key" in capsys.readouterr().err
+        assert (tmp_path / "file").read_text() == content and keys.current(server).key == "first"
+    (tmp_path / "file").write_text("old\n")
     assert cli.main(["keys", "--write", str(tmp_path / "file")]) == 0
     assert (tmp_path / "file").read_text() == "first\n"
 

@@ -661,6 +661,26 @@ def test_broken_weights(content: bytes, copy: Make) -> None:
         original(folder)
 
 
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ({"hidden_size": "x"}, "its config.json (cannot be loaded: .*hidden_size|does not make: )"),
+        ({"model_type": "no-such-type"}, "its config.json cannot be loaded: .*`?no-such-type`?"),
+        ({"num_attention_heads": 5}, "cannot be loaded as .*, which its config.json does not make: .*attention heads"),
+        (
+            {"vocab_size": 99},
+            r"its config.json does not fit its weights, .*: bert.embeddings.word_embeddings.weight"
+            r"( \(stored \[\d+, 32\], made \[99, 32\]\))?; take the config.json",
+        ),
+    ],
+)
+def test_what_the_configuration_spoils_is_blamed_on_it(change: Dict[str, Any], told: str, copy: Make) -> None:
+    folder = copy("bert")
+    change_json(folder / "config.json", **change)
+    with pytest.raises(SourceError, match=told):
+        original(folder)
+
+
 # Tokenizers.
 
 
@@ -675,6 +695,16 @@ def test_a_missing_tokenizer(architecture: str, copy: Make) -> None:
     folder = without_tokenizer(copy(architecture))
     with pytest.raises(TraceserveError, match="tokenizer"):  # transformers 5 invents an empty one
         original(folder)
+
+
+@pytest.mark.parametrize("missing", [("tokenizer.json",), ("tokenizer.json", "tokenizer_config.json")])
+def test_a_missing_vocabulary(missing: Tuple[str, ...], copy: Make) -> None:
+    """Where transformers cannot make an empty one, its error names packages instead."""
+    folder = copy("llama", "AutoModelForCausalLM")
+    for name in missing:
+        (folder / name).unlink()
+    with pytest.raises(SourceError, match=r"has no tokenizer \(tokenizer.json, vocab"):
+        original(folder, task="text_generation")
 
 
 @pytest.mark.parametrize("kind", ["ByT5Tokenizer", "CanineTokenizer"])

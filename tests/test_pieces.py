@@ -6,12 +6,14 @@ import base64
 import io
 import json
 import random
+import re
 import shutil
 import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Tuple
 
 import models
+import numpy as np
 import pytest
 import sentencepiece
 import torch
@@ -32,6 +34,7 @@ from traceserve.errors import ExportError
 from traceserve_runtime.engine import Engine, load_task
 from traceserve_runtime.manifest import Manifest, TokenizerFacts
 from traceserve_runtime.tasks.contract import Answer, Request
+from traceserve_runtime.tasks.token_details import token_details
 from traceserve_runtime.texts.pieces import PieceTokenizer
 from traceserve_runtime.texts.rows import Encoded, Segments
 from traceserve_runtime.texts.tokenization import TextTokenizer
@@ -216,6 +219,25 @@ def test_tokens_have_the_same_text(kind: str, training: str, both: Callable[[str
         expected = found.slow.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert found.converted.decode(ids) == expected, found.slow.convert_ids_to_tokens(ids)
         assert found.converted.decode_batch([ids]) == [expected]
+        expected = found.slow.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        written = found.converted.decode(ids, skip_special_tokens=False)
+        assert found.converted.decode_batch([ids], skip_special_tokens=False) == [written]
+        if kind == MARIAN:  # some pieces are in one of its two models alone
+            expected, written = (re.sub("> +", "> ", text) for text in (expected, written))
+        assert written == expected, found.slow.convert_ids_to_tokens(ids)
+
+
+@KINDS
+def test_details_name_special_tokens(kind: str, both: Callable[[str, str], Both]) -> None:
+    found = both(kind, "unigram")
+    facts = TokenizerFacts("tokenizer.json", 0, 0, "right", "right", pieces=conversion.PIECES_FILE)
+    tokenizer = TextTokenizer(found.folder, facts, 12, 4, windows=False)
+    ids = [*found.slow("The train", add_special_tokens=False)["input_ids"], found.slow.eos_token_id]
+    details: Any = token_details(tokenizer, {"tokens": np.array(ids), "logarithms": np.zeros(len(ids))})
+    last = details["tokens"][-1]
+    assert (last["text"], last["special"]) == ("</s>", True)
+    assert not any(token["special"] for token in details["tokens"][:-1])
+    assert "".join(token["text"] for token in details["tokens"]).replace("</s>", "") == "The train"
 
 
 def test_what_is_cut_is_told_in_characters_of_the_text(both: Callable[[str, str], Both]) -> None:

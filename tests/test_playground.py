@@ -373,7 +373,7 @@ def test_a_key_is_named_in_the_command_and_not_shown() -> None:
 @pytest.mark.parametrize(
     "place, said",
     [
-        ("nothing", "no server of traceserve serves nothing, but nothing; `traceserve serve model_store/nothing.mar`"),
+        ("nothing", "no server is running; `traceserve serve model_store/nothing.mar` starts one, and any other"),
         (
             "http://127.0.0.1:1/other/x",
             "is no URL of a model; it should look like http://127.0.0.1:8080/predictions/NAME",

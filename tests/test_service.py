@@ -306,6 +306,16 @@ def test_hugging_faces_client_is_known_by_its_name(services: Dict[str, Service])
     assert ask(zero_shot, "", body, client="unknown/None; hf_hub/0.36.2; python/3.11") == found
 
 
+@pytest.mark.parametrize("shape", [[2], [1]])
+def test_each_element_of_a_tensor_is_answered_to_hugging_faces_client(
+    services: Dict[str, Service], shape: List[int]
+) -> None:
+    service, texts = services["sequence_classification"], [TEXT, OTHER][: shape[0]]
+    tensor = {"name": "text", "datatype": "BYTES", "shape": shape, "data": texts}
+    wanted = ask(service, "hf", {"inputs": texts})
+    assert ask(service, "hf", {"inputs": [tensor]}) == wanted and len(wanted) == shape[0]
+
+
 @pytest.mark.parametrize(
     ("body", "status"),
     [
@@ -505,6 +515,25 @@ def test_errors_of_tei_have_its_shape_and_statuses(
 def test_tei_cuts_long_texts_where_that_is_asked_for(services: Dict[str, Service]) -> None:
     [reply] = services["feature_extraction"].answer([asked({"inputs": TEXT * 99, "truncate": True}, "embed")])
     assert reply.status == 200 and json.loads(reply.headers["X-Truncated"])["0"]["text"]
+
+
+def test_the_header_of_many_truncated_texts_is_short(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """Common clients refuse headers beyond 8,190 bytes: the whole answer is lost."""
+    source = str(checkpoint("bert", TASKS["feature_extraction"].auto_model))
+    content = {"model_name": source, "task": "feature_extraction", "max_length": 32, "max_rows": 2048}
+    run_export(tmp_path / "wide", content)
+    service = Service(Engine.load(tmp_path / "wide"), "wide")
+    text = "a " * 40
+    for count in (1, 100, 200):
+        body = {"inputs": [text] * count, "parameters": {"long_inputs": "truncate", "pooling": "mean"}}
+        [reply] = service.answer([asked(body)])
+        assert reply.status == 200 and len(json.loads(reply.body)) == count
+        told = json.loads(reply.headers["X-Truncated"])
+        assert len(reply.headers["X-Truncated"]) <= 4096
+        if count == 200:
+            assert told == {"requests": 200}
+        else:
+            assert list(told) == [str(i) for i in range(count)] and told["0"]["text"][1] == len(text)
 
 
 @pytest.mark.parametrize(

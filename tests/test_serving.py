@@ -665,7 +665,9 @@ def test_the_command_from_configuration_to_prediction(checkpoint: Callable[..., 
     assert "no server" in run("predict", "colours", "--port", port, "x", cwd=tmp_path).stderr
 
 
-def test_foreground_ends_with_its_signal(tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_foreground_ends_with_its_signal(number: int, tiny: Path, tmp_path: Path) -> None:
+    """Which the end of its terminal is, too."""
     port = configuration.free_ports(1)[0]
     command = [
         sys.executable,
@@ -682,7 +684,10 @@ def test_foreground_ends_with_its_signal(tiny: Path, tmp_path: Path) -> None:
         instance = _await_instance(port)
         predict(instance.url, "tiny", "hello")
         family = [instance.pid, *worker_pids(instance)]
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
+        if number == signal.SIGHUP:  # of which the shell and the system may both send one
+            time.sleep(0.2)
+            process.send_signal(number)
         process.communicate(timeout=30)
     finally:
         process.kill()

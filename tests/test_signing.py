@@ -218,6 +218,10 @@ def test_the_command_says_how_to_go_on(
 ) -> None:
     assert cli.main(["sign", str(archive), "--key", str(keys[0].private)]) == 0
     assert f"traceserve serve {archive} --require-signature public.pem" in capsys.readouterr().out
+    (archive.parent / "a [b]").mkdir()
+    spaced = archive.rename(archive.parent / "a [b]" / archive.name)
+    assert cli.main(["sign", str(spaced), "--key", str(keys[0].private)]) == 0
+    assert f"traceserve serve '{spaced}' --require-signature public.pem" in capsys.readouterr().out
     assert cli.main(["sign", str(archive), "--key", str(keys[0].private), "--chain", "x.pem"]) == 1
     assert cli.main(["sign", str(archive.with_name("none.mar")), "--key", str(keys[0].private)]) == 1
 

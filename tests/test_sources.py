@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 from urllib.parse import unquote, urlsplit
 
+import numpy as np
 import pytest
+import torch
+from safetensors.numpy import save
 from traceserve.building.checkpoints import sources
 from traceserve.building.checkpoints.checkpoint import Checkpoint
 from traceserve.building.config.parsing import parse_config
@@ -27,12 +30,23 @@ def config_of(model_name: str, **content: Any) -> SetupConfig:
     return parse_config({"model_name": model_name, "task": "feature_extraction", **content})[0]
 
 
+def content_of(name: str) -> bytes:
+    """Return a file that contains its own name: weights as its metadata."""
+    weights = {"weight": np.zeros(999, np.float32)}
+    return save(weights, {"name": name}) if name.endswith(".safetensors") else f'"{name}"'.encode()
+
+
 def write(folder: Path, *names: str) -> Path:
-    """Write a folder of files that look like a checkpoint; each contains its own name."""
+    """Write a folder of files that look like a checkpoint, and the index of its shards."""
     for name in names:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f'"{name}"')
+        path.write_bytes(content_of(name))
+    shards = [name for name in names if "-of-" in name]
+    if shards:
+        whole = "model.safetensors" if shards[0].endswith(".safetensors") else "pytorch_model.bin"
+        index = json.dumps({"weight_map": {str(number): name for number, name in enumerate(shards)}})
+        (folder / f"{whole}.index.json").write_text(index)
     return folder
 
 
@@ -97,14 +111,123 @@ def test_neither_a_folder_nor_a_hub_id(name: str, tmp_path: Path) -> None:
     assert raised.value.message.startswith(name)
 
 
+@pytest.mark.parametrize(
+    "name, told",
+    [
+        ("mine/model.safetensors", 'set "model_name": "mine"'),
+        ("mine/m.gguf", 'set "model_name": "mine", "gguf_file": "m.gguf"'),
+        ("m.gguf", 'set "model_name": ".", "gguf_file": "m.gguf"'),
+    ],
+)
+def test_a_file_in_place_of_its_folder(name: str, told: str, tmp_path: Path) -> None:
+    write(tmp_path, name)
+    with pytest.raises(SourceError) as raised:
+        sources.fetch_checkpoint(config_of(name), tmp_path)
+    assert raised.value.message == f"{name} is a file, and a checkpoint is a folder: {told}"
+
+
+@pytest.mark.parametrize("files", [["q4.gguf", "q8.gguf"], ["config.json", "q4.gguf", "q8.gguf"]])
+def test_a_folder_with_gguf_files_alone(files: List[str], tmp_path: Path) -> None:
+    write(tmp_path / "mine", *files)
+    with pytest.raises(
+        SourceError, match=r'to serve a GGUF file in it \(q4.gguf, q8.gguf\), set "gguf_file": "q4.gguf"'
+    ):
+        sources.fetch_checkpoint(config_of("mine"), tmp_path)
+
+
+# Weights that are not whole.
+
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+INDEX = "model.safetensors.index.json"
+
+
+def cut(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def named(*places: str) -> Callable[[Path], None]:
+    """Make the index name these files."""
+    index = {"weight_map": {str(number): place for number, place in enumerate(places)}}
+    return lambda folder: (folder / INDEX).write_text(json.dumps(index)) and None
+
+
+def link_to_nothing(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("../blobs/gone")
+
+
+@pytest.mark.parametrize(
+    "weights, spoil, told",
+    [
+        (
+            ["model.safetensors"],
+            lambda folder: cut(folder / "model.safetensors"),
+            "model.safetensors is not whole, or no file",
+        ),
+        (
+            ["model.safetensors"],
+            lambda folder: (folder / "model.safetensors").write_bytes(b""),
+            "model.safetensors is empty",
+        ),
+        (
+            ["pytorch_model.bin"],
+            lambda folder: (folder / "pytorch_model.bin").write_bytes(b""),
+            "pytorch_model.bin is empty",
+        ),
+        (
+            ["model.safetensors"],
+            lambda folder: link_to_nothing(folder / "model.safetensors"),
+            "model.safetensors is a link to ../blobs/gone, which does not exist",
+        ),
+        (
+            SHARDS,
+            lambda folder: link_to_nothing(folder / SHARDS[1]),
+            "is a link to ../blobs/gone, which does not exist",
+        ),
+        (SHARDS, lambda folder: cut(folder / SHARDS[1]), f"{SHARDS[1]} is not whole"),
+        (SHARDS, lambda folder: (folder / SHARDS[1]).unlink(), f"{INDEX} names {SHARDS[1]}, which .* lacks"),
+        (SHARDS, lambda folder: (folder / INDEX).unlink(), f"has shards of weights .* without their index, {INDEX}"),
+        (SHARDS, lambda folder: (folder / INDEX).write_text("{}"), f"{INDEX} has no weight_map"),
+        (
+            SHARDS,
+            named(SHARDS[0], "../shards/other.safetensors"),
+            f"{INDEX} names ../shards/other.safetensors, and the weights",
+        ),
+        (SHARDS, named(SHARDS[0], "shards/other.safetensors"), "whose hashes the manifest records"),
+        (SHARDS, named(SHARDS[0], "/tmp/other.safetensors"), "whose hashes the manifest records"),
+        (SHARDS, named(SHARDS[0], "vocab.txt"), "whose hashes the manifest records"),
+    ],
+)
+def test_weights_that_are_not_whole(
+    weights: Tuple[str, ...], spoil: Callable[[Path], Any], told: str, tmp_path: Path
+) -> None:
+    folder = write(tmp_path / "mine", "config.json", *weights)
+    sources.fetch_checkpoint(config_of("mine"), tmp_path)
+    write(tmp_path / "shards", "other.safetensors")
+    write(folder, "shards/other.safetensors")
+    spoil(folder)
+    with pytest.raises(SourceError, match=f"^mine: .*{told}"):
+        sources.fetch_checkpoint(config_of("mine"), tmp_path)
+
+
+def test_a_pickle_without_its_end(tmp_path: Path) -> None:
+    folder = write(tmp_path / "mine", "config.json")
+    torch.save({"weight": torch.zeros(999)}, folder / "pytorch_model.bin")
+    sources.fetch_checkpoint(config_of("mine"), tmp_path)
+    cut(folder / "pytorch_model.bin")
+    with pytest.raises(SourceError, match=r"pytorch_model.bin is not whole .*; copy it, or download it, again"):
+        sources.fetch_checkpoint(config_of("mine"), tmp_path)
+
+
 # Packages, and the demo.
 
 
 def test_a_folder_in_an_installed_package() -> None:
     checkpoint = sources.fetch_checkpoint(config_of(MINILM), Path("/nowhere"))
     assert (checkpoint.kind, checkpoint.revision, checkpoint.folder.name) == ("package", None, "model")
-    assert checkpoint.read_json("sentence_bert_config.json")["max_seq_length"] == 256
-    assert checkpoint.read_json("no_such.json") is None
+    assert checkpoint.read_object("sentence_bert_config.json")["max_seq_length"] == 256
+    assert checkpoint.read_object("no_such.json") is None
 
 
 def test_a_package_is_not_imported_to_be_found() -> None:
@@ -173,7 +296,8 @@ def test_source_records_each_file_that_is_read(
     checkpoint = sources.fetch_checkpoint(config, tmp_path)
     source = checkpoint.source(config)
     names = {*FILES, *recorded} - {"README.md"} - (set() if trust else {"modeling.py"})
-    assert source.files == {name: digest(f'"{name}"'.encode()) for name in names}
+    found = {name: hashed for name, hashed in source.files.items() if not name.endswith(".index.json")}
+    assert found == {name: digest(content_of(name)) for name in names}
     assert list(source.files) == sorted(source.files)
     assert (source.name, source.kind, source.library, source.revision) == ("mine", "folder", "transformers", None)
     assert source.trust_remote_code is trust
@@ -188,7 +312,7 @@ SAFE = {
     "tokenizer.json": b"{}",
     "vocab.txt": b"[PAD]\n",
     "1_Pooling/config.json": b"{}",
-    "model.safetensors": b"safe" * 999,
+    "model.safetensors": content_of("first.safetensors"),
     "pytorch_model.bin": b"pickle",
     "modeling.py": b"raise SystemExit",
     "README.md": b"# Card",
@@ -214,7 +338,8 @@ class Repository(NamedTuple):
 
 REPOSITORIES = {
     "org/safe": Repository(
-        {"main": ONE, "v2": TWO, "feature/x": TWO}, {ONE: SAFE, TWO: {**SAFE, "model.safetensors": b"second"}}
+        {"main": ONE, "v2": TWO, "feature/x": TWO},
+        {ONE: SAFE, TWO: {**SAFE, "model.safetensors": content_of("second.safetensors")}},
     ),
     "org/pickled": Repository({"main": ONE}, {ONE: {n: c for n, c in SAFE.items() if n != "model.safetensors"}}),
     "org/empty": Repository({"main": ONE}, {ONE: {"README.md": b"# Nothing"}}),
@@ -438,6 +563,14 @@ def test_hub_offline_with_a_part_of_the_checkpoint(fetch: Fetch) -> None:
     folder = Path(fetch("org/safe")["folder"])
     (folder / "model.safetensors").unlink()
     assert "download it once while online, or name a folder" in fetch("org/safe", offline=True)["error"]
+
+
+def test_hub_weights_that_were_damaged_in_the_cache(fetch: Fetch) -> None:
+    folder = Path(fetch("org/safe")["folder"])
+    cut((folder / "model.safetensors").resolve())
+    error = fetch("org/safe", offline=True)["error"]
+    assert "model.safetensors is not whole" in error
+    assert error.endswith("; `hf download org/safe --force-download` downloads it again")
 
 
 def test_hub_a_connection_that_breaks(hub: Hub, fetch: Fetch) -> None:

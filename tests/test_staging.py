@@ -417,6 +417,64 @@ def test_a_file_that_is_mounted_by_itself(tmp_path: Path) -> None:
     assert outside.read_text() == "new" and seen(inside.parent) == {"setup_config.json": "something longer"}
 
 
+def where_nothing_is_written(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run a command while this user cannot write into `folder`; for root it is mounted read-only."""
+    if os.geteuid():
+        folder.chmod(0o555)
+        try:
+            return subprocess.run(command, cwd=folder.parent, capture_output=True, text=True)
+        finally:
+            folder.chmod(0o755)
+    script = 'mount --bind "$1" "$1" && mount -o remount,ro,bind "$1" && shift && "$@"'
+    apart = ["unshare", "--mount", "sh", "-ec", script, "sh", str(folder)]
+    if subprocess.run([*apart, "true"], stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("this user may not mount")
+    return subprocess.run([*apart, *command], cwd=folder.parent, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("place", ["new.html", "new/new.html", "old.html"])
+def test_a_folder_that_cannot_be_written(place: str, tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    put_file(closed / "old.html", "old")
+    code = WRITE.replace("from pathlib", "from traceserve_runtime.errors import TraceserveError\nfrom pathlib")
+    code = code.replace("\nwrite_whole", "\ntry:\n    write_whole").replace(
+        '"new")', '"new")\nexcept TraceserveError as error:\n    sys.exit(error.message)'
+    )
+    done = where_nothing_is_written(closed, sys.executable, "-c", code, f"closed/{place}")
+    refusal = r"closed/\S+ cannot be written: (Read-only file system|Permission denied); choose another folder\n"
+    assert done.returncode == 1 and re.fullmatch(refusal, done.stderr), done.stderr
+    assert seen(tmp_path) == {"closed/old.html": "old"}
+
+
+@pytest.mark.parametrize("options", [("--store", "closed"), ("--output", "closed/x"), ("--output", "closed/a/x")])
+def test_a_build_into_a_folder_that_cannot_be_written(options: List[str], tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir()
+    put_file(tmp_path / "setup_config.json", '{"model_name": "org/thing"}')
+    done = where_nothing_is_written(tmp_path / "closed", sys.executable, "-m", "traceserve", "build", *options)
+    told = " ".join(done.stderr.split())
+    assert done.returncode == 1 and "cannot be written: " in told and "choose another folder" in told
+    assert "report it" not in told and sorted(os.listdir(tmp_path)) == ["closed", "setup_config.json"]
+
+
+def test_a_text_into_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(TraceserveError, match="pages is a folder; name a file in it"):
+        put(tmp_path / "pages", "mine", as_folder=True)
+        staging.write_whole(tmp_path / "pages", "new")
+    assert seen(tmp_path) == {"pages/inner": "mine"}
+
+
+def test_folders_that_were_made_for_nothing_are_removed(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for target in (tmp_path / "new" / "store" / "x.mar", tmp_path / "empty" / "x.mar"):
+        with pytest.raises(KeyboardInterrupt), staged(target):
+            raise KeyboardInterrupt
+    assert seen(tmp_path) == {"empty": ""}
+    with pytest.raises(KeyboardInterrupt), staged(tmp_path / "new" / "store" / "x.mar"):
+        put_file(tmp_path / "new" / "another's", "stays")
+        raise KeyboardInterrupt
+    assert seen(tmp_path) == {"empty": "", "new/another's": "stays"}
+
+
 def test_a_text_into_a_pipe(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
@@ -546,4 +604,4 @@ def test_of_two_builds_of_one_name_the_later_one_replaces_nothing(
     monkeypatch.setattr(packing.archive, "pack_archive", lambda *given: None)
     with pytest.raises(ExportError, match="artifacts/thing exists already; --force replaces it"):
         packing.export_and_pack(LoadedConfig(config, tmp_path, notes), targets(tmp_path, store=store), nothing)
-    assert seen(tmp_path) == {"artifacts/thing/traceserve.json": "other", "model_store": ""}
+    assert seen(tmp_path) == {"artifacts/thing/traceserve.json": "other"}

@@ -19,6 +19,7 @@ from typing import Callable, Dict, Iterator, List, Optional, Sequence, Set
 import numpy as np
 import pytest
 from conftest import ROOT
+from test_space import Mount, mount  # noqa: F401  (a fixture)
 from traceserve.archives.archive import pack_archive
 from traceserve.archives.contents import configure_archive, read_manifest, read_serving
 from traceserve.archives.model_config import Serving
@@ -357,6 +358,29 @@ def test_the_command_finds_and_writes_what_is_better(mar: Path) -> None:
     with zipfile.ZipFile(mar) as file:
         file.extractall(mar.parent / "unpacked")
     Manifest.read(mar.parent / "unpacked")
+
+
+def test_an_archive_that_cannot_be_written_is_refused_first(
+    mar: Path,
+    mount: Mount,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Minutes of measuring would be lost; --dry-run writes nothing."""
+    disk = mount("16m")
+    shutil.copy(mar, disk)
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    measured: List[object] = []
+
+    def measure(*arguments: object) -> None:
+        measured.append(arguments)
+        raise ServerError("measured")
+
+    monkeypatch.setattr(tune, "tune", measure)
+    arguments = ["tune", str(disk / "tiny.mar"), "--samples", str(mar.parent / "texts.txt")]
+    assert main(arguments) == 1 and not measured
+    assert f"{disk / 'tiny.mar'} cannot be written: Read-only file system" in capsys.readouterr().err
+    assert main([*arguments, "--dry-run"]) == 1 and len(measured) == 1
 
 
 def test_a_p99_out_of_reach_changes_nothing(mar: Path) -> None:

@@ -266,7 +266,7 @@ def test_what_cannot_be_asked_is_2(url: str, mar: Path, tmp_path: Path, capsys: 
     for place, words in (
         ("http://127.0.0.1:9", "does not answer"),
         (f"{url}/nothing", "answers in no protocol that is known here"),
-        ("nobody", "no server of traceserve serves nobody"),
+        ("nobody", "no server is running; `traceserve serve model_store/nobody.mar` starts one, and a URL"),
     ):
         assert cli.main(["verify", place, "--archive", str(mar)]) == 2
         assert words in capsys.readouterr().err.replace("\n", " ")
@@ -274,6 +274,16 @@ def test_what_cannot_be_asked_is_2(url: str, mar: Path, tmp_path: Path, capsys: 
     (tmp_path / "key").write_text("two words")
     assert cli.main(["verify", url, "--archive", str(mar), "--key-file", str(tmp_path / "key")]) == 2
     assert "should hold one key" in capsys.readouterr().err.replace("\n", " ")
+
+
+@pytest.mark.parametrize(("command", "code"), [("verify", 2), ("update", 1)])
+def test_an_archive_that_does_not_exist_is_named(
+    command: str, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not a server that would serve it."""
+    missing = tmp_path / "nofile.mar"
+    assert cli.main([command, str(missing)]) == code
+    assert f"error: {missing} does not exist; `traceserve build` makes it" in capsys.readouterr().err
 
 
 # Servers of others

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import shutil
+import re
 import tempfile
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional, Sequence, Union
+from typing import Any, Callable, Dict, Iterator, Mapping, Match, Optional, Sequence, Union
 
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import TraceserveError
@@ -17,13 +18,21 @@ from traceserve_runtime.protocols.requests import parse_value
 from traceserve_runtime.service import Service
 from traceserve_runtime.settings import Settings
 
-from traceserve.archives import contents, signing
+from traceserve.archives import contents, signing, staging
 from traceserve.archives.names import STORE
-from traceserve.building.config.parsing import LoadedConfig, load_config, parse_config
+from traceserve.building.config.parsing import LoadedConfig, check_labels_file, load_config, parse_config
 from traceserve.building.config.targets import build_targets
 from traceserve.building.packing import export_and_pack
 from traceserve.building.progress import Progress
 from traceserve.errors import ConfigError, SignatureError
+
+_SAMPLES = "samples.jsonl"  # the file of a list of samples
+# Words of the commands in errors, and a Python caller's.
+_WORDS = (
+    (re.compile(r"--(force|allow-drift|keep-samples)\b"), lambda found: f"{_argument(found)}=True"),
+    (re.compile(r"--(output|store|samples|version)\b"), lambda found: _argument(found)),
+    (re.compile(r"TorchServe asks for the device"), lambda found: "the caller asks for the device"),
+)
 
 Input = Union[str, Mapping[str, Any], Sequence[Union[str, Mapping[str, Any]]]]
 
@@ -72,10 +81,10 @@ def build(
     if keep_samples and samples is None:
         raise ConfigError("keep_samples keeps the samples, and there are none; give samples too, or leave it out")
     loaded = _configured(model_name, config, keys)
-    written = build_targets(loaded, Path(output) if output else None, Path(store), version, force)
-    assert written.archive is not None
     quiet: Progress = progress or (lambda what, done, total: None)
-    with tempfile.TemporaryDirectory(prefix="traceserve-samples.") as folder:
+    with tempfile.TemporaryDirectory(prefix="traceserve-samples.") as folder, _in_python(Path(folder)):
+        written = build_targets(loaded, Path(output) if output else None, Path(store), version, force)
+        assert written.archive is not None
         file = _samples_file(samples, Path(folder))
         exported = export_and_pack(loaded, written, quiet, file, allow_drift, keep_samples)
     return BuiltArchive(written.archive, contents.read_manifest(written.archive), exported.report())
@@ -89,6 +98,7 @@ def _configured(model_name: Optional[str], config: Union[str, Path, None], keys:
             raise ConfigError(f"{', '.join(keys)}: write them into {config}, or give model_name in place of config")
         return load_config(Path(config))
     parsed, notes = parse_config({"model_name": model_name, **keys})
+    check_labels_file(parsed, Path.cwd())
     return LoadedConfig(parsed, Path.cwd(), notes)
 
 
@@ -96,19 +106,41 @@ def _samples_file(samples: Union[str, Path, Sequence[str], None], folder: Path) 
     """Return the file of the samples; texts are written into `folder`."""
     if samples is None or isinstance(samples, (str, Path)):
         return Path(samples) if samples else None
-    file = folder / "samples.jsonl"
+    file = folder / _SAMPLES
     file.write_text("".join(json.dumps(text) + "\n" for text in samples), encoding="utf-8")
     return file
+
+
+@contextlib.contextmanager
+def _in_python(samples: Optional[Path] = None) -> Iterator[None]:
+    """Say errors in the words of a Python caller, who gave no options; `samples` is the folder of a list of samples."""
+    try:
+        yield
+    except TraceserveError as error:
+        message = error.message
+        if samples is not None:
+            file = re.escape(f"--samples {samples / _SAMPLES}")
+            message = re.sub(rf"{file}, line (\d+)", lambda found: f"samples[{int(found[1]) - 1}]", message)
+            message = re.sub(file, "samples", message)
+        for words, said in _WORDS:
+            message = words.sub(said, message)
+        error.message = message
+        error.args = (message, *error.args[1:])
+        raise
+
+
+def _argument(option: Match[str]) -> str:
+    return option[1].replace("-", "_")
 
 
 class LoadedArchive:
     """A loaded archive, which answers in this process as a worker does."""
 
-    def __init__(self, engine: Engine, unpacked: Optional[Path]) -> None:
+    def __init__(self, engine: Engine, close: Callable[[], object]) -> None:
+        """`close` is called when nothing refers to it any more."""
         self.engine = engine
         self._service = Service(engine, engine.manifest.name, engine.manifest.version)
-        if unpacked is not None:
-            weakref.finalize(self, shutil.rmtree, unpacked, ignore_errors=True)
+        weakref.finalize(self, close)
 
     @property
     def manifest(self) -> Manifest:
@@ -127,7 +159,7 @@ class LoadedArchive:
             InvalidRequest, InputTooLong: what is wrong with the input, as a server's 400 and 413.
         """
         served = self._service.served
-        body = {"inputs": inputs, **({"parameters": parameters} if parameters else {})}
+        body = _plain({"inputs": inputs, **({"parameters": parameters} if parameters else {})})
         call = parse_value(body, served.task, 0, served.manifest.max_rows)
         answers = []
         for answer in self.engine.answer(call.requests):
@@ -158,19 +190,27 @@ def load(
     if (path / MANIFEST_FILE).is_file():
         if trusted is not None:
             raise SignatureError(f"{path} is a folder, and only an archive (.mar) is signed")
-        return LoadedArchive(_ready(path, device), None)
-    unpacked = Path(tempfile.mkdtemp(prefix="traceserve-load."))
-    try:
+        return LoadedArchive(_ready(path, device), lambda: None)
+    with contextlib.ExitStack() as stack:
+        unpacked = stack.enter_context(staging.scratch())
         with signing.verified([path], trusted) as [checked]:
             contents.unpack(checked, unpacked)
-        return LoadedArchive(_ready(unpacked, device), unpacked)
-    except BaseException:
-        shutil.rmtree(unpacked, ignore_errors=True)
-        raise
+        engine = _ready(unpacked, device)
+        return LoadedArchive(engine, stack.pop_all().close)
+
+
+def _plain(value: object) -> object:
+    """Return a value as JSON has it: any mapping as an object, any sequence as a list."""
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray)):
+        return [_plain(each) for each in value]
+    return value
 
 
 def _ready(folder: Path, device: str) -> Engine:
-    engine = Engine.load(folder, device, Settings())
+    with _in_python():
+        engine = Engine.load(folder, device, Settings())
     engine.warm_up()
     engine.scheduler.open_lanes()
     return engine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Sequence
 
 from traceserve_runtime.errors import TraceserveError
@@ -66,15 +67,28 @@ class NoSpace(TraceserveError):
 
 
 def first_line(error: Exception) -> str:
-    """Return the kind and the first line of another library's error."""
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+    """Return the kind and the first line of another library's error, with the next one where it ends in a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    count = next((i for i, line in enumerate(lines, 1) if not line.endswith(":")), len(lines))
+    return f"{type(error).__name__}: {' '.join(lines[:count])}" if lines else type(error).__name__
 
 
 def last_line(output: str) -> str:
     """Return the last line of another program's output: after a traceback, the error."""
     lines = [line for line in output.splitlines() if line.strip()]
     return lines[-1] if lines else "it ended without a message"
+
+
+def json_reason(error: Exception) -> str:
+    """Return why a text is no JSON; where a comment or a comma stands that other formats allow, that JSON has none."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deep"
+    if isinstance(error, json.JSONDecodeError):
+        before, after = error.doc[: error.pos].rstrip(), error.doc[error.pos :].lstrip()
+        last_comma = after[:1] in ("}", "]") and before.endswith(",") or after.startswith(",")
+        if last_comma or after.startswith(("//", "/*", "#")):
+            return f"{error}; JSON has no comments, and no comma before }} or ]"
+    return str(error)
 
 
 def some(names: Sequence[str]) -> str:

@@ -145,6 +145,8 @@ def check_mlflow(python: str, folder: Path, environment: Dict[str, str]) -> None
         assert status == 400 and answer["error_code"] in ("BAD_REQUEST", "INVALID_PARAMETER_VALUE"), answer
         many = ask(url, {"dataframe_records": [{"text": "Yes.", "text_pair": "No."}, {"text": "Yes."}]})[1]
         assert len(many["predictions"]) == 2 and many["predictions"][1] == first[0]
+        status, answer = ask(url, {"inputs": {"text": ["Yes.", "No."], "text_pair": ["No."]}})
+        assert status == 400, answer
         # MLflow answers in many threads, and the engine is for one: it cuts a long text with its tokenizer changed.
         texts = ["Yes.", "Yes, this text is longer than the model reads. " * 20] * 20
         with ThreadPoolExecutor(6) as pool:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Dict, Optional
 
 import traceserve_runtime
-from traceserve_runtime.manifest import HANDLER_FILE, Manifest, sha256
+from traceserve_runtime.manifest import HANDLER_FILE, MANIFEST_FILE, Manifest, sha256
 
 from traceserve.archives import staging
 from traceserve.archives.contents import ARCHIVER_MANIFEST, copy_archive
@@ -31,6 +31,9 @@ _RUNTIME_SIZE = 1 << 20  # upper bound for the handler, the runtime and their me
 
 def pack_archive(artifact: Path, name: str, folder: Path, version: Optional[str] = None) -> Path:
     """Pack `artifact` and the runtime into `folder/NAME.mar`, optionally under another version; raises ArchiveError."""
+    if not (artifact / MANIFEST_FILE).is_file():
+        lacks = f"is no artifact: it has no {MANIFEST_FILE}" if artifact.is_dir() else "is no folder of an artifact"
+        raise ArchiveError(f"{artifact} {lacks}; `traceserve export` makes one")
     manifest = Manifest.read(artifact)  # checks that the artifact is complete and verified
     manifest = replace(
         manifest, name=check_name(name), version=check_version(manifest.version if version is None else version)

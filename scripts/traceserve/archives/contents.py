@@ -162,6 +162,8 @@ def damaged(path: Path, error: Exception) -> TraceserveError:
         return error
     if isinstance(error, FileNotFoundError):
         return ArchiveError(f"{path} does not exist; `traceserve build` makes it")
+    if path.is_dir():
+        return ArchiveError(_instead_of_an_archive(path))
     if not _is_whole(path):
         return ArchiveError(
             f"{path} is no archive of traceserve, or was not copied whole: {error}; build it, or copy it, again"
@@ -169,6 +171,12 @@ def damaged(path: Path, error: Exception) -> TraceserveError:
     if isinstance(error, KeyError):
         return ArchiveError(f"{path} is no archive of traceserve: {error.args[0]}; `traceserve build` makes one")
     return ArchiveError(f"{path} is damaged: {error}; build it, or copy it, again")
+
+
+def _instead_of_an_archive(folder: Path) -> str:
+    if (folder / MANIFEST_FILE).is_file():
+        return f"{folder} is an artifact, not an archive (.mar): `traceserve archive {folder}` packs it"
+    return f"{folder} is a folder, not an archive (.mar); `traceserve build` makes one"
 
 
 def _is_whole(path: Path) -> bool:

@@ -30,15 +30,29 @@ _UNIQUE = r"[a-z0-9_]{8}"  # mkdtemp's suffix
 _SCRATCH = re.compile(rf"traceserve-scratch-{_UNIQUE}")
 # Folders without a lock come from an earlier version, or a file system without locks. None is in use for this long.
 _OLD = 7 * 24 * 3600.0  # seconds
+# A folder's errors for who may not write there, or where a folder cannot be.
+_UNWRITABLE = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.ENXIO,
+    errno.EINVAL,
+}
 _own: Set[Path] = set()  # on NFS a process does not see its own locks
 
 
 def check_replaceable(target: Path, force: bool, error: Type[TraceserveError]) -> None:
     """Raise `error` if `target` exists and may not be replaced: a link to nothing never, of another its target by force."""
-    dangling = _dangling(target)
+    with _writing(target):
+        dangling, exists = _dangling(target), target.exists()
     if dangling is not None:
         raise error(dangling)
-    if target.exists() and not force:
+    if exists and not force:
         raise error(f"{target} exists already; --force replaces it, --output or --store writes elsewhere")
 
 
@@ -47,22 +61,25 @@ def staged(target: Path) -> Iterator[Path]:
     """Yield a private folder beside `target`; the result made in it under the target's name replaces it at the end.
 
     Of a link its target is replaced, and the folder is beside that, on its disk; a link to nothing raises TraceserveError.
-    If the block raises or is interrupted, the folder is removed and an earlier target remains. The next
-    process removes the remains of a killed one.
+    If the block raises or is interrupted, the folder is removed, with those above it that were made for it, and an earlier
+    target remains. The next process removes the remains of a killed one. Raises TraceserveError if nothing can be written
+    there.
     """
-    dangling = _dangling(target)
+    with _writing(target):
+        dangling = _dangling(target)
+        place = target.resolve() if target.is_symlink() else target
     if dangling is not None:
         raise TraceserveError(dangling)
-    place = target.resolve() if target.is_symlink() else target
-    place.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(place)
-    folder = Path(tempfile.mkdtemp(prefix=f".{place.name}.{os.getpid()}.", dir=place.parent))
-    try:
-        with held(folder):
-            yield folder
+    with contextlib.ExitStack() as stack:
+        with _writing(target):
+            stack.enter_context(_folders_above(place))
+            _sweep(place)
+            folder = Path(tempfile.mkdtemp(prefix=f".{place.name}.{os.getpid()}.", dir=place.parent))
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            stack.enter_context(held(folder))
+        yield folder
+        with _writing(target):
             _replace(folder / target.name, place, folder / "replaced")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -124,16 +141,44 @@ def write_beside(target: Path, suffix: str, text: str) -> Path:
 def write_whole(path: Path, text: str) -> None:
     """Atomically write a text file, with an earlier one's permissions; if that fails, the earlier one remains.
 
-    What is no file, such as /dev/stdout or a pipe, is written to, and so is a file that is mounted by itself.
+    What is no file, such as /dev/stdout or a pipe, is written to, and so is a file that is mounted by itself. Raises
+    TraceserveError for a folder, and where nothing can be written.
     """
-    if path.exists() and not path.is_file():
-        path.write_text(text, encoding="utf-8")
-        return
+    with _writing(path):
+        if path.is_dir():
+            raise TraceserveError(f"{path} is a folder; name a file in it, or another one")
+        if path.exists() and not path.is_file():
+            path.write_text(text, encoding="utf-8")
+            return
     with staged(path) as folder:
         new = folder / path.name
         new.write_text(text, encoding="utf-8")
         if path.exists():
             shutil.copymode(path, new)
+
+
+@contextlib.contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """Turn a refusal by the file system into a sentence. A full disk has its own, and a closed pipe is none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
+        raise TraceserveError(f"{target} cannot be written: {error.strerror}; choose another folder") from error
+
+
+@contextlib.contextmanager
+def _folders_above(target: Path) -> Iterator[None]:
+    """Make the folders above `target`; at the end those are removed again that were missing and are empty."""
+    made = [folder for folder in target.parents if not folder.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        for folder in made:
+            with contextlib.suppress(OSError):  # it has the target, or another process's
+                folder.rmdir()
 
 
 def _dangling(target: Path) -> Optional[str]:

@@ -38,6 +38,6 @@ def propose(model_name: str, folder: Path, task: str = AUTO_TASK) -> Proposal:
     model = empty(kind.auto_model, settled, checkpoint.folder)
     if model is not None:  # else the build will say what is wrong with it
         keys["max_length"] = lengths.max_length(settled, checkpoint, model, load_tokenizer(settled, checkpoint))
-    facts = checkpoint.read_json("config.json")
+    facts = checkpoint.read_object("config.json")
     labels = tuple(heads.label_names(facts)) if kind.labelled and isinstance(facts, dict) else ()
     return Proposal(keys, checkpoint.task_found, labels, kind.sample_body({}), checkpoint.note)

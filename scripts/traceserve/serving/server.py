@@ -299,7 +299,7 @@ def _wait_for_answer(
             raise ServerError(f"{name} does not answer its own sample: {outcome[0]}")
         time.sleep(0.02)
     raise ServerError(
-        f"{name} gave no answer within {timeout:g} s; --timeout S waits longer{_last_warning(instance.log)}"
+        f"{name} gave no answer within {timeout:g} s; `traceserve serve --timeout S` waits longer{_last_warning(instance.log)}"
     )
 
 

@@ -167,7 +167,7 @@ class _Made:
 
 def _configuration(facts: Mapping[str, object], base: Checkpoint, folder: Path, config: SetupConfig) -> _Made:
     """Return the base's configuration with the adapter's architecture, and as many labels as its head has outputs."""
-    content = base.read_json(_CONFIG)
+    content = base.read_object(_CONFIG)
     if content is None:
         raise SourceError(f"the base of {config.model_name}: {base.folder / _CONFIG} should hold a JSON object")
     architecture = _architecture(facts, content)

@@ -23,7 +23,7 @@ def case_options(config: SetupConfig, checkpoint: Checkpoint) -> Dict[str, objec
 
 def _is_said(checkpoint: Checkpoint) -> bool:
     """Return whether the tokenizer's own files set it."""
-    facts = checkpoint.read_json(_TOKENIZER_CONFIG) or {}
+    facts = checkpoint.read_object(_TOKENIZER_CONFIG) or {}
     return bool(checkpoint.gguf_file) or (checkpoint.folder / _TOKENIZER_FILE).is_file() or "do_lower_case" in facts
 
 

@@ -13,6 +13,7 @@ from traceserve.building.config.setup_config import SetupConfig
 
 # The files of a checkpoint; a hub may hold others for other libraries.
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.spm", "*.tiktoken", "*.bpe", "*.jinja", "*/config.json"]
+SMALL_FILES += ["additional_chat_templates/*.jinja"]
 SAFETENSORS = ["*.safetensors"]
 PICKLES = ["pytorch_model*.bin"]
 ADAPTER_PICKLE = ["adapter_model.bin"]
@@ -39,11 +40,11 @@ class Checkpoint:
         """Whether its weights are only available as a pickle."""
         return not any(self.folder.glob("*.safetensors"))
 
-    def read_json(self, name: str) -> Optional[Dict[str, object]]:
+    def read_object(self, name: str) -> Optional[Dict[str, object]]:
         """Return the object in a JSON file of the checkpoint, or None if missing; raises SourceError."""
         return self.read_path(self.folder / name)
 
-    def read_root_json(self, name: str) -> Optional[Dict[str, object]]:
+    def read_root_object(self, name: str) -> Optional[Dict[str, object]]:
         """Return the object in a JSON file beside modules.json, or None if missing; raises SourceError."""
         return self.read_path((self.root or self.folder) / name)
 

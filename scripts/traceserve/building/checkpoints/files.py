@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 import pickletools
 import re
 import zipfile
 from pathlib import Path
-from typing import IO, Iterator, List, Optional
+from typing import IO, Iterator, List, Optional, Sequence
 
 from traceserve_runtime.tasks import TASKS
 
@@ -76,8 +77,13 @@ _SEVERAL = 5  # pickles in a file in the format before torch 1.6: headers and th
 
 
 def check_pointers(folder: Path, name: str) -> None:
-    """Raise SourceError for a file that git-lfs has not fetched."""
+    """Raise SourceError for a file that git-lfs has not fetched, and for a link to nothing, as in a hub's cache that was
+    cleaned."""
     for path in sorted(folder.glob("*")):
+        if path.is_symlink() and not path.exists() and _matches(path.name, READ):
+            raise SourceError(
+                f"{name}: {path} is a link to {os.readlink(path)}, which does not exist; copy the file, or download it, again"
+            )
         if path.is_file() and path.stat().st_size < 1024:
             with path.open("rb") as stream:
                 if stream.read(len(_LFS)) == _LFS:
@@ -159,17 +165,17 @@ def check_files(checkpoint: Checkpoint, config: SetupConfig) -> Optional[str]:
         sentence_transformers.check_cross_encoder(checkpoint)
     notes = []
     if task.loop:
-        unread = generation.unread_settings(checkpoint.read_json("config.json") or {}, task)
+        unread = generation.unread_settings(checkpoint.read_object("config.json") or {}, task)
         if unread:
             notes.append(
                 f"config.json's task_specific_params has settings for {some(unread)}, which the task {config.task} does not "
                 "read: set them in parameters, or in a request"
             )
-        settings = checkpoint.read_json(generation.FILE)
+        settings = checkpoint.read_object(generation.FILE)
         if settings is not None:
             generation.check_settings(settings, parameters=config.parameters)
         else:
-            generation.check_legacy(checkpoint.read_json("config.json") or {}, config.parameters)
+            generation.check_legacy(checkpoint.read_object("config.json") or {}, config.parameters)
     unknown = unknown_files(folder)
     if unknown:
         notes.append(f"files of the checkpoint that are not known here, and not read: {some(unknown)}")
@@ -179,7 +185,11 @@ def check_files(checkpoint: Checkpoint, config: SetupConfig) -> Optional[str]:
 def unknown_files(folder: Path) -> List[str]:
     """Return the files that are neither read nor known to change nothing."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
-    return [name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in READ + HARMLESS)]
+    return [name for name in names if not _matches(name, READ + HARMLESS)]
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
 def has_vocabulary(folder: Path) -> bool:

@@ -31,10 +31,10 @@ from traceserve.building.checkpoints.heads import (
     label_names,
 )
 from traceserve.building.config.setup_config import SetupConfig
-from traceserve.errors import SourceError, some
+from traceserve.errors import SourceError, first_line, some
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 Shape = Tuple[int, ...]
 
@@ -197,19 +197,43 @@ def empty(
 
     `labels` overrides the configuration's number.
     """
+    try:
+        return _made(auto_model, config, folder, labels)
+    except Exception:  # transformers' many models raise anything; the loader will report it
+        return None
+
+
+def configuration_fault(config: SetupConfig, folder: Path, auto_model: Optional[str] = None) -> Optional[str]:
+    """Return why the checkpoint's config.json cannot be read or, with `auto_model`, no such model be made of it, whatever its
+    weights; None if it can."""
+    try:
+        if auto_model is None:
+            _read_configuration(config, folder)
+        else:
+            _made(auto_model, config, folder)
+    except Exception as error:  # transformers' many configurations and models raise anything
+        return first_line(error)
+    return None
+
+
+def _made(auto_model: str, config: SetupConfig, folder: Path, labels: Optional[int] = None) -> PreTrainedModel:
     import transformers
+
+    own, trust = _read_configuration(config, folder)
+    if labels is not None:
+        own.num_labels = labels
+    with _without_memory():
+        model: PreTrainedModel = getattr(transformers, auto_model).from_config(own, **trust)
+        return model
+
+
+def _read_configuration(config: SetupConfig, folder: Path) -> Tuple[PreTrainedConfig, Dict[str, bool]]:
+    """Return the configuration, and the options to make a model of it."""
+    from transformers import AutoConfig
 
     # transformers 4.26 passes options given here on to the model.
     trust = {"trust_remote_code": True} if config.trust_remote_code else {}
-    try:
-        own = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **trust)
-        if labels is not None:
-            own.num_labels = labels
-        with _without_memory():
-            model: PreTrainedModel = getattr(transformers, auto_model).from_config(own, **trust)
-            return model
-    except Exception:  # transformers' many models raise anything; the loader will report it
-        return None
+    return AutoConfig.from_pretrained(folder, local_files_only=True, **trust), trust
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Dict, Optional
 
-from traceserve.errors import SourceError
+from traceserve.errors import SourceError, json_reason
 
 _MARKS = {b"\xef\xbb\xbf": "UTF-8", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 
@@ -28,7 +28,7 @@ def read_json(path: Path) -> object:
     try:
         return json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path} is no valid JSON: {error}") from None
+        raise SourceError(f"{path} is no valid JSON: {json_reason(error)}") from None
 
 
 def read_object(path: Path) -> Optional[Dict[str, object]]:

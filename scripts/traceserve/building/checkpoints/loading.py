@@ -16,6 +16,7 @@ from traceserve_runtime.tasks.contract import ModelFacts
 
 from traceserve.building.checkpoints import (
     case,
+    chat,
     conversion,
     generation,
     gguf,
@@ -69,6 +70,7 @@ def load_original(config: SetupConfig, checkpoint: Checkpoint, config_folder: Pa
     embedding = sentence_transformers.read_modules(checkpoint) if task.reads_vectors else Embedding()
     settings = generation.settle_generation(model, task, config.parameters)
     facts = _model_facts(model, tokenizer, checkpoint, labels, settings, embedding)
+    of_task = task.facts(facts)
     return Original(
         model=model,
         tokenizer=tokenizer,
@@ -76,7 +78,7 @@ def load_original(config: SetupConfig, checkpoint: Checkpoint, config_folder: Pa
         max_length=most,
         labels=labels,
         parameters={**task.defaults(facts), **config.parameters},
-        facts=task.facts(facts),
+        facts=of_task,
         padding_side=task.padding_side or "right",
         truncation_side=task.truncation_side or tokenizer.truncation_side,
         loop=task.loop,
@@ -85,6 +87,7 @@ def load_original(config: SetupConfig, checkpoint: Checkpoint, config_folder: Pa
         known_types=tokenizers.known_types(model, tokenizer, inputs),
         case_note=case_note,
         weights_note=weights_note,
+        chat_note=chat.check_template(config, checkpoint, tokenizer, of_task),
         arrays=embedding.arrays,
         shortest=shortest,
         per_token=tuple(output.name for output in task.outputs if output.per_token),
@@ -102,16 +105,13 @@ def _model_facts(
     """Return the model facts for the task."""
     # Not by attribute: version 4.26 logs an error for each unset one.
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if name.endswith("_token")}
-    template = getattr(tokenizer, "chat_template", None)
-    if isinstance(template, dict):  # several, by use
-        template = template.get("default")
     return ModelFacts(
         config=model.config.to_dict(),
         generation=generation,
         tokens={name[: -len("_token")]: (token, id_of_token(tokenizer, token)) for name, token in special.items()},
         labels=labels,
-        chat_template=template if isinstance(template, str) else None,
-        read_json=checkpoint.read_json,
+        chat_template=chat.served_template(tokenizer),
+        read_json=checkpoint.read_object,
         padding_side=tokenizer.padding_side,
         languages=languages.known(tokenizer),
         source_id=languages.source_id(tokenizer),

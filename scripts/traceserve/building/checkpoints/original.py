@@ -39,6 +39,7 @@ class Original:
     known_types: Optional[int] = None  # of tokens, if the tokenizer gives a pair of texts more
     case_note: Optional[str] = None  # on do_lower_case
     weights_note: Optional[str] = None  # on weights that the model does not read
+    chat_note: Optional[str] = None  # on chats that the template refuses
     arrays: Dict[str, Any] = field(default_factory=dict)  # for the task's own computations, float32
     kept: Tuple[str, ...] = ()  # the layers kept in float32
     calibration: Tuple[Dict[str, Any], ...] = ()  # inputs, for a writer whose library quantizes by itself
@@ -72,7 +73,7 @@ class Original:
         """Notes for the user."""
         case_note = self.case_note if self.known_tokens is None else self._tokens_note
         notes = [self._short_note, case_note, self._types_note, self._infilling_note, self._response_note]
-        return "\n".join(note for note in (*notes, self.weights_note) if note) or None
+        return "\n".join(note for note in (*notes, self.weights_note, self.chat_note) if note) or None
 
     @property
     def _short_note(self) -> Optional[str]:

@@ -119,7 +119,7 @@ def settings_for(task: Type[Task], checkpoint: Checkpoint) -> TransformerSetting
 
 def transformer_settings(checkpoint: Checkpoint) -> TransformerSettings:
     """Return the first settings that sentence-transformers finds, empty if there are none; raises SourceError."""
-    found = (TransformerSettings(name, checkpoint.read_json(name) or {}) for name in TRANSFORMER_SETTINGS)
+    found = (TransformerSettings(name, checkpoint.read_object(name) or {}) for name in TRANSFORMER_SETTINGS)
     return next((settings for settings in found if settings.facts), TransformerSettings(TRANSFORMER_SETTINGS[0], {}))
 
 
@@ -139,7 +139,7 @@ def check_cross_encoder(checkpoint: Checkpoint) -> None:
     others = [str(module.get("type")) for module in modules if _kind(module) != "Transformer"]
     if others:
         raise SourceError(f"modules.json has {', '.join(others)}, and the task text_ranking runs the model alone")
-    settings = checkpoint.read_root_json(SETTINGS) or {}
+    settings = checkpoint.read_root_object(SETTINGS) or {}
     _check_keys(settings, "CrossEncoder", SETTINGS)
     prompts, name = _prompts(settings)
     if name is not None and prompts[name]:
@@ -153,7 +153,7 @@ def read_modules(checkpoint: Checkpoint) -> Embedding:
         return Embedding()
     kinds = _kinds(modules)
     _check_transformer(checkpoint)
-    settings = checkpoint.read_root_json(SETTINGS) or {}
+    settings = checkpoint.read_root_object(SETTINGS) or {}
     _check_keys(settings, SETTINGS, SETTINGS)
     prompts, prompt_name = _prompts(settings)
     made = _behind(checkpoint, modules, kinds)

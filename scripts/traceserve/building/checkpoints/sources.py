@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable, Dict, List
 
-from traceserve.building.checkpoints import adapters, demo, files, licenses, sentence_transformers, task
+from traceserve.building.checkpoints import adapters, demo, files, licenses, sentence_transformers, task, weight_files
 from traceserve.building.checkpoints.checkpoint import (
     ADAPTER_PICKLE,
     CODE,
@@ -22,6 +22,7 @@ from traceserve.building.config.setup_config import SetupConfig, checkpoint_fold
 from traceserve.errors import SourceError, first_line, some
 
 _PARTLY = " (the hub's cache may hold a part of it only: download it once while online, or name a folder)"
+_AGAIN = "copy it, or download it, again"
 _NOT_NEEDED = ["onnx/*", "openvino/*", "*.onnx", "*/model*.safetensors"]
 
 
@@ -38,10 +39,20 @@ def _located(config: SetupConfig, config_folder: Path) -> Checkpoint:
         checkpoint = SCHEMES[scheme](rest)
     else:
         folder = checkpoint_folder(config, config_folder)
+        _check_is_no_file(folder, config.model_name)
         checkpoint = Checkpoint(folder.resolve(), "folder") if folder.is_dir() else _from_hub(config, folder)
     if checkpoint.kind != "hub":
         _check_no_revision(config, checkpoint.kind)
     return checkpoint
+
+
+def _check_is_no_file(path: Path, name: str) -> None:
+    """Raise SourceError for a file in place of its folder."""
+    if not path.is_file():
+        return
+    folder = name.rstrip("/").rpartition("/")[0] or ("/" if name.startswith("/") else ".")
+    file = f', "gguf_file": "{path.name}"' if path.suffix == ".gguf" else ""
+    raise SourceError(f'{name} is a file, and a checkpoint is a folder: set "model_name": "{folder}"{file}')
 
 
 def _base(config: SetupConfig, config_folder: Path) -> Checkpoint:
@@ -179,15 +190,25 @@ def _check_whole(folder: Path, config: SetupConfig, kind: str) -> None:
     files.check_kind(folder, config.model_name)
     if not (folder / "config.json").is_file():
         raise SourceError(
-            f"{config.model_name}: {folder} has no config.json, so it is no checkpoint of transformers{hint}"
+            f"{config.model_name}: {folder} has no config.json, so it is no checkpoint of transformers"
+            + (_gguf_files(folder) or hint)
         )
     if not any(path for pattern in SAFETENSORS + PICKLES for path in folder.glob(pattern)):
         raise SourceError(
-            f"{config.model_name}: {folder} has no weights (*.safetensors or pytorch_model.bin){hint}"
+            f"{config.model_name}: {folder} has no weights (*.safetensors or pytorch_model.bin)"
+            + (_gguf_files(folder) or hint)
             + files.pickled_models(folder)
         )
     files.check_json(folder)
+    again = f"`hf download {config.model_name} --force-download` downloads it again" if kind == "hub" else _AGAIN
+    weight_files.check_weights(folder, config.model_name, again)
     files.check_pickles(folder, config.model_name)
+
+
+def _gguf_files(folder: Path) -> str:
+    """Name the key for a folder's GGUF files; empty if it has none."""
+    names = sorted(path.name for path in folder.glob("*.gguf"))
+    return f'; to serve a GGUF file in it ({some(names)}), set "gguf_file": "{names[0]}"' if names else ""
 
 
 def _with_task(checkpoint: Checkpoint, config: SetupConfig) -> Checkpoint:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Optional, Sequence
 
 from traceserve_runtime.tasks import TASKS
 
-from traceserve.building.checkpoints import case, conversion, files, gguf
+from traceserve.building.checkpoints import case, conversion, files, gguf, head_weights
 from traceserve.building.checkpoints.checkpoint import Checkpoint
 from traceserve.building.checkpoints.lookups import embedding_weights
 from traceserve.building.config.setup_config import SetupConfig
@@ -38,6 +38,11 @@ def load_tokenizer(config: SetupConfig, checkpoint: Checkpoint) -> PreTrainedTok
                 **case.case_options(config, checkpoint),
             )
     except Exception as error:  # transformers' many tokenizers raise anything
+        if not checkpoint.gguf_file:
+            _check_present(config, checkpoint)
+            fault = head_weights.configuration_fault(config, checkpoint.folder)
+            if fault:  # it names the tokenizer's class
+                raise SourceError(f"{config.model_name}: its config.json cannot be loaded: {fault}") from error
         raise SourceError(f"the tokenizer of {config.model_name} cannot be loaded: {first_line(error)}") from error
     single = len(TASKS[config.task].fields) == 1  # converted tokenizers read no pairs
     if not getattr(tokenizer, "is_fast", False) and not (single and conversion.converts(tokenizer)):
@@ -46,13 +51,18 @@ def load_tokenizer(config: SetupConfig, checkpoint: Checkpoint) -> PreTrainedTok
             "has the tokenizers package only; convert it to a tokenizer.json first"
         )
     gguf.check_tokenizer(checkpoint, tokenizer)
-    if not in_file and not files.has_vocabulary(checkpoint.folder):
-        # transformers 5 makes an empty tokenizer instead.
+    if not in_file:  # transformers 5 makes an empty tokenizer instead
+        _check_present(config, checkpoint)
+    tokenizer.model_max_length = _longest(tokenizer.model_max_length)
+    return tokenizer
+
+
+def _check_present(config: SetupConfig, checkpoint: Checkpoint) -> None:
+    """Raise SourceError for a checkpoint without a tokenizer's vocabulary."""
+    if not files.has_vocabulary(checkpoint.folder):
         raise SourceError(
             f"{config.model_name}: {checkpoint.folder} has no tokenizer ({', '.join(files.VOCABULARIES)})"
         )
-    tokenizer.model_max_length = _longest(tokenizer.model_max_length)
-    return tokenizer
 
 
 def _longest(length: object) -> float:

@@ -9,11 +9,14 @@ from typing import Any, Dict, Mapping, NamedTuple, Tuple
 from pydantic import ValidationError
 from traceserve_runtime.tasks import TASKS
 
-from traceserve.building.config import config_files, task_names
+from traceserve.building.config import config_files, label_files, task_names
 from traceserve.building.config.formats import as_written
 from traceserve.building.config.rules import check_any_task, check_together
 from traceserve.building.config.setup_config import AUTO_TASK, OF_EXPLANATIONS, RENAMED, WITHOUT_MEANING, SetupConfig
 from traceserve.errors import ConfigError
+
+_PATHS = ("model_name", "gguf_file", "index_to_name")
+_LONGEST_NAME, _LONGEST_PATH = 255, 4000  # bytes, of a usual file system
 
 
 class LoadedConfig(NamedTuple):
@@ -37,7 +40,14 @@ def load_config(path: Path) -> LoadedConfig:
     if beside is not None:
         config = config.model_copy(update={"index_to_name": beside})
         notes += (f'{beside} names the labels, by its place; "index_to_name": null takes the checkpoint\'s own names',)
+    check_labels_file(config, folder)
     return LoadedConfig(config, folder, notes)
+
+
+def check_labels_file(config: SetupConfig, folder: Path) -> None:
+    """Raise ConfigError if index_to_name is no file of labels, before anything is downloaded."""
+    if config.index_to_name is not None:
+        label_files.read_labels(config.index_to_name, folder)
 
 
 def _is_the_examples(config: SetupConfig, content: Mapping[str, object]) -> bool:
@@ -72,11 +82,24 @@ def parse_config(content: object) -> Tuple[SetupConfig, Tuple[str, ...]]:
         config = SetupConfig.model_validate(known)
     except ValidationError as error:
         raise ConfigError("; ".join(_sentence(item, written) for item in error.errors())) from None
+    _check_path_lengths(config)
     if config.task == AUTO_TASK:
         check_any_task(config)
     else:
         check_together(config)
     return config, notes
+
+
+def _check_path_lengths(config: SetupConfig) -> None:
+    """Raise ConfigError for a path that no file system has."""
+    for key in _PATHS:
+        parts = (getattr(config, key) or "").encode("utf-8", "replace").split(b"/")
+        longest = max(map(len, parts))
+        if longest > _LONGEST_NAME or len(b"/".join(parts)) > _LONGEST_PATH:
+            raise ConfigError(
+                f"{key} cannot be a path: it has a name of {longest:,} bytes, and {len(parts):,} of them; a name has at most "
+                f"{_LONGEST_NAME}, a path {_LONGEST_PATH:,}"
+            )
 
 
 def _unknown(key: object) -> str:

@@ -131,8 +131,8 @@ class SetupConfig(BaseModel):
     continuous_batching: bool = Field(
         False,
         description="Whether requests join and leave TorchServe's running batch, between the tokens of texts that are written, "
-        "or between parts of a tenth of a second: short requests no longer wait for long ones. With one worker only; see "
-        "Requests that join others. (Hosts of our own always do so)",
+        "or between parts of a tenth of a second: short requests no longer wait for long ones "
+        "(docs/requests.md#requests-that-join-others). With one worker only. (Hosts of our own always do so)",
     )
 
     pack_weights: Optional[bool] = Field(

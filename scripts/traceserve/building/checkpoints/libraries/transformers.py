@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, Tuple
 
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.versions import release_of
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PreTrainedModel
+
+
+Read = Callable[..., Tuple["PreTrainedModel", Mapping[str, Any]]]
 
 
 def load(config: SetupConfig, checkpoint: Checkpoint) -> Tuple[PreTrainedModel, Optional[str]]:
@@ -35,21 +38,24 @@ def load(config: SetupConfig, checkpoint: Checkpoint) -> Tuple[PreTrainedModel, 
     np.random.seed(0)
     torch.manual_seed(0)
     weights = checkpoint if checkpoint.adapter is None else checkpoint.adapter.base
-    try:
+
+    def read(**options: object) -> Tuple[PreTrainedModel, Mapping[str, Any]]:
         with located(weights) as (folder, in_file):
-            model, report = auto_model.from_pretrained(
+            loaded: Tuple[PreTrainedModel, Mapping[str, Any]] = auto_model.from_pretrained(
                 folder,
                 local_files_only=True,
                 trust_remote_code=config.trust_remote_code,
                 output_loading_info=True,
                 torch_dtype=torch.float32,  # config.json's, the default since version 5, may round the weights
                 **(_unpacked(in_file) if in_file else _weights(weights, transformers.__version__)),
-                **adapter_weights.adapter_options(checkpoint, config.trust_remote_code),
+                **{**adapter_weights.adapter_options(checkpoint, config.trust_remote_code), **options},
             )
+            return loaded
+
+    try:
+        model, report = read()
     except Exception as error:  # transformers' many models raise anything
-        raise SourceError(
-            f"{config.model_name} cannot be loaded as {auto_model.__name__}: {first_line(error)}"
-        ) from error
+        raise SourceError(_refusal(error, config, checkpoint, auto_model.__name__, read)) from error
     model, missing = adapter_weights.merge_adapter(config.model_name, checkpoint, model, _untrained(report, model))
     if missing and not config.allow_untrained_head:
         raise SourceError(
@@ -58,6 +64,45 @@ def load(config: SetupConfig, checkpoint: Checkpoint) -> Tuple[PreTrainedModel, 
         )
     whole: PreTrainedModel = model.float().eval()  # modules of remote code may have a dtype of their own
     return whole, _note(report, model, config) if checkpoint.adapter is None else None
+
+
+def _refusal(error: Exception, config: SetupConfig, checkpoint: Checkpoint, auto_model: str, read: Read) -> str:
+    """Return a sentence on a failed load, which says whether config.json is wrong, alone or for these weights."""
+    name = config.model_name
+    if "mismatch" in str(error):
+        other = _other_sizes(read)
+        if other:
+            return (
+                f"{name}: its config.json does not fit its weights, which have other sizes: {some(other)}; take the config.json "
+                "that was saved with these weights"
+            )
+    why = first_line(error)
+    if checkpoint.gguf_file:
+        return f"{name} cannot be loaded as {auto_model}: {why}"
+    fault = head_weights.configuration_fault(config, checkpoint.folder)
+    if fault:
+        return f"{name}: its config.json cannot be loaded: {fault}"
+    if head_weights.configuration_fault(config, checkpoint.folder, auto_model) == why:  # without weights too
+        return f"{name} cannot be loaded as {auto_model}, which its config.json does not make: {why}"
+    return f"{name} cannot be loaded as {auto_model}: {why}"
+
+
+def _other_sizes(read: Read) -> List[str]:
+    """Name the weights whose sizes are not the configuration's, with both sizes where transformers tells them."""
+    try:
+        _, report = read(ignore_mismatched_sizes=True)
+    except Exception:  # the first error is reported
+        return []
+    return [_sizes(key) for key in sorted(report.get("mismatched_keys", ()), key=str)]
+
+
+def _sizes(key: object) -> str:
+    """Name a weight of transformers' report: its name, or that with the stored size and the configuration's."""
+    if isinstance(key, str):
+        return key
+    assert isinstance(key, (tuple, list))
+    name, *sizes = key
+    return f"{name} (stored {', made '.join(str(list(size)) for size in sizes)})" if len(sizes) == 2 else str(name)
 
 
 def _note(report: Mapping[str, Any], model: PreTrainedModel, config: SetupConfig) -> Optional[str]:
