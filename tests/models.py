@@ -110,7 +110,12 @@ RECURRENT = {
     "lfm2": Architecture(
         "Lfm2Config",
         "gpt",
-        {**SIZE, "num_key_value_heads": 2, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+        {
+            **SIZE,
+            "num_key_value_heads": 2,
+            "layer_types": ["conv", "full_attention"],
+            "block_auto_adjust_ff_dim": False,
+        },
     ),
     "falcon-h1": Architecture(  # each layer has keys, values and states
         "FalconH1Config",

@@ -23,8 +23,8 @@ SYSTEM = (
     "{% for m in rest %}{{ m.content }}{% endfor %}"
 )
 DATED = "{{ strftime_now('%d %b %Y %H:%M:%S') }} {% if tools %}{{ tools | tojson }}{% endif %}" + ENDS
-# A name that is set within this block is another one in transformers.
-DIFFERENT = "{% set x = 'outer' %}{% generation %}{% set x = 'inner' %}{% endgeneration %}{{ x }}"
+GENERATED = "{% set x = 'outer' %}{% generation %}{% set x = 'inner' %}{% endgeneration %}{{ x }}"
+DIFFERENT = "{{ range(99999) | random }}" + ENDS
 
 
 def loaded(checkpoint: Make, folder: Path, files: Dict[str, str], **content: Any) -> Original:
@@ -44,7 +44,7 @@ def stated(checkpoint: Make, template: Any) -> Dict[str, str]:
     return {"tokenizer_config.json": json.dumps({**settings, "chat_template": template})}
 
 
-@pytest.mark.parametrize("template", [ENDS, SYSTEM, DATED, "{{ messages[0].content | trim }}{{ missing }}"])
+@pytest.mark.parametrize("template", [ENDS, SYSTEM, DATED, GENERATED, "{{ messages[0].content | trim }}{{ missing }}"])
 def test_a_template_that_both_sides_render_alike(template: str, checkpoint: Make, tmp_path: Path) -> None:
     original = loaded(checkpoint, tmp_path, {"chat_template.jinja": template})
     assert original.facts["chat_template"] == template and original.note is None
@@ -65,7 +65,7 @@ def test_a_broken_template_is_refused(template: str, reason: str, place: str, ch
 
 
 def test_a_template_that_is_rendered_otherwise_is_refused(checkpoint: Make, tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"chat_template.jinja\) is rendered otherwise .* 'inner' instead of 'outer'"):
+    with pytest.raises(SourceError, match=r"chat_template.jinja\) is rendered otherwise "):
         loaded(checkpoint, tmp_path, {"chat_template.jinja": DIFFERENT})
 
 

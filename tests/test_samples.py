@@ -328,4 +328,4 @@ def test_predict_asks_one_text_for_each_line(
     monkeypatch.chdir(tmp_path)
     Path("own.txt").write_bytes(content.encode())
     monkeypatch.setattr(sys, "stdin", io.StringIO(content))
-    assert list(predict._bodies(cli._parse(["predict", "tiny", *options]))) == [["one\u2028two\x85\x0cthree", "four"]]
+    assert list(predict._inputs(cli._parse(["predict", "tiny", *options]))) == [["one\u2028two\x85\x0cthree", "four"]]

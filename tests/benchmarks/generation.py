@@ -58,7 +58,11 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         source = options.model or made(Path(folder, "made"), options.family)
-        content = {"model_name": str(Path(source).resolve()), "task": "text_generation", "max_length": 2 * options.new_tokens}
+        content = {
+            "model_name": str(Path(source).resolve()),
+            "task": "text_generation",
+            "max_length": 256 + options.new_tokens,
+        }
         engine = Engine.load(text_models.built(Path(folder, "exported"), content))
         ways = contenders(engine, source, options.new_tokens, options.batch)
         seconds: Dict[str, List[float]] = {name: [] for name in ways}
@@ -115,7 +119,7 @@ def contenders(engine: Engine, source: Path, new_tokens: int, batch: int) -> Dic
         tokens: List[List[int]] = whole[:, len(ids) :].tolist()
         return tokens
 
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(source).eval()
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(source).float().eval()
     tensor = torch.tensor([ids] * batch)
 
     def by_transformers() -> List[List[int]]:

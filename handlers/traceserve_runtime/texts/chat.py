@@ -5,14 +5,13 @@ from __future__ import annotations
 import datetime
 import json
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Dict, List, Mapping, NoReturn, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Any, Dict, Mapping, NoReturn, Sequence, Tuple
 
 from traceserve_runtime.errors import InvalidRequest, MissingPackage, reason
 from traceserve_runtime.versions import release_of
 
 if TYPE_CHECKING:
     import jinja2
-    from jinja2 import nodes
     from jinja2.parser import Parser
 
 _SAFE = (3, 1, 6)  # templates are the checkpoint's code, and older sandboxes have known vulnerabilities
@@ -55,6 +54,7 @@ def _compiled(template: str) -> jinja2.Template:
     """Compile the template in jinja2's sandbox, with the names that transformers provides."""
     try:
         import jinja2
+        from jinja2 import nodes
         from jinja2.ext import Extension, loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError as error:
@@ -66,13 +66,14 @@ def _compiled(template: str) -> jinja2.Template:
         )
 
     class Generation(Extension):
-        """{% generation %} marks the assistant's text for training; here its block is just rendered."""
+        """{% generation %} marks the assistant's text for training; here its block is just rendered, with its own names, as
+        in transformers."""
 
         tags = {"generation"}
 
-        def parse(self, parser: Parser) -> Union[nodes.Node, List[nodes.Node]]:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        def parse(self, parser: Parser) -> nodes.Node:
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
     def refuse(message: str) -> NoReturn:
         raise jinja2.TemplateError(message)

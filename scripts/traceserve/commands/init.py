@@ -51,7 +51,6 @@ def _init(options: argparse.Namespace) -> int:
         found = dataclasses.replace(found, keys={**found.keys, "model_name": os.path.relpath(place, folder)})
     else:
         found = _proposal(named, folder, options.task)
-    folder.mkdir(parents=True, exist_ok=True)
     staging.write_whole(output, json.dumps(found.keys, indent=2, ensure_ascii=False) + "\n")
     _print_proposal(found, output)
     return 0

@@ -45,8 +45,8 @@ def write_plan(target: str, archives: Sequence[Described], plan: Plan, folder: P
     }
     files: Sequence[File] = [*plan.files, Text(RECORD, json.dumps(record, indent=2) + "\n")]
     size = sum(each.source.stat().st_size for each in files if isinstance(each, Copy)) + (1 << 20)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    space.require_space(folder.parent, size, f"the files of {folder.name}")
+    there = next(parent for parent in folder.parents if parent.exists())
+    space.require_space(there, size, f"the files of {folder.name}")
     with staging.staged(folder) as private:
         made = private / folder.name
         made.mkdir()
