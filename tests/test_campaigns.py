@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -179,3 +181,21 @@ def test_a_task_without_explanations_says_so() -> None:
     reply = Reply("/explanations/x", "", 501, of_worker("NotOffered"))
     assert not reply.is_failure("feature_extraction") and reply._replace(status=500).is_failure("feature_extraction")
     assert reply._replace(path="/predictions/x").is_failure("feature_extraction")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="each architecture is tried in a fork")
+def test_architectures(tmp_path: Path) -> None:
+    """One that equals, one that keeps states of a fixed size, one that is refused, and one that cannot be made tiny."""
+    names = ("llama", "lfm2", "bert", "xlnet")
+    command = [sys.executable, "-m", "campaigns.architectures", "--task", "text_generation"]
+    run = subprocess.run(
+        [*command, "--only", *names, "--page", str(tmp_path / "page.md")],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    page = (tmp_path / "page.md").read_text()
+    assert "Built (2): `lfm2`, `llama`." in page and "Refused (1):" in page and "Not tried" in page
+    assert re.search(r"\| `bert` \| .*rereads its whole text.* \|", page) and page.count("`xlnet`") == 1

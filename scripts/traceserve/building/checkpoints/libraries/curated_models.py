@@ -89,7 +89,8 @@ class CausalLM(_Curated, _GenerationMixin):  # type: ignore[misc]
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if position_ids is None:
             position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
-        past = None if past_key_values is None else [KeyValueCache(*pair) for pair in read_cache(past_key_values)]
+        pairs = [] if past_key_values is None else read_cache(past_key_values)
+        past = [KeyValueCache(*pair) for pair in pairs] or None  # the library takes no empty cache
         result = self.model.decoder(
             input_ids,
             AttentionMask(mask.bool()),
