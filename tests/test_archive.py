@@ -239,10 +239,12 @@ def _caught(status: str) -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.usefixtures("hangups_heard")
 @pytest.mark.parametrize("ignored", [False, True])
-def test_the_end_of_the_terminal_ends_a_command_without_nohup(ignored: bool) -> None:
+def test_the_end_of_the_terminal_ends_a_command_without_nohup(ignored: bool, tmp_path: Path) -> None:
     process = subprocess.Popen(
         [*(["nohup"] if ignored else []), sys.executable, "-m", "traceserve", "predict", "tiny", "-"],
+        env={**os.environ, "XDG_STATE_HOME": str(tmp_path)},  # where no server is known
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

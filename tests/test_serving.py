@@ -665,6 +665,7 @@ def test_the_command_from_configuration_to_prediction(checkpoint: Callable[..., 
     assert "no server" in run("predict", "colours", "--port", port, "x", cwd=tmp_path).stderr
 
 
+@pytest.mark.usefixtures("hangups_heard")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_foreground_ends_with_its_signal(number: int, tiny: Path, tmp_path: Path) -> None:
     """Which the end of its terminal is, too."""
