@@ -12,6 +12,7 @@ import argparse
 import inspect
 import json
 import os
+import re
 import resource
 import signal
 import sys
@@ -142,21 +143,26 @@ def campaign(options: argparse.Namespace, folder: Path) -> Sequence[Aim]:
 
 
 def page_of(found: Sequence[Outcome]) -> str:
-    """Return a Markdown page of all outcomes."""
-    lines = [
-        f"transformers {transformers.__version__}, torch {torch.__version__.partition('+')[0]}; types as in `config.json`."
-    ]
+    """Return a Markdown page of all outcomes, those with a reason by it."""
+    lines = [f"transformers {transformers.__version__}, torch {torch.__version__.partition('+')[0]}."]
     for task in dict.fromkeys(each.task for each in found):
-        own = [each for each in found if each.task == task]
         lines += ["", f"## {task}"]
         for state, what in _STATES.items():
-            some = [each for each in own if each.state == state]
-            if some and state in (REFUSED, OTHER, FAILED):
-                lines += ["", f"{what} ({len(some)}):", "", "| type | reason |", "|---|---|"]
-                lines += [f"| `{each.name}` | {each.why.replace('|', '/')} |" for each in some]
-            elif some:
-                lines += ["", f"{what} ({len(some)}): {', '.join(f'`{each.name}`' for each in some)}."]
+            names: Dict[str, List[str]] = {}
+            for each in found:
+                if (each.task, each.state) == (task, state):
+                    names.setdefault(_reason_of(each), []).append(f"`{each.name}`")
+            for why, some in names.items():
+                lines += ["", f"{what}{why} ({len(some)}): {', '.join(some)}."]
     return "\n".join(lines) + "\n"
+
+
+def _reason_of(outcome: Outcome) -> str:
+    """Return the reason of what was refused, or failed, without the model's own name, and without what to do."""
+    if outcome.state not in (REFUSED, FAILED):
+        return ""
+    why = re.sub(r"\b[A-Z]\w+(For[A-Z]\w+|Model|Decoder)\b", "the model", outcome.why)
+    return ", " + why.partition(", so n")[0].partition(" (in float32")[0].partition(": 0 INTERNAL")[0]
 
 
 def names_of(task: str) -> List[str]:
