@@ -155,3 +155,23 @@ def assert_classifies_as_the_pipeline(folder: Path, source: Path, most: int) -> 
     texts = [text for text in TEXTS if len(pipeline.tokenizer(text)["input_ids"]) <= most][:8]
     for text, answer in zip(texts, answers(Engine.load(folder), [Request({"text": text}) for text in texts])):
         assert_equal(answer, pipeline([text])[0], 1e-4, 1e-4)
+
+
+@pytest.mark.skipif(V4, reason="Qwen3.5 is since transformers 5")
+def test_the_language_model_of_a_checkpoint_that_reads_images_too(tmp_path: Path) -> None:
+    """Qwen3.5's checkpoints are of a class that no table of causal models has; its texts are those of the whole model."""
+    family = models.RECURRENT["qwen3.5"]
+    tokenizer = models.make_tokenizer(family.tokenizer)
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    text = getattr(transformers, family.config)(**family.options, **ids, vocab_size=len(tokenizer))
+    vision = {"hidden_size": 32, "intermediate_size": 64, "depth": 1, "num_heads": 2, "out_hidden_size": 32}
+    config = transformers.Qwen3_5Config(text_config=text.to_dict(), vision_config=vision)
+    whole = transformers.Qwen3_5ForConditionalGeneration(config).eval()
+    whole.save_pretrained(tmp_path / "source")
+    tokenizer.save_pretrained(tmp_path / "source")
+    made = run_export(tmp_path / "x", {"model_name": str(tmp_path / "source"), "max_length": 64})
+    assert made.manifest.task == "text_generation" and made.manifest.runtime["fixed_states"] == 6
+    engine = Engine.load(tmp_path / "x")
+    for prompt in TEXTS[1:4]:
+        [answer] = answers(engine, [Request({"text": prompt}, {"max_new_tokens": 12, "num_beams": 1})])
+        assert written(answer) == generated(whole, tokenizer, prompt, max_new_tokens=12, num_beams=1)

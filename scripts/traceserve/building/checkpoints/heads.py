@@ -19,6 +19,7 @@ TABLES = {
     CAUSAL: "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     BOTH: "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
 }
+_WITH_IMAGES = "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"  # since transformers 4.45
 # Classes in none of them, by their suffixes: of remote code, other versions, rarer heads.
 _ENDINGS = {
     "ForSequenceClassification": SEQUENCE,
@@ -68,7 +69,19 @@ def _of_class(name: str, facts: Mapping[str, object]) -> Optional[List[str]]:
     for framework in _OTHER_FRAMEWORKS:
         name = name[len(framework) :] if name.startswith(framework) else name
     found = [auto_model for auto_model, table in TABLES.items() if name in getattr(modeling_auto, table).values()]
-    return found or None
+    return found or ([CAUSAL] if _writes_beside_images(name, facts) else None)
+
+
+def _writes_beside_images(name: str, facts: Mapping[str, object]) -> bool:
+    """Return whether a class reads images and writes texts, and transformers has one that reads the same checkpoint's
+    language model alone (Qwen3.5)."""
+    from transformers.models.auto import modeling_auto
+
+    kind = str(facts.get("model_type"))
+    tables = [getattr(modeling_auto, table, {}) for table in (_WITH_IMAGES, TABLES[CAUSAL])]
+    classes = [table.get(kind) for table in tables]
+    whole = classes[0] if isinstance(classes[0], (list, tuple)) else [classes[0]]
+    return name in whole and classes[1] is not None
 
 
 def _by_ending(name: str) -> List[str]:
