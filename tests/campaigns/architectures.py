@@ -26,6 +26,7 @@ from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, NoReturn, Seq
 import models
 import torch
 import transformers
+from oracle import written
 from rich.progress import track
 from traceserve import api
 from traceserve_runtime.errors import TraceserveError
@@ -211,7 +212,7 @@ def _try(task: str, name: str, place: Path) -> Sequence[str]:
     try:
         expected = _original_texts(task, _checkpoint(task, name, place / "checkpoint"))
     except Exception as error:  # a configuration that does not fit together
-        return NOT_MADE, _first_line(error)
+        return NOT_MADE, _in_a_line(error)
     try:
         built = api.build(
             str(place / "checkpoint"), task=task, max_length=MAX_LENGTH, store=place / "store", output=place / "made"
@@ -219,21 +220,14 @@ def _try(task: str, name: str, place: Path) -> Sequence[str]:
         if KINDS[task].writes:
             parameters = {"max_new_tokens": NEW_TOKENS, "num_beams": 1, **KINDS[task].parameters}
             answers = [api.load(built)({"text": text}, **parameters) for text in _TEXTS]
-            texts = [_text_of(answer).strip() for answer in answers]
+            texts = [written(answer).strip() for answer in answers]
             if texts != expected:
                 return OTHER, str(next(pair for pair in zip(texts, expected) if pair[0] != pair[1]))[:200]
     except TraceserveError as error:
-        return REFUSED, _first_line(error)
+        return REFUSED, _in_a_line(error)
     except Exception as error:
-        return FAILED, f"{type(error).__name__}: {_first_line(error)}"
+        return FAILED, f"{type(error).__name__}: {_in_a_line(error)}"
     return EQUAL, ""
-
-
-def _text_of(answer: Any) -> str:
-    while isinstance(answer, list):
-        answer = answer[0]
-    text: str = next(iter(answer.values()))
-    return text
 
 
 def _checkpoint(task: str, name: str, folder: Path) -> Path:
@@ -287,14 +281,14 @@ def _original_texts(task: str, folder: Path) -> List[str]:
                 model(**inputs)
             continue
         inputs.pop("token_type_ids", None)
-        written = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, num_beams=1)[0]
+        ids = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, num_beams=1)[0]
         begin = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
-        texts.append(str(tokenizer.decode(written[begin:], skip_special_tokens=True)).strip())
+        texts.append(str(tokenizer.decode(ids[begin:], skip_special_tokens=True)).strip())
     return texts
 
 
-def _first_line(error: Exception) -> str:
-    return f"{' '.join(str(error).split())[:200]}"
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def options_of(parser: argparse.ArgumentParser) -> None:

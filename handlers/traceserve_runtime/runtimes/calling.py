@@ -177,6 +177,7 @@ class DecoderStep:
     def __init__(self, model: PreTrainedModel, layers: Sequence[LayerStates] = ()) -> None:
         self.model = model
         self.layers = tuple(layers)
+        self.cache_name = _cache_name(model)
         accepted = inspect.signature(model.forward).parameters
         self.inputs = tuple(n for n in ("input_ids", "attention_mask", "position_ids") if n in accepted)
         # For the prompt, too, only the last token's logits are computed if the model supports it.
@@ -190,9 +191,8 @@ class DecoderStep:
             caches.fill_cache(cache, Past(past[:growing], past[growing:], self.layers))
         else:
             cache = caches.cache_of(list(zip(past[::2], past[1::2])))
-        name = _cache_name(self.model)
-        result = self.model(**columns, **{name: cache}, use_cache=True, return_dict=True, **self.fixed)
-        grown = getattr(result, name)
+        result = self.model(**columns, **{self.cache_name: cache}, use_cache=True, return_dict=True, **self.fixed)
+        grown = getattr(result, self.cache_name)
         tensors = caches.read_own_cache(grown).tensors if self.layers else _flat(caches.read_cache(grown))
         return (result.logits[:, -1].float(), *tensors)
 

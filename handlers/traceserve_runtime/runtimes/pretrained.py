@@ -22,7 +22,6 @@ from traceserve_runtime.runtimes.caches import FIXED_STATES
 from traceserve_runtime.runtimes.from_embeddings import FromEmbeddings, LookUp, word_embeddings
 from traceserve_runtime.runtimes.torchscript.gradients import GradientGraphs
 from traceserve_runtime.runtimes.torchscript.reader import TorchScriptRunner, settle
-from traceserve_runtime.runtimes.torchscript.states import Copied
 from traceserve_runtime.runtimes.variants import Variant
 from traceserve_runtime.settings import Settings
 from traceserve_runtime.versions import release_of
@@ -72,8 +71,7 @@ class PretrainedRunner(TorchScriptRunner):
     """A runner of a model's calls."""
 
     def __init__(self, calls: _Calls, manifest: Manifest, device: str, own_threads: bool = False) -> None:
-        states = Copied(manifest.runtime.get(FIXED_STATES, 0))
-        super().__init__(calls, manifest, device, own_threads=own_threads, states=states)
+        super().__init__(calls, manifest, device, own_threads=own_threads)
         self.calls = calls
 
 

@@ -43,7 +43,7 @@ class TorchScriptRunner:
     """A traced model on a device, or one with its interface; see Runner. Its state is a tuple of tensors there.
 
     `side_by_side`: runs of several calling threads do not wait for each other. `own_threads`: the code is for
-    a fixed number of threads, and would be recompiled for another. `states`: how a loop's are kept.
+    a fixed number of threads, and would be recompiled for another. `states`: how a loop's are kept; by default copied.
     """
 
     def __init__(
@@ -54,10 +54,10 @@ class TorchScriptRunner:
         side_by_side: bool = False,
         padding: Padding = Padding(),
         own_threads: bool = False,
-        states: States = Copied(),
+        states: Optional[States] = None,
     ) -> None:
         self.padding = padding
-        self._states = states
+        self._states = Copied(manifest.runtime.get(FIXED_STATES, 0)) if states is None else states
         self._module = module
         self._manifest = manifest
         self._device = device
@@ -211,7 +211,7 @@ def _read(
         return runner
     module = graph.read_module(folder / (weights.GRAPH_FILE if reading.mapped else manifest.model_file), device)
     if reading.plain:
-        return _runner(_Plain(module), manifest, device, states=_copied(manifest))
+        return _runner(_Plain(module), manifest, device)
     if device != "cpu":
         devices.rewrite(module, device)
     else:
@@ -225,11 +225,7 @@ def _read(
     unpadded = reading.mapped and manifest.runtime.get(UNPADDED)
     padding = IN_ATTENTION._replace(alone=manifest.runtime.get(FILLED, 1)) if unpadded else Padding()
     kept = growing.write_behind(module, manifest) if device == "cpu" else None
-    return _runner(module, manifest, device, padding, InPlace(kept) if kept else _copied(manifest))
-
-
-def _copied(manifest: Manifest) -> Copied:
-    return Copied(manifest.runtime.get(FIXED_STATES, 0))
+    return _runner(module, manifest, device, padding, InPlace(kept) if kept else None)
 
 
 class _Plain:
@@ -251,7 +247,7 @@ class _Plain:
 
 
 def _runner(
-    module: Any, manifest: Manifest, device: str, padding: Padding = Padding(), states: States = Copied()
+    module: Any, manifest: Manifest, device: str, padding: Padding = Padding(), states: Optional[States] = None
 ) -> Union[TorchScriptRunner, PaddedRunner]:
     """Return the runner of these graphs: with fixed shapes, writers have target lengths."""
     targets = manifest.runtime.get("targets")

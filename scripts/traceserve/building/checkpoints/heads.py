@@ -78,10 +78,8 @@ def _writes_beside_images(name: str, facts: Mapping[str, object]) -> bool:
     from transformers.models.auto import modeling_auto
 
     kind = str(facts.get("model_type"))
-    tables = [getattr(modeling_auto, table, {}) for table in (_WITH_IMAGES, TABLES[CAUSAL])]
-    classes = [table.get(kind) for table in tables]
-    whole = classes[0] if isinstance(classes[0], (list, tuple)) else [classes[0]]
-    return name in whole and classes[1] is not None
+    whole = getattr(modeling_auto, _WITH_IMAGES, {}).get(kind)
+    return name == whole and kind in getattr(modeling_auto, TABLES[CAUSAL])
 
 
 def _by_ending(name: str) -> List[str]:
