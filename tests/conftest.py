@@ -62,6 +62,14 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.maxworkerrestart = "0"
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """Say what ended a process that pytest-xdist lost: it says no more than that it is gone."""
+    if error:
+        status = node.gateway._io.popen.wait(timeout=10)
+        node.config.get_terminal_writer().line(f"\n[{node.gateway.id}] exit status {status} (-N: by signal N)")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: List[pytest.Item]) -> None:
     """With --each-choice, leave out combinations whose every value is in an earlier one."""
     if not config.getoption("--each-choice"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import http.server
-import os
 import re
 import signal
 import socket
@@ -426,10 +425,11 @@ def test_a_signal_ends_it(rate: Optional[float]) -> None:
 
     previous = signal.signal(signal.SIGALRM, stop)
     timers: List[threading.Timer] = []
+    here = threading.get_ident()
     try:
         with serving(at_once) as server:
             for delay in np.linspace(0.02, 0.05, 8):
-                timers.append(threading.Timer(0.1 + delay, os.kill, (os.getpid(), signal.SIGALRM)))
+                timers.append(threading.Timer(0.1 + delay, signal.pthread_kill, (here, signal.SIGALRM)))
                 started = time.monotonic()
                 timers[-1].start()
                 with pytest.raises(Stopped):
@@ -439,6 +439,7 @@ def test_a_signal_ends_it(rate: Optional[float]) -> None:
         for timer in timers:  # without a handler, the signal would end this process
             timer.cancel()
             timer.join()
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)  # drops one that is still on its way
         signal.signal(signal.SIGALRM, previous)
 
 
