@@ -253,6 +253,27 @@ def test_the_models_file_needs_nothing_beside_it(made: Callable[[str], Path], tm
     assert engine.runner(inputs)["logits"] == pytest.approx(logits.numpy(), abs=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_weight_without_values(tmp_path: Path) -> None:
+    """MobileBERT's `dense` has as many rows as hidden states are larger than embeddings: here none."""
+    options = {
+        "hidden_size": 32,
+        "embedding_size": 32,
+        "intra_bottleneck_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+    }
+    tokenizer = models.make_tokenizer("bert")
+    config = transformers.MobileBertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **options)
+    transformers.MobileBertForMaskedLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    run_export(tmp_path / "x", {"model_name": str(tmp_path / "model"), "task": "fill_mask", "max_length": 24})
+    empty = [place for place in read_places(tmp_path / "x").values() if not math.prod(place.shape)]
+    assert empty and all(len(place.shape) == 2 for place in empty)
+    engine = Engine.load(tmp_path / "x", settings=SHARED)
+    assert all(np.isfinite(array).all() and np.ptp(array) > 0 for array in outputs(engine))
+
+
 def test_an_artifact_of_a_graph_elsewhere_than_the_cpu_is_loaded_plainly(
     made: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

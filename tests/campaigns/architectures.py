@@ -88,7 +88,10 @@ _SIZES: Dict[int, str] = {
 }
 # What other sizes follow from, or what has no name of its own.
 _OWN: Dict[str, Dict[str, Any]] = {
-    **dict.fromkeys(("deepseek_v3", "axk1", "axk2", "youtu"), {"num_key_value_heads": 4}),
+    **dict.fromkeys(
+        ("deepseek_v3", "axk1", "axk2", "youtu", "deepseek_v32", "glm_moe_dsa", "glm4_moe_lite", "longcat_flash"),
+        {"num_key_value_heads": 4},
+    ),
     "deepseek_v2": {"num_key_value_heads": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     # Their last layers have the keys and values of earlier ones.
     **dict.fromkeys(
@@ -233,7 +236,8 @@ def _try(task: str, name: str, place: Path) -> Sequence[str]:
 def _checkpoint(task: str, name: str, folder: Path) -> Path:
     """Write a tiny random checkpoint, by a configuration's names alone; raises what transformers does."""
     kind = KINDS[task]
-    tokenizer = models.make_tokenizer(kind.tokenizer)
+    texts_end = not kind.writes and getattr(transformers.CONFIG_MAPPING[name](), "is_encoder_decoder", False)
+    tokenizer = models.make_tokenizer("roberta" if texts_end else kind.tokenizer)  # their classifiers read at an end
     config = _config(name, tokenizer, LABELS if "classification" in task else {})
     model = getattr(transformers, kind.auto_model).from_config(config).float()
     if sum(parameter.numel() for parameter in model.parameters()) > _WEIGHTS:

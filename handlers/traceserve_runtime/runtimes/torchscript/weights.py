@@ -9,6 +9,7 @@ Plain `torch.jit.load` only needs `traced_model.pt`.
 from __future__ import annotations
 
 import json
+import math
 import mmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Dict, NamedTuple, Tuple
@@ -76,8 +77,7 @@ def give_back(mapped: mmap.mmap) -> None:
 def _tensor(mapped: mmap.mmap, place: Place) -> torch.Tensor:
     import torch
 
-    count = 1
-    for size in place.shape:
-        count *= size
-    flat = torch.frombuffer(mapped, dtype=getattr(torch, place.dtype), count=count, offset=place.offset)
-    return flat.view(place.shape)
+    count, dtype = math.prod(place.shape), getattr(torch, place.dtype)
+    if not count:  # `torch.frombuffer` refuses it
+        return torch.empty(place.shape, dtype=dtype)
+    return torch.frombuffer(mapped, dtype=dtype, count=count, offset=place.offset).view(place.shape)

@@ -25,7 +25,7 @@ def write_graph(folder: Path, model_file: str, rewritten: Optional[Traced] = Non
     records = _records(folder / model_file)
     places: Dict[str, Place] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
-        offset = records.get(_digest(tensor.data)) if tensor.numel() else None
+        offset = records.get(_digest(tensor.data)) if tensor.numel() else 0  # a weight may have no values
         if offset is not None:
             places[name] = Place(offset, str(tensor.dtype).replace("torch.", ""), tuple(tensor.shape))
     for name, tensor in module.state_dict(keep_vars=True).items():

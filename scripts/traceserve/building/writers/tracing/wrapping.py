@@ -139,9 +139,32 @@ def windows_by_unfold() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def truths_as_numbers() -> Iterator[None]:
+    """Make sparse attention (DeepSeek V3.2's) scatter 0 and 1: torch records a scattered bool as no operator of its own."""
+    own = torch.Tensor.scatter
+
+    def scatter(tensor: torch.Tensor, *given: Any, **named: Any) -> torch.Tensor:
+        if given and isinstance(given[-1], bool):
+            given = (*given[:-1], int(given[-1]))
+        if isinstance(named.get("value"), bool):
+            named["value"] = int(named["value"])
+        return own(tensor, *given, **named)
+
+    torch.Tensor.scatter = scatter  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        torch.Tensor.scatter = own  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
 def traceable(model: torch.nn.Module) -> Iterator[None]:
     """Prepare a model for torch's tracer, so that it can be saved."""
-    with masks_without_vmap(), forward_alone(), windows_by_unfold(), positions_by_length(model), plain_names(model):
+    with contextlib.ExitStack() as prepared:
+        for each in (masks_without_vmap(), forward_alone(), windows_by_unfold(), truths_as_numbers()):
+            prepared.enter_context(each)
+        prepared.enter_context(positions_by_length(model))
+        prepared.enter_context(plain_names(model))
         yield
 
 
