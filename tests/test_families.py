@@ -119,16 +119,24 @@ def test_a_trace_leaves_what_it_changed(checkpoint: Callable[..., Path], tmp_pat
         def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
             return grads[0] * 2
 
-    before = vars(torch.autograd.Function)["apply"], torch.Tensor.as_strided
+    before = vars(torch.autograd.Function)["apply"], torch.Tensor.as_strided, torch.Tensor.scatter
     one = torch.ones(2, requires_grad=True)
     with traceable(torch.nn.Linear(1, 1)):
         assert Double.apply(one).tolist() == [2, 2]
         windows = torch.arange(24.0).reshape(1, 6, 4).as_strided((1, 2, 4, 4), (24, 8, 4, 1))
         assert windows[0, 1].tolist() == torch.arange(8.0, 24.0).reshape(4, 4).tolist()
         assert torch.arange(6).as_strided((2, 2), (1, 2)).tolist() == [[0, 2], [1, 3]]
-    assert (vars(torch.autograd.Function)["apply"], torch.Tensor.as_strided) == before
+        marked = torch.jit.trace(mark, (torch.zeros(1, 3, dtype=torch.bool), torch.tensor([[1]])))
+    assert marked(torch.zeros(1, 4, dtype=torch.bool), torch.tensor([[3]])).tolist() == [[False, False, False, True]]
+    assert (vars(torch.autograd.Function)["apply"], torch.Tensor.as_strided, torch.Tensor.scatter) == before
     Double.apply(one).sum().backward()
     assert one.grad is not None and one.grad.tolist() == [2, 2]
+
+
+def mark(mask: Any, indices: Any) -> Any:
+    """Sparse attention's choice of positions, twice: by position, and by name."""
+    chosen = mask.scatter(-1, indices, True)
+    return mask.scatter(-1, indices, value=False) | chosen
 
 
 def test_every_family_of_the_table_is_tried() -> None:
