@@ -262,6 +262,43 @@ def test_the_end_of_the_terminal_ends_a_command_without_nohup(ignored: bool, tmp
     assert (b"no server" if ignored else b"interrupted") in errors
 
 
+_STRUCK = """
+import os, signal, sys, time
+from traceserve import cli
+
+class Struck:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+def in_a_destructor(options):
+    Struck()
+    time.sleep(60)
+
+def wrapped_by_a_library(options):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    except BaseException as error:
+        raise ValueError(repr(error)) from None
+
+def parse(arguments, parse=cli._parse):
+    options = parse(arguments)
+    options.run = globals()[sys.argv[1]]
+    return options
+
+cli._parse = parse
+sys.exit(cli.main(["status"]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="ends a process there")
+@pytest.mark.parametrize("where", ["in_a_destructor", "wrapped_by_a_library"])
+def test_a_signal_is_not_lost(where: str) -> None:
+    """Python discards an exception that is raised in a destructor, and some libraries turn all into their own."""
+    found = subprocess.run([sys.executable, "-c", _STRUCK, where], capture_output=True, text=True, timeout=50)
+    assert (found.returncode, found.stdout, found.stderr) == (130, "", "interrupted; nothing was left half-made\n")
+
+
 def interrupted_build(tmp_path: Path, seconds: float, signal_number: int) -> Dict[str, Any]:
     """Start a build, send it a signal so long after it began to listen to them, and return its leftovers."""
     process = subprocess.Popen(

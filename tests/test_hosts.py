@@ -331,6 +331,39 @@ def test_a_body_that_is_too_large_is_not_read(classifier: Service) -> None:
     assert run(ask(False))[0]["status"] == 413 and len(received) == 2
 
 
+def test_large_bodies_together_are_limited(classifier: Service) -> None:
+    """As many of the largest size as clients like to send would end the process, and each alone is allowed."""
+
+    async def asked() -> Tuple[int, int, int]:
+        hosted = Hosted(classifier, Limits(largest_body=1000, all_bodies=1500))
+        scope = {"type": "http", "method": "POST", "path": "/predictions/small", "headers": []}
+        whole = asyncio.Event()
+
+        async def receive() -> Message:
+            if not parts:
+                await whole.wait()
+                return {"type": "http.request", "body": b"", "more_body": False}
+            return {"type": "http.request", "body": parts.pop(), "more_body": True}
+
+        parts, sent = [b"x" * 900], []
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        first = asyncio.ensure_future(hosted.application(scope, receive, send))
+        while parts:
+            await asyncio.sleep(0)
+        second = await hosted.ask("/predictions/small", b"y" * 900, content_type="text/plain")
+        small = await hosted.ask("/predictions/small", b"y", content_type="text/plain")
+        assert second.status == 503 and second.headers["retry-after"] == "1" and small.status == 200
+        whole.set()
+        await first
+        third = await hosted.ask("/predictions/small", b"y" * 900, content_type="text/plain")
+        return sent[0]["status"], second.status, third.status
+
+    assert run(asked()) == (200, 503, 200)
+
+
 @pytest.mark.parametrize("body", [b"a&" * 600_000, b"text=" + b"%41" * 400_000, b"&".join([b"a=b"] * 1200)])
 def test_a_form_that_would_hold_the_event_loop_is_not_decoded(body: bytes, classifier: Service) -> None:
     asking = Hosted(classifier).ask("/predictions/small", body, content_type="application/x-www-form-urlencoded")

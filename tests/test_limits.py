@@ -263,6 +263,14 @@ def test_a_quarter_of_the_rows_may_be_full(max_rows: int, full_rows: int) -> Non
     assert RequestLimits.of(32, max_rows) == RequestLimits(max_rows, 32 * full_rows, 8 * 32 * full_rows)
 
 
+@pytest.mark.parametrize("max_length, max_rows", [(16, 1), (512, 1000)])
+def test_the_largest_body_holds_all_that_is_allowed(max_length: int, max_rows: int) -> None:
+    """Also in the longest way of JSON: two escapes for a character."""
+    allowed = RequestLimits.of(max_length, max_rows)
+    texts = ["𝄞" * (allowed.characters // max_rows)] * max_rows
+    assert len(json.dumps({"text": texts}, indent=4)) <= allowed.largest_body <= 13 * allowed.characters + (2 << 20)
+
+
 def test_the_tokens_of_a_group_are_limited(engine: Engine) -> None:
     """Fewer rows than allowed, but long ones; a request beside it is answered."""
     full = " ".join(["."] * 30)

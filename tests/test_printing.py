@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Callable, NoReturn
 
@@ -63,6 +67,17 @@ def test_a_builds_paths_can_be_copied(
     report, _, last = plain(capsys.readouterr().out).splitlines()[-3:]
     assert Path(report.partition("report  ")[2]).is_file()
     assert Path(shlex.split(last.partition("traceserve serve ")[2])[0]).is_file()
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_what_an_encoding_lacks_is_printed_as_json_escapes_it(stream: str) -> None:
+    text = json.dumps({"label": "日本 é 😀"}, ensure_ascii=False)
+    ready = "import sys\nfrom traceserve.commands import printing\nprinting.print_in_any_encoding()"
+    program = f"{ready}\nprint({text!r}, file=sys.{stream})"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, env=environment, check=True, timeout=60)
+    printed = getattr(done, stream)
+    assert printed.isascii() and json.loads(printed) == {"label": "日本 é 😀"}
 
 
 def test_an_unexpected_error_is_printed_as_it_is(

@@ -28,6 +28,7 @@ from traceserve.serving import configuration, instances, server
 from traceserve.serving.instances import Instance
 from traceserve_runtime import processor
 from traceserve_runtime.manifest import MANIFEST_FILE, Manifest, sha256
+from traceserve_runtime.texts.limits import RequestLimits
 
 BUILT = Serving(batch_size=64, max_batch_delay=1, response_timeout=300)
 TUNED = replace(BUILT, batch_size=8, workers=2, threads=1, length_step=8, pack_weights=True, client_timeout=30_000)
@@ -229,6 +230,9 @@ def test_a_server_may_be_given_another_configuration(mar: Path) -> None:
         assert instance.workers == {"tiny": 1} and worker_folders(instance) == {"tiny": 1}
         unpacked = Path(instance.folder, "store", "tiny", SERVING_FILE)
         assert Serving.from_yaml(unpacked.read_text()) == wanted
+        manifest = read_manifest(mar)
+        largest = RequestLimits.of(manifest.max_length, manifest.max_rows).largest_body
+        assert f"max_request_size={largest}\n" in Path(instance.folder, "config.properties").read_text()
     finally:
         instances.stop(instance, at_once=True)
     assert read_serving(mar) == BUILT

@@ -89,6 +89,17 @@ def test_the_command_shows_the_totals(served: Instance) -> None:
     assert re.search(rf"{served.port}: \d+ answers 2XX, [1-9]\d* answers 4XX, 0 answers 5XX; http", shown.stdout)
 
 
+def test_a_server_that_hangs_is_told_apart(served: Instance) -> None:
+    """Its processes are alive."""
+    os.kill(served.pid, signal.SIGSTOP)
+    try:
+        shown = subprocess.run(COMMAND, capture_output=True, text=True, timeout=60, check=True)
+    finally:
+        os.kill(served.pid, signal.SIGCONT)
+    assert "no answer" in shown.stdout and "1 of 1" not in shown.stdout
+    assert f"{served.port}: does not answer; http" in shown.stdout
+
+
 def test_it_is_watched_line_by_line_until_interrupted(served: Instance) -> None:
     watching = subprocess.Popen([*COMMAND, "--watch", "0.5"], stdout=subprocess.PIPE, text=True)
     try:

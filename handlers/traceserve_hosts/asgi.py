@@ -27,6 +27,7 @@ from typing import (
     Awaitable,
     Callable,
     Dict,
+    Iterator,
     List,
     Mapping,
     NamedTuple,
@@ -87,6 +88,7 @@ class Limits:
     largest_body: int = 64 << 20  # bytes
     queue: int = 1000  # calls that may wait; more are answered with 503
     timeout: float = 120.0  # seconds until an answer, or its first piece
+    all_bodies: int = 64 << 20  # bytes of those that are read, or wait for their answers; at least room for one
 
     def check(self, method: str, headers: Mapping[str, str]) -> None:
         """Raise Refused for a request without the key, or of another method."""
@@ -96,8 +98,9 @@ class Limits:
         if method not in _METHODS:
             raise Refused(405, "MethodNotAllowed", "send GET or POST", {"allow": ", ".join(_METHODS)})
 
-    async def body(self, headers: Mapping[str, str], receive: Receive) -> bytes:
-        """The whole body; raises Refused for a larger one, Left where the client goes before its end."""
+    async def body(self, headers: Mapping[str, str], receive: Receive, take: Callable[[int], None]) -> bytes:
+        """The whole body, for which `take` makes room; raises Refused for a larger one, Left where the client goes before its
+        end."""
         from traceserve_runtime.protocols.bodies import length_in
 
         most = self.largest_body
@@ -114,8 +117,32 @@ class Limits:
             size += len(parts[-1])
             if size > most:
                 raise too_large
+            take(len(parts[-1]))
             if not message.get("more_body", False):
                 return b"".join(parts)
+
+
+class Bodies:
+    """The room for the bodies of all requests together: one client's few large ones must not end the process."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._room = max(limits.all_bodies, limits.largest_body)
+
+    @contextlib.contextmanager
+    def of_a_request(self) -> Iterator[Callable[[int], None]]:
+        """Gives what makes room for so many bytes more, until the request ends; it raises Refused where there is none."""
+        taken = 0
+
+        def take(count: int) -> None:
+            nonlocal taken
+            if count > self._room:
+                raise Refused(503, "Overloaded", "too many large requests wait; try again", {"retry-after": "1"})
+            taken, self._room = taken + count, self._room - count
+
+        try:
+            yield take
+        finally:
+            self._room += taken
 
 
 def _demanded(key: Union[str, Path]) -> str:
@@ -161,6 +188,7 @@ class Application:
         self._service = service
         self._batcher = batcher
         self._limits = limits
+        self._bodies = Bodies(limits)
         self._health = _Health()
         self._canary: Optional[asyncio.Future[None]] = None  # on its way, for all who ask meanwhile
 
@@ -225,9 +253,10 @@ class Application:
         self._limits.check(scope["method"], headers)
         located = self._located(path)
         self._check_queue()
-        call = self._call(located, headers, await self._limits.body(headers, receive))
-        self._check_queue()  # others have come while the body did
-        await self._replied(self._batcher.ask(call), receive, send)
+        with self._bodies.of_a_request() as take:
+            call = self._call(located, headers, await self._limits.body(headers, receive, take))
+            self._check_queue()  # others have come while the body did
+            await self._replied(self._batcher.ask(call), receive, send)
 
     def _check_queue(self) -> None:
         """Raise Refused where too many calls wait."""

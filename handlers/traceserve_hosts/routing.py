@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, AsyncIterator, Callable, Dict, List, Mapping, 
 from traceserve_hosts.asgi import (
     LIVENESS,
     Asgi,
+    Bodies,
     Limits,
     Message,
     Receive,
@@ -45,6 +46,7 @@ class Router:
     def __init__(self, shares: Mapping[str, Mapping[str, float]], limits: Limits, ask: Ask) -> None:
         self._shares = shares
         self._limits = limits
+        self._bodies = Bodies(limits)
         self._ask = ask
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -66,11 +68,12 @@ class Router:
         if path.strip("/") in ("v1/models", "models"):
             await replied(send, 200, self._models())
             return
-        body = await self._limits.body(headers, receive)
-        name, version, path = self._located(path, headers, body)
-        asked = {key: scope[key] for key in _PASSED if key in scope}
-        async for message in self._ask(name, version, {**asked, "path": path}, body):
-            await send(message)
+        with self._bodies.of_a_request() as take:
+            body = await self._limits.body(headers, receive, take)
+            name, version, path = self._located(path, headers, body)
+            asked = {key: scope[key] for key in _PASSED if key in scope}
+            async for message in self._ask(name, version, {**asked, "path": path}, body):
+                await send(message)
 
     async def _answer_health(self, send: Send) -> None:
         """200 where every version of every archive answers."""

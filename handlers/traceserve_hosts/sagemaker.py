@@ -78,7 +78,7 @@ def main(arguments: Sequence[str], model: str = MODEL, environment: Mapping[str,
             return f"{name} should be a whole number of 1 or more, not {value!r}"
     try:
         archive = web.loaded(model)
-        application = web.application(archive, int(megabytes) << 20)
+        application = web.application(archive)
     except RuntimeError as error:
         return str(error)
     web.serve_until_signal(Container(application, archive.batch_size, int(megabytes)), "0.0.0.0", int(port))

@@ -47,8 +47,13 @@ def loaded(address: str, name: Optional[str] = None, trusted: Optional[str] = No
     return load_archive(address, os.environ.get(DIGEST_VARIABLE) or None, name, gpu=_DRIVER.exists(), trusted=pem)
 
 
-def application(archive: Loaded, largest_body: int) -> Application:
-    """The archive as an ASGI application; `largest_body` in bytes."""
+def application(archive: Loaded, largest_body: Optional[int] = None) -> Application:
+    """The archive as an ASGI application; `largest_body` in bytes, by default what a request within its limits has at most."""
+    from traceserve_runtime.texts.limits import RequestLimits
+
+    if largest_body is None:
+        manifest = archive.service.served.manifest
+        largest_body = RequestLimits.of(manifest.max_length, manifest.max_rows).largest_body
     limits = Limits(key_from_environment(), largest_body, timeout=archive.timeout)
     return Application(archive.service, Batcher(archive.service, archive.batch_size, archive.batch_delay), limits)
 
@@ -79,7 +84,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> Optional[str]:
     parser.add_argument("--name", help="under which it is served [the archive's own]")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8080)
-    parser.add_argument("--largest-body", type=int, default=64, metavar="MIB")
+    parser.add_argument(
+        "--largest-body", type=int, metavar="MIB", help="[that of a request within the archive's limits]"
+    )
     parser.add_argument(
         "--require-signature", metavar="PUBLIC_KEY", help="or certificates: the archive has to be signed by it"
     )
@@ -92,7 +99,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> Optional[str]:
         if refused is not None:
             return refused
         archive = loaded(options.archive, options.name, options.require_signature)
-        served = application(archive, options.largest_body << 20)
+        served = application(archive, None if options.largest_body is None else options.largest_body << 20)
     except RuntimeError as error:
         return str(error)
     serve_until_signal(served, options.host, options.port, options.certificate, options.key)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import re
 import signal
 import sys
+import threading
 from pathlib import Path
-from typing import NoReturn, Optional, Sequence
+from typing import Callable, List, NoReturn, Optional, Sequence
 
 from traceserve_hosts import libraries
 from traceserve_runtime.errors import TraceserveError
@@ -37,13 +39,20 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
 
     Commands whose 1 answers a question (see `Command.trouble`) return 2 for errors."""
     libraries.set_defaults()
+    printing.print_in_any_encoding()
+    _struck.clear()
     _end_by_signals()
     try:
         return _run(_parse(sys.argv[1:] if arguments is None else arguments))
     except _Interrupted:
-        with contextlib.suppress(OSError):  # the terminal may be gone
-            printing.print_line("interrupted; nothing was left half-made", error=True)
-        return 130
+        return _interrupted()
+
+
+def _interrupted() -> int:
+    """Say that a signal ended the command; returns its exit code."""
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        printing.print_line("interrupted; nothing was left half-made", error=True)
+    return 130
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -57,6 +66,8 @@ def _run(options: argparse.Namespace) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:  # an outer edge
+        if _struck:  # some libraries raise their own exception for any, also for a signal's
+            return _interrupted()
         full = _full_disk(error, options)
         if full:
             printing.print_error(full)
@@ -86,6 +97,7 @@ def _tell_where_servers_are(command: Command) -> None:
             printing.print_note(note, error=True)
 
 
+_AGAIN = 0.01  # seconds until a signal is sent again
 _HANG_UP: Optional[int] = getattr(signal, "SIGHUP", None)  # the end of the terminal; not on Windows
 
 
@@ -95,6 +107,8 @@ def _end_by_signals() -> None:
         # `nohup` starts a command with SIGHUP ignored.
         if number is not None and not (number == _HANG_UP and signal.getsignal(number) is signal.SIG_IGN):
             signal.signal(number, _interrupt)
+    if getattr(sys.unraisablehook, "func", None) is not _unraisable:  # a program may run several commands
+        sys.unraisablehook = functools.partial(_unraisable, sys.unraisablehook)
 
 
 class _Interrupted(BaseException):
@@ -102,10 +116,26 @@ class _Interrupted(BaseException):
     libraries, Python kills itself at the end even if it was caught."""
 
 
+_struck: List[int] = []  # the signals that came
+
+
 def _interrupt(number: int, frame: object) -> NoReturn:
+    _struck.append(number)
     if number == _HANG_UP:  # the shell and the system may both send it; the second would end the stopping of servers
         signal.signal(number, signal.SIG_IGN)
     raise _Interrupted
+
+
+def _unraisable(otherwise: Callable[[sys.UnraisableHookArgs], object], lost: sys.UnraisableHookArgs) -> None:
+    """Send the signal again where its exception was lost: Python discards one that is raised in a destructor, or in a weak
+    reference's callback, and a signal may strike there."""
+    if issubclass(lost.exc_type, _Interrupted):
+        here = threading.get_ident()  # which may sleep: to another thread, a signal would not wake it
+        again = threading.Timer(_AGAIN, signal.pthread_kill, (here, signal.SIGINT))
+        again.daemon = True
+        again.start()
+    else:
+        otherwise(lost)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:

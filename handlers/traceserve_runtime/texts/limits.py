@@ -14,6 +14,8 @@ from traceserve_runtime.errors import InputTooLong
 _FULL_ROWS, _SHARE_OF_FULL_ROWS = 64, 4
 # Prose has 4 to 6. A text with more is mostly spaces, or not in the vocabulary.
 _CHARACTERS_PER_TOKEN = 8
+# In JSON, as two escapes of UTF-16; and what a request may have beside its texts.
+_BYTES_PER_CHARACTER, _BYTES_BESIDE = 12, 2 << 20
 
 
 class RequestLimits(NamedTuple):
@@ -28,6 +30,11 @@ class RequestLimits(NamedTuple):
         """Return the limits of a model."""
         tokens = max_length * max(_FULL_ROWS, max_rows // _SHARE_OF_FULL_ROWS)
         return cls(max_rows, tokens, tokens * _CHARACTERS_PER_TOKEN)
+
+    @property
+    def largest_body(self) -> int:
+        """The bytes that a request within these limits has at most, however it is written; a larger one need not be read."""
+        return self.characters * _BYTES_PER_CHARACTER + _BYTES_BESIDE
 
     def of_text(self, text: str, field: Optional[str]) -> Optional[InputTooLong]:
         """Return why a text is not tokenized, or None."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import json
 import re
+import sys
 from typing import TYPE_CHECKING, Any, Optional, Sequence, Tuple
 
 from traceserve_runtime.errors import TraceserveError
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
     from traceserve.building.gate.findings import Findings
 
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # not tabs and line ends
+_ESCAPED = "traceserve.escaped"  # how Python calls `_escaped`
 _WIDE = 100_000  # characters, of what is no terminal
 _COLOURS = {  # of words that begin a line
     "note": "cyan",
@@ -27,6 +31,20 @@ _COLOURS = {  # of words that begin a line
     "verified": "green",
     "updated": "green",
 }
+
+
+def print_in_any_encoding() -> None:
+    """Let the output hold characters that its encoding lacks, as escapes that JSON has too: no answer is lost for a label."""
+    codecs.register_error(_ESCAPED, _escaped)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=_ESCAPED)
+
+
+def _escaped(error: UnicodeError) -> Tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    units = error.object[error.start : error.end].encode("utf-16-be", "surrogatepass")
+    return "".join(f"\\u{units[i]:02x}{units[i + 1]:02x}" for i in range(0, len(units), 2)), error.end
 
 
 def console(error: bool = False) -> Console:

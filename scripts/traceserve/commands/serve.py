@@ -103,9 +103,9 @@ def _add_front(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--largest-body",
         type=positive,
-        default=64,
         metavar="MIB",
-        help="the size limit of a request or an answer [%(default)s MiB]",
+        help="the size limit of a request or an answer [of a request what one within the archives' limits has at most; of an "
+        "answer 64 MiB]",
     )
     parser.add_argument(
         "--metrics-port",

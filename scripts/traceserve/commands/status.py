@@ -74,15 +74,18 @@ def _status(options: argparse.Namespace) -> int:
         print_line("no server is running")
         return 0
     screen = console()
-    screen.print(_servers(running))
+    by_status = {instance.port: _by_status(instance) for instance in running}
+    screen.print(_servers(running, [port for port, words in by_status.items() if words is None]))
     screen.print(_report([*_since_start(running)], "since the start"))
     for instance in running:
+        words = by_status[instance.port]
         places = f"{instance.url}/predictions/, metrics {instance.metrics_url}, log {instance.log}"
-        print_line(f"{instance.port}: {_by_status(instance)}{places}")
+        print_line(f"{instance.port}: {'does not answer; ' if words is None else words}{places}")
     return 0
 
 
-def _servers(running: Sequence[Instance]) -> Table:
+def _servers(running: Sequence[Instance], silent: Sequence[int]) -> Table:
+    """Return a table of the servers; `silent`: the ports of those that do not answer, whose processes say nothing."""
     from rich.table import Table
 
     from traceserve.serving import instances
@@ -92,7 +95,7 @@ def _servers(running: Sequence[Instance]) -> Table:
         alive = instances.workers_alive(instance)
         up = _duration_since(instance.started)
         for name in instance.names:
-            workers = f"{alive[name]} of {instance.workers[name]}"
+            workers = "no answer" if instance.port in silent else f"{alive[name]} of {instance.workers[name]}"
             table.add_row(name, _version(instance, name), str(instance.port), workers, up, str(instance.pid))
     return table
 
@@ -111,8 +114,8 @@ def _version(instance: Instance, name: str) -> str:
     return ""
 
 
-def _by_status(instance: Instance) -> str:
-    """Return the number of answers by status, including the frontend's own refusals."""
+def _by_status(instance: Instance) -> Optional[str]:
+    """Return the number of answers by status, including the frontend's own refusals; None where it does not answer."""
     from traceserve.measuring import activity
     from traceserve.serving import engines
 
@@ -121,7 +124,7 @@ def _by_status(instance: Instance) -> str:
     try:
         counts = activity.answers_by_status(instance)
     except OSError:
-        return "no metrics, "
+        return None
     return ", ".join(f"{count:,} answers {status}" for status, count in counts.items()) + "; "
 
 

@@ -9,6 +9,8 @@ import socket
 from pathlib import Path
 from typing import Dict, List, Mapping, Tuple
 
+from traceserve_runtime.manifest import Manifest
+
 from traceserve.archives.contents import configure_unpacked, unpack
 from traceserve.archives.model_config import Serving
 from traceserve.errors import ServerError
@@ -58,7 +60,7 @@ def configure_server(
         "disable_token_authorization": str(not demands_keys(host, front)).lower(),
         "token_expiration_min": _KEY_MINUTES,
         "install_py_dep_per_model": "false",
-        **front.properties(),
+        **front.properties(Manifest.read(store / name) for name in files),
         "metrics_mode": "prometheus",
         "metrics_config": folder / "metrics.yaml",
         "disable_system_metrics": "true",

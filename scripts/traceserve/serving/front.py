@@ -5,11 +5,14 @@ from __future__ import annotations
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, Optional, Union
+from typing import Dict, Iterable, Optional, Union
+
+from traceserve_runtime.manifest import Manifest
+from traceserve_runtime.texts.limits import RequestLimits
 
 from traceserve.errors import ServerError
 
-_LARGEST_BODY = 64  # MiB; a batch of token embeddings is larger than TorchServe's default of 6.5 MB
+_LARGEST_ANSWER = 64  # MiB; a batch of token embeddings is larger than TorchServe's default of 6.5 MB
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,8 @@ class FrontendOptions:
     certificate: Optional[Path] = None  # PEM, with its chain
     key: Optional[Path] = None  # PEM, without a password; for TorchServe RSA
     queue: int = 1000  # queued requests per model; any more are answered with 503
-    largest_body: int = _LARGEST_BODY  # MiB, per request or answer
+    # MiB, per request or answer; None: of a request what one within the archives' limits has at most.
+    largest_body: Optional[int] = None
     keys: bool = True  # beyond the loopback address; without them something before it decides who may ask
     metrics_port: Optional[int] = None  # at the host's address; None: a free loopback port
 
@@ -47,12 +51,17 @@ class FrontendOptions:
         """The scheme of its URLs."""
         return "https" if self.certificate else "http"
 
-    def properties(self) -> Dict[str, Union[str, int, Path]]:
-        """Return the options in config.properties."""
-        size = self.largest_body << 20
+    def largest_request(self, manifests: Iterable[Manifest]) -> int:
+        """Return the bytes that a request to these archives may have."""
+        if self.largest_body is not None:
+            return self.largest_body << 20
+        return max(RequestLimits.of(each.max_length, each.max_rows).largest_body for each in manifests)
+
+    def properties(self, manifests: Iterable[Manifest]) -> Dict[str, Union[str, int, Path]]:
+        """Return the options in config.properties of a server of these archives."""
         found: Dict[str, Union[str, int, Path]] = {
-            "max_request_size": size,
-            "max_response_size": size,
+            "max_request_size": self.largest_request(manifests),
+            "max_response_size": (self.largest_body or _LARGEST_ANSWER) << 20,
             "job_queue_size": self.queue,
         }
         if self.cors_origin is not None:

@@ -280,7 +280,8 @@ def _deploy(plan: ServerPlan, instance: Instance, address: str, variables: Mappi
         for key, archive in plan.archives.items()
     ]
     front = plan.front
-    options = ray_config.Options(front.queue, front.largest_body << 20, front.cors_origin)
+    largest = front.largest_request(archive.manifest for archive in plan.archives.values())
+    options = ray_config.Options(front.queue, largest, front.cors_origin)
     try:
         applications = ray_config.applications(hosted, options)
     except ValueError as error:
