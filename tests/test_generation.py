@@ -30,8 +30,10 @@ from traceserve_runtime.generation.search import Sampling
 from traceserve_runtime.protocols.events import Stops
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Answer, ModelFacts, Request
+from traceserve_runtime.tasks.generating import Generating
 from traceserve_runtime.tasks.generation_parameters import PARAMETERS, SAMPLING
 from traceserve_runtime.tasks.parameters import Parameter
+from traceserve_runtime.tasks.token_details import token_details
 from traceserve_runtime.texts import chat
 from traceserve_runtime.texts.rows import Encoded
 from traceserve_runtime.texts.written_text import NEIGHBOURS, WORDS, added_texts
@@ -306,6 +308,43 @@ def continued(engine: Engine, fields: Dict[str, Any], continues: bool = True, **
 
 
 STOP = next(parameter for parameter in TASKS["text_generation"].parameters if parameter.name == "stop")
+
+
+def test_a_lone_space_is_no_special_token(tmp_path: Path) -> None:
+    tokenizer = read(KINDS["sentencepiece"](), tmp_path)
+    space, pad = (tokenizer.token_id(token) for token in ("\u2581", "<pad>"))
+    word = next(number for number in range(tokenizer.vocabulary_size) if tokenizer.decode([number], True).isalpha())
+    assert space is not None and pad is not None
+    assert tokenizer.decode([space], False) == "" and tokenizer.special_of([space, pad, word]) == {pad}
+    output = {"tokens": np.array([word, space, pad]), "logarithms": np.zeros(3)}
+    assert [(each["text"], each["special"]) for each in token_details(tokenizer, output)["tokens"]] == [
+        (tokenizer.decode([word], True), False),
+        (" ", False),
+        ("<pad>", True),
+    ]
+
+
+def test_only_special_tokens_are_stop_strings_by_themselves(made: Callable[[str], Made], tmp_path: Path) -> None:
+    tokenizer = read(KINDS["sentencepiece"](), tmp_path)
+    space, pad = (tokenizer.token_id(token) for token in ("\u2581", "<pad>"))
+    assert space is not None and pad is not None
+    task = TASKS["text_generation"](made("llama")[0].manifest, tokenizer)
+    assert isinstance(task, Generating)
+    ends = task._ends(Request({"text": "a"}, {"stop": ["\u2581", "<pad>"]}), [], task.text)
+    assert ends is not None and not ends([space]) and ends([space, pad])
+
+
+def test_what_is_cleaned_up_is_sent_once_it_cannot_change(made: Callable[[str], Made], tmp_path: Path) -> None:
+    manifest = made("llama")[0].manifest
+    facts = replace(manifest.tokenizer, clean_up=True)
+    tokenizer = read(KINDS["byte-level"](), tmp_path, clean_up=True)
+    task = TASKS["text_generation"](replace(manifest, tokenizer=facts), tokenizer)
+    assert isinstance(task, Generating)
+    tokens = ["I", "do", "n", "'", "t", "know", ",", "it", "'", "s", "a", "'", "re", "?", "n", "'", "n", "'", "m"]
+    whole = tokenizer.cleaned(" ".join(tokens))
+    assert whole == "I don't know, it's a're? n'n'm"
+    for count in range(1, len(tokens) + 1):
+        assert whole.startswith(task._settled(tokenizer.cleaned(" ".join(tokens[:count]))))
 
 
 def test_stop_strings_are_few_and_short() -> None:
@@ -632,6 +671,20 @@ def test_without_a_limit_the_room_is_filled(made: Callable[[str], Made]) -> None
     text = " ".join(TEXTS)[:100]
     [value] = answers(engine, [Request({"text": text})])
     assert written(value) == original(made("llama"), text, max_new_tokens=128 - len(tokenizer(text)["input_ids"]))
+
+
+def test_an_archive_may_truncate_and_tell_details(
+    made: Callable[[str], Made], checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    content = {"task": "text_generation", "max_length": 128, "parameters": {"truncate": 4, "details": True}}
+    run_export(tmp_path / "x", {"model_name": str(checkpoint("llama", "AutoModelForCausalLM")), **content})
+    engine, wanted = Engine.load(tmp_path / "x"), {"max_new_tokens": 8, "truncate": 4, "details": True}
+    text = TEXTS[1]
+    cut, whole = (Request({"text": text}, {"max_new_tokens": 8, **more}) for more in ({}, {"long_inputs": "reject"}))
+    plain = Request({"text": text}, {"max_new_tokens": 8, "details": True})
+    assert answers(engine, [cut, whole]) == answers(made("llama")[0], [Request({"text": text}, wanted), plain])
+    [refused] = engine.answer([Request({"text": text}, {"truncate": 100, "long_inputs": "reject"})])
+    assert isinstance(refused, InvalidRequest) and refused.field == "parameters.truncate"
 
 
 def test_parameters_that_contradict_each_other(made: Callable[[str], Made]) -> None:

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections import Counter
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import models
 import numpy as np
@@ -19,11 +19,12 @@ from traceserve.building.checkpoints import generation, sources
 from traceserve.building.config.parsing import parse_config
 from traceserve.building.gate.texts import SENTENCES
 from traceserve.errors import SourceError
+from traceserve_runtime import tasks as runtime
 from traceserve_runtime.engine import Engine
-from traceserve_runtime.errors import TraceserveError
+from traceserve_runtime.errors import TraceserveError, Unsupported
 from traceserve_runtime.generation import scores as loop
 from traceserve_runtime.generation.scores import GenerationSettings
-from traceserve_runtime.tasks.contract import Request
+from traceserve_runtime.tasks.contract import ModelFacts, Request
 
 TEXTS = [text for text in SENTENCES if text][:4]
 TASKS = {
@@ -127,6 +128,37 @@ def test_settings_of_sampling_are_defaults_of_its_parameters(checkpoint: Checkpo
     source = copy(checkpoint, tmp_path / "mine", "gpt2", **settings)
     engine = exported(tmp_path / "out", "gpt2", source)
     assert {key: engine.manifest.parameters[key] for key in settings} == settings
+
+
+@pytest.mark.parametrize(
+    ("generation", "chosen", "samples"),
+    [
+        ({"temperature": 0.5, "top_k": 3}, {}, None),
+        ({}, {"seed": 3}, True),
+        ({"temperature": 0.5}, {"top_p": 0.9}, True),
+        ({}, {"seed": 3, "do_sample": False}, False),
+        ({}, {"seed": 3, "temperature": 0}, None),
+        ({"num_beams": 3}, {"seed": 3}, True),
+        ({"num_beams": 3}, {"seed": 3, "num_beams": 1}, True),
+    ],
+)
+def test_a_configuration_that_sets_a_parameter_of_sampling_samples(
+    generation: Dict[str, Any], chosen: Dict[str, Any], samples: Optional[bool]
+) -> None:
+    """As a request does; the checkpoint's settings do not."""
+    model = ModelFacts({}, generation, {}, (), None, lambda name: None)
+    task = runtime.TASKS["text_generation"]
+    assert task.archive_defaults(model, chosen).get("do_sample") is samples
+
+
+@pytest.mark.parametrize(
+    ("chosen", "words"),
+    [({"seed": 3, "num_beams": 2}, "leave either num_beams or seed out"), ({"details": True}, 'add "num_beams": 1')],
+)
+def test_parameters_that_no_request_could_have_are_refused(chosen: Dict[str, Any], words: str) -> None:
+    model = ModelFacts({}, {}, {}, (), None, lambda name: None)
+    with pytest.raises(Unsupported, match=words):
+        runtime.TASKS["text2text_generation"].archive_defaults(model, chosen)
 
 
 @pytest.mark.parametrize("parameters", [{"num_beams": 1}, {"do_sample": False}], ids=["samples", "beams"])

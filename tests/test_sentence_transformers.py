@@ -18,7 +18,7 @@ from traceserve.building.config.parsing import parse_config
 from traceserve.building.gate.texts import SENTENCES
 from traceserve.errors import SourceError
 from traceserve_runtime.engine import Engine
-from traceserve_runtime.errors import InvalidRequest
+from traceserve_runtime.errors import InvalidRequest, Unsupported
 from traceserve_runtime.tasks.contract import Answer, Request
 
 Make = Callable[..., Path]
@@ -215,6 +215,8 @@ def test_prompts_of_requests(checkpoint: Make, tmp_path: Path) -> None:
     [unknown] = engine.answer([Request({"text": text}, {"prompt_name": "passages"})])
     assert isinstance(unknown, InvalidRequest) and unknown.field == "parameters.prompt_name"
     assert "no prompt passages; it has: query, document, passage, plain" in unknown.message
+    [unknown] = engine.answer([Request({"text": text}, {"prompt_name": "passages", "prompt": "the town, "})])
+    assert isinstance(unknown, InvalidRequest) and unknown.field == "parameters.prompt_name"
     [other] = engine.answer([Request({"text": text}, {"pooling": "mean+max"})])
     assert not isinstance(other, Answer)
     long = "word " * 190
@@ -224,6 +226,23 @@ def test_prompts_of_requests(checkpoint: Make, tmp_path: Path) -> None:
     assert end == len(long) and long[start:].strip().startswith(("word", "ord", "rd", "d"))
     [windows] = engine.answer([Request({"text": long})])
     assert isinstance(windows, Answer) and len(windows.value) == 8
+
+
+def test_dimensions_of_the_configuration(checkpoint: Make, tmp_path: Path) -> None:
+    """As many numbers as it says, scaled to length 1 again; not more than the model has."""
+    source = encoder(checkpoint("bert", "AutoModel"), tmp_path / "mine", [pooling("mean_tokens"), NORMALIZE])
+    whole = vectors(exported(tmp_path / "whole", source))
+    short = exported(tmp_path / "short", source, parameters={"dimensions": 5, "normalize": True})
+    expected = whole[:, :5] / np.linalg.norm(whole[:, :5], axis=1, keepdims=True)
+    np.testing.assert_allclose(vectors(short), expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(vectors(short, dimensions=32), whole, rtol=1e-4, atol=1e-6)
+    [refused] = short.answer([Request({"text": "a"}, {"dimensions": 4, "pooling": "none"})])
+    assert isinstance(refused, InvalidRequest) and refused.field == "parameters.dimensions"
+    with pytest.raises(Unsupported, match="dimensions is 33, but this model's vectors have 32 numbers"):
+        exported(tmp_path / "long", source, parameters={"dimensions": 33})
+    narrow = encoder(checkpoint("bert", "AutoModel"), tmp_path / "narrow", [pooling("mean_tokens"), dense(32, 8)])
+    with pytest.raises(Unsupported, match="dimensions is 9, but this model's vectors have 8 numbers"):
+        exported(tmp_path / "narrower", narrow, parameters={"dimensions": 9})
 
 
 STANDARD = [pooling("mean_tokens")]

@@ -25,6 +25,7 @@ from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.events import Stops, cut_at_stop
 from traceserve_runtime.service import Call, Reply, Service
 from traceserve_runtime.tasks import TASKS
+from traceserve_runtime.texts.tokenization import clean_up
 
 LLAMA = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
 TEXT, OTHER = "The boat is small.", "Bread is baked every morning."
@@ -352,6 +353,96 @@ def test_a_stream_of_hugging_face_has_its_tokens(services: Dict[str, Service]) -
     assert [e["token"]["logprob"] for e in found] == [token["logprob"] for token in wanted["details"]["tokens"]]
     assert "".join(e["token"]["text"] for e in found) == wanted["generated_text"] == found[-1]["generated_text"]
     assert found[-1]["details"]["finish_reason"] == "length" and all(e["details"] is None for e in found[:-1])
+
+
+@pytest.mark.parametrize("only", [(), ("<pad>", "a", "b")], ids=["any", "special"])
+def test_a_streams_tokens_are_those_of_its_details(services: Dict[str, Service], only: Tuple[str, ...]) -> None:
+    """Parts of characters have their text together, at the last of them; and special tokens have none."""
+    service = services["text_generation"]
+    bias = {str(service.engine.task.tokenizer.token_id(token)): 100 for token in only}
+    joined = special = 0
+    for seed in range(4):
+        parameters = {"max_new_tokens": 30, "return_full_text": False, "seed": seed, "logit_bias": bias}
+        [wanted] = ask(service, "", {"text": PROMPT, "parameters": {**parameters, "details": True}})
+        text, _ = stream(service, "hf", {"inputs": PROMPT, "parameters": parameters, "stream": True})
+        told = [event["token"] for event in events(text)]
+        expected = [{**each, "text": "" if each["special"] else each["text"]} for each in wanted["details"]["tokens"]]
+        assert told == expected
+        joined += sum(not each["text"] and not each["special"] for each in told)
+        special += sum(each["special"] for each in told)
+    assert (special if only else joined) > 5
+
+
+# Texts that are searched with beams by default, and defaults that stop
+
+
+@pytest.fixture(scope="module")
+def translator(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Service:
+    folder = tmp_path_factory.mktemp("translator") / "x"
+    source = checkpoint("t5", "AutoModelForSeq2SeqLM")
+    run_export(folder, {"model_name": str(source), "task": "text2text_generation", "max_length": 16})
+    return Service(Engine.load(folder), "translator")
+
+
+def test_log_probabilities_are_those_without_beams(translator: Service) -> None:
+    greedy = {"max_new_tokens": 6, "num_beams": 1}
+    wanted = ask(translator, "", {"text": TEXT, "parameters": greedy})["generated_text"]
+    [choice] = ask(translator, "v1/completions", {"prompt": TEXT, "max_tokens": 6, "logprobs": 1})["choices"]
+    assert choice["text"] == wanted and choice["logprobs"]["tokens"]
+
+
+def test_a_stream_of_hugging_face_has_no_beams(services: Dict[str, Service], monkeypatch: pytest.MonkeyPatch) -> None:
+    service = services["text_generation"]
+    body = {"inputs": PROMPT, "parameters": {"max_new_tokens": 6}, "stream": True}
+    wanted, _ = stream(service, "hf", body)
+    monkeypatch.setitem(service.engine.manifest.parameters, "num_beams", 3)
+    found, _ = stream(service, "hf", body)
+    assert found == wanted
+    error = ask(service, "hf", {**body, "parameters": {"num_beams": 2}}, 400)["error"]
+    assert error.startswith("parameters.num_beams: beams are not streamed")
+
+
+@pytest.mark.parametrize("truncation", ["longest_first", "only_first"])
+def test_hugging_faces_client_may_have_long_texts_truncated(translator: Service, truncation: str) -> None:
+    def asking(**parameters: Any) -> Any:
+        return {"inputs": f"{TEXT} " * 9, "parameters": {"max_new_tokens": 3, **parameters}}
+
+    found = ask(translator, "hf", asking(truncation=truncation))
+    assert found == ask(translator, "hf", asking(long_inputs="truncate"))
+    assert "tokens" in ask(translator, "hf", asking(truncation="do_not_truncate"), 413)["error"]
+    assert "not supported" in ask(translator, "hf", asking(truncation="only_second"), 400)["error"]
+
+
+def test_hugging_faces_client_may_have_texts_cleaned_up(translator: Service, services: Dict[str, Service]) -> None:
+    name, tokenizer = "clean_up_tokenization_spaces", translator.engine.task.tokenizer
+    spaced = [number for token in ("\u0120", ".", ",") for number in [tokenizer.token_id(token)] if number is not None]
+    assert len(spaced) == 3
+    bias = {str(number): 100 for number in spaced}
+
+    def text(**more: Any) -> str:
+        parameters = {"max_new_tokens": 12, "num_beams": 1, "logit_bias": bias, "no_repeat_ngram_size": 2, **more}
+        [found] = ask(translator, "hf", {"inputs": TEXT, "parameters": parameters})
+        return str(found["translation_text"])
+
+    assert text() == text(**{name: False}) and text(**{name: True}) == clean_up(text()) != text()
+    body = {"inputs": PROMPT, "parameters": {name: True}, "stream": True}
+    error = ask(services["text_generation"], "hf", body, 400)["error"]
+    assert error.startswith(f"parameters.{name}: ")
+
+
+def test_openais_texts_end_before_a_stop_string_of_the_archive(
+    services: Dict[str, Service], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = services["text_generation"]
+    body = {"prompt": PROMPT, "max_tokens": 24}
+    whole = ask(service, "v1/completions", body)["choices"][0]["text"]
+    stop = next(whole[i : i + 2] for i in range(4, len(whole)) if "\ufffd" not in whole[i : i + 2])
+    expected = ask(service, "v1/completions", {**body, "stop": stop})["choices"]
+    assert stop not in expected[0]["text"]
+    monkeypatch.setitem(service.engine.manifest.parameters, "stop", [stop])
+    assert ask(service, "v1/completions", body)["choices"] == expected
+    text, _ = stream(service, "v1/completions", {**body, "stream": True})
+    assert "".join(event["choices"][0]["text"] for event in events(text)) == expected[0]["text"]
 
 
 @pytest.mark.parametrize("streamed", [False, True])

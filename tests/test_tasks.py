@@ -328,6 +328,22 @@ def test_fill_mask_without_a_padding_token(checkpoint: Callable[..., Path], tmp_
     assert_equal(got, pipeline(text))
 
 
+def test_fill_mask_cleans_up_as_the_pipeline(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    source = tmp_path / "mine"
+    shutil.copytree(checkpoint("bert", "AutoModelForMaskedLM"), source)
+    path = source / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "clean_up_tokenization_spaces": True}))
+    run_export(tmp_path / "x", {"model_name": str(source), "task": "fill_mask", "max_length": 64})
+    engine, pipeline = Engine.load(tmp_path / "x"), transformers.pipeline("fill-mask", model=str(source))
+    for text in ("I don't know the [MASK].", "It's [MASK], we've seen [MASK]'s boat."):
+        got = answer(engine, {"text": text})
+        assert_equal(got, pipeline(text))
+        first = got[0][0] if isinstance(got[0], list) else got[0]
+        assert "don't" in first["sequence"] or "it's" in first["sequence"]
+    other = [{**got[0][0], "sequence": "it ' s"}]
+    assert engine.task.same(got[0], got[0]) and not engine.task.same(got[0], other)
+
+
 # Errors.
 
 

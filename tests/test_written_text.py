@@ -17,7 +17,7 @@ from traceserve.building.gate.texts import SENTENCES
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.manifest import TokenizerFacts
 from traceserve_runtime.tasks import TASKS
-from traceserve_runtime.tasks.contract import Answer, Request
+from traceserve_runtime.tasks.contract import Answer, Job, Request
 from traceserve_runtime.tasks.generating import Generating
 from traceserve_runtime.texts.tokenization import TextTokenizer
 from traceserve_runtime.texts.written_text import WrittenText
@@ -184,3 +184,30 @@ def test_streams_and_details_are_those_of_the_whole_text(
     monkeypatch.setattr(engine.task.tokenizer, "decodes_locally", False)
     assert told() == (answers, pieces) and len(answers) == len(asked)
     assert len(pieces) == 80 * (len(asked) - 1)
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_bytes_are_sent_once_none_of_them_can_change(special: bool, tmp_path: Path, artifact: Path) -> None:
+    """A wrong byte spoils the text of all that stand before it, and special tokens part none."""
+    tokenizer = read(KINDS["llama"](), tmp_path)
+    assert not read(KINDS["byte-level"](), tmp_path).ends_in_bytes([100])
+    task = TASKS["text_generation"](Engine.load(artifact).manifest, tokenizer)
+    assert isinstance(task, Generating)
+    first = tokenizer.token_id("<0x00>")
+    assert first is not None
+    chosen = random.Random(3)
+    words = [tokenizer.token_ids(text) for text in ("train", "é", "日本", "a train")]
+    for _ in range(60):
+        ids: List[int] = []
+        while len(ids) < 100:
+            ids += chosen.choice([*words, [first + chosen.randrange(128, 256)], *([[1]] if special else [])])
+        pieces: List[str] = []
+        job = Job(None, Request({"text": "a"}, {"stream": True}), pieces.append)  # type: ignore[arg-type]
+        written = WrittenText(task.text, tokenizer.decodes_locally)
+        tell = task._told(job, written.of)
+        assert tell is not None
+        for count in range(1, len(ids) + 1):
+            tell(ids[:count], ())
+            if not tokenizer.ends_in_bytes(ids[:count]):
+                assert written.of(ids[:count]) == task.text(ids[:count])
+        assert len(pieces) > 10 and all(task.text(ids).startswith(piece) for piece in pieces)

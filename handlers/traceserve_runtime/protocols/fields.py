@@ -140,6 +140,12 @@ def pooled(served: Served) -> Dict[str, object]:
     return {"pooling": "mean"} if served.manifest.parameters.get("pooling", "none") == "none" else {}
 
 
+def without_beams(served: Served) -> Dict[str, object]:
+    """Return what an archive whose texts are searched with beams needs, to tell of each token of a text."""
+    own = served.manifest.parameters
+    return {"num_beams": 1} if own.get("num_beams", 1) > 1 and not own.get("do_sample") else {}
+
+
 def classifies(served: Served) -> bool:
     """Return whether the model's task labels texts, with a selectable function."""
     return {"top_k", "function_to_apply"} <= {parameter.name for parameter in served.task.all_parameters()}

@@ -15,10 +15,12 @@ from traceserve_runtime.protocols import bodies, tei
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Body, Document, Refusal, Served
 from traceserve_runtime.protocols.events import CONTENT_TYPE, event
-from traceserve_runtime.protocols.fields import READ, Key, boolean, classifies, pooled, read_keys
+from traceserve_runtime.protocols.fields import READ, Key, boolean, classifies, pooled, read_keys, without_beams
 from traceserve_runtime.protocols.native import Plain, noted
 from traceserve_runtime.protocols.requests import check_size, in_words, parse_value
+from traceserve_runtime.protocols.wording import kind_of
 from traceserve_runtime.tasks.contract import Answer, WrittenToken
+from traceserve_runtime.texts.tokenization import clean_up
 
 CLIENT = "hf_hub/"  # in huggingface_hub's user agent
 _OLD_CLIENT = "hf_hub/0."
@@ -36,11 +38,13 @@ _ROOT: Dict[str, Key] = {
     "truncate": READ,
     "truncation_direction": Key(neutral=("right", "Right"), why="texts are cut at their end"),
 }
+# Values of "truncation", and how long texts are handled; None: as by default.
+_TRUNCATIONS = {"do_not_truncate": None, "longest_first": "truncate", "only_first": "truncate"}
 # Parameters that are no-ops or unsupported here; all others are our own.
 _PARAMETERS: Dict[str, Key] = {
     "max_question_len": READ,  # with a fast tokenizer the pipeline ignores it too
-    "clean_up_tokenization_spaces": Key(neutral=(False, True)),
-    "truncation": Key(neutral=("do_not_truncate", "longest_first", "only_first")),
+    "clean_up_tokenization_spaces": READ,
+    "truncation": Key(neutral=tuple(_TRUNCATIONS)),
     "generate_parameters": READ,
     "watermark": Key(neutral=(False,)),
     "decoder_input_details": Key(neutral=(False,)),
@@ -69,11 +73,12 @@ class HuggingFace:
         if served.task.loop and "return_full_text" in own:
             parameters.setdefault("return_full_text", False)
         if streams:
-            parameters = {**parameters, "stream": True, "details": True}
+            parameters = {**_streamed(parameters, served), "stream": True, "details": True}
         parameters = {**_defaults(served), **parameters}
         body = parse_value({"inputs": inputs, "parameters": parameters}, served.task, group, served.manifest.max_rows)
         answers = _OLD_ANSWERS if _OLD_CLIENT in headers.client else _ANSWERS
-        form = _Answers(_is_list(body), answers.get(served.task.name, _unchanged))
+        clean = _cleans_up(value, served, streams)
+        form = _Answers(_is_list(body), answers.get(served.task.name, _unchanged), clean)
         requests = [replace(request, continues=True) for request in body.requests]
         return replace(
             body, requests=requests, protocol=form, frames=_Tokens() if streams and body.streamable else None
@@ -96,19 +101,48 @@ def _parameters(value: Mapping[str, object]) -> Dict[str, object]:
     found = read_keys(value, _ROOT)
     if value.get("truncate") is not None:
         found["long_inputs"] = "truncate" if boolean(value, "truncate") else "reject"
+    given = _given(value)
+    foreign = {name: item for name, item in given.items() if name in _PARAMETERS}
+    read_keys(foreign, _PARAMETERS, "parameters")
+    how = _TRUNCATIONS.get(foreign.get("truncation") or "")
+    if how is not None:
+        found.setdefault("long_inputs", how)
+    # null counts as absent, except for top_k, where it means all.
+    return {**found, **{name: item for name, item in given.items() if name not in _PARAMETERS and item is not None}}
+
+
+def _given(value: Mapping[str, object]) -> Dict[str, Any]:
+    """Return what is in "parameters" and "generate_parameters"."""
     given = value.get("parameters")
     if given is None:
-        return found
+        return {}
     if not isinstance(given, dict):
         raise InvalidRequest('"parameters" should be an object', "parameters")
     more = given.get("generate_parameters") or {}
     if not isinstance(more, dict):
         raise InvalidRequest('"generate_parameters" should be an object', "parameters.generate_parameters")
-    given = {**more, **given}
-    foreign = {name: item for name, item in given.items() if name in _PARAMETERS}
-    read_keys(foreign, _PARAMETERS, "parameters")
-    # null counts as absent, except for top_k, where it means all.
-    return {**found, **{name: item for name, item in given.items() if name not in _PARAMETERS and item is not None}}
+    return {**more, **given}
+
+
+def _streamed(parameters: Mapping[str, object], served: Served) -> Dict[str, object]:
+    """Return a stream's parameters: each event tells of one token, which beams do not know before the end."""
+    beams = parameters.get("num_beams", 1)
+    if isinstance(beams, int) and beams > 1:
+        raise InvalidRequest(
+            'beams are not streamed; leave num_beams out, or send "num_beams": 1', "parameters.num_beams"
+        )
+    return {**without_beams(served), **parameters}
+
+
+def _cleans_up(value: Mapping[str, object], served: Served, streams: bool) -> bool:
+    """Return whether written texts are cleaned up here. Raises InvalidRequest for a stream's: what was sent would change."""
+    name = "clean_up_tokenization_spaces"
+    wanted = _given(value).get(name)
+    if not isinstance(wanted, (bool, type(None))):
+        raise InvalidRequest(f'"{name}" should be true or false, not {kind_of(wanted)}', f"parameters.{name}")
+    if wanted and streams and not served.manifest.tokenizer.clean_up:
+        raise InvalidRequest(f'"{name}" is not supported for streams; leave it out', f"parameters.{name}")
+    return bool(wanted and served.task.loop)
 
 
 def _defaults(served: Served) -> Dict[str, object]:
@@ -125,10 +159,23 @@ class _Answers(Plain):
     """Our own answers in the shapes that these clients expect, with texts as text-generation-inference returns them."""
 
     change: Callable[[Json, bool], Json] = lambda value, is_list: value
+    cleans_up: bool = False
 
     def reply(self, answers: Sequence[Answer], served: Served) -> Json:
-        values = [self.change(noted(answer.continued), self.is_list) for answer in answers]
+        noted_answers = [noted(answer.continued) for answer in answers]
+        if self.cleans_up:
+            noted_answers = list(map(_cleaned, noted_answers))
+        values = [self.change(value, self.is_list) for value in noted_answers]
         return values if self.is_list else values[0]
+
+
+def _cleaned(value: Json) -> Json:
+    """Clean up the texts in an answer of a task that writes."""
+    if isinstance(value, list):
+        return list(map(_cleaned, value))
+    if not isinstance(value, dict) or not isinstance(value.get("generated_text"), str):
+        return value
+    return {**value, "generated_text": clean_up(str(value["generated_text"]))}
 
 
 def _unchanged(value: Json, is_list: bool) -> Json:
@@ -171,42 +218,44 @@ class _Tokens:
         self._held: Optional[Tuple[WrittenToken, str]] = None  # may turn out to be the last token
 
     def piece(self, text: str, tokens: Sequence[WrittenToken]) -> bytes:
-        """Return events for the new tokens; if several were held back together, the first one has their text."""
+        """Return events for the new tokens; if several were held back together, the last one has their text."""
         self._text += text
-        events = []
-        for token, own in zip(tokens, [text, *[""] * len(tokens)]):
-            if self._held is not None:
-                events.append(self._event(self._held[0].id, self._held[0].logarithm, self._held[1], False))
-            self._held = token, own
-        return b"".join(events)
+        told = [] if self._held is None else [self._held]
+        told += [(token, "") for token in tokens]
+        if told:
+            token, own = told[-1]
+            *told, self._held = *told[:-1], (token, own + text)
+        return b"".join(self._event(token, own) for token, own in told)
 
     def end(self, text: str, answer: Answer, tokens: int) -> bytes:
         """Return the remaining tokens' events; the last one has the whole text."""
         self._text += text
         details = dict(answer.details or {})
-        rest = [(t["id"], t["logprob"], "", t["special"]) for t in list(details.get("tokens", ()))[tokens:]]
-        if self._held is not None:
-            held, own = self._held
-            rest.insert(0, (held.id, held.logarithm, own, False))
-        *before, last = rest or [(0, 0.0, "", True)]
+        rest = [] if self._held is None else [self._held]
+        new = list(details.get("tokens", ()))[tokens:]
+        rest += [(WrittenToken(each["id"], each["logprob"], each["special"]), "") for each in new]
+        rest = rest or [(WrittenToken(0, 0.0, True), "")]
+        # Clients leave out special tokens with their texts.
+        shown = [i for i, (token, _) in enumerate(rest) if not token.special]
+        place = shown[-1] if shown else len(rest) - 1
+        rest[place] = rest[place][0], rest[place][1] + text
         said: JsonObject = {
             "finish_reason": details.get("finish_reason", "length"),
             "generated_tokens": details.get("generated_tokens", 0),
             "input_length": answer.tokens,
             "seed": details.get("seed"),
         }
-        number, logarithm, own, special = last
         ended: JsonObject = {"generated_text": self._text, "details": said}
-        events = [self._event(*each) for each in before]
-        return b"".join([*events, self._event(number, logarithm, own + text, special, ended)])
+        events = [self._event(*each) for each in rest[:-1]]
+        return b"".join([*events, self._event(*rest[-1], ended)])
 
     def failed(self, error: TraceserveError) -> bytes:
         """Return the error's event."""
         return event({"error": in_words(error), "error_type": "generation"}, "")
 
-    def _event(self, token: int, logprob: float, text: str, special: bool, more: Optional[JsonObject] = None) -> bytes:
+    def _event(self, token: WrittenToken, text: str, more: Optional[JsonObject] = None) -> bytes:
         self._index += 1
-        named: JsonObject = {"id": token, "text": text, "logprob": logprob, "special": special}
+        named: JsonObject = {"id": token.id, "text": text, "logprob": token.logarithm, "special": token.special}
         return event(
             {"index": self._index, "token": named, "generated_text": None, "details": None, **(more or {})}, ""
         )

@@ -72,6 +72,7 @@ class WrittenToken(NamedTuple):
 
     id: int
     logarithm: float
+    special: bool = False
 
 
 class Job(NamedTuple):
@@ -168,6 +169,11 @@ class Task:
     def defaults(cls, model: ModelFacts) -> Dict[str, object]:
         """Return this model's defaults for parameters; raises Unsupported if the checkpoint cannot answer the task."""
         return {}
+
+    @classmethod
+    def archive_defaults(cls, model: ModelFacts, chosen: Mapping[str, object]) -> Dict[str, object]:
+        """Return this archive's defaults: those `chosen` in its configuration, and the model's. Raises Unsupported."""
+        return {**cls.defaults(model), **chosen}
 
     @classmethod
     def facts(cls, model: ModelFacts) -> Dict[str, object]:

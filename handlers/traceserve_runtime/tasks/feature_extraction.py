@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Union
+from typing import Any, Dict, List, Mapping, Sequence, Union
 
 import numpy as np
 
-from traceserve_runtime.errors import InputTooLong, InvalidRequest, TraceserveError
+from traceserve_runtime.errors import InputTooLong, InvalidRequest, TraceserveError, Unsupported
 from traceserve_runtime.json_types import Json
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runner import Arrays
@@ -68,6 +68,14 @@ class FeatureExtraction(Task):
         }
 
     @classmethod
+    def archive_defaults(cls, model: ModelFacts, chosen: Mapping[str, object]) -> Dict[str, object]:
+        """Refuse more dimensions than the model's vectors have, where their size is known."""
+        wanted, size = chosen.get("dimensions"), model.embedding.get("size")
+        if isinstance(wanted, int) and isinstance(size, int) and wanted > size:
+            raise Unsupported(f"parameters: dimensions is {wanted:,}, but this model's vectors have {size:,} numbers")
+        return super().archive_defaults(model, chosen)
+
+    @classmethod
     def facts(cls, model: ModelFacts) -> Dict[str, object]:
         """Return sentence-transformers' other facts: prompts, and the layers after the pooling."""
         return {name: model.embedding[name] for name, none in _NONE.items() if model.embedding.get(name, none) != none}
@@ -86,17 +94,21 @@ class FeatureExtraction(Task):
         """Return the request's prompt; raises InvalidRequest for a name that the model lacks."""
         prompts = self._fact("prompts")
         for parameters, where in ((request.parameters, "parameters.prompt_name"), (self.manifest.parameters, None)):
+            name = parameters.get("prompt_name")
+            if name is not None and name not in prompts:
+                known = ", ".join(prompts) or "none"
+                raise InvalidRequest(f"this model has no prompt {name}; it has: {known}", where)
             if "prompt" in parameters:
                 return str(parameters["prompt"])
-            name = parameters.get("prompt_name")
             if name is not None:
-                if name not in prompts:
-                    known = ", ".join(prompts) or "none"
-                    raise InvalidRequest(f"this model has no prompt {name}; it has: {known}", where)
                 return str(prompts[name])
         return ""
 
     def segments(self, request: Request) -> List[Segments]:
+        if "dimensions" in request.parameters and self.parameter(request, "pooling") == "none":
+            raise InvalidRequest(
+                "dimensions are those of a pooled vector; ask for a pooling (cls, mean) too", "parameters.dimensions"
+            )
         prompt = self.prompt(request)
         most = most_of_a_row(self.manifest.max_length)
         if "prompt" in request.parameters and len(prompt) > most:
@@ -128,12 +140,12 @@ class FeatureExtraction(Task):
             vectors = apply(pooled, self._fact("layers"), self._arrays)
         if self.parameter(request, "normalize"):
             vectors = normalized(vectors)
-        dimensions = request.parameters.get("dimensions") or self._fact("dimensions")
+        dimensions = self.parameter(request, "dimensions") or self._fact("dimensions")
         if dimensions is not None and pooling != "none":
             self._check_dimensions(dimensions, vectors)
             vectors = vectors[:dimensions]
-            # Only if one of these was requested.
-            asked = {"normalize", "dimensions"} & set(request.parameters)
+            # Only if one of these was requested, or this archive's configuration has dimensions.
+            asked = {"normalize", "dimensions"} & set(request.parameters) or "dimensions" in self.manifest.parameters
             if asked and self.parameter(request, "normalize"):
                 vectors = normalized(vectors)
         return [vectors.tolist()] if pooling == "none" else vectors.tolist()

@@ -171,9 +171,8 @@ class FillMask(Task):
         return sorted(found)
 
     def same(self, answer: Json, other: Json) -> bool:
-        """Require the same best token for each mask."""
-        best = [[json_objects(ranked)[0]["token"] for ranked in _ranked(value)] for value in (answer, other)]
-        return best[0] == best[1]
+        """Require the same best token for each mask, and the same text with it."""
+        return _best(answer) == _best(other)
 
     def from_texts(self, texts: Sequence[str]) -> List[Request]:
         """Mask each text's middle word, and in every third one the last word too.
@@ -197,6 +196,12 @@ class FillMask(Task):
         requests = super().warm_up_requests()
         mask = self.manifest.facts["mask_token"]
         return [Request({"text": r.inputs["text"].replace("[MASK]", mask)}, r.parameters) for r in requests]
+
+
+def _best(value: Json) -> List[Tuple[Json, Json]]:
+    """Return the best token of each mask, and its text."""
+    found = [json_objects(ranked)[0] for ranked in _ranked(value)]
+    return [(each["token"], each["sequence"]) for each in found]
 
 
 def _ranked(value: Json) -> List[Json]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Callable, ClassVar, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, ClassVar, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -68,6 +68,23 @@ class Generating(Task):
                 raise Unsupported(
                     f"generation_config.json says {written} = {value!r}, but it should be {known[name].legal}"
                 )
+        return found
+
+    @classmethod
+    def archive_defaults(cls, model: ModelFacts, chosen: Mapping[str, object]) -> Dict[str, object]:
+        """As a request does, a configuration that sets a parameter of sampling asks for it; a checkpoint's settings do not."""
+        found: Dict[str, Any] = super().archive_defaults(model, chosen)
+        named = next((name for name in SAMPLING if name in chosen), None)
+        cold = found.get("temperature", 1.0) < _COLD
+        if named is not None and "do_sample" not in chosen and not cold:
+            if chosen.get("num_beams") not in (None, 1):
+                raise Unsupported(
+                    f"parameters: beam search does not sample; leave either num_beams or {named} out, or add "
+                    '"do_sample": false'
+                )
+            found["do_sample"] = True
+        if found.get("details") and found.get("num_beams", 1) > 1 and (cold or not found.get("do_sample")):
+            raise Unsupported('parameters: details are not available with beam search; add "num_beams": 1')
         return found
 
     @classmethod
@@ -281,7 +298,7 @@ class Generating(Task):
             return None
         wanted = strings(stops)
         ids = [self.tokenizer.token_id(stop) for stop in wanted]
-        special = {number for number in ids if number is not None and not self.text([number])}
+        special = self.tokenizer.special_of(number for number in ids if number is not None)
         tail = "" if request.continues else self.text(self.tail(prompt))
         searched = tail  # a text without any of them
 
@@ -306,11 +323,17 @@ class Generating(Task):
         if emit is None or not self.streams(job.request):
             return None
         send = emit
+        kept: List[WrittenToken] = []
 
         def tell(tokens: List[int], likelihoods: Sequence[Likelihood]) -> None:
+            special = self.tokenizer.special_of(tokens[len(kept) :]) if likelihoods else ()
+            for token, each in zip(tokens[len(kept) :], likelihoods[len(kept) :]):
+                kept.append(WrittenToken(token, each.taken, token in special))
+            if self.tokenizer.ends_in_bytes(tokens):
+                return
             text = self._settled(text_of(tokens))
             if likelihoods:
-                send(text, [WrittenToken(token, each.taken) for token, each in zip(tokens, likelihoods)])
+                send(text, list(kept))
             else:
                 send(text)
 
@@ -328,11 +351,14 @@ class Generating(Task):
         """Return the part of a growing text that more tokens cannot change: no partial characters, no removable
         space."""
         text = text.rstrip("\ufffd")
-        return text.rsplit(" ", 1)[0] if self.manifest.tokenizer.clean_up and " " in text else text
+        if not self.manifest.tokenizer.clean_up:
+            return text
+        # "do n '" and "t" become "don't".
+        return text.rsplit(" ", 2 if text.endswith(" n '") else 1)[0]
 
     def same(self, answer: Json, other: Json) -> bool:
-        """Require the same text."""
-        return bool(answer == other)
+        """Require the same text; details may be compared only where both were asked for, and round otherwise."""
+        return bool(_without_details(answer) == _without_details(other))
 
     def repeatable(self, request: Request) -> bool:
         """Return False for sampled tokens: the original samples others."""
@@ -354,6 +380,13 @@ def _written(search: Search) -> Arrays:
         arrays["top_ids"] = np.stack([each.ids for each in likelihoods])
         arrays["top_logarithms"] = np.stack([each.values for each in likelihoods])
     return arrays
+
+
+def _without_details(answer: Json) -> Json:
+    """Return an answer without the details of its text."""
+    if isinstance(answer, list):
+        return [_without_details(each) for each in answer]
+    return {key: value for key, value in answer.items() if key != "details"} if isinstance(answer, dict) else answer
 
 
 def _ids(value: object) -> List[int]:

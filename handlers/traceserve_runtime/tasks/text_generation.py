@@ -63,7 +63,7 @@ class TextGeneration(Generating):
             cuts = self.long_inputs(request) == "truncate"
             most = self.parameter(request, "max_new_tokens") or 256
             wanted = min(most, self.manifest.max_length // 2) if cuts else 1
-        limit = min(self.manifest.max_length - wanted, request.parameters.get("truncate", self.manifest.max_length))
+        limit = min(self.manifest.max_length - wanted, self._most_read(request) or self.manifest.max_length)
         if limit < 1:
             raise InputTooLong(
                 f"max_new_tokens is {wanted:,}, but this model reads and writes {self.manifest.max_length:,} tokens together",
@@ -103,7 +103,7 @@ class TextGeneration(Generating):
     def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Json:
         ids = outputs[0]["tokens"].tolist()
         if self.streams(request):
-            return text_as_sent(self.text, ids)
+            return self.text(ids)
         details = self.answered_details(request, rows, outputs) if self.parameter(request, "details") else None
         return self._value(request, self.text(ids), details)
 
@@ -154,8 +154,24 @@ class TextGeneration(Generating):
             return [*earlier, {"role": last["role"], "content": last["content"] + written}]
         return [*earlier, last, {"role": "assistant", "content": written}]
 
+    def check_parameters(self, request: Request) -> None:
+        super().check_parameters(request)
+        if request.parameters.get("long_inputs") == "reject" and "truncate" in request.parameters:
+            raise InvalidRequest(
+                'a prompt is either truncated or rejected; send "truncate" or "long_inputs": "reject"',
+                "parameters.truncate",
+            )
+
+    def _most_read(self, request: Request) -> Optional[int]:
+        """Return how many tokens of the prompt are read at most; None: all. A request that has long prompts rejected has not
+        the archive's own limit."""
+        if request.parameters.get("long_inputs") == "reject":
+            return None
+        most: Optional[int] = self.parameter(request, "truncate")
+        return most
+
     def long_inputs(self, request: Request) -> str:
-        return "truncate" if "truncate" in request.parameters else super().long_inputs(request)
+        return super().long_inputs(request) if self._most_read(request) is None else "truncate"
 
     def from_texts(self, texts: Sequence[str]) -> List[Request]:
         """Use each text as a prompt; truncate the long ones."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import chain
-from typing import Collection, Optional, Set
+from typing import Optional
 
 from traceserve_runtime.errors import InputTooLong
 from traceserve_runtime.json_types import JsonObject
@@ -26,10 +26,10 @@ def token_details(tokenizer: TextTokenizer, output: Arrays) -> JsonObject:
     decode = partial(tokenizer.decode, skip_special_tokens=False, raw=True)
     near = WORDS if tokenizer.decodes_words_locally else NEIGHBOURS
     texts, top_texts = added_texts(decode, _decodes_locally(tokenizer), ids, top_ids, near)
-    special = _special(tokenizer, {*ids, *chain.from_iterable(top_ids)})
+    special = tokenizer.special_of({*ids, *chain.from_iterable(top_ids)})
 
     def token(number: int, logarithm: float, text: str) -> JsonObject:
-        return {"id": number, "text": text, "logprob": logarithm, "special": bool(text) and number in special}
+        return {"id": number, "text": text, "logprob": logarithm, "special": number in special}
 
     tokens = list(map(token, ids, output["logarithms"].tolist(), texts))
     if "top_ids" not in output:
@@ -41,12 +41,6 @@ def token_details(tokenizer: TextTokenizer, output: Arrays) -> JsonObject:
 def _decodes_locally(tokenizer: TextTokenizer) -> bool:
     """Return whether a token's text depends on its neighbours alone: here it is not cleaned up."""
     return tokenizer.decodes_locally or tokenizer.decodes_words_locally
-
-
-def _special(tokenizer: TextTokenizer, ids: Collection[int]) -> Set[int]:
-    """Return those of the tokens that have no text if special ones are left out."""
-    texts = tokenizer.decode_each([[number] for number in ids], skip_special_tokens=True)
-    return {number for number, text in zip(ids, texts) if not text}
 
 
 def time_of(tokenizer: TextTokenizer, length: int, count: int) -> int:

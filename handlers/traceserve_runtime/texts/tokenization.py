@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, List, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Any, Callable, Iterable, List, Optional, Sequence, Set, Tuple, Union
 
 from tokenizers import Encoding, Tokenizer
 from tokenizers.processors import ByteLevel
@@ -30,6 +31,7 @@ LONG_INPUTS = ("window", "truncate", "reject")
 _SPACES_TO_CLEAN = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 _TOKEN_IDS = 2**32  # that the tokenizers package takes
 _CHARACTERS_OF_PROSE = 4  # per token
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # sentencepiece's, of a character that it does not know
 _LOCAL_FOR_ANY_TOKENS = (("ByteLevel",), ("Metaspace",), ("WordPiece",))
 _LOCAL_DECODERS = (
     ("ByteLevel",),
@@ -65,6 +67,7 @@ class TextTokenizer:
         self.decodes_locally = not facts.clean_up and decoder in _LOCAL_DECODERS
         # The same before the clean-up, and for any tokens: not of bytes that spoil those beside them.
         self.decodes_words_locally = decoder in _LOCAL_FOR_ANY_TOKENS
+        self._reads_bytes = not decoder or "ByteFallback" in decoder
         self._embeddings = facts.embeddings
         self._types = facts.types
         self._max_length = max_length
@@ -136,6 +139,20 @@ class TextTokenizer:
         if self._embeddings is not None and token_id >= self._embeddings:
             return False
         return 0 <= token_id < _TOKEN_IDS and self._tokenizer.id_to_token(token_id) is not None
+
+    def special_of(self, ids: Iterable[int]) -> Set[int]:
+        """Return those of the tokens that are special. Others may have no text by themselves either, as a lone space."""
+        own = list(ids)
+        whole, left = (self.decode_each([[number] for number in own], skip) for skip in (False, True))
+        return {number for number, text, kept in zip(own, whole, left) if text and not kept}
+
+    def ends_in_bytes(self, ids: Sequence[int]) -> bool:
+        """Return whether the last token that is not special is one byte of a character, and decoding reads all bytes that
+        stand together at once: another one that is wrong leaves none of their text."""
+        if not self._reads_bytes:
+            return False
+        last = next((number for number in reversed(ids) if not self.special_of([number])), None)
+        return last is not None and _BYTE.fullmatch(self.token(last)) is not None
 
     def token(self, token_id: int) -> str:
         """Return the token with this id."""

@@ -59,8 +59,10 @@ class WrittenText:
     def possible(self, tokens: List[int]) -> str:
         """Return the text of these tokens, of which the last one may not be one of the next call's."""
         recent = self._decode(tokens[self._begin :])
-        if not recent.startswith(self._before) and _INCOMPLETE not in recent:  # not so local after all
-            self._locally, self._begin, self._before, self._complete = False, 0, "", ""
+        if not recent.startswith(self._before) and not recent.endswith(_INCOMPLETE):
+            # Not so local after all, or a wrong byte has spoiled those before it.
+            self._locally = self._locally and _INCOMPLETE in recent
+            self._begin, self._before, self._complete = 0, "", ""
             return self._decode(tokens)
         return self._complete + recent[len(self._before) :]
 

@@ -20,6 +20,7 @@ from traceserve_runtime.protocols.fields import (
     json_body,
     read_keys,
     require_key,
+    without_beams,
 )
 from traceserve_runtime.protocols.openai.answers import (
     ChatChunks,
@@ -103,9 +104,11 @@ class _Writing(OpenAiErrors):
         value = json_body(parts, headers, served)
         parameters = check_values(self._parameters(value, served), served, self._names())
         prompts = self._prompts(value, served)
-        choices = Choices(_count(value), _strings(parameters.get("stop")), self._logprobs(value))
+        stops = _strings({**served.manifest.parameters, **parameters}.get("stop"))
+        choices = Choices(_count(value), stops, self._logprobs(value))
         if choices.logprobs is not None:
-            parameters = {**parameters, "details": True, "top_n_tokens": choices.logprobs}
+            details = {"details": True, "top_n_tokens": choices.logprobs}
+            parameters = {**without_beams(served), **parameters, **details}
         if boolean(value, "stream"):
             return self._streamed(value, prompts, parameters, choices, served, group)
         count, most = len(prompts) * choices.of_each, served.manifest.max_rows

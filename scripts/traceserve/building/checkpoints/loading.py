@@ -8,7 +8,7 @@ import inspect
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Dict, Iterator, Tuple
+from typing import TYPE_CHECKING, Dict, Iterator, Optional, Tuple
 
 from traceserve_runtime.runtimes import pretrained
 from traceserve_runtime.tasks import TASKS
@@ -77,7 +77,7 @@ def load_original(config: SetupConfig, checkpoint: Checkpoint, config_folder: Pa
         inputs=inputs,
         max_length=most,
         labels=labels,
-        parameters={**task.defaults(facts), **config.parameters},
+        parameters=task.archive_defaults(facts, config.parameters),
         facts=of_task,
         padding_side=task.padding_side or "right",
         truncation_side=task.truncation_side or tokenizer.truncation_side,
@@ -115,14 +115,24 @@ def _model_facts(
         padding_side=tokenizer.padding_side,
         languages=languages.known(tokenizer),
         source_id=languages.source_id(tokenizer),
-        embedding=_embedding_facts(embedding),
+        embedding=_embedding_facts(embedding, model),
     )
 
 
-def _embedding_facts(embedding: Embedding) -> Dict[str, object]:
+def _embedding_facts(embedding: Embedding, model: PreTrainedModel) -> Dict[str, object]:
     """Return sentence-transformers' facts for the task; its layers' weights have their own file."""
     facts = dataclasses.asdict(replace(embedding, arrays={}))
-    return {**facts, "layers": list(facts["layers"]), "arrays": ARRAYS_FILE if embedding.arrays else None}
+    arrays = ARRAYS_FILE if embedding.arrays else None
+    return {**facts, "layers": list(facts["layers"]), "arrays": arrays, "size": _vector_size(embedding, model)}
+
+
+def _vector_size(embedding: Embedding, model: PreTrainedModel) -> Optional[int]:
+    """Return how many numbers a pooled vector has; None if the model's configuration does not say it."""
+    dense = [layer["name"] for layer in embedding.layers if layer["kind"] == "dense"]
+    if dense:
+        return len(embedding.arrays[f"{dense[-1]}.weight"])
+    hidden = getattr(model.config, "hidden_size", None)
+    return hidden * len(embedding.pooling.split("+")) if isinstance(hidden, int) else None
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 TOKENIZER_FILE = "tokenizer.json"
 ARRAYS_FILE = "layers.npz"
+_SPACED = "a . b ? c ! d , e ' f n't g 'm h 's i 've j 're k"  # a space before all that is cleaned up
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,7 @@ def infilling(tokenizer: PreTrainedTokenizerBase) -> Optional[str]:
 
 
 def _cleans_up(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether `decode` removes spaces before punctuation; some tokenizers ignore their own setting."""
-    ids = tokenizer("a . b", add_special_tokens=False)["input_ids"]
+    """Return whether `decode` removes spaces before punctuation and contractions; some tokenizers ignore their own setting, and
+    WordPiece's decoder always removes some of them."""
+    ids = tokenizer(_SPACED, add_special_tokens=False)["input_ids"]
     return bool(tokenizer.decode(ids) != tokenizer.decode(ids, clean_up_tokenization_spaces=False))

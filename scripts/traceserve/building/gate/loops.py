@@ -55,6 +55,7 @@ def _generate_options(original: Original, request: Request, begin: int) -> Dict[
         "return_full_text",
         "stream",
         "long_inputs",
+        "truncate",
         "seed",
         "stop",
         "src_lang",
