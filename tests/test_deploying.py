@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import http.server
 import importlib.util
@@ -16,19 +17,22 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import zipfile
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Sequence
 
 import pytest
 from conftest import ROOT
 from traceserve import cli
-from traceserve.archives.contents import configure_archive, read_serving
+from traceserve.archives.contents import configure_archive, copy_archive, read_manifest, read_serving
 from traceserve.building.config.hardware import HARDWARE
 from traceserve.building.config.save_modes import SAVE_MODES
 from traceserve.commands import deploy
 from traceserve.deploying import described, engines, packages, resources, templates, writing
-from traceserve.deploying.inside import canary, fetch
-from traceserve.deploying.targets import TARGETS
+from traceserve.deploying.inside import canary, fetch, pinned
+from traceserve.deploying.plan import Wishes
+from traceserve.deploying.targets import TARGETS, checked, docker
+from traceserve.errors import DeployError
 from traceserve.serving.configuration import free_ports
 
 
@@ -57,7 +61,8 @@ def test_every_target_writes_its_files(
     if name == "mlflow" and importlib.util.find_spec("mlflow") is None:  # it really runs by `nox -s hosts`
         assert "pip install mlflow" in refused(capsys, name, str(mar), "--output", str(out))
         return
-    folder = deployed(name, [mar], out, "--url", "https://example.org/archives")
+    urls = {"docker": (), "mlflow": (), "sagemaker": ("--url", "s3://bucket/archives")}
+    folder = deployed(name, [mar], out, *urls.get(name, ("--url", "https://example.org/archives")))
     told = capsys.readouterr().out
     assert "next:" in told and f"cd {folder}" in told
     record = json.loads((folder / writing.RECORD).read_text())
@@ -78,8 +83,150 @@ def test_a_folder_of_others_is_never_replaced(mar: Path, tmp_path: Path, capsys:
     folder = deployed("docker", [mar], tmp_path / "new")
     assert "--force replaces it" in refused(capsys, "docker", str(mar), "--output", str(folder))
     (folder / "left").write_text("")
-    deployed("docker", [mar], folder, "--force")
+    deployed("docker", [mar], folder, "--force", "--discard-changes")
     assert not (folder / "left").exists()
+
+
+def test_what_was_changed_since_is_not_lost(mar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = deployed("docker", [mar], tmp_path / "out")
+    deployed("docker", [mar], folder, "--force")
+    (folder / "Dockerfile").write_text("FROM mine")
+    (folder / ".git").mkdir()
+    (folder / ".git/config").write_text("")
+    (folder / "elsewhere").symlink_to(tmp_path, target_is_directory=True)
+    again = ("docker", str(mar), "--output", str(folder), "--force")
+    assert "did not write: .git/config, Dockerfile, elsewhere; move them" in refused(capsys, *again)
+    assert (folder / "Dockerfile").read_text() == "FROM mine"
+    for number in range(4):
+        (folder / f"z{number}").write_text("")
+    assert "elsewhere, z0, z1 and 2 more;" in refused(capsys, *again)
+    deployed("docker", [mar], folder, "--force", "--discard-changes")
+    assert not (folder / ".git").exists() and tmp_path.is_dir()
+    record = json.loads((folder / writing.RECORD).read_text())
+    del record["files"]  # as an earlier version wrote it
+    (folder / writing.RECORD).write_text(json.dumps(record))
+    assert "written by an earlier version" in refused(capsys, *again)
+
+
+def test_the_working_directory_is_not_replaced(
+    mar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out/inner").mkdir(parents=True)
+    for place, output in (("out/inner", "."), ("out/inner", ".."), ("out/inner", str(tmp_path / "out"))):
+        monkeypatch.chdir(tmp_path / place)
+        assert "is the working directory, or above it" in refused(capsys, "docker", str(mar), "--output", output)
+    assert list((tmp_path / "out").iterdir()) == [tmp_path / "out/inner"]
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["deploy", "docker", str(mar), "--output=-new"]) == 0
+    assert "cd -- -new\n" in capsys.readouterr().out
+
+
+def test_an_images_other_user_can_read_all_files(mar: Path, tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        folder = deployed("docker", [mar], tmp_path / "out")
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()}
+    folders = {path.stat().st_mode & 0o777 for path in [folder, *folder.rglob("*")] if path.is_dir()}
+    assert (modes, folders) == ({0o644}, {0o755})
+
+
+@pytest.mark.parametrize(
+    ("target", "url", "said"),
+    [
+        ("kubernetes", "https://x/y?token=a&b=c", "--url https://x/y is followed by a query"),
+        ("kubernetes", "https://x/y#z", "followed by a query or a fragment"),
+        ("kserve", "https://user:pa55@h/x", "has a user's name or a password"),
+        ("kuberay", "https://user:pa55@h:x/x", "--url h:x/x is no address"),
+        ("kubernetes", "https://h:99999/x", "is no address"),
+        ("kubernetes", "https://h/x y", "is no address"),
+        ("docker", "https://h/x", "docker fetches no archive"),
+        ("mlflow", "https://h/x", "mlflow fetches no archive"),
+        ("sagemaker", "https://h/x", "sagemaker fetches from s3:// alone"),
+    ],
+)
+def test_an_address_that_would_not_work_is_refused(
+    mar: Path, target: str, url: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = refused(capsys, target, str(mar), "--url", url, "--output", str(tmp_path / "out"))
+    assert said in told and "pa55" not in told and not (tmp_path / "out").exists()
+
+
+DIGEST = f"@sha256:{'0' * 64}"
+
+
+@pytest.mark.parametrize("image", ["name:1", "[::1]:5000/a:1", "host:80/a/b__c:1", f"r.example.org/a:1{DIGEST}"])
+def test_an_images_name_is_legal(image: str) -> None:
+    assert checked("kubernetes", None, image, None) == "torchserve"
+
+
+@pytest.mark.parametrize(
+    "image",
+    ["a//b:1", "/x:1", "-x:1", "host:80/a/../b:1", "a..b:1", "x___y:1", "end-:1", "A:1", "a:-", "a", f"{'a' * 256}:1"],
+)
+def test_an_images_name_is_illegal(image: str) -> None:
+    with pytest.raises(DeployError, match="should be NAME:TAG"):
+        checked("kubernetes", None, image, None)
+
+
+def test_an_image_with_a_digest_is_not_built(mar: Path) -> None:
+    image = f"localhost:5000/a:1{DIGEST}"
+    with pytest.raises(DeployError, match="when it is built"):
+        checked("docker", None, image, None)
+    plan = TARGETS["kubernetes"].plan(described.describe([mar]), Wishes("torchserve", image))
+    assert plan.commands[0].startswith("# ")
+    assert docker.split_image(image) == ("localhost:5000/a", f"1{DIGEST}")
+
+
+@pytest.mark.parametrize(
+    ("name", "image"), [("a..b", "a-b"), ("x___y", "x-y"), ("a.-b", "a-b"), ("end-", "end"), ("A__b--c.d", "a__b--c.d")]
+)
+def test_every_archives_name_makes_an_images(mar: Path, name: str, image: str) -> None:
+    [own] = described.describe([mar])
+    found = docker.image_name([dataclasses.replace(own, name=name)], Wishes("torchserve"))
+    assert found == f"{image}:1.0" and checked("docker", None, found, None)
+
+
+def test_a_damaged_archive_is_not_packed(mar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changed = tmp_path / "tiny.mar"
+    model = read_manifest(mar).model_file
+    with zipfile.ZipFile(mar) as source:
+        names = source.namelist()
+        content = bytearray(source.read(model))
+    content[len(content) // 2] ^= 1
+    copy_archive(mar, changed, {model: bytes(content)})
+    arguments = ("docker", str(changed), "--output", str(tmp_path / "out"))
+    assert f"is damaged: {model} was changed" in refused(capsys, *arguments)
+    for name, told in (("../../evil.txt", "leads out of its folder"), ("evil.py", "does not name")):
+        shutil.copyfile(mar, changed)
+        with zipfile.ZipFile(changed, "a") as archive:
+            archive.writestr(name, "x")
+        assert told in refused(capsys, *arguments)
+    with zipfile.ZipFile(mar) as source, zipfile.ZipFile(changed, "w") as archive:
+        for name in names:
+            if name != model:
+                archive.writestr(name, source.read(name))
+    assert f"{model} is missing" in refused(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("hardware", "workers", "option"),
+    [
+        ("gpu", 2, "--gpus all "),
+        ("neuron", 4, "--device=/dev/neuron0 --memory"),
+        ("neuron", 5, "--device=/dev/neuron0 --device=/dev/neuron1 "),
+        ("neuronx", 3, "--device=/dev/neuron0 --device=/dev/neuron1 "),
+    ],
+)
+def test_a_container_reaches_its_devices(mar: Path, hardware: str, workers: int, option: str) -> None:
+    [own] = described.describe([mar])
+    changed = dataclasses.replace(
+        own,
+        manifest=dataclasses.replace(own.manifest, hardware=hardware),
+        serving=dataclasses.replace(own.serving, workers=workers),
+    )
+    assert f"--init {option}" in docker.plan([changed], Wishes("torchserve")).commands[1]
 
 
 def test_what_cannot_be_deployed_is_told(mar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,6 +353,26 @@ def test_a_canary_finds_the_key_and_tells_a_failure_without_the_text(
     assert canary.main(ask) is None
 
 
+def test_a_server_starts_on_the_archives_that_were_deployed_alone(tmp_path: Path) -> None:
+    archive = tmp_path / "a=b.mar"
+    archive.write_bytes(b"an archive")
+    right = hashlib.sha256(b"an archive").hexdigest()
+    own = [sys.executable, "-m", "traceserve.deploying.inside.pinned"]
+    program = ["--", sys.executable, "-c", "import sys; print(sys.argv)", "serve"]
+
+    def started(*pins: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*own, *pins, *program], capture_output=True, text=True)
+
+    assert started(f"{archive}={right}").stdout == "['-c', 'serve']\n"
+    for pins, told in (
+        ((f"{archive}={right}", f"{archive}={'0' * 64}"), f"its SHA-256 is {right}"),
+        ((f"{tmp_path}/none.mar={right}",), "cannot be read"),
+    ):
+        result = started(*pins)
+        assert result.returncode == 1 and told in result.stderr and not result.stdout
+    assert "usage" in str(pinned.main([]))
+
+
 # --- docker ---
 
 
@@ -263,6 +430,8 @@ def test_the_image_serves(mar: Path, tmp_path: Path) -> None:
     assert environment["HOME"] == str(home) and image["USER"] == "10001:10001"
     check = [*inside(image["HEALTHCHECK"]), "--url", f"http://127.0.0.1:{port}"]
     assert subprocess.run(check, cwd=home, env=environment, stderr=subprocess.DEVNULL).returncode == 1  # nothing runs
+    pin = hashlib.sha256(mar.read_bytes()).hexdigest()
+    assert image["ENTRYPOINT"][2:4] == ["traceserve.deploying.inside.pinned", f"/archives/tiny.mar={pin}"]
     command = inside([*image["ENTRYPOINT"], *image["CMD"]])
     server = subprocess.Popen(command, cwd=home, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:

@@ -8,6 +8,7 @@ import dataclasses
 import gzip
 import hashlib
 import http.client
+import http.server
 import importlib.util
 import json
 import os
@@ -15,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
@@ -25,9 +27,9 @@ import yaml
 from conftest import ROOT
 from test_deploying import deployed
 from traceserve import cli
-from traceserve.deploying.described import describe
+from traceserve.deploying.described import Described, describe
 from traceserve.deploying.plan import Text, Wishes
-from traceserve.deploying.targets import kserve, kubernetes, sagemaker
+from traceserve.deploying.targets import TARGETS, kserve, kubernetes, sagemaker
 from traceserve.errors import ServerError
 from traceserve.serving import configuration, instances, keys, server
 from traceserve.serving.front import FrontendOptions
@@ -47,18 +49,18 @@ try:
         found = helm.lint(asked["chart"], asked["values"], strict=True)
     else:
         chart = helm.Chart.load(asked["chart"])
-        found = chart.render(asked["values"], name="demo", namespace="here", is_install=True)
+        found = chart.render(asked["values"], name=asked["name"], namespace="here", is_install=True)
     json.dump({"found": found}, sys.stdout)
 except Exception as error:
     json.dump({"error": str(error)}, sys.stdout)
 """
 
 
-def by_helm(what: str, chart: Path, values: Dict[str, Any]) -> Any:
+def by_helm(what: str, chart: Path, values: Dict[str, Any], name: str = "demo") -> Any:
     """Helm's own `lint` or `render` of a chart, in a process of its own; raises ValueError with its words."""
     if importlib.util.find_spec("helm_python") is None:
         pytest.skip("helm-python-sdk is not installed")
-    asked = json.dumps({"what": what, "chart": str(chart), "values": values})
+    asked = json.dumps({"what": what, "chart": str(chart), "values": values, "name": name})
     result = subprocess.run([sys.executable, "-c", _HELM], input=asked, stdout=subprocess.PIPE, text=True, check=True)
     answer = json.loads(result.stdout)
     if "error" in answer:
@@ -66,13 +68,13 @@ def by_helm(what: str, chart: Path, values: Dict[str, Any]) -> Any:
     return answer["found"]
 
 
-def rendered(chart: Path, values: Optional[Mapping[str, Any]] = None) -> Documents:
+def rendered(chart: Path, values: Optional[Mapping[str, Any]] = None, name: str = "demo") -> Documents:
     """The chart's documents; each of a core kind fits the schema of its kind, with no field that this does not know."""
     kubernetes = pytest.importorskip("kubernetes_validate")
     found: Documents = {}
-    files = by_helm("render", chart, dict(values or {}))
-    for name, text in files.items():
-        for document in yaml.safe_load_all(text) if name.endswith(".yaml") else ():
+    files = by_helm("render", chart, dict(values or {}), name)
+    for file, text in files.items():
+        for document in yaml.safe_load_all(text) if file.endswith(".yaml") else ():
             if document is None:
                 continue
             if document["apiVersion"] != "monitoring.coreos.com/v1":  # of Prometheus' operator
@@ -184,9 +186,87 @@ def test_archives_are_fetched_before_the_server_starts(mar: Path, tmp_path: Path
     assert not rendered_egress(deployed("kubernetes", [mar], tmp_path / "other") / "chart")
 
 
+@pytest.mark.parametrize(
+    ("url", "ports"), [("https://h:8443/x", [80, 443, 8443]), ("http://h/x", [80, 443]), ("s3://b", [80, 443])]
+)
+def test_the_network_policy_lets_archives_be_fetched(mar: Path, url: str, ports: List[int], tmp_path: Path) -> None:
+    chart = deployed("kubernetes", [mar], tmp_path / "out", "--url", url) / "chart"
+    [egress] = rendered_egress(chart)
+    assert [each["port"] for each in egress["ports"]] == [53, 53, *ports]
+
+
+@pytest.mark.parametrize("source", ["image", "claim", "fetch"])
+def test_another_archive_makes_other_pods(chart: Path, source: str) -> None:
+    """Each compares its archive before it starts, wherever that comes from."""
+    file = yaml.safe_load((chart / "values.yaml").read_text())["archives"]["files"][0]
+    pods = []
+    for digest in (file["sha256"], "0" * 64):
+        archive = {**file, "sha256": digest, "url": "s3://bucket/tiny.mar"}
+        spec = pod(rendered(chart, {"archives": {"source": source, "claim": "models", "files": [archive]}}))
+        own = spec["containers"][0]
+        assert own["command"][2:4] == ["traceserve.deploying.inside.pinned", f"/archives/tiny.mar={digest}"]
+        assert own["command"][4:] == ["--", "python", "-m", "traceserve"] and own["args"][0] == "serve"
+        pods.append(spec)
+    assert pods[0] != pods[1]
+
+
 def rendered_egress(chart: Path) -> List[Any]:
     found: List[Any] = rendered(chart)["NetworkPolicy", "demo"]["spec"]["egress"]
     return found
+
+
+NAMES = ["true", "null", "1e5", "0x1F", "y", "123"]
+VERSIONS = ["9083e12", "0o17", "y", "1_000", "1.0-", "_".join(["a" * 31] * 2) + "-", f"{'v' * 63}."]
+
+
+def of_another_name(mar: Path, name: str, version: str) -> Described:
+    [own] = describe([mar])
+    return dataclasses.replace(own, name=name, manifest=dataclasses.replace(own.manifest, version=version))
+
+
+def write_chart(archive: Described, folder: Path) -> Path:
+    for file in kubernetes.chart_files([archive], Wishes("torchserve")):
+        assert isinstance(file, Text)
+        (folder / file.path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file.path).write_text(file.text)
+    return folder
+
+
+@pytest.mark.parametrize("number", range(7))
+def test_every_legal_name_and_version_makes_a_legal_chart(mar: Path, number: int, tmp_path: Path) -> None:
+    """Helm's YAML is Go's, which reads more words as numbers and truths than Python's."""
+    name, version = NAMES[number % len(NAMES)], VERSIONS[number]
+    chart = write_chart(of_another_name(mar, name, version), tmp_path)
+    assert not by_helm("lint", chart, {})["errors"]
+    documents = rendered(chart)
+    metadata = documents["Deployment", "demo"]["metadata"]
+    assert version.startswith(metadata["labels"]["app.kubernetes.io/version"])
+    assert all(re.fullmatch(LABEL, value) for value in metadata["labels"].values())
+    own = pod(documents)["containers"][0]
+    assert own["args"][1] == f"/archives/{name}.mar" and own["image"].endswith(f":{version}")
+    assert f"/predictions/{name}" in documents["ConfigMap", "demo"]["data"]["canaries.json"]
+
+
+LABEL = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
+
+
+@pytest.mark.parametrize(("release", "name"), [("123", "m-123"), ("true", "true"), ("a.b", "a-b"), ("1e5", "m-1e5")])
+def test_every_release_has_legal_names(chart: Path, release: str, name: str) -> None:
+    documents = rendered(chart, name=release)
+    assert documents["Service", name]["metadata"]["labels"]["app.kubernetes.io/instance"] == release
+    for document in documents.values():
+        assert document["metadata"]["name"] == name
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("target", ["kserve", "kuberay"])
+def test_a_name_in_a_custom_resource_is_a_text(mar: Path, target: str, name: str) -> None:
+    archive = of_another_name(mar, name, "9083e12")
+    files = TARGETS[target].plan([archive], Wishes(TARGETS[target].engines[0], url="s3://b")).files
+    own = f"{kubernetes.plain_name(name)}.yaml" if target == "kserve" else "service.yaml"
+    [text] = [file.text for file in files if isinstance(file, Text) and file.path == own]
+    assert f'  name: "{kubernetes.plain_name(name)}"\n' in text
+    assert not re.search(rf"^ +(- )?(name|version|archive): ({name}|9083e12)$", text, re.MULTILINE)
 
 
 # --- custom resources ---
@@ -316,30 +396,48 @@ def moved(text: str, places: Mapping[str, Any]) -> str:
 KEY = "Key_of-24-letters-at-least"
 
 
-@contextlib.contextmanager
-def proxied(chart: Path, folder: Path, mar: Path) -> Iterator[Tuple[int, int]]:
+def nginx_program() -> str:
     nginx = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
     if nginx is None:
         pytest.skip("nginx is not installed")
-    public, shown, inner, metrics = configuration.free_ports(4)
+    return nginx
+
+
+@contextlib.contextmanager
+def proxied(chart: Path, folder: Path, mar: Path) -> Iterator[Tuple[int, int]]:
+    nginx_program()
+    inner, metrics = configuration.free_ports(2)
     instance = server.start([mar], port=inner, timeout=180, front=FrontendOptions(metrics_port=metrics))
+    try:
+        with proxy(chart, folder, inner, metrics) as (public, shown, _):
+            yield public, shown
+    finally:
+        instances.stop(instance, at_once=True)
+
+
+@contextlib.contextmanager
+def proxy(chart: Path, folder: Path, inner: int, metrics: int) -> Iterator[Tuple[int, int, subprocess.Popen[bytes]]]:
+    """The pod's nginx before a server that listens on these ports; it says all that it says on standard error."""
+    nginx = nginx_program()
+    public, shown = configuration.free_ports(2)
     documents = rendered(chart)
     here = {"8080": public, "8081": inner, "8082": shown, "8083": metrics, "/tmp": folder, "/etc/traceserve": folder}
     (folder / "nginx.conf").write_text(moved(documents["ConfigMap", "demo"]["data"]["nginx.conf"], here))
-    proxy = pod(documents)["containers"][1]
-    script = moved(proxy["args"][0], here)
+    container = pod(documents)["containers"][1]
+    script = moved(container["args"][0], here)
+    if os.geteuid() == 0:  # nginx would serve as nobody, who may not enter the test's folder
+        script = script.replace("daemon off;", "daemon off; user root;")
     environment = {"PATH": f"{Path(nginx).parent}:{os.environ['PATH']}", "TRACESERVE_KEY": KEY}
-    running = subprocess.Popen([*proxy["command"], script], env=environment, stderr=subprocess.PIPE)
+    running = subprocess.Popen([*container["command"], script], env=environment, stderr=subprocess.PIPE)
     try:
         deadline = time.monotonic() + 20
         while ask(public, "GET", "/ping")[0] != 200:
             assert running.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
-        yield public, shown
+        yield public, shown, running
     finally:
         running.terminate()
         running.communicate(timeout=20)
-        instances.stop(instance, at_once=True)
 
 
 def ask(port: int, method: str, path: str, body: Optional[bytes] = None, key: str = "") -> Tuple[int, bytes]:
@@ -370,6 +468,78 @@ def test_the_proxy_lets_in_who_has_the_key(chart: Path, mar: Path, tmp_path: Pat
     assert (tmp_path / "keys.map").stat().st_mode & 0o077 == 0
 
 
+class Recorder(http.server.BaseHTTPRequestHandler):
+    """In the place of TorchServe: it says what it was asked, and breaks off where it is told to."""
+
+    protocol_version = "HTTP/1.1"
+    asked: List[Tuple[str, str, int]] = []
+
+    def do_GET(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.asked.append((self.command, self.path, len(body)))
+        if "break" in self.path:
+            self.close_connection = True
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    do_POST = do_GET
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+@pytest.fixture()
+def recorder() -> Iterator[int]:
+    found = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Recorder)
+    threading.Thread(target=found.serve_forever, daemon=True).start()
+    Recorder.asked = []
+    yield found.server_port
+    found.shutdown()
+    found.server_close()
+
+
+def test_without_the_key_nothing_but_the_check_passes_the_proxy(chart: Path, recorder: int, tmp_path: Path) -> None:
+    with proxy(chart, tmp_path, recorder, recorder) as (port, shown, _):
+        Recorder.asked.clear()
+        for at, path in ((port, "/ping"), (shown, "/metrics")):
+            assert ask(at, "POST", path, bytes(1 << 21))[0] in (0, 403, 413)  # 0: it closed while the body came
+            assert ask(at, "GET", path, bytes(1 << 21))[0] in (0, 413)
+            assert ask(at, "DELETE", path)[0] == 403
+            for around in (
+                f"/predictions/tiny/1.0/info/../../../..{path}",
+                f"/x/..{path}",
+                f"//.{path}",
+                f"/%2e/{path[1:]}",
+            ):
+                status, _ = ask(at, "GET", around, b"a text")
+                assert status == 200, around
+        assert set(Recorder.asked) == {("GET", "/ping", 0), ("GET", "/metrics", 0)}
+        assert ask(port, "POST", "/predictions/tiny", bytes(1 << 21))[0] in (0, 401)
+        assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size > 100_000]
+
+
+def test_the_proxy_keeps_no_text(chart: Path, recorder: int, tmp_path: Path) -> None:
+    """A large body lies in memory, and no message has a request's address."""
+    with proxy(chart, tmp_path, recorder, recorder) as (port, _, running):
+        for path, expected in (("/predictions/tiny", 200), ("/predictions/break", 502)):
+            body = b'{"text": "' + b"zanzibar " * 10_000 + b'"}'
+            assert ask(port, "POST", f"{path}?text=zanzibar", body, f"Bearer {KEY}")[0] == expected
+        assert ask(port, "POST", "/predictions/tiny?text=zanzibar", bytes(65 << 20), f"Bearer {KEY}")[0] in (0, 413)
+        running.terminate()
+        _, said = running.communicate(timeout=20)
+    assert b"zanzibar" not in said and b"predictions" not in said
+    assert b" answered 502, upstream 502, after " in said
+    documents = rendered(chart)
+    [volume] = [each for each in pod(documents)["volumes"] if each["name"] == "proxy-tmp"]
+    own = pod(documents)["containers"][1]
+    assert volume["emptyDir"] == {"medium": "Memory", "sizeLimit": "512Mi"}
+    assert own["resources"]["limits"]["memory"] == "640Mi"  # and what nginx itself takes
+    assert {"name": "proxy-tmp", "mountPath": "/tmp"} in own["volumeMounts"]
+
+
 @pytest.mark.parametrize("key", ["", 'x" 1; default 1;', "a b", "a.b"])
 def test_the_proxy_refuses_a_key_that_is_more_than_a_key(chart: Path, key: str, tmp_path: Path) -> None:
     script = pod(rendered(chart))["containers"][1]["args"][0].replace("/tmp/", f"{tmp_path}/")
@@ -390,21 +560,43 @@ def test_ray_takes_the_key_that_it_is_given(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(keys.user_key()) > 24 and keys.user_key() != keys.user_key()
 
 
-@pytest.mark.parametrize(("hardware", "device"), [("gpu", "nvidia.com/gpu"), ("neuron", "aws.amazon.com/neuron")])
-def test_an_archive_for_a_device_asks_for_it(mar: Path, hardware: str, device: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("hardware", "device", "taints"),
+    [
+        ("gpu", "nvidia.com/gpu", ["nvidia.com/gpu"]),
+        ("neuron", "aws.amazon.com/neuroncore", ["aws.amazon.com/neuron", "aws.amazon.com/neuroncore"]),
+    ],
+)
+def test_an_archive_for_a_device_asks_for_it(
+    mar: Path, hardware: str, device: str, taints: List[str], tmp_path: Path
+) -> None:
     """What its manifest says is enough: no device is here."""
     [own] = describe([mar])
     changed = dataclasses.replace(own, manifest=dataclasses.replace(own.manifest, hardware=hardware))
-    for file in kubernetes.chart_files([changed], Wishes("torchserve")):
-        assert isinstance(file, Text)
-        (tmp_path / file.path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / file.path).write_text(file.text)
-    documents = rendered(tmp_path)
+    documents = rendered(write_chart(changed, tmp_path))
     wanted = pod(documents)["containers"][0]["resources"]
     assert wanted["requests"][device] == wanted["limits"][device] == "1"
-    assert pod(documents)["tolerations"] == [{"key": device, "operator": "Exists"}]
+    assert pod(documents)["tolerations"] == [{"key": taint, "operator": "Exists"} for taint in taints]
     assert "HorizontalPodAutoscaler" not in {kind for kind, _ in documents}  # cores say little of it
     assert documents["Deployment", "demo"]["spec"]["replicas"] == 2
+
+
+@pytest.mark.parametrize("target", ["kserve", "kuberay"])
+def test_a_custom_resource_goes_to_the_nodes_with_the_device(mar: Path, target: str) -> None:
+    [own] = describe([mar])
+    changed = dataclasses.replace(own, manifest=dataclasses.replace(own.manifest, hardware="neuron"))
+    files = TARGETS[target].plan([changed], Wishes(TARGETS[target].engines[0], url="s3://b")).files
+    name = "tiny.yaml" if target == "kserve" else "service.yaml"
+    [text] = [file.text for file in files if isinstance(file, Text) and file.path == name]
+    document = yaml.safe_load(text)
+    spec = document["spec"]
+    if target == "kserve":
+        found = spec["predictor"]["tolerations"]
+    else:
+        found = spec["rayClusterConfig"]["workerGroupSpecs"][0]["template"]["spec"]["tolerations"]
+    assert [each["key"] for each in found] == ["aws.amazon.com/neuron", "aws.amazon.com/neuroncore"]
+    assert 'aws.amazon.com/neuroncore: "1"\n' in text
+    assert not problems(document)
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,8 @@ def started(
         "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}",
         **variables,
     }
-    command = [*found["ENTRYPOINT"], *words]
+    entry = [f"{image}{word}" if word.startswith("/archives/") else word for word in found["ENTRYPOINT"]]
+    command = [*entry, *words]
     process = subprocess.Popen(command, cwd=home, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     container = Container(process, port)
     try:

@@ -10,7 +10,7 @@ import subprocess
 import time
 import urllib.request
 from pathlib import Path
-from typing import Dict, Iterator, List, Set
+from typing import Dict, Iterator, List, Set, Tuple
 
 import pytest
 import yaml
@@ -29,7 +29,15 @@ _WORDS = {
     "by",
     "on",
     "label_values",
+    "count",
+    "absent",
+    "last_over_time",
+    "and",
+    "or",
+    "unless",
 }
+# Of Prometheus itself, which knows them of every target.
+_METRICS, _LABELS = {"up"}, {"job", "instance"}
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +100,9 @@ def labels(query: str) -> Set[str]:
 
 
 def test_every_metric_and_label_is_a_real_servers(page: str, files: Path) -> None:
-    counted = set(re.findall(r"^# TYPE (\w+) ", page, re.MULTILINE))
+    counted = _METRICS | set(re.findall(r"^# TYPE (\w+) ", page, re.MULTILINE))
     counted |= {f"{name}_bucket" for name in re.findall(r"^# TYPE (\w+) histogram", page, re.MULTILINE)}
-    known = {label for names in samples(page).values() for label in names}
+    known = _LABELS | {label for names in samples(page).values() for label in names}
     asked: Set[str] = set()
     for query in queries(files):
         assert metrics(query) and metrics(query) <= counted, query
@@ -135,9 +143,61 @@ def test_promtool_accepts_the_rules(files: Path, tmp_path: Path) -> None:
     spans = [re.sub(r"\$\w+", "5m", query) for query in asked]
     rules = [{"record": f"panel:{number}", "expr": query} for number, query in enumerate(spans)]
     (tmp_path / "panels.yaml").write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": rules}]}))
-    for file, count in ((files / "alerts.yaml", 7), (tmp_path / "panels.yaml", len(rules))):
+    for file, count in ((files / "alerts.yaml", 9), (tmp_path / "panels.yaml", len(rules))):
         result = subprocess.run([promtool(), "check", "rules", str(file)], stdout=subprocess.PIPE, text=True)
         assert result.returncode == 0 and f"SUCCESS: {count} rules found" in result.stdout, result.stdout
+
+
+A = 'job="demo",instance="10.0.0.1:8082"'
+# What is counted minute by minute, and which alerts fire after an hour, with the labels by which one knows whose.
+OUTAGES: Dict[str, Tuple[Dict[str, str], Dict[str, List[Dict[str, str]]]]] = {
+    "all is well": ({f"Requests2XX{{{A}}}": "0+60x60", f"up{{{A}}}": "1x60"}, {}),
+    "its target does not answer": (
+        {f"Requests2XX{{{A}}}": "0+60x20 stale", f"up{{{A}}}": "1x20 0x40"},
+        {"TraceserveDown": [{"job": "demo", "instance": "10.0.0.1:8082"}], "TraceserveGone": [{"job": "demo"}, {}]},
+    ),
+    "its target is gone, others' are not": (
+        {f"Requests2XX{{{A}}}": "0+60x20 stale", "Requests2XX{job='other'}": "0+60x60", f"up{{{A}}}": "1x20 stale"},
+        {"TraceserveGone": [{"job": "demo"}]},
+    ),
+    "there was never one": ({"up{job='node'}": "0x60"}, {"TraceserveGone": [{}]}),
+    "a pod in the place of another": (
+        {f"Requests2XX{{{A}}}": "0+60x20 stale", "Requests2XX{job='demo',instance='b'}": "_x18 0+60x60"},
+        {},
+    ),
+    "it answers with errors alone": (
+        {"Requests5XX{job='demo',Hostname='a'}": "0+60x60", "Requests2XX{job='other',Hostname='b'}": "0+60x60"},
+        {"TraceserveErrors": [{"Hostname": "a"}]},
+    ),
+    "it counts nothing more": (
+        {f"Requests2XX{{{A},Hostname='a'}}": "0+60x20 1200x40"},
+        {"TraceserveAnswersNothing": [{"Hostname": "a"}]},
+    ),
+}
+
+
+@pytest.mark.parametrize("outage", OUTAGES)
+def test_a_critical_alert_fires_if_nothing_answers(files: Path, outage: str, tmp_path: Path) -> None:
+    counted, expected = OUTAGES[outage]
+    rules = yaml.safe_load((files / "alerts.yaml").read_text())["groups"][0]["rules"]
+    critical = [rule for rule in rules if rule["labels"]["severity"] == "critical"]
+    for rule in critical:
+        del rule["annotations"]
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": [{"name": "critical", "rules": critical}]}))
+    fired = [
+        {
+            "eval_time": "59m",
+            "alertname": name,
+            "exp_alerts": [{"exp_labels": {"severity": "critical", **labels}} for labels in expected.get(name, ())],
+        }
+        for name in sorted({rule["alert"] for rule in critical} | set(expected))
+    ]
+    series = [{"series": name, "values": values} for name, values in counted.items()]
+    test = {"interval": "1m", "input_series": series, "alert_rule_test": fired}
+    (tmp_path / "test.yaml").write_text(yaml.safe_dump({"rule_files": ["rules.yaml"], "tests": [test]}))
+    command = [promtool(), "test", "rules", "test.yaml"]
+    result = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert result.returncode == 0, result.stdout
 
 
 def test_promtool_accepts_the_workers_metrics(page: str) -> None:

@@ -315,6 +315,37 @@ def test_a_killed_process_leaves_the_target_as_it_was(target: Path, replacing: b
     assert seen(target.parent) == old
 
 
+STAY_AT_THE_END = """
+import shutil
+import sys
+from pathlib import Path
+from traceserve.archives.staging import staged
+
+def stay(*arguments, **options):
+    print(flush=True)
+    sys.stdin.read()
+
+target = Path(sys.argv[1])
+with staged(target) as folder:
+    (folder / target.name).mkdir()
+    shutil.rmtree = stay
+"""
+
+
+def test_what_a_process_leaves_that_is_killed_while_it_tidies_up_is_swept(target: Path) -> None:
+    """It keeps its lock until nothing else is left: without one its folder would stay for days."""
+    put(target, "old", as_folder=True)
+    with subprocess.Popen(
+        [sys.executable, "-c", STAY_AT_THE_END, str(target)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        child.kill()
+    assert len(list(target.parent.iterdir())) == 2
+    stage_once(target)
+    assert len(list(target.parent.iterdir())) == 1
+
+
 @pytest.mark.parametrize("as_folder", [False, True], ids=["file", "folder"])
 @pytest.mark.parametrize("error", [ExportError, ArchiveError])
 def test_check_free_refuses_what_is_there(target: Path, as_folder: bool, error: type) -> None:

@@ -41,7 +41,8 @@ def sign_archive(archive: Path, key: Path, certificate: Optional[Path] = None, c
         raise SignatureError(_of_another_name(archive, manifest.name))
     if b"PRIVATE KEY" not in _pem(key):
         raise SignatureError(
-            f"{key} is no private key (PEM); make one: openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 -out {key}"
+            f"{key} is no private key (PEM); make one: openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 -out "
+            "NEW.pem"
         )
     target = signature_file(archive)
     with staging.staged(target) as folder:

@@ -77,6 +77,7 @@ def staged(target: Path) -> Iterator[Path]:
             folder = Path(tempfile.mkdtemp(prefix=f".{place.name}.{os.getpid()}.", dir=place.parent))
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
             stack.enter_context(held(folder))
+            stack.callback(_empty, folder)
         yield folder
         with _writing(target):
             _replace(folder / target.name, place, folder / "replaced")
@@ -90,7 +91,10 @@ def scratch() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="traceserve-scratch-"))
     try:
         with held(folder):
-            yield folder
+            try:
+                yield folder
+            finally:
+                _empty(folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -211,6 +215,16 @@ def _sweep(target: Path) -> None:
         if (path / "replaced").is_dir() and not target.exists():
             os.rename(path / "replaced", target)
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _empty(folder: Path) -> None:
+    """Remove all of a private folder but its lock, by which the next process knows the remains of one that is killed here."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != LOCK_FILE:
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def _locked(folder: Path) -> Optional[int]:

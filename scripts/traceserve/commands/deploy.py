@@ -32,7 +32,14 @@ def _add_deploy(parser: argparse.ArgumentParser) -> None:
         metavar="URL",
         help="the folder from which a cluster fetches the archives: https://..., s3://..., gs://...",
     )
-    parser.add_argument("--force", action="store_true", help="replace an earlier deployment in DIR")
+    parser.add_argument(
+        "--force", action="store_true", help="replace an earlier deployment in DIR, if nobody changed it"
+    )
+    parser.add_argument(
+        "--discard-changes",
+        action="store_true",
+        help="with --force: also files that were changed or added in DIR since",
+    )
 
 
 def _deploy(options: argparse.Namespace) -> int:
@@ -42,7 +49,7 @@ def _deploy(options: argparse.Namespace) -> int:
     from traceserve.deploying.targets import TARGETS, checked
 
     engine = checked(options.target, options.engine, options.image, options.url)
-    writing.check_free(options.output, options.force)
+    writing.check_free(options.output, options.force, options.discard_changes)
     archives = describe(options.archives)
     plan = TARGETS[options.target].plan(archives, Wishes(engine, options.image, options.url))
     files = writing.write_plan(options.target, archives, plan, options.output)
@@ -51,7 +58,9 @@ def _deploy(options: argparse.Namespace) -> int:
         print_line("")
         print_note(note)
     print_line("\nnext:")
-    for command in (f"cd {shlex.quote(str(options.output))}", *plan.commands):
+    folder = str(options.output)
+    into = "cd -- " if folder.startswith("-") else "cd "
+    for command in (f"{into}{shlex.quote(folder)}", *plan.commands):
         print_line(f"  {command}")
     return 0
 

@@ -40,6 +40,12 @@ def command(engine: str, archives: Sequence[Described], folder: str) -> List[str
     return [*own.before, *files, *own.after, "--host", "0.0.0.0", "--port", str(PORT)]
 
 
+def pinned(engine: str, archives: Sequence[Described], folder: str) -> List[str]:
+    """The program behind a check that these archives, which lie in `folder`, are the ones that were deployed."""
+    pins = [f"{folder}/{each.name}.mar={each.sha256}" for each in archives]
+    return ["python", "-m", "traceserve.deploying.inside.pinned", *pins, "--", *CONTAINER_ENGINES[engine].program]
+
+
 def only(archives: Sequence[Described], who: str) -> Described:
     """The only archive; raises DeployError."""
     if len(archives) != 1:

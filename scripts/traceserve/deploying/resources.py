@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Dict, Sequence, Tuple
+from typing import Dict, List, Sequence, Tuple
 
 from traceserve.deploying import engines
 from traceserve.deploying.described import Described
@@ -15,9 +15,11 @@ _MIB = 1 << 20
 FRONTENDS = {"torchserve": 350, "ray": 1000, "uvicorn": 0}  # the JVM; or the raylet, the head and the proxy
 WORKER = 400  # Python, torch, a tokenizer, and a batch of ordinary texts
 _COPIES = 2  # of the weights: the file, mapped and shared, and a copy as the processor reads it
-# What Kubernetes calls the devices of each kind of hardware; a worker of TorchServe has one of them.
-GPU = "nvidia.com/gpu"
-KUBERNETES_RESOURCES = {"gpu": GPU, "neuron": "aws.amazon.com/neuron", "neuronx": "aws.amazon.com/neuron"}
+# What Kubernetes calls what a worker has one of: a GPU, or a core of an Inferentia, whose devices have several.
+GPU, NEURON_CORE = "nvidia.com/gpu", "aws.amazon.com/neuroncore"
+KUBERNETES_RESOURCES = {"gpu": GPU, "neuron": NEURON_CORE, "neuronx": NEURON_CORE}
+CORES_OF_A_DEVICE = {"neuron": 4, "neuronx": 2}
+_TAINTS = {GPU: (GPU,), NEURON_CORE: ("aws.amazon.com/neuron", NEURON_CORE)}  # of the nodes that have it
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,10 @@ class Resources:
     def limits(self) -> Dict[str, str]:
         """No limit of cores: a worker takes as many threads as its quota has, and a throttled one answers late."""
         return {"memory": f"{_rounded(1.5 * self.memory)}Mi", "ephemeral-storage": f"{self.disk}Mi", **self._devices()}
+
+    def tolerations(self) -> List[Dict[str, str]]:
+        """Of the taints by which nodes keep their devices for those that ask for them."""
+        return [{"key": key, "operator": "Exists"} for device in self.devices for key in _TAINTS[device]]
 
     def _devices(self) -> Dict[str, str]:
         return {name: str(count) for name, count in self.devices.items()}

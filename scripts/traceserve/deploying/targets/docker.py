@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import sys
 from typing import Dict, Optional, Sequence, Tuple
 
@@ -12,6 +14,7 @@ from traceserve.deploying import engines, packages, resources, templates
 from traceserve.deploying.described import Described
 from traceserve.deploying.plan import Copy, DeployTarget, File, Plan, Text, Wishes
 
+_SEPARATOR = re.compile(r"\.|_|__|-+")  # of Docker's grammar for references
 _NOTES = {
     "uvicorn": f"without {KEY_VARIABLE} in the container's environment no key is demanded; /ping and /health need none.",
     "ray": f"without {KEY_VARIABLE} in the container's environment a key is made at every start: `docker exec CONTAINER python "
@@ -24,7 +27,27 @@ _NOTES = {
 
 def image_name(archives: Sequence[Described], wishes: Wishes) -> str:
     """The image's name and tag, as wished, else the first archive's name and version."""
-    return wishes.image or f"{archives[0].name.lower()}:{archives[0].version}"
+    return wishes.image or f"{_path(archives[0].name)}:{archives[0].version}"
+
+
+def _path(name: str) -> str:
+    """An archive's name as Docker allows it: separators alone, and only between letters and digits."""
+    lower = re.sub(r"[._-]+", lambda found: found[0] if _SEPARATOR.fullmatch(found[0]) else "-", name.lower())
+    return lower.strip("._-")
+
+
+def split_image(image: str) -> Tuple[str, str]:
+    """The repository and the tag; a digest stays behind the tag."""
+    name, at, digest = image.partition("@")
+    repository, _, tag = name.rpartition(":")
+    return repository, f"{tag}{at}{digest}"
+
+
+def build_and_push(image: str, folder: str = "image") -> str:
+    """The command that makes an image where the cluster finds it; one with a digest was made before."""
+    if "@" in image:
+        return f"# {image} was built from {folder}/ and pushed before"
+    return f"docker build --tag {image} {folder} && docker push {image}"
 
 
 def canaries(archives: Sequence[Described]) -> Dict[str, object]:
@@ -62,7 +85,9 @@ def image_files(
     end = templates.fill(
         "docker/end",
         archives="COPY archives/ /archives/" if with_archives else "# The archives come before the server starts.",
-        program=json.dumps(engine.program),
+        program=json.dumps(
+            engines.pinned(wishes.engine, archives, "/archives") if with_archives else list(engine.program)
+        ),
         command=json.dumps(command),
     )
     return (
@@ -78,21 +103,31 @@ def plan(archives: Sequence[Described], wishes: Wishes) -> Plan:
     """The folder for `docker build`."""
     image = image_name(archives, wishes)
     needed = resources.needed(archives, wishes.engine)
-    gpus = "--gpus all " if resources.GPU in needed.devices else ""
+    devices = _devices(archives[0].manifest.hardware, needed)
     key = f"--env {KEY_VARIABLE} " if engines.CONTAINER_ENGINES[wishes.engine].takes_key else ""
     limits = f"--memory {needed.memory * 3 // 2 + needed.disk}m --read-only --tmpfs /tmp:exec,size={needed.disk}m"
     return Plan(
         image_files(archives, wishes),
         (
             f"docker build --tag {image} .",
-            f"docker run --rm --init {gpus}{limits} {key}--publish 8080:{engines.PORT} {image}",
+            f"docker run --rm --init {devices}{limits} {key}--publish 8080:{engines.PORT} {image}",
         ),
         (_NOTES[wishes.engine],),
     )
+
+
+def _devices(hardware: str, needed: resources.Resources) -> str:
+    """The options of `docker run` that let the container reach its devices."""
+    if resources.GPU in needed.devices:
+        return "--gpus all "
+    cores = needed.devices.get(resources.NEURON_CORE, 0)
+    count = math.ceil(cores / resources.CORES_OF_A_DEVICE[hardware]) if cores else 0
+    return "".join(f"--device=/dev/neuron{number} " for number in range(count))
 
 
 TARGET = DeployTarget(
     "a Dockerfile and its context: slim, not root, a read-only root, a health check that asks a prediction",
     ("torchserve", "ray", "uvicorn"),
     plan,
+    schemes=(),
 )

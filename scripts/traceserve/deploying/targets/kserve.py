@@ -36,7 +36,7 @@ def plan(archives: Sequence[Described], wishes: Wishes) -> Plan:
             *prefixed("image", docker.image_files(archives, wishes, with_archives=False)),
         ),
         (
-            f"docker build --tag {image} image && docker push {image}",
+            docker.build_and_push(image),
             *(f"# put {each.file} at {url}/{each.file.name}" for each in archives),
             f"kubectl apply --filename {_RUNTIME}",
             *(f"kubectl apply --filename {each.path}" for each in own),
@@ -63,6 +63,7 @@ def _service(name: str, archive: Described, url: str, engine: str) -> str:
     return templates.fill(
         "kserve/service.yaml",
         name=name,
+        tolerations=templates.flow(needed.tolerations()),
         url=templates.flow(url),
         digest=templates.flow(archive.sha256),
         reasons="\n".join(f"      # {reason}" for reason in needed.reasons),

@@ -53,6 +53,7 @@ def plan(archives: Sequence[Described], wishes: Wishes) -> Plan:
         image=templates.flow(image),
         security=templates.block(_SECURITY, 10),
         worker_security=templates.block(_SECURITY, 12),
+        tolerations=templates.flow(needed.tolerations()),
         head=templates.block(_container(_HEAD, [_RAYLET], secret), 14),
         worker=templates.block(
             _container({"requests": needed.requests(), "limits": needed.limits()}, [_RAYLET, _PROXY], secret), 16
@@ -61,7 +62,7 @@ def plan(archives: Sequence[Described], wishes: Wishes) -> Plan:
         worker_volumes=templates.block(_VOLUMES, 12),
         reasons="\n".join(f"                # {reason}" for reason in needed.reasons),
     )
-    commands: List[str] = [f"docker build --tag {image} image && docker push {image}"]
+    commands: List[str] = [docker.build_and_push(image)]
     if wishes.url:
         commands += [f"# put {each.file} at {wishes.url.rstrip('/')}/{each.file.name}" for each in archives]
     commands += [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
+import urllib.parse
 from pathlib import Path
 from typing import Dict, List, Sequence, Tuple
 
@@ -28,7 +29,7 @@ def plain_name(name: str) -> str:
 def chart_files(archives: Sequence[Described], wishes: Wishes) -> Tuple[File, ...]:
     """The chart, with values of these archives."""
     name = plain_name(archives[0].name)
-    repository, tag = docker.image_name(archives, wishes).rsplit(":", 1)
+    repository, tag = docker.split_image(docker.image_name(archives, wishes))
     needed = resources.needed(archives, wishes.engine)
     values = templates.fill(
         "kubernetes/values.yaml",
@@ -37,6 +38,7 @@ def chart_files(archives: Sequence[Described], wishes: Wishes) -> Tuple[File, ..
         tag=templates.flow(tag),
         engine=wishes.engine,
         source="fetch" if wishes.url else "image",
+        ports=templates.flow(_fetch_ports(wishes)),
         files=templates.block([_file(each, wishes) for each in archives], 4),
         secret=f"{name}-keys",
         reasons=templates.comment(needed.reasons),
@@ -44,7 +46,7 @@ def chart_files(archives: Sequence[Described], wishes: Wishes) -> Tuple[File, ..
         limits=templates.block(needed.limits(), 4),
         tmp=f"{needed.disk}Mi",
         autoscaling=templates.flow(not needed.devices),
-        tolerations=templates.flow([{"key": device, "operator": "Exists"} for device in needed.devices]),
+        tolerations=templates.flow(needed.tolerations()),
     )
     chart = templates.fill(
         "kubernetes/Chart.yaml",
@@ -59,6 +61,12 @@ def chart_files(archives: Sequence[Described], wishes: Wishes) -> Tuple[File, ..
         Text("values.schema.json", templates.read_template("kubernetes/values.schema.json")),
         *(Text(f"templates/{each}", templates.read_template(f"{_STATIC}/{each}")) for each in static),
     )
+
+
+def _fetch_ports(wishes: Wishes) -> List[int]:
+    """Those of http and https, and the one that the address names."""
+    port = urllib.parse.urlsplit(wishes.url or "").port
+    return sorted({80, 443, port or 443})
 
 
 def _file(archive: Described, wishes: Wishes) -> Dict[str, object]:
@@ -76,7 +84,7 @@ def plan(archives: Sequence[Described], wishes: Wishes) -> Plan:
     """The chart beside the image's folder."""
     image = docker.image_name(archives, wishes)
     name = plain_name(archives[0].name)
-    commands: List[str] = [f"docker build --tag {image} image && docker push {image}"]
+    commands: List[str] = [docker.build_and_push(image)]
     if wishes.url:
         commands += [f"# put {each.file} at {wishes.url.rstrip('/')}/{each.file.name}" for each in archives]
     commands += [

@@ -78,4 +78,6 @@ def _signature(archive: Described) -> object:
     return ModelSignature(inputs=Schema(columns))
 
 
-TARGET = DeployTarget("a pyfunc model: `mlflow models serve`, registries, batch jobs; one archive", ("mlflow",), plan)
+TARGET = DeployTarget(
+    "a pyfunc model: `mlflow models serve`, registries, batch jobs; one archive", ("mlflow",), plan, ()
+)

@@ -34,7 +34,7 @@ def plan(archives: Sequence[Described], wishes: Wishes) -> Plan:
             *prefixed("image", docker.common_files(archives, wishes.engine, about, end)),
         ),
         (
-            f"docker build --tag {image} image && docker push {image}  # to Amazon ECR",
+            f"{docker.build_and_push(image)}  # to Amazon ECR",
             f"aws s3 cp model.tar.gz {place}",
             f"aws sagemaker create-model --model-name {name} --execution-role-arn $ROLE "
             f"--primary-container Image={image},ModelDataUrl={place}",
@@ -64,5 +64,8 @@ def _undated(info: tarfile.TarInfo) -> tarfile.TarInfo:
 
 
 TARGET = DeployTarget(
-    "model.tar.gz and an image: GET /ping, POST /invocations, as Amazon SageMaker asks; one archive", ("uvicorn",), plan
+    "model.tar.gz and an image: GET /ping, POST /invocations, as Amazon SageMaker asks; one archive",
+    ("uvicorn",),
+    plan,
+    schemes=("s3",),
 )

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import string
 from pathlib import Path
-from typing import Iterable
+from typing import Iterable, Mapping
 
 import yaml
 
 FOLDER = Path(__file__).parent
+_PLAIN_KEY = re.compile(
+    r"[A-Za-z][A-Za-z0-9_./-]{3,}|cpu|url|env"
+)  # none of these is a number; PyYAML quotes true and false
 
 
 class _Template(string.Template):
@@ -29,9 +34,29 @@ def fill(file: str, /, **values: str) -> str:
     return _Template(read_template(file)).substitute(values)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Every string in double quotes. PyYAML quotes by YAML 1.1: 1e5, 0o17 and y stay plain, which Go reads as other types."""
+
+
+def _quoted(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"')
+
+
+def _with_plain_keys(dumper: yaml.SafeDumper, mapping: Mapping[str, object]) -> yaml.Node:
+    node = dumper.represent_mapping("tag:yaml.org,2002:map", mapping)
+    for key, _ in node.value:
+        if _PLAIN_KEY.fullmatch(key.value):
+            key.style = None
+    return node
+
+
+_Dumper.add_representer(str, _quoted)
+_Dumper.add_representer(dict, _with_plain_keys)
+
+
 def block(value: object, indent: int = 0) -> str:
     """YAML for the lines under a key, indented by so many spaces, without a newline at the end."""
-    text: str = yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=1000)
+    text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf)
     return "\n".join(f"{' ' * indent}{line}" for line in text.splitlines())
 
 

@@ -1,17 +1,18 @@
 {{- define "traceserve.name" -}}
-{{- .Release.Name | trunc 50 | trimSuffix "-" -}}
+{{- /* A Service's name begins with a letter and has no dots; a release's may be otherwise. */ -}}
+{{- regexReplaceAll "^([0-9])" (.Release.Name | replace "." "-") "m-${1}" | trunc 50 | trimSuffix "-" -}}
 {{- end -}}
 
 {{- define "traceserve.selector" -}}
-app.kubernetes.io/name: {{ .Chart.Name }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/name: {{ .Chart.Name | quote }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end -}}
 
 {{- define "traceserve.labels" -}}
 {{ include "traceserve.selector" . }}
-app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
-app.kubernetes.io/managed-by: {{ .Release.Service }}
-helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | trunc 63 | trimAll "-_." | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service | quote }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | trunc 63 | trimAll "-_." | quote }}
 {{- end -}}
 
 {{- /* Whether an nginx stands before the server. */ -}}
