@@ -6,13 +6,19 @@ import math
 from dataclasses import dataclass
 from typing import Dict, List, Sequence, Tuple
 
+from traceserve_runtime.texts.limits import RequestLimits
+
 from traceserve.deploying import engines
 from traceserve.deploying.described import Described
 
 _MIB = 1 << 20
 # In MiB, with room: after 3,000 requests of 3 to 90 words, 32 at a time, the demo's classifier (48 MiB of files) took
 # 223 in TorchServe's JVM and 228 in its worker, or 361 behind uvicorn; Ray's own processes took 895 (proportional set sizes).
-FRONTENDS = {"torchserve": 350, "ray": 1000, "uvicorn": 0}  # the JVM; or the raylet, the head and the proxy
+FRONTENDS = {
+    "torchserve": 350,
+    "ray": 1000,
+    "uvicorn": 64,
+}  # the JVM; the raylet, the head and the proxy; or large bodies
 WORKER = 400  # Python, torch, a tokenizer, and a batch of ordinary texts
 _COPIES = 2  # of the weights: the file, mapped and shared, and a copy as the processor reads it
 # What Kubernetes calls what a worker has one of: a GPU, or a core of an Inferentia, whose devices have several.
@@ -84,6 +90,12 @@ def needed(archives: Sequence[Described], engine: str) -> Resources:
     reasons.append("ephemeral storage: the archives, packed and unpacked, and 256 MiB for logs and the JVM's classes")
     # One core more for what hands the requests over.
     return Resources(cores + 1, _rounded(memory), _rounded(disk), devices, tuple(reasons))
+
+
+def largest_body(archives: Sequence[Described]) -> int:
+    """How many MiB a request to one of these archives has at most."""
+    limits = (RequestLimits.of(each.manifest.max_length, each.manifest.max_rows) for each in archives)
+    return math.ceil(max(each.largest_body for each in limits) / _MIB)
 
 
 def _rounded(megabytes: float) -> int:

@@ -47,6 +47,7 @@ def chart_files(archives: Sequence[Described], wishes: Wishes) -> Tuple[File, ..
         tmp=f"{needed.disk}Mi",
         autoscaling=templates.flow(not needed.devices),
         tolerations=templates.flow(needed.tolerations()),
+        largest_body=str(resources.largest_body(archives)),
     )
     chart = templates.fill(
         "kubernetes/Chart.yaml",
