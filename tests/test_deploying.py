@@ -209,6 +209,15 @@ def test_a_canary_finds_the_key_and_tells_a_failure_without_the_text(
 # --- docker ---
 
 
+def test_a_canary_passes_over_a_server_that_is_being_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its file may go after it was listed."""
+    servers = tmp_path / "traceserve" / "servers"
+    servers.mkdir(parents=True)
+    (servers / "gone.json").symlink_to(tmp_path / "nowhere")
+    (servers / "x.json").write_text('{"key": "secret"}')
+    assert canary._key({"XDG_STATE_HOME": str(tmp_path)}) == {"Authorization": "Bearer secret"}
+
+
 def test_the_dockerfile_is_clean(mar: Path, tmp_path: Path) -> None:
     """By hadolint, and it has none of what the README says that it has not."""
     hadolint = Path(sysconfig.get_path("scripts"), "hadolint")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import random
@@ -38,6 +39,7 @@ from traceserve_runtime.manifest import Manifest, sha256
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.requests import parse_requests
 from traceserve_runtime.runner import IN_ATTENTION
+from traceserve_runtime.texts.limits import RequestLimits
 
 OWN = Serving(batch_size=32, max_batch_delay=2, response_timeout=300)
 
@@ -330,6 +332,16 @@ def test_texts_that_are_all_refused_are_told(mar: Path, tmp_path: Path) -> None:
         tune._read(mar, read_manifest(mar), tmp_path / "long.txt")
 
 
+def test_a_body_with_more_tokens_than_a_request_may_have_is_left_out(mar: Path, tmp_path: Path) -> None:
+    """Its windows are not too many, but the server answers it with 413."""
+    limits = RequestLimits.of(32, read_manifest(mar).max_rows)
+    texts = ["a" * 40] * (limits.rows // 3)
+    (tmp_path / "bodies.jsonl").write_text("\n".join(json.dumps(each) for each in (texts, ["Yes."])))
+    _, found = tune._read(mar, read_manifest(mar), tmp_path / "bodies.jsonl")
+    assert [number for number, _ in found.refused] == [1] and "tokens in the windows" in found.refused[0][1]
+    assert len(found.lengths) == 1
+
+
 def test_the_command_finds_and_writes_what_is_better(mar: Path) -> None:
     """An archive whose batches never fill, and wait for that: smaller batches are many times faster."""
     slow = replace(OWN, max_batch_delay=60)
@@ -443,3 +455,10 @@ def test_trials_pool_what_was_measured() -> None:
     results = [Result(1, None, 1.0, np.full(n, seconds), {}) for n, seconds in ((98, 0.1), (10, 0.3), (1, 9.0))]
     trial = Trial(OWN, 1, results)
     assert trial.throughput == 10 and trial.percentile(50) == 0.1 and trial.percentile(100) == 9.0
+    assert Trial(OWN, 1).percentile(99) == math.inf
+
+
+def test_a_trials_p99_is_that_of_bench() -> None:
+    """Of 100 requests 99 percent were no slower than the 99th, whatever the slowest took."""
+    result = Result(1, None, 1.0, np.array([0.1] * 99 + [9.0]), {})
+    assert Trial(OWN, 1, [result]).percentile(99) == result.percentile(99) == 0.1

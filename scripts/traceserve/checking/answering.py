@@ -57,7 +57,8 @@ def ask_in_a_process(folder: Path, requests: Sequence[Request], threads: int, sc
         env={**os.environ, **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
     )
     if result.returncode:
         raise ExportError(f"{folder.name} cannot be run here: {last_line(result.stdout)}")

@@ -81,13 +81,16 @@ class Result:
     def percentile(self, p: float) -> float:
         """Return the latency that `p` percent of the answered requests did not exceed (nearest rank); NaN if there is
         none."""
-        if not self.requests:
-            return float("nan")
-        return float(self._ordered[max(0, math.ceil(p / 100 * self.requests) - 1)])
+        return nearest_rank(self._ordered, p) if self.requests else math.nan
 
     @cached_property
     def _ordered(self) -> NDArray[np.float64]:
         return np.sort(self.latencies)
+
+
+def nearest_rank(ordered: NDArray[np.float64], p: float) -> float:
+    """Return the least of these values, in ascending order, that `p` percent of them do not exceed."""
+    return float(ordered[max(0, math.ceil(p / 100 * len(ordered)) - 1)])
 
 
 def send_load(

@@ -19,7 +19,7 @@ from traceserve_runtime.errors import TraceserveError
 from traceserve.archives.model_config import Serving
 from traceserve.errors import ServerError
 from traceserve.measuring.candidates import Knob
-from traceserve.measuring.load_generator import Result
+from traceserve.measuring.load_generator import Result, nearest_rank
 
 MARGIN = 1.03  # smaller gains are not worth a change
 ROUNDS = 6
@@ -67,9 +67,10 @@ class Trial:
         return statistics.median(result.throughput for result in self.results)
 
     def percentile(self, p: float) -> float:
-        """Return the latency in seconds that `p` percent of all measured requests did not exceed."""
-        latencies = [seconds for result in self.results for seconds in result.latencies]
-        return float(np.percentile(latencies, p, method="higher")) if latencies else math.inf
+        """Return the latency in seconds that `p` percent of all measured requests did not exceed (nearest rank); infinity
+        if there is none."""
+        latencies = np.concatenate([result.latencies for result in self.results] or [np.empty(0)])
+        return nearest_rank(np.sort(latencies), p) if latencies.size else math.inf
 
 
 def judge(ratios: Sequence[float], noise: float = 0.0) -> Optional[bool]:

@@ -223,6 +223,7 @@ def _lengths(task: Task, body: bytes, content_type: str) -> List[int]:
         if not isinstance(item, Encoded):
             raise item
         lengths += [row.length for row in item.rows]
-    if len(lengths) > most:
-        raise ConfigError(f"it has {len(lengths):,} windows; one request may have {most:,}")
+    refused = task.tokenizer.limits.of_rows(len(lengths), sum(lengths))
+    if refused is not None:
+        raise refused
     return lengths

@@ -242,7 +242,7 @@ def launch(folder: Path, settings: Dict[str, Path], needed: Dict[str, str]) -> i
         )
     pid_file = folder / "tmp" / ".model_server.pid"
     if result.returncode or not pid_file.is_file():
-        said = (folder / "logs" / "start.log").read_text(errors="replace")
+        said = (folder / "logs" / "start.log").read_text(encoding="utf-8", errors="replace")
         hint = "; install it with: pip install 'traceserve[serve]'" if "No module named" in said else ""
         raise ServerError(f"torchserve did not start: {last_line(said)}{hint}")
     return int(pid_file.read_text())
