@@ -20,10 +20,10 @@ from traceserve_runtime.json_types import JsonObject
 
 from traceserve.errors import ServerError
 from traceserve.machine.private_files import write_private
-from traceserve.measuring.server_times import metrics_of
 from traceserve.serving import client, ray_applications, ray_cluster, server
 from traceserve.serving.instances import Instance
 from traceserve.serving.management import Registered
+from traceserve.serving.metrics import metrics_of
 from traceserve.serving.plan import Archive
 
 _FILE = "versions.json"  # below run/: `_Known`, by name
