@@ -39,7 +39,7 @@ class Door:
     @classmethod
     def of(cls, instance: Instance, name: str) -> Door:
         """Return the door of a server of this machine."""
-        url = f"{instance.url}/predictions/{name}"
+        url = instance.predictions_url(name)
         return cls(f"{name} on port {instance.port}", url, instance.key, instance.certificate, True)
 
     def ask(self, url: str, body: Any = None, timeout: float = 60.0) -> Tuple[int, Any]:

@@ -55,7 +55,7 @@ def subject(
         if instance.certificate:
             raise ServerError(f"{place} uses TLS, which cannot be measured; serve it without --certificate too")
         key = {"Authorization": f"Bearer {instance.key}"} if instance.key else {}
-        target = load_generator.Endpoint(f"{instance.url}/predictions/{urllib.parse.quote(place)}", key)
+        target = load_generator.Endpoint(instance.predictions_url(place), key)
         return Subject(place, target, traffic(samples), *_told_by(instance, place))
     parts = urllib.parse.urlsplit(place)
     if parts.scheme not in ("http", "https") or not parts.hostname or not place.isascii() or " " in place:
@@ -86,7 +86,7 @@ def _ours(url: str) -> _Ours:
     """Return the same if a URL belongs to our server."""
     for instance in instances.running():
         for name in instance.names:
-            if url == f"{instance.url}/predictions/{urllib.parse.quote(name)}":
+            if url == instance.predictions_url(name):
                 return _told_by(instance, name)
     return "", None, None
 

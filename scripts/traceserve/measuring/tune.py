@@ -148,7 +148,7 @@ class Servers:
             self.timeout = max(30.0, 10 * (time.monotonic() - started))
 
     def _load(self, instance: Instance, connections: int, seed: int, warm_up: float, what: str) -> Result:
-        target = Endpoint(f"{instance.url}/predictions/{self.archive.stem}")
+        target = Endpoint(instance.predictions_url(self.archive.stem))
         return load_generator.send_load(
             target,
             self.texts.bodies,

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 from traceserve_hosts import KEY_VARIABLE
+from traceserve_runtime.service import TRUNCATED_HEADER
 
 from traceserve.errors import ServerError
 from traceserve.playground.models import Model
 from traceserve.serving import client
 from traceserve.serving.curl import curl
 
-_TRUNCATED = "X-Truncated"  # by request and field the characters [start, end) that the model never read
 _STREAMED = "text/plain"
 _BETWEEN = 0.05  # seconds between two states of a growing text: a page need not show more
 _PATIENCE = 0.2  # seconds, after which it is looked whether to stop
@@ -49,7 +49,7 @@ def ask(
     try:
         options = {"certificate": model.certificate, "any_name": model.any_name, "door": door}
         with client.post(model.url, model.path, dict(body), model.key, **options) as response:  # type: ignore[arg-type]
-            unseen = json.loads(response.headers.get(_TRUNCATED) or "{}").get("0", {})
+            unseen = json.loads(response.headers.get(TRUNCATED_HEADER) or "{}").get("0", {})
             heard = Heard(unseen={name: (start, end) for name, (start, end) in unseen.items()})
             if response.headers.get_content_type() == _STREAMED:
                 yield from _streamed(response, heard, begun, stopped)

@@ -9,7 +9,7 @@ import uuid
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Sequence
 
-from traceserve.errors import ServerError
+from traceserve.errors import ServerError, some
 from traceserve.playground import asking, form, panels
 from traceserve.playground.form import Control, FormError
 from traceserve.playground.models import Model
@@ -111,7 +111,7 @@ class _Board:
 
     def _form(self) -> None:
         gr, own = self._gr, self._models[0].description
-        labels = f" Labels: {_some(own.labels)}." if own.labels else ""
+        labels = f" Labels: {some(own.labels, 5)}." if own.labels else ""
         names = " and ".join(f"{model.description.name} {model.description.version}" for model in self._models)
         gr.Markdown(f"### {_plain(names)}\n{_plain(own.task)}. {_plain(own.about + labels)}")
         first = [
@@ -250,10 +250,6 @@ class _Board:
 def _plain(text: str) -> str:
     """A text where Gradio reads Markdown."""
     return re.sub(r"[^\w\s.,;:()/-]", lambda found: f"&#{ord(found[0])};", text)
-
-
-def _some(labels: Sequence[str]) -> str:
-    return ", ".join(labels[:5]) + (f" and {len(labels) - 5} more" if len(labels) > 5 else "")
 
 
 def _text(gr: Any, control: Control, shown: Dict[str, Any]) -> Any:

@@ -37,20 +37,12 @@ def find_model(place: str, key: Optional[str] = None, certificate: Optional[str]
     """NAME, an archive that a server of this user serves, or the URL of a model; raises ServerError."""
     if "://" in place:
         return _at(place, key, certificate)
-    running = instances.running()
-    serving = [instance for instance in running if place in instance.names]
-    if len(serving) == 1:
-        return _of(serving[0], place, key)
-    if serving:
-        urls = ", ".join(f"{instance.url}/predictions/{place}" for instance in serving)
-        raise ServerError(f"{place} is served {len(serving)} times; name one by its URL: {urls}")
     otherwise = ", and any other server is named by its URL, like http://127.0.0.1:8080/predictions/NAME"
-    if not running:
-        raise instances.none_running(place, otherwise)
-    others = ", ".join(sorted({other for instance in running for other in instance.names}))
-    raise ServerError(
-        f"no server of traceserve serves {place}, but {others}; `traceserve serve model_store/{place}.mar` starts one{otherwise}"
-    )
+    serving = instances.serving_instances(place, otherwise)
+    if len(serving) > 1:
+        urls = ", ".join(instance.predictions_url(place) for instance in serving)
+        raise ServerError(f"{place} is served {len(serving)} times; name one by its URL: {urls}")
+    return _of(serving[0], place, key)
 
 
 def every() -> Tuple[List[Model], List[ServerError]]:
