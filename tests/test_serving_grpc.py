@@ -85,7 +85,7 @@ def the_workers_live_on(served: Served) -> Iterator[None]:
     assert len(before) == 4
     yield
     for name in served.engines:
-        assert predict(served.instance.url, name, {"text": "still there?"}, timeout=30)
+        assert predict(served.instance.address, name, {"text": "still there?"}, timeout=30)
     assert worker_pids(served.instance) == before
     assert "Healthy" in served.client.ping()
 

@@ -103,7 +103,7 @@ def serving(archive: Path, queue: int = 1000) -> Iterator[Instance]:
 
 def answer_to(instance: Instance, text: str, timeout: float = 60.0) -> object:
     """Ask the served archive one text."""
-    return client.predict(instance.url, instance.names[0], {"text": text}, instance.key, timeout, instance.certificate)
+    return client.predict(instance.address, instance.names[0], {"text": text}, timeout)
 
 
 def worker_pids(instance: Instance) -> List[int]:

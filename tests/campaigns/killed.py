@@ -132,9 +132,7 @@ def kill_server(instance: Instance, archive: Path) -> Sequence[Aim]:
     again = server.start([archive], port=instance.port, workers=1, timeout=300)
     seconds = time.monotonic() - began
     try:
-        answered = bool(
-            client.predict(again.url, again.names[0], {"text": TEXTS[0]}, again.key, 60.0, again.certificate)
-        )
+        answered = bool(client.predict(again.address, again.names[0], {"text": TEXTS[0]}, 60.0))
     finally:
         instances.stop(again, at_once=True)
     return [

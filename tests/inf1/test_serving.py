@@ -40,10 +40,10 @@ def test_two_workers_have_a_core_each(mar: Path) -> None:
     try:
         assert isinstance(answer, Answer)
         for _ in range(4):
-            value = predict(instance.url, "classifier", {"text": "Where is my parcel?"})
+            value = predict(instance.address, "classifier", {"text": "Where is my parcel?"})
             assert value["label"] == answer.value["label"]
             assert value["score"] == pytest.approx(answer.value["score"], abs=1e-5)
-        many = predict(instance.url, "classifier", [{"text": "late"}] * 9)
+        many = predict(instance.address, "classifier", [{"text": "late"}] * 9)
         assert len(many) == 9
         assert sorted(cores.owners()) == worker_pids(instance) and len(cores.owners()) == 2
         assert psutil.Process(cores.owners()[0]).environ()["NEURON_RT_NUM_CORES"] == "1"

@@ -44,7 +44,8 @@ class Door:
 
     def ask(self, url: str, body: Any = None, timeout: float = 60.0) -> Tuple[int, Any]:
         """POST, or GET without a body; raises ServerError where nothing answers, or the key is refused."""
-        status, answer = client.exchange(url, body, self.key, timeout, self.certificate, any_name=self.ours)
+        address = client.Address(url, self.key, self.certificate, any_name=self.ours)
+        status, answer = client.exchange(address, body, timeout)
         if status in _NOT_ALLOWED or (isinstance(answer, dict) and answer.get("type") == _WRONG_KEY):
             raise ServerError(
                 f"{url} answers {status}: {client.error_words(answer)}; give its key: --key KEY or --key-file"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import urllib.parse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import List, Optional, Sequence, Tuple
 
 from traceserve.errors import ServerError
 from traceserve.playground import description
 from traceserve.playground.description import Description
 from traceserve.serving import client, instances
+from traceserve.serving.client import Address
 from traceserve.serving.instances import Instance
 
 _FIRST_VERSION = "1.0"  # of an archive whose configuration names none
@@ -26,6 +27,11 @@ class Model:
     key: Optional[str] = None
     certificate: Optional[str] = None
     any_name: bool = True  # whether the certificate may be for another name than the URL's
+
+    @property
+    def address(self) -> Address:
+        """The server's address, with its key and certificate."""
+        return Address(self.url, self.key, self.certificate, self.any_name)
 
     @property
     def path(self) -> str:
@@ -72,7 +78,7 @@ def check_comparable(models: Sequence[Model]) -> None:
 
 def _of(instance: Instance, name: str, key: Optional[str]) -> Model:
     version = instance.manifest(name).version
-    return _described(instance.url, name, version, key or instance.key, instance.certificate, any_name=True)
+    return _described(replace(instance.address, key=key or instance.key), name, version)
 
 
 def _at(place: str, key: Optional[str], certificate: Optional[str]) -> Model:
@@ -84,21 +90,18 @@ def _at(place: str, key: Optional[str], certificate: Optional[str]) -> Model:
             f"behind it if that is not {_FIRST_VERSION}"
         )
     url = f"{parts.scheme}://{parts.netloc}{path['before']}"
+    address = Address(url, key, certificate, any_name=False)
     ours = next((one for one in instances.running() if one.url == url), None)  # its key and certificate are known
     if ours is not None:
-        key, own, any_name = key or ours.key, certificate or ours.certificate, certificate is None
-    else:
-        own, any_name = certificate, False
+        address = Address(url, key or ours.key, certificate or ours.certificate, any_name=certificate is None)
     name = urllib.parse.unquote(path["name"])
-    return _described(url, name, path["version"] or _FIRST_VERSION, key, own, any_name)
+    return _described(address, name, path["version"] or _FIRST_VERSION)
 
 
-def _described(
-    url: str, name: str, version: str, key: Optional[str], certificate: Optional[str], any_name: bool
-) -> Model:
-    path = f"predictions/{_path(name, version)}/openapi.json"
-    document = client.get_document(url, path, key, certificate=certificate, any_name=any_name)
-    return Model(url, description.read_description(document, f"{url}/predictions/{name}"), key, certificate, any_name)
+def _described(address: Address, name: str, version: str) -> Model:
+    document = client.get_document(address, f"predictions/{_path(name, version)}/openapi.json")
+    described = description.read_description(document, f"{address.url}/predictions/{name}")
+    return Model(address.url, described, address.key, address.certificate, address.any_name)
 
 
 def _path(name: str, version: str) -> str:

@@ -41,7 +41,7 @@ def drain(instance: Instance, name: str, version: str, canary: JsonObject, timeo
             with contextlib.suppress(client.NotYet):  # its queue is full
                 own += 1
                 left = max(1.0, timeout - sent)
-                client.predict(instance.url, f"{name}/{version}", canary, instance.key, left, instance.certificate)
+                client.predict(instance.address, f"{name}/{version}", canary, left)
                 proven = sent >= _LEAST
         described = management.registered(instance, name)[version]
         passed = time.monotonic() - started

@@ -199,7 +199,7 @@ class _Update:
 
     def _ask_canary(self, path: str) -> None:
         try:
-            client.predict(self._instance.url, path, self._canary, self._instance.key, 60.0, self._instance.certificate)
+            client.predict(self._instance.address, path, self._canary, 60.0)
         except ServerError as error:
             raise ServerError(f"{path} does not answer its own sample: {error.message}") from None
 

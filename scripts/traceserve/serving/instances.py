@@ -22,6 +22,7 @@ from traceserve.errors import ServerError
 from traceserve.machine import user_folders
 from traceserve.machine.private_files import write_private
 from traceserve.serving import java, stopping
+from traceserve.serving.client import Address
 from traceserve.serving.engines import RAY, TORCHSERVE
 
 _KEPT = 5  # folders of dead servers kept until their failure was shown; older ones go
@@ -61,6 +62,11 @@ class Instance:
     def url(self) -> str:
         """Its URL from this machine."""
         return f"{'https' if self.certificate else 'http'}://{_in_url(self.host)}:{self.port}"
+
+    @property
+    def address(self) -> Address:
+        """Its address from this machine, with its key and certificate."""
+        return Address(self.url, self.key, self.certificate)
 
     def predictions_url(self, name: str) -> str:
         """Return the URL from this machine at which one of its archives predicts."""

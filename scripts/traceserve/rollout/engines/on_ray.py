@@ -79,9 +79,8 @@ def running_version(instance: Instance, name: str) -> Registered:
 
     The server is asked: an update may have been killed while Ray went on.
     """
-    status, told = client.exchange(
-        f"{instance.url}/v2/models/{name}", None, instance.key, 30.0, instance.certificate, any_name=True
-    )
+    address = replace(instance.address, url=f"{instance.url}/v2/models/{name}")
+    status, told = client.exchange(address, timeout=30.0)
     versions = _known(instance, name).versions
     said = [version for version in told.get("versions", []) if version in versions] if isinstance(told, dict) else []
     if status != 200 or not said:
@@ -112,7 +111,7 @@ def start_beside(instance: Instance, archive: Archive, folder: str, timeout: flo
     canary = server.canary(archive.manifest)
     while True:  # HAProxy hears of it a little later
         try:
-            client.predict(instance.url, f"{name}/{version}", canary, instance.key, 60.0, instance.certificate)
+            client.predict(instance.address, f"{name}/{version}", canary, 60.0)
             return 1
         except client.NotYet:
             if time.monotonic() > deadline:
