@@ -37,6 +37,7 @@ from traceserve.serving.instances import Instance
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.manifest import Manifest, sha256
 from traceserve_runtime.tasks.contract import Answer, Request
+from workers import worker_pids
 
 LABELS = {"id2label": {0: "red", 1: "green", 2: "blue"}, "label2id": {"red": 0, "green": 1, "blue": 2}}
 BATCH = 16
@@ -68,12 +69,6 @@ def send(request: Union[str, urllib.request.Request]) -> Reply:
     except urllib.error.HTTPError as error:
         with error:
             return Reply(error.code, {k.lower(): v for k, v in error.headers.items()}, error.read())
-
-
-def worker_pids(instance: Instance) -> List[int]:
-    process = instance.process
-    assert process is not None
-    return sorted(c.pid for c in process.children(recursive=True) if "model_service_worker" in " ".join(c.cmdline()))
 
 
 @pytest.fixture(scope="module")

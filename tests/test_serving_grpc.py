@@ -19,6 +19,7 @@ from traceserve.serving.client import predict
 from traceserve.serving.instances import Instance
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.tasks.contract import Answer, Request
+from workers import worker_pids
 
 TEXT = "Où est la gare?"
 STORY = {"text": "The old harbour", "parameters": {"max_new_tokens": 12, "return_full_text": False}}
@@ -70,12 +71,6 @@ def served(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     yield Served(instance, client, {name: Engine.load(folder / name) for name in sources})
     client.close()
     instances.stop(instance)
-
-
-def worker_pids(instance: Instance) -> List[int]:
-    process = instance.process
-    assert process is not None
-    return sorted(c.pid for c in process.children(recursive=True) if "model_service_worker" in " ".join(c.cmdline()))
 
 
 @pytest.fixture(autouse=True)

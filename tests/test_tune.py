@@ -21,7 +21,6 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from test_space import Mount, mount  # noqa: F401  (a fixture)
-from traceserve.archives.archive import pack_archive
 from traceserve.archives.contents import configure_archive, read_manifest, read_serving
 from traceserve.archives.model_config import Serving
 from traceserve.cli import _parse, main
@@ -280,17 +279,12 @@ def test_candidates_fit_the_machine(cores: int, batch_size: int) -> None:
 # --- real servers -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def packed(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pack_archive(artifact, "tiny", tmp_path_factory.mktemp("store"))
-
-
 @pytest.fixture
-def mar(packed: Path, tmp_path: Path) -> Path:
+def mar(mar: Path, tmp_path: Path) -> Path:
     """A copy that may be changed, with texts beside it."""
     texts = ["Where is my parcel?", "The train to the coast leaves at nine.", "", "word " * 40, "Yes.", "x" * 400_000]
     (tmp_path / "texts.txt").write_text("\n".join(texts))
-    return Path(shutil.copy(packed, tmp_path / "tiny.mar"))
+    return Path(shutil.copy(mar, tmp_path / "tiny.mar"))
 
 
 @pytest.fixture(autouse=True)

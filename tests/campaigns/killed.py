@@ -24,8 +24,9 @@ import psutil
 from traceserve.measuring.answers import Consistency
 from traceserve.serving import client, instances, server
 from traceserve.serving.instances import Instance
+from workers import worker_pids
 
-from campaigns.aims import TRACESERVE, Aim, answer_to, archive_of, main_of, none_of, serving, worker_pids
+from campaigns.aims import TRACESERVE, Aim, answer_to, archive_of, main_of, none_of, serving
 
 TEXTS = [f"Parcel number {number} is late." for number in range(40)]
 _PATIENCE = 30.0  # seconds that a client waits

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import List
 
 import psutil
 import pytest
@@ -15,6 +14,7 @@ from traceserve.serving.client import predict
 from traceserve.serving.instances import Instance
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.tasks.contract import Answer, Request
+from workers import worker_pids
 
 
 @pytest.fixture(scope="module")
@@ -24,13 +24,6 @@ def mar(classifier: Path) -> Path:
 
 def start(mar: Path, workers: int) -> Instance:
     return server.start([mar], port=configuration.free_ports(1)[0], workers=workers, timeout=120)
-
-
-def worker_pids(instance: Instance) -> List[int]:
-    process = instance.process
-    assert process is not None
-    found = process.children(recursive=True)
-    return sorted(child.pid for child in found if "model_service_worker" in " ".join(child.cmdline()))
 
 
 def test_two_workers_have_a_core_each(mar: Path) -> None:
