@@ -112,8 +112,10 @@ def test_resources_are_of_what_tune_wrote(mar: Path, tmp_path: Path) -> None:
 
 
 def test_the_tables_name_what_there_is() -> None:
-    assert set(packages.SAVE_MODES) <= set(SAVE_MODES)
-    assert set(packages.HARDWARE) | set(packages.INDEXES) | set(resources.KUBERNETES_RESOURCES) <= set(HARDWARE)
+    assert set(packages.PACKAGES_OF_SAVE_MODE) <= set(SAVE_MODES)
+    assert set(packages.PACKAGES_OF_HARDWARE) | set(packages.INDEXES) | set(resources.KUBERNETES_RESOURCES) <= set(
+        HARDWARE
+    )
     assert (
         set(packages.ENGINE_PACKAGES) - {"mlflow", "kuberay"}
         == set(engines.CONTAINER_ENGINES)

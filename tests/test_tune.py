@@ -26,10 +26,10 @@ from traceserve.archives.model_config import Serving
 from traceserve.cli import _parse, main
 from traceserve.errors import ConfigError, ServerError
 from traceserve.measuring import tune
-from traceserve.measuring.candidates import knobs
+from traceserve.measuring.candidates import settings_to_try
 from traceserve.measuring.load_generator import Result
 from traceserve.measuring.padding import wastes
-from traceserve.measuring.search import Goal, KnobSearch, Trial, judge
+from traceserve.measuring.search import Goal, ServingSearch, Trial, judge
 from traceserve.serving import configuration, instances, server
 from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.batching.costs import CostModel
@@ -163,9 +163,9 @@ class Bench:
         self.running.discard(serving)
 
 
-def search(bench: Bench, goal: Goal = Goal(64), seconds: float = 600, cores: int = 2) -> KnobSearch:
-    found = KnobSearch(
-        bench, goal, knobs(cores, goal.connections, 128, OWN.batch_size), seconds, clock=lambda: bench.now
+def search(bench: Bench, goal: Goal = Goal(64), seconds: float = 600, cores: int = 2) -> ServingSearch:
+    found = ServingSearch(
+        bench, goal, settings_to_try(cores, goal.connections, 128, OWN.batch_size), seconds, clock=lambda: bench.now
     )
     found.run([OWN])
     return found
@@ -232,12 +232,14 @@ def test_what_fails_is_a_row_with_its_reason_and_never_chosen() -> None:
 def test_an_own_configuration_that_does_not_start_is_replaced() -> None:
     own = replace(OWN, workers=64, threads=1)
     bench = Bench(two_workers, fails={"start": lambda s: s.workers == 64})
-    found = KnobSearch(bench, Goal(64), knobs(2, 64, 128, OWN.batch_size), 300, clock=lambda: bench.now)
+    found = ServingSearch(bench, Goal(64), settings_to_try(2, 64, 128, OWN.batch_size), 300, clock=lambda: bench.now)
     best = found.run([own, OWN])
     assert found.trials[own].failure and best.serving.workers == 2
     bench = Bench(two_workers, fails={"start": lambda s: True})
     with pytest.raises(ServerError, match="no memory"):
-        KnobSearch(bench, Goal(64), knobs(2, 64, 128, OWN.batch_size), 300, clock=lambda: bench.now).run([own, OWN])
+        ServingSearch(bench, Goal(64), settings_to_try(2, 64, 128, OWN.batch_size), 300, clock=lambda: bench.now).run(
+            [own, OWN]
+        )
 
 
 def test_the_most_within_a_p99() -> None:
@@ -268,8 +270,8 @@ def test_a_p99_that_nothing_reaches() -> None:
 @pytest.mark.parametrize("cores", [1, 2, 6, 96])
 def test_candidates_fit_the_machine(cores: int, batch_size: int) -> None:
     tried: List[Serving] = [OWN]
-    for knob in knobs(cores, connections=24, longest_step=32, batch_size=batch_size):
-        tried += [serving for ladder in knob(tried[-1]) for serving in ladder]
+    for setting in settings_to_try(cores, connections=24, longest_step=32, batch_size=batch_size):
+        tried += [serving for ladder in setting(tried[-1]) for serving in ladder]
     layouts = {(s.workers or 1, s.threads or 1) for s in tried}
     assert all(workers * threads <= max(cores + 1, 1.5 * cores) for workers, threads in layouts)
     assert {(cores, 1), (1, cores)} <= layouts

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 WRONG = "a wrong answer"
-Check = Callable[[bytes, bytes], bool]  # whether a request's body was given the right answer
+AnswerCheck = Callable[[bytes, bytes], bool]  # whether a request's body was given the right answer
 
 # An open loop opens connections as needed, up to this many (or the requested number, if larger). Beyond it requests
 # wait, and the wait is part of their latency.
@@ -106,7 +106,7 @@ def send_load(
     progress: Optional[Callable[[float], None]] = None,
     timeout: float = 60.0,
     retries: int = 0,
-    check: Optional[Check] = None,
+    check: Optional[AnswerCheck] = None,
     ended: Optional[threading.Event] = None,
 ) -> Result:
     """POST `bodies`, in a shuffled order that repeats, and measure.
@@ -163,7 +163,7 @@ class _Options:
     seed: int
     timeout: float
     retries: int
-    check: Optional[Check]
+    check: Optional[AnswerCheck]
     ended: Optional[threading.Event]
 
 

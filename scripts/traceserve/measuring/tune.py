@@ -25,10 +25,10 @@ from traceserve.building.progress import Progress
 from traceserve.building.samples import OwnSamples
 from traceserve.errors import ConfigError, ServerError
 from traceserve.measuring import load_generator, targets, transfers
-from traceserve.measuring.candidates import knobs
+from traceserve.measuring.candidates import settings_to_try
 from traceserve.measuring.load_generator import Endpoint, Result
 from traceserve.measuring.padding import Waste, wastes
-from traceserve.measuring.search import Goal, KnobSearch, Trial
+from traceserve.measuring.search import Goal, ServingSearch, Trial
 from traceserve.serving import configuration, instances, server
 from traceserve.serving.engines import TORCHSERVE
 from traceserve.serving.instances import Instance
@@ -77,9 +77,11 @@ def tune(
     task, texts = _read(archive, manifest, samples_file)
     any_length = manifest.shapes.lengths is None and manifest.shapes.padded and not task.loop
     plain = replace(own, workers=None, threads=None)  # the archive's may be another machine's, and not even start here
-    turned = knobs(processor.cores(), goal.connections, manifest.max_length if any_length else 1, own.batch_size)
+    turned = settings_to_try(
+        processor.cores(), goal.connections, manifest.max_length if any_length else 1, own.batch_size
+    )
     with Servers(archive, texts, budget, tell, engine) as servers:
-        search = KnobSearch(servers, goal, turned, budget - (time.monotonic() - started))
+        search = ServingSearch(servers, goal, turned, budget - (time.monotonic() - started))
         best = search.run([own] if plain == own else [own, plain])
     if best.failure:
         raise ServerError(f"{archive} failed while it was measured: {best.failure}")
