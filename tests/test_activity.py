@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import http.server
+import threading
 from dataclasses import replace
-from typing import Dict, List, Mapping, Optional, Tuple
+from typing import Dict, Iterator, List, Mapping, Optional, Tuple
 
 import pytest
 from traceserve.measuring.activity import Activity, Sample, between, quantile, series_of
+from traceserve.measuring.server_times import ServerTimes, Watch
 
 INF = float("inf")
 
@@ -119,3 +122,88 @@ def test_counters_that_started_anew_make_nothing_negative() -> None:
 def test_of_a_gone_archive_nothing_is_left() -> None:
     found = between(of_ray({"gone": (1000, 1e6)}), of_ray({}))
     assert (found.requests, found.errors, found.batch_p50, found.padding_share) == (0, {}, None, None)
+
+
+# --- the times of a request in bench ----------------------------------------------------------------------------------
+
+
+class Scraped(http.server.BaseHTTPRequestHandler):
+    """A server's metrics, another text each time."""
+
+    texts: List[str] = []
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(self.texts.pop(0).encode("utf-8"))
+
+    def log_message(self, *arguments: object) -> None:
+        """Print nothing."""
+
+
+@pytest.fixture
+def scraped() -> Iterator[str]:
+    server = http.server.HTTPServer(("127.0.0.1", 0), Scraped)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/metrics"
+    server.shutdown()
+    server.server_close()
+
+
+def watched(url: str, *texts: str) -> Optional[ServerTimes]:
+    Scraped.texts = list(texts)
+    with Watch(url, "intents", 0.0, 0.0) as watch:
+        watch._thread.join()
+    return watch.times
+
+
+def of_replicas(replicas: Mapping[str, int]) -> str:
+    """The metrics of replicas on Ray Serve: so many requests each, of 10 tokens, 0.3 s in the handler and 0.2 in the model."""
+    each = {
+        "requests": 1,
+        "handler_seconds": 0.3,
+        "model_seconds": 0.2,
+        "tokens": 10,
+        "computed_tokens": 12.5,
+        "windows": 1,
+    }
+    return "\n".join(
+        f'ray_traceserve_{metric}_total{{model_name="intents",WorkerId="{worker}"}} {requests * value}'
+        for worker, requests in replicas.items()
+        for metric, value in each.items()
+    )
+
+
+def test_bench_has_the_times_on_ray_serve(scraped: str) -> None:
+    times = watched(scraped, of_replicas({"a": 10, "b": 10}), of_replicas({"a": 30, "b": 30}))
+    assert times is not None and times.requests == 40 and times.latency is None
+    assert (times.handler, times.model) == (pytest.approx(0.3), pytest.approx(0.2))
+    assert (times.tokens, times.rows, times.padding_share) == (pytest.approx(10), pytest.approx(1), pytest.approx(0.2))
+    parts = times.shares(0.5)
+    assert parts == {
+        "model": pytest.approx(0.2),
+        "rest of the handler": pytest.approx(0.1),
+        "queue, server, network and client": pytest.approx(0.2),
+    }
+
+
+def test_a_replica_that_starts_anew_takes_nothing_from_bench(scraped: str) -> None:
+    """One that had answered 1,000 started anew and answered 40, and one is new."""
+    times = watched(scraped, of_replicas({"a": 1000}), of_replicas({"a": 40, "new": 10}))
+    assert times is not None and times.requests == 50 and times.handler == pytest.approx(0.3)
+    assert watched(scraped, of_replicas({"a": 40}), of_replicas({"a": 40})) is None
+
+
+def test_bench_breaks_down_the_times_of_torchserve(scraped: str) -> None:
+    def text(requests: int) -> str:
+        own = {"requests": 1, "handler_seconds": 0.3, "model_seconds": 0.2, "tokens": 10, "windows": 1}
+        frontend = {"requests_total": 1, "latency_microseconds": 5e5, "queue_latency_microseconds": 1e5}
+        lines = [f'ts_inference_{name}{{model_name="intents"}} {requests * value}' for name, value in frontend.items()]
+        lines += [f'traceserve_{name}_total{{ModelName="intents"}} {requests * value}' for name, value in own.items()]
+        return "\n".join(lines).replace("ts_inference_queue", "ts_queue")
+
+    times = watched(scraped, text(10), text(30))
+    assert times is not None and (times.requests, times.padding_share) == (20, 0.0)
+    parts = times.shares(0.6)
+    assert list(parts) == ["queue", "model", "rest of the handler", "frontend", "network and client"]
+    assert list(parts.values()) == [pytest.approx(each) for each in (0.1, 0.2, 0.1, 0.1, 0.1)]

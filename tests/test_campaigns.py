@@ -18,6 +18,7 @@ from campaigns import aims, builds, damaged, full_disk, hostile, killed, slow, s
 from campaigns.aims import Aim
 from campaigns.replies import FORM, Reply
 from traceserve_runtime.manifest import sealed
+from workers import worker_pids
 
 
 def missed(found: Sequence[Aim]) -> Sequence[Aim]:
@@ -110,7 +111,7 @@ class Served(NamedTuple):
 
 
 def test_a_child_that_has_ended_is_no_worker_and_hides_none() -> None:
-    assert aims.worker_pids(cast(Any, Served(Child(0, False)))) == [2]
+    assert worker_pids(cast(Any, Served(Child(0, False)))) == [2]
 
 
 def test_a_signatures_time_depends_on_the_size() -> None:

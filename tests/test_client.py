@@ -11,6 +11,7 @@ from typing import Any, Callable, Iterator
 import pytest
 from traceserve.errors import ServerError
 from traceserve.serving import client, configuration
+from traceserve.serving.client import Address
 
 DEEP = b'{"error": ' + b"[" * 200_000
 
@@ -59,15 +60,15 @@ def test_the_message_of_an_error(answer: Any, words: str) -> None:
 @pytest.mark.parametrize("content", [b'{"error": {"code": 400}}', DEEP, b"", b"\xff"])
 def test_an_error_of_another_server_is_refused(content: bytes) -> None:
     with answering(400, content) as url, pytest.raises(client.RequestRefused) as refused:
-        client.predict(url, "x", {})
+        client.predict(Address(url), "x", {})
     assert refused.value.status == 400 and refused.value.words
 
 
 def test_the_status_and_field_of_an_error() -> None:
     with answering(422, b'{"error": {"message": "too long", "field": "text"}}') as url:
         with pytest.raises(client.RequestRefused, match=re.escape("too long (at text)")) as refused:
-            client.get_document(url, "x")
-        assert client.exchange(url) == (422, {"error": {"message": "too long", "field": "text"}})
+            client.get_document(Address(url), "x")
+        assert client.exchange(Address(url)) == (422, {"error": {"message": "too long", "field": "text"}})
     assert (refused.value.status, refused.value.words, refused.value.field) == (422, "too long", "text")
 
 
@@ -76,16 +77,16 @@ def test_a_missing_model_is_not_there_yet(status: int) -> None:
     with answering(status, b'{"message": "none"}') as url, pytest.raises(
         client.NotYet, match="no worker for x ready: none"
     ):
-        client.predict(url, "x", {})
+        client.predict(Address(url), "x", {})
 
 
 CALLS = pytest.mark.parametrize(
     "call",
     [
-        lambda url: client.predict(url, "x", {}),
-        lambda url: client.get_document(url, "x"),
-        lambda url: "".join(client.stream(url, "x", {})),
-        lambda url: client.exchange(url, {}),
+        lambda url: client.predict(Address(url), "x", {}),
+        lambda url: client.get_document(Address(url), "x"),
+        lambda url: "".join(client.stream(Address(url), "x", {})),
+        lambda url: client.exchange(Address(url), {}),
     ],
 )
 
@@ -103,7 +104,7 @@ def test_nothing_answers(call: Callable[[str], Any]) -> None:
 def test_an_answer_without_json(content: bytes) -> None:
     with answering(200, content) as url:
         with pytest.raises(ServerError, match="gave no JSON"):
-            client.predict(url, "x", {})
+            client.predict(Address(url), "x", {})
         with pytest.raises(ServerError, match="/x gave no JSON"):
-            client.get_document(url, "x")
-        assert client.exchange(url) == (200, content.decode())
+            client.get_document(Address(url), "x")
+        assert client.exchange(Address(url)) == (200, content.decode())

@@ -259,8 +259,10 @@ def test_resources_are_of_what_tune_wrote(mar: Path, tmp_path: Path) -> None:
 
 
 def test_the_tables_name_what_there_is() -> None:
-    assert set(packages.SAVE_MODES) <= set(SAVE_MODES)
-    assert set(packages.HARDWARE) | set(packages.INDEXES) | set(resources.KUBERNETES_RESOURCES) <= set(HARDWARE)
+    assert set(packages.PACKAGES_OF_SAVE_MODE) <= set(SAVE_MODES)
+    assert set(packages.PACKAGES_OF_HARDWARE) | set(packages.INDEXES) | set(resources.KUBERNETES_RESOURCES) <= set(
+        HARDWARE
+    )
     assert (
         set(packages.ENGINE_PACKAGES) - {"mlflow", "kuberay"}
         == set(engines.CONTAINER_ENGINES)
@@ -374,6 +376,15 @@ def test_a_server_starts_on_the_archives_that_were_deployed_alone(tmp_path: Path
 
 
 # --- docker ---
+
+
+def test_a_canary_passes_over_a_server_that_is_being_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its file may go after it was listed."""
+    servers = tmp_path / "traceserve" / "servers"
+    servers.mkdir(parents=True)
+    (servers / "gone.json").symlink_to(tmp_path / "nowhere")
+    (servers / "x.json").write_text('{"key": "secret"}')
+    assert canary._key({"XDG_STATE_HOME": str(tmp_path)}) == {"Authorization": "Bearer secret"}
 
 
 def test_the_dockerfile_is_clean(mar: Path, tmp_path: Path) -> None:

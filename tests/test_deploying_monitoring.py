@@ -47,7 +47,7 @@ def page(mar: Path) -> Iterator[str]:
     try:
         for body in ({"text": "Yes."}, {"txt": "Yes."}):
             try:
-                client.predict(instance.url, "tiny", body)
+                client.predict(instance.address, "tiny", body)
             except client.RequestRefused as error:
                 assert error.status == 400
         deadline = time.monotonic() + 20

@@ -16,7 +16,7 @@ from traceserve.cli import main
 from traceserve.serving import java
 
 
-def checks() -> Dict[str, machine_here.Check]:
+def checks() -> Dict[str, machine_here.MachineCheck]:
     return {check.name: check for check in machine_here.check_machine()}
 
 
@@ -61,7 +61,7 @@ def test_without_torch_and_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packages_here, "required", required)
     found = checks()
     assert found["torch"].state == "error" and "pytorch.org" in found["torch"].advice
-    assert found["packages"] == machine_here.Check(
+    assert found["packages"] == machine_here.MachineCheck(
         "packages", "error", "missing: a-package-of-nobody", "pip install traceserve"
     )
     assert found["extra onnx"].state == "warning" and "(<2)" in found["extra onnx"].found
@@ -98,11 +98,11 @@ def test_a_taken_port_and_an_offline_hub(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def looked() -> List[machine_here.Check]:
+    def looked() -> List[machine_here.MachineCheck]:
         return [machine_here._folder("here", tmp_path, "advice")]
 
     assert looked()[0].state == "ok"
     monkeypatch.setattr(machine_here, "_LITTLE_SPACE", 1 << 60)
     assert looked()[0].state == "warning" and looked()[0].advice == "advice"
     monkeypatch.setattr(machine_here.os, "access", lambda *_: False)
-    assert looked() == [machine_here.Check("here", "error", f"{tmp_path} cannot be written", "advice")]
+    assert looked() == [machine_here.MachineCheck("here", "error", f"{tmp_path} cannot be written", "advice")]

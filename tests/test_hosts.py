@@ -522,7 +522,8 @@ def test_what_waits_goes_together_and_too_many_are_refused_at_once(classifier: S
         while not slow.asked:
             await asyncio.sleep(0.01)
         asking += [asyncio.ensure_future(hosted.ask("/predictions/small", {"text": TEXT})) for _ in range(7)]
-        await asyncio.sleep(0.2)
+        while hosted.batcher.waiting < 5 or sum(each.done() for each in asking) < 2:
+            await asyncio.sleep(0.01)
         slow.let.set()
         return list(await asyncio.gather(*asking))
 
@@ -538,7 +539,7 @@ def test_bodies_that_come_later_count_in_the_queue(classifier: Service) -> None:
     hosted = Hosted(slow, Limits(queue=3), most=1)  # type: ignore[arg-type]
 
     async def ask() -> List[int]:
-        bodies = asyncio.Event()
+        bodies, begun = asyncio.Event(), []
 
         async def one() -> int:
             sent: List[Message] = []
@@ -546,6 +547,7 @@ def test_bodies_that_come_later_count_in_the_queue(classifier: Service) -> None:
             received: List[Message] = [{"type": "http.request", "body": json.dumps({"text": TEXT}).encode()}]
 
             async def receive() -> Message:
+                begun.append(received)
                 await (bodies if received else asyncio.Event()).wait()
                 return received.pop()
 
@@ -558,9 +560,11 @@ def test_bodies_that_come_later_count_in_the_queue(classifier: Service) -> None:
             return int(sent[0]["status"])
 
         asking = [asyncio.ensure_future(one()) for _ in range(12)]
-        await asyncio.sleep(0.1)
+        while len(begun) < 12:
+            await asyncio.sleep(0.01)
         bodies.set()
-        await asyncio.sleep(0.2)
+        while sum(each.done() for each in asking) + hosted.batcher.waiting + sum(slow.asked) < 12:
+            await asyncio.sleep(0.01)
         slow.let.set()
         return list(await asyncio.gather(*asking))
 
@@ -710,7 +714,8 @@ def test_nothing_is_computed_for_a_client_that_has_gone(classifier: Service) -> 
             await asyncio.sleep(0.01)
         leaving = [asyncio.ensure_future(leave(hosted, b'"x"', gone)) for _ in range(3)]
         staying = asyncio.ensure_future(hosted.ask("/predictions/small", {"text": TEXT}))
-        await asyncio.sleep(0.1)
+        while hosted.batcher.waiting < 4:
+            await asyncio.sleep(0.01)
         gone.set()
         sent = (await asyncio.gather(*leaving))[0]
         slow.let.set()

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import pytest
 from conftest import run_export
@@ -79,6 +79,19 @@ def test_all_of_it_as_json(mar: Path, artifact: Path, capsys: pytest.CaptureFixt
     assert torch["built"] == torch["here"] == manifest.versions["torch"] and torch["tested"] == ">=1.13"
     assert torch["worker"] and not next(p for p in document["packages"] if p["name"] == "transformers")["worker"]
     assert document["worker"]["memory_mib"] > 400
+
+
+@pytest.mark.parametrize(("command", "code"), [("inspect", 2), ("formats", 1)])
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_a_reader_that_has_gone_is_trouble(command: str, code: int, options: Sequence[str], mar: Path) -> None:
+    """As `head` is: 1 would say that something was found."""
+    unread, output = os.pipe()
+    os.close(unread)
+    archive = [str(mar)] if command == "inspect" else []
+    started = [sys.executable, "-m", "traceserve", command, *archive, *options]
+    result = subprocess.run(started, stdout=output, stderr=subprocess.PIPE, text=True)
+    os.close(output)
+    assert (result.returncode, result.stderr) == (code, "")
 
 
 def test_an_artifact_too(artifact: Path, mar: Path) -> None:

@@ -15,7 +15,6 @@ import psutil
 import pytest
 from traceserve import cli
 from traceserve.archives import staging
-from traceserve.archives.archive import pack_archive
 from traceserve.errors import ServerError
 from traceserve.serving import configuration, instances, server
 from traceserve.serving.engines import RAY
@@ -216,13 +215,8 @@ def launched() -> List[str]:
     return found
 
 
-@pytest.fixture(scope="module")
-def packed(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pack_archive(artifact, "tiny", tmp_path_factory.mktemp("store"))
-
-
 @pytest.mark.parametrize("where", ["launched", "remembered"])
-def test_an_interrupted_start_leaves_nothing_running(packed: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_start_leaves_nothing_running(mar: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real JVM, and an interrupt before it is recorded, or right after."""
     seen: List[List[str]] = []
     real: Any = server.launch if where == "launched" else instances.remember
@@ -234,19 +228,19 @@ def test_an_interrupted_start_leaves_nothing_running(packed: Path, where: str, m
 
     monkeypatch.setattr(*((server, "launch") if where == "launched" else (instances, "remember")), interrupted)
     with pytest.raises(KeyboardInterrupt):
-        server.start([packed], port=configuration.free_ports(1)[0])
+        server.start([mar], port=configuration.free_ports(1)[0])
     assert any("ModelServer" in arguments for arguments in seen[0])
     assert launched() == [] and os.listdir(tempfile.gettempdir()) == []
     assert instances.running() == [] and instances.died() == []
 
 
-def test_an_interrupt_in_the_midst_of_a_start_leaves_nothing(packed: Path, tmp_path: Path) -> None:
+def test_an_interrupt_in_the_midst_of_a_start_leaves_nothing(mar: Path, tmp_path: Path) -> None:
     """The signal comes as soon as any part of TorchServe runs: mostly the JVM's starter."""
     import signal
 
     temporary = tempfile.gettempdir()
     process = subprocess.Popen(
-        [sys.executable, "-m", "traceserve", "serve", str(packed), "--port", str(configuration.free_ports(1)[0])],
+        [sys.executable, "-m", "traceserve", "serve", str(mar), "--port", str(configuration.free_ports(1)[0])],
         env={**os.environ, "TMPDIR": temporary},
         stderr=subprocess.PIPE,
         text=True,

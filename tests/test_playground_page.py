@@ -154,7 +154,7 @@ def sample(served: Instance, task: str) -> Dict[str, Any]:
 
 
 def predicted(served: Instance, name: str, body: Any) -> Any:
-    return client.predict(served.url, name, body, served.key, certificate=served.certificate)
+    return client.predict(served.address, name, body)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -166,7 +166,7 @@ def test_every_form_is_shown_and_asks(task: str, page: Page, served: Instance) -
     body, answer = sample(served, task), page.at(board, "answer-0")
     if body.get("parameters", {}).get("stream"):
         shown = answer.locator(".ts-written").text_content()
-        assert shown == "".join(client.stream(served.url, task, body, served.key, certificate=served.certificate))
+        assert shown == "".join(client.stream(served.address, task, body))
         assert "tokens/s" in answer.text_content() and "first piece after" in answer.text_content()
     else:
         assert_equal(json.loads(answer.locator("details pre").text_content()), predicted(served, task, body))
@@ -180,9 +180,7 @@ def test_what_each_word_added_is_shown(page: Page, served: Instance) -> None:
     answer = page.at(board, "answer-0")
     answer.locator(".ts-heat").wait_for()
     body = {"text": NASTY, "parameters": STARTING[CLASSIFIER]}
-    found = client.predict(
-        served.url, CLASSIFIER, body, served.key, certificate=served.certificate, door="explanations"
-    )
+    found = client.predict(served.address, CLASSIFIER, body, method="explanations")
     assert_equal(json.loads(answer.locator("details pre").text_content()), found)
     assert answer.locator(".ts-text").text_content() == NASTY and answer.locator("img").count() == 0
     assert f"/explanations/{CLASSIFIER}/1.0" in page.at(board, "command-0").locator("textarea").input_value()

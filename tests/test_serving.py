@@ -37,6 +37,7 @@ from traceserve.serving.instances import Instance
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.manifest import Manifest, sha256
 from traceserve_runtime.tasks.contract import Answer, Request
+from workers import worker_pids
 
 LABELS = {"id2label": {0: "red", 1: "green", 2: "blue"}, "label2id": {"red": 0, "green": 1, "blue": 2}}
 BATCH = 16
@@ -68,12 +69,6 @@ def send(request: Union[str, urllib.request.Request]) -> Reply:
     except urllib.error.HTTPError as error:
         with error:
             return Reply(error.code, {k.lower(): v for k, v in error.headers.items()}, error.read())
-
-
-def worker_pids(instance: Instance) -> List[int]:
-    process = instance.process
-    assert process is not None
-    return sorted(c.pid for c in process.children(recursive=True) if "model_service_worker" in " ".join(c.cmdline()))
 
 
 @pytest.fixture(scope="module")
@@ -454,13 +449,13 @@ def test_two_servers_side_by_side(served: Served, tiny: Path) -> None:
         assert {i.port for i in instances.running()} >= {served.instance.port, other.port}
         with pytest.raises(ServerError, match="several servers"):
             instances.find_instance(None)
-        assert predict(other.url, "tiny", "hello") == predict(served.instance.url, "quick", "hello")
+        assert predict(other.address, "tiny", "hello") == predict(served.instance.address, "quick", "hello")
         with pytest.raises(NotYet):
-            predict(other.url, "quick", "hello")
+            predict(other.address, "quick", "hello")
     finally:
         instances.stop(other)
     assert other.port not in {i.port for i in instances.running()} and not Path(other.folder).exists()
-    assert predict(served.instance.url, "quick", "hello")["label"] in ("red", "green", "blue")
+    assert predict(served.instance.address, "quick", "hello")["label"] in ("red", "green", "blue")
 
 
 def test_what_is_being_answered_is_answered_before_it_ends(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
@@ -683,7 +678,7 @@ def test_foreground_ends_with_its_signal(number: int, tiny: Path, tmp_path: Path
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         instance = _await_instance(port)
-        predict(instance.url, "tiny", "hello")
+        predict(instance.address, "tiny", "hello")
         family = [instance.pid, *worker_pids(instance)]
         process.send_signal(number)
         if number == signal.SIGHUP:  # of which the shell and the system may both send one
@@ -702,7 +697,7 @@ def _await_instance(port: int) -> Instance:
         for instance in instances.running():
             if instance.port == port:
                 try:
-                    predict(instance.url, instance.names[0], "ready?")
+                    predict(instance.address, instance.names[0], "ready?")
                     return instance
                 except ServerError:
                     pass
@@ -776,7 +771,7 @@ def test_by_hand_without_our_commands(tiny: Path, tmp_path: Path) -> None:
 
 def test_refused_carries_the_status(served: Served) -> None:
     with pytest.raises(RequestRefused) as error:
-        predict(served.instance.url, "quick", {"text": 1})
+        predict(served.instance.address, "quick", {"text": 1})
     assert error.value.status == 400 and "(at text)" in error.value.message
 
 
@@ -812,7 +807,7 @@ def test_the_jvm_starts_from_the_classes_of_an_earlier_one(
     # The JVM sees that it is invalid, and ignores it.
     instance = server.start([tiny.with_suffix(".mar")], port=configuration.free_ports(1)[0], timeout=90)
     try:
-        assert predict(instance.url, "tiny", "hello")
+        assert predict(instance.address, "tiny", "hello")
     finally:
         instances.stop(instance, at_once=True)
 

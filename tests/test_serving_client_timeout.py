@@ -18,6 +18,7 @@ from conftest import run_export
 from traceserve.archives.archive import pack_archive
 from traceserve.serving import configuration, instances, server
 from traceserve.serving.instances import Instance
+from workers import worker_pids
 
 TIMEOUT = 2.0  # seconds
 COUNT = 20
@@ -60,12 +61,9 @@ def computed(instance: Instance) -> float:
 def test_what_waited_too_long_is_not_computed(served: Instance) -> None:
     """Twenty clients hang up while the worker is busy: only the first of each later batch is computed."""
     assert ask(served) == 200
-    assert served.process is not None
-    [worker] = [
-        each for each in served.process.children(recursive=True) if "model_service_worker" in " ".join(each.cmdline())
-    ]
+    [worker] = worker_pids(served)
     before = computed(served)
-    psutil.Process(worker.pid).suspend()
+    psutil.Process(worker).suspend()
     try:
         busy = send(served)  # TorchServe passes it to the worker, and waits
         time.sleep(0.5)
@@ -75,7 +73,7 @@ def test_what_waited_too_long_is_not_computed(served: Instance) -> None:
             client.close()
         time.sleep(TIMEOUT)
     finally:
-        os.kill(worker.pid, signal.SIGCONT)
+        os.kill(worker, signal.SIGCONT)
     assert ask(served) == 200
     assert computed(served) - before < COUNT / 2  # at most 3: the busy one, the first that waited, and the last
     for waiting in (busy, clients[-1]):  # still connected, but without an answer

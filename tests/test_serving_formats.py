@@ -30,7 +30,7 @@ class Served(NamedTuple):
     instance: Instance
 
     def ask(self, name: str, body: Dict[str, Any]) -> Any:
-        return client.predict(self.instance.url, name, body)
+        return client.predict(self.instance.address, name, body)
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from traceserve.serving.client import predict
 from traceserve.serving.instances import Instance
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.tasks.contract import Answer, Request
+from workers import worker_pids
 
 TEXT = "Où est la gare?"
 STORY = {"text": "The old harbour", "parameters": {"max_new_tokens": 12, "return_full_text": False}}
@@ -72,12 +73,6 @@ def served(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     instances.stop(instance)
 
 
-def worker_pids(instance: Instance) -> List[int]:
-    process = instance.process
-    assert process is not None
-    return sorted(c.pid for c in process.children(recursive=True) if "model_service_worker" in " ".join(c.cmdline()))
-
-
 @pytest.fixture(autouse=True)
 def the_workers_live_on(served: Served) -> Iterator[None]:
     """After each test every model answers, with the same worker."""
@@ -85,7 +80,7 @@ def the_workers_live_on(served: Served) -> Iterator[None]:
     assert len(before) == 4
     yield
     for name in served.engines:
-        assert predict(served.instance.url, name, {"text": "still there?"}, timeout=30)
+        assert predict(served.instance.address, name, {"text": "still there?"}, timeout=30)
     assert worker_pids(served.instance) == before
     assert "Healthy" in served.client.ping()
 

@@ -153,7 +153,7 @@ def test_requests_that_name_a_version_are_seen(port: int) -> None:
 
     def ask() -> None:
         while not ended.wait(0.05):
-            client.predict(instance.url, f"tiny/{version}", "hello")
+            client.predict(instance.address, f"tiny/{version}", "hello")
 
     thread = threading.Thread(target=ask)
     thread.start()
@@ -161,7 +161,7 @@ def test_requests_that_name_a_version_are_seen(port: int) -> None:
     ended.set()
     thread.join()
     assert named > 2
-    client.predict(instance.url, "tiny", "hello")
+    client.predict(instance.address, "tiny", "hello")
     grown = activity.sample(instance, "tiny").counters["ts_inference_requests_total"] - before
     assert grown > named + 1
 

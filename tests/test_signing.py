@@ -346,7 +346,7 @@ def test_a_server_that_demands_signatures_takes_no_other_update(
             update_server(newer, port, UpdateOptions())
         signing.sign_archive(newer, keys[0].private)
         assert update_server(newer, port, UpdateOptions()).new == "2.0"
-        assert client.predict(instance.url, "tiny", {"text": "Yes."}, None, 60.0, None)
+        assert client.predict(instance.address, "tiny", {"text": "Yes."}, 60.0)
     finally:
         instances.stop(instances.find_instance(port))
     assert read_manifest(signed).version == "1.0" and not os.path.exists(instance.folder)

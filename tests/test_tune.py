@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import random
@@ -20,16 +21,15 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from test_space import Mount, mount  # noqa: F401  (a fixture)
-from traceserve.archives.archive import pack_archive
 from traceserve.archives.contents import configure_archive, read_manifest, read_serving
 from traceserve.archives.model_config import Serving
 from traceserve.cli import _parse, main
 from traceserve.errors import ConfigError, ServerError
 from traceserve.measuring import tune
-from traceserve.measuring.candidates import knobs
+from traceserve.measuring.candidates import settings_to_try
 from traceserve.measuring.load_generator import Result
 from traceserve.measuring.padding import wastes
-from traceserve.measuring.search import Goal, KnobSearch, Trial, judge
+from traceserve.measuring.search import Goal, ServingSearch, Trial, judge
 from traceserve.serving import configuration, instances, server
 from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.batching.costs import CostModel
@@ -38,6 +38,7 @@ from traceserve_runtime.manifest import Manifest, sha256
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.requests import parse_requests
 from traceserve_runtime.runner import IN_ATTENTION
+from traceserve_runtime.texts.limits import RequestLimits
 
 OWN = Serving(batch_size=32, max_batch_delay=2, response_timeout=300)
 
@@ -162,9 +163,9 @@ class Bench:
         self.running.discard(serving)
 
 
-def search(bench: Bench, goal: Goal = Goal(64), seconds: float = 600, cores: int = 2) -> KnobSearch:
-    found = KnobSearch(
-        bench, goal, knobs(cores, goal.connections, 128, OWN.batch_size), seconds, clock=lambda: bench.now
+def search(bench: Bench, goal: Goal = Goal(64), seconds: float = 600, cores: int = 2) -> ServingSearch:
+    found = ServingSearch(
+        bench, goal, settings_to_try(cores, goal.connections, 128, OWN.batch_size), seconds, clock=lambda: bench.now
     )
     found.run([OWN])
     return found
@@ -231,12 +232,14 @@ def test_what_fails_is_a_row_with_its_reason_and_never_chosen() -> None:
 def test_an_own_configuration_that_does_not_start_is_replaced() -> None:
     own = replace(OWN, workers=64, threads=1)
     bench = Bench(two_workers, fails={"start": lambda s: s.workers == 64})
-    found = KnobSearch(bench, Goal(64), knobs(2, 64, 128, OWN.batch_size), 300, clock=lambda: bench.now)
+    found = ServingSearch(bench, Goal(64), settings_to_try(2, 64, 128, OWN.batch_size), 300, clock=lambda: bench.now)
     best = found.run([own, OWN])
     assert found.trials[own].failure and best.serving.workers == 2
     bench = Bench(two_workers, fails={"start": lambda s: True})
     with pytest.raises(ServerError, match="no memory"):
-        KnobSearch(bench, Goal(64), knobs(2, 64, 128, OWN.batch_size), 300, clock=lambda: bench.now).run([own, OWN])
+        ServingSearch(bench, Goal(64), settings_to_try(2, 64, 128, OWN.batch_size), 300, clock=lambda: bench.now).run(
+            [own, OWN]
+        )
 
 
 def test_the_most_within_a_p99() -> None:
@@ -267,8 +270,8 @@ def test_a_p99_that_nothing_reaches() -> None:
 @pytest.mark.parametrize("cores", [1, 2, 6, 96])
 def test_candidates_fit_the_machine(cores: int, batch_size: int) -> None:
     tried: List[Serving] = [OWN]
-    for knob in knobs(cores, connections=24, longest_step=32, batch_size=batch_size):
-        tried += [serving for ladder in knob(tried[-1]) for serving in ladder]
+    for setting in settings_to_try(cores, connections=24, longest_step=32, batch_size=batch_size):
+        tried += [serving for ladder in setting(tried[-1]) for serving in ladder]
     layouts = {(s.workers or 1, s.threads or 1) for s in tried}
     assert all(workers * threads <= max(cores + 1, 1.5 * cores) for workers, threads in layouts)
     assert {(cores, 1), (1, cores)} <= layouts
@@ -278,17 +281,12 @@ def test_candidates_fit_the_machine(cores: int, batch_size: int) -> None:
 # --- real servers -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def packed(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pack_archive(artifact, "tiny", tmp_path_factory.mktemp("store"))
-
-
 @pytest.fixture
-def mar(packed: Path, tmp_path: Path) -> Path:
+def mar(mar: Path, tmp_path: Path) -> Path:
     """A copy that may be changed, with texts beside it."""
     texts = ["Where is my parcel?", "The train to the coast leaves at nine.", "", "word " * 40, "Yes.", "x" * 400_000]
     (tmp_path / "texts.txt").write_text("\n".join(texts))
-    return Path(shutil.copy(packed, tmp_path / "tiny.mar"))
+    return Path(shutil.copy(mar, tmp_path / "tiny.mar"))
 
 
 @pytest.fixture(autouse=True)
@@ -328,6 +326,16 @@ def test_texts_that_are_all_refused_are_told(mar: Path, tmp_path: Path) -> None:
     (tmp_path / "long.txt").write_text("x" * 400_000)
     with pytest.raises(ConfigError, match="refuses every text of --samples .*long.txt; number 1: "):
         tune._read(mar, read_manifest(mar), tmp_path / "long.txt")
+
+
+def test_a_body_with_more_tokens_than_a_request_may_have_is_left_out(mar: Path, tmp_path: Path) -> None:
+    """Its windows are not too many, but the server answers it with 413."""
+    limits = RequestLimits.of(32, read_manifest(mar).max_rows)
+    texts = ["a" * 40] * (limits.rows // 3)
+    (tmp_path / "bodies.jsonl").write_text("\n".join(json.dumps(each) for each in (texts, ["Yes."])))
+    _, found = tune._read(mar, read_manifest(mar), tmp_path / "bodies.jsonl")
+    assert [number for number, _ in found.refused] == [1] and "tokens in the windows" in found.refused[0][1]
+    assert len(found.lengths) == 1
 
 
 def test_the_command_finds_and_writes_what_is_better(mar: Path) -> None:
@@ -443,3 +451,10 @@ def test_trials_pool_what_was_measured() -> None:
     results = [Result(1, None, 1.0, np.full(n, seconds), {}) for n, seconds in ((98, 0.1), (10, 0.3), (1, 9.0))]
     trial = Trial(OWN, 1, results)
     assert trial.throughput == 10 and trial.percentile(50) == 0.1 and trial.percentile(100) == 9.0
+    assert Trial(OWN, 1).percentile(99) == math.inf
+
+
+def test_a_trials_p99_is_that_of_bench() -> None:
+    """Of 100 requests 99 percent were no slower than the 99th, whatever the slowest took."""
+    result = Result(1, None, 1.0, np.array([0.1] * 99 + [9.0]), {})
+    assert Trial(OWN, 1, [result]).percentile(99) == result.percentile(99) == 0.1

@@ -174,7 +174,7 @@ def test_score_differences(answer: Any, expected: Any, apart: float) -> None:
 def test_the_right_server_is_verified(path: str, url: str, mar: Path) -> None:
     found = verified(url + path, mar)
     assert found.passed and not found.notes and not found.different and len(found.samples) == found.of > 20
-    assert found.place.dialect.name == ("v2" if "v2" in path else "native")
+    assert found.endpoint.dialect.name == ("v2" if "v2" in path else "native")
     assert found.largest_difference < 1e-5 and found.p50 > 0
 
 
@@ -345,7 +345,7 @@ def test_hugging_faces_protocol(task: str, others: Dict[str, Path], unpacked: Pa
     folder = others.get(task, unpacked)
     with hugging_face(Service(Engine.load(folder), "tiny", "1.0")) as (url, keys):
         found = verify_server(Door(url, url, "the key"), folder)
-    assert found.passed and found.place.dialect.name == "huggingface" and len(found.samples) == found.of >= 4
+    assert found.passed and found.endpoint.dialect.name == "huggingface" and len(found.samples) == found.of >= 4
     assert found.notes == ("the server describes no model as V2 does: version and hash were not compared",)
     assert set(keys) == {"Bearer the key"}
 
@@ -355,7 +355,7 @@ def test_hugging_faces_protocol(task: str, others: Dict[str, Path], unpacked: Pa
 def test_other_tasks(task: str, path: str, others: Dict[str, Path]) -> None:
     with serving(others[task]) as url:
         found = verified(url + path.format(task), others[task])
-    assert found.passed and found.place.dialect.name == ("v2" if path else "native") and not found.notes
+    assert found.passed and found.endpoint.dialect.name == ("v2" if path else "native") and not found.notes
 
 
 def test_written_texts_hold_no_sampled_one(others: Dict[str, Path]) -> None:

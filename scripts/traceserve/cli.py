@@ -58,13 +58,15 @@ def _interrupted() -> int:
 def _run(options: argparse.Namespace) -> int:
     try:
         _tell_where_servers_are(options.command)
-        return int(options.run(options) or 0)
+        code = int(options.run(options) or 0)
+        sys.stdout.flush()  # what reads it may have gone
+        return code
     except TraceserveError as error:
         printing.print_error(_full_disk(error, options) or error)
         return int(options.command.trouble)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return int(options.command.trouble)
     except Exception as error:  # an outer edge
         if _struck:  # some libraries raise their own exception for any, also for a signal's
             return _interrupted()

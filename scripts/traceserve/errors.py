@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Sequence
 
+from traceserve_hosts import reason_in
 from traceserve_runtime.errors import TraceserveError
 
 
@@ -75,8 +76,7 @@ def first_line(error: Exception) -> str:
 
 def last_line(output: str) -> str:
     """Return the last line of another program's output: after a traceback, the error."""
-    lines = [line for line in output.splitlines() if line.strip()]
-    return lines[-1] if lines else "it ended without a message"
+    return reason_in(output, "it ended without a message")
 
 
 def json_reason(error: Exception) -> str:
@@ -91,9 +91,9 @@ def json_reason(error: Exception) -> str:
     return str(error)
 
 
-def some(names: Sequence[str]) -> str:
-    """List the first three names, and the number of others."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def some(names: Sequence[str], shown: int = 3) -> str:
+    """List the first names, and the number of others."""
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown:,} more" if len(names) > shown else "")
 
 
 def shortened(text: str, longest: int) -> str:

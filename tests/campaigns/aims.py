@@ -11,10 +11,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Callable, Iterator, List, NamedTuple, Optional, Sequence
+from typing import Callable, Iterator, NamedTuple, Optional, Sequence
 
 import models
-import psutil
 from rich.console import Console
 from rich.table import Table
 from traceserve.serving import client, configuration, instances, server
@@ -103,16 +102,4 @@ def serving(archive: Path, queue: int = 1000) -> Iterator[Instance]:
 
 def answer_to(instance: Instance, text: str, timeout: float = 60.0) -> object:
     """Ask the served archive one text."""
-    return client.predict(instance.url, instance.names[0], {"text": text}, instance.key, timeout, instance.certificate)
-
-
-def worker_pids(instance: Instance) -> List[int]:
-    """Return the processes that hold the model."""
-    process = instance.process
-    found = []
-    with contextlib.suppress(psutil.Error):
-        for child in process.children(recursive=True) if process is not None else ():
-            with contextlib.suppress(psutil.Error):  # it may have ended
-                if "model_service_worker" in " ".join(child.cmdline()):
-                    found.append(child.pid)
-    return found
+    return client.predict(instance.address, instance.names[0], {"text": text}, timeout)

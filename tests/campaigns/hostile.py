@@ -27,8 +27,9 @@ import psutil
 import torchserve_grpc
 from traceserve.measuring.answers import Consistency
 from traceserve.serving.instances import Instance
+from workers import worker_pids
 
-from campaigns.aims import Aim, archive_of, main_of, none_of, serving, worker_pids
+from campaigns.aims import Aim, archive_of, main_of, none_of, serving
 from campaigns.replies import FORM, MULTIPART, Reply
 
 TEXT = "Where is my order? It should have come last week."

@@ -24,8 +24,9 @@ import psutil
 from traceserve.measuring.answers import Consistency
 from traceserve.serving import client, instances, server
 from traceserve.serving.instances import Instance
+from workers import worker_pids
 
-from campaigns.aims import TRACESERVE, Aim, answer_to, archive_of, main_of, none_of, serving, worker_pids
+from campaigns.aims import TRACESERVE, Aim, answer_to, archive_of, main_of, none_of, serving
 
 TEXTS = [f"Parcel number {number} is late." for number in range(40)]
 _PATIENCE = 30.0  # seconds that a client waits
@@ -132,9 +133,7 @@ def kill_server(instance: Instance, archive: Path) -> Sequence[Aim]:
     again = server.start([archive], port=instance.port, workers=1, timeout=300)
     seconds = time.monotonic() - began
     try:
-        answered = bool(
-            client.predict(again.url, again.names[0], {"text": TEXTS[0]}, again.key, 60.0, again.certificate)
-        )
+        answered = bool(client.predict(again.address, again.names[0], {"text": TEXTS[0]}, 60.0))
     finally:
         instances.stop(again, at_once=True)
     return [

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Dict, List, Sequence, Tuple
 
 from traceserve.serving.instances import Instance
+from workers import worker_pids
 
-from campaigns.aims import Aim, archive_of, main_of, none_of, serving, worker_pids
+from campaigns.aims import Aim, archive_of, main_of, none_of, serving
 from campaigns.hostile import good_client
 
 QUEUE = 2

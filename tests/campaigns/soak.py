@@ -19,8 +19,9 @@ import psutil
 from traceserve.measuring.answers import Consistency
 from traceserve.measuring.load_generator import Endpoint, send_load
 from traceserve.serving.instances import Instance
+from workers import worker_pids
 
-from campaigns.aims import Aim, archive_of, main_of, none_of, serving, worker_pids
+from campaigns.aims import Aim, archive_of, main_of, none_of, serving
 
 WORDS = (
     "the",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import List
 
 import psutil
 import pytest
@@ -15,6 +14,7 @@ from traceserve.serving.client import predict
 from traceserve.serving.instances import Instance
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.tasks.contract import Answer, Request
+from workers import worker_pids
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +26,6 @@ def start(mar: Path, workers: int) -> Instance:
     return server.start([mar], port=configuration.free_ports(1)[0], workers=workers, timeout=120)
 
 
-def worker_pids(instance: Instance) -> List[int]:
-    process = instance.process
-    assert process is not None
-    found = process.children(recursive=True)
-    return sorted(child.pid for child in found if "model_service_worker" in " ".join(child.cmdline()))
-
-
 def test_two_workers_have_a_core_each(mar: Path) -> None:
     [answer] = Engine.load(mar.parent / "bert").answer([Request({"text": "Where is my parcel?"})])
     cores.release()
@@ -40,10 +33,10 @@ def test_two_workers_have_a_core_each(mar: Path) -> None:
     try:
         assert isinstance(answer, Answer)
         for _ in range(4):
-            value = predict(instance.url, "classifier", {"text": "Where is my parcel?"})
+            value = predict(instance.address, "classifier", {"text": "Where is my parcel?"})
             assert value["label"] == answer.value["label"]
             assert value["score"] == pytest.approx(answer.value["score"], abs=1e-5)
-        many = predict(instance.url, "classifier", [{"text": "late"}] * 9)
+        many = predict(instance.address, "classifier", [{"text": "late"}] * 9)
         assert len(many) == 9
         assert sorted(cores.owners()) == worker_pids(instance) and len(cores.owners()) == 2
         assert psutil.Process(cores.owners()[0]).environ()["NEURON_RT_NUM_CORES"] == "1"

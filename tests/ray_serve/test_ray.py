@@ -122,10 +122,12 @@ def test_commands_know_it(served: Instance, capsys: pytest.CaptureFixture[str]) 
 def test_bench_measures_it(served: Instance, tmp_path: Path) -> None:
     samples, report = tmp_path / "samples.txt", tmp_path / "bench.json"
     samples.write_text("\n".join(TEXTS))
-    options = ["--samples", str(samples), "--connections", "4", "--seconds", "1", "--json", str(report)]
+    options = ["--samples", str(samples), "--connections", "4", "--seconds", "6", "--json", str(report)]
     assert cli.main(["bench", "intents", "--port", str(served.port), *options]) == 0
     measured = json.loads(report.read_text())["measurements"]
     assert measured and all(one["throughput"] > 0 and not one["errors"] for one in measured)
+    for one in measured:
+        assert one["server"]["time_ms"]["model"] > 0 and sum(one["server"]["time_ms"].values()) > 0
 
 
 def test_status_has_its_figures(served: Instance) -> None:

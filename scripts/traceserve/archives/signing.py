@@ -103,10 +103,10 @@ def verified(archives: Sequence[Path], trusted: Union[Path, Trusted, None]) -> I
         yield copies
 
 
-Check = Callable[[Path, Path], None]
+SignatureCheck = Callable[[Path, Path], None]
 
 
-def copy_verified(archive: Path, signature: Path, copy: Path, check: Check) -> Path:
+def copy_verified(archive: Path, signature: Path, copy: Path, check: SignatureCheck) -> Path:
     """Copy an archive into a private folder, check the copy, and return it; raises SignatureError, NoSpace."""
     if archive.is_dir():
         raise SignatureError(
@@ -137,7 +137,7 @@ def copy_verified(archive: Path, signature: Path, copy: Path, check: Check) -> P
     return copy
 
 
-def signature_check(trusted: Union[Path, Trusted]) -> Check:
+def signature_check(trusted: Union[Path, Trusted]) -> SignatureCheck:
     """Return what checks an archive's signature against a PEM file; raises SignatureError for one that is none."""
     _, verifying = _model_signing()
     if isinstance(trusted, Path):

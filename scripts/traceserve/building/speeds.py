@@ -1,20 +1,30 @@
-"""Measures the speed of artifacts here, in this process, for the output and the report."""
+"""Rounds in which an engine answers many requests, and the speed of artifacts here, for the output and the report."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from pathlib import Path
-from typing import Dict, List, Mapping, Sequence
+from typing import Dict, List, Mapping, Sequence, Tuple, Union
 
 from traceserve_runtime.engine import Engine
-from traceserve_runtime.tasks.contract import Request
+from traceserve_runtime.errors import TraceserveError
+from traceserve_runtime.tasks.contract import Answer, Request
 
 from traceserve.building.progress import Progress
 
 AT_ONCE = 32  # requests per engine call, like TorchServe's batch_size
 MOST = 256  # requests per round
 ROUNDS = 3
+
+
+def answer_round(engine: Engine, requests: Sequence[Request]) -> Tuple[List[Union[Answer, TraceserveError]], float]:
+    """Return the answers to requests, `AT_ONCE` per call, and the seconds that all took."""
+    answers: List[Union[Answer, TraceserveError]] = []
+    started = time.perf_counter()
+    for start in range(0, len(requests), AT_ONCE):
+        answers += engine.answer(requests[start : start + AT_ONCE])
+    return answers, time.perf_counter() - started
 
 
 def measure_speeds(folders: Mapping[str, Path], requests: Sequence[Request], progress: Progress) -> Dict[str, float]:
@@ -28,9 +38,6 @@ def measure_speeds(folders: Mapping[str, Path], requests: Sequence[Request], pro
     for step in range(ROUNDS):
         for name, engine in engines.items():
             progress("measuring", step, ROUNDS)
-            started = time.perf_counter()
-            for start in range(0, len(asked), AT_ONCE):
-                engine.answer(asked[start : start + AT_ONCE])
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(answer_round(engine, asked)[1])
     progress("measuring", ROUNDS, ROUNDS)
     return {name: len(asked) / statistics.median(values) for name, values in seconds.items()}

@@ -18,8 +18,8 @@ import psutil
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.tasks.contract import Answer, Request
 
+from traceserve.building.speeds import answer_round
 from traceserve.errors import ExportError, last_line
-from traceserve.measuring.engine_figures import AT_ONCE
 
 _TIMED = 64  # requests that are asked alone, for the latency
 
@@ -36,7 +36,7 @@ class Answered(NamedTuple):
 
     answers: Sequence[Told]
     p50_ms: float  # of a request asked alone; 0 if none was answered
-    seconds: float  # for all, 32 at a time
+    seconds: float  # for all, `AT_ONCE` per call
     memory_mib: float  # of the process at its end
 
 
@@ -57,7 +57,8 @@ def ask_in_a_process(folder: Path, requests: Sequence[Request], threads: int, sc
         env={**os.environ, **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
     )
     if result.returncode:
         raise ExportError(f"{folder.name} cannot be run here: {last_line(result.stdout)}")
@@ -78,16 +79,13 @@ def _answer_all(asked: Path) -> Dict[str, Any]:
             alone.append(time.perf_counter() - started)
         if len(alone) == _TIMED:
             break
-    answers: List[List[Any]] = []
-    started = time.perf_counter()
-    for start in range(0, len(requests), AT_ONCE):
-        for answer in engine.answer(requests[start : start + AT_ONCE]):
-            failed = not isinstance(answer, Answer)
-            answers.append([None, type(answer).__name__] if failed else [answer.value, None])  # type: ignore[union-attr]
+    answers, seconds = answer_round(engine, requests)
     return {
-        "answers": answers,
+        "answers": [
+            [each.value, None] if isinstance(each, Answer) else [None, type(each).__name__] for each in answers
+        ],
         "p50_ms": 1000 * statistics.median(alone or [0.0]),
-        "seconds": time.perf_counter() - started,
+        "seconds": seconds,
         "memory_mib": psutil.Process().memory_info().rss / (1 << 20),
     }
 

@@ -239,7 +239,7 @@ def _tokenizers(folders: Sequence[Path], manifests: Sequence[Manifest]) -> Itera
             yield FieldChange(key, *values)
     words = [_vocabulary(folder, manifest) for folder, manifest in zip(folders, manifests)]
     if words[0] != words[1]:
-        yield FieldChange("tokens only in one", *(_some(words[i] - words[1 - i]) for i in (0, 1)))
+        yield FieldChange("tokens only in one", *(some(sorted(words[i] - words[1 - i]), 5) for i in (0, 1)))
 
 
 def _tokenizer_facts(folder: Path, manifest: Manifest) -> Dict[str, str]:
@@ -276,11 +276,6 @@ def _vocabulary(folder: Path, manifest: Manifest) -> Set[str]:
         else ((item[0], f"{i}, score {item[1]}") for i, item in enumerate(vocab))
     )
     return {f"{token}={number}" for token, number in pairs}
-
-
-def _some(words: Set[str]) -> str:
-    shown = sorted(words)[:5]
-    return ", ".join(shown) + (f" and {len(words) - len(shown):,} more" if len(words) > len(shown) else "")
 
 
 def moves_of(changed: Sequence[AnswerChange]) -> Tuple[Tuple[str, str, int], ...]:

@@ -6,6 +6,7 @@ import json
 from html import escape
 from typing import Iterable, Mapping, Sequence
 
+from traceserve.building.speeds import AT_ONCE
 from traceserve.checking.comparing import AnswerChange, ArchiveComparison, FieldChange
 
 _EXAMPLES = 200
@@ -66,7 +67,7 @@ def _costs(found: ArchiveComparison) -> str:
     rows = []
     for name, values, unit in (
         ("p50 of one request", (one.p50_ms, other.p50_ms), "ms"),
-        ("requests a second, 32 at a time", (one.requests_per_second, other.requests_per_second), ""),
+        (f"requests a second, {AT_ONCE} at a time", (one.requests_per_second, other.requests_per_second), ""),
         ("memory of the process", (one.memory_mib, other.memory_mib), "MiB"),
         ("size", (one.size / 1e6, other.size / 1e6), "MB"),
     ):

@@ -126,7 +126,7 @@ def _inspected(path: Path) -> Inspection:
         *_of_torchserves_manifest(listing, manifest),
         *_of_the_receipt(manifest),
         *_of_the_source(manifest),
-        *_of_the_packages(packages, manifest),
+        *_of_the_packages(packages),
         *_of_this_machine(manifest),
         *_of_its_age(document, manifest),
     ]
@@ -220,7 +220,7 @@ def _of_the_source(manifest: Manifest) -> Iterator[InspectionFinding]:
         yield InspectionFinding(NOTE, "no-commit", f"the commit of {source.name} is not recorded")
 
 
-def _of_the_packages(packages: Tuple[PackageHere, ...], manifest: Manifest) -> Iterator[InspectionFinding]:
+def _of_the_packages(packages: Tuple[PackageHere, ...]) -> Iterator[InspectionFinding]:
     for each in packages:
         if each.outside(each.built):
             yield InspectionFinding(

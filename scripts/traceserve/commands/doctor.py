@@ -10,7 +10,7 @@ from traceserve.commands.contract import Command
 from traceserve.commands.printing import console, print_line
 
 if TYPE_CHECKING:
-    from traceserve.checking.machine_here import Check
+    from traceserve.checking.machine_here import MachineCheck
 
 _COLOURS = {"ok": "green", "note": "cyan", "warning": "yellow", "error": "red"}
 
@@ -30,7 +30,7 @@ def _doctor(options: argparse.Namespace) -> int:
     return int(any(check.state == "error" for check in checks))
 
 
-def _print_checks(checks: Sequence[Check]) -> None:
+def _print_checks(checks: Sequence[MachineCheck]) -> None:
     from rich.table import Table
     from rich.text import Text
 

@@ -68,9 +68,7 @@ def _ask(options: argparse.Namespace, body: object) -> object:
     from traceserve.serving import client, instances
 
     instance = instances.serving_instance(options.place, options.port)
-    answer: object = client.predict(
-        instance.url, options.place, body, instance.key, certificate=instance.certificate, door="explanations"
-    )
+    answer: object = client.predict(instance.address, options.place, body, method="explanations")
     return answer
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Mapping, Sequence, 
 from traceserve.commands.arguments import add_signature
 from traceserve.commands.contract import Command
 from traceserve.commands.printing import console, megabytes, print_line, print_note, printable, printable_json
+from traceserve.errors import some
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -72,12 +73,12 @@ def _facts(found: Inspection) -> Iterator[Tuple[str, str]]:
     yield "name, version", f"{manifest.name}, {manifest.version}"
     yield "task", manifest.task
     if manifest.labels:
-        yield f"{len(manifest.labels)} labels", _shortened(manifest.labels)
+        yield f"{len(manifest.labels)} labels", some(manifest.labels, _LABELS)
     yield "shapes", describe_shapes(manifest.shapes, manifest.max_length)
     kept: Sequence[str] = receipt.get("in_float32", ())
     yield "save mode, dtype", f"{manifest.save_mode} for {manifest.hardware}, {manifest.dtype}"
     if kept:
-        yield "left in float32", f"{len(kept)} layers: {_shortened(kept)}"
+        yield "left in float32", f"{len(kept)} layers: {some(kept, _LABELS)}"
     yield from _source(found)
     yield "built by", ", ".join(f"{name} {manifest.versions.get(name, '?')}" for name in ("traceserve", "python"))
     yield "receipt", _receipt(receipt)
@@ -90,7 +91,7 @@ def _facts(found: Inspection) -> Iterator[Tuple[str, str]]:
         )
     if found.features:
         which = "all of" if manifest.runtime.get("instructions") else "for speed one of"
-        yield "processor", f"{which} {_shortened(found.features)}"
+        yield "processor", f"{which} {some(found.features, _LABELS)}"
 
 
 def _source(found: Inspection) -> Iterator[Tuple[str, str]]:
@@ -138,11 +139,6 @@ def _receipt(receipt: Mapping[str, Any]) -> str:
         f"{receipt.get('largest_difference', float('nan')):.1e} of {limit:.0e} in {cells} shapes; "
         f"{len(receipt.get('variants', ()))} way(s) of running it"
     )
-
-
-def _shortened(names: Sequence[str]) -> str:
-    more = f", and {len(names) - _LABELS} more" if len(names) > _LABELS else ""
-    return ", ".join(names[:_LABELS]) + more
 
 
 def _package_table(found: Inspection) -> Table:

@@ -38,13 +38,11 @@ def _predict(options: argparse.Namespace) -> int:
     instance = instances.serving_instance(options.name, options.port)
     for body in bodies:
         if _is_streamed(body):
-            for piece in client.stream(
-                instance.url, options.name, body, instance.key, certificate=instance.certificate
-            ):
+            for piece in client.stream(instance.address, options.name, body):
                 print(printable(piece), end="", flush=True)
             print()
             continue
-        answer = client.predict(instance.url, options.name, body, instance.key, certificate=instance.certificate)
+        answer = client.predict(instance.address, options.name, body)
         asked = body["inputs"] if isinstance(body, dict) and "inputs" in body else body
         for item in answer if isinstance(asked, list) and isinstance(answer, list) else [answer]:
             print(printable_json(item), flush=True)

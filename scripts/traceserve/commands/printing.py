@@ -54,7 +54,12 @@ def console(error: bool = False) -> Console:
     """
     from rich.console import Console
 
-    screen = Console(stderr=error, markup=False, emoji=False)
+    class Screen(Console):
+        def on_broken_pipe(self) -> None:
+            """Leave it to `cli.main` that nobody reads any more: rich 13.9 and newer exit with 1."""
+            raise BrokenPipeError
+
+    screen = Screen(stderr=error, markup=False, emoji=False)
     if not screen.is_terminal:
         screen.width = _WIDE
     return screen

@@ -202,7 +202,7 @@ def print_instance(instance: Instance, seconds: float, show_key: bool = False) -
         key = ("-H", f"Authorization: Bearer {instance.key if show_key else 'KEY'}") if instance.key else ()
         key = (*key, "--insecure") if instance.certificate else key  # the certificate does not name this machine
         body = TASKS[manifest.task].sample_body(manifest.facts)
-        command = curl(f"{instance.url}/predictions/{name}", body, *key)
+        command = curl(instance.predictions_url(name), body, *key)
         print_line(f"\n  {command}")
     port = "" if instance.port == engines.DEFAULT_PORT else f" --port {instance.port}"
     if instance.key:

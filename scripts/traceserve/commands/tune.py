@@ -122,14 +122,14 @@ def _print_tuned(tuned: Tuned) -> None:
     for trial in tuned.trials:
         serving, chosen = trial.serving, trial.serving == tuned.chosen
         words = (["chosen"] if chosen else []) + (["as it was"] if serving == tuned.own else [])
-        knobs = (
+        settings = (
             serving.workers or 1,
             serving.threads,
             serving.batch_size,
             serving.max_batch_delay,
             serving.length_step,
         )
-        row = ["-" if knob is None else str(knob) for knob in (*knobs, trial.connections)]
+        row = ["-" if setting is None else str(setting) for setting in (*settings, trial.connections)]
         if trial.failure:
             row += ["", "", "", "", f"failed ({failed.index(trial) + 1})"]
         else:

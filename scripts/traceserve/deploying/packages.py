@@ -38,12 +38,12 @@ TRIED = {
     "multipart": "2.0.1",
 }
 # What a save mode's reader needs besides, and what torch needs for a kind of hardware.
-SAVE_MODES: Dict[str, Tuple[str, ...]] = {
+PACKAGES_OF_SAVE_MODE: Dict[str, Tuple[str, ...]] = {
     "onnx": ("onnxruntime",),
     "openvino": ("openvino",),
     "pretrained": ("transformers",),
 }
-HARDWARE: Dict[str, Tuple[str, ...]] = {"neuron": ("torch-neuron",), "neuronx": ("torch-neuronx",)}
+PACKAGES_OF_HARDWARE: Dict[str, Tuple[str, ...]] = {"neuron": ("torch-neuron",), "neuronx": ("torch-neuronx",)}
 # Where pip finds torch for it; empty: on the ordinary index.
 INDEXES = {
     "cpu": "https://download.pytorch.org/whl/cpu",
@@ -70,7 +70,11 @@ def requirements(archives: Sequence[Described], extra: Sequence[str]) -> List[st
 
 def of_worker(manifest: Manifest) -> List[str]:
     """The packages that a worker of this archive imports."""
-    return [*_WORKER, *SAVE_MODES.get(manifest.save_mode, ()), *HARDWARE.get(manifest.hardware, ())]
+    return [
+        *_WORKER,
+        *PACKAGES_OF_SAVE_MODE.get(manifest.save_mode, ()),
+        *PACKAGES_OF_HARDWARE.get(manifest.hardware, ()),
+    ]
 
 
 def ray_version() -> str:

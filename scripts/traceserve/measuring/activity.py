@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Dict, Iterable, List, Mapping, Optional, Tuple
 
 from traceserve.errors import ServerError
-from traceserve.measuring.server_times import metrics_of
 from traceserve.serving import management
 from traceserve.serving.engines import RAY
 from traceserve.serving.instances import Instance
+from traceserve.serving.metrics import metrics_of
 
 _BUCKET = "traceserve_batch_seconds_bucket"
 _ERRORS = "traceserve_errors_total"
@@ -48,6 +48,32 @@ class Sample:
         """The numbers of batches that took at most so many seconds."""
         return {float(limit): count for limit, count in self._sums("le", _BUCKET).items()}  # "+Inf" too
 
+    @property
+    def requests(self) -> float:
+        """The number of requests."""
+        return self.counters.get(_REQUESTS, 0.0)
+
+    @property
+    def latency(self) -> Optional[float]:
+        """Their mean time in TorchServe, from arrival to answer."""
+        return self._mean(_LATENCY)
+
+    @property
+    def queue(self) -> Optional[float]:
+        """The part of it before a request leaves the queue."""
+        return self._mean(_QUEUE)
+
+    @property
+    def padding_share(self) -> Optional[float]:
+        """The share of computed tokens that were padding, 0 to 1."""
+        counters = self.counters
+        computed = counters.get("traceserve_computed_tokens_total", 0.0)
+        return 1 - counters.get("traceserve_tokens_total", 0.0) / computed if computed else None
+
+    def _mean(self, metric: str) -> Optional[float]:
+        counters, requests = self.counters, self.requests
+        return counters[metric] / requests / 1e6 if requests and metric in counters else None
+
     def _sums(self, label: str, only: str = "") -> Dict[str, float]:
         """Sum the series of the metric `only` by a label; of all metrics by their names, if none is given."""
         found: Dict[str, float] = {}
@@ -80,8 +106,13 @@ class Activity:
 
 def sample(instance: Instance, name: str) -> Sample:
     """Read an archive's counters, and the length of its queue; raises OSError if the server does not give them."""
-    series = series_of(metrics_of(instance.metrics_url, name))
-    return Sample(time.time(), series, None if instance.engine == RAY else _waiting(instance, name))
+    found = counted(instance.metrics_url, name)
+    return replace(found, waiting=None if instance.engine == RAY else _waiting(instance, name))
+
+
+def counted(url: str, name: str) -> Sample:
+    """Read an archive's counters at its server's metrics' URL; raises OSError if the server does not give them."""
+    return Sample(time.time(), series_of(metrics_of(url, name)))
 
 
 def series_of(metrics: Iterable[Tuple[str, Mapping[str, str], float]]) -> Dict[Series, float]:
@@ -114,25 +145,28 @@ def answers_by_status(instance: Instance) -> Dict[str, int]:
     return {status: by_status.get(status, 0) for status in ("2XX", "4XX", "5XX")}
 
 
-def between(first: Sample, last: Sample) -> Activity:
-    """Return the activity from one sample to a later one.
+def growth(first: Sample, last: Sample) -> Sample:
+    """Return what the counters grew by from one sample to a later one.
 
     Replicas come and go meanwhile, so each series is compared with itself: what is new grew from 0, what has gone is
     left out, and what is less than it was started anew.
     """
-    growth = {each: value - _before(first, each, value) for each, value in last.series.items()}
-    grown = Sample(last.moment, growth)
-    counters, buckets = grown.counters, grown.buckets
-    requests = counters.get(_REQUESTS, 0.0)
-    computed = counters.get("traceserve_computed_tokens_total", 0.0)
+    grown = {each: value - _before(first, each, value) for each, value in last.series.items()}
+    return replace(last, series=grown)
+
+
+def between(first: Sample, last: Sample) -> Activity:
+    """Return the activity from one sample to a later one."""
+    grown = growth(first, last)
+    buckets = grown.buckets
     return Activity(
         seconds=last.moment - first.moment,
-        requests=int(requests),
-        latency=counters[_LATENCY] / requests / 1e6 if requests and _LATENCY in counters else None,
-        queue=counters[_QUEUE] / requests / 1e6 if requests and _QUEUE in counters else None,
+        requests=int(grown.requests),
+        latency=grown.latency,
+        queue=grown.queue,
         batch_p50=quantile(buckets, 0.5),
         batch_p99=quantile(buckets, 0.99),
-        padding_share=1 - counters.get("traceserve_tokens_total", 0.0) / computed if computed else None,
+        padding_share=grown.padding_share,
         errors={reason: int(count) for reason, count in grown.errors.items() if count >= 1},
         waiting=last.waiting,
     )

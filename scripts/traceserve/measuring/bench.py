@@ -16,7 +16,7 @@ from traceserve.measuring import load_generator, server_times
 from traceserve.measuring.answers import Consistency
 from traceserve.measuring.documents import BenchDocument, Figures, Machine, Peak, Ratio, Summary
 from traceserve.measuring.page import load_name
-from traceserve.measuring.targets import Subject, check_answer, with_distinct_labels
+from traceserve.measuring.targets import BenchTarget, check_answer, with_distinct_labels
 
 PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9, 100.0)
 _CURVE = tuple(
@@ -42,7 +42,7 @@ class BenchPlan:
 
 
 def measure(
-    subjects: Sequence[Subject],
+    subjects: Sequence[BenchTarget],
     plan: BenchPlan,
     samples: str,
     progress: Callable[[str, float], None],
@@ -56,7 +56,7 @@ def measure(
     subjects = with_distinct_labels(subjects)
     for asked in subjects:
         check_answer(asked)
-    measured: List[Tuple[Subject, int, load_generator.Result, Optional[server_times.ServerTimes]]] = []
+    measured: List[Tuple[BenchTarget, int, load_generator.Result, Optional[server_times.ServerTimes]]] = []
     for turn in range(plan.rounds):
         for connections in plan.connections:
             for asked in subjects if turn % 2 == 0 else reversed(subjects):
@@ -98,7 +98,7 @@ def measure(
 
 
 def _once(
-    asked: Subject, connections: int, plan: BenchPlan, seed: int, progress: Callable[[float], None]
+    asked: BenchTarget, connections: int, plan: BenchPlan, seed: int, progress: Callable[[float], None]
 ) -> Tuple[load_generator.Result, Optional[server_times.ServerTimes]]:
     def run() -> load_generator.Result:
         content = asked.traffic
@@ -132,7 +132,7 @@ def _once(
 
 
 def _peaks(
-    subjects: Sequence[Subject],
+    subjects: Sequence[BenchTarget],
     peak_of: Callable[[str, str], Optional[float]],
     progress: Callable[[str, float], None],
 ) -> Dict[str, Peak]:
@@ -170,7 +170,7 @@ def percentile_name(p: float) -> str:
 
 
 def _figures(
-    asked: Subject, connections: int, result: load_generator.Result, times: Optional[server_times.ServerTimes]
+    asked: BenchTarget, connections: int, result: load_generator.Result, times: Optional[server_times.ServerTimes]
 ) -> Figures:
     """Return one measurement; times in milliseconds."""
     mean = float(result.latencies.mean())
@@ -206,7 +206,9 @@ def _ms(seconds: float) -> float:
 
 
 def _summary(
-    asked: Subject, connections: int, rounds: Sequence[Tuple[load_generator.Result, Optional[server_times.ServerTimes]]]
+    asked: BenchTarget,
+    connections: int,
+    rounds: Sequence[Tuple[load_generator.Result, Optional[server_times.ServerTimes]]],
 ) -> Summary:
     """Return the medians of the rounds, figure by figure; errors and retried requests are summed."""
     figures = [_figures(asked, connections, result, times) for result, times in rounds]

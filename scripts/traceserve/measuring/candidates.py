@@ -8,15 +8,15 @@ from typing import Callable, List, Sequence
 from traceserve.archives.model_config import Serving
 
 # From a configuration to the ladders to climb: rung by rung, as long as that helps.
-Knob = Callable[[Serving], List[List[Serving]]]
+Setting = Callable[[Serving], List[List[Serving]]]
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 BATCH_DELAYS = (1, 2, 5, 10, 20, 50)
 LENGTH_STEPS = (1, 8, 16, 32, 64)
 
 
-def knobs(cores: int, connections: int, longest_step: int, batch_size: int) -> List[Knob]:
-    """Return the knobs of a machine with this many cores, for this many concurrent requests, this longest row and
+def settings_to_try(cores: int, connections: int, longest_step: int, batch_size: int) -> List[Setting]:
+    """Return the settings of a machine with this many cores, for this many concurrent requests, this longest row and
     this batch size before."""
     sizes = [n for n in BATCH_SIZES if n < connections]
     sizes += [n for n in BATCH_SIZES if n >= connections][:1]  # a larger one is never filled

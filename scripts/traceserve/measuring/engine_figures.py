@@ -24,10 +24,9 @@ from traceserve_runtime.tasks.contract import Request
 from traceserve_runtime.tasks.generating import Generating
 from traceserve_runtime.texts.rows import Encoded, Row
 
+from traceserve.building.speeds import ROUNDS, answer_round
 from traceserve.errors import ExportError
 
-AT_ONCE = 32  # requests per call, like TorchServe's batch_size
-_ROUNDS = 3
 _ALONE = 64  # requests asked one by one
 _NEW_TOKENS = 32  # of each text, fewer where a row has less room
 _TEXTS_ALONE, _TOGETHER = 8, 16  # texts written one by one, and by as many clients at once
@@ -44,7 +43,7 @@ class WritingFigures(NamedTuple):
 
 class EngineFigures(NamedTuple):
     """Seconds until the engine answers, its process's memory in bytes (its share of what it shares), the median
-    milliseconds of one request, and requests per second, 32 at once; of texts 16 at once, and more of `writing`."""
+    milliseconds of one request, and requests per second, `AT_ONCE` per call; of texts 16 at once, and more of `writing`."""
 
     load_seconds: float
     memory: int
@@ -73,12 +72,8 @@ def measure_engine(folder: Path, requests: List[Request], threads: int) -> Engin
         return _writing_figures(engine, requests, loaded)
     engine.make_ready()
     engine.scheduler.measure()
-    rounds, alone = [], []
-    for _ in range(_ROUNDS):
-        began = time.perf_counter()
-        for start in range(0, len(requests), AT_ONCE):
-            engine.answer(requests[start : start + AT_ONCE])
-        rounds.append(time.perf_counter() - began)
+    rounds = [answer_round(engine, requests)[1] for _ in range(ROUNDS)]
+    alone = []
     for request in requests[:_ALONE]:
         began = time.perf_counter()
         engine.answer([request])
@@ -105,7 +100,7 @@ def _writing_figures(engine: Engine, requests: Sequence[Request], loaded: float)
     together = [asked[i % len(asked)] for i in range(_TOGETHER)]
     _write(engine, together)  # the first run of a shape is slow
     alone, rounds = [], []
-    for _ in range(_ROUNDS):
+    for _ in range(ROUNDS):
         alone += [_write(engine, [each]) for each in asked[:_TEXTS_ALONE]]
         rounds.append(_write(engine, together))
     all_at_once = statistics.median(text.whole for text in rounds)

@@ -109,7 +109,7 @@ def _measured(folder: Path, requests: Sequence[Request]) -> EngineFigures:
     file.write_text(json.dumps([[dict(one.inputs), dict(one.parameters)] for one in asked]), encoding="utf-8")
     command = [sys.executable, "-m", engine_figures.__name__, str(folder), str(file), str(processor.cores())]
     # Not where the user is: Python imports from there first.
-    result = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=folder.parent, capture_output=True, encoding="utf-8", errors="replace")
     if result.returncode:
         raise ExportError(f"it cannot be measured: {last_line(result.stderr)}")
     return EngineFigures.from_json(json.loads(result.stdout.strip().splitlines()[-1]))

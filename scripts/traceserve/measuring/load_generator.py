@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 WRONG = "a wrong answer"
-Check = Callable[[bytes, bytes], bool]  # whether a request's body was given the right answer
+AnswerCheck = Callable[[bytes, bytes], bool]  # whether a request's body was given the right answer
 
 # An open loop opens connections as needed, up to this many (or the requested number, if larger). Beyond it requests
 # wait, and the wait is part of their latency.
@@ -81,13 +81,16 @@ class Result:
     def percentile(self, p: float) -> float:
         """Return the latency that `p` percent of the answered requests did not exceed (nearest rank); NaN if there is
         none."""
-        if not self.requests:
-            return float("nan")
-        return float(self._ordered[max(0, math.ceil(p / 100 * self.requests) - 1)])
+        return nearest_rank(self._ordered, p) if self.requests else math.nan
 
     @cached_property
     def _ordered(self) -> NDArray[np.float64]:
         return np.sort(self.latencies)
+
+
+def nearest_rank(ordered: NDArray[np.float64], p: float) -> float:
+    """Return the least of these values, in ascending order, that `p` percent of them do not exceed."""
+    return float(ordered[max(0, math.ceil(p / 100 * len(ordered)) - 1)])
 
 
 def send_load(
@@ -103,7 +106,7 @@ def send_load(
     progress: Optional[Callable[[float], None]] = None,
     timeout: float = 60.0,
     retries: int = 0,
-    check: Optional[Check] = None,
+    check: Optional[AnswerCheck] = None,
     ended: Optional[threading.Event] = None,
 ) -> Result:
     """POST `bodies`, in a shuffled order that repeats, and measure.
@@ -160,7 +163,7 @@ class _Options:
     seed: int
     timeout: float
     retries: int
-    check: Optional[Check]
+    check: Optional[AnswerCheck]
     ended: Optional[threading.Event]
 
 

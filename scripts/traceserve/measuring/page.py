@@ -185,8 +185,9 @@ def _where_time_goes(document: BenchDocument) -> Figure:
     shown = [(summary, summary["server"]["time_ms"]) for summary in document["summary"] if summary["server"]]
     labels = [html.escape(f"{summary['subject']}, {load_name(summary)}") for summary, _ in shown]
     figure = go.Figure()
-    for part, color in zip(shown[0][1], COLORS):
-        times = [time_ms[part] for _, time_ms in shown]
+    parts = dict.fromkeys(part for _, time_ms in shown for part in time_ms)  # another engine's are others
+    for part, color in zip(parts, COLORS):
+        times = [time_ms.get(part, 0.0) for _, time_ms in shown]
         figure.add_bar(y=labels, x=times, name=part, orientation="h", marker_color=color)
     figure.update_xaxes(title="ms of a request, mean")
     figure.update_layout(title="Where the time of a request goes", barmode="stack", showlegend=True)

@@ -18,8 +18,8 @@ from traceserve_runtime.errors import TraceserveError
 
 from traceserve.archives.model_config import Serving
 from traceserve.errors import ServerError
-from traceserve.measuring.candidates import Knob
-from traceserve.measuring.load_generator import Result
+from traceserve.measuring.candidates import Setting
+from traceserve.measuring.load_generator import Result, nearest_rank
 
 MARGIN = 1.03  # smaller gains are not worth a change
 ROUNDS = 6
@@ -67,9 +67,10 @@ class Trial:
         return statistics.median(result.throughput for result in self.results)
 
     def percentile(self, p: float) -> float:
-        """Return the latency in seconds that `p` percent of all measured requests did not exceed."""
-        latencies = [seconds for result in self.results for seconds in result.latencies]
-        return float(np.percentile(latencies, p, method="higher")) if latencies else math.inf
+        """Return the latency in seconds that `p` percent of all measured requests did not exceed (nearest rank); infinity
+        if there is none."""
+        latencies = np.concatenate([result.latencies for result in self.results] or [np.empty(0)])
+        return nearest_rank(np.sort(latencies), p) if latencies.size else math.inf
 
 
 def judge(ratios: Sequence[float], noise: float = 0.0) -> Optional[bool]:
@@ -91,18 +92,18 @@ def judge(ratios: Sequence[float], noise: float = 0.0) -> Optional[bool]:
     return None
 
 
-class KnobSearch:
-    """Races over one knob after another, until none helps or the time is up."""
+class ServingSearch:
+    """Races over one setting after another, until none helps or the time is up."""
 
     def __init__(
         self,
         site: Site,
         goal: Goal,
-        knobs: Sequence[Knob],
+        settings: Sequence[Setting],
         seconds: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.site, self.goal, self.knobs, self.clock = site, goal, knobs, clock
+        self.site, self.goal, self.settings, self.clock = site, goal, settings, clock
         self.deadline = clock() + seconds
         self.levels = [n for n in _LEVELS if n < goal.connections] + [goal.connections]
         self.trials: Dict[Serving, Trial] = {}
@@ -122,8 +123,8 @@ class KnobSearch:
         turned = True
         while turned and self.in_time:
             before = self.best
-            for knob in self.knobs:
-                self._turn(knob)
+            for setting in self.settings:
+                self._turn(setting)
             turned = self.best is not before
         self._confirm(first)
         self._keep_to_goal()
@@ -149,8 +150,8 @@ class KnobSearch:
                 return trial
         raise ServerError(f"the archive is not served, whatever its configuration: {trial.failure}")
 
-    def _turn(self, knob: Knob) -> None:
-        for ladder in knob(self.best.serving):
+    def _turn(self, setting: Setting) -> None:
+        for ladder in setting(self.best.serving):
             won = False
             for serving in ladder:
                 if not self._try(serving):

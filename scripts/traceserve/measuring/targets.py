@@ -27,7 +27,7 @@ class Traffic:
 
 
 @dataclass(frozen=True)
-class Subject:
+class BenchTarget:
     """A measured server; with `metrics` if it is ours, and the arithmetic of its model if its archive tells it."""
 
     label: str
@@ -44,7 +44,7 @@ def subject(
     port: Optional[int] = None,
     body: Optional[str] = None,
     headers: Mapping[str, str] = {},
-) -> Subject:
+) -> BenchTarget:
     """Return the subject for NAME, an archive served by us, or a URL, with these samples; raises ServerError,
     ConfigError.
 
@@ -55,16 +55,16 @@ def subject(
         if instance.certificate:
             raise ServerError(f"{place} uses TLS, which cannot be measured; serve it without --certificate too")
         key = {"Authorization": f"Bearer {instance.key}"} if instance.key else {}
-        target = load_generator.Endpoint(f"{instance.url}/predictions/{urllib.parse.quote(place)}", key)
-        return Subject(place, target, traffic(samples), *_told_by(instance, place))
+        target = load_generator.Endpoint(instance.predictions_url(place), key)
+        return BenchTarget(place, target, traffic(samples), *_told_by(instance, place))
     parts = urllib.parse.urlsplit(place)
     if parts.scheme not in ("http", "https") or not parts.hostname or not place.isascii() or " " in place:
         raise ServerError(f"{place} is no URL to measure; it should look like http://127.0.0.1:8000/classify")
     label = urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
-    return Subject(label, load_generator.Endpoint(place, dict(headers)), traffic(samples, body), *_ours(label))
+    return BenchTarget(label, load_generator.Endpoint(place, dict(headers)), traffic(samples, body), *_ours(label))
 
 
-def with_distinct_labels(subjects: Sequence[Subject]) -> List[Subject]:
+def with_distinct_labels(subjects: Sequence[BenchTarget]) -> List[BenchTarget]:
     """Return the subjects with a number behind each repeated label, as of one URL that is asked twice."""
     labels = [asked.label for asked in subjects]
     counts = [labels[:i].count(label) + 1 for i, label in enumerate(labels)]
@@ -86,7 +86,7 @@ def _ours(url: str) -> _Ours:
     """Return the same if a URL belongs to our server."""
     for instance in instances.running():
         for name in instance.names:
-            if url == f"{instance.url}/predictions/{urllib.parse.quote(name)}":
+            if url == instance.predictions_url(name):
                 return _told_by(instance, name)
     return "", None, None
 
@@ -118,7 +118,7 @@ def _check_json(text: str, where: str) -> None:
         raise ConfigError(f"{where}: this is no JSON: {error}") from None
 
 
-def check_answer(asked: Subject) -> None:
+def check_answer(asked: BenchTarget) -> None:
     """Ask once, and raise ServerError with the server's own message if it refuses."""
     headers = {"Content-Type": asked.traffic.content_type, **asked.target.headers}
     request = urllib.request.Request(asked.target.url, data=asked.traffic.bodies[0], headers=headers, method="POST")

@@ -25,10 +25,10 @@ from traceserve.building.progress import Progress
 from traceserve.building.samples import OwnSamples
 from traceserve.errors import ConfigError, ServerError
 from traceserve.measuring import load_generator, targets, transfers
-from traceserve.measuring.candidates import knobs
+from traceserve.measuring.candidates import settings_to_try
 from traceserve.measuring.load_generator import Endpoint, Result
 from traceserve.measuring.padding import Waste, wastes
-from traceserve.measuring.search import Goal, KnobSearch, Trial
+from traceserve.measuring.search import Goal, ServingSearch, Trial
 from traceserve.serving import configuration, instances, server
 from traceserve.serving.engines import TORCHSERVE
 from traceserve.serving.instances import Instance
@@ -77,9 +77,11 @@ def tune(
     task, texts = _read(archive, manifest, samples_file)
     any_length = manifest.shapes.lengths is None and manifest.shapes.padded and not task.loop
     plain = replace(own, workers=None, threads=None)  # the archive's may be another machine's, and not even start here
-    turned = knobs(processor.cores(), goal.connections, manifest.max_length if any_length else 1, own.batch_size)
+    turned = settings_to_try(
+        processor.cores(), goal.connections, manifest.max_length if any_length else 1, own.batch_size
+    )
     with Servers(archive, texts, budget, tell, engine) as servers:
-        search = KnobSearch(servers, goal, turned, budget - (time.monotonic() - started))
+        search = ServingSearch(servers, goal, turned, budget - (time.monotonic() - started))
         best = search.run([own] if plain == own else [own, plain])
     if best.failure:
         raise ServerError(f"{archive} failed while it was measured: {best.failure}")
@@ -148,7 +150,7 @@ class Servers:
             self.timeout = max(30.0, 10 * (time.monotonic() - started))
 
     def _load(self, instance: Instance, connections: int, seed: int, warm_up: float, what: str) -> Result:
-        target = Endpoint(f"{instance.url}/predictions/{self.archive.stem}")
+        target = Endpoint(instance.predictions_url(self.archive.stem))
         return load_generator.send_load(
             target,
             self.texts.bodies,
@@ -223,6 +225,7 @@ def _lengths(task: Task, body: bytes, content_type: str) -> List[int]:
         if not isinstance(item, Encoded):
             raise item
         lengths += [row.length for row in item.rows]
-    if len(lengths) > most:
-        raise ConfigError(f"it has {len(lengths):,} windows; one request may have {most:,}")
+    refused = task.tokenizer.limits.of_rows(len(lengths), sum(lengths))
+    if refused is not None:
+        raise refused
     return lengths

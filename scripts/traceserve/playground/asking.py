@@ -12,13 +12,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 from traceserve_hosts import KEY_VARIABLE
+from traceserve_runtime.service import TRUNCATED_HEADER
 
 from traceserve.errors import ServerError
 from traceserve.playground.models import Model
 from traceserve.serving import client
 from traceserve.serving.curl import curl
 
-_TRUNCATED = "X-Truncated"  # by request and field the characters [start, end) that the model never read
 _STREAMED = "text/plain"
 _BETWEEN = 0.05  # seconds between two states of a growing text: a page need not show more
 _PATIENCE = 0.2  # seconds, after which it is looked whether to stop
@@ -42,14 +42,13 @@ class Heard:
 
 
 def ask(
-    model: Model, body: Mapping[str, object], stopped: Callable[[], bool] = lambda: False, door: str = PREDICTIONS
+    model: Model, body: Mapping[str, object], stopped: Callable[[], bool] = lambda: False, method: str = PREDICTIONS
 ) -> Iterator[Heard]:
     """The answer as it comes; the last one is `done`, whatever happens. Once `stopped`, no more is read."""
     begun = time.perf_counter()
     try:
-        options = {"certificate": model.certificate, "any_name": model.any_name, "door": door}
-        with client.post(model.url, model.path, dict(body), model.key, **options) as response:  # type: ignore[arg-type]
-            unseen = json.loads(response.headers.get(_TRUNCATED) or "{}").get("0", {})
+        with client.post(model.address, model.path, dict(body), method=method) as response:
+            unseen = json.loads(response.headers.get(TRUNCATED_HEADER) or "{}").get("0", {})
             heard = Heard(unseen={name: (start, end) for name, (start, end) in unseen.items()})
             if response.headers.get_content_type() == _STREAMED:
                 yield from _streamed(response, heard, begun, stopped)
@@ -101,7 +100,7 @@ def _ended(text: str) -> Tuple[str, Optional[str], Optional[str]]:
 
 
 def ask_each(
-    models: Sequence[Model], body: Mapping[str, object], stop: threading.Event, door: str = PREDICTIONS
+    models: Sequence[Model], body: Mapping[str, object], stop: threading.Event, method: str = PREDICTIONS
 ) -> Iterator[List[Heard]]:
     """What all models have said so far, asked at once, each time that one says more; the last time all are `done`.
 
@@ -110,7 +109,7 @@ def ask_each(
     news: queue.Queue[Tuple[int, Heard]] = queue.Queue()
 
     def listen(number: int) -> None:
-        for heard in ask(models[number], body, stop.is_set, door):
+        for heard in ask(models[number], body, stop.is_set, method):
             news.put((number, heard))
 
     threads = [threading.Thread(target=listen, args=(number,), daemon=True) for number in range(len(models))]
@@ -132,14 +131,14 @@ def ask_each(
         stop.set()
 
 
-def curl_command(model: Model, body: Mapping[str, Any], door: str = PREDICTIONS) -> str:
+def curl_command(model: Model, body: Mapping[str, Any], method: str = PREDICTIONS) -> str:
     """The request as a curl command; a key is named in it, not shown."""
     options: List[str] = []
     if model.certificate:  # ours may be for another name than the machine's
         options += ["--insecure"] if model.any_name else ["--cacert", model.certificate]
     if dict(body.get("parameters") or {}).get("stream") is True:
         options.append("--no-buffer")
-    whole = curl(f"{model.url}/{door}/{model.path}", body, *options)
+    whole = curl(f"{model.url}/{method}/{model.path}", body, *options)
     if not model.key:
         return whole
     program, rest = whole.split(" ", 1)

@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
+from traceserve_runtime.tasks.parameters import LARGEST_NUMBER
+
 from traceserve.errors import ServerError
 from traceserve.playground.description import Description, InputField
 
@@ -21,7 +23,6 @@ OPEN = "open"  # a number, or one of a few values
 
 PARAMETERS = "parameters"
 _ROLE = re.compile(r"(system|user|assistant|tool):[ \t]?(.*)", re.DOTALL)
-_LARGEST = 2**53  # what a schema says of a number that has no limit of its own
 
 
 class FormError(ServerError):
@@ -113,7 +114,7 @@ def _range(asked: InputField) -> str:
     for option in asked.options:
         least, most = option.get("minimum"), option.get("maximum")
         if least is not None and most is not None:
-            return f"{least:,} or more" if most >= _LARGEST else f"{least:,} to {most:,}"
+            return f"{least:,} or more" if most >= LARGEST_NUMBER else f"{least:,} to {most:,}"
     return ""
 
 

@@ -9,7 +9,7 @@ import uuid
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Sequence
 
-from traceserve.errors import ServerError
+from traceserve.errors import ServerError, some
 from traceserve.playground import asking, form, panels
 from traceserve.playground.form import Control, FormError
 from traceserve.playground.models import Model
@@ -111,7 +111,7 @@ class _Board:
 
     def _form(self) -> None:
         gr, own = self._gr, self._models[0].description
-        labels = f" Labels: {_some(own.labels)}." if own.labels else ""
+        labels = f" Labels: {some(own.labels, 5)}." if own.labels else ""
         names = " and ".join(f"{model.description.name} {model.description.version}" for model in self._models)
         gr.Markdown(f"### {_plain(names)}\n{_plain(own.task)}. {_plain(own.about + labels)}")
         first = [
@@ -202,15 +202,15 @@ class _Board:
         """What changes on the page while the models explain their answers."""
         yield from self._told_by(visitor, values, asking.EXPLANATIONS)
 
-    def _told_by(self, visitor: str, values: Sequence[object], door: str) -> Iterator[Dict[object, object]]:
+    def _told_by(self, visitor: str, values: Sequence[object], method: str) -> Iterator[Dict[object, object]]:
         self._asked[visitor] = stop = threading.Event()
         try:
-            yield from self._answered(values, stop, door)
+            yield from self._answered(values, stop, method)
         finally:
             if self._asked.get(visitor) is stop:
                 del self._asked[visitor]
 
-    def _answered(self, values: Sequence[object], stop: threading.Event, door: str) -> Iterator[Dict[object, object]]:
+    def _answered(self, values: Sequence[object], stop: threading.Event, method: str) -> Iterator[Dict[object, object]]:
         try:
             body = form.body(self._controls, values)
         except FormError as error:
@@ -219,11 +219,11 @@ class _Board:
             return
         said = [asking.Heard() for _ in self._models]
         commands = [
-            self._gr.update(value=asking.curl_command(model, body, door), visible=True) for model in self._models
+            self._gr.update(value=asking.curl_command(model, body, method), visible=True) for model in self._models
         ]
         shown = dict(zip(self._commands, commands))
         yield {**self._told(body, said), **shown, **self._at_fields(said)}
-        for said in asking.ask_each(self._models, body, stop, door):
+        for said in asking.ask_each(self._models, body, stop, method):
             ended = all(heard.done for heard in said) and any(heard.error for heard in said)
             # The command again: a page that gets two states at once shows the last one alone.
             yield {**self._told(body, said), **shown, **(self._at_fields(said) if ended else {})}
@@ -250,10 +250,6 @@ class _Board:
 def _plain(text: str) -> str:
     """A text where Gradio reads Markdown."""
     return re.sub(r"[^\w\s.,;:()/-]", lambda found: f"&#{ord(found[0])};", text)
-
-
-def _some(labels: Sequence[str]) -> str:
-    return ", ".join(labels[:5]) + (f" and {len(labels) - 5} more" if len(labels) > 5 else "")
 
 
 def _text(gr: Any, control: Control, shown: Dict[str, Any]) -> Any:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import urllib.parse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import List, Optional, Sequence, Tuple
 
 from traceserve.errors import ServerError
 from traceserve.playground import description
 from traceserve.playground.description import Description
 from traceserve.serving import client, instances
+from traceserve.serving.client import Address
 from traceserve.serving.instances import Instance
 
 _FIRST_VERSION = "1.0"  # of an archive whose configuration names none
@@ -28,6 +29,11 @@ class Model:
     any_name: bool = True  # whether the certificate may be for another name than the URL's
 
     @property
+    def address(self) -> Address:
+        """The server's address, with its key and certificate."""
+        return Address(self.url, self.key, self.certificate, self.any_name)
+
+    @property
     def path(self) -> str:
         """Behind /predictions/: the name and the version."""
         return _path(self.description.name, self.description.version)
@@ -37,20 +43,12 @@ def find_model(place: str, key: Optional[str] = None, certificate: Optional[str]
     """NAME, an archive that a server of this user serves, or the URL of a model; raises ServerError."""
     if "://" in place:
         return _at(place, key, certificate)
-    running = instances.running()
-    serving = [instance for instance in running if place in instance.names]
-    if len(serving) == 1:
-        return _of(serving[0], place, key)
-    if serving:
-        urls = ", ".join(f"{instance.url}/predictions/{place}" for instance in serving)
-        raise ServerError(f"{place} is served {len(serving)} times; name one by its URL: {urls}")
     otherwise = ", and any other server is named by its URL, like http://127.0.0.1:8080/predictions/NAME"
-    if not running:
-        raise instances.none_running(place, otherwise)
-    others = ", ".join(sorted({other for instance in running for other in instance.names}))
-    raise ServerError(
-        f"no server of traceserve serves {place}, but {others}; `traceserve serve model_store/{place}.mar` starts one{otherwise}"
-    )
+    serving = instances.serving_instances(place, otherwise)
+    if len(serving) > 1:
+        urls = ", ".join(instance.predictions_url(place) for instance in serving)
+        raise ServerError(f"{place} is served {len(serving)} times; name one by its URL: {urls}")
+    return _of(serving[0], place, key)
 
 
 def every() -> Tuple[List[Model], List[ServerError]]:
@@ -80,7 +78,7 @@ def check_comparable(models: Sequence[Model]) -> None:
 
 def _of(instance: Instance, name: str, key: Optional[str]) -> Model:
     version = instance.manifest(name).version
-    return _described(instance.url, name, version, key or instance.key, instance.certificate, any_name=True)
+    return _described(replace(instance.address, key=key or instance.key), name, version)
 
 
 def _at(place: str, key: Optional[str], certificate: Optional[str]) -> Model:
@@ -92,21 +90,18 @@ def _at(place: str, key: Optional[str], certificate: Optional[str]) -> Model:
             f"behind it if that is not {_FIRST_VERSION}"
         )
     url = f"{parts.scheme}://{parts.netloc}{path['before']}"
+    address = Address(url, key, certificate, any_name=False)
     ours = next((one for one in instances.running() if one.url == url), None)  # its key and certificate are known
     if ours is not None:
-        key, own, any_name = key or ours.key, certificate or ours.certificate, certificate is None
-    else:
-        own, any_name = certificate, False
+        address = Address(url, key or ours.key, certificate or ours.certificate, any_name=certificate is None)
     name = urllib.parse.unquote(path["name"])
-    return _described(url, name, path["version"] or _FIRST_VERSION, key, own, any_name)
+    return _described(address, name, path["version"] or _FIRST_VERSION)
 
 
-def _described(
-    url: str, name: str, version: str, key: Optional[str], certificate: Optional[str], any_name: bool
-) -> Model:
-    path = f"predictions/{_path(name, version)}/openapi.json"
-    document = client.get_document(url, path, key, certificate=certificate, any_name=any_name)
-    return Model(url, description.read_description(document, f"{url}/predictions/{name}"), key, certificate, any_name)
+def _described(address: Address, name: str, version: str) -> Model:
+    document = client.get_document(address, f"predictions/{_path(name, version)}/openapi.json")
+    described = description.read_description(document, f"{address.url}/predictions/{name}")
+    return Model(address.url, described, address.key, address.certificate, address.any_name)
 
 
 def _path(name: str, version: str) -> str:

@@ -16,9 +16,9 @@ from traceserve_runtime.json_types import JsonObject
 
 from traceserve.errors import ServerError
 from traceserve.measuring import activity
-from traceserve.measuring.server_times import metrics_of
 from traceserve.serving import client, management
 from traceserve.serving.instances import Instance
+from traceserve.serving.metrics import metrics_of
 
 _LEAST = 1.0  # seconds in which a request that the frontend was at during the switch has got into its queue
 _PAUSE = 0.1
@@ -41,7 +41,7 @@ def drain(instance: Instance, name: str, version: str, canary: JsonObject, timeo
             with contextlib.suppress(client.NotYet):  # its queue is full
                 own += 1
                 left = max(1.0, timeout - sent)
-                client.predict(instance.url, f"{name}/{version}", canary, instance.key, left, instance.certificate)
+                client.predict(instance.address, f"{name}/{version}", canary, left)
                 proven = sent >= _LEAST
         described = management.registered(instance, name)[version]
         passed = time.monotonic() - started

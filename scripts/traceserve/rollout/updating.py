@@ -199,7 +199,7 @@ class _Update:
 
     def _ask_canary(self, path: str) -> None:
         try:
-            client.predict(self._instance.url, path, self._canary, self._instance.key, 60.0, self._instance.certificate)
+            client.predict(self._instance.address, path, self._canary, 60.0)
         except ServerError as error:
             raise ServerError(f"{path} does not answer its own sample: {error.message}") from None
 
@@ -265,7 +265,7 @@ class _Update:
         self._promoted = True
         self._engine.switch_to(self._instance, self._name, self._version, self._options.timeout)
         self._ask_canary(self._name)
-        self._report(f"promoted: {self._instance.url}/predictions/{self._name} is answered by {self._version}")
+        self._report(f"promoted: {self._instance.predictions_url(self._name)} is answered by {self._version}")
 
     def _drain(self, version: str) -> int:
         return self._engine.drain_version(self._instance, self._name, version, self._canary, self._options.timeout)

@@ -8,11 +8,26 @@ import http.client
 import json
 import urllib.error
 import urllib.request
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Dict, Iterator, Optional, Tuple, cast
 
 from traceserve.errors import ServerError
 from traceserve.serving.front import context
+
+
+@dataclass(frozen=True)
+class Address:
+    """A server's URL, what it demands, and the file of its certificate, if it uses TLS.
+
+    A certificate is accepted for any name, since servers on this machine are reached by address, or only for the names
+    in it.
+    """
+
+    url: str
+    key: Optional[str] = None
+    certificate: Optional[str] = None
+    any_name: bool = True
 
 
 class NotYet(ServerError):
@@ -29,34 +44,16 @@ class RequestRefused(ServerError):
         self.words = words or message
 
 
-def predict(
-    url: str,
-    name: str,
-    body: object,
-    key: Optional[str] = None,
-    timeout: float = 300.0,
-    certificate: Optional[str] = None,
-    door: str = "predictions",
-) -> Any:
-    """POST `body` as JSON to /predictions/NAME, or through another door, and return the parsed answer; raises NotYet,
-    RequestRefused, or ServerError if it is not JSON.
-
-    `certificate` is the file of the server's certificate, if it uses TLS.
-    """
-    with post(url, name, body, key, timeout, certificate, door=door) as response:
-        return _document(response, url)
+def predict(address: Address, name: str, body: object, timeout: float = 300.0, method: str = "predictions") -> Any:
+    """POST `body` as JSON to /predictions/NAME, or to another method of the model, and return the parsed answer; raises
+    NotYet, RequestRefused, or ServerError if it is not JSON."""
+    with post(address, name, body, timeout, method) as response:
+        return _document(response, address.url)
 
 
-def stream(
-    url: str,
-    name: str,
-    body: object,
-    key: Optional[str] = None,
-    timeout: float = 300.0,
-    certificate: Optional[str] = None,
-) -> Iterator[str]:
+def stream(address: Address, name: str, body: object, timeout: float = 300.0) -> Iterator[str]:
     """POST `body`, which requests a stream, and yield the text's pieces; raises NotYet or RequestRefused."""
-    with post(url, name, body, key, timeout, certificate) as response:
+    with post(address, name, body, timeout) as response:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for piece in iter(lambda: response.read1(1 << 16), b""):
             yield decoder.decode(piece)
@@ -64,58 +61,34 @@ def stream(
 
 @contextlib.contextmanager
 def post(
-    url: str,
-    name: str,
-    body: object,
-    key: Optional[str] = None,
-    timeout: float = 300.0,
-    certificate: Optional[str] = None,
-    any_name: bool = True,
-    door: str = "predictions",
+    address: Address, name: str, body: object, timeout: float = 300.0, method: str = "predictions"
 ) -> Iterator[http.client.HTTPResponse]:
-    """POST `body` as JSON to /predictions/NAME, or another door, and return the unread response; raises NotYet or
-    RequestRefused.
-
-    A certificate is accepted for any name, since servers on this machine are reached by address, or only for the names
-    in it.
-    """
+    """POST `body` as JSON to /predictions/NAME, or to another method of the model, and return the unread response; raises
+    NotYet or RequestRefused."""
     request = urllib.request.Request(
-        f"{url}/{door}/{name}",
+        f"{address.url}/{method}/{name}",
         data=json.dumps(body).encode("utf-8"),
-        headers={"Content-Type": "application/json", **_authorization(key)},
+        headers={"Content-Type": "application/json", **_authorization(address.key)},
     )
-    with _opened(request, f"{url} has no worker for {name} ready", url, timeout, certificate, any_name) as response:
+    with _opened(request, address, f"{address.url} has no worker for {name} ready", timeout) as response:
         yield response
 
 
-def get_document(
-    url: str,
-    path: str,
-    key: Optional[str] = None,
-    timeout: float = 30.0,
-    certificate: Optional[str] = None,
-    any_name: bool = True,
-) -> Any:
+def get_document(address: Address, path: str, timeout: float = 30.0) -> Any:
     """GET a JSON document from the server; raises NotYet, RequestRefused, or ServerError if it is not JSON."""
-    request = urllib.request.Request(f"{url}/{path}", headers=_authorization(key))
-    with _opened(request, f"{url} has no {path}", url, timeout, certificate, any_name) as response:
-        return _document(response, f"{url}/{path}")
+    url = f"{address.url}/{path}"
+    request = urllib.request.Request(url, headers=_authorization(address.key))
+    with _opened(request, address, f"{address.url} has no {path}", timeout) as response:
+        return _document(response, url)
 
 
-def exchange(
-    url: str,
-    body: Any = None,
-    key: Optional[str] = None,
-    timeout: float = 60.0,
-    certificate: Optional[str] = None,
-    any_name: bool = True,
-) -> Tuple[int, Any]:
+def exchange(address: Address, body: Any = None, timeout: float = 60.0) -> Tuple[int, Any]:
     """POST `body` as JSON to any URL, or GET it if there is none; returns the status, whatever it is, and the parsed
     answer, or its text if it is no JSON. Raises NotYet if nothing answers."""
     data = None if body is None else json.dumps(body).encode("utf-8")
     kind = {} if data is None else {"Content-Type": "application/json"}
-    request = urllib.request.Request(url, data=data, headers={**kind, **_authorization(key)})
-    with _open(request, url, timeout, certificate, any_name) as response:
+    request = urllib.request.Request(address.url, data=data, headers={**kind, **_authorization(address.key)})
+    with _open(request, address, timeout) as response:
         return response.status, parsed(response.read())
 
 
@@ -138,15 +111,10 @@ def _authorization(key: Optional[str]) -> Dict[str, str]:
 
 @contextlib.contextmanager
 def _opened(
-    request: urllib.request.Request,
-    missing: str,
-    url: str,
-    timeout: float,
-    certificate: Optional[str],
-    any_name: bool,
+    request: urllib.request.Request, address: Address, missing: str, timeout: float
 ) -> Iterator[http.client.HTTPResponse]:
     """Return a 2xx response; raises RequestRefused for others, or NotYet, where `missing` says what a 404 or 503 means."""
-    with _open(request, url, timeout, certificate, any_name) as response:
+    with _open(request, address, timeout) as response:
         if 200 <= response.status < 300:
             yield response
             return
@@ -157,23 +125,20 @@ def _opened(
 
 
 @contextlib.contextmanager
-def _open(
-    request: urllib.request.Request, url: str, timeout: float, certificate: Optional[str], any_name: bool
-) -> Iterator[http.client.HTTPResponse]:
+def _open(request: urllib.request.Request, address: Address, timeout: float) -> Iterator[http.client.HTTPResponse]:
     """Return the response, whatever its status; raises NotYet if there is none, or if its connection breaks."""
     try:
-        with _response(request, timeout, certificate, any_name) as response:
+        with _response(request, address, timeout) as response:
             yield response
     except (OSError, http.client.HTTPException) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
-        raise NotYet(f"{url} does not answer: {reason}") from None
+        raise NotYet(f"{address.url} does not answer: {reason}") from None
 
 
-def _response(
-    request: urllib.request.Request, timeout: float, certificate: Optional[str], any_name: bool
-) -> http.client.HTTPResponse:
+def _response(request: urllib.request.Request, address: Address, timeout: float) -> http.client.HTTPResponse:
+    direct = _opener_for(address.certificate, address.any_name) if address.certificate else opener
     try:
-        found = (_opener_for(certificate, any_name) if certificate else opener).open(request, timeout=timeout)
+        found = direct.open(request, timeout=timeout)
     except urllib.error.HTTPError as error:
         found = error  # a response, too
     return cast(http.client.HTTPResponse, found)

@@ -22,6 +22,7 @@ from traceserve.errors import ServerError
 from traceserve.machine import user_folders
 from traceserve.machine.private_files import write_private
 from traceserve.serving import java, stopping
+from traceserve.serving.client import Address
 from traceserve.serving.engines import RAY, TORCHSERVE
 
 _KEPT = 5  # folders of dead servers kept until their failure was shown; older ones go
@@ -61,6 +62,15 @@ class Instance:
     def url(self) -> str:
         """Its URL from this machine."""
         return f"{'https' if self.certificate else 'http'}://{_in_url(self.host)}:{self.port}"
+
+    @property
+    def address(self) -> Address:
+        """Its address from this machine, with its key and certificate."""
+        return Address(self.url, self.key, self.certificate)
+
+    def predictions_url(self, name: str) -> str:
+        """Return the URL from this machine at which one of its archives predicts."""
+        return f"{self.url}/predictions/{name}"
 
     @property
     def metrics_url(self) -> str:
@@ -212,21 +222,26 @@ def serving_instance(name: str, port: Optional[int] = None) -> Instance:
         if name not in found[0].names:
             raise ServerError(f"the server on port {port} has no {name}, but {', '.join(found[0].names)}")
         return found[0]
-    servers = running()
-    found = [instance for instance in servers if name in instance.names]
+    found = serving_instances(name, ", and a URL stands for any other server")
     if len(found) > 1:
         ports = ", ".join(str(instance.port) for instance in found)
         raise ServerError(f"{name} is served on the ports {ports}; choose one with --port, or give URLs")
-    otherwise = ", and a URL stands for any other server"
+    return found[0]
+
+
+def serving_instances(name: str, otherwise: str) -> List[Instance]:
+    """Return the servers of an archive; raises ServerError where there is none, and says what else may be named."""
+    servers = running()
     if not servers:
         raise none_running(name, otherwise)
+    found = [instance for instance in servers if name in instance.names]
     if not found:
         others = ", ".join(sorted({other for instance in servers for other in instance.names}))
         raise ServerError(
             f"no server of traceserve serves {name}, but {others}; `traceserve serve model_store/{name}.mar` starts one"
             + otherwise
         )
-    return found[0]
+    return found
 
 
 def workers_alive(instance: Instance) -> Dict[str, int]:

@@ -43,10 +43,12 @@ def _installed_java() -> Optional[str]:
 def _java_version(java: str) -> int:
     """Return the major version, from the runtime's `release` file, or by running it."""
     release = Path(java).resolve().parent.parent / "release"
-    text = release.read_text() if release.is_file() else ""
+    text = release.read_text(encoding="utf-8", errors="replace") if release.is_file() else ""
     match = re.search(r'JAVA_VERSION="(\d+)(?:\.(\d+))?', text)
     if match is None:
-        result = subprocess.run([java, "-version"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        result = subprocess.run(
+            [java, "-version"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace"
+        )
         match = re.search(r'version "(\d+)(?:\.(\d+))?', result.stdout)
     if match is None:
         return 0

@@ -82,7 +82,8 @@ def _run(file: Path, address: str, variables: Mapping[str, str], timeout: float,
             cwd=file.parent,
             env=dict(variables),
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             timeout=timeout,
             pass_fds=locks_held(),  # it may go on where this process is killed: nobody else changes the server meanwhile
         )

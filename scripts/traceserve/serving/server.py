@@ -109,13 +109,7 @@ def _launch_torchserve(plan: ServerPlan) -> Instance:
         folder, plan.files, plan.changed, plan.host, plan.port, front, private
     )
     pid = launch(folder, settings, {**needed_by_java, **needed})
-    instance = _remembered(plan, ports, pid)
-    if private:
-        instance = dataclasses.replace(instance, management_socket=str(folder / management.SOCKET))
-        instances.remember(instance)
-    if front.certificate is not None:
-        instance = dataclasses.replace(instance, certificate=str(front.certificate.resolve()))
-        instances.remember(instance)
+    instance = _remembered(plan, ports, pid, str(folder / management.SOCKET) if private else None)
     if configuration.demands_keys(plan.host, front):
         instance = _with_keys(instance, plan.timeout)
         instances.remember(instance)
@@ -147,13 +141,14 @@ SERVING_ENGINES: Dict[str, ServingEngine] = {
 }
 
 
-def _remembered(plan: ServerPlan, ports: Tuple[int, int], pid: int) -> Instance:
+def _remembered(plan: ServerPlan, ports: Tuple[int, int], pid: int, management_socket: Optional[str]) -> Instance:
     """Record the just launched TorchServe as running; raises ServerError if it has ended."""
     try:
         started = psutil.Process(pid).create_time()
     except psutil.NoSuchProcess:
         raise ServerError(f"TorchServe ended as soon as it was started{log_tail(plan.folder)}") from None
     management_port, metrics_port = ports
+    certificate = plan.front.certificate
     instance = Instance(
         plan.port,
         plan.host,
@@ -166,6 +161,8 @@ def _remembered(plan: ServerPlan, ports: Tuple[int, int], pid: int) -> Instance:
         str(plan.folder),
         None,
         None,
+        certificate=None if certificate is None else str(certificate.resolve()),
+        management_socket=management_socket,
         trusted=plan.trusted,
         ticks=instances.ticks_of(pid),
         metrics_host=plan.host if plan.front.metrics_port else "127.0.0.1",
@@ -242,7 +239,7 @@ def launch(folder: Path, settings: Dict[str, Path], needed: Dict[str, str]) -> i
         )
     pid_file = folder / "tmp" / ".model_server.pid"
     if result.returncode or not pid_file.is_file():
-        said = (folder / "logs" / "start.log").read_text(errors="replace")
+        said = (folder / "logs" / "start.log").read_text(encoding="utf-8", errors="replace")
         hint = "; install it with: pip install 'traceserve[serve]'" if "No module named" in said else ""
         raise ServerError(f"torchserve did not start: {last_line(said)}{hint}")
     return int(pid_file.read_text())
@@ -280,7 +277,7 @@ def _wait_for_answer(
     def ask(outcome: List[Optional[Exception]]) -> None:
         try:
             left = max(1.0, deadline - time.monotonic())
-            client.predict(instance.url, name, body, instance.key, left, instance.certificate)
+            client.predict(instance.address, name, body, left)
             outcome.append(None)
         except Exception as error:  # reported by the waiting thread
             outcome.append(error)

@@ -56,7 +56,7 @@ def _in_file(file: str) -> str:
 def _kept(environment: Mapping[str, str]) -> str:
     state = environment.get("XDG_STATE_HOME") or str(Path(environment.get("HOME", "/tmp"), ".local", "state"))
     files = Path(state, "traceserve", "servers").glob("*.json")
-    for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
+    for file in sorted(files, key=_written, reverse=True):
         try:
             key: Optional[str] = json.loads(file.read_text(encoding="utf-8")).get("key")
         except (OSError, ValueError):
@@ -64,6 +64,14 @@ def _kept(environment: Mapping[str, str]) -> str:
         if key:
             return key
     return ""
+
+
+def _written(file: Path) -> float:
+    """When a file was written; 0 if it has been removed since."""
+    try:
+        return file.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 if __name__ == "__main__":

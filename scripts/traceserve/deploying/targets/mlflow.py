@@ -18,7 +18,6 @@ from traceserve.deploying.plan import DeployTarget, Made, Plan, Wishes
 from traceserve.errors import DeployError
 from traceserve.serving.curl import curl
 
-_ARTIFACT = "archive"  # as traceserve_hosts.mlflow_model has it
 _PORT = 5000
 
 
@@ -44,11 +43,12 @@ def _save(archive: Described, target: Path) -> None:
     """Write the model by MLflow's own function: its format is its own."""
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     import mlflow
+    from traceserve_hosts.mlflow_model import ARTIFACT
 
     hosts = importlib.util.find_spec("traceserve_hosts")
     assert hosts is not None and hosts.submodule_search_locations
     with staging.scratch() as folder, warnings.catch_warnings():
-        unpack(archive.file, folder / _ARTIFACT)
+        unpack(archive.file, folder / ARTIFACT)
         code = folder / "model.py"
         code.write_text(templates.read_template("mlflow/model.py"), encoding="utf-8")
         requirements = packages.requirements([archive], packages.ENGINE_PACKAGES["mlflow"])
@@ -56,7 +56,7 @@ def _save(archive: Described, target: Path) -> None:
         mlflow.pyfunc.save_model(
             str(target),
             python_model=str(code),
-            artifacts={_ARTIFACT: str(folder / _ARTIFACT)},
+            artifacts={ARTIFACT: str(folder / ARTIFACT)},
             code_paths=[hosts.submodule_search_locations[0]],
             pip_requirements=requirements,
             signature=_signature(archive),

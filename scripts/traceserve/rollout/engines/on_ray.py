@@ -20,13 +20,13 @@ from traceserve_runtime.json_types import JsonObject
 
 from traceserve.errors import ServerError
 from traceserve.machine.private_files import write_private
-from traceserve.measuring.server_times import metrics_of
 from traceserve.serving import client, ray_applications, ray_cluster, server
 from traceserve.serving.instances import Instance
 from traceserve.serving.management import Registered
+from traceserve.serving.metrics import metrics_of
 from traceserve.serving.plan import Archive
 
-_FILE = "versions.json"  # below run/: `_Known`, by name
+_FILE = "versions.json"  # below run/: `_KnownVersions`, by name
 _POLL = 0.2  # seconds
 _COUNTED = 5.0  # seconds after which Ray's metrics have what replicas have counted; it collects them every two
 _NAMING = f"ray_{ray_config.NAMING}"
@@ -37,7 +37,7 @@ _Archive = Mapping[str, Any]  # an application's arguments
 
 
 @dataclass(frozen=True)
-class _Known:
+class _KnownVersions:
     """The versions of a name, each by its own one."""
 
     versions: Mapping[str, _Archive] = field(default_factory=dict)  # that run, or may run
@@ -79,9 +79,8 @@ def running_version(instance: Instance, name: str) -> Registered:
 
     The server is asked: an update may have been killed while Ray went on.
     """
-    status, told = client.exchange(
-        f"{instance.url}/v2/models/{name}", None, instance.key, 30.0, instance.certificate, any_name=True
-    )
+    address = replace(instance.address, url=f"{instance.url}/v2/models/{name}")
+    status, told = client.exchange(address, timeout=30.0)
     versions = _known(instance, name).versions
     said = [version for version in told.get("versions", []) if version in versions] if isinstance(told, dict) else []
     if status != 200 or not said:
@@ -112,7 +111,7 @@ def start_beside(instance: Instance, archive: Archive, folder: str, timeout: flo
     canary = server.canary(archive.manifest)
     while True:  # HAProxy hears of it a little later
         try:
-            client.predict(instance.url, f"{name}/{version}", canary, instance.key, 60.0, instance.certificate)
+            client.predict(instance.address, f"{name}/{version}", canary, 60.0)
             return 1
         except client.NotYet:
             if time.monotonic() > deadline:
@@ -188,7 +187,7 @@ def switch_to(instance: Instance, name: str, version: str, timeout: float) -> No
     _replace(instance, known.versions[version], [ray_config.versioned(name, version)], timeout)
 
 
-def _switch_back(instance: Instance, name: str, version: str, known: _Known, timeout: float) -> None:
+def _switch_back(instance: Instance, name: str, version: str, known: _KnownVersions, timeout: float) -> None:
     """Let a version answer again as before the update; its replica at its own path, if one stayed, ends after that."""
     archive = known.versions[version]
     # A server starts GPUs' replicas without a surge, but there is room for one since the one that was verified has ended.
@@ -232,7 +231,7 @@ def remove_version(instance: Instance, name: str, version: str) -> None:
     )
     known = _known(instance, name)
     parts = [{v: each for v, each in part.items() if v != version} for part in dataclasses.astuple(known)]
-    _remember(instance, name, _Known(*parts))
+    _remember(instance, name, _KnownVersions(*parts))
 
 
 def _registered(archive: _Archive) -> Registered:
@@ -257,9 +256,9 @@ def _running(instance: Instance, name: str) -> _Archive:
     return found[0]
 
 
-def _known(instance: Instance, name: str) -> _Known:
+def _known(instance: Instance, name: str) -> _KnownVersions:
     running = _running(instance, name)
-    known = _Known(**_remembered(instance).get(name, {}))
+    known = _KnownVersions(**_remembered(instance).get(name, {}))
     return replace(known, versions={running["version"]: running, **known.versions})
 
 
@@ -271,12 +270,12 @@ def _remembered(instance: Instance) -> Dict[str, Dict[str, Any]]:
     return found
 
 
-def _remember(instance: Instance, name: str, known: _Known) -> None:
+def _remember(instance: Instance, name: str, known: _KnownVersions) -> None:
     others, file = _remembered(instance), Path(instance.folder, "run", _FILE)
     write_private(file, json.dumps({**others, name: dataclasses.asdict(known)}, indent=2))
 
 
-def _named(instance: Instance, name: str, version: str, known: _Known) -> int:
+def _named(instance: Instance, name: str, version: str, known: _KnownVersions) -> int:
     """Return how many requests have named a version in their path since the update began."""
     if version not in known.named_before:
         return 0
