@@ -253,6 +253,22 @@ def test_more_and_more_layers_are_left(architecture: str, checkpoint: Made, tmp_
         assert (embeddings in found) is ("lm_head" not in step.kept)
 
 
+def test_layers_are_compared_on_a_spread_of_the_texts(
+    checkpoint: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The user's own come after the built-in ones."""
+    original = original_of(checkpoint, "gpt2", tmp_path)
+    lengths: List[int] = []
+
+    def ladder(model: Any, batches: Any, *_: Any) -> Any:
+        lengths.extend(batch["input_ids"].shape[1] for batch in batches for _ in batch["input_ids"])
+        return iter(())
+
+    monkeypatch.setattr(int8_weights, "ladder", ladder)
+    assert not list(int8_weights.to_round(original, ["a"] * 100 + ["a a a a a a a a"] * 156))
+    assert len(lengths) == 64 and lengths.count(max(lengths)) == 39
+
+
 def test_what_changes_too_many_tokens_is_refused(
     checkpoint: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,7 +27,6 @@ TEXTS = 256
 # The share of the inputs' range that is moved into the weights. NNCF's 0.95 makes more of the weights' rounding than it
 # saves of the inputs': outputs of a classifier, a tagger and an encoder moved a tenth to a sixth less with this one.
 _ALPHA = 0.85
-_MEASURED = 64  # texts, on which layers to leave are compared
 # Operators that stay as they are, whatever is beside them; a graph may have none. Embeddings, as in the other save
 # modes; and attention, which is computed in float32 anyhow: NNCF would round its queries and keys for nothing.
 _LEFT_TYPES = ["Gather", "ScaledDotProductAttention"]
@@ -62,9 +61,7 @@ def _rounded(values: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
 def to_calibrate(original: Original, texts: Sequence[TextOrPair]) -> Iterator[Original]:
     """Yield the original with its inputs for these texts, and more and more layers to leave in float32."""
     calibration = tuple(precision.inputs_of(original, texts))
-    for _, kept in ladder(
-        original.model, precision.inputs_of(original, texts[:: -(-len(texts) // _MEASURED)]), StaticLinear
-    ):
+    for _, kept in ladder(original.model, precision.measured_inputs(original, texts), StaticLinear):
         yield replace(original, dtype=DTYPE, kept=kept, calibration=calibration)
 
 

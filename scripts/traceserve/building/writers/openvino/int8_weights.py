@@ -21,7 +21,6 @@ from traceserve.building.writers.lowering.int8 import ladder
 from traceserve.building.writers.lowering.sensitivity import Inputs
 from traceserve.building.writers.openvino.int8 import DTYPE, quantizer
 
-_MEASURED = 64  # texts, on which layers to leave are compared
 _STEPS = 255
 _SMALLEST = 1e-12
 
@@ -47,7 +46,7 @@ class RoundedWeights(torch.nn.Module):
 
 def to_round(original: Original, texts: Sequence[TextOrPair]) -> Iterator[Original]:
     """Yield the original with more and more layers to leave in float32."""
-    batches = [_with_written(original, batch) for batch in precision.inputs_of(original, texts[:_MEASURED])]
+    batches = [_with_written(original, batch) for batch in precision.measured_inputs(original, texts)]
     for _, kept in ladder(original.model, batches, RoundedWeights, _layers(original.model)):
         yield replace(original, dtype=DTYPE, kept=kept)
 
