@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import random
 import re
 import subprocess
 import sys
@@ -10,7 +12,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Callable, Dict, List
 
+import numpy as np
 import pytest
+import torch
 import traceserve
 from traceserve.errors import ConfigError, ExportError
 from traceserve_runtime.errors import InputTooLong, InvalidRequest, MissingPackage, TraceserveError
@@ -73,6 +77,28 @@ def test_only_given_samples_can_be_kept(checkpoint: Make, tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match="there are none"):
         traceserve.build(str(checkpoint("bert")), store=tmp_path, output=tmp_path / "x", keep_samples=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_build_leaves_the_callers_random_numbers_and_environment(
+    checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+
+    def drawn() -> List[float]:
+        return [random.random(), float(np.random.rand()), float(torch.rand(()))]
+
+    def seed() -> None:
+        random.seed(7)
+        np.random.seed(7)
+        torch.manual_seed(7)
+
+    seed()
+    expected = drawn()
+    seed()
+    name = str(checkpoint("bert"))
+    traceserve.build(name, task="text-classification", max_length=32, output=tmp_path / "x", store=tmp_path)
+    assert drawn() == expected
+    assert "TOKENIZERS_PARALLELISM" not in os.environ
 
 
 def test_nothing_stays_of_what_was_unpacked(

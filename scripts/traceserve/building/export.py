@@ -16,6 +16,7 @@ from traceserve.building import artifact, explaining
 from traceserve.building.attempt import AcceptedArtifact, Attempt
 from traceserve.building.checkpoints import licenses, loading, sources
 from traceserve.building.checkpoints.checkpoint import Checkpoint
+from traceserve.building.checkpoints.seeding import seeded
 from traceserve.building.config import choosing, formats
 from traceserve.building.config.dtypes import AUTO
 from traceserve.building.config.hardware import FIXED_SHAPES
@@ -61,7 +62,7 @@ def export(
     `keep_samples` puts the user's samples into the golden set, and so into the archive. With `shared`, nothing is
     measured, and the original is taken from it.
     """
-    with loading.quiet_transformers(), _frozen_objects():
+    with loading.quiet_transformers(), seeded(), _frozen_objects():
         return _export(loaded, name, folder, progress, samples_file, allow_drift, keep_samples, shared)
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, List, NamedTuple, Tuple
 from traceserve_runtime.runtimes.team import threads_kept
 
 from traceserve.archives.staging import staged
+from traceserve.building.checkpoints.seeding import seeded
 from traceserve.errors import SourceError
 from traceserve.machine import user_folders
 
@@ -62,9 +63,8 @@ def train_demo(name: str) -> Fitted:
     encoder = _encoder_folder()
     labels = list(dict.fromkeys(row.label for row in rows))
     tokenizer = AutoTokenizer.from_pretrained(encoder, local_files_only=True)
-    with threads_kept():
+    with threads_kept(), seeded():
         torch.set_num_threads(1)  # one order of sums on all machines, for equal weights
-        torch.manual_seed(0)
         model = _classifier(encoder, labels)
         inputs = tokenizer([row.text for row in rows], padding=True, return_tensors="pt")
         with torch.no_grad():
