@@ -74,7 +74,7 @@ def test_a_wrong_input_says_what_is_wrong(archive: traceserve.BuiltArchive) -> N
 
 
 def test_only_given_samples_can_be_kept(checkpoint: Make, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="there are none"):
+    with pytest.raises(ConfigError, match="^keep_samples=True keeps the samples of samples, and there is none"):
         traceserve.build(str(checkpoint("bert")), store=tmp_path, output=tmp_path / "x", keep_samples=True)
     assert list(tmp_path.iterdir()) == []
 

@@ -182,7 +182,7 @@ BUILDER_FLOORS: Sequence[Set[str]] = (
 )
 # Possibilities (`config`) are separate from implementations; writers and the gate do not know each other.
 BUILDING_FLOORS: Sequence[Set[str]] = (
-    {"config", "progress", "samples"},
+    {"config", "gate_options", "progress", "samples"},
     {"checkpoints"},
     {"writers", "gate", "speeds", "products"},
     {"artifact", "exported", "explaining"},

@@ -22,6 +22,7 @@ from traceserve.archives import contents, signing, staging
 from traceserve.archives.names import STORE
 from traceserve.building.config.parsing import LoadedConfig, check_labels_file, load_config, parse_config
 from traceserve.building.config.targets import build_targets
+from traceserve.building.gate_options import GateOptions
 from traceserve.building.packing import export_and_pack
 from traceserve.building.progress import Progress
 from traceserve.errors import ConfigError, SignatureError
@@ -30,7 +31,7 @@ _SAMPLES = "samples.jsonl"  # the file of a list of samples
 # Words of the commands in errors, and a Python caller's.
 _WORDS = (
     (re.compile(r"--(force|allow-drift|keep-samples)\b"), lambda found: f"{_argument(found)}=True"),
-    (re.compile(r"--(output|store|samples|version)\b"), lambda found: _argument(found)),
+    (re.compile(r"--(output|store|samples|version)\b( FILE)?"), lambda found: _argument(found)),
     (re.compile(r"TorchServe asks for the device"), lambda found: "the caller asks for the device"),
 )
 
@@ -78,15 +79,13 @@ def build(
     Raises:
         TraceserveError: with a sentence that says what to do; nothing is left half-made.
     """
-    if keep_samples and samples is None:
-        raise ConfigError("keep_samples keeps the samples, and there are none; give samples too, or leave it out")
-    loaded = _configured(model_name, config, keys)
     quiet: Progress = progress or (lambda what, done, total: None)
     with tempfile.TemporaryDirectory(prefix="traceserve-samples.") as folder, _in_python(Path(folder)):
+        gate = GateOptions(_samples_file(samples, Path(folder)), allow_drift, keep_samples)
+        loaded = _configured(model_name, config, keys)
         written = build_targets(loaded, Path(output) if output else None, Path(store), version, force)
         assert written.archive is not None
-        file = _samples_file(samples, Path(folder))
-        exported = export_and_pack(loaded, written, quiet, file, allow_drift, keep_samples)
+        exported = export_and_pack(loaded, written, quiet, gate)
     return BuiltArchive(written.archive, contents.read_manifest(written.archive), exported.report())
 
 

