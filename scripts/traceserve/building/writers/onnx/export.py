@@ -1,7 +1,6 @@
 """Exports a module to an ONNX graph, with torch's tracing exporter.
 
-It records the same as `torch.jit.trace`, and supports every task. The newer one (`dynamo=True`) was tried with torch
-2.13:
+It records the same as `torch.jit.trace`, and supports every task. The newer one (`dynamo=True`) was tried with torch 2.13:
 torch.export does not accept the steps of generation, and takes ten times as long.
 """
 

@@ -37,9 +37,8 @@ def convert_traced(
         with _same_root_logger():
             model = openvino.convert_model(traced, example_input=example)
     except (RuntimeError, failures.OpConversionFailure, failures.OpValidationFailure, failures.GeneralFailure) as error:
-        last = (
-            str(error).strip().rsplit("\n", 1)[-1].lstrip("- ")
-        )  # a report, of which the first lines name its own files
+        # A report, of which the first lines name OpenVINO's own files.
+        last = str(error).strip().rsplit("\n", 1)[-1].lstrip("- ")
         raise UnwritableError(f"OpenVINO cannot convert {kind}: {last}") from error
     for ports, names in ((model.inputs, inputs), (model.outputs, outputs)):
         if len(ports) != len(names):

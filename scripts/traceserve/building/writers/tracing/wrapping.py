@@ -50,10 +50,8 @@ def masks_without_vmap() -> Iterator[None]:
     """Make transformers build attention masks by broadcasting, like version 5.
 
     transformers 4.53 to 4.57 build a decoder's masks with torch.vmap, which torch.jit.trace cannot handle
-    ("unordered_map::at"). The
-    private name of its implementation, `_vmap_for_bhqkv`, is gone in version 5, which needs none of this. It can go
-    with the
-    support of 4.57.
+    ("unordered_map::at"). The private name of its implementation, `_vmap_for_bhqkv`, is gone in version 5, which needs none
+    of this. It can go with the support of 4.57.
     """
     try:
         from transformers import masking_utils as untyped
