@@ -5,15 +5,20 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
+import warnings
 from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
+from traceserve_runtime.errors import reason
 from traceserve_runtime.runtimes.calling import Single
 
 from traceserve.building.checkpoints.original import Original
+from traceserve.errors import ExportError, NoSpace, UnwritableError
 
 Result = Union[torch.Tensor, Tuple[torch.Tensor, ...]]
 
+# What the tracer, and models that cannot be traced, raise.
+TRACING_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError)
 _REMOTE = "transformers_modules"  # transformers' package for checkpoints' own code
 _OURS = "traceserve.building"
 # A trace contains the class names of its modules. Ours keep these names even if their files move, so that the same
@@ -43,6 +48,27 @@ class Wrapped(torch.nn.Module):
 def once(original: Original, outputs: Sequence[str]) -> Wrapped:
     """Return the module of a model that runs once, from `original.inputs` to `outputs`."""
     return Wrapped(Single(original.model, original.inputs, outputs))
+
+
+@contextlib.contextmanager
+def as_traced(model: torch.nn.Module) -> Iterator[None]:
+    """Let a model be traced: changed where it has to be, without gradients, and without the tracer's warnings, since the gate
+    checks their suspicions."""
+    with warnings.catch_warnings(), traceable(model), torch.no_grad():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
+def tracing_of(original: Original, act: str = "torch.jit.trace cannot trace") -> Iterator[None]:
+    """Let the original be traced; raises UnwritableError with its own reason if it cannot be, which begins with `act`."""
+    try:
+        with as_traced(original.model):
+            yield
+    except (ExportError, NoSpace):
+        raise
+    except TRACING_ERRORS as error:
+        raise UnwritableError(f"{act} {type(original.model).__name__}: {reason(error)}") from error
 
 
 @contextlib.contextmanager
