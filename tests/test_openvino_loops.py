@@ -27,6 +27,7 @@ from traceserve.building.writers.lowering import int8 as lowering
 from traceserve.building.writers.lowering.int8 import KEPT_SHARES
 from traceserve.building.writers.openvino import int8_weights
 from traceserve.building.writers.openvino.loops import LoopModels, loop_models
+from traceserve.building.writers.openvino.quantizer import layer_of
 from traceserve_runtime import processor
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import InvalidManifest
@@ -234,7 +235,7 @@ def in_int8(models: LoopModels) -> Set[str]:
         ).get_element_type()
         for node in found
     }
-    return {int8_weights._layer_name(name) for name, kind in bits.items() if kind.get_type_name() in ("u8", "i8")}
+    return {layer_of(name) for name, kind in bits.items() if kind.get_type_name() in ("u8", "i8")}
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "t5"])

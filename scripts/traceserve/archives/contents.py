@@ -28,7 +28,7 @@ from traceserve.machine import space
 
 ARCHIVER_MANIFEST = "MAR-INF/MANIFEST.json"
 _METADATA = "traceserve.egg-info/"  # written beside the handler by an editable installation; never imported
-_EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest date in a zip
+EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest date in a zip
 # Archives are stored, or deflated by hand: texts may shrink much, weights hardly.
 _LARGEST_GROWTH, _ALWAYS_ALLOWED = 8, 64 << 20
 _MOST_FILES = 10_000
@@ -242,7 +242,7 @@ def copy_archive(packed: Path, target: Path, changed: Mapping[str, bytes]) -> No
     """Copy an archive with some files replaced, in sorted order and without dates."""
     with zipfile.ZipFile(packed) as source, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as sink:
         for name in sorted(source.namelist()):
-            info = zipfile.ZipInfo(name, _EPOCH)
+            info = zipfile.ZipInfo(name, EPOCH)
             info.external_attr = 0o644 << 16
             info.file_size = len(changed[name]) if name in changed else source.getinfo(name).file_size
             with source.open(name) as reader, sink.open(info, "w") as writer:
