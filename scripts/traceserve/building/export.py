@@ -28,8 +28,7 @@ from traceserve.building.exported import Candidate, Compared, Exported
 from traceserve.building.gate.golden import with_golden_set
 from traceserve.building.gate.reference import Reference
 from traceserve.building.gate_options import GateOptions
-from traceserve.building.products import RECEIPT as PRODUCTS
-from traceserve.building.products import count_products
+from traceserve.building.products import PRODUCTS_KEY, count_products
 from traceserve.building.progress import Progress
 from traceserve.building.samples import OwnSamples
 from traceserve.building.writers import WRITERS
@@ -137,7 +136,7 @@ def _chosen(
 def _products(original: Original, task: str) -> Dict[str, object]:
     """Return the receipt's entry on the model's products of matrices, if they can be counted."""
     counted = count_products(original, task)
-    return {} if counted is None else {PRODUCTS: counted}
+    return {} if counted is None else {PRODUCTS_KEY: counted}
 
 
 def _note(config: SetupConfig, checkpoint: Checkpoint, original: Original, manifest: Manifest) -> Optional[str]:

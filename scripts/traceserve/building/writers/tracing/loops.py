@@ -120,7 +120,7 @@ def _example(original: Original, batch: int, length: int) -> Tuple[torch.Tensor,
 
 # From the original, a batch and a length to the graphs of start and step; and whether its save mode keeps states of a
 # fixed size, as only decoders have them. Without, such a model rereads its whole text for each token.
-GRAPHS: Dict[str, Callable[..., Tuple[LoopGraph, LoopGraph]]] = {
+LOOP_GRAPHS: Dict[str, Callable[..., Tuple[LoopGraph, LoopGraph]]] = {
     "decoder": _decoder_graphs,
     "encoder_decoder": _encoder_decoder_graphs,
 }
@@ -128,7 +128,7 @@ GRAPHS: Dict[str, Callable[..., Tuple[LoopGraph, LoopGraph]]] = {
 
 def loop_graphs(original: Original, batch: int, length: int, with_fixed: bool = False) -> Tuple[LoopGraph, LoopGraph]:
     """Return the graphs of start and step, with examples of rows of this length, or shorter where the model reads less."""
-    return GRAPHS[original.loop](original, batch, min(length, original.max_length - _WRITTEN), with_fixed)
+    return LOOP_GRAPHS[original.loop](original, batch, min(length, original.max_length - _WRITTEN), with_fixed)
 
 
 def traced_loop(original: Original, batch: int, length: int, outputs: int) -> TracedLoop:
